@@ -1,0 +1,65 @@
+"""The database: one declarative base, one engine a process, one transaction an edge."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+import os
+
+from sqlalchemy import DateTime, Engine, MetaData, create_engine, func, select
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, MappedColumn, Session, mapped_column, sessionmaker
+
+from tunery.settings import get_settings
+
+NAMING = {
+    "ix": "ix_%(column_0_label)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+class Base(DeclarativeBase):
+    """All tables. Times are `timestamptz` on the database's clock; free-form values are `jsonb`."""
+
+    metadata = MetaData(naming_convention=NAMING)
+    type_annotation_map = {datetime: DateTime(timezone=True), dict[str, Any]: JSONB, list[Any]: JSONB}
+
+
+def created_at() -> MappedColumn[datetime]:
+    """A creation time: the statement's own time, so that rows of one transaction keep their order."""
+    return mapped_column(server_default=func.clock_timestamp())
+
+
+def make_engine(url: str) -> Engine:
+    """An engine that finds out about a restarted PostgreSQL before the request does."""
+    return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=10)
+
+
+def make_sessions(engine: Engine) -> sessionmaker[Session]:
+    return sessionmaker(engine, expire_on_commit=False)
+
+
+@lru_cache
+def sessions() -> sessionmaker[Session]:
+    """The process's session factory, on TUNERY_DATABASE_URL."""
+    return make_sessions(make_engine(get_settings().database_url))
+
+
+# A forked child must not share its parent's connections.
+os.register_at_fork(after_in_child=sessions.cache_clear)
+
+
+@contextmanager
+def transaction() -> Iterator[Session]:
+    """One deed of a worker or a command: commit at the end, roll back on an error. Requests use the API's own edge."""
+    with sessions().begin() as session:
+        yield session
+
+
+def now(session: Session) -> datetime:
+    """The database's clock, the only one that leases are measured with."""
+    return session.execute(select(func.clock_timestamp())).scalar_one()

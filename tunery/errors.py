@@ -1,0 +1,205 @@
+"""Everything that can go wrong on purpose.
+
+    TuneryError
+    ├── Rejected                 the request asks for something that cannot be
+    │   ├── InvalidValue         a field has a value it must not have
+    │   ├── Unsupported          a field names something this server does not do
+    │   ├── InvalidJSONL         an uploaded line is not a JSON object
+    │   ├── FileInUse            a live job needs the file
+    │   ├── WrongState           the object's state forbids the deed
+    │   └── AddressRefused       a webhook URL leads where we do not post
+    ├── Unauthenticated          no key, or a wrong one
+    ├── Forbidden                a right key that may not do this
+    ├── NotFound                 no such object in this project
+    │   └── ModelNotFound
+    ├── RouteNotFound            no such route, or one this server refuses by design
+    ├── TooLarge                 more bytes than the limit
+    ├── QuotaExceeded            the project has all it may have
+    ├── Unavailable              a part of ours is down; try again
+    ├── JobFailure               why a job failed; its text is shown to the job's owner
+    │   ├── InvalidTrainingFile
+    │   ├── InvalidNExamples
+    │   ├── DoesNotFit
+    │   ├── NotFinite
+    │   ├── TrainingCrashed
+    │   └── WorkerLost
+    ├── LeaseLost                a late worker speaks for a job that is no longer its own
+    ├── ChecksumMismatch         stored bytes are not the bytes that were recorded
+    └── IllegalMove              a job was asked to take an edge that is not in TRANSITIONS
+
+A class's docstring is its message, with fields in braces; its `code` never changes. HTTP knows these classes in one
+place only, the API's error handler.
+"""
+
+import inspect
+from typing import Any, ClassVar
+
+
+class TuneryError(Exception):
+    """Something went wrong."""
+
+    code: ClassVar[str] = "server_error"
+
+    def __init__(self, *, param: str | None = None, **fields: Any) -> None:
+        """`param` names the request's field at fault; `fields` fill the braces of the class's docstring."""
+        self.param = param
+        self.fields = fields
+        super().__init__(inspect.cleandoc(type(self).__doc__ or "").replace("\n", " ").format(**fields))
+
+    @property
+    def message(self) -> str:
+        return str(self)
+
+
+class Rejected(TuneryError):
+    """The request cannot be carried out."""
+
+    code = "invalid_request"
+
+
+class InvalidValue(Rejected):
+    """{reason}"""
+
+    code = "invalid_value"
+
+
+class Unsupported(Rejected):
+    """{what} is not supported here. {instead}"""
+
+    code = "unsupported"
+
+
+class InvalidJSONL(Rejected):
+    """Expected file to have JSONL format, where every line is a valid JSON dictionary. Line {line}: {reason}"""
+
+    code = "invalid_jsonl"
+
+
+class FileInUse(Rejected):
+    """File '{file}' is used by job '{job}', which has not ended. Cancel the job or wait for it, then delete the file."""
+
+    code = "file_in_use"
+
+
+class WrongState(Rejected):
+    """{kind} '{id}' is {state}, so it cannot be {deed}. {instead}"""
+
+    code = "wrong_state"
+
+
+class AddressRefused(Rejected):
+    """Webhooks are not sent to {address}: {reason} Use an https URL with a public address, or ask the operator to name
+    its network in TUNERY_WEBHOOK_ALLOW."""
+
+    code = "address_refused"
+
+
+class Unauthenticated(TuneryError):
+    """{reason} Send a project's key as 'Authorization: Bearer <key>'; `tunery keys create` makes one."""
+
+    code = "invalid_api_key"
+
+
+class Forbidden(TuneryError):
+    """This key may not {deed}. Use an administrator's key (`tunery keys create --admin`)."""
+
+    code = "forbidden"
+
+
+class NotFound(TuneryError):
+    """No {kind} '{id}' in this project. Check the id and the key's project."""
+
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """The model '{id}' does not exist or this project has no access to it. `GET /v1/models` lists what there is; an
+    administrator adds a base with `tunery models add`."""
+
+    code = "model_not_found"
+
+
+class RouteNotFound(TuneryError):
+    """{what}"""
+
+    code = "not_found"
+
+
+class TooLarge(TuneryError):
+    """{what} has more than {limit} bytes, which is the limit here. {instead}"""
+
+    code = "too_large"
+
+
+class QuotaExceeded(TuneryError):
+    """{what} Wait until one has ended, or ask the operator to raise the project's limit."""
+
+    code = "insufficient_quota"
+
+
+class Unavailable(TuneryError):
+    """{part} does not answer. Nothing was lost; try again in a few seconds."""
+
+    code = "unavailable"
+
+
+class JobFailure(TuneryError):
+    """The job failed."""
+
+    code = "job_failed"
+
+
+class InvalidTrainingFile(JobFailure):
+    """The job failed due to an invalid {role} file. {reason}"""
+
+    code = "invalid_training_file"
+
+
+class InvalidNExamples(JobFailure):
+    """{role} file has {n} example(s), but must have at least {least} examples"""
+
+    code = "invalid_n_examples"
+
+
+class DoesNotFit(JobFailure):
+    """{what} needs about {needed} and the largest {device} here has {capacity}. {instead}"""
+
+    code = "does_not_fit"
+
+
+class NotFinite(JobFailure):
+    """The loss became {value} at step {step} and the run was stopped there. Lower the learning rate (it was {rate:g}), or
+    look at the rows of that step in the job's log."""
+
+    code = "nan_loss"
+
+
+class TrainingCrashed(JobFailure):
+    """Training ended with an error: {reason} The job's log (`GET /v1/fine_tuning/jobs/{job}/logs`) has the whole story."""
+
+    code = "training_crashed"
+
+
+class WorkerLost(JobFailure):
+    """The job's worker was lost {times} time(s) and no attempt finished. Look at the worker's host, then create the job
+    again."""
+
+    code = "worker_lost"
+
+
+class LeaseLost(TuneryError):
+    """Attempt {attempt} of job '{job}' is over: another hand moved the job on. Nothing was written."""
+
+    code = "lease_lost"
+
+
+class ChecksumMismatch(TuneryError):
+    """'{key}' does not have the recorded sha256 ({expected}, found {found}). Restore it from a good copy."""
+
+    code = "checksum_mismatch"
+
+
+class IllegalMove(TuneryError):
+    """A job cannot go from {source} to {target}."""
+
+    code = "illegal_move"

@@ -1,0 +1,31 @@
+"""Ids as OpenAI spells them: a prefix that says the kind, and 24 random letters and digits (142 bits)."""
+
+import secrets
+import string
+
+_ALPHABET = string.ascii_letters + string.digits
+
+
+def token(length: int) -> str:
+    """`length` random letters and digits from the operating system's generator."""
+    return "".join(secrets.choice(_ALPHABET) for _ in range(length))
+
+
+def new(prefix: str) -> str:
+    """A new id, unguessable: `new("ftjob-")`. A caller that may not see an object cannot name it either."""
+    return prefix + token(24)
+
+
+FILE = "file-"
+UPLOAD = "upload_"
+PART = "part_"
+JOB = "ftjob-"
+EVENT = "ftevent-"
+CHECKPOINT = "ftckpt_"
+WEBHOOK_ENDPOINT = "we_"
+WEBHOOK_EVENT = "evt_"
+WEBHOOK_DELIVERY = "wh_"
+PROJECT = "proj_"
+KEY = "key_"
+REQUEST = "req_"
+COMPLETION = "chatcmpl-"

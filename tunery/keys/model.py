@@ -1,0 +1,42 @@
+"""Projects own every other row; keys open one project each."""
+
+from datetime import datetime
+
+from sqlalchemy import CheckConstraint, ForeignKey, Index
+from sqlalchemy.orm import Mapped, mapped_column
+
+from tunery.db import Base, created_at
+
+
+class Project(Base):
+    """A team's own space. `max_running` caps its live attempts, `max_queued` its waiting jobs; null is no cap."""
+
+    __tablename__ = "projects"
+    __table_args__ = (
+        CheckConstraint("max_running >= 0", name="max_running"),
+        CheckConstraint("max_queued >= 0", name="max_queued"),
+        Index("uq_projects_live_name", "name", unique=True, postgresql_where="revoked_at IS NULL"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    max_running: Mapped[int | None]
+    max_queued: Mapped[int | None]
+    created_at: Mapped[datetime] = created_at()
+    revoked_at: Mapped[datetime | None]
+
+
+class Key(Base):
+    """An API key: its SHA-256 and what people recognise it by, never the key itself."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    name: Mapped[str]
+    prefix: Mapped[str]
+    sha256: Mapped[str] = mapped_column(unique=True)
+    admin: Mapped[bool] = mapped_column(default=False)
+    created_at: Mapped[datetime] = created_at()
+    last_used_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]

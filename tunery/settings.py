@@ -1,0 +1,61 @@
+"""What an operator can set, read once from the environment (`TUNERY_*`)."""
+
+import ipaddress
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic.functional_validators import BeforeValidator
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def _comma_separated(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+class Settings(BaseSettings):
+    """Every field is the environment variable `TUNERY_<FIELD>`; deploy/env.example shows them all."""
+
+    model_config = SettingsConfigDict(env_prefix="TUNERY_", extra="ignore", frozen=True)
+
+    database_url: str = Field("postgresql+psycopg://tunery@127.0.0.1:5432/tunery", description="SQLAlchemy URL")
+    broker_url: str = Field("redis://127.0.0.1:6379/0", description="Redis or Valkey, for wake-ups only")
+    storage_url: str = Field("file:///var/lib/tunery/objects", description="file:///DIR or s3://BUCKET[/PREFIX]")
+    s3_endpoint_url: str | None = Field(None, description="An S3 server other than AWS; keys come from AWS_* variables")
+    s3_public_endpoint_url: str | None = Field(None, description="The same server as users reach it, for presigned URLs")
+
+    organization: str = Field("tunery", pattern=r"^[a-z0-9-]{1,32}$", description="Third part of `ft:` model names")
+    models_dir: Path = Field(Path("/var/lib/tunery/models"), description="This host's base models, one folder a manifest")
+    runs_dir: Path = Field(Path("/var/lib/tunery/runs"), description="This host's run directories")
+
+    server_url: str = Field("http://127.0.0.1:8001", description="The model server, as the API reaches it")
+    serve_gpu: int | None = Field(None, description="GPU of the model server; never claimed for training. Absent: CPU")
+
+    webhook_allow: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
+        (), description="Networks, comma-separated, that webhooks may reach besides public https addresses"
+    )
+    result_files: Literal["auto", "base64", "plain"] = Field(
+        "auto", description="Content of fine-tune-results files: auto = base64 for `Accept: application/binary`, else plain"
+    )
+    max_file_bytes: int = Field(512 * 2**20, description="One request's file")
+    max_upload_bytes: int = Field(8 * 2**30, description="A whole Upload")
+    max_part_bytes: int = Field(64 * 2**20, description="One part of an Upload")
+    lease_seconds: int = Field(600, description="A worker that is silent for longer loses its job")
+    renew_seconds: float = Field(10, description="Time between a worker's signs of life")
+    poll_seconds: float = Field(15, description="Time between a worker's looks at the queue without a wake-up")
+    sweep_seconds: float = Field(5, description="Time between the sweeper's rounds")
+    stop_grace_seconds: float = Field(120, description="Time for a local save on pause or shutdown before SIGKILL")
+    log_level: str = "INFO"
+
+    aws_access_key_id: SecretStr | None = Field(None, validation_alias="AWS_ACCESS_KEY_ID")
+    aws_secret_access_key: SecretStr | None = Field(None, validation_alias="AWS_SECRET_ACCESS_KEY")
+    aws_region: str = Field("us-east-1", validation_alias="AWS_REGION")
+
+
+@lru_cache
+def get_settings() -> Settings:
+    """The process's settings. Tests build `Settings(...)` of their own and pass it on."""
+    return Settings()

@@ -1,0 +1,150 @@
+"""What a training run is to do: the one description that the API fills, the row keeps and the trainer reads.
+
+Pure pydantic. Each technique owns only its own knobs, so that "a rank on a full fine-tune" cannot be said.
+`"auto"` stands until the files have been read; `Plan` then holds a number for every one of them.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Auto = Literal["auto"]
+
+
+class Part(BaseModel):
+    """A sealed piece of a spec: unknown fields are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Full(Part):
+    """Every weight learns. Weights and gradients in bf16 on a GPU and fp32 on a CPU."""
+
+    type: Literal["full"] = "full"
+
+
+class Lora(Part):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) in fp32 on a frozen bf16 base."""
+
+    type: Literal["lora"] = "lora"
+    r: int = Field(16, ge=1, le=512, description="Rank of the update")
+    alpha: float = Field(32, gt=0, le=4096, description="Scale: the update is multiplied by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input")
+    target_modules: Literal["all-linear"] | list[Annotated[str, Field(pattern=r"^[\w.]+$")]] = Field(
+        "all-linear", description="Names of the linear layers to adapt, or all but the head"
+    )
+
+    @model_validator(mode="after")
+    def _names_some_layer(self) -> "Lora":
+        if not self.target_modules:
+            raise ValueError("target_modules is empty: name at least one layer, or 'all-linear'")
+        return self
+
+
+class Qlora(Lora):
+    """LoRA on a base in 4 bits (Dettmers et al. 2023, arXiv:2305.14314)."""
+
+    type: Literal["qlora"] = "qlora"  # type: ignore[assignment]
+    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit code book")
+    double_quant: bool = Field(True, description="Quantise the quantisation constants too")
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Type of the products")
+
+
+Technique = Annotated[Full | Lora | Qlora, Field(discriminator="type")]
+
+
+class Schedule(Part):
+    """How the learning rate moves: up over the warmup, then down to `min_ratio` of its peak (or flat)."""
+
+    type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(0.05, ge=0, le=1, description="Share of all steps spent rising")
+    min_ratio: float = Field(0.0, ge=0, le=1, description="Last learning rate over the highest")
+
+
+class EarlyStopping(Part):
+    """Stop when the full validation loss has not improved for `patience` evaluations; needs a validation file."""
+
+    patience: int = Field(3, ge=1, le=100)
+    min_delta: float = Field(0.0, ge=0)
+
+
+class Evaluation(Part):
+    """What is measured besides the training loss."""
+
+    every_steps: int | Auto = Field("auto", description="Steps between full validation losses; auto: each epoch's end")
+    test_file: str | None = Field(None, description="Rows answered greedily by base and tuned model after training")
+    max_new_tokens: int = Field(64, ge=1, le=4096, description="Token limit of those answers")
+    max_rows: int = Field(1000, ge=1, description="At most so many test rows, from the file's start")
+
+
+class Resources(Part):
+    """What the run needs of a host."""
+
+    gpus: Literal[1, 2, 4, 8] = 1
+
+
+class Hyperparameters(Part):
+    """OpenAI's three knobs, auto or numbers."""
+
+    n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto = "auto"
+    batch_size: Annotated[int, Field(ge=1, le=256)] | Auto = "auto"
+    learning_rate_multiplier: Annotated[float, Field(gt=0)] | Auto = "auto"
+
+
+class _Settled(Part):
+    """What a request settles by itself, defaults included: the part that a spec and its plan share."""
+
+    schedule: Schedule = Schedule()
+    max_seq_length: int = Field(2048, ge=16, le=1_048_576, description="Tokens; longer rows are cut at the end")
+    packing: bool = Field(False, description="Several rows a sequence, each seeing only itself")
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    seed: int = Field(ge=0, le=2**31 - 1)
+    early_stopping: EarlyStopping | None = None
+    select: Literal["last", "best"] = Field("last", description="Which step becomes the model")
+    evaluation: Evaluation = Evaluation()
+    resources: Resources = Resources()
+
+
+class TrainingSpec(_Settled):
+    """A request for a run, as stored with its job. Technique absent: LoRA where bf16 fits, else QLoRA, never full."""
+
+    technique: Technique | None = None
+    hyperparameters: Hyperparameters = Hyperparameters()
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_learning_rate(self) -> "TrainingSpec":
+        if self.learning_rate is not None and self.hyperparameters.learning_rate_multiplier != "auto":
+            raise ValueError(
+                "learning_rate and learning_rate_multiplier both set the learning rate: send one of them"
+            )
+        return self
+
+
+class Plan(_Settled):
+    """A spec with every "auto" decided, by `planning.advice`, once the files have been read."""
+
+    technique: Technique
+    n_epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1, description="Rows a step over all GPUs (sequences a step when packing)")
+    learning_rate: float = Field(gt=0)
+    learning_rate_multiplier: float = Field(gt=0)
+
+
+class Run(Part):
+    """`spec.json` of a run directory: all that a trainer is told.
+
+    The directory holds `spec.json`, `base/` (safetensors, tokenizer, chat template), `data/train.jsonl`, maybe
+    `data/valid.jsonl`, `data/test.jsonl`, `adapter/` (an adapter to go on from) and `resume/` (a snapshot of an earlier
+    attempt). The trainer writes `out/` (the artifact), `checkpoints/step-N/` (artifacts at epoch ends),
+    `snapshots/step-N/` (recovery) and nothing else.
+    """
+
+    version: Literal[1] = 1
+    job: str = Field(description="The job's id, for messages only")
+    base_model: str = Field(description="Registered name, written into the adapter's base_model_name_or_path")
+    plan: Plan
+    public_checkpoints: int = Field(3, ge=0, description="Epoch-end checkpoints to keep, newest last")
+    snapshot_seconds: float = Field(300, gt=0, description="Time between recovery snapshots")
+    facts: dict[str, Any] = Field(default_factory=dict, description="Provenance to copy into training_config.json")

@@ -1,0 +1,131 @@
+"""What a trainer may say: one JSON object a line on its standard output. Its standard error is the job's log.
+
+The supervisor turns each message into one deed. Losses are means over labelled tokens, in nats; times are seconds.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+
+class Message(BaseModel):
+    # A NaN must arrive as what it is, to be reported: JSON's own grammar has none, hence the strings "NaN", "Infinity".
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class Phase(Message):
+    """What the trainer is doing now: a word for people (`loading`, `training`, `evaluating`, `saving`)."""
+
+    type: Literal["phase"] = "phase"
+    phase: str
+
+
+class Started(Message):
+    """The model is loaded and the rows are tokenised; the next thing is step `first_step`."""
+
+    type: Literal["started"] = "started"
+    trainable_params: int
+    all_params: int
+    total_steps: int
+    first_step: int = Field(description="1, or one past the snapshot that was resumed")
+    examples: int
+    train_tokens: int = Field(description="Tokens of one epoch, after truncation")
+    truncated_examples: int = 0
+    device: str
+    warnings: list[str] = []
+
+
+class Step(Message):
+    """One optimizer step."""
+
+    type: Literal["step"] = "step"
+    step: int
+    epoch: float
+    train_loss: float
+    train_accuracy: float = Field(description="Share of labelled tokens whose most likely prediction is right")
+    learning_rate: float
+    grad_norm: float
+    tokens: int = Field(description="All tokens trained on so far, padding excluded")
+    seconds: float = Field(description="Time of this step")
+    seconds_left: float | None = None
+    valid_loss: float | None = Field(None, description="One small batch of the validation file")
+    valid_accuracy: float | None = None
+
+
+class Evaluated(Message):
+    """The whole validation file."""
+
+    type: Literal["evaluated"] = "evaluated"
+    step: int
+    loss: float
+    accuracy: float
+
+
+class CheckpointSaved(Message):
+    """A complete directory, safe on the local disk. `kind`: a public model of an epoch's end, or a recovery snapshot."""
+
+    type: Literal["checkpoint_saved"] = "checkpoint_saved"
+    kind: Literal["public", "snapshot"]
+    step: int
+    path: str = Field(description="Relative to the run directory")
+
+
+class Score(Message):
+    """Base and tuned model on the same rows, same prompt, greedy, same token limit."""
+
+    type: Literal["score"] = "score"
+    rows: int
+    base_exact: float = Field(description="Share of answers equal to the wanted one (as JSON where that is JSON)")
+    tuned_exact: float
+    gain: float
+    gain_low: float = Field(description="Lower end of the gain's paired 95 % interval")
+    gain_high: float
+    samples: list[dict[str, Any]] = Field(default=[], description="A few rows: prompt, wanted, base, tuned")
+
+
+class Finished(Message):
+    """`out/` is complete. The process exits 0 after this."""
+
+    type: Literal["finished"] = "finished"
+    path: str = "out"
+    step: int = Field(description="The step whose weights were exported")
+    steps: int = Field(description="Steps that were run")
+    trained_tokens: int
+    seconds: float
+    peak_memory_bytes: int | None = Field(None, description="Most bytes allocated on one GPU")
+    stopped_early: bool = False
+
+
+class Paused(Message):
+    """Asked to stop by SIGTERM: a snapshot was saved first. The process exits 75 after this."""
+
+    type: Literal["paused"] = "paused"
+    step: int
+    path: str | None
+
+
+class Failed(Message):
+    """The run cannot go on. `kind` decides what the supervisor does: see `worker.supervisor`."""
+
+    type: Literal["failed"] = "failed"
+    kind: Literal["user_error", "nan_loss", "gpu_oom", "crashed"]
+    code: str
+    message: str
+    param: str | None = None
+
+
+Spoken = Annotated[
+    Phase | Started | Step | Evaluated | CheckpointSaved | Score | Finished | Paused | Failed,
+    Field(discriminator="type"),
+]
+_ADAPTER: TypeAdapter[Spoken] = TypeAdapter(Spoken)
+
+EXIT_PAUSED = 75
+"""EX_TEMPFAIL of sysexits.h: saved, come again."""
+EXIT_USER_ERROR = 65
+"""EX_DATAERR of sysexits.h: the rows or the spec are at fault; do not try again."""
+
+
+def parse(line: str | bytes) -> Spoken:
+    """One line of a trainer's standard output. Raises pydantic.ValidationError on anything else."""
+    return _ADAPTER.validate_json(line)
