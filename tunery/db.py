@@ -1,11 +1,11 @@
 """The database: one declarative base, one engine a process, one transaction an edge."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
-import os
 
 from sqlalchemy import DateTime, Engine, MetaData, create_engine, func, select
 from sqlalchemy.dialects.postgresql import JSONB
@@ -62,4 +62,5 @@ def transaction() -> Iterator[Session]:
 
 def now(session: Session) -> datetime:
     """The database's clock, the only one that leases are measured with."""
-    return session.execute(select(func.clock_timestamp())).scalar_one()
+    at: datetime = session.execute(select(func.clock_timestamp())).scalar_one()
+    return at

@@ -38,7 +38,7 @@ def _forget_nudges(session: Session) -> None:
 
 
 def nudge(queue: str) -> None:
-    """Sets a flag and returns at once: publishing to a dead broker takes seconds, and a request must not wait for it."""
+    """Sets a flag and returns at once: publishing to a dead broker takes seconds, and no request may wait for it."""
     _publisher().flag(queue)
 
 
@@ -66,7 +66,7 @@ class _Publisher:
                 queue = self._waiting.pop()
             try:
                 self._celery.send_task(TASKS[queue], queue=queue, retry=False, ignore_result=True)
-            except Exception as error:  # whatever the broker does, workers also poll the rows
+            except Exception as error:  # noqa: BLE001  whatever the broker does, workers also poll the rows
                 log.warning("no wake-up sent to %s (%s); its workers will poll", queue, type(error).__name__)
 
 

@@ -76,7 +76,8 @@ class InvalidJSONL(Rejected):
 
 
 class FileInUse(Rejected):
-    """File '{file}' is used by job '{job}', which has not ended. Cancel the job or wait for it, then delete the file."""
+    """File '{file}' is used by job '{job}', which has not ended. Cancel the job or wait for it, then
+    delete the file."""
 
     code = "file_in_use"
 
@@ -168,14 +169,15 @@ class DoesNotFit(JobFailure):
 
 
 class NotFinite(JobFailure):
-    """The loss became {value} at step {step} and the run was stopped there. Lower the learning rate (it was {rate:g}), or
-    look at the rows of that step in the job's log."""
+    """The loss became {value} at step {step} and the run was stopped there. Lower the learning rate (it was {rate:g}),
+    or look at the rows of that step in the job's log."""
 
     code = "nan_loss"
 
 
 class TrainingCrashed(JobFailure):
-    """Training ended with an error: {reason} The job's log (`GET /v1/fine_tuning/jobs/{job}/logs`) has the whole story."""
+    """Training ended with an error: {reason} The job's log (`GET /v1/fine_tuning/jobs/{job}/logs`) has the whole
+    story."""
 
     code = "training_crashed"
 

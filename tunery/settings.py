@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from pydantic.functional_validators import BeforeValidator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -25,10 +25,14 @@ class Settings(BaseSettings):
     broker_url: str = Field("redis://127.0.0.1:6379/0", description="Redis or Valkey, for wake-ups only")
     storage_url: str = Field("file:///var/lib/tunery/objects", description="file:///DIR or s3://BUCKET[/PREFIX]")
     s3_endpoint_url: str | None = Field(None, description="An S3 server other than AWS; keys come from AWS_* variables")
-    s3_public_endpoint_url: str | None = Field(None, description="The same server as users reach it, for presigned URLs")
+    s3_public_endpoint_url: str | None = Field(
+        None, description="The same server as users reach it, for presigned URLs"
+    )
 
     organization: str = Field("tunery", pattern=r"^[a-z0-9-]{1,32}$", description="Third part of `ft:` model names")
-    models_dir: Path = Field(Path("/var/lib/tunery/models"), description="This host's base models, one folder a manifest")
+    models_dir: Path = Field(
+        Path("/var/lib/tunery/models"), description="This host's base models, one folder a manifest"
+    )
     runs_dir: Path = Field(Path("/var/lib/tunery/runs"), description="This host's run directories")
 
     server_url: str = Field("http://127.0.0.1:8001", description="The model server, as the API reaches it")
@@ -38,7 +42,8 @@ class Settings(BaseSettings):
         (), description="Networks, comma-separated, that webhooks may reach besides public https addresses"
     )
     result_files: Literal["auto", "base64", "plain"] = Field(
-        "auto", description="Content of fine-tune-results files: auto = base64 for `Accept: application/binary`, else plain"
+        "auto",
+        description="Content of fine-tune-results files: auto = base64 for `Accept: application/binary`, else plain",
     )
     max_file_bytes: int = Field(512 * 2**20, description="One request's file")
     max_upload_bytes: int = Field(8 * 2**30, description="A whole Upload")

@@ -116,9 +116,7 @@ class TrainingSpec(_Settled):
     @model_validator(mode="after")
     def _one_learning_rate(self) -> "TrainingSpec":
         if self.learning_rate is not None and self.hyperparameters.learning_rate_multiplier != "auto":
-            raise ValueError(
-                "learning_rate and learning_rate_multiplier both set the learning rate: send one of them"
-            )
+            raise ValueError("learning_rate and learning_rate_multiplier both set the learning rate: send one of them")
         return self
 
 

@@ -66,9 +66,7 @@ def create_project(
 def find_project(session: Session, name_or_id: str) -> Project:
     """A live project by name or id. Raises NotFound."""
     project = session.scalar(
-        select(Project).where(
-            (Project.name == name_or_id) | (Project.id == name_or_id), Project.revoked_at.is_(None)
-        )
+        select(Project).where((Project.name == name_or_id) | (Project.id == name_or_id), Project.revoked_at.is_(None))
     )
     if project is None:
         raise NotFound(kind="project", id=name_or_id)
@@ -89,7 +87,12 @@ def create_key(session: Session, project: Project, name: str, *, admin: bool = F
     """The stored row and the key's text; the text cannot be had again."""
     secret = new_secret()
     key = Key(
-        id=ids.new(ids.KEY), project_id=project.id, name=name, prefix=secret[:_SHOWN], sha256=_digest(secret), admin=admin
+        id=ids.new(ids.KEY),
+        project_id=project.id,
+        name=name,
+        prefix=secret[:_SHOWN],
+        sha256=_digest(secret),
+        admin=admin,
     )
     session.add(key)
     session.flush()

@@ -1,0 +1,299 @@
+"""Every deed of a worker: it claims a job, shows signs of life, writes down what the run says, and ends its attempt.
+
+A lease is the right to one attempt. A deed on a job that has moved on (cancelled, taken over) raises LeaseLost and
+writes nothing. Callers own the transaction.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, select, text, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from tunery import dispatch, ids
+from tunery.errors import LeaseLost, TuneryError, WorkerLost
+from tunery.jobs import ledger
+from tunery.jobs.model import Attempt, Checkpoint, Job, Metric, Slot
+from tunery.jobs.states import State
+
+CLAIM_LOCK = 7_214_001
+"""Key of the advisory lock that makes claims take turns: SKIP LOCKED alone lets a project exceed its cap."""
+MAX_FAILURES = 3
+"""Attempts that may be lost or crash before the job fails."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a worker's slot can give: its host's GPUs that it may use, by index (empty: the CPU)."""
+
+    host: str
+    slot: str
+    gpu_indexes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A worker's right to one attempt. `number` is the fencing token in all that it writes."""
+
+    job_id: str
+    attempt_id: int
+    number: int
+    gpu_indexes: tuple[int, ...]
+
+
+# Only each project's best job is looked at, so a project with 100,000 waiting jobs costs what one with a single job does.
+_BEST = text(
+    """
+    WITH live AS (
+        SELECT j.project_id, count(*) AS n FROM attempts a JOIN jobs j ON j.id = a.job_id
+        WHERE a.ended_at IS NULL GROUP BY j.project_id
+    )
+    SELECT head.id
+    FROM projects p
+    LEFT JOIN live ON live.project_id = p.id
+    CROSS JOIN LATERAL (
+        SELECT j.id, j.priority, j.queued_at FROM jobs j
+        WHERE j.project_id = p.id AND j.state = 'queued' AND j.gpus <= :devices
+          AND NOT EXISTS (SELECT 1 FROM attempts a WHERE a.job_id = j.id AND a.ended_at IS NULL)
+        ORDER BY j.priority DESC, j.queued_at LIMIT 1
+    ) head
+    WHERE p.max_running IS NULL OR coalesce(live.n, 0) < p.max_running
+    ORDER BY head.priority DESC, coalesce(live.n, 0), head.queued_at
+    LIMIT 1
+    """
+)
+
+
+def claim(session: Session, offer: Offer, *, lease_seconds: int) -> Lease | None:
+    """Takes the best queued job: by priority, then fewest live attempts of its project (caps respected), then age.
+
+    Devices are counted under the same lock, so two slots of a host never take the same GPU. None: nothing fits.
+    """
+    session.execute(select(func.pg_advisory_xact_lock(CLAIM_LOCK)))
+    free = _free_gpus(session, offer)
+    if offer.gpu_indexes and not free:
+        return None
+    job_id = session.scalar(_BEST, {"devices": max(1, len(free))})
+    if job_id is None:
+        return None
+    job = session.get_one(Job, job_id, with_for_update=True, populate_existing=True)
+    if job.state != State.QUEUED:  # its owner was faster; there may be another
+        return claim(session, offer, lease_seconds=lease_seconds)
+    number, gpus = job.fence + 1, tuple(free[: job.gpus])
+    ledger.move(session, job, State.RUNNING, message="Fine-tuning job started", fence=number, phase="starting")
+    attempt = Attempt(
+        job_id=job.id,
+        number=number,
+        host=offer.host,
+        slot=offer.slot,
+        gpu_indexes=list(gpus),
+        lease_until=func.clock_timestamp() + timedelta(seconds=lease_seconds),
+    )
+    session.add(attempt)
+    session.flush()
+    return Lease(job.id, attempt.id, number, gpus)
+
+
+def _free_gpus(session: Session, offer: Offer) -> list[int]:
+    taken = session.scalars(
+        select(func.unnest(Attempt.gpu_indexes)).where(Attempt.host == offer.host, Attempt.ended_at.is_(None))
+    )
+    busy = set(taken)
+    return [index for index in offer.gpu_indexes if index not in busy]
+
+
+def renew(session: Session, lease: Lease, *, lease_seconds: int, last_step: int = 0) -> str | None:
+    """A sign of life; the answer is the owner's wish (`pause`) or None.
+
+    A late renewal revives a lease that nobody has reaped. Raises LeaseLost when the job has moved on: cancelled, or
+    taken over.
+    """
+    renewed = session.execute(
+        update(Attempt)
+        .where(Attempt.id == lease.attempt_id, Attempt.ended_at.is_(None))
+        .values(
+            lease_until=func.clock_timestamp() + timedelta(seconds=lease_seconds),
+            last_step=func.greatest(Attempt.last_step, last_step),
+        )
+        .returning(Attempt.id)
+    ).one_or_none()
+    job = session.get_one(Job, lease.job_id, populate_existing=True)
+    if renewed is None or job.state != State.RUNNING or job.fence != lease.number:
+        raise LeaseLost(job=lease.job_id, attempt=lease.number)
+    return job.wish
+
+
+def held(session: Session, lease: Lease) -> Job:
+    """The lease's job, locked for this transaction. Raises LeaseLost when it is not this attempt's any more."""
+    job = session.get_one(Job, lease.job_id, with_for_update=True, populate_existing=True)
+    if job.state != State.RUNNING or job.fence != lease.number:
+        raise LeaseLost(job=lease.job_id, attempt=lease.number)
+    return job
+
+
+def record_process(session: Session, lease: Lease, process: dict[str, Any]) -> None:
+    """What to look for if this worker dies: pid, start time, process group."""
+    session.execute(update(Attempt).where(Attempt.id == lease.attempt_id).values(process=process))
+
+
+def record_progress(session: Session, lease: Lease, **values: Any) -> None:
+    """Sets columns that say how far the run is (`phase`, `step`, `total_steps`, `progress`, ...). Raises LeaseLost."""
+    job = held(session, lease)
+    for name, value in values.items():
+        setattr(job, name, value)
+    session.flush()
+
+
+def record_metrics(session: Session, lease: Lease, rows: Mapping[int, dict[str, Any]]) -> None:
+    """Measurements by step; a step measured again keeps its last values. Raises LeaseLost."""
+    held(session, lease)
+    if not rows:
+        return
+    statement = insert(Metric).values([{"job_id": lease.job_id, "step": s, "values": v} for s, v in rows.items()])
+    session.execute(
+        statement.on_conflict_do_update(
+            index_elements=["job_id", "step"], set_={"values": Metric.values.concat(statement.excluded["values"])}
+        )
+    )
+
+
+def record_checkpoint(
+    session: Session, lease: Lease, *, step: int, model_id: str, metrics: dict[str, Any]
+) -> Checkpoint:
+    """A public checkpoint whose model row exists and whose objects are stored. Raises LeaseLost."""
+    held(session, lease)
+    checkpoint = Checkpoint(
+        id=ids.new(ids.CHECKPOINT), job_id=lease.job_id, step=step, model_id=model_id, metrics=metrics
+    )
+    session.add(checkpoint)
+    session.flush()
+    ledger.note(session, lease.job_id, f"Checkpoint created at step {step} with Snapshot ID: {model_id}")
+    return checkpoint
+
+
+def finish(
+    session: Session, lease: Lease, *, tuned_model: str, trained_tokens: int, result_file: str, progress: dict[str, Any]
+) -> Job:
+    """The run's end, in the caller's one transaction with the model's and the artifacts' rows. Raises LeaseLost."""
+    job = held(session, lease)
+    ledger.note(session, job.id, f"New fine-tuned model created: {tuned_model}")
+    ledger.move(
+        session,
+        job,
+        State.SUCCEEDED,
+        message="The job has successfully completed",
+        tuned_model=tuned_model,
+        trained_tokens=trained_tokens,
+        result_file=result_file,
+        progress=progress,
+    )
+    end_attempt(session, lease, "succeeded")
+    return job
+
+
+def fail(session: Session, lease: Lease, error: TuneryError, *, outcome: str = "failed") -> None:
+    """The run cannot succeed: no further attempt. Raises LeaseLost."""
+    ledger.fail_job(session, held(session, lease), error)
+    end_attempt(session, lease, outcome)
+
+
+def park(session: Session, lease: Lease, *, snapshot: str | None) -> None:
+    """The owner's pause is done: the state is saved and the device is free. Raises LeaseLost."""
+    job = held(session, lease)
+    ledger.move(session, job, State.PAUSED, message="The job is paused", snapshot=snapshot or job.snapshot)
+    end_attempt(session, lease, "paused")
+
+
+def requeue(
+    session: Session, lease: Lease, *, reason: str, outcome: str, counted: bool, snapshot: str | None = None
+) -> None:
+    """Back to the queue, from the last snapshot if there is one. A `counted` attempt uses up one of MAX_FAILURES.
+
+    The last of those fails the job instead. Raises LeaseLost.
+    """
+    job = held(session, lease)
+    _give_back(session, job, reason=reason, counted=counted, snapshot=snapshot)
+    end_attempt(session, lease, outcome)
+
+
+def _give_back(session: Session, job: Job, *, reason: str, counted: bool, snapshot: str | None = None) -> None:
+    failures = job.failures + counted
+    if failures >= MAX_FAILURES:
+        job.failures = failures
+        ledger.fail_job(session, job, WorkerLost(times=failures))
+    elif job.wish == "pause":
+        ledger.move(
+            session, job, State.PAUSED, message=f"{reason}; the job is paused", failures=failures, fence=job.fence + 1
+        )
+    else:
+        ledger.move(
+            session,
+            job,
+            State.QUEUED,
+            message=f"{reason}; the job waits for a worker again",
+            level="warn",
+            failures=failures,
+            fence=job.fence + 1,
+            queued_at=job.queued_at,
+            snapshot=snapshot or job.snapshot,
+        )
+
+
+def end_attempt(session: Session, lease: Lease, outcome: str) -> None:
+    """Gives the lease and the devices back. Ending an ended attempt changes nothing."""
+    session.execute(
+        update(Attempt)
+        .where(Attempt.id == lease.attempt_id, Attempt.ended_at.is_(None))
+        .values(ended_at=func.clock_timestamp(), lease_until=None, outcome=outcome)
+    )
+    dispatch.nudge_after_commit(session, dispatch.TRAIN)
+
+
+def expire_leases(session: Session) -> int:
+    """Ends every attempt whose lease ran out; a job that still points at it goes back to the queue, or fails.
+
+    Attempts of cancelled jobs end too, so that their devices count as free again. The number of ended attempts.
+    """
+    return _reap_where(session, Attempt.lease_until < func.clock_timestamp())
+
+
+def reap_slot(session: Session, slot: str) -> int:
+    """A returning worker ends the attempts that its slot's former life left behind. Their number."""
+    return _reap_where(session, Attempt.slot == slot)
+
+
+def _reap_where(session: Session, condition: ColumnElement[bool]) -> int:
+    dead = Attempt.ended_at.is_(None) & condition
+    reaped = 0
+    for attempt_id, job_id in session.execute(select(Attempt.id, Attempt.job_id).where(dead)).all():
+        # Job first, then attempt: the order in which every other deed locks them.
+        job = session.get_one(Job, job_id, with_for_update=True, populate_existing=True)
+        attempt = session.scalar(select(Attempt).where(Attempt.id == attempt_id, dead).with_for_update())
+        if attempt is None:
+            continue
+        if job.state == State.RUNNING and job.fence == attempt.number:
+            _give_back(session, job, reason="The worker was lost", counted=True)
+        end_attempt(session, Lease(job.id, attempt.id, attempt.number, tuple(attempt.gpu_indexes)), "lost")
+        reaped += 1
+    return reaped
+
+
+def show_slot(session: Session, slot: Slot) -> None:
+    """A worker shows a device that it offers, now."""
+    values: dict[str, Any] = {
+        "host": slot.host,
+        "gpu_index": slot.gpu_index,
+        "device": slot.device,
+        "memory_bytes": slot.memory_bytes,
+    }
+    values |= {"bf16": slot.bf16, "seen_at": func.clock_timestamp()}
+    session.execute(insert(Slot).values(id=slot.id, **values).on_conflict_do_update(index_elements=["id"], set_=values))
+
+
+def slots(session: Session, *, fresh_seconds: float = 3600) -> list[Slot]:
+    """Devices that workers have shown within the last `fresh_seconds`."""
+    fresh = func.clock_timestamp() - timedelta(seconds=fresh_seconds)
+    return list(session.scalars(select(Slot).where(Slot.seen_at > fresh).order_by(Slot.id)))

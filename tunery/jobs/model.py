@@ -1,0 +1,174 @@
+"""Jobs, their attempts, what happened to them and what they measured."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, UniqueConstraint
+from sqlalchemy.dialects.postgresql import ARRAY, INTEGER
+from sqlalchemy.orm import Mapped, mapped_column
+
+from tunery.db import Base, created_at
+from tunery.jobs.states import FINAL, State
+
+
+def _quoted(states: frozenset[State]) -> str:
+    return ", ".join(f"'{state}'" for state in sorted(states))
+
+
+class Job(Base):
+    """One request for a fine-tune, from `submit` to a final state. The row is the queue.
+
+    `fence` grows with every claim and every cancellation; an attempt may write only while the job's fence is its own
+    number. `wish` is what the owner asked of a running job (`pause`); `phase` says what a running job is doing.
+    """
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint(f"state IN ({_quoted(frozenset(State))})", name="state"),
+        CheckConstraint(f"(state IN ({_quoted(FINAL)})) = (finished_at IS NOT NULL)", name="final_is_finished"),
+        CheckConstraint("state <> 'failed' OR error_code IS NOT NULL", name="failed_has_error"),
+        CheckConstraint("state <> 'succeeded' OR tuned_model IS NOT NULL", name="succeeded_has_model"),
+        CheckConstraint("state NOT IN ('queued', 'running') OR plan IS NOT NULL", name="queued_has_plan"),
+        CheckConstraint("wish IS NULL OR (wish = 'pause' AND state = 'running')", name="wish"),
+        CheckConstraint("gpus IN (1, 2, 4, 8)", name="gpus"),
+        UniqueConstraint("project_id", "idempotency_key"),
+        Index("ix_jobs_project_created", "project_id", "created_at", "id"),
+        Index("ix_jobs_queued", "project_id", "priority", "queued_at", postgresql_where="state = 'queued'"),
+        Index("ix_jobs_validating", "created_at", postgresql_where="state = 'validating_files'"),
+        Index("ix_jobs_request", "project_id", "request_sha256", "created_at"),
+        Index("ix_jobs_training_file", "training_file"),
+        Index("ix_jobs_validation_file", "validation_file"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    key_id: Mapped[str | None] = mapped_column(ForeignKey("api_keys.id"))
+    state: Mapped[str] = mapped_column(default=State.VALIDATING)
+    phase: Mapped[str | None]
+    wish: Mapped[str | None]
+    fence: Mapped[int] = mapped_column(BigInteger, default=0)
+    failures: Mapped[int] = mapped_column(default=0)
+    priority: Mapped[int] = mapped_column(default=0)
+    gpus: Mapped[int] = mapped_column(default=1)
+
+    base_model: Mapped[str] = mapped_column(ForeignKey("models.id"))
+    parent_model: Mapped[str | None] = mapped_column(ForeignKey("models.id"))
+    tuned_model: Mapped[str | None] = mapped_column(ForeignKey("models.id"))
+    training_file: Mapped[str] = mapped_column(ForeignKey("files.id"))
+    validation_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    test_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    result_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    spec: Mapped[dict[str, Any]]
+    plan: Mapped[dict[str, Any] | None]
+    suffix: Mapped[str | None]
+    user_metadata: Mapped[dict[str, Any] | None]
+    integrations: Mapped[list[Any]] = mapped_column(default=list)
+    names_method: Mapped[bool] = mapped_column(default=True)
+
+    idempotency_key: Mapped[str | None]
+    request_sha256: Mapped[str]
+    created_at: Mapped[datetime] = created_at()
+    queued_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    estimated_finish: Mapped[datetime | None]
+    trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    step: Mapped[int] = mapped_column(default=0)
+    total_steps: Mapped[int | None]
+    progress: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    scorecard: Mapped[dict[str, Any] | None]
+    snapshot: Mapped[str | None]
+    error_code: Mapped[str | None]
+    error_message: Mapped[str | None]
+    error_param: Mapped[str | None]
+
+
+class Attempt(Base):
+    """One try of one worker. Live <=> it holds a lease; at most one is live for a job."""
+
+    __tablename__ = "attempts"
+    __table_args__ = (
+        UniqueConstraint("job_id", "number"),
+        CheckConstraint("(ended_at IS NULL) = (lease_until IS NOT NULL)", name="live_is_leased"),
+        CheckConstraint("(ended_at IS NULL) = (outcome IS NULL)", name="ended_has_outcome"),
+        Index("uq_attempts_live", "job_id", unique=True, postgresql_where="ended_at IS NULL"),
+        Index("ix_attempts_lease", "lease_until", postgresql_where="ended_at IS NULL"),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    number: Mapped[int] = mapped_column(BigInteger)
+    host: Mapped[str]
+    slot: Mapped[str]
+    gpu_indexes: Mapped[list[int]] = mapped_column(ARRAY(INTEGER))
+    started_at: Mapped[datetime] = created_at()
+    lease_until: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None]
+    outcome: Mapped[str | None]
+    last_step: Mapped[int] = mapped_column(default=0)
+    process: Mapped[dict[str, Any] | None]
+
+
+class JobEvent(Base):
+    """What happened, in order of `seq`: the events endpoint, the audit trail and the webhooks' outbox.
+
+    `outcome` is set on the one event that ends a job; the outbox fans those out.
+    """
+
+    __tablename__ = "job_events"
+    __table_args__ = (
+        CheckConstraint("level IN ('info', 'warn', 'error')", name="level"),
+        CheckConstraint("type IN ('message', 'metrics')", name="type"),
+        Index("ix_job_events_job", "job_id", "seq"),
+        Index("uq_job_events_outcome", "job_id", unique=True, postgresql_where="outcome IS NOT NULL"),
+        Index("ix_job_events_outbox", "seq", postgresql_where="outcome IS NOT NULL AND NOT fanned_out"),
+    )
+
+    seq: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    created_at: Mapped[datetime] = created_at()
+    level: Mapped[str] = mapped_column(default="info")
+    type: Mapped[str] = mapped_column(default="message")
+    message: Mapped[str]
+    data: Mapped[dict[str, Any] | None]
+    outcome: Mapped[str | None]
+    fanned_out: Mapped[bool] = mapped_column(default=False)
+
+
+class Metric(Base):
+    """One step's measurements. An attempt that resumes overwrites the steps it runs again."""
+
+    __tablename__ = "job_metrics"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    values: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = created_at()
+
+
+class Checkpoint(Base):
+    """A public checkpoint: an epoch's end as a usable model. Recovery snapshots are `jobs.snapshot`, not rows here."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (UniqueConstraint("job_id", "step"), Index("ix_checkpoints_job", "job_id", "step"))
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    step: Mapped[int]
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
+    metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    created_at: Mapped[datetime] = created_at()
+
+
+class Slot(Base):
+    """A device that a worker offers, as last seen. `gpu_index` null: the host's CPU."""
+
+    __tablename__ = "slots"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    host: Mapped[str] = mapped_column(index=True)
+    gpu_index: Mapped[int | None]
+    device: Mapped[str]
+    memory_bytes: Mapped[int] = mapped_column(BigInteger)
+    bf16: Mapped[bool] = mapped_column(default=True)
+    seen_at: Mapped[datetime] = created_at()

@@ -1,0 +1,174 @@
+"""Finding and registering models by the names that people use for them."""
+
+import re
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from tunery import dispatch, ids
+from tunery.errors import InvalidValue, ModelNotFound, WrongState
+from tunery.models.model import Alias, Model
+
+SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+"""A base's id: it stands in URLs and between the colons of `ft:` names, so it has neither `/` nor `:`."""
+
+
+def check_slug(name: str, param: str) -> str:
+    """The name itself. Raises InvalidValue."""
+    if not SLUG.fullmatch(name) or ".." in name:
+        raise InvalidValue(
+            param=param,
+            reason=f"'{name}' cannot be a model id: use up to 96 letters, digits, '.', '_' and '-', a letter or digit first.",
+        )
+    return name
+
+
+def slug_of(source: str) -> str:
+    """A base's id made from where it comes from: `meta-llama/Llama-3.1-8B` -> `Llama-3.1-8B`."""
+    last = source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._") or "model"
+
+
+def find(session: Session, project_id: str, name: str) -> Model:
+    """A model that the project may see, in any status: its own, or a base by id, alias or source.
+
+    Raises ModelNotFound, for another project's model too.
+    """
+    visible = Model.deleted_at.is_(None) & (Model.project_id.is_(None) | (Model.project_id == project_id))
+    model = session.scalar(select(Model).where(Model.id == name, visible))
+    model = model or session.scalar(
+        select(Model).join(Alias, Alias.model_id == Model.id).where(Alias.alias == name, visible)
+    )
+    model = model or session.scalar(
+        select(Model).where(Model.source == name, Model.kind == "base", visible).order_by(Model.created_at).limit(1)
+    )
+    if model is None:
+        raise ModelNotFound(param="model", id=name)
+    return model
+
+
+def find_ready(session: Session, project_id: str, name: str) -> Model:
+    """A model that can be used now. Raises ModelNotFound, WrongState."""
+    model = find(session, project_id, name)
+    if model.status != "ready":
+        raise WrongState(
+            param="model",
+            kind="Model",
+            id=name,
+            state="still being prepared" if model.status == "processing" else f"unusable ({model.status_details})",
+            deed="used",
+            instead="`GET /v1/models/{id}` shows its status.",
+        )
+    return model
+
+
+def list_visible(session: Session, project_id: str) -> list[Model]:
+    """Every ready model of the project and every ready base, newest first."""
+    return list(
+        session.scalars(
+            select(Model)
+            .where(Model.deleted_at.is_(None), Model.status == "ready")
+            .where(Model.project_id.is_(None) | (Model.project_id == project_id))
+            .order_by(Model.created_at.desc(), Model.id)
+        )
+    )
+
+
+def register_base(session: Session, *, name: str, source: str) -> Model:
+    """A base on its way: a worker converts and stores it. Raises InvalidValue when the name is taken.
+
+    A base whose conversion failed may be registered again under its name.
+    """
+    check_slug(name, "id")
+    taken = session.get(Model, name)
+    if session.get(Alias, name) or (taken and taken.status != "error" and taken.deleted_at is None):
+        raise InvalidValue(param="id", reason=f"A model named '{name}' exists. Choose another id.")
+    model = taken or Model(id=name, kind="base", prefix="")
+    model.source, model.status, model.status_details, model.deleted_at = source, "processing", None, None
+    model.prefix = f"models/{ids.token(16)}"
+    session.add(model)
+    session.flush()
+    dispatch.nudge_after_commit(session, dispatch.IO)
+    return model
+
+
+def next_to_convert(session: Session) -> Model | None:
+    """The oldest base that waits for its conversion, locked for this transaction; other workers pass it by."""
+    return session.scalar(
+        select(Model)
+        .where(Model.kind == "base", Model.status == "processing", Model.deleted_at.is_(None))
+        .order_by(Model.created_at)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+
+
+def set_ready(session: Session, model: Model, *, manifest: dict[str, Any], sha256: str, facts: dict[str, Any]) -> None:
+    """Its files are stored and listed: it may be used."""
+    model.manifest, model.manifest_sha256, model.facts = manifest, sha256, facts
+    model.status, model.status_details = "ready", None
+    session.flush()
+
+
+def set_error(session: Session, model: Model, reason: str) -> None:
+    model.status, model.status_details = "error", reason
+    session.flush()
+
+
+def add_alias(session: Session, alias: str, model: Model) -> Alias:
+    """Points an alias at a base, anew if it exists. Raises InvalidValue."""
+    check_slug(alias, "alias")
+    if session.get(Model, alias):
+        raise InvalidValue(param="alias", reason=f"'{alias}' is a model's own id. Choose another alias.")
+    if model.kind != "base":
+        raise InvalidValue(param="model", reason=f"'{model.id}' is not a base model: aliases name bases.")
+    row = session.get(Alias, alias) or Alias(alias=alias)
+    row.model_id = model.id
+    session.add(row)
+    session.flush()
+    return row
+
+
+def add_tuned(
+    session: Session,
+    *,
+    name: str,
+    project_id: str,
+    kind: str,
+    base: Model,
+    job_id: str,
+    technique: str,
+    prefix: str,
+    manifest: dict[str, Any],
+    sha256: str,
+) -> Model:
+    """The row of a job's result (`tuned`) or of one of its epochs (`checkpoint`); its objects are stored already."""
+    model = Model(
+        id=name,
+        project_id=project_id,
+        kind=kind,
+        base_id=base.id,
+        job_id=job_id,
+        technique=technique,
+        status="ready",
+        prefix=prefix,
+        manifest=manifest,
+        manifest_sha256=sha256,
+        facts=base.facts,
+    )
+    session.add(model)
+    session.flush()
+    return model
+
+
+def tuned_name(*, base: str, organization: str, suffix: str | None, step: int | None = None) -> str:
+    """`ft:{base}:{organization}:{suffix}:{8 characters}`, with `:ckpt-step-{n}` for a checkpoint."""
+    name = f"ft:{base}:{organization}:{suffix or ''}:{ids.token(8)}"
+    return name if step is None else f"{name}:ckpt-step-{step}"
+
+
+def delete(session: Session, model: Model) -> None:
+    """Hides the model from now on; its objects and its job's record stay."""
+    model.deleted_at = func.now()
+    session.flush()
