@@ -7,7 +7,8 @@
     │   ├── InvalidJSONL         an uploaded line is not a JSON object
     │   ├── FileInUse            a live job needs the file
     │   ├── WrongState           the object's state forbids the deed
-    │   └── AddressRefused       a webhook URL leads where we do not post
+    │   ├── AddressRefused       a webhook URL leads where we do not post
+    │   └── ReceiverSilent       a webhook's receiver gave no answer to a test
     ├── Unauthenticated          no key, or a wrong one
     ├── Forbidden                a right key that may not do this
     ├── NotFound                 no such object in this project
@@ -16,6 +17,7 @@
     ├── TooLarge                 more bytes than the limit
     ├── QuotaExceeded            the project has all it may have
     ├── Unavailable              a part of ours is down; try again
+    │   └── StorageFailed
     ├── JobFailure               why a job failed; its text is shown to the job's owner
     │   ├── InvalidTrainingFile
     │   ├── InvalidNExamples
@@ -25,6 +27,8 @@
     │   └── WorkerLost
     ├── LeaseLost                a late worker speaks for a job that is no longer its own
     ├── ChecksumMismatch         stored bytes are not the bytes that were recorded
+    ├── ObjectMissing            storage has nothing under a key that a row names
+    ├── KeyTaken                 storage already has something under a key that must be new
     └── IllegalMove              a job was asked to take an edge that is not in TRANSITIONS
 
 A class's docstring is its message, with fields in braces; its `code` never changes. HTTP knows these classes in one
@@ -95,6 +99,12 @@ class AddressRefused(Rejected):
     code = "address_refused"
 
 
+class ReceiverSilent(Rejected):
+    """The receiver gave no HTTP answer: {reason}. Start it, or correct the endpoint's url, then test again."""
+
+    code = "receiver_silent"
+
+
 class Unauthenticated(TuneryError):
     """{reason} Send a project's key as 'Authorization: Bearer <key>'; `tunery keys create` makes one."""
 
@@ -142,6 +152,13 @@ class Unavailable(TuneryError):
     """{part} does not answer. Nothing was lost; try again in a few seconds."""
 
     code = "unavailable"
+
+
+class StorageFailed(Unavailable):
+    """Object storage could not {deed} ({reason}). Nothing stored before was lost; look at the storage's health and free
+    space, then try again."""
+
+    code = "storage_failed"
 
 
 class JobFailure(TuneryError):
@@ -199,6 +216,18 @@ class ChecksumMismatch(TuneryError):
     """'{key}' does not have the recorded sha256 ({expected}, found {found}). Restore it from a good copy."""
 
     code = "checksum_mismatch"
+
+
+class ObjectMissing(TuneryError):
+    """'{key}' is not in storage. Restore it from a copy, or delete what refers to it."""
+
+    code = "object_missing"
+
+
+class KeyTaken(TuneryError):
+    """'{key}' is stored already and is not replaced."""
+
+    code = "key_taken"
 
 
 class IllegalMove(TuneryError):

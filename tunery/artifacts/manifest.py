@@ -1,0 +1,122 @@
+"""The list of a folder's files with sizes and sha256. A folder in storage exists once its manifest does."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from tunery.errors import ChecksumMismatch
+from tunery.storage import Storage, check_key
+
+NAME = "manifest.json"
+"""The manifest's own name. It does not list itself: its sha256 is kept in the database."""
+
+
+def _relative(path: str) -> str:
+    # A manifest comes back from storage, which others may write to: `../../etc/cron.d/x` must not leave the folder.
+    return check_key(path)
+
+
+class ManifestFile(BaseModel):
+    """One file: `path` relative to the folder, with `/` between parts; `bytes` its size."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: Annotated[str, AfterValidator(_relative)]
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Manifest(BaseModel):
+    """All files of a folder, sorted by path. Two folders with equal content have equal manifests, byte for byte."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    files: tuple[ManifestFile, ...]
+
+    def encode(self) -> bytes:
+        """The canonical JSON: what is stored as manifest.json and what `sha256` is the digest of."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.encode()).hexdigest()
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+
+def digest(path: Path) -> str:
+    """A file's sha256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(folder: Path) -> Manifest:
+    """The manifest of a folder's files, hidden ones and a manifest.json at its top left out. Reads every byte."""
+    files = (
+        ManifestFile(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=digest(path))
+        for path in _files(folder)
+    )
+    return Manifest(files=tuple(sorted(files, key=lambda file: file.path)))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and path != folder / NAME:
+            yield path
+
+
+def publish(storage: Storage, prefix: str, folder: Path) -> tuple[Manifest, str]:
+    """Store a folder under `prefix` and answer its manifest with the manifest's sha256.
+
+    The files go first and the manifest last, so a publisher that dies half-way leaves no manifest and nobody reads its
+    files. The manifest is written only where none is: of two publishers under one prefix the second gets `KeyTaken`.
+    Sizes and digests are those of the bytes that were sent, so a file changed meanwhile cannot make a wrong manifest.
+    """
+    stored = (
+        (path, storage.put_file(f"{prefix}/{path.relative_to(folder).as_posix()}", path)) for path in _files(folder)
+    )
+    files = [
+        ManifestFile(path=path.relative_to(folder).as_posix(), bytes=done.bytes, sha256=done.sha256)
+        for path, done in stored
+    ]
+    manifest = Manifest(files=tuple(sorted(files, key=lambda file: file.path)))
+    storage.put(f"{prefix}/{NAME}", manifest.encode(), if_absent=True)
+    return manifest, manifest.sha256
+
+
+def load(storage: Storage, prefix: str, sha256: str) -> Manifest:
+    """The stored manifest. Raises ObjectMissing, and ChecksumMismatch when it is not the one the database recorded."""
+    key = f"{prefix}/{NAME}"
+    text = b"".join(storage.read(key))
+    found = hashlib.sha256(text).hexdigest()
+    if found != sha256:
+        raise ChecksumMismatch(key=key, expected=sha256, found=found)
+    return Manifest.model_validate_json(text)
+
+
+def fetch(storage: Storage, prefix: str, manifest: Manifest, folder: Path) -> None:
+    """Bring every file into `folder` and the manifest last. Raises ObjectMissing or ChecksumMismatch.
+
+    Files already there with the right bytes are kept, so a fetch that was cut off goes on where it stopped.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in manifest.files:
+        _fetch_file(storage, prefix, file, folder / file.path)
+    partial = folder / f".{NAME}.partial"
+    partial.write_bytes(manifest.encode())
+    partial.replace(folder / NAME)
+
+
+def _fetch_file(storage: Storage, prefix: str, file: ManifestFile, path: Path) -> None:
+    if path.is_file() and path.stat().st_size == file.bytes and digest(path) == file.sha256:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.fetch(f"{prefix}/{file.path}", path, file.sha256)
+

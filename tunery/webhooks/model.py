@@ -1,0 +1,81 @@
+"""Who wants to hear of a job's end, what is owed to them, and every try to tell them."""
+
+from datetime import datetime
+
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, Text, UniqueConstraint
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.orm import Mapped, mapped_column
+
+from tunery.db import Base, created_at
+
+
+class WebhookEndpoint(Base):
+    """A receiver. While `previous_secret` is valid, every message carries the signatures of both secrets.
+
+    Secrets are kept as they are: a signature needs the secret itself, so a digest of it would be of no use.
+    """
+
+    __tablename__ = "webhook_endpoints"
+    __table_args__ = (
+        CheckConstraint("(previous_secret IS NULL) = (previous_valid_until IS NULL)", name="previous_has_end"),
+        CheckConstraint("(disabled_at IS NULL) = (disabled_reason IS NULL)", name="disabled_has_reason"),
+        CheckConstraint("cardinality(event_types) > 0", name="event_types"),
+        Index("ix_webhook_endpoints_project_created", "project_id", "created_at", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    name: Mapped[str]
+    url: Mapped[str]
+    event_types: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    secret: Mapped[str]
+    previous_secret: Mapped[str | None]
+    previous_valid_until: Mapped[datetime | None]
+    created_at: Mapped[datetime] = created_at()
+    updated_at: Mapped[datetime] = created_at()
+    disabled_at: Mapped[datetime | None]
+    disabled_reason: Mapped[str | None]
+    deleted_at: Mapped[datetime | None]
+
+
+class Delivery(Base):
+    """One event owed to one endpoint. Its id is the `webhook-id` header, the same on every try.
+
+    `tries` counts the tries begun; it is also the fence: a sender writes only where it still has the number it took.
+    `claimed_until` is set while a sender holds the row and outlives a sender that died.
+    """
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        UniqueConstraint("event_id", "endpoint_id"),
+        CheckConstraint("state IN ('pending', 'delivered', 'failed')", name="state"),
+        CheckConstraint("(state = 'pending') = (next_try_at IS NOT NULL)", name="pending_has_next_try"),
+        CheckConstraint("(state = 'pending') = (finished_at IS NULL)", name="finished_has_time"),
+        Index("ix_webhook_deliveries_due", "next_try_at", postgresql_where="state = 'pending'"),
+        Index("ix_webhook_deliveries_endpoint", "endpoint_id", "created_at"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    event_id: Mapped[str] = mapped_column(ForeignKey("job_events.id"))
+    endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id"))
+    state: Mapped[str] = mapped_column(default="pending")
+    tries: Mapped[int] = mapped_column(default=0)
+    next_try_at: Mapped[datetime | None]
+    claimed_until: Mapped[datetime | None]
+    created_at: Mapped[datetime] = created_at()
+    finished_at: Mapped[datetime | None]
+
+
+class DeliveryTry(Base):
+    """One try. The row is written when the try begins: one without an end belongs to a sender that died."""
+
+    __tablename__ = "webhook_tries"
+    __table_args__ = (UniqueConstraint("delivery_id", "number"),)
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    delivery_id: Mapped[str] = mapped_column(ForeignKey("webhook_deliveries.id"))
+    number: Mapped[int]
+    at: Mapped[datetime] = created_at()
+    seconds: Mapped[float | None]
+    status_code: Mapped[int | None]
+    error: Mapped[str | None]
