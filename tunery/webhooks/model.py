@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, Text, UniqueConstraint
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, Text, UniqueConstraint, func
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -32,7 +32,7 @@ class WebhookEndpoint(Base):
     previous_secret: Mapped[str | None]
     previous_valid_until: Mapped[datetime | None]
     created_at: Mapped[datetime] = created_at()
-    updated_at: Mapped[datetime] = created_at()
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     disabled_at: Mapped[datetime | None]
     disabled_reason: Mapped[str | None]
     deleted_at: Mapped[datetime | None]
