@@ -29,7 +29,7 @@ class Base(DeclarativeBase):
     type_annotation_map = {datetime: DateTime(timezone=True), dict[str, Any]: JSONB, list[Any]: JSONB}
 
 
-def created_at() -> MappedColumn[datetime]:
+def creation_time() -> MappedColumn[datetime]:
     """A creation time: the statement's own time, so that rows of one transaction keep their order."""
     return mapped_column(server_default=func.clock_timestamp())
 

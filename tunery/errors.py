@@ -7,6 +7,7 @@
     │   ├── InvalidJSONL         an uploaded line is not a JSON object
     │   ├── FileInUse            a live job needs the file
     │   ├── WrongState           the object's state forbids the deed
+    │   ├── UnusableModel        a base model's files cannot be used
     │   ├── AddressRefused       a webhook URL leads where we do not post
     │   └── ReceiverSilent       a webhook's receiver gave no answer to a test
     ├── Unauthenticated          no key, or a wrong one
@@ -90,6 +91,12 @@ class WrongState(Rejected):
     """{kind} '{id}' is {state}, so it cannot be {deed}. {instead}"""
 
     code = "wrong_state"
+
+
+class UnusableModel(Rejected):
+    """'{source}' cannot become a base model: {reason}"""
+
+    code = "unusable_model"
 
 
 class AddressRefused(Rejected):

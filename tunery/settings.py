@@ -25,14 +25,10 @@ class Settings(BaseSettings):
     broker_url: str = Field("redis://127.0.0.1:6379/0", description="Redis or Valkey, for wake-ups only")
     storage_url: str = Field("file:///var/lib/tunery/objects", description="file:///DIR or s3://BUCKET[/PREFIX]")
     s3_endpoint_url: str | None = Field(None, description="An S3 server other than AWS; keys come from AWS_* variables")
-    s3_public_endpoint_url: str | None = Field(
-        None, description="The same server as users reach it, for presigned URLs"
-    )
+    s3_public_endpoint_url: str | None = Field(None, description="The same server as users reach it (presigned URLs)")
 
     organization: str = Field("tunery", pattern=r"^[a-z0-9-]{1,32}$", description="Third part of `ft:` model names")
-    models_dir: Path = Field(
-        Path("/var/lib/tunery/models"), description="This host's base models, one folder a manifest"
-    )
+    models_dir: Path = Field(Path("/var/lib/tunery/models"), description="This host's bases, one folder a manifest")
     runs_dir: Path = Field(Path("/var/lib/tunery/runs"), description="This host's run directories")
 
     server_url: str = Field("http://127.0.0.1:8001", description="The model server, as the API reaches it")

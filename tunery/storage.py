@@ -100,7 +100,9 @@ def check_key(key: str) -> str:
     """
     parts = key.split("/")
     if len(key.encode()) > 900 or any(len(p.encode()) > 255 or not _PART_OF_KEY.fullmatch(p) for p in parts):
-        raise ValueError(f"{key!r} cannot be a storage key: give 1 to 900 bytes, parts joined by '/', none starting with '.'")
+        raise ValueError(
+            f"{key!r} cannot be a storage key: give 1 to 900 bytes, parts joined by '/', none starting with '.'"
+        )
     return key
 
 
@@ -440,9 +442,7 @@ class Bucket:
         with _translated("sweep", self._prefix):
             for upload in [upload for page in pages for upload in page.get("Uploads", ())]:
                 if upload["Initiated"] < limit:
-                    self._s3.abort_multipart_upload(
-                        Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-                    )
+                    self._s3.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
                     swept += 1
         return swept
 
@@ -516,9 +516,7 @@ class _MultipartSink:
             self._send(bytes(self._buffer))
         self._done += [flight.result() for flight in self._flying]
         with _translated("write", self._key):
-            self._s3.complete_multipart_upload(
-                **self._at, UploadId=self._upload, MultipartUpload={"Parts": self._done}
-            )
+            self._s3.complete_multipart_upload(**self._at, UploadId=self._upload, MultipartUpload={"Parts": self._done})
         self._close()
 
     def _close(self) -> None:

@@ -62,7 +62,7 @@ class Evaluated(Message):
 
 
 class CheckpointSaved(Message):
-    """A complete directory, safe on the local disk. `kind`: a public model of an epoch's end, or a recovery snapshot."""
+    """A complete directory on the local disk: a public model of an epoch's end, or a recovery snapshot."""
 
     type: Literal["checkpoint_saved"] = "checkpoint_saved"
     kind: Literal["public", "snapshot"]

@@ -5,7 +5,7 @@ from datetime import datetime
 from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from tunery.db import Base, created_at
+from tunery.db import Base, creation_time
 
 
 class File(Base):
@@ -27,7 +27,7 @@ class File(Base):
     key: Mapped[str]
     status: Mapped[str] = mapped_column(default="uploaded")
     status_details: Mapped[str | None]
-    created_at: Mapped[datetime] = created_at()
+    created_at: Mapped[datetime] = creation_time()
     expires_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
 
@@ -47,7 +47,7 @@ class Upload(Base):
     status: Mapped[str] = mapped_column(default="pending")
     file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
     file_expires_after: Mapped[int | None]
-    created_at: Mapped[datetime] = created_at()
+    created_at: Mapped[datetime] = creation_time()
     expires_at: Mapped[datetime]
 
 
@@ -61,4 +61,4 @@ class UploadPart(Base):
     bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str]
     key: Mapped[str]
-    created_at: Mapped[datetime] = created_at()
+    created_at: Mapped[datetime] = creation_time()

@@ -44,7 +44,7 @@ class Lease:
     gpu_indexes: tuple[int, ...]
 
 
-# Only each project's best job is looked at, so a project with 100,000 waiting jobs costs what one with a single job does.
+# Only each project's best job is looked at: 100,000 waiting jobs of one project cost what a single one does.
 _BEST = text(
     """
     WITH live AS (
@@ -220,14 +220,12 @@ def requeue(
 
 
 def _give_back(session: Session, job: Job, *, reason: str, counted: bool, snapshot: str | None = None) -> None:
-    failures = job.failures + counted
+    failures, fence = job.failures + counted, job.fence + 1
     if failures >= MAX_FAILURES:
         job.failures = failures
         ledger.fail_job(session, job, WorkerLost(times=failures))
     elif job.wish == "pause":
-        ledger.move(
-            session, job, State.PAUSED, message=f"{reason}; the job is paused", failures=failures, fence=job.fence + 1
-        )
+        ledger.move(session, job, State.PAUSED, message=f"{reason}; the job is paused", failures=failures, fence=fence)
     else:
         ledger.move(
             session,
@@ -236,7 +234,7 @@ def _give_back(session: Session, job: Job, *, reason: str, counted: bool, snapsh
             message=f"{reason}; the job waits for a worker again",
             level="warn",
             failures=failures,
-            fence=job.fence + 1,
+            fence=fence,
             queued_at=job.queued_at,
             snapshot=snapshot or job.snapshot,
         )
@@ -288,8 +286,9 @@ def show_slot(session: Session, slot: Slot) -> None:
         "gpu_index": slot.gpu_index,
         "device": slot.device,
         "memory_bytes": slot.memory_bytes,
+        "bf16": slot.bf16,
+        "seen_at": func.clock_timestamp(),
     }
-    values |= {"bf16": slot.bf16, "seen_at": func.clock_timestamp()}
     session.execute(insert(Slot).values(id=slot.id, **values).on_conflict_do_update(index_elements=["id"], set_=values))
 
 

@@ -126,7 +126,8 @@ def earlier_request(
 ) -> Job | None:
     """The job that this very request already made, if it did; concurrent twins of a request take turns here.
 
-    With an Idempotency-Key: the job of that key, for as long as it is stored; InvalidValue when its request was another.
+    With an Idempotency-Key: the job of that key, for as long as it is stored; InvalidValue when its request was
+    another.
     Without one, for a client's own retry: the job of an identical request within RETRY_WINDOW.
     """
     twin_lock = func.hashtextextended(f"{project_id} {idempotency_key or request_sha256}", 0)

@@ -7,7 +7,7 @@ from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index,
 from sqlalchemy.dialects.postgresql import ARRAY, INTEGER
 from sqlalchemy.orm import Mapped, mapped_column
 
-from tunery.db import Base, created_at
+from tunery.db import Base, creation_time
 from tunery.jobs.states import FINAL, State
 
 
@@ -67,7 +67,7 @@ class Job(Base):
 
     idempotency_key: Mapped[str | None]
     request_sha256: Mapped[str]
-    created_at: Mapped[datetime] = created_at()
+    created_at: Mapped[datetime] = creation_time()
     queued_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
     estimated_finish: Mapped[datetime | None]
@@ -100,7 +100,7 @@ class Attempt(Base):
     host: Mapped[str]
     slot: Mapped[str]
     gpu_indexes: Mapped[list[int]] = mapped_column(ARRAY(INTEGER))
-    started_at: Mapped[datetime] = created_at()
+    started_at: Mapped[datetime] = creation_time()
     lease_until: Mapped[datetime | None]
     ended_at: Mapped[datetime | None]
     outcome: Mapped[str | None]
@@ -126,7 +126,7 @@ class JobEvent(Base):
     seq: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     id: Mapped[str] = mapped_column(unique=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
-    created_at: Mapped[datetime] = created_at()
+    created_at: Mapped[datetime] = creation_time()
     level: Mapped[str] = mapped_column(default="info")
     type: Mapped[str] = mapped_column(default="message")
     message: Mapped[str]
@@ -143,7 +143,7 @@ class Metric(Base):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     step: Mapped[int] = mapped_column(primary_key=True)
     values: Mapped[dict[str, Any]]
-    created_at: Mapped[datetime] = created_at()
+    created_at: Mapped[datetime] = creation_time()
 
 
 class Checkpoint(Base):
@@ -157,7 +157,7 @@ class Checkpoint(Base):
     step: Mapped[int]
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
     metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    created_at: Mapped[datetime] = created_at()
+    created_at: Mapped[datetime] = creation_time()
 
 
 class Slot(Base):
@@ -171,4 +171,4 @@ class Slot(Base):
     device: Mapped[str]
     memory_bytes: Mapped[int] = mapped_column(BigInteger)
     bf16: Mapped[bool] = mapped_column(default=True)
-    seen_at: Mapped[datetime] = created_at()
+    seen_at: Mapped[datetime] = creation_time()

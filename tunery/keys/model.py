@@ -5,7 +5,7 @@ from datetime import datetime
 from sqlalchemy import CheckConstraint, ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from tunery.db import Base, created_at
+from tunery.db import Base, creation_time
 
 
 class Project(Base):
@@ -22,7 +22,7 @@ class Project(Base):
     name: Mapped[str]
     max_running: Mapped[int | None]
     max_queued: Mapped[int | None]
-    created_at: Mapped[datetime] = created_at()
+    created_at: Mapped[datetime] = creation_time()
     revoked_at: Mapped[datetime | None]
 
 
@@ -37,6 +37,6 @@ class Key(Base):
     prefix: Mapped[str]
     sha256: Mapped[str] = mapped_column(unique=True)
     admin: Mapped[bool] = mapped_column(default=False)
-    created_at: Mapped[datetime] = created_at()
+    created_at: Mapped[datetime] = creation_time()
     last_used_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]

@@ -6,7 +6,7 @@ from typing import Any
 from sqlalchemy import CheckConstraint, ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from tunery.db import Base, created_at
+from tunery.db import Base, creation_time
 
 
 class Model(Base):
@@ -39,7 +39,7 @@ class Model(Base):
     manifest: Mapped[dict[str, Any] | None]
     manifest_sha256: Mapped[str | None]
     facts: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    created_at: Mapped[datetime] = created_at()
+    created_at: Mapped[datetime] = creation_time()
     deleted_at: Mapped[datetime | None]
 
 
@@ -50,4 +50,4 @@ class Alias(Base):
 
     alias: Mapped[str] = mapped_column(primary_key=True)
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
-    created_at: Mapped[datetime] = created_at()
+    created_at: Mapped[datetime] = creation_time()

@@ -19,7 +19,7 @@ def check_slug(name: str, param: str) -> str:
     if not SLUG.fullmatch(name) or ".." in name:
         raise InvalidValue(
             param=param,
-            reason=f"'{name}' cannot be a model id: use up to 96 letters, digits, '.', '_' and '-', a letter or digit first.",
+            reason=f"'{name}' cannot be a model id: use up to 96 letters, digits, '.', '_', '-'.",
         )
     return name
 
