@@ -1,0 +1,239 @@
+"""`python -m worker.trainer.convert SOURCE OUT_DIR`: a base model from a folder, a hub id or a GGUF file.
+
+OUT_DIR gets bf16 safetensors, the tokenizer, its chat template and `facts.json`. Only data is read: weights from
+safetensors or GGUF, never a pickle, and no code that came with a model is run. A source that cannot be used gets one
+line on standard error and exit code 65.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import disable_progress_bars
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from tunery.errors import UnusableModel
+from tunery.wire import EXIT_USER_ERROR
+from worker.trainer import gguf_files
+
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+TEXTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+def convert(source: str, out: Path) -> dict[str, Any]:
+    """Writes the base model into `out` (created, must be empty) and returns its facts. Raises UnusableModel."""
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise UnusableModel(source=source, reason=f"the folder '{out}' is not empty. Name a new one.")
+    if source.endswith(".gguf"):
+        gguf_files.unpack(Path(source), out)
+    elif Path(source).is_dir():
+        _copy(source, Path(source), out)
+    else:
+        with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+            _copy(source, _download(source, folder), out)
+    template = _settle_template(source, out)
+    facts = _facts(source, out, template)
+    (out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+    for path in out.iterdir():
+        path.chmod(0o644)  # safetensors writes 0600, and the folder is served to other users' processes
+    return facts
+
+
+def _download(source: str, folder: str) -> Path:
+    """The hub's files in `folder`; `id@revision` names a revision. HF_ENDPOINT and HF_TOKEN are honoured."""
+    name, _, revision = source.partition("@")
+    try:
+        names = HfApi().list_repo_files(name, revision=revision or None)
+        _check_names(source, [Path(n) for n in names if "/" not in n])
+        snapshot_download(name, revision=revision or None, local_dir=folder, allow_patterns=[*TEXTS, *WEIGHTS])
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnusableModel(
+            source=source,
+            reason=f"it is no folder and no .gguf file here, and the model hub says: {reason} "
+            "Check the name; a closed network needs HF_ENDPOINT or a local folder, a gated model HF_TOKEN.",
+        ) from error
+    return Path(folder)
+
+
+def _check_names(source: str, paths: list[Path]) -> None:
+    if any(path.suffix == ".safetensors" for path in paths):
+        return
+    found = sorted(path.name for path in paths if path.suffix in PICKLES)
+    what = f"its weights are pickles ({', '.join(found[:3])}), which can run code" if found else "it has no weights"
+    raise UnusableModel(source=source, reason=f"{what}. Save it as safetensors and add it again.")
+
+
+def _copy(source: str, folder: Path, out: Path) -> None:
+    """The folder's texts as they are and its weights in bf16, one shard in memory at a time."""
+    _check_names(source, list(folder.iterdir()))
+    for text in TEXTS:
+        if (folder / text).exists():
+            _refuse_code(source, folder / text)
+            shutil.copyfile(folder / text, out / text)
+    if not (out / "config.json").exists():
+        raise UnusableModel(source=source, reason="it has no config.json. Add the file that was saved with the weights.")
+    _write_config(source, out / "config.json")
+    weight_map: dict[str, str] = {}
+    for shard in _shards(source, folder):
+        _write_shard(source, shard, out, weight_map)
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if not (out / "tokenizer.json").exists():
+        _save_fast_tokenizer(source, folder, out)
+
+
+def _shards(source: str, folder: Path) -> list[Path]:
+    """The weight files that a loader would read: those that the index names, or all."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        one = folder / "model.safetensors"
+        return [one] if one.exists() else sorted(folder.glob("*.safetensors"))
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    missing = [name for name in names if Path(name).name != name or not (folder / name).exists()]
+    if missing:
+        raise UnusableModel(source=source, reason=f"its index names {missing[0]}, which is not there. Copy every shard.")
+    return [folder / name for name in names]
+
+
+def _write_shard(source: str, shard: Path, out: Path, weight_map: dict[str, str]) -> None:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            tensors = {name: _bf16(file.get_tensor(name)) for name in file.keys()}
+    except Exception as error:  # safetensors raises its own bare Rust error
+        raise UnusableModel(source=source, reason=f"{shard.name} is damaged ({error}). Copy it again.") from error
+    save_file(tensors, out / shard.name, metadata={"format": "pt"})
+    weight_map.update(dict.fromkeys(tensors, shard.name))
+
+
+def _bf16(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+
+
+def _refuse_code(source: str, path: Path) -> None:
+    """Raises UnusableModel when a JSON file asks for code of the model's own (`auto_map`)."""
+    if path.suffix == ".json" and path.name != "tokenizer.json" and "auto_map" in json.loads(path.read_text()):
+        raise UnusableModel(
+            source=source,
+            reason=f"{path.name} has auto_map, so it wants to run its own code, which is never done here. "
+            "Use a model whose architecture transformers has.",
+        )
+
+
+def _write_config(source: str, path: Path) -> None:
+    """The config with bf16 as its type. A quantised checkpoint is refused: its weights are not weights to cast."""
+    config = json.loads(path.read_text())
+    if config.get("quantization_config"):
+        raise UnusableModel(
+            source=source,
+            reason="its weights are quantised already. Add the unquantised model; qlora quantises by itself.",
+        )
+    config.pop("torch_dtype", None)
+    path.write_text(json.dumps(config | {"dtype": "bfloat16"}, indent=2) + "\n")
+
+
+def _save_fast_tokenizer(source: str, folder: Path, out: Path) -> None:
+    try:
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(out)
+    except Exception as error:
+        raise UnusableModel(
+            source=source, reason=f"its tokenizer cannot be read ({error}). Add its tokenizer.json."
+        ) from error
+
+
+def _settle_template(source: str, out: Path) -> str:
+    """The chat template's text, and `chat_template.jinja` holding it. Raises UnusableModel when there is none."""
+    path = out / "chat_template.jinja"
+    if not path.exists():
+        config = out / "tokenizer_config.json"
+        template = json.loads(config.read_text()).get("chat_template") if config.exists() else None
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if not template:
+            raise UnusableModel(
+                source=source,
+                reason="it has no chat template, so chat rows cannot be written as its prompts. Use the instruct "
+                "version, or put a chat_template.jinja beside its tokenizer.",
+            )
+        path.write_text(template)
+    return path.read_text()
+
+
+def _facts(source: str, out: Path, template: str) -> dict[str, Any]:
+    """What planning needs to know, from the config and from a model without memory (device `meta`)."""
+    try:
+        config = AutoConfig.from_pretrained(out, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnusableModel(source=source, reason=f"transformers cannot build it ({reason}).") from error
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    return {
+        "model_type": config.model_type,
+        "architecture": type(model).__name__,
+        "params": sum(p.numel() for p in model.parameters()),
+        "hidden_size": text.hidden_size,
+        "intermediate_size": getattr(text, "intermediate_size", None),
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", heads),
+        "head_dim": getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None),
+        "vocab_size": text.vocab_size,
+        "tie_word_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
+        "context_length": getattr(text, "max_position_embeddings", None),
+        "eos_token_ids": _eos_ids(out),
+        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+    }
+
+
+def _eos_ids(out: Path) -> list[int]:
+    """Every token that ends an answer: the generation config's, the config's and the tokenizer's own."""
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        if (out / name).exists():
+            ids = json.loads((out / name).read_text()).get("eos_token_id")
+            found += ids if isinstance(ids, list) else [ids]
+    found.append(AutoTokenizer.from_pretrained(out, trust_remote_code=False).eos_token_id)
+    return sorted({i for i in found if i is not None})
+
+
+def main() -> int:
+    if len(sys.argv) != 3:
+        print("usage: python -m worker.trainer.convert SOURCE OUT_DIR", file=sys.stderr)
+        return 2
+    disable_progress_bar()
+    disable_progress_bars()
+    try:
+        facts = convert(sys.argv[1], Path(sys.argv[2]))
+    except UnusableModel as error:
+        print(error.message, file=sys.stderr)
+        return EXIT_USER_ERROR
+    print(json.dumps(facts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""GGUF files: weights unpacked to bf16 and the tokenizer mended.
+
+transformers reads both, with three traps. Its loader keeps the weights packed unless told to unpack them; the
+converted byte-pair tokenizers lose the file's own rule for cutting text into words (`tokenizer.ggml.pre`), so digits
+and punctuation tokenise otherwise than in training; and a pad token that is also the stop token is common, which is
+why nothing here masks by the pad id.
+"""
+
+from pathlib import Path
+
+import torch
+import transformers
+from gguf import GGUFReader
+from tokenizers import Regex, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tunery.errors import UnusableModel
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def _digits_then_bytes() -> pre_tokenizers.PreTokenizer:
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+
+
+def _by_pattern(pattern: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def word_rule(pre: str) -> pre_tokenizers.PreTokenizer | None:
+    """The pre-tokenizer that `tokenizer.ggml.pre` names; None when it is not one that we know."""
+    if pre in {"smollm", "starcoder", "refact", "codeshell", "command-r"}:
+        return _digits_then_bytes()
+    if pre in {"gpt-2", "gpt2"}:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if pre in {"llama-bpe", "llama3", "llama-v3"}:
+        return _by_pattern(_LLAMA3)
+    return _by_pattern(_QWEN2) if pre == "qwen2" else None
+
+
+def unpack(path: Path, out: Path) -> None:
+    """Writes the GGUF file's model (bf16 safetensors) and tokenizer into `out`. Raises UnusableModel."""
+    kind, pre = _tokenizer_kind(path)
+    rule = word_rule(pre)
+    if kind == "gpt2" and rule is None:
+        raise UnusableModel(
+            source=path,
+            reason=f"its tokenizer cuts words by the rule '{pre}', which is not known here. Add the model from its "
+            "safetensors instead.",
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = _load(path)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnusableModel(source=path, reason=f"transformers cannot read it ({reason}).") from error
+    if rule is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = rule
+    tokenizer.save_pretrained(out)
+    model.save_pretrained(out)
+
+
+def _tokenizer_kind(path: Path) -> tuple[str, str]:
+    try:
+        fields = GGUFReader(path).fields
+    except Exception as error:
+        raise UnusableModel(source=path, reason=f"it is not a readable GGUF file ({error}).") from error
+    kind, pre = (fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    return str(kind.contents()) if kind else "", str(pre.contents()) if pre else "gpt-2"
+
+
+def _load(path: Path) -> transformers.PreTrainedModel:
+    """The model with every weight unpacked: packed weights can be neither saved nor trained."""
+    config = getattr(transformers, "GgufConfig", None)
+    extra = {"quantization_config": config(dequantize=True)} if config else {}
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16, **extra)
