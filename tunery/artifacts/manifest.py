@@ -119,4 +119,3 @@ def _fetch_file(storage: Storage, prefix: str, file: ManifestFile, path: Path) -
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     storage.fetch(f"{prefix}/{file.path}", path, file.sha256)
-

@@ -1,0 +1,150 @@
+"""Objects as files, for one host: the embedded stack and small installations."""
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tunery.errors import KeyTaken, ObjectMissing, StorageFailed
+from tunery.storage.protocol import CHUNK, PRESIGN_SECONDS, Stored, Writer, check_key, copy, fetch, writing
+
+
+class Directory:
+    """Objects as files below `root`. Half-written ones lie in `root/.tmp`: on one file system a rename is atomic."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.resolve()
+        self._temporary = self._root / ".tmp"
+        self._temporary.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, key: str) -> Path:
+        path = self._root / check_key(key)
+        # The key is harmless by now, but a symbolic link below the root could still lead out of it.
+        if not path.resolve().is_relative_to(self._root):
+            raise ValueError(f"{key!r} leads out of the storage directory through a symbolic link")
+        return path
+
+    def writer(
+        self,
+        key: str,
+        content_type: str | None = None,  # noqa: ARG002 (files have no content type)
+    ) -> contextlib.AbstractContextManager[Writer]:
+        return writing(key, _FileSink(self._temporary, key, self._path(key)))
+
+    def put(self, key: str, data: bytes, if_absent: bool = False) -> Stored:
+        with writing(key, _FileSink(self._temporary, key, self._path(key), if_absent=if_absent)) as writer:
+            writer.write(data)
+        return writer.stored
+
+    def put_file(self, key: str, path: Path) -> Stored:
+        with self.writer(key) as writer:
+            copy(path, writer)
+        return writer.stored
+
+    def read(self, key: str, start: int = 0) -> Iterator[bytes]:
+        try:
+            file = self._path(key).open("rb")
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise ObjectMissing(key=key) from None
+        file.seek(start)
+
+        def chunks() -> Iterator[bytes]:
+            with file:
+                while data := file.read(CHUNK):
+                    yield data
+
+        return chunks()
+
+    def fetch(self, key: str, path: Path, sha256: str) -> None:
+        fetch(self, key, path, sha256)
+
+    def presign(self, key: str, *, filename: str, seconds: int = PRESIGN_SECONDS) -> str | None:  # noqa: ARG002
+        return None  # nobody serves a directory: the API streams from it
+
+    def stat(self, key: str) -> int | None:
+        path = self._path(key)
+        return path.stat().st_size if path.is_file() else None
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
+        for folder in path.parents:
+            if folder == self._root:
+                break
+            try:
+                folder.rmdir()
+            except OSError:  # not empty, or gone already
+                break
+
+    def list(self, prefix: str) -> Iterator[str]:
+        found = []
+        for folder, folders, files in os.walk(self._root / prefix.rpartition("/")[0]):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            below = Path(folder).relative_to(self._root)
+            found += [key for name in files if (key := (below / name).as_posix()).startswith(prefix)]
+        yield from sorted(found, key=str.encode)
+
+    def sweep(self, older_than_seconds: float = 86_400) -> int:
+        limit = time.time() - older_than_seconds
+        stale = [path for path in self._temporary.iterdir() if path.stat().st_mtime < limit]
+        for path in stale:
+            path.unlink(missing_ok=True)
+        return len(stale)
+
+
+class _FileSink:
+    """Temporary file, fsync, rename, fsync of the folder: after a power cut the object is whole or absent."""
+
+    def __init__(self, temporary: Path, key: str, path: Path, *, if_absent: bool = False) -> None:
+        self._key, self._path, self._if_absent = key, path, if_absent
+        with self._failing("open"):
+            handle, name = tempfile.mkstemp(dir=temporary)
+        self._file, self._name = os.fdopen(handle, "wb"), Path(name)
+
+    @contextlib.contextmanager
+    def _failing(self, deed: str) -> Iterator[None]:
+        try:
+            yield
+        except FileExistsError:
+            raise KeyTaken(key=self._key) from None
+        except OSError as error:
+            raise StorageFailed(deed=deed, reason=error.strerror or type(error).__name__) from error
+
+    def write(self, data: bytes) -> None:
+        with self._failing("write"):
+            self._file.write(data)
+
+    def finish(self) -> None:
+        with self._failing("write"):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._move()
+            folder = os.open(self._path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    def _move(self) -> None:
+        for _ in range(10):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # A delete of the folder's last object may remove it between the two lines: then make it again.
+            with contextlib.suppress(FileNotFoundError):
+                return self._link() if self._if_absent else self._rename()
+        raise OSError(f"'{self._path.parent}' vanished ten times")
+
+    def _rename(self) -> None:
+        self._name.replace(self._path)
+
+    def _link(self) -> None:
+        os.link(self._name, self._path)  # unlike rename, fails where the name exists
+        self._name.unlink()
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._name.unlink(missing_ok=True)
