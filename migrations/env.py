@@ -1,0 +1,49 @@
+"""Runs migrations one at a time: an advisory lock for the whole run, one transaction and short timeouts for each.
+
+A migration must work beside the code that is running already: first add, later remove.
+"""
+
+from alembic import context
+from sqlalchemy import Connection, create_engine, pool, text
+
+import tunery.artifacts.model
+import tunery.datasets.model
+import tunery.jobs.model
+import tunery.keys.model
+import tunery.models.model
+import tunery.webhooks.model  # noqa: F401  importing is what registers the tables
+from tunery.db import Base
+from tunery.settings import get_settings
+
+MIGRATION_LOCK = 7_214_000
+# A migration that waits for a lock makes every request behind it wait too: give up early, and let the operator retry.
+TIMEOUTS = "SET lock_timeout = '10s'; SET statement_timeout = '10min'"
+
+
+def _run(connection: Connection) -> None:
+    context.configure(
+        connection=connection,
+        target_metadata=Base.metadata,
+        transaction_per_migration=True,
+        compare_type=True,
+        compare_server_default=True,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def _run_alone(connection: Connection) -> None:
+    connection.execute(text(f"SELECT pg_advisory_lock({MIGRATION_LOCK})"))
+    connection.execute(text(TIMEOUTS))
+    connection.commit()
+    try:
+        _run(connection)
+    finally:
+        connection.rollback()
+        connection.execute(text(f"SELECT pg_advisory_unlock({MIGRATION_LOCK})"))
+        connection.commit()
+
+
+url = context.config.get_main_option("sqlalchemy.url") or get_settings().database_url
+with create_engine(url, poolclass=pool.NullPool).connect() as connection:
+    _run_alone(connection)
