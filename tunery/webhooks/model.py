@@ -2,11 +2,11 @@
 
 from datetime import datetime
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, Text, UniqueConstraint, func
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, Text, UniqueConstraint
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Mapped, mapped_column
 
-from tunery.db import Base, created_at
+from tunery.db import Base, creation_time
 
 
 class WebhookEndpoint(Base):
@@ -31,8 +31,8 @@ class WebhookEndpoint(Base):
     secret: Mapped[str]
     previous_secret: Mapped[str | None]
     previous_valid_until: Mapped[datetime | None]
-    created_at: Mapped[datetime] = created_at()
-    updated_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    created_at: Mapped[datetime] = creation_time()
+    updated_at: Mapped[datetime] = creation_time()
     disabled_at: Mapped[datetime | None]
     disabled_reason: Mapped[str | None]
     deleted_at: Mapped[datetime | None]
@@ -62,7 +62,7 @@ class Delivery(Base):
     tries: Mapped[int] = mapped_column(default=0)
     next_try_at: Mapped[datetime | None]
     claimed_until: Mapped[datetime | None]
-    created_at: Mapped[datetime] = created_at()
+    created_at: Mapped[datetime] = creation_time()
     finished_at: Mapped[datetime | None]
 
 
@@ -75,7 +75,7 @@ class DeliveryTry(Base):
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     delivery_id: Mapped[str] = mapped_column(ForeignKey("webhook_deliveries.id"))
     number: Mapped[int]
-    at: Mapped[datetime] = created_at()
+    at: Mapped[datetime] = creation_time()
     seconds: Mapped[float | None]
     status_code: Mapped[int | None]
     error: Mapped[str | None]
