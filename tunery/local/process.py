@@ -1,0 +1,107 @@
+"""Child processes that end with us: each in a group of its own, stopped in steps, and looked at by their state."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def dies_with_parent(death_signal: int) -> Callable[[], None] | None:
+    """A `preexec_fn` that asks Linux to send the child `death_signal` when the spawning thread ends; None elsewhere.
+
+    It is the thread, not the process, that counts: spawn from the main thread. A change of user clears the wish, and
+    `subprocess` changes users before it calls this, so the order is right.
+    """
+    if _LIBC is None:
+        return None
+    prctl = _LIBC.prctl  # looked up here: between fork and exec nothing may take a lock
+    parent = os.getpid()
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, death_signal, 0, 0, 0)
+        if os.getppid() != parent:  # the parent ended before the wish was heard
+            os.kill(os.getpid(), death_signal)
+
+    return ask
+
+
+def spawn(
+    command: Sequence[str | Path],
+    *,
+    output: IO[bytes] | int,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    user: int | None = None,
+    death_signal: int = signal.SIGTERM,
+) -> subprocess.Popen[bytes]:
+    """Start `command` in a session of its own (a terminal's Ctrl-C must reach us alone), both outputs to `output`."""
+    return subprocess.Popen(
+        [str(part) for part in command],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        cwd=cwd,
+        env=env,
+        start_new_session=True,
+        user=user,
+        group=user,
+        extra_groups=[] if user is not None else None,
+        preexec_fn=dies_with_parent(death_signal),
+    )
+
+
+def stop(process: subprocess.Popen[bytes], *steps: tuple[int, float]) -> int:
+    """Signal the process, wait, signal harder; each step is (signal, seconds to wait). SIGKILL to its group ends it.
+
+    Returns the exit status. The group is killed even when the process left by itself: its children may have stayed.
+    """
+    for number, seconds in steps:
+        if process.poll() is not None:
+            break
+        process.send_signal(number)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            continue
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs. `kill(pid, 0)` would call a zombie alive, and where nobody reaps they stay for ever."""
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(ready: Callable[[], bool], *, seconds: float, alive: Callable[[], bool], every: float = 0.05) -> bool:
+    """Poll `ready` until it holds (True), or `alive` does not, or the time is over (False)."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if ready():
+            return True
+        if not alive():
+            return False
+        time.sleep(every)
+    return False
+
+
+def tail(path: Path, lines: int = 15) -> str:
+    """The last lines of a log, for an error's text; empty when there is none."""
+    try:
+        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return ""

