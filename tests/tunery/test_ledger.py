@@ -2,7 +2,6 @@
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 
 import pytest
 import rows
@@ -229,20 +228,25 @@ def test_a_projects_cap_holds_and_does_not_hold_others_up(session: Session) -> N
     assert claimed == [mine[0].id, theirs.id]
 
 
-def test_caps_hold_when_many_workers_claim_at_once(database: Database) -> None:
+@pytest.mark.parametrize("shared", ["project", "gpu"])
+def test_a_claim_waits_for_one_that_is_not_committed_yet(database: Database, shared: str) -> None:
+    """Both would be right by themselves; together they would exceed the project's cap, or share GPU 0."""
     with db.transaction() as session:
-        owner = rows.project(session, max_running=2)
-        for _ in range(8):
-            rows.job(session, owner, State.QUEUED)
-    together = Barrier(8)
+        one = rows.project(session, max_running=1)
+        for size, owner in ((2, one), (1, one if shared == "project" else rows.project(session))):
+            ledger.enqueue(session, rows.job(session, owner, priority=size), rows.plan(resources={"gpus": size}))
 
-    def claim(number: int) -> bool:
-        together.wait()
+    def second_claim() -> leases.Lease | None:
         with db.transaction() as session:
-            return rows.claim(session, f"host/{number}") is not None
+            return rows.claim(session, "host/b", (2,) if shared == "project" else (0,))
 
-    with ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(claim, range(8))) == 2
+    with ThreadPoolExecutor(1) as pool:
+        with db.transaction() as session:
+            assert rows.claim(session, "host/a", (0, 1))
+            second = pool.submit(second_claim)
+            with pytest.raises(TimeoutError):
+                second.result(timeout=0.3)
+        assert second.result() is None
 
 
 def test_a_job_waits_for_as_many_gpus_as_it_asks_for(session: Session) -> None:
