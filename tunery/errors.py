@@ -5,6 +5,8 @@
     │   ├── InvalidValue         a field has a value it must not have
     │   ├── Unsupported          a field names something this server does not do
     │   ├── InvalidJSONL         an uploaded line is not a JSON object
+    │   ├── CannotRender         a model's chat template cannot write the messages, or not so that they can be learned
+    │   ├── PromptTooLong        a conversation fills the model's whole context
     │   ├── FileInUse            a live job needs the file
     │   ├── WrongState           the object's state forbids the deed
     │   ├── UnusableModel        a base model's files cannot be used
@@ -18,7 +20,8 @@
     ├── TooLarge                 more bytes than the limit
     ├── QuotaExceeded            the project has all it may have
     ├── Unavailable              a part of ours is down; try again
-    │   └── StorageFailed
+    │   ├── StorageFailed
+    │   └── Overloaded           the model server's waiting line is full
     ├── JobFailure               why a job failed; its text is shown to the job's owner
     │   ├── InvalidTrainingFile
     │   ├── InvalidNExamples
@@ -78,6 +81,19 @@ class InvalidJSONL(Rejected):
     """Expected file to have JSONL format, where every line is a valid JSON dictionary. Line {line}: {reason}"""
 
     code = "invalid_jsonl"
+
+
+class CannotRender(Rejected):
+    """{reason}"""
+
+    code = "cannot_render"
+
+
+class PromptTooLong(Rejected):
+    """This model's maximum context length is {limit} tokens, and your messages resulted in {tokens} tokens, which
+    leaves no room for an answer. Please reduce the length of the messages."""
+
+    code = "context_length_exceeded"
 
 
 class FileInUse(Rejected):
@@ -166,6 +182,13 @@ class StorageFailed(Unavailable):
     space, then try again."""
 
     code = "storage_failed"
+
+
+class Overloaded(Unavailable):
+    """{waiting} requests wait for the model server already, which answers one at a time. Nothing was lost; try again in
+    a few seconds."""
+
+    code = "overloaded"
 
 
 class JobFailure(TuneryError):

@@ -1,0 +1,171 @@
+"""A jinja2 environment for chat templates, which come with models and are therefore somebody else's programs.
+
+Same dialect as transformers' (trim_blocks, lstrip_blocks, loop controls, `{% generation %}`, tojson, raise_exception,
+strftime_now), because a template must say the same here as there. On top of jinja2's sandbox, which keeps a template
+away from Python, three budgets keep it from eating the host: loop rounds and macro calls, size of the text, time.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any
+
+from jinja2 import Template, nodes
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+MAX_ROUNDS = 1_000_000
+MAX_SECONDS = 10.0
+MAX_CHARACTERS = 32 * 2**20
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's words for other trainers. Here it marks nothing; see `template`."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        # A scope of its own, as in transformers: what is set inside is forgotten after it.
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+class _Namespace(Namespace):
+    """jinja2's namespace without underscored names, through which a template could reach Python's insides."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` is a legal key of a template's namespace
+        Namespace.__init__(*args, **kwargs)
+        for name in object.__getattribute__(args[0], "_Namespace__attrs"):
+            _refuse_underscore(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_underscore(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_underscore(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"the template stores '{name}': names with a leading underscore are not allowed")
+
+
+class _Metered(NodeTransformer):
+    """Makes a template count its own loop rounds and weigh the texts it joins. jinja2 picks methods by node names."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
+        return _counting(self.generic_visit(node))
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
+        return _counting(self.generic_visit(node))
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
+        joined = self.generic_visit(node)
+        return _call("join_texts", joined.nodes).set_lineno(node.lineno)  # type: ignore[attr-defined]
+
+
+def _call(method: str, arguments: list[nodes.Expr]) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None)
+
+
+def _counting(block: nodes.Node) -> nodes.Node:
+    block.body.insert(0, nodes.ExprStmt(_call("count_round", [])).set_lineno(block.lineno))  # type: ignore[attr-defined]
+    return block
+
+
+class Environment(ImmutableSandboxedEnvironment):
+    """Compiles chat templates and renders them, each render with a budget of its own."""
+
+    intercepted_binops = frozenset(["+", "*", "**"])
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self.filters["tojson"] = _tojson
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["dict"] = _new_dict
+        self.globals["namespace"] = _Namespace
+        self._budget = threading.local()
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree: nodes.Template = _Metered().visit(super()._parse(source, name, filename))
+        tree.set_environment(self)
+        return tree
+
+    def count_round(self) -> None:
+        """The compiled template calls this at the head of every loop round and macro call."""
+        self._budget.rounds += 1
+        if self._budget.rounds > MAX_ROUNDS or time.monotonic() > self._budget.deadline:
+            raise SecurityError(f"the template runs too long (limits: {MAX_ROUNDS:,} loop rounds, {MAX_SECONDS:g} s)")
+
+    def join_texts(self, *parts: Any) -> str:
+        """The operator `~`: doubling a text forty times takes forty rounds, so sizes are watched too."""
+        texts = [str(part) for part in parts]
+        _refuse_size(sum(map(len, texts)))
+        return "".join(texts)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """`"x" * 10**12` is a single operation, so no count of rounds would catch it."""
+        if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+            _refuse_size(len(left) + len(right))
+        elif operator == "*":
+            _refuse_size(_product_size(left, right))
+        elif operator == "**" and not (abs(left) <= 2**32 and abs(right) <= 16):
+            raise SecurityError("the template raises a number to a power beyond all use")
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """`"x".ljust(10**12)` is a single call."""
+        for argument in args:
+            if isinstance(argument, int):
+                _refuse_size(argument)
+        return super().call(context, function, *args, **kwargs)
+
+    def render(self, template: Template, variables: dict[str, Any], now: datetime) -> str:
+        """The template's text. Raises jinja2's TemplateError, or whatever Python error the template stumbles into."""
+        self._budget.rounds, self._budget.deadline = 0, time.monotonic() + MAX_SECONDS
+        return "".join(_limited(template.generate(**variables, strftime_now=_clock(now))))
+
+
+def _product_size(left: Any, right: Any) -> int:
+    times, repeated = (left, right) if isinstance(left, int) else (right, left)
+    return len(repeated) * times if isinstance(repeated, str | list | tuple) and isinstance(times, int) else 0
+
+
+def _refuse_size(size: int) -> None:
+    if size > MAX_CHARACTERS:
+        raise SecurityError(f"the template makes a text or list larger than {MAX_CHARACTERS:,}")
+
+
+def _limited(pieces: Iterator[str]) -> Iterator[str]:
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        _refuse_size(size)
+        yield piece
+
+
+def _clock(now: datetime) -> Callable[[str], str]:
+    return lambda form: now.strftime(form)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own filter escapes HTML, which no model was trained to read.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _new_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)

@@ -1,0 +1,74 @@
+"""JSON as RFC 8259 has it, for lines that come from outside: Python's parser is more generous than is safe."""
+
+import json
+from typing import Any
+
+MAX_DEPTH = 32
+
+
+def load_object(text: str) -> dict[str, Any]:
+    """The JSON object that `text` spells.
+
+    Raises ValueError, with a reason for people, on anything but one object: NaN and Infinity (also spelled `1e999`),
+    lone surrogates (no UTF-8 has them, so no tokenizer and no database takes them) and nesting deeper than MAX_DEPTH.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} (column {error.colno}).") from None
+    except RecursionError:
+        raise ValueError(_too_deep()) from None
+    if not isinstance(value, dict):
+        raise ValueError(  # noqa: TRY004 (to callers every fault of a line is one kind)
+            f"expected a JSON object in braces, found {_kind(value)}."
+        )
+    _refuse_depth(text, value)
+    _refuse_lone_surrogates(text, value)
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON; use null or a number.")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {digits[:40]} is too large.")
+    return value
+
+
+def _too_deep() -> str:
+    return f"objects and lists are nested more than {MAX_DEPTH} deep."
+
+
+def _refuse_depth(text: str, value: dict[str, Any]) -> None:
+    # Counting brackets is cheap and settles nearly every line; only the others are walked.
+    if text.count("{") + text.count("[") <= MAX_DEPTH:
+        return
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in _children(node) if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise ValueError(_too_deep())
+
+
+def _children(node: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(node.values()) if isinstance(node, dict) else node
+
+
+def _refuse_lone_surrogates(text: str, value: dict[str, Any]) -> None:
+    # Decoded UTF-8 holds none, so only an escape can have made one.
+    if "\\u" not in text:
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a \\u escape names half a surrogate pair; the character it stands for is missing.") from None
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    return {bool: "a boolean", str: "a string", list: "a list"}.get(type(value), "a number")
