@@ -80,12 +80,10 @@ class Directory:
                 break
 
     def list(self, prefix: str) -> Iterator[str]:
-        found = []
         for folder, folders, files in os.walk(self._root / prefix.rpartition("/")[0]):
             folders[:] = [name for name in folders if not name.startswith(".")]
             below = Path(folder).relative_to(self._root)
-            found += [key for name in files if (key := (below / name).as_posix()).startswith(prefix)]
-        yield from sorted(found, key=str.encode)
+            yield from (key for name in files if (key := (below / name).as_posix()).startswith(prefix))
 
     def sweep(self, older_than_seconds: float = 86_400) -> int:
         limit = time.time() - older_than_seconds

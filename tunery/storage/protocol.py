@@ -55,7 +55,7 @@ class Storage(Protocol):
         """Forget an object; no error where there is none."""
 
     def list(self, prefix: str) -> Iterator[str]:
-        """Keys that begin with `prefix`, sorted by their UTF-8 bytes."""
+        """Keys that begin with `prefix`, in no order: S3 servers do not agree on one."""
 
     def sweep(self, older_than_seconds: float = 86_400) -> int:
         """Remove what writers that died left half-written. Returns how many."""

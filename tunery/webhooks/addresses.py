@@ -1,0 +1,162 @@
+"""Where webhooks may go. A URL is a user's text, and our network reaches places that its users must not.
+
+A name is resolved once, every address it has is checked, and the connection goes to those very addresses: whoever
+checks a name and then lets the connection resolve it again can be shown a public address first and 127.0.0.1 after.
+"""
+
+import re
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from urllib.parse import SplitResult, urlsplit
+
+from tunery.errors import AddressRefused, InvalidValue
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+Resolver = Callable[[str, int], Sequence[Address]]
+
+MAX_URL = 2048
+PORTS = (443, 8443)
+"""Ports of public receivers. Others are other services' ports, and a firewall's owner expects no HTTPS to them."""
+
+# Spelled out, as `ipaddress` cannot be asked: in Python 3.11 `is_private` is False for 100.64.0.0/10, NAT64, 6to4 and
+# multicast, `is_global` is True for most of them, and both change with the patch version.
+_DENIED_V4 = tuple(
+    IPv4Network(network)
+    for network in (
+        "0.0.0.0/8",  # this host
+        "10.0.0.0/8",
+        "100.64.0.0/10",  # carrier-grade NAT, and some clouds' metadata
+        "127.0.0.0/8",
+        "169.254.0.0/16",  # link-local, the clouds' metadata
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.0.2.0/24",
+        "192.88.99.0/24",  # 6to4 relays
+        "192.168.0.0/16",
+        "198.18.0.0/15",
+        "198.51.100.0/24",
+        "203.0.113.0/24",
+        "224.0.0.0/4",  # multicast
+        "240.0.0.0/4",  # reserved, broadcast
+    )
+)
+# IPv6 the other way round: all public addresses lie in 2000::/3, so what is not in there needs no name.
+_GLOBAL_V6 = IPv6Network("2000::/3")
+_DENIED_V6 = tuple(
+    IPv6Network(network)
+    for network in (
+        "2001::/23",  # protocol assignments, Teredo with them
+        "2001:db8::/32",
+        "3fff::/20",  # documentation
+    )
+)
+_NAT64 = IPv6Network("64:ff9b::/96")
+_6TO4 = IPv6Network("2002::/16")
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address is somebody's on the Internet, also after unwrapping an IPv4 address that hides in it."""
+    if isinstance(address, IPv4Address):
+        return not any(address in network for network in _DENIED_V4)
+    if (inner := _unwrapped(address)) is not None:
+        return is_public(inner)
+    # IPv4-compatible (::a.b.c.d), local NAT64 (64:ff9b:1::/48), link-local, unique local, multicast: not in 2000::/3.
+    return address in _GLOBAL_V6 and not any(address in network for network in _DENIED_V6)
+
+
+def _unwrapped(address: IPv6Address) -> IPv4Address | None:
+    """The IPv4 address that a mapped, NAT64 or 6to4 address really leads to."""
+    if address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    if address in _NAT64:
+        return IPv4Address(int(address) & 0xFFFFFFFF)
+    if address in _6TO4:
+        return IPv4Address(int(address) >> 80 & 0xFFFFFFFF)
+    return None
+
+
+def is_allowed(address: Address, allow: Sequence[Network]) -> bool:
+    """Whether the operator named the address's network."""
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return any((mapped or address) in network for network in allow)
+
+
+def resolve(host: str, port: int) -> Sequence[Address]:
+    """All addresses of a name, as the system finds them: `127.1` and `0x7f.1` become what they mean. Raises OSError."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError:  # a label that is empty or longer than 63 characters
+        raise OSError(f"'{host}' cannot be a name") from None
+    return list(dict.fromkeys(ip_address(str(entry[4][0]).partition("%")[0]) for entry in found))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checked place to post to: connect to one of `addresses`, speak to `host`."""
+
+    secure: bool
+    host: str
+    port: int
+    path: str
+    addresses: tuple[Address, ...]
+
+
+def locate(url: str, allow: Sequence[Network], resolver: Resolver = resolve) -> Target:
+    """Where a URL leads now. Raises InvalidValue, AddressRefused, and OSError when its name cannot be resolved."""
+    parts, port = _parsed(url)
+    host = parts.hostname or ""
+    addresses = tuple(resolver(host, port))
+    if not addresses:
+        raise OSError(f"'{host}' has no address")
+    if not all(is_allowed(address, allow) for address in addresses):
+        _check_public(parts, port, [address for address in addresses if not is_allowed(address, allow)])
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return Target(parts.scheme == "https", host, port, path, addresses)
+
+
+def check(url: str, allow: Sequence[Network], resolver: Resolver = resolve) -> None:
+    """Refuse a URL that we would not post to. Raises InvalidValue, AddressRefused.
+
+    A name that does not resolve passes: its record may come later, and every delivery looks again.
+    """
+    try:
+        locate(url, allow, resolver)
+    except OSError:
+        parts, port = _parsed(url)
+        _check_public(parts, port, [])
+
+
+def _parsed(url: str) -> tuple[SplitResult, int]:
+    # `urlsplit` drops tabs and line ends without a word, and where parsers differ somebody is cheated: so only plain
+    # visible ASCII goes in. Backslashes are slashes to some, `user@` hides the host from people.
+    if len(url) > MAX_URL or not re.fullmatch(r"[\x21-\x5b\x5d-\x7e]+", url):
+        raise _invalid(f"must be up to {MAX_URL} visible ASCII characters; write other ones percent-encoded")
+    try:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as error:
+        raise _invalid(f"cannot be read ({error})") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise _invalid("must look like https://hooks.example.com/path")
+    if parts.username is not None or parts.password is not None or parts.fragment:
+        raise _invalid("must have neither user name, password nor fragment")
+    return parts, port
+
+
+def _invalid(reason: str) -> InvalidValue:
+    return InvalidValue(param="url", reason=f"A webhook's url {reason}.")
+
+
+def _check_public(parts: SplitResult, port: int, addresses: Sequence[Address]) -> None:
+    # The reason does not tell the addresses: our resolver may know names that the caller must not learn about.
+    if not all(is_public(address) for address in addresses):
+        raise AddressRefused(
+            param="url", address=parts.netloc, reason="it is, or resolves to, an address that is not public."
+        )
+    if parts.scheme != "https":
+        raise AddressRefused(param="url", address=parts.netloc, reason="without TLS anybody on the way can read along.")
+    if port not in PORTS:
+        raise AddressRefused(param="url", address=parts.netloc, reason=f"port {port} is not 443 or 8443.")

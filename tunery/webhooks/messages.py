@@ -1,0 +1,70 @@
+"""What a receiver gets: OpenAI's event, with the `timestamp` that the Standard Webhooks specification asks for."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from ssl import SSLContext
+
+from tunery import ids
+from tunery.errors import AddressRefused, InvalidValue
+from tunery.webhooks import posting, signing
+from tunery.webhooks.addresses import Network, Resolver, locate, resolve
+from tunery.webhooks.posting import Answer
+
+EVENT_TYPES = ("fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled")
+_AGENT = "Tunery/1.0 (webhooks)"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message to one endpoint. `id` is the `webhook-id` header, equal on every try: doubles are known by it."""
+
+    id: str
+    url: str
+    secrets: tuple[str, ...]
+    body: bytes
+
+
+def event_type(outcome: str) -> str:
+    """The event of a job's final state: `succeeded` -> `fine_tuning.job.succeeded`."""
+    return f"fine_tuning.job.{outcome}"
+
+
+def event_id(job_event_id: str) -> str:
+    """The body's event id, made from the job event's own, so that it is the same whenever and wherever it is built."""
+    return ids.WEBHOOK_EVENT + job_event_id.removeprefix(ids.EVENT)
+
+
+def encode(id: str, type: str, at: datetime, job_id: str) -> bytes:
+    """The body. The same event gives the same bytes on every try."""
+    at = at.astimezone(UTC)
+    event = {
+        "id": id,
+        "object": "event",
+        "type": type,
+        "created_at": int(at.timestamp()),
+        "timestamp": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "data": {"id": job_id},
+    }
+    return json.dumps(event, separators=(",", ":")).encode()
+
+
+def send(
+    message: Message, allow: Sequence[Network], *, resolver: Resolver = resolve, tls: SSLContext | None = None
+) -> Answer:
+    """Post a message now, signed for this try. Whatever goes wrong is in the answer; nothing is raised.
+
+    Call it outside any transaction: it may take posting.TIMEOUT.
+    """
+    try:
+        target = locate(message.url, allow, resolver)
+    except (AddressRefused, InvalidValue) as error:
+        return Answer(None, error.message, None, 0.0)
+    except OSError:
+        return Answer(None, "the receiver's name cannot be resolved", None, 0.0)
+    # The time of this try, not of the event: receivers refuse what is older than some minutes.
+    signed = signing.headers(message.secrets, message.id, int(time.time()), message.body)
+    headers = {"Content-Type": "application/json", "User-Agent": _AGENT, "Connection": "close", **signed}
+    return posting.post(target, message.body, headers, tls=tls)

@@ -1,0 +1,226 @@
+"""From a job's end to its receivers: `job_events` is the outbox, a delivery is one event owed to one endpoint.
+
+At least once, in no order. A sender that dies after its POST leaves the delivery claimed; when the claim runs out the
+message goes again under the same `webhook-id`, by which receivers tell doubles.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session, aliased
+
+from tunery import db, ids
+from tunery.jobs.model import Job, JobEvent
+from tunery.settings import Settings
+from tunery.webhooks import messages
+from tunery.webhooks.addresses import Resolver, resolve
+from tunery.webhooks.endpoints import secrets_of
+from tunery.webhooks.messages import Message
+from tunery.webhooks.model import Delivery, DeliveryTry, WebhookEndpoint
+from tunery.webhooks.posting import Answer
+
+Transaction = Callable[[], AbstractContextManager[Session]]
+
+DELAYS = (0, 5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
+"""Seconds before the first, second, ... try; the last one is made 75 hours after the event."""
+SENDERS = 8
+PER_ENDPOINT = 2
+"""Deliveries to one endpoint on their way at a time: one that hangs must not take every sender."""
+_CLAIM = timedelta(seconds=60)
+"""Longer than a POST may take, or two senders would be at it."""
+_EVENTS = 500
+_GONE = 410
+
+
+def fan_out(session: Session) -> int:
+    """Turn ended jobs' events into deliveries for the endpoints that asked for them. Returns how many deliveries.
+
+    Safe to run anywhere at any time: an event is taken by one caller, and (event, endpoint) is unique besides.
+    """
+    events = session.scalars(
+        select(JobEvent)
+        .where(JobEvent.outcome.is_not(None), ~JobEvent.fanned_out)
+        .order_by(JobEvent.seq)
+        .limit(_EVENTS)
+        .with_for_update(skip_locked=True)
+    ).all()
+    owed = [row for event in events for row in _owed(session, event)]
+    made = 0
+    if owed:
+        statement = insert(Delivery).values(owed).on_conflict_do_nothing().returning(Delivery.id)
+        made = len(session.scalars(statement).all())
+    for event in events:
+        event.fanned_out = True
+    session.flush()
+    return made
+
+
+def _owed(session: Session, event: JobEvent) -> list[dict[str, object]]:
+    assert event.outcome is not None
+    receivers = session.scalars(
+        select(WebhookEndpoint.id)
+        .join(Job, Job.project_id == WebhookEndpoint.project_id)
+        .where(Job.id == event.job_id, WebhookEndpoint.created_at <= event.created_at)
+        .where(WebhookEndpoint.deleted_at.is_(None), WebhookEndpoint.disabled_at.is_(None))
+        .where(WebhookEndpoint.event_types.contains([messages.event_type(event.outcome)]))
+    )
+    return [
+        {
+            "id": ids.new(ids.WEBHOOK_DELIVERY),
+            "event_id": event.id,
+            "endpoint_id": receiver,
+            "state": "pending",
+            "tries": 0,
+            "next_try_at": func.clock_timestamp(),
+        }
+        for receiver in receivers
+    ]
+
+
+def deliver_due(
+    settings: Settings,
+    *,
+    transaction: Transaction = db.transaction,
+    resolver: Resolver = resolve,
+    seconds: float = 30,
+) -> int:
+    """Fan out and send until nothing is due; returns the number of tries made. Safe to run many times over.
+
+    No transaction is open during a POST. While some receivers are slow the due messages of the others go on; after
+    `seconds` no further message is begun, so that a worker which wants to stop need not wait for a long queue.
+    """
+    made, flying = 0, set[Future[None]]()
+    with transaction() as session:
+        deadline = db.now(session) + timedelta(seconds=seconds)
+    with ThreadPoolExecutor(SENDERS, "tunery-webhook") as pool:
+        while True:
+            with transaction() as session:
+                fan_out(session)
+                open_ = db.now(session) < deadline
+                claims = _claim(session, SENDERS - len(flying)) if open_ else []
+            made += len(claims)
+            flying |= {pool.submit(_try, claim, settings, transaction, resolver) for claim in claims}
+            if not flying:
+                return made
+            done, flying = wait(flying, timeout=1, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """A delivery that is ours for _CLAIM, as try number `number`."""
+
+    delivery_id: str
+    endpoint_id: str
+    number: int
+    message: Message
+
+
+def _claim(session: Session, most: int) -> list[_Claim]:
+    _drop_unwanted(session)
+    claims: list[_Claim] = []
+    for delivery, endpoint, event in _due(session, most):
+        if sum(claim.endpoint_id == endpoint.id for claim in claims) < PER_ENDPOINT:
+            claims.append(_begin(session, delivery, endpoint, event))
+    session.flush()
+    return claims
+
+
+def _drop_unwanted(session: Session) -> None:
+    """End what is owed to endpoints that were deleted or disabled."""
+    session.execute(
+        update(Delivery)
+        .where(Delivery.state == "pending", Delivery.endpoint_id == WebhookEndpoint.id)
+        .where(or_(WebhookEndpoint.deleted_at.is_not(None), WebhookEndpoint.disabled_at.is_not(None)))
+        .values(state="failed", next_try_at=None, claimed_until=None, finished_at=func.clock_timestamp())
+        .execution_options(synchronize_session=False)
+    )
+
+
+def _due(session: Session, most: int) -> Sequence[tuple[Delivery, WebhookEndpoint, JobEvent]]:
+    other = aliased(Delivery)
+    now = func.clock_timestamp()
+    on_their_way = (
+        select(func.count())
+        .where(other.endpoint_id == Delivery.endpoint_id, other.state == "pending", other.claimed_until > now)
+        .scalar_subquery()
+    )
+    rows = session.execute(
+        select(Delivery, WebhookEndpoint, JobEvent)
+        .join(WebhookEndpoint, WebhookEndpoint.id == Delivery.endpoint_id)
+        .join(JobEvent, JobEvent.id == Delivery.event_id)
+        .where(Delivery.state == "pending", Delivery.next_try_at <= now)
+        .where(Delivery.claimed_until.is_(None) | (Delivery.claimed_until <= now))
+        .where(on_their_way < PER_ENDPOINT)
+        .order_by(Delivery.next_try_at)
+        .limit(most)
+        .with_for_update(skip_locked=True, of=Delivery)
+    )
+    return [(row.Delivery, row.WebhookEndpoint, row.JobEvent) for row in rows]
+
+
+def _begin(session: Session, delivery: Delivery, endpoint: WebhookEndpoint, event: JobEvent) -> _Claim:
+    now = db.now(session)
+    delivery.tries += 1
+    delivery.claimed_until = now + _CLAIM
+    session.add(DeliveryTry(delivery_id=delivery.id, number=delivery.tries))
+    kind = messages.event_type(event.outcome or "")
+    body = messages.encode(messages.event_id(event.id), kind, event.created_at, event.job_id)
+    message = Message(delivery.id, endpoint.url, secrets_of(endpoint, now), body)
+    return _Claim(delivery.id, endpoint.id, delivery.tries, message)
+
+
+def _try(claim: _Claim, settings: Settings, transaction: Transaction, resolver: Resolver) -> None:
+    answer = messages.send(claim.message, settings.webhook_allow, resolver=resolver)
+    with transaction() as session:
+        _record(session, claim, answer)
+
+
+def _record(session: Session, claim: _Claim, answer: Answer) -> None:
+    """Write a try's end, and the delivery's next step if it is still ours: another sender may have taken it over."""
+    session.execute(
+        update(DeliveryTry)
+        .where(DeliveryTry.delivery_id == claim.delivery_id, DeliveryTry.number == claim.number)
+        .values(seconds=answer.seconds, status_code=answer.status_code, error=answer.error)
+        .execution_options(synchronize_session=False)
+    )
+    session.execute(
+        update(Delivery)
+        .where(Delivery.id == claim.delivery_id, Delivery.tries == claim.number, Delivery.state == "pending")
+        .values(**_next_step(claim, answer), claimed_until=None)
+        .execution_options(synchronize_session=False)
+    )
+    if answer.status_code == _GONE:
+        _disable(session, claim.endpoint_id, claim.message.url)
+
+
+def _next_step(claim: _Claim, answer: Answer) -> dict[str, object]:
+    now = func.clock_timestamp()
+    if answer.accepted:
+        return {"state": "delivered", "next_try_at": None, "finished_at": now}
+    if answer.status_code == _GONE or claim.number >= len(DELAYS):
+        return {"state": "failed", "next_try_at": None, "finished_at": now}
+    return {"next_try_at": now + timedelta(seconds=delay_after(claim.number, answer.retry_after))}
+
+
+def delay_after(tries: int, retry_after: float | None = None) -> float:
+    """Seconds from a failed try, the `tries`th, to the next: the schedule's with up to 20 % jitter upwards, so that
+    receivers that fell together are not woken together; at least what the receiver asked for."""
+    return max(DELAYS[tries] * random.uniform(1, 1.2), retry_after or 0)  # noqa: S311 (no secret)
+
+
+def _disable(session: Session, endpoint_id: str, url: str) -> None:
+    """The receiver said it is gone. Not if its url was changed while the old one answered."""
+    session.execute(
+        update(WebhookEndpoint)
+        .where(WebhookEndpoint.id == endpoint_id, WebhookEndpoint.url == url, WebhookEndpoint.disabled_at.is_(None))
+        .values(disabled_at=func.clock_timestamp(), disabled_reason="The receiver answered 410 Gone.")
+        .execution_options(synchronize_session=False)
+    )

@@ -1,0 +1,146 @@
+"""One POST to a receiver that may be slow, broken or hostile: one deadline for all of it, no redirects, no proxies."""
+
+import contextlib
+import email.utils
+import http.client
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tunery.webhooks.addresses import Address, Target
+
+TIMEOUT = 15.0
+"""Seconds for one POST, from the first connect to the last byte of the answer."""
+MAX_ANSWER = 64 * 1024
+_MAX_RETRY_AFTER = 86_400.0
+_ADDRESSES = 3
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a POST went: a status code, or an error in words; never the receiver's own text, as that may be anything."""
+
+    status_code: int | None
+    error: str | None
+    retry_after: float | None
+    seconds: float
+
+    @property
+    def accepted(self) -> bool:
+        return self.status_code is not None and 200 <= self.status_code < 300
+
+
+@lru_cache
+def _tls() -> ssl.SSLContext:
+    # SSL_CERT_FILE and SSL_CERT_DIR name the roots of a company's own authority.
+    return ssl.create_default_context()
+
+
+def post(
+    target: Target,
+    body: bytes,
+    headers: Mapping[str, str],
+    *,
+    timeout: float = TIMEOUT,
+    tls: ssl.SSLContext | None = None,
+) -> Answer:
+    """Send `body` and say how it went; raises nothing that the network can cause."""
+    started = time.monotonic()
+    try:
+        with _connected(target, started + timeout, tls) as connection:
+            connection.request("POST", target.path, body, dict(headers))
+            response = connection.getresponse()
+            # Read so that the receiver sees a clean end, capped as it may never come. The content is of no interest,
+            # nor is a fault in it: the receiver has said what it has to say.
+            with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+                response.read(MAX_ANSWER)
+            retry_after = parse_retry_after(response.getheader("retry-after"))
+            return Answer(response.status, _status_error(response.status), retry_after, time.monotonic() - started)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        seconds = time.monotonic() - started
+        return Answer(None, _in_words(error, timed_out=seconds >= timeout, timeout=timeout), None, seconds)
+
+
+def _status_error(status: int) -> str | None:
+    if 200 <= status < 300:
+        return None
+    redirected = " (redirects are not followed: register the new url)" if 300 <= status < 400 else ""
+    return f"the receiver answered {status}{redirected}"
+
+
+@contextlib.contextmanager
+def _connected(target: Target, deadline: float, tls: ssl.SSLContext | None) -> Iterator[http.client.HTTPConnection]:
+    """A connection to one of the target's addresses. Host header, SNI and certificate are those of its name."""
+    with _dial(target, deadline) as plain, _ends_at(deadline, plain):
+        if target.secure:
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(target.host, target.port)
+            connection.sock = (tls or _tls()).wrap_socket(plain, server_hostname=target.host)
+        else:
+            connection = http.client.HTTPConnection(target.host, target.port)
+            connection.sock = plain
+        connection.auto_open = 0  # a lost connection is lost; it must not be opened again by name
+        with contextlib.closing(connection):
+            yield connection
+
+
+def _dial(target: Target, deadline: float) -> socket.socket:
+    failure: OSError = TimeoutError()
+    for address in target.addresses[:_ADDRESSES]:
+        try:
+            return _open(address, target.port, deadline)
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def _open(address: Address, port: int, deadline: float) -> socket.socket:
+    return socket.create_connection((str(address), port), timeout=max(deadline - time.monotonic(), 0.001))
+
+
+@contextlib.contextmanager
+def _ends_at(deadline: float, plain: socket.socket) -> Iterator[None]:
+    """Cut the connection at the deadline. A socket's own timeout starts anew with every byte that drips in."""
+    twin = plain.dup()  # TLS takes the socket's descriptor away from `plain`
+    timer = threading.Timer(max(deadline - time.monotonic(), 0), _cut, [twin])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        twin.close()
+
+
+def _cut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _in_words(error: Exception, *, timed_out: bool, timeout: float) -> str:
+    if timed_out or isinstance(error, TimeoutError):
+        return f"no answer within {timeout:g} s"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the certificate is not valid: {error.verify_message}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[:200]
+    return f"not an HTTP answer ({type(error).__name__})"
+
+
+def parse_retry_after(value: str | None) -> float | None:
+    """Seconds to wait, from a Retry-After header (seconds or a date); at most a day. None where it says nothing."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value) if value.strip().isdigit() else _seconds_until(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return min(max(seconds, 0.0), _MAX_RETRY_AFTER)
+
+
+def _seconds_until(date: str) -> float:
+    return email.utils.parsedate_to_datetime(date).timestamp() - time.time()
