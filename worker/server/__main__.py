@@ -1,0 +1,39 @@
+"""`python -m worker.server`: the model server, on the host and port of TUNERY_SERVER_URL."""
+
+import os
+from urllib.parse import urlsplit
+
+import uvicorn
+
+from tunery.settings import Settings, get_settings
+from tunery.storage import open_storage
+
+
+def choose_device(settings: Settings) -> str:
+    """The torch device, by narrowing what CUDA shows: call it before torch is imported."""
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order in which nvidia-smi counts, and so do we
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if settings.serve_gpu is None else str(settings.serve_gpu)
+    return "cpu" if settings.serve_gpu is None else "cuda"
+
+
+def main() -> None:
+    settings = get_settings()
+    device = choose_device(settings)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all files are here; a name in a config must not start a search for them
+    from worker.server.app import create_app  # imports torch
+    from worker.server.engine import Engine
+
+    url = urlsplit(settings.server_url)
+    app = create_app(Engine(settings.models_dir, open_storage(settings), device))
+    uvicorn.run(
+        app,
+        host=url.hostname or "127.0.0.1",
+        port=url.port or 80,
+        log_level=settings.log_level.lower(),
+        access_log=False,
+        timeout_graceful_shutdown=5,
+    )
+
+
+if __name__ == "__main__":
+    main()

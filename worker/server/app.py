@@ -1,0 +1,176 @@
+"""The HTTP face of the model server: one completion at a time, in OpenAI's spelling.
+
+It trusts its caller: the API has checked the key, found the model and says where its files lie. Bind it where only the
+API reaches it.
+
+What it is not: there is no batching, no several models or adapters in memory at once and no parsing of tool calls out
+of an answer's text (the model's own spelling of a call arrives as content).
+"""
+
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from tunery import ids
+from tunery.errors import Rejected, TuneryError, Unavailable
+from worker.server.desk import Desk, Turn
+from worker.server.engine import Engine
+from worker.server.generation import Generation
+from worker.server.schemas import ChatRequest, parse
+
+log = logging.getLogger(__name__)
+
+
+async def _parsed(request: Request) -> ChatRequest:
+    return parse(await request.body())
+
+
+ChatBody = Annotated[ChatRequest, Depends(_parsed)]
+
+
+async def _turn(request: Request, _: ChatBody) -> AsyncIterator[Turn]:
+    # Built on the parsed body, so that a request that cannot be answered does not wait in line. A dependency ends after
+    # the last byte has left or the client is gone, in a stream too, which no `finally` in a body iterator promises:
+    # one that was never begun is never left.
+    desk: Desk = request.app.state.desk
+    async with desk.turn() as turn:
+        yield turn
+
+
+TurnDep = Annotated[Turn, Depends(_turn)]
+
+
+def create_app(engine: Engine, *, places: int = 32) -> FastAPI:
+    """The server around an engine; at most `places` requests wait."""
+    desk = Desk(engine, places)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        desk.close()
+
+    app = FastAPI(title="Tunery's model server", lifespan=lifespan, openapi_url=None)
+    app.state.desk = desk
+    app.add_api_route("/healthz", _healthz, methods=["GET"])
+    app.add_api_route("/v1/chat/completions", _complete, methods=["POST"], response_model=None)
+    app.add_exception_handler(TuneryError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(Exception, _answer_error)
+    return app
+
+
+async def _healthz(request: Request) -> dict[str, Any]:
+    desk: Desk = request.app.state.desk
+    return {"status": "ok", "model": desk.engine.loaded, "device": desk.engine.device, "waiting": desk.waiting}
+
+
+async def _complete(request: Request, chat: ChatBody, turn: TurnDep) -> Response:
+    if await request.is_disconnected():  # gone while it waited
+        return Response(status_code=499)
+    reply = _Reply(chat, await turn.begin(chat))
+    if chat.stream:
+        # The first piece before the status line: whatever is wrong with model or prompt can still be an HTTP error.
+        pieces = turn.pieces()
+        first = await anext(pieces)
+        return StreamingResponse(_events(reply, first, pieces), media_type="text/event-stream")
+    text = []
+    async for piece in turn.pieces():
+        text.append(piece)
+        if await request.is_disconnected():
+            return Response(status_code=499)
+    return JSONResponse(reply.whole("".join(text)))
+
+
+async def _events(reply: "_Reply", first: str, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+    try:
+        yield _event(reply.chunk({"role": "assistant", "content": ""}))
+        if first:
+            yield _event(reply.chunk({"content": first}))
+        async for piece in pieces:
+            if piece:
+                yield _event(reply.chunk({"content": piece}))
+        yield _event(reply.chunk({}, reply.generation.finish_reason))
+        if reply.chat.wants_usage:
+            yield _event(reply.usage_chunk())
+        yield "data: [DONE]\n\n"
+    except Exception as error:  # noqa: BLE001  the status line has left, so whatever it is travels as an event
+        yield _event(_envelope(error))
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body)}\n\n"
+
+
+class _Reply:
+    """A reply's fixed parts: id, time and names are the same in every chunk."""
+
+    def __init__(self, chat: ChatRequest, generation: Generation) -> None:
+        self.chat = chat
+        self.generation = generation
+        self._id = ids.new(ids.COMPLETION)
+        self._created = int(time.time())
+
+    def _head(self, object: str) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": object,
+            "created": self._created,
+            "model": self.chat.model,
+            # Two answers with the same seed are comparable when this is the same.
+            "system_fingerprint": f"fp_{self.chat.chosen.template.manifest_sha256[:10]}",
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        prompt, completion = len(self.generation.prompt_ids), self.generation.completion_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def whole(self, text: str) -> dict[str, Any]:
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": self.generation.finish_reason,
+        }
+        return {**self._head("chat.completion"), "choices": [choice], "usage": self._usage()}
+
+    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        usage = {"usage": None} if self.chat.wants_usage else {}
+        return {**self._head("chat.completion.chunk"), "choices": [choice], **usage}
+
+    def usage_chunk(self) -> dict[str, Any]:
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
+
+
+def _status(error: Exception) -> int:
+    return 400 if isinstance(error, Rejected) else 503 if isinstance(error, Unavailable) else 500
+
+
+def _envelope(error: Exception) -> dict[str, Any]:
+    """OpenAI's error body. An error that is not ours goes to the log, and its text to nobody else."""
+    if not isinstance(error, TuneryError):
+        log.error("a request failed", exc_info=error)
+        message, param, code = "The model server had an error. Its log has the reason.", None, TuneryError.code
+    else:
+        message, param, code = error.message, error.param, error.code
+    type = "invalid_request_error" if isinstance(error, Rejected) else "server_error"
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+async def _answer_error(_: Request, error: Exception) -> Response:
+    status = _status(error)
+    headers = {"retry-after": "2"} if status == 503 else {}
+    return JSONResponse(_envelope(error), status, headers)
+
+
+async def _answer_http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    body = {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": body}, error.status_code, error.headers)

@@ -1,0 +1,141 @@
+"""The model in memory: which weights and adapter it is, and how it becomes another.
+
+One base at a time, kept while its tunes come and go: a LoRA is laid on it in about a second, a base takes as long as
+its weights take to read. A full fine-tune is a base of its own. A LoRA that was trained on a base in 4 bits (QLoRA) is
+laid on the unquantised base, as is usual; its logits then differ a little from those of the training.
+"""
+
+import gc
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tunery.errors import PromptTooLong
+from tunery.rendering.template import ChatTemplate
+from tunery.storage import Storage
+from worker.server.generation import Generation, Sampling
+from worker.server.schemas import ChatRequest, Chosen, Files
+from worker.supervisor.staging import base_folder
+
+log = logging.getLogger(__name__)
+
+UNKNOWN_CONTEXT = 4096
+"""The most tokens of an answer, unless the request says, where the model's config names no context length."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model that can answer. `context_length` is the most tokens of prompt and answer together; None: unknown."""
+
+    model: Any
+    template: ChatTemplate
+    eos_ids: frozenset[int]
+    context_length: int | None
+
+
+class Engine:
+    """Not safe to share between threads: `Desk` calls it from one."""
+
+    def __init__(self, models_dir: Path, storage: Storage, device: str = "cpu") -> None:
+        self._models_dir = models_dir
+        self._storage = storage
+        self._device = device
+        # fp32 on a CPU, where bf16 is slow and PEFT's own check runs in fp32; on a GPU the type of the training.
+        self._dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        self._base: Any = None
+        self._base_of: str | None = None  # sha256 of its manifest
+        self._adapted: Any = None  # the same base with an adapter laid on it
+        self._ready: Ready | None = None
+        self._chosen: Chosen | None = None
+
+    @property
+    def loaded(self) -> str | None:
+        """Id of the model in memory."""
+        chosen = self._chosen
+        return None if chosen is None else chosen.template.id
+
+    @property
+    def device(self) -> str:
+        return self._device
+
+    def answer(self, request: ChatRequest) -> Generation:
+        """The answer to a request, not begun yet; the model is loaded when this returns.
+
+        Raises CannotRender and PromptTooLong (the request's fault), StorageFailed, ObjectMissing, ChecksumMismatch.
+        """
+        ready = self._load(request.chosen)
+        prompt = ready.template.encode_prompt(request.messages, request.offered_tools)
+        return Generation(
+            model=ready.model,
+            tokenizer=ready.template.tokenizer,
+            prompt_ids=prompt,
+            max_tokens=_room(request, len(prompt), ready.context_length),
+            eos_ids=ready.eos_ids,
+            stops=request.stops,
+            sampling=Sampling(
+                temperature=1.0 if request.temperature is None else request.temperature,
+                top_p=1.0 if request.top_p is None else request.top_p,
+                seed=request.seed,
+            ),
+        )
+
+    def _load(self, chosen: Chosen) -> Ready:
+        if self._ready is None or chosen != self._chosen:
+            self._ready = self._chosen = None  # a load that fails half-way must not leave the last model's name
+            self._ready = self._assemble(chosen)
+            self._chosen = chosen
+        return self._ready
+
+    def _assemble(self, chosen: Chosen) -> Ready:
+        weights = self._folder(chosen.weights)
+        self._settle_base(chosen.weights, weights)
+        adapter = None if chosen.adapter is None else self._folder(chosen.adapter)
+        if adapter is not None:
+            self._lay_on(adapter)
+        template = ChatTemplate.load(adapter or weights)
+        return Ready(
+            model=self._base if adapter is None else self._adapted,
+            template=template,
+            # An adapter's folder has no generation_config.json, and the base's may name further stop tokens.
+            eos_ids=template.eos_ids | ChatTemplate.load(weights).eos_ids,
+            context_length=getattr(self._base.config.get_text_config(), "max_position_embeddings", None),
+        )
+
+    def _folder(self, files: Files) -> Path:
+        return base_folder(self._models_dir, self._storage, files.prefix, files.manifest_sha256)
+
+    def _settle_base(self, files: Files, folder: Path) -> None:
+        """The wanted weights in memory, without an adapter."""
+        if self._adapted is not None:
+            self._base, self._adapted = self._adapted.unload(), None
+        if self._base_of == files.manifest_sha256:
+            return
+        self._base, self._base_of = None, None
+        gc.collect()  # the memory may not hold two bases at once
+        torch.cuda.empty_cache()
+        log.info("loading %s", files.id)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=self._dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
+        )
+        self._base, self._base_of = model.to(self._device).eval(), files.manifest_sha256
+
+    def _lay_on(self, adapter: Path) -> None:
+        """The adapter on the base, in fp32 on any base, as it was trained."""
+        base_of, self._base_of = self._base_of, None  # an adapter that breaks half-way has spoilt the base
+        self._adapted = PeftModel.from_pretrained(self._base, adapter, torch_device=self._device).eval()
+        self._base_of = base_of
+
+
+def _room(request: ChatRequest, prompt_tokens: int, context_length: int | None) -> int:
+    """The most tokens that the answer may have. Raises PromptTooLong when that would be none."""
+    wanted = request.max_completion_tokens or request.max_tokens
+    if context_length is None:
+        return wanted or UNKNOWN_CONTEXT
+    if prompt_tokens >= context_length:
+        raise PromptTooLong(param="messages", limit=context_length, tokens=prompt_tokens)
+    return min(wanted or context_length, context_length - prompt_tokens)
