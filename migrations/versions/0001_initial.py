@@ -74,6 +74,7 @@ def upgrade() -> None:
         ),
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("deleted_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("purged_at", sa.DateTime(timezone=True), nullable=True),
         sa.CheckConstraint("status IN ('uploaded', 'processed', 'error')", name=op.f("ck_files_status")),
         sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_files_project_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_files")),
@@ -81,6 +82,13 @@ def upgrade() -> None:
     op.create_index("ix_files_project_created", "files", ["project_id", "created_at", "id"], unique=False)
     op.create_index(
         "ix_files_unprocessed", "files", ["created_at"], unique=False, postgresql_where="status = 'uploaded'"
+    )
+    op.create_index(
+        "ix_files_purgeable",
+        "files",
+        ["created_at"],
+        unique=False,
+        postgresql_where="deleted_at IS NOT NULL AND purged_at IS NULL",
     )
     op.create_table(
         "models",
@@ -462,6 +470,9 @@ def downgrade() -> None:
     op.drop_index("ix_models_project_created", table_name="models")
     op.drop_index(op.f("ix_models_job_id"), table_name="models")
     op.drop_table("models")
+    op.drop_index(
+        "ix_files_purgeable", table_name="files", postgresql_where="deleted_at IS NOT NULL AND purged_at IS NULL"
+    )
     op.drop_index("ix_files_unprocessed", table_name="files", postgresql_where="status = 'uploaded'")
     op.drop_index("ix_files_project_created", table_name="files")
     op.drop_table("files")

@@ -9,13 +9,15 @@ from tunery.db import Base, creation_time
 
 
 class File(Base):
-    """One stored object. `deleted_at` hides it from its project; its bytes go with the last job that needs them."""
+    """One stored object. `deleted_at` hides it from its project; its bytes go with the last job that needs them, at
+    `purged_at`."""
 
     __tablename__ = "files"
     __table_args__ = (
         CheckConstraint("status IN ('uploaded', 'processed', 'error')", name="status"),
         Index("ix_files_project_created", "project_id", "created_at", "id"),
         Index("ix_files_unprocessed", "created_at", postgresql_where="status = 'uploaded'"),
+        Index("ix_files_purgeable", "created_at", postgresql_where="deleted_at IS NOT NULL AND purged_at IS NULL"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -30,6 +32,7 @@ class File(Base):
     created_at: Mapped[datetime] = creation_time()
     expires_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
+    purged_at: Mapped[datetime | None]
 
 
 class Upload(Base):

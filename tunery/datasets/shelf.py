@@ -1,0 +1,213 @@
+"""Files: shelved, found, listed, checked, deleted. Rows in the database, bytes in storage under a key of ours."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Literal
+
+from sqlalchemy import Select, func, select, tuple_, update
+from sqlalchemy.orm import Session
+
+from tunery import dispatch, ids
+from tunery.datasets.formats import JsonlChecker
+from tunery.datasets.model import File
+from tunery.errors import FileInUse, InvalidJSONL, InvalidValue, NotFound, ObjectMissing
+from tunery.storage import Storage, Stored, Writer
+
+FINE_TUNE = "fine-tune"
+RESULTS = "fine-tune-results"
+
+InUseBy = Callable[[Session, str], str | None]
+"""Names a live job that needs a file: jobs live a floor above this one, so who asks brings the answer."""
+
+
+# --- coming in ----------------------------------------------------------------------------------------------------
+
+
+class Arrival:
+    """A file on its way into storage. `write` its bytes as they come; `stored` is there after a clean end."""
+
+    def __init__(self, purpose: str, writer: Writer) -> None:
+        self.purpose = purpose
+        self._writer = writer
+        self._checker = JsonlChecker() if purpose == FINE_TUNE else None
+
+    def write(self, chunk: bytes) -> None:
+        """Raises InvalidJSONL at the first wrong line of a training file."""
+        if self._checker:
+            self._checker.feed(chunk)
+        self._writer.write(chunk)
+
+    def close(self) -> None:
+        """Raises InvalidJSONL where a training file's end is wrong."""
+        if self._checker:
+            self._checker.close()
+
+    @property
+    def stored(self) -> Stored:
+        return self._writer.stored
+
+
+@contextmanager
+def arriving(storage: Storage, purpose: str) -> Iterator[Arrival]:
+    """Streams one file into storage, checking training files on the way. After an error nothing of it is left.
+
+    Needs no database, so that none of its connections waits for a slow sender; `shelve` comes afterwards.
+    """
+    with storage.writer(new_key()) as writer:
+        arrival = Arrival(purpose, writer)
+        yield arrival
+        arrival.close()
+
+
+def new_key() -> str:
+    """Where a file's bytes lie. The key ends in the file's id."""
+    return f"files/{ids.new(ids.FILE)}"
+
+
+def shelve(
+    session: Session,
+    project_id: str,
+    stored: Stored,
+    *,
+    purpose: str,
+    filename: str,
+    checked: bool = True,
+    expires_after: int | None = None,
+) -> File:
+    """The row of stored bytes. `checked`: nothing is left to judge; else a worker is woken to `process` the file.
+
+    `expires_after`: seconds. If the caller's transaction fails, the bytes are nobody's: delete `stored.key`.
+    """
+    file = File(
+        id=stored.key.rpartition("/")[2],
+        project_id=project_id,
+        purpose=purpose,
+        filename=filename,
+        bytes=stored.bytes,
+        sha256=stored.sha256,
+        key=stored.key,
+        status="processed" if checked else "uploaded",
+        expires_at=None if expires_after is None else func.clock_timestamp() + timedelta(seconds=expires_after),
+    )
+    session.add(file)
+    session.flush()
+    session.refresh(file)
+    if not checked:
+        dispatch.nudge_after_commit(session, dispatch.IO)
+    return file
+
+
+# --- finding ------------------------------------------------------------------------------------------------------
+
+
+def _visible(project_id: str) -> Select[File]:
+    unexpired = File.expires_at.is_(None) | (File.expires_at > func.clock_timestamp())
+    return select(File).where(File.project_id == project_id, File.deleted_at.is_(None), unexpired)
+
+
+def find(session: Session, project_id: str, file_id: str, *, param: str | None = None) -> File:
+    """A project's own file. Raises NotFound for another's, a deleted and an expired one, in the same words."""
+    file = session.scalar(_visible(project_id).where(File.id == file_id))
+    if file is None:
+        raise NotFound(param=param, kind="file", id=file_id)
+    return file
+
+
+def list_page(
+    session: Session,
+    project_id: str,
+    *,
+    purpose: str | None = None,
+    after: str | None = None,
+    limit: int = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+) -> tuple[list[File], bool]:
+    """One page by creation time, and whether more follow. Raises NotFound where `after` was never the project's file.
+
+    A page goes on after a row, not after a number of rows, so it is stable while rows arrive. The row may be deleted:
+    code that lists and deletes as it goes pages on.
+    """
+    query = _visible(project_id) if purpose is None else _visible(project_id).where(File.purpose == purpose)
+    place = tuple_(File.created_at, File.id)
+    if after is not None:
+        start = session.execute(
+            select(File.created_at, File.id).where(File.project_id == project_id, File.id == after)
+        ).one_or_none()
+        if start is None:
+            raise NotFound(param="after", kind="file", id=after)
+        query = query.where(place < tuple(start) if order == "desc" else place > tuple(start))
+    ordered = (File.created_at.desc(), File.id.desc()) if order == "desc" else (File.created_at, File.id)
+    rows = list(session.scalars(query.order_by(*ordered).limit(limit + 1)))
+    return rows[:limit], len(rows) > limit
+
+
+def check_trainable(file: File, *, param: str) -> None:
+    """Whether a job may name the file; one that is still processing may be named. Raises InvalidValue."""
+    if file.purpose != FINE_TUNE:
+        raise InvalidValue(
+            param=param,
+            reason=f"File '{file.id}' has the purpose '{file.purpose}'. Upload it again with purpose 'fine-tune'.",
+        )
+
+
+# --- checking -----------------------------------------------------------------------------------------------------
+
+
+def next_unprocessed(session: Session) -> File | None:
+    """The oldest file nobody has checked, locked to this transaction; two workers never get the same one."""
+    return session.scalar(
+        select(File)
+        .where(File.status == "uploaded", File.deleted_at.is_(None))
+        .order_by(File.created_at)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+
+
+def process(session: Session, storage: Storage, file: File) -> None:
+    """Reads an unchecked file through and settles its status. A storage that is down leaves it for another time."""
+    try:
+        checker = JsonlChecker()
+        for chunk in storage.read(file.key):
+            checker.feed(chunk)
+        checker.close()
+    except (InvalidJSONL, ObjectMissing) as error:
+        file.status, file.status_details = "error", error.message
+    else:
+        file.status = "processed"
+    session.flush()
+
+
+# --- going --------------------------------------------------------------------------------------------------------
+
+
+def delete(session: Session, file: File, *, in_use_by: str | None) -> None:
+    """Hides the file from now on; `purge` takes its bytes. Raises FileInUse when a live job (its id) needs it."""
+    if in_use_by is not None:
+        raise FileInUse(file=file.id, job=in_use_by)
+    file.deleted_at = func.clock_timestamp()
+    session.flush()
+
+
+def purge(session: Session, storage: Storage, in_use_by: InUseBy, *, limit: int = 100) -> int:
+    """Takes the bytes of deleted and expired files that no live job needs; how many.
+
+    Bytes first, then the row: a crash between repeats the deletion, which is harmless; the other way round would leave
+    bytes that nobody knows of.
+    """
+    expired = (File.expires_at <= func.clock_timestamp()) & File.deleted_at.is_(None)
+    session.execute(update(File).where(expired).values(deleted_at=File.expires_at))
+    gone = session.scalars(
+        select(File)
+        .where(File.deleted_at.is_not(None), File.purged_at.is_(None))
+        .order_by(File.created_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    purged = [file for file in gone if in_use_by(session, file.id) is None]
+    for file in purged:
+        storage.delete(file.key)
+        file.purged_at = func.clock_timestamp()
+    session.flush()
+    return len(purged)
