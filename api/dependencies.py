@@ -1,0 +1,80 @@
+"""What a route may ask for."""
+
+from collections.abc import Iterator
+from typing import Annotated
+
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy.orm import Session, sessionmaker
+
+from tunery.errors import Forbidden
+from tunery.keys import ring
+from tunery.keys.ring import Caller
+from tunery.settings import Settings
+from tunery.storage import Storage
+
+_bearer = HTTPBearer(
+    auto_error=False, scheme_name="API key", description="A project's key: `tunery keys create` makes one."
+)
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+
+
+def _settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+def _storage(request: Request) -> Storage:
+    storage: Storage = request.app.state.storage
+    return storage
+
+
+def _sessions(request: Request) -> sessionmaker[Session]:
+    sessions: sessionmaker[Session] = request.app.state.sessions
+    return sessions
+
+
+SettingsDep = Annotated[Settings, Depends(_settings)]
+StorageDep = Annotated[Storage, Depends(_storage)]
+SessionsDep = Annotated[sessionmaker[Session], Depends(_sessions)]
+
+
+def _session(sessions: SessionsDep) -> Iterator[Session]:
+    with sessions.begin() as session:
+        yield session
+
+
+# Why not FastAPI's default scope: there, what follows the `yield` runs after the answer has left, and a commit that
+# fails would have been answered with 200. Whatever is built on this must be function-scoped too.
+SessionDep = Annotated[Session, Depends(_session, scope="function")]
+"""The request's one transaction, committed before its answer leaves and closed before a stream starts."""
+
+
+def _secret(credentials: Credentials) -> str | None:
+    return credentials.credentials if credentials else None
+
+
+def _caller(session: SessionDep, credentials: Credentials) -> Caller:
+    return ring.authenticate(session, _secret(credentials))
+
+
+def _caller_apart(sessions: SessionsDep, credentials: Credentials) -> Caller:
+    with sessions.begin() as session:
+        return ring.authenticate(session, _secret(credentials))
+
+
+CallerDep = Annotated[Caller, Depends(_caller, scope="function")]
+"""Who asks, in the request's transaction."""
+StreamCallerDep = Annotated[Caller, Depends(_caller_apart)]
+"""Who asks, found in a transaction of its own: for routes that move bytes for minutes and must not hold a connection
+of the database meanwhile."""
+
+
+def _admin(caller: CallerDep) -> Caller:
+    if not caller.admin:
+        raise Forbidden(deed="change what all projects share")
+    return caller
+
+
+AdminDep = Annotated[Caller, Depends(_admin, scope="function")]
+"""A caller with an administrator's key."""

@@ -1,0 +1,81 @@
+"""Around every request: its id, a limit to its JSON body, and an answer whatever happens inside."""
+
+import asyncio
+import time
+from typing import Any
+
+from fastapi import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api import errors
+from tunery import ids
+
+MAX_BODY_BYTES = 16 * 2**20
+"""A JSON body's limit. Files come as multipart forms, whose routes count for themselves."""
+DRAIN_BYTES = 600 * 2**20
+DRAIN_SECONDS = 120
+
+
+class Edge:
+    """ASGI middleware, outermost: nothing is raised past it while an answer can still be given."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        exchange = _Exchange(scope, receive, send)
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+        except Exception as error:
+            if exchange.started:
+                raise  # half an answer is out: only a broken connection tells the client that it is not whole
+            response = errors.answer(error, request_id=exchange.id, route=f"{scope['method']} {scope['path']}")
+            await response(scope, exchange.receive, exchange.send)
+        return None
+
+
+class _Exchange:
+    """One request and its answer, as they pass."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.id = ids.new(ids.REQUEST)
+        self.started = False
+        self._receive, self._send = receive, send
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        self._is_form = headers.get(b"content-type", b"").startswith(b"multipart/")
+        self._waits = headers.get(b"expect", b"").lower() == b"100-continue"
+        self._more = b"content-length" in headers or b"transfer-encoding" in headers
+        self._seen = 0
+        scope.setdefault("state", {})["request_id"] = self.id
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._more = bool(message.get("more_body", False))
+        self._seen += len(message.get("body", b""))
+        if not self._is_form and self._seen > MAX_BODY_BYTES:
+            raise HTTPException(413, str(MAX_BODY_BYTES))
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            message = {**message, "headers": [*message["headers"], (b"x-request-id", self.id.encode())]}
+            if message["status"] >= 400:
+                await self._drain()
+        await self._send(message)
+
+    async def _drain(self) -> None:
+        """Takes the rest of a refused upload: answering while the client still sends makes the kernel reset the
+        connection, and the client would see a broken pipe, which it retries, in place of the reason."""
+        if self._waits:
+            return  # it sends nothing until it is told to
+        taken, until = 0, time.monotonic() + DRAIN_SECONDS
+        while self._more and taken < DRAIN_BYTES:
+            try:
+                message: dict[str, Any] = dict(await asyncio.wait_for(self._receive(), until - time.monotonic()))
+            except TimeoutError:
+                return
+            self._more = bool(message.get("more_body", False))
+            taken += len(message.get("body", b""))

@@ -1,0 +1,93 @@
+"""The one place where errors become HTTP: class -> status, one envelope, one handler.
+
+Never 409: clients of this dialect retry it. A request that the object's state forbids is a 400, as OpenAI has it.
+"""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+
+from api import faults
+from tunery import errors
+from tunery.errors import TuneryError
+
+log = logging.getLogger(__name__)
+
+STATUS: dict[type[TuneryError], int] = {
+    errors.Rejected: 400,
+    errors.Unauthenticated: 401,
+    errors.Forbidden: 403,
+    errors.NotFound: 404,
+    errors.RouteNotFound: 404,
+    errors.TooLarge: 413,
+    errors.QuotaExceeded: 429,
+    errors.Unavailable: 503,
+}
+"""A class answers for those below it. What is not here is a fault of ours: 500."""
+
+_HEADERS: dict[int, dict[str, str]] = {
+    401: {"www-authenticate": "Bearer"},
+    429: {"x-should-retry": "false"},  # a full queue does not empty in the seconds a client waits
+    503: {"retry-after": "5"},
+}
+
+
+def status_of(error: TuneryError) -> int:
+    """The status of the nearest class above the error that has one."""
+    return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
+
+
+def envelope(message: str, *, type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The body of every error, all four keys always there."""
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def _type_of(error: TuneryError, status: int) -> str:
+    if status == 429:
+        return error.code
+    return "invalid_request_error" if status < 500 else "server_error"
+
+
+def _as_ours(error: Exception, request_id: str, route: str) -> TuneryError | None:
+    """Whatever was raised, as an error of ours; None for what nobody foresaw."""
+    if isinstance(error, TuneryError) and status_of(error) != 500:
+        return error
+    if isinstance(error, RequestValidationError):
+        return faults.explain(error)
+    if isinstance(error, HTTPException):
+        return faults.explain_http(error, route)
+    if isinstance(error, OperationalError | InterfaceError | PoolTimeout):
+        log.warning("%s: the database failed: %s", request_id, type(error).__name__)
+        return errors.Unavailable(part="The database")
+    return None
+
+
+def answer(error: Exception, *, request_id: str, route: str) -> JSONResponse:
+    """The HTTP answer to an error; `route` is the method and path, for messages."""
+    ours = _as_ours(error, request_id, route)
+    if ours is None:
+        log.error("%s: %s failed", request_id, route, exc_info=error)
+        text = f"The server failed at this request. Tell the operator its id, {request_id}: the log says why."
+        return JSONResponse(envelope(text, type="server_error", code="server_error"), 500)
+    # Starlette knows the method is wrong; the status is its own, the words are ours.
+    status = error.status_code if isinstance(error, HTTPException) else status_of(ours)
+    headers = {**_HEADERS.get(status, {}), **(getattr(error, "headers", None) or {})}
+    body = envelope(ours.message, type=_type_of(ours, status), param=ours.param, code=ours.code)
+    return JSONResponse(body, status, headers)
+
+
+def _handle(request: Request, error: Exception) -> JSONResponse:
+    request_id = request.scope.get("state", {}).get("request_id", "-")
+    return answer(error, request_id=request_id, route=f"{request.method} {request.url.path}")
+
+
+def install(app: FastAPI) -> None:
+    """One handler for all classes. `api.edge` answers what is raised outside of it in the same way."""
+    for kind in (TuneryError, RequestValidationError, HTTPException, OperationalError, InterfaceError, PoolTimeout):
+        app.add_exception_handler(kind, _handle)

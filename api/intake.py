@@ -1,0 +1,172 @@
+"""From a create request to a stored job: names resolved, contradictions refused, the spec written down."""
+
+import hashlib
+import json
+import secrets
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from api.schemas.jobs import CreateJob
+from tunery import ids
+from tunery.datasets.model import File
+from tunery.errors import InvalidValue, NotFound, Unsupported
+from tunery.jobs import ledger
+from tunery.jobs.model import Job
+from tunery.keys.ring import Caller
+from tunery.models import registry
+from tunery.models.model import Model
+from tunery.spec import Hyperparameters, Lora, TrainingSpec
+
+_SUPPORTED = "Use method.type 'supervised', with technique full, lora or qlora."
+_ADAPTER = ("r", "alpha", "target_modules")
+
+
+def create(session: Session, caller: Caller, body: CreateJob, *, idempotency_key: str | None, is_retry: bool) -> Job:
+    """The job that this request makes, or the one that it made already. Raises Rejected, NotFound, QuotaExceeded."""
+    digest = _digest(body)
+    earlier = ledger.earlier_request(
+        session, caller.project_id, idempotency_key=idempotency_key, request_sha256=digest, is_retry=is_retry
+    )
+    if earlier is not None:
+        return earlier
+    _check(body)
+    model = registry.find_ready(session, caller.project_id, body.model)
+    for param, name in _files(body).items():
+        _check_file(session, caller.project_id, param, name)
+    job = _job(body, caller, model, _spec(session, body, model))
+    job.idempotency_key, job.request_sha256 = idempotency_key, digest
+    return ledger.submit(session, job, messages=_remarks(body))
+
+
+def _digest(body: CreateJob) -> str:
+    """Equal for requests that ask for the same: key order, spaces and spelled-out nulls do not count."""
+    said = body.model_dump(mode="json", exclude_unset=True)
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _check(body: CreateJob) -> None:
+    method = body.method
+    if method and method.type != "supervised":
+        raise Unsupported(param="method.type", what=f"Method '{method.type}'", instead=_SUPPORTED)
+    if method and (method.dpo is not None or method.reinforcement is not None):
+        other = "dpo" if method.dpo is not None else "reinforcement"
+        raise InvalidValue(param=f"method.{other}", reason=f"'method.{other}' is set, but method.type is 'supervised'.")
+    knobs = _knobs(body)
+    if body.learning_rate is not None and knobs.learning_rate_multiplier != "auto":
+        reason = "learning_rate and learning_rate_multiplier both set the learning rate. Send one of them."
+        raise InvalidValue(param="learning_rate", reason=reason)
+    if body.validation_file is None:
+        for param, asked in (("early_stopping", body.early_stopping is not None), ("select", body.select == "best")):
+            if asked:
+                raise InvalidValue(
+                    param=param, reason=f"'{param}' needs a validation loss. Send a validation_file too."
+                )
+
+
+def _knobs(body: CreateJob) -> Hyperparameters:
+    """Old clients send them at the top. Raises InvalidValue when both places speak and differ."""
+    inner = body.method.supervised.hyperparameters if body.method and body.method.supervised else None
+    if inner is not None and body.hyperparameters is not None and inner != body.hyperparameters:
+        reason = "'hyperparameters' and 'method.supervised.hyperparameters' differ. Send the second only."
+        raise InvalidValue(param="hyperparameters", reason=reason)
+    return inner or body.hyperparameters or Hyperparameters()
+
+
+def _files(body: CreateJob) -> dict[str, str]:
+    named = {
+        "training_file": body.training_file,
+        "validation_file": body.validation_file,
+        "evaluation.test_file": body.evaluation.test_file,
+    }
+    return {param: name for param, name in named.items() if name is not None}
+
+
+def _check_file(session: Session, project_id: str, param: str, name: str) -> None:
+    # Locked against a delete that has already seen that no job uses the file.
+    file = session.scalar(
+        select(File)
+        .where(File.id == name, File.project_id == project_id, File.deleted_at.is_(None))
+        .where(File.expires_at.is_(None) | (File.expires_at > func.now()))
+        .with_for_update(read=True)
+    )
+    if file is None:
+        raise NotFound(param=param, kind="file", id=name)
+    if file.purpose != "fine-tune":
+        reason = f"File '{name}' has purpose '{file.purpose}'. Upload it again with purpose 'fine-tune'."
+        raise InvalidValue(param=param, reason=reason)
+
+
+def _spec(session: Session, body: CreateJob, model: Model) -> TrainingSpec:
+    return TrainingSpec(
+        technique=body.technique if model.kind == "base" else _continued(session, body, model),
+        hyperparameters=_knobs(body),
+        learning_rate=body.learning_rate,
+        schedule=body.schedule,
+        max_seq_length=body.max_seq_length,
+        packing=body.packing,
+        weight_decay=body.weight_decay,
+        max_grad_norm=body.max_grad_norm,
+        seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
+        early_stopping=body.early_stopping,
+        select=body.select,
+        evaluation=body.evaluation,
+        resources=body.resources,
+    )
+
+
+def _continued(session: Session, body: CreateJob, parent: Model) -> Lora:
+    """The adapter that training goes on with: the parent's own, so its shape cannot be asked to change."""
+    made_by = session.get(Job, parent.job_id) if parent.job_id else None
+    plan: dict[str, Any] = (made_by.plan if made_by else None) or {}
+    if parent.technique not in ("lora", "qlora") or "technique" not in plan:
+        what = f"Training on from '{parent.id}', which is not a LoRA adapter,"
+        raise Unsupported(param="model", what=what, instead=f"Start from its base, '{parent.base_id}'.")
+    adapter = Lora(**{name: plan["technique"][name] for name in (*_ADAPTER, "dropout")})
+    if body.technique is None:
+        return adapter
+    if not isinstance(body.technique, Lora) or body.technique.type != "lora":
+        what = f"Training on from a LoRA adapter with technique '{body.technique.type}'"
+        raise Unsupported(param="technique.type", what=what, instead="Use 'lora', or leave technique out.")
+    for name in _ADAPTER:
+        if getattr(body.technique, name) != getattr(adapter, name):
+            reason = f"'{parent.id}' has {name} {getattr(adapter, name)!r}. Send that, or leave technique out."
+            raise InvalidValue(param=f"technique.{name}", reason=reason)
+    return body.technique
+
+
+def _job(body: CreateJob, caller: Caller, model: Model, spec: TrainingSpec) -> Job:
+    job = Job(
+        id=ids.new(ids.JOB),
+        project_id=caller.project_id,
+        key_id=caller.key_id,
+        base_model=model.id if model.base_id is None else model.base_id,
+        parent_model=None if model.base_id is None else model.id,
+        training_file=body.training_file,
+        validation_file=body.validation_file,
+        test_file=body.evaluation.test_file,
+        spec=spec.model_dump(mode="json"),
+        suffix=body.suffix,
+        gpus=spec.resources.gpus,
+        priority=body.priority,
+        names_method=body.method is not None,
+    )
+    job.integrations = [_echo(integration.model_dump(), job.id) for integration in body.integrations or ()]
+    if body.metadata is not None:
+        job.user_metadata = dict(body.metadata)
+    return job
+
+
+def _echo(integration: dict[str, Any], job_id: str) -> dict[str, Any]:
+    return {**integration, "wandb": {**integration["wandb"], "run_id": job_id}}
+
+
+def _remarks(body: CreateJob) -> list[tuple[str, str]]:
+    if not body.integrations:
+        return []
+    text = (
+        "Integration wandb is kept and echoed, but this server sends nothing to Weights & Biases: "
+        "read the job's metrics at GET /v1/fine_tuning/jobs/{id}/metrics"
+    )
+    return [("warn", text)]

@@ -1,0 +1,75 @@
+"""The application: `uvicorn --factory api.main:create_app`."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from sqlalchemy.orm import Session, sessionmaker
+
+from api import errors
+from api.edge import Edge
+from api.routes import files, health, jobs, models
+from api.web import docs
+from tunery import db
+from tunery.settings import Settings, get_settings
+from tunery.storage import open_storage
+
+DESCRIPTION = """
+Fine-tuning on your own machines behind OpenAI's Files and Fine-tuning API: point an OpenAI client's `base_url` here.
+
+Press **Authorize** and paste a project's key (`tunery keys create`), then **Try it out** on any operation.
+"""
+ROUTERS = (files, jobs, models, health)
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """An application on `settings`, or on the environment's. Connects to nothing before the first request."""
+    settings = settings or get_settings()
+    app = FastAPI(
+        title="Tunery",
+        version="0.1.0",
+        description=DESCRIPTION,
+        docs_url=None,  # ours needs no CDN, see api.web.docs
+        redoc_url=None,
+        lifespan=_lifespan,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.state.settings = settings
+    app.state.storage = open_storage(settings)
+    app.state.sessions = _sessions(settings)
+    for module in ROUTERS:
+        app.include_router(module.router)
+    docs.install(app)
+    errors.install(app)
+    app.add_middleware(Edge)
+    _describe(app)
+    return app
+
+
+def _sessions(settings: Settings) -> sessionmaker[Session]:
+    if settings.database_url == get_settings().database_url:
+        return db.sessions()
+    return db.make_sessions(db.make_engine(settings.database_url))
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    app.state.sessions.kw["bind"].dispose()
+
+
+def _describe(app: FastAPI) -> None:
+    """FastAPI documents a 422 for every route. Here, as in OpenAI's API, a request that is not valid gets a 400."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(unused, None)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,211 @@
+"""Files. An upload streams through: its bytes are checked and stored as they come, and no transaction waits for them."""
+
+from datetime import datetime, timedelta
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
+from sqlalchemy import ColumnElement, func, select
+from sqlalchemy.orm import Session, sessionmaker
+
+from api import downloads, forms
+from api.dependencies import CallerDep, SessionDep, SessionsDep, SettingsDep, StorageDep, StreamCallerDep
+from api.forms import Form
+from api.paging import Order, page
+from api.schemas import files as wire
+from api.schemas.wire import CursorList, errors
+from tunery import ids
+from tunery.datasets.formats import JsonlChecker
+from tunery.datasets.model import File
+from tunery.errors import FileInUse, InvalidJSONL, NotFound
+from tunery.jobs import ledger
+from tunery.keys.ring import Caller
+from tunery.storage import Storage, Stored, Writer
+
+router = APIRouter(prefix="/v1/files", tags=["Files"])
+
+_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["purpose", "file"],
+                    "properties": {
+                        "purpose": {"type": "string", "enum": list(wire.Purpose.__args__), "default": "fine-tune"},  # type: ignore[attr-defined]
+                        "file": {"type": "string", "format": "binary", "description": "JSON Lines for fine-tuning"},
+                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+                    },
+                    "example": {"purpose": "fine-tune"},
+                }
+            }
+        },
+    }
+}
+
+
+class _Arriving:
+    """A file on its way in: every piece is checked, then stored.
+
+    Clients differ in where they put `purpose`: before the file its first bad line ends the upload at once; behind it,
+    the fault waits until it is known whether lines matter.
+    """
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._checker = JsonlChecker()
+        self._fault: InvalidJSONL | None = None
+
+    def take(self, form: Form, data: bytes) -> None:
+        if self._fault is None and form.fields.get("purpose", "fine-tune") == "fine-tune":
+            self._check(self._checker.feed, data)
+        if self._fault is not None and form.fields.get("purpose") == "fine-tune":
+            raise self._fault
+        self._writer.write(data)
+
+    def close(self, purpose: str) -> None:
+        if purpose == "fine-tune":
+            if self._fault is None:
+                self._check(self._checker.close)
+            if self._fault is not None:
+                raise self._fault
+
+    def _check(self, step: Any, *data: bytes) -> None:
+        try:
+            step(*data)
+        except InvalidJSONL as fault:
+            self._fault = fault
+
+
+@router.post("", summary="Upload a file", responses=errors(413), openapi_extra=_FORM)
+async def create_file(
+    request: Request, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep, settings: SettingsDep
+) -> wire.File:
+    """Training data is JSON Lines: a line that is not a JSON object is refused at once, and nothing is kept."""
+    file_id = ids.new(ids.FILE)
+    key = f"files/{file_id}"
+    async with contextmanager_in_threadpool(storage.writer(key)) as writer:
+        arriving = _Arriving(writer)
+        form = await forms.receive(
+            request,
+            file_field="file",
+            limit=settings.max_file_bytes,
+            what="The file",
+            instead="Send larger files as an Upload, part by part (POST /v1/uploads).",
+            take=arriving.take,
+        )
+        fields = forms.parse_fields(form, wire.FileFields)
+        arriving.close(fields.purpose)
+    return await run_in_threadpool(_record, sessions, storage, caller, file_id, form, fields, writer.stored)
+
+
+def _record(
+    sessions: sessionmaker[Session],
+    storage: Storage,
+    caller: Caller,
+    file_id: str,
+    form: Form,
+    fields: wire.FileFields,
+    stored: Stored,
+) -> wire.File:
+    """The row, in a transaction that begins when all bytes are stored; without a row the bytes go again."""
+    try:
+        with sessions.begin() as session:
+            row = File(
+                id=file_id,
+                project_id=caller.project_id,
+                purpose=fields.purpose,
+                filename=(form.filename or "upload")[:255],
+                bytes=stored.bytes,
+                sha256=stored.sha256,
+                key=stored.key,
+                status="processed",
+            )
+            session.add(row)
+            session.flush()
+            row.expires_at = expiry(row.created_at, fields.expires_after)
+    except Exception:
+        storage.delete(stored.key)
+        raise
+    return wire.File.of(row)
+
+
+def expiry(created_at: datetime, after: wire.ExpiresAfter | None) -> datetime | None:
+    return None if after is None else created_at + timedelta(seconds=after.seconds)
+
+
+def visible(project_id: str) -> ColumnElement[bool]:
+    """Files that the project has: not deleted, not expired."""
+    fresh = File.expires_at.is_(None) | (File.expires_at > func.now())
+    return (File.project_id == project_id) & File.deleted_at.is_(None) & fresh
+
+
+def find(session: Session, project_id: str, file_id: str, *, lock: bool = False) -> File:
+    """Raises NotFound."""
+    query = select(File).where(File.id == file_id, visible(project_id))
+    row = session.scalar(query.with_for_update() if lock else query)
+    if row is None:
+        raise NotFound(kind="file", id=file_id)
+    return row
+
+
+@router.get("", summary="List files", responses=errors(404))
+def list_files(
+    session: SessionDep,
+    caller: CallerDep,
+    purpose: Annotated[str | None, Query(description="Only files of this purpose")] = None,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="Objects a page")] = 10_000,
+    order: Annotated[Order, Query(description="By creation time")] = "desc",
+    after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
+) -> CursorList[wire.File]:
+    query = select(File).where(visible(caller.project_id))
+    if purpose is not None:
+        query = query.where(File.purpose == purpose)
+    rows, more = page(session, query, by=(File.created_at, File.id), id=File.id, after=after, limit=limit, order=order)
+    data = [wire.File.of(row) for row in rows]
+    ends = {"first_id": data[0].id, "last_id": data[-1].id} if data else {}
+    return CursorList(data=data, has_more=more, **ends)
+
+
+@router.get("/{file_id}", summary="Retrieve a file", responses=errors(404))
+def retrieve_file(file_id: str, session: SessionDep, caller: CallerDep) -> wire.File:
+    return wire.File.of(find(session, caller.project_id, file_id))
+
+
+@router.delete("/{file_id}", summary="Delete a file", responses=errors(404))
+def delete_file(file_id: str, session: SessionDep, caller: CallerDep) -> wire.FileDeleted:
+    """Refused (400) while a job that has not ended needs the file."""
+    row = find(session, caller.project_id, file_id, lock=True)
+    job_id = ledger.live_job_using(session, file_id)
+    if job_id is not None:
+        raise FileInUse(file=file_id, job=job_id)
+    row.deleted_at = func.now()
+    return wire.FileDeleted(id=file_id)
+
+
+@router.get(
+    "/{file_id}/content",
+    summary="Download a file",
+    response_class=Response,
+    responses=errors(404)
+    | {
+        200: {"content": {"application/octet-stream": {"example": '{"messages": []}\n'}}, "description": "Its bytes"},
+        302: {"description": "To the storage's own address, good for 15 minutes"},
+    },
+)
+def download_file(
+    file_id: str,
+    session: SessionDep,
+    caller: CallerDep,
+    storage: StorageDep,
+    settings: SettingsDep,
+    accept: Annotated[str, Header(include_in_schema=False)] = "",
+) -> Response:
+    """A result file (purpose fine-tune-results) comes in base64 to `Accept: application/binary`, as OpenAI serves it."""
+    row = find(session, caller.project_id, file_id)
+    if row.purpose == "fine-tune-results":
+        coded = accept == "application/binary" if settings.result_files == "auto" else settings.result_files == "base64"
+        return downloads.result_file(storage, row.key, coded=coded)
+    return downloads.answer(storage, row.key, filename=row.filename, bytes=row.bytes, sha256=row.sha256)

@@ -1,0 +1,29 @@
+"""For load balancers and start-up scripts."""
+
+from typing import Literal
+
+from fastapi import APIRouter
+from pydantic import ConfigDict
+from sqlalchemy import text
+
+from api.dependencies import SessionDep
+from api.schemas.wire import Error, Wire
+
+router = APIRouter(tags=["Health"])
+
+
+class Health(Wire):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"status": "ok"}]})
+
+    status: Literal["ok"] = "ok"
+
+
+@router.get(
+    "/healthz",
+    summary="Is the service up",
+    responses={503: {"model": Error, "description": "The database does not answer"}},
+)
+def healthz(session: SessionDep) -> Health:
+    """Answers 200 while the database can be reached. Needs no key."""
+    session.execute(text("SELECT 1"))
+    return Health()

@@ -1,0 +1,128 @@
+"""Fine-tuning jobs: what OpenAI's API has."""
+
+from collections.abc import Iterable, Sequence
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Header, Query, Request
+from sqlalchemy import Select, or_, select, text
+from sqlalchemy.orm import Session
+
+from api import intake
+from api.dependencies import CallerDep, SessionDep, SettingsDep
+from api.paging import page
+from api.schemas import jobs as wire
+from api.schemas.wire import CursorList, ListOf, errors
+from tunery.jobs import ledger
+from tunery.jobs.model import Checkpoint, Job, JobEvent
+from tunery.settings import Settings
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning jobs"])
+
+Limit = Annotated[int, Query(ge=1, le=100, description="Objects a page")]
+After = Annotated[str | None, Query(description="The last object's id of the page before")]
+
+
+def _shown(session: Session, settings: Settings, job: Job) -> wire.Job:
+    return _shown_all(session, settings, [job])[0]
+
+
+def _shown_all(session: Session, settings: Settings, jobs: Sequence[Job]) -> list[wire.Job]:
+    warnings = _warnings(session, (job.id for job in jobs))
+    return [wire.of(job, organization=settings.organization, warnings=warnings.get(job.id, [])) for job in jobs]
+
+
+def _warnings(session: Session, job_ids: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    query = select(JobEvent.job_id, JobEvent.message).where(JobEvent.job_id.in_(job_ids), JobEvent.level == "warn")
+    for job_id, message in session.execute(query.order_by(JobEvent.seq)):
+        found.setdefault(job_id, []).append(message)
+    return found
+
+
+@router.post("", summary="Create a fine-tuning job", responses=errors(404, 429))
+def create_job(
+    body: Annotated[wire.CreateJob, Body(openapi_examples=wire.CREATE_EXAMPLES)],
+    session: SessionDep,
+    caller: CallerDep,
+    settings: SettingsDep,
+    idempotency_key: Annotated[str | None, Header(max_length=255, description="The same key, the same job")] = None,
+    x_stainless_retry_count: Annotated[int, Header(include_in_schema=False)] = 0,
+) -> wire.Job:
+    """Checks the request, stores the job and answers at once; a worker then reads the files.
+
+    Safe to repeat with an `Idempotency-Key`. The official client's own retries are recognised without one.
+    """
+    job = intake.create(session, caller, body, idempotency_key=idempotency_key, is_retry=x_stainless_retry_count > 0)
+    session.refresh(job)
+    return _shown(session, settings, job)
+
+
+@router.get("", summary="List fine-tuning jobs", responses=errors(404))
+def list_jobs(
+    request: Request,
+    session: SessionDep,
+    caller: CallerDep,
+    settings: SettingsDep,
+    after: After = None,
+    limit: Limit = 20,
+) -> ListOf[wire.Job]:
+    """Newest first. `metadata[key]=value` keeps jobs with that pair; `metadata=null` those without metadata."""
+    query = _with_metadata(select(Job).where(Job.project_id == caller.project_id), request)
+    rows, more = page(session, query, by=(Job.created_at, Job.id), id=Job.id, after=after, limit=limit)
+    return ListOf(data=_shown_all(session, settings, rows), has_more=more)
+
+
+def _with_metadata(query: Select[tuple[Job]], request: Request) -> Select[tuple[Job]]:
+    for name, value in request.query_params.multi_items():
+        if name == "metadata" and value == "null":
+            query = query.where(or_(Job.user_metadata.is_(None), text("jobs.user_metadata = 'null'::jsonb")))
+        elif name.startswith("metadata[") and name.endswith("]"):
+            query = query.where(Job.user_metadata[name[9:-1]].astext == value)
+    return query
+
+
+@router.get("/{job_id}", summary="Retrieve a fine-tuning job", responses=errors(404))
+def retrieve_job(job_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> wire.Job:
+    return _shown(session, settings, ledger.find(session, caller.project_id, job_id))
+
+
+@router.post("/{job_id}/cancel", summary="Cancel a fine-tuning job", responses=errors(404))
+def cancel_job(job_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> wire.Job:
+    """Final at once. A job that has ended cannot be cancelled (400)."""
+    return _shown(session, settings, ledger.cancel(session, caller.project_id, job_id))
+
+
+@router.post("/{job_id}/pause", summary="Pause a fine-tuning job", responses=errors(404))
+def pause_job(job_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> wire.Job:
+    """A queued job waits; a running one saves its state and gives its device back."""
+    return _shown(session, settings, ledger.pause(session, caller.project_id, job_id))
+
+
+@router.post("/{job_id}/resume", summary="Resume a paused fine-tuning job", responses=errors(404))
+def resume_job(job_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> wire.Job:
+    """Back to the queue, at its old place; the run goes on from its saved state."""
+    return _shown(session, settings, ledger.resume(session, caller.project_id, job_id))
+
+
+@router.get("/{job_id}/events", summary="List a job's events", responses=errors(404))
+def list_events(
+    job_id: str, session: SessionDep, caller: CallerDep, after: After = None, limit: Limit = 20
+) -> ListOf[wire.Event]:
+    """Newest first."""
+    job = ledger.find(session, caller.project_id, job_id)
+    query = select(JobEvent).where(JobEvent.job_id == job.id)
+    rows, more = page(session, query, by=(JobEvent.seq,), id=JobEvent.id, after=after, limit=limit)
+    return ListOf(data=[wire.Event.of(row) for row in rows], has_more=more)
+
+
+@router.get("/{job_id}/checkpoints", summary="List a job's checkpoints", responses=errors(404))
+def list_checkpoints(
+    job_id: str, session: SessionDep, caller: CallerDep, after: After = None, limit: Limit = 10
+) -> CursorList[wire.Checkpoint]:
+    """Newest first: the ends of the last epochs, each a whole model."""
+    job = ledger.find(session, caller.project_id, job_id)
+    query = select(Checkpoint).where(Checkpoint.job_id == job.id)
+    rows, more = page(session, query, by=(Checkpoint.step,), id=Checkpoint.id, after=after, limit=limit)
+    data = [wire.Checkpoint.of(row) for row in rows]
+    ends = {"first_id": data[0].id, "last_id": data[-1].id} if data else {}
+    return CursorList(data=data, has_more=more, **ends)

@@ -1,0 +1,66 @@
+"""Models: what there is to tune and what came of it."""
+
+from collections.abc import Sequence
+
+from fastapi import APIRouter
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from api.dependencies import AdminDep, CallerDep, SessionDep, SettingsDep
+from api.schemas import models as wire
+from api.schemas.wire import WholeList, errors
+from tunery.errors import Forbidden
+from tunery.keys.ring import Caller
+from tunery.models import registry
+from tunery.models.model import Alias, Model
+from tunery.settings import Settings
+
+router = APIRouter(prefix="/v1/models", tags=["Models"])
+
+
+def _shown(session: Session, settings: Settings, caller: Caller, rows: Sequence[Model]) -> list[wire.Model]:
+    aliases: dict[str, list[str]] = {}
+    named = select(Alias).where(Alias.model_id.in_(row.id for row in rows)).order_by(Alias.alias)
+    for alias in session.scalars(named):
+        aliases.setdefault(alias.model_id, []).append(alias.alias)
+    owners = {None: settings.organization, caller.project_id: caller.project_name}
+    return [wire.Model.of(row, owner=owners[row.project_id], aliases=aliases.get(row.id, [])) for row in rows]
+
+
+@router.get("", summary="List models", responses=errors())
+def list_models(session: SessionDep, caller: CallerDep, settings: SettingsDep) -> WholeList[wire.Model]:
+    """Every ready base, and the project's own fine-tuned models and checkpoints, newest first."""
+    rows = registry.list_visible(session, caller.project_id)
+    return WholeList(data=_shown(session, settings, caller, rows))
+
+
+@router.post("", summary="Add a base model", responses=errors(403))
+def add_model(body: wire.AddModel, session: SessionDep, caller: AdminDep, settings: SettingsDep) -> wire.Model:
+    """For administrators. Answers at once with `status: processing`; a worker converts the files to safetensors."""
+    row = registry.register_base(session, name=body.id or registry.slug_of(body.source), source=body.source)
+    session.refresh(row)
+    return _shown(session, settings, caller, [row])[0]
+
+
+@router.post("/aliases", summary="Give a base model another name", responses=errors(403, 404))
+def add_alias(body: wire.AddAlias, session: SessionDep, caller: AdminDep) -> wire.Alias:
+    """For administrators: lets existing code run unchanged. An alias that exists moves to the new base."""
+    row = registry.add_alias(session, body.alias, registry.find(session, caller.project_id, body.model))
+    return wire.Alias(alias=row.alias, model=row.model_id)
+
+
+@router.get("/{model:path}", summary="Retrieve a model", responses=errors(404))
+def retrieve_model(model: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> wire.Model:
+    """By id, alias, or the hub id that a base came from."""
+    row = registry.find(session, caller.project_id, model)
+    return _shown(session, settings, caller, [row])[0]
+
+
+@router.delete("/{model:path}", summary="Delete a fine-tuned model", responses=errors(403, 404))
+def delete_model(model: str, session: SessionDep, caller: CallerDep) -> wire.ModelDeleted:
+    """Its job's record stays. A base can be deleted by administrators only."""
+    row = registry.find(session, caller.project_id, model)
+    if row.kind == "base" and not caller.admin:
+        raise Forbidden(deed="delete a base model")
+    registry.delete(session, row)
+    return wire.ModelDeleted(id=row.id)

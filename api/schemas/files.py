@@ -1,0 +1,170 @@
+"""Files and Uploads, as the wire spells them."""
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from api.schemas.wire import Body, Wire, maybe_seconds, seconds
+from tunery.datasets import model
+
+Purpose = Literal["fine-tune", "assistants", "batch", "vision", "user_data", "evals"]
+
+FILE = {
+    "id": "file-abc123",
+    "object": "file",
+    "bytes": 120000,
+    "created_at": 1677610602,
+    "expires_at": None,
+    "filename": "mydata.jsonl",
+    "purpose": "fine-tune",
+    "status": "processed",
+    "status_details": None,
+}
+
+
+class ExpiresAfter(Body):
+    """When the file deletes itself."""
+
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=3600, le=2_592_000, description="Seconds after its creation: an hour to 30 days")
+
+
+class FileFields(Body):
+    """The text fields beside an uploaded file."""
+
+    purpose: Purpose
+    expires_after: ExpiresAfter | None = None
+
+
+class File(Wire):
+    model_config = ConfigDict(json_schema_extra={"examples": [FILE]})
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: str
+    status: Literal["uploaded", "processed", "error"]
+    status_details: str | None
+
+    @classmethod
+    def of(cls, row: model.File) -> "File":
+        return cls(
+            id=row.id,
+            bytes=row.bytes,
+            created_at=seconds(row.created_at),
+            expires_at=maybe_seconds(row.expires_at),
+            filename=row.filename,
+            purpose=row.purpose,
+            status=row.status,  # type: ignore[arg-type]  # the table's own check holds it
+            status_details=row.status_details,
+        )
+
+
+class FileDeleted(Wire):
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"id": "file-abc123", "object": "file", "deleted": True}]}
+    )
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
+
+
+class CreateUpload(Body):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "bytes": 2147483648,
+                    "filename": "training_examples.jsonl",
+                    "mime_type": "text/jsonl",
+                    "purpose": "fine-tune",
+                }
+            ]
+        }
+    )
+
+    bytes: int = Field(ge=1, description="Size of the whole file")
+    filename: str = Field(min_length=1, max_length=255)
+    mime_type: str = Field(max_length=255)
+    purpose: Purpose
+    expires_after: ExpiresAfter | None = None
+
+
+class CompleteUpload(Body):
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"part_ids": ["part_abc123", "part_def456"], "md5": None}]}
+    )
+
+    part_ids: list[str] = Field(min_length=1, description="Every part, in the file's order")
+    md5: str | None = Field(None, pattern="^[0-9a-fA-F]{32}$", description="Of the whole file, in hex")
+
+
+class Upload(Wire):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "upload_abc123",
+                    "object": "upload",
+                    "bytes": 2147483648,
+                    "created_at": 1719184911,
+                    "filename": "training_examples.jsonl",
+                    "purpose": "fine-tune",
+                    "status": "pending",
+                    "expires_at": 1719188511,
+                    "file": None,
+                }
+            ]
+        }
+    )
+
+    id: str
+    object: Literal["upload"] = "upload"
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: Literal["pending", "completed", "cancelled", "expired"]
+    expires_at: int
+    file: File | None
+
+    @classmethod
+    def of(cls, row: model.Upload, file: model.File | None = None) -> "Upload":
+        return cls(
+            id=row.id,
+            bytes=row.bytes,
+            created_at=seconds(row.created_at),
+            filename=row.filename,
+            purpose=row.purpose,
+            status=row.status,  # type: ignore[arg-type]  # the table's own check holds it
+            expires_at=seconds(row.expires_at),
+            file=None if file is None else File.of(file),
+        )
+
+
+class UploadPart(Wire):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "part_def456",
+                    "object": "upload.part",
+                    "created_at": 1719185911,
+                    "upload_id": "upload_abc123",
+                }
+            ]
+        }
+    )
+
+    id: str
+    object: Literal["upload.part"] = "upload.part"
+    created_at: int
+    upload_id: str
+
+    @classmethod
+    def of(cls, row: model.UploadPart) -> "UploadPart":
+        return cls(id=row.id, created_at=seconds(row.created_at), upload_id=row.upload_id)

@@ -1,0 +1,394 @@
+"""Fine-tuning jobs, as the wire spells them: OpenAI's fields in OpenAI's order, then Tunery's own."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
+
+from api.schemas.wire import Body, Wire, maybe_seconds, seconds
+from tunery.jobs import model
+from tunery.jobs.states import State
+from tunery.spec import EarlyStopping, Evaluation, Hyperparameters, Resources, Schedule, Technique
+
+# --- what is asked for --------------------------------------------------------------------------------------------
+
+
+class Supervised(Body):
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class Method(Body):
+    """How to train. `dpo` and `reinforcement` are known by name, so that they can be refused by name."""
+
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: Supervised | None = None
+    dpo: dict[str, Any] | None = None
+    reinforcement: dict[str, Any] | None = None
+
+
+class Wandb(Body):
+    project: str = Field(min_length=1)
+    name: str | None = None
+    entity: str | None = None
+    tags: list[Annotated[str, StringConstraints(max_length=64)]] = Field(default=[], max_length=50)
+
+
+class Integration(Body):
+    type: Literal["wandb"]
+    wandb: Wandb
+
+
+MetadataKey = Annotated[str, StringConstraints(max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+
+CREATE_EXAMPLES: dict[str, Any] = {
+    "plain": {
+        "summary": "Defaults: a LoRA whose knobs are chosen from the data",
+        "value": {"model": "smollm2-135m-instruct", "training_file": "file-abc123"},
+    },
+    "lora": {
+        "summary": "LoRA with its knobs, validation and early stopping",
+        "value": {
+            "model": "smollm2-135m-instruct",
+            "training_file": "file-abc123",
+            "validation_file": "file-def456",
+            "suffix": "banking",
+            "seed": 42,
+            "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": 8}}},
+            "technique": {"type": "lora", "r": 16, "alpha": 32, "target_modules": "all-linear"},
+            "learning_rate": 0.001,
+            "early_stopping": {"patience": 3},
+            "select": "best",
+            "metadata": {"team": "search"},
+        },
+    },
+    "qlora": {
+        "summary": "QLoRA on the textbook's layers",
+        "value": {
+            "model": "smollm2-135m-instruct",
+            "training_file": "file-abc123",
+            "technique": {"type": "qlora", "r": 8, "alpha": 32, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
+        },
+    },
+}
+
+
+class CreateJob(Body):
+    """A request for a fine-tune. The fields after `integrations` are Tunery's own; with the official client they go
+    into `extra_body`."""
+
+    model: str = Field(min_length=1, description="A base or fine-tuned model: id, alias or the base's hub id")
+    training_file: str = Field(min_length=1, description="A file of purpose fine-tune")
+    validation_file: str | None = None
+    method: Method | None = Field(None, description="Absent: supervised")
+    hyperparameters: Hyperparameters | None = Field(None, description="Deprecated: method.supervised.hyperparameters")
+    suffix: str | None = Field(
+        None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$", description="Part of the new model's name"
+    )
+    seed: int | None = Field(None, ge=0, le=2**31 - 1, description="Absent: drawn, and shown in the job")
+    metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
+    integrations: list[Integration] | None = Field(None, max_length=5)
+
+    technique: Technique | None = Field(None, description="Absent: LoRA where bf16 fits, else QLoRA, never full")
+    learning_rate: float | None = Field(None, gt=0, le=1, description="In place of learning_rate_multiplier")
+    schedule: Schedule = Schedule()
+    max_seq_length: int = Field(2048, ge=16, le=1_048_576, description="Tokens; longer rows are cut at the end")
+    packing: bool = Field(False, description="Several rows a sequence, each seeing only itself")
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    early_stopping: EarlyStopping | None = Field(None, description="Needs a validation file")
+    select: Literal["last", "best"] = Field("last", description="Which step becomes the model; best needs validation")
+    evaluation: Evaluation = Evaluation()
+    resources: Resources = Resources()
+    priority: int = Field(0, ge=-10, le=10, description="Higher goes first")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        """A client that has no value for a field sends null or nothing; both mean the default."""
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
+
+
+# --- what is answered ---------------------------------------------------------------------------------------------
+
+JOB: dict[str, Any] = {
+    "object": "fine_tuning.job",
+    "id": "ftjob-abc123",
+    "model": "smollm2-135m-instruct",
+    "created_at": 1721764800,
+    "finished_at": None,
+    "fine_tuned_model": None,
+    "organization_id": "tunery",
+    "result_files": [],
+    "status": "validating_files",
+    "validation_file": None,
+    "training_file": "file-abc123",
+    "hyperparameters": {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"},
+    "method": {
+        "type": "supervised",
+        "supervised": {
+            "hyperparameters": {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
+        },
+    },
+    "metadata": None,
+    "error": None,
+    "seed": 683058546,
+    "trained_tokens": None,
+    "estimated_finish": None,
+    "integrations": [],
+    "user_provided_suffix": None,
+    "usage_metrics": None,
+    "shared_with_openai": False,
+    "phase": None,
+    "progress": {"step": 0, "total_steps": None},
+    "technique": None,
+    "learning_rate": None,
+    "schedule": {"type": "cosine", "warmup_ratio": 0.05, "min_ratio": 0.0},
+    "max_seq_length": 2048,
+    "packing": False,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "early_stopping": None,
+    "select": "last",
+    "evaluation": {"every_steps": "auto", "test_file": None, "max_new_tokens": 64, "max_rows": 1000},
+    "resources": {"gpus": 1},
+    "priority": 0,
+    "scorecard": None,
+    "warnings": [],
+}
+
+
+class JobError(Wire):
+    code: str
+    message: str
+    param: str | None
+
+
+class SupervisedEcho(Wire):
+    hyperparameters: Hyperparameters
+
+
+class MethodEcho(Wire):
+    type: Literal["supervised"] = "supervised"
+    supervised: SupervisedEcho
+
+
+class Progress(Wire):
+    """How far a run is. More keys than these two come with the run."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    step: int
+    total_steps: int | None
+
+
+class Job(Wire):
+    model_config = ConfigDict(json_schema_extra={"examples": [JOB]})
+
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    id: str
+    model: str = Field(description="The base or fine-tuned model that the request's name stands for")
+    created_at: int
+    finished_at: int | None
+    fine_tuned_model: str | None
+    organization_id: str
+    result_files: list[str]
+    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    validation_file: str | None
+    training_file: str
+    hyperparameters: Hyperparameters = Field(description='"auto" until the files have been read, then numbers')
+    method: MethodEcho
+    metadata: dict[str, str] | None
+    error: JobError | None
+    seed: int
+    trained_tokens: int | None
+    estimated_finish: int | None
+    integrations: list[dict[str, Any]]
+    user_provided_suffix: str | None
+    usage_metrics: None = None
+    shared_with_openai: Literal[False] = False
+
+    phase: str | None = Field(description="What a running job is doing")
+    progress: Progress
+    technique: Technique | None = Field(description="As asked for; once the files have been read, as decided")
+    learning_rate: float | None = Field(description="The peak, once it is decided")
+    schedule: Schedule
+    max_seq_length: int
+    packing: bool
+    weight_decay: float
+    max_grad_norm: float
+    early_stopping: EarlyStopping | None
+    select: Literal["last", "best"]
+    evaluation: Evaluation
+    resources: Resources
+    priority: int
+    scorecard: dict[str, Any] | None = Field(description="Base and tuned model on the same test rows")
+    warnings: list[str]
+
+
+_NATIVE = (
+    "technique",
+    "learning_rate",
+    "schedule",
+    "max_seq_length",
+    "packing",
+    "weight_decay",
+    "max_grad_norm",
+    "early_stopping",
+    "select",
+    "evaluation",
+    "resources",
+)
+_KNOBS = ("n_epochs", "batch_size", "learning_rate_multiplier")
+
+
+def status_of(row: model.Job) -> str:
+    """A running job that was asked to pause reads paused from then on, though its save takes a moment."""
+    return State.PAUSED.value if row.state == State.RUNNING and row.wish == "pause" else row.state
+
+
+def of(row: model.Job, *, organization: str, warnings: Sequence[str]) -> Job:
+    """A job's row as its owner sees it."""
+    settled = row.plan or row.spec
+    knobs = Hyperparameters(**{name: row.plan[name] for name in _KNOBS} if row.plan else row.spec["hyperparameters"])
+    return Job(
+        id=row.id,
+        model=row.parent_model or row.base_model,
+        created_at=seconds(row.created_at),
+        finished_at=maybe_seconds(row.finished_at),
+        fine_tuned_model=row.tuned_model,
+        organization_id=organization,
+        result_files=[row.result_file] if row.result_file else [],
+        status=status_of(row),  # type: ignore[arg-type]  # State's values are these
+        validation_file=row.validation_file,
+        training_file=row.training_file,
+        hyperparameters=knobs,
+        method=MethodEcho(supervised=SupervisedEcho(hyperparameters=knobs)),
+        metadata=row.user_metadata,
+        error=_error_of(row),
+        seed=settled["seed"],
+        trained_tokens=row.trained_tokens,
+        estimated_finish=maybe_seconds(row.estimated_finish),
+        integrations=row.integrations,
+        user_provided_suffix=row.suffix,
+        phase=row.phase,
+        progress=Progress(**{**row.progress, "step": row.step, "total_steps": row.total_steps}),
+        priority=row.priority,
+        scorecard=row.scorecard,
+        warnings=list(warnings),
+        **{name: settled[name] for name in _NATIVE},
+    )
+
+
+def _error_of(row: model.Job) -> JobError | None:
+    if row.error_code is None:
+        return None
+    return JobError(code=row.error_code, message=row.error_message or "", param=row.error_param)
+
+
+class Event(Wire):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "fine_tuning.job.event",
+                    "id": "ftevent-abc123",
+                    "created_at": 1721764800,
+                    "level": "info",
+                    "message": "Step 300/300: training loss=0.15",
+                    "data": {"step": 300, "train_loss": 0.1499, "total_steps": 300},
+                    "type": "metrics",
+                }
+            ]
+        }
+    )
+
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    id: str
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    data: dict[str, Any] | None
+    type: Literal["message", "metrics"]
+
+    @classmethod
+    def of(cls, row: model.JobEvent) -> "Event":
+        return cls(
+            id=row.id,
+            created_at=seconds(row.created_at),
+            level=row.level,  # type: ignore[arg-type]  # the table's own checks hold both
+            message=row.message,
+            data=row.data,
+            type=row.type,  # type: ignore[arg-type]
+        )
+
+
+class Checkpoint(Wire):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "fine_tuning.job.checkpoint",
+                    "id": "ftckpt_zc4Q7MP6XxulcVzj4MZdwsAB",
+                    "created_at": 1721764867,
+                    "fine_tuned_model_checkpoint": "ft:smollm2-135m-instruct:tunery:banking:96olL566:ckpt-step-88",
+                    "fine_tuning_job_id": "ftjob-abc123",
+                    "metrics": {"step": 88, "train_loss": 0.478, "full_valid_loss": 0.567},
+                    "step_number": 88,
+                }
+            ]
+        }
+    )
+
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    id: str
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    metrics: dict[str, int | float]
+    step_number: int
+
+    @classmethod
+    def of(cls, row: model.Checkpoint) -> "Checkpoint":
+        return cls(
+            id=row.id,
+            created_at=seconds(row.created_at),
+            fine_tuned_model_checkpoint=row.model_id,
+            fine_tuning_job_id=row.job_id,
+            metrics={**row.metrics, "step": row.step},
+            step_number=row.step,
+        )
+
+
+class Measured(Wire):
+    """One step's measurements; what was not measured at that step is not there."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        frozen=True,
+        json_schema_extra={"examples": [{"step": 12, "train_loss": 1.62, "learning_rate": 0.0009, "grad_norm": 2.1}]},
+    )
+
+    step: int
+
+
+class Artifact(Wire):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "fine_tuning.job.artifact",
+                    "path": "adapter_model.safetensors",
+                    "bytes": 19560000,
+                    "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+                }
+            ]
+        }
+    )
+
+    object: Literal["fine_tuning.job.artifact"] = "fine_tuning.job.artifact"
+    path: str
+    bytes: int
+    sha256: str

@@ -1,0 +1,114 @@
+"""Models, as the wire spells them."""
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from api.schemas.wire import Body, Wire, seconds
+from tunery.models import model
+
+BASE: dict[str, Any] = {
+    "id": "smollm2-135m-instruct",
+    "object": "model",
+    "created": 1686935002,
+    "owned_by": "tunery",
+    "shutdown_date": None,
+    "kind": "base",
+    "status": "ready",
+    "status_details": None,
+    "source": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "aliases": ["gpt-4o-mini-2024-07-18"],
+    "base_model": None,
+    "job": None,
+    "technique": None,
+    "params": 134515008,
+    "context_length": 8192,
+    "manifest_sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+}
+
+
+class Model(Wire):
+    model_config = ConfigDict(json_schema_extra={"examples": [BASE]})
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    shutdown_date: None = None
+
+    kind: Literal["base", "tuned", "checkpoint"]
+    status: Literal["processing", "ready", "error"]
+    status_details: str | None
+    source: str | None = Field(description="Where a base comes from; accepted wherever a body names a model")
+    aliases: list[str]
+    base_model: str | None
+    job: str | None = Field(description="The job that made it")
+    technique: str | None
+    params: int | None
+    context_length: int | None
+    manifest_sha256: str | None
+
+    @classmethod
+    def of(cls, row: model.Model, *, owner: str, aliases: list[str]) -> "Model":
+        return cls(
+            id=row.id,
+            created=seconds(row.created_at),
+            owned_by=owner,
+            kind=row.kind,  # type: ignore[arg-type]  # the table's own checks hold both
+            status=row.status,  # type: ignore[arg-type]
+            status_details=row.status_details,
+            source=row.source,
+            aliases=aliases,
+            base_model=row.base_id,
+            job=row.job_id,
+            technique=row.technique,
+            params=row.facts.get("params"),
+            context_length=row.facts.get("context_length"),
+            manifest_sha256=row.manifest_sha256,
+        )
+
+
+class ModelDeleted(Wire):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"id": "ft:smollm2-135m-instruct:tunery::7p4lURel", "object": "model", "deleted": True}]
+        }
+    )
+
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
+
+
+class AddModel(Body):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"source": "HuggingFaceTB/SmolLM2-135M-Instruct", "id": "smollm2-135m-instruct"}]
+        }
+    )
+
+    source: str = Field(
+        min_length=1, max_length=1024, description="A hub id, or a folder or .gguf file that the workers can read"
+    )
+    id: str | None = Field(None, description="Absent: made from the source's last part")
+
+
+class AddAlias(Body):
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"alias": "gpt-4o-mini-2024-07-18", "model": "smollm2-135m-instruct"}]}
+    )
+
+    alias: str
+    model: str
+
+
+class Alias(Wire):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"object": "model.alias", "alias": "gpt-4o-mini-2024-07-18", "model": "smollm2-135m-instruct"}]
+        }
+    )
+
+    object: Literal["model.alias"] = "model.alias"
+    alias: str
+    model: str

@@ -1,0 +1,107 @@
+"""What every object on the wire has in common."""
+
+from datetime import datetime
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Item = TypeVar("Item")
+
+
+class Wire(BaseModel):
+    """An answer. Its keys leave in the order of the fields, nulls included."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Body(BaseModel):
+    """A request's body: unknown fields are refused, and so are NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def seconds(at: datetime) -> int:
+    """Unix time, as the dialect has it everywhere."""
+    return int(at.timestamp())
+
+
+def maybe_seconds(at: datetime | None) -> int | None:
+    return None if at is None else seconds(at)
+
+
+class ListOf(Wire, Generic[Item]):
+    """A page. `after=<id of its last object>` asks for the next one."""
+
+    object: Literal["list"] = "list"
+    data: list[Item]
+    has_more: bool = False
+
+
+class CursorList(Wire, Generic[Item]):
+    """A page that also names its ends."""
+
+    object: Literal["list"] = "list"
+    data: list[Item]
+    first_id: str | None = None
+    last_id: str | None = None
+    has_more: bool = False
+
+
+class WholeList(Wire, Generic[Item]):
+    """Everything there is, at once."""
+
+    object: Literal["list"] = "list"
+    data: list[Item]
+
+
+class ErrorBody(Wire):
+    message: str = Field(description="What is wrong and what to change")
+    type: str
+    param: str | None = Field(description="The request's field at fault, as a dotted path")
+    code: str | None = Field(description="A name that never changes, for programs")
+
+
+class Error(Wire):
+    """The body of every error."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "error": {
+                        "message": "Missing required parameter: 'training_file'.",
+                        "type": "invalid_request_error",
+                        "param": "training_file",
+                        "code": "invalid_value",
+                    }
+                }
+            ]
+        }
+    )
+
+    error: ErrorBody
+
+
+class Deleted(Wire):
+    id: str
+    object: str
+    deleted: Literal[True] = True
+
+
+Answers = dict[int | str, dict[str, Any]]
+
+_MEANING = {
+    400: "The request cannot be carried out; the message says what to change",
+    401: "No key, or a wrong one",
+    403: "The key may not do this",
+    404: "No such object in the key's project",
+    413: "More bytes than the limit",
+    429: "The project has all it may have",
+    503: "A part of the service is away; try again after `Retry-After` seconds",
+}
+
+
+def errors(*statuses: int) -> Answers:
+    """The documentation of a route's errors. Every route may answer 400, 401, 500 and 503."""
+    every = sorted({400, 401, 503, *statuses})
+    return {status: {"model": Error, "description": _MEANING[status]} for status in every}
