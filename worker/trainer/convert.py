@@ -5,7 +5,6 @@ safetensors or GGUF, never a pickle, and no code that came with a model is run. 
 line on standard error and exit code 65.
 """
 
-import hashlib
 import json
 import shutil
 import sys
@@ -23,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from tunery.errors import UnusableModel
+from tunery.rendering.template import ChatTemplate
 from tunery.wire import EXIT_USER_ERROR
 from worker.trainer import gguf_files
 
@@ -51,8 +51,8 @@ def convert(source: str, out: Path) -> dict[str, Any]:
     else:
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
             _copy(source, _download(source, folder), out)
-    template = _settle_template(source, out)
-    facts = _facts(source, out, template)
+    _settle_template(source, out)
+    facts = _facts(source, out)
     (out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
     for path in out.iterdir():
         path.chmod(0o644)  # safetensors writes 0600, and the folder is served to other users' processes
@@ -92,7 +92,7 @@ def _copy(source: str, folder: Path, out: Path) -> None:
             _refuse_code(source, folder / text)
             shutil.copyfile(folder / text, out / text)
     if not (out / "config.json").exists():
-        raise UnusableModel(source=source, reason="it has no config.json. Add the file that was saved with the weights.")
+        raise UnusableModel(source=source, reason="it has no config.json. Add the one saved with the weights.")
     _write_config(source, out / "config.json")
     weight_map: dict[str, str] = {}
     for shard in _shards(source, folder):
@@ -113,14 +113,14 @@ def _shards(source: str, folder: Path) -> list[Path]:
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     missing = [name for name in names if Path(name).name != name or not (folder / name).exists()]
     if missing:
-        raise UnusableModel(source=source, reason=f"its index names {missing[0]}, which is not there. Copy every shard.")
+        raise UnusableModel(source=source, reason=f"its index names {missing[0]}, which is missing. Copy every shard.")
     return [folder / name for name in names]
 
 
 def _write_shard(source: str, shard: Path, out: Path, weight_map: dict[str, str]) -> None:
     try:
         with safe_open(shard, framework="pt") as file:
-            tensors = {name: _bf16(file.get_tensor(name)) for name in file.keys()}
+            tensors = {name: _bf16(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except Exception as error:  # safetensors raises its own bare Rust error
         raise UnusableModel(source=source, reason=f"{shard.name} is damaged ({error}). Copy it again.") from error
     save_file(tensors, out / shard.name, metadata={"format": "pt"})
@@ -162,8 +162,8 @@ def _save_fast_tokenizer(source: str, folder: Path, out: Path) -> None:
         ) from error
 
 
-def _settle_template(source: str, out: Path) -> str:
-    """The chat template's text, and `chat_template.jinja` holding it. Raises UnusableModel when there is none."""
+def _settle_template(source: str, out: Path) -> None:
+    """Sees to it that `chat_template.jinja` is there. Raises UnusableModel when the model has no template."""
     path = out / "chat_template.jinja"
     if not path.exists():
         config = out / "tokenizer_config.json"
@@ -177,18 +177,18 @@ def _settle_template(source: str, out: Path) -> str:
                 "version, or put a chat_template.jinja beside its tokenizer.",
             )
         path.write_text(template)
-    return path.read_text()
 
 
-def _facts(source: str, out: Path, template: str) -> dict[str, Any]:
+def _facts(source: str, out: Path) -> dict[str, Any]:
     """What planning needs to know, from the config and from a model without memory (device `meta`)."""
     try:
+        template = ChatTemplate.load(out)
         config = AutoConfig.from_pretrained(out, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise UnusableModel(source=source, reason=f"transformers cannot build it ({reason}).") from error
+        raise UnusableModel(source=source, reason=f"it cannot be used ({reason}).") from error
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     return {
@@ -204,34 +204,23 @@ def _facts(source: str, out: Path, template: str) -> dict[str, Any]:
         "vocab_size": text.vocab_size,
         "tie_word_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
         "context_length": getattr(text, "max_position_embeddings", None),
-        "eos_token_ids": _eos_ids(out),
-        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+        "eos_token_ids": sorted(template.eos_ids),
+        "chat_template_sha256": template.sha256,
     }
-
-
-def _eos_ids(out: Path) -> list[int]:
-    """Every token that ends an answer: the generation config's, the config's and the tokenizer's own."""
-    found: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        if (out / name).exists():
-            ids = json.loads((out / name).read_text()).get("eos_token_id")
-            found += ids if isinstance(ids, list) else [ids]
-    found.append(AutoTokenizer.from_pretrained(out, trust_remote_code=False).eos_token_id)
-    return sorted({i for i in found if i is not None})
 
 
 def main() -> int:
     if len(sys.argv) != 3:
-        print("usage: python -m worker.trainer.convert SOURCE OUT_DIR", file=sys.stderr)
+        sys.stderr.write("usage: python -m worker.trainer.convert SOURCE OUT_DIR\n")
         return 2
     disable_progress_bar()
     disable_progress_bars()
     try:
         facts = convert(sys.argv[1], Path(sys.argv[2]))
     except UnusableModel as error:
-        print(error.message, file=sys.stderr)
+        sys.stderr.write(error.message + "\n")
         return EXIT_USER_ERROR
-    print(json.dumps(facts))
+    sys.stdout.write(json.dumps(facts) + "\n")
     return 0
 
 

@@ -1,0 +1,181 @@
+"""What a model is worth: its loss on a validation file, and its answers on test rows beside the base's."""
+
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from transformers import GenerationConfig
+
+from tunery.rendering.messages import Example
+from tunery.wire import Score
+from worker.trainer.data import Row, collate, micro_batches
+from worker.trainer.training import Training
+
+ANSWER_BATCH = {"cpu": 16, "cuda": 96}
+"""Rows answered at once. More would be faster on a large GPU, were it not for the slowest row of each batch."""
+
+
+def loss(t: Training, rows: list[Row]) -> tuple[float, float]:
+    """Mean loss (nats) and share of right guesses over all labelled tokens of `rows`."""
+    units = [[i] for i in range(len(rows))][t.accelerator.process_index :: t.accelerator.num_processes]
+    sums = torch.zeros(2, dtype=torch.float64, device=t.device)
+    t.objective.eval()
+    with torch.no_grad():
+        for part in micro_batches(units, [len(row) for row in rows], t.budget):
+            total, right = t.objective(collate(rows, part, t.device), 1.0)
+            sums += torch.stack([total.double(), right.double()])
+    t.objective.train()
+    total_loss, total_right = t.accelerator.reduce(sums, "sum").tolist()
+    labels = sum(row.labelled for row in rows)
+    return total_loss / labels, total_right / labels
+
+
+@dataclass(frozen=True)
+class Question:
+    """A test row: the prompt's tokens, the wanted answer, and the messages for people to read."""
+
+    prompt_ids: list[int]
+    wanted: str
+    messages: list[dict[str, Any]]
+
+
+def questions(t: Training, examples: list[Example]) -> list[Question]:
+    """One question a row: its last message is the wanted answer. Rows that do not end in an assistant's text are left out."""
+    found = []
+    for example in examples[: t.plan.evaluation.max_rows]:
+        *before, last = example.messages
+        if before and last.role == "assistant" and last.content is not None:
+            shown = [message.model_dump(exclude_none=True) for message in before]
+            found.append(Question(t.template.encode_prompt(before, example.tools), last.content, shown))
+    return found
+
+
+def answers(t: Training, asked: list[Question], *, base: bool) -> list[str]:
+    """Greedy answers of the tuned model, or of the base under its adapter. Raises Stopped between batches."""
+    model: Any = t.objective.model
+    without_adapter = model.disable_adapter() if base and isinstance(model, PeftModel) else nullcontext()
+    mine = list(range(len(asked)))[t.accelerator.process_index :: t.accelerator.num_processes]
+    mine.sort(key=lambda i: len(asked[i].prompt_ids))  # like lengths together: the padding of a batch costs time
+    given: list[tuple[int, str]] = []
+    t.objective.eval()
+    with torch.no_grad(), without_adapter:
+        size = ANSWER_BATCH[t.device.type]
+        for start in range(0, len(mine), size):
+            t.wish.check()
+            chosen = mine[start : start + size]
+            given += zip(chosen, _generate(t, [asked[i].prompt_ids for i in chosen]), strict=True)
+    t.objective.train()
+    together = gather_object(given) if t.accelerator.num_processes > 1 else given
+    return [text for _, text in sorted(together)]
+
+
+def _generate(t: Training, prompts: list[list[int]]) -> list[str]:
+    """Greedy continuations of one batch, padded at the left so that every answer starts in the same column."""
+    causal = t.objective.causal
+    width = max(map(len, prompts))
+    pad = min(t.template.eos_ids)
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=t.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=t.device)
+    plain, causal.generation_config = causal.generation_config, _greedy(t, pad)
+    try:
+        # Why the config is exchanged: generate() fills gaps from the model's own, where a repetition penalty may lurk.
+        out = causal.generate(input_ids=ids, attention_mask=mask)
+    finally:
+        causal.generation_config = plain
+    return [_text(t, row) for row in out[:, width:].tolist()]
+
+
+def _greedy(t: Training, pad: int) -> GenerationConfig:
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=t.plan.evaluation.max_new_tokens,
+        eos_token_id=sorted(t.template.eos_ids),
+        pad_token_id=pad,
+        use_cache=True,
+    )
+
+
+def _text(t: Training, ids: list[int]) -> str:
+    ends = [place for place, token in enumerate(ids) if token in t.template.eos_ids]
+    text: str = t.template.tokenizer.decode(ids[: ends[0]] if ends else ids, skip_special_tokens=True)
+    return text
+
+
+def matches(wanted: str, answer: str) -> bool:
+    """Whether an answer is right: equal JSON where the wanted answer is JSON (the order of keys does not matter), else
+    equal text but for blanks at the ends."""
+    as_json = _canonical(wanted)
+    return _canonical(answer) == as_json if as_json is not None else answer.strip() == wanted.strip()
+
+
+def _canonical(text: str) -> str | None:
+    try:
+        return json.dumps(json.loads(text), sort_keys=True)
+    except ValueError:
+        return None
+
+
+def score(asked: list[Question], base: list[str], tuned: list[str]) -> tuple[Score, list[dict[str, Any]]]:
+    """The scorecard and every row's answers."""
+    rows = [
+        {"messages": q.messages, "wanted": q.wanted, "base": b, "tuned": u,
+         "base_right": matches(q.wanted, b), "tuned_right": matches(q.wanted, u)}
+        for q, b, u in zip(asked, base, tuned, strict=True)
+    ]  # fmt: skip
+    both, only_tuned, only_base = (
+        sum(row["tuned_right"] == tuned_right and row["base_right"] == base_right for row in rows)
+        for tuned_right, base_right in ((True, True), (True, False), (False, True))
+    )
+    low, high = paired_interval(both, only_tuned, only_base, len(rows))
+    card = Score(
+        rows=len(rows),
+        base_exact=(both + only_base) / len(rows),
+        tuned_exact=(both + only_tuned) / len(rows),
+        gain=(only_tuned - only_base) / len(rows),
+        gain_low=low,
+        gain_high=high,
+        samples=_samples(rows),
+    )
+    return card, rows
+
+
+def _samples(rows: list[dict[str, Any]], count: int = 5) -> list[dict[str, Any]]:
+    """Rows spread evenly over the file: a pick of the best would tell nothing."""
+    chosen = [rows[i * len(rows) // count] for i in range(min(count, len(rows)))] if len(rows) > count else rows
+    return [
+        {"prompt": row["messages"][-1].get("content", ""), "wanted": row["wanted"],
+         "base": row["base"], "tuned": row["tuned"]}
+        for row in chosen
+    ]  # fmt: skip
+
+
+def paired_interval(both: int, only_first: int, only_second: int, n: int) -> tuple[float, float]:
+    """95 % interval of the difference of two shares on the same n rows.
+
+    Newcombe 1998, Statistics in Medicine 17:2635-2650, method 10: Wilson intervals of each share, combined with the
+    correlation of the pairs. Holds near 0 and 1 too, where the usual normal interval has no width.
+    """
+    neither = n - both - only_first - only_second
+    first, second = (both + only_first) / n, (both + only_second) / n
+    (low_1, high_1), (low_2, high_2) = wilson(both + only_first, n), wilson(both + only_second, n)
+    margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
+    cross = both * neither - only_first * only_second
+    phi = 0.0 if margins == 0 else (max(cross - n / 2, 0.0) if cross > 0 else cross) / math.sqrt(margins)
+    down, up = first - low_1, high_2 - second
+    below = math.sqrt(max(0.0, down * down - 2 * phi * down * up + up * up))
+    down, up = high_1 - first, second - low_2
+    above = math.sqrt(max(0.0, down * down - 2 * phi * down * up + up * up))
+    return first - second - below, first - second + above
+
+
+def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927)."""
+    share, square = right / n, z * z
+    middle = (share + square / (2 * n)) / (1 + square / n)
+    half = z / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,0 +1,87 @@
+"""Cross entropy of a linear head, in chunks of rows, so that the logits never exist as a whole.
+
+8,192 positions of a 128k vocabulary are 4 GB of logits in fp32. The gradient of the loss is known as soon as a chunk's
+logits are, so the forward pass makes it there and then and throws the chunk away; the backward pass only scales it.
+`plain` is the textbook form beside it, for models whose head is more than one product and for the tests.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+CHUNK_BYTES = 256 << 20
+"""Bytes of one chunk's fp32 logits. Larger chunks are no faster: the products are long enough by then."""
+
+
+def scaled(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`scale` times the sum of the losses (nats, fp32), and the number of right guesses, over all rows.
+
+    `hidden` [rows, width], `weight` [vocabulary, width] (the head, no bias), `targets` [rows]. The head gets a gradient
+    only when it asks for one: for a frozen head that product, as large as the forward one, is never made.
+    Why the scale is an argument: bf16 gradients times 1 / (number of labels) in bf16 would be off by up to 0.4 %,
+    all in one direction; inside the matrix product it is applied in fp32.
+    """
+    rows = max(64, CHUNK_BYTES // (4 * weight.shape[0]))
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        loss, correct = _ChunkedCrossEntropy.apply(hidden, weight, targets, scale, rows)
+        return loss, correct
+    loss, correct = _zeros(hidden)
+    for chunk, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logits = (chunk @ weight.t()).float()
+        correct += (logits.argmax(-1) == wanted).sum()
+        loss += functional.cross_entropy(logits, wanted, reduction="sum")
+    return loss * scale, correct
+
+
+def plain(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The same two numbers from whole logits [rows, vocabulary]."""
+    loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return loss * scale, (logits.argmax(-1) == targets).sum()
+
+
+def _zeros(like: Tensor) -> tuple[Tensor, Tensor]:
+    return like.new_zeros((), dtype=torch.float32), like.new_zeros((), dtype=torch.int64)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, rows: int
+    ) -> tuple[Tensor, Tensor]:
+        loss, correct = _zeros(hidden)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # fp32: hundreds of chunks added in bf16 would round the small ones away.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for start in range(0, hidden.shape[0], rows):
+            chunk, wanted = hidden[start : start + rows], targets[start : start + rows]
+            logits = (chunk @ weight.t()).float()
+            correct += (logits.argmax(-1) == wanted).sum()
+            slope = _to_slope(logits, wanted, loss).to(weight.dtype)
+            if grad_hidden is not None:
+                out = grad_hidden[start : start + rows]
+                torch.addmm(out, slope, weight, beta=0, alpha=scale, out=out)
+            if grad_weight is not None:
+                grad_weight.add_(slope.t() @ chunk, alpha=scale)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(correct)
+        return loss * scale, correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grads[0].to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grads[0]).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _to_slope(logits: Tensor, wanted: Tensor, loss: Tensor) -> Tensor:
+    """Adds the chunk's losses to `loss` and turns its fp32 logits into d loss / d logits, in place."""
+    norms = logits.logsumexp(-1, keepdim=True)
+    loss += (norms - logits.gather(1, wanted[:, None])).sum()
+    logits.sub_(norms).exp_()
+    return logits.scatter_add_(1, wanted[:, None], logits.new_full((len(wanted), 1), -1.0))

@@ -1,0 +1,208 @@
+"""The training loop.
+
+One step: the gradient of the mean loss over all labelled tokens of the step, however many micro-batches and GPUs it is
+spread over; clipped; one optimizer step. Then what is due: an evaluation, a checkpoint, a snapshot, a stop.
+"""
+
+import logging
+import math
+import time
+
+import torch
+
+from tunery.errors import NotFinite
+from tunery.spec import Plan
+from tunery.wire import CheckpointSaved, Evaluated, Step
+from worker.trainer import checkpoints, evaluate
+from worker.trainer.data import Unit, collate, units_of_step
+from worker.trainer.training import Progress, Training
+
+log = logging.getLogger(__name__)
+
+
+def train(t: Training, progress: Progress) -> bool:
+    """Trains from `progress` to the end. False when it was asked to stop: a snapshot holds all of its state then.
+
+    Raises NotFinite before a weight is touched by a step whose loss or gradient is not a number.
+    """
+    t.objective.train()
+    saved_at = time.monotonic()
+    before = _sample(t)
+    pace = Pace()
+    while progress.step < t.total_steps and not progress.stopped_early:
+        began = time.monotonic()
+        message, asked = _take_step(t, progress)
+        seconds = time.monotonic() - began
+        progress.seconds += seconds
+        left = pace.left(seconds, t.total_steps - progress.step)
+        t.voice.say(message.model_copy(update={"seconds": seconds, "seconds_left": left} | _glimpse(t, progress.step)))
+        if pace.steps == 3:
+            _check_moved(t, before)
+        if _evaluation_due(t, progress.step):
+            _evaluate(t, progress)
+        if progress.step % t.steps_per_epoch == 0:
+            _save_public(t, progress)
+        if asked:
+            _save_snapshot(t, progress)
+            return False
+        if time.monotonic() - saved_at > t.run.snapshot_seconds:
+            _save_snapshot(t, progress)
+            saved_at = time.monotonic()
+    if t.keeps_best:
+        checkpoints.restore_best(t)
+    return True
+
+
+def learning_rate(plan: Plan, step: int, total: int) -> float:
+    """The rate of a step (1 to total): a straight rise over the warmup, then the schedule's fall. Never zero."""
+    schedule, done = plan.schedule, step - 1
+    warmup = round(schedule.warmup_ratio * total)
+    if done < warmup:
+        return plan.learning_rate * (done + 1) / (warmup + 1)
+    share = (done - warmup) / max(1, total - warmup)
+    fall = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}[schedule.type]
+    return plan.learning_rate * (schedule.min_ratio + (1 - schedule.min_ratio) * fall)
+
+
+class Pace:
+    """Seconds a step, the recent ones weighing more."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._mean = 0.0
+
+    def left(self, seconds: float, steps_left: int) -> float:
+        self.steps += 1
+        self._mean += (seconds - self._mean) * max(0.05, 1 / self.steps)
+        return self._mean * steps_left
+
+
+def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
+    """One optimizer step and its message; whether any rank was asked to stop."""
+    step = progress.step + 1
+    units = units_of_step(t.units, step, t.plan.batch_size, t.plan.seed)
+    rate = learning_rate(t.plan, step, t.total_steps)
+    labels = sum(t.labelled[i] for unit in units for i in unit)
+    sums = _accumulate(t, units, labels)
+    _add_gradients_of_ranks(t)
+    norm = torch.nn.utils.clip_grad_norm_(t.parameters.values(), t.plan.max_grad_norm)
+    sums = t.accelerator.reduce(torch.cat([sums, sums.new_tensor([float(t.wish.stop)])]), "sum")
+    loss, right, asked, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise NotFinite(value=loss if not math.isfinite(loss) else f"{loss:.4f} with a gradient of {grad_norm}",
+                        step=step, rate=rate)  # fmt: skip
+    for group in t.optimizer.param_groups:
+        group["lr"] = rate
+    t.optimizer.step()
+    t.optimizer.zero_grad(set_to_none=True)
+    progress.step = step
+    progress.tokens += sum(t.lengths[i] for unit in units for i in unit)
+    message = Step(
+        step=step,
+        epoch=step / t.steps_per_epoch,
+        train_loss=loss,
+        train_accuracy=right / labels,
+        learning_rate=rate,
+        grad_norm=grad_norm,
+        tokens=progress.tokens,
+        seconds=0,
+    )
+    return message, asked > 0
+
+
+def _accumulate(t: Training, units: list[Unit], labels: int) -> torch.Tensor:
+    """Leaves this rank's part of the step's gradient in `.grad`; gives its part of the mean loss and its right guesses.
+
+    Out of memory: the same step again in smaller micro-batches, which is the same gradient, until one unit is too much.
+    """
+    while True:
+        parts = t.share(units)
+        try:
+            return _forward_backward(t, parts, labels)
+        except torch.OutOfMemoryError:
+            if all(len(part) <= 1 for part in parts):
+                raise
+        t.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        t.budget //= 2
+        log.warning("out of memory: micro-batches of %d tokens from here on", t.budget)
+
+
+def _forward_backward(t: Training, parts: list[list[Unit]], labels: int) -> torch.Tensor:
+    sums = torch.zeros(2, dtype=torch.float64, device=t.device)
+    for part in parts:
+        # Why not the mean of each micro-batch: a mean of means gives short rows more weight than their tokens.
+        loss, right = t.objective(collate(t.rows.rows, part, t.device), 1.0 / labels)
+        loss.backward()
+        sums += torch.stack([loss.detach().double(), right.double()])
+    return sums
+
+
+def _add_gradients_of_ranks(t: Training) -> None:
+    """Sums the gradients over the ranks.
+
+    Why not DistributedDataParallel: it wants equally many backward passes on each rank, and takes means. Here a rank may
+    have fewer micro-batches than another, or none in an epoch's last step.
+    """
+    if t.accelerator.num_processes == 1:
+        return
+    for parameter in t.parameters.values():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = t.accelerator.reduce(parameter.grad, "sum")
+
+
+def _glimpse(t: Training, step: int) -> dict[str, float]:
+    """Loss and accuracy on one batch of the validation file, every thirtieth of the run or tenth step."""
+    every = max(10, t.total_steps // 30)
+    if t.valid is None or (step % every and step != t.total_steps):
+        return {}
+    size = t.plan.batch_size
+    start = (step // every * size) % max(1, len(t.valid.rows) - size + 1)
+    loss, accuracy = evaluate.loss(t, t.valid.rows[start : start + size])
+    return {"valid_loss": loss, "valid_accuracy": accuracy}
+
+
+def _evaluation_due(t: Training, step: int) -> bool:
+    every = t.plan.evaluation.every_steps
+    every = t.steps_per_epoch if every == "auto" else every
+    return t.valid is not None and (step % every == 0 or step == t.total_steps)
+
+
+def _evaluate(t: Training, progress: Progress) -> None:
+    """The full validation loss; notes the best step and whether it is time to stop early."""
+    assert t.valid is not None
+    loss, accuracy = evaluate.loss(t, t.valid.rows)
+    t.voice.say(Evaluated(step=progress.step, loss=loss, accuracy=accuracy))
+    stopping = t.plan.early_stopping
+    least_gain = stopping.min_delta if stopping else 0.0
+    if progress.best_loss is None or loss < progress.best_loss - least_gain:
+        progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
+        if t.keeps_best:
+            checkpoints.keep_best(t)
+    else:
+        progress.stale += 1
+        progress.stopped_early = stopping is not None and progress.stale >= stopping.patience
+
+
+def _save_public(t: Training, progress: Progress) -> None:
+    if t.run.public_checkpoints and t.accelerator.is_main_process:
+        path = checkpoints.save_public(t, progress)
+        t.voice.say(CheckpointSaved(kind="public", step=progress.step, path=path))
+
+
+def _save_snapshot(t: Training, progress: Progress) -> None:
+    if t.accelerator.is_main_process:
+        path = checkpoints.save_snapshot(t, progress)
+        t.voice.say(CheckpointSaved(kind="snapshot", step=progress.step, path=path))
+
+
+def _sample(t: Training) -> torch.Tensor:
+    """Some numbers of every tensor that learns."""
+    return torch.cat([p.detach().reshape(-1)[:64].float().cpu() for p in t.parameters.values()])
+
+
+def _check_moved(t: Training, before: torch.Tensor) -> None:
+    """Raises RuntimeError when three steps left every weight as it was: an optimizer that holds other tensors."""
+    if torch.equal(before, _sample(t)):
+        raise RuntimeError("three optimizer steps changed no weight: the optimizer does not hold the model's weights")

@@ -1,0 +1,121 @@
+"""The process around a run: its environment, its sister ranks, and how it ends.
+
+With several GPUs this process is rank 0 and starts the others itself, in its own process group, so that whoever kills
+the group has killed them all (torchrun's workers start sessions of their own and would outlive it).
+"""
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from transformers.utils.logging import disable_progress_bar
+
+from tunery.errors import JobFailure, NotFinite, TuneryError
+from tunery.spec import Run
+from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Failed, Paused
+from worker.trainer.report import Voice
+from worker.trainer.run import carry_out
+from worker.trainer.wish import Stopped, Wish
+
+log = logging.getLogger(__name__)
+
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",  # a run directory holds all that a run may read
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # rows differ in length: fixed segments would fragment
+}
+PR_SET_PDEATHSIG = 1
+
+
+def carry_out_and_tell(folder: Path, pipe: int, wish: Wish) -> int:
+    """Carries out the run, says on `pipe` how it ended and gives the exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    voice = Voice(pipe if rank == 0 else None)
+    _settle(rank)
+    try:
+        if rank == 0:
+            _start_ranks(folder, voice)
+        return 0 if carry_out(folder, voice, wish) else EXIT_PAUSED
+    except Stopped:
+        voice.say(Paused(step=0, path=None))
+        return EXIT_PAUSED
+    except BrokenPipeError:
+        return 1  # nobody listens any more, so there is nobody to tell
+    except Exception as error:
+        log.exception("the run ends here")
+        failed = describe(error)
+        with contextlib.suppress(BrokenPipeError):
+            voice.say(failed)
+        return EXIT_USER_ERROR if failed.kind in {"user_error", "nan_loss"} else 1
+
+
+def describe(error: Exception) -> Failed:
+    """An exception as the message that decides what the supervisor does."""
+    if isinstance(error, NotFinite):
+        return Failed(kind="nan_loss", code=error.code, message=error.message)
+    if isinstance(error, JobFailure):
+        kind = "gpu_oom" if error.code == "does_not_fit" else "user_error"
+        return Failed(kind=kind, code=error.code, message=error.message, param=error.param)
+    if isinstance(error, torch.OutOfMemoryError):
+        message = "The GPU's memory is full even with one row at a time. Lower max_seq_length, or choose qlora."
+        return Failed(kind="gpu_oom", code="does_not_fit", message=message)
+    if isinstance(error, ValidationError | TuneryError):
+        return Failed(kind="user_error", code="invalid_spec", message=str(error))
+    reason = (str(error).strip() or "no reason given").splitlines()[0]
+    return Failed(kind="crashed", code="training_crashed", message=f"{type(error).__name__}: {reason}")
+
+
+def _settle(rank: int) -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    disable_progress_bar()
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        stream=sys.stderr,
+        format=f"%(asctime)s {f'[rank {rank}] ' if rank else ''}%(message)s",
+    )
+    if rank:
+        _die_with_parent()
+
+
+def _start_ranks(folder: Path, voice: Voice) -> None:
+    """Starts ranks 1 to n-1 and, from here on, ends this process when one of them fails: it would wait for it forever."""
+    world = Run.model_validate_json((folder / "spec.json").read_text()).plan.resources.gpus
+    if world == 1:
+        return
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    os.environ.update(shared, RANK="0", LOCAL_RANK="0")
+    for rank in range(1, world):
+        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        child = subprocess.Popen([sys.executable, "-m", "worker.trainer", str(folder)], env=environment)
+        threading.Thread(target=_watch, args=(child, rank, voice), daemon=True).start()
+
+
+def _watch(child: subprocess.Popen[bytes], rank: int, voice: Voice) -> None:
+    code = child.wait()
+    if code not in (0, EXIT_PAUSED, EXIT_USER_ERROR):
+        message = f"Rank {rank} ended with code {code}; its reason is in the log."
+        with contextlib.suppress(BrokenPipeError):
+            voice.say(Failed(kind="crashed", code="training_crashed", message=message))
+        os._exit(1)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _die_with_parent() -> None:
+    """Asks Linux to kill this rank when rank 0 dies. Elsewhere the killed process group sees to it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,53 @@
+"""LoRA: low-rank adapters in fp32 on a frozen base."""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from tunery.spec import Lora, Plan, Technique
+from worker.trainer.kernels import adapters
+from worker.trainer.recipes.recipe import Recipe, groups, load_dense
+
+
+def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) -> torch.nn.Module:
+    """The base with adapters that learn: new ones (B = 0, so the model is still the base), or those in `adapter`."""
+    model.requires_grad_(False)
+    if adapter is not None:
+        adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    else:
+        adapted = cast(PeftModel, get_peft_model(model, _config(cast(Lora, technique))))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            # Steps of 1e-4 vanish in bf16 weights of size 0.1; adapters are small, so fp32 costs little.
+            parameter.data = parameter.data.float()
+    adapters.install(adapted)
+    return adapted
+
+
+def _config(technique: Lora) -> LoraConfig:
+    return LoraConfig(
+        r=technique.r,
+        lora_alpha=technique.alpha,
+        lora_dropout=technique.dropout,
+        target_modules=technique.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups(parameters, plan), lr=plan.learning_rate, fused=True)
+
+
+def export(model: torch.nn.Module, folder: Path, base_model: str) -> None:
+    """`adapter_model.safetensors` and `adapter_config.json` as PEFT writes them, naming the base by its own name."""
+    adapted = cast(PeftModel, model)
+    for config in adapted.peft_config.values():
+        config.base_model_name_or_path = base_model
+    adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+
+
+LORA = Recipe(load_base=load_dense, prepare=prepare, make_optimizer=make_optimizer, export=export)

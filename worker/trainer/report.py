@@ -1,0 +1,80 @@
+"""What the trainer says, to the pipe and to the artifact."""
+
+import csv
+import json
+import os
+import platform
+import threading
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from tunery.spec import Run
+from tunery.wire import Evaluated, Step
+
+CSV_HEADER = ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"]
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers")
+
+
+class Voice:
+    """Writes wire messages, one JSON a line, to a file descriptor, and keeps those that are metrics.
+
+    Rank 0 alone has a descriptor; the others count along in silence.
+    """
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self.metrics: list[dict[str, Any]] = []
+
+    def say(self, message: BaseModel) -> None:
+        """Raises BrokenPipeError when nobody listens any more."""
+        line = message.model_dump_json()
+        if isinstance(message, Step | Evaluated):
+            self.metrics.append(json.loads(line))
+        if self._descriptor is not None:
+            with self._lock:
+                _write_all(self._descriptor, line.encode() + b"\n")
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def write_lines(path: Path, entries: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_results(path: Path, metrics: list[dict[str, Any]]) -> None:
+    """The CSV that the API serves as a result file: a line a step, cells empty where nothing was measured."""
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(CSV_HEADER)
+        for entry in metrics:
+            if entry["type"] == "step":
+                cells = (entry[k] for k in ("step", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"))
+                table.writerow("" if cell is None else _short(cell) for cell in cells)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.5f}" if isinstance(value, float) else str(value)
+
+
+def describe(run: Run, template_sha256: str, **measured: Any) -> dict[str, Any]:
+    """`training_config.json`: the whole plan, what it ran on and what came of it."""
+    return {
+        "base_model": run.base_model,
+        "job": run.job,
+        "plan": run.plan.model_dump(mode="json"),
+        "chat_template_sha256": template_sha256,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "facts": run.facts,
+        **measured,
+    }

@@ -1,0 +1,245 @@
+"""One run, from its directory to its artifact: the story in order."""
+
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from tunery.errors import InvalidTrainingFile
+from tunery.rendering.template import ChatTemplate
+from tunery.spec import Run
+from tunery.wire import Finished, Paused, Phase, Started
+from worker.trainer import checkpoints, evaluate, packing, parity, preflight, report
+from worker.trainer.data import Rows, Unit, read_examples, read_rows
+from worker.trainer.loop import train
+from worker.trainer.objective import Objective, all_and_trainable
+from worker.trainer.recipes.full import FULL
+from worker.trainer.recipes.lora import LORA
+from worker.trainer.recipes.qlora import QLORA
+from worker.trainer.report import Voice
+from worker.trainer.training import Progress, Training
+from worker.trainer.wish import Stopped, Wish
+
+log = logging.getLogger(__name__)
+
+RECIPES = {"full": FULL, "lora": LORA, "qlora": QLORA}
+
+
+def carry_out(folder: Path, voice: Voice, wish: Wish) -> bool:
+    """Trains what `folder/spec.json` says. False when it was asked to stop: come again, nothing is lost.
+
+    Raises JobFailure for what the user can mend, anything else for what went wrong.
+    """
+    began = time.monotonic()
+    voice.say(Phase(phase="loading"))
+    t = prepare(folder, voice, wish)
+    progress = Progress()
+    try:
+        base_answers = _answers_before_training(t)
+        progress = _resume(t)
+        _announce(t, progress)
+        voice.say(Phase(phase="training"))
+        done = train(t, progress)
+        if done:
+            _measure_and_write(t, progress, base_answers)
+    except Stopped:
+        done = False
+        _save_for_later(t, progress)
+    if done:
+        voice.say(_finished(t, progress, began))
+    else:
+        voice.say(_paused(t, progress))
+    return done
+
+
+def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
+    """Reads the spec, the rows and the model, and settles how the work is cut up."""
+    run = Run.model_validate_json((folder / "spec.json").read_text())
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    torch.manual_seed(run.plan.seed)
+    template = ChatTemplate.load(folder / "base")
+    rows = read_rows(folder / "data" / "train.jsonl", template, run.plan.max_seq_length)
+    valid = _validation_rows(folder, run, template)
+    wish.check()
+    recipe = RECIPES[run.plan.technique.type]
+    base = recipe.load_base(folder / "base", run.plan.technique, accelerator.device)
+    base.config.use_cache = False
+    adapter = folder / "adapter"
+    objective = Objective(recipe.prepare(base, run.plan.technique, adapter if adapter.exists() else None))
+    parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    _agree(accelerator, parameters)
+    wish.check()
+    warnings = _warnings(rows)
+    units = _units(run, rows, objective, accelerator.device, warnings)
+    return Training(
+        run=run,
+        folder=folder,
+        recipe=recipe,
+        accelerator=accelerator,
+        objective=objective,
+        optimizer=recipe.make_optimizer(list(parameters.values()), run.plan),
+        parameters=parameters,
+        template=template,
+        rows=rows,
+        units=units,
+        valid=valid,
+        voice=voice,
+        wish=wish,
+        budget=_budget(run, base, objective, rows, units),
+        warnings=warnings,
+    )
+
+
+def _validation_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows | None:
+    path = folder / "data" / "valid.jsonl"
+    if path.exists():
+        return read_rows(path, template, run.plan.max_seq_length, "validation")
+    if run.plan.early_stopping or run.plan.select == "best":
+        raise InvalidTrainingFile(
+            role="validation", reason="There is none, and early_stopping and select: best need its loss. Add one."
+        )
+    return None
+
+
+def _agree(accelerator: Accelerator, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Every rank starts from rank 0's weights: equal seeds give equal weights on equal GPUs only."""
+    if accelerator.num_processes > 1:
+        for parameter in parameters.values():
+            parameter.data = broadcast(parameter.data)
+
+
+def _warnings(rows: Rows) -> list[str]:
+    warnings = []
+    if rows.unlearnable:
+        lines = ", ".join(map(str, rows.unlearnable[:5]))
+        warnings.append(
+            f"{len(rows.unlearnable)} row(s) have no trained token within max_seq_length and were left out "
+            f"(line {lines}{' and more' if len(rows.unlearnable) > 5 else ''})."
+        )
+    if rows.truncated:
+        warnings.append(f"{rows.truncated} row(s) were longer than max_seq_length and were cut at the end.")
+    return warnings
+
+
+def _units(
+    run: Run, rows: Rows, objective: Objective, device: torch.device, warnings: list[str]
+) -> list[Unit]:
+    if run.plan.packing:
+        if packing.keeps_rows_apart(objective, rows.rows, device):
+            return packing.pack([len(row) for row in rows.rows], run.plan.max_seq_length)
+        warnings.append("This model lets packed rows see each other, so the rows were not packed.")
+    return [[i] for i in range(len(rows.rows))]
+
+
+def _budget(run: Run, base: PreTrainedModel, objective: Objective, rows: Rows, units: list[Unit]) -> int:
+    longest = max(sum(len(rows.rows[i]) for i in unit) for unit in units)
+    return preflight.settle(objective, base, rows.rows, run.plan.batch_size, longest)
+
+
+def _resume(t: Training) -> Progress:
+    snapshot = checkpoints.find_snapshot(t)
+    if snapshot is None:
+        return Progress()
+    progress = checkpoints.restore(t, snapshot)
+    log.info("going on after step %d of %s", progress.step, snapshot)
+    return progress
+
+
+def _announce(t: Training, progress: Progress) -> None:
+    everything, trainable = all_and_trainable(t.objective.model)
+    log.info(
+        "trainable params: %s || all params: %s || trainable: %.2f%%",
+        f"{trainable:,}", f"{everything:,}", 100 * trainable / everything,
+    )  # fmt: skip
+    for warning in t.warnings:
+        log.warning(warning)
+    t.voice.say(
+        Started(
+            trainable_params=trainable,
+            all_params=everything,
+            total_steps=t.total_steps,
+            first_step=progress.step + 1,
+            examples=len(t.rows.rows),
+            train_tokens=t.rows.tokens,
+            truncated_examples=t.rows.truncated,
+            device=_device_name(t.device),
+            warnings=t.warnings,
+        )
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _questions(t: Training) -> list[evaluate.Question]:
+    path = t.folder / "data" / "test.jsonl"
+    if not path.exists() or t.plan.evaluation.test_file is None:
+        return []
+    return evaluate.questions(t, [example for _, example in read_examples(path, "test")])
+
+
+def _answers_before_training(t: Training) -> list[str] | None:
+    """The base's answers, where training overwrites the base; None where an adapter can be switched off later."""
+    asked = _questions(t)
+    if isinstance(t.objective.model, PeftModel) or not asked:
+        return None
+    t.voice.say(Phase(phase="evaluating"))
+    return evaluate.answers(t, asked, base=True)
+
+
+def _measure_and_write(t: Training, progress: Progress, base_answers: list[str] | None) -> None:
+    """The scorecard and then the artifact, `out/`, which exists only when it is complete."""
+    partial = t.folder / ".out.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    asked = _questions(t)
+    if asked:
+        t.voice.say(Phase(phase="evaluating"))
+        tuned = evaluate.answers(t, asked, base=False)
+        base = evaluate.answers(t, asked, base=True) if base_answers is None else base_answers
+        card, rows = evaluate.score(asked, base, tuned)
+        t.voice.say(card)
+        (partial / "scorecard.json").write_text(card.model_dump_json(indent=2) + "\n")
+        report.write_lines(partial / "answers.jsonl", rows)
+    t.voice.say(Phase(phase="saving"))
+    if t.accelerator.is_main_process:
+        checkpoints.write_artifact(t, progress, partial)
+        parity.write(t, partial)
+        shutil.rmtree(t.folder / "out", ignore_errors=True)
+        partial.rename(t.folder / "out")
+    t.accelerator.wait_for_everyone()
+
+
+def _save_for_later(t: Training, progress: Progress) -> None:
+    """A snapshot of the last step, unless there is one: stopped while evaluating, the training itself is done."""
+    if progress.step and t.accelerator.is_main_process and not _snapshot_path(t, progress).exists():
+        checkpoints.save_snapshot(t, progress)
+
+
+def _snapshot_path(t: Training, progress: Progress) -> Path:
+    return t.folder / "snapshots" / f"step-{progress.step}"
+
+
+def _paused(t: Training, progress: Progress) -> Paused:
+    path = _snapshot_path(t, progress)
+    return Paused(step=progress.step, path=str(path.relative_to(t.folder)) if path.exists() else None)
+
+
+def _finished(t: Training, progress: Progress, began: float) -> Finished:
+    exported = progress.best_step if t.keeps_best and progress.best_step is not None else progress.step
+    return Finished(
+        step=exported,
+        steps=progress.step,
+        trained_tokens=progress.tokens,
+        seconds=time.monotonic() - began,
+        peak_memory_bytes=torch.cuda.max_memory_allocated(t.device) if t.device.type == "cuda" else None,
+        stopped_early=progress.stopped_early,
+    )

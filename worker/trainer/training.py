@@ -1,0 +1,81 @@
+"""The state of one run in memory: what the loop works on, and how far it is."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from tunery.rendering.template import ChatTemplate
+from tunery.spec import Plan, Run
+from worker.trainer.data import Rows, Unit, micro_batches, steps_per_epoch
+from worker.trainer.objective import Objective
+from worker.trainer.recipes.recipe import Recipe
+from worker.trainer.report import Voice
+from worker.trainer.wish import Wish
+
+
+@dataclass
+class Progress:
+    """How far a run is. Together with the weights, the optimizer and the random state this is all of its state."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_loss: float | None = None
+    stale: int = 0  # evaluations since the best
+    stopped_early: bool = False
+
+
+@dataclass
+class Training:
+    """Everything that a run needs, put together by `run.py`."""
+
+    run: Run
+    folder: Path
+    recipe: Recipe
+    accelerator: Accelerator
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    parameters: dict[str, torch.nn.Parameter]
+    template: ChatTemplate
+    rows: Rows
+    units: list[Unit]
+    valid: Rows | None
+    voice: Voice
+    wish: Wish
+    budget: int  # tokens of a micro-batch, padding included
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.lengths = [len(row) for row in self.rows.rows]
+        self.labelled = [row.labelled for row in self.rows.rows]
+
+    @property
+    def plan(self) -> Plan:
+        return self.run.plan
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.units), self.plan.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.plan.n_epochs * self.steps_per_epoch
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the step with the lowest validation loss becomes the model, instead of the last."""
+        return self.plan.select == "best" or self.plan.early_stopping is not None
+
+    def share(self, units: list[Unit]) -> list[list[Unit]]:
+        """This rank's micro-batches of a step: every world-th unit by length, so that the ranks have like work."""
+        ordered = sorted(units, key=lambda unit: sum(self.lengths[i] for i in unit), reverse=True)
+        mine = ordered[self.accelerator.process_index :: self.accelerator.num_processes]
+        return micro_batches(mine, self.lengths, self.budget)
