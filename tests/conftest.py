@@ -26,6 +26,8 @@ from tunery.local import process, schema
 from tunery.local.valkey import Valkey
 from tunery.settings import Settings, get_settings
 
+pytest_plugins = ("tests.fixtures.seaweed",)
+
 ROOT = Path(__file__).parents[1]
 DEAD_BROKER = "redis://127.0.0.1:1/0"
 """Port 1 refuses at once: for tests that must go on without a broker."""

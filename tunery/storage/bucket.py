@@ -102,8 +102,11 @@ class Bucket:
     def _get(self, key: str, start: int, etag: str | None = None) -> dict[str, Any]:
         part = {"Range": f"bytes={start}-"} if start else {}
         same = {"IfMatch": etag} if etag else {}
-        with _translated("read", key):
-            answer: dict[str, Any] = self._s3.get_object(**self._at(key), **part, **same)
+        try:
+            with _translated("read", key):
+                answer: dict[str, Any] = self._s3.get_object(**self._at(key), **part, **same)
+        except KeyTaken:
+            raise StorageFailed(deed="read", reason="another object took its place meanwhile") from None
         return answer
 
     def _chunks(self, key: str, position: int, answer: dict[str, Any]) -> Iterator[bytes]:

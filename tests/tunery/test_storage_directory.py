@@ -1,0 +1,68 @@
+"""What only a directory can do, and what only a directory can suffer."""
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tunery.errors import StorageFailed
+from tunery.storage import Directory
+
+
+@contextmanager
+def _files_up_to(size: int) -> Iterator[None]:
+    """The kernel refuses to let any file grow further, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_older_object_and_no_rest(tmp_path: Path) -> None:
+    storage = Directory(tmp_path)
+    storage.put("a", b"older")
+    with pytest.raises(StorageFailed, match="could not write"), _files_up_to(2**20):
+        storage.put("a", b"x" * 2**22)
+
+    assert b"".join(storage.read("a")) == b"older"
+    assert list((tmp_path / ".tmp").iterdir()) == []
+
+
+def test_a_symbolic_link_does_not_lead_out(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/secret").write_text("x")
+    storage = Directory(tmp_path / "root")
+    (tmp_path / "root/link").symlink_to(tmp_path / "outside")
+    for deed in (storage.read, storage.stat, storage.delete, storage.writer):
+        with pytest.raises(ValueError, match="through a symbolic link"):
+            deed("link/secret")
+
+    assert (tmp_path / "outside/secret").exists()
+
+
+def test_a_writer_that_was_killed_is_swept_up(tmp_path: Path) -> None:
+    storage = Directory(tmp_path)
+    if (child := os.fork()) == 0:
+        with storage.writer("a/b") as writer:
+            writer.write(b"half")
+            os._exit(9)
+    os.waitpid(child, 0)
+
+    assert list(storage.list("")) == []
+    assert storage.sweep(older_than_seconds=3600) == 0, "a writer that is at work must not be swept"
+    assert storage.sweep(older_than_seconds=-60) == 1
+    assert list((tmp_path / ".tmp").iterdir()) == []
+
+
+def test_empty_folders_go_with_their_last_object(tmp_path: Path) -> None:
+    storage = Directory(tmp_path)
+    storage.put("a/b/c", b"1")
+    storage.delete("a/b/c")
+
+    assert [path.name for path in tmp_path.iterdir()] == [".tmp"]
+    assert storage.presign("a", filename="a") is None
