@@ -1,0 +1,116 @@
+"""Every "auto" decided, and what the owner should know about the choices made. Pure functions; the row keeps the plan."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunery.spec import Full, Lora, Plan, Qlora, Technique, TrainingSpec
+
+BATCH_SIZE = 8
+_EPOCHS = 3
+_LEAST_SEEN, _MOST_SEEN, _MOST_EPOCHS = 100, 25_000, 25
+_BAND = (0.2, 2.0)
+_FEW_EXAMPLES = 50
+_LARGE_LORA_BATCH = 32
+_HIGH_DROPOUT = 0.3
+
+
+def default_learning_rate(hidden_size: int, technique: Technique) -> float:
+    """LoRA: 5e-4 * (2000 / hidden)^0.78, that is 1.3e-3 at 576 and 2.9e-4 at 4096, whatever the rank (alpha stays).
+
+    A full fine-tune takes a tenth: its every weight moves.
+    """
+    rate: float = 5e-4 * (2000 / hidden_size) ** 0.78
+    return rate / 10 if isinstance(technique, Full) else rate
+
+
+def default_epochs(examples: int) -> int:
+    """Three, but small files are seen 100 times in all (25 epochs at most) and huge ones 25,000 times."""
+    if examples * _EPOCHS < _LEAST_SEEN:
+        return max(1, min(_MOST_EPOCHS, _LEAST_SEEN // max(1, examples)))
+    if examples * _EPOCHS > _MOST_SEEN:
+        return max(1, _MOST_SEEN // examples)
+    return _EPOCHS
+
+
+def default_technique(bf16_fits: bool) -> Technique:
+    """LoRA, on four bits only where sixteen do not fit; never full, which forgets most and costs most."""
+    return Lora() if bf16_fits else Qlora()
+
+
+def resolve(spec: TrainingSpec, *, examples: int, facts: Mapping[str, Any], bf16_fits: bool) -> Plan:
+    """The plan of a run on `examples` training rows.
+
+    `facts`: the base's; its context length caps max_seq_length, because positions past it were never trained.
+    """
+    knobs = spec.hyperparameters
+    technique = spec.technique or default_technique(bf16_fits)
+    default_rate = default_learning_rate(facts["hidden_size"], technique)
+    multiplier = 1.0 if knobs.learning_rate_multiplier == "auto" else knobs.learning_rate_multiplier
+    rate = default_rate * multiplier if spec.learning_rate is None else spec.learning_rate
+    settled = spec.model_dump(exclude={"technique", "hyperparameters", "learning_rate"})
+    settled["max_seq_length"] = min(spec.max_seq_length, facts.get("context_length") or spec.max_seq_length)
+    return Plan(
+        **settled,
+        technique=technique,
+        n_epochs=default_epochs(examples) if knobs.n_epochs == "auto" else knobs.n_epochs,
+        batch_size=BATCH_SIZE if knobs.batch_size == "auto" else knobs.batch_size,
+        learning_rate=rate,
+        learning_rate_multiplier=rate / default_rate,
+    )
+
+
+def warnings(plan: Plan, *, examples: int, facts: Mapping[str, Any], asked_length: int | None = None) -> list[str]:
+    """What the owner should know before the run, most important first. `asked_length`: the request's max_seq_length."""
+    found = [*_of_rate(plan, facts), *_of_rows(plan, examples)]
+    if asked_length is not None and asked_length > plan.max_seq_length:
+        found.append(
+            f"max_seq_length {asked_length} is more than the model's context of {plan.max_seq_length} tokens, which is "
+            "used instead."
+        )
+    if isinstance(plan.technique, Lora):
+        found += _of_adapter(plan, plan.technique)
+    return found
+
+
+def _of_rate(plan: Plan, facts: Mapping[str, Any]) -> list[str]:
+    default = default_learning_rate(facts["hidden_size"], plan.technique)
+    low, high = default * _BAND[0], default * _BAND[1]
+    usual = f"The default for {plan.technique.type} on this model is {default:.1e}."
+    if plan.learning_rate > high:
+        return [
+            f"The learning rate {plan.learning_rate:.1e} is high: the model may forget what it knew, or the loss may "
+            f"blow up. {usual}"
+        ]
+    if plan.learning_rate < low:
+        return [f"The learning rate {plan.learning_rate:.1e} is low: the model may learn little. {usual}"]
+    return []
+
+
+def _of_rows(plan: Plan, examples: int) -> list[str]:
+    found = []
+    if examples < _FEW_EXAMPLES:
+        found.append(
+            f"{examples} examples are few: {_FEW_EXAMPLES} to 100 good ones usually make a visible difference."
+        )
+    if plan.batch_size > examples:
+        found.append(f"The batch size {plan.batch_size} is more than the {examples} examples: each epoch is one step.")
+    if plan.n_epochs > _EPOCHS and plan.n_epochs * examples > _MOST_SEEN:
+        found.append(f"{plan.n_epochs} epochs of {examples} examples is long: {_EPOCHS} are usually enough.")
+    return found
+
+
+def _of_adapter(plan: Plan, technique: Lora) -> list[str]:
+    found = []
+    if plan.batch_size > _LARGE_LORA_BATCH:
+        found.append(f"LoRA learns worse from large batches: {plan.batch_size} is more than {_LARGE_LORA_BATCH}.")
+    if technique.dropout > _HIGH_DROPOUT:
+        found.append(f"A dropout of {technique.dropout:g} is high for an adapter: 0 to 0.1 is usual.")
+    if technique.target_modules != "all-linear" and not any("proj" in n and n[0] in "gud" for n in _names(technique)):
+        found.append(
+            "target_modules leaves out the feed-forward layers, which no rank makes up for: 'all-linear' learns better."
+        )
+    return found
+
+
+def _names(technique: Lora) -> list[str]:
+    return [name.rpartition(".")[2] or name for name in technique.target_modules]

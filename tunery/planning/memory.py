@@ -1,0 +1,190 @@
+"""How much memory a run needs at the least, from the base's config alone: no weights, no torch.
+
+"At the least" is one sequence of `max_seq_length` tokens at a time with activations recomputed on a GPU, which is where
+the trainer goes when memory is short. It then measures and takes larger micro-batches where there is room, so an
+estimate decides only whether a run may start. Sizes are of one device; several GPUs hold a copy each.
+
+Units are bytes; `GiB` in messages is 2**30 of them, as on a card's box.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tunery.errors import DoesNotFit
+from tunery.spec import Full, Lora, Qlora, Technique
+
+GIB = 2**30
+NF4_BYTES = 0.5 + 1 / 64 + 4 / 16_384
+"""Bytes a weight: 4 bits, an 8-bit scale per 64 weights, a 32-bit scale per 256 scales (arXiv:2305.14314, section 3)."""
+NF4_PLAIN_BYTES = 0.5 + 4 / 64
+"""Without double quantisation: a 32-bit scale for 64 weights."""
+_HEAD_CHUNK = 256 * 2**20
+_CPU_MICRO_BATCH = 1024
+_SLACK = 0.03
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes in elements. Families that name their parts otherwise are taken for the nearest Llama."""
+
+    params: int
+    hidden: int
+    ffn: int
+    layers: int
+    heads_width: int
+    kv_width: int
+    vocab: int
+    tied: bool
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> "Shape":
+        """From a model's `facts`. Raises KeyError without hidden_size, num_hidden_layers or vocab_size."""
+        hidden = facts["hidden_size"]
+        heads = facts.get("num_attention_heads") or max(1, hidden // 64)
+        head_width = facts.get("head_dim") or hidden // heads
+        shape = cls(
+            params=facts.get("params") or 0,
+            hidden=hidden,
+            ffn=facts.get("intermediate_size") or 4 * hidden,
+            layers=facts["num_hidden_layers"],
+            heads_width=heads * head_width,
+            kv_width=(facts.get("num_key_value_heads") or heads) * head_width,
+            vocab=facts["vocab_size"],
+            tied=bool(facts.get("tie_word_embeddings")),
+        )
+        return shape if shape.params else cls(**{**shape.__dict__, "params": shape.vocabulary + shape.linears})
+
+    @property
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """A layer's linear modules: inputs and outputs."""
+        return {
+            "q_proj": (self.hidden, self.heads_width),
+            "k_proj": (self.hidden, self.kv_width),
+            "v_proj": (self.hidden, self.kv_width),
+            "o_proj": (self.heads_width, self.hidden),
+            "gate_proj": (self.hidden, self.ffn),
+            "up_proj": (self.hidden, self.ffn),
+            "down_proj": (self.ffn, self.hidden),
+        }
+
+    @property
+    def vocabulary(self) -> int:
+        """Weights of embedding and head, which are never quantised."""
+        return self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def linears(self) -> int:
+        """Weights of all layers' linear modules."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.modules.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by what they are for: base, gradients, optimizer, adapter, activations, head, fixed."""
+
+    parts: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+def trainable_params(facts: Mapping[str, Any], technique: Technique) -> int:
+    """Weights that learn. A module name that the shape does not know counts as hidden x hidden."""
+    shape = Shape.of(facts)
+    if isinstance(technique, Full):
+        return shape.params
+    names = shape.modules if technique.target_modules == "all-linear" else technique.target_modules
+    square = (shape.hidden, shape.hidden)
+    sizes = [shape.modules.get(name.rpartition(".")[2], square) for name in names]
+    return shape.layers * technique.r * sum(inputs + outputs for inputs, outputs in sizes)
+
+
+def estimate(facts: Mapping[str, Any], technique: Technique, *, max_seq_length: int, device: str = "cuda") -> Estimate:
+    """The least that a run needs on one `device` ("cuda" or "cpu", where everything is fp32)."""
+    shape = Shape.of(facts)
+    width = 2 if device == "cuda" else 4
+    learns = trainable_params(facts, technique)
+    parts = {"base": _base_bytes(shape, technique, width)}
+    if isinstance(technique, Full):
+        # 8-bit moments on a GPU, fp32 on a CPU.
+        parts |= {"gradients": learns * width, "optimizer": learns * (2 if device == "cuda" else 8)}
+    else:
+        parts |= {"adapter": learns * 4, "gradients": learns * 4, "optimizer": learns * 8}
+    parts["activations"] = _activation_bytes(shape, technique, max_seq_length, device, width)
+    parts["head"] = _HEAD_CHUNK + max_seq_length * shape.hidden * width
+    parts["fixed"] = int((0.9 if device == "cuda" else 0.5) * 1e9 + _SLACK * sum(parts.values()))
+    return Estimate(parts)
+
+
+def _base_bytes(shape: Shape, technique: Technique, width: int) -> int:
+    if not isinstance(technique, Qlora):
+        return shape.params * width
+    packed = NF4_BYTES if technique.double_quant else NF4_PLAIN_BYTES
+    return int((shape.params - shape.vocabulary) * packed) + shape.vocabulary * width
+
+
+def _activation_bytes(shape: Shape, technique: Technique, length: int, device: str, width: int) -> int:
+    attention = 2 * shape.heads_width + 2 * shape.kv_width
+    at_work = 6 * shape.hidden + attention + 3 * shape.ffn  # one layer's recomputation and its gradients
+    scratch = max(i * o for i, o in shape.modules.values()) * width if isinstance(technique, Qlora) else 0
+    if device == "cuda":  # each layer keeps its input only
+        return length * width * (shape.layers * shape.hidden + at_work) + scratch
+    kept = 2 * shape.hidden + attention + 2 * shape.ffn
+    return max(length, _CPU_MICRO_BATCH) * width * (shape.layers * kept + at_work) + scratch
+
+
+def fits(
+    facts: Mapping[str, Any], technique: Technique, *, max_seq_length: int, capacity: int, device: str = "cuda"
+) -> bool:
+    """Whether the least that the run needs is there. `capacity`: bytes of one device."""
+    return estimate(facts, technique, max_seq_length=max_seq_length, device=device).bytes <= capacity
+
+
+def bf16_fits(facts: Mapping[str, Any], *, max_seq_length: int, capacity: int, device: str = "cuda") -> bool:
+    """Whether a plain LoRA fits, so that nobody who asks for no technique pays for 4 bits with quality."""
+    return fits(facts, Lora(), max_seq_length=max_seq_length, capacity=capacity, device=device)
+
+
+def check(
+    facts: Mapping[str, Any],
+    technique: Technique,
+    *,
+    max_seq_length: int,
+    capacity: int,
+    device: str = "cuda",
+    model: str = "the model",
+) -> Estimate:
+    """The estimate, if `capacity` bytes are enough for it. Raises DoesNotFit, which says what to change."""
+    need = estimate(facts, technique, max_seq_length=max_seq_length, device=device)
+    if need.bytes > capacity:
+        raise DoesNotFit(
+            param="technique",
+            what=f"A {technique.type} fine-tune of {model} ({gib(need.parts['base'])} of weights), rows of "
+            f"{max_seq_length} tokens,",
+            needed=gib(need.bytes),
+            device="GPU" if device == "cuda" else "host",
+            capacity=gib(capacity),
+            instead=_instead(facts, technique, max_seq_length, capacity, device),
+        )
+    return need
+
+
+def _instead(facts: Mapping[str, Any], technique: Technique, length: int, capacity: int, device: str) -> str:
+    lighter: list[Technique] = [Lora(), Qlora()] if isinstance(technique, Full) else [Qlora()]
+    for other in lighter if not isinstance(technique, Qlora) else []:
+        need = estimate(facts, other, max_seq_length=length, device=device).bytes
+        if need <= capacity:
+            return f"Use the technique '{other.type}', which needs about {gib(need)}."
+    shorter = length // 2
+    while shorter >= 256:
+        if fits(facts, technique, max_seq_length=shorter, capacity=capacity, device=device):
+            return f"Lower max_seq_length to {shorter}."
+        shorter //= 2
+    return f"Use a smaller base model, or a worker with a larger {'GPU' if device == 'cuda' else 'memory'}."
+
+
+def gib(size: int) -> str:
+    """A size for people: `24.0 GiB`."""
+    return f"{size / GIB:.1f} GiB"
