@@ -1,4 +1,4 @@
-"""Every "auto" decided, and what the owner should know about the choices made. Pure functions; the row keeps the plan."""
+"""Every "auto" decided, and what the owner should know about the choices made. Pure functions."""
 
 from collections.abc import Mapping
 from typing import Any

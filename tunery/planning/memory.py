@@ -16,7 +16,7 @@ from tunery.spec import Full, Lora, Qlora, Technique
 
 GIB = 2**30
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 16_384
-"""Bytes a weight: 4 bits, an 8-bit scale per 64 weights, a 32-bit scale per 256 scales (arXiv:2305.14314, section 3)."""
+"""Bytes a weight: 4 bits, an 8-bit scale per 64 weights, a 32-bit one per 256 scales (arXiv:2305.14314, section 3)."""
 NF4_PLAIN_BYTES = 0.5 + 4 / 64
 """Without double quantisation: a 32-bit scale for 64 weights."""
 _HEAD_CHUNK = 256 * 2**20

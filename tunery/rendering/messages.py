@@ -15,6 +15,7 @@ from tunery.rendering import strict_json
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 FileRole = Literal["training", "validation", "test"]
+_BOM = "\ufeff"
 
 
 def _refuse(reason: str) -> NoReturn:
@@ -183,7 +184,7 @@ class Example(BaseModel):
 def parse_line(text: str, line_number: int, role: FileRole = "training") -> Example:
     """One line of a training file. Raises InvalidTrainingFile, its reason naming line and message (from 1)."""
     try:
-        row = strict_json.load_object(text)
+        row = strict_json.load_object(text.removeprefix(_BOM) if line_number == 1 else text)
         if "messages" not in row:
             raise ValueError(_other_format(row))
         return Example.model_validate(row)

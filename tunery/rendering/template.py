@@ -195,16 +195,16 @@ class ChatTemplate:
                 "template knows tools, or write the calls as plain content."
             )
 
-    def _all_stop_ids(self, configured: Sequence[int]) -> tuple[int, ...]:
+    def _all_stop_ids(self, configured: Sequence[int]) -> frozenset[int]:
         """The configured stop tokens and the special token that the template writes right after an answer."""
         question, answer = Message(role="user", content="question"), Message(role="assistant", content="answer")
         try:
             after = self.render([question, answer]).rpartition("answer")[2]
         except CannotRender:
-            return tuple(sorted(set(configured)))
+            return frozenset(configured)
         special = {id for id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         ends = [id for id in self._tokenize(after).ids if id in special]
-        return tuple(sorted({*configured, *ends[:1]}))
+        return frozenset(configured) | frozenset(ends[:1])
 
 
 def _now() -> datetime:
