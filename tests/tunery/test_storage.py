@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from seaweed import Seaweed
 
-from tests.fixtures.seaweed import Seaweed
 from tunery.errors import ChecksumMismatch, KeyTaken, ObjectMissing
 from tunery.settings import Settings
 from tunery.storage import CHUNK, Storage, check_key, open_storage

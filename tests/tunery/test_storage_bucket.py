@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 
 import botocore.auth
 import pytest
+import seaweed as server
+from proxy import Proxy, proxy_to
 from pydantic import SecretStr
+from seaweed import BUCKET, Seaweed
 
-from tests.fixtures import seaweed as server
-from tests.fixtures.proxy import Proxy, proxy_to
-from tests.fixtures.seaweed import BUCKET, Seaweed
 from tunery.errors import ObjectMissing, StorageFailed
 from tunery.settings import Settings
 from tunery.storage import CHUNK, Storage, disposition, open_storage
