@@ -50,8 +50,8 @@ answer = client.chat.completions.create(
     messages=[
         {
             "role": "system",
-            "content": 'You route messages for a bank. Reply with JSON only: {"intent": "<label>"}. The label is one of: '
-            "age_limit, apple_pay_or_google_pay, atm_support, card_arrival, change_pin, edit_personal_details, "
+            "content": 'You route messages for a bank. Reply with JSON only: {"intent": "<label>"}. The label is one '
+            "of: age_limit, apple_pay_or_google_pay, atm_support, card_arrival, change_pin, edit_personal_details, "
             "exchange_rate, getting_spare_card, lost_or_stolen_card, request_refund, terminate_account, "
             "verify_my_identity.",
         },

@@ -21,6 +21,7 @@ from tunery.local import process
 
 _ROLE = "tunery"
 _DATABASE = "tunery"
+_NOTE = "data-is-in"
 _LASTING = Path("/var/tmp")  # noqa: S108  (/tmp is emptied at a restart of the machine)
 
 
@@ -90,8 +91,8 @@ class Postgres:
     def remove(self) -> None:
         """Stop and delete everything, data included."""
         self.stop()
-        if self._data != Path() and not self._data.is_relative_to(self.folder):
-            shutil.rmtree(self._data.parent, ignore_errors=True)
+        if (outside := self.folder / _NOTE).exists():
+            shutil.rmtree(outside.read_text(), ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
@@ -132,7 +133,7 @@ class Postgres:
             if self._user is not None:
                 self.folder.chmod(0o711)
             return self.folder / "data"
-        note = self.folder / "data-is-in"
+        note = self.folder / _NOTE
         if not note.exists():
             note.write_text(str(_private_folder(_LASTING, self._user)))
         return Path(note.read_text()) / "data"

@@ -1,0 +1,140 @@
+"""`tunery projects ...` and `tunery keys ...`: on the database itself, as no key can exist before the first."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from sqlalchemy.exc import OperationalError, ProgrammingError
+from sqlalchemy.orm import Session
+
+from tunery import db
+from tunery.cli import show
+from tunery.cli.remote import HOME
+from tunery.errors import TuneryError
+from tunery.keys import ring
+from tunery.local import state
+from tunery.settings import get_settings
+
+projects = typer.Typer(no_args_is_help=True, help="Projects own files, jobs and models (needs the database).")
+keys = typer.Typer(no_args_is_help=True, help="Keys open one project each (needs the database).")
+
+Project = Annotated[str, typer.Option("--project", "-p", help="A project's name or id.")]
+
+
+class NoDatabase(TuneryError):
+    """No use of the database at {url}: {reason} Set TUNERY_DATABASE_URL, or run this beside a running `tunery up`."""
+
+    code = "no_database"
+
+
+@contextmanager
+def _transaction(context: typer.Context) -> Iterator[Session]:
+    """On TUNERY_DATABASE_URL, else on the stack that runs in --home."""
+    local = state.running(context.find_root().params.get("home") or HOME)
+    if "TUNERY_DATABASE_URL" not in os.environ and local:
+        os.environ["TUNERY_DATABASE_URL"] = local["database_url"]
+        get_settings.cache_clear()
+    try:
+        with db.transaction() as session:
+            yield session
+    except OperationalError as error:
+        raise NoDatabase(url=_shown_url(), reason=f"{str(error.orig).splitlines()[0].rstrip('.')}.") from error
+    except ProgrammingError as error:
+        raise NoDatabase(url=_shown_url(), reason="it has not been migrated (`alembic upgrade head`).") from error
+
+
+def _shown_url() -> str:
+    from sqlalchemy.engine import make_url
+
+    return make_url(get_settings().database_url).render_as_string(hide_password=True)
+
+
+@projects.command("create")
+def create_project(
+    context: typer.Context,
+    name: str,
+    max_running: Annotated[int | None, typer.Option(help="Most jobs that may run at a time.")] = None,
+    max_queued: Annotated[int | None, typer.Option(help="Most jobs that may wait.")] = None,
+) -> None:
+    """Make a project and its first key."""
+    with _transaction(context) as session:
+        project = ring.create_project(session, name, max_running=max_running, max_queued=max_queued)
+        _, secret = ring.create_key(session, project, "first key")
+    show.done(f"project {name} ({project.id}); its first key, shown this once:")
+    show.console.print(secret, soft_wrap=True)
+
+
+@projects.command("list")
+def list_projects(context: typer.Context) -> None:
+    """All projects."""
+    with _transaction(context) as session:
+        found = ring.list_projects(session)
+    show.table(
+        ("id", "name", "max running", "max queued", "status", "age"),
+        (
+            (p.id, p.name, p.max_running, p.max_queued, show.status(_state(p.revoked_at)), show.age(p.created_at))
+            for p in found
+        ),
+        empty="No projects yet: `tunery projects create NAME` makes one.",
+    )
+
+
+@projects.command("revoke")
+def revoke_project(context: typer.Context, name: str) -> None:
+    """Close a project to all its keys, at once. Its files, jobs and models stay."""
+    with _transaction(context) as session:
+        ring.revoke_project(session, ring.find_project(session, name))
+    show.done(f"project {name} revoked")
+
+
+@keys.command("create")
+def create_key(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="What people will know it by.")] = "key",
+    project: Project = "default",
+    admin: Annotated[bool, typer.Option("--admin", help="May register base models.")] = False,
+) -> None:
+    """Make a key; its text is shown this once."""
+    with _transaction(context) as session:
+        _, secret = ring.create_key(session, ring.find_project(session, project), name, admin=admin)
+    show.errors.print("Shown this once:", style="dim")
+    show.console.print(secret, soft_wrap=True)
+
+
+@keys.command("list")
+def list_keys(context: typer.Context, project: Project = "default") -> None:
+    """A project's keys."""
+    with _transaction(context) as session:
+        found = ring.list_keys(session, ring.find_project(session, project))
+    show.table(
+        ("id", "name", "begins with", "admin", "last used", "status", "age"),
+        (
+            (
+                key.id,
+                key.name,
+                f"{key.prefix}...",
+                "yes" if key.admin else "",
+                show.age(key.last_used_at),
+                show.status(_state(key.revoked_at)),
+                show.age(key.created_at),
+            )
+            for key in found
+        ),
+        empty="No keys: `tunery keys create` makes one.",
+    )
+
+
+@keys.command("revoke")
+def revoke_key(
+    context: typer.Context, key: Annotated[str, typer.Argument(help="The key's id (key_...), not its text.")]
+) -> None:
+    """Revoke a key, from the next request on."""
+    with _transaction(context) as session:
+        ring.revoke_key(session, key)
+    show.done(f"{key} revoked")
+
+
+def _state(revoked_at: object) -> str:
+    return "revoked" if revoked_at else "active"

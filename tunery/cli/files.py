@@ -1,0 +1,91 @@
+"""`tunery files ...`"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tunery.cli import show
+from tunery.cli.options import AsJson, connect
+from tunery.cli.remote import Remote
+from tunery.local.drawing import size
+
+app = typer.Typer(no_args_is_help=True, help="Training, validation and test files.")
+
+
+def upload_file(api: Remote, path: Path, purpose: str = "fine-tune") -> dict[str, Any]:
+    """Streams one file; the whole of it is never in memory."""
+    with path.open("rb") as content:
+        return api.call("POST", "/files", data={"purpose": purpose}, files={"file": (path.name, content)}, timeout=600)
+
+
+@app.command()
+def upload(
+    context: typer.Context,
+    paths: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="JSONL files.")],
+    purpose: str = "fine-tune",
+) -> None:
+    """Upload files; prints one id a line."""
+    api = connect(context)
+    for path in paths:
+        file = upload_file(api, path, purpose)
+        show.console.print(file["id"], soft_wrap=True)
+        show.errors.print(f"{path.name}: {size(file['bytes'])}, {file['status']}", style="dim")
+
+
+@app.command("list")
+def list_files(context: typer.Context, purpose: str | None = None, limit: int = 50, json: AsJson = False) -> None:
+    """The project's files, newest first."""
+    found = connect(context).pages("/files", limit=limit, **({"purpose": purpose} if purpose else {}))
+    if json:
+        return show.as_json(found)
+    show.table(
+        ("id", "name", "size", "purpose", "status", "age"),
+        (
+            (
+                f["id"],
+                f["filename"],
+                size(f["bytes"]),
+                f["purpose"],
+                show.status(f["status"]),
+                show.age(f["created_at"]),
+            )
+            for f in found
+        ),
+        empty="No files yet: `tunery files upload FILE` sends one.",
+    )
+    return None
+
+
+@app.command("show")
+def show_file(context: typer.Context, file: str) -> None:
+    """One file's row, as JSON."""
+    show.as_json(connect(context).call("GET", f"/files/{file}"))
+
+
+@app.command()
+def content(
+    context: typer.Context,
+    file: str,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A file instead of the terminal.")] = None,
+) -> None:
+    """A file's bytes."""
+    chunks = connect(context).stream(f"/files/{file}/content")
+    if output is None:
+        for chunk in chunks:
+            sys.stdout.buffer.write(chunk)
+        return
+    with output.open("wb") as target:
+        for chunk in chunks:
+            target.write(chunk)
+    show.done(f"{output} ({size(output.stat().st_size)})")
+
+
+@app.command()
+def delete(context: typer.Context, files: list[str]) -> None:
+    """Delete files that no live job uses."""
+    api = connect(context)
+    for file in files:
+        api.call("DELETE", f"/files/{file}")
+        show.done(f"{file} deleted")

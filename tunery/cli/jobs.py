@@ -1,0 +1,210 @@
+"""`tunery jobs ...`"""
+
+import json as json_module
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from tunery.cli import show, watching
+from tunery.cli.files import upload_file
+from tunery.cli.options import AsJson, connect
+from tunery.cli.remote import Refused, Remote
+from tunery.local.drawing import size
+
+app = typer.Typer(no_args_is_help=True, help="Fine-tuning jobs.")
+ROOT = "/fine_tuning/jobs"
+
+FileOrId = Annotated[str, typer.Option(help="A file to upload, or the id of one that was (file-...).")]
+MaybeFileOrId = Annotated[str | None, typer.Option(help="The same, for the validation loss.")]
+
+
+@app.command()
+def create(
+    context: typer.Context,
+    model: Annotated[str, typer.Option("--model", "-m", help="A base, an alias or a tuned model.")],
+    train: FileOrId,
+    valid: MaybeFileOrId = None,
+    test: Annotated[str | None, typer.Option(help="Rows that base and tuned model answer at the end.")] = None,
+    technique: Annotated[str | None, typer.Option(help="lora, qlora or full.", show_default="what fits")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Scale of the adapter.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the rows.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Its peak.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Part of the tuned model's name.")] = None,
+    seed: int | None = None,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other field of the request: name=JSON. Repeatable.")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Stay and watch it.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Start a job."""
+    api = connect(context)
+    body = {
+        "model": model,
+        "training_file": _file(api, train),
+        "validation_file": _file(api, valid) if valid else None,
+        "technique": _technique(technique, rank, alpha),
+        "method": _method(epochs, batch_size),
+        "learning_rate": learning_rate,
+        "suffix": suffix,
+        "seed": seed,
+        "evaluation": {"test_file": _file(api, test)} if test else None,
+        **dict(_setting(text) for text in set or []),
+    }
+    job = api.call("POST", ROOT, json={name: value for name, value in body.items() if value is not None})
+    if json:
+        show.as_json(job)
+    else:
+        show.console.print(job["id"], soft_wrap=True)
+    if watch:
+        watching.watch(api, job["id"])
+
+
+def _file(api: Remote, name: str) -> str:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return str(upload_file(api, path)["id"])
+    if not name.startswith("file-"):
+        raise Refused(message=f"There is no file {name}. Name a JSONL file, or the id of an uploaded one (file-...).")
+    return name
+
+
+def _technique(kind: str | None, rank: int | None, alpha: float | None) -> dict[str, Any] | None:
+    knobs = {name: value for name, value in (("r", rank), ("alpha", alpha)) if value is not None}
+    return {"type": kind or "lora", **knobs} if kind or knobs else None
+
+
+def _method(epochs: int | None, batch_size: int | None) -> dict[str, Any] | None:
+    knobs = {name: value for name, value in (("n_epochs", epochs), ("batch_size", batch_size)) if value is not None}
+    return {"type": "supervised", "supervised": {"hyperparameters": knobs}} if knobs else None
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise Refused(message=f"--set {text}: write it as name=value, for instance --set packing=true.")
+    try:
+        return name, json_module.loads(value)
+    except ValueError:
+        return name, value  # a bare word is a string
+
+
+@app.command("list")
+def list_jobs(context: typer.Context, limit: int = 20, json: AsJson = False) -> None:
+    """The project's jobs, newest first."""
+    found = connect(context).pages(ROOT, limit=limit)
+    if json:
+        return show.as_json(found)
+    show.table(
+        ("id", "status", "model", "age"),
+        (
+            (
+                job["id"],
+                show.status(job["status"]),
+                job["fine_tuned_model"] or job["model"],
+                show.age(job["created_at"]),
+            )
+            for job in found
+        ),
+        empty="No jobs yet: `tunery jobs create --model NAME --train FILE` starts one.",
+    )
+    return None
+
+
+@app.command("show")
+def show_job(context: typer.Context, job: str, json: AsJson = False) -> None:
+    """What is known about a job."""
+    found = connect(context).call("GET", f"{ROOT}/{job}")
+    if json:
+        return show.as_json(found)
+    error = found.get("error") or {}
+    show.facts(
+        [
+            ("id", found["id"]),
+            ("status", show.status(found["status"])),
+            ("error", Text(error["message"], style="red") if error.get("message") else None),
+            ("base", found["model"]),
+            ("tuned model", found["fine_tuned_model"]),
+            ("technique", _compact(found.get("technique"))),
+            ("hyperparameters", _compact(found["hyperparameters"])),
+            ("training file", found["training_file"]),
+            ("validation file", found["validation_file"]),
+            ("trained tokens", f"{found['trained_tokens']:,}" if found["trained_tokens"] else None),
+            ("created", f"{show.age(found['created_at'])} ago"),
+            ("scorecard", _compact(found.get("scorecard"), skip=("samples",))),
+        ]
+    )
+    return None
+
+
+def _compact(value: dict[str, Any] | None, skip: tuple[str, ...] = ()) -> str:
+    return "  ".join(f"{name}={_short(v)}" for name, v in (value or {}).items() if name not in skip)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@app.command()
+def watch(context: typer.Context, job: str) -> None:
+    """Follow a job to its end: bar, loss, time left. Ctrl-C stops watching, not the job."""
+    watching.watch(connect(context), job)
+
+
+@app.command()
+def events(context: typer.Context, job: str, limit: int = 100, json: AsJson = False) -> None:
+    """What happened to a job, oldest first."""
+    found = list(reversed(connect(context).pages(f"{ROOT}/{job}/events", limit=limit)))
+    if json:
+        return show.as_json(found)
+    colours = {"warn": "yellow", "error": "red"}
+    for event in found:
+        line = Text(f"{show.clock(event['created_at'])}  ", style="dim")
+        show.console.print(line.append(event["message"], style=colours.get(event["level"], "not dim")), soft_wrap=True)
+    return None
+
+
+@app.command()
+def logs(
+    context: typer.Context,
+    job: str,
+    tail: Annotated[int, typer.Option(help="Only the last lines.")] = 200,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay and print what comes.")] = False,
+) -> None:
+    """A job's log."""
+    for chunk in connect(context).stream(f"{ROOT}/{job}/logs", tail=tail, follow=str(follow).lower()):
+        sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
+
+
+@app.command()
+def download(
+    context: typer.Context,
+    job: str,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A folder.", show_default="the job's id")
+    ] = None,
+) -> None:
+    """Fetch a finished job's files and check their sha256."""
+    folder = output or Path(job)
+    for path, count in watching.download(connect(context), job, folder):
+        show.done(f"{folder / path}  {size(count)}")
+
+
+def _deed(name: str, help: str) -> None:
+    def command(context: typer.Context, job: str) -> None:
+        found = connect(context).call("POST", f"{ROOT}/{job}/{name}")
+        show.console.print(Text(f"{job} is ").append_text(show.status(found["status"])))
+
+    command.__doc__ = help
+    app.command(name)(command)
+
+
+_deed("cancel", "End a job for good, at once.")
+_deed("pause", "Save a job's state and free its worker.")
+_deed("resume", "Go on with a paused job.")

@@ -1,0 +1,83 @@
+"""`tunery ...`: the program. An error is one line on stderr and exit status 1; a traceback is a bug of ours."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunery.cli import access, files, jobs, models, show
+from tunery.cli.options import ApiKey, ApiUrl, Home
+from tunery.cli.remote import HOME
+from tunery.errors import TuneryError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tuning on your own machines, behind OpenAI's API.",
+)
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(files.app, name="files")
+app.add_typer(models.app, name="models")
+app.add_typer(access.projects, name="projects")
+app.add_typer(access.keys, name="keys")
+
+StackHome = Annotated[Path, typer.Option("--home", help="Where the stack keeps its data.")]
+
+
+@app.callback()
+def shared(api_url: ApiUrl = None, key: ApiKey = None, home: Home = HOME) -> None:
+    """What all commands share; `options.connect` reads it from the context."""
+
+
+@app.command()
+def up(
+    home: StackHome = HOME,
+    port: Annotated[int, typer.Option(help="The API's port on 127.0.0.1; 0 takes a free one.")] = 8000,
+    model: Annotated[
+        Path | None, typer.Option(help="A GGUF to register as SmolLM2-135M-Instruct.", show_default="the package's")
+    ] = None,
+) -> None:
+    """Start everything on this machine and keep it up until Ctrl-C."""
+    from tunery.cli import standing
+
+    standing.up(home, port=port, gguf=model)
+
+
+@app.command()
+def down(home: StackHome = HOME) -> None:
+    """Stop what `tunery up` started."""
+    from tunery.cli import standing
+
+    standing.down(home)
+
+
+@app.command()
+def demo(
+    rows: Annotated[int, typer.Option(help="Training rows.")] = 200,
+    test_rows: Annotated[int, typer.Option(help="Held-out rows to score.")] = 120,
+) -> None:
+    """Fine-tune a real model on real data from start to end, and prove that it got better."""
+    from tunery.local import demo as story
+
+    raise typer.Exit(story.run(rows=rows, test_rows=test_rows))
+
+
+def run() -> None:
+    """The console script."""
+    try:
+        app()
+    except TuneryError as error:
+        show.errors.print(f"[red]Error:[/] {_escaped(error.message)}", soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    run()

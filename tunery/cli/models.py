@@ -1,0 +1,89 @@
+"""`tunery models ...`"""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from tunery.cli import show
+from tunery.cli.options import AsJson, connect
+from tunery.cli.remote import Refused, Remote
+
+app = typer.Typer(no_args_is_help=True, help="Base models, tuned models and aliases.")
+
+
+@app.command()
+def add(
+    context: typer.Context,
+    id: Annotated[str, typer.Argument(help="The name that jobs will use, without '/' or ':'.")],
+    source: Annotated[str, typer.Argument(help="A folder, a hub id or a GGUF file, as the workers see it.")],
+    wait: Annotated[bool, typer.Option(help="Return when the model is ready.")] = True,
+) -> None:
+    """Register a base model (administrators). A worker converts it to safetensors and stores it."""
+    api = connect(context)
+    model = add_base(api, id, source)
+    if wait:
+        with show.errors.status(f"{id}: a worker reads {source}"):
+            model = wait_until_ready(api, id)
+    show.done(f"{model['id']} is {model.get('status', 'registered')}")
+
+
+def add_base(api: Remote, id: str, source: str) -> dict[str, Any]:
+    # A path is made absolute, as the worker's folder is not ours; a hub id has the same looks but no such file.
+    there = Path(source).expanduser()
+    return api.call("POST", "/models", json={"id": id, "source": str(there.resolve()) if there.exists() else source})
+
+
+def wait_until_ready(api: Remote, id: str, *, seconds: float = 3600) -> dict[str, Any]:
+    """Raises Refused when the model ends in an error or takes too long."""
+    deadline = time.monotonic() + seconds
+    while True:
+        model = api.call("GET", f"/models/{quote(id, safe=':')}")
+        if model.get("status") == "error":
+            raise Refused(message=f"{id} could not be added: {model.get('status_details') or 'see the worker log'}")
+        if model.get("status") != "processing":
+            return model
+        if time.monotonic() > deadline:
+            raise Refused(message=f"{id} is still being prepared after {seconds:.0f} s. Look at the I/O worker's log.")
+        time.sleep(0.5)
+
+
+@app.command("list")
+def list_models(context: typer.Context, json: AsJson = False) -> None:
+    """Bases and the project's own models."""
+    found = connect(context).call("GET", "/models")["data"]
+    if json:
+        return show.as_json(found)
+    show.table(
+        ("id", "kind", "owner", "status", "age"),
+        (
+            (m["id"], m.get("kind"), m["owned_by"], show.status(m.get("status") or "ready"), show.age(m["created"]))
+            for m in found
+        ),
+        empty="No models yet: `tunery models add NAME SOURCE` registers a base.",
+    )
+    return None
+
+
+@app.command("show")
+def show_model(context: typer.Context, model: str) -> None:
+    """One model's row, as JSON."""
+    show.as_json(connect(context).call("GET", f"/models/{quote(model, safe=':')}"))
+
+
+@app.command()
+def alias(context: typer.Context, alias: str, model: str) -> None:
+    """Give a base another name, so that existing code runs unchanged (administrators)."""
+    connect(context).call("POST", "/models/aliases", json={"alias": alias, "model": model})
+    show.done(f"{alias} is {model}")
+
+
+@app.command()
+def delete(context: typer.Context, models: list[str]) -> None:
+    """Delete tuned models."""
+    api = connect(context)
+    for model in models:
+        api.call("DELETE", f"/models/{quote(model, safe=':')}")
+        show.done(f"{model} deleted")

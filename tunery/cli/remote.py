@@ -1,0 +1,107 @@
+"""The API as commands see it: one call, its JSON, and errors that say what to do."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tunery.errors import TuneryError
+from tunery.local import state
+
+HOME = Path(".tunery/up")
+"""Where `tunery up` keeps its state unless told otherwise."""
+
+
+class Refused(TuneryError):
+    """{message}"""
+
+    code = "refused"
+
+
+class NoAnswer(TuneryError):
+    """No answer from {url} ({reason}). Does it run? `tunery up` starts it here; TUNERY_API_URL names another place."""
+
+    code = "no_answer"
+
+
+class NoKey(TuneryError):
+    """No API key. Set TUNERY_API_KEY or pass --key; `tunery up` printed the first, `tunery keys create` makes more."""
+
+    code = "no_key"
+
+
+@dataclass
+class Remote:
+    """Where the API is and who is asking. `url` ends before `/v1`."""
+
+    url: str
+    key: str
+
+    def call(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+        """The answer's JSON. Raises Refused with the API's own words, NoAnswer."""
+        with self._client() as client, _explained(self.url):
+            answer = client.request(method, path, **request)
+            _check(answer)
+            return dict(answer.json())
+
+    def pages(self, path: str, *, limit: int, **query: Any) -> list[dict[str, Any]]:
+        """Up to `limit` objects of a list, over as many pages as it takes."""
+        found: list[dict[str, Any]] = []
+        while len(found) < limit:
+            after = {"after": found[-1]["id"]} if found else {}
+            page = self.call("GET", path, params={"limit": min(100, limit - len(found)), **query, **after})
+            found += page["data"]
+            if not page.get("has_more") or not page["data"]:
+                break
+        return found
+
+    def stream(self, path: str, **query: Any) -> Iterator[bytes]:
+        """The bytes of an answer as they come, for however long that takes."""
+        with (
+            self._client() as client,
+            _explained(self.url),
+            client.stream("GET", path, params=query, timeout=httpx.Timeout(30, read=None)) as answer,
+        ):
+            if answer.is_error:
+                answer.read()
+                _check(answer)
+            yield from answer.iter_bytes()
+
+    def _client(self) -> httpx.Client:
+        if not self.key:
+            raise NoKey
+        return httpx.Client(
+            base_url=f"{self.url}/v1",
+            headers={"Authorization": f"Bearer {self.key}"},
+            timeout=httpx.Timeout(60, connect=5),
+            follow_redirects=True,
+        )
+
+
+def connect(url: str | None, key: str | None, home: Path) -> Remote:
+    """By option, then TUNERY_API_URL, then the stack that runs in `home`, then port 8000 of this machine."""
+    local = state.running(home)
+    url = url or os.environ.get("TUNERY_API_URL") or (local or {}).get("api_url") or "http://127.0.0.1:8000"
+    return Remote(url.rstrip("/").removesuffix("/v1"), key or os.environ.get("TUNERY_API_KEY", ""))
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise NoAnswer(url=url, reason=str(error) or type(error).__name__) from error
+
+
+def _check(answer: httpx.Response) -> None:
+    if answer.is_success:
+        return
+    try:
+        message = answer.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = f"{answer.request.url} answered {answer.status_code}. Is that a Tunery server?"
+    raise Refused(message=message)

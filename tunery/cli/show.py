@@ -1,0 +1,80 @@
+"""How commands print: tables for people, JSON for programs."""
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+_COLOURS = {
+    "succeeded": "green",
+    "ready": "green",
+    "processed": "green",
+    "running": "cyan",
+    "queued": "yellow",
+    "validating_files": "yellow",
+    "processing": "yellow",
+    "uploaded": "yellow",
+    "paused": "magenta",
+    "failed": "red",
+    "error": "red",
+    "cancelled": "dim",
+    "revoked": "dim",
+}
+
+
+def status(word: str) -> Text:
+    return Text(word, style=_COLOURS.get(word, ""))
+
+
+def age(moment: float | datetime | None) -> str:
+    """How long ago: `42s`, `5m`, `3h`, `12d`."""
+    if moment is None:
+        return "-"
+    seconds = time.time() - (moment.timestamp() if isinstance(moment, datetime) else moment)
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{max(0, seconds):.0f}s"
+
+
+def clock(moment: float) -> str:
+    """The local time of day."""
+    return datetime.fromtimestamp(moment).astimezone().strftime("%H:%M:%S")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str) -> None:
+    """Ids are never cut: they are there to be copied."""
+    shown = Table(box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        shown.add_column(column.upper(), no_wrap=True, overflow="fold")
+    for row in rows:
+        shown.add_row(*(cell if isinstance(cell, Text) else Text("" if cell is None else str(cell)) for cell in row))
+    if shown.row_count:
+        console.print(shown, soft_wrap=not console.is_terminal)
+    else:
+        errors.print(empty, style="dim")
+
+
+def facts(pairs: Iterable[tuple[str, Any]]) -> None:
+    """Name and value, one a line; absent values are left out."""
+    shown = Table.grid(padding=(0, 2))
+    for name, value in pairs:
+        if value not in (None, "", [], {}):
+            shown.add_row(Text(name, style="dim"), value if isinstance(value, Text) else Text(str(value)))
+    console.print(shown, soft_wrap=not console.is_terminal)
+
+
+def as_json(value: Any) -> None:
+    console.print_json(json.dumps(value), indent=2)
+
+
+def done(message: str) -> None:
+    console.print(Text.assemble(("✓ ", "green"), message))

@@ -1,0 +1,114 @@
+"""`tunery up` and `tunery down`: the stack that stays."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+from sqlalchemy import delete
+
+from tunery import db
+from tunery.cli import models as model_commands
+from tunery.cli.remote import Remote
+from tunery.errors import TuneryError
+from tunery.keys import ring
+from tunery.keys.model import Key
+from tunery.local import process, state
+from tunery.local.drawing import Reporter
+from tunery.local.signals import ends_on_signals, undisturbed
+from tunery.local.stack import Stack
+from tunery.local.tree import BASE, LOOPBACK, NoModel, packaged_gguf
+from tunery.models.model import Model
+
+
+def up(home: Path, *, port: int, gguf: Path | None) -> None:
+    """Runs until Ctrl-C or SIGTERM. Raises TuneryError when a service does not start or dies."""
+    console = Console(highlight=False)
+    allow = os.environ.get("TUNERY_WEBHOOK_ALLOW", LOOPBACK)
+    stack = Stack(home, port=port, environment={"TUNERY_WEBHOOK_ALLOW": allow}, report=Reporter(console))
+    with ends_on_signals():
+        try:
+            stack.start()
+            register(stack, gguf, console)
+            _welcome(stack, console)
+            _stand(stack)
+        except KeyboardInterrupt:
+            console.print(
+                "\nStopping; a running job is saved first and goes on with the next `tunery up`.", style="dim"
+            )
+        finally:
+            with undisturbed():
+                stack.stop()
+    console.print("Everything is stopped.", style="dim")
+
+
+def _stand(stack: Stack) -> NoReturn:
+    while True:
+        stack.check()
+        time.sleep(1)
+
+
+def register(stack: Stack, gguf: Path | None, console: Console) -> None:
+    """SmolLM2 by way of the API, where it is not there yet."""
+    engine = db.make_engine(stack.postgres.url())
+    try:
+        sessions = db.make_sessions(engine)
+        with sessions.begin() as session:
+            if session.get(Model, BASE) is not None:
+                return
+            project = ring.list_projects(session)[0]
+            key, secret = ring.create_key(session, project, "tunery up", admin=True)
+        try:
+            add_base(Remote(stack.api_url, secret), gguf or packaged_gguf(), console)
+        finally:
+            with sessions.begin() as session:
+                session.execute(delete(Key).where(Key.id == key.id))
+    except NoModel as missing:
+        console.print(f"  [yellow]![/] {missing.message}", soft_wrap=True)
+    finally:
+        engine.dispose()
+
+
+def add_base(api: Remote, gguf: Path, console: Console) -> None:
+    report = Reporter(console)
+    with console.status(f"a worker unpacks {BASE}"):
+        model_commands.add_base(api, BASE, str(gguf))
+        model_commands.wait_until_ready(api, BASE, seconds=300)
+    report("Base model", BASE)
+
+
+def _welcome(stack: Stack, console: Console) -> None:
+    console.print()
+    console.print(
+        f"[bold]Tunery is up.[/] OpenAI's API at [bold]{stack.api_url}/v1[/], its docs at {stack.api_url}/docs"
+    )
+    if stack.first_key:
+        console.print("The first key (an administrator's), shown this once:\n")
+        console.print(f"  export TUNERY_API_KEY={stack.first_key}", soft_wrap=True)
+        console.print(f"  export OPENAI_BASE_URL={stack.api_url}/v1 OPENAI_API_KEY=$TUNERY_API_KEY\n", soft_wrap=True)
+    else:
+        console.print("The first key was shown earlier; `tunery keys create` makes another.")
+    console.print(f"Logs and data: {stack.home}. Ctrl-C stops everything.", style="dim", soft_wrap=True)
+
+
+def down(home: Path) -> None:
+    """Tells the owner to stop and waits for it; quiet when nothing runs there."""
+    console = Console(highlight=False)
+    found = state.running(home)
+    if found is None:
+        console.print(f"Nothing runs in {home}.", style="dim")
+        return
+    os.kill(found["pid"], signal.SIGTERM)
+    with console.status("stopping; a running job is saved first"):
+        gone = process.wait_until(lambda: not process.is_alive(found["pid"]), seconds=180, alive=lambda: True)
+    if not gone:
+        raise StillRunning(home=home, pid=found["pid"])
+    console.print("Everything is stopped.", style="dim")
+
+
+class StillRunning(TuneryError):
+    """The stack in {home} (process {pid}) has not stopped within three minutes. Its logs are in {home}/logs."""
+
+    code = "still_running"

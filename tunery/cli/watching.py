@@ -1,0 +1,89 @@
+"""Following a job to its end, and fetching what it made."""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+import typer
+
+from tunery.cli import show
+from tunery.cli.remote import Refused, Remote
+from tunery.errors import ChecksumMismatch
+from tunery.local.drawing import JobProgress, loss_curve
+
+_FINAL = ("succeeded", "failed", "cancelled")
+
+
+class Events:
+    """A job's events as they come, each once."""
+
+    def __init__(self, api: Remote, job: str) -> None:
+        self._api, self._job = api, job
+        self._seen: set[str] = set()
+
+    def new(self) -> list[dict[str, Any]]:
+        """Those not given before, oldest first: pages are read from the newest back to the first known one."""
+        found: list[dict[str, Any]] = []
+        while True:
+            query = {"limit": 100, **({"after": found[-1]["id"]} if found else {})}
+            page = self._api.call("GET", f"/fine_tuning/jobs/{self._job}/events", params=query)
+            fresh = [event for event in page["data"] if event["id"] not in self._seen]
+            found += fresh
+            if len(fresh) < len(page["data"]) or not page["data"] or not page.get("has_more"):
+                break
+        self._seen |= {event["id"] for event in found}
+        return found[::-1]
+
+
+def watch(api: Remote, job: str) -> None:
+    """One live line until the job ends; exit status 1 unless it succeeded."""
+    events = Events(api, job)
+    try:
+        with JobProgress(show.console) as progress:
+            while True:
+                found = api.call("GET", f"/fine_tuning/jobs/{job}")
+                progress.update(found, events.new())
+                if found["status"] in _FINAL:
+                    break
+                time.sleep(1)
+    except KeyboardInterrupt:
+        show.errors.print(f"\nThe job goes on. `tunery jobs watch {job}` comes back to it.", style="dim")
+        raise typer.Exit(130) from None
+    _tell_end(found, progress)
+
+
+def _tell_end(job: dict[str, Any], progress: JobProgress) -> None:
+    if job["status"] != "succeeded":
+        raise Refused(message=f"{job['id']} {job['status']}. {(job.get('error') or {}).get('message') or ''}".strip())
+    unicode = "utf" in show.console.encoding
+    show.console.print(loss_curve(progress.losses, progress.valid_losses, unicode=unicode))
+    show.done(str(job["fine_tuned_model"]))
+
+
+def download(api: Remote, job: str, folder: Path) -> Iterator[tuple[str, int]]:
+    """Each of the job's files, verified, as (path, bytes). Raises ChecksumMismatch; the wrong bytes are not kept."""
+    for file in api.call("GET", f"/fine_tuning/jobs/{job}/artifacts")["data"]:
+        relative = PurePosixPath(file["path"])
+        if relative.is_absolute() or ".." in relative.parts:
+            raise Refused(message=f"The server names a file outside the folder: {file['path']}")
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f"{target.name}.part")
+        found = _fetch(api, f"/fine_tuning/jobs/{job}/artifacts/{quote(file['path'])}", unfinished)
+        if found != file["sha256"]:
+            unfinished.unlink()
+            raise ChecksumMismatch(key=file["path"], expected=file["sha256"], found=found)
+        unfinished.rename(target)
+        yield file["path"], file["bytes"]
+
+
+def _fetch(api: Remote, path: str, target: Path) -> str:
+    digest = hashlib.sha256()
+    with target.open("wb") as out:
+        for chunk in api.stream(path):
+            out.write(chunk)
+            digest.update(chunk)
+    return digest.hexdigest()

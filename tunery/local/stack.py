@@ -1,0 +1,288 @@
+"""The embedded stack: everything Tunery needs on one machine, started in order and stopped without a trace.
+
+    PostgreSQL, Valkey -> migrations -> API, worker for I/O, worker for training, model server
+
+Each service is a child in a session of its own with its output in `<home>/logs/<name>.log`. `<home>/stack.json` says
+where things are while they run, which is how other commands on this machine find them.
+"""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import httpx
+from sqlalchemy import func, select
+
+from tunery import db
+from tunery.errors import TuneryError
+from tunery.keys import ring
+from tunery.keys.model import Project
+from tunery.local import guard, process, schema, state, tree
+from tunery.local.postgres import Postgres
+from tunery.local.valkey import Valkey, free_port
+
+
+class HomeInUse(TuneryError):
+    """Another stack runs in {home} (process {pid}). Stop it (`tunery down --home {home}`) or choose another --home."""
+
+    code = "home_in_use"
+
+
+class ServiceDied(TuneryError):
+    """{name} ended with status {status}. Its log, {log}, ends with:
+    {tail}"""
+
+    code = "service_died"
+
+
+class PortTaken(TuneryError):
+    """Port {port} of 127.0.0.1 is taken. Stop the program that holds it, or choose another with --port."""
+
+    code = "port_taken"
+
+
+@dataclass
+class Service:
+    """One child. `seconds` is how long it may take to stop by itself: a worker saves its run first."""
+
+    name: str
+    arguments: list[str]
+    seconds: float
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+
+
+@dataclass
+class Stack:
+    """A stack in `home`. `port` 0 takes free ports, so that any number of stacks run side by side.
+
+    `environment` adds to what the services get; what the caller's own environment says in TUNERY_* stands, unless it is
+    about where things are. `report` is told of every step as it is done.
+    """
+
+    home: Path
+    port: int = 8000
+    environment: Mapping[str, str] = field(default_factory=dict)
+    report: Callable[[str, str], None] = lambda _name, _where: None
+    first_key: str | None = field(default=None, init=False)
+    api_url: str = field(default="", init=False)
+    _mark: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
+    _services: list[Service] = field(default_factory=list, init=False)
+    _open: ExitStack = field(default_factory=ExitStack, init=False)
+    _server_port: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.home = self.home.absolute()
+        self.postgres = Postgres(self.home / "postgres")
+        self.valkey = Valkey(self.home / "valkey")
+
+    def start(self) -> Self:
+        """Returns when the API answers and is ready. Raises TuneryError; nothing is left running then."""
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _start(self) -> None:
+        root = tree.root()
+        self.home.mkdir(parents=True, exist_ok=True, mode=0o711)
+        self._take_home()
+        self._choose_ports()
+        self._watch_over()
+        self._open.callback(self.postgres.stop)
+        self.postgres.start()
+        self.report("PostgreSQL", self.postgres.dsn())
+        self._open.callback(self.valkey.stop)
+        self.valkey.start()
+        self.report("Valkey", f"127.0.0.1:{self.valkey.port}")
+        schema.upgrade(self.postgres.url())
+        self.first_key = self._make_first_key()
+        self._write_state()
+        self._start_services(root)
+        self._wait_for_api()
+        self.report("API", self.api_url)
+
+    def stop(self) -> None:
+        """Services, then servers, then whatever a service left behind. Safe to call twice."""
+        self._stop_services()
+        guard.kill(self._mark)
+        self._open.close()
+        state.remove(self.home)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def check(self) -> None:
+        """Raises ServiceDied when a service is not running any more."""
+        for service in self._services:
+            if service.process is not None and (status := service.process.poll()) is not None:
+                raise ServiceDied(
+                    name=service.name, status=status, log=service.log, tail=process.tail(service.log) or "(nothing)"
+                )
+
+    def settings(self) -> dict[str, str]:
+        """The TUNERY_* variables that make a process part of this stack."""
+        return {
+            "TUNERY_STOP_GRACE_SECONDS": "60",
+            **{name: value for name, value in os.environ.items() if name.startswith("TUNERY_")},
+            "TUNERY_DATABASE_URL": self.postgres.url(),
+            "TUNERY_BROKER_URL": self.valkey.url,
+            "TUNERY_STORAGE_URL": f"file://{self.home}/objects",
+            "TUNERY_MODELS_DIR": f"{self.home}/models",
+            "TUNERY_RUNS_DIR": f"{self.home}/runs",
+            "TUNERY_SERVER_URL": f"http://127.0.0.1:{self._server_port}",
+            **self.environment,
+        }
+
+    def _take_home(self) -> None:
+        """One stack a home: the kernel frees the lock of a killed owner."""
+        lock: IO[str] = self._open.enter_context((self.home / "lock").open("a+"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise HomeInUse(home=self.home, pid=lock.read().strip() or "unknown") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        self._end_predecessor()
+
+    def _end_predecessor(self) -> None:
+        """A killed owner's guard may still be at work; its services hold our ports and data."""
+        if left := state.read(self.home):
+            guard.kill(left["mark"])
+
+    def _choose_ports(self) -> None:
+        if self.port and not _is_free(self.port):
+            raise PortTaken(port=self.port)
+        self.port = self.port or free_port()
+        self._server_port = free_port()
+        self.api_url = f"http://127.0.0.1:{self.port}"
+
+    def _watch_over(self) -> None:
+        """Start the guard: its pipe closes when we end, whichever way."""
+        watcher = subprocess.Popen(
+            [sys.executable, "-m", "tunery.local.guard", self._mark],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd=tree.root(),
+        )
+        self._open.callback(process.stop, watcher, (signal.SIGKILL, 5))
+        if watcher.stdin is not None:
+            self._open.callback(watcher.stdin.close)
+
+    def _make_first_key(self) -> str | None:
+        """An administrator's key of a first project, where there is none yet."""
+        engine = db.make_engine(self.postgres.url())
+        try:
+            with db.make_sessions(engine).begin() as session:
+                if session.scalar(select(func.count()).select_from(Project)):
+                    return None
+                project = ring.create_project(session, "default")
+                return ring.create_key(session, project, "first key", admin=True)[1]
+        finally:
+            engine.dispose()
+
+    def _write_state(self) -> None:
+        state.write(
+            self.home,
+            {
+                "pid": os.getpid(),
+                "mark": self._mark,
+                "api_url": self.api_url,
+                "database_url": self.postgres.url(),
+                "started_at": int(time.time()),
+            },
+        )
+
+    def _start_services(self, root: Path) -> None:
+        logs = self.home / "logs"
+        logs.mkdir(exist_ok=True, mode=0o700)
+        grace = float(self.settings()["TUNERY_STOP_GRACE_SECONDS"]) + 15
+        for name, arguments, seconds in (
+            ("api", self._api(), 10.0),
+            ("server", ["worker.server"], 10.0),
+            ("worker-train", _celery("train"), grace),
+            ("worker-io", _celery("io"), 15.0),
+        ):
+            service = Service(name, arguments, seconds, logs / f"{name}.log")
+            self._services.append(service)
+            self._spawn(service, root)
+
+    def _spawn(self, service: Service, root: Path) -> None:
+        environment = {**os.environ, **self.settings(), guard.MARK: self._mark, "PYTHONUNBUFFERED": "1"}
+        with service.log.open("ab") as log:
+            service.process = process.spawn(
+                [sys.executable, "-m", *service.arguments], output=log, cwd=root, env=environment
+            )
+
+    def _api(self) -> list[str]:
+        options = ["--host", "127.0.0.1", "--port", str(self.port), "--timeout-graceful-shutdown", "3"]
+        return ["uvicorn", "api.main:create_app", "--factory", *options, "--no-access-log"]
+
+    def _wait_for_api(self) -> None:
+        deadline = time.monotonic() + 120
+        while not _is_healthy(self.api_url):
+            self.check()
+            if time.monotonic() > deadline:
+                log = self.home / "logs/api.log"
+                raise ServiceDied(name="api (no answer in 120 s)", status=None, log=log, tail=process.tail(log))
+            time.sleep(0.1)
+
+    def _stop_services(self) -> None:
+        """All are told at once, as none needs another in order to stop; the servers outlive them."""
+        running = [service for service in self._services if service.process is not None]
+        for service in running:
+            if service.process is not None and service.process.poll() is None:
+                service.process.terminate()
+        deadline = time.monotonic()
+        for service in running:
+            if service.process is not None:
+                with suppress(subprocess.TimeoutExpired):
+                    service.process.wait(max(0.1, deadline + service.seconds - time.monotonic()))
+                process.stop(service.process)
+        self._services.clear()
+
+
+def _celery(queue: str) -> list[str]:
+    # Prefork even for one: a busy `solo` worker answers nobody, and a slot's poll thread needs a process of its own.
+    options = ["-Q", queue, "-P", "prefork", "-c", "1", "-n", f"{queue}-%i@%h", "--loglevel", "INFO"]
+    return ["celery", "-A", "worker.app", "worker", *options, "--without-gossip", "--without-mingle"]
+
+
+def _is_free(port: int) -> bool:
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/healthz", timeout=5, trust_env=False).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,35 @@
+"""What a running stack writes about itself into its home, for other commands on this machine to find it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tunery.local import process
+
+_NAME = "stack.json"
+
+
+def write(home: Path, state: dict[str, Any]) -> None:
+    """For the owner's eyes: the database's address is the way past every key."""
+    unfinished = home / f"{_NAME}.part"
+    unfinished.touch(mode=0o600)
+    unfinished.write_text(json.dumps(state))
+    unfinished.rename(home / _NAME)
+
+
+def remove(home: Path) -> None:
+    (home / _NAME).unlink(missing_ok=True)
+
+
+def read(home: Path) -> dict[str, Any] | None:
+    """What was written last, whether that stack still runs or was killed."""
+    try:
+        return dict(json.loads((home / _NAME).read_text()))
+    except (OSError, ValueError):
+        return None
+
+
+def running(home: Path) -> dict[str, Any] | None:
+    """What the stack in `home` wrote, if its process lives."""
+    found = read(home)
+    return found if found and process.is_alive(found["pid"]) else None
