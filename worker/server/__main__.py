@@ -20,9 +20,12 @@ def main() -> None:
     settings = get_settings()
     device = choose_device(settings)
     os.environ["HF_HUB_OFFLINE"] = "1"  # all files are here; a name in a config must not start a search for them
+    from transformers.utils.logging import disable_progress_bar
+
     from worker.server.app import create_app  # imports torch
     from worker.server.engine import Engine
 
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     url = urlsplit(settings.server_url)
     app = create_app(Engine(settings.models_dir, open_storage(settings), device))
     uvicorn.run(

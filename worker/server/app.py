@@ -68,7 +68,13 @@ def create_app(engine: Engine, *, places: int = 32) -> FastAPI:
 
 async def _healthz(request: Request) -> dict[str, Any]:
     desk: Desk = request.app.state.desk
-    return {"status": "ok", "model": desk.engine.loaded, "device": desk.engine.device, "waiting": desk.waiting}
+    return {
+        "status": "ok",
+        "model": desk.engine.loaded,
+        "device": desk.engine.device,
+        "busy": desk.busy,
+        "waiting": desk.waiting,
+    }
 
 
 async def _complete(request: Request, chat: ChatBody, turn: TurnDep) -> Response:

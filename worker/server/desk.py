@@ -30,6 +30,10 @@ class Desk:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     @property
+    def busy(self) -> bool:
+        return self._lock.locked()
+
+    @property
     def waiting(self) -> int:
         return self._waiting
 

@@ -1,0 +1,430 @@
+"""The model server, asked by the official client: its answers are those of plain transformers and peft."""
+
+import http.client
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import tiny_models
+import torch
+import uvicorn
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from openai import OpenAI
+from peft import PeftModel
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from tunery.artifacts import manifest
+from tunery.local import process
+from tunery.local.valkey import free_port
+from tunery.rendering.messages import Message
+from tunery.rendering.template import ChatTemplate
+from tunery.settings import Settings
+from tunery.storage import Directory, open_storage
+from worker.server.app import create_app
+from worker.server.engine import Engine
+from worker.server.generation import Sampling, Text, choose
+
+SYSTEM = "<|im_start|>system\nShout.<|im_end|>\n"
+LOUD = SYSTEM + tiny_models.CHATML
+ROOT = Path(__file__).parents[2]
+ASK: list[Any] = [{"role": "user", "content": "Where is my card?"}]
+
+
+@dataclass(frozen=True)
+class Shop:
+    """Models in storage and as plain folders: `files[name]` is what the API would say of them."""
+
+    storage: Directory
+    folders: dict[str, Path]
+    files: dict[str, dict[str, str]]
+
+    def chosen(self, base: str, tuned: str | None = None, technique: str = "lora") -> dict[str, Any]:
+        made = None if tuned is None else {**self.files[tuned], "technique": technique}
+        return {"tunery_model": {"base": self.files[base], "tuned": made}}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    """Bases (one that never stops), and two adapters on the first, the loud one with a template of its own."""
+    root = tmp_path_factory.mktemp("shop")
+    storage = Directory(root / "objects")
+    folders = {"one": tiny_models.llama(root / "one", seed=1), "two": tiny_models.llama(root / "two", seed=2)}
+    folders["endless"] = tiny_models.llama(root / "endless", never_said=(0, 1, 2), max_position_embeddings=60_000)
+    folders["quiet"] = tiny_models.lora(root / "quiet", folders["one"], seed=3)
+    folders["loud"] = tiny_models.lora(root / "loud", folders["one"], seed=4, template=LOUD)
+    files = {}
+    for name, folder in folders.items():
+        _, sha256 = manifest.publish(storage, f"models/{name}", folder)
+        files[name] = {"id": name, "prefix": f"models/{name}", "manifest_sha256": sha256}
+    return Shop(storage, folders, files)
+
+
+@contextmanager
+def _running(engine: Engine, places: int) -> Iterator[int]:
+    """The server on a port of its own, in a thread."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(create_app(engine, places=places), port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        assert process.wait_until(lambda: server.started, seconds=20, alive=thread.is_alive)
+        yield port
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def engine(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return Engine(tmp_path_factory.mktemp("models"), shop.storage)
+
+
+@pytest.fixture(scope="module")
+def port(engine: Engine) -> Iterator[int]:
+    with _running(engine, places=1) as port:
+        yield port
+
+
+def _client(port: int) -> OpenAI:
+    return OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def client(port: int) -> Iterator[OpenAI]:
+    with _client(port) as client:
+        yield client
+
+
+def _plain(shop: Shop, base: str, adapter: str | None, tokens: int) -> str:
+    """The greedy answer by transformers and peft alone, the prompt written by hand."""
+    folder = shop.folders[adapter or base]
+    model: Any = AutoModelForCausalLM.from_pretrained(shop.folders[base])
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, folder)
+    tokenizer = ChatTemplate.load(folder).tokenizer
+    # The loud adapter's template says more, which is how we know whose template was used.
+    text = f"{SYSTEM if adapter == 'loud' else ''}<|im_start|>user\n{ASK[0]['content']}<|im_end|>\n"
+    prompt = tokenizer.encode(f"{text}<|im_start|>assistant\n").ids
+    with torch.inference_mode():
+        ids = model.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=tokens,
+            do_sample=False,
+        )
+    return str(tokenizer.decode(ids[0, len(prompt) :].tolist(), skip_special_tokens=True))
+
+
+def test_greedy_answers_equal_plain_peft_while_models_come_and_go(client: OpenAI, shop: Shop) -> None:
+    visits: list[tuple[str, str | None]] = [
+        ("one", None),
+        ("one", "quiet"),
+        ("one", "loud"),
+        ("one", None),
+        ("two", None),
+        ("one", "quiet"),
+    ]
+    answers = []
+    for base, adapter in visits:
+        reply = client.chat.completions.create(
+            model="m", messages=ASK, temperature=0, max_completion_tokens=24, extra_body=shop.chosen(base, adapter)
+        )
+        assert reply.choices[0].message.content == _plain(shop, base, adapter, 24)
+        answers.append(reply.choices[0].message.content)
+    assert answers[0] == answers[3]
+    assert answers[1] == answers[5]
+    assert len(set(answers)) == 4
+
+
+def test_a_full_fine_tune_answers_as_a_model_of_its_own(client: OpenAI, shop: Shop) -> None:
+    reply = client.chat.completions.create(
+        model="ft:two",
+        messages=ASK,
+        temperature=0,
+        max_tokens=16,
+        extra_body=shop.chosen("one", "two", technique="full"),
+    )
+    assert reply.choices[0].message.content == _plain(shop, "two", None, 16)
+    assert reply.model == "ft:two"
+
+
+def test_the_reply_has_every_field_of_openais(port: int, shop: Shop) -> None:
+    with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", _strict_response_validation=True) as strict:
+        reply = strict.chat.completions.create(
+            model="one", messages=ASK, temperature=0, max_tokens=5, extra_body=shop.chosen("one")
+        )
+    assert reply.id.startswith("chatcmpl-")
+    assert reply.choices[0].finish_reason == "length"
+    assert reply.usage
+    prompt = ChatTemplate.load(shop.folders["one"]).encode_prompt([Message(**ASK[0])])
+    assert reply.usage.model_dump(include={"prompt_tokens", "completion_tokens", "total_tokens"}) == {
+        "prompt_tokens": len(prompt),
+        "completion_tokens": 5,
+        "total_tokens": len(prompt) + 5,
+    }
+
+
+def test_a_stream_says_the_same_in_pieces(client: OpenAI, shop: Shop) -> None:
+    asked: dict[str, Any] = {"model": "one", "messages": ASK, "temperature": 0, "max_tokens": 24}
+    whole = client.chat.completions.create(**asked, extra_body=shop.chosen("one"))
+    chunks = list(
+        client.chat.completions.create(
+            **asked, stream=True, stream_options={"include_usage": True}, extra_body=shop.chosen("one")
+        )
+    )
+    *pieces, last = chunks
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces) == whole.choices[0].message.content
+    assert len([chunk for chunk in pieces if chunk.choices[0].delta.content]) > 2
+    assert [chunk.choices[0].finish_reason for chunk in pieces] == [None] * (len(pieces) - 1) + ["length"]
+    assert last.choices == []
+    assert last.usage == whole.usage
+    assert all(chunk.usage is None for chunk in pieces)
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_stop_string_ends_the_answer_before_it(client: OpenAI, shop: Shop) -> None:
+    asked: dict[str, Any] = {"model": "one", "messages": ASK, "temperature": 0, "max_tokens": 24}
+    body = shop.chosen("one")
+    whole = client.chat.completions.create(**asked, extra_body=body).choices[0].message.content or ""
+    stop = whole[6:9]
+    before = whole[: whole.index(stop)]
+    cut = client.chat.completions.create(**asked, stop=["never said", stop], extra_body=body)
+    assert cut.choices[0].message.content == before
+    assert cut.choices[0].finish_reason == "stop"
+    chunks = list(client.chat.completions.create(**asked, stop=stop, stream=True, extra_body=body))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == before
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_seed_repeats_a_drawn_answer(client: OpenAI, shop: Shop) -> None:
+    def drawn(**knobs: Any) -> Any:
+        reply = client.chat.completions.create(
+            model="one", messages=ASK, max_tokens=24, extra_body=shop.chosen("one"), **knobs
+        )
+        return reply.choices[0].message.content
+
+    assert drawn(seed=7) == drawn(seed=7)
+    assert drawn(seed=7) != drawn(seed=8)
+    # A nucleus that holds the likeliest token alone, whatever the dice say.
+    assert drawn(seed=7, top_p=1e-6) == drawn(temperature=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2),
+        ("logprobs", True),
+        ("logit_bias", {"5": 10}),
+        ("response_format", {"type": "json_object"}),
+        ("tool_choice", "required"),
+        ("presence_penalty", 0.5),
+        ("temperature", 3),
+        ("max_tokens", 0),
+        ("nonsense", 1),
+        ("messages", []),
+        ("messages", [{"role": "pope", "content": "x"}]),
+        ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(client: OpenAI, shop: Shop, field: str, value: object) -> None:
+    body = {**shop.chosen("one"), field: value}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="one", messages=ASK, extra_body=body)
+    assert refused.value.type == "invalid_request_error"
+    assert str(refused.value.param).startswith(field)
+    assert field in str(refused.value)
+
+
+def test_fields_that_ask_for_nothing_pass(client: OpenAI, shop: Shop) -> None:
+    neutral = {
+        "n": 1,
+        "logprobs": None,
+        "response_format": {"type": "text"},
+        "tool_choice": "auto",
+        "user": "me",
+        "max_tokens": 1,
+    }
+    reply = client.chat.completions.create(model="one", messages=ASK, extra_body={**shop.chosen("one"), **neutral})
+    assert reply.usage
+    assert reply.usage.completion_tokens == 1
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_the_numbers(client: OpenAI, shop: Shop) -> None:
+    with pytest.raises(
+        openai.BadRequestError, match=r"maximum context length is 256 tokens.* resulted in 4"
+    ) as refused:
+        client.chat.completions.create(
+            model="one", messages=[{"role": "user", "content": "x" * 400}], extra_body=shop.chosen("one")
+        )
+    assert refused.value.code == "context_length_exceeded"
+
+
+def test_an_answer_ends_where_the_context_does(client: OpenAI, shop: Shop) -> None:
+    long: list[Any] = [{"role": "user", "content": "x" * 200}]
+    reply = client.chat.completions.create(
+        model="one", messages=long, max_tokens=9999, seed=1, extra_body=shop.chosen("one")
+    )
+    assert reply.usage
+    assert reply.usage.total_tokens <= 256
+
+
+def test_missing_files_are_an_error_and_the_server_goes_on(client: OpenAI, shop: Shop) -> None:
+    gone = {"base": {"id": "gone", "prefix": "models/gone", "manifest_sha256": "0" * 64}, "tuned": None}
+    with pytest.raises(openai.InternalServerError, match="models/gone"):
+        client.chat.completions.create(model="gone", messages=ASK, extra_body={"tunery_model": gone})
+    reply = client.chat.completions.create(model="one", messages=ASK, max_tokens=1, extra_body=shop.chosen("one"))
+    assert reply.choices
+
+
+def test_an_error_in_the_middle_of_a_stream_reaches_the_client(
+    client: OpenAI, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = shop.chosen("one")
+    stream = client.chat.completions.create(model="one", messages=ASK, stream=True, extra_body=body)
+    next(stream)
+    # A disk or a GPU that fails: nothing that a request could bring about.
+    monkeypatch.setattr("worker.server.generation.choose", lambda *_: 1 / 0)
+    with pytest.raises(openai.APIError, match="The model server had an error"):
+        list(stream)
+
+
+def _health(port: int) -> dict[str, Any]:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+        connection.request("GET", "/healthz")
+        found: dict[str, Any] = json.loads(connection.getresponse().read())
+    return found
+
+
+@contextmanager
+def _endless_answer(port: int, shop: Shop, *, stream: bool) -> Iterator[None]:
+    """A client that asks for 60,000 tokens, and hangs up at the block's end."""
+    body = {"model": "endless", "messages": ASK, "temperature": 0, "stream": stream, **shop.chosen("endless")}
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection, ExitStack() as stack:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        if stream:
+            response = stack.enter_context(closing(connection.getresponse()))
+            assert [response.readline()[:5] for _ in range(4)] == [b"data:", b"\n"] * 2
+        else:
+            assert process.wait_until(lambda: _health(port)["model"] == "endless", seconds=20, alive=lambda: True)
+        yield
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_ends_when_its_client_hangs_up(port: int, client: OpenAI, shop: Shop, stream: bool) -> None:
+    client.chat.completions.create(model="one", messages=ASK, max_tokens=1, extra_body=shop.chosen("one"))
+    with _endless_answer(port, shop, stream=stream):
+        assert _health(port)["busy"]
+    assert process.wait_until(lambda: not _health(port)["busy"], seconds=20, alive=lambda: True)
+
+
+def test_the_line_is_served_in_turn_and_no_longer_than_its_places(port: int, client: OpenAI, shop: Shop) -> None:
+    asked: dict[str, Any] = {"model": "one", "messages": ASK, "max_tokens": 1, "extra_body": shop.chosen("one")}
+    with ThreadPoolExecutor(1) as pool:
+        with _endless_answer(port, shop, stream=True):
+            waits = pool.submit(lambda: client.chat.completions.create(**asked))
+            assert process.wait_until(lambda: _health(port)["waiting"] == 1, seconds=20, alive=lambda: True)
+            with pytest.raises(openai.InternalServerError) as refused:
+                client.chat.completions.create(**asked)
+            assert (refused.value.status_code, refused.value.code) == (503, "overloaded")
+            assert not waits.done()
+        assert waits.result(timeout=30).choices
+
+
+def test_other_paths_and_methods_get_openais_envelope(port: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    for method, path, status in [("GET", "/v1/chat/completions", 405), ("POST", "/v1/nothing", 404)]:
+        connection.request(method, path)
+        response = connection.getresponse()
+        assert response.status == status
+        assert json.loads(response.read())["error"]["type"] == "invalid_request_error"
+    connection.close()
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer(shop: Shop) -> Tokenizer:
+    return ChatTemplate.load(shop.folders["one"]).tokenizer
+
+
+@given(text=st.text("aäb€🎈 ", max_size=30), stop=st.text("aäb€", min_size=1, max_size=4))
+@examples(max_examples=200, deadline=None)
+def test_text_leaves_in_whole_characters_and_up_to_the_first_stop(
+    bytes_tokenizer: Tokenizer, text: str, stop: str
+) -> None:
+    out, pieces = Text(bytes_tokenizer, [stop]), []
+    for token in bytes_tokenizer.encode(text).ids:
+        pieces.append(out.add(token))
+        assert text.split(stop)[0].startswith("".join(pieces))
+        if out.stopped:
+            break
+    pieces.append(out.finish())
+    assert "".join(pieces) == text.split(stop)[0]
+    assert out.stopped == (stop in text)
+
+
+def test_a_cut_off_character_is_shown_as_such_at_the_end(bytes_tokenizer: Tokenizer) -> None:
+    out = Text(bytes_tokenizer, [])
+    assert [out.add(token) for token in bytes_tokenizer.encode("a€").ids[:3]] == ["a", "", ""]
+    assert out.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+# --- choosing -----------------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_drawn_by_their_probability_within_the_nucleus() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    dice = torch.Generator().manual_seed(1)
+    drawn = [choose(logits, Sampling(top_p=0.9), dice) for _ in range(4000)]
+    shares = [drawn.count(token) / len(drawn) for token in range(4)]
+    # 0.5 + 0.3 < 0.9, so the third token is still in and the fourth is out; the rest is scaled to 1.
+    assert shares == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], abs=0.03)
+    cold = [choose(logits, Sampling(temperature=0.5), dice) for _ in range(4000)]
+    squares = [0.25, 0.09, 0.0225, 0.0025]
+    assert cold.count(0) / 4000 == pytest.approx(squares[0] / sum(squares), abs=0.03)
+
+
+# --- the process --------------------------------------------------------------------------------------------------
+
+
+def test_the_process_serves_on_the_address_of_the_settings(
+    settings: Settings, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    monkeypatch.setenv("TUNERY_SERVER_URL", f"http://127.0.0.1:{port}")
+    with (tmp_path / "log").open("wb") as log:
+        server = process.spawn([sys.executable, "-m", "worker.server"], output=log, cwd=ROOT)
+    try:
+        with _client(port) as client:
+            assert process.wait_until(lambda: _answers(port), seconds=60, alive=lambda: server.poll() is None), (
+                process.tail(tmp_path / "log")
+            )
+            manifest.publish(open_storage(settings), "models/one", shop.folders["one"])
+            reply = client.chat.completions.create(
+                model="one", messages=ASK, temperature=0, max_tokens=8, extra_body=shop.chosen("one")
+            )
+        assert reply.choices[0].message.content == _plain(shop, "one", None, 8)
+    finally:
+        # uvicorn ends its work and then dies of the signal that it was sent.
+        assert process.stop(server, (signal.SIGTERM, 20)) == -signal.SIGTERM, process.tail(tmp_path / "log")
+
+
+def _answers(port: int) -> bool:
+    try:
+        return bool(_health(port)["status"] == "ok")
+    except OSError:
+        return False
