@@ -65,6 +65,8 @@ def _caller_apart(sessions: SessionsDep, credentials: Credentials) -> Caller:
 
 CallerDep = Annotated[Caller, Depends(_caller, scope="function")]
 """Who asks, in the request's transaction."""
+ANY_KEY = Depends(_caller, scope="function")
+"""For routes whose answer is the same for every project."""
 StreamCallerDep = Annotated[Caller, Depends(_caller_apart)]
 """Who asks, found in a transaction of its own: for routes that move bytes for minutes and must not hold a connection
 of the database meanwhile."""

@@ -5,12 +5,11 @@ import json
 import secrets
 from typing import Any
 
-from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from api.schemas.jobs import CreateJob
 from tunery import ids
-from tunery.datasets.model import File
+from tunery.datasets import shelf
 from tunery.errors import InvalidValue, NotFound, Unsupported
 from tunery.jobs import ledger
 from tunery.jobs.model import Job
@@ -84,18 +83,12 @@ def _files(body: CreateJob) -> dict[str, str]:
 
 
 def _check_file(session: Session, project_id: str, param: str, name: str) -> None:
+    file = shelf.find(session, project_id, name, param=param)
     # Locked against a delete that has already seen that no job uses the file.
-    file = session.scalar(
-        select(File)
-        .where(File.id == name, File.project_id == project_id, File.deleted_at.is_(None))
-        .where(File.expires_at.is_(None) | (File.expires_at > func.now()))
-        .with_for_update(read=True)
-    )
-    if file is None:
+    session.refresh(file, with_for_update={"read": True})
+    if file.deleted_at is not None:
         raise NotFound(param=param, kind="file", id=name)
-    if file.purpose != "fine-tune":
-        reason = f"File '{name}' has purpose '{file.purpose}'. Upload it again with purpose 'fine-tune'."
-        raise InvalidValue(param=param, reason=reason)
+    shelf.check_trainable(file, param=param)
 
 
 def _spec(session: Session, body: CreateJob, model: Model) -> TrainingSpec:

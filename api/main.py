@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from api import errors
 from api.edge import Edge
-from api.routes import files, health, jobs, models
+from api.routes import absent, chat, files, health, jobs, models, runs, uploads, webhooks
 from api.web import docs
 from tunery import db
 from tunery.settings import Settings, get_settings
@@ -20,7 +20,7 @@ Fine-tuning on your own machines behind OpenAI's Files and Fine-tuning API: poin
 
 Press **Authorize** and paste a project's key (`tunery keys create`), then **Try it out** on any operation.
 """
-ROUTERS = (files, jobs, models, health)
+ROUTERS = (files, uploads, jobs, runs, models, chat, webhooks, absent, health)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:

@@ -14,7 +14,7 @@ Order = Literal["asc", "desc"]
 
 def page(
     session: Session,
-    query: Select[tuple[Row]],
+    query: Select[Row],
     *,
     by: Sequence[InstrumentedAttribute[Any]],
     id: InstrumentedAttribute[str],

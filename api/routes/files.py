@@ -1,23 +1,20 @@
-"""Files. An upload streams through: its bytes are checked and stored as they come, and no transaction waits for them."""
+"""Files. An upload streams through: its bytes are checked and stored as they come; no transaction waits for them."""
 
-from datetime import datetime, timedelta
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
-from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session, sessionmaker
 
 from api import downloads, forms
 from api.dependencies import CallerDep, SessionDep, SessionsDep, SettingsDep, StorageDep, StreamCallerDep
 from api.forms import Form
-from api.paging import Order, page
+from api.paging import Order
 from api.schemas import files as wire
 from api.schemas.wire import CursorList, errors
-from tunery import ids
+from tunery.datasets import shelf
 from tunery.datasets.formats import JsonlChecker
-from tunery.datasets.model import File
-from tunery.errors import FileInUse, InvalidJSONL, NotFound
+from tunery.errors import InvalidJSONL
 from tunery.jobs import ledger
 from tunery.keys.ring import Caller
 from tunery.storage import Storage, Stored, Writer
@@ -59,14 +56,14 @@ class _Arriving:
         self._fault: InvalidJSONL | None = None
 
     def take(self, form: Form, data: bytes) -> None:
-        if self._fault is None and form.fields.get("purpose", "fine-tune") == "fine-tune":
+        if self._fault is None and form.fields.get("purpose", shelf.FINE_TUNE) == shelf.FINE_TUNE:
             self._check(self._checker.feed, data)
-        if self._fault is not None and form.fields.get("purpose") == "fine-tune":
+        if self._fault is not None and form.fields.get("purpose") == shelf.FINE_TUNE:
             raise self._fault
         self._writer.write(data)
 
     def close(self, purpose: str) -> None:
-        if purpose == "fine-tune":
+        if purpose == shelf.FINE_TUNE:
             if self._fault is None:
                 self._check(self._checker.close)
             if self._fault is not None:
@@ -84,9 +81,7 @@ async def create_file(
     request: Request, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep, settings: SettingsDep
 ) -> wire.File:
     """Training data is JSON Lines: a line that is not a JSON object is refused at once, and nothing is kept."""
-    file_id = ids.new(ids.FILE)
-    key = f"files/{file_id}"
-    async with contextmanager_in_threadpool(storage.writer(key)) as writer:
+    async with contextmanager_in_threadpool(storage.writer(shelf.new_key())) as writer:
         arriving = _Arriving(writer)
         form = await forms.receive(
             request,
@@ -98,14 +93,13 @@ async def create_file(
         )
         fields = forms.parse_fields(form, wire.FileFields)
         arriving.close(fields.purpose)
-    return await run_in_threadpool(_record, sessions, storage, caller, file_id, form, fields, writer.stored)
+    return await run_in_threadpool(_record, sessions, storage, caller, form, fields, writer.stored)
 
 
 def _record(
     sessions: sessionmaker[Session],
     storage: Storage,
     caller: Caller,
-    file_id: str,
     form: Form,
     fields: wire.FileFields,
     stored: Stored,
@@ -113,42 +107,18 @@ def _record(
     """The row, in a transaction that begins when all bytes are stored; without a row the bytes go again."""
     try:
         with sessions.begin() as session:
-            row = File(
-                id=file_id,
-                project_id=caller.project_id,
+            row = shelf.shelve(
+                session,
+                caller.project_id,
+                stored,
                 purpose=fields.purpose,
                 filename=(form.filename or "upload")[:255],
-                bytes=stored.bytes,
-                sha256=stored.sha256,
-                key=stored.key,
-                status="processed",
+                expires_after=fields.expires_after.seconds if fields.expires_after else None,
             )
-            session.add(row)
-            session.flush()
-            row.expires_at = expiry(row.created_at, fields.expires_after)
     except Exception:
         storage.delete(stored.key)
         raise
     return wire.File.of(row)
-
-
-def expiry(created_at: datetime, after: wire.ExpiresAfter | None) -> datetime | None:
-    return None if after is None else created_at + timedelta(seconds=after.seconds)
-
-
-def visible(project_id: str) -> ColumnElement[bool]:
-    """Files that the project has: not deleted, not expired."""
-    fresh = File.expires_at.is_(None) | (File.expires_at > func.now())
-    return (File.project_id == project_id) & File.deleted_at.is_(None) & fresh
-
-
-def find(session: Session, project_id: str, file_id: str, *, lock: bool = False) -> File:
-    """Raises NotFound."""
-    query = select(File).where(File.id == file_id, visible(project_id))
-    row = session.scalar(query.with_for_update() if lock else query)
-    if row is None:
-        raise NotFound(kind="file", id=file_id)
-    return row
 
 
 @router.get("", summary="List files", responses=errors(404))
@@ -160,10 +130,7 @@ def list_files(
     order: Annotated[Order, Query(description="By creation time")] = "desc",
     after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
 ) -> CursorList[wire.File]:
-    query = select(File).where(visible(caller.project_id))
-    if purpose is not None:
-        query = query.where(File.purpose == purpose)
-    rows, more = page(session, query, by=(File.created_at, File.id), id=File.id, after=after, limit=limit, order=order)
+    rows, more = shelf.list_page(session, caller.project_id, purpose=purpose, after=after, limit=limit, order=order)
     data = [wire.File.of(row) for row in rows]
     ends = {"first_id": data[0].id, "last_id": data[-1].id} if data else {}
     return CursorList(data=data, has_more=more, **ends)
@@ -171,17 +138,15 @@ def list_files(
 
 @router.get("/{file_id}", summary="Retrieve a file", responses=errors(404))
 def retrieve_file(file_id: str, session: SessionDep, caller: CallerDep) -> wire.File:
-    return wire.File.of(find(session, caller.project_id, file_id))
+    return wire.File.of(shelf.find(session, caller.project_id, file_id))
 
 
 @router.delete("/{file_id}", summary="Delete a file", responses=errors(404))
 def delete_file(file_id: str, session: SessionDep, caller: CallerDep) -> wire.FileDeleted:
     """Refused (400) while a job that has not ended needs the file."""
-    row = find(session, caller.project_id, file_id, lock=True)
-    job_id = ledger.live_job_using(session, file_id)
-    if job_id is not None:
-        raise FileInUse(file=file_id, job=job_id)
-    row.deleted_at = func.now()
+    row = shelf.find(session, caller.project_id, file_id)
+    session.refresh(row, with_for_update=True)  # against a job that is being created on it at this moment
+    shelf.delete(session, row, in_use_by=ledger.live_job_using(session, file_id))
     return wire.FileDeleted(id=file_id)
 
 
@@ -203,9 +168,9 @@ def download_file(
     settings: SettingsDep,
     accept: Annotated[str, Header(include_in_schema=False)] = "",
 ) -> Response:
-    """A result file (purpose fine-tune-results) comes in base64 to `Accept: application/binary`, as OpenAI serves it."""
-    row = find(session, caller.project_id, file_id)
-    if row.purpose == "fine-tune-results":
+    """A result file (fine-tune-results) comes in base64 to `Accept: application/binary`, as OpenAI serves it."""
+    row = shelf.find(session, caller.project_id, file_id)
+    if row.purpose == shelf.RESULTS:
         coded = accept == "application/binary" if settings.result_files == "auto" else settings.result_files == "base64"
         return downloads.result_file(storage, row.key, coded=coded)
     return downloads.answer(storage, row.key, filename=row.filename, bytes=row.bytes, sha256=row.sha256)

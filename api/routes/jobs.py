@@ -72,7 +72,7 @@ def list_jobs(
     return ListOf(data=_shown_all(session, settings, rows), has_more=more)
 
 
-def _with_metadata(query: Select[tuple[Job]], request: Request) -> Select[tuple[Job]]:
+def _with_metadata(query: Select[Job], request: Request) -> Select[Job]:
     for name, value in request.query_params.multi_items():
         if name == "metadata" and value == "null":
             query = query.where(or_(Job.user_metadata.is_(None), text("jobs.user_metadata = 'null'::jsonb")))

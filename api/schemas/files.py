@@ -1,6 +1,6 @@
 """Files and Uploads, as the wire spells them."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -9,7 +9,7 @@ from tunery.datasets import model
 
 Purpose = Literal["fine-tune", "assistants", "batch", "vision", "user_data", "evals"]
 
-FILE = {
+FILE: dict[str, Any] = {
     "id": "file-abc123",
     "object": "file",
     "bytes": 120000,
@@ -58,7 +58,7 @@ class File(Wire):
             expires_at=maybe_seconds(row.expires_at),
             filename=row.filename,
             purpose=row.purpose,
-            status=row.status,  # type: ignore[arg-type]  # the table's own check holds it
+            status=row.status,
             status_details=row.status_details,
         )
 
@@ -140,7 +140,7 @@ class Upload(Wire):
             created_at=seconds(row.created_at),
             filename=row.filename,
             purpose=row.purpose,
-            status=row.status,  # type: ignore[arg-type]  # the table's own check holds it
+            status=row.status,
             expires_at=seconds(row.expires_at),
             file=None if file is None else File.of(file),
         )

@@ -261,7 +261,7 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str]) -> Job:
         fine_tuned_model=row.tuned_model,
         organization_id=organization,
         result_files=[row.result_file] if row.result_file else [],
-        status=status_of(row),  # type: ignore[arg-type]  # State's values are these
+        status=status_of(row),
         validation_file=row.validation_file,
         training_file=row.training_file,
         hyperparameters=knobs,
@@ -318,10 +318,10 @@ class Event(Wire):
         return cls(
             id=row.id,
             created_at=seconds(row.created_at),
-            level=row.level,  # type: ignore[arg-type]  # the table's own checks hold both
+            level=row.level,
             message=row.message,
             data=row.data,
-            type=row.type,  # type: ignore[arg-type]
+            type=row.type,
         )
 
 

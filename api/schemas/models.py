@@ -54,8 +54,8 @@ class Model(Wire):
             id=row.id,
             created=seconds(row.created_at),
             owned_by=owner,
-            kind=row.kind,  # type: ignore[arg-type]  # the table's own checks hold both
-            status=row.status,  # type: ignore[arg-type]
+            kind=row.kind,
+            status=row.status,
             status_details=row.status_details,
             source=row.source,
             aliases=aliases,

@@ -1,0 +1,30 @@
+"""Parts of the dialect that this server does not have: refused by name, with what there is."""
+
+from fastapi import APIRouter
+
+from api.dependencies import ANY_KEY
+from tunery.errors import RouteNotFound
+
+router = APIRouter(prefix="/v1/fine_tuning", include_in_schema=False, dependencies=[ANY_KEY])
+
+_METHODS = ["GET", "POST", "DELETE"]
+
+
+@router.api_route("/alpha/graders/{deed}", methods=_METHODS)
+def no_graders(deed: str) -> None:
+    raise RouteNotFound(
+        what=(
+            f"Graders ('{deed}') are not supported here. Fine-tuning is method.type 'supervised', with technique full, "
+            "lora or qlora; name a test file as evaluation.test_file to score a job's model."
+        )
+    )
+
+
+@router.api_route("/checkpoints/{checkpoint:path}", methods=_METHODS)
+def no_permissions() -> None:
+    raise RouteNotFound(
+        what=(
+            "Checkpoint permissions are not supported here: a checkpoint belongs to its project, and every key of the "
+            "project may use it. GET /v1/fine_tuning/jobs/{id}/checkpoints lists them."
+        )
+    )

@@ -1,0 +1,137 @@
+"""Chat completions: the model is found here, the words come from the model server."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import httpx
+from fastapi import APIRouter, Body, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.orm import Session, sessionmaker
+
+from api.dependencies import SessionsDep, SettingsDep, StreamCallerDep
+from api.errors import envelope
+from api.schemas.wire import errors
+from tunery.errors import Unavailable
+from tunery.models import registry
+from tunery.models.model import Model
+
+router = APIRouter(prefix="/v1", tags=["Chat"])
+
+TIMEOUT = httpx.Timeout(600, connect=5)
+"""A long answer of a model on a CPU takes minutes; a server that is not there is known at once."""
+
+_ANSWER = {
+    "id": "chatcmpl-abc123",
+    "object": "chat.completion",
+    "created": 1721764800,
+    "model": "smollm2-135m-instruct",
+    "choices": [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Paris.", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ],
+    "usage": {"prompt_tokens": 14, "completion_tokens": 3, "total_tokens": 17},
+    "system_fingerprint": None,
+}
+
+
+class ChatRequest(BaseModel):
+    """What the API itself must know; every other field goes to the model server, which checks it."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "smollm2-135m-instruct",
+                    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+                    "max_completion_tokens": 32,
+                    "temperature": 0,
+                }
+            ]
+        },
+    )
+
+    model: str = Field(min_length=1, description="A base or fine-tuned model: id, alias or the base's hub id")
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    stream: bool | None = None
+
+
+@router.post(
+    "/chat/completions",
+    summary="Ask a base or fine-tuned model",
+    response_class=Response,
+    responses=errors(404)
+    | {
+        200: {
+            "description": "The answer, or with `stream` its pieces as server-sent events",
+            "content": {"application/json": {"example": _ANSWER}, "text/event-stream": {"example": "data: [DONE]\n\n"}},
+        }
+    },
+)
+async def create_chat_completion(
+    body: Annotated[ChatRequest, Body()], caller: StreamCallerDep, sessions: SessionsDep, settings: SettingsDep
+) -> Response:
+    """Rendered with the very template that the model was trained with."""
+    found = await run_in_threadpool(_find, sessions, caller.project_id, body.model)
+    # A client a request: connections are local, and a pool would be tied to one event loop.
+    client = httpx.AsyncClient(timeout=TIMEOUT, trust_env=False)
+    try:
+        upstream = await _send(client, settings.server_url, {**body.model_dump(exclude_unset=True), **found})
+        kind = upstream.headers.get("content-type", "application/json")
+        if kind.startswith("text/event-stream"):
+            return StreamingResponse(_relay(client, upstream), media_type=kind)
+        content = await _read(upstream)
+    except BaseException:
+        await client.aclose()
+        raise
+    await client.aclose()
+    return Response(content, upstream.status_code, media_type=kind)
+
+
+def _find(sessions: sessionmaker[Session], project_id: str, name: str) -> dict[str, Any]:
+    """What the server needs to load the model: where its files lie, and their manifest's digest."""
+    with sessions.begin() as session:
+        model = registry.find_ready(session, project_id, name)
+        base = model if model.base_id is None else session.get_one(Model, model.base_id)
+        tuned = None if base is model else {**_place(model), "technique": model.technique}
+        return {"tunery_model": {"base": _place(base), "tuned": tuned}}
+
+
+def _place(model: Model) -> dict[str, Any]:
+    return {"id": model.id, "prefix": model.prefix, "manifest_sha256": model.manifest_sha256}
+
+
+async def _send(client: httpx.AsyncClient, server_url: str, body: dict[str, Any]) -> httpx.Response:
+    request = client.build_request("POST", f"{server_url}/v1/chat/completions", json=body)
+    try:
+        return await client.send(request, stream=True)
+    except httpx.HTTPError:
+        raise Unavailable(part="The model server") from None
+
+
+async def _read(upstream: httpx.Response) -> bytes:
+    try:
+        return await upstream.aread()
+    except httpx.HTTPError:
+        raise Unavailable(part="The model server") from None
+
+
+async def _relay(client: httpx.AsyncClient, upstream: httpx.Response) -> AsyncIterator[bytes]:
+    """The server's events as they come. The status is out by now: a break is told as an event of its own."""
+    try:
+        async for chunk in upstream.aiter_raw():
+            yield chunk
+    except httpx.HTTPError:
+        error = Unavailable(part="The model server")
+        told = envelope(error.message, type="server_error", code=error.code)
+        yield f"data: {json.dumps(told)}\n\n".encode()
+    finally:
+        await upstream.aclose()
+        await client.aclose()

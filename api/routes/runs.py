@@ -1,0 +1,143 @@
+"""What a job's run leaves behind: its log, its measurements, its files. None of it is in OpenAI's API."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
+from fastapi.responses import StreamingResponse
+from sqlalchemy import select
+from sqlalchemy.orm import Session, sessionmaker
+
+from api import downloads
+from api.dependencies import CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep
+from api.schemas import jobs as wire
+from api.schemas.wire import ListOf, WholeList, errors
+from tunery.artifacts import model as artifacts
+from tunery.errors import NotFound
+from tunery.jobs import ledger
+from tunery.jobs.model import Metric
+from tunery.jobs.states import FINAL
+from tunery.storage import Storage
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs/{job_id}", tags=["Runs"])
+
+POLL_SECONDS = 1.0
+"""Between two looks for new text while a log is followed; the workers send theirs every few seconds."""
+
+
+@router.get(
+    "/logs",
+    summary="Read a job's log",
+    response_class=StreamingResponse,
+    responses=errors(404)
+    | {200: {"content": {"text/plain": {"example": "loading smollm2-135m-instruct\n"}}, "description": "The log"}},
+)
+def read_log(
+    job_id: str,
+    caller: StreamCallerDep,
+    sessions: SessionsDep,
+    storage: StorageDep,
+    tail: Annotated[int | None, Query(ge=0, le=100_000, description="Only so many last lines")] = None,
+    follow: Annotated[bool, Query(description="Go on until the job has ended")] = False,
+) -> StreamingResponse:
+    """What the trainer wrote, attempt after attempt."""
+    with sessions.begin() as session:
+        ledger.find(session, caller.project_id, job_id)
+    log = _Log(storage, job_id)
+    text = _following(log, tail, sessions, caller.project_id) if follow else log.read(tail)
+    return StreamingResponse(text, media_type="text/plain; charset=utf-8")
+
+
+class _Log:
+    """A job's log in storage: chunks that are never rewritten, in the order of their keys."""
+
+    def __init__(self, storage: Storage, job_id: str) -> None:
+        self.job_id = job_id
+        self._storage, self._prefix = storage, f"jobs/{job_id}/logs/"
+        self._last = ""
+
+    def read(self, tail: int | None = None) -> Iterator[bytes]:
+        """What is there and was not read before; with `tail` only the last lines of it."""
+        keys = [key for key in self._storage.list(self._prefix) if key > self._last]
+        self._last = keys[-1] if keys else self._last
+        if tail is not None:
+            yield self._end(keys, tail)
+            return
+        for key in keys:
+            yield from self._storage.read(key)
+
+    def _end(self, keys: list[str], lines: int) -> bytes:
+        """Read backwards, for logs are long and tails are short."""
+        text = b""
+        for key in reversed(keys):
+            # One line break more than lines: the one before the first of them.
+            if text.count(b"\n") > lines:
+                break
+            text = b"".join(self._storage.read(key)) + text
+        return b"".join(text.splitlines(keepends=True)[-lines:]) if lines else b""
+
+
+async def _following(
+    log: _Log, tail: int | None, sessions: sessionmaker[Session], project_id: str
+) -> AsyncIterator[bytes]:
+    """New text as it comes. The job's end is looked up before each reading, so the last words are not missed."""
+    while True:
+        ended = await run_in_threadpool(_has_ended, sessions, project_id, log.job_id)
+        async for chunk in iterate_in_threadpool(log.read(tail)):
+            yield chunk
+        if ended:
+            return
+        tail = None
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def _has_ended(sessions: sessionmaker[Session], project_id: str, job_id: str) -> bool:
+    with sessions.begin() as session:
+        return ledger.find(session, project_id, job_id).state in FINAL
+
+
+@router.get("/metrics", summary="List a job's measurements", responses=errors(404))
+def list_metrics(
+    job_id: str,
+    session: SessionDep,
+    caller: CallerDep,
+    after_step: Annotated[int, Query(ge=-1, description="Only later steps")] = -1,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="Steps a page")] = 1000,
+) -> ListOf[wire.Measured]:
+    """Oldest first. Losses are means over labelled tokens, in nats."""
+    job = ledger.find(session, caller.project_id, job_id)
+    query = select(Metric).where(Metric.job_id == job.id, Metric.step > after_step).order_by(Metric.step)
+    rows = list(session.scalars(query.limit(limit + 1)))
+    data = [wire.Measured(**{**row.values, "step": row.step}) for row in rows[:limit]]
+    return ListOf(data=data, has_more=len(rows) > limit)
+
+
+@router.get("/artifacts", summary="List a job's artifacts", responses=errors(404))
+def list_artifacts(job_id: str, session: SessionDep, caller: CallerDep) -> WholeList[wire.Artifact]:
+    """The fine-tuned model's files. Empty until the job has succeeded."""
+    job = ledger.find(session, caller.project_id, job_id)
+    found = artifacts.list_for(session, job.tuned_model) if job.tuned_model else ()
+    return WholeList(data=[wire.Artifact(path=row.path, bytes=row.bytes, sha256=row.sha256) for row in found])
+
+
+@router.get(
+    "/artifacts/{path:path}",
+    summary="Download an artifact",
+    response_class=Response,
+    responses=errors(404)
+    | {
+        200: {"content": {"application/octet-stream": {"example": "..."}}, "description": "The file's bytes"},
+        302: {"description": "To the storage's own address, good for 15 minutes"},
+    },
+)
+def download_artifact(job_id: str, path: str, session: SessionDep, caller: CallerDep, storage: StorageDep) -> Response:
+    """One file. Its sha256 stands in the list, and as the ETag where the API sends the bytes itself."""
+    job = ledger.find(session, caller.project_id, job_id)
+    found = artifacts.list_for(session, job.tuned_model) if job.tuned_model else ()
+    for row in found:
+        if row.path == path:
+            filename = path.rpartition("/")[2]
+            return downloads.answer(storage, row.key, filename=filename, bytes=row.bytes, sha256=row.sha256)
+    raise NotFound(kind=f"artifact of job '{job_id}' named", id=path)

@@ -1,0 +1,124 @@
+"""Uploads: large files, part by part. The bytes of parts stream through like those of files."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
+from sqlalchemy.orm import Session, sessionmaker
+
+from api import forms
+from api.dependencies import CallerDep, SessionDep, SessionsDep, SettingsDep, StorageDep, StreamCallerDep
+from api.schemas import files as wire
+from api.schemas.wire import Body, errors
+from tunery.datasets import uploads
+from tunery.storage import Storage, Stored
+
+router = APIRouter(prefix="/v1/uploads", tags=["Uploads"])
+
+_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["data"],
+                    "properties": {"data": {"type": "string", "format": "binary", "description": "The part's bytes"}},
+                    "example": {},
+                }
+            }
+        },
+    }
+}
+
+
+class _NoFields(Body):
+    """A part has no text fields."""
+
+
+@router.post("", summary="Begin an Upload", responses=errors(413))
+def create_upload(
+    body: wire.CreateUpload, session: SessionDep, caller: CallerDep, settings: SettingsDep
+) -> wire.Upload:
+    """It takes parts for an hour."""
+    row = uploads.create(
+        session,
+        caller.project_id,
+        bytes=body.bytes,
+        filename=body.filename,
+        mime_type=body.mime_type,
+        purpose=body.purpose,
+        limit=settings.max_upload_bytes,
+        file_expires_after=body.expires_after.seconds if body.expires_after else None,
+    )
+    return wire.Upload.of(row)
+
+
+@router.post("/{upload_id}/parts", summary="Add a part to an Upload", responses=errors(404, 413), openapi_extra=_FORM)
+async def create_part(
+    upload_id: str,
+    request: Request,
+    caller: StreamCallerDep,
+    sessions: SessionsDep,
+    storage: StorageDep,
+    settings: SettingsDep,
+) -> wire.UploadPart:
+    """At most 64 MiB. Parts may come in parallel; `complete` says their order."""
+    await run_in_threadpool(_check_open, sessions, caller.project_id, upload_id)
+    async with contextmanager_in_threadpool(storage.writer(uploads.new_part_key(upload_id))) as writer:
+        form = await forms.receive(
+            request,
+            file_field="data",
+            limit=settings.max_part_bytes,
+            what="The part",
+            instead="Send smaller parts.",
+            take=lambda _, data: writer.write(data),
+        )
+        forms.parse_fields(form, _NoFields)
+    limit = settings.max_upload_bytes
+    return await run_in_threadpool(_add, sessions, storage, caller.project_id, upload_id, writer.stored, limit)
+
+
+def _check_open(sessions: sessionmaker[Session], project_id: str, upload_id: str) -> None:
+    """Before the first byte: whoever sends to a finished Upload should not send 64 MiB to learn it."""
+    with sessions.begin() as session:
+        uploads.check_pending(session, uploads.find(session, project_id, upload_id), "given more parts")
+
+
+def _add(
+    sessions: sessionmaker[Session], storage: Storage, project_id: str, upload_id: str, stored: Stored, limit: int
+) -> wire.UploadPart:
+    try:
+        with sessions.begin() as session:
+            # Locked: parts that arrive together must each see the others' bytes.
+            upload = uploads.find(session, project_id, upload_id, lock=True)
+            part = uploads.add_part(session, upload, stored, limit=limit)
+    except Exception:
+        storage.delete(stored.key)
+        raise
+    return wire.UploadPart.of(part)
+
+
+@router.post("/{upload_id}/complete", summary="Complete an Upload", responses=errors(404))
+def complete_upload(
+    upload_id: str, body: wire.CompleteUpload, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep
+) -> wire.Upload:
+    """Joins the parts into a file. A training file is then checked by a worker; until then it reads `uploaded`."""
+    with sessions.begin() as session:
+        parts = uploads.choose(session, uploads.find(session, caller.project_id, upload_id), body.part_ids)
+    stored = uploads.join(storage, parts, body.md5)
+    try:
+        with sessions.begin() as session:
+            upload = uploads.find(session, caller.project_id, upload_id, lock=True)
+            file = uploads.complete(session, upload, stored)
+    except Exception:
+        storage.delete(stored.key)
+        raise
+    return wire.Upload.of(upload, file)
+
+
+@router.post("/{upload_id}/cancel", summary="Cancel an Upload", responses=errors(404))
+def cancel_upload(upload_id: str, session: SessionDep, caller: CallerDep) -> wire.Upload:
+    """Its parts are removed."""
+    row = uploads.find(session, caller.project_id, upload_id, lock=True)
+    return wire.Upload.of(uploads.cancel(session, row))

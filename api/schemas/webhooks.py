@@ -1,0 +1,130 @@
+"""Webhook endpoints, as the wire spells them."""
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from api.schemas.wire import Body, Wire, seconds
+from tunery.webhooks import signing
+from tunery.webhooks.messages import EVENT_TYPES
+from tunery.webhooks.model import WebhookEndpoint
+
+ENDPOINT: dict[str, Any] = {
+    "id": "we_abc123",
+    "object": "webhook_endpoint",
+    "created_at": 1719184911,
+    "updated_at": 1719184911,
+    "name": "training",
+    "url": "https://example.com/hooks",
+    "event_types": list(EVENT_TYPES),
+    "signing_secret_hint": "...Gx0eHw==",
+}
+
+
+class CreateEndpoint(Body):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{name: ENDPOINT[name] for name in ("name", "url", "event_types")}],
+        }
+    )
+
+    name: str
+    url: str = Field(max_length=2048)
+    event_types: list[str]
+
+
+class UpdateEndpoint(Body):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"event_types": ["fine_tuning.job.failed"]}]})
+
+    name: str | None = None
+    url: str | None = Field(None, max_length=2048)
+    event_types: list[str] | None = Field(None, description="The full set")
+
+
+class RotateSecret(Body):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"keep_old_secret_active_for_24_hours": True}]})
+
+    keep_old_secret_active_for_24_hours: bool = False
+
+
+class TestEndpoint(Body):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"event_type": "fine_tuning.job.succeeded"}]})
+
+    event_type: str
+
+
+class Endpoint(Wire):
+    model_config = ConfigDict(json_schema_extra={"examples": [ENDPOINT]})
+
+    id: str
+    object: Literal["webhook_endpoint"] = "webhook_endpoint"
+    created_at: int
+    updated_at: int | None
+    name: str
+    url: str
+    event_types: list[str]
+    signing_secret_hint: str | None
+    disabled_reason: str | None = Field(None, description="Why nothing is sent any more; a new url enables it again")
+
+    @classmethod
+    def of(cls, row: WebhookEndpoint) -> "Endpoint":
+        return cls(**_values(row))
+
+
+class EndpointWithSecret(Endpoint):
+    """The only two answers that show a secret: creation and rotation."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{**ENDPOINT, "signing_secret": "whsec_AAECAwQFBgcICQoLDA0ODxAREhMUFRYX"}]}
+    )
+
+    signing_secret: str
+
+    @classmethod
+    def of(cls, row: WebhookEndpoint) -> "EndpointWithSecret":
+        return cls(**_values(row), signing_secret=row.secret)
+
+
+def _values(row: WebhookEndpoint) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "created_at": seconds(row.created_at),
+        "updated_at": seconds(row.updated_at),
+        "name": row.name,
+        "url": row.url,
+        "event_types": row.event_types,
+        "signing_secret_hint": signing.hint(row.secret),
+        "disabled_reason": row.disabled_reason,
+    }
+
+
+class EndpointDeleted(Wire):
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"id": "we_abc123", "object": "webhook_endpoint.deleted", "deleted": True}]}
+    )
+
+    id: str
+    object: Literal["webhook_endpoint.deleted"] = "webhook_endpoint.deleted"
+    deleted: Literal[True] = True
+
+
+class EndpointTest(Wire):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "webhook_endpoint.test",
+                    "webhook_endpoint_id": "we_abc123",
+                    "event_type": "fine_tuning.job.succeeded",
+                    "status_code": 200,
+                    "success": True,
+                }
+            ]
+        }
+    )
+
+    object: Literal["webhook_endpoint.test"] = "webhook_endpoint.test"
+    webhook_endpoint_id: str
+    event_type: str
+    status_code: int = Field(description="The receiver's answer, whatever it was")
+    success: Literal[True] = True
