@@ -54,6 +54,8 @@ def post(
         with _connected(target, started + timeout, tls) as connection:
             connection.request("POST", target.path, body, dict(headers))
             response = connection.getresponse()
+            if time.monotonic() >= started + timeout:  # cut within the headers, which looks like their end
+                raise TimeoutError
             # Read so that the receiver sees a clean end, capped as it may never come. The content is of no interest,
             # nor is a fault in it: the receiver has said what it has to say.
             with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
