@@ -20,9 +20,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-MAX_ROUNDS = 1_000_000
+MAX_ROUNDS = 200_000
 MAX_SECONDS = 10.0
-MAX_CHARACTERS = 32 * 2**20
+MAX_CHARACTERS = 16 * 2**20
 
 
 class _Generation(Extension):

@@ -1,0 +1,103 @@
+"""Templates are other people's programs: what they must not do, and that refusing it is quick."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from jinja2.exceptions import SecurityError, TemplateError
+from templates import tokenizer
+
+from tunery.errors import CannotRender
+from tunery.rendering import sandbox
+from tunery.rendering.messages import Message
+from tunery.rendering.template import ChatTemplate
+
+NOW = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
+
+
+def render(source: str, **variables: Any) -> str:
+    environment = sandbox.Environment()
+    return environment.render(environment.from_string(source), variables, NOW)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ strftime_now.__globals__.keys() }}",
+        "{% set ns = namespace(_x=1) %}",
+        "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+    ],
+)
+def test_a_template_cannot_reach_python(source: str) -> None:
+    with pytest.raises(SecurityError):
+        render(source, messages=[])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% set ns = namespace(s='ab') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        "{% set ns = namespace(s='ab') %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+        "{% set ns = namespace(s=[1]) %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+        "{{ 'x' * 10 ** 12 }}",
+        "{{ 10 ** 10 ** 10 }}",
+        "{{ 'x'.ljust(10 ** 12) }}",
+        "{% set x = 'x' * 9999 %}{% for i in range(90000) %}{{ x }}{% endfor %}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+    ],
+)
+def test_a_template_cannot_eat_the_host(source: str) -> None:
+    # Any error will do but one: that it went on until memory or patience ran out.
+    with pytest.raises((SecurityError, RecursionError, OverflowError)):
+        render(source)
+
+
+def test_time_is_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.0)
+
+    with pytest.raises(SecurityError, match="runs too long"):
+        render("{% for i in range(3) %}{% endfor %}")
+
+
+def test_a_budget_is_for_one_render_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MAX_ROUNDS", 5)
+
+    assert [render("{% for i in range(5) %}x{% endfor %}") for _ in range(3)] == ["xxxxx"] * 3
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("{{ {'a': '<é>', 'b': [1, none]} | tojson }}", '{"a": "<é>", "b": [1, null]}'),
+        ("{{ {'b': 1, 'a': 2} | tojson(sort_keys=true, indent=1) }}", '{\n "a": 2,\n "b": 1\n}'),
+        ("{{ strftime_now('%d %b %Y') }}", "01 Mar 2026"),
+        ("{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i == 4 %}{% break %}{% endif %}{{ i }}"
+         "{% endfor %}", "013"),
+        ("{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}", "21"),
+        ("{{ 'a' ~ 1 ~ none }}", "a1None"),
+        ("{{ dict(a=1).a }}", "1"),
+        ("  {% if true %}\nx\n  {% endif %}\n", "x\n"),
+    ],
+)  # fmt: skip
+def test_the_dialect_is_that_of_chat_templates(source: str, wanted: str) -> None:
+    assert render(source) == wanted
+
+
+def test_a_templates_own_exception_is_an_error_of_its_own() -> None:
+    with pytest.raises(TemplateError, match="no system role"):
+        render("{{ raise_exception('no system role') }}")
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ 1 / 0 }}", "{{ messages[0].content.nothing.at_all }}", "{{ messages[9].role }}"]
+)
+def test_whatever_a_template_stumbles_into_is_one_error(source: str) -> None:
+    template = ChatTemplate(tokenizer(), {"default": source}, {})
+
+    with pytest.raises(CannotRender, match="refuses the messages"):
+        template.render([Message(role="user", content="q")])
