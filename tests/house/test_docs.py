@@ -1,0 +1,169 @@
+"""What the docs say about the code is what the code says about itself."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from pydantic import BaseModel
+
+from api.errors import status_of
+from api.main import create_app
+from api.schemas.jobs import CreateJob
+from tunery import errors
+from tunery.jobs.states import State, mermaid
+from tunery.settings import Settings
+from tunery.spec import EarlyStopping, Full, Lora, Qlora
+
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+OPENAI = {"model", "training_file", "validation_file", "method", "hyperparameters", "suffix", "seed", "metadata"}
+
+
+@pytest.fixture(scope="module")
+def pages(texts: dict[Path, str]) -> dict[Path, str]:
+    return {path: text for path, text in texts.items() if path.suffix == ".md"}
+
+
+def _rows(text: str, heading: str) -> list[list[str]]:
+    """The cells of the table rows below a heading, up to the next one."""
+    section = re.split(r"^#+ ", text.split(f"# {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines[2:]]
+
+
+def _ticked(cell: str) -> list[str]:
+    return re.findall(r"`([^`]*)`", cell)
+
+
+def _page(root: Path, name: str) -> str:
+    return (root / "docs" / name).read_text()
+
+
+# --- links ----------------------------------------------------------------------------------------------------------
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_links_inside_the_project_lead_somewhere(pages: dict[Path, str]) -> None:
+    broken = []
+    for path, text in pages.items():
+        for found in LINK.finditer(text):
+            link = found[1] or found[2]
+            if re.match(r"\w+:", link):
+                continue
+            target, _, anchor = link.partition("#")
+            file = (path.parent / unquote(target)).resolve() if target else path
+            headings = {_anchor(h) for h in re.findall(r"^#+ (.+)$", pages.get(file, ""), flags=re.MULTILINE)}
+            if not file.exists() or (anchor and anchor not in headings):
+                broken.append(f"{path}: {link}")
+    assert broken == []
+
+
+def test_every_decision_is_listed(root: Path) -> None:
+    folder = root / "docs/decisions"
+    listed = set(re.findall(r"\((\d{4}-[\w-]+\.md)\)", (folder / "README.md").read_text()))
+    assert listed == {path.name for path in folder.glob("0*.md")}
+
+
+def test_decisions_fit_one_screen(root: Path) -> None:
+    long = [path.name for path in (root / "docs/decisions").glob("0*.md") if len(path.read_text().splitlines()) > 40]
+    assert long == []
+
+
+# --- jobs.md --------------------------------------------------------------------------------------------------------
+
+
+def test_the_state_diagram_is_the_code_s(root: Path) -> None:
+    (drawn,) = re.findall(r"```mermaid\n(.*?)\n```", _page(root, "jobs.md"), flags=re.DOTALL)
+    assert drawn == mermaid()
+
+
+def test_every_state_has_its_prose(root: Path) -> None:
+    assert [_ticked(row[0])[0] for row in _rows(_page(root, "jobs.md"), "States")] == [state.value for state in State]
+
+
+# --- api.md ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_operation_is_described_and_none_else(root: Path) -> None:
+    described = set(re.findall(r"^\| `([A-Z]+ /\S*)`", _page(root, "api.md"), flags=re.MULTILINE))
+    document = create_app().openapi()
+    offered = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
+    assert described == offered
+
+
+def _default(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def _native() -> dict[str, Any]:
+    """Every native field's default as JSON has it, nested ones by their path."""
+    found: dict[str, Any] = {}
+    for name, field in CreateJob.model_fields.items():
+        if name in OPENAI | {"integrations"}:
+            continue
+        if isinstance(field.default, BaseModel):
+            found |= {f"{name}.{inner}": _default(value) for inner, value in field.default}
+        else:
+            found[name] = field.default
+    for kind in (Full, Lora, Qlora):
+        found |= {f"technique.{n}": f.default for n, f in kind.model_fields.items() if n != "type"}
+    return found | {f"early_stopping.{n}": f.default for n, f in EarlyStopping.model_fields.items()}
+
+
+def test_native_fields_are_listed_with_their_defaults(root: Path) -> None:
+    rows = _rows(_page(root, "api.md"), "Create: native fields")
+    assert {_ticked(row[0])[0]: json.loads(_ticked(row[1])[0]) for row in rows} == _native()
+
+
+def test_openai_s_fields_are_listed(root: Path) -> None:
+    rows = _rows(_page(root, "api.md"), "Create: OpenAI's fields")
+    assert {_ticked(row[0])[0] for row in rows} == OPENAI | {"integrations"}
+
+
+def _classes(kind: type[errors.TuneryError]) -> set[type[errors.TuneryError]]:
+    """Those of the vocabulary; the command and the embedded stack have errors of their own."""
+    below = {found for child in kind.__subclasses__() for found in _classes(child)}
+    return {found for found in {kind, *below} if found.__module__ == errors.__name__}
+
+
+def test_errors_are_listed_with_their_status(root: Path) -> None:
+    rows = _rows(_page(root, "api.md"), "Errors")
+    listed = {(int(row[0]), _ticked(row[1])[0]) for row in rows}
+    answered = {kind for kind in _classes(errors.TuneryError) if status_of(kind.__new__(kind)) != 500}
+    assert listed == {(status_of(kind.__new__(kind)), kind.code) for kind in answered} | {(500, "server_error")}
+
+
+def test_reasons_of_failed_jobs_are_listed(root: Path) -> None:
+    rows = _rows(_page(root, "api.md"), "Why a job failed")
+    assert {_ticked(row[0])[0] for row in rows} == {kind.code for kind in _classes(errors.JobFailure)}
+
+
+# --- operations.md --------------------------------------------------------------------------------------------------
+
+
+def test_settings_are_listed_with_their_defaults(root: Path) -> None:
+    listed = {
+        name: default
+        for row in _rows(_page(root, "operations.md"), "Settings")
+        for name, default in zip(_ticked(row[0]), _defaults_of(row), strict=True)
+    }
+    settings = {
+        str(field.validation_alias or f"TUNERY_{name.upper()}"): _shown(field.default)
+        for name, field in Settings.model_fields.items()
+    }
+    assert listed == settings
+
+
+def _defaults_of(row: list[str]) -> list[str]:
+    names = _ticked(row[0])
+    cells = row[1].split(",") if len(names) > 1 else [row[1]]
+    return [cell.strip().strip("`") for cell in cells]
+
+
+def _shown(value: object) -> str:
+    return "" if value in (None, ()) else str(value)
