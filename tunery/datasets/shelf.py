@@ -1,7 +1,6 @@
 """Files: shelved, found, listed, checked, deleted. Rows in the database, bytes in storage under a key of ours."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Literal
 
@@ -12,7 +11,7 @@ from tunery import dispatch, ids
 from tunery.datasets.formats import JsonlChecker
 from tunery.datasets.model import File
 from tunery.errors import FileInUse, InvalidJSONL, InvalidValue, NotFound, ObjectMissing
-from tunery.storage import Storage, Stored, Writer
+from tunery.storage import Storage, Stored
 
 FINE_TUNE = "fine-tune"
 RESULTS = "fine-tune-results"
@@ -22,42 +21,6 @@ InUseBy = Callable[[Session, str], str | None]
 
 
 # --- coming in ----------------------------------------------------------------------------------------------------
-
-
-class Arrival:
-    """A file on its way into storage. `write` its bytes as they come; `stored` is there after a clean end."""
-
-    def __init__(self, purpose: str, writer: Writer) -> None:
-        self.purpose = purpose
-        self._writer = writer
-        self._checker = JsonlChecker() if purpose == FINE_TUNE else None
-
-    def write(self, chunk: bytes) -> None:
-        """Raises InvalidJSONL at the first wrong line of a training file."""
-        if self._checker:
-            self._checker.feed(chunk)
-        self._writer.write(chunk)
-
-    def close(self) -> None:
-        """Raises InvalidJSONL where a training file's end is wrong."""
-        if self._checker:
-            self._checker.close()
-
-    @property
-    def stored(self) -> Stored:
-        return self._writer.stored
-
-
-@contextmanager
-def arriving(storage: Storage, purpose: str) -> Iterator[Arrival]:
-    """Streams one file into storage, checking training files on the way. After an error nothing of it is left.
-
-    Needs no database, so that none of its connections waits for a slow sender; `shelve` comes afterwards.
-    """
-    with storage.writer(new_key()) as writer:
-        arrival = Arrival(purpose, writer)
-        yield arrival
-        arrival.close()
 
 
 def new_key() -> str:
@@ -154,11 +117,11 @@ def check_trainable(file: File, *, param: str) -> None:
 # --- checking -----------------------------------------------------------------------------------------------------
 
 
-def next_unprocessed(session: Session) -> File | None:
+def next_unprocessed(session: Session, *, skip: Sequence[str] = ()) -> File | None:
     """The oldest file nobody has checked, locked to this transaction; two workers never get the same one."""
     return session.scalar(
         select(File)
-        .where(File.status == "uploaded", File.deleted_at.is_(None))
+        .where(File.status == "uploaded", File.deleted_at.is_(None), File.id.not_in(skip))
         .order_by(File.created_at)
         .limit(1)
         .with_for_update(skip_locked=True)
