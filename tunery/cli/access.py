@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 
 from tunery import db
 from tunery.cli import show
-from tunery.cli.remote import HOME
-from tunery.errors import TuneryError
+from tunery.cli.remote import HOME, Refused
+from tunery.errors import NotFound, TuneryError
 from tunery.keys import ring
 from tunery.local import state
 from tunery.settings import get_settings
@@ -39,6 +39,9 @@ def _transaction(context: typer.Context) -> Iterator[Session]:
     try:
         with db.transaction() as session:
             yield session
+    except NotFound as error:
+        # The error's own words are for requests, which live inside a project.
+        raise Refused(message=f"There is no {error.fields['kind']} '{error.fields['id']}'.") from error
     except OperationalError as error:
         raise NoDatabase(url=_shown_url(), reason=f"{str(error.orig).splitlines()[0].rstrip('.')}.") from error
     except ProgrammingError as error:

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -54,13 +55,20 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str) 
     """Ids are never cut: they are there to be copied."""
     shown = Table(box=None, pad_edge=False, header_style="dim")
     for column in columns:
-        shown.add_column(column.upper(), no_wrap=True, overflow="fold")
+        shown.add_column(column.upper(), no_wrap=True)
     for row in rows:
         shown.add_row(*(cell if isinstance(cell, Text) else Text("" if cell is None else str(cell)) for cell in row))
     if shown.row_count:
-        console.print(shown, soft_wrap=not console.is_terminal)
+        _print_whole(shown)
     else:
         errors.print(empty, style="dim")
+
+
+def _print_whole(shown: Table) -> None:
+    """As wide as it is: a terminal breaks long lines by itself, and a cut id is of no use."""
+    wide = Measurement.get(console, console.options.update(max_width=1000), shown).maximum
+    width = max(wide, console.width)
+    Console(file=console.file, width=width, force_terminal=console.is_terminal, highlight=False).print(shown)
 
 
 def facts(pairs: Iterable[tuple[str, Any]]) -> None:
@@ -69,7 +77,7 @@ def facts(pairs: Iterable[tuple[str, Any]]) -> None:
     for name, value in pairs:
         if value not in (None, "", [], {}):
             shown.add_row(Text(name, style="dim"), value if isinstance(value, Text) else Text(str(value)))
-    console.print(shown, soft_wrap=not console.is_terminal)
+    _print_whole(shown)
 
 
 def as_json(value: Any) -> None:

@@ -267,10 +267,10 @@ class _Story:
         return hashlib.sha256(content).hexdigest()
 
     def _get(self, path: str) -> dict[str, Any]:
-        return dict(self.client.get(path, cast_to=cast(type[dict[str, Any]], dict[str, Any])))
+        return cast(dict[str, Any], self.client.get(path, cast_to=object))
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return dict(self.client.post(path, body=body, cast_to=cast(type[dict[str, Any]], dict[str, Any])))
+        return cast(dict[str, Any], self.client.post(path, body=body, cast_to=object))
 
 
 # --- afterwards, with everything stopped ---------------------------------------------------------------------------

@@ -265,7 +265,7 @@ class Stack:
 
 def _celery(queue: str) -> list[str]:
     # Prefork even for one: a busy `solo` worker answers nobody, and a slot's poll thread needs a process of its own.
-    options = ["-Q", queue, "-P", "prefork", "-c", "1", "-n", f"{queue}-%i@%h", "--loglevel", "INFO"]
+    options = ["-Q", queue, "-P", "prefork", "-c", "1", "-n", f"{queue}@%h", "--loglevel", "INFO"]
     return ["celery", "-A", "worker.app", "worker", *options, "--without-gossip", "--without-mingle"]
 
 

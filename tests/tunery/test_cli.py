@@ -1,0 +1,294 @@
+"""The command line against a real API: what it sends, what it prints, and what it says when something is wrong."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import rows
+import uvicorn
+from databases import Database
+from teams import BASE, TRAIN
+
+from api.main import create_app
+from tunery.artifacts import manifest
+from tunery.artifacts import model as artifacts
+from tunery.cli import main, show
+from tunery.jobs import ledger
+from tunery.jobs.states import State
+from tunery.keys import ring
+from tunery.local import process
+from tunery.local.valkey import free_port
+from tunery.models.model import Model
+from tunery.storage import open_storage
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def tunery(
+    database: Database, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Run:
+    """`tunery("files", "list")` -> exit status, standard output, standard error; in an empty folder, without a key."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["tunery", *map(str, arguments)])
+        # Made anew, as a console keeps the stream that it was made with.
+        monkeypatch.setattr(show, "console", show.Console(highlight=False, width=80))
+        monkeypatch.setattr(show, "errors", show.Console(stderr=True, highlight=False, width=80))
+        with pytest.raises(SystemExit) as end:
+            main.run()
+        said = capsys.readouterr()
+        return int(end.value.code or 0), said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def key(database: Database) -> str:
+    with database.sessions.begin() as session:
+        return ring.create_key(session, ring.create_project(session, "default"), "test", admin=True)[1]
+
+
+@pytest.fixture
+def api(database: Database, key: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The API on a port of its own, in a thread, and the environment that leads there."""
+    server = uvicorn.Server(uvicorn.Config(create_app(database.settings), port=free_port(), log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    assert process.wait_until(lambda: server.started, seconds=30, alive=thread.is_alive, every=0.01)
+    url = f"http://127.0.0.1:{server.config.port}"
+    monkeypatch.setenv("TUNERY_API_URL", url)
+    monkeypatch.setenv("TUNERY_API_KEY", key)
+    yield url
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Path:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(TRAIN)
+    return path
+
+
+def _job(database: Database, state: State) -> str:
+    with database.sessions.begin() as session:
+        return rows.job(session, ring.find_project(session, "default"), state).id
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_goes_up_is_listed_comes_back_and_goes(tunery: Run, api: str, train: Path, tmp_path: Path) -> None:
+    status, out, err = tunery("files", "upload", train)
+    file = out.strip()
+    assert (status, file[:5]) == (0, "file-")
+    assert "train.jsonl" in err
+    assert file in tunery("files", "list")[1]  # whole, though the terminal is narrow
+    assert json.loads(tunery("files", "show", file)[1])["bytes"] == len(TRAIN)
+    tunery("files", "content", file, "-o", tmp_path / "back.jsonl")
+    assert (tmp_path / "back.jsonl").read_bytes() == TRAIN
+    assert tunery("files", "delete", file)[0] == 0
+    assert json.loads(tunery("files", "list", "--json")[1]) == []
+
+
+def test_a_broken_line_is_named(tunery: Run, api: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(TRAIN + b"{not json}\n")
+    status, _, err = tunery("files", "upload", tmp_path / "bad.jsonl")
+    assert status == 1
+    assert "Line 13" in err
+    assert err.count("\n") == 1
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------
+
+
+def test_create_uploads_files_and_sends_every_option(tunery: Run, api: str, train: Path, database: Database) -> None:
+    with database.sessions.begin() as session:
+        rows.base(session, BASE)
+    options = ["--rank", 8, "--epochs", 2, "--batch-size", 4, "--suffix", "cli", "--seed", 3, "--set", "priority=5"]
+    options += ["--set", 'schedule={"type": "linear"}', "--set", "select=last", "--test", train]
+    status, out, err = tunery("jobs", "create", "-m", BASE, "--train", train, *options)
+    assert (status, err) == (0, "")
+    job = json.loads(tunery("jobs", "show", out.strip(), "--json")[1])
+    assert job["technique"]["type"] == "lora"
+    assert job["technique"]["r"] == 8
+    assert job["hyperparameters"] == {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": "auto"}
+    assert (job["seed"], job["user_provided_suffix"], job["priority"]) == (3, "cli", 5)
+    assert job["schedule"]["type"] == "linear"
+    assert job["evaluation"]["test_file"].startswith("file-")
+    assert out.strip() in tunery("jobs", "list")[1]
+    assert BASE in tunery("jobs", "show", out.strip())[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
+        (["--train", "file-nope"], "file-nope"),
+        (["--train", "file-nope", "--set", "priority"], "name=value"),
+        (["--train", "file-nope", "--technique", "full", "--rank", "8"], "r"),
+    ],
+)
+def test_a_wrong_request_says_what_to_change(
+    tunery: Run, api: str, database: Database, arguments: list[str], words: str
+) -> None:
+    with database.sessions.begin() as session:
+        rows.base(session, BASE)
+    status, out, err = tunery("jobs", "create", "-m", BASE, *arguments)
+    assert (status, out) == (1, "")
+    assert err.startswith("Error: ")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_cancel_pause_and_resume(tunery: Run, api: str, database: Database) -> None:
+    job = _job(database, State.QUEUED)
+    assert tunery("jobs", "pause", job)[1] == f"{job} is paused\n"
+    assert tunery("jobs", "resume", job)[1] == f"{job} is queued\n"
+    assert tunery("jobs", "cancel", job)[1] == f"{job} is cancelled\n"
+    status, _, err = tunery("jobs", "pause", job)
+    assert status == 1
+    assert "cancelled" in err
+
+
+def test_events_come_oldest_first(tunery: Run, api: str, database: Database) -> None:
+    job = _job(database, State.SUCCEEDED)
+    lines = tunery("jobs", "events", job)[1].splitlines()
+    assert "Created fine-tuning job" in lines[0]
+    assert "ended" in lines[-1]
+
+
+def test_watch_ends_with_the_job(tunery: Run, api: str, database: Database) -> None:
+    good, bad = _job(database, State.SUCCEEDED), _job(database, State.FAILED)
+    status, out, _ = tunery("jobs", "watch", good)
+    assert status == 0
+    assert "✓ ft:" in out
+    status, _, err = tunery("jobs", "watch", bad)
+    assert status == 1
+    assert "failed. for the test" in err
+
+
+def test_watch_reads_every_event_once_over_many_pages(tunery: Run, api: str, database: Database) -> None:
+    job = _job(database, State.RUNNING)
+    with database.sessions.begin() as session:
+        for step in range(1, 251):
+            data = {"step": step, "train_loss": 1 / step, "total_steps": 250}
+            ledger.note(session, job, f"Step {step}/250", type="metrics", data=data)
+        row = ledger.find(session, ring.find_project(session, "default").id, job)
+        ledger.move(session, row, State.CANCELLED, message="ended")
+    assert "step 250/250" in tunery("jobs", "watch", job)[1]
+
+
+def test_logs(tunery: Run, api: str, database: Database) -> None:
+    job = _job(database, State.SUCCEEDED)
+    open_storage(database.settings).put(f"jobs/{job}/logs/0001-000001", b"one\ntwo\n")
+    assert tunery("jobs", "logs", job, "--tail", 1)[1] == "two\n"
+
+
+def _publish(database: Database, job: str, folder: Path) -> str:
+    """Gives a finished job the files of `folder`; returns their prefix in storage."""
+    with database.sessions.begin() as session:
+        row = ledger.find(session, ring.find_project(session, "default").id, job)
+        model = session.get_one(Model, row.tuned_model)
+        storage = open_storage(database.settings)
+        found, _ = manifest.publish(storage, model.prefix, folder)
+        artifacts.record(session, model, found)
+        return model.prefix
+
+
+def test_download_brings_every_file_and_checks_it(tunery: Run, api: str, database: Database, tmp_path: Path) -> None:
+    job, folder = _job(database, State.SUCCEEDED), tmp_path / "made"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "deep/weights.bin").write_bytes(bytes(range(256)))
+    prefix = _publish(database, job, folder)
+    assert tunery("jobs", "download", job, "-o", tmp_path / "got")[0] == 0
+    assert (tmp_path / "got/deep/weights.bin").read_bytes() == bytes(range(256))
+
+    storage = open_storage(database.settings)
+    storage.delete(f"{prefix}/deep/weights.bin")
+    storage.put(f"{prefix}/deep/weights.bin", bytes(256))
+    status, _, err = tunery("jobs", "download", job, "-o", tmp_path / "again")
+    assert status == 1
+    assert "sha256" in err
+    assert not list((tmp_path / "again/deep").iterdir())
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def test_models_are_registered_listed_and_named_again(
+    tunery: Run, api: str, database: Database, tmp_path: Path
+) -> None:
+    with database.sessions.begin() as session:
+        rows.base(session, BASE)
+    assert BASE in tunery("models", "list")[1]
+    assert tunery("models", "alias", "gpt-4o-mini-2024-07-18", BASE)[0] == 0
+    (tmp_path / "some-model").mkdir()
+    status, out, _ = tunery("models", "add", "mine", "some-model", "--no-wait")
+    assert (status, out) == (0, "✓ mine is processing\n")
+    with database.sessions() as session:  # a worker's folder is not ours: the path that was sent is absolute
+        assert session.get_one(Model, "mine").source == str(tmp_path / "some-model")
+
+
+# --- keys and projects --------------------------------------------------------------------------------------------
+
+
+def test_a_project_its_keys_and_their_end(tunery: Run, database: Database) -> None:
+    first = tunery("projects", "create", "web", "--max-running", 2)[1].splitlines()[-1]
+    second = tunery("keys", "create", "ci", "-p", "web")[1].strip()
+    with database.sessions() as session:
+        assert {ring.authenticate(session, secret).project_name for secret in (first, second)} == {"web"}
+    listed = tunery("keys", "list", "-p", "web")[1]
+    assert second not in listed
+    assert second[:10] in listed
+    id = next(line.split()[0] for line in listed.splitlines() if " ci " in line)
+    assert tunery("keys", "revoke", id) == (0, f"✓ {id} revoked\n", "")
+    with database.sessions() as session, pytest.raises(Exception, match="revoked"):
+        ring.authenticate(session, second)
+    assert tunery("projects", "revoke", "web")[0] == 0
+    with database.sessions() as session, pytest.raises(Exception, match="revoked"):
+        ring.authenticate(session, first)
+
+
+# --- when something is wrong --------------------------------------------------------------------------------------
+
+
+def test_no_key(tunery: Run) -> None:
+    status, out, err = tunery("jobs", "list")
+    assert (status, out) == (1, "")
+    assert "TUNERY_API_KEY" in err
+
+
+def test_nobody_answers(tunery: Run) -> None:
+    status, _, err = tunery("--api-url", "http://127.0.0.1:1", "--key", "tnr_x", "jobs", "list")
+    assert status == 1
+    assert "No answer from http://127.0.0.1:1" in err
+
+
+def test_a_wrong_key(tunery: Run, api: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNERY_API_KEY", "tnr_wrong")
+    status, _, err = tunery("jobs", "list")
+    assert status == 1
+    assert err.startswith("Error: The API key sent")
+
+
+def test_no_database(tunery: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNERY_DATABASE_URL", "postgresql+psycopg://u:secret@127.0.0.1:1/x")
+    from tunery import db
+    from tunery.settings import get_settings
+
+    get_settings.cache_clear()
+    db.sessions.cache_clear()
+    status, _, err = tunery("keys", "list")
+    assert status == 1
+    assert "TUNERY_DATABASE_URL" in err
+    assert "secret" not in err
+
+
+def test_down_where_nothing_runs(tunery: Run) -> None:
+    assert tunery("down")[:2] == (0, "Nothing runs in .tunery/up.\n")
