@@ -1,9 +1,14 @@
 """The application on a database of its own, and clients of it: plain and the official one, in process."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from ipaddress import ip_network
+from typing import Any
 
 import pytest
 import rows
+import uvicorn
 from databases import Database
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -11,12 +16,24 @@ from teams import ALIAS, BASE, SOURCE, Team
 
 from api.main import create_app
 from tunery.keys import ring
+from tunery.local import process
 from tunery.models import registry
 
 
 @pytest.fixture
-def app(database: Database) -> FastAPI:
-    return create_app(database.settings)
+def make_app(database: Database) -> Callable[..., FastAPI]:
+    """An application whose settings differ in what is named."""
+
+    def make(**settings: Any) -> FastAPI:
+        return create_app(database.settings.model_copy(update=settings))
+
+    return make
+
+
+@pytest.fixture
+def app(make_app: Callable[..., FastAPI]) -> FastAPI:
+    """Webhooks may go to this machine, where the tests' receivers are."""
+    return make_app(webhook_allow=(ip_network("127.0.0.1/32"),))
 
 
 @pytest.fixture
@@ -27,7 +44,7 @@ def anonymous(app: FastAPI) -> TestClient:
 
 @pytest.fixture
 def make_team(app: FastAPI, database: Database) -> Callable[..., Team]:
-    def make(name: str, *, admin: bool = False, **caps: int) -> Team:
+    def make(name: str, *, admin: bool = False, app: FastAPI = app, **caps: int) -> Team:
         with database.sessions.begin() as session:
             project = ring.create_project(session, name, **caps)
             _, secret = ring.create_key(session, project, "test", admin=admin)
@@ -42,9 +59,39 @@ def team(make_team: Callable[..., Team]) -> Team:
 
 
 @pytest.fixture
+def admin(make_team: Callable[..., Team]) -> Team:
+    return make_team("operators", admin=True)
+
+
+@pytest.fixture
 def base(database: Database) -> str:
     """A ready base with an alias and a hub id."""
     with database.sessions.begin() as session:
         row = rows.base(session, BASE, source=SOURCE)
         registry.add_alias(session, ALIAS, row)
     return BASE
+
+
+@contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """An ASGI application behind a real socket; its address."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    assert process.wait_until(lambda: server.started, seconds=20, alive=thread.is_alive, every=0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Any], str]]:
+    """Puts applications behind real sockets until the test ends."""
+    with ExitStack() as stack:
+        yield lambda app: stack.enter_context(serving(app))
+
+
+@pytest.fixture
+def live(app: FastAPI, serve: Callable[[Any], str]) -> str:
+    """The API's address."""
+    return serve(app)
