@@ -196,6 +196,15 @@ class JobFailure(TuneryError):
 
     code = "job_failed"
 
+    @classmethod
+    def quoted(cls, code: str, message: str, param: str | None) -> "JobFailure":
+        """The failure that another process reports in words of its own, as the class that has its code."""
+        kind = next((kind for kind in cls.__subclasses__() if kind.code == code), cls)
+        error = kind.__new__(kind)
+        error.param, error.fields = param, {}
+        Exception.__init__(error, message)
+        return error
+
 
 class InvalidTrainingFile(JobFailure):
     """The job failed due to an invalid {role} file. {reason}"""

@@ -208,24 +208,47 @@ def park(session: Session, lease: Lease, *, snapshot: str | None) -> None:
 
 
 def requeue(
-    session: Session, lease: Lease, *, reason: str, outcome: str, counted: bool, snapshot: str | None = None
+    session: Session,
+    lease: Lease,
+    *,
+    reason: str,
+    outcome: str,
+    counted: bool,
+    snapshot: str | None = None,
+    error: TuneryError | None = None,
 ) -> None:
     """Back to the queue, from the last snapshot if there is one. A `counted` attempt uses up one of MAX_FAILURES.
 
-    The last of those fails the job instead. Raises LeaseLost.
+    The last of those fails the job instead, with `error` (WorkerLost without). Raises LeaseLost.
     """
     job = held(session, lease)
-    _give_back(session, job, reason=reason, counted=counted, snapshot=snapshot)
+    _give_back(session, job, reason=reason, counted=counted, snapshot=snapshot, error=error)
     end_attempt(session, lease, outcome)
 
 
-def _give_back(session: Session, job: Job, *, reason: str, counted: bool, snapshot: str | None = None) -> None:
+def _give_back(
+    session: Session,
+    job: Job,
+    *,
+    reason: str,
+    counted: bool,
+    snapshot: str | None = None,
+    error: TuneryError | None = None,
+) -> None:
     failures, fence = job.failures + counted, job.fence + 1
     if failures >= MAX_FAILURES:
         job.failures = failures
-        ledger.fail_job(session, job, WorkerLost(times=failures))
+        ledger.fail_job(session, job, error or WorkerLost(times=failures))
     elif job.wish == "pause":
-        ledger.move(session, job, State.PAUSED, message=f"{reason}; the job is paused", failures=failures, fence=fence)
+        ledger.move(
+            session,
+            job,
+            State.PAUSED,
+            message=f"{reason}; the job is paused",
+            failures=failures,
+            fence=fence,
+            snapshot=snapshot or job.snapshot,
+        )
     else:
         ledger.move(
             session,
@@ -256,6 +279,19 @@ def expire_leases(session: Session) -> int:
     Attempts of cancelled jobs end too, so that their devices count as free again. The number of ended attempts.
     """
     return _reap_where(session, Attempt.lease_until < func.clock_timestamp())
+
+
+def pardon(session: Session, *, seconds: float) -> int:
+    """Gives every live lease at least `seconds` more, after a time in which nobody could renew. Their number."""
+    until = func.clock_timestamp() + timedelta(seconds=seconds)
+    pardoned = session.scalars(
+        update(Attempt)
+        .where(Attempt.ended_at.is_(None), Attempt.lease_until < until)
+        .values(lease_until=until)
+        .returning(Attempt.id)
+        .execution_options(synchronize_session=False)
+    )
+    return len(pardoned.all())
 
 
 def reap_slot(session: Session, slot: str) -> int:

@@ -1,12 +1,56 @@
 """What a run or a server needs on this host before it starts: files out of storage, checked."""
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
+
+from sqlalchemy.orm import Session
 
 from tunery.artifacts import manifest
+from tunery.datasets.model import File
+from tunery.jobs.model import Job
+from tunery.models.model import Model
+from tunery.spec import Plan, Run
 from tunery.storage import Storage
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """An object and the sha256 that the database has of it."""
+
+    key: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StoredFolder:
+    """A folder in storage and the sha256 that the database has of its manifest: others may write to storage."""
+
+    prefix: str
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.prefix}@{self.sha256}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The inverse of str(), which is how `jobs.snapshot` names a snapshot."""
+        prefix, _, sha256 = text.rpartition("@")
+        return cls(prefix, sha256)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """All that one attempt finds in its run directory. `files` by their names in data/: train, valid, test."""
+
+    run: Run
+    files: Mapping[str, StoredFile]
+    base: StoredFolder
+    adapter: StoredFolder | None
+    resume: StoredFolder | None
 
 
 def base_folder(models_dir: Path, storage: Storage, prefix: str, manifest_sha256: str) -> Path:
@@ -24,9 +68,92 @@ def base_folder(models_dir: Path, storage: Storage, prefix: str, manifest_sha256
     return folder
 
 
+def text_folder(models_dir: Path, storage: Storage, model: Model) -> Path:
+    """A base's tokenizer, chat template and configs without its weights: what judging rows needs. Filled once."""
+    stored = _stored_folder(model)
+    whole, folder = models_dir / stored.sha256, models_dir / f"{stored.sha256}.texts"
+    if (whole / manifest.NAME).exists():
+        return whole
+    if not (folder / manifest.NAME).exists():
+        listed = manifest.load(storage, stored.prefix, stored.sha256)
+        texts = tuple(file for file in listed.files if not file.path.endswith(".safetensors"))
+        models_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(models_dir / f".{stored.sha256}.lock"):
+            manifest.fetch(storage, stored.prefix, manifest.Manifest(files=texts), folder)
+    return folder
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     # The kernel drops the lock of a process that dies, so a fetch that was cut off is taken up by the next one.
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def adopt(models_dir: Path, folder: Path, listed: manifest.Manifest) -> None:
+    """Makes a folder that was published from this host the host's own copy, so that it need not be fetched back."""
+    place = models_dir / listed.sha256
+    models_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(models_dir / f".{listed.sha256}.lock"):
+        if not place.exists():
+            (folder / manifest.NAME).write_bytes(listed.encode())
+            folder.rename(place)
+
+
+def lay_out(needs: Needs, run_dir: Path, models_dir: Path, storage: Storage, check: Callable[[], None]) -> None:
+    """Fills a run directory as `tunery.spec.Run` describes it; `check` is called between steps and may raise.
+
+    Raises ObjectMissing, ChecksumMismatch, StorageFailed.
+    """
+    (run_dir / "data").mkdir(parents=True)
+    for name, file in needs.files.items():
+        check()
+        storage.fetch(file.key, run_dir / "data" / f"{name}.jsonl", file.sha256)
+    check()
+    base = base_folder(models_dir, storage, needs.base.prefix, needs.base.sha256)
+    (run_dir / "base").symlink_to(base.absolute())
+    for name, folder in (("adapter", needs.adapter), ("resume", needs.resume)):
+        check()
+        if folder is not None:
+            listed = manifest.load(storage, folder.prefix, folder.sha256)
+            manifest.fetch(storage, folder.prefix, listed, run_dir / name)
+    # Last: a directory with a spec is complete.
+    (run_dir / "spec.json").write_text(needs.run.model_dump_json(indent=2) + "\n")
+
+
+def needs_of(session: Session, job: Job) -> Needs:
+    """What the job's next attempt has to find in its run directory."""
+    ids = {"train": job.training_file, "valid": job.validation_file, "test": job.test_file}
+    files = {name: session.get_one(File, id) for name, id in ids.items() if id is not None}
+    base = session.get_one(Model, job.base_model)
+    parent = session.get_one(Model, job.parent_model) if job.parent_model else None
+    # A fully tuned parent is a whole model and takes the base's place; an adapter goes beside the base.
+    whole = parent if parent is not None and parent.technique == "full" else None
+    return Needs(
+        run=Run(
+            job=job.id,
+            base_model=(whole or base).id,
+            plan=Plan.model_validate(job.plan),
+            facts=_provenance(job, base, parent, files),
+        ),
+        files={name: StoredFile(file.key, file.sha256) for name, file in files.items()},
+        base=_stored_folder(whole or base),
+        adapter=_stored_folder(parent) if parent is not None and whole is None else None,
+        resume=StoredFolder.parse(job.snapshot) if job.snapshot else None,
+    )
+
+
+def _stored_folder(model: Model) -> StoredFolder:
+    assert model.manifest_sha256 is not None, "a model that is not ready was let through"
+    return StoredFolder(model.prefix, model.manifest_sha256)
+
+
+def _provenance(job: Job, base: Model, parent: Model | None, files: Mapping[str, File]) -> dict[str, Any]:
+    return {
+        "base_source": base.source,
+        "base_manifest_sha256": base.manifest_sha256,
+        "parent_model": parent.id if parent else None,
+        "files": {name: {"id": file.id, "sha256": file.sha256} for name, file in files.items()},
+        "created_at": job.created_at.isoformat(),
+    }

@@ -1,0 +1,35 @@
+"""A workshop for each test; see tests/fixtures/workshop.py."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_models
+from databases import Database
+from workshop import FACTS, QUICK, Workshop
+
+from tunery.settings import Settings
+from tunery.storage import open_storage
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model's folder, as a conversion leaves it."""
+    folder = tiny_models.llama(tmp_path_factory.mktemp("tiny") / "base")
+    (folder / "facts.json").write_text(json.dumps(FACTS))
+    return folder
+
+
+@pytest.fixture
+def workshop(
+    database: Database, settings: Settings, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Workshop]:
+    """No worker runs yet; there is no broker unless the test also asks for `valkey`."""
+    for name, value in QUICK.items():
+        monkeypatch.setenv(name, value)
+    shop = Workshop(database, open_storage(settings), settings, tmp_path)
+    shop.furnish(tiny_base)
+    yield shop
+    shop.stop()
+    shop.until(lambda: not shop.trainers(), "no trainer is left", seconds=10)

@@ -1,0 +1,114 @@
+"""The Celery app: `celery -A worker.app worker -Q train -P prefork -c 1 -n train@%h`, and `-Q io` likewise.
+
+Celery starts the processes, carries wake-ups to them and stops them. What there is to do stands in the rows, so that a
+lost, doubled or late message changes nothing, and no broker at all costs a poll interval.
+"""
+
+import logging
+from typing import Any
+
+from billiard.process import current_process
+from celery import Celery, signals
+
+from tunery import dispatch
+from tunery.settings import get_settings
+from worker.supervisor import devices
+from worker.supervisor.drain import Drain
+from worker.tasks.desk import Desk
+from worker.tasks.stations import open_desks
+
+log = logging.getLogger(__name__)
+
+app = Celery("tunery", broker=get_settings().broker_url)
+app.conf.update(
+    # Acknowledged before the work: a message that came back after its hour would start a day-long run a second time.
+    task_acks_late=False,
+    task_reject_on_worker_lost=False,
+    # A busy worker holds no message that an idle one could take.
+    worker_disable_prefetch=True,
+    worker_prefetch_multiplier=1,
+    task_ignore_result=True,
+    result_backend=None,
+    accept_content=["json"],
+    task_serializer="json",
+    task_default_queue=dispatch.IO,
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,
+    # Without them a publish on a dead connection waits for ever.
+    broker_transport_options={
+        "socket_timeout": 30,
+        "socket_connect_timeout": 5,
+        "socket_keepalive": True,
+        "health_check_interval": 25,
+    },
+)
+
+DRAIN = Drain()
+"""Made before the fork, so that main process and slots share it."""
+
+
+class _Here:
+    """What this process serves: the queues are known before the fork, the desks opened after it."""
+
+    def __init__(self) -> None:
+        self.node = "worker"
+        self.queues: list[str] = []
+        self.desks: dict[str, list[Desk]] = {}
+
+
+_HERE = _Here()
+
+
+def work_on_training() -> None:
+    _work(dispatch.TRAIN)
+
+
+def work_on_io() -> None:
+    _work(dispatch.IO)
+
+
+def _work(queue: str) -> None:
+    """At the queue's first desk in this thread, which tells Celery that this process is busy; the others are woken."""
+    first, *others = _HERE.desks[queue]
+    for desk in others:
+        desk.wake()
+    first.work()
+
+
+def _one_process_a_device(conf: Any, options: dict[str, Any], **_: object) -> None:
+    """Without `-c`: as many slots as GPUs, or one."""
+    if not options.get("concurrency"):
+        queues = str(options.get("queues") or "")
+        conf.worker_concurrency = len(devices.found(get_settings().serve_gpu)) or 1 if dispatch.TRAIN in queues else 1
+
+
+def _note_queues(sender: str, instance: Any, **_: object) -> None:
+    _HERE.node = sender
+    _HERE.queues = [name for name in instance.app.amqp.queues.consume_from if name in dispatch.TASKS]
+
+
+def _open_desks(**_: object) -> None:
+    slot = f"{_HERE.node}/{getattr(current_process(), 'index', 0)}"
+    settings = get_settings()
+    _HERE.desks = {queue: open_desks(queue, slot, settings, DRAIN) for queue in _HERE.queues}
+
+
+def _drain(**_: object) -> None:
+    DRAIN.begin()
+
+
+def _wait_for_desks(**_: object) -> None:
+    """Celery waits for its tasks; a desk's own thread may be at work too, and its run must be saved."""
+    for desks in _HERE.desks.values():
+        for desk in desks:
+            desk.wait()
+
+
+app.task(name=dispatch.TASKS[dispatch.TRAIN])(work_on_training)
+app.task(name=dispatch.TASKS[dispatch.IO])(work_on_io)
+
+signals.celeryd_init.connect(_one_process_a_device)
+signals.celeryd_after_setup.connect(_note_queues)
+signals.worker_process_init.connect(_open_desks)
+signals.worker_shutting_down.connect(_drain)
+signals.worker_process_shutdown.connect(_wait_for_desks)

@@ -1,0 +1,216 @@
+"""One attempt at a job, from its claim to the end of its lease.
+
+    lay out the run directory -> spawn the trainer -> write down what it says -> publish what it made
+
+Ends, by what was seen last:
+
+    exit 0 after Finished                the job succeeded
+    Failed user_error, nan_loss, gpu_oom the job failed; trying again would end the same way
+    exit 75, or killed after the grace   the pause is done, or the worker stops: back to the queue, not counted
+    anything else                        crashed: back to the queue, counted
+    LeaseLost                            the job was cancelled or taken over: everything is dropped
+"""
+
+import logging
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from tunery import db, wire
+from tunery.artifacts.manifest import Manifest
+from tunery.datasets import shelf
+from tunery.errors import JobFailure, LeaseLost, StorageFailed, TrainingCrashed
+from tunery.jobs import leases
+from tunery.jobs.leases import Lease
+from tunery.jobs.model import Job
+from tunery.models.model import Model
+from tunery.settings import Settings
+from tunery.storage import Storage, Stored
+from worker.supervisor import staging, upload
+from worker.supervisor.deeds import Scribe, add_model
+from worker.supervisor.drain import Drain
+from worker.supervisor.lease import UNREACHABLE, Hold, Interrupted
+from worker.supervisor.process import Trainer
+
+log = logging.getLogger(__name__)
+
+RESULTS = "step_metrics.csv"
+"""The result file's name, as OpenAI gives it."""
+_SILENCE = 0.5
+"""Seconds without a message after which batches are written all the same."""
+
+LastDeed = Callable[[Session], None]
+"""What ends the attempt, in one transaction."""
+
+
+def run(lease: Lease, *, settings: Settings, storage: Storage, drain: Drain, mark: str) -> None:
+    """Carries the attempt out and ends its lease, whatever becomes of the run; see the module's head.
+
+    Raises only when the database stays away while the worker shuts down; the lease then runs out by itself.
+    """
+    run_dir = settings.runs_dir / lease.job_id / str(lease.number)
+    log.info("attempt %d of %s begins in %s", lease.number, lease.job_id, run_dir)
+    with Hold(lease, settings, drain) as hold:
+        try:
+            hold.write(_carry_out(hold, settings, storage, run_dir, mark))
+            log.info("attempt %d of %s has ended", lease.number, lease.job_id)
+        except LeaseLost:
+            log.info("attempt %d of %s is dropped: the job moved on", lease.number, lease.job_id)
+            _drop(lease, storage)
+        finally:
+            clean(run_dir)
+
+
+def _carry_out(hold: Hold, settings: Settings, storage: Storage, run_dir: Path, mark: str) -> LastDeed:
+    try:
+        needs = hold.write(lambda session: staging.needs_of(session, leases.held(session, hold.lease)))
+        shutil.rmtree(run_dir, ignore_errors=True)
+        staging.lay_out(needs, run_dir, settings.models_dir, storage, hold.check)
+        hold.check()
+        trainer = Trainer(run_dir, hold.lease.gpu_indexes, mark)
+        scribe = Scribe(hold, settings, storage, run_dir, keep=needs.run.public_checkpoints)
+        status = _listen(hold, trainer, scribe, storage, mark)
+        return _conclude(hold, trainer, scribe, status, settings, storage)
+    except LeaseLost:
+        raise
+    except Interrupted:
+        return _let_go(hold, snapshot=None)
+    except Exception as error:  # our own part failed, not the run: storage, a full disk, a damaged object
+        log.exception("attempt %d of %s broke off", hold.lease.number, hold.lease.job_id)
+        return _hand_back(hold, str(error))
+
+
+def _listen(hold: Hold, trainer: Trainer, scribe: Scribe, storage: Storage, mark: str) -> int:
+    """To the end of the trainer and its log; its exit status."""
+    log_prefix = f"jobs/{hold.lease.job_id}/logs/{hold.lease.number:06d}"
+    process = {"pid": trainer.pid, "mark": mark}
+    hold.watch(trainer)
+    try:
+        with upload.LogShipper(storage, trainer.log_path, log_prefix), scribe:
+            hold.write(lambda session: leases.record_process(session, hold.lease, process))
+            for message in trainer.messages(every=_SILENCE):
+                scribe.hear(message)
+            status = trainer.wait()
+            hold.write(lambda session: leases.held(session, hold.lease))
+            scribe.close()
+            return status
+    finally:
+        trainer.kill()
+        trainer.wait()
+
+
+def _conclude(
+    hold: Hold, trainer: Trainer, scribe: Scribe, status: int, settings: Settings, storage: Storage
+) -> LastDeed:
+    last = scribe.last_word
+    if status == 0 and isinstance(last, wire.Finished):
+        return _publish(hold, scribe, last, settings, storage)
+    if isinstance(last, wire.Failed) and last.kind != "crashed":
+        return _fail(hold, last)
+    if status == wire.EXIT_PAUSED or hold.stopping:
+        saved = last.path if isinstance(last, wire.Paused) else None
+        return _let_go(hold, snapshot=str(scribe.store_snapshot(saved)) if saved else None)
+    return _hand_back(hold, last.message if isinstance(last, wire.Failed) else _last_words(trainer, status))
+
+
+# --- the ends -----------------------------------------------------------------------------------------------------
+
+
+def _publish(hold: Hold, scribe: Scribe, finished: wire.Finished, settings: Settings, storage: Storage) -> LastDeed:
+    """Objects first, their manifest last; everything that tells of them in the one transaction that is returned."""
+    hold.write(lambda session: leases.record_progress(session, hold.lease, phase="uploading"))
+    out, prefix = scribe.run_dir / finished.path, f"{scribe.prefix}/model"
+    listed = upload.insist(lambda: upload.publish(storage, prefix, out), give_up=lambda: hold.lost)
+    table = upload.insist(lambda: storage.put_file(shelf.new_key(), out / "results.csv"), give_up=lambda: hold.lost)
+    return lambda session: _succeed(session, hold.lease, settings, finished, _Published(prefix, listed, table))
+
+
+@dataclass(frozen=True)
+class _Published:
+    """What lies in storage and is not yet told of."""
+
+    prefix: str
+    listed: Manifest
+    table: Stored
+
+
+def _succeed(
+    session: Session, lease: Lease, settings: Settings, finished: wire.Finished, published: _Published
+) -> None:
+    job = session.get_one(Job, lease.job_id, with_for_update=True, populate_existing=True)
+    if job.result_file and published.table.key.endswith(job.result_file):
+        return  # an earlier try was committed and only its confirmation was lost
+    job = leases.held(session, lease)
+    model = add_model(session, job, settings, prefix=published.prefix, listed=published.listed)
+    file = shelf.shelve(session, job.project_id, published.table, purpose=shelf.RESULTS, filename=RESULTS)
+    leases.finish(
+        session,
+        lease,
+        tuned_model=model.id,
+        trained_tokens=finished.trained_tokens,
+        result_file=file.id,
+        progress={**job.progress, **finished.model_dump(mode="json", exclude={"type", "path"})},
+    )
+
+
+def _fail(hold: Hold, failed: wire.Failed) -> LastDeed:
+    error = JobFailure.quoted(failed.code, failed.message, failed.param)
+    return lambda session: leases.fail(session, hold.lease, error, outcome=failed.kind)
+
+
+def _let_go(hold: Hold, *, snapshot: str | None) -> LastDeed:
+    """The owner's pause, or this worker's end. Which of them, the row says: a pause may have been taken back."""
+    reason = "The worker is being stopped" if hold.draining else "The run was stopped"
+
+    def deed(session: Session) -> None:
+        if leases.held(session, hold.lease).wish == "pause":
+            leases.park(session, hold.lease, snapshot=snapshot)
+        else:
+            leases.requeue(session, hold.lease, reason=reason, outcome="preempted", counted=False, snapshot=snapshot)
+
+    return deed
+
+
+def _hand_back(hold: Hold, reason: str) -> LastDeed:
+    error = TrainingCrashed(reason=reason, job=hold.lease.job_id)
+    return lambda session: leases.requeue(
+        session, hold.lease, reason=f"Training broke off: {reason}", outcome="crashed", counted=True, error=error
+    )
+
+
+def _last_words(trainer: Trainer, status: int) -> str:
+    cause = f"the trainer exited with status {status}"
+    if status < 0:
+        cause = f"the trainer was killed by signal {-status}"
+    if status == -signal.SIGKILL:
+        cause += " (the host may have run out of memory)"
+    return f"{cause}; its log ends with: {trainer.last_words() or '(nothing)'}"
+
+
+def _drop(lease: Lease, storage: Storage) -> None:
+    """The process is gone, so its devices are free; what it published and no row tells of is removed."""
+    prefix = f"jobs/{lease.job_id}/{lease.number}/model"
+    try:
+        with db.transaction() as session:
+            leases.end_attempt(session, lease, "dropped")
+            published = session.scalar(select(Model.id).where(Model.prefix == prefix))
+        if published is None:
+            upload.remove(storage, prefix)
+    except (*UNREACHABLE, StorageFailed) as error:
+        log.warning("attempt %d of %s was not tidied up: %s", lease.number, lease.job_id, error)
+
+
+def clean(run_dir: Path) -> None:
+    """Removes a run directory whose attempt has ended, but for its log: that may be all that storage did not get."""
+    for path in run_dir.iterdir() if run_dir.is_dir() else ():
+        if path.name == "log.txt":
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,313 @@
+"""What a trainer says, turned into rows and stored objects: one message, one deed."""
+
+import logging
+import math
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from tunery import wire
+from tunery.artifacts import model as artifacts
+from tunery.artifacts.manifest import Manifest
+from tunery.errors import LeaseLost
+from tunery.jobs import leases, ledger
+from tunery.jobs.model import Checkpoint, Job
+from tunery.models import registry
+from tunery.models.model import Model
+from tunery.settings import Settings
+from tunery.storage import Storage
+from worker.supervisor import upload
+from worker.supervisor.lease import Hold
+from worker.supervisor.staging import StoredFolder
+
+log = logging.getLogger(__name__)
+
+BATCH_SECONDS = 1.0
+"""Steps of so long are written in one transaction."""
+
+
+class Scribe:
+    """Writes down one attempt. Rows at once or in batches of a second; uploads one after the other beside them.
+
+    `hear` raises LeaseLost when the job is not this attempt's any more.
+    """
+
+    def __init__(self, hold: Hold, settings: Settings, storage: Storage, run_dir: Path, *, keep: int) -> None:
+        self._hold, self._settings, self._storage, self.run_dir, self._keep = hold, settings, storage, run_dir, keep
+        self._steps: dict[int, dict[str, Any]] = {}
+        self._newest: wire.Step | None = None
+        self._total_steps: int | None = None
+        self._device: str | None = None
+        self._flushed_at = 0.0
+        self._evaluating = False
+        self._uploads = ThreadPoolExecutor(1, "tunery-upload")
+        self._pending: list[Future[None]] = []
+        self._snapshots: dict[str, StoredFolder] = {}
+        self.last_word: wire.Finished | wire.Paused | wire.Failed | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._uploads.shutdown(wait=True, cancel_futures=kind is not None)
+
+    @property
+    def prefix(self) -> str:
+        """Everything of this attempt lies below it, and nothing else does."""
+        return f"jobs/{self._hold.lease.job_id}/{self._hold.lease.number}"
+
+    def hear(self, message: wire.Spoken | None) -> None:
+        """One message's deed; None is a moment of silence."""
+        match message:
+            case wire.Step():
+                self._note_step(message)
+            case wire.Evaluated():
+                self._note_evaluation(message)
+            case wire.Phase():
+                self._enter(message.phase)
+            case wire.Started():
+                self._hold.write(lambda session: self._start(session, message))
+            case wire.CheckpointSaved():
+                self._upload_later(message)
+            case wire.Score():
+                self._hold.write(lambda session: self._score(session, message))
+            case wire.Finished() | wire.Paused() | wire.Failed():
+                self.last_word = message
+        if time.monotonic() - self._flushed_at >= BATCH_SECONDS:
+            self._flush()
+
+    def close(self) -> None:
+        """The trainer has said its last word: what is still to be written or uploaded is, before this returns."""
+        self._evaluating = False
+        self._flush()
+        for pending in self._pending:
+            pending.result()
+
+    def store_snapshot(self, path: str) -> StoredFolder:
+        """Upload a recovery snapshot, unless it is there already. Raises StorageFailed, FileNotFoundError."""
+        if path not in self._snapshots:
+            prefix = f"{self.prefix}/{path}"
+            listed = upload.insist(
+                lambda: upload.publish(self._storage, prefix, self.run_dir / path), give_up=self._is_over
+            )
+            self._snapshots[path] = StoredFolder(prefix, listed.sha256)
+        return self._snapshots[path]
+
+    # --- steps ---
+
+    def _note_step(self, step: wire.Step) -> None:
+        self._newest, self._hold.step = step, step.step
+        self._steps.setdefault(step.step, {}).update(measures(step))
+
+    def _note_evaluation(self, evaluated: wire.Evaluated) -> None:
+        found = _finite(full_valid_loss=evaluated.loss, full_valid_mean_token_accuracy=evaluated.accuracy)
+        self._steps.setdefault(evaluated.step, {}).update(found)
+
+    def _enter(self, phase: str) -> None:
+        # A step that is being evaluated waits for its full validation loss: OpenAI tells of both in one event.
+        self._evaluating = phase == "evaluating"
+        self._flush()
+        self._hold.write(lambda session: leases.record_progress(session, self._hold.lease, phase=phase))
+
+    def _flush(self) -> None:
+        self._flushed_at = time.monotonic()
+        newest = self._newest
+        kept = {newest.step} if newest is not None and self._evaluating else set()
+        rows = {step: values for step, values in self._steps.items() if step not in kept}
+        if rows:
+            self._hold.write(lambda session: self._write_steps(session, rows))
+            self._steps = {step: values for step, values in self._steps.items() if step in kept}
+
+    def _write_steps(self, session: Session, rows: dict[int, dict[str, Any]]) -> None:
+        leases.record_metrics(session, self._hold.lease, rows)
+        for step, values in sorted(rows.items()):
+            data = {"step": step, "total_steps": self._total_steps} | {k: values[k] for k in EVENT_KEYS if k in values}
+            message = step_message(step, self._total_steps, values)
+            ledger.note(session, self._hold.lease.job_id, message, type="metrics", data=data)
+        if self._newest is not None:
+            leases.record_progress(session, self._hold.lease, **self._progress(self._newest))
+
+    def _progress(self, step: wire.Step) -> dict[str, Any]:
+        values: dict[str, Any] = {
+            "step": step.step,
+            "progress": _finite(
+                epoch=step.epoch,
+                train_loss=step.train_loss,
+                tokens=step.tokens,
+                step_seconds=step.seconds,
+                seconds_left=step.seconds_left,
+            )
+            | {"device": self._device},
+        }
+        if step.seconds_left is not None:
+            values["estimated_finish"] = func.clock_timestamp() + timedelta(seconds=step.seconds_left)
+        return values
+
+    # --- single events ---
+
+    def _start(self, session: Session, started: wire.Started) -> None:
+        self._total_steps, self._device = started.total_steps, started.device
+        leases.record_progress(session, self._hold.lease, total_steps=started.total_steps, phase="training")
+        job_id = self._hold.lease.job_id
+        ledger.note(session, job_id, parameters_message(started))
+        if started.first_step > 1:
+            ledger.note(session, job_id, f"Resumed from step {started.first_step - 1}/{started.total_steps}")
+        for warning in started.warnings:
+            ledger.note(session, job_id, warning, level="warn")
+
+    def _score(self, session: Session, score: wire.Score) -> None:
+        leases.record_progress(session, self._hold.lease, scorecard=score.model_dump(mode="json", exclude={"type"}))
+        ledger.note(session, self._hold.lease.job_id, score_message(score))
+
+    # --- uploads ---
+
+    def _upload_later(self, saved: wire.CheckpointSaved) -> None:
+        metrics = {"step": saved.step} | (measures(self._newest) if self._newest else {})
+        metrics |= self._steps.get(saved.step, {})
+        self._flush()
+        self._pending.append(self._uploads.submit(self._upload, saved, metrics))
+
+    def _upload(self, saved: wire.CheckpointSaved, metrics: dict[str, Any]) -> None:
+        try:
+            if saved.kind == "snapshot":
+                self._keep_snapshot(saved)
+            else:
+                self._keep_checkpoint(saved, metrics)
+        except FileNotFoundError:
+            log.info("%s was replaced by a newer one before it was uploaded", saved.path)
+        except LeaseLost:
+            log.info("%s is not kept: its attempt is over", saved.path)
+
+    def _keep_snapshot(self, saved: wire.CheckpointSaved) -> None:
+        stored = self.store_snapshot(saved.path)
+        former = self._hold.write(lambda session: self._point_to(session, stored))
+        if former and former != str(stored):
+            upload.remove(self._storage, StoredFolder.parse(former).prefix)
+
+    def _point_to(self, session: Session, stored: StoredFolder) -> str | None:
+        job = leases.held(session, self._hold.lease)
+        former, job.snapshot = job.snapshot, str(stored)
+        return former
+
+    def _keep_checkpoint(self, saved: wire.CheckpointSaved, metrics: dict[str, Any]) -> None:
+        # An attempt that resumed before this epoch's end meets its predecessor's checkpoint, which is as good.
+        if self._hold.write(lambda session: self._checkpoint_at(session, saved.step)):
+            return
+        prefix = f"{self.prefix}/{saved.path}"
+        listed = upload.insist(
+            lambda: upload.publish(self._storage, prefix, self.run_dir / saved.path), give_up=self._is_over
+        )
+        self._hold.write(lambda session: self._record_checkpoint(session, saved.step, prefix, listed, metrics))
+        for old in self._hold.write(self._hide_old_checkpoints):
+            upload.remove(self._storage, old)
+
+    def _checkpoint_at(self, session: Session, step: int) -> str | None:
+        return session.scalar(
+            select(Checkpoint.id).where(Checkpoint.job_id == self._hold.lease.job_id, Checkpoint.step == step)
+        )
+
+    def _record_checkpoint(
+        self, session: Session, step: int, prefix: str, listed: Manifest, metrics: dict[str, Any]
+    ) -> None:
+        job = leases.held(session, self._hold.lease)
+        model = add_model(session, job, self._settings, prefix=prefix, listed=listed, step=step)
+        data = {key: metrics[key] for key in ("step", *EVENT_KEYS) if key in metrics}
+        leases.record_checkpoint(session, self._hold.lease, step=step, model_id=model.id, metrics=data)
+
+    def _hide_old_checkpoints(self, session: Session) -> list[str]:
+        """Prefixes of the checkpoints that are not among the newest any more; their rows are gone with this."""
+        leases.held(session, self._hold.lease)
+        of_job = select(Checkpoint).where(Checkpoint.job_id == self._hold.lease.job_id)
+        old = session.scalars(of_job.order_by(Checkpoint.step.desc()).offset(self._keep)).all()
+        models = [session.get_one(Model, checkpoint.model_id) for checkpoint in old]
+        for checkpoint, model in zip(old, models, strict=True):
+            registry.delete(session, model)
+            session.delete(checkpoint)
+        return [model.prefix for model in models]
+
+    def _is_over(self) -> bool:
+        return self._hold.lost
+
+
+def add_model(
+    session: Session, job: Job, settings: Settings, *, prefix: str, listed: Manifest, step: int | None = None
+) -> Model:
+    """The row of what a job made, with its files' rows: a checkpoint when `step` is given, else the result."""
+    base = session.get_one(Model, job.base_model)
+    name = registry.tuned_name(base=base.id, organization=settings.organization, suffix=job.suffix, step=step)
+    model = registry.add_tuned(
+        session,
+        name=name,
+        project_id=job.project_id,
+        kind="tuned" if step is None else "checkpoint",
+        base=base,
+        job_id=job.id,
+        technique=(job.plan or {})["technique"]["type"],
+        prefix=prefix,
+        manifest=listed.model_dump(mode="json"),
+        sha256=listed.sha256,
+    )
+    artifacts.record(session, model, listed)
+    return model
+
+
+EVENT_KEYS = (
+    "train_loss",
+    "train_mean_token_accuracy",
+    "valid_loss",
+    "valid_mean_token_accuracy",
+    "full_valid_loss",
+    "full_valid_mean_token_accuracy",
+)
+"""What OpenAI's metrics events and checkpoints tell, under its names."""
+
+
+def measures(step: wire.Step) -> dict[str, Any]:
+    """A step's row in `job_metrics`."""
+    return _finite(
+        train_loss=step.train_loss,
+        train_mean_token_accuracy=step.train_accuracy,
+        valid_loss=step.valid_loss,
+        valid_mean_token_accuracy=step.valid_accuracy,
+        learning_rate=step.learning_rate,
+        grad_norm=step.grad_norm,
+        epoch=step.epoch,
+        tokens=step.tokens,
+        seconds=step.seconds,
+    )
+
+
+def _finite(**values: float | None) -> dict[str, Any]:
+    # jsonb knows no NaN; what was not measured, or is not a number, is left out.
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def step_message(step: int, total: int | None, values: dict[str, Any]) -> str:
+    """`Step 300/300: training loss=0.15, validation loss=0.27, full validation loss=0.40`, as far as measured."""
+    names = {"train_loss": "training loss", "valid_loss": "validation loss", "full_valid_loss": "full validation loss"}
+    parts = [f"{words}={values[key]:.2f}" for key, words in names.items() if key in values]
+    return f"Step {step}/{total}: {', '.join(parts)}" if parts else f"Step {step}/{total}"
+
+
+def parameters_message(started: wire.Started) -> str:
+    share = 100 * started.trainable_params / max(1, started.all_params)
+    return (
+        f"trainable params: {started.trainable_params:,} || all params: {started.all_params:,} || "
+        f"trainable: {share:.2f}%"
+    )
+
+
+def score_message(score: wire.Score) -> str:
+    return (
+        f"Scorecard on {score.rows} test rows: exact match {score.base_exact:.1%} before, {score.tuned_exact:.1%} "
+        f"after; gain {100 * score.gain:+.1f} points (95 % interval {100 * score.gain_low:+.1f} to "
+        f"{100 * score.gain_high:+.1f})"
+    )

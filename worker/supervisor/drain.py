@@ -1,0 +1,22 @@
+"""The worker's wish to stop, seen by all of its processes."""
+
+import mmap
+
+
+class Drain:
+    """A flag that the main process sets and its forked children read.
+
+    One byte of shared memory instead of a multiprocessing.Event: that one holds a lock while it is read, and a child
+    killed at that moment would leave the main process waiting for it inside its signal handler.
+    """
+
+    def __init__(self) -> None:
+        self._flag = mmap.mmap(-1, 1)
+
+    def begin(self) -> None:
+        """Take no new work; runs save and let go. There is no way back."""
+        self._flag[0] = 1
+
+    @property
+    def begun(self) -> bool:
+        return self._flag[0] == 1

@@ -1,0 +1,141 @@
+"""An attempt's lease while its run goes on: renewed by a thread of its own, which also brings the owner's wish."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol, Self, TypeVar
+
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
+
+from tunery import db
+from tunery.errors import LeaseLost
+from tunery.jobs import leases
+from tunery.jobs.leases import Lease
+from tunery.settings import Settings
+from worker.supervisor.drain import Drain
+
+log = logging.getLogger(__name__)
+
+UNREACHABLE = (OperationalError, InterfaceError, PoolTimeout)
+"""How a database that is down, restarting or cut off shows itself."""
+_TICK = 0.2
+_Result = TypeVar("_Result")
+
+
+class Stoppable(Protocol):
+    """A run's process, as far as a lease cares."""
+
+    def ask_to_stop(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class Interrupted(Exception):
+    """The run is to stop before its process was started."""
+
+
+class Hold:
+    """The lease in use: `with Hold(...) as hold` renews it until the end of the block.
+
+    The run stops in two ways. Lease known to be lost: its process is killed at once and nothing is saved. Pause or
+    shutdown: it is asked to save, and killed after the grace. A database that does not answer stops nothing: the run
+    trains on, since killing every run for a database's restart would cost more than a run that proves to be late.
+    """
+
+    def __init__(self, lease: Lease, settings: Settings, drain: Drain) -> None:
+        self.lease = lease
+        self.lost = False
+        self.pausing = False
+        self.step = 0
+        self._settings, self._drain = settings, drain
+        self._process: Stoppable | None = None
+        self._asked_at: float | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tunery-lease", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    @property
+    def draining(self) -> bool:
+        """Whether the worker shuts down."""
+        return self._drain.begun
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run has been told to save and let go."""
+        return self.pausing or self.draining
+
+    def check(self) -> None:
+        """Between two steps of the preparation. Raises LeaseLost, Interrupted."""
+        if self.lost:
+            raise LeaseLost(job=self.lease.job_id, attempt=self.lease.number)
+        if self.stopping:
+            raise Interrupted
+
+    def watch(self, process: Stoppable) -> None:
+        """From now on this process is the one to stop."""
+        self._process = process
+
+    def write(self, deed: Callable[[Session], _Result]) -> _Result:
+        """One deed in one transaction, again and again while the database does not answer. Raises LeaseLost.
+
+        A worker that shuts down does not wait for the database for ever: after the grace its error comes through, and
+        the lease runs out by itself.
+        """
+        delay, began = 0.5, time.monotonic()
+        while True:
+            if self.lost:
+                raise LeaseLost(job=self.lease.job_id, attempt=self.lease.number)
+            try:
+                with db.transaction() as session:
+                    return deed(session)
+            except UNREACHABLE:
+                if self._drain.begun and time.monotonic() - began > self._settings.stop_grace_seconds:
+                    raise
+                log.warning("the database does not answer; the run of %s goes on", self.lease.job_id)
+            self._over.wait(delay)
+            delay = min(2 * delay, 10)
+
+    def _run(self) -> None:
+        renew_at = time.monotonic() + self._settings.renew_seconds
+        while not self._over.wait(_TICK):
+            if time.monotonic() >= renew_at:
+                self._renew()
+                renew_at = time.monotonic() + self._settings.renew_seconds
+            self._act()
+
+    def _renew(self) -> None:
+        try:
+            with db.transaction() as session:
+                wish = leases.renew(
+                    session, self.lease, lease_seconds=self._settings.lease_seconds, last_step=self.step
+                )
+            self.pausing = self.pausing or wish == "pause"
+        except LeaseLost:
+            self.lost = True
+        except Exception as error:  # noqa: BLE001  a thread that died here would cost the lease
+            log.warning("the lease of %s was not renewed (%s); the run goes on", self.lease.job_id, error)
+
+    def _act(self) -> None:
+        if self._process is None:
+            return
+        if self.lost:
+            self._process.kill()
+        elif self.stopping:
+            self._stop(self._process)
+
+    def _stop(self, process: Stoppable) -> None:
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
+            process.ask_to_stop()
+        elif time.monotonic() - self._asked_at > self._settings.stop_grace_seconds:
+            process.kill()

@@ -1,0 +1,123 @@
+"""A slot: one process of a training worker, which works on one job at a time."""
+
+import fcntl
+import logging
+import re
+from pathlib import Path
+from typing import IO
+
+import psutil
+from sqlalchemy import select
+
+from tunery import db
+from tunery.jobs import leases
+from tunery.jobs.leases import Lease, Offer
+from tunery.jobs.model import Attempt
+from tunery.settings import Settings
+from tunery.storage import open_storage
+from worker.supervisor import attempt, devices
+from worker.supervisor.drain import Drain
+from worker.supervisor.process import MARK
+
+log = logging.getLogger(__name__)
+
+
+class Slot:
+    """Claims jobs for its host's free devices and carries them out.
+
+    `name` must stay the same over restarts of the worker (`train@host/0`): by it a returning slot knows what its former
+    life left behind, and ends that before it takes anything new.
+    """
+
+    def __init__(self, name: str, settings: Settings, drain: Drain) -> None:
+        self.name = name
+        self._settings, self._drain = settings, drain
+        self._storage = open_storage(settings)
+        self._devices = devices.found(settings.serve_gpu)
+        self._lock_path = settings.runs_dir / ".slots" / f"{re.sub(r'[^A-Za-z0-9@._-]', '-', name)}.lock"
+        self._lock: IO[str] | None = None
+
+    def show(self) -> None:
+        """Writes down what this host offers, for planning and for people."""
+        with db.transaction() as session:
+            for device in self._devices:
+                leases.show_slot(session, devices.as_slot(device))
+
+    def look(self) -> bool:
+        """One job, if there is one for us; whether to look again at once."""
+        if self._drain.begun or not self._devices or not self._take_over():
+            return False
+        lease = self._claim()
+        if lease is None:
+            return False
+        attempt.run(lease, settings=self._settings, storage=self._storage, drain=self._drain, mark=self._mark)
+        return True
+
+    def _claim(self) -> Lease | None:
+        free = devices.free_of_strangers(self._devices)
+        if not free:
+            return None
+        gpus = tuple(device.index for device in free if device.index is not None)
+        with db.transaction() as session:
+            return leases.claim(
+                session, Offer(devices.host(), self.name, gpus), lease_seconds=self._settings.lease_seconds
+            )
+
+    @property
+    def _mark(self) -> str:
+        # The lock's path, not the name: two installations on one host may well have slots of the same name.
+        return str(self._lock_path)
+
+    def _take_over(self) -> bool:
+        """Once in a slot's life: make sure that it is the only one of its name, and end what the last one left."""
+        if self._lock is not None:
+            return True
+        lock = self._hold_lock()
+        if lock is None:
+            log.error("another process works as slot %s; give each worker of a host a name of its own (-n)", self.name)
+            return False
+        killed = end_marked(self._mark)
+        with db.transaction() as session:
+            reaped = leases.reap_slot(session, self.name)
+        if killed or reaped:
+            log.warning("slot %s took over: %d processes and %d attempts were left", self.name, killed, reaped)
+        self._clean_runs()
+        self._lock = lock
+        return True
+
+    def _hold_lock(self) -> IO[str] | None:
+        self._lock_path.parent.mkdir(parents=True, exist_ok=True)
+        lock = self._lock_path.open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return None
+        return lock
+
+    def _clean_runs(self) -> None:
+        """Run directories whose attempts have ended without us; those of the host's other slots are live."""
+        with db.transaction() as session:
+            live = set(session.execute(select(Attempt.job_id, Attempt.number).where(Attempt.ended_at.is_(None))).all())
+        known = {(job, str(number)) for job, number in live}
+        for run_dir in self._settings.runs_dir.glob("*/*"):
+            if (run_dir.parent.name, run_dir.name) not in known and _is_run(run_dir):
+                attempt.clean(run_dir)
+
+
+def _is_run(folder: Path) -> bool:
+    return folder.is_dir() and folder.name.isdigit()
+
+
+def end_marked(mark: str) -> int:
+    """SIGKILL to every process that works for the slot; how many. They are found by what they inherited, not by a pid
+    that was written down: a trainer's children carry the mark too, and a pid may be another's by now."""
+    killed = 0
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark:
+                process.kill()
+                killed += 1
+        except psutil.Error:  # another user's, or gone
+            continue
+    return killed

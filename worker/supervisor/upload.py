@@ -1,0 +1,99 @@
+"""Folders and logs on their way into storage, while a run goes on or after it."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self, TypeVar
+
+from tunery.artifacts import manifest
+from tunery.artifacts.manifest import Manifest
+from tunery.errors import KeyTaken, StorageFailed
+from tunery.storage import Storage
+
+log = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 900
+"""How long a finished run waits for a storage that fails, before the attempt counts as failed."""
+_CHUNK = 1 << 20
+_Result = TypeVar("_Result")
+
+
+def insist(deed: Callable[[], _Result], *, give_up: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> _Result:
+    """The deed, again and again while storage fails. Raises StorageFailed in the end, or when `give_up` says so."""
+    delay, deadline = 0.5, time.monotonic() + seconds
+    while True:
+        try:
+            return deed()
+        except StorageFailed:
+            if give_up() or time.monotonic() > deadline:
+                raise
+            log.warning("storage fails; trying again in %.1f s", delay)
+        time.sleep(delay)
+        delay = min(2 * delay, 15)
+
+
+def publish(storage: Storage, prefix: str, folder: Path) -> Manifest:
+    """Store a folder under a prefix that is this attempt's alone; publishing it twice is doing it once.
+
+    Raises StorageFailed, FileNotFoundError when the trainer has removed the folder meanwhile.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(folder)
+    try:
+        return manifest.publish(storage, prefix, folder)[0]
+    except KeyTaken:
+        # Our own manifest, whose confirmation was lost on the way: no other attempt writes under this prefix. Files
+        # were sent again before it was found, so the local folder is what it must describe.
+        return manifest.describe(folder)
+
+
+def remove(storage: Storage, prefix: str) -> None:
+    """Delete a folder's objects, the manifest first, so that nobody takes the rest for a whole one."""
+    storage.delete(f"{prefix}/{manifest.NAME}")
+    for key in list(storage.list(f"{prefix}/")):
+        storage.delete(key)
+
+
+class LogShipper:
+    """Sends what a growing log file has gained, every few seconds, as objects `<prefix>-<part>` that never change."""
+
+    def __init__(self, storage: Storage, path: Path, prefix: str, *, every: float = 2) -> None:
+        self._storage, self._path, self._prefix, self._every = storage, path, prefix, every
+        self._sent, self._parts = 0, 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tunery-log", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._ship(rest=True)
+
+    def _run(self) -> None:
+        while not self._over.wait(self._every):
+            self._ship()
+
+    def _ship(self, *, rest: bool = False) -> None:
+        try:
+            while text := self._next(rest=rest):
+                self._storage.put(f"{self._prefix}-{self._parts:06d}", text)
+                self._sent += len(text)
+                self._parts += 1
+        except (StorageFailed, OSError) as error:  # the log goes on from where it stood once storage is back
+            log.warning("no log sent to %s: %s", self._prefix, error)
+
+    def _next(self, *, rest: bool) -> bytes:
+        """Whole lines only, unless nothing will follow or one line fills a chunk: no character is cut in two."""
+        if not self._path.exists():
+            return b""
+        with self._path.open("rb") as file:
+            file.seek(self._sent)
+            text = file.read(_CHUNK)
+        if rest or len(text) == _CHUNK:
+            return text
+        return text[: text.rfind(b"\n") + 1]

@@ -1,0 +1,27 @@
+"""Long work that only one process of the installation may do, without holding any row for so long."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import func, select
+
+from tunery import db
+
+
+@contextmanager
+def only_here(what: str) -> Iterator[bool]:
+    """Whether this process may do `what` now; a process that dies gives the claim up with its connection.
+
+    An advisory lock of the connection's session: a row lock would keep the row's owner waiting (a cancel, a delete),
+    and an open transaction would keep PostgreSQL from tidying up.
+    """
+    key = func.hashtextextended(f"tunery {what}", 0)
+    engine = db.sessions().kw["bind"]
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        if not connection.scalar(select(func.pg_try_advisory_lock(key))):
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            connection.execute(select(func.pg_advisory_unlock(key)))

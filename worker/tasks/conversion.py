@@ -1,0 +1,123 @@
+"""Registered bases become usable: converted by a process of its own, published, and kept as this host's copy."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from sqlalchemy import select
+
+from tunery import db
+from tunery.artifacts import manifest
+from tunery.artifacts import model as artifacts
+from tunery.errors import KeyTaken
+from tunery.local.process import dies_with_parent
+from tunery.models import registry
+from tunery.models.model import Model
+from tunery.settings import Settings
+from tunery.storage import Storage
+from worker.supervisor import staging, upload
+from worker.supervisor.drain import Drain
+from worker.supervisor.process import ROOT, environment
+from worker.tasks.claims import only_here
+
+log = logging.getLogger(__name__)
+
+_FOR_HUBS = {"HF_ENDPOINT", "HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"}
+"""A conversion may have to reach a model hub, which a training run never does."""
+
+
+def convert_next(settings: Settings, storage: Storage, drain: Drain) -> bool:
+    """One base; whether there was one."""
+    for model_id in _waiting():
+        with only_here(f"convert {model_id}") as mine:
+            if mine and model_id in _waiting():
+                _convert(model_id, settings, storage, drain)
+                return True
+    return False
+
+
+def _waiting() -> list[str]:
+    with db.transaction() as session:
+        waiting = select(Model.id).where(Model.kind == "base", Model.status == "processing", Model.deleted_at.is_(None))
+        return list(session.scalars(waiting.order_by(Model.created_at)))
+
+
+def _convert(model_id: str, settings: Settings, storage: Storage, drain: Drain) -> None:
+    with db.transaction() as session:
+        model = session.get_one(Model, model_id)
+        source, prefix = model.source or "", model.prefix
+    log.info("converting %s from %s", model_id, source)
+    settings.models_dir.mkdir(parents=True, exist_ok=True)
+    # In models_dir, so that the result is renamed into its place and not copied.
+    folder = Path(tempfile.mkdtemp(prefix=".converting-", dir=settings.models_dir))
+    try:
+        reason = _run(source, folder / "out", drain)
+        if drain.begun:
+            return  # the next worker begins anew
+        if reason is None:
+            _publish(model_id, prefix, folder / "out", settings, storage)
+        else:
+            _settle_error(model_id, reason)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(source: str, out: Path, drain: Drain) -> str | None:
+    """Spawns the converter; why it failed, or None. A worker that shuts down ends it."""
+    passed = {name: value for name, value in os.environ.items() if name.upper() in _FOR_HUBS}
+    variables = {**environment((), str(out)), **passed}
+    del variables["HF_HUB_OFFLINE"]
+    errors_path = out.with_name("errors.txt")
+    with errors_path.open("wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "worker.trainer.convert", source, str(out)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            cwd=ROOT,
+            env=variables,
+            start_new_session=True,
+            preexec_fn=dies_with_parent(signal.SIGKILL),
+        )
+        while True:
+            try:
+                status = process.wait(timeout=0.5)
+                break
+            except subprocess.TimeoutExpired:
+                if drain.begun:
+                    process.kill()
+    if status == 0:
+        return None
+    words = errors_path.read_text(errors="replace").strip().splitlines()[-5:]
+    return "\n".join(words) or f"The conversion ended with status {status} and said nothing."
+
+
+def _publish(model_id: str, prefix: str, out: Path, settings: Settings, storage: Storage) -> None:
+    try:
+        listed, sha256 = manifest.publish(storage, prefix, out)
+    except KeyTaken:
+        # A predecessor died between its manifest and its row. Nobody has read it: the row still said "processing".
+        upload.remove(storage, prefix)
+        listed, sha256 = manifest.publish(storage, prefix, out)
+    facts = json.loads((out / "facts.json").read_text())
+    staging.adopt(settings.models_dir, out, listed)
+    with db.transaction() as session:
+        model = session.get_one(Model, model_id, with_for_update=True)
+        if model.status == "processing" and model.prefix == prefix and model.deleted_at is None:
+            registry.set_ready(session, model, manifest=listed.model_dump(mode="json"), sha256=sha256, facts=facts)
+            artifacts.record(session, model, listed)
+    log.info("%s is ready", model_id)
+
+
+def _settle_error(model_id: str, reason: str) -> None:
+    log.warning("%s cannot be used: %s", model_id, reason)
+    with db.transaction() as session:
+        model = session.get_one(Model, model_id, with_for_update=True)
+        if model.status == "processing":
+            registry.set_error(session, model, reason)

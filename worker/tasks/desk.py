@@ -1,0 +1,59 @@
+"""A place in a worker's process where one kind of work is done, one piece at a time."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from worker.supervisor.drain import Drain
+
+log = logging.getLogger(__name__)
+
+
+class Desk:
+    """Looks at the rows when it is told to and every `poll_seconds` besides, and works while it finds something.
+
+    `look` does one piece of work and answers whether there may be more. Its thread lives as long as the process, which
+    matters: Linux ends a trainer when the thread that spawned it ends.
+    """
+
+    def __init__(self, name: str, look: Callable[[], bool], *, poll_seconds: float, drain: Drain) -> None:
+        self._look, self._poll_seconds, self._drain = look, poll_seconds, drain
+        self._wanted, self._bell, self._busy = threading.Event(), threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._run, name=f"tunery-{name}", daemon=True)
+
+    def open(self) -> None:
+        """Start polling: work goes on without any broker."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Have the desk's own thread look now."""
+        self._bell.set()
+
+    def work(self) -> None:
+        """Work in the caller's thread until nothing is left; return at once when somebody is at it already."""
+        # Set first: whoever holds the lock looks once more before he goes, so that no wake-up falls between his last
+        # look and his leaving.
+        self._wanted.set()
+        while self._wanted.is_set() and self._busy.acquire(blocking=False):
+            try:
+                self._wanted.clear()
+                self._work_off()
+            finally:
+                self._busy.release()
+
+    def wait(self) -> None:
+        """Until nobody is at work; for a worker that stops, and so for good."""
+        self._busy.acquire()
+
+    def _run(self) -> None:
+        while not self._drain.begun:
+            self.work()
+            self._bell.wait(self._poll_seconds)
+            self._bell.clear()
+
+    def _work_off(self) -> None:
+        try:
+            while not self._drain.begun and self._look():
+                pass
+        except Exception:  # the next look may fare better: a database that restarts, a disk that was full
+            log.exception("the %s desk was interrupted", self._thread.name)

@@ -1,0 +1,30 @@
+"""Files that came in without being read through: their syntax is judged here, and jobs that wait for them go on."""
+
+from tunery import db
+from tunery.datasets import shelf
+from tunery.datasets.model import File
+from tunery.storage import Storage
+from worker.tasks.claims import only_here
+
+
+def process_next(storage: Storage) -> bool:
+    """One file; whether there was one."""
+    skip: list[str] = []
+    while True:
+        with db.transaction() as session:
+            file = shelf.next_unprocessed(session, skip=skip)
+            if file is None:
+                return False
+            skip.append(file.id)
+        with only_here(f"process {skip[-1]}") as mine:
+            if mine:
+                _process(storage, skip[-1])
+                return True
+
+
+def _process(storage: Storage, file_id: str) -> None:
+    # Not locked while it is read: a job that names the file must not wait until its last byte.
+    with db.transaction() as session:
+        file = session.get_one(File, file_id)
+        if file.status == "uploaded":
+            shelf.process(session, storage, file)

@@ -1,0 +1,56 @@
+"""The desks of a worker's process, by the queues that it serves."""
+
+from tunery import dispatch
+from tunery.settings import Settings
+from tunery.storage import open_storage
+from tunery.webhooks import outbox
+from worker.supervisor.drain import Drain
+from worker.supervisor.slot import Slot
+from worker.tasks import conversion, files, validation
+from worker.tasks.desk import Desk
+from worker.tasks.sweeper import Sweeper
+
+_SHOW_SECONDS = 60
+
+
+def open_desks(queue: str, slot_name: str, settings: Settings, drain: Drain) -> list[Desk]:
+    """The desks of one queue, polling. Call it once in each process, after the fork."""
+    desks = _training(slot_name, settings, drain) if queue == dispatch.TRAIN else _io(settings, drain)
+    for desk in desks:
+        desk.open()
+    return desks
+
+
+def _training(slot_name: str, settings: Settings, drain: Drain) -> list[Desk]:
+    slot = Slot(slot_name, settings, drain)
+
+    def show() -> bool:
+        slot.show()
+        return False
+
+    # Beside the slot's work, which may take days: a device that is not shown for an hour counts as gone.
+    return [
+        Desk("training", slot.look, poll_seconds=settings.poll_seconds, drain=drain),
+        Desk("devices", show, poll_seconds=_SHOW_SECONDS, drain=drain),
+    ]
+
+
+def _io(settings: Settings, drain: Drain) -> list[Desk]:
+    """A desk for each kind of work that may take long, so that none waits for another."""
+    storage = open_storage(settings)
+
+    def validate() -> bool:
+        return files.process_next(storage) or validation.validate_next(settings, storage)
+
+    def convert() -> bool:
+        return conversion.convert_next(settings, storage, drain)
+
+    def deliver() -> bool:
+        return outbox.deliver_due(settings) > 0
+
+    looks = {"validation": validate, "conversion": convert, "webhooks": deliver}
+    desks = [Desk(name, look, poll_seconds=settings.poll_seconds, drain=drain) for name, look in looks.items()]
+    # Retries of webhooks come due without any wake-up, so that desk and the sweeper look more often.
+    desks[-1] = Desk("webhooks", deliver, poll_seconds=settings.sweep_seconds, drain=drain)
+    sweeper = Sweeper(settings, storage)
+    return [*desks, Desk("sweeper", sweeper.round, poll_seconds=settings.sweep_seconds, drain=drain)]

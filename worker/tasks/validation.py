@@ -1,0 +1,167 @@
+"""From `validating_files` to the queue: rows judged, every "auto" decided, memory estimated, before a GPU is held."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from tunery import db
+from tunery.datasets import rules
+from tunery.datasets.model import File
+from tunery.datasets.rules import Summary
+from tunery.errors import CannotRender, InvalidTrainingFile, JobFailure, TuneryError
+from tunery.jobs import leases, ledger
+from tunery.jobs.model import Job, Slot
+from tunery.jobs.states import State
+from tunery.models.model import Model
+from tunery.planning import advice, memory
+from tunery.rendering.messages import FileRole
+from tunery.rendering.template import ChatTemplate
+from tunery.settings import Settings
+from tunery.spec import Plan, TrainingSpec
+from tunery.storage import Storage
+from worker.supervisor import staging
+from worker.tasks.claims import only_here
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job with all that its validation reads, taken out of the database before the long work."""
+
+    job_id: str
+    spec: TrainingSpec
+    files: Mapping[FileRole, File]
+    base: Model
+    slots: Sequence[Slot]
+
+    @property
+    def max_length(self) -> int:
+        return min(self.spec.max_seq_length, self.base.facts.get("context_length") or self.spec.max_seq_length)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    plan: Plan
+    warnings: list[str]
+
+
+def validate_next(settings: Settings, storage: Storage) -> bool:
+    """One job; whether there was one."""
+    skip: list[str] = []
+    while True:
+        with db.transaction() as session:
+            job = ledger.next_to_validate(session, skip=skip)
+            if job is None:
+                return False
+            skip.append(job.id)
+            case = _open(session, job)
+        with only_here(f"validate {case.job_id}") as mine:
+            if mine:
+                _settle(case, settings, storage)
+                return True
+
+
+def _open(session: Session, job: Job) -> Case:
+    ids: dict[FileRole, str | None] = {
+        "training": job.training_file,
+        "validation": job.validation_file,
+        "test": job.test_file,
+    }
+    return Case(
+        job_id=job.id,
+        spec=TrainingSpec.model_validate(job.spec),
+        files={role: session.get_one(File, id) for role, id in ids.items() if id is not None},
+        base=session.get_one(Model, job.base_model),
+        slots=leases.slots(session),
+    )
+
+
+def _settle(case: Case, settings: Settings, storage: Storage) -> None:
+    if not _announce(case):
+        return
+    verdict: Verdict | TuneryError
+    try:
+        verdict = judge(case, settings, storage)
+    except JobFailure as error:
+        verdict = error
+    except CannotRender as error:  # of the model's template, and so of the pair of them
+        verdict = InvalidTrainingFile(param="training_file", role="training", reason=error.message)
+    with db.transaction() as session:
+        job = session.get_one(Job, case.job_id, with_for_update=True)
+        if job.state != State.VALIDATING:  # cancelled meanwhile
+            return
+        if isinstance(verdict, TuneryError):
+            ledger.fail_job(session, job, verdict)
+        else:
+            ledger.enqueue(session, job, verdict.plan, warnings=verdict.warnings)
+
+
+def _announce(case: Case) -> bool:
+    """Tells the owner that it is his job's turn; False when the job has gone on without us."""
+    with db.transaction() as session:
+        job = session.get_one(Job, case.job_id, with_for_update=True)
+        if job.state != State.VALIDATING:
+            return False
+        message = f"Validating training file: {case.files['training'].id}"
+        if "validation" in case.files:
+            message += f" and validation file: {case.files['validation'].id}"
+        ledger.note(session, job.id, message)
+        return True
+
+
+def judge(case: Case, settings: Settings, storage: Storage) -> Verdict:
+    """Raises JobFailure, whose text is the owner's to read, where the job cannot succeed."""
+    template = ChatTemplate.load(staging.text_folder(settings.models_dir, storage, case.base))
+    summaries = {role: _read(case, role, storage, template) for role in case.files}
+    plan = _plan(case, summaries["training"])
+    examples, facts = summaries["training"].examples, case.base.facts
+    warnings = [warning for summary in summaries.values() for warning in summary.warnings(case.max_length)]
+    warnings += advice.warnings(plan, examples=examples, facts=facts, asked_length=case.spec.max_seq_length)
+    return Verdict(plan, [*warnings, *_of_overlap(case, storage), *_of_hosts(plan, case.slots)])
+
+
+def _read(case: Case, role: FileRole, storage: Storage, template: ChatTemplate) -> Summary:
+    file = case.files[role]
+    if file.status == "error":
+        reason = file.status_details or "It could not be read."
+        raise InvalidTrainingFile(param=f"{role}_file", role=role, reason=reason)
+    return rules.check_examples(storage.read(file.key), role=role, template=template, max_length=case.max_length)
+
+
+def _of_overlap(case: Case, storage: Storage) -> list[str]:
+    """A warning, no failure: OpenAI takes such files, and code written for it must go on working."""
+    train, found = case.files["training"], []
+    for role, file in case.files.items():
+        try:
+            if role != "training":
+                rules.check_disjoint(storage.read(train.key), storage.read(file.key), role=role)
+        except InvalidTrainingFile as error:
+            found.append(f"The {role} file's figures will flatter the model. {error.fields['reason']}")
+    return found
+
+
+def _plan(case: Case, summary: Summary) -> Plan:
+    """Raises DoesNotFit where the largest device known is too small; without any worker yet nothing is too large."""
+    facts, length = case.base.facts, case.max_length
+    largest = max(case.slots, key=lambda slot: slot.memory_bytes, default=None)
+    if largest is None:
+        return advice.resolve(case.spec, examples=summary.examples, facts=facts, bf16_fits=True)
+    limits: dict[str, Any] = {
+        "max_seq_length": length,
+        "capacity": largest.memory_bytes,
+        "device": "cpu" if largest.gpu_index is None else "cuda",
+    }
+    fits = memory.bf16_fits(facts, **limits)
+    plan = advice.resolve(case.spec, examples=summary.examples, facts=facts, bf16_fits=fits)
+    memory.check(facts, plan.technique, **limits, model=case.base.id)
+    return plan
+
+
+def _of_hosts(plan: Plan, slots: Sequence[Slot]) -> list[str]:
+    """A job that asks for more GPUs than any host has waits, which should not surprise its owner."""
+    hosts = [slot.host for slot in slots]
+    most = max((hosts.count(host) for host in hosts), default=plan.resources.gpus)
+    if plan.resources.gpus <= most:
+        return []
+    return [f"The job asks for {plan.resources.gpus} GPUs and no host here has more than {most}: it waits for one."]
