@@ -149,6 +149,7 @@ def _check_celery(service: str, arguments: list[str]) -> None:
     parsed = _celery_options(options)
     queue = {"worker-io": dispatch.IO, "worker-gpu": dispatch.TRAIN}[service]
     assert parsed["queues"] == [queue]
+    assert parsed["hostname"] == f"{queue}@%h"
     assert dispatch.TASKS[queue] in app.tasks
 
 
@@ -229,6 +230,12 @@ def test_the_api_is_asked_for_its_health_where_it_answers(stages: dict[str, Stag
 
     (path,) = re.findall(r"http://127\.0\.0\.1:8000(/\w+)", stages["api"].all("HEALTHCHECK")[0])
     assert path in create_app().openapi()["paths"]
+
+
+def test_workers_are_asked_for_their_health_by_their_own_name(stages: dict[str, Stage]) -> None:
+    for target, queue in (("worker-io", dispatch.IO), ("worker-gpu", dispatch.TRAIN)):
+        (check,) = stages[target].all("HEALTHCHECK")
+        assert f'celery -A worker.app inspect ping --destination "{queue}@$(hostname)"' in check
 
 
 def test_published_ports_are_the_ones_listened_on(compose: dict[str, Any], stages: dict[str, Stage]) -> None:
