@@ -5,6 +5,7 @@ message goes again under the same `webhook-id`, by which receivers tell doubles.
 """
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
@@ -96,14 +97,12 @@ def deliver_due(
     `seconds` no further message is begun, so that a worker which wants to stop need not wait for a long queue.
     """
     made, flying = 0, set[Future[None]]()
-    with transaction() as session:
-        deadline = db.now(session) + timedelta(seconds=seconds)
+    deadline = time.monotonic() + seconds
     with ThreadPoolExecutor(SENDERS, "tunery-webhook") as pool:
         while True:
             with transaction() as session:
                 fan_out(session)
-                open_ = db.now(session) < deadline
-                claims = _claim(session, SENDERS - len(flying)) if open_ else []
+                claims = _claim(session, SENDERS - len(flying)) if time.monotonic() < deadline else []
             made += len(claims)
             flying |= {pool.submit(_try, claim, settings, transaction, resolver) for claim in claims}
             if not flying:
