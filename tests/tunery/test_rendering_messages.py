@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunery.errors import InvalidTrainingFile
@@ -137,6 +137,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(), JSON, max_size=4), st.booleans())
 def test_what_json_writes_is_read_back(value: dict[str, Any], ascii_only: bool) -> None:
     assert strict_json.load_object(json.dumps(value, ensure_ascii=ascii_only)) == value

@@ -1,0 +1,131 @@
+"""What a training file must hold."""
+
+import json
+from typing import Any
+
+import pytest
+from templates import CHATML, MISTRAL_LIKE, QWEN3_LIKE, tokenizer
+
+from tunery.datasets.rules import Summary, check_disjoint, check_examples
+from tunery.errors import InvalidNExamples, InvalidTrainingFile
+from tunery.rendering.template import ChatTemplate
+
+
+def template(source: str = CHATML) -> ChatTemplate:
+    return ChatTemplate(tokenizer(), {"default": source}, {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+def row(question: str = "q", answer: str = "a", **fields: Any) -> bytes:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return json.dumps({"messages": messages, **fields}).encode() + b"\n"
+
+
+def test_a_good_file_is_summed_up() -> None:
+    made = template()
+    summary = check_examples([row(f"question {n}", "yes") for n in range(12)], template=made)
+
+    assert (summary.examples, summary.truncated, summary.unlearnable) == (12, 0, 0)
+    assert summary.trained_tokens >= 12 * 2
+    assert summary.tokens > summary.trained_tokens
+    assert summary.longest * 12 >= summary.tokens
+    assert summary.warnings(2048) == []
+
+
+def test_the_form_alone_needs_no_model() -> None:
+    assert check_examples([row()] * 10) == Summary(examples=10)
+
+
+def test_ten_examples_are_the_least() -> None:
+    with pytest.raises(InvalidNExamples) as caught:
+        check_examples([row()] * 7)
+
+    assert caught.value.message == "Training file has 7 example(s), but must have at least 10 examples"
+    assert (caught.value.code, caught.value.param) == ("invalid_n_examples", "training_file")
+    assert check_examples([row()], role="validation").examples == 1
+
+
+@pytest.mark.parametrize("role", ["training", "validation", "test"])
+def test_a_fault_names_its_line_and_file(role: Any) -> None:
+    with pytest.raises(InvalidTrainingFile) as caught:
+        check_examples([row()] * 11 + [b'{"prompt": "a", "completion": "b"}\n'], role=role)
+
+    assert caught.value.message.startswith(f"The job failed due to an invalid {role} file. ")
+    assert "Example 12: Unexpected file format" in caught.value.message
+    assert caught.value.param == f"{role}_file"
+
+
+def test_broken_json_fails_the_job_too() -> None:
+    with pytest.raises(InvalidTrainingFile, match="Line 11: is not UTF-8"):
+        check_examples([row()] * 10 + [b"\xff\n"])
+
+
+def test_what_the_models_template_refuses_is_found_before_training() -> None:
+    system = {"messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]}
+    rows = [row()] * 10 + [json.dumps(system).encode()]
+
+    assert check_examples(rows, template=template()).examples == 11
+    with pytest.raises(InvalidTrainingFile, match=r"Example 11: .*roles must alternate"):
+        check_examples(rows, template=template(MISTRAL_LIKE))
+
+
+def test_a_test_row_ends_with_the_wanted_answer() -> None:
+    asks = {"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "q"}]}
+
+    with pytest.raises(InvalidTrainingFile, match="Example 1 does not end with an assistant message"):
+        check_examples([json.dumps(asks).encode()], role="test")
+
+
+def test_cut_rows_are_counted_and_told() -> None:
+    made = template()
+    length = check_examples([row()] * 10, template=made).longest
+    rows = [row()] * 10 + [row(answer="word " * 50)] + [row(question="word " * 50)]
+
+    summary = check_examples(rows, template=made, max_length=length)
+
+    assert (summary.truncated, summary.unlearnable, summary.longest) == (2, 1, length)
+    told = " ".join(summary.warnings(length))
+    assert "2 of 12 examples are longer than" in told
+    assert "1 of 12 examples lose their whole answer" in told
+
+
+def test_a_file_without_any_learnable_token_is_refused() -> None:
+    with pytest.raises(InvalidTrainingFile, match=r"max_seq_length \(16\). Raise max_seq_length."):
+        check_examples([row(question="word " * 50)] * 10, template=template(), max_length=16)
+
+
+def test_rows_that_are_split_count_once() -> None:
+    two = {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "a"},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "b"},
+        ]
+    }
+    lines = [json.dumps(two).encode() + b"\n"] * 10
+
+    whole, split = (check_examples(lines, template=template(source)) for source in (CHATML, QWEN3_LIKE))
+
+    assert whole.examples == split.examples == 10
+    assert split.tokens > whole.tokens
+
+
+def test_shared_rows_are_named_on_both_sides() -> None:
+    train = [row(f"q{n}", id=f"train-{n}") for n in range(10)]
+    held_out = [row("new"), row("q3", id="valid-1"), row("q3", "another answer"), row("q7")]
+
+    check_disjoint(train, [row("new"), row("q1", "another answer")])
+    with pytest.raises(InvalidTrainingFile) as caught:
+        check_disjoint(train, held_out)
+
+    assert "shares 2 example(s) with the training file: line 2 (line 4 there), line 4 (line 8 there)." in str(
+        caught.value
+    )
+    assert caught.value.param == "validation_file"
+
+
+def test_a_long_list_of_shared_rows_is_cut_short() -> None:
+    rows = [row(f"q{n}") for n in range(9)]
+
+    with pytest.raises(InvalidTrainingFile, match=r"line 5 \(line 5 there\) and 4 more"):
+        check_disjoint(rows, rows, role="test")

@@ -1,0 +1,210 @@
+"""Defaults, estimates and advice: numbers that users will see, as literals."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunery.errors import DoesNotFit
+from tunery.planning import advice, memory
+from tunery.spec import Full, Hyperparameters, Lora, Plan, Qlora, Technique, TrainingSpec
+
+LLAMA_8B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+    "params": 8_030_261_248,
+    "context_length": 8192,
+}
+LLAMA_2_7B = LLAMA_8B | {
+    "intermediate_size": 11008,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "params": 6_738_415_616,
+}
+TWENTY_B = LLAMA_8B | {
+    "hidden_size": 6144,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 48,
+    "params": 21_470_000_000,
+}
+
+
+def spec(**fields: Any) -> TrainingSpec:
+    return TrainingSpec.model_validate({"seed": 7} | fields)
+
+
+def plan(examples: int = 1000, facts: dict[str, Any] = LLAMA_8B, bf16_fits: bool = True, **fields: Any) -> Plan:
+    return advice.resolve(spec(**fields), examples=examples, facts=facts, bf16_fits=bf16_fits)
+
+
+def test_learning_rates_follow_the_width() -> None:
+    assert advice.default_learning_rate(576, Lora()) == pytest.approx(1.3e-3, rel=0.03)
+    assert advice.default_learning_rate(4096, Lora()) == pytest.approx(2.9e-4, rel=0.03)
+    assert advice.default_learning_rate(4096, Qlora(r=64)) == advice.default_learning_rate(4096, Lora(r=8))
+    assert advice.default_learning_rate(4096, Full()) == pytest.approx(2.9e-5, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("examples", "epochs"),
+    [(10, 10), (4, 25), (1, 25), (33, 3), (34, 3), (1000, 3), (8333, 3), (8334, 2), (20_000, 1), (100_000, 1)],
+)
+def test_epochs_follow_the_file(examples: int, epochs: int) -> None:
+    assert advice.default_epochs(examples) == epochs
+
+
+@settings(deadline=None)
+@given(st.integers(1, 10**7))
+def test_epochs_are_always_possible(examples: int) -> None:
+    assert 1 <= advice.default_epochs(examples) <= 25
+
+
+def test_every_auto_gets_a_number() -> None:
+    made = plan()
+
+    assert (made.technique, made.n_epochs, made.batch_size) == (Lora(), 3, 8)
+    assert made.learning_rate == advice.default_learning_rate(4096, Lora())
+    assert (made.learning_rate_multiplier, made.seed, made.max_seq_length) == (1.0, 7, 2048)
+
+
+def test_what_was_asked_for_stays() -> None:
+    knobs = Hyperparameters(n_epochs=5, batch_size=2, learning_rate_multiplier=0.5)
+    made = plan(technique=Full(), hyperparameters=knobs, select="best", packing=True, weight_decay=0.1)
+
+    assert (made.technique, made.n_epochs, made.batch_size) == (Full(), 5, 2)
+    assert made.learning_rate == pytest.approx(advice.default_learning_rate(4096, Full()) / 2)
+    assert (made.select, made.packing, made.weight_decay) == ("best", True, 0.1)
+
+
+def test_a_learning_rate_of_ones_own_is_echoed_as_a_multiplier() -> None:
+    made = plan(learning_rate=1e-4)
+
+    assert made.learning_rate == 1e-4
+    assert made.learning_rate_multiplier == pytest.approx(1e-4 / advice.default_learning_rate(4096, Lora()))
+
+
+def test_four_bits_only_where_sixteen_do_not_fit_and_never_full() -> None:
+    assert plan(bf16_fits=True).technique == Lora()
+    assert plan(bf16_fits=False).technique == Qlora()
+    assert plan(bf16_fits=False, technique=Full()).technique == Full()
+
+
+def test_rows_are_no_longer_than_the_models_context() -> None:
+    made = plan(max_seq_length=32_768)
+
+    assert made.max_seq_length == 8192
+    told = advice.warnings(made, examples=1000, facts=LLAMA_8B, asked_length=32_768)
+    assert told == ["max_seq_length 32768 is more than the model's context of 8192 tokens, which is used instead."]
+
+
+@pytest.mark.parametrize(
+    ("fields", "examples", "start"),
+    [
+        ({"learning_rate": 2e-3}, 1000, "The learning rate 2.0e-03 is high"),
+        ({"learning_rate": 2e-5}, 1000, "The learning rate 2.0e-05 is low"),
+        ({"learning_rate": 2e-4, "technique": Full()}, 1000, "The learning rate 2.0e-04 is high"),
+        ({}, 20, "20 examples are few"),
+        ({"hyperparameters": {"batch_size": 64}}, 1000, "LoRA learns worse from large batches: 64"),
+        ({"hyperparameters": {"n_epochs": 40}}, 1000, "40 epochs of 1000 examples is long"),
+        ({"technique": Lora(dropout=0.5)}, 1000, "A dropout of 0.5 is high"),
+        ({"technique": Lora(target_modules=["q_proj", "v_proj"])}, 1000, "target_modules leaves out the feed-forward"),
+    ],
+)
+def test_doubtful_choices_are_commented(fields: dict[str, Any], examples: int, start: str) -> None:
+    told = advice.warnings(plan(examples, **fields), examples=examples, facts=LLAMA_8B)
+
+    assert len(told) == 1
+    assert told[0].startswith(start)
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [
+        None,
+        Lora(),
+        Qlora(),
+        Full(),
+        Lora(r=64, dropout=0.1),
+        Lora(target_modules=["down_proj", "layers.0.mlp.up_proj"]),
+    ],
+)
+def test_usual_choices_pass_without_comment(technique: Technique | None) -> None:
+    assert advice.warnings(plan(technique=technique), examples=1000, facts=LLAMA_8B) == []
+
+
+def test_counts_are_those_that_peft_prints() -> None:
+    """4,194,304 is what PEFT prints for Llama-2 7B with r 8 on q and v; 41,943,040 for Llama-3 8B with r 16 on all."""
+    assert memory.trainable_params(LLAMA_2_7B, Lora(r=8, target_modules=["q_proj", "v_proj"])) == 4_194_304
+    assert memory.trainable_params(LLAMA_8B, Lora()) == 41_943_040
+    assert memory.trainable_params(LLAMA_8B, Full()) == 8_030_261_248
+
+
+def test_base_weights_are_counted_as_they_are_kept() -> None:
+    def base(technique: Technique, device: str = "cuda") -> float:
+        return memory.estimate(LLAMA_8B, technique, max_seq_length=2048, device=device).parts["base"] / 1e9
+
+    assert base(Lora()) == pytest.approx(16.06, abs=0.01)
+    assert base(Lora(), "cpu") == pytest.approx(32.12, abs=0.01)
+    # 3.60 GB of linear layers in NF4, embedding and head of 1.05 GB each in bf16.
+    assert base(Qlora()) == pytest.approx(5.70, abs=0.01)
+    assert base(Qlora(double_quant=False)) == pytest.approx(6.03, abs=0.01)
+
+
+def test_whole_estimates_of_an_8b_model() -> None:
+    def whole(technique: Technique) -> float:
+        return memory.estimate(LLAMA_8B, technique, max_seq_length=2048).bytes / 1e9
+
+    assert whole(Qlora()) == pytest.approx(8.7, abs=0.3)
+    assert whole(Lora()) == pytest.approx(19.3, abs=0.5)
+    assert whole(Full()) == pytest.approx(51.7, abs=1.5)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from([Full(), Lora(), Qlora(), Lora(r=256)]),
+    st.integers(16, 100_000),
+    st.integers(1, 100_000),
+    st.sampled_from(["cuda", "cpu"]),
+)
+def test_longer_rows_never_need_less(technique: Technique, length: int, more: int, device: str) -> None:
+    short = memory.estimate(LLAMA_8B, technique, max_seq_length=length, device=device)
+    long = memory.estimate(LLAMA_8B, technique, max_seq_length=length + more, device=device)
+
+    assert 0 < short.bytes < long.bytes
+    assert min(short.parts.values()) >= 0
+    assert memory.fits(LLAMA_8B, technique, max_seq_length=length, capacity=short.bytes, device=device)
+    assert not memory.fits(LLAMA_8B, technique, max_seq_length=length, capacity=short.bytes - 1, device=device)
+
+
+def refusal(facts: dict[str, Any], technique: Technique, gib: int, length: int = 2048) -> str:
+    with pytest.raises(DoesNotFit) as caught:
+        memory.check(facts, technique, max_seq_length=length, capacity=gib * 2**30, model="llama-20b")
+    assert caught.value.code == "does_not_fit"
+    return caught.value.message
+
+
+def test_a_40_gb_model_on_a_24_gb_card() -> None:
+    message = refusal(TWENTY_B, Lora(), 24)
+
+    assert message.startswith("A lora fine-tune of llama-20b (40.0 GiB of weights), rows of 2048 tokens, needs about ")
+    assert "the largest GPU here has 24.0 GiB. Use the technique 'qlora', which needs about " in message
+    assert memory.check(TWENTY_B, Qlora(), max_seq_length=2048, capacity=24 * 2**30).bytes < 24 * 2**30
+    assert not memory.bf16_fits(TWENTY_B, max_seq_length=2048, capacity=24 * 2**30)
+
+
+def test_every_refusal_says_what_to_change() -> None:
+    assert "Use the technique 'lora'" in refusal(LLAMA_8B, Full(), 40)
+    assert "Lower max_seq_length to" in refusal(LLAMA_8B, Qlora(), 12, length=65_536)
+    assert "Use a smaller base model, or a worker with a larger GPU." in refusal(TWENTY_B, Qlora(), 8)
+
+
+def test_facts_of_unusual_families_are_enough() -> None:
+    facts = {"hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 50257, "intermediate_size": None}
+
+    assert memory.estimate(facts, Lora(target_modules=["c_attn"]), max_seq_length=1024).bytes > 0
+    assert memory.trainable_params(facts, Lora(r=8, target_modules=["c_attn"])) == 12 * 8 * (768 + 768)
