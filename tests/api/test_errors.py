@@ -1,0 +1,181 @@
+"""One envelope for everything that can go wrong, and a commit that fails is never answered with success."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from databases import Database
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from sqlalchemy import text
+from teams import BASE, TRAIN, Team
+
+from api import errors
+from api.dependencies import SessionDep
+from api.edge import MAX_BODY_BYTES
+from tunery import errors as floor
+
+JOB = {"model": BASE, "training_file": "file-x"}
+
+
+def _error(answer: Any, status: int) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["x-request-id"].startswith("req_")
+    body = answer.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+def _classes(kind: type[floor.TuneryError]) -> Iterator[type[floor.TuneryError]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _classes(below)
+
+
+def test_no_class_is_answered_with_409() -> None:
+    """Clients of this dialect retry it."""
+    assert 409 not in errors.STATUS.values()
+
+
+def test_every_rejection_is_a_400() -> None:
+    made = [kind.__new__(kind) for kind in _classes(floor.Rejected)]
+    assert {errors.status_of(error) for error in made} == {400}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"model": BASE}, "training_file", "Missing required parameter: 'training_file'"),
+        ({**JOB, "n_epoch": 3}, "n_epoch", "Unknown parameter: 'n_epoch'"),
+        ({**JOB, "hyperparameters": {"n_epochs": 51}}, "hyperparameters.n_epochs", "less than or equal to 50"),
+        ({**JOB, "hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs", "'auto'"),
+        (
+            {**JOB, "method": {"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 0}}}},
+            "method.supervised.hyperparameters.batch_size",
+            "greater than or equal to 1",
+        ),
+        ({**JOB, "technique": {"type": "full", "r": 8}}, "technique.r", "A full fine-tune has no 'r'"),
+        ({**JOB, "technique": {"type": "lora", "quant_type": "nf4"}}, "technique.quant_type", "LoRA has no"),
+        ({**JOB, "technique": {"type": "lora", "r": 0}}, "technique.r", "greater than or equal to 1"),
+        ({**JOB, "technique": {"type": "prefix"}}, "technique", "'full', 'lora', 'qlora'"),
+        ({**JOB, "technique": {"type": "lora", "target_modules": []}}, "technique", "name at least one layer"),
+        ({**JOB, "suffix": "a" * 65}, "suffix", "at most 64 characters"),
+        ({**JOB, "suffix": "a:b"}, "suffix", "pattern"),
+        ({**JOB, "seed": -1}, "seed", "greater than or equal to 0"),
+        ({**JOB, "metadata": {"k": 1}}, "metadata.k", "valid string"),
+        ({**JOB, "metadata": {str(n): "" for n in range(17)}}, "metadata", "at most 16"),
+        ({**JOB, "integrations": [{"type": "mlflow", "wandb": {"project": "p"}}]}, "integrations.0.type", "'wandb'"),
+        ({**JOB, "resources": {"gpus": 3}}, "resources.gpus", "1, 2, 4 or 8"),
+        ({**JOB, "evaluation": {"every_steps": "often"}}, "evaluation.every_steps", "'auto'"),
+    ],
+)
+def test_what_is_wrong_with_a_body(team: Team, body: dict[str, Any], param: str, words: str) -> None:
+    error = _error(team.http.post("/v1/fine_tuning/jobs", json=body), 400)
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+def test_broken_json(team: Team) -> None:
+    headers = {"content-type": "application/json"}
+    error = _error(team.http.post("/v1/fine_tuning/jobs", content=b'{"model": ', headers=headers), 400)
+    assert "not valid JSON" in error["message"]
+    error = _error(team.http.post("/v1/fine_tuning/jobs", content=b"[" * 100_000, headers=headers), 400)
+    error = _error(team.http.post("/v1/fine_tuning/jobs"), 400)
+    assert "no JSON body" in error["message"]
+
+
+def test_wrong_query(team: Team) -> None:
+    error = _error(team.http.get("/v1/fine_tuning/jobs?limit=0"), 400)
+    assert error["param"] == "limit"
+
+
+def test_unknown_route_and_wrong_method(team: Team, anonymous: TestClient) -> None:
+    error = _error(team.http.get("/v1/fine_tuning/jobz"), 404)
+    assert "Invalid URL (GET /v1/fine_tuning/jobz)" in error["message"]
+    answer = team.http.put("/v1/files")
+    assert "PUT /v1/files" in _error(answer, 405)["message"]
+    assert "GET" in answer.headers["allow"] or "POST" in answer.headers["allow"]
+    assert _error(anonymous.get("/v1/files"), 401)["code"] == "invalid_api_key"
+    assert anonymous.get("/v1/files").headers["www-authenticate"] == "Bearer"
+    _error(anonymous.get("/docs/../secret.js"), 404)
+
+
+def test_too_much_json(team: Team) -> None:
+    body = b'{"model":"' + b"x" * MAX_BODY_BYTES + b'"}'
+    error = _error(
+        team.http.post("/v1/fine_tuning/jobs", content=body, headers={"content-type": "application/json"}), 413
+    )
+    assert str(MAX_BODY_BYTES) in error["message"]
+
+
+def test_quota_is_not_worth_a_retry(make_team: Callable[..., Team], base: str) -> None:
+    team = make_team("small", max_queued=1)
+    file = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": TRAIN}).json()["id"]
+    assert team.http.post("/v1/fine_tuning/jobs", json={**JOB, "training_file": file}).status_code == 200
+    answer = team.http.post("/v1/fine_tuning/jobs", json={**JOB, "training_file": file})
+    error = _error(answer, 429)
+    assert (error["type"], error["code"]) == ("insufficient_quota", "insufficient_quota")
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_a_failing_commit_is_not_answered_with_success(team: Team, database: Database, base: str) -> None:
+    """The database refuses at the commit itself, after the route has made its answer."""
+    file = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": TRAIN}).json()["id"]
+    with database.sessions.begin() as session:
+        session.execute(text("CREATE TABLE refusals (job text REFERENCES projects(id) DEFERRABLE INITIALLY DEFERRED)"))
+        session.execute(
+            text(
+                "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+                "$$BEGIN INSERT INTO refusals VALUES ('none'); RETURN NEW; END$$"
+            )
+        )
+        session.execute(text("CREATE TRIGGER refuse AFTER INSERT ON jobs FOR EACH ROW EXECUTE FUNCTION refuse()"))
+    answer = team.http.post("/v1/fine_tuning/jobs", json={**JOB, "training_file": file})
+    error = _error(answer, 500)
+    assert answer.headers["x-request-id"] in error["message"]
+    assert "refusals" not in answer.text
+    assert team.http.get("/v1/fine_tuning/jobs").json()["data"] == []
+
+
+def test_an_unforeseen_error_tells_its_id_and_nothing_else(app: FastAPI) -> None:
+    @app.get("/boom")
+    def boom(session: SessionDep) -> None:
+        raise ZeroDivisionError("secret detail")
+
+    answer = TestClient(app).get("/boom")
+    error = _error(answer, 500)
+    assert error["type"] == "server_error"
+    assert "secret" not in answer.text
+
+
+def test_database_away(make_app: Callable[..., FastAPI]) -> None:
+    app = make_app(database_url="postgresql+psycopg://nobody@127.0.0.1:1/none")
+    client = TestClient(app, headers={"authorization": "Bearer tnr_x"})
+    answer = client.get("/healthz")
+    assert "The database does not answer" in _error(answer, 503)["message"]
+    assert float(answer.headers["retry-after"]) > 0
+
+
+def test_health(anonymous: TestClient) -> None:
+    assert anonymous.get("/healthz").json() == {"status": "ok"}
+
+
+def test_a_refused_upload_is_read_to_its_end(live: str) -> None:
+    """A client that is still sending when the answer comes would see a broken pipe in place of the reason."""
+    sent = 0
+
+    def packets() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(64):
+            sent += 2**18
+            yield b"x" * 2**18
+
+    headers = {"content-type": "multipart/form-data; boundary=b", "authorization": "Bearer tnr_wrong"}
+    with httpx.Client(trust_env=False) as client:
+        answer = client.post(f"{live}/v1/files", content=packets(), headers=headers)
+    assert _error(answer, 401)["code"] == "invalid_api_key"
+    assert sent == 2**24
