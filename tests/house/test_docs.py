@@ -7,13 +7,16 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+import typer.main
 from pydantic import BaseModel
 
 from api.errors import status_of
 from api.main import create_app
 from api.schemas.jobs import CreateJob
 from tunery import errors
+from tunery.cli.main import app
 from tunery.jobs.states import State, mermaid
+from tunery.planning import memory
 from tunery.settings import Settings
 from tunery.spec import EarlyStopping, Full, Lora, Qlora
 
@@ -167,3 +170,105 @@ def _defaults_of(row: list[str]) -> list[str]:
 
 def _shown(value: object) -> str:
     return "" if value in (None, ()) else str(value)
+
+
+# --- README.md ------------------------------------------------------------------------------------------------------
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "Llama-3.2-1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "Llama-3.1-8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "Llama-3.1-70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
+
+
+def test_the_memory_table_is_what_planning_says(root: Path) -> None:
+    rows = _rows((root / "README.md").read_text(), "What it needs")
+    computed = [
+        [name, *(memory.gib(memory.estimate(facts, kind, max_seq_length=2048).bytes) for kind in KINDS)]
+        for name, facts in SHAPES.items()
+    ]
+    assert rows == computed
+
+
+KINDS = (Qlora(), Lora(), Full())
+
+
+def test_the_first_screen_has_the_two_commands(root: Path) -> None:
+    first = "\n".join((root / "README.md").read_text().splitlines()[:25])
+    assert "make demo" in first
+    assert "make test" in first
+
+
+def test_targets_that_the_docs_name_exist(root: Path, pages: dict[Path, str]) -> None:
+    makefile = (root / "Makefile").read_text()
+    named = {name for text in pages.values() for name in re.findall(r"(?:\$ |`)make ([a-z-]+)", text)}
+    assert named
+    assert [name for name in named if not re.search(rf"^{name}:", makefile, flags=re.MULTILINE)] == []
+
+
+def test_python_in_the_docs_compiles(pages: dict[Path, str]) -> None:
+    blocks = [(p, code) for p, text in pages.items() for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    assert blocks
+    for path, code in blocks:
+        compile(code, str(path), "exec")
+
+
+def test_json_in_the_docs_is_json(pages: dict[Path, str]) -> None:
+    for text in pages.values():
+        for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL):
+            json.loads(block)
+
+
+def test_requests_in_the_docs_are_ones_that_the_api_takes(root: Path) -> None:
+    for block in re.findall(r"```json\n(.*?)```", _page(root, "techniques.md"), re.DOTALL):
+        CreateJob.model_validate({"model": "m", "training_file": "f", **json.loads(block)})
+
+
+def _command(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that the words lead to, and the words after its name."""
+    command: Any = typer.main.get_command(app)
+    while words and hasattr(command, "commands"):
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+def test_commands_that_the_docs_name_exist(pages: dict[Path, str]) -> None:
+    said = [line for text in pages.values() for line in re.findall(r"(?:\$ |`)tunery ([a-z][^`#\n]*)", text)]
+    assert said
+    for line in said:
+        if line.startswith("..."):
+            continue
+        command, words = _command(re.sub(r"\.\.\.|\|.*", "", line).split())
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= options, line
