@@ -339,6 +339,7 @@ def test_what_the_api_image_installs_runs_the_api_and_has_no_torch(
     assert found == "None"
     assert (python.parent / "uvicorn").exists()
     assert (python.parent / "alembic").exists()
+    subprocess.run([python.parent / "tunery", "keys", "--help"], cwd=tmp_path, check=True, timeout=60)
 
 
 @pytest.mark.slow
