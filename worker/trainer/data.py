@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tunery.errors import CannotRender, InvalidTrainingFile
-from tunery.rendering.messages import Example, FileRole, invalid, parse_line
-from tunery.rendering.template import IGNORED, ChatTemplate, Rendered
+from tunery.errors import InvalidTrainingFile
+from tunery.rendering.messages import Example, FileRole, parse_line
+from tunery.rendering.rows import encode_example
+from tunery.rendering.template import IGNORED, ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def read_rows(path: Path, template: ChatTemplate, max_length: int, role: FileRol
     unlearnable: list[int] = []
     truncated = 0
     for number, example in read_examples(path, role):
-        for rendered in _render(template, example, max_length, role, number):
+        for rendered in encode_example(template, example, number, max_length=max_length, role=role):
             row = Row(list(rendered.input_ids), list(rendered.labels))
             truncated += rendered.truncated
             if row.labelled:
@@ -94,16 +95,6 @@ def read_rows(path: Path, template: ChatTemplate, max_length: int, role: FileRol
             role=role, reason=f"No row has a trained token within max_seq_length ({max_length}). Raise max_seq_length."
         )
     return Rows(rows, truncated, tuple(unlearnable))
-
-
-def _render(
-    template: ChatTemplate, example: Example, max_length: int, role: FileRole, number: int
-) -> Iterator[Rendered]:
-    try:
-        for part in template.split(example):
-            yield template.encode(part, max_length)
-    except CannotRender as error:
-        raise invalid(role, number, error.message) from error
 
 
 def order(count: int, seed: int, epoch: int) -> list[int]:

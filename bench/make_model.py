@@ -1,0 +1,86 @@
+"""A random checkpoint of a known shape with a small tokenizer, so that every trainer loads the same files.
+
+`python bench/make_model.py FOLDER [llama3-8b|llama3-1b|llama2-7b]`; wants a GPU (16 GB and about 20 s for the 8B).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+    "llama3-8b": (4096, 14336, 32, 32, 8, 128256),
+    "llama3-1b": (2048, 8192, 16, 32, 8, 128256),
+    "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
+}
+TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
+
+
+def make(folder: Path, shape: str) -> None:
+    """Writes config, tokenizer and weights (normal, deviation 0.02, bf16) into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hidden, inner, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=131072, rms_norm_eps=1e-5,
+        bos_token_id=1, eos_token_id=2, pad_token_id=3, tie_word_embeddings=False, dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    kv = hidden // heads * kv_heads
+    linears = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    shards = {
+        "ends.safetensors": {
+            "model.embed_tokens.weight": _random(vocabulary, hidden),
+            "lm_head.weight": _random(vocabulary, hidden),
+            "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+        }
+    }
+    _write(folder, shards, index := {})
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        shard = {f"{prefix}{name}.weight": _random(*shape) for name, shape in linears.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shard[f"{prefix}{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        _write(folder, {f"layer-{layer:02d}.safetensors": shard}, index)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.02).cpu()
+
+
+def _write(folder: Path, shards: dict[str, dict[str, torch.Tensor]], index: dict[str, str]) -> None:
+    for name, tensors in shards.items():
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        index.update(dict.fromkeys(tensors, name))
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        model_max_length=131072, chat_template=TEMPLATE,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "llama3-8b")
