@@ -166,6 +166,18 @@ def test_many_senders_send_each_delivery_once(
     assert session.scalar(select(func.count()).where(Delivery.state == "delivered")) == 12
 
 
+def test_a_claim_in_the_making_is_nobody_elses(
+    session: Session, project: Project, endpoint: WebhookEndpoint, database: Database
+) -> None:
+    _end(session, project)
+    outbox.fan_out(session)
+    session.commit()
+    with database.sessions() as one, database.sessions() as other:
+        other.execute(text("SET LOCAL lock_timeout = '5s'"))  # waiting for the first would be as wrong as sharing
+        assert len(outbox._claim(one, 8)) == 1
+        assert outbox._claim(other, 8) == []
+
+
 def test_failures_follow_the_schedule_and_end(
     session: Session, project: Project, endpoint: WebhookEndpoint, receiver: Receiver, allowing: Settings
 ) -> None:
