@@ -24,7 +24,7 @@ def test_a_good_file_is_summed_up() -> None:
     made = template()
     summary = check_examples([row(f"question {n}", "yes") for n in range(12)], template=made)
 
-    assert (summary.examples, summary.truncated, summary.unlearnable) == (12, 0, 0)
+    assert (summary.examples, summary.truncated, summary.unlearnable) == (12, 0, [])
     assert summary.trained_tokens >= 12 * 2
     assert summary.tokens > summary.trained_tokens
     assert summary.longest * 12 >= summary.tokens
@@ -52,6 +52,16 @@ def test_a_fault_names_its_line_and_file(role: Any) -> None:
     assert caught.value.message.startswith(f"The job failed due to an invalid {role} file. ")
     assert "Example 12: Unexpected file format" in caught.value.message
     assert caught.value.param == f"{role}_file"
+
+
+def test_the_lines_of_further_faults_are_named() -> None:
+    with pytest.raises(InvalidTrainingFile) as caught:
+        check_examples([row(), b'{"messages": []}\n'] * 9)
+    assert "Example 2 'messages'" in caught.value.message
+    assert caught.value.message.endswith("There are more: lines 4, 6, 8, 10, 12 and 3 more.")
+
+    with pytest.raises(InvalidTrainingFile, match=r"and 94 more; reading stopped there\.$"):
+        check_examples([b'{"messages": []}\n'] * 1000)
 
 
 def test_broken_json_fails_the_job_too() -> None:
@@ -82,10 +92,11 @@ def test_cut_rows_are_counted_and_told() -> None:
 
     summary = check_examples(rows, template=made, max_length=length)
 
-    assert (summary.truncated, summary.unlearnable, summary.longest) == (2, 1, length)
+    assert (summary.truncated, summary.unlearnable, summary.longest) == (2, [12], length)
     told = " ".join(summary.warnings(length))
     assert "2 of 12 examples are longer than" in told
-    assert "1 of 12 examples lose their whole answer" in told
+    assert "1 of 12 examples lose their whole answer to the cut" in told
+    assert told.endswith("are left out: line 12.")
 
 
 def test_a_file_without_any_learnable_token_is_refused() -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tunery.datasets.formats import iter_lines
 from tunery.errors import InvalidJSONL, InvalidNExamples, InvalidTrainingFile
@@ -13,18 +13,20 @@ from tunery.rendering.template import ChatTemplate, Rendered
 
 LEAST_EXAMPLES = 10
 _SHOWN = 5
+_MOST_FAULTS = 100
 
 
 @dataclass
 class Summary:
-    """What a good file holds. Tokens, with the template only, are those of one epoch after the cut at `max_length`."""
+    """What a good file holds. Tokens, with the template only, are those of one epoch after the cut at `max_length`.
+    `unlearnable`: lines whose whole answer is lost to the cut."""
 
     examples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
     truncated: int = 0
-    unlearnable: int = 0
+    unlearnable: list[int] = field(default_factory=list)
     with_tools: int = 0
 
     def warnings(self, max_length: int) -> list[str]:
@@ -37,8 +39,8 @@ class Summary:
             )
         if self.unlearnable:
             found.append(
-                f"{self.unlearnable} of {self.examples} examples lose their whole answer to the cut at {max_length} "
-                "tokens and are left out."
+                f"{len(self.unlearnable)} of {self.examples} examples lose their whole answer to the cut at "
+                f"{max_length} tokens and are left out: {_lines(self.unlearnable)}."
             )
         return found
 
@@ -54,19 +56,24 @@ def check_examples(
     """Reads the whole file, row by row, in constant memory.
 
     `least`: examples that it must have (a training file 10, others 1). Without a template, rows are judged by their
-    own form only. Raises InvalidTrainingFile, naming the first line at fault, or InvalidNExamples.
+    own form only. Raises InvalidTrainingFile, with the first fault and the lines of the others, or InvalidNExamples.
     """
     summary = Summary()
+    faults: dict[int, InvalidTrainingFile] = {}
     try:
         for number, text in iter_lines(chunks):
-            example = parse_line(text, number, role)
-            _check_role(example, number, role)
-            summary.examples += 1
-            summary.with_tools += bool(example.tools)
-            if template is not None:
-                _count(summary, encode_example(template, example, number, max_length=max_length, role=role))
+            try:
+                example = parse_line(text, number, role)
+                _check_role(example, number, role)
+                _count(summary, number, example, _encode(template, example, number, max_length, role))
+            except InvalidTrainingFile as fault:
+                faults[number] = fault
+                if len(faults) == _MOST_FAULTS:
+                    break
     except InvalidJSONL as error:
         raise InvalidTrainingFile(param=f"{role}_file", role=role, reason=error.message) from error
+    if faults:
+        raise _all_of(faults, role)
     _check_enough(summary, role, LEAST_EXAMPLES if least is None and role == "training" else least or 1)
     if template is not None and not summary.trained_tokens:
         raise InvalidTrainingFile(
@@ -87,13 +94,38 @@ def _check_enough(summary: Summary, role: FileRole, least: int) -> None:
         raise InvalidNExamples(param=f"{role}_file", role=role.capitalize(), n=summary.examples, least=least)
 
 
-def _count(summary: Summary, sequences: list[Rendered]) -> None:
+def _encode(
+    template: ChatTemplate | None, example: Example, number: int, max_length: int, role: FileRole
+) -> list[Rendered]:
+    return encode_example(template, example, number, max_length=max_length, role=role) if template else []
+
+
+def _all_of(faults: dict[int, InvalidTrainingFile], role: FileRole) -> InvalidTrainingFile:
+    """The first fault in full: whoever mends a file wants to know that it is not the only one."""
+    first, *others = faults
+    reason = faults[first].fields["reason"]
+    if others:
+        reason += (
+            f" There are more: {_lines(others)}{'; reading stopped there' if len(faults) == _MOST_FAULTS else ''}."
+        )
+    return InvalidTrainingFile(param=f"{role}_file", role=role, reason=reason)
+
+
+def _lines(numbers: list[int]) -> str:
+    more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
+    return f"line{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_SHOWN]))}{more}"
+
+
+def _count(summary: Summary, number: int, example: Example, sequences: list[Rendered]) -> None:
+    summary.examples += 1
+    summary.with_tools += bool(example.tools)
     for rendered in sequences:
         summary.tokens += len(rendered.input_ids)
         summary.trained_tokens += rendered.trained_tokens
         summary.longest = max(summary.longest, len(rendered.input_ids))
     summary.truncated += any(rendered.truncated for rendered in sequences)
-    summary.unlearnable += all(rendered.trained_tokens == 0 for rendered in sequences)
+    if sequences and all(rendered.trained_tokens == 0 for rendered in sequences):
+        summary.unlearnable.append(number)
 
 
 def check_disjoint(train: Iterable[bytes], held_out: Iterable[bytes], *, role: FileRole = "validation") -> None:
