@@ -132,8 +132,7 @@ def list_files(
 ) -> CursorList[wire.File]:
     rows, more = shelf.list_page(session, caller.project_id, purpose=purpose, after=after, limit=limit, order=order)
     data = [wire.File.of(row) for row in rows]
-    ends = {"first_id": data[0].id, "last_id": data[-1].id} if data else {}
-    return CursorList(data=data, has_more=more, **ends)
+    return CursorList.of(data, has_more=more)
 
 
 @router.get("/{file_id}", summary="Retrieve a file", responses=errors(404))

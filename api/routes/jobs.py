@@ -124,5 +124,4 @@ def list_checkpoints(
     query = select(Checkpoint).where(Checkpoint.job_id == job.id)
     rows, more = page(session, query, by=(Checkpoint.step,), id=Checkpoint.id, after=after, limit=limit)
     data = [wire.Checkpoint.of(row) for row in rows]
-    ends = {"first_id": data[0].id, "last_id": data[-1].id} if data else {}
-    return CursorList(data=data, has_more=more, **ends)
+    return CursorList.of(data, has_more=more)

@@ -60,7 +60,7 @@ class _Log:
 
     def read(self, tail: int | None = None) -> Iterator[bytes]:
         """What is there and was not read before; with `tail` only the last lines of it."""
-        keys = [key for key in self._storage.list(self._prefix) if key > self._last]
+        keys = sorted(key for key in self._storage.list(self._prefix) if key > self._last)
         self._last = keys[-1] if keys else self._last
         if tail is not None:
             yield self._end(keys, tail)

@@ -40,8 +40,7 @@ def list_webhook_endpoints(
     """Newest first."""
     rows, more = endpoints.list_page(session, caller.project_id, after=after, limit=limit)
     data = [wire.Endpoint.of(row) for row in rows]
-    ends = {"first_id": data[0].id, "last_id": data[-1].id} if data else {}
-    return CursorList(data=data, has_more=more, **ends)
+    return CursorList.of(data, has_more=more)
 
 
 @router.get("/webhook_endpoints/{endpoint_id}", summary="Retrieve a webhook endpoint", responses=errors(404))

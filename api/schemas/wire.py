@@ -46,6 +46,11 @@ class CursorList(Wire, Generic[Item]):
     last_id: str | None = None
     has_more: bool = False
 
+    @classmethod
+    def of(cls, data: list[Item], *, has_more: bool) -> "CursorList[Item]":
+        ends = [str(item.id) for item in (data[:1] + data[-1:])]  # type: ignore[attr-defined]  # every object has one
+        return cls(data=data, first_id=ends[0] if ends else None, last_id=ends[-1] if ends else None, has_more=has_more)
+
 
 class WholeList(Wire, Generic[Item]):
     """Everything there is, at once."""

@@ -8,7 +8,6 @@ import pytest
 import rows
 from databases import Database
 from fastapi import FastAPI
-from fastapi.testclient import TestClient
 from teams import BASE, LINE, TRAIN, Team
 
 from tunery.datasets.model import File
@@ -119,7 +118,7 @@ def test_not_a_form(team: Team) -> None:
 
 def test_size_limits(make_app: Callable[..., FastAPI], make_team: Callable[..., Team], database: Database) -> None:
     team = make_team("alpha")
-    client = TestClient(make_app(max_file_bytes=len(TRAIN)), headers=team.http.headers)
+    client = team.on(make_app(max_file_bytes=len(TRAIN))).http
     fits = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": TRAIN})
     assert fits.status_code == 200
     before = _stored(database)
@@ -203,8 +202,7 @@ def test_result_files_can_be_forced(
     with database.sessions.begin() as session:
         owner = session.get_one(Project, team.id)
         file = rows.file(session, owner, purpose="fine-tune-results", key="files/results").id
-    client = TestClient(app, headers={**team.http.headers, "accept": accept})
-    content = client.get(f"/v1/files/{file}/content").content
+    content = team.on(app).http.get(f"/v1/files/{file}/content", headers={"accept": accept}).content
     assert content == (b"c3RlcAoxCg==" if coded else b"step\n1\n")
 
 

@@ -8,7 +8,7 @@ import pytest
 import rows
 from databases import Database
 from fastapi import FastAPI
-from teams import TRAIN, Team
+from teams import Team
 
 from api.main import create_app
 from tunery.artifacts.model import Artifact
@@ -19,8 +19,7 @@ from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.webhooks import endpoints
 
-FORM = {"files": {"file": ("t.jsonl", TRAIN)}, "data": {"purpose": "fine-tune"}}
-PART = {"files": {"data": ("upload", b"x")}}
+PART: dict[str, Any] = {"files": {"data": ("upload", b"x")}}
 CHAT = {"messages": [{"role": "user", "content": "q"}]}
 
 # Operation -> requests that name one object of the other project each: (path, options). `{name}` is filled in.

@@ -1,13 +1,258 @@
-"""Creating jobs over the wire."""
+"""Creating jobs: what is refused and why, what is stored, and when a repeated request is the same job."""
 
-from teams import BASE, TRAIN, Team
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import rows
+from databases import Database
+from teams import ALIAS, BASE, LINE, SOURCE, TRAIN, Team
+
+from tunery.jobs.model import Job
+from tunery.jobs.states import State
+from tunery.keys.model import Project
+from tunery.models import registry
+from tunery.models.model import Model
+from tunery.spec import Lora, Qlora, TrainingSpec
+
+ROUTE = "/v1/fine_tuning/jobs"
 
 
-def test_smallest_real_path(team: Team, base: str) -> None:
-    client = team.openai(strict=True)
-    file = client.files.create(file=("train.jsonl", TRAIN), purpose="fine-tune")
-    assert file.status == "processed"
-    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id)
-    assert job.status == "validating_files"
-    assert client.fine_tuning.jobs.retrieve(job.id).id == job.id
-    assert [model.id for model in client.models.list()] == [BASE]
+@pytest.fixture
+def file(team: Team) -> str:
+    return _upload(team, TRAIN)
+
+
+def _upload(team: Team, data: bytes, purpose: str = "fine-tune") -> str:
+    id: str = team.http.post("/v1/files", data={"purpose": purpose}, files={"file": data}).json()["id"]
+    return id
+
+
+def _create(team: Team, file: str, headers: dict[str, str] | None = None, **body: Any) -> Any:
+    return team.http.post(ROUTE, json={"model": BASE, "training_file": file, **body}, headers=headers)
+
+
+def _refused(answer: Any, status: int, param: str | None, words: str) -> None:
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+def test_the_key_order_is_openais(team: Team, file: str, base: str) -> None:
+    keys = list(_create(team, file).json())
+    assert keys[:22] == [
+        "object", "id", "model", "created_at", "finished_at", "fine_tuned_model", "organization_id", "result_files",
+        "status", "validation_file", "training_file", "hyperparameters", "method", "metadata", "error", "seed",
+        "trained_tokens", "estimated_finish", "integrations", "user_provided_suffix", "usage_metrics",
+        "shared_with_openai",
+    ]  # fmt: skip
+
+
+def test_what_is_stored(team: Team, file: str, base: str, database: Database) -> None:
+    job = _create(team, file, technique={"type": "qlora", "r": 8}, seed=7, resources={"gpus": 2}, priority=-1).json()
+    with database.sessions() as session:
+        row = session.get_one(Job, job["id"])
+        spec = TrainingSpec.model_validate(row.spec)
+        assert (row.project_id, row.base_model, row.gpus, row.priority) == (team.id, BASE, 2, -1)
+        assert row.key_id
+        assert spec.technique == Qlora(r=8)
+        assert spec.seed == 7
+        assert row.user_metadata is None
+
+
+def test_seeds_are_drawn(team: Team, file: str, base: str) -> None:
+    assert len({_create(team, file).json()["seed"] for _ in range(3)}) == 3
+
+
+def test_unknown_models(team: Team, file: str, base: str, database: Database) -> None:
+    _refused(_create(team, file, model="gpt-9"), 404, "model", "'gpt-9' does not exist")
+    assert _create(team, file, model="gpt-9").json()["error"]["code"] == "model_not_found"
+    with database.sessions.begin() as session:
+        rows.base(session, "late", status="processing", manifest=None, manifest_sha256=None)
+    _refused(_create(team, file, model="late"), 400, "model", "still being prepared")
+
+
+def test_unusable_files(team: Team, file: str, base: str) -> None:
+    _refused(_create(team, "file-none"), 404, "training_file", "'file-none'")
+    _refused(_create(team, file, validation_file="file-none"), 404, "validation_file", "'file-none'")
+    _refused(_create(team, file, evaluation={"test_file": "file-none"}), 404, "evaluation.test_file", "'file-none'")
+    picture = _upload(team, b"\x89PNG", "vision")
+    _refused(_create(team, picture), 400, "training_file", "purpose 'fine-tune'")
+
+
+@pytest.mark.parametrize("method", ["dpo", "reinforcement"])
+def test_other_methods_are_refused_by_name(method: str, team: Team, file: str, base: str) -> None:
+    answer = _create(team, file, method={"type": method, method: {"hyperparameters": {"n_epochs": 1}}})
+    _refused(answer, 400, "method.type", f"Method '{method}' is not supported here. Use method.type 'supervised'")
+
+
+def test_contradictions(team: Team, file: str, base: str) -> None:
+    knobs: dict[str, Any] = {"hyperparameters": {"learning_rate_multiplier": 2}}
+    _refused(_create(team, file, learning_rate=1e-4, **knobs), 400, "learning_rate", "Send one of them")
+    _refused(_create(team, file, early_stopping={}), 400, "early_stopping", "validation_file")
+    _refused(_create(team, file, select="best"), 400, "select", "validation_file")
+    both: dict[str, Any] = {
+        "hyperparameters": {"n_epochs": 1},
+        "method": {"type": "supervised", "supervised": {"hyperparameters": {}}},
+    }
+    _refused(_create(team, file, **both), 400, "hyperparameters", "differ")
+    mixed = {"type": "supervised", "dpo": {}}
+    _refused(_create(team, file, method=mixed), 400, "method.dpo", "method.type is 'supervised'")
+    assert team.http.get(ROUTE).json()["data"] == []
+
+
+def test_old_clients_send_knobs_at_the_top(team: Team, file: str, base: str) -> None:
+    job = _create(team, file, hyperparameters={"n_epochs": 3, "learning_rate_multiplier": 0.5}).json()
+    assert job["hyperparameters"] == {"n_epochs": 3, "batch_size": "auto", "learning_rate_multiplier": 0.5}
+    assert job["method"]["supervised"]["hyperparameters"] == job["hyperparameters"]
+
+
+@pytest.mark.parametrize("name", [BASE, ALIAS, SOURCE])
+def test_a_base_by_any_of_its_names(name: str, team: Team, file: str, base: str) -> None:
+    assert _create(team, file, model=name).json()["model"] == BASE
+
+
+def test_wandb_is_echoed_and_warned_about(team: Team, file: str, base: str) -> None:
+    job = _create(team, file, integrations=[{"type": "wandb", "wandb": {"project": "p"}}]).json()
+    assert job["integrations"] == [
+        {"type": "wandb", "wandb": {"project": "p", "name": None, "entity": None, "tags": [], "run_id": job["id"]}}
+    ]
+    [event] = [e for e in team.http.get(f"{ROUTE}/{job['id']}/events").json()["data"] if e["level"] == "warn"]
+    assert "Weights & Biases" in event["message"]
+    assert job["warnings"] == [event["message"]]
+
+
+# --- the same request twice ---------------------------------------------------------------------------------------
+
+
+def test_idempotency_key(team: Team, file: str, base: str) -> None:
+    first = _create(team, file, {"idempotency-key": "k1"}).json()["id"]
+    assert _create(team, file, {"idempotency-key": "k1"}).json()["id"] == first
+    assert _create(team, file, {"idempotency-key": "k2"}).json()["id"] != first
+    _refused(_create(team, file, {"idempotency-key": "k1"}, seed=1), 400, "Idempotency-Key", first)
+
+
+def test_twins_in_flight_make_one_job(team: Team, file: str, base: str, database: Database) -> None:
+    def create(_: int) -> str:
+        id: str = _create(team, file, {"idempotency-key": "k"}).json()["id"]
+        return id
+
+    with ThreadPoolExecutor(6) as pool:
+        assert len(set(pool.map(create, range(6)))) == 1
+    assert len(team.http.get(ROUTE).json()["data"]) == 1
+
+
+def test_a_clients_own_retry(team: Team, file: str, base: str, database: Database) -> None:
+    first = _create(team, file).json()["id"]
+    retry = {"x-stainless-retry-count": "1"}
+    assert _create(team, file, retry).json()["id"] == first
+    assert _create(team, file, retry, seed=1).json()["id"] != first, "another request"
+    assert _create(team, file, {"x-stainless-retry-count": "0"}).json()["id"] != first, "a person who asked twice"
+    with database.sessions.begin() as session:
+        for row in session.query(Job):
+            row.created_at = rows.LONG_AGO
+    assert _create(team, file, retry).json()["id"] != first, "half an hour later"
+
+
+def test_another_projects_key_is_another_key(team: Team, file: str, base: str, make_team: Any) -> None:
+    other = make_team("beta")
+    first = _create(team, file, {"idempotency-key": "k"}).json()["id"]
+    second = _create(other, _upload(other, TRAIN), {"idempotency-key": "k"}).json()["id"]
+    assert first != second
+
+
+# --- training on --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parent(team: Team, base: str, database: Database) -> str:
+    """A LoRA adapter that one of the team's jobs made, of rank 4."""
+    with database.sessions.begin() as session:
+        owner = session.get_one(Project, team.id)
+        job = rows.job(session, owner, base_model=base)
+        rows.bring(session, job, State.SUCCEEDED)
+        job.plan = {
+            **(job.plan or {}),
+            "technique": Lora.model_validate({"r": 4, "target_modules": ["q_proj"]}).model_dump(mode="json"),
+        }
+        return str(job.tuned_model)
+
+
+def test_training_on_keeps_the_adapters_shape(team: Team, file: str, parent: str, database: Database) -> None:
+    job = _create(team, file, model=parent).json()
+    assert job["model"] == parent
+    assert job["technique"] == {
+        "type": "lora", "r": 4, "alpha": 32.0, "dropout": 0.0, "target_modules": ["q_proj"]
+    }  # fmt: skip
+    with database.sessions() as session:
+        row = session.get_one(Job, job["id"])
+        assert (row.base_model, row.parent_model) == (BASE, parent)
+
+
+def test_training_on_in_another_shape(team: Team, file: str, parent: str, database: Database) -> None:
+    same = {"type": "lora", "r": 4, "target_modules": ["q_proj"], "dropout": 0.1}
+    assert _create(team, file, model=parent, technique=same).json()["technique"]["dropout"] == 0.1
+    _refused(_create(team, file, model=parent, technique={**same, "r": 8}), 400, "technique.r", "has r 4")
+    _refused(_create(team, file, model=parent, technique={"type": "full"}), 400, "technique.type", "Use 'lora'")
+    with database.sessions.begin() as session:
+        session.get_one(Model, parent).technique = "full"
+    _refused(_create(team, file, model=parent), 400, "model", f"Start from its base, '{BASE}'")
+
+
+def test_a_deleted_parent(team: Team, file: str, parent: str, database: Database) -> None:
+    with database.sessions.begin() as session:
+        registry.delete(session, session.get_one(Model, parent))
+    _refused(_create(team, file, model=parent), 404, "model", "does not exist")
+
+
+# --- an owner's deeds ---------------------------------------------------------------------------------------------
+
+
+def test_a_running_job_that_shall_pause_reads_paused(team: Team, base: str, database: Database) -> None:
+    with database.sessions.begin() as session:
+        job = rows.job(session, session.get_one(Project, team.id), State.RUNNING).id
+    assert team.http.get(f"{ROUTE}/{job}").json()["status"] == "running"
+    assert team.http.post(f"{ROUTE}/{job}/pause").json()["status"] == "paused"
+    with database.sessions() as session:
+        assert session.get_one(Job, job).state == State.RUNNING
+    assert team.http.post(f"{ROUTE}/{job}/resume").json()["status"] == "running"
+
+
+@pytest.mark.parametrize("deed", ["cancel", "pause", "resume"])
+def test_deeds_on_an_ended_job_are_400(deed: str, team: Team, base: str, database: Database) -> None:
+    with database.sessions.begin() as session:
+        job = rows.job(session, session.get_one(Project, team.id), State.SUCCEEDED).id
+    answer = team.http.post(f"{ROUTE}/{job}/{deed}")
+    _refused(answer, 400, None, "is succeeded")
+    assert answer.json()["error"]["code"] == "wrong_state"
+
+
+def test_pages_are_stable_while_jobs_arrive(team: Team, file: str, base: str) -> None:
+    made = [_create(team, file).json()["id"] for _ in range(5)]
+    first = team.http.get(f"{ROUTE}?limit=2").json()
+    assert ([job["id"] for job in first["data"]], first["has_more"]) == (made[:2:-1], True)
+    _create(team, file)
+    second = team.http.get(f"{ROUTE}?limit=3&after={first['data'][-1]['id']}").json()
+    assert ([job["id"] for job in second["data"]], second["has_more"]) == (made[2::-1], False)
+
+
+def test_metadata_filters(team: Team, file: str, base: str) -> None:
+    empty = _create(team, file, metadata={"note": ""}).json()["id"]
+    odd = _create(team, file, metadata={"a]b[c": "x y&z", "note": "n"}).json()["id"]
+    none = _create(team, file).json()["id"]
+
+    def found(**query: str) -> list[str]:
+        return [job["id"] for job in team.http.get(ROUTE, params=query).json()["data"]]
+
+    assert found(**{"metadata[note]": ""}) == [empty]
+    assert found(**{"metadata[a]b[c]": "x y&z"}) == [odd]
+    assert found(metadata="null") == [none]
+    assert found(**{"metadata[note]": "n", "metadata[none]": "x"}) == []
+
+
+def test_a_validation_file(team: Team, file: str, base: str) -> None:
+    held_out = _upload(team, LINE.replace("q", "v").encode() * 3)
+    job = _create(team, file, validation_file=held_out, early_stopping={"patience": 1}, select="best").json()
+    assert (job["validation_file"], job["select"]) == (held_out, "best")
+    assert job["early_stopping"] == {"patience": 1, "min_delta": 0.0}
