@@ -6,15 +6,18 @@ away from Python, three budgets keep it from eating the host: loop rounds and ma
 """
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from string import Formatter
 from typing import Any
 
 from jinja2 import Template, nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_format
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -23,6 +26,10 @@ from jinja2.visitor import NodeTransformer
 MAX_ROUNDS = 200_000
 MAX_SECONDS = 10.0
 MAX_CHARACTERS = 16 * 2**20
+_GROWING_FILTERS = ("batch", "center", "format", "indent", "slice")
+_WIDE_SPEC = re.compile(r"\d{5}|\{")
+_WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(\d{5}|\*)")
+"""A width or precision of five digits in a format, or one that is filled in."""
 
 
 class _Generation(Extension):
@@ -80,11 +87,13 @@ def _counting(block: nodes.Node) -> nodes.Node:
 class Environment(ImmutableSandboxedEnvironment):
     """Compiles chat templates and renders them, each render with a budget of its own."""
 
-    intercepted_binops = frozenset(["+", "*", "**"])
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self.filters["tojson"] = _tojson
+        for name in _GROWING_FILTERS:
+            self.filters[name] = _limited_filter(self.filters[name])
+        self.filters["tojson"] = _limited_filter(_tojson)
         self.globals["raise_exception"] = _raise_exception
         self.globals["dict"] = _new_dict
         self.globals["namespace"] = _Namespace
@@ -115,13 +124,16 @@ class Environment(ImmutableSandboxedEnvironment):
             _refuse_size(_product_size(left, right))
         elif operator == "**" and not (abs(left) <= 2**32 and abs(right) <= 16):
             raise SecurityError("the template raises a number to a power beyond all use")
+        elif operator == "%" and isinstance(left, str):
+            _refuse_percent(left)
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """`"x".ljust(10**12)` is a single call."""
-        for argument in args:
-            if isinstance(argument, int):
-                _refuse_size(argument)
+        _refuse_sizes(args, kwargs)
+        owner = getattr(function, "__self__", None)
+        if isinstance(owner, str) and function.__name__ in ("format", "format_map"):
+            _refuse_braces(owner)
         return super().call(context, function, *args, **kwargs)
 
     def render(self, template: Template, variables: dict[str, Any], now: datetime) -> str:
@@ -138,6 +150,32 @@ def _product_size(left: Any, right: Any) -> int:
 def _refuse_size(size: int) -> None:
     if size > MAX_CHARACTERS:
         raise SecurityError(f"the template makes a text or list larger than {MAX_CHARACTERS:,}")
+
+
+def _refuse_sizes(arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    for argument in (*arguments, *named.values()):
+        if isinstance(argument, int):
+            _refuse_size(argument)
+
+
+def _refuse_percent(form: str) -> None:
+    if _WIDE_PERCENT.search(form):
+        raise SecurityError("the template pads a text beyond all use")
+
+
+def _refuse_braces(form: str) -> None:
+    if any(_WIDE_SPEC.search(spec or "") for _, _, spec, _ in Formatter().parse(form)):
+        raise SecurityError("the template pads a text beyond all use")
+
+
+def _limited_filter(function: Callable[..., Any]) -> Callable[..., Any]:
+    def limited(value: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_sizes(args, kwargs)
+        if function is do_format:
+            _refuse_percent(str(value))
+        return function(value, *args, **kwargs)
+
+    return limited
 
 
 def _limited(pieces: Iterator[str]) -> Iterator[str]:
