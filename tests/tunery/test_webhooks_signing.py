@@ -10,6 +10,7 @@ from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from tunery.webhooks import signing
 
+CLIENT = openai.OpenAI(api_key="unused")
 SECRET = "whsec_AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 BODY = (
     b'{"id":"evt_1","object":"event","created_at":1719168000,'
@@ -19,7 +20,7 @@ BODY = (
 
 def _openai_accepts(secret: str, headers: dict[str, str], body: bytes) -> bool:
     try:
-        openai.OpenAI(api_key="unused").webhooks.verify_signature(body, headers, secret=secret)
+        CLIENT.webhooks.verify_signature(body, headers, secret=secret)
     except openai.InvalidWebhookSignatureError:
         return False
     return True
