@@ -14,10 +14,11 @@ from datetime import datetime
 from string import Formatter
 from typing import Any
 
-from jinja2 import Template, nodes
+from jinja2 import Template, nodes, pass_eval_context
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import do_format
+from jinja2.filters import do_format, do_join, do_replace
+from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -93,6 +94,7 @@ class Environment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         for name in _GROWING_FILTERS:
             self.filters[name] = _limited_filter(self.filters[name])
+        self.filters |= {"replace": _replace, "join": _join}
         self.filters["tojson"] = _limited_filter(_tojson)
         self.globals["raise_exception"] = _raise_exception
         self.globals["dict"] = _new_dict
@@ -131,9 +133,10 @@ class Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """`"x".ljust(10**12)` is a single call."""
         _refuse_sizes(args, kwargs)
-        owner = getattr(function, "__self__", None)
-        if isinstance(owner, str) and function.__name__ in ("format", "format_map"):
-            _refuse_braces(owner)
+        method = getattr(function, "__wrapped__", function)  # the sandbox has wrapped str.format
+        owner = getattr(method, "__self__", None)
+        if isinstance(owner, str):
+            _refuse_growth(owner, method.__name__, args)
         return super().call(context, function, *args, **kwargs)
 
     def render(self, template: Template, variables: dict[str, Any], now: datetime) -> str:
@@ -166,6 +169,28 @@ def _refuse_percent(form: str) -> None:
 def _refuse_braces(form: str) -> None:
     if any(_WIDE_SPEC.search(spec or "") for _, _, spec, _ in Formatter().parse(form)):
         raise SecurityError("the template pads a text beyond all use")
+
+
+def _refuse_growth(text: str, method: str, arguments: tuple[Any, ...]) -> None:
+    if method in ("format", "format_map"):
+        _refuse_braces(text)
+    elif method == "replace" and len(arguments) > 1:
+        _refuse_size(text.count(str(arguments[0])) * len(str(arguments[1])))
+    elif method == "join" and arguments and hasattr(arguments[0], "__len__"):
+        _refuse_size(len(text) * len(arguments[0]))
+
+
+@pass_eval_context
+def _replace(context: EvalContext, value: Any, old: str, new: str, count: int | None = None) -> str:
+    _refuse_growth(str(value), "replace", (old, new))
+    return do_replace(context, value, old, new, count)
+
+
+@pass_eval_context
+def _join(context: EvalContext, value: Any, d: str = "", attribute: str | int | None = None) -> str:
+    parts = list(value)
+    _refuse_growth(d, "join", (parts,))
+    return str(do_join(context, parts, d, attribute))
 
 
 def _limited_filter(function: Callable[..., Any]) -> Callable[..., Any]:
