@@ -77,6 +77,7 @@ def restore(t: Training, folder: Path) -> Progress:
     t.optimizer.load_state_dict(t.optimizer.state_dict() | {"state": _unflatten(state["optimizer"], tensors)})
     t.voice.metrics[:] = report.read_lines(folder / "metrics.jsonl")
     t.budget = min(t.budget, state["budget"]) if t.device.type == "cuda" else state["budget"]
+    _best(t).unlink(missing_ok=True)  # it may be of a later step than the snapshot
     if (folder / "best.safetensors").exists():
         _best(t).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / "best.safetensors", _best(t))

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 def install(model: nn.Module) -> int:
     """Exchanges the forward of every plain LoRA layer of `model`; returns how many there were."""
-    layers = [module for module in model.modules() if _is_plain(module)]
+    layers = [module for module in model.modules() if is_plain(module)]
     for layer in layers:
         layer.forward = MethodType(_adapted, layer)
     return len(layers)
@@ -30,11 +30,44 @@ def plain(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tens
     return x @ weight.t() + scale * (x @ a.t()) @ b.t()
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a LoRA layer of the textbook's kind."""
     if not isinstance(module, LoraLayer) or not (isinstance(module, Linear) or type(module).__name__ == "Linear4bit"):
         return False
     biased = any(getattr(b, "bias", None) is not None for b in module.lora_B.values())
     return not (module.lora_variant or module.merged or biased or getattr(module, "fan_in_fan_out", False))
+
+
+def only_adapter(layer: Any) -> str | None:
+    """The name of the adapter that acts on a layer, when it is one alone and without dropout; else None."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    name: str = layer.active_adapters[0]
+    return None if layer.training and isinstance(layer.lora_dropout[name], nn.Dropout) else name
+
+
+def product(rows: Tensor, base: Any, a: Tensor | None, b: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
+    """The adapted product of `rows` [n, in] -> [n, out], in the frozen weight's type, and `rows` times A' [n, r]."""
+    dense = _dense(base)
+    rows = rows.to(dense.dtype)
+    out = functional.linear(rows, dense, None if base.bias is None else base.bias.to(dense.dtype))
+    if a is None or b is None:
+        return out, None
+    low = rows @ a.to(dense.dtype).t()
+    return out.addmm_(low, b.to(dense.dtype).t(), alpha=scale), low
+
+
+def slopes(
+    grad: Tensor, rows: Tensor, low: Tensor, base: Any, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `product` for its rows, A and B."""
+    dense = _dense(base)
+    slope = grad.reshape(-1, grad.shape[-1]).to(dense.dtype)
+    slope_low = (slope @ b.to(dense.dtype)) * scale
+    grad_rows = (slope @ dense).addmm_(slope_low, a.to(dense.dtype))
+    grad_a = (slope_low.t() @ rows.to(dense.dtype)).to(a.dtype)
+    grad_b = (slope.t() @ low).to(b.dtype) * scale
+    return grad_rows, grad_a, grad_b
 
 
 def _adapted(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -45,59 +78,53 @@ def _adapted(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return cast(Tensor, type(self).forward(self, x, *args, **kwargs))
     name = self.active_adapters[0]
     a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-    dropout = self.lora_dropout[name]
-    if self.training and isinstance(dropout, nn.Dropout):
-        update = functional.linear(functional.linear(dropout(x), a.to(x.dtype)), b.to(x.dtype))
+    if only_adapter(self) is None:
+        update = functional.linear(functional.linear(self.lora_dropout[name](x), a.to(x.dtype)), b.to(x.dtype))
         return _frozen(x, self.base_layer) + scale * update
-    return cast(Tensor, _Adapted.apply(x, self.base_layer, self.base_layer.weight, a, b, scale))
+    return cast(Tensor, _Adapted.apply(x, self.base_layer, a, b, scale))
 
 
 def _frozen(x: Tensor, base: Any) -> Tensor:
-    return cast(Tensor, _Adapted.apply(x, base, base.weight, None, None, 0.0))
+    return cast(Tensor, _Frozen.apply(x, base))
 
 
-def _dense(base: Any, weight: Tensor) -> Tensor:
+def _dense(base: Any) -> Tensor:
     """The frozen weight [out, in] as numbers. Four bits are unpacked for each product: kept, they were bf16."""
-    state = getattr(weight, "quant_state", None)
+    state = getattr(base.weight, "quant_state", None)
     if state is None:
-        return weight.detach()
-    dense: Tensor = bitsandbytes.functional.dequantize_4bit(weight.detach(), state)
+        return cast(Tensor, base.weight.detach())
+    dense: Tensor = bitsandbytes.functional.dequantize_4bit(base.weight.detach(), state)
     return dense.to(base.compute_dtype or dense.dtype)
 
 
-class _Adapted(torch.autograd.Function):
-    """Gradients for x, A and B only. Products run in the frozen weight's type, on x flattened to rows."""
+class _Frozen(torch.autograd.Function):
+    """The product with a frozen weight alone; a gradient for x only, and nothing of x is kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, base: Any, weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float
-    ) -> Tensor:
-        dense = _dense(base, weight)
-        rows = x.reshape(-1, x.shape[-1]).to(dense.dtype)
-        bias = None if base.bias is None else base.bias.to(dense.dtype)
-        out = functional.linear(rows, dense, bias)
-        low = None
-        if a is not None and b is not None:
-            low = rows @ a.to(dense.dtype).t()
-            out.addmm_(low, b.to(dense.dtype).t(), alpha=scale)
-        ctx.save_for_backward(rows if a is not None else None, low, a, b)
-        ctx.base, ctx.weight, ctx.scale, ctx.shape, ctx.dtype = base, weight, scale, x.shape, x.dtype
+    def forward(ctx: Any, x: Tensor, base: Any) -> Tensor:
+        ctx.base = base
+        out, _ = product(x.reshape(-1, x.shape[-1]), base, None, None, 0.0)
         return out.view(*x.shape[:-1], -1).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        dense = _dense(ctx.base)
+        return (grads[0].to(dense.dtype) @ dense).to(grads[0].dtype), None
+
+
+class _Adapted(torch.autograd.Function):
+    """The adapted product; gradients for x, A and B."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out, low = product(rows, base, a, b, scale)
+        ctx.save_for_backward(rows, low, a, b)
+        ctx.base, ctx.scale, ctx.shape = base, scale, x.shape
+        return out.view(*x.shape[:-1], -1).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor, None]:
         rows, low, a, b = ctx.saved_tensors
-        dense = _dense(ctx.base, ctx.weight)
-        slope = grads[0].reshape(-1, grads[0].shape[-1]).to(dense.dtype)
-        grad_x = slope @ dense if ctx.needs_input_grad[0] else None
-        del dense
-        grad_a = grad_b = None
-        if a is not None:
-            slope_low = (slope @ b.to(slope.dtype)) * ctx.scale
-            if grad_x is not None:
-                grad_x.addmm_(slope_low, a.to(slope.dtype))
-            grad_a = (slope_low.t() @ rows).to(a.dtype)
-            grad_b = (slope.t() @ low).to(b.dtype) * ctx.scale
-        if grad_x is not None:
-            grad_x = grad_x.view(ctx.shape).to(ctx.dtype)
-        return grad_x, None, None, grad_a, grad_b, None
+        grad_rows, grad_a, grad_b = slopes(grads[0], rows, low, ctx.base, a, b, ctx.scale)
+        return grad_rows.view(ctx.shape).to(rows.dtype), None, grad_a, grad_b, None

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from tunery.spec import Lora, Plan, Technique
-from worker.trainer.kernels import adapters
+from worker.trainer.kernels import adapters, gated
 from worker.trainer.recipes.recipe import Recipe, groups, load_dense
 
 
@@ -24,6 +24,7 @@ def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) 
             # Steps of 1e-4 vanish in bf16 weights of size 0.1; adapters are small, so fp32 costs little.
             parameter.data = parameter.data.float()
     adapters.install(adapted)
+    gated.install(adapted)
     return adapted
 
 
@@ -46,8 +47,14 @@ def export(model: torch.nn.Module, folder: Path, base_model: str) -> None:
     adapted = cast(PeftModel, model)
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = base_model
+        config.target_modules = _in_order(config.target_modules)
     adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+
+
+def _in_order(names: object) -> object:
+    """PEFT keeps names as a set, whose order changes from run to run and with it the file's checksum."""
+    return sorted(names) if isinstance(names, set) else names
 
 
 LORA = Recipe(load_base=load_dense, prepare=prepare, make_optimizer=make_optimizer, export=export)

@@ -1,0 +1,29 @@
+"""A tiny model shared by all tests of the trainer, and an ear for what a run says."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import run_folders
+import tiny_models
+import torch
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random Llama of two layers with a ChatML template."""
+    return tiny_models.llama(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture
+def ear() -> Iterator[run_folders.Ear]:
+    made = run_folders.Ear()
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield

@@ -1,0 +1,169 @@
+"""What the model gets and how its losses add up: order, micro-batches, packing, accumulation."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_folders import chat, lay_out, plan
+
+from tunery.spec import Full
+from worker.trainer import data, packing
+from worker.trainer.data import IGNORED, Row, collate, micro_batches
+from worker.trainer.loop import _take_step
+from worker.trainer.report import Voice
+from worker.trainer.run import prepare
+from worker.trainer.training import Progress, Training
+from worker.trainer.wish import Wish
+
+CPU = torch.device("cpu")
+
+
+def training(folder: Path, base: Path, rows: list[dict[str, Any]], **changes: Any) -> Training:
+    lay_out(folder, base, plan(**changes), rows)
+    return prepare(folder, Voice(None), Wish())
+
+
+def test_every_epoch_sees_each_unit_once_in_an_order_of_its_own() -> None:
+    units = [[i] for i in range(10)]
+
+    epochs = [
+        [i for step in range(first, first + 3) for [i] in data.units_of_step(units, step, 4, seed=1)]
+        for first in (1, 4)
+    ]
+
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
+    assert epochs[0] != epochs[1]
+    assert epochs[0] == data.order(10, 1, 0)
+
+
+def test_micro_batches_keep_to_the_budget_and_lose_nothing() -> None:
+    lengths = [5, 90, 30, 31, 8, 7, 60, 300]
+
+    parts = micro_batches([[i] for i in range(8)], lengths, 128)
+
+    assert sorted(i for part in parts for [i] in part) == list(range(8))
+    for part in parts:
+        assert len(part) == 1 or len(part) * max(lengths[i] for [i] in part) <= 128
+
+
+def test_collate_predicts_each_label_from_the_token_before_it() -> None:
+    rows = [Row([5, 6, 7], [IGNORED, 6, 7]), Row([8, 9], [8, 9])]
+
+    batch = collate(rows, [[0], [1]], CPU)
+
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch.where.tolist() == [0, 1, 3]  # the first token of a row has no token before it
+    assert batch.targets.tolist() == [6, 7, 9]
+    assert batch.tokens == 5
+
+
+def test_collate_never_predicts_across_packed_rows() -> None:
+    rows = [Row([5, 6, 7], [IGNORED, 6, 7]), Row([8, 9], [8, 9])]
+
+    batch = collate(rows, [[0, 1]], CPU)
+
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.position_ids is not None
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+    assert batch.where.tolist() == [0, 1, 3]
+
+
+def test_packing_fills_sequences_and_loses_no_row() -> None:
+    lengths = torch.randint(3, 60, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    units = packing.pack(lengths, 128)
+
+    assert sorted(i for unit in units for i in unit) == list(range(200))
+    assert max(sum(lengths[i] for i in unit) for unit in units) <= 128
+    assert len(units) <= 1.05 * sum(lengths) / 128 + 1
+
+
+def test_row_longer_than_a_sequence_stands_alone() -> None:
+    assert packing.pack([200, 10], 128) == [[0], [1]]
+
+
+def test_packed_loss_is_the_sum_of_the_rows_losses(tmp_path: Path, tiny: Path) -> None:
+    t = training(tmp_path / "run", tiny, [chat(i) for i in range(5)])
+    rows = t.rows.rows
+
+    alone = sum(float(t.objective(collate(rows, [[i]], CPU), 1.0)[0].detach()) for i in range(5))
+    packed = float(t.objective(collate(rows, [[0, 1, 2], [3, 4]], CPU), 1.0)[0].detach())
+
+    assert packed == pytest.approx(alone, rel=1e-5)
+    assert packing.keeps_rows_apart(t.objective, rows, CPU)
+
+
+def test_model_whose_rows_would_mix_is_not_packed(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Positions are how the model knows where a row starts: without them rows see their neighbours.
+    forget = data.Batch.__init__
+
+    def without_positions(self: Any, *, position_ids: Any, **rest: Any) -> None:
+        forget(self, position_ids=None, **rest)
+
+    monkeypatch.setattr(data.Batch, "__init__", without_positions)
+    t = training(tmp_path / "run", tiny, [chat(i) for i in range(6)], packing=True)
+
+    assert [len(unit) for unit in t.units] == [1] * 6
+    assert any("not packed" in warning for warning in t.warnings)
+
+
+@pytest.mark.parametrize("technique", [Full(), None])
+def test_accumulation_does_not_change_loss_or_gradient(tmp_path: Path, tiny: Path, technique: Full | None) -> None:
+    changes = {"technique": technique} if technique else {}
+    rows = [chat(i, words=2 + i % 7) for i in range(8)]
+    found = []
+    for number, budget in enumerate((10_000, 1)):
+        t = training(tmp_path / str(number), tiny, rows, batch_size=8, **changes)
+        t.budget = budget
+        found.append(_take_step(t, Progress())[0])
+
+    assert len(t.share([[i] for i in range(8)])) == 8
+    assert found[1].train_loss == pytest.approx(found[0].train_loss, rel=1e-5)
+    assert found[1].grad_norm == pytest.approx(found[0].grad_norm, rel=1e-4)
+    assert found[1].train_accuracy == found[0].train_accuracy
+
+
+def test_last_short_step_is_the_mean_over_its_own_tokens(tmp_path: Path, tiny: Path) -> None:
+    """10 rows, 4 a step: the third step has 2, and its gradient is theirs, not half of it."""
+    t = training(tmp_path / "run", tiny, [chat(i) for i in range(10)], batch_size=4, learning_rate=1e-9)
+    t.budget = 1
+    progress = Progress()
+    last = [_take_step(t, progress)[0] for _ in range(3)][-1]
+    rows = [t.rows.rows[i] for [i] in data.units_of_step(t.units, 3, 4, t.plan.seed)]
+
+    loss, _ = t.objective(collate(rows, [[0], [1]], CPU), 1 / sum(row.labelled for row in rows))
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm(p.grad for p in t.parameters.values() if p.grad is not None)
+
+    assert len(rows) == 2
+    assert last.train_loss == pytest.approx(loss.item(), rel=1e-5)
+    assert last.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_losses_of_three_steps(tmp_path: Path, tiny: Path) -> None:
+    """Literals: a change of code that is no change of the training must not move them."""
+    t = training(tmp_path / "run", tiny, [chat(i) for i in range(12)])
+    progress = Progress()
+
+    losses = [_take_step(t, progress)[0].train_loss for _ in range(3)]
+
+    assert losses == pytest.approx(LOSSES, abs=2e-4)
+    assert progress.tokens == sum(t.lengths)
+
+
+LOSSES = [8.946486, 8.531140, 8.357866]
+
+
+def test_rows_without_a_trained_token_are_left_out_and_told(tmp_path: Path, tiny: Path) -> None:
+    rows = [chat(0), chat(1, words=40), chat(2)]
+
+    t = training(tmp_path / "run", tiny, rows, max_seq_length=100)
+
+    assert len(t.rows.rows) == 2
+    assert t.rows.unlearnable == (2,)
+    assert "line 2" in t.warnings[0]
+
+

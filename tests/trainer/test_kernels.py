@@ -1,0 +1,166 @@
+"""Every kernel against its definition in float64, on fresh random inputs, values and gradients."""
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from worker.trainer.kernels import adapters, cross_entropy, gated
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """Relative error in the Euclidean norm; NaN stays NaN and fails every comparison."""
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.fixture
+def one_chunk_holds_64_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 0)
+
+
+@pytest.mark.usefixtures("one_chunk_holds_64_rows")
+@pytest.mark.parametrize("head_learns", [False, True])
+def test_chunked_cross_entropy_has_the_value_and_gradient_of_the_definition(head_learns: bool) -> None:
+    hidden, weight = torch.randn(150, 24), torch.randn(97, 24)
+    targets = torch.randint(97, (150,))
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    wanted, right = cross_entropy.plain(exact[0] @ exact[1].t(), targets, 0.01)
+    # plain() computes in fp32 as models do; the gradient to compare with is wanted in float64
+    (0.01 * functional.cross_entropy(exact[0] @ exact[1].t(), targets, reduction="sum")).backward()
+    hidden.requires_grad_()
+    weight.requires_grad_(head_learns)
+
+    loss, correct = cross_entropy.scaled(hidden, weight, targets, 0.01)
+    loss.backward()
+
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert int(correct) == int(right)
+    assert error(hidden.grad, exact[0].grad) < 1e-5  # type: ignore[arg-type]
+    assert (weight.grad is not None) == head_learns
+    if head_learns:
+        assert error(weight.grad, exact[1].grad) < 1e-5  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("one_chunk_holds_64_rows")
+def test_chunked_cross_entropy_without_gradients_gives_the_same_numbers() -> None:
+    hidden, weight, targets = torch.randn(150, 24), torch.randn(97, 24), torch.randint(97, (150,))
+
+    with torch.no_grad():
+        loss, correct = cross_entropy.scaled(hidden, weight, targets, 1.0)
+
+    wanted, right = cross_entropy.plain(hidden @ weight.t(), targets, 1.0)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert int(correct) == int(right)
+
+
+def lora_layer(base: nn.Linear, dropout: float = 0.0) -> Any:
+    """A PEFT LoRA layer with random A and B on `base`."""
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["0"], lora_dropout=dropout, init_lora_weights=False)
+    layer = get_peft_model(nn.Sequential(base), config).base_model.model[0]
+    adapters.install(layer)
+    return layer
+
+
+def test_adapted_layer_has_the_value_and_gradients_of_the_definition() -> None:
+    base = nn.Linear(20, 12, bias=False)
+    layer = lora_layer(base)
+    a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
+    x, grad = torch.randn(2, 5, 20, requires_grad=True), torch.randn(2, 5, 12)
+    exact = [t.detach().double().requires_grad_() for t in (x, a, b)]
+    wanted = adapters.plain(exact[0], base.weight.detach().double(), exact[1], exact[2], 2.0)
+    wanted.backward(grad.double())
+
+    out = layer(x)
+    out.backward(grad)
+
+    assert error(out, wanted) < 1e-5
+    for found, reference in zip((x, a, b), exact, strict=True):
+        assert error(found.grad, reference.grad) < 1e-5  # type: ignore[arg-type]
+    assert base.weight.grad is None
+
+
+def test_switched_off_adapter_leaves_the_base_exactly() -> None:
+    base = nn.Linear(20, 12)
+    layer = lora_layer(base)
+    x = torch.randn(4, 20)
+
+    layer.enable_adapters(False)
+
+    assert torch.equal(layer(x), functional.linear(x, base.weight, base.bias))
+
+
+def test_dropout_acts_on_the_adapter_only_and_only_in_training() -> None:
+    base = nn.Linear(20, 12, bias=False)
+    layer = lora_layer(base, dropout=0.999999)
+    x = torch.randn(4, 20)
+
+    assert error(layer.train()(x), x @ base.weight.t()) < 1e-6
+    assert error(layer.eval()(x), x @ base.weight.t()) > 1e-3
+
+
+def test_four_bit_layer_multiplies_by_its_unpacked_weight() -> None:
+    base = bitsandbytes.nn.Linear4bit(
+        64, 32, bias=False, quant_type="nf4", compress_statistics=True, compute_dtype=torch.float32
+    )
+    base.load_state_dict({"weight": torch.randn(32, 64)})
+    base.to("cpu")
+    layer = lora_layer(base)
+    dense = bitsandbytes.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).double()
+    a, b = (m.default.weight.detach().double() for m in (layer.lora_A, layer.lora_B))
+    x = torch.randn(7, 64, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    wanted = adapters.plain(exact, dense, a, b, 2.0)
+    wanted.sum().backward()
+
+    out = layer(x)
+    out.sum().backward()
+
+    assert error(out, wanted) < 1e-5
+    assert error(x.grad, exact.grad) < 1e-5  # type: ignore[arg-type]
+
+
+def test_model_with_our_forward_computes_what_pefts_own_does(tiny: Path) -> None:
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    ids = torch.randint(3, 250, (2, 9))
+
+    def run(ours: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(3)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config).train()
+        if ours:
+            assert adapters.install(model) == 14
+            gated.install(model)
+        logits = model(ids).logits
+        logits.square().mean().backward()
+        return logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    (wanted, wanted_grads), (found, found_grads) = run(ours=False), run(ours=True)
+
+    assert error(found, wanted) < 1e-5
+    assert found_grads.keys() == wanted_grads.keys()
+    for name, grad in found_grads.items():
+        assert error(grad, wanted_grads[name]) < 1e-4, name
+
+
+def test_gated_block_has_the_value_and_gradients_of_the_definition() -> None:
+    base = nn.Linear(20, 12, bias=False)
+    layer = lora_layer(base)
+    tensors = [torch.randn(5, 20, requires_grad=True) for _ in range(2)]
+    tensors += [layer.lora_A.default.weight, layer.lora_B.default.weight]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    wanted = gated.plain(*exact[:2], base.weight.detach().double(), *exact[2:], 2.0)
+    grad = torch.randn(5, 12)
+    wanted.backward(grad.double())
+
+    out = gated._GatedDown.apply(*tensors[:2], base, *tensors[2:], 2.0)
+    out.backward(grad)
+
+    assert error(out, wanted) < 1e-5
+    for found, reference in zip(tensors, exact, strict=True):
+        assert error(found.grad, reference.grad) < 1e-5  # type: ignore[arg-type]

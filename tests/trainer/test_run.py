@@ -1,0 +1,276 @@
+"""Whole runs in this process: what they say, what they leave, and that a broken one goes on as if it were not."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from pydantic import BaseModel
+from run_folders import Ear, chat, lay_out, plan
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tunery.errors import InvalidTrainingFile, NotFinite
+from tunery.spec import EarlyStopping, Evaluation, Full, Lora, Qlora
+from worker.trainer import checkpoints
+from worker.trainer.report import CSV_HEADER, Voice
+from worker.trainer.run import carry_out, prepare
+from worker.trainer.training import Progress
+from worker.trainer.wish import Wish
+
+ROWS = [chat(i) for i in range(10)]
+
+
+def said(ear: Ear, kind: str) -> list[Any]:
+    return [message for message in ear.messages() if message.type == kind]
+
+
+def parity_error(folder: Path, model: Any) -> float:
+    """Largest difference of a loaded model's logits from those that the trainer wrote."""
+    prompts = json.loads((folder / "out" / "parity.json").read_text())["prompts"]
+    assert len(prompts) == 3
+    with torch.no_grad():
+        return max(
+            float((model(torch.tensor([p["input_ids"]])).logits[0, -1] - torch.tensor(p["logits"])).abs().max())
+            for p in prompts
+        )
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [
+        Lora(r=8, alpha=32, dropout=0.1, target_modules=["q_proj", "v_proj"]),
+        Qlora(r=4, quant_type="nf4", double_quant=True, compute_dtype="bfloat16"),
+    ],
+    ids=["lora as in the textbook", "qlora as in the textbook"],
+)
+def test_adapter_is_exported_as_peft_loads_it(tmp_path: Path, tiny: Path, ear: Ear, technique: Lora) -> None:
+    folder = lay_out(tmp_path / "run", tiny, plan(technique=technique, n_epochs=2), ROWS)
+
+    assert carry_out(folder, Voice(ear.descriptor), Wish())
+
+    config = json.loads((folder / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+    assert config["r"] == technique.r
+    weights = load_file(folder / "out" / "adapter_model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert any(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lora_B" in name)
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    assert parity_error(folder, PeftModel.from_pretrained(base, folder / "out").eval()) < 1e-3
+    [started], [finished] = said(ear, "started"), said(ear, "finished")
+    assert (started.total_steps, finished.steps, finished.step) == (6, 6, 6)
+    assert started.trainable_params == sum(tensor.numel() for tensor in weights.values())
+    assert [message.step for message in said(ear, "step")] == [1, 2, 3, 4, 5, 6]
+    assert [(c.kind, c.path) for c in said(ear, "checkpoint_saved")] == [
+        ("public", "checkpoints/step-3"),
+        ("public", "checkpoints/step-6"),
+    ]
+    assert (folder / "checkpoints" / "step-3" / "adapter_model.safetensors").exists()
+    assert AutoTokenizer.from_pretrained(folder / "out").chat_template
+
+
+def test_full_fine_tune_is_exported_as_transformers_loads_it(tmp_path: Path, tiny: Path, ear: Ear) -> None:
+    test = [chat(100 + i) for i in range(4)]
+    evaluation = Evaluation(test_file="file-test", max_new_tokens=8)
+    folder = lay_out(
+        tmp_path / "run", tiny, plan(technique=Full(), learning_rate=1e-3, evaluation=evaluation), ROWS, test=test
+    )
+
+    assert carry_out(folder, Voice(ear.descriptor), Wish())
+
+    assert parity_error(folder, AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)) < 1e-3
+    assert all(t.dtype == torch.bfloat16 for t in load_file(folder / "out" / "model.safetensors").values())
+    [started] = said(ear, "started")
+    assert started.trainable_params == started.all_params
+    rows = [json.loads(line) for line in (folder / "out" / "answers.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    assert any(row["base"] != row["tuned"] for row in rows)  # the base's answers are from before the training
+
+
+def test_run_measures_itself(tmp_path: Path, tiny: Path, ear: Ear) -> None:
+    """The rows are few and learnt by heart, so the tuned model must answer them and the random base must not."""
+    evaluation = Evaluation(test_file="file-test", max_new_tokens=12)
+    rows = [chat(i) for i in range(4)]
+    folder = lay_out(
+        tmp_path / "run", tiny, plan(n_epochs=40, technique=Lora(r=16), evaluation=evaluation), rows, rows, rows
+    )
+
+    assert carry_out(folder, Voice(ear.descriptor), Wish())
+
+    [score] = said(ear, "score")
+    assert score.rows == 4
+    assert score.base_exact == 0
+    assert score.tuned_exact == 1
+    assert score.gain_low > 0
+    assert len(score.samples) == 4
+    assert json.loads((folder / "out" / "scorecard.json").read_text())["gain"] == 1
+    evaluated = said(ear, "evaluated")
+    assert [message.step for message in evaluated] == list(range(1, 41))
+    assert evaluated[-1].loss < 0.1 < evaluated[0].loss
+    with (folder / "out" / "results.csv").open() as file:
+        table = list(csv.reader(file))
+    assert table[0] == CSV_HEADER
+    assert len(table) == 41
+    assert table[1][3:] == ["", ""]
+    assert float(table[40][3]) == pytest.approx(evaluated[-1].loss, rel=0.2)
+
+
+class Interrupting(Voice):
+    """A voice that breaks the run, or asks it to stop, once a step has been told."""
+
+    def __init__(self, step: int, wish: Wish | None = None) -> None:
+        super().__init__(None)
+        self.step, self.wish = step, wish
+
+    def say(self, message: BaseModel) -> None:
+        super().say(message)
+        if getattr(message, "type", "") == "step" and getattr(message, "step", 0) == self.step:
+            if self.wish is None:
+                raise ConnectionError("the lights went out")
+            self.wish.stop = True
+
+
+@pytest.mark.parametrize("technique", [Lora(r=4, dropout=0.2), Full()], ids=["lora with dropout", "full"])
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "asked to stop"])
+def test_broken_run_goes_on_to_the_bit(
+    tmp_path: Path, tiny: Path, ear: Ear, technique: Lora | Full, killed: bool
+) -> None:
+    settled = plan(technique=technique, n_epochs=2, learning_rate=3e-3, select="best", batch_size=3)
+    whole, broken = (
+        lay_out(tmp_path / name, tiny, settled, ROWS, ROWS[:3], snapshot_seconds=1e-9 if killed else 300)
+        for name in ("whole", "broken")
+    )
+    assert carry_out(whole, Voice(None), Wish())
+
+    wish = Wish()
+    if killed:
+        with pytest.raises(ConnectionError):
+            carry_out(broken, Interrupting(6), wish)
+    else:
+        assert not carry_out(broken, Interrupting(6, wish), wish)
+    assert carry_out(broken, Voice(ear.descriptor), Wish())
+
+    name = "model.safetensors" if isinstance(technique, Full) else "adapter_model.safetensors"
+    assert (broken / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
+    assert steps_of(broken) == steps_of(whole)
+    assert said(ear, "started")[0].first_step == (6 if killed else 8)
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    """The metrics without their times."""
+    lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in lines]
+
+
+def test_snapshot_of_another_host_is_taken_from_resume_and_a_damaged_one_is_not(tmp_path: Path, tiny: Path) -> None:
+    settled = plan(n_epochs=2)
+    first = lay_out(tmp_path / "first", tiny, settled, ROWS)
+    wish = Wish()
+    assert not carry_out(first, Interrupting(3, wish), wish)  # a wish that comes after a step is heard in the next
+    second = lay_out(tmp_path / "second", tiny, settled, ROWS)
+    (first / "snapshots" / "step-4").rename(second / "resume")
+
+    t = prepare(second, Voice(None), Wish())
+    found = checkpoints.find_snapshot(t)
+    assert found == second / "resume"
+    assert checkpoints.restore(t, found).step == 4
+
+    damaged = bytearray((found / "weights.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (found / "weights.safetensors").write_bytes(damaged)
+    assert checkpoints.find_snapshot(t) is None
+
+
+def test_snapshot_of_other_rows_is_not_taken(tmp_path: Path, tiny: Path) -> None:
+    folder = lay_out(tmp_path / "run", tiny, plan(), ROWS)
+    wish = Wish()
+    carry_out(folder, Interrupting(1, wish), wish)
+    (folder / "data" / "train.jsonl").write_text("".join(json.dumps(chat(50 + i)) + "\n" for i in range(10)))
+
+    assert checkpoints.find_snapshot(prepare(folder, Voice(None), Wish())) is None
+
+
+def test_loss_that_is_no_number_ends_the_run_before_the_weights_are_touched(tmp_path: Path, tiny: Path) -> None:
+    folder = lay_out(tmp_path / "run", tiny, plan(learning_rate=1.0, n_epochs=3), ROWS)
+    t = prepare(folder, Voice(None), Wish())
+    poisoned = t.objective.causal.base_model.layers[0].input_layernorm.weight
+    poisoned.data[0] = float("nan")
+    before = {name: p.detach().clone() for name, p in t.parameters.items()}
+
+    from worker.trainer.loop import train
+
+    with pytest.raises(NotFinite, match="Lower the learning rate"):
+        train(t, Progress())
+
+    assert all(torch.equal(p, before[name]) for name, p in t.parameters.items())
+    assert not list((folder).glob("checkpoints/*"))
+
+
+def test_early_stopping_ends_the_run_and_exports_the_best_step(tmp_path: Path, tiny: Path, ear: Ear) -> None:
+    # No epoch gains 100 nats, so the first stays the best.
+    settled = plan(n_epochs=12, early_stopping=EarlyStopping(patience=2, min_delta=100))
+    folder = lay_out(tmp_path / "run", tiny, settled, ROWS, [chat(200 + i) for i in range(6)])
+
+    assert carry_out(folder, Voice(ear.descriptor), Wish())
+
+    [finished] = said(ear, "finished")
+    assert finished.stopped_early
+    assert (finished.step, finished.steps) == (3, 9)
+    exported = load_file(folder / "out" / "adapter_model.safetensors")
+    public = folder / "checkpoints" / f"step-{finished.step}" / "adapter_model.safetensors"
+    assert all(torch.equal(tensor, load_file(public)[name]) for name, tensor in exported.items())
+
+
+def test_best_without_validation_rows_is_the_users_error(tmp_path: Path, tiny: Path) -> None:
+    folder = lay_out(tmp_path / "run", tiny, plan(select="best"), ROWS)
+
+    with pytest.raises(InvalidTrainingFile, match="validation file"):
+        carry_out(folder, Voice(None), Wish())
+
+
+def test_run_goes_on_from_an_adapter(tmp_path: Path, tiny: Path) -> None:
+    first = lay_out(tmp_path / "first", tiny, plan(n_epochs=3), ROWS)
+    carry_out(first, Voice(None), Wish())
+    second = lay_out(tmp_path / "second", tiny, plan(), ROWS)
+    (first / "out").rename(second / "adapter")
+
+    t = prepare(second, Voice(None), Wish())
+
+    learnt = load_file(second / "adapter" / "adapter_model.safetensors")
+    for name, parameter in t.parameters.items():
+        stored = learnt[name.removeprefix("model.").replace(".default", "")]
+        assert torch.equal(parameter, stored)
+
+
+def test_packed_run_trains_on_every_token(tmp_path: Path, tiny: Path, ear: Ear) -> None:
+    folder = lay_out(tmp_path / "run", tiny, plan(packing=True, batch_size=1), ROWS)
+
+    assert carry_out(folder, Voice(ear.descriptor), Wish())
+
+    [started], [finished] = said(ear, "started"), said(ear, "finished")
+    assert started.total_steps < 10
+    assert finished.trained_tokens == started.train_tokens
+
+
+def test_artifact_needs_nothing_of_ours(tmp_path: Path, tiny: Path) -> None:
+    """Loaded by plain peft in an interpreter that cannot see this project."""
+    folder = lay_out(tmp_path / "run", tiny, plan(), ROWS)
+    carry_out(folder, Voice(None), Wish())
+    program = (
+        "import sys, torch; from peft import PeftModel; from transformers import AutoModelForCausalLM as M\n"
+        "m = PeftModel.from_pretrained(M.from_pretrained(sys.argv[1]), sys.argv[2])\n"
+        "assert not [n for n in sys.modules if n.split('.')[0] in ('tunery', 'worker')]\n"
+        "print(m(torch.tensor([[5, 6, 7]])).logits.shape)"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program, str(tiny), str(folder / "out")],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+
+    assert "[1, 3, 260]" in done.stdout
