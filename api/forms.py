@@ -60,9 +60,14 @@ async def receive(request: Request, *, file_field: str, limit: int, what: str, i
 
 
 def parse_fields(form: Form, kind: type[F]) -> F:
-    """The text fields as a model; `a[b]` is the field b of a. Raises RequestValidationError."""
+    """The text fields as a model; `a[b]` is the field b of a. Raises RequestValidationError.
+
+    An empty field counts as absent: that is how browsers send what nobody filled in.
+    """
     nested: dict[str, Any] = {}
     for name, value in form.fields.items():
+        if not value:
+            continue
         outer, bracket, inner = name.partition("[")
         if bracket and inner.endswith("]"):
             nested.setdefault(outer, {})[inner[:-1]] = value

@@ -32,8 +32,17 @@ _FORM: dict[str, Any] = {
                     "properties": {
                         "purpose": {"type": "string", "enum": list(wire.Purpose.__args__), "default": "fine-tune"},  # type: ignore[attr-defined]
                         "file": {"type": "string", "format": "binary", "description": "JSON Lines for fine-tuning"},
-                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+                        # Plain strings, empty: forms made from this document fill in any default or least value.
+                        "expires_after[anchor]": {
+                            "type": "string",
+                            "example": "",
+                            "description": "`created_at`, together with the seconds",
+                        },
+                        "expires_after[seconds]": {
+                            "type": "string",
+                            "example": "",
+                            "description": "The file deletes itself after 3600 to 2592000 seconds",
+                        },
                     },
                     "example": {"purpose": "fine-tune"},
                 }

@@ -110,3 +110,16 @@ def errors(*statuses: int) -> Answers:
     """The documentation of a route's errors. Every route may answer 400, 401, 500 and 503."""
     every = sorted({400, 401, 503, *statuses})
     return {status: {"model": Error, "description": _MEANING[status]} for status in every}
+
+
+def examples() -> dict[str, list[Any]]:
+    """Every schema's examples by its name, nulls included."""
+    found = {}
+    waiting: list[type[BaseModel]] = [Wire, Body]
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        extra = kind.model_config.get("json_schema_extra")
+        if isinstance(extra, dict) and "json_schema_extra" in vars(kind).get("model_config", {}):
+            found[kind.__name__] = list(extra["examples"])  # type: ignore[arg-type]  # JSON, a list where we wrote one
+    return found

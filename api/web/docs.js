@@ -2,7 +2,6 @@ window.ui = SwaggerUIBundle({
   url: "/openapi.json",
   dom_id: "#swagger-ui",
   deepLinking: true,
-  persistAuthorization: true,
   displayRequestDuration: true,
   defaultModelsExpandDepth: 0,
   // No badge of an outside validator: it would be asked over the network.

@@ -1,0 +1,122 @@
+"""The documentation page in a real browser: authorise, upload, submit a job, read its success there."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.expected_conditions import element_to_be_clickable, presence_of_element_located
+from selenium.webdriver.support.ui import WebDriverWait
+from teams import BASE, TRAIN, Team
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+KEEP = bool(os.environ.get("TUNERY_KEEP_SCREENSHOT"))  # looked up now: tests run without TUNERY_* variables
+SCREENSHOT = Path(__file__).parents[2] / "docs/images/docs-page.png"
+
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER),
+    reason="No Chromium was found. On Debian: apt-get install chromium chromium-driver",
+)
+
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",  # it refuses to run as root with one, and sees only this test's own page
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1280,1600",
+)
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path}/chromium"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """What a person does on the page."""
+
+    def __init__(self, browser: webdriver.Chrome, address: str) -> None:
+        self.browser = browser
+        browser.get(f"{address}/docs")
+        self.wait = WebDriverWait(browser, 30)
+
+    def click(self, css: str, within: str = "") -> None:
+        element = self.wait.until(element_to_be_clickable((By.CSS_SELECTOR, f"{within} {css}".strip())))
+        self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)  # type: ignore[no-untyped-call]
+        element.click()
+
+    def find(self, css: str) -> WebElement:
+        return self.wait.until(presence_of_element_located((By.CSS_SELECTOR, css)))
+
+    def authorise(self, key: str) -> None:
+        self.click(".auth-wrapper .authorize")
+        self.find(".auth-container input").send_keys(key)
+        self.click(".auth-btn-wrapper .authorize")
+        self.click(".auth-btn-wrapper .btn-done")
+
+    def open(self, tag: str, operation: str) -> str:
+        block = f"#operations-{tag}-{operation}"
+        self.click(".opblock-summary-control", block)
+        self.click(".try-out__btn", block)
+        return block
+
+    def answer(self, block: str) -> tuple[str, str]:
+        """Status and body, after Execute."""
+        self.click(".execute", block)
+        status = self.find(f"{block} .live-responses-table .response .response-col_status")
+        body = self.find(f"{block} .live-responses-table .response .response-col_description .highlight-code")
+        return status.text, body.text
+
+
+def test_submit_from_the_page(browser: webdriver.Chrome, live: str, team: Team, base: str, tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_bytes(TRAIN)
+    page = Page(browser, live)
+    page.authorise(team.key)
+
+    upload = page.open("Files", "create_file")
+    page.find(f"{upload} input[type=file]").send_keys(str(data))
+    status, body = page.answer(upload)
+    assert status.startswith("200"), body
+    assert '"status": "processed"' in body
+    assert '"expires_at": null' in body
+    file_id = str(team.http.get("/v1/files").json()["data"][0]["id"])
+    assert file_id in body
+    page.click(".opblock-summary-control", upload)
+
+    create = page.open("Fine-tuning_jobs", "create_job")
+    text = page.find(f"{create} textarea.body-param__text")
+    text.clear()
+    text.send_keys(f'{{"model": "{BASE}", "training_file": "{file_id}"}}')
+    status, body = page.answer(create)
+    [job] = team.http.get("/v1/fine_tuning/jobs").json()["data"]
+    assert status.startswith("200"), body
+    assert job["id"] in body
+    assert '"status": "validating_files"' in body
+    _keep(browser, page, create)
+    assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []  # type: ignore[no-untyped-call]
+
+
+def _keep(browser: webdriver.Chrome, page: Page, block: str) -> None:
+    """The documentation's picture, when it is asked for: a test must not change the tree by itself."""
+    if KEEP:
+        answer = page.find(f"{block} .live-responses-table")
+        browser.execute_script("arguments[0].scrollIntoView({block: 'end'})", answer)  # type: ignore[no-untyped-call]
+        browser.save_screenshot(str(SCREENSHOT))
