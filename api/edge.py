@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from fastapi import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import errors
@@ -28,6 +29,8 @@ class Edge:
         exchange = _Exchange(scope, receive, send)
         try:
             await self._app(scope, exchange.receive, exchange.send)
+        except ClientDisconnect:
+            return None  # nobody is there to be answered
         except Exception as error:
             if exchange.started:
                 raise  # half an answer is out: only a broken connection tells the client that it is not whole

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DataError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
@@ -37,6 +37,17 @@ _HEADERS: dict[int, dict[str, str]] = {
     503: {"retry-after": "5"},
 }
 
+_FORESEEN = (
+    TuneryError,
+    RequestValidationError,
+    HTTPException,
+    DataError,
+    UnicodeEncodeError,
+    OperationalError,
+    InterfaceError,
+    PoolTimeout,
+)
+
 
 def status_of(error: TuneryError) -> int:
     """The status of the nearest class above the error that has one."""
@@ -62,6 +73,10 @@ def _as_ours(error: Exception, request_id: str, route: str) -> TuneryError | Non
         return faults.explain(error)
     if isinstance(error, HTTPException):
         return faults.explain_http(error, route)
+    if isinstance(error, DataError | UnicodeEncodeError):
+        # PostgreSQL is the judge of what it can keep: NUL characters and halves of surrogate pairs it cannot.
+        reason = "The request has a NUL character or half a surrogate pair (\\u0000, \\ud800-\\udfff). Remove it."
+        return errors.InvalidValue(reason=reason)
     if isinstance(error, OperationalError | InterfaceError | PoolTimeout):
         log.warning("%s: the database failed: %s", request_id, type(error).__name__)
         return errors.Unavailable(part="The database")
@@ -89,5 +104,5 @@ def _handle(request: Request, error: Exception) -> JSONResponse:
 
 def install(app: FastAPI) -> None:
     """One handler for all classes. `api.edge` answers what is raised outside of it in the same way."""
-    for kind in (TuneryError, RequestValidationError, HTTPException, OperationalError, InterfaceError, PoolTimeout):
+    for kind in _FORESEEN:
         app.add_exception_handler(kind, _handle)

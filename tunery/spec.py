@@ -71,7 +71,9 @@ class EarlyStopping(Part):
 class Evaluation(Part):
     """What is measured besides the training loss."""
 
-    every_steps: int | Auto = Field("auto", description="Steps between full validation losses; auto: each epoch's end")
+    every_steps: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto", description="Steps between full validation losses; auto: each epoch's end"
+    )
     test_file: str | None = Field(None, description="Rows answered greedily by base and tuned model after training")
     max_new_tokens: int = Field(64, ge=1, le=4096, description="Token limit of those answers")
     max_rows: int = Field(1000, ge=1, description="At most so many test rows, from the file's start")

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
-import pytest
 from databases import Database
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -45,38 +44,38 @@ def test_every_rejection_is_a_400() -> None:
     assert {errors.status_of(error) for error in made} == {400}
 
 
-@pytest.mark.parametrize(
-    ("body", "param", "words"),
-    [
-        ({"model": BASE}, "training_file", "Missing required parameter: 'training_file'"),
-        ({**JOB, "n_epoch": 3}, "n_epoch", "Unknown parameter: 'n_epoch'"),
-        ({**JOB, "hyperparameters": {"n_epochs": 51}}, "hyperparameters.n_epochs", "less than or equal to 50"),
-        ({**JOB, "hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs", "'auto'"),
-        (
-            {**JOB, "method": {"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 0}}}},
-            "method.supervised.hyperparameters.batch_size",
-            "greater than or equal to 1",
-        ),
-        ({**JOB, "technique": {"type": "full", "r": 8}}, "technique.r", "A full fine-tune has no 'r'"),
-        ({**JOB, "technique": {"type": "lora", "quant_type": "nf4"}}, "technique.quant_type", "LoRA has no"),
-        ({**JOB, "technique": {"type": "lora", "r": 0}}, "technique.r", "greater than or equal to 1"),
-        ({**JOB, "technique": {"type": "prefix"}}, "technique", "'full', 'lora', 'qlora'"),
-        ({**JOB, "technique": {"type": "lora", "target_modules": []}}, "technique", "name at least one layer"),
-        ({**JOB, "suffix": "a" * 65}, "suffix", "at most 64 characters"),
-        ({**JOB, "suffix": "a:b"}, "suffix", "pattern"),
-        ({**JOB, "seed": -1}, "seed", "greater than or equal to 0"),
-        ({**JOB, "metadata": {"k": 1}}, "metadata.k", "valid string"),
-        ({**JOB, "metadata": {str(n): "" for n in range(17)}}, "metadata", "at most 16"),
-        ({**JOB, "integrations": [{"type": "mlflow", "wandb": {"project": "p"}}]}, "integrations.0.type", "'wandb'"),
-        ({**JOB, "resources": {"gpus": 3}}, "resources.gpus", "1, 2, 4 or 8"),
-        ({**JOB, "evaluation": {"every_steps": "often"}}, "evaluation.every_steps", "'auto'"),
-    ],
-)
-def test_what_is_wrong_with_a_body(team: Team, body: dict[str, Any], param: str, words: str) -> None:
-    error = _error(team.http.post("/v1/fine_tuning/jobs", json=body), 400)
-    assert error["type"] == "invalid_request_error"
-    assert error["param"] == param
-    assert words in error["message"]
+WRONG_BODIES: list[tuple[dict[str, Any], str, str]] = [
+    ({"model": BASE}, "training_file", "Missing required parameter: 'training_file'"),
+    ({**JOB, "n_epoch": 3}, "n_epoch", "Unknown parameter: 'n_epoch'"),
+    ({**JOB, "hyperparameters": {"n_epochs": 51}}, "hyperparameters.n_epochs", "less than or equal to 50"),
+    ({**JOB, "hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs", "'auto'"),
+    (
+        {**JOB, "method": {"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 0}}}},
+        "method.supervised.hyperparameters.batch_size",
+        "greater than or equal to 1",
+    ),
+    ({**JOB, "technique": {"type": "full", "r": 8}}, "technique.r", "A full fine-tune has no 'r'"),
+    ({**JOB, "technique": {"type": "lora", "quant_type": "nf4"}}, "technique.quant_type", "LoRA has no"),
+    ({**JOB, "technique": {"type": "lora", "r": 0}}, "technique.r", "greater than or equal to 1"),
+    ({**JOB, "technique": {"type": "prefix"}}, "technique", "'full', 'lora', 'qlora'"),
+    ({**JOB, "technique": {"type": "lora", "target_modules": []}}, "technique", "name at least one layer"),
+    ({**JOB, "suffix": "a" * 65}, "suffix", "at most 64 characters"),
+    ({**JOB, "suffix": "a:b"}, "suffix", "pattern"),
+    ({**JOB, "seed": -1}, "seed", "greater than or equal to 0"),
+    ({**JOB, "metadata": {"k": 1}}, "metadata.k", "valid string"),
+    ({**JOB, "metadata": {str(n): "" for n in range(17)}}, "metadata", "at most 16"),
+    ({**JOB, "integrations": [{"type": "mlflow", "wandb": {"project": "p"}}]}, "integrations.0.type", "'wandb'"),
+    ({**JOB, "resources": {"gpus": 3}}, "resources.gpus", "1, 2, 4 or 8"),
+    ({**JOB, "evaluation": {"every_steps": "often"}}, "evaluation.every_steps", "'auto'"),
+]
+
+
+def test_what_is_wrong_with_a_body(team: Team) -> None:
+    for body, param, words in WRONG_BODIES:
+        error = _error(team.http.post("/v1/fine_tuning/jobs", json=body), 400)
+        assert error["type"] == "invalid_request_error"
+        assert error["param"] == param
+        assert words in error["message"]
 
 
 def test_broken_json(team: Team) -> None:
@@ -91,6 +90,26 @@ def test_broken_json(team: Team) -> None:
 def test_wrong_query(team: Team) -> None:
     error = _error(team.http.get("/v1/fine_tuning/jobs?limit=0"), 400)
     assert error["param"] == "limit"
+
+
+def test_text_that_cannot_be_stored(team: Team, base: str) -> None:
+    file = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": TRAIN}).json()["id"]
+    headers = {"content-type": "application/json"}
+    for value in (rb"\u0000", rb"\ud800"):
+        for body in (
+            b'{"model":"'
+            + BASE.encode()
+            + b'","training_file":"'
+            + file.encode()
+            + b'","metadata":{"k":"'
+            + value
+            + b'"}}',
+            b'{"model":"' + value + b'","training_file":"x"}',
+        ):
+            error = _error(team.http.post("/v1/fine_tuning/jobs", content=body, headers=headers), 400)
+            assert "Remove it" in error["message"] or "unicode" in error["message"]
+    for path in ("/v1/files/%00", "/v1/models/%00", "/v1/fine_tuning/jobs?metadata[k]=%00", "/v1/files?after=%00"):
+        assert "Remove it" in _error(team.http.get(path), 400)["message"]
 
 
 def test_unknown_route_and_wrong_method(team: Team, anonymous: TestClient) -> None:

@@ -1,9 +1,11 @@
 """Uploading, keeping and giving back files."""
 
 import re
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import rows
 from databases import Database
@@ -12,6 +14,7 @@ from teams import BASE, LINE, TRAIN, Team
 
 from tunery.datasets.model import File
 from tunery.keys.model import Project
+from tunery.local import process
 
 BOUNDARY = "b0undary"
 FORM = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
@@ -44,27 +47,26 @@ def test_any_order_of_the_forms_parts(order: str, team: Team) -> None:
     assert team.http.get(f"/v1/files/{answer.json()['id']}/content").content == TRAIN
 
 
+BROKEN: list[tuple[bytes, str]] = [
+    (TRAIN + b"{broken\n" + TRAIN, "Line 13"),
+    (TRAIN + b"[1]\n", "Line 13"),
+    (b"", "Line 1"),
+    (TRAIN + b"\xff\n", "Line 13"),
+]
+
+
 @pytest.mark.parametrize("order", ["field first", "file first"])
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (TRAIN + b"{broken\n" + TRAIN, "Line 13"),
-        (TRAIN + b"[1]\n", "Line 13"),
-        (b"", "Line 1"),
-        (TRAIN + b"\xff\n", "Line 13"),
-    ],
-)
-def test_broken_json_lines(order: str, data: bytes, words: str, team: Team, database: Database) -> None:
-    parts = [_field("purpose", "fine-tune"), _file(data)]
-    body = b"".join(parts if order == "field first" else reversed(parts)) + END
-    answer = team.http.post("/v1/files", content=body, headers=FORM)
-    assert answer.status_code == 400
-    error = answer.json()["error"]
-    assert error["message"].startswith(
-        "Expected file to have JSONL format, where every line is a valid JSON dictionary."
-    )
-    assert words in error["message"]
-    assert error["code"] == "invalid_jsonl"
+def test_broken_json_lines(order: str, team: Team, database: Database) -> None:
+    for data, words in BROKEN:
+        parts = [_field("purpose", "fine-tune"), _file(data)]
+        body = b"".join(parts if order == "field first" else reversed(parts)) + END
+        answer = team.http.post("/v1/files", content=body, headers=FORM)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        start = "Expected file to have JSONL format, where every line is a valid JSON dictionary."
+        assert error["message"].startswith(start)
+        assert words in error["message"]
+        assert error["code"] == "invalid_jsonl"
     assert _stored(database) == []
     assert team.http.get("/v1/files").json()["data"] == []
 
@@ -78,35 +80,35 @@ def test_other_purposes_take_any_bytes(order: str, team: Team) -> None:
     assert answer.json()["status"] == "processed"
 
 
-@pytest.mark.parametrize(
-    ("body", "param", "words"),
-    [
-        (_file(TRAIN) + END, "purpose", "Missing required parameter: 'purpose'"),
-        (_field("purpose", "fine-tune") + END, "file", "Missing required parameter: 'file'"),
-        (_field("purpose", "fun") + _file(TRAIN) + END, "purpose", "'fine-tune'"),
-        (_field("purpose", "fine-tune-results") + _file(TRAIN) + END, "purpose", "'fine-tune'"),
-        (_field("purpose", "fine-tune") + _file(TRAIN, "data") + END, "data", "field is 'file'"),
-        (_field("purpose", "fine-tune") + _file(TRAIN) + _file(TRAIN) + END, "file", "two files"),
-        (_field("purpose", "fine-tune") + _field("x", "y") + _file(TRAIN) + END, "x", "Unknown parameter: 'x'"),
-        (_field("purpose", "fine-tune") + _file(TRAIN), None, "cut off"),
-        (b"no form at all", None, "multipart"),
-        (
-            _field("purpose", "fine-tune")
-            + _field("expires_after[anchor]", "created_at")
-            + _field("expires_after[seconds]", "60")
-            + _file(TRAIN)
-            + END,
-            "expires_after.seconds",
-            "3600",
-        ),
-        (_field("purpose", "f" * 70_000) + _file(TRAIN) + END, "purpose", "longer than"),
-    ],
-)
-def test_wrong_forms(body: bytes, param: str | None, words: str, team: Team, database: Database) -> None:
-    answer = team.http.post("/v1/files", content=body, headers=FORM)
-    assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["param"] == param
-    assert words in answer.json()["error"]["message"]
+WRONG_FORMS: list[tuple[bytes, str | None, str]] = [
+    (_file(TRAIN) + END, "purpose", "Missing required parameter: 'purpose'"),
+    (_field("purpose", "fine-tune") + END, "file", "Missing required parameter: 'file'"),
+    (_field("purpose", "fun") + _file(TRAIN) + END, "purpose", "'fine-tune'"),
+    (_field("purpose", "fine-tune-results") + _file(TRAIN) + END, "purpose", "'fine-tune'"),
+    (_field("purpose", "fine-tune") + _file(TRAIN, "data") + END, "data", "field is 'file'"),
+    (_field("purpose", "fine-tune") + _file(TRAIN) + _file(TRAIN) + END, "file", "two files"),
+    (_field("purpose", "fine-tune") + _field("x", "y") + _file(TRAIN) + END, "x", "Unknown parameter: 'x'"),
+    (_field("purpose", "fine-tune") + _file(TRAIN), None, "cut off"),
+    (b"no form at all", None, "multipart"),
+    (
+        _field("purpose", "fine-tune")
+        + _field("expires_after[anchor]", "created_at")
+        + _field("expires_after[seconds]", "60")
+        + _file(TRAIN)
+        + END,
+        "expires_after.seconds",
+        "3600",
+    ),
+    (_field("purpose", "f" * 70_000) + _file(TRAIN) + END, "purpose", "longer than"),
+]
+
+
+def test_wrong_forms(team: Team, database: Database) -> None:
+    for body, param, words in WRONG_FORMS:
+        answer = team.http.post("/v1/files", content=body, headers=FORM)
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == param
+        assert words in answer.json()["error"]["message"]
     assert _stored(database) == []
 
 
@@ -132,8 +134,6 @@ def test_size_limits(make_app: Callable[..., FastAPI], make_team: Callable[..., 
 
 def test_a_large_file_streams_in_constant_memory(live: str, team: Team) -> None:
     """96 MiB through a real socket: the process, client included, grows by far less."""
-    import httpx
-
     row = ('{"messages":[' + LINE[13:-3] + "]," + '"note":"' + "x" * 1000 + '"}\n').encode()
     block = row * (2**20 // len(row))
 
@@ -150,6 +150,29 @@ def test_a_large_file_streams_in_constant_memory(live: str, team: Team) -> None:
     assert answer.status_code == 200, answer.text
     assert answer.json()["bytes"] == 96 * len(block)
     assert _resident() - before < 48 * 2**20
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(live: str, team: Team, database: Database) -> None:
+    host, port = live.removeprefix("http://").split(":")
+    storage = Path(database.settings.storage_url.removeprefix("file://"))
+    head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {team.key}\r\nContent-Length: 99999999\r\n"
+    with socket.create_connection((host, int(port))) as sender:
+        sender.sendall(f"{head}Content-Type: {FORM['content-type']}\r\n\r\n".encode())
+        sender.sendall(_field("purpose", "fine-tune") + _file(TRAIN * 2000)[:-2])
+        assert process.wait_until(lambda: any((storage / ".tmp").iterdir()), seconds=20, every=0.01, alive=lambda: True)
+    assert process.wait_until(lambda: not _stored(database), seconds=20, every=0.01, alive=lambda: True)
+    assert team.http.get("/v1/files").json()["data"] == []
+
+
+def test_a_download_holds_no_connection(live: str, team: Team, app: FastAPI) -> None:
+    """The request's transaction is over before its stream begins."""
+    file = team.http.post("/v1/files", data={"purpose": "user_data"}, files={"file": b"x" * 2**24}).json()["id"]
+    headers = {"authorization": f"Bearer {team.key}"}
+    with httpx.stream("GET", f"{live}/v1/files/{file}/content", headers=headers, trust_env=False) as answer:
+        pieces = answer.iter_raw(1024)
+        next(pieces)
+        assert app.state.sessions.kw["bind"].pool.checkedout() == 0
+        assert sum(len(piece) for piece in pieces) == 2**24 - 1024
 
 
 def _resident() -> int:

@@ -2,7 +2,6 @@
 
 import hashlib
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -19,6 +18,7 @@ from tunery.jobs import ledger
 from tunery.jobs.model import Metric
 from tunery.jobs.states import State
 from tunery.keys.model import Project
+from tunery.local import process
 from tunery.models.model import Model
 
 
@@ -65,20 +65,16 @@ def test_a_followed_log_ends_with_its_job(
     listener.start()
     assert first.wait(20)
     assert heard == ["one\n"]
+    pool = app.state.sessions.kw["bind"].pool
+    assert process.wait_until(lambda: pool.checkedout() == 0, seconds=20, every=0.001, alive=lambda: True), (
+        "held between two looks"
+    )
     _say(app, job, 1, 2, "two\n")
     with database.sessions.begin() as session:
         ledger.cancel(session, team.id, job)
     listener.join(20)
     assert not listener.is_alive()
     assert "".join(heard) == "one\ntwo\n"
-
-
-def test_a_followed_log_holds_no_connection(make_app: Callable[..., FastAPI]) -> None:
-    """Followers outnumber the pool: the route's caller is looked up in a transaction of its own."""
-    from api.dependencies import StreamCallerDep
-    from api.routes.runs import read_log
-
-    assert read_log.__annotations__["caller"] == StreamCallerDep
 
 
 def test_metrics(team: Team, database: Database, base: str) -> None:
