@@ -1,15 +1,17 @@
 """Chat completions: the model is found here, the words come from the model server."""
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Coroutine
+from typing import Annotated, Any, TypeVar
 
 import httpx
-from fastapi import APIRouter, Body, Response
+from fastapi import APIRouter, Body, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session, sessionmaker
+from starlette.requests import ClientDisconnect
 
 from api.dependencies import SessionsDep, SettingsDep, StreamCallerDep
 from api.errors import envelope
@@ -20,6 +22,7 @@ from tunery.models.model import Model
 
 router = APIRouter(prefix="/v1", tags=["Chat"])
 
+Result = TypeVar("Result")
 TIMEOUT = httpx.Timeout(600, connect=5)
 """A long answer of a model on a CPU takes minutes; a server that is not there is known at once."""
 
@@ -76,23 +79,49 @@ class ChatRequest(BaseModel):
     },
 )
 async def create_chat_completion(
-    body: Annotated[ChatRequest, Body()], caller: StreamCallerDep, sessions: SessionsDep, settings: SettingsDep
+    request: Request,
+    body: Annotated[ChatRequest, Body()],
+    caller: StreamCallerDep,
+    sessions: SessionsDep,
+    settings: SettingsDep,
 ) -> Response:
     """Rendered with the very template that the model was trained with."""
     found = await run_in_threadpool(_find, sessions, caller.project_id, body.model)
+    asked = {**body.model_dump(exclude_unset=True), **found}
     # A client a request: connections are local, and a pool would be tied to one event loop.
     client = httpx.AsyncClient(timeout=TIMEOUT, trust_env=False)
     try:
-        upstream = await _send(client, settings.server_url, {**body.model_dump(exclude_unset=True), **found})
+        upstream = await _while_connected(request, _send(client, settings.server_url, asked))
         kind = upstream.headers.get("content-type", "application/json")
         if kind.startswith("text/event-stream"):
             return StreamingResponse(_relay(client, upstream), media_type=kind)
-        content = await _read(upstream)
+        content = await _while_connected(request, _read(upstream))
     except BaseException:
         await client.aclose()
         raise
     await client.aclose()
     return Response(content, upstream.status_code, media_type=kind)
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The work's result, unless the caller hangs up first: the model server then stops too, for one model answers all.
+
+    Raises ClientDisconnect.
+    """
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnection(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, gone):
+            task.cancel()
+
+
+async def _disconnection(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _find(sessions: sessionmaker[Session], project_id: str, name: str) -> dict[str, Any]:

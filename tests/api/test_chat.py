@@ -1,9 +1,11 @@
 """Chat completions pass through: the model is found here, a server behind a real socket answers."""
 
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import rows
@@ -29,13 +31,17 @@ class Server:
         self.received: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.status = 200
-        self.breaks = False
+        self.breaks = self.waits = False
+        self.left = threading.Event()
         self.app = Starlette(routes=[Route("/v1/chat/completions", self.answer, methods=["POST"])])
 
     async def answer(self, request: Request) -> Response:
         body = await request.json()
         self.received.append(body)
         self.headers.append(dict(request.headers))
+        if self.waits:
+            await _hung_up(request)
+            self.left.set()
         if self.status != 200:
             error = {"message": "n: 1 only", "type": "invalid_request_error", "param": "n", "code": "unsupported"}
             return JSONResponse({"error": error}, self.status)
@@ -56,6 +62,11 @@ class Server:
             if self.breaks:
                 raise ConnectionError("the server dies")
         yield "data: [DONE]\n\n"
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 @pytest.fixture
@@ -114,6 +125,23 @@ def test_a_stream_that_breaks_says_so(chatting: Team, server: Server) -> None:
         listen()
     assert heard == ["hel"]
     assert broken.value.code == "unavailable"
+
+
+def test_a_caller_who_hangs_up_frees_the_server(
+    server: Server, serve: Callable[[Any], str], make_app: Callable[..., FastAPI], team: Team, base: str
+) -> None:
+    server.waits = True
+    address = serve(make_app(server_url=serve(server.app)))
+    headers = {"authorization": f"Bearer {team.key}"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{address}/v1/chat/completions",
+            json={"model": base, **ASK},
+            headers=headers,
+            timeout=httpx.Timeout(20, read=1),
+            trust_env=False,
+        )
+    assert server.left.wait(20)
 
 
 def test_the_servers_refusals_pass(chatting: Team, server: Server) -> None:
