@@ -41,7 +41,8 @@ def main() -> None:
     lines = [line for line in screen(sys.stdin.read()) if not line.startswith("Script ")]
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Text.from_ansi("\n".join(lines).strip("\n")))
-    sys.stdout.write(console.export_svg(title="make demo"))
+    # Without the font that rich would have the reader's browser fetch from somebody's server.
+    sys.stdout.write(re.sub(r"@font-face \{.*?\}", "", console.export_svg(title="make demo"), flags=re.DOTALL))
 
 
 if __name__ == "__main__":
