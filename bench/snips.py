@@ -34,17 +34,16 @@ def lay_out(folder: Path, base: Path, data: Path, method: str, epochs: int, trai
         shutil.copyfile(valid, folder / "data" / "valid.jsonl")
     plan = Plan(
         technique=TECHNIQUES[method], n_epochs=epochs, batch_size=8, learning_rate=LEARNING_RATES[method],
-        learning_rate_multiplier=1, seed=0, evaluation=Evaluation(test_file=test, max_new_tokens=96),
+        learning_rate_multiplier=1, seed=0, evaluation=Evaluation(test_file=test, max_new_tokens=96 if "snips" in test else 32),
     )  # fmt: skip
     (folder / "spec.json").write_text(Run(job="bench", base_model="SmolLM2-135M-Instruct", plan=plan).model_dump_json())
 
 
-def train(folder: Path) -> list[dict[str, Any]]:
-    """The wire messages of a run of the trainer in its own process."""
-    done = subprocess.run(
-        [sys.executable, "-m", "worker.trainer", str(folder)], stdout=subprocess.PIPE, text=True, check=False
-    )
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def train(folder: Path, told: Path) -> list[dict[str, Any]]:
+    """The wire messages of a run of the trainer in its own process; they go to the file `told` as they come."""
+    with told.open("w") as file:
+        subprocess.run([sys.executable, "-m", "worker.trainer", str(folder)], stdout=file, check=False)
+    return [json.loads(line) for line in told.read_text().splitlines()]
 
 
 def general(model: Any, tokenizer: Any, path: Path) -> float:
@@ -74,11 +73,18 @@ def main() -> None:
     method = sys.argv[4] if len(sys.argv) > 4 else "lora"
     task = sys.argv[5] if len(sys.argv) > 5 else "snips"
     folder = Path(tempfile.mkdtemp()) / "run"
-    lay_out(folder, base, data, method, 3, f"{task}_train.jsonl", f"{task}_test.jsonl")
-    said = train(folder)
+    epochs = int(sys.argv[6]) if len(sys.argv) > 6 else 3
+    lay_out(folder, base, data, method, epochs, f"{task}_train.jsonl", f"{task}_test.jsonl")
+    said = train(folder, out.with_suffix(".told.jsonl"))
     kinds = {message["type"]: message for message in said}
     steps = [m for m in said if m["type"] == "step"]
-    found: dict[str, Any] = {"task": task, "method": method, "failed": kinds.get("failed"), **hardware()}
+    found: dict[str, Any] = {
+        "task": task,
+        "method": method,
+        "epochs": epochs,
+        "failed": kinds.get("failed"),
+        **hardware(),
+    }
     if "finished" in kinds:
         tokenizer = AutoTokenizer.from_pretrained(base)
         where = folder / "out" if method == "full" else base

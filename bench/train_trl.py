@@ -16,7 +16,7 @@ from bench.train_rows import in_order, rows
 
 
 class InOrder(SFTTrainer):
-    def _get_train_sampler(self, *args, **kwargs):
+    def _get_train_sampler(self, *_args, **_kwargs):
         return SequentialSampler(self.train_dataset)
 
 
@@ -24,10 +24,11 @@ class Clock(TrainerCallback):
     def __init__(self, skip: int) -> None:
         self.skip, self.began, self.ended = skip, 0.0, 0.0
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, _args, state, _control, **_kwargs):
         if state.global_step in (self.skip, state.max_steps):
             torch.cuda.synchronize()
-            self.began, self.ended = (time.monotonic(), 0.0) if state.global_step == self.skip else (self.began, time.monotonic())  # noqa: E501
+            now = time.monotonic()
+            self.began, self.ended = (now, 0.0) if state.global_step == self.skip else (self.began, now)
 
 
 def main() -> None:

@@ -94,9 +94,7 @@ def test_packed_loss_is_the_sum_of_the_rows_losses(tmp_path: Path, tiny: Path) -
     assert packing.keeps_rows_apart(t.objective, rows, CPU)
 
 
-def test_model_whose_rows_would_mix_is_not_packed(
-    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_whose_rows_would_mix_is_not_packed(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Positions are how the model knows where a row starts: without them rows see their neighbours.
     forget = data.Batch.__init__
 
@@ -165,5 +163,3 @@ def test_rows_without_a_trained_token_are_left_out_and_told(tmp_path: Path, tiny
     assert len(t.rows.rows) == 2
     assert t.rows.unlearnable == (2,)
     assert "line 2" in t.warnings[0]
-
-

@@ -134,10 +134,13 @@ def micro_batches(units: list[Unit], lengths: list[int], budget: int) -> list[li
     return parts
 
 
-def collate(rows: list[Row], units: list[Unit], device: torch.device) -> Batch:
-    """Units as one padded batch. Which positions predict is settled here, on the host, so the GPU is never asked."""
+def collate(rows: list[Row], units: list[Unit], device: torch.device, grain: tuple[int, int] = (1, 1)) -> Batch:
+    """Units as one padded batch. Which positions predict is settled here, on the host, so the GPU is never asked.
+
+    `grain`: the width and the number of targets are padded to multiples of these; targets of padding are -100.
+    """
     lengths = [sum(len(rows[i]) for i in unit) for unit in units]
-    width = max(lengths)
+    width = -(-max(lengths) // grain[0]) * grain[0]
     ids = torch.zeros(len(units), width, dtype=torch.int64)
     positions = torch.zeros(len(units), width, dtype=torch.int64)
     where: list[Tensor] = []
@@ -154,6 +157,9 @@ def collate(rows: list[Row], units: list[Unit], device: torch.device) -> Batch:
             targets.append(labels[places])
             start = end
     packed = any(len(unit) > 1 for unit in units)
+    idle = -sum(map(len, where)) % grain[1]
+    where.append(torch.zeros(idle, dtype=torch.int64))
+    targets.append(torch.full((idle,), IGNORED))
     return Batch(
         input_ids=_move(ids, device),
         position_ids=_move(positions, device) if packed else None,

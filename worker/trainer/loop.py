@@ -7,14 +7,16 @@ spread over; clipped; one optimizer step. Then what is due: an evaluation, a che
 import logging
 import math
 import time
+from collections.abc import Iterable
 
 import torch
 
 from tunery.errors import NotFinite
 from tunery.spec import Plan
 from tunery.wire import CheckpointSaved, Evaluated, Step
-from worker.trainer import checkpoints, evaluate
+from worker.trainer import checkpoints, evaluate, replays
 from worker.trainer.data import Unit, collate, units_of_step
+from worker.trainer.replays import passes
 from worker.trainer.training import Progress, Training
 
 log = logging.getLogger(__name__)
@@ -94,7 +96,7 @@ def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
     for group in t.optimizer.param_groups:
         group["lr"] = rate
     t.optimizer.step()
-    t.optimizer.zero_grad(set_to_none=True)
+    t.optimizer.zero_grad(set_to_none=t.replays is None)  # recorded passes add to the tensors that they know
     progress.step = step
     progress.tokens += sum(t.lengths[i] for unit in units for i in unit)
     message = Step(
@@ -123,33 +125,39 @@ def _accumulate(t: Training, units: list[Unit], labels: int) -> torch.Tensor:
             if all(len(part) <= 1 for part in parts):
                 raise
         t.optimizer.zero_grad(set_to_none=True)
+        t.replays = None
         torch.cuda.empty_cache()
         t.budget //= 2
         log.warning("out of memory: micro-batches of %d tokens from here on", t.budget)
 
 
 def _forward_backward(t: Training, parts: list[list[Unit]], labels: int) -> torch.Tensor:
-    sums = torch.zeros(2, dtype=torch.float64, device=t.device)
-    for part in parts:
-        # Why not the mean of each micro-batch: a mean of means gives short rows more weight than their tokens.
-        loss, right = t.objective(collate(t.rows.rows, part, t.device), 1.0 / labels)
-        loss.backward()
-        sums += torch.stack([loss.detach().double(), right.double()])
-    return sums
+    # Why not the mean of each micro-batch: a mean of means gives short rows more weight than their tokens.
+    if t.replays is None:
+        return _sum(t, (passes(t.objective, collate(t.rows.rows, part, t.device), 1 / labels) for part in parts))
+    # Recorded passes cannot know the number of labels: they use a constant, which is taken out here.
+    sums = _sum(t, (t.replays.run(collate(t.rows.rows, part, t.device, replays.GRAIN)) for part in parts))
+    rescale = 1 / (labels * replays.SCALE)
+    torch._foreach_mul_([p.grad for p in t.parameters.values() if p.grad is not None], rescale)
+    return sums * sums.new_tensor([rescale, 1.0])
+
+
+def _sum(t: Training, parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    return sum(parts, start=torch.zeros(2, dtype=torch.float64, device=t.device))
 
 
 def _add_gradients_of_ranks(t: Training) -> None:
     """Sums the gradients over the ranks.
 
-    Why not DistributedDataParallel: it wants equally many backward passes on each rank, and takes means. Here a rank may
-    have fewer micro-batches than another, or none in an epoch's last step.
+    Why not DistributedDataParallel: it wants equally many backward passes on each rank, and takes means. Here a rank
+    may have fewer micro-batches than another, or none in an epoch's last step.
     """
     if t.accelerator.num_processes == 1:
         return
     for parameter in t.parameters.values():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        parameter.grad = t.accelerator.reduce(parameter.grad, "sum")
+        parameter.grad.copy_(t.accelerator.reduce(parameter.grad, "sum"))
 
 
 def _glimpse(t: Training, step: int) -> dict[str, float]:

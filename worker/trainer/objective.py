@@ -1,6 +1,6 @@
 """What is minimised: the sum of the losses of the labelled tokens of a micro-batch."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -28,12 +28,12 @@ class Objective(nn.Module):
         hidden = self.causal.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
         ).last_hidden_state
-        rows = hidden.reshape(-1, hidden.shape[-1])[batch.where]
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.where)
         return cross_entropy.scaled(rows, self.causal.get_output_embeddings().weight, batch.targets, scale)
 
     def _by_whole_logits(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
         logits = self.causal(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-        rows = logits.reshape(-1, logits.shape[-1])[batch.where]
+        rows = logits.reshape(-1, logits.shape[-1]).index_select(0, batch.where)
         return cross_entropy.plain(rows, batch.targets, scale)
 
 
@@ -47,11 +47,11 @@ def _is_plain_product(causal: Any) -> bool:
 
 
 def all_and_trainable(model: nn.Module) -> tuple[int, int]:
-    """Numbers of all weights and of those that learn; a weight in 4 bits counts once, as the number that it stands for."""
+    """Numbers of all weights and of those that learn; a weight in 4 bits counts as the number it stands for."""
     total = trainable = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         count = int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
         total += count
         trainable += count if parameter.requires_grad else 0
-    return total, cast(int, trainable)
+    return total, trainable

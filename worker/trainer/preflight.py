@@ -1,4 +1,4 @@
-"""What must be settled before the first step: the device, how many tokens fit at once, and that the longest row does."""
+"""What must be settled before the first step: how many tokens fit at once, and that the longest row does."""
 
 import logging
 
@@ -49,7 +49,7 @@ def settle(objective: Objective, model: PreTrainedModel, rows: list[Row], units_
 
 
 def _tokens_that_fit(objective: Objective, rows: list[Row], capacity: int, device: torch.device) -> int:
-    """How many tokens a micro-batch may have, by the peak of one pass over `capacity` tokens; 0 when that is too many."""
+    """How many tokens a micro-batch may have, by the peak of a pass over `capacity` of them; 0 when those do not fit."""
     random, random_gpu = torch.get_rng_state(), torch.cuda.get_rng_state(device)
     try:
         resting, peak = _try(objective, _sequence(rows, capacity), device)

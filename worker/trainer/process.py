@@ -88,7 +88,7 @@ def _settle(rank: int) -> None:
 
 
 def _start_ranks(folder: Path, voice: Voice) -> None:
-    """Starts ranks 1 to n-1 and, from here on, ends this process when one of them fails: it would wait for it forever."""
+    """Starts ranks 1 to n-1 and, from here on, ends this process when one fails: it would wait for it forever."""
     world = Run.model_validate_json((folder / "spec.json").read_text()).plan.resources.gpus
     if world == 1:
         return

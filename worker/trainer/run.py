@@ -1,6 +1,5 @@
 """One run, from its directory to its artifact: the story in order."""
 
-import json
 import logging
 import shutil
 import time
@@ -23,6 +22,7 @@ from worker.trainer.objective import Objective, all_and_trainable
 from worker.trainer.recipes.full import FULL
 from worker.trainer.recipes.lora import LORA
 from worker.trainer.recipes.qlora import QLORA
+from worker.trainer.replays import Replays, worthwhile
 from worker.trainer.report import Voice
 from worker.trainer.training import Progress, Training
 from worker.trainer.wish import Stopped, Wish
@@ -78,6 +78,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     wish.check()
     warnings = _warnings(rows)
     units = _units(run, rows, objective, accelerator.device, warnings)
+    budget = _budget(run, base, objective, rows, units)
     return Training(
         run=run,
         folder=folder,
@@ -92,8 +93,9 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
         valid=valid,
         voice=voice,
         wish=wish,
-        budget=_budget(run, base, objective, rows, units),
+        budget=budget,
         warnings=warnings,
+        replays=_replays(run, objective, rows, units, budget),
     )
 
 
@@ -128,9 +130,7 @@ def _warnings(rows: Rows) -> list[str]:
     return warnings
 
 
-def _units(
-    run: Run, rows: Rows, objective: Objective, device: torch.device, warnings: list[str]
-) -> list[Unit]:
+def _units(run: Run, rows: Rows, objective: Objective, device: torch.device, warnings: list[str]) -> list[Unit]:
     if run.plan.packing:
         if packing.keeps_rows_apart(objective, rows.rows, device):
             return packing.pack([len(row) for row in rows.rows], run.plan.max_seq_length)
@@ -139,8 +139,17 @@ def _units(
 
 
 def _budget(run: Run, base: PreTrainedModel, objective: Objective, rows: Rows, units: list[Unit]) -> int:
-    longest = max(sum(len(rows.rows[i]) for i in unit) for unit in units)
-    return preflight.settle(objective, base, rows.rows, run.plan.batch_size, longest)
+    return preflight.settle(objective, base, rows.rows, run.plan.batch_size, _longest(rows, units))
+
+
+def _longest(rows: Rows, units: list[Unit]) -> int:
+    """Tokens of the longest sequence."""
+    return max(sum(len(rows.rows[i]) for i in unit) for unit in units)
+
+
+def _replays(run: Run, objective: Objective, rows: Rows, units: list[Unit], budget: int) -> Replays | None:
+    tokens = min(budget, run.plan.batch_size * _longest(rows, units))
+    return Replays(objective) if worthwhile(objective, tokens) else None
 
 
 def _resume(t: Training) -> Progress:

@@ -11,6 +11,7 @@ from tunery.spec import Plan, Run
 from worker.trainer.data import Rows, Unit, micro_batches, steps_per_epoch
 from worker.trainer.objective import Objective
 from worker.trainer.recipes.recipe import Recipe
+from worker.trainer.replays import Replays
 from worker.trainer.report import Voice
 from worker.trainer.wish import Wish
 
@@ -47,6 +48,7 @@ class Training:
     wish: Wish
     budget: int  # tokens of a micro-batch, padding included
     warnings: list[str] = field(default_factory=list)
+    replays: Replays | None = None  # where the host would set the pace
 
     def __post_init__(self) -> None:
         self.lengths = [len(row) for row in self.rows.rows]

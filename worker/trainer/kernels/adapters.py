@@ -80,12 +80,13 @@ def _adapted(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
     if only_adapter(self) is None:
         update = functional.linear(functional.linear(self.lora_dropout[name](x), a.to(x.dtype)), b.to(x.dtype))
-        return _frozen(x, self.base_layer) + scale * update
-    return cast(Tensor, _Adapted.apply(x, self.base_layer, a, b, scale))
+        out: Tensor = _frozen(x, self.base_layer) + scale * update
+        return out
+    return cast(Tensor, _Adapted.apply(x, self.base_layer, a, b, scale))  # type: ignore[no-untyped-call]
 
 
 def _frozen(x: Tensor, base: Any) -> Tensor:
-    return cast(Tensor, _Frozen.apply(x, base))
+    return cast(Tensor, _Frozen.apply(x, base))  # type: ignore[no-untyped-call]
 
 
 def _dense(base: Any) -> Tensor:

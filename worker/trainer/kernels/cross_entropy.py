@@ -5,7 +5,7 @@ logits are, so the forward pass makes it there and then and throws the chunk awa
 `plain` is the textbook form beside it, for models whose head is more than one product and for the tests.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,15 +18,16 @@ CHUNK_BYTES = 256 << 20
 def scaled(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`scale` times the sum of the losses (nats, fp32), and the number of right guesses, over all rows.
 
-    `hidden` [rows, width], `weight` [vocabulary, width] (the head, no bias), `targets` [rows]. The head gets a gradient
-    only when it asks for one: for a frozen head that product, as large as the forward one, is never made.
+    `hidden` [rows, width], `weight` [vocabulary, width] (the head, no bias), `targets` [rows], -100 where nothing is
+    wanted. The head gets a gradient only when it asks for one: for a frozen head that product, as large as the forward
+    one, is never made.
     Why the scale is an argument: bf16 gradients times 1 / (number of labels) in bf16 would be off by up to 0.4 %,
     all in one direction; inside the matrix product it is applied in fp32.
     """
     rows = max(64, CHUNK_BYTES // (4 * weight.shape[0]))
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        loss, correct = _ChunkedCrossEntropy.apply(hidden, weight, targets, scale, rows)
-        return loss, correct
+        both = _ChunkedCrossEntropy.apply(hidden, weight, targets, scale, rows)  # type: ignore[no-untyped-call]
+        return cast(tuple[Tensor, Tensor], both)
     loss, correct = _zeros(hidden)
     for chunk, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
         logits = (chunk @ weight.t()).float()
@@ -81,7 +82,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _to_slope(logits: Tensor, wanted: Tensor, loss: Tensor) -> Tensor:
     """Adds the chunk's losses to `loss` and turns its fp32 logits into d loss / d logits, in place."""
+    counts = (wanted >= 0)[:, None]
+    place = wanted.clamp(min=0)[:, None]
     norms = logits.logsumexp(-1, keepdim=True)
-    loss += (norms - logits.gather(1, wanted[:, None])).sum()
-    logits.sub_(norms).exp_()
-    return logits.scatter_add_(1, wanted[:, None], logits.new_full((len(wanted), 1), -1.0))
+    loss += ((norms - logits.gather(1, place)) * counts).sum()
+    logits.sub_(norms.masked_fill(~counts, torch.inf)).exp_()  # exp(-inf): no slope where nothing is wanted
+    return logits.scatter_add_(1, place, -counts.float())

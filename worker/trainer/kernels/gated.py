@@ -51,7 +51,8 @@ def _block(self: Any, x: Tensor) -> Tensor:
     if name is None or not torch.is_grad_enabled():
         return cast(Tensor, down(functional.silu(gate) * up))
     a, b = down.lora_A[name].weight, down.lora_B[name].weight
-    return cast(Tensor, _GatedDown.apply(gate, up, down.base_layer, a, b, down.scaling[name]))
+    out = _GatedDown.apply(gate, up, down.base_layer, a, b, down.scaling[name])  # type: ignore[no-untyped-call]
+    return cast(Tensor, out)
 
 
 class _GatedDown(torch.autograd.Function):

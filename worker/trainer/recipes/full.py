@@ -11,7 +11,7 @@ from tunery.spec import Plan, Technique
 from worker.trainer.recipes.recipe import Recipe, groups, load_dense
 
 
-def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) -> torch.nn.Module:
+def prepare(model: PreTrainedModel, _technique: Technique, adapter: Path | None) -> torch.nn.Module:
     if adapter is not None:
         raise ValueError("a full fine-tune cannot go on from an adapter: choose lora or qlora, or a full model as base")
     model.requires_grad_(True)
@@ -27,7 +27,7 @@ def make_optimizer(parameters: list[torch.nn.Parameter], plan: Plan) -> torch.op
     return torch.optim.AdamW(groups(parameters, plan), lr=plan.learning_rate, fused=True)
 
 
-def export(model: torch.nn.Module, folder: Path, base_model: str) -> None:
+def export(model: torch.nn.Module, folder: Path, _base_model: str) -> None:
     """`model.safetensors` in bf16 with its config. The base's name stands in training_config.json."""
     tuned = cast(PreTrainedModel, model)
     weights = {name: _bf16(tensor) for name, tensor in tuned.state_dict().items()}

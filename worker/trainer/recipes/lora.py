@@ -1,7 +1,7 @@
 """LoRA: low-rank adapters in fp32 on a frozen base."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -31,7 +31,8 @@ def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) 
 def _config(technique: Lora) -> LoraConfig:
     return LoraConfig(
         r=technique.r,
-        lora_alpha=technique.alpha,
+        # PEFT's own type is int, and so is what servers read; a fraction works in both all the same.
+        lora_alpha=int(technique.alpha) if technique.alpha.is_integer() else technique.alpha,  # type: ignore[arg-type]
         lora_dropout=technique.dropout,
         target_modules=technique.target_modules,
         task_type="CAUSAL_LM",
@@ -47,12 +48,12 @@ def export(model: torch.nn.Module, folder: Path, base_model: str) -> None:
     adapted = cast(PeftModel, model)
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = base_model
-        config.target_modules = _in_order(config.target_modules)
+        cast(LoraConfig, config).target_modules = _in_order(cast(LoraConfig, config).target_modules)
     adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
 
-def _in_order(names: object) -> object:
+def _in_order(names: Any) -> Any:
     """PEFT keeps names as a set, whose order changes from run to run and with it the file's checksum."""
     return sorted(names) if isinstance(names, set) else names
 

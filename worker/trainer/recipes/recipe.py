@@ -15,7 +15,7 @@ class Recipe:
     """How one technique loads the base, chooses what learns, optimises it and writes it down.
 
     `load_base(folder, technique, device)` gives the frozen or trainable base on the device.
-    `prepare(model, technique, adapter)` marks what learns; `adapter` is the folder of an adapter to go on from, or None.
+    `prepare(model, technique, adapter)` marks what learns; `adapter`: the folder of one to go on from, or None.
     `make_optimizer(parameters, plan)` takes the parameters that learn.
     `export(model, folder, base_model)` writes the files that a user loads; `base_model` is the registered name.
     """
@@ -26,7 +26,7 @@ class Recipe:
     export: Callable[[torch.nn.Module, Path, str], None]
 
 
-def load_dense(folder: Path, technique: Technique, device: torch.device) -> PreTrainedModel:
+def load_dense(folder: Path, _technique: Technique, device: torch.device) -> PreTrainedModel:
     """The base in bf16 on a GPU and in fp32 on a CPU, where bf16 products are slow and less exact."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(

@@ -1,0 +1,89 @@
+"""What only a CUDA device can show: `pytest -m gpu tests/trainer/test_gpu.py`."""
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from run_folders import chat, lay_out, plan
+from torch import nn
+
+from tunery.spec import Full, Lora, Qlora
+from worker.trainer import packing
+from worker.trainer.kernels import adapters
+from worker.trainer.loop import _take_step
+from worker.trainer.report import Voice
+from worker.trainer.run import carry_out, prepare
+from worker.trainer.training import Progress
+from worker.trainer.wish import Wish
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run these on a host with a GPU"),
+]
+ROWS = [chat(i, words=2 + i % 5) for i in range(24)]
+
+
+def losses(folder: Path, base: Path, recorded: bool, **changes: Any) -> list[tuple[float, float]]:
+    t = prepare(lay_out(folder, base, plan(n_epochs=6, **changes), ROWS), Voice(None), Wish())
+    assert t.replays is not None
+    if not recorded:
+        t.replays = None
+    progress = Progress()
+    steps = [_take_step(t, progress)[0] for _ in range(t.total_steps)]
+    if recorded:
+        assert t.replays is not None
+        assert not t.replays.failed
+        assert len(t.replays._recorded) > 0
+    return [(step.train_loss, step.grad_norm) for step in steps]
+
+
+@pytest.mark.parametrize("technique", [Lora(r=4), Qlora(r=4), Full()], ids=["lora", "qlora", "full"])
+def test_recorded_passes_train_as_usual_ones_do(tmp_path: Path, tiny: Path, technique: Any) -> None:
+    rate = 1e-4 if isinstance(technique, Full) else 1e-3
+    usual, recorded = (
+        losses(tmp_path / str(flag), tiny, flag, technique=technique, learning_rate=rate) for flag in (False, True)
+    )
+
+    for (loss, norm), (other_loss, other_norm) in zip(usual, recorded, strict=True):
+        assert other_loss == pytest.approx(loss, rel=0.02)
+        assert other_norm == pytest.approx(norm, rel=0.1)
+
+
+@pytest.mark.parametrize("technique", [Lora(r=4), Qlora(r=4), Full()], ids=["lora", "qlora", "full"])
+def test_technique_runs_from_directory_to_artifact(tmp_path: Path, tiny: Path, technique: Any) -> None:
+    folder = lay_out(tmp_path / "run", tiny, plan(technique=technique), ROWS, ROWS[:4], ROWS[:4])
+
+    assert carry_out(folder, Voice(None), Wish())
+
+    assert (folder / "out" / "parity.json").exists()
+
+
+def test_packed_rows_keep_apart(tmp_path: Path, tiny: Path) -> None:
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
+
+    assert packing.keeps_rows_apart(t.objective, t.rows.rows, t.device)
+
+
+def test_four_bit_layer_on_the_gpu_has_the_gradients_of_the_definition() -> None:
+    base = bitsandbytes.nn.Linear4bit(512, 256, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16)
+    base.load_state_dict({"weight": torch.randn(256, 512, dtype=torch.bfloat16)})
+    layer = get_peft_model(
+        nn.Sequential(base.to("cuda")), LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)
+    ).base_model.model[0]
+    adapters.install(layer.to("cuda"))
+    dense = bitsandbytes.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).double()
+    tensors = [torch.randn(64, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)]
+    tensors += [layer.lora_A.default.weight, layer.lora_B.default.weight]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    grad = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    wanted = adapters.plain(exact[0], dense, exact[1], exact[2], layer.scaling["default"])
+    wanted.backward(grad.double())
+
+    out = layer(tensors[0])
+    out.backward(grad)
+
+    for found, reference in [(out, wanted), *((t.grad, e.grad) for t, e in zip(tensors, exact, strict=True))]:
+        assert float((found.double() - reference).norm() / reference.norm()) < 1e-2
