@@ -43,7 +43,7 @@ class Scribe:
         self._steps: dict[int, dict[str, Any]] = {}
         self._newest: wire.Step | None = None
         self._total_steps: int | None = None
-        self._device: str | None = None
+        self._about: dict[str, Any] = {"device": None}
         self._flushed_at = 0.0
         self._evaluating = False
         self._uploads = ThreadPoolExecutor(1, "tunery-upload")
@@ -145,7 +145,7 @@ class Scribe:
                 step_seconds=step.seconds,
                 seconds_left=step.seconds_left,
             )
-            | {"device": self._device},
+            | self._about,
         }
         if step.seconds_left is not None:
             values["estimated_finish"] = func.clock_timestamp() + timedelta(seconds=step.seconds_left)
@@ -154,7 +154,8 @@ class Scribe:
     # --- single events ---
 
     def _start(self, session: Session, started: wire.Started) -> None:
-        self._total_steps, self._device = started.total_steps, started.device
+        self._total_steps = started.total_steps
+        self._about = started.model_dump(include={"device", "trainable_params", "all_params"})
         leases.record_progress(session, self._hold.lease, total_steps=started.total_steps, phase="training")
         job_id = self._hold.lease.job_id
         ledger.note(session, job_id, parameters_message(started))
