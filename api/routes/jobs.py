@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Header, Query, Request
-from sqlalchemy import Select, or_, select, text
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from api import intake
@@ -18,7 +18,7 @@ from tunery.settings import Settings
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning jobs"])
 
-Limit = Annotated[int, Query(ge=1, le=100, description="Objects a page")]
+Limit = Annotated[int, Query(ge=1, le=1000, description="Objects a page")]
 After = Annotated[str | None, Query(description="The last object's id of the page before")]
 
 
@@ -75,7 +75,7 @@ def list_jobs(
 def _with_metadata(query: Select[Job], request: Request) -> Select[Job]:
     for name, value in request.query_params.multi_items():
         if name == "metadata" and value == "null":
-            query = query.where(or_(Job.user_metadata.is_(None), text("jobs.user_metadata = 'null'::jsonb")))
+            query = query.where(Job.user_metadata.is_(None))
         elif name.startswith("metadata[") and name.endswith("]"):
             query = query.where(Job.user_metadata[name[9:-1]].astext == value)
     return query

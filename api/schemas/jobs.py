@@ -1,6 +1,6 @@
 """Fine-tuning jobs, as the wire spells them: OpenAI's fields in OpenAI's order, then Tunery's own."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
@@ -82,9 +82,7 @@ class CreateJob(Body):
     validation_file: str | None = None
     method: Method | None = Field(None, description="Absent: supervised")
     hyperparameters: Hyperparameters | None = Field(None, description="Deprecated: method.supervised.hyperparameters")
-    suffix: str | None = Field(
-        None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$", description="Part of the new model's name"
-    )
+    suffix: str | None = Field(None, min_length=1, max_length=64, description="Part of the new model's name")
     seed: int | None = Field(None, ge=0, le=2**31 - 1, description="Absent: drawn, and shown in the job")
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
     integrations: list[Integration] | None = Field(None, max_length=5)
@@ -106,9 +104,17 @@ class CreateJob(Body):
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
         """A client that has no value for a field sends null or nothing; both mean the default."""
-        if not isinstance(data, dict):
-            return data
-        return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
+        return _without_nulls(data, cls.model_fields)
+
+
+def _without_nulls(data: Any, names: Collection[str] | None = None) -> Any:
+    if not isinstance(data, dict):
+        return data
+    return {
+        name: value if name == "metadata" else _without_nulls(value)
+        for name, value in data.items()
+        if value is not None or (names is not None and name not in names)
+    }
 
 
 # --- what is answered ---------------------------------------------------------------------------------------------

@@ -251,6 +251,23 @@ def test_metadata_filters(team: Team, file: str, base: str) -> None:
     assert found(**{"metadata[note]": "n", "metadata[none]": "x"}) == []
 
 
+def test_nulls_mean_defaults_at_any_depth(team: Team, file: str, base: str) -> None:
+    knobs: dict[str, Any] = {"hyperparameters": {"n_epochs": None, "batch_size": 4}}
+    job = _create(
+        team, file, method={"type": "supervised", "supervised": knobs}, technique={"type": "lora", "r": None}
+    ).json()
+    assert job["hyperparameters"] == {"n_epochs": "auto", "batch_size": 4, "learning_rate_multiplier": "auto"}
+    assert job["technique"]["r"] == 16
+    _refused(_create(team, file, metadata={"k": None}), 400, "metadata.k", "valid string")
+    _refused(_create(team, file, surprise=None), 400, "surprise", "Unknown parameter")
+
+
+def test_a_suffix_is_what_somebody_typed(team: Team, file: str, base: str) -> None:
+    assert _create(team, file, suffix="My bot: v1/\u2603").json()["user_provided_suffix"] == "My bot: v1/\u2603"
+    name = registry.tuned_name(base=BASE, organization="tunery", suffix="My bot: v1/\u2603")
+    assert name.startswith(f"ft:{BASE}:tunery:My-bot-v1:")
+
+
 def test_a_validation_file(team: Team, file: str, base: str) -> None:
     held_out = _upload(team, LINE.replace("q", "v").encode() * 3)
     job = _create(team, file, validation_file=held_out, early_stopping={"patience": 1}, select="best").json()

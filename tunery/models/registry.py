@@ -163,8 +163,12 @@ def add_tuned(
 
 
 def tuned_name(*, base: str, organization: str, suffix: str | None, step: int | None = None) -> str:
-    """`ft:{base}:{organization}:{suffix}:{8 characters}`, with `:ckpt-step-{n}` for a checkpoint."""
-    name = f"ft:{base}:{organization}:{suffix or ''}:{ids.token(8)}"
+    """`ft:{base}:{organization}:{suffix}:{8 characters}`, with `:ckpt-step-{n}` for a checkpoint.
+
+    What cannot stand in a name and in a URL becomes a hyphen: a suffix is what somebody typed.
+    """
+    suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", suffix or "").strip("-")
+    name = f"ft:{base}:{organization}:{suffix}:{ids.token(8)}"
     return name if step is None else f"{name}:ckpt-step-{step}"
 
 
