@@ -153,6 +153,8 @@ class _Reader:
             raise InvalidValue(
                 param=self._name, reason=f"Unknown file '{self._name}': the file's field is '{self._file_field}'."
             )
+        if self._name in self._form.fields:
+            raise InvalidValue(param=self._name, reason=f"The form has '{self._name}' twice. Send it once.")
         if len(self._form.fields) >= _MAX_FIELDS:
             raise InvalidValue(reason=f"The form has more than {_MAX_FIELDS} fields.")
 

@@ -11,6 +11,7 @@ from api import intake
 from api.dependencies import CallerDep, SessionDep, SettingsDep
 from api.paging import page
 from api.schemas import jobs as wire
+from api.schemas import runs
 from api.schemas.wire import CursorList, ListOf, errors
 from tunery.jobs import ledger
 from tunery.jobs.model import Checkpoint, Job, JobEvent
@@ -107,21 +108,21 @@ def resume_job(job_id: str, session: SessionDep, caller: CallerDep, settings: Se
 @router.get("/{job_id}/events", summary="List a job's events", responses=errors(404))
 def list_events(
     job_id: str, session: SessionDep, caller: CallerDep, after: After = None, limit: Limit = 20
-) -> ListOf[wire.Event]:
+) -> ListOf[runs.Event]:
     """Newest first."""
     job = ledger.find(session, caller.project_id, job_id)
     query = select(JobEvent).where(JobEvent.job_id == job.id)
     rows, more = page(session, query, by=(JobEvent.seq,), id=JobEvent.id, after=after, limit=limit)
-    return ListOf(data=[wire.Event.of(row) for row in rows], has_more=more)
+    return ListOf(data=[runs.Event.of(row) for row in rows], has_more=more)
 
 
 @router.get("/{job_id}/checkpoints", summary="List a job's checkpoints", responses=errors(404))
 def list_checkpoints(
     job_id: str, session: SessionDep, caller: CallerDep, after: After = None, limit: Limit = 10
-) -> CursorList[wire.Checkpoint]:
+) -> CursorList[runs.Checkpoint]:
     """Newest first: the ends of the last epochs, each a whole model."""
     job = ledger.find(session, caller.project_id, job_id)
     query = select(Checkpoint).where(Checkpoint.job_id == job.id)
     rows, more = page(session, query, by=(Checkpoint.step,), id=Checkpoint.id, after=after, limit=limit)
-    data = [wire.Checkpoint.of(row) for row in rows]
+    data = [runs.Checkpoint.of(row) for row in rows]
     return CursorList.of(data, has_more=more)

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from api import downloads
 from api.dependencies import CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep
-from api.schemas import jobs as wire
+from api.schemas import runs as wire
 from api.schemas.wire import ListOf, WholeList, errors
 from tunery.artifacts import model as artifacts
 from tunery.errors import NotFound

@@ -89,6 +89,7 @@ WRONG_FORMS: list[tuple[bytes, str | None, str]] = [
     (_field("purpose", "fine-tune") + _file(TRAIN) + _file(TRAIN) + END, "file", "two files"),
     (_field("purpose", "fine-tune") + _field("x", "y") + _file(TRAIN) + END, "x", "Unknown parameter: 'x'"),
     (_field("purpose", "fine-tune") + _file(TRAIN), None, "cut off"),
+    (_field("purpose", "batch") + _file(b"{") + _field("purpose", "fine-tune") + END, "purpose", "twice"),
     (b"no form at all", None, "multipart"),
     (
         _field("purpose", "fine-tune")

@@ -1,0 +1,114 @@
+"""What a job leaves behind, as the wire spells it: events, checkpoints, measurements, artifacts."""
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+
+from api.schemas.wire import Wire, seconds
+from tunery.jobs import model
+
+
+class Event(Wire):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "fine_tuning.job.event",
+                    "id": "ftevent-abc123",
+                    "created_at": 1721764800,
+                    "level": "info",
+                    "message": "Step 300/300: training loss=0.15",
+                    "data": {"step": 300, "train_loss": 0.1499, "total_steps": 300},
+                    "type": "metrics",
+                }
+            ]
+        }
+    )
+
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    id: str
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    data: dict[str, Any] | None
+    type: Literal["message", "metrics"]
+
+    @classmethod
+    def of(cls, row: model.JobEvent) -> "Event":
+        return cls(
+            id=row.id,
+            created_at=seconds(row.created_at),
+            level=row.level,
+            message=row.message,
+            data=row.data,
+            type=row.type,
+        )
+
+
+class Checkpoint(Wire):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "fine_tuning.job.checkpoint",
+                    "id": "ftckpt_zc4Q7MP6XxulcVzj4MZdwsAB",
+                    "created_at": 1721764867,
+                    "fine_tuned_model_checkpoint": "ft:smollm2-135m-instruct:tunery:banking:96olL566:ckpt-step-88",
+                    "fine_tuning_job_id": "ftjob-abc123",
+                    "metrics": {"step": 88, "train_loss": 0.478, "full_valid_loss": 0.567},
+                    "step_number": 88,
+                }
+            ]
+        }
+    )
+
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    id: str
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    metrics: dict[str, int | float]
+    step_number: int
+
+    @classmethod
+    def of(cls, row: model.Checkpoint) -> "Checkpoint":
+        return cls(
+            id=row.id,
+            created_at=seconds(row.created_at),
+            fine_tuned_model_checkpoint=row.model_id,
+            fine_tuning_job_id=row.job_id,
+            metrics={**row.metrics, "step": row.step},
+            step_number=row.step,
+        )
+
+
+class Measured(Wire):
+    """One step's measurements; what was not measured at that step is not there."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        frozen=True,
+        json_schema_extra={"examples": [{"step": 12, "train_loss": 1.62, "learning_rate": 0.0009, "grad_norm": 2.1}]},
+    )
+
+    step: int
+
+
+class Artifact(Wire):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "fine_tuning.job.artifact",
+                    "path": "adapter_model.safetensors",
+                    "bytes": 19560000,
+                    "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+                }
+            ]
+        }
+    )
+
+    object: Literal["fine_tuning.job.artifact"] = "fine_tuning.job.artifact"
+    path: str
+    bytes: int
+    sha256: str
