@@ -26,7 +26,7 @@ from tunery.local import process, schema
 from tunery.local.valkey import Valkey
 from tunery.settings import Settings, get_settings
 
-pytest_plugins = ("receiver", "seaweed")
+pytest_plugins = ("receiver", "scheduling", "seaweed")
 
 ROOT = Path(__file__).parents[1]
 DEAD_BROKER = "redis://127.0.0.1:1/0"

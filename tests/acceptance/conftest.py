@@ -16,14 +16,6 @@ from tunery.local.receiver import Receiver
 from tunery.local.stack import Stack
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # pytest-xdist would start a stack in each of its processes.
-    for item in items:
-        if {"stack", "s3_stack"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group("stack"))
-
-
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     with stacks.running(tmp_path_factory.mktemp("stack")) as stack:

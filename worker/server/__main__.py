@@ -25,7 +25,7 @@ def main() -> None:
     from worker.server.app import create_app  # imports torch
     from worker.server.engine import Engine
 
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bar()
     url = urlsplit(settings.server_url)
     app = create_app(Engine(settings.models_dir, open_storage(settings), device))
     uvicorn.run(
