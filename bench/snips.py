@@ -32,9 +32,10 @@ def lay_out(folder: Path, base: Path, data: Path, method: str, epochs: int, trai
     shutil.copyfile(data / test, folder / "data" / "test.jsonl")
     if (valid := data / train.replace("_train", "_valid")).exists() and valid.name != train:
         shutil.copyfile(valid, folder / "data" / "valid.jsonl")
+    answers = Evaluation(test_file=test, max_new_tokens=96 if "snips" in test else 32)
     plan = Plan(
         technique=TECHNIQUES[method], n_epochs=epochs, batch_size=8, learning_rate=LEARNING_RATES[method],
-        learning_rate_multiplier=1, seed=0, evaluation=Evaluation(test_file=test, max_new_tokens=96 if "snips" in test else 32),
+        learning_rate_multiplier=1, seed=0, evaluation=answers,
     )  # fmt: skip
     (folder / "spec.json").write_text(Run(job="bench", base_model="SmolLM2-135M-Instruct", plan=plan).model_dump_json())
 

@@ -14,12 +14,13 @@ import torch
 
 RUNS = ["ours:qlora:1", "trl:qlora:1", "ours:lora:0", "trl:lora:0", "ours:qlora:0", "trl:qlora:0", "ours:lora:1",
         "trl:lora:1"]  # fmt: skip
-PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "liger-kernel")
+PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "liger-kernel",
+            "unsloth")  # fmt: skip
 
 
 def run(model: str, stack: str, method: str, checkpointing: str) -> dict[str, object]:
-    extra = ["--liger", "1"] if stack == "trl-liger" else []
-    script = f"bench.train_{stack.removesuffix('-liger')}"
+    extra = {"trl-liger": ["--liger", "1"], "trl-unsloth": ["--unsloth"]}.get(stack, [])
+    script = f"bench.train_{stack.partition('-')[0]}"
     command = [sys.executable, "-m", script, "--model", model, "--method", method, "--ckpt", checkpointing, *extra]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     for line in done.stdout.splitlines():

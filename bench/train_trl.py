@@ -1,9 +1,16 @@
-"""TRL's SFTTrainer on the same rows in the same order: one JSON line like train_ours.py's."""
+"""TRL's SFTTrainer, as it is, with Liger or with Unsloth, on the same rows in the same order: one JSON line like
+train_ours.py's."""
 
 import argparse
 import json
+import os
+import sys
 import time
 from pathlib import Path
+
+if "--unsloth" in sys.argv:  # it patches what is imported after it
+    os.environ.update(UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_SKIP_TORCHVISION_CHECK="1", TRANSFORMERS_OFFLINE="1")
+    from unsloth import FastLanguageModel
 
 import torch
 from datasets import Dataset
@@ -13,6 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from bench.train_rows import in_order, rows
+
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class InOrder(SFTTrainer):
@@ -31,6 +41,31 @@ class Clock(TrainerCallback):
             self.began, self.ended = (now, 0.0) if state.global_step == self.skip else (self.began, now)
 
 
+def _plain(a: argparse.Namespace):
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    ) if a.method == "qlora" else None  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        a.model, dtype=torch.bfloat16, quantization_config=quantisation, device_map={"": 0}, attn_implementation="sdpa"
+    )
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    return model, AutoTokenizer.from_pretrained(a.model), None if a.method == "full" else lora
+
+
+def _unsloth(a: argparse.Namespace):
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(a.model), max_seq_length=a.seq, load_in_4bit=a.method == "qlora", dtype=torch.bfloat16,
+        full_finetuning=a.method == "full",
+    )  # fmt: skip
+    if a.method != "full":
+        model = FastLanguageModel.get_peft_model(
+            model, r=16, target_modules=LINEARS, lora_alpha=32, lora_dropout=0, bias="none", random_state=0,
+            use_gradient_checkpointing="unsloth" if a.ckpt else False,
+        )  # fmt: skip
+    return model, tokenizer, None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
@@ -42,34 +77,31 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=6)
     parser.add_argument("--optim", default="adamw_8bit")
     parser.add_argument("--liger", type=int, default=0)
+    parser.add_argument("--unsloth", action="store_true")
     a = parser.parse_args()
     began = time.monotonic()
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    ) if a.method == "qlora" else None  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(
-        a.model, dtype=torch.bfloat16, quantization_config=quantisation, device_map={"": 0}, attn_implementation="sdpa"
-    )
-    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    model, tokenizer, lora = _unsloth(a) if a.unsloth else _plain(a)
     clock = Clock(a.skip)
     settings = SFTConfig(
         output_dir="/tmp/trl", per_device_train_batch_size=a.bs, gradient_accumulation_steps=1, max_steps=a.steps,
         learning_rate=1e-4, lr_scheduler_type="constant", bf16=True, optim=a.optim, max_length=a.seq,
-        gradient_checkpointing=bool(a.ckpt), gradient_checkpointing_kwargs={"use_reentrant": False},
-        logging_steps=1, save_strategy="no", report_to="none", use_liger_kernel=bool(a.liger),
+        logging_steps=1, save_strategy="no", report_to="none", dataset_num_proc=None,
+        **({} if a.unsloth else {
+            "gradient_checkpointing": bool(a.ckpt), "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "use_liger_kernel": bool(a.liger),
+        }),
     )  # fmt: skip
     trainer = InOrder(
-        model=model, args=settings, processing_class=AutoTokenizer.from_pretrained(a.model), callbacks=[clock],
+        model=model, args=settings, processing_class=tokenizer, callbacks=[clock],
         train_dataset=Dataset.from_dict({"input_ids": in_order(rows(a.steps * a.bs, a.seq))}),
-        **({} if a.method == "full" else {"peft_config": lora}),
+        **({"peft_config": lora} if lora else {}),
     )  # fmt: skip
     loaded = time.monotonic() - began
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     print("RESULT " + json.dumps({
-        "stack": "trl-liger" if a.liger else "trl", "method": a.method, "ckpt": a.ckpt, "seq": a.seq, "bs": a.bs,
+        "stack": "trl-unsloth" if a.unsloth else "trl-liger" if a.liger else "trl", "method": a.method, "ckpt": a.ckpt, "seq": a.seq, "bs": a.bs,
         "steps": a.steps, "optim": a.optim,
         "tok_s": round((a.steps - a.skip) * a.bs * a.seq / (clock.ended - clock.began)),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),

@@ -12,7 +12,7 @@ import pytest
 from run_folders import chat, lay_out, plan
 from safetensors.torch import load_file
 
-from tunery.spec import Lora, Resources
+from tunery.spec import Evaluation, Lora, Resources
 from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Spoken, parse
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out
@@ -89,12 +89,16 @@ def test_rows_at_fault_are_told_with_their_line(tmp_path: Path, tiny: Path) -> N
     assert "Example 11" in failed.message
 
 
-def test_two_ranks_learn_what_one_does(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_learn_what_one_does(tmp_path: Path, tiny: Path) -> None:
     """Rows of unlike length, and a last step that leaves the second rank without any."""
     rows = [chat(i, words=2 + i % 9) for i in range(9)]
-    validation = rows[:3]
-    alone = lay_out(tmp_path / "alone", tiny, plan(n_epochs=2), rows, validation)
-    both = lay_out(tmp_path / "both", tiny, plan(n_epochs=2, resources=Resources(gpus=2)), rows, validation)
+    evaluation = Evaluation(test_file="file-test", max_new_tokens=6)
+    alone, both = (
+        lay_out(
+            tmp_path / str(n), tiny, plan(resources=Resources(gpus=n), evaluation=evaluation), rows, rows[:3], rows[:3]
+        )
+        for n in (1, 2)
+    )
     carry_out(alone, voice := Voice(None), Wish())
 
     with spawned(both) as process:
@@ -105,11 +109,14 @@ def test_two_ranks_learn_what_one_does(tmp_path: Path, tiny: Path, monkeypatch: 
         found = [getattr(message, field) for message in said if message.type == kind]
         wanted = [entry[field] for entry in voice.metrics if entry["type"] == kind]
         assert found == pytest.approx(wanted, rel=1e-3), field
+    answers = [(folder / "out" / "answers.jsonl").read_text() for folder in (alone, both)]
+    assert answers[0] == answers[1]
     exported, wanted = (load_file(f / "out" / "adapter_model.safetensors") for f in (both, alone))
     for name, tensor in wanted.items():
         assert (exported[name] - tensor).abs().max() < 1e-3, name
 
 
+@pytest.mark.slow
 def test_one_dead_rank_ends_them_all(tmp_path: Path, tiny: Path) -> None:
     """A rank that dies would leave the others waiting for it in a sum forever."""
     folder = lay_out(tmp_path / "run", tiny, plan(n_epochs=50, resources=Resources(gpus=2)), ROWS, public_checkpoints=0)

@@ -45,8 +45,8 @@ class Question:
 
 
 def questions(t: Training, examples: list[Example]) -> list[Question]:
-    """One question a row: its last message is the wanted answer. Rows that end otherwise than in an assistant's text are left
-    out."""
+    """One question a row: its last message is the wanted answer. Rows that end in anything but an assistant's text are
+    left out."""
     found = []
     for example in examples[: t.plan.evaluation.max_rows]:
         *before, last = example.messages

@@ -49,7 +49,7 @@ def settle(objective: Objective, model: PreTrainedModel, rows: list[Row], units_
 
 
 def _tokens_that_fit(objective: Objective, rows: list[Row], capacity: int, device: torch.device) -> int:
-    """How many tokens a micro-batch may have, by the peak of a pass over `capacity` of them; 0 when those do not fit."""
+    """How many tokens a micro-batch may have, by the peak of a pass over `capacity` of them; 0 if those do not fit."""
     random, random_gpu = torch.get_rng_state(), torch.cuda.get_rng_state(device)
     try:
         resting, peak = _try(objective, _sequence(rows, capacity), device)

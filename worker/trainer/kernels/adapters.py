@@ -57,17 +57,17 @@ def product(rows: Tensor, base: Any, a: Tensor | None, b: Tensor | None, scale: 
     return out.addmm_(low, b.to(dense.dtype).t(), alpha=scale), low
 
 
-def slopes(
-    grad: Tensor, rows: Tensor, low: Tensor, base: Any, a: Tensor, b: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `product` for its rows, A and B."""
-    dense = _dense(base)
-    slope = grad.reshape(-1, grad.shape[-1]).to(dense.dtype)
-    slope_low = (slope @ b.to(dense.dtype)) * scale
-    grad_rows = (slope @ dense).addmm_(slope_low, a.to(dense.dtype))
-    grad_a = (slope_low.t() @ rows.to(dense.dtype)).to(a.dtype)
-    grad_b = (slope.t() @ low).to(b.dtype) * scale
-    return grad_rows, grad_a, grad_b
+def adapter_slopes(grad: Tensor, rows: Tensor, low: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """The gradients of `product` for A and B, and that of `low`, which `rows_slope` needs."""
+    slope = grad.reshape(-1, grad.shape[-1]).to(low.dtype)
+    slope_low = (slope @ b.to(low.dtype)) * scale
+    return (slope_low.t() @ rows.to(low.dtype)).to(a.dtype), (slope.t() @ low).to(b.dtype) * scale, slope_low
+
+
+def rows_slope(grad: Tensor, slope_low: Tensor, base: Any, a: Tensor) -> Tensor:
+    """The gradient of `product` for its rows."""
+    slope = grad.reshape(-1, grad.shape[-1]).to(slope_low.dtype)
+    return (slope @ _dense(base)).addmm_(slope_low, a.to(slope_low.dtype))
 
 
 def _adapted(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -127,5 +127,5 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor, None]:
         rows, low, a, b = ctx.saved_tensors
-        grad_rows, grad_a, grad_b = slopes(grads[0], rows, low, ctx.base, a, b, ctx.scale)
-        return grad_rows.view(ctx.shape).to(rows.dtype), None, grad_a, grad_b, None
+        grad_a, grad_b, slope_low = adapter_slopes(grads[0], rows, low, a, b, ctx.scale)
+        return rows_slope(grads[0], slope_low, ctx.base, a).view(ctx.shape).to(rows.dtype), None, grad_a, grad_b, None

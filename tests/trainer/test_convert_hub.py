@@ -1,0 +1,53 @@
+"""A base by its hub id, from a mirror that HF_ENDPOINT names."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hub
+import pytest
+import tiny_models
+
+ROOT = Path(__file__).parents[2]
+
+
+def _convert(source: str, out: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
+    environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(out.parent / "cache"), "PATH": os.environ["PATH"]}
+    return subprocess.run(
+        [sys.executable, "-m", "worker.trainer.convert", source, str(out)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> dict[str, Path]:
+    good = tiny_models.llama(tmp_path / "good")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_bytes((good / "config.json").read_bytes())
+    (pickled / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    return {"team/good": good, "team/pickled": pickled}
+
+
+def test_a_base_comes_from_the_hub_that_hf_endpoint_names(mirror: dict[str, Path], tmp_path: Path) -> None:
+    with hub.serve(mirror) as server:
+        done = _convert("team/good", tmp_path / "out", server.url)
+    assert done.returncode == 0, done.stderr
+    assert {"model.safetensors", "tokenizer.json", "chat_template.jinja", "facts.json"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+
+
+@pytest.mark.parametrize(("source", "said"), [("team/pickled", "pytorch_model.bin"), ("team/none", "Check the name")])
+def test_what_cannot_be_used_is_refused_in_one_line(
+    mirror: dict[str, Path], tmp_path: Path, source: str, said: str
+) -> None:
+    with hub.serve(mirror) as server:
+        done = _convert(source, tmp_path / "out", server.url)
+    assert done.returncode == 65
+    assert said in done.stderr.strip().splitlines()[-1]
+    assert not any("pytorch_model.bin" in path and "resolve" in path for path in server.asked)
