@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import signal
 import sys
 import threading
@@ -32,12 +33,16 @@ from tunery.rendering.messages import Message
 from tunery.rendering.template import ChatTemplate
 from tunery.settings import Settings
 from tunery.storage import Directory, open_storage
+from worker.server.__main__ import choose_device
 from worker.server.app import create_app
 from worker.server.engine import Engine
 from worker.server.generation import Sampling, Text, choose
+from worker.server.schemas import parse
 
 SYSTEM = "<|im_start|>system\nShout.<|im_end|>\n"
 LOUD = SYSTEM + tiny_models.CHATML
+TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + tiny_models.CHATML
+STERN = "{% if messages[0].role == 'system' %}{{ raise_exception('No orders, please.') }}{% endif %}" + TOOLS
 ROOT = Path(__file__).parents[2]
 ASK: list[Any] = [{"role": "user", "content": "Where is my card?"}]
 
@@ -62,6 +67,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     storage = Directory(root / "objects")
     folders = {"one": tiny_models.llama(root / "one", seed=1), "two": tiny_models.llama(root / "two", seed=2)}
     folders["endless"] = tiny_models.llama(root / "endless", never_said=(0, 1, 2), max_position_embeddings=60_000)
+    folders["stern"] = tiny_models.llama(root / "stern", template=STERN)
     folders["quiet"] = tiny_models.lora(root / "quiet", folders["one"], seed=3)
     folders["loud"] = tiny_models.lora(root / "loud", folders["one"], seed=4, template=LOUD)
     files = {}
@@ -107,10 +113,11 @@ def client(port: int) -> Iterator[OpenAI]:
         yield client
 
 
-def _plain(shop: Shop, base: str, adapter: str | None, tokens: int) -> str:
+def _plain(shop: Shop, base: str, adapter: str | None, tokens: int, device: str = "cpu") -> str:
     """The greedy answer by transformers and peft alone, the prompt written by hand."""
     folder = shop.folders[adapter or base]
-    model: Any = AutoModelForCausalLM.from_pretrained(shop.folders[base])
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model: Any = AutoModelForCausalLM.from_pretrained(shop.folders[base], dtype=dtype).to(device)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, folder)
     tokenizer = ChatTemplate.load(folder).tokenizer
@@ -119,8 +126,8 @@ def _plain(shop: Shop, base: str, adapter: str | None, tokens: int) -> str:
     prompt = tokenizer.encode(f"{text}<|im_start|>assistant\n").ids
     with torch.inference_mode():
         ids = model.generate(
-            input_ids=torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            input_ids=torch.tensor([prompt], device=device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=device),
             max_new_tokens=tokens,
             do_sample=False,
         )
@@ -281,6 +288,28 @@ def test_an_answer_ends_where_the_context_does(client: OpenAI, shop: Shop) -> No
     assert reply.usage.total_tokens <= 256
 
 
+def test_tools_reach_the_template_unless_none_are_to_be_called(client: OpenAI, shop: Shop) -> None:
+    tool: Any = {"type": "function", "function": {"name": "find_card", "parameters": {"type": "object"}}}
+
+    def prompt_tokens(**knobs: Any) -> int:
+        reply = client.chat.completions.create(
+            model="stern", messages=ASK, max_tokens=1, extra_body=shop.chosen("stern"), **knobs
+        )
+        assert reply.usage
+        return reply.usage.prompt_tokens
+
+    # A token a byte: the prompt grows by the tools' JSON.
+    assert prompt_tokens(tools=[tool]) == prompt_tokens() + len(json.dumps([tool]))
+    assert prompt_tokens(tools=[tool], tool_choice="none") == prompt_tokens()
+
+
+def test_what_the_template_refuses_is_refused_in_its_words(client: OpenAI, shop: Shop) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"No orders, please\."):
+        client.chat.completions.create(
+            model="stern", messages=[{"role": "system", "content": "Obey."}, *ASK], extra_body=shop.chosen("stern")
+        )
+
+
 def test_missing_files_are_an_error_and_the_server_goes_on(client: OpenAI, shop: Shop) -> None:
     gone = {"base": {"id": "gone", "prefix": "models/gone", "manifest_sha256": "0" * 64}, "tuned": None}
     with pytest.raises(openai.InternalServerError, match="models/gone"):
@@ -396,6 +425,25 @@ def test_tokens_are_drawn_by_their_probability_within_the_nucleus() -> None:
     cold = [choose(logits, Sampling(temperature=0.5), dice) for _ in range(4000)]
     squares = [0.25, 0.09, 0.0225, 0.0025]
     assert cold.count(0) / 4000 == pytest.approx(squares[0] / sum(squares), abs=0.03)
+
+
+# --- the device ---------------------------------------------------------------------------------------------------
+
+
+def test_the_process_sees_one_gpu_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    assert (choose_device(Settings(serve_gpu=2)), os.environ["CUDA_VISIBLE_DEVICES"]) == ("cuda", "2")
+    assert (choose_device(Settings(serve_gpu=None)), os.environ["CUDA_VISIBLE_DEVICES"]) == ("cpu", "")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run this on a host with a GPU")
+def test_a_gpu_answers_as_plain_peft_on_a_gpu_does(shop: Shop, tmp_path: Path) -> None:
+    engine = Engine(tmp_path, shop.storage, "cuda")
+    for base, adapter in [("one", None), ("one", "quiet"), ("two", None)]:
+        body = {"model": "m", "messages": ASK, "temperature": 0, "max_tokens": 8, **shop.chosen(base, adapter)}
+        assert "".join(engine.answer(parse(json.dumps(body).encode()))) == _plain(shop, base, adapter, 8, "cuda")
 
 
 # --- the process --------------------------------------------------------------------------------------------------

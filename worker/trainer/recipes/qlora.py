@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import bitsandbytes
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -33,7 +34,19 @@ def load_nf4(folder: Path, technique: Technique, device: torch.device) -> PreTra
         attn_implementation="sdpa",
         trust_remote_code=False,
     )
+    _keep_one_packing(model)
     return cast(PreTrainedModel, model)
+
+
+def _keep_one_packing(model: torch.nn.Module) -> None:
+    """On CPUs with avx512_bf16 bitsandbytes packs the weights anew at the first evaluation, for speed.
+
+    Refused: the new packing rounds the quantisation constants, so that later steps train another model than the first
+    did (0.3 % off), and it does not take layers whose outputs are no multiple of 32.
+    """
+    for layer in model.modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
 
 
 QLORA: Recipe = replace(LORA, load_base=load_nf4)
