@@ -21,7 +21,6 @@ from trl import SFTConfig, SFTTrainer
 
 from bench.train_rows import in_order, rows
 
-
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -101,7 +100,8 @@ def main() -> None:
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     print("RESULT " + json.dumps({
-        "stack": "trl-unsloth" if a.unsloth else "trl-liger" if a.liger else "trl", "method": a.method, "ckpt": a.ckpt, "seq": a.seq, "bs": a.bs,
+        "stack": "trl-unsloth" if a.unsloth else "trl-liger" if a.liger else "trl",
+        "method": a.method, "ckpt": a.ckpt, "seq": a.seq, "bs": a.bs,
         "steps": a.steps, "optim": a.optim,
         "tok_s": round((a.steps - a.skip) * a.bs * a.seq / (clock.ended - clock.began)),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
