@@ -66,10 +66,15 @@ def answers(t: Training, asked: list[Question], *, base: bool) -> list[str]:
     t.objective.eval()
     with torch.no_grad(), without_adapter:
         size = ANSWER_BATCH[t.device.type]
-        for start in range(0, len(mine), size):
+        while len(given) < len(mine):
             t.wish.check()
-            chosen = mine[start : start + size]
-            given += zip(chosen, _generate(t, [asked[i].prompt_ids for i in chosen]), strict=True)
+            chosen = mine[len(given) : len(given) + size]
+            try:
+                given += zip(chosen, _generate(t, [asked[i].prompt_ids for i in chosen]), strict=True)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size //= 2
     t.objective.train()
     together = gather_object(given) if t.accelerator.num_processes > 1 else given
     return [text for _, text in sorted(together)]

@@ -70,7 +70,6 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     wish.check()
     recipe = RECIPES[run.plan.technique.type]
     base = recipe.load_base(folder / "base", run.plan.technique, accelerator.device)
-    base.config.use_cache = False
     adapter = folder / "adapter"
     objective = Objective(recipe.prepare(base, run.plan.technique, adapter if adapter.exists() else None))
     parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}

@@ -1,5 +1,6 @@
 """Full fine-tuning: every weight learns."""
 
+import json
 from pathlib import Path
 from typing import cast
 
@@ -32,6 +33,8 @@ def export(model: torch.nn.Module, folder: Path, _base_model: str) -> None:
     tuned = cast(PreTrainedModel, model)
     weights = {name: _bf16(tensor) for name, tensor in tuned.state_dict().items()}
     tuned.save_pretrained(str(folder), state_dict=weights, safe_serialization=True)
+    config = folder / "config.json"  # it names the type that was trained in, which on a CPU is another
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}, indent=2) + "\n")
 
 
 def _bf16(tensor: torch.Tensor) -> torch.Tensor:
