@@ -28,6 +28,7 @@
     │   ├── DoesNotFit
     │   ├── NotFinite
     │   ├── TrainingCrashed
+    │   ├── ValidationBroke
     │   └── WorkerLost
     ├── LeaseLost                a late worker speaks for a job that is no longer its own
     ├── ChecksumMismatch         stored bytes are not the bytes that were recorded
@@ -236,6 +237,13 @@ class TrainingCrashed(JobFailure):
     story."""
 
     code = "training_crashed"
+
+
+class ValidationBroke(JobFailure):
+    """The job's files could not be checked: {reason}. This is a fault of the server; its operator finds more in the
+    log of the worker for I/O."""
+
+    code = "validation_broke"
 
 
 class WorkerLost(JobFailure):

@@ -69,8 +69,10 @@ def run(lease: Lease, *, settings: Settings, storage: Storage, drain: Drain, mar
 def _carry_out(hold: Hold, settings: Settings, storage: Storage, run_dir: Path, mark: str) -> LastDeed:
     try:
         needs = hold.write(lambda session: staging.needs_of(session, leases.held(session, hold.lease)))
-        shutil.rmtree(run_dir, ignore_errors=True)
-        staging.lay_out(needs, run_dir, settings.models_dir, storage, hold.check)
+        upload.insist(
+            lambda: staging.lay_out(needs, run_dir, settings.models_dir, storage, hold.check),
+            give_up=lambda: hold.lost or hold.stopping,
+        )
         hold.check()
         trainer = Trainer(run_dir, hold.lease.gpu_indexes, mark)
         scribe = Scribe(hold, settings, storage, run_dir, keep=needs.run.public_checkpoints)
@@ -206,7 +208,7 @@ def _drop(lease: Lease, storage: Storage) -> None:
 
 
 def clean(run_dir: Path) -> None:
-    """Removes a run directory whose attempt has ended, but for its log: that may be all that storage did not get."""
+    """Removes a run directory whose attempt has ended, but for its log: storage may not have got the end of it."""
     for path in run_dir.iterdir() if run_dir.is_dir() else ():
         if path.name == "log.txt":
             continue

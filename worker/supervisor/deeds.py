@@ -9,15 +9,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import func, select
+from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
 from tunery import wire
 from tunery.artifacts import model as artifacts
 from tunery.artifacts.manifest import Manifest
-from tunery.errors import LeaseLost
+from tunery.errors import LeaseLost, StorageFailed
 from tunery.jobs import leases, ledger
 from tunery.jobs.model import Checkpoint, Job
+from tunery.jobs.states import LIVE
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.settings import Settings
@@ -186,6 +187,12 @@ class Scribe:
             log.info("%s was replaced by a newer one before it was uploaded", saved.path)
         except LeaseLost:
             log.info("%s is not kept: its attempt is over", saved.path)
+        except StorageFailed as error:  # the run is worth more than one of its checkpoints
+            log.warning("%s was not stored: %s", saved.path, error)
+            self._hold.write(lambda session: self._note_missing(session, saved.step))
+
+    def _note_missing(self, session: Session, step: int) -> None:
+        ledger.note(session, self._hold.lease.job_id, f"The state of step {step} could not be stored", level="warn")
 
     def _keep_snapshot(self, saved: wire.CheckpointSaved) -> None:
         stored = self.store_snapshot(saved.path)
@@ -226,7 +233,8 @@ class Scribe:
     def _hide_old_checkpoints(self, session: Session) -> list[str]:
         """Prefixes of the checkpoints that are not among the newest any more; their rows are gone with this."""
         leases.held(session, self._hold.lease)
-        of_job = select(Checkpoint).where(Checkpoint.job_id == self._hold.lease.job_id)
+        is_needed = exists().where(Job.parent_model == Checkpoint.model_id, Job.state.in_(LIVE))
+        of_job = select(Checkpoint).where(Checkpoint.job_id == self._hold.lease.job_id, ~is_needed)
         old = session.scalars(of_job.order_by(Checkpoint.step.desc()).offset(self._keep)).all()
         models = [session.get_one(Model, checkpoint.model_id) for checkpoint in old]
         for checkpoint, model in zip(old, models, strict=True):

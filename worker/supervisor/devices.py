@@ -1,5 +1,6 @@
 """What this host can train on, asked without torch: nvidia-smi where there is one, else the CPU."""
 
+import logging
 import os
 import socket
 import subprocess
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunery.jobs.model import Slot
+
+log = logging.getLogger(__name__)
 
 _FIELDS = "index,uuid,name,memory.total,compute_cap"
 _BF16_SINCE = 8.0
@@ -85,7 +88,10 @@ def _ask(query: str) -> list[str]:
         )
     except FileNotFoundError:
         return []
-    return [line for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
+    if answer.returncode != 0:
+        log.error("nvidia-smi fails, so no GPU is used: %s", (answer.stdout + answer.stderr).strip())
+        return []
+    return [line for line in answer.stdout.splitlines() if line.strip()]
 
 
 def _is_visible(gpu: Device, visible: str | None) -> bool:

@@ -1,6 +1,7 @@
 """What a run or a server needs on this host before it starts: files out of storage, checked."""
 
 import fcntl
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,10 +103,11 @@ def adopt(models_dir: Path, folder: Path, listed: manifest.Manifest) -> None:
 
 
 def lay_out(needs: Needs, run_dir: Path, models_dir: Path, storage: Storage, check: Callable[[], None]) -> None:
-    """Fills a run directory as `tunery.spec.Run` describes it; `check` is called between steps and may raise.
+    """Fills a new run directory as `tunery.spec.Run` describes it; `check` is called between steps and may raise.
 
     Raises ObjectMissing, ChecksumMismatch, StorageFailed.
     """
+    shutil.rmtree(run_dir, ignore_errors=True)
     (run_dir / "data").mkdir(parents=True)
     for name, file in needs.files.items():
         check()

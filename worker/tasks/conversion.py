@@ -15,7 +15,7 @@ from sqlalchemy import select
 from tunery import db
 from tunery.artifacts import manifest
 from tunery.artifacts import model as artifacts
-from tunery.errors import KeyTaken
+from tunery.errors import KeyTaken, StorageFailed
 from tunery.local.process import dies_with_parent
 from tunery.models import registry
 from tunery.models.model import Model
@@ -23,6 +23,7 @@ from tunery.settings import Settings
 from tunery.storage import Storage
 from worker.supervisor import staging, upload
 from worker.supervisor.drain import Drain
+from worker.supervisor.lease import UNREACHABLE
 from worker.supervisor.process import ROOT, environment
 from worker.tasks.claims import only_here
 
@@ -64,6 +65,11 @@ def _convert(model_id: str, settings: Settings, storage: Storage, drain: Drain) 
             _publish(model_id, prefix, folder / "out", settings, storage)
         else:
             _settle_error(model_id, reason)
+    except (StorageFailed, *UNREACHABLE):
+        raise  # another time
+    except Exception as error:  # a fault of ours, which must not keep every later base from its turn
+        log.exception("%s could not be published", model_id)
+        _settle_error(model_id, f"It could not be published: {error}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,5 +1,6 @@
 """From `validating_files` to the queue: rows judged, every "auto" decided, memory estimated, before a GPU is held."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,16 @@ from tunery import db
 from tunery.datasets import rules
 from tunery.datasets.model import File
 from tunery.datasets.rules import Summary
-from tunery.errors import CannotRender, InvalidTrainingFile, JobFailure, TuneryError
+from tunery.errors import (
+    CannotRender,
+    ChecksumMismatch,
+    InvalidTrainingFile,
+    JobFailure,
+    ObjectMissing,
+    StorageFailed,
+    TuneryError,
+    ValidationBroke,
+)
 from tunery.jobs import leases, ledger
 from tunery.jobs.model import Job, Slot
 from tunery.jobs.states import State
@@ -22,7 +32,10 @@ from tunery.settings import Settings
 from tunery.spec import Plan, TrainingSpec
 from tunery.storage import Storage
 from worker.supervisor import staging
+from worker.supervisor.lease import UNREACHABLE
 from worker.tasks.claims import only_here
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,8 +98,13 @@ def _settle(case: Case, settings: Settings, storage: Storage) -> None:
         verdict = judge(case, settings, storage)
     except JobFailure as error:
         verdict = error
-    except CannotRender as error:  # of the model's template, and so of the pair of them
+    except (StorageFailed, *UNREACHABLE):
+        raise  # another time
+    except (CannotRender, ObjectMissing, ChecksumMismatch) as error:
         verdict = InvalidTrainingFile(param="training_file", role="training", reason=error.message)
+    except Exception as error:  # a fault of ours, which must not keep every later job from its turn
+        log.exception("%s could not be validated", case.job_id)
+        verdict = ValidationBroke(reason=f"{type(error).__name__}: {error}")
     with db.transaction() as session:
         job = session.get_one(Job, case.job_id, with_for_update=True)
         if job.state != State.VALIDATING:  # cancelled meanwhile

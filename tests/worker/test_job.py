@@ -1,0 +1,111 @@
+"""A job from its submission to its model, through real workers and a real trainer."""
+
+import json
+
+from sqlalchemy import select
+from workshop import Workshop, training_rows
+
+from tunery.artifacts import manifest
+from tunery.artifacts.model import Artifact
+from tunery.datasets.model import File
+from tunery.jobs.model import Checkpoint, Metric, Slot
+from tunery.models.model import Model
+from tunery.wire import Score
+
+
+def test_a_job_runs_to_its_end_without_any_broker(workshop: Workshop) -> None:
+    workshop.start("io")
+    workshop.start("train")
+    training = workshop.file(training_rows(12), checked=False)
+    validation = workshop.file(training_rows(3, first=100))
+    test = workshop.file(training_rows(2, first=200))
+    job_id = workshop.submit(training, validation, test, hyperparameters={"n_epochs": 4, "batch_size": 4})
+
+    job = workshop.until_state(job_id, "succeeded")
+
+    assert (job.step, job.total_steps, job.failures, job.phase) == (12, 12, 0, None)
+    assert job.trained_tokens
+    assert job.finished_at is not None
+    assert job.estimated_finish is None
+    _check_story(workshop, job_id, f"{training} and validation file: {validation}", str(job.tuned_model))
+    _check_metrics(workshop, job_id)
+    _check_model(workshop, str(job.tuned_model))
+    _check_results(workshop, str(job.result_file))
+    _check_checkpoints(workshop, job_id)
+    assert Score.model_validate(job.scorecard).rows == 2
+    (attempt,) = workshop.attempts(job_id)
+    assert (attempt.outcome, attempt.lease_until) == ("succeeded", None)
+    assert "trainable params: 2,048" in workshop.log(job_id)
+    snapshots = f"jobs/{job_id}/{attempt.number}/snapshots/"
+    workshop.until(lambda: not list(workshop.storage.list(snapshots)), "no snapshot is left")
+    left = workshop.settings.runs_dir / job_id / str(attempt.number)
+    workshop.until(lambda: [path.name for path in left.iterdir()] == ["log.txt"], "a tidy run directory")
+    with workshop.session() as session:
+        (slot,) = session.scalars(select(Slot))
+        assert (slot.gpu_index, slot.memory_bytes > 2**28) == (None, True)
+
+
+def _check_story(workshop: Workshop, job_id: str, files: str, model: str) -> None:
+    told = workshop.story(job_id)
+    wanted = [
+        f"Created fine-tuning job: {job_id}",
+        f"Validating training file: {files}",
+        "Files validated, moving job to queued state",
+        "Fine-tuning job started",
+        "trainable params: 2,048 || all params: 37,280 || trainable: 5.49%",
+        f"New fine-tuned model created: {model}",
+        "The job has successfully completed",
+    ]
+    assert [line for line in told if line in wanted] == wanted
+    assert any(line.startswith("Scorecard on 2 test rows: exact match") for line in told)
+
+
+def _check_metrics(workshop: Workshop, job_id: str) -> None:
+    with workshop.session() as session:
+        measured = session.scalars(select(Metric).where(Metric.job_id == job_id).order_by(Metric.step)).all()
+    assert [metric.step for metric in measured] == list(range(1, 13))
+    assert all(metric.values["train_loss"] > 0 for metric in measured)
+    assert "full_valid_loss" in measured[2].values
+    told = workshop.story(job_id, "metrics")
+    assert [line.partition(":")[0] for line in told] == [f"Step {step}/12" for step in range(1, 13)]
+    # The end of an epoch: one event for the step and for what the whole validation file gave after it.
+    assert "full validation loss=" in told[2]
+
+
+def _check_model(workshop: Workshop, name: str) -> None:
+    with workshop.session() as session:
+        model = session.get_one(Model, name)
+        files = session.scalars(select(Artifact).where(Artifact.model_id == name)).all()
+    assert (model.kind, model.status, model.base_id, model.technique) == ("tuned", "ready", "tiny", "lora")
+    assert name.startswith("ft:tiny:tunery::")
+    listed = manifest.load(workshop.storage, model.prefix, str(model.manifest_sha256))
+    assert {file.path: file.sha256 for file in listed.files} == {file.path: file.sha256 for file in files}
+    assert {"adapter_model.safetensors", "adapter_config.json", "chat_template.jinja"} <= {f.path for f in files}
+    for file in files:
+        assert workshop.storage.stat(file.key) == file.bytes
+    (adapter,) = (f for f in files if f.path == "adapter_config.json")
+    config = json.loads(b"".join(workshop.storage.read(adapter.key)))
+    assert config["base_model_name_or_path"] == "tiny"
+
+
+def _check_results(workshop: Workshop, file_id: str) -> None:
+    with workshop.session() as session:
+        file = session.get_one(File, file_id)
+    lines = b"".join(workshop.storage.read(file.key)).decode().splitlines()
+    assert (file.purpose, file.status, file.filename) == ("fine-tune-results", "processed", "step_metrics.csv")
+    assert lines[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert len(lines) == 13
+
+
+def _check_checkpoints(workshop: Workshop, job_id: str) -> None:
+    """Of four epochs the last three; the first one's model is hidden and its objects are gone."""
+    with workshop.session() as session:
+        kept = session.scalars(select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(Checkpoint.step)).all()
+        models = session.scalars(select(Model).where(Model.job_id == job_id, Model.kind == "checkpoint")).all()
+    assert [checkpoint.step for checkpoint in kept] == [6, 9, 12]
+    assert all(checkpoint.metrics["full_valid_loss"] > 0 for checkpoint in kept)
+    hidden = [model for model in models if model.deleted_at is not None]
+    assert {model.id for model in models} - {model.id for model in hidden} == {kept.model_id for kept in kept}
+    assert [list(workshop.storage.list(model.prefix)) for model in hidden] == [[]]
+    shown = [model for model in models if model.deleted_at is None]
+    assert all(workshop.storage.stat(f"{model.prefix}/manifest.json") for model in shown)
