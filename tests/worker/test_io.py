@@ -1,0 +1,173 @@
+"""What the worker for I/O does: files judged, jobs validated, bases converted, time's own deeds."""
+
+from pathlib import Path
+
+import pytest
+import rows
+from sqlalchemy import update
+from workshop import FACTS, Workshop, training_rows
+
+from tunery.datasets.model import File
+from tunery.jobs import leases, ledger
+from tunery.jobs.model import Attempt, Slot
+from tunery.jobs.states import State
+from tunery.models import registry
+from tunery.models.model import Model
+from worker.supervisor.drain import Drain
+from worker.tasks import conversion, files, validation
+from worker.tasks.claims import only_here
+from worker.tasks.sweeper import Sweeper
+
+
+def _validate(workshop: Workshop) -> bool:
+    return validation.validate_next(workshop.settings, workshop.storage)
+
+
+def test_a_file_with_a_broken_line_ends_in_error_and_its_job_fails_before_a_gpu_is_held(workshop: Workshop) -> None:
+    file_id = workshop.file(training_rows(11) + b'{"messages": \n', checked=False)
+    job_id = workshop.submit(file_id)
+    assert not _validate(workshop), "the job waits for its file"
+    assert files.process_next(workshop.storage)
+    assert not files.process_next(workshop.storage)
+    with workshop.session() as session:
+        file = session.get_one(File, file_id)
+        assert file.status == "error"
+        assert "Line 12" in str(file.status_details)
+    assert _validate(workshop)
+    job = workshop.job(job_id)
+    assert (job.state, job.error_code, job.error_param) == ("failed", "invalid_training_file", "training_file")
+    assert "Line 12" in str(job.error_message)
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        (training_rows(9), "invalid_n_examples", "Training file has 9 example(s)"),
+        (training_rows(10) + b'{"messages": [{"role": "wizard", "content": "x"}]}\n', "invalid_training_file", "11"),
+    ],
+)
+def test_faults_of_content_fail_the_job_and_name_the_line(
+    workshop: Workshop, content: bytes, code: str, words: str
+) -> None:
+    job_id = workshop.submit(workshop.file(content))
+    assert _validate(workshop)
+    job = workshop.job(job_id)
+    assert (job.state, job.error_code) == ("failed", code)
+    assert words in str(job.error_message)
+
+
+def test_a_good_job_is_planned_and_queued_once(workshop: Workshop) -> None:
+    training = workshop.file(training_rows(12))
+    held_out = workshop.file(training_rows(1, first=3) + training_rows(1, first=50))
+    job_id = workshop.submit(training, held_out, technique=None, hyperparameters={}, resources={"gpus": 2})
+    with workshop.session() as session:
+        leases.show_slot(
+            session, Slot(id="h/cpu", host="h", gpu_index=None, device="CPU", memory_bytes=8 * 2**30, bf16=True)
+        )
+    assert _validate(workshop)
+    assert not _validate(workshop)
+    job = workshop.job(job_id)
+    assert job.state == "queued"
+    assert job.plan is not None
+    plan = (job.plan["technique"]["type"], job.plan["n_epochs"], job.plan["batch_size"], job.gpus)
+    assert plan == ("lora", 8, 8, 2)
+    told = workshop.story(job_id)
+    assert any("shares 1 example" in line for line in told)
+    assert any("asks for 2 GPUs" in line for line in told)
+
+
+def test_a_model_too_large_for_every_device_fails_with_what_would_fit(workshop: Workshop) -> None:
+    large = FACTS | {"params": 13_000_000_000, "hidden_size": 5120, "intermediate_size": 13824}
+    large |= {"num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000}
+    with workshop.session() as session:
+        session.execute(update(Model).values(facts=large))
+        card = Slot(id="h/gpu0", host="h", gpu_index=0, device="RTX 4090", memory_bytes=24 * 2**30, bf16=True)
+        leases.show_slot(session, card)
+    refused = workshop.submit(workshop.file(training_rows(12)), technique={"type": "full"})
+    chosen = workshop.submit(workshop.file(training_rows(12)), technique=None)
+    assert _validate(workshop)
+    assert _validate(workshop)
+    job = workshop.job(refused)
+    assert (job.state, job.error_code) == ("failed", "does_not_fit")
+    assert "Use the technique 'qlora'" in str(job.error_message)
+    plan = workshop.job(chosen).plan
+    assert plan is not None
+    assert plan["technique"]["type"] == "qlora"
+
+
+def test_a_lost_object_fails_its_job_and_holds_no_other_up(workshop: Workshop) -> None:
+    lost = workshop.file(training_rows(12))
+    first, second = workshop.submit(lost), workshop.submit(workshop.file(training_rows(12)))
+    workshop.storage.delete(f"files/{lost}")
+    assert _validate(workshop)
+    assert _validate(workshop)
+    assert (workshop.job(first).state, workshop.job(second).state) == ("failed", "queued")
+    assert "is not in storage" in str(workshop.job(first).error_message)
+
+
+def test_while_one_process_validates_a_job_another_passes_it_by_and_its_owner_may_cancel(workshop: Workshop) -> None:
+    job_id = workshop.submit(workshop.file(training_rows(12)))
+    with only_here(f"validate {job_id}") as mine:
+        assert mine
+        with workshop.session() as session:
+            # What another process would be told, on a connection of its own.
+            assert not _validate(workshop)
+            ledger.cancel(session, workshop.project_id, job_id)
+    assert not _validate(workshop)
+    assert workshop.job(job_id).state == "cancelled"
+
+
+def test_only_one_holds_a_claim_and_it_is_free_again_afterwards(workshop: Workshop) -> None:
+    with only_here("x") as first, only_here("x") as second, only_here("y") as other:
+        assert (first, second, other) == (True, False, True)
+    with only_here("x") as again:
+        assert again
+
+
+def test_a_registered_base_is_converted_published_and_kept_as_this_hosts_copy(
+    workshop: Workshop, tiny_base: Path
+) -> None:
+    with workshop.session() as session:
+        registry.register_base(session, name="mine", source=str(tiny_base))
+        registry.register_base(session, name="nothing", source=str(tiny_base / "absent"))
+    drain = Drain()
+    while conversion.convert_next(workshop.settings, workshop.storage, drain):
+        pass
+    with workshop.session() as session:
+        good, bad = session.get_one(Model, "mine"), session.get_one(Model, "nothing")
+    assert (good.status, bad.status) == ("ready", "error"), good.status_details
+    assert "cannot become a base model" in str(bad.status_details)
+    assert good.facts["hidden_size"] == 32
+    kept = workshop.settings.models_dir / str(good.manifest_sha256)
+    assert (kept / "model.safetensors").stat().st_size == workshop.storage.stat(f"{good.prefix}/model.safetensors")
+    assert [path.name for path in workshop.settings.models_dir.glob(".converting-*")] == []
+
+
+def test_the_sweeper_pardons_once_and_then_ends_expired_leases(workshop: Workshop) -> None:
+    with workshop.session() as session:
+        job = rows.job(session, state=State.QUEUED)
+        assert rows.claim(session)
+        session.execute(update(Attempt).values(lease_until=rows.LONG_AGO))
+    sweeper = Sweeper(workshop.settings, workshop.storage)
+    sweeper.round()
+    assert workshop.job(job.id).state == "running", "the living may speak first"
+    with workshop.session() as session:
+        session.execute(update(Attempt).values(lease_until=rows.LONG_AGO))
+    with only_here("sweep"):
+        sweeper.round()
+    assert workshop.job(job.id).state == "running", "another process sweeps"
+    sweeper.round()
+    assert workshop.job(job.id).state == "queued"
+    assert workshop.attempts(job.id)[0].outcome == "lost"
+
+
+def test_the_sweeper_forgets_the_snapshots_of_ended_jobs_only(workshop: Workshop) -> None:
+    with workshop.session() as session:
+        ended, live = rows.job(session, state=State.CANCELLED), rows.job(session, state=State.PAUSED)
+        for job in (ended, live):
+            job.snapshot = f"jobs/{job.id}/1/snapshots/step-5@{'0' * 64}"
+            workshop.storage.put(f"jobs/{job.id}/1/snapshots/step-5/state.json", b"{}")
+    Sweeper(workshop.settings, workshop.storage).round()
+    assert workshop.job(ended.id).snapshot is None
+    assert workshop.job(live.id).snapshot
+    assert list(workshop.storage.list("jobs/")) == [f"jobs/{live.id}/1/snapshots/step-5/state.json"]

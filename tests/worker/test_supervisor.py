@@ -1,0 +1,295 @@
+"""The supervisor's parts, each on the real thing: processes, pipes, PostgreSQL, a directory."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import rows
+from databases import Database
+from sqlalchemy import text
+
+from tunery.errors import LeaseLost, StorageFailed
+from tunery.jobs import leases, ledger
+from tunery.jobs.states import State
+from tunery.local import process
+from tunery.settings import Settings
+from tunery.storage import Directory, Stored
+from worker.supervisor import devices, staging, upload
+from worker.supervisor.deeds import step_message
+from worker.supervisor.drain import Drain
+from worker.supervisor.lease import Hold
+from worker.supervisor.process import environment
+from worker.supervisor.staging import StoredFolder
+from worker.tasks.desk import Desk
+
+SECRETS = {
+    "TUNERY_DATABASE_URL": "postgresql://x",
+    "TUNERY_BROKER_URL": "redis://x",
+    "AWS_ACCESS_KEY_ID": "x",
+    "AWS_SECRET_ACCESS_KEY": "x",
+    "HF_TOKEN": "x",
+    "PGPASSWORD": "x",
+    "SOME_NEW_SECRET": "x",
+}
+
+
+def test_a_trainer_sees_no_secret_and_only_its_own_gpus() -> None:
+    seen = environment((2, 5), "mark", {"PATH": "/bin", "LC_ALL": "C", "NCCL_DEBUG": "INFO", **SECRETS})
+    assert seen["PATH"] == "/bin"
+    assert seen["NCCL_DEBUG"] == "INFO"
+    assert seen["CUDA_VISIBLE_DEVICES"] == "2,5"
+    assert SECRETS.keys().isdisjoint(seen)
+    assert environment((), "mark", {})["CUDA_VISIBLE_DEVICES"] == ""
+
+
+# --- devices ------------------------------------------------------------------------------------------------------
+
+_SMI = """#!/bin/sh
+case "$1" in
+  --query-gpu*)
+    echo "0, GPU-aaaa, NVIDIA H200, 143771, 9.0"
+    echo "1, GPU-bbbb, NVIDIA H200, 143771, 9.0"
+    echo "2, GPU-cccc, Tesla V100-SXM2-16GB, 16384, 7.0";;
+  --query-compute-apps*) echo "GPU-bbbb";;
+esac
+"""
+
+
+@pytest.fixture
+def three_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver's program that tells of three GPUs, the second of which a stranger uses."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(_SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_without_a_driver_the_host_offers_its_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (cpu,) = devices.found(None)
+    assert (cpu.index, cpu.name) == (None, "CPU")
+    assert cpu.memory_bytes > 2**28
+    assert devices.free_of_strangers([cpu]) == [cpu]
+
+
+@pytest.mark.usefixtures("three_gpus")
+def test_gpus_are_offered_but_for_the_servers_and_those_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = devices.found(None)
+    assert [(gpu.index, gpu.bf16) for gpu in found] == [(0, True), (1, True), (2, False)]
+    assert found[0].memory_bytes == 143771 * 2**20
+    assert [gpu.index for gpu in devices.free_of_strangers(found)] == [0, 2]
+    assert [gpu.index for gpu in devices.found(0)] == [1, 2]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-aaaa")
+    assert [gpu.index for gpu in devices.found(None)] == [0, 2]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert devices.found(0) == [], "the only GPU serves: no training on the CPU by surprise"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [gpu.index for gpu in devices.found(None)] == [None]
+
+
+# --- the lease ----------------------------------------------------------------------------------------------------
+
+
+class _Told:
+    """Notes what a lease would do to a run's process."""
+
+    def __init__(self) -> None:
+        self.asked, self.killed = threading.Event(), threading.Event()
+
+    def ask_to_stop(self) -> None:
+        self.asked.set()
+
+    def kill(self) -> None:
+        self.killed.set()
+
+
+@pytest.fixture
+def quick(settings: Settings) -> Settings:
+    return settings.model_copy(update={"renew_seconds": 0.1, "stop_grace_seconds": 0.5})
+
+
+@pytest.fixture
+def lease(database: Database) -> leases.Lease:
+    with database.sessions.begin() as session:
+        rows.job(session, state=State.QUEUED)
+        claimed = rows.claim(session)
+    assert claimed is not None
+    return claimed
+
+
+def test_a_cancelled_job_kills_its_process_and_refuses_every_deed(
+    database: Database, lease: leases.Lease, quick: Settings
+) -> None:
+    told = _Told()
+    with Hold(lease, quick, Drain()) as hold:
+        hold.watch(told)
+        with database.sessions.begin() as session:
+            job = leases.held(session, lease)
+            ledger.cancel(session, job.project_id, job.id)
+        assert told.killed.wait(20)
+        assert not told.asked.is_set()
+        with pytest.raises(LeaseLost):
+            hold.write(lambda session: leases.record_progress(session, lease, step=1))
+        with pytest.raises(LeaseLost):
+            hold.check()
+
+
+def test_a_pause_asks_first_and_kills_after_the_grace(database: Database, lease: leases.Lease, quick: Settings) -> None:
+    told = _Told()
+    with Hold(lease, quick, Drain()) as hold:
+        hold.watch(told)
+        with database.sessions.begin() as session:
+            job = leases.held(session, lease)
+            ledger.pause(session, job.project_id, job.id)
+        assert told.asked.wait(20)
+        assert told.killed.wait(20)
+        assert not hold.lost
+
+
+def test_while_the_database_is_away_the_run_goes_on_and_its_deed_is_done_when_it_is_back(
+    database: Database, lease: leases.Lease, quick: Settings
+) -> None:
+    told, tries = _Told(), 0
+
+    def deed(session: rows.Session) -> str:
+        nonlocal tries
+        tries += 1
+        if tries == 1:  # the server ends our connection, as it does when it restarts
+            session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+        leases.record_progress(session, lease, step=7)
+        return "done"
+
+    with Hold(lease, quick, Drain()) as hold:
+        hold.watch(told)
+        assert hold.write(deed) == "done"
+        assert tries == 2
+        assert not told.killed.is_set()
+    with database.sessions.begin() as session:
+        assert leases.held(session, lease).step == 7
+
+
+# --- storage ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Directory:
+    return Directory(tmp_path / "objects")
+
+
+def test_a_log_is_sent_in_whole_lines_and_whole_at_the_end(storage: Directory, tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    path.write_bytes(b"first\nsec")
+    with upload.LogShipper(storage, path, "jobs/j/logs/000001", every=0.02):
+        sent = process.wait_until(lambda: bool(list(storage.list("jobs/"))), seconds=20, alive=lambda: True)
+        assert sent
+        with path.open("ab") as file:
+            file.write("ond\ndritte Zeile: ä".encode())
+    parts = [b"".join(storage.read(key)) for key in sorted(storage.list("jobs/j/logs/"))]
+    assert parts[0] == b"first\n"
+    assert b"".join(parts) == path.read_bytes()
+
+
+def test_publishing_again_after_a_lost_confirmation_is_publishing_once(storage: Directory, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    once = upload.publish(storage, "jobs/j/1/model", folder)
+    assert upload.publish(storage, "jobs/j/1/model", folder) == once
+    with pytest.raises(FileNotFoundError):
+        upload.publish(storage, "jobs/j/1/none", tmp_path / "none")
+    upload.remove(storage, "jobs/j/1/model")
+    assert list(storage.list("jobs/")) == []
+
+
+def test_storage_that_fails_is_asked_again_until_somebody_gives_up() -> None:
+    tries = 0
+
+    def deed() -> Stored:
+        nonlocal tries
+        tries += 1
+        if tries < 2:
+            raise StorageFailed(deed="write", reason="full")
+        return Stored("k", 1, "0")
+
+    assert upload.insist(deed, give_up=lambda: False).key == "k"
+    tries = 0
+    with pytest.raises(StorageFailed):
+        upload.insist(deed, give_up=lambda: True)
+    assert tries == 1
+
+
+def test_a_base_is_fetched_once_a_host_and_used_in_place(storage: Directory, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    listed = upload.publish(storage, "models/m", source)
+    found: list[Path] = []
+    ask = lambda: found.append(staging.base_folder(tmp_path / "models", storage, "models/m", listed.sha256))  # noqa: E731
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(found) == {tmp_path / "models" / listed.sha256}
+    storage.delete("models/m/config.json")
+    ask()
+    assert (found[-1] / "config.json").read_text() == "{}"
+
+
+def test_a_snapshots_name_is_read_back() -> None:
+    folder = StoredFolder("jobs/ftjob-x/3/snapshots/step-9", "ab" * 32)
+    assert StoredFolder.parse(str(folder)) == folder
+
+
+# --- words and desks ----------------------------------------------------------------------------------------------
+
+
+def test_a_steps_message_is_spelt_as_openai_spells_it() -> None:
+    measured = {"train_loss": 0.1499, "valid_loss": 0.2657, "full_valid_loss": 0.4033}
+    wanted = "Step 300/300: training loss=0.15, validation loss=0.27, full validation loss=0.40"
+    assert step_message(300, 300, measured) == wanted
+    assert step_message(1, 3, {}) == "Step 1/3"
+
+
+def test_a_wake_up_that_finds_the_desk_busy_returns_at_once_and_is_not_lost() -> None:
+    began, go_on, looks = threading.Event(), threading.Event(), []
+
+    def look() -> bool:
+        looks.append(threading.current_thread().name)
+        if len(looks) == 1:
+            began.set()
+            assert go_on.wait(20)
+        return False
+
+    desk = Desk("test", look, poll_seconds=60, drain=Drain())
+    worker = threading.Thread(target=desk.work, name="busy")
+    worker.start()
+    assert began.wait(20)
+    desk.work()
+    assert looks == ["busy"]
+    go_on.set()
+    worker.join(20)
+    assert looks == ["busy", "busy"], "whoever was at work looked once more"
+
+
+def test_a_fault_of_one_look_does_not_end_the_desk_and_a_drain_does(caplog: pytest.LogCaptureFixture) -> None:
+    drain, looks = Drain(), 0
+
+    def look() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            raise RuntimeError("for the test")
+        return looks < 3
+
+    desk = Desk("test", look, poll_seconds=60, drain=drain)
+    desk.work()
+    assert "for the test" in caplog.text
+    desk.work()
+    assert looks == 3
+    drain.begin()
+    desk.work()
+    assert looks == 3
