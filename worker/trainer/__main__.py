@@ -19,6 +19,7 @@ def main() -> int:
     # Whatever a library prints, from Python or from C, goes to the log: the pipe is kept under another number.
     pipe = os.dup(1)
     os.dup2(2, 1)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a run directory holds all that a run may read; read when the hub is imported
     # Only now: these imports take seconds, and may print.
     from worker.trainer.process import carry_out_and_tell
 

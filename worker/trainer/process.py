@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",  # a run directory holds all that a run may read
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # rows differ in length: fixed segments would fragment
 }
 PR_SET_PDEATHSIG = 1
