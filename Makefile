@@ -69,8 +69,9 @@ up: setup ## Start everything and keep it up: API on 127.0.0.1:8000
 down: ## Stop what `make up` started
 	@test ! -x $(BIN)/tunery || $(BIN)/tunery down
 
-bench: setup ## Service cost over the bare trainer
-	$(BIN)/python bench/service_cost.py
+bench: setup ## The service's latency, and its cost over the bare trainer
+	$(BIN)/python -m bench.latency
+	$(BIN)/python -m bench.overhead
 
 clean: down ## Remove .venv, the model package and all local data
 	rm -rf $(VENV) .vendor .tunery build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

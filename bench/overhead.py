@@ -1,11 +1,14 @@
 """What the service costs over the trainer by hand on the same run directory: `python -m bench.overhead [ROWS [PAIRS]]`.
 
-Each pair is a job through the API and `python -m worker.trainer` on a directory laid out for that very job. Compared
-are the seconds of the training loop (what supervising costs while it trains) and, as a figure that a busy machine
-cannot blur, the CPU time that all service processes used while the job ran.
+Each pair is a job through the API and `python -m worker.trainer` on a directory laid out for that very job. The cost
+has two parts, neither of which a busy machine blurs: the seconds around the run (from the claim to the stored model,
+less the run itself; by hand from the process's start to its end, less the run), and the CPU time of all service
+processes while the job ran, as a share of what the machine has, which is what it takes from a trainer that uses every
+core. The steps' own seconds are recorded with the machine's load; on an idle machine they tell the same.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -29,7 +32,7 @@ from worker.supervisor import staging
 from worker.supervisor.process import MARK, environment
 
 GOAL = 0.02
-"""Share of the training time."""
+"""Share of the run's time."""
 
 
 def by_service(stack: Stack, client: httpx.Client, training_file: str) -> tuple[str, dict[str, float]]:
@@ -49,6 +52,7 @@ def by_service(stack: Stack, client: httpx.Client, training_file: str) -> tuple[
         "run": job.progress["seconds"],
         "steps": sum(steps),
         "service_cpu": after - before,
+        "load_at_end": os.getloadavg()[0],
     }
 
 
@@ -72,6 +76,7 @@ def by_hand(job_id: str, folder: Path) -> dict[str, float]:
         "process": time.monotonic() - laid_out,
         "run": finished.seconds,
         "steps": sum(message.seconds for message in said if isinstance(message, wire.Step)),
+        "load_at_end": os.getloadavg()[0],
     }
 
 
@@ -104,23 +109,31 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as home, service.running(Path(home) / "home") as (stack, client):
         training_file = service.upload(client, service.banking(rows))
         for number in range(pairs):
-            job_id, served = by_service(stack, client, training_file)
-            runs.append({"service": served, "hand": by_hand(job_id, Path(home) / f"hand-{number}")})
-    steps = {way: statistics.median(run[way]["steps"] for run in runs) for way in ("service", "hand")}
-    cpu = statistics.median(run["service"]["service_cpu"] / run["service"]["claim_to_end"] for run in runs)
-    around = statistics.median(run["service"]["claim_to_end"] - run["hand"]["process"] for run in runs)
+            job_id, measured = by_service(stack, client, training_file)
+            runs.append({"service": measured, "hand": by_hand(job_id, Path(home) / f"hand-{number}")})
+    around = _around([run["service"] for run in runs], "claim_to_end") - _around(
+        [run["hand"] for run in runs], "process"
+    )
+    shares = [run["service"]["service_cpu"] / (os.cpu_count() or 1) / run["service"]["run"] for run in runs]
+    shortest = min(run["service"]["run"] for run in runs)
+    cost = statistics.median(shares) + around / shortest
     found = {
         "what": "seconds; LoRA r 16 on the CPU, one epoch, batch 8",
         "base": service.BASE,
         "rows": rows,
-        "slower_steps": steps["service"] / steps["hand"] - 1,
-        "service_cpu_share_of_a_core": cpu,
-        "seconds_around_the_trainer": around,
+        "seconds_around_the_run": around,
+        "service_cpu_share_of_the_machine": statistics.median(shares),
+        "cost": cost,
         "goal": GOAL,
+        "meets_goal": cost < GOAL,
         "runs": runs,
     }
     service.write("service_overhead_cpu.json", found)
-    return 0 if found["slower_steps"] < GOAL else 1
+    return 0 if cost < GOAL else 1
+
+
+def _around(runs: list[dict[str, float]], whole: str) -> float:
+    return statistics.median(run[whole] - run["run"] for run in runs)
 
 
 if __name__ == "__main__":

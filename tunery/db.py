@@ -34,9 +34,25 @@ def creation_time() -> MappedColumn[datetime]:
     return mapped_column(server_default=func.clock_timestamp())
 
 
+CONNECTION = {
+    # A packet that nobody answers is an error after half a minute, not after the quarter of an hour that TCP takes: a
+    # worker whose network broke must find out while its lease can still be renewed.
+    "connect_timeout": 10,
+    "keepalives_idle": 20,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+    # A process that was stopped or cut off in the middle of a deed keeps its locks for so long at most.
+    "options": "-c idle_in_transaction_session_timeout=300s",
+}
+"""libpq's options for every connection."""
+
+
 def make_engine(url: str) -> Engine:
     """An engine that finds out about a restarted PostgreSQL before the request does."""
-    return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=10)
+    return create_engine(
+        url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=10, connect_args=CONNECTION
+    )
 
 
 def make_sessions(engine: Engine) -> sessionmaker[Session]:

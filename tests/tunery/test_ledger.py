@@ -63,10 +63,8 @@ def test_final_and_finished_go_together_in_the_database_itself(session: Session,
         session.execute(update(Job).where(Job.id == job.id).values(finished_at=contradiction))
 
 
-def test_a_second_live_attempt_is_refused_by_the_database(
-    session: Session, running: tuple[Job, leases.Lease]
-) -> None:
-    job, lease = running
+def test_a_second_live_attempt_is_refused_by_the_database(session: Session, running: tuple[Job, leases.Lease]) -> None:
+    job, _ = running
     twin = Attempt(job_id=job.id, number=99, host="h", slot="s", gpu_indexes=[], lease_until=func.now())
     session.add(twin)
     with pytest.raises(IntegrityError, match="uq_attempts_live"):
@@ -154,9 +152,7 @@ def test_an_expired_lease_goes_back_to_the_queue_and_fences_the_old_hand_out(
     assert leases.renew(session, successor, lease_seconds=600) is None
 
 
-def test_a_late_renewal_revives_a_lease_that_nobody_reaped(
-    session: Session, running: tuple[Job, leases.Lease]
-) -> None:
+def test_a_late_renewal_revives_a_lease_that_nobody_reaped(session: Session, running: tuple[Job, leases.Lease]) -> None:
     _, lease = running
     session.execute(update(Attempt).values(lease_until=rows.LONG_AGO))
     leases.renew(session, lease, lease_seconds=600)

@@ -2,14 +2,16 @@
 
 import os
 import signal
+from typing import Any
 
 import psutil
 import pytest
+from sqlalchemy import text
 from workshop import Workshop, training_rows
 
 from tunery.jobs import ledger
 
-LONG = {"hyperparameters": {"n_epochs": 50, "batch_size": 1}}
+LONG: dict[str, Any] = {"hyperparameters": {"n_epochs": 50, "batch_size": 1}}
 """600 steps of some ten milliseconds each on 12 rows: long enough to be interrupted."""
 
 
@@ -97,6 +99,24 @@ def test_a_host_that_vanishes_loses_its_lease_and_another_worker_takes_over(runn
 
 
 @pytest.mark.slow
+def test_a_worker_that_slept_beyond_its_lease_finds_its_job_taken_and_writes_nothing(
+    running: tuple[Workshop, str],
+) -> None:
+    workshop, job_id = running
+    slot, (trainer,) = workshop.slot_of(workshop.workers[1]), workshop.trainers()
+    workshop.until(lambda: _suspended_between_deeds(workshop, slot), "a moment without an open transaction")
+    workshop.until(lambda: workshop.attempts(job_id)[0].outcome == "lost", "its lease ran out")
+    workshop.start("train", name="other")
+    workshop.until(lambda: len(workshop.attempts(job_id)) == 2, "another worker took the job")
+    workshop.until(lambda: len(workshop.trainers()) == 2, "both train for a while")
+    slot.resume()
+    workshop.until(lambda: _is_dead(trainer), "the late one killed its trainer", seconds=15)
+    job = workshop.job(job_id)
+    assert (job.state, job.fence) == ("running", workshop.attempts(job_id)[1].number)
+    workshop.until_step(job_id, 2)
+
+
+@pytest.mark.slow
 def test_a_trainer_that_dies_again_and_again_fails_its_job_with_its_last_words(workshop: Workshop) -> None:
     workshop.start("io")
     workshop.start("train")
@@ -109,6 +129,17 @@ def test_a_trainer_that_dies_again_and_again_fails_its_job_with_its_last_words(w
     assert job.error_code == "training_crashed"
     assert "killed by signal 9" in str(job.error_message)
     assert [attempt.outcome for attempt in workshop.attempts(job_id)] == ["crashed"] * 3
+
+
+def _suspended_between_deeds(workshop: Workshop, slot: psutil.Process) -> bool:
+    """In the middle of a deed it would keep the job's row locked until PostgreSQL ends its connection."""
+    slot.suspend()
+    query = "SELECT count(*) FROM pg_locks WHERE locktype = 'transactionid' AND pid <> pg_backend_pid()"
+    with workshop.session() as session:
+        free = bool(session.scalar(text(query)) == 0)
+    if not free:
+        slot.resume()
+    return free
 
 
 def _snapshot_step(snapshot: str) -> str:

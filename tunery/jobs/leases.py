@@ -278,7 +278,7 @@ def expire_leases(session: Session) -> int:
 
     Attempts of cancelled jobs end too, so that their devices count as free again. The number of ended attempts.
     """
-    return _reap_where(session, Attempt.lease_until < func.clock_timestamp())
+    return _reap_where(session, Attempt.lease_until < func.clock_timestamp(), skip_locked=True)
 
 
 def pardon(session: Session, *, seconds: float) -> int:
@@ -296,17 +296,19 @@ def pardon(session: Session, *, seconds: float) -> int:
 
 def reap_slot(session: Session, slot: str) -> int:
     """A returning worker ends the attempts that its slot's former life left behind. Their number."""
-    return _reap_where(session, Attempt.slot == slot)
+    return _reap_where(session, Attempt.slot == slot, skip_locked=False)
 
 
-def _reap_where(session: Session, condition: ColumnElement[bool]) -> int:
+def _reap_where(session: Session, condition: ColumnElement[bool], *, skip_locked: bool) -> int:
+    """`skip_locked`: leave a job that somebody is at for the next round, so that one stuck hand stops no sweeping."""
     dead = Attempt.ended_at.is_(None) & condition
     reaped = 0
     for attempt_id, job_id in session.execute(select(Attempt.id, Attempt.job_id).where(dead)).all():
         # Job first, then attempt: the order in which every other deed locks them.
-        job = session.get_one(Job, job_id, with_for_update=True, populate_existing=True)
+        locked = select(Job).where(Job.id == job_id).with_for_update(skip_locked=skip_locked)
+        job = session.scalar(locked.execution_options(populate_existing=True))
         attempt = session.scalar(select(Attempt).where(Attempt.id == attempt_id, dead).with_for_update())
-        if attempt is None:
+        if job is None or attempt is None:
             continue
         if job.state == State.RUNNING and job.fence == attempt.number:
             _give_back(session, job, reason="The worker was lost", counted=True)

@@ -16,15 +16,18 @@ def process_next(storage: Storage) -> bool:
             if file is None:
                 return False
             skip.append(file.id)
-        with only_here(f"process {skip[-1]}") as mine:
+        with only_here(f"process {file.id}") as mine:
             if mine:
-                _process(storage, skip[-1])
+                _process(storage, file.id)
                 return True
 
 
 def _process(storage: Storage, file_id: str) -> None:
-    # Not locked while it is read: a job that names the file must not wait until its last byte.
     with db.transaction() as session:
         file = session.get_one(File, file_id)
+    # Neither locked nor in a transaction while it is read: a job that names the file must not wait for its last byte.
+    # The session below asks for a connection only when the verdict is written.
+    with db.transaction() as session:
+        session.add(file)
         if file.status == "uploaded":
             shelf.process(session, storage, file)
