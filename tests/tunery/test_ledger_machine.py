@@ -245,4 +245,4 @@ QUICK = settings(
 
 def test_whatever_happens_the_rows_agree_with_the_model(database: Database) -> None:
     machine = type("Bound", (Machine,), {"sessions": database.sessions})
-    run_state_machine_as_test(machine, settings=QUICK)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(machine, settings=QUICK)

@@ -8,6 +8,7 @@ import pytest
 import rows
 from databases import Database
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
 from tunery.errors import LeaseLost, StorageFailed
 from tunery.jobs import leases, ledger
@@ -154,7 +155,7 @@ def test_while_the_database_is_away_the_run_goes_on_and_its_deed_is_done_when_it
 ) -> None:
     told, tries = _Told(), 0
 
-    def deed(session: rows.Session) -> str:
+    def deed(session: Session) -> str:
         nonlocal tries
         tries += 1
         if tries == 1:  # the server ends our connection, as it does when it restarts

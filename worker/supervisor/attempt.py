@@ -44,6 +44,9 @@ RESULTS = "step_metrics.csv"
 _SILENCE = 0.5
 """Seconds without a message after which batches are written all the same."""
 
+_WHOLE_RUN = 6 * 3600
+"""Seconds for which a finished run waits for storage: doing it again would take longer."""
+
 LastDeed = Callable[[Session], None]
 """What ends the attempt, in one transaction."""
 
@@ -82,6 +85,10 @@ def _carry_out(hold: Hold, settings: Settings, storage: Storage, run_dir: Path, 
         raise
     except Interrupted:
         return _let_go(hold, snapshot=None)
+    except StorageFailed as error:
+        log.exception("attempt %d of %s broke off", hold.lease.number, hold.lease.job_id)
+        # A worker that stops has not the time to wait for storage, and the run is not to blame.
+        return _let_go(hold, snapshot=None) if hold.stopping else _hand_back(hold, str(error))
     except Exception as error:  # our own part failed, not the run: storage, a full disk, a damaged object
         log.exception("attempt %d of %s broke off", hold.lease.number, hold.lease.job_id)
         return _hand_back(hold, str(error))
@@ -115,9 +122,17 @@ def _conclude(
     if isinstance(last, wire.Failed) and last.kind != "crashed":
         return _fail(hold, last)
     if status == wire.EXIT_PAUSED or hold.stopping:
-        saved = last.path if isinstance(last, wire.Paused) else None
-        return _let_go(hold, snapshot=str(scribe.store_snapshot(saved)) if saved else None)
+        return _let_go(hold, snapshot=_stored(scribe, last.path if isinstance(last, wire.Paused) else None))
     return _hand_back(hold, last.message if isinstance(last, wire.Failed) else _last_words(trainer, status))
+
+
+def _stored(scribe: Scribe, path: str | None) -> str | None:
+    """The snapshot's name once it is stored; None where that cannot be: an earlier one will have to do."""
+    try:
+        return str(scribe.store_snapshot(path)) if path else None
+    except StorageFailed:
+        log.exception("the state saved last is lost")
+        return None
 
 
 # --- the ends -----------------------------------------------------------------------------------------------------
@@ -127,8 +142,10 @@ def _publish(hold: Hold, scribe: Scribe, finished: wire.Finished, settings: Sett
     """Objects first, their manifest last; everything that tells of them in the one transaction that is returned."""
     hold.write(lambda session: leases.record_progress(session, hold.lease, phase="uploading"))
     out, prefix = scribe.run_dir / finished.path, f"{scribe.prefix}/model"
-    listed = upload.insist(lambda: upload.publish(storage, prefix, out), give_up=lambda: hold.lost)
-    table = upload.insist(lambda: storage.put_file(shelf.new_key(), out / "results.csv"), give_up=lambda: hold.lost)
+    listed = upload.insist(lambda: upload.publish(storage, prefix, out), give_up=hold.must_leave, seconds=_WHOLE_RUN)
+    table = upload.insist(
+        lambda: storage.put_file(shelf.new_key(), out / "results.csv"), give_up=hold.must_leave, seconds=_WHOLE_RUN
+    )
     return lambda session: _succeed(session, hold.lease, settings, finished, _Published(prefix, listed, table))
 
 

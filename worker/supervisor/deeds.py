@@ -97,7 +97,7 @@ class Scribe:
         if path not in self._snapshots:
             prefix = f"{self.prefix}/{path}"
             listed = upload.insist(
-                lambda: upload.publish(self._storage, prefix, self.run_dir / path), give_up=self._is_over
+                lambda: upload.publish(self._storage, prefix, self.run_dir / path), give_up=self._hold.must_leave
             )
             self._snapshots[path] = StoredFolder(prefix, listed.sha256)
         return self._snapshots[path]
@@ -211,7 +211,7 @@ class Scribe:
             return
         prefix = f"{self.prefix}/{saved.path}"
         listed = upload.insist(
-            lambda: upload.publish(self._storage, prefix, self.run_dir / saved.path), give_up=self._is_over
+            lambda: upload.publish(self._storage, prefix, self.run_dir / saved.path), give_up=self._hold.must_leave
         )
         self._hold.write(lambda session: self._record_checkpoint(session, saved.step, prefix, listed, metrics))
         for old in self._hold.write(self._hide_old_checkpoints):
@@ -241,9 +241,6 @@ class Scribe:
             registry.delete(session, model)
             session.delete(checkpoint)
         return [model.prefix for model in models]
-
-    def _is_over(self) -> bool:
-        return self._hold.lost
 
 
 def add_model(

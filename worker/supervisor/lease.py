@@ -74,6 +74,10 @@ class Hold:
         """Whether the run has been told to save and let go."""
         return self.pausing or self.draining
 
+    def must_leave(self) -> bool:
+        """Whether there is no time to wait for anything but this attempt's end."""
+        return self.lost or self.draining
+
     def check(self) -> None:
         """Between two steps of the preparation. Raises LeaseLost, Interrupted."""
         if self.lost:

@@ -15,7 +15,7 @@ from tunery.storage import Storage
 log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 900
-"""How long a finished run waits for a storage that fails, before the attempt counts as failed."""
+"""How long an attempt waits for a storage that fails before it goes on without, or breaks off."""
 _CHUNK = 1 << 20
 _Result = TypeVar("_Result")
 
