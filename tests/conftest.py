@@ -5,7 +5,6 @@ template, made by the migrations, in some 30 ms.
 """
 
 import fcntl
-import importlib
 import os
 import subprocess
 import sys
@@ -111,17 +110,6 @@ def _execute(url: str, statement: str) -> None:
     engine.dispose()
 
 
-def _migrate(url: str) -> None:
-    if any((ROOT / "migrations/versions").glob("*.py")):
-        schema.upgrade(url)
-        return
-    for module in ("datasets", "jobs", "keys", "models", "webhooks", "artifacts"):  # goes with the first migration
-        importlib.import_module(f"tunery.{module}.model")
-    engine = db.make_engine(url)
-    db.Base.metadata.create_all(engine)
-    engine.dispose()
-
-
 @pytest.fixture(scope="session")
 def template(postgres: Callable[[str], str], pytestconfig: pytest.Config) -> str:
     """The name of a migrated, empty database to clone."""
@@ -130,7 +118,7 @@ def template(postgres: Callable[[str], str], pytestconfig: pytest.Config) -> str
         if not (folder / "migrated").exists():
             _execute(postgres(_ADMIN), f"DROP DATABASE IF EXISTS {_TEMPLATE}")
             _execute(postgres(_ADMIN), f"CREATE DATABASE {_TEMPLATE}")
-            _migrate(postgres(_TEMPLATE))
+            schema.upgrade(postgres(_TEMPLATE))
             (folder / "migrated").touch()
     return _TEMPLATE
 

@@ -1,4 +1,4 @@
-"""The documentation page in a real browser: authorise, upload, submit a job, read its success there."""
+"""The documentation page in a real browser, with a whole Tunery behind it: upload, submit, read the success there."""
 
 import os
 import shutil
@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import stacks
+from openai import OpenAI
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.expected_conditions import element_to_be_clickable, presence_of_element_located
 from selenium.webdriver.support.ui import WebDriverWait
-from teams import BASE, TRAIN, Team
+
+from tunery.local.stack import Stack
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
@@ -85,11 +88,13 @@ class Page:
         return status.text, body.text
 
 
-def test_submit_from_the_page(browser: webdriver.Chrome, live: str, team: Team, base: str, tmp_path: Path) -> None:
+def test_submit_from_the_page(
+    browser: webdriver.Chrome, stack: Stack, client: OpenAI, base: str, tmp_path: Path
+) -> None:
     data = tmp_path / "train.jsonl"
-    data.write_bytes(TRAIN)
-    page = Page(browser, live)
-    page.authorise(team.key)
+    data.write_bytes(stacks.rows(12))
+    page = Page(browser, stack.api_url)
+    page.authorise(str(stack.first_key))
 
     upload = page.open("Files", "create_file")
     page.find(f"{upload} input[type=file]").send_keys(str(data))
@@ -97,20 +102,29 @@ def test_submit_from_the_page(browser: webdriver.Chrome, live: str, team: Team, 
     assert status.startswith("200"), body
     assert '"status": "processed"' in body
     assert '"expires_at": null' in body
-    file_id = str(team.http.get("/v1/files").json()["data"][0]["id"])
+    file_id = client.files.list().data[0].id
     assert file_id in body
     page.click(".opblock-summary-control", upload)
 
     create = page.open("Fine-tuning_jobs", "create_job")
     text = page.find(f"{create} textarea.body-param__text")
     text.clear()
-    text.send_keys(f'{{"model": "{BASE}", "training_file": "{file_id}"}}')
+    text.send_keys(f'{{"model": "{base}", "training_file": "{file_id}", "suffix": "from-the-page"}}')
     status, body = page.answer(create)
-    [job] = team.http.get("/v1/fine_tuning/jobs").json()["data"]
+    job_id = client.fine_tuning.jobs.list().data[0].id
     assert status.startswith("200"), body
-    assert job["id"] in body
+    assert job_id in body
     assert '"status": "validating_files"' in body
-    _keep(browser, page, create)
+    page.click(".opblock-summary-control", create)
+
+    stacks.finish(stack, client, job_id)
+    retrieve = page.open("Fine-tuning_jobs", "retrieve_job")
+    page.find(f"{retrieve} .parameters input").send_keys(job_id)
+    status, body = page.answer(retrieve)
+    assert status.startswith("200"), body
+    assert '"status": "succeeded"' in body
+    assert f'"fine_tuned_model": "ft:{base}:tunery:from-the-page:' in body
+    _keep(browser, page, retrieve)
     assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []  # type: ignore[no-untyped-call]
 
 
