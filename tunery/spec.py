@@ -4,11 +4,25 @@ Pure pydantic. Each technique owns only its own knobs, so that "a rank on a full
 `"auto"` stands until the files have been read; `Plan` then holds a number for every one of them.
 """
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Auto = Literal["auto"]
+
+
+def _refuse_booleans(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("should be a number, not true or false")  # noqa: TRY004 (pydantic collects ValueErrors only)
+    return value
+
+
+NO_BOOLEAN = BeforeValidator(_refuse_booleans)
+"""For numbers: to Python, and so to pydantic, true is 1. Why not strict ones: they refuse 3.0 and "3" too, which say
+what they mean. In an `Annotated` it stands behind the bounds, or the schema would not show them."""
+Int = Annotated[int, NO_BOOLEAN]
+Float = Annotated[float, NO_BOOLEAN]
 
 
 class Part(BaseModel):
@@ -27,9 +41,9 @@ class Lora(Part):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) in fp32 on a frozen bf16 base."""
 
     type: Literal["lora"] = "lora"
-    r: int = Field(16, ge=1, le=512, description="Rank of the update")
-    alpha: float = Field(32, gt=0, le=4096, description="Scale: the update is multiplied by alpha / r")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input")
+    r: Int = Field(16, ge=1, le=512, description="Rank of the update")
+    alpha: Float = Field(32.0, gt=0, le=4096, description="Scale: the update is multiplied by alpha / r")
+    dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input")
     target_modules: Literal["all-linear"] | list[Annotated[str, Field(pattern=r"^[\w.]+$")]] = Field(
         "all-linear", description="Names of the linear layers to adapt, or all but the head"
     )
@@ -47,7 +61,7 @@ class Qlora(Lora):
     type: Literal["qlora"] = "qlora"  # type: ignore[assignment]
     quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit code book")
     double_quant: bool = Field(True, description="Quantise the quantisation constants too")
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Type of the products")
+    compute_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of the products")
 
 
 Technique = Annotated[Full | Lora | Qlora, Field(discriminator="type")]
@@ -57,51 +71,51 @@ class Schedule(Part):
     """How the learning rate moves: up over the warmup, then down to `min_ratio` of its peak (or flat)."""
 
     type: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = Field(0.05, ge=0, le=1, description="Share of all steps spent rising")
-    min_ratio: float = Field(0.0, ge=0, le=1, description="Last learning rate over the highest")
+    warmup_ratio: Float = Field(0.05, ge=0, le=1, description="Share of all steps spent rising")
+    min_ratio: Float = Field(0.0, ge=0, le=1, description="Last learning rate over the highest")
 
 
 class EarlyStopping(Part):
     """Stop when the full validation loss has not improved for `patience` evaluations; needs a validation file."""
 
-    patience: int = Field(3, ge=1, le=100)
-    min_delta: float = Field(0.0, ge=0)
+    patience: Int = Field(3, ge=1, le=100)
+    min_delta: Float = Field(0.0, ge=0)
 
 
 class Evaluation(Part):
     """What is measured besides the training loss."""
 
-    every_steps: Annotated[int, Field(ge=1)] | Auto = Field(
+    every_steps: Annotated[int, Field(ge=1), NO_BOOLEAN] | Auto = Field(
         "auto", description="Steps between full validation losses; auto: each epoch's end"
     )
     test_file: str | None = Field(None, description="Rows answered greedily by base and tuned model after training")
-    max_new_tokens: int = Field(64, ge=1, le=4096, description="Token limit of those answers")
-    max_rows: int = Field(1000, ge=1, description="At most so many test rows, from the file's start")
+    max_new_tokens: Int = Field(64, ge=1, le=4096, description="Token limit of those answers")
+    max_rows: Int = Field(1000, ge=1, description="At most so many test rows, from the file's start")
 
 
 class Resources(Part):
     """What the run needs of a host."""
 
-    gpus: Literal[1, 2, 4, 8] = 1
+    gpus: Annotated[Literal[1, 2, 4, 8], NO_BOOLEAN] = 1
 
 
 class Hyperparameters(Part):
     """OpenAI's three knobs, auto or numbers."""
 
-    n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto = "auto"
-    batch_size: Annotated[int, Field(ge=1, le=256)] | Auto = "auto"
-    learning_rate_multiplier: Annotated[float, Field(gt=0)] | Auto = "auto"
+    n_epochs: Annotated[int, Field(ge=1, le=50), NO_BOOLEAN] | Auto = "auto"
+    batch_size: Annotated[int, Field(ge=1, le=256), NO_BOOLEAN] | Auto = "auto"
+    learning_rate_multiplier: Annotated[float, Field(gt=0), NO_BOOLEAN] | Auto = "auto"
 
 
 class _Settled(Part):
     """What a request settles by itself, defaults included: the part that a spec and its plan share."""
 
     schedule: Schedule = Schedule()
-    max_seq_length: int = Field(2048, ge=16, le=1_048_576, description="Tokens; longer rows are cut at the end")
+    max_seq_length: Int = Field(2048, ge=16, le=1_048_576, description="Tokens; longer rows are cut at the end")
     packing: bool = Field(False, description="Several rows a sequence, each seeing only itself")
-    weight_decay: float = Field(0.0, ge=0, le=1)
-    max_grad_norm: float = Field(1.0, gt=0)
-    seed: int = Field(ge=0, le=2**31 - 1)
+    weight_decay: Float = Field(0.0, ge=0, le=1)
+    max_grad_norm: Float = Field(1.0, gt=0)
+    seed: Int = Field(ge=0, le=2**31 - 1)
     early_stopping: EarlyStopping | None = None
     select: Literal["last", "best"] = Field("last", description="Which step becomes the model")
     evaluation: Evaluation = Evaluation()
@@ -113,7 +127,7 @@ class TrainingSpec(_Settled):
 
     technique: Technique | None = None
     hyperparameters: Hyperparameters = Hyperparameters()
-    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=1), NO_BOOLEAN] | None = None
 
     @model_validator(mode="after")
     def _one_learning_rate(self) -> "TrainingSpec":
@@ -146,5 +160,9 @@ class Run(Part):
     base_model: str = Field(description="Registered name, written into the adapter's base_model_name_or_path")
     plan: Plan
     public_checkpoints: int = Field(3, ge=0, description="Epoch-end checkpoints to keep, newest last")
+    now: datetime | None = Field(
+        None,
+        description="What chat templates take for now: the same in every attempt, or resuming would see other rows",
+    )
     snapshot_seconds: float = Field(300, gt=0, description="Time between recovery snapshots")
     facts: dict[str, Any] = Field(default_factory=dict, description="Provenance to copy into training_config.json")

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from tunery.errors import UnusableModel
+from tunery.errors import InvalidValue, UnusableModel
+from tunery.planning import advice
+from tunery.spec import Lora
 from tunery.wire import EXIT_USER_ERROR
 from worker.trainer import gguf_files
 from worker.trainer.convert import convert
@@ -66,6 +68,25 @@ def test_template_inside_the_tokenizers_config_is_found(source: Path, tmp_path: 
     assert (tmp_path / "base" / "chat_template.jinja").read_text() == tiny_models.CHATML
 
 
+def test_linear_modules_are_what_an_adapter_can_name(source: Path, tmp_path: Path) -> None:
+    facts = convert(str(source), tmp_path / "base")
+
+    assert facts["linear_modules"] == [
+        *(f"model.layers.*.mlp.{name}_proj" for name in ("down", "gate", "up")),
+        *(f"model.layers.*.self_attn.{name}_proj" for name in ("k", "o", "q", "v")),
+    ]
+    advice.check_modules(Lora(target_modules=["q_proj", "self_attn.v_proj", "layers.1.mlp.up_proj"]), facts)
+    for wrong in ("foo_proj", "mlp", "input_layernorm", "lm_head", "proj"):
+        with pytest.raises(InvalidValue, match=rf"no linear layer '{wrong}'.*q_proj"):
+            advice.check_modules(Lora(target_modules=["q_proj", wrong]), facts)
+
+
+def gap(source: Path) -> None:
+    weights = load_file(source / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+
+
 def pickled(source: Path) -> None:
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
 
@@ -109,6 +130,7 @@ def with_index_to_elsewhere(source: Path) -> None:
         (quantised, "quantised already"),
         (without_template, "no chat template"),
         (cut_off, "damaged"),
+        (gap, r"no weights for model.layers.1.mlp.up_proj.weight"),
         (unknown, "no-such-model"),
         (with_index_to_elsewhere, "which is missing"),
     ],
@@ -149,6 +171,16 @@ def test_word_rules_cut_numbers_as_the_models_were_trained() -> None:
     assert cuts["qwen2"][:6] == ["pay", "Ġ", "1", "2", "3", "4"]
     assert cuts["gpt-2"][:2] == ["pay", "Ġ1234"]
     assert gguf_files.word_rule("something-new") is None
+
+
+def test_only_byte_pair_tokenizers_are_cut_by_a_word_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older GGUF files of SentencePiece models name no rule, and are none the worse for it."""
+    cut = []
+    monkeypatch.setattr(gguf_files, "word_rule", lambda pre: cut.append(pre))
+    monkeypatch.setattr(gguf_files, "_tokenizer_kind", lambda _path: ("llama", "gpt-2"))
+    with pytest.raises(UnusableModel, match="transformers cannot read it"):
+        gguf_files.unpack(tmp_path / "none.gguf", tmp_path / "out")
+    assert cut == []
 
 
 @pytest.mark.slow

@@ -102,7 +102,10 @@ def test_two_ranks_learn_what_one_does(tmp_path: Path, tiny: Path) -> None:
     carry_out(alone, voice := Voice(None), Wish())
 
     with spawned(both) as process:
-        said = list(heard(process))
+        messages = heard(process)
+        said = [next(messages)]
+        assert len(_children(process.pid)) == 1, "the second rank is not there"
+        said += messages
         assert process.wait() == 0, (both / "log").read_text()[-3000:]
 
     for kind, field in (("step", "train_loss"), ("step", "grad_norm"), ("evaluated", "loss")):

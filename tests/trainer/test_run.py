@@ -4,10 +4,13 @@ import csv
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from peft import PeftModel
 from pydantic import BaseModel
@@ -18,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tunery.errors import InvalidTrainingFile, NotFinite
 from tunery.spec import EarlyStopping, Evaluation, Full, Lora, Qlora
 from worker.trainer import checkpoints
+from worker.trainer.data import collate
 from worker.trainer.report import CSV_HEADER, Voice
-from worker.trainer.run import carry_out, prepare
+from worker.trainer.run import _measure_and_write, carry_out, prepare
 from worker.trainer.training import Progress
 from worker.trainer.wish import Wish
 
@@ -92,6 +96,15 @@ def test_full_fine_tune_is_exported_as_transformers_loads_it(tmp_path: Path, tin
     assert any(row["base"] != row["tuned"] for row in rows)  # the base's answers are from before the training
 
 
+def test_a_tied_head_is_saved_once(tmp_path: Path) -> None:
+    tied = tiny_models.llama(tmp_path / "base", tie_word_embeddings=True)
+    folder = lay_out(tmp_path / "run", tied, plan(technique=Full(), learning_rate=1e-3), ROWS)
+
+    assert carry_out(folder, Voice(None), Wish())
+
+    assert "lm_head.weight" not in load_file(folder / "out" / "model.safetensors")
+
+
 def test_run_measures_itself(tmp_path: Path, tiny: Path, ear: Ear) -> None:
     """The rows are few and learnt by heart, so the tuned model must answer them and the random base must not."""
     evaluation = Evaluation(test_file="file-test", max_new_tokens=12)
@@ -135,7 +148,9 @@ class Interrupting(Voice):
             self.wish.stop = True
 
 
-@pytest.mark.parametrize("technique", [Lora(r=4, dropout=0.2), Full()], ids=["lora with dropout", "full"])
+@pytest.mark.parametrize(
+    "technique", [Lora(r=4, dropout=0.2), Qlora(r=4), Full()], ids=["lora with dropout", "qlora", "full"]
+)
 @pytest.mark.parametrize("killed", [True, False], ids=["killed", "asked to stop"])
 def test_broken_run_goes_on_to_the_bit(
     tmp_path: Path, tiny: Path, ear: Ear, technique: Lora | Full, killed: bool
@@ -184,6 +199,20 @@ def test_snapshot_of_another_host_is_taken_from_resume_and_a_damaged_one_is_not(
     damaged[-1] ^= 1
     (found / "weights.safetensors").write_bytes(damaged)
     assert checkpoints.find_snapshot(t) is None
+    (found / "state.json").write_text("{")
+    assert checkpoints.find_snapshot(t) is None
+
+
+def test_snapshot_is_found_the_next_day_though_the_template_writes_the_date(tmp_path: Path) -> None:
+    dated = tiny_models.llama(tmp_path / "base", template="{{ strftime_now('%d %b %Y') }}\n" + tiny_models.CHATML)
+    folder = lay_out(tmp_path / "run", dated, plan(), ROWS, now=datetime(2026, 3, 1, 23, 59, tzinfo=UTC))
+    wish = Wish()
+    assert not carry_out(folder, Interrupting(1, wish), wish)
+
+    t = prepare(folder, Voice(None), Wish())
+
+    assert t.template.tokenizer.decode(t.rows.rows[0].input_ids).startswith("01 Mar 2026")
+    assert checkpoints.find_snapshot(t) is not None
 
 
 def test_snapshot_of_other_rows_is_not_taken(tmp_path: Path, tiny: Path) -> None:
@@ -245,6 +274,44 @@ def test_run_goes_on_from_an_adapter(tmp_path: Path, tiny: Path) -> None:
     for name, parameter in t.parameters.items():
         stored = learnt[name.removeprefix("model.").replace(".default", "")]
         assert torch.equal(parameter, stored)
+
+
+def test_rows_that_lose_their_end_are_named(tmp_path: Path, tiny: Path, ear: Ear) -> None:
+    rows = [*ROWS, chat(40, words=60)]
+    rows[3] = {"messages": [rows[3]["messages"][0], {"role": "assistant", "content": "word " * 60}]}
+    folder = lay_out(tmp_path / "run", tiny, plan(), rows)
+
+    t = prepare(folder, Voice(ear.descriptor), Wish())
+
+    assert t.warnings == [
+        "1 row(s) have no trained token within max_seq_length and were left out (line 11).",
+        "1 row(s) were longer than max_seq_length and were cut at the end, so their last answer teaches no end "
+        "(line 4).",
+    ]
+
+
+def test_logits_that_are_more_than_a_product_take_the_textbooks_loss(tmp_path: Path, tiny: Path) -> None:
+    """By trying: the next architecture calls its multiplier by a name that nobody has listed."""
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
+    batch = collate(t.rows.rows, [[0]], t.device)
+    assert t.objective.chunked
+    t.objective.causal.register_forward_hook(lambda _module, _args, out: out.__setitem__("logits", out.logits * 0.5))
+
+    t.objective.settle(batch)
+
+    assert not t.objective.chunked
+
+
+def test_only_rank_0_touches_the_artifact(tmp_path: Path, tiny: Path) -> None:
+    """A late sister would wipe what rank 0 has just written."""
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
+    (t.folder / ".out.partial").mkdir()
+    t.accelerator = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None)
+
+    _measure_and_write(t, Progress(step=1), None)
+
+    assert (t.folder / ".out.partial").exists()
+    assert not (t.folder / "out").exists()
 
 
 def test_packed_run_trains_on_every_token(tmp_path: Path, tiny: Path, ear: Ear) -> None:

@@ -1,8 +1,10 @@
 """Every "auto" decided, and what the owner should know about the choices made. Pure functions."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from tunery.errors import InvalidValue
 from tunery.spec import Full, Lora, Plan, Qlora, Technique, TrainingSpec
 
 BATCH_SIZE = 8
@@ -55,8 +57,27 @@ def resolve(spec: TrainingSpec, *, examples: int, facts: Mapping[str, Any], bf16
         n_epochs=default_epochs(examples) if knobs.n_epochs == "auto" else knobs.n_epochs,
         batch_size=BATCH_SIZE if knobs.batch_size == "auto" else knobs.batch_size,
         learning_rate=rate,
-        learning_rate_multiplier=rate / default_rate,
+        learning_rate_multiplier=multiplier if spec.learning_rate is None else rate / default_rate,
     )
+
+
+def check_modules(technique: Technique | None, facts: Mapping[str, Any]) -> None:
+    """Raises InvalidValue for a target module that the base does not have; bases of unknown modules pass.
+
+    A name means what it means to PEFT: a module's whole name, or its end after a dot. PEFT itself complains only when
+    none of the names fits, and trains without the others.
+    """
+    known = facts.get("linear_modules")
+    if not known or not isinstance(technique, Lora) or technique.target_modules == "all-linear":
+        return
+    for name in technique.target_modules:
+        wanted = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+        if not any(module == wanted or module.endswith(f".{wanted}") for module in known):
+            ends = dict.fromkeys(module.rpartition(".")[2] for module in known)
+            raise InvalidValue(
+                param="technique.target_modules",
+                reason=f"The base has no linear layer '{name}'. Use 'all-linear', or name some of: {', '.join(ends)}.",
+            )
 
 
 def warnings(plan: Plan, *, examples: int, facts: Mapping[str, Any], asked_length: int | None = None) -> list[str]:

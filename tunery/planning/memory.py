@@ -107,15 +107,20 @@ def estimate(facts: Mapping[str, Any], technique: Technique, *, max_seq_length: 
     width = 2 if device == "cuda" else 4
     learns = trainable_params(facts, technique)
     parts = {"base": _base_bytes(shape, technique, width)}
+    parts["optimizer"] = learns * moment_bytes(technique, device)
     if isinstance(technique, Full):
-        # 8-bit moments on a GPU, fp32 on a CPU.
-        parts |= {"gradients": learns * width, "optimizer": learns * (2 if device == "cuda" else 8)}
+        parts["gradients"] = learns * width
     else:
-        parts |= {"adapter": learns * 4, "gradients": learns * 4, "optimizer": learns * 8}
+        parts |= {"adapter": learns * 4, "gradients": learns * 4}
     parts["activations"] = _activation_bytes(shape, technique, max_seq_length, device, width)
     parts["head"] = _HEAD_CHUNK + max_seq_length * shape.hidden * width
     parts["fixed"] = int((0.9 if device == "cuda" else 0.5) * 1e9 + _SLACK * sum(parts.values()))
     return Estimate(parts)
+
+
+def moment_bytes(technique: Technique, device: str = "cuda") -> int:
+    """The optimizer's two moments, bytes a weight that learns: 8 bits each for a full fine-tune on a GPU, else fp32."""
+    return 2 if isinstance(technique, Full) and device == "cuda" else 8
 
 
 def _base_bytes(shape: Shape, technique: Technique, width: int) -> int:

@@ -51,13 +51,16 @@ class ChatTemplate:
         templates: dict[str, str],
         special_tokens: dict[str, str],
         eos_ids: Sequence[int] = (),
+        now: datetime | None = None,
     ) -> None:
         """`templates`: name -> jinja source, "default" among them; "tool_use", if there, is used for rows with tools.
         `eos_ids`: ids at which generation stops, besides the template's own end of turn, which is found by a trial.
+        `now`: what templates that write the date take for today; None: the clock's.
         Raises CannotRender where a source is not a template.
         """
         self.tokenizer = tokenizer
         self.special_tokens = special_tokens
+        self._fixed_now = now
         self._environment = Environment()
         try:
             self._templates = {name: self._environment.from_string(text) for name, text in templates.items()}
@@ -67,7 +70,7 @@ class ChatTemplate:
         self.eos_ids = self._all_stop_ids(eos_ids)
 
     @classmethod
-    def load(cls, directory: Path | str) -> "ChatTemplate":
+    def load(cls, directory: Path | str, now: datetime | None = None) -> "ChatTemplate":
         """From a model's directory: tokenizer.json, and the template beside it or in tokenizer_config.json.
 
         Raises CannotRender where one of them is missing.
@@ -76,13 +79,14 @@ class ChatTemplate:
         config = _read_json(root / "tokenizer_config.json")
         tokenizer = _load_tokenizer(root / "tokenizer.json")
         special = _special_tokens({**_read_json(root / "special_tokens_map.json"), **config})
-        return cls(tokenizer, _load_templates(root, config), special, _configured_eos_ids(root, tokenizer, special))
+        eos_ids = _configured_eos_ids(root, tokenizer, special)
+        return cls(tokenizer, _load_templates(root, config), special, eos_ids, now)
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
     ) -> str:
         """The conversation's text. Raises CannotRender with the template's own reason where it refuses the messages."""
-        return self._render(messages, tools, add_generation_prompt, _now())
+        return self._render(messages, tools, add_generation_prompt, self._now())
 
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> list[int]:
         """What the model is given when it is asked for the next message. Raises CannotRender."""
@@ -94,7 +98,7 @@ class ChatTemplate:
         Raises CannotRender where the template loses part of the row, gives its turns no end that could be learned, or
         writes a trained turn differently once others follow it: `split` such rows first.
         """
-        now = _now()  # once: the renderings of a row must agree though midnight passes between them
+        now = self._now()  # once: the renderings of a row must agree though midnight passes between them
         text = self._render(example.messages, example.tools, False, now)
         self._refuse_losses(example, text)
         encoding = self._tokenize(text)
@@ -115,11 +119,14 @@ class ChatTemplate:
         trained = [index for index, message in enumerate(example.messages) if message.is_trained]
         if len(trained) == 1 and trained[0] == len(example.messages) - 1:
             return [example]
-        now = _now()
+        now = self._now()
         text = self._render(example.messages, example.tools, False, now)
         if all(text.startswith(self._up_to(example, index + 1, False, now).rstrip()) for index in trained):
             return [example]
         return [_ending_with(example, index) for index in trained]
+
+    def _now(self) -> datetime:
+        return self._fixed_now or datetime.now().astimezone()
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None, add_generation_prompt: bool, now: datetime
@@ -205,10 +212,6 @@ class ChatTemplate:
         special = {id for id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         ends = [id for id in self._tokenize(after).ids if id in special]
         return frozenset(configured) | frozenset(ends[:1])
-
-
-def _now() -> datetime:
-    return datetime.now().astimezone()
 
 
 def _ending_with(example: Example, index: int) -> Example:

@@ -6,7 +6,7 @@ probabilities or its JSON schema is worse than none.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tunery.errors import InvalidValue, Unsupported
 from tunery.rendering import strict_json
@@ -110,6 +110,12 @@ class ChatRequest(_Sealed):
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none"] | None = None
 
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: Any) -> Any:
+        """An earlier answer comes back with all the fields that the client knows, those that we do not serve null."""
+        return [_without_unknown_nulls(item) for item in value] if isinstance(value, list) else value
+
     @property
     def stops(self) -> list[str]:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -122,6 +128,12 @@ class ChatRequest(_Sealed):
     @property
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+
+def _without_unknown_nulls(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    return {name: value for name, value in message.items() if value is not None or name in Message.model_fields}
 
 
 def parse(body: bytes) -> ChatRequest:

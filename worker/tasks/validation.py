@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -43,6 +44,7 @@ class Case:
     """A job with all that its validation reads, taken out of the database before the long work."""
 
     job_id: str
+    created_at: datetime
     spec: TrainingSpec
     files: Mapping[FileRole, File]
     base: Model
@@ -83,6 +85,7 @@ def _open(session: Session, job: Job) -> Case:
     }
     return Case(
         job_id=job.id,
+        created_at=job.created_at,
         spec=TrainingSpec.model_validate(job.spec),
         files={role: session.get_one(File, id) for role, id in ids.items() if id is not None},
         base=session.get_one(Model, job.base_model),
@@ -130,7 +133,7 @@ def _announce(case: Case) -> bool:
 
 def judge(case: Case, settings: Settings, storage: Storage) -> Verdict:
     """Raises JobFailure, whose text is the owner's to read, where the job cannot succeed."""
-    template = ChatTemplate.load(staging.text_folder(settings.models_dir, storage, case.base))
+    template = ChatTemplate.load(staging.text_folder(settings.models_dir, storage, case.base), now=case.created_at)
     summaries = {role: _read(case, role, storage, template) for role in case.files}
     plan = _plan(case, summaries["training"])
     examples, facts = summaries["training"].examples, case.base.facts

@@ -56,16 +56,32 @@ def save_snapshot(t: Training, progress: Progress) -> str:
 def find_snapshot(t: Training) -> Path | None:
     """The newest snapshot that belongs to this very run and is undamaged: of this directory, or `resume/`."""
     found = [*(t.folder / "snapshots").glob("step-*"), t.folder / "resume"]
-    for folder in sorted((f for f in found if (f / "state.json").exists()), key=_step_of, reverse=True):
-        state = json.loads((folder / "state.json").read_text())
-        damaged = [name for name, digest in state["sha256"].items() if _sha256(folder / name) != digest]
-        if damaged:
+    states = {folder: state for folder in found if (state := _read_state(folder)) is not None}
+    for folder, state in sorted(states.items(), key=lambda item: -int(item[1]["progress"]["step"])):
+        if damaged := [name for name, digest in state["sha256"].items() if not _is_whole(folder / name, digest)]:
             log.warning("snapshot %s is damaged (%s): an older one is taken", folder, ", ".join(damaged))
         elif state["run"] != fingerprint(t):
             log.warning("snapshot %s is of another plan or other rows: not used", folder)
         else:
             return folder
     return None
+
+
+def _read_state(folder: Path) -> dict[str, Any] | None:
+    """A snapshot's numbers; None where there are none that can be read."""
+    path = folder / "state.json"
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+    except ValueError:
+        log.warning("snapshot %s is damaged (state.json): an older one is taken", folder)
+        return None
+    return state
+
+
+def _is_whole(path: Path, digest: str) -> bool:
+    return path.exists() and _sha256(path) == digest
 
 
 def restore(t: Training, folder: Path) -> Progress:
@@ -206,15 +222,8 @@ def _flush(path: Path) -> None:
 
 
 def _drop_old(folder: Path, keep: int) -> None:
-    for old in sorted(folder.glob("step-*"), key=_step_of)[:-keep]:
+    for old in sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))[:-keep]:
         shutil.rmtree(old)
-
-
-def _step_of(folder: Path) -> int:
-    state = folder / "state.json"
-    if state.exists():
-        return int(json.loads(state.read_text())["progress"]["step"])
-    return int(folder.name.removeprefix("step-"))
 
 
 def _sha256(path: Path) -> str:

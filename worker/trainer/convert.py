@@ -6,9 +6,11 @@ line on standard error and exit code 65.
 """
 
 import json
+import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import disable_progress_bars
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from tunery.errors import UnusableModel
@@ -180,15 +184,15 @@ def _settle_template(source: str, out: Path) -> None:
 
 
 def _facts(source: str, out: Path) -> dict[str, Any]:
-    """What planning needs to know, from the config and from a model without memory (device `meta`)."""
+    """What planning needs to know, from the config and from the model as it loads, but without memory (`meta`)."""
     try:
         template = ChatTemplate.load(out)
-        config = AutoConfig.from_pretrained(out, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model, missing = _without_memory(out)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise UnusableModel(source=source, reason=f"it cannot be used ({reason}).") from error
+    _refuse_gaps(source, missing)
+    config = model.config
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     return {
@@ -206,7 +210,39 @@ def _facts(source: str, out: Path) -> dict[str, Any]:
         "context_length": getattr(text, "max_position_embeddings", None),
         "eos_token_ids": sorted(template.eos_ids),
         "chat_template_sha256": template.sha256,
+        "linear_modules": _linear_modules(model),
     }
+
+
+def _without_memory(out: Path) -> tuple[Any, Iterable[str]]:
+    """The model as a loader makes it, its weights on no device, and the names that its files have no weights for."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        out, device_map="meta", output_loading_info=True, trust_remote_code=False
+    )
+    model, info = loaded
+    return model, info["missing_keys"]
+
+
+def _refuse_gaps(source: str, missing: Iterable[str]) -> None:
+    """A loader fills what is missing with random numbers and goes on, which nobody would notice but the answers."""
+    names = sorted(missing)
+    if names:
+        raise UnusableModel(
+            source=source,
+            reason=f"its files have no weights for {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}. "
+            "Copy every shard, with the config that belongs to them.",
+        )
+
+
+def _linear_modules(model: Any) -> list[str]:
+    """What an adapter can sit on: `model.layers.*.mlp.up_proj`, the layers' numbers left out. The head is no target."""
+    head = model.get_output_embeddings()
+    names = {
+        re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    return sorted(names)
 
 
 def main() -> int:

@@ -35,10 +35,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """A file's rows, those left out, and how many were cut at the longest allowed length."""
+    """A file's rows; the lines of those that were cut at the longest allowed length, and of those left out."""
 
     rows: list[Row]
-    truncated: int = 0
+    truncated: tuple[int, ...] = ()
     unlearnable: tuple[int, ...] = ()
 
     @property
@@ -80,21 +80,22 @@ def read_rows(path: Path, template: ChatTemplate, max_length: int, role: FileRol
     Raises InvalidTrainingFile, also when no row is left.
     """
     rows: list[Row] = []
+    truncated: list[int] = []
     unlearnable: list[int] = []
-    truncated = 0
     for number, example in read_examples(path, role):
         for rendered in encode_example(template, example, number, max_length=max_length, role=role):
             row = Row(list(rendered.input_ids), list(rendered.labels))
-            truncated += rendered.truncated
-            if row.labelled:
-                rows.append(row)
-            else:
+            if not row.labelled:
                 unlearnable.append(number)
+                continue
+            rows.append(row)
+            if rendered.truncated:
+                truncated.append(number)
     if not rows:
         raise InvalidTrainingFile(
             role=role, reason=f"No row has a trained token within max_seq_length ({max_length}). Raise max_seq_length."
         )
-    return Rows(rows, truncated, tuple(unlearnable))
+    return Rows(rows, tuple(truncated), tuple(unlearnable))
 
 
 def order(count: int, seed: int, epoch: int) -> list[int]:

@@ -47,7 +47,8 @@ def word_rule(pre: str) -> pre_tokenizers.PreTokenizer | None:
 def unpack(path: Path, out: Path) -> None:
     """Writes the GGUF file's model (bf16 safetensors) and tokenizer into `out`. Raises UnusableModel."""
     kind, pre = _tokenizer_kind(path)
-    rule = word_rule(pre)
+    # Only byte-pair tokenizers are cut by such a rule; a SentencePiece one, "llama", comes whole as it is.
+    rule = word_rule(pre) if kind == "gpt2" else None
     if kind == "gpt2" and rule is None:
         raise UnusableModel(
             source=path,

@@ -9,23 +9,28 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from worker.trainer.objective import all_and_trainable
 from worker.trainer.training import Training
 
 log = logging.getLogger(__name__)
 
 PROMPTS = 3
+_BYTES_A_PARAM = 6
+"""fp32 weights, and the bf16 file that they are read from."""
 MOST_PARAMS = 2_000_000_000
 """Larger bases take minutes and tens of GB to load in fp32, more than the check is worth at every run's end."""
 
 
 def write(t: Training, artifact: Path) -> None:
-    """Writes `parity.json` into `artifact`, from its files; not for a large base."""
-    if sum(p.numel() for p in t.objective.parameters()) > MOST_PARAMS:
-        log.info("no parity.json: the base is too large to load a second time in fp32")
+    """Writes `parity.json` into `artifact`, from its files; not for a large base, nor where the host has no room."""
+    params, _ = all_and_trainable(t.objective.model)
+    if params > MOST_PARAMS or psutil.virtual_memory().available < _BYTES_A_PARAM * params:
+        log.info("no parity.json: the base is too large to load a second time in fp32 here")
         return
     model = _load(t.folder / "base", artifact)
     with torch.no_grad():

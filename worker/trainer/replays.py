@@ -21,6 +21,8 @@ GRAIN = (32, 128)
 MOST_GRAPHS = 48
 MOST_PARAMS, MOST_TOKENS = 2_000_000_000, 8_192
 """Beyond these a step's products take longer than Python does, and a graph would gain little and keep memory."""
+_ROUTED = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Config entries of models whose experts' work depends on the batch: the host has to look, which cannot be recorded."""
 SCALE = 2.0**-11
 """What losses are multiplied with inside a graph, where the number of a step's labels cannot be known. A power of two,
 so that taking it out again costs no digit."""
@@ -86,7 +88,9 @@ def worthwhile(objective: Objective, tokens: int) -> bool:
     first = next(objective.parameters())
     weights = sum(p.numel() for p in objective.parameters())
     recomputing = getattr(objective.causal, "is_gradient_checkpointing", False)
-    return first.is_cuda and weights <= MOST_PARAMS and tokens <= MOST_TOKENS and not recomputing
+    config = objective.causal.config.get_text_config()
+    routed = any(getattr(config, name, None) for name in _ROUTED)
+    return first.is_cuda and weights <= MOST_PARAMS and tokens <= MOST_TOKENS and not recomputing and not routed
 
 
 def _copy(source: Batch, target: Batch) -> None:

@@ -4,6 +4,7 @@ import logging
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,9 +15,9 @@ from transformers import PreTrainedModel
 from tunery.errors import InvalidTrainingFile
 from tunery.rendering.template import ChatTemplate
 from tunery.spec import Run
-from tunery.wire import Finished, Paused, Phase, Started
+from tunery.wire import Finished, Paused, Phase, Score, Started
 from worker.trainer import checkpoints, evaluate, packing, parity, preflight, report
-from worker.trainer.data import Rows, Unit, read_examples, read_rows
+from worker.trainer.data import Rows, Unit, collate, read_examples, read_rows
 from worker.trainer.loop import train
 from worker.trainer.objective import Objective, all_and_trainable
 from worker.trainer.recipes.full import FULL
@@ -30,6 +31,8 @@ from worker.trainer.wish import Stopped, Wish
 log = logging.getLogger(__name__)
 
 RECIPES = {"full": FULL, "lora": LORA, "qlora": QLORA}
+Scored = tuple[Score, list[dict[str, Any]]]
+"""The scorecard and every row's answers."""
 
 
 def carry_out(folder: Path, voice: Voice, wish: Wish) -> bool:
@@ -64,7 +67,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     run = Run.model_validate_json((folder / "spec.json").read_text())
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     torch.manual_seed(run.plan.seed)
-    template = ChatTemplate.load(folder / "base")
+    template = ChatTemplate.load(folder / "base", now=run.now)
     rows = read_rows(folder / "data" / "train.jsonl", template, run.plan.max_seq_length)
     valid = _validation_rows(folder, run, template)
     wish.check()
@@ -72,6 +75,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     base = recipe.load_base(folder / "base", run.plan.technique, accelerator.device)
     adapter = folder / "adapter"
     objective = Objective(recipe.prepare(base, run.plan.technique, adapter if adapter.exists() else None))
+    objective.settle(collate([min(rows.rows, key=len)], [[0]], accelerator.device))
     parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     _agree(accelerator, parameters)
     wish.check()
@@ -119,14 +123,20 @@ def _agree(accelerator: Accelerator, parameters: dict[str, torch.nn.Parameter]) 
 def _warnings(rows: Rows) -> list[str]:
     warnings = []
     if rows.unlearnable:
-        lines = ", ".join(map(str, rows.unlearnable[:5]))
         warnings.append(
             f"{len(rows.unlearnable)} row(s) have no trained token within max_seq_length and were left out "
-            f"(line {lines}{' and more' if len(rows.unlearnable) > 5 else ''})."
+            f"({_lines(rows.unlearnable)})."
         )
     if rows.truncated:
-        warnings.append(f"{rows.truncated} row(s) were longer than max_seq_length and were cut at the end.")
+        warnings.append(
+            f"{len(rows.truncated)} row(s) were longer than max_seq_length and were cut at the end, so their last "
+            f"answer teaches no end ({_lines(rows.truncated)})."
+        )
     return warnings
+
+
+def _lines(numbers: tuple[int, ...]) -> str:
+    return f"line {', '.join(map(str, numbers[:5]))}{' and more' if len(numbers) > 5 else ''}"
 
 
 def _units(run: Run, rows: Rows, objective: Objective, device: torch.device, warnings: list[str]) -> list[Unit]:
@@ -138,7 +148,8 @@ def _units(run: Run, rows: Rows, objective: Objective, device: torch.device, war
 
 
 def _budget(run: Run, base: PreTrainedModel, objective: Objective, rows: Rows, units: list[Unit]) -> int:
-    return preflight.settle(objective, base, rows.rows, run.plan.batch_size, _longest(rows, units))
+    work = preflight.Work(run.plan.batch_size, _longest(rows, units), run.plan.technique)
+    return preflight.settle(objective, base, rows.rows, work)
 
 
 def _longest(rows: Rows, units: list[Unit]) -> int:
@@ -176,7 +187,7 @@ def _announce(t: Training, progress: Progress) -> None:
             first_step=progress.step + 1,
             examples=len(t.rows.rows),
             train_tokens=t.rows.tokens,
-            truncated_examples=t.rows.truncated,
+            truncated_examples=len(t.rows.truncated),
             device=_device_name(t.device),
             warnings=t.warnings,
         )
@@ -204,26 +215,38 @@ def _answers_before_training(t: Training) -> list[str] | None:
 
 
 def _measure_and_write(t: Training, progress: Progress, base_answers: list[str] | None) -> None:
-    """The scorecard and then the artifact, `out/`, which exists only when it is complete."""
+    """The scorecard, to which every rank answers its share, and then the artifact, which rank 0 writes."""
+    scored = _score(t, _questions(t), base_answers)
+    t.voice.say(Phase(phase="saving"))
+    if t.accelerator.is_main_process:
+        _write(t, progress, scored)
+    t.accelerator.wait_for_everyone()
+
+
+def _score(t: Training, asked: list[evaluate.Question], base_answers: list[str] | None) -> Scored | None:
+    if not asked:
+        return None
+    t.voice.say(Phase(phase="evaluating"))
+    tuned = evaluate.answers(t, asked, base=False)
+    base = evaluate.answers(t, asked, base=True) if base_answers is None else base_answers
+    card, rows = evaluate.score(asked, base, tuned)
+    t.voice.say(card)
+    return card, rows
+
+
+def _write(t: Training, progress: Progress, scored: Scored | None) -> None:
+    """The artifact, `out/`, which exists only when it is complete."""
     partial = t.folder / ".out.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    asked = _questions(t)
-    if asked:
-        t.voice.say(Phase(phase="evaluating"))
-        tuned = evaluate.answers(t, asked, base=False)
-        base = evaluate.answers(t, asked, base=True) if base_answers is None else base_answers
-        card, rows = evaluate.score(asked, base, tuned)
-        t.voice.say(card)
+    if scored is not None:
+        card, rows = scored
         (partial / "scorecard.json").write_text(card.model_dump_json(indent=2) + "\n")
         report.write_lines(partial / "answers.jsonl", rows)
-    t.voice.say(Phase(phase="saving"))
-    if t.accelerator.is_main_process:
-        checkpoints.write_artifact(t, progress, partial)
-        parity.write(t, partial)
-        shutil.rmtree(t.folder / "out", ignore_errors=True)
-        partial.rename(t.folder / "out")
-    t.accelerator.wait_for_everyone()
+    checkpoints.write_artifact(t, progress, partial)
+    parity.write(t, partial)
+    shutil.rmtree(t.folder / "out", ignore_errors=True)
+    partial.rename(t.folder / "out")
 
 
 def _save_for_later(t: Training, progress: Progress) -> None:

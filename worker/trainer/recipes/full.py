@@ -31,7 +31,11 @@ def make_optimizer(parameters: list[torch.nn.Parameter], plan: Plan) -> torch.op
 def export(model: torch.nn.Module, folder: Path, _base_model: str) -> None:
     """`model.safetensors` in bf16 with its config. The base's name stands in training_config.json."""
     tuned = cast(PreTrainedModel, model)
-    weights = {name: _bf16(tensor) for name, tensor in tuned.state_dict().items()}
+    # One cast for each tensor, not for each name: a tied head would become a copy of its own, and be saved as one.
+    cast_of: dict[int, torch.Tensor] = {}
+    weights = {
+        name: cast_of.setdefault(tensor.data_ptr(), _bf16(tensor)) for name, tensor in tuned.state_dict().items()
+    }
     tuned.save_pretrained(str(folder), state_dict=weights, safe_serialization=True)
     config = folder / "config.json"  # it names the type that was trained in, which on a CPU is another
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}, indent=2) + "\n")
