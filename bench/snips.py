@@ -19,10 +19,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.train_side_by_side import hardware
+from tunery.planning import advice
 from tunery.spec import Evaluation, Full, Lora, Plan, Qlora, Run
 
 TECHNIQUES = {"full": Full(), "lora": Lora(), "qlora": Qlora()}
-LEARNING_RATES = {"full": 1.3e-4, "lora": 1.3e-3, "qlora": 1.3e-3}
 
 
 def lay_out(folder: Path, base: Path, data: Path, method: str, epochs: int, train: str, test: str) -> None:
@@ -32,9 +32,11 @@ def lay_out(folder: Path, base: Path, data: Path, method: str, epochs: int, trai
     shutil.copyfile(data / test, folder / "data" / "test.jsonl")
     if (valid := data / train.replace("_train", "_valid")).exists() and valid.name != train:
         shutil.copyfile(valid, folder / "data" / "valid.jsonl")
+    technique = TECHNIQUES[method]
+    rate = advice.default_learning_rate(json.loads((base / "config.json").read_text())["hidden_size"], technique)
     answers = Evaluation(test_file=test, max_new_tokens=96 if "snips" in test else 32)
     plan = Plan(
-        technique=TECHNIQUES[method], n_epochs=epochs, batch_size=8, learning_rate=LEARNING_RATES[method],
+        technique=technique, n_epochs=epochs, batch_size=advice.BATCH_SIZE, learning_rate=rate,
         learning_rate_multiplier=1, seed=0, evaluation=answers,
     )  # fmt: skip
     (folder / "spec.json").write_text(Run(job="bench", base_model="SmolLM2-135M-Instruct", plan=plan).model_dump_json())

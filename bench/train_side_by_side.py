@@ -1,6 +1,7 @@
 """Tunery beside TRL on one GPU: same checkpoint, same rows, same order, one process each; writes a JSON of all runs.
 
-`python -m bench.train_side_by_side MODEL OUT.json [stack:method:ckpt ...]`
+`python -m bench.train_side_by_side MODEL OUT.json [stack:method:ckpt ...]`; MODEL: a folder of make_model.py, whose
+name is recorded.
 """
 
 import json
@@ -52,7 +53,7 @@ def main() -> None:
         results.append(run(model, *name.split(":")))
         short = {k: v for k, v in results[-1].items() if k not in ("losses", "grad_norms")}
         print(short, results[-1].get("losses", [])[:2], results[-1].get("grad_norms", [])[:2], flush=True)
-        Path(out).write_text(json.dumps({"model": model, **hardware(), "runs": results}, indent=1) + "\n")
+        Path(out).write_text(json.dumps({"model": Path(model).name, **hardware(), "runs": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
