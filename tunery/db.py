@@ -51,7 +51,14 @@ CONNECTION = {
 def make_engine(url: str) -> Engine:
     """An engine that finds out about a restarted PostgreSQL before the request does."""
     return create_engine(
-        url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=10, connect_args=CONNECTION
+        url,
+        pool_pre_ping=True,
+        pool_size=10,
+        max_overflow=20,
+        pool_timeout=10,
+        connect_args=CONNECTION,
+        # Training rows and models' answers are parameters: an error's text would take them into the log.
+        hide_parameters=True,
     )
 
 

@@ -3,6 +3,7 @@
 The supervisor turns each message into one deed. Losses are means over labelled tokens, in nats; times are seconds.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -126,6 +127,13 @@ EXIT_USER_ERROR = 65
 """EX_DATAERR of sysexits.h: the rows or the spec are at fault; do not try again."""
 
 
-def parse(line: str | bytes) -> Spoken:
-    """One line of a trainer's standard output. Raises pydantic.ValidationError on anything else."""
-    return _ADAPTER.validate_json(line)
+_NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")
+
+
+def parse(line: bytes) -> Spoken:
+    """One line of a trainer's standard output. Raises pydantic.ValidationError on anything else.
+
+    A model may answer with anything, and a library complain in any words: the character NUL, which no PostgreSQL keeps,
+    arrives as U+FFFD.
+    """
+    return _ADAPTER.validate_json(_NUL.sub(rb"\1\\ufffd", line))

@@ -110,6 +110,8 @@ def nested(depth: int) -> str:
         ('{"a": 1e999}', "1e999 is too large"),
         ('{"a": "\\ud83d"}', "half a surrogate pair"),
         ('{"\\udc00": 1}', "half a surrogate pair"),
+        ('{"a": ["\\u0000"]}', "character NUL"),
+        ('{"\\u0000": 1}', "character NUL"),
         (nested(strict_json.MAX_DEPTH + 1), "more than 32 deep"),
         ("[" * 100_000, "more than 32 deep"),
         ('{"a": ' + "9" * 5000 + "}", "digits"),
@@ -128,16 +130,18 @@ def test_depth_and_surrogate_pairs_within_the_limits() -> None:
     strict_json.load_object(nested(strict_json.MAX_DEPTH))
     strict_json.load_object('{"a": [' + ",".join(["[]"] * 100) + "]}")
     assert strict_json.load_object('{"a": "\\ud83d\\ude00"}') == {"a": "😀"}
+    assert strict_json.load_object('{"a": "\\\\u0000"}') == {"a": "\\u0000"}, "an escaped backslash, no NUL"
 
 
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=10,
 )
 
 
 @settings(deadline=None)
-@given(st.dictionaries(st.text(), JSON, max_size=4), st.booleans())
+@given(st.dictionaries(TEXT, JSON, max_size=4), st.booleans())
 def test_what_json_writes_is_read_back(value: dict[str, Any], ascii_only: bool) -> None:
     assert strict_json.load_object(json.dumps(value, ensure_ascii=ascii_only)) == value

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tunery.local import process
 from tunery.settings import Settings
 from tunery.storage import Directory, Stored
 from worker.supervisor import devices, staging, upload
+from worker.supervisor import process as process_
 from worker.supervisor.deeds import step_message
 from worker.supervisor.drain import Drain
 from worker.supervisor.lease import Hold
@@ -42,6 +44,25 @@ def test_a_trainer_sees_no_secret_and_only_its_own_gpus() -> None:
     assert seen["CUDA_VISIBLE_DEVICES"] == "2,5"
     assert SECRETS.keys().isdisjoint(seen)
     assert environment((), "mark", {})["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], process_.Trainer]:
+    """Starts a script of the test's in the place where the supervisor finds `worker.trainer`."""
+
+    def start(script: str) -> process_.Trainer:
+        (tmp_path / "tree" / "worker").mkdir(parents=True)
+        (tmp_path / "tree" / "worker" / "trainer.py").write_text(script)
+        monkeypatch.setattr(process_, "ROOT", tmp_path / "tree")
+        return process_.Trainer(tmp_path, (), "mark")
+
+    return start
+
+
+def test_last_words_can_be_stored_whatever_they_are(stand_in: Callable[[str], process_.Trainer]) -> None:
+    trainer = stand_in("import os; os.write(2, b'died of \\0 and \\xff')")
+    assert trainer.wait() == 0
+    assert trainer.last_words() == "died of \ufffd and \ufffd"
 
 
 # --- devices ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ def load_object(text: str) -> dict[str, Any]:
     """The JSON object that `text` spells.
 
     Raises ValueError, with a reason for people, on anything but one object: NaN and Infinity (also spelled `1e999`),
-    lone surrogates (no UTF-8 has them, so no tokenizer and no database takes them) and nesting deeper than MAX_DEPTH.
+    lone surrogates (no UTF-8 has them, so no tokenizer and no database takes them), the character NUL (no PostgreSQL
+    keeps it) and nesting deeper than MAX_DEPTH.
     """
     try:
         value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
@@ -24,6 +25,7 @@ def load_object(text: str) -> dict[str, Any]:
         )
     _refuse_depth(text, value)
     _refuse_lone_surrogates(text, value)
+    _refuse_nul(text, value)
     return value
 
 
@@ -66,6 +68,21 @@ def _refuse_lone_surrogates(text: str, value: dict[str, Any]) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("a \\u escape names half a surrogate pair; the character it stands for is missing.") from None
+
+
+def _refuse_nul(text: str, value: dict[str, Any]) -> None:
+    # A bare one is refused by the parser, like every control character. The escape's own text is no proof: behind
+    # another backslash it is six harmless characters.
+    if "\\u0000" in text and _holds_nul(value):
+        raise ValueError("a \\u0000 escape stands for the character NUL, which cannot be stored. Remove it.")
+
+
+def _holds_nul(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any("\0" in key or _holds_nul(child) for key, child in value.items())
+    if isinstance(value, list):
+        return any(map(_holds_nul, value))
+    return isinstance(value, str) and "\0" in value
 
 
 def _kind(value: object) -> str:

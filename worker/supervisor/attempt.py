@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 from tunery import db, wire
 from tunery.artifacts.manifest import Manifest
 from tunery.datasets import shelf
-from tunery.errors import JobFailure, LeaseLost, StorageFailed, TrainingCrashed
+from tunery.errors import JobFailure, LeaseLost, StorageFailed, TrainingCrashed, TuneryError
 from tunery.jobs import leases
 from tunery.jobs.leases import Lease
 from tunery.jobs.model import Job
@@ -91,7 +91,7 @@ def _carry_out(hold: Hold, settings: Settings, storage: Storage, run_dir: Path, 
         return _let_go(hold, snapshot=None) if hold.stopping else _hand_back(hold, str(error))
     except Exception as error:  # our own part failed, not the run: storage, a full disk, a damaged object
         log.exception("attempt %d of %s broke off", hold.lease.number, hold.lease.job_id)
-        return _hand_back(hold, str(error))
+        return _hand_back(hold, _told(error))
 
 
 def _listen(hold: Hold, trainer: Trainer, scribe: Scribe, storage: Storage, mark: str) -> int:
@@ -200,6 +200,13 @@ def _hand_back(hold: Hold, reason: str) -> LastDeed:
     return lambda session: leases.requeue(
         session, hold.lease, reason=f"Training broke off: {reason}", outcome="crashed", counted=True, error=error
     )
+
+
+def _told(error: Exception) -> str:
+    """What the job's owner may read. The text of an error that is not ours is for the log: it may hold SQL or paths."""
+    if isinstance(error, TuneryError):
+        return str(error)
+    return f"the worker met {type(error).__name__}, which its operator finds in the worker's log."
 
 
 def _last_words(trainer: Trainer, status: int) -> str:

@@ -106,10 +106,11 @@ class Trainer:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def last_words(self, lines: int = 12) -> str:
-        """The end of its log, for people."""
+        """The end of its log, for people and for a database that keeps no NUL."""
         with self._log.open("rb") as file:
             file.seek(max(0, self._log.stat().st_size - 8192))
-            return "\n".join(file.read().decode(errors="replace").strip().splitlines()[-lines:])
+            text = file.read().decode(errors="replace").replace("\0", "\ufffd")
+        return "\n".join(text.strip().splitlines()[-lines:])
 
     def _listen(self) -> None:
         assert self._process.stdout is not None

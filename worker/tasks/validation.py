@@ -107,7 +107,7 @@ def _settle(case: Case, settings: Settings, storage: Storage) -> None:
         verdict = InvalidTrainingFile(param="training_file", role="training", reason=error.message)
     except Exception as error:  # a fault of ours, which must not keep every later job from its turn
         log.exception("%s could not be validated", case.job_id)
-        verdict = ValidationBroke(reason=f"{type(error).__name__}: {error}")
+        verdict = ValidationBroke(reason=type(error).__name__)
     with db.transaction() as session:
         job = session.get_one(Job, case.job_id, with_for_update=True)
         if job.state != State.VALIDATING:  # cancelled meanwhile

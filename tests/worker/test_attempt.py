@@ -1,0 +1,50 @@
+"""One attempt's deeds without its trainer: what is written of what was said, and what an attempt leaves behind."""
+
+import pytest
+import rows
+from workshop import Workshop, training_rows
+
+from tunery import wire
+from tunery.jobs.leases import Lease
+from worker.supervisor import attempt
+from worker.supervisor.deeds import Scribe
+from worker.supervisor.drain import Drain
+from worker.supervisor.lease import Hold
+from worker.tasks import validation
+
+NUL_ANSWER = b"""{"type": "score", "rows": 1, "base_exact": 0, "tuned_exact": 1, "gain": 1, "gain_low": 1,
+ "gain_high": 1, "samples": [{"prompt": "\\\\u0000", "base": "a\\u0000b\\\\\\u0000", "\\u0000": null}]}"""
+"""An escaped backslash before `u0000` is text; NUL itself comes alone, behind a backslash, and in a key."""
+
+
+@pytest.fixture
+def lease(workshop: Workshop) -> Lease:
+    """A validated job's, claimed by this process."""
+    workshop.submit(workshop.file(training_rows(12)))
+    assert validation.validate_next(workshop.settings, workshop.storage)
+    with workshop.session() as session:
+        claimed = rows.claim(session)
+    assert claimed is not None
+    return claimed
+
+
+def _scribe(hold: Hold, workshop: Workshop) -> Scribe:
+    return Scribe(hold, workshop.settings, workshop.storage, workshop.folder / "run", keep=3)
+
+
+def test_a_nul_in_a_models_answer_is_written_as_a_replacement_character(workshop: Workshop, lease: Lease) -> None:
+    with Hold(lease, workshop.settings, Drain()) as hold, _scribe(hold, workshop) as scribe:
+        scribe.hear(wire.parse(NUL_ANSWER))
+    card = workshop.job(lease.job_id).scorecard
+    assert card is not None
+    assert card["samples"] == [{"prompt": "\\u0000", "base": "a\ufffdb\\\ufffd", "\ufffd": None}]
+
+
+def test_a_fault_of_the_worker_is_told_without_its_text(workshop: Workshop, lease: Lease) -> None:
+    workshop.settings.runs_dir.write_text("a file where a folder should be")
+    attempt.run(lease, settings=workshop.settings, storage=workshop.storage, drain=Drain(), mark="test")
+    job = workshop.job(lease.job_id)
+    assert (job.state, job.failures) == ("queued", 1)
+    (told,) = [line for line in workshop.story(job.id) if line.startswith("Training broke off")]
+    assert "the worker met NotADirectoryError" in told
+    assert str(workshop.folder) not in told
