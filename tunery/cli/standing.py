@@ -15,7 +15,7 @@ from tunery.cli.remote import Remote
 from tunery.errors import TuneryError
 from tunery.keys import ring
 from tunery.keys.model import Key
-from tunery.local import process, state
+from tunery.local import lock, process
 from tunery.local.drawing import Reporter
 from tunery.local.signals import ends_on_signals, undisturbed
 from tunery.local.stack import Stack
@@ -96,15 +96,15 @@ def _welcome(stack: Stack, console: Console) -> None:
 def down(home: Path) -> None:
     """Tells the owner to stop and waits for it; quiet when nothing runs there."""
     console = Console(highlight=False)
-    found = state.running(home)
-    if found is None:
+    owner = lock.owner(home)
+    if owner is None:
         console.print(f"Nothing runs in {home}.", style="dim")
         return
-    os.kill(found["pid"], signal.SIGTERM)
+    os.kill(owner, signal.SIGTERM)
     with console.status("stopping; a running job is saved first"):
-        gone = process.wait_until(lambda: not process.is_alive(found["pid"]), seconds=180, alive=lambda: True)
+        gone = process.wait_until(lambda: not lock.is_held(home), seconds=180, alive=lambda: True)
     if not gone:
-        raise StillRunning(home=home, pid=found["pid"])
+        raise StillRunning(home=home, pid=owner)
     console.print("Everything is stopped.", style="dim")
 
 

@@ -1,6 +1,5 @@
 """`tunery demo`: one fine-tune from start to end, through the official client, and the proof that it was worth it."""
 
-import fcntl
 import hashlib
 import json
 import secrets
@@ -20,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunery.errors import TuneryError
-from tunery.local import process, tree
+from tunery.local import lock, process, tree
 from tunery.local.drawing import JobProgress, Reporter, duration, loss_curve, size
 from tunery.local.postgres import Postgres
 from tunery.local.receiver import Receiver
@@ -334,16 +333,7 @@ def _how_to_go_on(console: Console, home: Path, job: dict[str, Any]) -> None:
 
 def _remove_old_homes(*, keep: int) -> None:
     """Earlier demos' data, some 700 MB each, but for the newest; those that still run are left alone."""
-    idle = [home for home in sorted(HOMES.glob("demo-*")) if not _is_running(home)]
+    idle = [home for home in sorted(HOMES.glob("demo-*")) if not lock.is_held(home)]
     for home in idle[: len(idle) - keep]:
         Postgres(home / "postgres").remove()
         shutil.rmtree(home, ignore_errors=True)
-
-
-def _is_running(home: Path) -> bool:
-    try:
-        with (home / "lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    return False

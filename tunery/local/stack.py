@@ -6,7 +6,6 @@ Each service is a child in a session of its own with its output in `<home>/logs/
 where things are while they run, which is how other commands on this machine find them.
 """
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
 import httpx
 from sqlalchemy import func, select
@@ -27,7 +26,7 @@ from tunery import db
 from tunery.errors import TuneryError
 from tunery.keys import ring
 from tunery.keys.model import Project
-from tunery.local import guard, process, schema, state, tree
+from tunery.local import guard, lock, process, schema, state, tree
 from tunery.local.postgres import Postgres
 from tunery.local.valkey import Valkey, free_port
 
@@ -119,7 +118,6 @@ class Stack:
         self._stop_services()
         guard.kill(self._mark)
         self._open.close()
-        state.remove(self.home)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -153,15 +151,10 @@ class Stack:
 
     def _take_home(self) -> None:
         """One stack a home: the kernel frees the lock of a killed owner."""
-        lock: IO[str] = self._open.enter_context((self.home / "lock").open("a+"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise HomeInUse(home=self.home, pid=lock.read().strip() or "unknown") from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        held = lock.take(self.home)
+        if held is None:
+            raise HomeInUse(home=self.home, pid=lock.owner(self.home) or "unknown")
+        self._open.enter_context(held)
         self._end_predecessor()
 
     def _end_predecessor(self) -> None:
@@ -203,6 +196,8 @@ class Stack:
             engine.dispose()
 
     def _write_state(self) -> None:
+        """Only who wrote it takes it away, while the home is still held: a refused stack has no say in it."""
+        self._open.callback(state.remove, self.home)
         state.write(
             self.home,
             {

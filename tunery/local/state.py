@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tunery.local import process
+from tunery.local import lock
 
 _NAME = "stack.json"
 
@@ -30,6 +30,6 @@ def read(home: Path) -> dict[str, Any] | None:
 
 
 def running(home: Path) -> dict[str, Any] | None:
-    """What the stack in `home` wrote, if its process lives."""
+    """What the stack in `home` wrote, if it is the one that has the home."""
     found = read(home)
-    return found if found and process.is_alive(found["pid"]) else None
+    return found if found and found["pid"] == lock.owner(home) else None

@@ -1,0 +1,68 @@
+"""One stack a home: who has it, who is refused, and whom `tunery down` leaves alone."""
+
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tunery.cli import standing
+from tunery.local import lock, process, state
+from tunery.local.stack import HomeInUse, PortTaken, Stack
+from tunery.local.valkey import free_port
+
+
+@pytest.fixture
+def stranger() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of somebody else's that waits."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        yield child
+        child.kill()
+
+
+def test_a_refused_stack_leaves_the_first_ones_word_alone(tmp_path: Path) -> None:
+    held = lock.take(tmp_path)
+    assert held is not None
+    with held:
+        state.write(tmp_path, {"pid": os.getpid(), "mark": "of-the-first"})
+        with pytest.raises(HomeInUse, match=rf"process {os.getpid()}\)"):
+            Stack(tmp_path, port=0).start()
+        assert state.running(tmp_path) == {"pid": os.getpid(), "mark": "of-the-first"}
+    assert state.running(tmp_path) is None
+
+
+def test_down_leaves_a_stranger_alone_who_got_a_killed_owners_number(
+    tmp_path: Path, stranger: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    state.write(tmp_path, {"pid": stranger.pid, "mark": "of-the-killed"})
+    (tmp_path / "lock").write_text(str(stranger.pid))
+    standing.down(tmp_path)
+    assert "Nothing runs in" in capsys.readouterr().out
+    assert process.is_alive(stranger.pid)
+    assert state.running(tmp_path) is None
+
+
+def test_looking_at_a_home_does_not_keep_a_stack_from_it(tmp_path: Path) -> None:
+    looking = (tmp_path / "lock").open("a")
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    threading.Timer(0.1, looking.close).start()
+    held = lock.take(tmp_path)
+    assert held is not None
+    assert lock.owner(tmp_path) == os.getpid()
+    held.close()
+    assert not lock.is_held(tmp_path)
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    port = free_port()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        with pytest.raises(PortTaken, match=f"Port {port}"):
+            Stack(tmp_path, port=port).start()
+    assert not lock.is_held(tmp_path)
