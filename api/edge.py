@@ -1,20 +1,29 @@
-"""Around every request: its id, a limit to its JSON body, and an answer whatever happens inside."""
+"""Around every request: its id, a limit to its body, and an answer whatever happens inside."""
 
 import asyncio
 import time
 from typing import Any
 
 from fastapi import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import errors
 from tunery import ids
 
 MAX_BODY_BYTES = 16 * 2**20
-"""A JSON body's limit. Files come as multipart forms, whose routes count for themselves."""
+"""A body's limit, unless its route sets one of its own (`allow`)."""
 DRAIN_BYTES = 600 * 2**20
 DRAIN_SECONDS = 120
+
+
+def allow(request: Request, limit: int) -> None:
+    """Lets this request's body have `limit` bytes. For routes that stream: only they know that nothing is kept.
+
+    Why not by the Content-Type: it is the caller's word, and the framework collects the whole body of every other
+    route before it asks for a key.
+    """
+    request.state.max_body_bytes = limit
 
 
 class Edge:
@@ -47,18 +56,18 @@ class _Exchange:
         self.started = False
         self._receive, self._send = receive, send
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        self._is_form = headers.get(b"content-type", b"").startswith(b"multipart/")
         self._waits = headers.get(b"expect", b"").lower() == b"100-continue"
         self._more = b"content-length" in headers or b"transfer-encoding" in headers
         self._seen = 0
-        scope.setdefault("state", {})["request_id"] = self.id
+        self._state = scope.setdefault("state", {})
+        self._state |= {"request_id": self.id, "max_body_bytes": MAX_BODY_BYTES}
 
     async def receive(self) -> Message:
         message = await self._receive()
         self._more = bool(message.get("more_body", False))
         self._seen += len(message.get("body", b""))
-        if not self._is_form and self._seen > MAX_BODY_BYTES:
-            raise HTTPException(413, str(MAX_BODY_BYTES))
+        if self._seen > self._state["max_body_bytes"]:
+            raise HTTPException(413, str(self._state["max_body_bytes"]))
         return message
 
     async def send(self, message: Message) -> None:

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from api import faults
 from tunery import errors
@@ -25,6 +26,7 @@ STATUS: dict[type[TuneryError], int] = {
     errors.Forbidden: 403,
     errors.NotFound: 404,
     errors.RouteNotFound: 404,
+    errors.MethodNotAllowed: 405,
     errors.TooLarge: 413,
     errors.QuotaExceeded: 429,
     errors.Unavailable: 503,
@@ -90,16 +92,28 @@ def answer(error: Exception, *, request_id: str, route: str) -> JSONResponse:
         log.error("%s: %s failed", request_id, route, exc_info=error)
         text = f"The server failed at this request. Tell the operator its id, {request_id}: the log says why."
         return JSONResponse(envelope(text, type="server_error", code="server_error"), 500)
-    # Starlette knows the method is wrong; the status is its own, the words are ours.
-    status = error.status_code if isinstance(error, HTTPException) else status_of(ours)
+    status = status_of(ours)
     headers = {**_HEADERS.get(status, {}), **(getattr(error, "headers", None) or {})}
     body = envelope(ours.message, type=_type_of(ours, status), param=ours.param, code=ours.code)
     return JSONResponse(body, status, headers)
 
 
 def _handle(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        error.headers = {"Allow": ", ".join(_allowed(request))}
     request_id = request.scope.get("state", {}).get("request_id", "-")
     return answer(error, request_id=request_id, route=f"{request.method} {request.url.path}")
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of all routes at the request's path: the framework tells those of the first route only."""
+    place = {name: request.scope[name] for name in ("type", "path", "root_path")}
+    routes = request.app.routes
+    return [
+        method
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
+        if any(route.matches({**place, "method": method})[0] is Match.FULL for route in routes)
+    ]
 
 
 def install(app: FastAPI) -> None:

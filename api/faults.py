@@ -1,19 +1,28 @@
 """What is wrong with a request, in words that name the field and say what to change."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from tunery.errors import InvalidValue, Rejected, RouteNotFound, TooLarge, TuneryError
+from tunery.errors import InvalidValue, MethodNotAllowed, Rejected, RouteNotFound, TooLarge, TuneryError
 
 _SHOWN = 80
 _PLACES = {"body", "query", "path", "header"}
+_MISSING = ("missing", "union_tag_not_found")
+_NOT_OBJECTS = ("dict_type", "model_type", "model_attributes_type")
+_NOT_JSON = (
+    "The request has a body, but does not say that it is JSON. Send it with 'Content-Type: application/json' "
+    "(curl -d alone sends a form)."
+)
 
 
 def explain(error: RequestValidationError) -> Rejected:
     """The first field at fault, with every reason that its value was refused for."""
+    if isinstance(error.body, bytes):
+        return InvalidValue(reason=_NOT_JSON)
     faults = error.errors()
     path = _path(faults[0], error.body)
     same = [fault for fault in faults if _path(fault, error.body) == path]
@@ -25,10 +34,12 @@ def _path(fault: dict[str, Any], body: Any) -> str:
     place, *steps = fault["loc"] if fault["loc"][0] in _PLACES else ("", *fault["loc"])
     if place != "body":
         return ".".join(str(step) for step in steps[:1])
+    if fault["type"] == "union_tag_not_found":
+        steps.append("type")  # what is missing; pydantic's path ends at the union
     path, here = [], body
     for number, step in enumerate(steps):
         last = number == len(steps) - 1
-        if isinstance(here, dict) and (step in here or (last and fault["type"] == "missing")):
+        if isinstance(here, dict) and (step in here or (last and fault["type"] in _MISSING)):
             path.append(str(step))
             here = here.get(step)
         elif isinstance(here, list) and isinstance(step, int) and step < len(here):
@@ -39,15 +50,11 @@ def _path(fault: dict[str, Any], body: Any) -> str:
 
 def _reason(faults: Sequence[dict[str, Any]], path: str, body: Any) -> str:
     kind = faults[0]["type"]
-    if kind == "json_invalid":
-        at = faults[0]["loc"][-1]
-        return (
-            f"The request's body is not valid JSON ({faults[0]['ctx']['error']} at byte {at}). Correct it and resend."
-        )
-    if kind == "missing" and not path:
+    if kind in _MISSING and not path:
         return "The request has no JSON body. Send one, with 'Content-Type: application/json'."
-    if kind == "missing":
-        return f"Missing required parameter: '{path}'."
+    if kind in _MISSING:
+        choice = " (full, lora or qlora)" if path == "technique.type" else ""
+        return f"Missing required parameter: '{path}'{choice}."
     if kind == "extra_forbidden":
         return _unknown(path, body)
     told = dict.fromkeys(_tell(fault) for fault in faults)
@@ -66,6 +73,10 @@ def _unknown(path: str, body: Any) -> str:
 
 
 def _tell(fault: dict[str, Any]) -> str:
+    if fault["type"] in _NOT_OBJECTS:
+        name, value = fault["loc"][-1], fault["input"]
+        example = f', like {{"type": {json.dumps(value)}}}' if name == "technique" and isinstance(value, str) else ""
+        return f"should be an object in braces{example}"
     text = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     return text[:1].lower() + text[1:]
 
@@ -80,8 +91,7 @@ def explain_http(error: HTTPException, route: str) -> TuneryError:
     if error.status_code == 413:
         return TooLarge(what="The request's body", limit=error.detail, instead="Send less at once.")
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
-        return RouteNotFound(what=f"Invalid method for URL ({route}). Use {allowed}.")
+        return MethodNotAllowed(route=route, allowed=(error.headers or {}).get("Allow", "another method"))
     if error.status_code == 404:
         return RouteNotFound(what=f"Invalid URL ({route}). /docs lists this server's routes.")
     return InvalidValue(reason=str(error.detail))

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from api import edge
 from tunery.errors import InvalidValue, TooLarge
 
 CHUNK = 2**20
@@ -45,6 +46,7 @@ async def receive(request: Request, *, file_field: str, limit: int, what: str, i
     too_large = TooLarge(what=what, limit=limit, instead=instead, param=file_field)
     if int(request.headers.get("content-length", 0)) > limit + _OVERHEAD:
         raise too_large
+    edge.allow(request, limit + _OVERHEAD)
     form = Form()
     reader = _Reader(request.headers.get("content-type", ""), form, file_field)
     async for packet in request.stream():
@@ -66,18 +68,24 @@ def parse_fields(form: Form, kind: type[F]) -> F:
     """
     nested: dict[str, Any] = {}
     for name, value in form.fields.items():
-        if not value:
-            continue
-        outer, bracket, inner = name.partition("[")
-        if bracket and inner.endswith("]"):
-            nested.setdefault(outer, {})[inner[:-1]] = value
-        else:
-            nested[name] = value
+        if value:
+            _nest(nested, name, value)
     try:
         return kind.model_validate(nested)
     except ValidationError as error:
         faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors(include_url=False)]
         raise RequestValidationError(faults, body=nested) from None
+
+
+def _nest(nested: dict[str, Any], name: str, value: str) -> None:
+    outer, bracket, inner = name.partition("[")
+    is_inner = bool(bracket) and inner.endswith("]")
+    if isinstance(nested.get(outer), str if is_inner else dict):
+        raise InvalidValue(param=outer, reason=f"The form has both '{outer}' and '{outer}[...]'. Send the second only.")
+    if is_inner:
+        nested.setdefault(outer, {})[inner[:-1]] = value
+    else:
+        nested[name] = value
 
 
 class _Reader:

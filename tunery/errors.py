@@ -17,6 +17,7 @@
     ├── NotFound                 no such object in this project
     │   └── ModelNotFound
     ├── RouteNotFound            no such route, or one this server refuses by design
+    ├── MethodNotAllowed         a route, but not with this method
     ├── TooLarge                 more bytes than the limit
     ├── QuotaExceeded            the project has all it may have
     ├── Unavailable              a part of ours is down; try again
@@ -158,6 +159,12 @@ class RouteNotFound(TuneryError):
     """{what}"""
 
     code = "not_found"
+
+
+class MethodNotAllowed(TuneryError):
+    """Invalid method for URL ({route}). Use {allowed}."""
+
+    code = "method_not_allowed"
 
 
 class TooLarge(TuneryError):

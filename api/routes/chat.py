@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.requests import ClientDisconnect
 
+from api.bodies import JsonRoute
 from api.dependencies import SessionsDep, SettingsDep, StreamCallerDep
 from api.errors import envelope
 from api.schemas.wire import errors
@@ -20,11 +21,12 @@ from tunery.errors import Unavailable
 from tunery.models import registry
 from tunery.models.model import Model
 
-router = APIRouter(prefix="/v1", tags=["Chat"])
+router = APIRouter(prefix="/v1", tags=["Chat"], route_class=JsonRoute)
 
 Result = TypeVar("Result")
 TIMEOUT = httpx.Timeout(600, connect=5)
 """A long answer of a model on a CPU takes minutes; a server that is not there is known at once."""
+_PASSED_ON = ("retry-after",)
 
 _ANSWER = {
     "id": "chatcmpl-abc123",
@@ -100,7 +102,8 @@ async def create_chat_completion(
         await client.aclose()
         raise
     await client.aclose()
-    return Response(content, upstream.status_code, media_type=kind)
+    headers = {name: upstream.headers[name] for name in _PASSED_ON if name in upstream.headers}
+    return Response(content, upstream.status_code, headers, media_type=kind)
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

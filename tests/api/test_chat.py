@@ -1,8 +1,7 @@
 """Chat completions pass through: the model is found here, a server behind a real socket answers."""
 
 import json
-import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -11,78 +10,31 @@ import pytest
 import rows
 from databases import Database
 from fastapi import FastAPI
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from model_server import ModelServer
 from teams import ALIAS, BASE, Team
 
+from tunery.errors import InvalidValue
 from tunery.jobs.states import State
 from tunery.keys.model import Project
+from worker.server.schemas import parse
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "q"}]}
-CHUNK = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
-
-
-class Server:
-    """Stands in for the model server: keeps what it was sent, and answers what the test wants."""
-
-    def __init__(self) -> None:
-        self.received: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.status = 200
-        self.breaks = self.waits = False
-        self.left = threading.Event()
-        self.app = Starlette(routes=[Route("/v1/chat/completions", self.answer, methods=["POST"])])
-
-    async def answer(self, request: Request) -> Response:
-        body = await request.json()
-        self.received.append(body)
-        self.headers.append(dict(request.headers))
-        if self.waits:
-            await _hung_up(request)
-            self.left.set()
-        if self.status != 200:
-            error = {"message": "n: 1 only", "type": "invalid_request_error", "param": "n", "code": "unsupported"}
-            return JSONResponse({"error": error}, self.status)
-        if body.get("stream"):
-            return StreamingResponse(self.stream(), media_type="text/event-stream")
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": "a"},
-            "finish_reason": "stop",
-            "logprobs": None,
-        }
-        return JSONResponse({**CHUNK, "object": "chat.completion", "choices": [choice]})
-
-    async def stream(self) -> AsyncIterator[str]:
-        for word in ("hel", "lo"):
-            choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}
-            yield f"data: {json.dumps({**CHUNK, 'choices': [choice]})}\n\n"
-            if self.breaks:
-                raise ConnectionError("the server dies")
-        yield "data: [DONE]\n\n"
-
-
-async def _hung_up(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 @pytest.fixture
-def server() -> Server:
-    return Server()
+def server() -> ModelServer:
+    return ModelServer()
 
 
 @pytest.fixture
 def chatting(
-    server: Server, serve: Callable[[Any], str], make_app: Callable[..., FastAPI], team: Team, base: str
+    server: ModelServer, serve: Callable[[Any], str], make_app: Callable[..., FastAPI], team: Team, base: str
 ) -> Team:
     """The team, its API in front of `server`."""
     return team.on(make_app(server_url=serve(server.app)))
 
 
-def test_base_by_alias(chatting: Team, server: Server) -> None:
+def test_base_by_alias(chatting: Team, server: ModelServer) -> None:
     answer = chatting.openai(strict=True).chat.completions.create(model=ALIAS, temperature=0, seed=1, **ASK)
     assert answer.choices[0].message.content == "a"
     [received] = server.received
@@ -97,7 +49,7 @@ def test_base_by_alias(chatting: Team, server: Server) -> None:
     assert "authorization" not in server.headers[0]
 
 
-def test_tuned_model(chatting: Team, server: Server, database: Database) -> None:
+def test_tuned_model(chatting: Team, server: ModelServer, database: Database) -> None:
     with database.sessions.begin() as session:
         job = rows.job(session, session.get_one(Project, chatting.id), base_model=BASE)
         rows.bring(session, job, State.SUCCEEDED)
@@ -108,12 +60,13 @@ def test_tuned_model(chatting: Team, server: Server, database: Database) -> None
     assert set(named["tuned"]) == {"id", "prefix", "manifest_sha256", "technique"}
 
 
-def test_stream(chatting: Team) -> None:
-    stream = chatting.openai().chat.completions.create(model=BASE, stream=True, **ASK)
+@pytest.mark.parametrize("strict", [False, True])
+def test_stream(strict: bool, chatting: Team) -> None:
+    stream = chatting.openai(strict=strict).chat.completions.create(model=BASE, stream=True, **ASK)
     assert [chunk.choices[0].delta.content for chunk in stream] == ["hel", "lo"]
 
 
-def test_a_stream_that_breaks_says_so(chatting: Team, server: Server) -> None:
+def test_a_stream_that_breaks_says_so(chatting: Team, server: ModelServer) -> None:
     server.breaks = True
     heard: list[str | None] = []
 
@@ -128,7 +81,7 @@ def test_a_stream_that_breaks_says_so(chatting: Team, server: Server) -> None:
 
 
 def test_a_caller_who_hangs_up_frees_the_server(
-    server: Server, serve: Callable[[Any], str], make_app: Callable[..., FastAPI], team: Team, base: str
+    server: ModelServer, serve: Callable[[Any], str], make_app: Callable[..., FastAPI], team: Team, base: str
 ) -> None:
     server.waits = True
     address = serve(make_app(server_url=serve(server.app)))
@@ -144,11 +97,35 @@ def test_a_caller_who_hangs_up_frees_the_server(
     assert server.left.wait(20)
 
 
-def test_the_servers_refusals_pass(chatting: Team, server: Server) -> None:
+def test_the_servers_refusals_pass(chatting: Team, server: ModelServer) -> None:
     server.status = 400
     with pytest.raises(openai.BadRequestError) as refused:
         chatting.openai().chat.completions.create(model=BASE, n=2, **ASK)
     assert (refused.value.param, refused.value.code) == ("n", "unsupported")
+
+
+def test_an_overloaded_server_says_when_to_come_again(chatting: Team, server: ModelServer) -> None:
+    server.status = 503
+    answer = chatting.http.post("/v1/chat/completions", json={"model": BASE, **ASK})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+
+
+def test_an_answer_is_taken_back_as_a_message(chatting: Team, server: ModelServer) -> None:
+    """People append `message.model_dump()`, which has every field that the client knows, most of them null."""
+    client = chatting.openai()
+    said = client.chat.completions.create(model=BASE, **ASK).choices[0].message.model_dump()
+    assert said["annotations"] is None
+    messages: list[Any] = [*ASK["messages"], said, {"role": "user", "content": "q"}]
+    client.chat.completions.create(model=BASE, messages=messages)
+    request = parse(json.dumps(server.received[1]).encode())
+    assert [message.content for message in request.messages] == ["q", "a", "q"]
+
+
+def test_unknown_fields_of_a_message_are_refused() -> None:
+    chosen = {"base": {"id": "b", "prefix": "p", "manifest_sha256": "0" * 64}}
+    said = {"role": "assistant", "content": "a", "annotations": [1]}
+    with pytest.raises(InvalidValue, match="annotations"):
+        parse(json.dumps({"model": "m", "messages": [said], "tunery_model": chosen}).encode())
 
 
 def test_the_server_is_down(make_app: Callable[..., FastAPI], team: Team, base: str) -> None:
@@ -159,14 +136,14 @@ def test_the_server_is_down(make_app: Callable[..., FastAPI], team: Team, base: 
     assert answer.headers["retry-after"]
 
 
-def test_users_cannot_name_a_models_files(chatting: Team, server: Server) -> None:
+def test_users_cannot_name_a_models_files(chatting: Team, server: ModelServer) -> None:
     forged = {"base": {"id": "x", "prefix": "jobs/other", "manifest_sha256": "0"}, "tuned": None}
     answer = chatting.http.post("/v1/chat/completions", json={"model": BASE, "tunery_model": forged, **ASK})
     assert answer.status_code == 200
     assert server.received[0]["tunery_model"]["base"]["id"] == BASE
 
 
-def test_unknown_model(chatting: Team, server: Server) -> None:
+def test_unknown_model(chatting: Team, server: ModelServer) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         chatting.openai().chat.completions.create(model="none", **ASK)
     assert refused.value.code == "model_not_found"

@@ -1,9 +1,11 @@
 """One envelope for everything that can go wrong, and a commit that fails is never answered with success."""
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
+import pytest
 from databases import Database
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -57,6 +59,9 @@ WRONG_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({**JOB, "technique": {"type": "full", "r": 8}}, "technique.r", "A full fine-tune has no 'r'"),
     ({**JOB, "technique": {"type": "lora", "quant_type": "nf4"}}, "technique.quant_type", "LoRA has no"),
     ({**JOB, "technique": {"type": "lora", "r": 0}}, "technique.r", "greater than or equal to 1"),
+    ({**JOB, "technique": {"r": 8}}, "technique.type", "'technique.type' (full, lora or qlora)"),
+    ({**JOB, "technique": "lora"}, "technique", 'an object in braces, like {"type": "lora"}'),
+    ({**JOB, "schedule": 1}, "schedule", "an object in braces."),
     ({**JOB, "technique": {"type": "prefix"}}, "technique", "'full', 'lora', 'qlora'"),
     ({**JOB, "technique": {"type": "lora", "target_modules": []}}, "technique", "name at least one layer"),
     ({**JOB, "suffix": "a" * 65}, "suffix", "at most 64 characters"),
@@ -66,6 +71,17 @@ WRONG_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({**JOB, "metadata": {str(n): "" for n in range(17)}}, "metadata", "at most 16"),
     ({**JOB, "integrations": [{"type": "mlflow", "wandb": {"project": "p"}}]}, "integrations.0.type", "'wandb'"),
     ({**JOB, "resources": {"gpus": 3}}, "resources.gpus", "1, 2, 4 or 8"),
+    ({**JOB, "resources": {"gpus": True}}, "resources.gpus", "a number, not true or false"),
+    ({**JOB, "hyperparameters": {"n_epochs": True}}, "hyperparameters.n_epochs", "not true or false, or should be"),
+    ({**JOB, "hyperparameters": {"batch_size": True}}, "hyperparameters.batch_size", "a number, not true or false"),
+    (
+        {**JOB, "hyperparameters": {"learning_rate_multiplier": True}},
+        "hyperparameters.learning_rate_multiplier",
+        "a number, not true or false",
+    ),
+    ({**JOB, "technique": {"type": "lora", "r": True}}, "technique.r", "a number, not true or false"),
+    ({**JOB, "seed": True}, "seed", "a number, not true or false"),
+    ({**JOB, "priority": False}, "priority", "a number, not true or false"),
     ({**JOB, "evaluation": {"every_steps": "often"}}, "evaluation.every_steps", "'auto'"),
 ]
 
@@ -78,13 +94,41 @@ def test_what_is_wrong_with_a_body(team: Team) -> None:
         assert words in error["message"]
 
 
-def test_broken_json(team: Team) -> None:
-    headers = {"content-type": "application/json"}
-    error = _error(team.http.post("/v1/fine_tuning/jobs", content=b'{"model": ', headers=headers), 400)
-    assert "not valid JSON" in error["message"]
-    error = _error(team.http.post("/v1/fine_tuning/jobs", content=b"[" * 100_000, headers=headers), 400)
-    error = _error(team.http.post("/v1/fine_tuning/jobs"), 400)
-    assert "no JSON body" in error["message"]
+def _post(client: TestClient, route: str, body: bytes, kind: str = "application/json") -> httpx.Response:
+    return client.post(route, content=body, headers={"content-type": kind})
+
+
+def test_no_body(team: Team) -> None:
+    assert "no JSON body" in _error(team.http.post("/v1/fine_tuning/jobs"), 400)["message"]
+
+
+BROKEN_BODIES: dict[bytes, str] = {
+    b'{"model": ': "not valid JSON: Expecting value",
+    b"[" * 100_000: "nested more than 32 deep",
+    b'{"model": ' + b'{"k":' * 500 + b"1" + b"}" * 501: "nested more than 32 deep",
+    b'{"model": NaN}': "NaN is not JSON",
+    b'{"model": 1e999}': "too large",
+    b'{"model": "\xff"}': "not UTF-8 (byte 12)",
+    b"[]": "expected a JSON object",
+}
+
+
+def test_every_route_that_reads_json_says_what_is_wrong_with_it(app: FastAPI, admin: Team) -> None:
+    routes = [
+        re.sub("{.*?}", "x", path)
+        for path, ways in app.openapi()["paths"].items()
+        if "application/json" in ways.get("post", {}).get("requestBody", {}).get("content", {})
+    ]
+    assert "/v1/chat/completions" in routes
+    for route in routes:
+        for body, words in BROKEN_BODIES.items():
+            assert words in _error(_post(admin.http, route, body), 400)["message"], (route, body[:20])
+        error = _error(_post(admin.http, route, b'{"k": "v"}', "application/x-www-form-urlencoded"), 400)
+        assert "Send it with 'Content-Type: application/json'" in error["message"]
+
+
+def test_a_byte_order_mark_is_no_fault(team: Team) -> None:
+    assert _error(_post(team.http, "/v1/fine_tuning/jobs", b"\xef\xbb\xbf{}"), 400)["param"] == "model"
 
 
 def test_wrong_query(team: Team) -> None:
@@ -107,7 +151,7 @@ def test_text_that_cannot_be_stored(team: Team, base: str) -> None:
             b'{"model":"' + value + b'","training_file":"x"}',
         ):
             error = _error(team.http.post("/v1/fine_tuning/jobs", content=body, headers=headers), 400)
-            assert "Remove it" in error["message"] or "unicode" in error["message"]
+            assert "Remove it" in error["message"] or "half a surrogate pair" in error["message"]
     for path in ("/v1/files/%00", "/v1/models/%00", "/v1/fine_tuning/jobs?metadata[k]=%00", "/v1/files?after=%00"):
         assert "Remove it" in _error(team.http.get(path), 400)["message"]
 
@@ -116,18 +160,20 @@ def test_unknown_route_and_wrong_method(team: Team, anonymous: TestClient) -> No
     error = _error(team.http.get("/v1/fine_tuning/jobz"), 404)
     assert "Invalid URL (GET /v1/fine_tuning/jobz)" in error["message"]
     answer = team.http.put("/v1/files")
-    assert "PUT /v1/files" in _error(answer, 405)["message"]
-    assert "GET" in answer.headers["allow"] or "POST" in answer.headers["allow"]
+    error = _error(answer, 405)
+    assert (error["code"], answer.headers["allow"]) == ("method_not_allowed", "GET, POST")
+    assert error["message"] == "Invalid method for URL (PUT /v1/files). Use GET, POST."
+    assert team.http.patch("/v1/webhook_endpoints/we_x").headers["allow"] == "GET, POST, DELETE"
+    assert team.http.delete("/openapi.json").headers["allow"] == "GET"
     assert _error(anonymous.get("/v1/files"), 401)["code"] == "invalid_api_key"
     assert anonymous.get("/v1/files").headers["www-authenticate"] == "Bearer"
     _error(anonymous.get("/docs/../secret.js"), 404)
 
 
-def test_too_much_json(team: Team) -> None:
-    body = b'{"model":"' + b"x" * MAX_BODY_BYTES + b'"}'
-    error = _error(
-        team.http.post("/v1/fine_tuning/jobs", content=body, headers={"content-type": "application/json"}), 413
-    )
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=b"])
+def test_too_much_json(kind: str, anonymous: TestClient) -> None:
+    """Whatever the body calls itself, and before anybody is asked for a key: it would be kept in memory."""
+    error = _error(_post(anonymous, "/v1/fine_tuning/jobs", b'{"model":"' + b"x" * MAX_BODY_BYTES + b'"}', kind), 413)
     assert str(MAX_BODY_BYTES) in error["message"]
 
 

@@ -100,6 +100,24 @@ WRONG_FORMS: list[tuple[bytes, str | None, str]] = [
         "expires_after.seconds",
         "3600",
     ),
+    (
+        _field("purpose", "fine-tune")
+        + _field("expires_after", "1 day")
+        + _field("expires_after[seconds]", "3600")
+        + _file(TRAIN)
+        + END,
+        "expires_after",
+        "both 'expires_after' and 'expires_after[...]'. Send the second only",
+    ),
+    (
+        _field("purpose", "fine-tune")
+        + _field("expires_after[seconds]", "3600")
+        + _field("expires_after", "1 day")
+        + _file(TRAIN)
+        + END,
+        "expires_after",
+        "both 'expires_after' and 'expires_after[...]'. Send the second only",
+    ),
     (_field("purpose", "f" * 70_000) + _file(TRAIN) + END, "purpose", "longer than"),
 ]
 
