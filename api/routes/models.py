@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from api.bodies import JsonRoute
 from api.dependencies import AdminDep, CallerDep, SessionDep, SettingsDep
 from api.schemas import models as wire
 from api.schemas.wire import WholeList, errors
@@ -15,7 +16,7 @@ from tunery.models import registry
 from tunery.models.model import Alias, Model
 from tunery.settings import Settings
 
-router = APIRouter(prefix="/v1/models", tags=["Models"])
+router = APIRouter(prefix="/v1/models", tags=["Models"], route_class=JsonRoute)
 
 
 def _shown(session: Session, settings: Settings, caller: Caller, rows: Sequence[Model]) -> list[wire.Model]:
@@ -58,9 +59,12 @@ def retrieve_model(model: str, session: SessionDep, caller: CallerDep, settings:
 
 @router.delete("/{model:path}", summary="Delete a fine-tuned model", responses=errors(403, 404))
 def delete_model(model: str, session: SessionDep, caller: CallerDep) -> wire.ModelDeleted:
-    """Its job's record stays. A base can be deleted by administrators only."""
+    """Its job's record stays. A base can be deleted by administrators only; by an alias, only the alias is."""
     row = registry.find(session, caller.project_id, model)
     if row.kind == "base" and not caller.admin:
-        raise Forbidden(deed="delete a base model")
-    registry.delete(session, row)
-    return wire.ModelDeleted(id=row.id)
+        raise Forbidden(deed="delete a base model or its alias")
+    if model == row.id:
+        registry.delete(session, row)
+    else:
+        registry.remove_alias(session, row, model)
+    return wire.ModelDeleted(id=model)

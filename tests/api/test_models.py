@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import pytest
 import rows
 from databases import Database
 from teams import ALIAS, BASE, SOURCE, Team
 
 from tunery.jobs.states import State
 from tunery.keys.model import Project
+from tunery.models.model import Model
 
 
 def test_a_base_as_listed(team: Team, base: str) -> None:
@@ -36,6 +38,33 @@ def test_adding_a_base(admin: Team, team: Team) -> None:
         assert refused.status_code == 400 or refused.json()["id"] == "m", name
 
 
+def test_the_id_of_a_deleted_base_stays_its_own(admin: Team, base: str, database: Database) -> None:
+    """What was tuned from it names it by that id, and must not come to stand on other weights."""
+    assert admin.http.delete(f"/v1/models/{BASE}").json()["deleted"]
+    answer = admin.http.post("/v1/models", json={"source": "org/other", "id": BASE})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "id")
+    assert "base that was deleted" in answer.json()["error"]["message"]
+    with database.sessions() as session:
+        row = session.get_one(Model, BASE)
+        assert (row.source, row.status) == (SOURCE, "ready")
+
+
+@pytest.mark.parametrize("status", ["processing", "error"])
+def test_an_id_that_never_became_a_model_is_free_again(status: str, admin: Team, database: Database) -> None:
+    with database.sessions.begin() as session:
+        rows.base(session, "late", status=status, manifest=None, manifest_sha256=None, facts={})
+    assert admin.http.delete("/v1/models/late").status_code == 200
+    added = admin.http.post("/v1/models", json={"source": "org/other", "id": "late"}).json()
+    assert (added["id"], added["status"], added["source"]) == ("late", "processing", "org/other")
+
+
+def test_a_ready_base_is_found_before_one_that_failed(admin: Team, base: str, database: Database) -> None:
+    with database.sessions.begin() as session:
+        values = {"manifest": None, "manifest_sha256": None, "created_at": rows.LONG_AGO}
+        rows.base(session, "failed", source=SOURCE, status="error", **values)
+    assert admin.http.get(f"/v1/models/{SOURCE}").json()["id"] == BASE
+
+
 def test_aliases(admin: Team, base: str) -> None:
     alias = admin.http.post("/v1/models/aliases", json={"alias": "gpt-4.1", "model": BASE}).json()
     assert alias == {"object": "model.alias", "alias": "gpt-4.1", "model": BASE}
@@ -57,3 +86,22 @@ def test_deleting(team: Team, admin: Team, base: str, database: Database) -> Non
     assert delete(team, tuned).status_code == 404
     assert delete(admin, base).json()["deleted"]
     assert team.http.get(f"/v1/models/{base}").status_code == 404
+
+
+def test_deleting_an_alias_leaves_its_base(team: Team, admin: Team, base: str) -> None:
+    assert team.http.delete(f"/v1/models/{ALIAS}").status_code == 403
+    assert admin.http.delete(f"/v1/models/{ALIAS}").json() == {"id": ALIAS, "object": "model", "deleted": True}
+    assert admin.http.get(f"/v1/models/{ALIAS}").status_code == 404
+    assert admin.http.get(f"/v1/models/{BASE}").json()["aliases"] == []
+
+
+def test_a_base_is_not_deleted_by_its_hub_id(admin: Team, base: str) -> None:
+    answer = admin.http.delete(f"/v1/models/{SOURCE}")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
+    assert f"To delete that base, name it '{BASE}'" in answer.json()["error"]["message"]
+    assert admin.http.get(f"/v1/models/{BASE}").status_code == 200
+
+
+def test_the_aliases_of_a_deleted_base_are_free_again(admin: Team, base: str, database: Database) -> None:
+    assert admin.http.delete(f"/v1/models/{BASE}").status_code == 200
+    assert admin.http.post("/v1/models", json={"source": "org/other", "id": ALIAS}).json()["id"] == ALIAS

@@ -82,7 +82,7 @@ def alias(context: typer.Context, alias: str, model: str) -> None:
 
 @app.command()
 def delete(context: typer.Context, models: list[str]) -> None:
-    """Delete tuned models."""
+    """Delete tuned models; with an administrator's key also bases, and aliases (an alias alone, not its base)."""
     api = connect(context)
     for model in models:
         api.call("DELETE", f"/models/{quote(model, safe=':')}")

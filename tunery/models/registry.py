@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import sqlalchemy as sql
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
@@ -41,7 +42,10 @@ def find(session: Session, project_id: str, name: str) -> Model:
         select(Model).join(Alias, Alias.model_id == Model.id).where(Alias.alias == name, visible)
     )
     model = model or session.scalar(
-        select(Model).where(Model.source == name, Model.kind == "base", visible).order_by(Model.created_at).limit(1)
+        select(Model)
+        .where(Model.source == name, Model.kind == "base", visible)
+        .order_by((Model.status == "ready").desc(), Model.created_at)
+        .limit(1)
     )
     if model is None:
         raise ModelNotFound(param="model", id=name)
@@ -78,12 +82,17 @@ def list_visible(session: Session, project_id: str) -> list[Model]:
 def register_base(session: Session, *, name: str, source: str) -> Model:
     """A base on its way: a worker converts and stores it. Raises InvalidValue when the name is taken.
 
-    A base whose conversion failed may be registered again under its name.
+    A base that never became ready may be registered again under its name, once it failed or was deleted.
     """
     check_slug(name, "id")
+    _take_turns(session, name)
     taken = session.get(Model, name)
     if session.get(Alias, name) or (taken and taken.status != "error" and taken.deleted_at is None):
         raise InvalidValue(param="id", reason=f"A model named '{name}' exists. Choose another id.")
+    if taken and taken.manifest_sha256 is not None:
+        # Jobs and tuned models name their base by its id: other weights under it would be theirs from then on.
+        reason = f"'{name}' was the id of a base that was deleted, and names its weights for good. Choose another id."
+        raise InvalidValue(param="id", reason=reason)
     model = taken or Model(id=name, kind="base", prefix="")
     model.source, model.status, model.status_details, model.deleted_at = source, "processing", None, None
     model.prefix = f"models/{ids.token(16)}"
@@ -91,6 +100,11 @@ def register_base(session: Session, *, name: str, source: str) -> Model:
     session.flush()
     dispatch.nudge_after_commit(session, dispatch.IO)
     return model
+
+
+def _take_turns(session: Session, name: str) -> None:
+    """Two tables share one set of names, so no unique key sees that a name is given twice at the same moment."""
+    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"model {name}", 0))))
 
 
 def next_to_convert(session: Session) -> Model | None:
@@ -119,6 +133,7 @@ def set_error(session: Session, model: Model, reason: str) -> None:
 def add_alias(session: Session, alias: str, model: Model) -> Alias:
     """Points an alias at a base, anew if it exists. Raises InvalidValue."""
     check_slug(alias, "alias")
+    _take_turns(session, alias)
     if session.get(Model, alias):
         raise InvalidValue(param="alias", reason=f"'{alias}' is a model's own id. Choose another alias.")
     if model.kind != "base":
@@ -173,6 +188,20 @@ def tuned_name(*, base: str, organization: str, suffix: str | None, step: int | 
 
 
 def delete(session: Session, model: Model) -> None:
-    """Hides the model from now on; its objects and its job's record stay."""
+    """Hides the model from now on, and its aliases go; its objects and its job's record stay.
+
+    Jobs that were created on it go on, and so does what was tuned from it.
+    """
     model.deleted_at = func.now()
+    session.execute(sql.delete(Alias).where(Alias.model_id == model.id))
+    session.flush()
+
+
+def remove_alias(session: Session, model: Model, alias: str) -> None:
+    """Takes one name of a base away. Raises InvalidValue when the name is its hub id, which is no alias."""
+    row = session.get(Alias, alias)
+    if row is None:
+        reason = f"'{alias}' is where the base '{model.id}' came from. To delete that base, name it '{model.id}'."
+        raise InvalidValue(param="model", reason=reason)
+    session.delete(row)
     session.flush()

@@ -1,0 +1,63 @@
+"""Names of models: one set of names in two tables, given once."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import rows
+from databases import Database
+from sqlalchemy.orm import Session
+
+from tunery import db
+from tunery.errors import InvalidValue
+from tunery.models import registry
+from tunery.models.model import Alias, Model
+
+
+def _as_base(session: Session) -> object:
+    return registry.register_base(session, name="twin", source="org/model")
+
+
+def _as_alias(session: Session) -> object:
+    return registry.add_alias(session, "twin", session.get_one(Model, "base"))
+
+
+@pytest.mark.parametrize(("first", "second"), [(_as_base, _as_base), (_as_base, _as_alias), (_as_alias, _as_base)])
+def test_a_name_that_is_just_being_given_is_taken(
+    database: Database, first: Callable[[Session], object], second: Callable[[Session], object]
+) -> None:
+    with db.transaction() as session:
+        rows.base(session, "base")
+
+    def give() -> object:
+        with db.transaction() as session:
+            return second(session)
+
+    with ThreadPoolExecutor(1) as pool:
+        with db.transaction() as session:
+            first(session)
+            later = pool.submit(give)
+            with pytest.raises(TimeoutError):
+                later.result(timeout=0.3)
+        with pytest.raises(InvalidValue, match="Choose another"):
+            later.result()
+
+
+def test_of_two_who_point_one_alias_the_later_wins(database: Database) -> None:
+    with db.transaction() as session:
+        for name in ("base", "other"):
+            rows.base(session, name)
+
+    def point() -> object:
+        with db.transaction() as session:
+            return registry.add_alias(session, "twin", session.get_one(Model, "other"))
+
+    with ThreadPoolExecutor(1) as pool:
+        with db.transaction() as session:
+            _as_alias(session)
+            later = pool.submit(point)
+            with pytest.raises(TimeoutError):
+                later.result(timeout=0.3)
+        later.result()
+    with db.transaction() as session:
+        assert session.get_one(Alias, "twin").model_id == "other"
