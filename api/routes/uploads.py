@@ -7,13 +7,15 @@ from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
 from sqlalchemy.orm import Session, sessionmaker
 
 from api import forms
+from api.bodies import JsonRoute
 from api.dependencies import CallerDep, SessionDep, SessionsDep, SettingsDep, StorageDep, StreamCallerDep
 from api.schemas import files as wire
 from api.schemas.wire import Body, errors
 from tunery.datasets import uploads
+from tunery.datasets.model import Upload
 from tunery.storage import Storage, Stored
 
-router = APIRouter(prefix="/v1/uploads", tags=["Uploads"])
+router = APIRouter(prefix="/v1/uploads", tags=["Uploads"], route_class=JsonRoute)
 
 _FORM: dict[str, Any] = {
     "requestBody": {
@@ -103,18 +105,30 @@ def _add(
 def complete_upload(
     upload_id: str, body: wire.CompleteUpload, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep
 ) -> wire.Upload:
-    """Joins the parts into a file. A training file is then checked by a worker; until then it reads `uploaded`."""
+    """Joins the parts into a file. A training file is then checked by a worker; until then it reads `uploaded`.
+
+    Safe to repeat: an Upload that is completed answers with its file.
+    """
     with sessions.begin() as session:
-        parts = uploads.choose(session, uploads.find(session, caller.project_id, upload_id), body.part_ids)
-    stored = uploads.join(storage, parts, body.md5)
+        upload = uploads.find(session, caller.project_id, upload_id)
+        if (file := uploads.completed(session, upload)) is not None:
+            return wire.Upload.of(upload, file)
+        parts = uploads.choose(session, upload, body.part_ids)
+    return _complete(sessions, storage, upload, uploads.join(storage, parts, body.md5))
+
+
+def _complete(sessions: sessionmaker[Session], storage: Storage, upload: Upload, stored: Stored) -> wire.Upload:
+    """In a transaction that begins when all bytes are joined; if they do not become the file, they go again."""
+    kept = None
     try:
         with sessions.begin() as session:
-            upload = uploads.find(session, caller.project_id, upload_id, lock=True)
-            file = uploads.complete(session, upload, stored)
-    except Exception:
-        storage.delete(stored.key)
-        raise
-    return wire.Upload.of(upload, file)
+            row = uploads.find(session, upload.project_id, upload.id, lock=True)
+            file = uploads.complete(session, row, stored)
+        kept = file.key
+        return wire.Upload.of(row, file)
+    finally:
+        if kept != stored.key:
+            storage.delete(stored.key)
 
 
 @router.post("/{upload_id}/cancel", summary="Cancel an Upload", responses=errors(404))

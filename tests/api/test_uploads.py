@@ -1,6 +1,7 @@
 """Uploads: parts in any order, joined into a file that a worker then checks."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ def _add(team: Team, upload: str, data: bytes) -> Any:
 
 def _complete(team: Team, upload: str, *parts: str, **more: str) -> Any:
     return team.http.post(f"/v1/uploads/{upload}/complete", json={"part_ids": list(parts), **more})
+
+
+def _stored(database: Database, below: str = "") -> list[Path]:
+    root = Path(database.settings.storage_url.removeprefix("file://")) / below
+    return [path for path in root.rglob("*") if path.is_file()]
 
 
 def _refused(answer: Any, param: str | None, words: str) -> None:
@@ -54,7 +60,21 @@ def test_what_complete_refuses(team: Team) -> None:
     _refused(_complete(team, upload, *parts, md5="0" * 32), "md5", "have the md5")
     _refused(_complete(team, upload, *parts, md5="xyz"), "md5", "pattern")
     assert _complete(team, upload, *parts).status_code == 200
-    _refused(_complete(team, upload, *parts), None, "is completed")
+    _refused(_add(team, upload, b"x"), None, "is completed")
+
+
+def test_completing_it_again_answers_with_the_same_file(team: Team, database: Database) -> None:
+    """A client that lost the answer asks again, at once or while the first request still joins the parts."""
+    upload = _begin(team)
+    parts = [_add(team, upload, half).json()["id"] for half in HALVES]
+    with ThreadPoolExecutor(4) as pool:
+        answers = [answer.json() for answer in pool.map(lambda _: _complete(team, upload, *parts), range(4))]
+    answers.append(_complete(team, upload, *parts).json())
+    assert {answer["status"] for answer in answers} == {"completed"}
+    [file] = {answer["file"]["id"] for answer in answers}
+    assert [path.name for path in _stored(database, "files")] == [file], "bytes that nobody knows of"
+    team.http.delete(f"/v1/files/{file}")
+    assert _complete(team, upload, *parts).status_code == 404
 
 
 def test_an_upload_that_is_over_takes_no_parts(team: Team, database: Database) -> None:
@@ -66,8 +86,7 @@ def test_an_upload_that_is_over_takes_no_parts(team: Team, database: Database) -
         row = session.get_one(Upload, late)
         row.expires_at = row.created_at
     _refused(_add(team, late, b"x"), None, "is expired")
-    root = Path(database.settings.storage_url.removeprefix("file://"))
-    assert [path for path in root.rglob("*") if path.is_file()] == []
+    assert _stored(database) == []
 
 
 def test_a_full_part_fits_whatever_the_form_adds(make_app: Callable[..., FastAPI], team: Team) -> None:

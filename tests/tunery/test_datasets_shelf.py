@@ -168,6 +168,26 @@ def test_a_worker_settles_what_was_not_checked(
     assert shelf.next_unprocessed(session) is None
 
 
+def test_a_job_that_waits_for_an_expired_file_gets_its_verdict(
+    session: Session, storage: Storage, owner: Project
+) -> None:
+    file = put(session, storage, owner, checked=False, expires_after=-1)
+    job = rows.job(session, owner, training_file=file.id)
+    assert shelf.purge(session, storage, ledger.live_job_using) == 0
+    assert ledger.next_to_validate(session) is None
+
+    assert shelf.next_unprocessed(session) is file
+    shelf.process(session, storage, file)
+
+    assert (file.status, ledger.next_to_validate(session)) == ("processed", job)
+
+
+def test_a_file_without_bytes_is_not_checked(session: Session, storage: Storage, owner: Project) -> None:
+    shelf.delete(session, put(session, storage, owner, checked=False), in_use_by=None)
+    assert shelf.purge(session, storage, ledger.live_job_using) == 1
+    assert shelf.next_unprocessed(session) is None
+
+
 def test_a_file_whose_bytes_are_lost_is_in_error(session: Session, storage: Storage, owner: Project) -> None:
     file = put(session, storage, owner, checked=False)
     storage.delete(file.key)
@@ -281,8 +301,23 @@ def test_time_that_runs_out_while_parts_are_joined_is_forgiven(
 
     assert uploads.sweep(session, storage) == 0
     assert uploads.complete(session, upload, stored).bytes == 1
-    with pytest.raises(WrongState):
-        uploads.complete(session, upload, stored)
+
+
+def test_of_two_that_complete_an_upload_the_second_gets_the_firsts_file(
+    session: Session, storage: Storage, owner: Project
+) -> None:
+    upload = make_upload(session, owner, 1)
+    parts = uploads.choose(session, upload, [add_part(session, storage, upload, b"x").id])
+    first, second = (uploads.join(storage, parts, md5=None) for _ in range(2))
+
+    file = uploads.complete(session, upload, first)
+
+    assert uploads.complete(session, upload, second) is file
+    assert uploads.completed(session, upload) is file
+    assert file.key == first.key
+    shelf.delete(session, file, in_use_by=None)
+    with pytest.raises(NotFound, match=f"No file '{file.id}'"):
+        uploads.complete(session, upload, second)
 
 
 def test_abandoned_uploads_are_swept(session: Session, storage: Storage, owner: Project) -> None:

@@ -118,10 +118,13 @@ def check_trainable(file: File, *, param: str) -> None:
 
 
 def next_unprocessed(session: Session, *, skip: Sequence[str] = ()) -> File | None:
-    """The oldest file nobody has checked, locked to this transaction; two workers never get the same one."""
+    """The oldest file nobody has checked, locked to this transaction; two workers never get the same one.
+
+    One that has expired counts while its bytes are there: a job that was created before may wait for it.
+    """
     return session.scalar(
         select(File)
-        .where(File.status == "uploaded", File.deleted_at.is_(None), File.id.not_in(skip))
+        .where(File.status == "uploaded", File.purged_at.is_(None), File.id.not_in(skip))
         .order_by(File.created_at)
         .limit(1)
         .with_for_update(skip_locked=True)

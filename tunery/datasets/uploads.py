@@ -102,6 +102,12 @@ def add_part(session: Session, upload: Upload, stored: Stored, *, limit: int) ->
     return part
 
 
+def completed(session: Session, upload: Upload) -> File | None:
+    """The Upload's file if it has been completed before: who lost that answer asks again. Raises NotFound when the
+    file was deleted since."""
+    return None if upload.file_id is None else shelf.find(session, upload.project_id, upload.file_id)
+
+
 def choose(session: Session, upload: Upload, part_ids: Sequence[str]) -> list[UploadPart]:
     """The parts to join, in the order of `part_ids`. Raises WrongState, or InvalidValue where they are not the file."""
     check_pending(session, upload, "completed")
@@ -139,9 +145,12 @@ def join(storage: Storage, parts: Sequence[UploadPart], md5: str | None) -> Stor
 def complete(session: Session, upload: Upload, stored: Stored) -> File:
     """The Upload's file, of the joined bytes. A training file waits for a worker to check it. Raises WrongState.
 
-    `upload` must be locked: of two that complete it at once, the second finds it completed. Its time may have run out
+    `upload` must be locked: of two that complete it at once, the second gets the file of the first, and the bytes that
+    it joined are nobody's: delete `stored.key` unless it is the file's. Its time may have run out
     while the parts were joined; that is no reason to throw them away.
     """
+    if (done := completed(session, upload)) is not None:
+        return done
     if upload.status != PENDING:
         raise _wrong_state(upload, upload.status, "completed")
     file = shelf.shelve(
