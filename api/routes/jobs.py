@@ -8,6 +8,7 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from api import intake
+from api.bodies import JsonRoute
 from api.dependencies import CallerDep, SessionDep, SettingsDep
 from api.paging import page
 from api.schemas import jobs as wire
@@ -17,7 +18,7 @@ from tunery.jobs import ledger
 from tunery.jobs.model import Checkpoint, Job, JobEvent
 from tunery.settings import Settings
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning jobs"])
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning jobs"], route_class=JsonRoute)
 
 Limit = Annotated[int, Query(ge=1, le=1000, description="Objects a page")]
 After = Annotated[str | None, Query(description="The last object's id of the page before")]
@@ -53,7 +54,9 @@ def create_job(
 
     Safe to repeat with an `Idempotency-Key`. The official client's own retries are recognised without one.
     """
-    job = intake.create(session, caller, body, idempotency_key=idempotency_key, is_retry=x_stainless_retry_count > 0)
+    # Proxies and shells send a header whose variable was empty: that is no key, least of all one for all requests.
+    key = idempotency_key or None
+    job = intake.create(session, caller, body, idempotency_key=key, is_retry=x_stainless_retry_count > 0)
     session.refresh(job)
     return _shown(session, settings, job)
 

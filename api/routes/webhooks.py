@@ -4,13 +4,14 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
+from api.bodies import JsonRoute
 from api.dependencies import ANY_KEY, CallerDep, SessionDep, SessionsDep, SettingsDep, StreamCallerDep
 from api.schemas import webhooks as wire
 from api.schemas.wire import CursorList, WholeList, errors
 from tunery.webhooks import endpoints
 from tunery.webhooks.messages import EVENT_TYPES
 
-router = APIRouter(prefix="/v1", tags=["Webhooks"])
+router = APIRouter(prefix="/v1", tags=["Webhooks"], route_class=JsonRoute)
 
 
 @router.post("/webhook_endpoints", summary="Create a webhook endpoint", responses=errors())
@@ -69,7 +70,7 @@ def rotate_webhook_secret(
     endpoint_id: str, session: SessionDep, caller: CallerDep, body: wire.RotateSecret | None = None
 ) -> wire.EndpointWithSecret:
     """The answer shows the new secret once. The old one can go on signing beside it for 24 hours."""
-    keep = body is not None and body.keep_old_secret_active_for_24_hours
+    keep = body is not None and bool(body.keep_old_secret_active_for_24_hours)
     row = endpoints.rotate_secret(session, caller.project_id, endpoint_id, keep_old=keep)
     return wire.EndpointWithSecret.of(row)
 

@@ -6,6 +6,7 @@ from pydantic import ConfigDict, Field
 
 from api.schemas.wire import Body, Wire, maybe_seconds, seconds
 from tunery.datasets import model
+from tunery.spec import Int
 
 Purpose = Literal["fine-tune", "assistants", "batch", "vision", "user_data", "evals"]
 
@@ -26,7 +27,7 @@ class ExpiresAfter(Body):
     """When the file deletes itself."""
 
     anchor: Literal["created_at"]
-    seconds: int = Field(ge=3600, le=2_592_000, description="Seconds after its creation: an hour to 30 days")
+    seconds: Int = Field(ge=3600, le=2_592_000, description="Seconds after its creation: an hour to 30 days")
 
 
 class FileFields(Body):
@@ -87,7 +88,7 @@ class CreateUpload(Body):
         }
     )
 
-    bytes: int = Field(ge=1, description="Size of the whole file")
+    bytes: Int = Field(ge=1, description="Size of the whole file")
     filename: str = Field(min_length=1, max_length=255)
     mime_type: str = Field(max_length=255)
     purpose: Purpose

@@ -8,7 +8,17 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from api.schemas.wire import Body, Wire, maybe_seconds, seconds
 from tunery.jobs import model
 from tunery.jobs.states import State
-from tunery.spec import EarlyStopping, Evaluation, Hyperparameters, Resources, Schedule, Technique
+from tunery.spec import (
+    NO_BOOLEAN,
+    EarlyStopping,
+    Evaluation,
+    Float,
+    Hyperparameters,
+    Int,
+    Resources,
+    Schedule,
+    Technique,
+)
 
 # --- what is asked for --------------------------------------------------------------------------------------------
 
@@ -83,22 +93,26 @@ class CreateJob(Body):
     method: Method | None = Field(None, description="Absent: supervised")
     hyperparameters: Hyperparameters | None = Field(None, description="Deprecated: method.supervised.hyperparameters")
     suffix: str | None = Field(None, min_length=1, max_length=64, description="Part of the new model's name")
-    seed: int | None = Field(None, ge=0, le=2**31 - 1, description="Absent: drawn, and shown in the job")
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1), NO_BOOLEAN] | None = Field(
+        None, description="Absent: drawn, and shown in the job"
+    )
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
     integrations: list[Integration] | None = Field(None, max_length=5)
 
     technique: Technique | None = Field(None, description="Absent: LoRA where bf16 fits, else QLoRA, never full")
-    learning_rate: float | None = Field(None, gt=0, le=1, description="In place of learning_rate_multiplier")
+    learning_rate: Annotated[float, Field(gt=0, le=1), NO_BOOLEAN] | None = Field(
+        None, description="In place of learning_rate_multiplier"
+    )
     schedule: Schedule = Schedule()
-    max_seq_length: int = Field(2048, ge=16, le=1_048_576, description="Tokens; longer rows are cut at the end")
+    max_seq_length: Int = Field(2048, ge=16, le=1_048_576, description="Tokens; longer rows are cut at the end")
     packing: bool = Field(False, description="Several rows a sequence, each seeing only itself")
-    weight_decay: float = Field(0.0, ge=0, le=1)
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: Float = Field(0.0, ge=0, le=1)
+    max_grad_norm: Float = Field(1.0, gt=0)
     early_stopping: EarlyStopping | None = Field(None, description="Needs a validation file")
     select: Literal["last", "best"] = Field("last", description="Which step becomes the model; best needs validation")
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
-    priority: int = Field(0, ge=-10, le=10, description="Higher goes first")
+    priority: Int = Field(0, ge=-10, le=10, description="Higher goes first")
 
     @model_validator(mode="before")
     @classmethod
@@ -108,6 +122,8 @@ class CreateJob(Body):
 
 
 def _without_nulls(data: Any, names: Collection[str] | None = None) -> Any:
+    if isinstance(data, list):
+        return [_without_nulls(item) for item in data]
     if not isinstance(data, dict):
         return data
     return {
@@ -276,7 +292,7 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str]) -> Job:
         error=_error_of(row),
         seed=settled["seed"],
         trained_tokens=row.trained_tokens,
-        estimated_finish=maybe_seconds(row.estimated_finish),
+        estimated_finish=maybe_seconds(row.estimated_finish) if status_of(row) == State.RUNNING else None,
         integrations=row.integrations,
         user_provided_suffix=row.suffix,
         phase=row.phase,

@@ -44,7 +44,7 @@ class UpdateEndpoint(Body):
 class RotateSecret(Body):
     model_config = ConfigDict(json_schema_extra={"examples": [{"keep_old_secret_active_for_24_hours": True}]})
 
-    keep_old_secret_active_for_24_hours: bool = False
+    keep_old_secret_active_for_24_hours: bool | None = None
 
 
 class TestEndpoint(Body):

@@ -133,6 +133,12 @@ def test_idempotency_key(team: Team, file: str, base: str) -> None:
     _refused(_create(team, file, {"idempotency-key": "k1"}, seed=1), 400, "Idempotency-Key", first)
 
 
+def test_an_empty_idempotency_key_is_none(team: Team, file: str, base: str) -> None:
+    first = _create(team, file, {"idempotency-key": ""}).json()["id"]
+    assert _create(team, file, {"idempotency-key": ""}).json()["id"] != first
+    assert _create(team, file, {"idempotency-key": ""}, seed=1).status_code == 200
+
+
 def test_twins_in_flight_make_one_job(team: Team, file: str, base: str, database: Database) -> None:
     def create(_: int) -> str:
         id: str = _create(team, file, {"idempotency-key": "k"}).json()["id"]
@@ -219,6 +225,16 @@ def test_a_running_job_that_shall_pause_reads_paused(team: Team, base: str, data
     assert team.http.post(f"{ROUTE}/{job}/resume").json()["status"] == "running"
 
 
+def test_only_a_running_job_says_when_it_ends(team: Team, base: str, database: Database) -> None:
+    with database.sessions.begin() as session:
+        job = rows.job(session, session.get_one(Project, team.id), State.RUNNING)
+        job.estimated_finish = rows.LONG_AGO
+    finish = int(rows.LONG_AGO.timestamp())
+    assert team.http.get(f"{ROUTE}/{job.id}").json()["estimated_finish"] == finish
+    assert team.http.post(f"{ROUTE}/{job.id}/pause").json()["estimated_finish"] is None
+    assert team.http.post(f"{ROUTE}/{job.id}/resume").json()["estimated_finish"] == finish
+
+
 @pytest.mark.parametrize("deed", ["cancel", "pause", "resume"])
 def test_deeds_on_an_ended_job_are_400(deed: str, team: Team, base: str, database: Database) -> None:
     with database.sessions.begin() as session:
@@ -258,6 +274,8 @@ def test_nulls_mean_defaults_at_any_depth(team: Team, file: str, base: str) -> N
     ).json()
     assert job["hyperparameters"] == {"n_epochs": "auto", "batch_size": 4, "learning_rate_multiplier": "auto"}
     assert job["technique"]["r"] == 16
+    wandb = {"type": "wandb", "wandb": {"project": "p", "tags": None, "name": None}}
+    assert _create(team, file, integrations=[wandb]).json()["integrations"][0]["wandb"]["tags"] == []
     _refused(_create(team, file, metadata={"k": None}), 400, "metadata.k", "valid string")
     _refused(_create(team, file, surprise=None), 400, "surprise", "Unknown parameter")
 

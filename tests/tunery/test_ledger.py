@@ -54,6 +54,15 @@ def test_every_pair_of_states_is_an_edge_or_refused(session: Session) -> None:
             assert job.state == source
 
 
+@pytest.mark.parametrize("target", sorted(TRANSITIONS[State.RUNNING]))
+def test_no_job_says_when_it_ends_once_it_has_stopped_running(session: Session, target: State) -> None:
+    job = rows.job(session, state=State.RUNNING)
+    job.estimated_finish = rows.LONG_AGO
+    session.flush()
+    ledger.move(session, job, target, message="moved", **rows.final_values(session, job, target))
+    assert job.estimated_finish is None
+
+
 @pytest.mark.parametrize("state", list(State))
 def test_final_and_finished_go_together_in_the_database_itself(session: Session, state: State) -> None:
     job = rows.job(session, state=state)

@@ -81,6 +81,12 @@ def test_what_was_asked_for_stays() -> None:
     assert (made.select, made.packing, made.weight_decay) == ("best", True, 0.1)
 
 
+def test_a_multiplier_is_echoed_as_it_was_asked_for() -> None:
+    """1.8 times a rate over that rate is 1.7999999999999998."""
+    for asked in (1.8, 0.1, 3.3):
+        assert plan(hyperparameters=Hyperparameters(learning_rate_multiplier=asked)).learning_rate_multiplier == asked
+
+
 def test_a_learning_rate_of_ones_own_is_echoed_as_a_multiplier() -> None:
     made = plan(learning_rate=1e-4)
 

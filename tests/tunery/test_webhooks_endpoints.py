@@ -82,8 +82,9 @@ def test_pages_newest_first(session: Session, project: Project) -> None:
     endpoints.delete(session, project.id, page[-1].id)
     page, more = endpoints.list_page(session, project.id, after=page[-1].id, limit=3)
     assert ([each.id for each in page], more) == (newest_first[2:], False)
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound) as refused:
         endpoints.list_page(session, rows.project(session).id, after=made[0])
+    assert refused.value.param == "after"
 
 
 def test_an_update_moves_its_time_only_when_something_changed(session: Session, project: Project) -> None:

@@ -52,11 +52,11 @@ def move(session: Session, job: Job, target: State, *, message: str, level: str 
     if target not in TRANSITIONS[source]:
         raise IllegalMove(source=source, target=target)
     if target in FINAL:
-        values |= {"finished_at": func.clock_timestamp(), "estimated_finish": None}
+        values |= {"finished_at": func.clock_timestamp()}
     if target is State.QUEUED:
         values.setdefault("queued_at", func.clock_timestamp())
     if target is not State.RUNNING:
-        values |= {"wish": None, "phase": None}
+        values |= {"wish": None, "phase": None, "estimated_finish": None}
     moved = session.execute(
         update(Job)
         .where(Job.id == job.id, Job.state == source, Job.fence == job.fence)
@@ -225,8 +225,19 @@ def next_to_validate(session: Session, *, skip: Sequence[str] = ()) -> Job | Non
     )
 
 
-def enqueue(session: Session, job: Job, plan: Plan, *, warnings: Sequence[str] = ()) -> None:
-    """The files are good and every "auto" is a number now: the job may be claimed."""
+def enqueue(
+    session: Session,
+    job: Job,
+    plan: Plan,
+    *,
+    gpu_bytes: int = 0,
+    cpu_bytes: int | None = 0,
+    warnings: Sequence[str] = (),
+) -> None:
+    """The files are good and every "auto" is a number now: the job may be claimed.
+
+    By whom, its memory says: `gpu_bytes` on each of its GPUs, or `cpu_bytes` of a host's own (None: a GPU it must be).
+    """
     for warning in warnings:
         note(session, job.id, warning, level="warn")
     move(
@@ -236,6 +247,8 @@ def enqueue(session: Session, job: Job, plan: Plan, *, warnings: Sequence[str] =
         message="Files validated, moving job to queued state",
         plan=plan.model_dump(mode="json"),
         gpus=plan.resources.gpus,
+        gpu_bytes=gpu_bytes,
+        cpu_bytes=cpu_bytes,
     )
 
 

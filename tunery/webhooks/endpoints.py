@@ -67,7 +67,7 @@ def list_page(
         # A deleted endpoint still marks its place: a client may delete while it pages.
         last = session.get(WebhookEndpoint, after)
         if last is None or last.project_id != project_id:
-            raise NotFound(kind="webhook endpoint", id=after)
+            raise NotFound(param="after", kind="webhook endpoint", id=after)
         query = query.where(tuple_(WebhookEndpoint.created_at, WebhookEndpoint.id) < tuple_(last.created_at, last.id))
     newest_first = query.order_by(WebhookEndpoint.created_at.desc(), WebhookEndpoint.id.desc())
     found = session.scalars(newest_first.limit(limit + 1)).all()
