@@ -43,11 +43,11 @@ def read_log(
     follow: Annotated[bool, Query(description="Go on until the job has ended")] = False,
 ) -> StreamingResponse:
     """What the trainer wrote, attempt after attempt."""
-    with sessions.begin() as session:
-        ledger.find(session, caller.project_id, job_id)
+    ended = _has_ended(sessions, caller.project_id, job_id)
     log = _Log(storage, job_id)
-    text = _following(log, tail, sessions, caller.project_id) if follow else log.read(tail)
-    return StreamingResponse(text, media_type="text/plain; charset=utf-8")
+    text = log.read(tail)
+    all_text = _following(log, text, sessions, caller.project_id) if follow and not ended else text
+    return StreamingResponse(all_text, media_type="text/plain; charset=utf-8")
 
 
 class _Log:
@@ -59,14 +59,15 @@ class _Log:
         self._last = ""
 
     def read(self, tail: int | None = None) -> Iterator[bytes]:
-        """What is there and was not read before; with `tail` only the last lines of it."""
+        """What is there and was not read before; with `tail` only the last lines of it. Raises StorageFailed.
+
+        No generator: storage is asked at once, while an error can still be the answer.
+        """
         keys = sorted(key for key in self._storage.list(self._prefix) if key > self._last)
         self._last = keys[-1] if keys else self._last
         if tail is not None:
-            yield self._end(keys, tail)
-            return
-        for key in keys:
-            yield from self._storage.read(key)
+            return iter([self._end(keys, tail)])
+        return (chunk for key in keys for chunk in self._storage.read(key))
 
     def _end(self, keys: list[str], lines: int) -> bytes:
         """Read backwards, for logs are long and tails are short."""
@@ -80,17 +81,19 @@ class _Log:
 
 
 async def _following(
-    log: _Log, tail: int | None, sessions: sessionmaker[Session], project_id: str
+    log: _Log, text: Iterator[bytes], sessions: sessionmaker[Session], project_id: str
 ) -> AsyncIterator[bytes]:
-    """New text as it comes. The job's end is looked up before each reading, so the last words are not missed."""
+    """`text`, then new text as it comes. The job's end is looked up before each reading, so the last words are not
+    missed."""
+    ended = False
     while True:
-        ended = await run_in_threadpool(_has_ended, sessions, project_id, log.job_id)
-        async for chunk in iterate_in_threadpool(log.read(tail)):
+        async for chunk in iterate_in_threadpool(text):
             yield chunk
         if ended:
             return
-        tail = None
         await asyncio.sleep(POLL_SECONDS)
+        ended = await run_in_threadpool(_has_ended, sessions, project_id, log.job_id)
+        text = await run_in_threadpool(log.read)
 
 
 def _has_ended(sessions: sessionmaker[Session], project_id: str, job_id: str) -> bool:

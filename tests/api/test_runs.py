@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -9,6 +10,11 @@ import pytest
 import rows
 from databases import Database
 from fastapi import FastAPI
+from pydantic import SecretStr
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from teams import Team
 
 from api.routes import runs
@@ -75,6 +81,25 @@ def test_a_followed_log_ends_with_its_job(
     listener.join(20)
     assert not listener.is_alive()
     assert "".join(heard) == "one\ntwo\n"
+
+
+@pytest.mark.parametrize("query", ["", "?tail=1", "?follow=true"])
+def test_a_log_that_storage_does_not_give_is_an_error(
+    query: str,
+    make_app: Callable[..., FastAPI],
+    serve: Callable[[Any], str],
+    team: Team,
+    database: Database,
+    base: str,
+) -> None:
+    async def refuse(_: Request) -> Response:
+        return Response(status_code=403)
+
+    bucket = serve(Starlette(routes=[Route("/{key:path}", refuse)]))
+    keys = {"aws_access_key_id": SecretStr("a"), "aws_secret_access_key": SecretStr("b")}
+    client = team.on(make_app(storage_url="s3://bucket", s3_endpoint_url=bucket, **keys)).http
+    answer = client.get(f"/v1/fine_tuning/jobs/{_job(database, team, State.RUNNING)}/logs{query}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage_failed")
 
 
 def test_metrics(team: Team, database: Database, base: str) -> None:
