@@ -182,6 +182,10 @@ def upgrade() -> None:
         sa.Column("failures", sa.Integer(), nullable=False),
         sa.Column("priority", sa.Integer(), nullable=False),
         sa.Column("gpus", sa.Integer(), nullable=False),
+        sa.Column("gpu_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("cpu_bytes", sa.BigInteger(), nullable=True),
+        sa.Column("reserved_host", sa.String(), nullable=True),
+        sa.Column("reserved_until", sa.DateTime(timezone=True), nullable=True),
         sa.Column("base_model", sa.String(), nullable=False),
         sa.Column("parent_model", sa.String(), nullable=True),
         sa.Column("tuned_model", sa.String(), nullable=True),
@@ -209,6 +213,7 @@ def upgrade() -> None:
         sa.Column("progress", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
         sa.Column("scorecard", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
         sa.Column("snapshot", sa.String(), nullable=True),
+        sa.Column("tidied", sa.Boolean(), nullable=False),
         sa.Column("error_code", sa.String(), nullable=True),
         sa.Column("error_message", sa.String(), nullable=True),
         sa.Column("error_param", sa.String(), nullable=True),
@@ -249,6 +254,13 @@ def upgrade() -> None:
     )
     op.create_index("ix_jobs_request", "jobs", ["project_id", "request_sha256", "created_at"], unique=False)
     op.create_index("ix_jobs_training_file", "jobs", ["training_file"], unique=False)
+    op.create_index(
+        "ix_jobs_untidied",
+        "jobs",
+        ["finished_at"],
+        unique=False,
+        postgresql_where="finished_at IS NOT NULL AND NOT tidied",
+    )
     op.create_index(
         "ix_jobs_validating", "jobs", ["created_at"], unique=False, postgresql_where="state = 'validating_files'"
     )
@@ -458,6 +470,7 @@ def downgrade() -> None:
     op.drop_table("model_aliases")
     op.drop_index("ix_jobs_validation_file", table_name="jobs")
     op.drop_index("ix_jobs_validating", table_name="jobs", postgresql_where="state = 'validating_files'")
+    op.drop_index("ix_jobs_untidied", table_name="jobs", postgresql_where="finished_at IS NOT NULL AND NOT tidied")
     op.drop_index("ix_jobs_training_file", table_name="jobs")
     op.drop_index("ix_jobs_request", table_name="jobs")
     op.drop_index("ix_jobs_queued", table_name="jobs", postgresql_where="state = 'queued'")

@@ -95,6 +95,49 @@ def test_a_model_too_large_for_every_device_fails_with_what_would_fit(workshop: 
     assert plan["technique"]["type"] == "qlora"
 
 
+@pytest.fixture
+def seventy(workshop: Workshop) -> None:
+    """The base is one of 70 billion weights."""
+    large = FACTS | {"params": 70_000_000_000, "hidden_size": 8192, "intermediate_size": 28672}
+    large |= {"num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128_256}
+    with workshop.session() as session:
+        session.execute(update(Model).values(facts=large))
+
+
+def _show(workshop: Workshop, index: int | None, gib: int) -> None:
+    name = "cpu" if index is None else f"gpu{index}"
+    with workshop.session() as session:
+        leases.show_slot(
+            session,
+            Slot(id=f"h/{name}", host="h", gpu_index=index, device=name, memory_bytes=gib * 2**30, bf16=True),
+        )
+
+
+@pytest.mark.usefixtures("seventy")
+def test_a_hosts_memory_is_no_measure_where_there_are_gpus(workshop: Workshop) -> None:
+    job_id = workshop.submit(workshop.file(training_rows(12)))
+    _show(workshop, None, 512)
+    _show(workshop, 0, 24)
+    assert _validate(workshop)
+    job = workshop.job(job_id)
+    assert (job.state, job.error_code) == ("failed", "does_not_fit")
+    assert "the largest GPU here has 24.0 GiB" in str(job.error_message)
+
+
+@pytest.mark.usefixtures("seventy")
+@pytest.mark.parametrize(("index", "wanted"), [(0, (True, False)), (None, (True, True))])
+def test_a_job_knows_the_memory_that_its_claim_must_bring(
+    workshop: Workshop, index: int | None, wanted: tuple[bool, bool]
+) -> None:
+    job_id = workshop.submit(workshop.file(training_rows(12)), resources={"gpus": 2})
+    _show(workshop, index, 600)
+    _show(workshop, 7, 24) if index is not None else None
+    assert _validate(workshop)
+    job = workshop.job(job_id)
+    assert (job.gpu_bytes > 140e9, (job.cpu_bytes or 0) > 280e9) == wanted
+    assert any("more than 1 with the memory that it needs" in line for line in workshop.story(job_id))
+
+
 def test_a_lost_object_fails_its_job_and_holds_no_other_up(workshop: Workshop) -> None:
     lost = workshop.file(training_rows(12))
     first, second = workshop.submit(lost), workshop.submit(workshop.file(training_rows(12)))

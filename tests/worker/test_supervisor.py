@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import rows
 from databases import Database
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
 from tunery.errors import LeaseLost, StorageFailed
@@ -23,6 +23,7 @@ from worker.supervisor.deeds import step_message
 from worker.supervisor.drain import Drain
 from worker.supervisor.lease import Hold
 from worker.supervisor.process import environment
+from worker.supervisor.slot import Slot
 from worker.supervisor.staging import StoredFolder
 from worker.tasks.desk import Desk
 
@@ -110,6 +111,31 @@ def test_gpus_are_offered_but_for_the_servers_and_those_in_use(monkeypatch: pyte
     assert devices.found(0) == [], "the only GPU serves: no training on the CPU by surprise"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert [gpu.index for gpu in devices.found(None)] == [None]
+
+
+# --- the slot ---
+
+
+def test_a_starting_slot_cleans_up_and_spares_a_run_that_begins_meanwhile(
+    database: Database, settings: Settings
+) -> None:
+    with database.sessions.begin() as session:
+        job = rows.job(session, state=State.QUEUED)
+    dead, live = settings.runs_dir / job.id / "7" / "spec.json", settings.runs_dir / job.id / "1" / "spec.json"
+    dead.parent.mkdir(parents=True)
+    dead.touch()
+
+    def begin(connection: object, cursor: object, statement: str, *_: object) -> None:
+        """Another slot of the host claims the job just after ours has asked which attempts are live."""
+        if "FROM attempts" in statement and "attempts.number" in statement and not live.exists():
+            live.parent.mkdir(parents=True)
+            live.touch()
+            with database.sessions.begin() as session:
+                assert rows.claim(session)
+
+    event.listen(database.engine, "after_cursor_execute", begin)
+    assert not Slot("train@h/0", settings, Drain()).look()
+    assert (dead.exists(), live.exists()) == (False, True)
 
 
 # --- the lease ----------------------------------------------------------------------------------------------------

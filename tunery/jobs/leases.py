@@ -1,4 +1,4 @@
-"""Every deed of a worker: it claims a job, shows signs of life, writes down what the run says, and ends its attempt.
+"""Every deed of a worker on a job that it has claimed: signs of life, what the run says, and the end of its attempt.
 
 A lease is the right to one attempt. A deed on a job that has moved on (cancelled, taken over) raises LeaseLost and
 writes nothing. Callers own the transaction.
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, text, update
+from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -19,19 +19,8 @@ from tunery.jobs import ledger
 from tunery.jobs.model import Attempt, Checkpoint, Job, Metric, Slot
 from tunery.jobs.states import State
 
-CLAIM_LOCK = 7_214_001
-"""Key of the advisory lock that makes claims take turns: SKIP LOCKED alone lets a project exceed its cap."""
 MAX_FAILURES = 3
 """Attempts that may be lost or crash before the job fails."""
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What a worker's slot can give: its host's GPUs that it may use, by index (empty: the CPU)."""
-
-    host: str
-    slot: str
-    gpu_indexes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,67 +31,6 @@ class Lease:
     attempt_id: int
     number: int
     gpu_indexes: tuple[int, ...]
-
-
-# Only each project's best job is looked at: 100,000 waiting jobs of one project cost what a single one does.
-_BEST = text(
-    """
-    WITH live AS (
-        SELECT j.project_id, count(*) AS n FROM attempts a JOIN jobs j ON j.id = a.job_id
-        WHERE a.ended_at IS NULL GROUP BY j.project_id
-    )
-    SELECT head.id
-    FROM projects p
-    LEFT JOIN live ON live.project_id = p.id
-    CROSS JOIN LATERAL (
-        SELECT j.id, j.priority, j.queued_at FROM jobs j
-        WHERE j.project_id = p.id AND j.state = 'queued' AND j.gpus <= :devices
-          AND NOT EXISTS (SELECT 1 FROM attempts a WHERE a.job_id = j.id AND a.ended_at IS NULL)
-        ORDER BY j.priority DESC, j.queued_at LIMIT 1
-    ) head
-    WHERE p.max_running IS NULL OR coalesce(live.n, 0) < p.max_running
-    ORDER BY head.priority DESC, coalesce(live.n, 0), head.queued_at
-    LIMIT 1
-    """
-)
-
-
-def claim(session: Session, offer: Offer, *, lease_seconds: int) -> Lease | None:
-    """Takes the best queued job: by priority, then fewest live attempts of its project (caps respected), then age.
-
-    Devices are counted under the same lock, so two slots of a host never take the same GPU. None: nothing fits.
-    """
-    session.execute(select(func.pg_advisory_xact_lock(CLAIM_LOCK)))
-    free = _free_gpus(session, offer)
-    if offer.gpu_indexes and not free:
-        return None
-    job_id = session.scalar(_BEST, {"devices": max(1, len(free))})
-    if job_id is None:
-        return None
-    job = session.get_one(Job, job_id, with_for_update=True, populate_existing=True)
-    if job.state != State.QUEUED:  # its owner was faster; there may be another
-        return claim(session, offer, lease_seconds=lease_seconds)
-    number, gpus = job.fence + 1, tuple(free[: job.gpus])
-    ledger.move(session, job, State.RUNNING, message="Fine-tuning job started", fence=number, phase="starting")
-    attempt = Attempt(
-        job_id=job.id,
-        number=number,
-        host=offer.host,
-        slot=offer.slot,
-        gpu_indexes=list(gpus),
-        lease_until=func.clock_timestamp() + timedelta(seconds=lease_seconds),
-    )
-    session.add(attempt)
-    session.flush()
-    return Lease(job.id, attempt.id, number, gpus)
-
-
-def _free_gpus(session: Session, offer: Offer) -> list[int]:
-    taken = session.scalars(
-        select(func.unnest(Attempt.gpu_indexes)).where(Attempt.host == offer.host, Attempt.ended_at.is_(None))
-    )
-    busy = set(taken)
-    return [index for index in offer.gpu_indexes if index not in busy]
 
 
 def renew(session: Session, lease: Lease, *, lease_seconds: int, last_step: int = 0) -> str | None:
@@ -307,7 +235,8 @@ def _reap_where(session: Session, condition: ColumnElement[bool], *, skip_locked
         # Job first, then attempt: the order in which every other deed locks them.
         locked = select(Job).where(Job.id == job_id).with_for_update(skip_locked=skip_locked)
         job = session.scalar(locked.execution_options(populate_existing=True))
-        attempt = session.scalar(select(Attempt).where(Attempt.id == attempt_id, dead).with_for_update())
+        lease = select(Attempt).where(Attempt.id == attempt_id, dead).with_for_update(skip_locked=skip_locked)
+        attempt = session.scalar(lease)
         if job is None or attempt is None:
             continue
         if job.state == State.RUNNING and job.fence == attempt.number:

@@ -20,6 +20,9 @@ class Job(Base):
 
     `fence` grows with every claim and every cancellation; an attempt may write only while the job's fence is its own
     number. `wish` is what the owner asked of a running job (`pause`); `phase` says what a running job is doing.
+    `gpu_bytes` is the memory it needs on each of its `gpus`, `cpu_bytes` on a host that trains on its CPU (null: not
+    there). While `reserved_until` has not come, `reserved_host` takes no smaller job. `tidied`: no object is left in
+    storage that the ended job made and no row names.
     """
 
     __tablename__ = "jobs"
@@ -36,6 +39,7 @@ class Job(Base):
         Index("ix_jobs_queued", "project_id", "priority", "queued_at", postgresql_where="state = 'queued'"),
         Index("ix_jobs_validating", "created_at", postgresql_where="state = 'validating_files'"),
         Index("ix_jobs_request", "project_id", "request_sha256", "created_at"),
+        Index("ix_jobs_untidied", "finished_at", postgresql_where="finished_at IS NOT NULL AND NOT tidied"),
         Index("ix_jobs_training_file", "training_file"),
         Index("ix_jobs_validation_file", "validation_file"),
     )
@@ -50,6 +54,10 @@ class Job(Base):
     failures: Mapped[int] = mapped_column(default=0)
     priority: Mapped[int] = mapped_column(default=0)
     gpus: Mapped[int] = mapped_column(default=1)
+    gpu_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    cpu_bytes: Mapped[int | None] = mapped_column(BigInteger, default=0)
+    reserved_host: Mapped[str | None]
+    reserved_until: Mapped[datetime | None]
 
     base_model: Mapped[str] = mapped_column(ForeignKey("models.id"))
     parent_model: Mapped[str | None] = mapped_column(ForeignKey("models.id"))
@@ -77,6 +85,7 @@ class Job(Base):
     progress: Mapped[dict[str, Any]] = mapped_column(default=dict)
     scorecard: Mapped[dict[str, Any] | None]
     snapshot: Mapped[str | None]
+    tidied: Mapped[bool] = mapped_column(default=False)
     error_code: Mapped[str | None]
     error_message: Mapped[str | None]
     error_param: Mapped[str | None]

@@ -10,9 +10,10 @@ import psutil
 from sqlalchemy import select
 
 from tunery import db
-from tunery.jobs import leases
-from tunery.jobs.leases import Lease, Offer
+from tunery.jobs import leases, queue
+from tunery.jobs.leases import Lease
 from tunery.jobs.model import Attempt
+from tunery.jobs.queue import Offer
 from tunery.settings import Settings
 from tunery.storage import open_storage
 from worker.supervisor import attempt, devices
@@ -54,14 +55,12 @@ class Slot:
         return True
 
     def _claim(self) -> Lease | None:
-        free = devices.free_of_strangers(self._devices)
-        if not free:
+        idle = frozenset(device.index for device in devices.free_of_strangers(self._devices))
+        if not idle:
             return None
-        gpus = tuple(device.index for device in free if device.index is not None)
+        offer = Offer(devices.host(), self.name, {device.index: device.memory_bytes for device in self._devices}, idle)
         with db.transaction() as session:
-            return leases.claim(
-                session, Offer(devices.host(), self.name, gpus), lease_seconds=self._settings.lease_seconds
-            )
+            return queue.claim(session, offer, lease_seconds=self._settings.lease_seconds)
 
     @property
     def _mark(self) -> str:
@@ -97,11 +96,14 @@ class Slot:
 
     def _clean_runs(self) -> None:
         """Run directories whose attempts have ended without us; those of the host's other slots are live."""
+        # Listed before the database is asked: a claim is committed before its directory is made, so that one that came
+        # between the two is not in the list. The other way round, it would be taken for a dead one.
+        found = [folder for folder in self._settings.runs_dir.glob("*/*") if _is_run(folder)]
         with db.transaction() as session:
             live = set(session.execute(select(Attempt.job_id, Attempt.number).where(Attempt.ended_at.is_(None))).all())
         known = {(job, str(number)) for job, number in live}
-        for run_dir in self._settings.runs_dir.glob("*/*"):
-            if (run_dir.parent.name, run_dir.name) not in known and _is_run(run_dir):
+        for run_dir in found:
+            if (run_dir.parent.name, run_dir.name) not in known:
                 attempt.clean(run_dir)
 
 

@@ -57,7 +57,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
+    """`gpu_bytes` and `cpu_bytes` are what a claim needs to know of the memory; see `ledger.enqueue`."""
+
     plan: Plan
+    gpu_bytes: int
+    cpu_bytes: int | None
     warnings: list[str]
 
 
@@ -115,7 +119,14 @@ def _settle(case: Case, settings: Settings, storage: Storage) -> None:
         if isinstance(verdict, TuneryError):
             ledger.fail_job(session, job, verdict)
         else:
-            ledger.enqueue(session, job, verdict.plan, warnings=verdict.warnings)
+            ledger.enqueue(
+                session,
+                job,
+                verdict.plan,
+                gpu_bytes=verdict.gpu_bytes,
+                cpu_bytes=verdict.cpu_bytes,
+                warnings=verdict.warnings,
+            )
 
 
 def _announce(case: Case) -> bool:
@@ -139,7 +150,13 @@ def judge(case: Case, settings: Settings, storage: Storage) -> Verdict:
     examples, facts = summaries["training"].examples, case.base.facts
     warnings = [warning for summary in summaries.values() for warning in summary.warnings(case.max_length)]
     warnings += advice.warnings(plan, examples=examples, facts=facts, asked_length=case.spec.max_seq_length)
-    return Verdict(plan, [*warnings, *_of_overlap(case, storage), *_of_hosts(plan, case.slots)])
+    gpu_bytes, cpu_bytes = (_need(case, plan, device) for device in ("cuda", "cpu"))
+    return Verdict(
+        plan,
+        gpu_bytes,
+        None if _gpus(case.slots) else cpu_bytes,
+        [*warnings, *_of_overlap(case, storage), *_of_hosts(plan, case.slots, gpu_bytes)],
+    )
 
 
 def _read(case: Case, role: FileRole, storage: Storage, template: ChatTemplate) -> Summary:
@@ -165,7 +182,8 @@ def _of_overlap(case: Case, storage: Storage) -> list[str]:
 def _plan(case: Case, summary: Summary) -> Plan:
     """Raises DoesNotFit where the largest device known is too small; without any worker yet nothing is too large."""
     facts, length = case.base.facts, case.max_length
-    largest = max(case.slots, key=lambda slot: slot.memory_bytes, default=None)
+    # A host's memory is no measure for a job that a GPU is there for: it would wait for weeks on a CPU.
+    largest = max(_gpus(case.slots) or case.slots, key=lambda slot: slot.memory_bytes, default=None)
     if largest is None:
         return advice.resolve(case.spec, examples=summary.examples, facts=facts, bf16_fits=True)
     limits: dict[str, Any] = {
@@ -179,10 +197,22 @@ def _plan(case: Case, summary: Summary) -> Plan:
     return plan
 
 
-def _of_hosts(plan: Plan, slots: Sequence[Slot]) -> list[str]:
+def _gpus(slots: Sequence[Slot]) -> list[Slot]:
+    return [slot for slot in slots if slot.gpu_index is not None]
+
+
+def _need(case: Case, plan: Plan, device: str) -> int:
+    return memory.estimate(case.base.facts, plan.technique, max_seq_length=case.max_length, device=device).bytes
+
+
+def _of_hosts(plan: Plan, slots: Sequence[Slot], gpu_bytes: int) -> list[str]:
     """A job that asks for more GPUs than any host has waits, which should not surprise its owner."""
-    hosts = [slot.host for slot in slots]
+    large = [slot for slot in _gpus(slots) if slot.memory_bytes >= gpu_bytes] or slots
+    hosts = [slot.host for slot in large]
     most = max((hosts.count(host) for host in hosts), default=plan.resources.gpus)
     if plan.resources.gpus <= most:
         return []
-    return [f"The job asks for {plan.resources.gpus} GPUs and no host here has more than {most}: it waits for one."]
+    return [
+        f"The job asks for {plan.resources.gpus} GPUs and no host here has more than {most} with the memory that it "
+        "needs: it waits for one."
+    ]
