@@ -49,15 +49,26 @@ def test_base_by_alias(chatting: Team, server: ModelServer) -> None:
     assert "authorization" not in server.headers[0]
 
 
-def test_tuned_model(chatting: Team, server: ModelServer, database: Database) -> None:
+@pytest.fixture
+def tuned(team: Team, base: str, database: Database) -> str:
+    """What one of the team's jobs made of the base."""
     with database.sessions.begin() as session:
-        job = rows.job(session, session.get_one(Project, chatting.id), base_model=BASE)
+        job = rows.job(session, session.get_one(Project, team.id), base_model=base)
         rows.bring(session, job, State.SUCCEEDED)
-        tuned = str(job.tuned_model)
+        return str(job.tuned_model)
+
+
+def test_tuned_model(chatting: Team, server: ModelServer, tuned: str) -> None:
     chatting.openai().chat.completions.create(model=tuned, **ASK)
     named = server.received[0]["tunery_model"]
     assert (named["base"]["id"], named["tuned"]["id"], named["tuned"]["technique"]) == (BASE, tuned, "lora")
     assert set(named["tuned"]) == {"id", "prefix", "manifest_sha256", "technique"}
+
+
+def test_a_tuned_model_outlives_its_base(chatting: Team, server: ModelServer, tuned: str, admin: Team) -> None:
+    assert admin.http.delete(f"/v1/models/{BASE}").status_code == 200
+    chatting.openai().chat.completions.create(model=tuned, **ASK)
+    assert server.received[0]["tunery_model"]["base"]["id"] == BASE
 
 
 @pytest.mark.parametrize("strict", [False, True])
