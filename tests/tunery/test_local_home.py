@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -45,6 +46,19 @@ def test_down_leaves_a_stranger_alone_who_got_a_killed_owners_number(
     assert "Nothing runs in" in capsys.readouterr().out
     assert process.is_alive(stranger.pid)
     assert state.running(tmp_path) is None
+
+
+def test_down_ends_who_has_the_home(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = (
+        "import pathlib, signal, sys; from tunery.local import lock\n"
+        "held = lock.take(pathlib.Path(sys.argv[1])); print('taken', flush=True); signal.pause()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"taken\n"
+        standing.down(tmp_path)
+        assert owner.wait(10) == -signal.SIGTERM
+    assert "Everything is stopped." in capsys.readouterr().out
 
 
 def test_looking_at_a_home_does_not_keep_a_stack_from_it(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def up(home: Path, *, port: int, gguf: Path | None) -> None:
     with ends_on_signals():
         try:
             stack.start()
+            _show_key(stack, console)
             register(stack, gguf, console)
             _welcome(stack, console)
             _stand(stack)
@@ -79,17 +80,21 @@ def add_base(api: Remote, gguf: Path, console: Console) -> None:
     report("Base model", BASE)
 
 
+def _show_key(stack: Stack, console: Console) -> None:
+    """At once: it cannot be shown again, and what comes next may fail or be stopped."""
+    if not stack.first_key:
+        console.print("\nThe first key was shown earlier; `tunery keys create` makes another.\n")
+        return
+    console.print("\nThe first key (an administrator's), shown this once:\n")
+    console.print(f"  export TUNERY_API_KEY={stack.first_key}", soft_wrap=True)
+    console.print(f"  export OPENAI_BASE_URL={stack.api_url}/v1 OPENAI_API_KEY=$TUNERY_API_KEY\n", soft_wrap=True)
+
+
 def _welcome(stack: Stack, console: Console) -> None:
-    console.print()
     console.print(
-        f"[bold]Tunery is up.[/] OpenAI's API at [bold]{stack.api_url}/v1[/], its docs at {stack.api_url}/docs"
+        f"[bold]Tunery is up.[/] OpenAI's API at [bold]{stack.api_url}/v1[/], its docs at {stack.api_url}/docs",
+        soft_wrap=True,
     )
-    if stack.first_key:
-        console.print("The first key (an administrator's), shown this once:\n")
-        console.print(f"  export TUNERY_API_KEY={stack.first_key}", soft_wrap=True)
-        console.print(f"  export OPENAI_BASE_URL={stack.api_url}/v1 OPENAI_API_KEY=$TUNERY_API_KEY\n", soft_wrap=True)
-    else:
-        console.print("The first key was shown earlier; `tunery keys create` makes another.")
     console.print(f"Logs and data: {stack.home}. Ctrl-C stops everything.", style="dim", soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""One stack a home: who holds it, by the kernel's word. A pid in a file may be a stranger's after a kill or a reboot."""
+"""One stack a home: who has it, by the kernel's word. A pid in a file may be a stranger's after a kill or a reboot."""
 
 import fcntl
 import os

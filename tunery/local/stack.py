@@ -107,11 +107,11 @@ class Stack:
         self.valkey.start()
         self.report("Valkey", f"127.0.0.1:{self.valkey.port}")
         schema.upgrade(self.postgres.url())
-        self.first_key = self._make_first_key()
         self._write_state()
         self._start_services(root)
         self._wait_for_api()
         self.report("API", self.api_url)
+        self.first_key = self._make_first_key()  # last: a start that fails must not have stored what nobody was shown
 
     def stop(self) -> None:
         """Services, then servers, then whatever a service left behind. Safe to call twice."""

@@ -1,0 +1,136 @@
+"""`tunery up` as people run it: a program of its own, stopped in every way there is, and what it leaves behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from sqlalchemy import text
+
+from tunery import db
+from tunery.local import lock, process, state
+from tunery.local.postgres import Postgres
+
+TRACE = "STARTED_BY_TEST"
+"""Inherited by all that `tunery up` starts, the servers and the guard too."""
+
+
+@dataclass
+class Up:
+    """A running `tunery up`."""
+
+    home: Path
+    log: Path
+    environment: dict[str, str]
+    trace: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def start(self) -> None:
+        environment = {**os.environ, **self.environment, TRACE: self.trace}
+        with self.log.open("wb") as log:
+            self.child = subprocess.Popen(
+                [*TUNERY, "up", "--home", self.home, "--port", "0", "--model", self.home / "none.gguf"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                process_group=0,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` has it ignored
+            )
+
+    def wait_for(self, ready: Callable[[], bool]) -> None:
+        assert process.wait_until(ready, seconds=60, alive=lambda: self.child.poll() is None), self.said()
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def ctrl_c(self) -> int:
+        """As a terminal sends it: to the whole group."""
+        os.killpg(self.child.pid, signal.SIGINT)
+        return self.child.wait(60)
+
+    def left(self) -> list[psutil.Process]:
+        return [other for other in psutil.process_iter() if _trace(other) == self.trace]
+
+
+TUNERY = [sys.executable, "-m", "tunery.cli.main"]
+
+
+def _trace(other: psutil.Process) -> str | None:
+    try:
+        return None if other.status() == psutil.STATUS_ZOMBIE else other.environ().get(TRACE)
+    except psutil.Error:
+        return None
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("home")
+    yield folder
+    Postgres(folder / "postgres").remove()
+
+
+@contextmanager
+def running(home: Path, **environment: str) -> Iterator[Up]:
+    up = Up(home, home.with_suffix(".log"), environment)
+    up.start()
+    try:
+        yield up
+    finally:
+        if up.child.poll() is None:
+            up.child.kill()
+        for other in up.left():
+            other.kill()
+        up.child.wait()
+
+
+def _execute(url: str, statement: str) -> int:
+    """The number of rows that it was about."""
+    engine = db.make_engine(url)
+    try:
+        with engine.begin() as connection:
+            return int(connection.execute(text(statement)).rowcount)
+    finally:
+        engine.dispose()
+
+
+def _unpacks(home: Path) -> bool:
+    """Whether the base's row stands, so that a worker is at it."""
+    found = state.running(home)
+    return found is not None and _execute(found["database_url"], "SELECT id FROM models") == 1
+
+
+def _settle_base(home: Path) -> None:
+    """As if the worker had been left to it: what the other tests are about, needs no model."""
+    with Postgres(home / "postgres") as server:
+        assert _execute(server.url(), "UPDATE models SET status = 'error'") == 1
+
+
+def test_a_killed_up_takes_everything_along_and_has_shown_the_first_key(home: Path) -> None:
+    with running(home) as up:
+        up.wait_for(lambda: _unpacks(home))
+        assert "export TUNERY_API_KEY=tnr_" in up.said()
+        up.child.kill()
+        assert process.wait_until(lambda: not up.left(), seconds=60, alive=lambda: True), up.left()
+    assert not lock.is_held(home)
+    _settle_base(home)
+
+
+def test_a_second_up_is_refused_and_ctrl_c_of_the_first_leaves_nothing(home: Path) -> None:
+    with running(home) as up:
+        up.wait_for(lambda: "Tunery is up" in up.said())
+        second = subprocess.run([*TUNERY, "up", "--home", home, "--port", "0"], capture_output=True, text=True)
+        assert second.returncode == 1
+        assert f"process {up.child.pid}" in second.stderr
+        found = state.running(home)
+        assert found is not None
+        assert found["pid"] == up.child.pid
+        assert up.ctrl_c() == 0, up.said()
+        assert "Everything is stopped." in up.said()
+        assert up.left() == []
