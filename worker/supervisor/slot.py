@@ -2,9 +2,9 @@
 
 import fcntl
 import logging
+import os
 import re
 from pathlib import Path
-from typing import IO
 
 import psutil
 from sqlalchemy import select
@@ -36,7 +36,7 @@ class Slot:
         self._storage = open_storage(settings)
         self._devices = devices.found(settings.serve_gpu)
         self._lock_path = settings.runs_dir / ".slots" / f"{re.sub(r'[^A-Za-z0-9@._-]', '-', name)}.lock"
-        self._lock: IO[str] | None = None
+        self._lock: int | None = None
 
     def show(self) -> None:
         """Writes down what this host offers, for planning and for people."""
@@ -84,13 +84,14 @@ class Slot:
         self._lock = lock
         return True
 
-    def _hold_lock(self) -> IO[str] | None:
+    def _hold_lock(self) -> int | None:
+        """A descriptor that nobody closes: the kernel does, with the process, and whoever comes next gets the lock."""
         self._lock_path.parent.mkdir(parents=True, exist_ok=True)
-        lock = self._lock_path.open("w")
+        lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.close()
+            os.close(lock)
             return None
         return lock
 
