@@ -1,6 +1,7 @@
 """The command line against a real API: what it sends, what it prints, and what it says when something is wrong."""
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from tunery.cli import main, show
 from tunery.jobs import ledger
 from tunery.jobs.states import State
 from tunery.keys import ring
-from tunery.local import process
+from tunery.local import demo, process
+from tunery.local.stack import Stack
 from tunery.local.valkey import free_port
 from tunery.models.model import Model
 from tunery.storage import open_storage
@@ -268,6 +270,19 @@ def test_nobody_answers(tunery: Run) -> None:
     status, _, err = tunery("--api-url", "http://127.0.0.1:1", "--key", "tnr_x", "jobs", "list")
     assert status == 1
     assert "No answer from http://127.0.0.1:1" in err
+
+
+def test_a_proxy_is_not_asked_for_this_machine(tunery: Run, api: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for url in (api, api.replace("127.0.0.1", "localhost")):
+        assert tunery("--api-url", url, "files", "list")[0] == 0
+    stack = Stack(Path("home"))
+    stack.api_url, stack.first_key = api, os.environ["TUNERY_API_KEY"]
+    with demo._connect(stack) as client:
+        assert client.files.list().data == []
 
 
 def test_a_wrong_key(tunery: Run, api: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import httpx
 
 from tunery.errors import TuneryError
 from tunery.local import state
+from tunery.local.tree import UNPROXIED
 
 HOME = Path(".tunery/up")
 """Where `tunery up` keeps its state unless told otherwise."""
@@ -79,6 +80,7 @@ class Remote:
             headers={"Authorization": f"Bearer {self.key}"},
             timeout=httpx.Timeout(60, connect=5),
             follow_redirects=True,
+            mounts=UNPROXIED,
         )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, cast
 
-from openai import OpenAI, OpenAIError
+from openai import DefaultHttpxClient, OpenAI, OpenAIError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -85,8 +85,12 @@ def _with_stack(home: Path, console: Console, proof: Proof, rows: int, test_rows
         open.callback(_stop, stack)
         stack.start()
         receiver = open.enter_context(Receiver())
-        client = OpenAI(base_url=f"{stack.api_url}/v1", api_key=stack.first_key)
-        return _Story(client, receiver, home, console, proof).tell(rows, test_rows)
+        return _Story(_connect(stack), receiver, home, console, proof).tell(rows, test_rows)
+
+
+def _connect(stack: Stack) -> OpenAI:
+    client = DefaultHttpxClient(mounts=tree.UNPROXIED)
+    return OpenAI(base_url=f"{stack.api_url}/v1", api_key=stack.first_key, http_client=client)
 
 
 def _stop(stack: Stack) -> None:

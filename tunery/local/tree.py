@@ -1,5 +1,6 @@
 """Where the services are: `api`, `worker` and `migrations` run from a checkout, they are not in the wheel."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from tunery.errors import TuneryError
@@ -7,6 +8,8 @@ from tunery.errors import TuneryError
 BASE = "SmolLM2-135M-Instruct"
 """What the small model of demo and tests is registered as."""
 LOOPBACK = "127.0.0.1/32"
+UNPROXIED: Mapping[str, None] = dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]"))
+"""For httpx's `mounts`: HTTP_PROXY leads to other machines, and httpx would ask it for this one too."""
 
 
 class NotACheckout(TuneryError):
