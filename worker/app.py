@@ -5,6 +5,10 @@ lost, doubled or late message changes nothing, and no broker at all costs a poll
 """
 
 import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from billiard.process import current_process
@@ -12,7 +16,9 @@ from celery import Celery, signals
 
 from tunery import dispatch
 from tunery.settings import get_settings
+from tunery.storage import open_storage
 from worker.supervisor import devices
+from worker.supervisor.devices import Device
 from worker.supervisor.drain import Drain
 from worker.tasks.desk import Desk
 from worker.tasks.stations import open_desks
@@ -32,6 +38,8 @@ app.conf.update(
     accept_content=["json"],
     task_serializer="json",
     task_default_queue=dispatch.IO,
+    # Four seconds by default, and then the process is killed and its successor too, for ever.
+    worker_proc_alive_timeout=120,
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
     # Without them a publish on a dead connection waits for ever.
@@ -48,11 +56,12 @@ DRAIN = Drain()
 
 
 class _Here:
-    """What this process serves: the queues are known before the fork, the desks opened after it."""
+    """What this process serves: queues and devices are known before the fork, the desks opened after it."""
 
     def __init__(self) -> None:
         self.node = "worker"
         self.queues: list[str] = []
+        self.devices: list[Device] = []
         self.desks: dict[str, list[Desk]] = {}
 
 
@@ -75,11 +84,25 @@ def _work(queue: str) -> None:
     first.work()
 
 
-def _one_process_a_device(conf: Any, options: dict[str, Any], **_: object) -> None:
-    """Without `-c`: as many slots as GPUs, or one."""
+@contextmanager
+def _or_end(leave: Callable[[str], object]) -> Iterator[None]:
+    """Celery writes down what a signal's handler raises and goes on, with a worker that is ready and does nothing."""
+    try:
+        yield
+    except Exception as error:
+        log.exception("this worker cannot work")
+        leave(f"this worker cannot work: {error}")
+
+
+def _look_around(conf: Any, options: dict[str, Any], **_: object) -> None:
+    """Once, before the fork, for all processes. Without `-c` there are as many slots as GPUs, or one."""
+    settings = get_settings()
+    with _or_end(sys.exit):
+        open_storage(settings)
+        if dispatch.TRAIN in str(options.get("queues") or ""):
+            _HERE.devices = devices.found(settings.serve_gpu)
     if not options.get("concurrency"):
-        queues = str(options.get("queues") or "")
-        conf.worker_concurrency = len(devices.found(get_settings().serve_gpu)) or 1 if dispatch.TRAIN in queues else 1
+        conf.worker_concurrency = len(_HERE.devices) or 1
 
 
 def _note_queues(sender: str, instance: Any, **_: object) -> None:
@@ -90,7 +113,8 @@ def _note_queues(sender: str, instance: Any, **_: object) -> None:
 def _open_desks(**_: object) -> None:
     slot = f"{_HERE.node}/{getattr(current_process(), 'index', 0)}"
     settings = get_settings()
-    _HERE.desks = {queue: open_desks(queue, slot, settings, DRAIN) for queue in _HERE.queues}
+    with _or_end(lambda _: os._exit(1)):
+        _HERE.desks = {queue: open_desks(queue, slot, settings, DRAIN, _HERE.devices) for queue in _HERE.queues}
 
 
 def _drain(**_: object) -> None:
@@ -107,7 +131,7 @@ def _wait_for_desks(**_: object) -> None:
 app.task(name=dispatch.TASKS[dispatch.TRAIN])(work_on_training)
 app.task(name=dispatch.TASKS[dispatch.IO])(work_on_io)
 
-signals.celeryd_init.connect(_one_process_a_device)
+signals.celeryd_init.connect(_look_around)
 signals.celeryd_after_setup.connect(_note_queues)
 signals.worker_process_init.connect(_open_desks)
 signals.worker_shutting_down.connect(_drain)

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from tunery.errors import LeaseLost, StorageFailed
 from tunery.jobs import leases, ledger
+from tunery.jobs.model import Job
 from tunery.jobs.states import State
 from tunery.local import process
 from tunery.settings import Settings
@@ -20,6 +21,7 @@ from tunery.storage import Directory, Stored
 from worker.supervisor import devices, staging, upload
 from worker.supervisor import process as process_
 from worker.supervisor.deeds import step_message
+from worker.supervisor.devices import Device, DriverFails
 from worker.supervisor.drain import Drain
 from worker.supervisor.lease import Hold
 from worker.supervisor.process import environment
@@ -71,23 +73,33 @@ def test_last_words_can_be_stored_whatever_they_are(stand_in: Callable[[str], pr
 _SMI = """#!/bin/sh
 case "$1" in
   --query-gpu*)
-    echo "0, GPU-aaaa, NVIDIA H200, 143771, 9.0"
-    echo "1, GPU-bbbb, NVIDIA H200, 143771, 9.0"
-    echo "2, GPU-cccc, Tesla V100-SXM2-16GB, 16384, 7.0";;
+    echo "0, GPU-aaaa, NVIDIA H200, 143771, 9.0, Disabled"
+    echo "1, GPU-bbbb, NVIDIA H200, 143771, 9.0, Disabled"
+    echo "2, GPU-cccc, Tesla V100-SXM2-16GB, 16384, 7.0, [N/A]";;
   --query-compute-apps*) echo "GPU-bbbb";;
 esac
 """
 
 
 @pytest.fixture
-def three_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver's program that tells of three GPUs, the second of which a stranger uses."""
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a driver's program of the test's in the place of nvidia-smi."""
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
-    program.write_text(_SMI)
-    program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def install(script: str) -> None:
+        program.write_text(script)
+        program.chmod(0o755)
+
+    return install
+
+
+@pytest.fixture
+def three_gpus(driver: Callable[[str], None]) -> None:
+    """A host of three GPUs, the second of which a stranger uses."""
+    driver(_SMI)
 
 
 def test_without_a_driver_the_host_offers_its_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -111,6 +123,44 @@ def test_gpus_are_offered_but_for_the_servers_and_those_in_use(monkeypatch: pyte
     assert devices.found(0) == [], "the only GPU serves: no training on the CPU by surprise"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert [gpu.index for gpu in devices.found(None)] == [None]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-5c89852c")
+    assert devices.found(None) == [], "a part of a GPU is none, and no reason to train on the CPU"
+
+
+@pytest.mark.parametrize("script", ["#!/bin/sh\necho Unable to determine the device handle; exit 255", "no program"])
+def test_a_driver_that_fails_is_not_taken_for_a_host_without_gpus(
+    driver: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    driver(script)
+    with pytest.raises(DriverFails, match="Mend the driver"):
+        devices.found(None)
+    with pytest.raises(DriverFails):
+        devices.free_of_strangers([Device(0, "H200", 2**37, uuid="GPU-aaaa")])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [device.index for device in devices.found(None)] == [None]
+
+
+def test_a_gpu_that_cannot_be_used_as_a_whole_is_left_out(driver: Callable[[str], None]) -> None:
+    whole = "2, GPU-cccc, NVIDIA H100, 81559, 9.0, Disabled"
+    divided, unknown = "0, GPU-aaaa, NVIDIA H100, 81559, 9.0, Enabled", "1, GPU-bbbb, NVIDIA GB10, [N/A], 12.1, [N/A]"
+    driver("\n".join(["#!/bin/sh", *(f"echo '{row}'" for row in (divided, unknown, whole))]))
+    assert [gpu.index for gpu in devices.found(None)] == [2]
+    driver("\n".join(["#!/bin/sh", f"echo '{divided}'", f"echo '{unknown}'"]))
+    assert devices.found(None) == []
+
+
+def test_a_driver_that_fails_at_the_claim_costs_nothing(
+    database: Database, settings: Settings, driver: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    driver(_SMI)
+    slot = Slot("train@h/0", settings, Drain(), devices.found(None))
+    with database.sessions.begin() as session:
+        job = rows.job(session, state=State.QUEUED)
+    driver("#!/bin/sh\nexit 255")
+    assert not slot.look()
+    assert "no job is taken: nvidia-smi ends with 255" in caplog.text
+    with database.sessions.begin() as session:
+        assert session.get_one(Job, job.id).state == "queued"
 
 
 # --- the slot ---
@@ -134,7 +184,7 @@ def test_a_starting_slot_cleans_up_and_spares_a_run_that_begins_meanwhile(
                 assert rows.claim(session)
 
     event.listen(database.engine, "after_cursor_execute", begin)
-    assert not Slot("train@h/0", settings, Drain()).look()
+    assert not Slot("train@h/0", settings, Drain(), devices.found(None)).look()
     assert (dead.exists(), live.exists()) == (False, True)
 
 

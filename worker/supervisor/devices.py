@@ -11,7 +11,10 @@ from tunery.jobs.model import Slot
 
 log = logging.getLogger(__name__)
 
-_FIELDS = "index,uuid,name,memory.total,compute_cap"
+_FIELDS = "index,uuid,name,memory.total,compute_cap,mig.mode.current"
+_NO_GPU = ("", "-1", "none", "void", "NoDevFiles")
+"""Ways to say in CUDA_VISIBLE_DEVICES that the GPUs are not meant."""
+_ADVICE = "Mend the driver, or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU."
 _BF16_SINCE = 8.0
 """Compute capability of the first GPUs (Ampere) that compute in bf16."""
 
@@ -27,6 +30,10 @@ class Device:
     uuid: str = ""
 
 
+class DriverFails(Exception):
+    """What runs on this host's GPUs, or whether it has any, cannot be known now."""
+
+
 def host() -> str:
     """The name under which this machine's devices are counted."""
     return socket.gethostname()
@@ -35,17 +42,21 @@ def host() -> str:
 def found(serve_gpu: int | None) -> list[Device]:
     """The devices that may train: every GPU that CUDA_VISIBLE_DEVICES leaves, less the model server's; else the CPU.
 
-    A host whose only GPU serves offers nothing, rather than its CPU by surprise.
+    A host with GPUs of which none may be used offers nothing, rather than its CPU by surprise. Raises DriverFails.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [gpu for gpu in _gpus() if _is_visible(gpu, visible)]
-    if not gpus:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip()
+    rows = _ask(f"--query-gpu={_FIELDS}") if visible not in _NO_GPU else []
+    if not rows:
         return [Device(None, "CPU", _memory_bytes())]
-    return [gpu for gpu in gpus if gpu.index != serve_gpu]
+    gpus = [gpu for row in rows if (gpu := _understood(row)) is not None]
+    offered = [gpu for gpu in gpus if _is_visible(gpu, visible) and gpu.index != serve_gpu]
+    if not offered:
+        log.error("none of this host's %d GPUs may train: CUDA_VISIBLE_DEVICES is '%s'", len(rows), visible)
+    return offered
 
 
 def free_of_strangers(devices: list[Device]) -> list[Device]:
-    """The devices on which no process computes, ours or another's.
+    """The devices on which no process computes, ours or another's. Raises DriverFails.
 
     Ours count too, and rightly: a GPU whose run has just been killed is offered again when it is really empty.
     """
@@ -68,34 +79,33 @@ def as_slot(device: Device) -> Slot:
     )
 
 
-def _gpus() -> list[Device]:
-    rows = [[cell.strip() for cell in line.split(",")] for line in _ask(f"--query-gpu={_FIELDS}")]
-    return [
-        Device(int(index), name, int(float(mebibytes) * 2**20), float(capability) >= _BF16_SINCE, uuid)
-        for index, uuid, name, mebibytes, capability in rows
-    ]
+def _understood(row: str) -> Device | None:
+    """A line of nvidia-smi's; None for a GPU that no run could use as a whole, or whose memory is not told."""
+    index, uuid, name, mebibytes, capability, mig = (cell.strip() for cell in row.split(","))
+    if mig == "Enabled" or not mebibytes.isdigit():
+        why = "it is divided by MIG" if mig == "Enabled" else "its driver does not tell its memory"
+        log.error("GPU %s (%s) is not used: %s", index, name, why)
+        return None
+    return Device(int(index), name, int(mebibytes) * 2**20, float(capability) >= _BF16_SINCE, uuid)
 
 
 def _ask(query: str) -> list[str]:
-    """nvidia-smi's answer, a line a row; none without a driver. One that hangs (a GPU fell off the bus) is an error."""
+    """nvidia-smi's answer, a line a row; none on a host without that program, and only there. Raises DriverFails."""
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except FileNotFoundError:
         return []
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise DriverFails(f"nvidia-smi does not answer ({type(error).__name__}). {_ADVICE}") from error
     if answer.returncode != 0:
-        log.error("nvidia-smi fails, so no GPU is used: %s", (answer.stdout + answer.stderr).strip())
-        return []
+        said = (answer.stdout + answer.stderr).strip()
+        raise DriverFails(f"nvidia-smi ends with {answer.returncode} ({said}). {_ADVICE}")
     return [line for line in answer.stdout.splitlines() if line.strip()]
 
 
-def _is_visible(gpu: Device, visible: str | None) -> bool:
-    if visible is None or visible.strip() == "all":
+def _is_visible(gpu: Device, visible: str) -> bool:
+    if visible == "all":
         return True
     names = [name.strip() for name in visible.split(",") if name.strip()]
     return any(name == str(gpu.index) or (name.startswith("GPU-") and gpu.uuid.startswith(name)) for name in names)

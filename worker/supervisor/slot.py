@@ -17,6 +17,7 @@ from tunery.jobs.queue import Offer
 from tunery.settings import Settings
 from tunery.storage import open_storage
 from worker.supervisor import attempt, devices
+from worker.supervisor.devices import Device, DriverFails
 from worker.supervisor.drain import Drain
 from worker.supervisor.process import MARK
 
@@ -30,11 +31,11 @@ class Slot:
     life left behind, and ends that before it takes anything new.
     """
 
-    def __init__(self, name: str, settings: Settings, drain: Drain) -> None:
+    def __init__(self, name: str, settings: Settings, drain: Drain, found: list[Device]) -> None:
         self.name = name
         self._settings, self._drain = settings, drain
         self._storage = open_storage(settings)
-        self._devices = devices.found(settings.serve_gpu)
+        self._devices = found
         self._lock_path = settings.runs_dir / ".slots" / f"{re.sub(r'[^A-Za-z0-9@._-]', '-', name)}.lock"
         self._lock: int | None = None
 
@@ -55,7 +56,11 @@ class Slot:
         return True
 
     def _claim(self) -> Lease | None:
-        idle = frozenset(device.index for device in devices.free_of_strangers(self._devices))
+        try:
+            idle = frozenset(device.index for device in devices.free_of_strangers(self._devices))
+        except DriverFails as error:
+            log.error("no job is taken: %s", error)  # noqa: TRY400 (the reason is the whole story)
+            return None
         if not idle:
             return None
         offer = Offer(devices.host(), self.name, {device.index: device.memory_bytes for device in self._devices}, idle)

@@ -4,6 +4,7 @@ from tunery import dispatch
 from tunery.settings import Settings
 from tunery.storage import open_storage
 from tunery.webhooks import outbox
+from worker.supervisor.devices import Device
 from worker.supervisor.drain import Drain
 from worker.supervisor.slot import Slot
 from worker.tasks import conversion, files, validation
@@ -13,16 +14,16 @@ from worker.tasks.sweeper import Sweeper
 _SHOW_SECONDS = 60
 
 
-def open_desks(queue: str, slot_name: str, settings: Settings, drain: Drain) -> list[Desk]:
-    """The desks of one queue, polling. Call it once in each process, after the fork."""
-    desks = _training(slot_name, settings, drain) if queue == dispatch.TRAIN else _io(settings, drain)
+def open_desks(queue: str, slot_name: str, settings: Settings, drain: Drain, found: list[Device]) -> list[Desk]:
+    """The desks of one queue, polling. Call it once in each process, after the fork. `found`: what may train."""
+    desks = _training(slot_name, settings, drain, found) if queue == dispatch.TRAIN else _io(settings, drain)
     for desk in desks:
         desk.open()
     return desks
 
 
-def _training(slot_name: str, settings: Settings, drain: Drain) -> list[Desk]:
-    slot = Slot(slot_name, settings, drain)
+def _training(slot_name: str, settings: Settings, drain: Drain, found: list[Device]) -> list[Desk]:
+    slot = Slot(slot_name, settings, drain, found)
 
     def show() -> bool:
         slot.show()

@@ -1,0 +1,52 @@
+"""How workers start: set up once, or not at all; never there and deaf."""
+
+import pytest
+from sqlalchemy import select
+from workshop import Workshop
+
+from tunery.jobs.model import Slot
+from tunery.local import process
+from worker.app import app
+
+_SMI = """#!/bin/sh
+echo "$PPID" >> "{folder}/asked"
+case "$1" in --query-gpu*) echo "0, GPU-aaaa, NVIDIA H200, 143771, 9.0, Disabled";; esac
+"""
+
+
+def _driver(workshop: Workshop, script: str) -> str:
+    """A PATH with a driver's program of the test's."""
+    program = workshop.folder / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(script)
+    program.chmod(0o755)
+    return f"{program.parent}:/usr/bin:/bin"
+
+
+@pytest.mark.parametrize("queue", ["io", "train"])
+def test_a_worker_that_cannot_use_its_storage_ends_and_says_why(workshop: Workshop, queue: str) -> None:
+    worker = workshop.start(queue, TUNERY_STORAGE_URL="ftp://nowhere")
+    assert worker.wait(60) == 1
+    assert "TUNERY_STORAGE_URL is 'ftp://nowhere'; use file:" in process.tail(workshop.folder / f"{queue}.log", 60)
+
+
+def test_a_worker_whose_driver_fails_ends_and_says_what_to_do(workshop: Workshop) -> None:
+    path = _driver(workshop, "#!/bin/sh\necho No devices were found; exit 6\n")
+    worker = workshop.start("train", PATH=path)
+    assert worker.wait(60) == 1
+    assert "set CUDA_VISIBLE_DEVICES to nothing" in process.tail(workshop.folder / "train.log", 60)
+
+
+def test_the_devices_are_looked_for_once_before_the_slots_start(workshop: Workshop) -> None:
+    """A slot that took as long as some drivers do would be killed as dead, and its successor too."""
+    path = _driver(workshop, _SMI.format(folder=workshop.folder))
+    worker = workshop.start("train", PATH=path, TUNERY_POLL_SECONDS="60")
+    workshop.until(lambda: _shown(workshop), "the device is shown")
+    asked = (workshop.folder / "asked").read_text().split()
+    assert asked.count(str(worker.pid)) == 1
+    assert app.conf.worker_proc_alive_timeout > 60, "the setup of a slot may still take long"
+
+
+def _shown(workshop: Workshop) -> list[str]:
+    with workshop.session() as session:
+        return [slot.device for slot in session.scalars(select(Slot)) if slot.gpu_index == 0]
