@@ -322,15 +322,16 @@ def _verdict(console: Console, proof: Proof) -> None:
 
 def _how_to_go_on(console: Console, home: Path, job: dict[str, Any]) -> None:
     """The home is a stack like any other: `tunery up` brings it back with its job and its model."""
-    question = '{"role": "user", "content": "I lost my card"}'
     console.print("\n[bold]Go on by hand[/]")
     for line in (
         f".venv/bin/tunery up --home {home}",
-        f"export TUNERY_API_KEY=$(.venv/bin/tunery --home {home} keys create)   # in another terminal",
+        "# then, in another terminal",
+        f"export TUNERY_API_KEY=$(.venv/bin/tunery --home {home} keys create)",
         f".venv/bin/tunery jobs show {job['id']}",
-        'curl -s http://127.0.0.1:8000/v1/chat/completions -H "Authorization: Bearer $TUNERY_API_KEY" '
-        f'-H \'Content-Type: application/json\' -d \'{{"model": "{job["fine_tuned_model"]}", '
-        f'"messages": [{question}]}}\'',
+        "curl -s http://127.0.0.1:8000/v1/chat/completions \\",
+        '  -H "Authorization: Bearer $TUNERY_API_KEY" -H "Content-Type: application/json" \\',
+        f'  -d \'{{"model": "{job["fine_tuned_model"]}",',
+        '       "messages": [{"role": "user", "content": "I lost my card"}]}\'',
     ):
         console.print(Text(f"  {line}"), soft_wrap=True)
 
