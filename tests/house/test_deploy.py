@@ -2,8 +2,8 @@
 
 import importlib
 import json
+import os
 import re
-import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -103,9 +103,24 @@ def test_copied_paths_exist_and_are_in_the_build_context(root: Path, stages: dic
 def test_extras_and_pins_are_those_of_the_project(root: Path, stages: dict[str, Stage]) -> None:
     extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     steps = " ".join(rest for stage in stages.values() for rest in stage.all("RUN"))
-    assert set(re.findall(r"\.\[(.+?)\]", steps)) <= set(extras)
+    assert set(re.findall(r"\.\[(.+?)\]", steps)) == {"api", "worker"} <= set(extras)
     pins = set((root / "constraints.txt").read_text().split())
-    assert set(re.findall(r"\btorch==\S+", steps)) <= pins
+    assert set(re.findall(r"\btorch==\S+", steps)) == {pin for pin in pins if pin.startswith("torch==")}
+
+
+def test_another_build_of_torch_comes_from_an_index_beside_the_usual_one(root: Path, stages: dict[str, Stage]) -> None:
+    """As in the Makefile: alone, that index would have to hold the pinned versions of all that torch needs."""
+    (step,) = (rest for rest in stages["install-worker"].all("RUN") if "torch==" in rest)
+    for index, options in (("", []), ("https://index", ["--extra-index-url", "https://index"])):
+        said = subprocess.run(
+            ["sh", "-c", re.sub(r"^pip ", "printf '%s\\\\n' ", step)],
+            env={"TORCH_INDEX": index, "PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert said.stdout.splitlines()[3:-1] == options
+    assert "$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))" in (root / "Makefile").read_text()
 
 
 def test_the_api_image_holds_no_worker(stages: dict[str, Stage]) -> None:
@@ -310,8 +325,9 @@ def test_every_setting_that_is_named_anywhere_exists(root: Path, texts: dict[Pat
 
 def _install(root: Path, stages: dict[str, Stage], target: str, tree: Path) -> Path:
     """What the image's install stage does, in `tree` for /app and a fresh venv for /opt/venv. The venv's python."""
-    python = tree.parent / "venv/bin/python"
+    programs = tree.parent / "venv/bin"
     venv.create(tree.parent / "venv", with_pip=True)
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PIP_QUIET": "1"}
     tree.mkdir()
     for stage in _line_of(stages, target):
         for name, rest in stage.steps:
@@ -319,9 +335,8 @@ def _install(root: Path, stages: dict[str, Stage], target: str, tree: Path) -> P
                 for source in rest.split()[:-1]:
                     _copy(root / source, tree / source)
             elif name == "RUN" and rest.startswith("pip "):
-                command = re.sub(r"\$\{TORCH_INDEX:\+.*?\}", "", rest)
-                subprocess.run([python, "-m", *shlex.split(command), "-q"], cwd=tree, check=True, timeout=1200)
-    return python
+                subprocess.run(["sh", "-c", rest], cwd=tree, env=environment, check=True, timeout=1200)
+    return programs / "python"
 
 
 def _copy(source: Path, target: Path) -> None:
