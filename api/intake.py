@@ -16,6 +16,7 @@ from tunery.jobs.model import Job
 from tunery.keys.ring import Caller
 from tunery.models import registry
 from tunery.models.model import Model
+from tunery.planning import advice
 from tunery.spec import Hyperparameters, Lora, TrainingSpec
 
 _SUPPORTED = "Use method.type 'supervised', with technique full, lora or qlora."
@@ -32,6 +33,7 @@ def create(session: Session, caller: Caller, body: CreateJob, *, idempotency_key
         return earlier
     _check(body)
     model = registry.find_ready(session, caller.project_id, body.model)
+    advice.check_modules(body.technique, model.facts)
     for param, name in _files(body).items():
         _check_file(session, caller.project_id, param, name)
     job = _job(body, caller, model, _spec(session, body, model))

@@ -49,6 +49,18 @@ def test_the_key_order_is_openais(team: Team, file: str, base: str) -> None:
     ]  # fmt: skip
 
 
+def test_layers_that_the_base_does_not_have_are_named(team: Team, file: str, base: str, database: Database) -> None:
+    with database.sessions.begin() as session:
+        row = session.get_one(Model, base)
+        row.facts = {**row.facts, "linear_modules": ["layers.*.mlp.up_proj", "layers.*.self_attn.q_proj"]}
+
+    refused = _create(team, file, technique={"type": "lora", "target_modules": ["q_proj", "foo_proj"]})
+
+    _refused(refused, 400, "technique.target_modules", "no linear layer 'foo_proj'")
+    assert "up_proj, q_proj" in refused.json()["error"]["message"]
+    assert _create(team, file, technique={"type": "lora", "target_modules": ["q_proj"]}).status_code == 200
+
+
 def test_what_is_stored(team: Team, file: str, base: str, database: Database) -> None:
     job = _create(team, file, technique={"type": "qlora", "r": 8}, seed=7, resources={"gpus": 2}, priority=-1).json()
     with database.sessions() as session:

@@ -85,6 +85,19 @@ def test_a_test_row_ends_with_the_wanted_answer() -> None:
         check_examples([json.dumps(asks).encode()], role="test")
 
 
+def test_test_rows_that_want_a_tool_call_cannot_be_scored() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    called = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]}
+    line = json.dumps(called).encode() + b"\n"
+
+    [told] = check_examples([row(), line], role="test").warnings(2048)
+    assert told.startswith("1 of 2 test examples want a tool call and no text")
+    assert told.endswith("line 2.")
+    with pytest.raises(InvalidTrainingFile, match="none can be scored"):
+        check_examples([line], role="test")
+    assert check_examples([line], role="validation").warnings(2048) == []
+
+
 def test_cut_rows_are_counted_and_told() -> None:
     made = template()
     length = check_examples([row()] * 10, template=made).longest

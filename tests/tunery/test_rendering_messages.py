@@ -108,6 +108,7 @@ def nested(depth: int) -> str:
         ('{"a": NaN}', "NaN is not JSON"),
         ('{"a": -Infinity}', "-Infinity is not JSON"),
         ('{"a": 1e999}', "1e999 is too large"),
+        ('{"a": ' + "9" * 5000 + "}", "5000 digits, more than 1000; write it as a string"),
         ('{"a": "\\ud83d"}', "half a surrogate pair"),
         ('{"\\udc00": 1}', "half a surrogate pair"),
         ('{"a": ["\\u0000"]}', "character NUL"),

@@ -19,7 +19,8 @@ _MOST_FAULTS = 100
 @dataclass
 class Summary:
     """What a good file holds. Tokens, with the template only, are those of one epoch after the cut at `max_length`.
-    `unlearnable`: lines whose whole answer is lost to the cut."""
+    `unlearnable`: lines whose whole answer is lost to the cut. `unscorable`: lines of a test file whose wanted answer
+    has no text, a tool call alone."""
 
     examples: int = 0
     tokens: int = 0
@@ -27,6 +28,7 @@ class Summary:
     longest: int = 0
     truncated: int = 0
     unlearnable: list[int] = field(default_factory=list)
+    unscorable: list[int] = field(default_factory=list)
     with_tools: int = 0
 
     def warnings(self, max_length: int) -> list[str]:
@@ -41,6 +43,11 @@ class Summary:
             found.append(
                 f"{len(self.unlearnable)} of {self.examples} examples lose their whole answer to the cut at "
                 f"{max_length} tokens and are left out: {_lines(self.unlearnable)}."
+            )
+        if self.unscorable:
+            found.append(
+                f"{len(self.unscorable)} of {self.examples} test examples want a tool call and no text, which the "
+                f"scorecard leaves out: {_lines(self.unscorable)}."
             )
         return found
 
@@ -66,6 +73,8 @@ def check_examples(
                 example = parse_line(text, number, role)
                 _check_role(example, number, role)
                 _count(summary, number, example, _encode(template, example, number, max_length, role))
+                if role == "test" and example.messages[-1].content is None:
+                    summary.unscorable.append(number)
             except InvalidTrainingFile as fault:
                 faults[number] = fault
                 if len(faults) == _MOST_FAULTS:
@@ -75,6 +84,12 @@ def check_examples(
     if faults:
         raise _all_of(faults, role)
     _check_enough(summary, role, LEAST_EXAMPLES if least is None and role == "training" else least or 1)
+    if len(summary.unscorable) == summary.examples:
+        raise InvalidTrainingFile(
+            param=f"{role}_file",
+            role=role,
+            reason="No example ends with a text, so none can be scored. Add some, or leave evaluation.test_file out.",
+        )
     if template is not None and not summary.trained_tokens:
         raise InvalidTrainingFile(
             param=f"{role}_file",

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 MAX_DEPTH = 32
+_MOST_DIGITS = 1000
 
 
 def load_object(text: str) -> dict[str, Any]:
@@ -14,7 +15,7 @@ def load_object(text: str) -> dict[str, Any]:
     keeps it) and nesting deeper than MAX_DEPTH.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole)
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} (column {error.colno}).") from None
     except RecursionError:
@@ -38,6 +39,13 @@ def _finite(digits: str) -> float:
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"the number {digits[:40]} is too large.")
     return value
+
+
+def _whole(digits: str) -> int:
+    # Python refuses more than 4300 digits by itself, and tells how to change Python.
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a whole number has {len(digits)} digits, more than {_MOST_DIGITS}; write it as a string.")
+    return int(digits)
 
 
 def _too_deep() -> str:
