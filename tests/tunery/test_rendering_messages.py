@@ -115,7 +115,6 @@ def nested(depth: int) -> str:
         ('{"\\u0000": 1}', "character NUL"),
         (nested(strict_json.MAX_DEPTH + 1), "more than 32 deep"),
         ("[" * 100_000, "more than 32 deep"),
-        ('{"a": ' + "9" * 5000 + "}", "digits"),
         ("null", "found null"),
         ("true", "found a boolean"),
         ("3", "found a number"),
