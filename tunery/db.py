@@ -7,8 +7,10 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import DateTime, Engine, MetaData, create_engine, func, select
+from sqlalchemy import DateTime, Engine, MetaData, Text, cast, create_engine, event, func, select, text
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, MappedColumn, Session, mapped_column, sessionmaker
 
 from tunery.settings import get_settings
@@ -50,7 +52,7 @@ CONNECTION = {
 
 def make_engine(url: str) -> Engine:
     """An engine that finds out about a restarted PostgreSQL before the request does."""
-    return create_engine(
+    engine = create_engine(
         url,
         pool_pre_ping=True,
         pool_size=10,
@@ -60,6 +62,16 @@ def make_engine(url: str) -> Engine:
         # Training rows and models' answers are parameters: an error's text would take them into the log.
         hide_parameters=True,
     )
+    event.listen(engine, "handle_error", _name_lost_connections)
+    return engine
+
+
+def _name_lost_connections(context: ExceptionContext) -> None:
+    """A connection that the server ended for its own reasons (idle in a transaction) is InternalError to the driver, as
+    corrupt indexes are. Whoever tries again should have one name for all that trying again may mend."""
+    error = context.original_exception
+    if context.is_disconnect and not isinstance(context.sqlalchemy_exception, OperationalError):
+        raise OperationalError(context.statement, None, error, hide_parameters=True, connection_invalidated=True)
 
 
 def make_sessions(engine: Engine) -> sessionmaker[Session]:
@@ -81,6 +93,17 @@ def transaction() -> Iterator[Session]:
     """One deed of a worker or a command: commit at the end, roll back on an error. Requests use the API's own edge."""
     with sessions().begin() as session:
         yield session
+
+
+def transaction_id(session: Session) -> str | None:
+    """PostgreSQL's own number of the session's transaction; None while it has written nothing."""
+    return session.scalar(select(cast(func.pg_current_xact_id_if_assigned(), Text)))
+
+
+def is_committed(session: Session, transaction_id: str) -> bool | None:
+    """What became of another transaction, for whoever lost the answer to its COMMIT. None: it is not decided yet."""
+    status = session.scalar(select(func.pg_xact_status(text("CAST(:id AS xid8)").bindparams(id=transaction_id))))
+    return None if status == "in progress" else status == "committed"
 
 
 def now(session: Session) -> datetime:

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import rows
 from databases import Database
-from sqlalchemy import event, text
+from sqlalchemy import Connection, event, select, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from tunery.errors import LeaseLost, StorageFailed
 from tunery.jobs import leases, ledger
-from tunery.jobs.model import Job
+from tunery.jobs.model import Job, JobEvent
 from tunery.jobs.states import State
 from tunery.local import process
 from tunery.settings import Settings
@@ -247,16 +248,25 @@ def test_a_pause_asks_first_and_kills_after_the_grace(database: Database, lease:
         assert not hold.lost
 
 
+END_OURS = "SELECT pg_terminate_backend(pg_backend_pid())"
+"""The server ends our connection, as it does when it restarts."""
+SLEEP_IN_IT = "SET LOCAL idle_in_transaction_session_timeout = 1"
+"""The server ends our connection since we were suspended in the middle of a deed."""
+
+
+@pytest.mark.parametrize("fault", [END_OURS, SLEEP_IN_IT])
 def test_while_the_database_is_away_the_run_goes_on_and_its_deed_is_done_when_it_is_back(
-    database: Database, lease: leases.Lease, quick: Settings
+    database: Database, lease: leases.Lease, quick: Settings, fault: str
 ) -> None:
     told, tries = _Told(), 0
 
     def deed(session: Session) -> str:
         nonlocal tries
         tries += 1
-        if tries == 1:  # the server ends our connection, as it does when it restarts
-            session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+        if tries == 1:
+            backend = session.scalar(text("SELECT pg_backend_pid()"))
+            session.execute(text(fault))
+            _until_gone(database, backend)
         leases.record_progress(session, lease, step=7)
         return "done"
 
@@ -267,6 +277,37 @@ def test_while_the_database_is_away_the_run_goes_on_and_its_deed_is_done_when_it
         assert not told.killed.is_set()
     with database.sessions.begin() as session:
         assert leases.held(session, lease).step == 7
+
+
+def _until_gone(database: Database, backend: int | None) -> None:
+    def is_gone() -> bool:
+        with database.sessions() as other:
+            query = text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid")
+            return bool(other.scalar(query, {"pid": backend}) == 0)
+
+    assert process.wait_until(is_gone, seconds=20, alive=lambda: True)
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_deed_is_done_once_though_the_answer_to_its_commit_was_lost(
+    database: Database, lease: leases.Lease, quick: Settings, reached: bool
+) -> None:
+    """Whether the COMMIT had reached the server or not: PostgreSQL knows."""
+    faults = [True]
+
+    def cut_off(connection: Connection) -> None:
+        if threading.current_thread() is threading.main_thread() and faults and faults.pop():
+            if reached:
+                connection.exec_driver_sql("COMMIT")
+            raise OperationalError("COMMIT", None, ConnectionError("server closed the connection"))
+
+    event.listen(database.engine, "commit", cut_off)
+    with Hold(lease, quick, Drain()) as hold:
+        answer = hold.write(lambda session: ledger.note(session, lease.job_id, "once") or "noted")
+    assert answer == "noted"
+    with database.sessions() as session:
+        told = session.scalars(select(JobEvent.message).where(JobEvent.job_id == lease.job_id)).all()
+    assert told.count("once") == 1
 
 
 # --- storage ------------------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from tunery.datasets import shelf
 from tunery.errors import JobFailure, LeaseLost, StorageFailed, TrainingCrashed, TuneryError
 from tunery.jobs import leases
 from tunery.jobs.leases import Lease
-from tunery.jobs.model import Job
 from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.storage import Storage, Stored
@@ -161,9 +160,6 @@ class _Published:
 def _succeed(
     session: Session, lease: Lease, settings: Settings, finished: wire.Finished, published: _Published
 ) -> None:
-    job = session.get_one(Job, lease.job_id, with_for_update=True, populate_existing=True)
-    if job.result_file and published.table.key.endswith(job.result_file):
-        return  # an earlier try was committed and only its confirmation was lost
     job = leases.held(session, lease)
     model = add_model(session, job, settings, prefix=published.prefix, listed=published.listed)
     file = shelf.shelve(session, job.project_id, published.table, purpose=shelf.RESULTS, filename=RESULTS)

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -35,6 +35,45 @@ class Stoppable(Protocol):
 
 class Interrupted(Exception):
     """The run is to stop before its process was started."""
+
+
+class Undecided(Exception):
+    """PostgreSQL has not noticed yet that the connection of a transaction is lost."""
+
+
+class _Try(Generic[_Result]):
+    """One deed, tried until its transaction is known to be committed.
+
+    A deed cannot be asked to be repeatable: it adds events, and takes checkpoints away. So PostgreSQL is asked what
+    became of the transaction whose end we did not hear.
+    """
+
+    def __init__(self, deed: Callable[[Session], _Result]) -> None:
+        self._deed = deed
+        self._unsure: tuple[str, _Result] | None = None
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether it may have been done already."""
+        return self._unsure is not None
+
+    def go(self, check: Callable[[], None]) -> _Result:
+        """`check` is called before the deed is tried again, and may raise. Raises UNREACHABLE, Undecided."""
+        with db.transaction() as session:
+            if self._unsure is not None:
+                number, result = self._unsure
+                committed = db.is_committed(session, number)
+                if committed is None:
+                    raise Undecided
+                if committed:
+                    return result
+                self._unsure = None
+                check()
+            result = self._deed(session)
+            session.flush()
+            written = db.transaction_id(session)
+            self._unsure = None if written is None else (written, result)
+        return result
 
 
 class Hold:
@@ -80,8 +119,7 @@ class Hold:
 
     def check(self) -> None:
         """Between two steps of the preparation. Raises LeaseLost, Interrupted."""
-        if self.lost:
-            raise LeaseLost(job=self.lease.job_id, attempt=self.lease.number)
+        self._check_lost()
         if self.stopping:
             raise Interrupted
 
@@ -92,22 +130,25 @@ class Hold:
     def write(self, deed: Callable[[Session], _Result]) -> _Result:
         """One deed in one transaction, again and again while the database does not answer. Raises LeaseLost.
 
-        A worker that shuts down does not wait for the database for ever: after the grace its error comes through, and
-        the lease runs out by itself.
+        It is done once, also where the answer to its COMMIT was lost. A worker that shuts down does not wait for the
+        database for ever: after the grace its error comes through, and the lease runs out by itself.
         """
-        delay, began = 0.5, time.monotonic()
+        delay, began, tried = 0.5, time.monotonic(), _Try(deed)
         while True:
-            if self.lost:
-                raise LeaseLost(job=self.lease.job_id, attempt=self.lease.number)
+            if not tried.is_unsure:
+                self._check_lost()
             try:
-                with db.transaction() as session:
-                    return deed(session)
-            except UNREACHABLE:
+                return tried.go(self._check_lost)
+            except (*UNREACHABLE, Undecided):
                 if self._drain.begun and time.monotonic() - began > self._settings.stop_grace_seconds:
                     raise
                 log.warning("the database does not answer; the run of %s goes on", self.lease.job_id)
             self._over.wait(delay)
             delay = min(2 * delay, 10)
+
+    def _check_lost(self) -> None:
+        if self.lost:
+            raise LeaseLost(job=self.lease.job_id, attempt=self.lease.number)
 
     def _run(self) -> None:
         renew_at = time.monotonic() + self._settings.renew_seconds
