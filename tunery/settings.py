@@ -16,10 +16,15 @@ def _comma_separated(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
 class Settings(BaseSettings):
     """Every field is the environment variable `TUNERY_<FIELD>`; deploy/env.example shows them all."""
 
-    model_config = SettingsConfigDict(env_prefix="TUNERY_", extra="ignore", frozen=True)
+    # An empty one is absent: a line of env.example that somebody only uncommented must not stop every service.
+    model_config = SettingsConfigDict(env_prefix="TUNERY_", env_ignore_empty=True, extra="ignore", frozen=True)
 
     database_url: str = Field("postgresql+psycopg://tunery@127.0.0.1:5432/tunery", description="SQLAlchemy URL")
     broker_url: str = Field("redis://127.0.0.1:6379/0", description="Redis or Valkey, for wake-ups only")
@@ -49,7 +54,9 @@ class Settings(BaseSettings):
     poll_seconds: float = Field(15, description="Time between a worker's looks at the queue without a wake-up")
     sweep_seconds: float = Field(5, description="Time between the sweeper's rounds")
     stop_grace_seconds: float = Field(120, description="Time for a local save on pause or shutdown before SIGKILL")
-    log_level: str = "INFO"
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_upper)] = Field(
+        "INFO", description="The least that the services log, in any case"
+    )
 
     aws_access_key_id: SecretStr | None = Field(None, validation_alias="AWS_ACCESS_KEY_ID")
     aws_secret_access_key: SecretStr | None = Field(None, validation_alias="AWS_SECRET_ACCESS_KEY")

@@ -10,6 +10,7 @@ import sysconfig
 import tomllib
 import venv
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ruamel.yaml import YAML
 
 from tunery import dispatch
 from tunery.settings import Settings
+from tunery.webhooks import outbox
 
 TARGETS = {"api", "worker-io", "worker-gpu"}
 NAME = re.compile(r"\bTUNERY_[A-Z0-9_]+\b")
@@ -112,14 +114,7 @@ def test_another_build_of_torch_comes_from_an_index_beside_the_usual_one(root: P
     """As in the Makefile: alone, that index would have to hold the pinned versions of all that torch needs."""
     (step,) = (rest for rest in stages["install-worker"].all("RUN") if "torch==" in rest)
     for index, options in (("", []), ("https://index", ["--extra-index-url", "https://index"])):
-        said = subprocess.run(
-            ["sh", "-c", re.sub(r"^pip ", "printf '%s\\\\n' ", step)],
-            env={"TORCH_INDEX": index, "PATH": os.environ["PATH"]},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert said.stdout.splitlines()[3:-1] == options
+        assert _words(step, TORCH_INDEX=index)[4:-1] == options
     assert "$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))" in (root / "Makefile").read_text()
 
 
@@ -131,11 +126,24 @@ def test_the_api_image_holds_no_worker(stages: dict[str, Stage]) -> None:
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-def _commands(compose: dict[str, Any], stages: dict[str, Stage]) -> dict[str, list[str]]:
+def _commands(compose: dict[str, Any], stages: dict[str, Stage], **environment: str) -> dict[str, list[str]]:
     return {
-        name: service.get("command") or json.loads(_last(stages, service["build"]["target"], "CMD"))
+        name: service.get("command")
+        or _words(_last(stages, service["build"]["target"], "CMD").removeprefix("exec "), **environment)
         for name, service in _ours(compose).items()
     }
+
+
+def _words(line: str, **environment: str) -> list[str]:
+    """What a shell hands to the line's program, and that program's name first."""
+    said = subprocess.run(
+        ["sh", "-c", f"printf '%s\\n' {line}"],
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return said.stdout.splitlines()
 
 
 def test_every_service_starts_with_a_command_that_its_program_understands(
@@ -179,6 +187,18 @@ def _celery_options(options: list[str]) -> dict[str, Any]:
     return {**parsed, "queues": parsed["queues"].split(",")}
 
 
+@pytest.mark.parametrize(("said", "level"), [("Warning", "WARNING"), ("", "INFO")])
+def test_services_log_what_the_setting_says(
+    compose: dict[str, Any], stages: dict[str, Stage], said: str, level: str
+) -> None:
+    from uvicorn.main import main
+
+    commands = _commands(compose, stages, TUNERY_LOG_LEVEL=said)
+    assert main.make_context("uvicorn", commands["api"][1:]).params["log_level"] == level.lower()
+    for name in ("worker-io", "worker-gpu"):
+        assert _celery_options(commands[name][4:])["loglevel"].upper() == (said or level).upper()
+
+
 def _check_alembic(_: str, arguments: list[str]) -> None:
     from alembic.config import CommandLine
 
@@ -217,6 +237,15 @@ def test_who_waits_for_health_waits_for_somebody_who_shows_it(compose: dict[str,
         for other, wait in service.get("depends_on", {}).items():
             if wait["condition"] == "service_healthy":
                 assert "healthcheck" in compose["services"][other]
+
+
+def test_workers_are_given_time_to_stop(compose: dict[str, Any]) -> None:
+    seconds = {
+        name: timedelta(minutes=int(compose["services"][name]["stop_grace_period"].removesuffix("m"))).total_seconds()
+        for name in ("worker-io", "worker-gpu")
+    }
+    assert seconds["worker-io"] >= outbox._CLAIM.total_seconds()  # a delivery's, after which it is anybody's again
+    assert seconds["worker-gpu"] > Settings().stop_grace_seconds + 60  # a local save, and its upload
 
 
 def _with_defaults(value: str) -> str:
@@ -307,6 +336,15 @@ def test_env_example_shows_every_setting_with_its_default(root: Path) -> None:
     }
     wrong = {n: v for n, v in commented.items() if n in defaults and v != f"{defaults[n]}"}
     assert wrong == {}
+
+
+def test_every_line_of_env_example_may_be_uncommented_as_it_stands(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = re.findall(r"^(?:# )?([A-Z0-9_]+)=(.*)$", (root / "deploy/env.example").read_text(), flags=re.MULTILINE)
+    plain = Settings()
+    for name, value in shown:
+        if name.startswith("TUNERY_"):
+            monkeypatch.setenv(name, value)
+    assert Settings() == plain.model_copy(update={"s3_public_endpoint_url": "http://127.0.0.1:8333"})
 
 
 def test_every_setting_that_is_named_anywhere_exists(root: Path, texts: dict[Path, str]) -> None:

@@ -80,3 +80,10 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
         with pytest.raises(PortTaken, match=f"Port {port}"):
             Stack(tmp_path, port=port).start()
     assert not lock.is_held(tmp_path)
+
+
+def test_an_empty_variable_is_no_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNERY_STOP_GRACE_SECONDS", "")
+    monkeypatch.setenv("TUNERY_POLL_SECONDS", "3")
+    settings = Stack(tmp_path).settings()
+    assert (settings["TUNERY_STOP_GRACE_SECONDS"], settings["TUNERY_POLL_SECONDS"]) == ("60", "3")

@@ -1,7 +1,9 @@
 """`tunery up` as people run it: a program of its own, stopped in every way there is, and what it leaves behind."""
 
 import os
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import uuid
@@ -72,6 +74,7 @@ def _trace(other: psutil.Process) -> str | None:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("home")
+    (folder / "runs").mkdir(mode=0o755)  # as an earlier version left it
     yield folder
     Postgres(folder / "postgres").remove()
 
@@ -116,6 +119,7 @@ def test_a_killed_up_takes_everything_along_and_has_shown_the_first_key(home: Pa
     with running(home) as up:
         up.wait_for(lambda: _unpacks(home))
         assert "export TUNERY_API_KEY=tnr_" in up.said()
+        assert {stat.S_IMODE((home / name).stat().st_mode) for name in ("logs", "objects", "runs")} == {0o700}
         up.child.kill()
         assert process.wait_until(lambda: not up.left(), seconds=60, alive=lambda: True), up.left()
     assert not lock.is_held(home)
@@ -123,7 +127,8 @@ def test_a_killed_up_takes_everything_along_and_has_shown_the_first_key(home: Pa
 
 
 def test_a_second_up_is_refused_and_ctrl_c_of_the_first_leaves_nothing(home: Path) -> None:
-    with running(home) as up:
+    shutil.rmtree(home / "logs")
+    with running(home, TUNERY_LOG_LEVEL="warning") as up:
         up.wait_for(lambda: "Tunery is up" in up.said())
         second = subprocess.run([*TUNERY, "up", "--home", home, "--port", "0"], capture_output=True, text=True)
         assert second.returncode == 1
@@ -134,3 +139,4 @@ def test_a_second_up_is_refused_and_ctrl_c_of_the_first_leaves_nothing(home: Pat
         assert up.ctrl_c() == 0, up.said()
         assert "Everything is stopped." in up.said()
         assert up.left() == []
+    assert [log.name for log in (home / "logs").iterdir() if "INFO" in log.read_text()] == []

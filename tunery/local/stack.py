@@ -98,6 +98,7 @@ class Stack:
         root = tree.root()
         self.home.mkdir(parents=True, exist_ok=True, mode=0o711)
         self._take_home()
+        self._make_private_folders()
         self._choose_ports()
         self._watch_over()
         self._open.callback(self.postgres.stop)
@@ -139,7 +140,7 @@ class Stack:
         """The TUNERY_* variables that make a process part of this stack."""
         return {
             "TUNERY_STOP_GRACE_SECONDS": "60",
-            **{name: value for name, value in os.environ.items() if name.startswith("TUNERY_")},
+            **{name: value for name, value in os.environ.items() if name.startswith("TUNERY_") and value},
             "TUNERY_DATABASE_URL": self.postgres.url(),
             "TUNERY_BROKER_URL": self.valkey.url,
             "TUNERY_STORAGE_URL": f"file://{self.home}/objects",
@@ -156,6 +157,13 @@ class Stack:
             raise HomeInUse(home=self.home, pid=lock.owner(self.home) or "unknown")
         self._open.enter_context(held)
         self._end_predecessor()
+
+    def _make_private_folders(self) -> None:
+        """For the owner's eyes: people's data. Not so the home, in which PostgreSQL may run as another user."""
+        for name in ("logs", "objects", "runs"):
+            folder = self.home / name
+            folder.mkdir(exist_ok=True)
+            folder.chmod(0o700)  # one that an earlier version made, too
 
     def _end_predecessor(self) -> None:
         """A killed owner's guard may still be at work; its services hold our ports and data."""
@@ -211,13 +219,13 @@ class Stack:
 
     def _start_services(self, root: Path) -> None:
         logs = self.home / "logs"
-        logs.mkdir(exist_ok=True, mode=0o700)
         grace = float(self.settings()["TUNERY_STOP_GRACE_SECONDS"]) + 15
+        level = self.settings().get("TUNERY_LOG_LEVEL", "INFO")
         for name, arguments, seconds in (
-            ("api", self._api(), 10.0),
+            ("api", self._api(level), 10.0),
             ("server", ["worker.server"], 10.0),
-            ("worker-train", _celery("train"), grace),
-            ("worker-io", _celery("io"), 15.0),
+            ("worker-train", _celery("train", level), grace),
+            ("worker-io", _celery("io", level), 15.0),
         ):
             service = Service(name, arguments, seconds, logs / f"{name}.log")
             self._services.append(service)
@@ -230,9 +238,10 @@ class Stack:
                 [sys.executable, "-m", *service.arguments], output=log, cwd=root, env=environment
             )
 
-    def _api(self) -> list[str]:
+    def _api(self, level: str) -> list[str]:
         options = ["--host", "127.0.0.1", "--port", str(self.port), "--timeout-graceful-shutdown", "3"]
-        return ["uvicorn", "api.main:create_app", "--factory", *options, "--no-access-log"]
+        options += ["--log-level", level.lower(), "--no-access-log"]
+        return ["uvicorn", "api.main:create_app", "--factory", *options]
 
     def _wait_for_api(self) -> None:
         deadline = time.monotonic() + 120
@@ -258,9 +267,9 @@ class Stack:
         self._services.clear()
 
 
-def _celery(queue: str) -> list[str]:
+def _celery(queue: str, level: str) -> list[str]:
     # Prefork even for one: a busy `solo` worker answers nobody, and a slot's poll thread needs a process of its own.
-    options = ["-Q", queue, "-P", "prefork", "-c", "1", "-n", f"{queue}@%h", "--loglevel", "INFO"]
+    options = ["-Q", queue, "-P", "prefork", "-c", "1", "-n", f"{queue}@%h", "--loglevel", level.upper()]
     return ["celery", "-A", "worker.app", "worker", *options, "--without-gossip", "--without-mingle"]
 
 
