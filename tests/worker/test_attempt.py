@@ -5,7 +5,9 @@ import rows
 from workshop import Workshop, training_rows
 
 from tunery import wire
+from tunery.jobs import leases, ledger
 from tunery.jobs.leases import Lease
+from tunery.jobs.model import Job
 from worker.supervisor import attempt
 from worker.supervisor.deeds import Scribe
 from worker.supervisor.drain import Drain
@@ -48,3 +50,14 @@ def test_a_fault_of_the_worker_is_told_without_its_text(workshop: Workshop, leas
     (told,) = [line for line in workshop.story(job.id) if line.startswith("Training broke off")]
     assert "the worker met NotADirectoryError" in told
     assert str(workshop.folder) not in told
+
+
+def test_an_attempt_that_finds_its_job_gone_has_it_tidied_again(workshop: Workshop, lease: Lease) -> None:
+    with workshop.session() as session:
+        job = session.get_one(Job, lease.job_id)
+        ledger.cancel(session, job.project_id, job.id)
+        leases.end_attempt(session, lease, "lost")
+        job.tidied = True
+    attempt.run(lease, settings=workshop.settings, storage=workshop.storage, drain=Drain(), mark="test")
+    assert not workshop.job(lease.job_id).tidied
+    assert workshop.attempts(lease.job_id)[0].outcome == "lost"

@@ -7,12 +7,14 @@ import rows
 from sqlalchemy import update
 from workshop import FACTS, Workshop, training_rows
 
-from tunery.datasets.model import File
+from tunery.datasets.model import File, Upload
+from tunery.errors import StorageFailed
 from tunery.jobs import leases, ledger
 from tunery.jobs.model import Attempt, Slot
 from tunery.jobs.states import State
 from tunery.models import registry
 from tunery.models.model import Model
+from tunery.storage import Directory
 from worker.supervisor.drain import Drain
 from worker.tasks import conversion, files, validation
 from worker.tasks.claims import only_here
@@ -204,13 +206,77 @@ def test_the_sweeper_pardons_once_and_then_ends_expired_leases(workshop: Worksho
     assert workshop.attempts(job.id)[0].outcome == "lost"
 
 
-def test_the_sweeper_forgets_the_snapshots_of_ended_jobs_only(workshop: Workshop) -> None:
+def _store(workshop: Workshop, *keys: str) -> list[str]:
+    for key in keys:
+        workshop.storage.put(key, b"{}")
+    return sorted(keys)
+
+
+def test_of_an_ended_job_only_what_a_row_names_and_its_log_stay(workshop: Workshop) -> None:
     with workshop.session() as session:
-        ended, live = rows.job(session, state=State.CANCELLED), rows.job(session, state=State.PAUSED)
-        for job in (ended, live):
-            job.snapshot = f"jobs/{job.id}/1/snapshots/step-5@{'0' * 64}"
-            workshop.storage.put(f"jobs/{job.id}/1/snapshots/step-5/state.json", b"{}")
+        job = rows.job(session, state=State.SUCCEEDED)
+        deleted, checkpoint = rows.tuned(session, job), rows.tuned(session, job)
+        deleted.prefix, checkpoint.prefix = f"jobs/{job.id}/2/model", f"jobs/{job.id}/1/checkpoints/step-5"
+        registry.delete(session, deleted)
+        job.snapshot = f"jobs/{job.id}/2/snapshots/step-9@{'0' * 64}"
+    at = f"jobs/{job.id}"
+    named = _store(
+        workshop,
+        *(f"{at}/{folder}/{name}" for folder in ("1/model", "2/model", "1/checkpoints/step-5") for name in "ab"),
+        f"{at}/1/model/manifest.json",
+        f"{at}/logs/000001-000000",
+        f"jobs/{job.id}x/1/model/a",
+        f"files/{job.id}",
+    )
+    _store(
+        workshop,
+        f"{at}/1/checkpoints/step-50/a",
+        f"{at}/1/checkpoints/step-50/manifest.json",
+        f"{at}/1/model-half/a",
+        f"{at}/2/snapshots/step-9/state.json",
+        f"{at}/1/snapshots/step-5/state.json",
+        f"{at}/3/model/a",
+    )
     Sweeper(workshop.settings, workshop.storage).round()
-    assert workshop.job(ended.id).snapshot is None
-    assert workshop.job(live.id).snapshot
-    assert list(workshop.storage.list("jobs/")) == [f"jobs/{live.id}/1/snapshots/step-5/state.json"]
+    left = [key for key in workshop.storage.list("") if not key.startswith("models/")]
+    assert sorted(left) == named
+    assert (workshop.job(job.id).snapshot, workshop.job(job.id).tidied) == (None, True)
+
+
+def test_nothing_is_tidied_away_before_a_jobs_end_or_under_a_living_attempt(workshop: Workshop) -> None:
+    with workshop.session() as session:
+        cancelled = rows.job(session, state=State.QUEUED)
+        lease = rows.claim(session)
+        assert lease
+        ledger.cancel(session, cancelled.project_id, cancelled.id)
+        others = [rows.job(session, state=state) for state in (State.PAUSED, State.QUEUED, State.VALIDATING)]
+    kept = _store(workshop, *(f"jobs/{job.id}/1/snapshots/step-5/state.json" for job in (cancelled, *others)))
+    sweeper = Sweeper(workshop.settings, workshop.storage)
+    sweeper.round()
+    assert sorted(workshop.storage.list("jobs/")) == kept
+    with workshop.session() as session:
+        leases.end_attempt(session, lease, "dropped")
+    sweeper.round()
+    assert sorted(workshop.storage.list("jobs/")) == [key for key in kept if cancelled.id not in key]
+
+
+class _NoDelete(Directory):
+    """A storage that lets nothing go."""
+
+    def delete(self, key: str) -> None:
+        raise StorageFailed(deed="delete", reason="for the test")
+
+
+def test_storage_that_fails_puts_off_one_step_and_no_other(workshop: Workshop, tmp_path: Path) -> None:
+    with workshop.session() as session:
+        ended, live = rows.job(session, state=State.CANCELLED), rows.job(session, state=State.QUEUED)
+        values = {"project_id": ended.project_id, "purpose": "fine-tune", "filename": "x", "mime_type": "text/plain"}
+        session.add(Upload(id="upload_old", bytes=1, expires_at=rows.LONG_AGO, **values))
+    _store(workshop, f"jobs/{ended.id}/1/model/a")
+    Sweeper(workshop.settings, _NoDelete(tmp_path / "objects")).round()
+    assert not workshop.job(ended.id).tidied
+    assert live.state == "queued"
+    with workshop.session() as session:
+        assert session.get_one(Upload, "upload_old").status == "expired"
+    Sweeper(workshop.settings, workshop.storage).round()
+    assert workshop.job(ended.id).tidied

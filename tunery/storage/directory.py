@@ -87,10 +87,13 @@ class Directory:
 
     def sweep(self, older_than_seconds: float = 86_400) -> int:
         limit = time.time() - older_than_seconds
-        stale = [path for path in self._temporary.iterdir() if path.stat().st_mtime < limit]
-        for path in stale:
-            path.unlink(missing_ok=True)
-        return len(stale)
+        swept = 0
+        for path in self._temporary.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # its writer has just finished
+                if path.stat().st_mtime < limit:
+                    path.unlink()
+                    swept += 1
+        return swept
 
 
 class _FileSink:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from tunery import db, wire
@@ -27,7 +27,7 @@ from tunery.datasets import shelf
 from tunery.errors import JobFailure, LeaseLost, StorageFailed, TrainingCrashed, TuneryError
 from tunery.jobs import leases
 from tunery.jobs.leases import Lease
-from tunery.models.model import Model
+from tunery.jobs.model import Job
 from tunery.settings import Settings
 from tunery.storage import Storage, Stored
 from worker.supervisor import staging, upload
@@ -63,7 +63,7 @@ def run(lease: Lease, *, settings: Settings, storage: Storage, drain: Drain, mar
             log.info("attempt %d of %s has ended", lease.number, lease.job_id)
         except LeaseLost:
             log.info("attempt %d of %s is dropped: the job moved on", lease.number, lease.job_id)
-            _drop(lease, storage)
+            _drop(lease)
         finally:
             clean(run_dir)
 
@@ -214,17 +214,15 @@ def _last_words(trainer: Trainer, status: int) -> str:
     return f"{cause}; its log ends with: {trainer.last_words() or '(nothing)'}"
 
 
-def _drop(lease: Lease, storage: Storage) -> None:
-    """The process is gone, so its devices are free; what it published and no row tells of is removed."""
-    prefix = f"jobs/{lease.job_id}/{lease.number}/model"
+def _drop(lease: Lease) -> None:
+    """The process is gone, so its devices are free. What it stored and no row tells of, the sweeper removes once the
+    job has ended; again, if it had ended and been tidied before we knew."""
     try:
         with db.transaction() as session:
             leases.end_attempt(session, lease, "dropped")
-            published = session.scalar(select(Model.id).where(Model.prefix == prefix))
-        if published is None:
-            upload.remove(storage, prefix)
-    except (*UNREACHABLE, StorageFailed) as error:
-        log.warning("attempt %d of %s was not tidied up: %s", lease.number, lease.job_id, error)
+            session.execute(update(Job).where(Job.id == lease.job_id).values(tidied=False))
+    except UNREACHABLE as error:
+        log.warning("attempt %d of %s was not given back: %s", lease.number, lease.job_id, error)
 
 
 def clean(run_dir: Path) -> None:

@@ -4,19 +4,17 @@ import logging
 import time
 
 from sqlalchemy import exists, func, select
-from sqlalchemy.orm import Session
 
 from tunery import db, dispatch
+from tunery.artifacts import manifest
 from tunery.datasets import shelf, uploads
 from tunery.datasets.model import File
 from tunery.jobs import leases, ledger
-from tunery.jobs.model import Job
-from tunery.jobs.states import FINAL, State
+from tunery.jobs.model import Attempt, Job
+from tunery.jobs.states import State
 from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.storage import Storage
-from worker.supervisor import upload
-from worker.supervisor.staging import StoredFolder
 from worker.tasks.claims import only_here
 
 log = logging.getLogger(__name__)
@@ -25,6 +23,7 @@ _NUDGED_FOR = 60
 """Seconds for which a queued job's wake-up is repeated. After that workers poll, or are busy: a busy worker's queue
 would only fill with messages about the same job."""
 _DAILY = 3600
+_JOBS_A_ROUND = 20
 
 
 class Sweeper:
@@ -43,20 +42,20 @@ class Sweeper:
         return False
 
     def _sweep(self) -> None:
-        self._pardon_after_a_gap()
-        with db.transaction() as session:
-            if lost := leases.expire_leases(session):
-                log.warning("%d attempts lost their lease", lost)
-        with db.transaction() as session:
-            _nudge(session)
-        self._forget_snapshots()
-        if time.monotonic() - self._tidied_at > _DAILY:
-            self._tidied_at = time.monotonic()
-            self._storage.sweep()
-        with db.transaction() as session:
-            uploads.sweep(session, self._storage)
-        with db.transaction() as session:
-            shelf.purge(session, self._storage, ledger.live_job_using)
+        steps = (
+            self._pardon_after_a_gap,
+            _expire_leases,
+            _nudge,
+            self._tidy_jobs,
+            self._tidy_storage,
+            self._tidy_uploads,
+            self._purge_files,
+        )
+        for step in steps:
+            try:
+                step()
+            except Exception:  # storage that fails must not keep leases from running out, nor one step the next
+                log.exception("the sweeper's step %s is put off", step.__name__)
 
     def _pardon_after_a_gap(self) -> None:
         """Nobody could renew while the database was away, and nobody swept: let the living speak before leases end.
@@ -71,18 +70,54 @@ class Sweeper:
         with db.transaction() as session:
             leases.pardon(session, seconds=seconds)
 
-    def _forget_snapshots(self) -> None:
-        """Recovery snapshots of jobs that have ended: objects first, so that a crash between repeats and loses none."""
-        ended = select(Job.id, Job.snapshot).where(Job.state.in_(FINAL), Job.snapshot.is_not(None)).limit(20)
+    def _tidy_jobs(self) -> None:
+        """Some jobs that have ended for good: only their models and logs stay. The rest is what attempts that were
+        killed or fenced off had stored, and snapshots.
+
+        While an attempt lives it may still store something. A job's objects are listed once, unless a late attempt asks
+        for it again, and in random order, so that those that storage refuses to let go hold no others up.
+        """
+        lives = exists().where(Attempt.job_id == Job.id, Attempt.ended_at.is_(None))
+        ended = select(Job.id).where(Job.finished_at.is_not(None), ~Job.tidied, ~lives)
         with db.transaction() as session:
-            found = session.execute(ended).all()
-        for job_id, snapshot in found:
-            upload.remove(self._storage, StoredFolder.parse(str(snapshot)).prefix)
-            with db.transaction() as session:
-                session.get_one(Job, job_id).snapshot = None
+            found = session.scalars(ended.order_by(func.random()).limit(_JOBS_A_ROUND)).all()
+        for job_id in found:
+            self._tidy(job_id)
+
+    def _tidy(self, job_id: str) -> None:
+        """Objects first, so that a crash between repeats and loses none."""
+        with db.transaction() as session:
+            prefixes = session.scalars(select(Model.prefix).where(Model.job_id == job_id)).all()
+        kept = tuple(f"{prefix}/" for prefix in (f"jobs/{job_id}/logs", *prefixes))
+        doomed = [key for key in self._storage.list(f"jobs/{job_id}/") if not key.startswith(kept)]
+        # Manifests first: a folder without one is no folder, and nobody takes the rest for a whole one.
+        for key in sorted(doomed, key=lambda key: not key.endswith(f"/{manifest.NAME}")):
+            self._storage.delete(key)
+        with db.transaction() as session:
+            job = session.get_one(Job, job_id, with_for_update=True)
+            job.snapshot, job.tidied = None, True
+
+    def _tidy_storage(self) -> None:
+        if time.monotonic() - self._tidied_at > _DAILY:
+            self._tidied_at = time.monotonic()
+            self._storage.sweep()
+
+    def _tidy_uploads(self) -> None:
+        with db.transaction() as session:
+            uploads.sweep(session, self._storage)
+
+    def _purge_files(self) -> None:
+        with db.transaction() as session:
+            shelf.purge(session, self._storage, ledger.live_job_using)
 
 
-def _nudge(session: Session) -> None:
+def _expire_leases() -> None:
+    with db.transaction() as session:
+        if lost := leases.expire_leases(session):
+            log.warning("%d attempts lost their lease", lost)
+
+
+def _nudge() -> None:
     recent = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, _NUDGED_FOR)
     waits_for = {
         dispatch.TRAIN: exists().where(Job.state == State.QUEUED, Job.queued_at > recent),
@@ -90,6 +125,7 @@ def _nudge(session: Session) -> None:
         | exists().where(File.status == "uploaded", File.created_at > recent)
         | exists().where(Model.status == "processing", Model.created_at > recent),
     }
-    for queue, condition in waits_for.items():
-        if session.scalar(select(condition)):
-            dispatch.nudge_after_commit(session, queue)
+    with db.transaction() as session:
+        for queue, condition in waits_for.items():
+            if session.scalar(select(condition)):
+                dispatch.nudge_after_commit(session, queue)
