@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,19 +13,21 @@ from sqlalchemy import Connection, event, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from tunery import wire
+from tunery.artifacts.manifest import Manifest
 from tunery.errors import LeaseLost, StorageFailed
 from tunery.jobs import leases, ledger
 from tunery.jobs.model import Job, JobEvent
 from tunery.jobs.states import State
 from tunery.local import process
 from tunery.settings import Settings
-from tunery.storage import Directory, Stored
+from tunery.storage import CHUNK, Directory, Stored
 from worker.supervisor import devices, staging, upload
 from worker.supervisor import process as process_
 from worker.supervisor.deeds import step_message
 from worker.supervisor.devices import Device, DriverFails
 from worker.supervisor.drain import Drain
-from worker.supervisor.lease import Hold
+from worker.supervisor.lease import Hold, Interrupted
 from worker.supervisor.process import environment
 from worker.supervisor.slot import Slot
 from worker.supervisor.staging import StoredFolder
@@ -67,6 +70,20 @@ def test_last_words_can_be_stored_whatever_they_are(stand_in: Callable[[str], pr
     trainer = stand_in("import os; os.write(2, b'died of \\0 and \\xff')")
     assert trainer.wait() == 0
     assert trainer.last_words() == "died of \ufffd and \ufffd"
+
+
+def test_a_stray_line_that_cannot_be_written_down_does_not_end_the_listening(
+    stand_in: Callable[[str], process_.Trainer], tmp_path: Path
+) -> None:
+    script = """
+import os, pathlib
+log = pathlib.Path(%r)
+log.unlink()
+log.mkdir()
+os.write(1, b"stray\\n" + b'{"type": "phase", "phase": "loading"}\\n')
+"""
+    trainer = stand_in(script % str(tmp_path / "log.txt"))
+    assert [said for said in trainer.messages(every=20) if said] == [wire.Phase(phase="loading")]
 
 
 # --- devices ------------------------------------------------------------------------------------------------------
@@ -376,6 +393,54 @@ def test_a_base_is_fetched_once_a_host_and_used_in_place(storage: Directory, tmp
     storage.delete("models/m/config.json")
     ask()
     assert (found[-1] / "config.json").read_text() == "{}"
+
+
+@pytest.fixture
+def two_chunks(storage: Directory, tmp_path: Path) -> Manifest:
+    """The manifest of a stored base whose one file comes in two chunks."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "model.safetensors").write_bytes(b"x" * (CHUNK + 1))
+    return upload.publish(storage, "models/m", tmp_path / "source")
+
+
+def test_a_fetch_of_a_base_is_broken_off_in_the_middle_of_a_file(
+    storage: Directory, tmp_path: Path, two_chunks: Manifest
+) -> None:
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # before the file, at its first chunk, at its second
+            raise Interrupted
+
+    fetch = lambda: staging.base_folder(tmp_path / "models", storage, "models/m", two_chunks.sha256, check)  # noqa: E731
+    with pytest.raises(Interrupted):
+        fetch()
+    assert list((tmp_path / "models" / two_chunks.sha256).iterdir()) == []
+    assert (fetch() / "model.safetensors").stat().st_size == CHUNK + 1
+
+
+def test_who_waits_for_anothers_fetch_can_be_called_off(
+    storage: Directory, tmp_path: Path, two_chunks: Manifest
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def hold_up() -> None:
+        began.set()
+        assert go_on.wait(20)
+
+    def call_off() -> None:
+        raise Interrupted
+
+    fetch = lambda check: staging.base_folder(tmp_path / "models", storage, "models/m", two_chunks.sha256, check)  # noqa: E731
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(fetch, hold_up)
+        assert began.wait(20)
+        with pytest.raises(Interrupted):
+            fetch(call_off)
+        go_on.set()
+        assert first.result(20).is_dir()
 
 
 def test_a_snapshots_name_is_read_back() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from tunery.errors import ChecksumMismatch
-from tunery.storage import Storage, check_key
+from tunery.storage import Check, Storage, check_key
 
 NAME = "manifest.json"
 """The manifest's own name. It does not list itself: its sha256 is kept in the database."""
@@ -101,21 +101,23 @@ def load(storage: Storage, prefix: str, sha256: str) -> Manifest:
     return Manifest.model_validate_json(text)
 
 
-def fetch(storage: Storage, prefix: str, manifest: Manifest, folder: Path) -> None:
-    """Bring every file into `folder` and the manifest last. Raises ObjectMissing or ChecksumMismatch.
+def fetch(storage: Storage, prefix: str, manifest: Manifest, folder: Path, check: Check = lambda: None) -> None:
+    """Bring every file into `folder` and the manifest last. Raises ObjectMissing, ChecksumMismatch and what `check`
+    raises.
 
     Files already there with the right bytes are kept, so a fetch that was cut off goes on where it stopped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for file in manifest.files:
-        _fetch_file(storage, prefix, file, folder / file.path)
+        check()
+        _fetch_file(storage, prefix, file, folder / file.path, check)
     partial = folder / f".{NAME}.partial"
     partial.write_bytes(manifest.encode())
     partial.replace(folder / NAME)
 
 
-def _fetch_file(storage: Storage, prefix: str, file: ManifestFile, path: Path) -> None:
+def _fetch_file(storage: Storage, prefix: str, file: ManifestFile, path: Path, check: Check) -> None:
     if path.is_file() and path.stat().st_size == file.bytes and digest(path) == file.sha256:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    storage.fetch(f"{prefix}/{file.path}", path, file.sha256)
+    storage.fetch(f"{prefix}/{file.path}", path, file.sha256, check)

@@ -10,9 +10,20 @@ from urllib.parse import unquote, urlsplit
 from tunery.settings import Settings
 from tunery.storage.bucket import Bucket, disposition
 from tunery.storage.directory import Directory
-from tunery.storage.protocol import CHUNK, Storage, Stored, Writer, check_key
+from tunery.storage.protocol import CHUNK, Check, Storage, Stored, Writer, check_key
 
-__all__ = ["CHUNK", "Bucket", "Directory", "Storage", "Stored", "Writer", "check_key", "disposition", "open_storage"]
+__all__ = [
+    "CHUNK",
+    "Bucket",
+    "Check",
+    "Directory",
+    "Storage",
+    "Stored",
+    "Writer",
+    "check_key",
+    "disposition",
+    "open_storage",
+]
 
 
 def open_storage(settings: Settings) -> Storage:

@@ -19,7 +19,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from tunery.errors import KeyTaken, ObjectMissing, StorageFailed
 from tunery.settings import Settings
-from tunery.storage.protocol import CHUNK, PRESIGN_SECONDS, Stored, Writer, check_key, copy, fetch, writing
+from tunery.storage.protocol import CHUNK, PRESIGN_SECONDS, Check, Stored, Writer, check_key, copy, fetch, writing
 
 PART = 16 * 2**20
 """Bytes per part of an S3 multipart upload; two parts are on their way at a time."""
@@ -127,8 +127,8 @@ class Bucket:
             position, failures = position + len(data), 0
             yield data
 
-    def fetch(self, key: str, path: Path, sha256: str) -> None:
-        fetch(self, key, path, sha256)
+    def fetch(self, key: str, path: Path, sha256: str, check: Check = lambda: None) -> None:
+        fetch(self, key, path, sha256, check)
 
     def presign(self, key: str, *, filename: str, seconds: int = PRESIGN_SECONDS) -> str | None:
         parameters = {**self._at(key), "ResponseContentDisposition": disposition(filename)}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tunery.errors import KeyTaken, ObjectMissing, StorageFailed
-from tunery.storage.protocol import CHUNK, PRESIGN_SECONDS, Stored, Writer, check_key, copy, fetch, writing
+from tunery.storage.protocol import CHUNK, PRESIGN_SECONDS, Check, Stored, Writer, check_key, copy, fetch, writing
 
 
 class Directory:
@@ -57,8 +57,8 @@ class Directory:
 
         return chunks()
 
-    def fetch(self, key: str, path: Path, sha256: str) -> None:
-        fetch(self, key, path, sha256)
+    def fetch(self, key: str, path: Path, sha256: str, check: Check = lambda: None) -> None:
+        fetch(self, key, path, sha256, check)
 
     def presign(self, key: str, *, filename: str, seconds: int = PRESIGN_SECONDS) -> str | None:  # noqa: ARG002
         return None  # nobody serves a directory: the API streams from it

@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +16,10 @@ CHUNK = 2**20
 """Bytes per chunk of a read."""
 PRESIGN_SECONDS = 900
 """How long a presigned URL works: long enough to start a download with, short enough to be found in a log too late."""
+
+
+Check = Callable[[], None]
+"""Is called again and again during long work, and raises where it is not to go on."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,9 @@ class Storage(Protocol):
     def read(self, key: str, start: int = 0) -> Iterator[bytes]:
         """The bytes from `start` on, in chunks; none past the end. Raises ObjectMissing at once, not with a chunk."""
 
-    def fetch(self, key: str, path: Path, sha256: str) -> None:
-        """Bring an object to a local file. Raises ObjectMissing, or ChecksumMismatch, and then `path` is untouched."""
+    def fetch(self, key: str, path: Path, sha256: str, check: Check = lambda: None) -> None:
+        """Bring an object to a local file. Raises ObjectMissing, ChecksumMismatch, and what `check` raises between two
+        chunks; then `path` is untouched."""
 
     def presign(self, key: str, *, filename: str, seconds: int = PRESIGN_SECONDS) -> str | None:
         """A URL that downloads this one object as `filename` without any key; None where storage cannot do that."""
@@ -126,13 +131,14 @@ def copy(path: Path, writer: Writer) -> None:
             writer.write(data)
 
 
-def fetch(storage: Storage, key: str, path: Path, expected: str) -> None:
+def fetch(storage: Storage, key: str, path: Path, expected: str, check: Check) -> None:
     """Into a neighbour of `path` first: a reader of `path` never sees half a file nor a wrong one."""
     found = hashlib.sha256()
     handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             for data in storage.read(key):
+                check()
                 found.update(data)
                 file.write(data)
             file.flush()

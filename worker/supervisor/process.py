@@ -114,14 +114,20 @@ class Trainer:
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
-        with self._process.stdout as output:
-            for line in output:
-                try:
-                    self._said.put(wire.parse(line))
-                except ValidationError:  # a library that prints: part of the log
-                    with self._log.open("ab") as file:
-                        file.write(line)
-        self._said.put(None)
+        try:
+            with self._process.stdout as output:
+                for line in output:
+                    self._hear(line)
+        finally:  # without its end the supervisor would listen for ever
+            self._said.put(None)
+
+    def _hear(self, line: bytes) -> None:
+        try:
+            self._said.put(wire.parse(line))
+        except ValidationError:  # a library that prints: part of the log
+            # Its loss, on a full disk, is no reason to hear nothing more.
+            with suppress(OSError), self._log.open("ab") as file:
+                file.write(line)
 
     def _bury(self) -> None:
         # A child that outlived the leader would hold the pipe open, and the listener would wait for it.

@@ -2,11 +2,12 @@
 
 import fcntl
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from sqlalchemy.orm import Session
 
@@ -15,7 +16,9 @@ from tunery.datasets.model import File
 from tunery.jobs.model import Job
 from tunery.models.model import Model
 from tunery.spec import Plan, Run
-from tunery.storage import Storage
+from tunery.storage import Check, Storage
+
+_LOCK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -54,18 +57,20 @@ class Needs:
     resume: StoredFolder | None
 
 
-def base_folder(models_dir: Path, storage: Storage, prefix: str, manifest_sha256: str) -> Path:
+def base_folder(
+    models_dir: Path, storage: Storage, prefix: str, manifest_sha256: str, check: Check = lambda: None
+) -> Path:
     """A model's folder on this host, filled once and used in place: models_dir/<manifest_sha256>.
 
     Its name is its content, so a folder with a manifest is complete and never changes. Several processes may ask at
-    once; one fetches. Raises ObjectMissing, ChecksumMismatch, StorageFailed.
+    once; one fetches. Raises ObjectMissing, ChecksumMismatch, StorageFailed, and what `check` raises meanwhile.
     """
     folder = models_dir / manifest_sha256
     if not (folder / manifest.NAME).exists():
         models_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(models_dir / f".{manifest_sha256}.lock"):
+        with _locked(models_dir / f".{manifest_sha256}.lock", check):
             if not (folder / manifest.NAME).exists():
-                manifest.fetch(storage, prefix, manifest.load(storage, prefix, manifest_sha256), folder)
+                manifest.fetch(storage, prefix, manifest.load(storage, prefix, manifest_sha256), folder, check)
     return folder
 
 
@@ -85,11 +90,21 @@ def text_folder(models_dir: Path, storage: Storage, model: Model) -> Path:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, check: Check = lambda: None) -> Iterator[None]:
     # The kernel drops the lock of a process that dies, so a fetch that was cut off is taken up by the next one.
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while not _lock(file):
+            check()  # whoever waits for another's fetch may be called off too
+            time.sleep(_LOCK_SECONDS)
         yield
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def adopt(models_dir: Path, folder: Path, listed: manifest.Manifest) -> None:
@@ -102,24 +117,22 @@ def adopt(models_dir: Path, folder: Path, listed: manifest.Manifest) -> None:
             folder.rename(place)
 
 
-def lay_out(needs: Needs, run_dir: Path, models_dir: Path, storage: Storage, check: Callable[[], None]) -> None:
-    """Fills a new run directory as `tunery.spec.Run` describes it; `check` is called between steps and may raise.
+def lay_out(needs: Needs, run_dir: Path, models_dir: Path, storage: Storage, check: Check) -> None:
+    """Fills a new run directory as `tunery.spec.Run` describes it; `check` is called with every chunk and may raise.
 
     Raises ObjectMissing, ChecksumMismatch, StorageFailed.
     """
     shutil.rmtree(run_dir, ignore_errors=True)
     (run_dir / "data").mkdir(parents=True)
     for name, file in needs.files.items():
-        check()
-        storage.fetch(file.key, run_dir / "data" / f"{name}.jsonl", file.sha256)
+        storage.fetch(file.key, run_dir / "data" / f"{name}.jsonl", file.sha256, check)
     check()
-    base = base_folder(models_dir, storage, needs.base.prefix, needs.base.sha256)
+    base = base_folder(models_dir, storage, needs.base.prefix, needs.base.sha256, check)
     (run_dir / "base").symlink_to(base.absolute())
     for name, folder in (("adapter", needs.adapter), ("resume", needs.resume)):
-        check()
         if folder is not None:
             listed = manifest.load(storage, folder.prefix, folder.sha256)
-            manifest.fetch(storage, folder.prefix, listed, run_dir / name)
+            manifest.fetch(storage, folder.prefix, listed, run_dir / name, check)
     # Last: a directory with a spec is complete.
     (run_dir / "spec.json").write_text(needs.run.model_dump_json(indent=2) + "\n")
 

@@ -100,7 +100,7 @@ def _run(source: str, out: Path, drain: Drain) -> str | None:
                     process.kill()
     if status == 0:
         return None
-    words = errors_path.read_text(errors="replace").strip().splitlines()[-5:]
+    words = errors_path.read_text(errors="replace").replace("\0", "\ufffd").strip().splitlines()[-5:]
     return "\n".join(words) or f"The conversion ended with status {status} and said nothing."
 
 
