@@ -1,6 +1,6 @@
 """Use a downloaded adapter with plain transformers and peft: nothing of Tunery is imported here.
 
-    python plain_peft.py BASE_DIR ADAPTER_DIR < questions.jsonl > answers.jsonl
+    python plain_peft.py BASE_DIR ADAPTER_DIR [MAX_NEW_TOKENS] < questions.jsonl > answers.jsonl
 
 A question is `{"messages": [...]}` a line; its answer is one JSON string a line, greedy, in fp32 on the CPU.
 """
@@ -33,4 +33,4 @@ def main(base_dir: str, adapter_dir: str, max_new_tokens: int = 32) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:3], *map(int, sys.argv[3:4]))

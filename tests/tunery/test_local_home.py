@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tunery.cli import standing
-from tunery.local import lock, process, state
+from tunery.local import demo, lock, process, state
 from tunery.local.stack import HomeInUse, PortTaken, Stack
 from tunery.local.valkey import free_port
 
@@ -70,6 +70,20 @@ def test_looking_at_a_home_does_not_keep_a_stack_from_it(tmp_path: Path) -> None
     assert lock.owner(tmp_path) == os.getpid()
     held.close()
     assert not lock.is_held(tmp_path)
+
+
+def test_old_demos_are_removed_but_for_the_newest_and_those_that_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    homes = [demo.HOMES / f"demo-{number}" for number in range(4)]
+    for home in homes:
+        home.mkdir(parents=True)
+    held = lock.take(homes[0])
+    assert held is not None
+    with held:
+        demo._remove_old_homes(keep=1)
+    assert [home.exists() for home in homes] == [True, False, False, True]
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:

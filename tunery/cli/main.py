@@ -56,7 +56,7 @@ def down(home: StackHome = HOME) -> None:
 @app.command()
 def demo(
     rows: Annotated[int, typer.Option(help="Training rows.")] = 200,
-    test_rows: Annotated[int, typer.Option(help="Held-out rows to score.")] = 120,
+    test_rows: Annotated[int, typer.Option(help="Held-out rows to score.")] = 100,
 ) -> None:
     """Fine-tune a real model on real data from start to end, and prove that it got better."""
     from tunery.local import demo as story
