@@ -21,7 +21,7 @@ from tunery.errors import (
     WrongState,
 )
 from tunery.jobs import leases, ledger
-from tunery.jobs.model import Attempt, Job, JobEvent, Metric
+from tunery.jobs.model import Attempt, Checkpoint, Job, JobEvent, Metric
 from tunery.jobs.states import FINAL, TRANSITIONS, State
 
 PAIRS = list(itertools.product(State, State))
@@ -104,17 +104,18 @@ def test_the_story_of_a_good_job(session: Session, running: tuple[Job, leases.Le
     assert outcomes == ["succeeded"]
 
 
-@pytest.mark.parametrize("deed", ["renew", "metrics", "progress", "finish", "fail", "park", "requeue"])
+@pytest.mark.parametrize("deed", ["renew", "metrics", "progress", "checkpoint", "finish", "fail", "park", "requeue"])
 def test_after_a_cancel_the_worker_writes_nothing(
     session: Session, running: tuple[Job, leases.Lease], deed: str
 ) -> None:
     job, lease = running
     ledger.cancel(session, job.project_id, job.id)
-    story = _messages(session, job)
+    story, model = _messages(session, job), rows.tuned(session, job)
     deeds = {
         "renew": lambda: leases.renew(session, lease, lease_seconds=600),
         "metrics": lambda: leases.record_metrics(session, lease, {1: {"train_loss": 1.0}}),
         "progress": lambda: leases.record_progress(session, lease, step=5),
+        "checkpoint": lambda: leases.record_checkpoint(session, lease, step=1, model_id=model.id, metrics={}),
         "finish": lambda: leases.finish(
             session, lease, tuned_model="x", trained_tokens=1, result_file="x", progress={}
         ),
@@ -127,6 +128,7 @@ def test_after_a_cancel_the_worker_writes_nothing(
     session.refresh(job)
     assert (job.state, job.step) == ("cancelled", 0)
     assert session.scalar(select(func.count()).select_from(Metric)) == 0
+    assert session.scalar(select(func.count()).select_from(Checkpoint)) == 0
     assert _messages(session, job) == story
 
 

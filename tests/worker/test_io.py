@@ -10,7 +10,7 @@ from workshop import FACTS, Workshop, training_rows
 from tunery.datasets.model import File, Upload
 from tunery.errors import StorageFailed
 from tunery.jobs import leases, ledger
-from tunery.jobs.model import Attempt, Slot
+from tunery.jobs.model import Attempt, Job, Slot
 from tunery.jobs.states import State
 from tunery.models import registry
 from tunery.models.model import Model
@@ -148,6 +148,16 @@ def test_a_lost_object_fails_its_job_and_holds_no_other_up(workshop: Workshop) -
     assert _validate(workshop)
     assert (workshop.job(first).state, workshop.job(second).state) == ("failed", "queued")
     assert "is not in storage" in str(workshop.job(first).error_message)
+
+
+def test_a_spec_that_is_not_understood_any_more_fails_its_job_and_holds_no_other_up(workshop: Workshop) -> None:
+    first, second = (workshop.submit(workshop.file(training_rows(12))) for _ in range(2))
+    with workshop.session() as session:
+        session.execute(update(Job).where(Job.id == first).values(spec={"technique": {"type": "of yore"}}))
+    assert _validate(workshop)
+    assert _validate(workshop)
+    assert (workshop.job(first).error_code, workshop.job(second).state) == ("validation_broke", "queued")
+    assert "of yore" not in str(workshop.job(first).error_message)
 
 
 def test_while_one_process_validates_a_job_another_passes_it_by_and_its_owner_may_cancel(workshop: Workshop) -> None:

@@ -74,10 +74,9 @@ def validate_next(settings: Settings, storage: Storage) -> bool:
             if job is None:
                 return False
             skip.append(job.id)
-            case = _open(session, job)
-        with only_here(f"validate {case.job_id}") as mine:
+        with only_here(f"validate {job.id}") as mine:
             if mine:
-                _settle(case, settings, storage)
+                _settle(job.id, settings, storage)
                 return True
 
 
@@ -97,23 +96,12 @@ def _open(session: Session, job: Job) -> Case:
     )
 
 
-def _settle(case: Case, settings: Settings, storage: Storage) -> None:
-    if not _announce(case):
+def _settle(job_id: str, settings: Settings, storage: Storage) -> None:
+    if not _announce(job_id):
         return
-    verdict: Verdict | TuneryError
-    try:
-        verdict = judge(case, settings, storage)
-    except JobFailure as error:
-        verdict = error
-    except (StorageFailed, *UNREACHABLE):
-        raise  # another time
-    except (CannotRender, ObjectMissing, ChecksumMismatch) as error:
-        verdict = InvalidTrainingFile(param="training_file", role="training", reason=error.message)
-    except Exception as error:  # a fault of ours, which must not keep every later job from its turn
-        log.exception("%s could not be validated", case.job_id)
-        verdict = ValidationBroke(reason=type(error).__name__)
+    verdict = _verdict(job_id, settings, storage)
     with db.transaction() as session:
-        job = session.get_one(Job, case.job_id, with_for_update=True)
+        job = session.get_one(Job, job_id, with_for_update=True)
         if job.state != State.VALIDATING:  # cancelled meanwhile
             return
         if isinstance(verdict, TuneryError):
@@ -129,17 +117,34 @@ def _settle(case: Case, settings: Settings, storage: Storage) -> None:
             )
 
 
-def _announce(case: Case) -> bool:
+def _announce(job_id: str) -> bool:
     """Tells the owner that it is his job's turn; False when the job has gone on without us."""
     with db.transaction() as session:
-        job = session.get_one(Job, case.job_id, with_for_update=True)
+        job = session.get_one(Job, job_id, with_for_update=True)
         if job.state != State.VALIDATING:
             return False
-        message = f"Validating training file: {case.files['training'].id}"
-        if "validation" in case.files:
-            message += f" and validation file: {case.files['validation'].id}"
+        message = f"Validating training file: {job.training_file}"
+        if job.validation_file is not None:
+            message += f" and validation file: {job.validation_file}"
         ledger.note(session, job.id, message)
         return True
+
+
+def _verdict(job_id: str, settings: Settings, storage: Storage) -> Verdict | TuneryError:
+    """Raises only what another time may mend."""
+    try:
+        with db.transaction() as session:
+            case = _open(session, session.get_one(Job, job_id))
+        return judge(case, settings, storage)
+    except JobFailure as error:
+        return error
+    except (StorageFailed, *UNREACHABLE):
+        raise
+    except (CannotRender, ObjectMissing, ChecksumMismatch) as error:
+        return InvalidTrainingFile(param="training_file", role="training", reason=error.message)
+    except Exception as error:  # a fault of ours, which must not keep every later job from its turn
+        log.exception("%s could not be validated", job_id)
+        return ValidationBroke(reason=type(error).__name__)
 
 
 def judge(case: Case, settings: Settings, storage: Storage) -> Verdict:
