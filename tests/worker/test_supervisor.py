@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from databases import Database
 from sqlalchemy import Connection, event, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
+from workshop import Workshop
 
-from tunery import wire
+from tunery import dispatch, wire
 from tunery.artifacts.manifest import Manifest
 from tunery.errors import LeaseLost, StorageFailed
 from tunery.jobs import leases, ledger
@@ -32,6 +34,7 @@ from worker.supervisor.process import environment
 from worker.supervisor.slot import Slot
 from worker.supervisor.staging import StoredFolder
 from worker.tasks.desk import Desk
+from worker.tasks.stations import open_desks
 
 SECRETS = {
     "TUNERY_DATABASE_URL": "postgresql://x",
@@ -477,6 +480,33 @@ def test_a_wake_up_that_finds_the_desk_busy_returns_at_once_and_is_not_lost() ->
     go_on.set()
     worker.join(20)
     assert looks == ["busy", "busy"], "whoever was at work looked once more"
+
+
+def test_the_sweeper_is_not_woken_by_the_wake_ups_that_it_sends(workshop: Workshop) -> None:
+    """It would go round and round for as long as there is any work that it sends them for."""
+    drain = Drain()
+    drain.begin()
+    desks = open_desks(dispatch.IO, "test", workshop.settings, drain, [])
+    assert {desk.name for desk in desks if not desk.on_call} == {"sweeper"}
+
+    looked, drain = {True: 0, False: 0}, Drain()
+
+    def look(on_call: bool) -> bool:
+        looked[on_call] += 1
+        return False
+
+    called, clocked = (
+        Desk("test", partial(look, on_call), poll_seconds=60, drain=drain, on_call=on_call) for on_call in (True, False)
+    )
+    for desk in (clocked, called):
+        desk.open()
+    assert process.wait_until(lambda: looked == {True: 1, False: 1}, seconds=20, alive=lambda: True)
+    for desk in (clocked, called):
+        desk.wake()
+    assert process.wait_until(lambda: looked[True] == 2, seconds=20, alive=lambda: True)
+    assert looked[False] == 1
+    drain.begin()
+    called.wake()
 
 
 def test_a_fault_of_one_look_does_not_end_the_desk_and_a_drain_does(caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,11 @@ class Desk:
     matters: Linux ends a trainer when the thread that spawned it ends.
     """
 
-    def __init__(self, name: str, look: Callable[[], bool], *, poll_seconds: float, drain: Drain) -> None:
+    def __init__(
+        self, name: str, look: Callable[[], bool], *, poll_seconds: float, drain: Drain, on_call: bool = True
+    ) -> None:
+        """`on_call` False: its work is due by the clock alone, and wake-ups do not concern it."""
+        self.name, self.on_call = name, on_call
         self._look, self._poll_seconds, self._drain = look, poll_seconds, drain
         self._wanted, self._bell, self._busy = threading.Event(), threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name=f"tunery-{name}", daemon=True)
@@ -26,8 +30,9 @@ class Desk:
         self._thread.start()
 
     def wake(self) -> None:
-        """Have the desk's own thread look now."""
-        self._bell.set()
+        """Have the desk's own thread look now, if it is on call."""
+        if self.on_call:
+            self._bell.set()
 
     def work(self) -> None:
         """Work in the caller's thread until nothing is left; return at once when somebody is at it already."""

@@ -32,7 +32,7 @@ def _training(slot_name: str, settings: Settings, drain: Drain, found: list[Devi
     # Beside the slot's work, which may take days: a device that is not shown for an hour counts as gone.
     return [
         Desk("training", slot.look, poll_seconds=settings.poll_seconds, drain=drain),
-        Desk("devices", show, poll_seconds=_SHOW_SECONDS, drain=drain),
+        Desk("devices", show, poll_seconds=_SHOW_SECONDS, drain=drain, on_call=False),
     ]
 
 
@@ -53,5 +53,6 @@ def _io(settings: Settings, drain: Drain) -> list[Desk]:
     desks = [Desk(name, look, poll_seconds=settings.poll_seconds, drain=drain) for name, look in looks.items()]
     # Retries of webhooks come due without any wake-up, so that desk and the sweeper look more often.
     desks[-1] = Desk("webhooks", deliver, poll_seconds=settings.sweep_seconds, drain=drain)
-    sweeper = Sweeper(settings, storage)
-    return [*desks, Desk("sweeper", sweeper.round, poll_seconds=settings.sweep_seconds, drain=drain)]
+    sweep = Sweeper(settings, storage).round
+    # By the clock alone: it sends wake-ups itself, and one that woke it would go round and round.
+    return [*desks, Desk("sweeper", sweep, poll_seconds=settings.sweep_seconds, drain=drain, on_call=False)]
