@@ -55,7 +55,7 @@ def down(home: StackHome = HOME) -> None:
 
 @app.command()
 def demo(
-    rows: Annotated[int, typer.Option(help="Training rows.")] = 200,
+    rows: Annotated[int, typer.Option(help="Training rows.")] = 320,
     test_rows: Annotated[int, typer.Option(help="Held-out rows to score.")] = 100,
 ) -> None:
     """Fine-tune a real model on real data from start to end, and prove that it got better."""
