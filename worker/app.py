@@ -6,6 +6,7 @@ lost, doubled or late message changes nothing, and no broker at all costs a poll
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,8 +114,14 @@ def _note_queues(sender: str, instance: Any, **_: object) -> None:
 def _open_desks(**_: object) -> None:
     slot = f"{_HERE.node}/{getattr(current_process(), 'index', 0)}"
     settings = get_settings()
-    with _or_end(lambda _: os._exit(1)):
+    with _or_end(_end_all):
         _HERE.desks = {queue: open_desks(queue, slot, settings, DRAIN, _HERE.devices) for queue in _HERE.queues}
+
+
+def _end_all(_: str) -> None:
+    # Ending by itself would do no good: Celery replaces a process that ends, and without a broker it does not notice.
+    os.kill(os.getppid(), signal.SIGTERM)
+    os._exit(1)
 
 
 def _drain(**_: object) -> None:

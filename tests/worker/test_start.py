@@ -1,8 +1,11 @@
 """How workers start: set up once, or not at all; never there and deaf."""
 
+import subprocess
+import sys
+
 import pytest
 from sqlalchemy import select
-from workshop import Workshop
+from workshop import ROOT, Workshop
 
 from tunery.jobs.model import Slot
 from tunery.local import process
@@ -45,6 +48,23 @@ def test_the_devices_are_looked_for_once_before_the_slots_start(workshop: Worksh
     asked = (workshop.folder / "asked").read_text().split()
     assert asked.count(str(worker.pid)) == 1
     assert app.conf.worker_proc_alive_timeout > 60, "the setup of a slot may still take long"
+
+
+_BROKEN = """
+import worker.app
+
+def open_desks(*_):
+    raise RuntimeError("for the test")
+
+worker.app.open_desks = open_desks
+worker.app.app.worker_main(["worker", "-Q", "io", "-P", "prefork", "-c", "1", "--without-gossip", "--without-mingle"])
+"""
+
+
+@pytest.mark.usefixtures("workshop")
+def test_a_slot_that_cannot_be_set_up_ends_its_worker_even_without_a_broker() -> None:
+    ran = subprocess.run([sys.executable, "-c", _BROKEN], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "RuntimeError: for the test" in ran.stderr
 
 
 def _shown(workshop: Workshop) -> list[str]:
