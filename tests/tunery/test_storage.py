@@ -151,6 +151,19 @@ def test_a_wrong_checksum_is_refused(storage: Storage, tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir() if each.is_file()] == ["file"]
 
 
+def test_a_fetch_that_is_called_off_leaves_nothing(storage: Storage, tmp_path: Path) -> None:
+    stored = storage.put("a", _content(2 * CHUNK + 7))
+    calls = iter([None, InterruptedError()])
+
+    def check() -> None:
+        if error := next(calls):
+            raise error
+
+    with pytest.raises(InterruptedError):
+        storage.fetch("a", tmp_path / "file", stored.sha256, check)
+    assert [each.name for each in tmp_path.iterdir() if each.is_file()] == []
+
+
 def test_listing(storage: Storage) -> None:
     keys = ["a", "b/1", "b/2/x", "b/2-y", "b2", "é/ä b+c%41", "Z"]
     for key in keys:

@@ -140,6 +140,13 @@ def test_a_job_knows_the_memory_that_its_claim_must_bring(
     assert any("more than 1 with the memory that it needs" in line for line in workshop.story(job_id))
 
 
+def test_before_any_worker_has_come_a_job_is_told_what_it_waits_for(workshop: Workshop) -> None:
+    job_id = workshop.submit(workshop.file(training_rows(12)))
+    assert _validate(workshop)
+    assert workshop.job(job_id).state == "queued"
+    assert any("the job waits for one that has a GPU with 1.1 GiB" in line for line in workshop.story(job_id))
+
+
 def test_a_lost_object_fails_its_job_and_holds_no_other_up(workshop: Workshop) -> None:
     lost = workshop.file(training_rows(12))
     first, second = workshop.submit(lost), workshop.submit(workshop.file(training_rows(12)))

@@ -160,7 +160,7 @@ def judge(case: Case, settings: Settings, storage: Storage) -> Verdict:
         plan,
         gpu_bytes,
         None if _gpus(case.slots) else cpu_bytes,
-        [*warnings, *_of_overlap(case, storage), *_of_hosts(plan, case.slots, gpu_bytes)],
+        [*warnings, *_of_overlap(case, storage), *_of_hosts(plan, case.slots, gpu_bytes, cpu_bytes)],
     )
 
 
@@ -210,11 +210,14 @@ def _need(case: Case, plan: Plan, device: str) -> int:
     return memory.estimate(case.base.facts, plan.technique, max_seq_length=case.max_length, device=device).bytes
 
 
-def _of_hosts(plan: Plan, slots: Sequence[Slot], gpu_bytes: int) -> list[str]:
-    """A job that asks for more GPUs than any host has waits, which should not surprise its owner."""
+def _of_hosts(plan: Plan, slots: Sequence[Slot], gpu_bytes: int, cpu_bytes: int) -> list[str]:
+    """A job that no host here can take waits, which should not surprise its owner."""
+    if not slots:
+        needs = f"a GPU with {memory.gib(gpu_bytes)} of memory, or a host with {memory.gib(cpu_bytes)}"
+        return [f"No worker for training has come yet: the job waits for one that has {needs}."]
     large = [slot for slot in _gpus(slots) if slot.memory_bytes >= gpu_bytes] or slots
     hosts = [slot.host for slot in large]
-    most = max((hosts.count(host) for host in hosts), default=plan.resources.gpus)
+    most = max(hosts.count(host) for host in hosts)
     if plan.resources.gpus <= most:
         return []
     return [
