@@ -163,6 +163,22 @@ def test_an_expired_lease_goes_back_to_the_queue_and_fences_the_old_hand_out(
     assert leases.renew(session, successor, lease_seconds=600) is None
 
 
+@pytest.mark.usefixtures("database")
+def test_a_lease_that_somebody_is_at_holds_no_other_up() -> None:
+    with db.transaction() as session:
+        for _ in range(2):
+            rows.job(session, state=State.QUEUED)
+            assert rows.claim(session)
+        session.execute(update(Attempt).values(lease_until=rows.LONG_AGO))
+        first = session.scalars(select(Attempt.id).order_by(Attempt.id)).first()
+    with db.transaction() as stuck, db.transaction() as session:
+        stuck.execute(select(Attempt).where(Attempt.id == first).with_for_update())
+        session.execute(select(func.set_config("lock_timeout", "10s", True)))
+        assert leases.expire_leases(session) == 1
+    with db.transaction() as session:
+        assert leases.expire_leases(session) == 1
+
+
 def test_a_late_renewal_revives_a_lease_that_nobody_reaped(session: Session, running: tuple[Job, leases.Lease]) -> None:
     _, lease = running
     session.execute(update(Attempt).values(lease_until=rows.LONG_AGO))

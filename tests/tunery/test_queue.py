@@ -2,7 +2,6 @@
 
 import pytest
 import rows
-from databases import Database
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
@@ -115,7 +114,8 @@ def test_the_reservation_of_a_host_that_is_gone_passes_to_another(session: Sessi
     assert large.reserved_host == "other"
 
 
-def test_a_job_that_somebody_is_at_holds_no_claim_up(database: Database) -> None:
+@pytest.mark.usefixtures("database")
+def test_a_job_that_somebody_is_at_holds_no_claim_up() -> None:
     with db.transaction() as session:
         first, second = rows.job(session, state=State.QUEUED, priority=1), rows.job(session, state=State.QUEUED)
     with db.transaction() as stuck, db.transaction() as session:

@@ -5,10 +5,11 @@ import rows
 from workshop import Workshop, training_rows
 
 from tunery import wire
+from tunery.errors import LeaseLost
 from tunery.jobs import leases, ledger
 from tunery.jobs.leases import Lease
 from tunery.jobs.model import Job
-from worker.supervisor import attempt
+from worker.supervisor import attempt, staging
 from worker.supervisor.deeds import Scribe
 from worker.supervisor.drain import Drain
 from worker.supervisor.lease import Hold
@@ -61,3 +62,17 @@ def test_an_attempt_that_finds_its_job_gone_has_it_tidied_again(workshop: Worksh
     attempt.run(lease, settings=workshop.settings, storage=workshop.storage, drain=Drain(), mark="test")
     assert not workshop.job(lease.job_id).tidied
     assert workshop.attempts(lease.job_id)[0].outcome == "lost"
+
+
+def test_a_cancel_breaks_off_the_fetch_of_the_base(workshop: Workshop, lease: Lease) -> None:
+    with workshop.session() as session:
+        needs = staging.needs_of(session, leases.held(session, lease))
+    run_dir, models_dir = workshop.folder / "run", workshop.settings.models_dir
+
+    def check() -> None:
+        if (models_dir / needs.base.sha256).exists():  # the fetch has begun
+            raise LeaseLost(job=lease.job_id, attempt=lease.number)
+
+    with pytest.raises(LeaseLost):
+        staging.lay_out(needs, run_dir, models_dir, workshop.storage, check)
+    assert list((models_dir / needs.base.sha256).iterdir()) == []
