@@ -54,6 +54,9 @@ format: setup ## Put every file into the house's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Two tests at once have a core each.
+test test-slow: export OMP_NUM_THREADS = 1
+
 test: setup ## The tests: real PostgreSQL, Valkey, workers and training, no Docker, no GPU
 	$(PYTEST) -n 2 -m 'not slow and not gpu' --durations=10
 
