@@ -146,6 +146,7 @@ def test_what_cannot_be_a_base_is_refused_with_the_reason(
     assert "\n" not in refused.value.message
 
 
+@pytest.mark.slow
 def test_command_says_why_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
 

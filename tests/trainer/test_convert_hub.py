@@ -42,7 +42,13 @@ def test_a_base_comes_from_the_hub_that_hf_endpoint_names(mirror: dict[str, Path
     }
 
 
-@pytest.mark.parametrize(("source", "said"), [("team/pickled", "pytorch_model.bin"), ("team/none", "Check the name")])
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        pytest.param("team/pickled", "pytorch_model.bin", marks=pytest.mark.slow),
+        ("team/none", "Check the name"),
+    ],
+)
 def test_what_cannot_be_used_is_refused_in_one_line(
     mirror: dict[str, Path], tmp_path: Path, source: str, said: str
 ) -> None:

@@ -324,6 +324,7 @@ def test_packed_run_trains_on_every_token(tmp_path: Path, tiny: Path, ear: Ear) 
     assert finished.trained_tokens == started.train_tokens
 
 
+@pytest.mark.slow
 def test_artifact_needs_nothing_of_ours(tmp_path: Path, tiny: Path) -> None:
     """Loaded by plain peft in an interpreter that cannot see this project."""
     folder = lay_out(tmp_path / "run", tiny, plan(), ROWS)

@@ -186,6 +186,7 @@ def test_only_one_holds_a_claim_and_it_is_free_again_afterwards(workshop: Worksh
         assert again
 
 
+@pytest.mark.slow
 def test_a_registered_base_is_converted_published_and_kept_as_this_hosts_copy(
     workshop: Workshop, tiny_base: Path
 ) -> None:

@@ -449,6 +449,7 @@ def test_a_gpu_answers_as_plain_peft_on_a_gpu_does(shop: Shop, tmp_path: Path) -
 # --- the process --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_process_serves_on_the_address_of_the_settings(
     settings: Settings, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
