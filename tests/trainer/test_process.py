@@ -47,6 +47,7 @@ def heard(process: subprocess.Popen[bytes]) -> Iterator[Spoken]:
     yield from (parse(line) for line in process.stdout)
 
 
+@pytest.mark.slow
 def test_stopped_process_saves_and_the_next_one_goes_on(tmp_path: Path, tiny: Path) -> None:
     settled = plan(technique=Lora(r=4, dropout=0.1), n_epochs=40, learning_rate=1e-3)
     folder, whole = (lay_out(tmp_path / name, tiny, settled, ROWS, public_checkpoints=0) for name in ("run", "whole"))
@@ -75,6 +76,7 @@ def test_stopped_process_saves_and_the_next_one_goes_on(tmp_path: Path, tiny: Pa
         assert (found[name] - tensor).abs().max() < 1e-4, name
 
 
+@pytest.mark.slow
 def test_rows_at_fault_are_told_with_their_line(tmp_path: Path, tiny: Path) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(), ROWS)
     with (folder / "data" / "train.jsonl").open("a") as file:

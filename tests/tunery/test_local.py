@@ -68,6 +68,7 @@ def test_stop_leaves_no_process_and_no_socket(server: Postgres) -> None:
     assert not sockets.exists()
 
 
+@pytest.mark.slow
 def test_a_start_that_was_cut_off_is_begun_again(server: Postgres) -> None:
     with server:
         data = server._data
@@ -77,6 +78,7 @@ def test_a_start_that_was_cut_off_is_begun_again(server: Postgres) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as another user")
+@pytest.mark.slow
 def test_root_brings_the_programs_along_where_nobody_cannot_reach_them(
     server: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
