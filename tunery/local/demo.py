@@ -322,6 +322,8 @@ def _verdict(console: Console, proof: Proof) -> None:
 
 def _how_to_go_on(console: Console, home: Path, job: dict[str, Any]) -> None:
     """The home is a stack like any other: `tunery up` brings it back with its job and its model."""
+    question = home / "question.json"
+    question.write_text(json.dumps({"model": job["fine_tuned_model"], "messages": _question("I lost my card")}))
     console.print("\n[bold]Go on by hand[/]")
     for line in (
         f".venv/bin/tunery up --home {home}",
@@ -330,10 +332,16 @@ def _how_to_go_on(console: Console, home: Path, job: dict[str, Any]) -> None:
         f".venv/bin/tunery jobs show {job['id']}",
         "curl -s http://127.0.0.1:8000/v1/chat/completions \\",
         '  -H "Authorization: Bearer $TUNERY_API_KEY" -H "Content-Type: application/json" \\',
-        f'  -d \'{{"model": "{job["fine_tuned_model"]}",',
-        '       "messages": [{"role": "user", "content": "I lost my card"}]}\'',
+        f"  -d @{question}",
     ):
         console.print(Text(f"  {line}"), soft_wrap=True)
+
+
+def _question(text: str) -> list[dict[str, str]]:
+    """As the model was taught: under the rows' own system message, without which it has seen no label."""
+    with (tree.root() / "examples/banking_test.jsonl").open() as rows:
+        system = json.loads(rows.readline())["messages"][0]
+    return [system, {"role": "user", "content": text}]
 
 
 def _remove_old_homes(*, keep: int) -> None:
