@@ -107,17 +107,6 @@ def _take_turns(session: Session, name: str) -> None:
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"model {name}", 0))))
 
 
-def next_to_convert(session: Session) -> Model | None:
-    """The oldest base that waits for its conversion, locked for this transaction; other workers pass it by."""
-    return session.scalar(
-        select(Model)
-        .where(Model.kind == "base", Model.status == "processing", Model.deleted_at.is_(None))
-        .order_by(Model.created_at)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-    )
-
-
 def set_ready(session: Session, model: Model, *, manifest: dict[str, Any], sha256: str, facts: dict[str, Any]) -> None:
     """Its files are stored and listed: it may be used."""
     model.manifest, model.manifest_sha256, model.facts = manifest, sha256, facts
