@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 _PR_SET_PDEATHSIG = 1
+_TAIL_BYTES = 8192
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
@@ -100,8 +101,14 @@ def wait_until(ready: Callable[[], bool], *, seconds: float, alive: Callable[[],
 
 
 def tail(path: Path, lines: int = 15) -> str:
-    """The last lines of a log, for an error's text; empty when there is none."""
+    """The last lines of a log (of its last 8 KiB), for an error's text; empty when there is none.
+
+    No NUL is among them: the text may be kept in a database, and PostgreSQL takes none.
+    """
     try:
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            text = file.read().decode(errors="replace").replace("\0", "\ufffd")
     except OSError:
         return ""
+    return "\n".join(text.strip().splitlines()[-lines:])

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from tunery import wire
-from tunery.local.process import dies_with_parent
+from tunery.local.process import dies_with_parent, tail
 
 log = logging.getLogger(__name__)
 
@@ -106,11 +106,8 @@ class Trainer:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def last_words(self, lines: int = 12) -> str:
-        """The end of its log, for people and for a database that keeps no NUL."""
-        with self._log.open("rb") as file:
-            file.seek(max(0, self._log.stat().st_size - 8192))
-            text = file.read().decode(errors="replace").replace("\0", "\ufffd")
-        return "\n".join(text.strip().splitlines()[-lines:])
+        """The end of its log."""
+        return tail(self._log, lines)
 
     def _listen(self) -> None:
         assert self._process.stdout is not None

@@ -16,7 +16,7 @@ from tunery import db
 from tunery.artifacts import manifest
 from tunery.artifacts import model as artifacts
 from tunery.errors import KeyTaken, StorageFailed
-from tunery.local.process import dies_with_parent
+from tunery.local.process import dies_with_parent, tail
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.settings import Settings
@@ -100,8 +100,7 @@ def _run(source: str, out: Path, drain: Drain) -> str | None:
                     process.kill()
     if status == 0:
         return None
-    words = errors_path.read_text(errors="replace").replace("\0", "\ufffd").strip().splitlines()[-5:]
-    return "\n".join(words) or f"The conversion ended with status {status} and said nothing."
+    return tail(errors_path, 5) or f"The conversion ended with status {status} and said nothing."
 
 
 def _publish(model_id: str, prefix: str, out: Path, settings: Settings, storage: Storage) -> None:
