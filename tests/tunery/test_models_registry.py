@@ -22,6 +22,22 @@ def _as_alias(session: Session) -> object:
     return registry.add_alias(session, "twin", session.get_one(Model, "base"))
 
 
+def _one_after_the_other(first: Callable[[Session], object], second: Callable[[Session], object]) -> None:
+    """The second deed begins while the first is not committed, has to wait for it, and then goes its way."""
+
+    def go() -> object:
+        with db.transaction() as session:
+            return second(session)
+
+    with ThreadPoolExecutor(1) as pool:
+        with db.transaction() as session:
+            first(session)
+            later = pool.submit(go)
+            with pytest.raises(TimeoutError):
+                later.result(timeout=0.3)
+        later.result()
+
+
 @pytest.mark.parametrize(("first", "second"), [(_as_base, _as_base), (_as_base, _as_alias), (_as_alias, _as_base)])
 def test_a_name_that_is_just_being_given_is_taken(
     database: Database, first: Callable[[Session], object], second: Callable[[Session], object]
@@ -29,18 +45,8 @@ def test_a_name_that_is_just_being_given_is_taken(
     with db.transaction() as session:
         rows.base(session, "base")
 
-    def give() -> object:
-        with db.transaction() as session:
-            return second(session)
-
-    with ThreadPoolExecutor(1) as pool:
-        with db.transaction() as session:
-            first(session)
-            later = pool.submit(give)
-            with pytest.raises(TimeoutError):
-                later.result(timeout=0.3)
-        with pytest.raises(InvalidValue, match="Choose another"):
-            later.result()
+    with pytest.raises(InvalidValue, match="Choose another"):
+        _one_after_the_other(first, second)
 
 
 def test_of_two_who_point_one_alias_the_later_wins(database: Database) -> None:
@@ -48,16 +54,9 @@ def test_of_two_who_point_one_alias_the_later_wins(database: Database) -> None:
         for name in ("base", "other"):
             rows.base(session, name)
 
-    def point() -> object:
-        with db.transaction() as session:
-            return registry.add_alias(session, "twin", session.get_one(Model, "other"))
+    _one_after_the_other(
+        _as_alias, lambda session: registry.add_alias(session, "twin", session.get_one(Model, "other"))
+    )
 
-    with ThreadPoolExecutor(1) as pool:
-        with db.transaction() as session:
-            _as_alias(session)
-            later = pool.submit(point)
-            with pytest.raises(TimeoutError):
-                later.result(timeout=0.3)
-        later.result()
     with db.transaction() as session:
         assert session.get_one(Alias, "twin").model_id == "other"
