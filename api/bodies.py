@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 
-from tunery.rendering import strict_json
+from tunery.rows import strict_json
 
 
 class JsonRoute(APIRoute):

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from bench.train_rows import SEED, rows
-from tunery.rendering.template import ChatTemplate
+from tunery.rows.template import ChatTemplate
 from tunery.spec import Full, Lora, Plan, Qlora, Run, Schedule
 from worker.trainer.data import Rows
 from worker.trainer.loop import train

@@ -13,10 +13,10 @@ from api.paging import Order
 from api.schemas import files as wire
 from api.schemas.wire import CursorList, errors
 from tunery.datasets import shelf
-from tunery.datasets.formats import JsonlChecker
 from tunery.errors import InvalidJSONL
 from tunery.jobs import ledger
 from tunery.keys.ring import Caller
+from tunery.rows.jsonl import JsonlChecker
 from tunery.storage import Storage, Stored, Writer
 
 router = APIRouter(prefix="/v1/files", tags=["Files"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tunery.rendering.messages import parse_line
+from tunery.rows.messages import parse_line
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = {"banking": (1215, 200, 479), "snips": (3500, 350, 695)}

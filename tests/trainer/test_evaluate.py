@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from run_folders import chat, lay_out, plan
 
-from tunery.rendering.messages import Example
+from tunery.rows.messages import Example
 from tunery.spec import Evaluation
 from worker.trainer import evaluate
 from worker.trainer.evaluate import matches, paired_interval, score

@@ -8,7 +8,7 @@ from templates import CHATML, MISTRAL_LIKE, QWEN3_LIKE, tokenizer
 
 from tunery.datasets.rules import Summary, check_disjoint, check_examples
 from tunery.errors import InvalidNExamples, InvalidTrainingFile
-from tunery.rendering.template import ChatTemplate
+from tunery.rows.template import ChatTemplate
 
 
 def template(source: str = CHATML) -> ChatTemplate:

@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM
 from tunery.artifacts import manifest
 from tunery.local import process
 from tunery.local.valkey import free_port
-from tunery.rendering.messages import Message
-from tunery.rendering.template import ChatTemplate
+from tunery.rows.messages import Message
+from tunery.rows.template import ChatTemplate
 from tunery.settings import Settings
 from tunery.storage import Directory, open_storage
 from worker.server.__main__ import choose_device

@@ -5,11 +5,11 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tunery.datasets.formats import iter_lines
 from tunery.errors import InvalidJSONL, InvalidNExamples, InvalidTrainingFile
-from tunery.rendering.messages import Example, FileRole, invalid, parse_line
-from tunery.rendering.rows import encode_example
-from tunery.rendering.template import ChatTemplate, Rendered
+from tunery.rows.encoding import encode_example
+from tunery.rows.jsonl import iter_lines
+from tunery.rows.messages import Example, FileRole, invalid, parse_line
+from tunery.rows.template import ChatTemplate, Rendered
 
 LEAST_EXAMPLES = 10
 _SHOWN = 5

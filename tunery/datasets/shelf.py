@@ -8,9 +8,9 @@ from sqlalchemy import Select, func, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from tunery import dispatch, ids
-from tunery.datasets.formats import JsonlChecker
 from tunery.datasets.model import File
 from tunery.errors import FileInUse, InvalidJSONL, InvalidValue, NotFound, ObjectMissing
+from tunery.rows.jsonl import JsonlChecker
 from tunery.storage import Storage, Stored
 
 FINE_TUNE = "fine-tune"

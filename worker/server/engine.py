@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tunery.errors import PromptTooLong
-from tunery.rendering.template import ChatTemplate
+from tunery.rows.template import ChatTemplate
 from tunery.storage import Storage
 from worker.server.generation import Generation, Sampling
 from worker.server.schemas import ChatRequest, Chosen, Files

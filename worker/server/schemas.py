@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tunery.errors import InvalidValue, Unsupported
-from tunery.rendering import strict_json
-from tunery.rendering.messages import Message, Tool
+from tunery.rows import strict_json
+from tunery.rows.messages import Message, Tool
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),

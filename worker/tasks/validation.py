@@ -27,8 +27,8 @@ from tunery.jobs.model import Job, Slot
 from tunery.jobs.states import State
 from tunery.models.model import Model
 from tunery.planning import advice, memory
-from tunery.rendering.messages import FileRole
-from tunery.rendering.template import ChatTemplate
+from tunery.rows.messages import FileRole
+from tunery.rows.template import ChatTemplate
 from tunery.settings import Settings
 from tunery.spec import Plan, TrainingSpec
 from tunery.storage import Storage

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from tunery.errors import UnusableModel
-from tunery.rendering.template import ChatTemplate
+from tunery.rows.template import ChatTemplate
 from tunery.wire import EXIT_USER_ERROR
 from worker.trainer import gguf_files
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tunery.errors import InvalidTrainingFile
-from tunery.rendering.messages import Example, FileRole, parse_line
-from tunery.rendering.rows import encode_example
-from tunery.rendering.template import IGNORED, ChatTemplate
+from tunery.rows.encoding import encode_example
+from tunery.rows.messages import Example, FileRole, parse_line
+from tunery.rows.template import IGNORED, ChatTemplate
 
 
 @dataclass(frozen=True)

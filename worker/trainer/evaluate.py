@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import GenerationConfig
 
-from tunery.rendering.messages import Example
+from tunery.rows.messages import Example
 from tunery.wire import Score
 from worker.trainer.data import Row, collate, micro_batches
 from worker.trainer.training import Training

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from tunery.errors import InvalidTrainingFile
-from tunery.rendering.template import ChatTemplate
+from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
 from tunery.wire import Finished, Paused, Phase, Score, Started
 from worker.trainer import checkpoints, evaluate, packing, parity, preflight, report

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from tunery.rendering.template import ChatTemplate
+from tunery.rows.template import ChatTemplate
 from tunery.spec import Plan, Run
 from worker.trainer.data import Rows, Unit, micro_batches, steps_per_epoch
 from worker.trainer.objective import Objective

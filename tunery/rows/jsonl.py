@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from tunery.errors import InvalidJSONL
-from tunery.rendering import strict_json
+from tunery.rows import strict_json
 
 MAX_LINE_BYTES = 4 * 2**20
 _BOM = b"\xef\xbb\xbf"

@@ -9,8 +9,8 @@ import pytest
 from templates import SHAPES, model_folder
 from transformers import AutoTokenizer
 
-from tunery.rendering.messages import Message, Tool
-from tunery.rendering.template import ChatTemplate
+from tunery.rows.messages import Message, Tool
+from tunery.rows.template import ChatTemplate
 
 SYSTEM = {"role": "system", "content": " Be brief. "}
 QUESTION = {"role": "user", "content": "Capital of <b>France</b>? 🗼\n"}

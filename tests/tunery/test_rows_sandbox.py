@@ -8,9 +8,9 @@ from jinja2.exceptions import SecurityError, TemplateError
 from templates import tokenizer
 
 from tunery.errors import CannotRender
-from tunery.rendering import sandbox
-from tunery.rendering.messages import Message
-from tunery.rendering.template import ChatTemplate
+from tunery.rows import sandbox
+from tunery.rows.messages import Message
+from tunery.rows.template import ChatTemplate
 
 NOW = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
 

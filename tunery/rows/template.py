@@ -19,8 +19,8 @@ from jinja2.exceptions import TemplateError
 from tokenizers import Encoding, Tokenizer
 
 from tunery.errors import CannotRender
-from tunery.rendering.messages import Example, Message, Tool
-from tunery.rendering.sandbox import Environment
+from tunery.rows.messages import Example, Message, Tool
+from tunery.rows.sandbox import Environment
 
 IGNORED = -100
 """The label of a token that is not learned, as torch's cross entropy spells it."""

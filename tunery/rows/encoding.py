@@ -1,8 +1,8 @@
 """From one row to what the model learns of it, every fault under its line's number."""
 
 from tunery.errors import CannotRender
-from tunery.rendering.messages import Example, FileRole, invalid
-from tunery.rendering.template import ChatTemplate, Rendered
+from tunery.rows.messages import Example, FileRole, invalid
+from tunery.rows.template import ChatTemplate, Rendered
 
 
 def encode_example(

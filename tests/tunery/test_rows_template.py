@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from templates import CHATML, LLAMA_LIKE, MISTRAL_LIKE, SHAPES, SPECIAL, model_folder, tokenizer
 
 from tunery.errors import CannotRender, InvalidTrainingFile
-from tunery.rendering.messages import Example, Message
-from tunery.rendering.rows import encode_example
-from tunery.rendering.template import IGNORED, ChatTemplate, Rendered
+from tunery.rows.encoding import encode_example
+from tunery.rows.messages import Example, Message
+from tunery.rows.template import IGNORED, ChatTemplate, Rendered
 
 LONG = 100_000
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunery.errors import InvalidTrainingFile
-from tunery.rendering import strict_json
-from tunery.rendering.messages import parse_line
+from tunery.rows import strict_json
+from tunery.rows.messages import parse_line
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}

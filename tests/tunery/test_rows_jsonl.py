@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunery.datasets.formats import MAX_LINE_BYTES, JsonlChecker, iter_lines
 from tunery.errors import InvalidJSONL
+from tunery.rows.jsonl import MAX_LINE_BYTES, JsonlChecker, iter_lines
 
 START = "Expected file to have JSONL format, where every line is a valid JSON dictionary."
 
