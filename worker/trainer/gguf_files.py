@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from gguf import GGUFReader
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,6 +67,8 @@ def unpack(path: Path, out: Path) -> None:
 
 
 def _tokenizer_kind(path: Path) -> tuple[str, str]:
+    from gguf import GGUFReader  # only here: a host that trains has no need of it
+
     try:
         fields = GGUFReader(path).fields
     except Exception as error:
