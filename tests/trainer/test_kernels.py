@@ -164,3 +164,28 @@ def test_gated_block_has_the_value_and_gradients_of_the_definition() -> None:
     assert error(out, wanted) < 1e-5
     for found, reference in zip(tensors, exact, strict=True):
         assert error(found.grad, reference.grad) < 1e-5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_model_may_change_an_adapted_layers_output_in_place(adapted: bool) -> None:
+    layer = lora_layer(nn.Linear(20, 12))
+    layer.enable_adapters(adapted)
+    x = torch.randn(2, 5, 20, requires_grad=True)
+    exact = x.detach().requires_grad_()
+    (layer(exact) * 3).square().sum().backward()
+
+    layer(x).mul_(3).square().sum().backward()
+
+    assert error(x.grad, exact.grad) < 1e-6  # type: ignore[arg-type]
+
+
+def test_model_may_change_a_gated_blocks_output_in_place() -> None:
+    layer = lora_layer(nn.Linear(20, 12, bias=False))
+    gate, up = torch.randn(2, 3, 20, requires_grad=True), torch.randn(2, 3, 20)
+
+    out = gated._GatedDown.apply(
+        gate, up, layer.base_layer, layer.lora_A.default.weight, layer.lora_B.default.weight, 2.0
+    )
+    out.mul_(3).sum().backward()
+
+    assert gate.grad is not None

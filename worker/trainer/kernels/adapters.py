@@ -46,15 +46,23 @@ def only_adapter(layer: Any) -> str | None:
     return None if layer.training and isinstance(layer.lora_dropout[name], nn.Dropout) else name
 
 
-def product(rows: Tensor, base: Any, a: Tensor | None, b: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
-    """The adapted product of `rows` [n, in] -> [n, out], in the frozen weight's type, and `rows` times A' [n, r]."""
+def product(x: Tensor, base: Any, a: Tensor | None, b: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
+    """The adapted product of `x` [..., in] -> [..., out], in the frozen weight's type, and its rows times A' [n, r]."""
     dense = _dense(base)
-    rows = rows.to(dense.dtype)
-    out = functional.linear(rows, dense, None if base.bias is None else base.bias.to(dense.dtype))
+    rows = x.reshape(-1, x.shape[-1]).to(dense.dtype)
+    # Why not `linear(rows).view(...)`: autograd forbids a model to change a view that a Function returned, and some
+    # models scale a layer's output in place.
+    out = rows.new_empty(*x.shape[:-1], dense.shape[0])
+    flat = out.view(-1, dense.shape[0])
+    if base.bias is None:
+        torch.mm(rows, dense.t(), out=flat)
+    else:
+        torch.addmm(base.bias.to(dense.dtype), rows, dense.t(), out=flat)
     if a is None or b is None:
         return out, None
     low = rows @ a.to(dense.dtype).t()
-    return out.addmm_(low, b.to(dense.dtype).t(), alpha=scale), low
+    flat.addmm_(low, b.to(dense.dtype).t(), alpha=scale)
+    return out, low
 
 
 def adapter_slopes(grad: Tensor, rows: Tensor, low: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, ...]:
@@ -104,8 +112,8 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Any) -> Tensor:
         ctx.base = base
-        out, _ = product(x.reshape(-1, x.shape[-1]), base, None, None, 0.0)
-        return out.view(*x.shape[:-1], -1).to(x.dtype)
+        out, _ = product(x, base, None, None, 0.0)
+        return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -118,11 +126,10 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        out, low = product(rows, base, a, b, scale)
-        ctx.save_for_backward(rows, low, a, b)
+        out, low = product(x, base, a, b, scale)
+        ctx.save_for_backward(x.reshape(-1, x.shape[-1]), low, a, b)
         ctx.base, ctx.scale, ctx.shape = base, scale, x.shape
-        return out.view(*x.shape[:-1], -1).to(x.dtype)
+        return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor, None]:

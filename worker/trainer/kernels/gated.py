@@ -60,11 +60,10 @@ class _GatedDown(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, base: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        inner = (functional.silu(gate) * up).reshape(-1, gate.shape[-1])
-        out, low = adapters.product(inner, base, a, b, scale)
+        out, low = adapters.product(functional.silu(gate) * up, base, a, b, scale)
         ctx.save_for_backward(gate, up, low, a, b)
         ctx.base, ctx.scale = base, scale
-        return out.view(*gate.shape[:-1], -1).to(gate.dtype)
+        return out.to(gate.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor, Tensor, None]:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tunery.spec import Plan, Technique
+from worker.trainer import dtypes
 from worker.trainer.recipes.recipe import Recipe, groups, load_dense
 
 
@@ -31,18 +32,16 @@ def make_optimizer(parameters: list[torch.nn.Parameter], plan: Plan) -> torch.op
 def export(model: torch.nn.Module, folder: Path, _base_model: str) -> None:
     """`model.safetensors` in bf16 with its config. The base's name stands in training_config.json."""
     tuned = cast(PreTrainedModel, model)
+    keep = dtypes.keeps(tuned)
     # One cast for each tensor, not for each name: a tied head would become a copy of its own, and be saved as one.
     cast_of: dict[int, torch.Tensor] = {}
     weights = {
-        name: cast_of.setdefault(tensor.data_ptr(), _bf16(tensor)) for name, tensor in tuned.state_dict().items()
+        name: cast_of.setdefault(tensor.data_ptr(), dtypes.to_bf16(name, tensor, keep))
+        for name, tensor in tuned.state_dict().items()
     }
     tuned.save_pretrained(str(folder), state_dict=weights, safe_serialization=True)
     config = folder / "config.json"  # it names the type that was trained in, which on a CPU is another
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}, indent=2) + "\n")
-
-
-def _bf16(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
 
 FULL = Recipe(load_base=load_dense, prepare=prepare, make_optimizer=make_optimizer, export=export)

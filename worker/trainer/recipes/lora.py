@@ -16,7 +16,9 @@ def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) 
     """The base with adapters that learn: new ones (B = 0, so the model is still the base), or those in `adapter`."""
     model.requires_grad_(False)
     if adapter is not None:
-        adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+        adapted = PeftModel.from_pretrained(
+            model, str(adapter), is_trainable=True, config=_continued(adapter, cast(Lora, technique))
+        )
     else:
         adapted = cast(PeftModel, get_peft_model(model, _config(cast(Lora, technique))))
     for parameter in adapted.parameters():
@@ -37,6 +39,18 @@ def _config(technique: Lora) -> LoraConfig:
         target_modules=technique.target_modules,
         task_type="CAUSAL_LM",
     )
+
+
+def _continued(adapter: Path, technique: Lora) -> LoraConfig:
+    """The adapter's configuration with the job's dropout. Raises ValueError where the job asks for other weights."""
+    config = cast(LoraConfig, LoraConfig.from_pretrained(str(adapter)))
+    if (config.r, config.lora_alpha) != (technique.r, technique.alpha):
+        raise ValueError(
+            f"the adapter to go on from has r {config.r} and alpha {config.lora_alpha:g}, and the job asks for "
+            f"{technique.r} and {technique.alpha:g}: ask for the adapter's own"
+        )
+    config.lora_dropout = technique.dropout
+    return config
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], plan: Plan) -> torch.optim.Optimizer:

@@ -31,7 +31,6 @@ def load_nf4(folder: Path, technique: Technique, device: torch.device) -> PreTra
         dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
         quantization_config=quantisation,
         device_map={"": device},
-        attn_implementation="sdpa",
         trust_remote_code=False,
     )
     _keep_one_packing(model)

@@ -29,9 +29,7 @@ class Recipe:
 def load_dense(folder: Path, _technique: Technique, device: torch.device) -> PreTrainedModel:
     """The base in bf16 on a GPU and in fp32 on a CPU, where bf16 products are slow and less exact."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map={"": device}, attn_implementation="sdpa", trust_remote_code=False
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, trust_remote_code=False)
     assert isinstance(model, PreTrainedModel)
     return model
 

@@ -1,0 +1,34 @@
+"""Jobs that go on from an adapter: what of the request holds, and what the adapter decides."""
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+from run_folders import chat, lay_out, plan
+from torch import nn
+
+from tunery.spec import Lora
+from worker.trainer.report import Voice
+from worker.trainer.run import prepare
+from worker.trainer.wish import Wish
+
+ROWS = [chat(i) for i in range(4)]
+
+
+def prepared(folder: Path, tiny: Path, technique: Lora) -> nn.Module:
+    lay_out(folder, tiny, plan(technique=technique), ROWS)
+    tiny_models.lora(folder / "adapter", tiny)  # r 4, alpha 8, no dropout
+    return prepare(folder, Voice(None), Wish()).objective.model
+
+
+def test_jobs_own_dropout_holds_on_an_earlier_adapter(tmp_path: Path, tiny: Path) -> None:
+    model = prepared(tmp_path / "run", tiny, Lora(r=4, alpha=8, dropout=0.25))
+
+    found = {module.p for name, module in model.named_modules() if "lora_dropout.default" in name}
+    assert found == {0.25}
+
+
+def test_job_that_asks_for_another_shape_than_the_adapters_is_refused(tmp_path: Path, tiny: Path) -> None:
+    for number, wrong in enumerate((Lora(r=8, alpha=8), Lora(r=4, alpha=16))):
+        with pytest.raises(ValueError, match="has r 4 and alpha 8"):
+            prepared(tmp_path / str(number), tiny, wrong)

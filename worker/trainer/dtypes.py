@@ -1,0 +1,29 @@
+"""Which weights a model keeps in their own type when the others become bf16."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Keeps = Callable[[str], bool]
+"""Whether the weight of this name stays as it is."""
+
+
+def keeps(model: Any) -> Keeps:
+    """Returns the test for weights that `model`'s own code computes with in fp32, such as a router's biases.
+
+    A bias near 8 has steps of 1/32 in bf16: eight experts' biases that differ by less become equal, and rows go to
+    other experts. Why the list that transformers honours for fp16 alone, too: those weights are small.
+    """
+    names = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    if not names:
+        return lambda _name: False
+    pattern = re.compile(rf"(^|\.)({'|'.join(map(re.escape, sorted(names)))})(\.|$)")
+    return lambda name: pattern.search(name) is not None
+
+
+def to_bf16(name: str, tensor: Tensor, keep: Keeps) -> Tensor:
+    """Returns a floating-point weight in bf16, unless the model keeps it; integers as they are."""
+    return tensor if keep(name) or not tensor.is_floating_point() else tensor.to(torch.bfloat16)
