@@ -13,6 +13,7 @@ from tunery.rows.template import ChatTemplate
 from tunery.spec import Full, Lora, Plan, Qlora, Run, Schedule
 from worker.trainer.data import Rows
 from worker.trainer.loop import train
+from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective, all_and_trainable
 from worker.trainer.report import Voice
 from worker.trainer.run import RECIPES
@@ -38,8 +39,8 @@ def set_up(model: Path, method: str, checkpointing: bool, made: Rows, batch: int
         run=Run(job="bench", base_model=model.name, plan=plan, public_checkpoints=0, snapshot_seconds=3600),
         folder=model, recipe=recipe, accelerator=accelerator, objective=objective,
         optimizer=recipe.make_optimizer(list(parameters.values()), plan), parameters=parameters,
-        template=ChatTemplate.load(model), rows=made, units=[[i] for i in range(len(made.rows))], valid=None,
-        voice=Voice(None), wish=Wish(), budget=batch * max(map(len, made.rows)),
+        template=ChatTemplate.load(model), rows=made, valid=None,
+        voice=Voice(None), wish=Wish(), memory=MemoryPlan(batch * max(map(len, made.rows)), recompute=checkpointing),
     )  # fmt: skip
 
 

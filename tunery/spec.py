@@ -141,7 +141,7 @@ class Plan(_Settled):
 
     technique: Technique
     n_epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1, description="Rows a step over all GPUs (sequences a step when packing)")
+    batch_size: int = Field(ge=1, description="Rows a step over all GPUs")
     learning_rate: float = Field(gt=0)
     learning_rate_multiplier: float = Field(gt=0)
 

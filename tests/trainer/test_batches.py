@@ -1,5 +1,7 @@
 """What the model gets and how its losses add up: order, micro-batches, packing, accumulation."""
 
+from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,10 @@ import torch
 from run_folders import chat, lay_out, plan
 
 from tunery.spec import Full
-from worker.trainer import data, packing
+from worker.trainer import data, evaluate, packing
 from worker.trainer.data import IGNORED, Row, collate, micro_batches
 from worker.trainer.loop import _take_step
+from worker.trainer.memory import MemoryPlan
 from worker.trainer.report import Voice
 from worker.trainer.run import prepare
 from worker.trainer.training import Progress, Training
@@ -24,12 +27,9 @@ def training(folder: Path, base: Path, rows: list[dict[str, Any]], **changes: An
     return prepare(folder, Voice(None), Wish())
 
 
-def test_every_epoch_sees_each_unit_once_in_an_order_of_its_own() -> None:
-    units = [[i] for i in range(10)]
-
+def test_every_epoch_sees_each_row_once_in_an_order_of_its_own() -> None:
     epochs = [
-        [i for step in range(first, first + 3) for [i] in data.units_of_step(units, step, 4, seed=1)]
-        for first in (1, 4)
+        [i for step in range(first, first + 3) for i in data.rows_of_step(10, step, 4, seed=1)] for first in (1, 4)
     ]
 
     assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
@@ -40,7 +40,7 @@ def test_every_epoch_sees_each_unit_once_in_an_order_of_its_own() -> None:
 def test_micro_batches_keep_to_the_budget_and_lose_nothing() -> None:
     lengths = [5, 90, 30, 31, 8, 7, 60, 300]
 
-    parts = micro_batches([[i] for i in range(8)], lengths, 128)
+    parts = micro_batches(list(range(8)), lengths, 128)
 
     assert sorted(i for part in parts for [i] in part) == list(range(8))
     for part in parts:
@@ -72,15 +72,15 @@ def test_collate_never_predicts_across_packed_rows() -> None:
 def test_packing_fills_sequences_and_loses_no_row() -> None:
     lengths = torch.randint(3, 60, (200,), generator=torch.Generator().manual_seed(0)).tolist()
 
-    units = packing.pack(lengths, 128)
+    packed = data.pack(list(range(200)), lengths, 128)
 
-    assert sorted(i for unit in units for i in unit) == list(range(200))
-    assert max(sum(lengths[i] for i in unit) for unit in units) <= 128
-    assert len(units) <= 1.05 * sum(lengths) / 128 + 1
+    assert sorted(i for sequence in packed for i in sequence) == list(range(200))
+    assert max(sum(lengths[i] for i in sequence) for sequence in packed) <= 128
+    assert len(packed) <= 1.05 * sum(lengths) / 128 + 1
 
 
 def test_row_longer_than_a_sequence_stands_alone() -> None:
-    assert packing.pack([200, 10], 128) == [[0], [1]]
+    assert data.pack([0, 1], [200, 10], 128) == [[0], [1]]
 
 
 def test_packed_loss_is_the_sum_of_the_rows_losses(tmp_path: Path, tiny: Path) -> None:
@@ -94,6 +94,66 @@ def test_packed_loss_is_the_sum_of_the_rows_losses(tmp_path: Path, tiny: Path) -
     assert packing.keeps_rows_apart(t.objective, rows, CPU)
 
 
+@pytest.mark.parametrize("budget", [10_000, 150], ids=["one micro-batch", "several"])
+def test_packing_changes_no_step(tmp_path: Path, tiny: Path, budget: int) -> None:
+    """A step draws the same rows packed or not; packing happens inside it."""
+    rows = [chat(i, words=2 + i % 9) for i in range(10)]
+    found, cut = [], []
+    for packing_asked in (False, True):
+        t = training(tmp_path / str(packing_asked), tiny, rows, packing=packing_asked, n_epochs=2)
+        t.memory = replace(t.memory, max_tokens=budget)
+        progress = Progress()
+        cut.append([t.share(data.rows_of_step(10, step, 4, t.plan.seed)) for step in range(1, 7)])
+        found.append([_take_step(t, progress)[0] for _ in range(t.total_steps)])
+
+    assert [len(steps) for steps in found] == [6, 6]
+    assert any(len(sequence) > 1 for step in cut[1] for part in step for sequence in part)
+    for step, (plain, packed) in enumerate(zip(*found, strict=True)):
+        drawn = [sorted(i for part in way[step] for sequence in part for i in sequence) for way in cut]
+        assert drawn[0] == drawn[1]
+        assert packed.train_loss == pytest.approx(plain.train_loss, rel=1e-4)
+        assert packed.grad_norm == pytest.approx(plain.grad_norm, rel=1e-3)
+        assert (packed.tokens, packed.train_accuracy, packed.learning_rate, packed.epoch) == (
+            plain.tokens, plain.train_accuracy, plain.learning_rate, plain.epoch
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("packed_tokens", [None, 128])
+def test_rows_of_different_groups_never_meet(packed_tokens: int | None) -> None:
+    lengths = [10, 20, 30, 40, 50, 60]
+    groups: list[Hashable] = ["short" if length < 35 else ("long", 1) for length in lengths]
+
+    parts = micro_batches([5, 0, 3, 1, 2], lengths, 128, packed_tokens=packed_tokens, groups=groups)
+
+    met = [{groups[i] for sequence in part for i in sequence} for part in parts]
+    assert all(len(kinds) == 1 for kinds in met)
+    assert sorted(i for part in parts for sequence in part for i in sequence) == [0, 1, 2, 3, 5]
+    assert len(parts) == 2
+
+
+def test_groups_hold_in_training_and_validation(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [chat(i, words=2 + i % 5) for i in range(8)]
+    lay_out(tmp_path / "run", tiny, plan(), rows, rows)
+    t = prepare(tmp_path / "run", Voice(None), Wish())
+    t.group_of = lambda row: len(row) > 40
+    t.__post_init__()
+    seen: list[set[bool]] = []
+    usual = t.objective.forward
+
+    def noting(batch: data.Batch, scale: float) -> Any:
+        lengths = [int((ids != 0).sum()) for ids in batch.input_ids]
+        seen.append({length > 40 for length in lengths})
+        return usual(batch, scale)
+
+    monkeypatch.setattr(t.objective, "forward", noting)
+    assert t.valid is not None
+    _take_step(t, Progress())
+    evaluate.loss(t, t.valid.rows)
+
+    assert all(len(sides) == 1 for sides in seen)
+    assert len(seen) == 4
+
+
 def test_model_whose_rows_would_mix_is_not_packed(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Positions are how the model knows where a row starts: without them rows see their neighbours.
     forget = data.Batch.__init__
@@ -104,7 +164,8 @@ def test_model_whose_rows_would_mix_is_not_packed(tmp_path: Path, tiny: Path, mo
     monkeypatch.setattr(data.Batch, "__init__", without_positions)
     t = training(tmp_path / "run", tiny, [chat(i) for i in range(6)], packing=True)
 
-    assert [len(unit) for unit in t.units] == [1] * 6
+    assert t.memory.packed_tokens is None
+    assert t.share(list(range(6))) == [[[i] for i in sorted(range(6), key=lambda i: -t.lengths[i])]]
     assert any("not packed" in warning for warning in t.warnings)
 
 
@@ -115,10 +176,10 @@ def test_accumulation_does_not_change_loss_or_gradient(tmp_path: Path, tiny: Pat
     found = []
     for number, budget in enumerate((10_000, 1)):
         t = training(tmp_path / str(number), tiny, rows, batch_size=8, **changes)
-        t.budget = budget
+        t.memory = MemoryPlan(budget)
         found.append(_take_step(t, Progress())[0])
 
-    assert len(t.share([[i] for i in range(8)])) == 8
+    assert len(t.share(list(range(8)))) == 8
     assert found[1].train_loss == pytest.approx(found[0].train_loss, rel=1e-5)
     assert found[1].grad_norm == pytest.approx(found[0].grad_norm, rel=1e-4)
     assert found[1].train_accuracy == found[0].train_accuracy
@@ -127,10 +188,10 @@ def test_accumulation_does_not_change_loss_or_gradient(tmp_path: Path, tiny: Pat
 def test_last_short_step_is_the_mean_over_its_own_tokens(tmp_path: Path, tiny: Path) -> None:
     """10 rows, 4 a step: the third step has 2, and its gradient is theirs, not half of it."""
     t = training(tmp_path / "run", tiny, [chat(i) for i in range(10)], batch_size=4, learning_rate=1e-9)
-    t.budget = 1
+    t.memory = MemoryPlan(1)
     progress = Progress()
     last = [_take_step(t, progress)[0] for _ in range(3)][-1]
-    rows = [t.rows.rows[i] for [i] in data.units_of_step(t.units, 3, 4, t.plan.seed)]
+    rows = [t.rows.rows[i] for i in data.rows_of_step(10, 3, 4, t.plan.seed)]
 
     loss, _ = t.objective(collate(rows, [[0], [1]], CPU), 1 / sum(row.labelled for row in rows))
     loss.backward()

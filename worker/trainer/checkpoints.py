@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,12 @@ def save_snapshot(t: Training, progress: Progress) -> str:
         report.write_lines(folder / "metrics.jsonl", t.voice.metrics)
         if _best(t).exists():
             os.link(_best(t), folder / "best.safetensors")
-        state = {"progress": asdict(progress), "optimizer": numbers, "budget": t.budget, "run": fingerprint(t)}
+        state = {
+            "progress": asdict(progress),
+            "optimizer": numbers,
+            "budget": t.memory.max_tokens,
+            "run": fingerprint(t),
+        }
         digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
         (folder / "state.json").write_text(json.dumps(state | {"sha256": digests}, indent=2))
 
@@ -92,7 +97,8 @@ def restore(t: Training, folder: Path) -> Progress:
     _set_random_state(tensors)
     t.optimizer.load_state_dict(t.optimizer.state_dict() | {"state": _unflatten(state["optimizer"], tensors)})
     t.voice.metrics[:] = report.read_lines(folder / "metrics.jsonl")
-    t.budget = min(t.budget, state["budget"]) if t.device.type == "cuda" else state["budget"]
+    most = min(t.memory.max_tokens, state["budget"]) if t.device.type == "cuda" else state["budget"]
+    t.memory = replace(t.memory, max_tokens=most)
     _best(t).unlink(missing_ok=True)  # it may be of a later step than the snapshot
     if (folder / "best.safetensors").exists():
         _best(t).parent.mkdir(exist_ok=True)

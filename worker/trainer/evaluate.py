@@ -22,11 +22,12 @@ ANSWER_BATCH = {"cpu": 16, "cuda": 96}
 
 def loss(t: Training, rows: list[Row]) -> tuple[float, float]:
     """Mean loss (nats) and share of right guesses over all labelled tokens of `rows`."""
-    units = [[i] for i in range(len(rows))][t.accelerator.process_index :: t.accelerator.num_processes]
+    mine = list(range(len(rows)))[t.accelerator.process_index :: t.accelerator.num_processes]
+    lengths, groups = [len(row) for row in rows], [t.group_of(row) for row in rows]
     sums = torch.zeros(2, dtype=torch.float64, device=t.device)
     t.objective.eval()
     with torch.no_grad():
-        for part in micro_batches(units, [len(row) for row in rows], t.budget):
+        for part in micro_batches(mine, lengths, t.memory.max_tokens, groups=groups):
             total, right = t.objective(collate(rows, part, t.device), 1.0)
             sums += torch.stack([total.double(), right.double()])
     t.objective.train()

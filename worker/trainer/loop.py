@@ -15,7 +15,7 @@ from tunery.errors import NotFinite
 from tunery.spec import Plan
 from tunery.wire import CheckpointSaved, Evaluated, Step
 from worker.trainer import checkpoints, evaluate, replays
-from worker.trainer.data import Unit, collate, units_of_step
+from worker.trainer.data import MicroBatch, collate, rows_of_step
 from worker.trainer.replays import passes
 from worker.trainer.training import Progress, Training
 
@@ -82,10 +82,10 @@ class Pace:
 def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
     """One optimizer step and its message; whether any rank was asked to stop."""
     step = progress.step + 1
-    units = units_of_step(t.units, step, t.plan.batch_size, t.plan.seed)
+    rows = rows_of_step(len(t.rows.rows), step, t.plan.batch_size, t.plan.seed)
     rate = learning_rate(t.plan, step, t.total_steps)
-    labels = sum(t.labelled[i] for unit in units for i in unit)
-    sums = _accumulate(t, units, labels)
+    labels = sum(t.labelled[i] for i in rows)
+    sums = _accumulate(t, rows, labels)
     _add_gradients_of_ranks(t)
     norm = torch.nn.utils.clip_grad_norm_(t.parameters.values(), t.plan.max_grad_norm)
     sums = t.accelerator.reduce(torch.cat([sums, sums.new_tensor([float(t.wish.stop)])]), "sum")
@@ -98,7 +98,7 @@ def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
     t.optimizer.step()
     t.optimizer.zero_grad(set_to_none=t.replays is None)  # recorded passes add to the tensors that they know
     progress.step = step
-    progress.tokens += sum(t.lengths[i] for unit in units for i in unit)
+    progress.tokens += sum(t.lengths[i] for i in rows)
     message = Step(
         step=step,
         epoch=step / t.steps_per_epoch,
@@ -112,26 +112,26 @@ def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
     return message, asked > 0
 
 
-def _accumulate(t: Training, units: list[Unit], labels: int) -> torch.Tensor:
+def _accumulate(t: Training, rows: list[int], labels: int) -> torch.Tensor:
     """Leaves this rank's part of the step's gradient in `.grad`; gives its part of the mean loss and its right guesses.
 
-    Out of memory: the same step again in smaller micro-batches, which is the same gradient, until one unit is too much.
+    Out of memory: the same step again in smaller micro-batches, which is the same gradient, until one row is too much.
     """
     while True:
-        parts = t.share(units)
+        parts = t.share(rows)
         try:
             return _forward_backward(t, parts, labels)
         except torch.OutOfMemoryError:
-            if all(len(part) <= 1 for part in parts):
+            if all(len(part) == 1 and len(part[0]) == 1 for part in parts):
                 raise
         t.optimizer.zero_grad(set_to_none=True)
         t.replays = None
         torch.cuda.empty_cache()
-        t.budget //= 2
-        log.warning("out of memory: micro-batches of %d tokens from here on", t.budget)
+        t.memory = t.memory.smaller()
+        log.warning("out of memory: micro-batches of %d tokens from here on", t.memory.max_tokens)
 
 
-def _forward_backward(t: Training, parts: list[list[Unit]], labels: int) -> torch.Tensor:
+def _forward_backward(t: Training, parts: list[MicroBatch], labels: int) -> torch.Tensor:
     # Why not the mean of each micro-batch: a mean of means gives short rows more weight than their tokens.
     if t.replays is None:
         return _sum(t, (passes(t.objective, collate(t.rows.rows, part, t.device), 1 / labels) for part in parts))

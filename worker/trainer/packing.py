@@ -1,30 +1,9 @@
-"""Several rows in one sequence, each seeing only itself."""
-
-from bisect import bisect_left, insort
+"""Whether a model keeps packed rows apart: several rows in one sequence, each seeing only itself."""
 
 import torch
 
-from worker.trainer.data import Row, Unit, collate
+from worker.trainer.data import Row, collate
 from worker.trainer.objective import Objective
-
-
-def pack(lengths: list[int], capacity: int) -> list[Unit]:
-    """Best-fit decreasing: each row goes into the fullest sequence that still has room for it.
-
-    Sequences hold at most `capacity` tokens (a longer row stands alone). At most 11/9 of the fewest possible, plus 4
-    (Johnson 1974); in practice within a few per cent. Why not in the file's order: leftovers would be padding.
-    """
-    units: list[Unit] = []
-    rooms: list[tuple[int, int]] = []  # (tokens free, unit), sorted
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        found = bisect_left(rooms, (lengths[i], -1))
-        room, unit = rooms.pop(found) if found < len(rooms) else (capacity, len(units))
-        if unit == len(units):
-            units.append([])
-        units[unit].append(i)
-        if room > lengths[i]:
-            insort(rooms, (room - lengths[i], unit))
-    return units
 
 
 def keeps_rows_apart(objective: Objective, rows: list[Row], device: torch.device) -> bool:

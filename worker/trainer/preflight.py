@@ -10,6 +10,7 @@ from tunery.errors import DoesNotFit
 from tunery.planning import memory
 from tunery.spec import Qlora, Technique
 from worker.trainer.data import Row, collate
+from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective
 
 log = logging.getLogger(__name__)
@@ -27,30 +28,30 @@ HEADROOM = 0.9
 
 @dataclass(frozen=True)
 class Work:
-    """What a step will be: sequences a step, tokens of the longest sequence that the run will see, how it learns."""
+    """What a step will be: rows a step, tokens of the longest sequence that the run will see, how it learns."""
 
-    units_a_step: int
+    rows_a_step: int
     longest: int
     technique: Technique
 
 
-def settle(objective: Objective, model: PreTrainedModel, rows: list[Row], work: Work) -> int:
-    """Tokens of a micro-batch, padding included; turns gradient checkpointing on where memory is short.
+def settle(objective: Objective, model: PreTrainedModel, rows: list[Row], work: Work) -> MemoryPlan:
+    """The plan that fits; turns gradient checkpointing on where memory is short.
 
     On a GPU the longest sequence is tried: one forward and backward pass over it, measured. Raises DoesNotFit, before
     any time was spent on training.
     """
     device = next(objective.parameters()).device
     if device.type != "cuda":
-        return max(CPU_BUDGET, work.longest)
-    wanted = min(work.units_a_step * work.longest, GPU_BUDGET)
+        return MemoryPlan(max(CPU_BUDGET, work.longest))
+    wanted = min(work.rows_a_step * work.longest, GPU_BUDGET)
     for recompute in (False, True):
         if recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         fits = _tokens_that_fit(objective, rows, work, device)
         log.info("%d tokens fit at once %s recomputing activations", fits, "when" if recompute else "without")
         if fits >= min(wanted, LEAST_BUDGET) and fits >= work.longest:
-            return max(work.longest, min(wanted, fits))
+            return MemoryPlan(max(work.longest, min(wanted, fits)), recompute=recompute)
     raise DoesNotFit(
         what=f"A {work.technique.type} step on a row of {work.longest} tokens",
         needed="more memory than is left beside the model",

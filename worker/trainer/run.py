@@ -3,6 +3,7 @@
 import logging
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
 from tunery.wire import Finished, Paused, Phase, Score, Started
 from worker.trainer import checkpoints, evaluate, packing, parity, preflight, report
-from worker.trainer.data import Rows, Unit, collate, read_examples, read_rows
+from worker.trainer.data import Rows, collate, read_examples, read_rows
 from worker.trainer.loop import train
+from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective, all_and_trainable
 from worker.trainer.recipes.full import FULL
 from worker.trainer.recipes.lora import LORA
@@ -80,8 +82,8 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     _agree(accelerator, parameters)
     wish.check()
     warnings = _warnings(rows)
-    units = _units(run, rows, objective, accelerator.device, warnings)
-    budget = _budget(run, base, objective, rows, units)
+    packs = _packs(run, rows, objective, accelerator.device, warnings)
+    plan = _memory_plan(run, base, objective, rows, packs)
     return Training(
         run=run,
         folder=folder,
@@ -92,13 +94,12 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
         parameters=parameters,
         template=template,
         rows=rows,
-        units=units,
         valid=valid,
         voice=voice,
         wish=wish,
-        budget=budget,
+        memory=plan,
         warnings=warnings,
-        replays=_replays(run, objective, rows, units, budget),
+        replays=_replays(run, objective, plan, _longest(run, rows, packs)),
     )
 
 
@@ -139,26 +140,27 @@ def _lines(numbers: tuple[int, ...]) -> str:
     return f"line {', '.join(map(str, numbers[:5]))}{' and more' if len(numbers) > 5 else ''}"
 
 
-def _units(run: Run, rows: Rows, objective: Objective, device: torch.device, warnings: list[str]) -> list[Unit]:
-    if run.plan.packing:
-        if packing.keeps_rows_apart(objective, rows.rows, device):
-            return packing.pack([len(row) for row in rows.rows], run.plan.max_seq_length)
-        warnings.append("This model lets packed rows see each other, so the rows were not packed.")
-    return [[i] for i in range(len(rows.rows))]
+def _packs(run: Run, rows: Rows, objective: Objective, device: torch.device, warnings: list[str]) -> bool:
+    if not run.plan.packing or packing.keeps_rows_apart(objective, rows.rows, device):
+        return run.plan.packing
+    warnings.append("This model lets packed rows see each other, so the rows were not packed.")
+    return False
 
 
-def _budget(run: Run, base: PreTrainedModel, objective: Objective, rows: Rows, units: list[Unit]) -> int:
-    work = preflight.Work(run.plan.batch_size, _longest(rows, units), run.plan.technique)
-    return preflight.settle(objective, base, rows.rows, work)
+def _memory_plan(run: Run, base: PreTrainedModel, objective: Objective, rows: Rows, packs: bool) -> MemoryPlan:
+    work = preflight.Work(run.plan.batch_size, _longest(run, rows, packs), run.plan.technique)
+    plan = preflight.settle(objective, base, rows.rows, work)
+    return replace(plan, packed_tokens=min(run.plan.max_seq_length, plan.max_tokens)) if packs else plan
 
 
-def _longest(rows: Rows, units: list[Unit]) -> int:
-    """Tokens of the longest sequence."""
-    return max(sum(len(rows.rows[i]) for i in unit) for unit in units)
+def _longest(run: Run, rows: Rows, packs: bool) -> int:
+    """Tokens of the longest sequence that a step can hold."""
+    lengths = sorted(map(len, rows.rows), reverse=True)
+    return max(lengths[0], min(run.plan.max_seq_length, sum(lengths[: run.plan.batch_size]))) if packs else lengths[0]
 
 
-def _replays(run: Run, objective: Objective, rows: Rows, units: list[Unit], budget: int) -> Replays | None:
-    tokens = min(budget, run.plan.batch_size * _longest(rows, units))
+def _replays(run: Run, objective: Objective, plan: MemoryPlan, longest: int) -> Replays | None:
+    tokens = min(plan.max_tokens, run.plan.batch_size * longest)
     return Replays(objective) if worthwhile(objective, tokens) else None
 
 

@@ -1,5 +1,6 @@
 """The state of one run in memory: what the loop works on, and how far it is."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from accelerate import Accelerator
 
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Plan, Run
-from worker.trainer.data import Rows, Unit, micro_batches, steps_per_epoch
+from worker.trainer.data import MicroBatch, Row, Rows, micro_batches, steps_per_epoch
+from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective
 from worker.trainer.recipes.recipe import Recipe
 from worker.trainer.replays import Replays
@@ -29,6 +31,11 @@ class Progress:
     stopped_early: bool = False
 
 
+def one_group(_row: Row) -> Hashable:
+    """The group of every row of a model whose rows do not depend on their batch mates."""
+    return None
+
+
 @dataclass
 class Training:
     """Everything that a run needs, put together by `run.py`."""
@@ -42,17 +49,18 @@ class Training:
     parameters: dict[str, torch.nn.Parameter]
     template: ChatTemplate
     rows: Rows
-    units: list[Unit]
     valid: Rows | None
     voice: Voice
     wish: Wish
-    budget: int  # tokens of a micro-batch, padding included
+    memory: MemoryPlan
     warnings: list[str] = field(default_factory=list)
     replays: Replays | None = None  # where the host would set the pace
+    group_of: Callable[[Row], Hashable] = one_group  # rows of different groups never share a micro-batch
 
     def __post_init__(self) -> None:
         self.lengths = [len(row) for row in self.rows.rows]
         self.labelled = [row.labelled for row in self.rows.rows]
+        self.groups = [self.group_of(row) for row in self.rows.rows]
 
     @property
     def plan(self) -> Plan:
@@ -65,7 +73,7 @@ class Training:
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.units), self.plan.batch_size)
+        return steps_per_epoch(len(self.rows.rows), self.plan.batch_size)
 
     @property
     def total_steps(self) -> int:
@@ -76,8 +84,9 @@ class Training:
         """Whether the step with the lowest validation loss becomes the model, instead of the last."""
         return self.plan.select == "best" or self.plan.early_stopping is not None
 
-    def share(self, units: list[Unit]) -> list[list[Unit]]:
-        """This rank's micro-batches of a step: every world-th unit by length, so that the ranks have like work."""
-        ordered = sorted(units, key=lambda unit: sum(self.lengths[i] for i in unit), reverse=True)
+    def share(self, rows: list[int]) -> list[MicroBatch]:
+        """This rank's micro-batches of a step: every world-th row by length, so that the ranks have like work."""
+        ordered = sorted(rows, key=lambda i: self.lengths[i], reverse=True)
         mine = ordered[self.accelerator.process_index :: self.accelerator.num_processes]
-        return micro_batches(mine, self.lengths, self.budget)
+        plan = self.memory
+        return micro_batches(mine, self.lengths, plan.max_tokens, packed_tokens=plan.packed_tokens, groups=self.groups)
