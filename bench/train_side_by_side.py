@@ -34,7 +34,7 @@ def run(model: str, stack: str, method: str, checkpointing: str) -> dict[str, ob
 def hardware() -> dict[str, object]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {name: _version(name) for name in PACKAGES},
     }
 

@@ -1,8 +1,8 @@
-"""`python -m worker.trainer.convert SOURCE OUT_DIR`: a base model from a folder, a hub id or a GGUF file.
+"""`python -m worker.trainer.convert SOURCE OUT_DIR [TEMPLATE]`: a base model from a folder, a hub id or a GGUF file.
 
-OUT_DIR gets bf16 safetensors, the tokenizer, its chat template and `facts.json`. Only data is read: weights from
-safetensors or GGUF, never a pickle, and no code that came with a model is run. A source that cannot be used gets one
-line on standard error and exit code 65.
+OUT_DIR gets bf16 safetensors, the tokenizer, its chat template (the file TEMPLATE in place of the model's own) and
+`facts.json`. Only data is read: weights from safetensors or GGUF, never a pickle, and no code that came with a model is
+run. A source that cannot be used gets one line on standard error and exit code 65.
 """
 
 import json
@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from tunery.errors import UnusableModel
 from tunery.rows.template import ChatTemplate
 from tunery.wire import EXIT_USER_ERROR
-from worker.trainer import gguf_files
+from worker.trainer import chat_templates, gguf_files
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 TEXTS = (
@@ -43,19 +43,23 @@ TEXTS = (
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-def convert(source: str, out: Path) -> dict[str, Any]:
-    """Writes the base model into `out` (created, must be empty) and returns its facts. Raises UnusableModel."""
+def convert(source: str, out: Path, chat_template: str | None = None) -> dict[str, Any]:
+    """Writes the base model into `out` (created, must be empty) and returns its facts.
+
+    `chat_template`: Jinja text that replaces every template of the source. Raises UnusableModel.
+    """
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise UnusableModel(source=source, reason=f"the folder '{out}' is not empty. Name a new one.")
-    if source.endswith(".gguf"):
-        gguf_files.unpack(Path(source), out)
+    if (gguf := gguf_files.find(source)) is not None:
+        gguf_files.unpack(gguf, out)
+        chat_template = chat_templates.in_folder(source) if chat_template is None else chat_template
     elif Path(source).is_dir():
         _copy(source, Path(source), out)
     else:
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
             _copy(source, _download(source, folder), out)
-    _settle_template(source, out)
+    chat_templates.settle(source, out, chat_template)
     facts = _facts(source, out)
     (out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
     for path in out.iterdir():
@@ -166,23 +170,6 @@ def _save_fast_tokenizer(source: str, folder: Path, out: Path) -> None:
         ) from error
 
 
-def _settle_template(source: str, out: Path) -> None:
-    """Sees to it that `chat_template.jinja` is there. Raises UnusableModel when the model has no template."""
-    path = out / "chat_template.jinja"
-    if not path.exists():
-        config = out / "tokenizer_config.json"
-        template = json.loads(config.read_text()).get("chat_template") if config.exists() else None
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if not template:
-            raise UnusableModel(
-                source=source,
-                reason="it has no chat template, so chat rows cannot be written as its prompts. Use the instruct "
-                "version, or put a chat_template.jinja beside its tokenizer.",
-            )
-        path.write_text(template)
-
-
 def _facts(source: str, out: Path) -> dict[str, Any]:
     """What planning needs to know, from the config and from the model as it loads, but without memory (`meta`)."""
     try:
@@ -246,13 +233,14 @@ def _linear_modules(model: Any) -> list[str]:
 
 
 def main() -> int:
-    if len(sys.argv) != 3:
-        sys.stderr.write("usage: python -m worker.trainer.convert SOURCE OUT_DIR\n")
+    if len(sys.argv) not in (3, 4):
+        sys.stderr.write("usage: python -m worker.trainer.convert SOURCE OUT_DIR [TEMPLATE]\n")
         return 2
+    template = Path(sys.argv[3]).read_text(encoding="utf-8") if len(sys.argv) == 4 else None
     disable_progress_bar()
     disable_progress_bars()
     try:
-        facts = convert(sys.argv[1], Path(sys.argv[2]))
+        facts = convert(sys.argv[1], Path(sys.argv[2]), template)
     except UnusableModel as error:
         sys.stderr.write(error.message + "\n")
         return EXIT_USER_ERROR

@@ -43,6 +43,19 @@ def word_rule(pre: str) -> pre_tokenizers.PreTokenizer | None:
     return _by_pattern(_QWEN2) if pre == "qwen2" else None
 
 
+def find(source: str) -> Path | None:
+    """The GGUF file that `source` names: itself, or the one in a folder without safetensors. Raises UnusableModel."""
+    if source.endswith(".gguf"):
+        return Path(source)
+    names = sorted(path.name for path in Path(source).glob("*.gguf")) if Path(source).is_dir() else []
+    if not names or any(Path(source).glob("*.safetensors")):
+        return None
+    if len(names) > 1:
+        listed = f"{', '.join(names[:3])}{' and more' if len(names) > 3 else ''}"
+        raise UnusableModel(source=source, reason=f"it holds several GGUF files ({listed}). Name one of them.")
+    return Path(source) / names[0]
+
+
 def unpack(path: Path, out: Path) -> None:
     """Writes the GGUF file's model (bf16 safetensors) and tokenizer into `out`. Raises UnusableModel."""
     kind, pre = _tokenizer_kind(path)

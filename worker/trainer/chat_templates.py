@@ -1,0 +1,65 @@
+"""The chat template that a base is stored with: its own, or one that its administrator gave."""
+
+import json
+import shutil
+from pathlib import Path
+
+from tunery.errors import CannotRender, UnusableModel
+from tunery.rows.messages import Example, Message
+from tunery.rows.template import ChatTemplate
+
+FILE = "chat_template.jinja"
+_PROBE = Example(messages=[Message(role="user", content="Question"), Message(role="assistant", content="Answer")])
+
+
+def settle(source: str, out: Path, given: str | None = None) -> None:
+    """Writes `chat_template.jinja` into `out`, from `given` or from the tokenizer's config.
+
+    Raises UnusableModel when there is none, or when `given` does not fit the tokenizer.
+    """
+    text = _own(out) if given is None else given
+    if not text:
+        raise UnusableModel(
+            source=source,
+            reason="it has no chat template, so chat rows cannot be written as its prompts. Use the instruct version, "
+            "or give one: `tunery models add NAME SOURCE --chat-template FILE`.",
+        )
+    if given is not None:
+        _remove_own(out)
+    (out / FILE).write_text(text)
+    if given is not None:
+        _try_out(source, out)
+
+
+def in_folder(source: str) -> str | None:
+    """The text of `chat_template.jinja` where `source` is a folder that has one."""
+    path = Path(source) / FILE
+    return path.read_text() if path.is_file() else None
+
+
+def _own(out: Path) -> str | None:
+    if (out / FILE).exists():
+        return (out / FILE).read_text()
+    config = out / "tokenizer_config.json"
+    template = json.loads(config.read_text()).get("chat_template") if config.exists() else None
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _remove_own(out: Path) -> None:
+    """A template that stayed under another name ("tool_use") would still be used for rows with tools."""
+    shutil.rmtree(out / "additional_chat_templates", ignore_errors=True)
+    path = out / "tokenizer_config.json"
+    if path.exists():
+        config = json.loads(path.read_text())
+        config.pop("chat_template", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _try_out(source: str, out: Path) -> None:
+    """A template of another family renders well here, and its end of turn is plain text to this tokenizer."""
+    try:
+        ChatTemplate.load(out).encode(_PROBE, max_length=1024)
+    except CannotRender as error:
+        raise UnusableModel(source=source, reason=f"the chat template does not fit it. {error.message}") from error
