@@ -1,0 +1,255 @@
+"""Every family of the zoo through the real trainer, against plain transformers and PEFT.
+
+The reference computes each row alone, unpadded, with eager attention and PEFT's own layers.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import BaseModel
+from run_folders import chat, lay_out, plan
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from tunery.spec import Full, Lora, Qlora, Technique
+from worker.trainer import checkpoints
+from worker.trainer.convert import convert
+from worker.trainer.loop import train
+from worker.trainer.recipes.qlora import load_nf4
+from worker.trainer.report import Voice
+from worker.trainer.run import carry_out, prepare
+from worker.trainer.training import Progress, Training
+from worker.trainer.wish import Wish
+
+pytestmark = [
+    # PEFT asks modules alone for ranks that it gave to experts' parameters, and says what it does with Conv1D.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
+]
+
+ROWS = [chat(i, words=words) for i, words in enumerate((2, 9, 1, 5, 12, 3))]
+"""Of 33 to 92 tokens: on both sides of the window and of the RoPE thresholds of the zoo."""
+KNOBS: dict[str, Technique] = {
+    "lora": Lora(r=4, alpha=8),
+    "qlora": Qlora(r=4, alpha=8, compute_dtype="float32"),
+    "full": Full(),
+}
+
+
+def families(*, wrong_today: bool = False) -> pytest.MarkDecorator:
+    """All families, those not in every run as slow tests; `wrong_today`: those with a fault must fail."""
+    params = []
+    for name, entry in zoo.FAMILIES.items():
+        marks = [] if name in zoo.IN_EVERY_RUN else [pytest.mark.slow]
+        if wrong_today and entry.wrong_today:
+            marks.append(pytest.mark.xfail(strict=True, reason=entry.wrong_today))
+        params.append(pytest.param(name, marks=marks))
+    return pytest.mark.parametrize("family", params)
+
+
+every_technique = pytest.mark.parametrize("technique", zoo.TECHNIQUES)
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The converted base of a family, made once."""
+    made: dict[str, Path] = {}
+
+    def of(family: str) -> Path:
+        if family not in made:
+            folder = tmp_path_factory.mktemp("zoo")
+            convert(str(zoo.make(family, folder / "source")), folder / "base")
+            made[family] = folder / "base"
+        return made[family]
+
+    return of
+
+
+def prepared(folder: Path, base: Path, technique: str, **changes: Any) -> Training:
+    """A run over all rows in one step, unclipped, its adapters random: with B = 0, A has no gradient."""
+    settled = {"technique": KNOBS[technique], "batch_size": len(ROWS), "max_grad_norm": 1e9, "learning_rate": 1e-3}
+    lay_out(folder, base, plan(**settled | changes), ROWS, public_checkpoints=0)
+    t = prepare(folder, Voice(None), Wish())
+    if technique != "full":
+        with torch.no_grad():
+            for parameter in t.parameters.values():
+                parameter.normal_(0, 0.1)
+    return t
+
+
+def reference(base: Path, technique: str) -> Any:
+    """The model as plain transformers and PEFT make it."""
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        quantization_config=quantisation if technique == "qlora" else None,
+        device_map={"": "cpu"},
+    )
+    if technique == "full":
+        return model
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def learning(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def loss_of_rows_alone(model: Any, t: Training) -> Tensor:
+    """The mean loss over all labelled tokens, each row by itself."""
+    total = torch.zeros(())
+    for row in t.rows.rows:
+        logits = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0, :-1].float()
+        total = total + functional.cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="sum")
+    return total / sum(row.labelled for row in t.rows.rows)
+
+
+class Capturing(Voice):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.losses: list[float] = []
+
+    def say(self, message: BaseModel) -> None:
+        super().say(message)
+        if getattr(message, "type", "") == "step":
+            self.losses.append(message.train_loss)  # type: ignore[attr-defined]
+
+
+def first_step(t: Training) -> tuple[float, dict[str, Tensor]]:
+    """The loss and the gradients of the run's first step, taken by the loop itself."""
+    voice, gradients = Capturing(), {}
+    t.voice = voice
+    step = t.optimizer.step
+
+    def capture() -> None:
+        gradients.update({name: p.grad.clone() for name, p in t.parameters.items() if p.grad is not None})
+        step()
+
+    t.optimizer.step = capture  # type: ignore[method-assign,assignment]
+    train(t, Progress())
+    return voice.losses[0], gradients
+
+
+def compare_with_plain(t: Training, base: Path, technique: str) -> None:
+    plain = reference(base, technique)
+    wanted = learning(plain)
+    assert {name.removeprefix("model.") if technique != "full" else name[6:] for name in t.parameters} == set(wanted)
+    with torch.no_grad():
+        for name, parameter in t.parameters.items():
+            wanted[name[6:]].copy_(parameter)
+    loss = loss_of_rows_alone(plain.train(), t)
+    loss.backward()
+
+    found, gradients = first_step(t)
+
+    assert found == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in wanted.items():
+        if parameter.grad is None or not parameter.grad.any():
+            assert f"model.{name}" not in gradients or not gradients[f"model.{name}"].any()
+            continue
+        error = (gradients[f"model.{name}"] - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+@every_technique
+@families(wrong_today=True)
+def test_first_step_is_that_of_plain_transformers_and_peft(
+    family: str, technique: str, base_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    t = prepared(tmp_path / "run", base_of(family), technique)
+
+    compare_with_plain(t, base_of(family), technique)
+
+
+@every_technique
+@families(wrong_today=True)
+def test_packed_rows_are_rows_apart(
+    family: str, technique: str, base_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    t = prepared(tmp_path / "run", base_of(family), technique, packing=True, max_seq_length=256)
+
+    unpacked = any("not packed" in warning for warning in t.warnings)
+    assert unpacked != zoo.FAMILIES[family].packs
+    compare_with_plain(t, base_of(family), technique)
+
+
+@every_technique
+@families()
+def test_exported_model_is_the_one_in_memory(
+    family: str, technique: str, base_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    t = prepared(tmp_path / "run", base_of(family), technique, batch_size=3)
+    progress = Progress()
+    train(t, progress)
+    (tmp_path / "out").mkdir()
+
+    checkpoints.write_artifact(t, progress, tmp_path / "out")
+
+    ids = torch.tensor([t.rows.rows[0].input_ids])
+    with torch.no_grad():
+        loaded = exported(tmp_path / "out", base_of(family), technique)(ids).logits
+        if technique == "full":  # the artifact's type
+            for name, parameter in t.parameters.items():
+                if not re.search(zoo.FAMILIES[family].in_fp32 or "$^", name):
+                    parameter.copy_(parameter.to(torch.bfloat16))
+        wanted = t.objective.causal.eval()(ids).logits
+    assert float((loaded - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def exported(folder: Path, base: Path, technique: str) -> Any:
+    """The artifact as its user loads it; a QLoRA's base in the four bits that it was trained on."""
+    if technique == "full":
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if technique == "qlora":
+        model = load_nf4(base, KNOBS["qlora"], torch.device("cpu"))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+class Stopping(Voice):
+    """Asks the run to stop once a step has been taken."""
+
+    def __init__(self, step: int, wish: Wish) -> None:
+        super().__init__(None)
+        self.step, self.wish = step, wish
+
+    def say(self, message: BaseModel) -> None:
+        super().say(message)
+        if getattr(message, "type", "") == "step" and getattr(message, "step", 0) == self.step:
+            self.wish.stop = True
+
+
+@every_technique
+@families()
+def test_resumed_run_is_the_unbroken_one(
+    family: str, technique: str, base_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    settled = plan(technique=KNOBS[technique], batch_size=1, learning_rate=1e-3)
+    whole, broken = (
+        lay_out(tmp_path / name, base_of(family), settled, ROWS, public_checkpoints=0) for name in ("whole", "broken")
+    )
+    assert carry_out(whole, Voice(None), Wish())
+    wish = Wish()
+    assert not carry_out(broken, Stopping(2, wish), wish)
+
+    assert carry_out(broken, Voice(None), Wish())
+
+    name = "model.safetensors" if technique == "full" else "adapter_model.safetensors"
+    assert (broken / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
+
+
+def test_docs_have_the_table_that_these_tests_hold() -> None:
+    assert zoo.DOCS.read_text() == zoo.written(), "run `python tests/fixtures/zoo.py`"
+    assert zoo.table() in zoo.DOCS.read_text()
