@@ -14,7 +14,7 @@ PYTEST = $(BIN)/python -m pytest
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow demo up down bench clean
+.PHONY: help setup check format test test-slow mutants demo up down bench clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,7 @@ check: setup ## Format, lint, types, import walls, migrations, compose file, exa
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tunery.local.schema
+	$(BIN)/python tests/mutants/run.py --check
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	$(PYTEST) -q tests/acceptance/test_examples.py
 
@@ -62,6 +63,9 @@ test: setup ## The tests: real PostgreSQL, Valkey, workers and training, no Dock
 
 test-slow: setup ## The longer ones too
 	$(PYTEST) -n 2 -m 'slow and not gpu'
+
+mutants: setup ## Break the code, one patch of tests/mutants at a time: the tests must fail
+	$(BIN)/python tests/mutants/run.py
 
 demo: setup ## Fine-tune a real model from start to end, in about ten minutes
 	@$(BIN)/tunery demo

@@ -1,0 +1,136 @@
+"""What one optimizer step does, against a loop of a few lines in plain transformers, peft and torch."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from pydantic import BaseModel
+from run_folders import chat, lay_out, plan
+from transformers import AutoModelForCausalLM
+
+from tunery.spec import Full, Lora, Schedule
+from tunery.wire import Step
+from worker.trainer.loop import learning_rate, train
+from worker.trainer.report import Voice
+from worker.trainer.run import prepare
+from worker.trainer.training import Progress, Training
+from worker.trainer.wish import Wish
+
+ROWS = [chat(i, words=2 + i % 11) for i in range(24)]
+RATES = [0.5e-2, 1e-2, 2 / 3 * 1e-2, 1 / 3 * 1e-2]
+"""One step of warmup, then straight down to zero one step after the last."""
+EVERYTHING = {
+    "n_epochs": 4,
+    "batch_size": len(ROWS),  # every step sees every row, so their order does not matter
+    "learning_rate": 1e-2,
+    "schedule": Schedule(type="linear", warmup_ratio=0.25),
+    "weight_decay": 0.3,
+    "max_grad_norm": 0.05,
+}
+
+
+class Listening(Voice):
+    """Keeps the messages of steps."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.steps: list[Step] = []
+
+    def say(self, message: BaseModel) -> None:
+        super().say(message)
+        if isinstance(message, Step):
+            self.steps.append(message)
+
+
+def start(folder: Path, base: Path, **changes: Any) -> Training:
+    return prepare(lay_out(folder, base, plan(**changes), ROWS), Listening(), Wish())
+
+
+def textbook(base: Path, technique: Full | Lora, t: Training) -> tuple[list[tuple[float, float]], dict[str, Any]]:
+    """Four steps from the weights of `t`: each one's loss and gradient norm, and the weights that came of them."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
+    if isinstance(technique, Lora):
+        config = LoraConfig(r=technique.r, lora_alpha=int(technique.alpha), target_modules="all-linear")
+        model = get_peft_model(model, config)
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in t.parameters.items():
+        learning[name.removeprefix("model.")].data.copy_(parameter.data)
+    decayed, plain = ([p for p in learning.values() if (p.dim() > 1) == matrix] for matrix in (True, False))
+    groups = [{"params": decayed, "weight_decay": 0.3}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
+    labels = sum(label != -100 for row in t.rows.rows for label in row.labels[1:])
+    told = []
+    for rate in RATES:
+        total = 0.0
+        for row in t.rows.rows:
+            logits = model(torch.tensor([row.input_ids])).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="sum") / labels
+            loss.backward()
+            total += loss.item()
+        told.append((total, float(torch.nn.utils.clip_grad_norm_(learning.values(), 0.05))))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    return told, {name: p.detach() for name, p in learning.items()}
+
+
+@pytest.mark.parametrize("technique", [Full(), Lora(r=4, alpha=16)], ids=["full", "lora"])
+def test_steps_are_those_of_a_plain_loop(tmp_path: Path, tiny: Path, technique: Full | Lora) -> None:
+    """Loss, clipping, weight decay, rates and updates at once; more than one micro-batch a step."""
+    t = start(tmp_path / "run", tiny, technique=technique, **EVERYTHING)
+    wanted, weights = textbook(tiny, technique, t)
+
+    train(t, Progress())
+
+    assert isinstance(t.voice, Listening)
+    assert [step.learning_rate for step in t.voice.steps] == pytest.approx(RATES)
+    assert [step.train_loss for step in t.voice.steps] == pytest.approx([loss for loss, _ in wanted], rel=1e-4)
+    assert [step.grad_norm for step in t.voice.steps] == pytest.approx([norm for _, norm in wanted], rel=1e-3)
+    assert min(norm for _, norm in wanted) > 0.05, "nothing was clipped"
+    for name, parameter in t.parameters.items():
+        difference = (parameter - weights[name.removeprefix("model.")]).abs().max()
+        assert difference < 2e-4, name
+
+
+def test_rate_rises_over_the_warmup() -> None:
+    settled = plan(learning_rate=0.8, schedule=Schedule(type="constant", warmup_ratio=0.3))
+
+    assert [learning_rate(settled, step, 10) for step in range(1, 6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
+
+
+@pytest.mark.parametrize("technique", [Full(), Lora(r=4)], ids=["full", "lora"])
+def test_weight_decay_pulls_on_matrices_alone(tmp_path: Path, tiny: Path, technique: Full | Lora) -> None:
+    t = start(tmp_path / "run", tiny, technique=technique, weight_decay=0.3)
+
+    decay = {id(p): group["weight_decay"] for group in t.optimizer.param_groups for p in group["params"]}
+
+    assert {name: decay[id(p)] for name, p in t.parameters.items()} == {
+        name: 0.3 if p.dim() > 1 else 0.0 for name, p in t.parameters.items()
+    }
+
+
+def test_weight_without_gradient_decays_by_the_rate_and_no_more(tmp_path: Path, tiny: Path) -> None:
+    """Decoupled decay (AdamW): added to the gradient, it would move this weight by the whole rate."""
+    t = start(tmp_path / "run", tiny, technique=Full(), **EVERYTHING)
+    rows = t.parameters["model.model.embed_tokens.weight"]
+    unused = max(set(range(260)) - {token for row in t.rows.rows for token in row.input_ids})
+    before = rows[unused].detach().clone()
+
+    train(t, Progress())
+
+    kept = 1.0
+    for rate in RATES:
+        kept *= 1 - rate * 0.3
+    assert torch.allclose(rows[unused], before * kept, rtol=1e-5, atol=0)
+
+
+def test_optimizer_that_holds_other_tensors_ends_the_run(tmp_path: Path, tiny: Path) -> None:
+    t = start(tmp_path / "run", tiny, n_epochs=4, batch_size=24)
+    for group in t.optimizer.param_groups:
+        group["params"] = [torch.nn.Parameter(p.detach().clone()) for p in group["params"]]
+
+    with pytest.raises(RuntimeError, match="does not hold the model's weights"):
+        train(t, Progress())
