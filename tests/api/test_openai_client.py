@@ -1,9 +1,11 @@
 """The official client, unmodified, drives every listed call: as people use it, and with strict response validation."""
 
 import base64
+import gzip
 import hashlib
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -24,6 +26,7 @@ from tunery.jobs.model import Checkpoint, Job, Metric
 from tunery.jobs.states import State
 from tunery.keys.model import Project
 
+FAULTS = Path(__file__).parents[1] / "data" / "faults"
 RECEIVER = "https://127.0.0.1:9/hooks"
 
 
@@ -77,6 +80,32 @@ def test_files(client: OpenAI) -> None:
 def test_files_come_as_bytes_and_as_open_files(client: OpenAI) -> None:
     assert client.files.create(file=TRAIN, purpose="fine-tune").filename == "upload"
     assert client.files.create(file=io.BytesIO(b"\x89PNG"), purpose="vision").bytes == 4
+
+
+@pytest.mark.parametrize("name", ["bare_cr", "crcrlf", "bom_middle"])
+def test_files_of_every_system_are_taken(client: OpenAI, name: str) -> None:
+    data = (FAULTS / f"{name}.jsonl").read_bytes()
+    made = client.files.create(file=(f"{name}.jsonl", data), purpose="fine-tune")
+    assert (made.status, client.files.content(made.id).read()) == ("processed", data)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (gzip.compress(TRAIN), "is compressed with gzip. Decompress it"),
+        (
+            b"[" + b",".join(TRAIN.splitlines()) + b"]",
+            "is a JSON array. Write each of its objects on a line of its own",
+        ),
+        (TRAIN.decode().encode("utf-16"), "is in UTF-16. Save it as UTF-8."),
+        (b"question,answer\na,b\n", "is a table, CSV. Write each row as a JSON object"),
+    ],
+)
+def test_another_kind_of_file_is_named(client: OpenAI, data: bytes, kind: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.files.create(file=("train.jsonl", data), purpose="fine-tune")
+    assert refused.value.code == "invalid_jsonl"
+    assert f"Line 1: the file {kind}" in refused.value.message
 
 
 def test_file_pages(client: OpenAI) -> None:

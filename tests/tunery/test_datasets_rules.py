@@ -24,7 +24,7 @@ def test_a_good_file_is_summed_up() -> None:
     made = template()
     summary = check_examples([row(f"question {n}", "yes") for n in range(12)], template=made)
 
-    assert (summary.examples, summary.truncated, summary.unlearnable) == (12, 0, [])
+    assert (summary.examples, summary.truncated, summary.unlearnable) == (12, [], [])
     assert summary.trained_tokens >= 12 * 2
     assert summary.tokens > summary.trained_tokens
     assert summary.longest * 12 >= summary.tokens
@@ -105,11 +105,27 @@ def test_cut_rows_are_counted_and_told() -> None:
 
     summary = check_examples(rows, template=made, max_length=length)
 
-    assert (summary.truncated, summary.unlearnable, summary.longest) == (2, [12], length)
+    assert (summary.truncated, summary.unlearnable, summary.longest) == ([11], [12], length)
     told = " ".join(summary.warnings(length))
-    assert "2 of 12 examples are longer than" in told
+    assert "1 of 12 examples are longer than" in told
+    assert "teaches no end: line 11." in told
     assert "1 of 12 examples lose their whole answer to the cut" in told
     assert told.endswith("are left out: line 12.")
+
+
+def test_empty_answers_are_named() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    asked = {"role": "user", "content": "q"}
+    unlearned = {"role": "assistant", "content": "", "weight": 0}
+    others = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "assistant", "content": "a"}]
+    rows = [row(), row(answer=""), row(answer=" \n\t"), json.dumps({"messages": [asked, unlearned, *others]}).encode()]
+
+    summary = check_examples(rows, least=1)
+
+    assert summary.silent == [2, 3]
+    [warning] = summary.warnings(2048)
+    assert warning.startswith("2 of 4 examples have an assistant message that is empty or blank and calls no tool")
+    assert "lines 2, 3. Remove it, or give it the weight 0." in warning
 
 
 def test_a_file_without_any_learnable_token_is_refused() -> None:
@@ -146,6 +162,15 @@ def test_shared_rows_are_named_on_both_sides() -> None:
         caught.value
     )
     assert caught.value.param == "validation_file"
+
+
+def test_rows_are_shared_however_they_are_spelled() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
+    one = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    other = [{"content": "q", "role": "user"}, {"role": "assistant", "tool_calls": [call], "weight": None}]
+
+    with pytest.raises(InvalidTrainingFile, match=r"line 1 \(line 1 there\)"):
+        check_disjoint([json.dumps({"messages": one}).encode()], [json.dumps({"messages": other}).encode()])
 
 
 def test_a_long_list_of_shared_rows_is_cut_short() -> None:

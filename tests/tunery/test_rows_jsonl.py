@@ -1,7 +1,14 @@
 """JSONL as a stream: where the chunks end must make no difference."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
+import pickle
+import tarfile
 import tracemalloc
+import zipfile
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -10,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunery.errors import InvalidJSONL
-from tunery.rows.jsonl import MAX_LINE_BYTES, JsonlChecker, iter_lines
+from tunery.rows.jsonl import MAX_LINE_BYTES, JsonlChecker, read_lines
 
 START = "Expected file to have JSONL format, where every line is a valid JSON dictionary."
 
@@ -59,7 +66,7 @@ def test_good_files_come_out_as_they_went_in(rows: list[dict[str, str | int]], s
     chunks = [data[start : start + size] for start in range(0, len(data), size)]
 
     assert check(chunks) == len(rows)
-    assert [(number, json.loads(text)) for number, text in iter_lines(chunks)] == list(enumerate(rows, start=1))
+    assert [(number, json.loads(text)) for number, text in read_lines(chunks)] == list(enumerate(rows, start=1))
 
 
 @pytest.mark.parametrize(
@@ -72,10 +79,17 @@ def test_good_files_come_out_as_they_went_in(rows: list[dict[str, str | int]], s
         (b'{"a": 1}\n\n{"a": 1}\n', 2, "is blank"),
         (b'{"a": 1}\n"text"\n', 2, "expected a JSON object in braces, found a string"),
         (b'{"a": 1}\n{"a": "\xe9"}\n', 2, "is not UTF-8 (byte 8)"),
-        ('{"a": 1}\n'.encode("utf-16"), 1, "the file is in UTF-16"),
-        (b"prompt,completion\na,b\n", 1, "Expecting value"),
-        (b'{\n "a": 1\n}\n', 1, "Expecting property name"),
-        (b'{"a": 1}{"a": 2}\n', 1, "Extra data"),
+        (b'{\n "a": 1\n}\n', 1, "the object does not end on this line (column 2). Write each object whole"),
+        (b'{"a": 1}\n{"a": [', 2, "the object does not end on this line"),
+        (b'{"a": "one\ntwo"}\n', 1, "a string has no end on this line (column 7)."),
+        (b'{"a": "\t"}\n', 1, "a control character stands in a string (column 8)."),
+        (b'{"a": "\r"}\n', 1, "a control character stands in a string (column 8)."),
+        (b'{"a": 1}{"a": 2}\n', 1, "something follows the JSON object (column 9)"),
+        (b'{"a": 1}\r{"a": 2}\r', 1, "something follows the JSON object (column 10). Write one object a line"),
+        (b'{"a": 1},\n{"a": 2}\n', 1, "something follows the JSON object (column 9)"),
+        (b"{'a': 1}\n", 1, "is Python's spelling of an object, not JSON (column 2). Write each row with json.dumps"),
+        (b'{"a": None}\n', 1, "is Python's spelling of an object"),
+        (b'{"a": 1}\n{"a": True}\n', 2, "is Python's spelling of an object"),
         (b'{"a": 1}\n{"a": NaN}', 2, "NaN is not JSON"),
         (b'{"a": 1}\n{"a": "\\u0000"}', 2, "a \\u0000 escape stands for the character NUL"),
         (b"{}\n" + b'{"a": "' + b"x" * MAX_LINE_BYTES + b'"}', 2, "is longer than 4 MiB"),
@@ -86,6 +100,99 @@ def test_the_first_wrong_line_is_named(data: bytes, line: int, reason: str) -> N
         check([data])
 
     assert caught.value.message.startswith(f"{START} Line {line}: {reason}")
+
+
+ROW = b'{"messages": [{"role": "user", "content": "q"}]}'
+PARQUET = b"PAR1\x15\x04\x15\x10\x15\x14L\x15\x02\x15\x00\x12\x00\x00"
+
+
+def _zipped(*names: str) -> bytes:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        for name in names:
+            archive.writestr(name, "x")
+    return held.getvalue()
+
+
+def _tarred() -> bytes:
+    held = io.BytesIO()
+    with tarfile.open(fileobj=held, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("rows.jsonl"))
+    return held.getvalue()
+
+
+CONTAINERS = {
+    "array": (b"[" + ROW + b"]\n", "a JSON array"),
+    "printed array": (b"[\n  {\n", "a JSON array"),
+    "array after a mark": (b"\xef\xbb\xbf [" + ROW + b"]\n", "a JSON array"),
+    "long array": (b"[" + b",".join([ROW] * (MAX_LINE_BYTES // len(ROW))) + b"]", "a JSON array"),
+    "messages alone": (b'[{"role": "user", "content": "q"}]\n', "a list of messages"),
+    "CSV": (b"prompt,completion\na,b\n", "a table, CSV"),
+    "quoted CSV": (b'"prompt","completion"\n"a","b"\n', "a table, CSV"),
+    "semicolons": (b"\xef\xbb\xbfprompt;completion\r\na;b\r\n", "a table, CSV"),
+    "TSV": (b"prompt\tcompletion\na\tb\n", "a table, tab-separated values (TSV)"),
+    "plain text": (b"Hello there\n", "does not begin with a JSON object in braces"),
+    "HTML": (b"<!DOCTYPE html>\n<html>", "a page of HTML or XML"),
+    "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "a Git LFS pointer"),
+    "gzip": (gzip.compress(ROW), "compressed with gzip"),
+    "bzip2": (bz2.compress(ROW), "compressed with bzip2"),
+    "xz": (lzma.compress(ROW), "compressed with xz"),
+    "zstd": (b"\x28\xb5\x2f\xfd\x24\x02\x11\x00\x00{}", "compressed with zstd"),
+    "zip": (_zipped("rows.jsonl"), "compressed with zip"),
+    "empty zip": (_zipped(), "compressed with zip"),
+    "workbook": (_zipped("[Content_Types].xml", "xl/workbook.xml"), "an Excel workbook"),
+    "tar": (_tarred(), "a tar archive"),
+    "Parquet": (PARQUET, "a Parquet file"),
+    "Arrow": (b"ARROW1\x00\x00\xff\xff\xff\xff", "an Arrow file"),
+    "pickle": (pickle.dumps([{"messages": []}]), "a Python pickle"),
+    "other binary": (b"\x7fELF\x02\x01\x01\x00", "a binary file"),
+    "UTF-16": (ROW.decode().encode("utf-16"), "in UTF-16"),
+    "UTF-16 without a mark": (ROW.decode().encode("utf-16-le"), "in UTF-16 or UTF-32"),
+    "big-endian UTF-16": (ROW.decode().encode("utf-16-be"), "in UTF-16 or UTF-32"),
+    "UTF-32": (ROW.decode().encode("utf-32"), "in UTF-32"),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("size", [1, 7, 2**20])
+def test_another_kind_of_file_is_named(name: str, size: int) -> None:
+    data, kind = CONTAINERS[name]
+    size = size if len(data) < 2**20 else 2**20
+    with pytest.raises(InvalidJSONL) as caught:
+        check(data[start : start + size] for start in range(0, len(data), size))
+
+    be = "" if kind.startswith("does not") else "is "
+    assert caught.value.message.startswith(f"{START} Line 1: the file {be}{kind}")
+    with pytest.raises(InvalidJSONL) as again:
+        list(read_lines([data]))
+    assert again.value.message == caught.value.message
+
+
+@pytest.mark.parametrize("line", [b'"text"', b"null", b"3", b'"a \\" b"'])
+def test_a_bare_value_is_no_table(line: bytes) -> None:
+    assert "table" not in str(outcome([line]))
+
+
+@pytest.mark.parametrize(
+    ("data", "numbers"),
+    [
+        (b"{}\r\n{}\r\n", [1, 2]),
+        (b"{}\r\r\n{}\r\r\n", [1, 2]),
+        (b'{"a":\r1}\n{"a":\r2}\r', [1, 2]),
+        (b"\xef\xbb\xbf{}\n\xef\xbb\xbf{}\n{}\n", [1, 2, 3]),
+        (b"{}\n\xef\xbb\xbf\n", [1]),
+    ],
+)
+def test_ends_and_marks_of_every_system(data: bytes, numbers: list[int]) -> None:
+    assert [number for number, _ in read_lines([data])] == numbers
+    assert check([data]) == len(numbers)
+
+
+def test_a_gap_has_the_same_verdict_for_every_reader() -> None:
+    data = b"{}\n\n{}\n"
+    with pytest.raises(InvalidJSONL, match="Line 2: is blank"):
+        list(read_lines([data]))
+    assert "Line 2: is blank" in str(outcome([data]))
 
 
 def test_a_wrong_line_is_found_while_the_file_still_comes() -> None:
@@ -110,4 +217,4 @@ def test_memory_does_not_grow_with_the_file() -> None:
 
 def test_blank_lines_at_the_end_are_no_rows() -> None:
     assert check([b"{}\n{}\n", b"\n", b" \r\n"]) == 2
-    assert [number for number, _ in iter_lines([b"{}\n\n"])] == [1]
+    assert [number for number, _ in read_lines([b"{}\n\n"])] == [1]

@@ -62,7 +62,7 @@ def part(**fields: Any) -> str:
         ('{"input": {}, "preferred_output": []}', "Example 9: Unexpected file format: this is a preference row (DPO)"),
         ('{"text": "a"}', "Example 9: Unexpected file format, expected chat messages: the key 'messages' is missing."),
         ("[]", "Example 9: expected a JSON object in braces, found a list."),
-        ("{", "Example 9: Expecting property name"),
+        ("{", "Example 9: the object does not end on this line (column 2)."),
     ],
 )
 def test_a_wrong_line_is_refused_by_number_and_reason(line: str, reason: str) -> None:
@@ -79,9 +79,9 @@ def test_braces_in_the_users_words_do_no_harm() -> None:
         parse_line(row({"role": "{line}", "content": "{0}"}), 1, "validation")
 
 
-def test_ids_sources_nulls_and_a_byte_order_mark_are_fine() -> None:
+def test_ids_sources_and_nulls_are_fine() -> None:
     empty = {"tool_calls": None, "name": None, "weight": None}
-    parsed = parse_line("\ufeff" + row(USER, {**ANSWER, **empty}, id="x", source={"licence": "CC0"}, tools=None), 1)
+    parsed = parse_line(row(USER, {**ANSWER, **empty}, id="x", source={"licence": "CC0"}, tools=None), 1)
 
     assert [message.for_template() for message in parsed.messages] == [USER, ANSWER]
 

@@ -5,11 +5,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tunery.errors import InvalidJSONL, InvalidNExamples, InvalidTrainingFile
-from tunery.rows.encoding import encode_example
-from tunery.rows.jsonl import iter_lines
-from tunery.rows.messages import Example, FileRole, invalid, parse_line
-from tunery.rows.template import ChatTemplate, Rendered
+from tunery.errors import InvalidNExamples, InvalidTrainingFile
+from tunery.rows.encoding import Encoded, encode_example, read_examples, read_texts
+from tunery.rows.messages import Example, FileRole, parse_line
+from tunery.rows.template import ChatTemplate
 
 LEAST_EXAMPLES = 10
 _SHOWN = 5
@@ -19,15 +18,17 @@ _MOST_FAULTS = 100
 @dataclass
 class Summary:
     """What a good file holds. Tokens, with the template only, are those of one epoch after the cut at `max_length`.
-    `unlearnable`: lines whose whole answer is lost to the cut. `unscorable`: lines of a test file whose wanted answer
-    has no text, a tool call alone."""
+    `truncated`: lines that lose their end to the cut, `unlearnable`: lines that lose every answer and are left out.
+    `silent`: lines with an answer that is empty. `unscorable`: lines of a test file whose wanted answer has no text, a
+    tool call alone."""
 
     examples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
-    truncated: int = 0
+    truncated: list[int] = field(default_factory=list)
     unlearnable: list[int] = field(default_factory=list)
+    silent: list[int] = field(default_factory=list)
     unscorable: list[int] = field(default_factory=list)
     with_tools: int = 0
 
@@ -36,13 +37,19 @@ class Summary:
         found = []
         if self.truncated:
             found.append(
-                f"{self.truncated} of {self.examples} examples are longer than {max_length} tokens and lose their end. "
-                "Raise max_seq_length to keep it."
+                f"{len(self.truncated)} of {self.examples} examples are longer than {max_length} tokens and lose their "
+                f"end, so their last answer teaches no end: {_lines(self.truncated)}. Raise max_seq_length to keep it."
             )
         if self.unlearnable:
             found.append(
                 f"{len(self.unlearnable)} of {self.examples} examples lose their whole answer to the cut at "
                 f"{max_length} tokens and are left out: {_lines(self.unlearnable)}."
+            )
+        if self.silent:
+            found.append(
+                f"{len(self.silent)} of {self.examples} examples have an assistant message that is empty or blank and "
+                f"calls no tool, so it teaches to end the turn at once: {_lines(self.silent)}. Remove it, or give it "
+                "the weight 0."
             )
         if self.unscorable:
             found.append(
@@ -67,20 +74,16 @@ def check_examples(
     """
     summary = Summary()
     faults: dict[int, InvalidTrainingFile] = {}
-    try:
-        for number, text in iter_lines(chunks):
-            try:
-                example = parse_line(text, number, role)
-                _check_role(example, number, role)
-                _count(summary, number, example, _encode(template, example, number, max_length, role))
-                if role == "test" and example.messages[-1].content is None:
-                    summary.unscorable.append(number)
-            except InvalidTrainingFile as fault:
-                faults[number] = fault
-                if len(faults) == _MOST_FAULTS:
-                    break
-    except InvalidJSONL as error:
-        raise InvalidTrainingFile(param=f"{role}_file", role=role, reason=error.message) from error
+    for number, text in read_texts(chunks, role):
+        try:
+            example = parse_line(text, number, role)
+            _count(summary, number, example, role)
+            if template is not None:
+                _measure(summary, number, encode_example(template, example, number, max_length=max_length, role=role))
+        except InvalidTrainingFile as fault:
+            faults[number] = fault
+            if len(faults) == _MOST_FAULTS:
+                break
     if faults:
         raise _all_of(faults, role)
     _check_enough(summary, role, LEAST_EXAMPLES if least is None and role == "training" else least or 1)
@@ -99,20 +102,9 @@ def check_examples(
     return summary
 
 
-def _check_role(example: Example, number: int, role: FileRole) -> None:
-    if role == "test" and example.messages[-1].role != "assistant":
-        raise invalid(role, number, "does not end with an assistant message, which is the wanted answer. Add it.", "")
-
-
 def _check_enough(summary: Summary, role: FileRole, least: int) -> None:
     if summary.examples < least:
         raise InvalidNExamples(param=f"{role}_file", role=role.capitalize(), n=summary.examples, least=least)
-
-
-def _encode(
-    template: ChatTemplate | None, example: Example, number: int, max_length: int, role: FileRole
-) -> list[Rendered]:
-    return encode_example(template, example, number, max_length=max_length, role=role) if template else []
 
 
 def _all_of(faults: dict[int, InvalidTrainingFile], role: FileRole) -> InvalidTrainingFile:
@@ -131,31 +123,38 @@ def _lines(numbers: list[int]) -> str:
     return f"line{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_SHOWN]))}{more}"
 
 
-def _count(summary: Summary, number: int, example: Example, sequences: list[Rendered]) -> None:
+def _count(summary: Summary, number: int, example: Example, role: FileRole) -> None:
     summary.examples += 1
     summary.with_tools += bool(example.tools)
-    for rendered in sequences:
-        summary.tokens += len(rendered.input_ids)
-        summary.trained_tokens += rendered.trained_tokens
-        summary.longest = max(summary.longest, len(rendered.input_ids))
-    summary.truncated += any(rendered.truncated for rendered in sequences)
-    if sequences and all(rendered.trained_tokens == 0 for rendered in sequences):
+    if any(message.is_trained and message.is_silent for message in example.messages):
+        summary.silent.append(number)
+    if role == "test" and example.messages[-1].content is None:
+        summary.unscorable.append(number)
+
+
+def _measure(summary: Summary, number: int, encoded: Encoded) -> None:
+    summary.tokens += encoded.tokens
+    summary.trained_tokens += encoded.trained_tokens
+    summary.longest = max(summary.longest, encoded.longest)
+    if not encoded.sequences:
         summary.unlearnable.append(number)
+    elif encoded.truncated:
+        summary.truncated.append(number)
 
 
 def check_disjoint(train: Iterable[bytes], held_out: Iterable[bytes], *, role: FileRole = "validation") -> None:
     """Raises InvalidTrainingFile, with line numbers, where a held-out row is a training row too.
 
-    Rows are the same when their conversations are: ids and other extra keys do not count. Memory: some 100 bytes for
-    each training row, however long it is.
+    Rows are the same when their conversations are, however they are spelled: ids and other extra keys do not count.
+    Memory: some 100 bytes for each training row, however long it is.
     """
     lines_of_train: dict[bytes, int] = {}
-    for number, text in iter_lines(train):
-        lines_of_train.setdefault(_digest(text), number)
+    for number, example in read_examples(train, "training"):
+        lines_of_train.setdefault(_digest(example), number)
     shared = [
         f"line {number} (line {twin} there)"
-        for number, text in iter_lines(held_out)
-        if (twin := lines_of_train.get(_digest(text))) is not None
+        for number, example in read_examples(held_out, role)
+        if (twin := lines_of_train.get(_digest(example))) is not None
     ]
     if shared:
         more = f" and {len(shared) - _SHOWN} more" if len(shared) > _SHOWN else ""
@@ -167,7 +166,6 @@ def check_disjoint(train: Iterable[bytes], held_out: Iterable[bytes], *, role: F
         )
 
 
-def _digest(text: str) -> bytes:
-    row = json.loads(text)
-    conversation = {key: row[key] for key in ("messages", "tools", "functions") if key in row}
+def _digest(example: Example) -> bytes:
+    conversation = example.model_dump(mode="json", include={"messages", "tools"})
     return hashlib.blake2b(json.dumps(conversation, sort_keys=True).encode(), digest_size=16).digest()

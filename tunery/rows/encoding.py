@@ -1,18 +1,63 @@
-"""From one row to what the model learns of it, every fault under its line's number."""
+"""From a file's bytes to what the model learns of each line: the one path of validation, disjointness and trainer."""
 
-from tunery.errors import CannotRender
-from tunery.rows.messages import Example, FileRole, invalid
-from tunery.rows.template import ChatTemplate, Rendered
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from tunery.errors import CannotRender, InvalidJSONL, InvalidTrainingFile
+from tunery.rows.jsonl import read_lines
+from tunery.rows.messages import Example, FileRole, invalid, parse_line
+from tunery.rows.template import IGNORED, ChatTemplate, Rendered
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The sequences of one example that teach something: one, or one for each answer where the template shows earlier
+    answers differently. None is left where the cut takes every answer."""
+
+    sequences: list[Rendered]
+    truncated: bool
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(sequence.input_ids) for sequence in self.sequences)
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(map(count_trained, self.sequences))
+
+    @property
+    def longest(self) -> int:
+        return max((len(sequence.input_ids) for sequence in self.sequences), default=0)
+
+
+def read_texts(chunks: Iterable[bytes], role: FileRole) -> Iterator[tuple[int, str]]:
+    """A file's lines with their numbers. Raises InvalidTrainingFile where the bytes are not lines of text."""
+    try:
+        yield from read_lines(chunks)
+    except InvalidJSONL as error:
+        raise InvalidTrainingFile(param=f"{role}_file", role=role, reason=error.message) from error
+
+
+def read_examples(chunks: Iterable[bytes], role: FileRole) -> Iterator[tuple[int, Example]]:
+    """A file's examples with their line numbers. Raises InvalidTrainingFile."""
+    for number, text in read_texts(chunks, role):
+        yield number, parse_line(text, number, role)
 
 
 def encode_example(
     template: ChatTemplate, example: Example, line_number: int, *, max_length: int, role: FileRole = "training"
-) -> list[Rendered]:
-    """The sequences of one row: one, or one for each answer where the template shows earlier answers differently.
-
-    Raises InvalidTrainingFile, naming the line. A sequence may have no trained token left (`trained_tokens == 0`).
-    """
+) -> Encoded:
+    """What the model learns of one line's example. Raises InvalidTrainingFile, naming the line."""
     try:
-        return [template.encode(part, max_length) for part in template.split(example)]
+        sequences = [template.encode(part, max_length) for part in template.split(example)]
     except CannotRender as error:
         raise invalid(role, line_number, error.message) from error
+    return Encoded(
+        [sequence for sequence in sequences if count_trained(sequence)],
+        truncated=any(sequence.truncated for sequence in sequences),
+    )
+
+
+def count_trained(sequence: Rendered) -> int:
+    """Tokens that are learned. The first of a sequence is not: nothing stands before it to predict it from."""
+    return sum(label != IGNORED for label in sequence.labels[1:])

@@ -1,103 +1,127 @@
-"""JSONL in constant memory: bytes come in chunks of any size, lines go out."""
+"""The one reader of JSON Lines, in constant memory: bytes come in chunks of any size, numbered lines go out."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from tunery.errors import InvalidJSONL
-from tunery.rows import strict_json
+from tunery.rows import containers, strict_json
 
 MAX_LINE_BYTES = 4 * 2**20
 _BOM = b"\xef\xbb\xbf"
-_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_PYTHON_ONLY = ("'", "None", "True", "False")
 
 
 class _Lines:
-    """Cuts chunks into lines: LF or CRLF, UTF-8 with or without a byte order mark."""
+    """Cuts chunks into lines and refuses what is not text in UTF-8, a line that is too long, and a gap.
+
+    A line ends with LF, whatever number of CR stand before it. A byte order mark may begin any line, as it does where
+    files were joined. Blank lines may stand at the end only, so that a row's number is its line's number everywhere.
+    """
 
     def __init__(self) -> None:
-        self.number = 0
+        self._number = 0
         self._rest = bytearray()
+        self._blank: int | None = None
 
-    def feed(self, chunk: bytes) -> Iterator[str]:
-        """The lines that `chunk` completes; `number` is that of the line just given. Raises InvalidJSONL."""
+    def feed(self, chunk: bytes) -> Iterator[tuple[int, str]]:
+        """The lines that `chunk` completes, with their numbers from 1. Raises InvalidJSONL."""
         pieces = chunk.split(b"\n")
         for piece in pieces[:-1]:
             self._keep(piece)
-            yield self._take()
+            yield from self._take()
         self._keep(pieces[-1])
 
-    def close(self) -> Iterator[str]:
-        """The last line, if no newline ended it."""
+    def close(self) -> Iterator[tuple[int, str]]:
+        """The last line, if no newline ended it. Raises InvalidJSONL."""
         if self._rest:
-            yield self._take()
+            yield from self._take()
 
     def _keep(self, piece: bytes) -> None:
         self._rest += piece
         if len(self._rest) > MAX_LINE_BYTES:
+            self._refuse_container(self._rest, self._number + 1)
             limit = f"{MAX_LINE_BYTES // 2**20} MiB"
-            raise self.fault(self.number + 1, f"is longer than {limit}, which is the limit for one line.")
+            raise _fault(self._number + 1, f"is longer than {limit}, which is the limit for one line.")
 
-    def _take(self) -> str:
-        self.number += 1
-        line, self._rest = bytes(self._rest), bytearray()
-        if self.number == 1:
-            if line.startswith(_UTF16_BOMS):
-                raise self.fault(1, "the file is in UTF-16. Save it as UTF-8.")
-            line = line.removeprefix(_BOM)
+    def _take(self) -> Iterator[tuple[int, str]]:
+        self._number += 1
+        line, self._rest = bytes(self._rest).rstrip(b"\r"), bytearray()
+        self._refuse_container(line, self._number)
         try:
-            return line.removesuffix(b"\r").decode()
+            text = line.removeprefix(_BOM).decode()
         except UnicodeDecodeError as error:
-            raise self.fault(self.number, f"is not UTF-8 (byte {error.start + 1}). Save the file as UTF-8.") from None
+            raise _fault(self._number, f"is not UTF-8 (byte {error.start + 1}). Save the file as UTF-8.") from None
+        if not text.strip():
+            self._blank = self._blank or self._number
+        elif self._blank:
+            raise _fault(self._blank, "is blank. Remove it: blank lines may stand at the end only.")
+        else:
+            yield self._number, text
 
     @staticmethod
-    def fault(line: int, reason: str) -> InvalidJSONL:
-        return InvalidJSONL(param="file", line=line, reason=reason)
+    def _refuse_container(line: bytes | bytearray, number: int) -> None:
+        if number == 1 and (what := containers.recognise(bytes(line[:MAX_LINE_BYTES]).removeprefix(_BOM))):
+            raise _fault(1, f"the file {what}")
+
+
+def _fault(line: int, reason: str) -> InvalidJSONL:
+    return InvalidJSONL(param="file", line=line, reason=reason)
+
+
+def read_lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, str]]:
+    """The lines with their numbers from 1, without the blank ones at the end. Raises InvalidJSONL."""
+    lines = _Lines()
+    for chunk in chunks:
+        yield from lines.feed(chunk)
+    yield from lines.close()
+
+
+def load_row(line: str) -> dict[str, Any]:
+    """The JSON object that a line spells. Raises ValueError, with a reason for people."""
+    try:
+        return strict_json.load_object(line)
+    except strict_json.NotJSON as error:
+        raise ValueError(_cause(line, error) or str(error)) from None
+
+
+def _cause(line: str, error: strict_json.NotJSON) -> str | None:
+    """What usually lies behind such JSON, and what to do about it."""
+    column = f"(column {error.position + 1})"
+    if line.startswith(_PYTHON_ONLY, error.position):
+        return f"is Python's spelling of an object, not JSON {column}. Write each row with json.dumps(row)."
+    if error.problem == "Extra data":
+        return f"something follows the JSON object {column}. Write one object a line, with nothing behind it but LF."
+    if error.problem.startswith("Unterminated string"):
+        return f"a string has no end on this line {column}. Spell a line break inside a string as \\n."
+    if error.problem.startswith("Invalid control character"):
+        return f"a control character stands in a string {column}. Spell it with a backslash: \\t, \\r, \\u001f."
+    if error.position >= len(line.rstrip()):
+        return f"the object does not end on this line {column}. Write each object whole, on a line of its own."
+    return None
 
 
 class JsonlChecker:
-    """Checks a file while it streams by, in memory of one line.
-
-    Every line must be a JSON object (`strict_json`); blank lines may stand at the end only, so that a row's number is
-    its line's number everywhere.
-    """
+    """Checks a file while it streams by, in memory of one line: every line must be a JSON object."""
 
     def __init__(self) -> None:
         self._lines = _Lines()
-        self._blank: int | None = None
         self.rows = 0
         """Objects seen so far."""
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes, however many. Raises InvalidJSONL at the first line that is wrong."""
-        for line in self._lines.feed(chunk):
-            self._check(line)
+        self._check(self._lines.feed(chunk))
 
     def close(self) -> None:
         """The file's end. Raises InvalidJSONL for a wrong last line or a file without any object."""
-        for line in self._lines.close():
-            self._check(line)
+        self._check(self._lines.close())
         if not self.rows:
-            raise self._lines.fault(1, "the file is empty. Write one JSON object a line.")
+            raise _fault(1, "the file is empty. Write one JSON object a line.")
 
-    def _check(self, line: str) -> None:
-        if not line.strip():
-            self._blank = self._blank or self._lines.number
-            return
-        if self._blank:
-            raise self._lines.fault(self._blank, "is blank. Remove it: blank lines may stand at the end only.")
-        try:
-            strict_json.load_object(line)
-        except ValueError as error:
-            raise self._lines.fault(self._lines.number, str(error)) from None
-        self.rows += 1
-
-
-def iter_lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers from 1. Raises InvalidJSONL for bytes that are not UTF-8."""
-    lines = _Lines()
-    for chunk in chunks:
-        for line in lines.feed(chunk):
-            if line.strip():
-                yield lines.number, line
-    for line in lines.close():
-        if line.strip():
-            yield lines.number, line
+    def _check(self, lines: Iterator[tuple[int, str]]) -> None:
+        for number, line in lines:
+            try:
+                load_row(line)
+            except ValueError as error:
+                raise _fault(number, str(error)) from None
+            self.rows += 1

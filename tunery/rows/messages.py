@@ -12,10 +12,10 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tunery.errors import InvalidTrainingFile
 from tunery.rows import strict_json
+from tunery.rows.jsonl import load_row
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 FileRole = Literal["training", "validation", "test"]
-_BOM = "\ufeff"
 
 
 def _refuse(reason: str) -> NoReturn:
@@ -125,6 +125,12 @@ class Message(_Sealed):
     def is_trained(self) -> bool:
         return self.role == "assistant" and self.weight != 0
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether it says nothing at all: no text, no thinking, no call."""
+        texts = (self.content, self.refusal, self.reasoning_content)
+        return not (self.tool_calls or self.function_call or any(text and text.strip() for text in texts))
+
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates of open models expect it: no developer, no legacy calls, no nulls."""
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
@@ -184,15 +190,19 @@ class Example(BaseModel):
 def parse_line(text: str, line_number: int, role: FileRole = "training") -> Example:
     """One line of a training file. Raises InvalidTrainingFile, its reason naming line and message (from 1)."""
     try:
-        row = strict_json.load_object(text.removeprefix(_BOM) if line_number == 1 else text)
-        if "messages" not in row:
+        row = load_row(text)
+        if row.get("messages") is None:
             raise ValueError(_other_format(row))
-        return Example.model_validate(row)
+        example = Example.model_validate(row)
     except ValidationError as error:
         where, reason = _place(error.errors()[0])
         raise invalid(role, line_number, reason, where) from None
     except ValueError as error:
         raise invalid(role, line_number, str(error)) from None
+    if role == "test" and example.messages[-1].role != "assistant":
+        reason = "does not end with an assistant message, which is the wanted answer. Add it."
+        raise invalid(role, line_number, reason, "")
+    return example
 
 
 def invalid(role: FileRole, line_number: int, reason: str, where: str = ":") -> InvalidTrainingFile:

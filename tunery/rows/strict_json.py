@@ -7,23 +7,41 @@ MAX_DEPTH = 32
 _MOST_DIGITS = 1000
 
 
+class NotJSON(ValueError):
+    """Text that no JSON parser reads; `problem` is the parser's word for it, `position` the index of the character."""
+
+    def __init__(self, error: json.JSONDecodeError) -> None:
+        super().__init__(f"{error.msg} (column {error.colno}).")
+        self.problem = error.msg
+        self.position = error.pos
+
+
 def load_object(text: str) -> dict[str, Any]:
     """The JSON object that `text` spells.
 
-    Raises ValueError, with a reason for people, on anything but one object: NaN and Infinity (also spelled `1e999`),
-    lone surrogates (no UTF-8 has them, so no tokenizer and no database takes them), the character NUL (no PostgreSQL
-    keeps it) and nesting deeper than MAX_DEPTH.
+    Raises ValueError, with a reason for people, on anything but one object, and on what `load_value` refuses.
+    """
+    value = load_value(text)
+    if not isinstance(value, dict):
+        raise ValueError(  # noqa: TRY004 (to callers every fault of a line is one kind)
+            f"expected a JSON object in braces, found {kind(value)}."
+        )
+    return value
+
+
+def load_value(text: str) -> Any:
+    """The JSON value that `text` spells.
+
+    Raises ValueError, with a reason for people, on NaN and Infinity (also spelled `1e999`), lone surrogates (no UTF-8
+    has them, so no tokenizer and no database takes them), the character NUL (no PostgreSQL keeps it) and nesting deeper
+    than MAX_DEPTH; NotJSON, which is one, on what is no JSON at all.
     """
     try:
         value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg} (column {error.colno}).") from None
+        raise NotJSON(error) from None
     except RecursionError:
         raise ValueError(_too_deep()) from None
-    if not isinstance(value, dict):
-        raise ValueError(  # noqa: TRY004 (to callers every fault of a line is one kind)
-            f"expected a JSON object in braces, found {_kind(value)}."
-        )
     _refuse_depth(text, value)
     _refuse_lone_surrogates(text, value)
     _refuse_nul(text, value)
@@ -52,7 +70,7 @@ def _too_deep() -> str:
     return f"objects and lists are nested more than {MAX_DEPTH} deep."
 
 
-def _refuse_depth(text: str, value: dict[str, Any]) -> None:
+def _refuse_depth(text: str, value: Any) -> None:
     # Counting brackets is cheap and settles nearly every line; only the others are walked.
     if text.count("{") + text.count("[") <= MAX_DEPTH:
         return
@@ -64,11 +82,11 @@ def _refuse_depth(text: str, value: dict[str, Any]) -> None:
     raise ValueError(_too_deep())
 
 
-def _children(node: dict[str, Any] | list[Any]) -> list[Any]:
-    return list(node.values()) if isinstance(node, dict) else node
+def _children(node: Any) -> list[Any]:
+    return list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
 
 
-def _refuse_lone_surrogates(text: str, value: dict[str, Any]) -> None:
+def _refuse_lone_surrogates(text: str, value: Any) -> None:
     # Decoded UTF-8 holds none, so only an escape can have made one.
     if "\\u" not in text:
         return
@@ -78,7 +96,7 @@ def _refuse_lone_surrogates(text: str, value: dict[str, Any]) -> None:
         raise ValueError("a \\u escape names half a surrogate pair; the character it stands for is missing.") from None
 
 
-def _refuse_nul(text: str, value: dict[str, Any]) -> None:
+def _refuse_nul(text: str, value: Any) -> None:
     # A bare one is refused by the parser, like every control character. The escape's own text is no proof: behind
     # another backslash it is six harmless characters.
     if "\\u0000" in text and _holds_nul(value):
@@ -93,7 +111,9 @@ def _holds_nul(value: Any) -> bool:
     return isinstance(value, str) and "\0" in value
 
 
-def _kind(value: object) -> str:
+def kind(value: object) -> str:
+    """A JSON value's kind, with its article."""
     if value is None:
         return "null"
-    return {bool: "a boolean", str: "a string", list: "a list"}.get(type(value), "a number")
+    names = {bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from tunery.errors import InvalidTrainingFile
-from tunery.rows.encoding import encode_example
-from tunery.rows.messages import Example, FileRole, parse_line
+from tunery.rows import encoding
+from tunery.rows.messages import Example, FileRole
 from tunery.rows.template import IGNORED, ChatTemplate
+
+_CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """A file's rows; the lines of those that were cut at the longest allowed length, and of those left out."""
+    """A file's rows; the lines that were cut at the longest allowed length, and those left out of it."""
 
     rows: list[Row]
     truncated: tuple[int, ...] = ()
@@ -72,10 +74,8 @@ class Batch:
 
 def read_examples(path: Path, role: FileRole) -> Iterator[tuple[int, Example]]:
     """The file's examples with their line numbers. Raises InvalidTrainingFile."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, parse_line(line, number, role)
+    with path.open("rb") as file:
+        yield from encoding.read_examples(iter(lambda: file.read(_CHUNK_BYTES), b""), role)
 
 
 def read_rows(path: Path, template: ChatTemplate, max_length: int, role: FileRole = "training") -> Rows:
@@ -87,14 +87,12 @@ def read_rows(path: Path, template: ChatTemplate, max_length: int, role: FileRol
     truncated: list[int] = []
     unlearnable: list[int] = []
     for number, example in read_examples(path, role):
-        for rendered in encode_example(template, example, number, max_length=max_length, role=role):
-            row = Row(list(rendered.input_ids), list(rendered.labels))
-            if not row.labelled:
-                unlearnable.append(number)
-                continue
-            rows.append(row)
-            if rendered.truncated:
-                truncated.append(number)
+        encoded = encoding.encode_example(template, example, number, max_length=max_length, role=role)
+        rows += [Row(sequence.input_ids, sequence.labels) for sequence in encoded.sequences]
+        if not encoded.sequences:
+            unlearnable.append(number)
+        elif encoded.truncated:
+            truncated.append(number)
     if not rows:
         raise InvalidTrainingFile(
             role=role, reason=f"No row has a trained token within max_seq_length ({max_length}). Raise max_seq_length."

@@ -81,7 +81,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     _agree(accelerator, parameters)
     wish.check()
-    warnings = _warnings(rows)
+    warnings: list[str] = []
     packs = _packs(run, rows, objective, accelerator.device, warnings)
     plan = _memory_plan(run, base, objective, rows, packs)
     return Training(
@@ -119,25 +119,6 @@ def _agree(accelerator: Accelerator, parameters: dict[str, torch.nn.Parameter]) 
     if accelerator.num_processes > 1:
         for parameter in parameters.values():
             parameter.data = broadcast(parameter.data)
-
-
-def _warnings(rows: Rows) -> list[str]:
-    warnings = []
-    if rows.unlearnable:
-        warnings.append(
-            f"{len(rows.unlearnable)} row(s) have no trained token within max_seq_length and were left out "
-            f"({_lines(rows.unlearnable)})."
-        )
-    if rows.truncated:
-        warnings.append(
-            f"{len(rows.truncated)} row(s) were longer than max_seq_length and were cut at the end, so their last "
-            f"answer teaches no end ({_lines(rows.truncated)})."
-        )
-    return warnings
-
-
-def _lines(numbers: tuple[int, ...]) -> str:
-    return f"line {', '.join(map(str, numbers[:5]))}{' and more' if len(numbers) > 5 else ''}"
 
 
 def _packs(run: Run, rows: Rows, objective: Objective, device: torch.device, warnings: list[str]) -> bool:

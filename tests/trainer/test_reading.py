@@ -1,0 +1,92 @@
+"""The trainer reads a file as the job's validation did: same verdict, same numbers, same tokens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+
+from tunery.datasets.rules import Summary, check_examples
+from tunery.errors import InvalidTrainingFile
+from tunery.rows.template import ChatTemplate
+from worker.trainer.data import Rows, read_examples, read_rows
+
+FAULTS = Path(__file__).parents[1] / "data" / "faults"
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content or '' }}{{ message.tool_calls | default([]) | tojson }}"
+    "{{ message.reasoning_content }}{{ message.name }}{{ message.tool_call_id }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def template(folder: Path, source: str) -> ChatTemplate:
+    tiny_models.tokenizer(folder, source)
+    return ChatTemplate.load(folder)
+
+
+def validated(path: Path, made: ChatTemplate, length: int) -> Summary | str:
+    data = path.read_bytes()
+    try:
+        return check_examples(
+            (data[i : i + 50] for i in range(0, len(data), 50)), template=made, max_length=length, least=1
+        )
+    except InvalidTrainingFile as error:
+        return error.message
+
+
+def trained(path: Path, made: ChatTemplate, length: int) -> Rows | str:
+    try:
+        return read_rows(path, made, length)
+    except InvalidTrainingFile as error:
+        return error.message
+
+
+@pytest.mark.parametrize("path", sorted(FAULTS.glob("*.jsonl")), ids=lambda path: path.name)
+@pytest.mark.parametrize("source", [tiny_models.CHATML, TOOLS], ids=["plain", "tools"])
+@pytest.mark.parametrize("length", [60, 90, 2048])
+def test_trainer_and_validation_agree(path: Path, source: str, length: int, tmp_path: Path) -> None:
+    made = template(tmp_path, source)
+    before, then = validated(path, made, length), trained(path, made, length)
+
+    if isinstance(before, str) or isinstance(then, str):
+        # The validation names the lines of the other faults too; the trainer stops at the first.
+        first = str(before).partition(" There are more: ")[0]
+        assert first.replace("No example has", "No row has") == str(then).partition(" There are more: ")[0]
+        return
+    assert before.tokens == then.tokens
+    assert before.trained_tokens == sum(row.labelled for row in then.rows)
+    assert before.longest == max(map(len, then.rows))
+    assert (before.truncated, before.unlearnable) == (list(then.truncated), list(then.unlearnable))
+
+
+@pytest.mark.parametrize("name", ["bare_cr", "crcrlf", "bom_middle"])
+def test_line_ends_and_marks_change_no_token(name: str, tmp_path: Path) -> None:
+    """The same file as Python's own JSON writes it gives the same tokens."""
+    made, path, plain = template(tmp_path, tiny_models.CHATML), FAULTS / f"{name}.jsonl", tmp_path / "plain.jsonl"
+    lines = path.read_bytes().decode().replace("\ufeff", "").rstrip("\r\n").split("\n")
+    plain.write_text("".join(json.dumps(json.loads(line)) + "\n" for line in lines))
+
+    assert len(lines) == 12
+    assert read_rows(path, made, 2048) == read_rows(plain, made, 2048)
+    assert [number for number, _ in read_examples(path, "training")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"%s\n\n%s\n", "Line 2: is blank"),
+        (b"%s\r{}\n%s\n", "Example 1: something follows the JSON object"),
+        (b"%s\n\xff%s\n", "Line 2: is not UTF-8"),
+        (b"[%s,\n%s]", "Line 1: the file is a JSON array"),
+        (b"%s\n%s]", "Example 2: something follows the JSON object"),
+    ],
+)
+def test_a_broken_file_has_one_verdict(data: bytes, reason: str, tmp_path: Path) -> None:
+    row: dict[str, Any] = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path, made = tmp_path / "rows.jsonl", template(tmp_path, tiny_models.CHATML)
+    path.write_bytes(data.replace(b"%s", json.dumps(row).encode()))
+
+    assert reason in str(trained(path, made, 2048))
+    assert trained(path, made, 2048) == validated(path, made, 2048)
