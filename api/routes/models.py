@@ -38,7 +38,8 @@ def list_models(session: SessionDep, caller: CallerDep, settings: SettingsDep) -
 @router.post("", summary="Add a base model", responses=errors(403))
 def add_model(body: wire.AddModel, session: SessionDep, caller: AdminDep, settings: SettingsDep) -> wire.Model:
     """For administrators. Answers at once with `status: processing`; a worker converts the files to safetensors."""
-    row = registry.register_base(session, name=body.id or registry.slug_of(body.source), source=body.source)
+    name = body.id or registry.slug_of(body.source)
+    row = registry.register_base(session, name=name, source=body.source, chat_template=body.chat_template)
     session.refresh(row)
     return _shown(session, settings, caller, [row])[0]
 

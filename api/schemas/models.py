@@ -91,6 +91,9 @@ class AddModel(Body):
         min_length=1, max_length=1024, description="A hub id, or a folder or .gguf file that the workers can read"
     )
     id: str | None = Field(None, description="Absent: made from the source's last part")
+    chat_template: str | None = Field(
+        None, min_length=1, max_length=1 << 20, description="Jinja text in place of the model's own template"
+    )
 
 
 class AddAlias(Body):

@@ -38,6 +38,20 @@ def test_adding_a_base(admin: Team, team: Team) -> None:
         assert refused.status_code == 400 or refused.json()["id"] == "m", name
 
 
+def test_adding_a_base_with_a_chat_template(admin: Team, database: Database) -> None:
+    template = "{% for m in messages %}{{ m.content }} é\n{% endfor %}"
+    with database.sessions.begin() as session:
+        rows.base(session, "late", status="error", manifest=None, manifest_sha256=None, chat_template="wrong")
+    for id, body in (("new", {"chat_template": template}), ("late", {})):
+        assert admin.http.post("/v1/models", json={"source": "org/m", "id": id, **body}).status_code == 200
+    with database.sessions() as session:
+        assert session.get_one(Model, "new").chat_template == template
+        assert session.get_one(Model, "late").chat_template is None, "an earlier attempt's template is gone"
+    for text in ("", "x" * (2**20 + 1)):
+        refused = admin.http.post("/v1/models", json={"source": "org/m", "id": "other", "chat_template": text})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "chat_template")
+
+
 def test_the_id_of_a_deleted_base_stays_its_own(admin: Team, base: str, database: Database) -> None:
     """What was tuned from it names it by that id, and must not come to stand on other weights."""
     assert admin.http.delete(f"/v1/models/{BASE}").json()["deleted"]

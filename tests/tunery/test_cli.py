@@ -237,6 +237,16 @@ def test_models_are_registered_listed_and_named_again(
         assert session.get_one(Model, "mine").source == str(tmp_path / "some-model")
 
 
+def test_a_model_is_registered_with_a_chat_template(tunery: Run, api: str, database: Database, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("{{ messages }} é\n")
+    assert tunery("models", "add", "mine", "org/m", "--chat-template", "chat.jinja", "--no-wait")[0] == 0
+    with database.sessions() as session:
+        assert session.get_one(Model, "mine").chat_template == "{{ messages }} é\n"
+    status, _, err = tunery("models", "add", "other", "org/m", "--chat-template", "none.jinja", "--no-wait")
+    assert status == 1
+    assert "none.jinja cannot be read" in err
+
+
 # --- keys and projects --------------------------------------------------------------------------------------------
 
 

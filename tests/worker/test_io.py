@@ -1,5 +1,6 @@
 """What the worker for I/O does: files judged, jobs validated, bases converted, time's own deeds."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ from worker.supervisor.drain import Drain
 from worker.tasks import conversion, files, validation
 from worker.tasks.claims import only_here
 from worker.tasks.sweeper import Sweeper
+
+TERSE = (
+    "{% for m in messages %}<|im_start|>{{ m.role[0] }} {{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>a {% endif %}"
+)
 
 
 def _validate(workshop: Workshop) -> bool:
@@ -193,6 +199,7 @@ def test_a_registered_base_is_converted_published_and_kept_as_this_hosts_copy(
     with workshop.session() as session:
         registry.register_base(session, name="mine", source=str(tiny_base))
         registry.register_base(session, name="nothing", source=str(tiny_base / "absent"))
+        registry.register_base(session, name="terse", source=str(tiny_base), chat_template=TERSE)
     drain = Drain()
     while conversion.convert_next(workshop.settings, workshop.storage, drain):
         pass
@@ -200,6 +207,10 @@ def test_a_registered_base_is_converted_published_and_kept_as_this_hosts_copy(
         good, bad = session.get_one(Model, "mine"), session.get_one(Model, "nothing")
     assert (good.status, bad.status) == ("ready", "error"), good.status_details
     assert "cannot become a base model" in str(bad.status_details)
+    with workshop.session() as session:
+        terse = session.get_one(Model, "terse")
+    assert terse.status == "ready", terse.status_details
+    assert terse.facts["chat_template_sha256"] == hashlib.sha256(TERSE.encode()).hexdigest()
     assert good.facts["hidden_size"] == 32
     kept = workshop.settings.models_dir / str(good.manifest_sha256)
     assert (kept / "model.safetensors").stat().st_size == workshop.storage.stat(f"{good.prefix}/model.safetensors")

@@ -19,21 +19,34 @@ def add(
     context: typer.Context,
     id: Annotated[str, typer.Argument(help="The name that jobs will use, without '/' or ':'.")],
     source: Annotated[str, typer.Argument(help="A folder, a hub id or a GGUF file, as the workers see it.")],
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A Jinja file that replaces the model's own chat template.")
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Return when the model is ready.")] = True,
 ) -> None:
     """Register a base model (administrators). A worker converts it to safetensors and stores it."""
     api = connect(context)
-    model = add_base(api, id, source)
+    model = add_base(api, id, source, chat_template)
     if wait:
         with show.errors.status(f"{id}: a worker reads {source}"):
             model = wait_until_ready(api, id)
     show.done(f"{model['id']} is {model.get('status', 'registered')}")
 
 
-def add_base(api: Remote, id: str, source: str) -> dict[str, Any]:
+def add_base(api: Remote, id: str, source: str, chat_template: Path | None = None) -> dict[str, Any]:
     # A path is made absolute, as the worker's folder is not ours; a hub id has the same looks but no such file.
     there = Path(source).expanduser()
-    return api.call("POST", "/models", json={"id": id, "source": str(there.resolve()) if there.exists() else source})
+    body = {"id": id, "source": str(there.resolve()) if there.exists() else source}
+    if chat_template is not None:
+        body["chat_template"] = _read_template(chat_template)
+    return api.call("POST", "/models", json=body)
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(message=f"The chat template {path} cannot be read: {error}") from error
 
 
 def wait_until_ready(api: Remote, id: str, *, seconds: float = 3600) -> dict[str, Any]:

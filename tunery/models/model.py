@@ -14,6 +14,7 @@ class Model(Base):
 
     Its files lie in storage under `prefix`, listed by `manifest` (sizes and sha256; see `artifacts.manifest`).
     `facts` holds what planning needs: hidden_size, layers, params, context_length, ...
+    `chat_template`: Jinja text that a base is stored with in place of its own.
     """
 
     __tablename__ = "models"
@@ -30,6 +31,7 @@ class Model(Base):
     project_id: Mapped[str | None] = mapped_column(ForeignKey("projects.id"))
     kind: Mapped[str]
     source: Mapped[str | None] = mapped_column(index=True)
+    chat_template: Mapped[str | None]
     base_id: Mapped[str | None] = mapped_column(ForeignKey("models.id"))
     job_id: Mapped[str | None] = mapped_column(index=True)
     technique: Mapped[str | None]

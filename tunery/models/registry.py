@@ -79,8 +79,10 @@ def list_visible(session: Session, project_id: str) -> list[Model]:
     )
 
 
-def register_base(session: Session, *, name: str, source: str) -> Model:
+def register_base(session: Session, *, name: str, source: str, chat_template: str | None = None) -> Model:
     """A base on its way: a worker converts and stores it. Raises InvalidValue when the name is taken.
+
+    `chat_template`: Jinja text that replaces the source's own.
 
     A base that never became ready may be registered again under its name, once it failed or was deleted.
     """
@@ -94,7 +96,8 @@ def register_base(session: Session, *, name: str, source: str) -> Model:
         reason = f"'{name}' was the id of a base that was deleted, and names its weights for good. Choose another id."
         raise InvalidValue(param="id", reason=reason)
     model = taken or Model(id=name, kind="base", prefix="")
-    model.source, model.status, model.status_details, model.deleted_at = source, "processing", None, None
+    model.source, model.chat_template = source, chat_template
+    model.status, model.status_details, model.deleted_at = "processing", None, None
     model.prefix = f"models/{ids.token(16)}"
     session.add(model)
     session.flush()

@@ -52,13 +52,13 @@ def _waiting() -> list[str]:
 def _convert(model_id: str, settings: Settings, storage: Storage, drain: Drain) -> None:
     with db.transaction() as session:
         model = session.get_one(Model, model_id)
-        source, prefix = model.source or "", model.prefix
+        source, prefix, template = model.source or "", model.prefix, model.chat_template
     log.info("converting %s from %s", model_id, source)
     settings.models_dir.mkdir(parents=True, exist_ok=True)
     # In models_dir, so that the result is renamed into its place and not copied.
     folder = Path(tempfile.mkdtemp(prefix=".converting-", dir=settings.models_dir))
     try:
-        reason = _run(source, folder / "out", drain)
+        reason = _run(_arguments(source, folder, template), folder / "out", drain)
         if drain.begun:
             return  # the next worker begins anew
         if reason is None:
@@ -74,7 +74,16 @@ def _convert(model_id: str, settings: Settings, storage: Storage, drain: Drain) 
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(source: str, out: Path, drain: Drain) -> str | None:
+def _arguments(source: str, folder: Path, template: str | None) -> list[str]:
+    """The converter's arguments. A template is passed as a file, as it may be longer than a command line."""
+    arguments = [source, str(folder / "out")]
+    if template is not None:
+        (folder / "given.jinja").write_text(template, encoding="utf-8")
+        arguments.append(str(folder / "given.jinja"))
+    return arguments
+
+
+def _run(arguments: list[str], out: Path, drain: Drain) -> str | None:
     """Spawns the converter; why it failed, or None. A worker that shuts down ends it."""
     passed = {name: value for name, value in os.environ.items() if name.upper() in _FOR_HUBS}
     variables = {**environment((), str(out)), **passed}
@@ -82,7 +91,7 @@ def _run(source: str, out: Path, drain: Drain) -> str | None:
     errors_path = out.with_name("errors.txt")
     with errors_path.open("wb") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "worker.trainer.convert", source, str(out)],
+            [sys.executable, "-m", "worker.trainer.convert", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=errors,
