@@ -1,4 +1,7 @@
-"""Templates are other people's programs: what they must not do, and that refusing it is quick."""
+"""Templates are other people's programs: what they must not do, and that refusing it is quick.
+
+Each goes through the process that renders; what a budget refuses between two operations is asked of the dialect itself.
+"""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -8,7 +11,7 @@ from jinja2.exceptions import SecurityError, TemplateError
 from templates import tokenizer
 
 from tunery.errors import CannotRender
-from tunery.rows import sandbox
+from tunery.rows import dialect, sandbox
 from tunery.rows.messages import Message
 from tunery.rows.template import ChatTemplate
 
@@ -20,12 +23,17 @@ def render(source: str, **variables: Any) -> str:
     return environment.render(environment.from_string(source), variables, NOW)
 
 
+def render_here(source: str) -> str:
+    environment = dialect.Environment()
+    return environment.render(environment.from_string(source), {}, NOW)
+
+
 @pytest.mark.parametrize(
     "source",
     [
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.append(1) }}",
-        "{{ cycler.__init__.__globals__ }}",
+        "{{ namespace.__init__.__globals__ }}",
         "{{ strftime_now.__globals__.keys() }}",
         "{% set ns = namespace(_x=1) %}",
         "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
@@ -72,17 +80,53 @@ def test_a_template_cannot_eat_the_host(source: str) -> None:
         render(source)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set x = 3 %}" + "{% set x = x * x %}" * 60,
+        "{% set x = ('f' * 9999) | int(base=16) %}{{ x * x }}",
+        "{{ ('a\n' * 10 ** 6) | indent(10 ** 4) }}",
+        "{{ ('a\r' * 10 ** 6) | indent('b' * 10 ** 4) }}",
+        "{{ [[1], [2]] | tojson(indent=10 ** 6) }}",
+    ],
+)
+def test_numbers_and_indents_are_metered(source: str) -> None:
+    with pytest.raises(sandbox.LimitExceeded):
+        render(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ lipsum(n=10000) }}",
+        "{% set c = cycler(1, 2) %}",
+        "{% set j = joiner() %}",
+        "{{ messages | pprint }}",
+        "{{ 'http://a' | urlize }}",
+        "{{ messages | xmlattr }}",
+        "{{ '' | attr('__class__') }}",
+        "{{ [1, 2] | random }}",
+        "{{ [[1], [2]] | sum(start=[]) }}",
+        "{{ [[[1]], [[2]]] | sum(attribute=0, start=[]) }}",
+        "{{ 'lower' is filter }}",
+    ],
+)
+def test_what_no_chat_template_needs_is_not_there(source: str) -> None:
+    with pytest.raises((TemplateError, TypeError)):
+        render(source, messages=[])
+
+
 def test_time_is_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.0)
+    monkeypatch.setattr(dialect, "MAX_SECONDS", 0.0)
 
     with pytest.raises(SecurityError, match="runs too long"):
-        render("{% for i in range(3) %}{% endfor %}")
+        render_here("{% for i in range(3) %}{% endfor %}")
 
 
 def test_a_budget_is_for_one_render_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_ROUNDS", 5)
+    monkeypatch.setattr(dialect, "MAX_ROUNDS", 5)
 
-    assert [render("{% for i in range(5) %}x{% endfor %}") for _ in range(3)] == ["xxxxx"] * 3
+    assert [render_here("{% for i in range(5) %}x{% endfor %}") for _ in range(3)] == ["xxxxx"] * 3
 
 
 @pytest.mark.parametrize(

@@ -1,234 +1,263 @@
-"""A jinja2 environment for chat templates, which come with models and are therefore somebody else's programs.
+"""Renders chat templates in processes that can be killed (`renderer`), each with limits of processor time and memory.
 
-Same dialect as transformers' (trim_blocks, lstrip_blocks, loop controls, `{% generation %}`, tojson, raise_exception,
-strftime_now), because a template must say the same here as there. On top of jinja2's sandbox, which keeps a template
-away from Python, three budgets keep it from eating the host: loop rounds and macro calls, size of the text, time.
+A template is a program that came with a model. Its budgets (`dialect`) are checked between operations; one operation
+may take hours or all memory, and no thread can be stopped in it. A process can. Such processes are started when they
+are first needed, one for each thread that renders at the same time, and wait for the next row between two.
 """
 
+import atexit
+import builtins
+import hashlib
 import json
-import re
+import marshal
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
-from string import Formatter
+from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, nodes, pass_eval_context
-from jinja2.exceptions import SecurityError, TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import do_format, do_join, do_replace
-from jinja2.nodes import EvalContext
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
+import jinja2
+import markupsafe
 
-MAX_ROUNDS = 200_000
-MAX_SECONDS = 10.0
-MAX_CHARACTERS = 16 * 2**20
-_GROWING_FILTERS = ("batch", "center", "format", "indent", "slice")
-_WIDE_SPEC = re.compile(r"\d{5}|\{")
-_WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(\d{5}|\*)")
-"""A width or precision of five digits in a format, or one that is filled in."""
+from tunery.rows.dialect import MAX_SECONDS, LimitExceeded
+
+WALL_SECONDS = MAX_SECONDS * 1.5
+"""Time for one request. More than the renderer gives itself, so that it can say what was too much."""
+BATCH = 16
+"""Renderings in one request, which have the budget of time together."""
+MAX_REPLY_BYTES = 128 * 2**20
+_MAX_TEMPLATES = 64
+_MAX_IDLE = 4
+_PIECE_BYTES = 2**16
+_PATHS = [Path(__file__).parents[2], Path(jinja2.__file__).parents[1], Path(markupsafe.__file__).parents[1]]
+_START = "import sys; sys.path[:0] = sys.argv.pop().split('\\n'); from tunery.rows.renderer import main; main()"
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for other trainers. Here it marks nothing; see `template`."""
+@dataclass(frozen=True)
+class Template:
+    """A template that was compiled once without an error."""
 
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        # A scope of its own, as in transformers: what is set inside is forgotten after it.
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+    source: str
+    digest: bytes
 
 
-class _Namespace(Namespace):
-    """jinja2's namespace without underscored names, through which a template could reach Python's insides."""
+class Environment:
+    """Compiles chat templates and renders them. Safe to share between threads and over a fork."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` is a legal key of a template's namespace
-        Namespace.__init__(*args, **kwargs)
-        for name in object.__getattribute__(args[0], "_Namespace__attrs"):
-            _refuse_underscore(name)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_underscore(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_underscore(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"the template stores '{name}': names with a leading underscore are not allowed")
-
-
-class _Metered(NodeTransformer):
-    """Makes a template count its own loop rounds and weigh the texts it joins. jinja2 picks methods by node names."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
-        return _counting(self.generic_visit(node))
-
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
-        return _counting(self.generic_visit(node))
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
-        joined = self.generic_visit(node)
-        return _call("join_texts", joined.nodes).set_lineno(node.lineno)  # type: ignore[attr-defined]
-
-
-def _call(method: str, arguments: list[nodes.Expr]) -> nodes.Call:
-    return nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None)
-
-
-def _counting(block: nodes.Node) -> nodes.Node:
-    block.body.insert(0, nodes.ExprStmt(_call("count_round", [])).set_lineno(block.lineno))  # type: ignore[attr-defined]
-    return block
-
-
-class Environment(ImmutableSandboxedEnvironment):
-    """Compiles chat templates and renders them, each render with a budget of its own."""
-
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        for name in _GROWING_FILTERS:
-            self.filters[name] = _limited_filter(self.filters[name])
-        self.filters |= {"replace": _replace, "join": _join}
-        self.filters["tojson"] = _limited_filter(_tojson)
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["dict"] = _new_dict
-        self.globals["namespace"] = _Namespace
-        self._budget = threading.local()
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree: nodes.Template = _Metered().visit(super()._parse(source, name, filename))
-        tree.set_environment(self)
-        return tree
-
-    def count_round(self) -> None:
-        """The compiled template calls this at the head of every loop round and macro call."""
-        self._budget.rounds += 1
-        if self._budget.rounds > MAX_ROUNDS or time.monotonic() > self._budget.deadline:
-            raise SecurityError(f"the template runs too long (limits: {MAX_ROUNDS:,} loop rounds, {MAX_SECONDS:g} s)")
-
-    def join_texts(self, *parts: Any) -> str:
-        """The operator `~`: doubling a text forty times takes forty rounds, so sizes are watched too."""
-        texts = [str(part) for part in parts]
-        _refuse_size(sum(map(len, texts)))
-        return "".join(texts)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """`"x" * 10**12` is a single operation, so no count of rounds would catch it."""
-        if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
-            _refuse_size(len(left) + len(right))
-        elif operator == "*":
-            _refuse_size(_product_size(left, right))
-        elif operator == "**" and not (abs(left) <= 2**32 and abs(right) <= 16):
-            raise SecurityError("the template raises a number to a power beyond all use")
-        elif operator == "%" and isinstance(left, str):
-            _refuse_percent(left)
-        return super().call_binop(context, operator, left, right)
-
-    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """`"x".ljust(10**12)` is a single call."""
-        _refuse_sizes(args, kwargs)
-        method = getattr(function, "__wrapped__", function)  # the sandbox has wrapped str.format
-        owner = getattr(method, "__self__", None)
-        if isinstance(owner, str):
-            _refuse_growth(owner, method.__name__, args)
-        return super().call(context, function, *args, **kwargs)
+    def from_string(self, text: str) -> Template:
+        """Raises jinja2's TemplateError where the text is no template."""
+        template = Template(text, hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
+        _render(template, [], datetime.now())  # noqa: DTZ005  nothing is rendered
+        return template
 
     def render(self, template: Template, variables: dict[str, Any], now: datetime) -> str:
-        """The template's text. Raises jinja2's TemplateError, or whatever Python error the template stumbles into."""
-        self._budget.rounds, self._budget.deadline = 0, time.monotonic() + MAX_SECONDS
-        return "".join(_limited(template.generate(**variables, strftime_now=_clock(now))))
+        """The template's text. Raises jinja2's TemplateError, LimitExceeded among them, or the Python error that the
+        template stumbles into."""
+        return _render(template, [variables], now)[0]
+
+    def render_all(self, template: Template, variables: Sequence[dict[str, Any]], now: datetime) -> list[str]:
+        """One text for each of `variables`, for less than as many calls of `render` cost. Raises what `render` does,
+        for the first that fails."""
+        return [text for batch in _batches(variables) for text in _render(template, batch, now)]
 
 
-def _product_size(left: Any, right: Any) -> int:
-    times, repeated = (left, right) if isinstance(left, int) else (right, left)
-    return len(repeated) * times if isinstance(repeated, str | list | tuple) and isinstance(times, int) else 0
+def _batches(variables: Sequence[dict[str, Any]]) -> Iterator[Sequence[dict[str, Any]]]:
+    for start in range(0, len(variables), BATCH):
+        yield variables[start : start + BATCH]
 
 
-def _refuse_size(size: int) -> None:
-    if size > MAX_CHARACTERS:
-        raise SecurityError(f"the template makes a text or list larger than {MAX_CHARACTERS:,}")
+def _render(template: Template, batch: Sequence[dict[str, Any]], now: datetime) -> list[str]:
+    for last_try in (False, True):
+        with _POOL.process() as process:
+            try:
+                return process.request(template, batch, now)
+            except _Died as death:
+                # Once more, in another process: this one may have been killed by somebody who needed its memory.
+                if last_try or death.is_deserved:
+                    raise LimitExceeded(death.reason) from None
+    raise AssertionError("the second try returns or raises")
 
 
-def _refuse_sizes(arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-    for argument in (*arguments, *named.values()):
-        if isinstance(argument, int):
-            _refuse_size(argument)
+class _Died(Exception):
+    """A renderer ended, or was ended, in the middle of a request."""
+
+    def __init__(self, reason: str, *, is_deserved: bool) -> None:
+        self.reason, self.is_deserved = reason, is_deserved
 
 
-def _refuse_percent(form: str) -> None:
-    if _WIDE_PERCENT.search(form):
-        raise SecurityError("the template pads a text beyond all use")
+class _Process:
+    """One renderer. Used by one thread at a time."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair()
+        read_end, self._lifeline = os.pipe()
+        descriptors = (theirs.fileno(), read_end)
+        try:
+            self._popen = subprocess.Popen(
+                # Isolated and without site-packages' start-up files: only what is named in _PATHS is imported.
+                [sys.executable, "-ISB", "-Xutf8", "-c", _START, *map(str, descriptors), "\n".join(map(str, _PATHS))],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={},
+                pass_fds=descriptors,
+            )
+        except BaseException:
+            self._socket.close()
+            os.close(self._lifeline)
+            raise
+        finally:
+            theirs.close()
+            os.close(read_end)
+        # Not settimeout, which asks the kernel once more before each piece.
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(WALL_SECONDS), 0))
+        self._received = b""
+        self._templates: set[bytes] = set()
+        self.is_usable = True
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has compiled so many templates that a new one takes less memory."""
+        return len(self._templates) >= _MAX_TEMPLATES
+
+    def request(self, template: Template, batch: Sequence[dict[str, Any]], now: datetime) -> list[str]:
+        source = None if template.digest in self._templates else template.source
+        body = marshal.dumps((template.digest, source, list(batch), _moment(now)))
+        self.is_usable = False  # until the last reply is read: after an exception half an answer may be on its way
+        deadline = time.monotonic() + WALL_SECONDS
+        try:
+            self._socket.sendall(len(body).to_bytes(8, "big") + body)
+            replies = [self._reply(deadline) for _ in range(max(1, len(batch)))]
+        except (TimeoutError, BlockingIOError):
+            raise _Died(f"the template runs too long (limit: {WALL_SECONDS:g} s)", is_deserved=True) from None
+        except OSError:
+            raise self._death() from None
+        except _Raised as raised:
+            self.is_usable = not isinstance(raised.error, LimitExceeded)
+            raise raised.error from None
+        self._templates.add(template.digest)
+        self.is_usable = True
+        return replies
+
+    def _reply(self, deadline: float) -> str:
+        head = self._receive(9, deadline)
+        size = int.from_bytes(head[1:], "big")
+        if size > MAX_REPLY_BYTES:
+            raise _Died(f"the template makes a text of more than {MAX_REPLY_BYTES:,} bytes", is_deserved=True)
+        payload = self._receive(size, deadline)
+        if head[:1] == b"E":
+            raise _Raised(_error(payload))
+        return payload.decode("utf-8", "surrogatepass")
+
+    def _receive(self, size: int, deadline: float) -> bytes:
+        pieces, count = [self._received], len(self._received)
+        while count < size:
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            piece = self._socket.recv(_PIECE_BYTES)
+            if not piece:
+                raise ConnectionResetError
+            pieces.append(piece)
+            count += len(piece)
+        whole = b"".join(pieces)
+        self._received = whole[size:]
+        return whole[:size]
+
+    def _death(self) -> _Died:
+        with suppress(subprocess.TimeoutExpired):
+            self._popen.wait(1)
+        if self._popen.returncode == -signal.SIGXCPU:
+            return _Died("the template takes too much processor time", is_deserved=True)
+        return _Died(f"the template ended its process (status {self._popen.returncode})", is_deserved=False)
+
+    def close(self) -> None:
+        self._socket.close()
+        os.close(self._lifeline)
+        self._popen.kill()
+        self._popen.wait()
+
+    def forget(self) -> None:
+        """Lets go of a renderer that belongs to the process which this one was forked from."""
+        self._socket.close()
+        os.close(self._lifeline)
+        self._popen.returncode = 0  # not our child to wait for
 
 
-def _refuse_braces(form: str) -> None:
-    if any(_WIDE_SPEC.search(spec or "") for _, _, spec, _ in Formatter().parse(form)):
-        raise SecurityError("the template pads a text beyond all use")
+class _Raised(Exception):
+    """What the template raised in its process."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
 
-def _refuse_growth(text: str, method: str, arguments: tuple[Any, ...]) -> None:
-    if method in ("format", "format_map"):
-        _refuse_braces(text)
-    elif method == "replace" and len(arguments) > 1:
-        _refuse_size(text.count(str(arguments[0])) * len(str(arguments[1])))
-    elif method == "join" and arguments and hasattr(arguments[0], "__len__"):
-        _refuse_size(len(text) * len(arguments[0]))
+def _error(payload: bytes) -> Exception:
+    """An exception of jinja2's or Python's own by its name; a TemplateRuntimeError for any other."""
+    name, arguments = json.loads(payload)
+    if name == LimitExceeded.__name__:
+        return LimitExceeded(*arguments)
+    kind = getattr(jinja2.exceptions, name, None) or getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        with suppress(TypeError):
+            error: Exception = kind(*arguments)
+            if isinstance(error, jinja2.TemplateSyntaxError):
+                error.translated = True  # the message alone, as jinja2 leaves it after it has shown the source
+            return error
+    return jinja2.TemplateRuntimeError(f"{name}: {arguments[0]}")
 
 
-@pass_eval_context
-def _replace(context: EvalContext, value: Any, old: str, new: str, count: int | None = None) -> str:
-    _refuse_growth(str(value), "replace", (old, new))
-    return do_replace(context, value, old, new, count)
+def _moment(now: datetime) -> tuple[str, float | None, str]:
+    offset = now.utcoffset()
+    return now.isoformat(), None if offset is None else offset.total_seconds(), now.tzname() or ""
 
 
-@pass_eval_context
-def _join(context: EvalContext, value: Any, d: str = "", attribute: str | int | None = None) -> str:
-    parts = list(value)
-    _refuse_growth(d, "join", (parts,))
-    return str(do_join(context, parts, d, attribute))
+class _Pool:
+    """Renderers that wait for work."""
+
+    def __init__(self) -> None:
+        self._idle: list[_Process] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def process(self) -> Iterator[_Process]:
+        with self._lock:
+            process = self._idle.pop() if self._idle else None
+        process = process or _Process()
+        try:
+            yield process
+        finally:
+            self._take_back(process)
+
+    def _take_back(self, process: _Process) -> None:
+        with self._lock:
+            keep = process.is_usable and not process.is_full and len(self._idle) < _MAX_IDLE
+            if keep:
+                self._idle.append(process)
+        if not keep:
+            process.close()
+
+    def close(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for process in idle:
+            process.close()
+
+    def forget(self) -> None:
+        """After a fork, in the child: two processes that talk to one renderer would read each other's texts."""
+        self._lock = threading.Lock()  # another thread may have held it
+        idle, self._idle = self._idle, []
+        for process in idle:
+            process.forget()
 
 
-def _limited_filter(function: Callable[..., Any]) -> Callable[..., Any]:
-    def limited(value: Any, *args: Any, **kwargs: Any) -> Any:
-        _refuse_sizes(args, kwargs)
-        if function is do_format:
-            _refuse_percent(str(value))
-        return function(value, *args, **kwargs)
-
-    return limited
-
-
-def _limited(pieces: Iterator[str]) -> Iterator[str]:
-    size = 0
-    for piece in pieces:
-        size += len(piece)
-        _refuse_size(size)
-        yield piece
-
-
-def _clock(now: datetime) -> Callable[[str], str]:
-    return lambda form: now.strftime(form)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja2's own filter escapes HTML, which no model was trained to read.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _new_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
+_POOL = _Pool()
+os.register_at_fork(after_in_child=_POOL.forget)
+atexit.register(_POOL.close)

@@ -1,0 +1,292 @@
+"""A jinja2 environment for chat templates, which come with models and are therefore somebody else's programs.
+
+Same dialect as transformers' (trim_blocks, lstrip_blocks, loop controls, `{% generation %}`, tojson, raise_exception,
+strftime_now), because a template must say the same here as there; of jinja2's filters, tests and globals those that a
+chat template has a use for. On top of jinja2's sandbox, which keeps a template away from Python, budgets refuse what
+grows without end: loop rounds and macro calls, sizes of texts and numbers, time. They are checked between operations,
+so one long operation passes them: `sandbox` therefore runs this module in a process that can be killed.
+
+Imports jinja2 alone: that process starts with every service.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+from string import Formatter
+from typing import Any
+
+import jinja2
+from jinja2 import Template, nodes, pass_environment, pass_eval_context
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_format, do_indent, do_join, do_replace, make_attrgetter
+from jinja2.nodes import EvalContext
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+MAX_ROUNDS = 200_000
+MAX_SECONDS = 10.0
+MAX_CHARACTERS = 16 * 2**20
+MAX_BITS = 2048
+MAX_INDENT = 64
+FILTERS = (
+    {"abs", "batch", "capitalize", "center", "count", "d", "default", "dictsort", "e", "escape", "first", "float"}
+    | {"format", "groupby", "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min"}
+    | {"reject", "rejectattr", "replace", "reverse", "round", "safe", "select", "selectattr", "slice", "sort"}
+    | {"string", "sum", "title", "tojson", "trim", "truncate", "unique", "upper", "wordcount"}
+)
+TESTS = (
+    {"!=", "<", "<=", "==", ">", ">=", "boolean", "callable", "defined", "divisibleby", "eq", "equalto", "escaped"}
+    | {"even", "false", "float", "ge", "greaterthan", "gt", "in", "integer", "iterable", "le", "lessthan", "lower"}
+    | {"lt", "mapping", "ne", "none", "number", "odd", "sameas", "sequence", "string", "true", "undefined", "upper"}
+)
+_GROWING_FILTERS = ("batch", "center", "format", "slice")
+_WIDE_SPEC = re.compile(r"\d{5}|\{")
+_WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(\d{5}|\*)")
+"""A width or precision of five digits in a format, or one that is filled in."""
+
+
+class LimitExceeded(SecurityError):
+    """A template that is too expensive: it grew, or ran, beyond a budget."""
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's words for other trainers. Here it marks nothing; see `template`."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        # A scope of its own, as in transformers: what is set inside is forgotten after it.
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+class _Namespace(Namespace):
+    """jinja2's namespace without underscored names, through which a template could reach Python's insides."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` is a legal key of a template's namespace
+        Namespace.__init__(*args, **kwargs)
+        for name in object.__getattribute__(args[0], "_Namespace__attrs"):
+            _refuse_underscore(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_underscore(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_underscore(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"the template stores '{name}': names with a leading underscore are not allowed")
+
+
+class _Metered(NodeTransformer):
+    """Makes a template count its own loop rounds and weigh the texts it joins. jinja2 picks methods by node names."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
+        return _counting(self.generic_visit(node))
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
+        return _counting(self.generic_visit(node))
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
+        joined = self.generic_visit(node)
+        return _call("join_texts", joined.nodes).set_lineno(node.lineno)  # type: ignore[attr-defined]
+
+
+def _call(method: str, arguments: list[nodes.Expr]) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None)
+
+
+def _counting(block: nodes.Node) -> nodes.Node:
+    block.body.insert(0, nodes.ExprStmt(_call("count_round", [])).set_lineno(block.lineno))  # type: ignore[attr-defined]
+    return block
+
+
+class Environment(ImmutableSandboxedEnvironment):
+    """Compiles chat templates and renders them, each render with a budget of its own."""
+
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self.filters = {name: function for name, function in self.filters.items() if name in FILTERS}
+        self.tests = {name: function for name, function in self.tests.items() if name in TESTS}
+        for name in _GROWING_FILTERS:
+            self.filters[name] = _limited_filter(self.filters[name])
+        self.filters |= {"replace": _replace, "join": _join, "indent": _indent, "sum": _sum, "tojson": _tojson}
+        self.globals = {
+            "range": self.globals["range"],
+            "dict": _new_dict,
+            "namespace": _Namespace,
+            "raise_exception": _raise_exception,
+        }
+        self._rounds, self._deadline = 0, 0.0
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree: nodes.Template = _Metered().visit(super()._parse(source, name, filename))
+        tree.set_environment(self)
+        return tree
+
+    def count_round(self) -> None:
+        """The compiled template calls this at the head of every loop round and macro call."""
+        self._rounds += 1
+        if self._rounds > MAX_ROUNDS or time.monotonic() > self._deadline:
+            raise LimitExceeded(f"the template runs too long (limits: {MAX_ROUNDS:,} loop rounds, {MAX_SECONDS:g} s)")
+
+    def join_texts(self, *parts: Any) -> str:
+        """The operator `~`: doubling a text forty times takes forty rounds, so sizes are watched too."""
+        texts = [str(part) for part in parts]
+        _refuse_size(sum(map(len, texts)))
+        return "".join(texts)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """`"x" * 10**12` is a single operation, so no count of rounds would catch it."""
+        if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+            _refuse_size(len(left) + len(right))
+        elif operator == "*":
+            _refuse_size(_product_size(left, right))
+            _refuse_product(left, right)
+        elif operator == "**" and not (abs(left) <= 2**32 and abs(right) <= 16):
+            raise LimitExceeded("the template raises a number to a power beyond all use")
+        elif operator == "%" and isinstance(left, str):
+            _refuse_percent(left)
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """`"x".ljust(10**12)` is a single call."""
+        _refuse_sizes(args, kwargs)
+        method = getattr(function, "__wrapped__", function)  # the sandbox has wrapped str.format
+        owner = getattr(method, "__self__", None)
+        if isinstance(owner, str):
+            _refuse_growth(owner, method.__name__, args)
+        return super().call(context, function, *args, **kwargs)
+
+    def render(
+        self, template: Template, variables: dict[str, Any], now: datetime, deadline: float | None = None
+    ) -> str:
+        """The template's text. Raises jinja2's TemplateError, or whatever Python error the template stumbles into.
+
+        `deadline`: a time of the monotonic clock; None: MAX_SECONDS from now.
+        """
+        self._rounds = 0
+        self._deadline = time.monotonic() + MAX_SECONDS if deadline is None else deadline
+        return "".join(_limited(template.generate(**variables, strftime_now=_clock(now))))
+
+
+def _product_size(left: Any, right: Any) -> int:
+    times, repeated = (left, right) if isinstance(left, int) else (right, left)
+    return len(repeated) * times if isinstance(repeated, str | list | tuple) and isinstance(times, int) else 0
+
+
+def _refuse_product(left: Any, right: Any) -> None:
+    """Squaring a number sixty times takes sixty operations, the last of which would take years."""
+    if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > MAX_BITS:
+        raise LimitExceeded(f"the template makes a number of more than {MAX_BITS} bits")
+
+
+def _refuse_size(size: int) -> None:
+    if size > MAX_CHARACTERS:
+        raise LimitExceeded(f"the template makes a text or list larger than {MAX_CHARACTERS:,}")
+
+
+def _refuse_sizes(arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    for argument in (*arguments, *named.values()):
+        if isinstance(argument, int):
+            _refuse_size(argument)
+
+
+def _refuse_percent(form: str) -> None:
+    if _WIDE_PERCENT.search(form):
+        raise LimitExceeded("the template pads a text beyond all use")
+
+
+def _refuse_braces(form: str) -> None:
+    if any(_WIDE_SPEC.search(spec or "") for _, _, spec, _ in Formatter().parse(form)):
+        raise LimitExceeded("the template pads a text beyond all use")
+
+
+def _refuse_growth(text: str, method: str, arguments: tuple[Any, ...]) -> None:
+    if method in ("format", "format_map"):
+        _refuse_braces(text)
+    elif method == "replace" and len(arguments) > 1:
+        _refuse_size(text.count(str(arguments[0])) * len(str(arguments[1])))
+    elif method == "join" and arguments and hasattr(arguments[0], "__len__"):
+        _refuse_size(len(text) * len(arguments[0]))
+
+
+@pass_eval_context
+def _replace(context: EvalContext, value: Any, old: str, new: str, count: int | None = None) -> str:
+    _refuse_growth(str(value), "replace", (old, new))
+    return do_replace(context, value, old, new, count)
+
+
+@pass_eval_context
+def _join(context: EvalContext, value: Any, d: str = "", attribute: str | int | None = None) -> str:
+    parts = list(value)
+    _refuse_growth(d, "join", (parts,))
+    return str(do_join(context, parts, d, attribute))
+
+
+def _indent(value: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    text, step = str(value), len(width) if isinstance(width, str) else int(width)
+    _refuse_size(len(text) + step * len(text.splitlines()))
+    return do_indent(value, width, first, blank)
+
+
+@pass_environment
+def _sum(
+    environment: jinja2.Environment, iterable: Iterable[Any], attribute: str | int | None = None, start: float = 0
+) -> Any:
+    """Of numbers: a sum of lists copies the longer one every time."""
+    terms = list(iterable) if attribute is None else list(map(make_attrgetter(environment, attribute), iterable))
+    for term in (start, *terms):
+        if not isinstance(term, int | float):
+            raise TypeError(f"sum adds numbers, not {type(term).__name__}")
+    return sum(terms, start)
+
+
+def _limited_filter(function: Callable[..., Any]) -> Callable[..., Any]:
+    def limited(value: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_sizes(args, kwargs)
+        if function is do_format:
+            _refuse_percent(str(value))
+        return function(value, *args, **kwargs)
+
+    return limited
+
+
+def _limited(pieces: Iterator[str]) -> Iterator[str]:
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        _refuse_size(size)
+        yield piece
+
+
+def _clock(now: datetime) -> Callable[[str], str]:
+    return lambda form: now.strftime(form)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    if isinstance(indent, int) and indent > MAX_INDENT:
+        raise LimitExceeded(f"the template indents JSON by more than {MAX_INDENT}")
+    # jinja2's own filter escapes HTML, which no model was trained to read.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _new_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)

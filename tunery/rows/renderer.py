@@ -1,0 +1,130 @@
+"""The process in which chat templates run: reads requests from a socket and writes texts back, until the socket ends.
+
+    request   length (8 bytes), then marshal of (digest, source or None, [variables, ...], (time, zone's name))
+    replies   kind (1 byte), length (8 bytes), payload; for each text a "T", or one "E" in place of all that follow,
+              or a "C" (compiled) where no text was asked for
+
+Requests are marshalled, because variables must arrive with the Python types that they have. Replies come from a process
+that ran somebody else's program, so they are plain UTF-8 and JSON: reading them cannot run anything.
+"""
+
+import fcntl
+import json
+import marshal
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from datetime import datetime, timedelta, timezone
+from typing import Any, BinaryIO
+
+from jinja2 import Template, TemplateSyntaxError
+
+from tunery.rows.dialect import MAX_SECONDS, Environment, LimitExceeded
+
+MEMORY_BYTES = 512 * 2**20
+CPU_SECONDS = int(MAX_SECONDS) + 1
+"""What one request may take at least; never more than twice that."""
+_FLUSH_BYTES = 2**20
+_MAX_REASON = 10_000
+
+
+class Renderer:
+    """Serves one socket. `templates` are compiled once and kept under the digests of their sources."""
+
+    def __init__(self, channel: BinaryIO) -> None:
+        self._channel = channel
+        self._environment = Environment()
+        self._templates: dict[bytes, Template] = {}
+        self._armed_for = 0.0
+
+    def serve(self) -> None:
+        while len(head := self._channel.read(8)) == 8:
+            self._arm()
+            for reply in self._answer(self._channel.read(int.from_bytes(head, "big"))):
+                self._channel.write(reply)
+            self._channel.flush()
+
+    def _arm(self) -> None:
+        """Moves the limit of processor time along. Not at every request: asking the kernel costs more than a text."""
+        used = time.process_time()
+        if used + CPU_SECONDS > self._armed_for:
+            self._armed_for = used + 2 * CPU_SECONDS
+            _limit(resource.RLIMIT_CPU, int(self._armed_for))
+
+    def _answer(self, request: bytes) -> Iterator[bytes]:
+        try:
+            digest, source, batch, moment = _loads(request)
+            if source is not None:
+                self._templates[digest] = self._environment.from_string(source)
+            template, now, deadline = self._templates[digest], _moment(*moment), time.monotonic() + MAX_SECONDS
+            if not batch:
+                yield _reply(b"C", b"")
+            for variables in batch:
+                text = self._environment.render(template, variables, now, deadline)
+                yield _reply(b"T", text.encode("utf-8", "surrogatepass"))
+        except MemoryError:
+            yield _failure(LimitExceeded(f"the template needs more than {MEMORY_BYTES // 2**20} MiB of memory"))
+        except Exception as error:  # noqa: BLE001  a template is a program: it can fail in any way that Python can
+            yield _failure(error)
+
+
+def _loads(request: bytes) -> tuple[bytes, str | None, Sequence[dict[str, Any]], tuple[str, float | None, str]]:
+    return marshal.loads(request)  # type: ignore[no-any-return]  # noqa: S302  it comes from our own parent
+
+
+def _moment(when: str, offset: float | None, zone: str) -> datetime:
+    moment = datetime.fromisoformat(when)
+    return moment if offset is None else moment.replace(tzinfo=timezone(timedelta(seconds=offset), zone))
+
+
+def _reply(kind: bytes, payload: bytes) -> bytes:
+    return kind + len(payload).to_bytes(8, "big") + payload
+
+
+def _failure(error: Exception) -> bytes:
+    """The error's class and arguments: the parent raises the like."""
+    arguments: list[Any] = [part for part in error.args if isinstance(part, str)]
+    if isinstance(error, TemplateSyntaxError):
+        arguments = [error.message, error.lineno]
+    elif len(arguments) != len(error.args) or not arguments:
+        arguments = [str(error)]
+    short = [part[:_MAX_REASON] if isinstance(part, str) else part for part in arguments]
+    return _reply(b"E", json.dumps([type(error).__name__, short]).encode())
+
+
+def _limit(kind: int, value: int) -> None:
+    """A soft limit, whose hard one stays: it has to be moved along."""
+    try:
+        resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
+    except (OSError, ValueError):  # macOS knows no limit of address space; a lower hard limit is in force already
+        return
+
+
+def _end_with_parent(lifeline: int) -> None:
+    """The kernel sends SIGIO, which ends this process, when the parent's end of the pipe closes, busy as it may be.
+
+    Not PDEATHSIG: it follows the thread that spawned us, and threads end before their process does.
+    """
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        os.read(lifeline, 1)
+        os._exit(1)  # it closed before we asked
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
+    for kind, value in (
+        (resource.RLIMIT_AS, MEMORY_BYTES),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+    ):
+        _limit(kind, value)
+    _end_with_parent(int(sys.argv[2]))
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        Renderer(connection.makefile("rwb", buffering=_FLUSH_BYTES)).serve()  # type: ignore[arg-type]
