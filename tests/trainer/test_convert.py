@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import zoo
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoModelForCausalLM
 
 from tunery.errors import InvalidValue, UnusableModel
@@ -116,6 +117,47 @@ def unknown(source: Path) -> None:
     change(source / "config.json", model_type="no-such-model")
 
 
+def with_more_weights(source: Path) -> None:
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"].clone()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_a_wider_head(source: Path) -> None:
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = torch.randn(264, 32)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_another_config(source: Path) -> None:
+    change(source / "config.json", intermediate_size=48)
+
+
+def with_two_tied_weights(source: Path) -> None:
+    change(source / "config.json", tie_word_embeddings=True)
+
+
+def without_head(source: Path) -> None:
+    weights = load_file(source / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_a_small_vocabulary(source: Path) -> None:
+    weights = load_file(source / "model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        weights[name] = weights[name][:250].clone()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    change(source / "config.json", vocab_size=250)
+
+
+def with_a_stop_token_beyond(source: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(f"<|{i}|>", special=True) for i in range(2)])  # 259 and 260
+    tokenizer.save(str(source / "tokenizer.json"))
+    change(source / "tokenizer_config.json", eos_token="<|1|>")
+
+
 def with_index_to_elsewhere(source: Path) -> None:
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     save_file({"a": torch.zeros(1)}, source.parent / "secret.safetensors")
@@ -133,6 +175,13 @@ def with_index_to_elsewhere(source: Path) -> None:
         (gap, r"no weights for model.layers.1.mlp.up_proj.weight"),
         (unknown, "no-such-model"),
         (with_index_to_elsewhere, "which is missing"),
+        (with_more_weights, r"no place for: model.layers.2.mlp.up_proj.weight"),
+        (with_a_wider_head, r"lm_head.weight is 264 x 32 in its files and 260 x 32 by its config"),
+        (with_another_config, r"mlp.down_proj.weight is 32 x 64 in its files and 32 x 48 by its config"),
+        (with_two_tied_weights, r"ties lm_head.weight to model.embed_tokens.weight .*hold two that differ"),
+        (without_head, r"no weights for lm_head.weight"),
+        (with_a_small_vocabulary, r"as token 250, and its embedding has 250 rows"),
+        (with_a_stop_token_beyond, r"'<\|1\|>' as token 260, and its embedding has 260 rows"),
     ],
 )
 def test_what_cannot_be_a_base_is_refused_with_the_reason(
@@ -144,6 +193,58 @@ def test_what_cannot_be_a_base_is_refused_with_the_reason(
         convert(str(source), tmp_path / "base")
 
     assert "\n" not in refused.value.message
+
+
+def test_special_token_that_nothing_writes_may_lie_beyond_the_embedding(source: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(f"<|{i}|>", special=True) for i in range(3)])
+    tokenizer.save(str(source / "tokenizer.json"))
+
+    assert convert(str(source), tmp_path / "base")["vocab_size"] == 260
+
+
+def test_second_copy_of_a_tied_weight_is_left_out(tmp_path: Path) -> None:
+    source = tiny_models.llama(tmp_path / "source", tie_word_embeddings=True)
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+
+    facts = convert(str(source), tmp_path / "base")
+
+    assert "lm_head.weight" not in load_file(tmp_path / "base" / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    assert facts["params"] == sum(p.numel() for p in model.parameters())
+
+
+def test_weights_that_a_model_keeps_in_fp32_stay_as_the_source_has_them(tmp_path: Path) -> None:
+    """A router's biases near 8: in bf16 they are eight times the same and rows go to other experts."""
+    source = zoo.make("DeepSeek-V3", tmp_path / "source")
+
+    convert(str(source), tmp_path / "base")
+
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    original, converted = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "base"))
+    assert len(original[name].unique()) == 8
+    assert torch.equal(converted[name], original[name])
+    assert {tensor.dtype for key, tensor in converted.items() if key != name} == {torch.bfloat16}
+    ids = torch.arange(3, 60)[None]
+    wanted, found = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (source, tmp_path / "base"))
+    for model in (wanted, found):  # what is left is the rounding of the other weights
+        for key, parameter in model.state_dict().items():
+            parameter.copy_(parameter if "e_score" in key else parameter.to(torch.bfloat16))
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, wanted(ids).logits)
+
+
+def test_fp32_weights_of_a_16_bit_source_stay(source: Path, tmp_path: Path) -> None:
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(source / "model.safetensors").items()}
+    weights["model.norm.weight"] = torch.linspace(1, 1.001, 32)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+
+    convert(str(source), tmp_path / "base")
+
+    converted = load_file(tmp_path / "base" / "model.safetensors")
+    assert torch.equal(converted["model.norm.weight"], weights["model.norm.weight"])
 
 
 @pytest.mark.slow

@@ -6,29 +6,21 @@ run. A source that cannot be used gets one line on standard error and exit code 
 """
 
 import json
-import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import disable_progress_bars
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from tunery.errors import UnusableModel
-from tunery.rows.template import ChatTemplate
 from tunery.wire import EXIT_USER_ERROR
-from worker.trainer import chat_templates, gguf_files
+from worker.trainer import chat_templates, gguf_files, inspection, weights
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 TEXTS = (
@@ -60,7 +52,7 @@ def convert(source: str, out: Path, chat_template: str | None = None) -> dict[st
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
             _copy(source, _download(source, folder), out)
     chat_templates.settle(source, out, chat_template)
-    facts = _facts(source, out)
+    facts = inspection.facts(source, out)
     (out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
     for path in out.iterdir():
         path.chmod(0o644)  # safetensors writes 0600, and the folder is served to other users' processes
@@ -102,41 +94,9 @@ def _copy(source: str, folder: Path, out: Path) -> None:
     if not (out / "config.json").exists():
         raise UnusableModel(source=source, reason="it has no config.json. Add the one saved with the weights.")
     _write_config(source, out / "config.json")
-    weight_map: dict[str, str] = {}
-    for shard in _shards(source, folder):
-        _write_shard(source, shard, out, weight_map)
-    if len(set(weight_map.values())) > 1:
-        index = {"metadata": {}, "weight_map": weight_map}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    weights.copy(source, folder, out, inspection.skeleton(source, out))
     if not (out / "tokenizer.json").exists():
         _save_fast_tokenizer(source, folder, out)
-
-
-def _shards(source: str, folder: Path) -> list[Path]:
-    """The weight files that a loader would read: those that the index names, or all."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        one = folder / "model.safetensors"
-        return [one] if one.exists() else sorted(folder.glob("*.safetensors"))
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    missing = [name for name in names if Path(name).name != name or not (folder / name).exists()]
-    if missing:
-        raise UnusableModel(source=source, reason=f"its index names {missing[0]}, which is missing. Copy every shard.")
-    return [folder / name for name in names]
-
-
-def _write_shard(source: str, shard: Path, out: Path, weight_map: dict[str, str]) -> None:
-    try:
-        with safe_open(shard, framework="pt") as file:
-            tensors = {name: _bf16(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - it is no dict
-    except Exception as error:  # safetensors raises its own bare Rust error
-        raise UnusableModel(source=source, reason=f"{shard.name} is damaged ({error}). Copy it again.") from error
-    save_file(tensors, out / shard.name, metadata={"format": "pt"})
-    weight_map.update(dict.fromkeys(tensors, shard.name))
-
-
-def _bf16(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
 
 def _refuse_code(source: str, path: Path) -> None:
@@ -168,68 +128,6 @@ def _save_fast_tokenizer(source: str, folder: Path, out: Path) -> None:
         raise UnusableModel(
             source=source, reason=f"its tokenizer cannot be read ({error}). Add its tokenizer.json."
         ) from error
-
-
-def _facts(source: str, out: Path) -> dict[str, Any]:
-    """What planning needs to know, from the config and from the model as it loads, but without memory (`meta`)."""
-    try:
-        template = ChatTemplate.load(out)
-        model, missing = _without_memory(out)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnusableModel(source=source, reason=f"it cannot be used ({reason}).") from error
-    _refuse_gaps(source, missing)
-    config = model.config
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    return {
-        "model_type": config.model_type,
-        "architecture": type(model).__name__,
-        "params": sum(p.numel() for p in model.parameters()),
-        "hidden_size": text.hidden_size,
-        "intermediate_size": getattr(text, "intermediate_size", None),
-        "num_hidden_layers": text.num_hidden_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(text, "num_key_value_heads", heads),
-        "head_dim": getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None),
-        "vocab_size": text.vocab_size,
-        "tie_word_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
-        "context_length": getattr(text, "max_position_embeddings", None),
-        "eos_token_ids": sorted(template.eos_ids),
-        "chat_template_sha256": template.sha256,
-        "linear_modules": _linear_modules(model),
-    }
-
-
-def _without_memory(out: Path) -> tuple[Any, Iterable[str]]:
-    """The model as a loader makes it, its weights on no device, and the names that its files have no weights for."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        out, device_map="meta", output_loading_info=True, trust_remote_code=False
-    )
-    model, info = loaded
-    return model, info["missing_keys"]
-
-
-def _refuse_gaps(source: str, missing: Iterable[str]) -> None:
-    """A loader fills what is missing with random numbers and goes on, which nobody would notice but the answers."""
-    names = sorted(missing)
-    if names:
-        raise UnusableModel(
-            source=source,
-            reason=f"its files have no weights for {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}. "
-            "Copy every shard, with the config that belongs to them.",
-        )
-
-
-def _linear_modules(model: Any) -> list[str]:
-    """What an adapter can sit on: `model.layers.*.mlp.up_proj`, the layers' numbers left out. The head is no target."""
-    head = model.get_output_embeddings()
-    names = {
-        re.sub(r"\.\d+(?=\.|$)", ".*", name)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    }
-    return sorted(names)
 
 
 def main() -> int:

@@ -6,7 +6,9 @@ and punctuation tokenise otherwise than in training; and a pad token that is als
 why nothing here masks by the pad id.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -14,6 +16,7 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunery.errors import UnusableModel
+from worker.trainer import inspection
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
@@ -69,10 +72,11 @@ def unpack(path: Path, out: Path) -> None:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = _load(path)
+        model, missing = _load(path)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise UnusableModel(source=path, reason=f"transformers cannot read it ({reason}).") from error
+    inspection.refuse_gaps(path, missing)
     if rule is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = rule
     tokenizer.save_pretrained(out)
@@ -90,8 +94,12 @@ def _tokenizer_kind(path: Path) -> tuple[str, str]:
     return str(kind.contents()) if kind else "", str(pre.contents()) if pre else "gpt-2"
 
 
-def _load(path: Path) -> transformers.PreTrainedModel:
-    """The model with every weight unpacked: packed weights can be neither saved nor trained."""
+def _load(path: Path) -> tuple[Any, Iterable[str]]:
+    """The model with every weight unpacked, as packed ones can be neither saved nor trained; what the file lacks."""
     config = getattr(transformers, "GgufConfig", None)
     extra = {"quantization_config": config(dequantize=True)} if config else {}
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16, **extra)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.bfloat16, output_loading_info=True, **extra
+    )
+    model, report = loaded
+    return model, report["missing_keys"]

@@ -1,0 +1,139 @@
+"""What a converted base is: its facts for planning, and the faults of its files that a loader passes over."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from tunery.errors import UnusableModel
+from tunery.rows.template import ChatTemplate
+from worker.trainer import chat_templates
+
+
+def skeleton(source: str, out: Path) -> Any:
+    """The model that `out/config.json` describes, without weights. Raises UnusableModel."""
+    try:
+        config = AutoConfig.from_pretrained(out, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise _unusable(source, error) from error
+
+
+def facts(source: str, out: Path) -> dict[str, Any]:
+    """What planning needs to know, from the config and from the model as it loads, but without memory (`meta`).
+
+    Raises UnusableModel when the files, the config and the tokenizer do not belong together.
+    """
+    try:
+        template = ChatTemplate.load(out)
+        model, report = _without_memory(out)
+    except Exception as error:
+        raise _unusable(source, error) from error
+    _refuse_other_weights(source, report)
+    _refuse_unknown_tokens(source, template, (out / chat_templates.FILE).read_text(), model)
+    config = model.config
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    return {
+        "model_type": config.model_type,
+        "architecture": type(model).__name__,
+        "params": sum(p.numel() for p in model.parameters()),
+        "hidden_size": text.hidden_size,
+        "intermediate_size": getattr(text, "intermediate_size", None),
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", heads),
+        "head_dim": getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None),
+        "vocab_size": text.vocab_size,
+        "tie_word_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
+        "context_length": getattr(text, "max_position_embeddings", None),
+        "eos_token_ids": sorted(template.eos_ids),
+        "chat_template_sha256": template.sha256,
+        "linear_modules": linear_modules(model),
+    }
+
+
+def linear_modules(model: Any) -> list[str]:
+    """What an adapter can sit on: `model.layers.*.mlp.up_proj`, the layers' numbers left out. The head is no target."""
+    head = model.get_output_embeddings()
+    names = {
+        re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    return sorted(names)
+
+
+def refuse_gaps(source: Any, missing: Iterable[str]) -> None:
+    """A loader fills what is missing with random numbers and goes on, which nobody would notice but the answers."""
+    if names := _listed(missing):
+        raise UnusableModel(
+            source=source,
+            reason=f"its files have no weights for {names}. Copy every shard, with the config that belongs to them.",
+        )
+
+
+def _unusable(source: str, error: Exception) -> UnusableModel:
+    return UnusableModel(source=source, reason=f"it cannot be used ({str(error).strip().splitlines()[0]}).")
+
+
+def _without_memory(out: Path) -> tuple[Any, dict[str, Any]]:
+    """The model as a loader makes it, its weights on no device, and what the loader found wrong with its files."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        out, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+    )
+    model, report = loaded
+    return model, report
+
+
+def _refuse_other_weights(source: str, report: dict[str, Any]) -> None:
+    """Raises UnusableModel where the files hold other weights than the config describes."""
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise UnusableModel(
+            source=source,
+            reason=f"{name} is {_size(found)} in its files and {_size(wanted)} by its config. Copy the config.json "
+            "that was saved with the weights.",
+        )
+    refuse_gaps(source, report["missing_keys"])
+    if names := _listed(report["unexpected_keys"]):
+        raise UnusableModel(
+            source=source,
+            reason=f"its files have weights that its architecture has no place for: {names}. They would be left out. "
+            "Copy the config.json that was saved with the weights.",
+        )
+
+
+def _size(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _listed(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return f"{', '.join(ordered[:3])}{' and more' if len(ordered) > 3 else ''}"
+
+
+def _refuse_unknown_tokens(source: str, template: ChatTemplate, text: str, model: Any) -> None:
+    """Raises UnusableModel for tokens that the embedding has no row for; `text` is the chat template's.
+
+    Special tokens that nothing writes are let pass: Gemma 3's text models have no row for the picture's.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    added = template.tokenizer.get_added_tokens_decoder()
+    beyond = {
+        id: token
+        for token, id in template.tokenizer.get_vocab(with_added_tokens=True).items()
+        if id >= rows and (id in template.eos_ids or token in text or id not in added or not added[id].special)
+    }
+    if beyond:
+        id = min(beyond)
+        raise UnusableModel(
+            source=source,
+            reason=f"its tokenizer has '{beyond[id]}' as token {id}, and its embedding has {rows} rows. Copy the "
+            "tokenizer that was saved with the weights, or enlarge the embedding.",
+        )
