@@ -126,6 +126,7 @@ def test_an_answer_is_taken_back_as_a_message(chatting: Team, server: ModelServe
     client = chatting.openai()
     said = client.chat.completions.create(model=BASE, **ASK).choices[0].message.model_dump()
     assert said["annotations"] is None
+    said["annotations"] = [{"type": "url_citation"}]
     messages: list[Any] = [*ASK["messages"], said, {"role": "user", "content": "q"}]
     client.chat.completions.create(model=BASE, messages=messages)
     request = parse(json.dumps(server.received[1]).encode())
@@ -134,9 +135,10 @@ def test_an_answer_is_taken_back_as_a_message(chatting: Team, server: ModelServe
 
 def test_unknown_fields_of_a_message_are_refused() -> None:
     chosen = {"base": {"id": "b", "prefix": "p", "manifest_sha256": "0" * 64}}
-    said = {"role": "assistant", "content": "a", "annotations": [1]}
-    with pytest.raises(InvalidValue, match="annotations"):
-        parse(json.dumps({"model": "m", "messages": [said], "tunery_model": chosen}).encode())
+    for role, key in (("assistant", "citations"), ("user", "annotations")):
+        said = {"role": role, "content": "a", key: [1]}
+        with pytest.raises(InvalidValue, match=key):
+            parse(json.dumps({"model": "m", "messages": [said], "tunery_model": chosen}).encode())
 
 
 def test_the_server_is_down(make_app: Callable[..., FastAPI], team: Team, base: str) -> None:

@@ -73,6 +73,33 @@ def test_line_ends_and_marks_change_no_token(name: str, tmp_path: Path) -> None:
     assert [number for number, _ in read_examples(path, "training")] == list(range(1, 13))
 
 
+CALLED = (
+    '<|im_start|>system\n[{"type": "function", "function": {"name": "now"}}]<|im_end|>\n'
+    "<|im_start|>user\nWhat time is it now 0[]<|im_end|>\n"
+    "<|im_start|>assistant\n"
+    '[{"id": "c1", "type": "function", "function": {"name": "now", "arguments": {}}}]<|im_end|>\n'
+    "<|im_start|>tool\n12:00[]c1<|im_end|>\n"
+    "<|im_start|>assistant\nIt is 12:00[]<|im_end|>\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("model_dump", "<|im_start|>user\nSay hi 0[]<|im_end|>\n<|im_start|>assistant\nhi 0[]<|im_end|>\n"),
+        ("null_columns", "<|im_start|>user\nHi 0[]<|im_end|>\n<|im_start|>assistant\nHello 0[]<|im_end|>\n"),
+        ("empty_arguments", CALLED),
+    ],
+)
+def test_nulls_and_outputs_leave_no_trace(name: str, text: str, tmp_path: Path) -> None:
+    made = template(tmp_path, TOOLS)
+    rows = read_rows(FAULTS / f"{name}.jsonl", made, 2048).rows
+
+    assert len(rows) == 12
+    # Read as text: whether a newline follows the last turn is the renderer's business.
+    assert made.tokenizer.decode(rows[0].input_ids, skip_special_tokens=False).rstrip() == text.rstrip()
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [

@@ -113,6 +113,26 @@ def test_cut_rows_are_counted_and_told() -> None:
     assert told.endswith("are left out: line 12.")
 
 
+def test_unknown_keys_are_named_once_a_file() -> None:
+    rows = [row(id=1, source=None), row(id=2, licence="CC0"), *(row(**{f"k{n}": n}) for n in range(5))]
+
+    [warning] = check_examples(rows, role="validation").warnings(2048)
+
+    assert (
+        warning
+        == "The rows have keys that are not read and teach nothing: 'id', 'licence', 'k0', 'k1', 'k2' and 2 more."
+    )
+    assert check_examples([row(parallel_tool_calls=False, tools=[])], least=1).warnings(2048) == []
+
+
+@pytest.mark.parametrize("key", ["label", "score", "chosen", "images"])
+def test_a_key_that_changes_the_meaning_is_named_with_its_lines(key: str) -> None:
+    rows = [row(), row(**{key: None}), row(**{key: False if key == "label" else ["x"]}), row(**{key: "y"})]
+
+    with pytest.raises(InvalidTrainingFile, match=rf"Example 3 has the key '{key}', which .* more: line 4\.$"):
+        check_examples(rows, least=1)
+
+
 def test_empty_answers_are_named() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
     asked = {"role": "user", "content": "q"}

@@ -19,8 +19,12 @@ def row(*messages: Any, **fields: Any) -> str:
     return json.dumps({"messages": messages, **fields})
 
 
+CALL: dict[str, Any] = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+
+
 def with_arguments(arguments: object) -> str:
-    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    call = {**CALL, "function": {"name": "f", "arguments": arguments}}
     return row(USER, {"role": "assistant", "tool_calls": [call]})
 
 
@@ -34,7 +38,10 @@ def part(**fields: Any) -> str:
         (row(USER, {"content": "a"}), "Example 9, message 2 Discriminator 'role' is missing in value. Give"),
         (row(USER, {"role": "bot", "content": "a"}), 'Example 9, message 2 has the unknown role "bot". Use system'),
         (row({"role": "user"}, ANSWER), "Example 9, message 1 has no 'content'. Give it a text."),
-        (row({"role": "user", "content": 5}, ANSWER), "Example 9, message 1 'content': Input should be a valid string"),
+        (
+            row({"role": "user", "content": 5}, ANSWER),
+            "Example 9, message 1 'content' must be a string or a list of text",
+        ),
         (row(USER), "Example 9 has no assistant message"),
         (row(USER, {**ANSWER, "weight": 0}), "Example 9 gives every assistant message the weight 0"),
         (row(USER, {**ANSWER, "weight": 2}), "Example 9, message 2 'weight' must be 0 (not learned from) or 1"),
@@ -43,12 +50,31 @@ def part(**fields: Any) -> str:
         (row({**USER, "weight": 1}, ANSWER), "Example 9, message 1 has 'weight', which only an assistant"),
         (row({**USER, "wieght": 1}, ANSWER), "Example 9, message 1 has the unknown key 'wieght'. Remove it."),
         (row(USER, {"role": "tool", "content": "x"}, ANSWER), "Example 9, message 2 is a tool's answer without"),
-        (row("hello"), "Example 9, message 1 Input should be a valid dictionary"),
-        (row(), "Example 9 'messages': List should have at least 1 item"),
+        (row("hello"), 'Example 9, message 1 must be an object in braces, not "hello".'),
+        (row(), "Example 9 'messages' must not be empty."),
         (row(USER, ANSWER, tools=[{"type": "function"}]), "Example 9, tool 1 has no 'function'."),
-        (row(USER, ANSWER, parallel_tool_calls="yes"), "Example 9 'parallel_tool_calls': Input should be"),
+        (
+            row(USER, ANSWER, parallel_tool_calls="yes"),
+            "Example 9 'parallel_tool_calls' must be true or false",
+        ),
         (with_arguments("{"), "Example 9, message 2, tool_call 1 'function.arguments' must be a JSON object"),
-        (with_arguments({}), "Example 9, message 2, tool_call 1 'function.arguments': Input should be a valid string"),
+        (with_arguments([]), "Example 9, message 2, tool_call 1 'function.arguments' must be a string, not a list."),
+        (with_arguments('"{"'), "Example 9, message 2, tool_call 1 'function.arguments' must be a JSON object"),
+        (with_arguments("[1]"), "Example 9, message 2, tool_call 1 'function.arguments' must be a JSON object"),
+        (row(USER, ANSWER, tools=[TOOL], functions=[TOOL["function"]]), "Example 9 has both 'tools' and 'functions'"),
+        (row(USER, ANSWER, functions=7), "Example 9 'functions' must be a list, not 7."),
+        (row(USER, ANSWER, tools="7"), "Example 9 'tools' must be a list, not 7."),
+        (row(USER, ANSWER, tools="[{"), "Example 9 'tools' must be a list, or a JSON list spelled as a string: "),
+        (row(USER, {**ANSWER, "train": False}), "Example 9, message 2 has the unknown key 'train'. To leave a message"),
+        (
+            row(USER, {**ANSWER, "thinking": "t"}),
+            "Example 9, message 2 has the unknown key 'thinking'. Thinking before",
+        ),
+        (row({**USER, "images": ["u"]}, ANSWER), "Example 9, message 1 has the unknown key 'images'. Only text is"),
+        (
+            row({**USER, "annotations": [1]}, ANSWER),
+            "Example 9, message 1 has the unknown key 'annotations'. Remove it.",
+        ),
         (
             part(type="image_url", image_url={"url": "u"}),
             "Example 9, message 1 has a part of type 'image_url'. Only text",
@@ -60,6 +86,18 @@ def part(**fields: Any) -> str:
             "Example 9: Unexpected file format, expected chat messages: prompt/comp",
         ),
         ('{"input": {}, "preferred_output": []}', "Example 9: Unexpected file format: this is a preference row (DPO)"),
+        (
+            '{"prompt": "a", "completion": "b", "label": false}',
+            "Example 9: Unexpected file format, expected chat messag"
+            "es: the key 'messages' is missing, and the row has the key 'label', which marks the answer as good or bad",
+        ),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "Example 9: Unexpected file format: this is a preference"),
+        ('{"instruction": "a", "output": "b"}', "Example 9: Unexpected file format, expected chat messages: instructi"),
+        ('{"conversations": []}', "Example 9: Unexpected file format, expected chat messages: rename 'conversations'"),
+        (
+            '{"messages": null}',
+            "Example 9: Unexpected file format, expected chat messages: the key 'messages' is missing.",
+        ),
         ('{"text": "a"}', "Example 9: Unexpected file format, expected chat messages: the key 'messages' is missing."),
         ("[]", "Example 9: expected a JSON object in braces, found a list."),
         ("{", "Example 9: the object does not end on this line (column 2)."),

@@ -20,7 +20,7 @@ class Summary:
     """What a good file holds. Tokens, with the template only, are those of one epoch after the cut at `max_length`.
     `truncated`: lines that lose their end to the cut, `unlearnable`: lines that lose every answer and are left out.
     `silent`: lines with an answer that is empty. `unscorable`: lines of a test file whose wanted answer has no text, a
-    tool call alone."""
+    tool call alone. `unknown_keys`: those of the rows that are read by nobody, in the order in which they came."""
 
     examples: int = 0
     tokens: int = 0
@@ -30,6 +30,7 @@ class Summary:
     unlearnable: list[int] = field(default_factory=list)
     silent: list[int] = field(default_factory=list)
     unscorable: list[int] = field(default_factory=list)
+    unknown_keys: dict[str, None] = field(default_factory=dict)
     with_tools: int = 0
 
     def warnings(self, max_length: int) -> list[str]:
@@ -51,6 +52,8 @@ class Summary:
                 f"calls no tool, so it teaches to end the turn at once: {_lines(self.silent)}. Remove it, or give it "
                 "the weight 0."
             )
+        if self.unknown_keys:
+            found.append(f"The rows have keys that are not read and teach nothing: {_names(list(self.unknown_keys))}.")
         if self.unscorable:
             found.append(
                 f"{len(self.unscorable)} of {self.examples} test examples want a tool call and no text, which the "
@@ -123,9 +126,15 @@ def _lines(numbers: list[int]) -> str:
     return f"line{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_SHOWN]))}{more}"
 
 
+def _names(keys: list[str]) -> str:
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return ", ".join(f"'{key[:40]}'" for key in keys[:_SHOWN]) + more
+
+
 def _count(summary: Summary, number: int, example: Example, role: FileRole) -> None:
     summary.examples += 1
     summary.with_tools += bool(example.tools)
+    summary.unknown_keys |= dict.fromkeys(example.unknown_keys)
     if any(message.is_trained and message.is_silent for message in example.messages):
         summary.silent.append(number)
     if role == "test" and example.messages[-1].content is None:

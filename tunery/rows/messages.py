@@ -5,13 +5,13 @@ match on OpenAI's words ("Invalid file format. Example 100, message 2 ...").
 """
 
 import json
-from typing import Any, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from tunery.errors import InvalidTrainingFile
-from tunery.rows import strict_json
+from tunery.rows import keys, reasons, strict_json
 from tunery.rows.jsonl import load_row
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -24,23 +24,41 @@ def _refuse(reason: str) -> NoReturn:
 
 
 class _Sealed(BaseModel):
+    """An object whose keys are known. Null means absent, and keys that only an answer has are passed over."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    passed_over: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_absent(cls, value: Any) -> Any:
+        return keys.present(value, cls.passed_over)
 
 
 class FunctionCall(_Sealed):
     """A function's name and its arguments, which are a JSON object spelled as a string."""
 
-    name: str = Field(min_length=1)
-    arguments: str
+    passed_over = frozenset({"parsed_arguments"})
 
-    @field_validator("arguments")
+    name: str = Field(min_length=1)
+    arguments: str = "{}"
+
+    @field_validator("arguments", mode="before")
     @classmethod
-    def _is_an_object(cls, value: str) -> str:
+    def _spell_object(cls, value: object) -> object:
+        """Takes the object itself, one that was spelled as a string twice, and nothing at all, which is {}."""
+        if isinstance(value, dict):
+            return json.dumps(value, ensure_ascii=False)
+        if not isinstance(value, str):
+            return value
         try:
-            strict_json.load_object(value)
+            once = value if value.strip() else "{}"
+            inner = strict_json.load_value(once)
+            spelled = inner if isinstance(inner, str) else once
+            strict_json.load_object(spelled)
         except ValueError as error:
             _refuse(f"must be a JSON object spelled as a string: {error}")
-        return value
+        return spelled
 
     def for_template(self) -> dict[str, Any]:
         """Templates of open models write the arguments themselves (`| tojson`), so they get the object."""
@@ -49,6 +67,8 @@ class FunctionCall(_Sealed):
 
 class ToolCall(_Sealed):
     """One call that an assistant message makes."""
+
+    passed_over = frozenset({"index"})  # streamed calls are numbered
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -59,10 +79,10 @@ class ToolCall(_Sealed):
         return call if self.id is None else {"id": self.id, **call}
 
 
-class Function(BaseModel):
-    """What the model is told about a function. JSON Schema has many keywords, and all are the model's to read."""
+class Function(_Sealed):
+    """What the model may read about a function. JSON Schema has many keywords, and all are the model's to read."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    model_config = ConfigDict(extra="allow")
 
     name: str = Field(min_length=1)
     description: str | None = None
@@ -92,17 +112,33 @@ class Message(_Sealed):
     refusal: str | None = None
     reasoning_content: str | None = Field(None, description="Thinking before the answer, for templates that show it")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_absent(cls, value: Any) -> Any:
+        answers = isinstance(value, dict) and value.get("role") == "assistant"
+        return keys.present(value, keys.OF_AN_ANSWER if answers else ())
+
     @field_validator("weight", mode="before")
     @classmethod
     def _is_0_or_1(cls, value: object) -> object:
         if value is not None and (isinstance(value, bool) or value not in (0, 1)):
-            _refuse(f"must be 0 (not learned from) or 1 (learned from), not {json.dumps(value)}.")
+            _refuse(f"must be 0 (not learned from) or 1 (learned from), not {reasons.found(value)}.")
         return value if value is None else int(value)
 
     @field_validator("content", mode="before")
     @classmethod
-    def _joins_text_parts(cls, value: object) -> object:
-        return "\n".join(_part_text(part) for part in value) if isinstance(value, list) else value
+    def _join_parts(cls, value: object) -> object:
+        if isinstance(value, list):
+            # With newlines: so do the common inference servers for templates that want one string.
+            return "\n".join(map(_part_text, value))
+        if isinstance(value, str):
+            return value
+        _refuse(f"must be a string or a list of text parts, not {reasons.found(value)}.")
+
+    @field_validator("tool_calls", mode="before")
+    @classmethod
+    def _decode_calls(cls, value: object) -> object:
+        return _decoded(value)
 
     @field_validator("tool_calls")
     @classmethod
@@ -114,7 +150,7 @@ class Message(_Sealed):
         if self.role != "assistant":
             for field in ("weight", "tool_calls", "function_call", "refusal", "reasoning_content"):
                 if getattr(self, field) is not None:
-                    _refuse(f"has '{field}', which only an assistant message can have. Remove it or mend the role.")
+                    _refuse(f"has '{field}', which only an assistant message can have. Remove it or correct the role.")
         if self.role == "tool" and self.tool_call_id is None:
             _refuse("is a tool's answer without 'tool_call_id'. Give the id of the call that it answers.")
         if self.content is None and not (self.tool_calls or self.function_call or self.refusal):
@@ -151,21 +187,37 @@ class Message(_Sealed):
 
 
 def _part_text(part: object) -> str:
-    # Joined with newlines: so do the common inference servers for templates that want one string.
-    if not isinstance(part, dict) or not isinstance(kind := part.get("type"), str):
+    if isinstance(part, str):
+        return part
+    fields = keys.present(part, ("annotations", "cache_control"))
+    if not isinstance(fields, dict) or not isinstance(kind := fields.pop("type", None), str):
         _refuse('has a part without a type. A text part is {"type": "text", "text": "..."}.')
-    if kind in ("text", "refusal"):
-        text = part.get(kind)
-        if not isinstance(text, str):
-            _refuse(f"has a {kind} part without '{kind}'.")
-        return text
-    _refuse(f"has a part of type '{kind}'. Only text is supported here: remove the part, or describe it in words.")
+    if kind not in ("text", "refusal"):
+        _refuse(
+            f"has a part of type '{kind[:40]}'. Only text is supported here: remove the part, or describe it in words."
+        )
+    text = fields.pop(kind, None)
+    if not isinstance(text, str):
+        _refuse(f"has a {kind} part without '{kind}'.")
+    if fields:
+        _refuse(f"has a {kind} part with the unknown key '{next(iter(fields))}'. Remove it.")
+    return text
+
+
+def _decoded(value: object) -> object:
+    """A value that was spelled as a JSON string, as tables keep lists; others as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return strict_json.load_value(value)
+    except ValueError as error:
+        _refuse(f"must be a list, or a JSON list spelled as a string: {error}")
 
 
 class Example(BaseModel):
-    """One training row. Unknown keys (an id, a source) are allowed and ignored."""
+    """One training row. Unknown keys (an id, a source) are kept in `model_extra` and teach nothing."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     messages: list[Message] = Field(min_length=1)
     tools: list[Tool] | None = None
@@ -173,10 +225,25 @@ class Example(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _functions_are_tools(cls, row: Any) -> Any:
-        if isinstance(row, dict) and isinstance(row.get("functions"), list) and not row.get("tools"):
-            return {**row, "tools": [{"type": "function", "function": item} for item in row["functions"]]}
-        return row
+    def _read_row(cls, row: Any) -> Any:
+        fields = keys.present(row)
+        if not isinstance(fields, dict):
+            return fields
+        if reason := keys.find_meaning(fields):
+            _refuse(reason)
+        functions = _decoded(fields.pop("functions", None))
+        if not functions:
+            return fields
+        if fields.get("tools"):
+            _refuse("has both 'tools' and 'functions', which is the older spelling of the same. Keep 'tools'.")
+        if not isinstance(functions, list):
+            _refuse(f"'functions' must be a list, not {reasons.found(functions)}.")
+        return {**fields, "tools": [{"type": "function", "function": item} for item in functions]}
+
+    @field_validator("messages", "tools", mode="before")
+    @classmethod
+    def _decode_lists(cls, value: object) -> object:
+        return _decoded(value)
 
     @model_validator(mode="after")
     def _has_something_to_learn(self) -> "Example":
@@ -186,16 +253,21 @@ class Example(BaseModel):
             _refuse("gives every assistant message the weight 0, so there is nothing to learn from. Give one weight 1.")
         return self
 
+    @property
+    def unknown_keys(self) -> list[str]:
+        """Keys of the row that are read by nobody."""
+        return list(self.model_extra or ())
+
 
 def parse_line(text: str, line_number: int, role: FileRole = "training") -> Example:
     """One line of a training file. Raises InvalidTrainingFile, its reason naming line and message (from 1)."""
     try:
         row = load_row(text)
         if row.get("messages") is None:
-            raise ValueError(_other_format(row))
+            raise ValueError(keys.name_format(row))
         example = Example.model_validate(row)
     except ValidationError as error:
-        where, reason = _place(error.errors()[0])
+        where, reason = reasons.locate(error.errors()[0])
         raise invalid(role, line_number, reason, where) from None
     except ValueError as error:
         raise invalid(role, line_number, str(error)) from None
@@ -210,44 +282,3 @@ def invalid(role: FileRole, line_number: int, reason: str, where: str = ":") -> 
     return InvalidTrainingFile(
         param=f"{role}_file", role=role, reason=f"Invalid file format. Example {line_number}{where} {reason}"
     )
-
-
-def _place(error: ErrorDetails) -> tuple[str, str]:
-    """Where in the row, and what is wrong: (", message 2", "Discriminator 'role' is missing in value. ...")."""
-    steps = list(error["loc"])
-    where = ""
-    while len(steps) > 1 and isinstance(steps[1], int):
-        where += f", {str(steps[0]).removesuffix('s')} {steps[1] + 1}"
-        steps = steps[2:]
-    field = ".".join(str(step) for step in steps)
-    if field == "role" and where:
-        return where, _ROLE_MISSING if error["type"] == "missing" else _unknown_role(error["input"])
-    if error["type"] == "missing":
-        return where, f"has no '{field}'."
-    if error["type"] == "extra_forbidden":
-        return where, f"has the unknown key '{field}'. Remove it."
-    if error["type"] == "refused":
-        return where, f"'{field}' {error['msg']}" if field and not error["msg"].startswith("has") else error["msg"]
-    return where, f"'{field}': {error['msg']}." if field else f"{error['msg']}."
-
-
-_ROLES = "system, developer, user, assistant or tool"
-_ROLE_MISSING = f"Discriminator 'role' is missing in value. Give the message a role: {_ROLES}."
-
-
-def _unknown_role(role: object) -> str:
-    return f"has the unknown role {json.dumps(role, ensure_ascii=False)[:60]}. Use {_ROLES}."
-
-
-def _other_format(row: dict[str, Any]) -> str:
-    if "prompt" in row and "completion" in row:
-        return (
-            "Unexpected file format, expected chat messages: prompt/completion pairs are not supported. Write each as "
-            '{"messages": [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": COMPLETION}]}.'
-        )
-    if "input" in row and any(key.startswith(("preferred_", "non_preferred_")) for key in row):
-        return (
-            "Unexpected file format: this is a preference row (DPO), and only the method 'supervised' is supported. "
-            "Send chat rows with 'messages', for instance the preferred answers."
-        )
-    return "Unexpected file format, expected chat messages: the key 'messages' is missing."

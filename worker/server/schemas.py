@@ -6,10 +6,10 @@ probabilities or its JSON schema is worse than none.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tunery.errors import InvalidValue, Unsupported
-from tunery.rows import strict_json
+from tunery.rows import keys, reasons, strict_json
 from tunery.rows.messages import Message, Tool
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -49,6 +49,11 @@ _SHA256 = Field(pattern="^[0-9a-f]{64}$")
 
 class _Sealed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_absent(cls, value: Any) -> Any:
+        return keys.present(value)
 
 
 class Files(_Sealed):
@@ -104,22 +109,20 @@ class ChatRequest(_Sealed):
     temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token; absent: 1")
     top_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: list[str] | None = Field(None, description="Or one string alone")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none"] | None = None
 
-    @field_validator("messages", mode="before")
+    @field_validator("stop", mode="before")
     @classmethod
-    def _null_is_absent(cls, value: Any) -> Any:
-        """An earlier answer comes back with all the fields that the client knows, those that we do not serve null."""
-        return [_without_unknown_nulls(item) for item in value] if isinstance(value, list) else value
+    def _list_stops(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @property
     def stops(self) -> list[str]:
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return [stop for stop in stops if stop]
+        return [stop for stop in self.stop or () if stop]
 
     @property
     def offered_tools(self) -> list[Tool] | None:
@@ -128,12 +131,6 @@ class ChatRequest(_Sealed):
     @property
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
-
-
-def _without_unknown_nulls(message: Any) -> Any:
-    if not isinstance(message, dict):
-        return message
-    return {name: value for name, value in message.items() if value is not None or name in Message.model_fields}
 
 
 def parse(body: bytes) -> ChatRequest:
@@ -167,4 +164,4 @@ def _reason(error: ValidationError) -> InvalidValue:
         return InvalidValue(param=param, reason=f"Unrecognized request argument supplied: {param}")
     if first["type"] == "missing":
         return InvalidValue(param=param, reason=f"Missing required parameter: '{param}'.")
-    return InvalidValue(param=param, reason=f"Invalid '{param}': {first['msg']}")
+    return InvalidValue(param=param, reason=f"Invalid '{param}': {reasons.describe(first)}")

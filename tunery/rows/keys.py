@@ -1,0 +1,125 @@
+"""Keys of rows and messages: absent ones, those of an answer alone, and those that would change what a row means."""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+OF_AN_ANSWER = frozenset({"annotations", "audio", "parsed"})
+"""Keys that the official client's `message.model_dump()` has besides those of a request; nothing is lost by them."""
+
+_ONLY_SUPERVISED = "and only the method 'supervised' is offered here"
+_JUDGED = (
+    f"marks the answer as good or bad (KTO), {_ONLY_SUPERVISED}: a bad answer would be learned as a good one. Leave "
+    "the rows with bad answers out and remove the key."
+)
+_RATED = (
+    f"rates the answer, {_ONLY_SUPERVISED}: all answers would be learned alike. Leave the rows out whose answers "
+    "should not be learned and remove the key."
+)
+_COMPARED = (
+    f"is of a preference row (DPO), {_ONLY_SUPERVISED}. Put the preferred answer into 'messages' and remove the key."
+)
+_WEIGHED = (
+    "weighs the row, and all rows weigh the same here. Remove the key; an assistant message may have the 'weight' 0 "
+    "(not learned from) or 1."
+)
+_MASKED = "says what is learned. Remove the key, and give assistant messages the 'weight' 0 (not learned from) or 1."
+_PICTURED = "holds pictures, sound or files, and only text is supported here. Remove the key, or the row."
+_RENDERED = "changes how a template writes the row, which is not supported. Remove the key."
+_SYSTEM = "would be lost. Put it into 'messages' as the first message, with the role 'system'."
+_EARLIER = "would be lost. Put the earlier turns into 'messages', before the last question."
+
+_COMPARISON = re.compile(r"(?:.*_)?(?:chosen|rejected|preferred|non_preferred)(?:_.*)?")
+_MEANINGS: dict[str, tuple[str, ...]] = {
+    _JUDGED: ("label", "kto_tag", "kto_label", "desirable", "is_desirable", "thumbs_up"),
+    _RATED: ("score", "scores", "rating", "ratings", "reward", "rewards", "advantage", "advantages"),
+    _COMPARED: ("preference", "margin"),
+    _WEIGHED: ("weight", "weights", "sample_weight", "example_weight", "importance_weight"),
+    _MASKED: ("loss_mask", "train_mask", "assistant_masks", "completion_mask", "train_on_inputs", "loss_weight"),
+    _PICTURED: (
+        *("image", "images", "image_url", "image_urls", "video", "videos", "audio", "audios", "file", "files"),
+        *("pixel_values", "attachments"),
+    ),
+    _RENDERED: (
+        *("chat_template", "chat_template_kwargs", "template_kwargs", "documents", "enable_thinking"),
+        *("add_generation_prompt", "continue_final_message"),
+    ),
+    _SYSTEM: ("system", "system_prompt", "system_message"),
+    _EARLIER: ("history",),
+}
+_MEANING = {key: meaning for meaning, keys in _MEANINGS.items() for key in keys}
+_HINTS = {
+    **dict.fromkeys(
+        ("train", "training", "trainable", "loss", "loss_weight", "loss_scale", "loss_mask", "mask", "masked"),
+        "To leave a message out of what is learned give it the 'weight' 0",
+    ),
+    **dict.fromkeys(("reasoning", "thinking", "thoughts"), "Thinking before the answer is 'reasoning_content'"),
+    **dict.fromkeys(_MEANINGS[_PICTURED], "Only text is supported here: remove the message, or describe it in words"),
+    **dict.fromkeys(("value", "text", "message"), "A message's text is 'content'"),
+    "from": "A message's speaker is 'role'",
+}
+
+
+def present(value: Any, ignored: Collection[str] = ()) -> Any:
+    """An object without the keys that are null, which means absent, and without `ignored` ones; others as they are."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: item for key, item in value.items() if item is not None and key not in ignored}
+
+
+def compares(key: str) -> bool:
+    """Whether a row's key is that of a preference between two answers."""
+    return _COMPARISON.fullmatch(key) is not None
+
+
+def find_meaning(row: Mapping[str, Any]) -> str | None:
+    """The first key of a row that would change its meaning if it were ignored, and what to do about it."""
+    for key, value in row.items():
+        meaning = _COMPARED if compares(key) else _MEANING.get(key)
+        if meaning is None or _is_empty(value) or (meaning == _SYSTEM and _says_it_itself(row)):
+            continue
+        return f"has the key '{key}', which {meaning}"
+    return None
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value in ("", [], {})
+
+
+def _says_it_itself(row: Mapping[str, Any]) -> bool:
+    """Whether the conversation has a system message of its own, of which a column beside it is a copy."""
+    messages = row.get("messages")
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return isinstance(first, Mapping) and first.get("role") in ("system", "developer")
+
+
+def hint(key: str) -> str:
+    """What to do about an unknown key of a message."""
+    return f"{_HINTS[key]}." if key in _HINTS else "Remove it."
+
+
+_EXPECTED = "Unexpected file format, expected chat messages:"
+
+
+def name_format(row: dict[str, Any]) -> str:
+    """Why a row without messages is refused: which format it seems to have, and how to write it as chat."""
+    if any(map(compares, row)):
+        return (
+            "Unexpected file format: this is a preference row (DPO), and only the method 'supervised' is supported. "
+            "Send chat rows with 'messages', for instance the preferred answers."
+        )
+    if meaning := find_meaning(row):
+        return f"{_EXPECTED} the key 'messages' is missing, and the row {meaning}"
+    for asked, answered in (("prompt", "completion"), ("instruction", "output")):
+        if asked in row and answered in row:
+            return (
+                f"{_EXPECTED} {asked}/{answered} pairs are not supported. Write each as "
+                f'{{"messages": [{{"role": "user", "content": {asked.upper()}}}, '
+                f'{{"role": "assistant", "content": {answered.upper()}}}]}}.'
+            )
+    if "conversations" in row:
+        return (
+            f"{_EXPECTED} rename 'conversations' to 'messages', and in each message 'from' to 'role' (human is user, "
+            "gpt is assistant) and 'value' to 'content'."
+        )
+    return f"{_EXPECTED} the key 'messages' is missing."
