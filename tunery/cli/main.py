@@ -57,11 +57,13 @@ def down(home: StackHome = HOME) -> None:
 def demo(
     rows: Annotated[int, typer.Option(help="Training rows.")] = 320,
     test_rows: Annotated[int, typer.Option(help="Held-out rows to score.")] = 100,
+    base: Annotated[str, typer.Option(help="smollm2, or gemma3 after `make demo BASE=gemma3` fetched it.")] = "smollm2",
 ) -> None:
     """Fine-tune a real model on real data from start to end, and prove that it got better."""
+    from tunery.local import bases
     from tunery.local import demo as story
 
-    raise typer.Exit(story.run(rows=rows, test_rows=test_rows))
+    raise typer.Exit(story.run(bases.named(base), rows=rows, test_rows=test_rows))
 
 
 def run() -> None:

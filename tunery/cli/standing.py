@@ -16,10 +16,11 @@ from tunery.errors import TuneryError
 from tunery.keys import ring
 from tunery.keys.model import Key
 from tunery.local import lock, process
+from tunery.local.bases import SMOLLM2, NoModel
 from tunery.local.drawing import Reporter
 from tunery.local.signals import ends_on_signals, undisturbed
 from tunery.local.stack import Stack
-from tunery.local.tree import BASE, LOOPBACK, NoModel, packaged_gguf
+from tunery.local.tree import LOOPBACK
 from tunery.models.model import Model
 
 
@@ -57,27 +58,27 @@ def register(stack: Stack, gguf: Path | None, console: Console) -> None:
     try:
         sessions = db.make_sessions(engine)
         with sessions.begin() as session:
-            if session.get(Model, BASE) is not None:
+            if session.get(Model, SMOLLM2.id) is not None:
                 return
             project = ring.list_projects(session)[0]
             key, secret = ring.create_key(session, project, "tunery up", admin=True)
         try:
-            add_base(Remote(stack.api_url, secret), gguf or packaged_gguf(), console)
+            add_base(Remote(stack.api_url, secret), gguf or SMOLLM2.gguf(), console)
         finally:
             with sessions.begin() as session:
                 session.execute(delete(Key).where(Key.id == key.id))
     except NoModel as missing:
-        console.print(f"  [yellow]![/] {missing.message}", soft_wrap=True)
+        console.print(f"  [yellow]![/] {missing.message} Or name a file with --model.", soft_wrap=True)
     finally:
         engine.dispose()
 
 
 def add_base(api: Remote, gguf: Path, console: Console) -> None:
     report = Reporter(console)
-    with console.status(f"a worker unpacks {BASE}"):
-        model_commands.add_base(api, BASE, str(gguf))
-        model_commands.wait_until_ready(api, BASE, seconds=300)
-    report("Base model", BASE)
+    with console.status(f"a worker unpacks {SMOLLM2.id}"):
+        model_commands.add_base(api, SMOLLM2.id, str(gguf))
+        model_commands.wait_until_ready(api, SMOLLM2.id, seconds=300)
+    report("Base model", SMOLLM2.id)
 
 
 def _show_key(stack: Stack, console: Console) -> None:

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from tunery.errors import TuneryError
 from tunery.local import lock, process, tree
+from tunery.local.bases import PackagedBase
 from tunery.local.drawing import JobProgress, Reporter, duration, loss_curve, size
 from tunery.local.postgres import Postgres
 from tunery.local.receiver import Receiver
@@ -55,7 +56,7 @@ class Proof:
         return bool(self.points) and all(holds for _, holds in self.points)
 
 
-def run(*, rows: int, test_rows: int) -> int:
+def run(base: PackagedBase, *, rows: int, test_rows: int) -> int:
     """The exit status: 0 when everything was proved, 1 when something was not, 130 after Ctrl-C."""
     console = Console(highlight=False)
     started = time.monotonic()
@@ -64,7 +65,7 @@ def run(*, rows: int, test_rows: int) -> int:
     proof = Proof()
     with ends_on_signals():
         try:
-            job = _with_stack(home, console, proof, rows, test_rows)
+            job = _with_stack(base, home, console, proof, rows, test_rows)
             _repeat_with_plain_peft(home, console, proof)
         except KeyboardInterrupt:
             console.print("\nStopped; nothing is left running.", style="yellow")
@@ -77,7 +78,9 @@ def run(*, rows: int, test_rows: int) -> int:
     return 0 if proof.holds else 1
 
 
-def _with_stack(home: Path, console: Console, proof: Proof, rows: int, test_rows: int) -> dict[str, Any]:
+def _with_stack(
+    base: PackagedBase, home: Path, console: Console, proof: Proof, rows: int, test_rows: int
+) -> dict[str, Any]:
     console.print(f"[bold]Starting everything on this machine[/]  [dim]{home}[/]")
     environment = {"TUNERY_WEBHOOK_ALLOW": tree.LOOPBACK, "TUNERY_STOP_GRACE_SECONDS": "20"}
     stack = Stack(home, port=0, environment=environment, report=Reporter(console))
@@ -85,7 +88,7 @@ def _with_stack(home: Path, console: Console, proof: Proof, rows: int, test_rows
         open.callback(_stop, stack)
         stack.start()
         receiver = open.enter_context(Receiver())
-        return _Story(_connect(stack), receiver, home, console, proof).tell(rows, test_rows)
+        return _Story(_connect(stack), base, receiver, home, console, proof).tell(rows, test_rows)
 
 
 def _connect(stack: Stack) -> OpenAI:
@@ -101,6 +104,7 @@ def _stop(stack: Stack) -> None:
 @dataclass
 class _Story:
     client: OpenAI
+    base: PackagedBase
     receiver: Receiver
     home: Path
     console: Console
@@ -111,7 +115,7 @@ class _Story:
         self._add_base()
         self._ask_for_webhooks()
         files = self._upload(rows)
-        self.console.print(f"\n[bold]Fine-tuning {tree.BASE}[/]  [dim]LoRA, one pass over {rows} rows[/]")
+        self.console.print(f"\n[bold]Fine-tuning {self.base.id}[/]  [dim]LoRA, one pass over {rows} rows[/]")
         job, curves = self._train(files, test_rows)
         self._await_webhook(job)
         self._show_score(job)
@@ -124,15 +128,16 @@ class _Story:
 
     def _add_base(self) -> None:
         report = Reporter(self.console)
-        body = {"id": tree.BASE, "source": str(tree.packaged_gguf())}
-        with self.console.status(f"a worker unpacks {tree.BASE}"):
-            model = self._post("/models", body)
+        with self.console.status(f"a worker unpacks {self.base.id}"):
+            model = self._post("/models", self.base.registration())
             while model["status"] == "processing":
                 time.sleep(0.5)
-                model = self._get(f"/models/{tree.BASE}")
+                model = self._get(f"/models/{self.base.id}")
         if model["status"] != "ready":
-            raise DemoFailed(reason=f"{tree.BASE} could not be added: {model.get('status_details')}")
-        report("Base model", tree.BASE)
+            raise DemoFailed(reason=f"{self.base.id} could not be added: {model.get('status_details')}")
+        report("Base model", self.base.id)
+        if self.base.terms:
+            self.console.print(f"    {self.base.terms}", style="dim", soft_wrap=True)
 
     def _ask_for_webhooks(self) -> None:
         endpoint = self.client.webhooks.create(name="demo", url=self.receiver.url, event_types=[_SUCCEEDED])
@@ -155,7 +160,7 @@ class _Story:
     def _train(self, files: dict[str, str], test_rows: int) -> tuple[dict[str, Any], JobProgress]:
         """One live line until the job has ended. Raises DemoFailed unless it succeeded."""
         job_id = self.client.fine_tuning.jobs.create(
-            model=tree.BASE,
+            model=self.base.id,
             training_file=files["train"],
             validation_file=files["valid"],
             method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1}}},
@@ -231,11 +236,11 @@ class _Story:
         for column in ("question", "base", "tuned"):
             table.add_column(column, overflow="fold", ratio=1)
         with self.console.status("asking both models"):
-            given = {name: [self._ask(name, row) for row in rows] for name in (tree.BASE, job["fine_tuned_model"])}
+            given = {name: [self._ask(name, row) for row in rows] for name in (self.base.id, job["fine_tuned_model"])}
         for number, row in enumerate(rows):
             right = given[job["fine_tuned_model"]][number] == row[-1]["content"]
             tuned = Text(given[job["fine_tuned_model"]][number], style="green" if right else "red")
-            table.add_row(row[-2]["content"], Text(given[tree.BASE][number], style="dim"), tuned)
+            table.add_row(row[-2]["content"], Text(given[self.base.id][number], style="dim"), tuned)
         self.console.print("\n[bold]Three answers[/]  [dim]/v1/chat/completions[/]")
         self.console.print(table)
 

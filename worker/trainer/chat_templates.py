@@ -28,7 +28,7 @@ def settle(source: str, out: Path, given: str | None = None) -> None:
         _remove_own(out)
     (out / FILE).write_text(text)
     if given is not None:
-        _try_out(source, out)
+        _write_stops(out, _fitting(source, out))
 
 
 def in_folder(source: str) -> str | None:
@@ -57,9 +57,18 @@ def _remove_own(out: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _try_out(source: str, out: Path) -> None:
-    """A template of another family renders well here, and its end of turn is plain text to this tokenizer."""
+def _fitting(source: str, out: Path) -> ChatTemplate:
+    """The template in `out`. One of another family renders well and ends its turns with what is plain text here."""
     try:
-        ChatTemplate.load(out).encode(_PROBE, max_length=1024)
+        template = ChatTemplate.load(out)
+        template.encode(_PROBE, max_length=1024)
     except CannotRender as error:
         raise UnusableModel(source=source, reason=f"the chat template does not fit it. {error.message}") from error
+    return template
+
+
+def _write_stops(out: Path, template: ChatTemplate) -> None:
+    """The model's own config knows the end of a text, and not the end of a turn: plain `generate` would run on."""
+    path = out / "generation_config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(config | {"eos_token_id": sorted(template.eos_ids)}, indent=2) + "\n")
