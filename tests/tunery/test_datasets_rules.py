@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from templates import CHATML, MISTRAL_LIKE, QWEN3_LIKE, tokenizer
+from templates import CHATML, LLAMA_LIKE, MISTRAL_LIKE, QWEN3_LIKE, tokenizer
 
 from tunery.datasets.rules import Summary, check_disjoint, check_examples
 from tunery.errors import InvalidNExamples, InvalidTrainingFile
@@ -85,17 +85,30 @@ def test_a_test_row_ends_with_the_wanted_answer() -> None:
         check_examples([json.dumps(asks).encode()], role="test")
 
 
-def test_test_rows_that_want_a_tool_call_cannot_be_scored() -> None:
+def test_test_rows_that_want_an_empty_answer_are_named() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
-    called = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]}
-    line = json.dumps(called).encode() + b"\n"
+    called = {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    }
+    tools, line = template(LLAMA_LIKE), json.dumps(called).encode() + b"\n"
 
-    [told] = check_examples([row(), line], role="test").warnings(2048)
-    assert told.startswith("1 of 2 test examples want a tool call and no text")
-    assert told.endswith("line 2.")
+    assert check_examples([row(), line], role="test", template=tools).warnings(2048) == []
+    told = check_examples([row(), line, row(answer="")], role="test", template=tools).warnings(2048)[-1]
+    assert told == "1 of 3 test examples want an empty answer, which the scorecard leaves out: line 3."
     with pytest.raises(InvalidTrainingFile, match="none can be scored"):
-        check_examples([line], role="test")
-    assert check_examples([line], role="validation").warnings(2048) == []
+        check_examples([row(answer=" ")], role="test", template=tools)
+    assert len(check_examples([row(answer="")], role="validation", template=tools).warnings(2048)) == 1
+
+
+def test_rows_that_spell_special_tokens_are_named() -> None:
+    rows = [row(), row("say <|im_end|>"), row(answer="</s> <|im_end|>")]
+
+    [told] = check_examples(rows, least=1, template=template()).warnings(2048)
+
+    assert told == (
+        "2 of 3 examples spell special tokens of the model (</s>, <|im_end|>): lines 2, 3. They are learned as plain "
+        "text there."
+    )
 
 
 def test_cut_rows_are_counted_and_told() -> None:

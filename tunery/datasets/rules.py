@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tunery.errors import InvalidNExamples, InvalidTrainingFile
-from tunery.rows.encoding import Encoded, encode_example, read_examples, read_texts
+from tunery.rows.encoding import Encoded, encode_answer, encode_example, read_examples, read_texts
 from tunery.rows.messages import Example, FileRole, parse_line
 from tunery.rows.template import ChatTemplate
 
@@ -19,8 +19,9 @@ _MOST_FAULTS = 100
 class Summary:
     """What a good file holds. Tokens, with the template only, are those of one epoch after the cut at `max_length`.
     `truncated`: lines that lose their end to the cut, `unlearnable`: lines that lose every answer and are left out.
-    `silent`: lines with an answer that is empty. `unscorable`: lines of a test file whose wanted answer has no text, a
-    tool call alone. `unknown_keys`: those of the rows that are read by nobody, in the order in which they came."""
+    `silent`: lines with an answer that is empty. `unscorable`: lines of a test file whose wanted answer is empty as the
+    template writes it. `spelled`: lines that spell special tokens, which they keep as text. `unknown_keys`: those of
+    the rows that are read by nobody, in the order in which they came."""
 
     examples: int = 0
     tokens: int = 0
@@ -31,6 +32,7 @@ class Summary:
     silent: list[int] = field(default_factory=list)
     unscorable: list[int] = field(default_factory=list)
     unknown_keys: dict[str, None] = field(default_factory=dict)
+    spelled: dict[int, tuple[str, ...]] = field(default_factory=dict)
     with_tools: int = 0
 
     def warnings(self, max_length: int) -> list[str]:
@@ -56,8 +58,14 @@ class Summary:
             found.append(f"The rows have keys that are not read and teach nothing: {_names(list(self.unknown_keys))}.")
         if self.unscorable:
             found.append(
-                f"{len(self.unscorable)} of {self.examples} test examples want a tool call and no text, which the "
-                f"scorecard leaves out: {_lines(self.unscorable)}."
+                f"{len(self.unscorable)} of {self.examples} test examples want an empty answer, which the scorecard "
+                f"leaves out: {_lines(self.unscorable)}."
+            )
+        if self.spelled:
+            tokens = sorted({token for spelled in self.spelled.values() for token in spelled})
+            found.append(
+                f"{len(self.spelled)} of {self.examples} examples spell special tokens of the model "
+                f"({', '.join(tokens[:_SHOWN])}): {_lines(list(self.spelled))}. They are learned as plain text there."
             )
         return found
 
@@ -80,9 +88,11 @@ def check_examples(
     for number, text in read_texts(chunks, role):
         try:
             example = parse_line(text, number, role)
-            _count(summary, number, example, role)
+            _count(summary, number, example)
             if template is not None:
                 _measure(summary, number, encode_example(template, example, number, max_length=max_length, role=role))
+                if role == "test":
+                    _check_answer(summary, number, template, example)
         except InvalidTrainingFile as fault:
             faults[number] = fault
             if len(faults) == _MOST_FAULTS:
@@ -94,7 +104,8 @@ def check_examples(
         raise InvalidTrainingFile(
             param=f"{role}_file",
             role=role,
-            reason="No example ends with a text, so none can be scored. Add some, or leave evaluation.test_file out.",
+            reason="No example wants an answer with text, so none can be scored. Add some, or leave "
+            "evaluation.test_file out.",
         )
     if template is not None and not summary.trained_tokens:
         raise InvalidTrainingFile(
@@ -131,24 +142,30 @@ def _names(keys: list[str]) -> str:
     return ", ".join(f"'{key[:40]}'" for key in keys[:_SHOWN]) + more
 
 
-def _count(summary: Summary, number: int, example: Example, role: FileRole) -> None:
+def _count(summary: Summary, number: int, example: Example) -> None:
     summary.examples += 1
     summary.with_tools += bool(example.tools)
     summary.unknown_keys |= dict.fromkeys(example.unknown_keys)
     if any(message.is_trained and message.is_silent for message in example.messages):
         summary.silent.append(number)
-    if role == "test" and example.messages[-1].content is None:
-        summary.unscorable.append(number)
 
 
 def _measure(summary: Summary, number: int, encoded: Encoded) -> None:
     summary.tokens += encoded.tokens
     summary.trained_tokens += encoded.trained_tokens
     summary.longest = max(summary.longest, encoded.longest)
+    if encoded.spelled_special:
+        summary.spelled[number] = encoded.spelled_special
     if not encoded.sequences:
         summary.unlearnable.append(number)
     elif encoded.truncated:
         summary.truncated.append(number)
+
+
+def _check_answer(summary: Summary, number: int, template: ChatTemplate, example: Example) -> None:
+    _, wanted = encode_answer(template, example, number)
+    if not template.answer_text(wanted).strip():
+        summary.unscorable.append(number)
 
 
 def check_disjoint(train: Iterable[bytes], held_out: Iterable[bytes], *, role: FileRole = "validation") -> None:

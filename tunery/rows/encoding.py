@@ -16,6 +16,8 @@ class Encoded:
 
     sequences: list[Rendered]
     truncated: bool
+    spelled_special: tuple[str, ...] = ()
+    """The special tokens that the example's texts spell."""
 
     @property
     def tokens(self) -> int:
@@ -49,13 +51,25 @@ def encode_example(
 ) -> Encoded:
     """What the model learns of one line's example. Raises InvalidTrainingFile, naming the line."""
     try:
-        sequences = [template.encode(part, max_length) for part in template.split(example)]
+        sequences = template.encode_all(example, max_length)
     except CannotRender as error:
         raise invalid(role, line_number, error.message) from error
     return Encoded(
         [sequence for sequence in sequences if count_trained(sequence)],
         truncated=any(sequence.truncated for sequence in sequences),
+        spelled_special=sequences[0].spelled_special,
     )
+
+
+def encode_answer(template: ChatTemplate, example: Example, line_number: int) -> tuple[list[int], list[int]]:
+    """The prompt that a test row asks, and the ids of the answer that it wants: its last message's, uncut.
+
+    Raises InvalidTrainingFile, naming the line.
+    """
+    try:
+        return template.encode_answer(example)
+    except CannotRender as error:
+        raise invalid("test", line_number, error.message) from error
 
 
 def count_trained(sequence: Rendered) -> int:

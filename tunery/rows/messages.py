@@ -168,22 +168,27 @@ class Message(_Sealed):
         return not (self.tool_calls or self.function_call or any(text and text.strip() for text in texts))
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates of open models expect it: no developer, no legacy calls, no nulls."""
+        """The message as chat templates of open models expect it: no developer, no legacy calls, no nulls but one.
+
+        `content` is always there, null beside tool calls, since templates ask for `content is none`.
+        """
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
         calls = [call.for_template() for call in self.tool_calls or ()]
         if self.function_call is not None:
             calls.append({"type": "function", "function": self.function_call.for_template()})
+        content = self.content or self.refusal if self.refusal else self.content
         thoughts = self.reasoning_content
         fields = {
             "role": role,
-            "content": self.refusal if self.content is None else self.content,
+            "content": content,
+            "refusal": self.refusal if content != self.refusal else None,
             "name": self.name,
             "tool_call_id": self.tool_call_id,
             "tool_calls": calls or None,
             "reasoning_content": thoughts,
             "thinking": thoughts,
         }
-        return {key: value for key, value in fields.items() if value is not None}
+        return {key: value for key, value in fields.items() if value is not None or key == "content"}
 
 
 def _part_text(part: object) -> str:

@@ -2,7 +2,8 @@
 
 import json
 import math
-from contextlib import nullcontext
+import re
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import GenerationConfig
 
+from tunery.rows.encoding import encode_answer
 from tunery.rows.messages import Example
 from tunery.wire import Score
 from worker.trainer.data import Row, collate, micro_batches
@@ -18,6 +20,9 @@ from worker.trainer.training import Training
 
 ANSWER_BATCH = {"cpu": 16, "cuda": 96}
 """Rows answered at once. More would be faster on a large GPU, were it not for the slowest row of each batch."""
+
+_JSON = re.compile(r"[{\[]")
+_DECODER = json.JSONDecoder()
 
 
 def loss(t: Training, rows: list[Row]) -> tuple[float, float]:
@@ -38,22 +43,30 @@ def loss(t: Training, rows: list[Row]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Question:
-    """A test row: the prompt's tokens, the wanted answer, and the messages for people to read."""
+    """A test row: the prompt's tokens, the wanted answer, and the messages for people to read.
+
+    `is_call`: the answer makes tool calls, which are compared by name and arguments.
+    """
 
     prompt_ids: list[int]
     wanted: str
     messages: list[dict[str, Any]]
+    is_call: bool = False
 
 
 def questions(t: Training, examples: list[Example]) -> list[Question]:
-    """One question a row: its last message is the wanted answer. Rows that end in anything but an assistant's text are
-    left out."""
+    """One question a row: its last message is the wanted answer, as the template makes the model say it.
+
+    Rows whose wanted answer is empty are left out; their validation has named them. Raises InvalidTrainingFile.
+    """
     found = []
-    for example in examples[: t.plan.evaluation.max_rows]:
-        *before, last = example.messages
-        if before and last.role == "assistant" and last.content is not None:
+    for number, example in enumerate(examples[: t.plan.evaluation.max_rows], start=1):
+        prompt, answer = encode_answer(t.template, example, number)
+        wanted = t.template.answer_text(answer)
+        if wanted.strip():
+            *before, last = example.messages
             shown = [message.model_dump(exclude_none=True) for message in before]
-            found.append(Question(t.template.encode_prompt(before, example.tools), last.content, shown))
+            found.append(Question(prompt, wanted, shown, bool(last.tool_calls or last.function_call)))
     return found
 
 
@@ -94,7 +107,7 @@ def _generate(t: Training, prompts: list[list[int]]) -> list[str]:
         out = causal.generate(input_ids=ids, attention_mask=mask)
     finally:
         causal.generation_config = plain
-    return [_text(t, row) for row in out[:, width:].tolist()]
+    return [t.template.answer_text(row) for row in out[:, width:].tolist()]
 
 
 def _greedy(t: Training, pad: int) -> GenerationConfig:
@@ -107,31 +120,53 @@ def _greedy(t: Training, pad: int) -> GenerationConfig:
     )
 
 
-def _text(t: Training, ids: list[int]) -> str:
-    ends = [place for place, token in enumerate(ids) if token in t.template.eos_ids]
-    text: str = t.template.tokenizer.decode(ids[: ends[0]] if ends else ids, skip_special_tokens=True)
-    return text
+def matches(wanted: str, answer: str, *, is_call: bool = False) -> bool:
+    """Whether an answer is right: equal text, but for blanks at the ends and the spelling of JSON in it.
+
+    The order of keys and blanks in JSON do not matter. `is_call`: nor do the ids of tool calls, which nobody can guess.
+    """
+    return _canonical(wanted, is_call) == _canonical(answer, is_call)
 
 
-def matches(wanted: str, answer: str) -> bool:
-    """Whether an answer is right: equal JSON where the wanted answer is JSON (the order of keys does not matter), else
-    equal text but for blanks at the ends."""
-    as_json = _canonical(wanted)
-    return _canonical(answer) == as_json if as_json is not None else answer.strip() == wanted.strip()
+def _canonical(text: str, is_call: bool) -> list[str]:
+    """The text in pieces, its JSON objects and arrays in one spelling."""
+    pieces, start, place = [], 0, 0
+    while found := _JSON.search(text, place):
+        place = found.start()
+        try:
+            value, end = _DECODER.raw_decode(text, place)
+        except (ValueError, RecursionError):
+            place += 1
+            continue
+        value = _bare_calls(value) if is_call else value
+        pieces += [text[start:place].strip(), json.dumps(value, sort_keys=True)]
+        start = place = end
+    return [*pieces, text[start:].strip()]
 
 
-def _canonical(text: str) -> str | None:
-    try:
-        return json.dumps(json.loads(text), sort_keys=True)
-    except ValueError:
-        return None
+def _bare_calls(value: Any) -> Any:
+    """Tool calls in a JSON value without their ids, their arguments as objects."""
+    if isinstance(value, list):
+        return [_bare_calls(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if isinstance(value.get("function"), dict):
+        return {"function": _bare_calls(value["function"])}
+    if "name" not in value or not {"arguments", "parameters"} & value.keys():
+        return value
+    arguments = value.get("arguments", value.get("parameters"))
+    if isinstance(arguments, str):
+        with suppress(ValueError):
+            arguments = json.loads(arguments)
+    return {"name": value["name"], "arguments": arguments}
 
 
 def score(asked: list[Question], base: list[str], tuned: list[str]) -> tuple[Score, list[dict[str, Any]]]:
     """The scorecard and every row's answers."""
     rows = [
         {"messages": q.messages, "wanted": q.wanted, "base": b, "tuned": u,
-         "base_right": matches(q.wanted, b), "tuned_right": matches(q.wanted, u)}
+         "base_right": matches(q.wanted, b, is_call=q.is_call),
+         "tuned_right": matches(q.wanted, u, is_call=q.is_call)}
         for q, b, u in zip(asked, base, tuned, strict=True)
     ]  # fmt: skip
     both, only_tuned, only_base = (

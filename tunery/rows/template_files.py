@@ -1,0 +1,70 @@
+"""Reads tokenizer, chat templates and special tokens from a model's directory."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from tunery.errors import CannotRender
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Raises CannotRender where the file is missing."""
+    if not path.exists():
+        raise CannotRender(reason="The model has no tokenizer.json. Save it with a fast tokenizer and add it again.")
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    # Without its post-processor nothing can add a BOS behind the template's back.
+    return Tokenizer.from_str(json.dumps({**tokenizer, "post_processor": None, "truncation": None, "padding": None}))
+
+
+def load_templates(root: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Jinja sources by name, "default" among them. Raises CannotRender where there is no default."""
+    in_config = config.get("chat_template") or {}
+    if isinstance(in_config, str):
+        templates = {"default": in_config}
+    else:
+        listed = in_config if isinstance(in_config, list) else []
+        templates = {item["name"]: item["template"] for item in listed}
+    for path in sorted((root / "additional_chat_templates").glob("*.jinja")):
+        templates[path.stem] = path.read_text(encoding="utf-8")
+    if (root / "chat_template.jinja").exists():
+        templates["default"] = (root / "chat_template.jinja").read_text(encoding="utf-8")
+    if "default" not in templates:
+        raise CannotRender(
+            reason="The model has no chat template: neither chat_template.jinja nor 'chat_template' in "
+            "tokenizer_config.json. Add one to its directory, or use the model's instruct version."
+        )
+    return templates
+
+
+def special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """The named special tokens (`bos_token`, ...) as templates get them."""
+
+    def text(value: Any) -> Any:
+        return value.get("content") if isinstance(value, dict) else value
+
+    return {name: text(config[name]) for name in _SPECIAL_TOKENS if isinstance(text(config.get(name)), str)}
+
+
+def configured_eos_ids(root: Path, tokenizer: Tokenizer, special: dict[str, str]) -> list[int]:
+    """The ids at which generation stops by the model's configs and its tokenizer's `eos_token`."""
+    ids: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        value = read_json(root / name).get("eos_token_id")
+        ids += value if isinstance(value, list) else [] if value is None else [value]
+    named = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
+    return ids if named is None else [*ids, named]
+
+
+def digest(templates: dict[str, str]) -> str:
+    """A sha256 of the templates; one template's is that of its file, so that anybody can check it with sha256sum."""
+    named = templates["default"] if len(templates) == 1 else json.dumps(templates, sort_keys=True)
+    return hashlib.sha256(named.encode()).hexdigest()

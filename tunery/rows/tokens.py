@@ -1,0 +1,150 @@
+"""Text -> token ids: prompts and answers joined, special tokens that user data spells kept as text.
+
+A row's ids are the prompt's, as a server gives them to the model, and then the answer's. Tokenising both at once is no
+substitute: a token may straddle the border, and the model would be trained on a prompt that it is never given.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from tunery.errors import CannotRender
+
+_ANCHORS = ("", "\n", ":", "a")
+"""What an answer that is tokenised alone is put behind, so that a tokenizer which writes a blank before the first word
+of every text (SentencePiece's) does not write one before the answer. The first that leaves the text as it was is taken.
+"""
+_CONTEXT = 8
+"""Tokens of the prompt that are decoded with the answer to compare texts."""
+
+
+class Tokens:
+    """A tokenizer that never adds special tokens by itself. Safe to share between threads."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        added: dict[int, AddedToken] = tokenizer.get_added_tokens_decoder()
+        self.special_ids = {token.content: id for id, token in added.items() if token.special}
+        # Such a token swallows the blanks that follow it, those of an answer too.
+        self._takes_blanks = {id for id, token in added.items() if token.rstrip}
+        self._names = list(self.special_ids)
+        self._special = _any_of(self._names)
+        # Random, so that no user data can hold it.
+        self._mark = f"zq{secrets.token_hex(8)}"
+        self._placeholder = re.compile(rf"{self._mark}n(\d+)z")
+
+    def hide(self, value: Any) -> tuple[Any, list[str]]:
+        """A JSON value with each special token that its texts spell replaced by a placeholder; and those tokens.
+
+        `encode` writes the placeholders as the text that was there, and the special tokens around them as such.
+        """
+        found: list[str] = []
+
+        def placeholder(match: re.Match[str]) -> str:
+            found.append(match.group())
+            return f"{self._mark}n{self._names.index(match.group())}z"
+
+        if self._special is None or not any(self._special.search(text) for text in texts(value)):
+            return value, []
+        pattern = self._special
+        return map_texts(value, lambda text: pattern.sub(placeholder, text)), found
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text that a template has written."""
+        tokenizer = self.tokenizer
+        if self._special is not None and self._mark in text:
+            text = self.show(self._special.sub(lambda match: self._secret(match.group()), text))
+            tokenizer = self._without_spellings
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def extend(self, given: list[int], prompt: str, text: str) -> list[int]:
+        """The ids that follow `given`, those of `prompt`, in `text`, which begins with `prompt`. Raises CannotRender.
+
+        They are those of the whole text unless a token of it straddles the prompt's end.
+        """
+        whole, rest = self.encode(text), text[len(prompt) :]
+        loses_blanks = bool(given) and given[-1] in self._takes_blanks and rest[:1].isspace()
+        if whole[: len(given)] == given and not loses_blanks:
+            return whole[len(given) :]
+        return self._continue(given, rest)
+
+    def _continue(self, given: list[int], text: str) -> list[int]:
+        head = self.show(text if self._special is None else self._special.split(text, 1)[0])
+        context = given[-_CONTEXT:]
+        before = self._decode(context)
+        for anchor in (*_ANCHORS, *self._names[:1]):
+            start, ids = self.encode(anchor), self.encode(anchor + text)
+            answer = ids[len(start) :]
+            if ids[: len(start)] == start and self._decode(context + answer)[len(before) :].startswith(head):
+                return answer
+        raise CannotRender(
+            reason=f"The model's tokenizer cannot write an answer that begins with {json.dumps(head[:10])} after its "
+            "prompt without changing it. Change the beginning of the answer."
+        )
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+    def show(self, text: str) -> str:
+        """The text with what `hide` has replaced."""
+        return self._placeholder.sub(lambda match: self._names[int(match[1])], text)
+
+    def _secret(self, name: str) -> str:
+        return f"\ue000{self._mark}{self.special_ids[name]}\ue001"
+
+    @cached_property
+    def _without_spellings(self) -> Tokenizer:
+        """The same tokenizer with its special tokens under names that no text holds: same ids, same rules.
+
+        `Tokenizer.encode_special_tokens` would make all special tokens text, the template's own too.
+        """
+        made = json.loads(self.tokenizer.to_str())
+        secret = {name: self._secret(name) for name in self._names}
+        for token in made["added_tokens"]:
+            token["content"] = secret.get(token["content"], token["content"])
+        model = made["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {secret.get(name, name): id for name, id in model["vocab"].items()}
+        else:
+            model["vocab"] = [[secret.get(name, name), score] for name, score in model["vocab"]]
+        if model.get("unk_token") is not None:
+            model["unk_token"] = secret.get(model["unk_token"], model["unk_token"])
+        return Tokenizer.from_str(json.dumps(made))
+
+
+def texts(value: Any) -> list[str]:
+    """All texts in a JSON value, keys too."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [text for pair in value.items() for item in pair for text in texts(item)]
+    if isinstance(value, list):
+        return [text for item in value for text in texts(item)]
+    return []
+
+
+def map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with each of its texts changed, keys too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): map_texts(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [map_texts(item, change) for item in value]
+    return value
+
+
+def _any_of(names: list[str]) -> re.Pattern[str] | None:
+    """The longest of `names` at a place. Grouped by first character, so that the search skips to it quickly."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(filter(None, names), key=len, reverse=True):
+        groups.setdefault(name[0], []).append(name[1:])
+    parts = [re.escape(first) + f"(?:{'|'.join(map(re.escape, rest))})" for first, rest in groups.items()]
+    return re.compile("|".join(parts)) if parts else None

@@ -1,0 +1,53 @@
+"""One conversation's renderings, up to each of its turns."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tunery.rows.messages import Example
+
+View = tuple[int, bool]
+"""The first n messages, with the generation prompt after them or without."""
+
+
+class Views:
+    """Renders each view of a conversation once. `messages` and `tools` are as templates get them."""
+
+    def __init__(
+        self,
+        render: Callable[[list[dict[str, Any]], Any, list[View]], list[str]],
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+    ) -> None:
+        self.messages = messages
+        self.tools = tools
+        self._render = render
+        self._texts: dict[View, str] = {}
+
+    def prepare(self, views: Iterable[View]) -> None:
+        """Renders the views that are still missing, all in one call."""
+        missing = [view for view in dict.fromkeys(views) if view not in self._texts]
+        if missing:
+            self._texts.update(zip(missing, self._render(self.messages, self.tools, missing), strict=True))
+
+    def text(self, count: int, prompting: bool = False) -> str:
+        self.prepare([(count, prompting)])
+        return self._texts[count, prompting]
+
+
+def trained_turns(example: Example) -> list[int]:
+    """The indexes of the messages to learn."""
+    return [index for index, message in enumerate(example.messages) if message.is_trained]
+
+
+def ending_with(example: Example, index: int) -> Example:
+    """The row up to message `index`, the only one to learn in it."""
+    earlier = [
+        message.model_copy(update={"weight": 0}) if message.role == "assistant" else message
+        for message in example.messages[:index]
+    ]
+    last = example.messages[index].model_copy(update={"weight": None})
+    return example.model_copy(update={"messages": [*earlier, last]})
+
+
+def common_length(left: str, right: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
