@@ -62,22 +62,23 @@ def load_plain(name: str, folder: Path) -> Any:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     base = AutoModelForCausalLM.from_pretrained(folder / "base", device_map={"": device}, **options)
+    if (folder / "out/generation_config.json").exists():
+        base.generation_config = GenerationConfig.from_pretrained(folder / "out")
     return PeftModel.from_pretrained(base, str(folder / "out")).eval()
 
 
 def same_in_plain(name: str, folder: Path) -> str:
-    """How many scored rows plain `generate` answers as the scorecard has it, stopping where the artifact says."""
+    """How many scored rows plain `generate` answers as the scorecard has it, stopping where the files say."""
     scored = [json.loads(line) for line in (folder / "out/answers.jsonl").read_text().splitlines()]
     model = load_plain(name, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "out")
-    stops = GenerationConfig.from_pretrained(folder / "out").eos_token_id
     same = 0
     for row in scored:
         prompt = tokenizer.apply_chat_template(
             row["messages"], add_generation_prompt=True, return_dict=True, return_tensors="pt"
         ).to(model.device)
         with torch.no_grad():
-            ids = model.generate(**prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=stops)
+            ids = model.generate(**prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         answer = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         same += answer == row["tuned"]
     return f"{same} of {len(scored)}"

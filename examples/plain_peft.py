@@ -8,12 +8,13 @@ A question is `{"messages": [...]}` a line; its answer is one JSON string a line
 import json
 import os
 import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # both folders are complete: nothing is to be looked up
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 
@@ -21,6 +22,8 @@ def main(base_dir: str, adapter_dir: str, max_new_tokens: int = 32) -> None:
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(adapter_dir)
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    if (Path(adapter_dir) / "generation_config.json").exists():
+        base.generation_config = GenerationConfig.from_pretrained(adapter_dir)  # where the adapter learned to stop
     model = PeftModel.from_pretrained(base, adapter_dir).eval()
     for line in sys.stdin:
         prompt = tokenizer.apply_chat_template(
