@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from worker.trainer.kernels import adapters, cross_entropy, gated
+from worker.trainer.kernels import adapters, cross_entropy, decoder, projections
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -74,7 +74,7 @@ def test_adapted_layer_has_the_value_and_gradients_of_the_definition() -> None:
     a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
     x, grad = torch.randn(2, 5, 20, requires_grad=True), torch.randn(2, 5, 12)
     exact = [t.detach().double().requires_grad_() for t in (x, a, b)]
-    wanted = adapters.plain(exact[0], base.weight.detach().double(), exact[1], exact[2], 2.0)
+    wanted = projections.plain(exact[0], base.weight.detach().double(), exact[1], exact[2], 2.0)
     wanted.backward(grad.double())
 
     out = layer(x)
@@ -116,7 +116,7 @@ def test_four_bit_layer_multiplies_by_its_unpacked_weight() -> None:
     a, b = (m.default.weight.detach().double() for m in (layer.lora_A, layer.lora_B))
     x = torch.randn(7, 64, requires_grad=True)
     exact = x.detach().double().requires_grad_()
-    wanted = adapters.plain(exact, dense, a, b, 2.0)
+    wanted = projections.plain(exact, dense, a, b, 2.0)
     wanted.sum().backward()
 
     out = layer(x)
@@ -135,7 +135,7 @@ def test_model_with_our_forward_computes_what_pefts_own_does(tiny: Path) -> None
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config).train()
         if ours:
             assert adapters.install(model) == 14
-            gated.install(model)
+            decoder.install(model)
         logits = model(ids).logits
         logits.square().mean().backward()
         return logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -148,22 +148,63 @@ def test_model_with_our_forward_computes_what_pefts_own_does(tiny: Path) -> None
         assert error(grad, wanted_grads[name]) < 1e-4, name
 
 
-def test_gated_block_has_the_value_and_gradients_of_the_definition() -> None:
-    base = nn.Linear(20, 12, bias=False)
-    layer = lora_layer(base)
-    tensors = [torch.randn(5, 20, requires_grad=True) for _ in range(2)]
-    tensors += [layer.lora_A.default.weight, layer.lora_B.default.weight]
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    wanted = gated.plain(*exact[:2], base.weight.detach().double(), *exact[2:], 2.0)
-    grad = torch.randn(5, 12)
+def block(bias: bool = False) -> list[projections.Layer]:
+    """Gate, up and down of a feed-forward block with adapters of their own rank and scale."""
+    shapes = [(20, 16), (20, 16), (16, 12)]
+    return [
+        projections.Layer(
+            nn.Linear(inner, outer, bias=bias).requires_grad_(False),
+            torch.randn(rank, inner, requires_grad=True),
+            torch.randn(outer, rank, requires_grad=True),
+            scale,
+        )
+        for rank, scale, (inner, outer) in zip((3, 5, 4), (2.0, 0.5, 1.5), shapes, strict=True)
+    ]
+
+
+def exact_product(x: Tensor, layer: projections.Layer, learnt: list[Tensor]) -> Tensor:
+    """A layer's product in float64; its adapter's copies are added to `learnt`."""
+    a, b = (part.detach().double().requires_grad_() for part in (layer.a, layer.b))
+    learnt += [a, b]
+    out = projections.plain(x, layer.base.weight.double(), a, b, layer.scale)
+    return out if layer.base.bias is None else out + layer.base.bias.double()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_one_input_have_the_values_and_gradients_of_the_definition(bias: bool) -> None:
+    layers = block(bias)[:2]
+    x = torch.randn(2, 5, 20, requires_grad=True)
+    exact, learnt = x.detach().double().requires_grad_(), []
+    wanted = [exact_product(exact, layer, learnt) for layer in layers]
+    grads = [torch.randn(2, 5, 16) for _ in layers]
+    torch.autograd.backward(wanted, [grad.double() for grad in grads])
+
+    outs = projections.project(x, layers)
+    torch.autograd.backward(outs, grads)
+
+    assert all(error(out, reference) < 1e-5 for out, reference in zip(outs, wanted, strict=True))
+    found = [x, *(part for layer in layers for part in (layer.a, layer.b))]
+    for tensor, reference in zip(found, [exact, *learnt], strict=True):
+        assert error(tensor.grad, reference.grad) < 1e-5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gated_block_has_the_value_and_gradients_of_the_definition(bias: bool) -> None:
+    gate, up, down = block(bias)
+    x = torch.randn(2, 5, 20, requires_grad=True)
+    exact, learnt = x.detach().double().requires_grad_(), []
+    inner = functional.silu(exact_product(exact, gate, learnt)) * exact_product(exact, up, learnt)
+    wanted = exact_product(inner, down, learnt)
+    grad = torch.randn(2, 5, 12)
     wanted.backward(grad.double())
 
-    out = gated._GatedDown.apply(*tensors[:2], base, *tensors[2:], 2.0)
+    out = projections.gated(x, gate, up, down)
     out.backward(grad)
 
     assert error(out, wanted) < 1e-5
-    for found, reference in zip(tensors, exact, strict=True):
-        assert error(found.grad, reference.grad) < 1e-5  # type: ignore[arg-type]
+    found = [x, *(part for layer in (gate, up, down) for part in (layer.a, layer.b))]
+    for tensor, reference in zip(found, [exact, *learnt], strict=True):
+        assert error(tensor.grad, reference.grad) < 1e-5  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("adapted", [True, False])
@@ -180,12 +221,8 @@ def test_model_may_change_an_adapted_layers_output_in_place(adapted: bool) -> No
 
 
 def test_model_may_change_a_gated_blocks_output_in_place() -> None:
-    layer = lora_layer(nn.Linear(20, 12, bias=False))
-    gate, up = torch.randn(2, 3, 20, requires_grad=True), torch.randn(2, 3, 20)
+    x = torch.randn(2, 3, 20, requires_grad=True)
 
-    out = gated._GatedDown.apply(
-        gate, up, layer.base_layer, layer.lora_A.default.weight, layer.lora_B.default.weight, 2.0
-    )
-    out.mul_(3).sum().backward()
+    projections.gated(x, *block()).mul_(3).sum().backward()
 
-    assert gate.grad is not None
+    assert x.grad is not None

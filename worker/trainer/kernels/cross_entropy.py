@@ -30,9 +30,9 @@ def scaled(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tup
         return cast(tuple[Tensor, Tensor], both)
     loss, correct = _zeros(hidden)
     for chunk, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-        logits = (chunk @ weight.t()).float()
-        correct += (logits.argmax(-1) == wanted).sum()
-        loss += functional.cross_entropy(logits, wanted, reduction="sum")
+        _, losses, right = _judge(chunk @ weight.t(), wanted, writes=False)
+        loss += losses
+        correct += right
     return loss * scale, correct
 
 
@@ -57,9 +57,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], rows):
             chunk, wanted = hidden[start : start + rows], targets[start : start + rows]
-            logits = (chunk @ weight.t()).float()
-            correct += (logits.argmax(-1) == wanted).sum()
-            slope = _to_slope(logits, wanted, loss).to(weight.dtype)
+            slope, losses, right = _judge(chunk @ weight.t(), wanted, writes=True)
+            loss += losses
+            correct += right
             if grad_hidden is not None:
                 out = grad_hidden[start : start + rows]
                 torch.addmm(out, slope, weight, beta=0, alpha=scale, out=out)
@@ -80,11 +80,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
-def _to_slope(logits: Tensor, wanted: Tensor, loss: Tensor) -> Tensor:
-    """Adds the chunk's losses to `loss` and turns its fp32 logits into d loss / d logits, in place."""
+def _judge(logits: Tensor, wanted: Tensor, *, writes: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """d loss / d logits in their type (if it `writes`, in their place), the sum of the losses, the right guesses."""
+    if logits.is_cuda:
+        from worker.trainer.kernels import triton_ops  # a CPU build of torch has no Triton
+
+        losses, right = triton_ops.cross_entropy(logits, wanted, writes=writes)
+        return logits, losses.sum(), right.sum()
+    wide = logits.float()
+    right = (wide.argmax(-1) == wanted).sum()
+    if not writes:
+        return logits, functional.cross_entropy(wide, wanted, reduction="sum"), right
     counts = (wanted >= 0)[:, None]
     place = wanted.clamp(min=0)[:, None]
-    norms = logits.logsumexp(-1, keepdim=True)
-    loss += ((norms - logits.gather(1, place)) * counts).sum()
-    logits.sub_(norms.masked_fill(~counts, torch.inf)).exp_()  # exp(-inf): no slope where nothing is wanted
-    return logits.scatter_add_(1, place, -counts.float())
+    norms = wide.logsumexp(-1, keepdim=True)
+    loss = ((norms - wide.gather(1, place)) * counts).sum()
+    slope = (wide - norms.masked_fill(~counts, torch.inf)).exp_()  # exp(-inf): no slope where nothing is wanted
+    return slope.scatter_add_(1, place, -counts.float()).to(logits.dtype), loss, right

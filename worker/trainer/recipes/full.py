@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from tunery.spec import Plan, Technique
 from worker.trainer import dtypes
+from worker.trainer.kernels import decoder
 from worker.trainer.recipes.recipe import Recipe, groups, load_dense
 
 
@@ -17,6 +18,7 @@ def prepare(model: PreTrainedModel, _technique: Technique, adapter: Path | None)
     if adapter is not None:
         raise ValueError("a full fine-tune cannot go on from an adapter: choose lora or qlora, or a full model as base")
     model.requires_grad_(True)
+    decoder.install(model)
     return model
 
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from tunery.spec import Lora, Plan, Technique
-from worker.trainer.kernels import adapters, gated
+from worker.trainer.kernels import adapters, decoder
 from worker.trainer.recipes.recipe import Recipe, groups, load_dense
 
 
@@ -26,7 +26,7 @@ def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) 
             # Steps of 1e-4 vanish in bf16 weights of size 0.1; adapters are small, so fp32 costs little.
             parameter.data = parameter.data.float()
     adapters.install(adapted)
-    gated.install(adapted)
+    decoder.install(adapted)
     return adapted
 
 

@@ -1,0 +1,113 @@
+"""Every Triton kernel against its definition in float64, on fresh random inputs and odd shapes: `pytest -m gpu`."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from worker.trainer.kernels import cross_entropy, elementwise
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run these on a host with a GPU"),
+]
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
+
+
+def exact(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+
+def same(found: Tensor | None, wanted: Tensor | None, tolerance: float = 6e-3) -> None:
+    assert found is not None
+    assert wanted is not None
+    error = float((found.detach().double() - wanted.detach().double()).norm() / wanted.detach().double().norm())
+    assert error <= tolerance, error
+
+
+@pytest.mark.parametrize("width", [64, 576, 2048, 4096, 5120])
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("adds", [True, False])
+def test_norm_of_a_sum(width: int, learns: bool, adds: bool) -> None:
+    x, residual = drawn(3, 37, width), drawn(3, 37, width) if adds else None
+    weight = torch.randn(width, device="cuda", dtype=torch.bfloat16, requires_grad=learns)
+    inputs = [x, weight] if residual is None else [x, weight, residual]
+    copies = exact(*inputs)
+    total = copies[0] + copies[2] if adds else copies[0]
+    # The sum is rounded before it is normed, as in the model.
+    rounded = total + (total.detach().bfloat16().double() - total.detach())
+    wanted = rounded * torch.rsqrt(rounded.pow(2).mean(-1, keepdim=True) + 1e-5) * copies[1]
+    grad, grad_total = (torch.randn(3, 37, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    torch.autograd.backward([wanted, total * 1.0], [grad.double(), grad_total.double()])
+
+    out, found_total = elementwise.add_rms_norm(x, residual, weight, 1e-5)
+    torch.autograd.backward([out, found_total * 1.0], [grad, grad_total])
+
+    same(out, wanted)
+    same(found_total, total)
+    for tensor, reference in zip(inputs, copies, strict=True):
+        if tensor.requires_grad:
+            same(tensor.grad, reference.grad)
+
+
+@pytest.mark.parametrize(("heads", "width"), [(32, 128), (8, 128), (9, 64), (5, 96), (3, 16)])
+@pytest.mark.parametrize("batch_of_angles", [1, 2])
+def test_rotation(heads: int, width: int, batch_of_angles: int) -> None:
+    x = drawn(2, 33, heads * width)
+    angles = torch.rand(batch_of_angles, 33, width // 2, device="cuda") * 6
+    angles = torch.cat([angles, angles], -1)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    [copy] = exact(x)
+    wanted = elementwise.plain_rotate(copy.view(2, 33, heads, width), cos.double(), sin.double())
+    grad = torch.randn(2, heads, 33, width, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    wanted.backward(grad.double())
+
+    out = elementwise.rotate(x.view(2, 33, heads, width), cos, sin)
+    out.backward(grad)
+
+    same(out, wanted)
+    same(x.grad, copy.grad)
+
+
+@pytest.mark.parametrize("shape", [(2, 33, 1536), (1, 1, 7), (4, 512, 11008)])
+def test_gated_activation(shape: tuple[int, ...]) -> None:
+    gate, up = drawn(*shape), drawn(*shape)
+    copies = exact(gate, up)
+    wanted = elementwise.plain_swiglu(*copies)
+    grad = torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    wanted.backward(grad.double())
+
+    out = elementwise.swiglu(gate, up)
+    out.backward(grad)
+
+    same(out, wanted)
+    same(gate.grad, copies[0].grad)
+    same(up.grad, copies[1].grad)
+
+
+@pytest.mark.parametrize("vocabulary", [97, 4096, 32000, 128256])
+@pytest.mark.parametrize("head_learns", [True, False])
+def test_cross_entropy_of_a_head(vocabulary: int, head_learns: bool) -> None:
+    hidden = drawn(300, 64)
+    weight = torch.randn(vocabulary, 64, device="cuda", dtype=torch.bfloat16, requires_grad=head_learns)
+    targets = torch.randint(vocabulary, (300,), device="cuda")
+    targets[::7] = -100
+    copies = exact(hidden, weight)
+    # The logits are rounded to bf16 before the loss, as a model's own are.
+    logits = copies[0] @ copies[1].t()
+    logits = logits + (logits.detach().bfloat16().double() - logits.detach())
+    wanted = functional.cross_entropy(logits, targets, reduction="sum") * 0.25
+    wanted.backward()
+
+    loss, right = cross_entropy.scaled(hidden, weight, targets, 0.25)
+    loss.backward()
+
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-4)
+    expected = (((hidden @ weight.t()).float().argmax(-1) == targets) & (targets >= 0)).sum()
+    assert abs(int(right) - int(expected)) <= 1
+    same(hidden.grad, copies[0].grad, 1e-2)
+    if head_learns:
+        same(weight.grad, copies[1].grad, 1e-2)

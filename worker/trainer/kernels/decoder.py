@@ -1,0 +1,134 @@
+"""The layers of Llama-like models on the fast path: fused norms, rotary positions, grouped adapters.
+
+`install` exchanges `forward` of the decoder layers, feed-forward blocks and norms that transformers writes in exactly
+this way, by class: Gemma's norm looks the same and adds 1 to its weight. Everything else (other classes, a key-value
+cache, dropout, options of PEFT's) takes transformers' and PEFT's own path.
+"""
+
+import sys
+from types import MethodType
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from worker.trainer.kernels import adapters, elementwise, projections
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+"""Families whose decoder layer is: norm, attention, sum, norm, gated feed-forward block, sum."""
+BLOCKS = {f"{family}MLP" for family in (*FAMILIES, "SmolLM3")}
+NORMS = {f"{family}RMSNorm" for family in (*FAMILIES, "SmolLM3")}
+
+
+def install(model: nn.Module) -> int:
+    """Exchanges the forward of every layer, block and norm of a known class; returns how many layers there were."""
+    layers = 0
+    for module in model.modules():
+        name = type(module).__name__
+        if _is_known(module):
+            module.forward = MethodType(_layer, module)
+            layers += 1
+        elif name in BLOCKS and _is_silu(module):
+            module.forward = MethodType(_feed_forward, module)
+        elif name in NORMS:
+            module.forward = MethodType(_norm, module)
+    return layers
+
+
+def _is_silu(block: Any) -> bool:
+    return type(block.act_fn).__name__ in {"SiLU", "SiLUActivation"}
+
+
+def _norm(self: Any, x: Tensor) -> Tensor:
+    return elementwise.add_rms_norm(x, None, self.weight, self.variance_epsilon)[0]
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a module is a decoder layer whose every part is one that `_layer` knows."""
+    name = type(module).__name__
+    family = name.removesuffix("DecoderLayer")
+    if family == name or family not in FAMILIES:
+        return False
+    layer = cast(Any, module)
+    parts = (layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
+    wanted = ("Attention", "MLP", "RMSNorm", "RMSNorm")
+    known = all(type(part).__name__ == family + kind for part, kind in zip(parts, wanted, strict=True))
+    return known and _is_silu(layer.mlp)
+
+
+def _layer(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """The new forward, bound to a decoder layer."""
+    if past_key_values is not None or position_embeddings is None:
+        return cast(Tensor, type(self).forward(
+            self, hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
+        ))  # fmt: skip
+    norm = self.input_layernorm
+    normed, residual = elementwise.add_rms_norm(hidden_states, None, norm.weight, norm.variance_epsilon)
+    attended = _attention(self.self_attn, normed, position_embeddings, attention_mask, position_ids, kwargs)
+    norm = self.post_attention_layernorm
+    normed, residual = elementwise.add_rms_norm(attended, residual, norm.weight, norm.variance_epsilon)
+    return residual + _feed_forward(self.mlp, normed)
+
+
+def _attention(
+    module: Any, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, position_ids: Tensor | None, kwargs: Any
+) -> Tensor:
+    query, key, value = (part.view(*x.shape[:-1], -1, module.head_dim) for part in _together(
+        x, module.q_proj, module.k_proj, module.v_proj
+    ))  # fmt: skip
+    if hasattr(module, "q_norm"):
+        query, key = (_norm(norm, part) for norm, part in ((module.q_norm, query), (module.k_norm, key)))
+    query, key = elementwise.rotate(query, *angles), elementwise.rotate(key, *angles)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, _eager(module))
+    out, _ = attend(
+        module,
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        mask,
+        dropout=module.attention_dropout if module.training else 0.0,
+        scaling=module.scaling,
+        position_ids=position_ids,
+        **_window(module),
+        **kwargs,
+    )
+    [projected] = _together(out.reshape(*x.shape[:-1], -1).contiguous(), module.o_proj)
+    return projected
+
+
+def _eager(module: Any) -> Any:
+    """The family's own attention without any library, for models that ask for it."""
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def _window(module: Any) -> dict[str, Any]:
+    """The sliding window as the family hands it on: Llama none, Mistral its config's, Qwen the layer's."""
+    if type(module).__name__ == "LlamaAttention":
+        return {}
+    if hasattr(module, "sliding_window"):
+        return {"sliding_window": module.sliding_window}
+    return {"sliding_window": getattr(module.config, "sliding_window", None)}
+
+
+def _together(x: Tensor, *modules: Any) -> tuple[Tensor, ...]:
+    """The modules' products with one input; in one function where all are plain adapters."""
+    layers = [adapters.layer_of(module) for module in modules]
+    if all(layers):
+        return projections.project(x, cast(list[projections.Layer], layers))
+    return tuple(module(x) for module in modules)
+
+
+def _feed_forward(mlp: Any, x: Tensor) -> Tensor:
+    layers = [adapters.layer_of(module) for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    if all(layers):
+        return projections.gated(x, *cast(list[projections.Layer], layers))
+    return cast(Tensor, mlp.down_proj(elementwise.swiglu(mlp.gate_proj(x), mlp.up_proj(x))))

@@ -1,0 +1,184 @@
+"""Several adapted products of one input in one autograd function: query, key and value; gate and up.
+
+y_i = x W_i' + s_i (x A_i') B_i'. The A_i are laid side by side, so that x is read once for all of them, forward and
+backward, and x's gradient is made in one buffer, to which each product adds: autograd would make one a product and sum
+them. A frozen weight is in bf16 or in 4 bits. `plain` is the definition of each.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import bitsandbytes
+import torch
+from torch import Tensor
+
+from worker.trainer.kernels import elementwise
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted product: the frozen layer, its adapter's A [r, in] and B [out, r], and its scale."""
+
+    base: Any
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def plain(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The definition: Hu et al. 2021, equation 3."""
+    return x @ weight.t() + scale * (x @ a.t()) @ b.t()
+
+
+def dense(base: Any) -> Tensor:
+    """The frozen weight [out, in] as numbers. Four bits are unpacked for each product: kept, they were bf16."""
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return cast(Tensor, base.weight.detach())
+    unpacked: Tensor = bitsandbytes.functional.dequantize_4bit(base.weight.detach(), state)
+    return unpacked.to(base.compute_dtype or unpacked.dtype)
+
+
+def frozen(x: Tensor, base: Any) -> Tensor:
+    """The product of `x` [..., in] with a frozen weight alone; a gradient for x only, and nothing of x is kept."""
+    return cast(Tensor, _Frozen.apply(x, base))  # type: ignore[no-untyped-call]
+
+
+def project(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    """Each layer's product with `x` [..., in]: [..., out_i], in x's type."""
+    flat = [part for layer in layers for part in (layer.a, layer.b)]
+    fixed = tuple((layer.base, layer.scale) for layer in layers)
+    return cast(tuple[Tensor, ...], _Project.apply(x, fixed, *flat))  # type: ignore[no-untyped-call]
+
+
+def gated(x: Tensor, gate: Layer, up: Layer, down: Layer) -> Tensor:
+    """down(silu(gate(x)) * up(x)): a feed-forward block in one function, which keeps gate(x) and up(x) only."""
+    flat = [part for layer in (gate, up, down) for part in (layer.a, layer.b)]
+    fixed = tuple((layer.base, layer.scale) for layer in (gate, up, down))
+    return cast(Tensor, _Gated.apply(x, fixed, *flat))  # type: ignore[no-untyped-call]
+
+
+def _layers(fixed: Sequence[tuple[Any, float]], flat: Sequence[Tensor]) -> list[Layer]:
+    return [Layer(base, flat[2 * i], flat[2 * i + 1], scale) for i, (base, scale) in enumerate(fixed)]
+
+
+def _stacked(layers: Sequence[Layer], dtype: torch.dtype) -> Tensor:
+    """All A below each other [sum of ranks, in]."""
+    return layers[0].a.to(dtype) if len(layers) == 1 else torch.cat([layer.a.to(dtype) for layer in layers])
+
+
+def _places(layers: Sequence[Layer]) -> list[slice]:
+    ends = [0]
+    for layer in layers:
+        ends.append(ends[-1] + layer.a.shape[0])
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, lead: torch.Size) -> Tensor:
+    """`rows` [n, in] times `weight`' [out, in], of shape [*lead, out]."""
+    # Why not `linear(rows).view(...)`: autograd forbids a model to change a view that a Function returned, and some
+    # models scale a layer's output in place.
+    out = rows.new_empty(*lead, weight.shape[0])
+    flat = out.view(-1, weight.shape[0])
+    if bias is None:
+        torch.mm(rows, weight.t(), out=flat)
+    else:
+        torch.addmm(bias.to(rows.dtype), rows, weight.t(), out=flat)
+    return out
+
+
+def _forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The products [..., out_i], `x` as rows [n, in] in the frozen weights' type, and rows times all A' [n, ranks]."""
+    rows, low, outs = x.reshape(-1, x.shape[-1]), None, []
+    for layer, place in zip(layers, _places(layers), strict=True):
+        weight = dense(layer.base)
+        if low is None:
+            rows = rows.to(weight.dtype)
+            low = rows @ _stacked(layers, weight.dtype).t()
+        out = _product(rows, weight, layer.base.bias, x.shape[:-1])
+        out.view(-1, out.shape[-1]).addmm_(low[:, place], layer.b.to(weight.dtype).t(), alpha=layer.scale)
+        outs.append(out.to(x.dtype))
+    assert low is not None
+    return outs, rows, low
+
+
+def _backward(
+    grads: Sequence[Tensor], rows: Tensor, low: Tensor, layers: Sequence[Layer], wants_rows: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradient of `rows`, and those of A and B of each layer in turn."""
+    grad_low = torch.empty_like(low)
+    grad_rows: Tensor | None = None
+    grads_b = []
+    for grad, layer, place in zip(grads, layers, _places(layers), strict=True):
+        torch.mm(grad, layer.b.to(low.dtype) * layer.scale, out=grad_low[:, place])
+        grads_b.append((grad.t() @ low[:, place]).to(layer.b.dtype) * layer.scale)
+        if wants_rows:
+            weight = dense(layer.base)
+            grad_rows = grad @ weight if grad_rows is None else grad_rows.addmm_(grad, weight)
+    grads_a = (grad_low.t() @ rows.to(low.dtype)).to(layers[0].a.dtype)
+    if grad_rows is not None:
+        grad_rows.addmm_(grad_low, _stacked(layers, low.dtype))
+    return grad_rows, [
+        part for place, grad_b in zip(_places(layers), grads_b, strict=True) for part in (grads_a[place], grad_b)
+    ]
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: Any) -> Tensor:
+        ctx.base = base
+        weight = dense(base)
+        return _product(x.reshape(-1, x.shape[-1]).to(weight.dtype), weight, base.bias, x.shape[:-1]).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        weight = dense(ctx.base)
+        return (grads[0].to(weight.dtype) @ weight).to(grads[0].dtype), None
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fixed: Any, *flat: Tensor) -> tuple[Tensor, ...]:
+        outs, rows, low = _forward(x, _layers(fixed, flat))
+        ctx.save_for_backward(rows, low, *flat)
+        ctx.fixed, ctx.shape, ctx.dtype = fixed, x.shape, x.dtype
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, low, *flat = ctx.saved_tensors
+        flats = [grad.reshape(-1, grad.shape[-1]).to(low.dtype) for grad in grads]
+        grad_rows, learnt = _backward(flats, rows, low, _layers(ctx.fixed, flat), ctx.needs_input_grad[0])
+        return _shaped(grad_rows, ctx), None, *learnt
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fixed: Any, *flat: Tensor) -> Tensor:
+        *gate_up, down = _layers(fixed, flat)
+        (gate, up), rows, low = _forward(x, gate_up)
+        [out], _, low_down = _forward(elementwise.swiglu_forward(gate, up), [down])
+        ctx.save_for_backward(rows, gate, up, low, low_down, *flat)
+        ctx.fixed, ctx.shape, ctx.dtype = fixed, x.shape, x.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, gate, up, low, low_down, *flat = ctx.saved_tensors
+        *gate_up, down = _layers(ctx.fixed, flat)
+        grad = grads[0].reshape(-1, grads[0].shape[-1]).to(low_down.dtype)
+        grad_low = grad @ (down.b.to(low_down.dtype) * down.scale)
+        grad_inner = (grad @ dense(down.base)).addmm_(grad_low, down.a.to(low_down.dtype))
+        inner, *both = elementwise.swiglu_backward(grad_inner.to(gate.dtype).view(gate.shape), gate, up)
+        grad_a = (grad_low.t() @ inner.reshape(-1, inner.shape[-1]).to(low_down.dtype)).to(down.a.dtype)
+        grad_b = (grad.t() @ low_down).to(down.b.dtype) * down.scale
+        del inner
+        flats = [part.reshape(-1, part.shape[-1]).to(low.dtype) for part in both]
+        grad_rows, learnt = _backward(flats, rows, low, gate_up, ctx.needs_input_grad[0])
+        return _shaped(grad_rows, ctx), None, *learnt, grad_a, grad_b
+
+
+def _shaped(grad_rows: Tensor | None, ctx: Any) -> Tensor | None:
+    return None if grad_rows is None else grad_rows.view(ctx.shape).to(ctx.dtype)

@@ -1,0 +1,217 @@
+"""Triton kernels of the elementwise work: each moves every number through memory once.
+
+Only imported where a CUDA device is; `elementwise` and `cross_entropy` hold the definitions that they are compared
+with. Statistics and products are in fp32 and rounded once, at the store.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: N803 - Triton's own style: constants that a kernel is compiled for are in capitals
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def _warps(block: int) -> int:
+    return 4 if block <= 2048 else 8 if block <= 8192 else 16
+
+
+@triton.jit
+def _add_rms_norm_forward(X, R, H, Y, W, S, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    place = row * width + columns
+    h = tl.load(X + place, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        h += tl.load(R + place, mask=inside, other=0.0).to(tl.float32)
+        rounded = h.to(H.dtype.element_ty)  # what later layers see is what is normed
+        tl.store(H + place, rounded, mask=inside)
+        h = rounded.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(h * h, axis=0) / width + eps)
+    tl.store(S + row, rstd)
+    w = tl.load(W + columns, mask=inside, other=0.0).to(tl.float32)
+    normed = (h * rstd).to(Y.dtype.element_ty).to(tl.float32)
+    tl.store(Y + place, (normed * w).to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_rms_norm_backward(DY, DH, H, W, S, DX, DW, rows, width, rows_a_program, ADDS: tl.constexpr,
+                           LEARNS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    w = tl.load(W + columns, mask=inside, other=0.0).to(tl.float32)
+    dw = tl.zeros((BLOCK,), dtype=tl.float32)
+    first = program * rows_a_program
+    for row in range(first, min(first + rows_a_program, rows)):
+        place = row.to(tl.int64) * width + columns
+        dy = tl.load(DY + place, mask=inside, other=0.0).to(tl.float32)
+        h = tl.load(H + place, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(S + row)
+        normed = h * rstd
+        if LEARNS:
+            dw += dy * normed
+        dn = dy * w
+        dx = rstd * (dn - normed * (tl.sum(dn * normed, axis=0) / width))
+        if ADDS:
+            dx += tl.load(DH + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(DX + place, dx.to(DX.dtype.element_ty), mask=inside)
+    if LEARNS:
+        tl.store(DW + program.to(tl.int64) * width + columns, dw, mask=inside)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(normed, x + residual, 1 / root mean square of each row) of contiguous `x` [..., width]."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    h = torch.empty_like(x) if residual is not None else x
+    out, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(width)
+    _add_rms_norm_forward[(rows,)](
+        x, residual, h, out, weight, rstd, width, eps, ADDS=residual is not None, BLOCK=block, num_warps=_warps(block)
+    )
+    return out, h, rstd
+
+
+def add_rms_norm_backward(
+    grad: Tensor, grad_h: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, *, learns: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of `h` (that of its other uses, `grad_h`, included) and, where it `learns`, of the weight."""
+    width = h.shape[-1]
+    rows = h.numel() // width
+    out = torch.empty_like(h)
+    block = triton.next_power_of_2(width)
+    # A program that owns many rows adds up its share of the weight's gradient; without one, more programs are faster.
+    each = max(1, -(-rows // (4 * _processors(h.device)))) if learns else 1
+    programs = -(-rows // each)
+    parts = torch.empty(programs, width, dtype=torch.float32, device=h.device) if learns else None
+    _add_rms_norm_backward[(programs,)](
+        grad, grad_h, h, weight, rstd, out, parts, rows, width, each,
+        ADDS=grad_h is not None, LEARNS=learns, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return out, None if parts is None else parts.sum(0)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def _rotate(X, Y, COS, SIN, positions, heads, x_batch, x_token, x_head, c_batch, c_token, SIGN: tl.constexpr,
+            HALF: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    batch, position = token // positions, token % positions
+    head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, PADDED)[None, :]
+    angle = batch * c_batch + position * c_token + column
+    whole = (column < HALF) & (head < heads)
+    cos = tl.load(COS + angle, mask=column < HALF, other=0.0).to(tl.float32)
+    sin = tl.load(SIN + angle, mask=column < HALF, other=0.0).to(tl.float32) * SIGN
+    source = X + batch * x_batch + position * x_token + head * x_head + column
+    first = tl.load(source, mask=whole, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=whole, other=0.0).to(tl.float32)
+    target = Y + (token * heads + head) * (2 * HALF) + column
+    tl.store(target, (first * cos - second * sin).to(Y.dtype.element_ty), mask=whole)
+    tl.store(target + HALF, (second * cos + first * sin).to(Y.dtype.element_ty), mask=whole)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """`x` [batch, positions, heads, head width] (any strides but the last, 1) turned by the angles; contiguous.
+
+    `sign` -1 turns back, which is the gradient.
+    """
+    batch, positions, heads, width = x.shape
+    out = torch.empty((batch, positions, heads, width), dtype=x.dtype, device=x.device)
+    _rotate[(batch * positions,)](
+        x, out, cos, sin, positions, heads, x.stride(0), x.stride(1), x.stride(2),
+        cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1), SIGN=sign, HALF=width // 2,
+        PADDED=triton.next_power_of_2(width // 2), HEADS=triton.next_power_of_2(heads),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _swiglu_forward(G, U, Y, count, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    gate = tl.load(G + place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(U + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(Y + place, (gate * tl.sigmoid(gate) * up).to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(D, G, U, Y, DG, DU, count, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    grad = tl.load(D + place, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(G + place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(U + place, mask=inside, other=0.0).to(tl.float32)
+    share = tl.sigmoid(gate)
+    active = gate * share
+    tl.store(Y + place, (active * up).to(Y.dtype.element_ty), mask=inside)
+    tl.store(DU + place, (grad * active).to(DU.dtype.element_ty), mask=inside)
+    tl.store(DG + place, (grad * up * (share + active * (1.0 - share))).to(DG.dtype.element_ty), mask=inside)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up of contiguous tensors."""
+    out = torch.empty_like(gate)
+    _swiglu_forward[(triton.cdiv(gate.numel(), 2048),)](gate, up, out, gate.numel(), BLOCK=2048, num_warps=8)
+    return out
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(silu(gate) * up, gradient of gate, gradient of up); `gate`, `grad` and `up` are overwritten with them."""
+    count = gate.numel()
+    _swiglu_backward[(triton.cdiv(count, 2048),)](grad, gate, up, gate, grad, up, count, BLOCK=2048, num_warps=8)
+    return gate, grad, up
+
+
+@triton.jit
+def _cross_entropy(L, T, LOSS, RIGHT, vocabulary, BLOCK: tl.constexpr, WRITES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(T + row)
+    start = L + row * vocabulary
+    columns = tl.arange(0, BLOCK)
+    peak = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    best = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    best_place = tl.zeros((BLOCK,), dtype=tl.int32)
+    for first in range(0, vocabulary, BLOCK):
+        place = first + columns
+        value = tl.load(start + place, mask=place < vocabulary, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(peak, value)
+        # A lane that has seen nothing but -inf would give nan: -inf minus -inf.
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(peak - shift) + tl.exp(value - shift)
+        peak = higher
+        better = value > best
+        best, best_place = tl.where(better, value, best), tl.where(better, place, best_place)
+    highest = tl.max(peak, axis=0)
+    norm = highest + tl.log(tl.sum(total * tl.exp(peak - highest), axis=0))
+    guess = tl.min(tl.where(best == highest, best_place, vocabulary), axis=0)
+    counts = target >= 0
+    wanted = tl.load(start + tl.where(counts, target, 0)).to(tl.float32)
+    tl.store(LOSS + row, tl.where(counts, norm - wanted, 0.0))
+    tl.store(RIGHT + row, (guess == target).to(tl.int32))
+    if WRITES:
+        for first in range(0, vocabulary, BLOCK):
+            place = first + columns
+            inside = place < vocabulary
+            value = tl.load(start + place, mask=inside, other=float("-inf")).to(tl.float32)
+            slope = tl.exp(value - norm) - tl.where(place == target, 1.0, 0.0)
+            tl.store(start + place, tl.where(counts, slope, 0.0).to(L.dtype.element_ty), mask=inside)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, *, writes: bool) -> tuple[Tensor, Tensor]:
+    """Losses (fp32) and right guesses of each row of contiguous `logits`, which become their gradients if it `writes`.
+
+    Rows whose target is negative lose nothing. Of equal logits the first is the guess.
+    """
+    rows, vocabulary = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    right = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    block = min(4096, triton.next_power_of_2(vocabulary))
+    _cross_entropy[(rows,)](logits, targets, losses, right, vocabulary, BLOCK=block, WRITES=writes, num_warps=8)
+    return losses, right
