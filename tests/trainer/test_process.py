@@ -12,12 +12,13 @@ import pytest
 from run_folders import chat, lay_out, plan
 from safetensors.torch import load_file
 
-from tunery.spec import Evaluation, Lora, Resources
-from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Spoken, parse
+from tunery.spec import Lora, Resources
+from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Failed, Spoken, parse
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out
 from worker.trainer.wish import Wish
 
+ROOT = Path(__file__).parents[2]
 ROWS = [chat(i) for i in range(10)]
 
 
@@ -30,7 +31,7 @@ def spawned(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
             [sys.executable, "-m", "worker.trainer", str(folder)],
             stdout=subprocess.PIPE,
             stderr=log,
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         ) as process,
@@ -91,34 +92,81 @@ def test_rows_at_fault_are_told_with_their_line(tmp_path: Path, tiny: Path) -> N
     assert "Example 11" in failed.message
 
 
-def test_two_ranks_learn_what_one_does(tmp_path: Path, tiny: Path) -> None:
-    """Rows of unlike length, and a last step that leaves the second rank without any."""
-    rows = [chat(i, words=2 + i % 9) for i in range(9)]
-    evaluation = Evaluation(test_file="file-test", max_new_tokens=6)
-    alone, both = (
-        lay_out(
-            tmp_path / str(n), tiny, plan(resources=Resources(gpus=n), evaluation=evaluation), rows, rows[:3], rows[:3]
-        )
-        for n in (1, 2)
+@pytest.mark.slow
+def test_two_ranks_killed_go_on_to_the_bit(tmp_path: Path, tiny: Path) -> None:
+    """Both ranks' random numbers come back: each draws the dropout that it would have drawn."""
+    technique = Lora(r=4, dropout=0.3)
+    settled = plan(technique=technique, n_epochs=20, resources=Resources(gpus=2), learning_rate=1e-3)
+    whole, broken = (
+        lay_out(tmp_path / name, tiny, settled, ROWS, public_checkpoints=0, snapshot_seconds=1e-9)
+        for name in ("whole", "broken")
     )
-    carry_out(alone, voice := Voice(None), Wish())
-
-    with spawned(both) as process:
+    with spawned(whole) as process:
         messages = heard(process)
-        said = [next(messages)]
+        next(messages)
         assert len(_children(process.pid)) == 1, "the second rank is not there"
-        said += messages
-        assert process.wait() == 0, (both / "log").read_text()[-3000:]
+        assert list(messages)[-1].type == "finished"
+        assert process.wait() == 0, (whole / "log").read_text()[-3000:]
+    with spawned(broken) as process:
+        for message in heard(process):
+            if message.type == "step" and message.step == 7:
+                os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
 
-    for kind, field in (("step", "train_loss"), ("step", "grad_norm"), ("evaluated", "loss")):
-        found = [getattr(message, field) for message in said if message.type == kind]
-        wanted = [entry[field] for entry in voice.metrics if entry["type"] == kind]
-        assert found == pytest.approx(wanted, rel=1e-3), field
-    answers = [(folder / "out" / "answers.jsonl").read_text() for folder in (alone, both)]
-    assert answers[0] == answers[1]
-    exported, wanted = (load_file(f / "out" / "adapter_model.safetensors") for f in (both, alone))
-    for name, tensor in wanted.items():
-        assert (exported[name] - tensor).abs().max() < 1e-3, name
+    with spawned(broken) as process:
+        said = list(heard(process))
+        assert process.wait() == 0, (broken / "log").read_text()[-3000:]
+
+    [started] = [message for message in said if message.type == "started"]
+    assert 6 <= started.first_step < started.total_steps
+    exported = [(folder / "out" / "adapter_model.safetensors").read_bytes() for folder in (whole, broken)]
+    assert exported[0] == exported[1]
+
+
+@pytest.mark.slow
+def test_stop_sent_to_one_rank_stops_them_all(tmp_path: Path, tiny: Path) -> None:
+    settled = plan(n_epochs=50, resources=Resources(gpus=2))
+    folder = lay_out(tmp_path / "run", tiny, settled, ROWS, public_checkpoints=0)
+    said = []
+    with spawned(folder) as process:
+        for message in heard(process):
+            said.append(message)
+            if message.type == "step" and message.step == 2:
+                os.kill(_children(process.pid)[0], signal.SIGTERM)
+        assert process.wait() == EXIT_PAUSED, (folder / "log").read_text()[-3000:]
+
+    assert said[-1].type == "paused"
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "said"),
+    [
+        ("", 1, "Rank 1 ended with code 0"),
+        ("sys.exit(75)", 1, "Rank 1 ended with code 75"),
+        ("os.kill(os.getpid(), 9)", 1, "Rank 1 ended with code -9"),
+        ("print(REASON); sys.exit(65)", EXIT_USER_ERROR, "Its own reason."),
+    ],
+    ids=["ended", "paused", "killed", "failed"],
+)
+def test_a_rank_that_ends_alone_ends_the_run(program: str, code: int, said: str) -> None:
+    """By any code: the others would wait for it forever."""
+    reason = Failed(kind="user_error", code="invalid_spec", message="Its own reason.").model_dump_json()
+    child = f"import os, sys; REASON = {reason!r}; {program}"
+    script = (
+        "import subprocess, sys, time\n"
+        "from worker.trainer import children\n"
+        "from worker.trainer.report import Voice\n"
+        "children.GRACE = children._ECHO = 0.1\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
+        "children.Children(Voice(1))._watch(child, 1)\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT, timeout=60)
+
+    assert done.returncode == code, done.stderr.decode()
+    [failed] = [parse(line) for line in done.stdout.splitlines()]
+    assert failed.type == "failed"
+    assert failed.message.startswith(said)
 
 
 @pytest.mark.slow

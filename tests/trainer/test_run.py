@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -18,13 +19,16 @@ from run_folders import Ear, chat, lay_out, plan
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import worker.trainer.run as run_module
 from tunery.errors import InvalidTrainingFile, NotFinite
-from tunery.spec import EarlyStopping, Evaluation, Full, Lora, Qlora
-from worker.trainer import checkpoints
+from tunery.spec import EarlyStopping, Evaluation, Full, Lora, Plan, Qlora, Run, Schedule
+from tunery.wire import Evaluated
+from worker.trainer import checkpoints, evaluate, fingerprint
 from worker.trainer.data import collate
+from worker.trainer.loop import learning_rate, train
 from worker.trainer.report import CSV_HEADER, Voice
 from worker.trainer.run import _measure_and_write, carry_out, prepare
-from worker.trainer.training import Progress
+from worker.trainer.training import Progress, Training
 from worker.trainer.wish import Wish
 
 ROWS = [chat(i) for i in range(10)]
@@ -215,6 +219,112 @@ def test_snapshot_is_found_the_next_day_though_the_template_writes_the_date(tmp_
     assert checkpoints.find_snapshot(t) is not None
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("later", [False, True], ids=["this release", "a release with one more option"])
+def test_snapshot_of_an_earlier_release_goes_on(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, ear: Ear, version: int, later: bool
+) -> None:
+    """`tests/data/snapshots`: step 4 of 6 of this very run, as each format of the snapshot wrote it."""
+    if later:
+        monkeypatch.setattr(run_module, "Run", LaterRun)
+    technique = Lora(r=2, alpha=4, dropout=0.1, target_modules=["q_proj", "v_proj"])
+    settled = plan(technique=technique, n_epochs=2, select="best")
+    whole, resumed = (lay_out(tmp_path / name, tiny, settled, ROWS, ROWS[:3]) for name in ("whole", "resumed"))
+    shutil.copytree(SNAPSHOTS / str(version), resumed / "resume")
+
+    carry_out(whole, Voice(None), Wish())
+    carry_out(resumed, Voice(ear.descriptor), Wish())
+
+    assert said(ear, "started")[0].first_step == 5
+    found, wanted = (load_file(folder / "out" / "adapter_model.safetensors") for folder in (resumed, whole))
+    for name, tensor in wanted.items():
+        assert (found[name] - tensor).abs().max() < 1e-5, name
+    assert [step["step"] for step in steps_of(resumed)] == [step["step"] for step in steps_of(whole)]
+
+
+SNAPSHOTS = Path(__file__).parents[1] / "data" / "snapshots"
+
+
+class LaterPlan(Plan):
+    """A plan of the next release."""
+
+    label_smoothing: float = 0.0
+
+
+class LaterRun(Run):
+    plan: LaterPlan
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"learning_rate": 2e-2}, "learning_rate"),
+        ({"technique": Lora(r=2, alpha=8, dropout=0.1, target_modules=["q_proj", "v_proj"])}, "technique"),
+        ({"packing": True}, "packing"),
+        ({"label_smoothing": 0.1}, "label_smoothing"),
+    ],
+)
+def test_snapshot_of_another_plan_is_not_taken(
+    tmp_path: Path, tiny: Path, caplog: pytest.LogCaptureFixture, version: int, changes: dict[str, Any], reason: str
+) -> None:
+    technique = Lora(r=2, alpha=4, dropout=0.1, target_modules=["q_proj", "v_proj"])
+    settled = plan(technique=technique, n_epochs=2, select="best")
+    folder = lay_out(tmp_path / "run", tiny, settled, ROWS, ROWS[:3])
+    shutil.copytree(SNAPSHOTS / str(version), folder / "resume")
+    t = prepare(folder, Voice(None), Wish())
+    assert checkpoints.find_snapshot(t) is not None
+
+    t.run = t.run.model_copy(update={"plan": LaterPlan(**settled.model_dump() | changes)})
+
+    assert checkpoints.find_snapshot(t) is None
+    assert version == 1 or f"another {reason}" in caplog.text
+
+
+def test_options_that_change_no_weight_leave_a_snapshot_good(tmp_path: Path, tiny: Path) -> None:
+    folder = lay_out(tmp_path / "run", tiny, plan(), ROWS)
+    wish = Wish()
+    carry_out(folder, Interrupting(1, wish), wish)
+    t = prepare(folder, Voice(None), Wish())
+
+    scored = Evaluation(test_file="file-test", max_new_tokens=9, max_rows=5)
+    t.run = t.run.model_copy(update={"plan": plan(evaluation=scored, learning_rate_multiplier=3.0)})
+
+    assert checkpoints.find_snapshot(t) is not None
+
+
+def test_a_packed_run_of_the_first_format_is_not_continued(tmp_path: Path, tiny: Path) -> None:
+    """It counted its steps in packed sequences."""
+    folder = lay_out(tmp_path / "run", tiny, plan(packing=True), ROWS)
+    t = prepare(folder, Voice(None), Wish())
+    hashed = t.rows.digest(json.dumps([t.plan.model_dump(mode="json"), "tiny"]).encode())
+
+    assert fingerprint.difference(t, {"run": hashed}) is not None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        (Schedule(type="linear", warmup_ratio=0.2), [0.5, 1.0, 0.75, 0.5, 0.25]),
+        (Schedule(type="linear", warmup_ratio=0.2, min_ratio=0.1), [0.5, 1.0, 0.7, 0.4, 0.1]),
+        (Schedule(type="cosine", warmup_ratio=0.2), [0.5, 1.0, 0.853553, 0.5, 0.146447]),
+        (Schedule(type="cosine", warmup_ratio=0.2, min_ratio=0.1), [0.5, 1.0, 0.775, 0.325, 0.1]),
+        (Schedule(type="constant", warmup_ratio=0.4, min_ratio=0.1), [1 / 3, 2 / 3, 1.0, 1.0, 1.0]),
+        (Schedule(type="linear", warmup_ratio=1.0, min_ratio=0.1), [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6]),
+    ],
+)
+def test_schedule_ends_at_its_least_rate(schedule: Schedule, rates: list[float]) -> None:
+    settled = plan(schedule=schedule, learning_rate=1.0)
+
+    assert [learning_rate(settled, step, 5) for step in range(1, 6)] == pytest.approx(rates, abs=1e-6)
+
+
+def test_a_run_of_one_step_takes_it_at_the_full_rate() -> None:
+    settled = plan(schedule=Schedule(min_ratio=0.1), learning_rate=1.0)
+
+    assert learning_rate(settled, 1, 1) == 1.0
+
+
 def test_snapshot_of_other_rows_is_not_taken(tmp_path: Path, tiny: Path) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(), ROWS)
     wish = Wish()
@@ -231,8 +341,6 @@ def test_loss_that_is_no_number_ends_the_run_before_the_weights_are_touched(tmp_
     poisoned.data[0] = float("nan")
     before = {name: p.detach().clone() for name, p in t.parameters.items()}
 
-    from worker.trainer.loop import train
-
     with pytest.raises(NotFinite, match="Lower the learning rate"):
         train(t, Progress())
 
@@ -241,7 +349,7 @@ def test_loss_that_is_no_number_ends_the_run_before_the_weights_are_touched(tmp_
 
 
 def test_early_stopping_ends_the_run_and_exports_the_best_step(tmp_path: Path, tiny: Path, ear: Ear) -> None:
-    # No epoch gains 100 nats, so the first stays the best.
+    """No epoch gains 100 nats, which wears out the patience; the best is the lowest loss all the same."""
     settled = plan(n_epochs=12, early_stopping=EarlyStopping(patience=2, min_delta=100))
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS, [chat(200 + i) for i in range(6)])
 
@@ -249,10 +357,72 @@ def test_early_stopping_ends_the_run_and_exports_the_best_step(tmp_path: Path, t
 
     [finished] = said(ear, "finished")
     assert finished.stopped_early
-    assert (finished.step, finished.steps) == (3, 9)
+    losses = {message.step: message.loss for message in said(ear, "evaluated")}
+    assert list(losses) == [3, 6, 9]
+    assert finished.steps == 9
+    assert finished.step == min(losses, key=losses.__getitem__) != 3
     exported = load_file(folder / "out" / "adapter_model.safetensors")
     public = folder / "checkpoints" / f"step-{finished.step}" / "adapter_model.safetensors"
     assert all(torch.equal(tensor, load_file(public)[name]) for name, tensor in exported.items())
+
+
+def test_best_step_may_be_before_the_last(tmp_path: Path, tiny: Path, ear: Ear) -> None:
+    settled = plan(n_epochs=6, select="best", learning_rate=0.2, technique=Lora(r=16))
+    folder = lay_out(tmp_path / "run", tiny, settled, ROWS[:4], [chat(200 + i) for i in range(6)])
+
+    assert carry_out(folder, Voice(ear.descriptor), Wish())
+
+    [finished] = said(ear, "finished")
+    losses = {message.step: message.loss for message in said(ear, "evaluated")}
+    assert finished.step == min(losses, key=losses.__getitem__) < 6
+    t = prepare(folder, Voice(None), Wish())
+    checkpoints.restore_best(t, Progress(best_step=finished.step))
+    assert evaluate.loss(t, t.valid.rows)[0] == pytest.approx(losses[finished.step], rel=1e-5)
+
+
+def test_lost_best_weights_are_an_error(tmp_path: Path, tiny: Path) -> None:
+    """The last weights in their place would be exported under the best step's number."""
+    settled = plan(n_epochs=2, select="best")
+    folder = lay_out(tmp_path / "run", tiny, settled, ROWS, ROWS[:3], public_checkpoints=0)
+
+    class Losing(Voice):
+        def say(self, message: BaseModel) -> None:
+            super().say(message)
+            if isinstance(message, Evaluated) and message.step == 6:
+                (folder / "snapshots" / "best.safetensors").unlink()
+
+    t = prepare(folder, Losing(None), Wish())
+    t.optimizer.step = _rising(t, t.optimizer.step)
+
+    with pytest.raises(RuntimeError, match="step 3, the best, are missing"):
+        train(t, Progress())
+
+    assert not (folder / "out").exists()
+
+
+def _rising(t: Training, usual: Any) -> Any:
+    """An optimizer's step that makes every later weight worse."""
+
+    def step() -> None:
+        usual()
+        with torch.no_grad():
+            for parameter in t.parameters.values():
+                parameter.mul_(1.5)
+
+    return step
+
+
+def test_validation_loss_that_is_no_number_ends_the_run(tmp_path: Path, tiny: Path) -> None:
+    """No step would be the best then, and the last would be exported for it."""
+    folder = lay_out(tmp_path / "run", tiny, plan(select="best", n_epochs=2), ROWS, ROWS[:3])
+    t = prepare(folder, Voice(None), Wish())
+    usual = t.objective.forward
+    t.objective.forward = lambda batch, scale: tuple(
+        value if t.objective.training else value * float("nan") for value in usual(batch, scale)
+    )
+
+    with pytest.raises(NotFinite, match="nan on the validation file at step 3"):
+        train(t, Progress())
 
 
 def test_best_without_validation_rows_is_the_users_error(tmp_path: Path, tiny: Path) -> None:
@@ -303,7 +473,7 @@ def test_only_rank_0_touches_the_artifact(tmp_path: Path, tiny: Path) -> None:
     """A late sister would wipe what rank 0 has just written."""
     t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
     (t.folder / ".out.partial").mkdir()
-    t.accelerator = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None)
+    t.accelerator = SimpleNamespace(is_main_process=False, process_index=1, wait_for_everyone=lambda: None)
 
     _measure_and_write(t, Progress(step=1), None)
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from worker.trainer import report
+from worker.trainer import fingerprint, report
+from worker.trainer.parallel import whole
 from worker.trainer.training import Progress, Training
 
 log = logging.getLogger(__name__)
@@ -29,33 +30,49 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+VERSION = 2
+"""Of a snapshot's format. 1, which did not say so, had the options as one hash and the state of rank 0 alone."""
 KEPT_SNAPSHOTS = 2
 """The newest may be on its way to storage while the next is written, so one older stays."""
 
 
 def save_snapshot(t: Training, progress: Progress) -> str:
     """Everything that a run needs to go on as if it had not stopped; its path in the run directory."""
-
-    def write(folder: Path) -> None:
-        numbers, tensors = _flatten(t.optimizer.state_dict()["state"])
-        save_file({name: _whole(p) for name, p in t.parameters.items()}, folder / "weights.safetensors")
-        save_file(tensors | _random_state(), folder / "optimizer.safetensors")
-        report.write_lines(folder / "metrics.jsonl", t.voice.metrics)
-        if _best(t).exists():
-            os.link(_best(t), folder / "best.safetensors")
-        state = {
-            "progress": asdict(progress),
-            "optimizer": numbers,
-            "budget": t.memory.max_tokens,
-            "run": fingerprint(t),
-        }
-        digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-        (folder / "state.json").write_text(json.dumps(state | {"sha256": digests}, indent=2))
-
     path = f"snapshots/step-{progress.step}"
-    _write_whole(t.folder / path, write)
-    _drop_old(t.folder / "snapshots", KEPT_SNAPSHOTS)
+    weights = t.ranks.gather_state(t.parameters)
+    ranks = t.ranks.gather((asdict(t.memory), _random_state()))
+    if t.ranks.is_main:
+        _write_whole(t.folder / path, lambda folder: _write_snapshot(t, progress, folder, weights, ranks))
+        _drop_old(t.folder / "snapshots", KEPT_SNAPSHOTS)
+    t.ranks.wait()
     return path
+
+
+def _write_snapshot(
+    t: Training,
+    progress: Progress,
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    ranks: list[tuple[dict[str, Any], dict[str, torch.Tensor]]],
+) -> None:
+    numbers, tensors = _flatten(_by_name(t, t.optimizer.state_dict()["state"]))
+    random = {
+        f"random.{rank}.{name}": state for rank, (_, states) in enumerate(ranks) for name, state in states.items()
+    }
+    save_file(weights, folder / "weights.safetensors")
+    save_file(tensors | random, folder / "optimizer.safetensors")
+    report.write_lines(folder / "metrics.jsonl", t.voice.metrics)
+    if _best(t).exists():
+        os.link(_best(t), folder / "best.safetensors")
+    state = {
+        "version": VERSION,
+        "progress": asdict(progress),
+        "run": fingerprint.describe(t),
+        "optimizer": numbers,
+        "memory": [memory for memory, _ in ranks],
+        "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=2))
 
 
 def find_snapshot(t: Training) -> Path | None:
@@ -65,8 +82,10 @@ def find_snapshot(t: Training) -> Path | None:
     for folder, state in sorted(states.items(), key=lambda item: -int(item[1]["progress"]["step"])):
         if damaged := [name for name, digest in state["sha256"].items() if not _is_whole(folder / name, digest)]:
             log.warning("snapshot %s is damaged (%s): an older one is taken", folder, ", ".join(damaged))
-        elif state["run"] != fingerprint(t):
-            log.warning("snapshot %s is of another plan or other rows: not used", folder)
+        elif state.get("version", 1) > VERSION:
+            log.warning("snapshot %s is of a newer release: not used", folder)
+        elif (reason := fingerprint.difference(t, state)) is not None:
+            log.warning("snapshot %s is not used: %s", folder, reason)
         else:
             return folder
     return None
@@ -94,46 +113,72 @@ def restore(t: Training, folder: Path) -> Progress:
     state = json.loads((folder / "state.json").read_text())
     _load_weights(t, folder / "weights.safetensors")
     tensors = load_file(folder / "optimizer.safetensors")
-    _set_random_state(tensors)
-    t.optimizer.load_state_dict(t.optimizer.state_dict() | {"state": _unflatten(state["optimizer"], tensors)})
+    if state.get("version", 1) == 1:
+        state, tensors = _of_format_1(t, state, tensors)
+    _set_random_state(tensors, f"random.{t.ranks.index}.")
+    states = _by_index(t, _unflatten(state["optimizer"], tensors))
+    t.optimizer.load_state_dict(t.optimizer.state_dict() | {"state": states})
     t.voice.metrics[:] = report.read_lines(folder / "metrics.jsonl")
-    most = min(t.memory.max_tokens, state["budget"]) if t.device.type == "cuda" else state["budget"]
-    t.memory = replace(t.memory, max_tokens=most)
-    _best(t).unlink(missing_ok=True)  # it may be of a later step than the snapshot
-    if (folder / "best.safetensors").exists():
-        _best(t).parent.mkdir(exist_ok=True)
-        shutil.copyfile(folder / "best.safetensors", _best(t))
+    _take_over(t, state["memory"])
+    if t.ranks.is_main:
+        _best(t).unlink(missing_ok=True)  # it may be of a later step than the snapshot
+        if (folder / "best.safetensors").exists():
+            _best(t).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / "best.safetensors", _best(t))
     return Progress(**state["progress"])
 
 
-def fingerprint(t: Training) -> str:
-    """What must be equal for a snapshot to be this run's: the plan, the base's name and the very tokens."""
-    digest = hashlib.sha256(json.dumps([t.plan.model_dump(mode="json"), t.run.base_model]).encode())
-    for row in t.rows.rows:
-        digest.update(torch.tensor([row.input_ids, row.labels]).numpy().tobytes())
-    return digest.hexdigest()
+def _take_over(t: Training, plans: list[dict[str, Any]]) -> None:
+    """The memory plan of the snapshot: another cut into micro-batches would draw other random numbers.
+
+    On a GPU never a larger one than fits this device, which may not be the one that the run began on.
+    """
+    then = plans[min(t.ranks.index, len(plans) - 1)]["max_tokens"]
+    most = min(t.memory.max_tokens, then) if t.device.type == "cuda" else then
+    t.memory = replace(t.memory, max_tokens=most)
+
+
+def _of_format_1(
+    t: Training, state: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A snapshot of the first format in today's: state was addressed by the parameter's place, and rank 0's alone."""
+    names = _names(t)
+
+    def renamed(key: str) -> str:
+        place, _, rest = key.partition(".")
+        return f"{names[int(place)]}:{rest}" if place.isdecimal() else key.replace("random.", "random.0.")
+
+    numbers = {renamed(key): value for key, value in state["optimizer"].items()}
+    moved = {renamed(key): value for key, value in tensors.items()}
+    progress = {"gained_loss": state["progress"]["best_loss"], **state["progress"]}
+    memory = [{"max_tokens": state["budget"]}]
+    return state | {"optimizer": numbers, "memory": memory, "progress": progress}, moved
 
 
 def keep_best(t: Training) -> None:
     """Keeps the present weights as the best so far. A new file, so that snapshots linked to the old one keep theirs."""
-    if t.accelerator.is_main_process:
+    weights = t.ranks.gather_state(t.parameters)
+    if t.ranks.is_main:
         _best(t).parent.mkdir(exist_ok=True)
         partial = _best(t).with_suffix(".partial")
-        save_file({name: _whole(p) for name, p in t.parameters.items()}, partial)
+        save_file(weights, partial)
         partial.replace(_best(t))
-    t.accelerator.wait_for_everyone()
+    t.ranks.wait()
 
 
-def restore_best(t: Training) -> None:
-    if _best(t).exists():
-        _load_weights(t, _best(t))
+def restore_best(t: Training, progress: Progress) -> None:
+    """Puts the weights of the best step in place. Raises RuntimeError where they are missing."""
+    if not _best(t).exists():  # why not the last weights: they are others than the record says
+        raise RuntimeError(f"the weights of step {progress.best_step}, the best, are missing from snapshots/")
+    _load_weights(t, _best(t))
 
 
 def save_public(t: Training, progress: Progress) -> str:
     """The model as it is now, as a user would load it; its path in the run directory. Keeps the last few."""
     path = f"checkpoints/step-{progress.step}"
-    _write_whole(t.folder / path, lambda folder: write_artifact(t, progress, folder))
-    _drop_old(t.folder / "checkpoints", t.run.public_checkpoints)
+    if t.ranks.is_main:
+        _write_whole(t.folder / path, lambda folder: write_artifact(t, progress, folder))
+        _drop_old(t.folder / "checkpoints", t.run.public_checkpoints)
     return path
 
 
@@ -153,11 +198,6 @@ def _best(t: Training) -> Path:
     return t.folder / "snapshots" / "best.safetensors"
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host with memory of its own: safetensors refuses tensors that share theirs."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
 def _load_weights(t: Training, path: Path) -> None:
     weights = load_file(path)
     with torch.no_grad():
@@ -165,28 +205,43 @@ def _load_weights(t: Training, path: Path) -> None:
             parameter.copy_(weights[name])
 
 
+def _names(t: Training) -> list[str]:
+    """The names of the optimizer's parameters, in its order."""
+    name_of = {id(parameter): name for name, parameter in t.parameters.items()}
+    return [name_of[id(parameter)] for group in t.optimizer.param_groups for parameter in group["params"]]
+
+
+def _by_name(t: Training, states: dict[int, Any]) -> dict[str, Any]:
+    names = _names(t)
+    return {names[index]: state for index, state in states.items()}
+
+
+def _by_index(t: Training, states: dict[str, Any]) -> dict[int, Any]:
+    return {index: states[name] for index, name in enumerate(_names(t)) if name in states}
+
+
 def _flatten(states: dict[Any, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """An optimizer's state, nested as it may be, as numbers and tensors by `index.key` (or `index.key.key`)."""
+    """An optimizer's state, nested as it may be, as numbers and tensors by `parameter:key` (or `parameter:key:key`)."""
     numbers: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
     for key, value in states.items():
         if isinstance(value, dict):
-            inner_numbers, inner_tensors = _flatten(value, f"{prefix}{key}.")
+            inner_numbers, inner_tensors = _flatten(value, f"{prefix}{key}:")
             numbers |= inner_numbers
             tensors |= inner_tensors
         elif isinstance(value, torch.Tensor):
-            tensors[f"{prefix}{key}"] = _whole(value)
+            tensors[f"{prefix}{key}"] = whole(value)
         else:
             numbers[f"{prefix}{key}"] = value
     return numbers, tensors
 
 
-def _unflatten(numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, Any]]:
-    states: dict[int, dict[str, Any]] = {}
+def _unflatten(numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    states: dict[str, dict[str, Any]] = {}
     for name, value in {**numbers, **tensors}.items():
-        index, *keys = name.split(".")
-        if index.isdecimal():
-            place = states.setdefault(int(index), {})
+        parameter, *keys = name.split(":")
+        if keys:
+            place = states.setdefault(parameter, {})
             for key in keys[:-1]:
                 place = place.setdefault(key, {})
             place[keys[-1]] = value
@@ -194,16 +249,18 @@ def _unflatten(numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dic
 
 
 def _random_state() -> dict[str, torch.Tensor]:
-    states = {"random.cpu": torch.get_rng_state()}
+    states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states["random.cuda"] = torch.cuda.get_rng_state()
+        states["cuda"] = torch.cuda.get_rng_state()
     return states
 
 
-def _set_random_state(tensors: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available() and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+def _set_random_state(tensors: dict[str, torch.Tensor], prefix: str) -> None:
+    """A rank that the snapshot does not know keeps its own stream."""
+    if f"{prefix}cpu" in tensors:
+        torch.set_rng_state(tensors[f"{prefix}cpu"])
+    if torch.cuda.is_available() and f"{prefix}cuda" in tensors:
+        torch.cuda.set_rng_state(tensors[f"{prefix}cuda"])
 
 
 def _write_whole(path: Path, write: Callable[[Path], None]) -> None:

@@ -5,9 +5,11 @@ its loss. The order is a pure function of the seed and the epoch, so a resumed r
 step to go on with the very same rows.
 """
 
+import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -48,6 +50,17 @@ class Rows:
     @property
     def tokens(self) -> int:
         return sum(map(len, self.rows))
+
+    @cached_property
+    def sha256(self) -> str:
+        """The digest of every token and label."""
+        return self.digest(b"")
+
+    def digest(self, before: bytes) -> str:
+        digest = hashlib.sha256(before)
+        for row in self.rows:
+            digest.update(torch.tensor([row.input_ids, row.labels]).numpy().tobytes())
+        return digest.hexdigest()
 
 
 Packed = list[int]

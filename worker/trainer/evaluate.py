@@ -1,5 +1,6 @@
 """What a model is worth: its loss on a validation file, and its answers on test rows beside the base's."""
 
+import itertools
 import json
 import math
 import re
@@ -8,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import GenerationConfig
 
@@ -27,7 +27,7 @@ _DECODER = json.JSONDecoder()
 
 def loss(t: Training, rows: list[Row]) -> tuple[float, float]:
     """Mean loss (nats) and share of right guesses over all labelled tokens of `rows`."""
-    mine = list(range(len(rows)))[t.accelerator.process_index :: t.accelerator.num_processes]
+    mine = list(range(len(rows)))[t.ranks.index :: t.ranks.count]
     lengths, groups = [len(row) for row in rows], [t.group_of(row) for row in rows]
     sums = torch.zeros(2, dtype=torch.float64, device=t.device)
     t.objective.eval()
@@ -36,7 +36,7 @@ def loss(t: Training, rows: list[Row]) -> tuple[float, float]:
             total, right = t.objective(collate(rows, part, t.device), 1.0)
             sums += torch.stack([total.double(), right.double()])
     t.objective.train()
-    total_loss, total_right = t.accelerator.reduce(sums, "sum").tolist()
+    total_loss, total_right = t.ranks.sum(sums).tolist()
     labels = sum(row.labelled for row in rows)
     return total_loss / labels, total_right / labels
 
@@ -74,24 +74,24 @@ def answers(t: Training, asked: list[Question], *, base: bool) -> list[str]:
     """Greedy answers of the tuned model, or of the base under its adapter. Raises Stopped between batches."""
     model: Any = t.objective.model
     without_adapter = model.disable_adapter() if base and isinstance(model, PeftModel) else nullcontext()
-    mine = list(range(len(asked)))[t.accelerator.process_index :: t.accelerator.num_processes]
+    mine = list(range(len(asked)))[t.ranks.index :: t.ranks.count]
     mine.sort(key=lambda i: len(asked[i].prompt_ids))  # like lengths together: the padding of a batch costs time
     given: list[tuple[int, str]] = []
     t.objective.eval()
     with torch.no_grad(), without_adapter:
         size = ANSWER_BATCH[t.device.type]
-        while len(given) < len(mine):
-            t.wish.check()
+        for _ in t.ranks.turns(t.wish, lambda: len(given) < len(mine)):
+            if len(given) == len(mine):
+                continue  # the others are not done
             chosen = mine[len(given) : len(given) + size]
             try:
-                given += zip(chosen, _generate(t, [asked[i].prompt_ids for i in chosen]), strict=True)
+                given.extend(zip(chosen, _generate(t, [asked[i].prompt_ids for i in chosen]), strict=True))
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
                 size //= 2
     t.objective.train()
-    together = gather_object(given) if t.accelerator.num_processes > 1 else given
-    return [text for _, text in sorted(together)]
+    return [text for _, text in sorted(itertools.chain(*t.ranks.gather(given)))]
 
 
 def _generate(t: Training, prompts: list[list[int]]) -> list[str]:

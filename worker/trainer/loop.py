@@ -51,17 +51,21 @@ def train(t: Training, progress: Progress) -> bool:
             _save_snapshot(t, progress)
             saved_at = time.monotonic()
     if t.keeps_best:
-        checkpoints.restore_best(t)
+        checkpoints.restore_best(t, progress)
     return True
 
 
 def learning_rate(plan: Plan, step: int, total: int) -> float:
-    """The rate of a step (1 to total): a straight rise over the warmup, then the schedule's fall. Never zero."""
+    """The rate of a step (1 to total): a straight rise over the warmup, then the schedule's fall. Never zero.
+
+    A fall to a `min_ratio` above 0 arrives there at the last step; a fall to 0 one step later, where no step is lost.
+    """
     schedule, done = plan.schedule, step - 1
     warmup = round(schedule.warmup_ratio * total)
     if done < warmup:
         return plan.learning_rate * (done + 1) / (warmup + 1)
-    share = (done - warmup) / max(1, total - warmup)
+    falls = total - warmup - (1 if schedule.min_ratio else 0)
+    share = (done - warmup) / max(1, falls)
     fall = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}[schedule.type]
     return plan.learning_rate * (schedule.min_ratio + (1 - schedule.min_ratio) * fall)
 
@@ -86,9 +90,9 @@ def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
     rate = learning_rate(t.plan, step, t.total_steps)
     labels = sum(t.labelled[i] for i in rows)
     sums = _accumulate(t, rows, labels)
-    _add_gradients_of_ranks(t)
+    t.ranks.add_gradients(list(t.parameters.values()))
     norm = torch.nn.utils.clip_grad_norm_(t.parameters.values(), t.plan.max_grad_norm)
-    sums = t.accelerator.reduce(torch.cat([sums, sums.new_tensor([float(t.wish.stop)])]), "sum")
+    sums = t.ranks.sum(torch.cat([sums, sums.new_tensor([float(t.wish.stop)])]))
     loss, right, asked, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NotFinite(value=loss if not math.isfinite(loss) else f"{loss:.4f} with a gradient of {grad_norm}",
@@ -146,20 +150,6 @@ def _sum(t: Training, parts: Iterable[torch.Tensor]) -> torch.Tensor:
     return sum(parts, start=torch.zeros(2, dtype=torch.float64, device=t.device))
 
 
-def _add_gradients_of_ranks(t: Training) -> None:
-    """Sums the gradients over the ranks.
-
-    Why not DistributedDataParallel: it wants equally many backward passes on each rank, and takes means. Here a rank
-    may have fewer micro-batches than another, or none in an epoch's last step.
-    """
-    if t.accelerator.num_processes == 1:
-        return
-    for parameter in t.parameters.values():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        parameter.grad.copy_(t.accelerator.reduce(parameter.grad, "sum"))
-
-
 def _glimpse(t: Training, step: int) -> dict[str, float]:
     """Loss and accuracy on one batch of the validation file, every thirtieth of the run or tenth step."""
     every = max(10, t.total_steps // 30)
@@ -178,31 +168,43 @@ def _evaluation_due(t: Training, step: int) -> bool:
 
 
 def _evaluate(t: Training, progress: Progress) -> None:
-    """The full validation loss; notes the best step and whether it is time to stop early."""
+    """The full validation loss; notes the best step and whether it is time to stop early.
+
+    The best is the lowest, by however little. A gain below `min_delta` only wears out the patience. Raises NotFinite.
+    """
     assert t.valid is not None
     loss, accuracy = evaluate.loss(t, t.valid.rows)
     t.voice.say(Evaluated(step=progress.step, loss=loss, accuracy=accuracy))
-    stopping = t.plan.early_stopping
-    least_gain = stopping.min_delta if stopping else 0.0
-    if progress.best_loss is None or loss < progress.best_loss - least_gain:
-        progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
+    if not math.isfinite(loss):
+        rate = learning_rate(t.plan, progress.step, t.total_steps)
+        raise NotFinite(value=f"{loss} on the validation file", step=progress.step, rate=rate)
+    if progress.best_loss is None or loss < progress.best_loss:
+        progress.best_loss, progress.best_step = loss, progress.step
         if t.keeps_best:
             checkpoints.keep_best(t)
+    _wear_patience(t, progress, loss)
+
+
+def _wear_patience(t: Training, progress: Progress, loss: float) -> None:
+    """Counts evaluations since the loss last fell by more than `min_delta`; at `patience` of them the run ends."""
+    stopping = t.plan.early_stopping
+    least_gain = stopping.min_delta if stopping else 0.0
+    if progress.gained_loss is None or loss < progress.gained_loss - least_gain:
+        progress.gained_loss, progress.stale = loss, 0
     else:
         progress.stale += 1
         progress.stopped_early = stopping is not None and progress.stale >= stopping.patience
 
 
 def _save_public(t: Training, progress: Progress) -> None:
-    if t.run.public_checkpoints and t.accelerator.is_main_process:
+    if t.run.public_checkpoints:
         path = checkpoints.save_public(t, progress)
         t.voice.say(CheckpointSaved(kind="public", step=progress.step, path=path))
 
 
 def _save_snapshot(t: Training, progress: Progress) -> None:
-    if t.accelerator.is_main_process:
-        path = checkpoints.save_snapshot(t, progress)
-        t.voice.say(CheckpointSaved(kind="snapshot", step=progress.step, path=path))
+    path = checkpoints.save_snapshot(t, progress)
+    t.voice.say(CheckpointSaved(kind="snapshot", step=progress.step, path=path))
 
 
 def _sample(t: Training) -> torch.Tensor:

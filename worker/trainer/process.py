@@ -1,7 +1,6 @@
 """The process around a run: its environment, its sister ranks, and how it ends.
 
-With several GPUs this process is rank 0 and starts the others itself, in its own process group, so that whoever kills
-the group has killed them all (torchrun's workers start sessions of their own and would outlive it).
+With several GPUs this process is rank 0 and starts the others itself (`children.py`).
 """
 
 import contextlib
@@ -9,10 +8,7 @@ import ctypes
 import logging
 import os
 import signal
-import socket
-import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import torch
@@ -21,7 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from tunery.errors import JobFailure, NotFinite, TuneryError
 from tunery.spec import Run
-from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Failed, Paused
+from tunery.wire import EXIT_PAUSED, Failed, Paused
+from worker.trainer.children import Children, exit_code
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out
 from worker.trainer.wish import Stopped, Wish
@@ -39,10 +36,11 @@ def carry_out_and_tell(folder: Path, pipe: int, wish: Wish) -> int:
     """Carries out the run, says on `pipe` how it ended and gives the exit code."""
     rank = int(os.environ.get("RANK", "0"))
     voice = Voice(pipe if rank == 0 else None)
+    children = Children(voice if rank == 0 else Voice(pipe))  # a rank says to rank 0 why it failed, and nothing else
     _settle(rank)
     try:
         if rank == 0:
-            _start_ranks(folder, voice)
+            children.start(folder, _world(folder))
         return 0 if carry_out(folder, voice, wish) else EXIT_PAUSED
     except Stopped:
         voice.say(Paused(step=0, path=None))
@@ -51,10 +49,11 @@ def carry_out_and_tell(folder: Path, pipe: int, wish: Wish) -> int:
         return 1  # nobody listens any more, so there is nobody to tell
     except Exception as error:
         log.exception("the run ends here")
-        failed = describe(error)
-        with contextlib.suppress(BrokenPipeError):
-            voice.say(failed)
-        return EXIT_USER_ERROR if failed.kind in {"user_error", "nan_loss"} else 1
+        return exit_code(children.say_failed(describe(error)))
+
+
+def _world(folder: Path) -> int:
+    return int(Run.model_validate_json((folder / "spec.json").read_text()).plan.resources.gpus)
 
 
 def describe(error: Exception) -> Failed:
@@ -84,34 +83,6 @@ def _settle(rank: int) -> None:
     )
     if rank:
         _die_with_parent()
-
-
-def _start_ranks(folder: Path, voice: Voice) -> None:
-    """Starts ranks 1 to n-1 and, from here on, ends this process when one fails: it would wait for it forever."""
-    world = Run.model_validate_json((folder / "spec.json").read_text()).plan.resources.gpus
-    if world == 1:
-        return
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    os.environ.update(shared, RANK="0", LOCAL_RANK="0")
-    for rank in range(1, world):
-        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        child = subprocess.Popen([sys.executable, "-m", "worker.trainer", str(folder)], env=environment)
-        threading.Thread(target=_watch, args=(child, rank, voice), daemon=True).start()
-
-
-def _watch(child: subprocess.Popen[bytes], rank: int, voice: Voice) -> None:
-    code = child.wait()
-    if code not in (0, EXIT_PAUSED, EXIT_USER_ERROR):
-        message = f"Rank {rank} ended with code {code}; its reason is in the log."
-        with contextlib.suppress(BrokenPipeError):
-            voice.say(Failed(kind="crashed", code="training_crashed", message=message))
-        os._exit(1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _die_with_parent() -> None:

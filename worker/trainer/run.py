@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -17,11 +15,12 @@ from tunery.errors import InvalidTrainingFile
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
 from tunery.wire import Finished, Paused, Phase, Score, Started
-from worker.trainer import checkpoints, evaluate, packing, parity, preflight, report
+from worker.trainer import checkpoints, evaluate, packing, parallel, parity, preflight, report
 from worker.trainer.data import Rows, collate, read_examples, read_rows
 from worker.trainer.loop import train
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective, all_and_trainable
+from worker.trainer.parallel import Ranks
 from worker.trainer.recipes.full import FULL
 from worker.trainer.recipes.lora import LORA
 from worker.trainer.recipes.qlora import QLORA
@@ -67,23 +66,25 @@ def carry_out(folder: Path, voice: Voice, wish: Wish) -> bool:
 def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     """Reads the spec, the rows and the model, and settles how the work is cut up."""
     run = Run.model_validate_json((folder / "spec.json").read_text())
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = parallel.accelerator()
+    ranks = Ranks(accelerator)
     torch.manual_seed(run.plan.seed)
     template = ChatTemplate.load(folder / "base", now=run.now)
     rows = read_rows(folder / "data" / "train.jsonl", template, run.plan.max_seq_length)
     valid = _validation_rows(folder, run, template)
-    wish.check()
+    ranks.check(wish)
     recipe = RECIPES[run.plan.technique.type]
     base = recipe.load_base(folder / "base", run.plan.technique, accelerator.device)
     adapter = folder / "adapter"
     objective = Objective(recipe.prepare(base, run.plan.technique, adapter if adapter.exists() else None))
     objective.settle(collate([min(rows.rows, key=len)], [[0]], accelerator.device))
     parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    _agree(accelerator, parameters)
-    wish.check()
+    ranks.share_weights(parameters.values())
+    ranks.check(wish)
     warnings: list[str] = []
     packs = _packs(run, rows, objective, accelerator.device, warnings)
     plan = _memory_plan(run, base, objective, rows, packs)
+    parallel.draw_apart(ranks, run.plan.seed)
     return Training(
         run=run,
         folder=folder,
@@ -112,13 +113,6 @@ def _validation_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows | N
             role="validation", reason="There is none, and early_stopping and select: best need its loss. Add one."
         )
     return None
-
-
-def _agree(accelerator: Accelerator, parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Every rank starts from rank 0's weights: equal seeds give equal weights on equal GPUs only."""
-    if accelerator.num_processes > 1:
-        for parameter in parameters.values():
-            parameter.data = broadcast(parameter.data)
 
 
 def _packs(run: Run, rows: Rows, objective: Objective, device: torch.device, warnings: list[str]) -> bool:
@@ -201,9 +195,9 @@ def _measure_and_write(t: Training, progress: Progress, base_answers: list[str] 
     """The scorecard, to which every rank answers its share, and then the artifact, which rank 0 writes."""
     scored = _score(t, _questions(t), base_answers)
     t.voice.say(Phase(phase="saving"))
-    if t.accelerator.is_main_process:
+    if t.ranks.is_main:
         _write(t, progress, scored)
-    t.accelerator.wait_for_everyone()
+    t.ranks.wait()
 
 
 def _score(t: Training, asked: list[evaluate.Question], base_answers: list[str] | None) -> Scored | None:
@@ -234,7 +228,7 @@ def _write(t: Training, progress: Progress, scored: Scored | None) -> None:
 
 def _save_for_later(t: Training, progress: Progress) -> None:
     """A snapshot of the last step, unless there is one: stopped while evaluating, the training itself is done."""
-    if progress.step and t.accelerator.is_main_process and not _snapshot_path(t, progress).exists():
+    if progress.step and not t.ranks.any(_snapshot_path(t, progress).exists()):
         checkpoints.save_snapshot(t, progress)
 
 

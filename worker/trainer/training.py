@@ -12,6 +12,7 @@ from tunery.spec import Plan, Run
 from worker.trainer.data import MicroBatch, Row, Rows, micro_batches, steps_per_epoch
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective
+from worker.trainer.parallel import Ranks
 from worker.trainer.recipes.recipe import Recipe
 from worker.trainer.replays import Replays
 from worker.trainer.report import Voice
@@ -27,7 +28,8 @@ class Progress:
     seconds: float = 0.0
     best_step: int | None = None
     best_loss: float | None = None
-    stale: int = 0  # evaluations since the best
+    gained_loss: float | None = None  # the loss that patience measures the next ones by
+    stale: int = 0  # evaluations since then
     stopped_early: bool = False
 
 
@@ -63,6 +65,10 @@ class Training:
         self.groups = [self.group_of(row) for row in self.rows.rows]
 
     @property
+    def ranks(self) -> Ranks:
+        return Ranks(self.accelerator)
+
+    @property
     def plan(self) -> Plan:
         return self.run.plan
 
@@ -87,6 +93,6 @@ class Training:
     def share(self, rows: list[int]) -> list[MicroBatch]:
         """This rank's micro-batches of a step: every world-th row by length, so that the ranks have like work."""
         ordered = sorted(rows, key=lambda i: self.lengths[i], reverse=True)
-        mine = ordered[self.accelerator.process_index :: self.accelerator.num_processes]
+        mine = ordered[self.ranks.index :: self.ranks.count]
         plan = self.memory
         return micro_batches(mine, self.lengths, plan.max_tokens, packed_tokens=plan.packed_tokens, groups=self.groups)

@@ -1,0 +1,90 @@
+"""The other ranks of a run, as child processes of rank 0.
+
+They live in rank 0's own process group, so that whoever kills the group has killed them all (torchrun's workers start
+sessions of their own and would outlive it).
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Failed, parse
+from worker.trainer.report import Voice
+
+GRACE = 5.0
+"""Seconds from the end of one rank to that of the run: ranks that end for one reason end within it, each by itself."""
+_ECHO = 2.0
+"""Seconds for which rank 0 asks whether an error of its own only echoes the end of another rank."""
+
+
+class Children:
+    """Ranks 1 to n-1. One that ends while rank 0 goes on ends the run, which would wait for it forever."""
+
+    def __init__(self, voice: Voice) -> None:
+        self._voice = voice
+        self._count = 0
+        self._failed: Failed | None = None
+        self._one_failed = threading.Event()
+        self._said = threading.Lock()
+
+    def start(self, folder: Path, world: int) -> None:
+        """Starts them and makes this process rank 0 of `world`."""
+        if world == 1:
+            return
+        self._count = world - 1
+        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        os.environ.update(shared, RANK="0", LOCAL_RANK="0")
+        for rank in range(1, world):
+            environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, "-m", "worker.trainer", str(folder)]
+            child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+            threading.Thread(target=self._watch, args=(child, rank), daemon=True).start()
+
+    def say_failed(self, own: Failed) -> Failed:
+        """Says once why the run failed, and returns it: a child's reason where rank 0's own only echoes its end."""
+        if self._count and own.kind == "crashed":
+            self._one_failed.wait(_ECHO)
+        failed = self._failed if self._failed is not None and own.kind == "crashed" else own
+        if self._said.acquire(blocking=False):
+            with contextlib.suppress(BrokenPipeError):
+                self._voice.say(failed)
+        return failed
+
+    def _watch(self, child: subprocess.Popen[bytes], rank: int) -> None:
+        assert child.stdout is not None
+        last = (child.stdout.read().splitlines() or [b""])[-1]
+        code = child.wait()
+        failed = _reason(last, rank, code)
+        if code not in {0, EXIT_PAUSED}:
+            self._failed = self._failed or failed
+            self._one_failed.set()
+        if code >= 0:  # a signal concerns one rank alone; a code may be that of all
+            time.sleep(GRACE)
+        os._exit(exit_code(self.say_failed(failed)))
+
+
+def exit_code(failed: Failed) -> int:
+    """The exit code of a rank that failed so."""
+    return EXIT_USER_ERROR if failed.kind in {"user_error", "nan_loss"} else 1
+
+
+def _reason(last: bytes, rank: int, code: int) -> Failed:
+    """A child's own last message, if it gave a reason."""
+    with contextlib.suppress(ValidationError):
+        if isinstance(said := parse(last), Failed):
+            return said
+    message = f"Rank {rank} ended with code {code} while the others went on; its reason is in the log."
+    return Failed(kind="crashed", code="training_crashed", message=message)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,81 @@
+"""What must be equal for a snapshot to be of the same run: the options that change training, the base and the rows.
+
+A snapshot may be older than the release that reads it. Its plan is read as a plan of today, so an option that it does
+not know has its default; options that change no weight are left out.
+"""
+
+import json
+from typing import Any
+
+from pydantic import ValidationError
+
+from tunery.spec import Plan
+from worker.trainer.training import Training
+
+_CHANGES_NO_WEIGHT: Any = {
+    "learning_rate_multiplier": True,  # learning_rate is what it came to
+    "evaluation": {"test_file", "max_new_tokens", "max_rows"},
+}
+_FORMAT_1: dict[str, tuple[str, ...]] = {
+    "schedule": ("type", "warmup_ratio", "min_ratio"),
+    "max_seq_length": (),
+    "packing": (),
+    "weight_decay": (),
+    "max_grad_norm": (),
+    "seed": (),
+    "early_stopping": ("patience", "min_delta"),
+    "select": (),
+    "evaluation": ("every_steps", "test_file", "max_new_tokens", "max_rows"),
+    "resources": ("gpus",),
+    "technique": (
+        "type", "r", "alpha", "dropout", "target_modules", "quant_type", "double_quant", "compute_dtype",
+    ),
+    "n_epochs": (),
+    "batch_size": (),
+    "learning_rate": (),
+    "learning_rate_multiplier": (),
+}  # fmt: skip
+"""A plan's options, and theirs, in the order in which format 1 hashed them."""
+
+
+def describe(t: Training) -> dict[str, Any]:
+    """What a snapshot says of its run."""
+    return {"plan": t.plan.model_dump(mode="json"), "base_model": t.run.base_model, "rows": t.rows.sha256}
+
+
+def difference(t: Training, state: dict[str, Any]) -> str | None:
+    """Why the snapshot of this `state.json` cannot be continued as `t`; None where it can."""
+    run = state["run"]
+    if isinstance(run, str):
+        return None if run == _format_1(t) else "it is of another plan or other rows"
+    if run["base_model"] != t.run.base_model:
+        return f"it is of the base {run['base_model']}"
+    if run["rows"] != t.rows.sha256:
+        return "it is of other rows"
+    try:
+        then = _that_train(type(t.plan).model_validate(run["plan"]))
+    except ValidationError as error:
+        return f"its plan is none of this release's ({error.error_count()} errors)"
+    now = _that_train(t.plan)
+    changed = sorted(name for name in then | now if then.get(name) != now.get(name))
+    return f"it is of a plan with another {', '.join(changed)}" if changed else None
+
+
+def _that_train(plan: Plan) -> dict[str, Any]:
+    return plan.model_dump(mode="json", exclude=_CHANGES_NO_WEIGHT)
+
+
+def _format_1(t: Training) -> str | None:
+    """The hash that format 1 had of this run; None where it could not have been of this run.
+
+    A packed run of that time counted its steps in sequences, not in rows.
+    """
+    plan = t.plan.model_dump(mode="json")
+    known = {name: _only(plan[name], inner) for name, inner in _FORMAT_1.items()}
+    if t.plan.packing or _that_train(type(t.plan).model_validate(known)) != _that_train(t.plan):
+        return None
+    return t.rows.digest(json.dumps([known, t.run.base_model]).encode())
+
+
+def _only(value: Any, names: tuple[str, ...]) -> Any:
+    return {name: value[name] for name in names if name in value} if isinstance(value, dict) else value

@@ -1,0 +1,128 @@
+"""The ranks of a run: one process for each device, each with a whole copy of the model.
+
+Every rank takes part in every call here and gets the same answer, so a decision made on it is made by all. Saving is
+called on every rank and decides inside who writes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+from torch import Tensor, distributed
+
+from worker.trainer.wish import Stopped, Wish
+
+PATIENCE = timedelta(hours=2)
+"""How long ranks wait for each other: rank 0 may export a large model meanwhile. A rank that has ended is noticed at
+once by the process that started it, not by this."""
+
+
+def accelerator() -> Accelerator:
+    """The device of this rank, and its connection to the others where the environment names any."""
+    waiting = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[waiting])
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run as one of them sees them."""
+
+    accelerator: Accelerator
+
+    @property
+    def index(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def count(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks for all."""
+        return bool(self.accelerator.is_main_process)
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        if self.count == 1:
+            return numbers
+        total = numbers.clone()
+        distributed.all_reduce(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank."""
+        return flag if self.count == 1 else bool(self.sum(torch.tensor([float(flag)], device=self.accelerator.device)))
+
+    def check(self, wish: Wish) -> None:
+        """Raises Stopped on every rank when one of them was asked to stop."""
+        if self.any(wish.stop):
+            raise Stopped
+
+    def turns(self, wish: Wish, busy: Callable[[], bool]) -> Iterator[None]:
+        """One turn after the other until no rank is busy: a rank that is done early takes part to the end.
+
+        Raises Stopped between two turns, on every rank at the same one.
+        """
+        while True:
+            flags = torch.tensor([float(busy()), float(wish.stop)], device=self.accelerator.device)
+            working, asked = self.sum(flags).tolist()
+            if asked:
+                raise Stopped
+            if not working:
+                return
+            yield
+
+    def share_weights(self, parameters: Iterable[Tensor]) -> None:
+        """Gives every rank rank 0's weights: equal seeds give equal weights on equal GPUs only."""
+        if self.count > 1:
+            for parameter in parameters:
+                distributed.broadcast(parameter.data, 0)
+
+    def add_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Sums the gradients over the ranks. A parameter without a gradient on every rank stays without.
+
+        Why not DistributedDataParallel: it wants equally many backward passes on each rank, and takes means. Here a
+        rank may have fewer micro-batches than another, or none in an epoch's last step.
+        """
+        if self.count == 1:
+            return
+        device = self.accelerator.device
+        used = self.sum(torch.tensor([float(p.grad is not None) for p in parameters], device=device)).tolist()
+        sums = []
+        for parameter in (p for p, by in zip(parameters, used, strict=True) if by):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            sums.append(distributed.all_reduce(parameter.grad, async_op=True))
+        for pending in sums:
+            pending.wait()
+
+    def gather(self, found: Any) -> list[Any]:
+        """What each rank has found, in the order of the ranks."""
+        return [found] if self.count == 1 else list(gather_object([found]))
+
+    def gather_state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors by name, copied to the host of the main rank; empty on the others."""
+        return {name: whole(tensor) for name, tensor in tensors.items()} if self.is_main else {}
+
+    def wait(self) -> None:
+        """Returns when every rank has come here."""
+        self.accelerator.wait_for_everyone()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy on the host with memory of its own: safetensors refuses tensors that share theirs."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def draw_apart(ranks: Ranks, seed: int) -> None:
+    """Gives each rank a stream of random numbers of its own, so that dropout differs from rank to rank.
+
+    Rank 0 keeps the stream that it has: a run on one device draws the same numbers as ever.
+    """
+    if ranks.index:
+        torch.manual_seed(seed + 1_000_003 * ranks.index)
