@@ -1,9 +1,13 @@
-"""Two ranks of one run, over gloo: each its own rows and random numbers, one loss, one set of weights, one end."""
+"""Two ranks of one run: each its own rows and random numbers, one loss, one set of weights, one end.
+
+On a CPU over gloo, and with `-m gpu` on two GPUs over NCCL.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import two_ranks
 from run_folders import chat, lay_out, plan
 from safetensors.torch import load_file
@@ -21,18 +25,28 @@ ADAPTER = "adapter_model.safetensors"
 class Runs:
     """The folders of the runs, and by their name what each of the two ranks saw."""
 
-    def __init__(self, folder: Path, base: Path) -> None:
-        self.folder, self.base = folder, base
+    def __init__(self, folder: Path, base: Path, gpus: bool) -> None:
+        self.folder, self.base, self.gpus = folder, base, gpus
+        self.exact = 1e-3 if gpus else 0.0  # a GPU's sums may come in another order
         self.seen: dict[str, list[dict[str, Any]]] = {}
 
     def lay_out(self, name: str, **changes: Any) -> Path:
         settled = plan(resources=Resources(gpus=2), n_epochs=2, evaluation=EVALUATION, **changes)
         return lay_out(self.folder / name, self.base, settled, ROWS, ROWS[:3], ROWS[:3])
 
+    def difference(self, first: Path, second: Path) -> float:
+        """Largest difference between the exported weights of two runs."""
+        found, wanted = (load_file(folder / "out" / ADAPTER) for folder in (first, second))
+        return max(float((found[name] - tensor).abs().max()) for name, tensor in wanted.items())
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Runs:
-    made = Runs(tmp_path_factory.mktemp("ranks"), tiny)
+
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, TWO_GPUS])])
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Runs:
+    gpus = request.param == "nccl"
+    made = Runs(tmp_path_factory.mktemp("ranks"), tiny, gpus)
     made.lay_out("plain")
     for name in ("dropout", "again", "stopped", "loading", "answering"):
         made.lay_out(name, technique=Lora(r=4, dropout=0.3))
@@ -40,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Runs:
         ("plain", "whole"), ("dropout", "whole"), ("again", "whole"), ("stopped", "step-2"), ("stopped", "whole"),
         ("loading", "loading"), ("answering", "answering"),
     ]  # fmt: skip
-    found = two_ranks.spawn(made.folder, *(f"{how}:{made.folder / name}" for name, how in commands))
+    found = two_ranks.spawn(made.folder, *(f"{how}:{made.folder / name}" for name, how in commands), gpus=gpus)
     for (name, how), *ranks in zip(commands, *found, strict=True):
         made.seen[f"{name} {how}"] = ranks
     return made
@@ -50,6 +64,7 @@ def test_two_ranks_share_the_rows_of_each_step(runs: Runs) -> None:
     ranks = runs.seen["plain whole"]
 
     assert [rank["world"] for rank in ranks] == [2, 2]
+    assert [rank["device"] for rank in ranks] == (["cuda:0", "cuda:1"] if runs.gpus else ["cpu:0", "cpu:0"])
     for step, (first, second) in enumerate(zip(*(rank["seen"][:6] for rank in ranks), strict=True)):
         assert (len(first), len(second)) == ((2, 2) if step % 3 < 2 else (1, 0))
         assert all(row not in first for row in second)
@@ -65,20 +80,20 @@ def test_two_ranks_learn_what_one_does(runs: Runs, tmp_path: Path) -> None:
         for entry, wanted in zip(metrics, voice.metrics, strict=True):
             for name, value in wanted.items():
                 if not name.startswith("seconds") and isinstance(value, float):
-                    assert entry[name] == pytest.approx(value, rel=1e-3), name
-    answers = [(folder / "out" / "answers.jsonl").read_text() for folder in (alone, runs.folder / "plain")]
-    assert answers[0] == answers[1]
-    found, wanted = (load_file(folder / "out" / ADAPTER) for folder in (runs.folder / "plain", alone))
-    for name, tensor in wanted.items():
-        assert (found[name] - tensor).abs().max() < 1e-4, name
+                    assert entry[name] == pytest.approx(value, rel=0.05 if runs.gpus else 1e-3), name
+    assert runs.difference(runs.folder / "plain", alone) < (5e-3 if runs.gpus else 1e-4)
+    if not runs.gpus:  # in bf16 two answers of a random model may be equally likely
+        answers = [(folder / "out" / "answers.jsonl").read_text() for folder in (alone, runs.folder / "plain")]
+        assert answers[0] == answers[1]
 
 
 def test_each_rank_draws_its_own_dropout_and_the_same_in_every_run(runs: Runs) -> None:
     first, second = (rank["stream"] for rank in runs.seen["dropout whole"])
 
     assert first != second
-    assert exported(runs, "again") == exported(runs, "dropout")
-    assert exported(runs, "dropout") != exported(runs, "plain")
+    dropout, again, plain = (runs.folder / name for name in ("dropout", "again", "plain"))
+    assert runs.difference(again, dropout) <= runs.exact
+    assert runs.difference(dropout, plain) > 1e-3
 
 
 def test_run_stopped_by_one_rank_goes_on_to_the_bit(runs: Runs) -> None:
@@ -86,7 +101,7 @@ def test_run_stopped_by_one_rank_goes_on_to_the_bit(runs: Runs) -> None:
     assert [rank["done"] for rank in runs.seen["stopped step-2"]] == [False, False]
     assert [len(rank["metrics"]) for rank in runs.seen["stopped step-2"]] == [4, 4]  # 3 steps and an evaluation
     assert [rank["done"] for rank in runs.seen["stopped whole"]] == [True, True]
-    assert exported(runs, "stopped") == exported(runs, "dropout")
+    assert runs.difference(runs.folder / "stopped", runs.folder / "dropout") <= runs.exact
 
 
 def test_stop_while_loading_is_agreed_on(runs: Runs) -> None:
@@ -100,7 +115,3 @@ def test_stop_while_answering_is_agreed_on(runs: Runs) -> None:
     assert [rank["done"] for rank in ranks] == [False, False]
     assert [rank["answered"] for rank in ranks] == [1, 1]
     assert (runs.folder / "answering" / "snapshots" / "step-6" / "state.json").exists()
-
-
-def exported(runs: Runs, name: str) -> bytes:
-    return (runs.folder / name / "out" / ADAPTER).read_bytes()
