@@ -25,7 +25,15 @@ def _shown(session: Session, settings: Settings, caller: Caller, rows: Sequence[
     for alias in session.scalars(named):
         aliases.setdefault(alias.model_id, []).append(alias.alias)
     owners = {None: settings.organization, caller.project_id: caller.project_name}
-    return [wire.Model.of(row, owner=owners[row.project_id], aliases=aliases.get(row.id, [])) for row in rows]
+    return [
+        wire.Model.of(
+            row,
+            owner=owners[row.project_id],
+            aliases=aliases.get(row.id, []),
+            for_administrator=caller.admin,
+        )
+        for row in rows
+    ]
 
 
 @router.get("", summary="List models", responses=errors())

@@ -1,5 +1,6 @@
 """Models, as the wire spells them."""
 
+from pathlib import PurePath
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -39,7 +40,10 @@ class Model(Wire):
     kind: Literal["base", "tuned", "checkpoint"]
     status: Literal["processing", "ready", "error"]
     status_details: str | None
-    source: str | None = Field(description="Where a base comes from; accepted wherever a body names a model")
+    source: str | None = Field(
+        description="Where a base comes from; accepted wherever a body names a model. Of a path on the workers' disk, "
+        "only administrators see more than the last part"
+    )
     aliases: list[str]
     base_model: str | None
     job: str | None = Field(description="The job that made it")
@@ -49,15 +53,19 @@ class Model(Wire):
     manifest_sha256: str | None
 
     @classmethod
-    def of(cls, row: model.Model, *, owner: str, aliases: list[str]) -> "Model":
+    def of(cls, row: model.Model, *, owner: str, aliases: list[str], for_administrator: bool) -> "Model":
+        details, source = row.status_details, row.source
+        if not for_administrator and source is not None and source.startswith(("/", "~", ".")):
+            source = PurePath(source).name
+            details = details and "It could not be converted. GET /v1/models/{id} shows an administrator the reason."
         return cls(
             id=row.id,
             created=seconds(row.created_at),
             owned_by=owner,
             kind=row.kind,
             status=row.status,
-            status_details=row.status_details,
-            source=row.source,
+            status_details=details,
+            source=source,
             aliases=aliases,
             base_model=row.base_id,
             job=row.job_id,

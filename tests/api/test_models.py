@@ -52,6 +52,22 @@ def test_adding_a_base_with_a_chat_template(admin: Team, database: Database) -> 
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "chat_template")
 
 
+def test_where_a_base_lies_on_the_workers_disk_is_for_administrators(
+    admin: Team, team: Team, database: Database
+) -> None:
+    path, reason = "/srv/models/secret-project/tiny", "'/srv/models/secret-project/tiny' cannot become a base model: x"
+    with database.sessions.begin() as session:
+        rows.base(session, "tiny", source=path, status="error", status_details=reason)
+    shown, hidden = (by.http.get("/v1/models/tiny").json() for by in (admin, team))
+    assert (shown["source"], shown["status_details"]) == (path, reason)
+    assert hidden["source"] == "tiny"
+    assert hidden["status"] == "error"
+    assert "secret-project" not in str(hidden)
+    with database.sessions.begin() as session:
+        session.get_one(Model, "tiny").status = "ready"
+    assert "secret-project" not in team.http.get("/v1/models").text
+
+
 def test_the_id_of_a_deleted_base_stays_its_own(admin: Team, base: str, database: Database) -> None:
     """What was tuned from it names it by that id, and must not come to stand on other weights."""
     assert admin.http.delete(f"/v1/models/{BASE}").json()["deleted"]

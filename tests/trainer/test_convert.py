@@ -299,3 +299,72 @@ def test_gguf_of_the_demo_becomes_a_base(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     prompt = torch.tensor([tokenizer.encode("The capital of France is").ids])
     assert tokenizer.decode([int(model(prompt).logits[0, -1].argmax())]) == " Paris"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "chat_template.jinja",
+        "config.json",
+        "model.safetensors",
+        "model-2.safetensors",
+        "tokenizer.model",
+        "sub/vocab.json",
+    ],
+)
+def test_link_out_of_the_folder_is_refused(source: Path, tmp_path: Path, name: str) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("the key")
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(secret)
+
+    with pytest.raises(UnusableModel, match=f"'{name}' is a link to a file outside its folder"):
+        convert(str(source), tmp_path / "base")
+
+    assert list((tmp_path / "base").iterdir()) == []
+
+
+def test_linked_folder_is_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (source / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(UnusableModel, match="additional_chat_templates"):
+        convert(str(source), tmp_path / "base")
+
+
+def test_snapshot_in_a_hubs_cache_links_to_its_blobs(source: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--org--tiny"
+    snapshot = repository / "snapshots/0123abcd"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(source.iterdir()):
+        path.rename(repository / f"blobs/{number}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+
+    assert convert(str(snapshot), tmp_path / "base")["hidden_size"] == 32
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% set x = 3 %}" + "{% set x = x * x %}" * 60, "more than 2048 bits"),
+        ("{{ raise_exception('not today') }}", "not today"),
+        ("{% if messages | length > 9 %}{{ 'x' * 10 ** 9 }}{% endif %}" + tiny_models.CHATML, "larger than"),
+        ("{% if tools %}{{ 'x' * 10 ** 9 }}{% endif %}" + tiny_models.CHATML, "larger than"),
+    ],
+)
+def test_template_that_fails_a_trial_conversation_is_refused(
+    source: Path, tmp_path: Path, template: str, reason: str
+) -> None:
+    (source / "chat_template.jinja").write_text(template)
+
+    with pytest.raises(UnusableModel, match=reason):
+        convert(str(source), tmp_path / "base")
+
+
+def test_template_may_refuse_what_not_every_model_knows(source: Path, tmp_path: Path) -> None:
+    refusal = "{% if tools or messages[0].role == 'system' %}{{ raise_exception('unknown') }}{% endif %}"
+    (source / "chat_template.jinja").write_text(refusal + tiny_models.CHATML)
+
+    assert convert(str(source), tmp_path / "base")["hidden_size"] == 32

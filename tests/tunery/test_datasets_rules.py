@@ -211,3 +211,14 @@ def test_a_long_list_of_shared_rows_is_cut_short() -> None:
 
     with pytest.raises(InvalidTrainingFile, match=r"line 5 \(line 5 there\) and 4 more"):
         check_disjoint(rows, rows, role="test")
+
+
+def test_reading_stops_at_a_row_that_costs_as_much_as_it_may() -> None:
+    costly = template("{% if messages[0].content == 'long' %}{{ 'x' * 10 ** 9 }}{% endif %}" + CHATML)
+
+    with pytest.raises(InvalidTrainingFile) as caught:
+        check_examples([row(), row("long"), row("long"), b"{}\n"], template=costly)
+
+    assert "Example 2" in caught.value.message
+    assert "larger than" in caught.value.message
+    assert "more" not in caught.value.message

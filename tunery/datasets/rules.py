@@ -5,9 +5,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tunery.errors import InvalidNExamples, InvalidTrainingFile
+from tunery.errors import CannotRender, InvalidNExamples, InvalidTrainingFile
 from tunery.rows.encoding import Encoded, encode_answer, encode_example, read_examples, read_texts
 from tunery.rows.messages import Example, FileRole, parse_line
+from tunery.rows.sandbox import LimitExceeded
 from tunery.rows.template import ChatTemplate
 
 LEAST_EXAMPLES = 10
@@ -95,7 +96,7 @@ def check_examples(
                     _check_answer(summary, number, template, example)
         except InvalidTrainingFile as fault:
             faults[number] = fault
-            if len(faults) == _MOST_FAULTS:
+            if len(faults) == _MOST_FAULTS or _is_exhausting(fault):
                 break
     if faults:
         raise _all_of(faults, role)
@@ -114,6 +115,12 @@ def check_examples(
             reason=f"No example has a trained token within max_seq_length ({max_length}). Raise max_seq_length.",
         )
     return summary
+
+
+def _is_exhausting(fault: InvalidTrainingFile) -> bool:
+    """Whether the chat template cost as much as it may: a hundred such rows would keep everybody else waiting."""
+    error = fault.__cause__
+    return isinstance(error, CannotRender) and isinstance(error.__cause__, LimitExceeded)
 
 
 def _check_enough(summary: Summary, role: FileRole, least: int) -> None:

@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tunery.errors import UnusableModel
 from tunery.wire import EXIT_USER_ERROR
-from worker.trainer import chat_templates, gguf_files, inspection, weights
+from worker.trainer import chat_templates, folders, gguf_files, inspection, weights
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 TEXTS = (
@@ -43,6 +43,8 @@ def convert(source: str, out: Path, chat_template: str | None = None) -> dict[st
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise UnusableModel(source=source, reason=f"the folder '{out}' is not empty. Name a new one.")
+    if Path(source).is_dir():
+        folders.refuse_links_out(source)
     if (gguf := gguf_files.find(source)) is not None:
         gguf_files.unpack(gguf, out)
         chat_template = chat_templates.in_folder(source) if chat_template is None else chat_template

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tunery.errors import UnusableModel
 from tunery.rows.template import ChatTemplate
+from tunery.rows.trials import render_trials
 from worker.trainer import chat_templates
 
 
@@ -32,6 +33,7 @@ def facts(source: str, out: Path) -> dict[str, Any]:
     """
     try:
         template = ChatTemplate.load(out)
+        render_trials(template)
         model, report = _without_memory(out)
     except Exception as error:
         raise _unusable(source, error) from error
