@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tunery.errors import CannotRender, InvalidNExamples, InvalidTrainingFile
+from tunery.rows.dialect import LimitExceeded
 from tunery.rows.encoding import Encoded, encode_answer, encode_example, read_examples, read_texts
 from tunery.rows.messages import Example, FileRole, parse_line
-from tunery.rows.sandbox import LimitExceeded
 from tunery.rows.template import ChatTemplate
 
 LEAST_EXAMPLES = 10
