@@ -75,7 +75,9 @@ class Tokens:
         return self._continue(given, rest)
 
     def _continue(self, given: list[int], text: str) -> list[int]:
-        head = self.show(text if self._special is None else self._special.split(text, 1)[0])
+        special = None if self._special is None else self._special.search(text)
+        # Up to the first special token, as those may take blanks around them.
+        head = self.show(text[: special.end()] if special else text)
         context = given[-_CONTEXT:]
         before = self._decode(context)
         for anchor in (*_ANCHORS, *self._names[:1]):
