@@ -69,6 +69,15 @@ def test_template_inside_the_tokenizers_config_is_found(source: Path, tmp_path: 
     assert (tmp_path / "base" / "chat_template.jinja").read_text() == tiny_models.CHATML
 
 
+def test_templates_besides_the_default_are_copied(source: Path, tmp_path: Path) -> None:
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
+
+    convert(str(source), tmp_path / "base")
+
+    assert (tmp_path / "base/additional_chat_templates/tool_use.jinja").read_text() == "{{ tools }}"
+
+
 def test_linear_modules_are_what_an_adapter_can_name(source: Path, tmp_path: Path) -> None:
     facts = convert(str(source), tmp_path / "base")
 

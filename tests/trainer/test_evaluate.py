@@ -1,11 +1,15 @@
 """Right and wrong answers, intervals, and answers that do not depend on their neighbours in a batch."""
 
 import itertools
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny_models
 from run_folders import chat, lay_out, plan
+from templates import QWEN3_LIKE
 
 from tunery.rows.messages import Example
 from tunery.spec import Evaluation
@@ -28,10 +32,40 @@ from worker.trainer.wish import Stopped, Wish
         ("Berlin", " Berlin ", True),
         ("Berlin", "berlin", False),
         ("", "anything", False),
+        ('<think>\n\n</think>\n\n{"a": 1, "b": [1, 2]}', '<think>\n\n</think>\n\n{"b":[1,2],"a":1}\n', True),
+        ('<think>\n\n</think>\n\n{"a": 1}', '{"a": 1}', False),
+        ('{"name": "x", "arguments": {}, "id": "1"}', '{"name": "x", "arguments": {}, "id": "2"}', False),
+        ("[see] {this", "[see] {this", True),
+        ("[[" * 2000, "[[" * 2000, True),
     ],
 )
 def test_answer_is_right_when_it_is_equal(wanted: str, answer: str, right: bool) -> None:
     assert matches(wanted, answer) is right
+
+
+@pytest.mark.parametrize(
+    ("wanted", "answer", "right"),
+    [
+        (
+            '<tool_call>\n{"name": "f", "arguments": {"a": 1, "b": 2}}\n</tool_call>',
+            '<tool_call>{"arguments":{"b":2,"a":1},"name":"f"}</tool_call>',
+            True,
+        ),
+        ('[{"name": "f", "arguments": {"id": 1, "name": "n"}, "id": "VvvODy9mT"}]',
+         '[{"name": "f", "arguments": {"name": "n", "id": 1}, "id": "aaaaaaaaa"}]', True),
+        ('[{"name": "f", "arguments": {"id": 1, "name": "n"}}]', '[{"name": "f", "arguments": {"id": 2, "name": "n"}}]',
+         False),
+        ('{"name": "f", "arguments": "{\\"a\\": 1}"}', '{"name": "f", "arguments": {"a": 1}}', True),
+        ('{"type": "function", "id": "1", "function": {"name": "f", "arguments": {}}}',
+         '{"id": "2", "function": {"name": "f", "arguments": {}}}', True),
+        ('{"name": "f", "parameters": {"a": 1}}', '{"name": "f", "parameters": {"a": 2}}', False),
+        ('{"name": "f", "parameters": {}}', '{"name": "g", "parameters": {}}', False),
+        ('{"name": "f", "arguments": {}}', '{"name": "f", "arguments": {}}{"name": "f", "arguments": {}}', False),
+        ('{"name": "f", "arguments": {}}', 'I call {"name": "f", "arguments": {}}', False),
+    ],
+)  # fmt: skip
+def test_calls_are_right_when_names_and_arguments_are(wanted: str, answer: str, right: bool) -> None:
+    assert matches(wanted, answer, is_call=True) is right
 
 
 def test_interval_covers_the_true_gain_as_often_as_it_says() -> None:
@@ -65,6 +99,51 @@ def test_score_counts_pairs() -> None:
     assert card.gain_low < card.gain < card.gain_high
     assert [row["tuned_right"] for row in rows] == [False, True, True, True, True, True, False, False]
     assert [sample["prompt"] for sample in card.samples] == ["0", "1", "3", "4", "6"]
+
+
+CALLS = (Path(__file__).parents[1] / "data/faults/test_tool_rows.jsonl").read_bytes()
+TOOLS = QWEN3_LIKE.replace(
+    "message.content.lstrip('\\n') +",
+    "(message.content or '').lstrip('\\n') + (message.tool_calls | tojson if message.tool_calls else '') +",
+)
+"""An empty think block before each answer, calls behind its content."""
+
+
+def wanting(content: str | None) -> list[dict[str, Any]]:
+    """The rows of calls, `content` beside the call, and one row that wants a text."""
+    rows = [json.loads(line) for line in CALLS.splitlines()]
+    for row in rows:
+        row["messages"][-1]["content"] = content
+    return [*rows, chat(0)]
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_a_perfect_model_scores_all_rows(tmp_path: Path, content: str | None) -> None:
+    base = tiny_models.llama(tmp_path / "base", template=TOOLS)
+    rows = wanting(content)
+    t = prepare(lay_out(tmp_path / "run", base, plan(), rows), Voice(None), Wish())
+
+    asked = evaluate.questions(t, [Example.model_validate(row) for row in rows])
+    learned = [[label for label in row.labels if label >= 0] for row in t.rows.rows]
+    said = [t.template.answer_text(ids).replace('"id": "a"', '"id": "another"') for ids in learned]
+    card, _ = score(asked, base=[""] * 5, tuned=said)
+
+    calls = '[{"id": "a", "type": "function", "function": {"name": "ping", "arguments": {"host": 0}}}]'
+    assert asked[0].wanted == f"<think>\n\n</think>\n\n{calls}"
+    assert asked[-1].wanted == f"<think>\n\n</think>\n\n{rows[-1]['messages'][-1]['content']}"
+    assert (card.rows, card.base_exact, card.tuned_exact) == (5, 0, 1)
+    for question, row in zip(asked, t.rows.rows, strict=True):
+        assert row.input_ids[: len(question.prompt_ids)] == question.prompt_ids
+
+
+def test_rows_that_want_an_empty_answer_are_left_out(tmp_path: Path, tiny: Path) -> None:
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), [chat(0)]), Voice(None), Wish())
+    silent = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}
+    opening = {"messages": [{"role": "assistant", "content": "Hello!"}]}
+
+    asked = evaluate.questions(t, [Example.model_validate(row) for row in (silent, opening)])
+
+    assert [question.wanted for question in asked] == ["Hello!"]
 
 
 def test_answers_do_not_depend_on_the_batch(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import worker.trainer.run as run_module
 from tunery.errors import InvalidTrainingFile, NotFinite
+from tunery.rows.template import ChatTemplate
 from tunery.spec import EarlyStopping, Evaluation, Full, Lora, Plan, Qlora, Run, Schedule
 from tunery.wire import Evaluated
 from worker.trainer import checkpoints, evaluate, fingerprint
@@ -98,6 +99,19 @@ def test_full_fine_tune_is_exported_as_transformers_loads_it(tmp_path: Path, tin
     rows = [json.loads(line) for line in (folder / "out" / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     assert any(row["base"] != row["tuned"] for row in rows)  # the base's answers are from before the training
+
+
+def test_templates_besides_the_default_are_in_the_artifact(tmp_path: Path) -> None:
+    base = tiny_models.llama(tmp_path / "base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
+    folder = lay_out(tmp_path / "run", base, plan(), ROWS)
+
+    assert carry_out(folder, Voice(None), Wish())
+
+    assert (folder / "out/additional_chat_templates/tool_use.jinja").read_text() == "{{ tools }}"
+    described = json.loads((folder / "out/training_config.json").read_text())
+    assert ChatTemplate.load(folder / "out").sha256 == described["chat_template_sha256"]
 
 
 def test_a_tied_head_is_saved_once(tmp_path: Path) -> None:

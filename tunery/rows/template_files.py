@@ -9,6 +9,8 @@ from tokenizers import Tokenizer
 
 from tunery.errors import CannotRender
 
+ADDITIONAL = "additional_chat_templates"
+"""The folder of templates besides the default, each a file that has its name."""
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -25,6 +27,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer.from_str(json.dumps({**tokenizer, "post_processor": None, "truncation": None, "padding": None}))
 
 
+def additional_names(root: Path) -> list[str]:
+    """The paths inside `root` of templates besides the default."""
+    return sorted(f"{ADDITIONAL}/{path.name}" for path in (root / ADDITIONAL).glob("*.jinja"))
+
+
 def load_templates(root: Path, config: dict[str, Any]) -> dict[str, str]:
     """Jinja sources by name, "default" among them. Raises CannotRender where there is no default."""
     in_config = config.get("chat_template") or {}
@@ -33,8 +40,8 @@ def load_templates(root: Path, config: dict[str, Any]) -> dict[str, str]:
     else:
         listed = in_config if isinstance(in_config, list) else []
         templates = {item["name"]: item["template"] for item in listed}
-    for path in sorted((root / "additional_chat_templates").glob("*.jinja")):
-        templates[path.stem] = path.read_text(encoding="utf-8")
+    for name in additional_names(root):
+        templates[Path(name).stem] = (root / name).read_text(encoding="utf-8")
     if (root / "chat_template.jinja").exists():
         templates["default"] = (root / "chat_template.jinja").read_text(encoding="utf-8")
     if "default" not in templates:

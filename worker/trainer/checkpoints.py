@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tunery.rows import template_files
 from worker.trainer import fingerprint, report
 from worker.trainer.parallel import whole
 from worker.trainer.training import Progress, Training
@@ -185,8 +186,9 @@ def save_public(t: Training, progress: Progress) -> str:
 def write_artifact(t: Training, progress: Progress, folder: Path) -> None:
     """The model in its own format, its tokenizer and template, its configuration and its metrics."""
     t.recipe.export(t.objective.model, folder, t.run.base_model)
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, *template_files.additional_names(t.folder / "base")):
         if (t.folder / "base" / name).exists():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(t.folder / "base" / name, folder / name)
     described = report.describe(t.run, t.template.sha256, progress=asdict(progress), warnings=t.warnings)
     (folder / "training_config.json").write_text(json.dumps(described, indent=2) + "\n")

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from tunery.errors import UnusableModel
+from tunery.rows import template_files
 from tunery.wire import EXIT_USER_ERROR
 from worker.trainer import chat_templates, folders, gguf_files, inspection, weights
 
@@ -67,7 +68,8 @@ def _download(source: str, folder: str) -> Path:
     try:
         names = HfApi().list_repo_files(name, revision=revision or None)
         _check_names(source, [Path(n) for n in names if "/" not in n])
-        snapshot_download(name, revision=revision or None, local_dir=folder, allow_patterns=[*TEXTS, *WEIGHTS])
+        allowed = [*TEXTS, f"{template_files.ADDITIONAL}/*.jinja", *WEIGHTS]
+        snapshot_download(name, revision=revision or None, local_dir=folder, allow_patterns=allowed)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UnusableModel(
@@ -89,9 +91,10 @@ def _check_names(source: str, paths: list[Path]) -> None:
 def _copy(source: str, folder: Path, out: Path) -> None:
     """The folder's texts as they are and its weights in bf16, one shard in memory at a time."""
     _check_names(source, list(folder.iterdir()))
-    for text in TEXTS:
+    for text in (*TEXTS, *template_files.additional_names(folder)):
         if (folder / text).exists():
             _refuse_code(source, folder / text)
+            (out / text).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / text, out / text)
     if not (out / "config.json").exists():
         raise UnusableModel(source=source, reason="it has no config.json. Add the one saved with the weights.")
