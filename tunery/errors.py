@@ -30,6 +30,7 @@
     │   ├── NotFinite
     │   ├── TrainingCrashed
     │   ├── ValidationBroke
+    │   ├── ValidationLost
     │   └── WorkerLost
     ├── LeaseLost                a late worker speaks for a job that is no longer its own
     ├── ChecksumMismatch         stored bytes are not the bytes that were recorded
@@ -253,9 +254,16 @@ class ValidationBroke(JobFailure):
     code = "validation_broke"
 
 
+class ValidationLost(JobFailure):
+    """The job's files could not be checked: the worker that checked them ended {times} times before it was done. Look
+    for rows that are very large; the server's operator finds more in the log of the worker for I/O."""
+
+    code = "validation_lost"
+
+
 class WorkerLost(JobFailure):
-    """The job's worker was lost {times} time(s) and no attempt finished. Look at the worker's host, then create the job
-    again."""
+    """The job's worker was lost {times} time(s) {after}: its process, or its host, ended without a word. Look at the
+    host's memory and its log, then create the job again."""
 
     code = "worker_lost"
 

@@ -9,11 +9,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch
 from run_folders import chat, lay_out, plan
 from safetensors.torch import load_file
 
+from tunery.errors import NotFinite
 from tunery.spec import Lora, Resources
 from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Failed, Spoken, parse
+from worker.trainer.process import describe
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out
 from worker.trainer.wish import Wish
@@ -188,3 +191,22 @@ def test_one_dead_rank_ends_them_all(tmp_path: Path, tiny: Path) -> None:
 
 def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "code"),
+    [
+        (ValueError("TinyForCausalLM does not support sdpa"), "user_error", "training_crashed"),
+        (NotImplementedError("no kernel for it"), "user_error", "training_crashed"),
+        (KeyError("layers"), "user_error", "training_crashed"),
+        (RuntimeError("CUDA error: unspecified launch failure"), "crashed", "training_crashed"),
+        (OSError("No space left on device"), "crashed", "training_crashed"),
+        (ConnectionResetError("rank 1"), "crashed", "training_crashed"),
+        (torch.OutOfMemoryError("x"), "gpu_oom", "does_not_fit"),
+        (NotFinite(value="nan", step=3, rate=1e-3), "nan_loss", "nan_loss"),
+    ],
+)
+def test_failure_that_another_attempt_would_repeat_is_not_retried(error: Exception, kind: str, code: str) -> None:
+    failed = describe(error)
+
+    assert (failed.kind, failed.code) == (kind, code)

@@ -18,6 +18,7 @@ from tunery.errors import (
     LeaseLost,
     NotFound,
     QuotaExceeded,
+    TrainingCrashed,
     WrongState,
 )
 from tunery.jobs import leases, ledger
@@ -121,7 +122,7 @@ def test_after_a_cancel_the_worker_writes_nothing(
         ),
         "fail": lambda: leases.fail(session, lease, InvalidTrainingFile(role="training", reason="")),
         "park": lambda: leases.park(session, lease, snapshot=None),
-        "requeue": lambda: leases.requeue(session, lease, reason="r", outcome="o", counted=True),
+        "requeue": lambda: leases.requeue(session, lease, reason="r", outcome="o", fault="crashed"),
     }
     with pytest.raises(LeaseLost):
         deeds[deed]()
@@ -152,7 +153,7 @@ def test_an_expired_lease_goes_back_to_the_queue_and_fences_the_old_hand_out(
     session.execute(update(Attempt).values(lease_until=rows.LONG_AGO))
     assert leases.expire_leases(session) == 1
     session.refresh(job)
-    assert (job.state, job.failures) == ("queued", 1)
+    assert (job.state, job.failures, job.losses) == ("queued", 0, 1)
     successor = rows.claim(session)
     assert successor
     assert successor.number > lease.number
@@ -196,11 +197,85 @@ def test_three_lost_attempts_fail_the_job(session: Session) -> None:
         leases.expire_leases(session)
     session.refresh(job)
     assert (job.state, job.error_code) == ("failed", "worker_lost")
+    assert "lost 3 time(s) since it was created" in str(job.error_message)
+
+
+def _lose(session: Session) -> None:
+    session.execute(update(Attempt).where(Attempt.ended_at.is_(None)).values(lease_until=rows.LONG_AGO))
+    assert leases.expire_leases(session) == 1
+
+
+def _crash(session: Session, lease: leases.Lease) -> None:
+    error = TrainingCrashed(reason="r", job="j")
+    leases.requeue(session, lease, reason="r", outcome="crashed", fault="crashed", error=error)
+
+
+def test_crashes_losses_and_outages_are_counted_apart(session: Session) -> None:
+    job = rows.job(session, state=State.QUEUED)
+    for end in ("crash", "lose", "outage", "lose", "outage", "crash", "outage"):
+        lease = rows.claim(session)
+        assert lease, end
+        if end == "crash":
+            _crash(session, lease)
+        elif end == "lose":
+            _lose(session)
+        else:
+            leases.requeue(session, lease, reason="Storage was away", outcome="crashed")
+    session.refresh(job)
+    assert (job.state, job.failures, job.losses) == ("queued", 2, 2)
+    lease = rows.claim(session)
+    assert lease
+    _crash(session, lease)
+    session.refresh(job)
+    assert (job.state, job.error_code) == ("failed", "training_crashed")
+
+
+def test_what_went_wrong_before_a_later_snapshot_is_not_counted(session: Session) -> None:
+    job = rows.job(session, state=State.QUEUED)
+    for step in range(1, 6):
+        for end in (_crash, None, _crash):
+            lease = rows.claim(session)
+            assert lease, (step, end)
+            if end is None:
+                _lose(session)
+            else:
+                end(session, lease)
+        lease = rows.claim(session)
+        assert lease
+        assert leases.record_snapshot(session, lease, f"s{step}", step=step) == (f"s{step - 1}" if step > 1 else None)
+        leases.requeue(session, lease, reason="Shutdown", outcome="preempted")
+    session.refresh(job)
+    assert (job.failures, job.losses, job.snapshot, job.snapshot_step) == (0, 0, "s5", 5)
+
+
+def test_a_snapshot_of_the_same_step_is_no_progress(session: Session) -> None:
+    job = rows.job(session, state=State.QUEUED)
+    for _ in range(leases.MAX_FAILURES):
+        lease = rows.claim(session)
+        assert lease
+        leases.record_snapshot(session, lease, "s", step=7)
+        _lose(session)
+    session.refresh(job)
+    assert job.state == "failed"
+    assert "lost 3 time(s) since its state of step 7 was stored" in str(job.error_message)
+
+
+def test_an_attempt_that_was_stopped_while_the_database_was_away_is_not_charged(session: Session) -> None:
+    stopped, lost = rows.job(session, state=State.QUEUED), rows.job(session, state=State.QUEUED)
+    first, _ = rows.claim(session, "host/a"), rows.claim(session, "host/a")
+    assert first
+    assert leases.reap_slot(session, "host/a", stopped={(first.job_id, first.number), (lost.id, 99)}) == 2
+    outcomes = dict(session.execute(select(Attempt.job_id, Attempt.outcome)).all())
+    assert outcomes == {stopped.id: "preempted", lost.id: "lost"}
+    for job in (stopped, lost):
+        session.refresh(job)
+    assert (stopped.state, stopped.losses, lost.state, lost.losses) == ("queued", 0, "queued", 1)
+    assert "The worker was stopped while the database was away" in _messages(session, stopped)[-1]
 
 
 def test_a_preempted_attempt_is_not_counted(session: Session, running: tuple[Job, leases.Lease]) -> None:
     job, lease = running
-    leases.requeue(session, lease, reason="Shutdown", outcome="preempted", counted=False, snapshot="jobs/x/snap")
+    leases.requeue(session, lease, reason="Shutdown", outcome="preempted", snapshot="jobs/x/snap")
     session.refresh(job)
     assert (job.state, job.failures, job.snapshot) == ("queued", 0, "jobs/x/snap")
 

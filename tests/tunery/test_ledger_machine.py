@@ -28,6 +28,7 @@ class Wanted:
     state: State = State.VALIDATING
     wish: str | None = None
     failures: int = 0
+    losses: int = 0
     holder: leases.Lease | None = None  # whose words count
     live: leases.Lease | None = None  # whose lease has not ended, though the job may have moved on
 
@@ -133,7 +134,10 @@ class Machine(RuleBasedStateMachine):
             wanted.state, wanted.holder, wanted.live = State.RUNNING, lease, lease
             self.world.held.append(Held(lease, lease.job_id, slot))
 
-    @rule(data=st.data(), deed=st.sampled_from(["renew", "progress", "metrics", "finish", "fail", "park", "requeue"]))
+    @rule(
+        data=st.data(),
+        deed=st.sampled_from(["renew", "progress", "metrics", "snapshot", "finish", "fail", "park", "requeue"]),
+    )
     def speak(self, data: st.DataObject, deed: str) -> None:
         """A worker's deed. It may come late: then it must be refused and change nothing."""
         if not self.world.held:
@@ -166,8 +170,11 @@ class Machine(RuleBasedStateMachine):
             leases.fail(session, lease, InvalidTrainingFile(role="training", reason="x"))
         elif deed == "park":
             leases.park(session, lease, snapshot=None)
+        elif deed == "snapshot":
+            step = leases.held(session, lease).snapshot_step or 0
+            leases.record_snapshot(session, lease, "jobs/x/snap", step=step + 1)
         else:
-            leases.requeue(session, lease, reason="crashed", outcome="crashed", counted=True)
+            leases.requeue(session, lease, reason="crashed", outcome="crashed", fault="crashed")
 
     def _expect(self, deed: str, wanted: Wanted) -> None:
         ends = {"finish": State.SUCCEEDED, "fail": State.FAILED, "park": State.PAUSED}
@@ -175,11 +182,15 @@ class Machine(RuleBasedStateMachine):
             wanted.state, wanted.wish, wanted.holder, wanted.live = ends[deed], None, None, None
         elif deed == "requeue":
             self._give_back(wanted)
+        elif deed == "snapshot":
+            wanted.failures = wanted.losses = 0
 
-    def _give_back(self, wanted: Wanted) -> None:
-        wanted.failures += 1
+    def _give_back(self, wanted: Wanted, *, is_lost: bool = False) -> None:
+        wanted.losses += is_lost
+        wanted.failures += not is_lost
         back = State.PAUSED if wanted.wish else State.QUEUED
-        wanted.state = State.FAILED if wanted.failures >= leases.MAX_FAILURES else back
+        spent = max(wanted.failures, wanted.losses) >= leases.MAX_FAILURES
+        wanted.state = State.FAILED if spent else back
         wanted.wish, wanted.holder, wanted.live = None, None, None
 
     # --- time ---
@@ -207,7 +218,7 @@ class Machine(RuleBasedStateMachine):
 
     def _lose(self, wanted: Wanted) -> None:
         if wanted.holder is not None and wanted.holder == wanted.live:
-            self._give_back(wanted)
+            self._give_back(wanted, is_lost=True)
         wanted.live = None
 
     # --- what always holds ---
@@ -216,7 +227,8 @@ class Machine(RuleBasedStateMachine):
     def rows_agree(self) -> None:
         for job_id, wanted in getattr(self, "world", World()).jobs.items():
             job = self.session.get_one(Job, job_id, populate_existing=True)
-            assert (job.state, job.wish, job.failures) == (wanted.state, wanted.wish, wanted.failures)
+            assert (job.state, job.wish) == (wanted.state, wanted.wish)
+            assert (job.failures, job.losses) == (wanted.failures, wanted.losses)
             live = self.session.scalars(
                 select(Attempt.id).where(Attempt.job_id == job_id, Attempt.ended_at.is_(None))
             ).all()

@@ -160,6 +160,7 @@ def test_a_template_that_ends_its_process_twice_is_refused(monkeypatch: pytest.M
         render("x")
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_after_a_fork_each_has_renderers_of_its_own() -> None:
     environment = sandbox.Environment()
     template = environment.from_string("{{ x }}")

@@ -80,7 +80,7 @@ def test_a_killed_slot_leaves_no_trainer_and_its_job_goes_on(valkey: str, runnin
     slot, (trainer,) = workshop.slot_of(workshop.workers[1]), workshop.trainers()
     slot.kill()
     workshop.until(lambda: _is_dead(trainer), "no orphan", seconds=10)
-    job = workshop.until(lambda: _with_failures(workshop, job_id, 1), "the lost attempt is counted")
+    job = workshop.until(lambda: _with_losses(workshop, job_id, 1), "the lost attempt is counted")
     assert job.state in ("queued", "running")
     workshop.until(lambda: len(workshop.attempts(job_id)) == 2, "a new attempt")
     assert workshop.attempts(job_id)[0].outcome == "lost"
@@ -93,7 +93,7 @@ def test_a_host_that_vanishes_loses_its_lease_and_another_worker_takes_over(runn
     os.killpg(worker.pid, signal.SIGKILL)
     workshop.until(lambda: not workshop.trainers(), "no orphan", seconds=10)
     job = workshop.until_state(job_id, "queued")
-    assert (job.failures, workshop.attempts(job_id)[0].outcome) == (1, "lost")
+    assert (job.losses, workshop.attempts(job_id)[0].outcome) == (1, "lost")
     workshop.start("train")
     workshop.until(lambda: len(workshop.attempts(job_id)) == 2, "another attempt")
 
@@ -157,6 +157,6 @@ def _is_dead(found: psutil.Process) -> bool:
         return True
 
 
-def _with_failures(workshop: Workshop, job_id: str, failures: int) -> object:
+def _with_losses(workshop: Workshop, job_id: str, losses: int) -> object:
     job = workshop.job(job_id)
-    return job if job.failures == failures else None
+    return job if job.losses == losses else None

@@ -1,6 +1,7 @@
 """What the worker for I/O does: files judged, jobs validated, bases converted, time's own deeds."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import rows
 from sqlalchemy import update
 from workshop import FACTS, Workshop, training_rows
 
+from tunery import db
 from tunery.datasets.model import File, Upload
 from tunery.errors import StorageFailed
 from tunery.jobs import leases, ledger
@@ -171,6 +173,48 @@ def test_a_spec_that_is_not_understood_any_more_fails_its_job_and_holds_no_other
     assert _validate(workshop)
     assert (workshop.job(first).error_code, workshop.job(second).state) == ("validation_broke", "queued")
     assert "of yore" not in str(workshop.job(first).error_message)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_job_that_ends_its_validating_worker_three_times_fails_and_holds_no_other_up(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison, other = (workshop.submit(workshop.file(training_rows(12))) for _ in range(2))
+    monkeypatch.setattr(validation, "_verdict", lambda *_: os._exit(9))
+    for _ in range(validation.MAX_VALIDATIONS):
+        pid = os.fork()
+        if pid == 0:
+            _forget_connections()
+            _validate(workshop)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    monkeypatch.undo()
+    assert _validate(workshop)
+    job = workshop.job(poison)
+    assert (job.state, job.error_code, job.validations) == ("failed", "validation_lost", 3)
+    assert "ended 3 times" in str(job.error_message)
+    assert _validate(workshop)
+    assert workshop.job(other).state == "queued"
+
+
+def _forget_connections() -> None:
+    db.sessions().kw["bind"].dispose(close=False)
+
+
+def test_an_outage_is_not_counted_against_the_job_that_it_interrupts(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = workshop.submit(workshop.file(training_rows(12)))
+
+    def fail(*_: object) -> None:
+        raise StorageFailed(deed="read", reason="out for lunch")
+
+    monkeypatch.setattr(validation, "judge", fail)
+    for _ in range(validation.MAX_VALIDATIONS + 2):
+        with pytest.raises(StorageFailed):
+            _validate(workshop)
+    monkeypatch.undo()
+    assert _validate(workshop)
+    assert (workshop.job(job_id).state, workshop.job(job_id).validations) == ("queued", 1)
 
 
 def test_while_one_process_validates_a_job_another_passes_it_by_and_its_owner_may_cancel(workshop: Workshop) -> None:

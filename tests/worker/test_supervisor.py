@@ -15,11 +15,11 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from workshop import Workshop
 
-from tunery import dispatch, wire
+from tunery import db, dispatch, wire
 from tunery.artifacts.manifest import Manifest
 from tunery.errors import LeaseLost, StorageFailed
 from tunery.jobs import leases, ledger
-from tunery.jobs.model import Job, JobEvent
+from tunery.jobs.model import Attempt, Job, JobEvent
 from tunery.jobs.states import State
 from tunery.local import process
 from tunery.settings import Settings
@@ -306,6 +306,36 @@ def _until_gone(database: Database, backend: int | None) -> None:
             return bool(other.scalar(query, {"pid": backend}) == 0)
 
     assert process.wait_until(is_gone, seconds=20, alive=lambda: True)
+
+
+def test_a_stop_while_the_database_is_silent_is_recorded_when_it_is_back(
+    database: Database, lease: leases.Lease, quick: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drain = Drain()
+    drain.begin()
+    reachable = db.transaction
+
+    def silent() -> None:
+        raise OperationalError("SELECT", None, ConnectionError("refused"))
+
+    monkeypatch.setattr(db, "transaction", silent)
+    with Hold(lease, quick, drain) as hold:
+        for _ in range(2):
+            with pytest.raises(OperationalError):
+                hold.write(lambda session: leases.record_progress(session, lease, step=7))
+        assert hold.stop_note.exists()
+    monkeypatch.setattr(db, "transaction", reachable)
+
+    other = quick.runs_dir / "ftjob-ended" / "3.stopped"
+    other.parent.mkdir()
+    other.touch()
+    # The slot that `rows.claim` claims for comes back. It does not look for work: there is a job.
+    assert Slot("host/cpu", quick, Drain(), devices.found(None))._take_over()
+    with database.sessions() as session:
+        job = session.get_one(Job, lease.job_id)
+        assert (job.losses, job.failures) == (0, 0)
+        assert session.get_one(Attempt, lease.attempt_id).outcome == "preempted"
+    assert list(quick.runs_dir.glob("*/*.stopped")) == []
 
 
 @pytest.mark.parametrize("reached", [True, False])

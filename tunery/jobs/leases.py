@@ -4,10 +4,10 @@ A lease is the right to one attempt. A deed on a job that has moved on (cancelle
 writes nothing. Callers own the transaction.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.dialects.postgresql import insert
@@ -20,7 +20,10 @@ from tunery.jobs.model import Attempt, Checkpoint, Job, Metric, Slot
 from tunery.jobs.states import State
 
 MAX_FAILURES = 3
-"""Attempts that may be lost or crash before the job fails."""
+"""Attempts that may crash, and as many whose worker may be lost, before the job fails without having got further."""
+
+Fault = Literal["crashed", "lost"]
+"""What an attempt's end is charged to; what was an outage of ours is charged to nothing."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,18 @@ def record_metrics(session: Session, lease: Lease, rows: Mapping[int, dict[str, 
     )
 
 
+def record_snapshot(session: Session, lease: Lease, snapshot: str, *, step: int) -> str | None:
+    """Names the snapshot to resume from; the former one. A later step than the last is progress: what went wrong before
+    it is not counted any more. Raises LeaseLost."""
+    job = held(session, lease)
+    if step > (job.snapshot_step or 0):
+        job.failures = job.losses = 0
+        job.snapshot_step = step
+    former, job.snapshot = job.snapshot, snapshot
+    session.flush()
+    return former
+
+
 def record_checkpoint(
     session: Session, lease: Lease, *, step: int, model_id: str, metrics: dict[str, Any]
 ) -> Checkpoint:
@@ -141,16 +156,16 @@ def requeue(
     *,
     reason: str,
     outcome: str,
-    counted: bool,
+    fault: Fault | None = None,
     snapshot: str | None = None,
     error: TuneryError | None = None,
 ) -> None:
-    """Back to the queue, from the last snapshot if there is one. A `counted` attempt uses up one of MAX_FAILURES.
+    """Back to the queue, from the last snapshot if there is one. A `fault` uses up one of its MAX_FAILURES.
 
     The last of those fails the job instead, with `error` (WorkerLost without). Raises LeaseLost.
     """
     job = held(session, lease)
-    _give_back(session, job, reason=reason, counted=counted, snapshot=snapshot, error=error)
+    _give_back(session, job, reason=reason, fault=fault, snapshot=snapshot, error=error)
     end_attempt(session, lease, outcome)
 
 
@@ -159,36 +174,25 @@ def _give_back(
     job: Job,
     *,
     reason: str,
-    counted: bool,
+    fault: Fault | None,
     snapshot: str | None = None,
     error: TuneryError | None = None,
 ) -> None:
-    failures, fence = job.failures + counted, job.fence + 1
-    if failures >= MAX_FAILURES:
-        job.failures = failures
-        ledger.fail_job(session, job, error or WorkerLost(times=failures))
-    elif job.wish == "pause":
-        ledger.move(
-            session,
-            job,
-            State.PAUSED,
-            message=f"{reason}; the job is paused",
-            failures=failures,
-            fence=fence,
-            snapshot=snapshot or job.snapshot,
-        )
+    job.failures += fault == "crashed"
+    job.losses += fault == "lost"
+    if fault is not None and max(job.failures, job.losses) >= MAX_FAILURES:
+        ledger.fail_job(session, job, error or WorkerLost(times=job.losses, after=_after(job)))
+        return
+    values: dict[str, Any] = {"fence": job.fence + 1, "snapshot": snapshot or job.snapshot}
+    if job.wish == "pause":
+        ledger.move(session, job, State.PAUSED, message=f"{reason}; the job is paused", **values)
     else:
-        ledger.move(
-            session,
-            job,
-            State.QUEUED,
-            message=f"{reason}; the job waits for a worker again",
-            level="warn",
-            failures=failures,
-            fence=fence,
-            queued_at=job.queued_at,
-            snapshot=snapshot or job.snapshot,
-        )
+        message = f"{reason}; the job waits for a worker again"
+        ledger.move(session, job, State.QUEUED, message=message, level="warn", queued_at=job.queued_at, **values)
+
+
+def _after(job: Job) -> str:
+    return f"since its state of step {job.snapshot_step} was stored" if job.snapshot_step else "since it was created"
 
 
 def end_attempt(session: Session, lease: Lease, outcome: str) -> None:
@@ -222,12 +226,17 @@ def pardon(session: Session, *, seconds: float) -> int:
     return len(pardoned.all())
 
 
-def reap_slot(session: Session, slot: str) -> int:
-    """A returning worker ends the attempts that its slot's former life left behind. Their number."""
-    return _reap_where(session, Attempt.slot == slot, skip_locked=False)
+def reap_slot(session: Session, slot: str, *, stopped: Collection[tuple[str, int]] = ()) -> int:
+    """A returning worker ends the attempts that its slot's former life left behind. Their number.
+
+    `stopped`: job and number of attempts that were told to stop while the database was silent, which nobody is charged.
+    """
+    return _reap_where(session, Attempt.slot == slot, skip_locked=False, stopped=stopped)
 
 
-def _reap_where(session: Session, condition: ColumnElement[bool], *, skip_locked: bool) -> int:
+def _reap_where(
+    session: Session, condition: ColumnElement[bool], *, skip_locked: bool, stopped: Collection[tuple[str, int]] = ()
+) -> int:
     """`skip_locked`: leave a job that somebody is at for the next round, so that one stuck hand stops no sweeping."""
     dead = Attempt.ended_at.is_(None) & condition
     reaped = 0
@@ -239,9 +248,14 @@ def _reap_where(session: Session, condition: ColumnElement[bool], *, skip_locked
         attempt = session.scalar(lease)
         if job is None or attempt is None:
             continue
+        was_stopped = (job.id, attempt.number) in stopped
         if job.state == State.RUNNING and job.fence == attempt.number:
-            _give_back(session, job, reason="The worker was lost", counted=True)
-        end_attempt(session, Lease(job.id, attempt.id, attempt.number, tuple(attempt.gpu_indexes)), "lost")
+            if was_stopped:
+                _give_back(session, job, reason="The worker was stopped while the database was away", fault=None)
+            else:
+                _give_back(session, job, reason="The worker was lost", fault="lost")
+        outcome = "preempted" if was_stopped else "lost"
+        end_attempt(session, Lease(job.id, attempt.id, attempt.number, tuple(attempt.gpu_indexes)), outcome)
         reaped += 1
     return reaped
 

@@ -21,7 +21,9 @@ class Job(Base):
     `fence` grows with every claim and every cancellation; an attempt may write only while the job's fence is its own
     number. `wish` is what the owner asked of a running job (`pause`); `phase` says what a running job is doing.
     `gpu_bytes` is the memory it needs on each of its `gpus`, `cpu_bytes` on a host that trains on its CPU (null: not
-    there). While `reserved_until` has not come, `reserved_host` takes no smaller job. `tidied`: no object is left in
+    there). `failures` counts attempts that crashed, `losses` those whose worker was lost, both since the last snapshot
+    at a later step (`snapshot_step`); `validations` counts how often its validation began. While `reserved_until` has
+    not come, `reserved_host` takes no smaller job. `tidied`: no object is left in
     storage that the ended job made and no row names.
     """
 
@@ -52,6 +54,8 @@ class Job(Base):
     wish: Mapped[str | None]
     fence: Mapped[int] = mapped_column(BigInteger, default=0)
     failures: Mapped[int] = mapped_column(default=0)
+    losses: Mapped[int] = mapped_column(default=0, server_default="0")
+    validations: Mapped[int] = mapped_column(default=0, server_default="0")
     priority: Mapped[int] = mapped_column(default=0)
     gpus: Mapped[int] = mapped_column(default=1)
     gpu_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
@@ -85,6 +89,7 @@ class Job(Base):
     progress: Mapped[dict[str, Any]] = mapped_column(default=dict)
     scorecard: Mapped[dict[str, Any] | None]
     snapshot: Mapped[str | None]
+    snapshot_step: Mapped[int | None]
     tidied: Mapped[bool] = mapped_column(default=False)
     error_code: Mapped[str | None]
     error_message: Mapped[str | None]

@@ -15,6 +15,7 @@ import logging
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,13 +54,15 @@ LastDeed = Callable[[Session], None]
 def run(lease: Lease, *, settings: Settings, storage: Storage, drain: Drain, mark: str) -> None:
     """Carries the attempt out and ends its lease, whatever becomes of the run; see the module's head.
 
-    Raises only when the database stays away while the worker shuts down; the lease then runs out by itself.
+    Raises only when the database stays away while the worker shuts down; the slot's next life then ends the lease.
     """
     run_dir = settings.runs_dir / lease.job_id / str(lease.number)
     log.info("attempt %d of %s begins in %s", lease.number, lease.job_id, run_dir)
     with Hold(lease, settings, drain) as hold:
         try:
             hold.write(_carry_out(hold, settings, storage, run_dir, mark))
+            with suppress(OSError):
+                hold.stop_note.unlink()
             log.info("attempt %d of %s has ended", lease.number, lease.job_id)
         except LeaseLost:
             log.info("attempt %d of %s is dropped: the job moved on", lease.number, lease.job_id)
@@ -87,7 +90,9 @@ def _carry_out(hold: Hold, settings: Settings, storage: Storage, run_dir: Path, 
     except StorageFailed as error:
         log.exception("attempt %d of %s broke off", hold.lease.number, hold.lease.job_id)
         # A worker that stops has not the time to wait for storage, and the run is not to blame.
-        return _let_go(hold, snapshot=None) if hold.stopping else _hand_back(hold, str(error))
+        return _let_go(hold, snapshot=None) if hold.stopping else _hand_back(hold, str(error), fault=None)
+    except UNREACHABLE:  # only where the worker shuts down
+        return _let_go(hold, snapshot=None)
     except Exception as error:  # our own part failed, not the run: storage, a full disk, a damaged object
         log.exception("attempt %d of %s broke off", hold.lease.number, hold.lease.job_id)
         return _hand_back(hold, _told(error))
@@ -186,15 +191,16 @@ def _let_go(hold: Hold, *, snapshot: str | None) -> LastDeed:
         if leases.held(session, hold.lease).wish == "pause":
             leases.park(session, hold.lease, snapshot=snapshot)
         else:
-            leases.requeue(session, hold.lease, reason=reason, outcome="preempted", counted=False, snapshot=snapshot)
+            leases.requeue(session, hold.lease, reason=reason, outcome="preempted", snapshot=snapshot)
 
     return deed
 
 
-def _hand_back(hold: Hold, reason: str) -> LastDeed:
+def _hand_back(hold: Hold, reason: str, fault: leases.Fault | None = "crashed") -> LastDeed:
+    """Back to the queue. `fault` None: storage was away, which is not the run's to answer for."""
     error = TrainingCrashed(reason=reason, job=hold.lease.job_id)
     return lambda session: leases.requeue(
-        session, hold.lease, reason=f"Training broke off: {reason}", outcome="crashed", counted=True, error=error
+        session, hold.lease, reason=f"Training broke off: {reason}", outcome="crashed", fault=fault, error=error
     )
 
 

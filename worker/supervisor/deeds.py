@@ -196,14 +196,11 @@ class Scribe:
 
     def _keep_snapshot(self, saved: wire.CheckpointSaved) -> None:
         stored = self.store_snapshot(saved.path)
-        former = self._hold.write(lambda session: self._point_to(session, stored))
+        former = self._hold.write(
+            lambda session: leases.record_snapshot(session, self._hold.lease, str(stored), step=saved.step)
+        )
         if former and former != str(stored):
             upload.remove(self._storage, StoredFolder.parse(former).prefix)
-
-    def _point_to(self, session: Session, stored: StoredFolder) -> str | None:
-        job = leases.held(session, self._hold.lease)
-        former, job.snapshot = job.snapshot, str(stored)
-        return former
 
     def _keep_checkpoint(self, saved: wire.CheckpointSaved, metrics: dict[str, Any]) -> None:
         # An attempt that resumed before this epoch's end meets its predecessor's checkpoint, which is as good.

@@ -4,6 +4,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Generic, Protocol, Self, TypeVar
 
 from sqlalchemy.exc import InterfaceError, OperationalError
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 
 UNREACHABLE = (OperationalError, InterfaceError, PoolTimeout)
 """How a database that is down, restarting or cut off shows itself."""
+STOP_NOTE = ".stopped"
 _TICK = 0.2
 _Result = TypeVar("_Result")
 
@@ -76,6 +79,11 @@ class _Try(Generic[_Result]):
         return result
 
 
+def stop_note(settings: Settings, lease: Lease) -> Path:
+    """The file that says of an attempt: its worker was told to stop while the database was silent."""
+    return settings.runs_dir / lease.job_id / f"{lease.number}{STOP_NOTE}"
+
+
 class Hold:
     """The lease in use: `with Hold(...) as hold` renews it until the end of the block.
 
@@ -92,6 +100,8 @@ class Hold:
         self._settings, self._drain = settings, drain
         self._process: Stoppable | None = None
         self._asked_at: float | None = None
+        self._silent_since: float | None = None
+        self.stop_note = stop_note(settings, lease)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tunery-lease", daemon=True)
 
@@ -133,18 +143,34 @@ class Hold:
         It is done once, also where the answer to its COMMIT was lost. A worker that shuts down does not wait for the
         database for ever: after the grace its error comes through, and the lease runs out by itself.
         """
-        delay, began, tried = 0.5, time.monotonic(), _Try(deed)
+        delay, tried = 0.5, _Try(deed)
         while True:
             if not tried.is_unsure:
                 self._check_lost()
             try:
-                return tried.go(self._check_lost)
+                result = tried.go(self._check_lost)
             except (*UNREACHABLE, Undecided):
-                if self._drain.begun and time.monotonic() - began > self._settings.stop_grace_seconds:
+                if self._has_waited_enough():
                     raise
                 log.warning("the database does not answer; the run of %s goes on", self.lease.job_id)
+            else:
+                self._silent_since = None
+                return result
             self._over.wait(delay)
-            delay = min(2 * delay, 10)
+            delay = min(2 * delay, 2 if self._drain.begun else 10)
+
+    def _has_waited_enough(self) -> bool:
+        """Whether a worker that shuts down has waited for the database as long as it may.
+
+        Silence counts over several deeds. That it was told to stop is noted at the first: it may be killed any moment.
+        """
+        self._silent_since = self._silent_since or time.monotonic()
+        if not self._drain.begun:
+            return False
+        with suppress(OSError):
+            self.stop_note.parent.mkdir(parents=True, exist_ok=True)
+            self.stop_note.touch()
+        return time.monotonic() - self._silent_since > self._settings.stop_grace_seconds
 
     def _check_lost(self) -> None:
         if self.lost:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from tunery import db
 from tunery.jobs import leases, queue
@@ -19,6 +20,7 @@ from tunery.storage import open_storage
 from worker.supervisor import attempt, devices
 from worker.supervisor.devices import Device, DriverFails
 from worker.supervisor.drain import Drain
+from worker.supervisor.lease import STOP_NOTE
 from worker.supervisor.process import MARK
 
 log = logging.getLogger(__name__)
@@ -81,10 +83,16 @@ class Slot:
             log.error("another process works as slot %s; give each worker of a host a name of its own (-n)", self.name)
             return False
         killed = end_marked(self._mark)
+        notes = list(self._settings.runs_dir.glob(f"*/*{STOP_NOTE}"))
+        stopped = [(note.parent.name, int(note.name.removesuffix(STOP_NOTE))) for note in notes]
         with db.transaction() as session:
-            reaped = leases.reap_slot(session, self.name)
+            reaped = leases.reap_slot(session, self.name, stopped=stopped)
+            live = _live_attempts(session)
         if killed or reaped:
             log.warning("slot %s took over: %d processes and %d attempts were left", self.name, killed, reaped)
+        for note, attempt_of in zip(notes, stopped, strict=True):
+            if attempt_of not in live:  # else it is another slot's to read
+                note.unlink(missing_ok=True)
         self._clean_runs()
         self._lock = lock
         return True
@@ -106,11 +114,15 @@ class Slot:
         # between the two is not in the list. The other way round, it would be taken for a dead one.
         found = [folder for folder in self._settings.runs_dir.glob("*/*") if _is_run(folder)]
         with db.transaction() as session:
-            live = set(session.execute(select(Attempt.job_id, Attempt.number).where(Attempt.ended_at.is_(None))).all())
-        known = {(job, str(number)) for job, number in live}
+            known = {(job, str(number)) for job, number in _live_attempts(session)}
         for run_dir in found:
             if (run_dir.parent.name, run_dir.name) not in known:
                 attempt.clean(run_dir)
+
+
+def _live_attempts(session: Session) -> set[tuple[str, int]]:
+    rows = session.execute(select(Attempt.job_id, Attempt.number).where(Attempt.ended_at.is_(None)))
+    return {(job, number) for job, number in rows}
 
 
 def _is_run(folder: Path) -> bool:

@@ -21,6 +21,7 @@ from tunery.errors import (
     StorageFailed,
     TuneryError,
     ValidationBroke,
+    ValidationLost,
 )
 from tunery.jobs import leases, ledger
 from tunery.jobs.model import Job, Slot
@@ -37,6 +38,11 @@ from worker.supervisor.lease import UNREACHABLE
 from worker.tasks.claims import only_here
 
 log = logging.getLogger(__name__)
+
+MAX_VALIDATIONS = 3
+"""Workers that may end over one job's files before the job fails: every other job waits behind it."""
+_INTERRUPTED: set[str] = set()
+"""Jobs whose validation broke off in this process through an outage."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,14 @@ def _open(session: Session, job: Job) -> Case:
 def _settle(job_id: str, settings: Settings, storage: Storage) -> None:
     if not _announce(job_id):
         return
-    verdict = _verdict(job_id, settings, storage)
+    try:
+        _record(job_id, _verdict(job_id, settings, storage))
+    except Exception:
+        _INTERRUPTED.add(job_id)
+        raise
+
+
+def _record(job_id: str, verdict: Verdict | TuneryError) -> None:
     with db.transaction() as session:
         job = session.get_one(Job, job_id, with_for_update=True)
         if job.state != State.VALIDATING:  # cancelled meanwhile
@@ -118,16 +131,23 @@ def _settle(job_id: str, settings: Settings, storage: Storage) -> None:
 
 
 def _announce(job_id: str) -> bool:
-    """Tells the owner that it is his job's turn; False when the job has gone on without us."""
+    """Notes that it is the job's turn; False when the job has gone on without us, or has ended too many workers."""
     with db.transaction() as session:
         job = session.get_one(Job, job_id, with_for_update=True)
         if job.state != State.VALIDATING:
             return False
+        if job_id in _INTERRUPTED:  # by an outage of ours, after which this process lived on
+            job.validations -= 1
+        if job.validations >= MAX_VALIDATIONS:
+            ledger.fail_job(session, job, ValidationLost(times=job.validations))
+            return False
+        job.validations += 1
         message = f"Validating training file: {job.training_file}"
         if job.validation_file is not None:
             message += f" and validation file: {job.validation_file}"
         ledger.note(session, job.id, message)
-        return True
+    _INTERRUPTED.discard(job_id)
+    return True
 
 
 def _verdict(job_id: str, settings: Settings, storage: Storage) -> Verdict | TuneryError:

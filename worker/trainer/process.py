@@ -56,6 +56,11 @@ def _world(folder: Path) -> int:
     return int(Run.model_validate_json((folder / "spec.json").read_text()).plan.resources.gpus)
 
 
+REPEATABLE = (AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, TypeError, ValueError)
+"""What code says about its arguments ("this model does not support ..."): another attempt has the same ones. Not
+RuntimeError, which is torch's word for a failing device as well."""
+
+
 def describe(error: Exception) -> Failed:
     """An exception as the message that decides what the supervisor does."""
     if isinstance(error, NotFinite):
@@ -69,7 +74,8 @@ def describe(error: Exception) -> Failed:
     if isinstance(error, ValidationError | TuneryError):
         return Failed(kind="user_error", code="invalid_spec", message=str(error))
     reason = (str(error).strip() or "no reason given").splitlines()[0]
-    return Failed(kind="crashed", code="training_crashed", message=f"{type(error).__name__}: {reason}")
+    kind = "user_error" if isinstance(error, REPEATABLE) else "crashed"
+    return Failed(kind=kind, code="training_crashed", message=f"{type(error).__name__}: {reason}")
 
 
 def _settle(rank: int) -> None:
