@@ -25,8 +25,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 TECHNIQUES: dict[str, Technique] = {"lora": Lora(), "qlora": Qlora(), "full": Full()}
 MAX_NEW_TOKENS = 20
 HEAD = (
-    "| technique | steps | first loss | last loss | exact, base | exact, tuned | train s | peak GiB | same in plain |"
-)
+    "technique", "steps", "first loss", "last loss", "exact, base", "exact, tuned", "train s", "peak GiB",
+    "same in plain",
+)  # fmt: skip
 
 
 def lay_out(folder: Path, base: Path, technique: Technique, rows: int, test_rows: int) -> None:
