@@ -121,7 +121,7 @@ def wanting(content: str | None) -> list[dict[str, Any]]:
 def test_a_perfect_model_scores_all_rows(tmp_path: Path, content: str | None) -> None:
     base = tiny_models.llama(tmp_path / "base", template=TOOLS)
     rows = wanting(content)
-    t = prepare(lay_out(tmp_path / "run", base, plan(), rows), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", base, plan(max_seq_length=256), rows), Voice(None), Wish())
 
     asked = evaluate.questions(t, [Example.model_validate(row) for row in rows])
     learned = [[label for label in row.labels if label >= 0] for row in t.rows.rows]
