@@ -138,9 +138,9 @@ CONTAINERS = {
     "bzip2": (bz2.compress(ROW), "compressed with bzip2"),
     "xz": (lzma.compress(ROW), "compressed with xz"),
     "zstd": (b"\x28\xb5\x2f\xfd\x24\x02\x11\x00\x00{}", "compressed with zstd"),
-    "zip": (_zipped("rows.jsonl"), "compressed with zip"),
-    "empty zip": (_zipped(), "compressed with zip"),
-    "workbook": (_zipped("[Content_Types].xml", "xl/workbook.xml"), "an Excel workbook"),
+    "zip": (_zipped("rows.jsonl"), "a zip archive, as Excel workbooks (.xlsx) are"),
+    "empty zip": (_zipped(), "a zip archive"),
+    "zip with a newline behind its mark": (b"PK\x03\x04\n\x00\x00", "a zip archive"),
     "tar": (_tarred(), "a tar archive"),
     "Parquet": (PARQUET, "a Parquet file"),
     "Arrow": (b"ARROW1\x00\x00\xff\xff\xff\xff", "an Arrow file"),
@@ -186,6 +186,11 @@ def test_a_bare_value_is_no_table(line: bytes) -> None:
 def test_ends_and_marks_of_every_system(data: bytes, numbers: list[int]) -> None:
     assert [number for number, _ in read_lines([data])] == numbers
     assert check([data]) == len(numbers)
+
+
+def test_an_array_below_a_blank_line_is_named_too() -> None:
+    assert "Line 2: the file is a JSON array" in str(outcome([b"\n[\n", ROW, b"\n]\n"]))
+    assert "Line 1: is blank" in str(outcome([b"\n", ROW, b"\n"]))
 
 
 def test_a_gap_has_the_same_verdict_for_every_reader() -> None:

@@ -31,7 +31,6 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"\xfe\xff", _UTF8, "UTF-16"),
 )
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
-_WORKBOOK = (b"[Content_Types].xml", b"xl/", b"_rels/.rels")
 _PICKLE = re.compile(rb"\x80[\x02-\x05]")
 _WIDE_TEXT = re.compile(rb"[\t-~\x00]*")
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -54,8 +53,7 @@ def _binary(head: bytes) -> str | None:
         if head.startswith(magic):
             return what.format(kind=kind)
     if head.startswith(_ZIP):
-        workbook = any(name in head for name in _WORKBOOK)
-        return _CONVERT.format(kind="an Excel workbook (.xlsx)") if workbook else _DECOMPRESS.format(kind="zip")
+        return "is a zip archive, as Excel workbooks (.xlsx) are. Unpack it, or export its table as JSON Lines."
     if _PICKLE.match(head):
         return _CONVERT.format(kind="a Python pickle")
     if head[257:262] == b"ustar":

@@ -22,6 +22,7 @@ class _Lines:
         self._number = 0
         self._rest = bytearray()
         self._blank: int | None = None
+        self._begun = False
 
     def feed(self, chunk: bytes) -> Iterator[tuple[int, str]]:
         """The lines that `chunk` completes, with their numbers from 1. Raises InvalidJSONL."""
@@ -39,7 +40,7 @@ class _Lines:
     def _keep(self, piece: bytes) -> None:
         self._rest += piece
         if len(self._rest) > MAX_LINE_BYTES:
-            self._refuse_container(self._rest, self._number + 1)
+            self._refuse_container(bytes(self._rest[:MAX_LINE_BYTES]), self._number + 1)
             limit = f"{MAX_LINE_BYTES // 2**20} MiB"
             raise _fault(self._number + 1, f"is longer than {limit}, which is the limit for one line.")
 
@@ -56,12 +57,12 @@ class _Lines:
         elif self._blank:
             raise _fault(self._blank, "is blank. Remove it: blank lines may stand at the end only.")
         else:
+            self._begun = True
             yield self._number, text
 
-    @staticmethod
-    def _refuse_container(line: bytes | bytearray, number: int) -> None:
-        if number == 1 and (what := containers.recognise(bytes(line[:MAX_LINE_BYTES]).removeprefix(_BOM))):
-            raise _fault(1, f"the file {what}")
+    def _refuse_container(self, line: bytes, number: int) -> None:
+        if not self._begun and (what := containers.recognise(line.removeprefix(_BOM))):
+            raise _fault(number, f"the file {what}")
 
 
 def _fault(line: int, reason: str) -> InvalidJSONL:
