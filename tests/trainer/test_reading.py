@@ -73,6 +73,21 @@ def test_line_ends_and_marks_change_no_token(name: str, tmp_path: Path) -> None:
     assert [number for number, _ in read_examples(path, "training")] == list(range(1, 13))
 
 
+def test_a_first_token_is_learned_by_nobody_and_counted_by_nobody(tmp_path: Path) -> None:
+    """A row that opens with an answer, by a template that writes nothing before it."""
+    made = template(tmp_path, "{% for message in messages %}{{ message.content }}<|im_end|>{% endfor %}")
+    path = tmp_path / "rows.jsonl"
+    opening = {"messages": [{"role": "assistant", "content": "ab"}, {"role": "user", "content": "c"}]}
+    path.write_text(json.dumps(opening) + "\n")
+
+    before, then = validated(path, made, 2048), trained(path, made, 2048)
+
+    assert isinstance(before, Summary), before
+    assert isinstance(then, Rows), then
+    assert then.rows[0].labels[0] == then.rows[0].input_ids[0]
+    assert before.trained_tokens == then.rows[0].labelled == 2
+
+
 CALLED = (
     '<|im_start|>system\n[{"type": "function", "function": {"name": "now"}}]<|im_end|>\n'
     "<|im_start|>user\nWhat time is it now 0[]<|im_end|>\n"

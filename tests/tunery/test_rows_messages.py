@@ -81,6 +81,7 @@ def part(**fields: Any) -> str:
         ),
         (part(text="x"), "Example 9, message 1 has a part without a type."),
         (part(type="text"), "Example 9, message 1 has a text part without 'text'."),
+        (part(type="text", text="x", image_url="u"), "Example 9, message 1 has a text part with the unknown key 'ima"),
         (
             '{"prompt": "a", "completion": "b"}',
             "Example 9: Unexpected file format, expected chat messages: prompt/comp",

@@ -208,7 +208,9 @@ def test_chat_reads_a_message_as_training_does() -> None:
     said = {**OFFICIAL.model_dump(), "tool_calls": calls, "audio": {"id": "a"}, "parsed": {}, "weight": None}
     tools = [{"type": None, "function": {"name": "f", "strict": None}}]
 
-    request = parse(asked(messages=[USER, said, {"role": "user", "content": ["q"], "name": None}], tools=tools))
+    last = {"role": "user", "content": ["q"], "name": None}
+    nulls = {"temperature": None, "stop": None, "stream_options": {"include_usage": None}, "tool_choice": None}
+    request = parse(asked(messages=[USER, said, last], tools=tools, **nulls))
     example = parse_line(row(USER, said, {"role": "user", "content": ["q"]}, tools=tools), 1)
 
     assert (request.messages, request.tools) == (example.messages, example.tools)

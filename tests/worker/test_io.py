@@ -54,6 +54,11 @@ def test_a_file_with_a_broken_line_ends_in_error_and_its_job_fails_before_a_gpu_
     [
         (training_rows(9), "invalid_n_examples", "Training file has 9 example(s)"),
         (training_rows(10) + b'{"messages": [{"role": "wizard", "content": "x"}]}\n', "invalid_training_file", "11"),
+        (
+            training_rows(10) + training_rows(1).replace(b"{", b'{"label": false, ', 1),
+            "invalid_training_file",
+            "Example 11 has the key 'label', which marks the answer as good or bad",
+        ),
     ],
 )
 def test_faults_of_content_fail_the_job_and_name_the_line(
@@ -84,6 +89,18 @@ def test_a_good_job_is_planned_and_queued_once(workshop: Workshop) -> None:
     told = workshop.story(job_id)
     assert any("shares 1 example" in line for line in told)
     assert any("asks for 2 GPUs" in line for line in told)
+
+
+def test_what_a_file_should_not_have_is_named_once_in_the_jobs_story(workshop: Workshop) -> None:
+    silent = b'{"id": 1, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}\n'
+    job_id = workshop.submit(workshop.file(training_rows(10) + silent * 2))
+
+    assert _validate(workshop)
+
+    assert workshop.job(job_id).state == "queued"
+    story = workshop.story(job_id)
+    assert [line.rpartition(": ")[2] for line in story if "keys that are not read" in line] == ["'id'."]
+    assert ["lines 11, 12" in line for line in story if "empty or blank" in line] == [True]
 
 
 def test_a_model_too_large_for_every_device_fails_with_what_would_fit(workshop: Workshop) -> None:

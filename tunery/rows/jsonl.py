@@ -14,8 +14,9 @@ _PYTHON_ONLY = ("'", "None", "True", "False")
 class _Lines:
     """Cuts chunks into lines and refuses what is not text in UTF-8, a line that is too long, and a gap.
 
-    A line ends with LF, whatever number of CR stand before it. A byte order mark may begin any line, as it does where
-    files were joined. Blank lines may stand at the end only, so that a row's number is its line's number everywhere.
+    A line ends with LF. CR before it, or between tokens, is JSON's white space like any other. A byte order mark may
+    begin any line, as it does where files were joined. Blank lines may stand at the end only, so that a row's number is
+    its line's number everywhere.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class _Lines:
 
     def _take(self) -> Iterator[tuple[int, str]]:
         self._number += 1
-        line, self._rest = bytes(self._rest).rstrip(b"\r"), bytearray()
+        line, self._rest = bytes(self._rest), bytearray()
         self._refuse_container(line, self._number)
         try:
             text = line.removeprefix(_BOM).decode()
