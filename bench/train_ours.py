@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from bench.train_rows import SEED, rows
+from tunery.planning.precision import decide
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Full, Lora, Plan, Qlora, Run, Schedule
 from worker.trainer.data import Rows
@@ -30,15 +31,16 @@ def set_up(model: Path, method: str, checkpointing: bool, made: Rows, batch: int
     plan = Plan(technique=technique, n_epochs=1, batch_size=batch, learning_rate=1e-4, learning_rate_multiplier=1,
                 schedule=Schedule(type="constant", warmup_ratio=0), seed=SEED)  # fmt: skip
     recipe = RECIPES[method]
-    base = recipe.load_base(model, technique, accelerator.device)
+    precision = decide(technique, accelerator.device.type)
+    base = recipe.load_base(model, precision, accelerator.device)
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    objective = Objective(recipe.prepare(base, technique, None))
+    objective = Objective(recipe.prepare(base, technique, None), precision)
     parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     return Training(
         run=Run(job="bench", base_model=model.name, plan=plan, public_checkpoints=0, snapshot_seconds=3600),
-        folder=model, recipe=recipe, accelerator=accelerator, objective=objective,
-        optimizer=recipe.make_optimizer(list(parameters.values()), plan), parameters=parameters,
+        folder=model, recipe=recipe, precision=precision, accelerator=accelerator, objective=objective,
+        optimizer=recipe.make_optimizer(parameters, plan, precision), parameters=parameters,
         template=ChatTemplate.load(model), rows=made, valid=None,
         voice=Voice(None), wish=Wish(), memory=MemoryPlan(batch * max(map(len, made.rows)), recompute=checkpointing),
     )  # fmt: skip

@@ -32,9 +32,14 @@ class Part(BaseModel):
 
 
 class Full(Part):
-    """Every weight learns. Weights and gradients in bf16 on a GPU and fp32 on a CPU."""
+    """Every weight learns."""
 
     type: Literal["full"] = "full"
+    weights_dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16",
+        description="What a GPU keeps the weights in: bfloat16 with stochastic rounding (6 bytes a weight with its "
+        "gradient and moments), or float32 (16 bytes). A CPU always takes float32",
+    )
 
 
 class Lora(Part):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunery.errors import DoesNotFit
+from tunery.planning.precision import BYTES, Precision, decide
 from tunery.spec import Full, Lora, Qlora, Technique
 
 GIB = 2**30
@@ -102,38 +103,38 @@ def trainable_params(facts: Mapping[str, Any], technique: Technique) -> int:
 
 
 def estimate(facts: Mapping[str, Any], technique: Technique, *, max_seq_length: int, device: str = "cuda") -> Estimate:
-    """The least that a run needs on one `device` ("cuda" or "cpu", where everything is fp32)."""
-    shape = Shape.of(facts)
-    width = 2 if device == "cuda" else 4
-    learns = trainable_params(facts, technique)
-    parts = {"base": _base_bytes(shape, technique, width)}
-    parts["optimizer"] = learns * moment_bytes(technique, device)
-    if isinstance(technique, Full):
-        parts["gradients"] = learns * width
-    else:
-        parts |= {"adapter": learns * 4, "gradients": learns * 4}
-    parts["activations"] = _activation_bytes(shape, technique, max_seq_length, device, width)
+    """The least that a run needs on one `device` ("cuda" or "cpu")."""
+    shape, precision = Shape.of(facts), decide(technique, device)
+    width, learns = BYTES[precision.dense], trainable_params(facts, technique)
+    parts = {"base": _base_bytes(shape, precision)}
+    parts["optimizer"] = learns * precision.moment_bytes
+    parts["gradients"] = learns * precision.trained_bytes
+    if not isinstance(technique, Full):
+        parts["adapter"] = learns * precision.trained_bytes
+    parts["activations"] = _activation_bytes(shape, precision, max_seq_length, device)
     parts["head"] = _HEAD_CHUNK + max_seq_length * shape.hidden * width
     parts["fixed"] = int((0.9 if device == "cuda" else 0.5) * 1e9 + _SLACK * sum(parts.values()))
     return Estimate(parts)
 
 
 def moment_bytes(technique: Technique, device: str = "cuda") -> int:
-    """The optimizer's two moments, bytes a weight that learns: 8 bits each for a full fine-tune on a GPU, else fp32."""
-    return 2 if isinstance(technique, Full) and device == "cuda" else 8
+    """Bytes of the optimizer's two moments of a weight that learns."""
+    return decide(technique, device).moment_bytes
 
 
-def _base_bytes(shape: Shape, technique: Technique, width: int) -> int:
-    if not isinstance(technique, Qlora):
+def _base_bytes(shape: Shape, precision: Precision) -> int:
+    width = BYTES[precision.dense]
+    if not precision.quantised:
         return shape.params * width
-    packed = NF4_BYTES if technique.double_quant else NF4_PLAIN_BYTES
+    packed = NF4_BYTES if precision.double_quant else NF4_PLAIN_BYTES
     return int((shape.params - shape.vocabulary) * packed) + shape.vocabulary * width
 
 
-def _activation_bytes(shape: Shape, technique: Technique, length: int, device: str, width: int) -> int:
+def _activation_bytes(shape: Shape, precision: Precision, length: int, device: str) -> int:
+    width = BYTES[precision.dense]  # autocast keeps the residual stream in the type of the weights
     attention = 2 * shape.heads_width + 2 * shape.kv_width
     at_work = 6 * shape.hidden + attention + 3 * shape.ffn  # one layer's recomputation and its gradients
-    scratch = max(i * o for i, o in shape.modules.values()) * width if isinstance(technique, Qlora) else 0
+    scratch = max(i * o for i, o in shape.modules.values()) * width if precision.quantised else 0
     if device == "cuda":  # each layer keeps its input only
         return length * width * (shape.layers * shape.hidden + at_work) + scratch
     kept = 2 * shape.hidden + attention + 2 * shape.ffn
@@ -177,17 +178,28 @@ def check(
 
 
 def _instead(facts: Mapping[str, Any], technique: Technique, length: int, capacity: int, device: str) -> str:
-    lighter: list[Technique] = [Lora(), Qlora()] if isinstance(technique, Full) else [Qlora()]
-    for other in lighter if not isinstance(technique, Qlora) else []:
+    for other, change in _lighter(technique, device):
         need = estimate(facts, other, max_seq_length=length, device=device).bytes
         if need <= capacity:
-            return f"Use the technique '{other.type}', which needs about {gib(need)}."
+            return f"Use {change}, which needs about {gib(need)}."
     shorter = length // 2
     while shorter >= 256:
         if fits(facts, technique, max_seq_length=shorter, capacity=capacity, device=device):
             return f"Lower max_seq_length to {shorter}."
         shorter //= 2
     return f"Use a smaller base model, or a worker with a larger {'GPU' if device == 'cuda' else 'memory'}."
+
+
+def _lighter(technique: Technique, device: str) -> list[tuple[Technique, str]]:
+    """Techniques that need less memory, most alike first, in words."""
+    found: list[tuple[Technique, str]] = []
+    if decide(technique, device) != decide(Full(), device) and isinstance(technique, Full):
+        found.append((Full(), "technique.weights_dtype 'bfloat16'"))
+    if isinstance(technique, Full):
+        found.append((Lora(), "the technique 'lora'"))
+    if not isinstance(technique, Qlora):
+        found.append((Qlora(), "the technique 'qlora'"))
+    return found
 
 
 def gib(size: int) -> str:

@@ -190,7 +190,8 @@ def write_artifact(t: Training, progress: Progress, folder: Path) -> None:
         if (t.folder / "base" / name).exists():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(t.folder / "base" / name, folder / name)
-    described = report.describe(t.run, t.template.sha256, progress=asdict(progress), warnings=t.warnings)
+    measured = {"precision": asdict(t.precision), "progress": asdict(progress), "warnings": t.warnings}
+    described = report.describe(t.run, t.template.sha256, **measured)
     (folder / "training_config.json").write_text(json.dumps(described, indent=2) + "\n")
     report.write_lines(folder / "metrics.jsonl", t.voice.metrics)
     report.write_results(folder / "results.csv", t.voice.metrics)

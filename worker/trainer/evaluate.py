@@ -78,7 +78,7 @@ def answers(t: Training, asked: list[Question], *, base: bool) -> list[str]:
     mine.sort(key=lambda i: len(asked[i].prompt_ids))  # like lengths together: the padding of a batch costs time
     given: list[tuple[int, str]] = []
     t.objective.eval()
-    with torch.no_grad(), without_adapter:
+    with torch.no_grad(), without_adapter, t.objective.autocast():
         size = ANSWER_BATCH[t.device.type]
         for _ in t.ranks.turns(t.wish, lambda: len(given) < len(mine)):
             if len(given) == len(mine):

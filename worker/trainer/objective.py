@@ -1,11 +1,14 @@
 """What is minimised: the sum of the losses of the labelled tokens of a micro-batch."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from tunery.planning.precision import Precision
+from worker.trainer import precision
 from worker.trainer.data import Batch
 from worker.trainer.kernels import cross_entropy
 
@@ -16,16 +19,22 @@ _HEAD_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "ou
 class Objective(nn.Module):
     """A causal model with its loss: `objective(batch, scale)` -> (`scale` times the sum of losses, right guesses)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kept_in: Precision | None = None) -> None:
         super().__init__()
         self.model = model
+        self._precision = kept_in
         self.causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.chunked = _is_plain_product(self.causal)
 
     def forward(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
-        if not self.chunked:
-            return cross_entropy.plain(self._logits(batch), batch.targets, scale)
-        return cross_entropy.scaled(self._hidden(batch), self._head, batch.targets, scale)
+        with self.autocast():
+            if not self.chunked:
+                return cross_entropy.plain(self._logits(batch), batch.targets, scale)
+            return cross_entropy.scaled(self._hidden(batch), self._head, batch.targets, scale)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Makes the model's products in the type that its precision says."""
+        return precision.autocast(self._precision, next(self.parameters()).device)
 
     @torch.no_grad()
     def settle(self, batch: Batch) -> None:
@@ -37,8 +46,10 @@ class Objective(nn.Module):
         if not self.chunked:
             return
         self.eval()
-        product, logits = (self._hidden(batch) @ self._head.t()).float(), self._logits(batch).float()
-        tolerance = 1e-4 if self._head.dtype == torch.float32 else 1e-2
+        with self.autocast():
+            product, logits = self._hidden(batch) @ self._head.t(), self._logits(batch)
+        tolerance = 1e-4 if logits.dtype == torch.float32 else 1e-2
+        product, logits = product.float(), logits.float()
         self.chunked = bool((product - logits).norm() <= tolerance * logits.norm())
 
     @property

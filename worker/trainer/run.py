@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from tunery.errors import InvalidTrainingFile
+from tunery.planning.precision import decide
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
 from tunery.wire import Finished, Paused, Phase, Score, Started
@@ -74,9 +75,10 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     valid = _validation_rows(folder, run, template)
     ranks.check(wish)
     recipe = RECIPES[run.plan.technique.type]
-    base = recipe.load_base(folder / "base", run.plan.technique, accelerator.device)
+    precision = decide(run.plan.technique, accelerator.device.type)
+    base = recipe.load_base(folder / "base", precision, accelerator.device)
     adapter = folder / "adapter"
-    objective = Objective(recipe.prepare(base, run.plan.technique, adapter if adapter.exists() else None))
+    objective = Objective(recipe.prepare(base, run.plan.technique, adapter if adapter.exists() else None), precision)
     objective.settle(collate([min(rows.rows, key=len)], [[0]], accelerator.device))
     parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     ranks.share_weights(parameters.values())
@@ -89,9 +91,10 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
         run=run,
         folder=folder,
         recipe=recipe,
+        precision=precision,
         accelerator=accelerator,
         objective=objective,
-        optimizer=recipe.make_optimizer(list(parameters.values()), run.plan),
+        optimizer=recipe.make_optimizer(parameters, run.plan, precision),
         parameters=parameters,
         template=template,
         rows=rows,

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from tunery.planning.precision import Precision
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Plan, Run
 from worker.trainer.data import MicroBatch, Row, Rows, micro_batches, steps_per_epoch
@@ -45,6 +46,7 @@ class Training:
     run: Run
     folder: Path
     recipe: Recipe
+    precision: Precision
     accelerator: Accelerator
     objective: Objective
     optimizer: torch.optim.Optimizer

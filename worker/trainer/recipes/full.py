@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 from typing import cast
 
-import bitsandbytes
 import torch
 from transformers import PreTrainedModel
 
+from tunery.planning.precision import Precision
 from tunery.spec import Plan, Technique
 from worker.trainer import dtypes
+from worker.trainer.adamw import StochasticAdamW
 from worker.trainer.kernels import decoder
-from worker.trainer.recipes.recipe import Recipe, groups, load_dense
+from worker.trainer.recipes.recipe import Parameters, Recipe, groups, load_dense, make_adamw
 
 
 def prepare(model: PreTrainedModel, _technique: Technique, adapter: Path | None) -> torch.nn.Module:
@@ -22,13 +23,11 @@ def prepare(model: PreTrainedModel, _technique: Technique, adapter: Path | None)
     return model
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
-    """AdamW; on a GPU with 8-bit states, 2 bytes a weight instead of 8 (Dettmers et al. 2021, arXiv:2110.02861)."""
-    if parameters[0].device.type == "cuda":
-        return cast(
-            torch.optim.Optimizer, bitsandbytes.optim.AdamW8bit(groups(parameters, plan), lr=plan.learning_rate)
-        )
-    return torch.optim.AdamW(groups(parameters, plan), lr=plan.learning_rate, fused=True)
+def make_optimizer(parameters: Parameters, plan: Plan, precision: Precision) -> torch.optim.Optimizer:
+    """AdamW; on bf16 weights with 8-bit moments and stochastic rounding."""
+    if precision.rounding == "nearest":
+        return make_adamw(parameters, plan, precision)
+    return StochasticAdamW(groups(parameters, plan), plan.learning_rate, plan.seed)
 
 
 def export(model: torch.nn.Module, folder: Path, _base_model: str) -> None:

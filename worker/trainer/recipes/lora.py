@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from tunery.spec import Lora, Plan, Technique
+from tunery.spec import Lora, Technique
 from worker.trainer.kernels import adapters, decoder
-from worker.trainer.recipes.recipe import Recipe, groups, load_dense
+from worker.trainer.recipes.recipe import Recipe, load_dense, make_adamw
 
 
 def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) -> torch.nn.Module:
@@ -53,10 +53,6 @@ def _continued(adapter: Path, technique: Lora) -> LoraConfig:
     return config
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups(parameters, plan), lr=plan.learning_rate, fused=True)
-
-
 def export(model: torch.nn.Module, folder: Path, base_model: str) -> None:
     """`adapter_model.safetensors` and `adapter_config.json` as PEFT writes them, naming the base by its own name."""
     adapted = cast(PeftModel, model)
@@ -72,4 +68,4 @@ def _in_order(names: Any) -> Any:
     return sorted(names) if isinstance(names, set) else names
 
 
-LORA = Recipe(load_base=load_dense, prepare=prepare, make_optimizer=make_optimizer, export=export)
+LORA = Recipe(load_base=load_dense, prepare=prepare, make_optimizer=make_adamw, export=export)

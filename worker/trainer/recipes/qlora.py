@@ -2,39 +2,43 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import bitsandbytes
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from tunery.spec import Qlora, Technique
+from tunery.planning.precision import Precision
+from worker.trainer.precision import dtype
 from worker.trainer.recipes.lora import LORA
 from worker.trainer.recipes.recipe import Recipe
 
 
-def load_nf4(folder: Path, technique: Technique, device: torch.device) -> PreTrainedModel:
-    """The base quantised while it is read. Embeddings, norms and head stay in bf16 (fp32 on a CPU).
+def load_quantised(folder: Path, precision: Precision, device: torch.device) -> PreTrainedModel:
+    """The base quantised while it is read. Embeddings, norms and head stay in `precision.dense`.
 
     Why not PEFT's prepare_model_for_kbit_training: it casts those three to fp32, 4 GB of a Llama-3 8B, and the norms
     and the loss compute in fp32 without that.
     """
-    knobs = cast(Qlora, technique)
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=knobs.quant_type,
-        bnb_4bit_use_double_quant=knobs.double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, knobs.compute_dtype),
-    )
     model = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-        quantization_config=quantisation,
+        dtype=dtype(precision.dense),
+        quantization_config=BitsAndBytesConfig(**quantisation(precision)),
         device_map={"": device},
         trust_remote_code=False,
     )
     _keep_one_packing(model)
     return cast(PreTrainedModel, model)
+
+
+def quantisation(precision: Precision) -> dict[str, Any]:
+    """The arguments of the BitsAndBytesConfig that gives the base in four bits."""
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": precision.base,
+        "bnb_4bit_use_double_quant": precision.double_quant,
+        "bnb_4bit_compute_dtype": precision.compute,
+    }
 
 
 def _keep_one_packing(model: torch.nn.Module) -> None:
@@ -48,4 +52,4 @@ def _keep_one_packing(model: torch.nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
-QLORA: Recipe = replace(LORA, load_base=load_nf4)
+QLORA: Recipe = replace(LORA, load_base=load_quantised)

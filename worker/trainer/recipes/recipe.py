@@ -7,37 +7,47 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tunery.planning.precision import Precision
 from tunery.spec import Plan, Technique
+from worker.trainer.precision import dtype
+
+Parameters = dict[str, torch.nn.Parameter]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How one technique loads the base, chooses what learns, optimises it and writes it down.
 
-    `load_base(folder, technique, device)` gives the frozen or trainable base on the device.
+    `load_base(folder, precision, device)` gives the frozen or trainable base on the device.
     `prepare(model, technique, adapter)` marks what learns; `adapter`: the folder of one to go on from, or None.
-    `make_optimizer(parameters, plan)` takes the parameters that learn.
+    `make_optimizer(parameters, plan, precision)` takes the parameters that learn, by name.
     `export(model, folder, base_model)` writes the files that a user loads; `base_model` is the registered name.
     """
 
-    load_base: Callable[[Path, Technique, torch.device], PreTrainedModel]
+    load_base: Callable[[Path, Precision, torch.device], PreTrainedModel]
     prepare: Callable[[PreTrainedModel, Technique, Path | None], torch.nn.Module]
-    make_optimizer: Callable[[list[torch.nn.Parameter], Plan], torch.optim.Optimizer]
+    make_optimizer: Callable[[Parameters, Plan, Precision], torch.optim.Optimizer]
     export: Callable[[torch.nn.Module, Path, str], None]
 
 
-def load_dense(folder: Path, _technique: Technique, device: torch.device) -> PreTrainedModel:
-    """The base in bf16 on a GPU and in fp32 on a CPU, where bf16 products are slow and less exact."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, trust_remote_code=False)
+def load_dense(folder: Path, precision: Precision, device: torch.device) -> PreTrainedModel:
+    """The base with every weight in `precision.base`, but for those that transformers keeps in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype(precision.base), device_map={"": device}, trust_remote_code=False
+    )
     assert isinstance(model, PreTrainedModel)
     return model
 
 
-def groups(parameters: list[torch.nn.Parameter], plan: Plan) -> list[dict[str, object]]:
-    """Optimizer groups: weight decay pulls on matrices, never on norms and biases."""
-    matrices = [p for p in parameters if p.dim() > 1]
-    vectors = [p for p in parameters if p.dim() <= 1]
+def make_adamw(parameters: Parameters, plan: Plan, _precision: Precision) -> torch.optim.Optimizer:
+    """AdamW with fp32 moments, for fp32 weights."""
+    return torch.optim.AdamW(groups(parameters, plan), lr=plan.learning_rate, fused=True)
+
+
+def groups(parameters: Parameters, plan: Plan) -> list[dict[str, object]]:
+    """Optimizer groups of named parameters: weight decay pulls on matrices, never on norms and biases."""
+    matrices = [(name, p) for name, p in parameters.items() if p.dim() > 1]
+    vectors = [(name, p) for name, p in parameters.items() if p.dim() <= 1]
     both = [
         {"params": matrices, "weight_decay": plan.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

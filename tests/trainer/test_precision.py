@@ -1,0 +1,274 @@
+"""What a run's numbers are kept in, and that updates reach weights which are kept in bf16."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from run_folders import chat, lay_out, plan
+from torch import Tensor, nn
+
+from tunery.planning import memory
+from tunery.planning.precision import Precision, decide
+from tunery.spec import Full, Lora, Qlora
+from worker.trainer import checkpoints, loop
+from worker.trainer.adamw import SMALL, StochasticAdamW
+from worker.trainer.kernels import stochastic
+from worker.trainer.recipes.full import FULL
+from worker.trainer.report import Voice
+from worker.trainer.run import carry_out, prepare
+from worker.trainer.training import Progress
+from worker.trainer.wish import Wish
+
+BF16_FULL = decide(Full(), "cuda")
+ROWS = [chat(i) for i in range(10)]
+RATE = 2e-5
+
+
+@pytest.mark.parametrize(
+    ("technique", "device", "wanted"),
+    [
+        (Full(), "cuda", Precision("bfloat16", "bfloat16", "bfloat16", "stochastic", "int8", "bfloat16")),
+        (
+            Full(weights_dtype="float32"),
+            "cuda",
+            Precision("float32", "float32", "float32", "nearest", "float32", "bfloat16"),
+        ),
+        (Lora(), "cuda", Precision("bfloat16", "bfloat16", "float32", "nearest", "float32", "bfloat16")),
+        (Qlora(), "cuda", Precision("nf4", "bfloat16", "float32", "nearest", "float32", "bfloat16", True)),
+        (Full(), "cpu", Precision("float32", "float32", "float32", "nearest", "float32", "float32")),
+        (Lora(), "cpu", Precision("float32", "float32", "float32", "nearest", "float32", "float32")),
+        (
+            Qlora(quant_type="fp4", double_quant=False),
+            "cpu",
+            Precision("fp4", "float32", "float32", "nearest", "float32", "bfloat16", False),
+        ),
+    ],
+)
+def test_precision_follows_from_technique_and_device(technique: Any, device: str, wanted: Precision) -> None:
+    assert decide(technique, device) == wanted
+
+
+def test_estimate_counts_the_bytes_of_the_precision() -> None:
+    facts = {
+        "hidden_size": 2048, "num_hidden_layers": 16, "vocab_size": 128_256, "intermediate_size": 8192,
+        "params": 1_000_000_000,
+    }  # fmt: skip
+    narrow, wide = (
+        memory.estimate(facts, Full(weights_dtype=dtype), max_seq_length=512).parts for dtype in ("bfloat16", "float32")
+    )
+
+    assert [narrow[part] for part in ("base", "gradients", "optimizer")] == [2e9, 2e9, 2e9]
+    assert [wide[part] for part in ("base", "gradients", "optimizer")] == [4e9, 4e9, 8e9]
+
+
+def test_too_large_masters_are_advised_to_be_bf16() -> None:
+    facts = {"hidden_size": 2048, "num_hidden_layers": 16, "vocab_size": 32_000, "params": 1_000_000_000}
+
+    with pytest.raises(Exception, match=r"Use technique\.weights_dtype 'bfloat16', which needs about"):
+        memory.check(facts, Full(weights_dtype="float32"), max_seq_length=512, capacity=12 * 2**30)
+
+
+def test_rounding_is_right_on_average() -> None:
+    """Between two neighbours, bf16(0.04) and the next, at every sixteenth of the way, on both sides of zero."""
+    low = torch.tensor(0.04).bfloat16().float()
+    high = torch.nextafter(low.bfloat16(), torch.tensor(1.0).bfloat16()).float()
+    draws = 2**16
+    for sixteenth in range(17):
+        for sign in (1, -1):
+            exact = sign * (low + (high - low) * sixteenth / 16)
+            noise = stochastic.noise(stochastic.seed_of(0, sixteenth, str(sign)), 0, draws)
+            rounded = stochastic.rounded(exact.expand(draws).contiguous(), noise).float()
+
+            assert set(rounded.abs().tolist()) <= {float(low), float(high)}
+            spread = float((high - low) / 2 / draws**0.5)
+            assert float(rounded.mean()) == pytest.approx(float(exact), abs=4 * spread + 1e-9)
+
+
+def test_noise_is_uniform_and_differs_by_seed_step_and_tensor() -> None:
+    seeds = [stochastic.seed_of(*which) for which in ((0, 1, "a"), (1, 1, "a"), (0, 2, "a"), (0, 1, "b"))]
+    drawn = [stochastic.noise(seed, 0, 2**18).double() for seed in seeds]
+
+    for one in drawn:
+        assert (int(one.min()), int(one.max())) >= (0, 2**16 - 100)
+        assert float(one.mean()) == pytest.approx(2**15, rel=0.005)
+        assert float(one.std()) == pytest.approx(2**16 / 12**0.5, rel=0.005)
+        assert abs(float(torch.corrcoef(torch.stack([one[:-1], one[1:]]))[0, 1])) < 0.01
+    assert float(torch.corrcoef(torch.stack(drawn)).triu(1).abs().max()) < 0.01
+
+
+def test_noise_of_a_part_is_that_part_of_the_whole() -> None:
+    whole = stochastic.noise(5, 0, 3 * stochastic.BLOCK)
+
+    assert torch.equal(stochastic.noise(5, 2 * stochastic.BLOCK, 100), whole[2 * stochastic.BLOCK :][:100])
+
+
+def test_no_update_changes_no_weight() -> None:
+    weight = torch.randn(10_000).bfloat16()
+    before = weight.clone()
+
+    stochastic.add(weight, torch.zeros_like(weight), 1.0, seed=1)
+
+    assert torch.equal(weight, before)
+
+
+def weights(count: int = 2**17) -> nn.Parameter:
+    """Weights of a usual spread, in bf16."""
+    return nn.Parameter((torch.randn(count, generator=torch.Generator().manual_seed(0)) * 0.04).bfloat16())
+
+
+def optimizer(parameter: nn.Parameter, seed: int = 0, **settings: Any) -> StochasticAdamW:
+    group = {"params": [("weight", parameter)], "weight_decay": settings.pop("weight_decay", 0.0)}
+    return StochasticAdamW([group], RATE, seed, **settings)
+
+
+def steps(made: torch.optim.Optimizer, parameter: nn.Parameter, grads: list[Tensor]) -> nn.Parameter:
+    for grad in grads:
+        parameter.grad = grad.to(parameter.dtype)
+        made.step()
+    return parameter
+
+
+def arrived(parameter: nn.Parameter, count: int, before: Tensor) -> float:
+    """The share of `count` unit steps of Adam that the weights have made."""
+    return float((before - parameter.detach().float()).mean() / (count * RATE))
+
+
+def test_unit_steps_arrive_where_rounding_to_nearest_loses_most() -> None:
+    ones = [torch.ones(2**17)] * 8
+    plain, ours = weights(), weights()
+    before = plain.detach().float()
+
+    steps(bitsandbytes.optim.AdamW8bit([plain], lr=RATE, weight_decay=0.0), plain, ones)
+    steps(optimizer(ours), ours, ones)
+
+    assert arrived(plain, 8, before) < 0.25
+    assert arrived(ours, 8, before) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 2.0])
+def test_weights_go_where_fp32_adamw_takes_them(weight_decay: float) -> None:
+    """On average over blocks of weights, whose rounding errors are independent."""
+    numbers = torch.Generator().manual_seed(1)
+    grads = [torch.randn(2**17, generator=numbers) + 1 for _ in range(20)]
+    ours = weights()
+    exact = nn.Parameter(ours.detach().float())
+    before = exact.detach().clone()
+
+    steps(torch.optim.AdamW([exact], lr=RATE, weight_decay=weight_decay), exact, grads)
+    steps(optimizer(ours, weight_decay=weight_decay), ours, grads)
+
+    moved, wanted = (p.detach().float() - before for p in (ours, exact))
+    assert float(moved.mean()) == pytest.approx(float(wanted.mean()), rel=0.02)
+    # What the decay takes, 0.17 in all; one draw of the rounding's noise is 0.006.
+    assert float(moved @ before) == pytest.approx(float(wanted @ before), abs=0.03)
+
+
+@pytest.mark.parametrize("count", [SMALL - 1, 2**17 + 5])
+def test_chunks_and_ranks_round_alike(count: int) -> None:
+    grads = list(torch.randn(3, count, generator=torch.Generator().manual_seed(2)))
+    whole, chunked, other = weights(count), weights(count), weights(count)
+
+    steps(optimizer(whole), whole, grads)
+    steps(optimizer(chunked, chunk=2 * stochastic.BLOCK), chunked, grads)
+    steps(optimizer(other, seed=1), other, grads)
+
+    assert torch.equal(whole, chunked)
+    assert torch.equal(whole, other) == (count < SMALL)  # small tensors have fp32 masters and no noise
+
+
+def test_small_tensors_follow_their_master() -> None:
+    """Just below 1, a norm's weights are 2**-8 apart: nine steps of 2e-4 are not half of that, twenty are all."""
+    norm = nn.Parameter(torch.ones(64).bfloat16())
+    made = StochasticAdamW([{"params": [("norm", norm)]}], 2e-4, 0)
+
+    steps(made, norm, [torch.ones(64)] * 9)
+    assert bool((norm == 1).all())
+    steps(made, norm, [torch.ones(64)] * 11)
+
+    assert torch.equal(norm.detach().float(), torch.full((64,), 1 - 2**-8))
+
+
+def test_a_weight_in_fp32_among_bf16_ones_keeps_its_digits() -> None:
+    router = nn.Parameter(torch.full((2 * SMALL,), 8.0))
+
+    steps(optimizer(router), router, [torch.ones(2 * SMALL)])
+
+    assert router[0].item() == pytest.approx(8 - RATE, abs=1e-6)
+
+
+def test_resumed_optimizer_goes_on_to_the_bit() -> None:
+    grads = list(torch.randn(6, 2**14, generator=torch.Generator().manual_seed(3)))
+    whole = weights(2**14)
+    steps(optimizer(whole), whole, grads)
+    broken = weights(2**14)
+    first = optimizer(broken)
+    steps(first, broken, grads[:3])
+
+    numbers, tensors = checkpoints._flatten(first.state_dict()["state"])
+    again = nn.Parameter(broken.detach().clone())
+    second = optimizer(again)
+    stored = checkpoints._unflatten(json.loads(json.dumps(numbers)), tensors)
+    second.load_state_dict(second.state_dict() | {"state": stored})
+    steps(second, again, grads[3:])
+
+    assert torch.equal(again, whole)
+
+
+def run_in_bf16(folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> Any:
+    """A full fine-tune on this CPU in the precision of a GPU."""
+    monkeypatch.setattr("worker.trainer.run.decide", lambda *_: BF16_FULL)
+    if not folder.exists():
+        lay_out(folder, base, plan(technique=Full(), learning_rate=1e-4, n_epochs=3), ROWS)
+    t = prepare(folder, Voice(None), Wish())
+    found = checkpoints.find_snapshot(t)
+    progress = Progress() if found is None else checkpoints.restore(t, found)
+    while progress.step < (stop_after or t.total_steps):
+        loop._take_step(t, progress)
+    if stop_after:
+        checkpoints.save_snapshot(t, progress)
+    return t
+
+
+def test_run_in_bf16_moves_its_weights_and_resumes_to_the_bit(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_in_bf16(tmp_path / "whole", tiny, monkeypatch)
+    run_in_bf16(tmp_path / "broken", tiny, monkeypatch, stop_after=4)
+    resumed = run_in_bf16(tmp_path / "broken", tiny, monkeypatch)
+
+    assert isinstance(whole.optimizer, StochasticAdamW)
+    before = FULL.load_base(tiny, BF16_FULL, torch.device("cpu")).state_dict()
+    for name, parameter in whole.parameters.items():
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, resumed.parameters[name]), name
+        if parameter.dim() > 1 and "embed" not in name:
+            moved = parameter != before[name.removeprefix("model.")]
+            assert float(moved.float().mean()) > 0.05, name
+
+
+def test_record_says_the_precision(tmp_path: Path, tiny: Path) -> None:
+    folder = lay_out(tmp_path / "run", tiny, plan(), ROWS)
+
+    assert carry_out(folder, Voice(None), Wish())
+
+    assert json.loads((folder / "out" / "training_config.json").read_text())["precision"] == {
+        "base": "float32", "dense": "float32", "trained": "float32", "rounding": "nearest", "moments": "float32",
+        "compute": "float32", "double_quant": False,
+    }  # fmt: skip
+
+
+def test_masters_in_fp32_compute_in_bf16(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = decide(Full(weights_dtype="float32"), "cuda")
+    monkeypatch.setattr("worker.trainer.run.decide", lambda *_: wide)
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(technique=Full(), learning_rate=1e-4), ROWS), Voice(None), Wish())
+    made: set[torch.dtype] = set()
+    t.objective.causal.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *args: made.add(args[2].dtype))
+
+    loop._take_step(t, Progress())
+
+    assert made == {torch.bfloat16}
+    assert t.objective.chunked
+    assert {p.dtype for p in t.parameters.values()} == {torch.float32}

@@ -1,0 +1,67 @@
+"""The number types of a run, decided once from its technique and its kind of device. No torch: types are names."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tunery.spec import Full, Qlora, Technique
+
+Dtype = Literal["bfloat16", "float32"]
+BYTES = {"bfloat16": 2, "float32": 4, "int8": 1}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a run's numbers are kept and multiplied in, by torch's names.
+
+    `base`: the linear layers of the base; `dense`: its embeddings, norms and head. `trained`: the weights that learn,
+    and `rounding` how an update is written into them. `moments`: the optimizer's two; int8 has an fp32 scale for 256
+    of them. `compute`: the products.
+    """
+
+    base: Literal["bfloat16", "float32", "nf4", "fp4"]
+    dense: Dtype
+    trained: Dtype
+    rounding: Literal["nearest", "stochastic"]
+    moments: Literal["int8", "float32"]
+    compute: Dtype
+    double_quant: bool = False
+
+    @property
+    def quantised(self) -> bool:
+        return self.base in ("nf4", "fp4")
+
+    @property
+    def autocast(self) -> bool:
+        """Whether products are made in a narrower type than the weights are kept in."""
+        return not self.quantised and self.base != self.compute
+
+    @property
+    def trained_bytes(self) -> int:
+        return BYTES[self.trained]
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of both moments of a weight."""
+        return 2 * BYTES[self.moments]
+
+
+def decide(technique: Technique, device: str) -> Precision:
+    """The precision of a run. `device`: "cuda", or "cpu", where bf16 products are slow and memory is no worry."""
+    dense = dense_dtype(device)
+    if isinstance(technique, Full):
+        return _of_full(technique, dense)
+    if isinstance(technique, Qlora):
+        base, compute, double_quant = technique.quant_type, technique.compute_dtype, technique.double_quant
+        return Precision(base, dense, "float32", "nearest", "float32", compute, double_quant)
+    return Precision(dense, dense, "float32", "nearest", "float32", dense)
+
+
+def dense_dtype(device: str) -> Dtype:
+    """The type of weights that do not learn, and of all weights of a model that answers."""
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def _of_full(technique: Full, dense: Dtype) -> Precision:
+    if dense == "bfloat16" and technique.weights_dtype == "bfloat16":
+        return Precision(dense, dense, dense, "stochastic", "int8", dense)
+    return Precision("float32", "float32", "float32", "nearest", "float32", dense)

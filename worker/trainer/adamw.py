@@ -1,0 +1,136 @@
+"""AdamW for weights that are kept in bf16."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from bitsandbytes import functional as bitsandbytes
+from torch import Tensor
+
+from worker.trainer.kernels import stochastic
+
+QUANTISED = 256
+"""Moments that share a scale: the block of bitsandbytes' kernels."""
+SMALL = 4096
+"""Tensors below this (norms, biases) have moments and a master copy in fp32, which costs next to nothing."""
+CHUNK = 2**24
+"""Elements updated at once: the updates, in bf16, then stay in a GPU's cache between the two kernels."""
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW with 8-bit moments (Dettmers et al. 2021, arXiv:2110.02861) and stochastic rounding of bf16 weights.
+
+    bitsandbytes' kernel adds a step to a zeroed tensor instead of the weight, where it keeps its digits, and
+    `stochastic.add` brings it to the weight. Why not its own AdamW8bit: it rounds to nearest, which leaves most weights
+    of a large model where they were, and waits for the GPU after each tensor.
+
+    The rounding is a function of `seed`, the step and the tensor's name. Groups hold named parameters.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, seed: int, chunk: int = CHUNK) -> None:
+        super().__init__(groups, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
+        self._seed, self._chunk = seed, chunk
+        self._codes: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step. There is no closure here: the loop has the gradients ready."""
+        assert closure is None
+        updates = self._room_for_updates()
+        for group in self.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if parameter.grad is not None:
+                    state = self._state(parameter)
+                    state["step"] += 1
+                    if _is_large(parameter):
+                        self._update_large(parameter, state, group, name, updates)
+                    else:
+                        self._update_small(parameter, state, group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Puts a state in place as it is: torch's own method would cast the moments to the weights' type."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self.state.clear()
+        for index, values in state_dict["state"].items():
+            device = parameters[index].device
+            self.state[parameters[index]] = {
+                key: value.to(device, copy=True) if isinstance(value, Tensor) else value
+                for key, value in values.items()
+            }
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+
+    def _room_for_updates(self) -> Tensor:
+        """Zeros for the largest chunk. Not kept: a step that fails half-way must leave nothing for the next."""
+        large = [p for group in self.param_groups for p in group["params"] if _is_large(p)]
+        size = min(self._chunk, max((p.numel() for p in large), default=0))
+        return torch.zeros(size, dtype=torch.bfloat16, device=large[0].device if large else None)
+
+    def _state(self, parameter: Tensor) -> dict[str, Any]:
+        """The state of a parameter, made before its first step."""
+        state: dict[str, Any] = self.state[parameter]
+        if state:
+            return state
+        count, device = parameter.numel(), parameter.device
+        state["step"] = 0
+        if _is_large(parameter):
+            for number in "12":
+                state[f"state{number}"] = torch.zeros(count, dtype=torch.uint8, device=device)
+                state[f"absmax{number}"] = torch.zeros(-(-count // QUANTISED), device=device)
+        else:
+            state["master"] = parameter.detach().reshape(-1).float()
+            state["state1"], state["state2"] = (torch.zeros(count, device=device) for _ in range(2))
+        return state
+
+    def _update_small(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """A step of the fp32 master, which the weight follows."""
+        assert parameter.grad is not None
+        master, grad = state["master"], parameter.grad.reshape(-1).float()
+        if decay := group["lr"] * group["weight_decay"]:
+            master.mul_(1 - decay)
+        beta1, beta2 = group["betas"]
+        bitsandbytes.optimizer_update_32bit(
+            "adam", grad, master, state["state1"], beta1, group["eps"], state["step"], group["lr"],
+            state["state2"], beta2,
+        )  # fmt: skip
+        parameter.copy_(master.view_as(parameter))
+
+    def _update_large(
+        self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], name: str, updates: Tensor
+    ) -> None:
+        assert parameter.grad is not None
+        seed = stochastic.seed_of(self._seed, state["step"], name)
+        keep = 1 - group["lr"] * group["weight_decay"]
+        weight, grad = parameter.view(-1), parameter.grad.reshape(-1)
+        for start in range(0, weight.numel(), self._chunk):
+            part = slice(start, min(start + self._chunk, weight.numel()))
+            update = updates[: part.stop - part.start]
+            self._add_step(update, grad[part], _part(state, part), state["step"], group)
+            stochastic.add(weight[part], update, keep, seed, start)
+
+    def _add_step(self, update: Tensor, grad: Tensor, moments: list[Tensor], step: int, group: dict[str, Any]) -> None:
+        """Adds an Adam step to `update` and renews the moments: bitsandbytes' kernel."""
+        state1, state2, absmax1, absmax2 = moments
+        beta1, beta2 = group["betas"]
+        signed, unsigned = self._code_books(update.device)
+        bitsandbytes.optimizer_update_8bit_blockwise(
+            "adam", grad, update, state1, state2, beta1, beta2, 0.0, 0.0, group["eps"], step, group["lr"],
+            signed, unsigned, absmax1, absmax2,
+        )  # fmt: skip
+
+    def _code_books(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The 256 values of the first and of the second moment."""
+        if self._codes is None:
+            self._codes = tuple(bitsandbytes.create_dynamic_map(signed=s).to(device) for s in (True, False))
+        return self._codes
+
+
+def _is_large(parameter: Tensor) -> bool:
+    """Whether a parameter is rounded stochastically. Some models keep single layers in fp32, which need no rounding."""
+    return parameter.dtype == torch.bfloat16 and parameter.numel() >= SMALL
+
+
+def _part(state: dict[str, Any], part: slice) -> list[Tensor]:
+    """The moments of some elements, and their scales."""
+    scales = slice(part.start // QUANTISED, -(-part.stop // QUANTISED))
+    return [state["state1"][part], state["state2"][part], state["absmax1"][scales], state["absmax2"][scales]]
