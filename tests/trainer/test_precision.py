@@ -207,11 +207,11 @@ def test_resumed_optimizer_goes_on_to_the_bit() -> None:
     first = optimizer(broken)
     steps(first, broken, grads[:3])
 
-    numbers, tensors = checkpoints._flatten(first.state_dict()["state"])
+    numbers, tensors = checkpoints._flatten({"weight": first.state_dict()["state"][0]})
     again = nn.Parameter(broken.detach().clone())
     second = optimizer(again)
     stored = checkpoints._unflatten(json.loads(json.dumps(numbers)), tensors)
-    second.load_state_dict(second.state_dict() | {"state": stored})
+    second.load_state_dict(second.state_dict() | {"state": {0: stored["weight"]}})
     steps(second, again, grads[3:])
 
     assert torch.equal(again, whole)
@@ -247,6 +247,16 @@ def test_run_in_bf16_moves_its_weights_and_resumes_to_the_bit(
         if parameter.dim() > 1 and "embed" not in name:
             moved = parameter != before[name.removeprefix("model.")]
             assert float(moved.float().mean()) > 0.05, name
+
+
+def test_snapshot_of_another_precision_is_not_taken(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that paused on a GPU has an optimizer that a CPU cannot go on with."""
+    run_in_bf16(tmp_path / "run", tiny, monkeypatch, stop_after=2)
+    monkeypatch.undo()
+
+    assert checkpoints.find_snapshot(prepare(tmp_path / "run", Voice(None), Wish())) is None
 
 
 def test_record_says_the_precision(tmp_path: Path, tiny: Path) -> None:

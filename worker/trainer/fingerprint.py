@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from tunery.spec import Plan
 from worker.trainer.training import Training
 
+_WIDE = ["float32", "float32"]
 _CHANGES_NO_WEIGHT: Any = {
     "learning_rate_multiplier": True,  # learning_rate is what it came to
     "evaluation": {"test_file", "max_new_tokens", "max_rows"},
@@ -40,18 +41,25 @@ _FORMAT_1: dict[str, tuple[str, ...]] = {
 
 def describe(t: Training) -> dict[str, Any]:
     """What a snapshot says of its run."""
-    return {"plan": t.plan.model_dump(mode="json"), "base_model": t.run.base_model, "rows": t.rows.sha256}
+    return {
+        "plan": t.plan.model_dump(mode="json"),
+        "base_model": t.run.base_model,
+        "rows": t.rows.sha256,
+        "learning_in": _learning_in(t),
+    }
 
 
 def difference(t: Training, state: dict[str, Any]) -> str | None:
     """Why the snapshot of this `state.json` cannot be continued as `t`; None where it can."""
     run = state["run"]
     if isinstance(run, str):
-        return None if run == _format_1(t) else "it is of another plan or other rows"
+        return None if run == _format_1(t) and _learning_in(t) == _WIDE else "it is of another plan or other rows"
     if run["base_model"] != t.run.base_model:
         return f"it is of the base {run['base_model']}"
     if run["rows"] != t.rows.sha256:
         return "it is of other rows"
+    if run.get("learning_in", _WIDE) != _learning_in(t):
+        return "it is of a run whose weights and moments are kept in other types"
     try:
         then = _that_train(type(t.plan).model_validate(run["plan"]))
     except ValidationError as error:
@@ -59,6 +67,11 @@ def difference(t: Training, state: dict[str, Any]) -> str | None:
     now = _that_train(t.plan)
     changed = sorted(name for name in then | now if then.get(name) != now.get(name))
     return f"it is of a plan with another {', '.join(changed)}" if changed else None
+
+
+def _learning_in(t: Training) -> list[str]:
+    """What the weights that learn and the optimizer's moments are kept in: a snapshot holds both as they are."""
+    return [t.precision.trained, t.precision.moments]
 
 
 def _that_train(plan: Plan) -> dict[str, Any]:

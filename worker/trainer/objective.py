@@ -27,10 +27,9 @@ class Objective(nn.Module):
         self.chunked = _is_plain_product(self.causal)
 
     def forward(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
-        with self.autocast():
-            if not self.chunked:
-                return cross_entropy.plain(self._logits(batch), batch.targets, scale)
-            return cross_entropy.scaled(self._hidden(batch), self._head, batch.targets, scale)
+        if not self.chunked:
+            return cross_entropy.plain(self._logits(batch), batch.targets, scale)
+        return cross_entropy.scaled(*self._factors(batch), batch.targets, scale)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Makes the model's products in the type that its precision says."""
@@ -46,24 +45,25 @@ class Objective(nn.Module):
         if not self.chunked:
             return
         self.eval()
-        with self.autocast():
-            product, logits = self._hidden(batch) @ self._head.t(), self._logits(batch)
-        tolerance = 1e-4 if logits.dtype == torch.float32 else 1e-2
-        product, logits = product.float(), logits.float()
+        hidden, head = self._factors(batch)
+        product, logits = (hidden @ head.t()).float(), self._logits(batch).float()
+        tolerance = 1e-4 if head.dtype == torch.float32 else 1e-2
         self.chunked = bool((product - logits).norm() <= tolerance * logits.norm())
 
-    @property
-    def _head(self) -> Tensor:
-        weight: Tensor = self.causal.get_output_embeddings().weight
-        return weight
-
-    def _hidden(self, batch: Batch) -> Tensor:
-        """The last hidden states [labelled, width] of the positions that predict something."""
-        return _labelled(self.causal.base_model(**_inputs(batch)).last_hidden_state, batch)
+    def _factors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The last hidden states [labelled, width] of the positions that predict something, and the head's weight."""
+        head: Tensor = self.causal.get_output_embeddings().weight
+        with self.autocast():
+            hidden = _labelled(self.causal.base_model(**_inputs(batch)).last_hidden_state, batch)
+        if self._precision is not None and self._precision.autocast:  # it does not reach into the chunked loss
+            compute = precision.dtype(self._precision.compute)
+            return hidden.to(compute), head.to(compute)
+        return hidden, head
 
     def _logits(self, batch: Batch) -> Tensor:
         """The model's own logits [labelled, vocabulary] there."""
-        return _labelled(self.causal(**_inputs(batch)).logits, batch)
+        with self.autocast():
+            return _labelled(self.causal(**_inputs(batch)).logits, batch)
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:

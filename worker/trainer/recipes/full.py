@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
-from tunery.planning.precision import Precision
+from tunery.planning.precision import Precision, decide
 from tunery.spec import Plan, Technique
 from worker.trainer import dtypes
 from worker.trainer.adamw import StochasticAdamW
@@ -15,11 +15,12 @@ from worker.trainer.kernels import decoder
 from worker.trainer.recipes.recipe import Parameters, Recipe, groups, load_dense, make_adamw
 
 
-def prepare(model: PreTrainedModel, _technique: Technique, adapter: Path | None) -> torch.nn.Module:
+def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) -> torch.nn.Module:
     if adapter is not None:
         raise ValueError("a full fine-tune cannot go on from an adapter: choose lora or qlora, or a full model as base")
     model.requires_grad_(True)
-    decoder.install(model)
+    if not decide(technique, model.device.type).autocast:  # the fused layers take one type for weights and activations
+        decoder.install(model)
     return model
 
 
