@@ -1,5 +1,6 @@
 """Files and Uploads against PostgreSQL and a real directory."""
 
+import gzip
 import hashlib
 from collections.abc import Iterator
 from datetime import timedelta
@@ -153,7 +154,12 @@ def test_bytes_go_with_the_last_job_that_needs_them(session: Session, storage: S
 
 @pytest.mark.parametrize(
     ("data", "status", "details"),
-    [(GOOD * 3, "processed", None), (GOOD + b"{", "error", "Line 2: the object does not end"), (b"", "error", "empty")],
+    [
+        (GOOD * 3, "processed", None),
+        (GOOD + b"{", "error", "Line 2: the object does not end"),
+        (b"", "error", "empty"),
+        (gzip.compress(GOOD), "error", "Line 1: the file is compressed with gzip. Decompress it"),
+    ],
 )
 def test_a_worker_settles_what_was_not_checked(
     session: Session, storage: Storage, owner: Project, data: bytes, status: str, details: str | None

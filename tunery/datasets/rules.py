@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tunery.errors import CannotRender, InvalidNExamples, InvalidTrainingFile
 from tunery.rows.dialect import LimitExceeded
-from tunery.rows.encoding import Encoded, encode_answer, encode_example, read_examples, read_texts
+from tunery.rows.encoding import Encoded, encode_answer, encode_example, nothing_trained, read_examples, read_texts
 from tunery.rows.messages import Example, FileRole, parse_line
 from tunery.rows.template import ChatTemplate
 
@@ -86,18 +86,18 @@ def check_examples(
     """
     summary = Summary()
     faults: dict[int, InvalidTrainingFile] = {}
-    for number, text in read_texts(chunks, role):
-        try:
-            example = parse_line(text, number, role)
-            _count(summary, number, example)
-            if template is not None:
-                _measure(summary, number, encode_example(template, example, number, max_length=max_length, role=role))
-                if role == "test":
-                    _check_answer(summary, number, template, example)
-        except InvalidTrainingFile as fault:
-            faults[number] = fault
-            if len(faults) == _MOST_FAULTS or _is_exhausting(fault):
-                break
+    try:
+        for number, text in read_texts(chunks, role):
+            try:
+                _judge(summary, number, parse_line(text, number, role), role, template, max_length)
+            except InvalidTrainingFile as fault:
+                faults[number] = fault
+                if len(faults) == _MOST_FAULTS or _is_exhausting(fault):
+                    break
+    except InvalidTrainingFile:
+        # Lines further down cannot be read; the first fault is the same for whoever reads from the top.
+        if not faults:
+            raise
     if faults:
         raise _all_of(faults, role)
     _check_enough(summary, role, LEAST_EXAMPLES if least is None and role == "training" else least or 1)
@@ -109,12 +109,19 @@ def check_examples(
             "evaluation.test_file out.",
         )
     if template is not None and not summary.trained_tokens:
-        raise InvalidTrainingFile(
-            param=f"{role}_file",
-            role=role,
-            reason=f"No example has a trained token within max_seq_length ({max_length}). Raise max_seq_length.",
-        )
+        raise nothing_trained(role, max_length)
     return summary
+
+
+def _judge(
+    summary: Summary, number: int, example: Example, role: FileRole, template: ChatTemplate | None, max_length: int
+) -> None:
+    """Adds one line to the summary. Raises InvalidTrainingFile where the template cannot write it."""
+    _count(summary, number, example)
+    if template is not None:
+        _measure(summary, number, encode_example(template, example, number, max_length=max_length, role=role))
+        if role == "test":
+            _check_answer(summary, number, template, example)
 
 
 def _is_exhausting(fault: InvalidTrainingFile) -> bool:

@@ -72,6 +72,12 @@ def encode_answer(template: ChatTemplate, example: Example, line_number: int) ->
         raise invalid("test", line_number, error.message) from error
 
 
+def nothing_trained(role: FileRole, max_length: int) -> InvalidTrainingFile:
+    """The failure of a file in which the cut takes every answer of every line."""
+    reason = f"No example has a trained token within max_seq_length ({max_length}). Raise max_seq_length."
+    return InvalidTrainingFile(param=f"{role}_file", role=role, reason=reason)
+
+
 def count_trained(sequence: Rendered) -> int:
     """Tokens that are learned. The first of a sequence is not: nothing stands before it to predict it from."""
     return sum(label != IGNORED for label in sequence.labels[1:])

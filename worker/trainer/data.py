@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tunery.errors import InvalidTrainingFile
 from tunery.rows import encoding
 from tunery.rows.messages import Example, FileRole
 from tunery.rows.template import IGNORED, ChatTemplate
@@ -107,9 +106,7 @@ def read_rows(path: Path, template: ChatTemplate, max_length: int, role: FileRol
         elif encoded.truncated:
             truncated.append(number)
     if not rows:
-        raise InvalidTrainingFile(
-            role=role, reason=f"No row has a trained token within max_seq_length ({max_length}). Raise max_seq_length."
-        )
+        raise encoding.nothing_trained(role, max_length)
     return Rows(rows, tuple(truncated), tuple(unlearnable))
 
 
