@@ -1,35 +1,106 @@
 """JSON bodies as RFC 8259 has them. Python's parser, which the framework uses, takes more than we could pass on: NaN,
-nesting of any depth, halves of surrogate pairs; and it says little about what it does not take."""
+nesting of any depth, halves of surrogate pairs; and it says little about what it does not take.
 
+A body is read only for a caller with a key, up to its route's limit, and parsed in a thread. What is parsed or checked
+in one piece stops every other request meanwhile, thread or not, so a body has a most of values too.
+"""
+
+import re
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import HTTPException, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 
+from api import edge
+from tunery.errors import TooLarge
+from tunery.keys import ring
 from tunery.rows import strict_json
+from tunery.settings import Settings
+
+_TOKENS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,{\[]', re.DOTALL)
+"""Strings, which may hold anything, and what comes before each value."""
 
 
 class JsonRoute(APIRoute):
     """A route that reads JSON: `APIRouter(route_class=JsonRoute)`."""
 
+    most_values: ClassVar[int] = 10_000
+    """Members, items and containers. One that is refused is told of singly, which costs a hundred times its parsing."""
+
+    @staticmethod
+    def limit(settings: Settings) -> int:
+        """The most bytes of a body."""
+        return settings.max_json_bytes
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
-            return await handle(_Request(request.scope, request.receive))
+            if self.body_field is not None:
+                await run_in_threadpool(_authenticate, request)
+                _limit(request, self.limit(request.app.state.settings))
+            return await handle(_Request(request.scope, request.receive, self.most_values))
 
         return handle_strictly
 
 
+class LongJsonRoute(JsonRoute):
+    """One whose bodies hold texts of people: conversations, templates."""
+
+    most_values = 50_000
+
+    @staticmethod
+    def limit(settings: Settings) -> int:
+        return settings.max_chat_bytes
+
+
+def _authenticate(request: Request) -> None:
+    """Raises Unauthenticated. The route's own dependency asks again, in the transaction in which it matters."""
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    with request.app.state.sessions.begin() as session:
+        ring.authenticate(session, secret.strip() if scheme.lower() == "bearer" else None)
+
+
+def _limit(request: Request, limit: int) -> None:
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise TooLarge(what="The request's body", limit=limit, instead="Send less at once.")
+    edge.allow(request, limit)
+
+
 class _Request(Request):
+    def __init__(self, scope: Any, receive: Any, most_values: int) -> None:
+        super().__init__(scope, receive)
+        self._most_values = most_values
+
     async def json(self) -> Any:
-        # An HTTPException, because the framework puts an empty phrase in the place of every other error from here.
-        try:
-            return strict_json.load_object((await self.body()).decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise HTTPException(
-                400, f"The request's body is not UTF-8 (byte {error.start + 1}). Save or send it as UTF-8."
-            ) from None
-        except ValueError as error:
-            raise HTTPException(400, f"The request's body is not valid JSON: {error} Correct it and resend.") from None
+        return await run_in_threadpool(_parse, await self.body(), self._most_values)
+
+
+def _parse(body: bytes, most_values: int) -> Any:
+    # HTTPExceptions, because the framework puts an empty phrase in the place of every other error from here.
+    try:
+        text = body.decode("utf-8-sig")
+        if not _has_at_most(text, most_values):
+            reason = f"it has more than {most_values:,} values, which is the limit here."
+            raise HTTPException(400, f"The request's body is too large: {reason} Send less at once.")
+        return strict_json.load_object(text)
+    except UnicodeDecodeError as error:
+        raise HTTPException(
+            400, f"The request's body is not UTF-8 (byte {error.start + 1}). Save or send it as UTF-8."
+        ) from None
+    except ValueError as error:
+        raise HTTPException(400, f"The request's body is not valid JSON: {error} Correct it and resend.") from None
+
+
+def _has_at_most(text: str, most: int) -> bool:
+    """Whether a JSON text has so many values, as far as needed to know."""
+    if text.count(",") + text.count("{") + text.count("[") <= most:
+        return True
+    count = 0
+    for token in _TOKENS.finditer(text):
+        count += text[token.start()] != '"'
+        if count > most:
+            return False
+    return True

@@ -1,4 +1,4 @@
-"""Around every request: its id, a limit to its body, and an answer whatever happens inside."""
+"""Around every request: its id, limits to its body and the body's time, and an answer whatever happens inside."""
 
 import asyncio
 import time
@@ -10,11 +10,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import errors
 from tunery import ids
+from tunery.errors import InvalidValue
 
 MAX_BODY_BYTES = 16 * 2**20
 """A body's limit, unless its route sets one of its own (`allow`)."""
 DRAIN_BYTES = 600 * 2**20
 DRAIN_SECONDS = 120
+DRAIN_IDLE_SECONDS = 5.0
+"""A client that sends nothing for so long gets its answer: no reset can meet what it does not send."""
+BODY_SECONDS = 60.0
+"""A body's time, whatever its length."""
+BODY_RATE = 1024
+"""Bytes a second that a body must come with on average after that: a slow line is slower than nobody's."""
 
 
 def allow(request: Request, limit: int) -> None:
@@ -37,6 +44,7 @@ class Edge:
             return await self._app(scope, receive, send)
         exchange = _Exchange(scope, receive, send)
         try:
+            _refuse_ambiguity(scope)
             await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             return None  # nobody is there to be answered
@@ -46,6 +54,21 @@ class Edge:
             response = errors.answer(error, request_id=exchange.id, route=f"{scope['method']} {scope['path']}")
             await response(scope, exchange.receive, exchange.send)
         return None
+
+
+def _refuse_ambiguity(scope: Scope) -> None:
+    """Raises InvalidValue for a body whose end, or whose text, is another to a proxy than to us."""
+    headers: dict[bytes, bytes] = dict(scope["headers"])
+    if b"content-length" in headers and b"transfer-encoding" in headers:
+        raise InvalidValue(
+            reason="The request has both Content-Length and Transfer-Encoding, so it has two ends. Send one of them."
+        )
+    coding = headers.get(b"content-encoding", b"identity").strip().lower()
+    if coding not in (b"", b"identity"):
+        raise InvalidValue(
+            reason=f"The request's body is compressed ({coding.decode('latin-1')[:20]}). Send it without "
+            "Content-Encoding; a compressed file may be the content of an upload, not its coding."
+        )
 
 
 class _Exchange:
@@ -58,17 +81,33 @@ class _Exchange:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         self._waits = headers.get(b"expect", b"").lower() == b"100-continue"
         self._more = b"content-length" in headers or b"transfer-encoding" in headers
-        self._seen = 0
+        self._seen, self._waited = 0, 0.0
         self._state = scope.setdefault("state", {})
         self._state |= {"request_id": self.id, "max_body_bytes": MAX_BODY_BYTES}
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        message = await self._receive_in_time()
         self._more = bool(message.get("more_body", False))
         self._seen += len(message.get("body", b""))
         if self._seen > self._state["max_body_bytes"]:
             raise HTTPException(413, str(self._state["max_body_bytes"]))
         return message
+
+    async def _receive_in_time(self) -> Message:
+        """Raises HTTPException. Counts the time in which we wait for the client, not that in which it waits for us.
+
+        After the body's end there is only a disconnection to wait for, which may take its time.
+        """
+        if not self._more:
+            return await self._receive()
+        began = time.monotonic()
+        try:
+            message = await asyncio.wait_for(self._receive(), BODY_SECONDS + self._seen / BODY_RATE - self._waited)
+            self._waited += time.monotonic() - began
+            return message
+        except TimeoutError:
+            self._more = False  # nobody waits for the rest either
+            raise HTTPException(408, f"{self._seen}") from None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -86,7 +125,9 @@ class _Exchange:
         taken, until = 0, time.monotonic() + DRAIN_SECONDS
         while self._more and taken < DRAIN_BYTES:
             try:
-                message: dict[str, Any] = dict(await asyncio.wait_for(self._receive(), until - time.monotonic()))
+                message: dict[str, Any] = dict(
+                    await asyncio.wait_for(self._receive(), min(DRAIN_IDLE_SECONDS, until - time.monotonic()))
+                )
             except TimeoutError:
                 return
             self._more = bool(message.get("more_body", False))

@@ -27,6 +27,7 @@ STATUS: dict[type[TuneryError], int] = {
     errors.NotFound: 404,
     errors.RouteNotFound: 404,
     errors.MethodNotAllowed: 405,
+    errors.TooSlow: 408,
     errors.TooLarge: 413,
     errors.QuotaExceeded: 429,
     errors.Unavailable: 503,
@@ -35,6 +36,7 @@ STATUS: dict[type[TuneryError], int] = {
 
 _HEADERS: dict[int, dict[str, str]] = {
     401: {"www-authenticate": "Bearer"},
+    408: {"connection": "close"},
     429: {"x-should-retry": "false"},  # a full queue does not empty in the seconds a client waits
     503: {"retry-after": "5"},
 }

@@ -7,9 +7,10 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from tunery.errors import InvalidValue, MethodNotAllowed, Rejected, RouteNotFound, TooLarge, TuneryError
+from tunery.errors import InvalidValue, MethodNotAllowed, Rejected, RouteNotFound, TooLarge, TooSlow, TuneryError
 
 _SHOWN = 80
+_EXPLAINED = 100
 _PLACES = {"body", "query", "path", "header"}
 _MISSING = ("missing", "union_tag_not_found")
 _NOT_OBJECTS = ("dict_type", "model_type", "model_attributes_type")
@@ -23,7 +24,7 @@ def explain(error: RequestValidationError) -> Rejected:
     """The first field at fault, with every reason that its value was refused for."""
     if isinstance(error.body, bytes):
         return InvalidValue(reason=_NOT_JSON)
-    faults = error.errors()
+    faults = error.errors()[:_EXPLAINED]
     path = _path(faults[0], error.body)
     same = [fault for fault in faults if _path(fault, error.body) == path]
     return InvalidValue(param=path or None, reason=_reason(same, path, error.body))
@@ -90,6 +91,8 @@ def explain_http(error: HTTPException, route: str) -> TuneryError:
     """What the framework refuses by itself: an unknown route, a wrong method, a body over the limit."""
     if error.status_code == 413:
         return TooLarge(what="The request's body", limit=error.detail, instead="Send less at once.")
+    if error.status_code == 408:
+        return TooSlow(seen=error.detail)
     if error.status_code == 405:
         return MethodNotAllowed(route=route, allowed=(error.headers or {}).get("Allow", "another method"))
     if error.status_code == 404:

@@ -33,6 +33,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description=DESCRIPTION,
         docs_url=None,  # ours needs no CDN, see api.web.docs
         redoc_url=None,
+        # A redirect would name the Host that the caller made up, and come before the key is asked for.
+        redirect_slashes=False,
         lifespan=_lifespan,
         generate_unique_id_function=lambda route: route.name,
     )

@@ -18,6 +18,7 @@
     │   └── ModelNotFound
     ├── RouteNotFound            no such route, or one this server refuses by design
     ├── MethodNotAllowed         a route, but not with this method
+    ├── TooSlow                  a body that comes in too slowly
     ├── TooLarge                 more bytes than the limit
     ├── QuotaExceeded            the project has all it may have
     ├── Unavailable              a part of ours is down; try again
@@ -166,6 +167,13 @@ class MethodNotAllowed(TuneryError):
     """Invalid method for URL ({route}). Use {allowed}."""
 
     code = "method_not_allowed"
+
+
+class TooSlow(TuneryError):
+    """The request's body came too slowly: {seen} bytes so far. Send it again, over a faster line or in smaller
+    parts."""
+
+    code = "request_timeout"
 
 
 class TooLarge(TuneryError):

@@ -46,6 +46,8 @@ class Settings(BaseSettings):
         "auto",
         description="Content of fine-tune-results files: auto = base64 for `Accept: application/binary`, else plain",
     )
+    max_json_bytes: int = Field(2**20, description="A request's JSON body")
+    max_chat_bytes: int = Field(4 * 2**20, description="The JSON body of a chat, or of a new base with its template")
     max_file_bytes: int = Field(512 * 2**20, description="One request's file")
     max_upload_bytes: int = Field(8 * 2**30, description="A whole Upload")
     max_part_bytes: int = Field(64 * 2**20, description="One part of an Upload")

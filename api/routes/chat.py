@@ -9,11 +9,11 @@ import httpx
 from fastapi import APIRouter, Body, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.requests import ClientDisconnect
 
-from api.bodies import JsonRoute
+from api.bodies import LongJsonRoute
 from api.dependencies import SessionsDep, SettingsDep, StreamCallerDep
 from api.errors import envelope
 from api.schemas.wire import errors
@@ -21,7 +21,7 @@ from tunery.errors import Unavailable
 from tunery.models import registry
 from tunery.models.model import Model
 
-router = APIRouter(prefix="/v1", tags=["Chat"], route_class=JsonRoute)
+router = APIRouter(prefix="/v1", tags=["Chat"], route_class=LongJsonRoute)
 
 Result = TypeVar("Result")
 TIMEOUT = httpx.Timeout(600, connect=5)
@@ -64,7 +64,7 @@ class ChatRequest(BaseModel):
     )
 
     model: str = Field(min_length=1, description="A base or fine-tuned model: id, alias or the base's hub id")
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Annotated[list[dict[str, Any]], FailFast()] = Field(min_length=1)
     stream: bool | None = None
 
 
@@ -89,7 +89,7 @@ async def create_chat_completion(
 ) -> Response:
     """Rendered with the very template that the model was trained with."""
     found = await run_in_threadpool(_find, sessions, caller.project_id, body.model)
-    asked = {**body.model_dump(exclude_unset=True), **found}
+    asked = await run_in_threadpool(_encoded, body, found)
     # A client a request: connections are local, and a pool would be tied to one event loop.
     client = httpx.AsyncClient(timeout=TIMEOUT, trust_env=False)
     try:
@@ -140,8 +140,13 @@ def _place(model: Model) -> dict[str, Any]:
     return {"id": model.id, "prefix": model.prefix, "manifest_sha256": model.manifest_sha256}
 
 
-async def _send(client: httpx.AsyncClient, server_url: str, body: dict[str, Any]) -> httpx.Response:
-    request = client.build_request("POST", f"{server_url}/v1/chat/completions", json=body)
+def _encoded(body: ChatRequest, found: dict[str, Any]) -> bytes:
+    return json.dumps({**body.model_dump(exclude_unset=True), **found}).encode()
+
+
+async def _send(client: httpx.AsyncClient, server_url: str, body: bytes) -> httpx.Response:
+    headers = {"content-type": "application/json"}
+    request = client.build_request("POST", f"{server_url}/v1/chat/completions", content=body, headers=headers)
     try:
         return await client.send(request, stream=True)
     except httpx.HTTPError:

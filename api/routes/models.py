@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.bodies import JsonRoute
+from api.bodies import LongJsonRoute
 from api.dependencies import AdminDep, CallerDep, SessionDep, SettingsDep
 from api.schemas import models as wire
 from api.schemas.wire import WholeList, errors
@@ -16,7 +16,7 @@ from tunery.models import registry
 from tunery.models.model import Alias, Model
 from tunery.settings import Settings
 
-router = APIRouter(prefix="/v1/models", tags=["Models"], route_class=JsonRoute)
+router = APIRouter(prefix="/v1/models", tags=["Models"], route_class=LongJsonRoute)
 
 
 def _shown(session: Session, settings: Settings, caller: Caller, rows: Sequence[Model]) -> list[wire.Model]:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from api import connections
 from tunery import dispatch
 from tunery.settings import Settings
 from tunery.webhooks import outbox
@@ -161,6 +162,7 @@ def _check_uvicorn(_: str, arguments: list[str]) -> None:
     assert options["factory"]
     assert callable(getattr(importlib.import_module(module), name))
     assert (options["host"], options["port"]) == ("0.0.0.0", 8000)
+    assert options["http"] == f"{connections.__name__}:{connections.Protocol.__name__}"
 
 
 def _check_celery(service: str, arguments: list[str]) -> None:

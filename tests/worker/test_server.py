@@ -279,6 +279,39 @@ def test_a_prompt_beyond_the_context_is_refused_with_the_numbers(client: OpenAI,
     assert refused.value.code == "context_length_exceeded"
 
 
+def test_a_prompt_of_millions_of_words_is_refused_by_its_beginning(
+    client: OpenAI, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask: list[Any] = [{"role": "user", "content": "word " * 300_000}]
+    seen: list[int] = []
+    encode = Tokenizer.encode
+
+    class Watched:
+        def __init__(self, tokenizer: Tokenizer) -> None:
+            self.inner = tokenizer
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def encode(self, text: str, **options: Any) -> Any:
+            seen.append(len(text))
+            return encode(self.inner, text, **options)
+
+    load = ChatTemplate.load
+
+    def watched(folder: Path | str, now: Any = None) -> ChatTemplate:
+        template = load(folder, now)
+        template.tokenizer = Watched(template.tokenizer)
+        return template
+
+    monkeypatch.setattr(ChatTemplate, "load", watched)
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="two", messages=ask, extra_body=shop.chosen("two"))
+    assert refused.value.code == "context_length_exceeded"
+    assert "resulted in more than" in str(refused.value)
+    assert 0 < max(seen) <= 16 * 256
+
+
 def test_an_answer_ends_where_the_context_does(client: OpenAI, shop: Shop) -> None:
     long: list[Any] = [{"role": "user", "content": "x" * 200}]
     reply = client.chat.completions.create(

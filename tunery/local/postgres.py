@@ -12,6 +12,8 @@ import signal
 import stat
 import subprocess
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -22,6 +24,7 @@ from tunery.local import process
 _ROLE = "tunery"
 _DATABASE = "tunery"
 _NOTE = "data-is-in"
+_RESTARTS = 5
 _LASTING = Path("/var/tmp")  # noqa: S108  (/tmp is emptied at a restart of the machine)
 
 
@@ -67,6 +70,24 @@ class Postgres:
             self._initialise(binaries)
         self._sockets = _private_folder(Path(tempfile.gettempdir()), self._user)
         self._end_predecessor()
+        try:
+            return self._run(binaries)
+        except PostgresNotStarted:
+            self.stop()
+            raise
+
+    def restart(self) -> Self:
+        """Starts a server that has ended again, where its clients look for it. Raises PostgresNotStarted."""
+        if self._process is not None:
+            process.stop(self._process)
+        # Sessions of a server that was killed hold the data for a moment: they end as soon as they notice.
+        for _ in range(_RESTARTS - 1):
+            with suppress(PostgresNotStarted):
+                return self._run(self._binaries())
+            time.sleep(1)
+        return self._run(self._binaries())
+
+    def _run(self, binaries: Path) -> Self:
         with self._log().open("ab") as log:
             self._process = process.spawn(
                 [binaries / "postgres", "-D", self._data, "-k", self._sockets, *self._options()],
@@ -75,8 +96,8 @@ class Postgres:
                 user=self._user,
                 death_signal=signal.SIGINT,  # "fast": ends sessions, keeps the data
             )
-        if not process.wait_until(self._answers, seconds=60, alive=self._is_running):
-            self.stop()
+        if not process.wait_until(self._answers, seconds=60, alive=self.is_running):
+            process.stop(self._process, (signal.SIGINT, 20), (signal.SIGQUIT, 5))
             raise PostgresNotStarted(folder=self.folder, log=process.tail(self._log()))
         return self
 
@@ -106,7 +127,8 @@ class Postgres:
     def _log(self) -> Path:
         return self.folder / "postgres.log"
 
-    def _is_running(self) -> bool:
+    def is_running(self) -> bool:
+        """Whether the server's process lives."""
         return self._process is not None and self._process.poll() is None
 
     def _answers(self) -> bool:

@@ -241,7 +241,7 @@ class Stack:
     def _api(self, level: str) -> list[str]:
         options = ["--host", "127.0.0.1", "--port", str(self.port), "--timeout-graceful-shutdown", "3"]
         options += ["--log-level", level.lower(), "--no-access-log"]
-        return ["uvicorn", "api.main:create_app", "--factory", *options]
+        return ["uvicorn", "api.main:create_app", "--factory", "--http", "api.connections:Protocol", *options]
 
     def _wait_for_api(self) -> None:
         deadline = time.monotonic() + 120

@@ -53,10 +53,16 @@ class Valkey:
         for _ in range(1 if self._wanted_port else 5):  # a free port may be taken before the server gets there
             self.port = self._wanted_port or free_port()
             self._spawn()
-            if process.wait_until(self._answers, seconds=20, alive=self._is_running):
+            if process.wait_until(self._answers, seconds=20, alive=self.is_running):
                 return self
             self.stop()
         raise ValkeyNotStarted(folder=self.folder, log=process.tail(self._log()))
+
+    def restart(self) -> Self:
+        """Starts a server that has ended again, with the same port and password. Raises ValkeyNotStarted."""
+        self.stop()
+        self._wanted_port = self.port
+        return self.start()
 
     def stop(self) -> None:
         """Safe to call twice."""
@@ -87,7 +93,8 @@ class Valkey:
         with self._log().open("ab") as log:
             self._process = process.spawn([get_binary_path(), configuration], output=log, cwd=self.folder)
 
-    def _is_running(self) -> bool:
+    def is_running(self) -> bool:
+        """Whether the server's process lives."""
         return self._process is not None and self._process.poll() is None
 
     def _answers(self) -> bool:

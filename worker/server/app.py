@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 async def _parsed(request: Request) -> ChatRequest:
-    return parse(await request.body())
+    return await run_in_threadpool(parse, await request.body())
 
 
 ChatBody = Annotated[ChatRequest, Depends(_parsed)]

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 UNKNOWN_CONTEXT = 4096
 """The most tokens of an answer, unless the request says, where the model's config names no context length."""
 
+_LONG = 16
+"""Characters a token of the context, of which a prompt has far fewer unless most of it is blank."""
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -69,6 +72,7 @@ class Engine:
         Raises CannotRender and PromptTooLong (the request's fault), StorageFailed, ObjectMissing, ChecksumMismatch.
         """
         ready = self._load(request.chosen)
+        _refuse_much_too_long(request, ready)
         prompt = ready.template.encode_prompt(request.messages, request.offered_tools)
         return Generation(
             model=ready.model,
@@ -129,6 +133,18 @@ class Engine:
         base_of, self._base_of = self._base_of, None  # an adapter that breaks half-way has spoilt the base
         self._adapted = PeftModel.from_pretrained(self._base, adapter, torch_device=self._device).eval()
         self._base_of = base_of
+
+
+def _refuse_much_too_long(request: ChatRequest, ready: Ready) -> None:
+    """Raises PromptTooLong for a prompt that is known to be by its beginning: millions of words take as many seconds to
+    tokenise, for which nobody else is answered."""
+    limit = ready.context_length
+    if limit is None or sum(len(message.content or "") for message in request.messages) <= _LONG * limit:
+        return
+    text = ready.template.render(request.messages, request.offered_tools, add_generation_prompt=True)
+    tokens = len(ready.template.tokenizer.encode(text[: _LONG * limit], add_special_tokens=False).ids)
+    if tokens - _LONG > limit:  # the cut may have made a few more of the last word
+        raise PromptTooLong(param="messages", limit=limit, tokens=f"more than {tokens - _LONG}")
 
 
 def _room(request: ChatRequest, prompt_tokens: int, context_length: int | None) -> int:
