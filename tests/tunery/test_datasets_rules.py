@@ -127,13 +127,13 @@ def test_cut_rows_are_counted_and_told() -> None:
 
 
 def test_unknown_keys_are_named_once_a_file() -> None:
-    rows = [row(id=1, source=None), row(id=2, licence="CC0"), *(row(**{f"k{n}": n}) for n in range(5))]
+    rows = [row(id=1, source="s"), row(id=2, licence="CC0", note=None), *(row(**{f"k{n}": n}) for n in range(5))]
 
     [warning] = check_examples(rows, role="validation").warnings(2048)
 
     assert (
         warning
-        == "The rows have keys that are not read and teach nothing: 'id', 'licence', 'k0', 'k1', 'k2' and 2 more."
+        == "The rows have keys that are not read and teach nothing: 'source', 'licence', 'k0', 'k1', 'k2' and 2 more."
     )
     assert check_examples([row(parallel_tool_calls=False, tools=[])], least=1).warnings(2048) == []
 

@@ -140,7 +140,7 @@ def test_a_key_that_changes_the_rows_meaning_is_refused(key: str, value: object,
 def test_keys_without_a_meaning_are_named() -> None:
     kept = {"id": 1, "source": "s", "prompt": "q", "images": [], "system": "Be brief."}
     parsed = parse_line(row({"role": "system", "content": "Be brief."}, USER, ANSWER, **kept), 1)
-    assert parsed.unknown_keys == list(kept)
+    assert parsed.unknown_keys == list(kept)[1:], "an id is the row's own name"
 
 
 OFFICIAL = ChatCompletionMessage(

@@ -92,14 +92,15 @@ def test_a_good_job_is_planned_and_queued_once(workshop: Workshop) -> None:
 
 
 def test_what_a_file_should_not_have_is_named_once_in_the_jobs_story(workshop: Workshop) -> None:
-    silent = b'{"id": 1, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}\n'
+    silent = b'{"source": 1, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}\n'
     job_id = workshop.submit(workshop.file(training_rows(10) + silent * 2))
 
     assert _validate(workshop)
 
     assert workshop.job(job_id).state == "queued"
     story = workshop.story(job_id)
-    assert [line.rpartition(": ")[2] for line in story if "keys that are not read" in line] == ["'id'."]
+    [unread] = [line for line in story if "keys that are not read" in line]
+    assert unread == "Training file: The rows have keys that are not read and teach nothing: 'source'."
     assert ["lines 11, 12" in line for line in story if "empty or blank" in line] == [True]
 
 

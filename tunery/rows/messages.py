@@ -260,8 +260,8 @@ class Example(BaseModel):
 
     @property
     def unknown_keys(self) -> list[str]:
-        """Keys of the row that are read by nobody."""
-        return list(self.model_extra or ())
+        """Keys of the row that are read by nobody. An `id` is the row's own name, and not meant to be."""
+        return [key for key in self.model_extra or () if key != "id"]
 
 
 def parse_line(text: str, line_number: int, role: FileRole = "training") -> Example:

@@ -173,7 +173,11 @@ def judge(case: Case, settings: Settings, storage: Storage) -> Verdict:
     summaries = {role: _read(case, role, storage, template) for role in case.files}
     plan = _plan(case, summaries["training"])
     examples, facts = summaries["training"].examples, case.base.facts
-    warnings = [warning for summary in summaries.values() for warning in summary.warnings(case.max_length)]
+    warnings = [
+        f"{role.capitalize()} file: {warning}"
+        for role, summary in summaries.items()
+        for warning in summary.warnings(case.max_length)
+    ]
     warnings += advice.warnings(plan, examples=examples, facts=facts, asked_length=case.spec.max_seq_length)
     gpu_bytes, cpu_bytes = (_need(case, plan, device) for device in ("cuda", "cpu"))
     return Verdict(
