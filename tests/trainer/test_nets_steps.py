@@ -6,12 +6,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from pydantic import BaseModel
 from run_folders import chat, lay_out, plan
 from transformers import AutoModelForCausalLM
 
 from tunery.spec import Full, Lora, Schedule
-from tunery.wire import Step
 from worker.trainer.loop import learning_rate, train
 from worker.trainer.report import Voice
 from worker.trainer.run import prepare
@@ -31,21 +29,8 @@ EVERYTHING = {
 }
 
 
-class Listening(Voice):
-    """Keeps the messages of steps."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.steps: list[Step] = []
-
-    def say(self, message: BaseModel) -> None:
-        super().say(message)
-        if isinstance(message, Step):
-            self.steps.append(message)
-
-
 def start(folder: Path, base: Path, **changes: Any) -> Training:
-    return prepare(lay_out(folder, base, plan(**changes), ROWS), Listening(), Wish())
+    return prepare(lay_out(folder, base, plan(**changes), ROWS), Voice(None), Wish())
 
 
 def textbook(base: Path, technique: Full | Lora, t: Training) -> tuple[list[tuple[float, float]], dict[str, Any]]:
@@ -85,10 +70,10 @@ def test_steps_are_those_of_a_plain_loop(tmp_path: Path, tiny: Path, technique: 
 
     train(t, Progress())
 
-    assert isinstance(t.voice, Listening)
-    assert [step.learning_rate for step in t.voice.steps] == pytest.approx(RATES)
-    assert [step.train_loss for step in t.voice.steps] == pytest.approx([loss for loss, _ in wanted], rel=1e-4)
-    assert [step.grad_norm for step in t.voice.steps] == pytest.approx([norm for _, norm in wanted], rel=1e-3)
+    steps = [entry for entry in t.voice.metrics if entry["type"] == "step"]
+    assert [step["learning_rate"] for step in steps] == pytest.approx(RATES)
+    assert [step["train_loss"] for step in steps] == pytest.approx([loss for loss, _ in wanted], rel=1e-4)
+    assert [step["grad_norm"] for step in steps] == pytest.approx([norm for _, norm in wanted], rel=1e-3)
     assert min(norm for _, norm in wanted) > 0.05, "nothing was clipped"
     for name, parameter in t.parameters.items():
         difference = (parameter - weights[name.removeprefix("model.")]).abs().max()

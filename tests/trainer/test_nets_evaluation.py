@@ -1,0 +1,105 @@
+"""Measuring a model: without dropout, without a trace in the training, and with an end to every answer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_folders import chat, lay_out, plan
+
+from tunery.rows.messages import Example
+from tunery.spec import Evaluation, Lora
+from worker.trainer import evaluate
+from worker.trainer.loop import train
+from worker.trainer.report import Voice
+from worker.trainer.run import prepare
+from worker.trainer.training import Progress, Training
+from worker.trainer.wish import Wish
+
+ROWS = [chat(i) for i in range(10)]
+DROPOUT = Lora(r=4, alpha=64, dropout=0.5)
+
+
+def start(folder: Path, base: Path, valid: list[dict[str, Any]] | None = None, **changes: Any) -> Training:
+    return prepare(lay_out(folder, base, plan(**changes), ROWS, valid), Voice(None), Wish())
+
+
+def losses(t: Training) -> list[float]:
+    train(t, Progress())
+    return [entry["train_loss"] for entry in t.voice.metrics if entry["type"] == "step"]
+
+
+def test_evaluating_changes_nothing_about_the_training(tmp_path: Path, tiny: Path) -> None:
+    """Dropout draws the same numbers whether or not there was an evaluation, and is on again after it."""
+    settled = {"technique": DROPOUT, "n_epochs": 3, "evaluation": Evaluation(every_steps=1)}
+    measured = start(tmp_path / "measured", tiny, ROWS[:4], **settled)
+    found = losses(measured)
+
+    assert found == losses(start(tmp_path / "unmeasured", tiny, **settled))
+    assert sum(entry["type"] == "evaluated" for entry in measured.voice.metrics) == 9
+
+
+def test_dropout_is_part_of_the_training(tmp_path: Path, tiny: Path) -> None:
+    found, other = (
+        losses(start(tmp_path / str(p), tiny, technique=Lora(r=4, alpha=64, dropout=p), n_epochs=2)) for p in (0.5, 0.0)
+    )
+
+    assert found[0] == other[0]  # an adapter's B is zero at first
+    assert all(abs(a - b) > 1e-3 for a, b in zip(found[1:], other[1:], strict=True))
+
+
+def test_validation_loss_is_the_mean_over_tokens_without_dropout(tmp_path: Path, tiny: Path) -> None:
+    t = start(tmp_path / "run", tiny, ROWS, technique=DROPOUT)
+    for name, parameter in t.parameters.items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.5)
+    t.objective.train()
+    assert t.valid is not None
+
+    loss, accuracy = evaluate.loss(t, t.valid.rows)
+
+    assert t.objective.training
+    t.objective.eval()
+    total = right = labels = 0.0
+    for row in t.valid.rows:
+        logits = t.objective.causal(torch.tensor([row.input_ids])).logits[0, :-1]
+        wanted = torch.tensor(row.labels[1:])
+        total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").detach())
+        right += int((logits.argmax(-1) == wanted).sum())
+        labels += int((wanted >= 0).sum())
+    assert (loss, accuracy) == pytest.approx((total / labels, right / labels), rel=1e-5)
+
+
+def test_answer_ends_with_the_stop_token(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cutting a longer answer afterwards gives the same text, and costs max_new_tokens for every row."""
+    evaluation = Evaluation(max_new_tokens=60)
+    t = start(tmp_path / "run", tiny, n_epochs=30, technique=Lora(r=16), evaluation=evaluation)
+    train(t, Progress())
+    asked = evaluate.questions(t, [Example.model_validate(row) for row in ROWS[:4]])
+    generate, widths = t.objective.causal.generate, []
+
+    def measured(**given: Any) -> torch.Tensor:
+        out: torch.Tensor = generate(**given)
+        widths.append(out.shape[1] - given["input_ids"].shape[1])
+        return out
+
+    monkeypatch.setattr(t.objective.causal, "generate", measured)
+
+    answers = evaluate.answers(t, asked, base=False)
+
+    assert answers == [question.wanted for question in asked]
+    assert widths == [max(map(len, answers)) + 1]  # a token a byte, and the stop token
+    assert t.objective.training
+
+
+def test_base_is_asked_without_its_adapter(tmp_path: Path, tiny: Path) -> None:
+    t, untouched = (start(tmp_path / name, tiny) for name in ("tuned", "untouched"))
+    for name, parameter in t.parameters.items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.5)
+    asked = evaluate.questions(t, [Example.model_validate(row) for row in ROWS[:4]])
+
+    base, tuned, again = (evaluate.answers(t, asked, base=base) for base in (True, False, True))
+
+    assert base == evaluate.answers(untouched, asked, base=False) == again
+    assert base != tuned

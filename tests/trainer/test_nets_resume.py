@@ -1,0 +1,55 @@
+"""A resumed run has all of the state of the one that was broken off."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+from run_folders import Ear, chat, lay_out, plan
+from safetensors.torch import load_file
+
+from tunery.spec import Lora
+from worker.trainer.report import Voice
+from worker.trainer.run import carry_out
+from worker.trainer.wish import Wish
+
+ROWS = [chat(i) for i in range(8)]
+FOREIGN = [{"messages": [row["messages"][0], {"role": "assistant", "content": "ZQX JVW KYB" * 2}]} for row in ROWS[:4]]
+"""Answers of letters that ROWS never have: after a step or two they only become less likely."""
+
+
+class BreakingOff(Voice):
+    """Ends the run at a step as a lost connection would."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(None)
+        self.step = step
+
+    def say(self, message: BaseModel) -> None:
+        super().say(message)
+        if getattr(message, "type", "") == "step" and getattr(message, "step", 0) == self.step:
+            raise ConnectionError("the lights went out")
+
+
+def test_best_step_of_before_the_break_becomes_the_model(tmp_path: Path, tiny: Path, ear: Ear) -> None:
+    """On another host, too, which has the snapshot alone."""
+    settled = plan(technique=Lora(r=4), n_epochs=4, learning_rate=5e-2, select="best")
+    whole, broken, elsewhere = (
+        lay_out(tmp_path / name, tiny, settled, ROWS, FOREIGN, snapshot_seconds=1e-9)
+        for name in ("whole", "broken", "elsewhere")
+    )
+    assert carry_out(whole, Voice(None), Wish())
+    with pytest.raises(ConnectionError):
+        carry_out(broken, BreakingOff(6), Wish())
+    (broken / "snapshots" / "step-5").rename(elsewhere / "resume")
+
+    assert carry_out(elsewhere, Voice(ear.descriptor), Wish())
+
+    messages = ear.messages()
+    [started] = [message for message in messages if message.type == "started"]
+    [finished] = [message for message in messages if message.type == "finished"]
+    assert started.first_step == 6
+    assert finished.step < 5, "the best step has to be one of before the break"
+    name = "adapter_model.safetensors"
+    assert (elsewhere / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
+    kept = load_file(whole / "checkpoints" / "step-8" / name)
+    assert any((tensor != kept[key]).any() for key, tensor in load_file(whole / "out" / name).items())
