@@ -55,7 +55,7 @@ def test_patch_that_does_not_fit_is_a_fault(
 
 
 def test_every_named_test_has_to_fail(mutants: ModuleType) -> None:
-    mutant = mutants.Mutant(Path("some.patch"), "something", ("tests/a.py::test_one", "tests/a.py::test_two"))
+    mutant = mutants.Mutant("some", "something", ("tests/a.py::test_one", "tests/a.py::test_two"), "")
     both = "FAILED tests/a.py::test_one[x] - assert\nFAILED tests/a.py::test_two - assert"
 
     assert mutants.verdict(mutant, 1, both) == ""

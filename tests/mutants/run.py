@@ -40,13 +40,10 @@ TESTS_FAILED = 1
 class Mutant:
     """One patch and what its header says."""
 
-    path: Path
+    name: str
     breaks: str
     tests: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
+    patch: str
 
 
 def read(folder: Path) -> list[Mutant]:
@@ -55,9 +52,11 @@ def read(folder: Path) -> list[Mutant]:
 
 
 def _parse(path: Path) -> Mutant:
-    header = path.read_text(encoding="utf-8").partition("diff --git ")[0]
+    patch = path.read_text(encoding="utf-8")
+    header = patch.partition("diff --git ")[0]
     breaks = re.findall(r"^Breaks: (.+)$", header, re.MULTILINE)
-    return Mutant(path, " ".join(breaks), tuple(re.findall(r"^Caught by: (\S+)$", header, re.MULTILINE)))
+    tests = re.findall(r"^Caught by: (\S+)$", header, re.MULTILINE)
+    return Mutant(path.stem, " ".join(breaks), tuple(tests), patch)
 
 
 def faults(mutants: list[Mutant], root: Path) -> list[str]:
@@ -83,8 +82,9 @@ def _exists(root: Path, test: str) -> bool:
 def _apply(mutant: Mutant, tree: Path, *options: str) -> str:
     """Applies the patch to a tree; what git says when it cannot."""
     done = subprocess.run(
-        ["git", "apply", *options, str(mutant.path.resolve())],
+        ["git", "apply", *options, "-"],
         cwd=tree,
+        input=mutant.patch,
         env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)},
         capture_output=True,
         text=True,

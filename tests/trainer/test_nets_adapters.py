@@ -43,6 +43,14 @@ def test_plans_knobs_reach_every_adapted_layer(tmp_path: Path, tiny: Path) -> No
         assert layer.scaling["default"] == 4
 
 
+def test_default_adapts_every_linear_layer_but_the_head(tmp_path: Path, tiny: Path) -> None:
+    t = start(tmp_path / "run", tiny, technique=Lora())
+
+    adapted = {name.split(".")[-1] for name, module in t.objective.named_modules() if hasattr(module, "lora_A")}
+
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
 @pytest.mark.parametrize("continued", [False, True], ids=["new", "continued"])
 def test_adapters_learn_in_fp32_on_a_bf16_base(tmp_path: Path, tiny: Path, continued: bool) -> None:
     adapter = tiny_models.lora(tmp_path / "adapter", tiny) if continued else None
