@@ -3,12 +3,14 @@
 import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
-from templates import SHAPES, model_folder
+from templates import SHAPES, blanks_together, model_folder
 from transformers import AutoTokenizer
 
+from tunery.rows.encoding import read_examples
 from tunery.rows.messages import Message, Tool
 from tunery.rows.template import ChatTemplate
 
@@ -83,3 +85,27 @@ def test_text_and_ids_are_those_of_transformers(
 
     assert template.render(ours, our_tools, add_generation_prompt=prompting) == wanted
     assert template.encode_prompt(ours, our_tools) == ids
+
+
+TREE = Path(__file__).parents[2]
+
+
+def test_rows_have_the_ids_of_transformers_but_where_a_token_straddles(tmp_path: Path) -> None:
+    """Every twentieth public row of the examples, and rows whose answers begin with blanks."""
+    folder = model_folder(tmp_path, SHAPES["chatml"], blanks_together())
+    template, theirs = ChatTemplate.load(folder), AutoTokenizer.from_pretrained(folder)
+    counts = {"equal": 0, "straddling": 0}
+    for path in (*sorted((TREE / "examples").glob("*.jsonl")), TREE / "tests/data/faults/indented_answer.jsonl"):
+        step = 20 if path.parent.name == "examples" else 1
+        for _, example in [*read_examples([path.read_bytes()], "training")][::step]:
+            messages = [message.for_template() for message in example.messages]
+            whole = theirs.apply_chat_template(messages, return_dict=False)
+            prompt = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+            [row] = template.encode_all(example, 100_000)
+
+            assert row.input_ids[: len(prompt)] == prompt
+            straddles = whole[: len(prompt)] != prompt
+            assert straddles or row.input_ids == whole
+            counts["straddling" if straddles else "equal"] += 1
+
+    assert counts == {"equal": 323, "straddling": 12}

@@ -84,7 +84,8 @@ class FieldCheck:
                 text = self._render(marked.messages, marked.tools, prompting).lower()
                 missing = self._losses(marked, text)
             except CannotRender as error:
-                refused = refused or error
+                # What a template says of a text is nearer to the cause than what it says of null.
+                refused = error if refused is None or form == 1 else refused
                 continue
             lost = lost or missing
             if not missing:
