@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunery.errors import CannotRender
+from tunery.rows.dialect import LimitExceeded
 
 Json = dict[str, Any]
 Render = Callable[[list[Json], list[Json] | None, bool], str]
@@ -84,6 +85,8 @@ class FieldCheck:
                 text = self._render(marked.messages, marked.tools, prompting).lower()
                 missing = self._losses(marked, text)
             except CannotRender as error:
+                if isinstance(error.__cause__, LimitExceeded):
+                    raise  # another form would cost as much
                 # What a template says of a text is nearer to the cause than what it says of null.
                 refused = error if refused is None or form == 1 else refused
                 continue
