@@ -33,9 +33,9 @@ def set_up(model: Path, method: str, checkpointing: bool, made: Rows, batch: int
     recipe = RECIPES[method]
     precision = decide(technique, accelerator.device.type)
     base = recipe.load_base(model, precision, accelerator.device)
-    if checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     objective = Objective(recipe.prepare(base, technique, None), precision)
+    if checkpointing:
+        objective.recompute()
     parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     return Training(
         run=Run(job="bench", base_model=model.name, plan=plan, public_checkpoints=0, snapshot_seconds=3600),

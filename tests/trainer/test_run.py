@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 import tiny_models
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from pydantic import BaseModel
 from run_folders import Ear, chat, lay_out, plan
 from safetensors.torch import load_file
@@ -24,7 +26,7 @@ from tunery.errors import InvalidTrainingFile, NotFinite
 from tunery.rows.template import ChatTemplate
 from tunery.spec import EarlyStopping, Evaluation, Full, Lora, Plan, Qlora, Run, Schedule
 from tunery.wire import Evaluated
-from worker.trainer import checkpoints, evaluate, fingerprint
+from worker.trainer import checkpoints, evaluate, fingerprint, paths
 from worker.trainer.data import collate
 from worker.trainer.loop import learning_rate, train
 from worker.trainer.report import CSV_HEADER, Voice
@@ -81,6 +83,56 @@ def test_adapter_is_exported_as_peft_loads_it(tmp_path: Path, tiny: Path, ear: E
     ]
     assert (folder / "checkpoints" / "step-3" / "adapter_model.safetensors").exists()
     assert AutoTokenizer.from_pretrained(folder / "out").chat_template
+
+
+@pytest.mark.parametrize(
+    ("dropout", "path"),
+    [
+        (0.0, {"path": "adapters"}),
+        (0.1, {"path": "adapters, update apart", "why": "dropout on the adapter's input"}),
+    ],
+)
+def test_record_says_which_way_each_part_took(
+    tmp_path: Path, tiny: Path, caplog: pytest.LogCaptureFixture, dropout: float, path: dict[str, str]
+) -> None:
+    caplog.set_level("INFO")
+    folder = lay_out(tmp_path / "run", tiny, plan(technique=Lora(r=4, dropout=dropout), packing=True), ROWS)
+
+    carry_out(folder, Voice(None), Wish())
+
+    record = json.loads((folder / "out" / "training_config.json").read_text())
+    assert record["paths"] == {
+        "modules": [
+            {"kind": "LlamaDecoderLayer", "count": 2, "path": "decoder"},
+            {"kind": "LlamaMLP", "count": 2, "path": "decoder"},
+            {"kind": "LlamaRMSNorm", "count": 5, "path": "decoder"},
+            {"kind": "lora.Linear", "count": 14, **path},
+        ],
+        "loss": {"path": "chunked"},
+        "attention": "sdpa",
+        "packing": {"path": "packed"},
+        "recompute": False,
+        "graphs": {"path": "plain", "why": "not on a GPU"},
+        "ranks": 1,
+    }
+    assert record["memory"] == {"max_tokens": 1024, "packed_tokens": 128, "recompute": False, "graphs": False}
+    assert '"loss": {"path": "chunked"}' in caplog.text
+
+
+def test_record_says_why_a_kernel_was_not_taken(tmp_path: Path, tiny: Path) -> None:
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(packing=True), ROWS), Voice(None), Wish())
+    adapted: Any = next(module for module in t.objective.modules() if isinstance(module, LoraLayer))
+    del adapted.forward
+    t.objective.chunked = False
+    t.memory = replace(t.memory, packed_tokens=None)
+
+    found = paths.describe(t)
+
+    assert {"kind": "lora.Linear", "count": 1, "path": "plain", "why": "a kind of adapter without a kernel"} in found[
+        "modules"
+    ]
+    assert found["loss"]["why"] == "the logits are more than one product of the head"
+    assert found["packing"]["why"] == "packed rows see each other in this model"
 
 
 def test_full_fine_tune_is_exported_as_transformers_loads_it(tmp_path: Path, tiny: Path, ear: Ear) -> None:

@@ -20,8 +20,10 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / 16_384
 """Bytes a weight: 4 bits, an 8-bit scale per 64 weights, a 32-bit one per 256 scales (arXiv:2305.14314, section 3)."""
 NF4_PLAIN_BYTES = 0.5 + 4 / 64
 """Without double quantisation: a 32-bit scale for 64 weights."""
-_HEAD_CHUNK = 256 * 2**20
-_CPU_MICRO_BATCH = 1024
+CHUNK_BYTES = 256 * 2**20
+"""Of the fp32 logits of one chunk of the loss. Larger chunks are no faster: the products are long enough by then."""
+CPU_MICRO_BATCH = 1024
+"""Tokens of a CPU micro-batch. Larger ones are no faster: the products fill the cores, and padding grows."""
 _SLACK = 0.03
 
 
@@ -112,7 +114,7 @@ def estimate(facts: Mapping[str, Any], technique: Technique, *, max_seq_length: 
     if not isinstance(technique, Full):
         parts["adapter"] = learns * precision.trained_bytes
     parts["activations"] = _activation_bytes(shape, precision, max_seq_length, device)
-    parts["head"] = _HEAD_CHUNK + max_seq_length * shape.hidden * width
+    parts["head"] = CHUNK_BYTES + max_seq_length * shape.hidden * width
     parts["fixed"] = int((0.9 if device == "cuda" else 0.5) * 1e9 + _SLACK * sum(parts.values()))
     return Estimate(parts)
 
@@ -138,7 +140,7 @@ def _activation_bytes(shape: Shape, precision: Precision, length: int, device: s
     if device == "cuda":  # each layer keeps its input only
         return length * width * (shape.layers * shape.hidden + at_work) + scratch
     kept = 2 * shape.hidden + attention + 2 * shape.ffn
-    return max(length, _CPU_MICRO_BATCH) * width * (shape.layers * kept + at_work) + scratch
+    return max(length, CPU_MICRO_BATCH) * width * (shape.layers * kept + at_work) + scratch
 
 
 def fits(

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tunery.rows import template_files
-from worker.trainer import fingerprint, report
+from worker.trainer import fingerprint, paths, report
 from worker.trainer.parallel import whole
 from worker.trainer.training import Progress, Training
 
@@ -118,6 +118,7 @@ def restore(t: Training, folder: Path) -> Progress:
         state, tensors = _of_format_1(t, state, tensors)
     _set_random_state(tensors, f"random.{t.ranks.index}.")
     states = _by_index(t, _unflatten(state["optimizer"], tensors))
+    t.optimizer.state.clear()  # before the other comes: a large optimizer's does not fit twice
     t.optimizer.load_state_dict(t.optimizer.state_dict() | {"state": states})
     t.voice.metrics[:] = report.read_lines(folder / "metrics.jsonl")
     _take_over(t, state["memory"])
@@ -134,9 +135,14 @@ def _take_over(t: Training, plans: list[dict[str, Any]]) -> None:
 
     On a GPU never a larger one than fits this device, which may not be the one that the run began on.
     """
-    then = plans[min(t.ranks.index, len(plans) - 1)]["max_tokens"]
-    most = min(t.memory.max_tokens, then) if t.device.type == "cuda" else then
-    t.memory = replace(t.memory, max_tokens=most)
+    then = plans[min(t.ranks.index, len(plans) - 1)]
+    plan = replace(t.memory, **{name: value for name, value in then.items() if name != "graphs"})
+    if t.device.type == "cuda":
+        most = min(t.memory.max_tokens, plan.max_tokens)
+        packed = None if plan.packed_tokens is None else min(most, plan.packed_tokens)
+        recompute = t.memory.recompute or plan.recompute
+        plan = replace(plan, max_tokens=most, packed_tokens=packed, recompute=recompute)
+    t.take(replace(plan, graphs=plan.graphs and not plan.recompute))
 
 
 def _of_format_1(
@@ -190,8 +196,8 @@ def write_artifact(t: Training, progress: Progress, folder: Path) -> None:
         if (t.folder / "base" / name).exists():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(t.folder / "base" / name, folder / name)
-    measured = {"precision": asdict(t.precision), "progress": asdict(progress), "warnings": t.warnings}
-    described = report.describe(t.run, t.template.sha256, **measured)
+    measured = {"precision": asdict(t.precision), "memory": asdict(t.memory), "paths": paths.describe(t)}
+    described = report.describe(t.run, t.template.sha256, **measured, progress=asdict(progress), warnings=t.warnings)
     (folder / "training_config.json").write_text(json.dumps(described, indent=2) + "\n")
     report.write_lines(folder / "metrics.jsonl", t.voice.metrics)
     report.write_results(folder / "results.csv", t.voice.metrics)

@@ -15,7 +15,8 @@ from transformers import GenerationConfig
 from tunery.rows.encoding import encode_answer
 from tunery.rows.messages import Example
 from tunery.wire import Score
-from worker.trainer.data import Row, collate, micro_batches
+from worker.trainer.data import MicroBatch, Row, collate, micro_batches
+from worker.trainer.memory import next_after
 from worker.trainer.training import Training
 
 ANSWER_BATCH = {"cpu": 16, "cuda": 96}
@@ -29,16 +30,31 @@ def loss(t: Training, rows: list[Row]) -> tuple[float, float]:
     """Mean loss (nats) and share of right guesses over all labelled tokens of `rows`."""
     mine = list(range(len(rows)))[t.ranks.index :: t.ranks.count]
     lengths, groups = [len(row) for row in rows], [t.group_of(row) for row in rows]
-    sums = torch.zeros(2, dtype=torch.float64, device=t.device)
-    t.objective.eval()
-    with torch.no_grad():
-        for part in micro_batches(mine, lengths, t.memory.max_tokens, groups=groups):
-            total, right = t.objective(collate(rows, part, t.device), 1.0)
-            sums += torch.stack([total.double(), right.double()])
-    t.objective.train()
+    while True:
+        parts = micro_batches(mine, lengths, t.memory.max_tokens, groups=groups)
+        try:
+            sums = _sums(t, rows, parts)
+            break
+        except torch.OutOfMemoryError:
+            plan = next_after(t.memory, parts)
+            if plan is None or plan.max_tokens == t.memory.max_tokens:
+                raise
+        t.take(plan)
     total_loss, total_right = t.ranks.sum(sums).tolist()
     labels = sum(row.labelled for row in rows)
     return total_loss / labels, total_right / labels
+
+
+def _sums(t: Training, rows: list[Row], parts: list[MicroBatch]) -> torch.Tensor:
+    """The sum of the losses and the number of right guesses."""
+    sums = torch.zeros(2, dtype=torch.float64, device=t.device)
+    t.objective.eval()
+    with torch.no_grad():
+        for part in parts:
+            total, right = t.objective(collate(rows, part, t.device), 1.0)
+            sums += torch.stack([total.double(), right.double()])
+    t.objective.train()
+    return sums
 
 
 @dataclass(frozen=True)

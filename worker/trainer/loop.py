@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +17,7 @@ from tunery.spec import Plan
 from tunery.wire import CheckpointSaved, Evaluated, Step
 from worker.trainer import checkpoints, evaluate, replays
 from worker.trainer.data import MicroBatch, collate, rows_of_step
+from worker.trainer.memory import next_after
 from worker.trainer.replays import passes
 from worker.trainer.training import Progress, Training
 
@@ -99,7 +101,7 @@ def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
                         step=step, rate=rate)  # fmt: skip
     for group in t.optimizer.param_groups:
         group["lr"] = rate
-    t.optimizer.step()
+    _update(t, step)
     t.optimizer.zero_grad(set_to_none=t.replays is None)  # recorded passes add to the tensors that they know
     progress.step = step
     progress.tokens += sum(t.lengths[i] for i in rows)
@@ -119,20 +121,32 @@ def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
 def _accumulate(t: Training, rows: list[int], labels: int) -> torch.Tensor:
     """Leaves this rank's part of the step's gradient in `.grad`; gives its part of the mean loss and its right guesses.
 
-    Out of memory: the same step again in smaller micro-batches, which is the same gradient, until one row is too much.
+    Out of memory: the same step again by the next memory plan, which is the same gradient.
     """
     while True:
         parts = t.share(rows)
         try:
             return _forward_backward(t, parts, labels)
         except torch.OutOfMemoryError:
-            if all(len(part) == 1 and len(part[0]) == 1 for part in parts):
+            plan = next_after(t.memory, parts)
+            if plan is None:
                 raise
         t.optimizer.zero_grad(set_to_none=True)
-        t.replays = None
-        torch.cuda.empty_cache()
-        t.memory = t.memory.smaller()
-        log.warning("out of memory: micro-batches of %d tokens from here on", t.memory.max_tokens)
+        t.take(plan)
+
+
+def _update(t: Training, step: int) -> None:
+    """The optimizer's step. Out of memory before it has changed a weight: again, without what recordings keep."""
+    try:
+        t.optimizer.step()
+        return
+    except torch.OutOfMemoryError as error:
+        # The optimizer counts a parameter's step when it begins it. A second step on some of them would be another
+        # training, so the attempt ends here, and the next one goes on from the last snapshot.
+        if any(state.get("step", step) >= step for state in t.optimizer.state.values()):
+            raise RuntimeError(f"out of memory in the middle of the optimizer's step {step}") from error
+    t.take(replace(t.memory, graphs=False))
+    t.optimizer.step()
 
 
 def _forward_backward(t: Training, parts: list[MicroBatch], labels: int) -> torch.Tensor:

@@ -25,6 +25,7 @@ class Objective(nn.Module):
         self._precision = kept_in
         self.causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.chunked = _is_plain_product(self.causal)
+        self.recomputes = False
 
     def forward(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
         if not self.chunked:
@@ -34,6 +35,15 @@ class Objective(nn.Module):
     def autocast(self) -> AbstractContextManager[object]:
         """Makes the model's products in the type that its precision says."""
         return precision.autocast(self._precision, next(self.parameters()).device)
+
+    def recompute(self) -> None:
+        """Makes the backward pass compute activations again instead of keeping them."""
+        options = {"use_reentrant": False}
+        if hasattr(self.causal, "activation_checkpointing_enable"):  # its name since transformers 5.23
+            self.causal.activation_checkpointing_enable(options)
+        else:
+            self.causal.gradient_checkpointing_enable(options)
+        self.recomputes = True
 
     @torch.no_grad()
     def settle(self, batch: Batch) -> None:

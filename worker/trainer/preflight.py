@@ -1,10 +1,13 @@
-"""What must be settled before the first step: how many tokens fit at once, and that the longest row does."""
+"""What must be settled before the first step: the memory plan, by trying the most that the run will ask for.
+
+The optimizer's state is made first, by a step that changes nothing, so that no later step can fail in its middle for
+want of it. On a GPU the longest sequence is trained on and the longest validation row evaluated, both measured.
+"""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedModel
 
 from tunery.errors import DoesNotFit
 from tunery.planning import memory
@@ -12,14 +15,13 @@ from tunery.spec import Qlora, Technique
 from worker.trainer.data import Row, collate
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective
+from worker.trainer.replays import worthwhile
 
 log = logging.getLogger(__name__)
 
-CPU_BUDGET = 1024
-"""Tokens of a CPU micro-batch. Larger ones are no faster: the products fill the cores, and padding grows."""
-GPU_BUDGET = 32_768
+GPU_TOKENS = 32_768
 """Most tokens of a GPU micro-batch. A GPU is busy from a few thousand on."""
-LEAST_BUDGET = 2_048
+LEAST_TOKENS = 2_048
 """Below this many tokens a micro-batch wastes a GPU; then activations are recomputed instead (about 1.3 times the work,
 a tenth of the memory)."""
 HEADROOM = 0.9
@@ -28,68 +30,105 @@ HEADROOM = 0.9
 
 @dataclass(frozen=True)
 class Work:
-    """What a step will be: rows a step, tokens of the longest sequence that the run will see, how it learns."""
+    """The most that a run will ask for; lengths in tokens."""
 
-    rows_a_step: int
-    longest: int
     technique: Technique
+    rows_a_step: int
+    row: int  # the longest training row
+    sequence: int  # the longest sequence: several rows when packing
+    packs: bool
+    validation: Row | None = None  # the longest validation row
 
 
-def settle(objective: Objective, model: PreTrainedModel, rows: list[Row], work: Work) -> MemoryPlan:
-    """The plan that fits; turns gradient checkpointing on where memory is short.
-
-    On a GPU the longest sequence is tried: one forward and backward pass over it, measured. Raises DoesNotFit, before
-    any time was spent on training.
-    """
+def settle(objective: Objective, optimizer: torch.optim.Optimizer, rows: list[Row], work: Work) -> MemoryPlan:
+    """The plan that fits, with its gradient checkpointing turned on. Raises DoesNotFit, before any time was spent."""
     device = next(objective.parameters()).device
+    try:
+        make_state(optimizer)
+    except torch.OutOfMemoryError:
+        raise _does_not_fit(work, "The optimizer's state", device) from None
     if device.type != "cuda":
-        return MemoryPlan(max(CPU_BUDGET, work.longest))
-    wanted = min(work.rows_a_step * work.longest, GPU_BUDGET)
-    for recompute in (False, True):
-        if recompute:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        fits = _tokens_that_fit(objective, rows, work, device)
-        log.info("%d tokens fit at once %s recomputing activations", fits, "when" if recompute else "without")
-        if fits >= min(wanted, LEAST_BUDGET) and fits >= work.longest:
-            return MemoryPlan(max(work.longest, min(wanted, fits)), recompute=recompute)
-    raise DoesNotFit(
-        what=f"A {work.technique.type} step on a row of {work.longest} tokens",
+        plan = MemoryPlan(max(memory.CPU_MICRO_BATCH, work.sequence))
+    else:
+        plan = _measured(objective, rows, work, device)
+    if work.packs:
+        plan = replace(plan, packed_tokens=min(work.sequence, plan.max_tokens))
+    return replace(plan, graphs=worthwhile(objective, min(plan.max_tokens, work.rows_a_step * work.sequence)))
+
+
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the optimizer's state by a step at rate 0 on gradients of 0, which leaves weights and moments as they are.
+
+    Afterwards no step is counted. Raises torch.OutOfMemoryError.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    try:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+    for state in optimizer.state.values():
+        state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], torch.Tensor) else 0
+
+
+def _measured(objective: Objective, rows: list[Row], work: Work, device: torch.device) -> MemoryPlan:
+    wanted = min(work.rows_a_step * work.sequence, GPU_TOKENS)
+    for recomputes in (False, True):
+        if recomputes:
+            objective.recompute()
+        for length in dict.fromkeys((work.sequence, work.row)):  # a packed sequence may be shorter, a row may not
+            fits = _tokens_that_fit(objective, _sequence(rows, length), work.validation, device)
+            log.info("%d tokens fit at once %s recomputing activations", fits, "when" if recomputes else "without")
+            if fits >= (length if recomputes else max(length, min(wanted, LEAST_TOKENS))):
+                return MemoryPlan(max(length, min(wanted, fits)), recompute=recomputes)
+    raise _does_not_fit(work, f"A {work.technique.type} step on a row of {work.row} tokens", device)
+
+
+def _does_not_fit(work: Work, what: str, device: torch.device) -> DoesNotFit:
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return DoesNotFit(
+        what=what,
         needed="more memory than is left beside the model",
         device="GPU",
-        capacity=f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB",
-        instead=_instead(work.technique),
+        capacity=f"{total / 2**30:.0f} GiB",
+        instead="Lower max_seq_length, or use a smaller base or a larger GPU."
+        if isinstance(work.technique, Qlora)
+        else "Lower max_seq_length, or choose qlora.",
     )
 
 
-def _instead(technique: Technique) -> str:
-    if isinstance(technique, Qlora):
-        return "Lower max_seq_length, or use a smaller base or a larger GPU."
-    return "Lower max_seq_length, or choose qlora."
-
-
-def _tokens_that_fit(objective: Objective, rows: list[Row], work: Work, device: torch.device) -> int:
-    """How many tokens a micro-batch may have, by the peak of a pass over the longest; 0 if that does not fit."""
+def _tokens_that_fit(objective: Objective, longest: Row, validation: Row | None, device: torch.device) -> int:
+    """How many tokens a micro-batch may have, by the peaks of both kinds of pass; 0 if one of them does not fit."""
     random, random_gpu = torch.get_rng_state(), torch.cuda.get_rng_state(device)
     try:
-        activations = _try(objective, _sequence(rows, work.longest), device)
+        bytes_a_token = _peak(objective, longest, device) / len(longest)
+        if validation is not None:
+            bytes_a_token = max(bytes_a_token, _peak_of_evaluation(objective, validation, device) / len(validation))
     except torch.OutOfMemoryError:
-        activations = None
+        bytes_a_token = None
+    objective.train()
     objective.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     torch.set_rng_state(random)
     torch.cuda.set_rng_state(random_gpu, device)
-    if activations is None:
+    if bytes_a_token is None:
         return 0
     free, _ = torch.cuda.mem_get_info(device)
-    return tokens_in(free, activations / work.longest, _kept_bytes(objective, memory.moment_bytes(work.technique)))
+    gradients = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
+    return tokens_in(free, bytes_a_token, gradients)
 
 
 def tokens_in(free: int, bytes_a_token: float, kept: int) -> int:
-    """Tokens whose activations fit into `free` bytes beside the `kept` ones of gradients and optimizer."""
+    """Tokens whose activations fit into `free` bytes beside the `kept` ones, which are still to come."""
     return max(0, int(HEADROOM * (free - kept) / max(1.0, bytes_a_token)))
 
 
-def _try(objective: Objective, row: Row, device: torch.device) -> int:
+def _peak(objective: Objective, row: Row, device: torch.device) -> int:
     """Bytes that a forward and a backward pass take at their peak, the gradients of what learns apart.
 
     Those are there for the whole run, however many tokens a micro-batch has, so they are made before it is measured.
@@ -99,12 +138,30 @@ def _try(objective: Objective, row: Row, device: torch.device) -> int:
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     batch = collate([row], [[0]], device)
-    torch.cuda.reset_peak_memory_stats(device)
-    resting = torch.cuda.memory_allocated(device)
+    resting = _reset_peak(device)
     total, _ = objective(batch, 1.0 / len(row))
     total.backward()
+    return _peak_since(device) - resting
+
+
+@torch.no_grad()
+def _peak_of_evaluation(objective: Objective, row: Row, device: torch.device) -> int:
+    """Bytes that evaluating a row takes at its peak."""
+    objective.eval()
+    batch = collate([row], [[0]], device)
+    resting = _reset_peak(device)
+    objective(batch, 1.0)
+    return _peak_since(device) - resting
+
+
+def _reset_peak(device: torch.device) -> int:
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak_since(device: torch.device) -> int:
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - resting
+    return torch.cuda.max_memory_allocated(device)
 
 
 def _sequence(rows: list[Row], length: int) -> Row:
@@ -112,8 +169,3 @@ def _sequence(rows: list[Row], length: int) -> Row:
     ids = [token for row in rows[: length + 1] for token in row.input_ids]
     ids = (ids * (length // len(ids) + 1))[:length]
     return Row(ids, ids)
-
-
-def _kept_bytes(objective: Objective, moment_bytes: int) -> int:
-    """Gradients and moments of what learns."""
-    return sum(p.numel() * (p.element_size() + moment_bytes) for p in objective.parameters() if p.requires_grad)

@@ -85,12 +85,20 @@ def passes(objective: Objective, batch: Batch, scale: float) -> Tensor:
 
 def worthwhile(objective: Objective, tokens: int) -> bool:
     """Whether a micro-batch of so many tokens is small enough that the host, not the GPU, sets the pace."""
-    first = next(objective.parameters())
-    weights = sum(p.numel() for p in objective.parameters())
-    recomputing = getattr(objective.causal, "is_gradient_checkpointing", False)
+    return reason_against(objective, tokens) is None
+
+
+def reason_against(objective: Objective, tokens: int) -> str | None:
+    """Why micro-batches of so many tokens are not recorded; None where they are."""
     config = objective.causal.config.get_text_config()
-    routed = any(getattr(config, name, None) for name in _ROUTED)
-    return first.is_cuda and weights <= MOST_PARAMS and tokens <= MOST_TOKENS and not recomputing and not routed
+    reasons = {
+        "not on a GPU": not next(objective.parameters()).is_cuda,
+        f"more than {MOST_PARAMS:,} weights": sum(p.numel() for p in objective.parameters()) > MOST_PARAMS,
+        f"more than {MOST_TOKENS:,} tokens at once": tokens > MOST_TOKENS,
+        "activations are computed again": objective.recomputes,
+        "the experts' work depends on the batch": any(getattr(config, name, None) for name in _ROUTED),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def _copy(source: Batch, target: Batch) -> None:

@@ -1,31 +1,29 @@
 """One run, from its directory to its artifact: the story in order."""
 
+import json
 import logging
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
 
 from tunery.errors import InvalidTrainingFile
 from tunery.planning.precision import decide
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
 from tunery.wire import Finished, Paused, Phase, Score, Started
-from worker.trainer import checkpoints, evaluate, packing, parallel, parity, preflight, report
+from worker.trainer import checkpoints, evaluate, packing, parallel, parity, paths, preflight, report
 from worker.trainer.data import Rows, collate, read_examples, read_rows
 from worker.trainer.loop import train
-from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective, all_and_trainable
 from worker.trainer.parallel import Ranks
 from worker.trainer.recipes.full import FULL
 from worker.trainer.recipes.lora import LORA
 from worker.trainer.recipes.qlora import QLORA
-from worker.trainer.replays import Replays, worthwhile
+from worker.trainer.replays import Replays
 from worker.trainer.report import Voice
 from worker.trainer.training import Progress, Training
 from worker.trainer.wish import Stopped, Wish
@@ -85,7 +83,8 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     ranks.check(wish)
     warnings: list[str] = []
     packs = _packs(run, rows, objective, accelerator.device, warnings)
-    plan = _memory_plan(run, base, objective, rows, packs)
+    optimizer = recipe.make_optimizer(parameters, run.plan, precision)
+    memory = preflight.settle(objective, optimizer, rows.rows, _work(run, rows, valid, packs))
     parallel.draw_apart(ranks, run.plan.seed)
     return Training(
         run=run,
@@ -94,16 +93,16 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
         precision=precision,
         accelerator=accelerator,
         objective=objective,
-        optimizer=recipe.make_optimizer(parameters, run.plan, precision),
+        optimizer=optimizer,
         parameters=parameters,
         template=template,
         rows=rows,
         valid=valid,
         voice=voice,
         wish=wish,
-        memory=plan,
+        memory=memory,
         warnings=warnings,
-        replays=_replays(run, objective, plan, _longest(run, rows, packs)),
+        replays=Replays(objective) if memory.graphs else None,
     )
 
 
@@ -125,21 +124,17 @@ def _packs(run: Run, rows: Rows, objective: Objective, device: torch.device, war
     return False
 
 
-def _memory_plan(run: Run, base: PreTrainedModel, objective: Objective, rows: Rows, packs: bool) -> MemoryPlan:
-    work = preflight.Work(run.plan.batch_size, _longest(run, rows, packs), run.plan.technique)
-    plan = preflight.settle(objective, base, rows.rows, work)
-    return replace(plan, packed_tokens=min(run.plan.max_seq_length, plan.max_tokens)) if packs else plan
-
-
-def _longest(run: Run, rows: Rows, packs: bool) -> int:
-    """Tokens of the longest sequence that a step can hold."""
+def _work(run: Run, rows: Rows, valid: Rows | None, packs: bool) -> preflight.Work:
     lengths = sorted(map(len, rows.rows), reverse=True)
-    return max(lengths[0], min(run.plan.max_seq_length, sum(lengths[: run.plan.batch_size]))) if packs else lengths[0]
-
-
-def _replays(run: Run, objective: Objective, plan: MemoryPlan, longest: int) -> Replays | None:
-    tokens = min(plan.max_tokens, run.plan.batch_size * longest)
-    return Replays(objective) if worthwhile(objective, tokens) else None
+    packed = min(run.plan.max_seq_length, sum(lengths[: run.plan.batch_size]))
+    return preflight.Work(
+        technique=run.plan.technique,
+        rows_a_step=run.plan.batch_size,
+        row=lengths[0],
+        sequence=max(lengths[0], packed) if packs else lengths[0],
+        packs=packs,
+        validation=max(valid.rows, key=len) if valid is not None else None,
+    )
 
 
 def _resume(t: Training) -> Progress:
@@ -157,6 +152,8 @@ def _announce(t: Training, progress: Progress) -> None:
         "trainable params: %s || all params: %s || trainable: %.2f%%",
         f"{trainable:,}", f"{everything:,}", 100 * trainable / everything,
     )  # fmt: skip
+    log.info("memory plan: %s", t.memory)
+    log.info("paths: %s", json.dumps(paths.describe(t)))
     for warning in t.warnings:
         log.warning(warning)
     t.voice.say(
@@ -245,12 +242,13 @@ def _paused(t: Training, progress: Progress) -> Paused:
 
 
 def _finished(t: Training, progress: Progress, began: float) -> Finished:
+    on_gpu = t.device.type == "cuda"
     exported = progress.best_step if t.keeps_best and progress.best_step is not None else progress.step
     return Finished(
         step=exported,
         steps=progress.step,
         trained_tokens=progress.tokens,
         seconds=time.monotonic() - began,
-        peak_memory_bytes=torch.cuda.max_memory_allocated(t.device) if t.device.type == "cuda" else None,
+        peak_memory_bytes=max(t.ranks.gather(torch.cuda.max_memory_allocated(t.device))) if on_gpu else None,
         stopped_early=progress.stopped_early,
     )

@@ -1,5 +1,6 @@
 """The state of one run in memory: what the loop works on, and how far it is."""
 
+import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from worker.trainer.recipes.recipe import Recipe
 from worker.trainer.replays import Replays
 from worker.trainer.report import Voice
 from worker.trainer.wish import Wish
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -91,6 +94,18 @@ class Training:
     def keeps_best(self) -> bool:
         """Whether the step with the lowest validation loss becomes the model, instead of the last."""
         return self.plan.select == "best" or self.plan.early_stopping is not None
+
+    def take(self, plan: MemoryPlan) -> None:
+        """Goes over to another memory plan."""
+        if plan.recompute and not self.memory.recompute:
+            self.objective.recompute()
+        if not plan.graphs:
+            self.replays = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if plan != self.memory:
+            log.warning("the memory plan from here on: %s", plan)
+        self.memory = plan
 
     def share(self, rows: list[int]) -> list[MicroBatch]:
         """This rank's micro-batches of a step: every world-th row by length, so that the ranks have like work."""

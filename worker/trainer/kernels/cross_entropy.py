@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-CHUNK_BYTES = 256 << 20
-"""Bytes of one chunk's fp32 logits. Larger chunks are no faster: the products are long enough by then."""
+from tunery.planning.memory import CHUNK_BYTES
 
 
 def scaled(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:

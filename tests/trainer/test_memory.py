@@ -1,0 +1,284 @@
+"""The memory plan: made by trying, smaller after running out of memory, and never another training."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_folders import chat, lay_out, plan
+
+from tunery.errors import DoesNotFit
+from tunery.planning import memory as planning
+from tunery.spec import Full, Lora, Qlora
+from worker.trainer import evaluate, preflight
+from worker.trainer.data import Row
+from worker.trainer.kernels import cross_entropy
+from worker.trainer.loop import _take_step, train
+from worker.trainer.memory import MemoryPlan, next_after
+from worker.trainer.report import Voice
+from worker.trainer.run import prepare
+from worker.trainer.training import Progress, Training
+from worker.trainer.wish import Wish
+
+ROWS = [chat(i, words=2 + i % 7) for i in range(8)]
+FULL_GPU = torch.OutOfMemoryError("fake: out of memory")
+
+
+def training(folder: Path, base: Path, **changes: Any) -> Training:
+    lay_out(folder, base, plan(batch_size=8, **changes), ROWS, ROWS[:5])
+    return prepare(folder, Voice(None), Wish())
+
+
+def failing(usual: Callable[..., Any], calls: Iterable[int]) -> Callable[..., Any]:
+    """`usual`, but out of memory at those of its calls (counted from 1)."""
+    chosen, count = set(calls), 0
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count in chosen:
+            raise FULL_GPU
+        return usual(*args, **kwargs)
+
+    return called
+
+
+def weights(t: Training) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in t.parameters.items()}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-5) for name in first)
+
+
+def test_constants_of_planning_are_those_of_the_trainer() -> None:
+    assert cross_entropy.CHUNK_BYTES is planning.CHUNK_BYTES
+
+
+def test_next_plans_end_at_one_row_with_activations_made_again() -> None:
+    several, packed, single = [[[0], [1]]], [[[0, 1]]], [[[0]], [[1]]]
+
+    first = next_after(MemoryPlan(100, 80, graphs=True), several)
+    assert first == MemoryPlan(50, 50)
+    assert next_after(first, packed) == MemoryPlan(25, 25)
+    assert next_after(MemoryPlan(25, 25), single) == MemoryPlan(25, 25, recompute=True)
+    assert next_after(MemoryPlan(25, 25, recompute=True), single) is None
+    assert next_after(MemoryPlan(25, 25, recompute=True), several) == MemoryPlan(12, 12, recompute=True)
+
+
+@pytest.mark.parametrize(
+    ("calls", "wanted"),
+    [([1], 256), ([1, 3], 128), ([1, 3, 6], 64)],
+    ids=["at once", "in the second part", "three times"],
+)
+def test_step_that_runs_out_of_memory_is_taken_in_smaller_pieces(
+    tmp_path: Path, tiny: Path, caplog: pytest.LogCaptureFixture, calls: list[int], wanted: int
+) -> None:
+    steps, found = [], []
+    for number, at in enumerate(([], calls)):
+        t = training(tmp_path / str(number), tiny)
+        t.memory = replace(t.memory, max_tokens=512)
+        t.objective.forward = failing(t.objective.forward, at)
+        steps.append(_take_step(t, Progress())[0])
+        found.append(weights(t))
+
+    assert steps[1].train_loss == pytest.approx(steps[0].train_loss, rel=1e-5)
+    assert steps[1].grad_norm == pytest.approx(steps[0].grad_norm, rel=1e-4)
+    assert same(*found)
+    assert t.memory.max_tokens == wanted
+    assert "the memory plan from here on" in caplog.text
+
+
+def test_one_row_too_many_is_recomputed_and_then_an_error(tmp_path: Path, tiny: Path) -> None:
+    t = training(tmp_path / "run", tiny)
+    usual = t.objective.forward
+
+    def whole_only(*args: Any) -> Any:
+        if not t.objective.recomputes:
+            raise FULL_GPU
+        return usual(*args)
+
+    t.objective.forward = whole_only
+    _take_step(t, Progress())
+
+    assert t.memory.recompute
+    assert all(len(part) == 1 for part in t.share(list(range(8))))
+
+    t.objective.forward = failing(usual, range(1, 100))
+    with pytest.raises(torch.OutOfMemoryError):
+        _take_step(t, Progress())
+
+
+def test_evaluation_that_runs_out_of_memory_is_done_in_smaller_pieces(tmp_path: Path, tiny: Path) -> None:
+    t = training(tmp_path / "run", tiny)
+    assert t.valid is not None
+    wanted = evaluate.loss(t, t.valid.rows)
+    usual = t.objective.forward
+    t.objective.forward = failing(usual, [1, 2])
+
+    assert evaluate.loss(t, t.valid.rows) == pytest.approx(wanted, rel=1e-6)
+
+    assert t.memory.max_tokens == planning.CPU_MICRO_BATCH // 4
+    assert t.objective.training
+    t.objective.forward = failing(usual, range(1, 100))
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate.loss(t, t.valid.rows)
+    assert not t.memory.recompute  # it would make nothing smaller without a backward pass
+
+
+def test_optimizer_that_runs_out_of_memory_at_its_start_steps_again(tmp_path: Path, tiny: Path) -> None:
+    found = []
+    for number, at in enumerate(([], [2])):
+        t = training(tmp_path / str(number), tiny)
+        t.optimizer.step = failing(t.optimizer.step, at)
+        progress = Progress()
+        steps = [_take_step(t, progress)[0].train_loss for _ in range(3)]
+        found.append((steps, weights(t)))
+
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert same(found[0][1], found[1][1])
+
+
+def test_optimizer_that_fails_half_way_ends_the_run(tmp_path: Path, tiny: Path) -> None:
+    """Some weights have been stepped: neither repeating the step nor leaving it out is the same training."""
+    t = training(tmp_path / "run", tiny, n_epochs=4)
+    usual = t.optimizer.step
+
+    def half() -> None:
+        groups = t.optimizer.param_groups
+        whole = [group["params"] for group in groups]
+        for group, parameters in zip(groups, whole, strict=True):
+            group["params"] = parameters[: len(parameters) // 2]
+        usual()
+        for group, parameters in zip(groups, whole, strict=True):
+            group["params"] = parameters
+        raise FULL_GPU
+
+    progress = Progress()
+    _take_step(t, progress)
+    t.optimizer.step = half
+
+    with pytest.raises(RuntimeError, match="in the middle of the optimizer's step 2"):
+        train(t, progress)
+
+    assert progress.step == 1
+    assert not list(t.folder.glob("snapshots/*"))
+
+
+@pytest.mark.parametrize("technique", [Lora(r=4), Qlora(r=4), Full()], ids=["lora", "qlora", "full"])
+def test_optimizers_state_is_made_before_the_first_step_and_counts_none(
+    tmp_path: Path, tiny: Path, technique: Any
+) -> None:
+    t = training(tmp_path / "run", tiny, technique=technique, weight_decay=0.1)
+    before = weights(t)
+
+    assert len(t.optimizer.state) == len(t.parameters)
+    for state in t.optimizer.state.values():
+        assert float(state["step"]) == 0
+        assert all(not value.any() for key, value in state.items() if key.startswith("exp"))
+    assert all(group["lr"] == t.plan.learning_rate for group in t.optimizer.param_groups)
+    assert all(parameter.grad is None for parameter in t.parameters.values())
+    preflight.make_state(t.optimizer)
+    assert all(torch.equal(before[name], parameter) for name, parameter in t.parameters.items())
+
+
+def test_state_that_does_not_fit_is_told_before_the_first_step(tmp_path: Path, tiny: Path) -> None:
+    t = training(tmp_path / "run", tiny)
+    t.optimizer.step = failing(t.optimizer.step, [1])
+    work = preflight.Work(technique=t.plan.technique, rows_a_step=8, row=60, sequence=60, packs=False)
+
+    with pytest.raises(DoesNotFit, match="The optimizer's state needs"):
+        preflight.settle(t.objective, t.optimizer, t.rows.rows, work)
+    assert all(group["lr"] == t.plan.learning_rate for group in t.optimizer.param_groups)
+
+
+class FakeGPU:
+    """What preflight asks of a GPU: bytes that passes take, a token each, and what is free."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int, keeps: int = 100, recomputes: int = 10) -> None:
+        self.free, self.keeps, self.recomputes = free, keeps, recomputes
+        self.trained: list[int] = []
+        self.evaluated: list[int] = []
+        monkeypatch.setattr(preflight, "_peak", self.peak)
+        monkeypatch.setattr(preflight, "_peak_of_evaluation", self.peak_of_evaluation)
+        for name, answer in {
+            "mem_get_info": (free, free),
+            "get_rng_state": torch.get_rng_state(),
+            "get_device_properties": type("P", (), {"total_memory": free}),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+        monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: None)
+
+    def peak(self, objective: Any, row: Row, _device: Any) -> int:
+        self.trained.append(len(row))
+        return self._of(len(row), self.recomputes if objective.recomputes else self.keeps)
+
+    def peak_of_evaluation(self, _objective: Any, row: Row, _device: Any) -> int:
+        self.evaluated.append(len(row))
+        return self._of(len(row), self.recomputes)
+
+    def _of(self, tokens: int, each: int) -> int:
+        if tokens * each > self.free:
+            raise FULL_GPU
+        return tokens * each
+
+
+@pytest.mark.parametrize(
+    ("free", "sequence", "validation", "wanted"),
+    [
+        (10**6, 1000, None, MemoryPlan(4000)),  # as many as a step has
+        (300_000, 1000, None, MemoryPlan(2700)),  # nine tenths of what is free
+        (150_000, 1000, None, MemoryPlan(4000, recompute=True)),  # keeping them would leave too few tokens
+        (12_000, 1000, None, MemoryPlan(1080, recompute=True)),
+        (9_000, 1000, None, None),
+        (10**6, 1000, 200_000, None),  # the longest validation row does not fit at all
+        (300_000, 1000, 20_000, MemoryPlan(2700)),
+    ],
+)
+def test_plan_is_what_fits(
+    tmp_path: Path,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    sequence: int,
+    validation: int | None,
+    wanted: MemoryPlan | None,
+) -> None:
+    t = training(tmp_path / "run", tiny)
+    gradients = sum(4 * parameter.numel() for parameter in t.parameters.values())
+    gpu = FakeGPU(monkeypatch, free + gradients)
+    row = Row([5] * validation, [5] * validation) if validation else None
+    work = preflight.Work(Lora(), rows_a_step=4, row=sequence, sequence=sequence, packs=False, validation=row)
+
+    def measured() -> MemoryPlan:
+        return preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))
+
+    if wanted is None:
+        with pytest.raises(DoesNotFit):
+            measured()
+    else:
+        assert measured() == wanted
+        assert gpu.trained[0] == sequence
+        assert gpu.evaluated == [validation] * len(gpu.trained) if validation else gpu.evaluated == []
+    assert t.objective.training
+
+
+def test_a_packed_sequence_is_shortened_before_a_row_is_refused(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = training(tmp_path / "run", tiny)
+    gradients = sum(4 * parameter.numel() for parameter in t.parameters.values())
+    FakeGPU(monkeypatch, 15_000 + gradients)
+    work = preflight.Work(Lora(), rows_a_step=4, row=500, sequence=2000, packs=True)
+
+    found = preflight._measured(t.objective, t.rows.rows, work, torch.device("cuda"))
+
+    assert found == MemoryPlan(1350, recompute=True)
+
+
+def test_plan_of_a_packed_run_packs_no_more_than_fits(tmp_path: Path, tiny: Path) -> None:
+    t = training(tmp_path / "run", tiny, packing=True, max_seq_length=64)
+
+    assert t.memory == MemoryPlan(planning.CPU_MICRO_BATCH, packed_tokens=64)

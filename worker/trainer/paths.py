@@ -1,0 +1,81 @@
+"""Which way each part of a run took, and why where it was not the fast one: for the log and `training_config.json`."""
+
+from collections import Counter
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from worker.trainer import replays
+from worker.trainer.training import Training
+
+_KERNELS = "worker.trainer.kernels."
+_KINDS = ("DecoderLayer", "Block", "MLP", "Norm")
+"""Ends of the names of classes for which there may be a kernel."""
+
+
+def describe(t: Training) -> dict[str, Any]:
+    """The path of each kind of module, of the loss and of attention; packing, recomputation, CUDA graphs, ranks."""
+    return {
+        "modules": _modules(t.objective.model),
+        "loss": _path("chunked", None if t.objective.chunked else "the logits are more than one product of the head"),
+        "attention": str(getattr(t.objective.causal.config.get_text_config(), "_attn_implementation", "unknown")),
+        "packing": _path("packed", _against_packing(t)),
+        "recompute": t.memory.recompute,
+        "graphs": _path("recorded", _against_graphs(t)),
+        "ranks": t.ranks.count,
+    }
+
+
+def _path(name: str, against: str | None) -> dict[str, str]:
+    return {"path": name} if against is None else {"path": "plain", "why": against}
+
+
+def _modules(model: nn.Module) -> list[dict[str, Any]]:
+    """The modules that have a kernel or could have one, by class and path."""
+    found = Counter(
+        (_class(module), *_module_path(module))
+        for module in model.modules()
+        if isinstance(module, LoraLayer) or _kernel(module) or type(module).__name__.endswith(_KINDS)
+    )
+    return [
+        {"kind": kind, "count": count, "path": path} | ({"why": why} if why else {})
+        for (kind, path, why), count in sorted(found.items())
+    ]
+
+
+def _class(module: nn.Module) -> str:
+    """A module's class; of a LoRA layer the name that PEFT gives it says whose layer it is."""
+    return f"lora.{type(module).__name__}" if isinstance(module, LoraLayer) else type(module).__name__
+
+
+def _kernel(module: nn.Module) -> str | None:
+    """The kernel that took the place of a module's forward."""
+    function = getattr(vars(module).get("forward"), "__func__", None)
+    place = getattr(function, "__module__", "")
+    return place.removeprefix(_KERNELS) if place.startswith(_KERNELS) else None
+
+
+def _module_path(module: nn.Module) -> tuple[str, str]:
+    """A module's path and why it is not a kernel's."""
+    kernel = _kernel(module)
+    if not isinstance(module, LoraLayer):
+        return (kernel, "") if kernel else ("plain", "there is no kernel for this class")
+    if kernel is None:
+        return "plain", "a kind of adapter without a kernel"
+    drops = any(isinstance(dropout, nn.Dropout) for dropout in module.lora_dropout.values())
+    return (f"{kernel}, update apart", "dropout on the adapter's input") if drops else (kernel, "")
+
+
+def _against_packing(t: Training) -> str | None:
+    if t.memory.packed_tokens is not None:
+        return None
+    return "packed rows see each other in this model" if t.plan.packing else "not asked for"
+
+
+def _against_graphs(t: Training) -> str | None:
+    if t.replays is not None:
+        return "this model cannot be recorded" if t.replays.failed else None
+    longest = max(t.lengths)
+    tokens = min(t.memory.max_tokens, t.plan.batch_size * longest)
+    return replays.reason_against(t.objective, tokens) or "their memory was needed"
