@@ -34,9 +34,11 @@ def create(session: Session, caller: Caller, body: CreateJob, *, idempotency_key
     _check(body)
     model = registry.find_ready(session, caller.project_id, body.model)
     advice.check_modules(body.technique, model.facts)
+    spec = _spec(session, body, model)
+    advice.check_technique(spec.technique, model.facts)
     for param, name in _files(body).items():
         _check_file(session, caller.project_id, param, name)
-    job = _job(body, caller, model, _spec(session, body, model))
+    job = _job(body, caller, model, spec)
     job.idempotency_key, job.request_sha256 = idempotency_key, digest
     return ledger.submit(session, job, messages=_remarks(body))
 

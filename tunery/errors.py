@@ -28,6 +28,7 @@
     │   ├── InvalidTrainingFile
     │   ├── InvalidNExamples
     │   ├── DoesNotFit
+    │   ├── CannotAdapt
     │   ├── NotFinite
     │   ├── TrainingCrashed
     │   ├── ValidationBroke
@@ -239,6 +240,12 @@ class DoesNotFit(JobFailure):
     """{what} needs about {needed} and the largest {device} here has {capacity}. {instead}"""
 
     code = "does_not_fit"
+
+
+class CannotAdapt(JobFailure):
+    """Adapters cannot be put on the base's layers so: {reason} Choose other target_modules or another technique."""
+
+    code = "cannot_adapt"
 
 
 class NotFinite(JobFailure):

@@ -24,6 +24,7 @@ BASE: dict[str, Any] = {
     "technique": None,
     "params": 134515008,
     "context_length": 8192,
+    "techniques": {"lora": None, "qlora": None, "full": None},
     "manifest_sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
 }
 
@@ -50,6 +51,9 @@ class Model(Wire):
     technique: str | None
     params: int | None
     context_length: int | None
+    techniques: dict[str, str | None] | None = Field(
+        description="Why the base cannot be trained with a technique; null where it can. Null: never tried"
+    )
     manifest_sha256: str | None
 
     @classmethod
@@ -72,6 +76,7 @@ class Model(Wire):
             technique=row.technique,
             params=row.facts.get("params"),
             context_length=row.facts.get("context_length"),
+            techniques=row.facts.get("techniques"),
             manifest_sha256=row.manifest_sha256,
         )
 

@@ -49,6 +49,25 @@ def test_the_key_order_is_openais(team: Team, file: str, base: str) -> None:
     ]  # fmt: skip
 
 
+def test_technique_that_the_base_cannot_is_refused_when_the_job_is_made(
+    team: Team, file: str, base: str, database: Database
+) -> None:
+    assert team.http.get(f"/v1/models/{base}").json()["techniques"] is None, "never tried"
+    reasons = {"lora": None, "qlora": "it has no linear layers", "full": None}
+    with database.sessions.begin() as session:
+        row = session.get_one(Model, base)
+        row.facts = {**row.facts, "techniques": reasons, "dropout": "not on experts"}
+
+    refused = _create(team, file, technique={"type": "qlora"})
+
+    _refused(refused, 400, "technique.type", "with qlora (it has no linear layers). Use technique 'lora'.")
+    _refused(
+        _create(team, file, technique={"type": "lora", "dropout": 0.1}), 400, "technique.dropout", "Send dropout 0"
+    )
+    assert _create(team, file, technique={"type": "lora"}).status_code == 200
+    assert team.http.get(f"/v1/models/{base}").json()["techniques"] == reasons
+
+
 def test_layers_that_the_base_does_not_have_are_named(team: Team, file: str, base: str, database: Database) -> None:
     with database.sessions.begin() as session:
         row = session.get_one(Model, base)

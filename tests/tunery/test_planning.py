@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunery.errors import DoesNotFit
+from tunery.errors import DoesNotFit, InvalidValue
 from tunery.planning import advice, memory
 from tunery.spec import Full, Hyperparameters, Lora, Plan, Qlora, Technique, TrainingSpec
 
@@ -214,3 +214,43 @@ def test_facts_of_unusual_families_are_enough() -> None:
 
     assert memory.estimate(facts, Lora(target_modules=["c_attn"]), max_seq_length=1024).bytes > 0
     assert memory.trainable_params(facts, Lora(r=8, target_modules=["c_attn"])) == 12 * 8 * (768 + 768)
+
+
+NO_LORA = LLAMA_8B | {"techniques": {"lora": "no adapters on X.", "qlora": None, "full": None}}
+FULL_ALONE = LLAMA_8B | {"techniques": {"lora": "no adapters on X.", "qlora": "no four bits.", "full": None}}
+
+
+def test_automatic_technique_is_one_that_the_base_can() -> None:
+    no_four_bits = LLAMA_8B | {"techniques": {"lora": None, "qlora": "no four bits.", "full": None}}
+
+    assert plan(facts=NO_LORA, bf16_fits=True).technique == Qlora()
+    assert plan(facts=no_four_bits, bf16_fits=False).technique == Lora()
+    assert plan(facts=no_four_bits, bf16_fits=True).technique == Lora()
+    assert plan(facts=LLAMA_8B | {"techniques": None}, bf16_fits=False).technique == Qlora()
+
+
+@pytest.mark.parametrize(
+    ("technique", "facts", "message"),
+    [
+        (Lora(), NO_LORA, r"with lora \(no adapters on X\). Use technique 'qlora'"),
+        (Lora(), FULL_ALONE, r"with lora \(no adapters on X\). Use technique 'full'"),
+        (None, FULL_ALONE, r"with lora or qlora \(no adapters on X\). Use technique 'full'"),
+        (
+            Lora(dropout=0.1),
+            LLAMA_8B | {"dropout": "not on experts."},
+            r"no dropout \(not on experts\). Send dropout 0",
+        ),
+    ],
+)
+def test_technique_that_the_base_cannot_is_refused_with_the_reason(
+    technique: Technique | None, facts: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidValue, match=message):
+        advice.check_technique(technique, facts)
+
+
+@pytest.mark.parametrize("technique", [None, Full(), Qlora(), Lora(dropout=0.1, target_modules=["q_proj"])])
+def test_technique_that_the_base_can_passes(technique: Technique | None) -> None:
+    advice.check_technique(technique, NO_LORA | {"techniques": {}, "dropout": "not on experts."})
+    advice.check_technique(None if technique == Lora() else Qlora(), NO_LORA)
+    advice.check_technique(technique, LLAMA_8B)

@@ -34,9 +34,13 @@ def default_epochs(examples: int) -> int:
     return _EPOCHS
 
 
-def default_technique(bf16_fits: bool) -> Technique:
-    """LoRA, on four bits only where sixteen do not fit; never full, which forgets most and costs most."""
-    return Lora() if bf16_fits else Qlora()
+def default_technique(bf16_fits: bool, facts: Mapping[str, Any]) -> Technique:
+    """LoRA, on four bits only where sixteen do not fit; never full, which forgets most and costs most.
+
+    The other of the two where the base cannot be trained with the first.
+    """
+    both: list[Technique] = [Lora(), Qlora()] if bf16_fits else [Qlora(), Lora()]
+    return next((technique for technique in both if _why_not(technique.type, facts) is None), both[0])
 
 
 def resolve(spec: TrainingSpec, *, examples: int, facts: Mapping[str, Any], bf16_fits: bool) -> Plan:
@@ -45,7 +49,7 @@ def resolve(spec: TrainingSpec, *, examples: int, facts: Mapping[str, Any], bf16
     `facts`: the base's; its context length caps max_seq_length, because positions past it were never trained.
     """
     knobs = spec.hyperparameters
-    technique = spec.technique or default_technique(bf16_fits)
+    technique = spec.technique or default_technique(bf16_fits, facts)
     default_rate = default_learning_rate(facts["hidden_size"], technique)
     multiplier = 1.0 if knobs.learning_rate_multiplier == "auto" else knobs.learning_rate_multiplier
     rate = default_rate * multiplier if spec.learning_rate is None else spec.learning_rate
@@ -59,6 +63,40 @@ def resolve(spec: TrainingSpec, *, examples: int, facts: Mapping[str, Any], bf16
         learning_rate=rate,
         learning_rate_multiplier=multiplier if spec.learning_rate is None else rate / default_rate,
     )
+
+
+def check_technique(technique: Technique | None, facts: Mapping[str, Any]) -> None:
+    """Raises InvalidValue for a technique that the base cannot be trained with, as was found when it was added.
+
+    Bases that were added before this was tried pass. None: the server's choice, LoRA or QLoRA.
+    """
+    if technique is None:
+        reason = _why_not("lora", facts) if _why_not("qlora", facts) else None
+        wanted = "lora or qlora"
+    else:
+        reason, wanted = _why_not(technique.type, facts), technique.type
+    if reason is not None:
+        can = [name for name in ("lora", "qlora", "full") if _why_not(name, facts) is None]
+        instead = f"Use technique '{can[0]}'." if can else "Choose another base."
+        raise InvalidValue(
+            param="technique.type",
+            reason=f"This base cannot be trained with {wanted} ({reason.rstrip('.')}). {instead}",
+        )
+    _check_dropout(technique, facts.get("dropout"))
+
+
+def _check_dropout(technique: Technique | None, reason: str | None) -> None:
+    if reason and isinstance(technique, Lora) and technique.dropout and technique.target_modules == "all-linear":
+        raise InvalidValue(
+            param="technique.dropout",
+            reason=f"Adapters on all of this base's layers can have no dropout ({reason.rstrip('.')}). Send dropout 0, "
+            "or name target_modules.",
+        )
+
+
+def _why_not(technique: str, facts: Mapping[str, Any]) -> str | None:
+    reasons: Mapping[str, str | None] = facts.get("techniques") or {}
+    return reasons.get(technique)
 
 
 def check_modules(technique: Technique | None, facts: Mapping[str, Any]) -> None:

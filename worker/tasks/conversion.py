@@ -21,6 +21,7 @@ from tunery.models import registry
 from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.storage import Storage
+from tunery.wire import EXIT_USER_ERROR
 from worker.supervisor import staging, upload
 from worker.supervisor.drain import Drain
 from worker.supervisor.lease import UNREACHABLE
@@ -109,6 +110,8 @@ def _run(arguments: list[str], out: Path, drain: Drain) -> str | None:
                     process.kill()
     if status == 0:
         return None
+    if status == EXIT_USER_ERROR:
+        return tail(errors_path, 1)  # libraries have said something before it
     return tail(errors_path, 5) or f"The conversion ended with status {status} and said nothing."
 
 

@@ -20,8 +20,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from tunery.errors import UnusableModel
 from tunery.rows import template_files
+from tunery.rows.template import ChatTemplate
 from tunery.wire import EXIT_USER_ERROR
-from worker.trainer import chat_templates, folders, gguf_files, inspection, weights
+from worker.trainer import chat_templates, folders, gguf_files, inspection, trial, weights
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 TEXTS = (
@@ -55,7 +56,9 @@ def convert(source: str, out: Path, chat_template: str | None = None) -> dict[st
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
             _copy(source, _download(source, folder), out)
     chat_templates.settle(source, out, chat_template)
-    facts = inspection.facts(source, out)
+    model = inspection.load(source, out)
+    facts = inspection.facts(source, model, ChatTemplate.load(out)) | trial.facts(model)
+    _refuse_untrainable(source, facts["techniques"])
     (out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
     for path in out.iterdir():
         path.chmod(0o644)  # safetensors writes 0600, and the folder is served to other users' processes
@@ -133,6 +136,12 @@ def _save_fast_tokenizer(source: str, folder: Path, out: Path) -> None:
         raise UnusableModel(
             source=source, reason=f"its tokenizer cannot be read ({error}). Add its tokenizer.json."
         ) from error
+
+
+def _refuse_untrainable(source: str, techniques: dict[str, str | None]) -> None:
+    if all(techniques.values()):
+        reason = f"it cannot be trained here with any technique ({techniques['lora']}). Choose another base."
+        raise UnusableModel(source=source, reason=reason)
 
 
 def main() -> int:

@@ -26,8 +26,8 @@ def skeleton(source: str, out: Path) -> Any:
         raise _unusable(source, error) from error
 
 
-def facts(source: str, out: Path) -> dict[str, Any]:
-    """What planning needs to know, from the config and from the model as it loads, but without memory (`meta`).
+def load(source: str, out: Path) -> Any:
+    """The model as a loader makes it, its weights on no device.
 
     Raises UnusableModel when the files, the config and the tokenizer do not belong together.
     """
@@ -39,6 +39,18 @@ def facts(source: str, out: Path) -> dict[str, Any]:
         raise _unusable(source, error) from error
     _refuse_other_weights(source, report)
     _refuse_unknown_tokens(source, template, (out / chat_templates.FILE).read_text(), model)
+    return model
+
+
+def facts(source: str, model: Any, template: ChatTemplate) -> dict[str, Any]:
+    """What planning needs to know of a model, whose weights may be on no device. Raises UnusableModel."""
+    try:
+        return _facts(model, template)
+    except AttributeError as error:  # a config of another kind than a decoder's
+        raise _unusable(source, error) from error
+
+
+def _facts(model: Any, template: ChatTemplate) -> dict[str, Any]:
     config = model.config
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)

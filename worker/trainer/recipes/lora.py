@@ -1,5 +1,6 @@
 """LoRA: low-rank adapters in fp32 on a frozen base."""
 
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -7,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from tunery.errors import CannotAdapt
 from tunery.spec import Lora, Technique
 from worker.trainer.kernels import adapters, decoder
 from worker.trainer.recipes.recipe import Recipe, load_dense, make_adamw
@@ -20,7 +22,7 @@ def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) 
             model, str(adapter), is_trainable=True, config=_continued(adapter, cast(Lora, technique))
         )
     else:
-        adapted = cast(PeftModel, get_peft_model(model, _config(cast(Lora, technique))))
+        adapted = _with_new_adapters(model, _config(cast(Lora, technique)))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             # Steps of 1e-4 vanish in bf16 weights of size 0.1; adapters are small, so fp32 costs little.
@@ -28,6 +30,19 @@ def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) 
     adapters.install(adapted)
     decoder.install(adapted)
     return adapted
+
+
+def _with_new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Raises CannotAdapt where PEFT refuses a layer or a name."""
+    try:
+        with warnings.catch_warnings():
+            # PEFT looks among modules for ranks that it gave to experts' parameters itself, and tells what it does
+            # with Conv1D, which is right.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
+            return cast(PeftModel, get_peft_model(model, config))
+    except ValueError as error:
+        raise CannotAdapt(reason=str(error).splitlines()[0]) from error
 
 
 def _config(technique: Lora) -> LoraConfig:

@@ -1,0 +1,156 @@
+"""Which techniques a base can be trained with, by training a small copy of its architecture for one step.
+
+The copy has the base's classes, flags and kinds of layer, random weights, and is loaded, adapted and run by the
+trainer's own code. That is enough: whether attention, adapters and four bits work on a model depends on its classes
+and flags, not on how many layers, experts and tokens it has, or how wide it is. It needs some megabytes, so that a
+large base can be tried where no GPU is.
+"""
+
+import logging
+import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from tunery.errors import CannotAdapt
+from tunery.spec import Full, Lora, Qlora, Technique
+from worker.trainer.data import Row, collate
+from worker.trainer.objective import Objective
+from worker.trainer.recipes.recipe import load_dense
+from worker.trainer.run import RECIPES
+
+log = logging.getLogger(__name__)
+
+TECHNIQUES: dict[str, Technique] = {"lora": Lora(r=2), "qlora": Qlora(r=2, compute_dtype="float32"), "full": Full()}
+DROPOUT = Lora(r=2, dropout=0.1)
+MOST_LAYERS, MOST_TOKENS, LEAST_WIDTH = 8, 512, 256
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_BYTES_A_PARAM = 16
+"""fp32 weights in two copies and their gradients."""
+
+
+def facts(model: Any) -> dict[str, Any]:
+    """Returns `techniques`: for each its reason why not, or None; and `dropout`: why adapters can have none, or None.
+
+    `model` is the base, with weights on no device.
+    """
+    with TemporaryDirectory() as folder, torch.random.fork_rng():
+        if not _save_small_copy(model, Path(folder)):
+            return {"techniques": dict.fromkeys(TECHNIQUES), "dropout": None}  # nothing is known against it
+        reasons = {name: _reason(Path(folder), technique) for name, technique in TECHNIQUES.items()}
+        return {"techniques": reasons, "dropout": None if reasons["lora"] else _reason(Path(folder), DROPOUT)}
+
+
+def _save_small_copy(model: Any, folder: Path) -> bool:
+    """Writes the smallest copy that loads and runs unadapted; False when none does."""
+    for narrow in (True, False):
+        try:
+            config = small_config(model, narrow=narrow)
+            if not narrow and params(config) * _BYTES_A_PARAM > psutil.virtual_memory().available / 2:
+                return False
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+            copy = load_dense(folder, TECHNIQUES["full"], torch.device("cpu"))
+            with torch.no_grad():
+                copy(input_ids=torch.tensor([_rows()[0].input_ids]), use_cache=False)
+        except Exception:
+            log.info("a small copy of %s does not run", type(model).__name__, exc_info=True)
+        else:
+            return True
+    return False
+
+
+def small_config(model: Any, *, narrow: bool) -> Any:
+    """The base's config with fewer layers, experts and tokens, and `narrow` a smaller width."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    _cut(config, model.config.get_text_config().num_hidden_layers, _layers_of_every_kind(model))
+    if narrow:
+        _narrow(config.get_text_config())
+    return config
+
+
+def _cut(config: Any, of_layers: int, layers: int) -> None:
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in part.to_dict().items():
+            if isinstance(value, list) and len(value) == of_layers:
+                setattr(part, name, value[:layers])  # what is said for each layer
+        for name in _TOKENS:
+            if getattr(part, name, None) is not None:
+                setattr(part, name, 0)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    text.vocab_size = min(text.vocab_size, MOST_TOKENS)
+    for name in _EXPERTS:
+        if (count := getattr(text, name, None)) is not None:
+            groups = getattr(text, "n_group", None) or 1
+            chosen = max(4, getattr(text, "num_experts_per_tok", None) or 1, 2 * groups)
+            setattr(text, name, min(count, groups * math.ceil(chosen / groups)))
+
+
+def _narrow(text: Any) -> None:
+    """Divides the width and the heads by the same power of two, so that a head keeps its size."""
+    heads = getattr(text, "num_attention_heads", None) or 1
+    divisor = 1
+    while heads % (2 * divisor) == 0 and text.hidden_size % (2 * divisor) == 0:
+        if text.hidden_size // (2 * divisor) < LEAST_WIDTH:
+            break
+        divisor *= 2
+    for name in ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads"):
+        if isinstance(size := getattr(text, name, None), int) and size % divisor == 0:
+            setattr(text, name, size // divisor)
+    if isinstance(groups := getattr(text, "num_key_value_heads", None), int):
+        text.num_key_value_heads = max(1, groups // divisor)
+
+
+def _layers_of_every_kind(model: Any) -> int:
+    """How many of the first layers have one of each kind among them; two at least, MOST_LAYERS at most."""
+    text = model.config.get_text_config()
+    count = text.num_hidden_layers
+    stack = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
+    if stack is None:
+        return int(min(count, MOST_LAYERS))
+    said = [value for value in text.to_dict().values() if isinstance(value, list) and len(value) == count]
+    kinds = [(_classes(layer), *(str(value[i]) for value in said)) for i, layer in enumerate(stack)]
+    needed = max(kinds.index(kind) for kind in kinds) + 1
+    return int(min(count, max(2, min(needed, MOST_LAYERS))))
+
+
+def _classes(layer: nn.Module) -> str:
+    return " ".join(f"{name}:{type(module).__name__}" for name, module in layer.named_modules())
+
+
+def params(config: Any) -> int:
+    """How many weights the model of a config has."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _rows() -> list[Row]:
+    """Two rows of different length, so that one is padded."""
+    return [Row(list(range(3, 3 + length)), list(range(3, 3 + length))) for length in (9, 5)]
+
+
+def _reason(base: Path, technique: Technique) -> str | None:
+    """Why one training step of `technique` on the model in `base` fails; None where it does not."""
+    recipe, device = RECIPES[technique.type], torch.device("cpu")
+    try:
+        objective = Objective(recipe.prepare(recipe.load_base(base, technique, device), technique, None)).train()
+        loss, _ = objective(collate(_rows(), [[0], [1]], device), 1.0)
+        loss.backward()
+    except CannotAdapt as error:
+        return str(error.fields["reason"])
+    except Exception as error:
+        log.info("%s on a small copy failed", technique.type, exc_info=True)
+        return _first_line(error)
+    learning = [p for p in objective.parameters() if p.requires_grad and p.grad is not None]
+    return None if learning else "no weight of it gets a gradient"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
