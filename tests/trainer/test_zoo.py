@@ -28,6 +28,12 @@ from worker.trainer.run import carry_out, prepare
 from worker.trainer.training import Progress, Training
 from worker.trainer.wish import Wish
 
+# PEFT looks among modules for ranks that it gave to experts' parameters, and tells what it does with Conv1D.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
+]
+
 ROWS = [chat(i, words=words) for i, words in enumerate((2, 9, 1, 5, 12, 3))]
 """Of 33 to 92 tokens: on both sides of the window and of the RoPE thresholds of the zoo."""
 KNOBS: dict[str, Technique] = {
