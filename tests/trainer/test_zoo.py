@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora, Technique
 from worker.trainer import checkpoints
 from worker.trainer.convert import convert
 from worker.trainer.loop import train
-from worker.trainer.recipes.qlora import load_nf4
+from worker.trainer.recipes.qlora import load_quantised
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out, prepare
 from worker.trainer.training import Progress, Training
@@ -212,7 +213,7 @@ def exported(folder: Path, base: Path, technique: str) -> Any:
     if technique == "full":
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if technique == "qlora":
-        model = load_nf4(base, KNOBS["qlora"], torch.device("cpu"))
+        model = load_quantised(base, decide(KNOBS["qlora"], "cpu"), torch.device("cpu"))
     else:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     return PeftModel.from_pretrained(model, str(folder)).eval()

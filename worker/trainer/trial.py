@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tunery.errors import CannotAdapt
+from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora, Technique
 from worker.trainer.data import Row, collate
 from worker.trainer.objective import Objective
@@ -55,7 +56,7 @@ def _save_small_copy(model: Any, folder: Path) -> bool:
             if not narrow and params(config) * _BYTES_A_PARAM > psutil.virtual_memory().available / 2:
                 return False
             AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-            copy = load_dense(folder, TECHNIQUES["full"], torch.device("cpu"))
+            copy = load_dense(folder, decide(TECHNIQUES["full"], "cpu"), torch.device("cpu"))
             with torch.no_grad():
                 copy(input_ids=torch.tensor([_rows()[0].input_ids]), use_cache=False)
         except Exception:
@@ -139,8 +140,10 @@ def _rows() -> list[Row]:
 def _reason(base: Path, technique: Technique) -> str | None:
     """Why one training step of `technique` on the model in `base` fails; None where it does not."""
     recipe, device = RECIPES[technique.type], torch.device("cpu")
+    precision = decide(technique, device.type)
     try:
-        objective = Objective(recipe.prepare(recipe.load_base(base, technique, device), technique, None)).train()
+        model = recipe.prepare(recipe.load_base(base, precision, device), technique, None)
+        objective = Objective(model, precision).train()
         loss, _ = objective(collate(_rows(), [[0], [1]], device), 1.0)
         loss.backward()
     except CannotAdapt as error:
