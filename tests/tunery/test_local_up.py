@@ -1,17 +1,20 @@
 """`tunery up` as people run it: a program of its own, stopped in every way there is, and what it leaves behind."""
 
 import os
+import re
 import shutil
 import signal
 import stat
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from sqlalchemy import text
@@ -19,6 +22,7 @@ from sqlalchemy import text
 from tunery import db
 from tunery.local import lock, process, state
 from tunery.local.postgres import Postgres
+from tunery.local.restarts import MOST, WITHIN_SECONDS, Restarts
 
 TRACE = "STARTED_BY_TEST"
 """Inherited by all that `tunery up` starts, the servers and the guard too."""
@@ -140,3 +144,60 @@ def test_a_second_up_is_refused_and_ctrl_c_of_the_first_leaves_nothing(home: Pat
         assert "Everything is stopped." in up.said()
         assert up.left() == []
     assert [log.name for log in (home / "logs").iterdir() if "INFO" in log.read_text()] == []
+
+
+def _health(home: Path) -> int | None:
+    found = state.running(home)
+    try:
+        return httpx.get(f"{found['api_url']}/healthz", timeout=5, trust_env=False).status_code if found else None
+    except httpx.HTTPError:
+        return None
+
+
+PARTS = ("-D", "valkey", "api.main:create_app", "worker.server", "train@%h", "io@%h", "tunery.local.guard")
+"""A word of the command of each child of `tunery up`."""
+
+
+def _child(up: Up, part: str) -> psutil.Process | None:
+    children = psutil.Process(up.child.pid).children()
+    found = [child for child in children if any(part in word for word in _command(child))]
+    return found[0] if found else None
+
+
+def _command(child: psutil.Process) -> list[str]:
+    try:
+        return [] if child.status() == psutil.STATUS_ZOMBIE else child.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_up_starts_again_what_was_killed_and_down_is_quick_without_a_server(home: Path) -> None:
+    with running(home) as up:
+        up.wait_for(lambda: "Tunery is up" in up.said())
+        killed = {part: _child(up, part) for part in PARTS}
+        for part, child in killed.items():
+            assert child is not None, part
+            child.kill()
+        up.wait_for(lambda: all((new := _child(up, part)) and new != killed[part] for part in PARTS))
+        up.wait_for(lambda: _health(home) == 200)
+        for name in ("Postgres", "Valkey", "api", "server", "worker-train", "worker-io"):
+            assert re.search(rf"{name} .*had ended \(-9\) and was started again", up.said()), up.said()
+        for part in ("-D", "valkey"):
+            child = _child(up, part)
+            assert child is not None
+            child.kill()
+        began = time.monotonic()
+        down = subprocess.run([*TUNERY, "down", "--home", home], capture_output=True, text=True)
+        assert down.returncode == 0, down.stderr
+        assert time.monotonic() - began < 15
+        assert up.child.wait(5) == 0
+        assert up.left() == []
+
+
+def test_a_part_that_ends_again_and_again_is_not_restarted_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    restarts = Restarts()
+    assert [restarts.allow("api") for _ in range(MOST + 1)] == [True] * MOST + [False]
+    assert restarts.allow("server")
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + WITHIN_SECONDS + 60)
+    assert restarts.allow("api")

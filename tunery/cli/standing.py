@@ -25,7 +25,7 @@ from tunery.models.model import Model
 
 
 def up(home: Path, *, port: int, gguf: Path | None) -> None:
-    """Runs until Ctrl-C or SIGTERM. Raises TuneryError when a service does not start or dies."""
+    """Runs until Ctrl-C or SIGTERM. Raises TuneryError when a service does not start, or ends again and again."""
     console = Console(highlight=False)
     allow = os.environ.get("TUNERY_WEBHOOK_ALLOW", LOOPBACK)
     stack = Stack(home, port=port, environment={"TUNERY_WEBHOOK_ALLOW": allow}, report=Reporter(console))
@@ -48,7 +48,7 @@ def up(home: Path, *, port: int, gguf: Path | None) -> None:
 
 def _stand(stack: Stack) -> NoReturn:
     while True:
-        stack.check()
+        stack.restart_dead()
         time.sleep(1)
 
 

@@ -24,7 +24,7 @@ from tunery.local import process
 _ROLE = "tunery"
 _DATABASE = "tunery"
 _NOTE = "data-is-in"
-_RESTARTS = 5
+_RESTARTS = 3
 _LASTING = Path("/var/tmp")  # noqa: S108  (/tmp is emptied at a restart of the machine)
 
 
@@ -88,7 +88,7 @@ class Postgres:
         return self._run(self._binaries())
 
     def _run(self, binaries: Path) -> Self:
-        with self._log().open("ab") as log:
+        with self.log().open("ab") as log:
             self._process = process.spawn(
                 [binaries / "postgres", "-D", self._data, "-k", self._sockets, *self._options()],
                 output=log,
@@ -98,7 +98,7 @@ class Postgres:
             )
         if not process.wait_until(self._answers, seconds=60, alive=self.is_running):
             process.stop(self._process, (signal.SIGINT, 20), (signal.SIGQUIT, 5))
-            raise PostgresNotStarted(folder=self.folder, log=process.tail(self._log()))
+            raise PostgresNotStarted(folder=self.folder, log=process.tail(self.log()))
         return self
 
     def stop(self) -> None:
@@ -124,8 +124,14 @@ class Postgres:
     ) -> None:
         self.stop()
 
-    def _log(self) -> Path:
+    def log(self) -> Path:
+        """The server's own log."""
         return self.folder / "postgres.log"
+
+    @property
+    def status(self) -> int | None:
+        """The exit status of a server that has ended (negative: the signal that ended it)."""
+        return self._process.returncode if self._process else None
 
     def is_running(self) -> bool:
         """Whether the server's process lives."""
@@ -206,11 +212,11 @@ class Postgres:
         # C.UTF-8 from PostgreSQL itself: the system's locales differ from machine to machine and so would sort orders.
         command += ["--encoding=UTF8", "--no-locale", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
         command += [] if self._durable else ["--no-sync"]
-        with self._log().open("ab") as log:
+        with self.log().open("ab") as log:
             initdb = process.spawn(command, output=log, cwd=parent, user=self._user)
             failed = initdb.wait() != 0 or self._create_database(binaries, unfinished, log) != 0
         if failed:
-            raise PostgresNotStarted(folder=self.folder, log=process.tail(self._log()))
+            raise PostgresNotStarted(folder=self.folder, log=process.tail(self.log()))
         unfinished.rename(self._data)
 
     def _create_database(self, binaries: Path, data: Path, log: IO[bytes]) -> int:

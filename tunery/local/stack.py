@@ -28,7 +28,10 @@ from tunery.keys import ring
 from tunery.keys.model import Project
 from tunery.local import guard, lock, process, schema, state, tree
 from tunery.local.postgres import Postgres
+from tunery.local.restarts import Restarts
 from tunery.local.valkey import Valkey, free_port
+
+WITHOUT_SERVER_SECONDS = 6.0
 
 
 class HomeInUse(TuneryError):
@@ -79,6 +82,8 @@ class Stack:
     _services: list[Service] = field(default_factory=list, init=False)
     _open: ExitStack = field(default_factory=ExitStack, init=False)
     _server_port: int = field(default=0, init=False)
+    _watcher: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    _restarts: Restarts = field(default_factory=Restarts, init=False)
 
     def __post_init__(self) -> None:
         self.home = self.home.absolute()
@@ -129,12 +134,41 @@ class Stack:
         self.stop()
 
     def check(self) -> None:
-        """Raises ServiceDied when a service is not running any more."""
-        for service in self._services:
-            if service.process is not None and (status := service.process.poll()) is not None:
-                raise ServiceDied(
-                    name=service.name, status=status, log=service.log, tail=process.tail(service.log) or "(nothing)"
-                )
+        """Raises ServiceDied when a service or a server is not running any more."""
+        for part in self._dead():
+            raise self._death_of(part)
+
+    def restart_dead(self) -> None:
+        """Starts again whatever has ended, and reports it. Raises ServiceDied for what ends again and again.
+
+        Call it from the thread that called `start`: children end with the thread that spawned them.
+        """
+        for part in self._dead():
+            if not self._restarts.allow(_name_of(part)):
+                raise self._death_of(part)
+            status = _status_of(part)
+            self._restart(part)
+            self.report(_name_of(part), f"had ended ({status}) and was started again")
+        if self._watcher is not None and self._watcher.poll() is not None:
+            self._watch_over()
+
+    def _dead(self) -> list["Service | Postgres | Valkey"]:
+        """Servers first: services need them."""
+        servers: list[Postgres | Valkey] = [self.postgres, self.valkey]
+        ended = [service for service in self._services if service.process and service.process.poll() is not None]
+        return [*(server for server in servers if server.pid and not server.is_running()), *ended]
+
+    def _restart(self, part: "Service | Postgres | Valkey") -> None:
+        if isinstance(part, Service):
+            if part.process is not None:
+                process.stop(part.process)  # what it started in its group works on as if it were there
+            self._spawn(part, tree.root())
+        else:
+            part.restart()
+
+    def _death_of(self, part: "Service | Postgres | Valkey") -> ServiceDied:
+        log = part.log if isinstance(part, Service) else part.log()
+        return ServiceDied(name=_name_of(part), status=_status_of(part), log=log, tail=process.tail(log) or "(nothing)")
 
     def settings(self) -> dict[str, str]:
         """The TUNERY_* variables that make a process part of this stack."""
@@ -179,7 +213,7 @@ class Stack:
 
     def _watch_over(self) -> None:
         """Start the guard: its pipe closes when we end, whichever way."""
-        watcher = subprocess.Popen(
+        self._watcher = watcher = subprocess.Popen(
             [sys.executable, "-m", "tunery.local.guard", self._mark],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -253,7 +287,11 @@ class Stack:
             time.sleep(0.1)
 
     def _stop_services(self) -> None:
-        """All are told at once, as none needs another in order to stop; the servers outlive them."""
+        """All are told at once, as none needs another in order to stop; the servers outlive them.
+
+        Without a server they would wait for it, in order to write down how their work stands.
+        """
+        patience = self._patience()
         running = [service for service in self._services if service.process is not None]
         for service in running:
             if service.process is not None and service.process.poll() is None:
@@ -262,9 +300,27 @@ class Stack:
         for service in running:
             if service.process is not None:
                 with suppress(subprocess.TimeoutExpired):
-                    service.process.wait(max(0.1, deadline + service.seconds - time.monotonic()))
+                    service.process.wait(max(0.1, deadline + min(service.seconds, patience) - time.monotonic()))
                 process.stop(service.process)
         self._services.clear()
+
+    def _patience(self) -> float:
+        """The most seconds to wait for services: few where a server is gone and does not come back."""
+        try:
+            for server in (self.postgres, self.valkey):
+                if self._services and server.pid and not server.is_running():
+                    server.restart()
+        except TuneryError:
+            return WITHOUT_SERVER_SECONDS
+        return float("inf")
+
+
+def _name_of(part: Service | Postgres | Valkey) -> str:
+    return part.name if isinstance(part, Service) else type(part).__name__
+
+
+def _status_of(part: Service | Postgres | Valkey) -> int | None:
+    return part.process.returncode if isinstance(part, Service) and part.process else getattr(part, "status", None)
 
 
 def _celery(queue: str, level: str) -> list[str]:

@@ -56,7 +56,7 @@ class Valkey:
             if process.wait_until(self._answers, seconds=20, alive=self.is_running):
                 return self
             self.stop()
-        raise ValkeyNotStarted(folder=self.folder, log=process.tail(self._log()))
+        raise ValkeyNotStarted(folder=self.folder, log=process.tail(self.log()))
 
     def restart(self) -> Self:
         """Starts a server that has ended again, with the same port and password. Raises ValkeyNotStarted."""
@@ -78,7 +78,8 @@ class Valkey:
     ) -> None:
         self.stop()
 
-    def _log(self) -> Path:
+    def log(self) -> Path:
+        """The server's own log."""
         return self.folder / "valkey.log"
 
     def _spawn(self) -> None:
@@ -90,8 +91,13 @@ class Valkey:
         configuration = self.folder / "valkey.conf"
         configuration.touch(mode=0o600)
         configuration.write_text("\n".join(lines) + "\n")
-        with self._log().open("ab") as log:
+        with self.log().open("ab") as log:
             self._process = process.spawn([get_binary_path(), configuration], output=log, cwd=self.folder)
+
+    @property
+    def status(self) -> int | None:
+        """The exit status of a server that has ended (negative: the signal that ended it)."""
+        return self._process.returncode if self._process else None
 
     def is_running(self) -> bool:
         """Whether the server's process lives."""
