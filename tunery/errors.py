@@ -30,6 +30,7 @@
     │   ├── DoesNotFit
     │   ├── CannotAdapt
     │   ├── NotFinite
+    │   ├── ArtifactDiffers
     │   ├── TrainingCrashed
     │   ├── ValidationBroke
     │   ├── ValidationLost
@@ -253,6 +254,14 @@ class NotFinite(JobFailure):
     or look at the rows of that step in the job's log."""
 
     code = "nan_loss"
+
+
+class ArtifactDiffers(JobFailure):
+    """The exported files do not answer as the trained model did: their logits are off by {difference:.2%} of their
+    spread, and {tolerance:.2%} is allowed. Nothing was published. This is a fault of the server; its operator finds
+    more in the job's log."""
+
+    code = "artifact_differs"
 
 
 class TrainingCrashed(JobFailure):

@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from pydantic import BaseModel
 from run_folders import Ear, chat, lay_out, plan
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import worker.trainer.run as run_module
 from tunery.errors import InvalidTrainingFile, NotFinite
@@ -41,17 +40,6 @@ def said(ear: Ear, kind: str) -> list[Any]:
     return [message for message in ear.messages() if message.type == kind]
 
 
-def parity_error(folder: Path, model: Any) -> float:
-    """Largest difference of a loaded model's logits from those that the trainer wrote."""
-    prompts = json.loads((folder / "out" / "parity.json").read_text())["prompts"]
-    assert len(prompts) == 3
-    with torch.no_grad():
-        return max(
-            float((model(torch.tensor([p["input_ids"]])).logits[0, -1] - torch.tensor(p["logits"])).abs().max())
-            for p in prompts
-        )
-
-
 @pytest.mark.parametrize(
     "technique",
     [
@@ -71,8 +59,6 @@ def test_adapter_is_exported_as_peft_loads_it(tmp_path: Path, tiny: Path, ear: E
     weights = load_file(folder / "out" / "adapter_model.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
     assert any(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lora_B" in name)
-    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    assert parity_error(folder, PeftModel.from_pretrained(base, folder / "out").eval()) < 1e-3
     [started], [finished] = said(ear, "started"), said(ear, "finished")
     assert (started.total_steps, finished.steps, finished.step) == (6, 6, 6)
     assert started.trainable_params == sum(tensor.numel() for tensor in weights.values())
@@ -144,7 +130,6 @@ def test_full_fine_tune_is_exported_as_transformers_loads_it(tmp_path: Path, tin
 
     assert carry_out(folder, Voice(ear.descriptor), Wish())
 
-    assert parity_error(folder, AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)) < 1e-3
     assert all(t.dtype == torch.bfloat16 for t in load_file(folder / "out" / "model.safetensors").values())
     [started] = said(ear, "started")
     assert started.trainable_params == started.all_params

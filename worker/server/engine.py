@@ -105,8 +105,7 @@ class Engine:
         return Ready(
             model=self._base if adapter is None else self._adapted,
             template=template,
-            # An adapter's folder has no generation_config.json, and the base's may name further stop tokens.
-            eos_ids=frozenset((*template.eos_ids, *ChatTemplate.load(weights).eos_ids)),
+            eos_ids=frozenset(template.eos_ids),
             context_length=getattr(self._base.config.get_text_config(), "max_position_embeddings", None),
         )
 

@@ -196,11 +196,20 @@ def write_artifact(t: Training, progress: Progress, folder: Path) -> None:
         if (t.folder / "base" / name).exists():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(t.folder / "base" / name, folder / name)
+    (folder / "generation_config.json").write_text(json.dumps(_generation_config(t), indent=2) + "\n")
     measured = {"precision": asdict(t.precision), "memory": asdict(t.memory), "paths": paths.describe(t)}
     described = report.describe(t.run, t.template.sha256, **measured, progress=asdict(progress), warnings=t.warnings)
     (folder / "training_config.json").write_text(json.dumps(described, indent=2) + "\n")
     report.write_lines(folder / "metrics.jsonl", t.voice.metrics)
     report.write_results(folder / "results.csv", t.voice.metrics)
+
+
+def _generation_config(t: Training) -> dict[str, Any]:
+    """The base's own settings of generation, with the stop tokens that were trained, so that `generate` ends there."""
+    own = t.folder / "base" / "generation_config.json"
+    settings: dict[str, Any] = json.loads(own.read_text()) if own.exists() else {}
+    settings.pop("_from_model_config", None)  # by it, transformers would take the stop tokens of config.json instead
+    return settings | {"eos_token_id": sorted(t.template.eos_ids)}
 
 
 def _best(t: Training) -> Path:

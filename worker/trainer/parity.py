@@ -1,60 +1,146 @@
-"""`parity.json`: what the exported files, loaded as a user loads them, answer to three prompts.
+"""`parity.json`: that the exported files answer as the model did in memory.
 
-Whoever downloads the artifact can repeat it: load it with plain transformers and peft in fp32 on a CPU, run the token
-ids and compare the logits after the last one.
+Logits after the last token of a few prompts are taken from the model in memory, before it is written: its weights in
+the artifact's type, its base as the run had it (in four bits for QLoRA), the products in fp32. The files, loaded by
+plain transformers and PEFT, must repeat them, or the run fails. Anyone who has the files can repeat it.
 """
 
 import json
 import logging
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tunery.errors import ArtifactDiffers
+from tunery.spec import Full
+from worker.trainer import dtypes, precision
 from worker.trainer.objective import all_and_trainable
+from worker.trainer.recipes.qlora import keep_one_packing, quantisation
 from worker.trainer.training import Training
 
 log = logging.getLogger(__name__)
 
 PROMPTS = 3
+_MOST_TOKENS = 512
+MOST_PARAMS = 2_000_000_000
+"""Larger bases take minutes and tens of GB to load a second time, more than the check is worth at every run's end."""
 _BYTES_A_PARAM = 6
 """fp32 weights, and the bf16 file that they are read from."""
-MOST_PARAMS = 2_000_000_000
-"""Larger bases take minutes and tens of GB to load in fp32, more than the check is worth at every run's end."""
+TOLERANCE, QUANTISED_TOLERANCE = 1e-3, 1e-2
+"""The most that the files' logits may be off, as a share of a prompt's spread of logits. The same products in another
+order differ by 1e-6; on some CPUs bitsandbytes rounds the scales of four-bit weights further (0.3 %)."""
 
 
-def write(t: Training, artifact: Path) -> None:
-    """Writes `parity.json` into `artifact`, from its files; not for a large base, nor where the host has no room."""
+@dataclass(frozen=True)
+class Record:
+    """`parity.json`. `dtype`: of the products. `base`: what the base was kept in, by `quantisation` where that is said.
+
+    `difference`: of the files' logits, None where a large model was not loaded a second time.
+    """
+
+    dtype: str
+    device: str
+    base: str
+    quantisation: dict[str, Any] | None
+    position: str
+    tolerance: float
+    difference: float | None
+    prompts: list[dict[str, Any]]
+
+
+def measure(t: Training) -> Record:
+    """What the model in memory answers: to be called before the export."""
+    exact, quantised = _can_check(t), t.precision.quantised
+    prompts = _prompts(t)
+    config = quantisation(t.precision) if quantised else None
+    if config is not None and exact:
+        config["bnb_4bit_compute_dtype"] = "float32"
+    return Record(
+        dtype="float32" if exact else t.precision.compute,
+        device=t.device.type,
+        base=t.precision.base,
+        quantisation=config,
+        position="last",
+        tolerance=QUANTISED_TOLERANCE if quantised else TOLERANCE,
+        difference=None,
+        prompts=[
+            {"input_ids": ids, "logits": [float(f"{logit:.7g}") for logit in logits.tolist()]}
+            for ids, logits in zip(prompts, _in_memory(t, prompts, exact), strict=True)
+        ],
+    )
+
+
+def write(t: Training, record: Record, artifact: Path) -> None:
+    """Writes `parity.json` into `artifact`. Raises ArtifactDiffers where its files do not answer as `record` says."""
+    if _can_check(t):
+        difference = _difference(t, record, artifact)
+        if not difference <= record.tolerance:  # a NaN too
+            raise ArtifactDiffers(difference=difference, tolerance=record.tolerance)
+        record = replace(record, difference=difference)
+    else:
+        log.info("the exported files are not checked: the model is too large to load a second time here")
+    (artifact / "parity.json").write_text(json.dumps(asdict(record)) + "\n")
+
+
+def _can_check(t: Training) -> bool:
+    """Whether the model is small, and has room here to be loaded again in fp32."""
     params, _ = all_and_trainable(t.objective.model)
-    if params > MOST_PARAMS or psutil.virtual_memory().available < _BYTES_A_PARAM * params:
-        log.info("no parity.json: the base is too large to load a second time in fp32 here")
-        return
-    model = _load(t.folder / "base", artifact)
-    with torch.no_grad():
-        entries = [
-            {"input_ids": ids, "logits": _rounded(model(torch.tensor([ids])).logits[0, -1])} for ids in _prompts(t)
-        ]
-    record = {"dtype": "float32", "device": "cpu", "position": "last", "prompts": entries}
-    (artifact / "parity.json").write_text(json.dumps(record) + "\n")
+    room = torch.cuda.mem_get_info(t.device)[0] if t.device.type == "cuda" else psutil.virtual_memory().available
+    return params <= MOST_PARAMS and room >= _BYTES_A_PARAM * params
 
 
-def _load(base: Path, artifact: Path) -> Any:
-    adapted = (artifact / "adapter_config.json").exists()
-    model = AutoModelForCausalLM.from_pretrained(base if adapted else artifact, dtype=torch.float32)
-    return PeftModel.from_pretrained(model, str(artifact)).eval() if adapted else model.eval()
+def _in_memory(t: Training, prompts: list[list[int]], exact: bool) -> list[Tensor]:
+    """The logits [vocabulary] after each prompt."""
+    model: Any = t.objective.model
+    keep, written = dtypes.keeps(t.objective.causal), model.state_dict().keys()  # positions' angles are in no file
+
+    def exported(name: str, weight: Tensor) -> Tensor:
+        narrowed = isinstance(t.plan.technique, Full) and name in written
+        return dtypes.to_bf16(name, weight, keep) if narrowed else weight
+
+    t.objective.eval()
+    with precision.in_fp32(model, exported) if exact else t.objective.autocast():
+        found = _logits(model, prompts)
+    t.objective.train()
+    return found
+
+
+def _difference(t: Training, record: Record, artifact: Path) -> float:
+    """The largest difference of a prompt's logits, as a share of their spread."""
+    model = _load(t, record, artifact)
+    with precision.in_fp32(model, lambda _name, weight: weight):
+        found = _logits(model, [prompt["input_ids"] for prompt in record.prompts])
+    wanted = [torch.tensor(prompt["logits"]) for prompt in record.prompts]
+    return max(float((a - b).norm() / (b - b.mean()).norm()) for a, b in zip(found, wanted, strict=True))
+
+
+def _load(t: Training, record: Record, artifact: Path) -> Any:
+    """The files as a user loads them: an adapter on the base in the type in which the run read it."""
+    options: dict[str, Any] = {"device_map": {"": t.device}}
+    if isinstance(t.plan.technique, Full):
+        return AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32, **options).eval()
+    if record.quantisation is not None:
+        options["quantization_config"] = BitsAndBytesConfig(**record.quantisation)
+    base = AutoModelForCausalLM.from_pretrained(t.folder / "base", dtype=precision.dtype(t.precision.dense), **options)
+    keep_one_packing(base)
+    return PeftModel.from_pretrained(base, str(artifact)).eval()
+
+
+@torch.no_grad()
+def _logits(model: Any, prompts: list[list[int]]) -> list[Tensor]:
+    return [model(torch.tensor([ids], device=model.device)).logits[0, -1].float().cpu() for ids in prompts]
 
 
 def _prompts(t: Training) -> list[list[int]]:
-    """The first rows up to their first trained token: prompts as the model was trained on."""
+    """Held-out rows, or training rows where there are none, up to their first trained token."""
     prompts = []
-    for row in t.rows.rows[:PROMPTS]:
+    for row in (t.rows if t.valid is None else t.valid).rows[:PROMPTS]:
         first = next(place for place, label in enumerate(row.labels) if label >= 0)
-        prompts.append(row.input_ids[: max(1, first)][-512:])
+        prompts.append(row.input_ids[: max(2, first)][-_MOST_TOKENS:])
     return prompts
-
-
-def _rounded(logits: torch.Tensor) -> list[float]:
-    return [float(f"{value:.7g}") for value in logits.tolist()]

@@ -220,8 +220,9 @@ def _write(t: Training, progress: Progress, scored: Scored | None) -> None:
         card, rows = scored
         (partial / "scorecard.json").write_text(card.model_dump_json(indent=2) + "\n")
         report.write_lines(partial / "answers.jsonl", rows)
+    answered = parity.measure(t)
     checkpoints.write_artifact(t, progress, partial)
-    parity.write(t, partial)
+    parity.write(t, answered, partial)
     shutil.rmtree(t.folder / "out", ignore_errors=True)
     partial.rename(t.folder / "out")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from tunery.planning.precision import Precision, decide
 from tunery.spec import Plan, Technique
@@ -41,7 +41,10 @@ def export(model: torch.nn.Module, folder: Path, _base_model: str) -> None:
         name: cast_of.setdefault(tensor.data_ptr(), dtypes.to_bf16(name, tensor, keep))
         for name, tensor in tuned.state_dict().items()
     }
+    # The base's own may be inconsistent (a temperature without sampling), which is only an error where it is saved.
+    settings, tuned.generation_config = tuned.generation_config, GenerationConfig()
     tuned.save_pretrained(str(folder), state_dict=weights, safe_serialization=True)
+    tuned.generation_config = settings
     config = folder / "config.json"  # it names the type that was trained in, which on a CPU is another
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}, indent=2) + "\n")
 

@@ -27,7 +27,7 @@ def load_quantised(folder: Path, precision: Precision, device: torch.device) -> 
         device_map={"": device},
         trust_remote_code=False,
     )
-    _keep_one_packing(model)
+    keep_one_packing(model)
     return cast(PreTrainedModel, model)
 
 
@@ -41,7 +41,7 @@ def quantisation(precision: Precision) -> dict[str, Any]:
     }
 
 
-def _keep_one_packing(model: torch.nn.Module) -> None:
+def keep_one_packing(model: torch.nn.Module) -> None:
     """On CPUs with avx512_bf16 bitsandbytes packs the weights anew at the first evaluation, for speed.
 
     Refused: the new packing rounds the quantisation constants, so that later steps train another model than the first
