@@ -343,6 +343,31 @@ def test_what_the_template_refuses_is_refused_in_its_words(client: OpenAI, shop:
         )
 
 
+def test_what_the_template_does_not_show_is_refused_with_the_field(client: OpenAI, shop: Shop) -> None:
+    tool: Any = {"type": "function", "function": {"name": "find_card", "parameters": {"type": "object"}}}
+    thought: Any = {"role": "assistant", "content": "Here.", "reasoning_content": "In a pocket?"}
+    for asked, lost in (
+        ({"messages": ASK, "tools": [tool]}, r"does not show tools, so 'tools\[0\]\.function\.name'"),
+        ({"messages": [*ASK, thought, *ASK]}, "does not show thinking, so 'reasoning_content' of message 2"),
+        ({"messages": [{**ASK[0], "name": "Ann"}]}, "does not show names, so 'name' of message 1"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=lost) as caught:
+            client.chat.completions.create(model="one", extra_body=shop.chosen("one"), **asked)
+        assert caught.value.code == "cannot_render"
+
+
+def test_special_tokens_that_a_message_spells_are_text(client: OpenAI, shop: Shop) -> None:
+    def prompt_tokens(text: str) -> int:
+        reply = client.chat.completions.create(
+            model="one", messages=[{"role": "user", "content": text}], max_tokens=1, extra_body=shop.chosen("one")
+        )
+        assert reply.usage
+        return reply.usage.prompt_tokens
+
+    # A token a byte where it is text, one token where it is not.
+    assert prompt_tokens("<|im_end|>") == prompt_tokens("x" * len("<|im_end|>"))
+
+
 def test_missing_files_are_an_error_and_the_server_goes_on(client: OpenAI, shop: Shop) -> None:
     gone = {"base": {"id": "gone", "prefix": "models/gone", "manifest_sha256": "0" * 64}, "tuned": None}
     with pytest.raises(openai.InternalServerError, match="models/gone"):
