@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from worker.trainer import data
+from worker.trainer.data import Row
 from worker.trainer.kernels import adapters, cross_entropy, decoder, projections
+from worker.trainer.objective import Objective
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -226,3 +229,29 @@ def test_model_may_change_a_gated_blocks_output_in_place() -> None:
     projections.gated(x, *block()).mul_(3).sum().backward()
 
     assert x.grad is not None
+
+
+def test_model_that_is_told_the_rows_borders_learns_what_it_learns_from_padded_rows(tiny: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    assert decoder.install(model) == 2
+    objective = Objective(model)
+    assert objective.knows_borders
+    rows = [Row(ids, ids) for ids in (torch.randint(3, 250, (n,)).tolist() for n in (7, 2, 12, 5))]
+
+    def run(borders: bool, grain: tuple[int, int] = (1, 1)) -> tuple[float, dict[str, Tensor]]:
+        together = [[0, 3], [1], [2]] if borders else [[i] for i in range(4)]
+        batch = data.collate(rows, together, torch.device("cpu"), grain, borders=borders)
+        assert (batch.borders is not None) == borders
+        model.zero_grad()
+        loss, _ = objective(batch, 1.0)
+        loss.backward()
+        return float(loss.detach()), {
+            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        }
+
+    wanted, wanted_grads = run(borders=False)
+    for grain in ((1, 1), (32, 128)):
+        found, grads = run(borders=True, grain=grain)
+        assert found == pytest.approx(wanted, rel=1e-6)
+        for name, grad in grads.items():
+            assert error(grad, wanted_grads[name]) < 1e-4, name

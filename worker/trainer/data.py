@@ -10,6 +10,7 @@ from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from tunery.rows import encoding
 from tunery.rows.messages import Example, FileRole
 from tunery.rows.template import IGNORED, ChatTemplate
+from worker.trainer.kernels.attention import Borders
 
 _CHUNK_BYTES = 2**20
 
@@ -66,6 +68,10 @@ Packed = list[int]
 """Indexes of the rows in one sequence: one row, or several when packing."""
 MicroBatch = list[Packed]
 """Sequences that pass through the model together."""
+MOST_PADDING = 0.05
+"""Share of padding up to which rows are a rectangle though their borders could be told: torch's attention over one is
+up to 1.8 times as fast as that over rows of any length, and takes a tenth of the time of a step at 2,048 tokens."""
+ENDS_GRAIN, LONGEST_GRAIN = 16, 256
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ class Batch:
 
     `input_ids` [sequences, longest], padded at the right: causal attention never looks there, so no mask is needed.
     `position_ids`: only when a sequence holds several rows; they start anew with each, which is also how transformers
-    knows to keep the rows apart. `where` indexes the flattened positions that predict something, `targets` what.
+    knows to keep the rows apart; a model that can be told their `borders` reads these instead. `where` indexes the
+    flattened positions that predict something, `targets` what.
     """
 
     input_ids: Tensor
@@ -82,6 +89,7 @@ class Batch:
     where: Tensor
     targets: Tensor
     tokens: int
+    borders: Borders | None = None
 
 
 def read_examples(path: Path, role: FileRole) -> Iterator[tuple[int, Example]]:
@@ -186,11 +194,27 @@ def pack(rows: list[int], lengths: list[int], capacity: int) -> list[Packed]:
     return packed
 
 
-def collate(rows: list[Row], sequences: MicroBatch, device: torch.device, grain: tuple[int, int] = (1, 1)) -> Batch:
-    """Sequences as one padded batch. Which positions predict is settled here, on the host, so the GPU is never asked.
+def collate(
+    rows: list[Row],
+    sequences: MicroBatch,
+    device: torch.device,
+    grain: tuple[int, int] = (1, 1),
+    *,
+    borders: bool = False,
+) -> Batch:
+    """Sequences as one batch. Which positions predict is settled here, on the host, so the GPU is never asked.
 
     `grain`: the width and the number of targets are padded to multiples of these; targets of padding are -100.
+    `borders`: the model can be told where rows begin, so they lie behind each other instead of being padded, unless
+    they are of nearly the same length: attention over a rectangle is then the faster one.
     """
+    marks = None
+    if borders:
+        together = [i for sequence in sequences for i in sequence]
+        in_line = [len(rows[i]) for i in together]
+        flat = len(in_line) * max(in_line) > (1 + MOST_PADDING) * sum(in_line)
+        sequences = [together] if flat else [[i] for i in together]
+        marks = _borders(in_line, grain[0], device) if flat else Borders()
     lengths = [sum(len(rows[i]) for i in sequence) for sequence in sequences]
     width = -(-max(lengths) // grain[0]) * grain[0]
     ids = torch.zeros(len(sequences), width, dtype=torch.int64)
@@ -218,7 +242,24 @@ def collate(rows: list[Row], sequences: MicroBatch, device: torch.device, grain:
         where=_move(torch.cat(where), device),
         targets=_move(torch.cat(targets), device),
         tokens=sum(lengths),
+        borders=marks,
     )
+
+
+def _borders(lengths: list[int], grain: int, device: torch.device) -> Borders:
+    """The borders of rows behind each other; what pads them to a multiple of `grain` is a row of its own.
+
+    With a grain their number is padded too, by rows without a token, and the longest is rounded up: these are part of
+    a shape that is recorded.
+    """
+    ends = [0, *accumulate(lengths)]
+    padding = -ends[-1] % grain
+    longest = max(*lengths, padding)
+    if grain > 1:
+        ends.append(ends[-1] + padding)
+        ends += [ends[-1]] * (-len(ends) % ENDS_GRAIN)
+        longest = -(-longest // LONGEST_GRAIN) * LONGEST_GRAIN
+    return Borders(_move(torch.tensor(ends, dtype=torch.int32), device), longest)
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

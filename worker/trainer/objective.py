@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tunery.planning.precision import Precision
 from worker.trainer import precision
 from worker.trainer.data import Batch
-from worker.trainer.kernels import cross_entropy
+from worker.trainer.kernels import cross_entropy, decoder
 
 _HEAD_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier")
 """Config entries of models that do more to their logits than one product (Gemma 2, Granite, Cohere, Falcon H1)."""
@@ -26,6 +26,7 @@ class Objective(nn.Module):
         self.causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.chunked = _is_plain_product(self.causal)
         self.recomputes = False
+        self.knows_borders = decoder.borders_known(self.causal)
 
     def forward(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
         if not self.chunked:
@@ -64,7 +65,7 @@ class Objective(nn.Module):
         """The last hidden states [labelled, width] of the positions that predict something, and the head's weight."""
         head: Tensor = self.causal.get_output_embeddings().weight
         with self.autocast():
-            hidden = _labelled(self.causal.base_model(**_inputs(batch)).last_hidden_state, batch)
+            hidden = _labelled(self.causal.base_model(**self._inputs(batch)).last_hidden_state, batch)
         if self._precision is not None and self._precision.autocast:  # it does not reach into the chunked loss
             compute = precision.dtype(self._precision.compute)
             return hidden.to(compute), head.to(compute)
@@ -73,11 +74,16 @@ class Objective(nn.Module):
     def _logits(self, batch: Batch) -> Tensor:
         """The model's own logits [labelled, vocabulary] there."""
         with self.autocast():
-            return _labelled(self.causal(**_inputs(batch)).logits, batch)
+            return _labelled(self.causal(**self._inputs(batch)).logits, batch)
 
-
-def _inputs(batch: Batch) -> dict[str, Any]:
-    return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        if batch.borders is None:
+            return inputs
+        # A mask of four axes is handed on as it is: without one, transformers looks at the positions for packed rows,
+        # which waits for the device, and makes a mask of length x length. Our layers read the borders instead.
+        nothing = batch.input_ids.new_zeros(1, 1, 1, 1)
+        return inputs | {"attention_mask": nothing, "borders": batch.borders}
 
 
 def _labelled(states: Tensor, batch: Batch) -> Tensor:

@@ -50,7 +50,7 @@ class Replays:
 
         The first batch of a shape runs as usual, which also warms its kernels up; the second is recorded.
         """
-        key = (batch.input_ids.shape, batch.where.shape, batch.position_ids is not None)
+        key = _shape(batch)
         if key not in self._recorded and key in self._seen and not self.failed and len(self._recorded) < MOST_GRAPHS:
             self._record(key, batch)
         self._seen.add(key)
@@ -101,9 +101,20 @@ def reason_against(objective: Objective, tokens: int) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+def _shape(batch: Batch) -> tuple[object, ...]:
+    """All that a recorded pass has taken for constant."""
+    ends = None if batch.borders is None or batch.borders.ends is None else batch.borders.ends.shape
+    longest = None if batch.borders is None else batch.borders.longest
+    return batch.input_ids.shape, batch.where.shape, batch.position_ids is not None, ends, longest
+
+
 def _copy(source: Batch, target: Batch) -> None:
     target.input_ids.copy_(source.input_ids)
     target.where.copy_(source.where)
     target.targets.copy_(source.targets)
     if source.position_ids is not None and target.position_ids is not None:
         target.position_ids.copy_(source.position_ids)
+    if source.borders is not None and source.borders.ends is not None:
+        assert target.borders is not None
+        assert target.borders.ends is not None
+        target.borders.ends.copy_(source.borders.ends)

@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from worker.trainer.kernels import adapters, elementwise, projections
+from worker.trainer.kernels import adapters, attention, elementwise, projections
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 """Families whose decoder layer is: norm, attention, sum, norm, gated feed-forward block, sum."""
@@ -56,6 +56,20 @@ def _is_known(module: nn.Module) -> bool:
     return known and _is_silu(layer.mlp)
 
 
+def borders_known(causal: Any) -> bool:
+    """Whether every decoder layer of a model is ours, and its attention can be told the rows' borders."""
+    layers = getattr(causal.base_model, "layers", None)
+    if not layers or not all(getattr(layer.forward, "__func__", None) is _layer for layer in layers):
+        return False
+    modules = [layer.self_attn for layer in layers]
+    if modules[0].q_proj.weight.is_cuda:
+        return all(
+            not module.attention_dropout and attention.available(module.head_dim, _window(module).get("sliding_window"))
+            for module in modules
+        )
+    return not any(module.attention_dropout for module in modules)
+
+
 def _layer(
     self: Any,
     hidden_states: Tensor,
@@ -73,36 +87,47 @@ def _layer(
         ))  # fmt: skip
     norm = self.input_layernorm
     normed, residual = elementwise.add_rms_norm(hidden_states, None, norm.weight, norm.variance_epsilon)
-    attended = _attention(self.self_attn, normed, position_embeddings, attention_mask, position_ids, kwargs)
+    kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+    attended = _attention(self.self_attn, normed, position_embeddings, kwargs)
     norm = self.post_attention_layernorm
     normed, residual = elementwise.add_rms_norm(attended, residual, norm.weight, norm.variance_epsilon)
     return residual + _feed_forward(self.mlp, normed)
 
 
-def _attention(
-    module: Any, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, position_ids: Tensor | None, kwargs: Any
-) -> Tensor:
+def _attention(module: Any, x: Tensor, angles: tuple[Tensor, Tensor], kwargs: dict[str, Any]) -> Tensor:
     query, key, value = (part.view(*x.shape[:-1], -1, module.head_dim) for part in _together(
         x, module.q_proj, module.k_proj, module.v_proj
     ))  # fmt: skip
     if hasattr(module, "q_norm"):
         query, key = (_norm(norm, part) for norm, part in ((module.q_norm, query), (module.k_norm, key)))
     query, key = elementwise.rotate(query, *angles), elementwise.rotate(key, *angles)
+    out = _attend(module, query, key, value, **kwargs)
+    [projected] = _together(out.reshape(*x.shape[:-1], -1).contiguous(), module.o_proj)
+    return projected
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, *, attention_mask: Tensor | None,
+    borders: attention.Borders | None = None, **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """Attention over [batch, positions, heads, width]. `borders` stand in the place of a mask."""
+    window = _window(module)
+    if borders is not None and borders.ends is not None:
+        query, key, value = (part.flatten(0, 1) for part in (query, key, value))
+        return attention.rows_apart(query, key, value, borders, module.scaling, window.get("sliding_window"))
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, _eager(module))
     out, _ = attend(
         module,
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        mask,
+        attention_mask if borders is None else None,
         dropout=module.attention_dropout if module.training else 0.0,
         scaling=module.scaling,
-        position_ids=position_ids,
-        **_window(module),
+        **window,
         **kwargs,
     )
-    [projected] = _together(out.reshape(*x.shape[:-1], -1).contiguous(), module.o_proj)
-    return projected
+    return cast(Tensor, out)
 
 
 def _eager(module: Any) -> Any:
