@@ -1,11 +1,14 @@
 """Every Triton kernel against its definition in float64, on fresh random inputs and odd shapes: `pytest -m gpu`."""
 
+from itertools import pairwise
+
+import bitsandbytes
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from worker.trainer.kernels import cross_entropy, elementwise
+from worker.trainer.kernels import attention, cross_entropy, elementwise
 
 pytestmark = [
     pytest.mark.gpu,
@@ -111,3 +114,43 @@ def test_cross_entropy_of_a_head(vocabulary: int, head_learns: bool) -> None:
     same(hidden.grad, copies[0].grad, 1e-2)
     if head_learns:
         same(weight.grad, copies[1].grad, 1e-2)
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (1024, 4096), (256, 576), (96, 64)])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_four_bits_are_unpacked_to_the_bit_as_bitsandbytes_does(
+    shape: tuple[int, int], nested: bool, dtype: torch.dtype
+) -> None:
+    from worker.trainer.kernels import triton_ops
+
+    weight = torch.randn(shape, device="cuda", dtype=dtype) * torch.rand(shape[0], 1, device="cuda", dtype=dtype)
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+
+    found = triton_ops.unpack_nf4(packed, state)
+
+    assert torch.equal(found, bitsandbytes.functional.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("window", [None, 48])
+@pytest.mark.parametrize(("heads", "fewer", "width"), [(8, 2, 128), (9, 3, 64), (4, 4, 96)])
+def test_rows_attend_to_themselves_alone(heads: int, fewer: int, width: int, window: int | None) -> None:
+    lengths = [70, 1, 300, 33]
+    ends = [sum(lengths[:i]) for i in range(5)]
+    assert [end - start for start, end in pairwise(ends)] == lengths
+    # Rows without a token pad the number of rows.
+    borders = attention.Borders(torch.tensor([*ends, ends[-1], ends[-1]], dtype=torch.int32, device="cuda"), 512)
+    if not attention.available(width, window):
+        pytest.skip("this torch has no variable-length attention with a window")
+    query, key, value = drawn(404, heads, width), drawn(404, fewer, width), drawn(404, fewer, width)
+    copies = exact(query, key, value)
+    wanted = attention.plain(*copies, borders, width**-0.5, window)
+    grad = torch.randn(404, heads, width, device="cuda", dtype=torch.bfloat16)
+    wanted.backward(grad.double())
+
+    out = attention.rows_apart(query, key, value, borders, width**-0.5, window)
+    out.backward(grad)
+
+    same(out, wanted)
+    for tensor, reference in zip((query, key, value), copies, strict=True):
+        same(tensor.grad, reference.grad, 1e-2)

@@ -30,7 +30,7 @@ def plain(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: fl
     assert borders.ends is not None
     outs = []
     ends = borders.ends.tolist()
-    for start, end in itertools.pairwise(ends):
+    for start, end in (pair for pair in itertools.pairwise(ends) if pair[0] < pair[1]):
         q, k, v = (part[start:end].transpose(0, 1) for part in (query, key, value))
         mask = torch.ones(end - start, end - start, dtype=torch.bool, device=query.device).tril()
         if window is not None:

@@ -37,8 +37,18 @@ def dense(base: Any) -> Tensor:
     state = getattr(base.weight, "quant_state", None)
     if state is None:
         return cast(Tensor, base.weight.detach())
-    unpacked: Tensor = bitsandbytes.functional.dequantize_4bit(base.weight.detach(), state)
+    unpacked = _unpack(base.weight.detach(), state)
     return unpacked.to(base.compute_dtype or unpacked.dtype)
+
+
+def _unpack(packed: Tensor, state: Any) -> Tensor:
+    whole_blocks = torch.Size(state.shape).numel() % state.blocksize == 0
+    usual_scales = not state.nested or state.state2.blocksize == 256
+    if packed.is_cuda and state.quant_type == "nf4" and whole_blocks and usual_scales:
+        from worker.trainer.kernels import triton_ops  # a CPU build of torch has no Triton
+
+        return triton_ops.unpack_nf4(packed, state)
+    return bitsandbytes.functional.dequantize_4bit(packed, state)
 
 
 def frozen(x: Tensor, base: Any) -> Tensor:
