@@ -158,8 +158,8 @@ def test_model_whose_rows_would_mix_is_not_packed(tmp_path: Path, tiny: Path, mo
     # Positions are how the model knows where a row starts: without them rows see their neighbours.
     forget = data.Batch.__init__
 
-    def without_positions(self: Any, *, position_ids: Any, **rest: Any) -> None:
-        forget(self, position_ids=None, **rest)
+    def without_positions(self: Any, *, position_ids: Any, borders: Any, **rest: Any) -> None:
+        forget(self, position_ids=None, borders=None, **rest)
 
     monkeypatch.setattr(data.Batch, "__init__", without_positions)
     t = training(tmp_path / "run", tiny, [chat(i) for i in range(6)], packing=True)

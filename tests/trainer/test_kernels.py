@@ -235,7 +235,6 @@ def test_model_that_is_told_the_rows_borders_learns_what_it_learns_from_padded_r
     model = AutoModelForCausalLM.from_pretrained(tiny)
     assert decoder.install(model) == 2
     objective = Objective(model)
-    assert objective.knows_borders
     rows = [Row(ids, ids) for ids in (torch.randint(3, 250, (n,)).tolist() for n in (7, 2, 12, 5))]
 
     def run(borders: bool, grain: tuple[int, int] = (1, 1)) -> tuple[float, dict[str, Tensor]]:

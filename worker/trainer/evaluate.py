@@ -31,7 +31,8 @@ def loss(t: Training, rows: list[Row]) -> tuple[float, float]:
     mine = list(range(len(rows)))[t.ranks.index :: t.ranks.count]
     lengths, groups = [len(row) for row in rows], [t.group_of(row) for row in rows]
     while True:
-        parts = micro_batches(mine, lengths, t.memory.max_tokens, groups=groups)
+        packed = t.memory.packed_tokens if t.objective.knows_borders else None
+        parts = micro_batches(mine, lengths, t.memory.max_tokens, packed_tokens=packed, groups=groups)
         try:
             sums = _sums(t, rows, parts)
             break
@@ -51,7 +52,7 @@ def _sums(t: Training, rows: list[Row], parts: list[MicroBatch]) -> torch.Tensor
     t.objective.eval()
     with torch.no_grad():
         for part in parts:
-            total, right = t.objective(collate(rows, part, t.device), 1.0)
+            total, right = t.objective(collate(rows, part, t.device, borders=t.objective.knows_borders), 1.0)
             sums += torch.stack([total.double(), right.double()])
     t.objective.train()
     return sums

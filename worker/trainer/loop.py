@@ -16,7 +16,7 @@ from tunery.errors import NotFinite
 from tunery.spec import Plan
 from tunery.wire import CheckpointSaved, Evaluated, Step
 from worker.trainer import checkpoints, evaluate, replays
-from worker.trainer.data import MicroBatch, collate, rows_of_step
+from worker.trainer.data import MicroBatch, rows_of_step
 from worker.trainer.memory import next_after
 from worker.trainer.replays import passes
 from worker.trainer.training import Progress, Training
@@ -152,9 +152,9 @@ def _update(t: Training, step: int) -> None:
 def _forward_backward(t: Training, parts: list[MicroBatch], labels: int) -> torch.Tensor:
     # Why not the mean of each micro-batch: a mean of means gives short rows more weight than their tokens.
     if t.replays is None:
-        return _sum(t, (passes(t.objective, collate(t.rows.rows, part, t.device), 1 / labels) for part in parts))
+        return _sum(t, (passes(t.objective, t.collate(part), 1 / labels) for part in parts))
     # Recorded passes cannot know the number of labels: they use a constant, which is taken out here.
-    sums = _sum(t, (t.replays.run(collate(t.rows.rows, part, t.device, replays.GRAIN)) for part in parts))
+    sums = _sum(t, (t.replays.run(t.collate(part, replays.GRAIN)) for part in parts))
     rescale = 1 / (labels * replays.SCALE)
     torch._foreach_mul_([p.grad for p in t.parameters.values() if p.grad is not None], rescale)
     return sums * sums.new_tensor([rescale, 1.0])

@@ -20,6 +20,7 @@ def describe(t: Training) -> dict[str, Any]:
         "modules": _modules(t.objective.model),
         "loss": _path("chunked", None if t.objective.chunked else "the logits are more than one product of the head"),
         "attention": str(getattr(t.objective.causal.config.get_text_config(), "_attn_implementation", "unknown")),
+        "rows": "behind each other, with their borders" if t.objective.knows_borders else "padded",
         "packing": _path("packed", _against_packing(t)),
         "recompute": t.memory.recompute,
         "graphs": _path("recorded", _against_graphs(t)),

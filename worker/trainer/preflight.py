@@ -51,7 +51,9 @@ def settle(objective: Objective, optimizer: torch.optim.Optimizer, rows: list[Ro
         plan = MemoryPlan(max(memory.CPU_MICRO_BATCH, work.sequence))
     else:
         plan = _measured(objective, rows, work, device)
-    if work.packs:
+    if objective.knows_borders:
+        plan = replace(plan, packed_tokens=plan.max_tokens)
+    elif work.packs:
         plan = replace(plan, packed_tokens=min(work.sequence, plan.max_tokens))
     return replace(plan, graphs=worthwhile(objective, min(plan.max_tokens, work.rows_a_step * work.sequence)))
 
@@ -137,7 +139,7 @@ def _peak(objective: Objective, row: Row, device: torch.device) -> int:
     for parameter in objective.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    batch = collate([row], [[0]], device)
+    batch = collate([row], [[0]], device, borders=objective.knows_borders)
     resting = _reset_peak(device)
     total, _ = objective(batch, 1.0 / len(row))
     total.backward()
@@ -148,7 +150,7 @@ def _peak(objective: Objective, row: Row, device: torch.device) -> int:
 def _peak_of_evaluation(objective: Objective, row: Row, device: torch.device) -> int:
     """Bytes that evaluating a row takes at its peak."""
     objective.eval()
-    batch = collate([row], [[0]], device)
+    batch = collate([row], [[0]], device, borders=objective.knows_borders)
     resting = _reset_peak(device)
     objective(batch, 1.0)
     return _peak_since(device) - resting

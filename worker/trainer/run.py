@@ -118,7 +118,9 @@ def _validation_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows | N
 
 
 def _packs(run: Run, rows: Rows, objective: Objective, device: torch.device, warnings: list[str]) -> bool:
-    if not run.plan.packing or packing.keeps_rows_apart(objective, rows.rows, device):
+    if objective.knows_borders:
+        objective.knows_borders = packing.keeps_rows_apart(objective, rows.rows, device)
+    if not run.plan.packing or objective.knows_borders or packing.keeps_rows_apart(objective, rows.rows, device):
         return run.plan.packing
     warnings.append("This model lets packed rows see each other, so the rows were not packed.")
     return False

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from tunery.planning.precision import Precision
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Plan, Run
-from worker.trainer.data import MicroBatch, Row, Rows, micro_batches, steps_per_epoch
+from worker.trainer.data import Batch, MicroBatch, Row, Rows, collate, micro_batches, steps_per_epoch
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
@@ -113,3 +113,7 @@ class Training:
         mine = ordered[self.ranks.index :: self.ranks.count]
         plan = self.memory
         return micro_batches(mine, self.lengths, plan.max_tokens, packed_tokens=plan.packed_tokens, groups=self.groups)
+
+    def collate(self, part: MicroBatch, grain: tuple[int, int] = (1, 1)) -> Batch:
+        """A micro-batch of the training rows on the device."""
+        return collate(self.rows.rows, part, self.device, grain, borders=self.objective.knows_borders)

@@ -57,17 +57,18 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def borders_known(causal: Any) -> bool:
-    """Whether every decoder layer of a model is ours, and its attention can be told the rows' borders."""
+    """Whether every decoder layer of a model is ours, and its attention can be told the rows' borders.
+
+    On a CUDA device only: elsewhere the borders save no time, there being no such kernel.
+    """
     layers = getattr(causal.base_model, "layers", None)
     if not layers or not all(getattr(layer.forward, "__func__", None) is _layer for layer in layers):
         return False
     modules = [layer.self_attn for layer in layers]
-    if modules[0].q_proj.weight.is_cuda:
-        return all(
-            not module.attention_dropout and attention.available(module.head_dim, _window(module).get("sliding_window"))
-            for module in modules
-        )
-    return not any(module.attention_dropout for module in modules)
+    return bool(modules[0].q_proj.weight.is_cuda) and all(
+        not module.attention_dropout and attention.available(module.head_dim, _window(module).get("sliding_window"))
+        for module in modules
+    )
 
 
 def _layer(
