@@ -211,6 +211,20 @@ def test_empty_content_beside_calls_is_written_as_the_template_shows_them(given:
     assert call["function"] == {"name": "look", "arguments": {"at": "é", "n": 2, "on": True}}
 
 
+def test_each_answer_of_a_row_is_written_as_its_own_text_shows_it() -> None:
+    body = (
+        "{% if m.tool_calls and (m.content is none) != loop.last %}{{ m.tool_calls | tojson }}"
+        "{% else %}{{ m.content }}{% endif %}"
+    )
+    template = template_of(TURNS.replace("BODY", body) + ASKS)
+
+    first, second = template.encode_all(row(USER, CALL, RESULT, ANSWER), 10_000)
+
+    [call] = json.loads(template.answer_text([label for label in first.labels if label >= 0]))
+    assert call["function"]["name"] == "look"
+    assert template.answer_text([label for label in second.labels if label >= 0]) == "a"
+
+
 def test_a_call_that_no_form_shows_is_refused() -> None:
     with pytest.raises(CannotRender, match="does not show tool calls"):
         template_of(CHATML).encode_all(row(USER, CALL), 10_000)

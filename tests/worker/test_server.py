@@ -23,6 +23,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from openai import OpenAI
 from peft import PeftModel
+from templates import sentencepiece
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -468,6 +469,17 @@ def test_a_cut_off_character_is_shown_as_such_at_the_end(bytes_tokenizer: Tokeni
     out = Text(bytes_tokenizer, [])
     assert [out.add(token) for token in bytes_tokenizer.encode("a€").ids[:3]] == ["a", "", ""]
     assert out.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_an_answers_first_blank_is_shown() -> None:
+    """Decoded alone, a SentencePiece answer loses it."""
+    made = sentencepiece()
+    prompt = made.encode("assistant:\n", add_special_tokens=False).ids
+    answer = made.encode("assistant:\n  yes", add_special_tokens=False).ids[len(prompt) :]
+    out = Text(made, [], prompt)
+
+    assert "".join([*map(out.add, answer), out.finish()]) == "  yes"
+    assert made.decode(answer) == " yes"
 
 
 # --- choosing -----------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class ChatTemplate:
         """
         self.tokenizer = tokenizer
         self.special_tokens = special_tokens
-        self._tokens = Tokens(tokenizer)
+        self._tokens = Tokens(tokenizer, eos_ids)
         self._fixed_now = now
         self._environment = Environment()
         try:
@@ -145,6 +145,10 @@ class ChatTemplate:
             return [ending_with(example, index) for index in trained_turns(example)]
         return [example]
 
+    def answer_context(self, prompt_ids: list[int]) -> list[int]:
+        """The prompt's last ids, behind which an answer's ids say what they say in the whole text."""
+        return self._tokens.context(prompt_ids)
+
     def answer_text(self, ids: Sequence[int]) -> str:
         """What an answer's ids say, up to the first stop token."""
         end = next((place for place, token in enumerate(ids) if token in self.eos_ids), len(ids))
@@ -163,9 +167,9 @@ class ChatTemplate:
         return Views(partial(self._render, now=now), given, given_tools), tuple(dict.fromkeys(spelled))
 
     def _part(self, example: Example, index: int, views: Views, max_length: int, spelled: tuple[str, ...]) -> Rendered:
-        given = [message.for_template() for message in example.messages[: index + 1]]
-        if self._fields.settle(given, views.tools, False) is not given:
-            return self.encode(ending_with(example, index), max_length)
+        own, _ = self._views(example.messages[: index + 1], example.tools, False)
+        if own.messages != views.messages[: index + 1]:  # another way to write empty content
+            views = own
         return _cut(*self._join(views, [index], index + 1), max_length, spelled)
 
     def _now(self) -> datetime:

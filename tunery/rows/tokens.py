@@ -7,7 +7,7 @@ substitute: a token may straddle the border, and the model would be trained on a
 import json
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from tunery.errors import CannotRender
 
-_ANCHORS = ("", "\n", ":", "a")
+_ANCHORS = ("", "\n")
 """What an answer that is tokenised alone is put behind, so that a tokenizer which writes a blank before the first word
 of every text (SentencePiece's) does not write one before the answer. The first that leaves the text as it was is taken.
 """
@@ -26,10 +26,11 @@ _CONTEXT = 8
 class Tokens:
     """A tokenizer that never adds special tokens by itself. Safe to share between threads."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int] = ()) -> None:
+        """`stop_ids`: tokens that count as special though the tokenizer does not say so."""
         self.tokenizer = tokenizer
         added: dict[int, AddedToken] = tokenizer.get_added_tokens_decoder()
-        self.special_ids = {token.content: id for id, token in added.items() if token.special}
+        self.special_ids = {token.content: id for id, token in added.items() if token.special or id in stop_ids}
         # Such a token swallows the blanks that follow it, those of an answer too.
         self._takes_blanks = {id for id, token in added.items() if token.rstrip}
         self._names = list(self.special_ids)
@@ -74,17 +75,24 @@ class Tokens:
             return whole[len(given) :]
         return self._continue(given, rest)
 
+    def context(self, prompt: list[int]) -> list[int]:
+        """The prompt's last tokens, with which an answer is decoded: alone it would lose a blank at its beginning.
+
+        None after a special token, where some tokenizers write a blank of their own before any text.
+        """
+        return [] if not prompt or prompt[-1] in self.special_ids.values() else prompt[-_CONTEXT:]
+
     def _continue(self, given: list[int], text: str) -> list[int]:
         special = None if self._special is None else self._special.search(text)
         # Up to the first special token, as those may take blanks around them.
         head = self.show(text[: special.end()] if special else text)
-        context = given[-_CONTEXT:]
-        before = self._decode(context)
-        for anchor in (*_ANCHORS, *self._names[:1]):
-            start, ids = self.encode(anchor), self.encode(anchor + text)
-            answer = ids[len(start) :]
-            if ids[: len(start)] == start and self._decode(context + answer)[len(before) :].startswith(head):
-                return answer
+        for context in (self.context(given), given[-_CONTEXT:]):
+            before = self._decode(context)
+            for anchor in _ANCHORS:
+                start, ids = self.encode(anchor), self.encode(anchor + text)
+                answer = ids[len(start) :]
+                if ids[: len(start)] == start and self._decode(context + answer)[len(before) :].startswith(head):
+                    return answer
         raise CannotRender(
             reason=f"The model's tokenizer cannot write an answer that begins with {json.dumps(head[:10])} after its "
             "prompt without changing it. Change the beginning of the answer."

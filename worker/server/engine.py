@@ -78,6 +78,7 @@ class Engine:
             model=ready.model,
             tokenizer=ready.template.tokenizer,
             prompt_ids=prompt,
+            context=ready.template.answer_context(prompt),
             max_tokens=_room(request, len(prompt), ready.context_length),
             eos_ids=ready.eos_ids,
             stops=request.stops,

@@ -5,7 +5,7 @@ defaults from the model's folder (a request says all), and a seed is its own gen
 Greedy answers are the same as `generate(do_sample=False)` gives, which the tests hold.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,13 +28,13 @@ class Sampling:
 class Text:
     """Token ids as text that may leave the house: whole characters, and nothing that could begin a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: list[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: list[str], context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._stops = stops
-        self._ids: list[int] = []
+        self._ids = list(context)
         # Decoded together with their neighbours on the left, since a tokenizer may write a token's leading space only
         # inside a text: ids[start:read] is that context, ids[read:] is new.
-        self._start = self._read = 0
+        self._start, self._read = 0, len(self._ids)
         self._held = ""
         self.stopped = False
 
@@ -83,8 +83,8 @@ def _overlap(text: str, stop: str) -> int:
 class Generation:
     """An answer in the making. Iterate for its pieces (one a token, often empty); the counts grow meanwhile.
 
-    `finish_reason` is `stop` at one of `eos_ids` or a stop string and `length` after `max_tokens` tokens; the stop
-    token is counted and never shown.
+    `context`: the prompt's last tokens, with which the answer's are decoded. `finish_reason` is `stop` at one of
+    `eos_ids` or a stop string and `length` after `max_tokens` tokens; the stop token is counted and never shown.
     """
 
     model: Any
@@ -94,11 +94,12 @@ class Generation:
     eos_ids: frozenset[int]
     stops: list[str] = field(default_factory=list)
     sampling: Sampling = Sampling()
+    context: list[int] = field(default_factory=list)
     completion_tokens: int = 0
     finish_reason: Literal["stop", "length"] | None = None
 
     def __iter__(self) -> Generator[str]:
-        text = Text(self.tokenizer, self.stops)
+        text = Text(self.tokenizer, self.stops, self.context)
         for token in self._tokens():
             self.completion_tokens += 1
             if token in self.eos_ids:
