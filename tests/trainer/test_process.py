@@ -172,6 +172,36 @@ def test_a_rank_that_ends_alone_ends_the_run(program: str, code: int, said: str)
     assert failed.message.startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [("crashed", "The child's reason."), ("user_error", "Rank 0's reason.")],
+    ids=["an echo", "a reason"],
+)
+def test_rank_0_says_whose_fault_it_was(own: str, said: str) -> None:
+    """Once a rank has ended, rank 0's sums fail too: that error is an echo, and the child's reason is told."""
+    theirs = Failed(kind="gpu_oom", code="does_not_fit", message="The child's reason.").model_dump_json()
+    child = f"import sys; print({theirs!r}); sys.exit(1)"
+    script = (
+        "import subprocess, sys, threading\n"
+        "from tunery.wire import Failed\n"
+        "from worker.trainer import children\n"
+        "from worker.trainer.report import Voice\n"
+        "ranks = children.Children(Voice(1))\n"
+        "ranks._count = 1\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
+        "threading.Thread(target=ranks._watch, args=(child, 1), daemon=True).start()\n"
+        f'own = Failed(kind={own!r}, code="x", message="Rank 0\'s reason.")\n'
+        "sys.exit(children.exit_code(ranks.say_failed(own)))\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT, timeout=60)
+
+    [failed] = [parse(line) for line in done.stdout.splitlines()]
+    assert failed.type == "failed"
+    assert failed.message == said, done.stderr.decode()
+    assert done.returncode == (EXIT_USER_ERROR if own == "user_error" else 1)
+
+
 @pytest.mark.slow
 def test_one_dead_rank_ends_them_all(tmp_path: Path, tiny: Path) -> None:
     """A rank that dies would leave the others waiting for it in a sum forever."""
