@@ -2,11 +2,9 @@
 
 import csv
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,28 +14,23 @@ import tiny_models
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from pydantic import BaseModel
-from run_folders import Ear, chat, lay_out, plan
+from run_folders import Ear, Interrupting, chat, lay_out, plan, said, steps_of
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-import worker.trainer.run as run_module
 from tunery.errors import InvalidTrainingFile, NotFinite
 from tunery.rows.template import ChatTemplate
-from tunery.spec import EarlyStopping, Evaluation, Full, Lora, Plan, Qlora, Run, Schedule
+from tunery.spec import EarlyStopping, Evaluation, Full, Lora, Qlora
 from tunery.wire import Evaluated
-from worker.trainer import checkpoints, evaluate, fingerprint, paths
+from worker.trainer import checkpoints, evaluate, paths
 from worker.trainer.data import collate
-from worker.trainer.loop import learning_rate, train
+from worker.trainer.loop import train
 from worker.trainer.report import CSV_HEADER, Voice
 from worker.trainer.run import _measure_and_write, carry_out, prepare
 from worker.trainer.training import Progress, Training
 from worker.trainer.wish import Wish
 
 ROWS = [chat(i) for i in range(10)]
-
-
-def said(ear: Ear, kind: str) -> list[Any]:
-    return [message for message in ear.messages() if message.type == kind]
 
 
 @pytest.mark.parametrize(
@@ -188,21 +181,6 @@ def test_run_measures_itself(tmp_path: Path, tiny: Path, ear: Ear) -> None:
     assert float(table[40][3]) == pytest.approx(evaluated[-1].loss, rel=0.2)
 
 
-class Interrupting(Voice):
-    """A voice that breaks the run, or asks it to stop, once a step has been told."""
-
-    def __init__(self, step: int, wish: Wish | None = None) -> None:
-        super().__init__(None)
-        self.step, self.wish = step, wish
-
-    def say(self, message: BaseModel) -> None:
-        super().say(message)
-        if getattr(message, "type", "") == "step" and getattr(message, "step", 0) == self.step:
-            if self.wish is None:
-                raise ConnectionError("the lights went out")
-            self.wish.stop = True
-
-
 @pytest.mark.parametrize(
     "technique", [Lora(r=4, dropout=0.2), Qlora(r=4), Full()], ids=["lora with dropout", "qlora", "full"]
 )
@@ -229,160 +207,6 @@ def test_broken_run_goes_on_to_the_bit(
     assert (broken / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
     assert steps_of(broken) == steps_of(whole)
     assert said(ear, "started")[0].first_step == (6 if killed else 8)
-
-
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    """The metrics without their times."""
-    lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in lines]
-
-
-def test_snapshot_of_another_host_is_taken_from_resume_and_a_damaged_one_is_not(tmp_path: Path, tiny: Path) -> None:
-    settled = plan(n_epochs=2)
-    first = lay_out(tmp_path / "first", tiny, settled, ROWS)
-    wish = Wish()
-    assert not carry_out(first, Interrupting(3, wish), wish)  # a wish that comes after a step is heard in the next
-    second = lay_out(tmp_path / "second", tiny, settled, ROWS)
-    (first / "snapshots" / "step-4").rename(second / "resume")
-
-    t = prepare(second, Voice(None), Wish())
-    found = checkpoints.find_snapshot(t)
-    assert found == second / "resume"
-    assert checkpoints.restore(t, found).step == 4
-
-    damaged = bytearray((found / "weights.safetensors").read_bytes())
-    damaged[-1] ^= 1
-    (found / "weights.safetensors").write_bytes(damaged)
-    assert checkpoints.find_snapshot(t) is None
-    (found / "state.json").write_text("{")
-    assert checkpoints.find_snapshot(t) is None
-
-
-def test_snapshot_is_found_the_next_day_though_the_template_writes_the_date(tmp_path: Path) -> None:
-    dated = tiny_models.llama(tmp_path / "base", template="{{ strftime_now('%d %b %Y') }}\n" + tiny_models.CHATML)
-    folder = lay_out(tmp_path / "run", dated, plan(), ROWS, now=datetime(2026, 3, 1, 23, 59, tzinfo=UTC))
-    wish = Wish()
-    assert not carry_out(folder, Interrupting(1, wish), wish)
-
-    t = prepare(folder, Voice(None), Wish())
-
-    assert t.template.tokenizer.decode(t.rows.rows[0].input_ids).startswith("01 Mar 2026")
-    assert checkpoints.find_snapshot(t) is not None
-
-
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("later", [False, True], ids=["this release", "a release with one more option"])
-def test_snapshot_of_an_earlier_release_goes_on(
-    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, ear: Ear, version: int, later: bool
-) -> None:
-    """`tests/data/snapshots`: step 4 of 6 of this very run, as each format of the snapshot wrote it."""
-    if later:
-        monkeypatch.setattr(run_module, "Run", LaterRun)
-    technique = Lora(r=2, alpha=4, dropout=0.1, target_modules=["q_proj", "v_proj"])
-    settled = plan(technique=technique, n_epochs=2, select="best")
-    whole, resumed = (lay_out(tmp_path / name, tiny, settled, ROWS, ROWS[:3]) for name in ("whole", "resumed"))
-    shutil.copytree(SNAPSHOTS / str(version), resumed / "resume")
-
-    carry_out(whole, Voice(None), Wish())
-    carry_out(resumed, Voice(ear.descriptor), Wish())
-
-    assert said(ear, "started")[0].first_step == 5
-    found, wanted = (load_file(folder / "out" / "adapter_model.safetensors") for folder in (resumed, whole))
-    for name, tensor in wanted.items():
-        assert (found[name] - tensor).abs().max() < 1e-5, name
-    assert [step["step"] for step in steps_of(resumed)] == [step["step"] for step in steps_of(whole)]
-
-
-SNAPSHOTS = Path(__file__).parents[1] / "data" / "snapshots"
-
-
-class LaterPlan(Plan):
-    """A plan of the next release."""
-
-    label_smoothing: float = 0.0
-
-
-class LaterRun(Run):
-    plan: LaterPlan
-
-
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"learning_rate": 2e-2}, "learning_rate"),
-        ({"technique": Lora(r=2, alpha=8, dropout=0.1, target_modules=["q_proj", "v_proj"])}, "technique"),
-        ({"packing": True}, "packing"),
-        ({"label_smoothing": 0.1}, "label_smoothing"),
-    ],
-)
-def test_snapshot_of_another_plan_is_not_taken(
-    tmp_path: Path, tiny: Path, caplog: pytest.LogCaptureFixture, version: int, changes: dict[str, Any], reason: str
-) -> None:
-    technique = Lora(r=2, alpha=4, dropout=0.1, target_modules=["q_proj", "v_proj"])
-    settled = plan(technique=technique, n_epochs=2, select="best")
-    folder = lay_out(tmp_path / "run", tiny, settled, ROWS, ROWS[:3])
-    shutil.copytree(SNAPSHOTS / str(version), folder / "resume")
-    t = prepare(folder, Voice(None), Wish())
-    assert checkpoints.find_snapshot(t) is not None
-
-    t.run = t.run.model_copy(update={"plan": LaterPlan(**settled.model_dump() | changes)})
-
-    assert checkpoints.find_snapshot(t) is None
-    assert version == 1 or f"another {reason}" in caplog.text
-
-
-def test_options_that_change_no_weight_leave_a_snapshot_good(tmp_path: Path, tiny: Path) -> None:
-    folder = lay_out(tmp_path / "run", tiny, plan(), ROWS)
-    wish = Wish()
-    carry_out(folder, Interrupting(1, wish), wish)
-    t = prepare(folder, Voice(None), Wish())
-
-    scored = Evaluation(test_file="file-test", max_new_tokens=9, max_rows=5)
-    t.run = t.run.model_copy(update={"plan": plan(evaluation=scored, learning_rate_multiplier=3.0)})
-
-    assert checkpoints.find_snapshot(t) is not None
-
-
-def test_a_packed_run_of_the_first_format_is_not_continued(tmp_path: Path, tiny: Path) -> None:
-    """It counted its steps in packed sequences."""
-    folder = lay_out(tmp_path / "run", tiny, plan(packing=True), ROWS)
-    t = prepare(folder, Voice(None), Wish())
-    hashed = t.rows.digest(json.dumps([t.plan.model_dump(mode="json"), "tiny"]).encode())
-
-    assert fingerprint.difference(t, {"run": hashed}) is not None
-
-
-@pytest.mark.parametrize(
-    ("schedule", "rates"),
-    [
-        (Schedule(type="linear", warmup_ratio=0.2), [0.5, 1.0, 0.75, 0.5, 0.25]),
-        (Schedule(type="linear", warmup_ratio=0.2, min_ratio=0.1), [0.5, 1.0, 0.7, 0.4, 0.1]),
-        (Schedule(type="cosine", warmup_ratio=0.2), [0.5, 1.0, 0.853553, 0.5, 0.146447]),
-        (Schedule(type="cosine", warmup_ratio=0.2, min_ratio=0.1), [0.5, 1.0, 0.775, 0.325, 0.1]),
-        (Schedule(type="constant", warmup_ratio=0.4, min_ratio=0.1), [1 / 3, 2 / 3, 1.0, 1.0, 1.0]),
-        (Schedule(type="linear", warmup_ratio=1.0, min_ratio=0.1), [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6]),
-    ],
-)
-def test_schedule_ends_at_its_least_rate(schedule: Schedule, rates: list[float]) -> None:
-    settled = plan(schedule=schedule, learning_rate=1.0)
-
-    assert [learning_rate(settled, step, 5) for step in range(1, 6)] == pytest.approx(rates, abs=1e-6)
-
-
-def test_a_run_of_one_step_takes_it_at_the_full_rate() -> None:
-    settled = plan(schedule=Schedule(min_ratio=0.1), learning_rate=1.0)
-
-    assert learning_rate(settled, 1, 1) == 1.0
-
-
-def test_snapshot_of_other_rows_is_not_taken(tmp_path: Path, tiny: Path) -> None:
-    folder = lay_out(tmp_path / "run", tiny, plan(), ROWS)
-    wish = Wish()
-    carry_out(folder, Interrupting(1, wish), wish)
-    (folder / "data" / "train.jsonl").write_text("".join(json.dumps(chat(50 + i)) + "\n" for i in range(10)))
-
-    assert checkpoints.find_snapshot(prepare(folder, Voice(None), Wish())) is None
 
 
 def test_loss_that_is_no_number_ends_the_run_before_the_weights_are_touched(tmp_path: Path, tiny: Path) -> None:
