@@ -90,6 +90,7 @@ def test_record_says_which_way_each_part_took(
         "loss": {"path": "chunked"},
         "attention": "sdpa",
         "packing": {"path": "packed"},
+        "rows": "padded",
         "recompute": False,
         "graphs": {"path": "plain", "why": "not on a GPU"},
         "ranks": 1,
