@@ -9,13 +9,13 @@ from sqlalchemy.orm import Session, sessionmaker
 from api import downloads, forms
 from api.dependencies import CallerDep, SessionDep, SessionsDep, SettingsDep, StorageDep, StreamCallerDep
 from api.forms import Form
-from api.paging import Order
 from api.schemas import files as wire
 from api.schemas.wire import CursorList, errors
 from tunery.datasets import shelf
 from tunery.errors import InvalidJSONL
 from tunery.jobs import ledger
 from tunery.keys.ring import Caller
+from tunery.paging import Order
 from tunery.rows.jsonl import JsonlChecker
 from tunery.storage import Storage, Stored, Writer
 

@@ -1,21 +1,19 @@
 """Fine-tuning jobs: what OpenAI's API has."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Header, Query, Request
-from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from api import intake
 from api.bodies import JsonRoute
 from api.dependencies import CallerDep, SessionDep, SettingsDep
-from api.paging import page
 from api.schemas import jobs as wire
 from api.schemas import runs
 from api.schemas.wire import CursorList, ListOf, errors
-from tunery.jobs import ledger
-from tunery.jobs.model import Checkpoint, Job, JobEvent
+from tunery.jobs import ledger, queries
+from tunery.jobs.model import Job
 from tunery.settings import Settings
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning jobs"], route_class=JsonRoute)
@@ -29,16 +27,8 @@ def _shown(session: Session, settings: Settings, job: Job) -> wire.Job:
 
 
 def _shown_all(session: Session, settings: Settings, jobs: Sequence[Job]) -> list[wire.Job]:
-    warnings = _warnings(session, (job.id for job in jobs))
+    warnings = queries.warnings(session, (job.id for job in jobs))
     return [wire.of(job, organization=settings.organization, warnings=warnings.get(job.id, [])) for job in jobs]
-
-
-def _warnings(session: Session, job_ids: Iterable[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    query = select(JobEvent.job_id, JobEvent.message).where(JobEvent.job_id.in_(job_ids), JobEvent.level == "warn")
-    for job_id, message in session.execute(query.order_by(JobEvent.seq)):
-        found.setdefault(job_id, []).append(message)
-    return found
 
 
 @router.post("", summary="Create a fine-tuning job", responses=errors(404, 429))
@@ -71,18 +61,16 @@ def list_jobs(
     limit: Limit = 20,
 ) -> ListOf[wire.Job]:
     """Newest first. `metadata[key]=value` keeps jobs with that pair; `metadata=null` those without metadata."""
-    query = _with_metadata(select(Job).where(Job.project_id == caller.project_id), request)
-    rows, more = page(session, query, by=(Job.created_at, Job.id), id=Job.id, after=after, limit=limit)
+    given = request.query_params.multi_items()
+    rows, more = queries.list_jobs(
+        session,
+        caller.project_id,
+        metadata=[(name[9:-1], value) for name, value in given if name.startswith("metadata[") and name.endswith("]")],
+        without_metadata=("metadata", "null") in given,
+        after=after,
+        limit=limit,
+    )
     return ListOf(data=_shown_all(session, settings, rows), has_more=more)
-
-
-def _with_metadata(query: Select[Job], request: Request) -> Select[Job]:
-    for name, value in request.query_params.multi_items():
-        if name == "metadata" and value == "null":
-            query = query.where(Job.user_metadata.is_(None))
-        elif name.startswith("metadata[") and name.endswith("]"):
-            query = query.where(Job.user_metadata[name[9:-1]].astext == value)
-    return query
 
 
 @router.get("/{job_id}", summary="Retrieve a fine-tuning job", responses=errors(404))
@@ -114,8 +102,7 @@ def list_events(
 ) -> ListOf[runs.Event]:
     """Newest first."""
     job = ledger.find(session, caller.project_id, job_id)
-    query = select(JobEvent).where(JobEvent.job_id == job.id)
-    rows, more = page(session, query, by=(JobEvent.seq,), id=JobEvent.id, after=after, limit=limit)
+    rows, more = queries.list_events(session, job, after=after, limit=limit)
     return ListOf(data=[runs.Event.of(row) for row in rows], has_more=more)
 
 
@@ -125,7 +112,6 @@ def list_checkpoints(
 ) -> CursorList[runs.Checkpoint]:
     """Newest first: the ends of the last epochs, each a whole model."""
     job = ledger.find(session, caller.project_id, job_id)
-    query = select(Checkpoint).where(Checkpoint.job_id == job.id)
-    rows, more = page(session, query, by=(Checkpoint.step,), id=Checkpoint.id, after=after, limit=limit)
+    rows, more = queries.list_checkpoints(session, job, after=after, limit=limit)
     data = [runs.Checkpoint.of(row) for row in rows]
     return CursorList.of(data, has_more=more)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from fastapi import APIRouter
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from api.bodies import LongJsonRoute
@@ -13,17 +12,14 @@ from api.schemas.wire import WholeList, errors
 from tunery.errors import Forbidden
 from tunery.keys.ring import Caller
 from tunery.models import registry
-from tunery.models.model import Alias, Model
+from tunery.models.model import Model
 from tunery.settings import Settings
 
 router = APIRouter(prefix="/v1/models", tags=["Models"], route_class=LongJsonRoute)
 
 
 def _shown(session: Session, settings: Settings, caller: Caller, rows: Sequence[Model]) -> list[wire.Model]:
-    aliases: dict[str, list[str]] = {}
-    named = select(Alias).where(Alias.model_id.in_(row.id for row in rows)).order_by(Alias.alias)
-    for alias in session.scalars(named):
-        aliases.setdefault(alias.model_id, []).append(alias.alias)
+    aliases = registry.aliases(session, (row.id for row in rows))
     owners = {None: settings.organization, caller.project_id: caller.project_name}
     return [
         wire.Model.of(

@@ -7,7 +7,6 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
 from fastapi.responses import StreamingResponse
-from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
 from api import downloads
@@ -16,8 +15,7 @@ from api.schemas import runs as wire
 from api.schemas.wire import ListOf, WholeList, errors
 from tunery.artifacts import model as artifacts
 from tunery.errors import NotFound
-from tunery.jobs import ledger
-from tunery.jobs.model import Metric
+from tunery.jobs import ledger, queries
 from tunery.jobs.states import FINAL
 from tunery.storage import Storage
 
@@ -111,10 +109,9 @@ def list_metrics(
 ) -> ListOf[wire.Measured]:
     """Oldest first. Losses are means over labelled tokens, in nats."""
     job = ledger.find(session, caller.project_id, job_id)
-    query = select(Metric).where(Metric.job_id == job.id, Metric.step > after_step).order_by(Metric.step)
-    rows = list(session.scalars(query.limit(limit + 1)))
-    data = [wire.Measured(**{**row.values, "step": row.step}) for row in rows[:limit]]
-    return ListOf(data=data, has_more=len(rows) > limit)
+    rows, more = queries.list_metrics(session, job, after_step=after_step, limit=limit)
+    data = [wire.Measured(**{**row.values, "step": row.step}) for row in rows]
+    return ListOf(data=data, has_more=more)
 
 
 @router.get("/artifacts", summary="List a job's artifacts", responses=errors(404))

@@ -1,5 +1,6 @@
 """The rooms stay apart: nothing installs `api` or `worker`, and no import crosses a wall unseen."""
 
+import ast
 import configparser
 import json
 import subprocess
@@ -65,6 +66,18 @@ def test_the_trainer_may_know_five_parts_of_the_floor(root: Path, walls: configp
     allowed = {f"tunery.{name}" for name in ("spec", "wire", "errors", "planning", "rows")}
     forbidden = {name for name in _names(walls, "trainer", "forbidden_modules") if name.startswith("tunery.")}
     assert parts - allowed == forbidden
+
+
+def test_the_api_writes_no_queries(root: Path) -> None:
+    """Queries stand beside their rows: of SQLAlchemy the API knows sessions and errors."""
+    found = {
+        f"{path.relative_to(root)}: from {node.module} import {', '.join(name.name for name in node.names)}"
+        for path in (root / "api").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sqlalchemy")
+        if node.module not in {"sqlalchemy.orm", "sqlalchemy.exc"}
+    }
+    assert found == set()
 
 
 def test_the_api_starts_without_torch(root: Path) -> None:

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Literal
 
-from sqlalchemy import Select, func, select, tuple_, update
+from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
 from tunery import dispatch, ids
 from tunery.datasets.model import File
 from tunery.errors import FileInUse, InvalidJSONL, InvalidValue, NotFound, ObjectMissing
+from tunery.paging import Order, page
 from tunery.rows.jsonl import JsonlChecker
 from tunery.storage import Storage, Stored
 
@@ -64,14 +64,13 @@ def shelve(
 # --- finding ------------------------------------------------------------------------------------------------------
 
 
-def _visible(project_id: str) -> Select[File]:
-    unexpired = File.expires_at.is_(None) | (File.expires_at > func.clock_timestamp())
-    return select(File).where(File.project_id == project_id, File.deleted_at.is_(None), unexpired)
+def _is_visible() -> ColumnElement[bool]:
+    return File.deleted_at.is_(None) & (File.expires_at.is_(None) | (File.expires_at > func.clock_timestamp()))
 
 
 def find(session: Session, project_id: str, file_id: str, *, param: str | None = None) -> File:
     """A project's own file. Raises NotFound for another's, a deleted and an expired one, in the same words."""
-    file = session.scalar(_visible(project_id).where(File.id == file_id))
+    file = session.scalar(select(File).where(File.project_id == project_id, File.id == file_id, _is_visible()))
     if file is None:
         raise NotFound(param=param, kind="file", id=file_id)
     return file
@@ -84,25 +83,13 @@ def list_page(
     purpose: str | None = None,
     after: str | None = None,
     limit: int = 10_000,
-    order: Literal["asc", "desc"] = "desc",
+    order: Order = "desc",
 ) -> tuple[list[File], bool]:
-    """One page by creation time, and whether more follow. Raises NotFound where `after` was never the project's file.
-
-    A page goes on after a row, not after a number of rows, so it is stable while rows arrive. The row may be deleted:
-    code that lists and deletes as it goes pages on.
-    """
-    query = _visible(project_id) if purpose is None else _visible(project_id).where(File.purpose == purpose)
-    place = tuple_(File.created_at, File.id)
-    if after is not None:
-        start = session.execute(
-            select(File.created_at, File.id).where(File.project_id == project_id, File.id == after)
-        ).one_or_none()
-        if start is None:
-            raise NotFound(param="after", kind="file", id=after)
-        query = query.where(place < tuple(start) if order == "desc" else place > tuple(start))
-    ordered = (File.created_at.desc(), File.id.desc()) if order == "desc" else (File.created_at, File.id)
-    rows = list(session.scalars(query.order_by(*ordered).limit(limit + 1)))
-    return rows[:limit], len(rows) > limit
+    """Returns one page by creation time, and whether more follow. Raises NotFound where `after` was never theirs."""
+    owned = select(File).where(File.project_id == project_id)
+    shown = [_is_visible()] if purpose is None else [_is_visible(), File.purpose == purpose]
+    by = (File.created_at, File.id)
+    return page(session, owned, *shown, by=by, id=File.id, kind="file", after=after, limit=limit, order=order)
 
 
 def check_trainable(file: File, *, param: str) -> None:

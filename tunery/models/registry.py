@@ -1,6 +1,7 @@
 """Finding and registering models by the names that people use for them."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import sqlalchemy as sql
@@ -77,6 +78,14 @@ def list_visible(session: Session, project_id: str) -> list[Model]:
             .order_by(Model.created_at.desc(), Model.id)
         )
     )
+
+
+def aliases(session: Session, model_ids: Iterable[str]) -> dict[str, list[str]]:
+    """Returns the aliases of each model, sorted. Models without one are left out."""
+    found: dict[str, list[str]] = {}
+    for alias in session.scalars(select(Alias).where(Alias.model_id.in_(model_ids)).order_by(Alias.alias)):
+        found.setdefault(alias.model_id, []).append(alias.alias)
+    return found
 
 
 def register_base(session: Session, *, name: str, source: str, chat_template: str | None = None) -> Model:

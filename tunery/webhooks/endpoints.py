@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import ColumnElement, func, select, tuple_
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from tunery import db, ids
 from tunery.errors import InvalidValue, NotFound, ReceiverSilent
+from tunery.paging import page
 from tunery.settings import Settings
 from tunery.webhooks import messages, signing
 from tunery.webhooks.addresses import Network, Resolver, check, resolve
@@ -60,18 +61,12 @@ def retrieve(session: Session, project_id: str, endpoint_id: str) -> WebhookEndp
 
 def list_page(
     session: Session, project_id: str, *, after: str | None = None, limit: int = 20
-) -> tuple[Sequence[WebhookEndpoint], bool]:
-    """Newest first, at most `limit` that follow endpoint `after`, and whether there are more. Raises NotFound."""
-    query = select(WebhookEndpoint).where(_live(project_id))
-    if after is not None:
-        # A deleted endpoint still marks its place: a client may delete while it pages.
-        last = session.get(WebhookEndpoint, after)
-        if last is None or last.project_id != project_id:
-            raise NotFound(param="after", kind="webhook endpoint", id=after)
-        query = query.where(tuple_(WebhookEndpoint.created_at, WebhookEndpoint.id) < tuple_(last.created_at, last.id))
-    newest_first = query.order_by(WebhookEndpoint.created_at.desc(), WebhookEndpoint.id.desc())
-    found = session.scalars(newest_first.limit(limit + 1)).all()
-    return found[:limit], len(found) > limit
+) -> tuple[list[WebhookEndpoint], bool]:
+    """Returns one page, newest first, and whether more follow. Raises NotFound where `after` was never theirs."""
+    owned = select(WebhookEndpoint).where(WebhookEndpoint.project_id == project_id)
+    by = (WebhookEndpoint.created_at, WebhookEndpoint.id)
+    id, live = WebhookEndpoint.id, _live(project_id)
+    return page(session, owned, live, by=by, id=id, kind="webhook endpoint", after=after, limit=limit)
 
 
 def update(
