@@ -54,11 +54,16 @@ class TuneryError(Exception):
 
     code: ClassVar[str] = "server_error"
 
-    def __init__(self, *, param: str | None = None, **fields: Any) -> None:
-        """`param` names the request's field at fault; `fields` fill the braces of the class's docstring."""
+    def __init__(self, *, param: str | None = None, message: str | None = None, **fields: Any) -> None:
+        """`param` names the request's field at fault; `fields` fill the braces of the class's docstring.
+
+        `message` replaces the docstring where another process has filled it already.
+        """
         self.param = param
         self.fields = fields
-        super().__init__(inspect.cleandoc(type(self).__doc__ or "").replace("\n", " ").format(**fields))
+        if message is None:
+            message = inspect.cleandoc(type(self).__doc__ or "").replace("\n", " ").format(**fields)
+        super().__init__(message)
 
     @property
     def message(self) -> str:
@@ -217,12 +222,9 @@ class JobFailure(TuneryError):
 
     @classmethod
     def quoted(cls, code: str, message: str, param: str | None) -> "JobFailure":
-        """The failure that another process reports in words of its own, as the class that has its code."""
+        """Returns the failure that another process has reported, as the class that has its code."""
         kind = next((kind for kind in cls.__subclasses__() if kind.code == code), cls)
-        error = kind.__new__(kind)
-        error.param, error.fields = param, {}
-        Exception.__init__(error, message)
-        return error
+        return kind(param=param, message=message)
 
 
 class InvalidTrainingFile(JobFailure):

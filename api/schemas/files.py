@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.wire import Body, Wire, maybe_seconds, seconds
+from api.schemas.wire import Body, Deleted, Wire, maybe_seconds, seconds
 from tunery.datasets import model
 from tunery.spec import Int
 
@@ -64,14 +64,12 @@ class File(Wire):
         )
 
 
-class FileDeleted(Wire):
+class FileDeleted(Deleted):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"id": "file-abc123", "object": "file", "deleted": True}]}
     )
 
-    id: str
     object: Literal["file"] = "file"
-    deleted: Literal[True] = True
 
 
 class CreateUpload(Body):

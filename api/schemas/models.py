@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.wire import Body, Wire, seconds
+from api.schemas.wire import Body, Deleted, Wire, seconds
 from tunery.models import model
 
 BASE: dict[str, Any] = {
@@ -81,16 +81,14 @@ class Model(Wire):
         )
 
 
-class ModelDeleted(Wire):
+class ModelDeleted(Deleted):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [{"id": "ft:smollm2-135m-instruct:tunery::7p4lURel", "object": "model", "deleted": True}]
         }
     )
 
-    id: str
     object: Literal["model"] = "model"
-    deleted: Literal[True] = True
 
 
 class AddModel(Body):

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.wire import Body, Wire, seconds
+from api.schemas.wire import Body, Deleted, Wire, seconds
 from tunery.webhooks import signing
 from tunery.webhooks.messages import EVENT_TYPES
 from tunery.webhooks.model import WebhookEndpoint
@@ -98,14 +98,12 @@ def _values(row: WebhookEndpoint) -> dict[str, Any]:
     }
 
 
-class EndpointDeleted(Wire):
+class EndpointDeleted(Deleted):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"id": "we_abc123", "object": "webhook_endpoint.deleted", "deleted": True}]}
     )
 
-    id: str
     object: Literal["webhook_endpoint.deleted"] = "webhook_endpoint.deleted"
-    deleted: Literal[True] = True
 
 
 class EndpointTest(Wire):

@@ -88,6 +88,8 @@ class Error(Wire):
 
 
 class Deleted(Wire):
+    """The answer to a deletion; each kind of object says its own `object`."""
+
     id: str
     object: str
     deleted: Literal[True] = True
