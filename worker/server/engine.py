@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tunery.errors import PromptTooLong
+from tunery.planning.precision import dense_dtype
 from tunery.rows.template import ChatTemplate
 from tunery.storage import Storage
 from worker.server.generation import Generation, Sampling
@@ -48,8 +49,7 @@ class Engine:
         self._models_dir = models_dir
         self._storage = storage
         self._device = device
-        # fp32 on a CPU, where bf16 is slow and PEFT's own check runs in fp32; on a GPU the type of the training.
-        self._dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        self._dtype: torch.dtype = getattr(torch, dense_dtype(torch.device(device).type))  # that of the training
         self._base: Any = None
         self._base_of: str | None = None  # sha256 of its manifest
         self._adapted: Any = None  # the same base with an adapter laid on it
