@@ -148,6 +148,20 @@ def test_unit_steps_arrive_where_rounding_to_nearest_loses_most() -> None:
     assert arrived(ours, 8, before) == pytest.approx(1, abs=0.02)
 
 
+def test_no_weight_stands_still_for_long() -> None:
+    """Forty steps are three to twenty of the spacings of these weights: hardly any is as it was."""
+    plain, ours = weights(2**14), weights(2**14)
+    before = plain.detach().clone()
+    watched = before.abs() < 0.06
+
+    steps(bitsandbytes.optim.AdamW8bit([plain], lr=RATE, weight_decay=0.0), plain, [torch.ones(2**14)] * 40)
+    steps(optimizer(ours), ours, [torch.ones(2**14)] * 40)
+
+    still = [float((p == before)[watched].float().mean()) for p in (plain, ours)]
+    assert still[0] > 0.5
+    assert still[1] < 0.05
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 2.0])
 def test_weights_go_where_fp32_adamw_takes_them(weight_decay: float) -> None:
     """On average over blocks of weights, whose rounding errors are independent."""
