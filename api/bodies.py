@@ -6,7 +6,9 @@ in one piece stops every other request meanwhile, thread or not, so a body has a
 """
 
 import re
+import threading
 from collections.abc import Callable, Coroutine
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 from fastapi import HTTPException, Request, Response
@@ -21,6 +23,11 @@ from tunery.settings import Settings
 
 _TOKENS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,{\[]', re.DOTALL)
 """Strings, which may hold anything, and what comes before each value."""
+
+
+_LONG_BYTES = 2**17
+_LONG_ONES = threading.Lock()
+"""Long bodies take turns: each stops the event loop for the moment of its parsing, and four would for four."""
 
 
 class JsonRoute(APIRoute):
@@ -79,6 +86,11 @@ class _Request(Request):
 
 
 def _parse(body: bytes, most_values: int) -> Any:
+    with _LONG_ONES if len(body) > _LONG_BYTES else nullcontext():
+        return _parse_now(body, most_values)
+
+
+def _parse_now(body: bytes, most_values: int) -> Any:
     # HTTPExceptions, because the framework puts an empty phrase in the place of every other error from here.
     try:
         text = body.decode("utf-8-sig")
