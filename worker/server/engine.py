@@ -22,6 +22,7 @@ from tunery.storage import Storage
 from worker.server.generation import Generation, Sampling
 from worker.server.schemas import ChatRequest, Chosen, Files
 from worker.supervisor.staging import base_folder
+from worker.trainer import rope
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class Engine:
             max_tokens=_room(request, len(prompt), ready.context_length),
             eos_ids=ready.eos_ids,
             stops=request.stops,
+            rope=rope.of(ready.model),
             sampling=Sampling(
                 temperature=1.0 if request.temperature is None else request.temperature,
                 top_p=1.0 if request.top_p is None else request.top_p,
@@ -127,6 +129,7 @@ class Engine:
             folder, dtype=self._dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
         )
         self._base, self._base_of = model.to(self._device).eval(), files.manifest_sha256
+        rope.install(self._base)
 
     def _lay_on(self, adapter: Path) -> None:
         """The adapter on the base, in fp32 on any base, as it was trained."""

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer
 
+from worker.trainer.rope import LengthRope
+
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a decoder writes for the first bytes of a character whose last bytes are in the next token."""
 
@@ -95,6 +97,7 @@ class Generation:
     stops: list[str] = field(default_factory=list)
     sampling: Sampling = Sampling()
     context: list[int] = field(default_factory=list)
+    rope: LengthRope = field(default_factory=LengthRope)
     completion_tokens: int = 0
     finish_reason: Literal["stop", "length"] | None = None
 
@@ -114,12 +117,16 @@ class Generation:
 
     def _tokens(self) -> Iterator[int]:
         dice = _dice(self.sampling.seed)
-        ids, cache = self.prompt_ids, None
+        seen, cache = list(self.prompt_ids), None
+        ids = seen
         for _ in range(self.max_tokens):
             logits, cache = self._forward(ids, cache)
             token = choose(logits, self.sampling, dice)
             yield token
+            seen.append(token)
             ids = [token]
+            if self.rope.changes(len(seen) - 1, len(seen)):
+                ids, cache = seen, None  # the cache's keys were turned by other frequencies
 
     # Here and not around the loop: the mode belongs to a thread, and a generator may go on in another one.
     @torch.inference_mode()

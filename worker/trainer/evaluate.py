@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from tunery.rows.encoding import encode_answer
 from tunery.rows.messages import Example
 from tunery.wire import Score
+from worker.trainer import rope
 from worker.trainer.data import MicroBatch, Row, collate, micro_batches
 from worker.trainer.memory import next_after
 from worker.trainer.training import Training
@@ -100,7 +101,7 @@ def answers(t: Training, asked: list[Question], *, base: bool) -> list[str]:
         for _ in t.ranks.turns(t.wish, lambda: len(given) < len(mine)):
             if len(given) == len(mine):
                 continue  # the others are not done
-            chosen = mine[len(given) : len(given) + size]
+            chosen = _alike(t, asked, mine[len(given) : len(given) + size])
             try:
                 given.extend(zip(chosen, _generate(t, [asked[i].prompt_ids for i in chosen]), strict=True))
             except torch.OutOfMemoryError:
@@ -111,14 +112,26 @@ def answers(t: Training, asked: list[Question], *, base: bool) -> list[str]:
     return [text for _, text in sorted(itertools.chain(*t.ranks.gather(given)))]
 
 
+def _alike(t: Training, asked: list[Question], candidates: list[int]) -> list[int]:
+    """The first of the candidates that can share a batch: one alone where its answer may change the model's RoPE."""
+    lengths = rope.of(t.objective.causal)
+    sizes = [len(asked[i].prompt_ids) for i in candidates]
+    if lengths.changes(sizes[0], sizes[0] + t.plan.evaluation.max_new_tokens):
+        return candidates[:1]
+    last = [size + t.plan.evaluation.max_new_tokens for size in sizes]
+    return [i for i, size in zip(candidates, last, strict=True) if not lengths.changes(sizes[0], size)]
+
+
 def _generate(t: Training, prompts: list[list[int]]) -> list[str]:
     """Greedy continuations of one batch, padded at the left so that every answer starts in the same column."""
     causal = t.objective.causal
+    longest = max(map(len, prompts))
+    changes = rope.of(causal).changes(longest, longest + t.plan.evaluation.max_new_tokens)
     width = max(map(len, prompts))
     pad = min(t.template.eos_ids)
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=t.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=t.device)
-    plain, causal.generation_config = causal.generation_config, _greedy(t, pad)
+    plain, causal.generation_config = causal.generation_config, _greedy(t, pad, use_cache=not changes)
     try:
         # Why the config is exchanged: generate() fills gaps from the model's own, where a repetition penalty may lurk.
         out = causal.generate(input_ids=ids, attention_mask=mask)
@@ -127,13 +140,14 @@ def _generate(t: Training, prompts: list[list[int]]) -> list[str]:
     return [t.template.answer_text(row) for row in out[:, width:].tolist()]
 
 
-def _greedy(t: Training, pad: int) -> GenerationConfig:
+def _greedy(t: Training, pad: int, *, use_cache: bool) -> GenerationConfig:
+    """Keys in a cache were turned by the frequencies of a shorter row: where those change, there can be none."""
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=t.plan.evaluation.max_new_tokens,
         eos_token_id=sorted(t.template.eos_ids),
         pad_token_id=pad,
-        use_cache=True,
+        use_cache=use_cache,
     )
 
 

@@ -1,9 +1,25 @@
 """Whether a model keeps packed rows apart: several rows in one sequence, each seeing only itself."""
 
+from collections.abc import Hashable
+
 import torch
 
+from worker.trainer import rope
 from worker.trainer.data import Row, collate
 from worker.trainer.objective import Objective
+
+
+def _pair(objective: Objective, rows: list[Row]) -> list[Row]:
+    """Two rows that could share a sequence, of most unlike length; fewer where none can.
+
+    Rows of nearly the same length would not be laid behind each other.
+    """
+    lengths = rope.of(objective.causal)
+    together: dict[Hashable, list[Row]] = {}
+    for row in sorted(rows, key=len):
+        together.setdefault(lengths.group(len(row)), []).append(row)
+    found = next((group for group in together.values() if len(group) > 1), [])
+    return [found[0], found[-1]] if found else []
 
 
 def keeps_rows_apart(objective: Objective, rows: list[Row], device: torch.device) -> bool:
@@ -12,10 +28,9 @@ def keeps_rows_apart(objective: Objective, rows: list[Row], device: torch.device
     Asking the model's class would not do: state-space and convolution layers mix neighbours without any attention, and
     attention kernels differ in which masks they honour. Rows that see each other differ in the first digits.
     """
-    if len(rows) < 2:
-        return True
-    # Of most unlike length: rows of nearly the same one would not be laid behind each other.
-    pair = [min(rows, key=len), max(rows, key=len)]
+    pair = _pair(objective, rows)
+    if len(pair) < 2:
+        return True  # no two rows are ever packed
     told = objective.knows_borders
     with torch.no_grad():
         alone = sum(float(objective(collate(pair, [[i]], device, borders=told), 1.0)[0]) for i in range(2))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from worker.trainer import rope
 from worker.trainer.data import Batch
 from worker.trainer.objective import Objective
 
@@ -95,6 +96,7 @@ def reason_against(objective: Objective, tokens: int) -> str | None:
         "not on a GPU": not next(objective.parameters()).is_cuda,
         f"more than {MOST_PARAMS:,} weights": sum(p.numel() for p in objective.parameters()) > MOST_PARAMS,
         f"more than {MOST_TOKENS:,} tokens at once": tokens > MOST_TOKENS,
+        "RoPE depends on the rows' lengths": bool(rope.of(objective.causal)),  # padding to a grid would change it
         "activations are computed again": objective.recomputes,
         "the experts' work depends on the batch": any(getattr(config, name, None) for name in _ROUTED),
     }

@@ -15,7 +15,7 @@ from tunery.planning.precision import decide
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
 from tunery.wire import Finished, Paused, Phase, Score, Started
-from worker.trainer import checkpoints, evaluate, packing, parallel, parity, paths, preflight, report
+from worker.trainer import checkpoints, evaluate, packing, parallel, parity, paths, preflight, report, rope
 from worker.trainer.data import Rows, collate, read_examples, read_rows
 from worker.trainer.loop import train
 from worker.trainer.objective import Objective, all_and_trainable
@@ -75,6 +75,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     recipe = RECIPES[run.plan.technique.type]
     precision = decide(run.plan.technique, accelerator.device.type)
     base = recipe.load_base(folder / "base", precision, accelerator.device)
+    lengths = rope.install(base)
     adapter = folder / "adapter"
     objective = Objective(recipe.prepare(base, run.plan.technique, adapter if adapter.exists() else None), precision)
     objective.settle(collate([min(rows.rows, key=len)], [[0]], accelerator.device))
@@ -101,6 +102,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
         voice=voice,
         wish=wish,
         memory=memory,
+        group_of=lambda row: lengths.group(len(row)),
         warnings=warnings,
         replays=Replays(objective) if memory.graphs else None,
     )

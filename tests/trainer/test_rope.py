@@ -1,0 +1,118 @@
+"""Models whose RoPE depends on a row's length: its neighbours change nothing, in validation, scoring, serving."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from run_folders import chat, lay_out, plan
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from tunery.rows.template import ChatTemplate
+from tunery.spec import Evaluation
+from worker.server.generation import Generation, Sampling
+from worker.trainer import evaluate, rope
+from worker.trainer.replays import reason_against
+from worker.trainer.report import Voice
+from worker.trainer.rope import LengthRope
+from worker.trainer.run import prepare
+from worker.trainer.training import Training
+from worker.trainer.wish import Wish
+
+ROWS = [chat(i, words=words) for i, words in enumerate((2, 9, 1, 5, 12, 3))]
+NEW_TOKENS = 6
+
+
+@pytest.fixture(params=["Phi-3 longrope", "Llama, dynamic"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Other frequencies beyond 40 tokens; what it says depends on them."""
+    return zoo.make(request.param, tmp_path / "base")
+
+
+def prepared(tmp_path: Path, base: Path) -> Training:
+    settled = plan(evaluation=Evaluation(max_new_tokens=NEW_TOKENS))
+    return prepare(lay_out(tmp_path / "run", base, settled, ROWS), Voice(None), Wish())
+
+
+def fresh(base: Path) -> Any:
+    """A model that has seen nothing yet."""
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+
+def continuation(base: Path, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens of a model that sees the whole row each time. Rows that grow leave dynamic RoPE nothing old."""
+    model, ids = fresh(base), list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            logits: Tensor = model(torch.tensor([ids]), use_cache=False).logits
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_validation_loss_is_that_of_each_row_alone(tmp_path: Path, base: Path) -> None:
+    t = prepared(tmp_path, base)
+    total = 0.0
+    for row in t.rows.rows:
+        with torch.no_grad():
+            logits = fresh(base)(torch.tensor([row.input_ids]), use_cache=False).logits[0, :-1]
+        total += functional.cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="sum").item()
+
+    for _ in range(2):  # the second time after longer rows
+        loss, _ = evaluate.loss(t, t.rows.rows)
+        assert loss == pytest.approx(total / sum(row.labelled for row in t.rows.rows), rel=1e-5)
+
+
+def test_answers_are_those_of_each_prompt_alone(tmp_path: Path, base: Path) -> None:
+    t = prepared(tmp_path, base)
+    prompts = [[3 + (7 * i) % 250 for i in range(length)] for length in (60, 12, 36, 33, 47, 20)]
+    asked = [evaluate.Question(ids, "", []) for ids in prompts]
+
+    found = evaluate.answers(t, asked, base=True)
+
+    wanted = [continuation(base, ids, NEW_TOKENS) for ids in prompts]
+    assert found == [t.template.answer_text(ids) for ids in wanted]
+
+
+def test_served_answer_that_grows_past_the_limit_is_that_of_whole_rows(base: Path) -> None:
+    template, model = ChatTemplate.load(base), fresh(base)
+    lengths = rope.install(model)
+    prompt = [3 + (7 * i) % 250 for i in range(37)]
+
+    for _ in range(2):  # the second time after longer rows
+        tokens = Generation(
+            model=model,
+            tokenizer=template.tokenizer,
+            prompt_ids=prompt,
+            max_tokens=NEW_TOKENS,
+            eos_ids=frozenset(),
+            sampling=Sampling(temperature=0),
+            rope=lengths,
+        )
+        assert list(tokens._tokens()) == continuation(base, prompt, NEW_TOKENS)
+
+
+def test_lengths_at_which_frequencies_change(base: Path) -> None:
+    lengths = rope.of(fresh(base))
+
+    assert lengths
+    assert not lengths.changes(1, 40)
+    assert lengths.changes(40, 41)
+    assert lengths.changes(41, 42) == bool(lengths.dynamic)
+
+
+def test_other_models_have_one_group(tiny: Path, tmp_path: Path) -> None:
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
+
+    assert rope.of(t.objective.causal) == LengthRope()
+    assert len(set(t.groups)) == 1
+    assert not LengthRope().changes(1, 100_000)
+
+
+@pytest.mark.gpu
+def test_steps_of_such_a_model_are_not_recorded(tmp_path: Path, base: Path) -> None:
+    t = prepared(tmp_path, base)
+
+    assert reason_against(t.objective, 64) == "RoPE depends on the rows' lengths"
