@@ -13,7 +13,7 @@ import torch
 from run_folders import chat, lay_out, plan
 from safetensors.torch import load_file
 
-from tunery.errors import NotFinite
+from tunery.errors import NotFinite, Unavailable
 from tunery.spec import Lora, Resources
 from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Failed, Spoken, parse
 from worker.trainer.process import describe
@@ -232,6 +232,7 @@ def _children(pid: int) -> list[int]:
         (RuntimeError("CUDA error: unspecified launch failure"), "crashed", "training_crashed"),
         (OSError("No space left on device"), "crashed", "training_crashed"),
         (ConnectionResetError("rank 1"), "crashed", "training_crashed"),
+        (Unavailable(part="The process that renders chat templates"), "crashed", "training_crashed"),
         (torch.OutOfMemoryError("x"), "gpu_oom", "does_not_fit"),
         (NotFinite(value="nan", step=3, rate=1e-3), "nan_loss", "nan_loss"),
     ],

@@ -14,10 +14,13 @@ from typing import Any
 import jinja2
 import psutil
 import pytest
-from templates import CHATML
+from templates import CHATML, tokenizer
 
+from tunery.errors import Unavailable
 from tunery.local import process
 from tunery.rows import dialect, renderer, sandbox
+from tunery.rows.messages import Message
+from tunery.rows.template import ChatTemplate
 
 NOW = datetime(2026, 3, 1, 12, 30, 5, 77, tzinfo=timezone(timedelta(hours=5, minutes=45), "NPT"))
 DIVIDING = (
@@ -158,6 +161,18 @@ def test_a_template_that_ends_its_process_twice_is_refused(monkeypatch: pytest.M
 
     with pytest.raises(sandbox.LimitExceeded, match="ended its process"):
         render("x")
+
+
+def test_no_template_is_blamed_where_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate(tokenizer(), {"default": CHATML}, {})
+    before = open_descriptors()
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    sandbox._POOL.close()
+
+    with pytest.raises(Unavailable, match="renders chat templates"):
+        template.render([Message(role="user", content="q")])
+
+    assert open_descriptors() <= before
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

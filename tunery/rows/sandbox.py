@@ -28,6 +28,7 @@ from typing import Any
 import jinja2
 import markupsafe
 
+from tunery.errors import Unavailable
 from tunery.rows.dialect import MAX_SECONDS, LimitExceeded
 
 WALL_SECONDS = MAX_SECONDS * 1.5
@@ -60,8 +61,8 @@ class Environment:
         return template
 
     def render(self, template: Template, variables: dict[str, Any], now: datetime) -> str:
-        """The template's text. Raises jinja2's TemplateError, LimitExceeded among them, or the Python error that the
-        template stumbles into."""
+        """The template's text. Raises jinja2's TemplateError, LimitExceeded among them, the Python error that the
+        template stumbles into, or Unavailable where no process can be started."""
         return _render(template, [variables], now)[0]
 
     def render_all(self, template: Template, variables: Sequence[dict[str, Any]], now: datetime) -> list[str]:
@@ -110,9 +111,11 @@ class _Process:
                 env={},
                 pass_fds=descriptors,
             )
-        except BaseException:
+        except BaseException as error:
             self._socket.close()
             os.close(self._lifeline)
+            if isinstance(error, OSError):  # no memory or no process left, for which no template is to blame
+                raise Unavailable(part="The process that renders chat templates") from error
             raise
         finally:
             theirs.close()

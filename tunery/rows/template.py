@@ -16,7 +16,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
 
-from tunery.errors import CannotRender
+from tunery.errors import CannotRender, Unavailable
 from tunery.rows import template_files as files
 from tunery.rows.messages import Example, Message, Tool
 from tunery.rows.sandbox import Environment
@@ -195,6 +195,8 @@ class ChatTemplate:
         ]
         try:
             return self._environment.render_all(template, variables, now or self._now())
+        except Unavailable:
+            raise
         except Exception as error:  # a template is a program: it can fail in any way that Python can
             raise CannotRender(reason=f"The model's chat template refuses the messages: {error}") from error
 

@@ -18,8 +18,8 @@ from tunery.errors import (
     InvalidTrainingFile,
     JobFailure,
     ObjectMissing,
-    StorageFailed,
     TuneryError,
+    Unavailable,
     ValidationBroke,
     ValidationLost,
 )
@@ -158,7 +158,7 @@ def _verdict(job_id: str, settings: Settings, storage: Storage) -> Verdict | Tun
         return judge(case, settings, storage)
     except JobFailure as error:
         return error
-    except (StorageFailed, *UNREACHABLE):
+    except (Unavailable, *UNREACHABLE):
         raise
     except (CannotRender, ObjectMissing, ChecksumMismatch) as error:
         return InvalidTrainingFile(param="training_file", role="training", reason=error.message)

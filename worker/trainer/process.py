@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from transformers.utils.logging import disable_progress_bar
 
-from tunery.errors import JobFailure, NotFinite, TuneryError
+from tunery.errors import JobFailure, NotFinite, TuneryError, Unavailable
 from tunery.spec import Run
 from tunery.wire import EXIT_PAUSED, Failed, Paused
 from worker.trainer.children import Children, exit_code
@@ -71,7 +71,7 @@ def describe(error: Exception) -> Failed:
     if isinstance(error, torch.OutOfMemoryError):
         message = "The GPU's memory is full even with one row at a time. Lower max_seq_length, or choose qlora."
         return Failed(kind="gpu_oom", code="does_not_fit", message=message)
-    if isinstance(error, ValidationError | TuneryError):
+    if isinstance(error, ValidationError | TuneryError) and not isinstance(error, Unavailable):
         return Failed(kind="user_error", code="invalid_spec", message=str(error))
     reason = (str(error).strip() or "no reason given").splitlines()[0]
     kind = "user_error" if isinstance(error, REPEATABLE) else "crashed"
