@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -132,12 +132,17 @@ def compare(found: dict[int, wire.Step], wanted: dict[int, wire.Step]) -> float:
 
 def measure(name: str, base: Path, work: Path, steps: int, gpu: str) -> dict[str, Any]:
     plain, drawn, rate = TECHNIQUES[name]
-    one = losses(lay_out(work / f"{name}-1", base, plain, rate, 1, steps, 3600), gpu)
-    two = losses(lay_out(work / f"{name}-2", base, plain, rate, 2, steps, 3600), "0,1")
-    whole = two
-    if drawn != plain:
-        whole = losses(lay_out(work / f"{name}-2-whole", base, drawn, rate, 2, steps, 3600), "0,1")
-    broken = lay_out(work / f"{name}-2-broken", base, drawn, rate, 2, steps, 1.0)
+    wanted = {"one": (plain, 1, gpu), "two": (plain, 2, "0,1"), "whole": (drawn, 2, "0,1")}
+    if drawn == plain:
+        del wanted["whole"]
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        made = {
+            kind: pool.submit(losses, lay_out(work / f"{name}-{kind}", base, technique, rate, n, steps, 3600), gpus)
+            for kind, (technique, n, gpus) in wanted.items()
+        }
+        one, two = made["one"].result(), made["two"].result()
+        whole = made["whole"].result() if "whole" in made else two
+    broken = lay_out(work / f"{name}-broken", base, drawn, rate, 2, steps, 0.3)
     last = killed(broken, "0,1")
     _save_no_more(broken)
     resumed = losses(broken, "0,1")
@@ -190,6 +195,19 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def record(base: Path, results: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "what": "one run on one and on two GPUs, and killed and resumed on two; one_against_two and "
+        "resumed_against_unbroken are the largest relative differences of a step's loss",
+        "date": datetime.now(UTC).date().isoformat(),
+        "base": base.name,
+        "devices": _devices(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "noise": NOISE,
+        "results": results,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
@@ -201,26 +219,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as home:
         base = a.base or make_base(Path(home) / "random-1b")
         print(f"base {base} after {time.monotonic() - began:.0f} s", flush=True)
-        # All techniques at once: what is compared are losses, and a run is mostly imports, loading and writing.
+        # All at once: what is compared are losses, and most of a run is imports, loading and writing.
         with ThreadPoolExecutor(len(a.techniques)) as pool:
             measuring = [pool.submit(measure, name, base, Path(home), a.steps, str(i % 2))
                          for i, name in enumerate(a.techniques)]  # fmt: skip
-            results = []
-            for waiting in measuring:
-                results.append(waiting.result())
+            results: list[dict[str, Any]] = []
+            for waiting in as_completed(measuring):
+                try:
+                    results.append(waiting.result())
+                except RuntimeError as error:
+                    print(error, flush=True)
+                    continue
                 print(f"{time.monotonic() - began:.0f} s\n{table(results)}", flush=True)
-    record = {
-        "what": "one run on one and on two GPUs, and killed and resumed on two; 1 vs 2 and resumed vs unbroken are the "
-        "largest relative differences of a step's loss",
-        "date": datetime.now(UTC).date().isoformat(),
-        "base": base.name,
-        "devices": _devices(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "noise": NOISE,
-        "results": results,
-    }
-    a.out.write_text(json.dumps(record, indent=2) + "\n")
-    return 0 if all(found["equal"] for found in results) else 1
+                a.out.write_text(json.dumps(record(base, results), indent=2) + "\n")
+    return 0 if len(results) == len(a.techniques) and all(found["equal"] for found in results) else 1
 
 
 if __name__ == "__main__":

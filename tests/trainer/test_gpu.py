@@ -13,7 +13,7 @@ from torch import nn
 from tunery.spec import Full, Lora, Qlora
 from worker.trainer import packing
 from worker.trainer.adamw import StochasticAdamW
-from worker.trainer.kernels import adapters, stochastic
+from worker.trainer.kernels import adapters, projections, stochastic
 from worker.trainer.loop import _take_step
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out, prepare
@@ -22,6 +22,7 @@ from worker.trainer.wish import Wish
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:inner dimension:UserWarning"),  # the tiny model's layers are narrow
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run these on a host with a GPU"),
 ]
 ROWS = [chat(i, words=2 + i % 5) for i in range(24)]
@@ -85,7 +86,7 @@ def test_four_bit_layer_on_the_gpu_has_the_gradients_of_the_definition() -> None
     tensors += [layer.lora_A.default.weight, layer.lora_B.default.weight]
     exact = [t.detach().double().requires_grad_() for t in tensors]
     grad = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
-    wanted = adapters.plain(exact[0], dense, exact[1], exact[2], layer.scaling["default"])
+    wanted = projections.plain(exact[0], dense, exact[1], exact[2], layer.scaling["default"])
     wanted.backward(grad.double())
 
     out = layer(tensors[0])

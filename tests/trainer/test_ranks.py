@@ -48,11 +48,11 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     gpus = request.param == "nccl"
     made = Runs(tmp_path_factory.mktemp("ranks"), tiny, gpus)
     made.lay_out("plain")
-    for name in ("dropout", "again", "stopped", "loading", "answering"):
+    for name in ("dropout", "again", "stopped", "loading", "answering", "due"):
         made.lay_out(name, technique=Lora(r=4, dropout=0.3))
     commands = [
         ("plain", "whole"), ("dropout", "whole"), ("again", "whole"), ("stopped", "step-2"), ("stopped", "whole"),
-        ("loading", "loading"), ("answering", "answering"),
+        ("loading", "loading"), ("answering", "answering"), ("due", "due"),
     ]  # fmt: skip
     found = two_ranks.spawn(made.folder, *(f"{how}:{made.folder / name}" for name, how in commands), gpus=gpus)
     for (name, how), *ranks in zip(commands, *found, strict=True):
@@ -115,3 +115,9 @@ def test_stop_while_answering_is_agreed_on(runs: Runs) -> None:
     assert [rank["done"] for rank in ranks] == [False, False]
     assert [rank["answered"] for rank in ranks] == [1, 1]
     assert (runs.folder / "answering" / "snapshots" / "step-6" / "state.json").exists()
+
+
+def test_snapshot_that_is_due_on_one_rank_is_saved_by_all(runs: Runs) -> None:
+    assert [rank["done"] for rank in runs.seen["due due"]] == [True, True]
+    assert (runs.folder / "due" / "snapshots" / "step-6" / "state.json").exists()
+    assert runs.difference(runs.folder / "due", runs.folder / "dropout") <= runs.exact

@@ -49,7 +49,8 @@ def train(t: Training, progress: Progress) -> bool:
         if asked:
             _save_snapshot(t, progress)
             return False
-        if time.monotonic() - saved_at > t.run.snapshot_seconds:
+        # Clocks differ, and a rank that saves alone would wait for the others in the middle of their next step.
+        if t.ranks.any(time.monotonic() - saved_at > t.run.snapshot_seconds):
             _save_snapshot(t, progress)
             saved_at = time.monotonic()
     if t.keeps_best:
