@@ -80,7 +80,9 @@ def test_technique_that_fails_is_named_with_its_reason(tmp_path: Path, monkeypat
 
     facts = convert(str(tiny_models.llama(tmp_path / "source")), tmp_path / "base")
 
-    assert facts["techniques"] == NOTHING | {"qlora": "its layers of kind X cannot be quantised."}
+    assert facts["techniques"] == NOTHING | {
+        "qlora": "a step on a small copy of it fails: its layers of kind X cannot be quantised."
+    }
     assert json.loads((tmp_path / "base" / "facts.json").read_text()) == facts
 
 

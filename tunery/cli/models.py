@@ -31,6 +31,9 @@ def add(
         with show.errors.status(f"{id}: a worker reads {source}"):
             model = wait_until_ready(api, id)
     show.done(f"{model['id']} is {model.get('status', 'registered')}")
+    for technique, reason in (model.get("techniques") or {}).items():
+        if reason:
+            show.errors.print(f"It cannot be trained with {technique}: {reason}", markup=False)
 
 
 def add_base(api: Remote, id: str, source: str, chat_template: Path | None = None) -> dict[str, Any]:

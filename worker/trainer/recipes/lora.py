@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
 from tunery.errors import CannotAdapt
@@ -22,7 +23,7 @@ def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) 
             model, str(adapter), is_trainable=True, config=_continued(adapter, cast(Lora, technique))
         )
     else:
-        adapted = _with_new_adapters(model, _config(cast(Lora, technique)))
+        adapted = _with_new_adapters(model, _config(model, cast(Lora, technique)))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             # Steps of 1e-4 vanish in bf16 weights of size 0.1; adapters are small, so fp32 costs little.
@@ -45,15 +46,31 @@ def _with_new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         raise CannotAdapt(reason=str(error).splitlines()[0]) from error
 
 
-def _config(technique: Lora) -> LoraConfig:
+def _config(model: PreTrainedModel, technique: Lora) -> LoraConfig:
+    everything = technique.target_modules == "all-linear"
     return LoraConfig(
         r=technique.r,
         # PEFT's own type is int, and so is what servers read; a fraction works in both all the same.
         lora_alpha=int(technique.alpha) if technique.alpha.is_integer() else technique.alpha,  # type: ignore[arg-type]
         lora_dropout=technique.dropout,
         target_modules=technique.target_modules,
+        exclude_modules=(_routers(model) or None) if everything else None,
         task_type="CAUSAL_LM",
     )
+
+
+def _routers(model: PreTrainedModel) -> list[str]:
+    """Linear layers with a forward of their own, such as Llama 4's and Phi-MoE's routers.
+
+    PEFT takes them for plain products, whose answer is one tensor.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and type(module).__module__.startswith("transformers.models.")
+        and type(module).forward is not nn.Linear.forward
+    ]
 
 
 def _continued(adapter: Path, technique: Lora) -> LoraConfig:
@@ -73,7 +90,8 @@ def export(model: torch.nn.Module, folder: Path, base_model: str) -> None:
     adapted = cast(PeftModel, model)
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = base_model
-        cast(LoraConfig, config).target_modules = _in_order(cast(LoraConfig, config).target_modules)
+        for names in ("target_modules", "target_parameters"):
+            setattr(config, names, _in_order(getattr(config, names)))
     adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
