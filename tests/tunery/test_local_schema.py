@@ -1,0 +1,51 @@
+"""The check of the migrations that `make check` runs."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tunery.local import schema, tree
+
+SECOND = """
+revision = "zz"
+down_revision = "0002"
+
+
+def upgrade() -> None: ...
+
+
+def downgrade() -> None: ...
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what the check reads."""
+    without = shutil.ignore_patterns("__pycache__")
+    for name in ("tunery", "migrations"):
+        shutil.copytree(tree.root() / name, tmp_path / name, ignore=without)
+    for name in ("api", "worker"):
+        (tmp_path / name).mkdir()
+    shutil.copy(tree.root() / "alembic.ini", tmp_path)
+    return tmp_path
+
+
+def test_two_migrations_after_one_fail_the_check(checkout: Path) -> None:
+    schema.check_one_head(checkout / "migrations")
+    (checkout / "migrations/versions/2026_12_01_zz_beside.py").write_text(SECOND)
+    found = subprocess.run(
+        [sys.executable, "-m", "tunery.local.schema"], cwd=checkout, capture_output=True, text=True, timeout=60
+    )
+    assert found.returncode != 0
+    assert re.search(r"SeveralHeads: 2 migrations have no successor: \w+, zz\.", found.stderr)
+
+
+def test_a_migrations_file_is_named_after_its_date_and_revision() -> None:
+    for path in (tree.root() / "migrations/versions").glob("*.py"):
+        revision = re.search(r'^revision = "(\w+)"$', path.read_text(), re.MULTILINE)
+        assert revision
+        assert re.fullmatch(rf"\d{{4}}_\d\d_\d\d_{revision[1]}_\w+", path.stem), path.name
