@@ -252,6 +252,7 @@ def open_descriptors() -> int:
 
 def test_nothing_is_left_open() -> None:
     render("x")
+    gc.collect()  # what other tests left
     before = open_descriptors()
 
     for _ in range(3):
@@ -259,7 +260,7 @@ def test_nothing_is_left_open() -> None:
         render("x")
     gc.collect()
 
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def test_the_moment_survives_with_its_zone() -> None:
