@@ -17,7 +17,7 @@ from tunery.keys.ring import Caller
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.planning import advice
-from tunery.spec import Hyperparameters, Lora, TrainingSpec
+from tunery.spec import Hyperparameters, Lora, TrainingOptions, TrainingSpec
 
 _SUPPORTED = "Use method.type 'supervised', with technique full, lora or qlora."
 _ADAPTER = ("r", "alpha", "target_modules")
@@ -96,21 +96,11 @@ def _check_file(session: Session, project_id: str, param: str, name: str) -> Non
 
 
 def _spec(session: Session, body: CreateJob, model: Model) -> TrainingSpec:
-    return TrainingSpec(
-        technique=body.technique if model.kind == "base" else _continued(session, body, model),
-        hyperparameters=_knobs(body),
-        learning_rate=body.learning_rate,
-        schedule=body.schedule,
-        max_seq_length=body.max_seq_length,
-        packing=body.packing,
-        weight_decay=body.weight_decay,
-        max_grad_norm=body.max_grad_norm,
-        seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
-        early_stopping=body.early_stopping,
-        select=body.select,
-        evaluation=body.evaluation,
-        resources=body.resources,
-    )
+    options = {name: getattr(body, name) for name in TrainingOptions.model_fields}
+    if model.kind != "base":
+        options["technique"] = _continued(session, body, model)
+    seed = secrets.randbelow(2**31) if body.seed is None else body.seed
+    return TrainingSpec(**options, seed=seed, hyperparameters=_knobs(body))
 
 
 def _continued(session: Session, body: CreateJob, parent: Model) -> Lora:

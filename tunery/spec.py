@@ -5,7 +5,7 @@ Pure pydantic. Each technique owns only its own knobs, so that "a rank on a full
 """
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -112,27 +112,44 @@ class Hyperparameters(Part):
     learning_rate_multiplier: Annotated[float, Field(gt=0), NO_BOOLEAN] | Auto = "auto"
 
 
-class _Settled(Part):
-    """What a request settles by itself, defaults included: the part that a spec and its plan share."""
+TechniqueT = TypeVar("TechniqueT")
+RateT = TypeVar("RateT")
 
+
+class TrainingOptions(Part, Generic[TechniqueT, RateT]):
+    """The options of a run. Requests, specs, plans and answers inherit them, so each is declared here alone.
+
+    The type parameters are the types of `technique` and `learning_rate`, which a request may leave open and a plan may
+    not. Their default of None is validated: it is an error where the type has no None.
+    """
+
+    technique: TechniqueT = Field(
+        None, validate_default=True, description="Absent: LoRA where bf16 fits, else QLoRA, never full"
+    )
+    learning_rate: RateT = Field(None, validate_default=True, description="In place of learning_rate_multiplier")
     schedule: Schedule = Schedule()
     max_seq_length: Int = Field(2048, ge=16, le=1_048_576, description="Tokens; longer rows are cut at the end")
     packing: bool = Field(False, description="Several rows a sequence, each seeing only itself")
     weight_decay: Float = Field(0.0, ge=0, le=1)
     max_grad_norm: Float = Field(1.0, gt=0)
-    seed: Int = Field(ge=0, le=2**31 - 1)
-    early_stopping: EarlyStopping | None = None
-    select: Literal["last", "best"] = Field("last", description="Which step becomes the model")
+    early_stopping: EarlyStopping | None = Field(None, description="Needs a validation file")
+    select: Literal["last", "best"] = Field("last", description="Which step becomes the model; best needs validation")
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
 
 
-class TrainingSpec(_Settled):
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1), NO_BOOLEAN]
+
+
+class RequestedOptions(TrainingOptions[Technique | None, Annotated[float, Field(gt=0, le=1), NO_BOOLEAN] | None]):
+    """The options of a request, which may leave technique and learning rate to the server."""
+
+
+class TrainingSpec(RequestedOptions):
     """A request for a run, as stored with its job. Technique absent: LoRA where bf16 fits, else QLoRA, never full."""
 
-    technique: Technique | None = None
+    seed: Seed
     hyperparameters: Hyperparameters = Hyperparameters()
-    learning_rate: Annotated[float, Field(gt=0, le=1), NO_BOOLEAN] | None = None
 
     @model_validator(mode="after")
     def _one_learning_rate(self) -> "TrainingSpec":
@@ -141,13 +158,12 @@ class TrainingSpec(_Settled):
         return self
 
 
-class Plan(_Settled):
+class Plan(TrainingOptions[Technique, Annotated[float, Field(gt=0)]]):
     """A spec with every "auto" decided, by `planning.advice`, once the files have been read."""
 
-    technique: Technique
+    seed: Seed
     n_epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1, description="Rows a step over all GPUs")
-    learning_rate: float = Field(gt=0)
     learning_rate_multiplier: float = Field(gt=0)
 
 

@@ -1,24 +1,14 @@
 """Fine-tuning jobs, as the wire spells them: OpenAI's fields in OpenAI's order, then Tunery's own."""
 
 from collections.abc import Collection, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
-from api.schemas.wire import Body, Wire, maybe_seconds, seconds
+from api.schemas.wire import Body, Wire, answer_of, maybe_seconds, seconds
 from tunery.jobs import model
 from tunery.jobs.states import State
-from tunery.spec import (
-    NO_BOOLEAN,
-    EarlyStopping,
-    Evaluation,
-    Float,
-    Hyperparameters,
-    Int,
-    Resources,
-    Schedule,
-    Technique,
-)
+from tunery.spec import Hyperparameters, Int, RequestedOptions, Seed, Technique, TrainingOptions
 
 # --- what is asked for --------------------------------------------------------------------------------------------
 
@@ -83,9 +73,8 @@ CREATE_EXAMPLES: dict[str, Any] = {
 }
 
 
-class CreateJob(Body):
-    """A request for a fine-tune. The fields after `integrations` are Tunery's own; with the official client they go
-    into `extra_body`."""
+class OpenAIRequest(Body):
+    """OpenAI's fields of a request."""
 
     model: str = Field(min_length=1, description="A base or fine-tuned model: id, alias or the base's hub id")
     training_file: str = Field(min_length=1, description="A file of purpose fine-tune")
@@ -93,25 +82,15 @@ class CreateJob(Body):
     method: Method | None = Field(None, description="Absent: supervised")
     hyperparameters: Hyperparameters | None = Field(None, description="Deprecated: method.supervised.hyperparameters")
     suffix: str | None = Field(None, min_length=1, max_length=64, description="Part of the new model's name")
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1), NO_BOOLEAN] | None = Field(
-        None, description="Absent: drawn, and shown in the job"
-    )
+    seed: Seed | None = Field(None, description="Absent: drawn, and shown in the job")
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
     integrations: list[Integration] | None = Field(None, max_length=5)
 
-    technique: Technique | None = Field(None, description="Absent: LoRA where bf16 fits, else QLoRA, never full")
-    learning_rate: Annotated[float, Field(gt=0, le=1), NO_BOOLEAN] | None = Field(
-        None, description="In place of learning_rate_multiplier"
-    )
-    schedule: Schedule = Schedule()
-    max_seq_length: Int = Field(2048, ge=16, le=1_048_576, description="Tokens; longer rows are cut at the end")
-    packing: bool = Field(False, description="Several rows a sequence, each seeing only itself")
-    weight_decay: Float = Field(0.0, ge=0, le=1)
-    max_grad_norm: Float = Field(1.0, gt=0)
-    early_stopping: EarlyStopping | None = Field(None, description="Needs a validation file")
-    select: Literal["last", "best"] = Field("last", description="Which step becomes the model; best needs validation")
-    evaluation: Evaluation = Evaluation()
-    resources: Resources = Resources()
+
+class CreateJob(RequestedOptions, OpenAIRequest):
+    """A request for a fine-tune. The fields after `integrations` are Tunery's own; with the official client they go
+    into `extra_body`."""
+
     priority: Int = Field(0, ge=-10, le=10, description="Higher goes first")
 
     @model_validator(mode="before")
@@ -206,8 +185,8 @@ class Progress(Wire):
     total_steps: int | None
 
 
-class Job(Wire):
-    model_config = ConfigDict(json_schema_extra={"examples": [JOB]})
+class OpenAIJob(Wire):
+    """OpenAI's fields of a job, and how far its run is."""
 
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
     id: str
@@ -234,35 +213,26 @@ class Job(Wire):
 
     phase: str | None = Field(description="What a running job is doing")
     progress: Progress
-    technique: Technique | None = Field(description="As asked for; once the files have been read, as decided")
-    learning_rate: float | None = Field(description="The peak, once it is decided")
-    schedule: Schedule
-    max_seq_length: int
-    packing: bool
-    weight_decay: float
-    max_grad_norm: float
-    early_stopping: EarlyStopping | None
-    select: Literal["last", "best"]
-    evaluation: Evaluation
-    resources: Resources
+
+
+if TYPE_CHECKING:
+    _Answered = TrainingOptions[Technique | None, float | None]
+else:
+    _Answered = answer_of(
+        TrainingOptions[Technique | None, float | None],
+        technique="As asked for; once the files have been read, as decided",
+        learning_rate="The peak, once it is decided",
+    )
+
+
+class Job(_Answered, OpenAIJob):
+    model_config = ConfigDict(json_schema_extra={"examples": [JOB]})
+
     priority: int
     scorecard: dict[str, Any] | None = Field(description="Base and tuned model on the same test rows")
     warnings: list[str]
 
 
-_NATIVE = (
-    "technique",
-    "learning_rate",
-    "schedule",
-    "max_seq_length",
-    "packing",
-    "weight_decay",
-    "max_grad_norm",
-    "early_stopping",
-    "select",
-    "evaluation",
-    "resources",
-)
 _KNOBS = ("n_epochs", "batch_size", "learning_rate_multiplier")
 
 
@@ -300,8 +270,14 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str]) -> Job:
         priority=row.priority,
         scorecard=row.scorecard,
         warnings=list(warnings),
-        **{name: settled[name] for name in _NATIVE},
+        **_options(settled),
     )
+
+
+def _options(stored: dict[str, Any]) -> dict[str, Any]:
+    """The options of a stored spec or plan; an option that was added since has its default."""
+    fields = TrainingOptions.model_fields.items()
+    return {name: stored[name] if name in stored else field.get_default() for name, field in fields}
 
 
 def _error_of(row: model.Job) -> JobError | None:

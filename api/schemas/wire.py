@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 Item = TypeVar("Item")
 
@@ -18,6 +18,19 @@ class Body(BaseModel):
     """A request's body: unknown fields are refused, and so are NaN and infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def answer_of(request: type[BaseModel], **descriptions: str) -> type[Wire]:
+    """The class of an answer with the fields of `request`, all of them required and none with its bounds.
+
+    Why not the request's own fields: an answer shows what was decided, or accepted by an older release, and a bound
+    would turn it into an error.
+    """
+    fields: dict[str, Any] = {
+        name: (field.annotation, Field(description=descriptions.get(name)))
+        for name, field in request.model_fields.items()
+    }
+    return create_model("Answer", __base__=Wire, **fields)
 
 
 def seconds(at: datetime) -> int:

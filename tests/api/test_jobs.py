@@ -92,6 +92,16 @@ def test_what_is_stored(team: Team, file: str, base: str, database: Database) ->
         assert row.user_metadata is None
 
 
+def test_stored_job_of_an_older_release_is_answered(team: Team, file: str, base: str, database: Database) -> None:
+    """It lacks options that were added since, and values that today's bounds refuse were legal then."""
+    job = _create(team, file, packing=True).json()["id"]
+    with database.sessions.begin() as session:
+        row = session.get_one(Job, job)
+        row.spec = {name: value for name, value in row.spec.items() if name != "packing"} | {"max_seq_length": 8}
+    answer = team.http.get(f"{ROUTE}/{job}").json()
+    assert (answer["packing"], answer["max_seq_length"]) == (False, 8)
+
+
 def test_seeds_are_drawn(team: Team, file: str, base: str) -> None:
     assert len({_create(team, file).json()["seed"] for _ in range(3)}) == 3
 

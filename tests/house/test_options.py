@@ -1,0 +1,52 @@
+"""A training option is declared in one place, and every class that carries it has it from there."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from api.schemas.jobs import CreateJob, Job
+from tunery.spec import Plan, TrainingOptions, TrainingSpec
+
+ROOMS = ("tunery", "api", "worker")
+HOME = "tunery/spec.py TrainingOptions"
+MEASURED = {"tunery/wire.py Step"}
+"""Classes whose fields of the same names are measurements."""
+
+
+def _declarations(path: Path, root: Path) -> Iterator[tuple[str, str]]:
+    """Each field that a class of the file declares: its name, and the file and class."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef):
+            for line in node.body:
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                    yield line.target.id, f"{path.relative_to(root)} {node.name}"
+
+
+@pytest.mark.parametrize("option", ["learning_rate", "packing", "max_seq_length"])
+def test_option_is_declared_in_one_place(option: str, tree: list[Path], root: Path) -> None:
+    shipped = [path for path in tree if path.suffix == ".py" and path.relative_to(root).parts[0] in ROOMS]
+    places = {place for path in shipped for name, place in _declarations(path, root) if name == option}
+    assert places - MEASURED == {HOME}
+
+
+def test_every_class_has_all_options() -> None:
+    for kind in (CreateJob, TrainingSpec, Plan, Job):
+        assert set(TrainingOptions.model_fields) <= set(kind.model_fields), kind
+
+
+@pytest.mark.parametrize("decided", ["technique", "learning_rate"])
+def test_plan_leaves_nothing_open(decided: str) -> None:
+    complete = {
+        "seed": 1,
+        "technique": {"type": "lora"},
+        "learning_rate": 1.5,  # a multiplier may lead above the bound of a request
+        "n_epochs": 1,
+        "batch_size": 1,
+        "learning_rate_multiplier": 1000,
+    }
+    assert Plan.model_validate(complete).learning_rate == 1.5
+    with pytest.raises(ValidationError, match=decided):
+        Plan.model_validate({name: value for name, value in complete.items() if name != decided})
