@@ -1,0 +1,91 @@
+"""How a run ends: the exit code and the last message, by which its supervisor decides whether to try again."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from run_folders import Ear, chat, lay_out, plan
+
+from tunery.errors import DoesNotFit, InvalidTrainingFile, NotFinite
+from tunery.spec import Run
+from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR
+from worker.trainer.process import carry_out_and_tell, describe
+from worker.trainer.wish import Wish
+
+ROWS = [chat(i) for i in range(4)]
+
+
+def _invalid_spec() -> ValidationError:
+    with pytest.raises(ValidationError) as caught:
+        Run.model_validate_json("{}")
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "code"),
+    [
+        (NotFinite(value="nan", step=3, rate=0.1), "nan_loss", "nan_loss"),
+        (InvalidTrainingFile(role="training", reason="Line 3."), "user_error", "invalid_training_file"),
+        (DoesNotFit(what="a", needed="b", device="GPU", capacity="c", instead="d"), "gpu_oom", "does_not_fit"),
+        (torch.OutOfMemoryError("full"), "gpu_oom", "does_not_fit"),
+        (_invalid_spec(), "user_error", "invalid_spec"),
+        (RuntimeError("CUDA error: an illegal memory access"), "crashed", "training_crashed"),
+        (OSError("disk"), "crashed", "training_crashed"),
+    ],
+)
+def test_kind_of_an_error_decides_what_the_supervisor_does(error: Exception, kind: str, code: str) -> None:
+    failed = describe(error)
+
+    assert (failed.kind, failed.code) == (kind, code)
+    assert failed.message.strip()
+
+
+def test_error_without_words_and_one_with_many_get_one_line() -> None:
+    assert describe(RuntimeError()).message == "RuntimeError: no reason given"
+    assert describe(RuntimeError("\nfirst\nsecond")).message == "RuntimeError: first"
+
+
+def _folder(path: Path, base: Path) -> Path:
+    return lay_out(path, base, plan(n_epochs=2), ROWS)
+
+
+def test_run_that_ends_well_says_finished(tmp_path: Path, tiny: Path, ear: Ear) -> None:
+    assert carry_out_and_tell(_folder(tmp_path / "run", tiny), ear.descriptor, Wish()) == 0
+
+    assert ear.messages()[-1].type == "finished"
+
+
+def test_run_stopped_before_its_first_step_says_paused_without_a_snapshot(tmp_path: Path, tiny: Path, ear: Ear) -> None:
+    wish = Wish()
+    wish.stop = True
+
+    assert carry_out_and_tell(_folder(tmp_path / "run", tiny), ear.descriptor, wish) == EXIT_PAUSED
+
+    paused = ear.messages()[-1]
+    assert paused.type == "paused"
+    assert (paused.step, paused.path) == (0, None)
+
+
+def test_rows_at_fault_end_the_run_for_good(tmp_path: Path, tiny: Path, ear: Ear) -> None:
+    folder = _folder(tmp_path / "run", tiny)
+    (folder / "data" / "train.jsonl").write_text(json.dumps({"messages": [{"role": "person"}]}) + "\n")
+
+    assert carry_out_and_tell(folder, ear.descriptor, Wish()) == EXIT_USER_ERROR
+
+    failed = ear.messages()[-1]
+    assert failed.type == "failed"
+    assert (failed.kind, failed.code) == ("user_error", "invalid_training_file")
+    assert "Example 1" in failed.message
+
+
+def test_run_that_nobody_listens_to_ends_by_itself(tmp_path: Path, tiny: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    assert carry_out_and_tell(_folder(tmp_path / "run", tiny), writer, Wish()) == 1
+
+    os.close(writer)
+    assert not (tmp_path / "run" / "out").exists()
