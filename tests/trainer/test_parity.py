@@ -1,6 +1,8 @@
 """The exported files answer as the model in memory did, and stop where it did; where they do not, the run fails."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +79,48 @@ def test_record_is_repeated_by_plain_transformers_and_peft(tmp_path: Path, tiny:
     if kind != "full":
         with model.disable_adapter():  # that the adapter matters: without it the same check fails
             assert min(off(model, prompt) for prompt in record["prompts"]) > 10 * record["tolerance"]
+
+
+PLAIN = """
+import json, sys, torch
+from pathlib import Path
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+base_dir, out = sys.argv[1:]
+record = json.loads(Path(out, "parity.json").read_text())
+options = {"dtype": record["dtype"]}
+if record["quantisation"]:
+    options["quantization_config"] = BitsAndBytesConfig(**record["quantisation"])
+if Path(out, "adapter_config.json").exists():
+    base = AutoModelForCausalLM.from_pretrained(base_dir, **options)
+    for layer in base.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # that packing takes no layers as small as these
+    model = PeftModel.from_pretrained(base, out).eval()
+else:
+    model = AutoModelForCausalLM.from_pretrained(out, **options).eval()
+assert not [name for name in sys.modules if name.split(".")[0] in ("tunery", "worker")]
+for prompt in record["prompts"]:
+    with torch.no_grad():
+        found = model(torch.tensor([prompt["input_ids"]])).logits[0, -1]
+    wanted = torch.tensor(prompt["logits"])
+    assert (found - wanted).norm() < record["tolerance"] * (wanted - wanted.mean()).norm()
+print("repeated", len(record["prompts"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TECHNIQUES)
+def test_record_is_repeated_where_nothing_of_ours_is(tmp_path: Path, tiny: Path, kind: str) -> None:
+    folder = trained(tmp_path / "run", tiny, TECHNIQUES[kind])
+
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", PLAIN, str(tiny), str(folder / "out")],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+
+    assert done.stdout.split() == ["repeated", "3"], done.stderr
 
 
 def test_prompts_are_held_out_rows(tmp_path: Path, tiny: Path) -> None:
