@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tunery.rows import encoding
 from tunery.rows.messages import Example, FileRole
@@ -220,6 +221,21 @@ def collate(
         marks = _borders(in_line, grain[0], device) if flat else Borders()
     lengths = [sum(len(rows[i]) for i in sequence) for sequence in sequences]
     width = -(-max(lengths) // grain[0]) * grain[0]
+    ids, positions, where, targets = _laid_out(rows, sequences, width)
+    idle = -len(where) % grain[1]
+    packed = any(len(sequence) > 1 for sequence in sequences)
+    return Batch(
+        input_ids=_move(ids, device),
+        position_ids=_move(positions, device) if packed else None,
+        where=_move(functional.pad(where, (0, idle)), device),
+        targets=_move(functional.pad(targets, (0, idle), value=IGNORED), device),
+        tokens=sum(lengths),
+        borders=marks,
+    )
+
+
+def _laid_out(rows: list[Row], sequences: MicroBatch, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids and positions [sequences, width], which flattened positions predict something, and what."""
     ids = torch.zeros(len(sequences), width, dtype=torch.int64)
     positions = torch.zeros(len(sequences), width, dtype=torch.int64)
     where: list[Tensor] = []
@@ -235,18 +251,7 @@ def collate(
             where.append(places + (number * width + start))
             targets.append(labels[places])
             start = end
-    packed = any(len(sequence) > 1 for sequence in sequences)
-    idle = -sum(map(len, where)) % grain[1]
-    where.append(torch.zeros(idle, dtype=torch.int64))
-    targets.append(torch.full((idle,), IGNORED))
-    return Batch(
-        input_ids=_move(ids, device),
-        position_ids=_move(positions, device) if packed else None,
-        where=_move(torch.cat(where), device),
-        targets=_move(torch.cat(targets), device),
-        tokens=sum(lengths),
-        borders=marks,
-    )
+    return ids, positions, torch.cat(where), torch.cat(targets)
 
 
 def _borders(lengths: list[int], grain: int, device: torch.device) -> Borders:
