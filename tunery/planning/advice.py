@@ -43,18 +43,23 @@ def default_technique(bf16_fits: bool, facts: Mapping[str, Any]) -> Technique:
     return next((technique for technique in both if _why_not(technique.type, facts) is None), both[0])
 
 
-def resolve(spec: TrainingSpec, *, examples: int, facts: Mapping[str, Any], bf16_fits: bool) -> Plan:
-    """The plan of a run on `examples` training rows.
+def max_length(spec: TrainingSpec, facts: Mapping[str, Any]) -> int:
+    """Tokens of the longest sequence: max_seq_length, or the base's context where that is shorter.
 
-    `facts`: the base's; its context length caps max_seq_length, because positions past it were never trained.
+    Positions past the context were never trained.
     """
+    return min(spec.max_seq_length, facts.get("context_length") or spec.max_seq_length)
+
+
+def resolve(spec: TrainingSpec, *, examples: int, facts: Mapping[str, Any], bf16_fits: bool) -> Plan:
+    """The plan of a run on `examples` training rows. `facts`: the base's."""
     knobs = spec.hyperparameters
     technique = spec.technique or default_technique(bf16_fits, facts)
     default_rate = default_learning_rate(facts["hidden_size"], technique)
     multiplier = 1.0 if knobs.learning_rate_multiplier == "auto" else knobs.learning_rate_multiplier
     rate = default_rate * multiplier if spec.learning_rate is None else spec.learning_rate
     settled = spec.model_dump(exclude={"technique", "hyperparameters", "learning_rate"})
-    settled["max_seq_length"] = min(spec.max_seq_length, facts.get("context_length") or spec.max_seq_length)
+    settled["max_seq_length"] = max_length(spec, facts)
     return Plan(
         **settled,
         technique=technique,

@@ -58,7 +58,7 @@ class Case:
 
     @property
     def max_length(self) -> int:
-        return min(self.spec.max_seq_length, self.base.facts.get("context_length") or self.spec.max_seq_length)
+        return advice.max_length(self.spec, self.base.facts)
 
 
 @dataclass(frozen=True)
