@@ -6,13 +6,12 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Header, Query, Request
 from sqlalchemy.orm import Session
 
-from api import intake
 from api.bodies import JsonRoute
 from api.dependencies import CallerDep, SessionDep, SettingsDep
 from api.schemas import jobs as wire
 from api.schemas import runs
 from api.schemas.wire import CursorList, ListOf, errors
-from tunery.jobs import ledger, queries
+from tunery.jobs import creation, ledger, queries
 from tunery.jobs.model import Job
 from tunery.settings import Settings
 
@@ -46,7 +45,7 @@ def create_job(
     """
     # Proxies and shells send a header whose variable was empty: that is no key, least of all one for all requests.
     key = idempotency_key or None
-    job = intake.create(session, caller, body, idempotency_key=key, is_retry=x_stainless_retry_count > 0)
+    job = creation.create(session, caller, body, idempotency_key=key, is_retry=x_stainless_retry_count > 0)
     session.refresh(job)
     return _shown(session, settings, job)
 

@@ -1,45 +1,17 @@
 """Fine-tuning jobs, as the wire spells them: OpenAI's fields in OpenAI's order, then Tunery's own."""
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from api.schemas.wire import Body, Wire, answer_of, maybe_seconds, seconds
 from tunery.jobs import model
+from tunery.jobs.request import JobRequest
 from tunery.jobs.states import State
-from tunery.spec import Hyperparameters, Int, RequestedOptions, Seed, Technique, TrainingOptions
+from tunery.spec import Hyperparameters, Technique, TrainingOptions
 
 # --- what is asked for --------------------------------------------------------------------------------------------
-
-
-class Supervised(Body):
-    hyperparameters: Hyperparameters = Hyperparameters()
-
-
-class Method(Body):
-    """How to train. `dpo` and `reinforcement` are known by name, so that they can be refused by name."""
-
-    type: Literal["supervised", "dpo", "reinforcement"]
-    supervised: Supervised | None = None
-    dpo: dict[str, Any] | None = None
-    reinforcement: dict[str, Any] | None = None
-
-
-class Wandb(Body):
-    project: str = Field(min_length=1)
-    name: str | None = None
-    entity: str | None = None
-    tags: list[Annotated[str, StringConstraints(max_length=64)]] = Field(default=[], max_length=50)
-
-
-class Integration(Body):
-    type: Literal["wandb"]
-    wandb: Wandb
-
-
-MetadataKey = Annotated[str, StringConstraints(max_length=64)]
-MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 
 CREATE_EXAMPLES: dict[str, Any] = {
     "plain": {
@@ -73,25 +45,9 @@ CREATE_EXAMPLES: dict[str, Any] = {
 }
 
 
-class OpenAIRequest(Body):
-    """OpenAI's fields of a request."""
-
-    model: str = Field(min_length=1, description="A base or fine-tuned model: id, alias or the base's hub id")
-    training_file: str = Field(min_length=1, description="A file of purpose fine-tune")
-    validation_file: str | None = None
-    method: Method | None = Field(None, description="Absent: supervised")
-    hyperparameters: Hyperparameters | None = Field(None, description="Deprecated: method.supervised.hyperparameters")
-    suffix: str | None = Field(None, min_length=1, max_length=64, description="Part of the new model's name")
-    seed: Seed | None = Field(None, description="Absent: drawn, and shown in the job")
-    metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
-    integrations: list[Integration] | None = Field(None, max_length=5)
-
-
-class CreateJob(RequestedOptions, OpenAIRequest):
+class CreateJob(JobRequest, Body):
     """A request for a fine-tune. The fields after `integrations` are Tunery's own; with the official client they go
     into `extra_body`."""
-
-    priority: Int = Field(0, ge=-10, le=10, description="Higher goes first")
 
     @model_validator(mode="before")
     @classmethod

@@ -7,12 +7,12 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from api.schemas.jobs import CreateJob
 from tunery import ids
 from tunery.datasets import shelf
 from tunery.errors import InvalidValue, NotFound, Unsupported
 from tunery.jobs import ledger
 from tunery.jobs.model import Job
+from tunery.jobs.request import JobRequest
 from tunery.keys.ring import Caller
 from tunery.models import registry
 from tunery.models.model import Model
@@ -23,65 +23,70 @@ _SUPPORTED = "Use method.type 'supervised', with technique full, lora or qlora."
 _ADAPTER = ("r", "alpha", "target_modules")
 
 
-def create(session: Session, caller: Caller, body: CreateJob, *, idempotency_key: str | None, is_retry: bool) -> Job:
+def create(
+    session: Session,
+    caller: Caller,
+    request: JobRequest,
+    *,
+    idempotency_key: str | None = None,
+    is_retry: bool = False,
+) -> Job:
     """The job that this request makes, or the one that it made already. Raises Rejected, NotFound, QuotaExceeded."""
-    digest = _digest(body)
+    digest = _digest(request)
     earlier = ledger.earlier_request(
         session, caller.project_id, idempotency_key=idempotency_key, request_sha256=digest, is_retry=is_retry
     )
     if earlier is not None:
         return earlier
-    _check(body)
-    model = registry.find_ready(session, caller.project_id, body.model)
-    advice.check_modules(body.technique, model.facts)
-    spec = _spec(session, body, model)
+    _check(request)
+    model = registry.find_ready(session, caller.project_id, request.model)
+    advice.check_modules(request.technique, model.facts)
+    spec = _spec(session, request, model)
     advice.check_technique(spec.technique, model.facts)
-    for param, name in _files(body).items():
+    for param, name in _files(request).items():
         _check_file(session, caller.project_id, param, name)
-    job = _job(body, caller, model, spec)
+    job = _job(request, caller, model, spec)
     job.idempotency_key, job.request_sha256 = idempotency_key, digest
-    return ledger.submit(session, job, messages=_remarks(body))
+    return ledger.submit(session, job, messages=_remarks(request))
 
 
-def _digest(body: CreateJob) -> str:
+def _digest(request: JobRequest) -> str:
     """Equal for requests that ask for the same: key order, spaces and spelled-out nulls do not count."""
-    said = body.model_dump(mode="json", exclude_unset=True)
+    said = request.model_dump(mode="json", exclude_unset=True)
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def _check(body: CreateJob) -> None:
-    method = body.method
+def _check(request: JobRequest) -> None:
+    method = request.method
     if method and method.type != "supervised":
         raise Unsupported(param="method.type", what=f"Method '{method.type}'", instead=_SUPPORTED)
     if method and (method.dpo is not None or method.reinforcement is not None):
         other = "dpo" if method.dpo is not None else "reinforcement"
         raise InvalidValue(param=f"method.{other}", reason=f"'method.{other}' is set, but method.type is 'supervised'.")
-    knobs = _knobs(body)
-    if body.learning_rate is not None and knobs.learning_rate_multiplier != "auto":
+    knobs = _knobs(request)
+    if request.learning_rate is not None and knobs.learning_rate_multiplier != "auto":
         reason = "learning_rate and learning_rate_multiplier both set the learning rate. Send one of them."
         raise InvalidValue(param="learning_rate", reason=reason)
-    if body.validation_file is None:
-        for param, asked in (("early_stopping", body.early_stopping is not None), ("select", body.select == "best")):
-            if asked:
-                raise InvalidValue(
-                    param=param, reason=f"'{param}' needs a validation loss. Send a validation_file too."
-                )
+    if request.validation_file is None:
+        asked = {"early_stopping": request.early_stopping is not None, "select": request.select == "best"}
+        for param in (param for param, is_asked in asked.items() if is_asked):
+            raise InvalidValue(param=param, reason=f"'{param}' needs a validation loss. Send a validation_file too.")
 
 
-def _knobs(body: CreateJob) -> Hyperparameters:
+def _knobs(request: JobRequest) -> Hyperparameters:
     """Old clients send them at the top. Raises InvalidValue when both places speak and differ."""
-    inner = body.method.supervised.hyperparameters if body.method and body.method.supervised else None
-    if inner is not None and body.hyperparameters is not None and inner != body.hyperparameters:
+    inner = request.method.supervised.hyperparameters if request.method and request.method.supervised else None
+    if inner is not None and request.hyperparameters is not None and inner != request.hyperparameters:
         reason = "'hyperparameters' and 'method.supervised.hyperparameters' differ. Send the second only."
         raise InvalidValue(param="hyperparameters", reason=reason)
-    return inner or body.hyperparameters or Hyperparameters()
+    return inner or request.hyperparameters or Hyperparameters()
 
 
-def _files(body: CreateJob) -> dict[str, str]:
+def _files(request: JobRequest) -> dict[str, str]:
     named = {
-        "training_file": body.training_file,
-        "validation_file": body.validation_file,
-        "evaluation.test_file": body.evaluation.test_file,
+        "training_file": request.training_file,
+        "validation_file": request.validation_file,
+        "evaluation.test_file": request.evaluation.test_file,
     }
     return {param: name for param, name in named.items() if name is not None}
 
@@ -95,15 +100,15 @@ def _check_file(session: Session, project_id: str, param: str, name: str) -> Non
     shelf.check_trainable(file, param=param)
 
 
-def _spec(session: Session, body: CreateJob, model: Model) -> TrainingSpec:
-    options = {name: getattr(body, name) for name in TrainingOptions.model_fields}
+def _spec(session: Session, request: JobRequest, model: Model) -> TrainingSpec:
+    options = {name: getattr(request, name) for name in TrainingOptions.model_fields}
     if model.kind != "base":
-        options["technique"] = _continued(session, body, model)
-    seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    return TrainingSpec(**options, seed=seed, hyperparameters=_knobs(body))
+        options["technique"] = _continued(session, request, model)
+    seed = secrets.randbelow(2**31) if request.seed is None else request.seed
+    return TrainingSpec(**options, seed=seed, hyperparameters=_knobs(request))
 
 
-def _continued(session: Session, body: CreateJob, parent: Model) -> Lora:
+def _continued(session: Session, request: JobRequest, parent: Model) -> Lora:
     """The adapter that training goes on with: the parent's own, so its shape cannot be asked to change."""
     made_by = session.get(Job, parent.job_id) if parent.job_id else None
     plan: dict[str, Any] = (made_by.plan if made_by else None) or {}
@@ -111,37 +116,37 @@ def _continued(session: Session, body: CreateJob, parent: Model) -> Lora:
         what = f"Training on from '{parent.id}', which is not a LoRA adapter,"
         raise Unsupported(param="model", what=what, instead=f"Start from its base, '{parent.base_id}'.")
     adapter = Lora(**{name: plan["technique"][name] for name in (*_ADAPTER, "dropout")})
-    if body.technique is None:
+    if request.technique is None:
         return adapter
-    if not isinstance(body.technique, Lora) or body.technique.type != "lora":
-        what = f"Training on from a LoRA adapter with technique '{body.technique.type}'"
+    if not isinstance(request.technique, Lora) or request.technique.type != "lora":
+        what = f"Training on from a LoRA adapter with technique '{request.technique.type}'"
         raise Unsupported(param="technique.type", what=what, instead="Use 'lora', or leave technique out.")
     for name in _ADAPTER:
-        if getattr(body.technique, name) != getattr(adapter, name):
+        if getattr(request.technique, name) != getattr(adapter, name):
             reason = f"'{parent.id}' has {name} {getattr(adapter, name)!r}. Send that, or leave technique out."
             raise InvalidValue(param=f"technique.{name}", reason=reason)
-    return body.technique
+    return request.technique
 
 
-def _job(body: CreateJob, caller: Caller, model: Model, spec: TrainingSpec) -> Job:
+def _job(request: JobRequest, caller: Caller, model: Model, spec: TrainingSpec) -> Job:
     job = Job(
         id=ids.new(ids.JOB),
         project_id=caller.project_id,
         key_id=caller.key_id,
         base_model=model.id if model.base_id is None else model.base_id,
         parent_model=None if model.base_id is None else model.id,
-        training_file=body.training_file,
-        validation_file=body.validation_file,
-        test_file=body.evaluation.test_file,
+        training_file=request.training_file,
+        validation_file=request.validation_file,
+        test_file=request.evaluation.test_file,
         spec=spec.model_dump(mode="json"),
-        suffix=body.suffix,
+        suffix=request.suffix,
         gpus=spec.resources.gpus,
-        priority=body.priority,
-        names_method=body.method is not None,
+        priority=request.priority,
+        names_method=request.method is not None,
     )
-    job.integrations = [_echo(integration.model_dump(), job.id) for integration in body.integrations or ()]
-    if body.metadata is not None:
-        job.user_metadata = dict(body.metadata)
+    job.integrations = [_echo(integration.model_dump(), job.id) for integration in request.integrations or ()]
+    if request.metadata is not None:
+        job.user_metadata = dict(request.metadata)
     return job
 
 
@@ -149,8 +154,8 @@ def _echo(integration: dict[str, Any], job_id: str) -> dict[str, Any]:
     return {**integration, "wandb": {**integration["wandb"], "run_id": job_id}}
 
 
-def _remarks(body: CreateJob) -> list[tuple[str, str]]:
-    if not body.integrations:
+def _remarks(request: JobRequest) -> list[tuple[str, str]]:
+    if not request.integrations:
         return []
     text = (
         "Integration wandb is kept and echoed, but this server sends nothing to Weights & Biases: "

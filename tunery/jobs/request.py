@@ -1,0 +1,56 @@
+"""What a job can be asked to be, whoever asks: the API's requests, and parts of the service that create jobs."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints
+
+from tunery.spec import Hyperparameters, Int, Part, RequestedOptions, Seed
+
+
+class Supervised(Part):
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class Method(Part):
+    """How to train. `dpo` and `reinforcement` are known by name, so that they can be refused by name."""
+
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: Supervised | None = None
+    dpo: dict[str, Any] | None = None
+    reinforcement: dict[str, Any] | None = None
+
+
+class Wandb(Part):
+    project: str = Field(min_length=1)
+    name: str | None = None
+    entity: str | None = None
+    tags: list[Annotated[str, StringConstraints(max_length=64)]] = Field(default=[], max_length=50)
+
+
+class Integration(Part):
+    type: Literal["wandb"]
+    wandb: Wandb
+
+
+MetadataKey = Annotated[str, StringConstraints(max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+
+
+class OpenAIRequest(Part):
+    """OpenAI's fields of a request."""
+
+    model: str = Field(min_length=1, description="A base or fine-tuned model: id, alias or the base's hub id")
+    training_file: str = Field(min_length=1, description="A file of purpose fine-tune")
+    validation_file: str | None = None
+    method: Method | None = Field(None, description="Absent: supervised")
+    hyperparameters: Hyperparameters | None = Field(None, description="Deprecated: method.supervised.hyperparameters")
+    suffix: str | None = Field(None, min_length=1, max_length=64, description="Part of the new model's name")
+    seed: Seed | None = Field(None, description="Absent: drawn, and shown in the job")
+    metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
+    integrations: list[Integration] | None = Field(None, max_length=5)
+
+
+class JobRequest(RequestedOptions, OpenAIRequest):
+    """A request for a fine-tune; `creation.create` makes a job of it."""
+
+    priority: Int = Field(0, ge=-10, le=10, description="Higher goes first")
