@@ -9,6 +9,8 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from tunery.errors import InvalidValue
+
 Auto = Literal["auto"]
 
 
@@ -112,6 +114,13 @@ class Hyperparameters(Part):
     learning_rate_multiplier: Annotated[float, Field(gt=0), NO_BOOLEAN] | Auto = "auto"
 
 
+def check_one_rate(learning_rate: float | None, hyperparameters: Hyperparameters) -> None:
+    """Raises InvalidValue when both set the learning rate."""
+    if learning_rate is not None and hyperparameters.learning_rate_multiplier != "auto":
+        reason = "learning_rate and learning_rate_multiplier both set the learning rate. Send one of them."
+        raise InvalidValue(param="learning_rate", reason=reason)
+
+
 TechniqueT = TypeVar("TechniqueT")
 RateT = TypeVar("RateT")
 
@@ -153,8 +162,7 @@ class TrainingSpec(RequestedOptions):
 
     @model_validator(mode="after")
     def _one_learning_rate(self) -> "TrainingSpec":
-        if self.learning_rate is not None and self.hyperparameters.learning_rate_multiplier != "auto":
-            raise ValueError("learning_rate and learning_rate_multiplier both set the learning rate: send one of them")
+        check_one_rate(self.learning_rate, self.hyperparameters)
         return self
 
 

@@ -12,12 +12,12 @@ from tunery.datasets import shelf
 from tunery.errors import InvalidValue, NotFound, Unsupported
 from tunery.jobs import ledger
 from tunery.jobs.model import Job
-from tunery.jobs.request import JobRequest
+from tunery.jobs.request import JobRequest, Method
 from tunery.keys.ring import Caller
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.planning import advice
-from tunery.spec import Hyperparameters, Lora, TrainingOptions, TrainingSpec
+from tunery.spec import Hyperparameters, Lora, TrainingOptions, TrainingSpec, check_one_rate
 
 _SUPPORTED = "Use method.type 'supervised', with technique full, lora or qlora."
 _ADAPTER = ("r", "alpha", "target_modules")
@@ -38,10 +38,10 @@ def create(
     )
     if earlier is not None:
         return earlier
-    _check(request)
+    hyperparameters = _check(request)
     model = registry.find_ready(session, caller.project_id, request.model)
     advice.check_modules(request.technique, model.facts)
-    spec = _spec(session, request, model)
+    spec = _spec(session, request, model, hyperparameters)
     advice.check_technique(spec.technique, model.facts)
     for param, name in _files(request).items():
         _check_file(session, caller.project_id, param, name)
@@ -56,25 +56,30 @@ def _digest(request: JobRequest) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def _check(request: JobRequest) -> None:
-    method = request.method
-    if method and method.type != "supervised":
+def _check(request: JobRequest) -> Hyperparameters:
+    """The request's hyperparameters. Raises Unsupported, InvalidValue for fields that contradict each other."""
+    _check_method(request.method)
+    hyperparameters = _hyperparameters(request)
+    check_one_rate(request.learning_rate, hyperparameters)
+    asked = {"early_stopping": request.early_stopping is not None, "select": request.select == "best"}
+    for param in (param for param, is_asked in asked.items() if is_asked and request.validation_file is None):
+        raise InvalidValue(param=param, reason=f"'{param}' needs a validation loss. Send a validation_file too.")
+    return hyperparameters
+
+
+def _check_method(method: Method | None) -> None:
+    if method is None:
+        return
+    if method.type != "supervised":
         raise Unsupported(param="method.type", what=f"Method '{method.type}'", instead=_SUPPORTED)
-    if method and (method.dpo is not None or method.reinforcement is not None):
-        other = "dpo" if method.dpo is not None else "reinforcement"
-        raise InvalidValue(param=f"method.{other}", reason=f"'method.{other}' is set, but method.type is 'supervised'.")
-    knobs = _knobs(request)
-    if request.learning_rate is not None and knobs.learning_rate_multiplier != "auto":
-        reason = "learning_rate and learning_rate_multiplier both set the learning rate. Send one of them."
-        raise InvalidValue(param="learning_rate", reason=reason)
-    if request.validation_file is None:
-        asked = {"early_stopping": request.early_stopping is not None, "select": request.select == "best"}
-        for param in (param for param, is_asked in asked.items() if is_asked):
-            raise InvalidValue(param=param, reason=f"'{param}' needs a validation loss. Send a validation_file too.")
+    for other in ("dpo", "reinforcement"):
+        if getattr(method, other) is not None:
+            reason = f"'method.{other}' is set, but method.type is 'supervised'."
+            raise InvalidValue(param=f"method.{other}", reason=reason)
 
 
-def _knobs(request: JobRequest) -> Hyperparameters:
-    """Old clients send them at the top. Raises InvalidValue when both places speak and differ."""
+def _hyperparameters(request: JobRequest) -> Hyperparameters:
+    """Old clients send them at the top. Raises InvalidValue when both places are set and differ."""
     inner = request.method.supervised.hyperparameters if request.method and request.method.supervised else None
     if inner is not None and request.hyperparameters is not None and inner != request.hyperparameters:
         reason = "'hyperparameters' and 'method.supervised.hyperparameters' differ. Send the second only."
@@ -100,12 +105,12 @@ def _check_file(session: Session, project_id: str, param: str, name: str) -> Non
     shelf.check_trainable(file, param=param)
 
 
-def _spec(session: Session, request: JobRequest, model: Model) -> TrainingSpec:
+def _spec(session: Session, request: JobRequest, model: Model, hyperparameters: Hyperparameters) -> TrainingSpec:
     options = {name: getattr(request, name) for name in TrainingOptions.model_fields}
     if model.kind != "base":
         options["technique"] = _continued(session, request, model)
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
-    return TrainingSpec(**options, seed=seed, hyperparameters=_knobs(request))
+    return TrainingSpec(**options, seed=seed, hyperparameters=hyperparameters)
 
 
 def _continued(session: Session, request: JobRequest, parent: Model) -> Lora:
