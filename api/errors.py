@@ -9,13 +9,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DataError, InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from api import faults
 from tunery import errors
+from tunery.db import UNREACHABLE
 from tunery.errors import TuneryError
 
 log = logging.getLogger(__name__)
@@ -47,9 +47,7 @@ _FORESEEN = (
     HTTPException,
     DataError,
     UnicodeEncodeError,
-    OperationalError,
-    InterfaceError,
-    PoolTimeout,
+    *UNREACHABLE,
 )
 
 
@@ -81,7 +79,7 @@ def _as_ours(error: Exception, request_id: str, route: str) -> TuneryError | Non
         # PostgreSQL is the judge of what it can keep: NUL characters and halves of surrogate pairs it cannot.
         reason = "The request has a NUL character or half a surrogate pair (\\u0000, \\ud800-\\udfff). Remove it."
         return errors.InvalidValue(reason=reason)
-    if isinstance(error, OperationalError | InterfaceError | PoolTimeout):
+    if isinstance(error, UNREACHABLE):
         log.warning("%s: the database failed: %s", request_id, type(error).__name__)
         return errors.Unavailable(part="The database")
     return None

@@ -22,7 +22,7 @@ import psutil
 from sqlalchemy import select
 
 from bench import service
-from tunery import db, wire
+from tunery import db, processes, wire
 from tunery.jobs.model import Attempt, Job, Metric
 from tunery.local import guard
 from tunery.local.stack import Stack
@@ -89,7 +89,11 @@ def _cpu_seconds(stack: Stack) -> float:
     """Of everything that belongs to the stack, the trainers apart."""
     mark = json.loads((stack.home / "stack.json").read_text())["mark"]
     servers = [psutil.Process(pid) for pid in (stack.postgres.pid, stack.valkey.pid) if pid]
-    ours = [*guard.marked(mark), *servers, *(child for server in servers for child in server.children(recursive=True))]
+    ours = [
+        *processes.marked(guard.MARK, mark),
+        *servers,
+        *(child for server in servers for child in server.children(recursive=True)),
+    ]
     return sum(_used(found) for found in {found.pid: found for found in ours}.values())
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import psutil
 
-from tunery import db
-from tunery.local import process, tree
+from tunery import db, processes
+from tunery.local import tree
 from tunery.local.stack import Stack
 from tunery.settings import get_settings
 
@@ -54,7 +54,7 @@ def until(ready: Callable[[], bool], stack: Stack, *, seconds: float = 900, ever
         stack.check()
         return True
 
-    met = process.wait_until(ready, seconds=seconds, alive=alive, every=every)
+    met = processes.wait_until(ready, seconds=seconds, alive=alive, every=every)
     assert met, f"nothing after {seconds} s"
 
 

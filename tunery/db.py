@@ -10,7 +10,8 @@ from typing import Any
 from sqlalchemy import DateTime, Engine, MetaData, Text, cast, create_engine, event, func, select, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import DeclarativeBase, MappedColumn, Session, mapped_column, sessionmaker
 
 from tunery.settings import get_settings
@@ -48,6 +49,9 @@ CONNECTION = {
     "options": "-c idle_in_transaction_session_timeout=300s",
 }
 """libpq's options for every connection."""
+
+UNREACHABLE = (OperationalError, InterfaceError, PoolTimeout)
+"""How a database that is down, restarting or cut off shows itself."""
 
 
 def make_engine(url: str) -> Engine:

@@ -12,9 +12,9 @@ from sqlalchemy import exists, func, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from tunery import db
+from tunery import db, processes
 from tunery.jobs.model import Attempt, Job, JobEvent, Metric
-from tunery.local import guard, process
+from tunery.local import guard
 from tunery.local.receiver import Receiver
 from tunery.local.stack import Stack
 
@@ -49,7 +49,7 @@ class Watch:
             self.stack.restart_dead()
             return True
 
-        met = process.wait_until(lambda: bool(self.ask(query)), seconds=seconds, alive=keep_up, every=0.2)
+        met = processes.wait_until(lambda: bool(self.ask(query)), seconds=seconds, alive=keep_up, every=0.2)
         assert met, f"{what}\n{self.ask(self.story)}\n{stacks.logs(self.stack)}"
 
     def story(self, session: Session) -> list[str]:
@@ -77,7 +77,7 @@ def _service(stack: Stack, name: str) -> psutil.Process:
 
 
 def _trainer(stack: Stack) -> psutil.Process:
-    found = [one for one in guard.marked(stack._mark) if "worker.trainer" in one.cmdline()]
+    found = [one for one in processes.marked(guard.MARK, stack._mark) if "worker.trainer" in one.cmdline()]
     assert len(found) == 1
     return found[0]
 
@@ -105,7 +105,7 @@ def test_a_job_survives_the_death_of_every_part(stack: Stack, base_folder: Path)
         for name, find in KILLS.items():
             killed = find(stack)
             killed.kill()
-            assert process.wait_until(lambda: not process.is_alive(killed.pid), seconds=10, alive=lambda: True)  # noqa: B023
+            assert processes.wait_until(lambda: not processes.is_alive(killed.pid), seconds=10, alive=lambda: True)  # noqa: B023
             watch.until_it_moves(name)
             assert watch.state() == ("running", None), name
         ended = exists().where(Job.id == job_id, Job.finished_at.is_not(None))

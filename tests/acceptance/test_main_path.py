@@ -11,7 +11,7 @@ import stacks
 from openai import OpenAI
 from stacks import Tuned
 
-from tunery.local import process
+from tunery import processes
 from tunery.local.stack import Stack
 
 ASK: list[Any] = [{"role": "user", "content": "Question 99 about my cash"}]
@@ -153,4 +153,4 @@ def test_a_client_that_hangs_up_stops_the_server_behind_the_api(stack: Stack, cl
 
 def _falls_idle(stack: Stack) -> bool:
     """Soon, which is long before the answer would have ended by itself."""
-    return process.wait_until(lambda: not stacks.server_health(stack)["busy"], seconds=5, alive=lambda: True)
+    return processes.wait_until(lambda: not stacks.server_health(stack)["busy"], seconds=5, alive=lambda: True)

@@ -15,8 +15,8 @@ from fastapi.testclient import TestClient
 from teams import ALIAS, BASE, SOURCE, Team
 
 from api.main import create_app
+from tunery import processes
 from tunery.keys import ring
-from tunery.local import process
 from tunery.models import registry
 
 
@@ -78,7 +78,7 @@ def serving(app: Any) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    assert process.wait_until(lambda: server.started, seconds=20, alive=thread.is_alive, every=0.01)
+    assert processes.wait_until(lambda: server.started, seconds=20, alive=thread.is_alive, every=0.01)
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join(10)

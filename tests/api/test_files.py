@@ -12,9 +12,9 @@ from databases import Database
 from fastapi import FastAPI
 from teams import BASE, LINE, TRAIN, Team
 
+from tunery import processes
 from tunery.datasets.model import File
 from tunery.keys.model import Project
-from tunery.local import process
 
 BOUNDARY = "b0undary"
 FORM = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
@@ -178,8 +178,10 @@ def test_an_upload_that_breaks_off_leaves_nothing(live: str, team: Team, databas
     with socket.create_connection((host, int(port))) as sender:
         sender.sendall(f"{head}Content-Type: {FORM['content-type']}\r\n\r\n".encode())
         sender.sendall(_field("purpose", "fine-tune") + _file(TRAIN * 2000)[:-2])
-        assert process.wait_until(lambda: any((storage / ".tmp").iterdir()), seconds=20, every=0.01, alive=lambda: True)
-    assert process.wait_until(lambda: not _stored(database), seconds=20, every=0.01, alive=lambda: True)
+        assert processes.wait_until(
+            lambda: any((storage / ".tmp").iterdir()), seconds=20, every=0.01, alive=lambda: True
+        )
+    assert processes.wait_until(lambda: not _stored(database), seconds=20, every=0.01, alive=lambda: True)
     assert team.http.get("/v1/files").json()["data"] == []
 
 

@@ -18,7 +18,7 @@ from hostile_bodies import CHAT, JOBS, JSON, members, send_all
 from teams import BASE, Team
 
 from api import bodies, connections, edge
-from tunery.local import process
+from tunery import processes
 
 
 def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def strict(app: FastAPI) -> Iterator[str]:
     server = uvicorn.Server(config)
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(server.run)
-        assert process.wait_until(lambda: server.started, seconds=20, alive=lambda: not running.done(), every=0.01)
+        assert processes.wait_until(lambda: server.started, seconds=20, alive=lambda: not running.done(), every=0.01)
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         server.should_exit = True
 
@@ -184,7 +184,7 @@ def test_requests_one_after_the_other_are_not_timed_out(strict: str, monkeypatch
     with httpx.Client(trust_env=False, base_url=strict) as client:
         for _ in range(3):
             assert client.get("/healthz").status_code == 200
-            assert not process.wait_until(lambda: False, seconds=0.4, alive=lambda: True)
+            assert not processes.wait_until(lambda: False, seconds=0.4, alive=lambda: True)
 
 
 @pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=b"])
@@ -220,7 +220,7 @@ def test_a_slow_server_is_not_the_clients_fault(team: Team, monkeypatch: pytest.
     @contextmanager
     def slowly(self: Directory, key: str) -> Iterator[Any]:
         with store(self, key) as writer:
-            assert not process.wait_until(lambda: False, seconds=0.7, alive=lambda: True)
+            assert not processes.wait_until(lambda: False, seconds=0.7, alive=lambda: True)
             yield writer
 
     monkeypatch.setattr(Directory, "writer", slowly)

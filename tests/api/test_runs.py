@@ -18,13 +18,13 @@ from starlette.routing import Route
 from teams import Team
 
 from api.routes import runs
+from tunery import processes
 from tunery.artifacts import model as artifacts
 from tunery.artifacts.manifest import Manifest, ManifestFile
 from tunery.jobs import ledger
 from tunery.jobs.model import Metric
 from tunery.jobs.states import State
 from tunery.keys.model import Project
-from tunery.local import process
 from tunery.models.model import Model
 
 
@@ -72,7 +72,7 @@ def test_a_followed_log_ends_with_its_job(
     assert first.wait(20)
     assert heard == ["one\n"]
     pool = app.state.sessions.kw["bind"].pool
-    assert process.wait_until(lambda: pool.checkedout() == 0, seconds=20, every=0.001, alive=lambda: True), (
+    assert processes.wait_until(lambda: pool.checkedout() == 0, seconds=20, every=0.001, alive=lambda: True), (
         "held between two looks"
     )
     _say(app, job, 1, 2, "two\n")

@@ -13,15 +13,15 @@ from databases import Database
 from teams import BASE, TRAIN
 
 from api.main import create_app
+from tunery import processes
 from tunery.artifacts import manifest
 from tunery.artifacts import model as artifacts
 from tunery.cli import main, show
 from tunery.jobs import ledger
 from tunery.jobs.states import State
 from tunery.keys import ring
-from tunery.local import demo, process
+from tunery.local import demo
 from tunery.local.stack import Stack
-from tunery.local.valkey import free_port
 from tunery.models.model import Model
 from tunery.storage import open_storage
 
@@ -57,10 +57,12 @@ def key(database: Database) -> str:
 @pytest.fixture
 def api(database: Database, key: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The API on a port of its own, in a thread, and the environment that leads there."""
-    server = uvicorn.Server(uvicorn.Config(create_app(database.settings), port=free_port(), log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(database.settings), port=processes.free_port(), log_level="warning")
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
-    assert process.wait_until(lambda: server.started, seconds=30, alive=thread.is_alive, every=0.01)
+    assert processes.wait_until(lambda: server.started, seconds=30, alive=thread.is_alive, every=0.01)
     url = f"http://127.0.0.1:{server.config.port}"
     monkeypatch.setenv("TUNERY_API_URL", url)
     monkeypatch.setenv("TUNERY_API_KEY", key)

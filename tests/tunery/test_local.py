@@ -16,8 +16,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy import text
 
+from tunery import processes
 from tunery.local import postgres as postgres_module
-from tunery.local import process
 from tunery.local.postgres import Postgres, PostgresNotStarted
 from tunery.local.valkey import Valkey
 
@@ -62,9 +62,9 @@ def test_stop_leaves_no_process_and_no_socket(server: Postgres) -> None:
     server.start()
     pid, sockets = server.pid, server._sockets
     assert pid is not None
-    assert process.is_alive(pid)
+    assert processes.is_alive(pid)
     server.stop()
-    assert not process.is_alive(pid)
+    assert not processes.is_alive(pid)
     assert not sockets.exists()
 
 
@@ -109,7 +109,7 @@ def test_two_brokers_do_not_collide_and_ask_for_their_password(tmp_path: Path) -
         ):
             stranger.ping()
         pids = [one.pid, two.pid]
-    assert not any(process.is_alive(pid) for pid in pids if pid)
+    assert not any(processes.is_alive(pid) for pid in pids if pid)
 
 
 def test_a_killed_parent_takes_its_servers_along(tmp_path: Path) -> None:
@@ -126,9 +126,9 @@ def test_a_killed_parent_takes_its_servers_along(tmp_path: Path) -> None:
         server_pid, broker_pid, *folders = parent.stdout.readline().split()
         parent.send_signal(signal.SIGKILL)
     pids = [int(server_pid), int(broker_pid)]
-    assert process.wait_until(lambda: not any(process.is_alive(pid) for pid in pids), seconds=20, alive=lambda: True), (
-        "they outlived their parent"
-    )
+    assert processes.wait_until(
+        lambda: not any(processes.is_alive(pid) for pid in pids), seconds=20, alive=lambda: True
+    ), "they outlived their parent"
     for folder in folders:
         subprocess.run(["rm", "-rf", folder], check=True)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tunery import processes
 from tunery.cli import standing
-from tunery.local import demo, lock, process, state
+from tunery.local import demo, lock, state
 from tunery.local.stack import HomeInUse, PortTaken, Stack
-from tunery.local.valkey import free_port
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_down_leaves_a_stranger_alone_who_got_a_killed_owners_number(
     (tmp_path / "lock").write_text(str(stranger.pid))
     standing.down(tmp_path)
     assert "Nothing runs in" in capsys.readouterr().out
-    assert process.is_alive(stranger.pid)
+    assert processes.is_alive(stranger.pid)
     assert state.running(tmp_path) is None
 
 
@@ -87,7 +87,7 @@ def test_old_demos_are_removed_but_for_the_newest_and_those_that_run(
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:
-    port = free_port()
+    port = processes.free_port()
     with socket.socket() as other:
         other.bind(("127.0.0.1", port))
         other.listen()

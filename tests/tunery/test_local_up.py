@@ -19,8 +19,8 @@ import psutil
 import pytest
 from sqlalchemy import text
 
-from tunery import db
-from tunery.local import lock, process, state
+from tunery import db, processes
+from tunery.local import lock, state
 from tunery.local.postgres import Postgres
 from tunery.local.restarts import MOST, WITHIN_SECONDS, Restarts
 
@@ -51,7 +51,7 @@ class Up:
             )
 
     def wait_for(self, ready: Callable[[], bool]) -> None:
-        assert process.wait_until(ready, seconds=60, alive=lambda: self.child.poll() is None), self.said()
+        assert processes.wait_until(ready, seconds=60, alive=lambda: self.child.poll() is None), self.said()
 
     def said(self) -> str:
         return self.log.read_text()
@@ -125,7 +125,7 @@ def test_a_killed_up_takes_everything_along_and_has_shown_the_first_key(home: Pa
         assert "export TUNERY_API_KEY=tnr_" in up.said()
         assert {stat.S_IMODE((home / name).stat().st_mode) for name in ("logs", "objects", "runs")} == {0o700}
         up.child.kill()
-        assert process.wait_until(lambda: not up.left(), seconds=60, alive=lambda: True), up.left()
+        assert processes.wait_until(lambda: not up.left(), seconds=60, alive=lambda: True), up.left()
     assert not lock.is_held(home)
     _settle_base(home)
 

@@ -16,8 +16,8 @@ import psutil
 import pytest
 from templates import CHATML, tokenizer
 
+from tunery import processes
 from tunery.errors import Unavailable
-from tunery.local import process
 from tunery.rows import dialect, renderer, sandbox
 from tunery.rows.messages import Message
 from tunery.rows.template import ChatTemplate
@@ -231,12 +231,12 @@ def test_it_ends_with_its_parent_though_it_is_busy() -> None:
     assert parent.stdout.readline() == b"ready\n"
     children = psutil.Process(parent.pid).children()
     assert len(children) == 1
-    assert process.wait_until(lambda: children[0].cpu_times().user > 0.3, seconds=20, alive=lambda: True)
+    assert processes.wait_until(lambda: children[0].cpu_times().user > 0.3, seconds=20, alive=lambda: True)
 
     parent.kill()
     parent.communicate()
 
-    assert process.wait_until(lambda: not process.is_alive(children[0].pid), seconds=5, alive=lambda: True)
+    assert processes.wait_until(lambda: not processes.is_alive(children[0].pid), seconds=5, alive=lambda: True)
 
 
 def test_many_templates_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:

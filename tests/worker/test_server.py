@@ -27,9 +27,8 @@ from templates import sentencepiece
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+from tunery import processes
 from tunery.artifacts import manifest
-from tunery.local import process
-from tunery.local.valkey import free_port
 from tunery.rows.messages import Message
 from tunery.rows.template import ChatTemplate
 from tunery.settings import Settings
@@ -81,12 +80,12 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 @contextmanager
 def _running(engine: Engine, places: int) -> Iterator[int]:
     """The server on a port of its own, in a thread."""
-    port = free_port()
+    port = processes.free_port()
     server = uvicorn.Server(uvicorn.Config(create_app(engine, places=places), port=port, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        assert process.wait_until(lambda: server.started, seconds=20, alive=thread.is_alive)
+        assert processes.wait_until(lambda: server.started, seconds=20, alive=thread.is_alive)
         yield port
     finally:
         server.should_exit = True
@@ -406,7 +405,7 @@ def _endless_answer(port: int, shop: Shop, *, stream: bool) -> Iterator[None]:
             response = stack.enter_context(closing(connection.getresponse()))
             assert [response.readline()[:5] for _ in range(4)] == [b"data:", b"\n"] * 2
         else:
-            assert process.wait_until(lambda: _health(port)["model"] == "endless", seconds=20, alive=lambda: True)
+            assert processes.wait_until(lambda: _health(port)["model"] == "endless", seconds=20, alive=lambda: True)
         yield
 
 
@@ -415,7 +414,7 @@ def test_an_answer_ends_when_its_client_hangs_up(port: int, client: OpenAI, shop
     client.chat.completions.create(model="one", messages=ASK, max_tokens=1, extra_body=shop.chosen("one"))
     with _endless_answer(port, shop, stream=stream):
         assert _health(port)["busy"]
-    assert process.wait_until(lambda: not _health(port)["busy"], seconds=20, alive=lambda: True)
+    assert processes.wait_until(lambda: not _health(port)["busy"], seconds=20, alive=lambda: True)
 
 
 def test_the_line_is_served_in_turn_and_no_longer_than_its_places(port: int, client: OpenAI, shop: Shop) -> None:
@@ -423,7 +422,7 @@ def test_the_line_is_served_in_turn_and_no_longer_than_its_places(port: int, cli
     with ThreadPoolExecutor(1) as pool:
         with _endless_answer(port, shop, stream=True):
             waits = pool.submit(lambda: client.chat.completions.create(**asked))
-            assert process.wait_until(lambda: _health(port)["waiting"] == 1, seconds=20, alive=lambda: True)
+            assert processes.wait_until(lambda: _health(port)["waiting"] == 1, seconds=20, alive=lambda: True)
             with pytest.raises(openai.InternalServerError) as refused:
                 client.chat.completions.create(**asked)
             assert (refused.value.status_code, refused.value.code) == (503, "overloaded")
@@ -523,14 +522,14 @@ def test_a_gpu_answers_as_plain_peft_on_a_gpu_does(shop: Shop, tmp_path: Path) -
 def test_the_process_serves_on_the_address_of_the_settings(
     settings: Settings, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port = free_port()
+    port = processes.free_port()
     monkeypatch.setenv("TUNERY_SERVER_URL", f"http://127.0.0.1:{port}")
     with (tmp_path / "log").open("wb") as log:
-        server = process.spawn([sys.executable, "-m", "worker.server"], output=log, cwd=ROOT)
+        server = processes.spawn([sys.executable, "-m", "worker.server"], output=log, cwd=ROOT)
     try:
         with _client(port) as client:
-            assert process.wait_until(lambda: _answers(port), seconds=60, alive=lambda: server.poll() is None), (
-                process.tail(tmp_path / "log")
+            assert processes.wait_until(lambda: _answers(port), seconds=60, alive=lambda: server.poll() is None), (
+                processes.tail(tmp_path / "log")
             )
             manifest.publish(open_storage(settings), "models/one", shop.folders["one"])
             reply = client.chat.completions.create(
@@ -539,7 +538,7 @@ def test_the_process_serves_on_the_address_of_the_settings(
         assert reply.choices[0].message.content == _plain(shop, "one", None, 8)
     finally:
         # uvicorn ends its work and then dies of the signal that it was sent.
-        assert process.stop(server, (signal.SIGTERM, 20)) == -signal.SIGTERM, process.tail(tmp_path / "log")
+        assert processes.stop(server, (signal.SIGTERM, 20)) == -signal.SIGTERM, processes.tail(tmp_path / "log")
 
 
 def _answers(port: int) -> bool:

@@ -7,8 +7,8 @@ import pytest
 from sqlalchemy import select
 from workshop import ROOT, Workshop
 
+from tunery import processes
 from tunery.jobs.model import Slot
-from tunery.local import process
 from worker.app import app
 
 _SMI = """#!/bin/sh
@@ -30,14 +30,14 @@ def _driver(workshop: Workshop, script: str) -> str:
 def test_a_worker_that_cannot_use_its_storage_ends_and_says_why(workshop: Workshop, queue: str) -> None:
     worker = workshop.start(queue, TUNERY_STORAGE_URL="ftp://nowhere")
     assert worker.wait(60) == 1
-    assert "TUNERY_STORAGE_URL is 'ftp://nowhere'; use file:" in process.tail(workshop.folder / f"{queue}.log", 60)
+    assert "TUNERY_STORAGE_URL is 'ftp://nowhere'; use file:" in processes.tail(workshop.folder / f"{queue}.log", 60)
 
 
 def test_a_worker_whose_driver_fails_ends_and_says_what_to_do(workshop: Workshop) -> None:
     path = _driver(workshop, "#!/bin/sh\necho No devices were found; exit 6\n")
     worker = workshop.start("train", PATH=path)
     assert worker.wait(60) == 1
-    assert "set CUDA_VISIBLE_DEVICES to nothing" in process.tail(workshop.folder / "train.log", 60)
+    assert "set CUDA_VISIBLE_DEVICES to nothing" in processes.tail(workshop.folder / "train.log", 60)
 
 
 def test_the_devices_are_looked_for_once_before_the_slots_start(workshop: Workshop) -> None:

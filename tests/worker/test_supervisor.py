@@ -15,13 +15,12 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from workshop import Workshop
 
-from tunery import db, dispatch, wire
+from tunery import db, dispatch, processes, wire
 from tunery.artifacts.manifest import Manifest
 from tunery.errors import LeaseLost, StorageFailed
 from tunery.jobs import leases, ledger
 from tunery.jobs.model import Attempt, Job, JobEvent
 from tunery.jobs.states import State
-from tunery.local import process
 from tunery.settings import Settings
 from tunery.storage import CHUNK, Directory, Stored
 from worker.supervisor import devices, staging, upload
@@ -305,7 +304,7 @@ def _until_gone(database: Database, backend: int | None) -> None:
             query = text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid")
             return bool(other.scalar(query, {"pid": backend}) == 0)
 
-    assert process.wait_until(is_gone, seconds=20, alive=lambda: True)
+    assert processes.wait_until(is_gone, seconds=20, alive=lambda: True)
 
 
 def test_a_stop_while_the_database_is_silent_is_recorded_when_it_is_back(
@@ -372,7 +371,7 @@ def test_a_log_is_sent_in_whole_lines_and_whole_at_the_end(storage: Directory, t
     path = tmp_path / "log.txt"
     path.write_bytes(b"first\nsec")
     with upload.LogShipper(storage, path, "jobs/j/logs/000001", every=0.02):
-        sent = process.wait_until(lambda: bool(list(storage.list("jobs/"))), seconds=20, alive=lambda: True)
+        sent = processes.wait_until(lambda: bool(list(storage.list("jobs/"))), seconds=20, alive=lambda: True)
         assert sent
         with path.open("ab") as file:
             file.write("ond\ndritte Zeile: ä".encode())
@@ -530,10 +529,10 @@ def test_the_sweeper_is_not_woken_by_the_wake_ups_that_it_sends(workshop: Worksh
     )
     for desk in (clocked, called):
         desk.open()
-    assert process.wait_until(lambda: looked == {True: 1, False: 1}, seconds=20, alive=lambda: True)
+    assert processes.wait_until(lambda: looked == {True: 1, False: 1}, seconds=20, alive=lambda: True)
     for desk in (clocked, called):
         desk.wake()
-    assert process.wait_until(lambda: looked[True] == 2, seconds=20, alive=lambda: True)
+    assert processes.wait_until(lambda: looked[True] == 2, seconds=20, alive=lambda: True)
     assert looked[False] == 1
     drain.begin()
     called.wake()

@@ -9,13 +9,13 @@ from typing import NoReturn
 from rich.console import Console
 from sqlalchemy import delete
 
-from tunery import db
+from tunery import db, processes
 from tunery.cli import models as model_commands
 from tunery.cli.remote import Remote
 from tunery.errors import TuneryError
 from tunery.keys import ring
 from tunery.keys.model import Key
-from tunery.local import lock, process
+from tunery.local import lock
 from tunery.local.bases import SMOLLM2, NoModel
 from tunery.local.drawing import Reporter
 from tunery.local.signals import ends_on_signals, undisturbed
@@ -108,7 +108,7 @@ def down(home: Path) -> None:
         return
     os.kill(owner, signal.SIGTERM)
     with console.status("stopping; a running job is saved first"):
-        gone = process.wait_until(lambda: not lock.is_held(home), seconds=180, alive=lambda: True)
+        gone = processes.wait_until(lambda: not lock.is_held(home), seconds=180, alive=lambda: True)
     if not gone:
         raise StillRunning(home=home, pid=owner)
     console.print("Everything is stopped.", style="dim")

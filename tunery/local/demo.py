@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tunery import processes
 from tunery.errors import TuneryError
-from tunery.local import lock, process, tree
+from tunery.local import lock, tree
 from tunery.local.bases import PackagedBase
 from tunery.local.drawing import JobProgress, Reporter, duration, loss_curve, size
 from tunery.local.postgres import Postgres
@@ -308,14 +309,14 @@ def _answers_of_plain_peft(base: Path, home: Path, questions: str) -> list[str]:
             stdout=subprocess.PIPE,
             stderr=errors,
             start_new_session=True,
-            preexec_fn=process.dies_with_parent(signal.SIGKILL),
+            preexec_fn=processes.dies_with_parent(signal.SIGKILL),
         )
         try:
             output, _ = child.communicate()
         finally:
-            process.stop(child)
+            processes.stop(child)
     if child.returncode != 0:
-        raise DemoFailed(reason=f"Plain peft could not use the adapter. {log} ends with: {process.tail(log, 3)}")
+        raise DemoFailed(reason=f"Plain peft could not use the adapter. {log} ends with: {processes.tail(log, 3)}")
     return [json.loads(line) for line in output.decode().splitlines()]
 
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import IO
 
-from tunery.local import process
+from tunery import processes
 
 _NAME = "lock"
 
@@ -14,7 +14,7 @@ def take(home: Path) -> IO[str] | None:
     """The home's lock, held until the file is closed or its process ends; None when another process has it."""
     lock = (home / _NAME).open("a+")
     # For a moment, not once: whoever only looks (`is_held`) has the lock while looking.
-    if not process.wait_until(lambda: _locks(lock, fcntl.LOCK_EX), seconds=1, alive=lambda: True):
+    if not processes.wait_until(lambda: _locks(lock, fcntl.LOCK_EX), seconds=1, alive=lambda: True):
         lock.close()
         return None
     lock.truncate(0)

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from tunery import processes
 from tunery.errors import TuneryError
-from tunery.local import process
 
 _ROLE = "tunery"
 _DATABASE = "tunery"
@@ -79,7 +79,7 @@ class Postgres:
     def restart(self) -> Self:
         """Starts a server that has ended again, where its clients look for it. Raises PostgresNotStarted."""
         if self._process is not None:
-            process.stop(self._process)
+            processes.stop(self._process)
         # Sessions of a server that was killed hold the data for a moment: they end as soon as they notice.
         for _ in range(_RESTARTS - 1):
             with suppress(PostgresNotStarted):
@@ -89,22 +89,22 @@ class Postgres:
 
     def _run(self, binaries: Path) -> Self:
         with self.log().open("ab") as log:
-            self._process = process.spawn(
+            self._process = processes.spawn(
                 [binaries / "postgres", "-D", self._data, "-k", self._sockets, *self._options()],
                 output=log,
                 cwd=self._data,
                 user=self._user,
                 death_signal=signal.SIGINT,  # "fast": ends sessions, keeps the data
             )
-        if not process.wait_until(self._answers, seconds=60, alive=self.is_running):
-            process.stop(self._process, (signal.SIGINT, 20), (signal.SIGQUIT, 5))
-            raise PostgresNotStarted(folder=self.folder, log=process.tail(self.log()))
+        if not processes.wait_until(self._answers, seconds=60, alive=self.is_running):
+            processes.stop(self._process, (signal.SIGINT, 20), (signal.SIGQUIT, 5))
+            raise PostgresNotStarted(folder=self.folder, log=processes.tail(self.log()))
         return self
 
     def stop(self) -> None:
         """Ends all sessions and the server; the data stay. Safe to call twice."""
         if self._process is not None:
-            process.stop(self._process, (signal.SIGINT, 20), (signal.SIGQUIT, 5))
+            processes.stop(self._process, (signal.SIGINT, 20), (signal.SIGQUIT, 5))
             self._process = None
         if self._sockets != Path():
             shutil.rmtree(self._sockets, ignore_errors=True)
@@ -213,10 +213,10 @@ class Postgres:
         command += ["--encoding=UTF8", "--no-locale", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
         command += [] if self._durable else ["--no-sync"]
         with self.log().open("ab") as log:
-            initdb = process.spawn(command, output=log, cwd=parent, user=self._user)
+            initdb = processes.spawn(command, output=log, cwd=parent, user=self._user)
             failed = initdb.wait() != 0 or self._create_database(binaries, unfinished, log) != 0
         if failed:
-            raise PostgresNotStarted(folder=self.folder, log=process.tail(self.log()))
+            raise PostgresNotStarted(folder=self.folder, log=processes.tail(self.log()))
         unfinished.rename(self._data)
 
     def _create_database(self, binaries: Path, data: Path, log: IO[bytes]) -> int:
@@ -242,7 +242,7 @@ class Postgres:
         if not _serves(pid, self._data):
             return
         os.kill(pid, signal.SIGINT)
-        process.wait_until(lambda: not process.is_alive(pid), seconds=20, alive=lambda: True)
+        processes.wait_until(lambda: not processes.is_alive(pid), seconds=20, alive=lambda: True)
 
 
 def _serves(pid: int, data: Path) -> bool:
@@ -250,7 +250,7 @@ def _serves(pid: int, data: Path) -> bool:
     import psutil
 
     try:
-        return process.is_alive(pid) and str(data) in psutil.Process(pid).cmdline()
+        return processes.is_alive(pid) and str(data) in psutil.Process(pid).cmdline()
     except psutil.Error:
         return False
 

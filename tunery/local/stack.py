@@ -22,14 +22,14 @@ from typing import Self
 import httpx
 from sqlalchemy import func, select
 
-from tunery import db
+from tunery import db, processes
 from tunery.errors import TuneryError
 from tunery.keys import ring
 from tunery.keys.model import Project
-from tunery.local import guard, lock, process, schema, state, tree
+from tunery.local import guard, lock, schema, state, tree
 from tunery.local.postgres import Postgres
 from tunery.local.restarts import Restarts
-from tunery.local.valkey import Valkey, free_port
+from tunery.local.valkey import Valkey
 
 WITHOUT_SERVER_SECONDS = 6.0
 
@@ -122,7 +122,7 @@ class Stack:
     def stop(self) -> None:
         """Services, then servers, then whatever a service left behind. Safe to call twice."""
         self._stop_services()
-        guard.kill(self._mark)
+        processes.kill_marked(guard.MARK, self._mark)
         self._open.close()
 
     def __enter__(self) -> Self:
@@ -161,14 +161,16 @@ class Stack:
     def _restart(self, part: "Service | Postgres | Valkey") -> None:
         if isinstance(part, Service):
             if part.process is not None:
-                process.stop(part.process)  # what it started in its group works on as if it were there
+                processes.stop(part.process)  # what it started in its group works on as if it were there
             self._spawn(part, tree.root())
         else:
             part.restart()
 
     def _death_of(self, part: "Service | Postgres | Valkey") -> ServiceDied:
         log = part.log if isinstance(part, Service) else part.log()
-        return ServiceDied(name=_name_of(part), status=_status_of(part), log=log, tail=process.tail(log) or "(nothing)")
+        return ServiceDied(
+            name=_name_of(part), status=_status_of(part), log=log, tail=processes.tail(log) or "(nothing)"
+        )
 
     def settings(self) -> dict[str, str]:
         """The TUNERY_* variables that make a process part of this stack."""
@@ -202,13 +204,13 @@ class Stack:
     def _end_predecessor(self) -> None:
         """A killed owner's guard may still be at work; its services hold our ports and data."""
         if left := state.read(self.home):
-            guard.kill(left["mark"])
+            processes.kill_marked(guard.MARK, left["mark"])
 
     def _choose_ports(self) -> None:
         if self.port and not _is_free(self.port):
             raise PortTaken(port=self.port)
-        self.port = self.port or free_port()
-        self._server_port = free_port()
+        self.port = self.port or processes.free_port()
+        self._server_port = processes.free_port()
         self.api_url = f"http://127.0.0.1:{self.port}"
 
     def _watch_over(self) -> None:
@@ -221,7 +223,7 @@ class Stack:
             start_new_session=True,
             cwd=tree.root(),
         )
-        self._open.callback(process.stop, watcher, (signal.SIGKILL, 5))
+        self._open.callback(processes.stop, watcher, (signal.SIGKILL, 5))
         if watcher.stdin is not None:
             self._open.callback(watcher.stdin.close)
 
@@ -268,7 +270,7 @@ class Stack:
     def _spawn(self, service: Service, root: Path) -> None:
         environment = {**os.environ, **self.settings(), guard.MARK: self._mark, "PYTHONUNBUFFERED": "1"}
         with service.log.open("ab") as log:
-            service.process = process.spawn(
+            service.process = processes.spawn(
                 [sys.executable, "-m", *service.arguments], output=log, cwd=root, env=environment
             )
 
@@ -283,7 +285,7 @@ class Stack:
             self.check()
             if time.monotonic() > deadline:
                 log = self.home / "logs/api.log"
-                raise ServiceDied(name="api (no answer in 120 s)", status=None, log=log, tail=process.tail(log))
+                raise ServiceDied(name="api (no answer in 120 s)", status=None, log=log, tail=processes.tail(log))
             time.sleep(0.1)
 
     def _stop_services(self) -> None:
@@ -301,7 +303,7 @@ class Stack:
             if service.process is not None:
                 with suppress(subprocess.TimeoutExpired):
                     service.process.wait(max(0.1, deadline + min(service.seconds, patience) - time.monotonic()))
-                process.stop(service.process)
+                processes.stop(service.process)
         self._services.clear()
 
     def _patience(self) -> float:

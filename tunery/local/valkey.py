@@ -11,21 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tunery import processes
 from tunery.errors import TuneryError
-from tunery.local import process
 
 
 class ValkeyNotStarted(TuneryError):
     """The embedded Valkey did not start in {folder}. Its log ends with: {log}"""
 
     code = "valkey_not_started"
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody held a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Valkey:
@@ -51,12 +44,12 @@ class Valkey:
         """Returns when it answers. Raises ValkeyNotStarted."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for _ in range(1 if self._wanted_port else 5):  # a free port may be taken before the server gets there
-            self.port = self._wanted_port or free_port()
+            self.port = self._wanted_port or processes.free_port()
             self._spawn()
-            if process.wait_until(self._answers, seconds=20, alive=self.is_running):
+            if processes.wait_until(self._answers, seconds=20, alive=self.is_running):
                 return self
             self.stop()
-        raise ValkeyNotStarted(folder=self.folder, log=process.tail(self.log()))
+        raise ValkeyNotStarted(folder=self.folder, log=processes.tail(self.log()))
 
     def restart(self) -> Self:
         """Starts a server that has ended again, with the same port and password. Raises ValkeyNotStarted."""
@@ -67,7 +60,7 @@ class Valkey:
     def stop(self) -> None:
         """Safe to call twice."""
         if self._process is not None:
-            process.stop(self._process, (signal.SIGTERM, 10))
+            processes.stop(self._process, (signal.SIGTERM, 10))
             self._process = None
 
     def __enter__(self) -> Self:
@@ -92,7 +85,7 @@ class Valkey:
         configuration.touch(mode=0o600)
         configuration.write_text("\n".join(lines) + "\n")
         with self.log().open("ab") as log:
-            self._process = process.spawn([get_binary_path(), configuration], output=log, cwd=self.folder)
+            self._process = processes.spawn([get_binary_path(), configuration], output=log, cwd=self.folder)
 
     @property
     def status(self) -> int | None:

@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 from tunery import db, wire
 from tunery.artifacts.manifest import Manifest
 from tunery.datasets import shelf
+from tunery.db import UNREACHABLE
 from tunery.errors import JobFailure, LeaseLost, StorageFailed, TrainingCrashed, TuneryError
 from tunery.jobs import leases
 from tunery.jobs.leases import Lease
@@ -34,7 +35,7 @@ from tunery.storage import Storage, Stored
 from worker.supervisor import staging, upload
 from worker.supervisor.deeds import Scribe, add_model
 from worker.supervisor.drain import Drain
-from worker.supervisor.lease import UNREACHABLE, Hold, Interrupted
+from worker.supervisor.lease import Hold, Interrupted
 from worker.supervisor.process import Trainer
 
 log = logging.getLogger(__name__)

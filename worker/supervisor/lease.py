@@ -8,11 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Generic, Protocol, Self, TypeVar
 
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from tunery import db
+from tunery.db import UNREACHABLE
 from tunery.errors import LeaseLost
 from tunery.jobs import leases
 from tunery.jobs.leases import Lease
@@ -21,8 +20,6 @@ from worker.supervisor.drain import Drain
 
 log = logging.getLogger(__name__)
 
-UNREACHABLE = (OperationalError, InterfaceError, PoolTimeout)
-"""How a database that is down, restarting or cut off shows itself."""
 STOP_NOTE = ".stopped"
 _TICK = 0.2
 _Result = TypeVar("_Result")

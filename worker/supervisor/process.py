@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from tunery import wire
-from tunery.local.process import dies_with_parent, tail
+from tunery.processes import dies_with_parent, tail
 
 log = logging.getLogger(__name__)
 

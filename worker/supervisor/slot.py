@@ -6,11 +6,10 @@ import os
 import re
 from pathlib import Path
 
-import psutil
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tunery import db
+from tunery import db, processes
 from tunery.jobs import leases, queue
 from tunery.jobs.leases import Lease
 from tunery.jobs.model import Attempt
@@ -82,7 +81,7 @@ class Slot:
         if lock is None:
             log.error("another process works as slot %s; give each worker of a host a name of its own (-n)", self.name)
             return False
-        killed = end_marked(self._mark)
+        killed = processes.kill_marked(MARK, self._mark)
         notes = list(self._settings.runs_dir.glob(f"*/*{STOP_NOTE}"))
         stopped = [(note.parent.name, int(note.name.removesuffix(STOP_NOTE))) for note in notes]
         with db.transaction() as session:
@@ -127,17 +126,3 @@ def _live_attempts(session: Session) -> set[tuple[str, int]]:
 
 def _is_run(folder: Path) -> bool:
     return folder.is_dir() and folder.name.isdigit()
-
-
-def end_marked(mark: str) -> int:
-    """SIGKILL to every process that works for the slot; how many. They are found by what they inherited, not by a pid
-    that was written down: a trainer's children carry the mark too, and a pid may be another's by now."""
-    killed = 0
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == mark:
-                process.kill()
-                killed += 1
-        except psutil.Error:  # another user's, or gone
-            continue
-    return killed

@@ -15,16 +15,16 @@ from sqlalchemy import select
 from tunery import db
 from tunery.artifacts import manifest
 from tunery.artifacts import model as artifacts
+from tunery.db import UNREACHABLE
 from tunery.errors import KeyTaken, StorageFailed
-from tunery.local.process import dies_with_parent, tail
 from tunery.models import registry
 from tunery.models.model import Model
+from tunery.processes import dies_with_parent, tail
 from tunery.settings import Settings
 from tunery.storage import Storage
 from tunery.wire import EXIT_USER_ERROR
 from worker.supervisor import staging, upload
 from worker.supervisor.drain import Drain
-from worker.supervisor.lease import UNREACHABLE
 from worker.supervisor.process import ROOT, environment
 from worker.tasks.claims import only_here
 

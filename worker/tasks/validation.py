@@ -12,6 +12,7 @@ from tunery import db
 from tunery.datasets import rules
 from tunery.datasets.model import File
 from tunery.datasets.rules import Summary
+from tunery.db import UNREACHABLE
 from tunery.errors import (
     CannotRender,
     ChecksumMismatch,
@@ -34,7 +35,6 @@ from tunery.settings import Settings
 from tunery.spec import Plan, TrainingSpec
 from tunery.storage import Storage
 from worker.supervisor import staging
-from worker.supervisor.lease import UNREACHABLE
 from worker.tasks.claims import only_here
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ sessions of their own and would outlive it).
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from tunery import processes
 from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Failed, parse
 from worker.trainer.report import Voice
 
@@ -39,7 +39,7 @@ class Children:
         if world == 1:
             return
         self._count = world - 1
-        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(processes.free_port())}
         os.environ.update(shared, RANK="0", LOCAL_RANK="0")
         for rank in range(1, world):
             environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -82,9 +82,3 @@ def _reason(last: bytes, rank: int, code: int) -> Failed:
             return said
     message = f"Rank {rank} ended with code {code} while the others went on; its reason is in the log."
     return Failed(kind="crashed", code="training_crashed", message=message)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -3,8 +3,6 @@
 With several GPUs this process is rank 0 and starts the others itself (`children.py`).
 """
 
-import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -15,6 +13,7 @@ import torch
 from pydantic import ValidationError
 from transformers.utils.logging import disable_progress_bar
 
+from tunery import processes
 from tunery.errors import JobFailure, NotFinite, TuneryError, Unavailable
 from tunery.spec import Run
 from tunery.wire import EXIT_PAUSED, Failed, Paused
@@ -29,7 +28,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # rows differ in length: fixed segments would fragment
 }
-PR_SET_PDEATHSIG = 1
 
 
 def carry_out_and_tell(folder: Path, pipe: int, wish: Wish) -> int:
@@ -88,10 +86,4 @@ def _settle(rank: int) -> None:
         format=f"%(asctime)s {f'[rank {rank}] ' if rank else ''}%(message)s",
     )
     if rank:
-        _die_with_parent()
-
-
-def _die_with_parent() -> None:
-    """Asks Linux to kill this rank when rank 0 dies. Elsewhere the killed process group sees to it."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        processes.die_with_parent(signal.SIGKILL)  # elsewhere the killed process group sees to it

@@ -1,15 +1,19 @@
-"""Child processes that end with us: each in a group of its own, stopped in steps, and looked at by their state."""
+"""Processes: children that end with their parent, each in a group of its own; others found by a mark; free ports."""
 
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
 
 _PR_SET_PDEATHSIG = 1
 _TAIL_BYTES = 8192
@@ -33,6 +37,12 @@ def dies_with_parent(death_signal: int) -> Callable[[], None] | None:
             os.kill(os.getpid(), death_signal)
 
     return ask
+
+
+def die_with_parent(death_signal: int) -> None:
+    """Asks Linux to send this process `death_signal` when the thread that spawned it ends. Nothing elsewhere."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, death_signal, 0, 0, 0)
 
 
 def spawn(
@@ -86,6 +96,56 @@ def is_alive(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def marked(name: str, value: str) -> list["psutil.Process"]:
+    """Returns the living processes that have the variable in their environment, this one apart.
+
+    A pid that was written down may be another's by now, and knows no children; a mark is inherited.
+    """
+    import psutil
+
+    return [other for other in psutil.process_iter() if other.pid != os.getpid() and _has(other, name, value)]
+
+
+def _has(other: "psutil.Process", name: str, value: str) -> bool:
+    import psutil
+
+    try:
+        return bool(other.environ().get(name) == value and other.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:  # another user's, or gone
+        return False
+
+
+def signal_all(others: "Sequence[psutil.Process]", number: int) -> None:
+    """Sends a signal to each process that is still there."""
+    import psutil
+
+    for other in others:
+        with suppress(psutil.Error):
+            other.send_signal(number)
+
+
+def kill_marked(name: str, value: str) -> int:
+    """Sends SIGKILL until no marked process is left, and returns how many there were.
+
+    Again and again: between a look and the signal a process may have started another.
+    """
+    import psutil
+
+    killed = set()
+    while found := marked(name, value):
+        killed |= {other.pid for other in found}
+        signal_all(found, signal.SIGKILL)
+        psutil.wait_procs(found, timeout=1)
+    return len(killed)
+
+
+def free_port() -> int:
+    """Returns a port of 127.0.0.1 that nobody held a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def wait_until(ready: Callable[[], bool], *, seconds: float, alive: Callable[[], bool], every: float = 0.05) -> bool:
