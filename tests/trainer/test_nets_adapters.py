@@ -63,6 +63,14 @@ def test_adapters_learn_in_fp32_on_a_bf16_base(tmp_path: Path, tiny: Path, conti
     assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
+def test_full_fine_tune_refuses_to_go_on_from_an_adapter(tmp_path: Path, tiny: Path) -> None:
+    folder = lay_out(tmp_path / "run", tiny, plan(technique=Full()), ROWS)
+    tiny_models.lora(folder / "adapter", tiny)
+
+    with pytest.raises(ValueError, match="choose lora or qlora, or a full model as base"):
+        prepare(folder, Voice(None), Wish())
+
+
 def test_model_that_does_more_to_its_logits_than_one_product_gets_the_textbooks_loss(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,3 +103,26 @@ def test_base_is_asked_without_its_adapter(tmp_path: Path, tiny: Path) -> None:
 
     assert base == evaluate.answers(untouched, asked, base=False) == again
     assert base != tuned
+
+
+def test_answers_that_run_out_of_memory_are_given_in_smaller_batches(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = start(tmp_path / "run", tiny, evaluation=Evaluation(max_new_tokens=4))
+    asked = evaluate.questions(t, [Example.model_validate(row) for row in ROWS])
+    wanted = evaluate.answers(t, asked, base=False)
+    usual, sizes, most = evaluate._generate, [], 3
+
+    def generate(t: Training, prompts: list[list[int]]) -> list[str]:
+        sizes.append(len(prompts))
+        if len(prompts) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return usual(t, prompts)
+
+    monkeypatch.setattr(evaluate, "_generate", generate)
+
+    assert evaluate.answers(t, asked, base=False) == wanted
+    assert sizes == [10, 8, 4, 2, 2, 2, 2, 2]  # half of the 16 that a CPU answers at once, and half again
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate.answers(t, asked, base=False)

@@ -5,13 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from pydantic import ValidationError
 from run_folders import Ear, chat, lay_out, plan
 
-from tunery.errors import DoesNotFit, InvalidTrainingFile, NotFinite
+from tunery.errors import DoesNotFit, InvalidTrainingFile
 from tunery.spec import Run
 from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR
+from worker.trainer.__main__ import main
 from worker.trainer.process import carry_out_and_tell, describe
 from worker.trainer.wish import Wish
 
@@ -27,16 +27,12 @@ def _invalid_spec() -> ValidationError:
 @pytest.mark.parametrize(
     ("error", "kind", "code"),
     [
-        (NotFinite(value="nan", step=3, rate=0.1), "nan_loss", "nan_loss"),
         (InvalidTrainingFile(role="training", reason="Line 3."), "user_error", "invalid_training_file"),
         (DoesNotFit(what="a", needed="b", device="GPU", capacity="c", instead="d"), "gpu_oom", "does_not_fit"),
-        (torch.OutOfMemoryError("full"), "gpu_oom", "does_not_fit"),
         (_invalid_spec(), "user_error", "invalid_spec"),
-        (RuntimeError("CUDA error: an illegal memory access"), "crashed", "training_crashed"),
-        (OSError("disk"), "crashed", "training_crashed"),
     ],
 )
-def test_kind_of_an_error_decides_what_the_supervisor_does(error: Exception, kind: str, code: str) -> None:
+def test_errors_of_our_own_keep_their_code(error: Exception, kind: str, code: str) -> None:
     failed = describe(error)
 
     assert (failed.kind, failed.code) == (kind, code)
@@ -89,3 +85,13 @@ def test_run_that_nobody_listens_to_ends_by_itself(tmp_path: Path, tiny: Path) -
 
     os.close(writer)
     assert not (tmp_path / "run" / "out").exists()
+
+
+def test_command_without_a_folder_says_how_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["worker.trainer"])
+
+    assert main() == 2
+
+    assert capsys.readouterr().err == "usage: python -m worker.trainer RUN_DIR\n"

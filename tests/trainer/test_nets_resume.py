@@ -1,5 +1,6 @@
 """A resumed run has all of the state of the one that was broken off."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ from run_folders import Ear, chat, lay_out, plan
 from safetensors.torch import load_file
 
 from tunery.spec import Lora
+from worker.trainer import checkpoints
 from worker.trainer.report import Voice
-from worker.trainer.run import carry_out
+from worker.trainer.run import carry_out, prepare
 from worker.trainer.wish import Wish
 
 ROWS = [chat(i) for i in range(8)]
@@ -53,3 +55,24 @@ def test_best_step_of_before_the_break_becomes_the_model(tmp_path: Path, tiny: P
     assert (elsewhere / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
     kept = load_file(whole / "checkpoints" / "step-8" / name)
     assert any((tensor != kept[key]).any() for key, tensor in load_file(whole / "out" / name).items())
+
+
+def test_snapshot_of_a_newer_release_or_another_base_is_left_alone(
+    tmp_path: Path, tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = lay_out(tmp_path / "run", tiny, plan(), ROWS, snapshot_seconds=1e-9)
+    with pytest.raises(ConnectionError):
+        carry_out(folder, BreakingOff(2), Wish())
+    t = prepare(folder, Voice(None), Wish())
+    snapshot = checkpoints.find_snapshot(t)
+    assert snapshot is not None
+
+    t.run = t.run.model_copy(update={"base_model": "another"})
+    assert checkpoints.find_snapshot(t) is None
+    t.run = t.run.model_copy(update={"base_model": "tiny"})
+    state = json.loads((snapshot / "state.json").read_text())
+    (snapshot / "state.json").write_text(json.dumps(state | {"version": 99}))
+    assert checkpoints.find_snapshot(t) is None
+
+    assert "of the base tiny" in caplog.text
+    assert "of a newer release" in caplog.text
