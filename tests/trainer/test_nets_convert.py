@@ -1,0 +1,37 @@
+"""Sources that cannot become a base, each refused with what to change."""
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from tunery.errors import UnusableModel
+from worker.trainer import gguf_files
+from worker.trainer.convert import convert
+
+
+def test_folder_that_is_not_empty_is_left_as_it_is(tmp_path: Path) -> None:
+    source = tiny_models.llama(tmp_path / "source")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "mine.txt").write_text("mine")
+
+    with pytest.raises(UnusableModel, match="is not empty"):
+        convert(str(source), tmp_path / "base")
+
+    assert [path.name for path in (tmp_path / "base").iterdir()] == ["mine.txt"]
+
+
+def test_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    source = tiny_models.llama(tmp_path / "source")
+    (source / "config.json").unlink()
+
+    with pytest.raises(UnusableModel, match=r"no config\.json"):
+        convert(str(source), tmp_path / "base")
+
+
+def test_byte_pair_tokenizer_of_an_unknown_rule_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut by another rule, words would become other tokens than the model was trained on."""
+    monkeypatch.setattr(gguf_files, "_tokenizer_kind", lambda _path: ("gpt2", "something-new"))
+
+    with pytest.raises(UnusableModel, match="the rule 'something-new', which is not known here"):
+        gguf_files.unpack(tmp_path / "none.gguf", tmp_path / "out")
