@@ -7,8 +7,8 @@ from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.orm import Session, sessionmaker
 
-from tunery.errors import Forbidden
 from tunery.keys import ring
+from tunery.keys.errors import Forbidden
 from tunery.keys.ring import Caller
 from tunery.settings import Settings
 from tunery.storage import Storage

@@ -17,19 +17,21 @@ from api import faults
 from tunery import errors
 from tunery.db import UNREACHABLE
 from tunery.errors import TuneryError
+from tunery.jobs.errors import QuotaExceeded
+from tunery.keys.errors import Forbidden, Unauthenticated
 
 log = logging.getLogger(__name__)
 
 STATUS: dict[type[TuneryError], int] = {
     errors.Rejected: 400,
-    errors.Unauthenticated: 401,
-    errors.Forbidden: 403,
+    Unauthenticated: 401,
+    Forbidden: 403,
     errors.NotFound: 404,
-    errors.RouteNotFound: 404,
-    errors.MethodNotAllowed: 405,
-    errors.TooSlow: 408,
+    faults.RouteNotFound: 404,
+    faults.MethodNotAllowed: 405,
+    faults.TooSlow: 408,
     errors.TooLarge: 413,
-    errors.QuotaExceeded: 429,
+    QuotaExceeded: 429,
     errors.Unavailable: 503,
 }
 """A class answers for those below it. What is not here is a fault of ours: 500."""

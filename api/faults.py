@@ -7,7 +7,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from tunery.errors import InvalidValue, MethodNotAllowed, Rejected, RouteNotFound, TooLarge, TooSlow, TuneryError
+from tunery.errors import InvalidValue, Rejected, TooLarge, TuneryError
 
 _SHOWN = 80
 _EXPLAINED = 100
@@ -18,6 +18,25 @@ _NOT_JSON = (
     "The request has a body, but does not say that it is JSON. Send it with 'Content-Type: application/json' "
     "(curl -d alone sends a form)."
 )
+
+
+class RouteNotFound(TuneryError):
+    """{what}"""
+
+    code = "not_found"
+
+
+class MethodNotAllowed(TuneryError):
+    """Invalid method for URL ({route}). Use {allowed}."""
+
+    code = "method_not_allowed"
+
+
+class TooSlow(TuneryError):
+    """The request's body came too slowly: {seen} bytes so far. Send it again, over a faster line or in smaller
+    parts."""
+
+    code = "request_timeout"
 
 
 def explain(error: RequestValidationError) -> Rejected:

@@ -1,30 +1,32 @@
-"""Everything that can go wrong on purpose.
+"""What can go wrong on purpose: the root of the tree, and what several parts of the floor raise.
+
+The others stand in `errors.py` beside what raises them, and why jobs fail in `tunery/failures.py`:
 
     TuneryError
     ├── Rejected                 the request asks for something that cannot be
     │   ├── InvalidValue         a field has a value it must not have
     │   ├── Unsupported          a field names something this server does not do
-    │   ├── InvalidJSONL         an uploaded line is not a JSON object
-    │   ├── CannotRender         a model's chat template cannot write the messages, or not so that they can be learned
-    │   ├── PromptTooLong        a conversation fills the model's whole context
-    │   ├── FileInUse            a live job needs the file
-    │   ├── WrongState           the object's state forbids the deed
+    │   ├── WrongState           the object's state forbids the operation
     │   ├── UnusableModel        a base model's files cannot be used
-    │   ├── AddressRefused       a webhook URL leads where we do not post
-    │   └── ReceiverSilent       a webhook's receiver gave no answer to a test
-    ├── Unauthenticated          no key, or a wrong one
-    ├── Forbidden                a right key that may not do this
+    │   ├── InvalidJSONL         rows: an uploaded line is not a JSON object
+    │   ├── CannotRender         rows: a chat template cannot write the messages, or not so that they can be learned
+    │   ├── PromptTooLong        rows: a conversation fills the model's whole context
+    │   ├── FileInUse            datasets: a live job needs the file
+    │   ├── AddressRefused       webhooks: a URL leads where we do not post
+    │   └── ReceiverSilent       webhooks: a receiver gave no answer to a test
+    ├── Unauthenticated          keys: no key, or a wrong one
+    ├── Forbidden                keys: a right key that may not do this
     ├── NotFound                 no such object in this project
-    │   └── ModelNotFound
-    ├── RouteNotFound            no such route, or one this server refuses by design
-    ├── MethodNotAllowed         a route, but not with this method
-    ├── TooSlow                  a body that comes in too slowly
+    │   └── ModelNotFound        models
+    ├── RouteNotFound            api/faults.py: no such route, or one this server refuses by design
+    ├── MethodNotAllowed         api/faults.py: a route, but not with this method
+    ├── TooSlow                  api/faults.py: a body that comes in too slowly
     ├── TooLarge                 more bytes than the limit
-    ├── QuotaExceeded            the project has all it may have
+    ├── QuotaExceeded            jobs: the project has all it may have
     ├── Unavailable              a part of ours is down; try again
-    │   ├── StorageFailed
+    │   ├── StorageFailed        storage
     │   └── Overloaded           the model server's waiting line is full
-    ├── JobFailure               why a job failed; its text is shown to the job's owner
+    ├── JobFailure               failures: why a job failed
     │   ├── InvalidTrainingFile
     │   ├── InvalidNExamples
     │   ├── DoesNotFit
@@ -35,11 +37,11 @@
     │   ├── ValidationBroke
     │   ├── ValidationLost
     │   └── WorkerLost
-    ├── LeaseLost                a late worker speaks for a job that is no longer its own
-    ├── ChecksumMismatch         stored bytes are not the bytes that were recorded
-    ├── ObjectMissing            storage has nothing under a key that a row names
-    ├── KeyTaken                 storage already has something under a key that must be new
-    └── IllegalMove              a job was asked to take an edge that is not in TRANSITIONS
+    ├── LeaseLost                jobs: a late worker writes to a job that is no longer its own
+    ├── IllegalMove              jobs: a job was asked to take an edge that is not in TRANSITIONS
+    ├── ChecksumMismatch         storage: stored bytes are not the bytes that were recorded
+    ├── ObjectMissing            storage: there is nothing under a key that a row names
+    └── KeyTaken                 storage: there is something under a key that must be new
 
 A class's docstring is its message, with fields in braces; its `code` never changes. HTTP knows these classes in one
 place only, the API's error handler.
@@ -88,32 +90,6 @@ class Unsupported(Rejected):
     code = "unsupported"
 
 
-class InvalidJSONL(Rejected):
-    """Expected file to have JSONL format, where every line is a valid JSON dictionary. Line {line}: {reason}"""
-
-    code = "invalid_jsonl"
-
-
-class CannotRender(Rejected):
-    """{reason}"""
-
-    code = "cannot_render"
-
-
-class PromptTooLong(Rejected):
-    """This model's maximum context length is {limit} tokens, and your messages resulted in {tokens} tokens, which
-    leaves no room for an answer. Please reduce the length of the messages."""
-
-    code = "context_length_exceeded"
-
-
-class FileInUse(Rejected):
-    """File '{file}' is used by job '{job}', which has not ended. Cancel the job or wait for it, then
-    delete the file."""
-
-    code = "file_in_use"
-
-
 class WrongState(Rejected):
     """{kind} '{id}' is {state}, so it cannot be {deed}. {instead}"""
 
@@ -126,61 +102,10 @@ class UnusableModel(Rejected):
     code = "unusable_model"
 
 
-class AddressRefused(Rejected):
-    """Webhooks are not sent to {address}: {reason} Use an https URL with a public address, or ask the operator to name
-    its network in TUNERY_WEBHOOK_ALLOW."""
-
-    code = "address_refused"
-
-
-class ReceiverSilent(Rejected):
-    """The receiver gave no HTTP answer: {reason}. Start it, or correct the endpoint's url, then test again."""
-
-    code = "receiver_silent"
-
-
-class Unauthenticated(TuneryError):
-    """{reason} Send a project's key as 'Authorization: Bearer <key>'; `tunery keys create` makes one."""
-
-    code = "invalid_api_key"
-
-
-class Forbidden(TuneryError):
-    """This key may not {deed}. Use an administrator's key (`tunery keys create --admin`)."""
-
-    code = "forbidden"
-
-
 class NotFound(TuneryError):
     """No {kind} '{id}' in this project. Check the id and the key's project."""
 
     code = "not_found"
-
-
-class ModelNotFound(NotFound):
-    """The model '{id}' does not exist or this project has no access to it. `GET /v1/models` lists what there is; an
-    administrator adds a base with `tunery models add`."""
-
-    code = "model_not_found"
-
-
-class RouteNotFound(TuneryError):
-    """{what}"""
-
-    code = "not_found"
-
-
-class MethodNotAllowed(TuneryError):
-    """Invalid method for URL ({route}). Use {allowed}."""
-
-    code = "method_not_allowed"
-
-
-class TooSlow(TuneryError):
-    """The request's body came too slowly: {seen} bytes so far. Send it again, over a faster line or in smaller
-    parts."""
-
-    code = "request_timeout"
 
 
 class TooLarge(TuneryError):
@@ -189,23 +114,10 @@ class TooLarge(TuneryError):
     code = "too_large"
 
 
-class QuotaExceeded(TuneryError):
-    """{what} Wait until one has ended, or ask the operator to raise the project's limit."""
-
-    code = "insufficient_quota"
-
-
 class Unavailable(TuneryError):
     """{part} does not answer. Nothing was lost; try again in a few seconds."""
 
     code = "unavailable"
-
-
-class StorageFailed(Unavailable):
-    """Object storage could not {deed} ({reason}). Nothing stored before was lost; look at the storage's health and free
-    space, then try again."""
-
-    code = "storage_failed"
 
 
 class Overloaded(Unavailable):
@@ -213,112 +125,3 @@ class Overloaded(Unavailable):
     a few seconds."""
 
     code = "overloaded"
-
-
-class JobFailure(TuneryError):
-    """The job failed."""
-
-    code = "job_failed"
-
-    @classmethod
-    def quoted(cls, code: str, message: str, param: str | None) -> "JobFailure":
-        """Returns the failure that another process has reported, as the class that has its code."""
-        kind = next((kind for kind in cls.__subclasses__() if kind.code == code), cls)
-        return kind(param=param, message=message)
-
-
-class InvalidTrainingFile(JobFailure):
-    """The job failed due to an invalid {role} file. {reason}"""
-
-    code = "invalid_training_file"
-
-
-class InvalidNExamples(JobFailure):
-    """{role} file has {n} example(s), but must have at least {least} examples"""
-
-    code = "invalid_n_examples"
-
-
-class DoesNotFit(JobFailure):
-    """{what} needs about {needed} and the largest {device} here has {capacity}. {instead}"""
-
-    code = "does_not_fit"
-
-
-class CannotAdapt(JobFailure):
-    """Adapters cannot be put on the base's layers so: {reason} Choose other target_modules or another technique."""
-
-    code = "cannot_adapt"
-
-
-class NotFinite(JobFailure):
-    """The loss became {value} at step {step} and the run was stopped there. Lower the learning rate (it was {rate:g}),
-    or look at the rows of that step in the job's log."""
-
-    code = "nan_loss"
-
-
-class ArtifactDiffers(JobFailure):
-    """The exported files do not answer as the trained model did: their logits are off by {difference:.2%} of their
-    spread, and {tolerance:.2%} is allowed. Nothing was published. This is a fault of the server; its operator finds
-    more in the job's log."""
-
-    code = "artifact_differs"
-
-
-class TrainingCrashed(JobFailure):
-    """Training ended with an error: {reason} The job's log (`GET /v1/fine_tuning/jobs/{job}/logs`) has the whole
-    story."""
-
-    code = "training_crashed"
-
-
-class ValidationBroke(JobFailure):
-    """The job's files could not be checked: {reason}. This is a fault of the server; its operator finds more in the
-    log of the worker for I/O."""
-
-    code = "validation_broke"
-
-
-class ValidationLost(JobFailure):
-    """The job's files could not be checked: the worker that checked them ended {times} times before it was done. Look
-    for rows that are very large; the server's operator finds more in the log of the worker for I/O."""
-
-    code = "validation_lost"
-
-
-class WorkerLost(JobFailure):
-    """The job's worker was lost {times} time(s) {after}: its process, or its host, ended without a word. Look at the
-    host's memory and its log, then create the job again."""
-
-    code = "worker_lost"
-
-
-class LeaseLost(TuneryError):
-    """Attempt {attempt} of job '{job}' is over: another hand moved the job on. Nothing was written."""
-
-    code = "lease_lost"
-
-
-class ChecksumMismatch(TuneryError):
-    """'{key}' does not have the recorded sha256 ({expected}, found {found}). Restore it from a good copy."""
-
-    code = "checksum_mismatch"
-
-
-class ObjectMissing(TuneryError):
-    """'{key}' is not in storage. Restore it from a copy, or delete what refers to it."""
-
-    code = "object_missing"
-
-
-class KeyTaken(TuneryError):
-    """'{key}' is stored already and is not replaced."""
-
-    code = "key_taken"
-
-
-class IllegalMove(TuneryError):
-    """A job cannot go from {source} to {target}."""
-
-    code = "illegal_move"

@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from api.dependencies import ANY_KEY
-from tunery.errors import RouteNotFound
+from api.faults import RouteNotFound
 
 router = APIRouter(prefix="/v1/fine_tuning", include_in_schema=False, dependencies=[ANY_KEY])
 

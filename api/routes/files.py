@@ -12,10 +12,10 @@ from api.forms import Form
 from api.schemas import files as wire
 from api.schemas.wire import CursorList, errors
 from tunery.datasets import shelf
-from tunery.errors import InvalidJSONL
 from tunery.jobs import ledger
 from tunery.keys.ring import Caller
 from tunery.paging import Order
+from tunery.rows.errors import InvalidJSONL
 from tunery.rows.jsonl import JsonlChecker
 from tunery.storage import Storage, Stored, Writer
 

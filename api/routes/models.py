@@ -9,7 +9,7 @@ from api.bodies import LongJsonRoute
 from api.dependencies import AdminDep, CallerDep, SessionDep, SettingsDep
 from api.schemas import models as wire
 from api.schemas.wire import WholeList, errors
-from tunery.errors import Forbidden
+from tunery.keys.errors import Forbidden
 from tunery.keys.ring import Caller
 from tunery.models import registry
 from tunery.models.model import Model

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -15,6 +16,7 @@ from api.main import create_app
 from api.schemas.jobs import CreateJob
 from tunery import errors
 from tunery.cli.main import app
+from tunery.failures import JobFailure
 from tunery.jobs.states import State, mermaid
 from tunery.planning import memory
 from tunery.settings import Settings
@@ -130,8 +132,22 @@ def test_openai_s_fields_are_listed(root: Path) -> None:
 
 def _classes(kind: type[errors.TuneryError]) -> set[type[errors.TuneryError]]:
     """Those of the vocabulary; the command and the embedded stack have errors of their own."""
+    places = [path.parent for path in Path(errors.__file__).parent.glob("*/errors.py")]
+    modules = {errors.__name__, "tunery.failures", "api.faults", *(f"tunery.{place.name}.errors" for place in places)}
+    for name in modules:
+        import_module(name)
     below = {found for child in kind.__subclasses__() for found in _classes(child)}
-    return {found for found in {kind, *below} if found.__module__ == errors.__name__}
+    return {found for found in {kind, *below} if found.__module__ in modules}
+
+
+def test_the_tree_of_errors_is_drawn() -> None:
+    drawn, above = set(), ["TuneryError"]
+    for bars, name in re.findall(r"^    ([│ ]*)[├└]── (\w+)", errors.__doc__ or "", re.MULTILINE):
+        above[len(bars) // 4 + 1 :] = [name]
+        drawn.add((name, above[-2]))
+    assert drawn == {(kind.__name__, kind.__base__.__name__) for kind in _classes(errors.TuneryError)} - {
+        ("TuneryError", "Exception")
+    }
 
 
 def test_errors_are_listed_with_their_status(root: Path) -> None:
@@ -143,7 +159,7 @@ def test_errors_are_listed_with_their_status(root: Path) -> None:
 
 def test_reasons_of_failed_jobs_are_listed(root: Path) -> None:
     rows = _rows(_page(root, "api.md"), "Why a job failed")
-    assert {_ticked(row[0])[0] for row in rows} == {kind.code for kind in _classes(errors.JobFailure)}
+    assert {_ticked(row[0])[0] for row in rows} == {kind.code for kind in _classes(JobFailure)}
 
 
 # --- operations.md --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 from run_folders import chat, lay_out, plan
 
-from tunery.errors import DoesNotFit
+from tunery.failures import DoesNotFit
 from tunery.planning import memory as planning
 from tunery.spec import Full, Lora, Qlora
 from worker.trainer import evaluate, preflight

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 from run_folders import Ear, chat, lay_out, plan
 
-from tunery.errors import DoesNotFit, InvalidTrainingFile
+from tunery.failures import DoesNotFit, InvalidTrainingFile
 from tunery.spec import Run
 from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR
 from worker.trainer.__main__ import main

@@ -16,7 +16,7 @@ from run_folders import chat, lay_out, plan
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from tunery.errors import ArtifactDiffers
+from tunery.failures import ArtifactDiffers
 from tunery.spec import Full, Lora, Qlora
 from worker.trainer import parity, precision, run
 from worker.trainer.recipes.qlora import keep_one_packing

@@ -13,7 +13,8 @@ import torch
 from run_folders import chat, lay_out, plan
 from safetensors.torch import load_file
 
-from tunery.errors import NotFinite, Unavailable
+from tunery.errors import Unavailable
+from tunery.failures import NotFinite
 from tunery.spec import Lora, Resources
 from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Failed, Spoken, parse
 from worker.trainer.process import describe

@@ -9,7 +9,7 @@ import tiny_models
 
 from tunery.datasets import rules
 from tunery.datasets.rules import Summary, check_examples
-from tunery.errors import InvalidTrainingFile
+from tunery.failures import InvalidTrainingFile
 from tunery.rows.encoding import Encoded
 from tunery.rows.template import ChatTemplate
 from worker.trainer.data import Rows, read_examples, read_rows

@@ -18,7 +18,7 @@ from run_folders import Ear, Interrupting, chat, lay_out, plan, said, steps_of
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from tunery.errors import InvalidTrainingFile, NotFinite
+from tunery.failures import InvalidTrainingFile, NotFinite
 from tunery.rows.template import ChatTemplate
 from tunery.spec import EarlyStopping, Evaluation, Full, Lora, Qlora
 from tunery.wire import Evaluated

@@ -12,7 +12,8 @@ import transformers
 import zoo
 from run_folders import chat, lay_out, plan
 
-from tunery.errors import CannotAdapt, UnusableModel
+from tunery.errors import UnusableModel
+from tunery.failures import CannotAdapt
 from tunery.spec import Lora
 from worker.trainer import trial
 from worker.trainer.convert import convert

@@ -12,10 +12,10 @@ from sqlalchemy.orm import Session
 
 from tunery.artifacts import manifest
 from tunery.artifacts.model import list_for, record
-from tunery.errors import ChecksumMismatch, KeyTaken, ObjectMissing
 from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.storage import Storage, open_storage
+from tunery.storage.errors import ChecksumMismatch, KeyTaken, ObjectMissing
 
 
 @pytest.fixture(params=["directory", "s3"])

@@ -7,7 +7,7 @@ import pytest
 from templates import CHATML, LLAMA_LIKE, MISTRAL_LIKE, QWEN3_LIKE, tokenizer
 
 from tunery.datasets.rules import Summary, check_disjoint, check_examples
-from tunery.errors import InvalidNExamples, InvalidTrainingFile
+from tunery.failures import InvalidNExamples, InvalidTrainingFile
 from tunery.rows.template import ChatTemplate
 
 

@@ -15,12 +15,14 @@ from sqlalchemy.orm import Session
 
 from tunery import ids
 from tunery.datasets import shelf, uploads
+from tunery.datasets.errors import FileInUse
 from tunery.datasets.model import File, Upload, UploadPart
-from tunery.errors import FileInUse, InvalidValue, NotFound, ObjectMissing, TooLarge, WrongState
+from tunery.errors import InvalidValue, NotFound, TooLarge, WrongState
 from tunery.jobs import ledger
 from tunery.jobs.states import State
 from tunery.keys.model import Project
 from tunery.storage import Directory, Storage, open_storage
+from tunery.storage.errors import ObjectMissing
 
 LIMIT = 1000
 GOOD = b'{"messages": []}\n'

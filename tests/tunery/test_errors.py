@@ -1,6 +1,6 @@
 """Errors: what they say, in this process and when another one has said it."""
 
-from tunery.errors import DoesNotFit, InvalidNExamples, JobFailure
+from tunery.failures import DoesNotFit, InvalidNExamples, JobFailure
 
 
 def test_a_docstring_is_the_message() -> None:

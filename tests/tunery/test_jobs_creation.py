@@ -8,7 +8,7 @@ import rows
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tunery.errors import InvalidValue, ModelNotFound
+from tunery.errors import InvalidValue
 from tunery.jobs import creation
 from tunery.jobs.model import Job, JobEvent
 from tunery.jobs.request import JobRequest
@@ -16,6 +16,7 @@ from tunery.jobs.states import State
 from tunery.keys import ring
 from tunery.keys.model import Project
 from tunery.keys.ring import Caller
+from tunery.models.errors import ModelNotFound
 from tunery.spec import Hyperparameters, Lora, TrainingSpec
 
 

@@ -11,17 +11,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from tunery import db
-from tunery.errors import (
-    IllegalMove,
-    InvalidTrainingFile,
-    InvalidValue,
-    LeaseLost,
-    NotFound,
-    QuotaExceeded,
-    TrainingCrashed,
-    WrongState,
-)
+from tunery.errors import InvalidValue, NotFound, WrongState
+from tunery.failures import InvalidTrainingFile, TrainingCrashed
 from tunery.jobs import leases, ledger
+from tunery.jobs.errors import IllegalMove, LeaseLost, QuotaExceeded
 from tunery.jobs.model import Attempt, Checkpoint, Job, JobEvent, Metric
 from tunery.jobs.states import FINAL, TRANSITIONS, State
 

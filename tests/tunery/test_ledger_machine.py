@@ -11,8 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from tunery.errors import InvalidTrainingFile, LeaseLost, WrongState
+from tunery.errors import WrongState
+from tunery.failures import InvalidTrainingFile
 from tunery.jobs import leases, ledger
+from tunery.jobs.errors import LeaseLost
 from tunery.jobs.model import Attempt, Job, JobEvent
 from tunery.jobs.states import FINAL, State
 from tunery.keys.model import Project

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunery.errors import DoesNotFit, InvalidValue
+from tunery.errors import InvalidValue
+from tunery.failures import DoesNotFit
 from tunery.planning import advice, memory
 from tunery.spec import Full, Hyperparameters, Lora, Plan, Qlora, Technique, TrainingSpec
 

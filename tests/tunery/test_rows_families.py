@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from templates import FAMILIES, family
 
-from tunery.errors import CannotRender
+from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example
 from tunery.rows.template import IGNORED, ChatTemplate
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from templates import CHATML, LLAMA_LIKE, QWEN3_LIKE, tokenizer
 
-from tunery.errors import CannotRender, InvalidTrainingFile
+from tunery.failures import InvalidTrainingFile
 from tunery.rows.encoding import encode_example, read_examples
+from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example, Message, Tool
 from tunery.rows.template import ChatTemplate
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunery.errors import InvalidJSONL
+from tunery.rows.errors import InvalidJSONL
 from tunery.rows.jsonl import MAX_LINE_BYTES, JsonlChecker, read_lines
 
 START = "Expected file to have JSONL format, where every line is a valid JSON dictionary."

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunery.errors import InvalidTrainingFile
+from tunery.failures import InvalidTrainingFile
 from tunery.rows import strict_json
 from tunery.rows.messages import parse_line
 

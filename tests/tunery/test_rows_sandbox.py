@@ -10,8 +10,8 @@ import pytest
 from jinja2.exceptions import SecurityError, TemplateError
 from templates import tokenizer
 
-from tunery.errors import CannotRender
 from tunery.rows import dialect, sandbox
+from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Message
 from tunery.rows.template import ChatTemplate
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from openai.types.chat import ChatCompletionMessage, ChatCompletionMessageFunctionToolCall
 
-from tunery.errors import InvalidTrainingFile, InvalidValue, Unsupported
+from tunery.errors import InvalidValue, Unsupported
+from tunery.failures import InvalidTrainingFile
 from tunery.rows.messages import parse_line
 from worker.server.schemas import parse
 

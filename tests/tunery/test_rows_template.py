@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import CHATML, LLAMA_LIKE, MISTRAL_LIKE, SHAPES, SPECIAL, model_folder, tokenizer
 
-from tunery.errors import CannotRender, InvalidTrainingFile
+from tunery.failures import InvalidTrainingFile
 from tunery.rows.encoding import encode_example
+from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example, Message
 from tunery.rows.template import IGNORED, ChatTemplate, Rendered
 

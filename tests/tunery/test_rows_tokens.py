@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from templates import CHATML, LLAMA_LIKE, PHI3_LIKE, SPECIAL, blanks_together, sentencepiece, tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tunery.errors import CannotRender
 from tunery.rows.encoding import encode_example, read_examples
+from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example
 from tunery.rows.template import IGNORED, ChatTemplate, Rendered
 from tunery.rows.tokens import Tokens

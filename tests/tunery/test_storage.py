@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from seaweed import Seaweed
 
-from tunery.errors import ChecksumMismatch, KeyTaken, ObjectMissing
 from tunery.settings import Settings
 from tunery.storage import CHUNK, Storage, check_key, open_storage
+from tunery.storage.errors import ChecksumMismatch, KeyTaken, ObjectMissing
 
 BIG = 37 * 2**20 + 11
 """Two whole parts of a multipart upload and a rest."""

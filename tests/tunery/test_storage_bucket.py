@@ -18,10 +18,10 @@ from proxy import Proxy, proxy_to
 from pydantic import SecretStr
 from seaweed import BUCKET, Seaweed
 
-from tunery.errors import ObjectMissing, StorageFailed
 from tunery.settings import Settings
 from tunery.storage import CHUNK, Storage, disposition, open_storage
 from tunery.storage.bucket import PART
+from tunery.storage.errors import ObjectMissing, StorageFailed
 
 
 @pytest.fixture

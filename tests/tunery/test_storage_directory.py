@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tunery.errors import StorageFailed
 from tunery.storage import Directory
+from tunery.storage.errors import StorageFailed
 
 
 @contextmanager

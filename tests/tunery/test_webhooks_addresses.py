@@ -5,8 +5,9 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from tunery.errors import AddressRefused, InvalidValue
+from tunery.errors import InvalidValue
 from tunery.webhooks.addresses import Address, Resolver, check, is_public, locate, resolve
+from tunery.webhooks.errors import AddressRefused
 
 PUBLIC = [
     "1.1.1.1",

@@ -11,10 +11,11 @@ from sqlalchemy.orm import Session
 from standardwebhooks.webhooks import Webhook
 
 from tunery import db
-from tunery.errors import AddressRefused, InvalidValue, NotFound, ReceiverSilent
+from tunery.errors import InvalidValue, NotFound
 from tunery.keys.model import Project
 from tunery.settings import Settings
 from tunery.webhooks import endpoints
+from tunery.webhooks.errors import AddressRefused, ReceiverSilent
 from tunery.webhooks.messages import EVENT_TYPES
 from tunery.webhooks.model import WebhookEndpoint
 

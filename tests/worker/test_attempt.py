@@ -5,8 +5,8 @@ import rows
 from workshop import Workshop, training_rows
 
 from tunery import wire
-from tunery.errors import LeaseLost
 from tunery.jobs import leases, ledger
+from tunery.jobs.errors import LeaseLost
 from tunery.jobs.leases import Lease
 from tunery.jobs.model import Job
 from worker.supervisor import attempt, staging

@@ -11,7 +11,7 @@ from workshop import FACTS, Workshop, training_rows
 
 from tunery.artifacts import manifest
 from tunery.datasets.rules import check_examples
-from tunery.errors import InvalidTrainingFile
+from tunery.failures import InvalidTrainingFile
 from tunery.rows.template import ChatTemplate
 
 HUGE = "{% set x = ('f' * 4000000) | int(base=16) %}{% set y = ('f' * 2000000) | int(base=16) %}"

@@ -11,13 +11,13 @@ from workshop import FACTS, Workshop, training_rows
 
 from tunery import db
 from tunery.datasets.model import File, Upload
-from tunery.errors import StorageFailed
 from tunery.jobs import leases, ledger
 from tunery.jobs.model import Attempt, Job, Slot
 from tunery.jobs.states import State
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.storage import Directory
+from tunery.storage.errors import StorageFailed
 from worker.supervisor.drain import Drain
 from worker.tasks import conversion, files, validation
 from worker.tasks.claims import only_here

@@ -17,12 +17,13 @@ from workshop import Workshop
 
 from tunery import db, dispatch, processes, wire
 from tunery.artifacts.manifest import Manifest
-from tunery.errors import LeaseLost, StorageFailed
 from tunery.jobs import leases, ledger
+from tunery.jobs.errors import LeaseLost
 from tunery.jobs.model import Attempt, Job, JobEvent
 from tunery.jobs.states import State
 from tunery.settings import Settings
 from tunery.storage import CHUNK, Directory, Stored
+from tunery.storage.errors import StorageFailed
 from worker.supervisor import devices, staging, upload
 from worker.supervisor import process as process_
 from worker.supervisor.deeds import step_message

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from tunery.errors import ChecksumMismatch
 from tunery.storage import Check, Storage, check_key
+from tunery.storage.errors import ChecksumMismatch
 
 NAME = "manifest.json"
 """The manifest's own name. It does not list itself: its sha256 is kept in the database."""

@@ -11,7 +11,6 @@ import typer
 
 from tunery.cli import show
 from tunery.cli.remote import Refused, Remote
-from tunery.errors import ChecksumMismatch
 from tunery.local.drawing import JobProgress, loss_curve
 
 _FINAL = ("succeeded", "failed", "cancelled")
@@ -74,6 +73,9 @@ def download(api: Remote, job: str, folder: Path) -> Iterator[tuple[str, int]]:
         unfinished = target.with_name(f"{target.name}.part")
         found = _fetch(api, f"/fine_tuning/jobs/{job}/artifacts/{quote(file['path'])}", unfinished)
         if found != file["sha256"]:
+            # Here, as storage brings boto3, which would make every command start slowly.
+            from tunery.storage.errors import ChecksumMismatch
+
             unfinished.unlink()
             raise ChecksumMismatch(key=file["path"], expected=file["sha256"], found=found)
         unfinished.rename(target)

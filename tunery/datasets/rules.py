@@ -5,9 +5,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tunery.errors import CannotRender, InvalidNExamples, InvalidTrainingFile
+from tunery.failures import InvalidNExamples, InvalidTrainingFile
 from tunery.rows.dialect import LimitExceeded
 from tunery.rows.encoding import Encoded, encode_answer, encode_example, nothing_trained, read_examples, read_texts
+from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example, FileRole, parse_line
 from tunery.rows.template import ChatTemplate
 

@@ -7,11 +7,14 @@ from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
 from tunery import dispatch, ids
+from tunery.datasets.errors import FileInUse
 from tunery.datasets.model import File
-from tunery.errors import FileInUse, InvalidJSONL, InvalidValue, NotFound, ObjectMissing
+from tunery.errors import InvalidValue, NotFound
 from tunery.paging import Order, page
+from tunery.rows.errors import InvalidJSONL
 from tunery.rows.jsonl import JsonlChecker
 from tunery.storage import Storage, Stored
+from tunery.storage.errors import ObjectMissing
 
 FINE_TUNE = "fine-tune"
 RESULTS = "fine-tune-results"

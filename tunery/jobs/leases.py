@@ -14,8 +14,10 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from tunery import dispatch, ids
-from tunery.errors import LeaseLost, TuneryError, WorkerLost
+from tunery.errors import TuneryError
+from tunery.failures import WorkerLost
 from tunery.jobs import ledger
+from tunery.jobs.errors import LeaseLost
 from tunery.jobs.model import Attempt, Checkpoint, Job, Metric, Slot
 from tunery.jobs.states import State
 

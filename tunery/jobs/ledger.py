@@ -11,7 +11,8 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
 from tunery import dispatch, ids
-from tunery.errors import IllegalMove, InvalidValue, LeaseLost, NotFound, QuotaExceeded, TuneryError, WrongState
+from tunery.errors import InvalidValue, NotFound, TuneryError, WrongState
+from tunery.jobs.errors import IllegalMove, LeaseLost, QuotaExceeded
 from tunery.jobs.model import Job, JobEvent
 from tunery.jobs.states import FINAL, LIVE, TRANSITIONS, State
 from tunery.keys.model import Project

@@ -14,7 +14,8 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from tunery import ids
-from tunery.errors import InvalidValue, NotFound, Unauthenticated
+from tunery.errors import InvalidValue, NotFound
+from tunery.keys.errors import Unauthenticated
 from tunery.keys.model import Key, Project
 
 PREFIX = "tnr_"

@@ -9,7 +9,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from tunery import dispatch, ids
-from tunery.errors import InvalidValue, ModelNotFound, WrongState
+from tunery.errors import InvalidValue, WrongState
+from tunery.models.errors import ModelNotFound
 from tunery.models.model import Alias, Model
 
 SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")

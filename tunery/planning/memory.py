@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tunery.errors import DoesNotFit
+from tunery.failures import DoesNotFit
 from tunery.planning.precision import BYTES, Precision, decide
 from tunery.spec import Full, Lora, Qlora, Technique
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from tunery.errors import CannotRender, InvalidJSONL, InvalidTrainingFile
+from tunery.failures import InvalidTrainingFile
+from tunery.rows.errors import CannotRender, InvalidJSONL
 from tunery.rows.jsonl import read_lines
 from tunery.rows.messages import Example, FileRole, invalid, parse_line
 from tunery.rows.template import IGNORED, ChatTemplate, Rendered

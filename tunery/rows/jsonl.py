@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tunery.errors import InvalidJSONL
 from tunery.rows import containers, strict_json
+from tunery.rows.errors import InvalidJSONL
 
 MAX_LINE_BYTES = 4 * 2**20
 _BOM = b"\xef\xbb\xbf"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from tunery.errors import InvalidTrainingFile
+from tunery.failures import InvalidTrainingFile
 from tunery.rows import keys, reasons, strict_json
 from tunery.rows.jsonl import load_row
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunery.errors import CannotRender
 from tunery.rows.dialect import LimitExceeded
+from tunery.rows.errors import CannotRender
 
 Json = dict[str, Any]
 Render = Callable[[list[Json], list[Json] | None, bool], str]

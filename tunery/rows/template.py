@@ -16,8 +16,9 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
 
-from tunery.errors import CannotRender, Unavailable
+from tunery.errors import Unavailable
 from tunery.rows import template_files as files
+from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example, Message, Tool
 from tunery.rows.sandbox import Environment
 from tunery.rows.sentinels import FieldCheck

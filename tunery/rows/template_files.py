@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from tunery.errors import CannotRender
+from tunery.rows.errors import CannotRender
 
 ADDITIONAL = "additional_chat_templates"
 """The folder of templates besides the default, each a file that has its name."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from tunery.errors import CannotRender
+from tunery.rows.errors import CannotRender
 
 _ANCHORS = ("", "\n")
 """What an answer that is tokenised alone is put behind, so that a tokenizer which writes a blank before the first word

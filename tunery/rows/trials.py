@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tunery.errors import CannotRender
 from tunery.rows.dialect import LimitExceeded
+from tunery.rows.errors import CannotRender
 from tunery.rows.messages import FunctionCall, Message, Tool, ToolCall
 from tunery.rows.template import ChatTemplate
 

@@ -17,8 +17,8 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from tunery.errors import KeyTaken, ObjectMissing, StorageFailed
 from tunery.settings import Settings
+from tunery.storage.errors import KeyTaken, ObjectMissing, StorageFailed
 from tunery.storage.protocol import CHUNK, PRESIGN_SECONDS, Check, Stored, Writer, check_key, copy, fetch, writing
 
 PART = 16 * 2**20

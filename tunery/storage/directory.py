@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tunery.errors import KeyTaken, ObjectMissing, StorageFailed
+from tunery.storage.errors import KeyTaken, ObjectMissing, StorageFailed
 from tunery.storage.protocol import CHUNK, PRESIGN_SECONDS, Check, Stored, Writer, check_key, copy, fetch, writing
 
 

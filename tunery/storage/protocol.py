@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tunery.errors import ChecksumMismatch
+from tunery.storage.errors import ChecksumMismatch
 
 CHUNK = 2**20
 """Bytes per chunk of a read."""

@@ -7,11 +7,12 @@ from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from tunery import db, ids
-from tunery.errors import InvalidValue, NotFound, ReceiverSilent
+from tunery.errors import InvalidValue, NotFound
 from tunery.paging import page
 from tunery.settings import Settings
 from tunery.webhooks import messages, signing
 from tunery.webhooks.addresses import Network, Resolver, check, resolve
+from tunery.webhooks.errors import ReceiverSilent
 from tunery.webhooks.messages import EVENT_TYPES, Message
 from tunery.webhooks.model import WebhookEndpoint
 

@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from ssl import SSLContext
 
 from tunery import ids
-from tunery.errors import AddressRefused, InvalidValue
+from tunery.errors import InvalidValue
 from tunery.webhooks import posting, signing
 from tunery.webhooks.addresses import Network, Resolver, locate, resolve
+from tunery.webhooks.errors import AddressRefused
 from tunery.webhooks.posting import Answer
 
 EVENT_TYPES = ("fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled")

@@ -15,8 +15,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tunery.errors import PromptTooLong
 from tunery.planning.precision import dense_dtype
+from tunery.rows.errors import PromptTooLong
 from tunery.rows.template import ChatTemplate
 from tunery.storage import Storage
 from worker.server.generation import Generation, Sampling

@@ -26,12 +26,15 @@ from tunery import db, wire
 from tunery.artifacts.manifest import Manifest
 from tunery.datasets import shelf
 from tunery.db import UNREACHABLE
-from tunery.errors import JobFailure, LeaseLost, StorageFailed, TrainingCrashed, TuneryError
+from tunery.errors import TuneryError
+from tunery.failures import JobFailure, TrainingCrashed
 from tunery.jobs import leases
+from tunery.jobs.errors import LeaseLost
 from tunery.jobs.leases import Lease
 from tunery.jobs.model import Job
 from tunery.settings import Settings
 from tunery.storage import Storage, Stored
+from tunery.storage.errors import StorageFailed
 from worker.supervisor import staging, upload
 from worker.supervisor.deeds import Scribe, add_model
 from worker.supervisor.drain import Drain

@@ -15,14 +15,15 @@ from sqlalchemy.orm import Session
 from tunery import wire
 from tunery.artifacts import model as artifacts
 from tunery.artifacts.manifest import Manifest
-from tunery.errors import LeaseLost, StorageFailed
 from tunery.jobs import leases, ledger
+from tunery.jobs.errors import LeaseLost
 from tunery.jobs.model import Checkpoint, Job
 from tunery.jobs.states import LIVE
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.storage import Storage
+from tunery.storage.errors import StorageFailed
 from worker.supervisor import upload
 from worker.supervisor.lease import Hold
 from worker.supervisor.staging import StoredFolder

@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 
 from tunery import db
 from tunery.db import UNREACHABLE
-from tunery.errors import LeaseLost
 from tunery.jobs import leases
+from tunery.jobs.errors import LeaseLost
 from tunery.jobs.leases import Lease
 from tunery.settings import Settings
 from worker.supervisor.drain import Drain

@@ -9,8 +9,8 @@ from typing import Self, TypeVar
 
 from tunery.artifacts import manifest
 from tunery.artifacts.manifest import Manifest
-from tunery.errors import KeyTaken, StorageFailed
 from tunery.storage import Storage
+from tunery.storage.errors import KeyTaken, StorageFailed
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from tunery import db
 from tunery.artifacts import manifest
 from tunery.artifacts import model as artifacts
 from tunery.db import UNREACHABLE
-from tunery.errors import KeyTaken, StorageFailed
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.processes import dies_with_parent, tail
 from tunery.settings import Settings
 from tunery.storage import Storage
+from tunery.storage.errors import KeyTaken, StorageFailed
 from tunery.wire import EXIT_USER_ERROR
 from worker.supervisor import staging, upload
 from worker.supervisor.drain import Drain

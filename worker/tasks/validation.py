@@ -13,27 +13,20 @@ from tunery.datasets import rules
 from tunery.datasets.model import File
 from tunery.datasets.rules import Summary
 from tunery.db import UNREACHABLE
-from tunery.errors import (
-    CannotRender,
-    ChecksumMismatch,
-    InvalidTrainingFile,
-    JobFailure,
-    ObjectMissing,
-    TuneryError,
-    Unavailable,
-    ValidationBroke,
-    ValidationLost,
-)
+from tunery.errors import TuneryError, Unavailable
+from tunery.failures import InvalidTrainingFile, JobFailure, ValidationBroke, ValidationLost
 from tunery.jobs import leases, ledger
 from tunery.jobs.model import Job, Slot
 from tunery.jobs.states import State
 from tunery.models.model import Model
 from tunery.planning import advice, memory
+from tunery.rows.errors import CannotRender
 from tunery.rows.messages import FileRole
 from tunery.rows.template import ChatTemplate
 from tunery.settings import Settings
 from tunery.spec import Plan, TrainingSpec
 from tunery.storage import Storage
+from tunery.storage.errors import ChecksumMismatch, ObjectMissing
 from worker.supervisor import staging
 from worker.tasks.claims import only_here
 

@@ -4,7 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-from tunery.errors import CannotRender, UnusableModel
+from tunery.errors import UnusableModel
+from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example, Message
 from tunery.rows.template import ChatTemplate
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from tunery.errors import NotFinite
+from tunery.failures import NotFinite
 from tunery.spec import Plan
 from tunery.wire import CheckpointSaved, Evaluated, Step
 from worker.trainer import checkpoints, evaluate, replays

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tunery.errors import ArtifactDiffers
+from tunery.failures import ArtifactDiffers
 from tunery.spec import Full
 from worker.trainer import dtypes, precision
 from worker.trainer.objective import all_and_trainable

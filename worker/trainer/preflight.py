@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tunery.errors import DoesNotFit
+from tunery.failures import DoesNotFit
 from tunery.planning import memory
 from tunery.spec import Qlora, Technique
 from worker.trainer.data import Row, collate

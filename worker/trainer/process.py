@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from transformers.utils.logging import disable_progress_bar
 
 from tunery import processes
-from tunery.errors import JobFailure, NotFinite, TuneryError, Unavailable
+from tunery.errors import TuneryError, Unavailable
+from tunery.failures import JobFailure, NotFinite
 from tunery.spec import Run
 from tunery.wire import EXIT_PAUSED, Failed, Paused
 from worker.trainer.children import Children, exit_code

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from tunery.errors import InvalidTrainingFile
+from tunery.failures import InvalidTrainingFile
 from tunery.planning.precision import decide
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tunery.errors import CannotAdapt
+from tunery.failures import CannotAdapt
 from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora, Technique
 from worker.trainer.data import Row, collate

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from tunery.errors import CannotAdapt
+from tunery.failures import CannotAdapt
 from tunery.spec import Lora, Technique
 from worker.trainer.kernels import adapters, decoder
 from worker.trainer.recipes.recipe import Recipe, load_dense, make_adamw

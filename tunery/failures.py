@@ -1,0 +1,82 @@
+"""Why jobs fail: a failure's text is shown to the job's owner. The trainer and the workers know these classes."""
+
+from tunery.errors import TuneryError
+
+
+class JobFailure(TuneryError):
+    """The job failed."""
+
+    code = "job_failed"
+
+    @classmethod
+    def quoted(cls, code: str, message: str, param: str | None) -> "JobFailure":
+        """Returns the failure that another process has reported, as the class that has its code."""
+        kind = next((kind for kind in cls.__subclasses__() if kind.code == code), cls)
+        return kind(param=param, message=message)
+
+
+class InvalidTrainingFile(JobFailure):
+    """The job failed due to an invalid {role} file. {reason}"""
+
+    code = "invalid_training_file"
+
+
+class InvalidNExamples(JobFailure):
+    """{role} file has {n} example(s), but must have at least {least} examples"""
+
+    code = "invalid_n_examples"
+
+
+class DoesNotFit(JobFailure):
+    """{what} needs about {needed} and the largest {device} here has {capacity}. {instead}"""
+
+    code = "does_not_fit"
+
+
+class CannotAdapt(JobFailure):
+    """Adapters cannot be put on the base's layers so: {reason} Choose other target_modules or another technique."""
+
+    code = "cannot_adapt"
+
+
+class NotFinite(JobFailure):
+    """The loss became {value} at step {step} and the run was stopped there. Lower the learning rate (it was {rate:g}),
+    or look at the rows of that step in the job's log."""
+
+    code = "nan_loss"
+
+
+class ArtifactDiffers(JobFailure):
+    """The exported files do not answer as the trained model did: their logits are off by {difference:.2%} of their
+    spread, and {tolerance:.2%} is allowed. Nothing was published. This is a fault of the server; its operator finds
+    more in the job's log."""
+
+    code = "artifact_differs"
+
+
+class TrainingCrashed(JobFailure):
+    """Training ended with an error: {reason} The job's log (`GET /v1/fine_tuning/jobs/{job}/logs`) has the whole
+    story."""
+
+    code = "training_crashed"
+
+
+class ValidationBroke(JobFailure):
+    """The job's files could not be checked: {reason}. This is a fault of the server; its operator finds more in the
+    log of the worker for I/O."""
+
+    code = "validation_broke"
+
+
+class ValidationLost(JobFailure):
+    """The job's files could not be checked: the worker that checked them ended {times} times before it was done. Look
+    for rows that are very large; the server's operator finds more in the log of the worker for I/O."""
+
+    code = "validation_lost"
+
+
+class WorkerLost(JobFailure):
+    """The job's worker was lost {times} time(s) {after}: its process, or its host, ended without a word. Look at the
+    host's memory and its log, then create the job again."""
+
+    code = "worker_lost"

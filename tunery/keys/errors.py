@@ -1,0 +1,15 @@
+"""What can be wrong with API keys."""
+
+from tunery.errors import TuneryError
+
+
+class Unauthenticated(TuneryError):
+    """{reason} Send a project's key as 'Authorization: Bearer <key>'; `tunery keys create` makes one."""
+
+    code = "invalid_api_key"
+
+
+class Forbidden(TuneryError):
+    """This key may not {deed}. Use an administrator's key (`tunery keys create --admin`)."""
+
+    code = "forbidden"
