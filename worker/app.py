@@ -18,11 +18,11 @@ from celery import Celery, signals
 from tunery import dispatch
 from tunery.settings import get_settings
 from tunery.storage import open_storage
+from worker.desk import Desk
+from worker.stations import open_desks
 from worker.supervisor import devices
 from worker.supervisor.devices import Device
 from worker.supervisor.drain import Drain
-from worker.tasks.desk import Desk
-from worker.tasks.stations import open_desks
 
 log = logging.getLogger(__name__)
 

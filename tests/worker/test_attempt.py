@@ -9,11 +9,11 @@ from tunery.jobs import leases, ledger
 from tunery.jobs.errors import LeaseLost
 from tunery.jobs.leases import Lease
 from tunery.jobs.model import Job
+from worker.io import validation
 from worker.supervisor import attempt, staging
 from worker.supervisor.deeds import Scribe
 from worker.supervisor.drain import Drain
 from worker.supervisor.lease import Hold
-from worker.tasks import validation
 
 NUL_ANSWER = b"""{"type": "score", "rows": 1, "base_exact": 0, "tuned_exact": 1, "gain": 1, "gain_low": 1,
  "gain_high": 1, "samples": [{"prompt": "\\\\u0000", "base": "a\\u0000b\\\\\\u0000", "\\u0000": null}]}"""

@@ -18,10 +18,10 @@ from tunery.models import registry
 from tunery.models.model import Model
 from tunery.storage import Directory
 from tunery.storage.errors import StorageFailed
+from worker.io import conversion, files, validation
+from worker.io.claims import only_here
+from worker.io.sweeper import Sweeper
 from worker.supervisor.drain import Drain
-from worker.tasks import conversion, files, validation
-from worker.tasks.claims import only_here
-from worker.tasks.sweeper import Sweeper
 
 TERSE = (
     "{% for m in messages %}<|im_start|>{{ m.role[0] }} {{ m.content }}<|im_end|>{% endfor %}"

@@ -24,6 +24,8 @@ from tunery.jobs.states import State
 from tunery.settings import Settings
 from tunery.storage import CHUNK, Directory, Stored
 from tunery.storage.errors import StorageFailed
+from worker.desk import Desk
+from worker.stations import open_desks
 from worker.supervisor import devices, staging, upload
 from worker.supervisor import process as process_
 from worker.supervisor.deeds import step_message
@@ -33,8 +35,6 @@ from worker.supervisor.lease import Hold, Interrupted
 from worker.supervisor.process import environment
 from worker.supervisor.slot import Slot
 from worker.supervisor.staging import StoredFolder
-from worker.tasks.desk import Desk
-from worker.tasks.stations import open_desks
 
 SECRETS = {
     "TUNERY_DATABASE_URL": "postgresql://x",

@@ -27,8 +27,8 @@ from tunery.settings import Settings
 from tunery.spec import Plan, TrainingSpec
 from tunery.storage import Storage
 from tunery.storage.errors import ChecksumMismatch, ObjectMissing
+from worker.io.claims import only_here
 from worker.supervisor import staging
-from worker.tasks.claims import only_here
 
 log = logging.getLogger(__name__)
 

@@ -4,12 +4,12 @@ from tunery import dispatch
 from tunery.settings import Settings
 from tunery.storage import open_storage
 from tunery.webhooks import outbox
+from worker.desk import Desk
+from worker.io import conversion, files, validation
+from worker.io.sweeper import Sweeper
 from worker.supervisor.devices import Device
 from worker.supervisor.drain import Drain
 from worker.supervisor.slot import Slot
-from worker.tasks import conversion, files, validation
-from worker.tasks.desk import Desk
-from worker.tasks.sweeper import Sweeper
 
 _SHOW_SECONDS = 60
 

@@ -15,7 +15,7 @@ from tunery.jobs.states import State
 from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.storage import Storage
-from worker.tasks.claims import only_here
+from worker.io.claims import only_here
 
 log = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from tunery.settings import Settings
 from tunery.storage import Storage
 from tunery.storage.errors import KeyTaken, StorageFailed
 from tunery.wire import EXIT_USER_ERROR
+from worker.io.claims import only_here
 from worker.supervisor import staging, upload
 from worker.supervisor.drain import Drain
 from worker.supervisor.process import ROOT, environment
-from worker.tasks.claims import only_here
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from tunery import db
 from tunery.datasets import shelf
 from tunery.datasets.model import File
 from tunery.storage import Storage
-from worker.tasks.claims import only_here
+from worker.io.claims import only_here
 
 
 def process_next(storage: Storage) -> bool:
