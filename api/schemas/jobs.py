@@ -9,7 +9,7 @@ from api.schemas.wire import Body, Wire, answer_of, maybe_seconds, seconds
 from tunery.jobs import model
 from tunery.jobs.request import JobRequest
 from tunery.jobs.states import State
-from tunery.spec import Hyperparameters, Technique, TrainingOptions
+from tunery.spec import Hyperparameters, RequestedOptions, Technique, TrainingOptions
 
 # --- what is asked for --------------------------------------------------------------------------------------------
 
@@ -100,17 +100,7 @@ JOB: dict[str, Any] = {
     "shared_with_openai": False,
     "phase": None,
     "progress": {"step": 0, "total_steps": None},
-    "technique": None,
-    "learning_rate": None,
-    "schedule": {"type": "cosine", "warmup_ratio": 0.05, "min_ratio": 0.0},
-    "max_seq_length": 2048,
-    "packing": False,
-    "weight_decay": 0.0,
-    "max_grad_norm": 1.0,
-    "early_stopping": None,
-    "select": "last",
-    "evaluation": {"every_steps": "auto", "test_file": None, "max_new_tokens": 64, "max_rows": 1000},
-    "resources": {"gpus": 1},
+    **RequestedOptions().model_dump(mode="json"),
     "priority": 0,
     "scorecard": None,
     "warnings": [],

@@ -20,6 +20,7 @@ SCRIPT = """
 import json, sys
 from fastapi.testclient import TestClient
 from api.main import create_app
+from api.schemas.jobs import JOB
 from tunery.jobs.model import Job
 from tunery.planning import advice
 from tunery.spec import TrainingSpec
@@ -35,6 +36,7 @@ print(json.dumps({
     "made": made,
     "older": http.get(f"/v1/fine_tuning/jobs/{older}").json(),
     "plans": [plan.model_dump(mode="json") for plan in plans],
+    "example": JOB["toy"],
     "schema": app.openapi()["components"]["schemas"]["CreateJob"]["properties"].get("toy"),
 }))
 """
@@ -70,6 +72,6 @@ def test_one_line_makes_an_option(next_release: Path, team: Team, base: str, dat
     assert (asked["toy"], silent["toy"], said["older"]["toy"]) == (5, 3, 3)
     assert wrong["error"]["param"] == "toy"
     assert [plan["toy"] for plan in said["plans"]] == [5, 3]
-    assert said["schema"]["description"] == "A toy"
+    assert (said["schema"]["description"], said["example"]) == ("A toy", 3)
     with database.sessions() as session:
         assert session.get_one(Job, asked["id"]).spec["toy"] == 5
