@@ -74,7 +74,7 @@ def _as_ours(error: Exception, request_id: str, route: str) -> TuneryError | Non
     if isinstance(error, TuneryError) and status_of(error) != 500:
         return error
     if isinstance(error, RequestValidationError):
-        return faults.explain(error)
+        return faults.explain(error, route)
     if isinstance(error, HTTPException):
         return faults.explain_http(error, route)
     if isinstance(error, DataError | UnicodeEncodeError):

@@ -5,12 +5,14 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rows
 import uvicorn
 from databases import Database
-from teams import BASE, TRAIN
+from sqlalchemy import select
+from teams import BASE, LINE, TRAIN
 
 from api.main import create_app
 from tunery import processes
@@ -18,6 +20,7 @@ from tunery.artifacts import manifest
 from tunery.artifacts import model as artifacts
 from tunery.cli import main, show
 from tunery.jobs import ledger
+from tunery.jobs.model import Job
 from tunery.jobs.states import State
 from tunery.keys import ring
 from tunery.local import demo
@@ -78,6 +81,19 @@ def train(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def held_out(tmp_path: Path) -> Path:
+    path = tmp_path / "held-out.jsonl"
+    path.write_bytes(TRAIN.replace(b'"q"', b'"another"'))
+    return path
+
+
+@pytest.fixture
+def base(database: Database) -> str:
+    with database.sessions.begin() as session:
+        return rows.base(session, BASE).id
+
+
 def _job(database: Database, state: State) -> str:
     with database.sessions.begin() as session:
         return rows.job(session, ring.find_project(session, "default"), state).id
@@ -110,13 +126,15 @@ def test_a_broken_line_is_named(tunery: Run, api: str, tmp_path: Path) -> None:
 # --- jobs ---------------------------------------------------------------------------------------------------------
 
 
-def test_create_uploads_files_and_sends_every_option(tunery: Run, api: str, train: Path, database: Database) -> None:
+def test_create_uploads_files_and_sends_every_option(
+    tunery: Run, api: str, train: Path, held_out: Path, database: Database
+) -> None:
     with database.sessions.begin() as session:
         rows.base(session, BASE)
     options = ["--rank", 8, "--epochs", 2, "--batch-size", 4, "--suffix", "cli", "--seed", 3, "--set", "priority=5"]
-    options += ["--set", 'schedule={"type": "linear"}', "--set", "select=last", "--test", train]
+    options += ["--set", 'schedule={"type": "linear"}', "--set", "select=last", "--test", held_out]
     status, out, err = tunery("jobs", "create", "-m", BASE, "--train", train, *options)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, f"Next: tunery jobs watch {out}")
     job = json.loads(tunery("jobs", "show", out.strip(), "--json")[1])
     assert job["technique"]["type"] == "lora"
     assert job["technique"]["r"] == 8
@@ -126,6 +144,124 @@ def test_create_uploads_files_and_sends_every_option(tunery: Run, api: str, trai
     assert job["evaluation"]["test_file"].startswith("file-")
     assert out.strip() in tunery("jobs", "list")[1]
     assert BASE in tunery("jobs", "show", out.strip())[1]
+
+
+def _created(tunery: Run, *arguments: object) -> dict[str, Any]:
+    status, out, err = tunery("jobs", "create", "-m", BASE, *arguments)
+    assert status == 0, err
+    job: dict[str, Any] = json.loads(tunery("jobs", "show", out.strip(), "--json")[1])
+    return job
+
+
+def test_create_merges_settings_with_flags(tunery: Run, api: str, base: str, train: Path, held_out: Path) -> None:
+    settings = ["--set", 'evaluation={"max_rows": 7}', "--set", "evaluation.max_new_tokens=9", "--set", "technique.r=4"]
+    job = _created(tunery, "--train", train, "--test", held_out, "--alpha", 8, *settings)
+    assert job["evaluation"]["test_file"].startswith("file-")
+    assert (job["evaluation"]["max_rows"], job["evaluation"]["max_new_tokens"]) == (7, 9)
+    assert (job["technique"]["r"], job["technique"]["alpha"]) == (4, 8)
+
+
+def test_create_uploads_a_file_that_a_setting_names(
+    tunery: Run, api: str, base: str, train: Path, held_out: Path
+) -> None:
+    job = _created(tunery, "--train", train, "--set", f"evaluation.test_file={held_out}")
+    assert job["evaluation"]["test_file"].startswith("file-")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rank", 8, "--set", "technique.r=4"], ["--rank", "--set technique.r=4", "'technique.r'"]),
+        (["--rank", 8, "--set", "technique=full"], ["--rank", "--set technique=full", "'technique'"]),
+        (["--set", "technique=full", "--set", "technique.r=4"], ["--set technique=full", "--set technique.r=4"]),
+        (["--suffix", "a", "--set", "suffix=b"], ["--suffix", "--set suffix=b", "'suffix'"]),
+        (["--set", "seed=1", "--set", "seed=2"], ["--set seed=1", "--set seed=2"]),
+    ],
+)
+def test_create_refuses_values_that_contradict(
+    tunery: Run, api: str, base: str, train: Path, arguments: list[object], words: list[str]
+) -> None:
+    status, out, err = tunery("jobs", "create", "-m", BASE, "--train", train, *arguments)
+    assert (status, out) == (1, "")
+    assert all(word in err for word in [*words, "contradict"])
+
+
+def test_create_takes_the_same_value_twice(tunery: Run, api: str, base: str, train: Path) -> None:
+    assert _created(tunery, "--train", train, "--rank", 8, "--set", "technique.r=8")["technique"]["r"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-m", BASE, "--test", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
+        (["-m", "SmoLM"], "'SmoLM' does not exist"),
+        (["-m", BASE, "--technique", "dora"], "'technique.type' ('dora'): should be full, lora or qlora"),
+        (["-m", BASE, "--epochs", -1], "n_epochs"),
+        (["-m", BASE, "--set", "sufix=x"], "Did you mean 'suffix'?"),
+        (["-m", BASE, "--set", "technique.rank=8"], "Did you mean 'technique.r'?"),
+        (["-m", BASE, "--set", "select=best"], "Send a validation_file too"),
+        (["-m", BASE, "--valid", "one.csv"], "one.csv"),
+        (["-m", BASE, "--set", "packing"], "name=value"),
+        (["-m", BASE, "--test", "train.jsonl"], "train.jsonl equals the training file"),
+        (["-m", "not-ready"], "'not-ready' is processing"),
+        (["-m", "no-lora", "--rank", 4], "cannot be trained with lora: because"),
+    ],
+)
+def test_create_uploads_nothing_when_it_refuses(
+    tunery: Run, api: str, base: str, database: Database, train: Path, arguments: list[object], words: str
+) -> None:
+    (train.parent / "one.csv").write_text("question,answer\na,b\n")
+    with database.sessions.begin() as session:
+        rows.base(session, "not-ready", status="processing")
+        rows.base(session, "no-lora", facts={**rows.FACTS, "techniques": {"lora": "because"}})
+    status, out, err = tunery("jobs", "create", "--train", train, *arguments)
+    assert (status, out) == (1, "")
+    assert words in err
+    assert json.loads(tunery("files", "list", "--json")[1]) == []
+
+
+def test_create_refuses_a_training_file_of_one_row(tunery: Run, api: str, base: str, tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text(LINE)
+    status, _, err = tunery("jobs", "create", "-m", BASE, "--train", "one.jsonl")
+    assert status == 1
+    assert "one.jsonl: Training file has 1 example(s), but must have at least 10" in err
+    assert json.loads(tunery("files", "list", "--json")[1]) == []
+
+
+def test_create_warns_of_test_rows_that_are_trained_on(
+    tunery: Run, api: str, base: str, train: Path, held_out: Path
+) -> None:
+    held_out.write_bytes(held_out.read_bytes() + LINE.encode())
+    status, _, err = tunery("jobs", "create", "-m", BASE, "--train", train, "--test", held_out)
+    assert status == 0
+    assert err.startswith(
+        "Warning: held-out.jsonl: It shares 1 example(s) with the training file: line 13 (line 1 there)"
+    )
+
+
+def test_create_scores_on_the_training_file_when_asked_to(tunery: Run, api: str, base: str, train: Path) -> None:
+    job = _created(tunery, "--train", train, "--test", train, "--set", "allow_test_on_training_file=true")
+    assert job["evaluation"]["test_file"] == job["training_file"]
+    assert len(json.loads(tunery("files", "list", "--json")[1])) == 1
+
+
+def test_wait_ends_with_the_warnings_and_status_1_after_a_failed_validation(
+    tunery: Run, api: str, base: str, train: Path, database: Database
+) -> None:
+    def fail() -> None:
+        with database.sessions.begin() as session:
+            row = session.scalars(select(Job)).one()
+            ledger.note(session, row.id, "Look at line 3", level="warn")
+            values = {"error_code": "invalid_training_file", "error_message": "Line 2 is wrong."}
+            ledger.move(session, row, State.FAILED, message="failed", **values)
+
+    validation = threading.Timer(2, fail)
+    validation.start()
+    status, _, err = tunery("jobs", "create", "-m", BASE, "--train", train, "--wait")
+    validation.join()
+    assert status == 1
+    assert "Warning: Look at line 3" in err
+    assert "failed. Line 2 is wrong." in err
 
 
 @pytest.mark.parametrize(

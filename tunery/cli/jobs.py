@@ -1,14 +1,14 @@
 """`tunery jobs ...`"""
 
-import json as json_module
 import sys
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 from rich.text import Text
 
-from tunery.cli import show, watching
+from tunery.cli import request, show, watching
 from tunery.cli.files import upload_file
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Refused, Remote
@@ -37,61 +37,45 @@ def create(
     suffix: Annotated[str | None, typer.Option(help="Part of the tuned model's name.")] = None,
     seed: int | None = None,
     set: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other field of the request: name=JSON. Repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="Any field of the request, merged with the others: name=JSON or a.b=JSON."),
     ] = None,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Stay and watch it.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "--wait", "-w", help="Stay until it ends; exit status 1 unless it succeeds.")
+    ] = False,
     json: AsJson = False,
 ) -> None:
-    """Start a job."""
+    """Check a request and its files, upload them, start a job."""
+    given = locals()
+    body = request.build({name: given[name] for name in request.FLAGS}, set or [])
+    request.check(body)
+    files = request.local_files(body)
     api = connect(context)
-    body = {
-        "model": model,
-        "training_file": _file(api, train),
-        "validation_file": _file(api, valid) if valid else None,
-        "technique": _technique(technique, rank, alpha),
-        "method": _method(epochs, batch_size),
-        "learning_rate": learning_rate,
-        "suffix": suffix,
-        "seed": seed,
-        "evaluation": {"test_file": _file(api, test)} if test else None,
-        **dict(_setting(text) for text in set or []),
-    }
-    job = api.call("POST", ROOT, json={name: value for name, value in body.items() if value is not None})
+    _check_model(api, body)
+    warnings = request.check_files(body, files)
+    request.upload(body, files, lambda path: str(upload_file(api, path)["id"]))
+    job = api.call("POST", ROOT, json=body)
     if json:
         show.as_json(job)
     else:
         show.console.print(job["id"], soft_wrap=True)
+    show.warnings([*warnings, *job["warnings"]])
     if watch:
-        watching.watch(api, job["id"])
+        watching.watch(api, job["id"], known=warnings)
+    elif not json:
+        show.hint(f"tunery jobs watch {job['id']}")
 
 
-def _file(api: Remote, name: str) -> str:
-    path = Path(name).expanduser()
-    if path.is_file():
-        return str(upload_file(api, path)["id"])
-    if not name.startswith("file-"):
-        raise Refused(message=f"There is no file {name}. Name a JSONL file, or the id of an uploaded one (file-...).")
-    return name
-
-
-def _technique(kind: str | None, rank: int | None, alpha: float | None) -> dict[str, Any] | None:
-    knobs = {name: value for name, value in (("r", rank), ("alpha", alpha)) if value is not None}
-    return {"type": kind or "lora", **knobs} if kind or knobs else None
-
-
-def _method(epochs: int | None, batch_size: int | None) -> dict[str, Any] | None:
-    knobs = {name: value for name, value in (("n_epochs", epochs), ("batch_size", batch_size)) if value is not None}
-    return {"type": "supervised", "supervised": {"hyperparameters": knobs}} if knobs else None
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise Refused(message=f"--set {text}: write it as name=value, for instance --set packing=true.")
-    try:
-        return name, json_module.loads(value)
-    except ValueError:
-        return name, value  # a bare word is a string
+def _check_model(api: Remote, body: request.Body) -> None:
+    """Raises Refused where the model is unknown, not ready, or cannot be trained with the technique."""
+    model = api.call("GET", f"/models/{quote(body['model'], safe=':/')}")
+    if model["status"] != "ready":
+        raise Refused(
+            message=f"The model '{model['id']}' is {model['status']}. `tunery models show {model['id']}` says more."
+        )
+    technique = (body.get("technique") or {}).get("type")
+    if reason := (model.get("techniques") or {}).get(technique):
+        raise Refused(message=f"The model '{model['id']}' cannot be trained with {technique}: {reason}")
 
 
 @app.command("list")

@@ -86,3 +86,14 @@ def as_json(value: Any) -> None:
 
 def done(message: str) -> None:
     console.print(Text.assemble(("✓ ", "green"), message))
+
+
+def warnings(texts: Iterable[str]) -> None:
+    """Each once, on stderr: standard output holds what programs read."""
+    for text in dict.fromkeys(texts):
+        errors.print(Text.assemble(("Warning: ", "yellow"), text), soft_wrap=True)
+
+
+def hint(command: str) -> None:
+    """The command that comes next."""
+    errors.print(Text(f"Next: {command}", style="dim"), soft_wrap=True)

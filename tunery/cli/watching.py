@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -37,8 +37,11 @@ class Events:
         return found[::-1]
 
 
-def watch(api: Remote, job: str) -> None:
-    """One live line until the job ends; exit status 1 unless it succeeded."""
+def watch(api: Remote, job: str, *, known: Iterable[str] = ()) -> None:
+    """One live line until the job ends, then its warnings; exit status 1 unless it succeeded.
+
+    `known`: warnings that were printed already, as the end of the job's own texts.
+    """
     events = Events(api, job)
     try:
         with JobProgress(show.console) as progress:
@@ -51,7 +54,13 @@ def watch(api: Remote, job: str) -> None:
     except KeyboardInterrupt:
         show.errors.print(f"\nThe job goes on. `tunery jobs watch {job}` comes back to it.", style="dim")
         raise typer.Exit(130) from None
+    show.warnings(text for text in found["warnings"] if not any(_same(text, other) for other in known))
     _tell_end(found, progress)
+
+
+def _same(warning: str, printed: str) -> bool:
+    """Whether the job says about rows in two files what was said before the upload, with a file's name before it."""
+    return warning.endswith(printed.partition(": ")[2])
 
 
 def _tell_end(job: dict[str, Any], progress: JobProgress) -> None:

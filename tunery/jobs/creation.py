@@ -5,10 +5,12 @@ import json
 import secrets
 from typing import Any
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunery import ids
 from tunery.datasets import shelf
+from tunery.datasets.model import File
 from tunery.errors import InvalidValue, NotFound, Unsupported
 from tunery.jobs import ledger
 from tunery.jobs.model import Job
@@ -20,6 +22,10 @@ from tunery.planning import advice
 from tunery.spec import Hyperparameters, Lora, TrainingOptions, TrainingSpec, check_one_rate
 
 _SUPPORTED = "Use method.type 'supervised', with technique full, lora or qlora."
+TEST_IS_TRAINING = (
+    "The test file {file} equals the training file: its scorecard would measure memory, not learning. Name rows that "
+    "are not trained on, or set 'allow_test_on_training_file' to true."
+)
 _ADAPTER = ("r", "alpha", "target_modules")
 
 
@@ -38,13 +44,14 @@ def create(
     )
     if earlier is not None:
         return earlier
-    hyperparameters = _check(request)
+    hyperparameters = check_fields(request)
     model = registry.find_ready(session, caller.project_id, request.model)
     advice.check_modules(request.technique, model.facts)
     spec = _spec(session, request, model, hyperparameters)
     advice.check_technique(spec.technique, model.facts)
     for param, name in _files(request).items():
         _check_file(session, caller.project_id, param, name)
+    _check_held_out(session, request)
     job = _job(request, caller, model, spec)
     job.idempotency_key, job.request_sha256 = idempotency_key, digest
     return ledger.submit(session, job, messages=_remarks(request))
@@ -56,7 +63,7 @@ def _digest(request: JobRequest) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def _check(request: JobRequest) -> Hyperparameters:
+def check_fields(request: JobRequest) -> Hyperparameters:
     """The request's hyperparameters. Raises Unsupported, InvalidValue for fields that contradict each other."""
     _check_method(request.method)
     hyperparameters = _hyperparameters(request)
@@ -103,6 +110,17 @@ def _check_file(session: Session, project_id: str, param: str, name: str) -> Non
     if file.deleted_at is not None:
         raise NotFound(param=param, kind="file", id=name)
     shelf.check_trainable(file, param=param)
+
+
+def _check_held_out(session: Session, request: JobRequest) -> None:
+    """Raises InvalidValue for a test file with the training file's bytes. Why not only a warning, as for single rows:
+    nobody wants that scorecard, and a test file is no field of OpenAI's, whose clients would have to go on working."""
+    test_file = request.evaluation.test_file
+    if test_file is None or request.allow_test_on_training_file:
+        return
+    named = (request.training_file, test_file)
+    if len(set(session.scalars(select(File.sha256).where(File.id.in_(named))))) == 1:
+        raise InvalidValue(param="evaluation.test_file", reason=TEST_IS_TRAINING.format(file=test_file))
 
 
 def _spec(session: Session, request: JobRequest, model: Model, hyperparameters: Hyperparameters) -> TrainingSpec:

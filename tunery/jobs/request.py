@@ -54,3 +54,6 @@ class JobRequest(RequestedOptions, OpenAIRequest):
     """A request for a fine-tune; `creation.create` makes a job of it."""
 
     priority: Int = Field(0, ge=-10, le=10, description="Higher goes first")
+    allow_test_on_training_file: bool = Field(
+        False, description="Take a test file that equals the training file, whose scorecard measures memory alone"
+    )

@@ -1,0 +1,193 @@
+"""What `tunery jobs create` sends: flags and `--set` merged into one request and checked before an upload."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from tunery import field_errors
+from tunery.cli.remote import Refused
+from tunery.datasets import rules
+from tunery.errors import TuneryError
+from tunery.failures import InvalidTrainingFile
+from tunery.jobs import creation
+from tunery.jobs.request import JobRequest
+
+Body = dict[str, Any]
+
+FILES = {"training": "training_file", "validation": "validation_file", "test": "evaluation.test_file"}
+"""The fields that name files, by the file's role."""
+_EPOCHS = "method.supervised.hyperparameters.n_epochs"
+_BATCH = "method.supervised.hyperparameters.batch_size"
+FLAGS = {
+    "model": "model",
+    "train": "training_file",
+    "valid": "validation_file",
+    "test": "evaluation.test_file",
+    "technique": "technique.type",
+    "rank": "technique.r",
+    "alpha": "technique.alpha",
+    "epochs": _EPOCHS,
+    "batch_size": _BATCH,
+    "learning_rate": "learning_rate",
+    "suffix": "suffix",
+    "seed": "seed",
+}
+"""The field that each flag sets."""
+
+
+def build(flags: dict[str, Any], settings: list[str]) -> Body:
+    """One request of all flags that are given and all settings. Raises Refused where two of them contradict."""
+    body: Body = {}
+    origins: dict[str, str] = {}
+    for name, value in flags.items():
+        if value is not None:
+            _merge(body, origins, f"--{name.replace('_', '-')}", FLAGS[name], value)
+    for text in settings:
+        _merge(body, origins, f"--set {text}", *_setting(text))
+    if isinstance(body.get("technique"), dict):
+        body["technique"].setdefault("type", "lora")
+    if isinstance(body.get("method"), dict):
+        body["method"].setdefault("type", "supervised")
+    return body
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not all(name.split(".")):
+        raise Refused(
+            message=f"--set {text}: write it as name=value, for instance --set packing=true or "
+            "--set evaluation.max_rows=50."
+        )
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value  # a bare word is a string
+
+
+def _merge(body: Body, origins: dict[str, str], origin: str, path: str, value: Any) -> None:
+    for leaf, single in _leaves(path, value):
+        _put(body, origins, origin, leaf, single)
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Every value that is not an object, by its dotted path. Null says nothing, as in the API, but in metadata."""
+    if isinstance(value, dict) and value and path != "metadata":
+        for name, inner in value.items():
+            yield from _leaves(f"{path}.{name}", inner)
+    elif value is not None:
+        yield path, value
+
+
+def _put(body: Body, origins: dict[str, str], origin: str, path: str, value: Any) -> None:
+    *folders, name = path.split(".")
+    here, above = body, ""
+    for folder in folders:
+        above = f"{above}.{folder}".lstrip(".")
+        here = here.setdefault(folder, {})
+        if not isinstance(here, dict):
+            raise _contradiction(origin, origins.get(above, ""), above)
+    if name in here and here[name] != value:
+        below = next((other for other in origins if other == path or other.startswith(f"{path}.")), path)
+        raise _contradiction(origin, origins.get(below, ""), path)
+    here[name] = value
+    origins.setdefault(path, origin)
+
+
+def _contradiction(second: str, first: str, path: str) -> Refused:
+    return Refused(message=f"{first} and {second} contradict each other about '{path}'. Give one of them.")
+
+
+# --- checking -----------------------------------------------------------------------------------------------------
+
+
+def check(body: Body) -> None:
+    """Raises what the API would say of the fields: Refused, InvalidValue, Unsupported."""
+    try:
+        creation.check_fields(JobRequest.model_validate(body))
+    except ValidationError as error:
+        faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors(include_url=False)]
+        raise field_errors.explain(faults, body, JobRequest) from None
+
+
+def local_files(body: Body) -> dict[str, Path]:
+    """The files that have to be uploaded, by role. Raises Refused for one that is neither here nor an id."""
+    found = {}
+    for role, field in FILES.items():
+        name = _get(body, field)
+        if name is None:
+            continue
+        path = Path(str(name)).expanduser()
+        if path.is_file():
+            found[role] = path
+        elif not str(name).startswith("file-"):
+            raise Refused(message=f"There is no file {name}. Name a JSONL file, or an uploaded one's id (file-...).")
+    return found
+
+
+def check_files(body: Body, files: dict[str, Path]) -> list[str]:
+    """Warnings about rows that are in two of the files. Raises Refused for a file that the API would refuse."""
+    for role, path in files.items():
+        _check_rows(path, role)
+    train = files.get("training")
+    if train is None:
+        return []
+    test = files.get("test")
+    if test is not None and not body.get("allow_test_on_training_file") and _sha256(test) == _sha256(train):
+        raise Refused(message=creation.TEST_IS_TRAINING.format(file=test))
+    return [text for role, path in files.items() if role != "training" for text in _shared_rows(train, path, role)]
+
+
+def _check_rows(path: Path, role: Any) -> None:
+    """What needs no model of the checks that the upload and the job make."""
+    try:
+        rules.check_examples(_chunks(path), role=role)
+    except TuneryError as error:
+        raise Refused(message=f"{path}: {error.fields.get('reason') or error.message}") from error
+
+
+def _shared_rows(train: Path, other: Path, role: Any) -> list[str]:
+    """What the job's warning will say. A row that is wrong in itself is the job's to report, by its template."""
+    try:
+        rules.check_disjoint(_chunks(train), _chunks(other), role=role)
+    except InvalidTrainingFile as error:
+        reason = str(error.fields["reason"])
+        return [f"{other.name}: {reason}"] if reason.startswith("It shares") else []
+    except TuneryError:
+        return []
+    return []
+
+
+def upload(body: Body, files: dict[str, Path], send: Callable[[Path], str]) -> None:
+    """Sends each file once and puts its id in the place of its path."""
+    ids: dict[Path, str] = {}
+    for role, path in files.items():
+        whole = path.resolve()
+        if whole not in ids:
+            ids[whole] = send(path)
+        *folders, name = FILES[role].split(".")
+        here = body
+        for folder in folders:
+            here = here[folder]
+        here[name] = ids[whole]
+
+
+def _get(body: Body, field: str) -> Any:
+    here: Any = body
+    for step in field.split("."):
+        here = here.get(step) if isinstance(here, dict) else None
+    return here
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            yield chunk
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,146 @@
+"""Why pydantic refused a request, in words that name the field and say what to change."""
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from tunery.errors import InvalidValue
+
+_SHOWN = 80
+_EXPLAINED = 100
+_PLACES = {"body", "query", "path", "header"}
+_MISSING = ("missing", "union_tag_not_found")
+_NOT_OBJECTS = ("dict_type", "model_type", "model_attributes_type")
+_OTHER_NAMES = {
+    "rank": "r",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "epochs": "n_epochs",
+    "num_epochs": "n_epochs",
+    "num_train_epochs": "n_epochs",
+    "per_device_train_batch_size": "batch_size",
+    "lr": "learning_rate",
+    "max_length": "max_seq_length",
+    "lr_scheduler_type": "schedule",
+    "train_file": "training_file",
+    "valid_file": "validation_file",
+}
+"""What other tools call an option."""
+
+Fault = dict[str, Any]
+
+
+def explain(faults: Sequence[Fault], body: Any, known: type[BaseModel] | None = None) -> InvalidValue:
+    """The error of the first field at fault, with every reason that its value was refused for.
+
+    `faults` are pydantic's, each `loc` beginning with its place ("body", "query"). For an unknown name, a field of
+    `known`, the request's class, is suggested.
+    """
+    faults = faults[:_EXPLAINED]
+    path = _path(faults[0], body)
+    same = [fault for fault in faults if _path(fault, body) == path]
+    return InvalidValue(param=path or None, reason=_reason(same, path, body, known))
+
+
+def _path(fault: Fault, body: Any) -> str:
+    """The dotted path of a fault's field. pydantic also names the union's branch it tried; the body has no such key."""
+    place, *steps = fault["loc"] if fault["loc"][0] in _PLACES else ("", *fault["loc"])
+    if place != "body":
+        return ".".join(str(step) for step in steps[:1])
+    if fault["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        steps.append("type")  # what is at fault; pydantic's path ends at the union
+    path, here = [], body
+    for number, step in enumerate(steps):
+        last = number == len(steps) - 1
+        if isinstance(here, dict) and (step in here or (last and fault["type"] in _MISSING)):
+            path.append(str(step))
+            here = here.get(step)
+        elif isinstance(here, list) and isinstance(step, int) and step < len(here):
+            path.append(str(step))
+            here = here[step]
+    return ".".join(path)
+
+
+def _reason(faults: Sequence[Fault], path: str, body: Any, known: type[BaseModel] | None) -> str:
+    kind = faults[0]["type"]
+    if kind in _MISSING and not path:
+        return "The request has no JSON body. Send one, with 'Content-Type: application/json'."
+    if kind in _MISSING:
+        choice = " (full, lora or qlora)" if path == "technique.type" else ""
+        return f"Missing required parameter: '{path}'{choice}."
+    if kind == "extra_forbidden":
+        return _unknown(path, body, known)
+    said = dict.fromkeys(_words(fault) for fault in faults)
+    value = faults[0]["ctx"]["tag"] if kind == "union_tag_invalid" else faults[0]["input"]
+    return f"Invalid value for '{path or 'body'}' ({_shown(value)}): {', or '.join(said)}."
+
+
+def _unknown(path: str, body: Any, known: type[BaseModel] | None) -> str:
+    suggestion = _suggestion(path, known)
+    if path.startswith("technique.") and isinstance(body, dict):
+        kind = body["technique"].get("type")
+        knob = path.partition(".")[2]
+        if kind == "full" and suggestion != "technique.weights_dtype":
+            return f"A full fine-tune has no '{knob}': remove '{path}', or set technique.type to 'lora' or 'qlora'."
+        if kind == "lora" and not suggestion.startswith("technique."):
+            return f"LoRA has no '{knob}': remove '{path}' (see /docs for its knobs; 'qlora' has more)."
+    if suggestion:
+        return f"Unknown parameter: '{path}'. Did you mean '{suggestion}'?"
+    return f"Unknown parameter: '{path}'. Remove it, or check its spelling against /docs."
+
+
+def _suggestion(path: str, known: type[BaseModel] | None) -> str:
+    """The path of the field that `path` probably means, or nothing. Fields beside it come before those elsewhere."""
+    if known is None:
+        return ""
+    folder, _, name = path.rpartition(".")
+    paths = [other for other in _paths(known) if other != path]
+    beside = [other for other in paths if other.rpartition(".")[0] == folder]
+    for candidates in (beside, paths):
+        names = {other.rpartition(".")[2]: other for other in reversed(candidates)}
+        close = [_OTHER_NAMES.get(name, name), *difflib.get_close_matches(name, names, n=1, cutoff=0.75)]
+        for found in close:
+            if found in names:
+                return names[found]
+    return ""
+
+
+@cache
+def _paths(known: type[BaseModel]) -> tuple[str, ...]:
+    """The dotted paths of all fields; deprecated ones last."""
+    found = list(dict.fromkeys(_walk(known)))
+    return tuple(sorted(found, key=lambda path: path.startswith("hyperparameters")))
+
+
+def _walk(kind: Any, folder: str = "") -> Iterator[str]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        for name, field in kind.model_fields.items():
+            yield f"{folder}{name}"
+            yield from _walk(field.annotation, f"{folder}{name}.")
+    else:
+        for part in get_args(kind):
+            yield from _walk(part, folder)
+
+
+def _words(fault: Fault) -> str:
+    if fault["type"] in _NOT_OBJECTS:
+        name, value = fault["loc"][-1], fault["input"]
+        example = f', like {{"type": {json.dumps(value)}}}' if name == "technique" and isinstance(value, str) else ""
+        return f"should be an object in braces{example}"
+    if fault["type"] == "union_tag_invalid":
+        tags = str(fault["ctx"]["expected_tags"]).replace("'", "").split(", ")
+        close = difflib.get_close_matches(str(fault["ctx"]["tag"]), tags, n=1)
+        return f"should be {', '.join(tags[:-1])} or {tags[-1]}" + (f"; did you mean {close[0]}?" if close else "")
+    text = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    return text[:1].lower() + text[1:]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
