@@ -210,6 +210,22 @@ def test_broken_run_goes_on_to_the_bit(
     assert said(ear, "started")[0].first_step == (6 if killed else 8)
 
 
+def test_training_and_validation_rows_are_read_once(tmp_path: Path, tiny: Path) -> None:
+    folder = lay_out(tmp_path / "run", tiny, plan(n_epochs=2), ROWS, ROWS[:3])
+    opened: list[str] = []
+    watched = [True]
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if watched and event == "open" and str(arguments[0]).startswith(str(folder / "data")):
+            opened.append(Path(str(arguments[0])).name)
+
+    sys.addaudithook(note)  # sees every way to open a file, and cannot be taken out again
+    assert carry_out(folder, Voice(None), Wish())
+    watched.clear()
+
+    assert sorted(opened) == ["train.jsonl", "valid.jsonl"]
+
+
 def test_loss_that_is_no_number_ends_the_run_before_the_weights_are_touched(tmp_path: Path, tiny: Path) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(learning_rate=1.0, n_epochs=3), ROWS)
     t = prepare(folder, Voice(None), Wish())

@@ -2,15 +2,18 @@
 
 import hashlib
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import rows
-from sqlalchemy import update
+from sqlalchemy import select, update
 from workshop import FACTS, Workshop, training_rows
 
 from tunery import db
 from tunery.datasets.model import File, Upload
+from tunery.failures import InvalidTrainingFile
 from tunery.jobs import leases, ledger
 from tunery.jobs.model import Attempt, Job, Slot
 from tunery.jobs.states import State
@@ -18,7 +21,8 @@ from tunery.models import registry
 from tunery.models.model import Model
 from tunery.storage import Directory
 from tunery.storage.errors import StorageFailed
-from worker.io import conversion, files, validation
+from worker.io import checks, conversion, files, validation
+from worker.io.checks import Case, Findings
 from worker.io.claims import only_here
 from worker.io.sweeper import Sweeper
 from worker.supervisor.drain import Drain
@@ -89,6 +93,52 @@ def test_a_good_job_is_planned_and_queued_once(workshop: Workshop) -> None:
     told = workshop.story(job_id)
     assert any("shares 1 example" in line for line in told)
     assert any("asks for 2 GPUs" in line for line in told)
+
+
+class _Counting(Directory):
+    """A storage that counts how often each object is read."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.reads: Counter[str] = Counter()
+
+    def read(self, key: str, start: int = 0) -> Iterator[bytes]:
+        self.reads[key] += 1
+        return super().read(key, start)
+
+
+def test_each_file_is_read_once_though_all_are_compared(workshop: Workshop, tmp_path: Path) -> None:
+    training, valid, test = (workshop.file(training_rows(12, first)) for first in (0, 11, 10))
+    job_id = workshop.submit(training, valid, test)
+    with workshop.session() as session:
+        keys = set(session.scalars(select(File.key)))
+    storage = _Counting(tmp_path / "objects")
+
+    assert validation.validate_next(workshop.settings, storage)
+
+    assert {key: storage.reads[key] for key in keys} == dict.fromkeys(keys, 1)
+    shared = [line[:73] for line in workshop.story(job_id) if "shares" in line]
+    assert shared == [
+        "The validation file's figures will flatter the model. It shares 1 example",
+        "The test file's figures will flatter the model. It shares 2 example(s) wi",
+    ]
+
+
+def test_a_check_is_added_by_its_place_in_the_list(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_parity(case: Case, found: Findings) -> list[str]:
+        if found.summaries["training"].examples % 2:
+            raise InvalidTrainingFile(param="training_file", role="training", reason="Its rows are odd in number.")
+        return [f"{found.plan.technique.type} on an even number of rows"]
+
+    monkeypatch.setattr(checks, "CHECKS", (*checks.CHECKS, check_parity))
+    even, odd = (workshop.submit(workshop.file(training_rows(count))) for count in (12, 13))
+
+    assert _validate(workshop)
+    assert _validate(workshop)
+
+    assert "lora on an even number of rows" in workshop.story(even)
+    assert "Its rows are odd in number." in str(workshop.job(odd).error_message)
+    assert (workshop.job(even).state, workshop.job(odd).state) == ("queued", "failed")
 
 
 def test_what_a_file_should_not_have_is_named_once_in_the_jobs_story(workshop: Workshop) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ from tunery import field_errors
 from tunery.cli.remote import Refused
 from tunery.datasets import rules
 from tunery.errors import TuneryError
-from tunery.failures import InvalidTrainingFile
 from tunery.jobs import creation
 from tunery.jobs.request import JobRequest
+from tunery.rows.messages import FileRole
 
 Body = dict[str, Any]
 
-FILES = {"training": "training_file", "validation": "validation_file", "test": "evaluation.test_file"}
+FILES: dict[FileRole, str] = {
+    "training": "training_file",
+    "validation": "validation_file",
+    "test": "evaluation.test_file",
+}
 """The fields that name files, by the file's role."""
 _EPOCHS = "method.supervised.hyperparameters.n_epochs"
 _BATCH = "method.supervised.hyperparameters.batch_size"
@@ -113,9 +118,9 @@ def check(body: Body) -> None:
         raise field_errors.explain(faults, body, JobRequest) from None
 
 
-def local_files(body: Body) -> dict[str, Path]:
+def local_files(body: Body) -> dict[FileRole, Path]:
     """The files that have to be uploaded, by role. Raises Refused for one that is neither here nor an id."""
-    found = {}
+    found: dict[FileRole, Path] = {}
     for role, field in FILES.items():
         name = _get(body, field)
         if name is None:
@@ -128,40 +133,28 @@ def local_files(body: Body) -> dict[str, Path]:
     return found
 
 
-def check_files(body: Body, files: dict[str, Path]) -> list[str]:
+def check_files(body: Body, files: dict[FileRole, Path]) -> list[str]:
     """Warnings about rows that are in two of the files. Raises Refused for a file that the API would refuse."""
+    overlap = rules.Overlap()
     for role, path in files.items():
-        _check_rows(path, role)
-    train = files.get("training")
-    if train is None:
-        return []
-    test = files.get("test")
-    if test is not None and not body.get("allow_test_on_training_file") and _sha256(test) == _sha256(train):
+        _check_rows(path, role, overlap)
+    train, test = files.get("training"), files.get("test")
+    repeats = train is not None and test is not None and _sha256(test) == _sha256(train)
+    if repeats and not body.get("allow_test_on_training_file"):
         raise Refused(message=creation.TEST_IS_TRAINING.format(file=test))
-    return [text for role, path in files.items() if role != "training" for text in _shared_rows(train, path, role)]
+    # Where the training file is one that was uploaded before, there are no rows of it to compare with.
+    return [f"{path.name}: {reason}" for role, path in files.items() if (reason := overlap.reason(role))]
 
 
-def _check_rows(path: Path, role: Any) -> None:
+def _check_rows(path: Path, role: FileRole, overlap: rules.Overlap) -> None:
     """What needs no model of the checks that the upload and the job make."""
     try:
-        rules.check_examples(_chunks(path), role=role)
+        rules.check_examples(_chunks(path), role=role, seen=partial(overlap.add, role))
     except TuneryError as error:
         raise Refused(message=f"{path}: {error.fields.get('reason') or error.message}") from error
 
 
-def _shared_rows(train: Path, other: Path, role: Any) -> list[str]:
-    """What the job's warning will say. A row that is wrong in itself is the job's to report, by its template."""
-    try:
-        rules.check_disjoint(_chunks(train), _chunks(other), role=role)
-    except InvalidTrainingFile as error:
-        reason = str(error.fields["reason"])
-        return [f"{other.name}: {reason}"] if reason.startswith("It shares") else []
-    except TuneryError:
-        return []
-    return []
-
-
-def upload(body: Body, files: dict[str, Path], send: Callable[[Path], str]) -> None:
+def upload(body: Body, files: dict[FileRole, Path], send: Callable[[Path], str]) -> None:
     """Sends each file once and puts its id in the place of its path."""
     ids: dict[Path, str] = {}
     for role, path in files.items():

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from tunery.failures import InvalidNExamples, InvalidTrainingFile
 from tunery.rows.dialect import LimitExceeded
-from tunery.rows.encoding import Encoded, encode_answer, encode_example, nothing_trained, read_examples, read_texts
+from tunery.rows.encoding import Encoded, encode_answer, encode_example, nothing_trained, read_texts
 from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example, FileRole, parse_line
 from tunery.rows.template import ChatTemplate
@@ -79,18 +79,23 @@ def check_examples(
     template: ChatTemplate | None = None,
     max_length: int = 2048,
     least: int | None = None,
+    seen: Callable[[int, Example], object] | None = None,
 ) -> Summary:
     """Reads the whole file, row by row, in constant memory.
 
     `least`: examples that it must have (a training file 10, others 1). Without a template, rows are judged by their
-    own form only. Raises InvalidTrainingFile, with the first fault and the lines of the others, or InvalidNExamples.
+    own form only. `seen` is called with each good line's number and example.
+    Raises InvalidTrainingFile, with the first fault and the lines of the others, or InvalidNExamples.
     """
     summary = Summary()
     faults: dict[int, InvalidTrainingFile] = {}
     try:
         for number, text in read_texts(chunks, role):
             try:
-                _judge(summary, number, parse_line(text, number, role), role, template, max_length)
+                example = parse_line(text, number, role)
+                _judge(summary, number, example, role, template, max_length)
+                if seen is not None:
+                    seen(number, example)
             except InvalidTrainingFile as fault:
                 faults[number] = fault
                 if len(faults) == _MOST_FAULTS or _is_exhausting(fault):
@@ -183,27 +188,34 @@ def _check_answer(summary: Summary, number: int, template: ChatTemplate, example
         summary.unscorable.append(number)
 
 
-def check_disjoint(train: Iterable[bytes], held_out: Iterable[bytes], *, role: FileRole = "validation") -> None:
-    """Raises InvalidTrainingFile, with line numbers, where a held-out row is a training row too.
+class Overlap:
+    """Finds held-out rows that are training rows too, while the files are read: the training file first.
 
     Rows are the same when their conversations are, however they are spelled: ids and other extra keys do not count.
     Memory: some 100 bytes for each training row, however long it is.
     """
-    lines_of_train: dict[bytes, int] = {}
-    for number, example in read_examples(train, "training"):
-        lines_of_train.setdefault(_digest(example), number)
-    shared = [
-        f"line {number} (line {twin} there)"
-        for number, example in read_examples(held_out, role)
-        if (twin := lines_of_train.get(_digest(example))) is not None
-    ]
-    if shared:
+
+    def __init__(self) -> None:
+        self._lines_of_train: dict[bytes, int] = {}
+        self._shared: dict[FileRole, list[str]] = {}
+
+    def add(self, role: FileRole, number: int, example: Example) -> None:
+        """Keeps a training row's digest, or compares a held-out row with those kept."""
+        digest = _digest(example)
+        if role == "training":
+            self._lines_of_train.setdefault(digest, number)
+        elif (twin := self._lines_of_train.get(digest)) is not None:
+            self._shared.setdefault(role, []).append(f"line {number} (line {twin} there)")
+
+    def reason(self, role: FileRole) -> str | None:
+        """Which rows the `role` file shares, with their line numbers; None where it shares none."""
+        shared = self._shared.get(role)
+        if not shared:
+            return None
         more = f" and {len(shared) - _SHOWN} more" if len(shared) > _SHOWN else ""
-        raise InvalidTrainingFile(
-            param=f"{role}_file",
-            role=role,
-            reason=f"It shares {len(shared)} example(s) with the training file: {', '.join(shared[:_SHOWN])}{more}. "
-            "Remove them from one of the two.",
+        return (
+            f"It shares {len(shared)} example(s) with the training file: {', '.join(shared[:_SHOWN])}{more}. "
+            "Remove them from one of the two."
         )
 
 

@@ -1,0 +1,169 @@
+"""What a job has to pass before it may wait for a GPU, in order: its files, its plan and the devices that there are.
+
+A check returns warnings, with which the job goes on, or raises JobFailure, whose text is the owner's to read. A new one
+is a function and a line in CHECKS.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+from tunery.datasets import rules
+from tunery.datasets.model import File
+from tunery.datasets.rules import Overlap, Summary
+from tunery.failures import InvalidTrainingFile
+from tunery.jobs.model import Slot
+from tunery.models.model import Model
+from tunery.planning import advice, memory
+from tunery.rows.messages import FileRole
+from tunery.rows.template import ChatTemplate
+from tunery.settings import Settings
+from tunery.spec import Plan, TrainingSpec
+from tunery.storage import Storage
+from worker.supervisor import staging
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job with all that its validation reads, taken out of the database before the long work."""
+
+    job_id: str
+    created_at: datetime
+    spec: TrainingSpec
+    files: Mapping[FileRole, File]
+    base: Model
+    slots: Sequence[Slot]
+
+    @property
+    def max_length(self) -> int:
+        return advice.max_length(self.spec, self.base.facts)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`gpu_bytes` and `cpu_bytes` are what a claim needs to know of the memory; see `ledger.enqueue`."""
+
+    plan: Plan
+    gpu_bytes: int
+    cpu_bytes: int | None
+    warnings: list[str]
+
+
+@dataclass
+class Findings:
+    """What earlier checks leave for later ones. `plan` and the memory that it needs are set by `check_fit`."""
+
+    storage: Storage
+    template: ChatTemplate
+    summaries: dict[FileRole, Summary] = field(default_factory=dict)
+    overlap: Overlap = field(default_factory=Overlap)
+    plan: Plan = field(init=False)
+    gpu_bytes: int = field(init=False)
+    cpu_bytes: int = field(init=False)
+
+
+def judge(case: Case, settings: Settings, storage: Storage) -> Verdict:
+    """The plan of a job that can succeed. Raises JobFailure where it cannot, CannotRender, ObjectMissing,
+    ChecksumMismatch where its base or files cannot be read."""
+    template = ChatTemplate.load(staging.text_folder(settings.models_dir, storage, case.base), now=case.created_at)
+    found = Findings(storage, template)
+    warnings = [warning for check in CHECKS for warning in check(case, found)]
+    return Verdict(found.plan, found.gpu_bytes, None if _gpus(case.slots) else found.cpu_bytes, warnings)
+
+
+def check_files(case: Case, found: Findings) -> list[str]:
+    """Reads each file, once: all that later checks ask of its rows is taken down meanwhile."""
+    for role, file in case.files.items():  # the training file first, with which the others are compared
+        if file.status == "error":
+            reason = file.status_details or "It could not be read."
+            raise InvalidTrainingFile(param=f"{role}_file", role=role, reason=reason)
+        found.summaries[role] = rules.check_examples(
+            found.storage.read(file.key),
+            role=role,
+            template=found.template,
+            max_length=case.max_length,
+            seen=partial(found.overlap.add, role) if len(case.files) > 1 else None,
+        )
+    return [
+        f"{role.capitalize()} file: {warning}"
+        for role, summary in found.summaries.items()
+        for warning in summary.warnings(case.max_length)
+    ]
+
+
+def check_fit(case: Case, found: Findings) -> list[str]:
+    """Makes the plan and estimates its memory. Raises DoesNotFit where the largest device known is too small."""
+    found.plan = _plan(case, found.summaries["training"])
+    found.gpu_bytes, found.cpu_bytes = (_need(case, found.plan, device) for device in ("cuda", "cpu"))
+    return []
+
+
+def check_plan(case: Case, found: Findings) -> list[str]:
+    """Warns of what the plan will hardly learn."""
+    examples, asked = found.summaries["training"].examples, case.spec.max_seq_length
+    return advice.warnings(found.plan, examples=examples, facts=case.base.facts, asked_length=asked)
+
+
+def check_overlap(case: Case, found: Findings) -> list[str]:
+    """Warns of held-out rows that are trained on. OpenAI takes such files, and code written for it must go on working,
+    so the job does not fail."""
+    return [
+        f"The {role} file's figures will flatter the model. {reason}"
+        for role in case.files
+        if (reason := found.overlap.reason(role))
+    ]
+
+
+def check_hosts(case: Case, found: Findings) -> list[str]:
+    """Warns of a job that no host here can take: it waits, which should not surprise its owner."""
+    if not case.slots:
+        needs = f"a GPU with {memory.gib(found.gpu_bytes)} of memory, or a host with {memory.gib(found.cpu_bytes)}"
+        return [f"No worker for training has come yet: the job waits for one that has {needs}."]
+    large = [slot for slot in _gpus(case.slots) if slot.memory_bytes >= found.gpu_bytes] or case.slots
+    hosts = [slot.host for slot in large]
+    most = max(hosts.count(host) for host in hosts)
+    gpus = found.plan.resources.gpus
+    if gpus <= most:
+        return []
+    return [
+        f"The job asks for {gpus} GPUs and no host here has more than {most} with the memory that it needs: it waits "
+        "for one."
+    ]
+
+
+CHECKS: tuple[Callable[[Case, Findings], list[str]], ...] = (
+    check_files,
+    check_fit,
+    check_plan,
+    check_overlap,
+    check_hosts,
+)
+"""In order: `check_files` and `check_fit` leave what the others read."""
+
+
+def _plan(case: Case, summary: Summary) -> Plan:
+    """Raises DoesNotFit where the largest device known is too small; without any worker yet nothing is too large."""
+    facts, length = case.base.facts, case.max_length
+    # A host's memory is no measure for a job that a GPU is there for: it would wait for weeks on a CPU.
+    largest = max(_gpus(case.slots) or case.slots, key=lambda slot: slot.memory_bytes, default=None)
+    if largest is None:
+        return advice.resolve(case.spec, examples=summary.examples, facts=facts, bf16_fits=True)
+    limits: dict[str, Any] = {
+        "max_seq_length": length,
+        "capacity": largest.memory_bytes,
+        "device": "cpu" if largest.gpu_index is None else "cuda",
+    }
+    fits = memory.bf16_fits(facts, **limits)
+    plan = advice.resolve(case.spec, examples=summary.examples, facts=facts, bf16_fits=fits)
+    memory.check(facts, plan.technique, **limits, model=case.base.id)
+    return plan
+
+
+def _gpus(slots: Sequence[Slot]) -> list[Slot]:
+    return [slot for slot in slots if slot.gpu_index is not None]
+
+
+def _need(case: Case, plan: Plan, device: str) -> int:
+    return memory.estimate(case.base.facts, plan.technique, max_seq_length=case.max_length, device=device).bytes
