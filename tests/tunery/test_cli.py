@@ -4,6 +4,8 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,15 @@ from api.main import create_app
 from tunery import processes
 from tunery.artifacts import manifest
 from tunery.artifacts import model as artifacts
-from tunery.cli import main, show
+from tunery.cli import main, show, standing
 from tunery.jobs import ledger
-from tunery.jobs.model import Job
+from tunery.jobs.model import Checkpoint, Job, Metric
 from tunery.jobs.states import State
 from tunery.keys import ring
 from tunery.local import demo
 from tunery.local.stack import Stack
 from tunery.models.model import Model
+from tunery.spec import Resources
 from tunery.storage import open_storage
 
 Run = Callable[..., tuple[int, str, str]]
@@ -323,6 +326,67 @@ def test_watch_reads_every_event_once_over_many_pages(tunery: Run, api: str, dat
     assert "step 250/250" in tunery("jobs", "watch", job)[1]
 
 
+@pytest.mark.parametrize("command", ["download", "logs"])
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (State.FAILED, "it failed. for the test"),
+        (State.RUNNING, "it is running."),
+        (State.CANCELLED, "it is cancelled."),
+    ],
+)
+def test_what_a_job_has_not_made_is_an_error(
+    tunery: Run, api: str, database: Database, command: str, state: State, words: str
+) -> None:
+    job = _job(database, state)
+    status, out, err = tunery("jobs", command, job)
+    assert (status, out) == (1, "")
+    assert words in err
+    assert f"tunery jobs {'watch' if state is State.RUNNING else 'events'} {job}" in err
+
+
+def test_show_says_how_far_a_job_is(tunery: Run, api: str, database: Database) -> None:
+    job = _job(database, State.RUNNING)
+    with database.sessions.begin() as session:
+        row = session.get_one(Job, job)
+        row.phase, row.step, row.total_steps, row.progress = "training", 7, 20, {"train_loss": 1.2345}
+        row.estimated_finish = datetime.now(UTC) + timedelta(seconds=100)
+        ledger.note(session, job, "The test file's figures will flatter the model.", level="warn")
+    for name in ("show", "get"):
+        status, out, err = tunery("jobs", name, job)
+        assert status == 0
+        facts = dict(line.split(maxsplit=1) for line in out.splitlines())
+        assert (facts["phase"].strip(), facts["step"].strip(), facts["loss"].strip()) == ("training", "7/20", "1.234")
+        assert "left" in facts["time"]
+        assert err == (f"Warning: The test file's figures will flatter the model.\nNext: tunery jobs watch {job}\n")
+
+
+def test_show_says_what_a_job_waits_for(tunery: Run, api: str, database: Database) -> None:
+    with database.sessions.begin() as session:
+        row = rows.job(session, ring.find_project(session, "default"), State.QUEUED)
+        row.plan, row.gpus = rows.plan(resources=Resources(gpus=2)).model_dump(mode="json"), 2
+        job = row.id
+    assert "2 GPUs of one host to be free" in tunery("jobs", "show", job)[1]
+
+
+def test_metrics_checkpoints_and_scorecard(tunery: Run, api: str, database: Database) -> None:
+    job = _job(database, State.SUCCEEDED)
+    assert "has measured nothing yet" in tunery("jobs", "metrics", job)[2]
+    assert "has no checkpoint yet" in tunery("jobs", "checkpoints", job)[2]
+    status, _, err = tunery("jobs", "scorecard", job)
+    assert status == 1
+    assert "names no test file" in err
+    with database.sessions.begin() as session:
+        row = session.get_one(Job, job)
+        row.scorecard = {"rows": 2}
+        session.add(Metric(job_id=job, step=1, values={"train_loss": 2.5, "learning_rate": 0.001}))
+        session.add(Checkpoint(id="ftckpt_1", job_id=job, step=1, model_id=str(row.tuned_model), metrics={}))
+        model = str(row.tuned_model)
+    assert tunery("jobs", "metrics", job)[1].split() == ["STEP", "TRAIN_LOSS", "LEARNING_RATE", "1", "2.5", "0.001"]
+    assert model in tunery("jobs", "checkpoints", job)[1]
+    assert json.loads(tunery("jobs", "scorecard", job)[1]) == {"rows": 2}
+
+
 def test_logs(tunery: Run, api: str, database: Database) -> None:
     job = _job(database, State.SUCCEEDED)
     open_storage(database.settings).put(f"jobs/{job}/logs/0001-000001", b"one\ntwo\n")
@@ -455,3 +519,17 @@ def test_no_database(tunery: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_down_where_nothing_runs(tunery: Run) -> None:
     assert tunery("down")[:2] == (0, "Nothing runs in .tunery/up.\n")
+
+
+def test_home_is_inherited_by_every_command(tunery: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tunery("--home", "other", "down")[:2] == (0, "Nothing runs in other.\n")
+    assert tunery("down", "--home", "third")[:2] == (0, "Nothing runs in third.\n")
+    started: list[Path] = []
+    monkeypatch.setattr(standing, "up", lambda home, **_: started.append(home))
+    tunery("--home", "other", "up")
+    tunery("up", "--home", "third")
+    assert started == [Path("other"), Path("third")]
+
+
+def test_version(tunery: Run) -> None:
+    assert tunery("--version")[:2] == (0, f"tunery {metadata.version('tunery')}\n")

@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 
 from tunery import db
 from tunery.cli import show
-from tunery.cli.remote import HOME, Refused
+from tunery.cli.options import stack_home
+from tunery.cli.remote import Refused
 from tunery.errors import NotFound, TuneryError
 from tunery.keys import ring
 from tunery.local import state
@@ -32,7 +33,7 @@ class NoDatabase(TuneryError):
 @contextmanager
 def _transaction(context: typer.Context) -> Iterator[Session]:
     """On TUNERY_DATABASE_URL, else on the stack that runs in --home."""
-    local = state.running(context.find_root().params.get("home") or HOME)
+    local = state.running(stack_home(context))
     if "TUNERY_DATABASE_URL" not in os.environ and local:
         os.environ["TUNERY_DATABASE_URL"] = local["database_url"]
         get_settings.cache_clear()

@@ -2,13 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import quote
 
 import typer
 from rich.text import Text
 
-from tunery.cli import request, show, watching
+from tunery.cli import request, show, summary, watching
 from tunery.cli.files import upload_file
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Refused, Remote
@@ -106,32 +106,52 @@ def show_job(context: typer.Context, job: str, json: AsJson = False) -> None:
     found = connect(context).call("GET", f"{ROOT}/{job}")
     if json:
         return show.as_json(found)
-    error = found.get("error") or {}
-    show.facts(
-        [
-            ("id", found["id"]),
-            ("status", show.status(found["status"])),
-            ("error", Text(error["message"], style="red") if error.get("message") else None),
-            ("base", found["model"]),
-            ("tuned model", found["fine_tuned_model"]),
-            ("technique", _compact(found.get("technique"))),
-            ("hyperparameters", _compact(found["hyperparameters"])),
-            ("training file", found["training_file"]),
-            ("validation file", found["validation_file"]),
-            ("trained tokens", f"{found['trained_tokens']:,}" if found["trained_tokens"] else None),
-            ("created", f"{show.age(found['created_at'])} ago"),
-            ("scorecard", _compact(found.get("scorecard"), skip=("samples",))),
-        ]
-    )
+    summary.print_job(found)
     return None
 
 
-def _compact(value: dict[str, Any] | None, skip: tuple[str, ...] = ()) -> str:
-    return "  ".join(f"{name}={_short(v)}" for name, v in (value or {}).items() if name not in skip)
+@app.command("get", hidden=True)
+def get_job(context: typer.Context, job: str, json: AsJson = False) -> None:
+    """The same as show: other tools call it so."""
+    show_job(context, job, json)
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+@app.command()
+def metrics(context: typer.Context, job: str, limit: int = 1000, json: AsJson = False) -> None:
+    """What each step measured, oldest first."""
+    found = connect(context).call("GET", f"{ROOT}/{job}/metrics", params={"limit": limit})["data"]
+    if json:
+        return show.as_json(found)
+    names = ("train_loss", "valid_loss", "full_valid_loss", "learning_rate", "grad_norm")
+    columns = ("step", *(name for name in names if any(row.get(name) is not None for row in found)))
+    rows = ([summary.short(row.get(column, "")) for column in columns] for row in found)
+    show.table(columns, rows, empty=f"{job} has measured nothing yet.")
+    return None
+
+
+@app.command()
+def checkpoints(context: typer.Context, job: str, json: AsJson = False) -> None:
+    """The models of a job's last epochs, newest first."""
+    found = connect(context).pages(f"{ROOT}/{job}/checkpoints", limit=100)
+    if json:
+        return show.as_json(found)
+    rows = (
+        (c["step_number"], c["fine_tuned_model_checkpoint"], summary.compact(c["metrics"], skip=("step",)))
+        for c in found
+    )
+    show.table(("step", "model", "metrics"), rows, empty=f"{job} has no checkpoint yet: each epoch's end is one.")
+    return None
+
+
+@app.command()
+def scorecard(context: typer.Context, job: str) -> None:
+    """Base against tuned model on the test rows, as JSON."""
+    found = connect(context).call("GET", f"{ROOT}/{job}")
+    if found["scorecard"] is None:
+        unscored = "it names no test file (`jobs create --test FILE`)"
+        reason = unscored if found["evaluation"]["test_file"] is None else f"it is {found['status']}"
+        raise Refused(message=f"{job} has no scorecard: {reason}.")
+    show.as_json(found["scorecard"])
 
 
 @app.command()
@@ -161,9 +181,14 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay and print what comes.")] = False,
 ) -> None:
     """A job's log."""
-    for chunk in connect(context).stream(f"{ROOT}/{job}/logs", tail=tail, follow=str(follow).lower()):
+    api, empty = connect(context), True
+    for chunk in api.stream(f"{ROOT}/{job}/logs", tail=tail, follow=str(follow).lower()):
+        empty = empty and not chunk
         sys.stdout.buffer.write(chunk)
         sys.stdout.buffer.flush()
+    if empty and tail:
+        found = api.call("GET", f"{ROOT}/{job}")
+        raise Refused(message=f"{job} has no log: {summary.why_nothing(found)}")
 
 
 @app.command()

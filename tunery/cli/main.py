@@ -1,19 +1,19 @@
 """`tunery ...`: the program. An error is one line on stderr and exit status 1; a traceback is a bug of ours."""
 
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tunery.cli import access, files, jobs, models, show
-from tunery.cli.options import ApiKey, ApiUrl, Home
+from tunery.cli.options import ApiKey, ApiUrl, Home, stack_home
 from tunery.cli.remote import HOME
 from tunery.errors import TuneryError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Fine-tuning on your own machines, behind OpenAI's API.",
 )
@@ -23,17 +23,29 @@ app.add_typer(models.app, name="models")
 app.add_typer(access.projects, name="projects")
 app.add_typer(access.keys, name="keys")
 
-StackHome = Annotated[Path, typer.Option("--home", help="Where the stack keeps its data.")]
+StackHome = Annotated[
+    Path | None, typer.Option("--home", help="Where the stack keeps its data.", show_default="that of `tunery --home`")
+]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        show.console.print(f"tunery {metadata.version('tunery')}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")]
 
 
 @app.callback()
-def shared(api_url: ApiUrl = None, key: ApiKey = None, home: Home = HOME) -> None:
+def shared(api_url: ApiUrl = None, key: ApiKey = None, home: Home = HOME, version: Version = False) -> None:
     """What all commands share; `options.connect` reads it from the context."""
 
 
 @app.command()
 def up(
-    home: StackHome = HOME,
+    context: typer.Context,
+    home: StackHome = None,
     port: Annotated[int, typer.Option(help="The API's port on 127.0.0.1; 0 takes a free one.")] = 8000,
     model: Annotated[
         Path | None, typer.Option(help="A GGUF to register as SmolLM2-135M-Instruct.", show_default="the package's")
@@ -42,15 +54,15 @@ def up(
     """Start everything on this machine and keep it up until Ctrl-C."""
     from tunery.cli import standing
 
-    standing.up(home, port=port, gguf=model)
+    standing.up(home or stack_home(context), port=port, gguf=model)
 
 
 @app.command()
-def down(home: StackHome = HOME) -> None:
+def down(context: typer.Context, home: StackHome = None) -> None:
     """Stop what `tunery up` started."""
     from tunery.cli import standing
 
-    standing.down(home)
+    standing.down(home or stack_home(context))
 
 
 @app.command()

@@ -78,7 +78,8 @@ def list_models(context: typer.Context, json: AsJson = False) -> None:
             (m["id"], m.get("kind"), m["owned_by"], show.status(m.get("status") or "ready"), show.age(m["created"]))
             for m in found
         ),
-        empty="No models yet: `tunery models add NAME SOURCE` registers a base.",
+        empty="No model is ready. `tunery models add NAME SOURCE` registers a base; one that is being converted is "
+        "not listed yet (`tunery models show NAME`).",
     )
     return None
 

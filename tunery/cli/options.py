@@ -23,4 +23,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
 def connect(context: typer.Context) -> remote.Remote:
     """What the options of `tunery` itself, or of the command's group, say about the API."""
     given = context.find_root().params
-    return remote.connect(given.get("api_url"), given.get("key"), given.get("home") or remote.HOME)
+    return remote.connect(given.get("api_url"), given.get("key"), stack_home(context))
+
+
+def stack_home(context: typer.Context) -> Path:
+    """The stack that a command is about: `tunery --home`, inherited by all."""
+    return Path(context.find_root().params.get("home") or remote.HOME)

@@ -53,17 +53,19 @@ def _stand(stack: Stack) -> NoReturn:
 
 
 def register(stack: Stack, gguf: Path | None, console: Console) -> None:
-    """SmolLM2 by way of the API, where it is not there yet."""
+    """SmolLM2 by way of the API, where it is not there yet; one that an interrupted start left is waited for."""
     engine = db.make_engine(stack.postgres.url())
     try:
         sessions = db.make_sessions(engine)
         with sessions.begin() as session:
-            if session.get(Model, SMOLLM2.id) is not None:
+            there = session.get(Model, SMOLLM2.id)
+            if there is not None and there.status != "processing":
                 return
             project = ring.list_projects(session)[0]
             key, secret = ring.create_key(session, project, "tunery up", admin=True)
         try:
-            add_base(Remote(stack.api_url, secret), gguf or SMOLLM2.gguf(), console)
+            api = Remote(stack.api_url, secret)
+            add_base(api, None if there else gguf or SMOLLM2.gguf(), console)
         finally:
             with sessions.begin() as session:
                 session.execute(delete(Key).where(Key.id == key.id))
@@ -73,10 +75,12 @@ def register(stack: Stack, gguf: Path | None, console: Console) -> None:
         engine.dispose()
 
 
-def add_base(api: Remote, gguf: Path, console: Console) -> None:
+def add_base(api: Remote, gguf: Path | None, console: Console) -> None:
+    """Returns when SmolLM2 is ready. `gguf` None: it was registered before."""
     report = Reporter(console)
     with console.status(f"a worker unpacks {SMOLLM2.id}"):
-        model_commands.add_base(api, SMOLLM2.id, str(gguf))
+        if gguf is not None:
+            model_commands.add_base(api, SMOLLM2.id, str(gguf))
         model_commands.wait_until_ready(api, SMOLLM2.id, seconds=300)
     report("Base model", SMOLLM2.id)
 
@@ -87,7 +91,7 @@ def _show_key(stack: Stack, console: Console) -> None:
         console.print("\nThe first key was shown earlier; `tunery keys create` makes another.\n")
         return
     console.print("\nThe first key (an administrator's), shown this once:\n")
-    console.print(f"  export TUNERY_API_KEY={stack.first_key}", soft_wrap=True)
+    console.print(f"  export TUNERY_API_KEY={stack.first_key} TUNERY_API_URL={stack.api_url}", soft_wrap=True)
     console.print(f"  export OPENAI_BASE_URL={stack.api_url}/v1 OPENAI_API_KEY=$TUNERY_API_KEY\n", soft_wrap=True)
 
 

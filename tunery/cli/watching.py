@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import typer
 
-from tunery.cli import show
+from tunery.cli import show, summary
 from tunery.cli.remote import Refused, Remote
 from tunery.local.drawing import JobProgress, loss_curve
 
@@ -73,7 +73,13 @@ def _tell_end(job: dict[str, Any], progress: JobProgress) -> None:
 
 def download(api: Remote, job: str, folder: Path) -> Iterator[tuple[str, int]]:
     """Each of the job's files, verified, as (path, bytes). Raises ChecksumMismatch; the wrong bytes are not kept."""
-    for file in api.call("GET", f"/fine_tuning/jobs/{job}/artifacts")["data"]:
+    files = api.call("GET", f"/fine_tuning/jobs/{job}/artifacts")["data"]
+    if not files:
+        ended = api.call("GET", f"/fine_tuning/jobs/{job}")
+        gone = "its model was deleted."
+        reason = gone if ended["status"] == "succeeded" else summary.why_nothing(ended)
+        raise Refused(message=f"{job} has no files to download: {reason}")
+    for file in files:
         relative = PurePosixPath(file["path"])
         if relative.is_absolute() or ".." in relative.parts:
             raise Refused(message=f"The server names a file outside the folder: {file['path']}")

@@ -1,0 +1,82 @@
+"""What `tunery jobs show` says about a job, and which command comes next."""
+
+import time
+from typing import Any
+
+from rich.text import Text
+
+from tunery.cli import show
+from tunery.local.drawing import duration
+
+_NEXT = {
+    "validating_files": "tunery jobs watch {id}",
+    "queued": "tunery jobs watch {id}",
+    "running": "tunery jobs watch {id}",
+    "paused": "tunery jobs resume {id}",
+    "failed": "tunery jobs events {id}",
+    "succeeded": "tunery jobs download {id}",
+}
+
+
+def print_job(job: dict[str, Any]) -> None:
+    """Its facts, its warnings, and the next command."""
+    show.facts([("id", job["id"]), ("status", show.status(job["status"])), *_run(job), *_request(job)])
+    show.warnings(job["warnings"])
+    if job["status"] in _NEXT:
+        show.hint(_NEXT[job["status"]].format(id=job["id"]))
+
+
+def why_nothing(job: dict[str, Any]) -> str:
+    """Why a job has not made what was asked for, as the end of a sentence."""
+    reason = (job.get("error") or {}).get("message")
+    text = f"it {job['status']}. {reason}" if reason else f"it is {job['status']}."
+    return f"{text} `{_NEXT.get(job['status'], 'tunery jobs events {id}').format(id=job['id'])}` says more."
+
+
+def _run(job: dict[str, Any]) -> list[tuple[str, Any]]:
+    """How far it is, or what it waits for."""
+    progress, error, finish = job["progress"], job.get("error") or {}, job["estimated_finish"]
+    total, loss = progress["total_steps"], progress.get("train_loss")
+    return [
+        ("error", Text(error["message"], style="red") if error.get("message") else None),
+        ("waits for", _waits_for(job)),
+        ("phase", job["phase"]),
+        ("step", f"{progress['step']}/{total}" if total else None),
+        ("loss", f"{loss:.3f}" if loss is not None else None),
+        ("time left", duration(finish - time.time()) if finish else None),
+    ]
+
+
+def _waits_for(job: dict[str, Any]) -> str | None:
+    if job["status"] == "validating_files":
+        return "a worker to read its files"
+    if job["status"] != "queued":
+        return None
+    gpus = job["resources"]["gpus"]
+    what = f"{gpus} GPUs of one host" if gpus > 1 else "a device with enough memory"
+    return f"{what} to be free; jobs of higher priority, or older, go first"
+
+
+def _request(job: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [
+        ("base", job["model"]),
+        ("tuned model", job["fine_tuned_model"]),
+        ("technique", compact(job.get("technique"))),
+        ("hyperparameters", compact(job["hyperparameters"])),
+        ("training file", job["training_file"]),
+        ("validation file", job["validation_file"]),
+        ("test file", job["evaluation"]["test_file"]),
+        ("trained tokens", f"{job['trained_tokens']:,}" if job["trained_tokens"] else None),
+        ("created", f"{show.age(job['created_at'])} ago"),
+        ("scorecard", compact(job.get("scorecard"), skip=("samples",))),
+    ]
+
+
+def compact(value: dict[str, Any] | None, skip: tuple[str, ...] = ()) -> str:
+    """`name=value` of each that is known, on one line."""
+    return "  ".join(f"{name}={short(v)}" for name, v in (value or {}).items() if name not in skip and v is not None)
+
+
+def short(value: Any) -> str:
+    """Four digits of a number are enough for a line."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
