@@ -59,6 +59,7 @@ def test_every_named_test_has_to_fail(mutants: ModuleType) -> None:
     both = "FAILED tests/a.py::test_one[x] - assert\nFAILED tests/a.py::test_two - assert"
 
     assert mutants.verdict(mutant, 1, both) == ""
+    assert mutants.verdict(mutant, 1, both.replace("FAILED tests/a.py::test_two", "ERROR tests/a.py::test_two")) == ""
     assert "SURVIVED" in mutants.verdict(mutant, 0, "2 passed")
     assert "SURVIVED tests/a.py::test_two" in mutants.verdict(mutant, 1, "FAILED tests/a.py::test_one - assert")
     assert "pytest ended with 2" in mutants.verdict(mutant, 2, "ImportError")

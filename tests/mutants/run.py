@@ -124,7 +124,8 @@ def verdict(mutant: Mutant, code: int, output: str) -> str:
         return "SURVIVED: its tests pass on the broken code"
     if code != TESTS_FAILED:
         return f"no verdict: pytest ended with {code}\n{output}"
-    failed = re.findall(r"^FAILED (\S+)", output, re.MULTILINE)
+    # A fixture that the whole of a run is made in fails for its tests.
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
     failed += [test.partition("[")[0] for test in failed]
     spared = [test for test in mutant.tests if test not in failed]
     return f"SURVIVED {', '.join(spared)}\n{output}" if spared else ""
