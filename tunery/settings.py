@@ -56,6 +56,10 @@ class Settings(BaseSettings):
     poll_seconds: float = Field(15, description="Time between a worker's looks at the queue without a wake-up")
     sweep_seconds: float = Field(5, description="Time between the sweeper's rounds")
     stop_grace_seconds: float = Field(120, description="Time for a local save on pause or shutdown before SIGKILL")
+    keep_events_days: int = Field(365, ge=0, description="Days after its end that a job's events stay; 0: no limit")
+    keep_metrics_days: int = Field(365, ge=0, description="The same for its metrics")
+    keep_logs_days: int = Field(90, ge=0, description="The same for its logs")
+    keep_deliveries_days: int = Field(30, ge=0, description="Days for which ended webhook deliveries stay; 0: no limit")
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_upper)] = Field(
         "INFO", description="The least that the services log, in any case"
     )

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from workshop import Workshop
 
 from tunery import db, dispatch, processes, wire
+from tunery.artifacts import manifest
 from tunery.artifacts.manifest import Manifest
 from tunery.jobs import leases, ledger
 from tunery.jobs.errors import LeaseLost
@@ -389,7 +390,7 @@ def test_publishing_again_after_a_lost_confirmation_is_publishing_once(storage: 
     assert upload.publish(storage, "jobs/j/1/model", folder) == once
     with pytest.raises(FileNotFoundError):
         upload.publish(storage, "jobs/j/1/none", tmp_path / "none")
-    upload.remove(storage, "jobs/j/1/model")
+    manifest.remove(storage, "jobs/j/1/model")
     assert list(storage.list("jobs/")) == []
 
 

@@ -101,6 +101,13 @@ def load(storage: Storage, prefix: str, sha256: str) -> Manifest:
     return Manifest.model_validate_json(text)
 
 
+def remove(storage: Storage, prefix: str) -> None:
+    """Delete a folder's objects, the manifest first, so that nobody takes the rest for a whole one."""
+    storage.delete(f"{prefix}/{NAME}")
+    for key in list(storage.list(f"{prefix}/")):
+        storage.delete(key)
+
+
 def fetch(storage: Storage, prefix: str, manifest: Manifest, folder: Path, check: Check = lambda: None) -> None:
     """Bring every file into `folder` and the manifest last. Raises ObjectMissing, ChecksumMismatch and what `check`
     raises.

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, UniqueConstraint
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, Text, UniqueConstraint
 from sqlalchemy.dialects.postgresql import ARRAY, INTEGER
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -24,7 +24,8 @@ class Job(Base):
     there). `failures` counts attempts that crashed, `losses` those whose worker was lost, both since the last snapshot
     at a later step (`snapshot_step`); `validations` counts how often its validation began. While `reserved_until` has
     not come, `reserved_host` takes no smaller job. `tidied`: no object is left in
-    storage that the ended job made and no row names.
+    storage that the ended job made and no row names. `removed_records`: kinds of its records (`events`, `metrics`,
+    `logs`) that were removed because they were old.
     """
 
     __tablename__ = "jobs"
@@ -91,6 +92,7 @@ class Job(Base):
     snapshot: Mapped[str | None]
     snapshot_step: Mapped[int | None]
     tidied: Mapped[bool] = mapped_column(default=False)
+    removed_records: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list, server_default="{}")
     error_code: Mapped[str | None]
     error_message: Mapped[str | None]
     error_param: Mapped[str | None]

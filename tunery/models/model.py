@@ -14,6 +14,7 @@ class Model(Base):
 
     Its files lie in storage under `prefix`, listed by `manifest` (sizes and sha256; see `artifacts.manifest`).
     `facts` holds what planning needs: hidden_size, layers, params, context_length, ...
+    `purged_at`: when the objects of a deleted model were removed.
     `chat_template`: Jinja text that a base is stored with in place of its own.
     """
 
@@ -43,6 +44,7 @@ class Model(Base):
     facts: Mapped[dict[str, Any]] = mapped_column(default=dict)
     created_at: Mapped[datetime] = creation_time()
     deleted_at: Mapped[datetime | None]
+    purged_at: Mapped[datetime | None]
 
 
 class Alias(Base):

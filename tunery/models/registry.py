@@ -190,7 +190,7 @@ def tuned_name(*, base: str, organization: str, suffix: str | None, step: int | 
 
 
 def delete(session: Session, model: Model) -> None:
-    """Hides the model from now on, and its aliases go; its objects and its job's record stay.
+    """Hides the model from now on, and its aliases go; its job's record stays. Its objects go once nothing needs them.
 
     Jobs that were created on it go on, and so does what was tuned from it.
     """

@@ -24,7 +24,7 @@ from tunery.storage import Storage
 from tunery.storage.errors import KeyTaken, StorageFailed
 from tunery.wire import EXIT_USER_ERROR
 from worker.io.claims import only_here
-from worker.supervisor import staging, upload
+from worker.supervisor import staging
 from worker.supervisor.drain import Drain
 from worker.supervisor.process import ROOT, environment
 
@@ -120,7 +120,7 @@ def _publish(model_id: str, prefix: str, out: Path, settings: Settings, storage:
         listed, sha256 = manifest.publish(storage, prefix, out)
     except KeyTaken:
         # A predecessor died between its manifest and its row. Nobody has read it: the row still said "processing".
-        upload.remove(storage, prefix)
+        manifest.remove(storage, prefix)
         listed, sha256 = manifest.publish(storage, prefix, out)
     facts = json.loads((out / "facts.json").read_text())
     staging.adopt(settings.models_dir, out, listed)

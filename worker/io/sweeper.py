@@ -3,7 +3,7 @@
 import logging
 import time
 
-from sqlalchemy import exists, func, select
+from sqlalchemy import exists, func, select, update
 
 from tunery import db, dispatch
 from tunery.artifacts import manifest
@@ -13,6 +13,7 @@ from tunery.jobs import leases, ledger
 from tunery.jobs.model import Attempt, Job
 from tunery.jobs.states import State
 from tunery.models.model import Model
+from tunery.retention import history, models
 from tunery.settings import Settings
 from tunery.storage import Storage
 from worker.io.claims import only_here
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 _NUDGED_FOR = 60
 """Seconds for which a queued job's wake-up is repeated. After that workers poll, or are busy: a busy worker's queue
 would only fill with messages about the same job."""
-_DAILY = 3600
+_MINUTE, _HOUR = 60, 3600
 _JOBS_A_ROUND = 20
 
 
@@ -33,6 +34,7 @@ class Sweeper:
         self._settings, self._storage = settings, storage
         self._last_round: float | None = None
         self._tidied_at = 0.0
+        self._history_due = self._models_due = 0.0
 
     def round(self) -> bool:
         """One round. Always False: the next one is due in `sweep_seconds`, not at once."""
@@ -50,6 +52,8 @@ class Sweeper:
             self._tidy_storage,
             self._tidy_uploads,
             self._purge_files,
+            self._reclaim_models,
+            self._remove_history,
         )
         for step in steps:
             try:
@@ -94,11 +98,11 @@ class Sweeper:
         for key in sorted(doomed, key=lambda key: not key.endswith(f"/{manifest.NAME}")):
             self._storage.delete(key)
         with db.transaction() as session:
-            job = session.get_one(Job, job_id, with_for_update=True)
-            job.snapshot, job.tidied = None, True
+            # Not by way of the row: its project may have been erased meanwhile.
+            session.execute(update(Job).where(Job.id == job_id).values(snapshot=None, tidied=True))
 
     def _tidy_storage(self) -> None:
-        if time.monotonic() - self._tidied_at > _DAILY:
+        if time.monotonic() - self._tidied_at > _HOUR:
             self._tidied_at = time.monotonic()
             self._storage.sweep()
 
@@ -109,6 +113,17 @@ class Sweeper:
     def _purge_files(self) -> None:
         with db.transaction() as session:
             shelf.purge(session, self._storage, ledger.live_job_using)
+
+    def _reclaim_models(self) -> None:
+        if time.monotonic() >= self._models_due:
+            found = models.reclaim(self._storage)
+            self._models_due = time.monotonic() + (0 if found else _MINUTE)
+
+    def _remove_history(self) -> None:
+        """One batch each round while there are more, then none for an hour."""
+        if time.monotonic() >= self._history_due:
+            more = history.remove_old(self._settings, self._storage)
+            self._history_due = time.monotonic() + (0 if more else _HOUR)
 
 
 def _expire_leases() -> None:

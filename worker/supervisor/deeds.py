@@ -13,6 +13,7 @@ from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
 from tunery import wire
+from tunery.artifacts import manifest
 from tunery.artifacts import model as artifacts
 from tunery.artifacts.manifest import Manifest
 from tunery.jobs import leases, ledger
@@ -201,7 +202,7 @@ class Scribe:
             lambda session: leases.record_snapshot(session, self._hold.lease, str(stored), step=saved.step)
         )
         if former and former != str(stored):
-            upload.remove(self._storage, StoredFolder.parse(former).prefix)
+            manifest.remove(self._storage, StoredFolder.parse(former).prefix)
 
     def _keep_checkpoint(self, saved: wire.CheckpointSaved, metrics: dict[str, Any]) -> None:
         # An attempt that resumed before this epoch's end meets its predecessor's checkpoint, which is as good.
@@ -213,7 +214,7 @@ class Scribe:
         )
         self._hold.write(lambda session: self._record_checkpoint(session, saved.step, prefix, listed, metrics))
         for old in self._hold.write(self._hide_old_checkpoints):
-            upload.remove(self._storage, old)
+            manifest.remove(self._storage, old)
 
     def _checkpoint_at(self, session: Session, step: int) -> str | None:
         return session.scalar(

@@ -49,13 +49,6 @@ def publish(storage: Storage, prefix: str, folder: Path) -> Manifest:
         return manifest.describe(folder)
 
 
-def remove(storage: Storage, prefix: str) -> None:
-    """Delete a folder's objects, the manifest first, so that nobody takes the rest for a whole one."""
-    storage.delete(f"{prefix}/{manifest.NAME}")
-    for key in list(storage.list(f"{prefix}/")):
-        storage.delete(key)
-
-
 class LogShipper:
     """Sends what a growing log file has gained, every few seconds, as objects `<prefix>-<part>` that never change."""
 

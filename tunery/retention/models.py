@@ -1,0 +1,60 @@
+"""The bytes of deleted models: reclaimed once nothing points at them."""
+
+from datetime import timedelta
+
+from sqlalchemy import delete, exists, func, or_, select, update
+from sqlalchemy.orm import Session, aliased
+
+from tunery import db
+from tunery.artifacts import manifest
+from tunery.artifacts.model import Artifact
+from tunery.jobs.model import Job
+from tunery.jobs.states import LIVE
+from tunery.models.model import Model
+from tunery.retention.history import Transaction
+from tunery.storage import Storage
+
+GRACE = timedelta(hours=1)
+"""From a model's deletion to that of its bytes. Longer than a presigned link works, and than a request takes that
+found the model just before: one that creates a job on it, or a chat that is fetching it."""
+MODELS = 5
+"""Models of one round."""
+
+
+def reclaim(storage: Storage, *, transaction: Transaction = db.transaction, limit: int = MODELS) -> int:
+    """Removes the objects of some deleted models that nothing needs. Returns the number of models.
+
+    Objects first, then the row's mark, so that a crash between repeats the removal. No row is locked meanwhile: a
+    deleted model never comes back with the bytes that it had.
+    """
+    with transaction() as session:
+        found = _reclaimable(session, limit)
+    for model_id, prefix in found:
+        manifest.remove(storage, prefix)
+        with transaction() as session:
+            session.execute(delete(Artifact).where(Artifact.model_id == model_id))
+            # A base that never became ready may be registered again meanwhile, under another prefix.
+            row = update(Model).where(Model.id == model_id, Model.prefix == prefix)
+            session.execute(row.values(purged_at=func.clock_timestamp()))
+    return len(found)
+
+
+def _reclaimable(session: Session, limit: int) -> list[tuple[str, str]]:
+    """Ids and prefixes, in random order, so that a folder that storage refuses to delete holds no others up.
+
+    A base stays for as long as the bytes of any model that was tuned from it: an adapter is of no use without.
+    """
+    tuned, twin = aliased(Model), aliased(Model)
+    is_needed = or_(
+        exists().where(Job.state.in_(LIVE), or_(Job.base_model == Model.id, Job.parent_model == Model.id)),
+        exists().where(tuned.base_id == Model.id, tuned.purged_at.is_(None)),
+        exists().where(twin.prefix == Model.prefix, twin.id != Model.id, twin.purged_at.is_(None)),
+    )
+    query = (
+        select(Model.id, Model.prefix)
+        .where(Model.deleted_at < func.clock_timestamp() - GRACE)
+        .where(or_(Model.purged_at.is_(None), Model.purged_at < Model.deleted_at), ~is_needed)
+        .order_by(func.random())
+        .limit(limit)
+    )
+    return [(row.id, row.prefix) for row in session.execute(query)]
