@@ -16,8 +16,9 @@ from tunery.keys.model import Project
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.retention import models
-from tunery.storage import PRESIGN_SECONDS, Storage, open_storage
+from tunery.storage import Storage, open_storage
 from tunery.storage.errors import ObjectMissing
+from tunery.storage.protocol import PRESIGN_SECONDS
 
 Delete = Callable[..., None]
 
