@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import rows
 from databases import Database
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -396,3 +396,17 @@ def test_a_returning_worker_reaps_its_own_slot_only(session: Session) -> None:
     session.refresh(mine)
     session.refresh(theirs)
     assert {mine.state, theirs.state} == {"queued", "running"}
+
+
+def test_a_worker_of_the_previous_release_shows_its_devices_as_before(session: Session) -> None:
+    """It upserts and reads `slots`, which is a view of `devices` now."""
+    shown = text(
+        "INSERT INTO slots (id, host, device, memory_bytes, bf16) VALUES ('h/cpu', 'h', 'CPU', :memory, true) "
+        "ON CONFLICT (id) DO UPDATE SET memory_bytes = excluded.memory_bytes, seen_at = clock_timestamp()"
+    )
+    for memory in (8, 16):
+        session.execute(shown, {"memory": memory})
+
+    [device] = leases.devices(session)
+    assert (device.id, device.gpu_index, device.memory_bytes) == ("h/cpu", None, 16)
+    assert session.scalars(text("SELECT memory_bytes FROM slots")).all() == [16]

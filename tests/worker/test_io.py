@@ -15,7 +15,7 @@ from tunery import db
 from tunery.datasets.model import File, Upload
 from tunery.failures import InvalidTrainingFile
 from tunery.jobs import leases, ledger
-from tunery.jobs.model import Attempt, Job, Slot
+from tunery.jobs.model import Attempt, HostDevice, Job
 from tunery.jobs.states import State
 from tunery.models import registry
 from tunery.models.model import Model
@@ -80,8 +80,8 @@ def test_a_good_job_is_planned_and_queued_once(workshop: Workshop) -> None:
     held_out = workshop.file(training_rows(1, first=3) + training_rows(1, first=50))
     job_id = workshop.submit(training, held_out, technique=None, hyperparameters={}, resources={"gpus": 2})
     with workshop.session() as session:
-        leases.show_slot(
-            session, Slot(id="h/cpu", host="h", gpu_index=None, device="CPU", memory_bytes=8 * 2**30, bf16=True)
+        leases.show_device(
+            session, HostDevice(id="h/cpu", host="h", gpu_index=None, device="CPU", memory_bytes=8 * 2**30, bf16=True)
         )
     assert _validate(workshop)
     assert not _validate(workshop)
@@ -159,8 +159,8 @@ def test_a_model_too_large_for_every_device_fails_with_what_would_fit(workshop: 
     large |= {"num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000}
     with workshop.session() as session:
         session.execute(update(Model).values(facts=large))
-        card = Slot(id="h/gpu0", host="h", gpu_index=0, device="RTX 4090", memory_bytes=24 * 2**30, bf16=True)
-        leases.show_slot(session, card)
+        card = HostDevice(id="h/gpu0", host="h", gpu_index=0, device="RTX 4090", memory_bytes=24 * 2**30, bf16=True)
+        leases.show_device(session, card)
     refused = workshop.submit(workshop.file(training_rows(12)), technique={"type": "full"})
     chosen = workshop.submit(workshop.file(training_rows(12)), technique=None)
     assert _validate(workshop)
@@ -185,9 +185,9 @@ def seventy(workshop: Workshop) -> None:
 def _show(workshop: Workshop, index: int | None, gib: int) -> None:
     name = "cpu" if index is None else f"gpu{index}"
     with workshop.session() as session:
-        leases.show_slot(
+        leases.show_device(
             session,
-            Slot(id=f"h/{name}", host="h", gpu_index=index, device=name, memory_bytes=gib * 2**30, bf16=True),
+            HostDevice(id=f"h/{name}", host="h", gpu_index=index, device=name, memory_bytes=gib * 2**30, bf16=True),
         )
 
 

@@ -8,7 +8,7 @@ from workshop import Workshop, training_rows
 from tunery.artifacts import manifest
 from tunery.artifacts.model import Artifact
 from tunery.datasets.model import File
-from tunery.jobs.model import Checkpoint, Metric, Slot
+from tunery.jobs.model import Checkpoint, HostDevice, Metric
 from tunery.models.model import Model
 from tunery.wire import Score
 
@@ -41,8 +41,8 @@ def test_a_job_runs_to_its_end_without_any_broker(workshop: Workshop) -> None:
     left = workshop.settings.runs_dir / job_id / str(attempt.number)
     workshop.until(lambda: [path.name for path in left.iterdir()] == ["log.txt"], "a tidy run directory")
     with workshop.session() as session:
-        (slot,) = session.scalars(select(Slot))
-        assert (slot.gpu_index, slot.memory_bytes > 2**28) == (None, True)
+        (device,) = session.scalars(select(HostDevice))
+        assert (device.gpu_index, device.memory_bytes > 2**28) == (None, True)
 
 
 def _check_story(workshop: Workshop, job_id: str, files: str, model: str) -> None:

@@ -8,7 +8,7 @@ from sqlalchemy import select
 from workshop import ROOT, Workshop
 
 from tunery import processes
-from tunery.jobs.model import Slot
+from tunery.jobs.model import HostDevice
 from worker.app import app
 
 _SMI = """#!/bin/sh
@@ -69,4 +69,4 @@ def test_a_slot_that_cannot_be_set_up_ends_its_worker_even_without_a_broker() ->
 
 def _shown(workshop: Workshop) -> list[str]:
     with workshop.session() as session:
-        return [slot.device for slot in session.scalars(select(Slot)) if slot.gpu_index == 0]
+        return [device.device for device in session.scalars(select(HostDevice)) if device.gpu_index == 0]

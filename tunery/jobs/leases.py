@@ -18,7 +18,7 @@ from tunery.errors import TuneryError
 from tunery.failures import WorkerLost
 from tunery.jobs import ledger
 from tunery.jobs.errors import LeaseLost
-from tunery.jobs.model import Attempt, Checkpoint, Job, Metric, Slot
+from tunery.jobs.model import Attempt, Checkpoint, HostDevice, Job, Metric
 from tunery.jobs.states import State
 
 MAX_FAILURES = 3
@@ -262,20 +262,22 @@ def _reap_where(
     return reaped
 
 
-def show_slot(session: Session, slot: Slot) -> None:
+def show_device(session: Session, device: HostDevice) -> None:
     """A worker shows a device that it offers, now."""
     values: dict[str, Any] = {
-        "host": slot.host,
-        "gpu_index": slot.gpu_index,
-        "device": slot.device,
-        "memory_bytes": slot.memory_bytes,
-        "bf16": slot.bf16,
+        "host": device.host,
+        "gpu_index": device.gpu_index,
+        "device": device.device,
+        "memory_bytes": device.memory_bytes,
+        "bf16": device.bf16,
         "seen_at": func.clock_timestamp(),
     }
-    session.execute(insert(Slot).values(id=slot.id, **values).on_conflict_do_update(index_elements=["id"], set_=values))
+    session.execute(
+        insert(HostDevice).values(id=device.id, **values).on_conflict_do_update(index_elements=["id"], set_=values)
+    )
 
 
-def slots(session: Session, *, fresh_seconds: float = 3600) -> list[Slot]:
+def devices(session: Session, *, fresh_seconds: float = 3600) -> list[HostDevice]:
     """Devices that workers have shown within the last `fresh_seconds`."""
     fresh = func.clock_timestamp() - timedelta(seconds=fresh_seconds)
-    return list(session.scalars(select(Slot).where(Slot.seen_at > fresh).order_by(Slot.id)))
+    return list(session.scalars(select(HostDevice).where(HostDevice.seen_at > fresh).order_by(HostDevice.id)))

@@ -176,10 +176,10 @@ class Checkpoint(Base):
     created_at: Mapped[datetime] = creation_time()
 
 
-class Slot(Base):
+class HostDevice(Base):
     """A device that a worker offers, as last seen. `gpu_index` null: the host's CPU."""
 
-    __tablename__ = "slots"
+    __tablename__ = "devices"
 
     id: Mapped[str] = mapped_column(primary_key=True)
     host: Mapped[str] = mapped_column(index=True)

@@ -14,7 +14,7 @@ from tunery.datasets import rules
 from tunery.datasets.model import File
 from tunery.datasets.rules import Overlap, Summary
 from tunery.failures import InvalidTrainingFile
-from tunery.jobs.model import Slot
+from tunery.jobs.model import HostDevice
 from tunery.models.model import Model
 from tunery.planning import advice, memory
 from tunery.rows.messages import FileRole
@@ -34,7 +34,7 @@ class Case:
     spec: TrainingSpec
     files: Mapping[FileRole, File]
     base: Model
-    slots: Sequence[Slot]
+    devices: Sequence[HostDevice]
 
     @property
     def max_length(self) -> int:
@@ -70,7 +70,7 @@ def judge(case: Case, settings: Settings, storage: Storage) -> Verdict:
     template = ChatTemplate.load(staging.text_folder(settings.models_dir, storage, case.base), now=case.created_at)
     found = Findings(storage, template)
     warnings = [warning for check in CHECKS for warning in check(case, found)]
-    return Verdict(found.plan, found.gpu_bytes, None if _gpus(case.slots) else found.cpu_bytes, warnings)
+    return Verdict(found.plan, found.gpu_bytes, None if _gpus(case.devices) else found.cpu_bytes, warnings)
 
 
 def check_files(case: Case, found: Findings) -> list[str]:
@@ -118,11 +118,11 @@ def check_overlap(case: Case, found: Findings) -> list[str]:
 
 def check_hosts(case: Case, found: Findings) -> list[str]:
     """Warns of a job that no host here can take: it waits, which should not surprise its owner."""
-    if not case.slots:
+    if not case.devices:
         needs = f"a GPU with {memory.gib(found.gpu_bytes)} of memory, or a host with {memory.gib(found.cpu_bytes)}"
         return [f"No worker for training has come yet: the job waits for one that has {needs}."]
-    large = [slot for slot in _gpus(case.slots) if slot.memory_bytes >= found.gpu_bytes] or case.slots
-    hosts = [slot.host for slot in large]
+    large = [device for device in _gpus(case.devices) if device.memory_bytes >= found.gpu_bytes] or case.devices
+    hosts = [device.host for device in large]
     most = max(hosts.count(host) for host in hosts)
     gpus = found.plan.resources.gpus
     if gpus <= most:
@@ -147,7 +147,7 @@ def _plan(case: Case, summary: Summary) -> Plan:
     """Raises DoesNotFit where the largest device known is too small; without any worker yet nothing is too large."""
     facts, length = case.base.facts, case.max_length
     # A host's memory is no measure for a job that a GPU is there for: it would wait for weeks on a CPU.
-    largest = max(_gpus(case.slots) or case.slots, key=lambda slot: slot.memory_bytes, default=None)
+    largest = max(_gpus(case.devices) or case.devices, key=lambda device: device.memory_bytes, default=None)
     if largest is None:
         return advice.resolve(case.spec, examples=summary.examples, facts=facts, bf16_fits=True)
     limits: dict[str, Any] = {
@@ -161,8 +161,8 @@ def _plan(case: Case, summary: Summary) -> Plan:
     return plan
 
 
-def _gpus(slots: Sequence[Slot]) -> list[Slot]:
-    return [slot for slot in slots if slot.gpu_index is not None]
+def _gpus(devices: Sequence[HostDevice]) -> list[HostDevice]:
+    return [device for device in devices if device.gpu_index is not None]
 
 
 def _need(case: Case, plan: Plan, device: str) -> int:

@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunery.jobs.model import Slot
+from tunery.jobs.model import HostDevice
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +66,10 @@ def free_of_strangers(devices: list[Device]) -> list[Device]:
     return [device for device in devices if device.uuid not in busy]
 
 
-def as_slot(device: Device) -> Slot:
+def as_row(device: Device) -> HostDevice:
     """The row that shows the device."""
     where = "cpu" if device.index is None else f"gpu{device.index}"
-    return Slot(
+    return HostDevice(
         id=f"{host()}/{where}",
         host=host(),
         gpu_index=device.index,

@@ -44,7 +44,7 @@ class Slot:
         """Writes down what this host offers, for planning and for people."""
         with db.transaction() as session:
             for device in self._devices:
-                leases.show_slot(session, devices.as_slot(device))
+                leases.show_device(session, devices.as_row(device))
 
     def look(self) -> bool:
         """One job, if there is one for us; whether to look again at once."""
