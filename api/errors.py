@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from psycopg.errors import NumericValueOutOfRange
 from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
@@ -77,6 +78,9 @@ def _as_ours(error: Exception, request_id: str, route: str) -> TuneryError | Non
         return faults.explain(error, route)
     if isinstance(error, HTTPException):
         return faults.explain_http(error, route)
+    if isinstance(error, DataError) and isinstance(error.orig, NumericValueOutOfRange):
+        reason = "A number of the request is too large: whole numbers go from -2**63 to 2**63 - 1."
+        return errors.InvalidValue(reason=reason)
     if isinstance(error, DataError | UnicodeEncodeError):
         # PostgreSQL is the judge of what it can keep: NUL characters and halves of surrogate pairs it cannot.
         reason = "The request has a NUL character or half a surrogate pair (\\u0000, \\ud800-\\udfff). Remove it."

@@ -136,7 +136,7 @@ def _words(fault: Fault) -> str:
     if fault["type"] == "union_tag_invalid":
         tags = str(fault["ctx"]["expected_tags"]).replace("'", "").split(", ")
         close = difflib.get_close_matches(str(fault["ctx"]["tag"]), tags, n=1)
-        return f"should be {', '.join(tags[:-1])} or {tags[-1]}" + (f"; did you mean {close[0]}?" if close else "")
+        return f"should be {', '.join(tags[:-1])} or {tags[-1]}" + (f" (did you mean {close[0]}?)" if close else "")
     text = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     return text[:1].lower() + text[1:]
 

@@ -5,12 +5,12 @@ from fastapi import APIRouter
 from api.dependencies import ANY_KEY
 from api.faults import RouteNotFound
 
-router = APIRouter(prefix="/v1/fine_tuning", include_in_schema=False, dependencies=[ANY_KEY])
+router = APIRouter(prefix="/v1", include_in_schema=False, dependencies=[ANY_KEY])
 
 _METHODS = ["GET", "POST", "DELETE"]
 
 
-@router.api_route("/alpha/graders/{deed}", methods=_METHODS)
+@router.api_route("/fine_tuning/alpha/graders/{deed}", methods=_METHODS)
 def no_graders(deed: str) -> None:
     raise RouteNotFound(
         what=(
@@ -20,11 +20,22 @@ def no_graders(deed: str) -> None:
     )
 
 
-@router.api_route("/checkpoints/{checkpoint:path}", methods=_METHODS)
+@router.api_route("/fine_tuning/checkpoints/{checkpoint:path}", methods=_METHODS)
 def no_permissions() -> None:
     raise RouteNotFound(
         what=(
             "Checkpoint permissions are not supported here: a checkpoint belongs to its project, and every key of the "
             "project may use it. GET /v1/fine_tuning/jobs/{id}/checkpoints lists them."
+        )
+    )
+
+
+@router.api_route("/responses", methods=_METHODS)
+@router.api_route("/responses/{rest:path}", methods=_METHODS)
+def no_responses() -> None:
+    raise RouteNotFound(
+        what=(
+            "The Responses API is not supported here. Send messages to POST /v1/chat/completions; most clients have a "
+            "setting or a class for that."
         )
     )

@@ -1,5 +1,7 @@
 """Fine-tuning jobs, as the wire spells them: OpenAI's fields in OpenAI's order, then Tunery's own."""
 
+import math
+import time
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -208,7 +210,7 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str]) -> Job:
         error=_error_of(row),
         seed=settled["seed"],
         trained_tokens=row.trained_tokens,
-        estimated_finish=maybe_seconds(row.estimated_finish) if status_of(row) == State.RUNNING else None,
+        estimated_finish=_estimated_finish(row),
         integrations=row.integrations,
         user_provided_suffix=row.suffix,
         phase=row.phase,
@@ -218,6 +220,13 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str]) -> Job:
         warnings=list(warnings),
         **_options(settled),
     )
+
+
+def _estimated_finish(row: model.Job) -> int | None:
+    """Never in the past: the estimate is of the steps, and a run that has done them still evaluates and saves."""
+    if row.estimated_finish is None or status_of(row) != State.RUNNING:
+        return None
+    return max(seconds(row.estimated_finish), math.ceil(time.time()) + 1)
 
 
 def _options(stored: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, StrictBool
 
 from api.schemas.wire import Body, Deleted, Wire, seconds
 from tunery.webhooks import signing
@@ -44,7 +44,7 @@ class UpdateEndpoint(Body):
 class RotateSecret(Body):
     model_config = ConfigDict(json_schema_extra={"examples": [{"keep_old_secret_active_for_24_hours": True}]})
 
-    keep_old_secret_active_for_24_hours: bool | None = None
+    keep_old_secret_active_for_24_hours: StrictBool | None = None
 
 
 class TestEndpoint(Body):

@@ -65,7 +65,7 @@ WRONG_BODIES: list[tuple[dict[str, Any], str, str]] = [
     (
         {**JOB, "technique": {"type": "dora"}},
         "technique.type",
-        "('dora'): should be full, lora or qlora; did",
+        "('dora'): should be full, lora or qlora (did",
     ),
     ({**JOB, "technique": {"type": "lora", "rank": 8}}, "technique.rank", "Did you mean 'technique.r'?"),
     ({**JOB, "technique": {"type": "full", "rank": 8}}, "technique.rank", "A full fine-tune has no 'rank'"),
@@ -164,6 +164,19 @@ def test_text_that_cannot_be_stored(team: Team, base: str) -> None:
             assert "Remove it" in error["message"] or "half a surrogate pair" in error["message"]
     for path in ("/v1/files/%00", "/v1/models/%00", "/v1/fine_tuning/jobs?metadata[k]=%00", "/v1/files?after=%00"):
         assert "Remove it" in _error(team.http.get(path), 400)["message"]
+
+
+def test_number_beyond_64_bits_is_named(team: Team, base: str) -> None:
+    file = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": TRAIN}).json()["id"]
+    job = team.http.post("/v1/fine_tuning/jobs", json={"model": BASE, "training_file": file}).json()["id"]
+    error = _error(team.http.get(f"/v1/fine_tuning/jobs/{job}/metrics?after_step={10**30}"), 400)
+    assert "too large" in error["message"]
+    assert "NUL" not in error["message"]
+
+
+def test_responses_api_is_refused_by_name(team: Team) -> None:
+    for path in ("/v1/responses", "/v1/responses/resp_x"):
+        assert "POST /v1/chat/completions" in _error(team.http.post(path, json={"model": BASE}), 404)["message"]
 
 
 def test_unknown_route_and_wrong_method(team: Team, anonymous: TestClient) -> None:

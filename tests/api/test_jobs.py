@@ -1,6 +1,8 @@
 """Creating jobs: what is refused and why, what is stored, and when a repeated request is the same job."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -269,11 +271,20 @@ def test_a_running_job_that_shall_pause_reads_paused(team: Team, base: str, data
 def test_only_a_running_job_says_when_it_ends(team: Team, base: str, database: Database) -> None:
     with database.sessions.begin() as session:
         job = rows.job(session, session.get_one(Project, team.id), State.RUNNING)
-        job.estimated_finish = rows.LONG_AGO
-    finish = int(rows.LONG_AGO.timestamp())
+        job.estimated_finish = datetime(2100, 1, 1, tzinfo=UTC)
+    finish = int(job.estimated_finish.timestamp())
     assert team.http.get(f"{ROUTE}/{job.id}").json()["estimated_finish"] == finish
     assert team.http.post(f"{ROUTE}/{job.id}/pause").json()["estimated_finish"] is None
     assert team.http.post(f"{ROUTE}/{job.id}/resume").json()["estimated_finish"] == finish
+
+
+def test_a_run_that_saves_after_its_last_step_does_not_end_in_the_past(
+    team: Team, base: str, database: Database
+) -> None:
+    with database.sessions.begin() as session:
+        job = rows.job(session, session.get_one(Project, team.id), State.RUNNING)
+        job.estimated_finish = rows.LONG_AGO
+    assert team.http.get(f"{ROUTE}/{job.id}").json()["estimated_finish"] > time.time()
 
 
 @pytest.mark.parametrize("deed", ["cancel", "pause", "resume"])

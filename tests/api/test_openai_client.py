@@ -283,6 +283,9 @@ def test_webhook_endpoints(client: OpenAI) -> None:
     renamed = client.webhooks.update(made.id, name="other")
     assert (renamed.name, renamed.url) == ("other", RECEIVER)
     rotated = client.webhooks.rotate_secret(made.id)
+    for wrong in ("yes", 1):
+        with pytest.raises(openai.BadRequestError, match="keep_old_secret_active_for_24_hours"):
+            client.webhooks.rotate_secret(made.id, keep_old_secret_active_for_24_hours=wrong)  # type: ignore[arg-type]
     kept = client.webhooks.rotate_secret(made.id, keep_old_secret_active_for_24_hours=True)
     null = {"keep_old_secret_active_for_24_hours": None}
     again = client.webhooks.rotate_secret(made.id, extra_body=null)

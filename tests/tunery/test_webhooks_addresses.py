@@ -149,6 +149,8 @@ def test_public_receivers_need_tls_and_its_port() -> None:
     check("https://hooks.example:8443/x", (), resolver)
     with pytest.raises(AddressRefused, match="without TLS"):
         check("http://hooks.example/", (), resolver)
+    with pytest.raises(AddressRefused, match="port 0 is not 443 or 8443"):
+        check("https://hooks.example:0/x", (), resolver)
     with pytest.raises(AddressRefused, match="port 6379 is not 443 or 8443"):
         check("https://hooks.example:6379/", (), resolver)
 

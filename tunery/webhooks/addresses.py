@@ -137,7 +137,7 @@ def _parsed(url: str) -> tuple[SplitResult, int]:
         raise _invalid(f"must be up to {MAX_URL} visible ASCII characters; write other ones percent-encoded")
     try:
         parts = urlsplit(url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
+        port = parts.port if parts.port is not None else {"https": 443}.get(parts.scheme, 80)
     except ValueError as error:
         raise _invalid(f"cannot be read ({error})") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
