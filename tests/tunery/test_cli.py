@@ -1,5 +1,6 @@
 """The command line against a real API: what it sends, what it prints, and what it says when something is wrong."""
 
+import io
 import json
 import os
 import threading
@@ -533,3 +534,27 @@ def test_home_is_inherited_by_every_command(tunery: Run, tmp_path: Path, monkeyp
 
 def test_version(tunery: Run) -> None:
     assert tunery("--version")[:2] == (0, f"tunery {metadata.version('tunery')}\n")
+
+
+def test_erasing_a_project_asks_first_and_says_what_it_removed(
+    tunery: Run, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    storage = open_storage(database.settings)
+    with database.sessions.begin() as session:
+        for name in ("doomed", "other"):
+            owner = rows.project(session, name)
+            file = rows.file(session, owner)
+            storage.put(file.key, b"x")
+            rows.job(session, owner, State.QUEUED)
+    status, out, _ = tunery("projects", "erase", "doomed")
+    assert status == 1, "the answer was no"
+    assert "files" in out
+    assert len(list(storage.list("files/"))) == 2
+    status, out, err = tunery("projects", "erase", "doomed", "--yes")
+    assert (status, err) == (0, "")
+    assert "erased" in out
+    assert "1 objects removed" in out
+    assert len(list(storage.list("files/"))) == 1
+    assert "other" in tunery("projects", "list")[1]
+    assert "There is no project 'doomed'" in tunery("projects", "erase", "doomed", "--yes")[2]

@@ -9,14 +9,16 @@ import typer
 from sqlalchemy.exc import OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
 
-from tunery import db
+from tunery import db, processes
 from tunery.cli import show
 from tunery.cli.options import stack_home
 from tunery.cli.remote import Refused
 from tunery.errors import NotFound, TuneryError
 from tunery.keys import ring
 from tunery.local import state
+from tunery.retention import projects as erasure
 from tunery.settings import get_settings
+from tunery.storage import open_storage
 
 projects = typer.Typer(no_args_is_help=True, help="Projects own files, jobs and models (needs the database).")
 keys = typer.Typer(no_args_is_help=True, help="Keys open one project each (needs the database).")
@@ -36,6 +38,7 @@ def _transaction(context: typer.Context) -> Iterator[Session]:
     local = state.running(stack_home(context))
     if "TUNERY_DATABASE_URL" not in os.environ and local:
         os.environ["TUNERY_DATABASE_URL"] = local["database_url"]
+        os.environ["TUNERY_STORAGE_URL"] = local.get("storage_url", get_settings().storage_url)
         get_settings.cache_clear()
     try:
         with db.transaction() as session:
@@ -91,6 +94,36 @@ def revoke_project(context: typer.Context, name: str) -> None:
     with _transaction(context) as session:
         ring.revoke_project(session, ring.find_project(session, name))
     show.done(f"project {name} revoked")
+
+
+@projects.command("erase")
+def erase_project(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="The project's name or id; a revoked one too.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove a project for good: its files, models, jobs, keys, webhooks, and their bytes."""
+    with _transaction(context) as session:
+        project = erasure.find(session, name)
+        counts = erasure.contents(session, project.id)
+        storage = open_storage(get_settings())
+        erasure.check_storage(session, storage, project.id)
+    show.table(("what", "rows"), counts.items(), empty="Nothing")
+    if not yes:
+        typer.confirm(f"Remove all of this, and every object of {project.name} ({project.id}), for good?", abort=True)
+    with _transaction(context) as session:
+        erasure.close(session, erasure.find(session, project.id))
+    processes.wait_until(lambda: _has_ended(context, project.id), seconds=60, alive=lambda: True, every=1)
+    with _transaction(context):
+        objects = erasure.erase(storage, project.id)
+    rows = sum(counts.values())
+    show.done(f"project {project.name} ({project.id}) erased: {rows} rows and {objects} objects removed")
+
+
+def _has_ended(context: typer.Context, project_id: str) -> bool:
+    """Whether the workers have let go of the project's cancelled jobs."""
+    with _transaction(context) as session:
+        return erasure.live_attempts(session, project_id) == 0
 
 
 @keys.command("create")

@@ -249,6 +249,7 @@ class Stack:
                 "mark": self._mark,
                 "api_url": self.api_url,
                 "database_url": self.postgres.url(),
+                "storage_url": self.settings()["TUNERY_STORAGE_URL"],
                 "started_at": int(time.time()),
             },
         )

@@ -34,8 +34,8 @@ def remove_old(
     """
     more = [
         _remove_deliveries(transaction, settings.keep_deliveries_days, rows),
-        _remove(transaction, "events", settings.keep_events_days, lambda job: _events(transaction, job, rows)),
-        _remove(transaction, "metrics", settings.keep_metrics_days, lambda job: _metrics(transaction, job, rows)),
+        _remove(transaction, "events", settings.keep_events_days, lambda job: remove_events(transaction, job, rows)),
+        _remove(transaction, "metrics", settings.keep_metrics_days, lambda job: remove_metrics(transaction, job, rows)),
         _remove(transaction, "logs", settings.keep_logs_days, lambda job: _logs(storage, job)),
     ]
     return any(more)
@@ -64,12 +64,14 @@ def _is_older(time: InstrumentedAttribute[object], days: int) -> ColumnElement[b
     return time < func.clock_timestamp() - timedelta(days=days)
 
 
-def _events(transaction: Transaction, job_id: str, rows: int) -> None:
+def remove_events(transaction: Transaction, job_id: str, rows: int) -> None:
+    """Removes a job's events, `rows` in a transaction, but for its warnings and its end."""
     chosen = select(JobEvent.seq).where(JobEvent.job_id == job_id, _IS_REMOVABLE).limit(rows)
     _in_batches(transaction, delete(JobEvent).where(JobEvent.seq.in_(chosen)), rows)
 
 
-def _metrics(transaction: Transaction, job_id: str, rows: int) -> None:
+def remove_metrics(transaction: Transaction, job_id: str, rows: int) -> None:
+    """Removes a job's measurements, `rows` in a transaction."""
     chosen = select(Metric.job_id, Metric.step).where(Metric.job_id == job_id).limit(rows)
     _in_batches(transaction, delete(Metric).where(tuple_(Metric.job_id, Metric.step).in_(chosen)), rows)
 
