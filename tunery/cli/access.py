@@ -114,9 +114,10 @@ def erase_project(
     with _transaction(context) as session:
         erasure.close(session, erasure.find(session, project.id))
     processes.wait_until(lambda: _has_ended(context, project.id), seconds=60, alive=lambda: True, every=1)
+    with _transaction(context) as session:
+        rows = sum(erasure.contents(session, project.id).values())
     with _transaction(context):
         objects = erasure.erase(storage, project.id)
-    rows = sum(counts.values())
     show.done(f"project {project.name} ({project.id}) erased: {rows} rows and {objects} objects removed")
 
 
