@@ -199,6 +199,7 @@ def test_create_takes_the_same_value_twice(tunery: Run, api: str, base: str, tra
     [
         (["-m", BASE, "--test", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
         (["-m", "SmoLM"], "'SmoLM' does not exist"),
+        (["-m", "SmolM2-135M-Instruct"], f"Did you mean '{BASE}'?"),
         (["-m", BASE, "--technique", "dora"], "'technique.type' ('dora'): should be full, lora or qlora"),
         (["-m", BASE, "--epochs", -1], "n_epochs"),
         (["-m", BASE, "--set", "sufix=x"], "Did you mean 'suffix'?"),

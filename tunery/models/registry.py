@@ -1,5 +1,6 @@
 """Finding and registering models by the names that people use for them."""
 
+import difflib
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -50,8 +51,17 @@ def find(session: Session, project_id: str, name: str) -> Model:
         .limit(1)
     )
     if model is None:
-        raise ModelNotFound(param="model", id=name)
+        raise ModelNotFound(param="model", id=name, suggestion=_suggestion(session, visible, name))
     return model
+
+
+def _suggestion(session: Session, visible: sql.ColumnElement[bool], name: str) -> str:
+    """A sentence with the visible base or alias whose name is much like this one, or nothing."""
+    bases = session.scalars(select(Model.id).where(Model.kind == "base", visible))
+    aliases = session.scalars(select(Alias.alias).join(Model, Alias.model_id == Model.id).where(visible))
+    by_lower = {known.lower(): known for known in (*bases, *aliases)}
+    close = difflib.get_close_matches(name[:200].lower(), by_lower, n=1, cutoff=0.75)
+    return f" Did you mean '{by_lower[close[0]]}'?" if close else ""
 
 
 def find_ready(session: Session, project_id: str, name: str) -> Model:
