@@ -51,6 +51,15 @@ def test_the_key_order_is_openais(team: Team, file: str, base: str) -> None:
     ]  # fmt: skip
 
 
+def test_test_file_that_equals_the_training_file_is_refused(team: Team, file: str, base: str) -> None:
+    for same in (file, _upload(team, TRAIN)):
+        scored = {"evaluation": {"test_file": same}}
+        _refused(_create(team, file, **scored), 400, "evaluation.test_file", "equals the training file")
+        assert _create(team, file, **scored, allow_test_on_training_file=True).status_code == 200
+    other = _upload(team, TRAIN.replace(b'"q"', b'"another"'))
+    assert _create(team, file, evaluation={"test_file": other}).status_code == 200
+
+
 def test_technique_that_the_base_cannot_is_refused_when_the_job_is_made(
     team: Team, file: str, base: str, database: Database
 ) -> None:
