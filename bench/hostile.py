@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from bench import service
 from tunery.local.stack import Stack
@@ -26,7 +26,7 @@ CLIENTS = 4
 
 def measure(url: str, key: str | None) -> dict[str, Any]:
     waits = []
-    with ThreadPoolExecutor(CLIENTS) as threads, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+    with ThreadPoolExecutor(CLIENTS) as threads, httpx2.Client(base_url=url, trust_env=False, timeout=60) as client:
         sent = hostile_bodies.send_all(threads, url, key)
         while not all(one.done() for one in sent):
             began = time.monotonic()

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from sqlalchemy import select
 
 from bench import service
@@ -23,7 +23,7 @@ GOAL_SECONDS = 1.0
 """Of queueing, while a worker is idle."""
 
 
-def one(stack: Stack, client: httpx.Client, training_file: str) -> dict[str, float]:
+def one(stack: Stack, client: httpx2.Client, training_file: str) -> dict[str, float]:
     job_id, answer = service.submit(
         client, training_file, hyperparameters={"n_epochs": 1, "batch_size": 8}, seed=1, max_seq_length=256
     )

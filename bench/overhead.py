@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 from sqlalchemy import select
 
@@ -35,7 +35,7 @@ GOAL = 0.02
 """Share of the run's time."""
 
 
-def by_service(stack: Stack, client: httpx.Client, training_file: str) -> tuple[str, dict[str, float]]:
+def by_service(stack: Stack, client: httpx2.Client, training_file: str) -> tuple[str, dict[str, float]]:
     job_id, _ = service.submit(client, training_file, hyperparameters={"n_epochs": 1, "batch_size": 8}, seed=1)
     service.until(lambda: _job(job_id).state == "running", stack, every=0.02)
     before = _cpu_seconds(stack)

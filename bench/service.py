@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 
 from tunery import db, processes
@@ -26,7 +26,7 @@ PACKAGES = ("torch", "transformers", "peft", "celery", "sqlalchemy", "psycopg", 
 
 
 @contextmanager
-def running(home: Path) -> Iterator[tuple[Stack, httpx.Client]]:
+def running(home: Path) -> Iterator[tuple[Stack, httpx2.Client]]:
     """A stack with everyday settings, SmolLM2 ready in it, and a client with its key."""
     stack = Stack(home, port=0)
     try:
@@ -35,7 +35,7 @@ def running(home: Path) -> Iterator[tuple[Stack, httpx.Client]]:
             get_settings.cache_clear()
             db.sessions.cache_clear()
             headers = {"Authorization": f"Bearer {stack.first_key}"}
-            with httpx.Client(base_url=f"{stack.api_url}/v1", headers=headers, timeout=60, trust_env=False) as client:
+            with httpx2.Client(base_url=f"{stack.api_url}/v1", headers=headers, timeout=60, trust_env=False) as client:
                 _add_base(stack, client)
                 yield stack, client
             db.sessions().kw["bind"].dispose()
@@ -43,7 +43,7 @@ def running(home: Path) -> Iterator[tuple[Stack, httpx.Client]]:
         stack.postgres.remove()
 
 
-def _add_base(stack: Stack, client: httpx.Client) -> None:
+def _add_base(stack: Stack, client: httpx2.Client) -> None:
     source = str(tree.packaged_gguf())
     client.post("/models", json={"id": BASE, "source": source}).raise_for_status()
     until(lambda: client.get(f"/models/{BASE}").json()["status"] == "ready", stack)
@@ -58,7 +58,7 @@ def until(ready: Callable[[], bool], stack: Stack, *, seconds: float = 900, ever
     assert met, f"nothing after {seconds} s"
 
 
-def upload(client: httpx.Client, lines: list[str]) -> str:
+def upload(client: httpx2.Client, lines: list[str]) -> str:
     content = ("\n".join(lines) + "\n").encode()
     answer = client.post("/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", content)})
     return str(answer.raise_for_status().json()["id"])
@@ -68,7 +68,7 @@ def banking(rows: int) -> list[str]:
     return (ROOT / "examples/banking_train.jsonl").read_text().splitlines()[:rows]
 
 
-def submit(client: httpx.Client, training_file: str, **fields: Any) -> tuple[str, float]:
+def submit(client: httpx2.Client, training_file: str, **fields: Any) -> tuple[str, float]:
     """The job's id, and the seconds that the answer took."""
     began = time.monotonic()
     answer = client.post("/fine_tuning/jobs", json={"model": BASE, "training_file": training_file, **fields})

@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator, Coroutine
 from typing import Annotated, Any, TypeVar
 
-import httpx
+import httpx2
 from fastapi import APIRouter, Body, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
@@ -24,7 +24,7 @@ from tunery.models.model import Model
 router = APIRouter(prefix="/v1", tags=["Chat"], route_class=LongJsonRoute)
 
 Result = TypeVar("Result")
-TIMEOUT = httpx.Timeout(600, connect=5)
+TIMEOUT = httpx2.Timeout(600, connect=5)
 """A long answer of a model on a CPU takes minutes; a server that is not there is known at once."""
 _PASSED_ON = ("retry-after",)
 
@@ -91,7 +91,7 @@ async def create_chat_completion(
     found = await run_in_threadpool(_find, sessions, caller.project_id, body.model)
     asked = await run_in_threadpool(_encoded, body, found)
     # A client a request: connections are local, and a pool would be tied to one event loop.
-    client = httpx.AsyncClient(timeout=TIMEOUT, trust_env=False)
+    client = httpx2.AsyncClient(timeout=TIMEOUT, trust_env=False)
     try:
         upstream = await _while_connected(request, _send(client, settings.server_url, asked))
         kind = upstream.headers.get("content-type", "application/json")
@@ -144,28 +144,28 @@ def _encoded(body: ChatRequest, found: dict[str, Any]) -> bytes:
     return json.dumps({**body.model_dump(exclude_unset=True), **found}).encode()
 
 
-async def _send(client: httpx.AsyncClient, server_url: str, body: bytes) -> httpx.Response:
+async def _send(client: httpx2.AsyncClient, server_url: str, body: bytes) -> httpx2.Response:
     headers = {"content-type": "application/json"}
     request = client.build_request("POST", f"{server_url}/v1/chat/completions", content=body, headers=headers)
     try:
         return await client.send(request, stream=True)
-    except httpx.HTTPError:
+    except httpx2.HTTPError:
         raise Unavailable(part="The model server") from None
 
 
-async def _read(upstream: httpx.Response) -> bytes:
+async def _read(upstream: httpx2.Response) -> bytes:
     try:
         return await upstream.aread()
-    except httpx.HTTPError:
+    except httpx2.HTTPError:
         raise Unavailable(part="The model server") from None
 
 
-async def _relay(client: httpx.AsyncClient, upstream: httpx.Response) -> AsyncIterator[bytes]:
+async def _relay(client: httpx2.AsyncClient, upstream: httpx2.Response) -> AsyncIterator[bytes]:
     """The server's events as they come. The status is out by now: a break is told as an event of its own."""
     try:
         async for chunk in upstream.aiter_raw():
             yield chunk
-    except httpx.HTTPError:
+    except httpx2.HTTPError:
         error = Unavailable(part="The model server")
         told = envelope(error.message, type="server_error", code=error.code)
         yield f"data: {json.dumps(told)}\n\n".encode()

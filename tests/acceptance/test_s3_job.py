@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 import stacks
 from openai import OpenAI
@@ -40,7 +40,7 @@ def test_an_adapter_comes_straight_from_the_bucket(
     assert reply.choices[0].message.content is not None
     # The client followed the API's redirects; this is the same without any client or key of ours.
     assert address.startswith(f"{seaweed.endpoint}/{BUCKET}/{PREFIX}/jobs/")
-    content = httpx.get(address, trust_env=False).raise_for_status().content
+    content = httpx2.get(address, trust_env=False).raise_for_status().content
     assert hashlib.sha256(content).hexdigest() == listed["adapter_model.safetensors"]["sha256"]
     for path, said in listed.items():
         assert hashlib.sha256((tmp_path / path).read_bytes()).hexdigest() == said["sha256"], path
@@ -48,7 +48,7 @@ def test_an_adapter_comes_straight_from_the_bucket(
 
 
 def _presigned(client: OpenAI, path: str) -> str:
-    answer = httpx.get(
+    answer = httpx2.get(
         f"{str(client.base_url).rstrip('/')}{path}",
         headers={"authorization": f"Bearer {client.api_key}"},
         follow_redirects=False,

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 import rows
@@ -97,12 +97,12 @@ def test_a_caller_who_hangs_up_frees_the_server(
     server.waits = True
     address = serve(make_app(server_url=serve(server.app)))
     headers = {"authorization": f"Bearer {team.key}"}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(
             f"{address}/v1/chat/completions",
             json={"model": base, **ASK},
             headers=headers,
-            timeout=httpx.Timeout(20, read=1),
+            timeout=httpx2.Timeout(20, read=1),
             trust_env=False,
         )
     assert server.left.wait(20)

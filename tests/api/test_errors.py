@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from databases import Database
 from fastapi import FastAPI
@@ -104,7 +104,7 @@ def test_what_is_wrong_with_a_body(team: Team) -> None:
         assert words in error["message"]
 
 
-def _post(client: TestClient, route: str, body: bytes, kind: str = "application/json") -> httpx.Response:
+def _post(client: TestClient, route: str, body: bytes, kind: str = "application/json") -> httpx2.Response:
     return client.post(route, content=body, headers={"content-type": kind})
 
 
@@ -264,7 +264,7 @@ def test_a_refused_upload_is_read_to_its_end(live: str) -> None:
             yield b"x" * 2**18
 
     headers = {"content-type": "multipart/form-data; boundary=b", "authorization": "Bearer tnr_wrong"}
-    with httpx.Client(trust_env=False) as client:
+    with httpx2.Client(trust_env=False) as client:
         answer = client.post(f"{live}/v1/files", content=packets(), headers=headers)
     assert _error(answer, 401)["code"] == "invalid_api_key"
     assert sent == 2**24

@@ -5,7 +5,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 import rows
 from databases import Database
@@ -164,7 +164,7 @@ def test_a_large_file_streams_in_constant_memory(live: str, team: Team) -> None:
 
     headers = {**FORM, "authorization": f"Bearer {team.key}"}
     before = _resident()
-    with httpx.Client(trust_env=False, timeout=60) as client:
+    with httpx2.Client(trust_env=False, timeout=60) as client:
         answer = client.post(f"{live}/v1/files", content=body(), headers=headers)
     assert answer.status_code == 200, answer.text
     assert answer.json()["bytes"] == 96 * len(block)
@@ -189,7 +189,7 @@ def test_a_download_holds_no_connection(live: str, team: Team, app: FastAPI) -> 
     """The request's transaction is over before its stream begins."""
     file = team.http.post("/v1/files", data={"purpose": "user_data"}, files={"file": b"x" * 2**24}).json()["id"]
     headers = {"authorization": f"Bearer {team.key}"}
-    with httpx.stream("GET", f"{live}/v1/files/{file}/content", headers=headers, trust_env=False) as answer:
+    with httpx2.stream("GET", f"{live}/v1/files/{file}/content", headers=headers, trust_env=False) as answer:
         pieces = answer.iter_raw(1024)
         next(pieces)
         assert app.state.sessions.kw["bind"].pool.checkedout() == 0

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -21,7 +21,7 @@ from api import bodies, connections, edge
 from tunery import processes
 
 
-def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
+def error_of(answer: httpx2.Response, status: int) -> dict[str, Any]:
     assert answer.status_code == status, answer.text[:500]
     error: dict[str, Any] = answer.json()["error"]
     return error
@@ -181,7 +181,7 @@ def test_dribbled_headers_do_not_win_time(strict: str, monkeypatch: pytest.Monke
 
 def test_requests_one_after_the_other_are_not_timed_out(strict: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
-    with httpx.Client(trust_env=False, base_url=strict) as client:
+    with httpx2.Client(trust_env=False, base_url=strict) as client:
         for _ in range(3):
             assert client.get("/healthz").status_code == 200
             assert not processes.wait_until(lambda: False, seconds=0.4, alive=lambda: True)
@@ -242,7 +242,7 @@ def test_the_service_answers_others_throughout(
     waits: list[float] = []
     with ThreadPoolExecutor(4) as threads:
         sent = send_all(threads, live, team.key if keyed else None)
-        with httpx.Client(base_url=live, trust_env=False, timeout=60) as client:
+        with httpx2.Client(base_url=live, trust_env=False, timeout=60) as client:
             while not all(one.done() for one in sent):
                 began = time.monotonic()
                 assert client.get("/healthz").status_code == 200

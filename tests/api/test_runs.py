@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import rows
 from databases import Database
@@ -62,7 +62,7 @@ def test_a_followed_log_ends_with_its_job(
 
     def follow() -> None:
         url = f"{live}/v1/fine_tuning/jobs/{job}/logs?follow=true"
-        with httpx.stream("GET", url, headers={"authorization": f"Bearer {team.key}"}, trust_env=False) as stream:
+        with httpx2.stream("GET", url, headers={"authorization": f"Bearer {team.key}"}, trust_env=False) as stream:
             for text in stream.iter_text():
                 heard.append(text)
                 first.set()

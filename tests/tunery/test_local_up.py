@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 import pytest
 from sqlalchemy import text
@@ -149,8 +149,8 @@ def test_a_second_up_is_refused_and_ctrl_c_of_the_first_leaves_nothing(home: Pat
 def _health(home: Path) -> int | None:
     found = state.running(home)
     try:
-        return httpx.get(f"{found['api_url']}/healthz", timeout=5, trust_env=False).status_code if found else None
-    except httpx.HTTPError:
+        return httpx2.get(f"{found['api_url']}/healthz", timeout=5, trust_env=False).status_code if found else None
+    except httpx2.HTTPError:
         return None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from tunery.errors import TuneryError
 from tunery.local import state
@@ -65,20 +65,20 @@ class Remote:
         with (
             self._client() as client,
             _explained(self.url),
-            client.stream("GET", path, params=query, timeout=httpx.Timeout(30, read=None)) as answer,
+            client.stream("GET", path, params=query, timeout=httpx2.Timeout(30, read=None)) as answer,
         ):
             if answer.is_error:
                 answer.read()
                 _check(answer)
             yield from answer.iter_bytes()
 
-    def _client(self) -> httpx.Client:
+    def _client(self) -> httpx2.Client:
         if not self.key:
             raise NoKey
-        return httpx.Client(
+        return httpx2.Client(
             base_url=f"{self.url}/v1",
             headers={"Authorization": f"Bearer {self.key}"},
-            timeout=httpx.Timeout(60, connect=5),
+            timeout=httpx2.Timeout(60, connect=5),
             follow_redirects=True,
             mounts=UNPROXIED,
         )
@@ -95,11 +95,11 @@ def connect(url: str | None, key: str | None, home: Path) -> Remote:
 def _explained(url: str) -> Iterator[None]:
     try:
         yield
-    except httpx.TransportError as error:
+    except httpx2.TransportError as error:
         raise NoAnswer(url=url, reason=str(error) or type(error).__name__) from error
 
 
-def _check(answer: httpx.Response) -> None:
+def _check(answer: httpx2.Response) -> None:
     if answer.is_success:
         return
     try:

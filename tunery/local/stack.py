@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import httpx
+import httpx2
 from sqlalchemy import func, select
 
 from tunery import db, processes
@@ -346,6 +346,6 @@ def _is_free(port: int) -> bool:
 
 def _is_healthy(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/healthz", timeout=5, trust_env=False).status_code == httpx.codes.OK
-    except httpx.HTTPError:
+        return httpx2.get(f"{url}/healthz", timeout=5, trust_env=False).status_code == httpx2.codes.OK
+    except httpx2.HTTPError:
         return False
