@@ -41,7 +41,9 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     ├── IllegalMove              jobs: a job was asked to take an edge that is not in TRANSITIONS
     ├── ChecksumMismatch         storage: stored bytes are not the bytes that were recorded
     ├── ObjectMissing            storage: there is nothing under a key that a row names
-    └── KeyTaken                 storage: there is something under a key that must be new
+    ├── KeyTaken                 storage: there is something under a key that must be new
+    ├── ProjectBusy              retention: a project that is to be erased has runs that have not ended
+    └── WrongStorage             retention: a project that is to be erased has its bytes elsewhere
 
 A class's docstring is its message, with fields in braces; its `code` never changes. HTTP knows these classes in one
 place only, the API's error handler.
