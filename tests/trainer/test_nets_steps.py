@@ -10,6 +10,7 @@ from run_folders import chat, lay_out, plan
 from transformers import AutoModelForCausalLM
 
 from tunery.spec import Full, Lora, Schedule
+from worker.trainer.adamw import StochasticAdamW
 from worker.trainer.loop import learning_rate, train
 from worker.trainer.report import Voice
 from worker.trainer.run import prepare
@@ -119,3 +120,17 @@ def test_optimizer_that_holds_other_tensors_ends_the_run(tmp_path: Path, tiny: P
 
     with pytest.raises(RuntimeError, match="does not hold the model's weights"):
         train(t, Progress())
+
+
+def test_small_bf16_matrix_decays_and_one_without_gradient_stays() -> None:
+    moved, still = (torch.nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16)) for _ in range(2))
+    group = {"params": [("moved", moved), ("still", still)], "weight_decay": 0.5}
+    optimizer = StochasticAdamW([group], lr=0.25, seed=0)
+    moved.grad = torch.zeros_like(moved)
+
+    for _ in range(2):
+        optimizer.step()
+
+    assert torch.equal(moved, torch.full_like(moved, 0.875**2))
+    assert torch.equal(still, torch.ones_like(still))
+    assert still not in optimizer.state
