@@ -52,7 +52,7 @@ $(GEMMA3)/installed: | $(BIN)/python
 
 # The last client before 3.0, beside the newest one in .venv: tests drive the API with both.
 $(OPENAI2)/installed: | $(BIN)/python
-	$(PIP) install -q --no-deps --upgrade --target $(OPENAI2) openai==2.54.0 distro==1.9.0
+	$(PIP) install -q --no-deps --upgrade --target $(OPENAI2) openai==2.54.0 distro==1.9.0 httpx==0.28.1 httpcore==1.0.9
 	@touch $@
 
 check: setup ## Format, lint, types, import walls, migrations, compose file, examples
