@@ -21,8 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,8 @@ FOLDER = Path("tests/mutants")
 PRELOADED = ("torch", "transformers.models.llama.modeling_llama", "peft", "accelerate", "bitsandbytes")
 PRELOADED_TOO = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 """Among what they import is a package with a plugin for pytest, which cannot be rewritten any more."""
+PATIENCE = 900
+"""Seconds to wait for one mutant: a process that died would be waited for without an end."""
 TESTS_FAILED = 1
 """pytest's exit code. Others mean that the mutant cannot be imported or the tests cannot be found."""
 
@@ -147,17 +149,18 @@ def run(mutants: list[Mutant], processes: int) -> int:
     context.set_forkserver_preload(list(PRELOADED))
     with (
         tempfile.TemporaryDirectory(prefix="tunery-mutants-") as folder,
-        ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool,
+        # Why not a ProcessPoolExecutor: with one task a process, Python 3.11's may never end.
+        context.Pool(processes, maxtasksperchild=1) as pool,
     ):
         pristine = Path(folder) / "pristine tree"
         _copy(pristine)
         tests = tuple(sorted({test for mutant in mutants for test in mutant.tests}))
-        code, output = pool.submit(_pytest, pristine, tests).result()
+        code, output = pool.apply(_pytest, (pristine, tests))
         if code:
             print(f"the tests do not pass on the unbroken tree\n{output}")
             return 1
-        found = pool.map(attempt, mutants, [pristine] * len(mutants))
-        caught = [_report(mutant, *result) for mutant, result in zip(mutants, found, strict=True)]
+        found = pool.imap(partial(attempt, pristine=pristine), mutants)
+        caught = [_report(mutant, *found.next(PATIENCE)) for mutant in mutants]
     print(f"{sum(caught)} of {len(caught)} mutants caught")
     return 0 if all(caught) else 1
 
