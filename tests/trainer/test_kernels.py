@@ -6,6 +6,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+import zoo
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
@@ -254,3 +255,18 @@ def test_model_that_is_told_the_rows_borders_learns_what_it_learns_from_padded_r
         assert found == pytest.approx(wanted, rel=1e-6)
         for name, grad in grads.items():
             assert error(grad, wanted_grads[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("lengths", [(30, 30, 29), (7, 30, 20)], ids=["rectangle", "line"])
+def test_window_narrower_than_the_rows_holds_where_borders_are_told(tmp_path: Path, lengths: tuple[int, ...]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(zoo.make("Mistral", tmp_path / "base"))
+    assert model.config.sliding_window == 16
+    assert decoder.install(model) == 2
+    objective = Objective(model)
+    rows = [Row(ids, ids) for ids in (torch.randint(3, 250, (n,)).tolist() for n in lengths)]
+    batches = [data.collate(rows, [[0], [1], [2]], torch.device("cpu"), borders=borders) for borders in (False, True)]
+
+    with torch.no_grad():
+        wanted, found = (float(objective(batch, 1.0)[0]) for batch in batches)
+
+    assert found == pytest.approx(wanted, rel=1e-5)

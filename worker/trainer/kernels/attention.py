@@ -6,7 +6,9 @@ mask of length x length. `plain` is the definition, and what runs on a CPU, for 
 
 import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +25,12 @@ class Borders:
 
     ends: Tensor | None = None
     longest: int = 0
+
+    def of_windows(self, window: int | None, batch: int, width: int, device: torch.device) -> "Borders":
+        """The same with `ends` where a window is narrower than the sequences, which torch's rectangles do not know."""
+        if self.ends is not None or window is None or window >= width:
+            return self
+        return Borders(torch.arange(0, batch * width + 1, width, dtype=torch.int32, device=device), width)
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: float, window: int | None) -> Tensor:
@@ -43,9 +51,9 @@ def rows_apart(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scal
     """`plain`, by torch's kernel on a CUDA device. `window`: positions that a token sees, itself included."""
     if not query.is_cuda:
         return plain(query, key, value, borders, scale, window)
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = inspect.signature(varlen_attn).parameters
+    found = _kernel()
+    assert found is not None
+    kernel, known = found
     # torch 2.11 names the causal mask; later ones take it for a window without a right side.
     extra: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {}
     if "window_size" in known:
@@ -53,20 +61,22 @@ def rows_apart(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scal
     if "enable_gqa" in known:
         extra["enable_gqa"] = True
     ends, longest = borders.ends, borders.longest
-    assert ends is not None
-    out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, **extra)
+    out = kernel(query, key, value, ends, ends, longest, longest, scale=scale, **extra)
     assert isinstance(out, Tensor)
     return out
 
 
 def available(width: int, window: int | None) -> bool:
     """Whether torch's kernel takes heads of `width` numbers and this window, on a CUDA device."""
+    found = _kernel()
+    return found is not None and width <= 256 and width % 8 == 0 and (window is None or "window_size" in found[1])
+
+
+@cache
+def _kernel() -> tuple[Callable[..., Any], frozenset[str]] | None:
+    """torch's variable-length attention and the names of its arguments, which differ from release to release."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return (
-        width <= 256
-        and width % 8 == 0
-        and (window is None or "window_size" in inspect.signature(varlen_attn).parameters)
-    )
+        return None
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)

@@ -113,6 +113,9 @@ def _attend(
 ) -> Tensor:  # fmt: skip
     """Attention over [batch, positions, heads, width]. `borders` stand in the place of a mask."""
     window = _window(module)
+    if borders is not None:
+        batch, width = query.shape[:2]
+        borders = borders.of_windows(window.get("sliding_window"), batch, width, query.device)
     if borders is not None and borders.ends is not None:
         query, key, value = (part.flatten(0, 1) for part in (query, key, value))
         return attention.rows_apart(query, key, value, borders, module.scaling, window.get("sliding_window"))

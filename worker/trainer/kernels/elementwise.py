@@ -40,9 +40,8 @@ def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The norm of `x` + `residual`, and that sum, which the next residual connection adds to."""
-    if not x.is_cuda or (
-        residual is not None and residual.dtype != x.dtype
-    ):  # autocast mixes types; a sum takes the wider
+    mixed = residual is not None and residual.dtype != x.dtype  # under autocast; the sum is of the wider type
+    if not x.is_cuda or mixed:
         total = x if residual is None else x + residual
         return plain_rms_norm(total, weight, eps), total
     if residual is None:
