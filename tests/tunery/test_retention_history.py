@@ -9,7 +9,7 @@ from databases import Database
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from tunery import db, ids
+from tunery import db
 from tunery.jobs import ledger, queries
 from tunery.jobs.model import Job, JobEvent, Metric
 from tunery.jobs.states import FINAL, State
@@ -18,7 +18,7 @@ from tunery.retention import history
 from tunery.settings import Settings
 from tunery.storage import Storage, open_storage
 from tunery.webhooks import outbox
-from tunery.webhooks.model import Delivery, DeliveryTry, WebhookEndpoint
+from tunery.webhooks.model import Delivery, DeliveryTry
 
 
 @pytest.fixture
@@ -101,16 +101,7 @@ def test_old_deliveries_go_with_their_tries_and_are_not_made_again(
 ) -> None:
     with database.sessions.begin() as session:
         owner = rows.project(session)
-        endpoint = WebhookEndpoint(
-            id=ids.new(ids.WEBHOOK_ENDPOINT),
-            project_id=owner.id,
-            name="hook",
-            url="https://example.com/",
-            event_types=["fine_tuning.job.succeeded"],
-            secret="whsec_x",
-        )
-        session.add(endpoint)
-        session.flush()
+        rows.endpoint(session, owner)
         jobs = [rows.job(session, owner, State.SUCCEEDED) for _ in range(5)]
         assert outbox.fan_out(session) == 5
     old = func.clock_timestamp() - timedelta(days=31)

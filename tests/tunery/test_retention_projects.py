@@ -23,7 +23,7 @@ from tunery.retention import projects
 from tunery.retention.errors import ProjectBusy, WrongStorage
 from tunery.storage import Storage, open_storage
 from tunery.webhooks import outbox
-from tunery.webhooks.model import Delivery, DeliveryTry, WebhookEndpoint
+from tunery.webhooks.model import Delivery, DeliveryTry
 
 
 @pytest.fixture(params=["directory", "s3"])
@@ -36,16 +36,7 @@ def _furnish(database: Database, storage: Storage, name: str, base_id: str) -> s
     with database.sessions.begin() as session:
         owner = rows.project(session, name)
         ring.create_key(session, owner, "key")
-        endpoint = WebhookEndpoint(
-            id=ids.new(ids.WEBHOOK_ENDPOINT),
-            project_id=owner.id,
-            name="hook",
-            url="https://example.com/",
-            event_types=["fine_tuning.job.succeeded"],
-            secret="whsec_x",
-        )
-        session.add(endpoint)
-        session.flush()
+        endpoint = rows.endpoint(session, owner)
         job = rows.job(session, owner, State.SUCCEEDED, base_model=base_id)
         rows.job(session, owner, State.QUEUED, base_model=base_id)
         tuned = session.get_one(Model, job.tuned_model)

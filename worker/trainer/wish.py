@@ -19,8 +19,3 @@ class Wish:
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.stop = True
-
-    def check(self) -> None:
-        """Raises Stopped when SIGTERM has come."""
-        if self.stop:
-            raise Stopped
