@@ -12,7 +12,7 @@ from api.edge import Edge
 from api.routes import absent, chat, files, health, jobs, models, runs, uploads, webhooks
 from api.schemas import wire
 from api.web import docs
-from tunery import db
+from tunery import db, plugins
 from tunery.settings import Settings, get_settings
 from tunery.storage import open_storage
 
@@ -27,6 +27,7 @@ ROUTERS = (files, uploads, jobs, runs, models, chat, webhooks, absent, health)
 def create_app(settings: Settings | None = None) -> FastAPI:
     """An application on `settings`, or on the environment's. Connects to nothing before the first request."""
     settings = settings or get_settings()
+    plugins.load(settings.plugins, "api")
     app = FastAPI(
         title="Tunery",
         version="0.1.0",

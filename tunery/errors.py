@@ -23,6 +23,7 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     ├── TooSlow                  api/faults.py: a body that comes in too slowly
     ├── TooLarge                 more bytes than the limit
     ├── QuotaExceeded            jobs: the project has all it may have
+    ├── PluginFailed             a module of TUNERY_PLUGINS cannot be imported
     ├── Unavailable              a part of ours is down; try again
     │   ├── StorageFailed        storage
     │   └── Overloaded           the model server's waiting line is full
@@ -114,6 +115,13 @@ class TooLarge(TuneryError):
     """{what} has more than {limit} bytes, which is the limit here. {instead}"""
 
     code = "too_large"
+
+
+class PluginFailed(TuneryError):
+    """The plug-in '{name}' cannot be imported ({reason}). Install it for every service, or take it out of
+    TUNERY_PLUGINS."""
+
+    code = "plugin_failed"
 
 
 class Unavailable(TuneryError):

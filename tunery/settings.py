@@ -9,11 +9,13 @@ from pydantic import Field, SecretStr
 from pydantic.functional_validators import BeforeValidator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from tunery.plugins import split
+
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def _comma_separated(value: object) -> object:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    return split(value) if isinstance(value, str) else value
 
 
 def _upper(value: object) -> object:
@@ -45,6 +47,9 @@ class Settings(BaseSettings):
     result_files: Literal["auto", "base64", "plain"] = Field(
         "auto",
         description="Content of fine-tune-results files: auto = base64 for `Accept: application/binary`, else plain",
+    )
+    plugins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
+        (), description="Python modules, comma-separated, that every service and trainer imports at its start"
     )
     max_json_bytes: int = Field(2**20, description="A request's JSON body")
     max_chat_bytes: int = Field(4 * 2**20, description="The JSON body of a chat, or of a new base with its template")

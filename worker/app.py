@@ -15,7 +15,7 @@ from typing import Any
 from billiard.process import current_process
 from celery import Celery, signals
 
-from tunery import dispatch
+from tunery import dispatch, plugins
 from tunery.settings import get_settings
 from tunery.storage import open_storage
 from worker.desk import Desk
@@ -99,6 +99,7 @@ def _look_around(conf: Any, options: dict[str, Any], **_: object) -> None:
     """Once, before the fork, for all processes. Without `-c` there are as many slots as GPUs, or one."""
     settings = get_settings()
     with _or_end(sys.exit):
+        plugins.load(settings.plugins, "worker")
         open_storage(settings)
         if dispatch.TRAIN in str(options.get("queues") or ""):
             _HERE.devices = devices.found(settings.serve_gpu)

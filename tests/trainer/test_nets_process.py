@@ -77,6 +77,18 @@ def test_rows_at_fault_end_the_run_for_good(tmp_path: Path, tiny: Path, ear: Ear
     assert "Example 1" in failed.message
 
 
+def test_run_without_its_plug_in_ends_for_good_and_names_it(
+    tmp_path: Path, tiny: Path, ear: Ear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNERY_PLUGINS", "toy_that_is_nowhere")
+
+    assert carry_out_and_tell(_folder(tmp_path / "run", tiny), ear.descriptor, Wish()) == EXIT_USER_ERROR
+
+    failed = ear.messages()[-1]
+    assert failed.type == "failed"
+    assert "The plug-in 'toy_that_is_nowhere' cannot be" in failed.message
+
+
 def test_run_that_nobody_listens_to_ends_by_itself(tmp_path: Path, tiny: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -1,5 +1,6 @@
 """How workers start: set up once, or not at all; never there and deaf."""
 
+import os
 import subprocess
 import sys
 
@@ -31,6 +32,23 @@ def test_a_worker_that_cannot_use_its_storage_ends_and_says_why(workshop: Worksh
     worker = workshop.start(queue, TUNERY_STORAGE_URL="ftp://nowhere")
     assert worker.wait(60) == 1
     assert "TUNERY_STORAGE_URL is 'ftp://nowhere'; use file:" in processes.tail(workshop.folder / f"{queue}.log", 60)
+
+
+@pytest.mark.parametrize("queue", ["io", "train"])
+def test_worker_without_its_plug_in_ends_and_names_it(workshop: Workshop, queue: str) -> None:
+    worker = workshop.start(queue, TUNERY_PLUGINS="toy_that_is_nowhere")
+    assert worker.wait(60) == 1
+    assert "The plug-in 'toy_that_is_nowhere' cannot be" in processes.tail(workshop.folder / f"{queue}.log", 60)
+
+
+@pytest.mark.usefixtures("settings")
+def test_model_server_without_its_plug_in_ends_and_names_it() -> None:
+    environment = {**os.environ, "TUNERY_PLUGINS": "toy_that_is_nowhere"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "worker.server"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 1
+    assert "The plug-in 'toy_that_is_nowhere' cannot be" in ran.stderr
 
 
 def test_a_worker_whose_driver_fails_ends_and_says_what_to_do(workshop: Workshop) -> None:

@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 
 import uvicorn
 
+from tunery import plugins
 from tunery.settings import Settings, get_settings
 from tunery.storage import open_storage
 
@@ -25,6 +26,7 @@ def main() -> None:
     from worker.server.app import create_app  # imports torch
     from worker.server.engine import Engine
 
+    plugins.load(settings.plugins, "server")
     disable_progress_bar()
     url = urlsplit(settings.server_url)
     app = create_app(Engine(settings.models_dir, open_storage(settings), device))

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from transformers.utils.logging import disable_progress_bar
 
-from tunery import processes
+from tunery import plugins, processes
 from tunery.errors import TuneryError, Unavailable
 from tunery.failures import JobFailure, NotFinite
 from tunery.spec import Run
@@ -38,6 +38,7 @@ def carry_out_and_tell(folder: Path, pipe: int, wish: Wish) -> int:
     children = Children(voice if rank == 0 else Voice(pipe))  # a rank says to rank 0 why it failed, and nothing else
     _settle(rank)
     try:
+        plugins.load(plugins.names(), "trainer")
         if rank == 0:
             children.start(folder, _world(folder))
         return 0 if carry_out(folder, voice, wish) else EXIT_PAUSED
