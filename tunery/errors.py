@@ -8,7 +8,8 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     │   ├── Unsupported          a field names something this server does not do
     │   ├── WrongState           the object's state forbids the operation
     │   ├── UnusableModel        a base model's files cannot be used
-    │   ├── InvalidJSONL         rows: an uploaded line is not a JSON object
+    │   ├── InvalidRows          rows: an uploaded file cannot be read as the format that it begins as
+    │   │   └── InvalidJSONL     an uploaded line is not a JSON object
     │   ├── CannotRender         rows: a chat template cannot write the messages, or not so that they can be learned
     │   ├── PromptTooLong        rows: a conversation fills the model's whole context
     │   ├── FileInUse            datasets: a live job needs the file

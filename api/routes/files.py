@@ -15,8 +15,8 @@ from tunery.datasets import shelf
 from tunery.jobs import ledger
 from tunery.keys.ring import Caller
 from tunery.paging import Order
-from tunery.rows.errors import InvalidJSONL
-from tunery.rows.jsonl import JsonlChecker
+from tunery.rows import readers
+from tunery.rows.errors import InvalidRows
 from tunery.storage import Storage, Stored, Writer
 
 router = APIRouter(prefix="/v1/files", tags=["Files"])
@@ -61,8 +61,8 @@ class _Arriving:
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
-        self._checker = JsonlChecker()
-        self._fault: InvalidJSONL | None = None
+        self._checker = readers.Checker()
+        self._fault: InvalidRows | None = None
 
     def take(self, form: Form, data: bytes) -> None:
         if self._fault is None and form.fields.get("purpose", shelf.FINE_TUNE) == shelf.FINE_TUNE:
@@ -81,7 +81,7 @@ class _Arriving:
     def _check(self, step: Any, *data: bytes) -> None:
         try:
             step(*data)
-        except InvalidJSONL as fault:
+        except InvalidRows as fault:
             self._fault = fault
 
 

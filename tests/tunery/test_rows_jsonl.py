@@ -17,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunery.rows.errors import InvalidJSONL
-from tunery.rows.jsonl import MAX_LINE_BYTES, JsonlChecker, read_lines
+from tunery.rows.jsonl import MAX_LINE_BYTES
+from tunery.rows.readers import HEAD_BYTES, Checker, read
 
 START = "Expected file to have JSONL format, where every line is a valid JSON dictionary."
 
 
 def check(chunks: Iterable[bytes]) -> int:
-    checker = JsonlChecker()
+    checker = Checker()
     for chunk in chunks:
         checker.feed(chunk)
     checker.close()
@@ -66,7 +67,7 @@ def test_good_files_come_out_as_they_went_in(rows: list[dict[str, str | int]], s
     chunks = [data[start : start + size] for start in range(0, len(data), size)]
 
     assert check(chunks) == len(rows)
-    assert [(number, json.loads(text)) for number, text in read_lines(chunks)] == list(enumerate(rows, start=1))
+    assert [(row.number, row.fields) for row in read(chunks)] == list(enumerate(rows, start=1))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_another_kind_of_file_is_named(name: str, size: int) -> None:
     be = "" if kind.startswith("does not") else "is "
     assert caught.value.message.startswith(f"{START} Line 1: the file {be}{kind}")
     with pytest.raises(InvalidJSONL) as again:
-        list(read_lines([data]))
+        list(read([data]))
     assert again.value.message == caught.value.message
 
 
@@ -184,7 +185,7 @@ def test_a_bare_value_is_no_table(line: bytes) -> None:
     ],
 )
 def test_ends_and_marks_of_every_system(data: bytes, numbers: list[int]) -> None:
-    assert [number for number, _ in read_lines([data])] == numbers
+    assert [row.number for row in read([data])] == numbers
     assert check([data]) == len(numbers)
 
 
@@ -196,14 +197,14 @@ def test_an_array_below_a_blank_line_is_named_too() -> None:
 def test_a_gap_has_the_same_verdict_for_every_reader() -> None:
     data = b"{}\n\n{}\n"
     with pytest.raises(InvalidJSONL, match="Line 2: is blank"):
-        list(read_lines([data]))
+        list(read([data]))
     assert "Line 2: is blank" in str(outcome([data]))
 
 
 def test_a_wrong_line_is_found_while_the_file_still_comes() -> None:
-    checker = JsonlChecker()
-    checker.feed(b'{"a": 1}\n{"b"')
-    with pytest.raises(InvalidJSONL, match="Line 2"):
+    checker = Checker()
+    checker.feed(b'{"a": 1}\n' * HEAD_BYTES + b'{"b"')
+    with pytest.raises(InvalidJSONL, match=f"Line {HEAD_BYTES + 1}"):
         checker.feed(b"}\n")
 
 
@@ -222,4 +223,4 @@ def test_memory_does_not_grow_with_the_file() -> None:
 
 def test_blank_lines_at_the_end_are_no_rows() -> None:
     assert check([b"{}\n{}\n", b"\n", b" \r\n"]) == 2
-    assert [number for number, _ in read_lines([b"{}\n\n"])] == [1]
+    assert [row.number for row in read([b"{}\n\n"])] == [1]

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from tunery.failures import InvalidNExamples, InvalidTrainingFile
 from tunery.rows.dialect import LimitExceeded
-from tunery.rows.encoding import Encoded, encode_answer, encode_example, nothing_trained, read_texts
+from tunery.rows.encoding import Encoded, encode_answer, encode_example, nothing_trained, read_rows
 from tunery.rows.errors import CannotRender
-from tunery.rows.messages import Example, FileRole, parse_line
+from tunery.rows.messages import Example, FileRole, parse_row
 from tunery.rows.template import ChatTemplate
 
 LEAST_EXAMPLES = 10
@@ -90,9 +90,10 @@ def check_examples(
     summary = Summary()
     faults: dict[int, InvalidTrainingFile] = {}
     try:
-        for number, text in read_texts(chunks, role):
+        for row in read_rows(chunks, role):
+            number = row.number
             try:
-                example = parse_line(text, number, role)
+                example = parse_row(row, role)
                 _judge(summary, number, example, role, template, max_length)
                 if seen is not None:
                     seen(number, example)

@@ -11,8 +11,8 @@ from tunery.datasets.errors import FileInUse
 from tunery.datasets.model import File
 from tunery.errors import InvalidValue, NotFound
 from tunery.paging import Order, page
-from tunery.rows.errors import InvalidJSONL
-from tunery.rows.jsonl import JsonlChecker
+from tunery.rows import readers
+from tunery.rows.errors import InvalidRows
 from tunery.storage import Storage, Stored
 from tunery.storage.errors import ObjectMissing
 
@@ -124,11 +124,11 @@ def next_unprocessed(session: Session, *, skip: Sequence[str] = ()) -> File | No
 def process(session: Session, storage: Storage, file: File) -> None:
     """Reads an unchecked file through and settles its status. A storage that is down leaves it for another time."""
     try:
-        checker = JsonlChecker()
+        checker = readers.Checker()
         for chunk in storage.read(file.key):
             checker.feed(chunk)
         checker.close()
-    except (InvalidJSONL, ObjectMissing) as error:
+    except (InvalidRows, ObjectMissing) as error:
         file.status, file.status_details = "error", error.message
     else:
         file.status = "processed"

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from tunery.failures import InvalidTrainingFile
-from tunery.rows.errors import CannotRender, InvalidJSONL
-from tunery.rows.jsonl import read_lines
-from tunery.rows.messages import Example, FileRole, invalid, parse_line
+from tunery.rows import readers
+from tunery.rows.errors import CannotRender, InvalidRows
+from tunery.rows.formats import SourceRow
+from tunery.rows.messages import Example, FileRole, invalid, parse_row
 from tunery.rows.template import IGNORED, ChatTemplate, Rendered
 
 
@@ -33,18 +34,18 @@ class Encoded:
         return max((len(sequence.input_ids) for sequence in self.sequences), default=0)
 
 
-def read_texts(chunks: Iterable[bytes], role: FileRole) -> Iterator[tuple[int, str]]:
-    """A file's lines with their numbers. Raises InvalidTrainingFile where the bytes are not lines of text."""
+def read_rows(chunks: Iterable[bytes], role: FileRole) -> Iterator[SourceRow]:
+    """A file's rows as they are written there. Raises InvalidTrainingFile where the bytes are no rows."""
     try:
-        yield from read_lines(chunks)
-    except InvalidJSONL as error:
+        yield from readers.read(chunks)
+    except InvalidRows as error:
         raise InvalidTrainingFile(param=f"{role}_file", role=role, reason=error.message) from error
 
 
 def read_examples(chunks: Iterable[bytes], role: FileRole) -> Iterator[tuple[int, Example]]:
     """A file's examples with their line numbers. Raises InvalidTrainingFile."""
-    for number, text in read_texts(chunks, role):
-        yield number, parse_line(text, number, role)
+    for row in read_rows(chunks, role):
+        yield row.number, parse_row(row, role)
 
 
 def encode_example(

@@ -3,7 +3,13 @@
 from tunery.errors import Rejected
 
 
-class InvalidJSONL(Rejected):
+class InvalidRows(Rejected):
+    """Expected file to have {format} format. Row {line}: {reason}"""
+
+    code = "invalid_rows"
+
+
+class InvalidJSONL(InvalidRows):
     """Expected file to have JSONL format, where every line is a valid JSON dictionary. Line {line}: {reason}"""
 
     code = "invalid_jsonl"

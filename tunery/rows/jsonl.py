@@ -1,18 +1,19 @@
-"""The one reader of JSON Lines, in constant memory: bytes come in chunks of any size, numbered lines go out."""
+"""JSON Lines, in constant memory: bytes come in chunks of any size, numbered rows go out."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 from tunery.rows import containers, strict_json
-from tunery.rows.errors import InvalidJSONL
+from tunery.rows.errors import InvalidJSONL, InvalidRows
+from tunery.rows.formats import Format, SourceRow
 
 MAX_LINE_BYTES = 4 * 2**20
 _BOM = b"\xef\xbb\xbf"
 _PYTHON_ONLY = ("'", "None", "True", "False")
 
 
-class _Lines:
-    """Cuts chunks into lines and refuses what is not text in UTF-8, a line that is too long, and a gap.
+class JsonlParser:
+    """Cuts chunks into lines, a JSON object each, and refuses what is not text in UTF-8, a line that is too long, and a
+    gap.
 
     A line ends with LF. CR before it, or between tokens, is JSON's white space like any other. A byte order mark may
     begin any line, as it does where files were joined. Blank lines may stand at the end only, so that a row's number is
@@ -25,18 +26,20 @@ class _Lines:
         self._blank: int | None = None
         self._begun = False
 
-    def feed(self, chunk: bytes) -> Iterator[tuple[int, str]]:
-        """The lines that `chunk` completes, with their numbers from 1. Raises InvalidJSONL."""
+    def feed(self, chunk: bytes) -> Iterator[SourceRow]:
+        """The rows of the lines that `chunk` completes. Raises InvalidJSONL."""
         pieces = chunk.split(b"\n")
         for piece in pieces[:-1]:
             self._keep(piece)
             yield from self._take()
         self._keep(pieces[-1])
 
-    def close(self) -> Iterator[tuple[int, str]]:
-        """The last line, if no newline ended it. Raises InvalidJSONL."""
+    def close(self) -> Iterator[SourceRow]:
+        """The last line's row, if no newline ended it. Raises InvalidJSONL, also for a file without any row."""
         if self._rest:
             yield from self._take()
+        if not self._begun:
+            raise _fault(1, "the file is empty. Write one JSON object a line.")
 
     def _keep(self, piece: bytes) -> None:
         self._rest += piece
@@ -45,7 +48,7 @@ class _Lines:
             limit = f"{MAX_LINE_BYTES // 2**20} MiB"
             raise _fault(self._number + 1, f"is longer than {limit}, which is the limit for one line.")
 
-    def _take(self) -> Iterator[tuple[int, str]]:
+    def _take(self) -> Iterator[SourceRow]:
         self._number += 1
         line, self._rest = bytes(self._rest), bytearray()
         self._refuse_container(line, self._number)
@@ -59,31 +62,33 @@ class _Lines:
             raise _fault(self._blank, "is blank. Remove it: blank lines may stand at the end only.")
         else:
             self._begun = True
-            yield self._number, text
+            yield read_line(self._number, text)
 
     def _refuse_container(self, line: bytes, number: int) -> None:
         if not self._begun and (what := containers.recognise(line.removeprefix(_BOM))):
             raise _fault(number, f"the file {what}")
 
 
-def _fault(line: int, reason: str) -> InvalidJSONL:
-    return InvalidJSONL(param="file", line=line, reason=reason)
+JSONL = Format(
+    name="JSONL",
+    recognises=lambda head: head.removeprefix(_BOM).lstrip().startswith(b"{"),
+    open=JsonlParser,
+    error=InvalidJSONL,
+)
 
 
-def read_lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, str]]:
-    """The lines with their numbers from 1, without the blank ones at the end. Raises InvalidJSONL."""
-    lines = _Lines()
-    for chunk in chunks:
-        yield from lines.feed(chunk)
-    yield from lines.close()
+def _fault(line: int, reason: str) -> InvalidRows:
+    return JSONL.refuse(line, reason)
 
 
-def load_row(line: str) -> dict[str, Any]:
-    """The JSON object that a line spells. Raises ValueError, with a reason for people."""
+def read_line(number: int, line: str) -> SourceRow:
+    """The row of one line."""
     try:
-        return strict_json.load_object(line)
+        return SourceRow(number, strict_json.load_object(line))
     except strict_json.NotJSON as error:
-        raise ValueError(_cause(line, error) or str(error)) from None
+        return SourceRow(number, None, _cause(line, error) or str(error))
+    except ValueError as error:
+        return SourceRow(number, None, str(error))
 
 
 def _cause(line: str, error: strict_json.NotJSON) -> str | None:
@@ -100,30 +105,3 @@ def _cause(line: str, error: strict_json.NotJSON) -> str | None:
     if error.position >= len(line.rstrip()):
         return f"the object does not end on this line {column}. Write each object whole, on a line of its own."
     return None
-
-
-class JsonlChecker:
-    """Checks a file while it streams by, in memory of one line: every line must be a JSON object."""
-
-    def __init__(self) -> None:
-        self._lines = _Lines()
-        self.rows = 0
-        """Objects seen so far."""
-
-    def feed(self, chunk: bytes) -> None:
-        """The next bytes, however many. Raises InvalidJSONL at the first line that is wrong."""
-        self._check(self._lines.feed(chunk))
-
-    def close(self) -> None:
-        """The file's end. Raises InvalidJSONL for a wrong last line or a file without any object."""
-        self._check(self._lines.close())
-        if not self.rows:
-            raise _fault(1, "the file is empty. Write one JSON object a line.")
-
-    def _check(self, lines: Iterator[tuple[int, str]]) -> None:
-        for number, line in lines:
-            try:
-                load_row(line)
-            except ValueError as error:
-                raise _fault(number, str(error)) from None
-            self.rows += 1

@@ -12,7 +12,8 @@ from pydantic_core import PydanticCustomError
 
 from tunery.failures import InvalidTrainingFile
 from tunery.rows import keys, reasons, strict_json
-from tunery.rows.jsonl import load_row
+from tunery.rows.formats import SourceRow
+from tunery.rows.jsonl import read_line
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 FileRole = Literal["training", "validation", "test"]
@@ -265,9 +266,15 @@ class Example(BaseModel):
 
 
 def parse_line(text: str, line_number: int, role: FileRole = "training") -> Example:
-    """One line of a training file. Raises InvalidTrainingFile, its reason naming line and message (from 1)."""
+    """One line of JSON Lines. Raises InvalidTrainingFile, its reason naming line and message (from 1)."""
+    return parse_row(read_line(line_number, text), role)
+
+
+def parse_row(source: SourceRow, role: FileRole = "training") -> Example:
+    """One row of a file. Raises InvalidTrainingFile, its reason naming line and message (from 1)."""
+    line_number = source.number
     try:
-        row = load_row(text)
+        row = source.load()
         if row.get("messages") is None:
             raise ValueError(keys.name_format(row))
         example = Example.model_validate(row)

@@ -1,0 +1,56 @@
+"""What a format of files with rows is: how it is recognised, and how its bytes become rows."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from tunery.rows.errors import InvalidRows
+
+
+class SourceRow(NamedTuple):
+    """One row as its file has it: its fields, or why it has none (the end of a sentence that names the row).
+
+    `number`: the row's place in its file, from 1, by which every message names it.
+    """
+
+    number: int
+    fields: dict[str, Any] | None
+    fault: str | None = None
+
+    def load(self) -> dict[str, Any]:
+        """The row's fields. Raises ValueError, with a reason for people, where it has none."""
+        if self.fields is None:
+            raise ValueError(self.fault)
+        return self.fields
+
+
+class Parser(Protocol):
+    """Turns the bytes of one file, which come in chunks of any size, into rows.
+
+    A fault of one row is in its SourceRow, and reading goes on; InvalidRows ends it. Each iterator is read to its end
+    before the next call. Memory must not grow with the file: a format that is read from its end, as Parquet is, writes
+    the chunks to a temporary file and gives all rows in `close`.
+    """
+
+    def feed(self, chunk: bytes) -> Iterator[SourceRow]:
+        """The rows that `chunk` completes. Raises InvalidRows."""
+
+    def close(self) -> Iterator[SourceRow]:
+        """The rows that are left at the file's end. Raises InvalidRows, also for a file without any row."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: `recognises` sees the file's first bytes, at most `readers.HEAD_BYTES`; `open` begins a file.
+
+    `error`: the class of the errors that name a row of such a file.
+    """
+
+    name: str
+    recognises: Callable[[bytes], bool]
+    open: Callable[[], Parser]
+    error: type[InvalidRows] = InvalidRows
+
+    def refuse(self, number: int, reason: str) -> InvalidRows:
+        """The error that names a row, or the place where no row could be read."""
+        return self.error(param="file", format=self.name, line=number, reason=reason)
