@@ -19,6 +19,7 @@ router = APIRouter(prefix="/v1/models", tags=["Models"], route_class=LongJsonRou
 
 
 def _shown(session: Session, settings: Settings, caller: Caller, rows: Sequence[Model]) -> list[wire.Model]:
+    """Each model, and after it the same one under each of its aliases."""
     aliases = registry.aliases(session, (row.id for row in rows))
     owners = {None: settings.organization, caller.project_id: caller.project_name}
     return [
@@ -27,14 +28,16 @@ def _shown(session: Session, settings: Settings, caller: Caller, rows: Sequence[
             owner=owners[row.project_id],
             aliases=aliases.get(row.id, []),
             for_administrator=caller.admin,
+            alias=alias,
         )
         for row in rows
+        for alias in (None, *aliases.get(row.id, []))
     ]
 
 
 @router.get("", summary="List models", responses=errors())
 def list_models(session: SessionDep, caller: CallerDep, settings: SettingsDep) -> WholeList[wire.Model]:
-    """Every ready base, and the project's own fine-tuned models and checkpoints, newest first."""
+    """Every ready base and its aliases, and the project's own fine-tuned models and checkpoints, newest first."""
     rows = registry.list_visible(session, caller.project_id)
     return WholeList(data=_shown(session, settings, caller, rows))
 
@@ -57,9 +60,10 @@ def add_alias(body: wire.AddAlias, session: SessionDep, caller: AdminDep) -> wir
 
 @router.get("/{model:path}", summary="Retrieve a model", responses=errors(404))
 def retrieve_model(model: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> wire.Model:
-    """By id, alias, or the hub id that a base came from."""
+    """By id, alias, or the hub id that a base came from. An alias is answered under its own name."""
     row = registry.find(session, caller.project_id, model)
-    return _shown(session, settings, caller, [row])[0]
+    named = {shown.id: shown for shown in _shown(session, settings, caller, [row])}
+    return named.get(model, named[row.id])
 
 
 @router.delete("/{model:path}", summary="Delete a fine-tuned model", responses=errors(403, 404))

@@ -100,6 +100,7 @@ JOB: dict[str, Any] = {
     "user_provided_suffix": None,
     "usage_metrics": None,
     "shared_with_openai": False,
+    "base_model": "smollm2-135m-instruct",
     "phase": None,
     "progress": {"step": 0, "total_steps": None},
     **RequestedOptions().model_dump(mode="json"),
@@ -138,7 +139,7 @@ class OpenAIJob(Wire):
 
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
     id: str
-    model: str = Field(description="The base or fine-tuned model that the request's name stands for")
+    model: str = Field(description="As the request named it: a fine-tuned model, an alias or a base's id")
     created_at: int
     finished_at: int | None
     fine_tuned_model: str | None
@@ -159,6 +160,7 @@ class OpenAIJob(Wire):
     usage_metrics: None = None
     shared_with_openai: Literal[False] = False
 
+    base_model: str = Field(description="The base's own id, whatever the request named it")
     phase: str | None = Field(description="What a running job is doing")
     progress: Progress
 
@@ -195,7 +197,7 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str]) -> Job:
     knobs = Hyperparameters(**{name: row.plan[name] for name in _KNOBS} if row.plan else row.spec["hyperparameters"])
     return Job(
         id=row.id,
-        model=row.parent_model or row.base_model,
+        model=row.model_name,
         created_at=seconds(row.created_at),
         finished_at=maybe_seconds(row.finished_at),
         fine_tuned_model=row.tuned_model,
@@ -213,6 +215,7 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str]) -> Job:
         estimated_finish=_estimated_finish(row),
         integrations=row.integrations,
         user_provided_suffix=row.suffix,
+        base_model=row.base_model,
         phase=row.phase,
         progress=Progress(**{**row.progress, "step": row.step, "total_steps": row.total_steps}),
         priority=row.priority,

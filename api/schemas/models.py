@@ -46,7 +46,7 @@ class Model(Wire):
         "only administrators see more than the last part"
     )
     aliases: list[str]
-    base_model: str | None
+    base_model: str | None = Field(description="Of an alias and of a fine-tuned model: the base's own id")
     job: str | None = Field(description="The job that made it")
     technique: str | None
     params: int | None
@@ -57,13 +57,16 @@ class Model(Wire):
     manifest_sha256: str | None
 
     @classmethod
-    def of(cls, row: model.Model, *, owner: str, aliases: list[str], for_administrator: bool) -> "Model":
+    def of(
+        cls, row: model.Model, *, owner: str, aliases: list[str], for_administrator: bool, alias: str | None = None
+    ) -> "Model":
+        """A model as the caller may see it; with `alias`, which one of `aliases` is, under that name."""
         details, source = row.status_details, row.source
         if not for_administrator and source is not None and source.startswith(("/", "~", ".")):
             source = PurePath(source).name
             details = details and "It could not be converted. GET /v1/models/{id} shows an administrator the reason."
         return cls(
-            id=row.id,
+            id=alias or row.id,
             created=seconds(row.created_at),
             owned_by=owner,
             kind=row.kind,
@@ -71,7 +74,7 @@ class Model(Wire):
             status_details=details,
             source=source,
             aliases=aliases,
-            base_model=row.base_id,
+            base_model=row.id if alias else row.base_id,
             job=row.job_id,
             technique=row.technique,
             params=row.facts.get("params"),

@@ -160,9 +160,25 @@ def test_old_clients_send_knobs_at_the_top(team: Team, file: str, base: str) -> 
     assert job["method"]["supervised"]["hyperparameters"] == job["hyperparameters"]
 
 
-@pytest.mark.parametrize("name", [BASE, ALIAS, SOURCE])
-def test_a_base_by_any_of_its_names(name: str, team: Team, file: str, base: str) -> None:
-    assert _create(team, file, model=name).json()["model"] == BASE
+@pytest.mark.parametrize(("name", "shown"), [(BASE, BASE), (ALIAS, ALIAS), (SOURCE, BASE)])
+def test_a_base_by_any_of_its_names(name: str, shown: str, team: Team, file: str, base: str) -> None:
+    made = _create(team, file, model=name).json()
+    assert (made["model"], made["base_model"]) == (shown, BASE)
+    assert team.http.get(f"{ROUTE}/{made['id']}").json() == made
+    assert team.http.get(ROUTE).json()["data"] == [made]
+
+
+def test_a_job_keeps_the_alias_that_it_was_asked_by(
+    team: Team, admin: Team, file: str, base: str, database: Database
+) -> None:
+    job = _create(team, file, model=ALIAS).json()["id"]
+    with database.sessions.begin() as session:
+        rows.base(session, "other")
+    assert admin.http.post("/v1/models/aliases", json={"alias": ALIAS, "model": "other"}).status_code == 200
+
+    moved = team.http.get(f"{ROUTE}/{job}").json()
+
+    assert (moved["model"], moved["base_model"]) == (ALIAS, BASE)
 
 
 def test_wandb_is_echoed_and_warned_about(team: Team, file: str, base: str) -> None:
@@ -246,6 +262,15 @@ def test_training_on_keeps_the_adapters_shape(team: Team, file: str, parent: str
     with database.sessions() as session:
         row = session.get_one(Job, job["id"])
         assert (row.base_model, row.parent_model) == (BASE, parent)
+
+
+def test_training_on_keeps_the_alias(team: Team, file: str, parent: str, database: Database) -> None:
+    with database.sessions.begin() as session:
+        session.get_one(Job, session.get_one(Model, parent).job_id).base_alias = ALIAS
+    job = _create(team, file, model=parent).json()
+    assert (job["model"], job["base_model"]) == (parent, BASE)
+    with database.sessions() as session:
+        assert session.get_one(Job, job["id"]).base_name == ALIAS
 
 
 def test_training_on_in_another_shape(team: Team, file: str, parent: str, database: Database) -> None:

@@ -13,15 +13,20 @@ from tunery.models.model import Model
 
 
 def test_a_base_as_listed(team: Team, base: str) -> None:
-    [model] = team.http.get("/v1/models").json()["data"]
+    model, alias = team.http.get("/v1/models").json()["data"]
     assert list(model)[:5] == ["id", "object", "created", "owned_by", "shutdown_date"]
     assert (model["id"], model["owned_by"], model["kind"]) == (BASE, "tunery", "base")
     assert (model["source"], model["aliases"], model["context_length"]) == (SOURCE, [ALIAS], 2048)
+    assert model["base_model"] is None
+    assert alias == {**model, "id": ALIAS, "base_model": BASE}
 
 
 def test_models_by_any_name(team: Team, base: str) -> None:
-    for name in (BASE, ALIAS, SOURCE, SOURCE.replace("/", "%2F")):
-        assert team.http.get(f"/v1/models/{name}").json()["id"] == BASE
+    for name in (BASE, SOURCE, SOURCE.replace("/", "%2F")):
+        shown = team.http.get(f"/v1/models/{name}").json()
+        assert (shown["id"], shown["base_model"]) == (BASE, None)
+    alias = team.http.get(f"/v1/models/{ALIAS}").json()
+    assert (alias["id"], alias["base_model"], alias["kind"]) == (ALIAS, BASE, "base")
     answer = team.http.get("/v1/models/none/at/all")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 

@@ -170,12 +170,13 @@ def test_job_with_everything(client: OpenAI, file_id: str, base: str) -> None:
             "priority": 3,
         },
     )
-    assert job.model == base  # the alias is resolved
+    assert job.model == ALIAS
     assert (job.seed, job.metadata) == (42, {"team": "search"})
     assert job.hyperparameters.n_epochs == 2
     assert job.integrations
     assert job.integrations[0].wandb.project == "p"
     assert job.model_extra
+    assert job.model_extra["base_model"] == base
     assert job.model_extra["user_provided_suffix"] == "banking"
     assert job.model_extra["technique"]["r"] == 8
     assert job.model_extra["priority"] == 3
@@ -248,7 +249,7 @@ def test_finished_job(client: OpenAI, job: FineTuningJob, database: Database) ->
     assert newest.type == "metrics"
     assert newest.data == {"step": 3, "train_loss": 0.15}
     assert client.models.retrieve(done.fine_tuned_model).owned_by == "alpha"
-    assert {model.id for model in client.models.list()} == {BASE, done.fine_tuned_model}
+    assert {model.id for model in client.models.list()} == {BASE, ALIAS, done.fine_tuned_model}
     assert client.models.delete(done.fine_tuned_model).deleted
     with pytest.raises(openai.NotFoundError, match="404"):
         client.models.retrieve(done.fine_tuned_model)

@@ -434,6 +434,7 @@ def test_models_are_registered_listed_and_named_again(
         rows.base(session, BASE)
     assert BASE in tunery("models", "list")[1]
     assert tunery("models", "alias", "gpt-4o-mini-2024-07-18", BASE)[0] == 0
+    assert f"alias of {BASE}" in tunery("models", "list")[1]
     (tmp_path / "some-model").mkdir()
     status, out, _ = tunery("models", "add", "mine", "some-model", "--no-wait")
     assert (status, out) == (0, "✓ mine is processing\n")

@@ -161,6 +161,7 @@ def test_a_model_too_large_for_every_device_fails_with_what_would_fit(workshop: 
         session.execute(update(Model).values(facts=large))
         card = HostDevice(id="h/gpu0", host="h", gpu_index=0, device="RTX 4090", memory_bytes=24 * 2**30, bf16=True)
         leases.show_device(session, card)
+    workshop.base_alias = "gpt-4o-mini-2024-07-18"
     refused = workshop.submit(workshop.file(training_rows(12)), technique={"type": "full"})
     chosen = workshop.submit(workshop.file(training_rows(12)), technique=None)
     assert _validate(workshop)
@@ -168,6 +169,7 @@ def test_a_model_too_large_for_every_device_fails_with_what_would_fit(workshop: 
     job = workshop.job(refused)
     assert (job.state, job.error_code) == ("failed", "does_not_fit")
     assert "Use the technique 'qlora'" in str(job.error_message)
+    assert "A full fine-tune of gpt-4o-mini-2024-07-18 (" in str(job.error_message)
     plan = workshop.job(chosen).plan
     assert plan is not None
     assert plan["technique"]["type"] == "qlora"

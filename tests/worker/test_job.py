@@ -16,6 +16,7 @@ from tunery.wire import Score
 def test_a_job_runs_to_its_end_without_any_broker(workshop: Workshop) -> None:
     workshop.start("io")
     workshop.start("train")
+    workshop.base_alias = "gpt-4o-mini-2024-07-18"
     training = workshop.file(training_rows(12), checked=False)
     validation = workshop.file(training_rows(3, first=100))
     test = workshop.file(training_rows(2, first=200))
@@ -77,7 +78,7 @@ def _check_model(workshop: Workshop, name: str) -> None:
         model = session.get_one(Model, name)
         files = session.scalars(select(Artifact).where(Artifact.model_id == name)).all()
     assert (model.kind, model.status, model.base_id, model.technique) == ("tuned", "ready", "tiny", "lora")
-    assert name.startswith("ft:tiny:tunery::")
+    assert name.startswith("ft:gpt-4o-mini-2024-07-18:tunery::")
     listed = manifest.load(workshop.storage, model.prefix, str(model.manifest_sha256))
     assert {file.path: file.sha256 for file in listed.files} == {file.path: file.sha256 for file in files}
     assert {"adapter_model.safetensors", "adapter_config.json", "chat_template.jinja"} <= {f.path for f in files}
@@ -106,6 +107,7 @@ def _check_checkpoints(workshop: Workshop, job_id: str) -> None:
     assert all(checkpoint.metrics["full_valid_loss"] > 0 for checkpoint in kept)
     hidden = [model for model in models if model.deleted_at is not None]
     assert {model.id for model in models} - {model.id for model in hidden} == {kept.model_id for kept in kept}
+    assert all(model.id.startswith("ft:gpt-4o-mini-2024-07-18:tunery::") for model in models)
     assert [list(workshop.storage.list(model.prefix)) for model in hidden] == [[]]
     shown = [model for model in models if model.deleted_at is None]
     assert all(workshop.storage.stat(f"{model.prefix}/manifest.json") for model in shown)

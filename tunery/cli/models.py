@@ -75,13 +75,18 @@ def list_models(context: typer.Context, json: AsJson = False) -> None:
     show.table(
         ("id", "kind", "owner", "status", "age"),
         (
-            (m["id"], m.get("kind"), m["owned_by"], show.status(m.get("status") or "ready"), show.age(m["created"]))
+            (m["id"], _kind(m), m["owned_by"], show.status(m.get("status") or "ready"), show.age(m["created"]))
             for m in found
         ),
         empty="No model is ready. `tunery models add NAME SOURCE` registers a base; one that is being converted is "
         "not listed yet (`tunery models show NAME`).",
     )
     return None
+
+
+def _kind(model: dict[str, Any]) -> str:
+    is_alias = model["kind"] == "base" and model["base_model"] is not None
+    return f"alias of {model['base_model']}" if is_alias else str(model["kind"])
 
 
 @app.command("show")

@@ -59,7 +59,8 @@ def _waits_for(job: dict[str, Any]) -> str | None:
 
 def _request(job: dict[str, Any]) -> list[tuple[str, Any]]:
     return [
-        ("base", job["model"]),
+        ("model", job["model"]),
+        ("base", job["base_model"] if job["base_model"] != job["model"] else None),
         ("tuned model", job["fine_tuned_model"]),
         ("technique", compact(job.get("technique"))),
         ("hyperparameters", compact(job["hyperparameters"])),

@@ -53,6 +53,7 @@ def create(
         _check_file(session, caller.project_id, param, name)
     _check_held_out(session, request)
     job = _job(request, caller, model, spec)
+    job.base_alias = _base_alias(session, request, model)
     job.idempotency_key, job.request_sha256 = idempotency_key, digest
     return ledger.submit(session, job, messages=_remarks(request))
 
@@ -171,6 +172,14 @@ def _job(request: JobRequest, caller: Caller, model: Model, spec: TrainingSpec) 
     if request.metadata is not None:
         job.user_metadata = dict(request.metadata)
     return job
+
+
+def _base_alias(session: Session, request: JobRequest, model: Model) -> str | None:
+    """Clients read the provider from the base's part of a tuned model's name, so later generations keep it."""
+    if model.kind == "base":
+        return registry.alias_of(session, model, request.model)
+    made_by = session.get(Job, model.job_id) if model.job_id else None
+    return made_by.base_alias if made_by else None
 
 
 def _echo(integration: dict[str, Any], job_id: str) -> dict[str, Any]:

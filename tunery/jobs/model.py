@@ -20,6 +20,7 @@ class Job(Base):
 
     `fence` grows with every claim and every cancellation; an attempt may write only while the job's fence is its own
     number. `wish` is what the owner asked of a running job (`pause`); `phase` says what a running job is doing.
+    `base_alias` is the alias by which the request, or that of its parent model, named the base.
     `gpu_bytes` is the memory it needs on each of its `gpus`, `cpu_bytes` on a host that trains on its CPU (null: not
     there). `failures` counts attempts that crashed, `losses` those whose worker was lost, both since the last snapshot
     at a later step (`snapshot_step`); `validations` counts how often its validation began. While `reserved_until` has
@@ -65,6 +66,7 @@ class Job(Base):
     reserved_until: Mapped[datetime | None]
 
     base_model: Mapped[str] = mapped_column(ForeignKey("models.id"))
+    base_alias: Mapped[str | None]
     parent_model: Mapped[str | None] = mapped_column(ForeignKey("models.id"))
     tuned_model: Mapped[str | None] = mapped_column(ForeignKey("models.id"))
     training_file: Mapped[str] = mapped_column(ForeignKey("files.id"))
@@ -96,6 +98,16 @@ class Job(Base):
     error_code: Mapped[str | None]
     error_message: Mapped[str | None]
     error_param: Mapped[str | None]
+
+    @property
+    def base_name(self) -> str:
+        """The base's name in answers and in the names of tuned models: the alias that was asked for, or its id."""
+        return self.base_alias or self.base_model
+
+    @property
+    def model_name(self) -> str:
+        """The model that the job starts from, as its owner named it."""
+        return self.parent_model or self.base_name
 
 
 class Attempt(Base):

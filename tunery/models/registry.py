@@ -99,6 +99,11 @@ def aliases(session: Session, model_ids: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
+def alias_of(session: Session, model: Model, name: str) -> str | None:
+    """Returns the name if it is an alias of the model; None for its id and for a base's source."""
+    return session.scalar(select(Alias.alias).where(Alias.alias == name, Alias.model_id == model.id))
+
+
 def register_base(session: Session, *, name: str, source: str, chat_template: str | None = None) -> Model:
     """A base on its way: a worker converts and stores it. Raises InvalidValue when the name is taken.
 

@@ -27,13 +27,17 @@ from worker.supervisor import staging
 
 @dataclass(frozen=True)
 class Case:
-    """A job with all that its validation reads, taken out of the database before the long work."""
+    """A job with all that its validation reads, taken out of the database before the long work.
+
+    `model` is the job's model as its owner named it.
+    """
 
     job_id: str
     created_at: datetime
     spec: TrainingSpec
     files: Mapping[FileRole, File]
     base: Model
+    model: str
     devices: Sequence[HostDevice]
 
     @property
@@ -157,7 +161,7 @@ def _plan(case: Case, summary: Summary) -> Plan:
     }
     fits = memory.bf16_fits(facts, **limits)
     plan = advice.resolve(case.spec, examples=summary.examples, facts=facts, bf16_fits=fits)
-    memory.check(facts, plan.technique, **limits, model=case.base.id)
+    memory.check(facts, plan.technique, **limits, model=case.model)
     return plan
 
 

@@ -57,6 +57,7 @@ def _open(session: Session, job: Job) -> Case:
         spec=TrainingSpec.model_validate(job.spec),
         files={role: session.get_one(File, id) for role, id in ids.items() if id is not None},
         base=session.get_one(Model, job.base_model),
+        model=job.model_name,
         devices=leases.devices(session),
     )
 

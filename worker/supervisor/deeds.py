@@ -247,7 +247,7 @@ def add_model(
 ) -> Model:
     """The row of what a job made, with its files' rows: a checkpoint when `step` is given, else the result."""
     base = session.get_one(Model, job.base_model)
-    name = registry.tuned_name(base=base.id, organization=settings.organization, suffix=job.suffix, step=step)
+    name = registry.tuned_name(base=job.base_name, organization=settings.organization, suffix=job.suffix, step=step)
     model = registry.add_tuned(
         session,
         name=name,
