@@ -1,6 +1,7 @@
-"""Processes: children that end with their parent, each in a group of its own; others found by a mark; free ports."""
+"""Processes: children that end with their parent, in groups of their own; others found by a mark; locks; free ports."""
 
 import ctypes
+import fcntl
 import os
 import signal
 import socket
@@ -139,6 +140,18 @@ def kill_marked(name: str, value: str) -> int:
         signal_all(found, signal.SIGKILL)
         psutil.wait_procs(found, timeout=1)
     return len(killed)
+
+
+def lock(file: IO[str] | int, *, shared: bool = False) -> bool:
+    """Takes the kernel's lock of an open file; returns False when another process has it. Does not wait.
+
+    The lock ends when the file is closed or its process ends, however it ends.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def free_port() -> int:

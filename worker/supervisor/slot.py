@@ -1,6 +1,5 @@
 """A slot: one process of a training worker, which works on one job at a time."""
 
-import fcntl
 import logging
 import os
 import re
@@ -100,12 +99,10 @@ class Slot:
         """A descriptor that nobody closes: the kernel does, with the process, and whoever comes next gets the lock."""
         self._lock_path.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return None
-        return lock
+        if processes.lock(lock):
+            return lock
+        os.close(lock)
+        return None
 
     def _clean_runs(self) -> None:
         """Run directories whose attempts have ended without us; those of the host's other slots are live."""

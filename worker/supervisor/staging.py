@@ -1,16 +1,16 @@
 """What a run or a server needs on this host before it starts: files out of storage, checked."""
 
-import fcntl
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from sqlalchemy.orm import Session
 
+from tunery import processes
 from tunery.artifacts import manifest
 from tunery.datasets.model import File
 from tunery.jobs.model import Job
@@ -93,18 +93,10 @@ def text_folder(models_dir: Path, storage: Storage, model: Model) -> Path:
 def _locked(path: Path, check: Check = lambda: None) -> Iterator[None]:
     # The kernel drops the lock of a process that dies, so a fetch that was cut off is taken up by the next one.
     with path.open("a") as file:
-        while not _lock(file):
+        while not processes.lock(file):
             check()  # whoever waits for another's fetch may be called off too
             time.sleep(_LOCK_SECONDS)
         yield
-
-
-def _lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def adopt(models_dir: Path, folder: Path, listed: manifest.Manifest) -> None:
