@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
+from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 from pydantic import BaseModel, ValidationError
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
 
 from api import edge
 from tunery.errors import InvalidValue, TooLarge
@@ -89,34 +88,31 @@ def _nest(nested: dict[str, Any], name: str, value: str) -> None:
 
 
 class _Reader:
-    """python-multipart's low-level parser, and what its callbacks have found."""
+    """Sorts what the parser finds: text fields into the form, the file's bytes into `waiting`."""
 
     def __init__(self, content_type: str, form: Form, file_field: str) -> None:
         self.waiting = bytearray()
         self._form, self._file_field = form, file_field
-        self._ended = False
-        self._header, self._headers = b"", {b"": b""}
         self._name, self._value, self._is_file = "", bytearray(), False
         kind, options = parse_options_header(content_type)
-        if kind != b"multipart/form-data" or b"boundary" not in options:
+        if kind != "multipart/form-data" or "boundary" not in options:
             raise InvalidValue(param=file_field, reason="Send a form: 'Content-Type: multipart/form-data'.")
         with _naming_faults():
-            self._parser = MultipartParser(options[b"boundary"], self._callbacks())
-
-    def _callbacks(self) -> Any:
-        return {
-            "on_part_begin": self._on_part_begin,
-            "on_header_field": self._on_header_field,
-            "on_header_value": self._on_header_value,
-            "on_headers_finished": self._on_headers_finished,
-            "on_part_data": self._on_part_data,
-            "on_part_end": self._on_part_end,
-            "on_end": self._on_end,
-        }
+            # Every byte is a character of latin-1: a name in another coding is no reason to refuse the file.
+            self._parser = PushMultipartParser(options["boundary"], header_charset="latin-1")
 
     def write(self, packet: bytes) -> None:
+        """The form's next bytes; none end it."""
+        if not packet:
+            return
         with _naming_faults():
-            self._parser.write(packet)
+            for event in self._parser.parse(packet):
+                if isinstance(event, MultipartSegment):
+                    self._begin(event)
+                elif event is None:
+                    self._end()
+                else:
+                    self._take(event)
 
     def next(self) -> bytes:
         """The file's bytes that came since the last call."""
@@ -125,39 +121,28 @@ class _Reader:
         return data
 
     def check_whole(self) -> None:
-        """Raises InvalidValue for a form that was cut off (the parser itself does not mind) or has no file."""
-        if not self._ended:
+        """Raises InvalidValue for a form that was cut off or has no file."""
+        try:
+            self._parser.close()
+        except MultipartError:
             raise InvalidValue(
-                reason="The form ends before its closing boundary: the request was cut off. Send it again."
-            )
+                reason="The multipart form ends before its closing boundary: the request was cut off. Send it again."
+            ) from None
         if self._form.filename is None:
             raise InvalidValue(param=self._file_field, reason=f"Missing required parameter: '{self._file_field}'.")
 
-    def _on_part_begin(self) -> None:
-        self._headers, self._header, self._value = {}, b"", bytearray()
-
-    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
-        # A header's value follows its name; a name after a value begins the next header.
-        if self._header in self._headers:
-            self._header = b""
-        self._header += data[start:end].lower()
-
-    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
-        self._headers[self._header] = self._headers.get(self._header, b"") + data[start:end]
-
-    def _on_headers_finished(self) -> None:
-        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
-        self._name = options.get(b"name", b"").decode(errors="replace")
+    def _begin(self, part: MultipartSegment) -> None:
+        self._name, self._value = _text(part.name), bytearray()
         self._is_file = self._name == self._file_field
         if not self._is_file:
-            return self._check_field(options)
+            self._check_field(part)
+            return
         if self._form.filename is not None:
             raise InvalidValue(param=self._file_field, reason="The form has two files. Send one file a request.")
-        self._form.filename = options.get(b"filename", b"upload").decode(errors="replace") or "upload"
-        return None
+        self._form.filename = _text(part.filename) or "upload"
 
-    def _check_field(self, options: dict[bytes, bytes]) -> None:
-        if b"filename" in options:
+    def _check_field(self, part: MultipartSegment) -> None:
+        if part.filename is not None:
             raise InvalidValue(
                 param=self._name, reason=f"Unknown file '{self._name}': the file's field is '{self._file_field}'."
             )
@@ -166,26 +151,27 @@ class _Reader:
         if len(self._form.fields) >= _MAX_FIELDS:
             raise InvalidValue(reason=f"The form has more than {_MAX_FIELDS} fields.")
 
-    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+    def _take(self, data: bytes) -> None:
         if self._is_file:
-            self.waiting += data[start:end]
-            self._form.bytes += end - start
+            self.waiting += data
+            self._form.bytes += len(data)
             return
-        self._value += data[start:end]
+        self._value += data
         if len(self._value) > _MAX_FIELD_BYTES:
             raise InvalidValue(param=self._name, reason=f"'{self._name}' is longer than {_MAX_FIELD_BYTES} bytes.")
 
-    def _on_part_end(self) -> None:
+    def _end(self) -> None:
         if not self._is_file:
             self._form.fields[self._name] = self._value.decode(errors="replace")
 
-    def _on_end(self) -> None:
-        self._ended = True
+
+def _text(header: str | None) -> str:
+    return (header or "").encode("latin-1").decode(errors="replace")
 
 
 @contextmanager
 def _naming_faults() -> Iterator[None]:
     try:
         yield
-    except FormParserError as error:
+    except MultipartError as error:
         raise InvalidValue(reason=f"The form's multipart coding is broken ({error}). Send it again.") from None
