@@ -16,8 +16,10 @@ from worker.trainer.data import Rows
 from worker.trainer.loop import train
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective, all_and_trainable
+from worker.trainer.parallel import Ranks
 from worker.trainer.report import Voice
 from worker.trainer.run import RECIPES
+from worker.trainer.stepper import Stepper
 from worker.trainer.training import Progress, Training
 from worker.trainer.wish import Wish
 
@@ -37,12 +39,15 @@ def set_up(model: Path, method: str, checkpointing: bool, made: Rows, batch: int
     if checkpointing:
         objective.recompute()
     parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    optimizer = recipe.make_optimizer(parameters, plan, precision)
+    memory = MemoryPlan(batch * max(made.lengths), recompute=checkpointing)
+    stepper = Stepper(objective, optimizer, list(parameters.values()), made, Ranks(accelerator), memory)
     return Training(
         run=Run(job="bench", base_model=model.name, plan=plan, public_checkpoints=0, snapshot_seconds=3600),
         folder=model, recipe=recipe, precision=precision, accelerator=accelerator, objective=objective,
-        optimizer=recipe.make_optimizer(parameters, plan, precision), parameters=parameters,
+        optimizer=optimizer, parameters=parameters,
         template=ChatTemplate.load(model), rows=made, valid=None,
-        voice=Voice(None), wish=Wish(), memory=MemoryPlan(batch * max(map(len, made.rows)), recompute=checkpointing),
+        voice=Voice(None), wish=Wish(), stepper=stepper,
     )  # fmt: skip
 
 

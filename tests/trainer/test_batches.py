@@ -10,7 +10,7 @@ import torch
 from run_folders import chat, lay_out, plan
 
 from tunery.spec import Full
-from worker.trainer import data, evaluate, packing
+from worker.trainer import data, evaluate, packing, rope
 from worker.trainer.data import IGNORED, Row, collate, micro_batches
 from worker.trainer.loop import _take_step
 from worker.trainer.memory import MemoryPlan
@@ -101,9 +101,9 @@ def test_packing_changes_no_step(tmp_path: Path, tiny: Path, budget: int) -> Non
     found, cut = [], []
     for packing_asked in (False, True):
         t = training(tmp_path / str(packing_asked), tiny, rows, packing=packing_asked, n_epochs=2)
-        t.memory = replace(t.memory, max_tokens=budget)
+        t.stepper.memory = replace(t.stepper.memory, max_tokens=budget)
         progress = Progress()
-        cut.append([t.share(data.rows_of_step(10, step, 4, t.plan.seed)) for step in range(1, 7)])
+        cut.append([t.stepper.micro_batches(data.rows_of_step(10, step, 4, t.plan.seed)) for step in range(1, 7)])
         found.append([_take_step(t, progress)[0] for _ in range(t.total_steps)])
 
     assert [len(steps) for steps in found] == [6, 6]
@@ -134,9 +134,8 @@ def test_rows_of_different_groups_never_meet(packed_tokens: int | None) -> None:
 def test_groups_hold_in_training_and_validation(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [chat(i, words=2 + i % 5) for i in range(8)]
     lay_out(tmp_path / "run", tiny, plan(), rows, rows)
+    monkeypatch.setattr(rope.LengthRope, "group", lambda _self, length: length > 40)
     t = prepare(tmp_path / "run", Voice(None), Wish())
-    t.group_of = lambda row: len(row) > 40
-    t.__post_init__()
     seen: list[set[bool]] = []
     usual = t.objective.forward
 
@@ -164,8 +163,10 @@ def test_model_whose_rows_would_mix_is_not_packed(tmp_path: Path, tiny: Path, mo
     monkeypatch.setattr(data.Batch, "__init__", without_positions)
     t = training(tmp_path / "run", tiny, [chat(i) for i in range(6)], packing=True)
 
-    assert t.memory.packed_tokens is None
-    assert t.share(list(range(6))) == [[[i] for i in sorted(range(6), key=lambda i: -t.lengths[i])]]
+    assert t.stepper.memory.packed_tokens is None
+    assert t.stepper.micro_batches(list(range(6))) == [
+        [[i] for i in sorted(range(6), key=lambda i: -t.rows.lengths[i])]
+    ]
     assert any("not packed" in warning for warning in t.warnings)
 
 
@@ -176,10 +177,10 @@ def test_accumulation_does_not_change_loss_or_gradient(tmp_path: Path, tiny: Pat
     found = []
     for number, budget in enumerate((10_000, 1)):
         t = training(tmp_path / str(number), tiny, rows, batch_size=8, **changes)
-        t.memory = MemoryPlan(budget)
+        t.stepper.memory = MemoryPlan(budget)
         found.append(_take_step(t, Progress())[0])
 
-    assert len(t.share(list(range(8)))) == 8
+    assert len(t.stepper.micro_batches(list(range(8)))) == 8
     assert found[1].train_loss == pytest.approx(found[0].train_loss, rel=1e-5)
     assert found[1].grad_norm == pytest.approx(found[0].grad_norm, rel=1e-4)
     assert found[1].train_accuracy == found[0].train_accuracy
@@ -188,7 +189,7 @@ def test_accumulation_does_not_change_loss_or_gradient(tmp_path: Path, tiny: Pat
 def test_last_short_step_is_the_mean_over_its_own_tokens(tmp_path: Path, tiny: Path) -> None:
     """10 rows, 4 a step: the third step has 2, and its gradient is theirs, not half of it."""
     t = training(tmp_path / "run", tiny, [chat(i) for i in range(10)], batch_size=4, learning_rate=1e-9)
-    t.memory = MemoryPlan(1)
+    t.stepper.memory = MemoryPlan(1)
     progress = Progress()
     last = [_take_step(t, progress)[0] for _ in range(3)][-1]
     rows = [t.rows.rows[i] for i in data.rows_of_step(10, 3, 4, t.plan.seed)]
@@ -210,7 +211,7 @@ def test_losses_of_three_steps(tmp_path: Path, tiny: Path) -> None:
     losses = [_take_step(t, progress)[0].train_loss for _ in range(3)]
 
     assert losses == pytest.approx(LOSSES, abs=2e-4)
-    assert progress.tokens == sum(t.lengths)
+    assert progress.tokens == sum(t.rows.lengths)
 
 
 LOSSES = [8.946486, 8.531140, 8.357866]

@@ -35,15 +35,15 @@ EACH_TECHNIQUE = pytest.mark.parametrize(
 
 def losses(folder: Path, base: Path, recorded: bool, **changes: Any) -> list[tuple[float, float]]:
     t = prepare(lay_out(folder, base, plan(n_epochs=6, **changes), ROWS), Voice(None), Wish())
-    assert t.replays is not None
+    assert t.stepper.graphs is not None
     if not recorded:
-        t.replays = None
+        t.stepper.graphs = None
     progress = Progress()
     steps = [_take_step(t, progress)[0] for _ in range(t.total_steps)]
     if recorded:
-        assert t.replays is not None
-        assert not t.replays.failed
-        assert len(t.replays._recorded) > 0
+        assert t.stepper.graphs is not None
+        assert not t.stepper.graphs.failed
+        assert len(t.stepper.graphs._recorded) > 0
     return [(step.train_loss, step.grad_norm) for step in steps]
 
 

@@ -79,7 +79,7 @@ def test_step_that_runs_out_of_memory_is_taken_in_smaller_pieces(
     steps, found = [], []
     for number, at in enumerate(([], calls)):
         t = training(tmp_path / str(number), tiny)
-        t.memory = replace(t.memory, max_tokens=512)
+        t.stepper.memory = replace(t.stepper.memory, max_tokens=512)
         t.objective.forward = failing(t.objective.forward, at)
         steps.append(_take_step(t, Progress())[0])
         found.append(weights(t))
@@ -87,7 +87,7 @@ def test_step_that_runs_out_of_memory_is_taken_in_smaller_pieces(
     assert steps[1].train_loss == pytest.approx(steps[0].train_loss, rel=1e-5)
     assert steps[1].grad_norm == pytest.approx(steps[0].grad_norm, rel=1e-4)
     assert same(*found)
-    assert t.memory.max_tokens == wanted
+    assert t.stepper.memory.max_tokens == wanted
     assert "the memory plan from here on" in caplog.text
 
 
@@ -103,8 +103,8 @@ def test_one_row_too_many_is_recomputed_and_then_an_error(tmp_path: Path, tiny: 
     t.objective.forward = whole_only
     _take_step(t, Progress())
 
-    assert t.memory.recompute
-    assert all(len(part) == 1 for part in t.share(list(range(8))))
+    assert t.stepper.memory.recompute
+    assert all(len(part) == 1 for part in t.stepper.micro_batches(list(range(8))))
 
     t.objective.forward = failing(usual, range(1, 100))
     with pytest.raises(torch.OutOfMemoryError):
@@ -120,12 +120,12 @@ def test_evaluation_that_runs_out_of_memory_is_done_in_smaller_pieces(tmp_path: 
 
     assert evaluate.loss(t, t.valid.rows) == pytest.approx(wanted, rel=1e-6)
 
-    assert t.memory.max_tokens == planning.CPU_MICRO_BATCH // 4
+    assert t.stepper.memory.max_tokens == planning.CPU_MICRO_BATCH // 4
     assert t.objective.training
     t.objective.forward = failing(usual, range(1, 100))
     with pytest.raises(torch.OutOfMemoryError):
         evaluate.loss(t, t.valid.rows)
-    assert not t.memory.recompute  # it would make nothing smaller without a backward pass
+    assert not t.stepper.memory.recompute  # it would make nothing smaller without a backward pass
 
 
 def test_optimizer_that_runs_out_of_memory_at_its_start_steps_again(tmp_path: Path, tiny: Path) -> None:
@@ -281,4 +281,4 @@ def test_a_packed_sequence_is_shortened_before_a_row_is_refused(
 def test_plan_of_a_packed_run_packs_no_more_than_fits(tmp_path: Path, tiny: Path) -> None:
     t = training(tmp_path / "run", tiny, packing=True, max_seq_length=64)
 
-    assert t.memory == MemoryPlan(planning.CPU_MICRO_BATCH, packed_tokens=64)
+    assert t.stepper.memory == MemoryPlan(planning.CPU_MICRO_BATCH, packed_tokens=64)

@@ -1,6 +1,7 @@
 """A resumed run has all of the state of the one that was broken off."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,8 @@ def test_snapshot_of_a_newer_release_or_another_base_is_left_alone(
     snapshot = checkpoints.find_snapshot(t)
     assert snapshot is not None
 
-    t.run = t.run.model_copy(update={"base_model": "another"})
-    assert checkpoints.find_snapshot(t) is None
-    t.run = t.run.model_copy(update={"base_model": "tiny"})
+    other = replace(t, run=t.run.model_copy(update={"base_model": "another"}))
+    assert checkpoints.find_snapshot(other) is None
     state = json.loads((snapshot / "state.json").read_text())
     (snapshot / "state.json").write_text(json.dumps(state | {"version": 99}))
     assert checkpoints.find_snapshot(t) is None

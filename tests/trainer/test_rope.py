@@ -107,7 +107,7 @@ def test_other_models_have_one_group(tiny: Path, tmp_path: Path) -> None:
     t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
 
     assert rope.of(t.objective.causal) == LengthRope()
-    assert len(set(t.groups)) == 1
+    assert len(set(t.stepper._groups)) == 1
     assert not LengthRope().changes(1, 100_000)
 
 

@@ -104,7 +104,7 @@ def test_record_says_why_a_kernel_was_not_taken(tmp_path: Path, tiny: Path) -> N
     adapted: Any = next(module for module in t.objective.modules() if isinstance(module, LoraLayer))
     del adapted.forward
     t.objective.chunked = False
-    t.memory = replace(t.memory, packed_tokens=None)
+    t.stepper.memory = replace(t.stepper.memory, packed_tokens=None)
 
     found = paths.describe(t)
 
@@ -346,7 +346,7 @@ def test_rows_that_lose_their_end_are_named(tmp_path: Path, tiny: Path, ear: Ear
     t = prepare(folder, Voice(ear.descriptor), Wish())
 
     assert (t.rows.truncated, t.rows.unlearnable) == ((4,), (11,))
-    assert t.warnings == [], "the job's validation has named these lines"
+    assert t.warnings == (), "the job's validation has named these lines"
 
 
 def test_logits_that_are_more_than_a_product_take_the_textbooks_loss(tmp_path: Path, tiny: Path) -> None:
@@ -365,9 +365,9 @@ def test_only_rank_0_touches_the_artifact(tmp_path: Path, tiny: Path) -> None:
     """A late sister would wipe what rank 0 has just written."""
     t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
     (t.folder / ".out.partial").mkdir()
-    t.accelerator = SimpleNamespace(is_main_process=False, process_index=1, wait_for_everyone=lambda: None)
+    sister = SimpleNamespace(is_main_process=False, process_index=1, wait_for_everyone=lambda: None)
 
-    _measure_and_write(t, Progress(step=1), None)
+    _measure_and_write(replace(t, accelerator=sister), Progress(step=1), None)
 
     assert (t.folder / ".out.partial").exists()
     assert not (t.folder / "out").exists()

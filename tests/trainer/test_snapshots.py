@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,9 @@ def test_snapshot_of_another_plan_is_not_taken(
     t = prepare(folder, Voice(None), Wish())
     assert checkpoints.find_snapshot(t) is not None
 
-    t.run = t.run.model_copy(update={"plan": LaterPlan(**settled.model_dump() | changes)})
+    other = replace(t, run=t.run.model_copy(update={"plan": LaterPlan(**settled.model_dump() | changes)}))
 
-    assert checkpoints.find_snapshot(t) is None
+    assert checkpoints.find_snapshot(other) is None
     assert version == 1 or f"another {reason}" in caplog.text
 
 
@@ -123,9 +124,9 @@ def test_options_that_change_no_weight_leave_a_snapshot_good(tmp_path: Path, tin
     t = prepare(folder, Voice(None), Wish())
 
     scored = Evaluation(test_file="file-test", max_new_tokens=9, max_rows=5)
-    t.run = t.run.model_copy(update={"plan": plan(evaluation=scored, learning_rate_multiplier=3.0)})
+    other = replace(t, run=t.run.model_copy(update={"plan": plan(evaluation=scored, learning_rate_multiplier=3.0)}))
 
-    assert checkpoints.find_snapshot(t) is not None
+    assert checkpoints.find_snapshot(other) is not None
 
 
 def test_a_packed_run_of_the_first_format_is_not_continued(tmp_path: Path, tiny: Path) -> None:

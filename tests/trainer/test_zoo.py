@@ -5,6 +5,7 @@ The reference computes each row alone, unpadded, with eager attention and PEFT's
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,6 @@ class Capturing(Voice):
 def first_step(t: Training) -> tuple[float, dict[str, Tensor]]:
     """The loss and the gradients of the run's first step, taken by the loop itself."""
     voice, gradients = Capturing(), {}
-    t.voice = voice
     step = t.optimizer.step
 
     def capture() -> None:
@@ -138,7 +138,7 @@ def first_step(t: Training) -> tuple[float, dict[str, Tensor]]:
         step()
 
     t.optimizer.step = capture  # type: ignore[method-assign,assignment]
-    train(t, Progress())
+    train(replace(t, voice=voice), Progress())
     return voice.losses[0], gradients
 
 

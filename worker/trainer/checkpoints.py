@@ -41,7 +41,7 @@ def save_snapshot(t: Training, progress: Progress) -> str:
     """Everything that a run needs to go on as if it had not stopped; its path in the run directory."""
     path = f"snapshots/step-{progress.step}"
     weights = t.ranks.gather_state(t.parameters)
-    ranks = t.ranks.gather((asdict(t.memory), _random_state()))
+    ranks = t.ranks.gather((asdict(t.stepper.memory), _random_state()))
     if t.ranks.is_main:
         _write_whole(t.folder / path, lambda folder: _write_snapshot(t, progress, folder, weights, ranks))
         _drop_old(t.folder / "snapshots", KEPT_SNAPSHOTS)
@@ -136,13 +136,13 @@ def _take_over(t: Training, plans: list[dict[str, Any]]) -> None:
     On a GPU never a larger one than fits this device, which may not be the one that the run began on.
     """
     then = plans[min(t.ranks.index, len(plans) - 1)]
-    plan = replace(t.memory, **{name: value for name, value in then.items() if name != "graphs"})
+    plan = replace(t.stepper.memory, **{name: value for name, value in then.items() if name != "graphs"})
     if t.device.type == "cuda":
-        most = min(t.memory.max_tokens, plan.max_tokens)
+        most = min(t.stepper.memory.max_tokens, plan.max_tokens)
         packed = None if plan.packed_tokens is None else min(most, plan.packed_tokens)
-        recompute = t.memory.recompute or plan.recompute
+        recompute = t.stepper.memory.recompute or plan.recompute
         plan = replace(plan, max_tokens=most, packed_tokens=packed, recompute=recompute)
-    t.take(replace(plan, graphs=plan.graphs and not plan.recompute))
+    t.stepper.adopt(replace(plan, graphs=plan.graphs and not plan.recompute))
 
 
 def _of_format_1(
@@ -197,8 +197,10 @@ def write_artifact(t: Training, progress: Progress, folder: Path) -> None:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(t.folder / "base" / name, folder / name)
     (folder / "generation_config.json").write_text(json.dumps(_generation_config(t), indent=2) + "\n")
-    measured = {"precision": asdict(t.precision), "memory": asdict(t.memory), "paths": paths.describe(t)}
-    described = report.describe(t.run, t.template.sha256, **measured, progress=asdict(progress), warnings=t.warnings)
+    measured = {"precision": asdict(t.precision), "memory": asdict(t.stepper.memory), "paths": paths.describe(t)}
+    described = report.describe(
+        t.run, t.template.sha256, **measured, progress=asdict(progress), warnings=list(t.warnings)
+    )
     (folder / "training_config.json").write_text(json.dumps(described, indent=2) + "\n")
     report.write_lines(folder / "metrics.jsonl", t.voice.metrics)
     report.write_results(folder / "results.csv", t.voice.metrics)

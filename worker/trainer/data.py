@@ -51,7 +51,17 @@ class Rows:
 
     @property
     def tokens(self) -> int:
-        return sum(map(len, self.rows))
+        return sum(self.lengths)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """The tokens of each row."""
+        return [len(row) for row in self.rows]
+
+    @cached_property
+    def labelled(self) -> list[int]:
+        """The labelled tokens of each row."""
+        return [row.labelled for row in self.rows]
 
     @cached_property
     def sha256(self) -> str:

@@ -29,19 +29,20 @@ _DECODER = json.JSONDecoder()
 
 def loss(t: Training, rows: list[Row]) -> tuple[float, float]:
     """Mean loss (nats) and share of right guesses over all labelled tokens of `rows`."""
+    stepper = t.stepper
     mine = list(range(len(rows)))[t.ranks.index :: t.ranks.count]
-    lengths, groups = [len(row) for row in rows], [t.group_of(row) for row in rows]
+    lengths, groups = [len(row) for row in rows], [stepper.group_of(row) for row in rows]
     while True:
-        packed = t.memory.packed_tokens if t.objective.knows_borders else None
-        parts = micro_batches(mine, lengths, t.memory.max_tokens, packed_tokens=packed, groups=groups)
+        packed = stepper.memory.packed_tokens if t.objective.knows_borders else None
+        parts = micro_batches(mine, lengths, stepper.memory.max_tokens, packed_tokens=packed, groups=groups)
         try:
             sums = _sums(t, rows, parts)
             break
         except torch.OutOfMemoryError:
-            plan = next_after(t.memory, parts)
-            if plan is None or plan.max_tokens == t.memory.max_tokens:
+            plan = next_after(stepper.memory, parts)
+            if plan is None or plan.max_tokens == stepper.memory.max_tokens:
                 raise
-        t.take(plan)
+        stepper.adopt(plan)
     total_loss, total_right = t.ranks.sum(sums).tolist()
     labels = sum(row.labelled for row in rows)
     return total_loss / labels, total_right / labels

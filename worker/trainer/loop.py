@@ -4,24 +4,17 @@ One step: the gradient of the mean loss over all labelled tokens of the step, ho
 spread over; clipped; one optimizer step. Then what is due: an evaluation, a checkpoint, a snapshot, a stop.
 """
 
-import logging
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 
 from tunery.failures import NotFinite
 from tunery.spec import Plan
 from tunery.wire import CheckpointSaved, Evaluated, Step
-from worker.trainer import checkpoints, evaluate, replays
-from worker.trainer.data import MicroBatch, rows_of_step
-from worker.trainer.memory import next_after
-from worker.trainer.replays import passes
+from worker.trainer import checkpoints, evaluate
+from worker.trainer.data import rows_of_step
 from worker.trainer.training import Progress, Training
-
-log = logging.getLogger(__name__)
 
 
 def train(t: Training, progress: Progress) -> bool:
@@ -91,78 +84,28 @@ def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
     step = progress.step + 1
     rows = rows_of_step(len(t.rows.rows), step, t.plan.batch_size, t.plan.seed)
     rate = learning_rate(t.plan, step, t.total_steps)
-    labels = sum(t.labelled[i] for i in rows)
-    sums = _accumulate(t, rows, labels)
-    t.ranks.add_gradients(list(t.parameters.values()))
-    norm = torch.nn.utils.clip_grad_norm_(t.parameters.values(), t.plan.max_grad_norm)
+    labels = sum(t.rows.labelled[i] for i in rows)
+    sums = t.stepper.accumulate(rows, labels)
+    norm = t.stepper.clip(t.plan.max_grad_norm)
     sums = t.ranks.sum(torch.cat([sums, sums.new_tensor([float(t.wish.stop)])]))
-    loss, right, asked, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
+    loss, correct, asked, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NotFinite(value=loss if not math.isfinite(loss) else f"{loss:.4f} with a gradient of {grad_norm}",
                         step=step, rate=rate)  # fmt: skip
-    for group in t.optimizer.param_groups:
-        group["lr"] = rate
-    _update(t, step)
-    t.optimizer.zero_grad(set_to_none=t.replays is None)  # recorded passes add to the tensors that they know
+    t.stepper.update(step, rate)
     progress.step = step
-    progress.tokens += sum(t.lengths[i] for i in rows)
+    progress.tokens += sum(t.rows.lengths[i] for i in rows)
     message = Step(
         step=step,
         epoch=step / t.steps_per_epoch,
         train_loss=loss,
-        train_accuracy=right / labels,
+        train_accuracy=correct / labels,
         learning_rate=rate,
         grad_norm=grad_norm,
         tokens=progress.tokens,
         seconds=0,
     )
     return message, asked > 0
-
-
-def _accumulate(t: Training, rows: list[int], labels: int) -> torch.Tensor:
-    """Leaves this rank's part of the step's gradient in `.grad`; gives its part of the mean loss and its right guesses.
-
-    Out of memory: the same step again by the next memory plan, which is the same gradient.
-    """
-    while True:
-        parts = t.share(rows)
-        try:
-            return _forward_backward(t, parts, labels)
-        except torch.OutOfMemoryError:
-            plan = next_after(t.memory, parts)
-            if plan is None:
-                raise
-        t.optimizer.zero_grad(set_to_none=True)
-        t.take(plan)
-
-
-def _update(t: Training, step: int) -> None:
-    """The optimizer's step. Out of memory before it has changed a weight: again, without what recordings keep."""
-    try:
-        t.optimizer.step()
-        return
-    except torch.OutOfMemoryError as error:
-        # The optimizer counts a parameter's step when it begins it. A second step on some of them would be another
-        # training, so the attempt ends here, and the next one goes on from the last snapshot.
-        if any(state.get("step", step) >= step for state in t.optimizer.state.values()):
-            raise RuntimeError(f"out of memory in the middle of the optimizer's step {step}") from error
-    t.take(replace(t.memory, graphs=False))
-    t.optimizer.step()
-
-
-def _forward_backward(t: Training, parts: list[MicroBatch], labels: int) -> torch.Tensor:
-    # Why not the mean of each micro-batch: a mean of means gives short rows more weight than their tokens.
-    if t.replays is None:
-        return _sum(t, (passes(t.objective, t.collate(part), 1 / labels) for part in parts))
-    # Recorded passes cannot know the number of labels: they use a constant, which is taken out here.
-    sums = _sum(t, (t.replays.run(t.collate(part, replays.GRAIN)) for part in parts))
-    rescale = 1 / (labels * replays.SCALE)
-    torch._foreach_mul_([p.grad for p in t.parameters.values() if p.grad is not None], rescale)
-    return sums * sums.new_tensor([rescale, 1.0])
-
-
-def _sum(t: Training, parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    return sum(parts, start=torch.zeros(2, dtype=torch.float64, device=t.device))
 
 
 def _glimpse(t: Training, step: int) -> dict[str, float]:

@@ -42,6 +42,12 @@ class Ranks:
         return int(self.accelerator.num_processes)
 
     @property
+    def device(self) -> torch.device:
+        """The device of this rank."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
     def is_main(self) -> bool:
         """Whether this rank writes files and speaks for all."""
         return bool(self.accelerator.is_main_process)
@@ -56,7 +62,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank."""
-        return flag if self.count == 1 else bool(self.sum(torch.tensor([float(flag)], device=self.accelerator.device)))
+        return flag if self.count == 1 else bool(self.sum(torch.tensor([float(flag)], device=self.device)))
 
     def check(self, wish: Wish) -> None:
         """Raises Stopped on every rank when one of them was asked to stop."""
@@ -69,7 +75,7 @@ class Ranks:
         Raises Stopped between two turns, on every rank at the same one.
         """
         while True:
-            flags = torch.tensor([float(busy()), float(wish.stop)], device=self.accelerator.device)
+            flags = torch.tensor([float(busy()), float(wish.stop)], device=self.device)
             working, asked = self.sum(flags).tolist()
             if asked:
                 raise Stopped
@@ -91,8 +97,7 @@ class Ranks:
         """
         if self.count == 1:
             return
-        device = self.accelerator.device
-        used = self.sum(torch.tensor([float(p.grad is not None) for p in parameters], device=device)).tolist()
+        used = self.sum(torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)).tolist()
         sums = []
         for parameter in (p for p, by in zip(parameters, used, strict=True) if by):
             if parameter.grad is None:

@@ -22,7 +22,7 @@ def describe(t: Training) -> dict[str, Any]:
         "attention": str(getattr(t.objective.causal.config.get_text_config(), "_attn_implementation", "unknown")),
         "rows": "behind each other, with their borders" if t.objective.knows_borders else "padded",
         "packing": _path("packed", _against_packing(t)),
-        "recompute": t.memory.recompute,
+        "recompute": t.stepper.memory.recompute,
         "graphs": _path("recorded", _against_graphs(t)),
         "ranks": t.ranks.count,
     }
@@ -69,14 +69,15 @@ def _module_path(module: nn.Module) -> tuple[str, str]:
 
 
 def _against_packing(t: Training) -> str | None:
-    if t.memory.packed_tokens is not None:
+    if t.stepper.memory.packed_tokens is not None:
         return None
     return "packed rows see each other in this model" if t.plan.packing else "not asked for"
 
 
 def _against_graphs(t: Training) -> str | None:
-    if t.replays is not None:
-        return "this model cannot be recorded" if t.replays.failed else None
-    longest = max(t.lengths)
-    tokens = min(t.memory.max_tokens, t.plan.batch_size * longest)
+    graphs = t.stepper.graphs
+    if graphs is not None:
+        return "this model cannot be recorded" if graphs.failed else None
+    longest = max(t.rows.lengths)
+    tokens = min(t.stepper.memory.max_tokens, t.plan.batch_size * longest)
     return replays.reason_against(t.objective, tokens) or "their memory was needed"

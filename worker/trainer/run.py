@@ -23,8 +23,8 @@ from worker.trainer.parallel import Ranks
 from worker.trainer.recipes.full import FULL
 from worker.trainer.recipes.lora import LORA
 from worker.trainer.recipes.qlora import QLORA
-from worker.trainer.replays import Replays
 from worker.trainer.report import Voice
+from worker.trainer.stepper import Stepper
 from worker.trainer.training import Progress, Training
 from worker.trainer.wish import Stopped, Wish
 
@@ -86,6 +86,9 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     packs = _packs(run, rows, objective, accelerator.device, warnings)
     optimizer = recipe.make_optimizer(parameters, run.plan, precision)
     memory = preflight.settle(objective, optimizer, rows.rows, _work(run, rows, valid, packs))
+    stepper = Stepper(
+        objective, optimizer, list(parameters.values()), rows, ranks, memory, lambda row: lengths.group(len(row))
+    )
     parallel.draw_apart(ranks, run.plan.seed)
     return Training(
         run=run,
@@ -101,10 +104,8 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
         valid=valid,
         voice=voice,
         wish=wish,
-        memory=memory,
-        group_of=lambda row: lengths.group(len(row)),
-        warnings=warnings,
-        replays=Replays(objective) if memory.graphs else None,
+        stepper=stepper,
+        warnings=tuple(warnings),
     )
 
 
@@ -156,7 +157,7 @@ def _announce(t: Training, progress: Progress) -> None:
         "trainable params: %s || all params: %s || trainable: %.2f%%",
         f"{trainable:,}", f"{everything:,}", 100 * trainable / everything,
     )  # fmt: skip
-    log.info("memory plan: %s", t.memory)
+    log.info("memory plan: %s", t.stepper.memory)
     log.info("paths: %s", json.dumps(paths.describe(t)))
     for warning in t.warnings:
         log.warning(warning)
@@ -170,7 +171,7 @@ def _announce(t: Training, progress: Progress) -> None:
             train_tokens=t.rows.tokens,
             truncated_examples=len(t.rows.truncated),
             device=_device_name(t.device),
-            warnings=t.warnings,
+            warnings=list(t.warnings),
         )
     )
 

@@ -1,8 +1,6 @@
 """The state of one run in memory: what the loop works on, and how far it is."""
 
-import logging
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,16 +9,13 @@ from accelerate import Accelerator
 from tunery.planning.precision import Precision
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Plan, Run
-from worker.trainer.data import Batch, MicroBatch, Row, Rows, collate, micro_batches, steps_per_epoch
-from worker.trainer.memory import MemoryPlan
+from worker.trainer.data import Rows, steps_per_epoch
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
 from worker.trainer.recipes.recipe import Recipe
-from worker.trainer.replays import Replays
 from worker.trainer.report import Voice
+from worker.trainer.stepper import Stepper
 from worker.trainer.wish import Wish
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -37,14 +32,9 @@ class Progress:
     stopped_early: bool = False
 
 
-def one_group(_row: Row) -> Hashable:
-    """The group of every row of a model whose rows do not depend on their batch mates."""
-    return None
-
-
-@dataclass
+@dataclass(frozen=True)
 class Training:
-    """Everything that a run needs, put together by `run.py`."""
+    """Everything that a run needs, put together by `run.py`. What changes as it goes on is in its `stepper`."""
 
     run: Run
     folder: Path
@@ -59,15 +49,8 @@ class Training:
     valid: Rows | None
     voice: Voice
     wish: Wish
-    memory: MemoryPlan
-    warnings: list[str] = field(default_factory=list)
-    replays: Replays | None = None  # where the host would set the pace
-    group_of: Callable[[Row], Hashable] = one_group  # rows of different groups never share a micro-batch
-
-    def __post_init__(self) -> None:
-        self.lengths = [len(row) for row in self.rows.rows]
-        self.labelled = [row.labelled for row in self.rows.rows]
-        self.groups = [self.group_of(row) for row in self.rows.rows]
+    stepper: Stepper
+    warnings: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> Ranks:
@@ -79,8 +62,7 @@ class Training:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.accelerator.device
-        return device
+        return self.ranks.device
 
     @property
     def steps_per_epoch(self) -> int:
@@ -94,26 +76,3 @@ class Training:
     def keeps_best(self) -> bool:
         """Whether the step with the lowest validation loss becomes the model, instead of the last."""
         return self.plan.select == "best" or self.plan.early_stopping is not None
-
-    def take(self, plan: MemoryPlan) -> None:
-        """Goes over to another memory plan."""
-        if plan.recompute and not self.memory.recompute:
-            self.objective.recompute()
-        if not plan.graphs:
-            self.replays = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if plan != self.memory:
-            log.warning("the memory plan from here on: %s", plan)
-        self.memory = plan
-
-    def share(self, rows: list[int]) -> list[MicroBatch]:
-        """This rank's micro-batches of a step: every world-th row by length, so that the ranks have like work."""
-        ordered = sorted(rows, key=lambda i: self.lengths[i], reverse=True)
-        mine = ordered[self.ranks.index :: self.ranks.count]
-        plan = self.memory
-        return micro_batches(mine, self.lengths, plan.max_tokens, packed_tokens=plan.packed_tokens, groups=self.groups)
-
-    def collate(self, part: MicroBatch, grain: tuple[int, int] = (1, 1)) -> Batch:
-        """A micro-batch of the training rows on the device."""
-        return collate(self.rows.rows, part, self.device, grain, borders=self.objective.knows_borders)

@@ -1,0 +1,131 @@
+"""Optimizer steps: how the rows of one are cut up to fit the device, and what is done where they do not fit."""
+
+import logging
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from worker.trainer import replays
+from worker.trainer.data import Batch, MicroBatch, Row, Rows, collate, micro_batches
+from worker.trainer.memory import MemoryPlan, next_after
+from worker.trainer.objective import Objective
+from worker.trainer.parallel import Ranks
+from worker.trainer.replays import Replays, passes
+
+log = logging.getLogger(__name__)
+
+
+def one_group(_row: Row) -> Hashable:
+    """Returns the group of every row of a model whose rows do not depend on their batch mates."""
+    return None
+
+
+class Stepper:
+    """Takes the optimizer steps of a run.
+
+    It alone changes `memory`, the plan by which rows are cut up, and `graphs`, the recorded passes of small models.
+    A step: `accumulate`, `clip`, `update`. Out of memory, a step is taken again by the next memory plan.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[torch.nn.Parameter],
+        rows: Rows,
+        ranks: Ranks,
+        memory: MemoryPlan,
+        group_of: Callable[[Row], Hashable] = one_group,
+    ) -> None:
+        """`parameters`: those that learn. `group_of`: rows of different groups never share a micro-batch."""
+        self.objective, self.ranks, self.group_of = objective, ranks, group_of
+        self.memory = memory
+        self.graphs = Replays(objective) if memory.graphs else None
+        self._optimizer, self._parameters, self._rows = optimizer, list(parameters), rows
+        self._groups = [group_of(row) for row in rows.rows]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank."""
+        return self.ranks.device
+
+    def accumulate(self, rows: list[int], labels: int) -> Tensor:
+        """Leaves the step's gradient, summed over the ranks, in `.grad`; returns [loss, correct guesses] of this rank.
+
+        The loss is this rank's part of the mean over the step's `labels`. Out of memory: the same step again by the
+        next memory plan, which is the same gradient.
+        """
+        while True:
+            parts = self.micro_batches(rows)
+            try:
+                sums = self._forward_backward(parts, labels)
+                break
+            except torch.OutOfMemoryError:
+                plan = next_after(self.memory, parts)
+                if plan is None:
+                    raise
+            self._optimizer.zero_grad(set_to_none=True)
+            self.adopt(plan)
+        self.ranks.add_gradients(self._parameters)
+        return sums
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scales the gradient down to `max_norm` where it is longer; returns its norm before."""
+        return torch.nn.utils.clip_grad_norm_(self._parameters, max_norm)
+
+    def update(self, step: int, rate: float) -> None:
+        """Moves the weights by the gradient at a learning rate, and clears the gradient. `step` is counted from 1."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._move(step)
+        self._optimizer.zero_grad(set_to_none=self.graphs is None)  # recorded passes add to the tensors that they know
+
+    def _move(self, step: int) -> None:
+        """Steps the optimizer. Out of memory before a weight has changed: again, without what recorded passes keep."""
+        try:
+            self._optimizer.step()
+            return
+        except torch.OutOfMemoryError as error:
+            # The optimizer counts a parameter's step when it begins it. A second step on some of them would be another
+            # training, so the attempt ends here, and the next one goes on from the last snapshot.
+            if any(state.get("step", step) >= step for state in self._optimizer.state.values()):
+                raise RuntimeError(f"out of memory in the middle of the optimizer's step {step}") from error
+        self.adopt(replace(self.memory, graphs=False))
+        self._optimizer.step()
+
+    def adopt(self, plan: MemoryPlan) -> None:
+        """Makes `plan` the memory plan from here on."""
+        if plan.recompute and not self.memory.recompute:
+            self.objective.recompute()
+        if not plan.graphs:
+            self.graphs = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if plan != self.memory:
+            log.warning("the memory plan from here on: %s", plan)
+        self.memory = plan
+
+    def micro_batches(self, rows: list[int]) -> list[MicroBatch]:
+        """This rank's micro-batches of a step: every world-th row by length, so that the ranks have like work."""
+        lengths, plan = self._rows.lengths, self.memory
+        ordered = sorted(rows, key=lambda i: lengths[i], reverse=True)
+        mine = ordered[self.ranks.index :: self.ranks.count]
+        return micro_batches(mine, lengths, plan.max_tokens, packed_tokens=plan.packed_tokens, groups=self._groups)
+
+    def _forward_backward(self, parts: list[MicroBatch], labels: int) -> Tensor:
+        # Why not the mean of each micro-batch: a mean of means gives short rows more weight than their tokens.
+        if self.graphs is None:
+            return self._sum(passes(self.objective, self._collate(part), 1 / labels) for part in parts)
+        # Recorded passes cannot know the number of labels: they use a constant, which is taken out here.
+        sums = self._sum(self.graphs.run(self._collate(part, replays.GRAIN)) for part in parts)
+        rescale = 1 / (labels * replays.SCALE)
+        torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], rescale)
+        return sums * sums.new_tensor([rescale, 1.0])
+
+    def _sum(self, parts: Iterable[Tensor]) -> Tensor:
+        return sum(parts, start=torch.zeros(2, dtype=torch.float64, device=self.device))
+
+    def _collate(self, part: MicroBatch, grain: tuple[int, int] = (1, 1)) -> Batch:
+        return collate(self._rows.rows, part, self.device, grain, borders=self.objective.knows_borders)
