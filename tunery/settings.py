@@ -39,6 +39,7 @@ class Settings(BaseSettings):
     runs_dir: Path = Field(Path("/var/lib/tunery/runs"), description="This host's run directories")
 
     server_url: str = Field("http://127.0.0.1:8001", description="The model server, as the API reaches it")
+    server_backend: str = Field("embedded", description="What computes in the model server: `embedded` or a plug-in's")
     serve_gpu: int | None = Field(None, description="GPU of the model server; never claimed for training. Absent: CPU")
 
     webhook_allow: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(

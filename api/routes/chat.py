@@ -17,9 +17,11 @@ from api.bodies import LongJsonRoute
 from api.dependencies import SessionsDep, SettingsDep, StreamCallerDep
 from api.errors import envelope
 from api.schemas.wire import errors
+from tunery import serving
 from tunery.errors import Unavailable
 from tunery.models import registry
 from tunery.models.model import Model
+from tunery.serving import Chosen
 
 router = APIRouter(prefix="/v1", tags=["Chat"], route_class=LongJsonRoute)
 
@@ -127,21 +129,21 @@ async def _disconnection(request: Request) -> None:
         pass
 
 
-def _find(sessions: sessionmaker[Session], project_id: str, name: str) -> dict[str, Any]:
+def _find(sessions: sessionmaker[Session], project_id: str, name: str) -> Chosen:
     """What the server needs to load the model: where its files lie, and their manifest's digest."""
     with sessions.begin() as session:
         model = registry.find_ready(session, project_id, name)
         base = model if model.base_id is None else session.get_one(Model, model.base_id)
         tuned = None if base is model else {**_place(model), "technique": model.technique}
-        return {"tunery_model": {"base": _place(base), "tuned": tuned}}
+        return Chosen.model_validate({"base": _place(base), "tuned": tuned})
 
 
 def _place(model: Model) -> dict[str, Any]:
     return {"id": model.id, "prefix": model.prefix, "manifest_sha256": model.manifest_sha256}
 
 
-def _encoded(body: ChatRequest, found: dict[str, Any]) -> bytes:
-    return json.dumps({**body.model_dump(exclude_unset=True), **found}).encode()
+def _encoded(body: ChatRequest, chosen: Chosen) -> bytes:
+    return serving.encode(body.model_dump(exclude_unset=True), chosen)
 
 
 async def _send(client: httpx2.AsyncClient, server_url: str, body: bytes) -> httpx2.Response:

@@ -35,7 +35,7 @@ from tunery.settings import Settings
 from tunery.storage import Directory, open_storage
 from worker.server.__main__ import choose_device
 from worker.server.app import create_app
-from worker.server.engine import Engine
+from worker.server.backends.embedded import Engine
 from worker.server.generation import Sampling, Text, choose
 from worker.server.schemas import parse
 

@@ -8,6 +8,8 @@ import uvicorn
 from tunery import plugins
 from tunery.settings import Settings, get_settings
 from tunery.storage import open_storage
+from worker.server.app import create_app
+from worker.server.backends import backend
 
 
 def choose_device(settings: Settings) -> str:
@@ -21,15 +23,9 @@ def main() -> None:
     settings = get_settings()
     device = choose_device(settings)
     os.environ["HF_HUB_OFFLINE"] = "1"  # all files are here; a name in a config must not start a search for them
-    from transformers.utils.logging import disable_progress_bar
-
-    from worker.server.app import create_app  # imports torch
-    from worker.server.engine import Engine
-
     plugins.load(settings.plugins, "server")
-    disable_progress_bar()
     url = urlsplit(settings.server_url)
-    app = create_app(Engine(settings.models_dir, open_storage(settings), device))
+    app = create_app(backend.make(settings, open_storage(settings), device))
     uvicorn.run(
         app,
         host=url.hostname or "127.0.0.1",

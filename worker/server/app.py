@@ -21,9 +21,8 @@ from starlette.exceptions import HTTPException
 
 from tunery import ids
 from tunery.errors import Rejected, TuneryError, Unavailable
+from worker.server.backends.backend import Answer, Backend
 from worker.server.desk import Desk, Turn
-from worker.server.engine import Engine
-from worker.server.generation import Generation
 from worker.server.schemas import ChatRequest, parse
 
 log = logging.getLogger(__name__)
@@ -48,9 +47,9 @@ async def _turn(request: Request, _: ChatBody) -> AsyncIterator[Turn]:
 TurnDep = Annotated[Turn, Depends(_turn)]
 
 
-def create_app(engine: Engine, *, places: int = 32) -> FastAPI:
-    """The server around an engine; at most `places` requests wait."""
-    desk = Desk(engine, places)
+def create_app(backend: Backend, *, places: int = 32) -> FastAPI:
+    """The server around a back end; at most `places` requests wait."""
+    desk = Desk(backend, places)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -71,8 +70,8 @@ async def _healthz(request: Request) -> dict[str, Any]:
     desk: Desk = request.app.state.desk
     return {
         "status": "ok",
-        "model": desk.engine.loaded,
-        "device": desk.engine.device,
+        "model": desk.backend.loaded,
+        "device": desk.backend.device,
         "busy": desk.busy,
         "waiting": desk.waiting,
     }
@@ -103,7 +102,7 @@ async def _events(reply: "_Reply", first: str, pieces: AsyncIterator[str]) -> As
         async for piece in pieces:
             if piece:
                 yield _event(reply.chunk({"content": piece}))
-        yield _event(reply.chunk({}, reply.generation.finish_reason))
+        yield _event(reply.chunk({}, reply.answer.finish_reason))
         if reply.chat.wants_usage:
             yield _event(reply.usage_chunk())
         yield "data: [DONE]\n\n"
@@ -118,9 +117,9 @@ def _event(body: dict[str, Any]) -> str:
 class _Reply:
     """A reply's fixed parts: id, time and names are the same in every chunk."""
 
-    def __init__(self, chat: ChatRequest, generation: Generation) -> None:
+    def __init__(self, chat: ChatRequest, answer: Answer) -> None:
         self.chat = chat
-        self.generation = generation
+        self.answer = answer
         self._id = ids.new(ids.COMPLETION)
         self._created = int(time.time())
 
@@ -135,7 +134,7 @@ class _Reply:
         }
 
     def _usage(self) -> dict[str, Any]:
-        prompt, completion = len(self.generation.prompt_ids), self.generation.completion_tokens
+        prompt, completion = self.answer.prompt_tokens, self.answer.completion_tokens
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def whole(self, text: str) -> dict[str, Any]:
@@ -143,7 +142,7 @@ class _Reply:
             "index": 0,
             "message": {"role": "assistant", "content": text, "refusal": None},
             "logprobs": None,
-            "finish_reason": self.generation.finish_reason,
+            "finish_reason": self.answer.finish_reason,
         }
         return {**self._head("chat.completion"), "choices": [choice], "usage": self._usage()}
 

@@ -1,6 +1,6 @@
 """The waiting line before the one model: first come, first served, and nobody waits in a line that is too long.
 
-All of the engine's work happens on one thread of its own, one token at a time, so the event loop stays free for
+All of the back end's work happens on one thread of its own, one token at a time, so the event loop stays free for
 /healthz and for clients that leave.
 """
 
@@ -11,8 +11,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from tunery.errors import Overloaded
-from worker.server.engine import Engine
-from worker.server.generation import Generation
+from worker.server.backends.backend import Answer, Backend
 from worker.server.schemas import ChatRequest
 
 T = TypeVar("T")
@@ -21,8 +20,8 @@ T = TypeVar("T")
 class Desk:
     """At most `places` requests wait; further ones get Overloaded at once."""
 
-    def __init__(self, engine: Engine, places: int = 32) -> None:
-        self.engine = engine
+    def __init__(self, backend: Backend, places: int = 32) -> None:
+        self.backend = backend
         self._places = places
         self._waiting = 0
         self._lock = asyncio.Lock()
@@ -71,11 +70,11 @@ class Turn:
         self._desk = desk
         self._pieces: Generator[str] | None = None
 
-    async def begin(self, request: ChatRequest) -> Generation:
+    async def begin(self, request: ChatRequest) -> Answer:
         """Loads the model and renders the prompt; the answer is to be read from `pieces`."""
-        generation = await self._desk.run(lambda: self._desk.engine.answer(request))
-        self._pieces = iter(generation)
-        return generation
+        answer = await self._desk.run(lambda: self._desk.backend.answer(request))
+        self._pieces = iter(answer)
+        return answer
 
     async def pieces(self) -> AsyncIterator[str]:
         """The answer's text, a piece a token, many of them empty."""

@@ -101,6 +101,10 @@ class Generation:
     completion_tokens: int = 0
     finish_reason: Literal["stop", "length"] | None = None
 
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
     def __iter__(self) -> Generator[str]:
         text = Text(self.tokenizer, self.stops, self.context)
         for token in self._tokens():

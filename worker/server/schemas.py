@@ -4,13 +4,14 @@ What this server does not do is refused by name instead of being ignored: an ans
 probabilities or its JSON schema is worse than none.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tunery.errors import InvalidValue, Unsupported
 from tunery.rows import keys, reasons, strict_json
 from tunery.rows.messages import Message, Tool
+from tunery.serving import MODEL_FIELD, Chosen
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -44,8 +45,6 @@ _WITHOUT_EFFECT = {
 }
 """Fields of OpenAI's that change nothing about the answer."""
 
-_SHA256 = Field(pattern="^[0-9a-f]{64}$")
-
 
 class _Sealed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -54,41 +53,6 @@ class _Sealed(BaseModel):
     @classmethod
     def _drop_absent(cls, value: Any) -> Any:
         return keys.present(value)
-
-
-class Files(_Sealed):
-    """A model's folder in storage: under `prefix`, listed by the manifest with this sha256."""
-
-    id: str
-    prefix: str
-    manifest_sha256: Annotated[str, _SHA256]
-
-
-class TunedFiles(Files):
-    """What a job made: an adapter on the base, or (`full`) a whole model of its own."""
-
-    technique: Literal["full", "lora", "qlora"]
-
-
-class Chosen(_Sealed):
-    """The model of a request, found and authorised by the API. `tuned` is null when the base itself answers."""
-
-    base: Files
-    tuned: TunedFiles | None = None
-
-    @property
-    def weights(self) -> Files:
-        """The folder that whole weights come from: a full fine-tune is its own base."""
-        return self.tuned if self.tuned and self.tuned.technique == "full" else self.base
-
-    @property
-    def adapter(self) -> Files | None:
-        return None if self.tuned is None or self.tuned.technique == "full" else self.tuned
-
-    @property
-    def template(self) -> Files:
-        """The folder whose tokenizer and chat template render the prompt: the run's own where there was a run."""
-        return self.tuned or self.base
 
 
 class StreamOptions(_Sealed):
@@ -103,7 +67,7 @@ class ChatRequest(_Sealed):
 
     model: str
     messages: list[Message] = Field(min_length=1)
-    chosen: Chosen = Field(validation_alias=AliasChoices("tunery_model", "chosen"))
+    chosen: Chosen = Field(validation_alias=MODEL_FIELD)
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens")
     temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token; absent: 1")

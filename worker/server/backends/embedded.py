@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 from tunery.planning.precision import dense_dtype
 from tunery.rows.errors import PromptTooLong
 from tunery.rows.template import ChatTemplate
+from tunery.serving import Chosen, Files
 from tunery.storage import Storage
 from worker.server.generation import Generation, Sampling
-from worker.server.schemas import ChatRequest, Chosen, Files
+from worker.server.schemas import ChatRequest
 from worker.supervisor.staging import base_folder
 from worker.trainer import rope
 

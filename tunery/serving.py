@@ -1,0 +1,58 @@
+"""What the API tells the model server of a chat's model: which one answers, and where its files lie.
+
+The user's own body travels as it is, with a `Chosen` beside its fields under the name MODEL_FIELD.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
+
+MODEL_FIELD = "tunery_model"
+
+_SHA256 = Field(pattern="^[0-9a-f]{64}$")
+
+
+class _Sealed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Files(_Sealed):
+    """A model's folder in storage: under `prefix`, listed by the manifest with this sha256."""
+
+    id: str
+    prefix: str
+    manifest_sha256: Annotated[str, _SHA256]
+
+
+class TunedFiles(Files):
+    """What a job made: an adapter on the base, or (`full`) a whole model of its own."""
+
+    technique: Literal["full", "lora", "qlora"]
+
+
+class Chosen(_Sealed):
+    """The model of a request, found and authorised by the API. `tuned` is null when the base itself answers."""
+
+    base: Files
+    tuned: TunedFiles | None = None
+
+    @property
+    def weights(self) -> Files:
+        """The folder that whole weights come from: a full fine-tune is its own base."""
+        return self.tuned if self.tuned and self.tuned.technique == "full" else self.base
+
+    @property
+    def adapter(self) -> Files | None:
+        return None if self.tuned is None or self.tuned.technique == "full" else self.tuned
+
+    @property
+    def template(self) -> Files:
+        """The folder whose tokenizer and chat template render the prompt: the run's own where there was a run."""
+        return self.tuned or self.base
+
+
+def encode(body: Mapping[str, Any], chosen: Chosen) -> bytes:
+    """The body that the model server gets. A MODEL_FIELD of the user's own is replaced."""
+    return to_json({**body, MODEL_FIELD: chosen})
