@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from tunery import field_reasons
 from tunery.errors import InvalidValue
 
 _SHOWN = 80
@@ -15,6 +16,16 @@ _EXPLAINED = 100
 _PLACES = {"body", "query", "path", "header"}
 _MISSING = ("missing", "union_tag_not_found")
 _NOT_OBJECTS = ("dict_type", "model_type", "model_attributes_type")
+_REASONS = {
+    "string_too_short": "should have at least {min_length} character(s)",
+    "string_too_long": "should have at most {max_length} characters",
+    "string_pattern_mismatch": "should match the pattern {pattern}",
+    "literal_error": "should be {expected}",
+    "too_short": "should have at least {min_length} entries",
+    "too_long": "should have at most {max_length} entries",
+    "value_error": "{error}",
+}
+_OTHER_REASON = "is not what this field takes (see /docs)"
 _OTHER_NAMES = {
     "rank": "r",
     "lora_r": "r",
@@ -129,18 +140,23 @@ def _walk(kind: Any, folder: str = "") -> Iterator[str]:
 
 
 def _words(fault: Fault) -> str:
-    if fault["type"] in _NOT_OBJECTS:
-        name, value = fault["loc"][-1], fault["input"]
-        example = f', like {{"type": {json.dumps(value)}}}' if name == "technique" and isinstance(value, str) else ""
-        return f"should be an object in braces{example}"
     if fault["type"] == "union_tag_invalid":
         tags = str(fault["ctx"]["expected_tags"]).replace("'", "").split(", ")
         close = difflib.get_close_matches(str(fault["ctx"]["tag"]), tags, n=1)
         return f"should be {', '.join(tags[:-1])} or {tags[-1]}" + (f" (did you mean {close[0]}?)" if close else "")
-    text = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-    return text[:1].lower() + text[1:]
+    reason, value = _of_value(fault), fault["input"]
+    if fault["type"] in _NOT_OBJECTS and fault["loc"][-1] == "technique" and isinstance(value, str):
+        return f'{reason}, like {{"type": {json.dumps(value)}}}'
+    return reason
+
+
+def _of_value(fault: Fault) -> str:
+    kind, context = fault["type"], fault.get("ctx", {})
+    if wanted := field_reasons.wanted(kind, context):
+        return f"should be {wanted}"
+    return _REASONS.get(kind, _OTHER_REASON).format(**context)
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=repr)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

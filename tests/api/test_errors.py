@@ -2,19 +2,22 @@
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import httpx2
 import pytest
 from databases import Database
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from pydantic import BaseModel, ValidationError
 from sqlalchemy import text
 from teams import BASE, TRAIN, Team
 
 from api import errors
 from api.dependencies import SessionDep
+from api.schemas.wire import Body
 from tunery import errors as floor
+from tunery import field_errors
 
 JOB = {"model": BASE, "training_file": "file-x"}
 
@@ -48,16 +51,20 @@ def test_every_rejection_is_a_400() -> None:
 WRONG_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"model": BASE}, "training_file", "Missing required parameter: 'training_file'"),
     ({**JOB, "n_epoch": 3}, "n_epoch", "Unknown parameter: 'n_epoch'"),
-    ({**JOB, "hyperparameters": {"n_epochs": 51}}, "hyperparameters.n_epochs", "less than or equal to 50"),
+    (
+        {**JOB, "hyperparameters": {"n_epochs": 51}},
+        "hyperparameters.n_epochs",
+        "at most 50, or should be 'auto'.",
+    ),
     ({**JOB, "hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs", "'auto'"),
     (
         {**JOB, "method": {"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 0}}}},
         "method.supervised.hyperparameters.batch_size",
-        "greater than or equal to 1",
+        "at least 1",
     ),
     ({**JOB, "technique": {"type": "full", "r": 8}}, "technique.r", "A full fine-tune has no 'r'"),
     ({**JOB, "technique": {"type": "lora", "quant_type": "nf4"}}, "technique.quant_type", "LoRA has no"),
-    ({**JOB, "technique": {"type": "lora", "r": 0}}, "technique.r", "greater than or equal to 1"),
+    ({**JOB, "technique": {"type": "lora", "r": 0}}, "technique.r", "should be at least 1."),
     ({**JOB, "technique": {"r": 8}}, "technique.type", "'technique.type' (full, lora or qlora)"),
     ({**JOB, "technique": "lora"}, "technique", 'an object in braces, like {"type": "lora"}'),
     ({**JOB, "schedule": 1}, "schedule", "an object in braces."),
@@ -76,8 +83,8 @@ WRONG_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({**JOB, "technique": {"type": "lora", "target_modules": []}}, "technique", "name at least one layer"),
     ({**JOB, "suffix": "a" * 65}, "suffix", "at most 64 characters"),
     ({**JOB, "suffix": ""}, "suffix", "at least 1 character"),
-    ({**JOB, "seed": -1}, "seed", "greater than or equal to 0"),
-    ({**JOB, "metadata": {"k": 1}}, "metadata.k", "valid string"),
+    ({**JOB, "seed": -1}, "seed", "should be at least 0."),
+    ({**JOB, "metadata": {"k": 1}}, "metadata.k", "should be a string."),
     ({**JOB, "metadata": {str(n): "" for n in range(17)}}, "metadata", "at most 16"),
     ({**JOB, "integrations": [{"type": "mlflow", "wandb": {"project": "p"}}]}, "integrations.0.type", "'wandb'"),
     ({**JOB, "resources": {"gpus": 3}}, "resources.gpus", "1, 2, 4 or 8"),
@@ -90,6 +97,7 @@ WRONG_BODIES: list[tuple[dict[str, Any], str, str]] = [
         "a number, not true or false",
     ),
     ({**JOB, "technique": {"type": "lora", "r": True}}, "technique.r", "a number, not true or false"),
+    ({**JOB, "packing": [None]}, "packing", "([null]): should be true or false."),
     ({**JOB, "seed": True}, "seed", "a number, not true or false"),
     ({**JOB, "priority": False}, "priority", "a number, not true or false"),
     ({**JOB, "evaluation": {"every_steps": "often"}}, "evaluation.every_steps", "'auto'"),
@@ -102,6 +110,53 @@ def test_what_is_wrong_with_a_body(team: Team) -> None:
         assert error["type"] == "invalid_request_error"
         assert error["param"] == param
         assert words in error["message"]
+
+
+JUNK: list[Any] = [True, -(2**70), 1e300, 0.5, "", "no", "x" * 10**7, [], [1] * 100, {}, {"a": 1}, {"type": "x"}]
+
+
+def _parts(kind: Any, known: set[type[BaseModel]]) -> set[type[BaseModel]]:
+    """The models that `kind`, a type or an annotation, is made of."""
+    for part in get_args(kind):
+        _parts(part, known)
+    if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in known:
+        known.add(kind)
+        for field in kind.model_fields.values():
+            _parts(field.annotation, known)
+    return known
+
+
+def _bodies(kind: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for below in kind.__subclasses__():
+        yield below
+        yield from _bodies(below)
+
+
+def _faults(kind: type[BaseModel]) -> Iterator[dict[str, Any]]:
+    for name in kind.model_fields:
+        for junk in JUNK:
+            try:
+                kind.model_validate({name: junk})
+            except ValidationError as error:
+                yield from ({**fault} for fault in error.errors(include_url=False))
+
+
+def test_no_reason_is_in_words_of_pydantic(app: FastAPI) -> None:
+    """Each kind of bound that a body has is met by some junk, and said in words of ours."""
+    models: set[type[BaseModel]] = set()
+    for body in _bodies(Body):
+        _parts(body, models)
+    said = {
+        fault["type"]: (field_errors._words(fault), fault["msg"])
+        for model in models
+        for fault in _faults(model)
+        if fault["type"] not in field_errors._MISSING and fault["type"] not in ("extra_forbidden", "union_tag_invalid")
+    }
+    assert said.keys() >= {"greater_than", "less_than_equal", "string_too_long", "bool_parsing", "list_type"}
+    assert {kind for kind, (ours, _) in said.items() if ours == field_errors._OTHER_REASON} == set()
+    assert {kind for kind, (ours, theirs) in said.items() if "nput" in ours or ours.endswith(theirs)} - {
+        "value_error"
+    } == set()
 
 
 def _post(client: TestClient, route: str, body: bytes, kind: str = "application/json") -> httpx2.Response:

@@ -362,7 +362,7 @@ def test_nulls_mean_defaults_at_any_depth(team: Team, file: str, base: str) -> N
     assert job["technique"]["r"] == 16
     wandb = {"type": "wandb", "wandb": {"project": "p", "tags": None, "name": None}}
     assert _create(team, file, integrations=[wandb]).json()["integrations"][0]["wandb"]["tags"] == []
-    _refused(_create(team, file, metadata={"k": None}), 400, "metadata.k", "valid string")
+    _refused(_create(team, file, metadata={"k": None}), 400, "metadata.k", "(null): should be a string.")
     _refused(_create(team, file, surprise=None), 400, "surprise", "Unknown parameter")
 
 

@@ -5,31 +5,11 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
+from tunery import field_reasons
 from tunery.rows import keys, strict_json
 
 _SHOWN = 60
-_KINDS = {
-    "string_type": "a string",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "an object in braces",
-    "model_type": "an object in braces",
-    "model_attributes_type": "an object in braces",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
-    "int_parsing_size": "a smaller number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "finite_number": "a finite number",
-}
-_LIMITS = {
-    "greater_than": "must be more than {gt}.",
-    "greater_than_equal": "must be at least {ge}.",
-    "less_than": "must be less than {lt}.",
-    "less_than_equal": "must be at most {le}.",
+_OTHERS = {
     "too_short": "must not be empty.",
     "string_too_short": "must not be empty.",
     "string_pattern_mismatch": "must have the form {pattern}.",
@@ -75,10 +55,12 @@ def describe(error: ErrorDetails) -> str:
     if kind == "literal_error":
         expected = str(context["expected"]).replace("'", '"')
         return f"is {shown(value)}; only {expected} is supported here."
-    if kind in _KINDS:
-        return f"must be {_KINDS[kind]}, not {found(value)}."
-    if kind in _LIMITS:
-        return _LIMITS[kind].format(**context)
+    if kind in field_reasons.KINDS:
+        return f"must be {field_reasons.KINDS[kind]}, not {found(value)}."
+    if wanted := field_reasons.wanted(kind, context):
+        return f"must be {wanted}."
+    if kind in _OTHERS:
+        return _OTHERS[kind].format(**context)
     return f"cannot be {shown(value)}."
 
 
