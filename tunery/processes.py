@@ -176,7 +176,8 @@ def wait_until(ready: Callable[[], bool], *, seconds: float, alive: Callable[[],
 def tail(path: Path, lines: int = 15) -> str:
     """The last lines of a log (of its last 8 KiB), for an error's text; empty when there is none.
 
-    No NUL is among them: the text may be kept in a database, and PostgreSQL takes none.
+    No NUL is among them: the text may be kept in a database, and PostgreSQL takes none. Of a line that was written
+    over again and again, as a progress bar is, the last state is left.
     """
     try:
         with path.open("rb") as file:
@@ -184,4 +185,5 @@ def tail(path: Path, lines: int = 15) -> str:
             text = file.read().decode(errors="replace").replace("\0", "\ufffd")
     except OSError:
         return ""
-    return "\n".join(text.strip().splitlines()[-lines:])
+    shown = (line.rstrip("\r").rpartition("\r")[2] for line in text.strip().split("\n"))
+    return "\n".join(list(shown)[-lines:])

@@ -27,6 +27,7 @@ from tunery.storage import CHUNK, Directory, Stored
 from tunery.storage.errors import StorageFailed
 from worker.desk import Desk
 from worker.stations import open_desks
+from worker.io import conversion
 from worker.supervisor import devices, staging, upload
 from worker.supervisor import process as process_
 from worker.supervisor.deeds import step_message
@@ -75,6 +76,24 @@ def test_last_words_can_be_stored_whatever_they_are(stand_in: Callable[[str], pr
     trainer = stand_in("import os; os.write(2, b'died of \\0 and \\xff')")
     assert trainer.wait() == 0
     assert trainer.last_words() == "died of \ufffd and \ufffd"
+
+
+BAR = "import sys, tqdm\nfor _ in tqdm.tqdm(range(3), mininterval=0): pass\n"
+"""As libraries draw it, whose bars no setting of their own turns off."""
+
+
+def test_no_progress_bar_is_among_the_last_words(stand_in: Callable[[str], process_.Trainer]) -> None:
+    trainer = stand_in(f"{BAR}sys.stderr.write('0 %\\r50 %\\rhalf of it\\r\\nthe end')")
+    assert trainer.wait() == 0
+    assert trainer.last_words() == "half of it\nthe end"
+
+
+def test_a_conversion_that_breaks_says_why_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "worker/trainer").mkdir(parents=True)
+    (tmp_path / "worker/trainer/convert.py").write_text(f"{BAR}raise ValueError('no such tensor.')")
+    monkeypatch.setattr(conversion, "ROOT", tmp_path)
+    reason = conversion._run(["source", "out"], tmp_path / "out", Drain())
+    assert reason == "The conversion broke: ValueError: no such tensor. The I/O worker's log has more."
 
 
 def test_a_stray_line_that_cannot_be_written_down_does_not_end_the_listening(

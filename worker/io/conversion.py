@@ -112,7 +112,10 @@ def _run(arguments: list[str], out: Path, drain: Drain) -> str | None:
         return None
     if status == EXIT_USER_ERROR:
         return tail(errors_path, 1)  # libraries have said something before it
-    return tail(errors_path, 5) or f"The conversion ended with status {status} and said nothing."
+    said = tail(errors_path, 50)
+    log.error("the conversion ended with status %s: %s", status, said or "(nothing)")
+    last = said.rpartition("\n")[2] or f"it ended with status {status} and said nothing"
+    return f"The conversion broke: {last.rstrip('.')}. The I/O worker's log has more."
 
 
 def _publish(model_id: str, prefix: str, out: Path, settings: Settings, storage: Storage) -> None:

@@ -39,6 +39,7 @@ def environment(gpus: tuple[int, ...], mark: str, names: Mapping[str, str] | Non
         "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in gpus),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",  # libraries draw progress bars into what is a log, or a failure's reason
     }
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import disable_progress_bars
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -73,8 +72,10 @@ def _download(source: str, folder: str) -> Path:
         _check_names(source, [Path(n) for n in names if "/" not in n])
         allowed = [*TEXTS, f"{template_files.ADDITIONAL}/*.jinja", *WEIGHTS]
         snapshot_download(name, revision=revision or None, local_dir=folder, allow_patterns=allowed)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except UnusableModel:
+        raise
+    except Exception as error:  # also those of the HTTP library beneath, which is not the same in every release
+        reason = f"{(str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')}."
         raise UnusableModel(
             source=source,
             reason=f"it is no folder and no .gguf file here, and the model hub says: {reason} "
