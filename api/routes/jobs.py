@@ -11,7 +11,7 @@ from api.dependencies import CallerDep, SessionDep, SettingsDep
 from api.schemas import jobs as wire
 from api.schemas import runs
 from api.schemas.wire import CursorList, ListOf, errors
-from tunery.jobs import creation, ledger, queries
+from tunery.jobs import creation, ledger, queries, waiting
 from tunery.jobs.model import Job
 from tunery.settings import Settings
 
@@ -27,7 +27,16 @@ def _shown(session: Session, settings: Settings, job: Job) -> wire.Job:
 
 def _shown_all(session: Session, settings: Settings, jobs: Sequence[Job]) -> list[wire.Job]:
     warnings = queries.warnings(session, (job.id for job in jobs))
-    return [wire.of(job, organization=settings.organization, warnings=warnings.get(job.id, [])) for job in jobs]
+    waits_for = waiting.reasons(session, jobs)
+    return [
+        wire.of(
+            job,
+            organization=settings.organization,
+            warnings=warnings.get(job.id, []),
+            waits_for=waits_for.get(job.id),
+        )
+        for job in jobs
+    ]
 
 
 @router.post("", summary="Create a fine-tuning job", responses=errors(404, 429))

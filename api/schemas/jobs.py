@@ -101,6 +101,7 @@ JOB: dict[str, Any] = {
     "usage_metrics": None,
     "shared_with_openai": False,
     "base_model": "smollm2-135m-instruct",
+    "waits_for": "a worker to read its files",
     "phase": None,
     "progress": {"step": 0, "total_steps": None},
     **RequestedOptions().model_dump(mode="json"),
@@ -161,6 +162,7 @@ class OpenAIJob(Wire):
     shared_with_openai: Literal[False] = False
 
     base_model: str = Field(description="The base's own id, whatever the request named it")
+    waits_for: str | None = Field(description="Why a job has not started yet")
     phase: str | None = Field(description="What a running job is doing")
     progress: Progress
 
@@ -191,7 +193,7 @@ def status_of(row: model.Job) -> str:
     return State.PAUSED.value if row.state == State.RUNNING and row.wish == "pause" else row.state
 
 
-def of(row: model.Job, *, organization: str, warnings: Sequence[str]) -> Job:
+def of(row: model.Job, *, organization: str, warnings: Sequence[str], waits_for: str | None) -> Job:
     """A job's row as its owner sees it."""
     settled = row.plan or row.spec
     knobs = Hyperparameters(**{name: row.plan[name] for name in _KNOBS} if row.plan else row.spec["hyperparameters"])
@@ -216,6 +218,7 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str]) -> Job:
         integrations=row.integrations,
         user_provided_suffix=row.suffix,
         base_model=row.base_model,
+        waits_for=waits_for,
         phase=row.phase,
         progress=Progress(**{**row.progress, "step": row.step, "total_steps": row.total_steps}),
         priority=row.priority,

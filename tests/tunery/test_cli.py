@@ -22,8 +22,8 @@ from tunery import processes
 from tunery.artifacts import manifest
 from tunery.artifacts import model as artifacts
 from tunery.cli import main, show, standing
-from tunery.jobs import ledger
-from tunery.jobs.model import Checkpoint, Job, Metric
+from tunery.jobs import leases, ledger
+from tunery.jobs.model import Checkpoint, HostDevice, Job, Metric
 from tunery.jobs.states import State
 from tunery.keys import ring
 from tunery.local import demo
@@ -368,7 +368,12 @@ def test_show_says_what_a_job_waits_for(tunery: Run, api: str, database: Databas
         row = rows.job(session, ring.find_project(session, "default"), State.QUEUED)
         row.plan, row.gpus = rows.plan(resources=Resources(gpus=2)).model_dump(mode="json"), 2
         job = row.id
-    assert "2 GPUs of one host to be free" in tunery("jobs", "show", job)[1]
+    assert "waits for" in tunery("jobs", "show", job)[1]
+    assert "a worker for training: none has come" in tunery("jobs", "show", job)[1]
+    with database.sessions.begin() as session:
+        device = HostDevice(id="h/cpu", host="h", gpu_index=None, device="cpu", memory_bytes=2**50, bf16=True)
+        leases.show_device(session, device)
+    assert "2 GPUs of one host; the largest worker has none" in tunery("jobs", "show", job)[1]
 
 
 def test_metrics_checkpoints_and_scorecard(tunery: Run, api: str, database: Database) -> None:

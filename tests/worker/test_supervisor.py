@@ -26,8 +26,8 @@ from tunery.settings import Settings
 from tunery.storage import CHUNK, Directory, Stored
 from tunery.storage.errors import StorageFailed
 from worker.desk import Desk
-from worker.stations import open_desks
 from worker.io import conversion
+from worker.stations import open_desks
 from worker.supervisor import devices, staging, upload
 from worker.supervisor import process as process_
 from worker.supervisor.deeds import step_message

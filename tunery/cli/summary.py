@@ -39,22 +39,12 @@ def _run(job: dict[str, Any]) -> list[tuple[str, Any]]:
     total, loss = progress["total_steps"], progress.get("train_loss")
     return [
         ("error", Text(error["message"], style="red") if error.get("message") else None),
-        ("waits for", _waits_for(job)),
+        ("waits for", job["waits_for"]),
         ("phase", job["phase"]),
         ("step", f"{progress['step']}/{total}" if total else None),
         ("loss", f"{loss:.3f}" if loss is not None else None),
         ("time left", duration(finish - time.time()) if finish else None),
     ]
-
-
-def _waits_for(job: dict[str, Any]) -> str | None:
-    if job["status"] == "validating_files":
-        return "a worker to read its files"
-    if job["status"] != "queued":
-        return None
-    gpus = job["resources"]["gpus"]
-    what = f"{gpus} GPUs of one host" if gpus > 1 else "a device with enough memory"
-    return f"{what} to be free; jobs of higher priority, or older, go first"
 
 
 def _request(job: dict[str, Any]) -> list[tuple[str, Any]]:

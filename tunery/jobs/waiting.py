@@ -1,0 +1,79 @@
+"""Why jobs have not started yet, as the end of a sentence "it waits for ..."."""
+
+from collections.abc import Iterable, Sequence
+
+from sqlalchemy import ColumnElement, func, select
+from sqlalchemy.orm import Session
+
+from tunery.datasets.model import File
+from tunery.jobs import leases
+from tunery.jobs.model import Attempt, HostDevice, Job
+from tunery.jobs.states import State
+from tunery.keys.model import Project
+from tunery.planning.memory import gib
+
+
+def reasons(session: Session, jobs: Iterable[Job]) -> dict[str, str]:
+    """Returns what each job waits for, by its id. Jobs that do not wait are left out."""
+    waiting = [job for job in jobs if job.state in (State.VALIDATING, State.QUEUED)]
+    if not waiting:
+        return {}
+    devices = leases.devices(session)
+    return {
+        job.id: _files(session, job) if job.state == State.VALIDATING else _device(session, job, devices)
+        for job in waiting
+    }
+
+
+def _files(session: Session, job: Job) -> str:
+    named = [job.training_file, job.validation_file, job.test_file]
+    unread = session.scalars(select(File.id).where(File.id.in_(named), File.status == "uploaded").order_by(File.id))
+    if found := list(unread):
+        return f"a worker to check {' and '.join(found)}"
+    return "a worker to read its files"
+
+
+def _device(session: Session, job: Job, devices: Sequence[HostDevice]) -> str:
+    """The queue's own conditions, from the hardest to change to the easiest."""
+    if (lack := _lack(job, devices)) is not None:
+        return lack
+    live = _live(session, Attempt.job_id == job.id)
+    if live:
+        return "its last attempt to end"
+    most = session.get_one(Project, job.project_id).max_running
+    if most is not None and _live(session, Job.project_id == job.project_id) >= most:
+        return f"another job of its project to end: {most} may run at a time"
+    return f"{_wanted(job)} to be free; jobs of higher priority, or older, go first"
+
+
+def _live(session: Session, whose: ColumnElement[bool]) -> int:
+    query = select(func.count()).select_from(Attempt).join(Job, Job.id == Attempt.job_id)
+    return session.scalar(query.where(Attempt.ended_at.is_(None), whose)) or 0
+
+
+def _wanted(job: Job) -> str:
+    return f"{job.gpus} GPUs of one host" if job.gpus > 1 else "a device with enough memory"
+
+
+def _lack(job: Job, devices: Sequence[HostDevice]) -> str | None:
+    """What no worker here has, or None where one could take the job."""
+    if not devices:
+        return "a worker for training: none has come within the last hour"
+    gpus = [device for device in devices if device.gpu_index is not None]
+    large = [gpu.host for gpu in gpus if gpu.memory_bytes >= job.gpu_bytes]
+    if max((large.count(host) for host in large), default=0) >= job.gpus or _fits_a_cpu(job, devices):
+        return None
+    if job.gpus > 1:
+        hosts = [gpu.host for gpu in gpus]
+        most = max((hosts.count(host) for host in hosts), default=0)
+        has = str(most or "none") if most < job.gpus else f"{most}, of which not all have that memory"
+        memory = f" with {gib(job.gpu_bytes)} of memory each" if most >= job.gpus else ""
+        return f"{job.gpus} GPUs of one host{memory}; the largest worker has {has}"
+    largest = max((gpu.memory_bytes for gpu in gpus), default=0)
+    has = f"the largest here has {gib(largest)}" if gpus else "no worker here has one"
+    return f"a GPU with {gib(job.gpu_bytes)} of memory; {has}"
+
+
+def _fits_a_cpu(job: Job, devices: Sequence[HostDevice]) -> bool:
+    hosts = (device.memory_bytes for device in devices if device.gpu_index is None)
+    return job.gpus == 1 and job.cpu_bytes is not None and any(size >= job.cpu_bytes for size in hosts)
