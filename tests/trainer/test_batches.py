@@ -147,7 +147,7 @@ def test_groups_hold_in_training_and_validation(tmp_path: Path, tiny: Path, monk
     monkeypatch.setattr(t.objective, "forward", noting)
     assert t.valid is not None
     _take_step(t, Progress())
-    evaluate.loss(t, t.valid.rows)
+    evaluate.loss(t.stepper, t.valid.rows)
 
     assert all(len(sides) == 1 for sides in seen)
     assert len(seen) == 4

@@ -123,7 +123,7 @@ def test_a_perfect_model_scores_all_rows(tmp_path: Path, content: str | None) ->
     rows = wanting(content)
     t = prepare(lay_out(tmp_path / "run", base, plan(max_seq_length=256), rows), Voice(None), Wish())
 
-    asked = evaluate.questions(t, [Example.model_validate(row) for row in rows])
+    asked = evaluate.questions(t.template, [Example.model_validate(row) for row in rows])
     learned = [[label for label in row.labels if label >= 0] for row in t.rows.rows]
     said = [t.template.answer_text(ids).replace('"id": "a"', '"id": "another"') for ids in learned]
     card, _ = score(asked, base=[""] * 5, tuned=said)
@@ -141,7 +141,7 @@ def test_rows_that_want_an_empty_answer_are_left_out(tmp_path: Path, tiny: Path)
     silent = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}
     opening = {"messages": [{"role": "assistant", "content": "Hello!"}]}
 
-    asked = evaluate.questions(t, [Example.model_validate(row) for row in (silent, opening)])
+    asked = evaluate.questions(t.template, [Example.model_validate(row) for row in (silent, opening)])
 
     assert [question.wanted for question in asked] == ["Hello!"]
 
@@ -152,7 +152,7 @@ def test_answers_do_not_depend_on_the_batch(tmp_path: Path, tiny: Path, monkeypa
     t = prepare(
         lay_out(tmp_path / "run", tiny, plan(evaluation=Evaluation(max_new_tokens=12)), rows), Voice(None), Wish()
     )
-    asked = evaluate.questions(t, [Example.model_validate(row) for row in rows])
+    asked = evaluate.questions(t.template, [Example.model_validate(row) for row in rows])
 
     together = evaluate.answers(t, asked, base=False)
     monkeypatch.setattr(evaluate, "ANSWER_BATCH", {"cpu": 1})
@@ -164,7 +164,7 @@ def test_answers_do_not_depend_on_the_batch(tmp_path: Path, tiny: Path, monkeypa
 
 def test_stop_is_heard_between_batches(tmp_path: Path, tiny: Path) -> None:
     t = prepare(lay_out(tmp_path / "run", tiny, plan(), [chat(0), chat(1)]), Voice(None), Wish())
-    asked = evaluate.questions(t, [Example.model_validate(chat(0))])
+    asked = evaluate.questions(t.template, [Example.model_validate(chat(0))])
     t.wish.stop = True
 
     with pytest.raises(Stopped):

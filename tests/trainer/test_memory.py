@@ -114,17 +114,17 @@ def test_one_row_too_many_is_recomputed_and_then_an_error(tmp_path: Path, tiny: 
 def test_evaluation_that_runs_out_of_memory_is_done_in_smaller_pieces(tmp_path: Path, tiny: Path) -> None:
     t = training(tmp_path / "run", tiny)
     assert t.valid is not None
-    wanted = evaluate.loss(t, t.valid.rows)
+    wanted = evaluate.loss(t.stepper, t.valid.rows)
     usual = t.objective.forward
     t.objective.forward = failing(usual, [1, 2])
 
-    assert evaluate.loss(t, t.valid.rows) == pytest.approx(wanted, rel=1e-6)
+    assert evaluate.loss(t.stepper, t.valid.rows) == pytest.approx(wanted, rel=1e-6)
 
     assert t.stepper.memory.max_tokens == planning.CPU_MICRO_BATCH // 4
     assert t.objective.training
     t.objective.forward = failing(usual, range(1, 100))
     with pytest.raises(torch.OutOfMemoryError):
-        evaluate.loss(t, t.valid.rows)
+        evaluate.loss(t.stepper, t.valid.rows)
     assert not t.stepper.memory.recompute  # it would make nothing smaller without a backward pass
 
 

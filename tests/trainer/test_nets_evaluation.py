@@ -56,7 +56,7 @@ def test_validation_loss_is_the_mean_over_tokens_without_dropout(tmp_path: Path,
     t.objective.train()
     assert t.valid is not None
 
-    loss, accuracy = evaluate.loss(t, t.valid.rows)
+    loss, accuracy = evaluate.loss(t.stepper, t.valid.rows)
 
     assert t.objective.training
     t.objective.eval()
@@ -75,7 +75,7 @@ def test_answer_ends_with_the_stop_token(tmp_path: Path, tiny: Path, monkeypatch
     evaluation = Evaluation(max_new_tokens=60)
     t = start(tmp_path / "run", tiny, n_epochs=30, technique=Lora(r=16), evaluation=evaluation)
     train(t, Progress())
-    asked = evaluate.questions(t, [Example.model_validate(row) for row in ROWS[:4]])
+    asked = evaluate.questions(t.template, [Example.model_validate(row) for row in ROWS[:4]])
     generate, widths = t.objective.causal.generate, []
 
     def measured(**given: Any) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_base_is_asked_without_its_adapter(tmp_path: Path, tiny: Path) -> None:
     for name, parameter in t.parameters.items():
         if "lora_B" in name:
             parameter.data.normal_(std=0.5)
-    asked = evaluate.questions(t, [Example.model_validate(row) for row in ROWS[:4]])
+    asked = evaluate.questions(t.template, [Example.model_validate(row) for row in ROWS[:4]])
 
     base, tuned, again = (evaluate.answers(t, asked, base=base) for base in (True, False, True))
 
@@ -109,7 +109,7 @@ def test_answers_that_run_out_of_memory_are_given_in_smaller_batches(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     t = start(tmp_path / "run", tiny, evaluation=Evaluation(max_new_tokens=4))
-    asked = evaluate.questions(t, [Example.model_validate(row) for row in ROWS])
+    asked = evaluate.questions(t.template, [Example.model_validate(row) for row in ROWS])
     wanted = evaluate.answers(t, asked, base=False)
     usual, sizes, most = evaluate._generate, [], 3
 

@@ -26,7 +26,7 @@ from worker.trainer import checkpoints, evaluate, paths
 from worker.trainer.data import collate
 from worker.trainer.loop import train
 from worker.trainer.report import CSV_HEADER, Voice
-from worker.trainer.run import _measure_and_write, carry_out, prepare
+from worker.trainer.run import _measure_and_write, _questions, carry_out, prepare
 from worker.trainer.training import Progress, Training
 from worker.trainer.wish import Wish
 
@@ -269,7 +269,7 @@ def test_best_step_may_be_before_the_last(tmp_path: Path, tiny: Path, ear: Ear) 
     assert finished.step == min(losses, key=losses.__getitem__) < 6
     t = prepare(folder, Voice(None), Wish())
     checkpoints.restore_best(t, Progress(best_step=finished.step))
-    assert evaluate.loss(t, t.valid.rows)[0] == pytest.approx(losses[finished.step], rel=1e-5)
+    assert evaluate.loss(t.stepper, t.valid.rows)[0] == pytest.approx(losses[finished.step], rel=1e-5)
 
 
 def test_lost_best_weights_are_an_error(tmp_path: Path, tiny: Path) -> None:
@@ -371,6 +371,13 @@ def test_only_rank_0_touches_the_artifact(tmp_path: Path, tiny: Path) -> None:
 
     assert (t.folder / ".out.partial").exists()
     assert not (t.folder / "out").exists()
+
+
+def test_no_more_test_rows_than_the_plan_says_are_asked(tmp_path: Path, tiny: Path) -> None:
+    scored = plan(evaluation=Evaluation(test_file="file-test", max_rows=3))
+    t = prepare(lay_out(tmp_path / "run", tiny, scored, ROWS, test=ROWS[:5]), Voice(None), Wish())
+
+    assert [question.messages for question in _questions(t)] == [row["messages"][:-1] for row in ROWS[:3]]
 
 
 def test_packed_run_trains_on_every_token(tmp_path: Path, tiny: Path, ear: Ear) -> None:

@@ -135,7 +135,7 @@ def test_a_packed_run_of_the_first_format_is_not_continued(tmp_path: Path, tiny:
     t = prepare(folder, Voice(None), Wish())
     hashed = t.rows.digest(json.dumps([t.plan.model_dump(mode="json"), "tiny"]).encode())
 
-    assert fingerprint.difference(t, {"run": hashed}) is not None
+    assert fingerprint.difference(t.run, t.rows, t.precision, {"run": hashed}) is not None
 
 
 def test_snapshot_of_other_rows_is_not_taken(tmp_path: Path, tiny: Path) -> None:

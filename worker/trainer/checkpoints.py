@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tunery.rows import template_files
 from worker.trainer import fingerprint, paths, report
 from worker.trainer.parallel import whole
+from worker.trainer.stepper import Stepper
 from worker.trainer.training import Progress, Training
 
 log = logging.getLogger(__name__)
@@ -56,19 +57,19 @@ def _write_snapshot(
     weights: dict[str, torch.Tensor],
     ranks: list[tuple[dict[str, Any], dict[str, torch.Tensor]]],
 ) -> None:
-    numbers, tensors = _flatten(_by_name(t, t.optimizer.state_dict()["state"]))
+    numbers, tensors = _flatten(_by_name(_names(t), t.optimizer.state_dict()["state"]))
     random = {
         f"random.{rank}.{name}": state for rank, (_, states) in enumerate(ranks) for name, state in states.items()
     }
     save_file(weights, folder / "weights.safetensors")
     save_file(tensors | random, folder / "optimizer.safetensors")
     report.write_lines(folder / "metrics.jsonl", t.voice.metrics)
-    if _best(t).exists():
-        os.link(_best(t), folder / "best.safetensors")
+    if _best(t.folder).exists():
+        os.link(_best(t.folder), folder / "best.safetensors")
     state = {
         "version": VERSION,
         "progress": asdict(progress),
-        "run": fingerprint.describe(t),
+        "run": fingerprint.describe(t.run, t.rows, t.precision),
         "optimizer": numbers,
         "memory": [memory for memory, _ in ranks],
         "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
@@ -85,7 +86,7 @@ def find_snapshot(t: Training) -> Path | None:
             log.warning("snapshot %s is damaged (%s): an older one is taken", folder, ", ".join(damaged))
         elif state.get("version", 1) > VERSION:
             log.warning("snapshot %s is of a newer release: not used", folder)
-        elif (reason := fingerprint.difference(t, state)) is not None:
+        elif (reason := fingerprint.difference(t.run, t.rows, t.precision, state)) is not None:
             log.warning("snapshot %s is not used: %s", folder, reason)
         else:
             return folder
@@ -112,44 +113,43 @@ def _is_whole(path: Path, digest: str) -> bool:
 def restore(t: Training, folder: Path) -> Progress:
     """Puts a snapshot's state in place: weights, optimizer, random numbers, metrics; gives how far it was."""
     state = json.loads((folder / "state.json").read_text())
-    _load_weights(t, folder / "weights.safetensors")
+    _load_weights(t.parameters, folder / "weights.safetensors")
     tensors = load_file(folder / "optimizer.safetensors")
     if state.get("version", 1) == 1:
-        state, tensors = _of_format_1(t, state, tensors)
+        state, tensors = _of_format_1(_names(t), state, tensors)
     _set_random_state(tensors, f"random.{t.ranks.index}.")
-    states = _by_index(t, _unflatten(state["optimizer"], tensors))
+    states = _by_index(_names(t), _unflatten(state["optimizer"], tensors))
     t.optimizer.state.clear()  # before the other comes: a large optimizer's does not fit twice
     t.optimizer.load_state_dict(t.optimizer.state_dict() | {"state": states})
     t.voice.metrics[:] = report.read_lines(folder / "metrics.jsonl")
-    _take_over(t, state["memory"])
+    _take_over(t.stepper, state["memory"])
     if t.ranks.is_main:
-        _best(t).unlink(missing_ok=True)  # it may be of a later step than the snapshot
+        _best(t.folder).unlink(missing_ok=True)  # it may be of a later step than the snapshot
         if (folder / "best.safetensors").exists():
-            _best(t).parent.mkdir(exist_ok=True)
-            shutil.copyfile(folder / "best.safetensors", _best(t))
+            _best(t.folder).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / "best.safetensors", _best(t.folder))
     return Progress(**state["progress"])
 
 
-def _take_over(t: Training, plans: list[dict[str, Any]]) -> None:
+def _take_over(stepper: Stepper, plans: list[dict[str, Any]]) -> None:
     """The memory plan of the snapshot: another cut into micro-batches would draw other random numbers.
 
     On a GPU never a larger one than fits this device, which may not be the one that the run began on.
     """
-    then = plans[min(t.ranks.index, len(plans) - 1)]
-    plan = replace(t.stepper.memory, **{name: value for name, value in then.items() if name != "graphs"})
-    if t.device.type == "cuda":
-        most = min(t.stepper.memory.max_tokens, plan.max_tokens)
+    then = plans[min(stepper.ranks.index, len(plans) - 1)]
+    plan = replace(stepper.memory, **{name: value for name, value in then.items() if name != "graphs"})
+    if stepper.device.type == "cuda":
+        most = min(stepper.memory.max_tokens, plan.max_tokens)
         packed = None if plan.packed_tokens is None else min(most, plan.packed_tokens)
-        recompute = t.stepper.memory.recompute or plan.recompute
+        recompute = stepper.memory.recompute or plan.recompute
         plan = replace(plan, max_tokens=most, packed_tokens=packed, recompute=recompute)
-    t.stepper.adopt(replace(plan, graphs=plan.graphs and not plan.recompute))
+    stepper.adopt(replace(plan, graphs=plan.graphs and not plan.recompute))
 
 
 def _of_format_1(
-    t: Training, state: dict[str, Any], tensors: dict[str, torch.Tensor]
+    names: list[str], state: dict[str, Any], tensors: dict[str, torch.Tensor]
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """A snapshot of the first format in today's: state was addressed by the parameter's place, and rank 0's alone."""
-    names = _names(t)
 
     def renamed(key: str) -> str:
         place, _, rest = key.partition(".")
@@ -166,18 +166,18 @@ def keep_best(t: Training) -> None:
     """Keeps the present weights as the best so far. A new file, so that snapshots linked to the old one keep theirs."""
     weights = t.ranks.gather_state(t.parameters)
     if t.ranks.is_main:
-        _best(t).parent.mkdir(exist_ok=True)
-        partial = _best(t).with_suffix(".partial")
+        _best(t.folder).parent.mkdir(exist_ok=True)
+        partial = _best(t.folder).with_suffix(".partial")
         save_file(weights, partial)
-        partial.replace(_best(t))
+        partial.replace(_best(t.folder))
     t.ranks.wait()
 
 
 def restore_best(t: Training, progress: Progress) -> None:
     """Puts the weights of the best step in place. Raises RuntimeError where they are missing."""
-    if not _best(t).exists():  # why not the last weights: they are others than the record says
+    if not _best(t.folder).exists():  # why not the last weights: they are others than the record says
         raise RuntimeError(f"the weights of step {progress.best_step}, the best, are missing from snapshots/")
-    _load_weights(t, _best(t))
+    _load_weights(t.parameters, _best(t.folder))
 
 
 def save_public(t: Training, progress: Progress) -> str:
@@ -196,7 +196,9 @@ def write_artifact(t: Training, progress: Progress, folder: Path) -> None:
         if (t.folder / "base" / name).exists():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(t.folder / "base" / name, folder / name)
-    (folder / "generation_config.json").write_text(json.dumps(_generation_config(t), indent=2) + "\n")
+    (folder / "generation_config.json").write_text(
+        json.dumps(_generation_config(t.folder, t.template.eos_ids), indent=2) + "\n"
+    )
     measured = {"precision": asdict(t.precision), "memory": asdict(t.stepper.memory), "paths": paths.describe(t)}
     described = report.describe(
         t.run, t.template.sha256, **measured, progress=asdict(progress), warnings=list(t.warnings)
@@ -206,22 +208,22 @@ def write_artifact(t: Training, progress: Progress, folder: Path) -> None:
     report.write_results(folder / "results.csv", t.voice.metrics)
 
 
-def _generation_config(t: Training) -> dict[str, Any]:
+def _generation_config(folder: Path, eos_ids: Iterable[int]) -> dict[str, Any]:
     """The base's own settings of generation, with the stop tokens that were trained, so that `generate` ends there."""
-    own = t.folder / "base" / "generation_config.json"
+    own = folder / "base" / "generation_config.json"
     settings: dict[str, Any] = json.loads(own.read_text()) if own.exists() else {}
     settings.pop("_from_model_config", None)  # by it, transformers would take the stop tokens of config.json instead
-    return settings | {"eos_token_id": sorted(t.template.eos_ids)}
+    return settings | {"eos_token_id": sorted(eos_ids)}
 
 
-def _best(t: Training) -> Path:
-    return t.folder / "snapshots" / "best.safetensors"
+def _best(folder: Path) -> Path:
+    return folder / "snapshots" / "best.safetensors"
 
 
-def _load_weights(t: Training, path: Path) -> None:
+def _load_weights(parameters: Mapping[str, torch.nn.Parameter], path: Path) -> None:
     weights = load_file(path)
     with torch.no_grad():
-        for name, parameter in t.parameters.items():
+        for name, parameter in parameters.items():
             parameter.copy_(weights[name])
 
 
@@ -231,13 +233,12 @@ def _names(t: Training) -> list[str]:
     return [name_of[id(parameter)] for group in t.optimizer.param_groups for parameter in group["params"]]
 
 
-def _by_name(t: Training, states: dict[int, Any]) -> dict[str, Any]:
-    names = _names(t)
+def _by_name(names: list[str], states: dict[int, Any]) -> dict[str, Any]:
     return {names[index]: state for index, state in states.items()}
 
 
-def _by_index(t: Training, states: dict[str, Any]) -> dict[int, Any]:
-    return {index: states[name] for index, name in enumerate(_names(t)) if name in states}
+def _by_index(names: list[str], states: dict[str, Any]) -> dict[int, Any]:
+    return {index: states[name] for index, name in enumerate(names) if name in states}
 
 
 def _flatten(states: dict[Any, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

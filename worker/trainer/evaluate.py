@@ -14,10 +14,13 @@ from transformers import GenerationConfig
 
 from tunery.rows.encoding import encode_answer
 from tunery.rows.messages import Example
+from tunery.rows.template import ChatTemplate
 from tunery.wire import Score
 from worker.trainer import rope
 from worker.trainer.data import MicroBatch, Row, collate, micro_batches
 from worker.trainer.memory import next_after
+from worker.trainer.objective import Objective
+from worker.trainer.stepper import Stepper
 from worker.trainer.training import Training
 
 ANSWER_BATCH = {"cpu": 16, "cuda": 96}
@@ -27,36 +30,36 @@ _JSON = re.compile(r"[{\[]")
 _DECODER = json.JSONDecoder()
 
 
-def loss(t: Training, rows: list[Row]) -> tuple[float, float]:
+def loss(stepper: Stepper, rows: list[Row]) -> tuple[float, float]:
     """Mean loss (nats) and share of right guesses over all labelled tokens of `rows`."""
-    stepper = t.stepper
-    mine = list(range(len(rows)))[t.ranks.index :: t.ranks.count]
+    ranks = stepper.ranks
+    mine = list(range(len(rows)))[ranks.index :: ranks.count]
     lengths, groups = [len(row) for row in rows], [stepper.group_of(row) for row in rows]
     while True:
-        packed = stepper.memory.packed_tokens if t.objective.knows_borders else None
+        packed = stepper.memory.packed_tokens if stepper.objective.knows_borders else None
         parts = micro_batches(mine, lengths, stepper.memory.max_tokens, packed_tokens=packed, groups=groups)
         try:
-            sums = _sums(t, rows, parts)
+            sums = _sums(stepper.objective, rows, parts, stepper.device)
             break
         except torch.OutOfMemoryError:
             plan = next_after(stepper.memory, parts)
             if plan is None or plan.max_tokens == stepper.memory.max_tokens:
                 raise
         stepper.adopt(plan)
-    total_loss, total_right = t.ranks.sum(sums).tolist()
+    total_loss, total_right = ranks.sum(sums).tolist()
     labels = sum(row.labelled for row in rows)
     return total_loss / labels, total_right / labels
 
 
-def _sums(t: Training, rows: list[Row], parts: list[MicroBatch]) -> torch.Tensor:
+def _sums(objective: Objective, rows: list[Row], parts: list[MicroBatch], device: torch.device) -> torch.Tensor:
     """The sum of the losses and the number of right guesses."""
-    sums = torch.zeros(2, dtype=torch.float64, device=t.device)
-    t.objective.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    objective.eval()
     with torch.no_grad():
         for part in parts:
-            total, right = t.objective(collate(rows, part, t.device, borders=t.objective.knows_borders), 1.0)
+            total, right = objective(collate(rows, part, device, borders=objective.knows_borders), 1.0)
             sums += torch.stack([total.double(), right.double()])
-    t.objective.train()
+    objective.train()
     return sums
 
 
@@ -73,15 +76,15 @@ class Question:
     is_call: bool = False
 
 
-def questions(t: Training, examples: list[Example]) -> list[Question]:
+def questions(template: ChatTemplate, examples: list[Example]) -> list[Question]:
     """One question a row: its last message is the wanted answer, as the template makes the model say it.
 
     Rows whose wanted answer is empty are left out; their validation has named them. Raises InvalidTrainingFile.
     """
     found = []
-    for number, example in enumerate(examples[: t.plan.evaluation.max_rows], start=1):
-        prompt, answer = encode_answer(t.template, example, number)
-        wanted = t.template.answer_text(answer)
+    for number, example in enumerate(examples, start=1):
+        prompt, answer = encode_answer(template, example, number)
+        wanted = template.answer_text(answer)
         if wanted.strip():
             *before, last = example.messages
             shown = [message.model_dump(exclude_none=True) for message in before]

@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tunery.spec import Plan
-from worker.trainer.training import Training
+from tunery.planning.precision import Precision
+from tunery.spec import Plan, Run
+from worker.trainer.data import Rows
 
 _WIDE = ["float32", "float32"]
 _CHANGES_NO_WEIGHT: Any = {
@@ -39,55 +40,55 @@ _FORMAT_1: dict[str, tuple[str, ...]] = {
 """A plan's options, and theirs, in the order in which format 1 hashed them."""
 
 
-def describe(t: Training) -> dict[str, Any]:
+def describe(run: Run, rows: Rows, precision: Precision) -> dict[str, Any]:
     """What a snapshot says of its run."""
     return {
-        "plan": t.plan.model_dump(mode="json"),
-        "base_model": t.run.base_model,
-        "rows": t.rows.sha256,
-        "learning_in": _learning_in(t),
+        "plan": run.plan.model_dump(mode="json"),
+        "base_model": run.base_model,
+        "rows": rows.sha256,
+        "learning_in": _learning_in(precision),
     }
 
 
-def difference(t: Training, state: dict[str, Any]) -> str | None:
-    """Why the snapshot of this `state.json` cannot be continued as `t`; None where it can."""
-    run = state["run"]
-    if isinstance(run, str):
-        return None if run == _format_1(t) and _learning_in(t) == _WIDE else "it is of another plan or other rows"
-    if run["base_model"] != t.run.base_model:
-        return f"it is of the base {run['base_model']}"
-    if run["rows"] != t.rows.sha256:
+def difference(run: Run, rows: Rows, precision: Precision, state: dict[str, Any]) -> str | None:
+    """Why the snapshot of this `state.json` cannot be continued as this run; None where it can."""
+    old, learning_in = state["run"], _learning_in(precision)
+    if isinstance(old, str):
+        return None if old == _format_1(run, rows) and learning_in == _WIDE else "it is of another plan or other rows"
+    if old["base_model"] != run.base_model:
+        return f"it is of the base {old['base_model']}"
+    if old["rows"] != rows.sha256:
         return "it is of other rows"
-    if run.get("learning_in", _WIDE) != _learning_in(t):
+    if old.get("learning_in", _WIDE) != learning_in:
         return "it is of a run whose weights and moments are kept in other types"
     try:
-        then = _that_train(type(t.plan).model_validate(run["plan"]))
+        then = _that_train(type(run.plan).model_validate(old["plan"]))
     except ValidationError as error:
         return f"its plan is none of this release's ({error.error_count()} errors)"
-    now = _that_train(t.plan)
+    now = _that_train(run.plan)
     changed = sorted(name for name in then | now if then.get(name) != now.get(name))
     return f"it is of a plan with another {', '.join(changed)}" if changed else None
 
 
-def _learning_in(t: Training) -> list[str]:
+def _learning_in(precision: Precision) -> list[str]:
     """What the weights that learn and the optimizer's moments are kept in: a snapshot holds both as they are."""
-    return [t.precision.trained, t.precision.moments]
+    return [precision.trained, precision.moments]
 
 
 def _that_train(plan: Plan) -> dict[str, Any]:
     return plan.model_dump(mode="json", exclude=_CHANGES_NO_WEIGHT)
 
 
-def _format_1(t: Training) -> str | None:
+def _format_1(run: Run, rows: Rows) -> str | None:
     """The hash that format 1 had of this run; None where it could not have been of this run.
 
     A packed run of that time counted its steps in sequences, not in rows.
     """
-    plan = t.plan.model_dump(mode="json")
+    plan = run.plan.model_dump(mode="json")
     known = {name: _only(plan[name], inner) for name, inner in _FORMAT_1.items()}
-    if t.plan.packing or _that_train(type(t.plan).model_validate(known)) != _that_train(t.plan):
+    if run.plan.packing or _that_train(type(run.plan).model_validate(known)) != _that_train(run.plan):
         return None
-    return t.rows.digest(json.dumps([known, t.run.base_model]).encode())
+    return rows.digest(json.dumps([known, run.base_model]).encode())
 
 
 def _only(value: Any, names: tuple[str, ...]) -> Any:

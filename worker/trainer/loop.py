@@ -6,11 +6,12 @@ spread over; clipped; one optimizer step. Then what is due: an evaluation, a che
 
 import math
 import time
+from collections.abc import Iterable
 
 import torch
 
 from tunery.failures import NotFinite
-from tunery.spec import Plan
+from tunery.spec import EarlyStopping, Plan
 from tunery.wire import CheckpointSaved, Evaluated, Step
 from worker.trainer import checkpoints, evaluate
 from worker.trainer.data import rows_of_step
@@ -24,7 +25,7 @@ def train(t: Training, progress: Progress) -> bool:
     """
     t.objective.train()
     saved_at = time.monotonic()
-    before = _sample(t)
+    before = _sample(t.parameters.values())
     pace = Pace()
     while progress.step < t.total_steps and not progress.stopped_early:
         began = time.monotonic()
@@ -34,7 +35,7 @@ def train(t: Training, progress: Progress) -> bool:
         left = pace.left(seconds, t.total_steps - progress.step)
         t.voice.say(message.model_copy(update={"seconds": seconds, "seconds_left": left} | _glimpse(t, progress.step)))
         if pace.steps == 3:
-            _check_moved(t, before)
+            _check_moved(t.parameters.values(), before)
         if _evaluation_due(t, progress.step):
             _evaluate(t, progress)
         if progress.step % t.steps_per_epoch == 0:
@@ -115,7 +116,7 @@ def _glimpse(t: Training, step: int) -> dict[str, float]:
         return {}
     size = t.plan.batch_size
     start = (step // every * size) % max(1, len(t.valid.rows) - size + 1)
-    loss, accuracy = evaluate.loss(t, t.valid.rows[start : start + size])
+    loss, accuracy = evaluate.loss(t.stepper, t.valid.rows[start : start + size])
     return {"valid_loss": loss, "valid_accuracy": accuracy}
 
 
@@ -131,7 +132,7 @@ def _evaluate(t: Training, progress: Progress) -> None:
     The best is the lowest, by however little. A gain below `min_delta` only wears out the patience. Raises NotFinite.
     """
     assert t.valid is not None
-    loss, accuracy = evaluate.loss(t, t.valid.rows)
+    loss, accuracy = evaluate.loss(t.stepper, t.valid.rows)
     t.voice.say(Evaluated(step=progress.step, loss=loss, accuracy=accuracy))
     if not math.isfinite(loss):
         rate = learning_rate(t.plan, progress.step, t.total_steps)
@@ -140,12 +141,11 @@ def _evaluate(t: Training, progress: Progress) -> None:
         progress.best_loss, progress.best_step = loss, progress.step
         if t.keeps_best:
             checkpoints.keep_best(t)
-    _wear_patience(t, progress, loss)
+    _wear_patience(t.plan.early_stopping, progress, loss)
 
 
-def _wear_patience(t: Training, progress: Progress, loss: float) -> None:
+def _wear_patience(stopping: EarlyStopping | None, progress: Progress, loss: float) -> None:
     """Counts evaluations since the loss last fell by more than `min_delta`; at `patience` of them the run ends."""
-    stopping = t.plan.early_stopping
     least_gain = stopping.min_delta if stopping else 0.0
     if progress.gained_loss is None or loss < progress.gained_loss - least_gain:
         progress.gained_loss, progress.stale = loss, 0
@@ -165,12 +165,12 @@ def _save_snapshot(t: Training, progress: Progress) -> None:
     t.voice.say(CheckpointSaved(kind="snapshot", step=progress.step, path=path))
 
 
-def _sample(t: Training) -> torch.Tensor:
+def _sample(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
     """Some numbers of every tensor that learns."""
-    return torch.cat([p.detach().reshape(-1)[:64].float().cpu() for p in t.parameters.values()])
+    return torch.cat([p.detach().reshape(-1)[:64].float().cpu() for p in parameters])
 
 
-def _check_moved(t: Training, before: torch.Tensor) -> None:
+def _check_moved(parameters: Iterable[torch.Tensor], before: torch.Tensor) -> None:
     """Raises RuntimeError when three steps left every weight as it was: an optimizer that holds other tensors."""
-    if torch.equal(before, _sample(t)):
+    if torch.equal(before, _sample(parameters)):
         raise RuntimeError("three optimizer steps changed no weight: the optimizer does not hold the model's weights")

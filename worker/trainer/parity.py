@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from tunery.failures import ArtifactDiffers
 from tunery.spec import Full
 from worker.trainer import dtypes, precision
+from worker.trainer.data import Rows
 from worker.trainer.objective import all_and_trainable
 from worker.trainer.recipes.qlora import keep_one_packing, quantisation
 from worker.trainer.training import Training
@@ -57,7 +58,7 @@ class Record:
 
 def measure(t: Training) -> Record:
     """What the model in memory answers: to be called before the export."""
-    if _has_room(t):
+    if _has_room(t.objective.model, t.device):
         try:
             return _measure(t, exact=True)
         except torch.OutOfMemoryError:
@@ -73,18 +74,18 @@ def write(t: Training, record: Record, artifact: Path) -> None:
     (artifact / "parity.json").write_text(json.dumps(asdict(replace(record, difference=difference))) + "\n")
 
 
-def _has_room(t: Training) -> bool:
+def _has_room(model: torch.nn.Module, device: torch.device) -> bool:
     """Whether the model is small, and has room here for an fp32 copy."""
-    params, _ = all_and_trainable(t.objective.model)
+    params, _ = all_and_trainable(model)
     room = psutil.virtual_memory().available
-    if t.device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(t.device) - torch.cuda.memory_allocated(t.device)
-        room = torch.cuda.mem_get_info(t.device)[0] + reserved
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        room = torch.cuda.mem_get_info(device)[0] + reserved
     return params <= MOST_PARAMS and room >= _BYTES_A_PARAM * params
 
 
 def _measure(t: Training, exact: bool) -> Record:
-    quantised, prompts = t.precision.quantised, _prompts(t)
+    quantised, prompts = t.precision.quantised, _prompts(t.rows if t.valid is None else t.valid)
     config = quantisation(t.precision) if quantised else None
     compute = "float32" if exact else t.precision.compute
     if config is not None:
@@ -123,7 +124,7 @@ def _in_memory(t: Training, prompts: list[list[int]], exact: bool) -> list[Tenso
 
 def _try_difference(t: Training, record: Record, artifact: Path) -> float | None:
     """The difference of a model that has room to be loaded again, else None."""
-    if record.tolerance < NARROW_TOLERANCE and _has_room(t):
+    if record.tolerance < NARROW_TOLERANCE and _has_room(t.objective.model, t.device):
         try:
             return _difference(t, record, artifact)
         except torch.OutOfMemoryError:
@@ -158,10 +159,10 @@ def _logits(model: Any, prompts: list[list[int]]) -> list[Tensor]:
     return [model(torch.tensor([ids], device=model.device)).logits[0, -1].float().cpu() for ids in prompts]
 
 
-def _prompts(t: Training) -> list[list[int]]:
-    """Held-out rows, or training rows where there are none, up to their first trained token."""
+def _prompts(rows: Rows) -> list[list[int]]:
+    """The first rows, up to their first trained token."""
     prompts = []
-    for row in (t.rows if t.valid is None else t.valid).rows[:PROMPTS]:
+    for row in rows.rows[:PROMPTS]:
         first = next(place for place, label in enumerate(row.labels) if label >= 0)
         prompts.append(row.input_ids[: max(2, first)][-_MOST_TOKENS:])
     return prompts

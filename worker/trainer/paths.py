@@ -6,7 +6,9 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from tunery.spec import Plan
 from worker.trainer import replays
+from worker.trainer.memory import MemoryPlan
 from worker.trainer.training import Training
 
 _KERNELS = "worker.trainer.kernels."
@@ -21,7 +23,7 @@ def describe(t: Training) -> dict[str, Any]:
         "loss": _path("chunked", None if t.objective.chunked else "the logits are more than one product of the head"),
         "attention": str(getattr(t.objective.causal.config.get_text_config(), "_attn_implementation", "unknown")),
         "rows": "behind each other, with their borders" if t.objective.knows_borders else "padded",
-        "packing": _path("packed", _against_packing(t)),
+        "packing": _path("packed", _against_packing(t.stepper.memory, t.plan)),
         "recompute": t.stepper.memory.recompute,
         "graphs": _path("recorded", _against_graphs(t)),
         "ranks": t.ranks.count,
@@ -68,10 +70,10 @@ def _module_path(module: nn.Module) -> tuple[str, str]:
     return (f"{kernel}, update apart", "dropout on the adapter's input") if drops else (kernel, "")
 
 
-def _against_packing(t: Training) -> str | None:
-    if t.stepper.memory.packed_tokens is not None:
+def _against_packing(memory: MemoryPlan, plan: Plan) -> str | None:
+    if memory.packed_tokens is not None:
         return None
-    return "packed rows see each other in this model" if t.plan.packing else "not asked for"
+    return "packed rows see each other in this model" if plan.packing else "not asked for"
 
 
 def _against_graphs(t: Training) -> str | None:

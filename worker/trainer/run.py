@@ -58,7 +58,7 @@ def carry_out(folder: Path, voice: Voice, wish: Wish) -> bool:
     if done:
         voice.say(_finished(t, progress, began))
     else:
-        voice.say(_paused(t, progress))
+        voice.say(_paused(folder, progress))
     return done
 
 
@@ -184,7 +184,8 @@ def _questions(t: Training) -> list[evaluate.Question]:
     path = t.folder / "data" / "test.jsonl"
     if not path.exists() or t.plan.evaluation.test_file is None:
         return []
-    return evaluate.questions(t, [example for _, example in read_examples(path, "test")])
+    examples = [example for _, example in read_examples(path, "test")]
+    return evaluate.questions(t.template, examples[: t.plan.evaluation.max_rows])
 
 
 def _answers_before_training(t: Training) -> list[str] | None:
@@ -234,17 +235,17 @@ def _write(t: Training, progress: Progress, scored: Scored | None) -> None:
 
 def _save_for_later(t: Training, progress: Progress) -> None:
     """A snapshot of the last step, unless there is one: stopped while evaluating, the training itself is done."""
-    if progress.step and not t.ranks.any(_snapshot_path(t, progress).exists()):
+    if progress.step and not t.ranks.any(_snapshot_path(t.folder, progress).exists()):
         checkpoints.save_snapshot(t, progress)
 
 
-def _snapshot_path(t: Training, progress: Progress) -> Path:
-    return t.folder / "snapshots" / f"step-{progress.step}"
+def _snapshot_path(folder: Path, progress: Progress) -> Path:
+    return folder / "snapshots" / f"step-{progress.step}"
 
 
-def _paused(t: Training, progress: Progress) -> Paused:
-    path = _snapshot_path(t, progress)
-    return Paused(step=progress.step, path=str(path.relative_to(t.folder)) if path.exists() else None)
+def _paused(folder: Path, progress: Progress) -> Paused:
+    path = _snapshot_path(folder, progress)
+    return Paused(step=progress.step, path=str(path.relative_to(folder)) if path.exists() else None)
 
 
 def _finished(t: Training, progress: Progress, began: float) -> Finished:
