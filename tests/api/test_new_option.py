@@ -1,20 +1,17 @@
-"""One line in a copy of the code, as a developer adds it, makes a training option that jobs can be created with."""
+"""One line in a copy of the code, as a developer adds it, makes a training option that jobs can be created with.
 
-import json
-import shutil
-import subprocess
-import sys
+tests/worker/test_additions.py runs a job with one.
+"""
+
 from pathlib import Path
-from typing import Any
 
 import pytest
 from databases import Database
+from releases import Release
 from teams import BASE, TRAIN, Team
 
 from tunery.jobs.model import Job
 
-ROOT = Path(__file__).parents[2]
-CLASS = "class TrainingOptions("
 OPTION = '    toy: Int = Field(3, ge=1, le=9, description="A toy")\n'
 SCRIPT = """
 import json, sys
@@ -43,30 +40,19 @@ print(json.dumps({
 
 
 @pytest.fixture
-def next_release(tmp_path: Path) -> Path:
-    """A copy of the API and the floor with one line more."""
-    for room in ("api", "tunery"):
-        shutil.copytree(ROOT / room, tmp_path / "next" / room, ignore=shutil.ignore_patterns("__pycache__"))
-    spec = tmp_path / "next/tunery/spec.py"
-    before, name, after = spec.read_text().partition(CLASS)
-    head, field, rest = after.partition("    packing: bool")
-    spec.write_text(before + name + head + OPTION + field + rest)
-    return tmp_path / "next"
+def next_release(tmp_path: Path) -> Release:
+    """A copy with one line more."""
+    made = Release.copy(tmp_path / "next")
+    made.change("tunery/spec.py", "class TrainingOptions(", "    packing: bool", OPTION + "    packing: bool")
+    return made
 
 
-def _ask(release: Path, *arguments: Any) -> Any:
-    command = [sys.executable, "-c", SCRIPT, json.dumps(arguments)]
-    found = subprocess.run(command, cwd=release, capture_output=True, text=True, timeout=120, check=False)
-    assert found.returncode == 0, found.stderr
-    return json.loads(found.stdout.splitlines()[-1])
-
-
-def test_one_line_makes_an_option(next_release: Path, team: Team, base: str, database: Database) -> None:
+def test_one_line_makes_an_option(next_release: Release, team: Team, base: str, database: Database) -> None:
     file = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": TRAIN}).json()["id"]
     body = {"model": BASE, "training_file": file}
     older = team.http.post("/v1/fine_tuning/jobs", json=body).json()["id"]
 
-    said = _ask(next_release, team.key, older, {**body, "toy": 5}, body, {**body, "toy": 10})
+    said = next_release.ask(SCRIPT, team.key, older, {**body, "toy": 5}, body, {**body, "toy": 10})
 
     asked, silent, wrong = said["made"]
     assert (asked["toy"], silent["toy"], said["older"]["toy"]) == (5, 3, 3)

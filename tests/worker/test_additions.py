@@ -1,0 +1,94 @@
+"""What a developer adds without touching the rest works in real jobs: a format of rows, a training option.
+
+A back end of the model server in tests/api/test_backends.py.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from releases import Release
+from sqlalchemy import select
+from workshop import ROOT, Workshop, training_rows
+
+from api.main import create_app
+from tunery.jobs.model import Metric
+from tunery.keys import ring
+from tunery.keys.model import Project
+from tunery.rows import readers
+
+PLUGIN = {"TUNERY_PLUGINS": "toy_format", "PYTHONPATH": str(ROOT / "tests/fixtures")}
+OPTION = '    rate_factor: Float = Field(1.0, ge=0, description="A toy: multiplies the rate of every step")\n'
+
+
+def key_of(workshop: Workshop) -> str:
+    with workshop.session() as session:
+        return ring.create_key(session, session.get_one(Project, workshop.project_id), "test")[1]
+
+
+def metrics(workshop: Workshop, job_id: str, name: str) -> list[float]:
+    with workshop.session() as session:
+        measured = session.scalars(select(Metric).where(Metric.job_id == job_id).order_by(Metric.step))
+        return [metric.values[name] for metric in measured]
+
+
+@pytest.fixture
+def client(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    """The API with the plug-in, which is forgotten after the test."""
+    monkeypatch.setattr(readers, "FORMATS", dict(readers.FORMATS))
+    monkeypatch.delitem(sys.modules, "toy_format", raising=False)
+    app = create_app(workshop.database.settings.model_copy(update={"plugins": ("toy_format",)}))
+    return TestClient(app, headers={"authorization": f"Bearer {key_of(workshop)}"})
+
+
+def test_a_job_trains_on_a_plug_ins_format(workshop: Workshop, client: TestClient) -> None:
+    workshop.start("io", **PLUGIN)
+    workshop.start("train", **PLUGIN)
+    cards = "".join(f"Q: What comes after {n}?\nA: {n + 1}\n" for n in range(12))
+    wrong = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": cards + "Q: And then?\n"})
+    assert "cards format. Row 13: has no line 'A: '." in wrong.json()["error"]["message"]
+    file = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": cards}).json()["id"]
+    job = workshop.submit(file, learning_rate=0.01, hyperparameters={"n_epochs": 3, "batch_size": 12})
+
+    workshop.until_state(job, "succeeded")
+
+    losses = metrics(workshop, job, "train_loss")
+    assert len(losses) == 3
+    assert losses == sorted(losses, reverse=True), losses
+
+
+CREATE = """
+import json, sys
+from fastapi.testclient import TestClient
+from api.main import create_app
+
+key, body = json.loads(sys.argv[1])
+http = TestClient(create_app(), headers={"authorization": f"Bearer {key}"})
+print(json.dumps(http.post("/v1/fine_tuning/jobs", json=body).json()))
+"""
+
+
+def test_a_new_option_changes_a_run(workshop: Workshop, tmp_path: Path) -> None:
+    """Two lines more: the option, and the place where the trainer reads it. At hardly any rate nothing is learned."""
+    release = Release.copy(tmp_path / "next")
+    release.change("tunery/spec.py", "class TrainingOptions(", "    packing: bool", OPTION + "    packing: bool")
+    release.change(
+        "worker/trainer/loop.py",
+        "def _take_step",
+        "rate = learning_rate(",
+        "rate = t.plan.rate_factor * learning_rate(",
+    )
+    file = workshop.file(training_rows(12))
+    made = {"model": "tiny", "training_file": file, "technique": {"type": "lora", "r": 2}, "learning_rate": 0.01}
+    body = {**made, "hyperparameters": {"n_epochs": 3, "batch_size": 12}, "rate_factor": 1e-6, "seed": 1}
+    job = release.ask(CREATE, key_of(workshop), body)
+    assert job["rate_factor"] == 1e-6, job
+    workshop.start("io", tree=release.folder)
+    workshop.start("train", tree=release.folder)
+
+    workshop.until_state(job["id"], "succeeded")
+
+    losses = metrics(workshop, job["id"], "train_loss")
+    assert len(losses) == 3
+    assert max(losses) - min(losses) < 1e-3, losses
