@@ -1,10 +1,14 @@
 """Stored bytes on their way out: from storage itself where it can, else streamed through."""
 
 import base64
+from collections.abc import Iterable
+from typing import Any
 from urllib.parse import quote
 
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 
+from tunery.artifacts.model import Artifact
+from tunery.errors import NotFound
 from tunery.storage import Storage
 
 
@@ -21,6 +25,21 @@ def answer(storage: Storage, key: str, *, filename: str, bytes: int, sha256: str
         "x-content-type-options": "nosniff",
     }
     return StreamingResponse(storage.read(key), media_type="application/octet-stream", headers=headers)
+
+
+ARTIFACT_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": {"example": "..."}}, "description": "The file's bytes"},
+    302: {"description": "To the storage's own address, good for 15 minutes"},
+}
+
+
+def artifact(storage: Storage, files: Iterable[Artifact], path: str, *, owner: str) -> Response:
+    """The file called `path`; `owner` names what was asked for it. Raises NotFound, ObjectMissing."""
+    for file in files:
+        if file.path == path:
+            filename = path.rpartition("/")[2]
+            return answer(storage, file.key, filename=filename, bytes=file.bytes, sha256=file.sha256)
+    raise NotFound(kind=f"artifact of {owner} named", id=path)
 
 
 def result_file(storage: Storage, key: str, *, coded: bool) -> Response:

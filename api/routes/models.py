@@ -1,14 +1,17 @@
 """Models: what there is to tune and what came of it."""
 
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query, Response
 from sqlalchemy.orm import Session
 
+from api import downloads
 from api.bodies import LongJsonRoute
-from api.dependencies import AdminDep, CallerDep, SessionDep, SettingsDep
+from api.dependencies import AdminDep, CallerDep, SessionDep, SettingsDep, StorageDep
 from api.schemas import models as wire
 from api.schemas.wire import WholeList, errors
+from tunery.artifacts import model as artifacts
 from tunery.keys.errors import Forbidden
 from tunery.keys.ring import Caller
 from tunery.models import registry
@@ -36,9 +39,17 @@ def _shown(session: Session, settings: Settings, caller: Caller, rows: Sequence[
 
 
 @router.get("", summary="List models", responses=errors())
-def list_models(session: SessionDep, caller: CallerDep, settings: SettingsDep) -> WholeList[wire.Model]:
-    """Every ready base and its aliases, and the project's own fine-tuned models and checkpoints, newest first."""
-    rows = registry.list_visible(session, caller.project_id)
+def list_models(
+    session: SessionDep,
+    caller: CallerDep,
+    settings: SettingsDep,
+    status: Annotated[Literal["ready", "any"], Query(description="any: also those that cannot be used")] = "ready",
+) -> WholeList[wire.Model]:
+    """Every base and its aliases, and the project's own fine-tuned models and checkpoints, newest first.
+
+    Only those that are ready, unless `status=any` asks for bases that are being converted, or could not be, too.
+    """
+    rows = registry.list_visible(session, caller.project_id, only_ready=status == "ready")
     return WholeList(data=_shown(session, settings, caller, rows))
 
 
@@ -56,6 +67,29 @@ def add_alias(body: wire.AddAlias, session: SessionDep, caller: AdminDep) -> wir
     """For administrators: lets existing code run unchanged. An alias that exists moves to the new base."""
     row = registry.add_alias(session, body.alias, registry.find(session, caller.project_id, body.model))
     return wire.Alias(alias=row.alias, model=row.model_id)
+
+
+# Before the next: an id with slashes in it, as hub ids have, would be taken for one that ends with "artifacts".
+@router.get("/{model}/artifacts", summary="List a model's files", responses=errors(404))
+def list_model_artifacts(model: str, session: SessionDep, caller: CallerDep) -> WholeList[wire.ModelArtifact]:
+    """Of a base, by id or alias, its weights, config and tokenizer; of a tuned model, its job's artifacts."""
+    row = registry.find(session, caller.project_id, model)
+    found = artifacts.list_for(session, row.id)
+    return WholeList(data=[wire.ModelArtifact(path=file.path, bytes=file.bytes, sha256=file.sha256) for file in found])
+
+
+@router.get(
+    "/{model}/artifacts/{path:path}",
+    summary="Download a model's file",
+    response_class=Response,
+    responses=errors(404) | downloads.ARTIFACT_ANSWERS,
+)
+def download_model_artifact(
+    model: str, path: str, session: SessionDep, caller: CallerDep, storage: StorageDep
+) -> Response:
+    """One file. Its sha256 stands in the list, and as the ETag where the API sends the bytes itself."""
+    row = registry.find(session, caller.project_id, model)
+    return downloads.artifact(storage, artifacts.list_for(session, row.id), path, owner=f"model '{model}'")
 
 
 @router.get("/{model:path}", summary="Retrieve a model", responses=errors(404))

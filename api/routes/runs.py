@@ -14,7 +14,6 @@ from api.dependencies import CallerDep, SessionDep, SessionsDep, StorageDep, Str
 from api.schemas import runs as wire
 from api.schemas.wire import ListOf, WholeList, errors
 from tunery.artifacts import model as artifacts
-from tunery.errors import NotFound
 from tunery.jobs import ledger, queries
 from tunery.jobs.states import FINAL
 from tunery.storage import Storage
@@ -126,18 +125,10 @@ def list_artifacts(job_id: str, session: SessionDep, caller: CallerDep) -> Whole
     "/artifacts/{path:path}",
     summary="Download an artifact",
     response_class=Response,
-    responses=errors(404)
-    | {
-        200: {"content": {"application/octet-stream": {"example": "..."}}, "description": "The file's bytes"},
-        302: {"description": "To the storage's own address, good for 15 minutes"},
-    },
+    responses=errors(404) | downloads.ARTIFACT_ANSWERS,
 )
 def download_artifact(job_id: str, path: str, session: SessionDep, caller: CallerDep, storage: StorageDep) -> Response:
     """One file. Its sha256 stands in the list, and as the ETag where the API sends the bytes itself."""
     job = ledger.find(session, caller.project_id, job_id)
     found = artifacts.list_for(session, job.tuned_model) if job.tuned_model else ()
-    for row in found:
-        if row.path == path:
-            filename = path.rpartition("/")[2]
-            return downloads.answer(storage, row.key, filename=filename, bytes=row.bytes, sha256=row.sha256)
-    raise NotFound(kind=f"artifact of job '{job_id}' named", id=path)
+    return downloads.artifact(storage, found, path, owner=f"job '{job_id}'")

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from api.schemas.runs import Artifact
 from api.schemas.wire import Body, Deleted, Wire, seconds
 from tunery.models import model
 
@@ -92,6 +93,25 @@ class ModelDeleted(Deleted):
     )
 
     object: Literal["model"] = "model"
+
+
+class ModelArtifact(Artifact):
+    """A file of a model, as that of a job is listed."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "model.artifact",
+                    "path": "model.safetensors",
+                    "bytes": 269060552,
+                    "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+                }
+            ]
+        }
+    )
+
+    object: Literal["model.artifact"] = "model.artifact"  # type: ignore[assignment]
 
 
 class AddModel(Body):

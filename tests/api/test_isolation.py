@@ -61,6 +61,8 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "download_artifact": [("/v1/fine_tuning/jobs/{job}/artifacts/adapter.safetensors", {})],
     "list_models": [],
     "retrieve_model": [("/v1/models/{tuned}", {})],
+    "list_model_artifacts": [("/v1/models/{tuned}/artifacts", {})],
+    "download_model_artifact": [("/v1/models/{tuned}/artifacts/adapter.safetensors", {})],
     "delete_model": [("/v1/models/{tuned}", {})],
     "add_model": [],
     "add_alias": [],

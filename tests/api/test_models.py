@@ -1,5 +1,6 @@
 """Registering, naming and deleting models."""
 
+import hashlib
 from typing import Any
 
 import pytest
@@ -7,9 +8,11 @@ import rows
 from databases import Database
 from teams import ALIAS, BASE, SOURCE, Team
 
+from tunery.artifacts.model import Artifact
 from tunery.jobs.states import State
 from tunery.keys.model import Project
 from tunery.models.model import Model
+from tunery.storage import open_storage
 
 
 def test_a_base_as_listed(team: Team, base: str) -> None:
@@ -29,6 +32,38 @@ def test_models_by_any_name(team: Team, base: str) -> None:
     assert (alias["id"], alias["base_model"], alias["kind"]) == (ALIAS, BASE, "base")
     answer = team.http.get("/v1/models/none/at/all")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_models_that_cannot_be_used_yet_are_listed_when_asked_for(team: Team, base: str, database: Database) -> None:
+    with database.sessions.begin() as session:
+        rows.base(session, "late", status="processing")
+        rows.base(session, "gone", status="error", deleted_at=rows.LONG_AGO)
+    ready = [model["id"] for model in team.http.get("/v1/models").json()["data"]]
+    listed = team.http.get("/v1/models", params={"status": "any"}).json()["data"]
+    assert ready == [BASE, ALIAS]
+    assert [(model["id"], model["status"]) for model in listed] == [
+        ("late", "processing"),
+        (BASE, "ready"),
+        (ALIAS, "ready"),
+    ]
+    assert team.http.get("/v1/models", params={"status": "all"}).json()["error"]["param"] == "status"
+
+
+def test_the_files_of_a_base(team: Team, base: str, database: Database) -> None:
+    content = b"weights"
+    sha256 = hashlib.sha256(content).hexdigest()
+    open_storage(database.settings).put("models/x/deep/model.safetensors", content)
+    with database.sessions.begin() as session:
+        key = "models/x/deep/model.safetensors"
+        session.add(Artifact(model_id=BASE, path="deep/model.safetensors", bytes=7, sha256=sha256, key=key))
+    for name in (BASE, ALIAS):
+        [file] = team.http.get(f"/v1/models/{name}/artifacts").json()["data"]
+        assert file == {"object": "model.artifact", "path": "deep/model.safetensors", "bytes": 7, "sha256": sha256}
+        answer = team.http.get(f"/v1/models/{name}/artifacts/{file['path']}")
+        assert (answer.content, answer.headers["etag"]) == (content, f'"{sha256}"')
+    missing = team.http.get(f"/v1/models/{BASE}/artifacts/other")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
+    assert team.http.get("/v1/models/none/artifacts").json()["error"]["code"] == "model_not_found"
 
 
 def test_adding_a_base(admin: Team, team: Team) -> None:

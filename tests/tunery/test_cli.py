@@ -4,7 +4,6 @@ import io
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
@@ -12,70 +11,20 @@ from typing import Any
 
 import pytest
 import rows
-import uvicorn
+from commands import Run
 from databases import Database
 from sqlalchemy import select
 from teams import BASE, LINE, TRAIN
 
-from api.main import create_app
-from tunery import processes
-from tunery.artifacts import manifest
-from tunery.artifacts import model as artifacts
-from tunery.cli import main, show, standing
+from tunery.cli import standing
 from tunery.jobs import leases, ledger
 from tunery.jobs.model import Checkpoint, HostDevice, Job, Metric
 from tunery.jobs.states import State
 from tunery.keys import ring
 from tunery.local import demo
 from tunery.local.stack import Stack
-from tunery.models.model import Model
 from tunery.spec import Resources
 from tunery.storage import open_storage
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def tunery(
-    database: Database, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Run:
-    """`tunery("files", "list")` -> exit status, standard output, standard error; in an empty folder, without a key."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["tunery", *map(str, arguments)])
-        # Made anew, as a console keeps the stream that it was made with.
-        monkeypatch.setattr(show, "console", show.Console(highlight=False, width=80))
-        monkeypatch.setattr(show, "errors", show.Console(stderr=True, highlight=False, width=80))
-        with pytest.raises(SystemExit) as end:
-            main.run()
-        said = capsys.readouterr()
-        return int(end.value.code or 0), said.out, said.err
-
-    return run
-
-
-@pytest.fixture
-def key(database: Database) -> str:
-    with database.sessions.begin() as session:
-        return ring.create_key(session, ring.create_project(session, "default"), "test", admin=True)[1]
-
-
-@pytest.fixture
-def api(database: Database, key: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The API on a port of its own, in a thread, and the environment that leads there."""
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(database.settings), port=processes.free_port(), log_level="warning")
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    assert processes.wait_until(lambda: server.started, seconds=30, alive=thread.is_alive, every=0.01)
-    url = f"http://127.0.0.1:{server.config.port}"
-    monkeypatch.setenv("TUNERY_API_URL", url)
-    monkeypatch.setenv("TUNERY_API_KEY", key)
-    yield url
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.fixture
@@ -398,63 +347,6 @@ def test_logs(tunery: Run, api: str, database: Database) -> None:
     job = _job(database, State.SUCCEEDED)
     open_storage(database.settings).put(f"jobs/{job}/logs/0001-000001", b"one\ntwo\n")
     assert tunery("jobs", "logs", job, "--tail", 1)[1] == "two\n"
-
-
-def _publish(database: Database, job: str, folder: Path) -> str:
-    """Gives a finished job the files of `folder`; returns their prefix in storage."""
-    with database.sessions.begin() as session:
-        row = ledger.find(session, ring.find_project(session, "default").id, job)
-        model = session.get_one(Model, row.tuned_model)
-        storage = open_storage(database.settings)
-        found, _ = manifest.publish(storage, model.prefix, folder)
-        artifacts.record(session, model, found)
-        return model.prefix
-
-
-def test_download_brings_every_file_and_checks_it(tunery: Run, api: str, database: Database, tmp_path: Path) -> None:
-    job, folder = _job(database, State.SUCCEEDED), tmp_path / "made"
-    (folder / "deep").mkdir(parents=True)
-    (folder / "adapter_config.json").write_text("{}")
-    (folder / "deep/weights.bin").write_bytes(bytes(range(256)))
-    prefix = _publish(database, job, folder)
-    assert tunery("jobs", "download", job, "-o", tmp_path / "got")[0] == 0
-    assert (tmp_path / "got/deep/weights.bin").read_bytes() == bytes(range(256))
-
-    storage = open_storage(database.settings)
-    storage.delete(f"{prefix}/deep/weights.bin")
-    storage.put(f"{prefix}/deep/weights.bin", bytes(256))
-    status, _, err = tunery("jobs", "download", job, "-o", tmp_path / "again")
-    assert status == 1
-    assert "sha256" in err
-    assert not list((tmp_path / "again/deep").iterdir())
-
-
-# --- models -------------------------------------------------------------------------------------------------------
-
-
-def test_models_are_registered_listed_and_named_again(
-    tunery: Run, api: str, database: Database, tmp_path: Path
-) -> None:
-    with database.sessions.begin() as session:
-        rows.base(session, BASE)
-    assert BASE in tunery("models", "list")[1]
-    assert tunery("models", "alias", "gpt-4o-mini-2024-07-18", BASE)[0] == 0
-    assert f"alias of {BASE}" in tunery("models", "list")[1]
-    (tmp_path / "some-model").mkdir()
-    status, out, _ = tunery("models", "add", "mine", "some-model", "--no-wait")
-    assert (status, out) == (0, "✓ mine is processing\n")
-    with database.sessions() as session:  # a worker's folder is not ours: the path that was sent is absolute
-        assert session.get_one(Model, "mine").source == str(tmp_path / "some-model")
-
-
-def test_a_model_is_registered_with_a_chat_template(tunery: Run, api: str, database: Database, tmp_path: Path) -> None:
-    (tmp_path / "chat.jinja").write_text("{{ messages }} é\n")
-    assert tunery("models", "add", "mine", "org/m", "--chat-template", "chat.jinja", "--no-wait")[0] == 0
-    with database.sessions() as session:
-        assert session.get_one(Model, "mine").chat_template == "{{ messages }} é\n"
-    status, _, err = tunery("models", "add", "other", "org/m", "--chat-template", "none.jinja", "--no-wait")
-    assert status == 1
-    assert "none.jinja cannot be read" in err
 
 
 # --- keys and projects --------------------------------------------------------------------------------------------

@@ -8,11 +8,10 @@ from urllib.parse import quote
 import typer
 from rich.text import Text
 
-from tunery.cli import request, show, summary, watching
+from tunery.cli import models, request, show, summary, watching
 from tunery.cli.files import upload_file
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Refused, Remote
-from tunery.local.drawing import size
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tuning jobs.")
 ROOT = "/fine_tuning/jobs"
@@ -198,11 +197,19 @@ def download(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A folder.", show_default="the job's id")
     ] = None,
+    with_base: models.WithBase = False,
 ) -> None:
     """Fetch a finished job's files and check their sha256."""
-    folder = output or Path(job)
-    for path, count in watching.download(connect(context), job, folder):
-        show.done(f"{folder / path}  {size(count)}")
+    api, folder = connect(context), output or Path(job)
+    found = api.call("GET", f"{ROOT}/{job}")
+    files = api.call("GET", f"{ROOT}/{job}/artifacts")["data"]
+    if not files:
+        gone = "its model was deleted."
+        reason = gone if found["status"] == "succeeded" else summary.why_nothing(found)
+        raise Refused(message=f"{job} has no files to download: {reason}")
+    models.bring(api, f"{ROOT}/{job}", files, folder)
+    if with_base:
+        models.bring_base(api, found["base_model"], folder)
 
 
 def _deed(name: str, help: str) -> None:

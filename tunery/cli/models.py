@@ -3,15 +3,19 @@
 import time
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote
 
 import typer
 
-from tunery.cli import show
+from tunery.cli import downloads, show
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Refused, Remote
+from tunery.local.drawing import size
 
 app = typer.Typer(no_args_is_help=True, help="Base models, tuned models and aliases.")
+
+WithBase = Annotated[
+    bool, typer.Option("--with-base", help="An adapter's base too, so that plain PEFT loads the folder.")
+]
 
 
 @app.command()
@@ -56,7 +60,7 @@ def wait_until_ready(api: Remote, id: str, *, seconds: float = 3600) -> dict[str
     """Raises Refused when the model ends in an error or takes too long."""
     deadline = time.monotonic() + seconds
     while True:
-        model = api.call("GET", f"/models/{quote(id, safe=':')}")
+        model = api.call("GET", downloads.model_route(id))
         if model.get("status") == "error":
             raise Refused(message=f"{id} could not be added: {model.get('status_details') or 'see the worker log'}")
         if model.get("status") != "processing":
@@ -69,7 +73,7 @@ def wait_until_ready(api: Remote, id: str, *, seconds: float = 3600) -> dict[str
 @app.command("list")
 def list_models(context: typer.Context, json: AsJson = False) -> None:
     """Bases and the project's own models."""
-    found = connect(context).call("GET", "/models")["data"]
+    found = connect(context).call("GET", "/models", params={"status": "any"})["data"]
     if json:
         return show.as_json(found)
     show.table(
@@ -78,8 +82,7 @@ def list_models(context: typer.Context, json: AsJson = False) -> None:
             (m["id"], _kind(m), m["owned_by"], show.status(m.get("status") or "ready"), show.age(m["created"]))
             for m in found
         ),
-        empty="No model is ready. `tunery models add NAME SOURCE` registers a base; one that is being converted is "
-        "not listed yet (`tunery models show NAME`).",
+        empty="No models yet: `tunery models add NAME SOURCE` registers a base.",
     )
     return None
 
@@ -92,7 +95,42 @@ def _kind(model: dict[str, Any]) -> str:
 @app.command("show")
 def show_model(context: typer.Context, model: str) -> None:
     """One model's row, as JSON."""
-    show.as_json(connect(context).call("GET", f"/models/{quote(model, safe=':')}"))
+    show.as_json(connect(context).call("GET", downloads.model_route(model)))
+
+
+@app.command()
+def download(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A base, a tuned model or a checkpoint.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A folder.", show_default="the model's name")
+    ] = None,
+    with_base: WithBase = False,
+) -> None:
+    """Fetch a model's files and check their sha256."""
+    api = connect(context)
+    found = api.call("GET", downloads.model_route(model))
+    name = found["id"]
+    folder = output or Path(name.replace(":", "_"))
+    bring(api, downloads.model_route(name), downloads.model_files(api, name), folder)
+    if with_base:
+        bring_base(api, found["base_model"], folder)
+
+
+def bring(api: Remote, owner: str, files: list[dict[str, Any]], folder: Path) -> None:
+    """Fetches the files of the route `owner` and prints each."""
+    for path, count in downloads.fetch(api, owner, files, folder):
+        show.done(f"{folder / path}  {size(count)}")
+
+
+def bring_base(api: Remote, base: str | None, folder: Path) -> None:
+    """Fetches an adapter's base into its folder; a whole model has none."""
+    if base is None or not downloads.is_adapter(folder):
+        show.note("It is a whole model, which needs no base.")
+        return
+    there = folder / downloads.BASE
+    bring(api, downloads.model_route(base), downloads.model_files(api, base), there)
+    show.done(f"{downloads.point_at_base(folder, there)} names {there} as its base")
 
 
 @app.command()
@@ -107,5 +145,5 @@ def delete(context: typer.Context, models: list[str]) -> None:
     """Delete tuned models; with an administrator's key also bases, and aliases (an alias alone, not its base)."""
     api = connect(context)
     for model in models:
-        api.call("DELETE", f"/models/{quote(model, safe=':')}")
+        api.call("DELETE", downloads.model_route(model))
         show.done(f"{model} deleted")

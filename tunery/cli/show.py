@@ -94,6 +94,11 @@ def warnings(texts: Iterable[str]) -> None:
         errors.print(Text.assemble(("Warning: ", "yellow"), text), soft_wrap=True)
 
 
+def note(text: str) -> None:
+    """What a person may want to know, on stderr."""
+    errors.print(Text(text, style="dim"), soft_wrap=True)
+
+
 def hint(command: str) -> None:
     """The command that comes next."""
-    errors.print(Text(f"Next: {command}", style="dim"), soft_wrap=True)
+    note(f"Next: {command}")

@@ -1,15 +1,12 @@
-"""Following a job to its end, and fetching what it made."""
+"""Following a job to its end."""
 
-import hashlib
 import time
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable
 from typing import Any
-from urllib.parse import quote
 
 import typer
 
-from tunery.cli import show, summary
+from tunery.cli import show
 from tunery.cli.remote import Refused, Remote
 from tunery.local.drawing import JobProgress, loss_curve
 
@@ -69,38 +66,3 @@ def _tell_end(job: dict[str, Any], progress: JobProgress) -> None:
     unicode = "utf" in show.console.encoding
     show.console.print(loss_curve(progress.losses, progress.valid_losses, unicode=unicode))
     show.done(str(job["fine_tuned_model"]))
-
-
-def download(api: Remote, job: str, folder: Path) -> Iterator[tuple[str, int]]:
-    """Each of the job's files, verified, as (path, bytes). Raises ChecksumMismatch; the wrong bytes are not kept."""
-    files = api.call("GET", f"/fine_tuning/jobs/{job}/artifacts")["data"]
-    if not files:
-        ended = api.call("GET", f"/fine_tuning/jobs/{job}")
-        gone = "its model was deleted."
-        reason = gone if ended["status"] == "succeeded" else summary.why_nothing(ended)
-        raise Refused(message=f"{job} has no files to download: {reason}")
-    for file in files:
-        relative = PurePosixPath(file["path"])
-        if relative.is_absolute() or ".." in relative.parts:
-            raise Refused(message=f"The server names a file outside the folder: {file['path']}")
-        target = folder / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f"{target.name}.part")
-        found = _fetch(api, f"/fine_tuning/jobs/{job}/artifacts/{quote(file['path'])}", unfinished)
-        if found != file["sha256"]:
-            # Here, as storage brings boto3, which would make every command start slowly.
-            from tunery.storage.errors import ChecksumMismatch
-
-            unfinished.unlink()
-            raise ChecksumMismatch(key=file["path"], expected=file["sha256"], found=found)
-        unfinished.rename(target)
-        yield file["path"], file["bytes"]
-
-
-def _fetch(api: Remote, path: str, target: Path) -> str:
-    digest = hashlib.sha256()
-    with target.open("wb") as out:
-        for chunk in api.stream(path):
-            out.write(chunk)
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -79,16 +79,15 @@ def find_ready(session: Session, project_id: str, name: str) -> Model:
     return model
 
 
-def list_visible(session: Session, project_id: str) -> list[Model]:
-    """Every ready model of the project and every ready base, newest first."""
-    return list(
-        session.scalars(
-            select(Model)
-            .where(Model.deleted_at.is_(None), Model.status == "ready")
-            .where(Model.project_id.is_(None) | (Model.project_id == project_id))
-            .order_by(Model.created_at.desc(), Model.id)
-        )
+def list_visible(session: Session, project_id: str, *, only_ready: bool = True) -> list[Model]:
+    """Returns every model of the project and every base, newest first."""
+    query = (
+        select(Model)
+        .where(Model.deleted_at.is_(None))
+        .where(Model.project_id.is_(None) | (Model.project_id == project_id))
+        .order_by(Model.created_at.desc(), Model.id)
     )
+    return list(session.scalars(query.where(Model.status == "ready") if only_ready else query))
 
 
 def aliases(session: Session, model_ids: Iterable[str]) -> dict[str, list[str]]:

@@ -1,0 +1,58 @@
+"""The command in process, and an API of its own for it to talk to."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+from commands import Run
+from databases import Database
+
+from api.main import create_app
+from tunery import processes
+from tunery.cli import main, show
+from tunery.keys import ring
+
+
+@pytest.fixture
+def tunery(
+    database: Database, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Run:
+    """`tunery("files", "list")` -> exit status, standard output, standard error; in an empty folder, without a key."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["tunery", *map(str, arguments)])
+        # Made anew, as a console keeps the stream that it was made with.
+        monkeypatch.setattr(show, "console", show.Console(highlight=False, width=80))
+        monkeypatch.setattr(show, "errors", show.Console(stderr=True, highlight=False, width=80))
+        with pytest.raises(SystemExit) as end:
+            main.run()
+        said = capsys.readouterr()
+        return int(end.value.code or 0), said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def key(database: Database) -> str:
+    with database.sessions.begin() as session:
+        return ring.create_key(session, ring.create_project(session, "default"), "test", admin=True)[1]
+
+
+@pytest.fixture
+def api(database: Database, key: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The API on a port of its own, in a thread, and the environment that leads there."""
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(database.settings), port=processes.free_port(), log_level="warning")
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    assert processes.wait_until(lambda: server.started, seconds=30, alive=thread.is_alive, every=0.01)
+    url = f"http://127.0.0.1:{server.config.port}"
+    monkeypatch.setenv("TUNERY_API_URL", url)
+    monkeypatch.setenv("TUNERY_API_KEY", key)
+    yield url
+    server.should_exit = True
+    thread.join()

@@ -1,0 +1,133 @@
+"""`tunery models ...`, and what is downloaded of models and jobs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import rows
+import tiny_models
+from commands import Run, publish
+from databases import Database
+from teams import BASE
+
+from tunery.jobs.model import Job
+from tunery.jobs.states import State
+from tunery.keys import ring
+from tunery.models.model import Model
+from tunery.storage import open_storage
+
+
+def _finished(database: Database, **values: object) -> str:
+    with database.sessions.begin() as session:
+        return rows.job(session, ring.find_project(session, "default"), State.SUCCEEDED, **values).id
+
+
+def _model(database: Database, job: str) -> str:
+    with database.sessions() as session:
+        return str(session.get_one(Job, job).tuned_model)
+
+
+def test_download_brings_every_file_and_checks_it(tunery: Run, api: str, database: Database, tmp_path: Path) -> None:
+    job, folder = _finished(database), tmp_path / "made"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "deep/weights.bin").write_bytes(bytes(range(256)))
+    prefix = publish(database, _model(database, job), folder)
+    assert tunery("jobs", "download", job, "-o", tmp_path / "got")[0] == 0
+    assert (tmp_path / "got/deep/weights.bin").read_bytes() == bytes(range(256))
+
+    storage = open_storage(database.settings)
+    storage.delete(f"{prefix}/deep/weights.bin")
+    storage.put(f"{prefix}/deep/weights.bin", bytes(256))
+    status, _, err = tunery("jobs", "download", job, "-o", tmp_path / "again")
+    assert status == 1
+    assert "sha256" in err
+    assert not list((tmp_path / "again/deep").iterdir())
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def test_models_are_registered_listed_and_named_again(
+    tunery: Run, api: str, database: Database, tmp_path: Path
+) -> None:
+    with database.sessions.begin() as session:
+        rows.base(session, BASE)
+    assert BASE in tunery("models", "list")[1]
+    assert tunery("models", "alias", "gpt-4o-mini-2024-07-18", BASE)[0] == 0
+    assert f"alias of {BASE}" in tunery("models", "list")[1]
+    (tmp_path / "some-model").mkdir()
+    status, out, _ = tunery("models", "add", "mine", "some-model", "--no-wait")
+    assert (status, out) == (0, "✓ mine is processing\n")
+    with database.sessions() as session:  # a worker's folder is not ours: the path that was sent is absolute
+        assert session.get_one(Model, "mine").source == str(tmp_path / "some-model")
+
+
+def test_a_model_is_registered_with_a_chat_template(tunery: Run, api: str, database: Database, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("{{ messages }} é\n")
+    assert tunery("models", "add", "mine", "org/m", "--chat-template", "chat.jinja", "--no-wait")[0] == 0
+    with database.sessions() as session:
+        assert session.get_one(Model, "mine").chat_template == "{{ messages }} é\n"
+    status, _, err = tunery("models", "add", "other", "org/m", "--chat-template", "none.jinja", "--no-wait")
+    assert status == 1
+    assert "none.jinja cannot be read" in err
+
+
+def test_models_that_are_being_converted_are_listed(tunery: Run, api: str, database: Database) -> None:
+    assert "No models yet" in tunery("models", "list")[2]
+    with database.sessions.begin() as session:
+        rows.base(session, "late", status="processing")
+        rows.base(session, "broken", status="error")
+    listed = {line.split()[0]: line.split()[3] for line in tunery("models", "list")[1].splitlines()}
+    assert listed == {"ID": "STATUS", "late": "processing", "broken": "error"}
+
+
+def test_a_model_without_files_is_not_downloaded(tunery: Run, api: str, database: Database) -> None:
+    with database.sessions.begin() as session:
+        rows.base(session, "late", status="processing")
+    status, out, err = tunery("models", "download", "late")
+    assert (status, out) == (1, "")
+    assert "late has no files to download: it is processing." in err
+
+
+LOAD = """
+import sys, torch
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1])
+print(type(model).__name__, type(model.base_model.model).__name__, model.peft_config["default"].r)
+"""
+
+
+def _load(folder: Path, cwd: Path) -> str:
+    """As somebody who has PEFT alone: no hub, no Tunery, in another folder."""
+    environment = {"PATH": os.environ["PATH"], "HOME": str(cwd), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-c", LOAD, str(folder)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_plain_peft_loads_what_was_downloaded_with_its_base(
+    tunery: Run, api: str, database: Database, tmp_path: Path
+) -> None:
+    with database.sessions.begin() as session:
+        rows.base(session, "tiny")
+    job = _finished(database, base_model="tiny")
+    base, adapter = tiny_models.llama(tmp_path / "made-base"), tmp_path / "made-adapter"
+    tiny_models.lora(adapter, base)
+    named = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "tiny"}
+    (adapter / "adapter_config.json").write_text(json.dumps(named))
+    publish(database, "tiny", base)
+    publish(database, _model(database, job), adapter)
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    for command in (("jobs", "download", job), ("models", "download", _model(database, job))):
+        got = tmp_path / f"got-{command[0]}"
+        assert tunery(*command, "--with-base", "-o", got)[0] == 0
+        assert (got / "base/model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+        assert json.loads((got / "adapter_config.json").read_text())["base_model_name_or_path"] == str(got / "base")
+    assert _load(tmp_path / "got-jobs", elsewhere) == "PeftModelForCausalLM LlamaForCausalLM 4"
+    assert "needs no base" in tunery("models", "download", "tiny", "--with-base")[2]
+    assert (tmp_path / "tiny/model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
