@@ -15,10 +15,14 @@ class Message(BaseModel):
 
 
 class Phase(Message):
-    """What the trainer is doing now: a word for people (`loading`, `training`, `evaluating`, `saving`)."""
+    """What the trainer is doing now: a word for people (`loading`, `training`, `evaluating`, `saving`).
+
+    `seconds_left`: to the end of the run, where that is known.
+    """
 
     type: Literal["phase"] = "phase"
     phase: str
+    seconds_left: float | None = None
 
 
 class Started(Message):
@@ -48,7 +52,7 @@ class Step(Message):
     grad_norm: float
     tokens: int = Field(description="All tokens trained on so far, padding excluded")
     seconds: float = Field(description="Time of this step")
-    seconds_left: float | None = None
+    seconds_left: float | None = Field(None, description="To the end of the run, with its evaluations and files")
     valid_loss: float | None = Field(None, description="One small batch of the validation file")
     valid_accuracy: float | None = None
 

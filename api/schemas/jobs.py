@@ -229,7 +229,7 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str], waits_for:
 
 
 def _estimated_finish(row: model.Job) -> int | None:
-    """Never in the past: the estimate is of the steps, and a run that has done them still evaluates and saves."""
+    """Never in the past: a run that takes longer than was estimated is about to end."""
     if row.estimated_finish is None or status_of(row) != State.RUNNING:
         return None
     return max(seconds(row.estimated_finish), math.ceil(time.time()) + 1)

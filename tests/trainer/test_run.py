@@ -365,9 +365,9 @@ def test_only_rank_0_touches_the_artifact(tmp_path: Path, tiny: Path) -> None:
     """A late sister would wipe what rank 0 has just written."""
     t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
     (t.folder / ".out.partial").mkdir()
-    sister = SimpleNamespace(is_main_process=False, process_index=1, wait_for_everyone=lambda: None)
+    sister = SimpleNamespace(is_main_process=False, process_index=1, num_processes=2, wait_for_everyone=lambda: None)
 
-    _measure_and_write(replace(t, accelerator=sister), Progress(step=1), None)
+    _measure_and_write(replace(t, accelerator=sister), Progress(step=1), [], None)
 
     assert (t.folder / ".out.partial").exists()
     assert not (t.folder / "out").exists()

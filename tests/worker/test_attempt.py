@@ -1,5 +1,7 @@
 """One attempt's deeds without its trainer: what is written of what was said, and what an attempt leaves behind."""
 
+from datetime import UTC, datetime
+
 import pytest
 import rows
 from workshop import Workshop, training_rows
@@ -14,6 +16,7 @@ from worker.supervisor import attempt, staging
 from worker.supervisor.deeds import Scribe
 from worker.supervisor.drain import Drain
 from worker.supervisor.lease import Hold
+from worker.supervisor.upload import UploadPace
 
 NUL_ANSWER = b"""{"type": "score", "rows": 1, "base_exact": 0, "tuned_exact": 1, "gain": 1, "gain_low": 1,
  "gain_high": 1, "samples": [{"prompt": "\\\\u0000", "base": "a\\u0000b\\\\\\u0000", "\\u0000": null}]}"""
@@ -41,6 +44,39 @@ def test_a_nul_in_a_models_answer_is_written_as_a_replacement_character(workshop
     card = workshop.job(lease.job_id).scorecard
     assert card is not None
     assert card["samples"] == [{"prompt": "\\u0000", "base": "a\ufffdb\\\ufffd", "\ufffd": None}]
+
+
+def _finish(workshop: Workshop, lease: Lease) -> float:
+    """Seconds from now to the job's estimated end."""
+    finish = workshop.job(lease.job_id).estimated_finish
+    assert finish is not None
+    return (finish - datetime.now(UTC)).total_seconds()
+
+
+def test_the_estimated_finish_counts_what_follows_the_last_step(workshop: Workshop, lease: Lease) -> None:
+    """The trainer says what it has left, and the supervisor adds the time in which the model is stored."""
+    started = wire.Started(
+        trainable_params=50_000_000, all_params=50_000_000, total_steps=1, first_step=1, examples=1, train_tokens=1,
+        device="cpu",
+    )  # fmt: skip
+    with Hold(lease, workshop.settings, Drain()) as hold, _scribe(hold, workshop) as scribe:
+        scribe.hear(wire.Phase(phase="loading"))
+        assert workshop.job(lease.job_id).estimated_finish is None
+        scribe.hear(started)
+        scribe.hear(wire.Phase(phase="evaluating", seconds_left=1000))
+        assert 990 < _finish(workshop, lease) - 4 <= 1000  # 200 MB of fp32
+        scribe.hear(wire.Phase(phase="saving", seconds_left=100))
+        assert 90 < _finish(workshop, lease) - 4 <= 100
+        scribe.announce_upload()
+        assert 0 < _finish(workshop, lease) <= 4
+
+
+def test_uploads_take_as_long_as_those_before() -> None:
+    pace = UploadPace()
+    assert pace.seconds(100_000_000) == pytest.approx(2)
+    pace.note(10_000_000, 5)
+    pace.note(10_000_000, 1)
+    assert pace.seconds(100_000_000) == pytest.approx(30)
 
 
 def test_a_fault_of_the_worker_is_told_without_its_text(workshop: Workshop, lease: Lease) -> None:

@@ -148,9 +148,9 @@ def _stored(scribe: Scribe, path: str | None) -> str | None:
 
 def _publish(hold: Hold, scribe: Scribe, finished: wire.Finished, settings: Settings, storage: Storage) -> LastDeed:
     """Objects first, their manifest last; everything that tells of them in the one transaction that is returned."""
-    hold.write(lambda session: leases.record_progress(session, hold.lease, phase="uploading"))
+    scribe.announce_upload()
     out, prefix = scribe.run_dir / finished.path, f"{scribe.prefix}/model"
-    listed = upload.insist(lambda: upload.publish(storage, prefix, out), give_up=hold.must_leave, seconds=_WHOLE_RUN)
+    listed = scribe.publish(finished.path, prefix, seconds=_WHOLE_RUN)
     table = upload.insist(
         lambda: storage.put_file(shelf.new_key(), out / "results.csv"), give_up=hold.must_leave, seconds=_WHOLE_RUN
     )

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 BATCH_SECONDS = 1.0
 """Steps of so long are written in one transaction."""
+_BYTES_A_PARAM = 4
+"""Of a model that was not stored yet: an adapter's fp32."""
 
 
 class Scribe:
@@ -52,6 +54,8 @@ class Scribe:
         self._uploads = ThreadPoolExecutor(1, "tunery-upload")
         self._pending: list[Future[None]] = []
         self._snapshots: dict[str, StoredFolder] = {}
+        self._upload_pace = upload.UploadPace()
+        self._result_bytes = 0
         self.last_word: wire.Finished | wire.Paused | wire.Failed | None = None
 
     def __enter__(self) -> Self:
@@ -75,7 +79,7 @@ class Scribe:
             case wire.Evaluated():
                 self._note_evaluation(message)
             case wire.Phase():
-                self._enter(message.phase)
+                self._enter(message)
             case wire.Started():
                 self._hold.write(lambda session: self._start(session, message))
             case wire.CheckpointSaved():
@@ -104,6 +108,22 @@ class Scribe:
             self._snapshots[path] = StoredFolder(prefix, listed.sha256)
         return self._snapshots[path]
 
+    def announce_upload(self) -> None:
+        """The trainer is done: what is left is to store the model."""
+        self._enter(wire.Phase(phase="uploading", seconds_left=0))
+
+    def publish(self, path: str, prefix: str, *, seconds: float = upload.PATIENCE_SECONDS) -> Manifest:
+        """Stores a model's folder of the run. Raises StorageFailed, FileNotFoundError."""
+        began = time.monotonic()
+        listed = upload.insist(
+            lambda: upload.publish(self._storage, prefix, self.run_dir / path),
+            give_up=self._hold.must_leave,
+            seconds=seconds,
+        )
+        self._result_bytes = listed.bytes
+        self._upload_pace.note(self._result_bytes, time.monotonic() - began)
+        return listed
+
     # --- steps ---
 
     def _note_step(self, step: wire.Step) -> None:
@@ -114,11 +134,12 @@ class Scribe:
         found = _finite(full_valid_loss=evaluated.loss, full_valid_mean_token_accuracy=evaluated.accuracy)
         self._steps.setdefault(evaluated.step, {}).update(found)
 
-    def _enter(self, phase: str) -> None:
+    def _enter(self, message: wire.Phase) -> None:
         # A step that is being evaluated waits for its full validation loss: OpenAI tells of both in one event.
-        self._evaluating = phase == "evaluating"
+        self._evaluating = message.phase == "evaluating"
         self._flush()
-        self._hold.write(lambda session: leases.record_progress(session, self._hold.lease, phase=phase))
+        values = {"phase": message.phase} | self._finish(message.seconds_left)
+        self._hold.write(lambda session: leases.record_progress(session, self._hold.lease, **values))
 
     def _flush(self) -> None:
         self._flushed_at = time.monotonic()
@@ -150,14 +171,22 @@ class Scribe:
             )
             | self._about,
         }
-        if step.seconds_left is not None:
-            values["estimated_finish"] = func.clock_timestamp() + timedelta(seconds=step.seconds_left)
-        return values
+        return values | self._finish(step.seconds_left)
+
+    def _finish(self, seconds_left: float | None) -> dict[str, Any]:
+        """The job's end, from what the trainer leaves to do: its files are stored when it is done, and before them
+        those that wait already."""
+        if seconds_left is None:
+            return {}
+        waiting = sum(not pending.done() for pending in self._pending)
+        seconds = seconds_left + (1 + waiting) * self._upload_pace.seconds(self._result_bytes)
+        return {"estimated_finish": func.clock_timestamp() + timedelta(seconds=seconds)}
 
     # --- single events ---
 
     def _start(self, session: Session, started: wire.Started) -> None:
         self._total_steps = started.total_steps
+        self._result_bytes = started.trainable_params * _BYTES_A_PARAM
         self._about = started.model_dump(include={"device", "trainable_params", "all_params"})
         leases.record_progress(session, self._hold.lease, total_steps=started.total_steps, phase="training")
         job_id = self._hold.lease.job_id
@@ -209,9 +238,7 @@ class Scribe:
         if self._hold.write(lambda session: self._checkpoint_at(session, saved.step)):
             return
         prefix = f"{self.prefix}/{saved.path}"
-        listed = upload.insist(
-            lambda: upload.publish(self._storage, prefix, self.run_dir / saved.path), give_up=self._hold.must_leave
-        )
+        listed = self.publish(saved.path, prefix)
         self._hold.write(lambda session: self._record_checkpoint(session, saved.step, prefix, listed, metrics))
         for old in self._hold.write(self._hide_old_checkpoints):
             manifest.remove(self._storage, old)

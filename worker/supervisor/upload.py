@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 900
 """How long an attempt waits for a storage that fails before it goes on without, or breaks off."""
 _CHUNK = 1 << 20
+_BYTES_A_SECOND = 50e6
 _Result = TypeVar("_Result")
 
 
@@ -47,6 +48,22 @@ def publish(storage: Storage, prefix: str, folder: Path) -> Manifest:
         # Our own manifest, whose confirmation was lost on the way: no other attempt writes under this prefix. Files
         # were sent again before it was found, so the local folder is what it must describe.
         return manifest.describe(folder)
+
+
+class UploadPace:
+    """How long folders take into storage; before the first one, what a slow network does."""
+
+    def __init__(self) -> None:
+        self._bytes, self._seconds = 0, 0.0
+
+    def note(self, bytes: int, seconds: float) -> None:
+        """Counts a folder in that was stored."""
+        self._bytes += bytes
+        self._seconds += seconds
+
+    def seconds(self, bytes: int) -> float:
+        """The time that so many bytes will take."""
+        return bytes * (self._seconds / self._bytes if self._bytes else 1 / _BYTES_A_SECOND)
 
 
 class LogShipper:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from tunery.rows.encoding import encode_answer
 from tunery.rows.messages import Example
 from tunery.rows.template import ChatTemplate
-from tunery.wire import Score
+from tunery.wire import Phase, Score
 from worker.trainer import rope
 from worker.trainer.data import MicroBatch, Row, collate, micro_batches
 from worker.trainer.memory import next_after
@@ -107,11 +107,13 @@ def answers(t: Training, asked: list[Question], *, base: bool) -> list[str]:
                 continue  # the others are not done
             chosen = _alike(t, asked, mine[len(given) : len(given) + size])
             try:
-                given.extend(zip(chosen, _generate(t, [asked[i].prompt_ids for i in chosen]), strict=True))
+                with t.pace.measure("answer", len(chosen)):
+                    given.extend(zip(chosen, _generate(t, [asked[i].prompt_ids for i in chosen]), strict=True))
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
                 size //= 2
+            t.voice.say(Phase(phase="evaluating", seconds_left=t.pace.left()))
     t.objective.train()
     return [text for _, text in sorted(itertools.chain(*t.ranks.gather(given)))]
 

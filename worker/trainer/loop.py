@@ -25,21 +25,24 @@ def train(t: Training, progress: Progress) -> bool:
     """
     t.objective.train()
     saved_at = time.monotonic()
-    before = _sample(t.parameters.values())
-    pace = Pace()
+    before, first = _sample(t.parameters.values()), progress.step
     while progress.step < t.total_steps and not progress.stopped_early:
         began = time.monotonic()
         message, asked = _take_step(t, progress)
         seconds = time.monotonic() - began
         progress.seconds += seconds
-        left = pace.left(seconds, t.total_steps - progress.step)
-        t.voice.say(message.model_copy(update={"seconds": seconds, "seconds_left": left} | _glimpse(t, progress.step)))
-        if pace.steps == 3:
+        glimpse = _glimpse(t, progress.step)
+        t.pace.note("step", time.monotonic() - began)
+        t.pace.step = progress.step
+        t.voice.say(message.model_copy(update={"seconds": seconds, "seconds_left": t.pace.left()} | glimpse))
+        if progress.step == first + 3:
             _check_moved(t.parameters.values(), before)
         if _evaluation_due(t, progress.step):
-            _evaluate(t, progress)
+            with t.pace.measure("validation"):
+                _evaluate(t, progress)
         if progress.step % t.steps_per_epoch == 0:
-            _save_public(t, progress)
+            with t.pace.measure("checkpoint"):
+                _save_public(t, progress)
         if asked:
             _save_snapshot(t, progress)
             return False
@@ -47,6 +50,7 @@ def train(t: Training, progress: Progress) -> bool:
         if t.ranks.any(time.monotonic() - saved_at > t.run.snapshot_seconds):
             _save_snapshot(t, progress)
             saved_at = time.monotonic()
+    t.pace.trained = True
     if t.keeps_best:
         checkpoints.restore_best(t, progress)
     return True
@@ -65,19 +69,6 @@ def learning_rate(plan: Plan, step: int, total: int) -> float:
     share = (done - warmup) / max(1, falls)
     fall = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}[schedule.type]
     return plan.learning_rate * (schedule.min_ratio + (1 - schedule.min_ratio) * fall)
-
-
-class Pace:
-    """Seconds a step, the recent ones weighing more."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self._mean = 0.0
-
-    def left(self, seconds: float, steps_left: int) -> float:
-        self.steps += 1
-        self._mean += (seconds - self._mean) * max(0.05, 1 / self.steps)
-        return self._mean * steps_left
 
 
 def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:

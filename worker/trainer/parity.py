@@ -56,6 +56,12 @@ class Record:
     prompts: list[dict[str, Any]]
 
 
+def bytes_to_read(t: Training) -> int:
+    """Returns the bytes of the model that the check loads; 0 for a large one, which it does not load."""
+    params, _ = all_and_trainable(t.objective.model)
+    return _BYTES_A_PARAM * params if params <= MOST_PARAMS else 0
+
+
 def measure(t: Training) -> Record:
     """What the model in memory answers: to be called before the export."""
     if _has_room(t.objective.model, t.device):

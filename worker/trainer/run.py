@@ -45,13 +45,15 @@ def carry_out(folder: Path, voice: Voice, wish: Wish) -> bool:
     t = prepare(folder, voice, wish)
     progress = Progress()
     try:
-        base_answers = _answers_before_training(t)
+        t.pace.check_bytes = parity.bytes_to_read(t)
+        asked = _questions(t)
+        base_answers = _answers_before_training(t, asked)
         progress = _resume(t)
         _announce(t, progress)
         voice.say(Phase(phase="training"))
         done = train(t, progress)
         if done:
-            _measure_and_write(t, progress, base_answers)
+            _measure_and_write(t, progress, asked, base_answers)
     except Stopped:
         done = False
         _save_for_later(t, progress)
@@ -185,22 +187,28 @@ def _questions(t: Training) -> list[evaluate.Question]:
     if not path.exists() or t.plan.evaluation.test_file is None:
         return []
     examples = [example for _, example in read_examples(path, "test")]
-    return evaluate.questions(t.template, examples[: t.plan.evaluation.max_rows])
+    asked = evaluate.questions(t.template, examples[: t.plan.evaluation.max_rows])
+    answers = 2 * len(asked[t.ranks.index :: t.ranks.count])  # the base's and the tuned model's
+    batch, tokens = evaluate.ANSWER_BATCH[t.device.type], t.plan.evaluation.max_new_tokens
+    prompt = sum(len(question.prompt_ids) for question in asked) / max(1, len(asked))
+    t.pace.expect_answers(answers, batch=batch, tokens=tokens, prompt=prompt)
+    return asked
 
 
-def _answers_before_training(t: Training) -> list[str] | None:
+def _answers_before_training(t: Training, asked: list[evaluate.Question]) -> list[str] | None:
     """The base's answers, where training overwrites the base; None where an adapter can be switched off later."""
-    asked = _questions(t)
     if isinstance(t.objective.model, PeftModel) or not asked:
         return None
     t.voice.say(Phase(phase="evaluating"))
     return evaluate.answers(t, asked, base=True)
 
 
-def _measure_and_write(t: Training, progress: Progress, base_answers: list[str] | None) -> None:
+def _measure_and_write(
+    t: Training, progress: Progress, asked: list[evaluate.Question], base_answers: list[str] | None
+) -> None:
     """The scorecard, to which every rank answers its share, and then the artifact, which rank 0 writes."""
-    scored = _score(t, _questions(t), base_answers)
-    t.voice.say(Phase(phase="saving"))
+    scored = _score(t, asked, base_answers)
+    t.voice.say(Phase(phase="saving", seconds_left=t.pace.left()))
     if t.ranks.is_main:
         _write(t, progress, scored)
     t.ranks.wait()
@@ -209,7 +217,7 @@ def _measure_and_write(t: Training, progress: Progress, base_answers: list[str] 
 def _score(t: Training, asked: list[evaluate.Question], base_answers: list[str] | None) -> Scored | None:
     if not asked:
         return None
-    t.voice.say(Phase(phase="evaluating"))
+    t.voice.say(Phase(phase="evaluating", seconds_left=t.pace.left()))
     tuned = evaluate.answers(t, asked, base=False)
     base = evaluate.answers(t, asked, base=True) if base_answers is None else base_answers
     card, rows = evaluate.score(asked, base, tuned)

@@ -1,6 +1,7 @@
 """The state of one run in memory: what the loop works on, and how far it is."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from tunery.rows.template import ChatTemplate
 from tunery.spec import Plan, Run
 from worker.trainer.data import Rows, steps_per_epoch
 from worker.trainer.objective import Objective
+from worker.trainer.pace import Pace, Work
 from worker.trainer.parallel import Ranks
 from worker.trainer.recipes.recipe import Recipe
 from worker.trainer.report import Voice
@@ -51,6 +53,23 @@ class Training:
     wish: Wish
     stepper: Stepper
     warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def pace(self) -> Pace:
+        return Pace(self._work())
+
+    def _work(self) -> Work:
+        every = self.plan.evaluation.every_steps
+        return Work(
+            steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            step_tokens=self.rows.tokens / self.steps_per_epoch / self.ranks.count,
+            layers=getattr(self.objective.causal.config.get_text_config(), "num_hidden_layers", 0),
+            every=None if self.valid is None else self.steps_per_epoch if every == "auto" else every,
+            valid_tokens=0 if self.valid is None else self.valid.tokens / self.ranks.count,
+            keeps_checkpoints=self.run.public_checkpoints > 0,
+            trained_bytes=sum(p.numel() * p.element_size() for p in self.parameters.values()),
+        )
 
     @property
     def ranks(self) -> Ranks:

@@ -1,0 +1,90 @@
+"""How long a run says it will still take."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from run_folders import Ear, chat, lay_out, plan, said
+
+from tunery.spec import Evaluation
+from worker.trainer import evaluate, pace
+from worker.trainer.pace import Pace, Work
+from worker.trainer.report import Voice
+from worker.trainer.run import carry_out
+from worker.trainer.wish import Wish
+
+
+def _paced(work: Work, *, step: int, seconds: float = 3.0) -> Pace:
+    made = Pace(work)
+    made.note("step", seconds)
+    made.step = step
+    return made
+
+
+def test_what_was_not_measured_is_estimated_from_the_steps_and_the_sizes() -> None:
+    """A step of 100 tokens takes 3 s, so a token's forward pass takes 10 ms."""
+    work = Work(steps=10, steps_per_epoch=5, step_tokens=100, every=5, valid_tokens=200)
+    assert _paced(work, step=1).left() == pytest.approx(9 * 3 + 2 * 200 * 0.01)
+    work = Work(steps=10, steps_per_epoch=5, step_tokens=100, keeps_checkpoints=True, trained_bytes=200_000_000)
+    assert _paced(work, step=6).left() == pytest.approx(4 * 3 + 1 + 1)
+    asks = _paced(Work(steps=10, steps_per_epoch=5, step_tokens=100, layers=10), step=10)
+    asks.expect_answers(20, batch=4, tokens=8, prompt=12)
+    asks.check_bytes = 400_000_000
+    assert asks.left() == pytest.approx(20 * ((12 + 8) * 0.01 + 8 * 10 * 0.5e-3 / 4) + 2)
+
+
+def test_what_was_measured_takes_the_estimates_place() -> None:
+    work = Work(steps=7, steps_per_epoch=7, step_tokens=100, every=2, valid_tokens=200, keeps_checkpoints=True)
+    paced = _paced(work, step=3)
+    paced.expect_answers(4, batch=4, tokens=8, prompt=12)
+    parts: dict[pace.Part, float] = {"validation": 5.0, "checkpoint": 7.0, "answer": 11.0}
+    for part, seconds in parts.items():
+        paced.note(part, seconds)
+    # Validation after the steps 4, 6 and 7, the last.
+    assert paced.left() == pytest.approx(4 * 3 + 3 * 5 + 7 + 4 * 11)
+    paced.note("step", 5.0)
+    assert paced.left() == pytest.approx(4 * 4 + 3 * 5 + 7 + 4 * 11)
+
+
+def test_nothing_is_said_before_anything_is_known() -> None:
+    paced = Pace(Work(steps=5, steps_per_epoch=5, step_tokens=100))
+    paced.expect_answers(4, batch=4, tokens=8, prompt=12)
+    paced.note("answer", 1.0)
+    assert paced.left() is None  # a full fine-tune asks its base before the first step
+    paced.trained = True
+    assert paced.left() == pytest.approx(4)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The time as the pace sees it, which only the test moves."""
+    now = [0.0]
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_a_run_says_how_long_answering_and_saving_take(
+    tmp_path: Path, tiny: Path, ear: Ear, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [chat(i) for i in range(4)]
+    given = evaluate._generate
+
+    def slow(*arguments: Any) -> list[str]:
+        clock[0] += 10
+        return given(*arguments)
+
+    monkeypatch.setattr(evaluate, "_generate", slow)
+    monkeypatch.setattr(evaluate, "ANSWER_BATCH", {"cpu": 2})
+    evaluation = Evaluation(test_file="file-test", max_new_tokens=4)
+    folder = lay_out(tmp_path / "run", tiny, plan(n_epochs=2, evaluation=evaluation), rows, rows, rows)
+
+    assert carry_out(folder, Voice(ear.descriptor), Wish())
+
+    last = said(ear, "step")[-1]
+    phases = [(phase.phase, phase.seconds_left) for phase in said(ear, "phase")]
+    assert [name for name, _ in phases] == ["loading", "training", *["evaluating"] * 5, "saving"]
+    saving = phases[-1][1]
+    assert last.seconds_left > saving > 0
+    assert [left for _, left in phases[3:7]] == pytest.approx([30 + saving, 20 + saving, 10 + saving, saving])

@@ -1,0 +1,108 @@
+"""How long a run still takes: its steps, the evaluations and files between them, and what follows the last step."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+Part = Literal["step", "validation", "checkpoint", "answer", "saving"]
+
+_BYTES_A_SECOND = 200e6
+"""Of weights that are written or read. A slow disk; a fast one is measured soon."""
+_LAYER_SECONDS = 0.5e-3
+"""Of one layer for one more token of an answer, however few rows answer at once."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank has to do. `every`: steps between two validation losses, None without a validation file.
+
+    `trained_bytes` are written by each checkpoint and by the artifact.
+    """
+
+    steps: int
+    steps_per_epoch: int
+    step_tokens: float
+    layers: int = 0
+    every: int | None = None
+    valid_tokens: float = 0
+    keeps_checkpoints: bool = False
+    trained_bytes: int = 0
+
+
+@dataclass
+class Pace:
+    """Measures the parts of a run. A part that has not come yet is estimated from the steps and from its size.
+
+    `step`: the last one that was taken; `trained`: no other follows. `check_bytes` are read to check the artifact.
+    """
+
+    work: Work
+    step: int = 0
+    trained: bool = False
+    check_bytes: int = 0
+    _seconds: dict[Part, float] = field(default_factory=dict)
+    _times: dict[Part, int] = field(default_factory=dict)
+    _answers: int = 0
+    _answer_tokens: int = 0
+    _answer_batch: int = 1
+    _prompt_tokens: float = 0.0
+
+    def expect_answers(self, answers: int, *, batch: int, tokens: int, prompt: float) -> None:
+        """Counts in answers of at most `tokens` tokens to prompts of about `prompt`, `batch` of them at once."""
+        self._answers, self._answer_tokens, self._prompt_tokens = answers, tokens, prompt
+        self._answer_batch = max(1, min(batch, answers))
+
+    @contextmanager
+    def measure(self, part: Part, count: int = 1) -> Iterator[None]:
+        """Takes the time of a part, or of `count` equal ones. What raises is not counted."""
+        began = time.monotonic()
+        yield
+        self.note(part, (time.monotonic() - began) / max(1, count))
+        if part == "answer":
+            self._answers = max(0, self._answers - count)
+
+    def note(self, part: Part, seconds: float) -> None:
+        """Counts a part's time in, the recent ones weighing more."""
+        times = self._times[part] = self._times.get(part, 0) + 1
+        mean = self._seconds.get(part, 0.0)
+        self._seconds[part] = mean + (seconds - mean) * max(0.05, 1 / times)
+
+    def left(self) -> float | None:
+        """Seconds to the end of the run, with what is due after the present step. None where nothing tells yet: before
+        the first step, and in a run that was stopped after its last one, before the first answer."""
+        if not self._seconds.keys() & ({"step", "answer"} if self.trained else {"step"}):
+            return None
+        after = self._of("answer") * self._answers + self._of("saving")
+        return after if self.trained else after + self._of("step") * (self.work.steps - self.step) + self._between()
+
+    def _between(self) -> float:
+        """Seconds of the validation losses and checkpoints that are due from the present step on."""
+        work, seconds = self.work, 0.0
+        if work.every is not None:
+            rest = bool(work.steps % work.every)  # the last step's is due whatever its number is
+            seconds += self._of("validation") * (self._due(work.every) + rest)
+        if work.keeps_checkpoints:
+            seconds += self._of("checkpoint") * self._due(work.steps_per_epoch)
+        return seconds
+
+    def _due(self, every: int) -> int:
+        return self.work.steps // every - max(0, self.step - 1) // every
+
+    def _of(self, part: Part) -> float:
+        return self._seconds[part] if part in self._seconds else self._estimate(part)
+
+    def _estimate(self, part: Part) -> float:
+        work = self.work
+        # A backward pass takes about as long as two forward passes.
+        forward = self._seconds.get("step", 0.0) / max(1.0, work.step_tokens) / 3
+        seconds: dict[Part, float] = {
+            "step": 0.0,
+            "validation": work.valid_tokens * forward,
+            "checkpoint": work.trained_bytes / _BYTES_A_SECOND,
+            "answer": (self._prompt_tokens + self._answer_tokens) * forward
+            + self._answer_tokens * work.layers * _LAYER_SECONDS / self._answer_batch,
+            "saving": (work.trained_bytes + self.check_bytes) / _BYTES_A_SECOND,
+        }
+        return seconds[part]
