@@ -50,3 +50,23 @@ def test_plan_leaves_nothing_open(decided: str) -> None:
     assert Plan.model_validate(complete).learning_rate == 1.5
     with pytest.raises(ValidationError, match=decided):
         Plan.model_validate({name: value for name, value in complete.items() if name != decided})
+
+
+def _functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def _uses(function: ast.AST, expression: str) -> int:
+    """How often the function's code has the name, or the module's function."""
+    return sum(ast.unparse(node) == expression for node in ast.walk(function) if isinstance(node, ast.expr))
+
+
+def test_requests_body_enters_job_creation_once(tree: list[Path], root: Path) -> None:
+    """The route hands the whole body on and looks into it nowhere: no field is spelled between wire and creation."""
+    shipped = [path for path in tree if path.suffix == ".py" and path.relative_to(root).parts[0] in ROOMS]
+    creating = [function for path in shipped for function in _functions(path) if _uses(function, "creation.create")]
+    assert [function.name for function in creating] == ["create_job"]
+    assert _uses(creating[0], "creation.create") == 1
+    assert _uses(creating[0], "body") == 1
