@@ -1,21 +1,19 @@
 """The application on a database of its own, and clients of it: plain and the official one, in process."""
 
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from ipaddress import ip_network
 from typing import Any
 
 import pytest
 import rows
-import uvicorn
+from asgi import serving
 from databases import Database
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from teams import ALIAS, BASE, SOURCE, Team
 
 from api.main import create_app
-from tunery import processes
 from tunery.keys import ring
 from tunery.models import registry
 
@@ -70,18 +68,6 @@ def base(database: Database) -> str:
         row = rows.base(session, BASE, source=SOURCE)
         registry.add_alias(session, ALIAS, row)
     return BASE
-
-
-@contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """An ASGI application behind a real socket; its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    assert processes.wait_until(lambda: server.started, seconds=20, alive=thread.is_alive, every=0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
 
 
 @pytest.fixture

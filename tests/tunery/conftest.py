@@ -1,16 +1,14 @@
 """The command in process, and an API of its own for it to talk to."""
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
+from asgi import serving
 from commands import Run
 from databases import Database
 
 from api.main import create_app
-from tunery import processes
 from tunery.cli import main, show
 from tunery.keys import ring
 
@@ -43,16 +41,8 @@ def key(database: Database) -> str:
 
 @pytest.fixture
 def api(database: Database, key: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The API on a port of its own, in a thread, and the environment that leads there."""
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(database.settings), port=processes.free_port(), log_level="warning")
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    assert processes.wait_until(lambda: server.started, seconds=30, alive=thread.is_alive, every=0.01)
-    url = f"http://127.0.0.1:{server.config.port}"
-    monkeypatch.setenv("TUNERY_API_URL", url)
-    monkeypatch.setenv("TUNERY_API_KEY", key)
-    yield url
-    server.should_exit = True
-    thread.join()
+    """The API on a port of its own, and the environment that leads there."""
+    with serving(create_app(database.settings)) as url:
+        monkeypatch.setenv("TUNERY_API_URL", url)
+        monkeypatch.setenv("TUNERY_API_KEY", key)
+        yield url

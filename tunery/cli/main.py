@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from tunery.cli import access, files, jobs, models, show
+from tunery.cli import access, files, jobs, models, show, webhooks
+from tunery.cli.chat import chat
 from tunery.cli.options import ApiKey, ApiUrl, Home, stack_home
 from tunery.cli.remote import HOME
 from tunery.errors import TuneryError
@@ -20,6 +21,8 @@ app = typer.Typer(
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(files.app, name="files")
 app.add_typer(models.app, name="models")
+app.add_typer(webhooks.app, name="webhooks")
+app.command()(chat)
 app.add_typer(access.projects, name="projects")
 app.add_typer(access.keys, name="keys")
 

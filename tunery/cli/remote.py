@@ -60,12 +60,14 @@ class Remote:
                 break
         return found
 
-    def stream(self, path: str, **query: Any) -> Iterator[bytes]:
-        """The bytes of an answer as they come, for however long that takes."""
+    def stream(self, path: str, *, body: Any = None, **query: Any) -> Iterator[bytes]:
+        """The bytes of an answer as they come, for however long that takes; with a body the request is a POST."""
+        method = "GET" if body is None else "POST"
+        timeout = httpx2.Timeout(30, read=None)
         with (
             self._client() as client,
             _explained(self.url),
-            client.stream("GET", path, params=query, timeout=httpx2.Timeout(30, read=None)) as answer,
+            client.stream(method, path, params=query, json=body, timeout=timeout) as answer,
         ):
             if answer.is_error:
                 answer.read()

@@ -26,6 +26,7 @@ _COLOURS = {
     "paused": "magenta",
     "failed": "red",
     "error": "red",
+    "disabled": "red",
     "cancelled": "dim",
     "revoked": "dim",
 }

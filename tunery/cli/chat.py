@@ -1,0 +1,81 @@
+"""`tunery chat MODEL`: a conversation with a base, a tuned model or a checkpoint, word by word."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any
+
+import typer
+
+from tunery.cli import show
+from tunery.cli.options import connect
+from tunery.cli.remote import Refused, Remote
+
+
+def chat(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A base, an alias, a tuned model or a checkpoint.")],
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", help="Ask this and return.", show_default="a conversation")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", "-s", help="A system message: that of the rows, where they had one.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 gives the same answer every time.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Token limit of an answer.")] = 512,
+) -> None:
+    """Talk to a model: Ctrl-D ends it, Ctrl-C too."""
+    api = connect(context)
+    options = {"model": model, "temperature": temperature, "max_completion_tokens": max_tokens, "stream": True}
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    for question in _questions() if message is None else (message,):
+        messages.append({"role": "user", "content": question})
+        answer = ""
+        for text in _answer(api, {**options, "messages": messages}):
+            answer += text
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _questions() -> Iterator[str]:
+    """What is typed, or comes through a pipe, line by line."""
+    import readline  # noqa: F401 (it gives input() its editing keys)
+
+    prompt = "> " if sys.stdin.isatty() else ""
+    if prompt:
+        show.note("Ctrl-D ends the conversation.")
+    while True:
+        try:
+            text = input(prompt)
+        except EOFError:
+            return
+        if text.strip():
+            yield text
+
+
+def _answer(api: Remote, body: dict[str, Any]) -> Iterator[str]:
+    """The parts of one answer as they come. Raises Refused, also for an error in the middle of it."""
+    for event in _events(api.stream("/chat/completions", body=body)):
+        if error := event.get("error"):
+            raise Refused(message=error["message"])
+        for choice in event["choices"]:
+            yield choice["delta"].get("content") or ""
+
+
+def _events(chunks: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The JSON of server-sent events, up to [DONE]."""
+    for line in _lines(chunks):
+        if line == b"data: [DONE]":
+            return
+        if line.startswith(b"data: "):
+            yield json.loads(line.removeprefix(b"data: "))
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line.rstrip(b"\r") for line in lines)
+    yield rest

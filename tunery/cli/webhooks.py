@@ -1,0 +1,89 @@
+"""`tunery webhooks ...`"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from tunery.cli import show
+from tunery.cli.options import AsJson, connect
+
+app = typer.Typer(no_args_is_help=True, help="Receivers that are told when a job ends.")
+ROOT = "/webhook_endpoints"
+
+Endpoint = Annotated[str, typer.Argument(help="The endpoint's id (we_...).")]
+
+
+@app.command()
+def create(
+    context: typer.Context,
+    url: Annotated[str, typer.Argument(help="Where messages go, https and public unless the operator allows more.")],
+    name: Annotated[str, typer.Option(help="What people will know it by.")] = "webhook",
+    event: Annotated[list[str] | None, typer.Option(help="An event's type; repeatable.", show_default="all")] = None,
+) -> None:
+    """Make an endpoint; its signing secret is shown this once."""
+    api = connect(context)
+    types = event or api.call("GET", "/webhook_event_types")["data"]
+    made = api.call("POST", ROOT, json={"name": name, "url": url, "event_types": types})
+    show.note(f"{made['id']} gets {', '.join(types)}. Its signing secret, shown this once:")
+    show.console.print(made["signing_secret"], soft_wrap=True)
+
+
+@app.command("list")
+def list_endpoints(context: typer.Context, limit: int = 50, json: AsJson = False) -> None:
+    """The project's endpoints, newest first."""
+    found = connect(context).pages(ROOT, limit=limit)
+    if json:
+        return show.as_json(found)
+    show.table(
+        ("id", "name", "url", "status", "events", "age"),
+        (_cells(endpoint) for endpoint in found),
+        empty="No endpoints: `tunery webhooks create URL` makes one.",
+    )
+    return None
+
+
+def _cells(endpoint: dict[str, Any]) -> Sequence[Any]:
+    status = "disabled" if endpoint["disabled_reason"] else "active"
+    events = ", ".join(name.removeprefix("fine_tuning.job.") for name in endpoint["event_types"])
+    named = (endpoint["id"], endpoint["name"], endpoint["url"])
+    return (*named, show.status(status), events, show.age(endpoint["created_at"]))
+
+
+@app.command("show")
+def show_endpoint(context: typer.Context, endpoint: Endpoint) -> None:
+    """One endpoint's row, as JSON; `disabled_reason` says why nothing is sent any more."""
+    show.as_json(connect(context).call("GET", f"{ROOT}/{endpoint}"))
+
+
+@app.command("test")
+def send_test(
+    context: typer.Context,
+    endpoint: Endpoint,
+    event: Annotated[str, typer.Option(help="Its type.")] = "fine_tuning.job.succeeded",
+) -> None:
+    """Send a made-up event once."""
+    answer = connect(context).call("POST", f"{ROOT}/{endpoint}/test", json={"event_type": event})
+    show.done(f"the receiver answered {answer['status_code']}")
+
+
+@app.command()
+def rotate(
+    context: typer.Context,
+    endpoint: Endpoint,
+    keep_old: Annotated[bool, typer.Option("--keep-old", help="The old secret signs too for 24 hours.")] = False,
+) -> None:
+    """Make a new signing secret, shown this once."""
+    body = {"keep_old_secret_active_for_24_hours": keep_old}
+    made = connect(context).call("POST", f"{ROOT}/{endpoint}/rotate_secret", json=body)
+    show.note("Shown this once:")
+    show.console.print(made["signing_secret"], soft_wrap=True)
+
+
+@app.command()
+def delete(context: typer.Context, endpoints: list[str]) -> None:
+    """Delete endpoints."""
+    api = connect(context)
+    for endpoint in endpoints:
+        api.call("DELETE", f"{ROOT}/{endpoint}")
+        show.done(f"{endpoint} deleted")
