@@ -193,6 +193,37 @@ def test_create_warns_of_test_rows_that_are_trained_on(
     )
 
 
+def test_create_compares_with_files_on_the_server_before_it_uploads(
+    tunery: Run, api: str, base: str, train: Path, held_out: Path
+) -> None:
+    shared = "shares 1 example(s) with the training file: line 13 (line 1 there)"
+    held_out.write_bytes(held_out.read_bytes() + LINE.encode())
+    there, also_there = (tunery("files", "upload", path)[1].strip() for path in (train, held_out))
+    for test, name in ((held_out, "held-out.jsonl"), (also_there, also_there)):
+        status, _, err = tunery("jobs", "create", "-m", BASE, "--train", there, "--test", test)
+        assert status == 0
+        assert err.startswith(f"Warning: {name}: It {shared}")
+    before = tunery("files", "list", "--json")[1]
+    status, _, err = tunery("jobs", "create", "-m", BASE, "--train", there, "--test", train)
+    assert status == 1
+    assert "equals the training file" in err
+    status, _, err = tunery("jobs", "create", "-m", BASE, "--train", "file-typo", "--test", held_out)
+    assert status == 1
+    assert "file-typo" in err
+    assert tunery("files", "list", "--json")[1] == before
+
+
+def test_create_refuses_a_file_of_another_purpose_before_it_uploads(
+    tunery: Run, api: str, base: str, train: Path, held_out: Path
+) -> None:
+    other = tunery("files", "upload", held_out, "--purpose", "user_data")[1].strip()
+    before = tunery("files", "list", "--json")[1]
+    status, _, err = tunery("jobs", "create", "-m", BASE, "--train", train, "--test", other)
+    assert status == 1
+    assert "cannot be used: it has the purpose 'user_data', not 'fine-tune'." in err
+    assert tunery("files", "list", "--json")[1] == before
+
+
 def test_create_scores_on_the_training_file_when_asked_to(tunery: Run, api: str, base: str, train: Path) -> None:
     job = _created(tunery, "--train", train, "--test", train, "--set", "allow_test_on_training_file=true")
     assert job["evaluation"]["test_file"] == job["training_file"]

@@ -51,7 +51,8 @@ def create(
     files = request.local_files(body)
     api = connect(context)
     _check_model(api, body)
-    warnings = request.check_files(body, files)
+    stored = request.stored_files(api, body, files)
+    warnings = request.check_files(body, request.sources(api, files, stored))
     request.upload(body, files, lambda path: str(upload_file(api, path)["id"]))
     job = api.call("POST", ROOT, json=body)
     if json:

@@ -2,17 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import quote
 
 from pydantic import ValidationError
 
 from tunery import field_errors
-from tunery.cli.remote import Refused
+from tunery.cli.remote import Refused, Remote
 from tunery.datasets import rules
-from tunery.errors import TuneryError
+from tunery.failures import JobFailure
 from tunery.jobs import creation
 from tunery.jobs.request import JobRequest
 from tunery.rows.messages import FileRole
@@ -25,6 +27,8 @@ FILES: dict[FileRole, str] = {
     "test": "evaluation.test_file",
 }
 """The fields that name files, by the file's role."""
+MOST_FETCHED = 64 * 2**20
+"""Bytes of a file on the server that is fetched to be compared with the others."""
 _EPOCHS = "method.supervised.hyperparameters.n_epochs"
 _BATCH = "method.supervised.hyperparameters.batch_size"
 FLAGS = {
@@ -133,25 +137,69 @@ def local_files(body: Body) -> dict[FileRole, Path]:
     return found
 
 
-def check_files(body: Body, files: dict[FileRole, Path]) -> list[str]:
+def stored_files(api: Remote, body: Body, local: Collection[FileRole]) -> dict[FileRole, dict[str, Any]]:
+    """The files that were uploaded before, by role, as the API describes them. Raises Refused for one that cannot be
+    used."""
+    found: dict[FileRole, dict[str, Any]] = {}
+    for role, field in FILES.items():
+        name = _get(body, field)
+        if name is None or role in local:
+            continue
+        found[role] = api.call("GET", f"/files/{quote(str(name))}")
+        if found[role]["purpose"] != "fine-tune" or found[role]["status"] == "error":
+            details = found[role].get("status_details")
+            reason = details or f"it has the purpose '{found[role]['purpose']}', not 'fine-tune'."
+            raise Refused(message=f"The {role} file {name} cannot be used: {reason}")
+    return found
+
+
+@dataclass
+class Source:
+    """A file to check, wherever it lies. `read` makes a new iterator over its bytes."""
+
+    name: str
+    read: Callable[[], Iterator[bytes]]
+
+
+def sources(api: Remote, local: dict[FileRole, Path], stored: dict[FileRole, dict[str, Any]]) -> dict[FileRole, Source]:
+    """What `check_files` reads: local files, and those on the server where there is something to compare them with.
+
+    Large ones on the server are left to the job's own validation, which compares them too.
+    """
+    found = {role: Source(str(path), partial(_chunks, path)) for role, path in local.items()}
+    if len(local) + len(stored) > 1:
+        for role, file in stored.items():
+            if file["status"] == "processed" and file["bytes"] <= MOST_FETCHED:
+                found[role] = Source(file["id"], partial(api.stream, f"/files/{file['id']}/content"))
+    return {role: found[role] for role in FILES if role in found}  # the training file first
+
+
+def check_files(body: Body, found: dict[FileRole, Source]) -> list[str]:
     """Warnings about rows that are in two of the files. Raises Refused for a file that the API would refuse."""
     overlap = rules.Overlap()
-    for role, path in files.items():
-        _check_rows(path, role, overlap)
-    train, test = files.get("training"), files.get("test")
-    repeats = train is not None and test is not None and _sha256(test) == _sha256(train)
+    digests = {role: _check_rows(source, role, overlap) for role, source in found.items()}
+    repeats = "test" in found and digests["test"] == digests.get("training")
     if repeats and not body.get("allow_test_on_training_file"):
-        raise Refused(message=creation.TEST_IS_TRAINING.format(file=test))
-    # Where the training file is one that was uploaded before, there are no rows of it to compare with.
-    return [f"{path.name}: {reason}" for role, path in files.items() if (reason := overlap.reason(role))]
+        raise Refused(message=creation.TEST_IS_TRAINING.format(file=found["test"].name))
+    return [
+        f"{PurePath(source.name).name}: {reason}" for role, source in found.items() if (reason := overlap.reason(role))
+    ]
 
 
-def _check_rows(path: Path, role: FileRole, overlap: rules.Overlap) -> None:
-    """What needs no model of the checks that the upload and the job make."""
+def _check_rows(source: Source, role: FileRole, overlap: rules.Overlap) -> bytes:
+    """The file's sha256, after what needs no model of the checks that the upload and the job make."""
+    digest = hashlib.sha256()
+
+    def read() -> Iterator[bytes]:
+        for chunk in source.read():
+            digest.update(chunk)
+            yield chunk
+
     try:
-        rules.check_examples(_chunks(path), role=role, seen=partial(overlap.add, role))
-    except TuneryError as error:
-        raise Refused(message=f"{path}: {error.fields.get('reason') or error.message}") from error
+        rules.check_examples(read(), role=role, seen=partial(overlap.add, role))
+    except JobFailure as error:
+        raise Refused(message=f"{source.name}: {error.fields.get('reason') or error.message}") from error
+    return digest.digest()
 
 
 def upload(body: Body, files: dict[FileRole, Path], send: Callable[[Path], str]) -> None:
@@ -179,8 +227,3 @@ def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             yield chunk
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
