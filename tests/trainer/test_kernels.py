@@ -130,6 +130,22 @@ def test_four_bit_layer_multiplies_by_its_unpacked_weight() -> None:
     assert error(x.grad, exact.grad) < 1e-5  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("nested", [True, False])
+def test_four_bit_weight_is_unpacked_straight_into_the_type_of_the_product(nested: bool) -> None:
+    """As bitsandbytes does: by way of bf16, the exported files would answer otherwise than the model in memory."""
+    base = bitsandbytes.nn.Linear4bit(
+        128, 96, bias=False, quant_type="nf4", compress_statistics=nested, compute_dtype=torch.float32
+    )
+    base.weight.data = torch.randn(96, 128, dtype=torch.bfloat16)
+    base.to("cpu").support_avx512bf16_for_cpu = False
+
+    with torch.no_grad():
+        wanted = base(torch.eye(128)).t()
+
+    assert base.weight.quant_state.dtype == torch.bfloat16
+    assert error(projections.dense(base), wanted) < 1e-6
+
+
 def test_model_with_our_forward_computes_what_pefts_own_does(tiny: Path) -> None:
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     ids = torch.randint(3, 250, (2, 9))

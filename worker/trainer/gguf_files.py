@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunery.errors import UnusableModel
@@ -61,7 +61,7 @@ def find(source: str) -> Path | None:
 
 def unpack(path: Path, out: Path) -> None:
     """Writes the GGUF file's model (bf16 safetensors) and tokenizer into `out`. Raises UnusableModel."""
-    kind, pre = _tokenizer_kind(path)
+    kind, pre, control = _tokenizer_facts(path)
     # Only byte-pair tokenizers are cut by such a rule; a SentencePiece one, "llama", comes whole as it is.
     rule = word_rule(pre) if kind == "gpt2" else None
     if kind == "gpt2" and rule is None:
@@ -77,21 +77,39 @@ def unpack(path: Path, out: Path) -> None:
         reason = str(error).strip().splitlines()[0]
         raise UnusableModel(source=path, reason=f"transformers cannot read it ({reason}).") from error
     inspection.refuse_gaps(path, missing)
+    _refuse_other_tokens(path, tokenizer, kind, control)
     if rule is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = rule
     tokenizer.save_pretrained(out)
     model.save_pretrained(out)
 
 
-def _tokenizer_kind(path: Path) -> tuple[str, str]:
-    from gguf import GGUFReader  # only here: a host that trains has no need of it
+def _refuse_other_tokens(path: Path, tokenizer: Any, kind: str, control: set[int]) -> None:
+    """Raises UnusableModel where transformers made another tokenizer of the file's.
+
+    Of a SentencePiece one, release 5.17 makes a unigram model that splits words otherwise, and reads special tokens as
+    plain text: a model would train on ids that nobody who serves it ever sends.
+    """
+    other_model = kind == "llama" and not isinstance(tokenizer.backend_tokenizer.model, models.BPE)
+    if other_model or not control <= tokenizer.added_tokens_decoder.keys():
+        raise UnusableModel(
+            source=path,
+            reason=f"transformers {transformers.__version__} does not read its tokenizer as the file has it. Upgrade "
+            "transformers where models are converted, or add the model from its safetensors.",
+        )
+
+
+def _tokenizer_facts(path: Path) -> tuple[str, str, set[int]]:
+    """The tokenizer's kind, its rule for cutting words, and the ids of its control tokens. Raises UnusableModel."""
+    from gguf import GGUFReader, TokenType  # only here: a host that trains has no need of it
 
     try:
         fields = GGUFReader(path).fields
     except Exception as error:
         raise UnusableModel(source=path, reason=f"it is not a readable GGUF file ({error}).") from error
-    kind, pre = (fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    return str(kind.contents()) if kind else "", str(pre.contents()) if pre else "gpt-2"
+    kind, pre, types = (fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre", "token_type"))
+    control = {i for i, found in enumerate(types.contents() if types else ()) if found == TokenType.CONTROL}
+    return str(kind.contents()) if kind else "", str(pre.contents()) if pre else "gpt-2", control
 
 
 def _load(path: Path) -> tuple[Any, Iterable[str]]:

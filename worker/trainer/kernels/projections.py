@@ -5,6 +5,7 @@ backward, and x's gradient is made in one buffer, to which each product adds: au
 them. A frozen weight is in bf16 or in 4 bits. `plain` is the definition of each.
 """
 
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,18 +38,20 @@ def dense(base: Any) -> Tensor:
     state = getattr(base.weight, "quant_state", None)
     if state is None:
         return cast(Tensor, base.weight.detach())
-    unpacked = _unpack(base.weight.detach(), state)
-    return unpacked.to(base.compute_dtype or unpacked.dtype)
+    return _unpack(base.weight.detach(), state, base.compute_dtype or state.dtype)
 
 
-def _unpack(packed: Tensor, state: Any) -> Tensor:
+def _unpack(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     whole_blocks = torch.Size(state.shape).numel() % state.blocksize == 0
     usual_scales = not state.nested or state.state2.blocksize == 256
-    if packed.is_cuda and state.quant_type == "nf4" and whole_blocks and usual_scales:
+    if packed.is_cuda and state.quant_type == "nf4" and whole_blocks and usual_scales and dtype == state.dtype:
         from worker.trainer.kernels import triton_ops  # a CPU build of torch has no Triton
 
         return triton_ops.unpack_nf4(packed, state)
-    return bitsandbytes.functional.dequantize_4bit(packed, state)
+    # Not by way of the type in which the weights were before: bitsandbytes' own product does not round there either.
+    read_as = copy.copy(state)
+    read_as.dtype = dtype
+    return bitsandbytes.functional.dequantize_4bit(packed, read_as)
 
 
 def frozen(x: Tensor, base: Any) -> Tensor:
