@@ -76,7 +76,7 @@ def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
     step = progress.step + 1
     rows = rows_of_step(len(t.rows.rows), step, t.plan.batch_size, t.plan.seed)
     rate = learning_rate(t.plan, step, t.total_steps)
-    labels = sum(t.rows.labelled[i] for i in rows)
+    labels = t.stepper.labels(rows)
     sums = t.stepper.accumulate(rows, labels)
     norm = t.stepper.clip(t.plan.max_grad_norm)
     sums = t.ranks.sum(torch.cat([sums, sums.new_tensor([float(t.wish.stop)])]))

@@ -45,11 +45,16 @@ class Stepper:
         self.graphs = Replays(objective) if memory.graphs else None
         self._optimizer, self._parameters, self._rows = optimizer, list(parameters), rows
         self._groups = [group_of(row) for row in rows.rows]
+        self._labelled = rows.labelled  # counted here, once, or the first step of a large file would take seconds more
 
     @property
     def device(self) -> torch.device:
         """The device of this rank."""
         return self.ranks.device
+
+    def labels(self, rows: list[int]) -> int:
+        """Returns how many tokens of these rows are labelled."""
+        return sum(self._labelled[i] for i in rows)
 
     def accumulate(self, rows: list[int], labels: int) -> Tensor:
         """Leaves the step's gradient, summed over the ranks, in `.grad`; returns [loss, correct guesses] of this rank.
