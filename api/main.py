@@ -19,7 +19,8 @@ from tunery.storage import open_storage
 DESCRIPTION = """
 Fine-tuning on your own machines behind OpenAI's Files and Fine-tuning API: point an OpenAI client's `base_url` here.
 
-Press **Authorize** and paste a project's key (`tunery keys create`), then **Try it out** on any operation.
+Press **Authorize** and paste a project's key (`tunery keys create`), then **Try it out** on any operation. Upload a
+training file first: in the examples of jobs, `file-abc123` and `file-def456` stand for the last two that were uploaded.
 """
 ROUTERS = (files, uploads, jobs, runs, models, chat, webhooks, absent, health)
 

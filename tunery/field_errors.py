@@ -100,7 +100,7 @@ def _unknown(path: str, body: Any, known: type[BaseModel] | None) -> str:
         if kind == "full" and suggestion != "technique.weights_dtype":
             return f"A full fine-tune has no '{knob}': remove '{path}', or set technique.type to 'lora' or 'qlora'."
         if kind == "lora" and not suggestion.startswith("technique."):
-            return f"LoRA has no '{knob}': remove '{path}' (see /docs for its knobs; 'qlora' has more)."
+            return f"LoRA has no '{knob}': remove '{path}' (see /docs for its settings; 'qlora' has more)."
     if suggestion:
         return f"Unknown parameter: '{path}'. Did you mean '{suggestion}'?"
     return f"Unknown parameter: '{path}'. Remove it, or check its spelling against /docs."

@@ -107,7 +107,7 @@ class Resources(Part):
 
 
 class Hyperparameters(Part):
-    """OpenAI's three knobs, auto or numbers."""
+    """OpenAI's three settings, auto or numbers."""
 
     n_epochs: Annotated[int, Field(ge=1, le=50), NO_BOOLEAN] | Auto = "auto"
     batch_size: Annotated[int, Field(ge=1, le=256), NO_BOOLEAN] | Auto = "auto"

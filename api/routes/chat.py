@@ -34,7 +34,7 @@ _ANSWER = {
     "id": "chatcmpl-abc123",
     "object": "chat.completion",
     "created": 1721764800,
-    "model": "smollm2-135m-instruct",
+    "model": "SmolLM2-135M-Instruct",
     "choices": [
         {
             "index": 0,
@@ -56,7 +56,7 @@ class ChatRequest(BaseModel):
         json_schema_extra={
             "examples": [
                 {
-                    "model": "smollm2-135m-instruct",
+                    "model": "SmolLM2-135M-Instruct",
                     "messages": [{"role": "user", "content": "What is the capital of France?"}],
                     "max_completion_tokens": 32,
                     "temperature": 0,

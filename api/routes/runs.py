@@ -29,7 +29,7 @@ POLL_SECONDS = 1.0
     summary="Read a job's log",
     response_class=StreamingResponse,
     responses=errors(404)
-    | {200: {"content": {"text/plain": {"example": "loading smollm2-135m-instruct\n"}}, "description": "The log"}},
+    | {200: {"content": {"text/plain": {"example": "loading SmolLM2-135M-Instruct\n"}}, "description": "The log"}},
 )
 def read_log(
     job_id: str,

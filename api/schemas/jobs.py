@@ -15,15 +15,16 @@ from tunery.spec import Hyperparameters, RequestedOptions, Technique, TrainingOp
 
 # --- what is asked for --------------------------------------------------------------------------------------------
 
+# The page at /docs sends the project's newest training files in place of these (`api/web/docs.js`).
 CREATE_EXAMPLES: dict[str, Any] = {
     "plain": {
-        "summary": "Defaults: a LoRA whose knobs are chosen from the data",
-        "value": {"model": "smollm2-135m-instruct", "training_file": "file-abc123"},
+        "summary": "Defaults: a LoRA whose settings are chosen from the data",
+        "value": {"model": "SmolLM2-135M-Instruct", "training_file": "file-abc123"},
     },
     "lora": {
-        "summary": "LoRA with its knobs, validation and early stopping",
+        "summary": "LoRA with its settings, validation and early stopping",
         "value": {
-            "model": "smollm2-135m-instruct",
+            "model": "SmolLM2-135M-Instruct",
             "training_file": "file-abc123",
             "validation_file": "file-def456",
             "suffix": "banking",
@@ -39,7 +40,7 @@ CREATE_EXAMPLES: dict[str, Any] = {
     "qlora": {
         "summary": "QLoRA on the textbook's layers",
         "value": {
-            "model": "smollm2-135m-instruct",
+            "model": "SmolLM2-135M-Instruct",
             "training_file": "file-abc123",
             "technique": {"type": "qlora", "r": 8, "alpha": 32, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
         },
@@ -75,7 +76,7 @@ def _without_nulls(data: Any, names: Collection[str] | None = None) -> Any:
 JOB: dict[str, Any] = {
     "object": "fine_tuning.job",
     "id": "ftjob-abc123",
-    "model": "smollm2-135m-instruct",
+    "model": "SmolLM2-135M-Instruct",
     "created_at": 1721764800,
     "finished_at": None,
     "fine_tuned_model": None,
@@ -100,7 +101,7 @@ JOB: dict[str, Any] = {
     "user_provided_suffix": None,
     "usage_metrics": None,
     "shared_with_openai": False,
-    "base_model": "smollm2-135m-instruct",
+    "base_model": "SmolLM2-135M-Instruct",
     "waits_for": "a worker to read its files",
     "phase": None,
     "progress": {"step": 0, "total_steps": None},

@@ -10,7 +10,7 @@ from api.schemas.wire import Body, Deleted, Wire, seconds
 from tunery.models import model
 
 BASE: dict[str, Any] = {
-    "id": "smollm2-135m-instruct",
+    "id": "SmolLM2-135M-Instruct",
     "object": "model",
     "created": 1686935002,
     "owned_by": "tunery",
@@ -88,7 +88,7 @@ class Model(Wire):
 class ModelDeleted(Deleted):
     model_config = ConfigDict(
         json_schema_extra={
-            "examples": [{"id": "ft:smollm2-135m-instruct:tunery::7p4lURel", "object": "model", "deleted": True}]
+            "examples": [{"id": "ft:SmolLM2-135M-Instruct:tunery::7p4lURel", "object": "model", "deleted": True}]
         }
     )
 
@@ -117,7 +117,7 @@ class ModelArtifact(Artifact):
 class AddModel(Body):
     model_config = ConfigDict(
         json_schema_extra={
-            "examples": [{"source": "HuggingFaceTB/SmolLM2-135M-Instruct", "id": "smollm2-135m-instruct"}]
+            "examples": [{"source": "HuggingFaceTB/SmolLM2-360M-Instruct", "id": "SmolLM2-360M-Instruct"}]
         }
     )
 
@@ -132,7 +132,7 @@ class AddModel(Body):
 
 class AddAlias(Body):
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"alias": "gpt-4o-mini-2024-07-18", "model": "smollm2-135m-instruct"}]}
+        json_schema_extra={"examples": [{"alias": "gpt-4o-mini-2024-07-18", "model": "SmolLM2-135M-Instruct"}]}
     )
 
     alias: str
@@ -142,7 +142,7 @@ class AddAlias(Body):
 class Alias(Wire):
     model_config = ConfigDict(
         json_schema_extra={
-            "examples": [{"object": "model.alias", "alias": "gpt-4o-mini-2024-07-18", "model": "smollm2-135m-instruct"}]
+            "examples": [{"object": "model.alias", "alias": "gpt-4o-mini-2024-07-18", "model": "SmolLM2-135M-Instruct"}]
         }
     )
 

@@ -53,7 +53,7 @@ class Checkpoint(Wire):
                     "object": "fine_tuning.job.checkpoint",
                     "id": "ftckpt_zc4Q7MP6XxulcVzj4MZdwsAB",
                     "created_at": 1721764867,
-                    "fine_tuned_model_checkpoint": "ft:smollm2-135m-instruct:tunery:banking:96olL566:ckpt-step-88",
+                    "fine_tuned_model_checkpoint": "ft:SmolLM2-135M-Instruct:tunery:banking:96olL566:ckpt-step-88",
                     "fine_tuning_job_id": "ftjob-abc123",
                     "metrics": {"step": 88, "train_loss": 0.478, "full_valid_loss": 0.567},
                     "step_number": 88,

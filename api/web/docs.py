@@ -4,7 +4,7 @@ from importlib import resources
 from pathlib import Path
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
 
 from api.faults import RouteNotFound
 
@@ -21,8 +21,12 @@ _POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' 
 
 
 def install(app: FastAPI) -> None:
-    """/docs, and what it loads."""
+    """/docs, and what it loads. / leads there: it is what people open first."""
     page = (_HERE / "docs.html").read_text()
+
+    @app.get("/", include_in_schema=False)
+    def root() -> RedirectResponse:
+        return RedirectResponse("/docs")
 
     @app.get("/docs", include_in_schema=False)
     def show() -> HTMLResponse:

@@ -14,6 +14,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.expected_conditions import element_to_be_clickable, presence_of_element_located
 from selenium.webdriver.support.ui import WebDriverWait
 
+from tunery.local.bases import SMOLLM2
 from tunery.local.stack import Stack
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -91,6 +92,7 @@ class Page:
 def test_submit_from_the_page(
     browser: webdriver.Chrome, stack: Stack, client: OpenAI, base: str, tmp_path: Path
 ) -> None:
+    stacks.post(client, "/models/aliases", {"alias": SMOLLM2.id, "model": base})  # the base that the examples name
     data = tmp_path / "train.jsonl"
     data.write_bytes(stacks.rows(12))
     page = Page(browser, stack.api_url)
@@ -107,13 +109,11 @@ def test_submit_from_the_page(
     page.click(".opblock-summary-control", upload)
 
     create = page.open("Fine-tuning_jobs", "create_job")
-    text = page.find(f"{create} textarea.body-param__text")
-    text.clear()
-    text.send_keys(f'{{"model": "{base}", "training_file": "{file_id}", "suffix": "from-the-page"}}')
-    status, body = page.answer(create)
+    status, body = page.answer(create)  # the example as it stands
     job_id = client.fine_tuning.jobs.list().data[0].id
     assert status.startswith("200"), body
     assert job_id in body
+    assert f'"training_file": "{file_id}"' in body
     assert '"status": "validating_files"' in body
     page.click(".opblock-summary-control", create)
 
@@ -123,8 +123,14 @@ def test_submit_from_the_page(
     status, body = page.answer(retrieve)
     assert status.startswith("200"), body
     assert '"status": "succeeded"' in body
-    assert f'"fine_tuned_model": "ft:{base}:tunery:from-the-page:' in body
+    assert f'"fine_tuned_model": "ft:{SMOLLM2.id}:tunery::' in body
     _keep(browser, page, retrieve)
+    page.click(".opblock-summary-control", retrieve)
+
+    ask = page.open("Chat", "create_chat_completion")
+    status, body = page.answer(ask)
+    assert status.startswith("200"), body
+    assert '"object": "chat.completion"' in body
     assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []  # type: ignore[no-untyped-call]
 
 

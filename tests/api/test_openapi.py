@@ -1,5 +1,6 @@
 """The document behind /docs: every operation explained, with worked examples that are true to their schemas."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from jsonschema import Draft202012Validator
 from api.main import create_app
 from api.schemas.jobs import CREATE_EXAMPLES, CreateJob
 from api.web import docs
+from tunery.local.bases import SMOLLM2
 from tunery.settings import Settings
 
 PUBLIC = {"healthz"}
@@ -95,6 +97,25 @@ def test_every_operation_has_worked_examples(document: dict[str, Any]) -> None:
 def test_the_create_examples_are_legal_requests() -> None:
     for example in CREATE_EXAMPLES.values():
         CreateJob.model_validate(example["value"])
+
+
+def test_the_examples_of_requests_name_the_base_that_up_registers(document: dict[str, Any]) -> None:
+    bodies = [operation["requestBody"]["content"] for operation in _operations(document) if "requestBody" in operation]
+    given = [one for body in bodies for content in body.values() for one in _examples(content, document)]
+    named = [one["model"] for one in given if isinstance(one, dict) and "model" in one]
+    assert len(named) >= 5
+    assert set(named) == {SMOLLM2.id}
+
+
+def test_the_files_of_the_create_examples_are_those_that_the_page_replaces(client: TestClient) -> None:
+    files = {value for one in CREATE_EXAMPLES.values() for value in one["value"].values() if "file-" in str(value)}
+    assert files == set(re.findall(r'"(file-\w+)"', client.get("/docs/docs.js").text))
+
+
+def test_the_first_page_is_the_documentation(client: TestClient) -> None:
+    answer = client.get("/", follow_redirects=False)
+    assert (answer.status_code, answer.headers["location"]) == (307, "/docs")
+    assert "swagger" in client.get("/").text
 
 
 def test_tools_can_name_operations(document: dict[str, Any]) -> None:

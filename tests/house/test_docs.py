@@ -79,6 +79,23 @@ def test_decisions_fit_one_screen(root: Path) -> None:
     assert long == []
 
 
+PRIVATE = re.compile(
+    r"\b(fenc(e|ed|ing)|sweepers?|knobs?|wish(es)?|deeds?|mend|strangers?|told)\b|shown a device", re.IGNORECASE
+)
+"""Names of this code's own, and figures of speech. Users' pages have the standard terms."""
+
+
+def test_pages_for_users_have_no_private_words(root: Path) -> None:
+    pages = {path.name: path.read_text() for path in [root / "README.md", *(root / "docs").glob("*.md")]}
+    document = json.dumps(create_app().openapi())
+    said = {name: found for name, text in (pages | {"/docs": document}).items() if (found := _private(text))}
+    assert said == {}
+
+
+def _private(text: str) -> list[str]:
+    return [text[max(0, found.start() - 40) : found.end() + 40] for found in PRIVATE.finditer(text)]
+
+
 # --- jobs.md --------------------------------------------------------------------------------------------------------
 
 
