@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
+import fake_nvml
 import pytest
 from sqlalchemy import select
 from workshop import ROOT, Workshop
@@ -12,19 +15,13 @@ from tunery import processes
 from tunery.jobs.model import HostDevice
 from worker.app import app
 
-_SMI = """#!/bin/sh
-echo "$PPID" >> "{folder}/asked"
-case "$1" in --query-gpu*) echo "0, GPU-aaaa, NVIDIA H200, 143771, 9.0, Disabled";; esac
-"""
 
-
-def _driver(workshop: Workshop, script: str) -> str:
-    """A PATH with a driver's program of the test's."""
-    program = workshop.folder / "bin" / "nvidia-smi"
-    program.parent.mkdir()
-    program.write_text(script)
-    program.chmod(0o755)
-    return f"{program.parent}:/usr/bin:/bin"
+def driver(workshop: Workshop, *gpus: dict[str, Any], fails: int = 0) -> dict[str, str]:
+    """The environment of a worker on a host with the driver's library of tests/fixtures/fake_nvml.py."""
+    file = workshop.folder / "driver.json"
+    fake_nvml.write(file, gpus, fails=fails)
+    fixtures = str(Path(fake_nvml.__file__).parent)
+    return {"TUNERY_PLUGINS": "fake_nvml", "FAKE_NVML": str(file), "PYTHONPATH": fixtures}
 
 
 @pytest.mark.parametrize("queue", ["io", "train"])
@@ -52,18 +49,16 @@ def test_model_server_without_its_plug_in_ends_and_names_it() -> None:
 
 
 def test_a_worker_whose_driver_fails_ends_and_says_what_to_do(workshop: Workshop) -> None:
-    path = _driver(workshop, "#!/bin/sh\necho No devices were found; exit 6\n")
-    worker = workshop.start("train", PATH=path)
+    worker = workshop.start("train", **driver(workshop, fails=6))
     assert worker.wait(60) == 1
     assert "set CUDA_VISIBLE_DEVICES to nothing" in processes.tail(workshop.folder / "train.log", 60)
 
 
 def test_the_devices_are_looked_for_once_before_the_slots_start(workshop: Workshop) -> None:
     """A slot that took as long as some drivers do would be killed as dead, and its successor too."""
-    path = _driver(workshop, _SMI.format(folder=workshop.folder))
-    worker = workshop.start("train", PATH=path, TUNERY_POLL_SECONDS="60")
+    worker = workshop.start("train", TUNERY_POLL_SECONDS="60", **driver(workshop, fake_nvml.gpu("GPU-aaaa")))
     workshop.until(lambda: _shown(workshop), "the device is shown")
-    asked = (workshop.folder / "asked").read_text().split()
+    asked = (workshop.folder / "driver.asked").read_text().split()
     assert asked.count(str(worker.pid)) == 1
     assert app.conf.worker_proc_alive_timeout > 60, "the setup of a slot may still take long"
 

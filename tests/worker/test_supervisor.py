@@ -1,12 +1,14 @@
 """The supervisor's parts, each on the real thing: processes, pipes, PostgreSQL, a directory."""
 
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import fake_nvml
+import pynvml
 import pytest
 import rows
 from databases import Database
@@ -112,51 +114,55 @@ os.write(1, b"stray\\n" + b'{"type": "phase", "phase": "loading"}\\n')
 
 # --- devices ------------------------------------------------------------------------------------------------------
 
-_SMI = """#!/bin/sh
-case "$1" in
-  --query-gpu*)
-    echo "0, GPU-aaaa, NVIDIA H200, 143771, 9.0, Disabled"
-    echo "1, GPU-bbbb, NVIDIA H200, 143771, 9.0, Disabled"
-    echo "2, GPU-cccc, Tesla V100-SXM2-16GB, 16384, 7.0, [N/A]";;
-  --query-compute-apps*) echo "GPU-bbbb";;
-esac
-"""
+THREE = [
+    fake_nvml.gpu("GPU-aaaa"),
+    fake_nvml.gpu("GPU-bbbb", processes=[7]),
+    fake_nvml.gpu("GPU-cccc", "Tesla V100-SXM2-16GB", memory=16384, capability=[7, 0], mig=None),
+]
+"""The second is used by a stranger."""
 
 
 @pytest.fixture
-def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts a driver's program of the test's in the place of nvidia-smi."""
-    program = tmp_path / "bin" / "nvidia-smi"
-    program.parent.mkdir()
-    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts a driver's library of the test's behind pynvml; call it with what the library knows."""
+    monkeypatch.setattr(pynvml, "nvmlLib", None)
+    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
-    def install(script: str) -> None:
-        program.write_text(script)
-        program.chmod(0o755)
+    def know(*gpus: dict[str, Any], fails: int = 0) -> None:
+        fake_nvml.write(tmp_path / "driver.json", gpus, fails=fails)
+        fake_nvml.install(tmp_path / "driver.json")
 
-    return install
+    return know
 
 
 @pytest.fixture
-def three_gpus(driver: Callable[[str], None]) -> None:
-    """A host of three GPUs, the second of which a stranger uses."""
-    driver(_SMI)
+def no_driver(driver: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without the driver's library."""
+
+    def load(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(pynvml, "CDLL", load)
 
 
-def test_without_a_driver_the_host_offers_its_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+@pytest.mark.usefixtures("no_driver")
+def test_without_a_driver_the_host_offers_its_cpu() -> None:
     (cpu,) = devices.found(None)
     assert (cpu.index, cpu.name) == (None, "CPU")
     assert cpu.memory_bytes > 2**28
     assert devices.free_of_strangers([cpu]) == [cpu]
+    with pytest.raises(DriverFails, match="is gone"):
+        devices.free_of_strangers([Device(0, "H200", 2**37, uuid="GPU-aaaa")])
 
 
-@pytest.mark.usefixtures("three_gpus")
-def test_gpus_are_offered_but_for_the_servers_and_those_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_offered_but_for_the_servers_and_those_in_use(
+    driver: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver(*THREE)
     found = devices.found(None)
     assert [(gpu.index, gpu.bf16) for gpu in found] == [(0, True), (1, True), (2, False)]
-    assert found[0].memory_bytes == 143771 * 2**20
+    assert (found[0].name, found[0].memory_bytes) == ("NVIDIA H200", 143771 * 2**20)
     assert [gpu.index for gpu in devices.free_of_strangers(found)] == [0, 2]
     assert [gpu.index for gpu in devices.found(0)] == [1, 2]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-aaaa")
@@ -169,11 +175,13 @@ def test_gpus_are_offered_but_for_the_servers_and_those_in_use(monkeypatch: pyte
     assert devices.found(None) == [], "a part of a GPU is none, and no reason to train on the CPU"
 
 
-@pytest.mark.parametrize("script", ["#!/bin/sh\necho Unable to determine the device handle; exit 255", "no program"])
+@pytest.mark.parametrize(
+    "code", [pynvml.NVML_ERROR_DRIVER_NOT_LOADED, pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNKNOWN, 12345]
+)
 def test_a_driver_that_fails_is_not_taken_for_a_host_without_gpus(
-    driver: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, script: str
+    driver: Callable[..., None], monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    driver(script)
+    driver(*THREE, fails=code)
     with pytest.raises(DriverFails, match="Mend the driver"):
         devices.found(None)
     with pytest.raises(DriverFails):
@@ -182,25 +190,29 @@ def test_a_driver_that_fails_is_not_taken_for_a_host_without_gpus(
     assert [device.index for device in devices.found(None)] == [None]
 
 
-def test_a_gpu_that_cannot_be_used_as_a_whole_is_left_out(driver: Callable[[str], None]) -> None:
-    whole = "2, GPU-cccc, NVIDIA H100, 81559, 9.0, Disabled"
-    divided, unknown = "0, GPU-aaaa, NVIDIA H100, 81559, 9.0, Enabled", "1, GPU-bbbb, NVIDIA GB10, [N/A], 12.1, [N/A]"
-    driver("\n".join(["#!/bin/sh", *(f"echo '{row}'" for row in (divided, unknown, whole))]))
+def test_a_gpu_that_cannot_be_used_as_a_whole_is_left_out(
+    driver: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    divided = fake_nvml.gpu("GPU-aaaa", "NVIDIA H100", mig=1)
+    unknown = fake_nvml.gpu("GPU-bbbb", "NVIDIA GB10", memory=None, mig=None)
+    driver(divided, unknown, fake_nvml.gpu("GPU-cccc"))
     assert [gpu.index for gpu in devices.found(None)] == [2]
-    driver("\n".join(["#!/bin/sh", f"echo '{divided}'", f"echo '{unknown}'"]))
+    assert "GPU 0 (NVIDIA H100) is not used: it is divided by MIG" in caplog.text
+    assert "GPU 1 (NVIDIA GB10) is not used: its driver does not tell its memory" in caplog.text
+    driver(divided, unknown)
     assert devices.found(None) == []
 
 
 def test_a_driver_that_fails_at_the_claim_costs_nothing(
-    database: Database, settings: Settings, driver: Callable[[str], None], caplog: pytest.LogCaptureFixture
+    database: Database, settings: Settings, driver: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    driver(_SMI)
+    driver(*THREE)
     slot = Slot("train@h/0", settings, Drain(), devices.found(None))
     with database.sessions.begin() as session:
         job = rows.job(session, state=State.QUEUED)
-    driver("#!/bin/sh\nexit 255")
+    driver(*THREE, fails=pynvml.NVML_ERROR_GPU_IS_LOST)
     assert not slot.look()
-    assert "no job is taken: nvidia-smi ends with 255" in caplog.text
+    assert "no job is taken: the NVIDIA driver fails (GPU is lost)" in caplog.text
     with database.sessions.begin() as session:
         assert session.get_one(Job, job.id).state == "queued"
 

@@ -14,7 +14,7 @@ from worker.server.backends import backend
 
 def choose_device(settings: Settings) -> str:
     """The torch device, by narrowing what CUDA shows: call it before torch is imported."""
-    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order in which nvidia-smi counts, and so do we
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order in which the driver counts, and so do we
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if settings.serve_gpu is None else str(settings.serve_gpu)
     return "cpu" if settings.serve_gpu is None else "cuda"
 

@@ -1,27 +1,30 @@
-"""What this host can train on, asked without torch: nvidia-smi where there is one, else the CPU."""
+"""What this host can train on, asked without torch: the NVIDIA driver where there is one, else the CPU."""
 
 import logging
 import os
 import socket
-import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pynvml
 
 from tunery.jobs.model import HostDevice
 
 log = logging.getLogger(__name__)
 
-_FIELDS = "index,uuid,name,memory.total,compute_cap,mig.mode.current"
 _NO_GPU = ("", "-1", "none", "void", "NoDevFiles")
 """Ways to say in CUDA_VISIBLE_DEVICES that the GPUs are not meant."""
 _ADVICE = "Mend the driver, or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU."
-_BF16_SINCE = 8.0
+_BF16_SINCE = (8, 0)
 """Compute capability of the first GPUs (Ampere) that compute in bf16."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU (`index` as nvidia-smi and CUDA_DEVICE_ORDER=PCI_BUS_ID count them) or, with index None, the host's CPU."""
+    """A GPU (`index` as the driver and CUDA_DEVICE_ORDER=PCI_BUS_ID count them) or, with index None, the host's CPU."""
 
     index: int | None
     name: str
@@ -45,13 +48,13 @@ def found(serve_gpu: int | None) -> list[Device]:
     A host with GPUs of which none may be used offers nothing, rather than its CPU by surprise. Raises DriverFails.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip()
-    rows = _ask(f"--query-gpu={_FIELDS}") if visible not in _NO_GPU else []
-    if not rows:
+    gpus = _gpus() if visible not in _NO_GPU else []
+    if not gpus:
         return [Device(None, "CPU", _memory_bytes())]
-    gpus = [gpu for row in rows if (gpu := _understood(row)) is not None]
-    offered = [gpu for gpu in gpus if _is_visible(gpu, visible) and gpu.index != serve_gpu]
+    usable = [gpu for gpu in gpus if gpu is not None and gpu.index != serve_gpu]
+    offered = [gpu for gpu in usable if _is_visible(gpu, visible)]
     if not offered:
-        log.error("none of this host's %d GPUs may train: CUDA_VISIBLE_DEVICES is '%s'", len(rows), visible)
+        log.error("none of this host's %d GPUs may train: CUDA_VISIBLE_DEVICES is '%s'", len(gpus), visible)
     return offered
 
 
@@ -62,8 +65,10 @@ def free_of_strangers(devices: list[Device]) -> list[Device]:
     """
     if all(device.index is None for device in devices):
         return devices
-    busy = set(_ask("--query-compute-apps=gpu_uuid"))
-    return [device for device in devices if device.uuid not in busy]
+    with _driver() as is_there:
+        if not is_there:  # it was, when the devices were found
+            raise DriverFails(f"the NVIDIA driver's library is gone. {_ADVICE}")
+        return [device for device in devices if device.index is None or not _is_busy(device.index)]
 
 
 def as_row(device: Device) -> HostDevice:
@@ -79,29 +84,64 @@ def as_row(device: Device) -> HostDevice:
     )
 
 
-def _understood(row: str) -> Device | None:
-    """A line of nvidia-smi's; None for a GPU that no run could use as a whole, or whose memory is not told."""
-    index, uuid, name, mebibytes, capability, mig = (cell.strip() for cell in row.split(","))
-    if mig == "Enabled" or not mebibytes.isdigit():
-        why = "it is divided by MIG" if mig == "Enabled" else "its driver does not tell its memory"
+@contextmanager
+def _driver() -> Iterator[bool]:
+    """Whether there is a driver, which the block may ask; none on a host without its library, and only there.
+
+    Raises DriverFails, also for what fails in the block.
+    """
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError_LibraryNotFound:
+        yield False
+        return
+    except pynvml.NVMLError as error:
+        raise _failure(error) from error
+    try:
+        yield True
+    except pynvml.NVMLError as error:
+        raise _failure(error) from error
+    finally:
+        # A driver that has failed may refuse this too, and has said why already.
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+
+
+def _failure(error: Exception) -> DriverFails:
+    return DriverFails(f"the NVIDIA driver fails ({error}). {_ADVICE}")
+
+
+def _gpus() -> list[Device | None]:
+    """The host's GPUs in the driver's order; None for each that no run could use as a whole. Raises DriverFails."""
+    with _driver() as is_there:
+        return [_understood(index) for index in range(pynvml.nvmlDeviceGetCount())] if is_there else []
+
+
+def _understood(index: int) -> Device | None:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    name = pynvml.nvmlDeviceGetName(handle)
+    mig = _if_known(pynvml.nvmlDeviceGetMigMode, handle)
+    memory = _if_known(pynvml.nvmlDeviceGetMemoryInfo, handle)
+    is_divided = mig is not None and mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE
+    if is_divided or memory is None:
+        why = "it is divided by MIG" if is_divided else "its driver does not tell its memory"
         log.error("GPU %s (%s) is not used: %s", index, name, why)
         return None
-    return Device(int(index), name, int(mebibytes) * 2**20, float(capability) >= _BF16_SINCE, uuid)
+    bf16 = pynvml.nvmlDeviceGetCudaComputeCapability(handle) >= _BF16_SINCE
+    return Device(index, name, int(memory.total), bf16, pynvml.nvmlDeviceGetUUID(handle))
 
 
-def _ask(query: str) -> list[str]:
-    """nvidia-smi's answer, a line a row; none on a host without that program, and only there. Raises DriverFails."""
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+def _is_busy(index: int) -> bool:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    return bool(_if_known(pynvml.nvmlDeviceGetComputeRunningProcesses, handle))
+
+
+def _if_known(ask: Callable[[Any], Any], handle: Any) -> Any:
+    """The driver's answer; None where this kind of GPU has none, which is no failure."""
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except FileNotFoundError:
-        return []
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise DriverFails(f"nvidia-smi does not answer ({type(error).__name__}). {_ADVICE}") from error
-    if answer.returncode != 0:
-        said = (answer.stdout + answer.stderr).strip()
-        raise DriverFails(f"nvidia-smi ends with {answer.returncode} ({said}). {_ADVICE}")
-    return [line for line in answer.stdout.splitlines() if line.strip()]
+        return ask(handle)
+    except pynvml.NVMLError_NotSupported:
+        return None
 
 
 def _is_visible(gpu: Device, visible: str) -> bool:
