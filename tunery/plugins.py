@@ -1,7 +1,7 @@
 """Plug-ins: modules that the operator names in TUNERY_PLUGINS, and that add to the registries of this code.
 
 Every service and every trainer imports NAME, which must be light: the API has no torch. Where NAME is a package, its
-submodule NAME.api, NAME.worker, NAME.trainer or NAME.server is imported by that kind of process alone.
+submodule NAME.api, NAME.cli, NAME.worker, NAME.trainer or NAME.server is imported by that kind of process alone.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from typing import Literal
 
 from tunery.errors import PluginFailed
 
-Process = Literal["api", "worker", "trainer", "server"]
+Process = Literal["api", "cli", "worker", "trainer", "server"]
 VARIABLE = "TUNERY_PLUGINS"
 
 

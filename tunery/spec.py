@@ -7,9 +7,9 @@ Pure pydantic. Each technique owns only its own knobs, so that "a rank on a full
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
-from tunery.errors import InvalidValue
+from tunery.errors import InvalidValue, Unsupported
 
 Auto = Literal["auto"]
 
@@ -72,6 +72,40 @@ class Qlora(Lora):
 
 
 Technique = Annotated[Full | Lora | Qlora, Field(discriminator="type")]
+
+
+class MethodOptions(Part):
+    """How a run learns from its rows. Each method is a subclass with its own `type` and knobs, an entry of METHODS."""
+
+    type: str
+
+
+class Supervised(MethodOptions):
+    """Learns every labelled token of a row by its cross entropy."""
+
+    type: Literal["supervised"] = "supervised"
+
+
+METHODS: dict[str, type[MethodOptions]] = {"supervised": Supervised}
+"""By `type`. A plug-in adds its own."""
+
+
+def find_method(name: str) -> type[MethodOptions]:
+    """The class of a method's options. Raises Unsupported, naming the methods that there are."""
+    if name not in METHODS:
+        known = " or ".join(f"'{known}'" for known in METHODS)
+        instead = f"Use method.type {known}, with technique full, lora or qlora."
+        raise Unsupported(param="method.type", what=f"Method '{name}'", instead=instead)
+    return METHODS[name]
+
+
+def _read_method(value: Any) -> Any:
+    if isinstance(value, dict) and isinstance(name := value.get("type"), str):
+        return find_method(name).model_validate(value)
+    return value
+
+
+Method = Annotated[SerializeAsAny[MethodOptions], BeforeValidator(_read_method)]
 
 
 class Schedule(Part):
@@ -157,6 +191,7 @@ class RequestedOptions(TrainingOptions[Technique | None, Annotated[float, Field(
 class TrainingSpec(RequestedOptions):
     """A request for a run, as stored with its job. Technique absent: LoRA where bf16 fits, else QLoRA, never full."""
 
+    method: Method = Supervised()
     seed: Seed
     hyperparameters: Hyperparameters = Hyperparameters()
 
@@ -169,6 +204,7 @@ class TrainingSpec(RequestedOptions):
 class Plan(TrainingOptions[Technique, Annotated[float, Field(gt=0)]]):
     """A spec with every "auto" decided, by `planning.advice`, once the files have been read."""
 
+    method: Method = Supervised()
     seed: Seed
     n_epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1, description="Rows a step over all GPUs")

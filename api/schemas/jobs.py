@@ -127,6 +127,14 @@ class MethodEcho(Wire):
     supervised: SupervisedEcho
 
 
+class OtherMethodEcho(Wire):
+    """A method of a plug-in, its hyperparameters under its own name."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: str
+
+
 class Progress(Wire):
     """How far a run is. More keys than these two come with the run."""
 
@@ -151,7 +159,7 @@ class OpenAIJob(Wire):
     validation_file: str | None
     training_file: str
     hyperparameters: Hyperparameters = Field(description='"auto" until the files have been read, then numbers')
-    method: MethodEcho
+    method: MethodEcho | OtherMethodEcho
     metadata: dict[str, str] | None
     error: JobError | None
     seed: int
@@ -210,7 +218,7 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str], waits_for:
         validation_file=row.validation_file,
         training_file=row.training_file,
         hyperparameters=knobs,
-        method=MethodEcho(supervised=SupervisedEcho(hyperparameters=knobs)),
+        method=_method(settled, knobs),
         metadata=row.user_metadata,
         error=_error_of(row),
         seed=settled["seed"],
@@ -227,6 +235,15 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str], waits_for:
         warnings=list(warnings),
         **_options(settled),
     )
+
+
+def _method(stored: dict[str, Any], knobs: Hyperparameters) -> MethodEcho | OtherMethodEcho:
+    """The method of a stored spec or plan; one of an older release has none, and was supervised."""
+    own = dict(stored.get("method") or {"type": "supervised"})
+    name = own.pop("type")
+    if name == "supervised":
+        return MethodEcho(supervised=SupervisedEcho(hyperparameters=knobs))
+    return OtherMethodEcho(type=name, **{name: {"hyperparameters": knobs.model_dump() | own}})
 
 
 def _estimated_finish(row: model.Job) -> int | None:

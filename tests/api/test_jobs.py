@@ -133,9 +133,10 @@ def test_unusable_files(team: Team, file: str, base: str) -> None:
     _refused(_create(team, picture), 400, "training_file", "purpose 'fine-tune'")
 
 
-@pytest.mark.parametrize("method", ["dpo", "reinforcement"])
+@pytest.mark.parametrize("method", ["dpo", "reinforcement", "sft"])
 def test_other_methods_are_refused_by_name(method: str, team: Team, file: str, base: str) -> None:
-    answer = _create(team, file, method={"type": method, method: {"hyperparameters": {"n_epochs": 1}}})
+    named = {} if method == "sft" else {method: {"hyperparameters": {"n_epochs": 1}}}
+    answer = _create(team, file, method={"type": method, **named})
     _refused(answer, 400, "method.type", f"Method '{method}' is not supported here. Use method.type 'supervised'")
 
 
@@ -151,6 +152,8 @@ def test_contradictions(team: Team, file: str, base: str) -> None:
     _refused(_create(team, file, **both), 400, "hyperparameters", "differ")
     mixed = {"type": "supervised", "dpo": {}}
     _refused(_create(team, file, method=mixed), 400, "method.dpo", "method.type is 'supervised'")
+    unknown = {"type": "supervised", "kto": {}}
+    _refused(_create(team, file, method=unknown), 400, "method.kto", "Unknown parameter: 'method.kto'")
     assert team.http.get(ROUTE).json()["data"] == []
 
 

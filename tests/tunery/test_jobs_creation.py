@@ -1,14 +1,17 @@
 """Jobs that a part of the service creates itself, without the API."""
 
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import rows
+from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tunery.errors import InvalidValue
+from api.schemas import jobs
+from tunery import spec
+from tunery.errors import InvalidValue, Rejected, Unsupported
 from tunery.jobs import creation
 from tunery.jobs.model import Job, JobEvent
 from tunery.jobs.request import JobRequest
@@ -17,7 +20,8 @@ from tunery.keys import ring
 from tunery.keys.model import Project
 from tunery.keys.ring import Caller
 from tunery.models.errors import ModelNotFound
-from tunery.spec import Hyperparameters, Lora, TrainingSpec
+from tunery.planning import advice
+from tunery.spec import Float, Hyperparameters, Lora, MethodOptions, Plan, TrainingSpec
 
 
 @pytest.fixture
@@ -121,4 +125,78 @@ def test_spec_of_an_older_release_is_read() -> None:
         "learning_rate": None,
     }
     assert TrainingSpec.model_validate(stored) == TrainingSpec(seed=7)
-    assert TrainingSpec(seed=7).model_dump(mode="json") == stored
+    assert TrainingSpec(seed=7).model_dump(mode="json") == stored | {"method": {"type": "supervised"}}
+
+
+class Pairwise(MethodOptions):
+    """A method of a plug-in."""
+
+    type: Literal["pairwise"] = "pairwise"
+    margin: Float = Field(1.0, gt=0)
+
+
+@pytest.fixture
+def pairwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(spec.METHODS, "pairwise", Pairwise)
+
+
+@pytest.mark.usefixtures("pairwise")
+@pytest.mark.parametrize(
+    ("fields", "margin", "epochs"),
+    [
+        ({"method": {"type": "pairwise"}, "hyperparameters": {"n_epochs": 2}}, 1.0, 2),
+        ({"method": {"type": "pairwise", "pairwise": {"hyperparameters": {"margin": 0.5, "n_epochs": 3}}}}, 0.5, 3),
+        ({"method": {"type": "pairwise", "pairwise": {}}}, 1.0, "auto"),
+    ],
+)
+def test_method_of_a_plug_in_is_stored_with_its_own_options(
+    session: Session, caller: Caller, names: dict[str, str], fields: dict[str, Any], margin: float, epochs: Any
+) -> None:
+    job = creation.create(session, caller, JobRequest.model_validate(names | fields))
+
+    stored = TrainingSpec.model_validate(job.spec)
+    assert (stored.method, stored.hyperparameters.n_epochs) == (Pairwise(margin=margin), epochs)
+    plan = advice.resolve(stored, examples=10, facts={"hidden_size": 64}, bf16_fits=True)
+    assert Plan.model_validate_json(plan.model_dump_json()).method == Pairwise(margin=margin)
+    session.refresh(job)
+    echo = jobs.of(job, organization="tunery", warnings=[], waits_for=None).model_dump(mode="json")["method"]
+    knobs = {"n_epochs": epochs, "batch_size": "auto", "learning_rate_multiplier": "auto", "margin": margin}
+    assert echo == {"type": "pairwise", "pairwise": {"hyperparameters": knobs}}
+
+
+@pytest.mark.usefixtures("pairwise")
+@pytest.mark.parametrize(
+    ("method", "param", "words"),
+    [
+        ({"type": "sft"}, "method.type", "Method 'sft' is not supported here. Use method.type 'supervised' or 'pairw"),
+        ({"type": "supervised", "pairwise": {}}, "method.pairwise", "but method.type is 'supervised'"),
+        ({"type": "pairwise", "supervised": {}}, "method.supervised", "but method.type is 'pairwise'"),
+        ({"type": "pairwise", "pairwise": {"margin": 1}}, "method.pairwise.margin", "Unknown parameter"),
+        (
+            {"type": "pairwise", "pairwise": {"hyperparameters": {"margin": 0}}},
+            "method.pairwise.hyperparameters.margin",
+            "should be more than 0",
+        ),
+        (
+            {"type": "pairwise", "pairwise": {"hyperparameters": {"n_epochs": 0}}},
+            "method.pairwise.hyperparameters.n_epochs",
+            "should be at least 1",
+        ),
+        (
+            {"type": "pairwise", "pairwise": {"hyperparameters": {"beta": 1}}},
+            "method.pairwise.hyperparameters.beta",
+            "Unknown parameter",
+        ),
+    ],
+)
+def test_wrong_methods_are_refused(
+    session: Session, caller: Caller, names: dict[str, str], method: dict[str, Any], param: str, words: str
+) -> None:
+    with pytest.raises(Rejected) as refused:
+        creation.create(session, caller, JobRequest.model_validate(names | {"method": method}))
+    assert (refused.value.param, words in refused.value.message) == (param, True), refused.value.message
+
+
+def test_spec_of_a_method_that_is_gone_is_refused_by_name() -> None:
+    with pytest.raises(Unsupported, match=r"Method 'pairwise' is not supported here\. Use method\.type 'supervised'"):
+        TrainingSpec.model_validate({"seed": 1, "method": {"type": "pairwise", "margin": 1.0}})

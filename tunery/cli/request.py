@@ -11,12 +11,13 @@ from urllib.parse import quote
 
 from pydantic import ValidationError
 
-from tunery import field_errors
+from tunery import field_errors, plugins
 from tunery.cli.remote import Refused, Remote
 from tunery.datasets import rules
 from tunery.failures import JobFailure
 from tunery.jobs import creation
 from tunery.jobs.request import JobRequest
+from tunery.rows.encoding import RowEncoder, find_encoder
 from tunery.rows.messages import FileRole
 
 Body = dict[str, Any]
@@ -114,7 +115,8 @@ def _contradiction(second: str, first: str, path: str) -> Refused:
 
 
 def check(body: Body) -> None:
-    """Raises what the API would say of the fields: Refused, InvalidValue, Unsupported."""
+    """Raises what the API would say of the fields: Refused, InvalidValue, Unsupported; PluginFailed."""
+    plugins.load(plugins.names(), "cli")
     try:
         creation.check_fields(JobRequest.model_validate(body))
     except ValidationError as error:
@@ -177,7 +179,8 @@ def sources(api: Remote, local: dict[FileRole, Path], stored: dict[FileRole, dic
 def check_files(body: Body, found: dict[FileRole, Source]) -> list[str]:
     """Warnings about rows that are in two of the files. Raises Refused for a file that the API would refuse."""
     overlap = rules.Overlap()
-    digests = {role: _check_rows(source, role, overlap) for role, source in found.items()}
+    method = str(_get(body, "method.type") or "supervised")
+    digests = {role: _check_rows(source, role, find_encoder(method, role), overlap) for role, source in found.items()}
     repeats = "test" in found and digests["test"] == digests.get("training")
     if repeats and not body.get("allow_test_on_training_file"):
         raise Refused(message=creation.TEST_IS_TRAINING.format(file=found["test"].name))
@@ -186,7 +189,7 @@ def check_files(body: Body, found: dict[FileRole, Source]) -> list[str]:
     ]
 
 
-def _check_rows(source: Source, role: FileRole, overlap: rules.Overlap) -> bytes:
+def _check_rows(source: Source, role: FileRole, encoder: RowEncoder, overlap: rules.Overlap) -> bytes:
     """The file's sha256, after what needs no model of the checks that the upload and the job make."""
     digest = hashlib.sha256()
 
@@ -196,7 +199,7 @@ def _check_rows(source: Source, role: FileRole, overlap: rules.Overlap) -> bytes
             yield chunk
 
     try:
-        rules.check_examples(read(), role=role, seen=partial(overlap.add, role))
+        rules.check_examples(read(), role=role, encoder=encoder, seen=partial(overlap.add, role))
     except JobFailure as error:
         raise Refused(message=f"{source.name}: {error.fields.get('reason') or error.message}") from error
     return digest.digest()

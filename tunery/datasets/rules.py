@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from tunery.failures import InvalidNExamples, InvalidTrainingFile
 from tunery.rows.dialect import LimitExceeded
-from tunery.rows.encoding import Encoded, encode_answer, encode_example, nothing_trained, read_rows
+from tunery.rows.encoding import CHATS, Encoded, RowEncoder, encode_answer, nothing_trained, read_rows
 from tunery.rows.errors import CannotRender
-from tunery.rows.messages import Example, FileRole, parse_row
+from tunery.rows.messages import Example, FileRole
 from tunery.rows.template import ChatTemplate
 
 LEAST_EXAMPLES = 10
@@ -79,12 +79,13 @@ def check_examples(
     template: ChatTemplate | None = None,
     max_length: int = 2048,
     least: int | None = None,
+    encoder: RowEncoder = CHATS,
     seen: Callable[[int, Example], object] | None = None,
 ) -> Summary:
     """Reads the whole file, row by row, in constant memory.
 
-    `least`: examples that it must have (a training file 10, others 1). Without a template, rows are judged by their
-    own form only. `seen` is called with each good line's number and example.
+    `least`: examples that it must have (a training file 10, others 1). `encoder`: of the job's method. Without a
+    template, rows are judged by their own form only. `seen` is called with each good line's number and example.
     Raises InvalidTrainingFile, with the first fault and the lines of the others, or InvalidNExamples.
     """
     summary = Summary()
@@ -93,8 +94,12 @@ def check_examples(
         for row in read_rows(chunks, role):
             number = row.number
             try:
-                example = parse_row(row, role)
-                _judge(summary, number, example, role, template, max_length)
+                example = encoder.parse(row, role)
+                _count(summary, number, example)
+                if template is not None:
+                    encoded = encoder.encode(template, example, number, max_length=max_length, role=role)
+                    _measure(summary, number, encoded)
+                    _check_answer(summary, number, template, example, role)
                 if seen is not None:
                     seen(number, example)
             except InvalidTrainingFile as fault:
@@ -108,27 +113,9 @@ def check_examples(
     if faults:
         raise _all_of(faults, role)
     _check_enough(summary, role, LEAST_EXAMPLES if least is None and role == "training" else least or 1)
-    if len(summary.unscorable) == summary.examples:
-        raise InvalidTrainingFile(
-            param=f"{role}_file",
-            role=role,
-            reason="No example wants an answer with text, so none can be scored. Add some, or leave "
-            "evaluation.test_file out.",
-        )
     if template is not None and not summary.trained_tokens:
         raise nothing_trained(role, max_length)
     return summary
-
-
-def _judge(
-    summary: Summary, number: int, example: Example, role: FileRole, template: ChatTemplate | None, max_length: int
-) -> None:
-    """Adds one line to the summary. Raises InvalidTrainingFile where the template cannot write it."""
-    _count(summary, number, example)
-    if template is not None:
-        _measure(summary, number, encode_example(template, example, number, max_length=max_length, role=role))
-        if role == "test":
-            _check_answer(summary, number, template, example)
 
 
 def _is_exhausting(fault: InvalidTrainingFile) -> bool:
@@ -140,6 +127,13 @@ def _is_exhausting(fault: InvalidTrainingFile) -> bool:
 def _check_enough(summary: Summary, role: FileRole, least: int) -> None:
     if summary.examples < least:
         raise InvalidNExamples(param=f"{role}_file", role=role.capitalize(), n=summary.examples, least=least)
+    if len(summary.unscorable) == summary.examples:
+        raise InvalidTrainingFile(
+            param=f"{role}_file",
+            role=role,
+            reason="No example wants an answer with text, so none can be scored. Add some, or leave "
+            "evaluation.test_file out.",
+        )
 
 
 def _all_of(faults: dict[int, InvalidTrainingFile], role: FileRole) -> InvalidTrainingFile:
@@ -183,7 +177,9 @@ def _measure(summary: Summary, number: int, encoded: Encoded) -> None:
         summary.truncated.append(number)
 
 
-def _check_answer(summary: Summary, number: int, template: ChatTemplate, example: Example) -> None:
+def _check_answer(summary: Summary, number: int, template: ChatTemplate, example: Example, role: FileRole) -> None:
+    if role != "test":
+        return
     _, wanted = encode_answer(template, example, number)
     if not template.answer_text(wanted).strip():
         summary.unscorable.append(number)

@@ -12,16 +12,15 @@ from tunery import ids
 from tunery.datasets import shelf
 from tunery.datasets.model import File
 from tunery.errors import InvalidValue, NotFound, Unsupported
-from tunery.jobs import ledger
+from tunery.jobs import ledger, method
 from tunery.jobs.model import Job
-from tunery.jobs.request import JobRequest, Method
+from tunery.jobs.request import JobRequest
 from tunery.keys.ring import Caller
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.planning import advice
-from tunery.spec import Hyperparameters, Lora, TrainingOptions, TrainingSpec, check_one_rate
+from tunery.spec import Hyperparameters, Lora, MethodOptions, TrainingOptions, TrainingSpec, check_one_rate
 
-_SUPPORTED = "Use method.type 'supervised', with technique full, lora or qlora."
 TEST_IS_TRAINING = (
     "The test file {file} equals the training file: its scorecard would measure memory, not learning. Name rows that "
     "are not trained on, or set 'allow_test_on_training_file' to true."
@@ -44,10 +43,10 @@ def create(
     )
     if earlier is not None:
         return earlier
-    hyperparameters = check_fields(request)
+    chosen, hyperparameters = check_fields(request)
     model = registry.find_ready(session, caller.project_id, request.model)
     advice.check_modules(request.technique, model.facts)
-    spec = _spec(session, request, model, hyperparameters)
+    spec = _spec(session, request, model, method=chosen, hyperparameters=hyperparameters)
     advice.check_technique(spec.technique, model.facts)
     for param, name in _files(request).items():
         _check_file(session, caller.project_id, param, name)
@@ -64,35 +63,14 @@ def _digest(request: JobRequest) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def check_fields(request: JobRequest) -> Hyperparameters:
-    """The request's hyperparameters. Raises Unsupported, InvalidValue for fields that contradict each other."""
-    _check_method(request.method)
-    hyperparameters = _hyperparameters(request)
+def check_fields(request: JobRequest) -> tuple[MethodOptions, Hyperparameters]:
+    """Returns the request's method. Raises Unsupported, InvalidValue for fields that contradict each other."""
+    chosen, hyperparameters = method.read(request)
     check_one_rate(request.learning_rate, hyperparameters)
     asked = {"early_stopping": request.early_stopping is not None, "select": request.select == "best"}
     for param in (param for param, is_asked in asked.items() if is_asked and request.validation_file is None):
         raise InvalidValue(param=param, reason=f"'{param}' needs a validation loss. Send a validation_file too.")
-    return hyperparameters
-
-
-def _check_method(method: Method | None) -> None:
-    if method is None:
-        return
-    if method.type != "supervised":
-        raise Unsupported(param="method.type", what=f"Method '{method.type}'", instead=_SUPPORTED)
-    for other in ("dpo", "reinforcement"):
-        if getattr(method, other) is not None:
-            reason = f"'method.{other}' is set, but method.type is 'supervised'."
-            raise InvalidValue(param=f"method.{other}", reason=reason)
-
-
-def _hyperparameters(request: JobRequest) -> Hyperparameters:
-    """Old clients send them at the top. Raises InvalidValue when both places are set and differ."""
-    inner = request.method.supervised.hyperparameters if request.method and request.method.supervised else None
-    if inner is not None and request.hyperparameters is not None and inner != request.hyperparameters:
-        reason = "'hyperparameters' and 'method.supervised.hyperparameters' differ. Send the second only."
-        raise InvalidValue(param="hyperparameters", reason=reason)
-    return inner or request.hyperparameters or Hyperparameters()
+    return chosen, hyperparameters
 
 
 def _files(request: JobRequest) -> dict[str, str]:
@@ -124,12 +102,12 @@ def _check_held_out(session: Session, request: JobRequest) -> None:
         raise InvalidValue(param="evaluation.test_file", reason=TEST_IS_TRAINING.format(file=test_file))
 
 
-def _spec(session: Session, request: JobRequest, model: Model, hyperparameters: Hyperparameters) -> TrainingSpec:
+def _spec(session: Session, request: JobRequest, model: Model, **decided: Any) -> TrainingSpec:
     options = {name: getattr(request, name) for name in TrainingOptions.model_fields}
     if model.kind != "base":
         options["technique"] = _continued(session, request, model)
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
-    return TrainingSpec(**options, seed=seed, hyperparameters=hyperparameters)
+    return TrainingSpec(**options, seed=seed, **decided)
 
 
 def _continued(session: Session, request: JobRequest, parent: Model) -> Lora:

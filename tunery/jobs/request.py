@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
-from tunery.spec import Hyperparameters, Int, Part, RequestedOptions, Seed
+from tunery.spec import METHODS, Hyperparameters, Int, Part, RequestedOptions, Seed
 
 
 class Supervised(Part):
@@ -12,12 +13,33 @@ class Supervised(Part):
 
 
 class Method(Part):
-    """How to train. `dpo` and `reinforcement` are known by name, so that they can be refused by name."""
+    """How to train. `dpo` and `reinforcement` are known by name, so that they can be refused by name.
 
-    type: Literal["supervised", "dpo", "reinforcement"]
+    A method of a plug-in has its object under its own name too, beside these.
+    """
+
+    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
+
+    type: str = Field(json_schema_extra={"enum": ["supervised", "dpo", "reinforcement"]})
     supervised: Supervised | None = None
     dpo: dict[str, Any] | None = None
     reinforcement: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _refuse_unknown(self) -> "Method":
+        unknown = [
+            InitErrorDetails(type="extra_forbidden", loc=(name,), input=value)
+            for name, value in (self.model_extra or {}).items()
+            if name not in METHODS
+        ]
+        if unknown:
+            raise ValidationError.from_exception_data("Method", unknown)
+        return self
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The object of each method that has one, by the method's name."""
+        return {name: value for name, value in self if name != "type" and value is not None}
 
 
 class Wandb(Part):

@@ -1,6 +1,6 @@
 """From a file's bytes to what the model learns of each line: the one path of validation, disjointness and trainer."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from tunery.failures import InvalidTrainingFile
@@ -13,13 +13,16 @@ from tunery.rows.template import IGNORED, ChatTemplate, Rendered
 
 @dataclass(frozen=True)
 class Encoded:
-    """The sequences of one example that teach something: one, or one for each answer where the template shows earlier
-    answers differently. None is left where the cut takes every answer."""
+    """What a row teaches: the sequences of each example that is drawn from it. None where the cut takes all of it."""
 
-    sequences: list[Rendered]
+    examples: list[list[Rendered]]
     truncated: bool
     spelled_special: tuple[str, ...] = ()
     """The special tokens that the example's texts spell."""
+
+    @property
+    def sequences(self) -> list[Rendered]:
+        return [sequence for example in self.examples for sequence in example]
 
     @property
     def tokens(self) -> int:
@@ -51,16 +54,38 @@ def read_examples(chunks: Iterable[bytes], role: FileRole) -> Iterator[tuple[int
 def encode_example(
     template: ChatTemplate, example: Example, line_number: int, *, max_length: int, role: FileRole = "training"
 ) -> Encoded:
-    """What the model learns of one line's example. Raises InvalidTrainingFile, naming the line."""
+    """What a model learns of one line's answers: an example of one sequence, or one for each answer where the template
+    shows earlier answers differently. Raises InvalidTrainingFile, naming the line."""
     try:
         sequences = template.encode_all(example, max_length)
     except CannotRender as error:
         raise invalid(role, line_number, error.message) from error
     return Encoded(
-        [sequence for sequence in sequences if count_trained(sequence)],
+        [[sequence] for sequence in sequences if count_trained(sequence)],
         truncated=any(sequence.truncated for sequence in sequences),
         spelled_special=sequences[0].spelled_special,
     )
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """How a method reads a file: `parse` takes a row and its file's role, `encode` what `encode_example` takes.
+
+    The parsed row is an Example or of a subclass. Both raise InvalidTrainingFile, naming the line.
+    """
+
+    parse: Callable[[SourceRow, FileRole], Example]
+    encode: Callable[..., Encoded]
+
+
+CHATS = RowEncoder(parse_row, encode_example)
+ENCODERS: dict[str, RowEncoder] = {"supervised": CHATS}
+"""By method. A plug-in adds its own."""
+
+
+def find_encoder(method: str, role: FileRole) -> RowEncoder:
+    """Returns the encoder of a file. Test rows are chats whatever the method, as the models answer them."""
+    return CHATS if role == "test" else ENCODERS[method]
 
 
 def encode_answer(template: ChatTemplate, example: Example, line_number: int) -> tuple[list[int], list[int]]:

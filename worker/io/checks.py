@@ -17,6 +17,7 @@ from tunery.failures import InvalidTrainingFile
 from tunery.jobs.model import HostDevice
 from tunery.models.model import Model
 from tunery.planning import advice, memory
+from tunery.rows.encoding import find_encoder
 from tunery.rows.messages import FileRole
 from tunery.rows.template import ChatTemplate
 from tunery.settings import Settings
@@ -88,6 +89,7 @@ def check_files(case: Case, found: Findings) -> list[str]:
             role=role,
             template=found.template,
             max_length=case.max_length,
+            encoder=find_encoder(case.spec.method.type, role),
             seen=partial(found.overlap.add, role) if len(case.files) > 1 else None,
         )
     return [
