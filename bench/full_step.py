@@ -23,7 +23,7 @@ from bench.train_rows import rows
 from bench.train_side_by_side import hardware
 from tunery.planning.precision import decide
 from tunery.spec import Full, Plan
-from worker.trainer.data import collate
+from worker.trainer.data import collate, singles
 from worker.trainer.objective import Objective
 from worker.trainer.precision import dtype
 from worker.trainer.recipes.full import FULL
@@ -63,7 +63,7 @@ def measure(arm: str, a: argparse.Namespace) -> dict[str, Any]:
         else FULL.make_optimizer(parameters, plan, precision)
     )
     made = rows(a.batch, a.length)
-    batch = collate(made, [[i] for i in range(a.batch)], device)
+    batch = collate(singles(made), [[i] for i in range(a.batch)], device)
     watched = objective.causal.model.layers[0].mlp.up_proj.weight
     before = watched.detach().clone()
     torch.cuda.reset_peak_memory_stats()

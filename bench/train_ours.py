@@ -12,7 +12,7 @@ from bench.train_rows import SEED, rows
 from tunery.planning.precision import decide
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Full, Lora, Plan, Qlora, Run, Schedule
-from worker.trainer.data import Rows
+from worker.trainer.data import Rows, singles
 from worker.trainer.loop import train
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective, all_and_trainable
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=6)
     a = parser.parse_args()
     began = time.monotonic()
-    t = set_up(a.model, a.method, bool(a.ckpt), Rows(rows(a.steps * a.bs, a.seq)), a.bs)
+    t = set_up(a.model, a.method, bool(a.ckpt), Rows(singles(rows(a.steps * a.bs, a.seq))), a.bs)
     loaded = time.monotonic() - began
     torch.cuda.reset_peak_memory_stats()
     train(t, Progress())

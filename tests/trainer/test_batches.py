@@ -11,7 +11,7 @@ from run_folders import chat, lay_out, plan
 
 from tunery.spec import Full
 from worker.trainer import data, evaluate, packing, rope
-from worker.trainer.data import IGNORED, Row, collate, micro_batches
+from worker.trainer.data import IGNORED, Row, collate, micro_batches, singles
 from worker.trainer.loop import _take_step
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.report import Voice
@@ -48,7 +48,7 @@ def test_micro_batches_keep_to_the_budget_and_lose_nothing() -> None:
 
 
 def test_collate_predicts_each_label_from_the_token_before_it() -> None:
-    rows = [Row([5, 6, 7], [IGNORED, 6, 7]), Row([8, 9], [8, 9])]
+    rows = singles([Row([5, 6, 7], [IGNORED, 6, 7]), Row([8, 9], [8, 9])])
 
     batch = collate(rows, [[0], [1]], CPU)
 
@@ -59,7 +59,7 @@ def test_collate_predicts_each_label_from_the_token_before_it() -> None:
 
 
 def test_collate_never_predicts_across_packed_rows() -> None:
-    rows = [Row([5, 6, 7], [IGNORED, 6, 7]), Row([8, 9], [8, 9])]
+    rows = singles([Row([5, 6, 7], [IGNORED, 6, 7]), Row([8, 9], [8, 9])])
 
     batch = collate(rows, [[0, 1]], CPU)
 
@@ -85,13 +85,13 @@ def test_row_longer_than_a_sequence_stands_alone() -> None:
 
 def test_packed_loss_is_the_sum_of_the_rows_losses(tmp_path: Path, tiny: Path) -> None:
     t = training(tmp_path / "run", tiny, [chat(i) for i in range(5)])
-    rows = t.rows.rows
+    rows = t.rows.examples
 
     alone = sum(float(t.objective(collate(rows, [[i]], CPU), 1.0)[0].detach()) for i in range(5))
     packed = float(t.objective(collate(rows, [[0, 1, 2], [3, 4]], CPU), 1.0)[0].detach())
 
     assert packed == pytest.approx(alone, rel=1e-5)
-    assert packing.keeps_rows_apart(t.objective, rows, CPU)
+    assert packing.keeps_rows_apart(t.objective, t.rows.rows, CPU)
 
 
 @pytest.mark.parametrize("budget", [10_000, 150], ids=["one micro-batch", "several"])
@@ -147,7 +147,7 @@ def test_groups_hold_in_training_and_validation(tmp_path: Path, tiny: Path, monk
     monkeypatch.setattr(t.objective, "forward", noting)
     assert t.valid is not None
     _take_step(t, Progress())
-    evaluate.loss(t.stepper, t.valid.rows)
+    evaluate.loss(t.stepper, t.valid.examples)
 
     assert all(len(sides) == 1 for sides in seen)
     assert len(seen) == 4
@@ -192,7 +192,7 @@ def test_last_short_step_is_the_mean_over_its_own_tokens(tmp_path: Path, tiny: P
     t.stepper.memory = MemoryPlan(1)
     progress = Progress()
     last = [_take_step(t, progress)[0] for _ in range(3)][-1]
-    rows = [t.rows.rows[i] for i in data.rows_of_step(10, 3, 4, t.plan.seed)]
+    rows = [t.rows.examples[i] for i in data.rows_of_step(10, 3, 4, t.plan.seed)]
 
     loss, _ = t.objective(collate(rows, [[0], [1]], CPU), 1 / sum(row.labelled for row in rows))
     loss.backward()
@@ -222,5 +222,5 @@ def test_rows_without_a_trained_token_are_left_out(tmp_path: Path, tiny: Path) -
 
     t = training(tmp_path / "run", tiny, rows, max_seq_length=100)
 
-    assert len(t.rows.rows) == 2
+    assert len(t.rows.examples) == 2
     assert t.rows.unlearnable == (2,)

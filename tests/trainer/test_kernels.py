@@ -256,7 +256,7 @@ def test_model_that_is_told_the_rows_borders_learns_what_it_learns_from_padded_r
 
     def run(borders: bool, grain: tuple[int, int] = (1, 1)) -> tuple[float, dict[str, Tensor]]:
         together = [[0, 3], [1], [2]] if borders else [[i] for i in range(4)]
-        batch = data.collate(rows, together, torch.device("cpu"), grain, borders=borders)
+        batch = data.collate(data.singles(rows), together, torch.device("cpu"), grain, borders=borders)
         assert (batch.borders is not None) == borders
         model.zero_grad()
         loss, _ = objective(batch, 1.0)
@@ -280,7 +280,10 @@ def test_window_narrower_than_the_rows_holds_where_borders_are_told(tmp_path: Pa
     assert decoder.install(model) == 2
     objective = Objective(model)
     rows = [Row(ids, ids) for ids in (torch.randint(3, 250, (n,)).tolist() for n in lengths)]
-    batches = [data.collate(rows, [[0], [1], [2]], torch.device("cpu"), borders=borders) for borders in (False, True)]
+    batches = [
+        data.collate(data.singles(rows), [[0], [1], [2]], torch.device("cpu"), borders=borders)
+        for borders in (False, True)
+    ]
 
     with torch.no_grad():
         wanted, found = (float(objective(batch, 1.0)[0]) for batch in batches)

@@ -12,7 +12,7 @@ from tunery.datasets.rules import Summary, check_examples
 from tunery.failures import InvalidTrainingFile
 from tunery.rows.encoding import Encoded
 from tunery.rows.template import ChatTemplate
-from worker.trainer.data import Rows, read_examples, read_rows
+from worker.trainer.data import Rows, read_parsed, read_rows
 
 FAULTS = Path(__file__).parents[1] / "data" / "faults"
 TOOLS = (
@@ -81,7 +81,7 @@ def test_line_ends_and_marks_change_no_token(name: str, tmp_path: Path) -> None:
 
     assert len(lines) == 12
     assert read_rows(path, made, 2048) == read_rows(plain, made, 2048)
-    assert [number for number, _ in read_examples(path, "training")] == list(range(1, 13))
+    assert [number for number, _ in read_parsed(path, "training")] == list(range(1, 13))
 
 
 def test_a_first_token_is_learned_by_nobody_and_counted_by_nobody(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_first_token_is_learned_by_nobody_and_counted_by_nobody(tmp_path: Path
     assert isinstance(before, Summary), before
     assert isinstance(then, Rows), then
     assert then.rows[0].labels[0] == then.rows[0].input_ids[0]
-    assert before.trained_tokens == then.rows[0].labelled == 2
+    assert before.trained_tokens == then.examples[0].labelled == 2
 
 
 CALLED = (

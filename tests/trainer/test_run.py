@@ -269,7 +269,7 @@ def test_best_step_may_be_before_the_last(tmp_path: Path, tiny: Path, ear: Ear) 
     assert finished.step == min(losses, key=losses.__getitem__) < 6
     t = prepare(folder, Voice(None), Wish())
     checkpoints.restore_best(t, Progress(best_step=finished.step))
-    assert evaluate.loss(t.stepper, t.valid.rows)[0] == pytest.approx(losses[finished.step], rel=1e-5)
+    assert evaluate.loss(t.stepper, t.valid.examples)[0] == pytest.approx(losses[finished.step], rel=1e-5)
 
 
 def test_lost_best_weights_are_an_error(tmp_path: Path, tiny: Path) -> None:
@@ -352,7 +352,7 @@ def test_rows_that_lose_their_end_are_named(tmp_path: Path, tiny: Path, ear: Ear
 def test_logits_that_are_more_than_a_product_take_the_textbooks_loss(tmp_path: Path, tiny: Path) -> None:
     """By trying: the next architecture calls its multiplier by a name that nobody has listed."""
     t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
-    batch = collate(t.rows.rows, [[0]], t.device)
+    batch = collate(t.rows.examples, [[0]], t.device)
     assert t.objective.chunked
     t.objective.causal.register_forward_hook(lambda _module, _args, out: out.__setitem__("logits", out.logits * 0.5))
 

@@ -1,9 +1,11 @@
-"""What a developer adds without touching the rest works in real jobs: a format of rows, a training option.
+"""What a developer adds without touching the rest works in real jobs: a format of rows, a method, a training option.
 
 A back end of the model server in tests/api/test_backends.py.
 """
 
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,11 @@ from sqlalchemy import select
 from workshop import ROOT, Workshop, training_rows
 
 from api.main import create_app
+from tunery import spec
 from tunery.jobs.model import Metric
 from tunery.keys import ring
 from tunery.keys.model import Project
-from tunery.rows import readers
+from tunery.rows import encoding, readers
 
 PLUGIN = {"TUNERY_PLUGINS": "toy_format", "PYTHONPATH": str(ROOT / "tests/fixtures")}
 OPTION = '    rate_factor: Float = Field(1.0, ge=0, description="A toy: multiplies the rate of every step")\n'
@@ -56,6 +59,65 @@ def test_a_job_trains_on_a_plug_ins_format(workshop: Workshop, client: TestClien
     losses = metrics(workshop, job, "train_loss")
     assert len(losses) == 3
     assert losses == sorted(losses, reverse=True), losses
+
+
+PAIRWISE = {**PLUGIN, "TUNERY_PLUGINS": "toy_pairwise.rows,toy_pairwise"}
+
+
+@pytest.fixture
+def pairwise_client(workshop: Workshop) -> Iterator[TestClient]:
+    """The API with the method's plug-in, which is forgotten after the test."""
+    names = ("toy_pairwise.rows", "toy_pairwise")
+    app = create_app(workshop.database.settings.model_copy(update={"plugins": names}))
+    yield TestClient(app, headers={"authorization": f"Bearer {key_of(workshop)}"})
+    for known in (spec.METHODS, encoding.ENCODERS):
+        known.pop("pairwise", None)
+    for name in names:
+        del sys.modules[name]
+
+
+def pairs(count: int) -> bytes:
+    rows = [json.loads(line) for line in training_rows(count).splitlines()]
+    return b"".join(json.dumps({**row, "other": "0"}).encode() + b"\n" for row in rows)
+
+
+def test_a_job_trains_by_a_plug_ins_method(workshop: Workshop, pairwise_client: TestClient) -> None:
+    """Two rows an example, from the request to the artifact, with the validation loss of the method's own kind."""
+    workshop.start("io", **PAIRWISE)
+    workshop.start("train", **PAIRWISE)
+    sent = [("file", ("pairs.jsonl", content)) for content in (pairs(12), pairs(4), training_rows(12))]
+    files = [
+        pairwise_client.post("/v1/files", data={"purpose": "fine-tune"}, files=[file]).json()["id"] for file in sent
+    ]
+    own = {"margin": 2, "n_epochs": 6, "batch_size": 12}
+    method = {"type": "pairwise", "pairwise": {"hyperparameters": own}}
+    body = {"model": "tiny", "method": method, "technique": {"type": "lora", "r": 2}, "learning_rate": 0.02, "seed": 1}
+    made = [
+        pairwise_client.post("/v1/fine_tuning/jobs", json={**body, **named}).json()
+        for named in (
+            {
+                "training_file": files[0],
+                "validation_file": files[1],
+                "evaluation": {"test_file": files[2], "max_rows": 2, "max_new_tokens": 2},
+            },
+            {"training_file": files[2]},
+        )
+    ]
+
+    workshop.until_state(made[0]["id"], "succeeded", seconds=180)
+    workshop.until_state(made[1]["id"], "failed")
+
+    job = pairwise_client.get(f"/v1/fine_tuning/jobs/{made[0]['id']}").json()
+    knobs = {"learning_rate_multiplier": job["hyperparameters"]["learning_rate_multiplier"], **own}
+    assert job["method"] == {"type": "pairwise", "pairwise": {"hyperparameters": knobs}}
+    assert job["fine_tuned_model"]
+    assert job["scorecard"]["rows"] == 2  # chats, whatever the method
+    losses = metrics(workshop, job["id"], "train_loss")
+    assert len(losses) == 6
+    assert losses[-1] < 0.8 * losses[0], losses
+    error = pairwise_client.get(f"/v1/fine_tuning/jobs/{made[1]['id']}").json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
+    assert "Field required" in error["message"]
 
 
 CREATE = """

@@ -1,13 +1,13 @@
-"""Rows of tokens, the order in which they are seen, and the batches that the model gets.
+"""Examples of tokens, the order in which they are seen, and the batches that the model gets.
 
-A step draws rows; how they are put into sequences and micro-batches is settled inside the step and changes nothing of
-its loss. The order is a pure function of the seed and the epoch, so a resumed run needs no more than the number of its
-step to go on with the very same rows.
+A step draws examples; how their rows are put into sequences and micro-batches is settled inside the step and changes
+nothing of its loss. The order is a pure function of the seed and the epoch, so a resumed run needs no more than the
+number of its step to go on with the very same examples.
 """
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tunery.rows import encoding
-from tunery.rows.messages import Example, FileRole
+from tunery.rows import encoding, messages
+from tunery.rows.messages import FileRole
 from tunery.rows.template import IGNORED, ChatTemplate
 from worker.trainer.kernels.attention import Borders
 
@@ -27,7 +27,7 @@ _CHUNK_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Row:
-    """One training row: token ids, and for each the id to learn or -100."""
+    """One row of tokens: their ids, and for each the id to learn or -100."""
 
     input_ids: list[int]
     labels: list[int]
@@ -42,12 +42,40 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A file's rows; the lines that were cut at the longest allowed length, and those left out of it."""
+class Example:
+    """What is drawn as one: the rows that a method learns together, in its order. They share a micro-batch."""
 
-    rows: list[Row]
+    rows: tuple[Row, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.rows))
+
+    @property
+    def labelled(self) -> int:
+        return sum(row.labelled for row in self.rows)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many rows it has, and the length of the longest."""
+        return len(self.rows), max(map(len, self.rows))
+
+
+def singles(rows: Iterable[Row]) -> list[Example]:
+    """Returns an example of each row."""
+    return [Example((row,)) for row in rows]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A file's examples; the lines that were cut at the longest allowed length, and those left out of it."""
+
+    examples: list[Example]
     truncated: tuple[int, ...] = ()
     unlearnable: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for example in self.examples for row in example.rows]
 
     @property
     def tokens(self) -> int:
@@ -55,13 +83,8 @@ class Rows:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """The tokens of each row."""
-        return [len(row) for row in self.rows]
-
-    @cached_property
-    def labelled(self) -> list[int]:
-        """The labelled tokens of each row."""
-        return [row.labelled for row in self.rows]
+        """The tokens of each example."""
+        return [len(example) for example in self.examples]
 
     @cached_property
     def sha256(self) -> str:
@@ -76,9 +99,9 @@ class Rows:
 
 
 Packed = list[int]
-"""Indexes of the rows in one sequence: one row, or several when packing."""
+"""Indexes of the examples in one sequence: several when packing. The rows of one alone are sequences of their own."""
 MicroBatch = list[Packed]
-"""Sequences that pass through the model together."""
+"""What passes through the model together."""
 MOST_PADDING = 0.05
 """Share of padding up to which rows are a rectangle though their borders could be told: torch's attention over one is
 up to 1.8 times as fast as that over rows of any length, and takes a tenth of the time of a step at 2,048 tokens."""
@@ -94,7 +117,8 @@ class Batch:
     `input_ids` [sequences, longest], padded at the right: causal attention never looks there, so no mask is needed.
     `position_ids`: only when a sequence holds several rows; they start anew with each, which is also how transformers
     knows to keep the rows apart; a model that can be told their `borders` reads these instead. `where` indexes the
-    flattened positions that predict something, `targets` what.
+    flattened positions that predict something, `targets` what. `labelled`: how many of these belong to each row, in the
+    order of the examples and of their rows; what is left at the end is padding.
     """
 
     input_ids: Tensor
@@ -102,37 +126,47 @@ class Batch:
     where: Tensor
     targets: Tensor
     tokens: int
+    labelled: tuple[int, ...]
     borders: Borders | None = None
 
 
-def read_examples(path: Path, role: FileRole) -> Iterator[tuple[int, Example]]:
-    """The file's examples with their line numbers. Raises InvalidTrainingFile."""
-    with path.open("rb") as file:
-        yield from encoding.read_examples(iter(lambda: file.read(_CHUNK_BYTES), b""), role)
+def read_rows(
+    path: Path,
+    template: ChatTemplate,
+    max_length: int,
+    role: FileRole = "training",
+    encoder: encoding.RowEncoder = encoding.CHATS,
+) -> Rows:
+    """Every line as examples, by the encoder of a method. Lines with nothing to learn are left out and counted.
 
-
-def read_rows(path: Path, template: ChatTemplate, max_length: int, role: FileRole = "training") -> Rows:
-    """Every example as tokens. Rows with nothing to learn are left out and counted.
-
-    Raises InvalidTrainingFile, also when no row is left.
+    Raises InvalidTrainingFile, also when no example is left.
     """
-    rows: list[Row] = []
+    examples: list[Example] = []
     truncated: list[int] = []
     unlearnable: list[int] = []
-    for number, example in read_examples(path, role):
-        encoded = encoding.encode_example(template, example, number, max_length=max_length, role=role)
-        rows += [Row(sequence.input_ids, sequence.labels) for sequence in encoded.sequences]
-        if not encoded.sequences:
+    for number, parsed in read_parsed(path, role, encoder):
+        encoded = encoder.encode(template, parsed, number, max_length=max_length, role=role)
+        examples += [Example(tuple(Row(row.input_ids, row.labels) for row in rows)) for rows in encoded.examples]
+        if not encoded.examples:
             unlearnable.append(number)
         elif encoded.truncated:
             truncated.append(number)
-    if not rows:
+    if not examples:
         raise encoding.nothing_trained(role, max_length)
-    return Rows(rows, tuple(truncated), tuple(unlearnable))
+    return Rows(examples, tuple(truncated), tuple(unlearnable))
+
+
+def read_parsed(
+    path: Path, role: FileRole, encoder: encoding.RowEncoder = encoding.CHATS
+) -> Iterator[tuple[int, messages.Example]]:
+    """The file's lines, parsed, with their numbers. Raises InvalidTrainingFile."""
+    with path.open("rb") as file:
+        for row in encoding.read_rows(iter(lambda: file.read(_CHUNK_BYTES), b""), role):
+            yield row.number, encoder.parse(row, role)
 
 
 def order(count: int, seed: int, epoch: int) -> list[int]:
-    """The seeded order in which `count` rows are seen in an epoch (counted from 0)."""
+    """The seeded order in which `count` examples are seen in an epoch (counted from 0)."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     shuffled: list[int] = torch.randperm(count, generator=generator).tolist()
     return shuffled
@@ -144,7 +178,7 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
 
 
 def rows_of_step(count: int, step: int, batch_size: int, seed: int) -> list[int]:
-    """Indexes of the rows of a step (counted from 1), out of `count`."""
+    """Indexes of the examples of a step (counted from 1), out of `count`."""
     epoch, place = divmod(step - 1, steps_per_epoch(count, batch_size))
     return order(count, seed, epoch)[place * batch_size : (place + 1) * batch_size]
 
@@ -156,11 +190,13 @@ def micro_batches(
     *,
     packed_tokens: int | None = None,
     groups: list[Hashable] | None = None,
+    shapes: list[tuple[int, int]] | None = None,
 ) -> list[MicroBatch]:
-    """Cuts rows into micro-batches of at most `max_tokens` tokens with their padding (or one row).
+    """Cuts examples into micro-batches of at most `max_tokens` tokens with their padding (or one example).
 
-    `lengths` and `groups` hold a value for every row of the file; rows of different groups never share a micro-batch.
-    `packed_tokens`: rows are packed into sequences of at most so many tokens first; None: a row a sequence.
+    `lengths`, `groups` and `shapes` hold a value for every example of the file. Examples of different groups never
+    share a micro-batch. `shapes`: how many rows an example has, and the longest; None: one of its length.
+    `packed_tokens`: examples are packed into sequences of at most so many tokens first; None: a row a sequence.
     Within a step the order does not matter, as its loss is one sum; sorted by length, padding costs least.
     """
     apart: dict[Hashable, list[int]] = {}
@@ -169,30 +205,39 @@ def micro_batches(
     parts: list[MicroBatch] = []
     for together in apart.values():
         sequences = [[i] for i in together] if packed_tokens is None else pack(together, lengths, packed_tokens)
-        parts += _cut(sequences, lengths, max_tokens)
+        parts += _cut(sequences, lengths, max_tokens, shapes)
     return parts
 
 
-def _cut(sequences: list[Packed], lengths: list[int], max_tokens: int) -> list[MicroBatch]:
+def _cut(
+    sequences: list[Packed], lengths: list[int], max_tokens: int, shapes: list[tuple[int, int]] | None
+) -> list[MicroBatch]:
     """Sequences of like length together."""
 
-    def length(sequence: Packed) -> int:
-        return sum(lengths[i] for i in sequence)
+    def shape(packed: Packed) -> tuple[int, int]:
+        """How many sequences it becomes, and the longest."""
+        if shapes is not None and len(packed) == 1:
+            return shapes[packed[0]]
+        return 1, sum(lengths[i] for i in packed)
 
     parts: list[MicroBatch] = []
-    for sequence in sorted(sequences, key=length, reverse=True):
-        if parts and (len(parts[-1]) + 1) * length(parts[-1][0]) <= max_tokens:
-            parts[-1].append(sequence)
+    height = width = 0
+    for packed in sorted(sequences, key=lambda packed: shape(packed)[1], reverse=True):
+        count, length = shape(packed)
+        if parts and (height + count) * width <= max_tokens:
+            parts[-1].append(packed)
+            height += count
         else:
-            parts.append([sequence])
+            parts.append([packed])
+            height, width = count, length
     return parts
 
 
 def pack(rows: list[int], lengths: list[int], capacity: int) -> list[Packed]:
-    """Best-fit decreasing: each row goes into the fullest sequence that still has room for it.
+    """Best-fit decreasing: each example goes into the fullest sequence that still has room for it.
 
-    Sequences hold at most `capacity` tokens (a longer row stands alone). At most 11/9 of the fewest possible, plus 4
-    (Johnson 1974); in practice within a few per cent. Why not in the order drawn: leftovers would be padding.
+    Sequences hold at most `capacity` tokens (a longer example stands alone). At most 11/9 of the fewest possible, plus
+    4 (Johnson 1974); in practice within a few per cent. Why not in the order drawn: leftovers would be padding.
     """
     packed: list[Packed] = []
     rooms: list[tuple[int, int]] = []  # (tokens free, sequence), sorted
@@ -208,51 +253,63 @@ def pack(rows: list[int], lengths: list[int], capacity: int) -> list[Packed]:
 
 
 def collate(
-    rows: list[Row],
-    sequences: MicroBatch,
+    examples: Sequence[Example],
+    part: MicroBatch,
     device: torch.device,
     grain: tuple[int, int] = (1, 1),
     *,
     borders: bool = False,
 ) -> Batch:
-    """Sequences as one batch. Which positions predict is settled here, on the host, so the GPU is never asked.
+    """A micro-batch of the examples. Which positions predict is settled here, on the host, so the GPU is never asked.
 
     `grain`: the width and the number of targets are padded to multiples of these; targets of padding are -100.
     `borders`: the model can be told where rows begin, so they lie behind each other instead of being padded, unless
     they are of nearly the same length: attention over a rectangle is then the faster one.
     """
+    sequences = _sequences(examples, part)
     marks = None
     if borders:
-        together = [i for sequence in sequences for i in sequence]
-        in_line = [len(rows[i]) for i in together]
+        together = [row for sequence in sequences for row in sequence]
+        in_line = [len(row) for row in together]
         flat = len(in_line) * max(in_line) > (1 + MOST_PADDING) * sum(in_line)
-        sequences = [together] if flat else [[i] for i in together]
+        sequences = [together] if flat else [[row] for row in together]
         grain = (grain[0] * LINE_GRAIN, grain[1]) if flat and grain[0] > 1 else grain
         marks = _borders(in_line, grain[0], device) if flat else Borders()
-    lengths = [sum(len(rows[i]) for i in sequence) for sequence in sequences]
+    lengths = [sum(map(len, sequence)) for sequence in sequences]
     width = -(-max(lengths) // grain[0]) * grain[0]
-    ids, positions, where, targets = _laid_out(rows, sequences, width)
-    idle = -len(where) % grain[1]
+    ids, positions, where, targets = _laid_out(sequences, width)
+    labelled = tuple(len(places) for places in where)
+    idle = -sum(labelled) % grain[1]
     packed = any(len(sequence) > 1 for sequence in sequences)
     return Batch(
         input_ids=_move(ids, device),
         position_ids=_move(positions, device) if packed else None,
-        where=_move(functional.pad(where, (0, idle)), device),
-        targets=_move(functional.pad(targets, (0, idle), value=IGNORED), device),
+        where=_move(functional.pad(torch.cat(where), (0, idle)), device),
+        targets=_move(functional.pad(torch.cat(targets), (0, idle), value=IGNORED), device),
         tokens=sum(lengths),
+        labelled=labelled,
         borders=marks,
     )
 
 
-def _laid_out(rows: list[Row], sequences: MicroBatch, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ids and positions [sequences, width], which flattened positions predict something, and what."""
+def _sequences(examples: Sequence[Example], part: MicroBatch) -> list[list[Row]]:
+    """The rows of each sequence, in order. Those of an example that was packed with no other need not be packed."""
+    sequences: list[list[Row]] = []
+    for packed in part:
+        rows = [row for i in packed for row in examples[i].rows]
+        sequences += [rows] if len(packed) > 1 else [[row] for row in rows]
+    return sequences
+
+
+def _laid_out(sequences: list[list[Row]], width: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Ids and positions [sequences, width]; for each row, which flattened positions predict something, and what."""
     ids = torch.zeros(len(sequences), width, dtype=torch.int64)
     positions = torch.zeros(len(sequences), width, dtype=torch.int64)
     where: list[Tensor] = []
     targets: list[Tensor] = []
     for number, sequence in enumerate(sequences):
         start = 0
-        for row in (rows[i] for i in sequence):
+        for row in sequence:
             end = start + len(row)
             ids[number, start:end] = torch.tensor(row.input_ids)
             positions[number, start:end] = torch.arange(len(row))
@@ -261,7 +318,7 @@ def _laid_out(rows: list[Row], sequences: MicroBatch, width: int) -> tuple[Tenso
             where.append(places + (number * width + start))
             targets.append(labels[places])
             start = end
-    return ids, positions, torch.cat(where), torch.cat(targets)
+    return ids, positions, where, targets
 
 
 def _borders(lengths: list[int], grain: int, device: torch.device) -> Borders:

@@ -12,13 +12,14 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig
 
+from tunery.rows import messages
 from tunery.rows.encoding import encode_answer
-from tunery.rows.messages import Example
 from tunery.rows.template import ChatTemplate
 from tunery.wire import Phase, Score
 from worker.trainer import rope
-from worker.trainer.data import MicroBatch, Row, collate, micro_batches
+from worker.trainer.data import Example, MicroBatch, collate, micro_batches
 from worker.trainer.memory import next_after
+from worker.trainer.methods.method import Shown
 from worker.trainer.objective import Objective
 from worker.trainer.stepper import Stepper
 from worker.trainer.training import Training
@@ -30,35 +31,39 @@ _JSON = re.compile(r"[{\[]")
 _DECODER = json.JSONDecoder()
 
 
-def loss(stepper: Stepper, rows: list[Row]) -> tuple[float, float]:
-    """Mean loss (nats) and share of right guesses over all labelled tokens of `rows`."""
-    ranks = stepper.ranks
-    mine = list(range(len(rows)))[ranks.index :: ranks.count]
-    lengths, groups = [len(row) for row in rows], [stepper.group_of(row) for row in rows]
+def loss(stepper: Stepper, examples: list[Example]) -> Shown:
+    """The method's loss and accuracy over all examples."""
+    ranks, method = stepper.ranks, stepper.objective.method
+    mine = list(range(len(examples)))[ranks.index :: ranks.count]
+    lengths = [len(example) for example in examples]
+    groups, shapes = [stepper.group_of(each) for each in examples], [each.shape for each in examples]
     while True:
         packed = stepper.memory.packed_tokens if stepper.objective.knows_borders else None
-        parts = micro_batches(mine, lengths, stepper.memory.max_tokens, packed_tokens=packed, groups=groups)
+        parts = micro_batches(
+            mine, lengths, stepper.memory.max_tokens, packed_tokens=packed, groups=groups, shapes=shapes
+        )
         try:
-            sums = _sums(stepper.objective, rows, parts, stepper.device)
+            sums = _sums(stepper.objective, examples, parts, stepper.device)
             break
         except torch.OutOfMemoryError:
             plan = next_after(stepper.memory, parts)
             if plan is None or plan.max_tokens == stepper.memory.max_tokens:
                 raise
         stepper.adopt(plan)
-    total_loss, total_right = ranks.sum(sums).tolist()
-    labels = sum(row.labelled for row in rows)
-    return total_loss / labels, total_right / labels
+    weight = sum(map(method.weight, examples))
+    totals = zip(method.sums, ranks.sum(sums).tolist(), strict=True)
+    return method.shown({name: total / weight for name, total in totals})
 
 
-def _sums(objective: Objective, rows: list[Row], parts: list[MicroBatch], device: torch.device) -> torch.Tensor:
-    """The sum of the losses and the number of right guesses."""
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+def _sums(objective: Objective, examples: list[Example], parts: list[MicroBatch], device: torch.device) -> torch.Tensor:
+    """The method's sums of this rank."""
+    names = objective.method.sums
+    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
     objective.eval()
     with torch.no_grad():
         for part in parts:
-            total, right = objective(collate(rows, part, device, borders=objective.knows_borders), 1.0)
-            sums += torch.stack([total.double(), right.double()])
+            found = objective.sums(collate(examples, part, device, borders=objective.knows_borders), 1.0)
+            sums += torch.stack([found[name].double() for name in names])
     objective.train()
     return sums
 
@@ -76,7 +81,7 @@ class Question:
     is_call: bool = False
 
 
-def questions(template: ChatTemplate, examples: list[Example]) -> list[Question]:
+def questions(template: ChatTemplate, examples: list[messages.Example]) -> list[Question]:
     """One question a row: its last message is the wanted answer, as the template makes the model say it.
 
     Rows whose wanted answer is empty are left out; their validation has named them. Raises InvalidTrainingFile.

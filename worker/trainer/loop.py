@@ -15,6 +15,7 @@ from tunery.spec import EarlyStopping, Plan
 from tunery.wire import CheckpointSaved, Evaluated, Step
 from worker.trainer import checkpoints, evaluate
 from worker.trainer.data import rows_of_step
+from worker.trainer.methods.method import Shown
 from worker.trainer.training import Progress, Training
 
 
@@ -74,24 +75,25 @@ def learning_rate(plan: Plan, step: int, total: int) -> float:
 def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
     """One optimizer step and its message; whether any rank was asked to stop."""
     step = progress.step + 1
-    rows = rows_of_step(len(t.rows.rows), step, t.plan.batch_size, t.plan.seed)
+    drawn = rows_of_step(len(t.rows.examples), step, t.plan.batch_size, t.plan.seed)
     rate = learning_rate(t.plan, step, t.total_steps)
-    labels = t.stepper.labels(rows)
-    sums = t.stepper.accumulate(rows, labels)
+    weight = t.stepper.weight(drawn)
+    sums = t.stepper.accumulate(drawn, weight)
     norm = t.stepper.clip(t.plan.max_grad_norm)
     sums = t.ranks.sum(torch.cat([sums, sums.new_tensor([float(t.wish.stop)])]))
-    loss, correct, asked, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
+    *totals, asked, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
+    loss, accuracy = _shown(t, totals, weight)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NotFinite(value=loss if not math.isfinite(loss) else f"{loss:.4f} with a gradient of {grad_norm}",
                         step=step, rate=rate)  # fmt: skip
     t.stepper.update(step, rate)
     progress.step = step
-    progress.tokens += sum(t.rows.lengths[i] for i in rows)
+    progress.tokens += sum(t.rows.lengths[i] for i in drawn)
     message = Step(
         step=step,
         epoch=step / t.steps_per_epoch,
         train_loss=loss,
-        train_accuracy=correct / labels,
+        train_accuracy=accuracy,
         learning_rate=rate,
         grad_norm=grad_norm,
         tokens=progress.tokens,
@@ -100,14 +102,21 @@ def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
     return message, asked > 0
 
 
+def _shown(t: Training, totals: list[float], weight: float) -> Shown:
+    """What to show of a step's sums over all ranks, whose loss is a mean already."""
+    method = t.objective.method
+    named = zip(method.sums, totals, strict=True)
+    return method.shown({name: total if name == "loss" else total / weight for name, total in named})
+
+
 def _glimpse(t: Training, step: int) -> dict[str, float]:
     """Loss and accuracy on one batch of the validation file, every thirtieth of the run or tenth step."""
     every = max(10, t.total_steps // 30)
     if t.valid is None or (step % every and step != t.total_steps):
         return {}
     size = t.plan.batch_size
-    start = (step // every * size) % max(1, len(t.valid.rows) - size + 1)
-    loss, accuracy = evaluate.loss(t.stepper, t.valid.rows[start : start + size])
+    start = (step // every * size) % max(1, len(t.valid.examples) - size + 1)
+    loss, accuracy = evaluate.loss(t.stepper, t.valid.examples[start : start + size])
     return {"valid_loss": loss, "valid_accuracy": accuracy}
 
 
@@ -123,7 +132,7 @@ def _evaluate(t: Training, progress: Progress) -> None:
     The best is the lowest, by however little. A gain below `min_delta` only wears out the patience. Raises NotFinite.
     """
     assert t.valid is not None
-    loss, accuracy = evaluate.loss(t.stepper, t.valid.rows)
+    loss, accuracy = evaluate.loss(t.stepper, t.valid.examples)
     t.voice.say(Evaluated(step=progress.step, loss=loss, accuracy=accuracy))
     if not math.isfinite(loss):
         rate = learning_rate(t.plan, progress.step, t.total_steps)

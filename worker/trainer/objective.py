@@ -1,4 +1,4 @@
-"""What is minimised: the sum of the losses of the labelled tokens of a micro-batch."""
+"""What is minimised: a method's sums over a micro-batch, from the losses of its labelled tokens."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -6,22 +6,29 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tunery.planning.precision import Precision
 from worker.trainer import precision
 from worker.trainer.data import Batch
 from worker.trainer.kernels import cross_entropy, decoder
+from worker.trainer.methods.method import Method
+from worker.trainer.methods.sft import SupervisedFineTuning
 
 _HEAD_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier")
 """Config entries of models that do more to their logits than one product (Gemma 2, Granite, Cohere, Falcon H1)."""
 
 
 class Objective(nn.Module):
-    """A causal model with its loss: `objective(batch, scale)` -> (`scale` times the sum of losses, right guesses)."""
+    """A causal model with its loss: `objective(batch, scale)` -> (`scale` times the sum of losses, right guesses).
 
-    def __init__(self, model: nn.Module, kept_in: Precision | None = None) -> None:
+    `sums` is what its method minimises.
+    """
+
+    def __init__(self, model: nn.Module, kept_in: Precision | None = None, method: Method | None = None) -> None:
         super().__init__()
         self.model = model
+        self.method: Method = method or SupervisedFineTuning()
         self._precision = kept_in
         self.causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.chunked = _is_plain_product(self.causal)
@@ -32,6 +39,18 @@ class Objective(nn.Module):
         if not self.chunked:
             return cross_entropy.plain(self._logits(batch), batch.targets, scale)
         return cross_entropy.scaled(*self._factors(batch), batch.targets, scale)
+
+    def sums(self, batch: Batch, scale: float) -> dict[str, Tensor]:
+        """The method's sums over the batch; "loss" is `scale` times its sum."""
+        return self.method.objective(self, batch, scale)
+
+    def row_losses(self, batch: Batch) -> Tensor:
+        """The sum of the losses [rows] of each row's labelled tokens, in the order of `batch.labelled`."""
+        if self.chunked:
+            losses = cross_entropy.each(*self._factors(batch), batch.targets)
+        else:
+            losses = functional.cross_entropy(self._logits(batch).float(), batch.targets, reduction="none")
+        return torch.stack([part.sum() for part in losses[: sum(batch.labelled)].split(batch.labelled)])
 
     def autocast(self) -> AbstractContextManager[object]:
         """Makes the model's products in the type that its precision says."""

@@ -5,7 +5,7 @@ from collections.abc import Hashable
 import torch
 
 from worker.trainer import rope
-from worker.trainer.data import Row, collate
+from worker.trainer.data import Row, collate, singles
 from worker.trainer.objective import Objective
 
 
@@ -28,7 +28,7 @@ def keeps_rows_apart(objective: Objective, rows: list[Row], device: torch.device
     Asking the model's class would not do: state-space and convolution layers mix neighbours without any attention, and
     attention kernels differ in which masks they honour. Rows that see each other differ in the first digits.
     """
-    pair = _pair(objective, rows)
+    pair = singles(_pair(objective, rows))
     if len(pair) < 2:
         return True  # no two rows are ever packed
     told = objective.knows_borders

@@ -6,13 +6,14 @@ want of it. On a GPU the longest sequence is trained on and the longest validati
 
 import logging
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
 from tunery.failures import DoesNotFit
 from tunery.planning import memory
 from tunery.spec import Qlora, Technique
-from worker.trainer.data import Row, collate
+from worker.trainer.data import Example, Row, collate
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective
 from worker.trainer.replays import worthwhile
@@ -34,10 +35,11 @@ class Work:
 
     technique: Technique
     rows_a_step: int
-    row: int  # the longest training row
-    sequence: int  # the longest sequence: several rows when packing
+    row: int  # the longest training example
+    sequence: int  # the longest sequence: several examples when packing
     packs: bool
-    validation: Row | None = None  # the longest validation row
+    validation: Example | None = None  # the longest validation example
+    rows_an_example: int = 1
 
 
 def settle(objective: Objective, optimizer: torch.optim.Optimizer, rows: list[Row], work: Work) -> MemoryPlan:
@@ -84,7 +86,7 @@ def _measured(objective: Objective, rows: list[Row], work: Work, device: torch.d
         if recomputes:
             objective.recompute()
         for length in dict.fromkeys((work.sequence, work.row)):  # a packed sequence may be shorter, a row may not
-            fits = _tokens_that_fit(objective, _sequence(rows, length), work.validation, device)
+            fits = _tokens_that_fit(objective, _example(rows, length, work.rows_an_example), work.validation, device)
             log.info("%d tokens fit at once %s recomputing activations", fits, "when" if recomputes else "without")
             if fits >= (length if recomputes else max(length, min(wanted, LEAST_TOKENS))):
                 return MemoryPlan(max(length, min(wanted, fits)), recompute=recomputes)
@@ -104,7 +106,7 @@ def _does_not_fit(work: Work, what: str, device: torch.device) -> DoesNotFit:
     )
 
 
-def _tokens_that_fit(objective: Objective, longest: Row, validation: Row | None, device: torch.device) -> int:
+def _tokens_that_fit(objective: Objective, longest: Example, validation: Example | None, device: torch.device) -> int:
     """How many tokens a micro-batch may have, by the peaks of both kinds of pass; 0 if one of them does not fit."""
     random, random_gpu = torch.get_rng_state(), torch.cuda.get_rng_state(device)
     try:
@@ -130,7 +132,7 @@ def tokens_in(free: int, bytes_a_token: float, kept: int) -> int:
     return max(0, int(HEADROOM * (free - kept) / max(1.0, bytes_a_token)))
 
 
-def _peak(objective: Objective, row: Row, device: torch.device) -> int:
+def _peak(objective: Objective, example: Example, device: torch.device) -> int:
     """Bytes that a forward and a backward pass take at their peak, the gradients of what learns apart.
 
     Those are there for the whole run, however many tokens a micro-batch has, so they are made before it is measured.
@@ -139,20 +141,19 @@ def _peak(objective: Objective, row: Row, device: torch.device) -> int:
     for parameter in objective.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    batch = collate([row], [[0]], device, borders=objective.knows_borders)
+    batch = collate([example], [[0]], device, borders=objective.knows_borders)
     resting = _reset_peak(device)
-    total, _ = objective(batch, 1.0 / len(row))
-    total.backward()
+    objective.sums(batch, 1.0 / len(example))["loss"].backward()
     return _peak_since(device) - resting
 
 
 @torch.no_grad()
-def _peak_of_evaluation(objective: Objective, row: Row, device: torch.device) -> int:
-    """Bytes that evaluating a row takes at its peak."""
+def _peak_of_evaluation(objective: Objective, example: Example, device: torch.device) -> int:
+    """Bytes that evaluating an example takes at its peak."""
     objective.eval()
-    batch = collate([row], [[0]], device, borders=objective.knows_borders)
+    batch = collate([example], [[0]], device, borders=objective.knows_borders)
     resting = _reset_peak(device)
-    objective(batch, 1.0)
+    objective.sums(batch, 1.0)
     return _peak_since(device) - resting
 
 
@@ -166,8 +167,9 @@ def _peak_since(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
-def _sequence(rows: list[Row], length: int) -> Row:
-    """`length` tokens of the data's own, every one labelled: the most that a sequence can cost."""
+def _example(rows: list[Row], length: int, count: int) -> Example:
+    """`length` tokens of the data's own in `count` rows, every one labelled: the most that an example can cost."""
     ids = [token for row in rows[: length + 1] for token in row.input_ids]
     ids = (ids * (length // len(ids) + 1))[:length]
-    return Row(ids, ids)
+    cuts = [length * number // count for number in range(count + 1)]
+    return Example(tuple(Row(ids[start:end], ids[start:end]) for start, end in pairwise(cuts)))

@@ -25,8 +25,8 @@ MOST_PARAMS, MOST_TOKENS = 2_000_000_000, 8_192
 _ROUTED = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Config entries of models whose experts' work depends on the batch: the host has to look, which cannot be recorded."""
 SCALE = 2.0**-11
-"""What losses are multiplied with inside a graph, where the number of a step's labels cannot be known. A power of two,
-so that taking it out again costs no digit."""
+"""What losses are multiplied with inside a graph, where the weight of a step cannot be known. A power of two, so that
+taking it out again costs no digit."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Replays:
         self.failed = False
 
     def run(self, batch: Batch) -> Tensor:
-        """[SCALE times the sum of losses, right guesses] of a batch; its gradient, times SCALE, is added to `.grad`.
+        """The method's sums over a batch, "loss" times SCALE; its gradient, times SCALE, is added to `.grad`.
 
         The first batch of a shape runs as usual, which also warms its kernels up; the second is recorded.
         """
@@ -65,7 +65,7 @@ class Replays:
     def _record(self, key: tuple[object, ...], batch: Batch) -> None:
         """Records a pass over batches of this shape, without running it; tries no more where a model cannot be."""
         graph = torch.cuda.CUDAGraph()
-        sums = torch.zeros(2, dtype=torch.float64, device=batch.input_ids.device)
+        sums = torch.zeros(len(self._objective.method.sums), dtype=torch.float64, device=batch.input_ids.device)
         try:
             torch.cuda.synchronize()
             with torch.cuda.graph(graph, pool=self._pool):
@@ -78,10 +78,10 @@ class Replays:
 
 
 def passes(objective: Objective, batch: Batch, scale: float) -> Tensor:
-    """A forward and a backward pass; `scale` times the sum of losses, and the right guesses."""
-    loss, right = objective(batch, scale)
-    loss.backward()
-    return torch.stack([loss.detach().double(), right.double()])
+    """A forward and a backward pass; the method's sums in their order, "loss" times `scale`."""
+    sums = objective.sums(batch, scale)
+    sums["loss"].backward()
+    return torch.stack([sums[name].detach().double() for name in objective.method.sums])
 
 
 def worthwhile(objective: Objective, tokens: int) -> bool:
@@ -93,6 +93,7 @@ def reason_against(objective: Objective, tokens: int) -> str | None:
     """Why micro-batches of so many tokens are not recorded; None where they are."""
     config = objective.causal.config.get_text_config()
     reasons = {
+        "the method's passes differ from batch to batch": not objective.method.recordable,
         "not on a GPU": not next(objective.parameters()).is_cuda,
         f"more than {MOST_PARAMS:,} weights": sum(p.numel() for p in objective.parameters()) > MOST_PARAMS,
         f"more than {MOST_TOKENS:,} tokens at once": tokens > MOST_TOKENS,

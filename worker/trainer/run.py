@@ -12,12 +12,14 @@ from peft import PeftModel
 
 from tunery.failures import InvalidTrainingFile
 from tunery.planning.precision import decide
+from tunery.rows.encoding import find_encoder
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
 from tunery.wire import Finished, Paused, Phase, Score, Started
 from worker.trainer import checkpoints, evaluate, packing, parallel, parity, paths, preflight, report, rope
-from worker.trainer.data import Rows, collate, read_examples, read_rows
+from worker.trainer.data import Rows, collate, read_parsed, read_rows, singles
 from worker.trainer.loop import train
+from worker.trainer.methods import registry
 from worker.trainer.objective import Objective, all_and_trainable
 from worker.trainer.parallel import Ranks
 from worker.trainer.recipes.full import FULL
@@ -71,7 +73,8 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     ranks = Ranks(accelerator)
     torch.manual_seed(run.plan.seed)
     template = ChatTemplate.load(folder / "base", now=run.now)
-    rows = read_rows(folder / "data" / "train.jsonl", template, run.plan.max_seq_length)
+    encoder = find_encoder(run.plan.method.type, "training")
+    rows = read_rows(folder / "data" / "train.jsonl", template, run.plan.max_seq_length, encoder=encoder)
     valid = _validation_rows(folder, run, template)
     ranks.check(wish)
     recipe = RECIPES[run.plan.technique.type]
@@ -79,8 +82,9 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     base = recipe.load_base(folder / "base", precision, accelerator.device)
     lengths = rope.install(base)
     adapter = folder / "adapter"
-    objective = Objective(recipe.prepare(base, run.plan.technique, adapter if adapter.exists() else None), precision)
-    objective.settle(collate([min(rows.rows, key=len)], [[0]], accelerator.device))
+    model = recipe.prepare(base, run.plan.technique, adapter if adapter.exists() else None)
+    objective = Objective(model, precision, registry.make(run.plan.method))
+    objective.settle(collate(singles([min(rows.rows, key=len)]), [[0]], accelerator.device))
     parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     ranks.share_weights(parameters.values())
     ranks.check(wish)
@@ -89,7 +93,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     optimizer = recipe.make_optimizer(parameters, run.plan, precision)
     memory = preflight.settle(objective, optimizer, rows.rows, _work(run, rows, valid, packs))
     stepper = Stepper(
-        objective, optimizer, list(parameters.values()), rows, ranks, memory, lambda row: lengths.group(len(row))
+        objective, optimizer, list(parameters.values()), rows, ranks, memory, lambda each: lengths.group(each.shape[1])
     )
     parallel.draw_apart(ranks, run.plan.seed)
     return Training(
@@ -114,7 +118,8 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
 def _validation_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows | None:
     path = folder / "data" / "valid.jsonl"
     if path.exists():
-        return read_rows(path, template, run.plan.max_seq_length, "validation")
+        encoder = find_encoder(run.plan.method.type, "validation")
+        return read_rows(path, template, run.plan.max_seq_length, "validation", encoder)
     if run.plan.early_stopping or run.plan.select == "best":
         raise InvalidTrainingFile(
             role="validation", reason="There is none, and early_stopping and select: best need its loss. Add one."
@@ -132,7 +137,7 @@ def _packs(run: Run, rows: Rows, objective: Objective, device: torch.device, war
 
 
 def _work(run: Run, rows: Rows, valid: Rows | None, packs: bool) -> preflight.Work:
-    lengths = sorted(map(len, rows.rows), reverse=True)
+    lengths = sorted(rows.lengths, reverse=True)
     packed = min(run.plan.max_seq_length, sum(lengths[: run.plan.batch_size]))
     return preflight.Work(
         technique=run.plan.technique,
@@ -140,7 +145,8 @@ def _work(run: Run, rows: Rows, valid: Rows | None, packs: bool) -> preflight.Wo
         row=lengths[0],
         sequence=max(lengths[0], packed) if packs else lengths[0],
         packs=packs,
-        validation=max(valid.rows, key=len) if valid is not None else None,
+        validation=max(valid.examples, key=len) if valid is not None else None,
+        rows_an_example=max(len(example.rows) for example in rows.examples),
     )
 
 
@@ -169,7 +175,7 @@ def _announce(t: Training, progress: Progress) -> None:
             all_params=everything,
             total_steps=t.total_steps,
             first_step=progress.step + 1,
-            examples=len(t.rows.rows),
+            examples=len(t.rows.examples),
             train_tokens=t.rows.tokens,
             truncated_examples=len(t.rows.truncated),
             device=_device_name(t.device),
@@ -186,7 +192,7 @@ def _questions(t: Training) -> list[evaluate.Question]:
     path = t.folder / "data" / "test.jsonl"
     if not path.exists() or t.plan.evaluation.test_file is None:
         return []
-    examples = [example for _, example in read_examples(path, "test")]
+    examples = [example for _, example in read_parsed(path, "test")]
     asked = evaluate.questions(t.template, examples[: t.plan.evaluation.max_rows])
     answers = 2 * len(asked[t.ranks.index :: t.ranks.count])  # the base's and the tuned model's
     batch, tokens = evaluate.ANSWER_BATCH[t.device.type], t.plan.evaluation.max_new_tokens

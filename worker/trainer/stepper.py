@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from worker.trainer import replays
-from worker.trainer.data import Batch, MicroBatch, Row, Rows, collate, micro_batches
+from worker.trainer.data import Batch, Example, MicroBatch, Rows, collate, micro_batches
 from worker.trainer.memory import MemoryPlan, next_after
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
@@ -17,8 +17,8 @@ from worker.trainer.replays import Replays, passes
 log = logging.getLogger(__name__)
 
 
-def one_group(_row: Row) -> Hashable:
-    """Returns the group of every row of a model whose rows do not depend on their batch mates."""
+def one_group(_example: Example) -> Hashable:
+    """Returns the group of every example of a model whose rows do not depend on their batch mates."""
     return None
 
 
@@ -37,35 +37,37 @@ class Stepper:
         rows: Rows,
         ranks: Ranks,
         memory: MemoryPlan,
-        group_of: Callable[[Row], Hashable] = one_group,
+        group_of: Callable[[Example], Hashable] = one_group,
     ) -> None:
-        """`parameters`: those that learn. `group_of`: rows of different groups never share a micro-batch."""
+        """`parameters`: those that learn. `group_of`: examples of different groups never share a micro-batch."""
         self.objective, self.ranks, self.group_of = objective, ranks, group_of
         self.memory = memory
         self.graphs = Replays(objective) if memory.graphs else None
         self._optimizer, self._parameters, self._rows = optimizer, list(parameters), rows
-        self._groups = [group_of(row) for row in rows.rows]
-        self._labelled = rows.labelled  # counted here, once, or the first step of a large file would take seconds more
+        self._groups = [group_of(example) for example in rows.examples]
+        self._shapes = [example.shape for example in rows.examples]
+        # Here, once, or the first step of a large file would take seconds more.
+        self._weights = [objective.method.weight(example) for example in rows.examples]
 
     @property
     def device(self) -> torch.device:
         """The device of this rank."""
         return self.ranks.device
 
-    def labels(self, rows: list[int]) -> int:
-        """Returns how many tokens of these rows are labelled."""
-        return sum(self._labelled[i] for i in rows)
+    def weight(self, drawn: list[int]) -> float:
+        """Returns what the method's sums over these examples are divided by."""
+        return sum(self._weights[i] for i in drawn)
 
-    def accumulate(self, rows: list[int], labels: int) -> Tensor:
-        """Leaves the step's gradient, summed over the ranks, in `.grad`; returns [loss, correct guesses] of this rank.
+    def accumulate(self, drawn: list[int], weight: float) -> Tensor:
+        """Leaves the step's gradient, summed over the ranks, in `.grad`; returns the method's sums of this rank.
 
-        The loss is this rank's part of the mean over the step's `labels`. Out of memory: the same step again by the
+        "loss" is divided by the `weight` of all examples that were drawn. Out of memory: the same step again by the
         next memory plan, which is the same gradient.
         """
         while True:
-            parts = self.micro_batches(rows)
+            parts = self.micro_batches(drawn)
             try:
-                sums = self._forward_backward(parts, labels)
+                sums = self._forward_backward(parts, weight)
                 break
             except torch.OutOfMemoryError:
                 plan = next_after(self.memory, parts)
@@ -112,25 +114,33 @@ class Stepper:
             log.warning("the memory plan from here on: %s", plan)
         self.memory = plan
 
-    def micro_batches(self, rows: list[int]) -> list[MicroBatch]:
-        """This rank's micro-batches of a step: every world-th row by length, so that the ranks have like work."""
+    def micro_batches(self, drawn: list[int]) -> list[MicroBatch]:
+        """This rank's micro-batches of a step: every world-th example by length, so that the ranks have like work."""
         lengths, plan = self._rows.lengths, self.memory
-        ordered = sorted(rows, key=lambda i: lengths[i], reverse=True)
+        ordered = sorted(drawn, key=lambda i: lengths[i], reverse=True)
         mine = ordered[self.ranks.index :: self.ranks.count]
-        return micro_batches(mine, lengths, plan.max_tokens, packed_tokens=plan.packed_tokens, groups=self._groups)
+        return micro_batches(
+            mine,
+            lengths,
+            plan.max_tokens,
+            packed_tokens=plan.packed_tokens,
+            groups=self._groups,
+            shapes=self._shapes,
+        )
 
-    def _forward_backward(self, parts: list[MicroBatch], labels: int) -> Tensor:
+    def _forward_backward(self, parts: list[MicroBatch], weight: float) -> Tensor:
         # Why not the mean of each micro-batch: a mean of means gives short rows more weight than their tokens.
         if self.graphs is None:
-            return self._sum(passes(self.objective, self._collate(part), 1 / labels) for part in parts)
-        # Recorded passes cannot know the number of labels: they use a constant, which is taken out here.
+            return self._sum(passes(self.objective, self._collate(part), 1 / weight) for part in parts)
+        # Recorded passes cannot know the weight of the step: they use a constant, which is taken out here.
         sums = self._sum(self.graphs.run(self._collate(part, replays.GRAIN)) for part in parts)
-        rescale = 1 / (labels * replays.SCALE)
+        rescale = 1 / (weight * replays.SCALE)
         torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], rescale)
-        return sums * sums.new_tensor([rescale, 1.0])
+        return sums * sums.new_tensor([rescale if name == "loss" else 1.0 for name in self.objective.method.sums])
 
     def _sum(self, parts: Iterable[Tensor]) -> Tensor:
-        return sum(parts, start=torch.zeros(2, dtype=torch.float64, device=self.device))
+        nothing = torch.zeros(len(self.objective.method.sums), dtype=torch.float64, device=self.device)
+        return sum(parts, start=nothing)
 
     def _collate(self, part: MicroBatch, grain: tuple[int, int] = (1, 1)) -> Batch:
-        return collate(self._rows.rows, part, self.device, grain, borders=self.objective.knows_borders)
+        return collate(self._rows.examples, part, self.device, grain, borders=self.objective.knows_borders)

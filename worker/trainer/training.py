@@ -85,7 +85,7 @@ class Training:
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.rows.rows), self.plan.batch_size)
+        return steps_per_epoch(len(self.rows.examples), self.plan.batch_size)
 
     @property
     def total_steps(self) -> int:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from tunery.failures import CannotAdapt
 from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora, Technique
-from worker.trainer.data import Row, collate
+from worker.trainer.data import Row, collate, singles
 from worker.trainer.objective import Objective
 from worker.trainer.recipes.recipe import load_dense
 from worker.trainer.run import RECIPES
@@ -144,7 +144,7 @@ def _reason(base: Path, technique: Technique) -> str | None:
     try:
         model = recipe.prepare(recipe.load_base(base, precision, device), technique, None)
         objective = Objective(model, precision).train()
-        loss, _ = objective(collate(_rows(), [[0], [1]], device), 1.0)
+        loss, _ = objective(collate(singles(_rows()), [[0], [1]], device), 1.0)
         loss.backward()
     except CannotAdapt as error:
         return str(error.fields["reason"])

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from tunery.planning.memory import CHUNK_BYTES
 
@@ -33,6 +34,20 @@ def scaled(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tup
         loss += losses
         correct += right
     return loss * scale, correct
+
+
+def each(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The loss of every row (nats, fp32), 0 where nothing is wanted, for objectives that are no plain sum of them.
+
+    The backward pass makes the logits of a chunk again instead of keeping them.
+    """
+    rows = max(64, CHUNK_BYTES // (4 * weight.shape[0]))
+    pairs = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return torch.cat([checkpoint(_each, part, weight, wanted, use_reentrant=False) for part, wanted in pairs])
+
+
+def _each(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy((hidden @ weight.t()).float(), targets, reduction="none")
 
 
 def plain(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:

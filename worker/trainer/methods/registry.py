@@ -1,0 +1,16 @@
+"""The methods that there are."""
+
+from collections.abc import Callable
+from typing import Any
+
+from tunery.spec import MethodOptions
+from worker.trainer.methods.method import Method
+from worker.trainer.methods.sft import SupervisedFineTuning
+
+METHODS: dict[str, Callable[[Any], Method]] = {"supervised": lambda _options: SupervisedFineTuning()}
+"""By `type`: what makes the method of a run from its options. A plug-in adds its own."""
+
+
+def make(options: MethodOptions) -> Method:
+    """The method of a run."""
+    return METHODS[options.type](options)

@@ -1,0 +1,30 @@
+"""Supervised fine-tuning: the cross entropy of every labelled token, each with the same weight."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from worker.trainer.data import Batch, Example
+from worker.trainer.methods.method import Shown
+
+if TYPE_CHECKING:
+    from worker.trainer.objective import Objective
+
+
+class SupervisedFineTuning:
+    """Learns labelled tokens. A step's loss is their mean."""
+
+    sums: tuple[str, ...] = ("loss", "correct")
+    recordable = True
+
+    def weight(self, example: Example) -> float:
+        """The labelled tokens."""
+        return example.labelled
+
+    def objective(self, model: "Objective", batch: Batch, scale: float) -> dict[str, Tensor]:
+        """The cross entropies, and the tokens whose most likely prediction is right."""
+        loss, correct = model(batch, scale)
+        return {"loss": loss, "correct": correct}
+
+    def shown(self, means: dict[str, float]) -> Shown:
+        return Shown(means["loss"], means["correct"])
