@@ -5,8 +5,9 @@ import math
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
-from tunery.local.drawing import JobProgress, duration, loss_curve, size
+from tunery.local.drawing import JobProgress, duration, loss_curve, print_whole, size
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,17 @@ def test_durations(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1234567, "1.2 MB"), (3e13, "30.0 TB")])
 def test_sizes(count: float, text: str) -> None:
     assert size(count) == text
+
+
+def test_a_table_is_not_cut_where_the_terminal_is_narrow() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    table = Table(box=None)
+    for column in ("file", "sha256"):
+        table.add_column(column, no_wrap=True)
+    table.add_row("adapter_model.safetensors", "0123456789abcdef" * 4)
+    print_whole(console, table)
+    assert isinstance(console.file, io.StringIO)
+    assert "0123456789abcdef" * 4 in console.file.getvalue()
 
 
 def _rows(points: list[tuple[int, float]]) -> list[str]:

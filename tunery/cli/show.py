@@ -7,9 +7,10 @@ from datetime import datetime
 from typing import Any
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
+
+from tunery.local.drawing import print_whole
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -60,16 +61,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str) 
     for row in rows:
         shown.add_row(*(cell if isinstance(cell, Text) else Text("" if cell is None else str(cell)) for cell in row))
     if shown.row_count:
-        _print_whole(shown)
+        print_whole(console, shown)
     else:
         errors.print(empty, style="dim")
-
-
-def _print_whole(shown: Table) -> None:
-    """As wide as it is: a terminal breaks long lines by itself, and a cut id is of no use."""
-    wide = Measurement.get(console, console.options.update(max_width=1000), shown).maximum
-    width = max(wide, console.width)
-    Console(file=console.file, width=width, force_terminal=console.is_terminal, highlight=False).print(shown)
 
 
 def facts(pairs: Iterable[tuple[str, Any]]) -> None:
@@ -78,7 +72,7 @@ def facts(pairs: Iterable[tuple[str, Any]]) -> None:
     for name, value in pairs:
         if value not in (None, "", [], {}):
             shown.add_row(Text(name, style="dim"), value if isinstance(value, Text) else Text(str(value)))
-    _print_whole(shown)
+    print_whole(console, shown)
 
 
 def as_json(value: Any) -> None:

@@ -22,7 +22,7 @@ from tunery import processes
 from tunery.errors import TuneryError
 from tunery.local import lock, tree
 from tunery.local.bases import PackagedBase
-from tunery.local.drawing import JobProgress, Reporter, duration, loss_curve, size
+from tunery.local.drawing import JobProgress, Reporter, duration, loss_curve, print_whole, size
 from tunery.local.postgres import Postgres
 from tunery.local.receiver import Receiver
 from tunery.local.signals import ends_on_signals, undisturbed
@@ -262,7 +262,7 @@ class _Story:
             all_equal = all_equal and found == file["sha256"]
             table.add_row(file["path"], size(file["bytes"]), found)
         self.console.print(f"\n[bold]The artifact[/]  [dim]downloaded to {folder}[/]")
-        self.console.print(table)
+        print_whole(self.console, table)
         self.proof.add("every downloaded file has the sha256 of the manifest", all_equal and table.row_count > 0)
 
     def _fetch(self, job_id: str, path: str, folder: Path) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Table
 from rich.text import Text
 
 WORDS = {
@@ -37,6 +39,13 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Prints a table as wide as it is: a terminal breaks long lines by itself, and a cut id or digest is of no use."""
+    wide = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    width = max(wide, console.width)
+    Console(file=console.file, width=width, force_terminal=console.is_terminal, highlight=False).print(table)
 
 
 class Reporter:
