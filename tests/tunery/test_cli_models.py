@@ -4,17 +4,23 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import pytest
 import rows
 import tiny_models
 from commands import Run, publish
 from databases import Database
+from rich.console import Console
 from teams import BASE
 
+from tunery.cli import standing
 from tunery.jobs.model import Job
 from tunery.jobs.states import State
 from tunery.keys import ring
+from tunery.local.bases import SMOLLM2
+from tunery.local.stack import Stack
 from tunery.models.model import Model
 from tunery.storage import open_storage
 
@@ -131,3 +137,25 @@ def test_plain_peft_loads_what_was_downloaded_with_its_base(
     assert _load(tmp_path / "got-jobs", elsewhere) == "PeftModelForCausalLM LlamaForCausalLM 4"
     assert "needs no base" in tunery("models", "download", "tiny", "--with-base")[2]
     assert (tmp_path / "tiny/model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+
+
+def test_up_waits_for_a_base_that_an_interrupted_start_left_half_converted(
+    api: str, database: Database, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with database.sessions.begin() as session:
+        rows.base(session, SMOLLM2.id, status="processing")
+
+    def convert() -> None:
+        with database.sessions.begin() as session:
+            session.get_one(Model, SMOLLM2.id).status = "ready"
+
+    stack = Stack(Path("home"))
+    stack.api_url = api
+    stack.postgres.url = lambda: database.settings.database_url  # type: ignore[method-assign]
+    worker = threading.Timer(1, convert)
+    worker.start()
+    standing.register(stack, None, Console(highlight=False))
+    assert not worker.is_alive(), "it returned while the base was being converted"
+    assert f"Base model    {SMOLLM2.id}" in capsys.readouterr().out
+    standing.register(stack, None, Console(highlight=False))
+    assert capsys.readouterr().out == ""
