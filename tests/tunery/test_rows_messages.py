@@ -82,24 +82,18 @@ def part(**fields: Any) -> str:
         (part(text="x"), "Example 9, message 1 has a part without a type."),
         (part(type="text"), "Example 9, message 1 has a text part without 'text'."),
         (part(type="text", text="x", image_url="u"), "Example 9, message 1 has a text part with the unknown key 'ima"),
-        (
-            '{"prompt": "a", "completion": "b"}',
-            "Example 9: Unexpected file format, expected chat messages: prompt/comp",
-        ),
         ('{"input": {}, "preferred_output": []}', "Example 9: Unexpected file format: this is a preference row (DPO)"),
         (
             '{"prompt": "a", "completion": "b", "label": false}',
-            "Example 9: Unexpected file format, expected chat messag"
-            "es: the key 'messages' is missing, and the row has the key 'label', which marks the answer as good or bad",
+            "Example 9 has the key 'label', which marks the answer as good or bad (KTO)",
         ),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "Example 9: Unexpected file format: this is a preference"),
-        ('{"instruction": "a", "output": "b"}', "Example 9: Unexpected file format, expected chat messages: instructi"),
-        ('{"conversations": []}', "Example 9: Unexpected file format, expected chat messages: rename 'conversations'"),
+        ('{"conversations": []}', "Example 9 'messages' must not be empty."),
         (
             '{"messages": null}',
-            "Example 9: Unexpected file format, expected chat messages: the key 'messages' is missing.",
+            "Example 9: Unexpected file format, expected chat messages: the key 'messages' is missing. The row",
         ),
-        ('{"text": "a"}', "Example 9: Unexpected file format, expected chat messages: the key 'messages' is missing."),
+        ('{"text": "a"}', "Example 9: Unexpected file format: this is plain text, and only the method 'supervised'"),
         ("[]", "Example 9: expected a JSON object in braces, found a list."),
         ("{", "Example 9: the object does not end on this line (column 2)."),
     ],

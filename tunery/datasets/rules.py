@@ -10,6 +10,7 @@ from tunery.rows.dialect import LimitExceeded
 from tunery.rows.encoding import CHATS, Encoded, RowEncoder, encode_answer, nothing_trained, read_rows
 from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example, FileRole
+from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
 
 LEAST_EXAMPLES = 10
@@ -23,7 +24,7 @@ class Summary:
     `truncated`: lines that lose their end to the cut, `unlearnable`: lines that lose every answer and are left out.
     `silent`: lines with an answer that is empty. `unscorable`: lines of a test file whose wanted answer is empty as the
     template writes it. `spelled`: lines that spell special tokens, which they keep as text. `unknown_keys`: those of
-    the rows that are read by nobody, in the order in which they came."""
+    the rows that are read by nobody, in the order in which they came. `shape`: what the rows' columns become."""
 
     examples: int = 0
     tokens: int = 0
@@ -36,10 +37,11 @@ class Summary:
     unknown_keys: dict[str, None] = field(default_factory=dict)
     spelled: dict[int, tuple[str, ...]] = field(default_factory=dict)
     with_tools: int = 0
+    shape: FileShape = field(default_factory=FileShape, compare=False)
 
     def warnings(self, max_length: int) -> list[str]:
         """What the owner should know though the job goes on."""
-        found = []
+        found = [f"The file has {described}." for described in [self.shape.describe()] if described]
         if self.truncated:
             found.append(
                 f"{len(self.truncated)} of {self.examples} examples are longer than {max_length} tokens and lose their "
@@ -91,7 +93,7 @@ def check_examples(
     summary = Summary()
     faults: dict[int, InvalidTrainingFile] = {}
     try:
-        for row in read_rows(chunks, role):
+        for row in read_rows(chunks, role, summary.shape):
             number = row.number
             try:
                 example = encoder.parse(row, role)

@@ -8,6 +8,7 @@ from tunery.rows import readers
 from tunery.rows.errors import CannotRender, InvalidRows
 from tunery.rows.formats import SourceRow
 from tunery.rows.messages import Example, FileRole, invalid, parse_row
+from tunery.rows.shapes import FileShape
 from tunery.rows.template import IGNORED, ChatTemplate, Rendered
 
 
@@ -37,10 +38,13 @@ class Encoded:
         return max((len(sequence.input_ids) for sequence in self.sequences), default=0)
 
 
-def read_rows(chunks: Iterable[bytes], role: FileRole) -> Iterator[SourceRow]:
-    """A file's rows as they are written there. Raises InvalidTrainingFile where the bytes are no rows."""
+def read_rows(chunks: Iterable[bytes], role: FileRole, shape: FileShape | None = None) -> Iterator[SourceRow]:
+    """A file's rows as they are written there, with what their shape is to be kept in. Raises InvalidTrainingFile where
+    the bytes are no rows."""
+    shape = shape or FileShape()
     try:
-        yield from readers.read(chunks)
+        for row in readers.read(chunks):
+            yield row._replace(shape=shape)
     except InvalidRows as error:
         raise InvalidTrainingFile(param=f"{role}_file", role=role, reason=error.message) from error
 

@@ -2,20 +2,24 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tunery.rows.errors import InvalidRows
+
+if TYPE_CHECKING:
+    from tunery.rows.shapes import FileShape
 
 
 class SourceRow(NamedTuple):
     """One row as its file has it: its fields, or why it has none (the end of a sentence that names the row).
 
-    `number`: the row's place in its file, from 1, by which every message names it.
+    `number`: the row's place in its file, from 1, by which every message names it. `shape`: of the file's rows.
     """
 
     number: int
     fields: dict[str, Any] | None
     fault: str | None = None
+    shape: "FileShape | None" = None
 
     def load(self) -> dict[str, Any]:
         """The row's fields. Raises ValueError, with a reason for people, where it has none."""

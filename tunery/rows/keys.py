@@ -98,28 +98,7 @@ def hint(key: str) -> str:
     return f"{_HINTS[key]}." if key in _HINTS else "Remove it."
 
 
-_EXPECTED = "Unexpected file format, expected chat messages:"
-
-
-def name_format(row: dict[str, Any]) -> str:
-    """Why a row without messages is refused: which format it seems to have, and how to write it as chat."""
-    if any(map(compares, row)):
-        return (
-            "Unexpected file format: this is a preference row (DPO), and only the method 'supervised' is supported. "
-            "Send chat rows with 'messages', for instance the preferred answers."
-        )
-    if meaning := find_meaning(row):
-        return f"{_EXPECTED} the key 'messages' is missing, and the row {meaning}"
-    for asked, answered in (("prompt", "completion"), ("instruction", "output")):
-        if asked in row and answered in row:
-            return (
-                f"{_EXPECTED} {asked}/{answered} pairs are not supported. Write each as "
-                f'{{"messages": [{{"role": "user", "content": {asked.upper()}}}, '
-                f'{{"role": "assistant", "content": {answered.upper()}}}]}}.'
-            )
-    if "conversations" in row:
-        return (
-            f"{_EXPECTED} rename 'conversations' to 'messages', and in each message 'from' to 'role' (human is user, "
-            "gpt is assistant) and 'value' to 'content'."
-        )
-    return f"{_EXPECTED} the key 'messages' is missing."
+PREFERENCE = (
+    "Unexpected file format: this is a preference row (DPO), and only the method 'supervised' is supported. "
+    "Send chat rows with 'messages', for instance the preferred answers."
+)

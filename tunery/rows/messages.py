@@ -14,6 +14,7 @@ from tunery.failures import InvalidTrainingFile
 from tunery.rows import keys, reasons, strict_json
 from tunery.rows.formats import SourceRow
 from tunery.rows.jsonl import read_line
+from tunery.rows.shapes import FileShape
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 FileRole = Literal["training", "validation", "test"]
@@ -220,6 +221,13 @@ def _decoded(value: object) -> object:
         _refuse(f"must be a list, or a JSON list spelled as a string: {error}")
 
 
+def _wrapped(tool: Any) -> Any:
+    """A tool in the form that requests have, where the function stands alone."""
+    if not isinstance(tool, dict) or "function" in tool or "name" not in tool:
+        return tool
+    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+
+
 class Example(BaseModel):
     """One training row. Unknown keys (an id, a source) are kept in `model_extra` and teach nothing."""
 
@@ -246,10 +254,16 @@ class Example(BaseModel):
             _refuse(f"'functions' must be a list, not {reasons.found(functions)}.")
         return {**fields, "tools": [{"type": "function", "function": item} for item in functions]}
 
-    @field_validator("messages", "tools", mode="before")
+    @field_validator("messages", mode="before")
     @classmethod
-    def _decode_lists(cls, value: object) -> object:
+    def _decode_messages(cls, value: object) -> object:
         return _decoded(value)
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _decode_tools(cls, value: object) -> object:
+        tools = _decoded(value or None)
+        return list(map(_wrapped, tools)) if isinstance(tools, list) else tools
 
     @model_validator(mode="after")
     def _has_something_to_learn(self) -> "Example":
@@ -271,13 +285,11 @@ def parse_line(text: str, line_number: int, role: FileRole = "training") -> Exam
 
 
 def parse_row(source: SourceRow, role: FileRole = "training") -> Example:
-    """One row of a file. Raises InvalidTrainingFile, its reason naming line and message (from 1)."""
+    """One row of a file, whose shape the first row decides. Raises InvalidTrainingFile, its reason naming line and
+    message (from 1)."""
     line_number = source.number
     try:
-        row = source.load()
-        if row.get("messages") is None:
-            raise ValueError(keys.name_format(row))
-        example = Example.model_validate(row)
+        example = Example.model_validate((source.shape or FileShape()).convert(source))
     except ValidationError as error:
         where, reason = reasons.locate(error.errors()[0])
         raise invalid(role, line_number, reason, where) from None

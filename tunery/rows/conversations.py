@@ -1,0 +1,97 @@
+"""Conversations in ShareGPT's spelling: from/value in place of role/content, roles by other names, calls as turns."""
+
+import json
+from collections import deque
+from typing import Any
+
+from tunery.rows import strict_json
+
+ROLES = {
+    **dict.fromkeys(("human", "user", "question"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "bot", "chatgpt", "model", "ai"), "assistant"),
+    "system": "system",
+    "developer": "developer",
+    **dict.fromkeys(("observation", "tool", "tool_response", "function_response", "ipython"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "call"),
+}
+"""The role of each name that speakers go by. `call` is an assistant's turn that calls functions; a `function` speaks
+for itself in OpenAI's older spelling, and is a tool here where it has no name."""
+
+_CALL = 'must be a call: {"name": "...", "arguments": {...}}, or a list of them.'
+
+
+def is_sharegpt(messages: Any) -> bool:
+    """Whether a list of messages names its speakers as ShareGPT does."""
+    try:
+        turns = decoded(messages, "messages")
+    except ValueError:
+        return False
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return isinstance(first, dict) and "role" not in first and "from" in first
+
+
+def convert(value: Any, key: str) -> Any:
+    """The messages of a conversation in OpenAI's spelling. Raises ValueError, naming the message, from 1."""
+    turns = decoded(value, key)
+    if not isinstance(turns, list):
+        raise ValueError(f"'{key}' must be a list of messages, not {strict_json.kind(turns)}.")  # noqa: TRY004 (as below)
+    calls: deque[str] = deque()
+    messages = []
+    for number, turn in enumerate(turns, start=1):
+        try:
+            messages.append(_message(turn, calls, number))
+        except ValueError as error:
+            raise ValueError(f"message {number} of '{key}' {error}") from None
+    return messages
+
+
+def decoded(value: Any, key: str) -> Any:
+    """A value that was spelled as a JSON string, as tables keep lists; others as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return strict_json.load_value(value)
+    except ValueError as error:
+        raise ValueError(f"'{key}' must be a list, or a JSON list spelled as a string: {error}") from None
+
+
+def _message(turn: Any, calls: deque[str], number: int) -> dict[str, Any]:
+    """`calls`: ids of calls that no tool has answered yet."""
+    if not isinstance(turn, dict):
+        raise ValueError(f"must be an object, not {strict_json.kind(turn)}.")  # noqa: TRY004 (as below)
+    fields = dict(turn)
+    speaker = fields.pop("from", None) or fields.pop("role", None)
+    role = _role(speaker, fields)
+    if "content" not in fields and "value" in fields:
+        fields["content"] = fields.pop("value")
+    if role == "call":
+        return {**fields, "role": "assistant", **_calls(fields.pop("content", None), calls, number)}
+    if role == "tool" and fields.get("tool_call_id") is None:
+        fields["tool_call_id"] = calls.popleft() if calls else f"call_{number}"
+    return {"role": role, **fields}
+
+
+def _role(speaker: Any, fields: dict[str, Any]) -> str:
+    if not isinstance(speaker, str):
+        raise ValueError("has no speaker. Give it 'from': human, gpt, system, function_call or observation.")  # noqa: TRY004 (as below)
+    if speaker == "function":
+        return "function" if "name" in fields else "tool"
+    if speaker.casefold() not in ROLES:
+        raise ValueError(
+            f"has the unknown speaker '{speaker[:40]}'. Use human, gpt, system, function_call, observation or tool."
+        )
+    return ROLES[speaker.casefold()]
+
+
+def _calls(value: Any, pending: deque[str], number: int) -> dict[str, Any]:
+    """The calls of one turn, an object or a list of them, each with an id by which its answer names it."""
+    items = decoded(value, "function_call")
+    made = []
+    for place, item in enumerate(items if isinstance(items, list) else [items], start=1):
+        if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+            raise ValueError(_CALL)  # noqa: TRY004 (to callers every fault of a row is one kind)
+        pending.append(f"call_{number}_{place}")
+        arguments = item.get("arguments", item.get("parameters", {}))
+        spelled = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        made.append({"id": pending[-1], "type": "function", "function": {"name": item["name"], "arguments": spelled}})
+    return {"content": None, "tool_calls": made}
