@@ -1,21 +1,21 @@
-"""Kinds of file that are not JSON Lines, recognised by their first bytes."""
+"""Kinds of file that hold no rows which can be read, recognised by their first bytes."""
 
 import re
 
 _HEAD_BYTES = 512
 
-_DECOMPRESS = "is compressed with {kind}. Decompress it and send the JSON Lines inside."
-_CONVERT = "is {kind}. Export it as JSON Lines: one JSON object a line."
+_DECOMPRESS = "is compressed with {kind}. Decompress it, or compress it with gzip or zstd."
+_AGAIN = "is compressed with {kind} twice. Decompress it once."
+_CONVERT = "is {kind}. Export it as JSON Lines, CSV or Parquet."
 _UTF8 = "is in {kind}. Save it as UTF-8."
 
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
-    (b"\x1f\x8b", _DECOMPRESS, "gzip"),
-    (b"\x28\xb5\x2f\xfd", _DECOMPRESS, "zstd"),
+    (b"\x1f\x8b", _AGAIN, "gzip"),
+    (b"\x28\xb5\x2f\xfd", _AGAIN, "zstd"),
     (b"BZh", _DECOMPRESS, "bzip2"),
     (b"\xfd7zXZ\x00", _DECOMPRESS, "xz"),
     (b"\x04\x22\x4d\x18", _DECOMPRESS, "lz4"),
     (b"7z\xbc\xaf\x27\x1c", _CONVERT, "a 7z archive"),
-    (b"PAR1", _CONVERT, "a Parquet file"),
     (b"ARROW1", _CONVERT, "an Arrow file"),
     (b"\xff\xff\xff\xff", _CONVERT, "an Arrow stream"),
     (b"ORC", _CONVERT, "an ORC file"),
@@ -45,7 +45,22 @@ def recognise(first_line: bytes) -> str | None:
     `first_line`: the file's first line without a byte order mark of UTF-8, or as much of it as there is.
     """
     head = first_line[:_HEAD_BYTES]
-    return _binary(head) or _text(head.lstrip(), first_line)
+    return _binary(head) or _text(head.lstrip())
+
+
+def separator(first_line: bytes) -> str | None:
+    """What separates the columns of a table that begins with this line, its header; None for what is no table."""
+    head = first_line.lstrip()
+    if recognise(first_line) not in (None, _NO_ROWS) or head.startswith((b"{", b"[")):
+        return None
+    if head.startswith(b'"') and _JSON_STRING.fullmatch(head.strip()):  # a bare value of JSON
+        return None
+    return next((sign for sign in "\t,;" if sign.encode() in first_line), None)
+
+
+def is_list_of_messages(head: bytes) -> bool:
+    """Whether an array is one conversation, not a list of rows."""
+    return _LIST_OF_MESSAGES.match(head) is not None
 
 
 def _binary(head: bytes) -> str | None:
@@ -53,11 +68,11 @@ def _binary(head: bytes) -> str | None:
         if head.startswith(magic):
             return what.format(kind=kind)
     if head.startswith(_ZIP):
-        return "is a zip archive, as Excel workbooks (.xlsx) are. Unpack it, or export its table as JSON Lines."
+        return "is a zip archive, as Excel workbooks (.xlsx) are. Unpack it, or export its table as CSV."
     if _PICKLE.match(head):
         return _CONVERT.format(kind="a Python pickle")
     if head[257:262] == b"ustar":
-        return "is a tar archive. Unpack it and send the JSON Lines inside."
+        return "is a tar archive. Unpack it and send the file inside."
     if b"\x00" not in head[:8]:
         return None
     # Text in UTF-16 or UTF-32 without a byte order mark has a NUL beside each character of its JSON.
@@ -65,23 +80,16 @@ def _binary(head: bytes) -> str | None:
     return _UTF8.format(kind="UTF-16 or UTF-32") if wide else _CONVERT.format(kind="a binary file")
 
 
-def _text(head: bytes, line: bytes) -> str | None:
+_NO_ROWS = (
+    "does not begin with a JSON object in braces, and is no table. Send JSON Lines, a JSON array, CSV or Parquet."
+)
+
+
+def _text(head: bytes) -> str | None:
     if head.startswith(_LFS):
         return "is a Git LFS pointer, not the data itself. Run 'git lfs pull' and send the file that it brings."
-    if _LIST_OF_MESSAGES.match(head):
-        return 'is a list of messages. Write each conversation on one line, as {"messages": [...]}.'
-    if head.startswith(b"["):
-        return "is a JSON array. Write each of its objects on a line of its own, without brackets and commas around."
+    if is_list_of_messages(head):
+        return 'is a list of messages. Write each conversation as {"messages": [...]}.'
     if _MARKUP.match(head):
-        return "is a page of HTML or XML, perhaps a download's error page. Send JSON Lines: one JSON object a line."
-    if head.startswith(b"{") or not head or (head.startswith(b'"') and not _is_table(line)):
-        return None
-    for separator, kind in ((b"\t", "tab-separated values (TSV)"), (b",", "CSV"), (b";", "CSV")):
-        if separator in line:
-            return f"is a table, {kind}. Write each row as a JSON object on a line of its own."
-    return "does not begin with a JSON object in braces. Send JSON Lines: one JSON object a line."
-
-
-def _is_table(line: bytes) -> bool:
-    """Whether a line that begins with a quote is a table's header: JSON has nothing after its string."""
-    return _JSON_STRING.fullmatch(line.strip()) is None
+        return "is a page of HTML or XML, perhaps a download's error page. Send the rows themselves."
+    return None if not head or head.startswith((b"{", b'"', b"[")) else _NO_ROWS

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 class SourceRow(NamedTuple):
     """One row as its file has it: its fields, or why it has none (the end of a sentence that names the row).
 
-    `number`: the row's place in its file, from 1, by which every message names it. `shape`: of the file's rows.
+    `number`: the row's place in its file, from 1, by which every message names it. `line`: the line on which it begins,
+    where that is not its number. `shape`: of the file's rows.
     """
 
     number: int
     fields: dict[str, Any] | None
     fault: str | None = None
+    line: int | None = None
     shape: "FileShape | None" = None
 
     def load(self) -> dict[str, Any]:

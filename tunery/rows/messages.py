@@ -288,13 +288,14 @@ def parse_row(source: SourceRow, role: FileRole = "training") -> Example:
     """One row of a file, whose shape the first row decides. Raises InvalidTrainingFile, its reason naming line and
     message (from 1)."""
     line_number = source.number
+    beside = f" (line {source.line})" if source.line not in (None, line_number) else ""
     try:
         example = Example.model_validate((source.shape or FileShape()).convert(source))
     except ValidationError as error:
         where, reason = reasons.locate(error.errors()[0])
-        raise invalid(role, line_number, reason, where) from None
+        raise invalid(role, line_number, reason, beside + where) from None
     except ValueError as error:
-        raise invalid(role, line_number, str(error)) from None
+        raise invalid(role, line_number, str(error), f"{beside}:") from None
     if role == "test" and example.messages[-1].role != "assistant":
         reason = "does not end with an assistant message, which is the wanted answer. Add it."
         raise invalid(role, line_number, reason, "")

@@ -5,14 +5,21 @@ A new format is an entry of FORMATS.
 
 from collections.abc import Iterable, Iterator
 
+from tunery.rows import compression
+from tunery.rows.compression import Expander
 from tunery.rows.formats import Format, Parser, SourceRow
+from tunery.rows.json_array import JSON_ARRAY
 from tunery.rows.jsonl import JSONL
+from tunery.rows.parquet import PARQUET
+from tunery.rows.tables import CSV, TSV
 
 HEAD_BYTES = 64 * 2**10
 """First bytes by which a format is recognised. Always as many, unless the file is shorter: what a file is must not
 depend on where its chunks end."""
 
-FORMATS: dict[str, Format] = {JSONL.name: JSONL}
+_MAGIC_BYTES = 4
+
+FORMATS: dict[str, Format] = {format.name: format for format in (JSONL, JSON_ARRAY, PARQUET, TSV, CSV)}
 """By name, in the order in which they are asked. What none recognises is read as JSON Lines, which names what it is."""
 
 
@@ -26,11 +33,32 @@ class Reader:
 
     def __init__(self) -> None:
         self.format: Format = JSONL
+        self._magic: bytes | None = b""
+        self._expander: Expander | None = None
         self._head = bytearray()
         self._parser: Parser | None = None
 
+    @property
+    def compression(self) -> str | None:
+        """How the file is compressed: gzip, zstd or not at all."""
+        return self._expander.kind if self._expander is not None else None
+
     def feed(self, chunk: bytes) -> Iterator[SourceRow]:
         """The rows that `chunk` completes. Raises InvalidRows."""
+        if self._magic is not None:
+            self._magic = chunk = self._magic + chunk
+            if len(chunk) < _MAGIC_BYTES:
+                return
+        yield from self._expand(chunk)
+
+    def _expand(self, chunk: bytes) -> Iterator[SourceRow]:
+        if self._magic is not None:
+            kind, self._magic = compression.recognise(chunk), None
+            self._expander = Expander(kind) if kind is not None else None
+        for piece in (chunk,) if self._expander is None else self._expander.feed(chunk):
+            yield from self._parse(piece)
+
+    def _parse(self, chunk: bytes) -> Iterator[SourceRow]:
         if self._parser is not None:
             yield from self._parser.feed(chunk)
             return
@@ -40,6 +68,10 @@ class Reader:
 
     def close(self) -> Iterator[SourceRow]:
         """The rows that are left at the file's end. Raises InvalidRows, also for a file without any row."""
+        if self._magic is not None:
+            yield from self._expand(self._magic)
+        if self._expander is not None:
+            self._expander.close()
         if self._parser is None:
             yield from self._begin()
         assert self._parser is not None, "a file begins once"
@@ -79,5 +111,10 @@ class Checker:
     def _check(self, rows: Iterator[SourceRow]) -> None:
         for row in rows:
             if row.fault is not None:
-                raise self._reader.format.refuse(row.number, row.fault)
+                raise self._reader.format.refuse(row.number, row.fault + _place(row))
             self.rows += 1
+
+
+def _place(row: SourceRow) -> str:
+    """The line on which a row with a fault begins, where its number is another."""
+    return f" It begins on line {row.line} of the file." if row.line not in (None, row.number) else ""

@@ -181,9 +181,7 @@ def _label(row: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
 def _refuse_ambiguous(columns: list[str], part: str) -> None:
     if len(columns) > 1:
         named = ", ".join(f"'{column[:40]}'" for column in columns)
-        raise ValueError(
-            f"{_START}: each of {named} may be the {part}. Keep the one to train on and remove the others."
-        )
+        raise ValueError(f"{_START}: each of {named} may be the {part}. Keep one and remove the others.")
 
 
 def _no_shape(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,163 @@
+"""Files of every format hold the same rows, however they are compressed, joined and cut into chunks."""
+
+import csv
+import gzip
+import io
+import json
+from typing import Any
+
+import pyarrow
+import pytest
+from backports import zstd
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from tunery.rows import readers
+from tunery.rows.errors import InvalidRows
+
+ROWS = [{"prompt": f'question {n}, "quoted"\nand more', "completion": "é🎉" * n} for n in range(1, 6)]
+Row = dict[str, Any]
+
+
+def jsonl(rows: list[Row]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def table(rows: list[Row], separator: str = ",", end: str = "\n") -> bytes:
+    made = io.StringIO(newline="")
+    writer = csv.writer(made, delimiter=separator, lineterminator=end)
+    writer.writerows([rows[0], *(row.values() for row in rows)])
+    return made.getvalue().encode()
+
+
+def columns(rows: list[Row]) -> bytes:
+    made = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), made)
+    return made.getvalue()
+
+
+FILES = {
+    "JSONL": jsonl(ROWS),
+    "array": json.dumps(ROWS).encode(),
+    "printed array": b"\xef\xbb\xbf" + json.dumps(ROWS, indent=2).replace("\n", "\r\n").encode(),
+    "CSV": table(ROWS),
+    "CSV of Windows": b"\xef\xbb\xbf" + table(ROWS, ";", "\r\n"),
+    "CSV with CR twice": table(ROWS, end="\r\r\n"),
+    "TSV": table(ROWS, "\t"),
+    "Parquet": columns(ROWS),
+    "arrays joined": json.dumps(ROWS[:2]).encode() + b"\n\xef\xbb\xbf" + json.dumps(ROWS[2:]).encode(),
+    "CSV joined": table(ROWS[:2]) + b"\xef\xbb\xbf" + table(ROWS[2:]),
+}
+PACKED = {
+    "plain": bytes,
+    "gzip": gzip.compress,
+    "zstd": zstd.compress,
+    "two streams": lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:]),
+}
+
+
+def cut(data: bytes, size: int) -> list[bytes]:
+    return [data[start : start + size] for start in range(0, len(data), size)]
+
+
+def read(data: bytes, size: int = 2**16) -> list[tuple[int, Row | None]]:
+    return [(row.number, row.fields) for row in readers.read(cut(data, size))]
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("name", FILES)
+def test_rows_equal_those_of_json_lines(name: str, packed: str) -> None:
+    data = PACKED[packed](FILES[name])
+    for size in (1, 7, 2**20):
+        assert read(data, size) == list(enumerate(ROWS, 1))
+
+
+TEXT = st.text(st.characters(exclude_characters="\0\r\ufeff", exclude_categories=["Cs"]), min_size=1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(TEXT, min_size=1, max_size=5), st.integers(1, 9), st.sampled_from(",;\t"))
+def test_any_text_comes_through_every_format(texts: list[str], size: int, separator: str) -> None:
+    rows = [{"prompt": text, "completion": "a"} for text in texts]
+    for data in (json.dumps(rows).encode(), json.dumps(rows, indent=1).encode(), table(rows, separator), columns(rows)):
+        assert read(data, size) == list(enumerate(rows, 1))
+
+
+def outcome(data: bytes, size: int) -> str:
+    try:
+        return str([(row.number, row.fields, row.fault, row.line) for row in readers.read(cut(data, size))])
+    except InvalidRows as error:
+        return error.message
+
+
+SIGNS = st.lists(st.sampled_from([*'[]{},:"', "\\", "\n", "\r", "a", "1", '{"a":1}', "\ufeff", " ", ";", "\t"]))
+
+
+@settings(deadline=None, max_examples=150)
+@given(SIGNS.map("".join), st.integers(1, 5), st.sampled_from(["[", "a,b\n", ""]))
+def test_broken_file_has_one_verdict_however_chunks_end(text: str, size: int, start: str) -> None:
+    data = (start + text).encode()
+    assert outcome(data, size) == outcome(data, 2**20)
+
+
+MIB = 2**20
+DEEP = b"[" * 10_000 + b"]" * 10_000
+WIDE = columns([{f"c{n}": "x" for n in range(5000)}])
+BROKEN = {
+    "line of 50 MB in an array": (b'[{"a": "' + b"x" * 50 * MIB, "Row 1: is not JSON: Unterminated string"),
+    "value of 50 MB": (b'a,b\n"' + b"x" * 50 * MIB, "Row 1: is longer than 4 MiB"),
+    "quote without end": (b'a,b\n1,2\n"' + b"x\n" * 10 * MIB, "20000 lines, which is the limit for one row."),
+    "short quote without end": (b'a,b\n1,2\n"x,y\nz,w\n', "Row 2: a value in quotes has no end. (line 3 of the file)"),
+    "nesting": (DEEP, "objects and lists are nested too deep."),
+    "nesting in a row": (b'[{"a": ' + DEEP + b"}]", "objects and lists are nested too deep."),
+    "array without end": (b'[{"a": 1},\n{"a": 2}\n', "Row 2: the array has no end: a ']' is missing."),
+    "array without comma": (b'[{"a": 1}\n{"a": 2}]', "expected ',' or ']' behind the row. (line 2 of the file)"),
+    "array with a broken row": (b'[{"a": 1},\n\n{"a": }]', "Row 2: is not JSON: Expecting value (line 3 of the file)"),
+    "text behind the array": (b"[{}] x", "something follows the array."),
+    "empty array": (b"[]", "the array is empty."),
+    "array not in UTF-8": (b'[{"a": "\xff"}]', "the file is not UTF-8 (byte 9)."),
+    "header alone": (b"a,b\n", "the file has a header and no row."),
+    "header twice": (b"a,a\n1,2\n", "two columns have the name 'a'."),
+    "wide table": (b",".join(b"c%d" % n for n in range(5000)) + b"\n", "the table has 5000 columns, more than 1000."),
+    "CSV not in UTF-8": (b"a,b\n1,2\n\xff,3\n", "is not UTF-8. Save the file as UTF-8. (line 3 of the file)"),
+    "wide Parquet": (WIDE, "the table has 5000 columns, more than 1000."),
+    "cut Parquet": (FILES["Parquet"][:-5], "the file is damaged or not whole"),
+    "cut gzip": (gzip.compress(jsonl(ROWS))[:-9], "ends in the middle: it is not whole."),
+    "damaged gzip": (b"\x1f\x8b\x08\x00" + b"x" * 50, "gzip format. Row 1: the file is damaged"),
+    "gzip and more": (gzip.compress(b"{}\n") + b"{}", "is followed by something that is not compressed."),
+    "gzip twice": (gzip.compress(gzip.compress(b"{}\n")), "the file is compressed with gzip twice."),
+    "gzip of nothing": (gzip.compress(b""), "the file is empty."),
+    "gzip bomb": (gzip.compress(b"\0" * 200 * MIB), "is a binary file"),
+    "bomb of blanks": (gzip.compress(b"[" + b" " * 100 * MIB), "expands to more than 200 times its size."),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_file_is_refused_with_its_place(name: str) -> None:
+    data, reason = BROKEN[name]
+    with pytest.raises(InvalidRows) as refused:
+        read(data)
+    assert reason in refused.value.message
+
+
+FAULTY = {
+    "numbers for rows": (b'[1,\n{"a": NaN}]', [(1, "expected a JSON object", 1), (2, "NaN is not JSON", 2)]),
+    "half a pair": (b'[{"a": "\\ud800"}]', [(1, "half a surrogate pair", 1)]),
+    "NUL": (b"a,b\nx\0,y\n", [(1, "the character NUL", 2)]),
+    "values too many": (b'a,b\n"x\ny",1\n1,2,3\n', [(2, "has 3 values, and the header names 2 columns", 4)]),
+    "text behind a quote": (b'a,b\n"x"y,2\n', [(1, "something follows a value's closing quote", 2)]),
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_fault_of_a_row_names_it_and_its_line(name: str) -> None:
+    data, faults = FAULTY[name]
+    found = [(row.number, row.fault, row.line) for row in readers.read([data]) if row.fault]
+    assert [(number, line) for number, _, line in found] == [(number, line) for number, _, line in faults]
+    assert all(reason in fault for (_, fault, _), (_, reason, _) in zip(found, faults, strict=True))
+
+
+def test_missing_values_of_tables_are_absent() -> None:
+    assert read(b"prompt,system,completion\nq,,a\n") == [(1, {"prompt": "q", "system": None, "completion": "a"})]
+    assert read(columns([{"a": "x", "score": float("nan")}])) == [(1, {"a": "x", "score": None})]

@@ -1,0 +1,133 @@
+"""Compressed files, expanded piece by piece: gzip and zstd, in one stream or in several behind each other."""
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from tunery.rows.errors import InvalidRows
+
+PIECE_BYTES = 2**20
+"""The most bytes that are expanded at once, however well they are compressed."""
+MOST_BYTES = 16 * 2**30
+MOST_RATIO = 200
+RATIO_FROM = 64 * 2**20
+"""Expanded bytes below which the ratio is not judged: a small file may repeat itself."""
+_MOST_WINDOW = 27
+"""As a power of two: the memory that a zstd stream may ask for, 128 MiB, as the command's own default has it."""
+
+
+class Stream(Protocol):
+    """A decompressor of one stream, as the standard library's have it."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+
+
+class _Gzip:
+    """zlib's decompressor, which keeps what it has not read apart, in the form of zstd's."""
+
+    def __init__(self) -> None:
+        self._zlib = zlib.decompressobj(wbits=31)
+
+    @property
+    def eof(self) -> bool:
+        return self._zlib.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._zlib.unused_data
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        return self._zlib.decompress(self._zlib.unconsumed_tail + data, max_length)
+
+
+def _zstd() -> Any:
+    from backports import zstd
+
+    return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _MOST_WINDOW})
+
+
+_STREAMS: dict[str, tuple[bytes, Callable[[], Stream]]] = {
+    "gzip": (b"\x1f\x8b", _Gzip),
+    "zstd": (b"\x28\xb5\x2f\xfd", _zstd),
+}
+
+
+class Expander:
+    """Expands a compressed file. `kind`: gzip or zstd."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._magic, self._open = _STREAMS[kind]
+        self._stream: Stream | None = self._open()
+        self._read = self._written = 0
+        self._rest = b""
+        self._full = False
+        """Whether the last piece was as long as it may be, so that the stream may have more without further bytes."""
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        """The bytes that `chunk` expands to, in pieces. Raises InvalidRows."""
+        self._read += len(chunk)
+        chunk, self._rest = self._rest + chunk, b""
+        while chunk or (self._full and self._stream is not None):
+            if self._stream is None:
+                chunk = self._begin_next(chunk)
+                if self._stream is None:
+                    return
+            piece = self._expand(self._stream, chunk)
+            chunk = b""
+            if self._stream.eof:
+                chunk, self._stream = self._stream.unused_data, None
+            if piece:
+                self._count(len(piece))
+                yield piece
+
+    def close(self) -> None:
+        """The file's end. Raises InvalidRows where it comes too early."""
+        if self._stream is not None:
+            raise self._refuse("ends in the middle: it is not whole. Compress it again, or send it again.")
+        if self._rest:
+            raise self._refuse(_FOLLOWED)
+
+    def _expand(self, stream: Stream, chunk: bytes) -> bytes:
+        try:
+            piece = stream.decompress(chunk, PIECE_BYTES)
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 (each library has a class of its own, and one is imported late)
+            raise self._refuse(f"is damaged: {error}. Compress it again, or send it again.") from None
+        self._full = len(piece) == PIECE_BYTES
+        return piece
+
+    def _begin_next(self, chunk: bytes) -> bytes:
+        """Begins the stream behind the one that has ended, if there is one. gzip may be padded with zeros."""
+        chunk = chunk.lstrip(b"\0") if self.kind == "gzip" else chunk
+        if chunk.startswith(self._magic):
+            self._stream, self._full = self._open(), False
+            return chunk
+        if not self._magic.startswith(chunk[: len(self._magic)]):
+            raise self._refuse(_FOLLOWED)
+        self._rest = chunk
+        return b""
+
+    def _count(self, expanded: int) -> None:
+        self._written += expanded
+        if self._written > MOST_BYTES:
+            raise self._refuse(f"expands to more than {MOST_BYTES // 2**30} GiB. Split it into several files.")
+        if self._written > RATIO_FROM and self._written > MOST_RATIO * self._read:
+            raise self._refuse(f"expands to more than {MOST_RATIO} times its size. Send it uncompressed.")
+
+    def _refuse(self, reason: str) -> InvalidRows:
+        return InvalidRows(param="file", format=self.kind, line=1, reason=f"the file {reason}")
+
+
+_FOLLOWED = "is followed by something that is not compressed. Send one compressed file."
+
+
+def recognise(head: bytes) -> str | None:
+    """How a file that begins with `head` is compressed; None where it is not."""
+    return next((kind for kind, (magic, _) in _STREAMS.items() if head.startswith(magic)), None)

@@ -1,0 +1,120 @@
+"""A JSON array of objects, on one line or printed over many, in memory that holds one of them at a time."""
+
+import codecs
+import json
+from collections.abc import Iterator
+
+from tunery.rows import containers
+from tunery.rows.errors import InvalidRows
+from tunery.rows.formats import Format, SourceRow
+from tunery.rows.jsonl import MAX_LINE_BYTES, read_line
+
+_BLANK = " \t\r\n\ufeff"
+_BOM = b"\xef\xbb\xbf"
+# Only an element's end is looked for here, so numbers are not made: read_line judges them, as in JSON Lines.
+_ENDS = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
+
+
+class JsonArrayParser:
+    """Cuts an array into its elements, each read as a line of JSON Lines is. Several arrays may stand behind each
+    other, and a byte order mark before any value, as in files that were joined."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._text, self._at = "", 0
+        self._number, self._line, self._bytes = 0, 1, 0
+        self._expects = "["
+        self._next_try = 0
+
+    def feed(self, chunk: bytes) -> Iterator[SourceRow]:
+        """The rows that `chunk` completes. Raises InvalidRows."""
+        self._decode(chunk)
+        if len(self._text) >= self._next_try:  # else a long element would be read again with every small chunk
+            yield from self._rows(ended=False)
+
+    def close(self) -> Iterator[SourceRow]:
+        """The rows that are left. Raises InvalidRows where the array has no end."""
+        self._decode(b"", final=True)
+        yield from self._rows(ended=True)
+        if self._expects != "[":
+            raise self._refuse("the array has no end: a ']' is missing. The file may not be whole.")
+        if not self._number:
+            raise self._refuse("the array is empty. Write one JSON object for each row.")
+
+    def _decode(self, chunk: bytes, *, final: bool = False) -> None:
+        try:
+            self._text += self._decoder.decode(chunk, final)
+        except UnicodeDecodeError as error:
+            place = self._bytes - len(self._decoder.getstate()[0]) + error.start + 1
+            raise self._refuse(f"the file is not UTF-8 (byte {place}). Save it as UTF-8.") from None
+        self._bytes += len(chunk)
+
+    def _rows(self, *, ended: bool) -> Iterator[SourceRow]:
+        while self._skip_blank():
+            sign = self._text[self._at]
+            if self._expects == "value" or (self._expects == "first" and sign != "]"):
+                end = self._find_end(ended=ended)
+                if end is None:
+                    break
+                yield self._take(end)
+                self._expects = ","
+            else:
+                self._step(sign)
+        if len(self._text) - self._at > MAX_LINE_BYTES:
+            raise self._refuse(f"is longer than {MAX_LINE_BYTES // 2**20} MiB, which is the limit for one row.")
+        self._next_try = 2 * (len(self._text) - self._at)
+        self._text, self._at = self._text[self._at :], 0
+
+    def _step(self, sign: str) -> None:
+        """Takes one sign between elements."""
+        if sign == "[" and self._expects == "[":
+            self._expects = "first"
+        elif sign == "]" and self._expects in ("first", ","):
+            self._expects = "["
+        elif sign == "," and self._expects == ",":
+            self._expects = "value"
+        elif self._expects == "[":
+            raise self._refuse("something follows the array. Send one array of objects.")
+        else:
+            raise self._refuse("expected ',' or ']' behind the row.")
+        self._at += 1
+
+    def _skip_blank(self) -> bool:
+        """Goes on to the next sign; whether there is one."""
+        while self._at < len(self._text) and self._text[self._at] in _BLANK:
+            self._line += self._text[self._at] == "\n"
+            self._at += 1
+        return self._at < len(self._text)
+
+    def _find_end(self, *, ended: bool) -> int | None:
+        """Where the element ends; None where more of the file has to come first. Raises InvalidRows."""
+        try:
+            end = _ENDS.raw_decode(self._text, self._at)[1]
+        except json.JSONDecodeError as error:
+            if not ended and len(self._text) - self._at <= MAX_LINE_BYTES:
+                return None
+            self._line += self._text.count("\n", self._at, error.pos)
+            raise self._refuse(f"is not JSON: {error.msg}", row=1) from None
+        except RecursionError:
+            raise self._refuse("objects and lists are nested too deep.", row=1) from None
+        # A number may go on in the next chunk.
+        return end if ended or self._text[end:].strip(_BLANK) or self._text[end - 1] in '}]"' else None
+
+    def _take(self, end: int) -> SourceRow:
+        self._number += 1
+        text = self._text[self._at : end]
+        row = read_line(self._number, text)._replace(line=self._line)
+        self._line += text.count("\n")
+        self._at = end
+        return row
+
+    def _refuse(self, reason: str, row: int = 0) -> InvalidRows:
+        return JSON_ARRAY.refuse(max(self._number + row, 1), f"{reason} (line {self._line} of the file)")
+
+
+def _is_array(head: bytes) -> bool:
+    head = head.removeprefix(_BOM).lstrip()
+    return head.startswith(b"[") and not containers.is_list_of_messages(head)
+
+
+JSON_ARRAY = Format(name="JSON array", recognises=_is_array, open=JsonArrayParser)

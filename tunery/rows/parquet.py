@@ -1,0 +1,87 @@
+"""Parquet, which is read from its end: the bytes wait in a temporary file. Rows come in small batches."""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from tunery.rows import strict_json
+from tunery.rows.errors import InvalidRows
+from tunery.rows.formats import Format, SourceRow
+from tunery.rows.jsonl import MAX_LINE_BYTES
+from tunery.rows.tables import MOST_COLUMNS
+
+_IN_MEMORY = 8 * 2**20
+_BATCH_ROWS = 64
+_MOST_FOOTER = 64 * 2**20
+_MOST_DEPTH = 64
+
+
+class ParquetParser:
+    """Reads the file when all of it has come. A column without a value is absent, and NaN is no value."""
+
+    def __init__(self) -> None:
+        self._bytes = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 (it lives as long as the parser)
+        self._number = 0
+
+    def feed(self, chunk: bytes) -> Iterator[SourceRow]:
+        """Keeps the bytes: no row is whole before the file's end."""
+        self._bytes.write(chunk)
+        yield from ()
+
+    def close(self) -> Iterator[SourceRow]:
+        """All rows. Raises InvalidRows where the file is damaged, or has more columns than can be meant."""
+        # Heavy, and needed by few who read rows.
+        import pyarrow
+
+        try:
+            for batch in self._batches():
+                yield from map(self._row, batch.to_pylist())
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise self._refuse(f"the file is damaged or not whole: {reason}") from None
+        finally:
+            self._bytes.close()
+        if not self._number:
+            raise self._refuse("the file has no row.")
+
+    def _batches(self) -> Iterator[Any]:
+        from pyarrow import parquet
+
+        # Page by page, with a footer of bounded size: a small file can claim large ones.
+        limits = {"thrift_string_size_limit": _MOST_FOOTER, "thrift_container_size_limit": 10**6}
+        self._bytes.seek(0)
+        file = parquet.ParquetFile(
+            self._bytes, pre_buffer=False, buffer_size=2**20, schema_depth_limit=_MOST_DEPTH, **limits
+        )
+        if (columns := len(file.schema_arrow.names)) > MOST_COLUMNS or file.metadata.num_columns > MOST_COLUMNS:
+            raise self._refuse(f"the table has {columns} columns, more than {MOST_COLUMNS}. Keep those that are read.")
+        yield from file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False)
+
+    def _row(self, values: dict[str, Any]) -> SourceRow:
+        self._number += 1
+        try:
+            text = json.dumps({key: _plain(value) for key, value in values.items()}, default=str)
+            if len(text) > MAX_LINE_BYTES:
+                raise ValueError(f"is longer than {MAX_LINE_BYTES // 2**20} MiB, which is the limit for one row.")
+            return SourceRow(self._number, strict_json.load_object(text))
+        except ValueError as error:
+            return SourceRow(self._number, None, str(error))
+
+    def _refuse(self, reason: str) -> InvalidRows:
+        return PARQUET.refuse(self._number + 1, reason)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: no NaN, which tables have for what is missing, and no bytes."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, bytes):
+        raise ValueError("a value is binary, and only text is supported here. Remove its column.")  # noqa: TRY004 (one kind)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+PARQUET = Format(name="Parquet", recognises=lambda head: head.startswith(b"PAR1"), open=ParquetParser)

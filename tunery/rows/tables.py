@@ -1,0 +1,166 @@
+"""Tables of text, CSV and TSV: the first line names the columns, each record is a row."""
+
+import csv
+from collections.abc import Callable, Iterator
+
+from tunery.rows import containers
+from tunery.rows.errors import InvalidRows
+from tunery.rows.formats import Format, SourceRow
+from tunery.rows.jsonl import MAX_LINE_BYTES
+
+MOST_COLUMNS = 1000
+MOST_LINES = 20_000
+"""Lines of one record, which is read again whenever twice as much of it has come."""
+_BOM = "\ufeff"
+
+csv.field_size_limit(MAX_LINE_BYTES)
+
+
+class _More(Exception):
+    """The record goes on in lines that have not come yet."""
+
+
+class TableParser:
+    """Reads records as they come; one may go over several lines, in quotes. An empty value is an absent one.
+
+    Lines end with LF, and CR before it is none of a value. A byte order mark may begin any line, and the header may be
+    repeated, as in files that were joined.
+    """
+
+    def __init__(self) -> None:
+        self._separator = ","
+        self._columns: list[str] | None = None
+        self._rest = bytearray()
+        self._lines: list[str] = []
+        self._waiting = 0
+        """Characters of `_lines`."""
+        self._line, self._number = 1, 0
+        self._next_try = 0
+
+    def feed(self, chunk: bytes) -> Iterator[SourceRow]:
+        """The rows that `chunk` completes. Raises InvalidRows."""
+        whole, found, rest = chunk.rpartition(b"\n")
+        self._rest += whole + found
+        if found:
+            self._cut()
+            self._rest = bytearray()
+            if (
+                self._waiting >= self._next_try or len(self._lines) > MOST_LINES
+            ):  # else a long record would be read again with every chunk
+                yield from self._records(ended=False)
+        self._rest += rest
+        if len(self._rest) + self._waiting > MAX_LINE_BYTES:
+            yield from self._records(ended=False)
+        self._refuse_long()
+
+    def close(self) -> Iterator[SourceRow]:
+        """The rows that are left. Raises InvalidRows, also for a table without any row."""
+        if self._rest:
+            self._cut()
+        yield from self._records(ended=True)
+        if self._columns is None:
+            raise self._refuse("the file is empty. Write a header and one record a row.")
+        if not self._number:
+            raise self._refuse("the file has a header and no row.")
+
+    def _cut(self) -> None:
+        """Takes the lines that have come. CR, LF and byte order marks at their borders are no part of a value."""
+        try:
+            text = self._rest.decode()
+        except UnicodeDecodeError as error:
+            line = self._line + len(self._lines) + self._rest.count(b"\n", 0, error.start)
+            raise self._refuse("is not UTF-8. Save the file as UTF-8.", line=line) from None
+        lines = text.removesuffix("\n").split("\n")
+        self._lines += [line.rstrip("\r").removeprefix(_BOM) + "\n" for line in lines]
+        self._waiting += len(text) + 1
+
+    def _records(self, *, ended: bool) -> Iterator[SourceRow]:
+        if self._columns is None and self._lines:
+            self._separator = containers.separator(self._lines[0].encode()) or ","
+        lines, done = self._lines, 0
+        reader = csv.reader(_until_end(lines, ended=ended), delimiter=self._separator, strict=True)
+        while done < len(lines):
+            try:
+                record: list[str] | csv.Error = next(reader)
+            except _More:
+                break
+            except csv.Error as error:
+                record = error
+                if ended and "end of data" in str(error):
+                    raise self._refuse("a value in quotes has no end.", line=self._line) from None
+            start, self._line = self._line, self._line + reader.line_num - done
+            done = reader.line_num
+            yield from self._take(record, start)
+        self._lines = lines[done:]
+        self._waiting = sum(map(len, self._lines))
+        self._next_try = 2 * self._waiting
+
+    def _take(self, record: list[str] | csv.Error, line: int) -> Iterator[SourceRow]:
+        if self._columns is None:
+            self._columns = self._read_header(record, line)
+        elif record and (isinstance(record, csv.Error) or record != self._columns):
+            self._number += 1
+            yield _row(self._number, self._columns, record, line)
+
+    def _read_header(self, record: list[str] | csv.Error, line: int) -> list[str]:
+        if isinstance(record, csv.Error) or not record:
+            raise self._refuse(
+                "the header cannot be read. Name the columns, without a line break in a name.", line=line
+            )
+        if len(record) > MOST_COLUMNS:
+            raise self._refuse(
+                f"the table has {len(record)} columns, more than {MOST_COLUMNS}. Keep those that are read."
+            )
+        twice = next((name for place, name in enumerate(record) if name and name in record[:place]), None)
+        if twice is not None:
+            raise self._refuse(f"two columns have the name '{twice[:40]}'. Rename one of them.", line=line)
+        return record
+
+    def _refuse_long(self) -> None:
+        if len(self._rest) + self._waiting > MAX_LINE_BYTES or len(self._lines) > MOST_LINES:
+            limit = f"{MAX_LINE_BYTES // 2**20} MiB or {MOST_LINES} lines"
+            raise self._refuse(f"is longer than {limit}, which is the limit for one row. Perhaps a quote has no end.")
+
+    def _refuse(self, reason: str, line: int | None = None) -> InvalidRows:
+        row = self._number + (self._columns is not None)
+        return CSV.refuse(max(row, 1), f"{reason} (line {line or self._line} of the file)")
+
+
+def _until_end(lines: list[str], *, ended: bool) -> Iterator[str]:
+    yield from lines
+    if not ended:
+        raise _More
+
+
+_REASONS = {
+    "new-line character": "a bare CR stands between its values. End each line with LF or CRLF.",
+    "expected after": "something follows a value's closing quote. Spell a quote inside of quotes twice.",
+}
+
+
+def _row(number: int, columns: list[str], record: list[str] | csv.Error, line: int) -> SourceRow:
+    if isinstance(record, csv.Error):
+        known = (reason for words, reason in _REASONS.items() if words in str(record))
+        return SourceRow(number, None, next(known, f"cannot be read: {record}."), line)
+    if len(record) != len(columns):
+        fault = f"has {len(record)} values, and the header names {len(columns)} columns."
+        return SourceRow(number, None, f"{fault} Put a value with separators or line breaks into quotes.", line)
+    if any("\0" in value for value in record):
+        return SourceRow(number, None, "a value has the character NUL, which cannot be stored. Remove it.", line)
+    pairs = zip(columns, record, strict=True)
+    return SourceRow(number, {name: value or None for name, value in pairs if name}, None, line)
+
+
+def _begins(head: bytes, separators: str) -> bool:
+    first_line = head.removeprefix(_BOM.encode()).split(b"\n", 1)[0]
+    sign = containers.separator(first_line)
+    return sign is not None and sign in separators
+
+
+def _format(name: str, separators: str) -> Format:
+    open: Callable[[], TableParser] = TableParser
+    return Format(name=name, recognises=lambda head: _begins(head, separators), open=open)
+
+
+TSV = _format("TSV", "\t")
+CSV = _format("CSV", ",;")
