@@ -13,6 +13,7 @@ from tunery.planning.precision import decide
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Full, Lora, Plan, Qlora, Run, Schedule
 from worker.trainer.data import Rows, singles
+from worker.trainer.kernels import adapters
 from worker.trainer.loop import train
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective, all_and_trainable
@@ -26,7 +27,7 @@ from worker.trainer.wish import Wish
 TECHNIQUES = {"full": Full(), "lora": Lora(), "qlora": Qlora()}
 
 
-def set_up(model: Path, method: str, checkpointing: bool, made: Rows, batch: int) -> Training:
+def set_up(model: Path, method: str, checkpointing: bool, made: Rows, batch: int, narrow: bool) -> Training:
     accelerator = Accelerator()
     torch.manual_seed(SEED)
     technique = TECHNIQUES[method]
@@ -36,6 +37,8 @@ def set_up(model: Path, method: str, checkpointing: bool, made: Rows, batch: int
     precision = decide(technique, accelerator.device.type)
     base = recipe.load_base(model, precision, accelerator.device)
     objective = Objective(recipe.prepare(base, technique, None), precision)
+    if narrow:
+        adapters.narrow(objective.model)
     if checkpointing:
         objective.recompute()
     parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
@@ -56,20 +59,21 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--method", choices=list(TECHNIQUES), required=True)
     parser.add_argument("--ckpt", type=int, default=1)
+    parser.add_argument("--fp8", action="store_true")
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--bs", type=int, default=4)
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--skip", type=int, default=6)
     a = parser.parse_args()
     began = time.monotonic()
-    t = set_up(a.model, a.method, bool(a.ckpt), Rows(singles(rows(a.steps * a.bs, a.seq))), a.bs)
+    t = set_up(a.model, a.method, bool(a.ckpt), Rows(singles(rows(a.steps * a.bs, a.seq))), a.bs, a.fp8)
     loaded = time.monotonic() - began
     torch.cuda.reset_peak_memory_stats()
     train(t, Progress())
     steps = t.voice.metrics
     seconds = sum(step["seconds"] for step in steps[a.skip :])
     print("RESULT " + json.dumps({
-        "stack": "tunery", "method": a.method, "ckpt": a.ckpt, "seq": a.seq, "bs": a.bs, "steps": a.steps,
+        "stack": "tunery", "method": a.method, "ckpt": a.ckpt, "fp8": a.fp8, "seq": a.seq, "bs": a.bs, "steps": a.steps,
         "optim": type(t.optimizer).__name__, "tok_s": round((a.steps - a.skip) * a.bs * a.seq / seconds),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2), "load_s": round(loaded, 1),

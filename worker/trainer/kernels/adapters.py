@@ -7,6 +7,8 @@ added in place, and only x and the rank-r product x A' are kept. PEFT still owns
 active adapters) to PEFT. `projections.plain` is the definition.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, cast
 
@@ -14,7 +16,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from worker.trainer.kernels import projections
+from worker.trainer.kernels import fp8, projections
 
 
 def install(model: nn.Module) -> int:
@@ -23,6 +25,42 @@ def install(model: nn.Module) -> int:
     for layer in layers:
         layer.forward = MethodType(_adapted, layer)
     return len(layers)
+
+
+def narrow(model: nn.Module) -> list[str]:
+    """Keeps the frozen weight of every plain LoRA layer in eight bits too, for training; returns the layers' names.
+
+    Answers are still given with the weight as it is, as whoever serves the adapter has it.
+    """
+    names = []
+    for name, module in model.named_modules():
+        weight = module.base_layer.weight if is_plain(module) else None
+        if weight is not None and weight.is_floating_point() and fp8.fits(weight):
+            cast(Any, module).base_layer.narrow = fp8.pack(weight.detach())
+            names.append(name)
+    return names
+
+
+def widen(model: nn.Module) -> None:
+    """Lets go of the weights in eight bits."""
+    for layer in _narrow_layers(model):
+        del layer.narrow
+
+
+@contextmanager
+def wide(model: nn.Module) -> Iterator[None]:
+    """Makes the products of training with the weights as they are, inside."""
+    kept = [(layer, layer.narrow) for layer in _narrow_layers(model)]
+    widen(model)
+    try:
+        yield
+    finally:
+        for layer, narrow_weight in kept:
+            layer.narrow = narrow_weight
+
+
+def _narrow_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if getattr(module, "narrow", None) is not None]
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -47,7 +85,8 @@ def layer_of(module: Any) -> projections.Layer | None:
     if name is None:
         return None
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    return projections.Layer(module.base_layer, a, b, module.scaling[name])
+    narrow_weight = getattr(module.base_layer, "narrow", None) if module.training else None
+    return projections.Layer(module.base_layer, a, b, module.scaling[name], narrow_weight)
 
 
 def _adapted(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -63,4 +102,5 @@ def _adapted(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     name = self.active_adapters[0]
     a, b = self.lora_A[name].weight, self.lora_B[name].weight
     update = functional.linear(functional.linear(self.lora_dropout[name](x), a.to(x.dtype)), b.to(x.dtype))
-    return cast(Tensor, projections.frozen(x, self.base_layer) + self.scaling[name] * update)
+    narrow_weight = getattr(self.base_layer, "narrow", None) if self.training else None
+    return cast(Tensor, projections.frozen(x, self.base_layer, narrow_weight) + self.scaling[name] * update)

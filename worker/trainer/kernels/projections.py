@@ -15,17 +15,21 @@ import bitsandbytes
 import torch
 from torch import Tensor
 
-from worker.trainer.kernels import elementwise
+from worker.trainer.kernels import elementwise, fp8
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted product: the frozen layer, its adapter's A [r, in] and B [out, r], and its scale."""
+    """One adapted product: the frozen layer, its adapter's A [r, in] and B [out, r], and its scale.
+
+    `narrow`: the frozen weight in eight bits, where the product is made in these.
+    """
 
     base: Any
     a: Tensor
     b: Tensor
     scale: float
+    narrow: fp8.Weight | None = None
 
 
 def plain(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -54,27 +58,30 @@ def _unpack(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     return bitsandbytes.functional.dequantize_4bit(packed, read_as)
 
 
-def frozen(x: Tensor, base: Any) -> Tensor:
-    """The product of `x` [..., in] with a frozen weight alone; a gradient for x only, and nothing of x is kept."""
-    return cast(Tensor, _Frozen.apply(x, base))  # type: ignore[no-untyped-call]
+def frozen(x: Tensor, base: Any, narrow: fp8.Weight | None = None) -> Tensor:
+    """The product of `x` [..., in] with a frozen weight alone; a gradient for x only, and nothing of x is kept.
+
+    `narrow`: the weight in eight bits, where the product is made in these.
+    """
+    return cast(Tensor, _Frozen.apply(x, base, narrow))  # type: ignore[no-untyped-call]
 
 
 def project(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """Each layer's product with `x` [..., in]: [..., out_i], in x's type."""
     flat = [part for layer in layers for part in (layer.a, layer.b)]
-    fixed = tuple((layer.base, layer.scale) for layer in layers)
+    fixed = tuple((layer.base, layer.scale, layer.narrow) for layer in layers)
     return cast(tuple[Tensor, ...], _Project.apply(x, fixed, *flat))  # type: ignore[no-untyped-call]
 
 
 def gated(x: Tensor, gate: Layer, up: Layer, down: Layer) -> Tensor:
     """down(silu(gate(x)) * up(x)): a feed-forward block in one function, which keeps gate(x) and up(x) only."""
     flat = [part for layer in (gate, up, down) for part in (layer.a, layer.b)]
-    fixed = tuple((layer.base, layer.scale) for layer in (gate, up, down))
+    fixed = tuple((layer.base, layer.scale, layer.narrow) for layer in (gate, up, down))
     return cast(Tensor, _Gated.apply(x, fixed, *flat))  # type: ignore[no-untyped-call]
 
 
-def _layers(fixed: Sequence[tuple[Any, float]], flat: Sequence[Tensor]) -> list[Layer]:
-    return [Layer(base, flat[2 * i], flat[2 * i + 1], scale) for i, (base, scale) in enumerate(fixed)]
+def _layers(fixed: Sequence[tuple[Any, float, fp8.Weight | None]], flat: Sequence[Tensor]) -> list[Layer]:
+    return [Layer(base, flat[2 * i], flat[2 * i + 1], scale, narrow) for i, (base, scale, narrow) in enumerate(fixed)]
 
 
 def _stacked(layers: Sequence[Layer], dtype: torch.dtype) -> Tensor:
@@ -104,17 +111,45 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, lead: torch.Size
 
 def _forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor, Tensor]:
     """The products [..., out_i], `x` as rows [n, in] in the frozen weights' type, and rows times all A' [n, ranks]."""
-    rows, low, outs = x.reshape(-1, x.shape[-1]), None, []
+    rows, low, outs, quantised = x.reshape(-1, x.shape[-1]), None, [], None
     for layer, place in zip(layers, _places(layers), strict=True):
         weight = dense(layer.base)
         if low is None:
             rows = rows.to(weight.dtype)
             low = rows @ _stacked(layers, weight.dtype).t()
-        out = _product(rows, weight, layer.base.bias, x.shape[:-1])
+        if layer.narrow is None:
+            out = _product(rows, weight, layer.base.bias, x.shape[:-1])
+        else:
+            quantised = quantised or fp8.quantise_rows(rows)
+            out = _narrow_product(quantised, layer.base, layer.narrow, rows.dtype, x.shape[:-1])
         out.view(-1, out.shape[-1]).addmm_(low[:, place], layer.b.to(weight.dtype).t(), alpha=layer.scale)
         outs.append(out.to(x.dtype))
     assert low is not None
     return outs, rows, low
+
+
+def _narrow_product(
+    rows: tuple[Tensor, Tensor], base: Any, narrow: fp8.Weight, dtype: torch.dtype, lead: torch.Size
+) -> Tensor:
+    """The frozen product in eight bits, of shape [*lead, out]."""
+    out = fp8.product(rows, narrow.rows, narrow.row_scales, dtype)
+    if base.bias is not None:
+        out += base.bias
+    return out.view(*lead, -1)
+
+
+def _narrow_gradient(grad: Tensor, narrow: fp8.Weight) -> Tensor:
+    """The gradient of x, of `grad` [n, out], in eight bits: [n, in]."""
+    return fp8.product(fp8.quantise_rows(grad), narrow.columns, narrow.column_scales, grad.dtype)
+
+
+def _add_gradient(total: Tensor | None, grad: Tensor, layer: Layer) -> Tensor:
+    """`total` plus the gradient `grad` [n, out] through the frozen weight: [n, in]."""
+    if layer.narrow is None:
+        weight = dense(layer.base)
+        return grad @ weight if total is None else total.addmm_(grad, weight)
+    found = _narrow_gradient(grad, layer.narrow)
+    return found if total is None else total.add_(found)
 
 
 def _backward(
@@ -128,8 +163,7 @@ def _backward(
         torch.mm(grad, layer.b.to(low.dtype) * layer.scale, out=grad_low[:, place])
         grads_b.append((grad.t() @ low[:, place]).to(layer.b.dtype) * layer.scale)
         if wants_rows:
-            weight = dense(layer.base)
-            grad_rows = grad @ weight if grad_rows is None else grad_rows.addmm_(grad, weight)
+            grad_rows = _add_gradient(grad_rows, grad, layer)
     grads_a = (grad_low.t() @ rows.to(low.dtype)).to(layers[0].a.dtype)
     if grad_rows is not None:
         grad_rows.addmm_(grad_low, _stacked(layers, low.dtype))
@@ -140,15 +174,21 @@ def _backward(
 
 class _Frozen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: Any) -> Tensor:
-        ctx.base = base
+    def forward(ctx: Any, x: Tensor, base: Any, narrow: fp8.Weight | None) -> Tensor:
+        ctx.base, ctx.narrow = base, narrow
         weight = dense(base)
-        return _product(x.reshape(-1, x.shape[-1]).to(weight.dtype), weight, base.bias, x.shape[:-1]).to(x.dtype)
+        rows, lead = x.reshape(-1, x.shape[-1]).to(weight.dtype), x.shape[:-1]
+        if narrow is not None:
+            return _narrow_product(fp8.quantise_rows(rows), base, narrow, rows.dtype, lead).to(x.dtype)
+        return _product(rows, weight, base.bias, lead).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        weight = dense(ctx.base)
-        return (grads[0].to(weight.dtype) @ weight).to(grads[0].dtype), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        weight, [grad] = dense(ctx.base), grads
+        if ctx.narrow is not None:
+            rows = grad.reshape(-1, grad.shape[-1]).to(weight.dtype)
+            return _narrow_gradient(rows, ctx.narrow).view(*grad.shape[:-1], -1).to(grad.dtype), None, None
+        return (grad.to(weight.dtype) @ weight).to(grad.dtype), None, None
 
 
 class _Project(torch.autograd.Function):
@@ -183,7 +223,7 @@ class _Gated(torch.autograd.Function):
         *gate_up, down = _layers(ctx.fixed, flat)
         grad = grads[0].reshape(-1, grads[0].shape[-1]).to(low_down.dtype)
         grad_low = grad @ (down.b.to(low_down.dtype) * down.scale)
-        grad_inner = (grad @ dense(down.base)).addmm_(grad_low, down.a.to(low_down.dtype))
+        grad_inner = _add_gradient(None, grad, down).addmm_(grad_low, down.a.to(low_down.dtype))
         inner, *both = elementwise.swiglu_backward(grad_inner.to(gate.dtype).view(gate.shape), gate, up)
         grad_a = (grad_low.t() @ inner.reshape(-1, inner.shape[-1]).to(low_down.dtype)).to(down.a.dtype)
         grad_b = (grad.t() @ low_down).to(down.b.dtype) * down.scale

@@ -255,3 +255,32 @@ def unpack_nf4(packed: Tensor, state: Any) -> Tensor:
         enable_fp_fusion=False,  # a product and a sum in one step round once, and differ in the last bit
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _quantise_rows(X, Q, S, width, x_row, LARGEST: tl.constexpr, BLOCK: tl.constexpr, PASSES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    peak = tl.zeros((BLOCK,), dtype=tl.float32)
+    for part in tl.static_range(PASSES):
+        place = part * BLOCK + columns
+        peak = tl.maximum(peak, tl.abs(tl.load(X + row * x_row + place, mask=place < width, other=0.0).to(tl.float32)))
+    highest = tl.maximum(tl.max(peak, axis=0), 1e-12)
+    tl.store(S + row, highest / LARGEST)
+    for part in tl.static_range(PASSES):
+        place = part * BLOCK + columns
+        value = tl.load(X + row * x_row + place, mask=place < width, other=0.0).to(tl.float32)
+        tl.store(Q + row * width + place, (value * (LARGEST / highest)).to(Q.dtype.element_ty), mask=place < width)
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` [rows, width] in e4m3, each row by its own largest number, and the rows' scales [rows, 1] in fp32."""
+    rows, width = x.shape
+    out = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    block = min(4096, triton.next_power_of_2(width))
+    _quantise_rows[(rows,)](
+        x, out, scales, width, x.stride(0), LARGEST=448.0, BLOCK=block, PASSES=triton.cdiv(width, block),
+        num_warps=_warps(block),
+    )  # fmt: skip
+    return out, scales

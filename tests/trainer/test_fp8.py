@@ -1,0 +1,184 @@
+"""Frozen products in eight bits: against float64 on fresh random inputs, values and gradients, and where they apply."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from worker.trainer.kernels import adapters, fp8
+
+ON_GPU = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(
+            not (torch.cuda.is_available() and fp8.available(torch.device("cuda"))), reason="no CUDA device with e4m3"
+        ),
+    ],
+)
+EACH_DEVICE = pytest.mark.parametrize("device", ["cpu", ON_GPU])
+
+
+@pytest.fixture(autouse=True)
+def _small_layers_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "LEAST_SIDE", 16)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def adapted(device: str, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...], bias: bool = False) -> Any:
+    base = nn.Sequential(*[nn.Linear(inner, outer, bias=bias) for inner, outer in shapes]).to(device, dtype)
+    config = LoraConfig(r=8, target_modules=[str(i) for i in range(len(shapes))], init_lora_weights=False)
+    model = get_peft_model(base, config).to(device)
+    adapters.install(model)
+    return model.train()
+
+
+@EACH_DEVICE
+@pytest.mark.parametrize("width", [16, 96, 4096, 14336])
+def test_rows_are_quantised_by_their_own_largest_number(device: str, width: int) -> None:
+    x = torch.randn(33, width, device=device, dtype=torch.bfloat16) * torch.logspace(-3, 3, 33, device=device)[:, None]
+    x[5] = 0
+    x = x.bfloat16()
+
+    numbers, scales = fp8.quantise_rows(x)
+
+    assert numbers.dtype == torch.float8_e4m3fn
+    wanted, wanted_scales = fp8.plain_quantise_rows(x)
+    assert error(scales, wanted_scales) < 1e-6
+    # A last bit of the factor may round a number that lies between two codes to the other one.
+    assert float((numbers.float() != wanted.float()).float().mean()) < 1e-3
+    back = numbers.float() * scales
+    assert float((back - x.float()).abs().max(1).values.div(x.float().abs().max(1).values.clamp_min(1e-9)).max()) < 0.04
+
+
+@EACH_DEVICE
+def test_rows_that_are_a_view_are_read_by_their_stride(device: str) -> None:
+    wide = torch.randn(7, 200, device=device, dtype=torch.bfloat16)
+
+    numbers, _ = fp8.quantise_rows(wide[:, 40:136])
+
+    assert torch.equal(numbers.float(), fp8.quantise_rows(wide[:, 40:136].contiguous())[0].float())
+
+
+@EACH_DEVICE
+@pytest.mark.parametrize("bias", [False, True])
+def test_product_and_gradients_are_those_of_the_quantised_factors(device: str, bias: bool) -> None:
+    """Against float64 on the very numbers that were quantised: nothing but the product's own rounding is off."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = adapted(device, dtype, ((64, 96),), bias)
+    layer = model.base_model.model[0]
+    assert adapters.narrow(model) == ["base_model.model.0"]
+    x = torch.randn(48, 64, device=device, dtype=dtype, requires_grad=True)
+    grad = torch.randn(48, 96, device=device, dtype=dtype)
+    narrow = layer.base_layer.narrow
+    a, b = (part.default.weight.detach().double().requires_grad_() for part in (layer.lora_A, layer.lora_B))
+    low = x.detach().double() @ a.t()
+    update = layer.scaling["default"] * low @ b.t()
+    update.backward(grad.double())
+    rows = fp8.plain(fp8.plain_quantise_rows(x.detach()), narrow.rows, narrow.row_scales).double()
+    wanted = rows + update.detach() + (layer.base_layer.bias.double() if bias else 0)
+    through = fp8.plain(fp8.plain_quantise_rows(grad), narrow.columns, narrow.column_scales).double()
+    wanted_x = through + layer.scaling["default"] * grad.double() @ b.detach() @ a.detach()
+
+    out = model(x)
+    out.backward(grad)
+
+    tolerance = 1e-2 if device == "cuda" else 1e-5
+    assert error(out.detach(), wanted) < tolerance
+    assert error(x.grad, wanted_x) < tolerance  # type: ignore[arg-type]
+    assert error(layer.lora_A.default.weight.grad, a.grad) < tolerance  # type: ignore[arg-type]
+    assert error(layer.lora_B.default.weight.grad, b.grad) < tolerance  # type: ignore[arg-type]
+
+
+@EACH_DEVICE
+def test_outlier_channels_do_not_drown_the_others(device: str) -> None:
+    """A thousandfold row of the weight has a scale of its own, so the gradient through the others stays right."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    weight = torch.randn(96, 64, device=device, dtype=dtype)
+    weight[3] *= 1000
+    x = torch.randn(48, 64, device=device, dtype=dtype)
+    packed = fp8.pack(weight)
+
+    found = fp8.product(fp8.quantise_rows(x), packed.rows, packed.row_scales, dtype)
+
+    wanted = x.double() @ weight.double().t()
+    others = [i for i in range(96) if i != 3]
+    assert error(found[:, others], wanted[:, others]) < 0.05
+    assert error(found[:, 3], wanted[:, 3]) < 0.06
+
+
+@EACH_DEVICE
+def test_gradients_of_adapters_point_where_those_of_the_wide_weight_do(device: str) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = adapted(device, dtype, ((64, 96), (96, 64), (64, 32)))
+    x = torch.randn(256, 64, device=device, dtype=dtype)
+    grads = []
+    for narrowed in (False, True):
+        if narrowed:
+            assert len(adapters.narrow(model)) == 3
+        model.zero_grad()
+        model(x).float().square().mean().backward()
+        grads.append({name: p.grad.double().flatten() for name, p in model.named_parameters() if p.grad is not None})
+
+    for name, wide in grads[0].items():
+        found = grads[1][name]
+        assert float(torch.dot(found, wide) / (found.norm() * wide.norm())) >= 0.99, name
+        assert 0.98 <= float(found.norm() / wide.norm()) <= 1.02, name
+
+
+def test_answers_are_given_with_the_weight_as_it_is() -> None:
+    model = adapted("cpu", torch.float32, ((64, 96),))
+    x = torch.randn(5, 64)
+    wanted, in_training = model.eval()(x), model.train()(x)
+    adapters.narrow(model)
+
+    assert torch.equal(model.eval()(x), wanted)
+    assert 1e-4 < error(model.train()(x).detach(), in_training.detach()) < 0.1
+
+
+def test_layers_whose_sides_the_product_does_not_take_stay_as_they_are() -> None:
+    model = adapted("cpu", torch.float32, ((64, 40), (40, 64)))
+
+    assert adapters.narrow(model) == []
+
+
+def test_layers_that_are_too_small_to_gain_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "LEAST_SIDE", 96)
+
+    assert adapters.narrow(adapted("cpu", torch.float32, ((64, 96), (96, 96)))) == ["base_model.model.1"]
+
+
+def test_products_are_wide_inside_and_again_once_the_narrow_weights_are_let_go() -> None:
+    model = adapted("cpu", torch.float32, ((64, 96),))
+    x = torch.randn(5, 64)
+    wanted = model(x)
+    adapters.narrow(model)
+
+    with adapters.wide(model):
+        assert torch.equal(model(x), wanted)
+    assert not torch.equal(model(x), wanted)
+    adapters.widen(model)
+    assert torch.equal(model(x), wanted)
+
+
+def test_frozen_product_beside_dropout_is_narrow_too() -> None:
+    model = adapted("cpu", torch.float32, ((64, 96),))
+    layer = model.base_model.model[0]
+    layer.lora_dropout["default"] = nn.Dropout(0.5)
+    layer.lora_B.default.weight.data.zero_()
+    x = torch.randn(5, 64, requires_grad=True)
+    adapters.narrow(model)
+    narrow = layer.base_layer.narrow
+
+    out = model(x)
+    out.sum().backward()
+
+    rows = fp8.plain_quantise_rows(x.detach())
+    assert error(out.detach(), fp8.plain(rows, narrow.rows, narrow.row_scales)) < 1e-5
+    ones = fp8.plain_quantise_rows(torch.ones_like(out))
+    assert error(x.grad, fp8.plain(ones, narrow.columns, narrow.column_scales)) < 1e-5  # type: ignore[arg-type]
