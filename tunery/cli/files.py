@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunery.cli import show
+from tunery.cli import file_check, show
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Remote
 from tunery.local.drawing import size
@@ -32,6 +32,16 @@ def upload(
         file = upload_file(api, path, purpose)
         show.console.print(file["id"], soft_wrap=True)
         show.errors.print(f"{path.name}: {size(file['bytes'])}, {file['status']}", style="dim")
+
+
+@app.command()
+def check(
+    paths: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="JSON, CSV, TSV or Parquet files.")],
+    role: Annotated[str, typer.Option(help="training, validation or test.")] = "training",
+) -> None:
+    """Check files here, without a server: format, columns, rows. Ends with 1 where one cannot be trained on."""
+    if not all([file_check.check(path, role) for path in paths]):  # noqa: C419 (every file is judged)
+        raise typer.Exit(1)
 
 
 @app.command("list")

@@ -80,9 +80,7 @@ def _binary(head: bytes) -> str | None:
     return _UTF8.format(kind="UTF-16 or UTF-32") if wide else _CONVERT.format(kind="a binary file")
 
 
-_NO_ROWS = (
-    "does not begin with a JSON object in braces, and is no table. Send JSON Lines, a JSON array, CSV or Parquet."
-)
+_NO_ROWS = "does not begin with a JSON object in braces. Send JSON Lines, a JSON array, CSV or Parquet."
 
 
 def _text(head: bytes) -> str | None:

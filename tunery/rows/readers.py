@@ -43,6 +43,13 @@ class Reader:
         """How the file is compressed: gzip, zstd or not at all."""
         return self._expander.kind if self._expander is not None else None
 
+    @property
+    def kind(self) -> str | None:
+        """The format's name, with the compression; None before enough of the file has come."""
+        if self._parser is None:
+            return None
+        return f"{self.format.name}, compressed with {self.compression}" if self.compression else self.format.name
+
     def feed(self, chunk: bytes) -> Iterator[SourceRow]:
         """The rows that `chunk` completes. Raises InvalidRows."""
         if self._magic is not None:
@@ -90,6 +97,19 @@ def read(chunks: Iterable[bytes]) -> Iterator[SourceRow]:
     for chunk in chunks:
         yield from reader.feed(chunk)
     yield from reader.close()
+
+
+def identify(chunks: Iterable[bytes]) -> str:
+    """The name of a file's format, with its compression. Reads no further than it has to. Raises InvalidRows."""
+    reader = Reader()
+    for chunk in chunks:
+        for _ in reader.feed(chunk):
+            break
+        if reader.kind is not None:
+            break
+    else:
+        list(reader.close())
+    return reader.kind or reader.format.name
 
 
 class Checker:

@@ -1,0 +1,27 @@
+"""`tunery files check` judges a file without a server, for people and for CI."""
+
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from tunery.cli.files import app
+
+SHAPES = Path(__file__).parents[1] / "data/shapes"
+
+
+def test_good_file_is_described_and_ends_with_0(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("Question,Answer\n" + "q,a\n" * 12)
+    result = CliRunner().invoke(app, ["check", str(path)])
+    wanted = "CSV; question/answer rows: 'Question' as the user's message, 'Answer' as the answer; 12 examples"
+    assert (result.exit_code, wanted in result.output) == (0, True)
+
+
+def test_faults_are_named_and_end_with_1(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"prompt": "q", "completion": "a"}, {"prompt": "q"}], indent=1))
+    result = CliRunner().invoke(app, ["check", str(path), str(SHAPES / "refused_kto.jsonl")])
+    assert result.exit_code == 1
+    assert "Example 2 (line 6): Unexpected file format, expected prompt/completion as in row 1" in result.output
+    assert "marks the answer as good or bad (KTO)" in result.output
