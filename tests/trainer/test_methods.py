@@ -170,6 +170,12 @@ def test_method_that_looks_at_its_batch_is_not_recorded(tmp_path: Path, tiny: Pa
     assert replays.reason_against(Objective(t.objective.model), 100) == "not on a GPU"
 
 
+def test_test_rows_are_chats_whatever_the_method() -> None:
+    kinds = [encoding.find_encoder("pairwise", role) is encoding.CHATS for role in ("training", "validation", "test")]
+
+    assert kinds == [False, False, True]
+
+
 def test_run_of_a_plug_ins_method_learns(tmp_path: Path, tiny: Path, ear: Ear) -> None:
     method = importlib.import_module("toy_pairwise.rows").Pairwise()
     folder = lay_out(tmp_path / "run", tiny, plan(method=method, n_epochs=4), PAIRS)
