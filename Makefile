@@ -34,7 +34,7 @@ $(BIN)/python:
 # torch first and alone: which build is right depends on the host's GPU, and pip must not choose another one later.
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
-	$(PIP) install -q -c constraints.txt -e '.[api,worker,local,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[api,worker,local,report,dev]'
 	@touch $@
 
 # Without its dependencies, which would build llama.cpp, and in a folder of its own, so that `pip check` stays clean.

@@ -9,6 +9,8 @@ import typer
 from tunery.cli import file_check, show
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Remote
+from tunery.cli.report import print_report
+from tunery.datasets.report.errors import ReportUnavailable
 from tunery.local.drawing import size
 
 app = typer.Typer(no_args_is_help=True, help="Training, validation and test files.")
@@ -90,6 +92,32 @@ def content(
         for chunk in chunks:
             target.write(chunk)
     show.done(f"{output} ({size(output.stat().st_size)})")
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A file with training rows.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="A file that must hold other rows."),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="A folder with tokenizer.json.", show_default="an estimate"),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a row that are trained.")] = 2048,
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Report duplicates, contradictions, leaks, wrong labels and other faults of a file's rows. Needs no server."""
+    try:
+        from tunery.datasets.report import maker
+    except ModuleNotFoundError as error:
+        raise ReportUnavailable(package=error.name) from None
+    made = maker.make(path, against, base=base, max_tokens=max_tokens)
+    if json:
+        sys.stdout.write(made.as_json() + "\n")
+    else:
+        print_report(made, path.name)
 
 
 @app.command()

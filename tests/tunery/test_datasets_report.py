@@ -1,0 +1,239 @@
+"""The report of a file's rows: each kind of finding, on rows of which one has the fault."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tunery.cli.main import app
+from tunery.datasets.report import answers, labels, length, maker, neighbours, output_format, privacy, roles, truncation
+from tunery.datasets.report.case import Case, Check
+from tunery.datasets.report.rows import Row, Turn, read
+
+LABELS = ("refund", "card lost", "change pin")
+WORDS = {
+    "refund": "money back purchase return order shop cancelled item",
+    "card lost": "lost stolen wallet missing card street gone thief",
+    "change pin": "pin code number digits new secret atm change",
+}
+
+
+def row(line: int, question: str, answer: str, system: str = "") -> Row:
+    said = [Turn("system", system)] if system else []
+    return Row(line, (*said, Turn("user", question), Turn("assistant", answer)))
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def written(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def lines(check: Check, case: Case) -> list[list[int]]:
+    return [finding.lines for finding in check(case)]
+
+
+def labelled(count: int = 60) -> list[dict[str, Any]]:
+    """Rows whose words say their label, in JSON."""
+    dice = random.Random(1)
+    made = []
+    for at in range(count):
+        label = LABELS[at % len(LABELS)]
+        question = " ".join(dice.sample(WORDS[label].split(), 5)) + f" {'abcdefghij'[at % 10] * 3}"
+        made.append(chat(question, json.dumps({"intent": label})))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("spoken", "said"),
+    [
+        ("user bot", "unknown role"),
+        ("system user", "no assistant"),
+        ("user assistant system", "after the first turn"),
+        ("assistant user", "user speaks first"),
+        ("user assistant user", "answer is missing"),
+        ("user user assistant", "two messages"),
+        ("user assistant assistant", "two messages"),
+        ("user tool assistant", "called none"),
+        ("system user assistant user assistant", None),
+    ],
+)
+def test_roles(spoken: str, said: str | None) -> None:
+    why = roles.describe([Turn(role, "x") for role in spoken.split()])
+    assert why is None if said is None else said in (why or "")
+
+
+def test_tool_calls_are_in_order() -> None:
+    turns = [
+        Turn("user", "x"),
+        Turn("assistant", "", True),
+        Turn("tool", "1"),
+        Turn("tool", "2"),
+        Turn("assistant", "x"),
+    ]
+    assert roles.describe(turns) is None
+
+
+@pytest.mark.parametrize("answer", ["", "  \n", "\u200b\ufeff"])
+def test_empty_answers(answer: str) -> None:
+    assert lines(answers.find_empty, Case([row(1, "a", answer), row(2, "a", "b")])) == [[1]]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("write to ana.b@example.org", "an e-mail address"),
+        ("call (415) 555-2671 now", "a phone number"),
+        ("call +44 7700 900738 now", "a phone number"),
+        ("card 4111 1111 1111 1111, please", "a card number"),
+        ("pay GB82 WEST 1234 5698 7654 32 TODAY", "an account number"),
+        ("my number is 373-35-1954.", "a social security number"),
+        ("key AKIAIOSFODNN7EXAMPLQ is set", "a key or password"),
+        (f"token ghp_{'a1B2' * 9}", "a key or password"),
+        ("-----BEGIN RSA PRIVATE KEY-----", "a key or password"),
+    ],
+)
+def test_personal_data(text: str, kind: str) -> None:
+    assert list(privacy.kinds_in(f"Well:\n{text}")) == [kind]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from 2016-2017 to 1999",
+        "3.14159265358979",
+        "4111 1111 1111 1112 is no card, nor is 0000000000000000",
+        "1234567890123 and 100 + 200 = 300",
+        "def some_long_function_name_with_words(argument): return 1",
+        "GB00WEST12345698765432",
+    ],
+)
+def test_no_personal_data(text: str) -> None:
+    assert list(privacy.kinds_in(text)) == []
+
+
+def test_answers_cut_inside_json_code_and_labels() -> None:
+    whole = [row(at, f"question {at}", LABELS[at % 3]) for at in range(1, 31)]
+    cut = [row(40, "a b", '{"intent": "ref'), row(41, "c d", "```python\nx = 1"), row(42, "e f", "card lo")]
+    case = Case([*whole, *cut, row(43, "g h", '{"a": "}"}')])
+    assert lines(truncation.find, case) == [[40], [41], [42]]
+
+
+def test_text_that_breaks_off() -> None:
+    dice = random.Random(3)
+    words = [
+        "the",
+        "small",
+        "dog",
+        "runs",
+        "over",
+        "every",
+        "green",
+        "hill",
+        "while",
+        "many",
+        "birds",
+        "sing",
+        "about",
+        "summer",
+    ]
+    whole = [
+        " ".join(" ".join(dice.choices(words, k=8)).capitalize() + "." for _ in range(dice.randint(2, 4)))
+        for _ in range(60)
+    ]
+    rows = [row(at, f"Tell {at} me {at * 7} more", text) for at, text in enumerate(whole, 1)]
+    cut = row(99, "And now", whole[7][:-30] + " ru")
+    assert lines(truncation.find, Case([*rows, cut])) == [[99]]
+
+
+def test_too_long_by_a_base_and_by_estimate() -> None:
+    rows = [row(1, "word " * 100, "short"), row(2, "short", "short")]
+    assert lines(length.find, Case(rows, max_tokens=50)) == [[1]]
+    assert lines(length.find, Case(rows, max_tokens=150)) == []
+    assert lines(length.find, Case(rows, max_tokens=150, count=len)) == [[1]]
+
+
+def test_pairs_of_like_questions() -> None:
+    rows = [
+        row(1, "How do I change the code of my card?", "a"),
+        row(2, "Hello! How do I change the code of my card", "b"),
+        row(3, "Where is the next office of this bank?", "c"),
+        row(4, "how do i change the code of my card", "d"),
+        row(5, "Add 12 and 17 for me please", "e"),
+        row(6, "Add 12 and 18 for me please", "f"),
+    ]
+    against = [row(1, "Where is the next office of this bank then?", "c")]
+    pairs = {(pair.first.line, pair.second.line, pair.leaked) for pair in neighbours.find(rows, against)}
+    assert pairs == {(1, 4, False), (1, 2, False), (4, 2, False), (3, 1, True)}
+
+
+def test_labels_are_values_that_come_often() -> None:
+    rows = [row(at, "q", json.dumps({"intent": LABELS[at % 3], "text": f"free {at}"})) for at in range(30)]
+    assert [task.key for task in labels.find(rows)] == ["intent"]
+
+
+def test_answers_in_another_format() -> None:
+    rows = [row(at, f"q{at}", '{"a": 1}', "Reply in JSON.") for at in range(1, 41)]
+    odd = [row(50, "x", "It is a.", "Reply in JSON."), row(51, "y", '{"b": 1}', "Reply in JSON.")]
+    assert lines(output_format.find, Case([*rows, *odd, row(52, "z", "Free text.", "Talk.")])) == [[50], [51]]
+
+
+def test_answers_that_teach_little() -> None:
+    rows = [
+        row(at, f"Question {at}", "I cannot help with that." if at % 3 == 0 else f"Answer {at}") for at in range(1, 91)
+    ]
+    case = Case([*rows, row(100, "Say this", "say  this")])
+    assert lines(answers.find_echoes, case) == [[100]]
+    assert lines(answers.find_dominant, case) == [list(range(3, 91, 3))]
+    uneven = [row(at, f"q{at}", "rare" if at < 3 else "often") for at in range(100)]
+    assert lines(answers.find_imbalance, Case(uneven)) == [[0, 1, 2]]
+
+
+def test_a_whole_report(tmp_path: Path) -> None:
+    """One file with a fault of each kind: the lines are those of the file, and rows without a fault are not named."""
+    rows = labelled()
+    wrong = chat("lost stolen wallet thief gone xyz", '{"intent": "refund"}')
+    same = [chat("my item order was cancelled", f'{{"intent": "{label}"}}') for label in LABELS[:2]]
+    bad_role = {"messages": [{"role": "user", "content": "hm"}, {"role": "bot", "content": "hm"}]}
+    other = chat("shop order purchase money held out", '{"intent": "refund"}')
+    file = written(tmp_path / "f.jsonl", [*rows, wrong, *same, rows[0], bad_role, other, {"messages": 1}])
+    report = maker.make(file, written(tmp_path / "t.jsonl", [chat("Shop order purchase money, held out?", "x")]))
+    found = {kind: [one.lines for one in report.findings if one.kind == kind] for kind in report.counts()}
+    assert found["exact_duplicate"] == [[1, 64]]
+    assert found["contradiction"] == [[62, 63]]
+    assert found["wrong_roles"] == [[65]]
+    assert found["test_leak"] == [[66]]
+    assert found["invalid_row"] == [[67]]
+    assert found["mislabelled"][0] == [61]
+    assert [one.against for one in report.findings if one.kind == "test_leak"] == [[1]]
+
+
+def test_rows_are_read_as_jobs_read_them(tmp_path: Path) -> None:
+    calls = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}]
+    message = {"role": "assistant", "content": None, "tool_calls": calls}
+    file = written(
+        tmp_path / "f.jsonl", [{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, message]}]
+    )
+    assert read(file)[0].turns == (Turn("user", "a"), Turn("assistant", "add({})", True))
+
+
+def test_the_command_prints_json_and_a_page(tmp_path: Path) -> None:
+    rows = [chat("How do I pay?", "Here."), chat("how do I  pay?", "here."), chat("Mail x@example.org", "Yes.")]
+    file = str(written(tmp_path / "f.jsonl", rows))
+    printed = CliRunner().invoke(app, ["files", "report", file, "--json"])
+    assert printed.exit_code == 0
+    findings = json.loads(printed.stdout)["findings"]
+    assert [(one["kind"], one["lines"], one["score"]) for one in findings] == [
+        ("pii", [3], 1.0),
+        ("exact_duplicate", [1, 2], 1.0),
+    ]
+    page = CliRunner().invoke(app, ["files", "report", file]).stdout
+    assert "f.jsonl has 3 rows" in page
+    assert "Exact duplicates" in page
+    assert "x@example.org" not in page

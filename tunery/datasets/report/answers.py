@@ -1,0 +1,54 @@
+"""Answers that teach nothing: empty ones, the question itself, and one answer to most questions."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from tunery.datasets.report import texts
+from tunery.datasets.report.case import Case, Finding
+
+_INVISIBLE = re.compile(r"[\s\u200b-\u200d\u2060\ufeff\u00ad]*")
+_DOMINANT = 0.2
+_IMBALANCE = 20
+_LEAST = 20
+"""Rows below which shares say nothing."""
+
+
+def find_empty(case: Case) -> Iterator[Finding]:
+    """Rows with an assistant message that says nothing."""
+    for row in case.rows:
+        answers = [turn for turn in row.turns if turn.role == "assistant" and not turn.calls]
+        if any(_INVISIBLE.fullmatch(turn.text) for turn in answers):
+            why = "An assistant message is empty: the model would learn to say nothing."
+            yield Finding("empty_output", [row.line], 1.0, why, "Write the answer, or drop the row.")
+
+
+def find_echoes(case: Case) -> Iterator[Finding]:
+    """Rows whose answer is the question."""
+    for row in case.answered:
+        if texts.squash(row.answer) == texts.squash(row.question):
+            why = "The answer is the question."
+            yield Finding("answer_is_prompt", [row.line], 1.0, why, "Correct the answer, or drop the row.")
+
+
+def find_dominant(case: Case) -> Iterator[Finding]:
+    """An answer in free text that a large share of the rows gives."""
+    labelled = {line for task in case.tasks for line in task.labels}
+    free = [row for row in case.answered if row.line not in labelled]
+    counts = Counter(texts.squash(row.answer) for row in free)
+    for answer, count in counts.most_common(3):
+        if count >= _LEAST and count >= _DOMINANT * len(case.answered):
+            lines = [row.line for row in free if texts.squash(row.answer) == answer]
+            share = count / len(case.answered)
+            why = f"{share:.0%} of the rows have the same answer, '{answer[:40]}'."
+            yield Finding("dominant_answer", lines, share, why, "Keep fewer of them, so that others are learned too.")
+
+
+def find_imbalance(case: Case) -> Iterator[Finding]:
+    """Classifications of which one class has many times the rows of another."""
+    for task in case.tasks:
+        (most, many), *_, (least, few) = Counter(task.labels.values()).most_common()
+        if many >= _LEAST and many >= _IMBALANCE * few:
+            lines = [line for line, label in task.labels.items() if label == least]
+            why = f"As {task.name}, '{most}' has {many} rows and '{least}' has {few}."
+            yield Finding("label_imbalance", lines, 1 - few / many, why, f"Add rows with '{least}'.")

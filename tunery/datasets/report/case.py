@@ -1,0 +1,66 @@
+"""What the checks of a report read: the rows, and what several checks have to know of them."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from tunery.datasets.report import labels, neighbours
+from tunery.datasets.report.labels import Task
+from tunery.datasets.report.neighbours import Pair
+from tunery.datasets.report.rows import Row
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about some rows. `lines`: rows of the file, from 1; `against`: rows of the other file, likewise.
+    `score`: 0 to 1, how sure it is, comparable within a kind. `action`: what to do."""
+
+    kind: str
+    lines: list[int]
+    score: float
+    why: str
+    action: str
+    against: list[int] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The finding for JSON; `against` only where it says something."""
+        shown = {**asdict(self), "score": round(self.score, 4)}
+        return shown if self.against else {key: value for key, value in shown.items() if key != "against"}
+
+
+class Case:
+    """A file, the file that it is compared with, and what was found so far: a check may read of earlier ones."""
+
+    def __init__(
+        self, rows: Sequence[Row], against: Sequence[Row] = (), max_tokens: int = 2048, count: "Counter | None" = None
+    ) -> None:
+        """`count`: counts a text's tokens as a base's tokenizer does; None where no base is known."""
+        self.rows = rows
+        self.against = against
+        self.max_tokens = max_tokens
+        self.count = count
+        self.findings: list[Finding] = []
+
+    def lines_found(self, *kinds: str) -> set[int]:
+        """The rows that earlier findings of these kinds name."""
+        return {line for finding in self.findings if finding.kind in kinds for line in finding.lines}
+
+    @cached_property
+    def answered(self) -> list[Row]:
+        """The rows with a question and an answer in text."""
+        return [row for row in self.rows if row.question.strip() and row.answer.strip()]
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """The classifications that the rows teach."""
+        return labels.find(self.answered)
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """The pairs of rows, one of the file and the other of either file, whose questions are the same or nearly."""
+        return neighbours.find(self.answered, [row for row in self.against if row.question.strip()])
+
+
+Counter = Callable[[str], int]
+Check = Callable[[Case], Iterable[Finding]]

@@ -1,0 +1,63 @@
+"""Which classifications a file teaches: answers, or fields of answers in JSON, that take few values."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tunery.datasets.report import texts
+from tunery.datasets.report.rows import Row
+
+TEXT = ""
+_LONGEST = 60
+_OFTEN = 3
+"""Rows that make a value a class."""
+_COVERED = 0.6
+"""Least share of the rows whose value is a class: below it values are free text, some of which are equal."""
+_PER_CLASS = 4
+"""Rows that each class must have on average."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One classification: the key of the answer's JSON object, or TEXT for the whole answer, and a label a line."""
+
+    key: str
+    labels: dict[int, str]
+
+    @property
+    def name(self) -> str:
+        """What holds the label, for sentences."""
+        return f"the {self.key}" if self.key else "the answer"
+
+
+def find(rows: Sequence[Row]) -> list[Task]:
+    """The classifications among `rows`."""
+    values: dict[str, dict[int, str]] = {}
+    for row in rows:
+        for key, value in _values(row.answer).items():
+            values.setdefault(key, {})[row.line] = value
+    found = (_task(key, by_line) for key, by_line in values.items())
+    return [task for task in found if task is not None]
+
+
+def read(task: Task, answer: str) -> str | None:
+    """The label that an answer gives in a task, if it gives one."""
+    return _values(answer).get(task.key)
+
+
+def _values(answer: str) -> dict[str, str]:
+    parsed = texts.load_json(answer)
+    if isinstance(parsed, dict):
+        plain = ((key, value) for key, value in parsed.items() if isinstance(value, str | bool | int))
+        return {key: texts.squash(value if isinstance(value, str) else json.dumps(value)) for key, value in plain}
+    short = texts.squash(answer)
+    return {TEXT: short} if parsed is None and len(short) <= _LONGEST else {}
+
+
+def _task(key: str, by_line: dict[int, str]) -> Task | None:
+    counts = Counter(by_line.values())
+    classes = {value for value, count in counts.items() if count >= _OFTEN}
+    labels = {line: value for line, value in by_line.items() if value in classes}
+    enough = len(labels) >= max(_COVERED * len(by_line), _PER_CLASS * len(classes))
+    return Task(key, labels) if len(classes) >= 2 and enough else None

@@ -1,0 +1,91 @@
+"""Rows whose label the other rows speak against: a classifier that has not seen a row prefers another label.
+
+Ranked by the margin, the given label's probability less that of the best other one: it tells a wrong label from a hard
+question better than the given label's probability alone.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_union
+
+from tunery.datasets.report import labels, texts
+from tunery.datasets.report.case import Case, Finding
+from tunery.datasets.report.labels import Task
+from tunery.datasets.report.rows import Row
+
+_FOLDS, _SEED = 5, 7
+_LEAST = 40
+"""Rows below which nothing is learned of a label."""
+_FITTED = 4000
+"""Rows that the classifier of a fold is fitted on at most. It judges all of its fold."""
+_STRENGTH = 8.0
+_READ = 1000
+"""Characters of a question that are read."""
+_ACTION = "Read the row; correct the label where it is wrong."
+
+
+def find(case: Case) -> Iterator[Finding]:
+    """Rows for which the classifier prefers another label, the surest first. Contradictions have their own finding."""
+    named = case.lines_found("contradiction", "wrong_roles", "empty_output", "truncated_output")
+    for task in case.tasks:
+        rows = [row for row in case.answered if row.line in task.labels]
+        if len(rows) < _LEAST:
+            continue
+        given = [task.labels[row.line] for row in rows]
+        margins, better = _margins(rows, given, _trusted(task, case.against))
+        for at in np.argsort(margins):
+            if margins[at] < 0 and rows[at].line not in named:
+                why = f"Has {task.name} '{given[at]}', where like rows have '{better[at]}'."
+                yield Finding("mislabelled", [rows[at].line], float(-margins[at]), why, _ACTION)
+
+
+def _trusted(task: Task, against: Sequence[Row]) -> list[tuple[str, str]]:
+    """Questions and labels of the other file, from which every fold may learn."""
+    known = set(task.labels.values())
+    read = ((row.question, labels.read(task, row.answer)) for row in against)
+    return [(question, label) for question, label in read if label in known]
+
+
+def _margins(
+    rows: Sequence[Row], given: Sequence[str], trusted: Sequence[tuple[str, str]]
+) -> tuple[NDArray[np.float64], list[str]]:
+    """Each row's margin, and the best label but the given one, out of fold."""
+    table = _table([row.question for row in rows] + [question for question, _ in trusted])
+    label = np.array([*given, *(label for _, label in trusted)])
+    fold = np.r_[_folds(rows), np.full(len(trusted), _FOLDS)]
+    margins, better = np.zeros(len(rows)), [""] * len(rows)
+    for at in range(_FOLDS):
+        judged = np.flatnonzero(fold == at)
+        learned = np.random.default_rng(_SEED).permutation(np.flatnonzero(fold != at))[:_FITTED]
+        if len(judged) == 0 or len(set(label[learned])) < 2:
+            continue
+        model = LogisticRegression(C=_STRENGTH, class_weight="balanced", max_iter=300, tol=1e-3)
+        chances = model.fit(table[learned], label[learned]).predict_proba(table[judged])
+        mine = model.classes_[None, :] == label[judged][:, None]
+        others = np.where(mine, -1.0, chances)
+        margins[judged] = np.where(mine, chances, 0).sum(axis=1) - others.max(axis=1)
+        for place, best in zip(judged, others.argmax(axis=1), strict=True):
+            better[place] = str(model.classes_[best])
+    return margins, better
+
+
+def _table(questions: Sequence[str]) -> csr_matrix:
+    """TF-IDF of words, pairs of words, and parts of words."""
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=1 if len(questions) < _FITTED else 3)
+    parts = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, min_df=2, max_features=100_000)
+    return csr_matrix(make_union(words, parts).fit_transform([question[:_READ] for question in questions]))
+
+
+def _folds(rows: Sequence[Row]) -> NDArray[np.int64]:
+    """The fold of each row; rows with one question share theirs, or each would vouch for the other."""
+    keys = [texts.words(row.question) for row in rows]
+    different = sorted(set(keys))
+    random.Random(_SEED).shuffle(different)  # noqa: S311 (shuffles folds)
+    fold = {key: at % _FOLDS for at, key in enumerate(different)}
+    return np.array([fold[key] for key in keys])

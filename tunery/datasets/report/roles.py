@@ -1,0 +1,47 @@
+"""Rows whose messages are in an order that no chat template means."""
+
+from collections.abc import Iterator, Sequence
+from typing import get_args
+
+from tunery.datasets.report.case import Case, Finding
+from tunery.datasets.report.rows import Turn
+from tunery.rows.messages import Role
+
+_KNOWN = frozenset(get_args(Role))
+_SYSTEM = frozenset({"system", "developer"})
+_TOOL = frozenset({"tool", "function"})
+_ACTION = "Correct the roles or the order of the messages."
+
+
+def find(case: Case) -> Iterator[Finding]:
+    """Rows with an unknown role, without an answer at the end, or with turns that do not alternate."""
+    for row in case.rows:
+        if row.turns and (why := describe(row.turns)):
+            yield Finding("wrong_roles", [row.line], 1.0, why, _ACTION)
+
+
+def describe(turns: Sequence[Turn]) -> str | None:
+    """What is wrong with the roles of a conversation."""
+    roles = [turn.role for turn in turns]
+    if unknown := next((role for role in roles if role not in _KNOWN), None):
+        return f"Has the unknown role '{unknown}'."
+    if "assistant" not in roles:
+        return "Has no assistant message."
+    spoken = [turn for turn in turns if turn.role not in _SYSTEM]
+    if any(role in _SYSTEM for role in roles[len(roles) - len(spoken) :]):
+        return "Has a system message after the first turn."
+    if spoken[0].role != "user":
+        return f"Begins with a message of the role '{spoken[0].role}'; the user speaks first."
+    if spoken[-1].role != "assistant":
+        return f"Ends with a message of the role '{spoken[-1].role}', so its answer is missing."
+    return next(filter(None, map(_follows, spoken, spoken[1:])), None)
+
+
+def _follows(before: Turn, after: Turn) -> str | None:
+    """What is wrong with a turn after another one."""
+    if after.role in _TOOL:
+        fine = before.calls or before.role in _TOOL
+        return None if fine else f"Has a tool's answer after a message of the role '{before.role}', which called none."
+    if after.role == before.role:
+        return f"Has two messages of the role '{after.role}' in a row."
+    return None

@@ -1,0 +1,98 @@
+"""Rows as a report sees them: also those that no job would take, since the report has to name them."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunery.datasets.report import texts
+from tunery.failures import InvalidTrainingFile
+from tunery.rows import readers
+from tunery.rows.formats import SourceRow
+from tunery.rows.messages import Example, Message, parse_row
+
+_CHUNK = 2**20
+_SYSTEM = frozenset({"system", "developer"})
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message: who speaks, its text, and whether it calls a tool."""
+
+    role: str
+    text: str
+    calls: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row. `fault`: why a job would refuse it. `question`: all that is said before the answer, by system messages
+    not, since these stand before every question alike."""
+
+    line: int
+    turns: tuple[Turn, ...]
+    fault: str | None = None
+    system: str = field(init=False)
+    question: str = field(init=False)
+    answer: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        last = max((at for at, turn in enumerate(self.turns) if turn.role == "assistant"), default=len(self.turns))
+        asked = [turn.text for turn in self.turns[:last] if turn.role not in _SYSTEM]
+        put = object.__setattr__
+        put(self, "system", "\n".join(turn.text for turn in self.turns if turn.role in _SYSTEM))
+        put(self, "question", "\n".join(asked))
+        put(self, "answer", self.turns[last].text if last < len(self.turns) else "")
+
+
+def read(path: Path) -> list[Row]:
+    """A file's rows. Raises InvalidRows where its bytes are no rows."""
+    with path.open("rb") as file:
+        return [_row(source) for source in readers.read(iter(lambda: file.read(_CHUNK), b""))]
+
+
+def _row(source: SourceRow) -> Row:
+    try:
+        return of_example(source.number, parse_row(source))
+    except InvalidTrainingFile as error:
+        return Row(source.number, tuple(_turns(source.fields)), error.message)
+
+
+def of_example(line: int, example: Example) -> Row:
+    """The row of an example that a job would take."""
+    return Row(line, tuple(map(_turn, example.messages)))
+
+
+def _turn(message: Message) -> Turn:
+    parts = (message.reasoning_content, message.content, message.refusal)
+    calls = [*(call.function for call in message.tool_calls or ()), *filter(None, [message.function_call])]
+    said = [part for part in parts if part] + [f"{call.name}({call.arguments})" for call in calls]
+    return Turn(message.role, "\n".join(said), bool(calls))
+
+
+def _turns(fields: dict[str, Any] | None) -> Iterator[Turn]:
+    """What can be read of a row that is refused."""
+    messages = (fields or {}).get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, dict):
+            calls = bool(message.get("tool_calls") or message.get("function_call"))
+            yield Turn(str(message.get("role")), _text(message.get("content")), calls)
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        return "\n".join(str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in content)
+    return content if isinstance(content, str) else ""
+
+
+def by_key(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:
+    """The rows grouped."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def whole(row: Row) -> str:
+    """All that a row says, made comparable: rows are the same where this is."""
+    return "\x00".join(f"{turn.role}\x01{texts.squash(turn.text)}" for turn in row.turns)

@@ -1,0 +1,153 @@
+"""Answers that end before they are finished.
+
+JSON says so itself. Of free text a classifier learns how the file's answers end: against the same answers cut at random
+places, and out of fold, so that no answer is judged by itself.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix, hstack
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from tunery.datasets.report import texts
+from tunery.datasets.report.case import Case, Finding
+from tunery.datasets.report.rows import Row
+
+_SURE = 0.6
+_FOLDS, _ROUNDS, _SEED = 5, 2, 7
+_CUTS = 4
+_LEAST = 30
+_FITTED = 2000
+_TAIL = 24
+"""Characters of an answer's end that are read as they are."""
+_WORD = re.compile(r"\w+")
+_FINISHED = ".!?"
+_CLOSED = _FINISHED + "\"'\u201d\u2019)]}`\u00bb\u2026"
+_OPEN = {"(": ")", "[": "]", "{": "}"}
+_ACTION = "Complete the answer, or drop the row."
+
+
+def find(case: Case) -> Iterator[Finding]:
+    """Rows whose answer is JSON without its end, the beginning of a label, or text that breaks off."""
+    named = case.lines_found("wrong_roles")
+    rows = [row for row in case.answered if not row.turns[-1].calls and row.line not in named]
+    cut = {row.line: why for row in rows if (why := _broken_off(row.answer) or _part_of_label(case, row))}
+    for line, why in cut.items():
+        yield Finding("truncated_output", [line], 1.0, why, _ACTION)
+    labelled = {line for task in case.tasks for line in task.labels}
+    free = [row for row in rows if row.line not in cut.keys() | labelled and texts.load_json(row.answer) is None]
+    if len(free) < _LEAST:
+        return
+    for row, score in zip(free, _score(free, case.rows), strict=True):
+        if score >= _SURE:
+            why = f"Breaks off: '{row.answer.rstrip()[-30:]}'."
+            yield Finding("truncated_output", [row.line], float(score), why, _ACTION)
+
+
+def _broken_off(answer: str) -> str | None:
+    """Why an answer that begins as JSON, or holds a block of code, has no end."""
+    text = answer.strip()
+    if text.startswith(("{", "[")) and texts.load_json(text) is None and _open_at_end(text):
+        return "Begins as JSON and ends inside it."
+    return "A block of code is opened and not closed." if text.count("```") % 2 else None
+
+
+def _open_at_end(text: str) -> bool:
+    """Whether a string, an object or a list of JSON is open where the text ends."""
+    closing: list[str] = []
+    quoted = False
+    for match in re.finditer(r'\\.|["{}\[\]]', text, re.DOTALL):
+        mark = match[0]
+        if mark == '"':
+            quoted = not quoted
+        elif not quoted and mark in _OPEN:
+            closing.append(_OPEN[mark])
+        elif not quoted and closing and mark == closing[-1]:
+            closing.pop()
+    return quoted or bool(closing)
+
+
+def _part_of_label(case: Case, row: Row) -> str | None:
+    answer = texts.squash(row.answer)
+    for task in case.tasks:
+        if not task.key and row.line not in task.labels:
+            whole = next((label for label in set(task.labels.values()) if label.startswith(answer)), None)
+            if whole is not None:
+                return f"Is the beginning of the label '{whole}'."
+    return None
+
+
+def _score(rows: Sequence[Row], all_rows: Sequence[Row]) -> NDArray[np.float64]:
+    """How much each answer looks as if it broke off, 0 to 1, out of fold."""
+    known = Counter(word for row in all_rows for word in set(_WORD.findall(f"{row.question} {row.answer}".casefold())))
+    dice = random.Random(_SEED)  # noqa: S311 (draws places to cut at)
+    scores = np.zeros(len(rows))
+    for _ in range(_ROUNDS):
+        order = dice.sample(range(len(rows)), len(rows))
+        for fold in range(_FOLDS):
+            judged = order[fold::_FOLDS]
+            learned = _others(order, fold)[:_FITTED]
+            scores[judged] += _fit_and_judge(rows, learned, judged, known, dice)
+    return scores / _ROUNDS
+
+
+def _others(order: Sequence[int], fold: int) -> list[int]:
+    return [at for place, at in enumerate(order) if place % _FOLDS != fold]
+
+
+def _fit_and_judge(
+    rows: Sequence[Row], learned: Sequence[int], judged: Sequence[int], known: Counter[str], dice: random.Random
+) -> NDArray[np.float64]:
+    whole = [rows[at].answer for at in learned]
+    cut = [text for answer in whole for text in _cuts(answer, dice)]
+    weights = np.r_[np.ones(len(whole)), np.full(len(cut), 1 / _CUTS)]
+    scale, tails = StandardScaler(), TfidfVectorizer(analyzer="char", ngram_range=(1, 4), min_df=2, lowercase=False)
+    features = [_features(text, known) for text in whole + cut]
+    table = hstack([csr_matrix(scale.fit_transform(features)), tails.fit_transform(map(_tail, whole + cut))])
+    model = LogisticRegression(max_iter=500).fit(table, np.r_[np.zeros(len(whole)), np.ones(len(cut))], weights)
+    texts_judged = [rows[at].answer for at in judged]
+    features = [_features(text, known) for text in texts_judged]
+    table = hstack([csr_matrix(scale.transform(features)), tails.transform(map(_tail, texts_judged))])
+    chances: NDArray[np.float64] = model.predict_proba(table)[:, 1]
+    return chances
+
+
+def _cuts(answer: str, dice: random.Random) -> Iterator[str]:
+    """The answer cut at random places."""
+    for _ in range(_CUTS if len(answer) >= _CUTS else 0):
+        text = answer[: dice.randint(max(1, len(answer) // 5), max(1, int(len(answer) * 0.9)))]
+        if text.strip():
+            yield text
+
+
+def _tail(answer: str) -> str:
+    return f"{answer.rstrip()[-_TAIL:]}\x03"
+
+
+def _features(answer: str, known: Counter[str]) -> list[float]:
+    """What is said about an answer's end besides its characters: its last word, marks left open, how lines end."""
+    text = answer.rstrip()
+    lines = [line.rstrip() for line in text.split("\n") if line.strip()]
+    last, found = lines[-1], _WORD.findall(text.casefold())
+    word = found[-1] if found and text[-1].isalnum() else ""
+    sentences = len(re.findall(r"[.!?]\s", text))
+    finished = np.mean([line[-1] in _FINISHED for line in lines[:-1]]) if len(lines) > 1 else 0.5
+    return [
+        *(text[-1] in _FINISHED, text[-1] in _CLOSED, text[-1].isalpha(), text[-1].isdigit(), text != answer),
+        text[-1] in ",:;([{-—/=+*",
+        *(bool(word) and not word.isdigit() and known[word] <= 1, bool(word) and known[word] <= 3),
+        float(np.log1p(known[word])) if word else 6.0,
+        *(text.count(opened) > text.count(closed) for opened, closed in _OPEN.items()),
+        text.count('"') % 2,
+        *(sentences > 0, float(np.log1p(sentences)), sentences > 0 and text[-1] not in _CLOSED),
+        *(float(finished), float(finished) * (text[-1] not in _FINISHED)),
+        *(float(np.log1p(len(text))), float(np.log1p(len(last))), float(np.log1p(len(lines)))),
+        *(len(_WORD.findall(last)) <= 3, bool(re.match(r"\s*(?:[-*•]|\d+[.)])", last)), len(word), len(found) <= 6),
+    ]
