@@ -198,7 +198,7 @@ def test_answers_that_teach_little() -> None:
 def test_a_whole_report(tmp_path: Path) -> None:
     """One file with a fault of each kind: the lines are those of the file, and rows without a fault are not named."""
     rows = labelled()
-    wrong = chat("lost stolen wallet thief gone xyz", '{"intent": "refund"}')
+    wrong = chat("is the card lost; thief in the street took wallet", '{"intent": "refund"}')
     same = [chat("my item order was cancelled", f'{{"intent": "{label}"}}') for label in LABELS[:2]]
     bad_role = {"messages": [{"role": "user", "content": "hm"}, {"role": "bot", "content": "hm"}]}
     other = chat("shop order purchase money held out", '{"intent": "refund"}')

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import phonenumbers
 from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
@@ -66,7 +67,7 @@ def _numbers_in(text: str) -> Iterator[str]:
 
 def _is_card(text: str) -> bool:
     digits = re.sub(r"\D", "", text)
-    return 13 <= len(digits) <= 19 and len(set(digits)) > 2 and luhn.is_valid(digits)
+    return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and luhn.is_valid(digits)
 
 
 def _is_account(text: str) -> bool:
@@ -87,7 +88,9 @@ def _is_phone(text: str) -> bool:
     )
 
 
-_DETECTORS = [detector() for kind, detector in get_mapping_from_secret_type_to_class().items() if kind not in _GUESSING]
+_DETECTORS: list[Any] = [
+    detector() for kind, detector in get_mapping_from_secret_type_to_class().items() if kind not in _GUESSING
+]
 
 
 def _holds_secret(line: str) -> bool:

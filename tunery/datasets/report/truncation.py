@@ -7,7 +7,7 @@ places, and out of fold, so that no answer is judged by itself.
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +20,17 @@ from tunery.datasets.report import texts
 from tunery.datasets.report.case import Case, Finding
 from tunery.datasets.report.rows import Row
 
-_SURE = 0.6
+_SURE = 0.7
 _FOLDS, _ROUNDS, _SEED = 5, 2, 7
 _CUTS = 4
 _LEAST = 30
 _FITTED = 2000
+_FEW = 3
 _TAIL = 24
 """Characters of an answer's end that are read as they are."""
 _WORD = re.compile(r"\w+")
+_ENDING = re.compile(r"(\w+)(?=[.!?]\s|[^\w\n]*\n)")
+_ITEM = re.compile(r"\s*(?:[-+*•]|\d+[.)-])")
 _FINISHED = ".!?"
 _CLOSED = _FINISHED + "\"'\u201d\u2019)]}`\u00bb\u2026"
 _OPEN = {"(": ")", "[": "]", "{": "}"}
@@ -45,8 +48,10 @@ def find(case: Case) -> Iterator[Finding]:
     free = [row for row in rows if row.line not in cut.keys() | labelled and texts.load_json(row.answer) is None]
     if len(free) < _LEAST:
         return
-    for row, score in zip(free, _score(free, case.rows), strict=True):
-        if score >= _SURE:
+    known = Vocabulary(text for row in case.rows for text in (row.question, row.answer))
+    often = Counter(texts.squash(row.answer) for row in free)
+    for row, score in zip(free, _score(free, known), strict=True):
+        if score >= _SURE and often[texts.squash(row.answer)] == 1 and not known.may_be_whole(row.answer):
             why = f"Breaks off: '{row.answer.rstrip()[-30:]}'."
             yield Finding("truncated_output", [row.line], float(score), why, _ACTION)
 
@@ -84,9 +89,8 @@ def _part_of_label(case: Case, row: Row) -> str | None:
     return None
 
 
-def _score(rows: Sequence[Row], all_rows: Sequence[Row]) -> NDArray[np.float64]:
+def _score(rows: Sequence[Row], known: "Vocabulary") -> NDArray[np.float64]:
     """How much each answer looks as if it broke off, 0 to 1, out of fold."""
-    known = Counter(word for row in all_rows for word in set(_WORD.findall(f"{row.question} {row.answer}".casefold())))
     dice = random.Random(_SEED)  # noqa: S311 (draws places to cut at)
     scores = np.zeros(len(rows))
     for _ in range(_ROUNDS):
@@ -103,7 +107,7 @@ def _others(order: Sequence[int], fold: int) -> list[int]:
 
 
 def _fit_and_judge(
-    rows: Sequence[Row], learned: Sequence[int], judged: Sequence[int], known: Counter[str], dice: random.Random
+    rows: Sequence[Row], learned: Sequence[int], judged: Sequence[int], known: "Vocabulary", dice: random.Random
 ) -> NDArray[np.float64]:
     whole = [rows[at].answer for at in learned]
     cut = [text for answer in whole for text in _cuts(answer, dice)]
@@ -131,7 +135,7 @@ def _tail(answer: str) -> str:
     return f"{answer.rstrip()[-_TAIL:]}\x03"
 
 
-def _features(answer: str, known: Counter[str]) -> list[float]:
+def _features(answer: str, known: "Vocabulary") -> list[float]:
     """What is said about an answer's end besides its characters: its last word, marks left open, how lines end."""
     text = answer.rstrip()
     lines = [line.rstrip() for line in text.split("\n") if line.strip()]
@@ -139,15 +143,49 @@ def _features(answer: str, known: Counter[str]) -> list[float]:
     word = found[-1] if found and text[-1].isalnum() else ""
     sentences = len(re.findall(r"[.!?]\s", text))
     finished = np.mean([line[-1] in _FINISHED for line in lines[:-1]]) if len(lines) > 1 else 0.5
+    listed = bool(_ITEM.match(last)) and len(lines) > 1
     return [
         *(text[-1] in _FINISHED, text[-1] in _CLOSED, text[-1].isalpha(), text[-1].isdigit(), text != answer),
         text[-1] in ",:;([{-—/=+*",
-        *(bool(word) and not word.isdigit() and known[word] <= 1, bool(word) and known[word] <= 3),
-        float(np.log1p(known[word])) if word else 6.0,
+        *known.describe(word),
         *(text.count(opened) > text.count(closed) for opened, closed in _OPEN.items()),
         text.count('"') % 2,
         *(sentences > 0, float(np.log1p(sentences)), sentences > 0 and text[-1] not in _CLOSED),
         *(float(finished), float(finished) * (text[-1] not in _FINISHED)),
+        *(listed, listed and finished < 0.5, listed and finished < 0.5 and text[-1] not in _FINISHED),
         *(float(np.log1p(len(text))), float(np.log1p(len(last))), float(np.log1p(len(lines)))),
-        *(len(_WORD.findall(last)) <= 3, bool(re.match(r"\s*(?:[-*•]|\d+[.)])", last)), len(word), len(found) <= 6),
+        *(len(_WORD.findall(last)) <= 3, len(word), len(found) <= 6, len(found) <= 2),
     ]
+
+
+class Vocabulary:
+    """The words of a file: in how many texts each stands, how often it ends a line or sentence, and what begins it."""
+
+    def __init__(self, all_texts: Iterable[str]) -> None:
+        self._texts: Counter[str] = Counter()
+        self._all: Counter[str] = Counter()
+        self._ends: Counter[str] = Counter()
+        for text in all_texts:
+            folded = text.casefold()
+            found = _WORD.findall(folded)
+            self._texts.update(set(found))
+            self._all.update(found)
+            # An end of the whole text is left out: it may be a cut.
+            self._ends.update(_ENDING.findall(folded))
+        often = (word for word, count in self._texts.items() if count > 1)
+        self._beginnings = {word[:size] for word in often for size in range(1, len(word))}
+
+    def may_be_whole(self, answer: str) -> bool:
+        """Whether an answer is too short to tell: a name, a number or a title, whose last word begins no other one."""
+        found = _WORD.findall(answer.casefold())
+        part = bool(found) and self._texts[found[-1]] <= 1 and found[-1] in self._beginnings
+        return len(found) <= _FEW and not part
+
+    def describe(self, word: str) -> list[float]:
+        """How much a word, the last of an answer, looks like part of another one or of a sentence that goes on."""
+        if not word or word.isdigit():
+            return [0.0, 0.0, 6.0, 0.0, 0.0, -1.0]
+        count, ends = self._all[word], self._ends[word]
+        rare, begins = self._texts[word] <= 1, word in self._beginnings
+        ending = float(np.log((ends + 0.5) / (count + 4)))
+        return [rare, self._texts[word] <= 3, float(np.log1p(count)), rare and begins, rare and not begins, ending]
