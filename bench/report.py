@@ -109,8 +109,9 @@ def time_report(rows: int, folder: Path) -> dict[str, Any]:
     labels = [f'{{"intent": "class_{at}"}}' for at in range(20)]
 
     def row() -> injector.Row:
-        asked = " ".join(dice.choices(words, k=dice.randint(6, 20)))
-        return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": dice.choice(labels)}]}
+        asked = dice.choices(range(len(words)), k=dice.randint(6, 20))
+        text, label = " ".join(words[at] for at in asked), labels[max(asked) % len(labels)]
+        return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": label}]}
 
     made = [row() for _ in range(rows * 9 // 10)]
     made += [injector.leaked(one, dice) for one in made[: rows - len(made)]]

@@ -5,11 +5,13 @@ question better than the given label's probability alone.
 """
 
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_union
@@ -22,9 +24,11 @@ from tunery.datasets.report.rows import Row
 _FOLDS, _SEED = 5, 7
 _LEAST = 40
 """Rows below which nothing is learned of a label."""
-_FITTED = 4000
+_FITTED = 2500
 """Rows that the classifier of a fold is fitted on at most. It judges all of its fold."""
-_STRENGTH = 8.0
+_STRENGTH, _STEPS = 8.0, 100
+_MANY = 10_000
+"""Rows from which on words tell enough, and their parts would only take time."""
 _READ = 1000
 """Characters of a question that are read."""
 _ACTION = "Read the row; correct the label where it is wrong."
@@ -65,8 +69,9 @@ def _margins(
         learned = np.random.default_rng(_SEED).permutation(np.flatnonzero(fold != at))[:_FITTED]
         if len(judged) == 0 or len(set(label[learned])) < 2:
             continue
-        model = LogisticRegression(C=_STRENGTH, class_weight="balanced", max_iter=300, tol=1e-3)
-        chances = model.fit(table[learned], label[learned]).predict_proba(table[judged])
+        model = LogisticRegression(C=_STRENGTH, class_weight="balanced", max_iter=_STEPS)
+        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # the order is right long before
+            chances = model.fit(table[learned], label[learned]).predict_proba(table[judged])
         mine = model.classes_[None, :] == label[judged][:, None]
         others = np.where(mine, -1.0, chances)
         margins[judged] = np.where(mine, chances, 0).sum(axis=1) - others.max(axis=1)
@@ -77,9 +82,11 @@ def _margins(
 
 def _table(questions: Sequence[str]) -> csr_matrix:
     """TF-IDF of words, pairs of words, and parts of words."""
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=1 if len(questions) < _FITTED else 3)
-    parts = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, min_df=2, max_features=100_000)
-    return csr_matrix(make_union(words, parts).fit_transform([question[:_READ] for question in questions]))
+    many = len(questions) >= _MANY
+    kinds = [TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=3 if many else 1)]
+    if not many:
+        kinds.append(TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, min_df=2))
+    return csr_matrix(make_union(*kinds).fit_transform([question[:_READ] for question in questions]))
 
 
 def _folds(rows: Sequence[Row]) -> NDArray[np.int64]:

@@ -178,7 +178,7 @@ class Vocabulary:
     def may_be_whole(self, answer: str) -> bool:
         """Whether an answer is too short to tell: a name, a number or a title, whose last word begins no other one."""
         found = _WORD.findall(answer.casefold())
-        part = bool(found) and self._texts[found[-1]] <= 1 and found[-1] in self._beginnings
+        part = bool(found) and found[-1] in self._beginnings and not self._ends[found[-1]]
         return len(found) <= _FEW and not part
 
     def describe(self, word: str) -> list[float]:
