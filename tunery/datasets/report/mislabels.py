@@ -26,7 +26,7 @@ _LEAST = 40
 """Rows below which nothing is learned of a label."""
 _FITTED = 2500
 """Rows that the classifier of a fold is fitted on at most. It judges all of its fold."""
-_STRENGTH, _STEPS = 8.0, 100
+_STRENGTH, _STEPS = 2.0, 100
 _MANY = 10_000
 """Rows from which on words tell enough, and their parts would only take time."""
 _READ = 1000
