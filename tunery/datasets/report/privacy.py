@@ -88,9 +88,8 @@ def _is_phone(text: str) -> bool:
     )
 
 
-_DETECTORS: list[Any] = [
-    detector() for kind, detector in get_mapping_from_secret_type_to_class().items() if kind not in _GUESSING
-]
+_CLASSES: dict[str, Any] = get_mapping_from_secret_type_to_class()
+_DETECTORS = [detector() for kind, detector in _CLASSES.items() if kind not in _GUESSING]
 
 
 def _holds_secret(line: str) -> bool:

@@ -142,7 +142,7 @@ def _features(answer: str, known: "Vocabulary") -> list[float]:
     last, found = lines[-1], _WORD.findall(text.casefold())
     word = found[-1] if found and text[-1].isalnum() else ""
     sentences = len(re.findall(r"[.!?]\s", text))
-    finished = np.mean([line[-1] in _FINISHED for line in lines[:-1]]) if len(lines) > 1 else 0.5
+    finished = float(np.mean([line[-1] in _FINISHED for line in lines[:-1]])) if len(lines) > 1 else 0.5
     listed = bool(_ITEM.match(last)) and len(lines) > 1
     return [
         *(text[-1] in _FINISHED, text[-1] in _CLOSED, text[-1].isalpha(), text[-1].isdigit(), text != answer),
@@ -151,7 +151,7 @@ def _features(answer: str, known: "Vocabulary") -> list[float]:
         *(text.count(opened) > text.count(closed) for opened, closed in _OPEN.items()),
         text.count('"') % 2,
         *(sentences > 0, float(np.log1p(sentences)), sentences > 0 and text[-1] not in _CLOSED),
-        *(float(finished), float(finished) * (text[-1] not in _FINISHED)),
+        *(finished, finished * (text[-1] not in _FINISHED)),
         *(listed, listed and finished < 0.5, listed and finished < 0.5 and text[-1] not in _FINISHED),
         *(float(np.log1p(len(text))), float(np.log1p(len(last))), float(np.log1p(len(lines)))),
         *(len(_WORD.findall(last)) <= 3, len(word), len(found) <= 6, len(found) <= 2),
