@@ -44,8 +44,8 @@ def find(case: Case) -> Iterator[Finding]:
     cut = {row.line: why for row in rows if (why := _broken_off(row.answer) or _part_of_label(case, row))}
     for line, why in cut.items():
         yield Finding("truncated_output", [line], 1.0, why, _ACTION)
-    labelled = {line for task in case.tasks for line in task.labels}
-    free = [row for row in rows if row.line not in cut.keys() | labelled and texts.load_json(row.answer) is None]
+    judged = cut.keys() | {line for task in case.tasks for line in task.labels}
+    free = [row for row in rows if row.line not in judged and texts.load_json(row.answer) is None]
     if len(free) < _LEAST:
         return
     known = Vocabulary(text for row in case.rows for text in (row.question, row.answer))
