@@ -12,7 +12,6 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     │   │   └── InvalidJSONL     an uploaded line is not a JSON object
     │   ├── CannotRender         rows: a chat template cannot write the messages, or not so that they can be learned
     │   ├── PromptTooLong        rows: a conversation fills the model's whole context
-    │   ├── ReportUnavailable    datasets: the packages of a report are not installed
     │   ├── FileInUse            datasets: a live job needs the file
     │   ├── AddressRefused       webhooks: a URL leads where we do not post
     │   └── ReceiverSilent       webhooks: a receiver gave no answer to a test

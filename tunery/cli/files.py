@@ -9,8 +9,7 @@ import typer
 from tunery.cli import file_check, show
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Remote
-from tunery.cli.report import print_report
-from tunery.datasets.errors import ReportUnavailable
+from tunery.cli.report import ReportUnavailable, print_report
 from tunery.local.drawing import size
 
 app = typer.Typer(no_args_is_help=True, help="Training, validation and test files.")

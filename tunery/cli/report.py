@@ -7,10 +7,19 @@ from rich.table import Table
 from rich.text import Text
 
 from tunery.cli import show
+from tunery.errors import TuneryError
 
 if TYPE_CHECKING:
     from tunery.datasets.report.case import Finding
     from tunery.datasets.report.maker import Report
+
+
+class ReportUnavailable(TuneryError):
+    """A report needs packages that are not installed ('{package}' is missing). Install them:
+    pip install 'tunery[report]'."""
+
+    code = "report_unavailable"
+
 
 _TITLES = {
     "invalid_row": "Rows that a job would refuse",

@@ -8,10 +8,3 @@ class FileInUse(Rejected):
     delete the file."""
 
     code = "file_in_use"
-
-
-class ReportUnavailable(Rejected):
-    """A report needs packages that are not installed ('{package}' is missing). Install them:
-    pip install 'tunery[report]'."""
-
-    code = "report_unavailable"
