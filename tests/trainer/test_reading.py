@@ -133,7 +133,7 @@ def test_nulls_and_outputs_leave_no_trace(name: str, text: str, tmp_path: Path) 
         (b"%s\r{}\n%s\n", "Example 1: something follows the JSON object"),
         (b"%s\n\xff%s\n", "Line 2: is not UTF-8"),
         (b"[%s,\n%s", "Row 2: the array has no end"),
-        (b"[%s,\n{}\n]", "Example 2 (line 2): Unexpected file format"),
+        (b"[\n%s,\n{}\n]", "Example 2 (line 3): Unexpected file format"),
         (b"%s\n%s]", "Example 2: something follows the JSON object"),
         (b"%s\n{}\n%s\n\xff\n", "Example 2: Unexpected file format"),
     ],

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 
 from tunery.rows import containers
@@ -10,6 +11,7 @@ from tunery.rows.formats import Format, SourceRow
 from tunery.rows.jsonl import MAX_LINE_BYTES, read_line
 
 _BLANK = " \t\r\n\ufeff"
+_BLANKS = re.compile(f"[{_BLANK}]*")
 _BOM = b"\xef\xbb\xbf"
 # Only an element's end is looked for here, so numbers are not made: read_line judges them, as in JSON Lines.
 _ENDS = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
@@ -81,9 +83,10 @@ class JsonArrayParser:
 
     def _skip_blank(self) -> bool:
         """Goes on to the next sign; whether there is one."""
-        while self._at < len(self._text) and self._text[self._at] in _BLANK:
-            self._line += self._text[self._at] == "\n"
-            self._at += 1
+        found = _BLANKS.match(self._text, self._at)
+        assert found is not None, "no blanks match too"
+        self._line += found[0].count("\n")
+        self._at = found.end()
         return self._at < len(self._text)
 
     def _find_end(self, *, ended: bool) -> int | None:
