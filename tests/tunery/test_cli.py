@@ -164,7 +164,7 @@ def test_create_takes_the_same_value_twice(tunery: Run, api: str, base: str, tra
 def test_create_uploads_nothing_when_it_refuses(
     tunery: Run, api: str, base: str, database: Database, train: Path, arguments: list[object], words: str
 ) -> None:
-    (train.parent / "one.csv").write_text("question,answer\na,b\n")
+    (train.parent / "one.csv").write_text("colour,size\nred,4\n")
     with database.sessions.begin() as session:
         rows.base(session, "not-ready", status="processing")
         rows.base(session, "no-lora", facts={**rows.FACTS, "techniques": {"lora": "because"}})

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunery.rows.errors import InvalidJSONL
+from tunery.rows.errors import InvalidJSONL, InvalidRows
 from tunery.rows.jsonl import MAX_LINE_BYTES
 from tunery.rows.readers import HEAD_BYTES, Checker, read
 
@@ -33,7 +33,7 @@ def check(chunks: Iterable[bytes]) -> int:
 def outcome(chunks: Iterable[bytes]) -> int | str:
     try:
         return check(chunks)
-    except InvalidJSONL as error:
+    except InvalidRows as error:
         return error.message
 
 
