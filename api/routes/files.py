@@ -31,7 +31,7 @@ _FORM: dict[str, Any] = {
                     "required": ["purpose", "file"],
                     "properties": {
                         "purpose": {"type": "string", "enum": list(wire.Purpose.__args__), "default": "fine-tune"},  # type: ignore[attr-defined]
-                        "file": {"type": "string", "format": "binary", "description": "JSON Lines for fine-tuning"},
+                        "file": {"type": "string", "format": "binary", "description": "Rows for fine-tuning"},
                         # Plain strings, empty: forms made from this document fill in any default or least value.
                         "expires_after[anchor]": {
                             "type": "string",
@@ -89,7 +89,7 @@ class _Arriving:
 async def create_file(
     request: Request, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep, settings: SettingsDep
 ) -> wire.File:
-    """Training data is JSON Lines: a line that is not a JSON object is refused at once, and nothing is kept."""
+    """Training data is rows in any format that is read: a file that is broken is refused at once, and not kept."""
     async with contextmanager_in_threadpool(storage.writer(shelf.new_key())) as writer:
         arriving = _Arriving(writer)
         form = await forms.receive(

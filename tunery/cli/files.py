@@ -24,7 +24,10 @@ def upload_file(api: Remote, path: Path, purpose: str = "fine-tune") -> dict[str
 @app.command()
 def upload(
     context: typer.Context,
-    paths: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="JSONL files.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(exists=True, dir_okay=False, help="Files of rows: JSON Lines, arrays, CSV, TSV, Parquet."),
+    ],
     purpose: str = "fine-tune",
 ) -> None:
     """Upload files; prints one id a line."""

@@ -3,12 +3,11 @@
 import sys
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import quote
 
 import typer
 from rich.text import Text
 
-from tunery.cli import models, request, show, summary, watching
+from tunery.cli import downloads, models, request, show, summary, watching
 from tunery.cli.files import upload_file
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Refused, Remote
@@ -68,7 +67,7 @@ def create(
 
 def _check_model(api: Remote, body: request.Body) -> None:
     """Raises Refused where the model is unknown, not ready, or cannot be trained with the technique."""
-    model = api.call("GET", f"/models/{quote(body['model'], safe=':/')}")
+    model = api.call("GET", downloads.model_route(body["model"]))
     if model["status"] != "ready":
         raise Refused(
             message=f"The model '{model['id']}' is {model['status']}. `tunery models show {model['id']}` says more."
