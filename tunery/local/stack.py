@@ -104,7 +104,7 @@ class Stack:
         self.home.mkdir(parents=True, exist_ok=True, mode=0o711)
         self._take_home()
         self._make_private_folders()
-        self._choose_ports()
+        self._refuse_taken_port()
         self._watch_over()
         self._open.callback(self.postgres.stop)
         self.postgres.start()
@@ -113,6 +113,7 @@ class Stack:
         self.valkey.start()
         self.report("Valkey", f"127.0.0.1:{self.valkey.port}")
         schema.upgrade(self.postgres.url())
+        self._choose_ports()
         self._write_state()
         self._start_services(root)
         self._wait_for_api()
@@ -206,9 +207,12 @@ class Stack:
         if left := state.read(self.home):
             processes.kill_marked(guard.MARK, left["mark"])
 
-    def _choose_ports(self) -> None:
+    def _refuse_taken_port(self) -> None:
         if self.port and not _is_free(self.port):
             raise PortTaken(port=self.port)
+
+    def _choose_ports(self) -> None:
+        """As late as can be: nothing holds a free port until the service binds it, and Valkey took one of its own."""
         self.port = self.port or processes.free_port()
         self._server_port = processes.free_port()
         self.api_url = f"http://127.0.0.1:{self.port}"
