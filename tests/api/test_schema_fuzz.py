@@ -17,9 +17,11 @@ import rows
 from databases import Database
 from fastapi import FastAPI
 from model_server import ModelServer
+from sqlalchemy import select
 from teams import LINE, Team
 
 from tunery.artifacts.model import Artifact
+from tunery.datasets.model import File
 from tunery.jobs import ledger
 from tunery.jobs.model import Checkpoint
 from tunery.jobs.states import State
@@ -50,6 +52,8 @@ def ids(team: Team, database: Database, base: str) -> dict[str, list[str]]:
         model = str(made.tuned_model)
         session.add(Checkpoint(id=f"ftckpt_{made.id}", job_id=made.id, step=1, model_id=model))
         storage = open_storage(database.settings)
+        for row in session.scalars(select(File).where(File.project_id == owner.id, File.id != file["id"])):
+            storage.put(row.key, MARKER.encode())  # the factory makes rows alone
         stored = storage.put(f"jobs/{made.id}/1/a", MARKER.encode())
         session.add(Artifact(model_id=model, path="a", bytes=stored.bytes, sha256=stored.sha256, key=stored.key))
         storage.put(f"jobs/{made.id}/logs/000001-000000", MARKER.encode())
@@ -90,7 +94,8 @@ def test_no_request_breaks_the_document(
         "--checks", f"{CHECKS},no_foreign_object", "--phases", "examples,coverage,fuzzing", "--max-time", "50",
         "--exclude-operation-id", "test_webhook_endpoint",  # would post to an address of its own invention
         "--request-timeout", "20", "--seed", "1", "--no-shrink", "--continue-on-failure", "--no-color",
-        "--suppress-health-check", "all", "--workers", "2",
+        # One worker: the ast module of Python 3.11 counts its depth for all threads together, and gives up.
+        "--suppress-health-check", "all", "--workers", "1",
     ]  # fmt: skip
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "SCHEMATHESIS_HOOKS": str(HOOKS)}
     environment["TUNERY_FUZZ"] = str(tmp_path / "given.json")
