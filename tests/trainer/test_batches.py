@@ -10,7 +10,7 @@ import torch
 from run_folders import chat, lay_out, plan
 
 from tunery.spec import Full
-from worker.trainer import data, evaluate, packing, rope
+from worker.trainer import data, packing, rope, validation
 from worker.trainer.data import IGNORED, Row, collate, micro_batches, singles
 from worker.trainer.loop import _take_step
 from worker.trainer.memory import MemoryPlan
@@ -147,7 +147,7 @@ def test_groups_hold_in_training_and_validation(tmp_path: Path, tiny: Path, monk
     monkeypatch.setattr(t.objective, "forward", noting)
     assert t.valid is not None
     _take_step(t, Progress())
-    evaluate.loss(t.stepper, t.valid.examples)
+    validation.loss(t.stepper, t.valid.examples)
 
     assert all(len(sides) == 1 for sides in seen)
     assert len(seen) == 4

@@ -12,7 +12,7 @@ from run_folders import chat, lay_out, plan
 from tunery.failures import DoesNotFit
 from tunery.planning import memory as planning
 from tunery.spec import Full, Lora, Qlora
-from worker.trainer import evaluate, preflight
+from worker.trainer import preflight, validation
 from worker.trainer.data import Example, Row
 from worker.trainer.kernels import cross_entropy
 from worker.trainer.loop import _take_step, train
@@ -114,17 +114,17 @@ def test_one_row_too_many_is_recomputed_and_then_an_error(tmp_path: Path, tiny: 
 def test_evaluation_that_runs_out_of_memory_is_done_in_smaller_pieces(tmp_path: Path, tiny: Path) -> None:
     t = training(tmp_path / "run", tiny)
     assert t.valid is not None
-    wanted = evaluate.loss(t.stepper, t.valid.examples)
+    wanted = validation.loss(t.stepper, t.valid.examples)
     usual = t.objective.forward
     t.objective.forward = failing(usual, [1, 2])
 
-    assert evaluate.loss(t.stepper, t.valid.examples) == pytest.approx(wanted, rel=1e-6)
+    assert validation.loss(t.stepper, t.valid.examples) == pytest.approx(wanted, rel=1e-6)
 
     assert t.stepper.memory.max_tokens == planning.CPU_MICRO_BATCH // 4
     assert t.objective.training
     t.objective.forward = failing(usual, range(1, 100))
     with pytest.raises(torch.OutOfMemoryError):
-        evaluate.loss(t.stepper, t.valid.examples)
+        validation.loss(t.stepper, t.valid.examples)
     assert not t.stepper.memory.recompute  # it would make nothing smaller without a backward pass
 
 

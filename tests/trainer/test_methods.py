@@ -14,7 +14,7 @@ from torch.nn import functional
 from tunery import plugins, spec
 from tunery.errors import Unsupported
 from tunery.rows import encoding
-from worker.trainer import data, evaluate, replays
+from worker.trainer import data, replays, validation
 from worker.trainer.data import IGNORED, Example, Row, collate, micro_batches
 from worker.trainer.loop import _take_step
 from worker.trainer.memory import MemoryPlan
@@ -134,7 +134,7 @@ def test_validation_loss_is_the_mean_over_its_pairs(tmp_path: Path, tiny: Path) 
     with torch.no_grad():
         wanted = plain_loss(t, t.valid.examples)
 
-    assert evaluate.loss(t.stepper, t.valid.examples).loss == pytest.approx(wanted.item(), rel=1e-5)
+    assert validation.loss(t.stepper, t.valid.examples).loss == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_textbook_logits_give_the_same_row_losses(tmp_path: Path, tiny: Path) -> None:

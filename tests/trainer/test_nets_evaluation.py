@@ -9,10 +9,11 @@ from run_folders import chat, lay_out, plan
 
 from tunery.rows.messages import Example
 from tunery.spec import Evaluation, Lora
-from worker.trainer import evaluate
+from worker.trainer import validation
 from worker.trainer.loop import train
 from worker.trainer.report import Voice
 from worker.trainer.run import prepare
+from worker.trainer.scoring import answers
 from worker.trainer.training import Progress, Training
 from worker.trainer.wish import Wish
 
@@ -56,7 +57,7 @@ def test_validation_loss_is_the_mean_over_tokens_without_dropout(tmp_path: Path,
     t.objective.train()
     assert t.valid is not None
 
-    loss, accuracy = evaluate.loss(t.stepper, t.valid.examples)
+    loss, accuracy = validation.loss(t.stepper, t.valid.examples)
 
     assert t.objective.training
     t.objective.eval()
@@ -75,7 +76,7 @@ def test_answer_ends_with_the_stop_token(tmp_path: Path, tiny: Path, monkeypatch
     evaluation = Evaluation(max_new_tokens=60)
     t = start(tmp_path / "run", tiny, n_epochs=30, technique=Lora(r=16), evaluation=evaluation)
     train(t, Progress())
-    asked = evaluate.questions(t.template, [Example.model_validate(row) for row in ROWS[:4]])
+    asked = answers.questions(t.template, [Example.model_validate(row) for row in ROWS[:4]])
     generate, widths = t.objective.causal.generate, []
 
     def measured(**given: Any) -> torch.Tensor:
@@ -85,10 +86,10 @@ def test_answer_ends_with_the_stop_token(tmp_path: Path, tiny: Path, monkeypatch
 
     monkeypatch.setattr(t.objective.causal, "generate", measured)
 
-    answers = evaluate.answers(t, asked, base=False)
+    found = answers.generate(t, asked, base=False)
 
-    assert answers == [question.wanted for question in asked]
-    assert widths == [max(map(len, answers)) + 1]  # a token a byte, and the stop token
+    assert found == [question.wanted for question in asked]
+    assert widths == [max(map(len, found)) + 1]  # a token a byte, and the stop token
     assert t.objective.training
 
 
@@ -97,11 +98,11 @@ def test_base_is_asked_without_its_adapter(tmp_path: Path, tiny: Path) -> None:
     for name, parameter in t.parameters.items():
         if "lora_B" in name:
             parameter.data.normal_(std=0.5)
-    asked = evaluate.questions(t.template, [Example.model_validate(row) for row in ROWS[:4]])
+    asked = answers.questions(t.template, [Example.model_validate(row) for row in ROWS[:4]])
 
-    base, tuned, again = (evaluate.answers(t, asked, base=base) for base in (True, False, True))
+    base, tuned, again = (answers.generate(t, asked, base=base) for base in (True, False, True))
 
-    assert base == evaluate.answers(untouched, asked, base=False) == again
+    assert base == answers.generate(untouched, asked, base=False) == again
     assert base != tuned
 
 
@@ -109,9 +110,9 @@ def test_answers_that_run_out_of_memory_are_given_in_smaller_batches(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     t = start(tmp_path / "run", tiny, evaluation=Evaluation(max_new_tokens=4))
-    asked = evaluate.questions(t.template, [Example.model_validate(row) for row in ROWS])
-    wanted = evaluate.answers(t, asked, base=False)
-    usual, sizes, most = evaluate._generate, [], 3
+    asked = answers.questions(t.template, [Example.model_validate(row) for row in ROWS])
+    wanted = answers.generate(t, asked, base=False)
+    usual, sizes, most = answers._generate_batch, [], 3
 
     def generate(t: Training, prompts: list[list[int]]) -> list[str]:
         sizes.append(len(prompts))
@@ -119,10 +120,10 @@ def test_answers_that_run_out_of_memory_are_given_in_smaller_batches(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return usual(t, prompts)
 
-    monkeypatch.setattr(evaluate, "_generate", generate)
+    monkeypatch.setattr(answers, "_generate_batch", generate)
 
-    assert evaluate.answers(t, asked, base=False) == wanted
+    assert answers.generate(t, asked, base=False) == wanted
     assert sizes == [10, 8, 4, 2, 2, 2, 2, 2]  # half of the 16 that a CPU answers at once, and half again
     most = 0
     with pytest.raises(torch.OutOfMemoryError):
-        evaluate.answers(t, asked, base=False)
+        answers.generate(t, asked, base=False)

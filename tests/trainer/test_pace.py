@@ -9,10 +9,11 @@ import pytest
 from run_folders import Ear, chat, lay_out, plan, said
 
 from tunery.spec import Evaluation
-from worker.trainer import evaluate, pace
+from worker.trainer import pace
 from worker.trainer.pace import Pace, Work
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out
+from worker.trainer.scoring import answers
 from worker.trainer.wish import Wish
 
 
@@ -69,14 +70,14 @@ def test_a_run_says_how_long_answering_and_saving_take(
     tmp_path: Path, tiny: Path, ear: Ear, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [chat(i) for i in range(4)]
-    given = evaluate._generate
+    given = answers._generate_batch
 
     def slow(*arguments: Any) -> list[str]:
         clock[0] += 10
         return given(*arguments)
 
-    monkeypatch.setattr(evaluate, "_generate", slow)
-    monkeypatch.setattr(evaluate, "ANSWER_BATCH", {"cpu": 2})
+    monkeypatch.setattr(answers, "_generate_batch", slow)
+    monkeypatch.setattr(answers, "ANSWER_BATCH", {"cpu": 2})
     evaluation = Evaluation(test_file="file-test", max_new_tokens=4)
     folder = lay_out(tmp_path / "run", tiny, plan(n_epochs=2, evaluation=evaluation), rows, rows, rows)
 

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Evaluation
 from worker.server.generation import Generation, Sampling
-from worker.trainer import evaluate, rope
+from worker.trainer import rope, validation
 from worker.trainer.replays import reason_against
 from worker.trainer.report import Voice
 from worker.trainer.rope import LengthRope
 from worker.trainer.run import prepare
+from worker.trainer.scoring import answers
 from worker.trainer.training import Training
 from worker.trainer.wish import Wish
 
@@ -61,16 +62,16 @@ def test_validation_loss_is_that_of_each_row_alone(tmp_path: Path, base: Path) -
         total += functional.cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="sum").item()
 
     for _ in range(2):  # the second time after longer rows
-        loss, _ = evaluate.loss(t.stepper, t.rows.examples)
+        loss, _ = validation.loss(t.stepper, t.rows.examples)
         assert loss == pytest.approx(total / sum(row.labelled for row in t.rows.rows), rel=1e-5)
 
 
 def test_answers_are_those_of_each_prompt_alone(tmp_path: Path, base: Path) -> None:
     t = prepared(tmp_path, base)
     prompts = [[3 + (7 * i) % 250 for i in range(length)] for length in (60, 12, 36, 33, 47, 20)]
-    asked = [evaluate.Question(ids, "", []) for ids in prompts]
+    asked = [answers.Question(ids, "", []) for ids in prompts]
 
-    found = evaluate.answers(t, asked, base=True)
+    found = answers.generate(t, asked, base=True)
 
     wanted = [continuation(base, ids, NEW_TOKENS) for ids in prompts]
     assert found == [t.template.answer_text(ids) for ids in wanted]

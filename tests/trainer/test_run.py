@@ -22,7 +22,7 @@ from tunery.failures import InvalidTrainingFile, NotFinite
 from tunery.rows.template import ChatTemplate
 from tunery.spec import EarlyStopping, Evaluation, Full, Lora, Qlora
 from tunery.wire import Evaluated
-from worker.trainer import checkpoints, evaluate, paths
+from worker.trainer import checkpoints, paths, validation
 from worker.trainer.data import collate
 from worker.trainer.loop import train
 from worker.trainer.report import CSV_HEADER, Voice
@@ -269,7 +269,7 @@ def test_best_step_may_be_before_the_last(tmp_path: Path, tiny: Path, ear: Ear) 
     assert finished.step == min(losses, key=losses.__getitem__) < 6
     t = prepare(folder, Voice(None), Wish())
     checkpoints.restore_best(t, Progress(best_step=finished.step))
-    assert evaluate.loss(t.stepper, t.valid.examples)[0] == pytest.approx(losses[finished.step], rel=1e-5)
+    assert validation.loss(t.stepper, t.valid.examples)[0] == pytest.approx(losses[finished.step], rel=1e-5)
 
 
 def test_lost_best_weights_are_an_error(tmp_path: Path, tiny: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from tunery.failures import NotFinite
 from tunery.spec import EarlyStopping, Plan
 from tunery.wire import CheckpointSaved, Evaluated, Step
-from worker.trainer import checkpoints, evaluate
+from worker.trainer import checkpoints, validation
 from worker.trainer.data import rows_of_step
 from worker.trainer.methods.method import Shown
 from worker.trainer.training import Progress, Training
@@ -116,7 +116,7 @@ def _glimpse(t: Training, step: int) -> dict[str, float]:
         return {}
     size = t.plan.batch_size
     start = (step // every * size) % max(1, len(t.valid.examples) - size + 1)
-    loss, accuracy = evaluate.loss(t.stepper, t.valid.examples[start : start + size])
+    loss, accuracy = validation.loss(t.stepper, t.valid.examples[start : start + size])
     return {"valid_loss": loss, "valid_accuracy": accuracy}
 
 
@@ -132,7 +132,7 @@ def _evaluate(t: Training, progress: Progress) -> None:
     The best is the lowest, by however little. A gain below `min_delta` only wears out the patience. Raises NotFinite.
     """
     assert t.valid is not None
-    loss, accuracy = evaluate.loss(t.stepper, t.valid.examples)
+    loss, accuracy = validation.loss(t.stepper, t.valid.examples)
     t.voice.say(Evaluated(step=progress.step, loss=loss, accuracy=accuracy))
     if not math.isfinite(loss):
         rate = learning_rate(t.plan, progress.step, t.total_steps)

@@ -16,7 +16,7 @@ from tunery.rows.encoding import find_encoder
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
 from tunery.wire import Finished, Paused, Phase, Score, Started
-from worker.trainer import checkpoints, evaluate, packing, parallel, parity, paths, preflight, report, rope
+from worker.trainer import checkpoints, packing, parallel, parity, paths, preflight, report, rope
 from worker.trainer.data import Rows, collate, read_parsed, read_rows, singles
 from worker.trainer.loop import train
 from worker.trainer.methods import registry
@@ -26,6 +26,7 @@ from worker.trainer.recipes.full import FULL
 from worker.trainer.recipes.lora import LORA
 from worker.trainer.recipes.qlora import QLORA
 from worker.trainer.report import Voice
+from worker.trainer.scoring import answers, scorecard
 from worker.trainer.stepper import Stepper
 from worker.trainer.training import Progress, Training
 from worker.trainer.wish import Stopped, Wish
@@ -188,29 +189,29 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _questions(t: Training) -> list[evaluate.Question]:
+def _questions(t: Training) -> list[answers.Question]:
     path = t.folder / "data" / "test.jsonl"
     if not path.exists() or t.plan.evaluation.test_file is None:
         return []
     examples = [example for _, example in read_parsed(path, "test")]
-    asked = evaluate.questions(t.template, examples[: t.plan.evaluation.max_rows])
-    answers = 2 * len(asked[t.ranks.index :: t.ranks.count])  # the base's and the tuned model's
-    batch, tokens = evaluate.ANSWER_BATCH[t.device.type], t.plan.evaluation.max_new_tokens
+    asked = answers.questions(t.template, examples[: t.plan.evaluation.max_rows])
+    count = 2 * len(asked[t.ranks.index :: t.ranks.count])  # the base's and the tuned model's
+    batch, tokens = answers.ANSWER_BATCH[t.device.type], t.plan.evaluation.max_new_tokens
     prompt = sum(len(question.prompt_ids) for question in asked) / max(1, len(asked))
-    t.pace.expect_answers(answers, batch=batch, tokens=tokens, prompt=prompt)
+    t.pace.expect_answers(count, batch=batch, tokens=tokens, prompt=prompt)
     return asked
 
 
-def _answers_before_training(t: Training, asked: list[evaluate.Question]) -> list[str] | None:
+def _answers_before_training(t: Training, asked: list[answers.Question]) -> list[str] | None:
     """The base's answers, where training overwrites the base; None where an adapter can be switched off later."""
     if isinstance(t.objective.model, PeftModel) or not asked:
         return None
     t.voice.say(Phase(phase="evaluating"))
-    return evaluate.answers(t, asked, base=True)
+    return answers.generate(t, asked, base=True)
 
 
 def _measure_and_write(
-    t: Training, progress: Progress, asked: list[evaluate.Question], base_answers: list[str] | None
+    t: Training, progress: Progress, asked: list[answers.Question], base_answers: list[str] | None
 ) -> None:
     """The scorecard, to which every rank answers its share, and then the artifact, which rank 0 writes."""
     scored = _score(t, asked, base_answers)
@@ -220,13 +221,13 @@ def _measure_and_write(
     t.ranks.wait()
 
 
-def _score(t: Training, asked: list[evaluate.Question], base_answers: list[str] | None) -> Scored | None:
+def _score(t: Training, asked: list[answers.Question], base_answers: list[str] | None) -> Scored | None:
     if not asked:
         return None
     t.voice.say(Phase(phase="evaluating", seconds_left=t.pace.left()))
-    tuned = evaluate.answers(t, asked, base=False)
-    base = evaluate.answers(t, asked, base=True) if base_answers is None else base_answers
-    card, rows = evaluate.score(asked, base, tuned)
+    tuned = answers.generate(t, asked, base=False)
+    base = answers.generate(t, asked, base=True) if base_answers is None else base_answers
+    card, rows = scorecard.score(asked, base, tuned)
     t.voice.say(card)
     return card, rows
 

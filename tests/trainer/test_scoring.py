@@ -13,10 +13,12 @@ from templates import QWEN3_LIKE
 
 from tunery.rows.messages import Example
 from tunery.spec import Evaluation
-from worker.trainer import evaluate
-from worker.trainer.evaluate import matches, paired_interval, score
 from worker.trainer.report import Voice
 from worker.trainer.run import prepare
+from worker.trainer.scoring import answers
+from worker.trainer.scoring.intervals import paired_interval
+from worker.trainer.scoring.metrics import matches
+from worker.trainer.scoring.scorecard import score
 from worker.trainer.wish import Stopped, Wish
 
 
@@ -91,7 +93,7 @@ def test_interval_has_width_where_all_rows_agree_and_is_mirrored() -> None:
 
 
 def test_score_counts_pairs() -> None:
-    asked = [evaluate.Question([1], "x", [{"role": "user", "content": str(i)}]) for i in range(8)]
+    asked = [answers.Question([1], "x", [{"role": "user", "content": str(i)}]) for i in range(8)]
 
     card, rows = score(asked, base=["x"] * 2 + ["y"] * 6, tuned=["y"] + ["x"] * 5 + ["y"] * 2)
 
@@ -123,7 +125,7 @@ def test_a_perfect_model_scores_all_rows(tmp_path: Path, content: str | None) ->
     rows = wanting(content)
     t = prepare(lay_out(tmp_path / "run", base, plan(max_seq_length=256), rows), Voice(None), Wish())
 
-    asked = evaluate.questions(t.template, [Example.model_validate(row) for row in rows])
+    asked = answers.questions(t.template, [Example.model_validate(row) for row in rows])
     learned = [[label for label in row.labels if label >= 0] for row in t.rows.rows]
     said = [t.template.answer_text(ids).replace('"id": "a"', '"id": "another"') for ids in learned]
     card, _ = score(asked, base=[""] * 5, tuned=said)
@@ -141,7 +143,7 @@ def test_rows_that_want_an_empty_answer_are_left_out(tmp_path: Path, tiny: Path)
     silent = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}
     opening = {"messages": [{"role": "assistant", "content": "Hello!"}]}
 
-    asked = evaluate.questions(t.template, [Example.model_validate(row) for row in (silent, opening)])
+    asked = answers.questions(t.template, [Example.model_validate(row) for row in (silent, opening)])
 
     assert [question.wanted for question in asked] == ["Hello!"]
 
@@ -152,11 +154,11 @@ def test_answers_do_not_depend_on_the_batch(tmp_path: Path, tiny: Path, monkeypa
     t = prepare(
         lay_out(tmp_path / "run", tiny, plan(evaluation=Evaluation(max_new_tokens=12)), rows), Voice(None), Wish()
     )
-    asked = evaluate.questions(t.template, [Example.model_validate(row) for row in rows])
+    asked = answers.questions(t.template, [Example.model_validate(row) for row in rows])
 
-    together = evaluate.answers(t, asked, base=False)
-    monkeypatch.setattr(evaluate, "ANSWER_BATCH", {"cpu": 1})
-    alone = evaluate.answers(t, asked, base=False)
+    together = answers.generate(t, asked, base=False)
+    monkeypatch.setattr(answers, "ANSWER_BATCH", {"cpu": 1})
+    alone = answers.generate(t, asked, base=False)
 
     assert together == alone
     assert len(set(alone)) > 1
@@ -164,8 +166,8 @@ def test_answers_do_not_depend_on_the_batch(tmp_path: Path, tiny: Path, monkeypa
 
 def test_stop_is_heard_between_batches(tmp_path: Path, tiny: Path) -> None:
     t = prepare(lay_out(tmp_path / "run", tiny, plan(), [chat(0), chat(1)]), Voice(None), Wish())
-    asked = evaluate.questions(t.template, [Example.model_validate(chat(0))])
+    asked = answers.questions(t.template, [Example.model_validate(chat(0))])
     t.wish.stop = True
 
     with pytest.raises(Stopped):
-        evaluate.answers(t, asked, base=True)
+        answers.generate(t, asked, base=True)

@@ -1,0 +1,114 @@
+"""Questions from test rows, and a model's greedy answers to them."""
+
+import itertools
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig
+
+from tunery.rows import messages
+from tunery.rows.encoding import encode_answer
+from tunery.rows.template import ChatTemplate
+from tunery.wire import Phase
+from worker.trainer import rope
+from worker.trainer.training import Training
+
+ANSWER_BATCH = {"cpu": 16, "cuda": 96}
+"""Rows answered at once. More would be faster on a large GPU, were it not for the slowest row of each batch."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A test row: the prompt's tokens, the wanted answer, and the messages for people to read.
+
+    `is_call`: the answer makes tool calls, which are compared by name and arguments.
+    """
+
+    prompt_ids: list[int]
+    wanted: str
+    messages: list[dict[str, Any]]
+    is_call: bool = False
+
+
+def questions(template: ChatTemplate, examples: list[messages.Example]) -> list[Question]:
+    """One question a row: its last message is the wanted answer, as the template makes the model say it.
+
+    Rows whose wanted answer is empty are left out; their validation has named them. Raises InvalidTrainingFile.
+    """
+    found = []
+    for number, example in enumerate(examples, start=1):
+        prompt, answer = encode_answer(template, example, number)
+        wanted = template.answer_text(answer)
+        if wanted.strip():
+            *before, last = example.messages
+            shown = [message.model_dump(exclude_none=True) for message in before]
+            found.append(Question(prompt, wanted, shown, bool(last.tool_calls or last.function_call)))
+    return found
+
+
+def generate(t: Training, asked: list[Question], *, base: bool) -> list[str]:
+    """Greedy answers of the tuned model, or of the base under its adapter. Raises Stopped between batches."""
+    model: Any = t.objective.model
+    without_adapter = model.disable_adapter() if base and isinstance(model, PeftModel) else nullcontext()
+    mine = list(range(len(asked)))[t.ranks.index :: t.ranks.count]
+    mine.sort(key=lambda i: len(asked[i].prompt_ids))  # like lengths together: the padding of a batch costs time
+    given: list[tuple[int, str]] = []
+    t.objective.eval()
+    with torch.no_grad(), without_adapter, t.objective.autocast():
+        size = ANSWER_BATCH[t.device.type]
+        for _ in t.ranks.turns(t.wish, lambda: len(given) < len(mine)):
+            if len(given) == len(mine):
+                continue  # the others are not done
+            chosen = _alike(t, asked, mine[len(given) : len(given) + size])
+            try:
+                with t.pace.measure("answer", len(chosen)):
+                    given.extend(zip(chosen, _generate_batch(t, [asked[i].prompt_ids for i in chosen]), strict=True))
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size //= 2
+            t.voice.say(Phase(phase="evaluating", seconds_left=t.pace.left()))
+    t.objective.train()
+    return [text for _, text in sorted(itertools.chain(*t.ranks.gather(given)))]
+
+
+def _alike(t: Training, asked: list[Question], candidates: list[int]) -> list[int]:
+    """The first of the candidates that can share a batch: one alone where its answer may change the model's RoPE."""
+    lengths = rope.of(t.objective.causal)
+    sizes = [len(asked[i].prompt_ids) for i in candidates]
+    if lengths.changes(sizes[0], sizes[0] + t.plan.evaluation.max_new_tokens):
+        return candidates[:1]
+    last = [size + t.plan.evaluation.max_new_tokens for size in sizes]
+    return [i for i, size in zip(candidates, last, strict=True) if not lengths.changes(sizes[0], size)]
+
+
+def _generate_batch(t: Training, prompts: list[list[int]]) -> list[str]:
+    """Greedy continuations of one batch, padded at the left so that every answer starts in the same column."""
+    causal = t.objective.causal
+    longest = max(map(len, prompts))
+    changes = rope.of(causal).changes(longest, longest + t.plan.evaluation.max_new_tokens)
+    width = max(map(len, prompts))
+    pad = min(t.template.eos_ids)
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=t.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=t.device)
+    plain, causal.generation_config = causal.generation_config, _greedy(t, pad, use_cache=not changes)
+    try:
+        # Why the config is exchanged: generate() fills gaps from the model's own, where a repetition penalty may lurk.
+        out = causal.generate(input_ids=ids, attention_mask=mask)
+    finally:
+        causal.generation_config = plain
+    return [t.template.answer_text(row) for row in out[:, width:].tolist()]
+
+
+def _greedy(t: Training, pad: int, *, use_cache: bool) -> GenerationConfig:
+    """Keys in a cache were turned by the frequencies of a shorter row: where those change, there can be none."""
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=t.plan.evaluation.max_new_tokens,
+        eos_token_id=sorted(t.template.eos_ids),
+        pad_token_id=pad,
+        use_cache=use_cache,
+    )

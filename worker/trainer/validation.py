@@ -1,0 +1,46 @@
+"""The loss of a model on a validation file."""
+
+import torch
+
+from worker.trainer.data import Example, MicroBatch, collate, micro_batches
+from worker.trainer.memory import next_after
+from worker.trainer.methods.method import Shown
+from worker.trainer.objective import Objective
+from worker.trainer.stepper import Stepper
+
+
+def loss(stepper: Stepper, examples: list[Example]) -> Shown:
+    """The method's loss and accuracy over all examples."""
+    ranks, method = stepper.ranks, stepper.objective.method
+    mine = list(range(len(examples)))[ranks.index :: ranks.count]
+    lengths = [len(example) for example in examples]
+    groups, shapes = [stepper.group_of(each) for each in examples], [each.shape for each in examples]
+    while True:
+        packed = stepper.memory.packed_tokens if stepper.objective.knows_borders else None
+        parts = micro_batches(
+            mine, lengths, stepper.memory.max_tokens, packed_tokens=packed, groups=groups, shapes=shapes
+        )
+        try:
+            sums = _sums(stepper.objective, examples, parts, stepper.device)
+            break
+        except torch.OutOfMemoryError:
+            plan = next_after(stepper.memory, parts)
+            if plan is None or plan.max_tokens == stepper.memory.max_tokens:
+                raise
+        stepper.adopt(plan)
+    weight = sum(map(method.weight, examples))
+    totals = zip(method.sums, ranks.sum(sums).tolist(), strict=True)
+    return method.shown({name: total / weight for name, total in totals})
+
+
+def _sums(objective: Objective, examples: list[Example], parts: list[MicroBatch], device: torch.device) -> torch.Tensor:
+    """The method's sums of this rank."""
+    names = objective.method.sums
+    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+    objective.eval()
+    with torch.no_grad():
+        for part in parts:
+            found = objective.sums(collate(examples, part, device, borders=objective.knows_borders), 1.0)
+            sums += torch.stack([found[name].double() for name in names])
+    objective.train()
+    return sums
