@@ -35,8 +35,9 @@ def _files(session: Session, job: Job) -> str:
 
 def _device(session: Session, job: Job, devices: Sequence[HostDevice]) -> str:
     """The queue's own conditions, from the hardest to change to the easiest."""
-    if (lack := _lack(job, devices)) is not None:
-        return lack
+    missing = lack(devices, gpus=job.gpus, gpu_bytes=job.gpu_bytes, cpu_bytes=job.cpu_bytes)
+    if missing is not None:
+        return missing
     live = _live(session, Attempt.job_id == job.id)
     if live:
         return "its last attempt to end"
@@ -55,25 +56,28 @@ def _wanted(job: Job) -> str:
     return f"{job.gpus} GPUs of one host" if job.gpus > 1 else "a device with enough memory"
 
 
-def _lack(job: Job, devices: Sequence[HostDevice]) -> str | None:
-    """What no worker here has, or None where one could take the job."""
+def lack(devices: Sequence[HostDevice], *, gpus: int, gpu_bytes: int, cpu_bytes: int | None) -> str | None:
+    """What none of the devices' hosts has for a job, or None where one could take it.
+
+    `gpu_bytes` is what it needs on each GPU, `cpu_bytes` on a host without one: None where a CPU may not take it.
+    """
     if not devices:
         return "a worker for training: none has come within the last hour"
-    gpus = [device for device in devices if device.gpu_index is not None]
-    large = [gpu.host for gpu in gpus if gpu.memory_bytes >= job.gpu_bytes]
-    if max((large.count(host) for host in large), default=0) >= job.gpus or _fits_a_cpu(job, devices):
+    cards = [device for device in devices if device.gpu_index is not None]
+    large = [card.host for card in cards if card.memory_bytes >= gpu_bytes]
+    if max((large.count(host) for host in large), default=0) >= gpus or _fits_a_cpu(devices, gpus, cpu_bytes):
         return None
-    if job.gpus > 1:
-        hosts = [gpu.host for gpu in gpus]
+    if gpus > 1:
+        hosts = [card.host for card in cards]
         most = max((hosts.count(host) for host in hosts), default=0)
-        has = str(most or "none") if most < job.gpus else f"{most}, of which not all have that memory"
-        memory = f" with {gib(job.gpu_bytes)} of memory each" if most >= job.gpus else ""
-        return f"{job.gpus} GPUs of one host{memory}; the largest worker has {has}"
-    largest = max((gpu.memory_bytes for gpu in gpus), default=0)
-    has = f"the largest here has {gib(largest)}" if gpus else "no worker here has one"
-    return f"a GPU with {gib(job.gpu_bytes)} of memory; {has}"
+        has = str(most or "none") if most < gpus else f"{most}, of which not all have that memory"
+        memory = f" with {gib(gpu_bytes)} of memory each" if most >= gpus else ""
+        return f"{gpus} GPUs of one host{memory}; the largest worker has {has}"
+    largest = max((card.memory_bytes for card in cards), default=0)
+    has = f"the largest here has {gib(largest)}" if cards else "no worker here has one"
+    return f"a GPU with {gib(gpu_bytes)} of memory; {has}"
 
 
-def _fits_a_cpu(job: Job, devices: Sequence[HostDevice]) -> bool:
+def _fits_a_cpu(devices: Sequence[HostDevice], gpus: int, cpu_bytes: int | None) -> bool:
     hosts = (device.memory_bytes for device in devices if device.gpu_index is None)
-    return job.gpus == 1 and job.cpu_bytes is not None and any(size >= job.cpu_bytes for size in hosts)
+    return gpus == 1 and cpu_bytes is not None and any(size >= cpu_bytes for size in hosts)

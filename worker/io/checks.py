@@ -14,6 +14,7 @@ from tunery.datasets import rules
 from tunery.datasets.model import File
 from tunery.datasets.rules import Overlap, Summary
 from tunery.failures import InvalidTrainingFile
+from tunery.jobs import waiting
 from tunery.jobs.model import HostDevice
 from tunery.models.model import Model
 from tunery.planning import advice, memory
@@ -75,7 +76,7 @@ def judge(case: Case, settings: Settings, storage: Storage) -> Verdict:
     template = ChatTemplate.load(staging.text_folder(settings.models_dir, storage, case.base), now=case.created_at)
     found = Findings(storage, template)
     warnings = [warning for check in CHECKS for warning in check(case, found)]
-    return Verdict(found.plan, found.gpu_bytes, None if _gpus(case.devices) else found.cpu_bytes, warnings)
+    return Verdict(found.plan, found.gpu_bytes, _cpu_bytes(case, found), warnings)
 
 
 def check_files(case: Case, found: Findings) -> list[str]:
@@ -127,16 +128,9 @@ def check_hosts(case: Case, found: Findings) -> list[str]:
     if not case.devices:
         needs = f"a GPU with {memory.gib(found.gpu_bytes)} of memory, or a host with {memory.gib(found.cpu_bytes)}"
         return [f"No worker for training has come yet: the job waits for one that has {needs}."]
-    large = [device for device in _gpus(case.devices) if device.memory_bytes >= found.gpu_bytes] or case.devices
-    hosts = [device.host for device in large]
-    most = max(hosts.count(host) for host in hosts)
-    gpus = found.plan.resources.gpus
-    if gpus <= most:
-        return []
-    return [
-        f"The job asks for {gpus} GPUs and no host here has more than {most} with the memory that it needs: it waits "
-        "for one."
-    ]
+    gpus, cpu_bytes = found.plan.resources.gpus, _cpu_bytes(case, found)
+    missing = waiting.lack(case.devices, gpus=gpus, gpu_bytes=found.gpu_bytes, cpu_bytes=cpu_bytes)
+    return [] if missing is None else [f"No host here can take the job. It waits for {missing}."]
 
 
 CHECKS: tuple[Callable[[Case, Findings], list[str]], ...] = (
@@ -165,6 +159,11 @@ def _plan(case: Case, summary: Summary) -> Plan:
     plan = advice.resolve(case.spec, examples=summary.examples, facts=facts, bf16_fits=fits)
     memory.check(facts, plan.technique, **limits, model=case.model)
     return plan
+
+
+def _cpu_bytes(case: Case, found: Findings) -> int | None:
+    """What the job needs of a host without a GPU; None where there is a GPU, for which it waits."""
+    return None if _gpus(case.devices) else found.cpu_bytes
 
 
 def _gpus(devices: Sequence[HostDevice]) -> list[HostDevice]:
