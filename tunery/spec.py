@@ -54,6 +54,15 @@ class Lora(Part):
     target_modules: Literal["all-linear"] | list[Annotated[str, Field(pattern=r"^[\w.]+$")]] = Field(
         "all-linear", description="Names of the linear layers to adapt, or all but the head"
     )
+    use_rslora: bool = Field(
+        False, description="Multiply by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023, arXiv:2312.03732)"
+    )
+    use_dora: bool = Field(
+        False, description="Learn the length of each output's weights too (Liu et al. 2024, arXiv:2402.09353)"
+    )
+    lora_plus_ratio: Float = Field(
+        1.0, ge=1, le=256, description="Learning rate of B over that of A (Hayou et al. 2024, arXiv:2402.12354)"
+    )
 
     @model_validator(mode="after")
     def _names_some_layer(self) -> "Lora":

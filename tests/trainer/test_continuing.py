@@ -28,7 +28,17 @@ def test_jobs_own_dropout_holds_on_an_earlier_adapter(tmp_path: Path, tiny: Path
     assert found == {0.25}
 
 
-def test_job_that_asks_for_another_shape_than_the_adapters_is_refused(tmp_path: Path, tiny: Path) -> None:
-    for number, wrong in enumerate((Lora(r=8, alpha=8), Lora(r=4, alpha=16))):
-        with pytest.raises(ValueError, match="has r 4 and alpha 8"):
-            prepared(tmp_path / str(number), tiny, wrong)
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (Lora(r=8, alpha=8), "has r 4, and the job asks for 8"),
+        (Lora(r=4, alpha=16), "has alpha 8, and the job asks for 16.0"),
+        (Lora(r=4, alpha=8, use_dora=True), "has use_dora False, and the job asks for True"),
+        (Lora(r=4, alpha=8, use_rslora=True), "has use_rslora False, and the job asks for True"),
+    ],
+)
+def test_job_that_asks_for_another_shape_than_the_adapters_is_refused(
+    tmp_path: Path, tiny: Path, wrong: Lora, named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        prepared(tmp_path, tiny, wrong)

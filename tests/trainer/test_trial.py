@@ -52,7 +52,7 @@ def test_small_copy_finds_what_the_zoo_states(family: str) -> None:
         stated = zoo.FAMILIES[family].refused.get(technique)
         assert (reason is None) == (stated is None), reason
         assert stated is None or stated in reason
-    assert (found["dropout"] is None) == zoo.FAMILIES[family].dropout
+    assert (found["dropout"] is None) == (found["dora"] is None) == zoo.FAMILIES[family].dropout
 
 
 def test_large_base_is_tried_on_a_copy_of_few_weights() -> None:
@@ -61,7 +61,7 @@ def test_large_base_is_tried_on_a_copy_of_few_weights() -> None:
     assert trial.params(narrow) < 3_000_000
     assert (narrow.hidden_size, narrow.num_attention_heads, narrow.num_key_value_heads) == (256, 2, 1)
     assert narrow.head_dim == 128
-    assert trial.facts(large()) == {"techniques": NOTHING, "dropout": None}
+    assert trial.facts(large()) == {"techniques": NOTHING, "dropout": None, "dora": None}
 
 
 def test_small_copy_has_a_layer_of_every_kind() -> None:
@@ -98,7 +98,7 @@ def test_base_that_no_technique_trains_is_refused(tmp_path: Path, monkeypatch: p
 def test_base_whose_copy_does_not_run_passes_untried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "_rows", broken)
 
-    assert trial.facts(of_family("Llama")) == {"techniques": NOTHING, "dropout": None}
+    assert trial.facts(of_family("Llama")) == {"techniques": NOTHING, "dropout": None, "dora": None}
 
 
 def test_names_that_peft_refuses_are_the_users_error(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ The reference computes each row alone, unpadded, with eager attention and PEFT's
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tunery.failures import CannotAdapt
 from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora, Technique
 from worker.trainer import checkpoints
@@ -45,11 +46,11 @@ KNOBS: dict[str, Technique] = {
 }
 
 
-def families(*, wrong_today: bool = False) -> pytest.MarkDecorator:
-    """All families, those not in every run as slow tests; `wrong_today`: those with a fault must fail."""
+def families(*, wrong_today: bool = False, quick: Collection[str] = zoo.IN_EVERY_RUN) -> pytest.MarkDecorator:
+    """All families, those not in `quick` as slow tests; `wrong_today`: those with a fault must fail."""
     params = []
     for name, entry in zoo.FAMILIES.items():
-        marks = [] if name in zoo.IN_EVERY_RUN else [pytest.mark.slow]
+        marks = [] if name in quick else [pytest.mark.slow]
         if wrong_today and entry.wrong_today:
             marks.append(pytest.mark.xfail(strict=True, reason=entry.wrong_today))
         params.append(pytest.param(name, marks=marks))
@@ -74,20 +75,25 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return of
 
 
-def prepared(folder: Path, base: Path, technique: str, **changes: Any) -> Training:
+def prepared(folder: Path, base: Path, technique: str, knobs: Technique | None = None, **changes: Any) -> Training:
     """A run over all rows in one step, unclipped, its adapters random: with B = 0, A has no gradient."""
-    settled = {"technique": KNOBS[technique], "batch_size": len(ROWS), "max_grad_norm": 1e9, "learning_rate": 1e-3}
+    settled = {
+        "technique": knobs or KNOBS[technique],
+        "batch_size": len(ROWS),
+        "max_grad_norm": 1e9,
+        "learning_rate": 1e-3,
+    }
     lay_out(folder, base, plan(**settled | changes), ROWS, public_checkpoints=0)
     t = prepare(folder, Voice(None), Wish())
     if technique != "full":
         with torch.no_grad():
             for parameter in t.parameters.values():
-                parameter.normal_(0, 0.1)
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return t
 
 
-def reference(base: Path, technique: str, routers: list[str] | None) -> Any:
-    """The model as plain transformers and PEFT make it."""
+def reference(base: Path, technique: str, routers: list[str] | None, **options: Any) -> Any:
+    """The model as plain transformers and PEFT make it. `options`: of PEFT's adapter."""
     quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model: Any = AutoModelForCausalLM.from_pretrained(
         base,
@@ -98,7 +104,9 @@ def reference(base: Path, technique: str, routers: list[str] | None) -> Any:
     )
     if technique == "full":
         return model
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=routers, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=routers, task_type="CAUSAL_LM", **options
+    )
     return get_peft_model(model, config)
 
 
@@ -142,8 +150,8 @@ def first_step(t: Training) -> tuple[float, dict[str, Tensor]]:
     return voice.losses[0], gradients
 
 
-def compare_with_plain(t: Training, base: Path, technique: str, family: str) -> None:
-    plain = reference(base, technique, zoo.FAMILIES[family].routers)
+def compare_with_plain(t: Training, base: Path, technique: str, family: str, **options: Any) -> None:
+    plain = reference(base, technique, zoo.FAMILIES[family].routers, **options)
     wanted = learning(plain)
     assert {name.removeprefix("model.") if technique != "full" else name[6:] for name in t.parameters} == set(wanted)
     with torch.no_grad():
@@ -171,6 +179,22 @@ def test_first_step_is_that_of_plain_transformers_and_peft(
     t = prepared(tmp_path / "run", base_of(family), technique)
 
     compare_with_plain(t, base_of(family), technique, family)
+
+
+@pytest.mark.parametrize("option", ["use_dora", "use_rslora"])
+@pytest.mark.parametrize("technique", ["lora", "qlora"])
+@families(quick=("Llama", "GPT-2"))
+def test_first_step_with_an_option_is_that_of_plain_peft(
+    family: str, technique: str, option: str, base_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    settled = KNOBS[technique].model_copy(update={option: True})
+    if option == "use_dora" and not zoo.FAMILIES[family].dropout:
+        with pytest.raises(CannotAdapt, match="use_dora=True"):
+            prepared(tmp_path / "run", base_of(family), technique, settled)
+        return
+    t = prepared(tmp_path / "run", base_of(family), technique, settled)
+
+    compare_with_plain(t, base_of(family), technique, family, **{option: True})
 
 
 @every_technique

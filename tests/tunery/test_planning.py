@@ -51,6 +51,15 @@ def test_learning_rates_follow_the_width() -> None:
     assert advice.default_learning_rate(4096, Full()) == pytest.approx(2.9e-5, rel=0.03)
 
 
+def test_rates_follow_the_scale_of_the_update() -> None:
+    plain = advice.default_learning_rate(576, Lora())
+
+    assert plain == pytest.approx(1.32e-3, rel=0.01)
+    assert advice.default_learning_rate(576, Lora(use_rslora=True, r=256)) == pytest.approx(3.3e-4, rel=0.01)
+    assert advice.default_learning_rate(576, Qlora(lora_plus_ratio=16)) == pytest.approx(3.3e-4, rel=0.01)
+    assert advice.default_learning_rate(576, Lora(use_dora=True)) == plain
+
+
 @pytest.mark.parametrize(
     ("examples", "epochs"),
     [(10, 10), (4, 25), (1, 25), (33, 3), (34, 3), (1000, 3), (8333, 3), (8334, 2), (20_000, 1), (100_000, 1)],
@@ -148,6 +157,7 @@ def test_counts_are_those_that_peft_prints() -> None:
     """4,194,304 is what PEFT prints for Llama-2 7B with r 8 on q and v; 41,943,040 for Llama-3 8B with r 16 on all."""
     assert memory.trainable_params(LLAMA_2_7B, Lora(r=8, target_modules=["q_proj", "v_proj"])) == 4_194_304
     assert memory.trainable_params(LLAMA_8B, Lora()) == 41_943_040
+    assert memory.trainable_params(LLAMA_8B, Lora(use_dora=True)) == 41_943_040 + 32 * (2 * 4096 + 2 * 1024 + 32_768)
     assert memory.trainable_params(LLAMA_8B, Full()) == 8_030_261_248
 
 
@@ -169,6 +179,7 @@ def test_whole_estimates_of_an_8b_model() -> None:
     assert whole(Qlora()) == pytest.approx(8.7, abs=0.3)
     assert whole(Lora()) == pytest.approx(19.3, abs=0.5)
     assert whole(Full()) == pytest.approx(51.7, abs=1.5)
+    assert whole(Lora(use_dora=True)) - whole(Lora()) == pytest.approx(3.1, abs=0.3)
 
 
 @settings(deadline=None)
@@ -240,6 +251,11 @@ def test_automatic_technique_is_one_that_the_base_can() -> None:
             Lora(dropout=0.1),
             LLAMA_8B | {"dropout": "not on experts."},
             r"no dropout \(not on experts\). Send dropout 0",
+        ),
+        (
+            Qlora(use_dora=True),
+            LLAMA_8B | {"dora": "not on experts."},
+            r"no use_dora \(not on experts\). Send use_dora false",
         ),
     ],
 )

@@ -25,7 +25,7 @@ TEST_IS_TRAINING = (
     "The test file {file} equals the training file: its scorecard would measure memory, not learning. Name rows that "
     "are not trained on, or set 'allow_test_on_training_file' to true."
 )
-_ADAPTER = ("r", "alpha", "target_modules")
+_ADAPTER = ("r", "alpha", "target_modules", "use_rslora", "use_dora")
 
 
 def create(
@@ -117,7 +117,9 @@ def _continued(session: Session, request: JobRequest, parent: Model) -> Lora:
     if parent.technique not in ("lora", "qlora") or "technique" not in plan:
         what = f"Training on from '{parent.id}', which is not a LoRA adapter,"
         raise Unsupported(param="model", what=what, instead=f"Start from its base, '{parent.base_id}'.")
-    adapter = Lora(**{name: plan["technique"][name] for name in (*_ADAPTER, "dropout")})
+    kept = (*_ADAPTER, "dropout", "lora_plus_ratio")
+    # Plans of older releases lack the options that came later, whose defaults train as those releases did.
+    adapter = Lora(**{name: plan["technique"][name] for name in kept if name in plan["technique"]})
     if request.technique is None:
         return adapter
     if not isinstance(request.technique, Lora) or request.technique.type != "lora":

@@ -101,7 +101,8 @@ def trainable_params(facts: Mapping[str, Any], technique: Technique) -> int:
     names = shape.modules if technique.target_modules == "all-linear" else technique.target_modules
     square = (shape.hidden, shape.hidden)
     sizes = [shape.modules.get(name.rpartition(".")[2], square) for name in names]
-    return shape.layers * technique.r * sum(inputs + outputs for inputs, outputs in sizes)
+    lengths = sum(outputs for _, outputs in sizes) if technique.use_dora else 0
+    return shape.layers * (technique.r * sum(inputs + outputs for inputs, outputs in sizes) + lengths)
 
 
 def estimate(facts: Mapping[str, Any], technique: Technique, *, max_seq_length: int, device: str = "cuda") -> Estimate:
@@ -113,6 +114,7 @@ def estimate(facts: Mapping[str, Any], technique: Technique, *, max_seq_length: 
     parts["gradients"] = learns * precision.trained_bytes
     if not isinstance(technique, Full):
         parts["adapter"] = learns * precision.trained_bytes
+        parts["dora"] = _dora_bytes(shape, max_seq_length) if technique.use_dora else 0
     parts["activations"] = _activation_bytes(shape, precision, max_seq_length, device)
     parts["head"] = CHUNK_BYTES + max_seq_length * shape.hidden * width
     parts["fixed"] = int((0.9 if device == "cuda" else 0.5) * 1e9 + _SLACK * sum(parts.values()))
@@ -141,6 +143,13 @@ def _activation_bytes(shape: Shape, precision: Precision, length: int, device: s
         return length * width * (shape.layers * shape.hidden + at_work) + scratch
     kept = 2 * shape.hidden + attention + 2 * shape.ffn
     return max(length, CPU_MICRO_BATCH) * width * (shape.layers * kept + at_work) + scratch
+
+
+def _dora_bytes(shape: Shape, length: int) -> int:
+    """What DoRA makes of one layer in fp32, to measure its weights: them, B A, their sum, the identity behind B A, and
+    the layer's inputs and outputs of all positions, which the backward pass reads."""
+    matrices = max(3 * inputs * outputs + inputs * inputs for inputs, outputs in shape.modules.values())
+    return 4 * (matrices + 2 * length * sum(inputs + outputs for inputs, outputs in shape.modules.values()))
 
 
 def fits(

@@ -85,7 +85,7 @@ class Stepper:
     def update(self, step: int, rate: float) -> None:
         """Moves the weights by the gradient at a learning rate, and clears the gradient. `step` is counted from 1."""
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_factor", 1.0)
         self._move(step)
         self._optimizer.zero_grad(set_to_none=self.graphs is None)  # recorded passes add to the tensors that they know
 

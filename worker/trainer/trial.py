@@ -28,7 +28,8 @@ from worker.trainer.run import RECIPES
 log = logging.getLogger(__name__)
 
 TECHNIQUES: dict[str, Technique] = {"lora": Lora(r=2), "qlora": Qlora(r=2, compute_dtype="float32"), "full": Full()}
-DROPOUT = Lora(r=2, dropout=0.1)
+OPTIONS = {"dropout": Lora(r=2, dropout=0.1), "dora": Lora(r=2, use_dora=True)}
+"""Options that adapters on all layers of some bases cannot have."""
 MOST_LAYERS, MOST_TOKENS, LEAST_WIDTH = 8, 512, 256
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -37,15 +38,16 @@ _BYTES_A_PARAM = 16
 
 
 def facts(model: Any) -> dict[str, Any]:
-    """Returns `techniques`: for each its reason why not, or None; and `dropout`: why adapters can have none, or None.
+    """Returns `techniques`: for each its reason why not, or None; and each of OPTIONS: why adapters can have none.
 
     `model` is the base, with weights on no device.
     """
     with TemporaryDirectory() as folder, torch.random.fork_rng():
         if not _save_small_copy(model, Path(folder)):
-            return {"techniques": dict.fromkeys(TECHNIQUES), "dropout": None}  # nothing is known against it
+            return {"techniques": dict.fromkeys(TECHNIQUES), **dict.fromkeys(OPTIONS)}  # nothing is known against it
         reasons = {name: _reason(Path(folder), technique) for name, technique in TECHNIQUES.items()}
-        return {"techniques": reasons, "dropout": None if reasons["lora"] else _reason(Path(folder), DROPOUT)}
+        options = {name: None if reasons["lora"] else _reason(Path(folder), each) for name, each in OPTIONS.items()}
+        return {"techniques": reasons, **options}
 
 
 def _save_small_copy(model: Any, folder: Path) -> bool:

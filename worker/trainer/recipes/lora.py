@@ -54,6 +54,8 @@ def _config(model: PreTrainedModel, technique: Lora) -> LoraConfig:
         lora_alpha=int(technique.alpha) if technique.alpha.is_integer() else technique.alpha,  # type: ignore[arg-type]
         lora_dropout=technique.dropout,
         target_modules=technique.target_modules,
+        use_rslora=technique.use_rslora,
+        use_dora=technique.use_dora,
         exclude_modules=(_routers(model) or None) if everything else None,
         task_type="CAUSAL_LM",
     )
@@ -76,11 +78,13 @@ def _routers(model: PreTrainedModel) -> list[str]:
 def _continued(adapter: Path, technique: Lora) -> LoraConfig:
     """The adapter's configuration with the job's dropout. Raises ValueError where the job asks for other weights."""
     config = cast(LoraConfig, LoraConfig.from_pretrained(str(adapter)))
-    if (config.r, config.lora_alpha) != (technique.r, technique.alpha):
-        raise ValueError(
-            f"the adapter to go on from has r {config.r} and alpha {config.lora_alpha:g}, and the job asks for "
-            f"{technique.r} and {technique.alpha:g}: ask for the adapter's own"
-        )
+    own = {"r": config.r, "alpha": config.lora_alpha, "use_rslora": config.use_rslora, "use_dora": config.use_dora}
+    for name, value in own.items():
+        if value != (asked := getattr(technique, name)):
+            raise ValueError(
+                f"the adapter to go on from has {name} {value!r}, and the job asks for {asked!r}: ask for the "
+                "adapter's own"
+            )
     config.lora_dropout = technique.dropout
     return config
 

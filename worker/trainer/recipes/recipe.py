@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tunery.planning.precision import Precision
-from tunery.spec import Plan, Technique
+from tunery.spec import Full, Plan, Technique
 from worker.trainer.precision import dtype
 
 Parameters = dict[str, torch.nn.Parameter]
@@ -45,11 +45,15 @@ def make_adamw(parameters: Parameters, plan: Plan, _precision: Precision) -> tor
 
 
 def groups(parameters: Parameters, plan: Plan) -> list[dict[str, object]]:
-    """Optimizer groups of named parameters: weight decay pulls on matrices, never on norms and biases."""
-    matrices = [(name, p) for name, p in parameters.items() if p.dim() > 1]
-    vectors = [(name, p) for name, p in parameters.items() if p.dim() <= 1]
-    both = [
-        {"params": matrices, "weight_decay": plan.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+    """Optimizer groups of named parameters: weight decay pulls on matrices, never on norms and biases.
+
+    `rate_factor` is what a group's learning rate is multiplied by: LoRA+'s ratio for the matrices B.
+    """
+    ratio = 1.0 if isinstance(plan.technique, Full) else plan.technique.lora_plus_ratio
+    kinds: dict[tuple[float, float], list[tuple[str, torch.nn.Parameter]]] = {}
+    for name, parameter in parameters.items():
+        decay = plan.weight_decay if parameter.dim() > 1 else 0.0
+        kinds.setdefault((decay, ratio if ".lora_B." in name else 1.0), []).append((name, parameter))
+    return [
+        {"params": members, "weight_decay": decay, "rate_factor": factor} for (decay, factor), members in kinds.items()
     ]
-    return [group for group in both if group["params"]]

@@ -1,0 +1,98 @@
+"""What each option of a run changes in its steps, against plain torch and PEFT; and that a resumed run has it too."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from run_folders import Interrupting, chat, lay_out, plan
+from transformers import AutoModelForCausalLM
+
+from tunery.spec import Lora, Schedule, Technique
+from worker.trainer.loop import train
+from worker.trainer.recipes.lora import LORA
+from worker.trainer.report import Voice
+from worker.trainer.run import carry_out, prepare
+from worker.trainer.training import Progress, Training
+from worker.trainer.wish import Wish
+
+ROWS = [chat(i, words=2 + i % 7) for i in range(8)]
+
+
+def start(folder: Path, base: Path, **changes: Any) -> Training:
+    return prepare(lay_out(folder, base, plan(**changes), ROWS), Voice(None), Wish())
+
+
+def learned(t: Training) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in t.parameters.items()}
+
+
+def test_lora_plus_moves_b_by_its_own_rate(tmp_path: Path, tiny: Path) -> None:
+    """Adam's first step moves each weight that has a gradient by the rate, whatever the gradient's size."""
+    settled = {"technique": Lora(r=4, lora_plus_ratio=16), "learning_rate": 1e-3, "batch_size": 8, "max_grad_norm": 1e9}
+    t = start(tmp_path / "run", tiny, **settled, schedule=Schedule(type="constant", warmup_ratio=0))
+    with torch.no_grad():
+        for parameter in t.parameters.values():
+            parameter.normal_(0, 0.1)
+    before = learned(t)
+
+    train(t, Progress())
+
+    moved = {name: (parameter - before[name]).abs().median().item() for name, parameter in t.parameters.items()}
+    for name, distance in moved.items():
+        assert distance == pytest.approx(16e-3 if ".lora_B." in name else 1e-3, rel=1e-2), name
+    assert t.voice.metrics[0]["learning_rate"] == 1e-3
+
+
+def test_dora_begins_as_the_base(tmp_path: Path, tiny: Path) -> None:
+    t = start(tmp_path / "run", tiny, technique=Lora(r=4, use_dora=True))
+    ids = torch.tensor([t.rows.rows[0].input_ids])
+
+    with torch.no_grad():
+        found = t.objective.causal.eval()(ids).logits
+        wanted = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)(ids).logits
+
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-6
+
+
+def test_dora_on_a_bf16_base_is_pefts(tmp_path: Path, tiny: Path) -> None:
+    """As on a GPU: adapters in fp32 beside weights in bf16, and no kernel of ours."""
+    ids = torch.tensor([[5, 60, 7, 80, 9, 100, 11]])
+    models = []
+    for ours in (True, False):
+        torch.manual_seed(1)
+        base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM")
+        technique = Lora(r=4, alpha=8, use_dora=True)
+        models.append(LORA.prepare(base, technique, None) if ours else get_peft_model(base, config).float())
+    found, wanted = models
+    with torch.no_grad():
+        for name, parameter in found.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+                wanted.get_parameter(name).copy_(parameter)
+        difference = found(ids).logits.float() - wanted(ids).logits
+        assert float(difference.norm() / wanted(ids).logits.norm()) < 2e-2
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [Lora(r=4, alpha=8, use_dora=True, dropout=0.1), Lora(r=4, alpha=8, use_rslora=True, lora_plus_ratio=4)],
+    ids=["dora", "rslora and lora+"],
+)
+def test_resumed_run_is_the_unbroken_one(tmp_path: Path, tiny: Path, technique: Technique) -> None:
+    compare_resumed(tmp_path, tiny, technique=technique)
+
+
+def compare_resumed(folder: Path, base: Path, **changes: Any) -> None:
+    settled = plan(n_epochs=2, batch_size=2, **changes)
+    whole, broken = (lay_out(folder / name, base, settled, ROWS, public_checkpoints=0) for name in ("whole", "broken"))
+    assert carry_out(whole, Voice(None), Wish())
+    wish = Wish()
+    assert not carry_out(broken, Interrupting(3, wish), wish)
+
+    assert carry_out(broken, Voice(None), Wish())
+
+    name = "adapter_model.safetensors"
+    assert (broken / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
