@@ -75,6 +75,25 @@ class CheckpointSaved(Message):
     path: str = Field(description="Relative to the run directory")
 
 
+class Measure(Message):
+    """One metric of base and tuned model on the same rows, from 0 to 1."""
+
+    base: float
+    tuned: float
+    gain: float
+    low: float = Field(description="Lower end of the gain's paired 95 % interval")
+    high: float
+    p: float | None = Field(None, description="Of a share: the exact p of McNemar's test, two-sided")
+
+
+class LabelShares(Message):
+    """How many test rows want a label, and the share of them that each model gets right."""
+
+    rows: int
+    base: float
+    tuned: float
+
+
 class Score(Message):
     """Base and tuned model on the same rows, same prompt, greedy, same token limit."""
 
@@ -86,6 +105,10 @@ class Score(Message):
     gain_low: float = Field(description="Lower end of the gain's paired 95 % interval")
     gain_high: float
     samples: list[dict[str, Any]] = Field(default=[], description="A few rows: prompt, wanted, base, tuned")
+    task: str | None = Field(None, description="What the rows want: `calls`, `json`, `labels`, `text` or `other`")
+    primary: str = Field("exact", description="The metric of `metrics` that the task is judged by")
+    metrics: dict[str, Measure] = {}
+    labels: dict[str, LabelShares] = Field(default={}, description="Of a task of labels: each label's shares")
 
 
 class Finished(Message):

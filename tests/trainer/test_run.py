@@ -170,6 +170,10 @@ def test_run_measures_itself(tmp_path: Path, tiny: Path, ear: Ear) -> None:
     assert score.tuned_exact == 1
     assert score.gain_low > 0
     assert len(score.samples) == 4
+    assert (score.task, score.primary) == ("text", "chrf")
+    assert score.metrics["exact"].gain == 1
+    assert score.metrics["chrf"].tuned == 1 > score.metrics["chrf"].base
+    assert score.metrics["chrf"].low > 0
     assert json.loads((folder / "out" / "scorecard.json").read_text())["gain"] == 1
     evaluated = said(ear, "evaluated")
     assert [message.step for message in evaluated] == list(range(1, 41))

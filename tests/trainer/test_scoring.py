@@ -17,7 +17,7 @@ from worker.trainer.report import Voice
 from worker.trainer.run import prepare
 from worker.trainer.scoring import answers
 from worker.trainer.scoring.intervals import paired_interval
-from worker.trainer.scoring.metrics import matches
+from worker.trainer.scoring.matching import matches
 from worker.trainer.scoring.scorecard import score
 from worker.trainer.wish import Stopped, Wish
 

@@ -374,6 +374,23 @@ def test_metrics_checkpoints_and_scorecard(tunery: Run, api: str, database: Data
     assert json.loads(tunery("jobs", "scorecard", job)[1]) == {"rows": 2}
 
 
+def test_show_has_the_metrics_of_the_scorecard(tunery: Run, api: str, database: Database) -> None:
+    job = _job(database, State.SUCCEEDED)
+    measured = {"base": 0.0, "low": 0.1, "high": 0.5, "p": 0.01}
+    exact, f1 = ({**measured, "tuned": gain, "gain": gain} for gain in (0.25, 0.5))
+    with database.sessions.begin() as session:
+        row = session.get_one(Job, job)
+        row.scorecard = {"rows": 2, "primary": "field_f1", "metrics": {"exact": exact, "field_f1": f1}, "labels": {}}
+
+    lines = [" ".join(line.split()) for line in tunery("jobs", "show", job)[1].splitlines()]
+
+    assert lines[-3:] == [
+        "scorecard rows=2 primary=field_f1",
+        "field_f1 0.0% -> 50.0%, gain +50.0 points (+10.0 to +50.0)",
+        "exact 0.0% -> 25.0%, gain +25.0 points (+10.0 to +50.0)",
+    ]
+
+
 def test_logs(tunery: Run, api: str, database: Database) -> None:
     job = _job(database, State.SUCCEEDED)
     open_storage(database.settings).put(f"jobs/{job}/logs/0001-000001", b"one\ntwo\n")

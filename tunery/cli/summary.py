@@ -59,8 +59,21 @@ def _request(job: dict[str, Any]) -> list[tuple[str, Any]]:
         ("test file", job["evaluation"]["test_file"]),
         ("trained tokens", f"{job['trained_tokens']:,}" if job["trained_tokens"] else None),
         ("created", f"{show.age(job['created_at'])} ago"),
-        ("scorecard", compact(job.get("scorecard"), skip=("samples",))),
+        *_scorecard(job.get("scorecard") or {}),
     ]
+
+
+def _scorecard(card: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The scorecard and its metrics, the primary one first."""
+    metrics = sorted(card.get("metrics", {}).items(), key=lambda named: named[0] != card.get("primary"))
+    facts = {name: value for name, value in card.items() if not isinstance(value, dict | list)}
+    return [("scorecard", compact(facts)), *((name, _measure(found)) for name, found in metrics)]
+
+
+def _measure(found: dict[str, Any]) -> str:
+    """`12.0 % -> 86.0 %, gain +74.0 points (+65.1 to +81.0)`"""
+    low, gain, high = (f"{100 * found[name]:+.1f}" for name in ("low", "gain", "high"))
+    return f"{found['base']:.1%} -> {found['tuned']:.1%}, gain {gain} points ({low} to {high})"
 
 
 def compact(value: dict[str, Any] | None, skip: tuple[str, ...] = ()) -> str:

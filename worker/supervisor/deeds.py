@@ -338,8 +338,15 @@ def parameters_message(started: wire.Started) -> str:
 
 
 def score_message(score: wire.Score) -> str:
+    exact = wire.Measure(
+        base=score.base_exact, tuned=score.tuned_exact, gain=score.gain, low=score.gain_low, high=score.gain_high
+    )
+    found = {"exact match": exact} | {name: found for name, found in score.metrics.items() if name != "exact"}
+    return f"Scorecard on {score.rows} test rows: " + "; ".join(map(_measure_message, found, found.values()))
+
+
+def _measure_message(name: str, found: wire.Measure) -> str:
     return (
-        f"Scorecard on {score.rows} test rows: exact match {score.base_exact:.1%} before, {score.tuned_exact:.1%} "
-        f"after; gain {100 * score.gain:+.1f} points (95 % interval {100 * score.gain_low:+.1f} to "
-        f"{100 * score.gain_high:+.1f})"
+        f"{name} {found.base:.1%} before, {found.tuned:.1%} after, gain {100 * found.gain:+.1f} points "
+        f"(95 % interval {100 * found.low:+.1f} to {100 * found.high:+.1f})"
     )

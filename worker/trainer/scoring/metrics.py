@@ -1,52 +1,116 @@
-"""Comparisons of an answer with the wanted one."""
+"""The metrics of a task, chosen by what its test rows want."""
 
-import json
-import re
-from contextlib import suppress
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-_JSON = re.compile(r"[{\[]")
-_DECODER = json.JSONDecoder()
+from worker.trainer.scoring import matching, text
+from worker.trainer.scoring.answers import Question
+
+Task = Literal["calls", "json", "labels", "text"]
+
+_LABEL_CHARACTERS, _LABEL_WORDS = 60, 8
 
 
-def matches(wanted: str, answer: str, *, is_call: bool = False) -> bool:
-    """Whether an answer is right: equal text, but for blanks at the ends and the spelling of JSON in it.
+@dataclass(frozen=True)
+class Metric:
+    """A figure from 0 to 1: the sum of `rate`'s first number over all rows, divided by that of its second.
 
-    The order of keys and blanks in JSON do not matter. `is_call`: nor do the ids of tool calls, which nobody can guess.
+    `is_share`: each row counts as 0 or 1 of 1.
     """
-    return _canonical(wanted, is_call) == _canonical(answer, is_call)
+
+    name: str
+    rate: Callable[[Question, str], tuple[float, float]]
+    is_share: bool = False
+
+    def rates(self, asked: Sequence[Question], answers: Sequence[str]) -> list[tuple[float, float]]:
+        """Both numbers of each answer."""
+        return [self.rate(question, answer) for question, answer in zip(asked, answers, strict=True)]
 
 
-def _canonical(text: str, is_call: bool) -> list[str]:
-    """The text in pieces, its JSON objects and arrays in one spelling."""
-    pieces, start, place = [], 0, 0
-    while found := _JSON.search(text, place):
-        place = found.start()
-        try:
-            value, end = _DECODER.raw_decode(text, place)
-        except ValueError:
-            place += 1
-            continue
-        except RecursionError:  # brackets without an end, thousands of them: nothing to compare as JSON
-            break
-        value = _bare_calls(value) if is_call else value
-        pieces += [text[start:place].strip(), json.dumps(value, sort_keys=True)]
-        start = place = end
-    return [*pieces, text[start:].strip()]
+def figure(rates: Sequence[tuple[float, float]]) -> float:
+    """The metric of all rows, from both numbers of each."""
+    return sum(part for part, _ in rates) / (sum(whole for _, whole in rates) or 1)
 
 
-def _bare_calls(value: Any) -> Any:
-    """Tool calls in a JSON value without their ids, their arguments as objects."""
-    if isinstance(value, list):
-        return [_bare_calls(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if isinstance(value.get("function"), dict):
-        return {"function": _bare_calls(value["function"])}
-    if "name" not in value or not {"arguments", "parameters"} & value.keys():
-        return value
-    arguments = value.get("arguments", value.get("parameters"))
-    if isinstance(arguments, str):
-        with suppress(ValueError):
-            arguments = json.loads(arguments)
-    return {"name": value["name"], "arguments": arguments}
+def share(name: str, holds: Callable[[Question, str], bool]) -> Metric:
+    """The metric of the rows for which something holds."""
+    return Metric(name, lambda question, answer: (float(holds(question, answer)), 1.0), is_share=True)
+
+
+def mean(name: str, score: Callable[[Question, str], float]) -> Metric:
+    """The metric of a score of each row."""
+    return Metric(name, lambda question, answer: (score(question, answer), 1.0))
+
+
+def _is_exact(question: Question, answer: str) -> bool:
+    return matching.matches(question.wanted, answer, is_call=question.is_call)
+
+
+def _calls_right(question: Question, answer: str) -> bool:
+    return matching.calls(answer) == matching.calls(question.wanted)
+
+
+def _names_right(question: Question, answer: str) -> bool:
+    return [name for name, _ in matching.calls(answer)] == [name for name, _ in matching.calls(question.wanted)]
+
+
+def _is_json(question: Question, answer: str) -> bool:
+    return matching.parse_json(_as_wanted(question, answer)) is not None
+
+
+def _field_overlap(question: Question, answer: str) -> tuple[float, float]:
+    wanted, given = (matching.parse_json(_as_wanted(question, found)) for found in (question.wanted, answer))
+    first, second = (matching.fields(value) if value is not None else Counter() for value in (wanted, given))
+    return 2.0 * (first & second).total(), float(first.total() + second.total())
+
+
+def _as_wanted(question: Question, answer: str) -> str:
+    """The answer without the code fence that the wanted one has too."""
+    fenced = matching.without_fence(question.wanted) != matching.without_reasoning(question.wanted)
+    return matching.without_fence(answer) if fenced else answer
+
+
+def label(answer: str) -> str:
+    """An answer as a label: in lower case, without blanks, quotes and a full stop around it."""
+    words = " ".join(matching.without_reasoning(answer).casefold().split())
+    return words.strip(" .!\"'`") or words
+
+
+EXACT = share("exact", _is_exact)
+METRICS: dict[Task, tuple[Metric, ...]] = {
+    "calls": (share("tool_calls", _calls_right), share("tool_names", _names_right), EXACT),
+    "json": (Metric("field_f1", _field_overlap), share("json_valid", _is_json), EXACT),
+    "labels": (share("label_accuracy", lambda question, answer: label(question.wanted) == label(answer)), EXACT),
+    "text": (
+        mean("chrf", lambda question, answer: text.chrf(question.wanted, answer)),
+        mean("rouge_l", lambda question, answer: text.rouge_l(question.wanted, answer)),
+        EXACT,
+    ),
+}
+"""By task, the one to reach for first."""
+
+
+def detect_task(asked: Sequence[Question]) -> Task | None:
+    """What the wanted answers are: tool calls, JSON, labels or free text; None where calls are written in no JSON."""
+    if any(question.is_call for question in asked):
+        return "calls" if all(matching.calls(question.wanted) for question in asked if question.is_call) else None
+    if all(_is_json(question, question.wanted) for question in asked):
+        return "json"
+    return "labels" if _are_labels([matching.without_reasoning(question.wanted) for question in asked]) else "text"
+
+
+def _are_labels(wanted: list[str]) -> bool:
+    """Whether the answers are short and most of them come more than once."""
+    short = all(
+        len(answer) <= _LABEL_CHARACTERS and len(answer.split()) <= _LABEL_WORDS and "\n" not in answer
+        for answer in wanted
+    )
+    return short and 3 * len(set(map(label, wanted))) <= 2 * len(wanted)
+
+
+def choose(asked: Sequence[Question]) -> tuple[str, tuple[Metric, ...]]:
+    """The task's name and its metrics, the primary one first."""
+    task = detect_task(asked)
+    return ("other", (EXACT,)) if task is None else (task, METRICS[task])

@@ -1,11 +1,16 @@
 """The scorecard: answers of base and tuned model to the same questions, compared."""
 
+from collections import Counter
 from typing import Any
 
-from tunery.wire import Score
+from tunery.wire import LabelShares, Measure, Score
+from worker.trainer.scoring import metrics
 from worker.trainer.scoring.answers import Question
-from worker.trainer.scoring.intervals import paired_interval
-from worker.trainer.scoring.metrics import matches
+from worker.trainer.scoring.intervals import bootstrap_interval, mcnemar, paired_interval
+from worker.trainer.scoring.matching import matches
+from worker.trainer.scoring.metrics import Metric
+
+_MOST_LABELS = 100
 
 
 def score(asked: list[Question], base: list[str], tuned: list[str]) -> tuple[Score, list[dict[str, Any]]]:
@@ -16,21 +21,53 @@ def score(asked: list[Question], base: list[str], tuned: list[str]) -> tuple[Sco
          "tuned_right": matches(q.wanted, u, is_call=q.is_call)}
         for q, b, u in zip(asked, base, tuned, strict=True)
     ]  # fmt: skip
-    both, only_tuned, only_base = (
-        sum(row["tuned_right"] == tuned_right and row["base_right"] == base_right for row in rows)
-        for tuned_right, base_right in ((True, True), (True, False), (False, True))
-    )
-    low, high = paired_interval(both, only_tuned, only_base, len(rows))
+    task, chosen = metrics.choose(asked)
+    measures = {metric.name: compare(metric, asked, base, tuned) for metric in chosen}
+    exact = measures["exact"]
     card = Score(
         rows=len(rows),
-        base_exact=(both + only_base) / len(rows),
-        tuned_exact=(both + only_tuned) / len(rows),
-        gain=(only_tuned - only_base) / len(rows),
-        gain_low=low,
-        gain_high=high,
+        base_exact=exact.base,
+        tuned_exact=exact.tuned,
+        gain=exact.gain,
+        gain_low=exact.low,
+        gain_high=exact.high,
         samples=_samples(rows),
+        task=task,
+        primary=chosen[0].name,
+        metrics=measures,
+        labels=_by_label(asked, base, tuned) if task == "labels" else {},
     )
     return card, rows
+
+
+def compare(metric: Metric, asked: list[Question], base: list[str], tuned: list[str]) -> Measure:
+    """A metric of both models, and the 95 % interval of its gain on the same rows."""
+    before, after = metric.rates(asked, base), metric.rates(asked, tuned)
+    first, second = metrics.figure(before), metrics.figure(after)
+    p = None
+    if metric.is_share:
+        pairs = Counter((b[0] > 0, u[0] > 0) for b, u in zip(before, after, strict=True))
+        both, only_tuned, only_base = pairs[True, True], pairs[False, True], pairs[True, False]
+        low, high = paired_interval(both, only_tuned, only_base, len(asked))
+        p = mcnemar(only_tuned, only_base)
+    else:
+        low, high = bootstrap_interval(after, before)
+    return Measure(base=first, tuned=second, gain=second - first, low=low, high=high, p=p)
+
+
+def _by_label(asked: list[Question], base: list[str], tuned: list[str]) -> dict[str, LabelShares]:
+    """The share of right answers of each wanted label, the most frequent labels first."""
+    totals: Counter[str] = Counter()
+    right: Counter[tuple[str, str]] = Counter()
+    for question, before, after in zip(asked, base, tuned, strict=True):
+        wanted = metrics.label(question.wanted)
+        totals[wanted] += 1
+        right["base", wanted] += metrics.label(before) == wanted
+        right["tuned", wanted] += metrics.label(after) == wanted
+    return {
+        label: LabelShares(rows=n, base=right["base", label] / n, tuned=right["tuned", label] / n)
+        for label, n in totals.most_common(_MOST_LABELS)
+    }
 
 
 def _samples(rows: list[dict[str, Any]], count: int = 5) -> list[dict[str, Any]]:
