@@ -4,7 +4,6 @@ Safetensors and JSON only: a snapshot comes back from storage, and a pickle from
 written beside its name, flushed to the disk and renamed, so it is complete or absent.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tunery.rows import template_files
-from worker.trainer import fingerprint, paths, report
+from worker.trainer import fingerprint, folders, paths, report
 from worker.trainer.parallel import whole
 from worker.trainer.stepper import Stepper
 from worker.trainer.training import Progress, Training
@@ -72,7 +71,7 @@ def _write_snapshot(
         "run": fingerprint.describe(t.run, t.rows, t.precision),
         "optimizer": numbers,
         "memory": [memory for memory, _ in ranks],
-        "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+        "sha256": {path.name: folders.sha256(path) for path in sorted(folder.iterdir())},
     }
     (folder / "state.json").write_text(json.dumps(state, indent=2))
 
@@ -107,7 +106,7 @@ def _read_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_whole(path: Path, digest: str) -> bool:
-    return path.exists() and _sha256(path) == digest
+    return path.exists() and folders.sha256(path) == digest
 
 
 def restore(t: Training, folder: Path) -> Progress:
@@ -308,8 +307,3 @@ def _flush(path: Path) -> None:
 def _drop_old(folder: Path, keep: int) -> None:
     for old in sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))[:-keep]:
         shutil.rmtree(old)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,6 @@
-"""A base's folder as it came from elsewhere: what it may not lead to."""
+"""Folders of a base: what one that came from elsewhere may not lead to, and what a file holds."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -27,3 +28,9 @@ def refuse_links_out(source: str) -> None:
 def _blobs(folder: Path) -> list[Path]:
     repository = folder.parents[1] if folder.parent.name == "snapshots" else None
     return [repository / "blobs"] if repository is not None and repository.name.startswith("models--") else []
+
+
+def sha256(path: Path) -> str:
+    """Returns a file's digest in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -74,7 +74,12 @@ def describe(run: Run, template_sha256: str, **measured: Any) -> dict[str, Any]:
         "job": run.job,
         "plan": run.plan.model_dump(mode="json"),
         "chat_template_sha256": template_sha256,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "facts": run.facts,
         **measured,
     }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that a run's numbers depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}

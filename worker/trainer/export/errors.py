@@ -1,0 +1,24 @@
+"""Why an export is refused. The model that it was to be made of is kept and published all the same."""
+
+from tunery.errors import TuneryError
+
+
+class ExportRefused(TuneryError):
+    """The export was refused."""
+
+    code = "export_refused"
+
+
+class MergeDiffers(ExportRefused):
+    """The merged model does not predict as the adapter on its base does: on {positions} labelled tokens the mean KL
+    divergence is {mean_kl:.2g} (at most {most_kl:.2g}) and the likeliest token is the same for {top1:.2%} (at least
+    {least_top1:.2%}). Serve the adapter on its base instead."""
+
+    code = "merge_differs"
+
+
+class NoRoom(ExportRefused):
+    """Merging takes {needed} of memory for the base in fp32, and {available} are free. Leave 'export' out, or run the
+    job on a host with more memory."""
+
+    code = "no_room_to_merge"

@@ -1,0 +1,61 @@
+"""What every export's folder holds beside its weights."""
+
+import gc
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from tunery.rows import template_files
+from worker.trainer import folders
+from worker.trainer.checkpoints import TOKENIZER_FILES
+
+
+@contextmanager
+def temporary_folder(beside: Path) -> Iterator[Path]:
+    """A folder beside a path, whose name is hidden, so that what dies in it is never published."""
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{beside.name}-", dir=beside.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def copy_texts(artifact: Path, out: Path) -> None:
+    """Copies an artifact's tokenizer, chat templates and stop tokens into `out`."""
+    names = (*TOKENIZER_FILES, *template_files.additional_names(artifact), "generation_config.json")
+    for name in names:
+        if (artifact / name).exists():
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(artifact / name, out / name)
+
+
+def free_memory() -> None:
+    """Gives memory of models back that nothing refers to any more but themselves."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def parameters(folder: Path) -> int:
+    """Returns how many numbers the folder's weights have."""
+    return sum(torch.Size(shape).numel() for path in _weights(folder) for shape in _shapes(path))
+
+
+def _shapes(path: Path) -> Iterator[list[int]]:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no dict
+            yield file.get_slice(name).get_shape()
+
+
+def weights_sha256(folder: Path) -> dict[str, str]:
+    """Returns the digest of each of the folder's weight files."""
+    return {path.name: folders.sha256(path) for path in _weights(folder)}
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))

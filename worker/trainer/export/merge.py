@@ -1,0 +1,169 @@
+"""An adapter merged into its base: a whole model's files, and `merge.json`, which proves that they answer alike.
+
+Every product is added to its weight in fp32 and rounded to bf16 once. The predictions of the files, read back by plain
+transformers, are compared with those of the adapter on the very base that it was merged into. An adapter that was
+trained on a base in four bits is merged twice, into the original base and into what the four bits say; the one that
+predicts more like the trained model is kept, and the numbers of both.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import psutil
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tunery.planning.precision import Precision
+from worker.trainer import precision, report
+from worker.trainer.data import Row
+from worker.trainer.export import files, proof
+from worker.trainer.export.errors import NoRoom
+from worker.trainer.export.proof import Divergence
+from worker.trainer.recipes.full import FULL
+from worker.trainer.recipes.qlora import load_quantised
+
+RECORD = "merge.json"
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is merged: the folders of base and adapter, and the precision that the adapter was trained in."""
+
+    base: Path
+    adapter: Path
+    precision: Precision
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A merge into one base. `proof`: from the adapter on that base. `trained`: from the adapter as it was trained."""
+
+    base: str
+    folder: Path
+    proof: Divergence
+    trained: Divergence
+
+    def describe(self) -> dict[str, Any]:
+        return {"base": self.base, "proof": asdict(self.proof), "from_trained": asdict(self.trained)}
+
+
+def write(source: Source, rows: Iterable[Row], out: Path) -> dict[str, Any]:
+    """Writes the merged model into `out`, which must not exist, and returns its record. Raises ExportRefused."""
+    _check_room(source)
+    config = AutoConfig.from_pretrained(source.base).get_text_config()
+    chosen = proof.choose(rows, config.vocab_size)
+    with files.temporary_folder(out) as folder:
+        candidates = _candidates(source, chosen, folder)
+        sound = [candidate for candidate in candidates if candidate.proof.is_small]
+        if not sound:
+            candidates[-1].proof.check()
+        best = min(sound, key=lambda candidate: candidate.trained.mean_kl)
+        record = _describe(source, best, candidates)
+        (best.folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        files.copy_texts(source.adapter, best.folder)
+        best.folder.rename(out)
+    return record
+
+
+def _describe(source: Source, best: Candidate, candidates: list[Candidate]) -> dict[str, Any]:
+    return {
+        "merged_into": best.base,
+        "bounds": {"mean_kl": proof.MOST_KL, "top1": proof.LEAST_TOP1},
+        "candidates": [candidate.describe() for candidate in candidates],
+        "base_weights_sha256": files.weights_sha256(source.base),
+        "versions": report.versions(),
+    }
+
+
+def _candidates(source: Source, rows: list[Row], folder: Path) -> list[Candidate]:
+    if not source.precision.quantised:
+        return [_candidate(source, rows, folder, "original", None, None)]
+    trained, unpacked = _quantised(source, rows)
+    return [
+        _candidate(source, rows, folder, "original", None, trained),
+        _candidate(source, rows, folder, "dequantised", unpacked, trained),
+    ]
+
+
+def _candidate(
+    source: Source, rows: list[Row], folder: Path, base: str, weights: Weights | None, trained: Tensor | None
+) -> Candidate:
+    """A merge into the original weights, or into `weights` where these are given. `trained`: predictions in training."""
+    model = _adapted(source, weights)
+    reference = proof.log_probs(model, rows)
+    _write_merged(model, folder / base)
+    del model
+    files.free_memory()
+    found = proof.log_probs(_load(folder / base, source.device), rows)
+    files.free_memory()
+    divergence = proof.compare(reference, found)
+    return Candidate(base, folder / base, divergence, divergence if trained is None else proof.compare(trained, found))
+
+
+def _quantised(source: Source, rows: list[Row]) -> tuple[Tensor, Weights]:
+    """The predictions of the adapter on the base in four bits, and that base's weights as the four bits say."""
+    base = load_quantised(source.base, source.precision, source.device)
+    unpacked = {
+        f"{name}.weight": bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).cpu()
+        for name, layer in base.named_modules()
+        if isinstance(layer, bitsandbytes.nn.Linear4bit)
+    }
+    model = PeftModel.from_pretrained(base, str(source.adapter)).eval()
+    with precision.in_fp32(model, lambda _name, weight: weight):
+        trained = proof.log_probs(model, rows)
+    del base, model
+    files.free_memory()
+    return trained, unpacked
+
+
+def _check_room(source: Source) -> None:
+    """Raises NoRoom where the base in fp32 does not fit into the free memory."""
+    needed = 4 * files.parameters(source.base)
+    free = psutil.virtual_memory().available
+    if source.device.type == "cuda":
+        free = torch.cuda.mem_get_info(source.device)[0]
+    if needed > free:
+        raise NoRoom(needed=f"{needed / 1e9:.1f} GB", available=f"{free / 1e9:.1f} GB")
+
+
+def _load(folder: Path, device: torch.device) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": device}).eval()
+
+
+def _adapted(source: Source, weights: Weights | None) -> PeftModel:
+    base = _load(source.base, source.device)
+    for name, weight in (weights or {}).items():
+        base.get_parameter(name).data.copy_(weight)
+    return PeftModel.from_pretrained(base, str(source.adapter)).eval()
+
+
+def _write_merged(model: PeftModel, out: Path) -> None:
+    """Merges in place, by PEFT's own rule for each kind of layer, and writes the whole model."""
+    _untie(model.get_base_model())
+    merged: Any = model.merge_and_unload()
+    if not _are_tied(merged):
+        merged.config.tie_word_embeddings = merged.config.get_text_config().tie_word_embeddings = False
+    out.mkdir()
+    FULL.export(merged, out, "")
+
+
+def _untie(model: Any) -> None:
+    """Gives the head a weight of its own where an adapter lies on one of two tied layers, which it makes differ."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if _are_tied(model) and (isinstance(head, BaseTunerLayer) or isinstance(embeddings, BaseTunerLayer)):
+        layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+
+
+def _are_tied(model: Any) -> bool:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight.data_ptr() == embeddings.weight.data_ptr()

@@ -1,0 +1,90 @@
+"""How far the predictions of two models are apart, on the tokens that rows teach."""
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunery.rows.template import IGNORED
+from worker.trainer.data import Row
+from worker.trainer.export.errors import MergeDiffers
+
+MOST_KL = 1e-3
+LEAST_TOP1 = 0.995
+POSITIONS = 2048
+_BYTES = 2**29
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Of a model from a reference, over labelled tokens: the mean of KL(reference || model) in nats, and the share of
+    tokens for which both have the same likeliest one."""
+
+    positions: int
+    mean_kl: float
+    top1: float
+
+    @property
+    def is_small(self) -> bool:
+        """Whether both bounds hold. Of fewer than 200 tokens one may differ, which is more than 0.5 %."""
+        different = round((1 - self.top1) * self.positions)
+        return self.mean_kl <= MOST_KL and different <= max(1, (1 - LEAST_TOP1) * self.positions)
+
+    def check(self) -> None:
+        """Raises MergeDiffers where a bound does not hold; a NaN holds none."""
+        if not self.is_small:
+            raise MergeDiffers(
+                positions=self.positions,
+                mean_kl=self.mean_kl,
+                most_kl=MOST_KL,
+                top1=self.top1,
+                least_top1=LEAST_TOP1,
+            )
+
+
+def choose(rows: Iterable[Row], vocabulary: int) -> list[Row]:
+    """Returns the first rows, up to POSITIONS labelled tokens or what half a GiB of log-probabilities holds."""
+    most = min(POSITIONS, _BYTES // (4 * vocabulary))
+    chosen: list[Row] = []
+    for row in rows:
+        if sum(each.labelled for each in chosen) + row.labelled > most and chosen:
+            break
+        chosen.append(row)
+    return chosen
+
+
+@torch.no_grad()
+def log_probs(model: Any, rows: list[Row]) -> Tensor:
+    """Returns what the model expects in place of each labelled token, [tokens, vocabulary], in fp32 on the CPU.
+
+    A row a pass, so that no row can change another's.
+    """
+    return torch.cat([_of_row(model, row) for row in rows])
+
+
+def _of_row(model: Any, row: Row) -> Tensor:
+    places = (torch.tensor(row.labels[1:]) != IGNORED).nonzero().flatten().to(model.device)
+    ids = torch.tensor([row.input_ids], device=model.device)
+    if "logits_to_keep" in inspect.signature(type(_plain(model)).forward).parameters:
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=places).logits[0]
+    else:
+        logits = model(input_ids=ids, use_cache=False).logits[0, places]
+    return torch.log_softmax(logits.float(), dim=-1).cpu()
+
+
+def _plain(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def compare(reference: Tensor, found: Tensor) -> Divergence:
+    """Both as `log_probs` returns them."""
+    kl = [
+        (old.exp() * (old - new)).sum(dim=-1)
+        for old, new in zip(reference.split(_CHUNK), found.split(_CHUNK), strict=True)
+    ]
+    same = reference.argmax(dim=-1) == found.argmax(dim=-1)
+    return Divergence(len(reference), float(torch.cat(kl).double().mean()), float(same.double().mean()))
