@@ -143,6 +143,17 @@ class Evaluation(Part):
     max_rows: Int = Field(1000, ge=1, description="At most so many test rows, from the file's start")
 
 
+class Export(Part):
+    """Files for other programs, made of the model at the run's end beside the model's own."""
+
+    merged: bool = Field(False, description="LoRA, QLoRA: also a whole model, with the adapter merged into its base")
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether there is anything to write."""
+        return self.merged
+
+
 class Resources(Part):
     """What the run needs of a host."""
 
@@ -187,6 +198,7 @@ class TrainingOptions(Part, Generic[TechniqueT, RateT]):
     early_stopping: EarlyStopping | None = Field(None, description="Needs a validation file")
     select: Literal["last", "best"] = Field("last", description="Which step becomes the model; best needs validation")
     evaluation: Evaluation = Evaluation()
+    export: Export = Export()
     resources: Resources = Resources()
 
 

@@ -15,7 +15,7 @@ class Message(BaseModel):
 
 
 class Phase(Message):
-    """What the trainer is doing now: a word for people (`loading`, `training`, `evaluating`, `saving`).
+    """What the trainer is doing now: a word for people (`loading`, `training`, `evaluating`, `saving`, `exporting`).
 
     `seconds_left`: to the end of the run, where that is known.
     """
@@ -111,6 +111,15 @@ class Score(Message):
     labels: dict[str, LabelShares] = Field(default={}, description="Of a task of labels: each label's shares")
 
 
+class Exported(Message):
+    """A folder or file for other programs was written into the artifact, or was refused; `message` says why."""
+
+    type: Literal["exported"] = "exported"
+    path: str = Field(description="Relative to the artifact")
+    message: str
+    is_refused: bool = False
+
+
 class Finished(Message):
     """`out/` is complete. The process exits 0 after this."""
 
@@ -143,7 +152,7 @@ class Failed(Message):
 
 
 Spoken = Annotated[
-    Phase | Started | Step | Evaluated | CheckpointSaved | Score | Finished | Paused | Failed,
+    Phase | Started | Step | Evaluated | CheckpointSaved | Score | Exported | Finished | Paused | Failed,
     Field(discriminator="type"),
 ]
 _ADAPTER: TypeAdapter[Spoken] = TypeAdapter(Spoken)

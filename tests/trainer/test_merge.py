@@ -1,38 +1,48 @@
 """A merged model predicts as its adapter on its base does; one that does not is refused."""
 
+import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import peft
+import psutil
 import pytest
 import tiny_models
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from run_folders import chat
-from transformers import AutoModelForCausalLM, GenerationConfig
+from run_folders import Ear, chat, lay_out, plan, said
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tunery.planning.precision import Precision, decide
-from tunery.rows import messages
 from tunery.rows.template import ChatTemplate
-from tunery.spec import Lora, Qlora
+from tunery.spec import Export, Lora, Qlora
 from worker.trainer.data import Row, read_rows
 from worker.trainer.export import merge, proof
 from worker.trainer.export.errors import MergeDiffers, NoRoom
+from worker.trainer.export.proof import Divergence
+from worker.trainer.recipes.qlora import keep_one_packing
+from worker.trainer.report import Voice
+from worker.trainer.run import carry_out
+from worker.trainer.wish import Wish
 
+NEVER = tuple(range(6, 260))
+"""Few tokens that can be said: of many, whose logits are random, some pairs are so near that rounding swaps them."""
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.llama(tmp_path_factory.mktemp("merge") / "base", bf16=True, never_said=tuple(range(6, 260)))
+    return tiny_models.llama(tmp_path_factory.mktemp("merge") / "base", bf16=True, never_said=NEVER)
 
 
 @pytest.fixture(scope="module")
 def rows(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(json.dumps(chat(i, words=6)) + "\n" for i in range(60)))
+    path.write_text("".join(json.dumps(chat(i, words=6)) + "\n" for i in range(24)))
     return read_rows(path, ChatTemplate.load(base), 128).rows
 
 
@@ -50,9 +60,188 @@ def source(base: Path, adapter: Path, precision: Precision | None = None) -> mer
     return merge.Source(base, adapter, precision or decide(Lora(), "cpu"), CPU)
 
 
-def test_x(tmp_path, base, rows):
-    record = merge.write(source(base, adapter(tmp_path / "a", base)), rows, tmp_path / "out")
-    print(record, sorted(p.name for p in (tmp_path/"out").iterdir()))
-    record = merge.write(source(base, tmp_path / "a", decide(Qlora(), "cpu")), rows, tmp_path / "out2")
-    print(json.dumps(record, indent=1))
-    assert 0
+def log_probs(model: Any, rows: list[Row]) -> torch.Tensor:
+    """What the model expects after every token of the rows."""
+    with torch.no_grad():
+        logits = [model(torch.tensor([row.input_ids])).logits[0, :-1] for row in rows]
+    return torch.cat(logits).log_softmax(-1)
+
+
+def kl(old: torch.Tensor, new: torch.Tensor) -> float:
+    return float(torch.nn.functional.kl_div(new, old, log_target=True, reduction="batchmean"))
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "patterns": {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"q_proj": 1, "up_proj": 32}},
+    "rank-stabilised": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "whole head": {"modules_to_save": ["lm_head"]},
+    "new tokens": {"trainable_token_indices": [1, 2]},
+}
+
+
+ON_TIED_LAYERS = ("head", "embeddings", "whole head", "new tokens")
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_files_predict_as_the_adapter_does(
+    tmp_path: Path, rows: list[Row], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "LEAST_TOP1", 0.9)  # random logits are so near each other that rounding swaps some
+    base = tiny_models.llama(
+        tmp_path / "base", bf16=True, tie_word_embeddings=kind in ON_TIED_LAYERS, initializer_range=0.1
+    )
+    made = adapter(tmp_path / "adapter", base, **KINDS[kind])
+
+    record = merge.write(source(base, made), rows[:12], tmp_path / "out")
+
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), made).eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    wanted = log_probs(adapted, rows[:12])
+    assert kl(wanted, log_probs(merged, rows[:12])) < 1e-4
+    assert record["candidates"][0]["proof"]["mean_kl"] < 1e-4
+    with adapted.disable_adapter():
+        assert kl(wanted, log_probs(adapted, rows[:12])) > 1e-3
+
+
+def test_product_is_added_in_fp32_and_rounded_once(tmp_path: Path, base: Path, rows: list[Row]) -> None:
+    made = adapter(tmp_path / "adapter", base, target_modules=["up_proj"])
+    merge.write(source(base, made), rows[:12], tmp_path / "out")
+
+    factors, name = load_file(made / "adapter_model.safetensors"), "model.layers.1.mlp.up_proj"
+    b, a = (factors[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "BA")
+    weight = load_file(base / "model.safetensors")[f"{name}.weight"]
+    wanted = (weight.double() + 2 * b.double() @ a.double()).to(torch.bfloat16)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found[f"{name}.weight"].dtype == torch.bfloat16
+    assert (found[f"{name}.weight"] == wanted).double().mean() > 0.999  # fp32 is near a border for some
+    others = {n: w for n, w in load_file(base / "model.safetensors").items() if "up_proj" not in n}
+    assert all(torch.equal(found[n], weight) for n, weight in others.items())
+
+
+def test_adapter_of_four_bits_is_merged_into_the_base_that_it_was_trained_on(
+    tmp_path: Path, base: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "LEAST_TOP1", 0.9)
+    made = adapter(tmp_path / "adapter", base)
+
+    record = merge.write(source(base, made, decide(Qlora(), "cpu")), rows, tmp_path / "out")
+
+    original, dequantised = record["candidates"]
+    assert (original["base"], dequantised["base"]) == ("original", "dequantised")
+    assert record["merged_into"] == "dequantised"
+    assert dequantised["from_trained"]["mean_kl"] < 1e-3 < original["from_trained"]["mean_kl"]
+    assert original["proof"]["mean_kl"] < 1e-3  # like for like, on the original base
+    quantised = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True), dtype=torch.float32, device_map={"": "cpu"},
+    )  # fmt: skip
+    keep_one_packing(quantised)
+    trained = log_probs(PeftModel.from_pretrained(quantised, made).eval(), rows)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert kl(trained, log_probs(merged, rows)) < 1e-3
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], Any]) -> None:
+    """The written files' largest matrix changes between export and proof."""
+    export = merge.FULL.export
+
+    def broken(model: torch.nn.Module, out: Path, name: str) -> None:
+        export(model, out, name)
+        tensors = load_file(out / "model.safetensors")
+        change(tensors["model.layers.1.mlp.up_proj.weight"])
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(merge, "FULL", replace(merge.FULL, export=broken))
+
+
+def test_merge_that_predicts_otherwise_is_refused(
+    tmp_path: Path, base: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, lambda weight: weight.mul_(1.1))
+
+    with pytest.raises(MergeDiffers, match=r"mean KL .* \(at most 0\.001\) .* \(at least 99\.50%\)"):
+        merge.write(source(base, adapter(tmp_path / "adapter", base)), rows, tmp_path / "out")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_base_without_room_is_refused(
+    tmp_path: Path, base: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+
+    with pytest.raises(NoRoom, match=r"for the base in fp32, and 0\.0 GB are free"):
+        merge.write(source(base, adapter(tmp_path / "adapter", base)), rows, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("kl", "different", "positions", "is_small"),
+    [
+        (1e-3, 10, 2000, True),
+        (1.1e-3, 0, 2000, False),
+        (0.0, 11, 2000, False),
+        (0.0, 1, 50, True),
+        (0.0, 2, 50, False),
+        (float("nan"), 0, 2000, False),
+    ],
+)
+def test_bounds(kl: float, different: int, positions: int, is_small: bool) -> None:
+    same = 1 - different / positions
+    assert Divergence(positions, kl, same, same).is_small == is_small
+
+
+def test_tie_of_the_reference_is_no_difference() -> None:
+    reference = torch.tensor([[0.495, 0.490, 0.015], [0.50, 0.48, 0.02], [0.1, 0.1, 0.8]]).log()
+    found = torch.tensor([[0.490, 0.495, 0.015], [0.48, 0.50, 0.02], [0.1, 0.1, 0.8]]).log()
+
+    divergence = proof.compare(reference, found)
+
+    assert (divergence.identical, divergence.top1) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+
+
+def test_rows_fill_a_bound_of_tokens(rows: list[Row]) -> None:
+    assert proof.choose(rows, 2**29) == rows[:1]
+    few = proof.choose(rows * 100, 260)
+    assert proof.POSITIONS - 10 < sum(row.labelled for row in few) <= proof.POSITIONS
+
+
+@pytest.mark.parametrize("technique", [Lora(r=4), Qlora(r=4)], ids=["lora", "qlora"])
+def test_job_leaves_a_whole_model_beside_its_adapter(tmp_path: Path, base: Path, ear: Ear, technique: Any) -> None:
+    asked = plan(technique=technique, export=Export(merged=True), n_epochs=2)
+    train = [chat(i) for i in range(20)]
+    lay_out(tmp_path / "run", base, asked, train, train[:4], train[4:6])
+
+    assert carry_out(tmp_path / "run", Voice(ear.descriptor), Wish())
+
+    merged = tmp_path / "run" / "out" / "merged"
+    [export] = said(ear, "exported")
+    assert not export.is_refused, export.message
+    assert export.path == "merged"
+    assert "mean KL divergence" in export.message
+    record = json.loads((merged / "merge.json").read_text())
+    assert record["merged_into"] == ("dequantised" if technique.type == "qlora" else "original")
+    assert record["base_weights_sha256"] == {
+        "model.safetensors": hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
+    }
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)
+    assert (model.generation_config.eos_token_id, tokenizer.chat_template) == ([2], tiny_models.CHATML)
+
+
+def test_refused_export_keeps_the_model(tmp_path: Path, base: Path, ear: Ear, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, lambda weight: weight.fill_(torch.nan))
+    lay_out(tmp_path / "run", base, plan(export=Export(merged=True)), [chat(i) for i in range(8)])
+
+    assert carry_out(tmp_path / "run", Voice(ear.descriptor), Wish())
+
+    [export] = said(ear, "exported")
+    assert export.is_refused
+    assert "does not predict as the adapter on its base does" in export.message
+    assert (tmp_path / "run" / "out" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "run" / "out" / "merged").exists()
+    assert not list((tmp_path / "run" / "out").glob(".*"))

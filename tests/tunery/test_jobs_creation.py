@@ -69,6 +69,7 @@ def test_same_request_twice_makes_two_jobs_unless_a_key_says_otherwise(
         ({"early_stopping": {"patience": 1}}, "early_stopping"),
         ({"select": "best"}, "select"),
         ({"learning_rate": 1e-4, "hyperparameters": {"learning_rate_multiplier": 2}}, "learning_rate"),
+        ({"technique": {"type": "full"}, "export": {"merged": True}}, "export.merged"),
     ],
 )
 def test_contradictions_are_refused(

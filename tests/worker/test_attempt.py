@@ -46,6 +46,16 @@ def test_a_nul_in_a_models_answer_is_written_as_a_replacement_character(workshop
     assert card["samples"] == [{"prompt": "\\u0000", "base": "a\ufffdb\\\ufffd", "\ufffd": None}]
 
 
+def test_story_says_what_was_exported_and_what_was_refused(workshop: Workshop, lease: Lease) -> None:
+    with Hold(lease, workshop.settings, Drain()) as hold, _scribe(hold, workshop) as scribe:
+        scribe.hear(wire.Exported(path="merged", message="It predicts alike"))
+        scribe.hear(wire.Exported(path="gguf", message="It does not", is_refused=True))
+    assert workshop.story(lease.job_id)[-2:] == [
+        "Export merged written: It predicts alike",
+        "Export gguf not written: It does not",
+    ]
+
+
 def _finish(workshop: Workshop, lease: Lease) -> float:
     """Seconds from now to the job's estimated end."""
     finish = workshop.job(lease.job_id).estimated_finish

@@ -461,6 +461,17 @@ def test_a_base_is_fetched_once_a_host_and_used_in_place(storage: Directory, tmp
     assert (found[-1] / "config.json").read_text() == "{}"
 
 
+def test_exports_of_a_model_stay_in_storage(storage: Directory, tmp_path: Path) -> None:
+    for name in ("model.safetensors", "merged/model.safetensors", "gguf/model-f16.gguf", "merged.json"):
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / name).write_text(name)
+    listed = upload.publish(storage, "models/m", tmp_path / "source")
+
+    folder = staging.base_folder(tmp_path / "models", storage, "models/m", listed.sha256)
+
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "merged.json", "model.safetensors"]
+
+
 @pytest.fixture
 def two_chunks(storage: Directory, tmp_path: Path) -> Manifest:
     """The manifest of a stored base whose one file comes in two chunks."""

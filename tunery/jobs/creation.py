@@ -19,7 +19,7 @@ from tunery.keys.ring import Caller
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.planning import advice
-from tunery.spec import Hyperparameters, Lora, MethodOptions, TrainingOptions, TrainingSpec, check_one_rate
+from tunery.spec import Full, Hyperparameters, Lora, MethodOptions, TrainingOptions, TrainingSpec, check_one_rate
 
 TEST_IS_TRAINING = (
     "The test file {file} equals the training file: its scorecard would measure memory, not learning. Name rows that "
@@ -67,6 +67,9 @@ def check_fields(request: JobRequest) -> tuple[MethodOptions, Hyperparameters]:
     """Returns the request's method. Raises Unsupported, InvalidValue for fields that contradict each other."""
     chosen, hyperparameters = method.read(request)
     check_one_rate(request.learning_rate, hyperparameters)
+    if isinstance(request.technique, Full) and request.export.merged:
+        reason = "a full fine-tune is a whole model already. Leave export.merged out, or choose lora or qlora."
+        raise InvalidValue(param="export.merged", reason=reason)
     asked = {"early_stopping": request.early_stopping is not None, "select": request.select == "best"}
     for param in (param for param, is_asked in asked.items() if is_asked and request.validation_file is None):
         raise InvalidValue(param=param, reason=f"'{param}' needs a validation loss. Send a validation_file too.")

@@ -86,6 +86,8 @@ class Scribe:
                 self._upload_later(message)
             case wire.Score():
                 self._hold.write(lambda session: self._score(session, message))
+            case wire.Exported():
+                self._hold.write(lambda session: self._note_export(session, message))
             case wire.Finished() | wire.Paused() | wire.Failed():
                 self.last_word = message
         if time.monotonic() - self._flushed_at >= BATCH_SECONDS:
@@ -199,6 +201,10 @@ class Scribe:
     def _score(self, session: Session, score: wire.Score) -> None:
         leases.record_progress(session, self._hold.lease, scorecard=score.model_dump(mode="json", exclude={"type"}))
         ledger.note(session, self._hold.lease.job_id, score_message(score))
+
+    def _note_export(self, session: Session, export: wire.Exported) -> None:
+        level, verb = ("warn", "not written") if export.is_refused else ("info", "written")
+        ledger.note(session, self._hold.lease.job_id, f"Export {export.path} {verb}: {export.message}", level=level)
 
     # --- uploads ---
 

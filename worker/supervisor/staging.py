@@ -19,6 +19,8 @@ from tunery.spec import Plan, Run
 from tunery.storage import Check, Storage
 
 _LOCK_SECONDS = 0.2
+EXPORTS = ("merged/", "gguf/")
+"""The folders of an artifact that `tunery.spec.Export` adds."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,15 @@ def base_folder(
         models_dir.mkdir(parents=True, exist_ok=True)
         with _locked(models_dir / f".{manifest_sha256}.lock", check):
             if not (folder / manifest.NAME).exists():
-                manifest.fetch(storage, prefix, manifest.load(storage, prefix, manifest_sha256), folder, check)
+                manifest.fetch(storage, prefix, _without_exports(storage, prefix, manifest_sha256), folder, check)
     return folder
+
+
+def _without_exports(storage: Storage, prefix: str, sha256: str) -> manifest.Manifest:
+    """The model's own files. Its exports are for other programs, and may be a thousand times as large."""
+    listed = manifest.load(storage, prefix, sha256)
+    own = [file for file in listed.files if not file.path.startswith(EXPORTS)]
+    return manifest.Manifest(files=tuple(own))
 
 
 def text_folder(models_dir: Path, storage: Storage, model: Model) -> Path:
@@ -123,7 +132,7 @@ def lay_out(needs: Needs, run_dir: Path, models_dir: Path, storage: Storage, che
     (run_dir / "base").symlink_to(base.absolute())
     for name, folder in (("adapter", needs.adapter), ("resume", needs.resume)):
         if folder is not None:
-            listed = manifest.load(storage, folder.prefix, folder.sha256)
+            listed = _without_exports(storage, folder.prefix, folder.sha256)
             manifest.fetch(storage, folder.prefix, listed, run_dir / name, check)
     # Last: a directory with a spec is complete.
     (run_dir / "spec.json").write_text(needs.run.model_dump_json(indent=2) + "\n")

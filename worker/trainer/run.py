@@ -18,6 +18,7 @@ from tunery.spec import Run
 from tunery.wire import Finished, Paused, Phase, Score, Started
 from worker.trainer import checkpoints, packing, parallel, parity, paths, preflight, report, rope
 from worker.trainer.data import Rows, collate, read_parsed, read_rows, singles
+from worker.trainer.export import job as export
 from worker.trainer.loop import train
 from worker.trainer.methods import registry
 from worker.trainer.objective import Objective, all_and_trainable
@@ -244,6 +245,7 @@ def _write(t: Training, progress: Progress, scored: Scored | None) -> None:
     answered = parity.measure(t)
     checkpoints.write_artifact(t, progress, partial)
     parity.write(t, answered, partial)
+    export.write(t, partial)
     shutil.rmtree(t.folder / "out", ignore_errors=True)
     partial.rename(t.folder / "out")
 

@@ -7,6 +7,7 @@ predicts more like the trained model is kept, and the numbers of both.
 """
 
 import json
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,15 +64,23 @@ def write(source: Source, rows: Iterable[Row], out: Path) -> dict[str, Any]:
     chosen = proof.choose(rows, config.vocab_size)
     with files.temporary_folder(out) as folder:
         candidates = _candidates(source, chosen, folder)
-        sound = [candidate for candidate in candidates if candidate.proof.is_small]
-        if not sound:
-            candidates[-1].proof.check()
-        best = min(sound, key=lambda candidate: candidate.trained.mean_kl)
+        best = min(candidates, key=lambda candidate: candidate.trained.order)
+        best.proof.check()
         record = _describe(source, best, candidates)
         (best.folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         files.copy_texts(source.adapter, best.folder)
         best.folder.rename(out)
     return record
+
+
+def summary(record: dict[str, Any]) -> str:
+    """Returns the record's numbers as a sentence."""
+    [best] = [each for each in record["candidates"] if each["base"] == record["merged_into"]]
+    return (
+        f"Merged into the {best['base']} base: on {best['proof']['positions']} labelled tokens the mean KL divergence "
+        f"from the adapter on it is {best['proof']['mean_kl']:.2g}, and the likeliest token is the same for "
+        f"{best['proof']['top1']:.2%}"
+    )
 
 
 def _describe(source: Source, best: Candidate, candidates: list[Candidate]) -> dict[str, Any]:
@@ -97,7 +106,7 @@ def _candidates(source: Source, rows: list[Row], folder: Path) -> list[Candidate
 def _candidate(
     source: Source, rows: list[Row], folder: Path, base: str, weights: Weights | None, trained: Tensor | None
 ) -> Candidate:
-    """A merge into the original weights, or into `weights` where these are given. `trained`: predictions in training."""
+    """A merge into the original weights, or into `weights`. `trained`: the predictions of the model as trained."""
     model = _adapted(source, weights)
     reference = proof.log_probs(model, rows)
     _write_merged(model, folder / base)
@@ -113,7 +122,7 @@ def _quantised(source: Source, rows: list[Row]) -> tuple[Tensor, Weights]:
     """The predictions of the adapter on the base in four bits, and that base's weights as the four bits say."""
     base = load_quantised(source.base, source.precision, source.device)
     unpacked = {
-        f"{name}.weight": bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).cpu()
+        f"{name}.weight": _unpack(layer.weight)
         for name, layer in base.named_modules()
         if isinstance(layer, bitsandbytes.nn.Linear4bit)
     }
@@ -123,6 +132,11 @@ def _quantised(source: Source, rows: list[Row]) -> tuple[Tensor, Weights]:
     del base, model
     files.free_memory()
     return trained, unpacked
+
+
+def _unpack(weight: Any) -> Tensor:
+    unpacked: Tensor = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    return unpacked.cpu()
 
 
 def _check_room(source: Source) -> None:
@@ -146,12 +160,12 @@ def _adapted(source: Source, weights: Weights | None) -> PeftModel:
     return PeftModel.from_pretrained(base, str(source.adapter)).eval()
 
 
-def _write_merged(model: PeftModel, out: Path) -> None:
+def _write_merged(model: Any, out: Path) -> None:
     """Merges in place, by PEFT's own rule for each kind of layer, and writes the whole model."""
     _untie(model.get_base_model())
-    merged: Any = model.merge_and_unload()
-    if not _are_tied(merged):
-        merged.config.tie_word_embeddings = merged.config.get_text_config().tie_word_embeddings = False
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied", UserWarning)
+        merged = model.merge_and_unload()
     out.mkdir()
     FULL.export(merged, out, "")
 
@@ -160,8 +174,9 @@ def _untie(model: Any) -> None:
     """Gives the head a weight of its own where an adapter lies on one of two tied layers, which it makes differ."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if _are_tied(model) and (isinstance(head, BaseTunerLayer) or isinstance(embeddings, BaseTunerLayer)):
-        layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        layer: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def _are_tied(model: Any) -> bool:

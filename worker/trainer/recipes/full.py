@@ -31,6 +31,10 @@ def make_optimizer(parameters: Parameters, plan: Plan, precision: Precision) -> 
     return StochasticAdamW(groups(parameters, plan), plan.learning_rate, plan.seed)
 
 
+SHARD = "5GB"
+"""Of a model's file: hubs, and tools that read one file at a time into memory, take no much larger ones."""
+
+
 def export(model: torch.nn.Module, folder: Path, _base_model: str) -> None:
     """`model.safetensors` in bf16 with its config. The base's name stands in training_config.json."""
     tuned = cast(PreTrainedModel, model)
@@ -43,7 +47,7 @@ def export(model: torch.nn.Module, folder: Path, _base_model: str) -> None:
     }
     # The base's own may be inconsistent (a temperature without sampling), which is only an error where it is saved.
     settings, tuned.generation_config = tuned.generation_config, GenerationConfig()
-    tuned.save_pretrained(str(folder), state_dict=weights, safe_serialization=True)
+    tuned.save_pretrained(str(folder), state_dict=weights, safe_serialization=True, max_shard_size=SHARD)
     tuned.generation_config = settings
     config = folder / "config.json"  # it names the type that was trained in, which on a CPU is another
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}, indent=2) + "\n")
