@@ -63,6 +63,10 @@ class Lora(Part):
     lora_plus_ratio: Float = Field(
         1.0, ge=1, le=256, description="Learning rate of B over that of A (Hayou et al. 2024, arXiv:2402.12354)"
     )
+    precision: Literal["bf16", "fp8"] = Field(
+        "bf16",
+        description="Of products with the frozen base on a GPU: bf16, or fp8 (e4m3), which is faster and rounds more",
+    )
 
     @model_validator(mode="after")
     def _names_some_layer(self) -> "Lora":
@@ -78,6 +82,12 @@ class Qlora(Lora):
     quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit code book")
     double_quant: bool = Field(True, description="Quantise the quantisation constants too")
     compute_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of the products")
+
+    @model_validator(mode="after")
+    def _multiplies_in_its_compute_dtype(self) -> "Qlora":
+        if self.precision != "bf16":
+            raise ValueError("precision fp8 is there for a base in bf16 only: use technique lora, or leave it out")
+        return self
 
 
 Technique = Annotated[Full | Lora | Qlora, Field(discriminator="type")]

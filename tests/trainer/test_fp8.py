@@ -155,17 +155,39 @@ def test_layers_that_are_too_small_to_gain_stay_as_they_are(monkeypatch: pytest.
     assert adapters.narrow(adapted("cpu", torch.float32, ((64, 96), (96, 96)))) == ["base_model.model.1"]
 
 
-def test_products_are_wide_inside_and_again_once_the_narrow_weights_are_let_go() -> None:
-    model = adapted("cpu", torch.float32, ((64, 96),))
+def test_layers_that_are_given_up_multiply_with_the_weight_as_it_is() -> None:
+    model = adapted("cpu", torch.float32, ((64, 96), (96, 64)))
     x = torch.randn(5, 64)
     wanted = model(x)
-    adapters.narrow(model)
+    [first, second] = adapters.narrow(model)
 
-    with adapters.wide(model):
-        assert torch.equal(model(x), wanted)
-    assert not torch.equal(model(x), wanted)
-    adapters.widen(model)
+    adapters.widen(model, [first])
+    one = model(x)
+    adapters.widen(model, [second])
+
+    assert not torch.equal(one, wanted)
     assert torch.equal(model(x), wanted)
+
+
+@EACH_DEVICE
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
+def test_watch_compares_both_directions_of_every_kind_of_product(device: str) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = adapted(device, dtype, ((64, 96), (96, 64)))
+    model.base_model.model[1].lora_dropout["default"] = nn.Dropout(0.5)  # whose frozen product stands alone
+    first, second = (model.base_model.model[i].base_layer for i in (0, 1))
+    adapters.narrow(model)
+    x = torch.randn(48, 64, device=device, dtype=dtype, requires_grad=True)
+
+    with fp8.watched() as watch:
+        model(x).float().square().sum().backward()
+    model(x)
+
+    assert set(watch.found) == {(layer, way) for layer in (first, second) for way in ("forward", "gradient")}
+    for cosine, ratio in watch.found.values():
+        assert 0.998 < cosine < 0.99999
+        assert ratio == pytest.approx(1, abs=0.01)
+    assert fp8.watch() is None
 
 
 def test_frozen_product_beside_dropout_is_narrow_too() -> None:

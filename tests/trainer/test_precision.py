@@ -280,7 +280,7 @@ def test_record_says_the_precision(tmp_path: Path, tiny: Path) -> None:
 
     assert json.loads((folder / "out" / "training_config.json").read_text())["precision"] == {
         "base": "float32", "dense": "float32", "trained": "float32", "rounding": "nearest", "moments": "float32",
-        "compute": "float32", "double_quant": False,
+        "compute": "float32", "double_quant": False, "fp8": False,
     }  # fmt: skip
 
 

@@ -87,6 +87,7 @@ def test_record_says_which_way_each_part_took(
             {"kind": "LlamaRMSNorm", "count": 5, "path": "decoder"},
             {"kind": "lora.Linear", "count": 14, **path},
         ],
+        "frozen products": {"path": "float32"},
         "loss": {"path": "chunked"},
         "attention": "sdpa",
         "packing": {"path": "packed"},

@@ -15,7 +15,7 @@ class Precision:
 
     `base`: the linear layers of the base; `dense`: its embeddings, norms and head. `trained`: the weights that learn,
     and `rounding` how an update is written into them. `moments`: the optimizer's two; int8 has an fp32 scale for 256
-    of them. `compute`: the products.
+    of them. `compute`: the products. `fp8`: whether those with the frozen base are asked for in e4m3.
     """
 
     base: Literal["bfloat16", "float32", "nf4", "fp4"]
@@ -25,6 +25,7 @@ class Precision:
     moments: Literal["int8", "float32"]
     compute: Dtype
     double_quant: bool = False
+    fp8: bool = False
 
     @property
     def quantised(self) -> bool:
@@ -53,7 +54,8 @@ def decide(technique: Technique, device: str) -> Precision:
     if isinstance(technique, Qlora):
         base, compute, double_quant = technique.quant_type, technique.compute_dtype, technique.double_quant
         return Precision(base, dense, "float32", "nearest", "float32", compute, double_quant)
-    return Precision(dense, dense, "float32", "nearest", "float32", dense)
+    fp8 = technique.precision == "fp8"
+    return Precision(dense, dense, "float32", "nearest", "float32", dense, fp8=fp8)
 
 
 def dense_dtype(device: str) -> Dtype:

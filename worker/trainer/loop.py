@@ -44,6 +44,7 @@ def train(t: Training, progress: Progress) -> bool:
         if progress.step % t.steps_per_epoch == 0:
             with t.pace.measure("checkpoint"):
                 _save_public(t, progress)
+        _compare_products(t, progress)
         if asked:
             _save_snapshot(t, progress)
             return False
@@ -100,6 +101,13 @@ def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
         seconds=0,
     )
     return message, asked > 0
+
+
+def _compare_products(t: Training, progress: Progress) -> None:
+    """Compares products in eight bits with wide ones from time to time, and gives up those that differ too much."""
+    if t.eight_bits is not None and t.eight_bits.due(progress.step) and not t.eight_bits.check(t.ranks):
+        progress.wide = dict(t.eight_bits.wide)
+        t.stepper.record_anew()
 
 
 def _shown(t: Training, totals: list[float], weight: float) -> Shown:

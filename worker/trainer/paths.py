@@ -20,6 +20,7 @@ def describe(t: Training) -> dict[str, Any]:
     """The path of each kind of module, of the loss and of attention; packing, recomputation, CUDA graphs, ranks."""
     return {
         "modules": _modules(t.objective.model),
+        "frozen products": _frozen_products(t),
         "loss": _path("chunked", None if t.objective.chunked else "the logits are more than one product of the head"),
         "attention": str(getattr(t.objective.causal.config.get_text_config(), "_attn_implementation", "unknown")),
         "rows": "behind each other, with their borders" if t.objective.knows_borders else "padded",
@@ -28,6 +29,10 @@ def describe(t: Training) -> dict[str, Any]:
         "graphs": _path("recorded", _against_graphs(t)),
         "ranks": t.ranks.count,
     }
+
+
+def _frozen_products(t: Training) -> dict[str, Any]:
+    return {"path": t.precision.compute} if t.eight_bits is None else t.eight_bits.describe()
 
 
 def _path(name: str, against: str | None) -> dict[str, str]:

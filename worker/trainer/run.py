@@ -16,7 +16,7 @@ from tunery.rows.encoding import find_encoder
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
 from tunery.wire import Finished, Paused, Phase, Score, Started
-from worker.trainer import checkpoints, packing, parallel, parity, paths, preflight, report, rope
+from worker.trainer import checkpoints, eight_bits, packing, parallel, parity, paths, preflight, report, rope
 from worker.trainer.data import Rows, collate, read_parsed, read_rows, singles
 from worker.trainer.export import job as export
 from worker.trainer.loop import train
@@ -91,6 +91,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     ranks.share_weights(parameters.values())
     ranks.check(wish)
     warnings: list[str] = []
+    narrow = eight_bits.settle(objective, precision, rows.examples, ranks, warnings)
     packs = _packs(run, rows, objective, accelerator.device, warnings)
     optimizer = recipe.make_optimizer(parameters, run.plan, precision)
     memory = preflight.settle(objective, optimizer, rows.rows, _work(run, rows, valid, packs))
@@ -114,6 +115,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
         wish=wish,
         stepper=stepper,
         warnings=tuple(warnings),
+        eight_bits=narrow,
     )
 
 
@@ -157,6 +159,8 @@ def _resume(t: Training) -> Progress:
     if snapshot is None:
         return Progress()
     progress = checkpoints.restore(t, snapshot)
+    if t.eight_bits is not None:
+        t.eight_bits.widen(progress.wide)
     log.info("going on after step %d of %s", progress.step, snapshot)
     return progress
 

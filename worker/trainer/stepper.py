@@ -114,6 +114,11 @@ class Stepper:
             log.warning("the memory plan from here on: %s", plan)
         self.memory = plan
 
+    def record_anew(self) -> None:
+        """Drops the recorded passes, which go on as the model was when they were recorded."""
+        if self.graphs is not None:
+            self.graphs = Replays(self.objective)
+
     def micro_batches(self, drawn: list[int]) -> list[MicroBatch]:
         """This rank's micro-batches of a step: every world-th example by length, so that the ranks have like work."""
         lengths, plan = self._rows.lengths, self.memory

@@ -1,6 +1,6 @@
 """The state of one run in memory: what the loop works on, and how far it is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from tunery.planning.precision import Precision
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Plan, Run
 from worker.trainer.data import Rows, steps_per_epoch
+from worker.trainer.eight_bits import EightBits
 from worker.trainer.objective import Objective
 from worker.trainer.pace import Pace, Work
 from worker.trainer.parallel import Ranks
@@ -32,6 +33,7 @@ class Progress:
     gained_loss: float | None = None  # the loss that patience measures the next ones by
     stale: int = 0  # evaluations since then
     stopped_early: bool = False
+    wide: dict[str, str] = field(default_factory=dict)  # layers whose products left eight bits, and why
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Training:
     wish: Wish
     stepper: Stepper
     warnings: tuple[str, ...] = ()
+    eight_bits: EightBits | None = None
 
     @cached_property
     def pace(self) -> Pace:

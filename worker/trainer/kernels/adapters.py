@@ -7,8 +7,7 @@ added in place, and only x and the rank-r product x A' are kept. PEFT still owns
 active adapters) to PEFT. `projections.plain` is the definition.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from types import MethodType
 from typing import Any, cast
 
@@ -41,26 +40,10 @@ def narrow(model: nn.Module) -> list[str]:
     return names
 
 
-def widen(model: nn.Module) -> None:
-    """Lets go of the weights in eight bits."""
-    for layer in _narrow_layers(model):
-        del layer.narrow
-
-
-@contextmanager
-def wide(model: nn.Module) -> Iterator[None]:
-    """Makes the products of training with the weights as they are, inside."""
-    kept = [(layer, layer.narrow) for layer in _narrow_layers(model)]
-    widen(model)
-    try:
-        yield
-    finally:
-        for layer, narrow_weight in kept:
-            layer.narrow = narrow_weight
-
-
-def _narrow_layers(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if getattr(module, "narrow", None) is not None]
+def widen(model: nn.Module, names: Collection[str]) -> None:
+    """Lets go of the weights in eight bits of the layers of these names, as `narrow` gave them."""
+    for name in names:
+        del cast(Any, model.get_submodule(name)).base_layer.narrow
 
 
 def is_plain(module: nn.Module) -> bool:

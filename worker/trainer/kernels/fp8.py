@@ -6,11 +6,16 @@ the definition; a CUDA device from compute capability 8.9 on has the product in 
 bf16 (Micikevicius et al. 2022, arXiv:2209.05433: the format).
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+Direction = Literal["forward", "gradient"]
 LARGEST = 448.0
 """The largest number of e4m3."""
 _LEAST = 1e-12
@@ -28,6 +33,43 @@ class Weight:
     row_scales: Tensor
     columns: Tensor
     column_scales: Tensor
+
+
+@dataclass
+class Watch:
+    """How far narrow products were from wide ones of the same factors, by layer and direction.
+
+    `found`: the cosine of the two and the ratio of their lengths. Gradients that are zero throughout are left out.
+    """
+
+    found: dict[tuple[Any, Direction], tuple[float, float]] = field(default_factory=dict)
+
+    def compare(self, base: Any, direction: Direction, narrow: Tensor, wide: Tensor) -> None:
+        """Notes a product of the layer `base`."""
+        one, other = narrow.float().flatten(), wide.float().flatten()
+        length = float(other.norm())
+        if length:
+            cosine = float(functional.cosine_similarity(one, other, dim=0))
+            self.found[base, direction] = (cosine, float(one.norm()) / length)
+
+
+_open: list[Watch] = []
+
+
+@contextmanager
+def watched() -> Iterator[Watch]:
+    """Compares every narrow product that is made inside. It costs a wide product each, and waits for the device."""
+    # Why not a context variable: the backward pass runs in a thread of its own.
+    _open.append(Watch())
+    try:
+        yield _open[-1]
+    finally:
+        _open.pop()
+
+
+def watch() -> Watch | None:
+    """The watch that is open."""
+    return _open[-1] if _open else None
 
 
 def available(device: torch.device) -> bool:

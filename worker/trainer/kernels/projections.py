@@ -121,7 +121,7 @@ def _forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor, 
             out = _product(rows, weight, layer.base.bias, x.shape[:-1])
         else:
             quantised = quantised or fp8.quantise_rows(rows)
-            out = _narrow_product(quantised, layer.base, layer.narrow, rows.dtype, x.shape[:-1])
+            out = _narrow_product(rows, quantised, layer.base, layer.narrow, x.shape[:-1])
         out.view(-1, out.shape[-1]).addmm_(low[:, place], layer.b.to(weight.dtype).t(), alpha=layer.scale)
         outs.append(out.to(x.dtype))
     assert low is not None
@@ -129,18 +129,23 @@ def _forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor, 
 
 
 def _narrow_product(
-    rows: tuple[Tensor, Tensor], base: Any, narrow: fp8.Weight, dtype: torch.dtype, lead: torch.Size
+    rows: Tensor, quantised: tuple[Tensor, Tensor], base: Any, narrow: fp8.Weight, lead: torch.Size
 ) -> Tensor:
-    """The frozen product in eight bits, of shape [*lead, out]."""
-    out = fp8.product(rows, narrow.rows, narrow.row_scales, dtype)
+    """The frozen product of `rows` [n, in], in eight bits, of shape [*lead, out]."""
+    out = fp8.product(quantised, narrow.rows, narrow.row_scales, rows.dtype)
+    if (watch := fp8.watch()) is not None:
+        watch.compare(base, "forward", out, rows @ dense(base).t())
     if base.bias is not None:
         out += base.bias
     return out.view(*lead, -1)
 
 
-def _narrow_gradient(grad: Tensor, narrow: fp8.Weight) -> Tensor:
+def _narrow_gradient(grad: Tensor, base: Any, narrow: fp8.Weight) -> Tensor:
     """The gradient of x, of `grad` [n, out], in eight bits: [n, in]."""
-    return fp8.product(fp8.quantise_rows(grad), narrow.columns, narrow.column_scales, grad.dtype)
+    found = fp8.product(fp8.quantise_rows(grad), narrow.columns, narrow.column_scales, grad.dtype)
+    if (watch := fp8.watch()) is not None:
+        watch.compare(base, "gradient", found, grad @ dense(base))
+    return found
 
 
 def _add_gradient(total: Tensor | None, grad: Tensor, layer: Layer) -> Tensor:
@@ -148,7 +153,7 @@ def _add_gradient(total: Tensor | None, grad: Tensor, layer: Layer) -> Tensor:
     if layer.narrow is None:
         weight = dense(layer.base)
         return grad @ weight if total is None else total.addmm_(grad, weight)
-    found = _narrow_gradient(grad, layer.narrow)
+    found = _narrow_gradient(grad, layer.base, layer.narrow)
     return found if total is None else total.add_(found)
 
 
@@ -179,7 +184,7 @@ class _Frozen(torch.autograd.Function):
         weight = dense(base)
         rows, lead = x.reshape(-1, x.shape[-1]).to(weight.dtype), x.shape[:-1]
         if narrow is not None:
-            return _narrow_product(fp8.quantise_rows(rows), base, narrow, rows.dtype, lead).to(x.dtype)
+            return _narrow_product(rows, fp8.quantise_rows(rows), base, narrow, lead).to(x.dtype)
         return _product(rows, weight, base.bias, lead).to(x.dtype)
 
     @staticmethod
@@ -187,7 +192,7 @@ class _Frozen(torch.autograd.Function):
         weight, [grad] = dense(ctx.base), grads
         if ctx.narrow is not None:
             rows = grad.reshape(-1, grad.shape[-1]).to(weight.dtype)
-            return _narrow_gradient(rows, ctx.narrow).view(*grad.shape[:-1], -1).to(grad.dtype), None, None
+            return _narrow_gradient(rows, ctx.base, ctx.narrow).view(*grad.shape[:-1], -1).to(grad.dtype), None, None
         return (grad.to(weight.dtype) @ weight).to(grad.dtype), None, None
 
 

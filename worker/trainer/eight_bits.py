@@ -1,0 +1,132 @@
+"""Training with frozen products in eight bits: which layers make them, and the watch over what they give.
+
+The base stays in bf16 beside its copies in eight bits: answers, the scorecard and the check of the exported adapter use
+it, as any server of the adapter will. Only the products of training, forward and backward, are narrow.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunery.planning.precision import Precision
+from worker.trainer.data import Batch, Example, collate
+from worker.trainer.kernels import adapters, fp8
+from worker.trainer.objective import Objective
+from worker.trainer.parallel import Ranks
+
+log = logging.getLogger(__name__)
+
+LEAST_COSINE = 0.99
+NORM_RATIOS = (0.98, 1.02)
+"""What a narrow product may be beside a wide one of the same factors. Rows of e4m3 without outliers are at 0.9993."""
+EARLY_CHECK, EVERY = 20, 500
+
+
+class EightBits:
+    """The narrow products of a run. `names`: the layers that make them; `wide`: those that did, and why no more."""
+
+    def __init__(self, objective: Objective, batch: Batch) -> None:
+        """`batch`: what products are compared on."""
+        self._objective, self._batch = objective, batch
+        self.names = adapters.narrow(objective.model)
+        self.wide: dict[str, str] = {}
+
+    def due(self, step: int) -> bool:
+        """Whether products are compared after this step."""
+        return bool(self.names) and (step == EARLY_CHECK or step % EVERY == 0)
+
+    def check(self, ranks: Ranks) -> bool:
+        """Compares the products; False where some are wide from here on, on every rank."""
+        found = compare(self._objective, self._batch, self.names)
+        worst = min(found.items(), key=lambda item: item[1][0], default=None)
+        log.info("products in eight bits, of %d layers: least cosine %s", len(self.names), worst)
+        mine = {name: _reason(*product) for name, product in found.items() if not close(*product)}
+        every = {name: why for part in ranks.gather(mine) for name, why in part.items()}
+        self.widen(every)
+        return not every
+
+    def widen(self, reasons: dict[str, str]) -> None:
+        """Makes the products of these layers wide from here on."""
+        given_up = {name: why for name, why in reasons.items() if name in self.names}
+        for name, why in given_up.items():
+            log.warning("products of %s in bfloat16 from here on: %s", name, why)
+        adapters.widen(self._objective.model, given_up)
+        self.wide |= given_up
+        self.names = [name for name in self.names if name not in given_up]
+
+    def describe(self) -> dict[str, Any]:
+        """What the record says: the layers that multiply in eight bits, by kind, and those that do not any more."""
+        if not self.names and not self.wide:
+            return {"path": "bfloat16"}
+        kinds = Counter(name.rpartition(".")[2] for name in self.names)
+        narrow = {"path": "fp8", "forward and gradient of the input": dict(sorted(kinds.items()))}
+        return narrow | ({"given up": dict(sorted(self.wide.items()))} if self.wide else {})
+
+
+def settle(
+    objective: Objective, precision: Precision, examples: Sequence[Example], ranks: Ranks, warnings: list[str]
+) -> EightBits | None:
+    """Puts a run's products into eight bits where its plan says so, and compares them once.
+
+    None where the plan does not say so, or where it cannot be: then a warning says why.
+    """
+    if not precision.fp8:
+        return None
+    if not fp8.available(ranks.device):
+        warnings.append("precision fp8 was not used: this device does not multiply numbers of eight bits.")
+        return None
+    made = EightBits(objective, _shadow(examples, ranks.device))
+    if not made.names:
+        why = f"no adapted layer without dropout or a variant has sides of at least {fp8.LEAST_SIDE}"
+        warnings.append(f"precision fp8 was not used: {why}.")
+        return None
+    if not made.check(ranks):
+        names = ", ".join(sorted(made.wide))
+        warnings.append(f"precision fp8 was not used in {names}: its products differ too much from those in bf16.")
+    return made
+
+
+def compare(objective: Objective, batch: Batch, names: Collection[str]) -> dict[str, tuple[float, float]]:
+    """The worse of both directions' cosines and length ratios of each layer's narrow product with its wide one.
+
+    Each is made of the factors that the narrow pass meets. Why not whole gradients of narrow and of wide passes: in
+    those the small errors of all layers above add up, whatever a layer does itself.
+    """
+    layers = {objective.model.get_submodule(name).base_layer: name for name in names}
+    parameters: list[nn.Parameter] = [p for p in objective.parameters() if p.requires_grad]
+    objective.train()
+    device = batch.input_ids.device
+    with fp8.watched() as watch, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        sums = objective.sums(batch, 1 / max(1, batch.targets.numel()))
+        # Not by `backward`: `.grad` may hold what recorded passes add to.
+        torch.autograd.grad(sums["loss"], parameters, allow_unused=True)
+    found: dict[str, tuple[float, float]] = {}
+    for (base, _), product in watch.found.items():
+        name = layers[base]
+        found[name] = min(found.get(name, product), product, key=lambda each: _closeness(*each))
+    return found
+
+
+def close(cosine: float, ratio: float) -> bool:
+    """Whether a narrow product may take the place of a wide one."""
+    return cosine >= LEAST_COSINE and NORM_RATIOS[0] <= ratio <= NORM_RATIOS[1]
+
+
+def _closeness(cosine: float, ratio: float) -> float:
+    """More for a closer product; not a number counts as the farthest."""
+    distance = max((1 - cosine) / (1 - LEAST_COSINE), abs(ratio - 1) / (NORM_RATIOS[1] - 1))
+    return -distance if distance == distance else float("-inf")
+
+
+def _reason(cosine: float, ratio: float) -> str:
+    return f"cosine {cosine:.4f} and {ratio:.3f} times the length of the wide product"
+
+
+def _shadow(examples: Sequence[Example], device: torch.device) -> Batch:
+    """The example of median length, the same on every rank."""
+    example = sorted(examples, key=len)[len(examples) // 2]
+    return collate([example], [[0]], device)
