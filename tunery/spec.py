@@ -142,6 +142,19 @@ class EarlyStopping(Part):
     min_delta: Float = Field(0.0, ge=0)
 
 
+class General(Part):
+    """What is measured besides the task, of base and tuned model: multiple-choice questions, and the KL of the tuned
+    model to its base on prompts with human answers. Both ship with Tunery."""
+
+    enabled: bool = Field(True, description="False: only the test file is scored")
+    items: Annotated[int, Field(ge=1), NO_BOOLEAN] | Auto = Field(
+        "auto", description="Questions, a fixed sample of them; auto: 100 on a CPU, all 800 on a GPU"
+    )
+    prompts: Annotated[int, Field(ge=0), NO_BOOLEAN] | Auto = Field(
+        "auto", description="Prompts, a fixed sample of them; auto: 20 on a CPU, all 100 on a GPU"
+    )
+
+
 class Evaluation(Part):
     """What is measured besides the training loss."""
 
@@ -151,6 +164,7 @@ class Evaluation(Part):
     test_file: str | None = Field(None, description="Rows answered greedily by base and tuned model after training")
     max_new_tokens: Int = Field(64, ge=1, le=4096, description="Token limit of those answers")
     max_rows: Int = Field(1000, ge=1, description="At most so many test rows, from the file's start")
+    general: General = Field(General(), description="What base and tuned model can do besides; with a test file")
 
 
 class Export(Part):
@@ -247,8 +261,9 @@ class Run(Part):
 
     The directory holds `spec.json`, `base/` (safetensors, tokenizer, chat template), `data/train.jsonl`, maybe
     `data/valid.jsonl`, `data/test.jsonl`, `adapter/` (an adapter to go on from) and `resume/` (a snapshot of an earlier
-    attempt). The trainer writes `out/` (the artifact), `checkpoints/step-N/` (artifacts at epoch ends),
-    `snapshots/step-N/` (recovery) and nothing else.
+    attempt) and `scores/` (what bases scored on the general benchmark, shared by the host's runs). The trainer writes
+    `out/` (the artifact), `checkpoints/step-N/` (artifacts at epoch ends), `snapshots/step-N/` (recovery), new files in
+    `scores/`, and nothing else.
     """
 
     version: Literal[1] = 1

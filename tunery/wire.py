@@ -94,6 +94,37 @@ class LabelShares(Message):
     tuned: float
 
 
+class Forgetting(Message):
+    """How far the tuned model has moved from its base: means over the tokens of human answers to general prompts."""
+
+    prompts: int
+    tokens: int
+    kl: float = Field(description="KL(base || tuned), with the lower and upper end of its 95 % interval over prompts")
+    kl_low: float
+    kl_high: float
+    base_nll: float = Field(description="The base's loss on the answers")
+    tuned_nll: float
+    nll_change: float
+    nll_change_low: float
+    nll_change_high: float
+
+
+class GeneralScore(Message):
+    """Base and tuned model on multiple-choice questions, by the log-likelihood of each choice."""
+
+    benchmark: str
+    items: int
+    base_accuracy: float = Field(description="Share of items whose right choice has the highest log-likelihood")
+    tuned_accuracy: float
+    change: float
+    change_low: float = Field(description="Lower end of the change's paired 95 % interval")
+    change_high: float
+    p: float = Field(description="The exact p of McNemar's test, two-sided")
+    base_accuracy_norm: float = Field(description="The same with log-likelihoods divided by the choice's characters")
+    tuned_accuracy_norm: float
+    forgetting: Forgetting | None = None
+
+
 class Score(Message):
     """Base and tuned model on the same rows, same prompt, greedy, same token limit."""
 
@@ -109,6 +140,7 @@ class Score(Message):
     primary: str = Field("exact", description="The metric of `metrics` that the task is judged by")
     metrics: dict[str, Measure] = {}
     labels: dict[str, LabelShares] = Field(default={}, description="Of a task of labels: each label's shares")
+    general: GeneralScore | None = Field(None, description="What base and tuned model can do besides the task")
 
 
 class Exported(Message):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from run_folders import Ear, chat, lay_out, plan, said
 
-from tunery.spec import Evaluation
+from tunery.spec import Evaluation, General
 from worker.trainer import pace
 from worker.trainer.pace import Pace, Work
 from worker.trainer.report import Voice
@@ -49,6 +49,16 @@ def test_what_was_measured_takes_the_estimates_place() -> None:
     assert paced.left() == pytest.approx(4 * 4 + 3 * 5 + 7 + 4 * 11)
 
 
+def test_general_benchmark_is_counted_by_its_tokens() -> None:
+    paced = _paced(Work(steps=10, steps_per_epoch=10, step_tokens=100), step=10)
+    paced.expect_general(300)
+    assert paced.left() == pytest.approx(300 * 0.01)
+    with paced.measure("general", 100):
+        pass
+    paced.note("general", 0.02)
+    assert paced.left() == pytest.approx(200 * 0.01, rel=1e-3)  # the mean of no time and 20 ms
+
+
 def test_nothing_is_said_before_anything_is_known() -> None:
     paced = Pace(Work(steps=5, steps_per_epoch=5, step_tokens=100))
     paced.expect_answers(4, batch=4, tokens=8, prompt=12)
@@ -78,7 +88,7 @@ def test_a_run_says_how_long_answering_and_saving_take(
 
     monkeypatch.setattr(answers, "_generate_batch", slow)
     monkeypatch.setattr(answers, "ANSWER_BATCH", {"cpu": 2})
-    evaluation = Evaluation(test_file="file-test", max_new_tokens=4)
+    evaluation = Evaluation(test_file="file-test", max_new_tokens=4, general=General(enabled=False))
     folder = lay_out(tmp_path / "run", tiny, plan(n_epochs=2, evaluation=evaluation), rows, rows, rows)
 
     assert carry_out(folder, Voice(ear.descriptor), Wish())

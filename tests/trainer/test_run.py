@@ -26,7 +26,7 @@ from worker.trainer import checkpoints, paths, validation
 from worker.trainer.data import collate
 from worker.trainer.loop import train
 from worker.trainer.report import CSV_HEADER, Voice
-from worker.trainer.run import _measure_and_write, _questions, carry_out, prepare
+from worker.trainer.run import _questions, _write_together, carry_out, prepare
 from worker.trainer.training import Progress, Training
 from worker.trainer.wish import Wish
 
@@ -372,7 +372,7 @@ def test_only_rank_0_touches_the_artifact(tmp_path: Path, tiny: Path) -> None:
     (t.folder / ".out.partial").mkdir()
     sister = SimpleNamespace(is_main_process=False, process_index=1, num_processes=2, wait_for_everyone=lambda: None)
 
-    _measure_and_write(replace(t, accelerator=sister), Progress(step=1), [], None)
+    _write_together(replace(t, accelerator=sister), Progress(step=1), None)
 
     assert (t.folder / ".out.partial").exists()
     assert not (t.folder / "out").exists()

@@ -60,6 +60,15 @@ def _request(job: dict[str, Any]) -> list[tuple[str, Any]]:
         ("trained tokens", f"{job['trained_tokens']:,}" if job["trained_tokens"] else None),
         ("created", f"{show.age(job['created_at'])} ago"),
         *_scorecard(job.get("scorecard") or {}),
+        *_general((job.get("scorecard") or {}).get("general")),
+    ]
+
+
+def _general(score: dict[str, Any] | None) -> list[tuple[str, Any]]:
+    """What base and tuned model can do besides the task."""
+    return [
+        ("general", compact(score, skip=("forgetting",))),
+        ("forgetting", compact((score or {}).get("forgetting"))),
     ]
 
 

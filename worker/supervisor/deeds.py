@@ -201,6 +201,8 @@ class Scribe:
     def _score(self, session: Session, score: wire.Score) -> None:
         leases.record_progress(session, self._hold.lease, scorecard=score.model_dump(mode="json", exclude={"type"}))
         ledger.note(session, self._hold.lease.job_id, score_message(score))
+        if score.general is not None:
+            ledger.note(session, self._hold.lease.job_id, general_message(score.general))
 
     def _note_export(self, session: Session, export: wire.Exported) -> None:
         level, verb = ("warn", "not written") if export.is_refused else ("info", "written")
@@ -355,4 +357,20 @@ def _measure_message(name: str, found: wire.Measure) -> str:
     return (
         f"{name} {found.base:.1%} before, {found.tuned:.1%} after, gain {100 * found.gain:+.1f} points "
         f"(95 % interval {100 * found.low:+.1f} to {100 * found.high:+.1f})"
+    )
+
+
+def general_message(score: wire.GeneralScore) -> str:
+    """What base and tuned model can do besides the task, in a sentence or two."""
+    text = (
+        f"General ability on {score.items} questions: {score.base_accuracy:.1%} before, {score.tuned_accuracy:.1%} "
+        f"after; change {100 * score.change:+.1f} points (95 % interval {100 * score.change_low:+.1f} to "
+        f"{100 * score.change_high:+.1f})"
+    )
+    moved = score.forgetting
+    if moved is None:
+        return text
+    return (
+        f"{text}. On {moved.prompts} general prompts: KL to the base {moved.kl:.3f} nats a token (95 % interval "
+        f"{moved.kl_low:.3f} to {moved.kl_high:.3f}), loss {moved.base_nll:.2f} before, {moved.tuned_nll:.2f} after"
     )

@@ -21,6 +21,8 @@ from tunery.storage import Check, Storage
 _LOCK_SECONDS = 0.2
 EXPORTS = ("merged/", "gguf/")
 """The folders of an artifact that `tunery.spec.Export` adds."""
+SCORES = "scores"
+"""In the folder of models: what bases scored on the general benchmark, which their next runs read instead."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ def lay_out(needs: Needs, run_dir: Path, models_dir: Path, storage: Storage, che
     check()
     base = base_folder(models_dir, storage, needs.base.prefix, needs.base.sha256, check)
     (run_dir / "base").symlink_to(base.absolute())
+    (models_dir / SCORES).mkdir(exist_ok=True)
+    (run_dir / SCORES).symlink_to((models_dir / SCORES).absolute())
     for name, folder in (("adapter", needs.adapter), ("resume", needs.resume)):
         if folder is not None:
             listed = _without_exports(storage, folder.prefix, folder.sha256)

@@ -119,6 +119,7 @@ class Batch:
     knows to keep the rows apart; a model that can be told their `borders` reads these instead. `where` indexes the
     flattened positions that predict something, `targets` what. `labelled`: how many of these belong to each row, in the
     order of the examples and of their rows; what is left at the end is padding.
+    `mask` [sequences, 1, longest, longest]: what each position sees, where that is not all before it.
     """
 
     input_ids: Tensor
@@ -128,6 +129,7 @@ class Batch:
     tokens: int
     labelled: tuple[int, ...]
     borders: Borders | None = None
+    mask: Tensor | None = None
 
 
 def read_rows(

@@ -1,5 +1,6 @@
 """What is minimised: a method's sums over a micro-batch, from the losses of its labelled tokens."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -52,6 +53,13 @@ class Objective(nn.Module):
             losses = functional.cross_entropy(self._logits(batch).float(), batch.targets, reduction="none")
         return torch.stack([part.sum() for part in losses[: sum(batch.labelled)].split(batch.labelled)])
 
+    def row_logits(self, batch: Batch) -> Iterator[Tensor]:
+        """The logits [labelled, vocabulary] in fp32 of one row after the other, in the order of `batch.labelled`."""
+        if self.chunked:
+            hidden, head = self._factors(batch)
+            return ((part @ head.t()).float() for part in hidden.split(batch.labelled))
+        return (part.float() for part in self._logits(batch).split(batch.labelled))
+
     def autocast(self) -> AbstractContextManager[object]:
         """Makes the model's products in the type that its precision says."""
         return precision.autocast(self._precision, next(self.parameters()).device)
@@ -97,6 +105,8 @@ class Objective(nn.Module):
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        if batch.mask is not None:
+            return inputs | {"attention_mask": batch.mask}
         if batch.borders is None:
             return inputs
         # A mask of four axes is handed on as it is: without one, transformers looks at the positions for packed rows,

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-Part = Literal["step", "validation", "checkpoint", "answer", "saving"]
+Part = Literal["step", "validation", "checkpoint", "answer", "general", "saving"]
 
 _BYTES_A_SECOND = 200e6
 """Of weights that are written or read. A slow disk; a fast one is measured soon."""
@@ -48,11 +48,16 @@ class Pace:
     _answer_tokens: int = 0
     _answer_batch: int = 1
     _prompt_tokens: float = 0.0
+    _general_tokens: int = 0
 
     def expect_answers(self, answers: int, *, batch: int, tokens: int, prompt: float) -> None:
         """Counts in answers of at most `tokens` tokens to prompts of about `prompt`, `batch` of them at once."""
         self._answers, self._answer_tokens, self._prompt_tokens = answers, tokens, prompt
         self._answer_batch = max(1, min(batch, answers))
+
+    def expect_general(self, tokens: int) -> None:
+        """Counts in so many tokens of the general benchmark, which pass through the model once."""
+        self._general_tokens += tokens
 
     @contextmanager
     def measure(self, part: Part, count: int = 1) -> Iterator[None]:
@@ -62,6 +67,8 @@ class Pace:
         self.note(part, (time.monotonic() - began) / max(1, count))
         if part == "answer":
             self._answers = max(0, self._answers - count)
+        if part == "general":
+            self._general_tokens = max(0, self._general_tokens - count)
 
     def note(self, part: Part, seconds: float) -> None:
         """Counts a part's time in, the recent ones weighing more."""
@@ -72,9 +79,10 @@ class Pace:
     def left(self) -> float | None:
         """Seconds to the end of the run, with what is due after the present step. None where nothing tells yet: before
         the first step, and in a run that was stopped after its last one, before the first answer."""
-        if not self._seconds.keys() & ({"step", "answer"} if self.trained else {"step"}):
+        if not self._seconds.keys() & ({"step", "answer", "general"} if self.trained else {"step"}):
             return None
-        after = self._of("answer") * self._answers + self._of("saving")
+        general = self._of("general") * self._general_tokens
+        after = self._of("answer") * self._answers + general + self._of("saving")
         return after if self.trained else after + self._of("step") * (self.work.steps - self.step) + self._between()
 
     def _between(self) -> float:
@@ -103,6 +111,7 @@ class Pace:
             "checkpoint": work.trained_bytes / _BYTES_A_SECOND,
             "answer": (self._prompt_tokens + self._answer_tokens) * forward
             + self._answer_tokens * work.layers * _LAYER_SECONDS / self._answer_batch,
+            "general": forward,
             "saving": (work.trained_bytes + self.check_bytes) / _BYTES_A_SECOND,
         }
         return seconds[part]

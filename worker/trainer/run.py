@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from tunery.planning.precision import decide
 from tunery.rows.encoding import find_encoder
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
-from tunery.wire import Finished, Paused, Phase, Score, Started
+from tunery.wire import Finished, GeneralScore, Paused, Phase, Score, Started
 from worker.trainer import checkpoints, eight_bits, packing, parallel, parity, paths, preflight, report, rope
 from worker.trainer.data import Rows, collate, read_parsed, read_rows, singles
 from worker.trainer.export import job as export
+from worker.trainer.general import measure as general
 from worker.trainer.loop import train
 from worker.trainer.methods import registry
 from worker.trainer.objective import Objective, all_and_trainable
@@ -51,13 +53,16 @@ def carry_out(folder: Path, voice: Voice, wish: Wish) -> bool:
     try:
         t.pace.check_bytes = parity.bytes_to_read(t)
         asked = _questions(t)
+        probe = general.prepare(t) if asked else None
         base_answers = _answers_before_training(t, asked)
+        base_general = _general_before_training(t, probe)
         progress = _resume(t)
         _announce(t, progress)
         voice.say(Phase(phase="training"))
         done = train(t, progress)
         if done:
-            _measure_and_write(t, progress, asked, base_answers)
+            scored = _score(t, asked, base_answers, lambda: _compare_general(t, probe, base_general))
+            _write_together(t, progress, scored)
     except Stopped:
         done = False
         _save_for_later(t, progress)
@@ -215,26 +220,41 @@ def _answers_before_training(t: Training, asked: list[answers.Question]) -> list
     return answers.generate(t, asked, base=True)
 
 
-def _measure_and_write(
-    t: Training, progress: Progress, asked: list[answers.Question], base_answers: list[str] | None
-) -> None:
-    """The scorecard, to which every rank answers its share, and then the artifact, which rank 0 writes."""
-    scored = _score(t, asked, base_answers)
-    t.voice.say(Phase(phase="saving", seconds_left=t.pace.left()))
-    if t.ranks.is_main:
-        _write(t, progress, scored)
-    t.ranks.wait()
+def _general_before_training(t: Training, probe: general.Probe | None) -> general.Baseline | None:
+    """The base on the general benchmark, where training overwrites the base."""
+    if isinstance(t.objective.model, PeftModel) or probe is None:
+        return None
+    return general.describe_base(t, probe)
 
 
-def _score(t: Training, asked: list[answers.Question], base_answers: list[str] | None) -> Scored | None:
+def _compare_general(t: Training, probe: general.Probe | None, base: general.Baseline | None) -> GeneralScore | None:
+    return None if probe is None else general.compare(t, probe, base or general.describe_base(t, probe))
+
+
+def _score(
+    t: Training,
+    asked: list[answers.Question],
+    base_answers: list[str] | None,
+    compare_general: Callable[[], GeneralScore | None],
+) -> Scored | None:
+    """The scorecard, to which every rank answers its share."""
     if not asked:
         return None
     t.voice.say(Phase(phase="evaluating", seconds_left=t.pace.left()))
     tuned = answers.generate(t, asked, base=False)
     base = answers.generate(t, asked, base=True) if base_answers is None else base_answers
     card, rows = scorecard.score(asked, base, tuned)
+    card = card.model_copy(update={"general": compare_general()})
     t.voice.say(card)
     return card, rows
+
+
+def _write_together(t: Training, progress: Progress, scored: Scored | None) -> None:
+    """The artifact, which rank 0 writes."""
+    t.voice.say(Phase(phase="saving", seconds_left=t.pace.left()))
+    if t.ranks.is_main:
+        _write(t, progress, scored)
+    t.ranks.wait()
 
 
 def _write(t: Training, progress: Progress, scored: Scored | None) -> None:

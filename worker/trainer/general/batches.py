@@ -1,0 +1,49 @@
+"""Work on the general benchmark, cut into batches of like length and spread over the ranks."""
+
+import itertools
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from tunery.wire import Phase
+from worker.trainer import rope
+from worker.trainer.data import micro_batches
+from worker.trainer.training import Training
+
+Found = TypeVar("Found")
+
+TOKENS = {"cpu": 512, "cuda": 16384}
+"""Of a batch, with its padding, which costs a CPU more than small batches do."""
+
+
+def run(t: Training, lengths: list[int], work: Callable[[list[int]], list[Found]]) -> list[Found]:
+    """What `work` finds for each index of `lengths`, which are in tokens, in their order. Raises Stopped."""
+    waiting = deque(_cut(t, lengths))
+    found: list[tuple[int, Found]] = []
+    for _ in t.ranks.turns(t.wish, lambda: bool(waiting)):
+        if not waiting:
+            continue  # the others are not done
+        part = waiting.popleft()
+        try:
+            with t.pace.measure("general", sum(lengths[i] for i in part)):
+                found += zip(part, work(part), strict=True)
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            half = len(part) // 2
+            waiting.extendleft((part[half:], part[:half]))
+        t.voice.say(Phase(phase="evaluating", seconds_left=t.pace.left()))
+    together = itertools.chain(*t.ranks.gather(found))
+    return [each for _, each in sorted(together, key=lambda pair: pair[0])]
+
+
+def _cut(t: Training, lengths: list[int]) -> list[list[int]]:
+    """This rank's batches. What a model's RoPE would turn by other frequencies stands in another batch."""
+    frequencies = rope.of(t.objective.causal)
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    mine = longest_first[t.ranks.index :: t.ranks.count]
+    groups = [frequencies.group(length) for length in lengths]
+    parts = micro_batches(mine, lengths, TOKENS[t.device.type], groups=groups)
+    return [[i for packed in part for i in packed] for part in parts]

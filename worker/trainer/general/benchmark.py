@@ -1,0 +1,108 @@
+"""The general benchmark: multiple-choice questions, and prompts with human answers, none of which a run trains on.
+
+Both lie in `data/`; NOTICE names where they are from. Which of them a run takes depends on nothing but their number, so
+that runs can be compared with each other.
+"""
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from tunery.errors import TuneryError
+from tunery.rows.messages import Example, Message
+from tunery.rows.template import ChatTemplate
+from worker.trainer.data import Row
+
+_DATA = Path(__file__).parent / "data"
+_SEED = 0
+"""Of the sample, and not the run's own: two runs on one base have to answer the same questions."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question with its choices; `answer` is the right one's index."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """An item's ids: the question's, and those that each choice adds."""
+
+    prefix: list[int]
+    choices: tuple[list[int], ...]
+
+    def __len__(self) -> int:
+        return len(self.prefix) + sum(map(len, self.choices))
+
+
+def load_items(count: int | None = None) -> list[Item]:
+    """The shipped questions: all 800, or a seeded sample of `count`."""
+    return [
+        Item(row["question"], tuple(row["choices"]), row["answer"])
+        for row in _sample(_read("multiple_choice.jsonl"), count)
+    ]
+
+
+def load_prompts(template: ChatTemplate, count: int | None, longest: int) -> list[Row]:
+    """The shipped prompts as rows whose labels are their answers, each of at most `longest` tokens.
+
+    A prompt is left out where the model's template refuses it or no token of its answer is left.
+    """
+    rows = []
+    for entry in _sample(_read("prompts.jsonl"), count):
+        messages = [Message.model_validate(message) for message in entry["messages"]]
+        try:
+            rendered = template.encode(Example(messages=messages), longest)
+        except TuneryError:
+            continue
+        row = Row(rendered.input_ids, rendered.labels)
+        rows += [row] if row.labelled else []
+    return rows
+
+
+def digest(items: list[Item]) -> str:
+    """Equal for equal questions in the same order."""
+    text = json.dumps([[item.question, item.choices, item.answer] for item in items])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def encode(tokenizer: Tokenizer, item: Item) -> Tokens:
+    """The ids of `Question: <question>\\nAnswer:` and of ` <choice>` behind it, without a chat template.
+
+    As lm-evaluation-harness cuts them: a choice has the tokens of the whole text beyond as many as the question's.
+    """
+    prefix = f"Question: {item.question}\nAnswer:"
+    start = _begin(tokenizer)
+    ids = _ids(tokenizer, prefix)
+    choices = tuple(_ids(tokenizer, f"{prefix} {choice}")[len(ids) :] for choice in item.choices)
+    return Tokens(start + ids, choices)
+
+
+def _begin(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer puts before any text, as Llama's and Gemma's do."""
+    whole, bare = tokenizer.encode("a").ids, _ids(tokenizer, "a")
+    ends = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare]
+    return list(whole[: ends[0]]) if ends else []
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _read(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (_DATA / name).read_text(encoding="utf-8").splitlines()]
+
+
+def _sample(rows: list[dict[str, Any]], count: int | None) -> list[dict[str, Any]]:
+    if count is None or count >= len(rows):
+        return rows
+    chosen = random.Random(_SEED).sample(range(len(rows)), count)  # noqa: S311 (nobody gains by guessing it)
+    return [rows[i] for i in sorted(chosen)]
