@@ -162,7 +162,9 @@ class Evaluation(Part):
         "auto", description="Steps between full validation losses; auto: each epoch's end"
     )
     test_file: str | None = Field(None, description="Rows answered greedily by base and tuned model after training")
-    max_new_tokens: Int = Field(64, ge=1, le=4096, description="Token limit of those answers")
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096), NO_BOOLEAN] | Auto = Field(
+        "auto", description="Token limit of those answers; auto: by the longest wanted one"
+    )
     max_rows: Int = Field(1000, ge=1, description="At most so many test rows, from the file's start")
     general: General = Field(General(), description="What base and tuned model can do besides; with a test file")
 

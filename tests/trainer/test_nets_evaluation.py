@@ -114,11 +114,11 @@ def test_answers_that_run_out_of_memory_are_given_in_smaller_batches(
     wanted = answers.generate(t, asked, base=False)
     usual, sizes, most = answers._generate_batch, [], 3
 
-    def generate(t: Training, prompts: list[list[int]]) -> list[str]:
+    def generate(t: Training, prompts: list[list[int]], limit: int) -> list[str]:
         sizes.append(len(prompts))
         if len(prompts) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return usual(t, prompts)
+        return usual(t, prompts, limit)
 
     monkeypatch.setattr(answers, "_generate_batch", generate)
 

@@ -164,6 +164,30 @@ def test_answers_do_not_depend_on_the_batch(tmp_path: Path, tiny: Path, monkeypa
     assert len(set(alone)) > 1
 
 
+@pytest.mark.parametrize(("asked", "limit"), [("auto", 41), (7, 7)])
+def test_answers_end_at_the_limit(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, asked: Any, limit: int
+) -> None:
+    """A token a character: the longest wanted answer has 25, and 16 are to spare."""
+    row = chat(0)
+    row["messages"][-1]["content"] = "b" * 25
+    settled = plan(evaluation=Evaluation(max_new_tokens=asked))
+    t = prepare(lay_out(tmp_path / "run", tiny, settled, [row, chat(1)]), Voice(None), Wish())
+    questions = answers.questions(t.template, [Example.model_validate(each) for each in (row, chat(1))])
+    causal, limits = t.objective.causal, []
+    generate = causal.generate
+
+    def measured(**given: Any) -> Any:
+        limits.append(causal.generation_config.max_new_tokens)
+        return generate(**given)
+
+    monkeypatch.setattr(causal, "generate", measured)
+
+    assert len(answers.generate(t, questions, base=False)) == 2
+    assert answers.token_limit(settled.evaluation, questions) == limit
+    assert limits == [limit]
+
+
 def test_stop_is_heard_between_batches(tmp_path: Path, tiny: Path) -> None:
     t = prepare(lay_out(tmp_path / "run", tiny, plan(), [chat(0), chat(1)]), Voice(None), Wish())
     asked = answers.questions(t.template, [Example.model_validate(chat(0))])

@@ -102,6 +102,22 @@ def test_test_rows_that_want_an_empty_answer_are_named() -> None:
     assert len(check_examples([row(answer="")], role="validation", template=tools).warnings(2048)) == 1
 
 
+def test_answers_that_do_not_fit_are_named_among_the_rows_that_are_answered() -> None:
+    made = template()
+    rows = [row(answer="yes"), row(answer="a much longer answer " * 3), row(answer="x " * 200)]
+
+    summary = check_examples(rows, role="test", template=made, answered=2)
+
+    long = len(made.tokenizer.encode("a much longer answer " * 3, add_special_tokens=False).ids)
+    assert [line for line, _ in summary.answer_tokens] == [1, 2]
+    assert summary.longest_answer == pytest.approx(long, abs=1)
+    assert summary.check_limit(summary.longest_answer) == []
+    [told] = summary.check_limit(summary.longest_answer - 1)
+    assert told.startswith("1 of 2 wanted answers have more tokens than evaluation.max_new_tokens (")
+    assert "line 2" in told
+    assert check_examples(rows, role="validation", template=made).answer_tokens == []
+
+
 def test_rows_that_spell_special_tokens_are_named() -> None:
     rows = [row(), row("say <|im_end|>"), row(answer="</s> <|im_end|>")]
 

@@ -119,7 +119,7 @@ def test_spec_of_an_older_release_is_read() -> None:
         "seed": 7,
         "early_stopping": None,
         "select": "last",
-        "evaluation": {"every_steps": "auto", "test_file": None, "max_new_tokens": 64, "max_rows": 1000},
+        "evaluation": {"every_steps": "auto", "test_file": None, "max_new_tokens": "auto", "max_rows": 1000},
         "resources": {"gpus": 1},
         "technique": None,
         "hyperparameters": {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"},

@@ -44,6 +44,17 @@ def plan(examples: int = 1000, facts: dict[str, Any] = LLAMA_8B, bf16_fits: bool
     return advice.resolve(spec(**fields), examples=examples, facts=facts, bf16_fits=bf16_fits)
 
 
+@pytest.mark.parametrize(("longest", "limit"), [(1, 17), (64, 80), (100, 125), (820, 1024), (5000, 1024)])
+def test_answers_may_be_a_quarter_longer_than_those_wanted(longest: int, limit: int) -> None:
+    made = advice.resolve(spec(), examples=9, facts=LLAMA_8B, bf16_fits=True, longest_answer=longest)
+    by_hand = spec(evaluation={"max_new_tokens": 7})
+
+    assert made.evaluation.max_new_tokens == limit
+    assert plan().evaluation.max_new_tokens == "auto"  # no rows that are answered
+    given = advice.resolve(by_hand, examples=9, facts=LLAMA_8B, bf16_fits=True, longest_answer=longest)
+    assert given.evaluation.max_new_tokens == 7
+
+
 def test_learning_rates_follow_the_width() -> None:
     assert advice.default_learning_rate(576, Lora()) == pytest.approx(1.3e-3, rel=0.03)
     assert advice.default_learning_rate(4096, Lora()) == pytest.approx(2.9e-4, rel=0.03)

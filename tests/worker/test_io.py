@@ -95,6 +95,25 @@ def test_a_good_job_is_planned_and_queued_once(workshop: Workshop) -> None:
     assert "No host here can take the job. It waits for 2 GPUs of one host; the largest worker has none." in told
 
 
+@pytest.mark.parametrize(("asked", "limit", "warned"), [("auto", 18, 0), (64, 64, 0), (1, 1, 1)])
+def test_answers_may_be_as_long_as_the_longest_wanted_one(
+    workshop: Workshop, asked: int | str, limit: int, warned: int
+) -> None:
+    training, test = workshop.file(training_rows(12)), workshop.file(training_rows(2, 20))
+    job_id = workshop.submit(training, test=test, evaluation={"max_new_tokens": asked})
+
+    assert _validate(workshop)
+
+    job, told = workshop.job(job_id), workshop.story(job_id)
+    assert job.plan is not None
+    assert job.plan["evaluation"]["max_new_tokens"] == limit
+    cut = [line for line in told if "evaluation.max_new_tokens" in line]
+    assert cut == warned * [
+        "Test file: 2 of 2 wanted answers have more tokens than evaluation.max_new_tokens (1), so no answer there can "
+        "be right: lines 1, 2. Send at least 2."
+    ]
+
+
 class _Counting(Directory):
     """A storage that counts how often each object is read."""
 

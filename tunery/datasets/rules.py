@@ -24,7 +24,8 @@ class Summary:
     `truncated`: lines that lose their end to the cut, `unlearnable`: lines that lose every answer and are left out.
     `silent`: lines with an answer that is empty. `unscorable`: lines of a test file whose wanted answer is empty as the
     template writes it. `spelled`: lines that spell special tokens, which they keep as text. `unknown_keys`: those of
-    the rows that are read by nobody, in the order in which they came. `shape`: what the rows' columns become."""
+    the rows that are read by nobody, in the order in which they came. `shape`: what the rows' columns become.
+    `answer_tokens`: lines with the tokens of the answers that they want, of rows that a model is going to answer."""
 
     examples: int = 0
     tokens: int = 0
@@ -37,7 +38,23 @@ class Summary:
     unknown_keys: dict[str, None] = field(default_factory=dict)
     spelled: dict[int, tuple[str, ...]] = field(default_factory=dict)
     with_tools: int = 0
+    answer_tokens: list[tuple[int, int]] = field(default_factory=list)
     shape: FileShape = field(default_factory=FileShape, compare=False)
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest answer that is wanted."""
+        return max((tokens for _, tokens in self.answer_tokens), default=0)
+
+    def check_limit(self, limit: int) -> list[str]:
+        """Warns of wanted answers that have more tokens than a model's answer may have."""
+        long = [number for number, tokens in self.answer_tokens if tokens > limit]
+        if not long:
+            return []
+        return [
+            f"{len(long)} of {len(self.answer_tokens)} wanted answers have more tokens than evaluation.max_new_tokens "
+            f"({limit}), so no answer there can be right: {_lines(long)}. Send at least {self.longest_answer}."
+        ]
 
     def warnings(self, max_length: int) -> list[str]:
         """What the owner should know though the job goes on."""
@@ -82,12 +99,14 @@ def check_examples(
     max_length: int = 2048,
     least: int | None = None,
     encoder: RowEncoder = CHATS,
+    answered: int = 0,
     seen: Callable[[int, Example], object] | None = None,
 ) -> Summary:
     """Reads the whole file, row by row, in constant memory.
 
     `least`: examples that it must have (a training file 10, others 1). `encoder`: of the job's method. Without a
-    template, rows are judged by their own form only. `seen` is called with each good line's number and example.
+    template, rows are judged by their own form only. `answered`: how many rows a model is going to answer, from the
+    start. `seen` is called with each good line's number and example.
     Raises InvalidTrainingFile, with the first fault and the lines of the others, or InvalidNExamples.
     """
     summary = Summary()
@@ -101,7 +120,7 @@ def check_examples(
                 if template is not None:
                     encoded = encoder.encode(template, example, number, max_length=max_length, role=role)
                     _measure(summary, number, encoded)
-                    _check_answer(summary, number, template, example, role)
+                    _check_answer(summary, number, template, example, role, answered)
                 if seen is not None:
                     seen(number, example)
             except InvalidTrainingFile as fault:
@@ -179,12 +198,17 @@ def _measure(summary: Summary, number: int, encoded: Encoded) -> None:
         summary.truncated.append(number)
 
 
-def _check_answer(summary: Summary, number: int, template: ChatTemplate, example: Example, role: FileRole) -> None:
-    if role != "test":
+def _check_answer(
+    summary: Summary, number: int, template: ChatTemplate, example: Example, role: FileRole, answered: int
+) -> None:
+    is_answered = len(summary.answer_tokens) < answered
+    if role != "test" and not is_answered:
         return
     _, wanted = encode_answer(template, example, number)
-    if not template.answer_text(wanted).strip():
+    if role == "test" and not template.answer_text(wanted).strip():
         summary.unscorable.append(number)
+    if is_answered:
+        summary.answer_tokens.append((number, template.answer_length(wanted)))
 
 
 class Overlap:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunery.errors import InvalidValue
-from tunery.spec import Full, Lora, Plan, Qlora, Technique, TrainingSpec
+from tunery.spec import Evaluation, Full, Lora, Plan, Qlora, Technique, TrainingSpec
 
 BATCH_SIZE = 8
 _EPOCHS = 3
@@ -15,6 +15,7 @@ _BAND = (0.2, 2.0)
 _FEW_EXAMPLES = 50
 _LARGE_LORA_BATCH = 32
 _HIGH_DROPOUT = 0.3
+_MOST_ANSWER_TOKENS, _LEAST_SPARE = 1024, 16
 
 
 def default_learning_rate(hidden_size: int, technique: Technique) -> float:
@@ -55,8 +56,25 @@ def max_length(spec: TrainingSpec, facts: Mapping[str, Any]) -> int:
     return min(spec.max_seq_length, facts.get("context_length") or spec.max_seq_length)
 
 
-def resolve(spec: TrainingSpec, *, examples: int, facts: Mapping[str, Any], bf16_fits: bool) -> Plan:
-    """The plan of a run on `examples` training rows. `facts`: the base's."""
+def answer_limit(evaluation: Evaluation, longest: int) -> int:
+    """Tokens that an answer may have: as asked for, or by the `longest` wanted one, with a quarter of it to spare.
+
+    A model that learned to stop costs no more by a higher limit; a base that did not runs on to it in every row.
+    """
+    if evaluation.max_new_tokens != "auto":
+        return evaluation.max_new_tokens
+    return min(_MOST_ANSWER_TOKENS, longest + max(_LEAST_SPARE, longest // 4))
+
+
+def resolve(
+    spec: TrainingSpec,
+    *,
+    examples: int,
+    facts: Mapping[str, Any],
+    bf16_fits: bool,
+    longest_answer: int | None = None,
+) -> Plan:
+    """The plan of a run on `examples` training rows. `facts`: the base's; `longest_answer`: tokens, of those wanted."""
     knobs = spec.hyperparameters
     technique = spec.technique or default_technique(bf16_fits, facts)
     default_rate = default_learning_rate(facts["hidden_size"], technique)
@@ -64,6 +82,8 @@ def resolve(spec: TrainingSpec, *, examples: int, facts: Mapping[str, Any], bf16
     rate = default_rate * multiplier if spec.learning_rate is None else spec.learning_rate
     settled = spec.model_dump(exclude={"technique", "hyperparameters", "learning_rate"})
     settled["max_seq_length"] = max_length(spec, facts)
+    if longest_answer is not None:
+        settled["evaluation"]["max_new_tokens"] = answer_limit(spec.evaluation, longest_answer)
     return Plan(
         **settled,
         technique=technique,

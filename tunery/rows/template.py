@@ -150,10 +150,13 @@ class ChatTemplate:
         """The prompt's last ids, behind which an answer's ids say what they say in the whole text."""
         return self._tokens.context(prompt_ids)
 
+    def answer_length(self, ids: Sequence[int]) -> int:
+        """How many ids an answer has before the first stop token."""
+        return next((place for place, token in enumerate(ids) if token in self.eos_ids), len(ids))
+
     def answer_text(self, ids: Sequence[int]) -> str:
         """What an answer's ids say, up to the first stop token."""
-        end = next((place for place, token in enumerate(ids) if token in self.eos_ids), len(ids))
-        text: str = self.tokenizer.decode(list(ids[:end]), skip_special_tokens=True)
+        text: str = self.tokenizer.decode(list(ids[: self.answer_length(ids)]), skip_special_tokens=True)
         return text
 
     def _views(

@@ -91,6 +91,7 @@ def check_files(case: Case, found: Findings) -> list[str]:
             template=found.template,
             max_length=case.max_length,
             encoder=find_encoder(case.spec.method.type, role),
+            answered=case.spec.evaluation.max_rows if role == "test" else 0,
             seen=partial(found.overlap.add, role) if len(case.files) > 1 else None,
         )
     return [
@@ -102,9 +103,18 @@ def check_files(case: Case, found: Findings) -> list[str]:
 
 def check_fit(case: Case, found: Findings) -> list[str]:
     """Makes the plan and estimates its memory. Raises DoesNotFit where the largest device known is too small."""
-    found.plan = _plan(case, found.summaries["training"])
+    found.plan = _plan(case, found.summaries)
     found.gpu_bytes, found.cpu_bytes = (_need(case, found.plan, device) for device in ("cuda", "cpu"))
     return []
+
+
+def check_answers(_case: Case, found: Findings) -> list[str]:
+    """Warns of rows that no answer can get right, as the token limit cuts it off."""
+    return [
+        f"{role.capitalize()} file: {warning}"
+        for role, summary in found.summaries.items()
+        for warning in summary.check_limit(advice.answer_limit(found.plan.evaluation, summary.longest_answer))
+    ]
 
 
 def check_plan(case: Case, found: Findings) -> list[str]:
@@ -136,6 +146,7 @@ def check_hosts(case: Case, found: Findings) -> list[str]:
 CHECKS: tuple[Callable[[Case, Findings], list[str]], ...] = (
     check_files,
     check_fit,
+    check_answers,
     check_plan,
     check_overlap,
     check_hosts,
@@ -143,20 +154,23 @@ CHECKS: tuple[Callable[[Case, Findings], list[str]], ...] = (
 """In order: `check_files` and `check_fit` leave what the others read."""
 
 
-def _plan(case: Case, summary: Summary) -> Plan:
+def _plan(case: Case, summaries: Mapping[FileRole, Summary]) -> Plan:
     """Raises DoesNotFit where the largest device known is too small; without any worker yet nothing is too large."""
     facts, length = case.base.facts, case.max_length
+    answers = [summary.longest_answer for summary in summaries.values() if summary.answer_tokens]
+    known: dict[str, Any] = {"examples": summaries["training"].examples, "facts": facts}
+    known["longest_answer"] = max(answers, default=None)
     # A host's memory is no measure for a job that a GPU is there for: it would wait for weeks on a CPU.
     largest = max(_gpus(case.devices) or case.devices, key=lambda device: device.memory_bytes, default=None)
     if largest is None:
-        return advice.resolve(case.spec, examples=summary.examples, facts=facts, bf16_fits=True)
+        return advice.resolve(case.spec, **known, bf16_fits=True)
     limits: dict[str, Any] = {
         "max_seq_length": length,
         "capacity": largest.memory_bytes,
         "device": "cpu" if largest.gpu_index is None else "cuda",
     }
     fits = memory.bf16_fits(facts, **limits)
-    plan = advice.resolve(case.spec, examples=summary.examples, facts=facts, bf16_fits=fits)
+    plan = advice.resolve(case.spec, **known, bf16_fits=fits)
     memory.check(facts, plan.technique, **limits, model=case.model)
     return plan
 

@@ -206,7 +206,7 @@ def _questions(t: Training) -> list[answers.Question]:
     examples = [example for _, example in read_parsed(path, "test")]
     asked = answers.questions(t.template, examples[: t.plan.evaluation.max_rows])
     count = 2 * len(asked[t.ranks.index :: t.ranks.count])  # the base's and the tuned model's
-    batch, tokens = answers.ANSWER_BATCH[t.device.type], t.plan.evaluation.max_new_tokens
+    batch, tokens = answers.ANSWER_BATCH[t.device.type], answers.token_limit(t.plan.evaluation, asked)
     prompt = sum(len(question.prompt_ids) for question in asked) / max(1, len(asked))
     t.pace.expect_answers(count, batch=batch, tokens=tokens, prompt=prompt)
     return asked

@@ -1,7 +1,8 @@
 """Questions from test rows, and a model's greedy answers to them."""
 
 import itertools
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +10,15 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig
 
+from tunery.planning.advice import answer_limit
 from tunery.rows import messages
 from tunery.rows.encoding import encode_answer
 from tunery.rows.template import ChatTemplate
+from tunery.spec import Evaluation
 from tunery.wire import Phase
 from worker.trainer import rope
 from worker.trainer.training import Training
+from worker.trainer.wish import Wish
 
 ANSWER_BATCH = {"cpu": 16, "cuda": 96}
 """Rows answered at once. More would be faster on a large GPU, were it not for the slowest row of each batch."""
@@ -24,13 +28,15 @@ ANSWER_BATCH = {"cpu": 16, "cuda": 96}
 class Question:
     """A test row: the prompt's tokens, the wanted answer, and the messages for people to read.
 
-    `is_call`: the answer makes tool calls, which are compared by name and arguments.
+    `is_call`: the answer makes tool calls, which are compared by name and arguments. `tokens`: those of the wanted
+    answer, without the stop token.
     """
 
     prompt_ids: list[int]
     wanted: str
     messages: list[dict[str, Any]]
     is_call: bool = False
+    tokens: int = 0
 
 
 def questions(template: ChatTemplate, examples: list[messages.Example]) -> list[Question]:
@@ -45,56 +51,77 @@ def questions(template: ChatTemplate, examples: list[messages.Example]) -> list[
         if wanted.strip():
             *before, last = example.messages
             shown = [message.model_dump(exclude_none=True) for message in before]
-            found.append(Question(prompt, wanted, shown, bool(last.tool_calls or last.function_call)))
+            is_call = bool(last.tool_calls or last.function_call)
+            found.append(Question(prompt, wanted, shown, is_call, template.answer_length(answer)))
     return found
+
+
+def token_limit(evaluation: Evaluation, asked: list[Question]) -> int:
+    """Tokens that an answer to any of the questions may have."""
+    return answer_limit(evaluation, max((question.tokens for question in asked), default=0))
 
 
 def generate(t: Training, asked: list[Question], *, base: bool) -> list[str]:
     """Greedy answers of the tuned model, or of the base under its adapter. Raises Stopped between batches."""
+
+    @contextmanager
+    def announced(count: int) -> Iterator[None]:
+        with t.pace.measure("answer", count):
+            yield
+        t.voice.say(Phase(phase="evaluating", seconds_left=t.pace.left()))
+
+    return _answer(t, asked, base=base, wish=t.wish, around=announced)
+
+
+def _answer(
+    t: Training, asked: list[Question], *, base: bool, wish: Wish, around: Callable[[int], AbstractContextManager[None]]
+) -> list[str]:
+    """The answers of all ranks. Each batch is given inside `around`, which gets the number of its rows."""
     model: Any = t.objective.model
     without_adapter = model.disable_adapter() if base and isinstance(model, PeftModel) else nullcontext()
     mine = list(range(len(asked)))[t.ranks.index :: t.ranks.count]
     mine.sort(key=lambda i: len(asked[i].prompt_ids))  # like lengths together: the padding of a batch costs time
     given: list[tuple[int, str]] = []
+    limit = token_limit(t.plan.evaluation, asked)
     t.objective.eval()
     with torch.no_grad(), without_adapter, t.objective.autocast():
         size = ANSWER_BATCH[t.device.type]
-        for _ in t.ranks.turns(t.wish, lambda: len(given) < len(mine)):
+        for _ in t.ranks.turns(wish, lambda: len(given) < len(mine)):
             if len(given) == len(mine):
                 continue  # the others are not done
-            chosen = _alike(t, asked, mine[len(given) : len(given) + size])
+            chosen = _alike(t, asked, mine[len(given) : len(given) + size], limit)
             try:
-                with t.pace.measure("answer", len(chosen)):
-                    given.extend(zip(chosen, _generate_batch(t, [asked[i].prompt_ids for i in chosen]), strict=True))
+                with around(len(chosen)):
+                    texts = _generate_batch(t, [asked[i].prompt_ids for i in chosen], limit)
+                    given.extend(zip(chosen, texts, strict=True))
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
                 size //= 2
-            t.voice.say(Phase(phase="evaluating", seconds_left=t.pace.left()))
     t.objective.train()
     return [text for _, text in sorted(itertools.chain(*t.ranks.gather(given)))]
 
 
-def _alike(t: Training, asked: list[Question], candidates: list[int]) -> list[int]:
+def _alike(t: Training, asked: list[Question], candidates: list[int], limit: int) -> list[int]:
     """The first of the candidates that can share a batch: one alone where its answer may change the model's RoPE."""
     lengths = rope.of(t.objective.causal)
     sizes = [len(asked[i].prompt_ids) for i in candidates]
-    if lengths.changes(sizes[0], sizes[0] + t.plan.evaluation.max_new_tokens):
+    if lengths.changes(sizes[0], sizes[0] + limit):
         return candidates[:1]
-    last = [size + t.plan.evaluation.max_new_tokens for size in sizes]
+    last = [size + limit for size in sizes]
     return [i for i, size in zip(candidates, last, strict=True) if not lengths.changes(sizes[0], size)]
 
 
-def _generate_batch(t: Training, prompts: list[list[int]]) -> list[str]:
+def _generate_batch(t: Training, prompts: list[list[int]], limit: int) -> list[str]:
     """Greedy continuations of one batch, padded at the left so that every answer starts in the same column."""
     causal = t.objective.causal
     longest = max(map(len, prompts))
-    changes = rope.of(causal).changes(longest, longest + t.plan.evaluation.max_new_tokens)
+    changes = rope.of(causal).changes(longest, longest + limit)
     width = max(map(len, prompts))
     pad = min(t.template.eos_ids)
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=t.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=t.device)
-    plain, causal.generation_config = causal.generation_config, _greedy(t, pad, use_cache=not changes)
+    plain, causal.generation_config = causal.generation_config, _greedy(t, pad, limit, use_cache=not changes)
     try:
         # Why the config is exchanged: generate() fills gaps from the model's own, where a repetition penalty may lurk.
         out = causal.generate(input_ids=ids, attention_mask=mask)
@@ -103,11 +130,11 @@ def _generate_batch(t: Training, prompts: list[list[int]]) -> list[str]:
     return [t.template.answer_text(row) for row in out[:, width:].tolist()]
 
 
-def _greedy(t: Training, pad: int, *, use_cache: bool) -> GenerationConfig:
+def _greedy(t: Training, pad: int, limit: int, *, use_cache: bool) -> GenerationConfig:
     """Keys in a cache were turned by the frequencies of a shorter row: where those change, there can be none."""
     return GenerationConfig(
         do_sample=False,
-        max_new_tokens=t.plan.evaluation.max_new_tokens,
+        max_new_tokens=limit,
         eos_token_id=sorted(t.template.eos_ids),
         pad_token_id=pad,
         use_cache=use_cache,
