@@ -47,7 +47,10 @@ class Step(Message):
     step: int
     epoch: float
     train_loss: float
-    train_accuracy: float = Field(description="Share of labelled tokens whose most likely prediction is right")
+    train_accuracy: float | None = Field(
+        description="Share of labelled tokens whose most likely prediction is right; None where a method has none"
+    )
+    train_metrics: dict[str, float] = Field({}, description="What the method measures besides, by name")
     learning_rate: float
     grad_norm: float
     tokens: int = Field(description="All tokens trained on so far, padding excluded")
@@ -55,6 +58,7 @@ class Step(Message):
     seconds_left: float | None = Field(None, description="To the end of the run, with its evaluations and files")
     valid_loss: float | None = Field(None, description="One small batch of the validation file")
     valid_accuracy: float | None = None
+    valid_metrics: dict[str, float] = {}
 
 
 class Evaluated(Message):
@@ -63,7 +67,8 @@ class Evaluated(Message):
     type: Literal["evaluated"] = "evaluated"
     step: int
     loss: float
-    accuracy: float
+    accuracy: float | None
+    metrics: dict[str, float] = {}
 
 
 class CheckpointSaved(Message):

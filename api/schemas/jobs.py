@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from api.schemas.wire import Body, Wire, answer_of, maybe_seconds, seconds
 from tunery.jobs import model
-from tunery.jobs.request import JobRequest
+from tunery.jobs.request import DpoHyperparameters, JobRequest
 from tunery.jobs.states import State
 from tunery.spec import Hyperparameters, RequestedOptions, Technique, TrainingOptions
 
@@ -43,6 +43,14 @@ CREATE_EXAMPLES: dict[str, Any] = {
             "model": "SmolLM2-135M-Instruct",
             "training_file": "file-abc123",
             "technique": {"type": "qlora", "r": 8, "alpha": 32, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
+        },
+    },
+    "dpo": {
+        "summary": "Preference tuning on pairs of answers",
+        "value": {
+            "model": "SmolLM2-135M-Instruct",
+            "training_file": "file-abc123",
+            "method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1, "n_epochs": 1}}},
         },
     },
 }
@@ -127,6 +135,17 @@ class MethodEcho(Wire):
     supervised: SupervisedEcho
 
 
+class DpoEcho(Wire):
+    hyperparameters: DpoHyperparameters
+
+
+class PreferenceEcho(Wire):
+    """Preference tuning, `beta` and `loss` among its hyperparameters."""
+
+    type: Literal["dpo"] = "dpo"
+    dpo: DpoEcho
+
+
 class OtherMethodEcho(Wire):
     """A method of a plug-in, its hyperparameters under its own name."""
 
@@ -159,7 +178,7 @@ class OpenAIJob(Wire):
     validation_file: str | None
     training_file: str
     hyperparameters: Hyperparameters = Field(description='"auto" until the files have been read, then numbers')
-    method: MethodEcho | OtherMethodEcho
+    method: MethodEcho | PreferenceEcho | OtherMethodEcho
     metadata: dict[str, str] | None
     error: JobError | None
     seed: int
@@ -237,12 +256,14 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str], waits_for:
     )
 
 
-def _method(stored: dict[str, Any], knobs: Hyperparameters) -> MethodEcho | OtherMethodEcho:
+def _method(stored: dict[str, Any], knobs: Hyperparameters) -> MethodEcho | PreferenceEcho | OtherMethodEcho:
     """The method of a stored spec or plan; one of an older release has none, and was supervised."""
     own = dict(stored.get("method") or {"type": "supervised"})
     name = own.pop("type")
     if name == "supervised":
         return MethodEcho(supervised=SupervisedEcho(hyperparameters=knobs))
+    if name == "dpo":
+        return PreferenceEcho(dpo=DpoEcho(hyperparameters=DpoHyperparameters(**knobs.model_dump(), **own)))
     return OtherMethodEcho(type=name, **{name: {"hyperparameters": knobs.model_dump() | own}})
 
 

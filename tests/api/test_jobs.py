@@ -133,7 +133,37 @@ def test_unusable_files(team: Team, file: str, base: str) -> None:
     _refused(_create(team, picture), 400, "training_file", "purpose 'fine-tune'")
 
 
-@pytest.mark.parametrize("method", ["dpo", "reinforcement", "sft"])
+def test_preference_tuning_is_echoed(team: Team, file: str, base: str) -> None:
+    knobs = {"beta": 0.2, "loss": "ipo", "n_epochs": 2}
+    job = _create(team, file, method={"type": "dpo", "dpo": {"hyperparameters": knobs}}).json()
+
+    every = {"batch_size": "auto", "learning_rate_multiplier": "auto", **knobs}
+    assert job["method"] == {"type": "dpo", "dpo": {"hyperparameters": every}}
+    assert _create(team, file, method={"type": "dpo"}).json()["method"]["dpo"]["hyperparameters"]["beta"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "param", "words"),
+    [
+        ({"beta": 0}, "beta", "should be more than 0"),
+        ({"beta": True}, "beta", "true or false"),
+        ({"loss": "hinge"}, "loss", "'sigmoid', 'ipo' or 'dpo_norm'"),
+        ({"betta": 0.1}, "betta", "Unknown parameter"),
+    ],
+)
+def test_wrong_knobs_of_preference_tuning_are_refused(
+    team: Team, file: str, base: str, knobs: dict[str, Any], param: str, words: str
+) -> None:
+    answer = _create(team, file, method={"type": "dpo", "dpo": {"hyperparameters": knobs}})
+
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"].startswith("method.dpo.hyperparameters.")
+    assert error["param"].split(".")[3] == param
+    assert words in error["message"]
+
+
+@pytest.mark.parametrize("method", ["reinforcement", "sft"])
 def test_other_methods_are_refused_by_name(method: str, team: Team, file: str, base: str) -> None:
     named = {} if method == "sft" else {method: {"hyperparameters": {"n_epochs": 1}}}
     answer = _create(team, file, method={"type": method, **named})

@@ -180,6 +180,21 @@ def test_job_with_everything(client: OpenAI, file_id: str, base: str) -> None:
     assert [e.level for e in client.fine_tuning.jobs.list_events(job.id)] == ["warn", "info"]
 
 
+def test_preference_job(client: OpenAI, file_id: str, base: str) -> None:
+    knobs = {"beta": 0.2, "n_epochs": 1, "batch_size": "auto", "learning_rate_multiplier": "auto"}
+    job = client.fine_tuning.jobs.create(
+        model=base,
+        training_file=file_id,
+        method={"type": "dpo", "dpo": {"hyperparameters": knobs}},  # type: ignore[typeddict-item]
+    )
+    assert job.method
+    assert (job.method.type, job.method.supervised) == ("dpo", None)
+    assert job.method.dpo
+    assert job.method.dpo.hyperparameters
+    assert job.method.dpo.hyperparameters.to_dict() == {**knobs, "loss": "sigmoid"}
+    assert client.fine_tuning.jobs.retrieve(job.id) == job
+
+
 def test_models_named_by_hub_id(client: OpenAI, file_id: str, base: str) -> None:
     assert client.fine_tuning.jobs.create(model=SOURCE, training_file=file_id).model == base
     assert client.models.retrieve(SOURCE).id == base

@@ -169,7 +169,11 @@ def test_method_of_a_plug_in_is_stored_with_its_own_options(
 @pytest.mark.parametrize(
     ("method", "param", "words"),
     [
-        ({"type": "sft"}, "method.type", "Method 'sft' is not supported here. Use method.type 'supervised' or 'pairw"),
+        (
+            {"type": "sft"},
+            "method.type",
+            "Method 'sft' is not supported here. Use method.type 'supervised' or 'dpo' or",
+        ),
         ({"type": "supervised", "pairwise": {}}, "method.pairwise", "but method.type is 'supervised'"),
         ({"type": "pairwise", "supervised": {}}, "method.supervised", "but method.type is 'pairwise'"),
         ({"type": "pairwise", "pairwise": {"margin": 1}}, "method.pairwise.margin", "Unknown parameter"),

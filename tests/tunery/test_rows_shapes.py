@@ -146,7 +146,7 @@ def test_shape_becomes_the_conversation_that_it_means(name: str) -> None:
 
 
 REFUSED = {
-    "refused_plain_text": "this is plain text, and only the method 'supervised' is supported, which learns answers.",
+    "refused_plain_text": "this is plain text, and every method here learns answers.",
     "refused_preference": "this is a preference row (DPO)",
     "refused_preference_openai": "this is a preference row (DPO)",
     "refused_preference_lists": "this is a preference row (DPO)",
@@ -185,7 +185,8 @@ CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "co
         (CHAT, PAIR, "expected chat messages as in row 1: this is a row of prompt/completion."),
         (PAIR, {"prompt": "q"}, "expected prompt/completion as in row 1: the key 'completion' is missing."),
         (PAIR, {"prompt": "q", "completion": None}, "the key 'completion' is missing."),
-        (PAIR, {"prompt": "q", "chosen": "a", "rejected": "b"}, "this is a preference row (DPO)"),
+        (PAIR, {"prompt": "q", "chosen": "a", "rejected": "b"}, "this is a row of preference pairs."),
+        (PAIR, {"prompt": "q", "chosen": "a"}, "this is a preference row (DPO) without one of its two answers."),
         (PAIR, {**PAIR, "label": False}, "marks the answer as good or bad (KTO)"),
         (PAIR, {**PAIR, "completion": {"a": 1}}, "'completion' must be a text, not an object."),
         (PAIR, {**PAIR, "completion": True}, "'completion' must be a text, not a boolean."),

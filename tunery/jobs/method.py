@@ -9,7 +9,7 @@ from tunery.errors import InvalidValue
 from tunery.field_errors import explain
 from tunery.jobs.request import JobRequest, Method
 from tunery.jobs.request import Supervised as SupervisedObject
-from tunery.spec import Hyperparameters, MethodOptions, Supervised
+from tunery.spec import Hyperparameters, MethodOptions, Part, Supervised
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -38,6 +38,8 @@ def _under_its_name(method: Method, kind: type[MethodOptions]) -> tuple[MethodOp
     given = method.given.get(method.type)
     if isinstance(given, SupervisedObject):
         return Supervised(), given.hyperparameters
+    if isinstance(given, Part):
+        given = given.model_dump()
     body = {"method": {method.type: given}}
     knobs = {} if given is None else _validated(_Named, given, body, method.type).hyperparameters
     common = {name: value for name, value in knobs.items() if name in Hyperparameters.model_fields}
@@ -46,7 +48,7 @@ def _under_its_name(method: Method, kind: type[MethodOptions]) -> tuple[MethodOp
     return options, None if given is None else _validated(Hyperparameters, common, body, *place)
 
 
-class _Named(spec.Part):
+class _Named(Part):
     """The object of a plug-in's method."""
 
     hyperparameters: dict[str, Any] = {}

@@ -5,15 +5,23 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from tunery.spec import METHODS, Hyperparameters, Int, Part, RequestedOptions, Seed
+from tunery.spec import METHODS, DpoKnobs, Hyperparameters, Int, Part, RequestedOptions, Seed
 
 
 class Supervised(Part):
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
+class DpoHyperparameters(DpoKnobs, Hyperparameters):
+    """OpenAI's settings of preference tuning, and its variants."""
+
+
+class Preference(Part):
+    hyperparameters: DpoHyperparameters = DpoHyperparameters()
+
+
 class Method(Part):
-    """How to train. `dpo` and `reinforcement` are known by name, so that they can be refused by name.
+    """How to train. `reinforcement` is known by name, so that it can be refused by name.
 
     A method of a plug-in has its object under its own name too, beside these.
     """
@@ -22,7 +30,7 @@ class Method(Part):
 
     type: str = Field(json_schema_extra={"enum": ["supervised", "dpo", "reinforcement"]})
     supervised: Supervised | None = None
-    dpo: dict[str, Any] | None = None
+    dpo: Preference | None = None
     reinforcement: dict[str, Any] | None = None
 
     @model_validator(mode="after")

@@ -77,11 +77,12 @@ def resolve(
     """The plan of a run on `examples` training rows. `facts`: the base's; `longest_answer`: tokens, of those wanted."""
     knobs = spec.hyperparameters
     technique = spec.technique or default_technique(bf16_fits, facts)
-    default_rate = default_learning_rate(facts["hidden_size"], technique)
+    default_rate = default_learning_rate(facts["hidden_size"], technique) * spec.method.rate_share
     multiplier = 1.0 if knobs.learning_rate_multiplier == "auto" else knobs.learning_rate_multiplier
     rate = default_rate * multiplier if spec.learning_rate is None else spec.learning_rate
     settled = spec.model_dump(exclude={"technique", "hyperparameters", "learning_rate"})
     settled["max_seq_length"] = max_length(spec, facts)
+    settled["method"] = spec.method.decided()
     if longest_answer is not None:
         settled["evaluation"]["max_new_tokens"] = answer_limit(spec.evaluation, longest_answer)
     return Plan(
@@ -165,7 +166,7 @@ def warnings(plan: Plan, *, examples: int, facts: Mapping[str, Any], asked_lengt
 
 
 def _of_rate(plan: Plan, facts: Mapping[str, Any]) -> list[str]:
-    default = default_learning_rate(facts["hidden_size"], plan.technique)
+    default = default_learning_rate(facts["hidden_size"], plan.technique) * plan.method.rate_share
     low, high = default * _BAND[0], default * _BAND[1]
     usual = f"The default for {plan.technique.type} on this model is {default:.1e}."
     if plan.learning_rate > high:

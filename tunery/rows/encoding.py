@@ -8,6 +8,7 @@ from tunery.rows import readers
 from tunery.rows.errors import CannotRender, InvalidRows
 from tunery.rows.formats import SourceRow
 from tunery.rows.messages import Example, FileRole, invalid, parse_row
+from tunery.rows.preferences import Pair, parse_pair
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import IGNORED, ChatTemplate, Rendered
 
@@ -71,6 +72,23 @@ def encode_example(
     )
 
 
+def encode_pair(
+    template: ChatTemplate, pair: Pair, line_number: int, *, max_length: int, role: FileRole = "training"
+) -> Encoded:
+    """An example of two sequences: the prompt with the preferred answer, and with the other one. None where the cut
+    takes an answer of either, or the difference between them. Raises InvalidTrainingFile, naming the line."""
+    both = [
+        encode_example(template, chat, line_number, max_length=max_length, role=role) for chat in (pair, pair.rejected)
+    ]
+    truncated = any(encoded.truncated for encoded in both)
+    rows = [row for encoded in both for row in encoded.sequences]
+    differ = len(rows) == 2 and rows[0].input_ids != rows[1].input_ids
+    if not differ and not truncated:
+        raise invalid(role, line_number, "The model's chat template writes both answers alike. Correct or remove one.")
+    spelled = tuple(dict.fromkeys(token for encoded in both for token in encoded.spelled_special))
+    return Encoded([rows] if differ else [], truncated=truncated, spelled_special=spelled)
+
+
 @dataclass(frozen=True)
 class RowEncoder:
     """How a method reads a file: `parse` takes a row and its file's role, `encode` what `encode_example` takes.
@@ -83,7 +101,8 @@ class RowEncoder:
 
 
 CHATS = RowEncoder(parse_row, encode_example)
-ENCODERS: dict[str, RowEncoder] = {"supervised": CHATS}
+PAIRS = RowEncoder(parse_pair, encode_pair)
+ENCODERS: dict[str, RowEncoder] = {"supervised": CHATS, "dpo": PAIRS}
 """By method. A plug-in adds its own."""
 
 

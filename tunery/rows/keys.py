@@ -7,17 +7,17 @@ from typing import Any
 OF_AN_ANSWER = frozenset({"annotations", "audio", "parsed"})
 """Keys that the official client's `message.model_dump()` has besides those of a request; nothing is lost by them."""
 
-_ONLY_SUPERVISED = "and only the method 'supervised' is offered here"
 _JUDGED = (
-    f"marks the answer as good or bad (KTO), {_ONLY_SUPERVISED}: a bad answer would be learned as a good one. Leave "
-    "the rows with bad answers out and remove the key."
+    "marks the answer as good or bad (KTO), which no method here learns from: a bad answer would be learned as a good "
+    "one. Leave the rows with bad answers out and remove the key, or send pairs of answers and the method 'dpo'."
 )
 _RATED = (
-    f"rates the answer, {_ONLY_SUPERVISED}: all answers would be learned alike. Leave the rows out whose answers "
-    "should not be learned and remove the key."
+    "rates the answer, which no method here learns from: all answers would be learned alike. Leave the rows out whose "
+    "answers should not be learned and remove the key."
 )
 _COMPARED = (
-    f"is of a preference row (DPO), {_ONLY_SUPERVISED}. Put the preferred answer into 'messages' and remove the key."
+    "is of a preference row (DPO), and this is a row with one answer. Remove the key, or send the answer that was "
+    "preferred and the one that was not, and the method 'dpo'."
 )
 _WEIGHED = (
     "weighs the row, and all rows weigh the same here. Remove the key; an assistant message may have the 'weight' 0 "
@@ -72,10 +72,15 @@ def compares(key: str) -> bool:
     return _COMPARISON.fullmatch(key) is not None
 
 
-def find_meaning(row: Mapping[str, Any]) -> str | None:
-    """The first key of a row that would change its meaning if it were ignored, and what to do about it."""
+def find_meaning(row: Mapping[str, Any], *, of_a_pair: bool = False) -> str | None:
+    """The first key of a row that would change its meaning if it were ignored, and what to do about it.
+
+    `of_a_pair`: the row is a preference row, where a rating of its answers or a margin between them is not needed.
+    """
     for key, value in row.items():
         meaning = _COMPARED if compares(key) else _MEANING.get(key)
+        if of_a_pair and meaning == _COMPARED:
+            continue
         if meaning is None or _is_empty(value) or (meaning == _SYSTEM and _says_it_itself(row)):
             continue
         return f"has the key '{key}', which {meaning}"
@@ -98,7 +103,16 @@ def hint(key: str) -> str:
     return f"{_HINTS[key]}." if key in _HINTS else "Remove it."
 
 
-PREFERENCE = (
-    "Unexpected file format: this is a preference row (DPO), and only the method 'supervised' is supported. "
-    "Send chat rows with 'messages', for instance the preferred answers."
+_NEEDED = (
+    "A pair has 'input', 'preferred_output' and 'non_preferred_output', or 'prompt', 'chosen' and 'rejected', or "
+    "'chosen' and 'rejected' as whole conversations."
 )
+PREFERENCE = (
+    "Unexpected file format: this is a preference row (DPO), and the job's method learns from one answer. Use the "
+    "method 'dpo' (method.type), or send chat rows with 'messages', for instance the preferred answers."
+)
+NO_PREFERENCE = (
+    "Unexpected file format: this is no preference row, and the method 'dpo' learns from pairs of answers. Use the "
+    f"method 'supervised' (method.type) for rows with one answer. {_NEEDED}"
+)
+HALF_A_PAIR = f"Unexpected file format: this is a preference row (DPO) without one of its two answers. {_NEEDED}"

@@ -14,13 +14,15 @@ from tunery.failures import InvalidTrainingFile
 from tunery.rows import keys, reasons, strict_json
 from tunery.rows.formats import SourceRow
 from tunery.rows.jsonl import read_line
+from tunery.rows.pairs import PairShape
 from tunery.rows.shapes import FileShape
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 FileRole = Literal["training", "validation", "test"]
 
 
-def _refuse(reason: str) -> NoReturn:
+def refuse(reason: str) -> NoReturn:
+    """Ends a validator with a reason in this project's words."""
     # Braces would be taken for placeholders of the error's own template, so the text travels as a field.
     raise PydanticCustomError("refused", "{reason}", {"reason": reason})
 
@@ -59,7 +61,7 @@ class FunctionCall(_Sealed):
             spelled = inner if isinstance(inner, str) else once
             strict_json.load_object(spelled)
         except ValueError as error:
-            _refuse(f"must be a JSON object spelled as a string: {error}")
+            refuse(f"must be a JSON object spelled as a string: {error}")
         return spelled
 
     def for_template(self) -> dict[str, Any]:
@@ -124,7 +126,7 @@ class Message(_Sealed):
     @classmethod
     def _is_0_or_1(cls, value: object) -> object:
         if value is not None and (isinstance(value, bool) or value not in (0, 1)):
-            _refuse(f"must be 0 (not learned from) or 1 (learned from), not {reasons.found(value)}.")
+            refuse(f"must be 0 (not learned from) or 1 (learned from), not {reasons.found(value)}.")
         return value if value is None else int(value)
 
     @field_validator("content", mode="before")
@@ -135,7 +137,7 @@ class Message(_Sealed):
             return "\n".join(map(_part_text, value))
         if isinstance(value, str):
             return value
-        _refuse(f"must be a string or a list of text parts, not {reasons.found(value)}.")
+        refuse(f"must be a string or a list of text parts, not {reasons.found(value)}.")
 
     @field_validator("tool_calls", mode="before")
     @classmethod
@@ -152,11 +154,11 @@ class Message(_Sealed):
         if self.role != "assistant":
             for field in ("weight", "tool_calls", "function_call", "refusal", "reasoning_content"):
                 if getattr(self, field) is not None:
-                    _refuse(f"has '{field}', which only an assistant message can have. Remove it or correct the role.")
+                    refuse(f"has '{field}', which only an assistant message can have. Remove it or correct the role.")
         if self.role == "tool" and self.tool_call_id is None:
-            _refuse("is a tool's answer without 'tool_call_id'. Give the id of the call that it answers.")
+            refuse("is a tool's answer without 'tool_call_id'. Give the id of the call that it answers.")
         if self.content is None and not (self.tool_calls or self.function_call or self.refusal):
-            _refuse("has no 'content'. Give it a text" + (" or tool_calls." if self.role == "assistant" else "."))
+            refuse("has no 'content'. Give it a text" + (" or tool_calls." if self.role == "assistant" else "."))
         return self
 
     @property
@@ -198,16 +200,16 @@ def _part_text(part: object) -> str:
         return part
     fields = keys.present(part, ("annotations", "cache_control"))
     if not isinstance(fields, dict) or not isinstance(kind := fields.pop("type", None), str):
-        _refuse('has a part without a type. A text part is {"type": "text", "text": "..."}.')
+        refuse('has a part without a type. A text part is {"type": "text", "text": "..."}.')
     if kind not in ("text", "refusal"):
-        _refuse(
+        refuse(
             f"has a part of type '{kind[:40]}'. Only text is supported here: remove the part, or describe it in words."
         )
     text = fields.pop(kind, None)
     if not isinstance(text, str):
-        _refuse(f"has a {kind} part without '{kind}'.")
+        refuse(f"has a {kind} part without '{kind}'.")
     if fields:
-        _refuse(f"has a {kind} part with the unknown key '{next(iter(fields))}'. Remove it.")
+        refuse(f"has a {kind} part with the unknown key '{next(iter(fields))}'. Remove it.")
     return text
 
 
@@ -218,7 +220,7 @@ def _decoded(value: object) -> object:
     try:
         return strict_json.load_value(value)
     except ValueError as error:
-        _refuse(f"must be a list, or a JSON list spelled as a string: {error}")
+        refuse(f"must be a list, or a JSON list spelled as a string: {error}")
 
 
 def _wrapped(tool: Any) -> Any:
@@ -226,6 +228,18 @@ def _wrapped(tool: Any) -> Any:
     if not isinstance(tool, dict) or "function" in tool or "name" not in tool:
         return tool
     return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+
+
+def read_functions(fields: dict[str, Any]) -> dict[str, Any]:
+    """A row's fields with `tools` in place of `functions`."""
+    functions = _decoded(fields.pop("functions", None))
+    if not functions:
+        return fields
+    if fields.get("tools"):
+        refuse("has both 'tools' and 'functions', which is the older spelling of the same. Keep 'tools'.")
+    if not isinstance(functions, list):
+        refuse(f"'functions' must be a list, not {reasons.found(functions)}.")
+    return {**fields, "tools": [{"type": "function", "function": item} for item in functions]}
 
 
 class Example(BaseModel):
@@ -244,15 +258,8 @@ class Example(BaseModel):
         if not isinstance(fields, dict):
             return fields
         if reason := keys.find_meaning(fields):
-            _refuse(reason)
-        functions = _decoded(fields.pop("functions", None))
-        if not functions:
-            return fields
-        if fields.get("tools"):
-            _refuse("has both 'tools' and 'functions', which is the older spelling of the same. Keep 'tools'.")
-        if not isinstance(functions, list):
-            _refuse(f"'functions' must be a list, not {reasons.found(functions)}.")
-        return {**fields, "tools": [{"type": "function", "function": item} for item in functions]}
+            refuse(reason)
+        return read_functions(fields)
 
     @field_validator("messages", mode="before")
     @classmethod
@@ -268,9 +275,9 @@ class Example(BaseModel):
     @model_validator(mode="after")
     def _has_something_to_learn(self) -> "Example":
         if not any(message.role == "assistant" for message in self.messages):
-            _refuse("has no assistant message, so there is nothing to learn from. Add the answer you want.")
+            refuse("has no assistant message, so there is nothing to learn from. Add the answer you want.")
         if not any(message.is_trained for message in self.messages):
-            _refuse("gives every assistant message the weight 0, so there is nothing to learn from. Give one weight 1.")
+            refuse("gives every assistant message the weight 0, so there is nothing to learn from. Give one weight 1.")
         return self
 
     @property
@@ -287,19 +294,26 @@ def parse_line(text: str, line_number: int, role: FileRole = "training") -> Exam
 def parse_row(source: SourceRow, role: FileRole = "training") -> Example:
     """One row of a file, whose shape the first row decides. Raises InvalidTrainingFile, its reason naming line and
     message (from 1)."""
-    line_number = source.number
-    beside = f" (line {source.line})" if source.line not in (None, line_number) else ""
+    line_number, shape = source.number, source.shape or FileShape()
     try:
-        example = Example.model_validate((source.shape or FileShape()).convert(source))
+        fields = shape.convert(source)
+        if isinstance(shape.shape, PairShape):
+            raise ValueError(keys.PREFERENCE)  # noqa: TRY004 (to callers every fault of a row is one kind)
+        example = Example.model_validate(fields)
     except ValidationError as error:
         where, reason = reasons.locate(error.errors()[0])
-        raise invalid(role, line_number, reason, beside + where) from None
+        raise invalid(role, line_number, reason, beside(source) + where) from None
     except ValueError as error:
-        raise invalid(role, line_number, str(error), f"{beside}:") from None
+        raise invalid(role, line_number, str(error), f"{beside(source)}:") from None
     if role == "test" and example.messages[-1].role != "assistant":
         reason = "does not end with an assistant message, which is the wanted answer. Add it."
         raise invalid(role, line_number, reason, "")
     return example
+
+
+def beside(source: SourceRow) -> str:
+    """The row's line, where that is not its number, to stand behind it."""
+    return f" (line {source.line})" if source.line not in (None, source.number) else ""
 
 
 def invalid(role: FileRole, line_number: int, reason: str, where: str = ":") -> InvalidTrainingFile:

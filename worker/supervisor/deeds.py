@@ -133,7 +133,11 @@ class Scribe:
         self._steps.setdefault(step.step, {}).update(measures(step))
 
     def _note_evaluation(self, evaluated: wire.Evaluated) -> None:
-        found = _finite(full_valid_loss=evaluated.loss, full_valid_mean_token_accuracy=evaluated.accuracy)
+        found = _finite(
+            full_valid_loss=evaluated.loss,
+            full_valid_mean_token_accuracy=evaluated.accuracy,
+            **_prefixed("full_valid", evaluated.metrics),
+        )
         self._steps.setdefault(evaluated.step, {}).update(found)
 
     def _enter(self, message: wire.Phase) -> None:
@@ -155,7 +159,7 @@ class Scribe:
     def _write_steps(self, session: Session, rows: dict[int, dict[str, Any]]) -> None:
         leases.record_metrics(session, self._hold.lease, rows)
         for step, values in sorted(rows.items()):
-            data = {"step": step, "total_steps": self._total_steps} | {k: values[k] for k in EVENT_KEYS if k in values}
+            data = {"step": step, "total_steps": self._total_steps} | _told(values)
             message = step_message(step, self._total_steps, values)
             ledger.note(session, self._hold.lease.job_id, message, type="metrics", data=data)
         if self._newest is not None:
@@ -261,7 +265,7 @@ class Scribe:
     ) -> None:
         job = leases.held(session, self._hold.lease)
         model = add_model(session, job, self._settings, prefix=prefix, listed=listed, step=step)
-        data = {key: metrics[key] for key in ("step", *EVENT_KEYS) if key in metrics}
+        data = {"step": step} | _told(metrics)
         leases.record_checkpoint(session, self._hold.lease, step=step, model_id=model.id, metrics=data)
 
     def _hide_old_checkpoints(self, session: Session) -> list[str]:
@@ -299,17 +303,6 @@ def add_model(
     return model
 
 
-EVENT_KEYS = (
-    "train_loss",
-    "train_mean_token_accuracy",
-    "valid_loss",
-    "valid_mean_token_accuracy",
-    "full_valid_loss",
-    "full_valid_mean_token_accuracy",
-)
-"""What OpenAI's metrics events and checkpoints tell, under its names."""
-
-
 def measures(step: wire.Step) -> dict[str, Any]:
     """A step's row in `job_metrics`."""
     return _finite(
@@ -322,7 +315,19 @@ def measures(step: wire.Step) -> dict[str, Any]:
         epoch=step.epoch,
         tokens=step.tokens,
         seconds=step.seconds,
+        **_prefixed("train", step.train_metrics),
+        **_prefixed("valid", step.valid_metrics),
     )
+
+
+def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    """A method's own measures as rows of `job_metrics` name them: `train_rewards_margin`."""
+    return {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+
+def _told(values: dict[str, Any]) -> dict[str, Any]:
+    """What an event says of a step: OpenAI's keys, and those of the method's own that begin as they do."""
+    return {name: value for name, value in values.items() if name.startswith(("train_", "valid_", "full_valid_"))}
 
 
 def _finite(**values: float | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tunery.rows import template_files
-from worker.trainer import fingerprint, folders, paths, report
+from worker.trainer import fingerprint, folders, paths, reference, report
 from worker.trainer.parallel import whole
 from worker.trainer.stepper import Stepper
 from worker.trainer.training import Progress, Training
@@ -65,6 +65,8 @@ def _write_snapshot(
     report.write_lines(folder / "metrics.jsonl", t.voice.metrics)
     if _best(t.folder).exists():
         os.link(_best(t.folder), folder / "best.safetensors")
+    if reference.path(t.folder).exists():
+        os.link(reference.path(t.folder), folder / reference.NAME)
     state = {
         "version": VERSION,
         "progress": asdict(progress),

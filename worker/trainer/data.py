@@ -43,9 +43,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Example:
-    """What is drawn as one: the rows that a method learns together, in its order. They share a micro-batch."""
+    """What is drawn as one: the rows that a method learns together, in its order. They share a micro-batch.
+
+    `reference`: each row's log-probability (of its labelled tokens, summed, in nats) by the model that the run starts
+    from; empty until it is measured, and where the method does not ask for it.
+    """
 
     rows: tuple[Row, ...]
+    reference: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return sum(map(len, self.rows))
@@ -118,7 +123,7 @@ class Batch:
     `position_ids`: only when a sequence holds several rows; they start anew with each, which is also how transformers
     knows to keep the rows apart; a model that can be told their `borders` reads these instead. `where` indexes the
     flattened positions that predict something, `targets` what. `labelled`: how many of these belong to each row, in the
-    order of the examples and of their rows; what is left at the end is padding.
+    order of the examples and of their rows; what is left at the end is padding. `reference` [rows]: see `Example`.
     `mask` [sequences, 1, longest, longest]: what each position sees, where that is not all before it.
     """
 
@@ -130,6 +135,7 @@ class Batch:
     labelled: tuple[int, ...]
     borders: Borders | None = None
     mask: Tensor | None = None
+    reference: Tensor | None = None
 
 
 def read_rows(
@@ -291,7 +297,13 @@ def collate(
         tokens=sum(lengths),
         labelled=labelled,
         borders=marks,
+        reference=_reference(examples, part, device),
     )
+
+
+def _reference(examples: Sequence[Example], part: MicroBatch, device: torch.device) -> Tensor | None:
+    numbers = [number for packed in part for i in packed for number in examples[i].reference]
+    return _move(torch.tensor(numbers), device) if numbers else None
 
 
 def _sequences(examples: Sequence[Example], part: MicroBatch) -> list[list[Row]]:

@@ -7,6 +7,7 @@ spread over; clipped; one optimizer step. Then what is due: an evaluation, a che
 import math
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -83,7 +84,7 @@ def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
     norm = t.stepper.clip(t.plan.max_grad_norm)
     sums = t.ranks.sum(torch.cat([sums, sums.new_tensor([float(t.wish.stop)])]))
     *totals, asked, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
-    loss, accuracy = _shown(t, totals, weight)
+    loss, accuracy, metrics = _shown(t, totals, weight)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NotFinite(value=loss if not math.isfinite(loss) else f"{loss:.4f} with a gradient of {grad_norm}",
                         step=step, rate=rate)  # fmt: skip
@@ -95,6 +96,7 @@ def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
         epoch=step / t.steps_per_epoch,
         train_loss=loss,
         train_accuracy=accuracy,
+        train_metrics=metrics,
         learning_rate=rate,
         grad_norm=grad_norm,
         tokens=progress.tokens,
@@ -117,15 +119,15 @@ def _shown(t: Training, totals: list[float], weight: float) -> Shown:
     return method.shown({name: total if name == "loss" else total / weight for name, total in named})
 
 
-def _glimpse(t: Training, step: int) -> dict[str, float]:
-    """Loss and accuracy on one batch of the validation file, every thirtieth of the run or tenth step."""
+def _glimpse(t: Training, step: int) -> dict[str, Any]:
+    """What is shown of one batch of the validation file, every thirtieth of the run or tenth step."""
     every = max(10, t.total_steps // 30)
     if t.valid is None or (step % every and step != t.total_steps):
         return {}
     size = t.plan.batch_size
     start = (step // every * size) % max(1, len(t.valid.examples) - size + 1)
-    loss, accuracy = validation.loss(t.stepper, t.valid.examples[start : start + size])
-    return {"valid_loss": loss, "valid_accuracy": accuracy}
+    loss, accuracy, metrics = validation.loss(t.stepper, t.valid.examples[start : start + size])
+    return {"valid_loss": loss, "valid_accuracy": accuracy, "valid_metrics": metrics}
 
 
 def _evaluation_due(t: Training, step: int) -> bool:
@@ -140,8 +142,8 @@ def _evaluate(t: Training, progress: Progress) -> None:
     The best is the lowest, by however little. A gain below `min_delta` only wears out the patience. Raises NotFinite.
     """
     assert t.valid is not None
-    loss, accuracy = validation.loss(t.stepper, t.valid.examples)
-    t.voice.say(Evaluated(step=progress.step, loss=loss, accuracy=accuracy))
+    loss, accuracy, metrics = validation.loss(t.stepper, t.valid.examples)
+    t.voice.say(Evaluated(step=progress.step, loss=loss, accuracy=accuracy, metrics=metrics))
     if not math.isfinite(loss):
         rate = learning_rate(t.plan, progress.step, t.total_steps)
         raise NotFinite(value=f"{loss} on the validation file", step=progress.step, rate=rate)

@@ -53,14 +53,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_results(path: Path, metrics: list[dict[str, Any]]) -> None:
-    """The CSV that the API serves as a result file: a line a step, cells empty where nothing was measured."""
+    """The CSV that the API serves as a result file: a line a step, cells empty where nothing was measured.
+
+    OpenAI's columns, and behind them a method's own.
+    """
+    steps = [entry for entry in metrics if entry["type"] == "step"]
+    own = [(part, name) for part in ("train", "valid") for name in (steps[0].get("train_metrics", {}) if steps else ())]
     with path.open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(CSV_HEADER)
-        for entry in metrics:
-            if entry["type"] == "step":
-                cells = (entry[k] for k in ("step", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"))
-                table.writerow("" if cell is None else _short(cell) for cell in cells)
+        table.writerow(CSV_HEADER + [f"{part}_{name}" for part, name in own])
+        for entry in steps:
+            cells = [entry[k] for k in ("step", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy")]
+            cells += [entry[f"{part}_metrics"].get(name) for part, name in own]
+            table.writerow("" if cell is None else _short(cell) for cell in cells)
 
 
 def _short(value: Any) -> str:

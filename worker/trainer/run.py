@@ -17,7 +17,7 @@ from tunery.rows.encoding import find_encoder
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
 from tunery.wire import Finished, GeneralScore, Paused, Phase, Score, Started
-from worker.trainer import checkpoints, eight_bits, packing, parallel, parity, paths, preflight, report, rope
+from worker.trainer import checkpoints, eight_bits, packing, parallel, parity, paths, preflight, reference, report, rope
 from worker.trainer.data import Rows, collate, read_parsed, read_rows, singles
 from worker.trainer.export import job as export
 from worker.trainer.general import measure as general
@@ -56,6 +56,7 @@ def carry_out(folder: Path, voice: Voice, wish: Wish) -> bool:
         probe = general.prepare(t) if asked else None
         base_answers = _answers_before_training(t, asked)
         base_general = _general_before_training(t, probe)
+        reference.attach(t)
         progress = _resume(t)
         _announce(t, progress)
         voice.say(Phase(phase="training"))

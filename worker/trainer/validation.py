@@ -1,5 +1,8 @@
 """The loss of a model on a validation file."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
 from worker.trainer.data import Example, MicroBatch, collate, micro_batches
@@ -8,10 +11,22 @@ from worker.trainer.methods.method import Shown
 from worker.trainer.objective import Objective
 from worker.trainer.stepper import Stepper
 
+T = TypeVar("T")
+
 
 def loss(stepper: Stepper, examples: list[Example]) -> Shown:
     """The method's loss and accuracy over all examples."""
     ranks, method = stepper.ranks, stepper.objective.method
+    sums = over(stepper, examples, lambda parts: _sums(stepper.objective, examples, parts, stepper.device))
+    weight = sum(map(method.weight, examples))
+    totals = zip(method.sums, ranks.sum(sums).tolist(), strict=True)
+    return method.shown({name: total / weight for name, total in totals})
+
+
+def over(stepper: Stepper, examples: list[Example], measure: Callable[[list[MicroBatch]], T]) -> T:
+    """What `measure` makes of this rank's examples in micro-batches. Out of memory, it is called again with smaller
+    ones."""
+    ranks = stepper.ranks
     mine = list(range(len(examples)))[ranks.index :: ranks.count]
     lengths = [len(example) for example in examples]
     groups, shapes = [stepper.group_of(each) for each in examples], [each.shape for each in examples]
@@ -21,16 +36,12 @@ def loss(stepper: Stepper, examples: list[Example]) -> Shown:
             mine, lengths, stepper.memory.max_tokens, packed_tokens=packed, groups=groups, shapes=shapes
         )
         try:
-            sums = _sums(stepper.objective, examples, parts, stepper.device)
-            break
+            return measure(parts)
         except torch.OutOfMemoryError:
             plan = next_after(stepper.memory, parts)
             if plan is None or plan.max_tokens == stepper.memory.max_tokens:
                 raise
         stepper.adopt(plan)
-    weight = sum(map(method.weight, examples))
-    totals = zip(method.sums, ranks.sum(sums).tolist(), strict=True)
-    return method.shown({name: total / weight for name, total in totals})
 
 
 def _sums(objective: Objective, examples: list[Example], parts: list[MicroBatch], device: torch.device) -> torch.Tensor:

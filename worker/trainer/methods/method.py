@@ -11,10 +11,15 @@ if TYPE_CHECKING:
 
 
 class Shown(NamedTuple):
-    """What messages and metrics say of a step or of a validation file."""
+    """What messages and metrics say of a step or of a validation file.
+
+    `accuracy`: the share of labelled tokens whose most likely prediction is right; None where a method has no such
+    share. `metrics`: what it measures besides, by name.
+    """
 
     loss: float
-    accuracy: float
+    accuracy: float | None
+    metrics: dict[str, float] = {}
 
 
 class Method(Protocol):
@@ -28,6 +33,8 @@ class Method(Protocol):
     """The names of what `objective` returns; "loss" is one of them."""
     recordable: bool
     """Whether its passes can be CUDA graphs: the same kernels for every batch of a shape, and no look at a value."""
+    reads_reference: bool
+    """Whether its objective needs `batch.reference`, which is measured once, before the first step."""
 
     def weight(self, example: Example) -> float:
         """The example's part of what sums are divided by."""

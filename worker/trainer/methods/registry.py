@@ -4,10 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 from tunery.spec import MethodOptions
+from worker.trainer.methods.dpo import DirectPreferenceOptimization
 from worker.trainer.methods.method import Method
 from worker.trainer.methods.sft import SupervisedFineTuning
 
-METHODS: dict[str, Callable[[Any], Method]] = {"supervised": lambda _options: SupervisedFineTuning()}
+METHODS: dict[str, Callable[[Any], Method]] = {
+    "supervised": lambda _options: SupervisedFineTuning(),
+    "dpo": DirectPreferenceOptimization,
+}
 """By `type`: what makes the method of a run from its options. A plug-in adds its own."""
 
 

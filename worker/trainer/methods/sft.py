@@ -16,6 +16,7 @@ class SupervisedFineTuning:
 
     sums: tuple[str, ...] = ("loss", "correct")
     recordable = True
+    reads_reference = False
 
     def weight(self, example: Example) -> float:
         """The labelled tokens."""

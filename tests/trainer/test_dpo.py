@@ -1,0 +1,204 @@
+"""Preference tuning: its steps beside a few lines of plain torch, its reference, and runs that are broken off."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_folders import WORDS, Ear, Interrupting, chat, lay_out, plan, said, steps_of
+from torch.nn import functional
+
+from tunery.spec import Dpo, Full, Lora
+from worker.trainer import reference
+from worker.trainer.data import Example, rows_of_step
+from worker.trainer.loop import _take_step
+from worker.trainer.memory import MemoryPlan
+from worker.trainer.process import carry_out_and_tell
+from worker.trainer.report import Voice
+from worker.trainer.run import carry_out, prepare
+from worker.trainer.training import Progress, Training
+from worker.trainer.wish import Wish
+
+
+def pair(seed: int) -> dict[str, Any]:
+    """A preference row in OpenAI's spelling, whose answers are of different lengths."""
+    question, answer = chat(seed, words=2 + seed % 5)["messages"]
+    other = WORDS[(WORDS.index(answer["content"]) + 1 + seed % 3) % len(WORDS)] + " alpha" * (seed % 3)
+    return {
+        "input": {"messages": [question]},
+        "preferred_output": [answer],
+        "non_preferred_output": [{"role": "assistant", "content": other}],
+    }
+
+
+PAIRS = [pair(i) for i in range(10)]
+
+
+def training(folder: Path, base: Path, method: Dpo | None = None, **changes: Any) -> Training:
+    lay_out(folder, base, plan(method=method or Dpo(), **changes), PAIRS, PAIRS[:3])
+    t = prepare(folder, Voice(None), Wish())
+    reference.attach(t)
+    return t
+
+
+def log_probabilities(t: Training, example: Example) -> list[torch.Tensor]:
+    """Of the answers, a row at a time, from the model's own logits; summed over their tokens."""
+    found = []
+    for row in example.rows:
+        logits = t.objective.causal(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
+        losses = functional.cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="none")
+        found.append(-losses.sum())
+    return found
+
+
+def plain_loss(t: Training, examples: list[Example], start: list[list[float]], method: Dpo) -> torch.Tensor:
+    """The mean over pairs. `start`: the answers' log-probabilities before training."""
+    losses = []
+    beta = method.decided().beta
+    assert beta != "auto"
+    for example, before in zip(examples, start, strict=True):
+        gained = [now - then for now, then in zip(log_probabilities(t, example), before, strict=True)]
+        if method.loss != "sigmoid":
+            gained = [each / row.labelled for each, row in zip(gained, example.rows, strict=True)]
+        lead = gained[0] - gained[1]
+        ipo = (lead - 1 / (2 * beta)) ** 2
+        losses.append(ipo if method.loss == "ipo" else -functional.logsigmoid(beta * lead))
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("changes", [{}, {"packing": True}], ids=["padded", "packed"])
+@pytest.mark.parametrize("method", [Dpo(), Dpo(loss="ipo", beta=0.5), Dpo(loss="dpo_norm")], ids=lambda m: m.loss)
+def test_step_is_the_mean_over_its_pairs(tmp_path: Path, tiny: Path, method: Dpo, changes: dict[str, Any]) -> None:
+    """Whatever the micro-batches are: the first step in one, the second in eight, the last of two pairs alone."""
+    t = training(tmp_path / "run", tiny, method, max_grad_norm=1e9, **changes)
+    with torch.no_grad():
+        start = [[float(each) for each in log_probabilities(t, example)] for example in t.rows.examples]
+    progress = Progress()
+    for step, budget in ((1, 10_000), (2, 1), (3, 100)):
+        t.stepper.memory = MemoryPlan(budget, packed_tokens=min(budget, 60) if changes else None)
+        drawn = rows_of_step(10, step, 4, t.plan.seed)
+        wanted = plain_loss(t, [t.rows.examples[i] for i in drawn], [start[i] for i in drawn], method)
+        gradients = torch.autograd.grad(wanted, list(t.parameters.values()), allow_unused=True)
+        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+
+        message, _ = _take_step(t, progress)
+
+        assert message.train_loss == pytest.approx(wanted.item(), rel=2e-5)
+        assert message.grad_norm == pytest.approx(norm.item(), rel=1e-3)
+        assert message.train_accuracy is None
+        shown = message.train_metrics
+        assert shown["rewards_margin"] == pytest.approx(shown["rewards_chosen"] - shown["rewards_rejected"], abs=1e-6)
+    assert abs(shown["rewards_margin"]) > 1e-3  # weights have moved
+
+
+@pytest.mark.parametrize("method", [Dpo(), Dpo(loss="ipo", beta=0.5), Dpo(loss="dpo_norm")], ids=lambda m: m.loss)
+def test_first_step_knows_no_preference(tmp_path: Path, tiny: Path, method: Dpo) -> None:
+    """Model and reference are the same then, whatever the rows: log 2, and for IPO (1 / 2 beta)^2."""
+    t = training(tmp_path / "run", tiny, method)
+
+    message, _ = _take_step(t, Progress())
+
+    assert message.train_loss == pytest.approx(1.0 if method.loss == "ipo" else math.log(2), rel=1e-6)
+    assert message.train_metrics == pytest.approx(dict.fromkeys(message.train_metrics, 0.0), abs=1e-6)
+
+
+def test_prompts_are_not_learned(tmp_path: Path, tiny: Path) -> None:
+    t = training(tmp_path / "run", tiny)
+
+    for row, spelled in zip(t.rows.examples[0].rows, ("preferred_output", "non_preferred_output"), strict=True):
+        learned = t.template.tokenizer.decode([label for label in row.labels if label >= 0], skip_special_tokens=False)
+        assert learned == PAIRS[0][spelled][0]["content"] + "<|im_end|>"  # type: ignore[index]
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [step["train_loss"] for step in steps_of(folder) if step["type"] == "step"]
+
+
+def test_run_learns_to_prefer(tmp_path: Path, tiny: Path, ear: Ear) -> None:
+    folder = lay_out(tmp_path / "run", tiny, plan(method=Dpo(), n_epochs=4), PAIRS, PAIRS[:3])
+
+    assert carry_out_and_tell(folder, ear.descriptor, Wish()) == 0
+
+    first, *_, last = said(ear, "step")
+    assert first.train_loss == pytest.approx(math.log(2), abs=1e-5)
+    assert last.train_loss < 0.5 * first.train_loss
+    assert last.train_metrics["rewards_margin"] > 0.5
+    assert last.train_metrics["rewards_accuracy"] == 1
+    assert said(ear, "evaluated")[-1].metrics["rewards_accuracy"] == 1
+    header, line, *_ = (folder / "out" / "results.csv").read_text().splitlines()
+    assert header.startswith(
+        "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy,train_rewards_chosen,"
+    )
+    assert line.startswith("1,0.69315,,,,0.00000,")
+
+
+def test_losses_are_the_recorded_ones(tmp_path: Path, tiny: Path, ear: Ear) -> None:
+    folder = lay_out(tmp_path / "run", tiny, plan(method=Dpo(), n_epochs=2), PAIRS)
+
+    assert carry_out_and_tell(folder, ear.descriptor, Wish()) == 0
+
+    assert losses_of(folder) == pytest.approx([0.69315, 0.63119, 0.62545, 0.25671, 0.25409, 0.41067], rel=1e-3)
+
+
+@pytest.mark.parametrize("technique", [Lora(r=4, alpha=8, dropout=0.1), Full()], ids=lambda t: t.type)
+def test_resumed_run_equals_an_unbroken_one(tmp_path: Path, tiny: Path, technique: Lora | Full) -> None:
+    """The reference comes from the snapshot, in a directory where nothing else is left of the first attempt."""
+    rate = {"learning_rate": 1e-2 if isinstance(technique, Lora) else 1e-3}
+    settled = plan(method=Dpo(), n_epochs=2, technique=technique, **rate)
+    whole = lay_out(tmp_path / "whole", tiny, settled, PAIRS, PAIRS[:3])
+    assert carry_out(whole, Voice(None), Wish())
+    broken = lay_out(tmp_path / "broken", tiny, settled, PAIRS, PAIRS[:3], snapshot_seconds=1e-9)
+    with pytest.raises(ConnectionError):
+        carry_out(broken, Interrupting(4), Wish())
+    again = lay_out(tmp_path / "again", tiny, settled, PAIRS, PAIRS[:3])
+    (broken / "snapshots" / "step-3").rename(again / "resume")
+
+    assert carry_out(again, Voice(None), Wish())
+
+    assert json.dumps(steps_of(again)) == json.dumps(steps_of(whole))
+
+
+def test_snapshot_holds_the_reference(tmp_path: Path, tiny: Path) -> None:
+    """An attempt elsewhere has only the snapshot, and its device would not measure the same numbers."""
+    folder = lay_out(tmp_path / "run", tiny, plan(method=Dpo()), PAIRS, snapshot_seconds=1e-9)
+    assert carry_out(folder, Voice(None), Wish())
+
+    assert (folder / "snapshots" / "step-3" / reference.NAME).read_bytes() == reference.path(folder).read_bytes()
+
+    again = lay_out(tmp_path / "again", tiny, plan(method=Dpo()), PAIRS)
+    (folder / "snapshots" / "step-3").rename(again / "resume")
+    t = prepare(again, Voice(None), Wish())
+    for parameter in t.parameters.values():
+        parameter.data.normal_()
+    reference.attach(t)
+    assert reference.path(again).read_bytes() == reference.path(folder).read_bytes()
+
+
+def test_reference_is_that_of_the_start(tmp_path: Path, tiny: Path) -> None:
+    """A later attempt finds the numbers of the first one, though it measures where the weights have moved."""
+    t = training(tmp_path / "run", tiny)
+    start = [example.reference for example in t.rows.examples]
+    for step in range(1, 4):
+        _take_step(t, Progress(step=step - 1))
+
+    reference.attach(t)
+
+    assert [example.reference for example in t.rows.examples] == start
+    reference.path(t.folder).unlink()
+    reference.attach(t)
+    assert [example.reference for example in t.rows.examples] != start
+
+
+def test_reference_of_other_rows_or_a_damaged_one_is_not_taken(tmp_path: Path, tiny: Path) -> None:
+    t = training(tmp_path / "run", tiny)
+    wanted = [example.reference for example in t.rows.examples]
+    other = training(tmp_path / "other", tiny, max_seq_length=60)
+    kept = reference.path(t.folder)
+    for found in (reference.path(other.folder).read_bytes(), kept.read_bytes()[:-9], b""):
+        kept.write_bytes(found)
+
+        reference.attach(t)
+
+        assert [example.reference for example in t.rows.examples] == wanted

@@ -1,0 +1,138 @@
+"""Shapes of preference rows: a prompt, the answer that is preferred to another, and that other one.
+
+`convert` gives the messages of the prompt and the preferred answer, and `dispreferred`, the other answer's message.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunery.rows import conversations, strict_json
+from tunery.rows.shape import SYSTEMS, Shape, any_case, as_given, begins_with_system, prompt_turns, text_message
+
+PAIRS = "preference pairs"
+_OUTPUTS = (("preferred_output", "non_preferred_output"), ("preferred_completion", "non_preferred_completion"))
+_CHOSEN = ("chosen", "rejected")
+_PROMPTS = any_case("prompt", "instruction", "question", "query", "messages", "conversations", "conversation")
+_BESIDE = {
+    "user": _PROMPTS,
+    "system": SYSTEMS,
+    "context": any_case("context"),
+    "history": ("history",),
+    "input": any_case("input"),
+}
+
+
+class PairShape(Shape):
+    """A shape whose parts are a `request` or a prompt in parts, and both answers: `preferred`, `dispreferred`."""
+
+    def convert(self, row: dict[str, Any]) -> dict[str, Any]:
+        used = self.used(row)
+        rest = {key: value for key, value in row.items() if key not in used.values()}
+        parts = {part: row[key] for part, key in used.items()}
+        both = [_said(parts[side], used[side]) for side in ("preferred", "dispreferred")]
+        names = (used["preferred"], used["dispreferred"])
+        if "request" in parts:
+            asked = _request(parts["request"])
+            prompt, rest = as_given(asked.pop("messages")), {**rest, **asked}
+        elif all(said and _role(said[0]) != "assistant" for said in both):
+            prompt, both = _in_common(both, names, parts, used)
+        else:
+            prompt = _prompt(parts, used)
+        answers = [_answer(said, name) for said, name in zip(both, names, strict=True)]
+        _check_prompt(prompt)
+        return {**rest, "messages": [*prompt, answers[0]], "dispreferred": answers[1]}
+
+
+def detect(row: Mapping[str, Any]) -> PairShape | None:
+    """The shape of a preference row; None for a row that lacks one of the two answers. Raises ValueError."""
+    for preferred, other in _OUTPUTS:
+        if preferred in row and other in row:
+            if "input" not in row:
+                raise ValueError(f"'input' is missing beside '{preferred}': the conversation before the answer.")
+            return PairShape(PAIRS, {"request": "input", "preferred": preferred, "dispreferred": other})
+    if all(key in row for key in _CHOSEN):
+        return PairShape(PAIRS, {"preferred": _CHOSEN[0], "dispreferred": _CHOSEN[1]}, _BESIDE)
+    return None
+
+
+def _request(value: Any) -> dict[str, Any]:
+    """OpenAI's `input`: messages, and tools."""
+    value = conversations.decoded(value, "input")
+    if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
+        reason = "'input' must be an object with 'messages', the conversation before the answer."
+        raise ValueError(reason)  # noqa: TRY004 (to callers every fault of a row is one kind)
+    return dict(value)
+
+
+def _said(value: Any, key: str) -> list[Any]:
+    """An answer, or a conversation that ends with it, as messages."""
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        return [text_message("assistant", value, key)]
+    return list(conversations.convert(value, key)) if conversations.is_sharegpt(value) else value
+
+
+def _in_common(
+    both: list[list[Any]], names: tuple[str, str], parts: Mapping[str, Any], used: Mapping[str, str]
+) -> tuple[list[Any], list[list[Any]]]:
+    """The messages that two conversations share, which a prompt beside them repeats, and their last ones."""
+    prompt, other = both[0][:-1], both[1][:-1]
+    if prompt != other:
+        raise ValueError(
+            f"'{names[0]}' and '{names[1]}' must have the same messages but for the last, the answer. Correct the row."
+        )
+    texts = [message.get("content") for message in prompt if isinstance(message, dict)]
+    asked = parts.get("user", [])
+    repeated = [turn.get("content") for turn in asked if isinstance(turn, dict)] if isinstance(asked, list) else [asked]
+    if any(text not in texts for text in repeated if not _is_last(text, both)):
+        raise ValueError(
+            f"'{used['user']}' would be lost: it is no message of '{names[0]}'. Put it there, or remove the key."
+        )
+    before = prompt_turns({**parts, "user": prompt}, used) if "system" in parts else as_given(prompt)
+    return before, [said[-1:] for said in both]
+
+
+def _is_last(text: Any, both: list[list[Any]]) -> bool:
+    """Whether it is an answer, as in a column that repeats the preferred conversation."""
+    return any(isinstance(said[-1], dict) and said[-1].get("content") == text for said in both)
+
+
+def _prompt(parts: Mapping[str, Any], used: Mapping[str, str]) -> list[Any]:
+    asked, parts = parts.get("user", parts.get("input")), dict(parts)
+    if asked is None:
+        raise ValueError("There is no prompt: add 'prompt', or begin 'chosen' and 'rejected' with the user's message.")
+    if "user" not in parts:
+        parts.pop("input")
+    if isinstance(asked, list) and conversations.is_sharegpt(asked):
+        asked = conversations.convert(asked, used.get("user", "input"))
+    return prompt_turns({**parts, "user": asked}, {"user": "input", **used})
+
+
+def _answer(said: list[Any], name: str) -> Any:
+    """The one message that an answer is. Raises ValueError."""
+    if not said:
+        raise ValueError(f"'{name}' is empty. Give it one message of the assistant.")
+    if len(said) > 1:
+        reason = (
+            f"'{name}' must be one message of the assistant, not {len(said)}. Put the earlier ones into the prompt."
+        )
+        raise ValueError(reason)
+    if _role(said[0]) != "assistant":
+        raise ValueError(f"'{name}' must be a message of the role assistant.")
+    if said[0].get("weight") == 0:
+        raise ValueError(f"'{name}' has the weight 0, and both answers are compared. Remove the weight.")
+    return said[0]
+
+
+def _check_prompt(prompt: list[Any]) -> None:
+    if not prompt or (len(prompt) == 1 and begins_with_system(prompt)):
+        raise ValueError("The prompt has no message to answer. Add the user's.")
+    if _role(prompt[-1]) == "assistant":
+        raise ValueError("The prompt ends with an assistant message. End it with what is answered.")
+
+
+def _role(message: Any) -> Any:
+    if not isinstance(message, dict):
+        raise ValueError(f"A message must be an object, not {strict_json.kind(message)}.")  # noqa: TRY004 (one kind)
+    return message.get("role")

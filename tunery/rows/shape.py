@@ -1,0 +1,170 @@
+"""A shape of rows: which keys hold the conversation, and how they become chat messages in OpenAI's spelling."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunery.rows import conversations, strict_json
+
+CHAT = "chat messages"
+SHAREGPT = "ShareGPT"
+ALPACA = "Alpaca"
+CHATML = "ChatML text"
+
+
+def any_case(*names: str) -> tuple[str, ...]:
+    return (*names, *map(str.capitalize, names))
+
+
+SYSTEMS = any_case("system", "system_prompt", "system_message")
+_CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A shape's name, and the row's key of each part: `messages`, or `user` and `assistant`.
+
+    `optional`: spellings of keys that a row may have besides, by part: `system`, `context`, `input`, `history`, and
+    `label`, which is not read.
+    """
+
+    name: str
+    columns: Mapping[str, str]
+    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has every key that the shape needs."""
+        return all(row.get(key) is not None for key in self.columns.values())
+
+    def used(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """The key of each part that a row has."""
+        found = {
+            part: next((key for key in spellings if key in row), None) for part, spellings in self.optional.items()
+        }
+        return {**self.columns, **{part: key for part, key in found.items() if key is not None}}
+
+    def convert(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with `messages` in place of the keys that it makes them of. Raises ValueError."""
+        used = self.used(row)
+        rest = {key: value for key, value in row.items() if key not in used.values()}
+        parts = {part: row[key] for part, key in used.items()}
+        return {**rest, "messages": self._messages(parts, used)}
+
+    def _messages(self, parts: dict[str, Any], used: dict[str, str]) -> Any:
+        if "text" in parts:
+            return _chatml(parts["text"])
+        if "messages" not in parts:
+            return _turns(parts, used)
+        messages = conversations.convert(parts["messages"], used["messages"])
+        if isinstance(messages, list) and "system" in parts and not begins_with_system(messages):
+            return [*_system(parts, used), *messages]
+        return messages
+
+    def describe(self, used: Mapping[str, str]) -> str:
+        """The shape and what becomes of each column, for people."""
+        pairs = ", ".join(f"'{key}' as {PARTS[part]}" for part, key in used.items())
+        return f"{self.name} rows: {pairs}"
+
+
+PARTS = {
+    "messages": "the conversation",
+    "text": "the conversation",
+    "system": "the system message",
+    "history": "earlier turns",
+    "context": "text before the question",
+    "user": "the user's message",
+    "input": "text after it",
+    "assistant": "the answer",
+    "request": "the request",
+    "preferred": "the preferred answer",
+    "dispreferred": "the other answer",
+}
+"""What each part of a row becomes, in words."""
+
+
+CHAT_SHAPE = Shape(CHAT, {"messages": "messages"})
+
+
+# --- from a row's parts to messages -------------------------------------------------------------------------------
+
+
+def _turns(parts: Mapping[str, Any], used: Mapping[str, str]) -> list[Any]:
+    """Messages of a question and an answer, with what stands beside them."""
+    answer = parts["assistant"]
+    wanted = answer if isinstance(answer, list) else [text_message("assistant", answer, used["assistant"])]
+    return [*prompt_turns(parts, used), *wanted]
+
+
+def prompt_turns(parts: Mapping[str, Any], used: Mapping[str, str]) -> list[Any]:
+    """Messages of a question with what stands beside it. Prompts that are lists of messages stay so, and what an
+    assistant says in them is not learned: it was given, not wanted. Raises ValueError."""
+    asked = parts["user"]
+    before = [*_system(parts, used), *_history(parts.get("history"))]
+    if not isinstance(asked, list):
+        return [*before, _user(parts, used)]
+    if begins_with_system(asked):
+        before = [message for message in before if message["role"] != "system"]
+    return [*before, *as_given(asked)]
+
+
+def _user(parts: Mapping[str, Any], used: Mapping[str, str]) -> dict[str, Any]:
+    message = text_message("user", parts["user"], used["user"])
+    if context := _optional_text(parts, used, "context"):
+        message["content"] = f"{context}\n\n{message['content']}"
+    if more := _optional_text(parts, used, "input"):
+        message["content"] = f"{message['content']}\n{more}"
+    return message
+
+
+def _system(parts: Mapping[str, Any], used: Mapping[str, str]) -> list[dict[str, Any]]:
+    text = _optional_text(parts, used, "system")
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _optional_text(parts: Mapping[str, Any], used: Mapping[str, str], part: str) -> str:
+    if part not in parts:
+        return ""
+    text: str = text_message("", parts[part], used[part])["content"]
+    return text if text.strip() else ""
+
+
+def text_message(role: str, value: Any, key: str) -> dict[str, Any]:
+    """A message whose text is the value of a row's key. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(  # noqa: TRY004 (to callers every fault of a row is one kind)
+            f"'{key[:40]}' must be a text, not {strict_json.kind(value)}. Spell it as the string that the model shall "
+            "read or write."
+        )
+    return {"role": role, "content": value if isinstance(value, str) else json.dumps(value)}
+
+
+def as_given(messages: list[Any]) -> list[Any]:
+    """The messages, none of which is learned."""
+    return [
+        {**message, "weight": 0} if isinstance(message, dict) and message.get("role") == "assistant" else message
+        for message in messages
+    ]
+
+
+def _history(value: Any) -> list[dict[str, Any]]:
+    """Earlier turns, as pairs of a question and an answer."""
+    pairs = conversations.decoded(value, "history") if value is not None else []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError('\'history\' must be a list of pairs: [["question", "answer"], ...].')
+    turns = [zip(("user", "assistant"), pair, strict=True) for pair in pairs]
+    return [text_message(role, text, "history") for pair in turns for role, text in pair]
+
+
+def begins_with_system(messages: list[Any]) -> bool:
+    """Whether the first message is the system's."""
+    first = messages[0] if messages else None
+    return isinstance(first, dict) and first.get("role") in ("system", "developer")
+
+
+def _chatml(text: Any) -> list[dict[str, Any]]:
+    turns = list(_CHATML_TURN.finditer(text.strip())) if isinstance(text, str) else []
+    if not turns or sum(len(turn[0]) for turn in turns) != len(text.strip()):
+        raise ValueError("'text' must be whole turns of ChatML: <|im_start|>ROLE, a line break, the text, <|im_end|>.")
+    return [{"role": turn[1], "content": turn[2]} for turn in turns]
