@@ -57,7 +57,7 @@ $(OPENAI2)/installed: | $(BIN)/python
 	$(PIP) install -q --no-deps --upgrade --target $(OPENAI2) openai==2.54.0 distro==1.9.0 httpx==0.28.1 httpcore==1.0.9
 	@touch $@
 
-# Clients of others, made when a test of `make test-slow` asks for one: their versions would not go together in .venv.
+# Clients and engines of others, made when a test of `make test-slow` asks for one: their versions would not go together in .venv.
 # Why --no-deps: the lists are whole, but for what llama-index-finetuning wants for embeddings, torch among it.
 $(CLIENTS)/%/installed: $(CLIENT_FILES)/%.txt | $(BIN)/python
 	$(BIN)/python -m venv --clear $(@D)

@@ -209,15 +209,19 @@ class Evaluation(Part):
     general: General = Field(General(), description="What base and tuned model can do besides; with a test file")
 
 
+GgufType = Literal["f16", "q8_0", "q4_0", "q4_1"]
+
+
 class Export(Part):
     """Files for other programs, made of the model at the run's end beside the model's own."""
 
     merged: bool = Field(False, description="LoRA, QLoRA: also a whole model, with the adapter merged into its base")
+    gguf: list[GgufType] = Field([], description="Also GGUF files of the whole model, for llama.cpp and ollama")
 
     @property
     def is_asked(self) -> bool:
         """Whether there is anything to write."""
-        return self.merged
+        return self.merged or bool(self.gguf)
 
 
 class Resources(Part):

@@ -22,3 +22,9 @@ class NoRoom(ExportRefused):
     job on a host with more memory."""
 
     code = "no_room_to_merge"
+
+
+class NoGguf(ExportRefused):
+    """The model cannot be written as GGUF: {reason} Use the safetensors."""
+
+    code = "no_gguf"

@@ -43,7 +43,7 @@ def free_memory() -> None:
 
 def parameters(folder: Path) -> int:
     """Returns how many numbers the folder's weights have."""
-    return sum(torch.Size(shape).numel() for path in _weights(folder) for shape in _shapes(path))
+    return sum(torch.Size(shape).numel() for path in weight_files(folder) for shape in _shapes(path))
 
 
 def _shapes(path: Path) -> Iterator[list[int]]:
@@ -54,8 +54,9 @@ def _shapes(path: Path) -> Iterator[list[int]]:
 
 def weights_sha256(folder: Path) -> dict[str, str]:
     """Returns the digest of each of the folder's weight files."""
-    return {path.name: folders.sha256(path) for path in _weights(folder)}
+    return {path.name: folders.sha256(path) for path in weight_files(folder)}
 
 
-def _weights(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files that hold a model's weights."""
     return sorted(folder.glob("*.safetensors"))

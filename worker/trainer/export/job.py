@@ -6,10 +6,12 @@ A model is worth more than its exports: one that is refused or breaks is left ou
 import itertools
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from tunery.spec import Full
 from tunery.wire import Exported, Phase
 from worker.trainer.data import Row, read_rows
 from worker.trainer.export import files, merge
@@ -25,12 +27,18 @@ def write(t: Training, artifact: Path) -> None:
         return
     t.voice.say(Phase(phase="exporting"))
     _release(t)
-    if t.plan.export.merged:
-        _try(t, "merged", lambda: _merge(t, artifact))
+    if isinstance(t.plan.technique, Full):
+        _write_gguf(t, artifact, artifact)
+        return
+    with files.temporary_folder(artifact / "merged") as folder:
+        if _try(t, "merged", lambda: _merge(t, artifact, folder / "merged")):
+            _write_gguf(t, folder / "merged", artifact)
+            if t.plan.export.merged:
+                (folder / "merged").rename(artifact / "merged")
 
 
-def _try(t: Training, path: str, make: Callable[[], str]) -> None:
-    """Says what `make` says of the export, or why there is none."""
+def _try(t: Training, path: str, make: Callable[[], str]) -> bool:
+    """Says what `make` says of the export, or why there is none; whether there is one."""
     try:
         message, is_refused = make(), False
     except ExportRefused as error:
@@ -40,12 +48,27 @@ def _try(t: Training, path: str, make: Callable[[], str]) -> None:
         message, is_refused = f"It broke: {type(error).__name__}: {error}. The job's log has more.", True
     (log.warning if is_refused else log.info)("export %s: %s", path, message)
     t.voice.say(Exported(path=path, message=message, is_refused=is_refused))
+    return not is_refused
 
 
-def _merge(t: Training, artifact: Path) -> str:
+def _merge(t: Training, artifact: Path, out: Path) -> str:
     source = merge.Source(t.folder / "base", artifact, t.precision, t.device)
-    record = merge.write(source, _rows(t), artifact / "merged")
-    return merge.summary(record)
+    return merge.summary(merge.write(source, _rows(t), out))
+
+
+def _write_gguf(t: Training, model: Path, artifact: Path) -> None:
+    """Writes the GGUF files of the whole model in `model` into the artifact."""
+    from worker.trainer.export import gguf_writer  # only here: other runs have no need of it
+
+    folder = artifact / "gguf"
+    for kind in dict.fromkeys(t.plan.export.gguf):
+        folder.mkdir(exist_ok=True)
+        path = folder / f"model-{kind}.gguf"
+        make = partial(gguf_writer.write, model, path, kind, t.run.base_model)
+        if not _try(t, f"gguf/{path.name}", make):
+            path.unlink(missing_ok=True)
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _rows(t: Training) -> list[Row]:

@@ -1,0 +1,236 @@
+"""GGUF files answer in llama.cpp as the model does in transformers; what llama.cpp would compute otherwise is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import other_clients
+import pytest
+import tiny_models
+import torch
+import zoo
+from gguf import GGUFReader
+from run_folders import Ear, chat, lay_out, plan, said
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tunery.spec import Export, Full, Lora
+from worker.trainer import gguf_files
+from worker.trainer.export import gguf_tokenizers, gguf_writer
+from worker.trainer.export.errors import NoGguf
+from worker.trainer.report import Voice
+from worker.trainer.run import carry_out
+from worker.trainer.wish import Wish
+
+PROMPT = "<|im_start|>user\nalpha beta 1234, gamma delta & epsilon?<|im_end|>\n<|im_start|>assistant\n"
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": {"sliding_window": None},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Gemma 2": {"query_pre_attn_scalar": 16},
+    "Gemma 3": {"query_pre_attn_scalar": 16, "num_hidden_layers": 6},
+    "Phi-3": {},
+}
+
+
+@pytest.fixture(scope="session")
+def engine() -> Path:
+    """The interpreter that has llama.cpp."""
+    return other_clients.install("llama-cpp") / "bin" / "python"
+
+
+def with_a_merge(folder: Path) -> Path:
+    """The model with a tokenizer that joins two letters: llama.cpp reads none without merges."""
+    said = json.loads((folder / "tokenizer.json").read_text())
+    said["model"]["vocab"]["al"], said["model"]["merges"] = 259, [["a", "l"]]
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    return folder
+
+
+def prompt_ids(folder: Path) -> list[int]:
+    ids: list[int] = AutoTokenizer.from_pretrained(folder)(PROMPT, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def log_probs(folder: Path, ids: list[int]) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        found: torch.Tensor = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_computes_the_same_logits(tmp_path: Path, engine: Path, family: str) -> None:
+    folder = with_a_merge(zoo.make(family, tmp_path / "model", **FAMILIES[family]))
+    gguf_writer.write(folder, tmp_path / "model.gguf", "f16", "tiny")
+    ids = prompt_ids(folder)
+    wanted = log_probs(folder, ids)
+
+    with llama_cpp.serve(engine, tmp_path / "model.gguf") as server:
+        assert server.tokenize(PROMPT) == ids
+        found = server.log_probs(ids, 20)
+
+    assert len(found) == 20
+    assert max(abs(wanted[token].item() - logprob) for token, logprob in found.items()) < 0.02
+
+
+def fields(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+
+
+def test_transformers_reads_the_file_as_the_model(tmp_path: Path) -> None:
+    folder = with_a_merge(tiny_models.llama(tmp_path / "model", bf16=True))
+    (tmp_path / "gguf").mkdir()
+    gguf_writer.write(folder, tmp_path / "gguf" / "model.gguf", "f16", "tiny")
+
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32)
+
+    ids = prompt_ids(folder)
+    with torch.no_grad():
+        found = back(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    assert (found - log_probs(folder, ids)).abs().max() < 1e-3
+
+
+def test_file_has_tokens_and_template_of_the_training(tmp_path: Path) -> None:
+    folder = with_a_merge(zoo.make("Gemma 3", tmp_path / "model", **FAMILIES["Gemma 3"]))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    gguf_writer.write(folder, tmp_path / "model.gguf", "f16", "tiny")
+
+    found = fields(tmp_path / "model.gguf")
+
+    assert found["tokenizer.chat_template"] == tiny_models.CHATML
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert (found["tokenizer.ggml.eos_token_id"], found["tokenizer.ggml.eot_token_id"]) == (2, 0)
+    assert (found["tokenizer.ggml.add_bos_token"], found["tokenizer.ggml.merges"]) == (False, ["a l"])
+    assert found["tokenizer.ggml.tokens"][:3] == list(tiny_models.SPECIAL)
+    assert found["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 1]  # control, then normal
+    assert (found["gemma3.attention.sliding_window"], found["gemma3.context_length"]) == (16, 256)
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])
+def test_matrices_are_quantised_and_what_is_small_is_not(tmp_path: Path, kind: Any) -> None:
+    folder = with_a_merge(zoo.make("Qwen3", tmp_path / "model"))
+    gguf_writer.write(folder, tmp_path / "model.gguf", kind, "tiny")
+
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+
+    assert types["blk.1.ffn_up.weight"] == kind.upper()
+    assert types["blk.1.attn_norm.weight"] == "F32"
+    assert types["token_embd.weight"] == types["output.weight"] == "Q8_0"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("Mixtral", {}, "architecture 'mixtral' is not among llama, mistral"),
+        ("Llama", {"hidden_act": "gelu"}, "llama.cpp computes silu for 'llama', and this has gelu"),
+        ("Llama, dynamic", {}, "its RoPE is scaled by 'dynamic'"),
+        ("Phi-3 longrope", {}, "its RoPE is scaled by 'longrope'"),
+        ("Gemma 3", {}, "llama.cpp scales its scores by 16, and this has 256"),
+        ("Gemma 3", {"layer_types": ["full_attention", "sliding_attention"]}, "at every place divisible by 6"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(
+    tmp_path: Path, family: str, changes: dict[str, Any], reason: str
+) -> None:
+    folder = with_a_merge(zoo.make(family, tmp_path / "model", **changes))
+
+    with pytest.raises(NoGguf, match=reason):
+        gguf_writer.write(folder, tmp_path / "model.gguf", "f16", "tiny")
+
+
+def test_window_of_all_layers_ends_the_context(tmp_path: Path) -> None:
+    folder = with_a_merge(zoo.make("Mistral", tmp_path / "model"))
+    gguf_writer.write(folder, tmp_path / "model.gguf", "f16", "tiny")
+
+    assert fields(tmp_path / "model.gguf")["llama.context_length"] == 16
+
+
+def test_numbers_beyond_f16_are_refused(tmp_path: Path) -> None:
+    folder = with_a_merge(zoo.make("Qwen3", tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 7e4
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(NoGguf, match=r"blk\.0\.ffn_up\.weight has numbers beyond 65,504, .* Write q8_0"):
+        gguf_writer.write(folder, tmp_path / "model.gguf", "f16", "tiny")
+
+
+@pytest.mark.parametrize("name", gguf_tokenizers.RULES)
+def test_rule_of_words_is_found_by_its_cuts(name: str) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = gguf_files.word_rule(name)
+
+    assert gguf_tokenizers.find_rule(tokenizer, ignores_merges=True) == name
+    assert gguf_tokenizers.find_rule(tokenizer, ignores_merges=False) == {"llama-bpe": "dbrx"}.get(name, name)
+
+
+def test_unknown_rule_of_words_is_refused() -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+
+    with pytest.raises(NoGguf, match="cuts words by a rule that is none of those known"):
+        gguf_tokenizers.find_rule(tokenizer, ignores_merges=False)
+
+
+def test_scores_fall_with_the_merges_of_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
+    folder = zoo.make("Gemma 3", tmp_path / "model", **FAMILIES["Gemma 3"])
+    pieces = [
+        "<bos>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "\u2581",
+        *"abc",
+        "ab",
+        "\u2581ab",
+        *(f"<0x{value:02X}>" for value in range(245)),
+    ]
+    made = Tokenizer(
+        models.BPE(
+            vocab={piece: number for number, piece in enumerate(pieces)},
+            merges=[("a", "b"), ("\u2581", "ab")],
+            byte_fallback=True,
+        )
+    )
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    made.add_special_tokens(pieces[:3])
+    made.save(str(folder / "tokenizer.json"))
+    gguf_writer.write(folder, tmp_path / "model.gguf", "f16", "tiny")
+
+    found = fields(tmp_path / "model.gguf")
+
+    assert found["tokenizer.ggml.model"] == "llama"
+    assert found["tokenizer.ggml.scores"][7:9] == [0, -1]
+    assert found["tokenizer.ggml.add_space_prefix"] is False
+    assert found["tokenizer.ggml.token_type"][9] == 6  # a byte
+
+
+@pytest.mark.parametrize("technique", [Full(), Lora(r=4)], ids=["full", "lora"])
+def test_job_leaves_gguf_files(tmp_path: Path, ear: Ear, technique: Any) -> None:
+    base = with_a_merge(tiny_models.llama(tmp_path / "base", bf16=True, never_said=tuple(range(6, 260))))
+    asked = plan(technique=technique, learning_rate=1e-3, export=Export(gguf=["f16", "q8_0"]))
+    lay_out(tmp_path / "run", base, asked, [chat(i) for i in range(8)])
+
+    assert carry_out(tmp_path / "run", Voice(ear.descriptor), Wish())
+
+    out = tmp_path / "run" / "out"
+    assert not [export.message for export in said(ear, "exported") if export.is_refused]
+    assert sorted(path.name for path in (out / "gguf").iterdir()) == ["model-f16.gguf", "model-q8_0.gguf"]
+    assert not (out / "merged").exists()
+    assert fields(out / "gguf" / "model-f16.gguf")["general.architecture"] == "llama"
+
+
+def test_job_says_why_it_leaves_no_gguf_file(tmp_path: Path, tiny: Path, ear: Ear) -> None:
+    base = zoo.make("GPT-2", tmp_path / "base")
+    lay_out(tmp_path / "run", base, plan(technique=Full(), export=Export(gguf=["f16"])), [chat(i) for i in range(8)])
+
+    assert carry_out(tmp_path / "run", Voice(ear.descriptor), Wish())
+
+    [export] = said(ear, "exported")
+    assert (export.path, export.is_refused) == ("gguf/model-f16.gguf", True)
+    assert "architecture 'gpt2' is not among" in export.message
+    assert not (tmp_path / "run" / "out" / "gguf").exists()

@@ -1,0 +1,140 @@
+"""A model's tokenizer under GGUF's names: its tokens, their kinds, how pieces are joined and where words end.
+
+llama.cpp has two kinds for these models. "gpt2" joins bytes by a list of merges inside words, which a rule cuts that
+has a name of its own; "llama" joins characters by the score of what they make, as SentencePiece does. A tokenizer that
+is neither is refused: its ids would be others.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+from tokenizers import Tokenizer, pre_tokenizers
+
+from tunery.rows import template_files
+from tunery.rows.template import ChatTemplate
+from worker.trainer import gguf_files
+from worker.trainer.export.errors import NoGguf
+
+RULES = ("smollm", "llama-bpe", "qwen2", "gpt-2")
+_WITHOUT_WHOLE_WORDS = {"llama-bpe": "dbrx"}
+"""The rule of the same cuts that joins every word by its merges; the first takes a word that is a token as it is."""
+SAMPLES = (
+    "Hello, World!  It's 2024-11-28; I'LL pay 1234567.89 for you've   got\n\n\n  three\ttabs\t\tand spaces  ",
+    "naïve café – Grüße, Ελληνικά, русский, 日本語のテキスト, العربية, हिन्दी, 👩‍👩‍👧 ½ ² ⅷ",
+    "def f(x):\n    return x**2 != [1, 2]  # ok?\r\n\r\n<|im_start|>user\n'tis 'S 'Ve don'T",
+    " leading, trailing \u00a0\u3000 wide\u200bzero… “quotes” ‘single’ \x00\x07 _under_score_ CamelCaseHTML5",
+)
+
+
+def describe(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
+    """Writes the tokenizer, chat template and special tokens of a model's folder. Raises NoGguf."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    said = json.loads(tokenizer.to_str())
+    model = said["model"]
+    if model["type"] != "BPE":
+        raise NoGguf(reason=f"its tokenizer is of the kind {model['type']}, and only BPE ones are written here.")
+    tokens = _tokens(tokenizer, vocabulary)
+    if _is_sentencepiece(said):
+        _describe_sentencepiece(writer, said, tokens)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(find_rule(tokenizer, ignores_merges=model.get("ignore_merges", False)))
+        writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in model["merges"]])
+    writer.add_token_list(tokens)
+    writer.add_token_types(_types(tokenizer, said, tokens))
+    _describe_specials(writer, folder, tokenizer)
+
+
+def _tokens(tokenizer: Tokenizer, vocabulary: int) -> list[str]:
+    """The token of each id; ids that only the weights have get names that no text holds."""
+    by_id = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
+    if max(by_id) >= vocabulary:
+        raise NoGguf(reason=f"its tokenizer has an id {max(by_id)}, and its weights are of {vocabulary} tokens.")
+    return [by_id.get(number, f"[UNUSED{number}]") for number in range(vocabulary)]
+
+
+def _types(tokenizer: Tokenizer, said: dict[str, Any], tokens: list[str]) -> list[TokenType]:
+    added = {token["id"]: token["special"] for token in said["added_tokens"]}
+    unknown, known = said["model"].get("unk_token"), tokenizer.get_vocab(with_added_tokens=True)
+    in_bytes = {f"<0x{value:02X}>" for value in range(256)} if said["model"].get("byte_fallback") else set()
+
+    def kind(number: int, token: str) -> TokenType:
+        if token not in known:
+            return TokenType.UNUSED
+        if token == unknown:
+            return TokenType.UNKNOWN
+        if number in added:
+            return TokenType.CONTROL if added[number] else TokenType.USER_DEFINED
+        return TokenType.BYTE if token in in_bytes else TokenType.NORMAL
+
+    return [kind(number, token) for number, token in enumerate(tokens)]
+
+
+def find_rule(tokenizer: Tokenizer, *, ignores_merges: bool) -> str:
+    """Returns the name that llama.cpp has for how the tokenizer cuts words: the rule with the same cuts. Raises
+    NoGguf."""
+    own = tokenizer.pre_tokenizer
+    for name in RULES:
+        rule = gguf_files.word_rule(name)
+        if rule is not None and own is not None and all(_cuts(own, text) == _cuts(rule, text) for text in SAMPLES):
+            return name if ignores_merges else _WITHOUT_WHOLE_WORDS.get(name, name)
+    raise NoGguf(reason="its tokenizer cuts words by a rule that is none of those known here.")
+
+
+def _cuts(rule: pre_tokenizers.PreTokenizer, text: str) -> list[str]:
+    return [piece for piece, _ in rule.pre_tokenize_str(text)]
+
+
+def _is_sentencepiece(said: dict[str, Any]) -> bool:
+    return bool(said["model"].get("byte_fallback")) and '"\u2581"' in json.dumps(
+        [said["normalizer"], said["pre_tokenizer"]], ensure_ascii=False
+    )
+
+
+def _describe_sentencepiece(writer: GGUFWriter, said: dict[str, Any], tokens: list[str]) -> None:
+    """Scores fall with the place of the merge that makes a piece, which is the order that SentencePiece joins in."""
+    places: dict[str, int] = {}
+    for place, merge in enumerate(said["model"]["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        places.setdefault(left + right, place)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores([-float(places[token]) if token in places else -1e6 for token in tokens])
+    writer.add_add_space_prefix(_begins_with_space(said))
+
+
+def _begins_with_space(said: dict[str, Any]) -> bool:
+    """Whether a text gets a space before it, as a Prepend of the normalizer or a Metaspace does."""
+    parts = said["normalizer"].get("normalizers", [said["normalizer"]]) if said["normalizer"] else []
+    metaspace = (said["pre_tokenizer"] or {}).get("prepend_scheme")
+    if metaspace == "first":
+        raise NoGguf(
+            reason="its tokenizer puts a space before the first word of a text alone, which llama.cpp does not."
+        )
+    return metaspace == "always" or any(part["type"] == "Prepend" for part in parts)
+
+
+def _describe_specials(writer: GGUFWriter, folder: Path, tokenizer: Tokenizer) -> None:
+    """Stop tokens, and no BOS of its own: as in training, the template writes all that stands before the text."""
+    template = ChatTemplate.load(folder)
+    config = template_files.read_json(folder / "tokenizer_config.json")
+    named = template_files.special_tokens(config)
+    stops = list(template.eos_ids)
+    first = tokenizer.token_to_id(named["eos_token"]) if named.get("eos_token") else None
+    stops.sort(key=lambda stop: stop != first)
+    writer.add_eos_token_id(stops[0])
+    if len(stops) > 1:
+        writer.add_eot_token_id(stops[1])
+    for name, add in (
+        ("bos_token", writer.add_bos_token_id),
+        ("pad_token", writer.add_pad_token_id),
+        ("unk_token", writer.add_unk_token_id),
+    ):
+        number = tokenizer.token_to_id(named[name]) if named.get(name) else None
+        if number is not None:
+            add(number)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_chat_template(template_files.load_templates(folder, config)["default"])

@@ -1,0 +1,132 @@
+"""A whole model's folder as one GGUF file, which llama.cpp and what is built on it load."""
+
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from safetensors import safe_open
+from transformers import AutoConfig
+
+from tunery.spec import GgufType
+from worker.trainer.export import files, gguf_models, gguf_tokenizers
+from worker.trainer.export.errors import NoGguf
+from worker.trainer.export.gguf_models import Array, Family
+
+_F16, _F32, _Q8_0 = GGMLQuantizationType.F16, GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0
+_TYPES: dict[GgufType, tuple[GGMLQuantizationType, LlamaFileType]] = {
+    "f16": (_F16, LlamaFileType.MOSTLY_F16),
+    "q8_0": (_Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+    "q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
+}
+_OUTER = ("token_embd.weight", "output.weight")
+"""Kept in 8 bits where the rest has 4, as llama.cpp's own quantisation keeps them wider: each answer passes by them."""
+_BLOCK = 32
+
+
+def write(folder: Path, out: Path, kind: GgufType, name: str) -> str:
+    """Writes the model in `folder` as the file `out`, its matrices in `kind`; says how large it is. Raises NoGguf."""
+    config = AutoConfig.from_pretrained(folder)
+    family = gguf_models.find(config)
+    with closing(GGUFWriter(out, family.name)) as writer:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(name)
+        writer.add_file_type(_TYPES[kind][1])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        gguf_models.describe(writer, family, config)
+        gguf_tokenizers.describe(writer, folder, config.vocab_size)
+        _write_tensors(writer, folder, family, config, kind)
+    return f"{out.stat().st_size / 1e6:.1f} MB, of the architecture {family.name}"
+
+
+def _write_tensors(writer: GGUFWriter, folder: Path, family: Family, config: Any, kind: GgufType) -> None:
+    """Writes header, fields and tensors. The file's head lists all tensors, so their sizes are settled before."""
+    sources, shapes = _names(folder, family, config), _shapes(folder)
+    made = dict(gguf_models.made_tensors(config))
+    types = {target: _type(target, shapes[source], kind) for target, source in sources.items()}
+    for target, tensor in made.items():
+        writer.add_tensor_info(target, tensor.shape, np.dtype(np.float32), tensor.nbytes, _F32)
+    for target, source in sources.items():
+        _announce(writer, target, shapes[source], types[target])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in made.values():
+        writer.write_tensor_data(tensor)
+    for target, tensor in _tensors(folder, sources):
+        writer.write_tensor_data(encode(convert(tensor, target, family, config), target, types[target]))
+
+
+def _names(folder: Path, family: Family, config: Any) -> dict[str, str]:
+    """The name of each tensor by that in GGUF. Raises NoGguf for one that has no place there."""
+    mapped = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
+    found = {}
+    for source in _shapes(folder):
+        target = mapped.get_name(source, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            raise NoGguf(reason=f"GGUF has no place for its weight {source}.")
+        found[target] = source
+    return found
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for path in files.weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no dict
+    return found
+
+
+def _tensors(folder: Path, sources: dict[str, str]) -> Iterator[tuple[str, Array]]:
+    """Each tensor in fp32, one in memory at a time."""
+    place: dict[str, Path] = {}
+    for path in files.weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            place |= dict.fromkeys(file.keys(), path)
+    for target, source in sources.items():
+        with safe_open(place[source], framework="pt") as file:
+            yield target, file.get_tensor(source).float().numpy()
+
+
+def convert(tensor: Array, target: str, family: Family, config: Any) -> Array:
+    """Returns a tensor as llama.cpp expects it under the name `target`."""
+    if family.norm_offset and target.endswith("norm.weight"):
+        return tensor + np.float32(family.norm_offset)
+    if family.permutes and (found := re.search(r"\.attn_([qk])\.(weight|bias)$", target)):
+        return permute(tensor, config.num_attention_heads if found[1] == "q" else config.num_key_value_heads)
+    return tensor
+
+
+def permute(rows: Array, heads: int) -> Array:
+    """Returns the rows of q or k with those next to each other that RoPE turns together; before, they are half a head
+    apart."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _type(target: str, shape: list[int], kind: GgufType) -> GGMLQuantizationType:
+    if len(shape) < 2:
+        return _F32
+    wanted = _Q8_0 if kind.startswith("q") and target in _OUTER else _TYPES[kind][0]
+    return wanted if wanted == _F16 or shape[-1] % _BLOCK == 0 else _F16
+
+
+def _announce(writer: GGUFWriter, target: str, shape: list[int], kind: GGMLQuantizationType) -> None:
+    block, bytes_a_block = gguf.GGML_QUANT_SIZES[kind]
+    size = int(np.prod(shape)) // block * bytes_a_block
+    writer.add_tensor_info(target, shape, np.dtype(np.float32), size, kind)
+
+
+def encode(tensor: Array, target: str, kind: GGMLQuantizationType) -> Array:
+    """Returns the numbers in a type of GGUF's. Raises NoGguf where they do not fit."""
+    if kind == _F32:
+        return np.ascontiguousarray(tensor, dtype=np.float32)
+    if kind == _F16:
+        if np.abs(tensor).max() > np.finfo(np.float16).max:
+            raise NoGguf(reason=f"{target} has numbers beyond 65,504, the largest of F16. Write q8_0.")
+        return np.ascontiguousarray(tensor, dtype=np.float16)
+    return gguf.quants.quantize(np.ascontiguousarray(tensor), kind)
