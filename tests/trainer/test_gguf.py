@@ -1,4 +1,4 @@
-"""GGUF files answer in llama.cpp as the model does in transformers; what llama.cpp would compute otherwise is refused."""
+"""GGUF files answer in llama.cpp as models do in transformers; what llama.cpp would compute otherwise is refused."""
 
 import json
 from pathlib import Path

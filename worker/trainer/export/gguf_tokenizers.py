@@ -22,9 +22,9 @@ _WITHOUT_WHOLE_WORDS = {"llama-bpe": "dbrx"}
 """The rule of the same cuts that joins every word by its merges; the first takes a word that is a token as it is."""
 SAMPLES = (
     "Hello, World!  It's 2024-11-28; I'LL pay 1234567.89 for you've   got\n\n\n  three\ttabs\t\tand spaces  ",
-    "naïve café – Grüße, Ελληνικά, русский, 日本語のテキスト, العربية, हिन्दी, 👩‍👩‍👧 ½ ² ⅷ",
+    "naïve café \u2013 Grüße, Ελληνικά, русский, 日本語のテキスト, العربية, हिन्दी, 👩‍👩‍👧 ½ ² ⅷ",
     "def f(x):\n    return x**2 != [1, 2]  # ok?\r\n\r\n<|im_start|>user\n'tis 'S 'Ve don'T",
-    " leading, trailing \u00a0\u3000 wide\u200bzero… “quotes” ‘single’ \x00\x07 _under_score_ CamelCaseHTML5",
+    " leading, trailing \u00a0\u3000 wide\u200bzero… “quotes” \u2018single\u2019 \x00\x07 _under_score_ CamelCaseHTML5",
 )
 
 
