@@ -133,6 +133,7 @@ def test_matrices_are_quantised_and_what_is_small_is_not(tmp_path: Path, kind: A
         ("Gemma 3", {}, "llama.cpp scales its scores by 16, and this has 256"),
         ("Gemma 3", {"layer_types": ["full_attention", "sliding_attention"]}, "at every place divisible by 6"),
     ],
+    ids=["architecture", "activation", "dynamic", "longrope", "scale", "layers"],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(
     tmp_path: Path, family: str, changes: dict[str, Any], reason: str
