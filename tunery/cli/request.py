@@ -135,7 +135,7 @@ def local_files(body: Body) -> dict[FileRole, Path]:
         if path.is_file():
             found[role] = path
         elif not str(name).startswith("file-"):
-            raise Refused(message=f"There is no file {name}. Name a JSONL file, or an uploaded one's id (file-...).")
+            raise Refused(message=f"There is no file {name}. Name one of rows, or an uploaded one's id (file-...).")
     return found
 
 
