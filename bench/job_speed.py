@@ -20,7 +20,13 @@ from typing import Any
 from bench.train_side_by_side import hardware
 from tunery.spec import Full, Lora, Plan, Qlora, Run, Schedule
 
-TECHNIQUES = {"full": Full(), "lora": Lora(), "lora-fp8": Lora(precision="fp8"), "qlora": Qlora()}
+TECHNIQUES = {
+    "full": Full(),
+    "lora": Lora(),
+    "lora-fp8": Lora(precision="fp8"),
+    "qlora": Qlora(),
+    "qlora-fp8": Qlora(precision="fp8"),
+}
 LONGEST = 2048
 SHOWN = ("failed", "tok_s", "step_ms", "tokens_a_step", "peak_gib", "seconds", "plan", "log")
 AROUND = 23  # tokens of a row beside its answer

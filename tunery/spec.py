@@ -85,8 +85,8 @@ class Qlora(Lora):
 
     @model_validator(mode="after")
     def _multiplies_in_its_compute_dtype(self) -> "Qlora":
-        if self.precision != "bf16":
-            raise ValueError("precision fp8 is there for a base in bf16 only: use technique lora, or leave it out")
+        if self.precision == "fp8" and (self.quant_type, self.compute_dtype) != ("nf4", "bfloat16"):
+            raise ValueError("precision fp8 goes with quant_type nf4 and compute_dtype bfloat16: leave one of them out")
         return self
 
 

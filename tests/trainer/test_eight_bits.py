@@ -10,7 +10,7 @@ import pytest
 import torch
 from run_folders import Ear, chat, lay_out, plan, said, steps_of
 
-from tunery.spec import Lora
+from tunery.spec import Lora, Qlora
 from worker.trainer import eight_bits, loop, paths
 from worker.trainer.kernels import fp8
 from worker.trainer.report import Voice
@@ -50,6 +50,21 @@ def test_training_in_eight_bits_learns_as_it_does_without(tmp_path: Path, tiny: 
     assert last["narrow losses"] == pytest.approx(last["wide losses"], rel=0.1)
     assert last["narrow"] == {"path": "fp8", "forward and gradient of the input": KINDS}
     assert last["wide"] == {"path": "float32"}
+
+
+@pytest.mark.usefixtures("any_size_and_device")
+def test_base_in_four_bits_multiplies_in_eight(tmp_path: Path, tiny: Path) -> None:
+    technique = Qlora(r=4, alpha=8, precision="fp8")
+    folder = lay_out(tmp_path / "run", tiny, plan(technique=technique, n_epochs=2), ROWS, ROWS[:4], ROWS[:4])
+
+    assert carry_out(folder, Voice(None), Wish())
+
+    config = json.loads((folder / "out/training_config.json").read_text())
+    # The tiny model's other rows end within a block of four bits.
+    wanted = {"path": "fp8", "forward and gradient of the input": {"down_proj": 2}}
+    assert config["paths"]["frozen products"] == wanted
+    losses = [step["train_loss"] for step in steps_of(folder) if "train_loss" in step]
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.usefixtures("any_size_and_device")

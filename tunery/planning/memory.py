@@ -110,7 +110,7 @@ def estimate(facts: Mapping[str, Any], technique: Technique, *, max_seq_length: 
     shape, precision = Shape.of(facts), decide(technique, device)
     width, learns = BYTES[precision.dense], trainable_params(facts, technique)
     parts = {"base": _base_bytes(shape, precision)}
-    if precision.fp8 and device == "cuda":
+    if precision.fp8 and not precision.quantised and device == "cuda":
         parts["base"] += 2 * shape.linears  # in eight bits twice: by rows and by columns
     parts["optimizer"] = learns * precision.moment_bytes
     parts["gradients"] = learns * precision.trained_bytes

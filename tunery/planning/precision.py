@@ -51,10 +51,10 @@ def decide(technique: Technique, device: str) -> Precision:
     dense = dense_dtype(device)
     if isinstance(technique, Full):
         return _of_full(technique, dense)
+    fp8 = technique.precision == "fp8"
     if isinstance(technique, Qlora):
         base, compute, double_quant = technique.quant_type, technique.compute_dtype, technique.double_quant
-        return Precision(base, dense, "float32", "nearest", "float32", compute, double_quant)
-    fp8 = technique.precision == "fp8"
+        return Precision(base, dense, "float32", "nearest", "float32", compute, double_quant, fp8)
     return Precision(dense, dense, "float32", "nearest", "float32", dense, fp8=fp8)
 
 

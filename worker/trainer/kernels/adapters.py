@@ -33,9 +33,9 @@ def narrow(model: nn.Module) -> list[str]:
     """
     names = []
     for name, module in model.named_modules():
-        weight = module.base_layer.weight if is_plain(module) else None
-        if weight is not None and weight.is_floating_point() and fp8.fits(weight):
-            cast(Any, module).base_layer.narrow = fp8.pack(weight.detach())
+        packed = fp8.pack(module.base_layer) if is_plain(module) else None
+        if packed is not None:
+            cast(Any, module).base_layer.narrow = packed
             names.append(name)
     return names
 

@@ -1,16 +1,19 @@
 """Products with a frozen weight in eight bits: e4m3 numbers, a scale for each row of both factors.
 
 y = x W' and, in the backward pass, the gradient of x, g W. Both factors are quantised along the axis that is summed
-over, so W is kept twice, by rows and by columns, and what is quantised anew at each product is only x and g. `plain` is
-the definition; a CUDA device from compute capability 8.9 on has the product in hardware, at about twice the rate of
-bf16 (Micikevicius et al. 2022, arXiv:2209.05433: the format).
+over, so W is needed by rows and by columns. A weight in bf16 is kept twice; one in four bits is unpacked to e4m3 for
+each product, as it would be to bf16, by scales that are kept. `plain` is the definition; a CUDA device from compute
+capability 8.9 on has the product in hardware, at about twice the rate of bf16 (the format: Micikevicius et al. 2022,
+arXiv:2209.05433).
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+import bitsandbytes
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -25,14 +28,56 @@ LEAST_SIDE = 1024
 """Smaller products are over before the quantisation of their input has paid off."""
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A frozen weight [out, in] quantised twice: `rows` [out, in] for x W', `columns` [in, out] for g W."""
+Quantised = tuple[Tensor, Tensor]
+"""Numbers in e4m3 and the scales of their rows."""
 
-    rows: Tensor
+
+class Weight(Protocol):
+    """A frozen weight [out, in] in eight bits."""
+
+    def rows(self) -> Quantised:
+        """For x W': numbers [out, in] and scales [1, out]."""
+
+    def columns(self) -> Quantised:
+        """For g W: numbers [in, out] and scales [1, in]."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A weight that is kept by rows and by columns."""
+
+    by_rows: Quantised
+    by_columns: Quantised
+
+    def rows(self) -> Quantised:
+        return self.by_rows
+
+    def columns(self) -> Quantised:
+        return self.by_columns
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """A weight in bitsandbytes' NF4, unpacked for each product by the scales that its rows and columns have in e4m3."""
+
+    layer: Any
     row_scales: Tensor
-    columns: Tensor
     column_scales: Tensor
+
+    def rows(self) -> Quantised:
+        return self._unpack(self.row_scales, by_columns=False), self.row_scales
+
+    def columns(self) -> Quantised:
+        return self._unpack(self.column_scales, by_columns=True), self.column_scales
+
+    def _unpack(self, scales: Tensor, *, by_columns: bool) -> Tensor:
+        packed, state = self.layer.weight.detach(), self.layer.weight.quant_state
+        if not packed.is_cuda:
+            wide = _numbers(packed, state)
+            return _to_e4m3((wide.t() if by_columns else wide) / scales.view(-1, 1))
+        from worker.trainer.kernels import triton_ops  # a CPU build of torch has no Triton
+
+        return triton_ops.unpack_nf4_to_e4m3(packed, state, scales, by_columns=by_columns)
 
 
 @dataclass
@@ -77,16 +122,38 @@ def available(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def fits(weight: Tensor) -> bool:
-    """Whether the hardware's product takes a weight, and gains by it."""
-    return all(side % _SIDE == 0 and side >= LEAST_SIDE for side in weight.shape)
+def pack(layer: Any) -> Weight | None:
+    """The weight of a linear layer in eight bits; None where the hardware does not take it, or gains nothing by it."""
+    state = getattr(layer.weight, "quant_state", None)
+    shape = layer.weight.shape if state is None else state.shape
+    if any(side % _SIDE or side < LEAST_SIDE for side in shape):
+        return None
+    if state is not None:
+        return _unpacked(layer, state) if _is_plain_nf4(state) else None
+    if not layer.weight.is_floating_point():
+        return None
+    weight = layer.weight.detach()
+    (rows, row_scales), (columns, column_scales) = quantise_rows(weight), quantise_rows(weight.t().contiguous())
+    return Kept((rows, row_scales.view(1, -1)), (columns, column_scales.view(1, -1)))
 
 
-def pack(weight: Tensor) -> Weight:
-    """A weight [out, in] in eight bits."""
-    rows, row_scales = quantise_rows(weight)
-    columns, column_scales = quantise_rows(weight.t().contiguous())
-    return Weight(rows, row_scales.view(1, -1), columns, column_scales.view(1, -1))
+def _is_plain_nf4(state: Any) -> bool:
+    """Whether rows are whole blocks of NF4, with scales as bitsandbytes makes them by default."""
+    usual_scales = not state.nested or state.state2.blocksize == 256
+    return state.quant_type == "nf4" and state.blocksize == 64 and state.shape[1] % 64 == 0 and usual_scales
+
+
+def _unpacked(layer: Any, state: Any) -> Unpacked:
+    highest = _numbers(layer.weight.detach(), state).abs()
+    rows, columns = (highest.amax(axis).clamp_min(_LEAST).view(1, -1) / LARGEST for axis in (1, 0))
+    return Unpacked(layer, rows, columns)
+
+
+def _numbers(packed: Tensor, state: Any) -> Tensor:
+    """A weight in four bits as fp32 [out, in]."""
+    read_as = copy.copy(state)
+    read_as.dtype = torch.float32
+    return bitsandbytes.functional.dequantize_4bit(packed, read_as)
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,20 +169,24 @@ def plain_quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """The definition of `quantise_rows`."""
     wide = x.float()
     highest = wide.abs().amax(1, keepdim=True).clamp_min(_LEAST)
-    return (wide * (LARGEST / highest)).to(torch.float8_e4m3fn), highest / LARGEST
+    return _to_e4m3(wide * (LARGEST / highest)), highest / LARGEST
 
 
-def product(x: tuple[Tensor, Tensor], weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` [n, in], as `quantise_rows` gives it, times `weight`' [out, in], whose `scales` are [1, out]: [n, out]."""
-    numbers, row_scales = x
+def _to_e4m3(x: Tensor) -> Tensor:
+    return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+
+
+def product(x: Quantised, factor: Quantised, dtype: torch.dtype) -> Tensor:
+    """`x` [n, in], as `quantise_rows` gives it, times `factor`' [out, in], whose scales are [1, out]: [n, out]."""
+    (numbers, row_scales), (weight, scales) = x, factor
     if not numbers.is_cuda:
-        return plain(x, weight, scales).to(dtype)
+        return plain(x, factor).to(dtype)
     return torch._scaled_mm(
         numbers, weight.t(), scale_a=row_scales, scale_b=scales, out_dtype=dtype, use_fast_accum=True
     )
 
 
-def plain(x: tuple[Tensor, Tensor], weight: Tensor, scales: Tensor) -> Tensor:
+def plain(x: Quantised, factor: Quantised) -> Tensor:
     """The definition of `product`, in fp32."""
-    numbers, row_scales = x
+    (numbers, row_scales), (weight, scales) = x, factor
     return (numbers.float() @ weight.float().t()) * row_scales * scales

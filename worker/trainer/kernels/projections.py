@@ -42,7 +42,13 @@ def dense(base: Any) -> Tensor:
     state = getattr(base.weight, "quant_state", None)
     if state is None:
         return cast(Tensor, base.weight.detach())
-    return _unpack(base.weight.detach(), state, base.compute_dtype or state.dtype)
+    return _unpack(base.weight.detach(), state, product_dtype(base))
+
+
+def product_dtype(base: Any) -> torch.dtype:
+    """The type in which a frozen layer's product is made."""
+    state = getattr(base.weight, "quant_state", None)
+    return cast(torch.dtype, base.weight.dtype if state is None else base.compute_dtype or state.dtype)
 
 
 def _unpack(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
@@ -113,16 +119,16 @@ def _forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor, 
     """The products [..., out_i], `x` as rows [n, in] in the frozen weights' type, and rows times all A' [n, ranks]."""
     rows, low, outs, quantised = x.reshape(-1, x.shape[-1]), None, [], None
     for layer, place in zip(layers, _places(layers), strict=True):
-        weight = dense(layer.base)
+        dtype = product_dtype(layer.base)
         if low is None:
-            rows = rows.to(weight.dtype)
-            low = rows @ _stacked(layers, weight.dtype).t()
+            rows = rows.to(dtype)
+            low = rows @ _stacked(layers, dtype).t()
         if layer.narrow is None:
-            out = _product(rows, weight, layer.base.bias, x.shape[:-1])
+            out = _product(rows, dense(layer.base), layer.base.bias, x.shape[:-1])
         else:
             quantised = quantised or fp8.quantise_rows(rows)
             out = _narrow_product(rows, quantised, layer.base, layer.narrow, x.shape[:-1])
-        out.view(-1, out.shape[-1]).addmm_(low[:, place], layer.b.to(weight.dtype).t(), alpha=layer.scale)
+        out.view(-1, out.shape[-1]).addmm_(low[:, place], layer.b.to(dtype).t(), alpha=layer.scale)
         outs.append(out.to(x.dtype))
     assert low is not None
     return outs, rows, low
@@ -132,7 +138,7 @@ def _narrow_product(
     rows: Tensor, quantised: tuple[Tensor, Tensor], base: Any, narrow: fp8.Weight, lead: torch.Size
 ) -> Tensor:
     """The frozen product of `rows` [n, in], in eight bits, of shape [*lead, out]."""
-    out = fp8.product(quantised, narrow.rows, narrow.row_scales, rows.dtype)
+    out = fp8.product(quantised, narrow.rows(), rows.dtype)
     if (watch := fp8.watch()) is not None:
         watch.compare(base, "forward", out, rows @ dense(base).t())
     if base.bias is not None:
@@ -142,7 +148,7 @@ def _narrow_product(
 
 def _narrow_gradient(grad: Tensor, base: Any, narrow: fp8.Weight) -> Tensor:
     """The gradient of x, of `grad` [n, out], in eight bits: [n, in]."""
-    found = fp8.product(fp8.quantise_rows(grad), narrow.columns, narrow.column_scales, grad.dtype)
+    found = fp8.product(fp8.quantise_rows(grad), narrow.columns(), grad.dtype)
     if (watch := fp8.watch()) is not None:
         watch.compare(base, "gradient", found, grad @ dense(base))
     return found
@@ -181,18 +187,18 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Any, narrow: fp8.Weight | None) -> Tensor:
         ctx.base, ctx.narrow = base, narrow
-        weight = dense(base)
-        rows, lead = x.reshape(-1, x.shape[-1]).to(weight.dtype), x.shape[:-1]
+        rows, lead = x.reshape(-1, x.shape[-1]).to(product_dtype(base)), x.shape[:-1]
         if narrow is not None:
             return _narrow_product(rows, fp8.quantise_rows(rows), base, narrow, lead).to(x.dtype)
-        return _product(rows, weight, base.bias, lead).to(x.dtype)
+        return _product(rows, dense(base), base.bias, lead).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        weight, [grad] = dense(ctx.base), grads
+        [grad] = grads
         if ctx.narrow is not None:
-            rows = grad.reshape(-1, grad.shape[-1]).to(weight.dtype)
+            rows = grad.reshape(-1, grad.shape[-1]).to(product_dtype(ctx.base))
             return _narrow_gradient(rows, ctx.base, ctx.narrow).view(*grad.shape[:-1], -1).to(grad.dtype), None, None
+        weight = dense(ctx.base)
         return (grad.to(weight.dtype) @ weight).to(grad.dtype), None, None
 
 

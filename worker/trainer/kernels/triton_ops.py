@@ -258,6 +258,55 @@ def unpack_nf4(packed: Tensor, state: Any) -> Tensor:
 
 
 @triton.jit
+def _unpack_nf4_to_e4m3(
+    X, Y, CODE, SCALES, SCALE_CODE, SCALE_SCALES, OFFSET, Y_SCALES, rows, row_blocks,
+    ROWS: tl.constexpr, HALF: tl.constexpr, NESTED: tl.constexpr, BY_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1).to(tl.int64)  # of each row: one block of NF4
+    inside = row < rows
+    block = row * row_blocks + part
+    if NESTED:
+        coded = tl.load(SCALES + block, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(SCALE_CODE + coded) * tl.load(SCALE_SCALES + block // 256, mask=inside, other=0.0)
+        scale += tl.load(OFFSET)
+    else:
+        scale = tl.load(SCALES + block, mask=inside, other=0.0)
+    place = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    pair = tl.load(X + place, mask=inside[:, None], other=0).to(tl.int32)
+    high = tl.load(CODE + (pair >> 4)) * scale[:, None]
+    low = tl.load(CODE + (pair & 15)) * scale[:, None]
+    both = tl.interleave(high, low)
+    column = part * (2 * HALF) + tl.arange(0, 2 * HALF)
+    if BY_COLUMNS:
+        both = both / tl.load(Y_SCALES + column)[None, :]
+    else:
+        both = both / tl.load(Y_SCALES + row, mask=inside, other=1.0)[:, None]
+    both = tl.clamp(both, -448.0, 448.0).to(Y.dtype.element_ty)
+    if BY_COLUMNS:
+        tl.store(Y + column[:, None] * rows + row[None, :], tl.trans(both), mask=inside[None, :])
+    else:
+        tl.store(Y + row[:, None] * (row_blocks * 2 * HALF) + column[None, :], both, mask=inside[:, None])
+
+
+def unpack_nf4_to_e4m3(packed: Tensor, state: Any, scales: Tensor, *, by_columns: bool) -> Tensor:
+    """A weight [out, in] in bitsandbytes' NF4 divided by its rows' or columns' `scales` [1, out or in], in e4m3.
+
+    By columns it is transposed, [in, out]. `in` is a multiple of the block of 64.
+    """
+    rows, width = state.shape
+    out = torch.empty((width, rows) if by_columns else (rows, width), dtype=torch.float8_e4m3fn, device=packed.device)
+    outer = state.state2 if state.nested else None
+    absent, row_blocks = state.code, width // state.blocksize  # `absent` is never read
+    _unpack_nf4_to_e4m3[(triton.cdiv(rows, 64), row_blocks)](
+        packed, out, state.code, state.absmax, outer.code if outer else absent, outer.absmax if outer else absent,
+        state.offset if outer else absent, scales, rows, row_blocks, ROWS=64, HALF=state.blocksize // 2,
+        NESTED=state.nested, BY_COLUMNS=by_columns,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
 def _quantise_rows(X, Q, S, width, x_row, LARGEST: tl.constexpr, BLOCK: tl.constexpr, PASSES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
