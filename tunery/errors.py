@@ -19,6 +19,7 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     ├── Forbidden                keys: a right key that may not do this
     ├── NotFound                 no such object in this project
     │   └── ModelNotFound        models
+    │       └── ModelWithheld    models: the gate of its job keeps it from use
     ├── RouteNotFound            api/faults.py: no such route, or one this server refuses by design
     ├── MethodNotAllowed         api/faults.py: a route, but not with this method
     ├── TooSlow                  api/faults.py: a body that comes in too slowly

@@ -209,6 +209,31 @@ class Evaluation(Part):
     general: General = Field(General(), description="What base and tuned model can do besides; with a test file")
 
 
+class Gate(Part):
+    """What the tuned model has to show before it is published: each limit is held against the 95 % interval of what
+    was measured, so that chance neither passes nor fails a model."""
+
+    min_task_gain: Annotated[float, Field(ge=-1, le=1), NO_BOOLEAN] | None = Field(
+        None,
+        description="Least gain over the base on the test file, by the scorecard's primary metric: 0.05 is 5 points",
+    )
+    max_general_drop: Annotated[float, Field(ge=0, le=1), NO_BOOLEAN] | None = Field(
+        None, description="Most that the general benchmark's accuracy may fall below the base's: 0.02 is 2 points"
+    )
+    max_kl: Annotated[float, Field(ge=0), NO_BOOLEAN] | None = Field(
+        None, description="Most KL to the base on general prompts, in nats a token"
+    )
+    on_inconclusive: Literal["publish", "withhold"] = Field(
+        "publish", description="What becomes of a model whose interval holds a limit"
+    )
+
+    @model_validator(mode="after")
+    def _demands_something(self) -> "Gate":
+        if self.min_task_gain is None and self.max_general_drop is None and self.max_kl is None:
+            raise ValueError("demands nothing: send min_task_gain, max_general_drop or max_kl")
+        return self
+
+
 GgufType = Literal["f16", "q8_0", "q4_0", "q4_1"]
 
 
@@ -268,6 +293,7 @@ class TrainingOptions(Part, Generic[TechniqueT, RateT]):
     early_stopping: EarlyStopping | None = Field(None, description="Needs a validation file")
     select: Literal["last", "best"] = Field("last", description="Which step becomes the model; best needs validation")
     evaluation: Evaluation = Evaluation()
+    gate: Gate | None = Field(None, description="What the model must show to be published. Needs a test file")
     export: Export = Export()
     resources: Resources = Resources()
 

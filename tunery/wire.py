@@ -148,6 +148,29 @@ class Score(Message):
     general: GeneralScore | None = Field(None, description="What base and tuned model can do besides the task")
 
 
+Verdict = Literal["passed", "failed", "inconclusive"]
+
+
+class GateCheck(Message):
+    """One limit of a gate, and what was measured with its 95 % interval; nulls where nothing was."""
+
+    name: Literal["min_task_gain", "max_general_drop", "max_kl"]
+    limit: float
+    value: float | None
+    low: float | None
+    high: float | None
+    status: Verdict
+
+
+class Gated(Message):
+    """What the gate says of the tuned model. A model that is withheld is stored and not published."""
+
+    type: Literal["gated"] = "gated"
+    status: Verdict
+    withheld: bool
+    checks: list[GateCheck]
+
+
 class Exported(Message):
     """A folder or file for other programs was written into the artifact, or was refused; `message` says why."""
 
@@ -189,7 +212,7 @@ class Failed(Message):
 
 
 Spoken = Annotated[
-    Phase | Started | Step | Evaluated | CheckpointSaved | Score | Exported | Finished | Paused | Failed,
+    Phase | Started | Step | Evaluated | CheckpointSaved | Score | Gated | Exported | Finished | Paused | Failed,
     Field(discriminator="type"),
 ]
 _ADAPTER: TypeAdapter[Spoken] = TypeAdapter(Spoken)

@@ -11,7 +11,7 @@ from api.dependencies import CallerDep, SessionDep, SettingsDep
 from api.schemas import jobs as wire
 from api.schemas import runs
 from api.schemas.wire import CursorList, ListOf, errors
-from tunery.jobs import creation, ledger, queries, waiting
+from tunery.jobs import creation, gate, ledger, queries, waiting
 from tunery.jobs.model import Job
 from tunery.settings import Settings
 
@@ -102,6 +102,14 @@ def pause_job(job_id: str, session: SessionDep, caller: CallerDep, settings: Set
 def resume_job(job_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> wire.Job:
     """Back to the queue, at its old place; the run goes on from its saved state."""
     return _shown(session, settings, ledger.resume(session, caller.project_id, job_id))
+
+
+@router.post("/{job_id}/publish", summary="Publish a model that its gate withholds", responses=errors(404))
+def publish_model(
+    job_id: str, body: wire.PublishModel, session: SessionDep, caller: CallerDep, settings: SettingsDep
+) -> wire.Job:
+    """Against the gate's verdict, which stays. The reason and the key are kept in the job's `gate` and in an event."""
+    return _shown(session, settings, gate.publish(session, caller, job_id, reason=body.reason))
 
 
 @router.get("/{job_id}/events", summary="List a job's events", responses=errors(404))

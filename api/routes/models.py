@@ -103,7 +103,7 @@ def retrieve_model(model: str, session: SessionDep, caller: CallerDep, settings:
 @router.delete("/{model:path}", summary="Delete a fine-tuned model", responses=errors(403, 404))
 def delete_model(model: str, session: SessionDep, caller: CallerDep) -> wire.ModelDeleted:
     """Its job's record stays. A base can be deleted by administrators only; by an alias, only the alias is."""
-    row = registry.find(session, caller.project_id, model)
+    row = registry.find(session, caller.project_id, model, with_withheld=True)
     if row.kind == "base" and not caller.admin:
         raise Forbidden(deed="delete a base model or its alias")
     if model == row.id:

@@ -1,7 +1,7 @@
 """What a job's run leaves behind: its log, its measurements, its files. None of it is in OpenAI's API."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
@@ -15,7 +15,9 @@ from api.schemas import runs as wire
 from api.schemas.wire import ListOf, WholeList, errors
 from tunery.artifacts import model as artifacts
 from tunery.jobs import ledger, queries
+from tunery.jobs.model import Job
 from tunery.jobs.states import FINAL
+from tunery.models.errors import ModelWithheld
 from tunery.storage import Storage
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs/{job_id}", tags=["Runs"])
@@ -117,8 +119,17 @@ def list_metrics(
 def list_artifacts(job_id: str, session: SessionDep, caller: CallerDep) -> WholeList[wire.Artifact]:
     """The fine-tuned model's files. Empty until the job has succeeded."""
     job = ledger.find(session, caller.project_id, job_id)
-    found = artifacts.list_for(session, job.tuned_model) if job.tuned_model else ()
+    found = _published(session, job)
     return WholeList(data=[wire.Artifact(path=row.path, bytes=row.bytes, sha256=row.sha256) for row in found])
+
+
+def _published(session: Session, job: Job) -> Sequence[artifacts.Artifact]:
+    """The files of what the job made. Raises ModelWithheld."""
+    if job.tuned_model is None:
+        return ()
+    if job.withholds_model:
+        raise ModelWithheld(id=job.tuned_model, job=job.id)
+    return artifacts.list_for(session, job.tuned_model)
 
 
 @router.get(
@@ -130,5 +141,5 @@ def list_artifacts(job_id: str, session: SessionDep, caller: CallerDep) -> Whole
 def download_artifact(job_id: str, path: str, session: SessionDep, caller: CallerDep, storage: StorageDep) -> Response:
     """One file. Its sha256 stands in the list, and as the ETag where the API sends the bytes itself."""
     job = ledger.find(session, caller.project_id, job_id)
-    found = artifacts.list_for(session, job.tuned_model) if job.tuned_model else ()
+    found = _published(session, job)
     return downloads.artifact(storage, found, path, owner=f"job '{job_id}'")

@@ -79,6 +79,14 @@ def _without_nulls(data: Any, names: Collection[str] | None = None) -> Any:
     }
 
 
+class PublishModel(Body):
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"reason": "The general drop is on science questions; we route tickets"}]}
+    )
+
+    reason: str = Field(min_length=1, max_length=1000, description="Why, for whoever reads the job later")
+
+
 # --- what is answered ---------------------------------------------------------------------------------------------
 
 JOB: dict[str, Any] = {
@@ -154,6 +162,42 @@ class OtherMethodEcho(Wire):
     type: str
 
 
+class GateCheck(Wire):
+    """A limit of the gate, and what was measured with its 95 % interval."""
+
+    name: str
+    limit: float
+    value: float | None
+    low: float | None
+    high: float | None
+    status: Literal["passed", "failed", "inconclusive"]
+
+
+class Published(Wire):
+    """Who published a withheld model against its gate, and why."""
+
+    reason: str
+    key: str
+    at: int
+
+
+class GateAnswer(Wire):
+    """The gate as it was asked for, and what came of it."""
+
+    min_task_gain: float | None
+    max_general_drop: float | None
+    max_kl: float | None
+    on_inconclusive: Literal["publish", "withhold"]
+    status: Literal["passed", "failed", "inconclusive"] | None = Field(
+        None, description="Null until the model has been measured"
+    )
+    checks: list[GateCheck] = []
+    withheld_model: str | None = Field(
+        None, description="What the gate withholds; `fine_tuned_model` is null meanwhile"
+    )
+    published: Published | None = None
+
+
 class Progress(Wire):
     """How far a run is. More keys than these two come with the run."""
 
@@ -208,6 +252,7 @@ else:
 class Job(_Answered, OpenAIJob):
     model_config = ConfigDict(json_schema_extra={"examples": [JOB]})
 
+    gate: GateAnswer | None = Field(description="What the model had to show to be published, and what came of it")  # type: ignore[assignment]  # an answer says more
     priority: int
     scorecard: dict[str, Any] | None = Field(description="Base and tuned model on the same test rows")
     warnings: list[str]
@@ -230,7 +275,7 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str], waits_for:
         model=row.model_name,
         created_at=seconds(row.created_at),
         finished_at=maybe_seconds(row.finished_at),
-        fine_tuned_model=row.tuned_model,
+        fine_tuned_model=None if row.withholds_model else row.tuned_model,
         organization_id=organization,
         result_files=[row.result_file] if row.result_file else [],
         status=status_of(row),
@@ -252,8 +297,16 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str], waits_for:
         priority=row.priority,
         scorecard=row.scorecard,
         warnings=list(warnings),
-        **_options(settled),
+        **(_options(settled) | {"gate": _gate(row, settled.get("gate"))}),
     )
+
+
+def _gate(row: model.Job, asked: dict[str, Any] | None) -> GateAnswer | None:
+    if asked is None:
+        return None
+    found = row.gate or {}
+    shown = {name: found[name] for name in ("status", "checks", "published") if name in found}
+    return GateAnswer(**asked, **shown, withheld_model=row.tuned_model if row.withholds_model else None)
 
 
 def _method(stored: dict[str, Any], knobs: Hyperparameters) -> MethodEcho | PreferenceEcho | OtherMethodEcho:

@@ -47,6 +47,7 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "cancel_job": [("/v1/fine_tuning/jobs/{job}/cancel", {})],
     "pause_job": [("/v1/fine_tuning/jobs/{job}/pause", {})],
     "resume_job": [("/v1/fine_tuning/jobs/{job}/resume", {})],
+    "publish_model": [("/v1/fine_tuning/jobs/{job}/publish", {"json": {"reason": "mine"}})],
     "list_events": [
         ("/v1/fine_tuning/jobs/{job}/events", {}),
         ("/v1/fine_tuning/jobs/{own_job}/events?after={event}", {}),

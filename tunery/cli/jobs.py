@@ -221,6 +221,15 @@ def _deed(name: str, help: str) -> None:
     app.command(name)(command)
 
 
+@app.command()
+def publish(
+    context: typer.Context, job: str, reason: Annotated[str, typer.Option(help="Why, for whoever reads the job later.")]
+) -> None:
+    """Publish a model that its job's gate withholds."""
+    found = connect(context).call("POST", f"{ROOT}/{job}/publish", json={"reason": reason})
+    show.done(str(found["fine_tuned_model"]))
+
+
 _deed("cancel", "End a job for good, at once.")
 _deed("pause", "Save a job's state and free its worker.")
 _deed("resume", "Go on with a paused job.")

@@ -60,8 +60,27 @@ def _request(job: dict[str, Any]) -> list[tuple[str, Any]]:
         ("trained tokens", f"{job['trained_tokens']:,}" if job["trained_tokens"] else None),
         ("created", f"{show.age(job['created_at'])} ago"),
         *_scorecard(job.get("scorecard") or {}),
+        ("gate", _gate(job.get("gate") or {})),
         *_general((job.get("scorecard") or {}).get("general")),
     ]
+
+
+def _gate(gate: dict[str, Any]) -> str:
+    """What it decided, or what it demands."""
+    if gate.get("status") is None:
+        return compact(gate, skip=("checks",))
+    kept = f", withholds {gate['withheld_model']}" if gate["withheld_model"] else ""
+    published = f", published by {gate['published']['key']}: {gate['published']['reason']}" if gate["published"] else ""
+    return f"{gate['status']}{kept}{published} ({gate_reasons(gate)})"
+
+
+def gate_reasons(gate: dict[str, Any]) -> str:
+    """Each limit and what was measured."""
+    return "; ".join(
+        f"{check['name']} {check['limit']:g}: {check['status']}"
+        + ("" if check["value"] is None else f", {check['value']:.3f} ({check['low']:.3f} to {check['high']:.3f})")
+        for check in gate["checks"]
+    )
 
 
 def _general(score: dict[str, Any] | None) -> list[tuple[str, Any]]:

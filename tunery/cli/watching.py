@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from tunery.cli import show
+from tunery.cli import show, summary
 from tunery.cli.remote import Refused, Remote
 from tunery.local.drawing import JobProgress, loss_curve
 
@@ -65,4 +65,8 @@ def _tell_end(job: dict[str, Any], progress: JobProgress) -> None:
         raise Refused(message=f"{job['id']} {job['status']}. {(job.get('error') or {}).get('message') or ''}".strip())
     unicode = "utf" in show.console.encoding
     show.console.print(loss_curve(progress.losses, progress.valid_losses, unicode=unicode))
+    if withheld := (job.get("gate") or {}).get("withheld_model"):
+        show.errors.print(f"The gate withholds {withheld}: {summary.gate_reasons(job['gate'])}", soft_wrap=True)
+        show.hint(f"tunery jobs publish {job['id']} --reason ...")
+        return
     show.done(str(job["fine_tuned_model"]))

@@ -70,10 +70,27 @@ def check_fields(request: JobRequest) -> tuple[MethodOptions, Hyperparameters]:
     if isinstance(request.technique, Full) and request.export.merged:
         reason = "a full fine-tune is a whole model already. Leave export.merged out, or choose lora or qlora."
         raise InvalidValue(param="export.merged", reason=reason)
+    _check_gate(request)
     asked = {"early_stopping": request.early_stopping is not None, "select": request.select == "best"}
     for param in (param for param, is_asked in asked.items() if is_asked and request.validation_file is None):
         raise InvalidValue(param=param, reason=f"'{param}' needs a validation loss. Send a validation_file too.")
     return chosen, hyperparameters
+
+
+def _check_gate(request: JobRequest) -> None:
+    """Raises InvalidValue for a gate whose figures will not be measured."""
+    gate, general = request.gate, request.evaluation.general
+    if gate is None:
+        return
+    if request.evaluation.test_file is None:
+        reason = "a gate is held against the scorecard, which needs a test file. Send evaluation.test_file too."
+        raise InvalidValue(param="gate", reason=reason)
+    if gate.max_general_drop is not None and not general.enabled:
+        reason = "it needs the general benchmark. Leave evaluation.general.enabled true, or leave this limit out."
+        raise InvalidValue(param="gate.max_general_drop", reason=reason)
+    if gate.max_kl is not None and not (general.enabled and general.prompts):
+        reason = "it needs general prompts. Leave evaluation.general at its defaults, or leave this limit out."
+        raise InvalidValue(param="gate.max_kl", reason=reason)
 
 
 def _files(request: JobRequest) -> dict[str, str]:

@@ -124,7 +124,9 @@ def finish(
 ) -> Job:
     """The run's end, in the caller's one transaction with the model's and the artifacts' rows. Raises LeaseLost."""
     job = held(session, lease)
-    ledger.note(session, job.id, f"New fine-tuned model created: {tuned_model}")
+    ledger.note(
+        session, job.id, f"{'Withheld' if job.withholds_model else 'New'} fine-tuned model created: {tuned_model}"
+    )
     ledger.move(
         session,
         job,

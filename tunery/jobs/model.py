@@ -26,7 +26,8 @@ class Job(Base):
     at a later step (`snapshot_step`); `validations` counts how often its validation began. While `reserved_until` has
     not come, `reserved_host` takes no smaller job. `tidied`: no object is left in
     storage that the ended job made and no row names. `removed_records`: kinds of its records (`events`, `metrics`,
-    `logs`) that were removed because they were old.
+    `logs`) that were removed because they were old. `gate`: what the gate said of its model, and `published`, who
+    published a withheld one and why.
     """
 
     __tablename__ = "jobs"
@@ -91,6 +92,7 @@ class Job(Base):
     total_steps: Mapped[int | None]
     progress: Mapped[dict[str, Any]] = mapped_column(default=dict)
     scorecard: Mapped[dict[str, Any] | None]
+    gate: Mapped[dict[str, Any] | None]
     snapshot: Mapped[str | None]
     snapshot_step: Mapped[int | None]
     tidied: Mapped[bool] = mapped_column(default=False)
@@ -103,6 +105,11 @@ class Job(Base):
     def base_name(self) -> str:
         """The base's name in answers and in the names of tuned models: the alias that was asked for, or its id."""
         return self.base_alias or self.base_model
+
+    @property
+    def withholds_model(self) -> bool:
+        """Whether the gate withholds what the job made, and nobody has published it since."""
+        return self.gate is not None and self.gate["withheld"] and "published" not in self.gate
 
     @property
     def model_name(self) -> str:

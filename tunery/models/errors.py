@@ -8,3 +8,10 @@ class ModelNotFound(NotFound):
     there is; an administrator adds a base with `tunery models add`."""
 
     code = "model_not_found"
+
+
+class ModelWithheld(ModelNotFound):
+    """The model '{id}' is withheld by the gate of its job '{job}'. `GET /v1/fine_tuning/jobs/{job}` shows what it
+    failed; `POST /v1/fine_tuning/jobs/{job}/publish` with a reason publishes it all the same."""
+
+    code = "model_withheld"

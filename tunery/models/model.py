@@ -14,6 +14,7 @@ class Model(Base):
 
     Its files lie in storage under `prefix`, listed by `manifest` (sizes and sha256; see `artifacts.manifest`).
     `facts` holds what planning needs: hidden_size, layers, params, context_length, ...
+    `withheld`: stored, and kept from use by the gate of the job that made it, until that job's owner publishes it.
     `purged_at`: when the objects of a deleted model were removed.
     `chat_template`: Jinja text that a base is stored with in place of its own.
     """
@@ -43,6 +44,7 @@ class Model(Base):
     manifest_sha256: Mapped[str | None]
     facts: Mapped[dict[str, Any]] = mapped_column(default=dict)
     created_at: Mapped[datetime] = creation_time()
+    withheld: Mapped[bool] = mapped_column(default=False, server_default="false")
     deleted_at: Mapped[datetime | None]
     purged_at: Mapped[datetime | None]
 

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from tunery import dispatch, ids
 from tunery.errors import InvalidValue, WrongState
-from tunery.models.errors import ModelNotFound
+from tunery.models.errors import ModelNotFound, ModelWithheld
 from tunery.models.model import Alias, Model
 
 SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -34,10 +34,10 @@ def slug_of(source: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._") or "model"
 
 
-def find(session: Session, project_id: str, name: str) -> Model:
+def find(session: Session, project_id: str, name: str, *, with_withheld: bool = False) -> Model:
     """A model that the project may see, in any status: its own, or a base by id, alias or source.
 
-    Raises ModelNotFound, for another project's model too.
+    Raises ModelNotFound, for another project's model too, and ModelWithheld.
     """
     visible = Model.deleted_at.is_(None) & (Model.project_id.is_(None) | (Model.project_id == project_id))
     model = session.scalar(select(Model).where(Model.id == name, visible))
@@ -52,6 +52,8 @@ def find(session: Session, project_id: str, name: str) -> Model:
     )
     if model is None:
         raise ModelNotFound(param="model", id=name, suggestion=_suggestion(session, visible, name))
+    if model.withheld and not with_withheld:
+        raise ModelWithheld(param="model", id=name, job=model.job_id)
     return model
 
 
@@ -83,7 +85,7 @@ def list_visible(session: Session, project_id: str, *, only_ready: bool = True) 
     """Returns every model of the project and every base, newest first."""
     query = (
         select(Model)
-        .where(Model.deleted_at.is_(None))
+        .where(Model.deleted_at.is_(None), ~Model.withheld)
         .where(Model.project_id.is_(None) | (Model.project_id == project_id))
         .order_by(Model.created_at.desc(), Model.id)
     )
@@ -173,6 +175,7 @@ def add_tuned(
     prefix: str,
     manifest: dict[str, Any],
     sha256: str,
+    withheld: bool = False,
 ) -> Model:
     """The row of a job's result (`tuned`) or of one of its epochs (`checkpoint`); its objects are stored already."""
     model = Model(
@@ -187,6 +190,7 @@ def add_tuned(
         manifest=manifest,
         manifest_sha256=sha256,
         facts=base.facts,
+        withheld=withheld,
     )
     session.add(model)
     session.flush()
@@ -201,6 +205,11 @@ def tuned_name(*, base: str, organization: str, suffix: str | None, step: int | 
     suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", suffix or "").strip("-")
     name = f"ft:{base}:{organization}:{suffix}:{ids.token(8)}"
     return name if step is None else f"{name}:ckpt-step-{step}"
+
+
+def publish(session: Session, job_id: str) -> None:
+    """Makes what a job made usable, its checkpoints too."""
+    session.execute(sql.update(Model).where(Model.job_id == job_id, Model.withheld).values(withheld=False))
 
 
 def delete(session: Session, model: Model) -> None:

@@ -38,8 +38,11 @@ def event_id(job_event_id: str) -> str:
     return ids.WEBHOOK_EVENT + job_event_id.removeprefix(ids.EVENT)
 
 
-def encode(id: str, type: str, at: datetime, job_id: str) -> bytes:
-    """The body. The same event gives the same bytes on every try."""
+def encode(id: str, type: str, at: datetime, job_id: str, *, gate: str | None = None, withheld: bool = False) -> bytes:
+    """The body. The same event gives the same bytes on every try.
+
+    `gate`: its verdict on the job's model, where the job has one; `withheld`: whether it kept the model back.
+    """
     at = at.astimezone(UTC)
     event = {
         "id": id,
@@ -47,7 +50,7 @@ def encode(id: str, type: str, at: datetime, job_id: str) -> bytes:
         "type": type,
         "created_at": int(at.timestamp()),
         "timestamp": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-        "data": {"id": job_id},
+        "data": {"id": job_id} | ({} if gate is None else {"gate": {"status": gate, "withheld": withheld}}),
     }
     return json.dumps(event, separators=(",", ":")).encode()
 

@@ -171,7 +171,10 @@ def _begin(session: Session, delivery: Delivery, endpoint: WebhookEndpoint, even
     delivery.claimed_until = now + _CLAIM
     session.add(DeliveryTry(delivery_id=delivery.id, number=delivery.tries))
     kind = messages.event_type(event.outcome or "")
-    body = messages.encode(messages.event_id(event.id), kind, event.created_at, event.job_id)
+    # Not what the job's owner does later: a repeated try has to say the same.
+    gate = session.scalar(select(Job.gate).where(Job.id == event.job_id)) or {}
+    verdict = {"gate": gate.get("status"), "withheld": gate.get("withheld", False)}
+    body = messages.encode(messages.event_id(event.id), kind, event.created_at, event.job_id, **verdict)
     message = Message(delivery.id, endpoint.url, secrets_of(endpoint, now), body)
     return _Claim(delivery.id, endpoint.id, delivery.tries, message)
 

@@ -32,6 +32,7 @@ from tunery.jobs import leases
 from tunery.jobs.errors import LeaseLost
 from tunery.jobs.leases import Lease
 from tunery.jobs.model import Job
+from tunery.models import registry
 from tunery.settings import Settings
 from tunery.storage import Storage, Stored
 from tunery.storage.errors import StorageFailed
@@ -171,6 +172,8 @@ def _succeed(
 ) -> None:
     job = leases.held(session, lease)
     model = add_model(session, job, settings, prefix=published.prefix, listed=published.listed)
+    if not job.withholds_model:
+        registry.publish(session, job.id)  # its checkpoints, which waited for the gate
     file = shelf.shelve(session, job.project_id, published.table, purpose=shelf.RESULTS, filename=RESULTS)
     leases.finish(
         session,

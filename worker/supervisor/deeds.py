@@ -25,7 +25,7 @@ from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.storage import Storage
 from tunery.storage.errors import StorageFailed
-from worker.supervisor import upload
+from worker.supervisor import upload, verdicts
 from worker.supervisor.lease import Hold
 from worker.supervisor.staging import StoredFolder
 
@@ -84,8 +84,8 @@ class Scribe:
                 self._hold.write(lambda session: self._start(session, message))
             case wire.CheckpointSaved():
                 self._upload_later(message)
-            case wire.Score():
-                self._hold.write(lambda session: self._score(session, message))
+            case wire.Score() | wire.Gated():
+                self._hold.write(lambda session: self._note_result(session, message))
             case wire.Exported():
                 self._hold.write(lambda session: self._note_export(session, message))
             case wire.Finished() | wire.Paused() | wire.Failed():
@@ -202,15 +202,27 @@ class Scribe:
         for warning in started.warnings:
             ledger.note(session, job_id, warning, level="warn")
 
+    def _note_result(self, session: Session, message: wire.Score | wire.Gated) -> None:
+        if isinstance(message, wire.Score):
+            self._score(session, message)
+        else:
+            self._judge(session, message)
+
     def _score(self, session: Session, score: wire.Score) -> None:
         leases.record_progress(session, self._hold.lease, scorecard=score.model_dump(mode="json", exclude={"type"}))
         ledger.note(session, self._hold.lease.job_id, score_message(score))
         if score.general is not None:
-            ledger.note(session, self._hold.lease.job_id, general_message(score.general))
+            ledger.note(session, self._hold.lease.job_id, verdicts.general_message(score.general))
 
     def _note_export(self, session: Session, export: wire.Exported) -> None:
         level, verb = ("warn", "not written") if export.is_refused else ("info", "written")
         ledger.note(session, self._hold.lease.job_id, f"Export {export.path} {verb}: {export.message}", level=level)
+
+    def _judge(self, session: Session, verdict: wire.Gated) -> None:
+        gate = verdict.model_dump(mode="json", exclude={"type"})
+        leases.record_progress(session, self._hold.lease, gate=gate)
+        level = "info" if verdict.status == "passed" else "warn"
+        ledger.note(session, self._hold.lease.job_id, verdicts.gate_message(verdict), level=level, data={"gate": gate})
 
     # --- uploads ---
 
@@ -284,7 +296,10 @@ class Scribe:
 def add_model(
     session: Session, job: Job, settings: Settings, *, prefix: str, listed: Manifest, step: int | None = None
 ) -> Model:
-    """The row of what a job made, with its files' rows: a checkpoint when `step` is given, else the result."""
+    """The row of what a job made, with its files' rows: a checkpoint when `step` is given, else the result.
+
+    Checkpoints are made before the gate, so that of a job with one they are withheld until it has spoken.
+    """
     base = session.get_one(Model, job.base_model)
     name = registry.tuned_name(base=job.base_name, organization=settings.organization, suffix=job.suffix, step=step)
     model = registry.add_tuned(
@@ -298,6 +313,7 @@ def add_model(
         prefix=prefix,
         manifest=listed.model_dump(mode="json"),
         sha256=listed.sha256,
+        withheld=job.withholds_model or (step is not None and (job.plan or {}).get("gate") is not None),
     )
     artifacts.record(session, model, listed)
     return model
@@ -362,20 +378,4 @@ def _measure_message(name: str, found: wire.Measure) -> str:
     return (
         f"{name} {found.base:.1%} before, {found.tuned:.1%} after, gain {100 * found.gain:+.1f} points "
         f"(95 % interval {100 * found.low:+.1f} to {100 * found.high:+.1f})"
-    )
-
-
-def general_message(score: wire.GeneralScore) -> str:
-    """What base and tuned model can do besides the task, in a sentence or two."""
-    text = (
-        f"General ability on {score.items} questions: {score.base_accuracy:.1%} before, {score.tuned_accuracy:.1%} "
-        f"after; change {100 * score.change:+.1f} points (95 % interval {100 * score.change_low:+.1f} to "
-        f"{100 * score.change_high:+.1f})"
-    )
-    moved = score.forgetting
-    if moved is None:
-        return text
-    return (
-        f"{text}. On {moved.prompts} general prompts: KL to the base {moved.kl:.3f} nats a token (95 % interval "
-        f"{moved.kl_low:.3f} to {moved.kl_high:.3f}), loss {moved.base_nll:.2f} before, {moved.tuned_nll:.2f} after"
     )

@@ -18,6 +18,7 @@ _CHANGES_NO_WEIGHT: Any = {
     "learning_rate_multiplier": True,  # learning_rate is what it came to
     "evaluation": {"test_file", "max_new_tokens", "max_rows", "general"},
     "export": True,
+    "gate": True,
 }
 _FORMAT_1: dict[str, tuple[str, ...]] = {
     "schedule": ("type", "warmup_ratio", "min_ratio"),

@@ -16,8 +16,20 @@ from tunery.planning.precision import decide
 from tunery.rows.encoding import find_encoder
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
-from tunery.wire import Finished, GeneralScore, Paused, Phase, Score, Started
-from worker.trainer import checkpoints, eight_bits, packing, parallel, parity, paths, preflight, reference, report, rope
+from tunery.wire import Finished, Gated, GeneralScore, Paused, Phase, Score, Started
+from worker.trainer import (
+    checkpoints,
+    eight_bits,
+    gate,
+    packing,
+    parallel,
+    parity,
+    paths,
+    preflight,
+    reference,
+    report,
+    rope,
+)
 from worker.trainer.data import Rows, collate, read_parsed, read_rows, singles
 from worker.trainer.export import job as export
 from worker.trainer.general import measure as general
@@ -251,14 +263,18 @@ def _score(
 
 
 def _write_together(t: Training, progress: Progress, scored: Scored | None) -> None:
-    """The artifact, which rank 0 writes."""
+    """The artifact, which rank 0 writes, and before it what the gate says of the model."""
+    verdict = None
+    if t.plan.gate is not None:
+        verdict = gate.judge(t.plan.gate, None if scored is None else scored[0])
+        t.voice.say(verdict)
     t.voice.say(Phase(phase="saving", seconds_left=t.pace.left()))
     if t.ranks.is_main:
-        _write(t, progress, scored)
+        _write(t, progress, scored, verdict)
     t.ranks.wait()
 
 
-def _write(t: Training, progress: Progress, scored: Scored | None) -> None:
+def _write(t: Training, progress: Progress, scored: Scored | None, verdict: Gated | None) -> None:
     """The artifact, `out/`, which exists only when it is complete."""
     partial = t.folder / ".out.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -267,6 +283,8 @@ def _write(t: Training, progress: Progress, scored: Scored | None) -> None:
         card, rows = scored
         (partial / "scorecard.json").write_text(card.model_dump_json(indent=2) + "\n")
         report.write_lines(partial / "answers.jsonl", rows)
+    if verdict is not None:
+        (partial / "gate.json").write_text(verdict.model_dump_json(indent=2, exclude={"type"}) + "\n")
     answered = parity.measure(t)
     checkpoints.write_artifact(t, progress, partial)
     parity.write(t, answered, partial)

@@ -1,0 +1,33 @@
+"""Publishing a model that its job's gate withholds."""
+
+from sqlalchemy.orm import Session
+
+from tunery import db
+from tunery.errors import WrongState
+from tunery.jobs import ledger
+from tunery.jobs.model import Job
+from tunery.keys.ring import Caller
+from tunery.models import registry
+
+
+def publish(session: Session, caller: Caller, job_id: str, *, reason: str) -> Job:
+    """Publishes what the job made, against its gate's verdict, which stays. Who did it and why is kept with it and in
+    an event.
+
+    Raises NotFound, and WrongState where nothing is withheld.
+    """
+    job = ledger.find(session, caller.project_id, job_id, lock=True)
+    if job.gate is None or job.tuned_model is None or not job.withholds_model:
+        raise WrongState(
+            kind="Fine-tuning job",
+            id=job_id,
+            state=job.state,
+            deed="published",
+            instead="Only a model that its gate withholds can be.",
+        )
+    published = {"reason": reason, "key": caller.key_id, "at": int(db.now(session).timestamp())}
+    job.gate = {**job.gate, "published": published}
+    registry.publish(session, job.id)
+    message = f"The model {job.tuned_model} is published against its gate by key {caller.key_id}: {reason}"
+    ledger.note(session, job.id, message, level="warn", data={"published": published})
+    return job

@@ -1,0 +1,39 @@
+"""What events say of a model that was measured."""
+
+from tunery import wire
+
+
+def general_message(score: wire.GeneralScore) -> str:
+    """What base and tuned model can do besides the task, in a sentence or two."""
+    text = (
+        f"General ability on {score.items} questions: {score.base_accuracy:.1%} before, {score.tuned_accuracy:.1%} "
+        f"after; change {100 * score.change:+.1f} points (95 % interval {100 * score.change_low:+.1f} to "
+        f"{100 * score.change_high:+.1f})"
+    )
+    moved = score.forgetting
+    if moved is None:
+        return text
+    return (
+        f"{text}. On {moved.prompts} general prompts: KL to the base {moved.kl:.3f} nats a token (95 % interval "
+        f"{moved.kl_low:.3f} to {moved.kl_high:.3f}), loss {moved.base_nll:.2f} before, {moved.tuned_nll:.2f} after"
+    )
+
+
+_DEMANDS = {
+    "min_task_gain": "gain on the task at least",
+    "max_general_drop": "general accuracy no more below the base's than",
+    "max_kl": "KL to the base at most",
+}
+
+
+def gate_message(verdict: wire.Gated) -> str:
+    """What the gate decided, and on which figures."""
+    kept = "withheld" if verdict.withheld else "published"
+    return f"Gate {verdict.status}, so the model is {kept}: {'; '.join(map(_check_message, verdict.checks))}"
+
+
+def _check_message(check: wire.GateCheck) -> str:
+    demand = f"{_DEMANDS[check.name]} {check.limit:g}"
+    if check.value is None:
+        return f"{demand}: not measured ({check.status})"
+    return f"{demand}: {check.value:.3f} (95 % interval {check.low:.3f} to {check.high:.3f}; {check.status})"
