@@ -13,6 +13,7 @@ from torch.nn import functional
 from tunery.spec import Dpo, Full, Lora
 from worker.trainer import reference
 from worker.trainer.data import Example, rows_of_step
+from worker.trainer.kernels import fp8
 from worker.trainer.loop import _take_step
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.process import carry_out_and_tell
@@ -102,6 +103,21 @@ def test_first_step_knows_no_preference(tmp_path: Path, tiny: Path, method: Dpo)
 
     assert message.train_loss == pytest.approx(1.0 if method.loss == "ipo" else math.log(2), rel=1e-6)
     assert message.train_metrics == pytest.approx(dict.fromkeys(message.train_metrics, 0.0), abs=1e-6)
+
+
+def test_preferences_are_learned_without_eight_bits(
+    tmp_path: Path, tiny: Path, ear: Ear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference is measured with wide products, from which narrow ones differ by more than a step moves."""
+    monkeypatch.setattr(fp8, "LEAST_SIDE", 16)
+    monkeypatch.setattr(fp8, "available", lambda _device: True)
+    folder = lay_out(tmp_path / "run", tiny, plan(technique=Lora(r=4, precision="fp8"), method=Dpo()), PAIRS)
+
+    assert carry_out(folder, Voice(ear.descriptor), Wish())
+
+    [started] = said(ear, "started")
+    assert started.warnings[0].startswith("precision fp8 was not used: preferences are learned")
+    assert steps_of(folder)[0]["train_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_prompts_are_not_learned(tmp_path: Path, tiny: Path) -> None:

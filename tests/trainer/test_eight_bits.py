@@ -126,7 +126,7 @@ def test_run_that_goes_on_leaves_wide_what_was_given_up(
     ("available", "least", "why"),
     [
         (False, 16, "this device does not multiply numbers of eight bits"),
-        (True, 1024, "no adapted layer without dropout or a variant has sides of at least 1024"),
+        (True, 1024, "no adapted layer has sides of at least 1024 and a plain update"),
     ],
 )
 def test_run_that_cannot_use_eight_bits_says_so(

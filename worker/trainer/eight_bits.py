@@ -76,18 +76,26 @@ def settle(
     """
     if not precision.fp8:
         return None
-    if not fp8.available(ranks.device):
-        warnings.append("precision fp8 was not used: this device does not multiply numbers of eight bits.")
-        return None
-    made = EightBits(objective, _shadow(examples, ranks.device))
-    if not made.names:
-        why = f"no adapted layer without dropout or a variant has sides of at least {fp8.LEAST_SIDE}"
+    made, why = _narrow(objective, examples, ranks.device)
+    if made is None:
         warnings.append(f"precision fp8 was not used: {why}.")
         return None
     if not made.check(ranks):
         names = ", ".join(sorted(made.wide))
         warnings.append(f"precision fp8 was not used in {names}: its products differ too much from those in bf16.")
     return made
+
+
+def _narrow(objective: Objective, examples: Sequence[Example], device: torch.device) -> tuple[EightBits | None, str]:
+    """The run's narrow products, or why there are none."""
+    if not fp8.available(device):
+        return None, "this device does not multiply numbers of eight bits"
+    if objective.method.reads_reference:
+        return None, "preferences are learned from small differences to the model's start, which eight bits round away"
+    made = EightBits(objective, _shadow(examples, device))
+    if not made.names:
+        return None, f"no adapted layer has sides of at least {fp8.LEAST_SIDE} and a plain update"
+    return made, ""
 
 
 def compare(objective: Objective, batch: Batch, names: Collection[str]) -> dict[str, tuple[float, float]]:
