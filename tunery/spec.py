@@ -242,11 +242,17 @@ class Export(Part):
 
     merged: bool = Field(False, description="LoRA, QLoRA: also a whole model, with the adapter merged into its base")
     gguf: list[GgufType] = Field([], description="Also GGUF files of the whole model, for llama.cpp and ollama")
+    adapter_gguf: bool = Field(False, description="LoRA, QLoRA: also the adapter alone as a GGUF file")
+
+    @property
+    def needs_merge(self) -> bool:
+        """Whether an adapter has to be merged into its base."""
+        return self.merged or bool(self.gguf)
 
     @property
     def is_asked(self) -> bool:
         """Whether there is anything to write."""
-        return self.merged or bool(self.gguf)
+        return self.needs_merge or self.adapter_gguf
 
 
 class Resources(Part):

@@ -11,6 +11,7 @@ import tiny_models
 import torch
 import zoo
 from gguf import GGUFReader
+from peft import LoraConfig, get_peft_model
 from run_folders import Ear, chat, lay_out, plan, said
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunery.spec import Export, Full, Lora
 from worker.trainer import gguf_files
-from worker.trainer.export import gguf_tokenizers, gguf_writer
+from worker.trainer.export import gguf_adapter, gguf_tokenizers, gguf_writer
 from worker.trainer.export.errors import NoGguf
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out
@@ -66,7 +67,7 @@ def log_probs(folder: Path, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_computes_the_same_logits(tmp_path: Path, engine: Path, family: str) -> None:
     folder = with_a_merge(zoo.make(family, tmp_path / "model", **FAMILIES[family]))
-    gguf_writer.write(folder, tmp_path / "model.gguf", "f16", "tiny")
+    gguf_writer.write(folder, out=tmp_path / "model.gguf", kind="f16", name="tiny")
     ids = prompt_ids(folder)
     wanted = log_probs(folder, ids)
 
@@ -85,7 +86,7 @@ def fields(path: Path) -> dict[str, Any]:
 def test_transformers_reads_the_file_as_the_model(tmp_path: Path) -> None:
     folder = with_a_merge(tiny_models.llama(tmp_path / "model", bf16=True))
     (tmp_path / "gguf").mkdir()
-    gguf_writer.write(folder, tmp_path / "gguf" / "model.gguf", "f16", "tiny")
+    gguf_writer.write(folder, out=tmp_path / "gguf" / "model.gguf", kind="f16", name="tiny")
 
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32)
 
@@ -98,7 +99,7 @@ def test_transformers_reads_the_file_as_the_model(tmp_path: Path) -> None:
 def test_file_has_tokens_and_template_of_the_training(tmp_path: Path) -> None:
     folder = with_a_merge(zoo.make("Gemma 3", tmp_path / "model", **FAMILIES["Gemma 3"]))
     (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
-    gguf_writer.write(folder, tmp_path / "model.gguf", "f16", "tiny")
+    gguf_writer.write(folder, out=tmp_path / "model.gguf", kind="f16", name="tiny")
 
     found = fields(tmp_path / "model.gguf")
 
@@ -114,7 +115,7 @@ def test_file_has_tokens_and_template_of_the_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])
 def test_matrices_are_quantised_and_what_is_small_is_not(tmp_path: Path, kind: Any) -> None:
     folder = with_a_merge(zoo.make("Qwen3", tmp_path / "model"))
-    gguf_writer.write(folder, tmp_path / "model.gguf", kind, "tiny")
+    gguf_writer.write(folder, out=tmp_path / "model.gguf", kind=kind, name="tiny")
 
     types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
 
@@ -141,12 +142,12 @@ def test_what_llama_cpp_computes_otherwise_is_refused(
     folder = with_a_merge(zoo.make(family, tmp_path / "model", **changes))
 
     with pytest.raises(NoGguf, match=reason):
-        gguf_writer.write(folder, tmp_path / "model.gguf", "f16", "tiny")
+        gguf_writer.write(folder, out=tmp_path / "model.gguf", kind="f16", name="tiny")
 
 
 def test_window_of_all_layers_ends_the_context(tmp_path: Path) -> None:
     folder = with_a_merge(zoo.make("Mistral", tmp_path / "model"))
-    gguf_writer.write(folder, tmp_path / "model.gguf", "f16", "tiny")
+    gguf_writer.write(folder, out=tmp_path / "model.gguf", kind="f16", name="tiny")
 
     assert fields(tmp_path / "model.gguf")["llama.context_length"] == 16
 
@@ -158,7 +159,7 @@ def test_numbers_beyond_f16_are_refused(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
     with pytest.raises(NoGguf, match=r"blk\.0\.ffn_up\.weight has numbers beyond 65,504, .* Write q8_0"):
-        gguf_writer.write(folder, tmp_path / "model.gguf", "f16", "tiny")
+        gguf_writer.write(folder, out=tmp_path / "model.gguf", kind="f16", name="tiny")
 
 
 @pytest.mark.parametrize("name", gguf_tokenizers.RULES)
@@ -200,7 +201,7 @@ def test_scores_fall_with_the_merges_of_a_sentencepiece_tokenizer(tmp_path: Path
     made.normalizer = normalizers.Replace(" ", "\u2581")
     made.add_special_tokens(pieces[:3])
     made.save(str(folder / "tokenizer.json"))
-    gguf_writer.write(folder, tmp_path / "model.gguf", "f16", "tiny")
+    gguf_writer.write(folder, out=tmp_path / "model.gguf", kind="f16", name="tiny")
 
     found = fields(tmp_path / "model.gguf")
 
@@ -210,17 +211,93 @@ def test_scores_fall_with_the_merges_of_a_sentencepiece_tokenizer(tmp_path: Path
     assert found["tokenizer.ggml.token_type"][9] == 6  # a byte
 
 
+ASCII = range(3, 97)
+"""Of other tokens, stop tokens and halves of characters, llama.cpp's server lists no probabilities."""
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "patterns": {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"q_proj": 1, "up_proj": 32}},
+    "rank-stabilised": {"use_rslora": True},
+}
+
+
+def adapted(base: Path, folder: Path, **config: Any) -> Any:
+    """The model in `base` with a random adapter, whose files are in `folder`."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False} | config
+    made = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    made.save_pretrained(str(folder), save_embedding_layers=False)
+    return made.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_llama_cpp_lays_the_adapter_on_its_base(tmp_path: Path, engine: Path, kind: str) -> None:
+    base = with_a_merge(zoo.make("Llama", tmp_path / "model"))
+    model = adapted(base, tmp_path / "adapter", **ADAPTERS[kind])
+    gguf_writer.write(base, out=tmp_path / "model.gguf", kind="f16", name="tiny")
+    gguf_adapter.write(base, tmp_path / "adapter", out=tmp_path / "adapter.gguf", name="tiny")
+    ids = prompt_ids(base)
+    with torch.no_grad():
+        after = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    place = next(place for place in reversed(range(len(ids))) if after[place].argmax() in ASCII)
+    wanted, ids = after[place], ids[: place + 1]
+
+    with llama_cpp.serve(engine, tmp_path / "model.gguf", tmp_path / "adapter.gguf") as server:
+        found = server.log_probs(ids, 20)
+
+    assert max(abs(wanted[token].item() - logprob) for token, logprob in found.items()) < 0.03
+    assert max(abs(log_probs(base, ids)[token].item() - logprob) for token, logprob in found.items()) > 0.3
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_factors_in_the_file_make_the_adapters_product(tmp_path: Path, kind: str) -> None:
+    base = zoo.make("Qwen3", tmp_path / "model")
+    model = adapted(base, tmp_path / "adapter", **ADAPTERS[kind])
+    gguf_adapter.write(base, tmp_path / "adapter", out=tmp_path / "adapter.gguf", name="tiny")
+
+    tensors = {each.name: torch.tensor(each.data) for each in GGUFReader(tmp_path / "adapter.gguf").tensors}
+
+    assert fields(tmp_path / "adapter.gguf")["adapter.lora.alpha"] == 8
+    for name, target in (("mlp.up_proj", "ffn_up"), ("self_attn.q_proj", "attn_q")):
+        a, b = (tensors[f"blk.1.{target}.weight.lora_{letter}"] for letter in "ab")
+        wanted = model.get_submodule(f"base_model.model.model.layers.1.{name}").get_delta_weight("default")
+        assert torch.allclose(8 / len(a) * b @ a, wanted, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"use_dora": True}, "it is a DoRA adapter"),
+        ({"modules_to_save": ["lm_head"]}, "the adapter has base_model.model.lm_head.weight"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "no place for an adapter on lm_head"),
+    ],
+    ids=["DoRA", "whole head", "tied head"],
+)
+def test_adapter_that_llama_cpp_does_not_know_is_refused(tmp_path: Path, config: dict[str, Any], reason: str) -> None:
+    base = zoo.make("Qwen2", tmp_path / "model")
+    adapted(base, tmp_path / "adapter", **config)
+
+    with pytest.raises(NoGguf, match=reason):
+        gguf_adapter.write(base, tmp_path / "adapter", out=tmp_path / "adapter.gguf", name="tiny")
+
+
 @pytest.mark.parametrize("technique", [Full(), Lora(r=4)], ids=["full", "lora"])
 def test_job_leaves_gguf_files(tmp_path: Path, ear: Ear, technique: Any) -> None:
     base = with_a_merge(tiny_models.llama(tmp_path / "base", bf16=True, never_said=tuple(range(6, 260))))
-    asked = plan(technique=technique, learning_rate=1e-3, export=Export(gguf=["f16", "q8_0"]))
+    export = Export(gguf=["q8_0", "f16"], adapter_gguf=technique.type == "lora")
+    asked = plan(technique=technique, learning_rate=1e-3, export=export)
     lay_out(tmp_path / "run", base, asked, [chat(i) for i in range(8)])
 
     assert carry_out(tmp_path / "run", Voice(ear.descriptor), Wish())
 
     out = tmp_path / "run" / "out"
     assert not [export.message for export in said(ear, "exported") if export.is_refused]
-    assert sorted(path.name for path in (out / "gguf").iterdir()) == ["model-f16.gguf", "model-q8_0.gguf"]
+    adapter = ["adapter-f32.gguf"] if technique.type == "lora" else []
+    found = sorted(path.name for path in (out / "gguf").iterdir())
+    assert found == ["Modelfile", *adapter, "model-f16.gguf", "model-q8_0.gguf"]
+    assert (out / "gguf" / "Modelfile").read_text().startswith("FROM ./model-f16.gguf\nTEMPLATE ")
+    assert "llama-server -m gguf/model-f16.gguf --jinja" in (out / "README.md").read_text()
     assert not (out / "merged").exists()
     assert fields(out / "gguf" / "model-f16.gguf")["general.architecture"] == "llama"
 

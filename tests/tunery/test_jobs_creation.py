@@ -70,6 +70,7 @@ def test_same_request_twice_makes_two_jobs_unless_a_key_says_otherwise(
         ({"select": "best"}, "select"),
         ({"learning_rate": 1e-4, "hyperparameters": {"learning_rate_multiplier": 2}}, "learning_rate"),
         ({"technique": {"type": "full"}, "export": {"merged": True}}, "export.merged"),
+        ({"technique": {"type": "full"}, "export": {"adapter_gguf": True}}, "export.adapter_gguf"),
     ],
 )
 def test_contradictions_are_refused(

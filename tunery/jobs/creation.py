@@ -67,14 +67,20 @@ def check_fields(request: JobRequest) -> tuple[MethodOptions, Hyperparameters]:
     """Returns the request's method. Raises Unsupported, InvalidValue for fields that contradict each other."""
     chosen, hyperparameters = method.read(request)
     check_one_rate(request.learning_rate, hyperparameters)
-    if isinstance(request.technique, Full) and request.export.merged:
-        reason = "a full fine-tune is a whole model already. Leave export.merged out, or choose lora or qlora."
-        raise InvalidValue(param="export.merged", reason=reason)
+    _check_export(request)
     _check_gate(request)
     asked = {"early_stopping": request.early_stopping is not None, "select": request.select == "best"}
     for param in (param for param, is_asked in asked.items() if is_asked and request.validation_file is None):
         raise InvalidValue(param=param, reason=f"'{param}' needs a validation loss. Send a validation_file too.")
     return chosen, hyperparameters
+
+
+def _check_export(request: JobRequest) -> None:
+    """Raises InvalidValue where an adapter's export is asked of a full fine-tune."""
+    if isinstance(request.technique, Full):
+        for name in (name for name in ("merged", "adapter_gguf") if getattr(request.export, name)):
+            reason = f"A full fine-tune has no adapter. Leave export.{name} out, or choose lora or qlora."
+            raise InvalidValue(param=f"export.{name}", reason=reason)
 
 
 def _check_gate(request: JobRequest) -> None:

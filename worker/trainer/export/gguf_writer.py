@@ -29,7 +29,7 @@ _OUTER = ("token_embd.weight", "output.weight")
 _BLOCK = 32
 
 
-def write(folder: Path, out: Path, kind: GgufType, name: str) -> str:
+def write(folder: Path, *, out: Path, kind: GgufType, name: str) -> str:
     """Writes the model in `folder` as the file `out`, its matrices in `kind`; says how large it is. Raises NoGguf."""
     config = AutoConfig.from_pretrained(folder)
     family = gguf_models.find(config)

@@ -14,7 +14,7 @@ import torch
 from tunery.spec import Full
 from tunery.wire import Exported, Phase
 from worker.trainer.data import Row, read_rows
-from worker.trainer.export import files, merge
+from worker.trainer.export import files, merge, readme
 from worker.trainer.export.errors import ExportRefused
 from worker.trainer.training import Training
 
@@ -22,13 +22,22 @@ log = logging.getLogger(__name__)
 
 
 def write(t: Training, artifact: Path) -> None:
-    """Writes the job's exports into folders of `artifact`. Afterwards the model in memory is gone."""
-    if not t.plan.export.is_asked or not t.ranks.is_main:
-        return
-    t.voice.say(Phase(phase="exporting"))
-    _release(t)
+    """Writes the job's exports into folders of `artifact`, and how to serve all of it. Where there are exports, the
+    model in memory is gone afterwards."""
+    if t.plan.export.is_asked:
+        t.voice.say(Phase(phase="exporting"))
+        _release(t)
+        _write_all(t, artifact)
+    readme.write(t, artifact)
+
+
+def _write_all(t: Training, artifact: Path) -> None:
     if isinstance(t.plan.technique, Full):
         _write_gguf(t, artifact, artifact)
+        return
+    if t.plan.export.adapter_gguf:
+        _write_adapter(t, artifact)
+    if not t.plan.export.needs_merge:
         return
     with files.temporary_folder(artifact / "merged") as folder:
         if _try(t, "merged", lambda: _merge(t, artifact, folder / "merged")):
@@ -60,15 +69,25 @@ def _write_gguf(t: Training, model: Path, artifact: Path) -> None:
     """Writes the GGUF files of the whole model in `model` into the artifact."""
     from worker.trainer.export import gguf_writer  # only here: other runs have no need of it
 
-    folder = artifact / "gguf"
     for kind in dict.fromkeys(t.plan.export.gguf):
-        folder.mkdir(exist_ok=True)
-        path = folder / f"model-{kind}.gguf"
-        make = partial(gguf_writer.write, model, path, kind, t.run.base_model)
-        if not _try(t, f"gguf/{path.name}", make):
-            path.unlink(missing_ok=True)
-    if folder.exists() and not any(folder.iterdir()):
-        folder.rmdir()
+        _write_file(t, artifact, f"model-{kind}.gguf", partial(gguf_writer.write, model, kind=kind, name=t.run.job))
+
+
+def _write_adapter(t: Training, artifact: Path) -> None:
+    from worker.trainer.export import gguf_adapter
+
+    make = partial(gguf_adapter.write, t.folder / "base", artifact, name=t.run.job)
+    _write_file(t, artifact, "adapter-f32.gguf", make)
+
+
+def _write_file(t: Training, artifact: Path, name: str, make: Callable[..., str]) -> None:
+    """Writes a file into gguf/; what an export that was refused leaves of it is removed."""
+    path = artifact / "gguf" / name
+    path.parent.mkdir(exist_ok=True)
+    if not _try(t, f"gguf/{name}", lambda: make(out=path)):
+        path.unlink(missing_ok=True)
+    if not any(path.parent.iterdir()):
+        path.parent.rmdir()
 
 
 def _rows(t: Training) -> list[Row]:

@@ -1,0 +1,65 @@
+"""The Modelfile writes what the chat template writes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from tunery.rows.messages import Message
+from tunery.rows.template import ChatTemplate
+from worker.trainer.export import readme
+
+CHATS = (
+    [("user", "How much?")],
+    [("system", "Be brief."), ("user", "How much?"), ("assistant", "12"), ("user", "Why?")],
+)
+
+
+def template(folder: Path, source: str) -> ChatTemplate:
+    tiny_models.tokenizer(folder, source)
+    return ChatTemplate.load(folder)
+
+
+def in_go(text: str, chat: Sequence[tuple[str, str]]) -> str:
+    """What Go writes of the few things that these templates use."""
+    head, body = text.split("{{ range .Messages }}")
+    body, prompt = body.rsplit("{{ end }}", 1)
+    with_system, without = head.removeprefix("{{ if .System }}").removesuffix("{{ end }}").split("{{ else }}")
+    user, answer = (
+        body.removesuffix("{{ end }}")
+        .removeprefix('{{ if eq .Role "user" }}')
+        .split('{{ else if eq .Role "assistant" }}')
+    )
+    system = next((content for role, content in chat if role == "system"), None)
+    said = [without if system is None else with_system.replace("{{ .System }}", system)]
+    said += [
+        {"user": user, "assistant": answer}[role].replace("{{ .Content }}", text)
+        for role, text in chat
+        if role != "system"
+    ]
+    return "".join(said) + prompt
+
+
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}" + tiny_models.CHATML
+)
+
+
+@pytest.mark.parametrize("source", [tiny_models.CHATML, DEFAULT_SYSTEM], ids=["plain", "default system"])
+@pytest.mark.parametrize("chat", CHATS)
+def test_modelfile_writes_what_the_template_writes(tmp_path: Path, source: str, chat: list[tuple[str, str]]) -> None:
+    made = template(tmp_path, source)
+    messages = [Message.model_validate({"role": role, "content": content}) for role, content in chat]
+
+    text = readme.modelfile(made, "./model.gguf")
+
+    written = text.split('TEMPLATE """')[1].split('"""')[0]
+    assert in_go(written, chat) == made.render(messages, add_generation_prompt=True)
+    assert 'PARAMETER stop "<|im_end|>"' in text
+
+
+def test_template_that_is_more_than_texts_is_left_to_ollama(tmp_path: Path) -> None:
+    numbered = tiny_models.CHATML.replace("{{ message.role }}", "{{ message.role }} {{ loop.index }}")
+
+    assert "TEMPLATE" not in readme.modelfile(template(tmp_path, numbered), "./model.gguf")

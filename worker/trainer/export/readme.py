@@ -1,0 +1,134 @@
+"""How to serve what a job leaves: the artifact's README.md, and an ollama Modelfile beside its GGUF files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunery.rows.errors import CannotRender
+from tunery.rows.messages import Message
+from tunery.rows.template import ChatTemplate
+from tunery.spec import Lora
+from worker.trainer.training import Training
+
+_USER, _ANSWER, _SYSTEM = "Tq1u", "Tq2a", "Tq3s"
+"""Texts that no template has."""
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A template as what it writes around each message. `head`: before all of them where no system message is."""
+
+    head: str
+    system: tuple[str, str]
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+    prompt: str
+
+    def render(self, messages: Sequence[Message]) -> str:
+        around = {"system": self.system, "user": self.user, "assistant": self.assistant}
+        texts = [f"{around[each.role][0]}{each.content}{around[each.role][1]}" for each in messages]
+        return ("" if messages[0].role == "system" else self.head) + "".join(texts) + self.prompt
+
+    def in_go(self) -> str:
+        """Returns the template in the language that ollama's Modelfiles have."""
+        system = f"{self.system[0]}{{{{ .System }}}}{self.system[1]}"
+        user, answer = (f"{before}{{{{ .Content }}}}{after}" for before, after in (self.user, self.assistant))
+        return (
+            f"{{{{ if .System }}}}{system}{{{{ else }}}}{self.head}{{{{ end }}}}{{{{ range .Messages }}}}"
+            f'{{{{ if eq .Role "user" }}}}{user}{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ end }}}}'
+            f"{{{{ end }}}}{self.prompt}"
+        )
+
+
+def _message(role: str, content: str) -> Message:
+    return Message.model_validate({"role": role, "content": content})
+
+
+USER, ANSWER, SYSTEM = _message("user", _USER), _message("assistant", _ANSWER), _message("system", _SYSTEM)
+_CHATS = ((USER,), (SYSTEM, USER), (USER, ANSWER, USER), (SYSTEM, USER, ANSWER, USER, ANSWER, USER))
+
+
+def turns(template: ChatTemplate) -> Turns | None:
+    """Returns the template's turns; None for one that is more than texts around messages."""
+    try:
+        found = _take_apart(template)
+        texts = [template.render(chat, add_generation_prompt=True) for chat in _CHATS]
+    except (CannotRender, ValueError):
+        return None
+    is_whole = all(text == found.render(chat) for chat, text in zip(_CHATS, texts, strict=True))
+    return found if is_whole and "{{" not in found.render(_CHATS[-1]) + found.head else None
+
+
+def _take_apart(template: ChatTemplate) -> Turns:
+    """Raises ValueError where a text is not where it should be, CannotRender where the template refuses a chat."""
+    asked = template.render([USER])
+    prompt = template.render([USER], add_generation_prompt=True).removeprefix(asked)
+    before, after_user = asked.split(_USER)
+    _, answered = template.render([USER, ANSWER]).split(_USER)
+    before_answer, after_answer = answered.removeprefix(after_user).split(_ANSWER)
+    _, again, _ = template.render([USER, ANSWER, USER]).split(_USER)
+    before_user = again.split(_ANSWER)[1].removeprefix(after_answer)
+    before_system, rest = template.render([SYSTEM, USER]).split(_SYSTEM)
+    after_system = rest.split(_USER)[0].removesuffix(before_user)
+    return Turns(
+        head=before.removesuffix(before_user),
+        system=(before_system, after_system),
+        user=(before_user, after_user),
+        assistant=(before_answer, after_answer),
+        prompt=prompt,
+    )
+
+
+def modelfile(template: ChatTemplate, model: str, adapter: str | None = None) -> str:
+    """Returns an ollama Modelfile. A template that is more than texts around messages is left to ollama, which knows
+    many by their text in the GGUF file."""
+    found = turns(template)
+    stops = [template.tokenizer.id_to_token(number) for number in template.eos_ids]
+    lines = [f"FROM {model}", *([f"ADAPTER {adapter}"] if adapter else [])]
+    lines += [f'TEMPLATE """{found.in_go()}"""'] if found else ["# ollama takes the chat template from the GGUF file."]
+    return "\n".join([*lines, *(f'PARAMETER stop "{stop}"' for stop in stops), ""])
+
+
+def write(t: Training, artifact: Path) -> None:
+    """Writes README.md, and the Modelfile where there are GGUF files."""
+    models = sorted(path.name for path in artifact.glob("gguf/model-*.gguf"))
+    adapters = sorted(path.name for path in artifact.glob("gguf/adapter-*.gguf"))
+    if models:
+        (artifact / "gguf" / "Modelfile").write_text(modelfile(t.template, f"./{models[0]}"), encoding="utf-8")
+    elif adapters:
+        text = modelfile(t.template, "./BASE.gguf", f"./{adapters[0]}")
+        (artifact / "gguf" / "Modelfile").write_text(text, encoding="utf-8")
+    (artifact / "README.md").write_text(_readme(t, artifact, models, adapters), encoding="utf-8")
+
+
+def _readme(t: Training, artifact: Path, models: list[str], adapters: list[str]) -> str:
+    base, content = t.run.base_model, t.run.facts.get("base_manifest_sha256")
+    parts = [f"# {t.run.job}\n\nTrained from `{base}`" + (f" (manifest sha256 `{content}`)." if content else ".")]
+    if isinstance(t.plan.technique, Lora):
+        rank = next((each for each in _VLLM_RANKS if each >= t.plan.technique.r), t.plan.technique.r)
+        parts.append(
+            "This folder holds an adapter. It answers as it was trained on that very base alone, with the tokenizer "
+            "and chat template of this folder:\n\n"
+            f"    vllm serve BASE_FOLDER --enable-lora --max-lora-rank {rank} --lora-modules tuned=. "
+            "--chat-template chat_template.jinja"
+        )
+    else:
+        parts.append("This folder holds a whole model:\n\n    vllm serve . --served-model-name tuned")
+    if (artifact / "merged").exists():
+        parts.append(
+            "`merged/` holds a whole model, proven by `merged/merge.json`:\n\n"
+            "    vllm serve ./merged --served-model-name tuned"
+        )
+    if models:
+        parts.append(
+            f"`gguf/` holds {', '.join(models)} for llama.cpp and ollama:\n\n"
+            f"    llama-server -m gguf/{models[0]} --jinja\n"
+            "    cd gguf && ollama create tuned -f Modelfile && ollama run tuned"
+        )
+    if adapters:
+        parts.append(
+            f"`gguf/{adapters[0]}` is the adapter alone, for a GGUF file of the base:\n\n"
+            f"    llama-server -m BASE.gguf --lora gguf/{adapters[0]} --jinja"
+        )
+    return "\n\n".join(parts) + "\n"
