@@ -34,6 +34,7 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     │   ├── InvalidNExamples
     │   ├── DoesNotFit
     │   ├── CannotAdapt
+    │   ├── CannotQuantise
     │   ├── NotFinite
     │   ├── ArtifactDiffers
     │   ├── TrainingCrashed

@@ -39,6 +39,12 @@ class CannotAdapt(JobFailure):
     code = "cannot_adapt"
 
 
+class CannotQuantise(JobFailure):
+    """The base cannot be kept in four bits: {reason} Use the technique 'lora', or another base."""
+
+    code = "cannot_quantise"
+
+
 class NotFinite(JobFailure):
     """The loss became {value} at step {step} and the run was stopped there. Lower the learning rate (it was {rate:g}),
     or look at the rows of that step in the job's log."""

@@ -37,6 +37,10 @@ class Started(Message):
     train_tokens: int = Field(description="Tokens of one epoch, after truncation")
     truncated_examples: int = 0
     device: str
+    learning_share: float | None = Field(
+        None, description="Share of the base's linear weights that learn or have adapters"
+    )
+    quantised_share: float | None = Field(None, description="Share of them in four bits, where the base is to be")
     warnings: list[str] = []
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tunery.failures import CannotAdapt
+from tunery.failures import CannotAdapt, CannotQuantise
 from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora, Technique
 from worker.trainer import checkpoints
@@ -46,18 +46,25 @@ KNOBS: dict[str, Technique] = {
 }
 
 
-def families(*, wrong_today: bool = False, quick: Collection[str] = zoo.IN_EVERY_RUN) -> pytest.MarkDecorator:
-    """All families, those not in `quick` as slow tests; `wrong_today`: those with a fault must fail."""
+def cases(
+    techniques: Collection[str] = zoo.TECHNIQUES,
+    *,
+    wrong_today: bool = False,
+    quick: Collection[str] = zoo.IN_EVERY_RUN,
+) -> pytest.MarkDecorator:
+    """All families with the techniques that they can be trained with, those not in `quick` as slow tests.
+
+    `wrong_today`: those with a fault must fail.
+    """
     params = []
     for name, entry in zoo.FAMILIES.items():
         marks = [] if name in quick else [pytest.mark.slow]
         if wrong_today and entry.wrong_today:
             marks.append(pytest.mark.xfail(strict=True, reason=entry.wrong_today))
-        params.append(pytest.param(name, marks=marks))
-    return pytest.mark.parametrize("family", params)
-
-
-every_technique = pytest.mark.parametrize("technique", zoo.TECHNIQUES)
+        params += [
+            pytest.param(name, technique, marks=marks) for technique in techniques if technique not in entry.refused
+        ]
+    return pytest.mark.parametrize(("family", "technique"), params)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +99,7 @@ def prepared(folder: Path, base: Path, technique: str, knobs: Technique | None =
     return t
 
 
-def reference(base: Path, technique: str, routers: list[str] | None, **options: Any) -> Any:
+def reference(base: Path, technique: str, family: zoo.Family, **options: Any) -> Any:
     """The model as plain transformers and PEFT make it. `options`: of PEFT's adapter."""
     quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -105,7 +112,13 @@ def reference(base: Path, technique: str, routers: list[str] | None, **options: 
     if technique == "full":
         return model
     config = LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=routers, task_type="CAUSAL_LM", **options
+        r=4,
+        lora_alpha=8,
+        target_modules="all-linear",
+        exclude_modules=family.routers,
+        task_type="CAUSAL_LM",
+        target_parameters=family.parameters,
+        **options,
     )
     return get_peft_model(model, config)
 
@@ -151,7 +164,7 @@ def first_step(t: Training) -> tuple[float, dict[str, Tensor]]:
 
 
 def compare_with_plain(t: Training, base: Path, technique: str, family: str, **options: Any) -> None:
-    plain = reference(base, technique, zoo.FAMILIES[family].routers, **options)
+    plain = reference(base, technique, zoo.FAMILIES[family], **options)
     wanted = learning(plain)
     assert {name.removeprefix("model.") if technique != "full" else name[6:] for name in t.parameters} == set(wanted)
     with torch.no_grad():
@@ -171,8 +184,7 @@ def compare_with_plain(t: Training, base: Path, technique: str, family: str, **o
         assert error < 1e-5, f"{name}: {error:.1e}"
 
 
-@every_technique
-@families(wrong_today=True)
+@cases(wrong_today=True)
 def test_first_step_is_that_of_plain_transformers_and_peft(
     family: str, technique: str, base_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -182,8 +194,7 @@ def test_first_step_is_that_of_plain_transformers_and_peft(
 
 
 @pytest.mark.parametrize("option", ["use_dora", "use_rslora"])
-@pytest.mark.parametrize("technique", ["lora", "qlora"])
-@families(quick=("Llama", "GPT-2"))
+@cases(("lora", "qlora"), quick=("Llama", "GPT-2"))
 def test_first_step_with_an_option_is_that_of_plain_peft(
     family: str, technique: str, option: str, base_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -197,8 +208,7 @@ def test_first_step_with_an_option_is_that_of_plain_peft(
     compare_with_plain(t, base_of(family), technique, family, **{option: True})
 
 
-@every_technique
-@families(wrong_today=True)
+@cases(wrong_today=True)
 def test_packed_rows_are_rows_apart(
     family: str, technique: str, base_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -209,8 +219,7 @@ def test_packed_rows_are_rows_apart(
     compare_with_plain(t, base_of(family), technique, family)
 
 
-@every_technique
-@families()
+@cases()
 def test_exported_model_is_the_one_in_memory(
     family: str, technique: str, base_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -243,6 +252,17 @@ def exported(folder: Path, base: Path, technique: str) -> Any:
     return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
+@pytest.mark.parametrize(
+    ("family", "technique", "reason"),
+    [(name, *refused) for name, entry in zoo.FAMILIES.items() for refused in entry.refused.items()],
+)
+def test_technique_that_a_family_cannot_have_is_refused(
+    family: str, technique: str, reason: str, base_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(CannotQuantise, match=reason):
+        prepared(tmp_path / "run", base_of(family), technique)
+
+
 class Stopping(Voice):
     """Asks the run to stop once a step has been taken."""
 
@@ -256,8 +276,7 @@ class Stopping(Voice):
             self.wish.stop = True
 
 
-@every_technique
-@families()
+@cases()
 def test_resumed_run_is_the_unbroken_one(
     family: str, technique: str, base_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -29,7 +29,11 @@ _SLACK = 0.03
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's sizes in elements. Families that name their parts otherwise are taken for the nearest Llama."""
+    """A decoder's sizes in elements. Families that name their parts otherwise are taken for the nearest Llama.
+
+    Counted on the model itself, 0 for bases of older releases: `rank_1`, the weights of adapters of rank 1 on all
+    linear weights; `four_bit`, those that QLoRA packs; `experts`, those of all experts. `ffn` is what a token passes.
+    """
 
     params: int
     hidden: int
@@ -39,6 +43,9 @@ class Shape:
     kv_width: int
     vocab: int
     tied: bool
+    rank_1: int = 0
+    four_bit: int = 0
+    experts: int = 0
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "Shape":
@@ -49,12 +56,13 @@ class Shape:
         shape = cls(
             params=facts.get("params") or 0,
             hidden=hidden,
-            ffn=facts.get("intermediate_size") or 4 * hidden,
+            ffn=max(facts.get("intermediate_size") or 4 * hidden, facts.get("active_experts_size") or 0),
             layers=facts["num_hidden_layers"],
             heads_width=heads * head_width,
             kv_width=(facts.get("num_key_value_heads") or heads) * head_width,
             vocab=facts["vocab_size"],
             tied=bool(facts.get("tie_word_embeddings")),
+            **(facts.get("counts") or {}),
         )
         return shape if shape.params else cls(**{**shape.__dict__, "params": shape.vocabulary + shape.linears})
 
@@ -98,6 +106,8 @@ def trainable_params(facts: Mapping[str, Any], technique: Technique) -> int:
     shape = Shape.of(facts)
     if isinstance(technique, Full):
         return shape.params
+    if technique.target_modules == "all-linear" and shape.rank_1 and not technique.use_dora:
+        return technique.r * shape.rank_1
     names = shape.modules if technique.target_modules == "all-linear" else technique.target_modules
     square = (shape.hidden, shape.hidden)
     sizes = [shape.modules.get(name.rpartition(".")[2], square) for name in names]
@@ -118,6 +128,8 @@ def estimate(facts: Mapping[str, Any], technique: Technique, *, max_seq_length: 
         parts["adapter"] = learns * precision.trained_bytes
         parts["dora"] = _dora_bytes(shape, max_seq_length) if technique.use_dora else 0
     parts["activations"] = _activation_bytes(shape, precision, max_seq_length, device)
+    if not isinstance(technique, Full):
+        parts["experts"] = _experts_bytes(shape, precision, device)
     parts["head"] = CHUNK_BYTES + max_seq_length * shape.hidden * width
     parts["fixed"] = int((0.9 if device == "cuda" else 0.5) * 1e9 + _SLACK * sum(parts.values()))
     return Estimate(parts)
@@ -133,7 +145,8 @@ def _base_bytes(shape: Shape, precision: Precision) -> int:
     if not precision.quantised:
         return shape.params * width
     packed = NF4_BYTES if precision.double_quant else NF4_PLAIN_BYTES
-    return int((shape.params - shape.vocabulary) * packed) + shape.vocabulary * width
+    four_bit = shape.four_bit or shape.params - shape.vocabulary
+    return int(four_bit * packed) + (shape.params - four_bit) * width
 
 
 def _activation_bytes(shape: Shape, precision: Precision, length: int, device: str) -> int:
@@ -145,6 +158,15 @@ def _activation_bytes(shape: Shape, precision: Precision, length: int, device: s
         return length * width * (shape.layers * shape.hidden + at_work) + scratch
     kept = 2 * shape.hidden + attention + 2 * shape.ffn
     return max(length, CPU_MICRO_BATCH) * width * (shape.layers * kept + at_work) + scratch
+
+
+def _experts_bytes(shape: Shape, precision: Precision, device: str) -> int:
+    """What adapters make of the experts' weights: their sum with the update, and its gradient, one layer's at a time.
+
+    Without recomputation, as on a CPU, the sums of all layers are kept for the backward pass.
+    """
+    layer = shape.experts // max(1, shape.layers)
+    return BYTES[precision.dense] * (2 * layer if device == "cuda" else shape.experts + layer)
 
 
 def _dora_bytes(shape: Shape, length: int) -> int:
@@ -191,7 +213,10 @@ def check(
 
 
 def _instead(facts: Mapping[str, Any], technique: Technique, length: int, capacity: int, device: str) -> str:
+    refused = {name for name, reason in (facts.get("techniques") or {}).items() if reason}
     for other, change in _lighter(technique, device):
+        if other.type in refused:
+            continue
         need = estimate(facts, other, max_seq_length=length, device=device).bytes
         if need <= capacity:
             return f"Use {change}, which needs about {gib(need)}."

@@ -360,10 +360,15 @@ def step_message(step: int, total: int | None, values: dict[str, Any]) -> str:
 
 def parameters_message(started: wire.Started) -> str:
     share = 100 * started.trainable_params / max(1, started.all_params)
-    return (
+    message = (
         f"trainable params: {started.trainable_params:,} || all params: {started.all_params:,} || "
         f"trainable: {share:.2f}%"
     )
+    if started.learning_share is not None:
+        message += f" || linear weights that learn: {started.learning_share:.1%}"
+    if started.quantised_share is not None:
+        message += f", in four bits: {started.quantised_share:.1%}"
+    return message
 
 
 def score_message(score: wire.Score) -> str:

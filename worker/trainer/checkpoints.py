@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tunery.rows import template_files
-from worker.trainer import fingerprint, folders, paths, reference, report
+from worker.trainer import coverage, fingerprint, folders, paths, reference, report
 from worker.trainer.parallel import whole
 from worker.trainer.stepper import Stepper
 from worker.trainer.training import Progress, Training
@@ -89,9 +90,17 @@ def find_snapshot(t: Training) -> Path | None:
             log.warning("snapshot %s is of a newer release: not used", folder)
         elif (reason := fingerprint.difference(t.run, t.rows, t.precision, state)) is not None:
             log.warning("snapshot %s is not used: %s", folder, reason)
+        elif _weight_names(folder) != set(t.parameters):
+            log.warning("snapshot %s is not used: other weights learn now", folder)
         else:
             return folder
     return None
+
+
+def _weight_names(folder: Path) -> set[str]:
+    """The names of the weights in a snapshot, which an earlier release may have chosen otherwise."""
+    with safe_open(folder / "weights.safetensors", framework="pt") as file:
+        return set(file.keys())
 
 
 def _read_state(folder: Path) -> dict[str, Any] | None:
@@ -201,6 +210,7 @@ def write_artifact(t: Training, progress: Progress, folder: Path) -> None:
         json.dumps(_generation_config(t.folder, t.template.eos_ids), indent=2) + "\n"
     )
     measured = {"precision": asdict(t.precision), "memory": asdict(t.stepper.memory), "paths": paths.describe(t)}
+    measured["coverage"] = coverage.of(t)
     described = report.describe(
         t.run, t.template.sha256, **measured, progress=asdict(progress), warnings=list(t.warnings)
     )

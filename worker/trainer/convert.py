@@ -21,7 +21,7 @@ from tunery.errors import UnusableModel
 from tunery.rows import template_files
 from tunery.rows.template import ChatTemplate
 from tunery.wire import EXIT_USER_ERROR
-from worker.trainer import chat_templates, folders, gguf_files, inspection, trial, weights
+from worker.trainer import chat_templates, coverage, folders, gguf_files, inspection, trial, weights
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 TEXTS = (
@@ -57,6 +57,7 @@ def convert(source: str, out: Path, chat_template: str | None = None) -> dict[st
     chat_templates.settle(source, out, chat_template)
     model = inspection.load(source, out)
     facts = inspection.facts(source, model, ChatTemplate.load(out)) | trial.facts(model)
+    facts |= coverage.facts(model.config)
     _refuse_untrainable(source, facts["techniques"])
     (out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
     for path in out.iterdir():

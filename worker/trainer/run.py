@@ -19,6 +19,7 @@ from tunery.spec import Run
 from tunery.wire import Finished, Gated, GeneralScore, Paused, Phase, Score, Started
 from worker.trainer import (
     checkpoints,
+    coverage,
     eight_bits,
     gate,
     packing,
@@ -108,7 +109,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     ranks.share_weights(parameters.values())
     ranks.check(wish)
-    warnings: list[str] = []
+    warnings = coverage.warnings(coverage.describe(model, run.plan.technique, quantised=precision.quantised))
     narrow = eight_bits.settle(objective, precision, rows.examples, ranks, warnings)
     packs = _packs(run, rows, objective, accelerator.device, warnings)
     optimizer = recipe.make_optimizer(parameters, run.plan, precision)
@@ -193,6 +194,8 @@ def _announce(t: Training, progress: Progress) -> None:
     log.info("paths: %s", json.dumps(paths.describe(t)))
     for warning in t.warnings:
         log.warning(warning)
+    covered = coverage.of(t)
+    log.info("linear weights: %s", json.dumps(covered))
     t.voice.say(
         Started(
             trainable_params=trainable,
@@ -203,6 +206,8 @@ def _announce(t: Training, progress: Progress) -> None:
             train_tokens=t.rows.tokens,
             truncated_examples=len(t.rows.truncated),
             device=_device_name(t.device),
+            learning_share=covered["learning"],
+            quantised_share=covered["quantised"],
             warnings=list(t.warnings),
         )
     )

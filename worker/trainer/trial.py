@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tunery.failures import CannotAdapt
+from tunery.failures import CannotAdapt, CannotQuantise
 from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora, Technique
 from worker.trainer.data import Row, collate, singles
@@ -38,7 +38,7 @@ _BYTES_A_PARAM = 16
 
 
 def facts(model: Any) -> dict[str, Any]:
-    """Returns `techniques`: for each its reason why not, or None; and each of OPTIONS: why adapters can have none.
+    """Returns `techniques`: for each its reason why not, or None; each of OPTIONS: why adapters can have none.
 
     `model` is the base, with weights on no device.
     """
@@ -148,7 +148,7 @@ def _reason(base: Path, technique: Technique) -> str | None:
         objective = Objective(model, precision).train()
         loss, _ = objective(collate(singles(_rows()), [[0], [1]], device), 1.0)
         loss.backward()
-    except CannotAdapt as error:
+    except (CannotAdapt, CannotQuantise) as error:
         return str(error.fields["reason"])
     except Exception as error:
         log.info("%s on a small copy failed", technique.type, exc_info=True)

@@ -6,12 +6,12 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import PreTrainedModel
 
 from tunery.failures import CannotAdapt
 from tunery.spec import Lora, Technique
 from worker.trainer.kernels import adapters, decoder
+from worker.trainer.recipes import targets
 from worker.trainer.recipes.recipe import Recipe, load_dense, make_adamw
 
 
@@ -23,7 +23,7 @@ def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) 
             model, str(adapter), is_trainable=True, config=_continued(adapter, cast(Lora, technique))
         )
     else:
-        adapted = _with_new_adapters(model, _config(model, cast(Lora, technique)))
+        adapted = with_new_adapters(model, configuration(model, cast(Lora, technique)))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             # Steps of 1e-4 vanish in bf16 weights of size 0.1; adapters are small, so fp32 costs little.
@@ -33,7 +33,7 @@ def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) 
     return adapted
 
 
-def _with_new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+def with_new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Raises CannotAdapt where PEFT refuses a layer or a name."""
     try:
         with warnings.catch_warnings():
@@ -46,9 +46,10 @@ def _with_new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         raise CannotAdapt(reason=str(error).splitlines()[0]) from error
 
 
-def _config(model: PreTrainedModel, technique: Lora) -> LoraConfig:
+def configuration(model: PreTrainedModel, technique: Lora) -> LoraConfig:
     everything = technique.target_modules == "all-linear"
-    return LoraConfig(
+    excluded = [*targets.idle(model), *(targets.routers(model) if everything else ())]
+    config = LoraConfig(
         r=technique.r,
         # PEFT's own type is int, and so is what servers read; a fraction works in both all the same.
         lora_alpha=int(technique.alpha) if technique.alpha.is_integer() else technique.alpha,  # type: ignore[arg-type]
@@ -56,23 +57,12 @@ def _config(model: PreTrainedModel, technique: Lora) -> LoraConfig:
         target_modules=technique.target_modules,
         use_rslora=technique.use_rslora,
         use_dora=technique.use_dora,
-        exclude_modules=(_routers(model) or None) if everything else None,
+        exclude_modules=excluded or None,
         task_type="CAUSAL_LM",
     )
-
-
-def _routers(model: PreTrainedModel) -> list[str]:
-    """Linear layers with a forward of their own, such as Llama 4's and Phi-MoE's routers.
-
-    PEFT takes them for plain products, whose answer is one tensor.
-    """
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and type(module).__module__.startswith("transformers.models.")
-        and type(module).forward is not nn.Linear.forward
-    ]
+    if everything:
+        config.target_parameters = targets.parameters(model, config) or None
+    return config
 
 
 def _continued(adapter: Path, technique: Lora) -> LoraConfig:

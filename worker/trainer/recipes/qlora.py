@@ -6,10 +6,12 @@ from typing import Any, cast
 
 import bitsandbytes
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from tunery.failures import CannotQuantise
 from tunery.planning.precision import Precision
 from worker.trainer.precision import dtype
+from worker.trainer.recipes import targets
 from worker.trainer.recipes.lora import LORA
 from worker.trainer.recipes.recipe import Recipe
 
@@ -18,8 +20,9 @@ def load_quantised(folder: Path, precision: Precision, device: torch.device) -> 
     """The base quantised while it is read. Embeddings, norms and head stay in `precision.dense`.
 
     Why not PEFT's prepare_model_for_kbit_training: it casts those three to fp32, 4 GB of a Llama-3 8B, and the norms
-    and the loss compute in fp32 without that.
+    and the loss compute in fp32 without that. Raises CannotQuantise.
     """
+    _refuse_experts(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype(precision.dense),
@@ -29,6 +32,17 @@ def load_quantised(folder: Path, precision: Precision, device: torch.device) -> 
     )
     keep_one_packing(model)
     return cast(PreTrainedModel, model)
+
+
+def _refuse_experts(folder: Path) -> None:
+    """Raises CannotQuantise for a model with experts: they are no linear layers, so they would stay as they are."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    stay = targets.experts(model)
+    if stay:
+        weights = sum(parameter.numel() for parameter in stay.values())
+        share = weights / sum(parameter.numel() for parameter in model.parameters())
+        raise CannotQuantise(reason=f"its experts, {share:.0%} of its weights, are no layers that bitsandbytes packs.")
 
 
 def quantisation(precision: Precision) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+"""What adapters on all of a model's linear weights have to name, and which of its parts take none."""
+
+import copy
+import re
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is one product with a weight of its own, in four bits too."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def routers(model: nn.Module) -> list[str]:
+    """Names of the linear layers with a forward of their own, such as Llama 4's and Phi-MoE's routers.
+
+    PEFT takes them for plain products, whose answer is one tensor.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and type(module).__module__.startswith("transformers.models.")
+        and type(module).forward is not nn.Linear.forward
+    ]
+
+
+def idle(model: Any) -> list[str]:
+    """Names of the linear layers outside the decoder, which text never passes: those of a vision tower."""
+    inside = {id(module) for module in model.get_decoder().modules()} | {id(model.get_output_embeddings())}
+    return [name for name, module in model.named_modules() if is_linear(module) and id(module) not in inside]
+
+
+def experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The experts' weights by name, [experts, in, out] or [experts, out, in], in modules of no linear kind."""
+    return {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if "Experts" in type(module).__name__
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    }
+
+
+def parameters(model: Any, config: LoraConfig) -> list[str]:
+    """Ends of the names of weights that PEFT's "all-linear" leaves out, for its `target_parameters`.
+
+    For models whose experts PEFT knows it replaces "all-linear" by names, and takes `gate_proj` of a dense block for
+    the experts'. Other models' experts it does not know at all.
+    """
+    known = copy.deepcopy(config)
+    convert_peft_config_for_transformers(known, model, None)
+    found = {name for name in experts(model) if not _ends(name, known.target_parameters or ())}
+    if isinstance(known.target_modules, set):
+        skipped = {*routers(model), *idle(model)}
+        found |= {
+            f"{name}.weight"
+            for name, module in model.get_decoder().named_modules()
+            if is_linear(module) and name not in skipped and not _ends(name, known.target_modules)
+        }
+    return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in found})
+
+
+def _ends(name: str, ends: Any) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in ends)
