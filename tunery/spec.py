@@ -176,10 +176,13 @@ class Schedule(Part):
 
 
 class EarlyStopping(Part):
-    """Stop when the full validation loss has not improved for `patience` evaluations; needs a validation file."""
+    """Stop when the metric has not improved for `patience` evaluations; needs a validation file."""
 
     patience: Int = Field(3, ge=1, le=100)
     min_delta: Float = Field(0.0, ge=0)
+    metric: Literal["loss", "task"] = Field(
+        "loss", description="The full validation loss, or the task's score, which needs evaluation.task_rows"
+    )
 
 
 class General(Part):
@@ -206,6 +209,9 @@ class Evaluation(Part):
         "auto", description="Token limit of those answers; auto: by the longest wanted one"
     )
     max_rows: Int = Field(1000, ge=1, description="At most so many test rows, from the file's start")
+    task_rows: Int = Field(
+        0, ge=0, le=1000, description="Validation rows that the model answers at every evaluation, spread over the file"
+    )
     general: General = Field(General(), description="What base and tuned model can do besides; with a test file")
 
 

@@ -66,13 +66,17 @@ class Step(Message):
 
 
 class Evaluated(Message):
-    """The whole validation file."""
+    """The whole validation file, and the task's score on a sample of it where that was asked for."""
 
     type: Literal["evaluated"] = "evaluated"
     step: int
     loss: float
     accuracy: float | None
     metrics: dict[str, float] = {}
+    task_metric: str | None = Field(None, description="What `task_score` is: the primary metric of the task")
+    task_score: float | None = Field(None, description="From 0 to 1, on `task_rows` validation rows")
+    task_rows: int = 0
+    samples: list[dict[str, Any]] = Field(default=[], description="A few of these rows: prompt, wanted, answer")
 
 
 class CheckpointSaved(Message):

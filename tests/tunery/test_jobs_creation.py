@@ -21,7 +21,7 @@ from tunery.keys.model import Project
 from tunery.keys.ring import Caller
 from tunery.models.errors import ModelNotFound
 from tunery.planning import advice
-from tunery.spec import Float, Hyperparameters, Lora, MethodOptions, Plan, TrainingSpec
+from tunery.spec import Evaluation, Float, Hyperparameters, Lora, MethodOptions, Plan, TrainingSpec
 
 
 @pytest.fixture
@@ -68,6 +68,8 @@ def test_same_request_twice_makes_two_jobs_unless_a_key_says_otherwise(
     [
         ({"early_stopping": {"patience": 1}}, "early_stopping"),
         ({"select": "best"}, "select"),
+        ({"evaluation": {"task_rows": 8}}, "evaluation.task_rows"),
+        ({"validation_file": "file-1", "early_stopping": {"metric": "task"}}, "early_stopping.metric"),
         ({"learning_rate": 1e-4, "hyperparameters": {"learning_rate_multiplier": 2}}, "learning_rate"),
         ({"technique": {"type": "full"}, "export": {"merged": True}}, "export.merged"),
         ({"technique": {"type": "full"}, "export": {"adapter_gguf": True}}, "export.adapter_gguf"),
@@ -120,14 +122,23 @@ def test_spec_of_an_older_release_is_read() -> None:
         "seed": 7,
         "early_stopping": None,
         "select": "last",
-        "evaluation": {"every_steps": "auto", "test_file": None, "max_new_tokens": "auto", "max_rows": 1000},
+        "evaluation": {"every_steps": "auto", "test_file": None, "max_new_tokens": 64, "max_rows": 1000},
         "resources": {"gpus": 1},
         "technique": None,
         "hyperparameters": {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"},
         "learning_rate": None,
     }
-    assert TrainingSpec.model_validate(stored) == TrainingSpec(seed=7)
-    assert TrainingSpec(seed=7).model_dump(mode="json") == stored | {"method": {"type": "supervised"}}
+    read = TrainingSpec.model_validate(stored)
+
+    assert read == TrainingSpec(seed=7, evaluation=Evaluation(max_new_tokens=64))  # the default of that release
+    written = read.model_dump(mode="json")
+    assert {name: _only_of(value, written[name]) for name, value in stored.items()} == stored
+    assert written["method"] == {"type": "supervised"}
+
+
+def _only_of(old: Any, new: Any) -> Any:
+    """The new value without options that were added since."""
+    return {name: new[name] for name in old} if isinstance(old, dict) else new
 
 
 class Pairwise(MethodOptions):

@@ -8,7 +8,7 @@ from workshop import Workshop, training_rows
 from tunery.artifacts import manifest
 from tunery.artifacts.model import Artifact
 from tunery.datasets.model import File
-from tunery.jobs.model import Checkpoint, HostDevice, Metric
+from tunery.jobs.model import Checkpoint, HostDevice, JobEvent, Metric
 from tunery.models.model import Model
 from tunery.wire import Score
 
@@ -20,7 +20,10 @@ def test_a_job_runs_to_its_end_without_any_broker(workshop: Workshop) -> None:
     training = workshop.file(training_rows(12), checked=False)
     validation = workshop.file(training_rows(3, first=100))
     test = workshop.file(training_rows(2, first=200))
-    job_id = workshop.submit(training, validation, test, hyperparameters={"n_epochs": 4, "batch_size": 4})
+    job_id = workshop.submit(
+        training, validation, test,
+        hyperparameters={"n_epochs": 4, "batch_size": 4}, evaluation={"task_rows": 2},
+    )  # fmt: skip
 
     job = workshop.until_state(job_id, "succeeded")
 
@@ -71,6 +74,14 @@ def _check_metrics(workshop: Workshop, job_id: str) -> None:
     assert [line.partition(":")[0] for line in told] == [f"Step {step}/12" for step in range(1, 13)]
     # The end of an epoch: one event for the step and for what the whole validation file gave after it.
     assert "full validation loss=" in told[2]
+    assert [step for step, metric in enumerate(measured, start=1) if "task_score" in metric.values] == [3, 6, 9, 12]
+    with workshop.session() as session:
+        query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.message.like("Step % validation rows"))
+        (first, *_) = session.scalars(query.order_by(JobEvent.seq)).all()
+    assert first.message.startswith("Step 3: ")
+    assert first.data is not None
+    assert first.data["task_score"] == measured[2].values["task_score"]
+    assert [sample.keys() for sample in first.data["samples"]] == [{"prompt", "wanted", "answer"}] * 2
 
 
 def _check_model(workshop: Workshop, name: str) -> None:

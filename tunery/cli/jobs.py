@@ -121,7 +121,7 @@ def metrics(context: typer.Context, job: str, limit: int = 1000, json: AsJson = 
     found = connect(context).call("GET", f"{ROOT}/{job}/metrics", params={"limit": limit})["data"]
     if json:
         return show.as_json(found)
-    names = ("train_loss", "valid_loss", "full_valid_loss", "learning_rate", "grad_norm")
+    names = ("train_loss", "valid_loss", "full_valid_loss", "task_score", "learning_rate", "grad_norm")
     columns = ("step", *(name for name in names if any(row.get(name) is not None for row in found)))
     rows = ([summary.short(row.get(column, "")) for column in columns] for row in found)
     show.table(columns, rows, empty=f"{job} has measured nothing yet.")

@@ -202,7 +202,7 @@ def _check_answer(
     summary: Summary, number: int, template: ChatTemplate, example: Example, role: FileRole, answered: int
 ) -> None:
     is_answered = len(summary.answer_tokens) < answered
-    if role != "test" and not is_answered:
+    if (role != "test" and not is_answered) or example.messages[-1].role != "assistant":
         return
     _, wanted = encode_answer(template, example, number)
     if role == "test" and not template.answer_text(wanted).strip():

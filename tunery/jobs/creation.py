@@ -72,6 +72,7 @@ def check_fields(request: JobRequest) -> tuple[MethodOptions, Hyperparameters]:
     asked = {"early_stopping": request.early_stopping is not None, "select": request.select == "best"}
     for param in (param for param, is_asked in asked.items() if is_asked and request.validation_file is None):
         raise InvalidValue(param=param, reason=f"'{param}' needs a validation loss. Send a validation_file too.")
+    _check_task_rows(request)
     return chosen, hyperparameters
 
 
@@ -97,6 +98,17 @@ def _check_gate(request: JobRequest) -> None:
     if gate.max_kl is not None and not (general.enabled and general.prompts):
         reason = "it needs general prompts. Leave evaluation.general at its defaults, or leave this limit out."
         raise InvalidValue(param="gate.max_kl", reason=reason)
+
+
+def _check_task_rows(request: JobRequest) -> None:
+    """Raises InvalidValue where the task is to be scored without rows, or to choose without being scored."""
+    param = "evaluation.task_rows"
+    if request.evaluation.task_rows and request.validation_file is None:
+        raise InvalidValue(param=param, reason=f"'{param}' are rows of a validation file. Send a validation_file too.")
+    stopping = request.early_stopping
+    if stopping is not None and stopping.metric == "task" and not request.evaluation.task_rows:
+        reason = "'early_stopping.metric' task needs the task's score. Send evaluation.task_rows too, such as 64."
+        raise InvalidValue(param="early_stopping.metric", reason=reason)
 
 
 def _files(request: JobRequest) -> dict[str, str]:

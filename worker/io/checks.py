@@ -4,6 +4,7 @@ A check returns warnings, with which the job goes on, or raises JobFailure, whos
 is a function and a line in CHECKS.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -22,7 +23,7 @@ from tunery.rows.encoding import find_encoder
 from tunery.rows.messages import FileRole
 from tunery.rows.template import ChatTemplate
 from tunery.settings import Settings
-from tunery.spec import Plan, TrainingSpec
+from tunery.spec import Evaluation, Plan, TrainingSpec
 from tunery.storage import Storage
 from worker.supervisor import staging
 
@@ -91,7 +92,7 @@ def check_files(case: Case, found: Findings) -> list[str]:
             template=found.template,
             max_length=case.max_length,
             encoder=find_encoder(case.spec.method.type, role),
-            answered=case.spec.evaluation.max_rows if role == "test" else 0,
+            answered=_answered(case.spec.evaluation, role),
             seen=partial(found.overlap.add, role) if len(case.files) > 1 else None,
         )
     return [
@@ -99,6 +100,12 @@ def check_files(case: Case, found: Findings) -> list[str]:
         for role, summary in found.summaries.items()
         for warning in summary.warnings(case.max_length)
     ]
+
+
+def _answered(evaluation: Evaluation, role: FileRole) -> int:
+    """How many of a file's rows, from its start, hold those that a model is going to answer."""
+    sampled = sys.maxsize if evaluation.task_rows else 0  # spread over the whole file
+    return {"test": evaluation.max_rows, "validation": sampled}.get(role, 0)
 
 
 def check_fit(case: Case, found: Findings) -> list[str]:

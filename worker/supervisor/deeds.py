@@ -136,9 +136,15 @@ class Scribe:
         found = _finite(
             full_valid_loss=evaluated.loss,
             full_valid_mean_token_accuracy=evaluated.accuracy,
+            task_score=evaluated.task_score,
             **_prefixed("full_valid", evaluated.metrics),
         )
         self._steps.setdefault(evaluated.step, {}).update(found)
+        if evaluated.task_score is not None:
+            data = evaluated.model_dump(include={"step", "task_metric", "task_score", "task_rows", "samples"})
+            self._hold.write(
+                lambda session: ledger.note(session, self._hold.lease.job_id, task_message(evaluated), data=data)
+            )
 
     def _enter(self, message: wire.Phase) -> None:
         # A step that is being evaluated waits for its full validation loss: OpenAI tells of both in one event.
@@ -343,7 +349,9 @@ def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
 
 def _told(values: dict[str, Any]) -> dict[str, Any]:
     """What an event says of a step: OpenAI's keys, and those of the method's own that begin as they do."""
-    return {name: value for name, value in values.items() if name.startswith(("train_", "valid_", "full_valid_"))}
+    return {
+        name: value for name, value in values.items() if name.startswith(("train_", "valid_", "full_valid_", "task_"))
+    }
 
 
 def _finite(**values: float | None) -> dict[str, Any]:
@@ -356,6 +364,13 @@ def step_message(step: int, total: int | None, values: dict[str, Any]) -> str:
     names = {"train_loss": "training loss", "valid_loss": "validation loss", "full_valid_loss": "full validation loss"}
     parts = [f"{words}={values[key]:.2f}" for key, words in names.items() if key in values]
     return f"Step {step}/{total}: {', '.join(parts)}" if parts else f"Step {step}/{total}"
+
+
+def task_message(evaluated: wire.Evaluated) -> str:
+    return (
+        f"Step {evaluated.step}: {evaluated.task_metric} {evaluated.task_score:.1%} on {evaluated.task_rows} "
+        "validation rows"
+    )
 
 
 def parameters_message(started: wire.Started) -> str:

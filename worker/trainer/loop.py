@@ -17,6 +17,7 @@ from tunery.wire import CheckpointSaved, Evaluated, Step
 from worker.trainer import checkpoints, validation
 from worker.trainer.data import rows_of_step
 from worker.trainer.methods.method import Shown
+from worker.trainer.scoring import sampled
 from worker.trainer.training import Progress, Training
 
 
@@ -137,16 +138,20 @@ def _evaluation_due(t: Training, step: int) -> bool:
 
 
 def _evaluate(t: Training, progress: Progress) -> None:
-    """The full validation loss; notes the best step and whether it is time to stop early.
+    """The full validation loss and the task's score; notes the best step and whether it is time to stop early.
 
-    The best is the lowest, by however little. A gain below `min_delta` only wears out the patience. Raises NotFinite.
+    The best is the lowest loss, by however little. A gain below `min_delta` only wears out the patience. Where the task
+    chooses, the loss is what its score lacks of 1. Raises NotFinite.
     """
     assert t.valid is not None
     loss, accuracy, metrics = validation.loss(t.stepper, t.valid.examples)
-    t.voice.say(Evaluated(step=progress.step, loss=loss, accuracy=accuracy, metrics=metrics))
+    task = sampled.measure(t) if math.isfinite(loss) else {}
+    t.voice.say(Evaluated(step=progress.step, loss=loss, accuracy=accuracy, metrics=metrics, **task))
     if not math.isfinite(loss):
         rate = learning_rate(t.plan, progress.step, t.total_steps)
         raise NotFinite(value=f"{loss} on the validation file", step=progress.step, rate=rate)
+    if t.chooses_by_task:
+        loss = 1 - task["task_score"]
     if progress.best_loss is None or loss < progress.best_loss:
         progress.best_loss, progress.best_step = loss, progress.step
         if t.keeps_best:

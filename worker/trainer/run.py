@@ -42,7 +42,7 @@ from worker.trainer.recipes.full import FULL
 from worker.trainer.recipes.lora import LORA
 from worker.trainer.recipes.qlora import QLORA
 from worker.trainer.report import Voice
-from worker.trainer.scoring import answers, scorecard
+from worker.trainer.scoring import answers, sampled, scorecard
 from worker.trainer.stepper import Stepper
 from worker.trainer.training import Progress, Training
 from worker.trainer.wish import Stopped, Wish
@@ -134,6 +134,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
         wish=wish,
         stepper=stepper,
         warnings=tuple(warnings),
+        task_questions=sampled.questions(folder, run.plan, template),
         eight_bits=narrow,
     )
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,9 @@ from worker.trainer.report import Voice
 from worker.trainer.stepper import Stepper
 from worker.trainer.wish import Wish
 
+if TYPE_CHECKING:
+    from worker.trainer.scoring.answers import Question
+
 
 @dataclass
 class Progress:
@@ -29,7 +33,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     best_step: int | None = None
-    best_loss: float | None = None
+    best_loss: float | None = None  # the validation loss, or 1 - the task's score where the best is chosen by that
     gained_loss: float | None = None  # the loss that patience measures the next ones by
     stale: int = 0  # evaluations since then
     stopped_early: bool = False
@@ -55,6 +59,7 @@ class Training:
     wish: Wish
     stepper: Stepper
     warnings: tuple[str, ...] = ()
+    task_questions: list["Question"] = field(default_factory=list)
     eight_bits: EightBits | None = None
 
     @cached_property
@@ -95,6 +100,11 @@ class Training:
         return self.plan.n_epochs * self.steps_per_epoch
 
     @property
+    def chooses_by_task(self) -> bool:
+        """Whether the task's score says which step is the best, instead of the validation loss."""
+        return self.plan.early_stopping is not None and self.plan.early_stopping.metric == "task"
+
+    @property
     def keeps_best(self) -> bool:
-        """Whether the step with the lowest validation loss becomes the model, instead of the last."""
+        """Whether the best step, by loss or by task, becomes the model, instead of the last."""
         return self.plan.select == "best" or self.plan.early_stopping is not None

@@ -73,6 +73,14 @@ def generate(t: Training, asked: list[Question], *, base: bool) -> list[str]:
     return _answer(t, asked, base=base, wish=t.wish, around=announced)
 
 
+def answer_at_once(t: Training, asked: list[Question]) -> list[str]:
+    """Greedy answers of the model as it is now, between two steps of its training.
+
+    Why it cannot be stopped: a run that resumes would go on without this evaluation.
+    """
+    return _answer(t, asked, base=False, wish=Wish(), around=lambda _: nullcontext())
+
+
 def _answer(
     t: Training, asked: list[Question], *, base: bool, wish: Wish, around: Callable[[int], AbstractContextManager[None]]
 ) -> list[str]:
