@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tunery.planning import advice
-from tunery.spec import Evaluation, Plan, Run, Technique
+from tunery.spec import Evaluation, Gate, General, Plan, Run, Technique
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MAX_NEW_TOKENS = {"snips": 96, "banking": 32}
@@ -23,7 +23,10 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Work:
-    """One run. `learning_rate` None: the technique's default. `before`: Python that the trainer runs first."""
+    """One run. `learning_rate` None: the technique's default. `before`: Python that the trainer runs first.
+
+    General ability is measured where there is a `gate`.
+    """
 
     base: Path
     task: str
@@ -33,6 +36,7 @@ class Work:
     learning_rate: float | None = None
     test_part: str = "test"
     before: str = "pass"
+    gate: Gate | None = None
 
 
 def train(work: Work) -> dict[str, Any]:
@@ -58,6 +62,9 @@ def train(work: Work) -> dict[str, Any]:
         "valid_loss": said["evaluated"]["loss"],
         "train_loss": said["step"]["train_loss"],
         "steps": said["finished"]["steps"],
+        "general": said["score"]["general"],
+        "gate": said.get("gated"),
+        "seconds": round(said["finished"]["seconds"], 1),
         "peak_gib": round((said["finished"]["peak_memory_bytes"] or 0) / 2**30, 2),
         "parity_difference": parity["difference"],
     }
@@ -86,7 +93,10 @@ def _lay_out(folder: Path, work: Work) -> None:
     plan = Plan(
         technique=work.technique, n_epochs=work.epochs, batch_size=advice.BATCH_SIZE, seed=work.seed,
         learning_rate_multiplier=1, learning_rate=rate,
-        evaluation=Evaluation(test_file="test", max_new_tokens=MAX_NEW_TOKENS[work.task]),
+        evaluation=Evaluation(
+            test_file="test", max_new_tokens=MAX_NEW_TOKENS[work.task], general=General(enabled=work.gate is not None)
+        ),
+        gate=work.gate,
     )  # fmt: skip
     run = Run(job="bench", base_model=work.base.name, plan=plan, public_checkpoints=0, snapshot_seconds=3600)
     (folder / "spec.json").write_text(run.model_dump_json())

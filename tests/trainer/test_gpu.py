@@ -7,12 +7,13 @@ import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from run_folders import chat, lay_out, plan
+from run_folders import Ear, chat, lay_out, plan, said
 from torch import nn
 
-from tunery.spec import Full, Lora, Qlora
+from tunery.spec import Evaluation, Full, Lora, Qlora
 from worker.trainer import packing
 from worker.trainer.adamw import StochasticAdamW
+from worker.trainer.general import benchmark, choices
 from worker.trainer.kernels import adapters, projections, stochastic
 from worker.trainer.loop import _take_step
 from worker.trainer.report import Voice
@@ -131,3 +132,33 @@ def test_steps_on_the_gpu_are_those_of_fp32_adamw(tmp_path: Path) -> None:
         assert moved[half].mean().item() == pytest.approx(wanted[half].mean().item(), rel=0.01)
     # Each weight is off by its own rounding alone: some bf16 steps at 0.04, and not by a share of the way.
     assert (moved - wanted).std().item() < 5e-4
+
+
+@pytest.mark.parametrize("technique", [Lora(r=4), Qlora(r=4), Full()], ids=["lora", "qlora", "full"])
+def test_branches_and_rows_score_alike(tmp_path: Path, tiny: Path, technique: Any) -> None:
+    """In bf16, through the fast path's layers: a mask of any form reaches their attention."""
+    t = prepare(
+        lay_out(tmp_path / "run", tiny, plan(technique=technique, learning_rate=1e-3), ROWS), Voice(None), Wish()
+    )
+    items = [benchmark.encode(t.template.tokenizer, item) for item in benchmark.load_items(40)]
+    t.objective.eval()
+
+    assert choices.keeps_branches_apart(t, items)
+    with torch.no_grad(), t.objective.autocast():
+        one, other = (
+            torch.tensor([value for each in way(t.objective, items, t.device) for value in each])
+            for way in (choices.by_branches, choices.by_rows)
+        )
+    assert float((one - other).norm() / other.norm()) < 0.02
+
+
+def test_general_benchmark_is_measured_whole_on_a_gpu(tmp_path: Path, tiny: Path, ear: Ear) -> None:
+    evaluation = Evaluation(test_file="file-test", max_new_tokens=4)
+    folder = lay_out(tmp_path / "run", tiny, plan(evaluation=evaluation), ROWS, test=ROWS[:2])
+
+    assert carry_out(folder, Voice(ear.descriptor), Wish())
+
+    general = said(ear, "score")[-1].general
+    assert general.items > 500  # those of the 800 that fit the tiny model's context
+    assert general.forgetting.prompts > 50
+    assert abs(general.forgetting.base_nll) > 0

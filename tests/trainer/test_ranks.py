@@ -3,6 +3,7 @@
 On a CPU over gloo, and with `-m gpu` on two GPUs over NCCL.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import two_ranks
 from run_folders import chat, lay_out, plan
 from safetensors.torch import load_file
 
-from tunery.spec import Evaluation, Lora, Resources
+from tunery.spec import Evaluation, General, Lora, Resources
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out
 from worker.trainer.wish import Wish
 
 ROWS = [chat(i, words=2 + i % 9) for i in range(9)]  # of unlike length, and none for rank 1 in an epoch's last step
-EVALUATION = Evaluation(test_file="file-test", max_new_tokens=6)
+EVALUATION = Evaluation(test_file="file-test", max_new_tokens=6, general=General(items=7, prompts=3))
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -85,6 +86,10 @@ def test_two_ranks_learn_what_one_does(runs: Runs, tmp_path: Path) -> None:
     if not runs.gpus:  # in bf16 two answers of a random model may be equally likely
         answers = [(folder / "out" / "answers.jsonl").read_text() for folder in (alone, runs.folder / "plain")]
         assert answers[0] == answers[1]
+        ours, theirs = (json.loads((folder / "out" / "scorecard.json").read_text())["general"]
+                        for folder in (alone, runs.folder / "plain"))  # fmt: skip
+        assert ours["base_accuracy"] == theirs["base_accuracy"]
+        assert ours["forgetting"] == pytest.approx(theirs["forgetting"], rel=1e-3)
 
 
 def test_each_rank_draws_its_own_dropout_and_the_same_in_every_run(runs: Runs) -> None:

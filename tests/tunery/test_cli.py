@@ -23,7 +23,8 @@ from tunery.jobs.states import State
 from tunery.keys import ring
 from tunery.local import demo
 from tunery.local.stack import Stack
-from tunery.spec import Resources
+from tunery.models.model import Model
+from tunery.spec import Gate, Resources
 from tunery.storage import open_storage
 
 
@@ -372,6 +373,29 @@ def test_metrics_checkpoints_and_scorecard(tunery: Run, api: str, database: Data
     assert tunery("jobs", "metrics", job)[1].split() == ["STEP", "TRAIN_LOSS", "LEARNING_RATE", "1", "2.5", "0.001"]
     assert model in tunery("jobs", "checkpoints", job)[1]
     assert json.loads(tunery("jobs", "scorecard", job)[1]) == {"rows": 2}
+
+
+def test_a_withheld_model_is_shown_and_published(tunery: Run, api: str, database: Database) -> None:
+    job = _job(database, State.SUCCEEDED)
+    check = {"name": "max_kl", "limit": 0.1, "value": 0.5, "low": 0.4, "high": 0.6, "status": "failed"}
+    with database.sessions.begin() as session:
+        row = session.get_one(Job, job)
+        row.plan = {**(row.plan or {}), "gate": Gate(max_kl=0.1).model_dump()}
+        row.gate = {"status": "failed", "withheld": True, "checks": [check]}
+        model = str(row.tuned_model)
+        session.get_one(Model, model).withheld = True
+    assert f"failed, withholds {model} (max_kl 0.1: failed, 0.500 (0.400 to 0.600))" in tunery("jobs", "show", job)[1]
+    status, out, err = tunery("jobs", "watch", job)
+    assert (status, model in out) == (0, False)
+    assert f"The gate withholds {model}" in err
+    assert "is withheld by the gate" in tunery("jobs", "download", job)[2]
+    assert tunery("jobs", "publish", job)[0] == 2, "without a reason"
+
+    status, out, err = tunery("jobs", "publish", job, "--reason", "we route tickets")
+
+    assert (status, model in out + err) == (0, True)
+    assert "we route tickets" in tunery("jobs", "show", job)[1]
+    assert "so it cannot be published" in tunery("jobs", "publish", job, "--reason", "again")[2]
 
 
 def test_show_has_the_metrics_of_the_scorecard(tunery: Run, api: str, database: Database) -> None:
