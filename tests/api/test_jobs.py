@@ -289,9 +289,7 @@ def parent(team: Team, base: str, database: Database) -> str:
 def test_training_on_keeps_the_adapters_shape(team: Team, file: str, parent: str, database: Database) -> None:
     job = _create(team, file, model=parent).json()
     assert job["model"] == parent
-    assert job["technique"] == {
-        "type": "lora", "r": 4, "alpha": 32.0, "dropout": 0.0, "target_modules": ["q_proj"]
-    }  # fmt: skip
+    assert job["technique"] == Lora(r=4, target_modules=["q_proj"]).model_dump(mode="json")
     with database.sessions() as session:
         row = session.get_one(Job, job["id"])
         assert (row.base_model, row.parent_model) == (BASE, parent)

@@ -1,12 +1,15 @@
 """A tiny model shared by all tests of the trainer, and an ear for what a run says."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import run_folders
 import tiny_models
 import torch
+
+collect_ignore = [] if find_spec("gguf") else ["test_gguf.py"]  # a host that only trains writes no GGUF
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import llama_cpp
 import other_clients
 import pytest
 import tiny_models
 import torch
 import zoo
-from gguf import GGUFReader
 from peft import LoraConfig, get_peft_model
 from run_folders import Ear, chat, lay_out, plan, said
 from safetensors.torch import load_file, save_file
@@ -80,7 +80,7 @@ def test_llama_cpp_computes_the_same_logits(tmp_path: Path, engine: Path, family
 
 
 def fields(path: Path) -> dict[str, Any]:
-    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 
 def test_transformers_reads_the_file_as_the_model(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_matrices_are_quantised_and_what_is_small_is_not(tmp_path: Path, kind: A
     folder = with_a_merge(zoo.make("Qwen3", tmp_path / "model"))
     gguf_writer.write(folder, out=tmp_path / "model.gguf", kind=kind, name="tiny")
 
-    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
 
     assert types["blk.1.ffn_up.weight"] == kind.upper()
     assert types["blk.1.attn_norm.weight"] == "F32"
@@ -255,7 +255,7 @@ def test_factors_in_the_file_make_the_adapters_product(tmp_path: Path, kind: str
     model = adapted(base, tmp_path / "adapter", **ADAPTERS[kind])
     gguf_adapter.write(base, tmp_path / "adapter", out=tmp_path / "adapter.gguf", name="tiny")
 
-    tensors = {each.name: torch.tensor(each.data) for each in GGUFReader(tmp_path / "adapter.gguf").tensors}
+    tensors = {each.name: torch.tensor(each.data) for each in gguf.GGUFReader(tmp_path / "adapter.gguf").tensors}
 
     assert fields(tmp_path / "adapter.gguf")["adapter.lora.alpha"] == 8
     for name, target in (("mlp.up_proj", "ffn_up"), ("self_attn.q_proj", "attn_q")):

@@ -57,7 +57,7 @@ def test_validation_loss_is_the_mean_over_tokens_without_dropout(tmp_path: Path,
     t.objective.train()
     assert t.valid is not None
 
-    loss, accuracy = validation.loss(t.stepper, t.valid.examples)
+    loss, accuracy, _ = validation.loss(t.stepper, t.valid.examples)
 
     assert t.objective.training
     t.objective.eval()

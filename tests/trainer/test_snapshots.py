@@ -64,7 +64,7 @@ def test_snapshot_of_an_earlier_release_goes_on(
     if later:
         monkeypatch.setattr(run_module, "Run", LaterRun)
     technique = Lora(r=2, alpha=4, dropout=0.1, target_modules=["q_proj", "v_proj"])
-    settled = plan(technique=technique, n_epochs=2, select="best")
+    settled = plan(technique=technique, n_epochs=2, select="best", evaluation=Evaluation(max_new_tokens=64))
     whole, resumed = (lay_out(tmp_path / name, tiny, settled, ROWS, ROWS[:3]) for name in ("whole", "resumed"))
     shutil.copytree(SNAPSHOTS / str(version), resumed / "resume")
 
@@ -105,7 +105,7 @@ def test_snapshot_of_another_plan_is_not_taken(
     tmp_path: Path, tiny: Path, caplog: pytest.LogCaptureFixture, version: int, changes: dict[str, Any], reason: str
 ) -> None:
     technique = Lora(r=2, alpha=4, dropout=0.1, target_modules=["q_proj", "v_proj"])
-    settled = plan(technique=technique, n_epochs=2, select="best")
+    settled = plan(technique=technique, n_epochs=2, select="best", evaluation=Evaluation(max_new_tokens=64))
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS, ROWS[:3])
     shutil.copytree(SNAPSHOTS / str(version), folder / "resume")
     t = prepare(folder, Voice(None), Wish())
