@@ -218,3 +218,26 @@ def test_reference_of_other_rows_or_a_damaged_one_is_not_taken(tmp_path: Path, t
         reference.attach(t)
 
         assert [example.reference for example in t.rows.examples] == wanted
+
+
+def test_reference_of_a_tuned_model_is_that_model(tmp_path: Path, tiny: Path) -> None:
+    """First supervised, then by preferences on the same adapter: what it learned is where the second run starts."""
+    first = lay_out(tmp_path / "first", tiny, plan(n_epochs=3), [chat(i) for i in range(10)])
+    assert carry_out(first, Voice(None), Wish())
+    folder = lay_out(tmp_path / "second", tiny, plan(method=Dpo(), n_epochs=3), PAIRS)
+    (first / "out").rename(folder / "adapter")
+    t = prepare(folder, Voice(None), Wish())
+
+    reference.attach(t)
+
+    example = t.rows.examples[0]
+    with torch.no_grad():
+        assert example.reference == pytest.approx([float(each) for each in log_probabilities(t, example)], rel=1e-5)
+        with t.objective.model.disable_adapter():  # type: ignore[operator]
+            base = [float(each) for each in log_probabilities(t, example)]
+    assert example.reference != pytest.approx(base, rel=1e-2)
+    voice = Voice(None)
+    assert carry_out(folder, voice, Wish())
+    steps = [entry for entry in voice.metrics if entry["type"] == "step"]
+    assert steps[0]["train_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert steps[-1]["train_loss"] < 0.9 * steps[0]["train_loss"]

@@ -5,7 +5,7 @@ On a CPU over gloo, and with `-m gpu` on two GPUs over NCCL.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,14 +13,22 @@ import two_ranks
 from run_folders import chat, lay_out, plan
 from safetensors.torch import load_file
 
-from tunery.spec import Evaluation, General, Lora, Resources
+from tunery.spec import Dpo, Evaluation, General, Lora, Plan, Resources
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out
 from worker.trainer.wish import Wish
 
 ROWS = [chat(i, words=2 + i % 9) for i in range(9)]  # of unlike length, and none for rank 1 in an epoch's last step
+PAIRS = [
+    {"prompt": row["messages"][0]["content"], "chosen": row["messages"][1]["content"], "rejected": f"no {number}"}
+    for number, row in enumerate(ROWS)
+]
 EVALUATION = Evaluation(test_file="file-test", max_new_tokens=6, general=General(items=7, prompts=3))
 ADAPTER = "adapter_model.safetensors"
+
+
+def _preferring(gpus: Literal[1, 2]) -> Plan:
+    return plan(method=Dpo(), n_epochs=2, resources=Resources(gpus=gpus))
 
 
 class Runs:
@@ -51,9 +59,10 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     made.lay_out("plain")
     for name in ("dropout", "again", "stopped", "loading", "answering", "due"):
         made.lay_out(name, technique=Lora(r=4, dropout=0.3))
+    lay_out(made.folder / "pairs", tiny, _preferring(gpus=2), PAIRS, PAIRS[:3])
     commands = [
-        ("plain", "whole"), ("dropout", "whole"), ("again", "whole"), ("stopped", "step-2"), ("stopped", "whole"),
-        ("loading", "loading"), ("answering", "answering"), ("due", "due"),
+        ("pairs", "whole"), ("plain", "whole"), ("dropout", "whole"), ("again", "whole"), ("stopped", "step-2"),
+        ("stopped", "whole"), ("loading", "loading"), ("answering", "answering"), ("due", "due"),
     ]  # fmt: skip
     found = two_ranks.spawn(made.folder, *(f"{how}:{made.folder / name}" for name, how in commands), gpus=gpus)
     for (name, how), *ranks in zip(commands, *found, strict=True):
@@ -90,6 +99,21 @@ def test_two_ranks_learn_what_one_does(runs: Runs, tmp_path: Path) -> None:
                         for folder in (alone, runs.folder / "plain"))  # fmt: skip
         assert ours["base_accuracy"] == theirs["base_accuracy"]
         assert ours["forgetting"] == pytest.approx(theirs["forgetting"], rel=1e-3)
+
+
+def test_two_ranks_prefer_what_one_does(runs: Runs, tmp_path: Path) -> None:
+    """Each measures the reference of its share, and all have it of all pairs."""
+    alone = lay_out(tmp_path / "alone", runs.base, _preferring(gpus=1), PAIRS, PAIRS[:3])
+
+    carry_out(alone, voice := Voice(None), Wish())
+
+    for metrics in (rank["metrics"] for rank in runs.seen["pairs whole"]):
+        for entry, wanted in zip(metrics, voice.metrics, strict=True):
+            name = "train_" if entry["type"] == "step" else ""
+            assert entry[f"{name}loss"] == pytest.approx(wanted[f"{name}loss"], rel=0.05 if runs.gpus else 1e-3)
+            found, margins = (each[f"{name}metrics"]["rewards_margin"] for each in (entry, wanted))
+            assert found == pytest.approx(margins, rel=0.05 if runs.gpus else 1e-3, abs=1e-4)
+    assert runs.difference(runs.folder / "pairs", alone) < (5e-3 if runs.gpus else 1e-4)
 
 
 def test_each_rank_draws_its_own_dropout_and_the_same_in_every_run(runs: Runs) -> None:

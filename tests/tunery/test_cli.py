@@ -100,6 +100,18 @@ def test_create_uploads_files_and_sends_every_option(
     assert BASE in tunery("jobs", "show", out.strip())[1]
 
 
+def test_create_puts_flags_under_the_method(tunery: Run, api: str, base: str, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(f'{{"prompt": "{i}", "chosen": "a", "rejected": "b"}}\n' for i in range(12)))
+    beta = ["--set", "method.dpo.hyperparameters.beta=0.3"]
+    for named in (["--method", "dpo"], ["--set", "method.type=dpo"]):
+        job = _created(tunery, "--train", pairs, *named, "--epochs", 2, *beta)
+        knobs = job["method"]["dpo"]["hyperparameters"]
+        assert (job["method"]["type"], knobs["n_epochs"], knobs["beta"]) == ("dpo", 2, 0.3)
+    status, _, err = tunery("jobs", "create", "-m", BASE, "--train", pairs)
+    assert (status, "Use the method 'dpo'" in err) == (1, True)
+
+
 def _created(tunery: Run, *arguments: object) -> dict[str, Any]:
     status, out, err = tunery("jobs", "create", "-m", BASE, *arguments)
     assert status == 0, err

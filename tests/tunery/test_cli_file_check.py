@@ -18,6 +18,19 @@ def test_good_file_is_described_and_ends_with_0(tmp_path: Path) -> None:
     assert (result.exit_code, wanted in result.output) == (0, True)
 
 
+def test_pairs_are_checked_as_pairs(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n' * 12)
+    good = CliRunner().invoke(app, ["check", str(path)])
+    path.write_text(
+        '{"prompt": "q", "chosen": "a", "rejected": "b"}\n{"prompt": "q", "chosen": "a", "rejected": "a"}\n'
+    )
+    bad = CliRunner().invoke(app, ["check", str(path)])
+    assert (good.exit_code, bad.exit_code) == (0, 1)
+    assert "preference pairs rows: 'prompt' as the user's message" in good.output
+    assert "Example 2 has two equal answers" in bad.output
+
+
 def test_faults_are_named_and_end_with_1(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"prompt": "q", "completion": "a"}, {"prompt": "q"}], indent=1))

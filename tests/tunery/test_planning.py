@@ -85,6 +85,24 @@ def test_epochs_are_always_possible(examples: int) -> None:
     assert 1 <= advice.default_epochs(examples) <= 25
 
 
+def test_preference_tuning_takes_a_thirtieth_of_the_rate_and_a_beta() -> None:
+    assert plan(method={"type": "dpo"}).learning_rate == pytest.approx(1e-5, rel=0.05)
+    assert plan(method={"type": "dpo"}, technique=Full()).learning_rate == pytest.approx(1e-6, rel=0.05)
+    asked: list[dict[str, Any]] = [{}, {"loss": "ipo"}, {"loss": "dpo_norm"}, {"loss": "dpo_norm", "beta": 2}]
+    made = [plan(method={"type": "dpo", **knobs}) for knobs in asked]
+    assert [each.method.model_dump()["beta"] for each in made] == [0.1, 0.1, 5.0, 2.0]
+    assert advice.warnings(made[0], examples=1000, facts=LLAMA_8B) == []
+
+
+def test_pairs_need_the_memory_of_both_rows() -> None:
+    one, two = (memory.estimate(LLAMA_8B, Qlora(), max_seq_length=2048, rows=rows) for rows in (1, 2))
+    assert two == memory.estimate(LLAMA_8B, Qlora(), max_seq_length=4096)
+    assert two.bytes > 1.05 * one.bytes
+    with pytest.raises(DoesNotFit, match=r"pairs of rows of 2048 tokens, .*Lower max_seq_length to 1024\."):
+        memory.check(LLAMA_8B, Qlora(), max_seq_length=2048, rows=2, capacity=one.bytes)
+    memory.check(LLAMA_8B, Qlora(), max_seq_length=2048, capacity=one.bytes)
+
+
 def test_every_auto_gets_a_number() -> None:
     made = plan()
 

@@ -26,6 +26,7 @@ def create(
     train: FileOrId,
     valid: MaybeFileOrId = None,
     test: Annotated[str | None, typer.Option(help="Rows that base and tuned model answer at the end.")] = None,
+    method: Annotated[str | None, typer.Option(help="supervised or dpo.", show_default="supervised")] = None,
     technique: Annotated[str | None, typer.Option(help="lora, qlora or full.", show_default="what fits")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Scale of the adapter.")] = None,

@@ -30,13 +30,14 @@ FILES: dict[FileRole, str] = {
 """The fields that name files, by the file's role."""
 MOST_FETCHED = 64 * 2**20
 """Bytes of a file on the server that is fetched to be compared with the others."""
-_EPOCHS = "method.supervised.hyperparameters.n_epochs"
-_BATCH = "method.supervised.hyperparameters.batch_size"
+_EPOCHS = "method.{method}.hyperparameters.n_epochs"
+_BATCH = "method.{method}.hyperparameters.batch_size"
 FLAGS = {
     "model": "model",
     "train": "training_file",
     "valid": "validation_file",
     "test": "evaluation.test_file",
+    "method": "method.type",
     "technique": "technique.type",
     "rank": "technique.r",
     "alpha": "technique.alpha",
@@ -46,18 +47,20 @@ FLAGS = {
     "suffix": "suffix",
     "seed": "seed",
 }
-"""The field that each flag sets."""
+"""The field that each flag sets; `{method}` is the method of the request."""
 
 
 def build(flags: dict[str, Any], settings: list[str]) -> Body:
     """One request of all flags that are given and all settings. Raises Refused where two of them contradict."""
     body: Body = {}
     origins: dict[str, str] = {}
+    set_fields = [(text, *_setting(text)) for text in settings]
+    method = flags.get("method") or dict(field[1:] for field in set_fields).get("method.type") or "supervised"
     for name, value in flags.items():
         if value is not None:
-            _merge(body, origins, f"--{name.replace('_', '-')}", FLAGS[name], value)
-    for text in settings:
-        _merge(body, origins, f"--set {text}", *_setting(text))
+            _merge(body, origins, f"--{name.replace('_', '-')}", FLAGS[name].format(method=method), value)
+    for text, path, value in set_fields:
+        _merge(body, origins, f"--set {text}", path, value)
     if isinstance(body.get("technique"), dict):
         body["technique"].setdefault("type", "lora")
     if isinstance(body.get("method"), dict):

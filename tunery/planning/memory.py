@@ -1,8 +1,8 @@
 """How much memory a run needs at the least, from the base's config alone: no weights, no torch.
 
-"At the least" is one sequence of `max_seq_length` tokens at a time with activations recomputed on a GPU, which is where
-the trainer goes when memory is short. It then measures and takes larger micro-batches where there is room, so an
-estimate decides only whether a run may start. Sizes are of one device; several GPUs hold a copy each.
+"At the least" is one example at a time, of `rows` sequences of `max_seq_length` tokens, with activations recomputed on
+a GPU, which is where the trainer goes when memory is short. It then measures and takes larger micro-batches where there
+is room, so an estimate decides only whether a run may start. Sizes are of one device; several GPUs hold a copy each.
 
 Units are bytes; `GiB` in messages is 2**30 of them, as on a card's box.
 """
@@ -115,9 +115,11 @@ def trainable_params(facts: Mapping[str, Any], technique: Technique) -> int:
     return shape.layers * (technique.r * sum(inputs + outputs for inputs, outputs in sizes) + lengths)
 
 
-def estimate(facts: Mapping[str, Any], technique: Technique, *, max_seq_length: int, device: str = "cuda") -> Estimate:
-    """The least that a run needs on one `device` ("cuda" or "cpu")."""
-    shape, precision = Shape.of(facts), decide(technique, device)
+def estimate(
+    facts: Mapping[str, Any], technique: Technique, *, max_seq_length: int, device: str = "cuda", rows: int = 1
+) -> Estimate:
+    """The least that a run needs on one `device` ("cuda" or "cpu"). `rows`: of an example."""
+    shape, precision, tokens = Shape.of(facts), decide(technique, device), max_seq_length * rows
     width, learns = BYTES[precision.dense], trainable_params(facts, technique)
     parts = {"base": _base_bytes(shape, precision)}
     if precision.fp8 and not precision.quantised and device == "cuda":
@@ -126,11 +128,11 @@ def estimate(facts: Mapping[str, Any], technique: Technique, *, max_seq_length: 
     parts["gradients"] = learns * precision.trained_bytes
     if not isinstance(technique, Full):
         parts["adapter"] = learns * precision.trained_bytes
-        parts["dora"] = _dora_bytes(shape, max_seq_length) if technique.use_dora else 0
-    parts["activations"] = _activation_bytes(shape, precision, max_seq_length, device)
+        parts["dora"] = _dora_bytes(shape, tokens) if technique.use_dora else 0
+    parts["activations"] = _activation_bytes(shape, precision, tokens, device)
     if not isinstance(technique, Full):
         parts["experts"] = _experts_bytes(shape, precision, device)
-    parts["head"] = CHUNK_BYTES + max_seq_length * shape.hidden * width
+    parts["head"] = CHUNK_BYTES + tokens * shape.hidden * width
     parts["fixed"] = int((0.9 if device == "cuda" else 0.5) * 1e9 + _SLACK * sum(parts.values()))
     return Estimate(parts)
 
@@ -176,16 +178,14 @@ def _dora_bytes(shape: Shape, length: int) -> int:
     return 4 * (matrices + 2 * length * sum(inputs + outputs for inputs, outputs in shape.modules.values()))
 
 
-def fits(
-    facts: Mapping[str, Any], technique: Technique, *, max_seq_length: int, capacity: int, device: str = "cuda"
-) -> bool:
-    """Whether the least that the run needs is there. `capacity`: bytes of one device."""
-    return estimate(facts, technique, max_seq_length=max_seq_length, device=device).bytes <= capacity
+def fits(facts: Mapping[str, Any], technique: Technique, *, capacity: int, **asked: Any) -> bool:
+    """Whether the least that the run needs is there. `capacity`: bytes of one device; `asked`: as of `estimate`."""
+    return estimate(facts, technique, **asked).bytes <= capacity
 
 
-def bf16_fits(facts: Mapping[str, Any], *, max_seq_length: int, capacity: int, device: str = "cuda") -> bool:
+def bf16_fits(facts: Mapping[str, Any], *, capacity: int, **asked: Any) -> bool:
     """Whether a plain LoRA fits, so that nobody who asks for no technique pays for 4 bits with quality."""
-    return fits(facts, Lora(), max_seq_length=max_seq_length, capacity=capacity, device=device)
+    return fits(facts, Lora(), capacity=capacity, **asked)
 
 
 def check(
@@ -195,34 +195,38 @@ def check(
     max_seq_length: int,
     capacity: int,
     device: str = "cuda",
+    rows: int = 1,
     model: str = "the model",
 ) -> Estimate:
     """The estimate, if `capacity` bytes are enough for it. Raises DoesNotFit, which says what to change."""
-    need = estimate(facts, technique, max_seq_length=max_seq_length, device=device)
+    asked: dict[str, Any] = {"max_seq_length": max_seq_length, "device": device, "rows": rows}
+    need = estimate(facts, technique, **asked)
     if need.bytes > capacity:
         raise DoesNotFit(
             param="technique",
-            what=f"A {technique.type} fine-tune of {model} ({gib(need.parts['base'])} of weights), rows of "
-            f"{max_seq_length} tokens,",
+            what=f"A {technique.type} fine-tune of {model} ({gib(need.parts['base'])} of weights), "
+            f"{'rows' if rows == 1 else 'pairs of rows'} of {max_seq_length} tokens,",
             needed=gib(need.bytes),
             device="GPU" if device == "cuda" else "host",
             capacity=gib(capacity),
-            instead=_instead(facts, technique, max_seq_length, capacity, device),
+            instead=_instead(facts, technique, capacity, **asked),
         )
     return need
 
 
-def _instead(facts: Mapping[str, Any], technique: Technique, length: int, capacity: int, device: str) -> str:
+def _instead(
+    facts: Mapping[str, Any], technique: Technique, capacity: int, *, max_seq_length: int, device: str, rows: int
+) -> str:
     refused = {name for name, reason in (facts.get("techniques") or {}).items() if reason}
     for other, change in _lighter(technique, device):
         if other.type in refused:
             continue
-        need = estimate(facts, other, max_seq_length=length, device=device).bytes
+        need = estimate(facts, other, max_seq_length=max_seq_length, device=device, rows=rows).bytes
         if need <= capacity:
             return f"Use {change}, which needs about {gib(need)}."
-    shorter = length // 2
+    shorter = max_seq_length // 2
     while shorter >= 256:
-        if fits(facts, technique, max_seq_length=shorter, capacity=capacity, device=device):
+        if fits(facts, technique, max_seq_length=shorter, capacity=capacity, device=device, rows=rows):
             return f"Lower max_seq_length to {shorter}."
         shorter //= 2
     return f"Use a smaller base model, or a worker with a larger {'GPU' if device == 'cuda' else 'memory'}."

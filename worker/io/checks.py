@@ -173,6 +173,7 @@ def _plan(case: Case, summaries: Mapping[FileRole, Summary]) -> Plan:
         return advice.resolve(case.spec, **known, bf16_fits=True)
     limits: dict[str, Any] = {
         "max_seq_length": length,
+        "rows": case.spec.method.rows_an_example,
         "capacity": largest.memory_bytes,
         "device": "cpu" if largest.gpu_index is None else "cuda",
     }
@@ -192,4 +193,5 @@ def _gpus(devices: Sequence[HostDevice]) -> list[HostDevice]:
 
 
 def _need(case: Case, plan: Plan, device: str) -> int:
-    return memory.estimate(case.base.facts, plan.technique, max_seq_length=case.max_length, device=device).bytes
+    asked: dict[str, Any] = {"max_seq_length": case.max_length, "rows": plan.method.rows_an_example}
+    return memory.estimate(case.base.facts, plan.technique, **asked, device=device).bytes

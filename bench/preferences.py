@@ -1,0 +1,159 @@
+"""Preference tuning beside TRL's DPOTrainer on a CPU in fp32: same weights, rows, order, masks and settings.
+
+`python -m bench.preferences BASE OUT.json --trl PYTHON [--steps 12] [--only RUN ...]`; BASE: a model's folder, or
+`tiny`, a random one of two layers; PYTHON: one that has TRL. Prints and records both losses of every step, relative
+difference in the loss and, where both mean the same by it, the margin's.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.train_side_by_side import PACKAGES, _version
+from tunery.spec import Dpo, Full, Lora, Plan, Run, Schedule
+from worker.trainer import reference
+from worker.trainer.data import Row, rows_of_step
+from worker.trainer.loop import _take_step
+from worker.trainer.report import Voice
+from worker.trainer.run import prepare
+from worker.trainer.training import Progress, Training
+from worker.trainer.wish import Wish
+
+ROOT = Path(__file__).parents[1]
+RUNS: dict[str, tuple[Dpo, Lora | Full, float]] = {
+    "lora sigmoid": (Dpo(), Lora(r=8), 1e-3),
+    "lora ipo": (Dpo(loss="ipo"), Lora(r=8), 1e-3),
+    "lora dpo_norm": (Dpo(loss="dpo_norm"), Lora(r=8), 1e-3),
+    "full sigmoid": (Dpo(), Full(), 1e-4),
+}
+BATCH = 4
+
+
+def pairs(count: int) -> list[dict[str, Any]]:
+    """Banking's questions: the right label, and that of a later row."""
+    lines = (ROOT / "examples" / "banking_train.jsonl").read_text().splitlines()[: 2 * count]
+    rows = [json.loads(line)["messages"] for line in lines]
+    made = []
+    for index in range(count):
+        *prompt, answer = rows[index]
+        other = next(row[-1] for row in rows[index + 1 :] if row[-1]["content"] != answer["content"])
+        made.append({"input": {"messages": prompt}, "preferred_output": [answer], "non_preferred_output": [other]})
+    return made
+
+
+def start(folder: Path, base: Path, name: str, steps: int) -> Training:
+    """A run directory of one epoch, with the weights that it starts from."""
+    method, technique, rate = RUNS[name]
+    (folder / "data").mkdir(parents=True)
+    (folder / "base").symlink_to(base.resolve())
+    lines = [json.dumps(pair) + "\n" for pair in pairs(BATCH * steps)]
+    (folder / "data" / "train.jsonl").write_text("".join(lines))
+    plan = Plan(
+        technique=technique, method=method, n_epochs=1, batch_size=BATCH, learning_rate=rate,
+        learning_rate_multiplier=1, seed=0, schedule=Schedule(type="constant", warmup_ratio=0),
+    )  # fmt: skip
+    (folder / "spec.json").write_text(Run(job="bench", base_model="base", plan=plan).model_dump_json())
+    return prepare(folder, Voice(None), Wish())
+
+
+def ours(t: Training) -> list[dict[str, float]]:
+    reference.attach(t)
+    t.objective.train()
+    progress, found = Progress(), []
+    while progress.step < t.total_steps:
+        message, _ = _take_step(t, progress)
+        found.append({"loss": message.train_loss, "margin": message.train_metrics["rewards_margin"]})
+    return found
+
+
+def trl(t: Training, name: str, python: str, folder: Path) -> dict[str, Any]:
+    """What TRL makes of the same: `losses` and `versions`."""
+    method = t.plan.method.decided()
+    assert isinstance(method, Dpo)
+    drawn = [i for step in range(1, t.total_steps + 1) for i in rows_of_step(len(t.rows.examples), step, BATCH, 0)]
+    given = {
+        "base": str(t.folder / "base"),
+        "adapter": str(folder / "adapter") if t.plan.technique.type == "lora" else None,
+        "pairs": [_ids(t.rows.examples[i].rows) for i in drawn],
+        "batch": BATCH,
+        "rate": t.plan.learning_rate,
+        "max_grad_norm": t.plan.max_grad_norm,
+        "beta": method.beta,
+        "loss": {"dpo_norm": "sigmoid_norm"}.get(method.loss, method.loss),
+    }
+    (folder / "given.json").write_text(json.dumps(given))
+    command = [python, str(ROOT / "bench" / "preferences_trl.py"), str(folder / "given.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not found:
+        raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(found[0].removeprefix("RESULT "))
+    return result
+
+
+def _ids(rows: tuple[Row, ...]) -> dict[str, list[int]]:
+    """The prompt's ids and both answers'; what follows an answer is learned by neither."""
+    prompt = next(i for i, label in enumerate(rows[0].labels) if label >= 0)
+    answers = [[label for label in row.labels if label >= 0] for row in rows]
+    return {"prompt_ids": rows[0].input_ids[:prompt], "chosen_ids": answers[0], "rejected_ids": answers[1]}
+
+
+def compare(base: Path, name: str, python: str, steps: int) -> dict[str, Any]:
+    """One run of both."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        t = start(folder / "run", base, name, steps)
+        if t.plan.technique.type == "lora":
+            t.objective.model.save_pretrained(str(folder / "adapter"))  # type: ignore[operator]
+        theirs = trl(t, name, python, folder)
+        mine = ours(t)
+    both = list(zip(mine, theirs["steps"], strict=True))
+    differences = {"loss": max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in both)}
+    if name.endswith("sigmoid"):  # TRL's rewards are sums over tokens for every loss; ours are what the loss sees
+        differences["margin"] = max(abs(a["margin"] - b["margin"]) for a, b in both)
+    return {
+        "run": name,
+        "versions_trl": theirs["versions"],
+        "largest_difference": differences,
+        "ours": mine,
+        "trl": theirs["steps"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("base")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--trl", required=True)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--only", choices=list(RUNS), nargs="*", default=list(RUNS))
+    a = parser.parse_args()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        base = _tiny(Path(scratch) / "base") if a.base == "tiny" else Path(a.base)
+        results = [compare(base, name, a.trl, a.steps) for name in a.only]
+    for result in results:
+        print(result["run"], json.dumps(result["largest_difference"]), flush=True)
+        for mine, theirs in zip(result["ours"], result["trl"], strict=True):
+            print("   ", *(f"{each[key]:.6f}" for key in ("loss", "margin") for each in (mine, theirs)))
+    about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "base": a.base if a.base == "tiny" else base.name}
+    versions = {name: found for name in PACKAGES if (found := _version(name))}
+    a.out.write_text(json.dumps({**about, "versions": versions, "runs": results}, indent=1) + "\n")
+
+
+def _tiny(folder: Path) -> Path:
+    sys.path.append(str(ROOT / "tests" / "fixtures"))
+    import tiny_models
+
+    return tiny_models.llama(folder)
+
+
+if __name__ == "__main__":
+    main()
