@@ -87,6 +87,9 @@ def judged(folder: Path, base: Path, ear: Ear, **changes: Any) -> Any:
     assert carry_out(folder, Voice(ear.descriptor), Wish())
     verdict = said(ear, "gated")[-1]
     assert json.loads((folder / "out" / "gate.json").read_text()) == verdict.model_dump(mode="json", exclude={"type"})
+    readme = (folder / "out" / "README.md").read_text()
+    assert f"**{verdict.status}**: the model is {'withheld' if verdict.withheld else 'published'}" in readme
+    assert "| general ability, " in readme
     return verdict
 
 

@@ -8,6 +8,7 @@ from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Message
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Lora
+from worker.trainer import model_card
 from worker.trainer.training import Training
 
 _USER, _ANSWER, _SYSTEM = "Tq1u", "Tq2a", "Tq3s"
@@ -131,4 +132,4 @@ def _readme(t: Training, artifact: Path, models: list[str], adapters: list[str])
             f"`gguf/{adapters[0]}` is the adapter alone, for a GGUF file of the base:\n\n"
             f"    llama-server -m BASE.gguf --lora gguf/{adapters[0]} --jinja"
         )
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *model_card.sections(artifact)]) + "\n"
