@@ -37,6 +37,7 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     │   ├── CannotQuantise
     │   ├── NotFinite
     │   ├── ArtifactDiffers
+    │   ├── BenchmarkUnavailable
     │   ├── TrainingCrashed
     │   ├── ValidationBroke
     │   ├── ValidationLost

@@ -60,6 +60,13 @@ class ArtifactDiffers(JobFailure):
     code = "artifact_differs"
 
 
+class BenchmarkUnavailable(JobFailure):
+    """The general benchmark 'lm_eval:{name}' cannot be measured: {reason}. Choose another evaluation.general.benchmark,
+    or ask the operator to install the package lm-eval and what the task needs."""
+
+    code = "benchmark_unavailable"
+
+
 class TrainingCrashed(JobFailure):
     """Training ended with an error: {reason} The job's log (`GET /v1/fine_tuning/jobs/{job}/logs`) has the whole
     story."""

@@ -190,6 +190,11 @@ class General(Part):
     model to its base on prompts with human answers. Both ship with Tunery."""
 
     enabled: bool = Field(True, description="False: only the test file is scored")
+    benchmark: str = Field(
+        "default",
+        pattern=r"^(default|lm_eval:[\w.-]+)$",
+        description="The shipped questions, or a multiple-choice task of lm-evaluation-harness as `lm_eval:NAME`",
+    )
     items: Annotated[int, Field(ge=1), NO_BOOLEAN] | Auto = Field(
         "auto", description="Questions, a fixed sample of them; auto: 100 on a CPU, all 800 on a GPU"
     )

@@ -1,5 +1,6 @@
 """The general benchmark: likelihoods as plain transformers has them, KL and loss as torch has them, the base's own."""
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +14,11 @@ from run_folders import Ear, chat, lay_out, plan, said
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from tunery.failures import BenchmarkUnavailable
 from tunery.spec import Evaluation, Full, General, Lora
 from tunery.wire import GeneralScore
 from worker.trainer.data import Row
-from worker.trainer.general import batches, benchmark, choices, forgetting, measure, stored
+from worker.trainer.general import batches, benchmark, choices, forgetting, harness, measure, stored
 from worker.trainer.general.benchmark import Item, Tokens
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out, prepare
@@ -25,9 +27,9 @@ from worker.trainer.wish import Wish
 
 ROWS = [chat(i) for i in range(8)]
 ITEMS = [
-    Item("What is cold?", ("ice", "the sun"), 0),
-    Item("Name a colour", ("seven", "a big red one", "I"), 1),
-    Item("Why", ("because it is so", "no"), 1),
+    Item("Question: What is cold?\nAnswer:", ("ice", "the sun"), 0),
+    Item("Question: Name a colour\nAnswer:", ("seven", "a big red one", "I"), 1),
+    Item("Question: Why\nAnswer:", ("because it is so", "no"), 1),
 ]
 
 
@@ -51,10 +53,10 @@ def plain_scores(model: Any, tokenizer: Any, items: Sequence[Item]) -> list[list
     """A choice at a time, from all logits."""
     found = []
     for item in items:
-        prefix = tokenizer.encode(f"Question: {item.question}\nAnswer:").ids
+        prefix = tokenizer.encode(item.prefix).ids
         sums = []
         for choice in item.choices:
-            ids = tokenizer.encode(f"Question: {item.question}\nAnswer: {choice}").ids
+            ids = tokenizer.encode(f"{item.prefix} {choice}").ids
             logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
             sums.append(sum(float(logs[i - 1, ids[i]]) for i in range(len(prefix), len(ids))))
         found.append(sums)
@@ -79,7 +81,7 @@ def test_likelihoods_equal_those_of_plain_transformers(tmp_path: Path, tiny: Pat
 
 def test_batches_of_any_size_score_alike(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     t = start(tmp_path / "run", tiny)
-    items = encoded(t, [item for item in benchmark.load_items(12) if len(item.question) < 120])
+    items = encoded(t, [item for item in benchmark.load_items(12) if len(item.prefix) < 140])
     t.objective.eval()
     whole = choices.score(t, items)
     monkeypatch.setitem(batches.TOKENS, "cpu", 300)
@@ -271,6 +273,44 @@ def test_scores_that_cannot_be_kept_stop_no_run(tmp_path: Path) -> None:
     stored.write(tmp_path / "no such folder" / "file.json", [[1.0]])
     stored.write(None, [[1.0]])
     assert stored.read(None, 1) is None
+
+
+TASK = """
+task: frozen
+dataset_path: json
+dataset_kwargs:
+  data_files: {test: ROWS}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}} ->"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+
+
+def test_a_task_of_lm_evaluation_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    rows = [{"question": item.prefix, "choices": list(item.choices), "answer": item.answer} for item in ITEMS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "frozen.yaml").write_text(TASK.replace("ROWS", str(tmp_path / "rows.jsonl")))
+    monkeypatch.setenv(harness.TASKS, str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+
+    wanted = [Item(f"{item.prefix} ->", item.choices, item.answer, " ") for item in ITEMS]
+    assert harness.load_items("frozen", None) == wanted
+    assert harness.load_items("frozen", 2) == benchmark.sample(wanted, 2)
+    with pytest.raises(BenchmarkUnavailable, match="cannot load it"):
+        harness.load_items("no_such_task", None)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_a_task_without_its_package_is_refused_before_training(tmp_path: Path, tiny: Path, ear: Ear) -> None:
+    general = General(benchmark="lm_eval:arc_easy")
+    evaluation = Evaluation(test_file="file-test", max_new_tokens=4, general=general)
+    with pytest.raises(BenchmarkUnavailable, match="'lm_eval:arc_easy' cannot be measured: lm-eval is not installed"):
+        run(tmp_path / "run", tiny, ear, evaluation=evaluation)
+    assert said(ear, "step") == []
 
 
 def test_shipped_questions_and_prompts() -> None:

@@ -7,9 +7,10 @@ that runs can be compared with each other.
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
@@ -18,6 +19,8 @@ from tunery.rows.messages import Example, Message
 from tunery.rows.template import ChatTemplate
 from worker.trainer.data import Row
 
+Entry = TypeVar("Entry")
+
 _DATA = Path(__file__).parent / "data"
 _SEED = 0
 """Of the sample, and not the run's own: two runs on one base have to answer the same questions."""
@@ -25,11 +28,12 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Item:
-    """A question with its choices; `answer` is the right one's index."""
+    """A question: the text before its choices, what parts them from it, and the right one's index `answer`."""
 
-    question: str
+    prefix: str
     choices: tuple[str, ...]
     answer: int
+    delimiter: str = " "
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,10 @@ class Tokens:
 
 
 def load_items(count: int | None = None) -> list[Item]:
-    """The shipped questions: all 800, or a seeded sample of `count`."""
+    """The shipped questions, without a chat template: all 800, or a seeded sample of `count`."""
     return [
-        Item(row["question"], tuple(row["choices"]), row["answer"])
-        for row in _sample(_read("multiple_choice.jsonl"), count)
+        Item(f"Question: {row['question']}\nAnswer:", tuple(row["choices"]), row["answer"])
+        for row in sample(_read("multiple_choice.jsonl"), count)
     ]
 
 
@@ -57,7 +61,7 @@ def load_prompts(template: ChatTemplate, count: int | None, longest: int) -> lis
     A prompt is left out where the model's template refuses it or no token of its answer is left.
     """
     rows = []
-    for entry in _sample(_read("prompts.jsonl"), count):
+    for entry in sample(_read("prompts.jsonl"), count):
         messages = [Message.model_validate(message) for message in entry["messages"]]
         try:
             rendered = template.encode(Example(messages=messages), longest)
@@ -70,19 +74,18 @@ def load_prompts(template: ChatTemplate, count: int | None, longest: int) -> lis
 
 def digest(items: list[Item]) -> str:
     """Equal for equal questions in the same order."""
-    text = json.dumps([[item.question, item.choices, item.answer] for item in items])
+    text = json.dumps([[item.prefix, item.delimiter, item.choices, item.answer] for item in items])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def encode(tokenizer: Tokenizer, item: Item) -> Tokens:
-    """The ids of `Question: <question>\\nAnswer:` and of ` <choice>` behind it, without a chat template.
+    """The ids of an item's prefix and of each choice behind it.
 
-    As lm-evaluation-harness cuts them: a choice has the tokens of the whole text beyond as many as the question's.
+    As lm-evaluation-harness cuts them: a choice has the tokens of the whole text beyond as many as the prefix's.
     """
-    prefix = f"Question: {item.question}\nAnswer:"
     start = _begin(tokenizer)
-    ids = _ids(tokenizer, prefix)
-    choices = tuple(_ids(tokenizer, f"{prefix} {choice}")[len(ids) :] for choice in item.choices)
+    ids = _ids(tokenizer, item.prefix)
+    choices = tuple(_ids(tokenizer, f"{item.prefix}{item.delimiter}{choice}")[len(ids) :] for choice in item.choices)
     return Tokens(start + ids, choices)
 
 
@@ -101,8 +104,9 @@ def _read(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (_DATA / name).read_text(encoding="utf-8").splitlines()]
 
 
-def _sample(rows: list[dict[str, Any]], count: int | None) -> list[dict[str, Any]]:
+def sample(rows: Sequence[Entry], count: int | None) -> list[Entry]:
+    """All rows, or a seeded sample of `count` in their order."""
     if count is None or count >= len(rows):
-        return rows
+        return list(rows)
     chosen = random.Random(_SEED).sample(range(len(rows)), count)  # noqa: S311 (nobody gains by guessing it)
     return [rows[i] for i in sorted(chosen)]

@@ -10,7 +10,7 @@ from peft import PeftModel
 from tunery.spec import Auto
 from tunery.wire import Forgetting, GeneralScore
 from worker.trainer.data import Row
-from worker.trainer.general import choices, forgetting, stored
+from worker.trainer.general import choices, forgetting, harness, stored
 from worker.trainer.general.benchmark import Item, Tokens, digest, encode, load_items, load_prompts
 from worker.trainer.general.choices import Likelihoods
 from worker.trainer.general.forgetting import Moved, Reference
@@ -48,7 +48,7 @@ def prepare(t: Training) -> Probe | None:
     if not wanted.enabled:
         return None
     longest = _context(t)
-    items = load_items(_count(wanted.items, ITEMS[t.device.type]))
+    items = _items(wanted.benchmark, _count(wanted.items, ITEMS[t.device.type]))
     tokens = [encode(t.template.tokenizer, item) for item in items]
     fitting = [i for i, each in enumerate(tokens) if len(each) <= longest and all(each.choices)]
     items, tokens = [items[i] for i in fitting], [tokens[i] for i in fitting]
@@ -61,6 +61,11 @@ def prepare(t: Training) -> Probe | None:
     passes = sum(map(len, tokens)) * (1 if known else 2) + 2 * sum(map(len, prompts))
     t.pace.expect_general(passes // t.ranks.count)
     return Probe(items, tokens, prompts, benchmark, known)
+
+
+def _items(benchmark: str, count: int) -> list[Item]:
+    family, _, name = benchmark.partition(":")
+    return load_items(count) if family == "default" else harness.load_items(name, count)
 
 
 def _context(t: Training) -> int:
@@ -100,17 +105,19 @@ def compare(t: Training, probe: Probe, base: Baseline) -> GeneralScore:
     likelihoods = choices.score(t, probe.tokens)
     moved = forgetting.compare(t, probe.prompts, base.references)
     t.objective.train()
-    return _score(probe.items, base.likelihoods, likelihoods, moved)
+    return _score(t.plan.evaluation.general.benchmark, probe.items, base.likelihoods, likelihoods, moved)
 
 
-def _score(items: list[Item], base: list[Likelihoods], tuned: list[Likelihoods], moved: list[Moved]) -> GeneralScore:
+def _score(
+    name: str, items: list[Item], base: list[Likelihoods], tuned: list[Likelihoods], moved: list[Moved]
+) -> GeneralScore:
     then, now = _right(items, base), _right(items, tuned)
     only_now = sum(b and not a for a, b in zip(then, now, strict=True))
     only_then = sum(a and not b for a, b in zip(then, now, strict=True))
     n = len(items)
     low, high = paired_interval(sum(now) - only_now, only_now, only_then, n)
     return GeneralScore(
-        benchmark="default",
+        benchmark=name,
         items=n,
         base_accuracy=sum(then) / n,
         tuned_accuracy=sum(now) / n,
