@@ -266,6 +266,16 @@ class Export(Part):
         return self.needs_merge or self.adapter_gguf
 
 
+class ExportOrder(Part):
+    """`export.json`: what is to be exported of a model that a job left before."""
+
+    export: Export
+    model: str
+    technique: Literal["full", "lora", "qlora"]
+    method: str
+    max_seq_length: int
+
+
 class Resources(Part):
     """What the run needs of a host."""
 

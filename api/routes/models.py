@@ -14,7 +14,7 @@ from api.schemas.wire import WholeList, errors
 from tunery.artifacts import model as artifacts
 from tunery.keys.errors import Forbidden
 from tunery.keys.ring import Caller
-from tunery.models import registry
+from tunery.models import exports, registry
 from tunery.models.model import Model
 from tunery.settings import Settings
 
@@ -90,6 +90,22 @@ def download_model_artifact(
     """One file. Its sha256 stands in the list, and as the ETag where the API sends the bytes itself."""
     row = registry.find(session, caller.project_id, model)
     return downloads.artifact(storage, artifacts.list_for(session, row.id), path, owner=f"model '{model}'")
+
+
+@router.post("/{model}/exports", summary="Export a fine-tuned model", responses=errors(404))
+def export_model(body: wire.AskExport, model: str, session: SessionDep, caller: CallerDep) -> wire.ModelExport:
+    """A whole model, merged of adapter and base with proof, or GGUF files. A worker makes them; they are added to the
+    model's artifacts."""
+    row = registry.find_ready(session, caller.project_id, model)
+    exports.ask(session, row, body)
+    return wire.ModelExport.of(row)
+
+
+@router.get("/{model}/exports", summary="List a model's exports", responses=errors(404))
+def list_exports(model: str, session: SessionDep, caller: CallerDep) -> WholeList[wire.ModelExport]:
+    """The last one that was asked for, if there was one."""
+    row = registry.find(session, caller.project_id, model)
+    return WholeList(data=[wire.ModelExport.of(row)] if row.export is not None else [])
 
 
 @router.get("/{model:path}", summary="Retrieve a model", responses=errors(404))

@@ -8,7 +8,10 @@ from pydantic import ConfigDict, Field
 from api.schemas.runs import Artifact
 from api.schemas.wire import Body, Deleted, Wire, seconds
 from tunery.models import model
+from tunery.spec import Export
 
+Exported = model.Model
+"""Under a name of its own: the answer has a field `model`."""
 BASE: dict[str, Any] = {
     "id": "SmolLM2-135M-Instruct",
     "object": "model",
@@ -112,6 +115,35 @@ class ModelArtifact(Artifact):
     )
 
     object: Literal["model.artifact"] = "model.artifact"  # type: ignore[assignment]
+
+
+class AskExport(Export, Body):
+    """As the `export` of a job."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"merged": True, "gguf": ["q8_0"]}]})
+
+
+class ExportResult(Wire):
+    """An export that was written or refused; `message` says what it is, or why it is not."""
+
+    path: str
+    message: str
+    is_refused: bool
+
+
+class ModelExport(Wire):
+    """The last export of a model. What it wrote is among the model's artifacts."""
+
+    object: Literal["model.export"] = "model.export"
+    model: str
+    status: Literal["queued", "succeeded", "failed"] = Field(description="failed: broken, or one of them was refused")
+    asked: Export
+    results: list[ExportResult]
+    error: str | None
+
+    @classmethod
+    def of(cls, row: Exported) -> "ModelExport":
+        return cls(model=row.id, **(row.export or {}))
 
 
 class AddModel(Body):

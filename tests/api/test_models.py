@@ -11,6 +11,7 @@ from teams import ALIAS, BASE, SOURCE, Team
 from tunery.artifacts.model import Artifact
 from tunery.jobs.states import State
 from tunery.keys.model import Project
+from tunery.models import exports
 from tunery.models.model import Model
 from tunery.storage import open_storage
 
@@ -175,3 +176,54 @@ def test_a_base_is_not_deleted_by_its_hub_id(admin: Team, base: str) -> None:
 def test_the_aliases_of_a_deleted_base_are_free_again(admin: Team, base: str, database: Database) -> None:
     assert admin.http.delete(f"/v1/models/{BASE}").status_code == 200
     assert admin.http.post("/v1/models", json={"source": "org/other", "id": ALIAS}).json()["id"] == ALIAS
+
+
+@pytest.fixture
+def tuned(team: Team, base: str, database: Database) -> str:
+    """The id of a model that a job of the team left."""
+    with database.sessions.begin() as session:
+        owner = session.get_one(Project, team.id)
+        job = rows.job(session, owner, State.SUCCEEDED, base_model=base)
+        return str(job.tuned_model)
+
+
+def test_exporting(team: Team, tuned: str, database: Database) -> None:
+    route = f"/v1/models/{tuned}/exports"
+    assert team.http.get(route).json()["data"] == []
+
+    asked = team.http.post(route, json={"merged": True, "gguf": ["q8_0"]}).json()
+
+    assert asked == {
+        "object": "model.export",
+        "model": tuned,
+        "status": "queued",
+        "asked": {"merged": True, "gguf": ["q8_0"], "adapter_gguf": False},
+        "results": [],
+        "error": None,
+    }
+    assert team.http.get(route).json()["data"] == [asked]
+    again = team.http.post(route, json={"merged": True})
+    assert (again.status_code, again.json()["error"]["code"]) == (400, "wrong_state")
+    with database.sessions.begin() as session:
+        exports.settle(session, tuned, results=[{"path": "merged", "message": "It differs", "is_refused": True}])
+    assert team.http.get(route).json()["data"][0]["status"] == "failed"
+    assert team.http.post(route, json={"gguf": ["f16"]}).json()["results"] == []
+
+
+@pytest.mark.parametrize(
+    ("technique", "body", "param"),
+    [("lora", {}, "merged"), ("full", {"merged": True}, "merged"), ("full", {"adapter_gguf": True}, "adapter_gguf")],
+)
+def test_exports_that_cannot_be(
+    team: Team, tuned: str, database: Database, technique: str, body: dict[str, Any], param: str
+) -> None:
+    with database.sessions.begin() as session:
+        session.get_one(Model, tuned).technique = technique
+    answer = team.http.post(f"/v1/models/{tuned}/exports", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_base_is_not_exported(team: Team, base: str) -> None:
+    answer = team.http.post(f"/v1/models/{base}/exports", json={"gguf": ["f16"]})
+    assert answer.status_code == 400
+    assert "Name a fine-tuned model" in answer.json()["error"]["message"]

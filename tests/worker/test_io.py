@@ -1,27 +1,38 @@
 """What the worker for I/O does: files judged, jobs validated, bases converted, time's own deeds."""
 
+import dataclasses
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rows
+import tiny_models
+from run_folders import chat
 from sqlalchemy import select, update
 from workshop import FACTS, Workshop, training_rows
 
 from tunery import db
+from tunery.artifacts import manifest
+from tunery.artifacts import model as artifacts
 from tunery.datasets.model import File, Upload
 from tunery.failures import InvalidTrainingFile
 from tunery.jobs import leases, ledger
 from tunery.jobs.model import Attempt, HostDevice, Job
 from tunery.jobs.states import State
-from tunery.models import registry
+from tunery.keys.model import Project
+from tunery.models import exports, registry
 from tunery.models.model import Model
+from tunery.planning.precision import decide
+from tunery.spec import Export, Lora
 from tunery.storage import Directory
 from tunery.storage.errors import StorageFailed
 from worker.io import checks, conversion, files, validation
+from worker.io import exports as io_exports
 from worker.io.checks import Case, Findings
 from worker.io.claims import only_here
 from worker.io.sweeper import Sweeper
@@ -349,6 +360,69 @@ def test_a_registered_base_is_converted_published_and_kept_as_this_hosts_copy(
     kept = workshop.settings.models_dir / str(good.manifest_sha256)
     assert (kept / "model.safetensors").stat().st_size == workshop.storage.stat(f"{good.prefix}/model.safetensors")
     assert [path.name for path in workshop.settings.models_dir.glob(".converting-*")] == []
+
+
+def stored(workshop: Workshop, folder: Path, prefix: str) -> dict[str, Any]:
+    """The columns of a model whose files are those of the folder."""
+    listed, sha256 = manifest.publish(workshop.storage, prefix, folder)
+    return {"prefix": prefix, "manifest": listed.model_dump(mode="json"), "manifest_sha256": sha256}
+
+
+def tuned_model(workshop: Workshop, base: Path, folder: Path) -> str:
+    """A succeeded job's adapter; its id."""
+    tiny_models.lora(folder, base)
+    precision = {"precision": dataclasses.asdict(decide(Lora(), "cpu"))}
+    (folder / "training_config.json").write_text(json.dumps(precision))
+    content = b"".join(json.dumps(chat(i, words=6)).encode() + b"\n" for i in range(8))
+    file_id = workshop.file(content)
+    with workshop.session() as session:
+        served = rows.base(session, **stored(workshop, base, "models/base"))
+        owner = session.get_one(Project, session.get_one(File, file_id).project_id)
+        job = rows.job(session, owner, State.SUCCEEDED, base_model=served.id, training_file=file_id)
+        model = session.get_one(Model, job.tuned_model)
+        for name, value in stored(workshop, folder, model.prefix).items():
+            setattr(model, name, value)
+        return model.id
+
+
+def test_model_is_exported_by_a_process_and_its_files_are_added(workshop: Workshop, tmp_path: Path) -> None:
+    base = tiny_models.llama(tmp_path / "tied", bf16=True, never_said=tuple(range(6, 260)))
+    name = tuned_model(workshop, base, tmp_path / "adapter")
+    with workshop.session() as session:
+        exports.ask(session, session.get_one(Model, name), Export(merged=True, gguf=["f16"]))
+
+    assert io_exports.export_next(workshop.settings, workshop.storage, Drain())
+
+    assert not io_exports.export_next(workshop.settings, workshop.storage, Drain())
+    with workshop.session() as session:
+        model = session.get_one(Model, name)
+        found = {file.path: file for file in artifacts.list_for(session, name)}
+    assert model.export is not None
+    assert [(each["path"], each["is_refused"]) for each in model.export["results"]] == [
+        ("merged", False),
+        ("gguf/model-f16.gguf", False),
+    ], model.export
+    assert (model.export["status"], model.export["error"]) == ("succeeded", None)
+    assert {"merged/model.safetensors", "merged/merge.json", "gguf/model-f16.gguf", "gguf/Modelfile"} <= found.keys()
+    merged = found["merged/model.safetensors"]
+    assert workshop.storage.stat(merged.key) == merged.bytes
+    assert not list(workshop.settings.models_dir.glob(".exporting-*"))
+
+
+def test_export_that_breaks_says_why(workshop: Workshop, tiny_base: Path, tmp_path: Path) -> None:
+    name = tuned_model(workshop, tiny_base, tmp_path / "adapter")
+    with workshop.session() as session:
+        model = session.get_one(Model, name)
+        exports.ask(session, model, Export(merged=True))
+        session.get_one(Model, model.base_id).manifest_sha256 = "5" * 64
+
+    assert io_exports.export_next(workshop.settings, workshop.storage, Drain())
+
+    with workshop.session() as session:
+        asked = session.get_one(Model, name).export
+    assert asked is not None
+    assert asked["status"] == "failed"
+    assert asked["error"].startswith("It could not be exported: ")
 
 
 def test_the_sweeper_pardons_once_and_then_ends_expired_leases(workshop: Workshop) -> None:

@@ -1,11 +1,11 @@
 """What a model is made of: one row a file, so that listing and downloading ask the database and not the storage."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, UniqueConstraint, select
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, UniqueConstraint, delete, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from tunery.artifacts.manifest import Manifest
+from tunery.artifacts.manifest import Manifest, ManifestFile
 from tunery.db import Base
 from tunery.models.model import Model
 
@@ -37,6 +37,13 @@ def record(session: Session, model: Model, manifest: Manifest) -> list[Artifact]
     session.add_all(rows)
     session.flush()
     return rows
+
+
+def add(session: Session, model: Model, files: Iterable[ManifestFile]) -> None:
+    """Adds files that a model got after it was published, in place of those of the same path."""
+    listed = tuple(files)
+    session.execute(delete(Artifact).where(Artifact.model_id == model.id, Artifact.path.in_(f.path for f in listed)))
+    record(session, model, Manifest(files=listed))
 
 
 def list_for(session: Session, model_id: str) -> Sequence[Artifact]:

@@ -1,5 +1,6 @@
 """`tunery models ...`"""
 
+import enum
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -131,6 +132,55 @@ def bring_base(api: Remote, base: str | None, folder: Path) -> None:
     there = folder / downloads.BASE
     bring(api, downloads.model_route(base), downloads.model_files(api, base), there)
     show.done(f"{downloads.point_at_base(folder, there)} names {there} as its base")
+
+
+class Format(enum.StrEnum):
+    """What a model can be exported as."""
+
+    MERGED = "merged"
+    GGUF_F16 = "gguf-f16"
+    GGUF_Q8_0 = "gguf-q8_0"
+    GGUF_Q4_0 = "gguf-q4_0"
+    GGUF_Q4_1 = "gguf-q4_1"
+    ADAPTER = "adapter-gguf"
+
+
+@app.command("export")
+def export_model(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A tuned model or a checkpoint.")],
+    format: Annotated[list[Format], typer.Option("--format", "-f", help="May be given several times.")],
+    wait: Annotated[bool, typer.Option(help="Return when the files are there.")] = True,
+) -> None:
+    """Have a worker merge a model or write it as GGUF; `tunery models download` fetches the files."""
+    api = connect(context)
+    route = f"{downloads.model_route(model)}/exports"
+    found = api.call("POST", route, json=_asked(format))
+    if wait:
+        with show.errors.status(f"{model}: a worker exports it"):
+            found = _wait_for_export(api, route)
+    for result in found["results"]:
+        if not result["is_refused"]:
+            show.done(f"{result['path']}: {result['message']}")
+    if found["status"] == "failed":
+        refused = [f"{each['path']}: {each['message']}" for each in found["results"] if each["is_refused"]]
+        raise Refused(message="\n".join(refused) or found["error"] or "The export failed.")
+
+
+def _asked(formats: list[Format]) -> dict[str, Any]:
+    return {
+        "merged": Format.MERGED in formats,
+        "gguf": [each.removeprefix("gguf-") for each in formats if each.startswith("gguf-")],
+        "adapter_gguf": Format.ADAPTER in formats,
+    }
+
+
+def _wait_for_export(api: Remote, route: str) -> dict[str, Any]:
+    while True:
+        found: dict[str, Any] = api.call("GET", route)["data"][0]
+        if found["status"] != "queued":
+            return found
+        time.sleep(0.5)
 
 
 @app.command()

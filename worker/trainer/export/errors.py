@@ -28,3 +28,10 @@ class NoGguf(ExportRefused):
     """The model cannot be written as GGUF: {reason} Use the safetensors."""
 
     code = "no_gguf"
+
+
+class NoRows(ExportRefused):
+    """A merge is proven on rows, and all files of the model's job are deleted. Serve the adapter on its base, or train
+    again with 'export'."""
+
+    code = "no_rows"

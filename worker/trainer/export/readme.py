@@ -91,16 +91,29 @@ def modelfile(template: ChatTemplate, model: str, adapter: str | None = None) ->
     return "\n".join([*lines, *(f'PARAMETER stop "{stop}"' for stop in stops), ""])
 
 
-def write(t: Training, artifact: Path) -> None:
-    """Writes README.md, and the Modelfile where there are GGUF files."""
-    models = sorted(path.name for path in artifact.glob("gguf/model-*.gguf"))
-    adapters = sorted(path.name for path in artifact.glob("gguf/adapter-*.gguf"))
+def write_modelfile(template: ChatTemplate, folder: Path) -> None:
+    """Writes `gguf/Modelfile` where there are GGUF files."""
+    models, adapters = _gguf(folder)
     if models:
-        (artifact / "gguf" / "Modelfile").write_text(modelfile(t.template, f"./{models[0]}"), encoding="utf-8")
+        text = modelfile(template, f"./{models[0]}")
     elif adapters:
-        text = modelfile(t.template, "./BASE.gguf", f"./{adapters[0]}")
-        (artifact / "gguf" / "Modelfile").write_text(text, encoding="utf-8")
-    (artifact / "README.md").write_text(_readme(t, artifact, models, adapters), encoding="utf-8")
+        text = modelfile(template, "./BASE.gguf", f"./{adapters[0]}")
+    else:
+        return
+    (folder / "gguf" / "Modelfile").write_text(text, encoding="utf-8")
+
+
+def _gguf(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of whole models' files and of adapters'."""
+    models, adapters = (
+        sorted(path.name for path in folder.glob(f"gguf/{kind}-*.gguf")) for kind in ("model", "adapter")
+    )
+    return models, adapters
+
+
+def write(t: Training, artifact: Path) -> None:
+    """Writes README.md."""
+    (artifact / "README.md").write_text(_readme(t, artifact, *_gguf(artifact)), encoding="utf-8")
 
 
 def _readme(t: Training, artifact: Path, models: list[str], adapters: list[str]) -> str:

@@ -1,0 +1,51 @@
+"""Exports of models that jobs left: one at a time for each, asked for here and made by a worker for I/O."""
+
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from tunery import dispatch
+from tunery.errors import InvalidValue, Unsupported, WrongState
+from tunery.models.model import Model
+from tunery.spec import Export
+
+QUEUED, DONE, FAILED = "queued", "succeeded", "failed"
+
+
+def ask(session: Session, model: Model, asked: Export) -> dict[str, Any]:
+    """Queues an export, in place of the model's last one. Raises InvalidValue, Unsupported, WrongState."""
+    if model.kind == "base":
+        instead = "Name a fine-tuned model; a base's own files are its export."
+        raise Unsupported(param="model", what=f"An export of the base '{model.id}'", instead=instead)
+    if not asked.is_asked:
+        raise InvalidValue(param="merged", reason="Nothing is asked for. Send merged, gguf or adapter_gguf.")
+    if model.technique == "full" and (asked.merged or asked.adapter_gguf):
+        param = "merged" if asked.merged else "adapter_gguf"
+        raise InvalidValue(param=param, reason=f"A full fine-tune has no adapter. Leave {param} out, and send gguf.")
+    session.refresh(model, with_for_update=True)
+    if model.export is not None and model.export["status"] == QUEUED:
+        instead = "Wait for the first export."
+        raise WrongState(kind="Model", id=model.id, state="being exported", deed="exported again", instead=instead)
+    model.export = {"status": QUEUED, "asked": asked.model_dump(), "results": [], "error": None}
+    session.flush()
+    dispatch.nudge_after_commit(session, dispatch.IO)
+    return model.export
+
+
+def waiting(session: Session) -> list[str]:
+    """Returns the ids of the models whose export is to be made, the oldest model first."""
+    query = select(Model.id).where(Model.export["status"].astext == QUEUED, Model.deleted_at.is_(None))
+    return list(session.scalars(query.order_by(Model.created_at)))
+
+
+def settle(session: Session, model_id: str, *, results: list[dict[str, Any]], error: str | None = None) -> Model | None:
+    """Notes how an export ended; returns its model, or None where it waits no more."""
+    model = session.get_one(Model, model_id, with_for_update=True)
+    if model.export is None or model.export["status"] != QUEUED or model.deleted_at is not None:
+        return None
+    is_whole = error is None and not any(result["is_refused"] for result in results)
+    status = DONE if is_whole else FAILED
+    model.export = {**model.export, "status": status, "results": results, "error": error}
+    session.flush()
+    return model

@@ -1,0 +1,149 @@
+"""Exports of models that jobs left before: made by a process of their own, and stored beside the model's files."""
+
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tunery import db
+from tunery.artifacts import manifest
+from tunery.artifacts import model as artifacts
+from tunery.artifacts.manifest import ManifestFile
+from tunery.datasets.model import File
+from tunery.db import UNREACHABLE
+from tunery.jobs.model import Job
+from tunery.models import exports
+from tunery.models.model import Model
+from tunery.processes import dies_with_parent, tail
+from tunery.settings import Settings
+from tunery.spec import Export, ExportOrder
+from tunery.storage import Storage
+from tunery.storage.errors import StorageFailed
+from worker.io.claims import only_here
+from worker.supervisor.drain import Drain
+from worker.supervisor.process import ROOT, environment
+from worker.supervisor.staging import base_folder
+
+log = logging.getLogger(__name__)
+
+
+def export_next(settings: Settings, storage: Storage, drain: Drain) -> bool:
+    """One model's exports; whether there was one."""
+    for model_id in _waiting():
+        with only_here(f"export {model_id}") as mine:
+            if mine and model_id in _waiting():
+                _export(model_id, settings, storage, drain)
+                return True
+    return False
+
+
+def _waiting() -> list[str]:
+    with db.transaction() as session:
+        return exports.waiting(session)
+
+
+def _export(model_id: str, settings: Settings, storage: Storage, drain: Drain) -> None:
+    log.info("exporting %s", model_id)
+    settings.models_dir.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".exporting-", dir=settings.models_dir))
+    try:
+        _lay_out(model_id, folder, settings, storage)
+        reason = _run(folder, drain)
+        if drain.begun:
+            return  # the next worker begins anew
+        if reason is None:
+            _publish(model_id, folder, storage)
+        else:
+            _settle(model_id, [], reason)
+    except (StorageFailed, *UNREACHABLE):
+        raise  # another time
+    except Exception as error:  # a fault of ours, which must not keep every later export from its turn
+        log.exception("%s could not be exported", model_id)
+        _settle(model_id, [], f"It could not be exported: {error}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lay_out(model_id: str, folder: Path, settings: Settings, storage: Storage) -> None:
+    """Fills the exporter's folder. Of the job's files, those that are not deleted."""
+    with db.transaction() as session:
+        model = session.get_one(Model, model_id)
+        base = session.get_one(Model, model.base_id)
+        job = session.get_one(Job, model.job_id)
+        names = {"test": job.test_file, "valid": job.validation_file, "train": job.training_file}
+        found = {name: session.get(File, id) for name, id in names.items() if id is not None}
+        rows = {name: file for name, file in found.items() if file is not None and file.deleted_at is None}
+    (folder / "data").mkdir()
+    for name, file in rows.items():
+        storage.fetch(file.key, folder / "data" / f"{name}.jsonl", file.sha256)
+    for name, each in (("base", base), ("artifact", model)):
+        there = base_folder(settings.models_dir, storage, each.prefix, each.manifest_sha256 or "")
+        (folder / name).symlink_to(there.absolute())
+    (folder / "export.json").write_text(_order(model, job).model_dump_json())
+
+
+def _order(model: Model, job: Job) -> ExportOrder:
+    plan: dict[str, Any] = job.plan or {}
+    return ExportOrder(
+        export=Export.model_validate((model.export or {})["asked"]),
+        model=model.id,
+        technique=plan["technique"]["type"],
+        method=plan["method"]["type"],
+        max_seq_length=plan["max_seq_length"],
+    )
+
+
+def _run(folder: Path, drain: Drain) -> str | None:
+    """Spawns the exporter; why it broke, or None. A worker that shuts down ends it."""
+    errors_path = folder / "errors.txt"
+    with errors_path.open("wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "worker.trainer.export", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            cwd=ROOT,
+            env=environment((), str(folder)),
+            start_new_session=True,
+            preexec_fn=dies_with_parent(signal.SIGKILL),
+        )
+        while (status := _status(process)) is None:
+            if drain.begun:
+                process.kill()
+    if status == 0:
+        return None
+    said = tail(errors_path, 50)
+    log.error("the export ended with status %s: %s", status, said or "(nothing)")
+    last = said.rpartition("\n")[2] or f"it ended with status {status} and said nothing"
+    return f"The export broke: {last.rstrip('.')}. The I/O worker's log has more."
+
+
+def _status(process: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return process.wait(timeout=0.5)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _publish(model_id: str, folder: Path, storage: Storage) -> None:
+    """Stores what was written below the model's own prefix, so that it goes when the model goes."""
+    with db.transaction() as session:
+        prefix = session.get_one(Model, model_id).prefix
+    listed = manifest.describe(folder / "out").files
+    for file in listed:
+        storage.put_file(f"{prefix}/{file.path}", folder / "out" / file.path)
+    _settle(model_id, json.loads((folder / "results.json").read_text()), None, listed)
+
+
+def _settle(
+    model_id: str, results: list[dict[str, Any]], error: str | None, listed: tuple[ManifestFile, ...] = ()
+) -> None:
+    with db.transaction() as session:
+        model = exports.settle(session, model_id, results=results, error=error)
+        if model is not None:
+            artifacts.add(session, model, listed)

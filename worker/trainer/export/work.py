@@ -1,0 +1,106 @@
+"""The exports that are asked of a model, made from its files.
+
+A model is worth more than its exports: one that is refused or breaks is left out with its reason, and others go on.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tunery.planning.precision import Precision
+from tunery.rows.template import ChatTemplate
+from tunery.spec import Export
+from tunery.wire import Exported
+from worker.trainer.data import Row
+from worker.trainer.export import files, merge, readme
+from worker.trainer.export.errors import ExportRefused
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is exported, and where to. `is_whole`: the artifact is a full fine-tune. `precision`: of the training.
+
+    `rows`: those that prove a merge, read when it comes to that. `say` is told of each export.
+    """
+
+    asked: Export
+    name: str
+    base: Path
+    artifact: Path
+    out: Path
+    is_whole: bool
+    precision: Precision
+    device: torch.device
+    template: ChatTemplate
+    rows: Callable[[], list[Row]]
+    say: Callable[[Exported], None]
+
+
+def carry_out(work: Work) -> None:
+    """Writes `merged/` and `gguf/` into the work's folder, as far as they are asked for and not refused."""
+    if work.is_whole:
+        _write_gguf(work, work.artifact)
+    else:
+        _write_of_adapter(work)
+    readme.write_modelfile(work.template, work.out)
+
+
+def _write_of_adapter(work: Work) -> None:
+    if work.asked.adapter_gguf:
+        _write_adapter(work)
+    if not work.asked.needs_merge:
+        return
+    with files.temporary_folder(work.out / "merged") as folder:
+        if _try(work, "merged", lambda: _merge(work, folder / "merged")):
+            _write_gguf(work, folder / "merged")
+            if work.asked.merged:
+                (folder / "merged").rename(work.out / "merged")
+
+
+def _try(work: Work, path: str, make: Callable[[], str]) -> bool:
+    """Says what `make` says of the export, or why there is none; whether there is one."""
+    try:
+        message, is_refused = make(), False
+    except ExportRefused as error:
+        message, is_refused = error.message, True
+    except Exception as error:
+        log.exception("the export %s broke", path)
+        message, is_refused = f"It broke: {type(error).__name__}: {error}. The log has more.", True
+    (log.warning if is_refused else log.info)("export %s: %s", path, message)
+    work.say(Exported(path=path, message=message, is_refused=is_refused))
+    return not is_refused
+
+
+def _merge(work: Work, out: Path) -> str:
+    source = merge.Source(work.base, work.artifact, work.precision, work.device)
+    return merge.summary(merge.write(source, work.rows(), out))
+
+
+def _write_gguf(work: Work, model: Path) -> None:
+    """Writes the GGUF files of the whole model in `model`."""
+    from worker.trainer.export import gguf_writer  # only here: other runs have no need of it
+
+    for kind in dict.fromkeys(work.asked.gguf):
+        _write_file(work, f"model-{kind}.gguf", partial(gguf_writer.write, model, kind=kind, name=work.name))
+
+
+def _write_adapter(work: Work) -> None:
+    from worker.trainer.export import gguf_adapter
+
+    _write_file(work, "adapter-f32.gguf", partial(gguf_adapter.write, work.base, work.artifact, name=work.name))
+
+
+def _write_file(work: Work, name: str, make: Callable[..., str]) -> None:
+    """Writes a file into gguf/; what an export that was refused leaves of it is removed."""
+    path = work.out / "gguf" / name
+    path.parent.mkdir(exist_ok=True)
+    if not _try(work, f"gguf/{name}", lambda: make(out=path)):
+        path.unlink(missing_ok=True)
+    if not any(path.parent.iterdir()):
+        path.parent.rmdir()
