@@ -134,6 +134,27 @@ class ExportResult(Wire):
 class ModelExport(Wire):
     """The last export of a model. What it wrote is among the model's artifacts."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "model.export",
+                    "model": "ft:SmolLM2-135M-Instruct:tunery::7p4lURel",
+                    "status": "succeeded",
+                    "asked": {"merged": False, "gguf": ["q8_0"], "adapter_gguf": False},
+                    "results": [
+                        {
+                            "path": "gguf/model-q8_0.gguf",
+                            "message": "144.8 MB, of the architecture llama",
+                            "is_refused": False,
+                        }
+                    ],
+                    "error": None,
+                }
+            ]
+        }
+    )
+
     object: Literal["model.export"] = "model.export"
     model: str
     status: Literal["queued", "succeeded", "failed"] = Field(description="failed: broken, or one of them was refused")

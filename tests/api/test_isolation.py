@@ -64,6 +64,8 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "retrieve_model": [("/v1/models/{tuned}", {})],
     "list_model_artifacts": [("/v1/models/{tuned}/artifacts", {})],
     "download_model_artifact": [("/v1/models/{tuned}/artifacts/adapter.safetensors", {})],
+    "export_model": [("/v1/models/{tuned}/exports", {"json": {"gguf": ["f16"]}})],
+    "list_exports": [("/v1/models/{tuned}/exports", {})],
     "delete_model": [("/v1/models/{tuned}", {})],
     "add_model": [],
     "add_alias": [],

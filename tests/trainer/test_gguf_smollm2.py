@@ -23,40 +23,18 @@ from worker.trainer.scoring.intervals import paired_interval
 from worker.trainer.wish import Wish
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow
-PLACES = [
-    "Peru",
-    "Kenya",
-    "Norway",
-    "Japan",
-    "Egypt",
-    "Chile",
-    "Nepal",
-    "Ghana",
-    "Cuba",
-    "Malta",
-    "Fiji",
-    "Laos",
-    "Oman",
-    "Qatar",
-    "Samoa",
-    "Spain",
-    "Sudan",
-    "Syria",
-    "Tonga",
-    "Turkey",
-    "Yemen",
-    "Zambia",
-    "Iraq",
-    "Iran",
-    "India",
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+PLACES = (
+    "Peru", "Kenya", "Norway", "Japan", "Egypt", "Chile", "Nepal", "Ghana", "Cuba",
+    "Malta", "Fiji", "Laos", "Oman", "Qatar", "Samoa", "Spain", "Sudan", "Syria",
+    "Tonga", "Turkey", "Yemen", "Zambia", "Iraq", "Iran", "India",
+)  # fmt: skip
 QUESTIONS = [
     *(f"What is the capital of {place}?" for place in PLACES),
     *(f"Write one sentence about the food of {place}, with 3 numbers: 12, 345 & 6789." for place in PLACES),
 ]
 """What the rows taught nothing of."""
-ROWS = [chat(i, words=5) for i in range(192)]
+ROWS = [chat(i, words=5) for i in range(96)]
 TEST = [chat(1000 + i, words=5) for i in range(50)]
 MOST = 16
 

@@ -21,6 +21,7 @@ from tunery.jobs.states import State
 from tunery.keys import ring
 from tunery.local.bases import SMOLLM2
 from tunery.local.stack import Stack
+from tunery.models import exports
 from tunery.models.model import Model
 from tunery.storage import open_storage
 
@@ -114,6 +115,39 @@ def _load(folder: Path, cwd: Path) -> str:
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def test_model_is_exported(tunery: Run, api: str, database: Database) -> None:
+    model = _model(database, _finished(database))
+    formats = ("--format", "merged", "--format", "gguf-q8_0")
+
+    assert tunery("models", "export", model, *formats, "--no-wait")[0] == 0
+
+    with database.sessions() as session:
+        row = session.get_one(Model, model)
+        assert row.export is not None
+        assert row.export["asked"] == {"merged": True, "gguf": ["q8_0"], "adapter_gguf": False}
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_command_waits_for_the_export(tunery: Run, api: str, database: Database, is_refused: bool) -> None:
+    model = _model(database, _finished(database))
+    result = {"path": "merged", "message": "What came of it", "is_refused": is_refused}
+    worker = threading.Thread(target=_settle, args=(database, model, result))
+    worker.start()
+    status, out, err = tunery("models", "export", model, "--format", "merged")
+    worker.join()
+    assert status == is_refused
+    assert "merged: What came of it" in (err if is_refused else out)
+
+
+def _settle(database: Database, model: str, result: dict[str, object]) -> None:
+    """Ends the export that is asked for next, as a worker does."""
+    while True:
+        with database.sessions.begin() as session:
+            if model in exports.waiting(session):
+                exports.settle(session, model, results=[result])
+                return
 
 
 def test_plain_peft_loads_what_was_downloaded_with_its_base(
