@@ -266,16 +266,6 @@ class Export(Part):
         return self.needs_merge or self.adapter_gguf
 
 
-class ExportOrder(Part):
-    """`export.json`: what is to be exported of a model that a job left before."""
-
-    export: Export
-    model: str
-    technique: Literal["full", "lora", "qlora"]
-    method: str
-    max_seq_length: int
-
-
 class Resources(Part):
     """What the run needs of a host."""
 
@@ -353,6 +343,14 @@ class Plan(TrainingOptions[Technique, Annotated[float, Field(gt=0)]]):
     n_epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1, description="Rows a step over all GPUs")
     learning_rate_multiplier: float = Field(gt=0)
+
+
+class ExportOrder(Part):
+    """`export.json`: what is to be exported of a model that a job left before, and that job's plan."""
+
+    export: Export
+    model: str
+    plan: Plan
 
 
 class Run(Part):

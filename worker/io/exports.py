@@ -21,7 +21,7 @@ from tunery.models import exports
 from tunery.models.model import Model
 from tunery.processes import dies_with_parent, tail
 from tunery.settings import Settings
-from tunery.spec import Export, ExportOrder
+from tunery.spec import Export, ExportOrder, Plan
 from tunery.storage import Storage
 from tunery.storage.errors import StorageFailed
 from worker.io.claims import only_here
@@ -84,18 +84,9 @@ def _lay_out(model_id: str, folder: Path, settings: Settings, storage: Storage) 
     for name, each in (("base", base), ("artifact", model)):
         there = base_folder(settings.models_dir, storage, each.prefix, each.manifest_sha256 or "")
         (folder / name).symlink_to(there.absolute())
-    (folder / "export.json").write_text(_order(model, job).model_dump_json())
-
-
-def _order(model: Model, job: Job) -> ExportOrder:
-    plan: dict[str, Any] = job.plan or {}
-    return ExportOrder(
-        export=Export.model_validate((model.export or {})["asked"]),
-        model=model.id,
-        technique=plan["technique"]["type"],
-        method=plan["method"]["type"],
-        max_seq_length=plan["max_seq_length"],
-    )
+    asked = Export.model_validate((model.export or {})["asked"])
+    order = ExportOrder(export=asked, model=model.id, plan=Plan.model_validate(job.plan))
+    (folder / "export.json").write_text(order.model_dump_json())
 
 
 def _run(folder: Path, drain: Drain) -> str | None:

@@ -17,7 +17,7 @@ from tunery.planning.precision import Precision
 from tunery.rows.encoding import find_encoder
 from tunery.rows.messages import FileRole
 from tunery.rows.template import ChatTemplate
-from tunery.spec import ExportOrder
+from tunery.spec import ExportOrder, Full
 from tunery.wire import Exported
 from worker.trainer.data import Row, read_rows
 from worker.trainer.export import work
@@ -39,7 +39,7 @@ def carry_out(folder: Path) -> list[Exported]:
             base=folder / "base",
             artifact=folder / "artifact",
             out=folder / "out",
-            is_whole=order.technique == "full",
+            is_whole=isinstance(order.plan.technique, Full),
             precision=_precision(folder / "artifact"),
             device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
             template=template,
@@ -58,9 +58,9 @@ def _rows(folder: Path, order: ExportOrder, template: ChatTemplate) -> list[Row]
     """The rows of the job's files that are left, held-out ones first. Raises NoRows."""
     found: list[Row] = []
     for name, role in _ROLES.items():
-        path, encoder = folder / f"{name}.jsonl", find_encoder(order.method, role)
+        path, encoder = folder / f"{name}.jsonl", find_encoder(order.plan.method.type, role)
         if path.exists():
-            found += read_rows(path, template, order.max_seq_length, role, encoder).rows
+            found += read_rows(path, template, order.plan.max_seq_length, role, encoder).rows
     if not found:
         raise NoRows()
     return found
