@@ -143,13 +143,18 @@ class Score(Message):
 
     type: Literal["score"] = "score"
     rows: int
-    base_exact: float = Field(description="Share of answers equal to the wanted one (as JSON where that is JSON)")
+    base_exact: float = Field(
+        description="Share of answers equal to the wanted one (as JSON where that is JSON); of `preferences` the share "
+        "of pairs whose preferred answer is the likelier one"
+    )
     tuned_exact: float
     gain: float
     gain_low: float = Field(description="Lower end of the gain's paired 95 % interval")
     gain_high: float
     samples: list[dict[str, Any]] = Field(default=[], description="A few rows: prompt, wanted, base, tuned")
-    task: str | None = Field(None, description="What the rows want: `calls`, `json`, `labels`, `text` or `other`")
+    task: str | None = Field(
+        None, description="What the rows want: `calls`, `json`, `labels`, `text`, `other` or `preferences`"
+    )
     primary: str = Field("exact", description="The metric of `metrics` that the task is judged by")
     metrics: dict[str, Measure] = {}
     labels: dict[str, LabelShares] = Field(default={}, description="Of a task of labels: each label's shares")

@@ -10,7 +10,7 @@ import torch
 from run_folders import WORDS, Ear, Interrupting, chat, lay_out, plan, said, steps_of
 from torch.nn import functional
 
-from tunery.spec import Dpo, Full, Lora
+from tunery.spec import Dpo, Evaluation, Full, General, Lora
 from worker.trainer import reference
 from worker.trainer.data import Example, rows_of_step
 from worker.trainer.kernels import fp8
@@ -241,3 +241,42 @@ def test_reference_of_a_tuned_model_is_that_model(tmp_path: Path, tiny: Path) ->
     steps = [entry for entry in voice.metrics if entry["type"] == "step"]
     assert steps[0]["train_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert steps[-1]["train_loss"] < 0.9 * steps[0]["train_loss"]
+
+
+@pytest.mark.parametrize("technique", [Lora(r=4, alpha=8), Full()], ids=lambda t: t.type)
+def test_scorecard_counts_pairs_that_each_model_ranks_right(
+    tmp_path: Path, tiny: Path, ear: Ear, technique: Lora | Full
+) -> None:
+    """Beside a count by plain torch: the base's before training, the tuned model's after it."""
+    evaluation = Evaluation(test_file="file-test", max_rows=8, general=General(enabled=False))
+    rate = 1e-2 if isinstance(technique, Lora) else 1e-3
+    asked = plan(method=Dpo(), n_epochs=4, technique=technique, evaluation=evaluation, learning_rate=rate)
+    folder = lay_out(tmp_path / "run", tiny, asked, PAIRS, test=PAIRS)
+    t = prepare(lay_out(tmp_path / "base", tiny, plan(method=Dpo()), PAIRS), Voice(None), Wish())
+    with torch.no_grad():
+        found = [[float(each) for each in log_probabilities(t, example)] for example in t.rows.examples[:8]]
+
+    assert carry_out_and_tell(folder, ear.descriptor, Wish()) == 0
+
+    (card,) = said(ear, "score")
+    rows = [json.loads(line) for line in (folder / "out" / "answers.jsonl").read_text().splitlines()]
+    assert (card.task, card.primary, card.rows) == ("preferences", "preferred", 8)
+    assert [row["base_log_probabilities"] for row in rows] == [pytest.approx(pair, rel=1e-4) for pair in found]
+    before, after = card.metrics["preferred"].base, card.metrics["preferred"].tuned
+    assert before == sum(chosen > other for chosen, other in found) / 8
+    assert after == sum(row["tuned_right"] for row in rows) / 8 > before
+    assert card.metrics["preferred"].low <= card.gain == after - before <= card.metrics["preferred"].high
+    means = [[n / row.labelled for n, row in zip(pair, example.rows, strict=True)]
+             for pair, example in zip(found, t.rows.examples, strict=False)]  # fmt: skip
+    assert card.metrics["preferred_norm"].base == sum(chosen > other for chosen, other in means) / 8
+    assert card.samples[0]["wanted"] == PAIRS[0]["preferred_output"][0]["content"]
+
+
+def test_test_rows_may_be_chats(tmp_path: Path, tiny: Path, ear: Ear) -> None:
+    evaluation = Evaluation(test_file="file-test", max_new_tokens=2, general=General(enabled=False))
+    rows = [chat(i) for i in range(2)]
+    folder = lay_out(tmp_path / "run", tiny, plan(method=Dpo(), evaluation=evaluation), PAIRS, test=rows)
+
+    assert carry_out_and_tell(folder, ear.descriptor, Wish()) == 0
+
+    assert said(ear, "score")[0].task == "text"

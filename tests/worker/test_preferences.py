@@ -20,9 +20,10 @@ def pairs(count: int, first: int = 0) -> bytes:
 def test_a_job_learns_to_prefer(workshop: Workshop) -> None:
     workshop.start("io")
     workshop.start("train")
-    files = [workshop.file(content) for content in (pairs(12), pairs(4, first=100), training_rows(12))]
+    contents = (pairs(12), pairs(4, first=100), training_rows(12), pairs(5, first=200))
+    files = [workshop.file(content) for content in contents]
     asked = {"hyperparameters": {"n_epochs": 3, "batch_size": 6}, "learning_rate": 0.02}
-    job_id = workshop.submit(*files[:2], method={"type": "dpo"}, **asked)
+    job_id = workshop.submit(*files[:2], files[3], method={"type": "dpo"}, **asked)
     wrong = [workshop.submit(files[0]), workshop.submit(files[2], method={"type": "dpo"})]
 
     job = workshop.until_state(job_id, "succeeded")
@@ -44,6 +45,9 @@ def test_a_job_learns_to_prefer(workshop: Workshop) -> None:
     header, *lines = b"".join(workshop.storage.read(result.key)).decode().splitlines()
     assert header.endswith(f"valid_mean_token_accuracy,{','.join(f'{p}_{n}' for p in ('train', 'valid') for n in OWN)}")
     assert len(lines) == 6
+    assert (job.scorecard or {})["metrics"]["preferred"]["tuned"] == 1
+    (told,) = (line for line in workshop.story(job_id) if line.startswith("Scorecard on 5 test rows: preferred "))
+    assert "exact match" not in told
     reasons = [workshop.until_state(id, "failed").error_message or "" for id in wrong]
     assert "this is a preference row (DPO)" in reasons[0]
     assert "Use the method 'dpo' (method.type)" in reasons[0]

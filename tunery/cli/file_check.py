@@ -9,8 +9,8 @@ import typer
 from tunery.cli import show
 from tunery.datasets import rules
 from tunery.failures import JobFailure
-from tunery.rows import keys, pairs, readers
-from tunery.rows.encoding import CHATS, PAIRS, RowEncoder
+from tunery.rows import readers
+from tunery.rows.encoding import CHATS_OR_PAIRS
 from tunery.rows.errors import InvalidRows
 from tunery.rows.messages import FileRole
 
@@ -23,7 +23,7 @@ def check(path: Path, role: str) -> bool:
         raise typer.BadParameter(f"--role {role}: use {', '.join(get_args(FileRole))}.")
     try:
         kind = readers.identify(_chunks(path))
-        summary = rules.check_examples(_chunks(path), role=cast(FileRole, role), encoder=_encoder(path))
+        summary = rules.check_examples(_chunks(path), role=cast(FileRole, role), encoder=CHATS_OR_PAIRS)
     except InvalidRows as error:
         return _refuse(path, error.message)
     except JobFailure as error:
@@ -33,15 +33,6 @@ def check(path: Path, role: str) -> bool:
     for warning in summary.warnings(_ANY_LENGTH)[summary.shape.describe() is not None :]:
         show.errors.print(f"{path}: {warning}", soft_wrap=True, markup=False)
     return True
-
-
-def _encoder(path: Path) -> RowEncoder:
-    """Of the method that the file is for, by its first row. Raises InvalidRows."""
-    first = next(iter(readers.read(_chunks(path))), None)
-    try:
-        return PAIRS if first and pairs.detect(keys.present(first.load())) else CHATS
-    except ValueError:  # of which the check of the rows says more
-        return CHATS
 
 
 def _refuse(path: Path, reason: str) -> bool:

@@ -10,6 +10,7 @@ from tunery.rows.dialect import LimitExceeded
 from tunery.rows.encoding import CHATS, Encoded, RowEncoder, encode_answer, nothing_trained, read_rows
 from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example, FileRole
+from tunery.rows.preferences import Pair
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
 
@@ -203,6 +204,8 @@ def _check_answer(
 ) -> None:
     is_answered = len(summary.answer_tokens) < answered
     if (role != "test" and not is_answered) or example.messages[-1].role != "assistant":
+        return
+    if role == "test" and isinstance(example, Pair):  # whose answers are compared, not written
         return
     _, wanted = encode_answer(template, example, number)
     if role == "test" and not template.answer_text(wanted).strip():

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from tunery.failures import InvalidTrainingFile
-from tunery.rows import readers
+from tunery.rows import keys, pairs, readers
 from tunery.rows.errors import CannotRender, InvalidRows
 from tunery.rows.formats import SourceRow
 from tunery.rows.messages import Example, FileRole, invalid, parse_row
+from tunery.rows.pairs import PairShape
 from tunery.rows.preferences import Pair, parse_pair
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import IGNORED, ChatTemplate, Rendered
@@ -100,15 +102,35 @@ class RowEncoder:
     encode: Callable[..., Encoded]
 
 
+def parse_any(source: SourceRow, role: FileRole) -> Example:
+    """A chat, or a Pair where the file's first row is one. Raises InvalidTrainingFile, naming the line."""
+    known = source.shape.shape if source.shape else None
+    try:
+        is_pair = isinstance(known or pairs.detect(keys.present(source.load())), PairShape)
+    except ValueError:  # of which the chat's reading says more
+        is_pair = False
+    return parse_pair(source, role) if is_pair else parse_row(source, role)
+
+
+def encode_any(template: ChatTemplate, example: Example, line_number: int, **options: Any) -> Encoded:
+    """As `encode_pair` for a Pair, as `encode_example` for a chat."""
+    if isinstance(example, Pair):
+        return encode_pair(template, example, line_number, **options)
+    return encode_example(template, example, line_number, **options)
+
+
 CHATS = RowEncoder(parse_row, encode_example)
 PAIRS = RowEncoder(parse_pair, encode_pair)
+CHATS_OR_PAIRS = RowEncoder(parse_any, encode_any)
 ENCODERS: dict[str, RowEncoder] = {"supervised": CHATS, "dpo": PAIRS}
 """By method. A plug-in adds its own."""
 
 
 def find_encoder(method: str, role: FileRole) -> RowEncoder:
-    """Returns the encoder of a file. Test rows are chats whatever the method, as the models answer them."""
-    return CHATS if role == "test" else ENCODERS[method]
+    """Returns the encoder of a file. Test rows are chats, which the models answer, or with `dpo` also pairs."""
+    if role == "test":
+        return CHATS_OR_PAIRS if method == "dpo" else CHATS
+    return ENCODERS[method]
 
 
 def encode_answer(template: ChatTemplate, example: Example, line_number: int) -> tuple[list[int], list[int]]:

@@ -390,7 +390,8 @@ def score_message(score: wire.Score) -> str:
     exact = wire.Measure(
         base=score.base_exact, tuned=score.tuned_exact, gain=score.gain, low=score.gain_low, high=score.gain_high
     )
-    found = {"exact match": exact} | {name: found for name, found in score.metrics.items() if name != "exact"}
+    found = {} if score.task == "preferences" else {"exact match": exact}
+    found |= {name: found for name, found in score.metrics.items() if name != "exact"}
     return f"Scorecard on {score.rows} test rows: " + "; ".join(map(_measure_message, found, found.values()))
 
 

@@ -45,7 +45,7 @@ def attach(t: Training) -> None:
     files = [rows for rows in (t.rows, t.valid) if rows is not None]
     numbers = _find(t, files)
     if t.ranks.any(numbers is None):
-        numbers = [_measure(t, rows.examples) for rows in files]
+        numbers = [measure(t, rows.examples) for rows in files]
     assert numbers is not None
     _keep(t, files, numbers)
     for rows, measured in zip(files, numbers, strict=True):
@@ -53,8 +53,8 @@ def attach(t: Training) -> None:
         rows.examples[:] = [replace(example, reference=tuple(found)) for example, found in pairs]
 
 
-def _measure(t: Training, examples: Sequence[Example]) -> Measured:
-    """Every rank measures its share."""
+def measure(t: Training, examples: Sequence[Example]) -> Measured:
+    """By the model as it is. Every rank measures its share, and all have all. Raises Stopped."""
     found: Measured = []
     for start in range(0, len(examples), _AT_ONCE):
         t.ranks.check(t.wish)

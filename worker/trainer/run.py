@@ -14,6 +14,7 @@ from peft import PeftModel
 from tunery.failures import InvalidTrainingFile
 from tunery.planning.precision import decide
 from tunery.rows.encoding import find_encoder
+from tunery.rows.preferences import Pair
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
 from tunery.wire import Finished, Gated, GeneralScore, Paused, Phase, Score, Started
@@ -42,7 +43,8 @@ from worker.trainer.recipes.full import FULL
 from worker.trainer.recipes.lora import LORA
 from worker.trainer.recipes.qlora import QLORA
 from worker.trainer.report import Voice
-from worker.trainer.scoring import answers, sampled, scorecard
+from worker.trainer.scoring import answers, preferences, sampled, scorecard
+from worker.trainer.scoring.preferences import Pairs
 from worker.trainer.stepper import Stepper
 from worker.trainer.training import Progress, Training
 from worker.trainer.wish import Stopped, Wish
@@ -50,6 +52,8 @@ from worker.trainer.wish import Stopped, Wish
 log = logging.getLogger(__name__)
 
 RECIPES = {"full": FULL, "lora": LORA, "qlora": QLORA}
+Asked = list[answers.Question] | Pairs
+"""What the scorecard asks of both models."""
 Scored = tuple[Score, list[dict[str, Any]]]
 """The scorecard and every row's answers."""
 
@@ -218,12 +222,15 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _questions(t: Training) -> list[answers.Question]:
+def _questions(t: Training) -> Asked:
     path = t.folder / "data" / "test.jsonl"
     if not path.exists() or t.plan.evaluation.test_file is None:
         return []
-    examples = [example for _, example in read_parsed(path, "test")]
-    asked = answers.questions(t.template, examples[: t.plan.evaluation.max_rows])
+    found = read_parsed(path, "test", find_encoder(t.plan.method.type, "test"))
+    examples = [example for _, example in found][: t.plan.evaluation.max_rows]
+    if pairs := [example for example in examples if isinstance(example, Pair)]:
+        return preferences.prepare(t, pairs)
+    asked = answers.questions(t.template, examples)
     count = 2 * len(asked[t.ranks.index :: t.ranks.count])  # the base's and the tuned model's
     batch, tokens = answers.ANSWER_BATCH[t.device.type], answers.token_limit(t.plan.evaluation, asked)
     prompt = sum(len(question.prompt_ids) for question in asked) / max(1, len(asked))
@@ -231,12 +238,19 @@ def _questions(t: Training) -> list[answers.Question]:
     return asked
 
 
-def _answers_before_training(t: Training, asked: list[answers.Question]) -> list[str] | None:
+def _answer(t: Training, asked: Asked, *, base: bool) -> list[Any]:
+    """What a model says to the questions, or how likely it makes the answers of pairs."""
+    if isinstance(asked, Pairs):
+        return preferences.measure(t, asked, base=base)
+    return answers.generate(t, asked, base=base)
+
+
+def _answers_before_training(t: Training, asked: Asked) -> list[Any] | None:
     """The base's answers, where training overwrites the base; None where an adapter can be switched off later."""
     if isinstance(t.objective.model, PeftModel) or not asked:
         return None
     t.voice.say(Phase(phase="evaluating"))
-    return answers.generate(t, asked, base=True)
+    return _answer(t, asked, base=True)
 
 
 def _general_before_training(t: Training, probe: general.Probe | None) -> general.Baseline | None:
@@ -252,17 +266,20 @@ def _compare_general(t: Training, probe: general.Probe | None, base: general.Bas
 
 def _score(
     t: Training,
-    asked: list[answers.Question],
-    base_answers: list[str] | None,
+    asked: Asked,
+    base_answers: list[Any] | None,
     compare_general: Callable[[], GeneralScore | None],
 ) -> Scored | None:
     """The scorecard, to which every rank answers its share."""
     if not asked:
         return None
     t.voice.say(Phase(phase="evaluating", seconds_left=t.pace.left()))
-    tuned = answers.generate(t, asked, base=False)
-    base = answers.generate(t, asked, base=True) if base_answers is None else base_answers
-    card, rows = scorecard.score(asked, base, tuned)
+    tuned = _answer(t, asked, base=False)
+    base = _answer(t, asked, base=True) if base_answers is None else base_answers
+    if isinstance(asked, Pairs):
+        card, rows = preferences.score(asked, base, tuned)
+    else:
+        card, rows = scorecard.score(asked, base, tuned)
     card = card.model_copy(update={"general": compare_general()})
     t.voice.say(card)
     return card, rows

@@ -1,6 +1,7 @@
 """The scorecard: answers of base and tuned model to the same questions, compared."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from tunery.wire import LabelShares, Measure, Score
@@ -11,6 +12,7 @@ from worker.trainer.scoring.matching import matches
 from worker.trainer.scoring.metrics import Metric
 
 _MOST_LABELS = 100
+Rates = Sequence[tuple[float, float]]
 
 
 def score(asked: list[Question], base: list[str], tuned: list[str]) -> tuple[Score, list[dict[str, Any]]]:
@@ -31,7 +33,7 @@ def score(asked: list[Question], base: list[str], tuned: list[str]) -> tuple[Sco
         gain=exact.gain,
         gain_low=exact.low,
         gain_high=exact.high,
-        samples=_samples(rows),
+        samples=pick_samples(rows),
         task=task,
         primary=chosen[0].name,
         metrics=measures,
@@ -42,13 +44,17 @@ def score(asked: list[Question], base: list[str], tuned: list[str]) -> tuple[Sco
 
 def compare(metric: Metric, asked: list[Question], base: list[str], tuned: list[str]) -> Measure:
     """A metric of both models, and the 95 % interval of its gain on the same rows."""
-    before, after = metric.rates(asked, base), metric.rates(asked, tuned)
+    return compare_rates(metric.rates(asked, base), metric.rates(asked, tuned), is_share=metric.is_share)
+
+
+def compare_rates(before: Rates, after: Rates, *, is_share: bool) -> Measure:
+    """Both models' figure of the same rows, from both numbers of each; see `Metric`."""
     first, second = metrics.figure(before), metrics.figure(after)
     p = None
-    if metric.is_share:
+    if is_share:
         pairs = Counter((b[0] > 0, u[0] > 0) for b, u in zip(before, after, strict=True))
         both, only_tuned, only_base = pairs[True, True], pairs[False, True], pairs[True, False]
-        low, high = paired_interval(both, only_tuned, only_base, len(asked))
+        low, high = paired_interval(both, only_tuned, only_base, len(before))
         p = mcnemar(only_tuned, only_base)
     else:
         low, high = bootstrap_interval(after, before)
@@ -70,7 +76,7 @@ def _by_label(asked: list[Question], base: list[str], tuned: list[str]) -> dict[
     }
 
 
-def _samples(rows: list[dict[str, Any]], count: int = 5) -> list[dict[str, Any]]:
+def pick_samples(rows: list[dict[str, Any]], count: int = 5) -> list[dict[str, Any]]:
     """Rows spread evenly over the file: a pick of the best would tell nothing."""
     chosen = [rows[i * len(rows) // count] for i in range(min(count, len(rows)))] if len(rows) > count else rows
     return [

@@ -1,0 +1,104 @@
+"""The scorecard of held-out pairs: how often base and tuned model make the preferred answer the likelier one."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+
+from tunery.rows.encoding import encode_pair
+from tunery.rows.messages import Message
+from tunery.rows.preferences import Pair
+from tunery.wire import Score
+from worker.trainer import reference
+from worker.trainer.data import Example, Row
+from worker.trainer.scoring.scorecard import Rates, compare_rates, pick_samples
+from worker.trainer.training import Training
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Test pairs: of each, the sequences with both answers, and what people are shown of it."""
+
+    examples: list[Example]
+    shown: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+def prepare(t: Training, found: list[Pair]) -> Pairs:
+    """The pairs in tokens. Those of which the cut leaves no difference are left out. Raises InvalidTrainingFile."""
+    examples, shown = [], []
+    for number, pair in enumerate(found, start=1):
+        encoded = encode_pair(t.template, pair, number, max_length=t.plan.max_seq_length, role="test")
+        for rows in encoded.examples:
+            examples.append(Example(tuple(Row(row.input_ids, row.labels) for row in rows)))
+            prompt = [message.model_dump(exclude_none=True) for message in pair.messages[:-1]]
+            shown.append({"messages": prompt, "wanted": _text(pair.messages[-1]), "other": _text(pair.dispreferred)})
+    return Pairs(examples, shown)
+
+
+def _text(message: Message) -> str:
+    return message.content or json.dumps(message.model_dump(exclude_none=True, exclude={"role"}), ensure_ascii=False)
+
+
+def measure(t: Training, pairs: Pairs, *, base: bool) -> list[list[float]]:
+    """The log-probabilities of both answers of each pair, by the tuned model or the base under its adapter.
+
+    Raises Stopped.
+    """
+    model: Any = t.objective.model
+    with model.disable_adapter() if base and isinstance(model, PeftModel) else nullcontext():
+        return reference.measure(t, pairs.examples)
+
+
+def score(pairs: Pairs, base: list[list[float]], tuned: list[list[float]]) -> tuple[Score, list[dict[str, Any]]]:
+    """The scorecard and every pair's log-probabilities.
+
+    `preferred` compares whole answers, as DPO does; `preferred_norm` their means over tokens, which does not favour
+    short answers.
+    """
+    lengths = [[row.labelled for row in example.rows] for example in pairs.examples]
+    means = [_divided(found, lengths) for found in (base, tuned)]
+    measures = {
+        "preferred": compare_rates(_ranked(base), _ranked(tuned), is_share=True),
+        "preferred_norm": compare_rates(_ranked(means[0]), _ranked(means[1]), is_share=True),
+    }
+    rows = [
+        {**shown, **_judged("base", shown, b), **_judged("tuned", shown, u)}
+        for shown, b, u in zip(pairs.shown, base, tuned, strict=True)
+    ]
+    first = measures["preferred"]
+    card = Score(
+        rows=len(pairs),
+        base_exact=first.base,
+        tuned_exact=first.tuned,
+        gain=first.gain,
+        gain_low=first.low,
+        gain_high=first.high,
+        samples=pick_samples(rows),
+        task="preferences",
+        primary="preferred",
+        metrics=measures,
+    )
+    return card, rows
+
+
+def _judged(model: str, shown: dict[str, Any], found: list[float]) -> dict[str, Any]:
+    """The answer that a model makes the likelier one, and whether that is the preferred one."""
+    is_right = found[0] > found[1]
+    return {
+        model: shown["wanted" if is_right else "other"],
+        f"{model}_right": is_right,
+        f"{model}_log_probabilities": found,
+    }
+
+
+def _ranked(found: list[list[float]]) -> Rates:
+    return [(float(preferred > other), 1.0) for preferred, other in found]
+
+
+def _divided(found: list[list[float]], lengths: list[list[int]]) -> list[list[float]]:
+    return [[n / length for n, length in zip(*both, strict=True)] for both in zip(found, lengths, strict=True)]
