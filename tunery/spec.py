@@ -307,6 +307,10 @@ class TrainingOptions(Part, Generic[TechniqueT, RateT]):
     packing: bool = Field(False, description="Several rows a sequence, each seeing only itself")
     weight_decay: Float = Field(0.0, ge=0, le=1)
     max_grad_norm: Float = Field(1.0, gt=0)
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="8-bit moments for fp32 weights; paged: they may leave a GPU that is short of memory"
+    )
+    neftune_noise_alpha: Float = Field(0.0, ge=0, le=100, description="Noise on the embeddings in training; 0: none")
     early_stopping: EarlyStopping | None = Field(None, description="Needs a validation file")
     select: Literal["last", "best"] = Field("last", description="Which step becomes the model; best needs validation")
     evaluation: Evaluation = Evaluation()

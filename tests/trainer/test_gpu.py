@@ -11,7 +11,7 @@ from run_folders import Ear, chat, lay_out, plan, said
 from torch import nn
 
 from tunery.spec import Evaluation, Full, Lora, Qlora
-from worker.trainer import packing
+from worker.trainer import checkpoints, packing
 from worker.trainer.adamw import StochasticAdamW
 from worker.trainer.general import benchmark, choices
 from worker.trainer.kernels import adapters, projections, stochastic
@@ -162,3 +162,35 @@ def test_general_benchmark_is_measured_whole_on_a_gpu(tmp_path: Path, tiny: Path
     assert general.items > 500  # those of the 800 that fit the tiny model's context
     assert general.forgetting.prompts > 50
     assert abs(general.forgetting.base_nll) > 0
+
+
+@pytest.mark.parametrize("technique", [Lora(r=8), Qlora(r=8)], ids=["lora", "qlora"])
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"use_rslora": True, "lora_plus_ratio": 4.0}], ids=str)
+def test_options_of_adapters_train_in_bf16(tmp_path: Path, tiny: Path, technique: Any, changes: dict[str, Any]) -> None:
+    settled = plan(technique=technique.model_copy(update=changes), n_epochs=6, neftune_noise_alpha=5.0)
+    folder = lay_out(tmp_path / "run", tiny, settled, ROWS)
+    voice = Voice(None)
+
+    assert carry_out(folder, voice, Wish())
+
+    losses = [entry["train_loss"] for entry in voice.metrics if entry["type"] == "step"]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_paged_moments_are_paged_after_a_resume_and_the_same(tmp_path: Path, tiny: Path) -> None:
+    settled = plan(technique=Full(weights_dtype="float32"), optimizer="paged_adamw_8bit", learning_rate=1e-4)
+    t, again = (prepare(lay_out(tmp_path / name, tiny, settled, ROWS), Voice(None), Wish()) for name in ("a", "b"))
+    progress = Progress()
+    for _ in range(3):
+        _take_step(t, progress)
+    checkpoints.save_snapshot(t, progress)
+
+    checkpoints.restore(again, t.folder / "snapshots" / "step-3")
+
+    for name, parameter in t.parameters.items():
+        state, restored = t.optimizer.state[parameter], again.optimizer.state[again.parameters[name]]
+        for key in ("state1", "state2", "absmax1", "absmax2"):
+            assert (key in state) == (key in restored)
+            if key in state:
+                assert torch.equal(state[key].cpu(), restored[key].cpu()), (name, key)
+                assert getattr(state[key], "is_paged", False) == getattr(restored[key], "is_paged", False), (name, key)

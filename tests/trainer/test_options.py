@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from run_folders import Interrupting, chat, lay_out, plan
 from transformers import AutoModelForCausalLM
 
-from tunery.spec import Lora, Schedule, Technique
+from tunery.spec import Full, Lora, Schedule, Technique
+from worker.trainer import replays
+from worker.trainer.data import collate
 from worker.trainer.loop import train
 from worker.trainer.recipes.lora import LORA
 from worker.trainer.report import Voice
@@ -96,3 +99,61 @@ def compare_resumed(folder: Path, base: Path, **changes: Any) -> None:
 
     name = "adapter_model.safetensors"
     assert (broken / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_neftunes_noise_is_bounded_by_each_rows_own_length(tmp_path: Path, tiny: Path, packing: bool) -> None:
+    """Whatever the row's batch mates are; none in evaluation."""
+    t = start(tmp_path / "run", tiny, neftune_noise_alpha=5.0, batch_size=8, packing=packing)
+    embedding, seen = t.objective.causal.get_input_embeddings(), []
+    embedding.register_forward_hook(lambda module, args, out: seen.append((args[0], out, module.weight[args[0]])))
+    part = [list(range(8))] if packing else [[i] for i in range(8)]
+    batch = collate(t.rows.examples, part, t.device)
+    assert batch.lengths == (((*map(len, t.rows.rows),),) if packing else tuple((len(row),) for row in t.rows.rows))
+
+    with torch.no_grad():
+        t.objective.train().sums(batch, 1.0)
+        t.objective.eval().sums(batch, 1.0)
+
+    (_, noisy, plain), (_, quiet, same) = seen
+    assert torch.equal(quiet, same)
+    size = (noisy - plain).abs()
+    for number, lengths in enumerate(batch.lengths):
+        begin = 0
+        for length in lengths:
+            bound = 5.0 / (length * 32) ** 0.5
+            assert 0.9 * bound < size[number, begin : begin + length].max() <= bound
+            assert size[number, begin : begin + length].mean().item() == pytest.approx(bound / 2, rel=0.15)
+            begin += length
+    assert "noise" in str(replays.reason_against(t.objective, 100))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("technique", [Lora(r=64, alpha=8), Full()], ids=["lora", "full"])
+def test_eight_bit_optimizer_is_bitsandbytes_own(
+    tmp_path: Path, tiny: Path, optimizer: str, technique: Technique
+) -> None:
+    """Two steps from the same gradients; moments of 4,096 weights and more in 8 bits, an embedding's in 32."""
+    t = start(tmp_path / "run", tiny, technique=technique, optimizer=optimizer, weight_decay=0.1)
+    copies = {name: torch.nn.Parameter(p.detach().clone()) for name, p in t.parameters.items()}
+    plain = bitsandbytes.optim.AdamW8bit(list(copies.values()), lr=1e-2, weight_decay=0.1)
+    for step in (1, 2):
+        for name, parameter in t.parameters.items():
+            parameter.grad = torch.randn_like(parameter)
+            copies[name].grad = parameter.grad.clone()
+        t.stepper.update(step, 1e-2)
+        plain.step()
+
+    for name, parameter in t.parameters.items():
+        state = t.optimizer.state[parameter]
+        wide = "embed_tokens" in name or parameter.numel() < 4096
+        assert state["state1"].dtype == (torch.float32 if wide else torch.uint8), name
+        if "embed_tokens" not in name and parameter.dim() > 1:
+            assert torch.equal(parameter, copies[name]), name
+    assert any(t.optimizer.state[p]["state1"].dtype == torch.uint8 for p in t.parameters.values())
+    assert t.precision.moments == "int8"
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "adamw_8bit"}, {"neftune_noise_alpha": 10.0}], ids=["8bit", "noise"])
+def test_resumed_run_of_an_option_is_the_unbroken_one(tmp_path: Path, tiny: Path, changes: dict[str, Any]) -> None:
+    compare_resumed(tmp_path, tiny, technique=Lora(r=64, alpha=8), **changes)

@@ -71,6 +71,7 @@ def test_same_request_twice_makes_two_jobs_unless_a_key_says_otherwise(
         ({"evaluation": {"task_rows": 8}}, "evaluation.task_rows"),
         ({"validation_file": "file-1", "early_stopping": {"metric": "task"}}, "early_stopping.metric"),
         ({"learning_rate": 1e-4, "hyperparameters": {"learning_rate_multiplier": 2}}, "learning_rate"),
+        ({"technique": {"type": "full"}, "optimizer": "paged_adamw_8bit"}, "optimizer"),
         ({"technique": {"type": "full"}, "export": {"merged": True}}, "export.merged"),
         ({"technique": {"type": "full"}, "export": {"adapter_gguf": True}}, "export.adapter_gguf"),
     ],

@@ -211,6 +211,21 @@ def test_whole_estimates_of_an_8b_model() -> None:
     assert whole(Lora(use_dora=True)) - whole(Lora()) == pytest.approx(3.1, abs=0.3)
 
 
+def test_moments_are_counted_as_the_optimizer_keeps_them() -> None:
+    def moments(technique: Technique, optimizer: str, device: str = "cuda") -> int:
+        options = {"device": device, "optimizer": optimizer}
+        return memory.estimate(LLAMA_8B, technique, max_seq_length=512, **options).parts["optimizer"]
+
+    assert moments(Lora(), "adamw") == 8 * 41_943_040
+    assert moments(Lora(), "adamw_8bit") == moments(Lora(), "paged_adamw_8bit") == 2 * 41_943_040
+    assert moments(Full(), "adamw") == moments(Full(), "adamw_8bit") == 2 * 8_030_261_248
+    wide = Full(weights_dtype="float32")
+    assert moments(wide, "adamw_8bit") == 2 * 8_030_261_248 + 6 * 2 * 128_256 * 4096
+    with pytest.raises(DoesNotFit):
+        memory.check(LLAMA_8B, wide, max_seq_length=512, capacity=120 * 10**9)
+    memory.check(LLAMA_8B, wide, max_seq_length=512, capacity=120 * 10**9, optimizer="adamw_8bit")
+
+
 @settings(deadline=None)
 @given(
     st.sampled_from([Full(), Lora(), Qlora(), Lora(r=256)]),

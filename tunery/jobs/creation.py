@@ -69,6 +69,8 @@ def check_fields(request: JobRequest) -> tuple[MethodOptions, Hyperparameters]:
     check_one_rate(request.learning_rate, hyperparameters)
     _check_export(request)
     _check_gate(request)
+    if request.optimizer == "paged_adamw_8bit" and isinstance(request.technique, Full):
+        _check_paged(request.technique)
     asked = {"early_stopping": request.early_stopping is not None, "select": request.select == "best"}
     for param in (param for param, is_asked in asked.items() if is_asked and request.validation_file is None):
         raise InvalidValue(param=param, reason=f"'{param}' needs a validation loss. Send a validation_file too.")
@@ -109,6 +111,13 @@ def _check_task_rows(request: JobRequest) -> None:
     if stopping is not None and stopping.metric == "task" and not request.evaluation.task_rows:
         reason = "'early_stopping.metric' task needs the task's score. Send evaluation.task_rows too, such as 64."
         raise InvalidValue(param="early_stopping.metric", reason=reason)
+
+
+def _check_paged(technique: Full) -> None:
+    """Raises InvalidValue: the optimizer of bf16 weights, which has 8-bit moments of its own, has no pages."""
+    if technique.weights_dtype == "bfloat16":
+        reason = "A full fine-tune in bfloat16 cannot page its moments, which have 8 bits already. Use 'adamw'."
+        raise InvalidValue(param="optimizer", reason=reason)
 
 
 def _files(request: JobRequest) -> dict[str, str]:

@@ -116,15 +116,26 @@ def trainable_params(facts: Mapping[str, Any], technique: Technique) -> int:
 
 
 def estimate(
-    facts: Mapping[str, Any], technique: Technique, *, max_seq_length: int, device: str = "cuda", rows: int = 1
+    facts: Mapping[str, Any],
+    technique: Technique,
+    *,
+    max_seq_length: int,
+    device: str = "cuda",
+    rows: int = 1,
+    optimizer: str = "adamw",
 ) -> Estimate:
-    """The least that a run needs on one `device` ("cuda" or "cpu"). `rows`: of an example."""
-    shape, precision, tokens = Shape.of(facts), decide(technique, device), max_seq_length * rows
+    """The least that a run needs on one `device` ("cuda" or "cpu"). `rows`: of an example.
+
+    Paged moments count as others do: they come back to the GPU in every step.
+    """
+    shape, precision, tokens = Shape.of(facts), decide(technique, device, optimizer), max_seq_length * rows
     width, learns = BYTES[precision.dense], trainable_params(facts, technique)
     parts = {"base": _base_bytes(shape, precision)}
     if precision.fp8 and not precision.quantised and device == "cuda":
         parts["base"] += 2 * shape.linears  # in eight bits twice: by rows and by columns
     parts["optimizer"] = learns * precision.moment_bytes
+    if isinstance(technique, Full) and (precision.moments, precision.rounding) == ("int8", "nearest"):
+        parts["optimizer"] += 2 * (BYTES["float32"] - BYTES["int8"]) * shape.vocabulary  # embeddings keep 32 bits
     parts["gradients"] = learns * precision.trained_bytes
     if not isinstance(technique, Full):
         parts["adapter"] = learns * precision.trained_bytes
@@ -196,10 +207,11 @@ def check(
     capacity: int,
     device: str = "cuda",
     rows: int = 1,
+    optimizer: str = "adamw",
     model: str = "the model",
 ) -> Estimate:
     """The estimate, if `capacity` bytes are enough for it. Raises DoesNotFit, which says what to change."""
-    asked: dict[str, Any] = {"max_seq_length": max_seq_length, "device": device, "rows": rows}
+    asked: dict[str, Any] = {"max_seq_length": max_seq_length, "device": device, "rows": rows, "optimizer": optimizer}
     need = estimate(facts, technique, **asked)
     if need.bytes > capacity:
         raise DoesNotFit(
@@ -215,18 +227,18 @@ def check(
 
 
 def _instead(
-    facts: Mapping[str, Any], technique: Technique, capacity: int, *, max_seq_length: int, device: str, rows: int
+    facts: Mapping[str, Any], technique: Technique, capacity: int, *, max_seq_length: int, device: str, **asked: Any
 ) -> str:
     refused = {name for name, reason in (facts.get("techniques") or {}).items() if reason}
     for other, change in _lighter(technique, device):
         if other.type in refused:
             continue
-        need = estimate(facts, other, max_seq_length=max_seq_length, device=device, rows=rows).bytes
+        need = estimate(facts, other, max_seq_length=max_seq_length, device=device, **asked).bytes
         if need <= capacity:
             return f"Use {change}, which needs about {gib(need)}."
     shorter = max_seq_length // 2
     while shorter >= 256:
-        if fits(facts, technique, max_seq_length=shorter, capacity=capacity, device=device, rows=rows):
+        if fits(facts, technique, max_seq_length=shorter, capacity=capacity, device=device, **asked):
             return f"Lower max_seq_length to {shorter}."
         shorter //= 2
     return f"Use a smaller base model, or a worker with a larger {'GPU' if device == 'cuda' else 'memory'}."

@@ -1,6 +1,6 @@
 """The number types of a run, decided once from its technique and its kind of device. No torch: types are names."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tunery.spec import Full, Qlora, Technique
@@ -46,8 +46,13 @@ class Precision:
         return 2 * BYTES[self.moments]
 
 
-def decide(technique: Technique, device: str) -> Precision:
+def decide(technique: Technique, device: str, optimizer: str = "adamw") -> Precision:
     """The precision of a run. `device`: "cuda", or "cpu", where bf16 products are slow and memory is no worry."""
+    precision = _of_technique(technique, device)
+    return precision if optimizer == "adamw" else replace(precision, moments="int8")
+
+
+def _of_technique(technique: Technique, device: str) -> Precision:
     dense = dense_dtype(device)
     if isinstance(technique, Full):
         return _of_full(technique, dense)

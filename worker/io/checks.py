@@ -176,6 +176,7 @@ def _plan(case: Case, summaries: Mapping[FileRole, Summary]) -> Plan:
         "rows": case.spec.method.rows_an_example,
         "capacity": largest.memory_bytes,
         "device": "cpu" if largest.gpu_index is None else "cuda",
+        "optimizer": case.spec.optimizer,
     }
     fits = memory.bf16_fits(facts, **limits)
     plan = advice.resolve(case.spec, **known, bf16_fits=fits)
@@ -194,4 +195,5 @@ def _gpus(devices: Sequence[HostDevice]) -> list[HostDevice]:
 
 def _need(case: Case, plan: Plan, device: str) -> int:
     asked: dict[str, Any] = {"max_seq_length": case.max_length, "rows": plan.method.rows_an_example}
+    asked["optimizer"] = plan.optimizer
     return memory.estimate(case.base.facts, plan.technique, **asked, device=device).bytes

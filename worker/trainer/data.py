@@ -124,7 +124,8 @@ class Batch:
     knows to keep the rows apart; a model that can be told their `borders` reads these instead. `where` indexes the
     flattened positions that predict something, `targets` what. `labelled`: how many of these belong to each row, in the
     order of the examples and of their rows; what is left at the end is padding. `reference` [rows]: see `Example`.
-    `mask` [sequences, 1, longest, longest]: what each position sees, where that is not all before it.
+    `lengths`: those of each sequence's rows. `mask` [sequences, 1, longest, longest]: what each position sees, where
+    that is not all before it.
     """
 
     input_ids: Tensor
@@ -136,6 +137,7 @@ class Batch:
     borders: Borders | None = None
     mask: Tensor | None = None
     reference: Tensor | None = None
+    lengths: tuple[tuple[int, ...], ...] = ()
 
 
 def read_rows(
@@ -298,6 +300,7 @@ def collate(
         labelled=labelled,
         borders=marks,
         reference=_reference(examples, part, device),
+        lengths=tuple(tuple(map(len, sequence)) for sequence in sequences),
     )
 
 

@@ -15,6 +15,7 @@ from worker.trainer.data import Batch
 from worker.trainer.kernels import cross_entropy, decoder
 from worker.trainer.methods.method import Method
 from worker.trainer.methods.sft import SupervisedFineTuning
+from worker.trainer.neftune import Noise
 
 _HEAD_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier")
 """Config entries of models that do more to their logits than one product (Gemma 2, Granite, Cohere, Falcon H1)."""
@@ -34,6 +35,7 @@ class Objective(nn.Module):
         self.causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.chunked = _is_plain_product(self.causal)
         self.recomputes = False
+        self.noise: Noise | None = None
         self.knows_borders = decoder.borders_known(self.causal)
 
     def forward(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
@@ -63,6 +65,10 @@ class Objective(nn.Module):
     def autocast(self) -> AbstractContextManager[object]:
         """Makes the model's products in the type that its precision says."""
         return precision.autocast(self._precision, next(self.parameters()).device)
+
+    def add_noise(self, alpha: float) -> None:
+        """Lets every pass in training add NEFTune's noise; none where `alpha` is 0."""
+        self.noise = Noise(self.causal, alpha) if alpha else None
 
     def recompute(self) -> None:
         """Makes the backward pass compute activations again instead of keeping them."""
@@ -104,6 +110,8 @@ class Objective(nn.Module):
             return _labelled(self.causal(**self._inputs(batch)).logits, batch)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
+        if self.noise is not None:
+            self.noise.expect(batch)
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
         if batch.mask is not None:
             return inputs | {"attention_mask": batch.mask}

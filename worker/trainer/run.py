@@ -103,7 +103,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     valid = _validation_rows(folder, run, template)
     ranks.check(wish)
     recipe = RECIPES[run.plan.technique.type]
-    precision = decide(run.plan.technique, accelerator.device.type)
+    precision = decide(run.plan.technique, accelerator.device.type, run.plan.optimizer)
     base = recipe.load_base(folder / "base", precision, accelerator.device)
     lengths = rope.install(base)
     adapter = folder / "adapter"
@@ -116,6 +116,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     warnings = coverage.warnings(coverage.describe(model, run.plan.technique, quantised=precision.quantised))
     narrow = eight_bits.settle(objective, precision, rows.examples, ranks, warnings)
     packs = _packs(run, rows, objective, accelerator.device, warnings)
+    objective.add_noise(run.plan.neftune_noise_alpha)
     optimizer = recipe.make_optimizer(parameters, run.plan, precision)
     memory = preflight.settle(objective, optimizer, rows.rows, _work(run, rows, valid, packs))
     stepper = Stepper(

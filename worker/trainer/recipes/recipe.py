@@ -1,5 +1,6 @@
 """What differs between techniques: four functions. Everything else is the same loop."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tunery.planning.precision import Precision
 from tunery.spec import Full, Plan, Technique
 from worker.trainer.precision import dtype
+from worker.trainer.recipes.optimizers import AdamW8bit
 
 Parameters = dict[str, torch.nn.Parameter]
+_EMBEDDING = re.compile(r"embed|\bwte\b|trainable_tokens")
+"""In the names of weights that are looked up by token."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +44,28 @@ def load_dense(folder: Path, precision: Precision, device: torch.device) -> PreT
 
 
 def make_adamw(parameters: Parameters, plan: Plan, _precision: Precision) -> torch.optim.Optimizer:
-    """AdamW with fp32 moments, for fp32 weights."""
+    """AdamW for fp32 weights, with moments of 32 or 8 bits."""
+    if plan.optimizer != "adamw":
+        # On a CPU there is no other memory to leave for: the numbers are the same without pages.
+        on_gpu = all(parameter.is_cuda for parameter in parameters.values())
+        paged = plan.optimizer == "paged_adamw_8bit" and on_gpu
+        return AdamW8bit(groups(parameters, plan), plan.learning_rate, paged=paged)
     return torch.optim.AdamW(groups(parameters, plan), lr=plan.learning_rate, fused=True)
 
 
 def groups(parameters: Parameters, plan: Plan) -> list[dict[str, object]]:
     """Optimizer groups of named parameters: weight decay pulls on matrices, never on norms and biases.
 
-    `rate_factor` is what a group's learning rate is multiplied by: LoRA+'s ratio for the matrices B.
+    `rate_factor` is what a group's learning rate is multiplied by: LoRA+'s ratio for the matrices B. `wide_moments`:
+    embeddings, whose rare tokens have gradients far above the others', never have theirs in 8 bits.
     """
     ratio = 1.0 if isinstance(plan.technique, Full) else plan.technique.lora_plus_ratio
-    kinds: dict[tuple[float, float], list[tuple[str, torch.nn.Parameter]]] = {}
+    kinds: dict[tuple[float, float, bool], list[tuple[str, torch.nn.Parameter]]] = {}
     for name, parameter in parameters.items():
         decay = plan.weight_decay if parameter.dim() > 1 else 0.0
-        kinds.setdefault((decay, ratio if ".lora_B." in name else 1.0), []).append((name, parameter))
+        factor = ratio if ".lora_B." in name else 1.0
+        kinds.setdefault((decay, factor, bool(_EMBEDDING.search(name))), []).append((name, parameter))
     return [
-        {"params": members, "weight_decay": decay, "rate_factor": factor} for (decay, factor), members in kinds.items()
+        {"params": members, "weight_decay": decay, "rate_factor": factor, "wide_moments": wide}
+        for (decay, factor, wide), members in kinds.items()
     ]
