@@ -272,16 +272,19 @@ def test_another_projects_key_is_another_key(team: Team, file: str, base: str, m
 # --- training on --------------------------------------------------------------------------------------------------
 
 
+SHAPE = Lora(r=4, target_modules=["q_proj"], use_dora=True)
+
+
 @pytest.fixture
 def parent(team: Team, base: str, database: Database) -> str:
-    """A LoRA adapter that one of the team's jobs made, of rank 4."""
+    """A LoRA adapter that one of the team's jobs made, of SHAPE."""
     with database.sessions.begin() as session:
         owner = session.get_one(Project, team.id)
         job = rows.job(session, owner, base_model=base)
         rows.bring(session, job, State.SUCCEEDED)
         job.plan = {
             **(job.plan or {}),
-            "technique": Lora.model_validate({"r": 4, "target_modules": ["q_proj"]}).model_dump(mode="json"),
+            "technique": SHAPE.model_dump(mode="json"),
         }
         return str(job.tuned_model)
 
@@ -289,7 +292,7 @@ def parent(team: Team, base: str, database: Database) -> str:
 def test_training_on_keeps_the_adapters_shape(team: Team, file: str, parent: str, database: Database) -> None:
     job = _create(team, file, model=parent).json()
     assert job["model"] == parent
-    assert job["technique"] == Lora(r=4, target_modules=["q_proj"]).model_dump(mode="json")
+    assert job["technique"] == SHAPE.model_dump(mode="json")
     with database.sessions() as session:
         row = session.get_one(Job, job["id"])
         assert (row.base_model, row.parent_model) == (BASE, parent)
@@ -305,10 +308,12 @@ def test_training_on_keeps_the_alias(team: Team, file: str, parent: str, databas
 
 
 def test_training_on_in_another_shape(team: Team, file: str, parent: str, database: Database) -> None:
-    same = {"type": "lora", "r": 4, "target_modules": ["q_proj"], "dropout": 0.1}
+    same = {"type": "lora", "r": 4, "target_modules": ["q_proj"], "use_dora": True, "dropout": 0.1}
     assert _create(team, file, model=parent, technique=same).json()["technique"]["dropout"] == 0.1
     _refused(_create(team, file, model=parent, technique={**same, "r": 8}), 400, "technique.r", "has r 4")
     _refused(_create(team, file, model=parent, technique={"type": "full"}), 400, "technique.type", "Use 'lora'")
+    plain = _create(team, file, model=parent, technique={**same, "use_dora": False})
+    _refused(plain, 400, "technique.use_dora", "has use_dora True")
     with database.sessions.begin() as session:
         session.get_one(Model, parent).technique = "full"
     _refused(_create(team, file, model=parent), 400, "model", f"Start from its base, '{BASE}'")
@@ -407,4 +412,4 @@ def test_a_validation_file(team: Team, file: str, base: str) -> None:
     held_out = _upload(team, LINE.replace("q", "v").encode() * 3)
     job = _create(team, file, validation_file=held_out, early_stopping={"patience": 1}, select="best").json()
     assert (job["validation_file"], job["select"]) == (held_out, "best")
-    assert job["early_stopping"] == {"patience": 1, "min_delta": 0.0, "metric": "loss"}
+    assert job["early_stopping"] == {"patience": 1, "min_delta": 0.0}
