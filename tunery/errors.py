@@ -18,8 +18,9 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     ├── Unauthenticated          keys: no key, or a wrong one
     ├── Forbidden                keys: a right key that may not do this
     ├── NotFound                 no such object in this project
-    │   └── ModelNotFound        models
-    │       └── ModelWithheld    models: the gate of its job keeps it from use
+    │   ├── ModelNotFound        models
+    │   │   └── ModelWithheld    models: the gate of its job keeps it from use
+    │   └── NoScorecard          api/scorecard.py: a job was not measured, so there is nothing to draw
     ├── RouteNotFound            api/faults.py: no such route, or one this server refuses by design
     ├── MethodNotAllowed         api/faults.py: a route, but not with this method
     ├── TooSlow                  api/faults.py: a body that comes in too slowly

@@ -9,7 +9,7 @@ from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
 from fastapi.responses import StreamingResponse
 from sqlalchemy.orm import Session, sessionmaker
 
-from api import downloads
+from api import downloads, scorecard
 from api.dependencies import CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep
 from api.schemas import runs as wire
 from api.schemas.wire import ListOf, WholeList, errors
@@ -113,6 +113,19 @@ def list_metrics(
     rows, more = queries.list_metrics(session, job, after_step=after_step, limit=limit)
     data = [wire.Measured(**{**row.values, "step": row.step}) for row in rows]
     return ListOf(data=data, has_more=more)
+
+
+@router.get(
+    "/scorecard.svg",
+    summary="Draw a job's scorecard",
+    response_class=Response,
+    responses=errors(404)
+    | {200: {"content": {"image/svg+xml": {"example": "<svg>...</svg>"}}, "description": "The picture"}},
+)
+def draw_scorecard(job_id: str, session: SessionDep, caller: CallerDep) -> Response:
+    """Base and tuned model on every figure, and the change with its interval."""
+    picture = scorecard.draw(ledger.find(session, caller.project_id, job_id))
+    return Response(picture, media_type="image/svg+xml")
 
 
 @router.get("/artifacts", summary="List a job's artifacts", responses=errors(404))

@@ -1,0 +1,68 @@
+"""The scorecard as a picture."""
+
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import rows
+from databases import Database
+from teams import Team
+
+from tunery.jobs.model import Job
+from tunery.jobs.states import State
+from tunery.keys.model import Project
+
+OLD = {"rows": 40, "base_exact": 0.0, "tuned_exact": 0.75, "gain": 0.75, "gain_low": 0.6, "gain_high": 0.9}
+F1 = {"base": 0.5, "tuned": 0.5, "gain": 0.0, "low": -0.1, "high": 0.1}
+MOVED = {
+    "prompts": 20, "tokens": 900, "kl": 0.5, "kl_low": 0.4, "kl_high": 0.6, "base_nll": 1, "tuned_nll": 1.2,
+    "nll_change": 0.2, "nll_change_low": 0.1, "nll_change_high": 0.3,
+}  # fmt: skip
+GENERAL = {
+    "benchmark": "default", "items": 800, "base_accuracy": 0.5, "tuned_accuracy": 0.25, "change": -0.25,
+    "change_low": -0.3, "change_high": -0.2, "p": 0.01, "base_accuracy_norm": 0.5, "tuned_accuracy_norm": 0.5,
+    "forgetting": MOVED,
+}  # fmt: skip
+NEW = {**OLD, "primary": "field_f1", "metrics": {"<exact>": {**F1, "base": 0.25}, "field_f1": F1}, "general": GENERAL}
+
+
+@pytest.fixture
+def job(database: Database, team: Team, base: str) -> str:
+    with database.sessions.begin() as session:
+        return rows.job(session, session.get_one(Project, team.id), State.SUCCEEDED).id
+
+
+def _draw(database: Database, team: Team, job: str, **values: Any) -> Any:
+    with database.sessions.begin() as session:
+        for name, value in values.items():
+            setattr(session.get_one(Job, job), name, value)
+    answer = team.http.get(f"/v1/fine_tuning/jobs/{job}/scorecard.svg")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/svg+xml")
+    return ElementTree.fromstring(answer.content)
+
+
+def _texts(picture: Any) -> list[str]:
+    return [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_an_older_scorecard_is_drawn(database: Database, team: Team, job: str) -> None:
+    picture = _draw(database, team, job, scorecard=OLD)
+    circles = list(picture.iter("{http://www.w3.org/2000/svg}circle"))
+    assert [float(circle.get("cx")) for circle in circles] == [250, 250 + 0.75 * 320]
+    assert "+75.0 points (+60.0 to +90.0)" in _texts(picture)
+
+
+def test_every_figure_is_drawn_the_tasks_own_first(database: Database, team: Team, job: str) -> None:
+    gate = {"status": "failed", "withheld": True, "checks": []}
+    texts = _texts(_draw(database, team, job, scorecard=NEW, gate=gate))
+    names = [text for text in texts if text in ("field_f1", "<exact>", "general ability (800 questions)")]
+    assert names == ["field_f1", "<exact>", "general ability (800 questions)"]
+    assert "-25.0 points (-30.0 to -20.0)" in texts
+    assert any("KL to the base 0.500 nats a token (0.400 to 0.600)" in text for text in texts)
+    assert "Gate: failed, the model is withheld" in texts
+
+
+def test_a_job_without_a_scorecard_has_no_picture(team: Team, job: str) -> None:
+    answer = team.http.get(f"/v1/fine_tuning/jobs/{job}/scorecard.svg")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    assert "has no scorecard" in answer.json()["error"]["message"]
