@@ -180,6 +180,32 @@ def test_base_without_room_is_refused(
         merge.write(source(base, adapter(tmp_path / "adapter", base)), rows, tmp_path / "out")
 
 
+def test_full_device_leaves_the_merge_to_the_cpu(
+    tmp_path: Path, base: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 10**12))
+    on_gpu = replace(source(base, adapter(tmp_path / "adapter", base)), device=torch.device("cuda"))
+
+    assert merge.write(on_gpu, rows, tmp_path / "out")["merged_into"] == "original"
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:inner dimension:UserWarning")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run it on a host with a GPU")
+@pytest.mark.parametrize("technique", [Lora(r=4), Qlora(r=4)], ids=["lora", "qlora"])
+def test_job_on_a_gpu_leaves_a_merged_model(tmp_path: Path, base: Path, ear: Ear, technique: Any) -> None:
+    """The trained model makes room, and four bits say the same weights as in the run."""
+    asked = plan(technique=technique, export=Export(merged=True, gguf=["q8_0"], adapter_gguf=True), n_epochs=2)
+    lay_out(tmp_path / "run", base, asked, [chat(i) for i in range(24)], [chat(i) for i in range(100, 106)])
+
+    assert carry_out(tmp_path / "run", Voice(ear.descriptor), Wish())
+
+    assert [(each.path, each.message) for each in said(ear, "exported") if each.is_refused] == []
+    record = json.loads((tmp_path / "run" / "out" / "merged" / "merge.json").read_text())
+    assert record["merged_into"] == ("dequantised" if technique.type == "qlora" else "original")
+    assert all(each["proof"]["mean_kl"] < 1e-3 for each in record["candidates"])
+
+
 @pytest.mark.parametrize(
     ("kl", "different", "positions", "is_small"),
     [

@@ -9,7 +9,7 @@ predicts more like the trained model is kept, and the numbers of both.
 import json
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Candidate:
 
 def write(source: Source, rows: Iterable[Row], out: Path) -> dict[str, Any]:
     """Writes the merged model into `out`, which must not exist, and returns its record. Raises ExportRefused."""
-    _check_room(source)
+    source = _with_room(source)
     config = AutoConfig.from_pretrained(source.base).get_text_config()
     chosen = proof.choose(rows, config.vocab_size)
     with files.temporary_folder(out) as folder:
@@ -139,14 +139,19 @@ def _unpack(weight: Any) -> Tensor:
     return unpacked.cpu()
 
 
-def _check_room(source: Source) -> None:
-    """Raises NoRoom where the base in fp32 does not fit into the free memory."""
+def _with_room(source: Source) -> Source:
+    """The source on its device, or on the CPU where only that has room for the base in fp32. Raises NoRoom."""
     needed = 4 * files.parameters(source.base)
-    free = psutil.virtual_memory().available
-    if source.device.type == "cuda":
-        free = torch.cuda.mem_get_info(source.device)[0]
-    if needed > free:
-        raise NoRoom(needed=f"{needed / 1e9:.1f} GB", available=f"{free / 1e9:.1f} GB")
+    devices = dict.fromkeys((source.device, torch.device("cpu")))
+    free = {device: _free(device) for device in devices}
+    for device, available in free.items():
+        if needed <= available:
+            return replace(source, device=device)
+    raise NoRoom(needed=f"{needed / 1e9:.1f} GB", available=f"{max(free.values()) / 1e9:.1f} GB")
+
+
+def _free(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def _load(folder: Path, device: torch.device) -> Any:
