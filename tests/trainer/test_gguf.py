@@ -1,6 +1,7 @@
 """GGUF files answer in llama.cpp as models do in transformers; what llama.cpp would compute otherwise is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunery.spec import Export, Full, Lora
 from worker.trainer import gguf_files
-from worker.trainer.export import gguf_adapter, gguf_tokenizers, gguf_writer
+from worker.trainer.data import Row
+from worker.trainer.export import gguf_adapter, gguf_proof, gguf_tokenizers, gguf_writer
 from worker.trainer.export.errors import NoGguf
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out
@@ -143,6 +145,24 @@ def test_what_llama_cpp_computes_otherwise_is_refused(
 
     with pytest.raises(NoGguf, match=reason):
         gguf_writer.write(folder, out=tmp_path / "model.gguf", kind="f16", name="tiny")
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma 3"])
+def test_meter_reads_the_numbers_of_the_file(tmp_path: Path, family: str) -> None:
+    folder = with_a_merge(zoo.make(family, tmp_path / "model", **FAMILIES[family]))
+    ids = prompt_ids(folder)
+    meter = gguf_proof.Meter(folder, [Row(ids, [-100, *ids[1:]])])
+    found = {}
+    for kind in ("q4_0", "q8_0", "f16"):
+        gguf_writer.write(folder, out=tmp_path / f"{kind}.gguf", kind=kind, name="tiny")
+        found[kind] = meter.measure(tmp_path / f"{kind}.gguf").mean_kl
+
+    assert found["f16"] < 1e-4 < found["q8_0"] < found["q4_0"]
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= -1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    gguf_writer.write(folder, out=tmp_path / "other.gguf", kind="f16", name="tiny")
+    assert meter.measure(tmp_path / "other.gguf").mean_kl > 1e-3
 
 
 def test_window_of_all_layers_ends_the_context(tmp_path: Path) -> None:
@@ -293,6 +313,8 @@ def test_job_leaves_gguf_files(tmp_path: Path, ear: Ear, technique: Any) -> None
 
     out = tmp_path / "run" / "out"
     assert not [export.message for export in said(ear, "exported") if export.is_refused]
+    said_of_file = {export.path: export.message for export in said(ear, "exported")}["gguf/model-q8_0.gguf"]
+    assert re.search(r"MB, of the architecture llama; on \d+ labelled tokens the mean KL divergence from", said_of_file)
     adapter = ["adapter-f32.gguf"] if technique.type == "lora" else []
     found = sorted(path.name for path in (out / "gguf").iterdir())
     assert found == ["Modelfile", *adapter, "model-f16.gguf", "model-q8_0.gguf"]

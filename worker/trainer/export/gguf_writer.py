@@ -46,7 +46,7 @@ def write(folder: Path, *, out: Path, kind: GgufType, name: str) -> str:
 
 def _write_tensors(writer: GGUFWriter, folder: Path, family: Family, config: Any, kind: GgufType) -> None:
     """Writes header, fields and tensors. The file's head lists all tensors, so their sizes are settled before."""
-    sources, shapes = _names(folder, family, config), _shapes(folder)
+    sources, shapes = names(folder, family, config), _shapes(folder)
     made = dict(gguf_models.made_tensors(config))
     types = {target: _type(target, shapes[source], kind) for target, source in sources.items()}
     for target, tensor in made.items():
@@ -62,8 +62,8 @@ def _write_tensors(writer: GGUFWriter, folder: Path, family: Family, config: Any
         writer.write_tensor_data(encode(convert(tensor, target, family, config), target, types[target]))
 
 
-def _names(folder: Path, family: Family, config: Any) -> dict[str, str]:
-    """The name of each tensor by that in GGUF. Raises NoGguf for one that has no place there."""
+def names(folder: Path, family: Family, config: Any) -> dict[str, str]:
+    """Returns the name of each tensor by that in GGUF. Raises NoGguf for one that has no place there."""
     mapped = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
     found = {}
     for source in _shapes(folder):
@@ -97,9 +97,26 @@ def convert(tensor: Array, target: str, family: Family, config: Any) -> Array:
     """Returns a tensor as llama.cpp expects it under the name `target`."""
     if family.norm_offset and target.endswith("norm.weight"):
         return tensor + np.float32(family.norm_offset)
-    if family.permutes and (found := re.search(r"\.attn_([qk])\.(weight|bias)$", target)):
-        return permute(tensor, config.num_attention_heads if found[1] == "q" else config.num_key_value_heads)
+    if (heads := _permuted_heads(target, family, config)) is not None:
+        return permute(tensor, heads)
     return tensor
+
+
+def restore(tensor: Array, target: str, family: Family, config: Any) -> Array:
+    """Returns what `convert` was given."""
+    if family.norm_offset and target.endswith("norm.weight"):
+        return tensor - np.float32(family.norm_offset)
+    if (heads := _permuted_heads(target, family, config)) is not None:
+        return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+    return tensor
+
+
+def _permuted_heads(target: str, family: Family, config: Any) -> int | None:
+    """The heads of a tensor whose rows are permuted; None for others."""
+    found = re.search(r"\.attn_([qk])\.(weight|bias)$", target) if family.permutes else None
+    if found is None:
+        return None
+    return int(config.num_attention_heads if found[1] == "q" else config.num_key_value_heads)
 
 
 def permute(rows: Array, heads: int) -> Array:

@@ -76,11 +76,7 @@ def write(source: Source, rows: Iterable[Row], out: Path) -> dict[str, Any]:
 def summary(record: dict[str, Any]) -> str:
     """Returns the record's numbers as a sentence."""
     [best] = [each for each in record["candidates"] if each["base"] == record["merged_into"]]
-    return (
-        f"Merged into the {best['base']} base: on {best['proof']['positions']} labelled tokens the mean KL divergence "
-        f"from the adapter on it is {best['proof']['mean_kl']:.2g}, and the likeliest token is the same for "
-        f"{best['proof']['top1']:.2%}"
-    )
+    return f"Merged into the {best['base']} base: {Divergence(**best['proof']).describe('the adapter on it')}"
 
 
 def _describe(source: Source, best: Candidate, candidates: list[Candidate]) -> dict[str, Any]:

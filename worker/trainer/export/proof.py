@@ -42,6 +42,13 @@ class Divergence:
         different = round((1 - self.top1) * self.positions)
         return self.mean_kl <= MOST_KL and different <= max(1, (1 - LEAST_TOP1) * self.positions)
 
+    def describe(self, reference: str) -> str:
+        """Returns the numbers as a part of a sentence."""
+        return (
+            f"on {self.positions} labelled tokens the mean KL divergence from {reference} is {self.mean_kl:.2g}, and "
+            f"the likeliest token is the same for {self.top1:.2%}"
+        )
+
     @property
     def order(self) -> float:
         """A key that puts the smallest first and a NaN last."""

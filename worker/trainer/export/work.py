@@ -13,11 +13,11 @@ import torch
 
 from tunery.planning.precision import Precision
 from tunery.rows.template import ChatTemplate
-from tunery.spec import Export
+from tunery.spec import Export, GgufType
 from tunery.wire import Exported
 from worker.trainer.data import Row
 from worker.trainer.export import files, merge, readme
-from worker.trainer.export.errors import ExportRefused
+from worker.trainer.export.errors import ExportRefused, NoRows
 
 log = logging.getLogger(__name__)
 
@@ -84,10 +84,31 @@ def _merge(work: Work, out: Path) -> str:
 
 def _write_gguf(work: Work, model: Path) -> None:
     """Writes the GGUF files of the whole model in `model`."""
-    from worker.trainer.export import gguf_writer  # only here: other runs have no need of it
+    from worker.trainer.export import gguf_proof, gguf_writer  # only here: other runs have no need of it
+
+    meters: list[gguf_proof.Meter] = []
+
+    def make(kind: GgufType, out: Path) -> str:
+        size = gguf_writer.write(model, out=out, kind=kind, name=work.name)
+        if not gguf_proof.has_room(model) or not (rows := _rows_left(work)):
+            return size
+        if not meters:
+            meters.append(gguf_proof.Meter(model, rows))
+        divergence = meters[0].measure(out)
+        if kind == "f16":
+            divergence.check()
+        return f"{size}; {divergence.describe('the whole model')}"
 
     for kind in dict.fromkeys(work.asked.gguf):
-        _write_file(work, f"model-{kind}.gguf", partial(gguf_writer.write, model, kind=kind, name=work.name))
+        _write_file(work, f"model-{kind}.gguf", partial(make, kind))
+
+
+def _rows_left(work: Work) -> list[Row]:
+    """The rows that can prove an export; none where the job's files are deleted."""
+    try:
+        return work.rows()
+    except NoRows:
+        return []
 
 
 def _write_adapter(work: Work) -> None:
