@@ -1,7 +1,7 @@
 """What a job's run leaves behind: its log, its measurements, its files. None of it is in OpenAI's API."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
@@ -12,7 +12,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from api import downloads, scorecard
 from api.dependencies import CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep
 from api.schemas import runs as wire
-from api.schemas.wire import ListOf, WholeList, errors
+from api.schemas.wire import CursorList, ListOf, WholeList, errors
+from tunery.artifacts import answers
 from tunery.artifacts import model as artifacts
 from tunery.jobs import ledger, queries
 from tunery.jobs.model import Job
@@ -126,6 +127,36 @@ def draw_scorecard(job_id: str, session: SessionDep, caller: CallerDep) -> Respo
     """Base and tuned model on every figure, and the change with its interval."""
     picture = scorecard.draw(ledger.find(session, caller.project_id, job_id))
     return Response(picture, media_type="image/svg+xml")
+
+
+@router.get("/scorecard/rows", summary="List a scorecard's rows", responses=errors(404))
+def list_scorecard_rows(
+    job_id: str,
+    session: SessionDep,
+    caller: CallerDep,
+    storage: StorageDep,
+    flipped: Annotated[bool | None, Query(description="Only rows that one of the two models gets right")] = None,
+    right: Annotated[bool | None, Query(description="Only rows that the tuned model gets right, or wrong")] = None,
+    after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Objects a page")] = 20,
+) -> CursorList[wire.ScorecardRow]:
+    """Every test row with both models' answers, in the order of the file. Empty without a scorecard."""
+    job = ledger.find(session, caller.project_id, job_id)
+    # Of a model that is withheld too: these rows show why.
+    files = artifacts.list_for(session, job.tuned_model) if job.tuned_model else ()
+    file = next((file for file in files if file.path == answers.FILE), None)
+    if file is None:
+        return CursorList.of([], has_more=False)
+    rows, more = answers.read_page(storage, file, shown=_shows(flipped, right), after=after, limit=limit)
+    return CursorList.of([wire.ScorecardRow.of(row) for row in rows], has_more=more)
+
+
+def _shows(flipped: bool | None, right: bool | None) -> Callable[[answers.AnsweredRow], bool]:
+    def shows(row: answers.AnsweredRow) -> bool:
+        was_right, is_right = row.answered["base_right"], row.answered["tuned_right"]
+        return flipped in (None, was_right != is_right) and right in (None, is_right)
+
+    return shows
 
 
 @router.get("/artifacts", summary="List a job's artifacts", responses=errors(404))

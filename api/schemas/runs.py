@@ -2,9 +2,10 @@
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from api.schemas.wire import Wire, seconds
+from tunery.artifacts.answers import AnsweredRow
 from tunery.jobs import model
 
 
@@ -92,6 +93,44 @@ class Measured(Wire):
     )
 
     step: int
+
+
+class ScorecardRow(Wire):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "fine_tuning.job.scorecard.row",
+                    "id": "answer_12_4821",
+                    "number": 12,
+                    "messages": [{"role": "user", "content": "My card has not come."}],
+                    "wanted": "card_arrival",
+                    "base": "I am sorry to hear that.",
+                    "tuned": "card_arrival",
+                    "base_right": False,
+                    "tuned_right": True,
+                    "flipped": True,
+                }
+            ]
+        }
+    )
+
+    object: Literal["fine_tuning.job.scorecard.row"] = "fine_tuning.job.scorecard.row"
+    id: str
+    number: int = Field(description="Its place among the scored rows, from 1")
+    messages: list[dict[str, Any]]
+    wanted: str
+    base: str = Field(description="The base's answer")
+    tuned: str
+    base_right: bool
+    tuned_right: bool
+    flipped: bool = Field(description="One of the two answers is right")
+
+    @classmethod
+    def of(cls, row: AnsweredRow) -> "ScorecardRow":
+        answered = row.answered
+        flipped = answered["base_right"] != answered["tuned_right"]
+        return cls(id=row.id, number=row.number, flipped=flipped, **answered)
 
 
 class Artifact(Wire):

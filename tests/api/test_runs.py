@@ -1,8 +1,11 @@
 """Logs, measurements and artifacts of a job."""
 
 import hashlib
+import itertools
+import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -26,6 +29,7 @@ from tunery.jobs.model import Metric
 from tunery.jobs.states import State
 from tunery.keys.model import Project
 from tunery.models.model import Model
+from tunery.storage import Directory
 
 
 def _job(database: Database, team: Team, state: State) -> str:
@@ -140,6 +144,106 @@ def test_artifacts(team: Team, finished: str) -> None:
         answer = team.http.get(f"{route}/{row['path']}")
         assert hashlib.sha256(answer.content).hexdigest() == row["sha256"] == answer.headers["etag"].strip('"')
         assert answer.headers["content-length"] == str(row["bytes"])
+
+
+class _Reading(Directory):
+    """A storage that notes where reads begin and how much of them is taken."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.starts: list[int] = []
+        self.bytes = 0
+
+    def read(self, key: str, start: int = 0) -> Iterator[bytes]:
+        self.starts.append(start)
+        for position in itertools.count(start, 100):  # chunks that end anywhere in a line
+            data = b"".join(super().read(key, position))[:100]
+            if not data:
+                return
+            self.bytes += len(data)
+            yield data
+
+
+@pytest.fixture
+def scored(app: FastAPI, team: Team, database: Database, base: str, tmp_path: Path) -> str:
+    """A job with 30 scored rows: of each three, one stays wrong, one is gained and one lost."""
+    job = _job(database, team, State.SUCCEEDED)
+    lines = [
+        json.dumps(
+            {
+                "messages": [{"role": "user", "content": f"question {i}"}],
+                "wanted": "ja\u2028\r",
+                "base": "x",
+                "tuned": "y" * i,
+                "base_right": i % 3 == 2,
+                "tuned_right": i % 3 == 1,
+            },
+            ensure_ascii=False,
+        )
+        for i in range(30)
+    ]
+    content = "".join(line + "\n" for line in lines).encode()
+    app.state.storage = _Reading(tmp_path / "reading")
+    with database.sessions.begin() as session:
+        model = session.query(Model).filter_by(job_id=job).one()
+        app.state.storage.put(f"{model.prefix}/answers.jsonl", content)
+        listed = ManifestFile(path="answers.jsonl", bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        artifacts.record(session, model, Manifest(files=(listed,)))
+    return job
+
+
+@pytest.mark.parametrize(
+    ("query", "kept"),
+    [
+        ("", lambda i: True),
+        ("flipped=true", lambda i: i % 3 != 0),
+        ("flipped=false", lambda i: i % 3 == 0),
+        ("right=true", lambda i: i % 3 == 1),
+        ("flipped=true&right=false", lambda i: i % 3 == 2),
+    ],
+)
+def test_rows_of_a_scorecard_are_paged_in_order(
+    team: Team, scored: str, query: str, kept: Callable[[int], bool]
+) -> None:
+    route, found, after = f"/v1/fine_tuning/jobs/{scored}/scorecard/rows?limit=4&{query}", [], ""
+    while True:
+        page = team.http.get(route + after).json()
+        found += page["data"]
+        assert page["last_id"] == page["data"][-1]["id"]
+        if not page["has_more"]:
+            break
+        assert len(page["data"]) == 4
+        after = f"&after={page['last_id']}"
+
+    numbers = [i for i in range(30) if kept(i)]
+    assert [row["number"] for row in found] == [i + 1 for i in numbers]
+    assert [row["messages"][0]["content"] for row in found] == [f"question {i}" for i in numbers]
+    assert [row["tuned"] for row in found] == ["y" * i for i in numbers]
+    assert [row["flipped"] for row in found] == [i % 3 != 0 for i in numbers]
+    assert {row["wanted"] for row in found} == {"ja\u2028\r"}
+
+
+def test_a_page_reads_no_more_than_its_rows(app: FastAPI, team: Team, scored: str) -> None:
+    route = f"/v1/fine_tuning/jobs/{scored}/scorecard/rows"
+    last = team.http.get(f"{route}?limit=20").json()["last_id"]
+    start = int(last.rpartition("_")[2])
+    storage = app.state.storage
+    storage.starts, storage.bytes = [], 0
+
+    assert [row["number"] for row in team.http.get(f"{route}?limit=2&after={last}").json()["data"]] == [21, 22]
+
+    assert storage.starts == [start]
+    assert storage.bytes < 5 * 250
+
+
+def test_rows_after_none_and_of_none(team: Team, scored: str, database: Database) -> None:
+    route = f"/v1/fine_tuning/jobs/{scored}/scorecard/rows"
+    for forged in ("answer_1_7", "answer_2_999999", "answer_0_0", "answer_1_-1", "ftjob-1", "answer_1_13"):
+        answer = team.http.get(f"{route}?after={forged}")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (404, "after"), forged
+    running = _job(database, team, State.RUNNING)
+    page = team.http.get(f"/v1/fine_tuning/jobs/{running}/scorecard/rows").json()
+    assert page == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
 
 
 def test_artifacts_that_are_not_there(team: Team, finished: str, database: Database) -> None:

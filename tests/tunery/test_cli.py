@@ -1,5 +1,6 @@
 """The command line against a real API: what it sends, what it prints, and what it says when something is wrong."""
 
+import hashlib
 import io
 import json
 import os
@@ -16,6 +17,8 @@ from databases import Database
 from sqlalchemy import select
 from teams import BASE, LINE, TRAIN
 
+from tunery.artifacts import model as artifacts
+from tunery.artifacts.manifest import Manifest, ManifestFile
 from tunery.cli import standing
 from tunery.jobs import leases, ledger
 from tunery.jobs.model import Checkpoint, HostDevice, Job, Metric
@@ -425,6 +428,31 @@ def test_show_has_the_metrics_of_the_scorecard(tunery: Run, api: str, database: 
         "field_f1 0.0% -> 50.0%, gain +50.0 points (+10.0 to +50.0)",
         "exact 0.0% -> 25.0%, gain +25.0 points (+10.0 to +50.0)",
     ]
+
+
+def test_rows_of_a_scorecard(tunery: Run, api: str, database: Database) -> None:
+    job = _job(database, State.SUCCEEDED)
+    assert "No such row." in tunery("jobs", "scorecard", job, "--rows")[2]
+    asked = [{"role": "user", "content": "Where is it?"}]
+    lines = [
+        {"messages": asked, "wanted": "card", "base": "", "tuned": tuned, "base_right": False, "tuned_right": right}
+        for tuned, right in (("card", True), ("pin", False))
+    ]
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    with database.sessions.begin() as session:
+        model = session.get_one(Model, str(session.get_one(Job, job).tuned_model))
+        open_storage(database.settings).put(f"{model.prefix}/answers.jsonl", content)
+        listed = ManifestFile(path="answers.jsonl", bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        artifacts.record(session, model, Manifest(files=(listed,)))
+
+    shown = [line.split() for line in tunery("jobs", "scorecard", job, "--rows")[1].splitlines()]
+
+    assert shown[:2] == [["1", "Where", "is", "it?"], ["wanted", "card"]]
+    assert shown[2:4] == [["✗", "base", "(nothing)"], ["✓", "tuned", "card"]]
+    assert shown[4][0] == "2"
+    for flags, numbers in ((["--right"], [1]), (["--wrong"], [2]), (["--flipped"], [1]), (["--no-flipped"], [2])):
+        found = json.loads(tunery("jobs", "scorecard", job, "--rows", *flags, "--json")[1])
+        assert [row["number"] for row in found] == numbers
 
 
 def test_logs(tunery: Run, api: str, database: Database) -> None:

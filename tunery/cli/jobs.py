@@ -144,14 +144,27 @@ def checkpoints(context: typer.Context, job: str, json: AsJson = False) -> None:
 
 
 @app.command()
-def scorecard(context: typer.Context, job: str) -> None:
-    """Base against tuned model on the test rows, as JSON."""
-    found = connect(context).call("GET", f"{ROOT}/{job}")
-    if found["scorecard"] is None:
+def scorecard(
+    context: typer.Context,
+    job: str,
+    rows: Annotated[bool, typer.Option("--rows", help="Each test row with both models' answers.")] = False,
+    flipped: Annotated[bool | None, typer.Option(help="Only rows that one of the two gets right.")] = None,
+    right: Annotated[bool | None, typer.Option("--right/--wrong", help="Only what the tuned model gets so.")] = None,
+    limit: Annotated[int, typer.Option(help="At most so many rows.")] = 100,
+    json: AsJson = False,
+) -> None:
+    """Base against tuned model on the test rows: the figures as JSON, or the rows."""
+    if rows:
+        asked = {name: value for name, value in (("flipped", flipped), ("right", right)) if value is not None}
+        found = connect(context).pages(f"{ROOT}/{job}/scorecard/rows", limit=limit, **asked)
+        return show.as_json(found) if json else summary.print_answers(found)
+    shown = connect(context).call("GET", f"{ROOT}/{job}")
+    if shown["scorecard"] is None:
         unscored = "it names no test file (`jobs create --test FILE`)"
-        reason = unscored if found["evaluation"]["test_file"] is None else f"it is {found['status']}"
+        reason = unscored if shown["evaluation"]["test_file"] is None else f"it is {shown['status']}"
         raise Refused(message=f"{job} has no scorecard: {reason}.")
-    show.as_json(found["scorecard"])
+    show.as_json(shown["scorecard"])
+    return None
 
 
 @app.command()

@@ -104,6 +104,20 @@ def _measure(found: dict[str, Any]) -> str:
     return f"{found['base']:.1%} -> {found['tuned']:.1%}, gain {gain} points ({low} to {high})"
 
 
+def print_answers(rows: list[dict[str, Any]]) -> None:
+    """Each row of a scorecard: what was asked and wanted, and both answers with a tick or a cross."""
+    for row in rows:
+        marks = {name: "✓" if row[f"{name}_right"] else "✗" for name in ("base", "tuned")}
+        asked = str(row["messages"][-1].get("content") or "") if row["messages"] else ""
+        show.console.print(Text(f"{row['number']}  {asked}"), soft_wrap=True)
+        show.facts(
+            [("   wanted", row["wanted"])]
+            + [(f" {mark} {name}", row[name] or "(nothing)") for name, mark in marks.items()]
+        )
+    if not rows:
+        show.note("No such row.")
+
+
 def compact(value: dict[str, Any] | None, skip: tuple[str, ...] = ()) -> str:
     """`name=value` of each that is known, on one line."""
     return "  ".join(f"{name}={short(v)}" for name, v in (value or {}).items() if name not in skip and v is not None)
