@@ -40,6 +40,9 @@ class Settings(BaseSettings):
 
     server_url: str = Field("http://127.0.0.1:8001", description="The model server, as the API reaches it")
     server_backend: str = Field("embedded", description="What computes in the model server: `embedded` or a plug-in's")
+    server_qlora_base: Literal["as_scored", "unquantised"] = Field(
+        "as_scored", description="What a QLoRA adapter answers on: the 4-bit base of its scorecard, or the base itself"
+    )
     serve_gpu: int | None = Field(None, description="GPU of the model server; never claimed for training. Absent: CPU")
 
     webhook_allow: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(

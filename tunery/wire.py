@@ -152,6 +152,7 @@ class Score(Message):
     gain_low: float = Field(description="Lower end of the gain's paired 95 % interval")
     gain_high: float
     samples: list[dict[str, Any]] = Field(default=[], description="A few rows: prompt, wanted, base, tuned")
+    scored_in: str | None = Field(None, description="What the base's linear layers were in: `nf4`, `bfloat16`, ...")
     task: str | None = Field(
         None, description="What the rows want: `calls`, `json`, `labels`, `text`, `other` or `preferences`"
     )

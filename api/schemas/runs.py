@@ -96,7 +96,11 @@ class Measured(Wire):
 
 
 class ScorecardRow(Wire):
+    """A test row as both models answered it. A row of a pair has more: its other answer, and how likely each is."""
+
     model_config = ConfigDict(
+        extra="allow",
+        frozen=True,
         json_schema_extra={
             "examples": [
                 {
@@ -112,7 +116,7 @@ class ScorecardRow(Wire):
                     "flipped": True,
                 }
             ]
-        }
+        },
     )
 
     object: Literal["fine_tuning.job.scorecard.row"] = "fine_tuning.job.scorecard.row"

@@ -212,7 +212,12 @@ def write_artifact(t: Training, progress: Progress, folder: Path) -> None:
     measured = {"precision": asdict(t.precision), "memory": asdict(t.stepper.memory), "paths": paths.describe(t)}
     measured["coverage"] = coverage.of(t)
     described = report.describe(
-        t.run, t.template.sha256, **measured, progress=asdict(progress), warnings=list(t.warnings)
+        t.run,
+        t.template.sha256,
+        **measured,
+        scored_in=t.precision.base,
+        progress=asdict(progress),
+        warnings=list(t.warnings),
     )
     (folder / "training_config.json").write_text(json.dumps(described, indent=2) + "\n")
     report.write_lines(folder / "metrics.jsonl", t.voice.metrics)

@@ -281,7 +281,7 @@ def _score(
         card, rows = preferences.score(asked, base, tuned)
     else:
         card, rows = scorecard.score(asked, base, tuned)
-    card = card.model_copy(update={"general": compare_general()})
+    card = card.model_copy(update={"general": compare_general(), "scored_in": t.precision.base})
     t.voice.say(card)
     return card, rows
 

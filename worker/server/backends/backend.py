@@ -51,7 +51,7 @@ def _embedded(settings: Settings, storage: Storage, device: str) -> Backend:
     from worker.server.backends.embedded import Engine  # imports torch
 
     disable_progress_bar()
-    return Engine(settings.models_dir, storage, device)
+    return Engine(settings.models_dir, storage, device, qlora_base=settings.server_qlora_base)
 
 
 BACKENDS: dict[str, Make] = {"embedded": _embedded}

@@ -1,34 +1,40 @@
 """The model in memory: which weights and adapter it is, and how it becomes another.
 
 One base at a time, kept while its tunes come and go: a LoRA is laid on it in about a second, a base takes as long as
-its weights take to read. A full fine-tune is a base of its own. A LoRA that was trained on a base in 4 bits (QLoRA) is
-laid on the unquantised base, as is usual; its logits then differ a little from those of the training.
+its weights take to read. A full fine-tune is a base of its own. A LoRA that was trained and scored on a base in 4 bits
+(QLoRA) is laid on the base in the same 4 bits, unless the operator wants the unquantised one.
 """
 
 import gc
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tunery.planning.precision import dense_dtype
+from tunery.failures import CannotQuantise
+from tunery.planning.precision import Precision, decide, dense_dtype
 from tunery.rows.errors import PromptTooLong
 from tunery.rows.template import ChatTemplate
 from tunery.serving import Chosen, Files
+from tunery.spec import Qlora
 from tunery.storage import Storage
 from worker.server.generation import Generation, Sampling
 from worker.server.schemas import ChatRequest
 from worker.supervisor.staging import base_folder
 from worker.trainer import rope
+from worker.trainer.recipes.qlora import load_quantised
 
 log = logging.getLogger(__name__)
 
 UNKNOWN_CONTEXT = 4096
 """The most tokens of an answer, unless the request says, where the model's config names no context length."""
+
+QloraBase = Literal["as_scored", "unquantised"]
 
 _LONG = 16
 """Characters a token of the context, of which a prompt has far fewer unless most of it is blank."""
@@ -47,13 +53,16 @@ class Ready:
 class Engine:
     """Not safe to share between threads: `Desk` calls it from one."""
 
-    def __init__(self, models_dir: Path, storage: Storage, device: str = "cpu") -> None:
+    def __init__(
+        self, models_dir: Path, storage: Storage, device: str = "cpu", *, qlora_base: QloraBase = "as_scored"
+    ) -> None:
         self._models_dir = models_dir
         self._storage = storage
         self._device = device
         self._dtype: torch.dtype = getattr(torch, dense_dtype(torch.device(device).type))  # that of the training
         self._base: Any = None
-        self._base_of: str | None = None  # sha256 of its manifest
+        self._qlora_base = qlora_base
+        self._base_of: tuple[str, Precision | None] | None = None  # sha256 of its manifest, and its four bits
         self._adapted: Any = None  # the same base with an adapter laid on it
         self._ready: Ready | None = None
         self._chosen: Chosen | None = None
@@ -101,8 +110,8 @@ class Engine:
 
     def _assemble(self, chosen: Chosen) -> Ready:
         weights = self._folder(chosen.weights)
-        self._settle_base(chosen.weights, weights)
         adapter = None if chosen.adapter is None else self._folder(chosen.adapter)
+        self._settle_base(chosen.weights, weights, self._four_bits(chosen, adapter))
         if adapter is not None:
             self._lay_on(adapter)
         template = ChatTemplate.load(adapter or weights)
@@ -116,27 +125,53 @@ class Engine:
     def _folder(self, files: Files) -> Path:
         return base_folder(self._models_dir, self._storage, files.prefix, files.manifest_sha256)
 
-    def _settle_base(self, files: Files, folder: Path) -> None:
+    def _four_bits(self, chosen: Chosen, adapter: Path | None) -> Precision | None:
+        """The four bits that the adapter's base was in when it was scored; None for a base in its own type."""
+        if adapter is None or chosen.tuned is None or chosen.tuned.technique != "qlora":
+            return None
+        is_quantised = self._qlora_base == "as_scored"
+        return read_four_bits(adapter, torch.device(self._device).type) if is_quantised else None
+
+    def _settle_base(self, files: Files, folder: Path, four_bits: Precision | None) -> None:
         """The wanted weights in memory, without an adapter."""
         if self._adapted is not None:
             self._base, self._adapted = self._adapted.unload(), None
-        if self._base_of == files.manifest_sha256:
+        if self._base_of == (files.manifest_sha256, four_bits):
             return
         self._base, self._base_of = None, None
         gc.collect()  # the memory may not hold two bases at once
         torch.cuda.empty_cache()
         log.info("loading %s", files.id)
+        self._base = self._read_base(folder, four_bits).eval()
+        self._base_of = files.manifest_sha256, four_bits
+        rope.install(self._base)
+
+    def _read_base(self, folder: Path, four_bits: Precision | None) -> Any:
+        if four_bits is not None:
+            try:
+                return load_quantised(folder, four_bits, torch.device(self._device))
+            except CannotQuantise as error:  # what an earlier release did not refuse to train
+                log.warning("%s is served as it is: %s", folder.name, error)
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=self._dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
         )
-        self._base, self._base_of = model.to(self._device).eval(), files.manifest_sha256
-        rope.install(self._base)
+        return model.to(self._device)
 
     def _lay_on(self, adapter: Path) -> None:
         """The adapter on the base, in fp32 on any base, as it was trained."""
         base_of, self._base_of = self._base_of, None  # an adapter that breaks half-way has spoilt the base
         self._adapted = PeftModel.from_pretrained(self._base, adapter, torch_device=self._device).eval()
         self._base_of = base_of
+
+
+def read_four_bits(adapter: Path, device: str) -> Precision | None:
+    """The precision of a QLoRA adapter's run, on this kind of device; None where its record is missing."""
+    record = adapter / "training_config.json"
+    if not record.exists():
+        return None
+    technique = json.loads(record.read_text())["plan"]["technique"]
+    known = {name: value for name, value in technique.items() if name in Qlora.model_fields}
+    return decide(Qlora.model_validate(known), device)
 
 
 def _refuse_much_too_long(request: ChatRequest, ready: Ready) -> None:
