@@ -59,6 +59,7 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "read_log": [("/v1/fine_tuning/jobs/{job}/logs", {}), ("/v1/fine_tuning/jobs/{job}/logs?follow=true", {})],
     "list_metrics": [("/v1/fine_tuning/jobs/{job}/metrics", {})],
     "draw_scorecard": [("/v1/fine_tuning/jobs/{job}/scorecard.svg", {})],
+    "list_scorecard_rows": [("/v1/fine_tuning/jobs/{job}/scorecard/rows", {})],
     "list_artifacts": [("/v1/fine_tuning/jobs/{job}/artifacts", {})],
     "download_artifact": [("/v1/fine_tuning/jobs/{job}/artifacts/adapter.safetensors", {})],
     "list_models": [],

@@ -25,7 +25,7 @@ from tunery import processes
 from tunery.artifacts import model as artifacts
 from tunery.artifacts.manifest import Manifest, ManifestFile
 from tunery.jobs import ledger
-from tunery.jobs.model import Metric
+from tunery.jobs.model import Job, Metric
 from tunery.jobs.states import State
 from tunery.keys.model import Project
 from tunery.models.model import Model
@@ -234,6 +234,14 @@ def test_a_page_reads_no_more_than_its_rows(app: FastAPI, team: Team, scored: st
 
     assert storage.starts == [start]
     assert storage.bytes < 5 * 250
+
+
+def test_rows_of_a_withheld_model_show_why(team: Team, scored: str, database: Database) -> None:
+    with database.sessions.begin() as session:
+        session.get_one(Job, scored).gate = {"status": "failed", "withheld": True, "checks": []}
+
+    assert team.http.get(f"/v1/fine_tuning/jobs/{scored}/artifacts").status_code == 404
+    assert len(team.http.get(f"/v1/fine_tuning/jobs/{scored}/scorecard/rows").json()["data"]) == 20
 
 
 def test_rows_after_none_and_of_none(team: Team, scored: str, database: Database) -> None:
