@@ -230,6 +230,15 @@ def test_both_techniques_are_measured_against_the_same_base(tmp_path: Path, tiny
         assert found.tuned_nll == pytest.approx(found.base_nll + found.nll_change)
 
 
+def test_lengths_decide_where_likelihoods_are_taken_by_character() -> None:
+    """The longer choice has the lower sum and the higher mean."""
+    item = Item("", ("no", "certainly not"), 1)
+    scores = [[-4.0, -13.0]]
+    assert measure._right([item], scores) == [False]
+    assert measure._by_character([item], scores) == [[-2.0, -1.0]]
+    assert measure._right([item], measure._by_character([item], scores)) == [True]
+
+
 def test_it_can_be_turned_off(tmp_path: Path, tiny: Path, ear: Ear) -> None:
     off = Evaluation(test_file="file-test", max_new_tokens=4, general=General(enabled=False))
     assert run(tmp_path / "run", tiny, ear, evaluation=off) is None

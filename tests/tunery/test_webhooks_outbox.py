@@ -1,5 +1,6 @@
 """From a job's end to a receiver: at least once, signed, never twice at a time, whatever breaks in between."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from sqlalchemy.orm import Session
 from standardwebhooks.webhooks import Webhook
 
 from tunery import db
+from tunery.jobs import ledger
 from tunery.jobs.model import Job, JobEvent
 from tunery.jobs.states import State
 from tunery.keys.model import Project
@@ -108,6 +110,26 @@ def test_a_jobs_end_arrives_and_verifies(
     assert (delivery.state, delivery.tries, delivery.id) == ("delivered", 1, received.headers["webhook-id"])
     assert _tries(session) == [(1, 200, None)]
     assert outbox.deliver_due(allowing) == 0
+
+
+def test_a_gates_verdict_arrives_and_a_later_publish_changes_no_try(
+    session: Session, project: Project, endpoint: WebhookEndpoint, receiver: Receiver, allowing: Settings
+) -> None:
+    job = rows.job(session, project, state=State.RUNNING)
+    job.gate = {"status": "failed", "withheld": True, "checks": []}
+    ended = rows.final_values(session, job, State.SUCCEEDED)
+    ledger.move(session, job, State.SUCCEEDED, message="ended", **ended)
+    session.commit()
+    receiver.behaviours["/hook"] = answer(500)
+    outbox.deliver_due(allowing)
+    job.gate = {**job.gate, "published": {"reason": "r", "key": "k", "at": 1}}
+    _hurry(session)
+    outbox.deliver_due(allowing)
+
+    first, second = receiver.received
+    assert json.loads(first.body)["data"] == {"id": job.id, "gate": {"status": "failed", "withheld": True}}
+    assert first.body == second.body
+    _unwrap(first, endpoint.secret)
 
 
 def test_each_endpoint_hears_what_it_asked_for(
