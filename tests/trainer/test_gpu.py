@@ -1,5 +1,6 @@
 """What only a CUDA device can show: `pytest -m gpu tests/trainer/test_gpu.py`."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from run_folders import Ear, chat, lay_out, plan, said
 from torch import nn
 
-from tunery.spec import Evaluation, Full, Lora, Qlora
+from tunery.spec import Dpo, Evaluation, Full, Lora, Qlora
 from worker.trainer import checkpoints, packing
 from worker.trainer.adamw import StochasticAdamW
 from worker.trainer.general import benchmark, choices
@@ -150,6 +151,26 @@ def test_branches_and_rows_score_alike(tmp_path: Path, tiny: Path, technique: An
             for way in (choices.by_branches, choices.by_rows)
         )
     assert float((one - other).norm() / other.norm()) < 0.02
+
+
+@EACH_TECHNIQUE
+def test_preferences_are_learned_on_a_gpu(tmp_path: Path, tiny: Path, ear: Ear, technique: Any) -> None:
+    """The reference is measured by the pass that a step makes, so the first loss is log 2 but for bf16's rounding."""
+    pairs = [
+        {"prompt": row["messages"][:1], "chosen": row["messages"][1:], "rejected": f"no {number}"}
+        for number, row in enumerate(ROWS)
+    ]
+    rate = 1e-3 if isinstance(technique, Full) else 1e-2
+    asked = plan(method=Dpo(), technique=technique, n_epochs=6, learning_rate=rate)
+    folder = lay_out(tmp_path / "run", tiny, asked, pairs, pairs[:5])
+
+    assert carry_out(folder, Voice(ear.descriptor), Wish())
+
+    first, *_, last = said(ear, "step")
+    assert first.train_loss == pytest.approx(math.log(2), abs=0.02)
+    assert last.train_loss < 0.8 * first.train_loss
+    assert last.train_metrics["rewards_margin"] > 0
+    assert (folder / "snapshots" / "reference.safetensors").exists()
 
 
 def test_general_benchmark_is_measured_whole_on_a_gpu(tmp_path: Path, tiny: Path, ear: Ear) -> None:

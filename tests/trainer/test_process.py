@@ -7,15 +7,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from run_folders import chat, lay_out, plan
+from run_folders import chat, lay_out, plan, steps_of
 from safetensors.torch import load_file
 
 from tunery.errors import Unavailable
 from tunery.failures import NotFinite
-from tunery.spec import Lora, Resources
+from tunery.spec import Dpo, Lora, Resources
 from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Failed, Spoken, parse
 from worker.trainer.process import describe
 from worker.trainer.report import Voice
@@ -50,6 +51,38 @@ def spawned(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 def heard(process: subprocess.Popen[bytes]) -> Iterator[Spoken]:
     assert process.stdout is not None
     yield from (parse(line) for line in process.stdout)
+
+
+@pytest.mark.slow
+def test_preference_run_that_is_killed_goes_on_with_the_same_reference(tmp_path: Path, tiny: Path) -> None:
+    """Killed behind its first snapshots; the next process has one of them alone, in a directory of its own."""
+    pairs = [
+        {"prompt": row["messages"][:1], "chosen": row["messages"][1:], "rejected": f"no {number}"}
+        for number, row in enumerate(ROWS)
+    ]
+    settled = plan(method=Dpo(), technique=Lora(r=4, dropout=0.1), n_epochs=20, learning_rate=1e-3)
+    changes: dict[str, Any] = {"public_checkpoints": 0, "snapshot_seconds": 1e-3}
+    folder, again, whole = (
+        lay_out(tmp_path / name, tiny, settled, pairs, pairs[:3], **changes) for name in ("run", "again", "whole")
+    )
+    with spawned(folder) as first:
+        for message in heard(first):
+            if message.type == "checkpoint_saved" and message.step > 10:
+                os.killpg(first.pid, signal.SIGKILL)
+                break
+        assert first.wait() == -signal.SIGKILL
+    newest = max((folder / "snapshots").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    newest.rename(again / "resume")
+    for rest in (again, whole):
+        with spawned(rest) as process:
+            said = list(heard(process))
+            assert process.wait() == 0, (rest / "log").read_text()[-2000:]
+        if rest == again:
+            assert next(message.first_step for message in said if message.type == "started") > 10
+
+    assert steps_of(again) == steps_of(whole)
+    found, wanted = ((run / "out" / "adapter_model.safetensors").read_bytes() for run in (again, whole))
+    assert found == wanted
 
 
 @pytest.mark.slow

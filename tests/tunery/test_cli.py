@@ -111,6 +111,7 @@ def test_create_puts_flags_under_the_method(tunery: Run, api: str, base: str, tm
         job = _created(tunery, "--train", pairs, *named, "--epochs", 2, *beta)
         knobs = job["method"]["dpo"]["hyperparameters"]
         assert (job["method"]["type"], knobs["n_epochs"], knobs["beta"]) == ("dpo", 2, 0.3)
+        assert "dpo  beta=0.3  loss=sigmoid" in tunery("jobs", "show", job["id"])[1]
     status, _, err = tunery("jobs", "create", "-m", BASE, "--train", pairs)
     assert (status, "Use the method 'dpo'" in err) == (1, True)
 

@@ -27,7 +27,7 @@ def test_pairs_are_checked_as_pairs(tmp_path: Path) -> None:
     )
     bad = CliRunner().invoke(app, ["check", str(path)])
     assert (good.exit_code, bad.exit_code) == (0, 1)
-    assert "preference pairs rows: 'prompt' as the user's message" in good.output
+    assert "chosen/rejected rows: 'prompt' as the user's message" in good.output
     assert "Example 2 has two equal answers" in bad.output
 
 

@@ -179,7 +179,7 @@ def test_columns_and_ratings_are_named_in_a_warning() -> None:
     row = {"prompt": "q", **answers("d", "e"), "score_chosen": 9.0}
     summary = check_examples([rows(row)], role="validation", encoder=PAIRS)
     assert summary.warnings(2048) == [
-        "The file has preference pairs rows: 'prompt' as the user's message, 'chosen' as the preferred answer, "
+        "The file has chosen/rejected rows: 'prompt' as the user's message, 'chosen' as the preferred answer, "
         "'rejected' as the other answer.",
         "The rows have keys that are not read and teach nothing: 'score_chosen'.",
     ]

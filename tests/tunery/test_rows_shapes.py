@@ -185,7 +185,7 @@ CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "co
         (CHAT, PAIR, "expected chat messages as in row 1: this is a row of prompt/completion."),
         (PAIR, {"prompt": "q"}, "expected prompt/completion as in row 1: the key 'completion' is missing."),
         (PAIR, {"prompt": "q", "completion": None}, "the key 'completion' is missing."),
-        (PAIR, {"prompt": "q", "chosen": "a", "rejected": "b"}, "this is a row of preference pairs."),
+        (PAIR, {"prompt": "q", "chosen": "a", "rejected": "b"}, "this is a row of chosen/rejected."),
         (PAIR, {"prompt": "q", "chosen": "a"}, "this is a preference row (DPO) without one of its two answers."),
         (PAIR, {**PAIR, "label": False}, "marks the answer as good or bad (KTO)"),
         (PAIR, {**PAIR, "completion": {"a": 1}}, "'completion' must be a text, not an object."),

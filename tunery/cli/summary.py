@@ -7,6 +7,7 @@ from rich.text import Text
 
 from tunery.cli import show
 from tunery.local.drawing import duration
+from tunery.spec import Hyperparameters
 
 _NEXT = {
     "validating_files": "tunery jobs watch {id}",
@@ -52,6 +53,7 @@ def _request(job: dict[str, Any]) -> list[tuple[str, Any]]:
         ("model", job["model"]),
         ("base", job["base_model"] if job["base_model"] != job["model"] else None),
         ("tuned model", job["fine_tuned_model"]),
+        ("method", _method(job["method"])),
         ("technique", compact(job.get("technique"))),
         ("hyperparameters", compact(job["hyperparameters"])),
         ("training file", job["training_file"]),
@@ -81,6 +83,13 @@ def gate_reasons(gate: dict[str, Any]) -> str:
         + ("" if check["value"] is None else f", {check['value']:.3f} ({check['low']:.3f} to {check['high']:.3f})")
         for check in gate["checks"]
     )
+
+
+def _method(method: dict[str, Any]) -> str | None:
+    """A method other than supervised, with its own hyperparameters; those of every method stand apart."""
+    knobs = (method.get(method["type"]) or {}).get("hyperparameters") or {}
+    own = {name: value for name, value in knobs.items() if name not in Hyperparameters.model_fields}
+    return None if method["type"] == "supervised" else f"{method['type']}  {compact(own)}".rstrip()
 
 
 def _general(score: dict[str, Any] | None) -> list[tuple[str, Any]]:

@@ -9,7 +9,6 @@ from typing import Any
 from tunery.rows import conversations, strict_json
 from tunery.rows.shape import SYSTEMS, Shape, any_case, as_given, begins_with_system, prompt_turns, text_message
 
-PAIRS = "preference pairs"
 _OUTPUTS = (("preferred_output", "non_preferred_output"), ("preferred_completion", "non_preferred_completion"))
 _CHOSEN = ("chosen", "rejected")
 _PROMPTS = any_case("prompt", "instruction", "question", "query", "messages", "conversations", "conversation")
@@ -49,9 +48,11 @@ def detect(row: Mapping[str, Any]) -> PairShape | None:
         if preferred in row and other in row:
             if "input" not in row:
                 raise ValueError(f"'input' is missing beside '{preferred}': the conversation before the answer.")
-            return PairShape(PAIRS, {"request": "input", "preferred": preferred, "dispreferred": other})
+            return PairShape(
+                f"{preferred}/{other}", {"request": "input", "preferred": preferred, "dispreferred": other}
+            )
     if all(key in row for key in _CHOSEN):
-        return PairShape(PAIRS, {"preferred": _CHOSEN[0], "dispreferred": _CHOSEN[1]}, _BESIDE)
+        return PairShape("/".join(_CHOSEN), {"preferred": _CHOSEN[0], "dispreferred": _CHOSEN[1]}, _BESIDE)
     return None
 
 

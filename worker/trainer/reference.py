@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tunery.wire import Phase
 from worker.trainer import validation
 from worker.trainer.data import Example, MicroBatch, Rows, collate
 from worker.trainer.stepper import Stepper
@@ -45,6 +46,7 @@ def attach(t: Training) -> None:
     files = [rows for rows in (t.rows, t.valid) if rows is not None]
     numbers = _find(t, files)
     if t.ranks.any(numbers is None):
+        t.voice.say(Phase(phase="measuring the reference"))
         numbers = [measure(t, rows.examples) for rows in files]
     assert numbers is not None
     _keep(t, files, numbers)
