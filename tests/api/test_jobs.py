@@ -412,4 +412,4 @@ def test_a_validation_file(team: Team, file: str, base: str) -> None:
     held_out = _upload(team, LINE.replace("q", "v").encode() * 3)
     job = _create(team, file, validation_file=held_out, early_stopping={"patience": 1}, select="best").json()
     assert (job["validation_file"], job["select"]) == (held_out, "best")
-    assert job["early_stopping"] == {"patience": 1, "min_delta": 0.0}
+    assert job["early_stopping"] == {"patience": 1, "min_delta": 0.0, "metric": "loss"}
