@@ -63,6 +63,12 @@ class Lora(Part):
     lora_plus_ratio: Float = Field(
         1.0, ge=1, le=256, description="Learning rate of B over that of A (Hayou et al. 2024, arXiv:2402.12354)"
     )
+    modules_to_save: list[Annotated[str, Field(pattern=r"^[\w.]+$")]] | None = Field(
+        None, min_length=1, description="Modules that learn whole and are saved whole, such as lm_head"
+    )
+    trainable_token_indices: list[Annotated[int, Field(ge=0), NO_BOOLEAN]] | None = Field(
+        None, min_length=1, max_length=10_000, description="Tokens whose rows of embedding and head learn"
+    )
     precision: Literal["bf16", "fp8"] = Field(
         "bf16",
         description="Of products with the frozen base on a GPU: bf16, or fp8 (e4m3), which is faster and rounds more",
@@ -72,6 +78,13 @@ class Lora(Part):
     def _names_some_layer(self) -> "Lora":
         if not self.target_modules:
             raise ValueError("target_modules is empty: name at least one layer, or 'all-linear'")
+        return self
+
+    @model_validator(mode="after")
+    def _names_each_token_once(self) -> "Lora":
+        tokens = self.trainable_token_indices or []
+        if len(set(tokens)) < len(tokens):
+            raise ValueError("trainable_token_indices names a token twice: name each once")
         return self
 
 

@@ -186,7 +186,16 @@ def test_general_benchmark_is_measured_whole_on_a_gpu(tmp_path: Path, tiny: Path
 
 
 @pytest.mark.parametrize("technique", [Lora(r=8), Qlora(r=8)], ids=["lora", "qlora"])
-@pytest.mark.parametrize("changes", [{"use_dora": True}, {"use_rslora": True, "lora_plus_ratio": 4.0}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": True},
+        {"use_rslora": True, "lora_plus_ratio": 4.0},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"trainable_token_indices": [1, 2]},
+    ],
+    ids=str,
+)
 def test_options_of_adapters_train_in_bf16(tmp_path: Path, tiny: Path, technique: Any, changes: dict[str, Any]) -> None:
     settled = plan(technique=technique.model_copy(update=changes), n_epochs=6, neftune_noise_alpha=5.0)
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS)

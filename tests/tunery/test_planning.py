@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tunery.errors import InvalidValue
 from tunery.failures import DoesNotFit
@@ -187,6 +188,9 @@ def test_counts_are_those_that_peft_prints() -> None:
     assert memory.trainable_params(LLAMA_2_7B, Lora(r=8, target_modules=["q_proj", "v_proj"])) == 4_194_304
     assert memory.trainable_params(LLAMA_8B, Lora()) == 41_943_040
     assert memory.trainable_params(LLAMA_8B, Lora(use_dora=True)) == 41_943_040 + 32 * (2 * 4096 + 2 * 1024 + 32_768)
+    head = Lora(modules_to_save=["lm_head"])
+    assert memory.trainable_params(LLAMA_8B, head) == 41_943_040 + 128_256 * 4096
+    assert memory.trainable_params(LLAMA_8B, Lora(trainable_token_indices=[7, 8])) == 41_943_040 + 2 * 2 * 4096
     assert memory.trainable_params(LLAMA_8B, Full()) == 8_030_261_248
 
 
@@ -297,6 +301,11 @@ def test_automatic_technique_is_one_that_the_base_can() -> None:
             r"no dropout \(not on experts\). Send dropout 0",
         ),
         (
+            Lora(trainable_token_indices=[5, 128_256]),
+            LLAMA_8B,
+            "has tokens 0 to 128255, and no 128256. Name tokens of its own",
+        ),
+        (
             Qlora(use_dora=True),
             LLAMA_8B | {"dora": "not on experts."},
             r"no use_dora \(not on experts\). Send use_dora false",
@@ -315,3 +324,8 @@ def test_technique_that_the_base_can_passes(technique: Technique | None) -> None
     advice.check_technique(technique, NO_LORA | {"techniques": {}, "dropout": "not on experts."})
     advice.check_technique(None if technique == Lora() else Qlora(), NO_LORA)
     advice.check_technique(technique, LLAMA_8B)
+
+
+def test_token_that_is_named_twice_is_refused() -> None:
+    with pytest.raises(ValidationError, match="names a token twice"):
+        Lora(trainable_token_indices=[3, 4, 3])

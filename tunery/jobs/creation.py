@@ -25,7 +25,7 @@ TEST_IS_TRAINING = (
     "The test file {file} equals the training file: its scorecard would measure memory, not learning. Name rows that "
     "are not trained on, or set 'allow_test_on_training_file' to true."
 )
-_ADAPTER = ("r", "alpha", "target_modules", "use_rslora", "use_dora")
+_ADAPTER = ("r", "alpha", "target_modules", "use_rslora", "use_dora", "modules_to_save", "trainable_token_indices")
 
 
 def create(

@@ -112,11 +112,22 @@ def check_technique(technique: Technique | None, facts: Mapping[str, Any]) -> No
             param="technique.type",
             reason=f"This base cannot be trained with {wanted} ({reason.rstrip('.')}). {instead}",
         )
+    if isinstance(technique, Lora):
+        _check_tokens(technique, facts.get("vocab_size"))
     if isinstance(technique, Lora) and technique.target_modules == "all-linear":
         if technique.dropout:
             _check_option("dropout", "Send dropout 0", facts.get("dropout"))
         if technique.use_dora:
             _check_option("use_dora", "Send use_dora false", facts.get("dora"))
+
+
+def _check_tokens(technique: Lora, vocabulary: int | None) -> None:
+    beyond = [token for token in technique.trainable_token_indices or () if vocabulary and token >= vocabulary]
+    if beyond:
+        raise InvalidValue(
+            param="technique.trainable_token_indices",
+            reason=f"The base has tokens 0 to {(vocabulary or 0) - 1}, and no {beyond[0]}. Name tokens of its own.",
+        )
 
 
 def _check_option(name: str, instead: str, reason: str | None) -> None:

@@ -106,13 +106,21 @@ def trainable_params(facts: Mapping[str, Any], technique: Technique) -> int:
     shape = Shape.of(facts)
     if isinstance(technique, Full):
         return shape.params
+    whole = _whole_params(shape, technique)
     if technique.target_modules == "all-linear" and shape.rank_1 and not technique.use_dora:
-        return technique.r * shape.rank_1
+        return technique.r * shape.rank_1 + whole
     names = shape.modules if technique.target_modules == "all-linear" else technique.target_modules
     square = (shape.hidden, shape.hidden)
     sizes = [shape.modules.get(name.rpartition(".")[2], square) for name in names]
     lengths = sum(outputs for _, outputs in sizes) if technique.use_dora else 0
-    return shape.layers * (technique.r * sum(inputs + outputs for inputs, outputs in sizes) + lengths)
+    return whole + shape.layers * (technique.r * sum(inputs + outputs for inputs, outputs in sizes) + lengths)
+
+
+def _whole_params(shape: Shape, technique: Lora) -> int:
+    """Weights beside the adapters that learn themselves. A module whose size is not known counts as a head."""
+    matrices = shape.vocab * shape.hidden * len(technique.modules_to_save or ())
+    rows = len(technique.trainable_token_indices or ()) * shape.hidden
+    return (matrices + rows) * (1 if shape.tied else 2) if rows else matrices
 
 
 def estimate(

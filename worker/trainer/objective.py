@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -102,7 +103,7 @@ class Objective(nn.Module):
         if self._precision is not None and self._precision.autocast:  # it does not reach into the chunked loss
             compute = precision.dtype(self._precision.compute)
             return hidden.to(compute), head.to(compute)
-        return hidden, head
+        return hidden, head.to(hidden.dtype)  # a head of modules_to_save learns in fp32
 
     def _logits(self, batch: Batch) -> Tensor:
         """The model's own logits [labelled, vocabulary] there."""
@@ -133,6 +134,8 @@ def _is_plain_product(causal: Any) -> bool:
     config = causal.config.get_text_config()
     changed = any(getattr(config, name, None) not in (None, 1, 1.0, False) for name in _HEAD_CHANGES)
     backbone = causal.base_model
+    if isinstance(head, ModulesToSaveWrapper):
+        head = head.original_module
     return type(head) is nn.Linear and head.bias is None and backbone is not causal and not changed
 
 

@@ -22,6 +22,7 @@ from tunery.spec import Full
 from worker.trainer import dtypes, precision
 from worker.trainer.data import Rows
 from worker.trainer.objective import all_and_trainable
+from worker.trainer.recipes import saved
 from worker.trainer.recipes.qlora import keep_one_packing, quantisation
 from worker.trainer.training import Training
 
@@ -118,6 +119,8 @@ def _in_memory(t: Training, prompts: list[list[int]], exact: bool) -> list[Tenso
     keep, written = dtypes.keeps(t.objective.causal), model.state_dict().keys()  # positions' angles are in no file
 
     def exported(name: str, weight: Tensor) -> Tensor:
+        if saved.learns_whole(name):
+            return weight.to(precision.dtype(t.precision.dense))
         narrowed = isinstance(t.plan.technique, Full) and name in written
         return dtypes.to_bf16(name, weight, keep) if narrowed else weight
 

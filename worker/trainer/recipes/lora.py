@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tunery.failures import CannotAdapt
 from tunery.spec import Lora, Technique
 from worker.trainer.kernels import adapters, decoder
-from worker.trainer.recipes import targets
+from worker.trainer.recipes import saved, targets
 from worker.trainer.recipes.recipe import Recipe, load_dense, make_adamw
 
 
@@ -28,6 +28,7 @@ def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) 
         if parameter.requires_grad:
             # Steps of 1e-4 vanish in bf16 weights of size 0.1; adapters are small, so fp32 costs little.
             parameter.data = parameter.data.float()
+    saved.cast_at_borders(adapted)
     adapters.install(adapted)
     decoder.install(adapted)
     return adapted
@@ -59,6 +60,7 @@ def configuration(model: PreTrainedModel, technique: Lora) -> LoraConfig:
         use_dora=technique.use_dora,
         exclude_modules=excluded or None,
         task_type="CAUSAL_LM",
+        **saved.options(model, technique),
     )
     if everything:
         config.target_parameters = targets.parameters(model, config) or None
@@ -86,7 +88,8 @@ def export(model: torch.nn.Module, folder: Path, base_model: str) -> None:
         config.base_model_name_or_path = base_model
         for names in ("target_modules", "target_parameters"):
             setattr(config, names, _in_order(getattr(config, names)))
-    adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    with saved.as_the_base(adapted):
+        adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tunery.planning.precision import Precision
 from tunery.spec import Full, Plan, Technique
 from worker.trainer.precision import dtype
+from worker.trainer.recipes import saved
 from worker.trainer.recipes.optimizers import AdamW8bit
 
 Parameters = dict[str, torch.nn.Parameter]
@@ -56,14 +57,15 @@ def make_adamw(parameters: Parameters, plan: Plan, _precision: Precision) -> tor
 def groups(parameters: Parameters, plan: Plan) -> list[dict[str, object]]:
     """Optimizer groups of named parameters: weight decay pulls on matrices, never on norms and biases.
 
-    `rate_factor` is what a group's learning rate is multiplied by: LoRA+'s ratio for the matrices B. `wide_moments`:
-    embeddings, whose rare tokens have gradients far above the others', never have theirs in 8 bits.
+    `rate_factor` is what a group's learning rate is multiplied by: LoRA+'s ratio for the matrices B, and a tenth, as of
+    a full fine-tune, for weights that learn whole beside adapters. `wide_moments`: embeddings, whose rare tokens have
+    gradients far above the others', never have theirs in 8 bits.
     """
     ratio = 1.0 if isinstance(plan.technique, Full) else plan.technique.lora_plus_ratio
     kinds: dict[tuple[float, float, bool], list[tuple[str, torch.nn.Parameter]]] = {}
     for name, parameter in parameters.items():
         decay = plan.weight_decay if parameter.dim() > 1 else 0.0
-        factor = ratio if ".lora_B." in name else 1.0
+        factor = ratio if ".lora_B." in name else 0.1 if saved.learns_whole(name) else 1.0
         kinds.setdefault((decay, factor, bool(_EMBEDDING.search(name))), []).append((name, parameter))
     return [
         {"params": members, "weight_decay": decay, "rate_factor": factor, "wide_moments": wide}

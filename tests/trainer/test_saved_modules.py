@@ -1,0 +1,173 @@
+"""Modules that learn whole beside adapters, and tokens' rows that learn alone, against plain PEFT."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from run_folders import Interrupting, chat, lay_out, plan
+from safetensors.torch import load_file
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from tunery.failures import CannotAdapt
+from tunery.spec import Lora, Qlora, Schedule
+from worker.trainer import coverage
+from worker.trainer.loop import train
+from worker.trainer.recipes.lora import LORA
+from worker.trainer.report import Voice
+from worker.trainer.run import carry_out, prepare
+from worker.trainer.training import Progress, Training
+from worker.trainer.wish import Wish
+
+ROWS = [chat(i, words=2 + i % 7) for i in range(8)]
+HEAD = Lora(r=4, alpha=8, modules_to_save=["lm_head", "norm"])
+EMBEDDING = Lora(r=4, alpha=8, modules_to_save=["embed_tokens"])
+TOKENS = Lora(r=4, alpha=8, trainable_token_indices=[1, 2])
+CASES = pytest.mark.parametrize(
+    ("tied", "technique"),
+    [(False, HEAD), (False, TOKENS), (True, EMBEDDING), (True, HEAD), (True, TOKENS)],
+    ids=["head", "tokens", "tied embedding", "tied head", "tied tokens"],
+)
+PEFTS_NAMES: dict[str, dict[str, Any]] = {
+    "head": {"modules_to_save": ["lm_head", "norm"]},
+    "tied embedding": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "tied head": {"modules_to_save": ["embed_tokens", "norm"], "ensure_weight_tying": True},
+    "tokens": {"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [1, 2]}},
+    "tied tokens": {"trainable_token_indices": [1, 2]},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """A model by whether its head is tied to its embedding."""
+    folder = tmp_path_factory.mktemp("saved")
+    return {tied: tiny_models.llama(folder / str(tied), tie_word_embeddings=tied) for tied in (False, True)}
+
+
+def start(folder: Path, base: Path, **changes: Any) -> Training:
+    """A run over all rows in one step, its adapters random: with B = 0, A has no gradient."""
+    settled = {"batch_size": 8, "max_grad_norm": 1e9, "learning_rate": 1e-2}
+    settled["schedule"] = Schedule(type="constant", warmup_ratio=0)
+    t = prepare(lay_out(folder, base, plan(**settled | changes), ROWS, public_checkpoints=0), Voice(None), Wish())
+    with torch.no_grad():
+        for parameter in t.parameters.values():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return t
+
+
+def name_of(technique: Lora, tied: bool) -> str:
+    kind = "tokens" if technique is TOKENS else "embedding" if technique is EMBEDDING else "head"
+    return f"tied {kind}" if tied else kind
+
+
+@CASES
+def test_first_step_is_plain_pefts(tmp_path: Path, bases: dict[bool, Path], tied: bool, technique: Lora) -> None:
+    t = start(tmp_path / "run", bases[tied], technique=technique)
+    base: Any = AutoModelForCausalLM.from_pretrained(bases[tied], dtype=torch.float32)
+    options = PEFTS_NAMES[name_of(technique, tied)]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    plain: Any = get_peft_model(base, config)
+    wanted = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+    assert {name.removeprefix("model.") for name in t.parameters} == set(wanted)
+    with torch.no_grad():
+        for name, parameter in t.parameters.items():
+            wanted[name.removeprefix("model.")].copy_(parameter)
+    total = torch.zeros(())
+    for row in t.rows.rows:
+        logits = plain(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
+        total = total + functional.cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="sum")
+    loss = total / sum(row.labelled for row in t.rows.rows)
+    loss.backward()
+    gradients: dict[str, torch.Tensor] = {}
+    before = {name: p.detach().clone() for name, p in t.parameters.items()}
+    step = t.optimizer.step
+
+    def capture() -> None:
+        gradients.update({name: p.grad.clone() for name, p in t.parameters.items() if p.grad is not None})
+        step()
+
+    t.optimizer.step = capture  # type: ignore[method-assign,assignment]
+    train(t, Progress())
+
+    assert t.voice.metrics[0]["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in t.parameters.items():
+        grad = wanted[name.removeprefix("model.")].grad
+        assert grad is not None
+        assert (gradients[name] - grad).norm() < 1e-5 * grad.norm(), name
+        rate = 1e-3 if "modules_to_save" in name or "trainable_tokens" in name else 1e-2
+        assert (parameter - before[name]).abs().max().item() == pytest.approx(rate, rel=1e-2), name
+
+
+@CASES
+def test_artifact_is_the_model_in_memory(tmp_path: Path, bases: dict[bool, Path], tied: bool, technique: Lora) -> None:
+    """For plain PEFT; with the adapter off it is the base. Resumed, the same files."""
+    settled = plan(technique=technique, n_epochs=2, batch_size=2)
+    whole, broken = (
+        lay_out(tmp_path / name, bases[tied], settled, ROWS, public_checkpoints=0) for name in ("whole", "broken")
+    )
+    assert carry_out(whole, Voice(None), Wish())
+    wish = Wish()
+    assert not carry_out(broken, Interrupting(3, wish), wish)
+    t = prepare(broken, Voice(None), Wish())
+    ids = torch.tensor([t.rows.rows[0].input_ids])
+
+    assert carry_out(broken, Voice(None), Wish())
+
+    name = "adapter_model.safetensors"
+    assert (broken / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
+    base: Any = AutoModelForCausalLM.from_pretrained(bases[tied], dtype=torch.float32)
+    with torch.no_grad():
+        untouched = base(ids).logits
+        loaded: Any = PeftModel.from_pretrained(base, str(whole / "out")).eval()
+        tuned = loaded(ids).logits
+        with loaded.disable_adapter():
+            assert torch.equal(loaded(ids).logits, untouched)
+    assert float((tuned - untouched).norm() / untouched.norm()) > 1e-3
+    if tied:
+        inputs, head = loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight
+        assert torch.equal(inputs, head)
+
+
+def test_head_learns_in_fp32_beside_a_bf16_base_and_is_saved_in_bf16(tmp_path: Path, bases: dict[bool, Path]) -> None:
+    base: Any = AutoModelForCausalLM.from_pretrained(bases[False], dtype=torch.bfloat16)
+    technique = Lora(r=4, modules_to_save=["lm_head", "embed_tokens"], trainable_token_indices=None)
+
+    model: Any = LORA.prepare(base, technique, None)
+
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    logits = model(input_ids=torch.tensor([[5, 60, 7, 80]])).logits
+    assert logits.dtype == torch.bfloat16
+    logits.float().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    LORA.export(model, tmp_path, "tiny")
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key: tensor.dtype for key, tensor in written.items() if "lora_" not in key} == {
+        "base_model.model.lm_head.weight": torch.bfloat16,
+        "base_model.model.model.embed_tokens.weight": torch.bfloat16,
+    }
+    assert model.get_output_embeddings().weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("technique", "reason"),
+    [
+        (Lora(modules_to_save=["lm_heat"]), "The base has no module 'lm_heat'"),
+        (Lora(modules_to_save=["mlp"]), "has no weight of its own"),
+        (Qlora(target_modules=["q_proj"], modules_to_save=["up_proj"]), "is in four bits"),
+    ],
+)
+def test_module_that_cannot_learn_whole_is_refused(
+    tmp_path: Path, bases: dict[bool, Path], technique: Lora, reason: str
+) -> None:
+    with pytest.raises(CannotAdapt, match=reason):
+        start(tmp_path / "run", bases[False], technique=technique)
+
+
+def test_chunked_loss_takes_the_head_that_learns(tmp_path: Path, bases: dict[bool, Path]) -> None:
+    t = start(tmp_path / "run", bases[False], technique=HEAD)
+
+    assert t.objective.chunked
+    assert coverage.of(t)["learning"] == 1.0

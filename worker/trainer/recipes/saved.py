@@ -1,0 +1,112 @@
+"""Modules of the base that learn whole beside its adapters, and rows of its embedding that learn alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import bitsandbytes
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import Tensor, nn
+
+from tunery.failures import CannotAdapt
+from tunery.spec import Lora
+
+
+def learns_whole(name: str) -> bool:
+    """Whether a weight of this name stands beside the adapters and learns itself."""
+    return "modules_to_save" in name or "trainable_tokens" in name
+
+
+def options(model: Any, technique: Lora) -> dict[str, Any]:
+    """The arguments of PEFT's LoraConfig. Raises CannotAdapt for modules that cannot learn whole.
+
+    A tied head stays the embedding's; one that is not tied learns its own rows of the tokens, or a new token would be
+    read and never said.
+    """
+    names, tokens = technique.modules_to_save, technique.trainable_token_indices
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    named = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    found: dict[str, Any] = {}
+    if names:
+        saved = _modules(model, names)
+        found["modules_to_save"] = names
+        if tied and {id(head), id(embedding)} & {id(module) for module in saved}:
+            found["modules_to_save"] = sorted({*names, named[id(embedding)]} - {named[id(head)]})
+            found["ensure_weight_tying"] = True
+    if tokens:
+        rows = {named[id(module)]: tokens for module in (embedding, head)}
+        found["trainable_token_indices"] = tokens if tied else rows
+    return found
+
+
+def _modules(model: nn.Module, names: list[str]) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    for wanted in names:
+        matching = [m for name, m in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
+        if not matching:
+            raise CannotAdapt(reason=f"The base has no module '{wanted}', which modules_to_save names.")
+        if any(getattr(m, "weight", None) is None or isinstance(m, bitsandbytes.nn.Linear4bit) for m in matching):
+            what = f"'{wanted}', which modules_to_save names, has no weight of its own or is in four bits."
+            raise CannotAdapt(reason=f"{what} Name modules such as the embedding, the head or a norm.")
+        found += matching
+    return found
+
+
+def cast_at_borders(adapted: nn.Module) -> None:
+    """Lets modules that learn in fp32 take and give the type of the base around them."""
+    for wrapper in _wrappers(adapted):
+        for module in wrapper.modules_to_save.values():
+            module.register_forward_pre_hook(_widen)
+            module.register_forward_hook(_Narrow(wrapper))
+
+
+def _widen(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        arg.to(module.weight.dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args
+    )
+
+
+class _Narrow:
+    """A hook that gives a module's output the type of the module that it stands for."""
+
+    def __init__(self, wrapper: Any) -> None:
+        self._original = wrapper.original_module
+
+    def __call__(self, _module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+        return out.to(self._original.weight.dtype)
+
+
+@contextmanager
+def as_the_base(adapted: nn.Module) -> Iterator[None]:
+    """Rounds these weights to the type of the base inside, as those who load them have them."""
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    for parameter, original in _weights(adapted):
+        kept.append((parameter, parameter.data))
+        parameter.data = parameter.data.to(original.dtype)
+    try:
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+def _weights(adapted: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each weight that learns whole, once, and that of the base in whose place it is."""
+    seen: set[int] = set()
+    for module in adapted.modules():
+        weights: list[tuple[Any, Any]] = []
+        if isinstance(module, ModulesToSaveWrapper):
+            original: Any = module.original_module
+            weights = [(p, original.weight) for m in module.modules_to_save.values() for p in m.parameters()]
+        elif isinstance(module, TrainableTokensWrapper):
+            layer: Any = module.token_adapter
+            weights = [(p, layer.base_layer.weight) for p in layer.trainable_tokens_delta.values()]
+        for parameter, weight in weights:
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield parameter, weight
+
+
+def _wrappers(adapted: nn.Module) -> list[Any]:
+    return [module for module in adapted.modules() if isinstance(module, ModulesToSaveWrapper)]
