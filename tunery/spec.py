@@ -266,12 +266,13 @@ class Export(Part):
 
     merged: bool = Field(False, description="LoRA, QLoRA: also a whole model, with the adapter merged into its base")
     gguf: list[GgufType] = Field([], description="Also GGUF files of the whole model, for llama.cpp and ollama")
+    fp8: bool = Field(False, description="Also the whole model with its linear layers in eight bits, for vLLM")
     adapter_gguf: bool = Field(False, description="LoRA, QLoRA: also the adapter alone as a GGUF file")
 
     @property
     def needs_merge(self) -> bool:
         """Whether an adapter has to be merged into its base."""
-        return self.merged or bool(self.gguf)
+        return self.merged or self.fp8 or bool(self.gguf)
 
     @property
     def is_asked(self) -> bool:

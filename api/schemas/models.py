@@ -141,7 +141,7 @@ class ModelExport(Wire):
                     "object": "model.export",
                     "model": "ft:SmolLM2-135M-Instruct:tunery::7p4lURel",
                     "status": "succeeded",
-                    "asked": {"merged": False, "gguf": ["q8_0"], "adapter_gguf": False},
+                    "asked": {"merged": False, "gguf": ["q8_0"], "fp8": False, "adapter_gguf": False},
                     "results": [
                         {
                             "path": "gguf/model-q8_0.gguf",

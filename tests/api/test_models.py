@@ -197,7 +197,7 @@ def test_exporting(team: Team, tuned: str, database: Database) -> None:
         "object": "model.export",
         "model": tuned,
         "status": "queued",
-        "asked": {"merged": True, "gguf": ["q8_0"], "adapter_gguf": False},
+        "asked": {"merged": True, "gguf": ["q8_0"], "fp8": False, "adapter_gguf": False},
         "results": [],
         "error": None,
     }

@@ -126,7 +126,7 @@ def test_model_is_exported(tunery: Run, api: str, database: Database) -> None:
     with database.sessions() as session:
         row = session.get_one(Model, model)
         assert row.export is not None
-        assert row.export["asked"] == {"merged": True, "gguf": ["q8_0"], "adapter_gguf": False}
+        assert row.export["asked"] == {"merged": True, "gguf": ["q8_0"], "fp8": False, "adapter_gguf": False}
 
 
 @pytest.mark.parametrize("is_refused", [False, True])

@@ -138,6 +138,7 @@ class Format(enum.StrEnum):
     """What a model can be exported as."""
 
     MERGED = "merged"
+    FP8 = "fp8"
     GGUF_F16 = "gguf-f16"
     GGUF_Q8_0 = "gguf-q8_0"
     GGUF_Q4_0 = "gguf-q4_0"
@@ -171,6 +172,7 @@ def _asked(formats: list[Format]) -> dict[str, Any]:
     return {
         "merged": Format.MERGED in formats,
         "gguf": [each.removeprefix("gguf-") for each in formats if each.startswith("gguf-")],
+        "fp8": Format.FP8 in formats,
         "adapter_gguf": Format.ADAPTER in formats,
     }
 

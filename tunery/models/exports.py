@@ -19,10 +19,10 @@ def ask(session: Session, model: Model, asked: Export) -> dict[str, Any]:
         instead = "Name a fine-tuned model; a base's own files are its export."
         raise Unsupported(param="model", what=f"An export of the base '{model.id}'", instead=instead)
     if not asked.is_asked:
-        raise InvalidValue(param="merged", reason="Nothing is asked for. Send merged, gguf or adapter_gguf.")
+        raise InvalidValue(param="merged", reason="Nothing is asked for. Send merged, fp8, gguf or adapter_gguf.")
     if model.technique == "full" and (asked.merged or asked.adapter_gguf):
         param = "merged" if asked.merged else "adapter_gguf"
-        raise InvalidValue(param=param, reason=f"A full fine-tune has no adapter. Leave {param} out, and send gguf.")
+        raise InvalidValue(param=param, reason=f"A full fine-tune has no adapter. Leave {param} out.")
     session.refresh(model, with_for_update=True)
     if model.export is not None and model.export["status"] == QUEUED:
         instead = "Wait for the first export."

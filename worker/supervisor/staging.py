@@ -19,7 +19,7 @@ from tunery.spec import Plan, Run
 from tunery.storage import Check, Storage
 
 _LOCK_SECONDS = 0.2
-EXPORTS = ("merged/", "gguf/")
+EXPORTS = ("merged/", "fp8/", "gguf/")
 """The folders of an artifact that `tunery.spec.Export` adds."""
 SCORES = "scores"
 """In the folder of models: what bases scored on the general benchmark, which their next runs read instead."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import safe_open
 
@@ -50,6 +51,11 @@ def _shapes(path: Path) -> Iterator[list[int]]:
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - it is no dict
             yield file.get_slice(name).get_shape()
+
+
+def fits_in_fp32(folder: Path) -> bool:
+    """Whether the folder's model in fp32 fits into the free memory."""
+    return 4 * parameters(folder) < psutil.virtual_memory().available
 
 
 def weights_sha256(folder: Path) -> dict[str, str]:

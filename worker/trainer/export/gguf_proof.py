@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import psutil
 import torch
 from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from worker.trainer.data import Row
-from worker.trainer.export import files, gguf_models, gguf_writer, proof
+from worker.trainer.export import gguf_models, gguf_writer, proof
 from worker.trainer.export.proof import Divergence
 
 
@@ -35,8 +34,3 @@ class Meter:
                 changed = gguf_writer.restore(numbers, tensor.name, self._family, self._config)
                 state[self._names[tensor.name]].copy_(torch.from_numpy(changed.copy()))
         return proof.compare(self._reference, proof.log_probs(self._model, self._rows))
-
-
-def has_room(folder: Path) -> bool:
-    """Whether the model in fp32 fits into the free memory."""
-    return 4 * files.parameters(folder) < psutil.virtual_memory().available

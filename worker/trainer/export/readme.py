@@ -134,6 +134,8 @@ def _readme(t: Training, artifact: Path, models: list[str], adapters: list[str])
             "`merged/` holds a whole model, proven by `merged/merge.json`:\n\n"
             "    vllm serve ./merged --served-model-name tuned"
         )
+    if (artifact / "fp8").exists():
+        parts.append("`fp8/` holds the same in eight bits:\n\n    vllm serve ./fp8 --served-model-name tuned")
     if models:
         parts.append(
             f"`gguf/` holds {', '.join(models)} for llama.cpp and ollama:\n\n"

@@ -4,6 +4,7 @@ A model is worth more than its exports: one that is refused or breaks is left ou
 """
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from tunery.rows.template import ChatTemplate
 from tunery.spec import Export, GgufType
 from tunery.wire import Exported
 from worker.trainer.data import Row
-from worker.trainer.export import files, merge, readme
+from worker.trainer.export import files, fp8, merge, readme
 from worker.trainer.export.errors import ExportRefused, NoRows
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Work:
 def carry_out(work: Work) -> None:
     """Writes `merged/` and `gguf/` into the work's folder, as far as they are asked for and not refused."""
     if work.is_whole:
-        _write_gguf(work, work.artifact)
+        _write_of_whole(work, work.artifact)
     else:
         _write_of_adapter(work)
     readme.write_modelfile(work.template, work.out)
@@ -58,7 +59,7 @@ def _write_of_adapter(work: Work) -> None:
         return
     with files.temporary_folder(work.out / "merged") as folder:
         if _try(work, "merged", lambda: _merge(work, folder / "merged")):
-            _write_gguf(work, folder / "merged")
+            _write_of_whole(work, folder / "merged")
             if work.asked.merged:
                 (folder / "merged").rename(work.out / "merged")
 
@@ -82,6 +83,13 @@ def _merge(work: Work, out: Path) -> str:
     return merge.summary(merge.write(source, work.rows(), out))
 
 
+def _write_of_whole(work: Work, model: Path) -> None:
+    """Writes what is made of the whole model in `model`."""
+    if work.asked.fp8 and not _try(work, "fp8", lambda: fp8.write(model, _rows_left(work), out=work.out / "fp8")):
+        shutil.rmtree(work.out / "fp8", ignore_errors=True)
+    _write_gguf(work, model)
+
+
 def _write_gguf(work: Work, model: Path) -> None:
     """Writes the GGUF files of the whole model in `model`."""
     from worker.trainer.export import gguf_proof, gguf_writer  # only here: other runs have no need of it
@@ -90,7 +98,7 @@ def _write_gguf(work: Work, model: Path) -> None:
 
     def make(kind: GgufType, out: Path) -> str:
         size = gguf_writer.write(model, out=out, kind=kind, name=work.name)
-        if not gguf_proof.has_room(model) or not (rows := _rows_left(work)):
+        if not files.fits_in_fp32(model) or not (rows := _rows_left(work)):
             return size
         if not meters:
             meters.append(gguf_proof.Meter(model, rows))

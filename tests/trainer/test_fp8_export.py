@@ -1,0 +1,65 @@
+"""A model in eight bits is read by transformers as it was written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from run_folders import Ear, chat, lay_out, plan, said
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tunery.spec import Export, Lora
+from worker.trainer.data import Row
+from worker.trainer.export import fp8, proof
+from worker.trainer.report import Voice
+from worker.trainer.run import carry_out
+from worker.trainer.wish import Wish
+
+ROWS = [Row(list(range(3, 40)), [-100, *range(4, 40)])]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[Path, Path]:
+    """A model's folder, and the same in eight bits."""
+    base = tiny_models.llama(tmp_path / "base", bf16=True)
+    fp8.write(base, ROWS, out=tmp_path / "fp8")
+    return base, tmp_path / "fp8"
+
+
+def test_each_row_has_a_scale_of_its_own(written: tuple[Path, Path]) -> None:
+    base, out = written
+    found, name = load_file(out / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    weight = load_file(base / "model.safetensors")[name].float()
+    assert (found[name].dtype, found[f"{name}_scale"].shape) == (torch.float8_e4m3fn, (64, 1))
+    assert found["lm_head.weight"].dtype == found["model.norm.weight"].dtype == torch.bfloat16
+    back = found[name].float() * found[f"{name}_scale"].float()
+    assert ((back - weight).abs() <= weight.abs() / 16 + weight.abs().amax(1, keepdim=True) / 2**17).all()
+
+
+def test_transformers_reads_what_was_measured(written: tuple[Path, Path]) -> None:
+    base, out = written
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+
+    divergence = proof.compare(proof.log_probs(plain, ROWS), proof.log_probs(loaded, ROWS))
+
+    recorded = json.loads((out / "fp8.json").read_text())["from_whole_model"]
+    print(divergence, recorded)
+    assert 0 < recorded["mean_kl"] < 0.1
+    assert recorded["mean_kl"] / 4 < divergence.mean_kl < 4 * recorded["mean_kl"] + 1e-3  # inputs are rounded too
+
+
+def test_job_leaves_the_model_in_eight_bits(tmp_path: Path, ear: Ear) -> None:
+    base = tiny_models.llama(tmp_path / "base", bf16=True, never_said=tuple(range(6, 260)))
+    asked = plan(technique=Lora(r=4), learning_rate=1e-3, export=Export(fp8=True))
+    lay_out(tmp_path / "run", base, asked, [chat(i) for i in range(8)])
+
+    assert carry_out(tmp_path / "run", Voice(ear.descriptor), Wish())
+
+    merged, eight_bits = said(ear, "exported")
+    assert (merged.path, eight_bits.path, eight_bits.is_refused) == ("merged", "fp8", False), eight_bits.message
+    assert "14 linear layers in eight bits; on" in eight_bits.message
+    assert (tmp_path / "run" / "out" / "fp8" / "chat_template.jinja").exists()
+    assert not (tmp_path / "run" / "out" / "merged").exists()
