@@ -15,7 +15,7 @@ from tunery.jobs.states import State
 from tunery.keys.model import Project
 from tunery.models import registry
 from tunery.models.model import Model
-from tunery.spec import Lora, Qlora, TrainingSpec
+from tunery.spec import Full, Lora, Qlora, Technique, TrainingSpec
 
 ROUTE = "/v1/fine_tuning/jobs"
 
@@ -314,8 +314,38 @@ def test_training_on_in_another_shape(team: Team, file: str, parent: str, databa
     _refused(_create(team, file, model=parent, technique={"type": "full"}), 400, "technique.type", "Use 'lora'")
     plain = _create(team, file, model=parent, technique={**same, "use_dora": False})
     _refused(plain, 400, "technique.use_dora", "has use_dora True")
+
+
+def _made_by(database: Database, parent: str, technique: Technique | None) -> None:
+    """Lets the parent's job have had another technique, or no plan."""
     with database.sessions.begin() as session:
-        session.get_one(Model, parent).technique = "full"
+        model = session.get_one(Model, parent)
+        model.technique = technique.type if technique else None
+        job = session.get_one(Job, model.job_id)
+        job.plan = {**(job.plan or {}), "technique": technique.model_dump(mode="json")} if technique else None
+
+
+def test_training_on_from_four_bits(team: Team, file: str, parent: str, database: Database) -> None:
+    own = Qlora(r=4, double_quant=False)
+    _made_by(database, parent, own)
+    assert _create(team, file, model=parent).json()["technique"] == own.model_dump(mode="json")
+    same = {"type": "qlora", "r": 4, "double_quant": False}
+    assert _create(team, file, model=parent, technique={**same, "dropout": 0.1}).json()["technique"]["dropout"] == 0.1
+    other = _create(team, file, model=parent, technique={**same, "double_quant": True})
+    _refused(other, 400, "technique.double_quant", "has double_quant False")
+    assert _create(team, file, model=parent, technique={"type": "lora", "r": 4}).json()["technique"]["type"] == "lora"
+
+
+def test_training_on_from_a_full_fine_tune(team: Team, file: str, parent: str, database: Database) -> None:
+    _made_by(database, parent, Full())
+    assert _create(team, file, model=parent).json()["technique"] == Full().model_dump(mode="json")
+    wide = {"type": "full", "weights_dtype": "float32"}
+    assert _create(team, file, model=parent, technique=wide).json()["technique"] == wide
+    _refused(_create(team, file, model=parent, technique={"type": "lora"}), 400, "technique.type", "Use 'full'")
+
+
+def test_training_on_from_a_model_without_a_record(team: Team, file: str, parent: str, database: Database) -> None:
+    _made_by(database, parent, None)
     _refused(_create(team, file, model=parent), 400, "model", f"Start from its base, '{BASE}'")
 
 

@@ -19,13 +19,24 @@ from tunery.keys.ring import Caller
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.planning import advice
-from tunery.spec import Full, Hyperparameters, Lora, MethodOptions, TrainingOptions, TrainingSpec, check_one_rate
+from tunery.spec import (
+    Full,
+    Hyperparameters,
+    MethodOptions,
+    Plan,
+    Qlora,
+    Technique,
+    TrainingOptions,
+    TrainingSpec,
+    check_one_rate,
+)
 
 TEST_IS_TRAINING = (
     "The test file {file} equals the training file: its scorecard would measure memory, not learning. Name rows that "
     "are not trained on, or set 'allow_test_on_training_file' to true."
 )
 _ADAPTER = ("r", "alpha", "target_modules", "use_rslora", "use_dora", "modules_to_save", "trainable_token_indices")
+_FOUR_BITS = ("quant_type", "double_quant")
 
 
 def create(
@@ -157,26 +168,37 @@ def _spec(session: Session, request: JobRequest, model: Model, **decided: Any) -
     return TrainingSpec(**options, seed=seed, **decided)
 
 
-def _continued(session: Session, request: JobRequest, parent: Model) -> Lora:
-    """The adapter that training goes on with: the parent's own, so its shape cannot be asked to change."""
+def _continued(session: Session, request: JobRequest, parent: Model) -> Technique:
+    """What training goes on with: the parent's own technique, whose shape cannot be asked to change.
+
+    Raises Unsupported, InvalidValue.
+    """
     made_by = session.get(Job, parent.job_id) if parent.job_id else None
-    plan: dict[str, Any] = (made_by.plan if made_by else None) or {}
-    if parent.technique not in ("lora", "qlora") or "technique" not in plan:
-        what = f"Training on from '{parent.id}', which is not a LoRA adapter,"
+    if made_by is None or made_by.plan is None:
+        what = f"Training on from '{parent.id}', of which no job is recorded,"
         raise Unsupported(param="model", what=what, instead=f"Start from its base, '{parent.base_id}'.")
-    kept = (*_ADAPTER, "dropout", "lora_plus_ratio")
-    # Plans of older releases lack the options that came later, whose defaults train as those releases did.
-    adapter = Lora(**{name: plan["technique"][name] for name in kept if name in plan["technique"]})
-    if request.technique is None:
-        return adapter
-    if not isinstance(request.technique, Lora) or request.technique.type != "lora":
-        what = f"Training on from a LoRA adapter with technique '{request.technique.type}'"
+    own, asked = Plan.model_validate(made_by.plan).technique, request.technique
+    if asked is None:
+        return own
+    if isinstance(own, Full) or isinstance(asked, Full):
+        return _whole(parent, own, asked)
+    # Four bits are another base: an adapter that never saw them would begin with their error.
+    if isinstance(asked, Qlora) and not isinstance(own, Qlora):
+        what = f"Training on from a LoRA adapter with technique '{asked.type}'"
         raise Unsupported(param="technique.type", what=what, instead="Use 'lora', or leave technique out.")
-    for name in _ADAPTER:
-        if getattr(request.technique, name) != getattr(adapter, name):
-            reason = f"'{parent.id}' has {name} {getattr(adapter, name)!r}. Send that, or leave technique out."
+    for name in (*_ADAPTER, *(_FOUR_BITS if isinstance(asked, Qlora) else ())):
+        if getattr(asked, name) != getattr(own, name):
+            reason = f"'{parent.id}' has {name} {getattr(own, name)!r}. Send that, or leave technique out."
             raise InvalidValue(param=f"technique.{name}", reason=reason)
-    return request.technique
+    return asked
+
+
+def _whole(parent: Model, own: Technique, asked: Technique) -> Full:
+    """The technique that all weights of a full fine-tune go on with. Raises Unsupported for one that is none."""
+    if isinstance(own, Full) and isinstance(asked, Full):
+        return asked
+    what = f"Training on from '{parent.id}', which technique '{own.type}' made, with technique '{asked.type}'"
+    raise Unsupported(param="technique.type", what=what, instead=f"Use '{own.type}', or leave technique out.")
 
 
 def _job(request: JobRequest, caller: Caller, model: Model, spec: TrainingSpec) -> Job:
