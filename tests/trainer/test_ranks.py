@@ -24,6 +24,7 @@ PAIRS = [
     for number, row in enumerate(ROWS)
 ]
 EVALUATION = Evaluation(test_file="file-test", max_new_tokens=6, general=General(items=7, prompts=3))
+WITH_TASK = EVALUATION.model_copy(update={"task_rows": 2})
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -40,7 +41,7 @@ class Runs:
         self.seen: dict[str, list[dict[str, Any]]] = {}
 
     def lay_out(self, name: str, **changes: Any) -> Path:
-        settled = plan(resources=Resources(gpus=2), n_epochs=2, evaluation=EVALUATION, **changes)
+        settled = plan(**{"resources": Resources(gpus=2), "n_epochs": 2, "evaluation": EVALUATION} | changes)
         return lay_out(self.folder / name, self.base, settled, ROWS, ROWS[:3], ROWS[:3])
 
     def difference(self, first: Path, second: Path) -> float:
@@ -56,7 +57,7 @@ TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Runs:
     gpus = request.param == "nccl"
     made = Runs(tmp_path_factory.mktemp("ranks"), tiny, gpus)
-    made.lay_out("plain")
+    made.lay_out("plain", evaluation=WITH_TASK)
     for name in ("dropout", "again", "stopped", "loading", "answering", "due"):
         made.lay_out(name, technique=Lora(r=4, dropout=0.3))
     lay_out(made.folder / "pairs", tiny, _preferring(gpus=2), PAIRS, PAIRS[:3])
@@ -81,10 +82,11 @@ def test_two_ranks_share_the_rows_of_each_step(runs: Runs) -> None:
 
 
 def test_two_ranks_learn_what_one_does(runs: Runs, tmp_path: Path) -> None:
-    alone = lay_out(tmp_path / "alone", runs.base, plan(n_epochs=2, evaluation=EVALUATION), ROWS, ROWS[:3], ROWS[:3])
+    alone = lay_out(tmp_path / "alone", runs.base, plan(n_epochs=2, evaluation=WITH_TASK), ROWS, ROWS[:3], ROWS[:3])
 
     carry_out(alone, voice := Voice(None), Wish())
 
+    assert sum(entry.get("task_score") is not None for entry in voice.metrics) == 2
     for metrics in (rank["metrics"] for rank in runs.seen["plain whole"]):
         assert len(metrics) == len(voice.metrics)
         for entry, wanted in zip(metrics, voice.metrics, strict=True):
