@@ -132,6 +132,30 @@ def test_a_gates_verdict_arrives_and_a_later_publish_changes_no_try(
     _unwrap(first, endpoint.secret)
 
 
+@pytest.mark.parametrize("of_today", [True, False])
+def test_the_primary_metric_of_a_scorecard_arrives(
+    session: Session,
+    project: Project,
+    endpoint: WebhookEndpoint,
+    receiver: Receiver,
+    allowing: Settings,
+    of_today: bool,
+) -> None:
+    found = {"base": 0.1, "tuned": 0.8, "gain": 0.7, "low": 0.6, "high": 0.75, "p": None}
+    other = {**found, "tuned": 0.9}
+    job = rows.job(session, project, state=State.RUNNING)
+    job.scorecard = {"rows": 9, "base_exact": 0.1, "samples": [{"prompt": "a secret"}]}
+    if of_today:
+        job.scorecard |= {"primary": "chrf", "metrics": {"exact": other, "chrf": found}}
+    ledger.move(session, job, State.SUCCEEDED, message="ended", **rows.final_values(session, job, State.SUCCEEDED))
+    session.commit()
+    outbox.deliver_due(allowing)
+
+    [received] = receiver.received
+    scored = {"scorecard": {"rows": 9, "metric": "chrf", **found}} if of_today else {}
+    assert json.loads(received.body)["data"] == {"id": job.id} | scored
+
+
 def test_each_endpoint_hears_what_it_asked_for(
     session: Session, project: Project, receiver: Receiver, allowing: Settings
 ) -> None:

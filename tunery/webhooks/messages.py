@@ -2,10 +2,11 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from ssl import SSLContext
+from typing import Any
 
 from tunery import ids
 from tunery.errors import InvalidValue
@@ -38,19 +39,32 @@ def event_id(job_event_id: str) -> str:
     return ids.WEBHOOK_EVENT + job_event_id.removeprefix(ids.EVENT)
 
 
-def encode(id: str, type: str, at: datetime, job_id: str, *, gate: str | None = None, withheld: bool = False) -> bytes:
+def encode(
+    id: str,
+    type: str,
+    at: datetime,
+    job_id: str,
+    *,
+    gate: str | None = None,
+    withheld: bool = False,
+    scorecard: Mapping[str, Any] | None = None,
+) -> bytes:
     """The body. The same event gives the same bytes on every try.
 
     `gate`: its verdict on the job's model, where the job has one; `withheld`: whether it kept the model back.
+    `scorecard`: the job's, of which the body has the primary metric.
     """
     at = at.astimezone(UTC)
+    more: dict[str, Any] = {} if gate is None else {"gate": {"status": gate, "withheld": withheld}}
+    if scorecard and (found := scorecard.get("metrics", {}).get(scorecard.get("primary"))):
+        more["scorecard"] = {"rows": scorecard["rows"], "metric": scorecard["primary"], **found}
     event = {
         "id": id,
         "object": "event",
         "type": type,
         "created_at": int(at.timestamp()),
         "timestamp": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-        "data": {"id": job_id} | ({} if gate is None else {"gate": {"status": gate, "withheld": withheld}}),
+        "data": {"id": job_id} | more,
     }
     return json.dumps(event, separators=(",", ":")).encode()
 

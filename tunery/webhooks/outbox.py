@@ -172,9 +172,10 @@ def _begin(session: Session, delivery: Delivery, endpoint: WebhookEndpoint, even
     session.add(DeliveryTry(delivery_id=delivery.id, number=delivery.tries))
     kind = messages.event_type(event.outcome or "")
     # Not what the job's owner does later: a repeated try has to say the same.
-    gate = session.scalar(select(Job.gate).where(Job.id == event.job_id)) or {}
-    verdict = {"gate": gate.get("status"), "withheld": gate.get("withheld", False)}
-    body = messages.encode(messages.event_id(event.id), kind, event.created_at, event.job_id, **verdict)
+    gate, card = session.execute(select(Job.gate, Job.scorecard).where(Job.id == event.job_id)).one()
+    verdict = {"gate": gate.get("status"), "withheld": gate.get("withheld", False)} if gate else {}
+    event_id = messages.event_id(event.id)
+    body = messages.encode(event_id, kind, event.created_at, event.job_id, scorecard=card, **verdict)
     message = Message(delivery.id, endpoint.url, secrets_of(endpoint, now), body)
     return _Claim(delivery.id, endpoint.id, delivery.tries, message)
 
