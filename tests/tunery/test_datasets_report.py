@@ -237,3 +237,14 @@ def test_the_command_prints_json_and_a_page(tmp_path: Path) -> None:
     assert "f.jsonl has 3 rows" in page
     assert "Exact duplicates" in page
     assert "x@example.org" not in page
+
+
+def test_pairs_are_reported_on_with_their_preferred_answers(tmp_path: Path) -> None:
+    pairs = [
+        {"prompt": f"Is {n} even?", "chosen": "yes" if n % 2 == 0 else "no", "rejected": "maybe"} for n in range(9)
+    ]
+    found = read(written(tmp_path / "pairs.jsonl", [*pairs, {"prompt": "q", "chosen": "a", "rejected": "a"}]))
+
+    assert [(row.question, row.answer) for row in found[:2]] == [("Is 0 even?", "yes"), ("Is 1 even?", "no")]
+    assert [row.line for row in found if row.fault] == [10]
+    assert "two equal answers" in (found[9].fault or "")

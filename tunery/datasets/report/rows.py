@@ -8,8 +8,9 @@ from typing import Any
 from tunery.datasets.report import texts
 from tunery.failures import InvalidTrainingFile
 from tunery.rows import readers
+from tunery.rows.encoding import parse_any
 from tunery.rows.formats import SourceRow
-from tunery.rows.messages import Example, Message, parse_row
+from tunery.rows.messages import Example, Message
 
 _CHUNK = 2**20
 _SYSTEM = frozenset({"system", "developer"})
@@ -52,8 +53,9 @@ def read(path: Path) -> list[Row]:
 
 
 def _row(source: SourceRow) -> Row:
+    """A preference row is reported on with its preferred answer."""
     try:
-        return of_example(source.number, parse_row(source))
+        return of_example(source.number, parse_any(source, "training"))
     except InvalidTrainingFile as error:
         return Row(source.number, tuple(_turns(source.fields)), error.message)
 
