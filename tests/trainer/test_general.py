@@ -230,6 +230,28 @@ def test_both_techniques_are_measured_against_the_same_base(tmp_path: Path, tiny
         assert found.tuned_nll == pytest.approx(found.base_nll + found.nll_change)
 
 
+@pytest.mark.parametrize("technique", [Lora(r=4), Full()], ids=["lora", "full"])
+def test_a_run_stopped_while_measuring_goes_on(
+    tmp_path: Path, tiny: Path, ear: Ear, monkeypatch: pytest.MonkeyPatch, technique: Any
+) -> None:
+    """The base of a full fine-tune is measured before its snapshot is put in place, and again when it goes on."""
+    whole = run(tmp_path / "whole", tiny, ear, technique=technique)
+    evaluation = Evaluation(test_file="file-test", max_new_tokens=4, general=General(items=20, prompts=4))
+    folder = lay_out(tmp_path / "run", tiny, plan(technique=technique, evaluation=evaluation), ROWS, test=ROWS[:2])
+    wish, compare = Wish(), measure.compare
+
+    def stopping(t: Training, *others: Any) -> GeneralScore:
+        wish.stop = True
+        return compare(t, *others)
+
+    monkeypatch.setattr(measure, "compare", stopping)
+    assert not carry_out(folder, Voice(ear.descriptor), wish)
+    monkeypatch.setattr(measure, "compare", compare)
+    assert carry_out(folder, Voice(ear.descriptor), Wish())
+
+    assert said(ear, "score")[-1].general == whole
+
+
 def test_lengths_decide_where_likelihoods_are_taken_by_character() -> None:
     """The longer choice has the lower sum and the higher mean."""
     item = Item("", ("no", "certainly not"), 1)
