@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from tunery.errors import NotFound
+from tunery.jobs.errors import NoScorecard
 from tunery.jobs.model import Job
 from tunery.wire import Measure, Score
 
@@ -17,10 +17,6 @@ _LEFT, _WIDTH = 250, 320
 """Where 0 % lies, and how far from it 100 %."""
 _TOP, _LINE = 96, 30
 _BETTER, _WORSE, _SAME = "#1a7f37", "#cf222e", "#59636e"
-
-
-class NoScorecard(NotFound):
-    """Job '{id}' has no scorecard: it named no evaluation.test_file, or has not been measured yet."""
 
 
 @dataclass(frozen=True)

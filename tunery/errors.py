@@ -20,7 +20,7 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     ├── NotFound                 no such object in this project
     │   ├── ModelNotFound        models
     │   │   └── ModelWithheld    models: the gate of its job keeps it from use
-    │   └── NoScorecard          api/scorecard.py: a job was not measured, so there is nothing to draw
+    │   └── NoScorecard          jobs: a job was not measured, so there is nothing to show
     ├── RouteNotFound            api/faults.py: no such route, or one this server refuses by design
     ├── MethodNotAllowed         api/faults.py: a route, but not with this method
     ├── TooSlow                  api/faults.py: a body that comes in too slowly

@@ -1,12 +1,16 @@
 """What can be wrong with jobs and their attempts."""
 
-from tunery.errors import TuneryError
+from tunery.errors import NotFound, TuneryError
 
 
 class QuotaExceeded(TuneryError):
     """{what} Wait until one has ended, or ask the operator to raise the project's limit."""
 
     code = "insufficient_quota"
+
+
+class NoScorecard(NotFound):
+    """Job '{id}' has no scorecard: it named no evaluation.test_file, or has not been measured yet."""
 
 
 class LeaseLost(TuneryError):

@@ -6,6 +6,7 @@ keys and values: it takes two passes, and models with a recurrent state keep cac
 to several. Whether a model keeps branches apart is tried on it; where it does not, each choice is a row of its own.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +19,8 @@ from worker.trainer.general import batches
 from worker.trainer.general.benchmark import Tokens
 from worker.trainer.objective import Objective
 from worker.trainer.training import Training
+
+log = logging.getLogger(__name__)
 
 Likelihoods = list[float]
 """Of an item's choices: sums over their tokens, in nats."""
@@ -56,9 +59,20 @@ def keeps_branches_apart(t: Training, items: Sequence[Tokens]) -> bool:
     apart = attention in _MASKED and not rope.of(t.objective.causal)
     if apart:
         with torch.no_grad(), t.objective.autocast():
-            one, other = (way(t.objective, some, t.device) for way in (by_branches, by_rows))
-        apart = _are_near(one, other, _compute_type(t))
+            plain, found = by_rows(t.objective, some, t.device), _try_branches(t, some)
+        apart = found is not None and _are_near(found, plain, _compute_type(t))
     return not t.ranks.any(not apart)
+
+
+def _try_branches(t: Training, items: Sequence[Tokens]) -> list[Likelihoods] | None:
+    """None where the model takes no such mask: its own code then raises whatever it comes to (Bloom, a ValueError)."""
+    try:
+        return by_branches(t.objective, items, t.device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 (a model's own code, and no fault of the run)
+        log.info("choices are scored a row each: the model takes no mask of branches (%s)", error)
+        return None
 
 
 def _compute_type(t: Training) -> torch.dtype:
