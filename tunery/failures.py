@@ -47,7 +47,7 @@ class CannotQuantise(JobFailure):
 
 class NotFinite(JobFailure):
     """The loss became {value} at step {step} and the run was stopped there. Lower the learning rate (it was {rate:g}),
-    or look at the rows of that step in the job's log."""
+    or look at the rows of that step in the job's log. {kept}"""
 
     code = "nan_loss"
 

@@ -231,17 +231,21 @@ def test_training_and_validation_rows_are_read_once(tmp_path: Path, tiny: Path) 
     assert sorted(opened) == ["train.jsonl", "valid.jsonl"]
 
 
-def test_loss_that_is_no_number_ends_the_run_before_the_weights_are_touched(tmp_path: Path, tiny: Path) -> None:
+def test_loss_that_is_no_number_ends_the_run_before_the_weights_are_touched(
+    tmp_path: Path, tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(learning_rate=1.0, n_epochs=3), ROWS)
     t = prepare(folder, Voice(None), Wish())
     poisoned = t.objective.causal.base_model.layers[0].input_layernorm.weight
     poisoned.data[0] = float("nan")
     before = {name: p.detach().clone() for name, p in t.parameters.items()}
 
-    with pytest.raises(NotFinite, match="Lower the learning rate"):
+    with pytest.raises(NotFinite, match=r"at step 1 .* Lower the learning rate .* No checkpoint had been saved before"):
         train(t, Progress())
 
     assert all(torch.equal(p, before[name]) for name, p in t.parameters.items())
+    assert caplog.text.count("step 1 drew example") == t.plan.batch_size
+    assert all(word in caplog.text for word in ("<|im_start|>user", "alpha"))
     assert not list((folder).glob("checkpoints/*"))
 
 
@@ -295,6 +299,30 @@ def test_lost_best_weights_are_an_error(tmp_path: Path, tiny: Path) -> None:
         train(t, Progress())
 
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("snapshots", [300.0, 1e-9], ids=["at the epoch's end", "at a snapshot"])
+def test_weight_that_is_no_number_is_never_saved(tmp_path: Path, tiny: Path, snapshots: float) -> None:
+    """A step whose loss was a number may leave one: the checkpoint before it stays the last good one."""
+    folder = lay_out(tmp_path / "run", tiny, plan(n_epochs=3), ROWS, snapshot_seconds=snapshots)
+    t = prepare(folder, Voice(None), Wish())
+    per_epoch, usual, taken = t.steps_per_epoch, t.optimizer.step, []
+    spoiled = 2 * per_epoch if snapshots > 1 else per_epoch + 1
+
+    def step() -> None:
+        usual()
+        taken.append(1)
+        if len(taken) == spoiled:
+            next(iter(t.parameters.values())).data[0, 0] = float("inf")
+
+    t.optimizer.step = step  # type: ignore[method-assign,assignment]
+    message = rf"a weight NaN or infinite, at step {spoiled} .* The checkpoint of step {per_epoch} is good and stays"
+
+    with pytest.raises(NotFinite, match=message):
+        train(t, Progress())
+
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{per_epoch}"]
+    assert not (folder / "snapshots" / f"step-{spoiled}").exists()
 
 
 def _rising(t: Training, usual: Any) -> Any:

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from tunery.failures import NotFinite
 from tunery.spec import EarlyStopping, Plan
 from tunery.wire import CheckpointSaved, Evaluated, Step
-from worker.trainer import checkpoints, validation
+from worker.trainer import checkpoints, finite, validation
 from worker.trainer.data import rows_of_step
 from worker.trainer.methods.method import Shown
 from worker.trainer.scoring import sampled
@@ -24,7 +23,8 @@ from worker.trainer.training import Progress, Training
 def train(t: Training, progress: Progress) -> bool:
     """Trains from `progress` to the end. False when it was asked to stop: a snapshot holds all of its state then.
 
-    Raises NotFinite before a weight is touched by a step whose loss or gradient is not a number.
+    Raises NotFinite before a weight is touched by a step whose loss or gradient is not a number, and before weights
+    that are not numbers are saved.
     """
     t.objective.train()
     saved_at = time.monotonic()
@@ -44,6 +44,7 @@ def train(t: Training, progress: Progress) -> bool:
             with t.pace.measure("validation"):
                 _evaluate(t, progress)
         if progress.step % t.steps_per_epoch == 0:
+            finite.check_weights(t, progress.step, message.learning_rate)
             with t.pace.measure("checkpoint"):
                 _save_public(t, progress)
         _compare_products(t, progress)
@@ -87,8 +88,8 @@ def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
     *totals, asked, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
     loss, accuracy, metrics = _shown(t, totals, weight)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise NotFinite(value=loss if not math.isfinite(loss) else f"{loss:.4f} with a gradient of {grad_norm}",
-                        step=step, rate=rate)  # fmt: skip
+        value = loss if not math.isfinite(loss) else f"{loss:.4f} with a gradient of {grad_norm}"
+        raise finite.failure(t, value=value, step=step, rate=rate, drawn=drawn)
     t.stepper.update(step, rate)
     progress.step = step
     progress.tokens += sum(t.rows.lengths[i] for i in drawn)
@@ -149,7 +150,7 @@ def _evaluate(t: Training, progress: Progress) -> None:
     t.voice.say(Evaluated(step=progress.step, loss=loss, accuracy=accuracy, metrics=metrics, **task))
     if not math.isfinite(loss):
         rate = learning_rate(t.plan, progress.step, t.total_steps)
-        raise NotFinite(value=f"{loss} on the validation file", step=progress.step, rate=rate)
+        raise finite.failure(t, value=f"{loss} on the validation file", step=progress.step, rate=rate)
     if t.chooses_by_task:
         loss = 1 - task["task_score"]
     if progress.best_loss is None or loss < progress.best_loss:
@@ -176,6 +177,7 @@ def _save_public(t: Training, progress: Progress) -> None:
 
 
 def _save_snapshot(t: Training, progress: Progress) -> None:
+    finite.check_weights(t, progress.step, learning_rate(t.plan, progress.step, t.total_steps))
     path = checkpoints.save_snapshot(t, progress)
     t.voice.say(CheckpointSaved(kind="snapshot", step=progress.step, path=path))
 
