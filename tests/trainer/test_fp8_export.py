@@ -38,6 +38,12 @@ def test_each_row_has_a_scale_of_its_own(written: tuple[Path, Path]) -> None:
     assert ((back - weight).abs() <= weight.abs() / 16 + weight.abs().amax(1, keepdim=True) / 2**17).all()
 
 
+def test_small_row_beside_a_large_one_keeps_its_numbers() -> None:
+    weight = torch.tensor([[1e-6, -3e-6], [1e3, 2e3]])
+    eight_bits, scale = fp8.narrow(weight)
+    assert torch.allclose(eight_bits.float() * scale.float(), weight, rtol=1 / 16, atol=0)
+
+
 def test_transformers_reads_what_was_measured(written: tuple[Path, Path]) -> None:
     base, out = written
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
