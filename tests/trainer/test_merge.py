@@ -160,6 +160,37 @@ def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], Any]
     monkeypatch.setattr(merge, "FULL", replace(merge.FULL, export=broken))
 
 
+def test_update_below_the_grid_arrives_when_it_is_rounded_at_random() -> None:
+    layer = torch.nn.Linear(512, 64, bias=False)
+    layer._keep_in_fp32_modules = layer._keep_in_fp32_modules_strict = None  # type: ignore[assignment]
+    on_grid = torch.empty(64, 512).uniform_(0.51, 0.99).bfloat16().float()
+    update = torch.full_like(on_grid, 2e-4)  # of neighbours 3.9e-3 apart
+    assert torch.equal((on_grid + update).bfloat16().float(), on_grid)
+    layer.weight.data = on_grid + update
+
+    merge._round(layer)
+
+    moved = layer.weight.data - on_grid
+    assert torch.equal(layer.weight.data, layer.weight.data.bfloat16().float())
+    assert moved.mean().item() == pytest.approx(2e-4, rel=0.1)
+    layer.weight.data = on_grid.clone()
+    merge._round(layer)
+    assert torch.equal(layer.weight.data, on_grid)
+
+
+def test_merge_that_nearest_rounding_spoils_is_rounded_at_random(
+    tmp_path: Path, base: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factors = iter([1.5, 1.0])
+    spoil(monkeypatch, lambda weight: weight.mul_(next(factors)))
+
+    record = merge.write(source(base, adapter(tmp_path / "adapter", base)), rows, tmp_path / "out")
+
+    assert [each["rounding"] for each in record["candidates"]] == ["nearest", "stochastic"]
+    assert record["rounding"] == "stochastic"
+    assert "mean KL divergence" in merge.summary(record)
+
+
 def test_merge_that_predicts_otherwise_is_refused(
     tmp_path: Path, base: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:

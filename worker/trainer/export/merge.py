@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes
 import psutil
@@ -22,16 +22,20 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tunery.planning.precision import Precision
-from worker.trainer import precision, report
+from worker.trainer import dtypes, precision, report
 from worker.trainer.data import Row
 from worker.trainer.export import files, proof
 from worker.trainer.export.errors import NoRoom
 from worker.trainer.export.proof import Divergence
+from worker.trainer.kernels import stochastic
 from worker.trainer.recipes.full import FULL
 from worker.trainer.recipes.qlora import load_quantised
 
 RECORD = "merge.json"
 Weights = dict[str, Tensor]
+Rounding = Literal["nearest", "stochastic"]
+"""The base's own weights lie on the grid of bf16. Of an update that is smaller than half a step of it, rounding to
+nearest leaves nothing, in every weight alike; rounded at random, the sum over a row arrives."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,14 @@ class Candidate:
     """A merge into one base. `proof`: from the adapter on that base. `trained`: from the adapter as it was trained."""
 
     base: str
+    rounding: Rounding
     folder: Path
     proof: Divergence
     trained: Divergence
 
     def describe(self) -> dict[str, Any]:
-        return {"base": self.base, "proof": asdict(self.proof), "from_trained": asdict(self.trained)}
+        measured = {"proof": asdict(self.proof), "from_trained": asdict(self.trained)}
+        return {"base": self.base, "rounding": self.rounding, **measured}
 
 
 def write(source: Source, rows: Iterable[Row], out: Path) -> dict[str, Any]:
@@ -75,13 +81,15 @@ def write(source: Source, rows: Iterable[Row], out: Path) -> dict[str, Any]:
 
 def summary(record: dict[str, Any]) -> str:
     """Returns the record's numbers as a sentence."""
-    [best] = [each for each in record["candidates"] if each["base"] == record["merged_into"]]
+    kept = (record["merged_into"], record["rounding"])
+    [best] = [each for each in record["candidates"] if (each["base"], each["rounding"]) == kept]
     return f"Merged into the {best['base']} base: {Divergence(**best['proof']).describe('the adapter on it')}"
 
 
 def _describe(source: Source, best: Candidate, candidates: list[Candidate]) -> dict[str, Any]:
     return {
         "merged_into": best.base,
+        "rounding": best.rounding,
         "bounds": {"mean_kl": proof.MOST_KL, "top1": proof.LEAST_TOP1},
         "candidates": [candidate.describe() for candidate in candidates],
         "base_weights_sha256": files.weights_sha256(source.base),
@@ -90,28 +98,39 @@ def _describe(source: Source, best: Candidate, candidates: list[Candidate]) -> d
 
 
 def _candidates(source: Source, rows: list[Row], folder: Path) -> list[Candidate]:
-    if not source.precision.quantised:
-        return [_candidate(source, rows, folder, "original", None, None)]
-    trained, unpacked = _quantised(source, rows)
-    return [
-        _candidate(source, rows, folder, "original", None, trained),
-        _candidate(source, rows, folder, "dequantised", unpacked, trained),
-    ]
+    trained, unpacked = _quantised(source, rows) if source.precision.quantised else (None, None)
+    bases: dict[str, Weights | None] = {"original": None}
+    if unpacked is not None:
+        bases["dequantised"] = unpacked
+    found: list[Candidate] = []
+    for base, weights in bases.items():
+        found.append(_candidate(source, rows, folder, base, weights, trained))
+        if not found[-1].proof.is_small:
+            found.append(_candidate(source, rows, folder, base, weights, trained, "stochastic"))
+    return found
 
 
 def _candidate(
-    source: Source, rows: list[Row], folder: Path, base: str, weights: Weights | None, trained: Tensor | None
+    source: Source,
+    rows: list[Row],
+    folder: Path,
+    base: str,
+    weights: Weights | None,
+    trained: Tensor | None,
+    rounding: Rounding = "nearest",
 ) -> Candidate:
     """A merge into the original weights, or into `weights`. `trained`: the predictions of the model as trained."""
     model = _adapted(source, weights)
     reference = proof.log_probs(model, rows)
-    _write_merged(model, folder / base)
+    out = folder / f"{base}-{rounding}"
+    _write_merged(model, out, rounding)
     del model
     files.free_memory()
-    found = proof.log_probs(_load(folder / base, source.device), rows)
+    found = proof.log_probs(_load(out, source.device), rows)
     files.free_memory()
     divergence = proof.compare(reference, found)
-    return Candidate(base, folder / base, divergence, divergence if trained is None else proof.compare(trained, found))
+    from_trained = divergence if trained is None else proof.compare(trained, found)
+    return Candidate(base, rounding, out, divergence, from_trained)
 
 
 def _quantised(source: Source, rows: list[Row]) -> tuple[Tensor, Weights]:
@@ -161,14 +180,27 @@ def _adapted(source: Source, weights: Weights | None) -> PeftModel:
     return PeftModel.from_pretrained(base, str(source.adapter)).eval()
 
 
-def _write_merged(model: Any, out: Path) -> None:
+def _write_merged(model: Any, out: Path, rounding: Rounding) -> None:
     """Merges in place, by PEFT's own rule for each kind of layer, and writes the whole model."""
     _untie(model.get_base_model())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied", UserWarning)
         merged = model.merge_and_unload()
+    if rounding == "stochastic":
+        _round(merged)
     out.mkdir()
     FULL.export(merged, out, "")
+
+
+@torch.no_grad()
+def _round(model: Any) -> None:
+    """Rounds the weights that become bf16 up or down at random, each tensor by a seed of its own."""
+    keep = dtypes.keeps(model)
+    for name, weight in model.named_parameters():
+        if not keep(name):
+            seed = stochastic.seed_of(0, 0, name)
+            noise = stochastic.noise(seed, 0, weight.numel(), weight.device)
+            weight.copy_(stochastic.rounded(weight.float().flatten(), noise).view_as(weight))
 
 
 def _untie(model: Any) -> None:
