@@ -211,6 +211,8 @@ def test_threads_do_not_read_each_others_texts() -> None:
 
 def test_an_interrupted_request_leaves_no_half_read_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C, or a signal's handler that raises."""
+    # A shell starts what it runs in the background with the signal ignored.
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
 
@@ -219,6 +221,7 @@ def test_an_interrupted_request_leaves_no_half_read_answer(monkeypatch: pytest.M
 
     assert render("{{ x }}", x=1) == "1"
     timer.join()
+    signal.signal(signal.SIGINT, usual)
 
 
 def test_it_ends_with_its_parent_though_it_is_busy() -> None:
