@@ -47,7 +47,7 @@ def test_a_technique_gives_a_model_that_says_what_it_learned(
     )
     job = stacks.finish(stack, client, job.id)
     assert job.model_extra
-    assert job.model_extra["technique"] == technique
+    assert technique.items() <= job.model_extra["technique"].items()
     listed = stacks.download(client, job.id, tmp_path)
     assert ("adapter_model.safetensors" in listed) == (technique["type"] != "full")
     steps = stacks.get(client, f"/fine_tuning/jobs/{job.id}/metrics")["data"]
@@ -56,5 +56,6 @@ def test_a_technique_gives_a_model_that_says_what_it_learned(
         reply = client.chat.completions.create(
             model=job.fine_tuned_model or "", messages=row["messages"], temperature=0, max_completion_tokens=8
         )
-        # A qlora was scored on its 4-bit base and is served on the whole one, so its words may differ.
+        # A qlora's products are in bf16, which a row alone rounds otherwise than a batch; this random model decides by
+        # such digits. tests/worker/test_served_as_scored.py compares one in fp32.
         assert technique["type"] == "qlora" or reply.choices[0].message.content == row["tuned"]
