@@ -34,7 +34,6 @@ class Work:
     seed: int
     epochs: int
     learning_rate: float | None = None
-    test_part: str = "test"
     before: str = "pass"
     gate: Gate | None = None
 
@@ -86,8 +85,8 @@ def exact(runs: Iterable[dict[str, Any]]) -> tuple[float, str]:
 def _lay_out(folder: Path, work: Work) -> None:
     (folder / "data").mkdir(parents=True)
     (folder / "base").symlink_to(work.base.resolve())
-    for part, source in (("train", "train"), ("valid", "valid"), ("test", work.test_part)):
-        (folder / f"data/{part}.jsonl").symlink_to(EXAMPLES / f"{work.task}_{source}.jsonl")
+    for part in ("train", "valid", "test"):
+        (folder / f"data/{part}.jsonl").symlink_to(EXAMPLES / f"{work.task}_{part}.jsonl")
     hidden = json.loads((work.base / "config.json").read_text())["hidden_size"]
     rate = work.learning_rate or advice.default_learning_rate(hidden, work.technique)
     plan = Plan(

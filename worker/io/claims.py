@@ -1,6 +1,6 @@
 """Long work that only one process of the installation may do, without holding any row for so long."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from sqlalchemy import func, select
@@ -25,3 +25,13 @@ def only_here(what: str) -> Iterator[bool]:
             yield True
         finally:
             connection.execute(select(func.pg_advisory_unlock(key)))
+
+
+def take_one(verb: str, waiting: Callable[[], list[str]], work: Callable[[str], None]) -> bool:
+    """Does `work` on the first of the `waiting` ids that no other process has; whether there was one."""
+    for id in waiting():
+        with only_here(f"{verb} {id}") as mine:
+            if mine and id in waiting():  # another may have ended it meanwhile
+                work(id)
+                return True
+    return False

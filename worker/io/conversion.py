@@ -23,7 +23,7 @@ from tunery.settings import Settings
 from tunery.storage import Storage
 from tunery.storage.errors import KeyTaken, StorageFailed
 from tunery.wire import EXIT_USER_ERROR
-from worker.io.claims import only_here
+from worker.io.claims import take_one
 from worker.supervisor import staging
 from worker.supervisor.drain import Drain
 from worker.supervisor.process import ROOT, environment
@@ -36,12 +36,7 @@ _FOR_HUBS = {"HF_ENDPOINT", "HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"}
 
 def convert_next(settings: Settings, storage: Storage, drain: Drain) -> bool:
     """One base; whether there was one."""
-    for model_id in _waiting():
-        with only_here(f"convert {model_id}") as mine:
-            if mine and model_id in _waiting():
-                _convert(model_id, settings, storage, drain)
-                return True
-    return False
+    return take_one("convert", _waiting, lambda model_id: _convert(model_id, settings, storage, drain))
 
 
 def _waiting() -> list[str]:

@@ -24,7 +24,7 @@ from tunery.settings import Settings
 from tunery.spec import Export, ExportOrder, Plan
 from tunery.storage import Storage
 from tunery.storage.errors import StorageFailed
-from worker.io.claims import only_here
+from worker.io.claims import take_one
 from worker.supervisor.drain import Drain
 from worker.supervisor.process import ROOT, environment
 from worker.supervisor.staging import base_folder
@@ -34,12 +34,7 @@ log = logging.getLogger(__name__)
 
 def export_next(settings: Settings, storage: Storage, drain: Drain) -> bool:
     """One model's exports; whether there was one."""
-    for model_id in _waiting():
-        with only_here(f"export {model_id}") as mine:
-            if mine and model_id in _waiting():
-                _export(model_id, settings, storage, drain)
-                return True
-    return False
+    return take_one("export", _waiting, lambda model_id: _export(model_id, settings, storage, drain))
 
 
 def _waiting() -> list[str]:

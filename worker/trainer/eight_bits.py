@@ -1,7 +1,7 @@
 """Training with frozen products in eight bits: which layers make them, and the watch over what they give.
 
-The base stays in bf16 beside its copies in eight bits: answers, the scorecard and the check of the exported adapter use
-it, as any server of the adapter will. Only the products of training, forward and backward, are narrow.
+The base stays in bf16 or in four bits, as it is: answers, the scorecard and the check of the exported adapter use it,
+as any server of the adapter will. Only the products of training, forward and backward, are narrow.
 """
 
 import logging
