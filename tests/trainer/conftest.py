@@ -28,6 +28,6 @@ def ear() -> Iterator[run_folders.Ear]:
 
 @pytest.fixture(autouse=True)
 def _one_seed() -> Iterator[None]:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         yield

@@ -49,6 +49,16 @@ class Runs:
         found, wanted = (load_file(folder / "out" / ADAPTER) for folder in (first, second))
         return max(float((found[name] - tensor).abs().max()) for name, tensor in wanted.items())
 
+    def learned_alike(self, name: str, alone: Path) -> bool:
+        """Whether the weights are those of one rank alone, on a GPU as far as sums in bf16 let Adam's steps agree."""
+        if not self.gpus:
+            return self.difference(self.folder / name, alone) < 1e-4
+        found, wanted = (
+            torch.cat([tensor.flatten() for tensor in load_file(folder / "out" / ADAPTER).values()])
+            for folder in (self.folder / name, alone)
+        )
+        return float((found - wanted).norm() / wanted.norm()) < 0.05
+
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
@@ -93,7 +103,7 @@ def test_two_ranks_learn_what_one_does(runs: Runs, tmp_path: Path) -> None:
             for name, value in wanted.items():
                 if not name.startswith("seconds") and isinstance(value, float):
                     assert entry[name] == pytest.approx(value, rel=0.05 if runs.gpus else 1e-3), name
-    assert runs.difference(runs.folder / "plain", alone) < (5e-3 if runs.gpus else 1e-4)
+    assert runs.learned_alike("plain", alone)
     if not runs.gpus:  # in bf16 two answers of a random model may be equally likely
         answers = [(folder / "out" / "answers.jsonl").read_text() for folder in (alone, runs.folder / "plain")]
         assert answers[0] == answers[1]
@@ -115,7 +125,7 @@ def test_two_ranks_prefer_what_one_does(runs: Runs, tmp_path: Path) -> None:
             assert entry[f"{name}loss"] == pytest.approx(wanted[f"{name}loss"], rel=0.05 if runs.gpus else 1e-3)
             found, margins = (each[f"{name}metrics"]["rewards_margin"] for each in (entry, wanted))
             assert found == pytest.approx(margins, rel=0.05 if runs.gpus else 1e-3, abs=1e-4)
-    assert runs.difference(runs.folder / "pairs", alone) < (5e-3 if runs.gpus else 1e-4)
+    assert runs.learned_alike("pairs", alone)
 
 
 def test_each_rank_draws_its_own_dropout_and_the_same_in_every_run(runs: Runs) -> None:

@@ -42,7 +42,7 @@ def facts(model: Any) -> dict[str, Any]:
 
     `model` is the base, with weights on no device.
     """
-    with TemporaryDirectory() as folder, torch.random.fork_rng():
+    with TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         if not _save_small_copy(model, Path(folder)):
             return {"techniques": dict.fromkeys(TECHNIQUES), **dict.fromkeys(OPTIONS)}  # nothing is known against it
         reasons = {name: _reason(Path(folder), technique) for name, technique in TECHNIQUES.items()}
