@@ -1,7 +1,8 @@
 """What is wrong with a request that the framework refused, as an error of ours."""
 
+import re
+
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from tunery import field_errors
@@ -12,8 +13,8 @@ _NOT_JSON = (
     "The request has a body, but does not say that it is JSON. Send it with 'Content-Type: application/json' "
     "(curl -d alone sends a form)."
 )
-_BODIES: dict[str, type[BaseModel]] = {"POST /v1/fine_tuning/jobs": JobRequest}
-"""Whose fields are suggested for an unknown one. Jobs only: the other bodies have too few to mistake."""
+_CREATES_JOB = re.compile(r"POST /v1/fine_tuning/jobs(/[^/]+/rerun)?")
+"""The routes of which fields are suggested for an unknown one. Jobs only: the other bodies have too few to mistake."""
 
 
 class RouteNotFound(TuneryError):
@@ -39,7 +40,8 @@ def explain(error: RequestValidationError, route: str) -> Rejected:
     """The first field at fault, with every reason that its value was refused for."""
     if isinstance(error.body, bytes):
         return InvalidValue(reason=_NOT_JSON)
-    return field_errors.explain(error.errors(), error.body, _BODIES.get(route))
+    known = JobRequest if _CREATES_JOB.fullmatch(route) else None
+    return field_errors.explain(error.errors(), error.body, known)
 
 
 def explain_http(error: HTTPException, route: str) -> TuneryError:

@@ -13,6 +13,7 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     │   ├── CannotRender         rows: a chat template cannot write the messages, or not so that they can be learned
     │   ├── PromptTooLong        rows: a conversation fills the model's whole context
     │   ├── FileInUse            datasets: a live job needs the file
+    │   ├── InputChanged         jobs: a job that is to run again would read something else
     │   ├── AddressRefused       webhooks: a URL leads where we do not post
     │   └── ReceiverSilent       webhooks: a receiver gave no answer to a test
     ├── Unauthenticated          keys: no key, or a wrong one
@@ -20,7 +21,8 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     ├── NotFound                 no such object in this project
     │   ├── ModelNotFound        models
     │   │   └── ModelWithheld    models: the gate of its job keeps it from use
-    │   └── NoScorecard          jobs: a job was not measured, so there is nothing to show
+    │   ├── NoScorecard          jobs: a job was not measured, so there is nothing to show
+    │   └── InputGone            jobs: a job that is to run again read something that was deleted
     ├── RouteNotFound            api/faults.py: no such route, or one this server refuses by design
     ├── MethodNotAllowed         api/faults.py: a route, but not with this method
     ├── TooSlow                  api/faults.py: a body that comes in too slowly

@@ -11,13 +11,15 @@ from api.dependencies import CallerDep, SessionDep, SettingsDep
 from api.schemas import jobs as wire
 from api.schemas import runs
 from api.schemas.wire import CursorList, ListOf, errors
-from tunery.jobs import creation, gate, ledger, queries, waiting
+from tunery.jobs import creation, gate, ledger, queries, rerun, waiting
 from tunery.jobs.model import Job
 from tunery.settings import Settings
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning jobs"], route_class=JsonRoute)
 
 Limit = Annotated[int, Query(ge=1, le=1000, description="Objects a page")]
+IdempotencyKey = Annotated[str | None, Header(max_length=255, description="The same key, the same job")]
+RetryCount = Annotated[int, Header(include_in_schema=False)]
 After = Annotated[str | None, Query(description="The last object's id of the page before")]
 
 
@@ -45,8 +47,8 @@ def create_job(
     session: SessionDep,
     caller: CallerDep,
     settings: SettingsDep,
-    idempotency_key: Annotated[str | None, Header(max_length=255, description="The same key, the same job")] = None,
-    x_stainless_retry_count: Annotated[int, Header(include_in_schema=False)] = 0,
+    idempotency_key: IdempotencyKey = None,
+    x_stainless_retry_count: RetryCount = 0,
 ) -> wire.Job:
     """Checks the request, stores the job and answers at once; a worker then reads the files.
 
@@ -102,6 +104,27 @@ def pause_job(job_id: str, session: SessionDep, caller: CallerDep, settings: Set
 def resume_job(job_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> wire.Job:
     """Back to the queue, at its old place; the run goes on from its saved state."""
     return _shown(session, settings, ledger.resume(session, caller.project_id, job_id))
+
+
+@router.post("/{job_id}/rerun", summary="Run a fine-tuning job again", responses=errors(404, 429))
+def rerun_job(
+    job_id: str,
+    session: SessionDep,
+    caller: CallerDep,
+    settings: SettingsDep,
+    body: wire.RerunJob | None = None,
+    idempotency_key: IdempotencyKey = None,
+    x_stainless_retry_count: RetryCount = 0,
+) -> wire.Job:
+    """A new job with the files, the seed and the numbers that were decided for this one, but for what the body changes.
+
+    Without a body it is the same run: `GET .../{new job}/reproduction` compares them when it has ended.
+    """
+    changes = {} if body is None else body.changes
+    is_retry = x_stainless_retry_count > 0
+    job = rerun.rerun(session, caller, job_id, changes, idempotency_key=idempotency_key or None, is_retry=is_retry)
+    session.refresh(job)
+    return _shown(session, settings, job)
 
 
 @router.post("/{job_id}/publish", summary="Publish a model that its gate withholds", responses=errors(404))

@@ -79,6 +79,22 @@ def _without_nulls(data: Any, names: Collection[str] | None = None) -> Any:
     }
 
 
+class RerunJob(CreateJob):
+    """What is to be other than in the job that runs again: any field of a create request. The fields of an object are
+    merged with those that the job had."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"seed": 7, "learning_rate": 0.0005}]})
+
+    model: str | None = Field(None, min_length=1)  # type: ignore[assignment]  # the job has one
+    training_file: str | None = Field(None, min_length=1)  # type: ignore[assignment]
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Only what was sent."""
+        sent = self.model_dump(mode="json", exclude_unset=True)
+        return {name: value for name, value in sent.items() if value is not None}
+
+
 class PublishModel(Body):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"reason": "The general drop is on science questions; we route tickets"}]}
@@ -118,6 +134,7 @@ JOB: dict[str, Any] = {
     "usage_metrics": None,
     "shared_with_openai": False,
     "base_model": "SmolLM2-135M-Instruct",
+    "rerun_of": None,
     "waits_for": "a worker to read its files",
     "phase": None,
     "progress": {"step": 0, "total_steps": None},
@@ -234,6 +251,7 @@ class OpenAIJob(Wire):
     shared_with_openai: Literal[False] = False
 
     base_model: str = Field(description="The base's own id, whatever the request named it")
+    rerun_of: str | None = Field(description="The job that this one runs again")
     waits_for: str | None = Field(description="Why a job has not started yet")
     phase: str | None = Field(description="What a running job is doing")
     progress: Progress
@@ -291,6 +309,7 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str], waits_for:
         integrations=row.integrations,
         user_provided_suffix=row.suffix,
         base_model=row.base_model,
+        rerun_of=row.rerun_of,
         waits_for=waits_for,
         phase=row.phase,
         progress=Progress(**{**row.progress, "step": row.step, "total_steps": row.total_steps}),

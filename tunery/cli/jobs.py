@@ -7,13 +7,13 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from tunery.cli import downloads, models, request, show, summary, watching
+from tunery.cli import downloads, models, request, reruns, show, summary, watching
 from tunery.cli.files import upload_file
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Refused, Remote
+from tunery.cli.reruns import ROOT
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tuning jobs.")
-ROOT = "/fine_tuning/jobs"
 
 FileOrId = Annotated[str, typer.Option(help="A file to upload, or the id of one that was (file-...).")]
 MaybeFileOrId = Annotated[str | None, typer.Option(help="The same, for the validation loss.")]
@@ -247,3 +247,4 @@ def publish(
 _deed("cancel", "End a job for good, at once.")
 _deed("pause", "Save a job's state and free its worker.")
 _deed("resume", "Go on with a paused job.")
+app.command("rerun")(reruns.rerun)

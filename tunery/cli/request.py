@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
@@ -52,6 +52,19 @@ FLAGS = {
 
 def build(flags: dict[str, Any], settings: list[str]) -> Body:
     """One request of all flags that are given and all settings. Raises Refused where two of them contradict."""
+    return complete(merge(flags, settings), {"technique": "lora", "method": "supervised"})
+
+
+def complete(body: Body, types: Mapping[str, str]) -> Body:
+    """The request whose objects name their type: one that they leave out is that of `types`."""
+    for name, kind in types.items():
+        if isinstance(body.get(name), dict):
+            body[name].setdefault("type", kind)
+    return body
+
+
+def merge(flags: dict[str, Any], settings: list[str]) -> Body:
+    """All flags that are given and all settings, as parts of one request. Raises Refused where two contradict."""
     body: Body = {}
     origins: dict[str, str] = {}
     set_fields = [(text, *_setting(text)) for text in settings]
@@ -61,10 +74,6 @@ def build(flags: dict[str, Any], settings: list[str]) -> Body:
             _merge(body, origins, f"--{name.replace('_', '-')}", FLAGS[name].format(method=method), value)
     for text, path, value in set_fields:
         _merge(body, origins, f"--set {text}", path, value)
-    if isinstance(body.get("technique"), dict):
-        body["technique"].setdefault("type", "lora")
-    if isinstance(body.get("method"), dict):
-        body["method"].setdefault("type", "supervised")
     return body
 
 

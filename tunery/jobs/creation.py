@@ -44,11 +44,12 @@ def create(
     caller: Caller,
     request: JobRequest,
     *,
+    rerun_of: Job | None = None,
     idempotency_key: str | None = None,
     is_retry: bool = False,
 ) -> Job:
     """The job that this request makes, or the one that it made already. Raises Rejected, NotFound, QuotaExceeded."""
-    digest = _digest(request)
+    digest = _digest(request, rerun_of)
     earlier = ledger.earlier_request(
         session, caller.project_id, idempotency_key=idempotency_key, request_sha256=digest, is_retry=is_retry
     )
@@ -59,18 +60,22 @@ def create(
     advice.check_modules(request.technique, model.facts)
     spec = _spec(session, request, model, method=chosen, hyperparameters=hyperparameters)
     advice.check_technique(spec.technique, model.facts)
-    for param, name in _files(request).items():
-        _check_file(session, caller.project_id, param, name)
+    files = {param: _check_file(session, caller.project_id, param, name) for param, name in _files(request).items()}
     _check_held_out(session, request)
     job = _job(request, caller, model, spec)
     job.base_alias = _base_alias(session, request, model)
+    job.inputs = {param: file.sha256 for param, file in files.items()} | _weights(session, job)
+    if rerun_of is not None:
+        job.rerun_of, job.template_time = rerun_of.id, rerun_of.now
     job.idempotency_key, job.request_sha256 = idempotency_key, digest
-    return ledger.submit(session, job, messages=_remarks(request))
+    return ledger.submit(session, job, messages=_remarks(request, rerun_of))
 
 
-def _digest(request: JobRequest) -> str:
+def _digest(request: JobRequest, rerun_of: Job | None) -> str:
     """Equal for requests that ask for the same: key order, spaces and spelled-out nulls do not count."""
     said = request.model_dump(mode="json", exclude_unset=True)
+    if rerun_of is not None:
+        said["rerun_of"] = rerun_of.id
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -140,13 +145,14 @@ def _files(request: JobRequest) -> dict[str, str]:
     return {param: name for param, name in named.items() if name is not None}
 
 
-def _check_file(session: Session, project_id: str, param: str, name: str) -> None:
+def _check_file(session: Session, project_id: str, param: str, name: str) -> File:
     file = shelf.find(session, project_id, name, param=param)
     # Locked against a delete that has already seen that no job uses the file.
     session.refresh(file, with_for_update={"read": True})
     if file.deleted_at is not None:
         raise NotFound(param=param, kind="file", id=name)
     shelf.check_trainable(file, param=param)
+    return file
 
 
 def _check_held_out(session: Session, request: JobRequest) -> None:
@@ -223,6 +229,12 @@ def _job(request: JobRequest, caller: Caller, model: Model, spec: TrainingSpec) 
     return job
 
 
+def _weights(session: Session, job: Job) -> dict[str, str | None]:
+    """The sha256 of the base's manifest, and of that of the model that the job goes on from."""
+    named = {"base": job.base_model, "parent": job.parent_model}
+    return {part: session.get_one(Model, id).manifest_sha256 for part, id in named.items() if id is not None}
+
+
 def _base_alias(session: Session, request: JobRequest, model: Model) -> str | None:
     """Clients read the provider from the base's part of a tuned model's name, so later generations keep it."""
     if model.kind == "base":
@@ -235,11 +247,12 @@ def _echo(integration: dict[str, Any], job_id: str) -> dict[str, Any]:
     return {**integration, "wandb": {**integration["wandb"], "run_id": job_id}}
 
 
-def _remarks(request: JobRequest) -> list[tuple[str, str]]:
-    if not request.integrations:
-        return []
-    text = (
-        "Integration wandb is kept and echoed, but this server sends nothing to Weights & Biases: "
-        "read the job's metrics at GET /v1/fine_tuning/jobs/{id}/metrics"
-    )
-    return [("warn", text)]
+def _remarks(request: JobRequest, rerun_of: Job | None) -> list[tuple[str, str]]:
+    found = [] if rerun_of is None else [("info", f"The job runs {rerun_of.id} again")]
+    if request.integrations:
+        text = (
+            "Integration wandb is kept and echoed, but this server sends nothing to Weights & Biases: "
+            "read the job's metrics at GET /v1/fine_tuning/jobs/{id}/metrics"
+        )
+        found.append(("warn", text))
+    return found

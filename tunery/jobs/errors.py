@@ -1,6 +1,6 @@
 """What can be wrong with jobs and their attempts."""
 
-from tunery.errors import NotFound, TuneryError
+from tunery.errors import NotFound, Rejected, TuneryError
 
 
 class QuotaExceeded(TuneryError):
@@ -11,6 +11,17 @@ class QuotaExceeded(TuneryError):
 
 class NoScorecard(NotFound):
     """Job '{id}' has no scorecard: it named no evaluation.test_file, or has not been measured yet."""
+
+
+class InputGone(NotFound):
+    """The {kind} '{id}', with which job '{job}' ran, was deleted. Send another as '{field}' to run the job on that."""
+
+
+class InputChanged(Rejected):
+    """The {kind} '{id}' is not what job '{job}' ran with: its sha256 was {then} and is {now}. Send another as
+    '{field}', or create a new job."""
+
+    code = "input_changed"
 
 
 class LeaseLost(TuneryError):

@@ -79,6 +79,9 @@ class Job(Base):
     suffix: Mapped[str | None]
     user_metadata: Mapped[dict[str, Any] | None]
     integrations: Mapped[list[Any]] = mapped_column(default=list)
+    rerun_of: Mapped[str | None]
+    template_time: Mapped[datetime | None]
+    inputs: Mapped[dict[str, Any] | None]
     names_method: Mapped[bool] = mapped_column(default=True)
 
     idempotency_key: Mapped[str | None]
@@ -105,6 +108,11 @@ class Job(Base):
     def base_name(self) -> str:
         """The base's name in answers and in the names of tuned models: the alias that was asked for, or its id."""
         return self.base_alias or self.base_model
+
+    @property
+    def now(self) -> datetime:
+        """What chat templates take for now, in every attempt and every rerun."""
+        return self.template_time or self.created_at
 
     @property
     def withholds_model(self) -> bool:

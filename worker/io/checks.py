@@ -36,7 +36,7 @@ class Case:
     """
 
     job_id: str
-    created_at: datetime
+    now: datetime
     spec: TrainingSpec
     files: Mapping[FileRole, File]
     base: Model
@@ -74,7 +74,7 @@ class Findings:
 def judge(case: Case, settings: Settings, storage: Storage) -> Verdict:
     """The plan of a job that can succeed. Raises JobFailure where it cannot, CannotRender, ObjectMissing,
     ChecksumMismatch where its base or files cannot be read."""
-    template = ChatTemplate.load(staging.text_folder(settings.models_dir, storage, case.base), now=case.created_at)
+    template = ChatTemplate.load(staging.text_folder(settings.models_dir, storage, case.base), now=case.now)
     found = Findings(storage, template)
     warnings = [warning for check in CHECKS for warning in check(case, found)]
     return Verdict(found.plan, found.gpu_bytes, _cpu_bytes(case, found), warnings)

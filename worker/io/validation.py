@@ -53,7 +53,7 @@ def _open(session: Session, job: Job) -> Case:
     }
     return Case(
         job_id=job.id,
-        created_at=job.created_at,
+        now=job.now,
         spec=TrainingSpec.model_validate(job.spec),
         files={role: session.get_one(File, id) for role, id in ids.items() if id is not None},
         base=session.get_one(Model, job.base_model),

@@ -155,7 +155,7 @@ def needs_of(session: Session, job: Job) -> Needs:
             job=job.id,
             base_model=(whole or base).id,
             plan=Plan.model_validate(job.plan),
-            now=job.created_at,
+            now=job.now,
             facts=_provenance(job, base, parent, files),
         ),
         files={name: StoredFile(file.key, file.sha256) for name, file in files.items()},
