@@ -51,14 +51,13 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["banking"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--at-once", type=int, default=6)
+    task_runs.add_options(parser)
     a = parser.parse_args()
-
-    def train(one: tuple[str, float | None, int]) -> dict[str, Any]:
-        task, rate, seed = one
-        return task_runs.train(task_runs.Work(a.base, task, Lora(), seed, a.epochs, learning_rate=rate, gate=GATE))
-
-    runs = task_runs.each(product(a.tasks, (None, TOO_HIGH), range(a.seeds)), train, a.at_once)
+    works = [
+        task_runs.Work(a.base, task, Lora(), seed, a.epochs, learning_rate=rate, gate=GATE)
+        for task, rate, seed in product(a.tasks, (None, TOO_HIGH), range(a.seeds))
+    ]
+    runs = task_runs.machine(a).each(works)
     a.out.write_text(json.dumps({**hardware(), "gate": GATE.model_dump(), "runs": runs}, indent=1) + "\n")
     for line in lines(runs):
         print(line)

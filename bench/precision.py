@@ -51,17 +51,16 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["snips", "banking"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--at-once", type=int, default=6)
+    task_runs.add_options(parser)
     a = parser.parse_args()
     techniques = PRECISIONS[a.technique]
 
-    def train(one: tuple[str, str, int]) -> dict[str, Any]:
-        task, name, seed = one
-        return {"in": name} | task_runs.train(
-            task_runs.Work(a.base, task, techniques[name], seed, a.epochs, before=ALL_SIZES)
-        )
-
-    runs = task_runs.each(product(a.tasks, techniques, range(a.seeds)), train, a.at_once)
+    chosen = list(product(a.tasks, techniques, range(a.seeds)))
+    works = [
+        task_runs.Work(a.base, task, techniques[name], seed, a.epochs, before=ALL_SIZES) for task, name, seed in chosen
+    ]
+    outcomes = task_runs.machine(a).each(works)
+    runs = [{"in": name} | outcome for (_, name, _), outcome in zip(chosen, outcomes, strict=True)]
     a.out.write_text(json.dumps({**hardware(), "runs": runs}, indent=1) + "\n")
     for line in lines(runs, list(techniques)):
         print(line)

@@ -1,78 +1,163 @@
-"""Runs of the trainer on the examples' SNIPS and Banking rows, as a job does them, several at once on one device."""
+"""Runs of the trainer on the examples' rows, as a job does them, several at once on each of a host's GPUs."""
 
+import argparse
 import json
+import math
+import os
+import queue
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from bench.train_side_by_side import hardware
 from tunery.planning import advice
-from tunery.spec import Evaluation, Gate, General, Plan, Run, Technique
+from tunery.spec import Evaluation, Gate, General, Hyperparameters, Plan, Run, Technique, TrainingSpec
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-MAX_NEW_TOKENS = {"snips": 96, "banking": 32}
 _TRAINER = "import sys; {before}; from worker.trainer.__main__ import main; sys.exit(main())"
+_QUANTILES = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""Student's t at 0.975, by degrees of freedom from 1."""
 
-Item = TypeVar("Item")
+Point = dict[str, Any]
+"""What a bench varies, in JSON's types: by it a later invocation knows a run again."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One run. `learning_rate` None: the technique's default. `before`: Python that the trainer runs first.
+    """One run. None: what a job without that setting gets. `before`: Python that the trainer runs first.
 
-    General ability is measured where there is a `gate`.
+    The test rows are answered by base and tuned model, or the validation rows by the tuned one alone where
+    `on_validation`. General ability is measured where there is a `gate`, or by `general`.
     """
 
     base: Path
     task: str
     technique: Technique
     seed: int
-    epochs: int
+    epochs: int | None = None
     learning_rate: float | None = None
     before: str = "pass"
     gate: Gate | None = None
+    general: bool = False
+    on_validation: bool = False
 
 
-def train(work: Work) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Machine:
+    """What runs may take: so many GPUs, so many runs at once on each, and seconds for one run."""
+
+    gpus: int = 1
+    at_once: int = 6
+    limit: float = 900
+
+    def each(self, works: Sequence[Work]) -> list[dict[str, Any]]:
+        """What came of each run, in the order of the works."""
+        found = dict(self.as_done(works))
+        return [found[number] for number in range(len(works))]
+
+    def as_done(self, works: Sequence[Work]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Number and outcome of each run, as it ends."""
+        free: queue.Queue[int] = queue.Queue()
+        for place in range(self.gpus * self.at_once):
+            free.put(place % self.gpus)
+
+        def do(work: Work) -> dict[str, Any]:
+            gpu = free.get()
+            try:
+                return train(work, self._environment(gpu), self.limit)
+            finally:
+                free.put(gpu)
+
+        with ThreadPoolExecutor(self.gpus * self.at_once) as pool:
+            running = {pool.submit(do, work): number for number, work in enumerate(works)}
+            for done in as_completed(running):
+                yield running[done], done.result()
+
+    def _environment(self, gpu: int) -> dict[str, str]:
+        threads = max(1, (os.cpu_count() or 1) // (self.gpus * self.at_once))
+        return {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": str(threads)}
+
+
+def go_on(out: Path, points: Iterable[Point], work: Callable[[Point], Work], machine: Machine) -> list[dict[str, Any]]:
+    """The runs of all points, each with its `point`. What `out` holds is not run again; each run is written as it ends.
+
+    Runs that failed are tried again by the next invocation.
+    """
+    known = json.loads(out.read_text())["runs"] if out.exists() else []
+    runs: list[dict[str, Any]] = [run for run in known if "failed" not in run]
+    points = list(points)
+    left = [point for point in points if all(run["point"] != point for run in runs)]
+    for number, outcome in machine.as_done([work(point) for point in left]):
+        runs.append({"point": left[number]} | outcome)
+        _write(out, {**hardware(), "runs": runs})
+        print(len(runs), json.dumps(left[number]), brief(outcome), flush=True)
+    return [run for point in points for run in runs if run["point"] == point]
+
+
+def _write(out: Path, found: dict[str, Any]) -> None:
+    partial = out.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(out)
+
+
+def brief(run: dict[str, Any]) -> str:
+    """A run's outcome in a few words."""
+    if "failed" in run:
+        return f"failed: {run['failed']} {run['log'][-300:]}"
+    score = run["exact_tuned"] if run["exact_tuned"] is not None else run["valid_score"]
+    return f"{100 * score:.1f} % in {run['seconds']} s"
+
+
+def train(work: Work, environment: dict[str, str] | None = None, limit: float | None = None) -> dict[str, Any]:
     """What came of a run in a process of its own; `failed` and its log's end where nothing did."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made) / "run"
         _lay_out(folder, work)
         command = [sys.executable, "-c", _TRAINER.format(before=work.before), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        found: dict[str, Any] = {"task": work.task, "seed": work.seed}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit)
+        except subprocess.TimeoutExpired:
+            return found | {"failed": f"took longer than {limit} s", "log": ""}
         said = {message["type"]: message for message in map(json.loads, done.stdout.splitlines())}
-        found: dict[str, Any] = {"task": work.task, "seed": work.seed, "epochs": work.epochs}
         if "finished" not in said:
             return found | {"failed": said.get("failed") or "no message", "log": done.stderr[-2000:]}
-        described = json.loads((folder / "out/training_config.json").read_text())
-        parity = json.loads((folder / "out/parity.json").read_text())
-    return found | {
+        return found | _outcome(folder, said)
+
+
+def _outcome(folder: Path, said: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    described = json.loads((folder / "out/training_config.json").read_text())
+    parity = json.loads((folder / "out/parity.json").read_text())
+    score = said.get("score", {})
+    return {
+        "epochs": described["plan"]["n_epochs"],
         "learning_rate": described["plan"]["learning_rate"],
         "precision": described["precision"],
         "frozen_products": described["paths"]["frozen products"],
-        "exact_base": said["score"]["base_exact"],
-        "exact_tuned": said["score"]["tuned_exact"],
-        "rows": said["score"]["rows"],
+        "exact_base": score.get("base_exact"),
+        "exact_tuned": score.get("tuned_exact"),
+        "primary": score.get("primary"),
+        "metrics": score.get("metrics"),
+        "rows": score.get("rows"),
         "valid_loss": said["evaluated"]["loss"],
+        "valid_score": said["evaluated"].get("task_score"),
         "train_loss": said["step"]["train_loss"],
         "steps": said["finished"]["steps"],
-        "general": said["score"]["general"],
+        "general": score.get("general"),
         "gate": said.get("gated"),
         "seconds": round(said["finished"]["seconds"], 1),
         "peak_gib": round((said["finished"]["peak_memory_bytes"] or 0) / 2**30, 2),
         "parity_difference": parity["difference"],
     }
-
-
-def each(items: Iterable[Item], do: Callable[[Item], dict[str, Any]], at_once: int) -> list[dict[str, Any]]:
-    """What `do` gives for each of the items, `at_once` of them at a time."""
-    with ThreadPoolExecutor(at_once) as pool:
-        return list(pool.map(do, items))
 
 
 def exact(runs: Iterable[dict[str, Any]]) -> tuple[float, str]:
@@ -82,20 +167,57 @@ def exact(runs: Iterable[dict[str, Any]]) -> tuple[float, str]:
     return mean, f"{mean:.1f} % ({', '.join(f'{one:.1f}' for one in found)})"
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean and its 95 % interval by Student's t. One value alone has no bounds but infinity."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, -math.inf, math.inf
+    quantile = _QUANTILES[min(len(values) - 1, len(_QUANTILES)) - 1]
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
 def _lay_out(folder: Path, work: Work) -> None:
     (folder / "data").mkdir(parents=True)
     (folder / "base").symlink_to(work.base.resolve())
     for part in ("train", "valid", "test"):
         (folder / f"data/{part}.jsonl").symlink_to(EXAMPLES / f"{work.task}_{part}.jsonl")
-    hidden = json.loads((work.base / "config.json").read_text())["hidden_size"]
-    rate = work.learning_rate or advice.default_learning_rate(hidden, work.technique)
-    plan = Plan(
-        technique=work.technique, n_epochs=work.epochs, batch_size=advice.BATCH_SIZE, seed=work.seed,
-        learning_rate_multiplier=1, learning_rate=rate,
-        evaluation=Evaluation(
-            test_file="test", max_new_tokens=MAX_NEW_TOKENS[work.task], general=General(enabled=work.gate is not None)
-        ),
-        gate=work.gate,
-    )  # fmt: skip
-    run = Run(job="bench", base_model=work.base.name, plan=plan, public_checkpoints=0, snapshot_seconds=3600)
+    run = Run(job="bench", base_model=work.base.name, plan=_plan(work), public_checkpoints=0, snapshot_seconds=3600)
     (folder / "spec.json").write_text(run.model_dump_json())
+
+
+def _plan(work: Work) -> Plan:
+    """The plan of a job that names the work's settings alone, by the function that plans jobs."""
+    general = General(enabled=work.general or work.gate is not None)
+    evaluation = Evaluation(test_file="test", general=general)
+    if work.on_validation:
+        evaluation = Evaluation(task_rows=1000, every_steps=10**9, general=General(enabled=False))
+    spec = TrainingSpec(
+        technique=work.technique,
+        seed=work.seed,
+        learning_rate=work.learning_rate,
+        hyperparameters=Hyperparameters(n_epochs=work.epochs or "auto"),
+        evaluation=evaluation,
+        gate=work.gate,
+    )
+    with (EXAMPLES / f"{work.task}_train.jsonl").open() as rows:
+        examples = sum(1 for _ in rows)
+    return advice.resolve(spec, examples=examples, facts=facts(work.base), bf16_fits=True)
+
+
+def facts(base: Path) -> dict[str, Any]:
+    """What the converter wrote of the base."""
+    found: dict[str, Any] = json.loads((base / "facts.json").read_text())
+    return found
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a bench that say what its runs may take."""
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--at-once", type=int, default=6, help="runs on each GPU")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for one run")
+
+
+def machine(options: argparse.Namespace) -> Machine:
+    """The machine that those options describe."""
+    return Machine(options.gpus, options.at_once, options.limit)

@@ -1,0 +1,86 @@
+"""The benches that run the trainer many times: what they choose, what they say of it, and how they go on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+
+from bench import grid, task_runs
+from bench.task_runs import Machine, Work
+from tunery.spec import Lora
+
+
+def outcome(point: dict[str, Any], exact: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "point": point,
+        "exact_tuned": exact,
+        "valid_score": exact,
+        "valid_loss": 1.0,
+        "learning_rate": 1e-3,
+    } | changes
+
+
+def test_a_grid_has_twelve_points_and_the_defaults_own_among_them() -> None:
+    for technique, rank in (("lora", 16), ("qlora", 16), ("full", None)):
+        points = grid.grid("snips", technique)
+        assert len({json.dumps(point) for point in points}) == 12
+        assert {"rate": 1.0, "rank": rank, "epochs": 3}.items() <= points[grid_index(points, rank)].items()
+
+
+def grid_index(points: list[dict[str, Any]], rank: int | None) -> int:
+    return next(i for i, p in enumerate(points) if (p["rate"], p["rank"], p["epochs"]) == (1.0, rank, 3))
+
+
+def test_the_best_point_has_the_most_right_then_the_lowest_loss_and_is_of_its_own_task() -> None:
+    first, second, third, *_ = grid.grid("snips", "lora")
+    other, *_ = grid.grid("banking", "lora")
+    runs = [outcome(first, 0.8), outcome(second, 0.9), outcome(third, 0.9, valid_loss=0.5), outcome(other, 1.0)]
+    assert grid.best(runs, "snips", "lora") == third
+    assert grid.best([*runs, {"point": grid.grid("snips", "lora")[3], "failed": "x"}], "snips", "lora") is None
+    assert grid.best(runs, "snips", "full") is None
+
+
+def test_the_difference_is_paired_over_seeds_and_tasks() -> None:
+    [point, *_] = grid.grid("snips", "lora")
+    pairs = {"snips": ((0.80, 0.81), (0.81, 0.84)), "banking": ((0.99, 0.98), (0.97, 0.98))}
+    found = {
+        (task, "lora"): (point, [outcome(point, a) for a in plain], [outcome(point, b) for b in chosen])
+        for task, (plain, chosen) in pairs.items()
+    }
+    *_, last = grid.lines(found)
+    # Differences -1, -3, +2 and 0 points: mean -0.5, deviation 2.0817, t of three degrees 3.182.
+    assert last == "lora: default minus best -0.50 (-3.81 .. +2.81), 4 pairs"
+
+
+def test_the_quantiles_are_those_of_students_t() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    wanted = [round(float(stats.t.ppf(0.975, freedom)), 3) for freedom in range(1, 31)]
+    assert list(task_runs._QUANTILES) == wanted
+
+
+@pytest.mark.slow
+def test_a_second_invocation_runs_what_failed_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = tmp_path / "examples"
+    examples.mkdir()
+    for file in task_runs.EXAMPLES.glob("banking_*.jsonl"):
+        (examples / file.name).write_text("".join(file.read_text().splitlines(keepends=True)[:8]))
+    monkeypatch.setattr(task_runs, "EXAMPLES", examples)
+    base, out = tiny_models.llama(tmp_path / "base", max_position_embeddings=1024), tmp_path / "out.json"
+    (base / "facts.json").write_text(json.dumps({"hidden_size": 32, "context_length": 1024}))
+    broken = {1: "raise SystemExit(3)"}
+
+    def work(point: dict[str, Any]) -> Work:
+        return Work(base, "banking", Lora(), point["seed"], epochs=1, before=broken.get(point["seed"], "pass"))
+
+    points, machine = [{"seed": 0}, {"seed": 1}], Machine(at_once=2)
+    good, bad = task_runs.go_on(out, points, work, machine)
+    assert good["steps"] == 1
+    assert bad["failed"] == "no message"
+    broken.clear()
+    again, mended = task_runs.go_on(out, points, work, machine)
+    assert again == good
+    assert mended["seed"] == 1
+    assert mended["steps"] == 1
+    assert [run["point"] for run in json.loads(out.read_text())["runs"]] == points
