@@ -1,0 +1,110 @@
+"""A run that goes on elsewhere has the state of the one it continues, bit by bit, and its losses from there on.
+
+On a CPU, and with `-m gpu` in bf16 on the fast path of a CUDA device.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_folders import chat, lay_out, plan
+from torch.utils import _pytree
+
+from tunery.planning import memory
+from tunery.spec import Full, Lora, Qlora
+from worker.trainer import checkpoints
+from worker.trainer.data import MicroBatch, rows_of_step
+from worker.trainer.loop import _take_step
+from worker.trainer.memory import MemoryPlan
+from worker.trainer.report import Voice
+from worker.trainer.run import prepare
+from worker.trainer.training import Progress, Training
+from worker.trainer.wish import Wish
+
+ROWS = [chat(i, words=5 + 37 * i % 40) for i in range(30)]
+BROKEN_AFTER, COMPARED = 7, 20  # of 4 steps an epoch: in the middle of the second
+HAS_CUDA = torch.cuda.is_available()
+DEVICES = [
+    pytest.param("cpu", marks=[pytest.mark.slow, pytest.mark.skipif(HAS_CUDA, reason="a run takes the GPU")]),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")]),
+]
+TECHNIQUES = {
+    "lora": Lora(r=4, dropout=0.1),
+    "qlora": Qlora(r=4, dropout=0.1),
+    "full": Full(),
+    "full in fp32": Full(weights_dtype="float32"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:inner dimension:UserWarning")  # the tiny model's layers are narrow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", TECHNIQUES)
+def test_state_is_the_same_to_the_bit_and_so_are_the_losses(tmp_path: Path, tiny: Path, device: str, kind: str) -> None:
+    """Shuffled, packed, several micro-batches a step, dropout, in the middle of an epoch."""
+    technique: Any = TECHNIQUES[kind]
+    rate = 1e-4 if isinstance(technique, Full) else 1e-3
+    settled = plan(technique=technique, n_epochs=8, batch_size=8, packing=True, learning_rate=rate, max_seq_length=256)
+    t, again = (prepare(lay_out(tmp_path / name, tiny, settled, ROWS), Voice(None), Wish()) for name in ("a", "b"))
+    assert t.device.type == device
+    for each in (t, again):
+        each.objective.train()  # or there is no dropout, and no random number that counts
+    _cut_small(t)
+    progress = Progress()
+    for _ in range(BROKEN_AFTER):
+        _take_step(t, progress)
+    checkpoints.save_snapshot(t, progress)
+    state, drawn = _state(t), list(_drawn(t, progress.step))
+    wanted = [_take_step(t, progress)[0] for _ in range(COMPARED)]
+    assert max(len(parts) for parts in drawn) > 1, "no step had two micro-batches"
+
+    resumed = checkpoints.restore(again, t.folder / "snapshots" / f"step-{BROKEN_AFTER}")
+
+    assert resumed.step == BROKEN_AFTER
+    _assert_equal(_state(again), state)
+    assert list(_drawn(again, resumed.step)) == drawn
+    found = [_take_step(again, resumed)[0] for _ in range(COMPARED)]
+    assert [step.step for step in found] == [step.step for step in wanted]
+    assert [step.tokens for step in found] == [step.tokens for step in wanted]
+    exact = {} if device == "cuda" else {"rel": 0, "abs": 0}  # a GPU's sums may come in another order
+    losses = [step.train_loss for step in wanted]
+    assert [step.train_loss for step in found] == pytest.approx(losses, **({"rel": 1e-3, "abs": 1e-3} | exact))
+    assert _losses_differ(losses), "a loss that stands still compares nothing"
+
+
+def _cut_small(t: Training) -> None:
+    """Makes micro-batches of a few rows, of which a GPU would take all of a step at once."""
+    tokens = min(memory.CPU_MICRO_BATCH, t.stepper.memory.max_tokens, 160)
+    packed = None if t.stepper.memory.packed_tokens is None else tokens
+    t.stepper.adopt(MemoryPlan(tokens, packed_tokens=packed, graphs=t.stepper.memory.graphs))
+
+
+def _state(t: Training) -> dict[str, torch.Tensor]:
+    """Copies of all that the next steps depend on: weights, the optimizer's state, the streams of random numbers."""
+    found = {f"weight {name}": parameter.detach() for name, parameter in t.parameters.items()}
+    for name, parameter in t.parameters.items():
+        leaves, _ = _pytree.tree_flatten_with_path(t.optimizer.state[parameter])
+        found |= {f"optimizer {name} {path}": torch.as_tensor(leaf) for path, leaf in leaves if leaf is not None}
+    found["random cpu"] = torch.get_rng_state()
+    if HAS_CUDA:
+        found["random cuda"] = torch.cuda.get_rng_state()
+    return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
+
+
+def _assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert sum(name.startswith("optimizer") for name in wanted) > 10
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def _drawn(t: Training, step: int) -> Iterator[list[MicroBatch]]:
+    """The micro-batches of the steps after `step`."""
+    for later in range(step + 1, step + 1 + COMPARED):
+        yield t.stepper.micro_batches(rows_of_step(len(t.rows.examples), later, t.plan.batch_size, t.plan.seed))
+
+
+def _losses_differ(losses: list[float]) -> bool:
+    return max(losses) - min(losses) > 0.01
