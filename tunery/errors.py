@@ -22,6 +22,7 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     │   ├── ModelNotFound        models
     │   │   └── ModelWithheld    models: the gate of its job keeps it from use
     │   ├── NoScorecard          jobs: a job was not measured, so there is nothing to show
+    │   ├── NoReproduction       jobs: a job runs no other one again, so there is nothing to compare it with
     │   └── InputGone            jobs: a job that is to run again read something that was deleted
     ├── RouteNotFound            api/faults.py: no such route, or one this server refuses by design
     ├── MethodNotAllowed         api/faults.py: a route, but not with this method

@@ -13,7 +13,7 @@ from api import downloads, scorecard
 from api.dependencies import CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep
 from api.schemas import runs as wire
 from api.schemas.wire import CursorList, ListOf, WholeList, errors
-from tunery.artifacts import answers
+from tunery.artifacts import answers, reproduction
 from tunery.artifacts import model as artifacts
 from tunery.jobs import ledger, queries
 from tunery.jobs.model import Job
@@ -157,6 +157,21 @@ def _shows(flipped: bool | None, right: bool | None) -> Callable[[answers.Answer
         return flipped in (None, was_right != is_right) and right in (None, is_right)
 
     return shows
+
+
+@router.get("/reproduction", summary="Compare a job with the one that it runs again", responses=errors(404))
+def compare_job(
+    job_id: str,
+    session: SessionDep,
+    caller: CallerDep,
+    storage: StorageDep,
+    tolerance: Annotated[
+        float, Query(ge=0, le=1, allow_inf_nan=False, description="Most relative difference of a loss, at any step")
+    ] = reproduction.TOLERANCE,
+) -> wire.Reproduction:
+    """What both began with, what they ran on, their losses step by step, their weights and their scores."""
+    found = reproduction.compare(session, storage, caller.project_id, job_id, tolerance=tolerance)
+    return wire.Reproduction.of(found)
 
 
 @router.get("/artifacts", summary="List a job's artifacts", responses=errors(404))

@@ -1,10 +1,12 @@
 """What a job leaves behind, as the wire spells it: events, checkpoints, measurements, artifacts."""
 
+from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from api.schemas.wire import Wire, seconds
+from tunery.artifacts import reproduction
 from tunery.artifacts.answers import AnsweredRow
 from tunery.jobs import model
 
@@ -135,6 +137,83 @@ class ScorecardRow(Wire):
         answered = row.answered
         flipped = answered["base_right"] != answered["tuned_right"]
         return cls(id=row.id, number=row.number, flipped=flipped, **answered)
+
+
+class Pair(Wire):
+    """A value of both jobs; `equal` is null where one of them is not known."""
+
+    name: str
+    original: Any
+    rerun: Any
+    equal: bool | None
+
+
+class Curve(Wire):
+    """A loss of both jobs, step by step."""
+
+    name: str
+    steps: tuple[int, int] = Field(description="Steps that the original has it of, and the rerun")
+    compared: int = Field(description="Steps that both have it of")
+    max_relative_difference: float | None
+    at_step: int | None = Field(description="Where the difference is largest")
+
+
+class Reproduction(Wire):
+    """A job beside the one that it runs again."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "fine_tuning.job.reproduction",
+                    "job": "ftjob-def456",
+                    "rerun_of": "ftjob-abc123",
+                    "status": "reproduced",
+                    "bitwise": True,
+                    "tolerance": 0.005,
+                    "inputs": [{"name": "seed", "original": 42, "rerun": 42, "equal": True}],
+                    "environment": [{"name": "versions.torch", "original": "2.13.0", "rerun": "2.13.0", "equal": True}],
+                    "losses": [
+                        {
+                            "name": "train_loss",
+                            "steps": [300, 300],
+                            "compared": 300,
+                            "max_relative_difference": 0.0,
+                            "at_step": 1,
+                        }
+                    ],
+                    "weights": [
+                        {
+                            "name": "adapter_model.safetensors",
+                            "original": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+                            "rerun": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+                            "equal": True,
+                        }
+                    ],
+                    "scores": [{"name": "exact", "original": 0.86, "rerun": 0.86, "equal": True}],
+                }
+            ]
+        }
+    )
+
+    object: Literal["fine_tuning.job.reproduction"] = "fine_tuning.job.reproduction"
+    job: str
+    rerun_of: str
+    status: Literal["pending", "reproduced", "differs"] = Field(
+        description="Pending until both have succeeded. Reproduced: no input differs, and the weights are equal or "
+        "each loss is within the tolerance"
+    )
+    bitwise: bool | None = Field(description="All weights are equal; null where they are gone")
+    tolerance: float
+    inputs: list[Pair] = Field(description="Data, template, base and plan: what makes it the same run")
+    environment: list[Pair] = Field(description="Versions, hardware, precision and cut of the steps")
+    losses: list[Curve]
+    weights: list[Pair] = Field(description="The sha256 of the model's own files of weights")
+    scores: list[Pair] = Field(description="The tuned models on the same test rows")
+
+    @classmethod
+    def of(cls, found: reproduction.Reproduction) -> "Reproduction":
+        return cls.model_validate(asdict(found))
 
 
 class Artifact(Wire):

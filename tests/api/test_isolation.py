@@ -57,6 +57,7 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("/v1/fine_tuning/jobs/{own_job}/checkpoints?after={checkpoint}", {}),
     ],
     "read_log": [("/v1/fine_tuning/jobs/{job}/logs", {}), ("/v1/fine_tuning/jobs/{job}/logs?follow=true", {})],
+    "compare_job": [("/v1/fine_tuning/jobs/{job}/reproduction", {})],
     "rerun_job": [("/v1/fine_tuning/jobs/{job}/rerun", {})],
     "list_metrics": [("/v1/fine_tuning/jobs/{job}/metrics", {})],
     "draw_scorecard": [("/v1/fine_tuning/jobs/{job}/scorecard.svg", {})],

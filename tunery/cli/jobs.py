@@ -247,4 +247,5 @@ def publish(
 _deed("cancel", "End a job for good, at once.")
 _deed("pause", "Save a job's state and free its worker.")
 _deed("resume", "Go on with a paused job.")
-app.command("rerun")(reruns.rerun)
+for command in (reruns.rerun, reruns.reproduce, reruns.reproduction):
+    app.command()(command)

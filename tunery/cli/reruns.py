@@ -1,14 +1,18 @@
-"""`tunery jobs rerun`: an earlier job again, with what is changed."""
+"""`tunery jobs rerun`, `reproduce` and `reproduction`: an earlier job again, and both beside each other."""
 
+import time
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from tunery.cli import request, show, watching
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Remote
 
 ROOT = "/fine_tuning/jobs"
+Tolerance = Annotated[float | None, typer.Option(help="Most relative difference of a loss.", show_default="0.005")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="A field that is to be another: name=JSON or a.b=JSON, as in jobs create."),
@@ -48,3 +52,93 @@ def start(api: Remote, job: str, flags: dict[str, Any], settings: list[str]) -> 
         types = {name: (shown.get(name) or {}).get("type") for name in ("technique", "method")}
         changes = request.complete(changes, {name: kind for name, kind in types.items() if kind})
     return api.call("POST", f"{ROOT}/{job}/rerun", json=changes)
+
+
+def reproduce(
+    context: typer.Context,
+    job: str,
+    wait: Annotated[
+        bool,
+        typer.Option("--wait", "--watch", "-w", help="Stay until it ends, and compare: exit status 1 if it differs."),
+    ] = False,
+    tolerance: Tolerance = None,
+    json: AsJson = False,
+) -> None:
+    """Run an earlier job again, unchanged, and compare both: inputs, hardware, losses, weights and scores."""
+    api = connect(context)
+    again = start(api, job, {}, [])
+    if wait:
+        _follow(api, again["id"], in_silence=json)
+        return _show(api, again["id"], tolerance, json)
+    if json:
+        return show.as_json(again)
+    show.console.print(again["id"], soft_wrap=True)
+    show.hint(f"tunery jobs reproduction {again['id']}")
+    return None
+
+
+def reproduction(context: typer.Context, job: str, tolerance: Tolerance = None, json: AsJson = False) -> None:
+    """Compare a rerun with the job that it runs again. Exit status 1 unless it is reproduced."""
+    _show(connect(context), job, tolerance, json)
+
+
+def _follow(api: Remote, job: str, *, in_silence: bool) -> None:
+    """Until the job has ended; with a bar, unless standard output is for programs."""
+    if not in_silence:
+        return watching.watch(api, job)
+    while api.call("GET", f"{ROOT}/{job}")["status"] not in watching.FINAL:
+        time.sleep(1)
+    return None
+
+
+def _show(api: Remote, job: str, tolerance: float | None, json: bool) -> None:
+    """Prints the comparison. Exits with 1 unless the job is reproduced."""
+    query = {} if tolerance is None else {"tolerance": tolerance}
+    found = api.call("GET", f"{ROOT}/{job}/reproduction", params=query)
+    if json:
+        show.as_json(found)
+    elif found["status"] == "pending":
+        show.note(f"{job} and {found['rerun_of']} have not both ended: `tunery jobs watch {job}` waits.")
+    else:
+        _print(found)
+    if found["status"] != "reproduced":
+        raise typer.Exit(1)
+
+
+def _print(found: dict[str, Any]) -> None:
+    """What is equal on a line, what differs in a table, and the verdict."""
+    parts = ("inputs", "environment", "weights", "scores")
+    pairs = [pair for part in parts for pair in found[part]]
+    show.note("equal: " + ", ".join(pair["name"] for pair in pairs if pair["equal"]))
+    if unknown := [pair["name"] for pair in pairs if pair["equal"] is None]:
+        show.note("not known of both: " + ", ".join(unknown))
+    different = [pair for pair in pairs if pair["equal"] is False]
+    if different:
+        rows = ((pair["name"], _short(pair["original"]), _short(pair["rerun"])) for pair in different)
+        show.table(("differs", "original", "rerun"), rows, empty="")
+    for line in _curves(found["losses"]):
+        show.console.print(line, soft_wrap=True)
+    show.console.print(_verdict(found), soft_wrap=True)
+
+
+def _curves(losses: Iterable[dict[str, Any]]) -> Iterable[str]:
+    for curve in losses:
+        first, second = curve["steps"]
+        if curve["compared"] < max(first, second):
+            yield f"{curve['name']}: {first} steps and {second}, {curve['compared']} of them in both"
+        if curve["max_relative_difference"] is not None:
+            most = f"{curve['max_relative_difference']:.2e} at step {curve['at_step']}"
+            yield f"{curve['name']}: largest relative difference {most}, of {curve['compared']} compared"
+
+
+def _short(value: Any) -> str:
+    """A digest by its beginning, an object by what it holds."""
+    text = "" if value is None else str(value)
+    return text[:12] if len(text) == 64 and " " not in text else text
+
+
+def _verdict(found: dict[str, Any]) -> Text:
+    if found["status"] == "reproduced":
+        how = "the weights are equal, bit for bit" if found["bitwise"] else f"losses within {found['tolerance']:g}"
+        return Text.assemble(("✓ ", "green"), f"{found['job']} reproduces {found['rerun_of']}: {how}")
+    return Text.assemble(("✗ ", "red"), f"{found['job']} differs from {found['rerun_of']}")

@@ -10,7 +10,7 @@ from tunery.cli import show, summary
 from tunery.cli.remote import Refused, Remote
 from tunery.local.drawing import JobProgress, loss_curve
 
-_FINAL = ("succeeded", "failed", "cancelled")
+FINAL = ("succeeded", "failed", "cancelled")
 
 
 class Events:
@@ -45,7 +45,7 @@ def watch(api: Remote, job: str, *, known: Iterable[str] = ()) -> None:
             while True:
                 found = api.call("GET", f"/fine_tuning/jobs/{job}")
                 progress.update(found, events.new())
-                if found["status"] in _FINAL:
+                if found["status"] in FINAL:
                     break
                 time.sleep(1)
     except KeyboardInterrupt:

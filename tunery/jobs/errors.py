@@ -13,6 +13,11 @@ class NoScorecard(NotFound):
     """Job '{id}' has no scorecard: it named no evaluation.test_file, or has not been measured yet."""
 
 
+class NoReproduction(NotFound):
+    """Job '{id}' runs no other one again, so there is nothing to compare it with.
+    `POST /v1/fine_tuning/jobs/{id}/rerun` makes a job that does."""
+
+
 class InputGone(NotFound):
     """The {kind} '{id}', with which job '{job}' ran, was deleted. Send another as '{field}' to run the job on that."""
 

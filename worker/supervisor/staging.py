@@ -175,6 +175,8 @@ def _provenance(job: Job, base: Model, parent: Model | None, files: Mapping[str,
         "base_source": base.source,
         "base_manifest_sha256": base.manifest_sha256,
         "parent_model": parent.id if parent else None,
+        "parent_manifest_sha256": parent.manifest_sha256 if parent else None,
+        "rerun_of": job.rerun_of,
         "files": {name: {"id": file.id, "sha256": file.sha256} for name, file in files.items()},
         "created_at": job.created_at.isoformat(),
     }

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tunery.rows import template_files
-from worker.trainer import coverage, fingerprint, folders, paths, reference, report
+from worker.trainer import coverage, fingerprint, folders, hardware, paths, reference, report
 from worker.trainer.parallel import whole
 from worker.trainer.stepper import Stepper
 from worker.trainer.training import Progress, Training
@@ -211,6 +211,8 @@ def write_artifact(t: Training, progress: Progress, folder: Path) -> None:
     )
     measured = {"precision": asdict(t.precision), "memory": asdict(t.stepper.memory), "paths": paths.describe(t)}
     measured["coverage"] = coverage.of(t)
+    measured["hardware"] = hardware.describe(t.device, t.ranks.count)
+    measured["rows_sha256"] = {"training": t.rows.sha256} | ({} if t.valid is None else {"validation": t.valid.sha256})
     described = report.describe(
         t.run,
         t.template.sha256,

@@ -23,6 +23,7 @@ from worker.trainer import (
     coverage,
     eight_bits,
     gate,
+    hardware,
     packing,
     parallel,
     parity,
@@ -211,16 +212,12 @@ def _announce(t: Training, progress: Progress) -> None:
             examples=len(t.rows.examples),
             train_tokens=t.rows.tokens,
             truncated_examples=len(t.rows.truncated),
-            device=_device_name(t.device),
+            device=hardware.device_name(t.device),
             learning_share=covered["learning"],
             quantised_share=covered["quantised"],
             warnings=list(t.warnings),
         )
     )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _questions(t: Training) -> Asked:
