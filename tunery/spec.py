@@ -121,7 +121,20 @@ class MethodOptions(Part):
         return self
 
 
-class Supervised(MethodOptions):
+LossOn = Literal["assistant", "last_assistant", "all"]
+"""Which tokens of a chat are learned: those of assistant messages, of the last one alone, or all of them."""
+
+
+class SupervisedKnobs(Part):
+    """The hyperparameters that supervised training has besides those of every method."""
+
+    loss_on: LossOn = Field(
+        "assistant",
+        description="Tokens that are learned: those of assistant messages, of the last one alone, or all, prompts too",
+    )
+
+
+class Supervised(SupervisedKnobs, MethodOptions):
     """Learns every labelled token of a row by its cross entropy."""
 
     type: Literal["supervised"] = "supervised"

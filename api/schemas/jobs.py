@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from api.schemas.wire import Body, Wire, answer_of, maybe_seconds, seconds
 from tunery.jobs import model
-from tunery.jobs.request import DpoHyperparameters, JobRequest
+from tunery.jobs.request import DpoHyperparameters, JobRequest, SupervisedHyperparameters
 from tunery.jobs.states import State
 from tunery.spec import Hyperparameters, RequestedOptions, Technique, TrainingOptions
 
@@ -121,7 +121,12 @@ JOB: dict[str, Any] = {
     "method": {
         "type": "supervised",
         "supervised": {
-            "hyperparameters": {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
+            "hyperparameters": {
+                "n_epochs": "auto",
+                "batch_size": "auto",
+                "learning_rate_multiplier": "auto",
+                "loss_on": "assistant",
+            }
         },
     },
     "metadata": None,
@@ -152,7 +157,7 @@ class JobError(Wire):
 
 
 class SupervisedEcho(Wire):
-    hyperparameters: Hyperparameters
+    hyperparameters: SupervisedHyperparameters
 
 
 class MethodEcho(Wire):
@@ -333,7 +338,8 @@ def _method(stored: dict[str, Any], knobs: Hyperparameters) -> MethodEcho | Pref
     own = dict(stored.get("method") or {"type": "supervised"})
     name = own.pop("type")
     if name == "supervised":
-        return MethodEcho(supervised=SupervisedEcho(hyperparameters=knobs))
+        chosen = SupervisedHyperparameters(**knobs.model_dump(), **own)
+        return MethodEcho(supervised=SupervisedEcho(hyperparameters=chosen))
     if name == "dpo":
         return PreferenceEcho(dpo=DpoEcho(hyperparameters=DpoHyperparameters(**knobs.model_dump(), **own)))
     return OtherMethodEcho(type=name, **{name: {"hyperparameters": knobs.model_dump() | own}})

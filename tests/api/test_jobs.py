@@ -190,7 +190,19 @@ def test_contradictions(team: Team, file: str, base: str) -> None:
 def test_old_clients_send_knobs_at_the_top(team: Team, file: str, base: str) -> None:
     job = _create(team, file, hyperparameters={"n_epochs": 3, "learning_rate_multiplier": 0.5}).json()
     assert job["hyperparameters"] == {"n_epochs": 3, "batch_size": "auto", "learning_rate_multiplier": 0.5}
-    assert job["method"]["supervised"]["hyperparameters"] == job["hyperparameters"]
+    assert job["method"]["supervised"]["hyperparameters"] == job["hyperparameters"] | {"loss_on": "assistant"}
+
+
+def test_loss_on_is_of_supervised_training_alone(team: Team, file: str, base: str) -> None:
+    supervised = {"type": "supervised", "supervised": {"hyperparameters": {"loss_on": "last_assistant"}}}
+    made = _create(team, file, method=supervised).json()
+    assert made["method"]["supervised"]["hyperparameters"]["loss_on"] == "last_assistant"
+
+    pairs = {"type": "dpo", "dpo": {"hyperparameters": {"loss_on": "all"}}}
+    param = "method.dpo.hyperparameters.loss_on"
+    _refused(_create(team, file, method=pairs), 400, param, f"Unknown parameter: '{param}'")
+    supervised["supervised"]["hyperparameters"]["loss_on"] = "user"  # type: ignore[index]
+    _refused(_create(team, file, method=supervised), 400, "method.supervised.hyperparameters.loss_on", "'all'")
 
 
 @pytest.mark.parametrize(("name", "shown"), [(BASE, BASE), (ALIAS, ALIAS), (SOURCE, BASE)])

@@ -171,7 +171,8 @@ def test_method_that_looks_at_its_batch_is_not_recorded(tmp_path: Path, tiny: Pa
 
 
 def test_test_rows_are_chats_whatever_the_method() -> None:
-    kinds = [encoding.find_encoder("pairwise", role) is encoding.CHATS for role in ("training", "validation", "test")]
+    method = importlib.import_module("toy_pairwise.rows").Pairwise()
+    kinds = [encoding.find_encoder(method, role) is encoding.CHATS for role in ("training", "validation", "test")]
 
     assert kinds == [False, False, True]
 

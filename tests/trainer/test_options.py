@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from run_folders import Interrupting, chat, lay_out, plan
 from transformers import AutoModelForCausalLM
 
-from tunery.spec import Full, Lora, Schedule, Technique
+from tunery.spec import Full, Lora, LossOn, Schedule, Supervised, Technique
 from worker.trainer import replays
 from worker.trainer.data import collate
 from worker.trainer.loop import train
@@ -46,6 +46,15 @@ def test_lora_plus_moves_b_by_its_own_rate(tmp_path: Path, tiny: Path) -> None:
     for name, distance in moved.items():
         assert distance == pytest.approx(16e-3 if ".lora_B." in name else 1e-3, rel=1e-2), name
     assert t.voice.metrics[0]["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize(("loss_on", "share"), [("assistant", 0.5), ("all", 1.0)])
+def test_loss_on_chooses_the_tokens_that_are_learned(loss_on: LossOn, share: float, tmp_path: Path, tiny: Path) -> None:
+    t = start(tmp_path / "run", tiny, method=Supervised(loss_on=loss_on))
+
+    assert all(row.labelled == len(row) - 1 for row in t.rows.rows) == (share == 1)
+    assert sum(row.labelled for row in t.rows.rows) <= share * t.rows.tokens
+    assert t.plan.model_dump()["method"] == {"type": "supervised", "loss_on": loss_on}
 
 
 def test_dora_begins_as_the_base(tmp_path: Path, tiny: Path) -> None:

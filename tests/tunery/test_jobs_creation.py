@@ -134,7 +134,7 @@ def test_spec_of_an_older_release_is_read() -> None:
     assert read == TrainingSpec(seed=7, evaluation=Evaluation(max_new_tokens=64))  # the default of that release
     written = read.model_dump(mode="json")
     assert {name: _only_of(value, written[name]) for name, value in stored.items()} == stored
-    assert written["method"] == {"type": "supervised"}
+    assert written["method"] == {"type": "supervised", "loss_on": "assistant"}
 
 
 def _only_of(old: Any, new: Any) -> Any:

@@ -191,7 +191,7 @@ def sources(api: Remote, local: dict[FileRole, Path], stored: dict[FileRole, dic
 def check_files(body: Body, found: dict[FileRole, Source]) -> list[str]:
     """Warnings about rows that are in two of the files. Raises Refused for a file that the API would refuse."""
     overlap = rules.Overlap()
-    method = str(_get(body, "method.type") or "supervised")
+    method, _ = creation.check_fields(JobRequest.model_validate(body))
     digests = {role: _check_rows(source, role, find_encoder(method, role), overlap) for role, source in found.items()}
     repeats = "test" in found and digests["test"] == digests.get("training")
     if repeats and not body.get("allow_test_on_training_file"):

@@ -8,7 +8,6 @@ from tunery import spec
 from tunery.errors import InvalidValue
 from tunery.field_errors import explain
 from tunery.jobs.request import JobRequest, Method
-from tunery.jobs.request import Supervised as SupervisedObject
 from tunery.spec import Hyperparameters, MethodOptions, Part, Supervised
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -36,8 +35,6 @@ def read(request: JobRequest) -> tuple[MethodOptions, Hyperparameters]:
 def _under_its_name(method: Method, kind: type[MethodOptions]) -> tuple[MethodOptions, Hyperparameters | None]:
     """The method's options, and the common hyperparameters where the method has an object of its name."""
     given = method.given.get(method.type)
-    if isinstance(given, SupervisedObject):
-        return Supervised(), given.hyperparameters
     if isinstance(given, Part):
         given = given.model_dump()
     body = {"method": {method.type: given}}

@@ -5,11 +5,15 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from tunery.spec import METHODS, DpoKnobs, Hyperparameters, Int, Part, RequestedOptions, Seed
+from tunery.spec import METHODS, DpoKnobs, Hyperparameters, Int, Part, RequestedOptions, Seed, SupervisedKnobs
+
+
+class SupervisedHyperparameters(SupervisedKnobs, Hyperparameters):
+    """OpenAI's settings of supervised training, and which tokens are learned."""
 
 
 class Supervised(Part):
-    hyperparameters: Hyperparameters = Hyperparameters()
+    hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
 
 
 class DpoHyperparameters(DpoKnobs, Hyperparameters):

@@ -1,7 +1,8 @@
 """From a file's bytes to what the model learns of each line: the one path of validation, disjointness and trainer."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from tunery.failures import InvalidTrainingFile
@@ -13,6 +14,7 @@ from tunery.rows.pairs import PairShape
 from tunery.rows.preferences import Pair, parse_pair
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import IGNORED, ChatTemplate, Rendered
+from tunery.spec import LossOn, MethodOptions, Supervised
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,18 @@ def read_examples(chunks: Iterable[bytes], role: FileRole) -> Iterator[tuple[int
 
 
 def encode_example(
-    template: ChatTemplate, example: Example, line_number: int, *, max_length: int, role: FileRole = "training"
+    template: ChatTemplate,
+    example: Example,
+    line_number: int,
+    *,
+    max_length: int,
+    role: FileRole = "training",
+    loss_on: LossOn = "assistant",
 ) -> Encoded:
-    """What a model learns of one line's answers: an example of one sequence, or one for each answer where the template
-    shows earlier answers differently. Raises InvalidTrainingFile, naming the line."""
+    """What a model learns of one line: an example of one sequence, or one for each answer where the template shows
+    earlier answers differently. Raises InvalidTrainingFile, naming the line."""
     try:
-        sequences = template.encode_all(example, max_length)
+        sequences = template.encode_all(example, max_length, loss_on)
     except CannotRender as error:
         raise invalid(role, line_number, error.message) from error
     return Encoded(
@@ -126,11 +134,13 @@ ENCODERS: dict[str, RowEncoder] = {"supervised": CHATS, "dpo": PAIRS}
 """By method. A plug-in adds its own."""
 
 
-def find_encoder(method: str, role: FileRole) -> RowEncoder:
+def find_encoder(method: MethodOptions, role: FileRole) -> RowEncoder:
     """Returns the encoder of a file. Test rows are chats, which the models answer, or with `dpo` also pairs."""
     if role == "test":
-        return CHATS_OR_PAIRS if method == "dpo" else CHATS
-    return ENCODERS[method]
+        return CHATS_OR_PAIRS if method.type == "dpo" else CHATS
+    if isinstance(method, Supervised) and method.loss_on != "assistant":
+        return replace(CHATS, encode=partial(encode_example, loss_on=method.loss_on))
+    return ENCODERS[method.type]
 
 
 def encode_answer(template: ChatTemplate, example: Example, line_number: int) -> tuple[list[int], list[int]]:

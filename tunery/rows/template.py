@@ -19,11 +19,13 @@ from tokenizers import Tokenizer
 from tunery.errors import Unavailable
 from tunery.rows import template_files as files
 from tunery.rows.errors import CannotRender
+from tunery.rows.masks import ANSWERS, Mask
 from tunery.rows.messages import Example, Message, Tool
 from tunery.rows.sandbox import Environment
 from tunery.rows.sentinels import FieldCheck
 from tunery.rows.tokens import Tokens
 from tunery.rows.turns import View, Views, common_length, ending_with, trained_turns
+from tunery.spec import LossOn
 
 IGNORED = -100
 """The label of a token that is not learned, as torch's cross entropy spells it."""
@@ -117,17 +119,22 @@ class ChatTemplate:
         views, spelled = self._views(example.messages, example.tools, False)
         return _cut(*self._join(views, trained_turns(example), len(example.messages)), max_length, spelled)
 
-    def encode_all(self, example: Example, max_length: int) -> list[Rendered]:
+    def encode_all(self, example: Example, max_length: int, loss_on: LossOn = "assistant") -> list[Rendered]:
         """The sequences to learn for a row: one, or one for each trained turn, ending with it. Raises CannotRender.
 
         Some templates show a turn's thinking only while it is the last. A turn is then learned from the text that the
         model is given when it has to write that turn, which no single text holds for all of them.
         """
+        mask = Mask.of(example, loss_on)
         views, spelled = self._views(example.messages, example.tools, False)
         try:
-            return [_cut(*self._join(views, trained_turns(example), len(example.messages)), max_length, spelled)]
-        except _Apart:
-            return [self._part(example, index, views, max_length, spelled) for index in trained_turns(example)]
+            return [_cut(*self._join(views, mask.turns, len(example.messages), mask), max_length, spelled)]
+        except _Apart as error:
+            if mask.unlearned:
+                raise CannotRender(reason=error.message) from error
+        if mask.with_prompts:  # all that is written is learned, so earlier answers are as the whole text shows them
+            return [_cut(*self._join(views, mask.turns[-1:], len(example.messages), mask), max_length, spelled)]
+        return [self._part(example, index, views, max_length, spelled) for index in mask.turns]
 
     def encode_answer(self, example: Example) -> tuple[list[int], list[int]]:
         """The prompt's ids for the last message, and those that the model must answer with. Raises CannotRender."""
@@ -204,7 +211,9 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: it can fail in any way that Python can
             raise CannotRender(reason=f"The model's chat template refuses the messages: {error}") from error
 
-    def _join(self, views: Views, trained: list[int], count: int) -> tuple[list[int], list[int]]:
+    def _join(
+        self, views: Views, trained: Sequence[int], count: int, mask: Mask = ANSWERS
+    ) -> tuple[list[int], list[int]]:
         """Ids and labels of the first `count` messages. Raises _Apart where no single sequence holds the turns."""
         views.prepare([(count, False), *((k, True) for k in trained if k), *((k + 1, False) for k in trained)])
         whole = views.text(count)
@@ -220,9 +229,9 @@ class ChatTemplate:
                     "before it, so it cannot be learned together with them. Give one row for each answer."
                 )
             answer, rest = self._answer(given, prompt, after, whole)
-            labels += [IGNORED] * (len(given) - len(ids)) + answer
+            labels += mask.label_prompt(given[len(ids) :], IGNORED) + mask.label_answer(index, answer, IGNORED)
             ids = given + answer
-        return ids + rest, labels + [IGNORED] * len(rest)
+        return ids + rest, labels + mask.label_prompt(rest, IGNORED)
 
     def _turn(self, views: Views, index: int, whole: str) -> tuple[str, str]:
         """The text before the trained turn, generation prompt included, and the text up to the turn's end."""

@@ -99,7 +99,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     ranks = Ranks(accelerator)
     torch.manual_seed(run.plan.seed)
     template = ChatTemplate.load(folder / "base", now=run.now)
-    encoder = find_encoder(run.plan.method.type, "training")
+    encoder = find_encoder(run.plan.method, "training")
     rows = read_rows(folder / "data" / "train.jsonl", template, run.plan.max_seq_length, encoder=encoder)
     valid = _validation_rows(folder, run, template)
     ranks.check(wish)
@@ -148,7 +148,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
 def _validation_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows | None:
     path = folder / "data" / "valid.jsonl"
     if path.exists():
-        encoder = find_encoder(run.plan.method.type, "validation")
+        encoder = find_encoder(run.plan.method, "validation")
         return read_rows(path, template, run.plan.max_seq_length, "validation", encoder)
     if run.plan.early_stopping or run.plan.select == "best":
         raise InvalidTrainingFile(
@@ -224,7 +224,7 @@ def _questions(t: Training) -> Asked:
     path = t.folder / "data" / "test.jsonl"
     if not path.exists() or t.plan.evaluation.test_file is None:
         return []
-    found = read_parsed(path, "test", find_encoder(t.plan.method.type, "test"))
+    found = read_parsed(path, "test", find_encoder(t.plan.method, "test"))
     examples = [example for _, example in found][: t.plan.evaluation.max_rows]
     if pairs := [example for example in examples if isinstance(example, Pair)]:
         return preferences.prepare(t, pairs)

@@ -23,7 +23,7 @@ def questions(folder: Path, plan: Plan, template: ChatTemplate) -> list[Question
     path, count = folder / "data" / "valid.jsonl", plan.evaluation.task_rows
     if not count or not path.exists():
         return []
-    parsed = read_parsed(path, "validation", find_encoder(plan.method.type, "validation"))
+    parsed = read_parsed(path, "validation", find_encoder(plan.method, "validation"))
     rows = [example for _, example in parsed if example.messages[-1].role == "assistant"]
     count = min(count, len(rows))
     asked = answers.questions(template, [rows[i * len(rows) // count] for i in range(count)])

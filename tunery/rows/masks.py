@@ -1,0 +1,47 @@
+"""Which tokens of a chat are learned: those of its answers, of its last answer, or all but what has the weight 0."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from tunery.rows.errors import CannotRender
+from tunery.rows.messages import Example
+from tunery.rows.turns import trained_turns
+from tunery.spec import LossOn
+
+
+@dataclass(frozen=True)
+class Mask:
+    """`turns`: indexes of the assistant messages whose tokens are told apart from the text around them. `unlearned`:
+    those of them that are masked. `with_prompts`: whether the text around them is learned too."""
+
+    turns: tuple[int, ...] = ()
+    unlearned: frozenset[int] = frozenset()
+    with_prompts: bool = False
+
+    @classmethod
+    def of(cls, example: Example, loss_on: LossOn) -> Self:
+        """Returns the mask of a row. Raises CannotRender where the row's own weights leave nothing to learn."""
+        trained = trained_turns(example)
+        if loss_on == "assistant":
+            return cls(tuple(trained))
+        answers = [index for index, message in enumerate(example.messages) if message.role == "assistant"]
+        if loss_on == "all":
+            return cls(tuple(answers), frozenset(answers) - frozenset(trained), with_prompts=True)
+        if answers[-1] not in trained:
+            raise CannotRender(
+                reason=f"Message {answers[-1] + 1}, the last answer, has the weight 0, and loss_on 'last_assistant' "
+                "learns from no other. Give it the weight 1, or leave loss_on out."
+            )
+        return cls((answers[-1],))
+
+    def label_prompt(self, ids: list[int], ignored: int) -> list[int]:
+        """Returns the labels of tokens outside the turns."""
+        return ids if self.with_prompts else [ignored] * len(ids)
+
+    def label_answer(self, index: int, ids: list[int], ignored: int) -> list[int]:
+        """Returns the labels of a turn's tokens."""
+        return [ignored] * len(ids) if index in self.unlearned else ids
+
+
+ANSWERS = Mask()
+"""Learns from the turns that are asked for, and from nothing around them."""
