@@ -16,6 +16,7 @@ from worker.supervisor import attempt, staging
 from worker.supervisor.deeds import Scribe
 from worker.supervisor.drain import Drain
 from worker.supervisor.lease import Hold
+from worker.supervisor.process import Trainers
 from worker.supervisor.upload import UploadPace
 
 NUL_ANSWER = b"""{"type": "score", "rows": 1, "base_exact": 0, "tuned_exact": 1, "gain": 1, "gain_low": 1,
@@ -91,7 +92,7 @@ def test_uploads_take_as_long_as_those_before() -> None:
 
 def test_a_fault_of_the_worker_is_told_without_its_text(workshop: Workshop, lease: Lease) -> None:
     workshop.settings.runs_dir.write_text("a file where a folder should be")
-    attempt.run(lease, settings=workshop.settings, storage=workshop.storage, drain=Drain(), mark="test")
+    attempt.run(lease, settings=workshop.settings, storage=workshop.storage, drain=Drain(), trainers=Trainers("test"))
     job = workshop.job(lease.job_id)
     assert (job.state, job.failures) == ("queued", 1)
     (told,) = [line for line in workshop.story(job.id) if line.startswith("Training broke off")]
@@ -105,7 +106,7 @@ def test_an_attempt_that_finds_its_job_gone_has_it_tidied_again(workshop: Worksh
         ledger.cancel(session, job.project_id, job.id)
         leases.end_attempt(session, lease, "lost")
         job.tidied = True
-    attempt.run(lease, settings=workshop.settings, storage=workshop.storage, drain=Drain(), mark="test")
+    attempt.run(lease, settings=workshop.settings, storage=workshop.storage, drain=Drain(), trainers=Trainers("test"))
     assert not workshop.job(lease.job_id).tidied
     assert workshop.attempts(lease.job_id)[0].outcome == "lost"
 

@@ -9,7 +9,7 @@ from typing import Any
 import fake_nvml
 import pytest
 from sqlalchemy import select
-from workshop import ROOT, Workshop
+from workshop import ROOT, Workshop, training_rows
 
 from tunery import processes
 from tunery.jobs.model import HostDevice
@@ -83,3 +83,21 @@ def test_a_slot_that_cannot_be_set_up_ends_its_worker_even_without_a_broker() ->
 def _shown(workshop: Workshop) -> list[str]:
     with workshop.session() as session:
         return [device.device for device in session.scalars(select(HostDevice)) if device.gpu_index == 0]
+
+
+def test_a_job_is_given_to_the_trainer_that_waits_for_it(workshop: Workshop) -> None:
+    """The slot's first look starts one, the job runs in it, and the next one is started after it."""
+    workshop.start("io")
+    workshop.start("train", TUNERY_PRELOAD_TRAINER="true")
+    (waiting,) = workshop.until(workshop.trainers, "a process waits")
+    assert waiting.cmdline()[-1] == "--wait"
+
+    job = workshop.submit(workshop.file(training_rows(12)))
+    workshop.until_state(job, "succeeded")
+
+    recorded = workshop.attempts(job)[0].process
+    assert recorded is not None
+    assert recorded["pid"] == waiting.pid
+    assert "memory plan: " in workshop.log(job)
+    (following,) = workshop.until(lambda: [found for found in workshop.trainers() if found != waiting], "the next one")
+    assert following.cmdline()[-1] == "--wait"

@@ -1,5 +1,6 @@
 """The supervisor's parts, each on the real thing: processes, pipes, PostgreSQL, a directory."""
 
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -110,6 +111,79 @@ os.write(1, b"stray\\n" + b'{"type": "phase", "phase": "loading"}\\n')
 """
     trainer = stand_in(script % str(tmp_path / "log.txt"))
     assert [said for said in trainer.messages(every=20) if said] == [wire.Phase(phase="loading")]
+
+
+WAITS = """
+import os, pathlib, sys
+assert sys.argv[1] == "--wait"
+folder = pathlib.Path(sys.stdin.readline().rstrip("\\n"))
+(folder / "log.txt").write_text("on GPU " + os.environ["CUDA_VISIBLE_DEVICES"])
+"""
+
+
+@pytest.fixture
+def trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], process_.Trainers]:
+    """A slot's trainers, of which one is started before any job, as the given script."""
+
+    def start(script: str) -> process_.Trainers:
+        (tmp_path / "tree/worker").mkdir(parents=True)
+        (tmp_path / "tree/worker/trainer.py").write_text(script)
+        monkeypatch.setattr(process_, "ROOT", tmp_path / "tree")
+        made = process_.Trainers("mark", (1,), tmp_path / "waiting.log")
+        made.make_ready()
+        made.make_ready()
+        return made
+
+    return start
+
+
+def _waiting(trainers: process_.Trainers) -> process_.Preloaded:
+    assert trainers._next is not None
+    return trainers._next
+
+
+def test_a_run_goes_to_the_process_that_waits_for_it(
+    trainers: Callable[[str], process_.Trainers], tmp_path: Path
+) -> None:
+    made = trainers(WAITS)
+    waiting = _waiting(made)
+    trainer = made.start(tmp_path, (1,))
+    assert (trainer.wait(), trainer.pid, trainer.last_words()) == (0, waiting.process.pid, "on GPU 1")
+    assert made._next is None
+    made.make_ready()
+    assert _waiting(made) is not waiting
+    _waiting(made).end()
+
+
+def test_a_process_that_waits_for_other_gpus_is_ended(
+    trainers: Callable[[str], process_.Trainers], tmp_path: Path
+) -> None:
+    made = trainers(WAITS)
+    waiting = _waiting(made)
+    trainer = made.start(tmp_path, (0, 2))
+    assert waiting.process.returncode == -signal.SIGKILL
+    assert (trainer.wait(), trainer.last_words().splitlines()[-1]) == (1, "AssertionError")  # it was given a folder
+    made.make_ready()
+    trainer = made.start(tmp_path, (0, 2))  # what the last job got
+    assert (trainer.wait(), trainer.last_words()) == (0, "on GPU 0,2")
+
+
+def test_a_process_that_ended_while_it_waited_is_replaced(
+    trainers: Callable[[str], process_.Trainers], tmp_path: Path
+) -> None:
+    made = trainers("import sys; sys.exit(sys.argv[1])")
+    waiting = _waiting(made)
+    waiting.process.wait()
+    trainer = made.start(tmp_path, (1,))
+    assert (trainer.wait(), trainer.last_words()) == (1, str(tmp_path))
+
+
+def test_what_breaks_the_imports_is_the_log_of_the_run(
+    trainers: Callable[[str], process_.Trainers], tmp_path: Path
+) -> None:
+    made = trainers("import sys, time; time.sleep(1); sys.exit('no module named torch')")
+    trainer = made.start(tmp_path, (1,))
+    assert (trainer.wait(), trainer.last_words()) == (1, "no module named torch")
 
 
 # --- devices ------------------------------------------------------------------------------------------------------

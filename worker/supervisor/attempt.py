@@ -40,7 +40,7 @@ from worker.supervisor import staging, upload
 from worker.supervisor.deeds import Scribe, add_model
 from worker.supervisor.drain import Drain
 from worker.supervisor.lease import Hold, Interrupted
-from worker.supervisor.process import Trainer
+from worker.supervisor.process import Trainer, Trainers
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ LastDeed = Callable[[Session], None]
 """What ends the attempt, in one transaction."""
 
 
-def run(lease: Lease, *, settings: Settings, storage: Storage, drain: Drain, mark: str) -> None:
+def run(lease: Lease, *, settings: Settings, storage: Storage, drain: Drain, trainers: Trainers) -> None:
     """Carries the attempt out and ends its lease, whatever becomes of the run; see the module's head.
 
     Raises only when the database stays away while the worker shuts down; the slot's next life then ends the lease.
@@ -65,7 +65,7 @@ def run(lease: Lease, *, settings: Settings, storage: Storage, drain: Drain, mar
     log.info("attempt %d of %s begins in %s", lease.number, lease.job_id, run_dir)
     with Hold(lease, settings, drain) as hold:
         try:
-            hold.write(_carry_out(hold, settings, storage, run_dir, mark))
+            hold.write(_carry_out(hold, settings, storage, run_dir, trainers))
             with suppress(OSError):
                 hold.stop_note.unlink()
             log.info("attempt %d of %s has ended", lease.number, lease.job_id)
@@ -76,7 +76,7 @@ def run(lease: Lease, *, settings: Settings, storage: Storage, drain: Drain, mar
             clean(run_dir)
 
 
-def _carry_out(hold: Hold, settings: Settings, storage: Storage, run_dir: Path, mark: str) -> LastDeed:
+def _carry_out(hold: Hold, settings: Settings, storage: Storage, run_dir: Path, trainers: Trainers) -> LastDeed:
     try:
         needs = hold.write(lambda session: staging.needs_of(session, leases.held(session, hold.lease)))
         upload.insist(
@@ -84,9 +84,9 @@ def _carry_out(hold: Hold, settings: Settings, storage: Storage, run_dir: Path, 
             give_up=lambda: hold.lost or hold.stopping,
         )
         hold.check()
-        trainer = Trainer(run_dir, hold.lease.gpu_indexes, mark)
+        trainer = trainers.start(run_dir, hold.lease.gpu_indexes)
         scribe = Scribe(hold, settings, storage, run_dir, keep=needs.run.public_checkpoints)
-        status = _listen(hold, trainer, scribe, storage, mark)
+        status = _listen(hold, trainer, scribe, storage, trainers.mark)
         return _conclude(hold, trainer, scribe, status, settings, storage)
     except LeaseLost:
         raise

@@ -4,6 +4,7 @@ import logging
 import os
 import queue
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from pydantic import ValidationError
 
@@ -43,6 +45,79 @@ def environment(gpus: tuple[int, ...], mark: str, names: Mapping[str, str] | Non
     }
 
 
+def _spawn(argument: str, names: Mapping[str, str], stdin: int, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "worker.trainer", argument],
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        cwd=ROOT,
+        env=names,
+        start_new_session=True,
+        preexec_fn=dies_with_parent(signal.SIGKILL),
+    )
+
+
+class Preloaded:
+    """A trainer's process that is started before its job: it imports what a run needs and waits for a run directory.
+
+    Imports take 6 to 20 seconds, most of what lies between a short job's claim and its first step. It knows nothing of
+    any job until it is given one, and works on that one alone.
+    """
+
+    def __init__(self, gpus: tuple[int, ...], mark: str, log: Path) -> None:
+        self.log = log
+        self._environment = environment(gpus, mark)
+        with log.open("wb") as errors:
+            self.process = _spawn("--wait", self._environment, subprocess.PIPE, errors)
+
+    def hand_over(self, run_dir: Path, gpus: tuple[int, ...], mark: str) -> bool:
+        """Whether it works on `run_dir` from now on; if not, it is ended.
+
+        CUDA reads once which GPUs a process may see, so it must have been started for these.
+        """
+        if self.process.poll() is None and environment(gpus, mark) == self._environment:
+            assert self.process.stdin is not None
+            with suppress(BrokenPipeError):
+                self.process.stdin.write(os.fsencode(run_dir) + b"\n")
+                self.process.stdin.close()
+                return True
+        self.end()
+        return False
+
+    def end(self) -> None:
+        """Kills it, unless it has ended."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
+
+
+class Trainers:
+    """Starts a slot's trainers, and keeps one process ready for the next job if there is a `log` for it.
+
+    `gpus`: what the next job is expected to get, which is what the last one got.
+    """
+
+    def __init__(self, mark: str, gpus: tuple[int, ...] = (), log: Path | None = None) -> None:
+        self.mark = mark
+        self._gpus, self._log = gpus, log
+        self._next: Preloaded | None = None
+
+    def make_ready(self) -> None:
+        """Starts the process for the next job, if none waits; call it from a thread that outlives it."""
+        if self._log is not None and (self._next is None or self._next.process.poll() is not None):
+            self._next = Preloaded(self._gpus, self.mark, self._log)
+
+    def start(self, run_dir: Path, gpus: tuple[int, ...]) -> "Trainer":
+        """The trainer of `run_dir` on these GPUs."""
+        preloaded, self._next, self._gpus = self._next, None, gpus
+        return Trainer(run_dir, gpus, self.mark, preloaded)
+
+
 class Trainer:
     """`python -m worker.trainer RUN_DIR`. Its standard error goes to RUN_DIR/log.txt.
 
@@ -50,19 +125,15 @@ class Trainer:
     leaves nothing behind on its GPU.
     """
 
-    def __init__(self, run_dir: Path, gpus: tuple[int, ...], mark: str) -> None:
+    def __init__(self, run_dir: Path, gpus: tuple[int, ...], mark: str, preloaded: "Preloaded | None" = None) -> None:
         self._log = run_dir / "log.txt"
-        with self._log.open("ab") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "worker.trainer", str(run_dir)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                cwd=ROOT,
-                env=environment(gpus, mark),
-                start_new_session=True,
-                preexec_fn=dies_with_parent(signal.SIGKILL),
-            )
+        self._log.touch()
+        self._preloaded = preloaded if preloaded is not None and preloaded.hand_over(run_dir, gpus, mark) else None
+        if self._preloaded is not None:
+            self._process = self._preloaded.process
+        else:
+            with self._log.open("ab") as errors:
+                self._process = _spawn(str(run_dir), environment(gpus, mark), subprocess.DEVNULL, errors)
         self._said: queue.SimpleQueue[wire.Spoken | None] = queue.SimpleQueue()
         self._gone = threading.Event()
         # A thread of its own empties the pipe: a trainer must never wait for a slow upload of ours.
@@ -131,4 +202,8 @@ class Trainer:
         # A child that outlived the leader would hold the pipe open, and the listener would wait for it.
         self._process.wait()
         self.kill()
+        if self._preloaded is not None:
+            with suppress(OSError):
+                if self._log.stat().st_size == 0:  # it ended before it opened its log
+                    shutil.copyfile(self._preloaded.log, self._log)
         self._gone.set()

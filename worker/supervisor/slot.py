@@ -19,7 +19,7 @@ from worker.supervisor import attempt, devices
 from worker.supervisor.devices import Device, DriverFails
 from worker.supervisor.drain import Drain
 from worker.supervisor.lease import STOP_NOTE
-from worker.supervisor.process import MARK
+from worker.supervisor.process import MARK, Trainers
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ class Slot:
         self._devices = found
         self._lock_path = settings.runs_dir / ".slots" / f"{re.sub(r'[^A-Za-z0-9@._-]', '-', name)}.lock"
         self._lock: int | None = None
+        log_path = self._lock_path.with_suffix(".log") if settings.preload_trainer else None
+        self._trainers = Trainers(self._mark, _first_gpu(name, found), log_path)
 
     def show(self) -> None:
         """Writes down what this host offers, for planning and for people."""
@@ -49,10 +51,11 @@ class Slot:
         """One job, if there is one for us; whether to look again at once."""
         if self._drain.begun or not self._devices or not self._take_over():
             return False
+        self._trainers.make_ready()
         lease = self._claim()
         if lease is None:
             return False
-        attempt.run(lease, settings=self._settings, storage=self._storage, drain=self._drain, mark=self._mark)
+        attempt.run(lease, settings=self._settings, storage=self._storage, drain=self._drain, trainers=self._trainers)
         return True
 
     def _claim(self) -> Lease | None:
@@ -114,6 +117,13 @@ class Slot:
         for run_dir in found:
             if (run_dir.parent.name, run_dir.name) not in known:
                 attempt.clean(run_dir)
+
+
+def _first_gpu(name: str, found: list[Device]) -> tuple[int, ...]:
+    """The GPU that a slot's first job probably gets: the host's slots, which are numbered, get one each."""
+    gpus = [device.index for device in found if device.index is not None]
+    number = name.rpartition("/")[2]
+    return (gpus[int(number) % len(gpus)],) if gpus and number.isdigit() else tuple(gpus[:1])
 
 
 def _live_attempts(session: Session) -> set[tuple[str, int]]:

@@ -1,6 +1,7 @@
 """`python -m worker.trainer RUN_DIR`: one run in a fresh process, by a supervisor or by hand.
 
 Standard output carries wire messages and nothing else; standard error is the log. SIGTERM: save and exit 75.
+With `--wait` it imports all that a run needs and then reads RUN_DIR from standard input; the log is RUN_DIR/log.txt.
 """
 
 import os
@@ -12,7 +13,7 @@ from worker.trainer.wish import Wish
 
 def main() -> int:
     if len(sys.argv) != 2:
-        sys.stderr.write("usage: python -m worker.trainer RUN_DIR\n")
+        sys.stderr.write("usage: python -m worker.trainer (RUN_DIR | --wait)\n")
         return 2
     wish = Wish()
     wish.listen()
@@ -23,7 +24,23 @@ def main() -> int:
     # Only now: these imports take seconds, and may print.
     from worker.trainer.process import carry_out_and_tell
 
-    return carry_out_and_tell(Path(sys.argv[1]), pipe, wish)
+    folder = _wait_for_folder() if sys.argv[1] == "--wait" else Path(sys.argv[1])
+    return 0 if folder is None else carry_out_and_tell(folder, pipe, wish)
+
+
+def _wait_for_folder() -> Path | None:
+    """The run directory, whose log is this process's from now on; None when nobody is left to name one."""
+    line = sys.stdin.buffer.readline()
+    if not line.endswith(b"\n"):
+        return None
+    folder = Path(os.fsdecode(line[:-1]))
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for end, descriptor in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(end, descriptor)
+    os.close(log)
+    os.close(nothing)
+    return folder
 
 
 if __name__ == "__main__":
