@@ -4,6 +4,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import rows
@@ -353,7 +354,23 @@ def test_training_on_from_a_full_fine_tune(team: Team, file: str, parent: str, d
     assert _create(team, file, model=parent).json()["technique"] == Full().model_dump(mode="json")
     wide = {"type": "full", "weights_dtype": "float32"}
     assert _create(team, file, model=parent, technique=wide).json()["technique"] == wide
-    _refused(_create(team, file, model=parent, technique={"type": "lora"}), 400, "technique.type", "Use 'full'")
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_adapter_on_a_full_fine_tune_has_that_as_its_base(
+    team: Team, file: str, parent: str, database: Database, kind: str
+) -> None:
+    _made_by(database, parent, Full())
+    job = _create(team, file, model=parent, technique={"type": kind, "r": 8}).json()
+    assert (job["model"], job["base_model"], job["technique"]["r"]) == (parent, parent, 8)
+    with database.sessions.begin() as session:
+        row = session.get_one(Job, job["id"])
+        assert (row.base_name, row.base_model, row.parent_model) == (BASE, parent, parent)
+        assert row.inputs == {"training_file": ANY, "base": "2" * 64, "parent": "2" * 64}
+        rows.bring(session, row, State.SUCCEEDED)
+        adapter = row.tuned_model
+    again = _create(team, file, model=adapter).json()
+    assert (again["model"], again["base_model"]) == (adapter, parent)
 
 
 def test_training_on_from_a_model_without_a_record(team: Team, file: str, parent: str, database: Database) -> None:

@@ -223,7 +223,7 @@ def download(
         raise Refused(message=f"{job} has no files to download: {reason}")
     models.bring(api, f"{ROOT}/{job}", files, folder)
     if with_base:
-        models.bring_base(api, found["base_model"], folder)
+        models.bring_base(api, api.call("GET", downloads.model_route(found["fine_tuned_model"]))["base_model"], folder)
 
 
 def _deed(name: str, help: str) -> None:

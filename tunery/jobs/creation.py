@@ -187,7 +187,7 @@ def _continued(session: Session, request: JobRequest, parent: Model) -> Techniqu
     if asked is None:
         return own
     if isinstance(own, Full) or isinstance(asked, Full):
-        return _whole(parent, own, asked)
+        return _of_all_weights(parent, own, asked)
     # Four bits are another base: an adapter that never saw them would begin with their error.
     if isinstance(asked, Qlora) and not isinstance(own, Qlora):
         what = f"Training on from a LoRA adapter with technique '{asked.type}'"
@@ -199,9 +199,10 @@ def _continued(session: Session, request: JobRequest, parent: Model) -> Techniqu
     return asked
 
 
-def _whole(parent: Model, own: Technique, asked: Technique) -> Full:
-    """The technique that all weights of a full fine-tune go on with. Raises Unsupported for one that is none."""
-    if isinstance(own, Full) and isinstance(asked, Full):
+def _of_all_weights(parent: Model, own: Technique, asked: Technique) -> Technique:
+    """What a full fine-tune goes on with: all its weights, or a new adapter on them. Raises Unsupported for all weights
+    of an adapter's base, which without the adapter are not the parent."""
+    if isinstance(own, Full):
         return asked
     what = f"Training on from '{parent.id}', which technique '{own.type}' made, with technique '{asked.type}'"
     raise Unsupported(param="technique.type", what=what, instead=f"Use '{own.type}', or leave technique out.")
@@ -212,7 +213,7 @@ def _job(request: JobRequest, caller: Caller, model: Model, spec: TrainingSpec) 
         id=ids.new(ids.JOB),
         project_id=caller.project_id,
         key_id=caller.key_id,
-        base_model=model.id if model.base_id is None else model.base_id,
+        base_model=_base_of(model, spec.technique),
         parent_model=None if model.base_id is None else model.id,
         training_file=request.training_file,
         validation_file=request.validation_file,
@@ -229,6 +230,12 @@ def _job(request: JobRequest, caller: Caller, model: Model, spec: TrainingSpec) 
     return job
 
 
+def _base_of(model: Model, technique: Technique | None) -> str:
+    """The model whose weights the job's own adapter lies on: a fully tuned parent is the base of its adapters."""
+    is_adapted_whole = model.technique == "full" and not isinstance(technique, Full)
+    return model.id if model.base_id is None or is_adapted_whole else model.base_id
+
+
 def _weights(session: Session, job: Job) -> dict[str, str | None]:
     """The sha256 of the base's manifest, and of that of the model that the job goes on from."""
     named = {"base": job.base_model, "parent": job.parent_model}
@@ -240,7 +247,7 @@ def _base_alias(session: Session, request: JobRequest, model: Model) -> str | No
     if model.kind == "base":
         return registry.alias_of(session, model, request.model)
     made_by = session.get(Job, model.job_id) if model.job_id else None
-    return made_by.base_alias if made_by else None
+    return made_by.base_name if made_by else None
 
 
 def _echo(integration: dict[str, Any], job_id: str) -> dict[str, Any]:

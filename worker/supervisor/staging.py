@@ -156,7 +156,7 @@ def needs_of(session: Session, job: Job) -> Needs:
             base_model=(whole or base).id,
             plan=Plan.model_validate(job.plan),
             now=job.now,
-            facts=_provenance(job, base, parent, files),
+            facts=_provenance(job, whole or base, parent, files),
         ),
         files={name: StoredFile(file.key, file.sha256) for name, file in files.items()},
         base=_stored_folder(whole or base),
