@@ -22,6 +22,7 @@ from worker.trainer import (
     checkpoints,
     coverage,
     eight_bits,
+    event_files,
     gate,
     hardware,
     packing,
@@ -308,6 +309,7 @@ def _write(t: Training, progress: Progress, scored: Scored | None, verdict: Gate
         (partial / "gate.json").write_text(verdict.model_dump_json(indent=2, exclude={"type"}) + "\n")
     answered = parity.measure(t)
     checkpoints.write_artifact(t, progress, partial)
+    event_files.write(partial, t.voice.metrics)
     parity.write(t, answered, partial)
     export.write(t, partial)
     shutil.rmtree(t.folder / "out", ignore_errors=True)
