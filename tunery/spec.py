@@ -377,11 +377,22 @@ class Plan(TrainingOptions[Technique, Annotated[float, Field(gt=0)]]):
 
 
 class ExportOrder(Part):
-    """`export.json`: what is to be exported of a model that a job left before, and that job's plan."""
+    """`export.json`: what is to be exported of a model that is there already, and what it was trained with."""
 
     export: Export
     model: str
-    plan: Plan
+    trained_with: Technique
+    method: Method = Supervised()
+    row_tokens: int = Field(TrainingOptions.model_fields["max_seq_length"].default, description="Longer rows are cut")
+
+
+class ImportOrder(Part):
+    """`import.json`: an adapter that was trained elsewhere. `source`: its archive's name. `facts`: of its base."""
+
+    source: str
+    base_model: str
+    trained_with: Literal["lora", "qlora"] = "lora"
+    facts: dict[str, Any] = Field(default_factory=dict)
 
 
 class Run(Part):

@@ -12,6 +12,7 @@ from api.dependencies import AdminDep, CallerDep, SessionDep, SettingsDep, Stora
 from api.schemas import models as wire
 from api.schemas.wire import WholeList, errors
 from tunery.artifacts import model as artifacts
+from tunery.datasets import shelf
 from tunery.keys.errors import Forbidden
 from tunery.keys.ring import Caller
 from tunery.models import exports, registry
@@ -97,7 +98,11 @@ def export_model(body: wire.AskExport, model: str, session: SessionDep, caller: 
     """A whole model, merged of adapter and base with proof, or GGUF files. A worker makes them; they are added to the
     model's artifacts."""
     row = registry.find_ready(session, caller.project_id, model)
-    exports.ask(session, row, body)
+    if body.rows_file is not None:
+        shelf.check_trainable(
+            shelf.find(session, caller.project_id, body.rows_file, param="rows_file"), param="rows_file"
+        )
+    exports.ask(session, row, body.export, body.rows_file)
     return wire.ModelExport.of(row)
 
 

@@ -47,7 +47,7 @@ class Model(Wire):
     status_details: str | None
     source: str | None = Field(
         description="Where a base comes from; accepted wherever a body names a model. Of a path on the workers' disk, "
-        "only administrators see more than the last part"
+        "only administrators see more than the last part. Of an imported adapter: its archive's name"
     )
     aliases: list[str]
     base_model: str | None = Field(description="Of an alias and of a fine-tuned model: the base's own id")
@@ -122,6 +122,18 @@ class AskExport(Export, Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"merged": True, "gguf": ["q8_0"]}]})
 
+    rows_file: str | None = Field(
+        None,
+        min_length=1,
+        description="A file of rows that prove a merge, in place of those of the model's job. An imported adapter has "
+        "no job",
+    )
+
+    @property
+    def export(self) -> Export:
+        """What is asked for, without the rows."""
+        return Export.model_validate(self.model_dump(exclude={"rows_file"}))
+
 
 class ExportResult(Wire):
     """An export that was written or refused; `message` says what it is, or why it is not."""
@@ -142,6 +154,7 @@ class ModelExport(Wire):
                     "model": "ft:SmolLM2-135M-Instruct:tunery::7p4lURel",
                     "status": "succeeded",
                     "asked": {"merged": False, "gguf": ["q8_0"], "fp8": False, "adapter_gguf": False},
+                    "rows_file": None,
                     "results": [
                         {
                             "path": "gguf/model-q8_0.gguf",
@@ -159,12 +172,21 @@ class ModelExport(Wire):
     model: str
     status: Literal["queued", "succeeded", "failed"] = Field(description="failed: broken, or one of them was refused")
     asked: Export
+    rows_file: str | None
     results: list[ExportResult]
     error: str | None
 
     @classmethod
     def of(cls, row: Exported) -> "ModelExport":
-        return cls(model=row.id, **(row.export or {}))
+        return cls(model=row.id, **{"rows_file": None, **(row.export or {})})
+
+
+class AdapterFields(Body):
+    """The text fields beside an adapter's archive."""
+
+    base: str = Field(min_length=1)
+    suffix: str | None = Field(None, max_length=64)
+    technique: Literal["lora", "qlora"] = "lora"
 
 
 class AddModel(Body):

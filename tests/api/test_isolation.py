@@ -72,6 +72,9 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "list_exports": [("/v1/models/{tuned}/exports", {})],
     "delete_model": [("/v1/models/{tuned}", {})],
     "add_model": [],
+    "import_adapter": [
+        ("/v1/models/adapters", {"data": {"base": "none-of-theirs"}, "files": {"file": ("a.zip", b"x")}}),
+    ],
     "add_alias": [],
     "create_chat_completion": [("/v1/chat/completions", {"json": {"model": "{tuned}", **CHAT}})],
     "create_webhook_endpoint": [],

@@ -198,6 +198,7 @@ def test_exporting(team: Team, tuned: str, database: Database) -> None:
         "model": tuned,
         "status": "queued",
         "asked": {"merged": True, "gguf": ["q8_0"], "fp8": False, "adapter_gguf": False},
+        "rows_file": None,
         "results": [],
         "error": None,
     }

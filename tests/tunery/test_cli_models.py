@@ -1,10 +1,12 @@
 """`tunery models ...`, and what is downloaded of models and jobs."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from tunery.jobs.states import State
 from tunery.keys import ring
 from tunery.local.bases import SMOLLM2
 from tunery.local.stack import Stack
-from tunery.models import exports
+from tunery.models import exports, imports
 from tunery.models.model import Model
 from tunery.storage import open_storage
 
@@ -80,6 +82,31 @@ def test_a_model_is_registered_with_a_chat_template(tunery: Run, api: str, datab
     status, _, err = tunery("models", "add", "other", "org/m", "--chat-template", "none.jinja", "--no-wait")
     assert status == 1
     assert "none.jinja cannot be read" in err
+
+
+def test_an_adapter_is_imported(tunery: Run, api: str, database: Database, tmp_path: Path) -> None:
+    with database.sessions.begin() as session:
+        rows.base(session, BASE)
+    folder = tmp_path / "mine"
+    (folder / "additional_chat_templates").mkdir(parents=True)
+    sent = ("adapter_config.json", "adapter_model.safetensors", "additional_chat_templates/a.jinja")
+    for name in (*sent, "optimizer.pt"):
+        (folder / name).write_text(name)
+
+    status, out, err = tunery("models", "import", BASE, folder, "--suffix", "mine", "--no-wait")
+
+    assert status == 0, err
+    with database.sessions() as session:
+        model = session.get_one(Model, out.strip())
+    assert (model.status, model.source, model.technique) == ("processing", "mine.zip", "lora")
+    packed = b"".join(open_storage(database.settings).read(imports.archive_key(model.prefix)))
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        found = {name: archive.read(name).decode() for name in archive.namelist()}
+    assert found == {name: name for name in sent}
+    (folder / "adapter_config.json").unlink()
+    status, _, err = tunery("models", "import", BASE, folder)
+    assert status == 1
+    assert "has no adapter_config.json" in err
 
 
 def test_models_that_are_being_converted_are_listed(tunery: Run, api: str, database: Database) -> None:

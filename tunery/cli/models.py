@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunery.cli import downloads, show
+from tunery.cli import adapters, downloads, show
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Refused, Remote
 from tunery.local.drawing import size
@@ -39,6 +39,33 @@ def add(
     for technique, reason in (model.get("techniques") or {}).items():
         if reason:
             show.errors.print(f"It cannot be trained with {technique}: {reason}", markup=False)
+
+
+class Technique(enum.StrEnum):
+    """What an adapter was trained with."""
+
+    LORA = "lora"
+    QLORA = "qlora"
+
+
+@app.command("import")
+def import_adapter(
+    context: typer.Context,
+    base: Annotated[str, typer.Argument(help="The base that it was trained on.")],
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What PEFT's save_pretrained wrote.")],
+    suffix: Annotated[str | None, typer.Option(help="Part of the model's name.")] = None,
+    technique: Annotated[
+        Technique, typer.Option(help="qlora: it was trained on the base in four bits, and answers on them.")
+    ] = Technique.LORA,
+    wait: Annotated[bool, typer.Option(help="Return when the model is ready.")] = True,
+) -> None:
+    """Make a LoRA adapter that was trained elsewhere a model of the project; prints the model's name."""
+    api = connect(context)
+    model = adapters.send(api, base, folder, suffix, technique.value)
+    if wait:
+        with show.errors.status(f"{model['id']}: a worker checks {folder}"):
+            model = wait_until_ready(api, model["id"])
+    show.console.print(model["id"], soft_wrap=True)
 
 
 def add_base(api: Remote, id: str, source: str, chat_template: Path | None = None) -> dict[str, Any]:
@@ -151,12 +178,15 @@ def export_model(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A tuned model or a checkpoint.")],
     format: Annotated[list[Format], typer.Option("--format", "-f", help="May be given several times.")],
+    rows: Annotated[
+        str | None, typer.Option(help="A file's id: rows that prove a merge, in place of those of the model's job.")
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Return when the files are there.")] = True,
 ) -> None:
     """Have a worker merge a model or write it as GGUF; `tunery models download` fetches the files."""
     api = connect(context)
     route = f"{downloads.model_route(model)}/exports"
-    found = api.call("POST", route, json=_asked(format))
+    found = api.call("POST", route, json=_asked(format, rows))
     if wait:
         with show.errors.status(f"{model}: a worker exports it"):
             found = _wait_for_export(api, route)
@@ -168,8 +198,9 @@ def export_model(
         raise Refused(message="\n".join(refused) or found["error"] or "The export failed.")
 
 
-def _asked(formats: list[Format]) -> dict[str, Any]:
+def _asked(formats: list[Format], rows: str | None) -> dict[str, Any]:
     return {
+        "rows_file": rows,
         "merged": Format.MERGED in formats,
         "gguf": [each.removeprefix("gguf-") for each in formats if each.startswith("gguf-")],
         "fp8": Format.FP8 in formats,

@@ -16,7 +16,7 @@ from tunery.jobs import ledger, method
 from tunery.jobs.model import Job
 from tunery.jobs.request import JobRequest
 from tunery.keys.ring import Caller
-from tunery.models import registry
+from tunery.models import imports, registry
 from tunery.models.model import Model
 from tunery.planning import advice
 from tunery.spec import (
@@ -179,11 +179,7 @@ def _continued(session: Session, request: JobRequest, parent: Model) -> Techniqu
 
     Raises Unsupported, InvalidValue.
     """
-    made_by = session.get(Job, parent.job_id) if parent.job_id else None
-    if made_by is None or made_by.plan is None:
-        what = f"Training on from '{parent.id}', of which no job is recorded,"
-        raise Unsupported(param="model", what=what, instead=f"Start from its base, '{parent.base_id}'.")
-    own, asked = Plan.model_validate(made_by.plan).technique, request.technique
+    own, asked = _technique_of(session, parent), request.technique
     if asked is None:
         return own
     if isinstance(own, Full) or isinstance(asked, Full):
@@ -197,6 +193,17 @@ def _continued(session: Session, request: JobRequest, parent: Model) -> Techniqu
             reason = f"'{parent.id}' has {name} {getattr(own, name)!r}. Send that, or leave technique out."
             raise InvalidValue(param=f"technique.{name}", reason=reason)
     return asked
+
+
+def _technique_of(session: Session, parent: Model) -> Technique:
+    """What an imported adapter says, or the plan of the job that made the model. Raises Unsupported."""
+    if (imported := imports.technique_of(parent)) is not None:
+        return imported
+    made_by = session.get(Job, parent.job_id) if parent.job_id else None
+    if made_by is None or made_by.plan is None:
+        what = f"Training on from '{parent.id}', of which no job is recorded,"
+        raise Unsupported(param="model", what=what, instead=f"Start from its base, '{parent.base_id}'.")
+    return Plan.model_validate(made_by.plan).technique
 
 
 def _of_all_weights(parent: Model, own: Technique, asked: Technique) -> Technique:

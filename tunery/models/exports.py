@@ -13,8 +13,11 @@ from tunery.spec import Export
 QUEUED, DONE, FAILED = "queued", "succeeded", "failed"
 
 
-def ask(session: Session, model: Model, asked: Export) -> dict[str, Any]:
-    """Queues an export, in place of the model's last one. Raises InvalidValue, Unsupported, WrongState."""
+def ask(session: Session, model: Model, asked: Export, rows_file: str | None = None) -> dict[str, Any]:
+    """Queues an export, in place of the model's last one; the rows of `rows_file` prove a merge, before others.
+
+    Raises InvalidValue, Unsupported, WrongState.
+    """
     if model.kind == "base":
         instead = "Name a fine-tuned model; a base's own files are its export."
         raise Unsupported(param="model", what=f"An export of the base '{model.id}'", instead=instead)
@@ -23,11 +26,14 @@ def ask(session: Session, model: Model, asked: Export) -> dict[str, Any]:
     if model.technique == "full" and (asked.merged or asked.adapter_gguf):
         param = "merged" if asked.merged else "adapter_gguf"
         raise InvalidValue(param=param, reason=f"A full fine-tune has no adapter. Leave {param} out.")
+    if rows_file is None and model.job_id is None and asked.needs_merge:
+        reason = f"No job made '{model.id}', so no rows are known that prove its merge. Name a file of such rows."
+        raise InvalidValue(param="rows_file", reason=reason)
     session.refresh(model, with_for_update=True)
     if model.export is not None and model.export["status"] == QUEUED:
         instead = "Wait for the first export."
         raise WrongState(kind="Model", id=model.id, state="being exported", deed="exported again", instead=instead)
-    model.export = {"status": QUEUED, "asked": asked.model_dump(), "results": [], "error": None}
+    model.export = {"status": QUEUED, "asked": asked.model_dump(), "rows_file": rows_file, "results": [], "error": None}
     session.flush()
     dispatch.nudge_after_commit(session, dispatch.IO)
     return model.export

@@ -32,7 +32,7 @@ from worker.supervisor import staging
 class Case:
     """A job with all that its validation reads, taken out of the database before the long work.
 
-    `model` is the job's model as its owner named it.
+    `model` is the job's model as its owner named it; `rendered_by` the one whose chat template writes the rows.
     """
 
     job_id: str
@@ -40,6 +40,7 @@ class Case:
     spec: TrainingSpec
     files: Mapping[FileRole, File]
     base: Model
+    rendered_by: Model
     model: str
     devices: Sequence[HostDevice]
 
@@ -74,7 +75,8 @@ class Findings:
 def judge(case: Case, settings: Settings, storage: Storage) -> Verdict:
     """The plan of a job that can succeed. Raises JobFailure where it cannot, CannotRender, ObjectMissing,
     ChecksumMismatch where its base or files cannot be read."""
-    template = ChatTemplate.load(staging.text_folder(settings.models_dir, storage, case.base), now=case.now)
+    texts = staging.text_folder(settings.models_dir, storage, case.rendered_by)
+    template = ChatTemplate.load(texts, now=case.now)
     found = Findings(storage, template)
     warnings = [warning for check in CHECKS for warning in check(case, found)]
     return Verdict(found.plan, found.gpu_bytes, _cpu_bytes(case, found), warnings)

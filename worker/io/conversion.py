@@ -4,9 +4,6 @@ import json
 import logging
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -18,15 +15,14 @@ from tunery.artifacts import model as artifacts
 from tunery.db import UNREACHABLE
 from tunery.models import registry
 from tunery.models.model import Model
-from tunery.processes import dies_with_parent, tail
 from tunery.settings import Settings
 from tunery.storage import Storage
 from tunery.storage.errors import KeyTaken, StorageFailed
-from tunery.wire import EXIT_USER_ERROR
+from worker.io import programs
 from worker.io.claims import take_one
 from worker.supervisor import staging
 from worker.supervisor.drain import Drain
-from worker.supervisor.process import ROOT, environment
+from worker.supervisor.process import environment
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +50,9 @@ def _convert(model_id: str, settings: Settings, storage: Storage, drain: Drain) 
     # In models_dir, so that the result is renamed into its place and not copied.
     folder = Path(tempfile.mkdtemp(prefix=".converting-", dir=settings.models_dir))
     try:
-        reason = _run(_arguments(source, folder, template), folder / "out", drain)
+        variables = _variables(folder / "out")
+        arguments = ["worker.trainer.convert", *_arguments(source, folder, template)]
+        reason = programs.run(arguments, folder, drain, what="conversion", variables=variables)
         if drain.begun:
             return  # the next worker begins anew
         if reason is None:
@@ -79,38 +77,12 @@ def _arguments(source: str, folder: Path, template: str | None) -> list[str]:
     return arguments
 
 
-def _run(arguments: list[str], out: Path, drain: Drain) -> str | None:
-    """Spawns the converter; why it failed, or None. A worker that shuts down ends it."""
+def _variables(out: Path) -> dict[str, str]:
+    """The environment of a conversion, which may reach a model hub."""
     passed = {name: value for name, value in os.environ.items() if name.upper() in _FOR_HUBS}
     variables = {**environment((), str(out)), **passed}
     del variables["HF_HUB_OFFLINE"]
-    errors_path = out.with_name("errors.txt")
-    with errors_path.open("wb") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "worker.trainer.convert", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            cwd=ROOT,
-            env=variables,
-            start_new_session=True,
-            preexec_fn=dies_with_parent(signal.SIGKILL),
-        )
-        while True:
-            try:
-                status = process.wait(timeout=0.5)
-                break
-            except subprocess.TimeoutExpired:
-                if drain.begun:
-                    process.kill()
-    if status == 0:
-        return None
-    if status == EXIT_USER_ERROR:
-        return tail(errors_path, 1)  # libraries have said something before it
-    said = tail(errors_path, 50)
-    log.error("the conversion ended with status %s: %s", status, said or "(nothing)")
-    last = said.rpartition("\n")[2] or f"it ended with status {status} and said nothing"
-    return f"The conversion broke: {last.rstrip('.')}. The I/O worker's log has more."
+    return variables
 
 
 def _publish(model_id: str, prefix: str, out: Path, settings: Settings, storage: Storage) -> None:

@@ -1,14 +1,13 @@
-"""Exports of models that jobs left before: made by a process of their own, and stored beside the model's files."""
+"""Exports of models that are there already: made by a process of their own, and stored beside the model's files."""
 
 import json
 import logging
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from sqlalchemy.orm import Session
 
 from tunery import db
 from tunery.artifacts import manifest
@@ -17,16 +16,15 @@ from tunery.artifacts.manifest import ManifestFile
 from tunery.datasets.model import File
 from tunery.db import UNREACHABLE
 from tunery.jobs.model import Job
-from tunery.models import exports
+from tunery.models import exports, imports
 from tunery.models.model import Model
-from tunery.processes import dies_with_parent, tail
 from tunery.settings import Settings
 from tunery.spec import Export, ExportOrder, Plan
 from tunery.storage import Storage
 from tunery.storage.errors import StorageFailed
+from worker.io import programs
 from worker.io.claims import take_one
 from worker.supervisor.drain import Drain
-from worker.supervisor.process import ROOT, environment
 from worker.supervisor.staging import base_folder
 
 log = logging.getLogger(__name__)
@@ -48,7 +46,7 @@ def _export(model_id: str, settings: Settings, storage: Storage, drain: Drain) -
     folder = Path(tempfile.mkdtemp(prefix=".exporting-", dir=settings.models_dir))
     try:
         _lay_out(model_id, folder, settings, storage)
-        reason = _run(folder, drain)
+        reason = programs.run(["worker.trainer.export", str(folder)], folder, drain, what="export")
         if drain.begun:
             return  # the next worker begins anew
         if reason is None:
@@ -65,55 +63,40 @@ def _export(model_id: str, settings: Settings, storage: Storage, drain: Drain) -
 
 
 def _lay_out(model_id: str, folder: Path, settings: Settings, storage: Storage) -> None:
-    """Fills the exporter's folder. Of the job's files, those that are not deleted."""
+    """Fills the exporter's folder. Of the files of rows, those that are not deleted."""
     with db.transaction() as session:
         model = session.get_one(Model, model_id)
         base = session.get_one(Model, model.base_id)
-        job = session.get_one(Job, model.job_id)
-        names = {"test": job.test_file, "valid": job.validation_file, "train": job.training_file}
-        found = {name: session.get(File, id) for name, id in names.items() if id is not None}
-        rows = {name: file for name, file in found.items() if file is not None and file.deleted_at is None}
+        job = session.get(Job, model.job_id) if model.job_id else None
+        rows = _rows(session, model, job)
     (folder / "data").mkdir()
     for name, file in rows.items():
         storage.fetch(file.key, folder / "data" / f"{name}.jsonl", file.sha256)
     for name, each in (("base", base), ("artifact", model)):
         there = base_folder(settings.models_dir, storage, each.prefix, each.manifest_sha256 or "")
         (folder / name).symlink_to(there.absolute())
+    (folder / "export.json").write_text(_order(model, job).model_dump_json())
+
+
+def _rows(session: Session, model: Model, job: Job | None) -> dict[str, File]:
+    """The files of rows that prove a merge, by their names: the one that was named with the export, or the job's."""
+    if (named := (model.export or {}).get("rows_file")) is not None:
+        names: dict[str, str | None] = {"test": named}
+    elif job is not None:
+        names = {"test": job.test_file, "valid": job.validation_file, "train": job.training_file}
+    else:
+        names = {}
+    found = {name: session.get(File, id) for name, id in names.items() if id is not None}
+    return {name: file for name, file in found.items() if file is not None and file.deleted_at is None}
+
+
+def _order(model: Model, job: Job | None) -> ExportOrder:
     asked = Export.model_validate((model.export or {})["asked"])
-    order = ExportOrder(export=asked, model=model.id, plan=Plan.model_validate(job.plan))
-    (folder / "export.json").write_text(order.model_dump_json())
-
-
-def _run(folder: Path, drain: Drain) -> str | None:
-    """Spawns the exporter; why it broke, or None. A worker that shuts down ends it."""
-    errors_path = folder / "errors.txt"
-    with errors_path.open("wb") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "worker.trainer.export", str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            cwd=ROOT,
-            env=environment((), str(folder)),
-            start_new_session=True,
-            preexec_fn=dies_with_parent(signal.SIGKILL),
-        )
-        while (status := _status(process)) is None:
-            if drain.begun:
-                process.kill()
-    if status == 0:
-        return None
-    said = tail(errors_path, 50)
-    log.error("the export ended with status %s: %s", status, said or "(nothing)")
-    last = said.rpartition("\n")[2] or f"it ended with status {status} and said nothing"
-    return f"The export broke: {last.rstrip('.')}. The I/O worker's log has more."
-
-
-def _status(process: subprocess.Popen[bytes]) -> int | None:
-    try:
-        return process.wait(timeout=0.5)
-    except subprocess.TimeoutExpired:
-        return None
+    if job is not None:
+        plan = Plan.model_validate(job.plan)
+        known = {"method": plan.method, "row_tokens": plan.max_seq_length}
+        return ExportOrder(export=asked, model=model.id, trained_with=plan.technique, **known)
+    return ExportOrder(export=asked, model=model.id, trained_with=imports.technique_of(model))
 
 
 def _publish(model_id: str, folder: Path, storage: Storage) -> None:

@@ -12,6 +12,7 @@ from tunery.failures import InvalidTrainingFile, JobFailure, ValidationBroke, Va
 from tunery.jobs import leases, ledger
 from tunery.jobs.model import Job
 from tunery.jobs.states import State
+from tunery.models import imports
 from tunery.models.model import Model
 from tunery.rows.errors import CannotRender
 from tunery.rows.messages import FileRole
@@ -51,12 +52,16 @@ def _open(session: Session, job: Job) -> Case:
         "validation": job.validation_file,
         "test": job.test_file,
     }
+    base = session.get_one(Model, job.base_model)
+    parent = session.get_one(Model, job.parent_model) if job.parent_model else None
     return Case(
         job_id=job.id,
         now=job.now,
         spec=TrainingSpec.model_validate(job.spec),
         files={role: session.get_one(File, id) for role, id in ids.items() if id is not None},
-        base=session.get_one(Model, job.base_model),
+        base=base,
+        # An adapter that was trained elsewhere may have a template of its own.
+        rendered_by=base if parent is None or imports.technique_of(parent) is None else parent,
         model=job.model_name,
         devices=leases.devices(session),
     )

@@ -86,13 +86,13 @@ def _without_exports(storage: Storage, prefix: str, sha256: str) -> manifest.Man
 
 
 def text_folder(models_dir: Path, storage: Storage, model: Model) -> Path:
-    """A base's tokenizer, chat template and configs without its weights: what judging rows needs. Filled once."""
+    """A model's tokenizer, chat template and configs without its weights: what judging rows needs. Filled once."""
     stored = _stored_folder(model)
     whole, folder = models_dir / stored.sha256, models_dir / f"{stored.sha256}.texts"
     if (whole / manifest.NAME).exists():
         return whole
     if not (folder / manifest.NAME).exists():
-        listed = manifest.load(storage, stored.prefix, stored.sha256)
+        listed = _without_exports(storage, stored.prefix, stored.sha256)
         texts = tuple(file for file in listed.files if not file.path.endswith(".safetensors"))
         models_dir.mkdir(parents=True, exist_ok=True)
         with _locked(models_dir / f".{stored.sha256}.lock"):

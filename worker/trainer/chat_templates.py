@@ -29,7 +29,7 @@ def settle(source: str, out: Path, given: str | None = None) -> None:
         _remove_own(out)
     (out / FILE).write_text(text)
     if given is not None:
-        _write_stops(out, _fitting(source, out))
+        _write_stops(out, check_fits(source, out))
 
 
 def in_folder(source: str) -> str | None:
@@ -58,8 +58,11 @@ def _remove_own(out: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _fitting(source: str, out: Path) -> ChatTemplate:
-    """The template in `out`. One of another family renders well and ends its turns with what is plain text here."""
+def check_fits(source: str, out: Path) -> ChatTemplate:
+    """Returns the template in `out`. Raises UnusableModel for one that the tokenizer beside it does not fit.
+
+    One of another family renders well and ends its turns with what is plain text here.
+    """
     try:
         template = ChatTemplate.load(out)
         template.encode(_PROBE, max_length=1024)

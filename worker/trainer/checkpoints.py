@@ -202,10 +202,11 @@ def save_public(t: Training, progress: Progress) -> str:
 def write_artifact(t: Training, progress: Progress, folder: Path) -> None:
     """The model in its own format, its tokenizer and template, its configuration and its metrics."""
     t.recipe.export(t.objective.model, folder, t.run.base_model)
-    for name in (*TOKENIZER_FILES, *template_files.additional_names(t.folder / "base")):
-        if (t.folder / "base" / name).exists():
+    files = texts(t.folder)
+    for name in (*TOKENIZER_FILES, *template_files.additional_names(files)):
+        if (files / name).exists():
             (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(t.folder / "base" / name, folder / name)
+            shutil.copyfile(files / name, folder / name)
     (folder / "generation_config.json").write_text(
         json.dumps(_generation_config(t.folder, t.template.eos_ids), indent=2) + "\n"
     )
@@ -226,9 +227,17 @@ def write_artifact(t: Training, progress: Progress, folder: Path) -> None:
     report.write_results(folder / "results.csv", t.voice.metrics)
 
 
+def texts(folder: Path) -> Path:
+    """Returns the folder whose tokenizer and chat template a run uses: that of an adapter to go on from, or the base's.
+
+    An adapter that was trained elsewhere may have a template of its own.
+    """
+    return folder / "adapter" if (folder / "adapter" / "tokenizer.json").exists() else folder / "base"
+
+
 def _generation_config(folder: Path, eos_ids: Iterable[int]) -> dict[str, Any]:
     """The base's own settings of generation, with the stop tokens that were trained, so that `generate` ends there."""
-    own = folder / "base" / "generation_config.json"
+    own = texts(folder) / "generation_config.json"
     settings: dict[str, Any] = json.loads(own.read_text()) if own.exists() else {}
     settings.pop("_from_model_config", None)  # by it, transformers would take the stop tokens of config.json instead
     return settings | {"eos_token_id": sorted(eos_ids)}

@@ -99,7 +99,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     accelerator = parallel.accelerator()
     ranks = Ranks(accelerator)
     torch.manual_seed(run.plan.seed)
-    template = ChatTemplate.load(folder / "base", now=run.now)
+    template = ChatTemplate.load(checkpoints.texts(folder), now=run.now)
     encoder = find_encoder(run.plan.method, "training")
     rows = read_rows(folder / "data" / "train.jsonl", template, run.plan.max_seq_length, encoder=encoder)
     valid = _validation_rows(folder, run, template)

@@ -39,7 +39,7 @@ def carry_out(folder: Path) -> list[Exported]:
             base=folder / "base",
             artifact=folder / "artifact",
             out=folder / "out",
-            is_whole=isinstance(order.plan.technique, Full),
+            is_whole=isinstance(order.trained_with, Full),
             precision=_precision(folder / "artifact"),
             device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
             template=template,
@@ -58,9 +58,9 @@ def _rows(folder: Path, order: ExportOrder, template: ChatTemplate) -> list[Row]
     """The rows of the job's files that are left, held-out ones first. Raises NoRows."""
     found: list[Row] = []
     for name, role in _ROLES.items():
-        path, encoder = folder / f"{name}.jsonl", find_encoder(order.plan.method, role)
+        path, encoder = folder / f"{name}.jsonl", find_encoder(order.method, role)
         if path.exists():
-            found += read_rows(path, template, order.plan.max_seq_length, role, encoder).rows
+            found += read_rows(path, template, order.row_tokens, role, encoder).rows
     if not found:
         raise NoRows()
     return found

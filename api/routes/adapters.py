@@ -1,0 +1,98 @@
+"""Adapters that were trained elsewhere. An archive streams through into storage; a worker looks into it."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
+from sqlalchemy.orm import Session, sessionmaker
+
+from api import forms
+from api.dependencies import SessionsDep, SettingsDep, StorageDep, StreamCallerDep
+from api.forms import Form
+from api.schemas import models as wire
+from api.schemas.wire import errors
+from tunery.keys.ring import Caller
+from tunery.models import imports, registry
+from tunery.settings import Settings
+
+router = APIRouter(prefix="/v1/models", tags=["Models"])
+
+_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["base", "file"],
+                    "properties": {
+                        "base": {"type": "string", "description": "The base that it was trained on: id, alias, hub id"},
+                        "suffix": {"type": "string", "description": "Part of the model's name", "example": ""},
+                        "technique": {
+                            "type": "string",
+                            "enum": ["lora", "qlora"],
+                            "default": "lora",
+                            "description": "qlora: it was trained on the base in four bits (nf4), and answers on them",
+                        },
+                        "file": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "A zip archive of the folder that PEFT's save_pretrained wrote",
+                        },
+                    },
+                    "example": {"base": "SmolLM2-135M-Instruct"},
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("/adapters", summary="Import an adapter", responses=errors(404, 413), openapi_extra=_FORM)
+async def import_adapter(
+    request: Request, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep, settings: SettingsDep
+) -> wire.Model:
+    """A LoRA adapter of plain PEFT becomes a model of the project. Answers at once with `status: processing`; a worker
+    checks it against its base, and `status_details` says why it cannot be used."""
+    prefix = imports.new_prefix()
+    key = imports.archive_key(prefix)
+    async with contextmanager_in_threadpool(storage.writer(key)) as writer:
+        form = await forms.receive(
+            request,
+            file_field="file",
+            limit=settings.max_upload_bytes,
+            what="The archive",
+            instead="Merge larger adapters into their base.",
+            take=lambda _form, data: writer.write(data),
+        )
+        fields = forms.parse_fields(form, wire.AdapterFields)
+    try:
+        return await run_in_threadpool(_record, sessions, settings, caller, form, fields, prefix)
+    except Exception:
+        await run_in_threadpool(storage.delete, key)
+        raise
+
+
+def _record(
+    sessions: sessionmaker[Session],
+    settings: Settings,
+    caller: Caller,
+    form: Form,
+    fields: wire.AdapterFields,
+    prefix: str,
+) -> wire.Model:
+    """The row, in a transaction that begins when all bytes are stored."""
+    with sessions.begin() as session:
+        base = registry.find_ready(session, caller.project_id, fields.base)
+        known = registry.alias_of(session, base, fields.base) or base.id
+        row = imports.add(
+            session,
+            project_id=caller.project_id,
+            base=base,
+            name=registry.tuned_name(base=known, organization=settings.organization, suffix=fields.suffix),
+            prefix=prefix,
+            source=(form.filename or "adapter.zip")[:255],
+            technique=fields.technique,
+        )
+        session.refresh(row)
+        return wire.Model.of(row, owner=caller.project_name, aliases=[], for_administrator=caller.admin)

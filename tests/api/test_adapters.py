@@ -1,0 +1,123 @@
+"""Adapters that were trained elsewhere, as they are sent and shown."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import rows
+from databases import Database
+from fastapi import FastAPI
+from teams import ALIAS, BASE, Team
+
+from tunery.keys.model import Project
+from tunery.models import imports
+from tunery.models.model import Model
+from tunery.spec import Lora
+from tunery.storage import open_storage
+
+ROUTE = "/v1/models/adapters"
+
+
+def send(team: Team, content: bytes = b"archive", **fields: str) -> Any:
+    return team.http.post(ROUTE, data={"base": BASE, **fields}, files={"file": ("mine.zip", content)})
+
+
+def ready(database: Database, name: str) -> None:
+    """As a worker leaves it."""
+    with database.sessions.begin() as session:
+        technique = Lora(r=4, alpha=8, target_modules=["q_proj"])
+        model = session.get_one(Model, name)
+        imports.set_ready(session, model, manifest={"version": 1, "files": []}, sha256="3" * 64, technique=technique)
+
+
+def test_an_adapter_becomes_a_model_of_the_project(team: Team, base: str, database: Database) -> None:
+    model = send(team, suffix="mine", technique="qlora").json()
+
+    assert model["id"].startswith(f"ft:{BASE}:tunery:mine:")
+    shown = [model[name] for name in ("kind", "status", "base_model", "job", "technique", "source", "owned_by")]
+    assert shown == ["tuned", "processing", BASE, None, "qlora", "mine.zip", "alpha"]
+    with database.sessions() as session:
+        assert imports.waiting(session) == [model["id"]]
+        prefix = session.get_one(Model, model["id"]).prefix
+    stored = b"".join(open_storage(database.settings).read(imports.archive_key(prefix)))
+    assert stored == b"archive"
+    assert team.http.get(f"/v1/models/{model['id']}").json() == model
+    assert model["id"] not in [each["id"] for each in team.http.get("/v1/models").json()["data"]]
+    chat = {"model": model["id"], "messages": [{"role": "user", "content": "q"}]}
+    assert team.http.post("/v1/chat/completions", json=chat).json()["error"]["code"] == "wrong_state"
+
+
+def test_an_alias_of_the_base_stays_in_its_name(team: Team, base: str) -> None:
+    assert send(team, base=ALIAS).json()["id"].startswith(f"ft:{ALIAS}:tunery::")
+
+
+def test_other_projects_do_not_see_it(
+    team: Team, make_team: Callable[..., Team], base: str, database: Database
+) -> None:
+    name = send(team).json()["id"]
+    ready(database, name)
+    other = make_team("beta")
+    for answer in (
+        other.http.get(f"/v1/models/{name}"),
+        other.http.delete(f"/v1/models/{name}"),
+        other.http.post(f"/v1/models/{name}/exports", json={"adapter_gguf": True}),
+        send(other, base=name),
+    ):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_what_cannot_be_sent_leaves_nothing(team: Team, base: str, database: Database, app: FastAPI) -> None:
+    name = send(team).json()["id"]
+    ready(database, name)
+    kept = sorted(open_storage(database.settings).list("models/"))
+    for answer, status, param in (
+        (send(team, base="none"), 404, "model"),
+        (send(team, base=name), 400, "base"),
+        (send(team, technique="full"), 400, "technique"),
+        (team.http.post(ROUTE, files={"file": ("a.zip", b"x")}), 400, "base"),
+        (team.http.post(ROUTE, data={"base": BASE}, files={}), 400, "file"),
+    ):
+        assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
+    assert sorted(open_storage(database.settings).list("models/")) == kept
+
+
+def test_an_archive_is_limited(make_app: Callable[..., FastAPI], make_team: Callable[..., Team], base: str) -> None:
+    small = make_team("gamma", app=make_app(max_upload_bytes=10))
+    assert send(small, b"x" * 11).status_code == 413
+
+
+def test_a_deleted_one_waits_no_more(team: Team, base: str, database: Database) -> None:
+    name = send(team).json()["id"]
+    assert team.http.delete(f"/v1/models/{name}").json()["deleted"] is True
+    with database.sessions() as session:
+        assert imports.waiting(session) == []
+
+
+@pytest.mark.parametrize("asked", [{"merged": True}, {"gguf": ["f16"]}, {"fp8": True}])
+def test_its_merge_needs_rows_to_be_proven_on(
+    team: Team, make_team: Callable[..., Team], base: str, database: Database, asked: dict[str, Any]
+) -> None:
+    name = send(team).json()["id"]
+    ready(database, name)
+    with database.sessions.begin() as session:
+        own = rows.file(session, session.get_one(Project, team.id)).id
+        other = rows.file(session, session.get_one(Project, make_team("beta").id)).id
+    route = f"/v1/models/{name}/exports"
+    assert team.http.post(route, json=asked).json()["error"]["param"] == "rows_file"
+    refused = team.http.post(route, json={**asked, "rows_file": other})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (404, "rows_file")
+    taken = team.http.post(route, json={**asked, "rows_file": own}).json()
+    assert (taken["status"], taken["rows_file"]) == ("queued", own)
+
+
+def test_a_job_on_it_keeps_its_shape(team: Team, base: str, database: Database) -> None:
+    name = send(team).json()["id"]
+    ready(database, name)
+    with database.sessions.begin() as session:
+        file_id = rows.file(session, session.get_one(Project, team.id)).id
+    body = {"model": name, "training_file": file_id}
+    made = team.http.post("/v1/fine_tuning/jobs", json=body).json()
+    assert made["technique"]["target_modules"] == ["q_proj"]
+    assert (made["technique"]["r"], made["technique"]["alpha"]) == (4, 8)
+    wrong = team.http.post("/v1/fine_tuning/jobs", json={**body, "technique": {"type": "lora", "r": 8}})
+    assert wrong.json()["error"]["param"] == "technique.r"

@@ -1,0 +1,73 @@
+"""Adapters that were trained elsewhere: sent as an archive, checked against their base by a worker for I/O."""
+
+from typing import Any, Literal
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from tunery import dispatch, ids
+from tunery.errors import Unsupported
+from tunery.models import registry
+from tunery.models.model import Model
+from tunery.spec import Lora, Qlora
+
+TECHNIQUE = "imported_technique"
+"""The entry of a model's facts with the technique of an adapter that no job made."""
+
+
+def new_prefix() -> str:
+    """Returns where an adapter's files will lie."""
+    return f"models/{ids.token(16)}"
+
+
+def archive_key(prefix: str) -> str:
+    """Returns where the archive lies that an adapter came in: below its prefix, so that it goes when the model goes."""
+    return f"{prefix}/import/adapter.zip"
+
+
+def add(
+    session: Session,
+    *,
+    project_id: str,
+    base: Model,
+    name: str,
+    prefix: str,
+    source: str,
+    technique: Literal["lora", "qlora"],
+) -> Model:
+    """The row of an adapter whose archive is stored. Raises Unsupported where `base` is no base."""
+    if base.kind != "base":
+        raise Unsupported(param="base", what=f"An adapter on '{base.id}'", instead=f"Name its base, '{base.base_id}'.")
+    model = Model(
+        id=name,
+        project_id=project_id,
+        kind="tuned",
+        base_id=base.id,
+        technique=technique,
+        status="processing",
+        source=source,
+        prefix=prefix,
+        facts=base.facts,
+    )
+    session.add(model)
+    session.flush()
+    dispatch.nudge_after_commit(session, dispatch.IO)
+    return model
+
+
+def waiting(session: Session) -> list[str]:
+    """Returns the ids of the adapters that are to be checked, the oldest first."""
+    query = select(Model.id).where(Model.kind == "tuned", Model.status == "processing", Model.deleted_at.is_(None))
+    return list(session.scalars(query.order_by(Model.created_at)))
+
+
+def set_ready(session: Session, model: Model, *, manifest: dict[str, Any], sha256: str, technique: Lora) -> None:
+    """The adapter is stored and may be used."""
+    facts = {**model.facts, TECHNIQUE: technique.model_dump(mode="json")}
+    registry.set_ready(session, model, manifest=manifest, sha256=sha256, facts=facts)
+
+
+def technique_of(model: Model) -> Lora | None:
+    """Returns what an imported adapter is trained with; None for any other model."""
+    found = model.facts.get(TECHNIQUE)
+    return None if found is None else (Qlora if found["type"] == "qlora" else Lora).model_validate(found)

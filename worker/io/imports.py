@@ -1,0 +1,94 @@
+"""Adapters that were trained elsewhere become usable: checked by a process of its own, and published."""
+
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+from tunery import db
+from tunery.artifacts import manifest
+from tunery.artifacts import model as artifacts
+from tunery.db import UNREACHABLE
+from tunery.models import imports, registry
+from tunery.models.model import Model
+from tunery.settings import Settings
+from tunery.spec import ImportOrder, Lora, Qlora
+from tunery.storage import Storage
+from tunery.storage.errors import StorageFailed
+from worker.io import programs
+from worker.io.claims import take_one
+from worker.supervisor.drain import Drain
+from worker.supervisor.staging import base_folder
+
+log = logging.getLogger(__name__)
+
+
+def import_next(settings: Settings, storage: Storage, drain: Drain) -> bool:
+    """One adapter; whether there was one."""
+    return take_one("import", _waiting, lambda model_id: _import(model_id, settings, storage, drain))
+
+
+def _waiting() -> list[str]:
+    with db.transaction() as session:
+        return imports.waiting(session)
+
+
+def _import(model_id: str, settings: Settings, storage: Storage, drain: Drain) -> None:
+    log.info("importing %s", model_id)
+    settings.models_dir.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".importing-", dir=settings.models_dir))
+    try:
+        prefix = _lay_out(model_id, folder, settings, storage)
+        reason = programs.run(["worker.trainer.adapter_import", str(folder)], folder, drain, what="import")
+        if drain.begun:
+            return  # the next worker begins anew
+        if reason is None:
+            _publish(model_id, prefix, folder, storage)
+        else:
+            _settle_error(model_id, reason)
+        storage.delete(imports.archive_key(prefix))
+    except (StorageFailed, *UNREACHABLE):
+        raise  # another time
+    except Exception as error:  # a fault of ours, which must not keep every later adapter from its turn
+        log.exception("%s could not be imported", model_id)
+        _settle_error(model_id, f"It could not be imported: {error}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lay_out(model_id: str, folder: Path, settings: Settings, storage: Storage) -> str:
+    """Fills the importer's folder; returns the model's prefix in storage."""
+    with db.transaction() as session:
+        model = session.get_one(Model, model_id)
+        base = session.get_one(Model, model.base_id)
+    there = base_folder(settings.models_dir, storage, base.prefix, base.manifest_sha256 or "")
+    (folder / "base").symlink_to(there.absolute())
+    with (folder / "adapter.zip").open("wb") as file:
+        file.writelines(storage.read(imports.archive_key(model.prefix)))
+    facts = {"base_source": base.source, "base_manifest_sha256": base.manifest_sha256}
+    order = ImportOrder(source=model.source or "", base_model=base.id, trained_with=model.technique, facts=facts)
+    (folder / "import.json").write_text(order.model_dump_json())
+    return model.prefix
+
+
+def _publish(model_id: str, prefix: str, folder: Path, storage: Storage) -> None:
+    text = (folder / "technique.json").read_text()
+    # A predecessor may have died between its manifest and its row. Nobody has read it: the row says "processing".
+    storage.delete(f"{prefix}/{manifest.NAME}")
+    listed, sha256 = manifest.publish(storage, prefix, folder / "out")
+    with db.transaction() as session:
+        model = session.get_one(Model, model_id, with_for_update=True)
+        if model.status == "processing" and model.deleted_at is None:
+            technique = (Qlora if model.technique == "qlora" else Lora).model_validate_json(text)
+            described = listed.model_dump(mode="json")
+            imports.set_ready(session, model, manifest=described, sha256=sha256, technique=technique)
+            artifacts.record(session, model, listed)
+    log.info("%s is ready", model_id)
+
+
+def _settle_error(model_id: str, reason: str) -> None:
+    log.warning("%s cannot be used: %s", model_id, reason)
+    with db.transaction() as session:
+        model = session.get_one(Model, model_id, with_for_update=True)
+        if model.status == "processing":
+            registry.set_error(session, model, reason)

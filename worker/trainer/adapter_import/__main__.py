@@ -1,0 +1,77 @@
+"""`python -m worker.trainer.adapter_import FOLDER`: an adapter that was trained elsewhere, checked against its base.
+
+FOLDER holds `import.json` (an `ImportOrder`), `base/` and `adapter.zip`. Into `out/` goes the adapter as a job would
+leave it, and into `technique.json` what it is trained with here. An adapter that cannot be used gets one line on
+standard error and exit code 65.
+"""
+
+import json
+import shutil
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from transformers.utils.logging import disable_progress_bar
+
+from tunery.planning.precision import decide
+from tunery.spec import ImportOrder, Lora
+from tunery.wire import EXIT_USER_ERROR
+from worker.trainer import folders, report
+from worker.trainer.adapter_import import archive, config, tensors, texts
+from worker.trainer.adapter_import.errors import UnusableAdapter
+from worker.trainer.export import files
+
+_SECONDS = 600
+"""Regular expressions of a stranger's configuration are run here, and one may take for ever."""
+
+
+def carry_out(folder: Path) -> Lora:
+    """Writes `out/` from the folder's archive; returns the adapter's technique. Raises UnusableAdapter."""
+    order = ImportOrder.model_validate_json((folder / "import.json").read_text())
+    base, came, out = folder / "base", folder / "came", folder / "out"
+    archive.unpack(order.source, folder / "adapter.zip", came)
+    digests = {path.name: folders.sha256(path) for path in sorted(came.iterdir()) if path.is_file()}
+    adapter = config.read(order.source, came)
+    scales = tensors.check(order.source, base, came, adapter)
+    technique = config.technique(order.source, adapter, sorted(scales), order.trained_with)
+    out.mkdir()
+    template = texts.settle(order.source, base, came, out)
+    config.spell_out(adapter, scales)
+    adapter.base_model_name_or_path = order.base_model
+    adapter.save_pretrained(str(out))
+    save_file(load_file(came / archive.WEIGHTS), out / archive.WEIGHTS, metadata={"format": "pt"})
+    described = {
+        "base_model": order.base_model,
+        "job": None,
+        "imported": {"source": order.source, "sha256": digests},
+        "plan": {"technique": technique.model_dump(mode="json")},
+        "precision": asdict(decide(technique, "cpu")),
+        "chat_template_sha256": template.sha256,
+        "versions": report.versions(),
+        "facts": order.facts | {"base_weights_sha256": files.weights_sha256(base)},
+    }
+    (out / "training_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    shutil.rmtree(came)
+    return technique
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        sys.stderr.write("usage: python -m worker.trainer.adapter_import FOLDER\n")
+        return 2
+    signal.alarm(_SECONDS)
+    disable_progress_bar()
+    folder = Path(sys.argv[1])
+    try:
+        technique = carry_out(folder)
+    except UnusableAdapter as error:
+        sys.stderr.write(error.message.replace("\n", " ") + "\n")
+        return EXIT_USER_ERROR
+    (folder / "technique.json").write_text(technique.model_dump_json())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

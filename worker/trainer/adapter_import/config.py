@@ -1,0 +1,124 @@
+"""Which of PEFT's adapters are taken, and what the service calls their settings."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any, cast
+
+from peft import LoraConfig, PeftType
+from pydantic import ValidationError
+
+from tunery.spec import Lora, Qlora
+from worker.trainer.adapter_import.archive import CONFIG
+from worker.trainer.adapter_import.errors import UnusableAdapter
+
+_CHANGES_BASE = (
+    "it changes the base's own weights when it begins, so that the adapter alone belongs to another base. Save it "
+    "again with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+)
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Of `init_lora_weights`: those that leave the base's weights as they are."""
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "bias": ("none", "the base's biases learned too, and a model server that keeps one base would lose its own"),
+    "lora_bias": (False, "biases of the factors have no place in a merged model whose layers have none"),
+    "layer_replication": (None, "it repeats layers of the base, which makes another base"),
+    "alora_invocation_tokens": (
+        None,
+        "an activated LoRA acts behind its invocation tokens alone",
+    ),
+    "arrow_config": (None, "a router chooses among several adapters, of which this is one"),
+    "use_qalora": (False, "its factors belong to groups of a quantised base"),
+    "use_bdlora": (None, "its factors are blocks for several GPUs"),
+    "kasa_config": (None, "it changes the base's own weights"),
+    "velora_config": (None, "it learned with compressed activations, which no other part here knows"),
+    "monteclora_config": (None, "it draws its factors at random"),
+    "megatron_config": (None, "its layers are Megatron's"),
+}
+"""Options of PEFT's LoRA that cannot be honoured: the value that is taken, and why no other is."""
+_LEFT_OUT = {
+    *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "runtime_config"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+}
+"""Options that say how the adapter began, or where it was made, which nobody needs who loads it."""
+_PLAIN = re.compile(r"[\w.]+")
+
+
+def read(source: str, folder: Path) -> LoraConfig:
+    """Returns the adapter's configuration. Raises UnusableAdapter for one that cannot be honoured."""
+    found = _read_json(source, folder / CONFIG)
+    if found.get("peft_type") != PeftType.LORA.value:
+        what = f"its peft_type is {found.get('peft_type')!r}"
+        raise UnusableAdapter(source=source, reason=f"{what}, and only LORA is taken. Merge it with PEFT instead.")
+    if found.get("task_type") not in (None, "CAUSAL_LM"):
+        reason = f"its task_type is {found['task_type']!r}, and only adapters of CAUSAL_LM generate text."
+        raise UnusableAdapter(source=source, reason=reason)
+    _refuse_options(source, found)
+    known = {field.name for field in dataclasses.fields(LoraConfig)} - _LEFT_OUT
+    try:
+        return LoraConfig(**{name: value for name, value in found.items() if name in known}, inference_mode=True)
+    except (TypeError, ValueError) as error:
+        raise UnusableAdapter(source=source, reason=f"PEFT refuses its {CONFIG} ({_first_line(error)}).") from error
+
+
+def _read_json(source: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnusableAdapter(source=source, reason=f"{CONFIG} is no JSON ({error}). Copy it again.") from error
+    if not isinstance(found, dict):
+        raise UnusableAdapter(source=source, reason=f"{CONFIG} is no JSON object. Copy it again.")
+    return found
+
+
+def _refuse_options(source: str, found: dict[str, Any]) -> None:
+    for name, (taken, why) in _REFUSED.items():
+        value = found.get(name, taken)
+        if value != taken and value not in (None, False, [], {}):
+            raise UnusableAdapter(source=source, reason=f"it has {name} {value!r}: {why}.")
+    if (init := found.get("init_lora_weights", True)) not in _INITS:
+        raise UnusableAdapter(source=source, reason=f"it has init_lora_weights {init!r}: {_CHANGES_BASE}.")
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    for name in sorted(found.keys() - known):
+        if found[name] not in (None, False, [], {}):
+            reason = f"this release of PEFT does not know its option {name} ({found[name]!r}). Save it without."
+            raise UnusableAdapter(source=source, reason=reason)
+
+
+def technique(source: str, config: LoraConfig, modules: list[str], kind: str) -> Lora:
+    """Returns the technique that such an adapter is trained with here; `modules` are those that it lies on."""
+    tokens = config.trainable_token_indices
+    listed = sorted({token for each in tokens.values() for token in each}) if isinstance(tokens, dict) else tokens
+    saved = None if config.modules_to_save is None else sorted(config.modules_to_save)
+    try:
+        return (Qlora if kind == "qlora" else Lora)(
+            r=config.r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            target_modules=sorted({name.rpartition(".")[2] for name in modules}),
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            modules_to_save=saved or None,
+            trainable_token_indices=listed or None,
+        )
+    except ValidationError as error:
+        fault = error.errors()[0]
+        reason = f"its {'.'.join(map(str, fault['loc']))} cannot be trained on here: {fault['msg']}."
+        raise UnusableAdapter(source=source, reason=reason) from error
+
+
+def spell_out(config: LoraConfig, scales: dict[str, tuple[int, float]]) -> None:
+    """Replaces regular expressions by the names that they match; `scales` has the rank and alpha of each module.
+
+    Why not as they came: whoever loads the adapter would run a stranger's expression, which can take for ever.
+    """
+    if isinstance(config.target_modules, str) or config.layers_pattern or isinstance(config.exclude_modules, str):
+        config.target_modules = sorted(scales)
+        config.exclude_modules = config.layers_pattern = config.layers_to_transform = None
+    if not all(_PLAIN.fullmatch(key) for key in [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]):
+        config.rank_pattern = {name: r for name, (r, _) in scales.items() if r != config.r}
+        config.alpha_pattern = cast(Any, {n: alpha for n, (_, alpha) in scales.items() if alpha != config.lora_alpha})
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
