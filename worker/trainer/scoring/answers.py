@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig
 
 from tunery.planning.advice import answer_limit
 from tunery.rows import messages
@@ -16,7 +15,7 @@ from tunery.rows.encoding import encode_answer
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Evaluation
 from tunery.wire import Phase
-from worker.trainer import rope
+from worker.trainer import generation, rope
 from worker.trainer.training import Training
 from worker.trainer.wish import Wish
 
@@ -121,29 +120,5 @@ def _alike(t: Training, asked: list[Question], candidates: list[int], limit: int
 
 
 def _generate_batch(t: Training, prompts: list[list[int]], limit: int) -> list[str]:
-    """Greedy continuations of one batch, padded at the left so that every answer starts in the same column."""
-    causal = t.objective.causal
-    longest = max(map(len, prompts))
-    changes = rope.of(causal).changes(longest, longest + limit)
-    width = max(map(len, prompts))
-    pad = min(t.template.eos_ids)
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=t.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=t.device)
-    plain, causal.generation_config = causal.generation_config, _greedy(t, pad, limit, use_cache=not changes)
-    try:
-        # Why the config is exchanged: generate() fills gaps from the model's own, where a repetition penalty may lurk.
-        out = causal.generate(input_ids=ids, attention_mask=mask)
-    finally:
-        causal.generation_config = plain
-    return [t.template.answer_text(row) for row in out[:, width:].tolist()]
-
-
-def _greedy(t: Training, pad: int, limit: int, *, use_cache: bool) -> GenerationConfig:
-    """Keys in a cache were turned by the frequencies of a shorter row: where those change, there can be none."""
-    return GenerationConfig(
-        do_sample=False,
-        max_new_tokens=limit,
-        eos_token_id=sorted(t.template.eos_ids),
-        pad_token_id=pad,
-        use_cache=use_cache,
-    )
+    """Greedy answers to one batch of prompts."""
+    return [t.template.answer_text(ids) for ids in generation.greedy(t.objective.causal, t.template, prompts, limit)]
