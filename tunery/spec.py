@@ -274,6 +274,20 @@ class Gate(Part):
 GgufType = Literal["f16", "q8_0", "q4_0", "q4_1"]
 
 
+class Replay(Part):
+    """General rows mixed into training, so that the model keeps what it could do before."""
+
+    share: Float = Field(0.1, gt=0, le=0.5, description="Share of the rows of an epoch that are replay")
+    source: str = Field(
+        "self",
+        pattern=r"^(self|file-[\w-]+)$",
+        description="self: the shipped prompts, answered by the base itself; or the id of a file of general rows",
+    )
+    max_new_tokens: Int = Field(
+        160, ge=16, le=4096, description="Of the base's own answers, of which only those that end within it are used"
+    )
+
+
 class Export(Part):
     """Files for other programs, made of the model at the run's end beside the model's own."""
 
@@ -338,6 +352,7 @@ class TrainingOptions(Part, Generic[TechniqueT, RateT]):
         "adamw", description="8-bit moments for fp32 weights; paged: they may leave a GPU that is short of memory"
     )
     neftune_noise_alpha: Float = Field(0.0, ge=0, le=100, description="Noise on the embeddings in training; 0: none")
+    replay: Replay | None = Field(None, description="General rows beside the task's, against forgetting")
     early_stopping: EarlyStopping | None = Field(None, description="Needs a validation file")
     select: Literal["last", "best"] = Field("last", description="Which step becomes the model; best needs validation")
     evaluation: Evaluation = Evaluation()
@@ -399,10 +414,10 @@ class Run(Part):
     """`spec.json` of a run directory: all that a trainer is told.
 
     The directory holds `spec.json`, `base/` (safetensors, tokenizer, chat template), `data/train.jsonl`, maybe
-    `data/valid.jsonl`, `data/test.jsonl`, `adapter/` (an adapter to go on from) and `resume/` (a snapshot of an earlier
-    attempt) and `scores/` (what bases scored on the general benchmark, shared by the host's runs). The trainer writes
-    `out/` (the artifact), `checkpoints/step-N/` (artifacts at epoch ends), `snapshots/step-N/` (recovery), new files in
-    `scores/`, and nothing else.
+    `data/valid.jsonl`, `data/test.jsonl`, `data/replay.jsonl`, `adapter/` (an adapter to go on from), `resume/` (a
+    snapshot of an earlier attempt) and `scores/` (what bases scored on the general benchmark and answered for replay,
+    shared by the host's runs). The trainer writes `out/` (the artifact), `checkpoints/step-N/` (artifacts at epoch
+    ends), `snapshots/step-N/` (recovery), new files in `scores/`, and nothing else.
     """
 
     version: Literal[1] = 1

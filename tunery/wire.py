@@ -25,6 +25,17 @@ class Phase(Message):
     seconds_left: float | None = None
 
 
+class Replayed(Message):
+    """The general rows beside the task's."""
+
+    source: str = Field(description="`self`, or a file's id")
+    prompts: int = Field(description="Prompts that the base was asked; of a file: its rows")
+    ended: int = Field(description="Answers that ended within the limit, and so can be trained on")
+    rows: int = Field(description="Rows that the run takes, each once an epoch at most")
+    rows_an_epoch: int
+    share: float = Field(description="Of an epoch's rows")
+
+
 class Started(Message):
     """The model is loaded and the rows are tokenised; the next thing is step `first_step`."""
 
@@ -33,7 +44,7 @@ class Started(Message):
     all_params: int
     total_steps: int
     first_step: int = Field(description="1, or one past the snapshot that was resumed")
-    examples: int
+    examples: int = Field(description="Of the training file, as an epoch counts them: without replay")
     train_tokens: int = Field(description="Tokens of one epoch, after truncation")
     truncated_examples: int = 0
     device: str
@@ -41,6 +52,7 @@ class Started(Message):
         None, description="Share of the base's linear weights that learn or have adapters"
     )
     quantised_share: float | None = Field(None, description="Share of them in four bits, where the base is to be")
+    replay: Replayed | None = None
     warnings: list[str] = []
 
 

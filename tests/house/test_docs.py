@@ -20,7 +20,7 @@ from tunery.failures import JobFailure
 from tunery.jobs.states import State, mermaid
 from tunery.planning import memory
 from tunery.settings import Settings
-from tunery.spec import EarlyStopping, Full, Lora, Qlora
+from tunery.spec import EarlyStopping, Full, Lora, Qlora, Replay
 
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 OPENAI = {"model", "training_file", "validation_file", "method", "hyperparameters", "suffix", "seed", "metadata"}
@@ -134,7 +134,9 @@ def _native() -> dict[str, Any]:
             found[name] = field.default
     for kind in (Full, Lora, Qlora):
         found |= {f"technique.{n}": f.default for n, f in kind.model_fields.items() if n != "type"}
-    return found | {f"early_stopping.{n}": f.default for n, f in EarlyStopping.model_fields.items()}
+    for name, part in (("early_stopping", EarlyStopping), ("replay", Replay)):
+        found |= {f"{name}.{n}": f.default for n, f in part.model_fields.items()}
+    return found
 
 
 def test_native_fields_are_listed_with_their_defaults(root: Path) -> None:

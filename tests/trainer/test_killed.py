@@ -15,7 +15,7 @@ import pytest
 from run_folders import chat, lay_out, plan, steps_of
 
 from tunery.planning import memory
-from tunery.spec import Full, Lora, Qlora
+from tunery.spec import Full, Lora, Qlora, Replay
 
 SEED = int(os.environ.get("TUNERY_TEST_SEED", random.SystemRandom().randrange(2**31)))
 ROWS = [chat(i, words=5 + 37 * i % 40) for i in range(40)]
@@ -36,9 +36,17 @@ def _train(folder: Path, kill_after: int | None = None) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "technique", [Lora(r=4, dropout=0.1), Qlora(r=4, dropout=0.1), Full()], ids=["lora", "qlora", "full"]
+    ("technique", "replay"),
+    [
+        pytest.param(Lora(r=4, dropout=0.1), None, id="lora"),
+        pytest.param(Qlora(r=4, dropout=0.1), None, id="qlora"),
+        pytest.param(Full(), None, id="full"),
+        pytest.param(Lora(r=4, dropout=0.1), Replay(share=0.2, max_new_tokens=64), id="replay"),
+    ],
 )
-def test_killed_run_ends_with_the_weights_of_one_never_killed(tmp_path: Path, tiny: Path, technique: Any) -> None:
+def test_killed_run_ends_with_the_weights_of_one_never_killed(
+    tmp_path: Path, tiny: Path, technique: Any, replay: Replay | None
+) -> None:
     """Shuffled, packed, several micro-batches a step, dropout, in the middle of an epoch.
 
     TUNERY_TEST_SEED repeats what was drawn.
@@ -46,8 +54,9 @@ def test_killed_run_ends_with_the_weights_of_one_never_killed(tmp_path: Path, ti
     chosen = random.Random(f"{SEED}{technique.type}").sample(range(1, STEPS // 2), 2)
     print(f"TUNERY_TEST_SEED={SEED}: killed after steps {sorted(chosen)}")
     settled = plan(
-        technique=technique, n_epochs=EPOCHS, batch_size=10, packing=True, learning_rate=1e-3, max_seq_length=256
-    )
+        technique=technique, n_epochs=EPOCHS, batch_size=10, packing=True, learning_rate=1e-3, max_seq_length=256,
+        replay=replay,
+    )  # fmt: skip
     whole, killed = (
         lay_out(tmp_path / name, tiny, settled, ROWS, snapshot_seconds=1e-9) for name in ("whole", "killed")
     )

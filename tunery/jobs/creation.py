@@ -91,6 +91,7 @@ def check_fields(request: JobRequest) -> tuple[MethodOptions, Hyperparameters]:
     for param in (param for param, is_asked in asked.items() if is_asked and request.validation_file is None):
         raise InvalidValue(param=param, reason=f"'{param}' needs a validation loss. Send a validation_file too.")
     _check_task_rows(request)
+    _check_replay(request, chosen)
     return chosen, hyperparameters
 
 
@@ -129,6 +130,13 @@ def _check_task_rows(request: JobRequest) -> None:
         raise InvalidValue(param="early_stopping.metric", reason=reason)
 
 
+def _check_replay(request: JobRequest, chosen: MethodOptions) -> None:
+    """Raises InvalidValue where a method learns no chats, which replay's rows are."""
+    if request.replay is not None and chosen.type != "supervised":
+        reason = f"replay adds chats, and method '{chosen.type}' learns other rows. Leave replay out."
+        raise InvalidValue(param="replay", reason=reason)
+
+
 def _check_paged(technique: Full) -> None:
     """Raises InvalidValue: the optimizer of bf16 weights, which has 8-bit moments of its own, has no pages."""
     if technique.weights_dtype == "bfloat16":
@@ -141,6 +149,7 @@ def _files(request: JobRequest) -> dict[str, str]:
         "training_file": request.training_file,
         "validation_file": request.validation_file,
         "evaluation.test_file": request.evaluation.test_file,
+        "replay.source": None if request.replay is None or request.replay.source == "self" else request.replay.source,
     }
     return {param: name for param, name in named.items() if name is not None}
 

@@ -92,7 +92,12 @@ def live_job_using(session: Session, file_id: str) -> str | None:
     return session.scalar(
         select(Job.id)
         .where(Job.state.in_(LIVE))
-        .where((Job.training_file == file_id) | (Job.validation_file == file_id) | (Job.test_file == file_id))
+        .where(
+            (Job.training_file == file_id)
+            | (Job.validation_file == file_id)
+            | (Job.test_file == file_id)
+            | (Job.spec["replay"]["source"].astext == file_id)
+        )
         .limit(1)
     )
 
@@ -217,7 +222,8 @@ def next_to_validate(session: Session, *, skip: Sequence[str] = ()) -> Job | Non
         .where(
             text(
                 "NOT EXISTS (SELECT 1 FROM files f WHERE f.status = 'uploaded'"
-                " AND f.id IN (jobs.training_file, jobs.validation_file, jobs.test_file))"
+                " AND f.id IN (jobs.training_file, jobs.validation_file, jobs.test_file,"
+                " jobs.spec #>> '{replay,source}'))"
             )
         )
         .order_by(Job.created_at)

@@ -105,6 +105,12 @@ class Job(Base):
     error_param: Mapped[str | None]
 
     @property
+    def replay_file(self) -> str | None:
+        """The file of general rows that the job mixes in; None where it has none, or the base answers prompts."""
+        source = (self.spec.get("replay") or {}).get("source", "self")
+        return None if source == "self" else str(source)
+
+    @property
     def base_name(self) -> str:
         """The base's name in answers and in the names of tuned models: the alias that was asked for, or its id."""
         return self.base_alias or self.base_model

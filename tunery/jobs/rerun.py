@@ -151,8 +151,9 @@ def _merged_objects(old: Any, new: Any) -> Body:
 def _check_inputs(session: Session, job: Job, body: Body) -> None:
     """Raises InputGone, InputChanged for what the job read, is to be read again, and is not as it was."""
     named = {"training_file": job.training_file, "validation_file": job.validation_file}
-    named["evaluation.test_file"] = job.test_file
+    named |= {"evaluation.test_file": job.test_file, "replay.source": job.replay_file}
     again = {**body, "evaluation.test_file": (body.get("evaluation") or {}).get("test_file")}
+    again["replay.source"] = (body.get("replay") or {}).get("source")
     for param, name in named.items():
         if name is not None and again.get(param) == name:
             file = session.get_one(File, name)

@@ -26,7 +26,7 @@ def reasons(session: Session, jobs: Iterable[Job]) -> dict[str, str]:
 
 
 def _files(session: Session, job: Job) -> str:
-    named = [job.training_file, job.validation_file, job.test_file]
+    named = [job.training_file, job.validation_file, job.test_file, job.replay_file]
     unread = session.scalars(select(File.id).where(File.id.in_(named), File.status == "uploaded").order_by(File.id))
     if found := list(unread):
         return f"a worker to check {' and '.join(found)}"

@@ -18,7 +18,7 @@ from tunery.rows.pairs import PairShape
 from tunery.rows.shapes import FileShape
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
-FileRole = Literal["training", "validation", "test"]
+FileRole = Literal["training", "validation", "test", "replay"]
 
 
 def refuse(reason: str) -> NoReturn:

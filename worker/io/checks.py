@@ -138,7 +138,7 @@ def check_overlap(case: Case, found: Findings) -> list[str]:
     return [
         f"The {role} file's figures will flatter the model. {reason}"
         for role in case.files
-        if (reason := found.overlap.reason(role))
+        if role != "replay" and (reason := found.overlap.reason(role))
     ]
 
 

@@ -51,6 +51,7 @@ def _open(session: Session, job: Job) -> Case:
         "training": job.training_file,
         "validation": job.validation_file,
         "test": job.test_file,
+        "replay": job.replay_file,
     }
     base = session.get_one(Model, job.base_model)
     parent = session.get_one(Model, job.parent_model) if job.parent_model else None

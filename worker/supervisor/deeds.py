@@ -205,6 +205,8 @@ class Scribe:
         ledger.note(session, job_id, parameters_message(started))
         if started.first_step > 1:
             ledger.note(session, job_id, f"Resumed from step {started.first_step - 1}/{started.total_steps}")
+        if started.replay is not None:
+            ledger.note(session, job_id, verdicts.replay_message(started.replay))
         for warning in started.warnings:
             ledger.note(session, job_id, warning, level="warn")
 

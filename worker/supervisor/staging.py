@@ -52,7 +52,7 @@ class StoredFolder:
 
 @dataclass(frozen=True)
 class Needs:
-    """All that one attempt finds in its run directory. `files` by their names in data/: train, valid, test."""
+    """All that one attempt finds in its run directory. `files` by their names in data/: train, valid, test, replay."""
 
     run: Run
     files: Mapping[str, StoredFile]
@@ -144,7 +144,7 @@ def lay_out(needs: Needs, run_dir: Path, models_dir: Path, storage: Storage, che
 
 def needs_of(session: Session, job: Job) -> Needs:
     """What the job's next attempt has to find in its run directory."""
-    ids = {"train": job.training_file, "valid": job.validation_file, "test": job.test_file}
+    ids = {"train": job.training_file, "valid": job.validation_file, "test": job.test_file, "replay": job.replay_file}
     files = {name: session.get_one(File, id) for name, id in ids.items() if id is not None}
     base = session.get_one(Model, job.base_model)
     parent = session.get_one(Model, job.parent_model) if job.parent_model else None

@@ -19,6 +19,17 @@ def general_message(score: wire.GeneralScore) -> str:
     )
 
 
+def replay_message(replay: wire.Replayed) -> str:
+    """What is mixed into training against forgetting."""
+    rows = f"{replay.rows_an_epoch} an epoch, {replay.share:.1%} of its rows"
+    if replay.source != "self":
+        return f"Replay of {replay.rows} of {replay.prompts} rows of {replay.source}: {rows}"
+    return (
+        f"Replay of {replay.rows} of the base's own answers: {rows}. Of {replay.prompts} prompts asked it answered "
+        f"{replay.ended} to the end"
+    )
+
+
 _DEMANDS = {
     "min_task_gain": "gain on the task at least",
     "max_general_drop": "general accuracy no more below the base's than",

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tunery.rows import template_files
 from worker.trainer import coverage, fingerprint, folders, hardware, paths, reference, report
 from worker.trainer.parallel import whole
+from worker.trainer.replay import kept
 from worker.trainer.stepper import Stepper
 from worker.trainer.training import Progress, Training
 
@@ -68,6 +69,8 @@ def _write_snapshot(
         os.link(_best(t.folder), folder / "best.safetensors")
     if reference.path(t.folder).exists():
         os.link(reference.path(t.folder), folder / reference.NAME)
+    if kept.path(t.folder).exists():
+        os.link(kept.path(t.folder), folder / kept.NAME)
     state = {
         "version": VERSION,
         "progress": asdict(progress),
@@ -220,6 +223,7 @@ def write_artifact(t: Training, progress: Progress, folder: Path) -> None:
         **measured,
         scored_in=t.precision.base,
         progress=asdict(progress),
+        replay=None if t.replayed is None else t.replayed.model_dump(),
         warnings=list(t.warnings),
     )
     (folder / "training_config.json").write_text(json.dumps(described, indent=2) + "\n")

@@ -72,19 +72,31 @@ def singles(rows: Iterable[Row]) -> list[Example]:
 
 @dataclass(frozen=True)
 class Rows:
-    """A file's examples; the lines that were cut at the longest allowed length, and those left out of it."""
+    """A file's examples; the lines that were cut at the longest allowed length, and those left out of it.
+
+    `replayed`: the last so many examples are replay, `replayed_an_epoch` of which an epoch has (`replay.mixing`).
+    """
 
     examples: list[Example]
     truncated: tuple[int, ...] = ()
     unlearnable: tuple[int, ...] = ()
+    replayed: int = 0
+    replayed_an_epoch: int = 0
 
     @property
     def rows(self) -> list[Row]:
         return [row for example in self.examples for row in example.rows]
 
     @property
+    def count(self) -> int:
+        """The examples of the file, which an epoch counts: those without replay."""
+        return len(self.examples) - self.replayed
+
+    @property
     def tokens(self) -> int:
-        return sum(self.lengths)
+        """Of one epoch; of replay, the epochs' mean."""
+        replay = sum(self.lengths[self.count :]) * self.replayed_an_epoch // max(1, self.replayed)
+        return sum(self.lengths[: self.count]) + replay
 
     @cached_property
     def lengths(self) -> list[int]:

@@ -14,8 +14,8 @@ import torch
 from tunery.spec import EarlyStopping, Plan
 from tunery.wire import CheckpointSaved, Evaluated, Step
 from worker.trainer import checkpoints, finite, validation
-from worker.trainer.data import rows_of_step
 from worker.trainer.methods.method import Shown
+from worker.trainer.replay import mixing
 from worker.trainer.scoring import sampled
 from worker.trainer.training import Progress, Training
 
@@ -79,7 +79,7 @@ def learning_rate(plan: Plan, step: int, total: int) -> float:
 def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
     """One optimizer step and its message; whether any rank was asked to stop."""
     step = progress.step + 1
-    drawn = rows_of_step(len(t.rows.examples), step, t.plan.batch_size, t.plan.seed)
+    drawn = mixing.examples_of_step(t.rows, step, t.plan.batch_size, t.plan.seed)
     rate = learning_rate(t.plan, step, t.total_steps)
     weight = t.stepper.weight(drawn)
     sums = t.stepper.accumulate(drawn, weight)

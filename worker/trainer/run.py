@@ -44,6 +44,8 @@ from worker.trainer.parallel import Ranks
 from worker.trainer.recipes.full import FULL
 from worker.trainer.recipes.lora import LORA
 from worker.trainer.recipes.qlora import QLORA
+from worker.trainer.replay import mixing, own
+from worker.trainer.replay import rows as replay
 from worker.trainer.report import Voice
 from worker.trainer.scoring import answers, preferences, sampled, scorecard
 from worker.trainer.scoring.preferences import Pairs
@@ -116,6 +118,8 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     ranks.share_weights(parameters.values())
     ranks.check(wish)
     warnings = coverage.warnings(coverage.describe(model, run.plan.technique, quantised=precision.quantised))
+    base_now = own.Base(folder, objective, template, precision, ranks, voice, wish)
+    rows, replayed = replay.add(rows, run.plan, base_now, warnings)
     narrow = eight_bits.settle(objective, precision, rows.examples, ranks, warnings)
     packs = _packs(run, rows, objective, accelerator.device, warnings)
     objective.add_noise(run.plan.neftune_noise_alpha)
@@ -143,6 +147,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
         warnings=tuple(warnings),
         task_questions=sampled.questions(folder, run.plan, template),
         eight_bits=narrow,
+        replayed=replayed,
     )
 
 
@@ -168,11 +173,11 @@ def _packs(run: Run, rows: Rows, objective: Objective, device: torch.device, war
 
 
 def _work(run: Run, rows: Rows, valid: Rows | None, packs: bool) -> preflight.Work:
-    lengths = sorted(rows.lengths, reverse=True)
-    packed = min(run.plan.max_seq_length, sum(lengths[: run.plan.batch_size]))
+    lengths, a_step = sorted(rows.lengths, reverse=True), mixing.most_of_a_step(rows, run.plan.batch_size)
+    packed = min(run.plan.max_seq_length, sum(lengths[:a_step]))
     return preflight.Work(
         technique=run.plan.technique,
-        rows_a_step=run.plan.batch_size,
+        rows_a_step=a_step,
         row=lengths[0],
         sequence=max(lengths[0], packed) if packs else lengths[0],
         packs=packs,
@@ -210,12 +215,13 @@ def _announce(t: Training, progress: Progress) -> None:
             all_params=everything,
             total_steps=t.total_steps,
             first_step=progress.step + 1,
-            examples=len(t.rows.examples),
+            examples=t.rows.count,
             train_tokens=t.rows.tokens,
             truncated_examples=len(t.rows.truncated),
             device=hardware.device_name(t.device),
             learning_share=covered["learning"],
             quantised_share=covered["quantised"],
+            replay=t.replayed,
             warnings=list(t.warnings),
         )
     )

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from tunery.planning.precision import Precision
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Plan, Run
+from tunery.wire import Replayed
 from worker.trainer.data import Rows, steps_per_epoch
 from worker.trainer.eight_bits import EightBits
 from worker.trainer.objective import Objective
@@ -61,6 +62,7 @@ class Training:
     warnings: tuple[str, ...] = ()
     task_questions: list["Question"] = field(default_factory=list)
     eight_bits: EightBits | None = None
+    replayed: Replayed | None = None
 
     @cached_property
     def pace(self) -> Pace:
@@ -93,7 +95,7 @@ class Training:
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.rows.examples), self.plan.batch_size)
+        return steps_per_epoch(self.rows.count, self.plan.batch_size)
 
     @property
     def total_steps(self) -> int:

@@ -10,6 +10,7 @@ import logging
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tunery.planning.precision import Precision
 from worker.trainer.general.choices import Likelihoods
@@ -23,14 +24,21 @@ _VERSION = 1
 
 def find_place(t: Training, benchmark: str) -> Path | None:
     """The file of these scores, written or not; None where scores are not kept, or the base has no content hash."""
-    scores, manifest = t.folder / "scores", t.folder / "base" / "manifest.json"
+    base = base_digest(t.folder)
+    if base is None:
+        return None
+    return t.folder / "scores" / f"{_key(base, benchmark, t.precision, t.device.type)}.json"
+
+
+def base_digest(folder: Path) -> str | None:
+    """The content hash of a run directory's base; None where the host keeps nothing of it, or it has no hash."""
+    scores, manifest = folder / "scores", folder / "base" / "manifest.json"
     if not scores.is_dir() or not manifest.exists():
         return None
-    return scores / f"{_key(manifest, benchmark, t.precision, t.device.type)}.json"
+    return hashlib.sha256(manifest.read_bytes()).hexdigest()
 
 
-def _key(manifest: Path, benchmark: str, precision: Precision, device: str) -> str:
-    base = hashlib.sha256(manifest.read_bytes()).hexdigest()
+def _key(base: str, benchmark: str, precision: Precision, device: str) -> str:
     all_of_it = json.dumps([_VERSION, base, benchmark, asdict(precision), device], sort_keys=True)
     return hashlib.sha256(all_of_it.encode()).hexdigest()
 
@@ -46,8 +54,11 @@ def read(place: Path | None, items: int) -> list[Likelihoods] | None:
     return found if isinstance(found, list) and len(found) == items else None
 
 
-def write(place: Path | None, scores: list[Likelihoods]) -> None:
-    """Keeps the scores. A disk that is full keeps none, which costs later runs a minute and this one nothing."""
+def write(place: Path | None, scores: Any) -> None:
+    """Keeps the scores, or what else is the same for every run on a base, as JSON.
+
+    A disk that is full keeps none, which costs later runs a minute and this one nothing.
+    """
     if place is None:
         return
     try:
@@ -55,4 +66,4 @@ def write(place: Path | None, scores: list[Likelihoods]) -> None:
             file.write(json.dumps(scores))
         Path(file.name).replace(place)
     except OSError as error:
-        log.warning("the base's scores are not kept: %s", error)
+        log.warning("what the base gave is not kept: %s", error)

@@ -1,0 +1,117 @@
+"""What a base itself answers to replay's prompts: rows that hold it where it is.
+
+Blocks of prompts are answered in their order, each by random numbers of its own, until enough answers have ended: what
+a block gives depends neither on how many are asked for nor on the number of GPUs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+
+from tunery.planning.precision import Precision
+from tunery.rows.template import ChatTemplate
+from tunery.wire import Phase
+from worker.trainer import generation
+from worker.trainer.objective import Objective
+from worker.trainer.parallel import Ranks
+from worker.trainer.replay import kept
+from worker.trainer.replay.kept import Answers
+from worker.trainer.replay.prompts import Prompt, digest
+from worker.trainer.report import Voice
+from worker.trainer.wish import Wish
+
+TEMPERATURE = 0.7
+BLOCK = {"cpu": 16, "cuda": 128}
+_VERSION = 1
+"""Of how answers are sampled. Another one makes older files unknown."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a run starts from, and what its answers are sampled with."""
+
+    folder: Path
+    objective: Objective
+    template: ChatTemplate
+    precision: Precision
+    ranks: Ranks
+    voice: Voice
+    wish: Wish
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
+
+
+def answer(base: Base, prompts: list[Prompt], limit: int, enough: int) -> Answers:
+    """Answers of at most `limit` tokens to the first prompts, until `enough` of them have ended or no prompt is left.
+
+    Raises Stopped between blocks; what was answered is kept.
+    """
+    size = BLOCK[base.device.type]
+    key = [_VERSION, digest(prompts), limit, TEMPERATURE, size, asdict(base.precision), base.device.type, _versions()]
+    found: Answers = base.ranks.gather(kept.find(base.folder, key, len(prompts)))[
+        0
+    ]  # a file may appear between two looks
+    found = found[: len(found) // size * size] if len(found) < len(prompts) else found
+    with _as_base(base):
+        while count_ended(found) < enough and len(found) < len(prompts):
+            base.ranks.check(base.wish)
+            base.voice.say(Phase(phase="sampling replay answers"))
+            start = len(found) + base.ranks.index * size
+            mine = _block(base, prompts[start : start + size], limit, seed=start)
+            found = found + [text for part in base.ranks.gather(mine) for text in part]
+            if base.ranks.is_main:
+                kept.write(base.folder, key, found)
+    if base.ranks.is_main:
+        kept.write(base.folder, key, found)
+    base.ranks.wait()
+    return found
+
+
+def count_ended(answers: Answers) -> int:
+    """Answers that a stop token ended, of those that say something."""
+    return sum(answer is not None for answer in answers)
+
+
+@contextmanager
+def _as_base(base: Base) -> Iterator[None]:
+    """The base without the adapter that it goes on from, and its numbers apart from those that the run draws."""
+    model: Any = base.objective.model
+    base.objective.eval()
+    devices = [base.device] if base.device.type == "cuda" else []
+    without_adapter = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+    with torch.random.fork_rng(devices), torch.no_grad(), without_adapter, base.objective.autocast():
+        yield
+
+
+def _block(base: Base, prompts: list[Prompt], limit: int, seed: int) -> Answers:
+    if not prompts:
+        return []
+    torch.manual_seed(seed)
+    try:
+        asked = [prompt.ids for prompt in prompts]
+        given = generation.sample(base.objective.causal, base.template, asked, limit, TEMPERATURE)
+    except torch.OutOfMemoryError:
+        if len(prompts) == 1:
+            raise
+        half = len(prompts) // 2
+        return _block(base, prompts[:half], limit, seed) + _block(base, prompts[half:], limit, seed + half)
+    return [_ended(base.template, ids) for ids in given]
+
+
+def _ended(template: ChatTemplate, ids: list[int]) -> str | None:
+    """The text of an answer, which a limit that cut it off would teach not to stop."""
+    if template.answer_length(ids) == len(ids):
+        return None
+    return (template.answer_text(ids).strip() and template.answer_text(ids)) or None
+
+
+def _versions() -> list[str]:
+    return [torch.__version__, transformers.__version__]

@@ -1,0 +1,96 @@
+"""The replay rows of a run: general rows beside the task's, so that the model does not forget what it could do."""
+
+from tunery.errors import TuneryError
+from tunery.rows.encoding import find_encoder
+from tunery.rows.messages import Example as Chat
+from tunery.rows.messages import Message
+from tunery.rows.template import ChatTemplate
+from tunery.spec import Plan, Replay
+from tunery.wire import Replayed
+from worker.trainer import rope
+from worker.trainer.data import Example, Row, Rows, read_rows
+from worker.trainer.replay import mixing, own, prompts
+from worker.trainer.replay.kept import Answers
+from worker.trainer.replay.prompts import Prompt
+
+EPOCHS = {"cpu": 1}
+"""Epochs for which a CPU answers prompts of their own: more of them take minutes each. A GPU does for all."""
+
+
+def add(rows: Rows, plan: Plan, base: own.Base, warnings: list[str]) -> tuple[Rows, Replayed | None]:
+    """The rows with the replay that the plan asks for, and what came of it. Raises InvalidTrainingFile, Stopped."""
+    replay = plan.replay
+    if replay is None:
+        return rows, None
+    if replay.source == "self":
+        epochs = EPOCHS.get(base.device.type, plan.n_epochs)
+        enough = mixing.wanted_an_epoch(replay.share, rows.count) * epochs
+        found, asked, ended = _own_rows(base, replay, plan.max_seq_length, enough)
+    else:
+        path, encoder = base.folder / "data" / "replay.jsonl", find_encoder(plan.method, "replay")
+        found = read_rows(path, base.template, plan.max_seq_length, "replay", encoder).examples
+        asked, ended = len(found), len(found)
+    mixed = mixing.mix(rows, found, replay.share)
+    said = _said(mixed, plan, asked, ended)
+    if said.rows_an_epoch < mixing.wanted_an_epoch(replay.share, rows.count):
+        warnings.append(_too_few(said, replay))
+    return mixed, said
+
+
+def _own_rows(base: own.Base, replay: Replay, longest: int, enough: int) -> tuple[list[Example], int, int]:
+    """Rows of the base's own answers, at most `enough`; how many prompts it was asked, and how many answers ended."""
+    asked = _that_fit(base, prompts.load(base.template, longest - replay.max_new_tokens), replay.max_new_tokens)
+    answers = own.answer(base, asked, replay.max_new_tokens, enough)
+    return _encode(base.template, asked, answers, longest)[:enough], len(answers), own.count_ended(answers)
+
+
+def _that_fit(base: own.Base, asked: list[Prompt], limit: int) -> list[Prompt]:
+    """Those whose answers the model's positions reach and that can share a batch."""
+    causal = base.objective.causal
+    context = getattr(causal.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    lengths = rope.of(causal)
+    ends = [(prompt, len(prompt.ids) + limit) for prompt in asked]
+    return [prompt for prompt, end in ends if end <= context and not lengths.changes(1, end)]
+
+
+def _encode(template: ChatTemplate, asked: list[Prompt], answers: Answers, longest: int) -> list[Example]:
+    """The rows of the answers that ended, as rows of a file would be: those that fit and teach something.
+
+    Only the answer is learned: earlier ones of a conversation are other people's.
+    """
+    found = []
+    for prompt, answer in zip(asked, answers, strict=False):
+        if answer is None:
+            continue
+        try:
+            chat = Chat(messages=[*prompt.messages, Message(role="assistant", content=answer)])
+            sequences = template.encode_all(chat, longest, "last_assistant")
+        except TuneryError:
+            continue
+        rows = [Row(each.input_ids, each.labels) for each in sequences if not each.truncated]
+        found += [Example((row,)) for row in rows if row.labelled]
+    return found
+
+
+def _said(rows: Rows, plan: Plan, asked: int, ended: int) -> Replayed:
+    assert plan.replay is not None
+    an_epoch = rows.replayed_an_epoch
+    return Replayed(
+        source=plan.replay.source,
+        prompts=asked,
+        ended=ended,
+        rows=min(rows.replayed, an_epoch * plan.n_epochs),
+        rows_an_epoch=an_epoch,
+        share=an_epoch / (an_epoch + rows.count),
+    )
+
+
+def _too_few(said: Replayed, replay: Replay) -> str:
+    instead = "Raise replay.max_new_tokens, lower replay.share, or name a file of general rows as replay.source."
+    where = "the file has"
+    if said.source == "self":
+        where = f"of {said.prompts} prompts the base answered {said.ended} to the end, which makes"
+    return (
+        f"Replay is {said.share:.1%} of the rows, not {replay.share:.1%}: {where} {said.rows_an_epoch} rows, and an "
+        f"epoch takes none twice. {instead}"
+    )
