@@ -5,18 +5,12 @@
 difference in the loss and, where both mean the same by it, the margin's.
 """
 
-import argparse
 import json
-import subprocess
-import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.train_side_by_side import PACKAGES, _version
+from bench import beside_trl
 from tunery.spec import Dpo, Full, Lora, Plan, Run, Schedule
 from worker.trainer import reference
 from worker.trainer.data import Row, rows_of_step
@@ -26,7 +20,6 @@ from worker.trainer.run import prepare
 from worker.trainer.training import Progress, Training
 from worker.trainer.wish import Wish
 
-ROOT = Path(__file__).parents[1]
 RUNS: dict[str, tuple[Dpo, Lora | Full, float]] = {
     "lora sigmoid": (Dpo(), Lora(r=8), 1e-3),
     "lora ipo": (Dpo(loss="ipo"), Lora(r=8), 1e-3),
@@ -38,7 +31,7 @@ BATCH = 4
 
 def pairs(count: int) -> list[dict[str, Any]]:
     """Banking's questions: the right label, and that of a later row."""
-    lines = (ROOT / "examples" / "banking_train.jsonl").read_text().splitlines()[: 2 * count]
+    lines = (beside_trl.ROOT / "examples" / "banking_train.jsonl").read_text().splitlines()[: 2 * count]
     rows = [json.loads(line)["messages"] for line in lines]
     made = []
     for index in range(count):
@@ -73,7 +66,7 @@ def ours(t: Training) -> list[dict[str, float]]:
     return found
 
 
-def trl(t: Training, name: str, python: str, folder: Path) -> dict[str, Any]:
+def trl(t: Training, python: str, folder: Path) -> dict[str, Any]:
     """What TRL makes of the same: `losses` and `versions`."""
     method = t.plan.method.decided()
     assert isinstance(method, Dpo)
@@ -88,14 +81,7 @@ def trl(t: Training, name: str, python: str, folder: Path) -> dict[str, Any]:
         "beta": method.beta,
         "loss": {"dpo_norm": "sigmoid_norm"}.get(method.loss, method.loss),
     }
-    (folder / "given.json").write_text(json.dumps(given))
-    command = [python, str(ROOT / "bench" / "preferences_trl.py"), str(folder / "given.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not found:
-        raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(found[0].removeprefix("RESULT "))
-    return result
+    return beside_trl.run("preferences_trl.py", given, folder, python)
 
 
 def _ids(rows: tuple[Row, ...]) -> dict[str, list[int]]:
@@ -112,7 +98,7 @@ def compare(base: Path, name: str, python: str, steps: int) -> dict[str, Any]:
         t = start(folder / "run", base, name, steps)
         if t.plan.technique.type == "lora":
             t.objective.model.save_pretrained(str(folder / "adapter"))  # type: ignore[operator]
-        theirs = trl(t, name, python, folder)
+        theirs = trl(t, python, folder)
         mine = ours(t)
     both = list(zip(mine, theirs["steps"], strict=True))
     differences = {"loss": max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in both)}
@@ -127,33 +113,5 @@ def compare(base: Path, name: str, python: str, steps: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("base")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--trl", required=True)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--only", choices=list(RUNS), nargs="*", default=list(RUNS))
-    a = parser.parse_args()
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as scratch:
-        base = _tiny(Path(scratch) / "base") if a.base == "tiny" else Path(a.base)
-        results = [compare(base, name, a.trl, a.steps) for name in a.only]
-    for result in results:
-        print(result["run"], json.dumps(result["largest_difference"]), flush=True)
-        for mine, theirs in zip(result["ours"], result["trl"], strict=True):
-            print("   ", *(f"{each[key]:.6f}" for key in ("loss", "margin") for each in (mine, theirs)))
-    about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "base": a.base if a.base == "tiny" else base.name}
-    versions = {name: found for name in PACKAGES if (found := _version(name))}
-    a.out.write_text(json.dumps({**about, "versions": versions, "runs": results}, indent=1) + "\n")
-
-
-def _tiny(folder: Path) -> Path:
-    sys.path.append(str(ROOT / "tests" / "fixtures"))
-    import tiny_models
-
-    return tiny_models.llama(folder)
-
-
 if __name__ == "__main__":
-    main()
+    beside_trl.main(RUNS, 12, compare)
