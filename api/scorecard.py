@@ -8,7 +8,7 @@ from jinja2 import Environment, StrictUndefined
 
 from tunery.jobs.errors import NoScorecard
 from tunery.jobs.model import Job
-from tunery.wire import Measure, Score
+from tunery.wire import Measure, Scorecard
 
 _TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined).from_string(
     Path(__file__).with_suffix(".svg.jinja").read_text(encoding="utf-8")
@@ -35,7 +35,7 @@ def draw(job: Job) -> str:
     """The SVG. Raises NoScorecard."""
     if job.scorecard is None:
         raise NoScorecard(id=job.id)
-    score = Score.model_validate(job.scorecard)
+    score = Scorecard.model_validate(job.scorecard)
     figures = list(_figures(score))
     lines = [_line(place, name, found) for place, (name, found) in enumerate(figures)]
     notes = list(_notes(job, score))
@@ -52,7 +52,7 @@ def draw(job: Job) -> str:
     )
 
 
-def _figures(score: Score) -> Iterator[tuple[str, Measure]]:
+def _figures(score: Scorecard) -> Iterator[tuple[str, Measure]]:
     """The task's own metric first, general ability last. A scorecard of an older release has exact matches alone."""
     exact = Measure(
         base=score.base_exact, tuned=score.tuned_exact, gain=score.gain, low=score.gain_low, high=score.gain_high
@@ -80,7 +80,7 @@ def _place(share: float) -> float:
     return round(_LEFT + _WIDTH * share, 1)
 
 
-def _notes(job: Job, score: Score) -> Iterator[str]:
+def _notes(job: Job, score: Scorecard) -> Iterator[str]:
     moved = score.general and score.general.forgetting
     if moved:
         yield (

@@ -100,7 +100,13 @@ class CheckpointSaved(Message):
     path: str = Field(description="Relative to the run directory")
 
 
-class Measure(Message):
+class Scored(BaseModel):
+    """A part of the scorecard, which is stored with its job and shown as it is, whichever release measured it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, ser_json_inf_nan="strings")
+
+
+class Measure(Scored):
     """One metric of base and tuned model on the same rows, from 0 to 1."""
 
     base: float
@@ -111,7 +117,7 @@ class Measure(Message):
     p: float | None = Field(None, description="Of a share: the exact p of McNemar's test, two-sided")
 
 
-class LabelShares(Message):
+class LabelShares(Scored):
     """How many test rows want a label, and the share of them that each model gets right."""
 
     rows: int
@@ -119,7 +125,7 @@ class LabelShares(Message):
     tuned: float
 
 
-class Forgetting(Message):
+class Forgetting(Scored):
     """How far the tuned model has moved from its base: means over the tokens of human answers to general prompts."""
 
     prompts: int
@@ -134,7 +140,7 @@ class Forgetting(Message):
     nll_change_high: float
 
 
-class GeneralScore(Message):
+class GeneralScore(Scored):
     """Base and tuned model on multiple-choice questions, by the log-likelihood of each choice."""
 
     benchmark: str
@@ -150,10 +156,18 @@ class GeneralScore(Message):
     forgetting: Forgetting | None = None
 
 
-class Score(Message):
+class Sample(Scored):
+    """A test row as both models answered it."""
+
+    prompt: str = Field(description="The row's last message before the answer")
+    wanted: str
+    base: str = Field(description="The base's answer")
+    tuned: str
+
+
+class Scorecard(Scored):
     """Base and tuned model on the same rows, same prompt, greedy, same token limit."""
 
-    type: Literal["score"] = "score"
     rows: int
     base_exact: float = Field(
         description="Share of answers equal to the wanted one (as JSON where that is JSON); of `preferences` the share "
@@ -163,7 +177,7 @@ class Score(Message):
     gain: float
     gain_low: float = Field(description="Lower end of the gain's paired 95 % interval")
     gain_high: float
-    samples: list[dict[str, Any]] = Field(default=[], description="A few rows: prompt, wanted, base, tuned")
+    samples: list[Sample] = Field(default=[], description="A few rows, spread over the file")
     scored_in: str | None = Field(None, description="What the base's linear layers were in: `nf4`, `bfloat16`, ...")
     task: str | None = Field(
         None, description="What the rows want: `calls`, `json`, `labels`, `text`, `other` or `preferences`"
@@ -172,6 +186,14 @@ class Score(Message):
     metrics: dict[str, Measure] = {}
     labels: dict[str, LabelShares] = Field(default={}, description="Of a task of labels: each label's shares")
     general: GeneralScore | None = Field(None, description="What base and tuned model can do besides the task")
+
+
+class Score(Scorecard):
+    """The scorecard, once base and tuned model have answered."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["score"] = "score"
 
 
 Verdict = Literal["passed", "failed", "inconclusive"]

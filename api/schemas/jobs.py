@@ -12,6 +12,7 @@ from tunery.jobs import model
 from tunery.jobs.request import DpoHyperparameters, JobRequest, SupervisedHyperparameters
 from tunery.jobs.states import State
 from tunery.spec import Hyperparameters, RequestedOptions, Technique, TrainingOptions
+from tunery.wire import Scorecard
 
 # --- what is asked for --------------------------------------------------------------------------------------------
 
@@ -277,7 +278,7 @@ class Job(_Answered, OpenAIJob):
 
     gate: GateAnswer | None = Field(description="What the model had to show to be published, and what came of it")  # type: ignore[assignment]  # an answer says more
     priority: int
-    scorecard: dict[str, Any] | None = Field(description="Base and tuned model on the same test rows")
+    scorecard: Scorecard | None = Field(description="Base and tuned model on the same test rows")
     warnings: list[str]
 
 
@@ -319,7 +320,7 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str], waits_for:
         phase=row.phase,
         progress=Progress(**{**row.progress, "step": row.step, "total_steps": row.total_steps}),
         priority=row.priority,
-        scorecard=row.scorecard,
+        scorecard=None if row.scorecard is None else Scorecard.model_validate(row.scorecard),
         warnings=list(warnings),
         **(_options(settled) | {"gate": _gate(row, settled.get("gate"))}),
     )

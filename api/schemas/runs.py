@@ -98,7 +98,7 @@ class Measured(Wire):
 
 
 class ScorecardRow(Wire):
-    """A test row as both models answered it. A row of a pair has more: its other answer, and how likely each is."""
+    """A test row as both models answered it. A row of a pair has its other answer, and how likely each is."""
 
     model_config = ConfigDict(
         extra="allow",
@@ -116,6 +116,9 @@ class ScorecardRow(Wire):
                     "base_right": False,
                     "tuned_right": True,
                     "flipped": True,
+                    "other": None,
+                    "base_log_probabilities": None,
+                    "tuned_log_probabilities": None,
                 }
             ]
         },
@@ -131,6 +134,11 @@ class ScorecardRow(Wire):
     base_right: bool
     tuned_right: bool
     flipped: bool = Field(description="One of the two answers is right")
+    other: str | None = Field(None, description="Of a pair: the answer that is not preferred")
+    base_log_probabilities: list[float] | None = Field(
+        None, description="Of a pair: by the base, of the preferred answer and of the other one"
+    )
+    tuned_log_probabilities: list[float] | None = None
 
     @classmethod
     def of(cls, row: AnsweredRow) -> "ScorecardRow":

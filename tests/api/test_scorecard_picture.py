@@ -1,4 +1,4 @@
-"""The scorecard as a picture."""
+"""The scorecard in a job, with the type that the documentation names, and as a picture."""
 
 from typing import Any
 from xml.etree import ElementTree
@@ -43,6 +43,28 @@ def _draw(database: Database, team: Team, job: str, **values: Any) -> Any:
 
 def _texts(picture: Any) -> list[str]:
     return [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+
+
+@pytest.mark.parametrize("stored", [OLD, NEW], ids=["of an older release", "whole"])
+def test_a_job_shows_its_scorecard_by_its_schema(
+    database: Database, team: Team, job: str, stored: dict[str, Any]
+) -> None:
+    """Whichever release measured it: what that did not know has its default, what this does not know is left out."""
+    later = {"of_a_later_release": 1, "general": {**GENERAL, "of_a_later_release": 1} if "general" in stored else None}
+    with database.sessions.begin() as session:
+        session.get_one(Job, job).scorecard = stored | later
+
+    shown = team.http.get(f"/v1/fine_tuning/jobs/{job}").json()["scorecard"]
+
+    schemas = team.http.get("/openapi.json").json()["components"]["schemas"]
+    assert {"$ref": "#/components/schemas/Scorecard"} in schemas["Job"]["properties"]["scorecard"]["anyOf"]
+    assert list(shown) == list(schemas["Scorecard"]["properties"])
+    assert {name: shown[name] for name in OLD} == OLD
+    assert {name: found["tuned"] for name, found in shown["metrics"].items()} == {
+        name: found["tuned"] for name, found in stored.get("metrics", {}).items()
+    }
+    assert shown["general"] == stored.get("general")
+    assert shown["samples"] == []
 
 
 def test_an_older_scorecard_is_drawn(database: Database, team: Team, job: str) -> None:

@@ -100,7 +100,7 @@ def test_score_counts_pairs() -> None:
     assert (card.base_exact, card.tuned_exact, card.gain) == (2 / 8, 5 / 8, 3 / 8)
     assert card.gain_low < card.gain < card.gain_high
     assert [row["tuned_right"] for row in rows] == [False, True, True, True, True, True, False, False]
-    assert [sample["prompt"] for sample in card.samples] == ["0", "1", "3", "4", "6"]
+    assert [sample.prompt for sample in card.samples] == ["0", "1", "3", "4", "6"]
 
 
 CALLS = (Path(__file__).parents[1] / "data/faults/test_tool_rows.jsonl").read_bytes()

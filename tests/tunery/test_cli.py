@@ -382,13 +382,14 @@ def test_metrics_checkpoints_and_scorecard(tunery: Run, api: str, database: Data
     assert "names no test file" in err
     with database.sessions.begin() as session:
         row = session.get_one(Job, job)
-        row.scorecard = {"rows": 2}
+        row.scorecard = card = _scorecard()
         session.add(Metric(job_id=job, step=1, values={"train_loss": 2.5, "learning_rate": 0.001}))
         session.add(Checkpoint(id="ftckpt_1", job_id=job, step=1, model_id=str(row.tuned_model), metrics={}))
         model = str(row.tuned_model)
     assert tunery("jobs", "metrics", job)[1].split() == ["STEP", "TRAIN_LOSS", "LEARNING_RATE", "1", "2.5", "0.001"]
     assert model in tunery("jobs", "checkpoints", job)[1]
-    assert json.loads(tunery("jobs", "scorecard", job)[1]) == {"rows": 2}
+    shown = json.loads(tunery("jobs", "scorecard", job)[1])
+    assert {name: shown[name] for name in card} == card
 
 
 def test_a_withheld_model_is_shown_and_published(tunery: Run, api: str, database: Database) -> None:
@@ -416,19 +417,32 @@ def test_a_withheld_model_is_shown_and_published(tunery: Run, api: str, database
 
 def test_show_has_the_metrics_of_the_scorecard(tunery: Run, api: str, database: Database) -> None:
     job = _job(database, State.SUCCEEDED)
-    measured = {"base": 0.0, "low": 0.1, "high": 0.5, "p": 0.01}
-    exact, f1 = ({**measured, "tuned": gain, "gain": gain} for gain in (0.25, 0.5))
     with database.sessions.begin() as session:
-        row = session.get_one(Job, job)
-        row.scorecard = {"rows": 2, "primary": "field_f1", "metrics": {"exact": exact, "field_f1": f1}, "labels": {}}
+        session.get_one(Job, job).scorecard = _scorecard()
 
     lines = [" ".join(line.split()) for line in tunery("jobs", "show", job)[1].splitlines()]
 
-    assert lines[-3:] == [
-        "scorecard rows=2 primary=field_f1",
+    assert lines[-5:] == [
+        "scorecard 2 rows, task json, judged by field_f1, scored in nf4",
         "field_f1 0.0% -> 50.0%, gain +50.0 points (+10.0 to +50.0)",
         "exact 0.0% -> 25.0%, gain +25.0 points (+10.0 to +50.0)",
+        "general 49.5% -> 47.5%, change -2.0 points (-9.0 to +5.0) on 100 questions of default",
+        "forgetting KL 0.120 (0.100 to 0.140) nats a token, loss 2.310 -> 2.290 on 20 general prompts",
     ]
+
+
+def _scorecard() -> dict[str, Any]:
+    """A stored one, of a task in JSON."""
+    measured = {"base": 0.0, "low": 0.1, "high": 0.5, "p": 0.01}
+    exact, f1 = ({**measured, "tuned": gain, "gain": gain} for gain in (0.25, 0.5))
+    moved = {"prompts": 20, "tokens": 900, "kl": 0.12, "kl_low": 0.1, "kl_high": 0.14, "base_nll": 2.31,
+             "tuned_nll": 2.29, "nll_change": -0.02, "nll_change_low": -0.03, "nll_change_high": -0.01}  # fmt: skip
+    general = {"benchmark": "default", "items": 100, "base_accuracy": 0.495, "tuned_accuracy": 0.475, "change": -0.02,
+               "change_low": -0.09, "change_high": 0.05, "p": 0.5, "base_accuracy_norm": 0.5,
+               "tuned_accuracy_norm": 0.5, "forgetting": moved}  # fmt: skip
+    return {"rows": 2, "base_exact": 0.0, "tuned_exact": 0.25, "gain": 0.25, "gain_low": 0.1, "gain_high": 0.5,
+            "scored_in": "nf4", "task": "json", "primary": "field_f1", "metrics": {"exact": exact, "field_f1": f1},
+            "general": general}  # fmt: skip
 
 
 def test_rows_of_a_scorecard(tunery: Run, api: str, database: Database) -> None:

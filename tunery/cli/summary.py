@@ -61,7 +61,7 @@ def _request(job: dict[str, Any]) -> list[tuple[str, Any]]:
         ("test file", job["evaluation"]["test_file"]),
         ("trained tokens", f"{job['trained_tokens']:,}" if job["trained_tokens"] else None),
         ("created", f"{show.age(job['created_at'])} ago"),
-        *_scorecard(job.get("scorecard") or {}),
+        *_scorecard(job.get("scorecard")),
         ("gate", _gate(job.get("gate") or {})),
         *_general((job.get("scorecard") or {}).get("general")),
     ]
@@ -94,23 +94,40 @@ def _method(method: dict[str, Any]) -> str | None:
 
 def _general(score: dict[str, Any] | None) -> list[tuple[str, Any]]:
     """What base and tuned model can do besides the task."""
+    if not score:
+        return []
+    names = {"base": "base_accuracy", "tuned": "tuned_accuracy", "gain": "change", "low": "change_low"}
+    found = {name: score[key] for name, key in names.items()} | {"high": score["change_high"]}
+    moved = score.get("forgetting")
     return [
-        ("general", compact(score, skip=("forgetting",))),
-        ("forgetting", compact((score or {}).get("forgetting"))),
+        ("general", f"{_measure(found, 'change')} on {score['items']} questions of {score['benchmark']}"),
+        ("forgetting", _forgetting(moved) if moved else None),
     ]
 
 
-def _scorecard(card: dict[str, Any]) -> list[tuple[str, Any]]:
+def _forgetting(moved: dict[str, Any]) -> str:
+    """`KL 0.120 (0.101 to 0.143) nats a token, loss 2.310 -> 2.290 on 100 general prompts`"""
+    low, high, before, after = (moved[name] for name in ("kl_low", "kl_high", "base_nll", "tuned_nll"))
+    return (
+        f"KL {moved['kl']:.3f} ({low:.3f} to {high:.3f}) nats a token, loss {before:.3f} -> {after:.3f} on "
+        f"{moved['prompts']} general prompts"
+    )
+
+
+def _scorecard(card: dict[str, Any] | None) -> list[tuple[str, Any]]:
     """The scorecard and its metrics, the primary one first."""
-    metrics = sorted(card.get("metrics", {}).items(), key=lambda named: named[0] != card.get("primary"))
-    facts = {name: value for name, value in card.items() if not isinstance(value, dict | list)}
-    return [("scorecard", compact(facts)), *((name, _measure(found)) for name, found in metrics)]
+    if not card:
+        return []
+    metrics = sorted(card["metrics"].items(), key=lambda named: named[0] != card["primary"])
+    parts = [f"{card['rows']} rows", card["task"] and f"task {card['task']}"]
+    parts += [f"judged by {card['primary']}", card["scored_in"] and f"scored in {card['scored_in']}"]
+    return [("scorecard", ", ".join(filter(None, parts))), *((name, _measure(found)) for name, found in metrics)]
 
 
-def _measure(found: dict[str, Any]) -> str:
+def _measure(found: dict[str, Any], word: str = "gain") -> str:
     """`12.0 % -> 86.0 %, gain +74.0 points (+65.1 to +81.0)`"""
     low, gain, high = (f"{100 * found[name]:+.1f}" for name in ("low", "gain", "high"))
-    return f"{found['base']:.1%} -> {found['tuned']:.1%}, gain {gain} points ({low} to {high})"
+    return f"{found['base']:.1%} -> {found['tuned']:.1%}, {word} {gain} points ({low} to {high})"
 
 
 def print_answers(rows: list[dict[str, Any]]) -> None:

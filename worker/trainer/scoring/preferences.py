@@ -13,7 +13,7 @@ from tunery.rows.preferences import Pair
 from tunery.wire import Score
 from worker.trainer import reference
 from worker.trainer.data import Example, Row
-from worker.trainer.scoring.scorecard import Rates, compare_rates, pick_samples
+from worker.trainer.scoring.scorecard import Rates, assemble, compare_rates
 from worker.trainer.training import Training
 
 
@@ -70,20 +70,7 @@ def score(pairs: Pairs, base: list[list[float]], tuned: list[list[float]]) -> tu
         {**shown, **_judged("base", shown, b), **_judged("tuned", shown, u)}
         for shown, b, u in zip(pairs.shown, base, tuned, strict=True)
     ]
-    first = measures["preferred"]
-    card = Score(
-        rows=len(pairs),
-        base_exact=first.base,
-        tuned_exact=first.tuned,
-        gain=first.gain,
-        gain_low=first.low,
-        gain_high=first.high,
-        samples=pick_samples(rows),
-        task="preferences",
-        primary="preferred",
-        metrics=measures,
-    )
-    return card, rows
+    return assemble(rows, "preferences", measures, primary="preferred", exact=measures["preferred"]), rows
 
 
 def _judged(model: str, shown: dict[str, Any], found: list[float]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from tunery.wire import LabelShares, Measure, Score
+from tunery.wire import LabelShares, Measure, Sample, Score
 from worker.trainer.scoring import metrics
 from worker.trainer.scoring.answers import Question
 from worker.trainer.scoring.intervals import bootstrap_interval, mcnemar, paired_interval
@@ -25,8 +25,21 @@ def score(asked: list[Question], base: list[str], tuned: list[str]) -> tuple[Sco
     ]  # fmt: skip
     task, chosen = metrics.choose(asked)
     measures = {metric.name: compare(metric, asked, base, tuned) for metric in chosen}
-    exact = measures["exact"]
-    card = Score(
+    labels = _by_label(asked, base, tuned) if task == "labels" else {}
+    return assemble(rows, task, measures, primary=chosen[0].name, exact=measures["exact"], labels=labels), rows
+
+
+def assemble(
+    rows: list[dict[str, Any]],
+    task: str,
+    measures: dict[str, Measure],
+    *,
+    primary: str,
+    exact: Measure,
+    labels: dict[str, LabelShares] | None = None,
+) -> Score:
+    """The scorecard of measured rows. `exact`: what it shows as the share of right answers."""
+    return Score(
         rows=len(rows),
         base_exact=exact.base,
         tuned_exact=exact.tuned,
@@ -35,11 +48,10 @@ def score(asked: list[Question], base: list[str], tuned: list[str]) -> tuple[Sco
         gain_high=exact.high,
         samples=pick_samples(rows),
         task=task,
-        primary=chosen[0].name,
+        primary=primary,
         metrics=measures,
-        labels=_by_label(asked, base, tuned) if task == "labels" else {},
+        labels=labels or {},
     )
-    return card, rows
 
 
 def compare(metric: Metric, asked: list[Question], base: list[str], tuned: list[str]) -> Measure:
@@ -76,11 +88,12 @@ def _by_label(asked: list[Question], base: list[str], tuned: list[str]) -> dict[
     }
 
 
-def pick_samples(rows: list[dict[str, Any]], count: int = 5) -> list[dict[str, Any]]:
+def pick_samples(rows: list[dict[str, Any]], count: int = 5) -> list[Sample]:
     """Rows spread evenly over the file: a pick of the best would tell nothing."""
     chosen = [rows[i * len(rows) // count] for i in range(min(count, len(rows)))] if len(rows) > count else rows
     return [
-        {"prompt": row["messages"][-1].get("content", ""), "wanted": row["wanted"],
-         "base": row["base"], "tuned": row["tuned"]}
+        Sample(
+            prompt=row["messages"][-1].get("content") or "", wanted=row["wanted"], base=row["base"], tuned=row["tuned"]
+        )
         for row in chosen
-    ]  # fmt: skip
+    ]
