@@ -1,9 +1,11 @@
 """Speed and memory of a run through the trainer's own process, as a job runs it, on rows of uneven lengths.
 
 `python -m bench.job_speed MODEL OUT.json [--technique lora] [--lengths long|real] [--batch 4] [--steps 50] [--skip 10]
-[--packing] [--runs 3]`: MODEL as `bench/make_model.py` writes it. `long`: 1,900 to 1,906 tokens a row. `real`: those of
-instruction data, log-normal with a median of 190 tokens, at most 2,048. Nearly every token is labelled. Tokens a second
-count the rows' own tokens, after SKIP steps of warming up; the median of RUNS counts. Needs a GPU.
+[--packing] [--preloaded] [--runs 3]`: MODEL as `bench/make_model.py` writes it. `long`: 1,900 to 1,906 tokens a row.
+`real`: those of instruction data, log-normal with a median of 190 tokens, at most 2,048. Nearly all have labels.
+Tokens a second count the rows' own tokens, after SKIP steps of warming up; the median of RUNS counts. With
+`--preloaded` the process has imported everything and waits, as a worker keeps one, and time is counted from the moment
+that it gets its run. Needs a GPU.
 """
 
 import argparse
@@ -16,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from bench.train_side_by_side import hardware
 from tunery.spec import Full, Lora, Plan, Qlora, Run, Schedule
@@ -61,15 +65,29 @@ def lay_out(folder: Path, a: argparse.Namespace) -> None:
     (folder / "spec.json").write_text(run.model_dump_json())
 
 
-def train(folder: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The trainer's messages, and the seconds from its start to its first step done and to its end."""
+def await_imports(process: psutil.Process) -> None:
+    """Returns when the process has been idle for a second."""
+    before = None
+    while (now := process.cpu_times()) != before:
+        before = now
+        time.sleep(1)
+
+
+def train(folder: Path, *, preloaded: bool) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The trainer's messages, and the seconds from its start, or from its run's, to its first step done and its end."""
     began, first = time.monotonic(), 0.0
     said = []
-    command = [sys.executable, "-m", "worker.trainer", str(folder)]
-    log = folder / "log.txt"
-    with log.open("wb") as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
+    command = [sys.executable, "-m", "worker.trainer", "--wait" if preloaded else str(folder)]
+    pipe = subprocess.PIPE
+    with (folder / "log.txt").open("ab") as log, subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log) as run:
+        assert run.stdout is not None
+        assert run.stdin is not None
+        if preloaded:
+            await_imports(psutil.Process(run.pid))
+            began = time.monotonic()
+            run.stdin.write(f"{folder}\n".encode())
+        run.stdin.close()
+        for line in run.stdout:
             said.append(json.loads(line))
             if said[-1]["type"] == "step" and not first:
                 first = time.monotonic() - began
@@ -80,7 +98,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as holder:
         folder = Path(holder) / "run"
         lay_out(folder, a)
-        said, seconds = train(folder)
+        said, seconds = train(folder, preloaded=a.preloaded)
         log = (folder / "log.txt").read_text().splitlines()
     steps = [message for message in said if message["type"] == "step"]
     if not said or said[-1]["type"] != "finished":
@@ -110,6 +128,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--skip", type=int, default=10)
     parser.add_argument("--packing", action="store_true")
+    parser.add_argument("--preloaded", action="store_true")
     parser.add_argument("--runs", type=int, default=3)
     return parser.parse_args()
 
@@ -117,7 +136,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     a = parse()
     runs = sorted((measure(a) for _ in range(a.runs)), key=lambda run: run.get("tok_s", 0))
-    what = {name: getattr(a, name) for name in ("technique", "lengths", "batch", "steps", "skip", "packing")}
+    what = {
+        name: getattr(a, name) for name in ("technique", "lengths", "batch", "steps", "skip", "packing", "preloaded")
+    }
     a.out.write_text(json.dumps({"model": a.model.name, **what, **hardware(), "runs": runs}, indent=1) + "\n")
     median = runs[len(runs) // 2]
     shown = {k: median.get(k) for k in SHOWN}
