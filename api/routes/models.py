@@ -15,7 +15,7 @@ from tunery.artifacts import model as artifacts
 from tunery.datasets import shelf
 from tunery.keys.errors import Forbidden
 from tunery.keys.ring import Caller
-from tunery.models import exports, registry
+from tunery.models import exports, registry, scores
 from tunery.models.model import Model
 from tunery.settings import Settings
 
@@ -111,6 +111,25 @@ def list_exports(model: str, session: SessionDep, caller: CallerDep) -> WholeLis
     """The last one that was asked for, if there was one."""
     row = registry.find(session, caller.project_id, model)
     return WholeList(data=[wire.ModelExport.of(row)] if row.export is not None else [])
+
+
+@router.post("/{model}/scorecards", summary="Score an adapter", responses=errors(404))
+def score_model(body: wire.AskScorecard, model: str, session: SessionDep, caller: CallerDep) -> wire.ModelScorecard:
+    """Base and adapter answer the rows of a test file, without any training, and the general benchmark. A worker does
+    it; the answers are added to the model's artifacts."""
+    row = registry.find_ready(session, caller.project_id, model)
+    if (name := body.evaluation.test_file) is not None:
+        param = "evaluation.test_file"
+        shelf.check_trainable(shelf.find(session, caller.project_id, name, param=param), param=param)
+    scores.ask(session, row, body.evaluation)
+    return wire.ModelScorecard.of(row)
+
+
+@router.get("/{model}/scorecards", summary="List a model's scorecards", responses=errors(404))
+def list_scorecards(model: str, session: SessionDep, caller: CallerDep) -> WholeList[wire.ModelScorecard]:
+    """The last one that was asked for here, if there was one. That of a job is the job's."""
+    row = registry.find(session, caller.project_id, model)
+    return WholeList(data=[wire.ModelScorecard.of(row)] if row.scoring is not None else [])
 
 
 @router.get("/{model:path}", summary="Retrieve a model", responses=errors(404))

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 from api.schemas.runs import Artifact
 from api.schemas.wire import Body, Deleted, Wire, seconds
 from tunery.models import model
-from tunery.spec import Export
+from tunery.spec import Evaluation, Export
 
 Exported = model.Model
 """Under a name of its own: the answer has a field `model`."""
@@ -179,6 +179,44 @@ class ModelExport(Wire):
     @classmethod
     def of(cls, row: Exported) -> "ModelExport":
         return cls(model=row.id, **{"rows_file": None, **(row.export or {})})
+
+
+class AskScorecard(Body):
+    """As the `evaluation` of a job, without what belongs to training."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"evaluation": {"test_file": "file-abc123"}}]})
+
+    evaluation: Evaluation
+
+
+class ModelScorecard(Wire):
+    """The last scorecard of an adapter that was asked for. Its rows' answers are among the model's artifacts."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "model.scorecard",
+                    "model": "ft:SmolLM2-135M-Instruct:tunery::7p4lURel",
+                    "status": "queued",
+                    "evaluation": {"test_file": "file-abc123"},
+                    "scorecard": None,
+                    "error": None,
+                }
+            ]
+        }
+    )
+
+    object: Literal["model.scorecard"] = "model.scorecard"
+    model: str
+    status: Literal["queued", "succeeded", "failed"]
+    evaluation: Evaluation
+    scorecard: dict[str, Any] | None = Field(description="Base and tuned model on the same test rows, as of a job")
+    error: str | None
+
+    @classmethod
+    def of(cls, row: Exported) -> "ModelScorecard":
+        return cls(model=row.id, **(row.scoring or {}))
 
 
 class AdapterFields(Body):

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from teams import ALIAS, BASE, Team
 
 from tunery.keys.model import Project
-from tunery.models import imports
+from tunery.models import imports, scores
 from tunery.models.model import Model
 from tunery.spec import Lora
 from tunery.storage import open_storage
@@ -121,3 +121,47 @@ def test_a_job_on_it_keeps_its_shape(team: Team, base: str, database: Database) 
     assert (made["technique"]["r"], made["technique"]["alpha"]) == (4, 8)
     wrong = team.http.post("/v1/fine_tuning/jobs", json={**body, "technique": {"type": "lora", "r": 8}})
     assert wrong.json()["error"]["param"] == "technique.r"
+
+
+def test_a_scorecard_is_made_without_training(team: Team, base: str, database: Database) -> None:
+    name = send(team).json()["id"]
+    ready(database, name)
+    with database.sessions.begin() as session:
+        file_id = rows.file(session, session.get_one(Project, team.id)).id
+    route = f"/v1/models/{name}/scorecards"
+    assert team.http.get(route).json()["data"] == []
+
+    asked = team.http.post(route, json={"evaluation": {"test_file": file_id, "max_rows": 3}}).json()
+
+    assert (asked["status"], asked["evaluation"]["max_rows"], asked["scorecard"]) == ("queued", 3, None)
+    assert team.http.get(route).json()["data"] == [asked]
+    again = team.http.post(route, json={"evaluation": {"test_file": file_id}})
+    assert again.json()["error"]["code"] == "wrong_state"
+    with database.sessions.begin() as session:
+        assert scores.waiting(session) == [name]
+        scores.settle(session, name, scorecard={"rows": 3})
+        assert scores.settle(session, name, scorecard={"rows": 4}) is None
+    assert team.http.get(route).json()["data"][0]["scorecard"] == {"rows": 3}
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "param"),
+    [
+        ({}, "evaluation.test_file"),
+        ({"test_file": "file-none"}, "evaluation.test_file"),
+        ({"test_file": "{file}", "task_rows": 4}, "evaluation.task_rows"),
+        ({"test_file": "{file}", "every_steps": 4}, "evaluation.every_steps"),
+    ],
+)
+def test_scorecards_that_cannot_be(
+    team: Team, base: str, database: Database, evaluation: dict[str, Any], param: str
+) -> None:
+    name = send(team).json()["id"]
+    ready(database, name)
+    with database.sessions.begin() as session:
+        file_id = rows.file(session, session.get_one(Project, team.id)).id
+    asked = {key: file_id if value == "{file}" else value for key, value in evaluation.items()}
+    answer = team.http.post(f"/v1/models/{name}/scorecards", json={"evaluation": asked})
+    assert answer.json()["error"]["param"] == param
+    of_base = team.http.post(f"/v1/models/{base}/scorecards", json={"evaluation": {"test_file": file_id}})
+    assert of_base.json()["error"]["param"] == "model"

@@ -70,6 +70,11 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "download_model_artifact": [("/v1/models/{tuned}/artifacts/adapter.safetensors", {})],
     "export_model": [("/v1/models/{tuned}/exports", {"json": {"gguf": ["f16"]}})],
     "list_exports": [("/v1/models/{tuned}/exports", {})],
+    "score_model": [
+        ("/v1/models/{tuned}/scorecards", {"json": {"evaluation": {"test_file": "{own}"}}}),
+        ("/v1/models/{own_tuned}/scorecards", {"json": {"evaluation": {"test_file": "{file}"}}}),
+    ],
+    "list_scorecards": [("/v1/models/{tuned}/scorecards", {})],
     "delete_model": [("/v1/models/{tuned}", {})],
     "add_model": [],
     "import_adapter": [
@@ -139,6 +144,7 @@ def names(team: Team, make_team: Callable[..., Team], database: Database, base: 
             "base": base,
             "own": own_job.training_file,
             "own_job": own_job.id,
+            "own_tuned": str(own_job.tuned_model),
             "stranger": stranger.key,
         }
 

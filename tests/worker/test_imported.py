@@ -17,16 +17,20 @@ from transformers import AutoModelForCausalLM
 from workshop import Workshop
 
 from tunery.artifacts import manifest
+from tunery.artifacts import model as artifacts
 from tunery.jobs import creation
 from tunery.jobs.request import JobRequest
 from tunery.keys import ring
 from tunery.keys.model import Project
-from tunery.models import exports, imports
+from tunery.models import exports, imports, scores
 from tunery.models.model import Model
+from tunery.rows.messages import Message
+from tunery.rows.template import ChatTemplate
 from tunery.serving import Chosen
-from tunery.spec import Export, Lora, Plan
+from tunery.spec import Evaluation, Export, General, Lora, Plan
 from worker.io import exports as io_exports
 from worker.io import imports as io_imports
+from worker.io import scores as io_scores
 from worker.io import validation
 from worker.server.backends.embedded import Engine
 from worker.server.schemas import parse
@@ -187,6 +191,31 @@ def test_it_is_merged_with_the_proof_of_a_jobs_adapter(workshop: Workshop, base:
     whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     ids = torch.tensor([[1, 3, 4, 5, 3, 2]])
     assert torch.allclose(whole(ids).logits, plain(base, foreign)(ids).logits, atol=0.05)
+
+
+@pytest.mark.slow
+def test_it_is_scored_beside_its_base_without_a_job(workshop: Workshop, base: Path, foreign: Path) -> None:
+    model = bring_in(workshop, archive(foreign))
+    file_id = workshop.file(CONTENT)
+    with workshop.session() as session:
+        quick = Evaluation(test_file=file_id, max_new_tokens=4, max_rows=6, general=General(items=4, prompts=2))
+        scores.ask(session, session.get_one(Model, model.id), quick)
+
+    assert io_scores.score_next(workshop.settings, workshop.storage, Drain())
+
+    with workshop.session() as session:
+        ended = session.get_one(Model, model.id).scoring
+        listed = {file.path: file.key for file in artifacts.list_for(session, model.id)}
+    assert ended is not None
+    assert ended["status"] == "succeeded", ended["error"]
+    assert ended["scorecard"]["rows"] == 6
+    assert ended["scorecard"]["general"]["items"] == 4
+    answers = b"".join(workshop.storage.read(listed[f"scores/{file_id}/answers.jsonl"])).splitlines()
+    adapted, template = plain(base, foreign), ChatTemplate.load(foreign)
+    for line, row in zip(map(json.loads, answers), ROWS, strict=False):
+        ids = torch.tensor([template.encode_prompt([Message.model_validate(row["messages"][0])])])
+        wanted = adapted.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+        assert line["tuned"] == template.answer_text(wanted[0, ids.shape[1] :].tolist()).strip()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunery.cli import adapters, downloads, show
+from tunery.cli import adapters, downloads, show, summary
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Refused, Remote
 from tunery.local.drawing import size
@@ -189,7 +189,7 @@ def export_model(
     found = api.call("POST", route, json=_asked(format, rows))
     if wait:
         with show.errors.status(f"{model}: a worker exports it"):
-            found = _wait_for_export(api, route)
+            found = _wait_for_worker(api, route)
     for result in found["results"]:
         if not result["is_refused"]:
             show.done(f"{result['path']}: {result['message']}")
@@ -208,12 +208,35 @@ def _asked(formats: list[Format], rows: str | None) -> dict[str, Any]:
     }
 
 
-def _wait_for_export(api: Remote, route: str) -> dict[str, Any]:
+def _wait_for_worker(api: Remote, route: str) -> dict[str, Any]:
     while True:
         found: dict[str, Any] = api.call("GET", route)["data"][0]
         if found["status"] != "queued":
             return found
         time.sleep(0.5)
+
+
+@app.command()
+def score(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="An adapter: imported, or of a job.")],
+    test_file: Annotated[str, typer.Argument(help="The id of a file of rows that both models answer.")],
+    max_rows: Annotated[int | None, typer.Option(help="At most so many rows, from the file's start.")] = None,
+    general: Annotated[bool, typer.Option(help="The general benchmark too.")] = True,
+    json: AsJson = False,
+) -> None:
+    """Have a worker compare an adapter with its base on test rows, without training it."""
+    api = connect(context)
+    route = f"{downloads.model_route(model)}/scorecards"
+    asked: dict[str, Any] = {"test_file": test_file, "general": {"enabled": general}}
+    if max_rows is not None:
+        asked["max_rows"] = max_rows
+    api.call("POST", route, json={"evaluation": asked})
+    with show.errors.status(f"{model}: a worker scores it"):
+        found = _wait_for_worker(api, route)
+    if found["status"] == "failed":
+        raise Refused(message=found["error"] or "The scoring failed.")
+    show.as_json(found) if json else summary.print_scorecard(found["scorecard"])
 
 
 @app.command()

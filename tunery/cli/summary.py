@@ -114,6 +114,11 @@ def _forgetting(moved: dict[str, Any]) -> str:
     )
 
 
+def print_scorecard(card: dict[str, Any]) -> None:
+    """Both models on the test rows and on the general benchmark."""
+    show.facts([*_scorecard(card), *_general(card.get("general"))])
+
+
 def _scorecard(card: dict[str, Any] | None) -> list[tuple[str, Any]]:
     """The scorecard and its metrics, the primary one first."""
     if not card:

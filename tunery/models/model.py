@@ -16,7 +16,7 @@ class Model(Base):
     `facts` holds what planning needs: hidden_size, layers, params, context_length, ...
     `withheld`: stored, and kept from use by the gate of the job that made it, until that job's owner publishes it.
     `purged_at`: when the objects of a deleted model were removed.
-    `export`: the last one that was asked for (see `exports`).
+    `export`: the last one that was asked for (see `exports`). `scoring`: the last scorecard (see `scores`).
     `chat_template`: Jinja text that a base is stored with in place of its own.
     """
 
@@ -46,6 +46,7 @@ class Model(Base):
     facts: Mapped[dict[str, Any]] = mapped_column(default=dict)
     created_at: Mapped[datetime] = creation_time()
     export: Mapped[dict[str, Any] | None]
+    scoring: Mapped[dict[str, Any] | None]
     withheld: Mapped[bool] = mapped_column(default=False, server_default="false")
     deleted_at: Mapped[datetime | None]
     purged_at: Mapped[datetime | None]

@@ -95,6 +95,14 @@ def carry_out(folder: Path, voice: Voice, wish: Wish) -> bool:
     return done
 
 
+def score(folder: Path, voice: Voice, wish: Wish) -> Scored | None:
+    """Compares the adapter in `folder` with its base on the test rows, as after a training. Raises JobFailure."""
+    t = prepare(folder, voice, wish)
+    asked = _questions(t)
+    probe = general.prepare(t) if asked else None
+    return _score(t, asked, None, lambda: _compare_general(t, probe, None))
+
+
 def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     """Reads the spec, the rows and the model, and settles how the work is cut up."""
     run = Run.model_validate_json((folder / "spec.json").read_text())
@@ -307,10 +315,7 @@ def _write(t: Training, progress: Progress, scored: Scored | None, verdict: Gate
     partial = t.folder / ".out.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    if scored is not None:
-        card, rows = scored
-        (partial / "scorecard.json").write_text(card.model_dump_json(indent=2) + "\n")
-        report.write_lines(partial / "answers.jsonl", rows)
+    write_scored(scored, partial)
     if verdict is not None:
         (partial / "gate.json").write_text(verdict.model_dump_json(indent=2, exclude={"type"}) + "\n")
     answered = parity.measure(t)
@@ -320,6 +325,14 @@ def _write(t: Training, progress: Progress, scored: Scored | None, verdict: Gate
     export.write(t, partial)
     shutil.rmtree(t.folder / "out", ignore_errors=True)
     partial.rename(t.folder / "out")
+
+
+def write_scored(scored: Scored | None, folder: Path) -> None:
+    """Writes `scorecard.json`, and `answers.jsonl` with every row's answers."""
+    if scored is not None:
+        card, rows = scored
+        (folder / "scorecard.json").write_text(card.model_dump_json(indent=2) + "\n")
+        report.write_lines(folder / "answers.jsonl", rows)
 
 
 def _save_for_later(t: Training, progress: Progress) -> None:

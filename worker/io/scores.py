@@ -1,0 +1,126 @@
+"""Scorecards of adapters without training: made by a process of its own, and stored beside the model's files."""
+
+import json
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from tunery import db
+from tunery.artifacts import manifest
+from tunery.artifacts import model as artifacts
+from tunery.artifacts.manifest import ManifestFile
+from tunery.datasets.model import File
+from tunery.db import UNREACHABLE
+from tunery.errors import NotFound
+from tunery.jobs.model import Job
+from tunery.models import imports, scores
+from tunery.models.model import Model
+from tunery.settings import Settings
+from tunery.spec import Evaluation, Plan, Run
+from tunery.storage import Storage
+from tunery.storage.errors import StorageFailed
+from worker.io import programs
+from worker.io.claims import take_one
+from worker.supervisor import staging
+from worker.supervisor.drain import Drain
+from worker.supervisor.staging import Needs, StoredFile, StoredFolder
+
+log = logging.getLogger(__name__)
+
+
+def score_next(settings: Settings, storage: Storage, drain: Drain) -> bool:
+    """One adapter; whether there was one."""
+    return take_one("score", _waiting, lambda model_id: _score(model_id, settings, storage, drain))
+
+
+def _waiting() -> list[str]:
+    with db.transaction() as session:
+        return scores.waiting(session)
+
+
+def _score(model_id: str, settings: Settings, storage: Storage, drain: Drain) -> None:
+    log.info("scoring %s", model_id)
+    settings.models_dir.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".scoring-", dir=settings.models_dir))
+    try:
+        run_dir = folder / "run"
+        _lay_out(model_id, run_dir, settings, storage)
+        reason = programs.run(["worker.trainer.scoring", str(run_dir)], folder, drain, what="scoring")
+        if drain.begun:
+            return  # the next worker begins anew
+        if reason is None:
+            _publish(model_id, run_dir / "out", storage)
+        else:
+            _settle(model_id, error=reason)
+    except (StorageFailed, *UNREACHABLE):
+        raise  # another time
+    except Exception as error:  # a fault of ours, which must not keep every later model from its turn
+        log.exception("%s could not be scored", model_id)
+        _settle(model_id, error=f"It could not be scored: {error}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lay_out(model_id: str, run_dir: Path, settings: Settings, storage: Storage) -> None:
+    """Fills a run directory for the adapter, its test rows in the place of rows to train on."""
+    with db.transaction() as session:
+        model = session.get_one(Model, model_id)
+        base = session.get_one(Model, model.base_id)
+        plan = _plan(session, model)
+        file = session.get(File, plan.evaluation.test_file)
+        if file is None or file.deleted_at is not None:
+            raise NotFound(kind="file", id=plan.evaluation.test_file)
+    rows = StoredFile(file.key, file.sha256)
+    needs = Needs(
+        run=Run(job=model.id, base_model=base.id, plan=plan, now=model.created_at),
+        files={"train": rows, "test": rows},
+        base=StoredFolder(base.prefix, base.manifest_sha256 or ""),
+        adapter=StoredFolder(model.prefix, model.manifest_sha256 or ""),
+        resume=None,
+    )
+    staging.lay_out(needs, run_dir, settings.models_dir, storage, lambda: None)
+
+
+def _plan(session: Session, model: Model) -> Plan:
+    """What the adapter was trained with, with the evaluation that is asked for."""
+    evaluation = Evaluation.model_validate((model.scoring or {})["evaluation"])
+    job = session.get(Job, model.job_id) if model.job_id else None
+    if job is not None:
+        made = Plan.model_validate(job.plan)
+        known: dict[str, Any] = {"technique": made.technique, "method": made.method}
+        known["max_seq_length"] = made.max_seq_length
+    else:
+        known = {"technique": imports.technique_of(model)}
+    # Numbers that a plan has to have, and that nothing reads where nothing is trained.
+    unread = {"learning_rate": 1e-4, "learning_rate_multiplier": 1.0, "n_epochs": 1, "batch_size": 1, "seed": 0}
+    return Plan(**known, **unread, evaluation=evaluation)
+
+
+def _publish(model_id: str, out: Path, storage: Storage) -> None:
+    """Stores the scorecard and the answers below the model's own prefix, apart from those of its job."""
+    with db.transaction() as session:
+        model = session.get_one(Model, model_id)
+        prefix, test_file = model.prefix, (model.scoring or {})["evaluation"]["test_file"]
+    listed = [
+        file.model_copy(update={"path": f"scores/{test_file}/{file.path}"}) for file in manifest.describe(out).files
+    ]
+    for file in listed:
+        storage.put_file(f"{prefix}/{file.path}", out / Path(file.path).name)
+    _settle(model_id, scorecard=json.loads((out / "scorecard.json").read_text()), listed=listed)
+
+
+def _settle(
+    model_id: str,
+    *,
+    scorecard: dict[str, Any] | None = None,
+    error: str | None = None,
+    listed: list[ManifestFile] | None = None,
+) -> None:
+    with db.transaction() as session:
+        model = scores.settle(session, model_id, scorecard=scorecard, error=error)
+        if model is not None:
+            artifacts.add(session, model, listed or [])
