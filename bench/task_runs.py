@@ -17,8 +17,10 @@ from typing import Any
 
 from bench.train_side_by_side import hardware
 from tunery.planning import advice
-from tunery.spec import Evaluation, Gate, General, Hyperparameters, Plan, Run, Technique, TrainingSpec
+from tunery.spec import Evaluation, Gate, General, Hyperparameters, Plan, Replay, Run, Technique, TrainingSpec
 
+UTTERANCES = {"train": 1215, "valid": 200, "test": 300}
+"""Rows of the task in free text: as many to learn from as Banking has."""
 EXAMPLES = Path(__file__).parents[1] / "examples"
 _TRAINER = "import sys; {before}; from worker.trainer.__main__ import main; sys.exit(main())"
 _QUANTILES = (
@@ -36,7 +38,8 @@ class Work:
     """One run. None: what a job without that setting gets. `before`: Python that the trainer runs first.
 
     The test rows are answered by base and tuned model, or the validation rows by the tuned one alone where
-    `on_validation`. General ability is measured where there is a `gate`, or by `general`.
+    `on_validation`. General ability is measured where there is a `gate`, or by `general`. `scores`: what the runs on a
+    base share, as those of a host do.
     """
 
     base: Path
@@ -49,6 +52,8 @@ class Work:
     gate: Gate | None = None
     general: bool = False
     on_validation: bool = False
+    replay: Replay | None = None
+    scores: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,7 @@ def _outcome(folder: Path, said: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "train_loss": said["step"]["train_loss"],
         "steps": said["finished"]["steps"],
         "general": score.get("general"),
+        "replay": described["replay"],
         "gate": said.get("gated"),
         "seconds": round(said["finished"]["seconds"], 1),
         "peak_gib": round((said["finished"]["peak_memory_bytes"] or 0) / 2**30, 2),
@@ -181,9 +187,27 @@ def _lay_out(folder: Path, work: Work) -> None:
     (folder / "data").mkdir(parents=True)
     (folder / "base").symlink_to(work.base.resolve())
     for part in ("train", "valid", "test"):
-        (folder / f"data/{part}.jsonl").symlink_to(EXAMPLES / f"{work.task}_{part}.jsonl")
+        (folder / f"data/{part}.jsonl").write_text("".join(rows_of(work.task, part)))
+    if work.scores is not None:
+        work.scores.mkdir(exist_ok=True)
+        (folder / "scores").symlink_to(work.scores.resolve())
     run = Run(job="bench", base_model=work.base.name, plan=_plan(work), public_checkpoints=0, snapshot_seconds=3600)
     (folder / "spec.json").write_text(run.model_dump_json())
+
+
+def rows_of(task: str, part: str) -> list[str]:
+    """The lines of a part of a task: one of the examples', or `utterances`, which is SNIPS the other way round."""
+    if task != "utterances":
+        return (EXAMPLES / f"{task}_{part}.jsonl").read_text().splitlines(keepends=True)
+    return list(map(_turned, rows_of("snips", part)[: UTTERANCES[part]]))
+
+
+def _turned(line: str) -> str:
+    """A row that asks for the command which some JSON was made from: free text."""
+    *_, command, answer = json.loads(line)["messages"]
+    asked = f"Write what the user of a voice assistant said.\n{answer['content']}"
+    turned = [{"role": "user", "content": asked}, {"role": "assistant", "content": command["content"]}]
+    return json.dumps({"messages": turned}, ensure_ascii=False) + "\n"
 
 
 def _plan(work: Work) -> Plan:
@@ -199,9 +223,9 @@ def _plan(work: Work) -> Plan:
         hyperparameters=Hyperparameters(n_epochs=work.epochs or "auto"),
         evaluation=evaluation,
         gate=work.gate,
+        replay=work.replay,
     )
-    with (EXAMPLES / f"{work.task}_train.jsonl").open() as rows:
-        examples = sum(1 for _ in rows)
+    examples = len(rows_of(work.task, "train"))
     return advice.resolve(spec, examples=examples, facts=facts(work.base), bf16_fits=True)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny_models
 
-from bench import grid, task_runs
+from bench import grid, replay, task_runs
 from bench.task_runs import Machine, Work
 from tunery.spec import Lora
 
@@ -84,3 +84,27 @@ def test_a_second_invocation_runs_what_failed_and_nothing_else(tmp_path: Path, m
     assert mended["seed"] == 1
     assert mended["steps"] == 1
     assert [run["point"] for run in json.loads(out.read_text())["runs"]] == points
+
+
+def test_replay_is_compared_with_none_on_the_same_task_and_seed() -> None:
+    def run(task: str, share: float | None, seed: int, score: float, change: float) -> dict[str, Any]:
+        general = {"change": change, "forgetting": {"kl": 1.0, "nll_change": 0.5}}
+        point = {"task": task, "share": share, "seed": seed}
+        measured = {"exact_tuned": score, "primary": "chrf", "metrics": {"chrf": {"tuned": score}}, "general": general}
+        return {"point": point, "task": task, **measured}
+
+    runs = [
+        run("snips", 0.1, 0, 0.81, -0.01), run("utterances", 0.1, 0, 0.50, -0.02), run("snips", 0.1, 1, 0.80, 0.0),
+        run("snips", None, 0, 0.80, -0.03), run("utterances", None, 0, 0.52, -0.02), {"point": {}, "failed": "x"},
+    ]  # fmt: skip
+    *_, last = replay.lines(runs)
+    # Pairs +1 and -2 points: mean -0.5, deviation 2.1213, t of one degree 12.706.
+    assert last.startswith("10% minus none, 2 pairs: task -0.50 (-19.56 .. +18.56); general change +1.00 (")
+
+
+def test_free_text_is_snips_the_other_way_round() -> None:
+    [first, *others] = map(json.loads, task_runs.rows_of("utterances", "train"))
+    [snips, *_] = map(json.loads, task_runs.rows_of("snips", "train"))
+    assert len(others) == 1214
+    assert first["messages"][1] == {"role": "assistant", "content": snips["messages"][1]["content"]}
+    assert first["messages"][0]["content"].endswith(snips["messages"][2]["content"])
