@@ -311,6 +311,11 @@ class Resources(Part):
     """What the run needs of a host."""
 
     gpus: Annotated[Literal[1, 2, 4, 8], NO_BOOLEAN] = 1
+    sharding: Literal["auto", "replicate", "full_shard"] = Field(
+        "auto",
+        description="Whether each of several GPUs has the whole model or a piece of it; auto: pieces where one GPU is "
+        "too small",
+    )
 
 
 class Hyperparameters(Part):

@@ -20,7 +20,7 @@ from tunery.failures import ArtifactDiffers
 from tunery.spec import Full, Lora, Qlora
 from worker.trainer import parity, precision, run
 from worker.trainer.recipes.qlora import keep_one_packing
-from worker.trainer.recipes.recipe import Recipe
+from worker.trainer.recipes.recipe import Recipe, Weights
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out, prepare
 from worker.trainer.wish import Wish
@@ -178,8 +178,8 @@ def halve_the_digits(out: Path) -> None:
 def broken(recipe: Recipe, breaks: Callable[[Path], None]) -> Recipe:
     """The recipe with a fault between training and files."""
 
-    def export(model: torch.nn.Module, folder: Path, base_model: str) -> None:
-        recipe.export(model, folder, base_model)
+    def export(model: torch.nn.Module, folder: Path, base_model: str, weights: Weights | None) -> None:
+        recipe.export(model, folder, base_model, weights)
         breaks(folder)
 
     return replace(recipe, export=export)
@@ -215,7 +215,7 @@ def test_faulty_export_fails_the_run(
 def test_adapter_of_another_base_is_found_out(tmp_path: Path, tiny: Path) -> None:
     t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
     record = parity.measure(t)
-    t.recipe.export(t.objective.model, tmp_path, "tiny")
+    t.recipe.export(t.objective.model, tmp_path, "tiny", None)
     (t.folder / "base").unlink()
     (t.folder / "base").symlink_to(tiny_models.llama(tmp_path / "other", seed=1))
 

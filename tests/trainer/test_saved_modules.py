@@ -142,7 +142,7 @@ def test_head_learns_in_fp32_beside_a_bf16_base_and_is_saved_in_bf16(tmp_path: P
     assert logits.dtype == torch.bfloat16
     logits.float().sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    LORA.export(model, tmp_path, "tiny")
+    LORA.export(model, tmp_path, "tiny", None)
     written = load_file(tmp_path / "adapter_model.safetensors")
     assert {key: tensor.dtype for key, tensor in written.items() if "lora_" not in key} == {
         "base_model.model.lm_head.weight": torch.bfloat16,

@@ -7,10 +7,10 @@ import torch
 from bitsandbytes import functional as bitsandbytes
 from torch import Tensor
 
+from worker.trainer import pieces
 from worker.trainer.kernels import stochastic
 
-QUANTISED = 256
-"""Moments that share a scale: the block of bitsandbytes' kernels."""
+QUANTISED = pieces.BLOCK
 SMALL = 4096
 """Tensors below this (norms, biases) have moments and a master copy in fp32, which costs next to nothing."""
 CHUNK = 2**24
@@ -42,6 +42,8 @@ class StochasticAdamW(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     state = self._state(parameter)
                     state["step"] += 1
+                    if not parameter.numel():
+                        continue  # an empty piece: there are more ranks than rows
                     if _is_large(parameter):
                         self._update_large(parameter, state, group, name, updates)
                     else:
@@ -99,14 +101,15 @@ class StochasticAdamW(torch.optim.Optimizer):
         self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], name: str, updates: Tensor
     ) -> None:
         assert parameter.grad is not None
-        seed = stochastic.seed_of(self._seed, state["step"], name)
+        place, before = _place(parameter, name)
+        seed = stochastic.seed_of(self._seed, state["step"], place)
         keep = 1 - group["lr"] * group["weight_decay"]
         weight, grad = parameter.view(-1), parameter.grad.reshape(-1)
         for start in range(0, weight.numel(), self._chunk):
             part = slice(start, min(start + self._chunk, weight.numel()))
             update = updates[: part.stop - part.start]
             self._add_step(update, grad[part], _part(state, part), state["step"], group)
-            stochastic.add(weight[part], update, keep, seed, start)
+            stochastic.add(weight[part], update, keep, seed, before + start)
 
     def _add_step(self, update: Tensor, grad: Tensor, moments: list[Tensor], step: int, group: dict[str, Any]) -> None:
         """Adds an Adam step to `update` and renews the moments: bitsandbytes' kernel."""
@@ -127,7 +130,17 @@ class StochasticAdamW(torch.optim.Optimizer):
 
 def _is_large(parameter: Tensor) -> bool:
     """Whether a parameter is rounded stochastically. Some models keep single layers in fp32, which need no rounding."""
-    return parameter.dtype == torch.bfloat16 and parameter.numel() >= SMALL
+    return parameter.dtype == torch.bfloat16 and pieces.whole_size(parameter) >= SMALL
+
+
+def _place(parameter: Tensor, name: str) -> tuple[str, int]:
+    """What a parameter's random bits are drawn by: a name, and the place of its first element.
+
+    A piece is rounded as it is within the whole weight, where it begins at a block of random bits.
+    """
+    piece = pieces.of(parameter)
+    first = 0 if piece is None else piece.offset
+    return (f"{name}@{first}", 0) if first % stochastic.BLOCK else (name, first)
 
 
 def _part(state: dict[str, Any], part: slice) -> list[Tensor]:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from tunery.rows import template_files
-from worker.trainer import coverage, fingerprint, folders, hardware, paths, reference, report
-from worker.trainer.parallel import whole
+from worker.trainer import coverage, fingerprint, folders, hardware, paths, pieces, reference, report
+from worker.trainer.recipes import recipe
 from worker.trainer.replay import kept
 from worker.trainer.stepper import Stepper
 from worker.trainer.training import Progress, Training
@@ -41,11 +42,15 @@ KEPT_SNAPSHOTS = 2
 
 def save_snapshot(t: Training, progress: Progress) -> str:
     """Everything that a run needs to go on as if it had not stopped; its path in the run directory."""
-    path = f"snapshots/step-{progress.step}"
-    weights = t.ranks.gather_state(t.parameters)
+    path, cut = f"snapshots/step-{progress.step}", _cut(t)
+    weights = t.ranks.gather_state(t.parameters, cut)
+    numbers, tensors = _flatten(_by_name(_names(t), t.optimizer.state_dict()["state"]))
+    own = {key for key, value in tensors.items() if key.partition(":")[0] in cut and pieces.is_cut(key, value.shape)}
+    moments = t.ranks.gather_state(tensors, own)
     ranks = t.ranks.gather((asdict(t.stepper.memory), _random_state()))
     if t.ranks.is_main:
-        _write_whole(t.folder / path, lambda folder: _write_snapshot(t, progress, folder, weights, ranks))
+        state = weights, numbers, moments
+        _write_whole(t.folder / path, lambda folder: _write_snapshot(t, progress, folder, state, ranks))
         _drop_old(t.folder / "snapshots", KEPT_SNAPSHOTS)
     t.ranks.wait()
     return path
@@ -55,10 +60,10 @@ def _write_snapshot(
     t: Training,
     progress: Progress,
     folder: Path,
-    weights: dict[str, torch.Tensor],
+    whole_state: tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, torch.Tensor]],
     ranks: list[tuple[dict[str, Any], dict[str, torch.Tensor]]],
 ) -> None:
-    numbers, tensors = _flatten(_by_name(_names(t), t.optimizer.state_dict()["state"]))
+    weights, numbers, tensors = whole_state
     random = {
         f"random.{rank}.{name}": state for rank, (_, states) in enumerate(ranks) for name, state in states.items()
     }
@@ -77,6 +82,7 @@ def _write_snapshot(
         "run": fingerprint.describe(t.run, t.rows, t.precision),
         "optimizer": numbers,
         "memory": [memory for memory, _ in ranks],
+        "cut_over": t.ranks.count if t.shards is not None else 1,
         "sha256": {path.name: folders.sha256(path) for path in sorted(folder.iterdir())},
     }
     (folder / "state.json").write_text(json.dumps(state, indent=2))
@@ -95,6 +101,8 @@ def find_snapshot(t: Training) -> Path | None:
             log.warning("snapshot %s is not used: %s", folder, reason)
         elif _weight_names(folder) != set(t.parameters):
             log.warning("snapshot %s is not used: other weights learn now", folder)
+        elif not _fits_cut(t, folder, state.get("cut_over", 1)):
+            log.warning("snapshot %s is not used: on so many ranks its 8-bit moments are cut within a block", folder)
         else:
             return folder
     return None
@@ -127,7 +135,7 @@ def restore(t: Training, folder: Path) -> Progress:
     """Puts a snapshot's state in place: weights, optimizer, random numbers, metrics; gives how far it was."""
     state = json.loads((folder / "state.json").read_text())
     _load_weights(t.parameters, folder / "weights.safetensors")
-    tensors = load_file(folder / "optimizer.safetensors")
+    tensors = _read(folder / "optimizer.safetensors", t.parameters)
     if state.get("version", 1) == 1:
         state, tensors = _of_format_1(_names(t), state, tensors)
     _set_random_state(tensors, f"random.{t.ranks.index}.")
@@ -177,7 +185,7 @@ def _of_format_1(
 
 def keep_best(t: Training) -> None:
     """Keeps the present weights as the best so far. A new file, so that snapshots linked to the old one keep theirs."""
-    weights = t.ranks.gather_state(t.parameters)
+    weights = t.ranks.gather_state(t.parameters, _cut(t))
     if t.ranks.is_main:
         _best(t.folder).parent.mkdir(exist_ok=True)
         partial = _best(t.folder).with_suffix(".partial")
@@ -196,15 +204,29 @@ def restore_best(t: Training, progress: Progress) -> None:
 def save_public(t: Training, progress: Progress) -> str:
     """The model as it is now, as a user would load it; its path in the run directory. Keeps the last few."""
     path = f"checkpoints/step-{progress.step}"
+    weights = whole_weights(t)
     if t.ranks.is_main:
-        _write_whole(t.folder / path, lambda folder: write_artifact(t, progress, folder))
+        _write_whole(t.folder / path, lambda folder: write_artifact(t, progress, folder, weights))
         _drop_old(t.folder / "checkpoints", t.run.public_checkpoints)
     return path
 
 
-def write_artifact(t: Training, progress: Progress, folder: Path) -> None:
-    """The model in its own format, its tokenizer and template, its configuration and its metrics."""
-    t.recipe.export(t.objective.model, folder, t.run.base_model)
+def whole_weights(t: Training) -> recipe.Weights | None:
+    """What an artifact is written of where the model is cut over the ranks, each of which has to call this.
+
+    None where the model itself has it: adapters are whole on every rank.
+    """
+    if t.shards is None or isinstance(t.objective.model, PeftModel):
+        return None
+    return t.shards.whole_weights()
+
+
+def write_artifact(t: Training, progress: Progress, folder: Path, weights: recipe.Weights | None = None) -> None:
+    """The model in its own format, its tokenizer and template, its configuration and its metrics.
+
+    `weights`: as `whole_weights` gives them.
+    """
+    t.recipe.export(t.objective.model, folder, t.run.base_model, weights)
     files = texts(t.folder)
     for name in (*TOKENIZER_FILES, *template_files.additional_names(files)):
         if (files / name).exists():
@@ -252,10 +274,41 @@ def _best(folder: Path) -> Path:
 
 
 def _load_weights(parameters: Mapping[str, torch.nn.Parameter], path: Path) -> None:
-    weights = load_file(path)
+    weights = _read(path, parameters)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
+
+
+def _read(path: Path, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """A file's tensors by name, `PARAMETER` or `PARAMETER:KEY`; of a piece only its part, whoever wrote them."""
+    found: dict[str, torch.Tensor] = {}
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 (no mapping)
+            name = key.partition(":")[0]
+            piece = pieces.of(parameters[name]) if name in parameters else None
+            stored = file.get_slice(key)
+            if piece is not None and (key == name or pieces.is_cut(key, stored.get_shape())):
+                found[key] = stored[piece.part_of(stored.get_shape()[0])]
+            else:
+                found[key] = file.get_tensor(key)
+    return found
+
+
+def _cut(t: Training) -> set[str]:
+    """The names of the parameters that are pieces."""
+    return {name for name, parameter in t.parameters.items() if pieces.of(parameter) is not None}
+
+
+def _fits_cut(t: Training, folder: Path, ranks: int) -> bool:
+    """Whether the 8-bit moments of a snapshot, cut over so many ranks when it was saved, can be cut as they are now."""
+    if ranks == (t.ranks.count if t.shards is not None else 1):
+        return True
+    with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
+        blocked = {key.partition(":")[0] for key in file.keys() if "absmax" in key}  # noqa: SIM118 (no mapping)
+    counts = {ranks, t.ranks.count}
+    shapes = {name: pieces.whole_shape(parameter) for name, parameter in t.parameters.items() if name in blocked}
+    return all(pieces.cut(shape, i, n).at_blocks for shape in shapes.values() for n in counts for i in range(n))
 
 
 def _names(t: Training) -> list[str]:
@@ -282,7 +335,7 @@ def _flatten(states: dict[Any, Any], prefix: str = "") -> tuple[dict[str, Any], 
             numbers |= inner_numbers
             tensors |= inner_tensors
         elif isinstance(value, torch.Tensor):
-            tensors[f"{prefix}{key}"] = whole(value)
+            tensors[f"{prefix}{key}"] = value
         else:
             numbers[f"{prefix}{key}"] = value
     return numbers, tensors

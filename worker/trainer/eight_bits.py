@@ -92,6 +92,8 @@ def _narrow(objective: Objective, examples: Sequence[Example], device: torch.dev
         return None, "this device does not multiply numbers of eight bits"
     if objective.method.reads_reference:
         return None, "preferences are learned from small differences to the model's start, which eight bits round away"
+    if objective.is_sharded:
+        return None, "the base is cut over the GPUs, where it is never whole to be packed"
     made = EightBits(objective, _shadow(examples, device))
     if not made.names:
         return None, f"no adapted layer has sides of at least {fp8.LEAST_SIDE} and a plain update"

@@ -19,6 +19,7 @@ _CHANGES_NO_WEIGHT: Any = {
     "evaluation": {"test_file", "max_new_tokens", "max_rows", "general"},
     "export": True,
     "gate": True,
+    "resources": True,  # a snapshot is whole, on whatever ranks it was saved: others sum the same in another order
 }
 _FORMAT_1: dict[str, tuple[str, ...]] = {
     "schedule": ("type", "warmup_ratio", "min_ratio"),

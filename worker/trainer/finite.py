@@ -29,7 +29,7 @@ def check_weights(t: Training, step: int, rate: float) -> None:
     To be called before weights are saved, or the last good checkpoint would not be good.
     """
     whole = torch.stack([parameter.detach().isfinite().all() for parameter in t.parameters.values()])
-    if not whole.all():
+    if t.ranks.any(not whole.all()):
         raise failure(t, value="a number, and a weight NaN or infinite,", step=step, rate=rate)
 
 

@@ -42,7 +42,8 @@ def _generate(
     plain, causal.generation_config = causal.generation_config, config
     try:
         # Why the config is exchanged: generate() fills gaps from the model's own, where a repetition penalty may lurk.
-        out = causal.generate(input_ids=ids, attention_mask=mask)
+        # Not synced: `Ranks.lockstep` keeps the ranks of a model in pieces together, whatever passes they make.
+        out = causal.generate(input_ids=ids, attention_mask=mask, synced_gpus=False)
     finally:
         causal.generation_config = plain
     return [list(map(int, row)) for row in out[:, width:].tolist()]

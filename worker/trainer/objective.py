@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 from tunery.planning.precision import Precision
@@ -36,6 +37,7 @@ class Objective(nn.Module):
         self.causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.chunked = _is_plain_product(self.causal)
         self.recomputes = False
+        self.is_sharded = False  # see sharding.py
         self.noise: Noise | None = None
         self.knows_borders = decoder.borders_known(self.causal)
 
@@ -70,6 +72,11 @@ class Objective(nn.Module):
     def add_noise(self, alpha: float) -> None:
         """Lets every pass in training add NEFTune's noise; none where `alpha` is 0."""
         self.noise = Noise(self.causal, alpha) if alpha else None
+
+    def rest(self) -> None:
+        """Lets go of what the last pass gathered, where the model is cut over the ranks."""
+        if self.is_sharded:
+            cast(FSDPModule, self).reshard()
 
     def recompute(self) -> None:
         """Makes the backward pass compute activations again instead of keeping them."""

@@ -1,10 +1,11 @@
-"""The ranks of a run: one process for each device, each with a whole copy of the model.
+"""The ranks of a run: one process for each device, each with a whole copy of the model or its piece of it.
 
 Every rank takes part in every call here and gets the same answer, so a decision made on it is made by all. Saving is
 called on every rank and decides inside who writes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, distributed
 
+from worker.trainer import pieces
 from worker.trainer.wish import Stopped, Wish
 
 PATIENCE = timedelta(hours=2)
@@ -32,6 +34,8 @@ class Ranks:
     """The ranks of a run as one of them sees them."""
 
     accelerator: Accelerator
+    lockstep: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Gives the context in which ranks may make unlike numbers of passes: see `sharding.Shards.lockstep`."""
 
     @property
     def index(self) -> int:
@@ -60,6 +64,10 @@ class Ranks:
         distributed.all_reduce(total)
         return total
 
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        return int(max(self.gather(number)))
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank."""
         return flag if self.count == 1 else bool(self.sum(torch.tensor([float(flag)], device=self.device)))
@@ -81,7 +89,8 @@ class Ranks:
                 raise Stopped
             if not working:
                 return
-            yield
+            with self.lockstep():
+                yield
 
     def share_weights(self, parameters: Iterable[Tensor]) -> None:
         """Gives every rank rank 0's weights: equal seeds give equal weights on equal GPUs only."""
@@ -106,13 +115,43 @@ class Ranks:
         for pending in sums:
             pending.wait()
 
+    def norm(self, parameters: Iterable[torch.nn.Parameter]) -> Tensor:
+        """The length of the gradient: of pieces that of all ranks together, of whole weights that of one."""
+        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for parameter in (p for p in parameters if p.grad is not None):
+            place = 0 if pieces.of(parameter) is None else 1
+            squares[place] += torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).double() ** 2
+        return (squares[0] + self.sum(squares[1])).sqrt()
+
     def gather(self, found: Any) -> list[Any]:
         """What each rank has found, in the order of the ranks."""
         return [found] if self.count == 1 else list(gather_object([found]))
 
-    def gather_state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors by name, copied to the host of the main rank; empty on the others."""
-        return {name: whole(tensor) for name, tensor in tensors.items()} if self.is_main else {}
+    def gather_state(self, tensors: Mapping[str, Tensor], cut: Collection[str] = ()) -> dict[str, Tensor]:
+        """Whole tensors by name, copied to the host of the main rank; empty on the others.
+
+        `cut`: the names of those of which each rank has its piece.
+        """
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            if name in cut:
+                found[name] = self.gather_rows(tensor)
+            elif self.is_main:
+                found[name] = whole(tensor)
+        return found if self.is_main else {}
+
+    def gather_rows(self, piece: Tensor) -> Tensor:
+        """The ranks' pieces behind each other, on the host of the main rank; on the others nothing."""
+        rows = torch.zeros(self.count, dtype=torch.int64, device=piece.device)
+        rows[self.index] = piece.shape[0]
+        counts = self.sum(rows).tolist()
+        sent = piece.detach().new_zeros((max(counts), *piece.shape[1:]))
+        sent[: piece.shape[0]] = piece.detach()
+        parts = [torch.empty_like(sent) for _ in counts] if self.is_main else None
+        distributed.gather(sent, parts, dst=0)
+        if parts is None:
+            return piece.new_empty(0)
+        return torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)])
 
     def wait(self) -> None:
         """Returns when every rank has come here."""

@@ -65,7 +65,7 @@ def bytes_to_read(t: Training) -> int:
 
 def measure(t: Training) -> Record:
     """What the model in memory answers: to be called before the export."""
-    if _has_room(t.objective.model, t.device):
+    if t.shards is None and _has_room(t.objective.model, t.device):
         try:
             return _measure(t, exact=True)
         except torch.OutOfMemoryError:
@@ -116,7 +116,9 @@ def _measure(t: Training, exact: bool) -> Record:
 def _in_memory(t: Training, prompts: list[list[int]], exact: bool) -> list[Tensor]:
     """The logits [vocabulary] after each prompt."""
     model: Any = t.objective.model
-    keep, written = dtypes.keeps(t.objective.causal), model.state_dict().keys()  # positions' angles are in no file
+    keep = dtypes.keeps(t.objective.causal)
+    # Positions' angles are in no file. Of a model in pieces the call would let go of what was gathered.
+    written = set(model.state_dict()) if exact else set[str]()
 
     def exported(name: str, weight: Tensor) -> Tensor:
         if saved.learns_whole(name):

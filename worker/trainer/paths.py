@@ -28,6 +28,7 @@ def describe(t: Training) -> dict[str, Any]:
         "recompute": t.stepper.memory.recompute,
         "graphs": _path("recorded", _against_graphs(t)),
         "ranks": t.ranks.count,
+        "sharding": "replicate" if t.shards is None else "full_shard",
     }
 
 

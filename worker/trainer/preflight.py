@@ -13,9 +13,11 @@ import torch
 from tunery.failures import DoesNotFit
 from tunery.planning import memory
 from tunery.spec import Qlora, Technique
+from worker.trainer import sharding
 from worker.trainer.data import Example, Row, collate
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective
+from worker.trainer.parallel import Ranks
 from worker.trainer.replays import worthwhile
 
 log = logging.getLogger(__name__)
@@ -42,8 +44,13 @@ class Work:
     rows_an_example: int = 1
 
 
-def settle(objective: Objective, optimizer: torch.optim.Optimizer, rows: list[Row], work: Work) -> MemoryPlan:
-    """The plan that fits, with its gradient checkpointing turned on. Raises DoesNotFit, before any time was spent."""
+def settle(
+    objective: Objective, optimizer: torch.optim.Optimizer, rows: list[Row], work: Work, ranks: Ranks | None = None
+) -> MemoryPlan:
+    """The plan that fits, with its gradient checkpointing turned on. Raises DoesNotFit, before any time was spent.
+
+    `ranks`: those over which the model is cut, which take the same plan.
+    """
     device = next(objective.parameters()).device
     try:
         make_state(optimizer)
@@ -52,7 +59,7 @@ def settle(objective: Objective, optimizer: torch.optim.Optimizer, rows: list[Ro
     if device.type != "cuda":
         plan = MemoryPlan(max(memory.CPU_MICRO_BATCH, work.sequence))
     else:
-        plan = _measured(objective, rows, work, device)
+        plan = _measured(objective, rows, work, device) if ranks is None else _cut(objective, rows, work, ranks)
     if objective.knows_borders:
         plan = replace(plan, packed_tokens=plan.max_tokens)
     elif work.packs:
@@ -93,6 +100,25 @@ def _measured(objective: Objective, rows: list[Row], work: Work, device: torch.d
     raise _does_not_fit(work, f"A {work.technique.type} step on a row of {work.row} tokens", device)
 
 
+def _cut(objective: Objective, rows: list[Row], work: Work, ranks: Ranks) -> MemoryPlan:
+    """The plan of a model that is cut over the ranks: with recomputation, the larger part of what saves memory.
+
+    Why not tried without: of ranks of which one is out of memory, the others wait in the middle of a pass.
+    """
+    wanted, device = min(work.rows_a_step * work.sequence, GPU_TOKENS), ranks.device
+    longest, what = max(work.sequence, work.row), f"A {work.technique.type} step on a row of {work.row} tokens"
+    objective.recompute()
+    try:
+        mine = _tokens_that_fit(objective, _example(rows, longest, work.rows_an_example), work.validation, device)
+    except torch.OutOfMemoryError:
+        raise _does_not_fit(work, what, device) from None
+    fits = -ranks.most(-mine)
+    log.info("%d tokens fit at once beside a piece of the model", fits)
+    if fits < longest:
+        raise _does_not_fit(work, what, device)
+    return MemoryPlan(max(longest, min(wanted, fits)), recompute=True)
+
+
 def _does_not_fit(work: Work, what: str, device: torch.device) -> DoesNotFit:
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     return DoesNotFit(
@@ -107,15 +133,23 @@ def _does_not_fit(work: Work, what: str, device: torch.device) -> DoesNotFit:
 
 
 def _tokens_that_fit(objective: Objective, longest: Example, validation: Example | None, device: torch.device) -> int:
-    """How many tokens a micro-batch may have, by the peaks of both kinds of pass; 0 if one of them does not fit."""
+    """How many tokens a micro-batch may have, by the peaks of both kinds of pass; 0 if one of them does not fit.
+
+    Raises torch.OutOfMemoryError where the model is cut over the ranks, of which the others cannot go on.
+    """
     random, random_gpu = torch.get_rng_state(), torch.cuda.get_rng_state(device)
     try:
-        bytes_a_token = _peak(objective, longest, device) / len(longest)
+        gathered = sharding.gathered_bytes(objective) if objective.is_sharded else 0
+        peak = _peak(objective, longest, device)
+        bytes_a_token = max(peak - gathered, peak / 4) / len(longest)
         if validation is not None:
             bytes_a_token = max(bytes_a_token, _peak_of_evaluation(objective, validation, device) / len(validation))
     except torch.OutOfMemoryError:
+        if objective.is_sharded:
+            raise
         bytes_a_token = None
     objective.train()
+    objective.rest()
     objective.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     torch.set_rng_state(random)
@@ -123,8 +157,8 @@ def _tokens_that_fit(objective: Objective, longest: Example, validation: Example
     if bytes_a_token is None:
         return 0
     free, _ = torch.cuda.mem_get_info(device)
-    gradients = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
-    return tokens_in(free, bytes_a_token, gradients)
+    gradients = sum(sharding.bytes_here(p) for p in objective.parameters() if p.requires_grad)
+    return tokens_in(free, bytes_a_token, gradients + gathered)
 
 
 def tokens_in(free: int, bytes_a_token: float, kept: int) -> int:
@@ -138,6 +172,7 @@ def _peak(objective: Objective, example: Example, device: torch.device) -> int:
     Those are there for the whole run, however many tokens a micro-batch has, so they are made before it is measured.
     """
     objective.train()
+    objective.rest()
     for parameter in objective.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -151,6 +186,7 @@ def _peak(objective: Objective, example: Example, device: torch.device) -> int:
 def _peak_of_evaluation(objective: Objective, example: Example, device: torch.device) -> int:
     """Bytes that evaluating an example takes at its peak."""
     objective.eval()
+    objective.rest()
     batch = collate([example], [[0]], device, borders=objective.knows_borders)
     resting = _reset_peak(device)
     objective.sums(batch, 1.0)

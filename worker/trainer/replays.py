@@ -96,6 +96,7 @@ def reason_against(objective: Objective, tokens: int) -> str | None:
         "the method's passes differ from batch to batch": not objective.method.recordable,
         "its noise is drawn for rows of these lengths": objective.noise is not None,
         "not on a GPU": not next(objective.parameters()).is_cuda,
+        "its weights are cut over the ranks": objective.is_sharded,
         f"more than {MOST_PARAMS:,} weights": sum(p.numel() for p in objective.parameters()) > MOST_PARAMS,
         f"more than {MOST_TOKENS:,} tokens at once": tokens > MOST_TOKENS,
         "RoPE depends on the rows' lengths": bool(rope.of(objective.causal)),  # padding to a grid would change it

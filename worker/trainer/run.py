@@ -5,6 +5,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ from worker.trainer import (
     parallel,
     parity,
     paths,
+    pieces,
     preflight,
     reference,
     report,
     rope,
+    sharding,
 )
 from worker.trainer.data import Rows, collate, read_parsed, read_rows, singles
 from worker.trainer.export import job as export
@@ -44,11 +47,13 @@ from worker.trainer.parallel import Ranks
 from worker.trainer.recipes.full import FULL
 from worker.trainer.recipes.lora import LORA
 from worker.trainer.recipes.qlora import QLORA
+from worker.trainer.recipes.recipe import Weights
 from worker.trainer.replay import mixing, own
 from worker.trainer.replay import rows as replay
 from worker.trainer.report import Voice
 from worker.trainer.scoring import answers, preferences, sampled, scorecard
 from worker.trainer.scoring.preferences import Pairs
+from worker.trainer.sharding import Shards
 from worker.trainer.stepper import Stepper
 from worker.trainer.training import Progress, Training
 from worker.trainer.wish import Stopped, Wish
@@ -116,14 +121,18 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     ranks.check(wish)
     recipe = RECIPES[run.plan.technique.type]
     precision = decide(run.plan.technique, accelerator.device.type, run.plan.optimizer)
-    base = recipe.load_base(folder / "base", precision, accelerator.device)
+    sharded = ranks.count > 1 and run.plan.resources.sharding == "full_shard"
+    base = recipe.load_base(folder / "base", precision, torch.device("cpu") if sharded else ranks.device)
     lengths = rope.install(base)
     adapter = folder / "adapter"
     model = recipe.prepare(base, run.plan.technique, adapter if adapter.exists() else None)
     objective = Objective(model, precision, registry.make(run.plan.method))
+    shards = Shards(objective, ranks) if sharded else None
+    if shards is not None:
+        ranks = replace(ranks, lockstep=shards.lockstep)
     objective.settle(collate(singles([min(rows.rows, key=len)]), [[0]], accelerator.device))
-    parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    ranks.share_weights(parameters.values())
+    parameters = sharding.parameters_of(objective, shards)
+    ranks.share_weights(p for p in parameters.values() if pieces.of(p) is None)
     ranks.check(wish)
     warnings = coverage.warnings(coverage.describe(model, run.plan.technique, quantised=precision.quantised))
     base_now = own.Base(folder, objective, template, precision, ranks, voice, wish)
@@ -132,10 +141,19 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     packs = _packs(run, rows, objective, accelerator.device, warnings)
     objective.add_noise(run.plan.neftune_noise_alpha)
     optimizer = recipe.make_optimizer(parameters, run.plan, precision)
-    memory = preflight.settle(objective, optimizer, rows.rows, _work(run, rows, valid, packs))
+    work = _work(run, rows, valid, packs)
+    memory = preflight.settle(objective, optimizer, rows.rows, work, ranks if sharded else None)
     stepper = Stepper(
-        objective, optimizer, list(parameters.values()), rows, ranks, memory, lambda each: lengths.group(each.shape[1])
+        objective,
+        optimizer,
+        list(parameters.values()),
+        rows,
+        ranks,
+        memory,
+        lambda each: lengths.group(each.shape[1]),
+        shards,
     )
+    objective.rest()
     parallel.draw_apart(ranks, run.plan.seed)
     return Training(
         run=run,
@@ -305,12 +323,22 @@ def _write_together(t: Training, progress: Progress, scored: Scored | None) -> N
         verdict = gate.judge(t.plan.gate, None if scored is None else scored[0])
         t.voice.say(verdict)
     t.voice.say(Phase(phase="saving", seconds_left=t.pace.left()))
-    if t.ranks.is_main:
-        _write(t, progress, scored, verdict)
+    with t.ranks.lockstep():
+        answered = parity.measure(t) if t.ranks.is_main else None
+    weights = checkpoints.whole_weights(t)
+    if answered is not None:
+        _write(t, progress, scored, verdict, answered, weights)
     t.ranks.wait()
 
 
-def _write(t: Training, progress: Progress, scored: Scored | None, verdict: Gated | None) -> None:
+def _write(
+    t: Training,
+    progress: Progress,
+    scored: Scored | None,
+    verdict: Gated | None,
+    answered: parity.Record,
+    weights: Weights | None,
+) -> None:
     """The artifact, `out/`, which exists only when it is complete."""
     partial = t.folder / ".out.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -318,8 +346,7 @@ def _write(t: Training, progress: Progress, scored: Scored | None, verdict: Gate
     write_scored(scored, partial)
     if verdict is not None:
         (partial / "gate.json").write_text(verdict.model_dump_json(indent=2, exclude={"type"}) + "\n")
-    answered = parity.measure(t)
-    checkpoints.write_artifact(t, progress, partial)
+    checkpoints.write_artifact(t, progress, partial, weights)
     event_files.write(partial, t.voice.metrics)
     parity.write(t, answered, partial)
     export.write(t, partial)

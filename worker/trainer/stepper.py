@@ -7,12 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from worker.trainer import replays
+from worker.trainer import pieces, replays
 from worker.trainer.data import Batch, Example, MicroBatch, Rows, collate, micro_batches
 from worker.trainer.memory import MemoryPlan, next_after
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
 from worker.trainer.replays import Replays, passes
+from worker.trainer.sharding import Shards
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +39,14 @@ class Stepper:
         ranks: Ranks,
         memory: MemoryPlan,
         group_of: Callable[[Example], Hashable] = one_group,
+        shards: Shards | None = None,
     ) -> None:
-        """`parameters`: those that learn. `group_of`: examples of different groups never share a micro-batch."""
+        """`parameters`: those that learn. `group_of`: examples of different groups never share a micro-batch.
+
+        `shards`: the model's pieces, where it is cut over the ranks.
+        """
         self.objective, self.ranks, self.group_of = objective, ranks, group_of
-        self.memory = memory
+        self.memory, self.shards = memory, shards
         self.graphs = Replays(objective) if memory.graphs else None
         self._optimizer, self._parameters, self._rows = optimizer, list(parameters), rows
         self._groups = [group_of(example) for example in rows.examples]
@@ -62,25 +67,43 @@ class Stepper:
         """Leaves the step's gradient, summed over the ranks, in `.grad`; returns the method's sums of this rank.
 
         "loss" is divided by the `weight` of all examples that were drawn. Out of memory: the same step again by the
-        next memory plan, which is the same gradient.
+        next memory plan, which is the same gradient. Not where the model is in pieces: the others wait in this pass.
         """
         while True:
             parts = self.micro_batches(drawn)
             try:
+                idle = self._idle_passes(parts)  # agreed on before the first pass, in which the ranks wait
                 sums = self._forward_backward(parts, weight)
+                self._pass_idly(idle)
                 break
             except torch.OutOfMemoryError:
                 plan = next_after(self.memory, parts)
-                if plan is None:
+                if plan is None or self.shards is not None:
                     raise
             self._optimizer.zero_grad(set_to_none=True)
             self.adopt(plan)
-        self.ranks.add_gradients(self._parameters)
+        if self.shards is not None:
+            self.shards.take_gradients()
+        self.ranks.add_gradients([p for p in self._parameters if pieces.of(p) is None])
         return sums
+
+    def _idle_passes(self, parts: list[MicroBatch]) -> int:
+        """How many passes this rank makes fewer than another, where each gathers the model's pieces."""
+        return 0 if self.shards is None else self.ranks.most(len(parts)) - len(parts)
+
+    def _pass_idly(self, count: int) -> None:
+        """Makes passes whose weight is 0."""
+        shortest = min(range(len(self._shapes)), key=lambda i: self._rows.lengths[i])
+        for _ in range(count):
+            passes(self.objective, self._collate([[shortest]]), 0.0)
 
     def clip(self, max_norm: float) -> Tensor:
         """Scales the gradient down to `max_norm` where it is longer; returns its norm before."""
-        return torch.nn.utils.clip_grad_norm_(self._parameters, max_norm)
+        if self.shards is None:
+            return torch.nn.utils.clip_grad_norm_(self._parameters, max_norm)
+        norm = self.ranks.norm(self._parameters)
+        torch.nn.utils.clip_grads_with_norm_(self._parameters, max_norm, norm)
+        return norm
 
     def update(self, step: int, rate: float) -> None:
         """Moves the weights by the gradient at a learning rate, and clears the gradient. `step` is counted from 1."""

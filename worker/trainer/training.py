@@ -19,6 +19,7 @@ from worker.trainer.pace import Pace, Work
 from worker.trainer.parallel import Ranks
 from worker.trainer.recipes.recipe import Recipe
 from worker.trainer.report import Voice
+from worker.trainer.sharding import Shards
 from worker.trainer.stepper import Stepper
 from worker.trainer.wish import Wish
 
@@ -83,7 +84,12 @@ class Training:
 
     @property
     def ranks(self) -> Ranks:
-        return Ranks(self.accelerator)
+        return self.stepper.ranks
+
+    @property
+    def shards(self) -> Shards | None:
+        """The model's pieces, where it is cut over the ranks."""
+        return self.stepper.shards
 
     @property
     def plan(self) -> Plan:

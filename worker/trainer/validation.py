@@ -36,10 +36,11 @@ def over(stepper: Stepper, examples: list[Example], measure: Callable[[list[Micr
             mine, lengths, stepper.memory.max_tokens, packed_tokens=packed, groups=groups, shapes=shapes
         )
         try:
-            return measure(parts)
+            with ranks.lockstep():
+                return measure(parts)
         except torch.OutOfMemoryError:
             plan = next_after(stepper.memory, parts)
-            if plan is None or plan.max_tokens == stepper.memory.max_tokens:
+            if plan is None or plan.max_tokens == stepper.memory.max_tokens or stepper.shards is not None:
                 raise
         stepper.adopt(plan)
 

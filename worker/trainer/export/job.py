@@ -49,6 +49,10 @@ def _rows(t: Training) -> list[Row]:
 def _release(t: Training) -> None:
     """Frees the weights and the optimizer's state, so that the device has room for the base in fp32."""
     t.optimizer.state.clear()
+    if t.shards is not None:
+        t.shards.release()
+        files.free_memory()
+        return
     for tensor in itertools.chain(t.objective.parameters(), t.objective.buffers()):
         tensor.data = torch.empty(0, dtype=tensor.dtype)
     files.free_memory()

@@ -189,7 +189,7 @@ def _write_merged(model: Any, out: Path, rounding: Rounding) -> None:
     if rounding == "stochastic":
         _round(merged)
     out.mkdir()
-    FULL.export(merged, out, "")
+    FULL.export(merged, out, "", None)
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ def run(t: Training, lengths: list[int], work: Callable[[list[int]], list[Found]
             with t.pace.measure("general", sum(lengths[i] for i in part)):
                 found += zip(part, work(part), strict=True)
         except torch.OutOfMemoryError:
-            if len(part) == 1:
+            if len(part) == 1 or t.shards is not None:  # the other ranks wait in this pass
                 raise
             half = len(part) // 2
             waiting.extendleft((part[half:], part[:half]))

@@ -39,15 +39,20 @@ def plain(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tens
 
 def dense(base: Any) -> Tensor:
     """The frozen weight [out, in] as numbers. Four bits are unpacked for each product: kept, they were bf16."""
-    state = getattr(base.weight, "quant_state", None)
+    state = quant_state(base)
     if state is None:
         return cast(Tensor, base.weight.detach())
     return _unpack(base.weight.detach(), state, product_dtype(base))
 
 
+def quant_state(base: Any) -> Any:
+    """What a layer's 4-bit weight is unpacked by; None of others. A weight gathered of pieces has it at its layer."""
+    return getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
+
+
 def product_dtype(base: Any) -> torch.dtype:
     """The type in which a frozen layer's product is made."""
-    state = getattr(base.weight, "quant_state", None)
+    state = quant_state(base)
     return cast(torch.dtype, base.weight.dtype if state is None else base.compute_dtype or state.dtype)
 
 

@@ -12,14 +12,16 @@ from tunery.spec import Plan, Technique
 from worker.trainer import dtypes
 from worker.trainer.adamw import StochasticAdamW
 from worker.trainer.kernels import decoder
-from worker.trainer.recipes.recipe import Parameters, Recipe, groups, load_dense, make_adamw
+from worker.trainer.recipes.recipe import Parameters, Recipe, Weights, groups, load_dense, make_adamw
 
 
 def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) -> torch.nn.Module:
     if adapter is not None:
         raise ValueError("a full fine-tune cannot go on from an adapter: choose lora or qlora, or a full model as base")
     model.requires_grad_(True)
-    if not decide(technique, model.device.type).autocast:  # the fused layers take one type for weights and activations
+    # A model that is to be cut over the GPUs lies on the host here.
+    device = "cuda" if torch.cuda.is_available() else model.device.type
+    if not decide(technique, device).autocast:  # the fused layers take one type for weights and activations
         decoder.install(model)
     return model
 
@@ -35,19 +37,19 @@ SHARD = "5GB"
 """Of a model's file: hubs, and tools that read one file at a time into memory, take no much larger ones."""
 
 
-def export(model: torch.nn.Module, folder: Path, _base_model: str) -> None:
+def export(model: torch.nn.Module, folder: Path, _base_model: str, weights: Weights | None = None) -> None:
     """`model.safetensors` in bf16 with its config. The base's name stands in training_config.json."""
     tuned = cast(PreTrainedModel, model)
     keep = dtypes.keeps(tuned)
     # One cast for each tensor, not for each name: a tied head would become a copy of its own, and be saved as one.
     cast_of: dict[int, torch.Tensor] = {}
-    weights = {
+    narrowed = {
         name: cast_of.setdefault(tensor.data_ptr(), dtypes.to_bf16(name, tensor, keep))
-        for name, tensor in tuned.state_dict().items()
+        for name, tensor in (tuned.state_dict() if weights is None else weights).items()
     }
     # The base's own may be inconsistent (a temperature without sampling), which is only an error where it is saved.
     settings, tuned.generation_config = tuned.generation_config, GenerationConfig()
-    tuned.save_pretrained(str(folder), state_dict=weights, safe_serialization=True, max_shard_size=SHARD)
+    tuned.save_pretrained(str(folder), state_dict=narrowed, safe_serialization=True, max_shard_size=SHARD)
     tuned.generation_config = settings
     config = folder / "config.json"  # it names the type that was trained in, which on a CPU is another
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}, indent=2) + "\n")

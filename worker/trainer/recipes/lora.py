@@ -12,7 +12,7 @@ from tunery.failures import CannotAdapt
 from tunery.spec import Lora, Technique
 from worker.trainer.kernels import adapters, decoder
 from worker.trainer.recipes import saved, targets
-from worker.trainer.recipes.recipe import Recipe, load_dense, make_adamw
+from worker.trainer.recipes.recipe import Recipe, Weights, load_dense, make_adamw
 
 
 def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) -> torch.nn.Module:
@@ -81,7 +81,7 @@ def _continued(adapter: Path, technique: Lora) -> LoraConfig:
     return config
 
 
-def export(model: torch.nn.Module, folder: Path, base_model: str) -> None:
+def export(model: torch.nn.Module, folder: Path, base_model: str, _weights: Weights | None = None) -> None:
     """`adapter_model.safetensors` and `adapter_config.json` as PEFT writes them, naming the base by its own name."""
     adapted = cast(PeftModel, model)
     for config in adapted.peft_config.values():

@@ -3,6 +3,9 @@
 from typing import Any
 
 from bitsandbytes.optim import AdamW
+from torch import Tensor
+
+from worker.trainer import pieces
 
 
 # bitsandbytes has no types, hence the ignored calls.
@@ -18,7 +21,14 @@ class AdamW8bit(AdamW):
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
         """bitsandbytes' settings of a parameter."""
         config: dict[str, Any] = super().get_config(gindex, pindex, group)  # type: ignore[no-untyped-call]
-        return config | ({"optim_bits": 32} if group["wide_moments"] else {})
+        whole = pieces.whole_size(group["params"][pindex])  # a piece has the moments of its weight's size
+        least = config["min_8bit_size"]
+        return config | {"optim_bits": 32 if group["wide_moments"] or whole < least else 8, "min_8bit_size": 0}
+
+    def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+        """Moves one parameter. A piece is empty where there are more ranks than rows, which no kernel takes."""
+        if p.numel():
+            super().update_step(group, p, gindex, pindex)  # type: ignore[no-untyped-call]
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
         """Puts a state in place. bitsandbytes' own leaves paged moments on the GPU, where they may not fit."""

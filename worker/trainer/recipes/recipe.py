@@ -15,6 +15,8 @@ from worker.trainer.recipes import saved
 from worker.trainer.recipes.optimizers import AdamW8bit
 
 Parameters = dict[str, torch.nn.Parameter]
+Weights = dict[str, torch.Tensor]
+"""A model's, by the names of its `state_dict`."""
 _EMBEDDING = re.compile(r"embed|\bwte\b|trainable_tokens")
 """In the names of weights that are looked up by token."""
 
@@ -26,13 +28,14 @@ class Recipe:
     `load_base(folder, precision, device)` gives the frozen or trainable base on the device.
     `prepare(model, technique, adapter)` marks what learns; `adapter`: the folder of one to go on from, or None.
     `make_optimizer(parameters, plan, precision)` takes the parameters that learn, by name.
-    `export(model, folder, base_model)` writes the files that a user loads; `base_model` is the registered name.
+    `export(model, folder, base_model, weights)` writes the files that a user loads; `base_model` is the registered
+    name, `weights` the model's where it is in pieces itself.
     """
 
     load_base: Callable[[Path, Precision, torch.device], PreTrainedModel]
     prepare: Callable[[PreTrainedModel, Technique, Path | None], torch.nn.Module]
     make_optimizer: Callable[[Parameters, Plan, Precision], torch.optim.Optimizer]
-    export: Callable[[torch.nn.Module, Path, str], None]
+    export: Callable[[torch.nn.Module, Path, str, Weights | None], None]
 
 
 def load_dense(folder: Path, precision: Precision, device: torch.device) -> PreTrainedModel:

@@ -65,7 +65,8 @@ def answer(base: Base, prompts: list[Prompt], limit: int, enough: int) -> Answer
             base.ranks.check(base.wish)
             base.voice.say(Phase(phase="sampling replay answers"))
             start = len(found) + base.ranks.index * size
-            mine = _block(base, prompts[start : start + size], limit, seed=start)
+            with base.ranks.lockstep():
+                mine = _block(base, prompts[start : start + size], limit, seed=start)
             found = found + [text for part in base.ranks.gather(mine) for text in part]
             if base.ranks.is_main:
                 kept.write(base.folder, key, found)
@@ -99,7 +100,7 @@ def _block(base: Base, prompts: list[Prompt], limit: int, seed: int) -> Answers:
         asked = [prompt.ids for prompt in prompts]
         given = generation.sample(base.objective.causal, base.template, asked, limit, TEMPERATURE)
     except torch.OutOfMemoryError:
-        if len(prompts) == 1:
+        if len(prompts) == 1 or base.objective.is_sharded:  # the other ranks wait in this pass
             raise
         half = len(prompts) // 2
         return _block(base, prompts[:half], limit, seed) + _block(base, prompts[half:], limit, seed + half)

@@ -102,7 +102,7 @@ def _answer(
                     texts = _generate_batch(t, [asked[i].prompt_ids for i in chosen], limit)
                     given.extend(zip(chosen, texts, strict=True))
             except torch.OutOfMemoryError:
-                if size == 1:
+                if size == 1 or t.shards is not None:  # the other ranks wait in this pass
                     raise
                 size //= 2
     t.objective.train()

@@ -1,0 +1,189 @@
+"""A model whose weights are cut over the ranks, by torch's `fully_shard` (FSDP2): each rank keeps its rows of every
+weight, with their gradients and moments, and a decoder layer is whole only while it computes.
+
+Adapters stay whole on every rank: they are small. Every rank has to make every pass, as each gathers the layers:
+training makes idle ones of weight 0 (`Stepper`), whatever only reads the model does so inside `Shards.lockstep`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import bitsandbytes
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from worker.trainer import pieces
+from worker.trainer.kernels import decoder
+from worker.trainer.objective import Objective
+from worker.trainer.parallel import Ranks
+
+PASSES = ("sums", "row_losses", "row_logits", "settle")
+"""Methods of an objective that pass through its model, beside `forward`."""
+
+
+class Shards:
+    """A model in pieces, as one rank sees it. `parameters`: what learns, by name; this rank's pieces, or whole."""
+
+    def __init__(self, objective: Objective, ranks: Ranks) -> None:
+        """Cuts the model, which may lie on the host until then: a layer at a time comes to the device."""
+        self._objective, self._ranks = objective, ranks
+        _fully_shard(objective, ranks)
+        self._sharded = {name: p for name, p in objective.named_parameters() if isinstance(p, DTensor)}
+        learning = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
+        self.parameters = {name: self._piece(p) if name in self._sharded else p for name, p in learning}
+
+    def take_gradients(self) -> None:
+        """Moves the gradients, which the backward passes have summed over the ranks, to the pieces."""
+        for name, parameter in self.parameters.items():
+            if (sharded := self._sharded.get(name)) is not None:
+                parameter.grad = None if sharded.grad is None else _local(sharded.grad)
+                sharded.grad = None
+
+    @contextmanager
+    def lockstep(self) -> Iterator[None]:
+        """Lets the ranks make unlike numbers of passes inside, without gradients.
+
+        Each pass is announced, and a rank that is done takes part in those of the others. An error inside is not
+        waited for: the others cannot go on.
+        """
+        root = cast(FSDPModule, self._objective)
+        root.unshard()  # embedding and head, which some use outside of the objective's own passes
+        backbone: Any = self._objective.causal.base_model
+        hook = backbone.register_forward_pre_hook(lambda *_: self._announce_pass())
+        try:
+            yield
+        finally:
+            hook.remove()
+        training = self._objective.training
+        self._objective.eval()
+        while self._ranks.any(flag=False):
+            with torch.no_grad(), self._objective.autocast():
+                backbone(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self._ranks.device), use_cache=False)
+        self._objective.train(training)
+        root.reshard()
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The model's weights by name as its `state_dict` has them, on the host of the main rank; empty elsewhere.
+
+        To be called on every rank. Weights under several names are one tensor.
+        """
+        cast(FSDPModule, self._objective).reshard()
+        model = self._objective.model
+        found: dict[int, Tensor] = {}
+        for parameter in model.parameters():
+            if isinstance(parameter, DTensor) and parameter.dim():
+                found[id(parameter)] = self._ranks.gather_rows(_local(parameter))
+            else:
+                found[id(parameter)] = parameter.detach()
+        if not self._ranks.is_main:
+            return {}
+        named = {name: found[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        return {name: named.get(name, tensor) for name, tensor in model.state_dict().items()}
+
+    def release(self) -> None:
+        """Frees the pieces' memory. The model cannot be used any more."""
+        cast(FSDPModule, self._objective).reshard()
+        for parameter in self._sharded.values():
+            _local(parameter).untyped_storage().resize_(0)
+
+    def _announce_pass(self) -> None:
+        self._ranks.any(flag=True)
+
+    def _piece(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What the optimizer moves: plain memory, as its kernels take no distributed tensor."""
+        piece = pieces.cut(parameter.shape, self._ranks.index, self._ranks.count)
+        return pieces.mark(nn.Parameter(_local(parameter)), piece)
+
+
+def parameters_of(objective: Objective, shards: Shards | None) -> dict[str, nn.Parameter]:
+    """What learns, by name: whole, or this rank's pieces."""
+    if shards is not None:
+        return shards.parameters
+    return {name: p for name, p in objective.named_parameters() if p.requires_grad}
+
+
+def gathered_bytes(objective: Objective) -> int:
+    """Bytes that whole weights take beside the pieces: embedding, norm and head, and two layers, with what gradients
+    those that learn have."""
+    layers = [_bytes(layer.parameters()) for layer in _layers(objective.causal)]
+    return _bytes(objective.parameters()) - sum(layers) + 2 * max(layers, default=0)
+
+
+def _bytes(parameters: Iterator[nn.Parameter]) -> int:
+    return sum(p.numel() * p.element_size() * (2 if p.requires_grad else 1) for p in parameters)
+
+
+def _fully_shard(objective: Objective, ranks: Ranks) -> None:
+    device = ranks.device
+    kept = _replicated(objective)
+    for parameter in kept:
+        parameter.data = parameter.data.to(device)
+    states = _keep_quant_states(objective, device)
+    mesh = init_device_mesh(device.type, (ranks.count,))
+    for layer in _layers(objective.causal):
+        fully_shard(layer, mesh=mesh, ignored_params=kept)
+    fully_shard(objective, mesh=mesh, ignored_params=kept)
+    for module in objective.modules():
+        if isinstance(module, FSDPModule):  # sums, as the loss is divided by the weight of all ranks' examples
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    _prefetch_backwards(objective)
+    for name in PASSES:
+        register_fsdp_forward_method(objective, name)
+    for layer, state in states:
+        cast(Any, layer.weight).quant_state = state  # for counts: a gathered weight has none
+    objective.is_sharded = True
+    objective.knows_borders = decoder.borders_known(objective.causal)  # not known of a model on the host
+
+
+def _prefetch_backwards(objective: Objective) -> None:
+    """Lets each layer's backward pass gather the layer before it meanwhile.
+
+    Why not as `fully_shard` does it of itself, by the order of earlier forward passes: those without a gradient, which
+    ranks make in unlike ways, are in that order too, and the ranks would gather different layers.
+    """
+    layers = cast(list[FSDPModule], _layers(objective.causal))
+    for before, layer in zip([layers[0], *layers], layers, strict=False):
+        alike = type(before) is type(layer)
+        layer.set_modules_to_backward_prefetch([before if alike else layer])
+    cast(FSDPModule, objective).set_modules_to_backward_prefetch([layers[-1]])
+
+
+def _replicated(objective: Objective) -> set[nn.Parameter]:
+    """What stays whole: the adapters, and single numbers, which have no rows."""
+    adapted = isinstance(objective.model, PeftModel)
+    return {p for p in objective.parameters() if p.dim() == 0 or (adapted and p.requires_grad)}
+
+
+def _layers(causal: Any) -> list[nn.Module]:
+    """The modules that transformers keeps on one device: the decoder's layers."""
+    names = set(causal._no_split_modules or ())
+    return [module for module in causal.modules() if type(module).__name__.removeprefix("FSDP") in names]
+
+
+def _keep_quant_states(objective: Objective, device: torch.device) -> list[tuple[Any, Any]]:
+    """What 4-bit weights are unpacked by, kept at their layers: a gathered weight is plain memory."""
+    found: list[tuple[Any, Any]] = []
+    for layer in objective.modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            state = cast(Any, layer.weight).quant_state
+            state.to(device)
+            layer.quant_state = state
+            found.append((layer, state))
+    return found
+
+
+@torch.no_grad()
+def _local(tensor: Any) -> Tensor:
+    local: Tensor = tensor.to_local()
+    return local.detach()
+
+
+def bytes_here(parameter: Tensor) -> int:
+    """Bytes of a parameter on this rank."""
+    return (_local(parameter) if isinstance(parameter, DTensor) else parameter).nbytes
