@@ -52,6 +52,15 @@ class Settings(BaseSettings):
         "auto",
         description="Content of fine-tune-results files: auto = base64 for `Accept: application/binary`, else plain",
     )
+    wandb_mode: Literal["off", "online", "offline"] = Field(
+        "off", description="Jobs that ask for Weights & Biases: not told, sent, or kept in `trackers_dir` to be synced"
+    )
+    wandb_api_key: SecretStr | None = Field(None, description="The key of Weights & Biases; training workers alone")
+    wandb_base_url: str | None = Field(None, description="A server of Weights & Biases other than the public one")
+    mlflow_tracking_uri: SecretStr | None = Field(
+        None, description="MLflow's server or store for jobs that ask for it; training workers alone"
+    )
+    trackers_dir: Path = Field(Path("/var/lib/tunery/trackers"), description="Offline runs of Weights & Biases")
     plugins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
         (), description="Python modules, comma-separated, that every service and trainer imports at its start"
     )

@@ -86,7 +86,7 @@ WRONG_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({**JOB, "seed": -1}, "seed", "should be at least 0."),
     ({**JOB, "metadata": {"k": 1}}, "metadata.k", "should be a string."),
     ({**JOB, "metadata": {str(n): "" for n in range(17)}}, "metadata", "at most 16"),
-    ({**JOB, "integrations": [{"type": "mlflow", "wandb": {"project": "p"}}]}, "integrations.0.type", "'wandb'"),
+    ({**JOB, "integrations": [{"type": "comet", "comet": {}}]}, "integrations.0.type", "should be wandb or mlflow"),
     ({**JOB, "resources": {"gpus": 3}}, "resources.gpus", "1, 2, 4 or 8"),
     ({**JOB, "resources": {"gpus": True}}, "resources.gpus", "a number, not true or false"),
     ({**JOB, "hyperparameters": {"n_epochs": True}}, "hyperparameters.n_epochs", "not true or false, or should be"),

@@ -227,14 +227,32 @@ def test_a_job_keeps_the_alias_that_it_was_asked_by(
     assert (moved["model"], moved["base_model"]) == (ALIAS, BASE)
 
 
-def test_wandb_is_echoed_and_warned_about(team: Team, file: str, base: str) -> None:
-    job = _create(team, file, integrations=[{"type": "wandb", "wandb": {"project": "p"}}]).json()
-    assert job["integrations"] == [
-        {"type": "wandb", "wandb": {"project": "p", "name": None, "entity": None, "tags": [], "run_id": job["id"]}}
-    ]
-    [event] = [e for e in team.http.get(f"{ROUTE}/{job['id']}/events").json()["data"] if e["level"] == "warn"]
-    assert "Weights & Biases" in event["message"]
-    assert job["warnings"] == [event["message"]]
+@pytest.mark.parametrize(
+    ("asked", "defaults"),
+    [
+        ({"type": "wandb", "wandb": {"project": "p"}}, {"name": None, "entity": None, "tags": []}),
+        ({"type": "mlflow", "mlflow": {"experiment_name": "e"}}, {"run_name": None}),
+    ],
+    ids=["wandb", "mlflow"],
+)
+def test_trackers_are_echoed_with_the_runs_id(
+    team: Team, file: str, base: str, asked: dict[str, Any], defaults: dict[str, Any]
+) -> None:
+    job = _create(team, file, integrations=[asked]).json()
+    kind = asked["type"]
+    assert job["integrations"] == [{"type": kind, kind: {**asked[kind], **defaults, "run_id": job["id"]}}]
+    assert job["warnings"] == []
+    again = team.http.post(f"{ROUTE}/{job['id']}/rerun").json()
+    assert again["integrations"] == [{"type": kind, kind: {**asked[kind], **defaults, "run_id": again["id"]}}]
+
+
+def test_a_request_cannot_say_where_a_tracker_is(team: Team, file: str, base: str) -> None:
+    """Else the operator's worker would post to any address that a request names."""
+    mlflow = {"experiment_name": "e", "tracking_uri": "http://10.0.0.1"}
+    answer = _create(team, file, integrations=[{"type": "mlflow", "mlflow": mlflow}])
+    _refused(answer, 400, "integrations.0.mlflow.tracking_uri", "Unknown parameter")
+    other = _create(team, file, integrations=[{"type": "comet", "comet": {}}])
+    _refused(other, 400, "integrations.0.type", "should be wandb or mlflow")
 
 
 # --- the same request twice ---------------------------------------------------------------------------------------

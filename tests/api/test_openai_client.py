@@ -176,8 +176,8 @@ def test_job_with_everything(client: OpenAI, file_id: str, base: str) -> None:
     assert job.model_extra["user_provided_suffix"] == "banking"
     assert job.model_extra["technique"]["r"] == 8
     assert job.model_extra["priority"] == 3
-    assert "wandb" in job.model_extra["warnings"][0]
-    assert [e.level for e in client.fine_tuning.jobs.list_events(job.id)] == ["warn", "info"]
+    assert job.model_extra["warnings"] == []
+    assert [e.level for e in client.fine_tuning.jobs.list_events(job.id)] == ["info"]
 
 
 def test_preference_job(client: OpenAI, file_id: str, base: str) -> None:

@@ -1,6 +1,7 @@
 """TensorBoard's event file of a run: every measurement at its step, read back from the file's own records."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import other_clients
 import pytest
 from run_folders import chat, lay_out, plan
 
@@ -73,6 +75,36 @@ def test_times_are_those_of_the_steps(tmp_path: Path) -> None:
     curves = _curves(tmp_path)
     assert curves["train/margin"] == {1: 0.5, 2: 0.5, 3: 0.5}
     assert not {"train/accuracy", "valid/loss"} & curves.keys()
+
+
+READ = """
+import json, sys
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+found = EventAccumulator(sys.argv[1])
+found.Reload()
+tags = found.Tags()["scalars"]
+print(json.dumps({tag: {event.step: event.value for event in found.Scalars(tag)} for tag in tags}))
+"""
+
+
+@pytest.mark.slow
+def test_tensorboard_reads_it(tmp_path: Path) -> None:
+    packages = next((other_clients.install("trackers") / "lib").glob("python*")) / "site-packages"
+    step: dict[str, Any] = {"type": "step", "train_loss": 1.5, "train_accuracy": 0.5, "train_metrics": {}}
+    step |= {"learning_rate": 0.25, "grad_norm": 1.0, "tokens": 1, "valid_loss": None, "valid_accuracy": None}
+    entries = [{**step, "step": number, "seconds": 1.0, "valid_metrics": {}} for number in (1, 2)]
+    event_files.write(tmp_path, entries)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(tmp_path / event_files.FOLDER)],
+        env={**os.environ, "PYTHONPATH": str(packages)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["train/loss"] == {"1": 1.5, "2": 1.5}
+    assert found["run/learning_rate"] == {"1": 0.25, "2": 0.25}
 
 
 def test_trainer_does_not_import_it_at_its_start() -> None:

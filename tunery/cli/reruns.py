@@ -12,6 +12,7 @@ from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Remote
 
 ROOT = "/fine_tuning/jobs"
+_WEIGHTS = ".safetensors"
 Tolerance = Annotated[float | None, typer.Option(help="Most relative difference of a loss.", show_default="0.005")]
 Settings = Annotated[
     list[str] | None,
@@ -109,7 +110,7 @@ def _print(found: dict[str, Any]) -> None:
     """What is equal on a line, what differs in a table, and the verdict."""
     parts = ("inputs", "environment", "weights", "scores")
     pairs = [pair for part in parts for pair in found[part]]
-    show.note("equal: " + ", ".join(pair["name"] for pair in pairs if pair["equal"]))
+    show.note("equal: " + ", ".join(_equal(pairs)))
     if unknown := [pair["name"] for pair in pairs if pair["equal"] is None]:
         show.note("not known of both: " + ", ".join(unknown))
     different = [pair for pair in pairs if pair["equal"] is False]
@@ -119,6 +120,14 @@ def _print(found: dict[str, Any]) -> None:
     for line in _curves(found["losses"]):
         show.console.print(line, soft_wrap=True)
     show.console.print(_verdict(found), soft_wrap=True)
+
+
+def _equal(pairs: list[dict[str, Any]]) -> list[str]:
+    """The names of what is equal; of a group, such as `versions.torch` is of, its own where all of it is."""
+    groups = {pair["name"]: pair["name"].partition(".")[0] for pair in pairs if not pair["name"].endswith(_WEIGHTS)}
+    broken = {groups.get(pair["name"]) for pair in pairs if not pair["equal"]}
+    named = (pair["name"] for pair in pairs if pair["equal"])
+    return list(dict.fromkeys(name if groups.get(name, name) in broken else groups.get(name, name) for name in named))
 
 
 def _curves(losses: Iterable[dict[str, Any]]) -> Iterable[str]:

@@ -68,7 +68,7 @@ def create(
     if rerun_of is not None:
         job.rerun_of, job.template_time = rerun_of.id, rerun_of.now
     job.idempotency_key, job.request_sha256 = idempotency_key, digest
-    return ledger.submit(session, job, messages=_remarks(request, rerun_of))
+    return ledger.submit(session, job, messages=_remarks(rerun_of))
 
 
 def _digest(request: JobRequest, rerun_of: Job | None) -> str:
@@ -267,15 +267,10 @@ def _base_alias(session: Session, request: JobRequest, model: Model) -> str | No
 
 
 def _echo(integration: dict[str, Any], job_id: str) -> dict[str, Any]:
-    return {**integration, "wandb": {**integration["wandb"], "run_id": job_id}}
+    """An integration with the id that its tracker knows the run by."""
+    kind = integration["type"]
+    return {"type": kind, kind: {**integration[kind], "run_id": job_id}}
 
 
-def _remarks(request: JobRequest, rerun_of: Job | None) -> list[tuple[str, str]]:
-    found = [] if rerun_of is None else [("info", f"The job runs {rerun_of.id} again")]
-    if request.integrations:
-        text = (
-            "Integration wandb is kept and echoed, but this server sends nothing to Weights & Biases: "
-            "read the job's metrics at GET /v1/fine_tuning/jobs/{id}/metrics"
-        )
-        found.append(("warn", text))
-    return found
+def _remarks(rerun_of: Job | None) -> list[tuple[str, str]]:
+    return [] if rerun_of is None else [("info", f"The job runs {rerun_of.id} again")]

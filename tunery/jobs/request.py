@@ -61,9 +61,25 @@ class Wandb(Part):
     tags: list[Annotated[str, StringConstraints(max_length=64)]] = Field(default=[], max_length=50)
 
 
-class Integration(Part):
+class WandbIntegration(Part):
     type: Literal["wandb"]
     wandb: Wandb
+
+
+class Mlflow(Part):
+    experiment_name: str = Field(min_length=1, max_length=255)
+    run_name: str | None = Field(None, max_length=255, description="Absent: the job's id")
+
+
+class MlflowIntegration(Part):
+    """Tunery's own. Where MLflow is, its operator says: an address may hold a password, which no request may."""
+
+    type: Literal["mlflow"]
+    mlflow: Mlflow
+
+
+Integration = Annotated[WandbIntegration | MlflowIntegration, Field(discriminator="type")]
+"""A tracker of experiments that is told what a run measures."""
 
 
 MetadataKey = Annotated[str, StringConstraints(max_length=64)]

@@ -41,6 +41,7 @@ from worker.supervisor.deeds import Scribe, add_model
 from worker.supervisor.drain import Drain
 from worker.supervisor.lease import Hold, Interrupted
 from worker.supervisor.process import Trainer, Trainers
+from worker.supervisor.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ def _carry_out(hold: Hold, settings: Settings, storage: Storage, run_dir: Path, 
         hold.check()
         trainer = trainers.start(run_dir, hold.lease.gpu_indexes)
         scribe = Scribe(hold, settings, storage, run_dir, keep=needs.run.public_checkpoints)
-        status = _listen(hold, trainer, scribe, storage, trainers.mark)
+        trackers = Trackers(hold, settings, run_dir, trainers.mark, needs.tracked)
+        status = _listen(hold, trainer, scribe, storage, trackers)
         return _conclude(hold, trainer, scribe, status, settings, storage)
     except LeaseLost:
         raise
@@ -103,16 +105,18 @@ def _carry_out(hold: Hold, settings: Settings, storage: Storage, run_dir: Path, 
         return _hand_back(hold, _told(error))
 
 
-def _listen(hold: Hold, trainer: Trainer, scribe: Scribe, storage: Storage, mark: str) -> int:
+def _listen(hold: Hold, trainer: Trainer, scribe: Scribe, storage: Storage, trackers: Trackers) -> int:
     """To the end of the trainer and its log; its exit status."""
     log_prefix = f"jobs/{hold.lease.job_id}/logs/{hold.lease.number:06d}"
-    process = {"pid": trainer.pid, "mark": mark}
+    process = {"pid": trainer.pid, "mark": trackers.mark}
     hold.watch(trainer)
     try:
-        with upload.LogShipper(storage, trainer.log_path, log_prefix), scribe:
+        with upload.LogShipper(storage, trainer.log_path, log_prefix), scribe, trackers:
             hold.write(lambda session: leases.record_process(session, hold.lease, process))
+            trackers.start()
             for message in trainer.messages(every=_SILENCE):
                 scribe.hear(message)
+                trackers.hear(message)
             status = trainer.wait()
             hold.write(lambda session: leases.held(session, hold.lease))
             scribe.close()

@@ -1,7 +1,6 @@
 """What a trainer says, turned into rows and stored objects: one message, one deed."""
 
 import logging
-import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -25,7 +24,7 @@ from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.storage import Storage
 from tunery.storage.errors import StorageFailed
-from worker.supervisor import upload, verdicts
+from worker.supervisor import measured, upload, verdicts
 from worker.supervisor.lease import Hold
 from worker.supervisor.staging import StoredFolder
 
@@ -130,16 +129,10 @@ class Scribe:
 
     def _note_step(self, step: wire.Step) -> None:
         self._newest, self._hold.step = step, step.step
-        self._steps.setdefault(step.step, {}).update(measures(step))
+        self._steps.setdefault(step.step, {}).update(measured.of_step(step))
 
     def _note_evaluation(self, evaluated: wire.Evaluated) -> None:
-        found = _finite(
-            full_valid_loss=evaluated.loss,
-            full_valid_mean_token_accuracy=evaluated.accuracy,
-            task_score=evaluated.task_score,
-            **_prefixed("full_valid", evaluated.metrics),
-        )
-        self._steps.setdefault(evaluated.step, {}).update(found)
+        self._steps.setdefault(evaluated.step, {}).update(measured.of_evaluation(evaluated))
         if evaluated.task_score is not None:
             data = evaluated.model_dump(include={"step", "task_metric", "task_score", "task_rows", "samples"})
             self._hold.write(
@@ -174,7 +167,7 @@ class Scribe:
     def _progress(self, step: wire.Step) -> dict[str, Any]:
         values: dict[str, Any] = {
             "step": step.step,
-            "progress": _finite(
+            "progress": measured.finite(
                 epoch=step.epoch,
                 train_loss=step.train_loss,
                 tokens=step.tokens,
@@ -235,7 +228,7 @@ class Scribe:
     # --- uploads ---
 
     def _upload_later(self, saved: wire.CheckpointSaved) -> None:
-        metrics = {"step": saved.step} | (measures(self._newest) if self._newest else {})
+        metrics = {"step": saved.step} | (measured.of_step(self._newest) if self._newest else {})
         metrics |= self._steps.get(saved.step, {})
         self._flush()
         self._pending.append(self._uploads.submit(self._upload, saved, metrics))
@@ -327,38 +320,11 @@ def add_model(
     return model
 
 
-def measures(step: wire.Step) -> dict[str, Any]:
-    """A step's row in `job_metrics`."""
-    return _finite(
-        train_loss=step.train_loss,
-        train_mean_token_accuracy=step.train_accuracy,
-        valid_loss=step.valid_loss,
-        valid_mean_token_accuracy=step.valid_accuracy,
-        learning_rate=step.learning_rate,
-        grad_norm=step.grad_norm,
-        epoch=step.epoch,
-        tokens=step.tokens,
-        seconds=step.seconds,
-        **_prefixed("train", step.train_metrics),
-        **_prefixed("valid", step.valid_metrics),
-    )
-
-
-def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
-    """A method's own measures as rows of `job_metrics` name them: `train_rewards_margin`."""
-    return {f"{prefix}_{name}": value for name, value in metrics.items()}
-
-
 def _told(values: dict[str, Any]) -> dict[str, Any]:
     """What an event says of a step: OpenAI's keys, and those of the method's own that begin as they do."""
     return {
         name: value for name, value in values.items() if name.startswith(("train_", "valid_", "full_valid_", "task_"))
     }
-
-
-def _finite(**values: float | None) -> dict[str, Any]:
-    # jsonb knows no NaN; what was not measured, or is not a number, is left out.
-    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
 def step_message(step: int, total: int | None, values: dict[str, Any]) -> str:

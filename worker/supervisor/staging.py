@@ -2,9 +2,9 @@
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -51,6 +51,14 @@ class StoredFolder:
 
 
 @dataclass(frozen=True)
+class Tracked:
+    """The trackers that a job asks for, as it spells them, and what they show of it besides measurements."""
+
+    integrations: Sequence[Mapping[str, Any]] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Needs:
     """All that one attempt finds in its run directory. `files` by their names in data/: train, valid, test, replay."""
 
@@ -59,6 +67,7 @@ class Needs:
     base: StoredFolder
     adapter: StoredFolder | None
     resume: StoredFolder | None
+    tracked: Tracked = Tracked()
 
 
 def base_folder(
@@ -162,7 +171,19 @@ def needs_of(session: Session, job: Job) -> Needs:
         base=_stored_folder(whole or base),
         adapter=_stored_folder(parent) if parent is not None and whole is None else None,
         resume=StoredFolder.parse(job.snapshot) if job.snapshot else None,
+        tracked=Tracked(job.integrations, {"model": job.model_name} | _flat(job.plan or {})),
     )
+
+
+def _flat(options: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """A plan's options by dotted names; those that have no value are left out."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{above}{name}.")
+        elif value is not None:
+            found[f"{above}{name}"] = value
+    return found
 
 
 def _stored_folder(model: Model) -> StoredFolder:

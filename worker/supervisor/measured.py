@@ -1,0 +1,53 @@
+"""What a trainer's messages measure, by the names of `job_metrics`, which trackers get too."""
+
+import math
+from typing import Any
+
+from tunery import wire
+
+
+def of_step(step: wire.Step) -> dict[str, Any]:
+    """A step's row in `job_metrics`."""
+    return finite(
+        train_loss=step.train_loss,
+        train_mean_token_accuracy=step.train_accuracy,
+        valid_loss=step.valid_loss,
+        valid_mean_token_accuracy=step.valid_accuracy,
+        learning_rate=step.learning_rate,
+        grad_norm=step.grad_norm,
+        epoch=step.epoch,
+        tokens=step.tokens,
+        seconds=step.seconds,
+        **_prefixed("train", step.train_metrics),
+        **_prefixed("valid", step.valid_metrics),
+    )
+
+
+def of_evaluation(evaluated: wire.Evaluated) -> dict[str, Any]:
+    """What an evaluation adds to its step's row."""
+    return finite(
+        full_valid_loss=evaluated.loss,
+        full_valid_mean_token_accuracy=evaluated.accuracy,
+        task_score=evaluated.task_score,
+        **_prefixed("full_valid", evaluated.metrics),
+    )
+
+
+def of_score(score: wire.Score) -> dict[str, Any]:
+    """The scorecard's figures, of base and tuned model."""
+    found: dict[str, float | None] = {"base_exact": score.base_exact, "tuned_exact": score.tuned_exact}
+    for name, measure in score.metrics.items():
+        found |= {f"base_{name}": measure.base, f"tuned_{name}": measure.tuned}
+    if score.general is not None:
+        found |= {"base_general": score.general.base_accuracy, "tuned_general": score.general.tuned_accuracy}
+    return finite(**{f"scorecard_{name}": value for name, value in found.items()})
+
+
+def finite(**values: float | None) -> dict[str, Any]:
+    """Those that are numbers: jsonb knows no NaN, and what was not measured is left out."""
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    """A method's own measures as rows of `job_metrics` name them: `train_rewards_margin`."""
+    return {f"{prefix}_{name}": value for name, value in metrics.items()}

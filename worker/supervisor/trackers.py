@@ -1,0 +1,200 @@
+"""What a run measures, on its way to the trackers of experiments that its job asks for: a process for each.
+
+Why neither the trainer nor this process talks to them, see docs/decisions/0029. Nothing here raises for a tracker: the
+job goes on without it, and one of its events says so.
+"""
+
+import json
+import logging
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from tunery import wire
+from tunery.jobs import ledger
+from tunery.jobs.model import JobEvent
+from tunery.processes import dies_with_parent
+from tunery.settings import Settings
+from worker.supervisor import measured
+from worker.supervisor.lease import Hold
+from worker.supervisor.process import ROOT, environment
+from worker.supervisor.staging import Tracked
+
+log = logging.getLogger(__name__)
+
+NAMES = {"wandb": "Weights & Biases", "mlflow": "MLflow"}
+END_SECONDS = 30.0
+"""Time for what waits to be sent when the run has ended: its device is held meanwhile."""
+_PROXIES = re.compile("(HTTPS?|NO|ALL)_PROXY|REQUESTS_CA_BUNDLE", re.IGNORECASE)
+_ABSENT = ("ModuleNotFoundError", "ImportError")
+
+
+class Tracker:
+    """A running `python -m worker.trackers`, told through a thread of its own: it may hang, and its pipe fill."""
+
+    def __init__(self, order: Mapping[str, Any], names: Mapping[str, str], said: Path) -> None:
+        self.kind: str = order["type"]
+        self._said = said
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        with said.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "worker.trackers"],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.DEVNULL,
+                cwd=ROOT,
+                env=dict(names),
+                start_new_session=True,
+                preexec_fn=dies_with_parent(signal.SIGKILL),
+            )
+        self.tell(order)
+        self._thread = threading.Thread(target=self._write, name=f"tunery-{self.kind}", daemon=True)
+        self._thread.start()
+
+    def tell(self, entry: Mapping[str, Any]) -> None:
+        """Queues a line for it."""
+        self._lines.put(json.dumps(entry) + "\n")
+
+    @property
+    def fault(self) -> str | None:
+        """The class of what ended it early; None while it runs, and where it ended well."""
+        status = self._process.poll()
+        if status in (None, 0):
+            return None
+        said = self._said.read_text(errors="replace").strip()
+        if said in _ABSENT:
+            return "its package is not installed on the worker"
+        return said or f"no answer in {END_SECONDS:.0f} s"
+
+    def end(self, seconds: float) -> None:
+        """Waits until it has sent all, for so long at most, and ends it with what it started."""
+        self._lines.put(None)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._thread.join()
+
+    def _write(self) -> None:
+        assert self._process.stdin is not None
+        with suppress(OSError), self._process.stdin as pipe:  # one that has ended listens no more
+            while (line := self._lines.get()) is not None:
+                pipe.write(line.encode())
+                pipe.flush()
+
+
+class Trackers:
+    """All trackers of one attempt, from its first message to its last."""
+
+    def __init__(self, hold: Hold, settings: Settings, run_dir: Path, mark: str, tracked: Tracked) -> None:
+        self.mark = mark
+        self._hold, self._settings, self._run_dir, self._tracked = hold, settings, run_dir, tracked
+        self._running: list[Tracker] = []
+        self._outcome = "interrupted"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def start(self) -> None:
+        """Starts a process for each tracker that the operator has set up, and warns of the others."""
+        for number, integration in enumerate(self._tracked.integrations):
+            names = self._environment(integration["type"])
+            if names is None:
+                name = NAMES[integration["type"]]
+                self._warn(f"This server sends nothing to {name}: its operator has not set it up")
+                continue
+            order = {**integration, "job": self._hold.lease.job_id, "config": self._tracked.config}
+            self._running.append(Tracker(order, names, self._run_dir / f"tracker-{number}.txt"))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        seconds = END_SECONDS if kind is None else 0.0
+        for tracker in self._running:
+            tracker.tell({"outcome": self._outcome})
+            tracker.end(seconds)
+        if kind is None:
+            self._drop_faulty(ended=True)
+
+    def hear(self, message: wire.Spoken | None) -> None:
+        """Tells what a message measures; None is a moment of silence."""
+        if self._running:
+            self._drop_faulty()
+        match message:
+            case wire.Step():
+                self._tell(message.step, measured.of_step(message))
+            case wire.Evaluated():
+                self._tell(message.step, measured.of_evaluation(message))
+            case wire.Score():
+                self._tell(None, measured.of_score(message))
+            case wire.Finished():
+                self._outcome = "succeeded"
+            case wire.Failed() if message.kind != "crashed":
+                self._outcome = "failed"
+
+    def _tell(self, step: int | None, measures: Mapping[str, float]) -> None:
+        for tracker in self._running:
+            tracker.tell({"step": step, "measures": measures})
+
+    def _drop_faulty(self, *, ended: bool = False) -> None:
+        for tracker in [tracker for tracker in self._running if tracker.fault is not None]:
+            self._warn(f"{NAMES[tracker.kind]} is not told of this run ({tracker.fault}). The job goes on without it")
+            self._running.remove(tracker)
+            if not ended:
+                tracker.end(0)
+
+    def _warn(self, message: str) -> None:
+        log.warning("%s: %s", self._hold.lease.job_id, message)
+        self._hold.write(lambda session: _note_once(session, self._hold.lease.job_id, message))
+
+    def _environment(self, kind: str) -> dict[str, str] | None:
+        """What a tracker's process sees; None where the operator has not set it up."""
+        own = _of_wandb(self._settings) if kind == "wandb" else _of_mlflow(self._settings)
+        if own is None:
+            return None
+        proxies = {name: value for name, value in os.environ.items() if _PROXIES.fullmatch(name)}
+        return environment((), self.mark) | proxies | own
+
+
+def _of_wandb(settings: Settings) -> dict[str, str] | None:
+    if settings.wandb_mode == "off":
+        return None
+    folder = str(settings.trackers_dir.absolute())
+    names = {"WANDB_MODE": settings.wandb_mode, "WANDB_DIR": folder, "WANDB_SILENT": "true"}
+    if settings.wandb_api_key is not None:
+        names["WANDB_API_KEY"] = settings.wandb_api_key.get_secret_value()
+    if settings.wandb_base_url is not None:
+        names["WANDB_BASE_URL"] = settings.wandb_base_url
+    return names
+
+
+def _of_mlflow(settings: Settings) -> dict[str, str] | None:
+    if settings.mlflow_tracking_uri is None:
+        return None
+    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    # Without it MLflow refuses an address of a folder, which it keeps and adds nothing to.
+    return (
+        patience
+        | {"MLFLOW_ALLOW_FILE_STORE": "true"}
+        | {"MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri.get_secret_value()}
+    )
+
+
+def _note_once(session: Session, job_id: str, message: str) -> None:
+    """Attempts that come after say the same."""
+    said: Iterable[str] = session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id))
+    if message not in said:
+        ledger.note(session, job_id, message, level="warn")

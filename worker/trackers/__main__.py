@@ -1,0 +1,132 @@
+"""`python -m worker.trackers`: tells one tracker of experiments of one run. See docs/decisions/0029.
+
+Standard input: a line with the `Order` as JSON, then a line a measurement, and one with how the run ended. Keys and
+addresses stand in the environment, under the names that the tracker's own library reads. Standard output: the class of
+what went wrong, if anything did, and nothing of its text, which may hold an address with a password.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+Measures = dict[str, float]
+
+_JOB = "tunery.job"
+"""The tag by which a later attempt finds the run."""
+_MOST_PARAM = 500
+"""Characters that every store of MLflow takes."""
+
+
+class Tracker(Protocol):
+    """An open run of a tracker."""
+
+    def log(self, step: int | None, measures: Measures) -> None:
+        """Tells what was measured at a step; without one, of the whole run."""
+
+    def end(self, outcome: str) -> None:
+        """Ends the run. `outcome`: succeeded, failed, or interrupted, which another attempt goes on from."""
+
+
+def open_wandb(order: dict[str, Any]) -> Tracker:
+    """Opens the run of Weights & Biases whose id is the job's, or goes on with it."""
+    import wandb
+
+    asked = order["wandb"]
+    Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
+    run = wandb.init(
+        project=asked["project"],
+        name=asked.get("name") or order["job"],
+        entity=asked.get("entity"),
+        tags=asked.get("tags") or None,
+        id=order["job"],
+        resume="allow",
+        config=order["config"],
+        save_code=False,
+        settings=wandb.Settings(console="off", disable_git=True, init_timeout=30),
+    )
+    return _Wandb(run)
+
+
+class _Wandb:
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def log(self, step: int | None, measures: Measures) -> None:
+        if step is None:
+            self._run.summary.update(measures)
+        else:
+            self._run.log(measures, step=step)
+
+    def end(self, outcome: str) -> None:
+        self._run.finish(exit_code=1 if outcome == "failed" else 0)
+
+
+def open_mlflow(order: dict[str, Any]) -> Tracker:
+    """Opens the MLflow run that has the job's tag in the experiment, or a new one."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Param, RunTag
+
+    client, asked = MlflowClient(), order["mlflow"]
+    name = asked["experiment_name"]
+    known = client.get_experiment_by_name(name)
+    experiment = client.create_experiment(name) if known is None else known.experiment_id
+    found = client.search_runs([experiment], f"tags.`{_JOB}` = '{order['job']}'", max_results=1)
+    if found:
+        return _Mlflow(client, found[0].info.run_id)
+    run = client.create_run(experiment, run_name=asked.get("run_name") or order["job"]).info.run_id
+    params = [Param(param, str(value)[:_MOST_PARAM]) for param, value in order["config"].items()]
+    client.log_batch(run, params=params, tags=[RunTag(_JOB, order["job"])])
+    return _Mlflow(client, run)
+
+
+class _Mlflow:
+    def __init__(self, client: Any, run: str) -> None:
+        self._client, self._run = client, run
+
+    def log(self, step: int | None, measures: Measures) -> None:
+        from mlflow.entities import Metric
+
+        now = round(time.time() * 1000)
+        metrics = [Metric(name, value, now, step or 0) for name, value in measures.items()]
+        self._client.log_batch(self._run, metrics=metrics)
+
+    def end(self, outcome: str) -> None:
+        if outcome != "interrupted":
+            self._client.set_terminated(self._run, "FINISHED" if outcome == "succeeded" else "FAILED")
+
+
+OPENERS: dict[str, Callable[[dict[str, Any]], Tracker]] = {"wandb": open_wandb, "mlflow": open_mlflow}
+
+
+def main() -> int:
+    """The exit status: 1 where the tracker could not be told."""
+    # Libraries print to standard output; what we say there must be ours alone.
+    said = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        _tell(sys.stdin)
+    except Exception as error:  # noqa: BLE001 (whatever a library raises, the class of it is the answer)
+        said.write(type(error).__name__)
+        said.close()
+        return 1
+    return 0
+
+
+def _tell(lines: Any) -> None:
+    order = json.loads(next(lines))
+    tracker, outcome = OPENERS[order["type"]](order), "interrupted"
+    for line in lines:
+        entry = json.loads(line)
+        if "outcome" in entry:
+            outcome = entry["outcome"]
+        else:
+            tracker.log(entry["step"], entry["measures"])
+    tracker.end(outcome)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
