@@ -6,6 +6,7 @@ from pydantic import ConfigDict, Field
 
 from api.schemas.wire import Body, Deleted, Wire, maybe_seconds, seconds
 from tunery.datasets import model
+from tunery.rows.preview_model import Preview
 from tunery.spec import Int
 
 Purpose = Literal["fine-tune", "assistants", "batch", "vision", "user_data", "evals"]
@@ -167,3 +168,53 @@ class UploadPart(Wire):
     @classmethod
     def of(cls, row: model.UploadPart) -> "UploadPart":
         return cls(id=row.id, created_at=seconds(row.created_at), upload_id=row.upload_id)
+
+
+PREVIEW: dict[str, Any] = {
+    "object": "file.preview",
+    "file": "file-abc123",
+    "model": "SmolLM2-135M-Instruct",
+    "chat_template_sha256": "0" * 64,
+    "max_tokens": 2048,
+    "shape": "chat messages",
+    "passed": True,
+    "rows": [
+        {
+            "number": 1,
+            "line": None,
+            "sequences": [
+                {
+                    "tokens": [
+                        {"id": 1, "text": "<|im_start|>", "state": "masked"},
+                        {"id": 28120, "text": "Hello", "state": "trained"},
+                        {"id": 2, "text": "<|im_end|>", "state": "trained"},
+                    ],
+                    "trained": 2,
+                    "masked": 1,
+                    "cut": 0,
+                    "omitted": 0,
+                }
+            ],
+            "failed": [],
+            "error": None,
+        }
+    ],
+    "checks": [
+        {
+            "name": "one_bos",
+            "passed": True,
+            "what": "No row begins with two BOS tokens",
+            "rows": [],
+            "advice": None,
+        }
+    ],
+}
+
+
+class FilePreview(Preview, Wire):
+    """What a model learns of a file's first rows, token by token."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [PREVIEW]})
+
+    object: Literal["file.preview"] = "file.preview"
+    file: str

@@ -29,6 +29,7 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "retrieve_file": [("/v1/files/{file}", {})],
     "delete_file": [("/v1/files/{file}", {})],
     "download_file": [("/v1/files/{file}/content", {})],
+    "preview_file": [("/v1/files/{file}/preview?model={base}", {}), ("/v1/files/{file}/preview?model={tuned}", {})],
     "create_upload": [],
     "create_part": [("/v1/uploads/{upload}/parts", PART)],
     "complete_upload": [("/v1/uploads/{upload}/complete", {"json": {"part_ids": ["{part}"]}})],

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tunery.failures import InvalidTrainingFile, NotFinite
-from tunery.rows.template import ChatTemplate
+from tunery.rows.preview_model import Preview
+from tunery.rows.template import IGNORED, ChatTemplate
 from tunery.spec import EarlyStopping, Evaluation, Full, Lora, Qlora
 from tunery.wire import Evaluated
-from worker.trainer import checkpoints, paths, validation
+from worker.trainer import checkpoints, paths, previews, validation
 from worker.trainer.data import collate
 from worker.trainer.loop import train
 from worker.trainer.report import CSV_HEADER, Voice
@@ -61,7 +62,32 @@ def test_adapter_is_exported_as_peft_loads_it(tmp_path: Path, tiny: Path, ear: E
         ("public", "checkpoints/step-6"),
     ]
     assert (folder / "checkpoints" / "step-3" / "adapter_model.safetensors").exists()
+    assert (folder / "out" / "preview.html").exists()
     assert AutoTokenizer.from_pretrained(folder / "out").chat_template
+
+
+def test_model_comes_with_a_preview_of_its_rows(tmp_path: Path, tiny: Path) -> None:
+    folder = lay_out(tmp_path / "run", tiny, plan(max_seq_length=48), ROWS)
+    t = prepare(folder, Voice(None), Wish())
+
+    previews.write(t, tmp_path)
+
+    made = Preview.model_validate_json((tmp_path / "preview.json").read_text())
+    tokens = [[token.id for token in row.sequences[0].tokens if token.state != "cut"] for row in made.rows
+              if row.sequences[0].trained]  # fmt: skip
+    assert tokens == [row.input_ids for row in t.rows.rows[:10]]
+    assert t.rows.truncated
+    assert t.rows.unlearnable
+    assert {check.name: check.passed for check in made.checks}["rows_of_the_run"]
+    assert "of ftjob-test" in (tmp_path / "preview.html").read_text()
+
+
+def test_preview_of_other_rows_than_the_runs_fails(tmp_path: Path, tiny: Path) -> None:
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
+    t.rows.rows[3].labels[-2] = IGNORED
+
+    [check] = [check for check in previews.make(t).checks if check.name == "rows_of_the_run"]
+    assert (check.passed, check.rows) == (False, [4])
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,11 @@ class Manifest(BaseModel):
     version: Literal[1] = 1
     files: tuple[ManifestFile, ...]
 
+    @property
+    def texts(self) -> "Manifest":
+        """Its files without the weights: tokenizer, chat template and configs of a model."""
+        return Manifest(files=tuple(file for file in self.files if not file.path.endswith(".safetensors")))
+
     def encode(self) -> bytes:
         """The canonical JSON: what is stored as manifest.json and what `sha256` is the digest of."""
         return (self.model_dump_json(indent=1) + "\n").encode()

@@ -2,15 +2,17 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
-from tunery.cli import file_check, show
+from tunery.cli import file_check, preview, show
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Remote
 from tunery.cli.report import ReportUnavailable, print_report
 from tunery.local.drawing import size
+from tunery.rows.preview_model import Preview
+from tunery.spec import LossOn
 
 app = typer.Typer(no_args_is_help=True, help="Training, validation and test files.")
 
@@ -46,6 +48,46 @@ def check(
     """Check files here, without a server: format, columns, rows. Ends with 1 where one cannot be trained on."""
     if not all([file_check.check(path, role) for path in paths]):  # noqa: C419 (every file is judged)
         raise typer.Exit(1)
+
+
+@app.command("preview")
+def preview_file(
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(help="A file here, or the id of an uploaded one (file-...).")],
+    model: Annotated[str, typer.Option("--model", "-m", help="A base on the server, or a folder with tokenizer.json.")],
+    rows: Annotated[int, typer.Option("--rows", "-n", min=1, max=20, help="Rows, from the file's start.")] = 3,
+    max_tokens: Annotated[int, typer.Option(min=16, help="The job's max_seq_length.")] = 2048,
+    loss_on: Annotated[str, typer.Option(help="assistant, last_assistant or all.")] = "assistant",
+    html: Annotated[Path | None, typer.Option(help="Also write a page with coloured tokens here.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Show each token of a file's first rows, trained, masked or cut, and whether the right ones are learned. Ends with
+    1 where a check fails. With a file and a folder it needs no server."""
+    made = _preview(context, file, model, {"rows": rows, "max_tokens": max_tokens, "loss_on": loss_on})
+    if html is not None:
+        preview.write_page(made, Path(file).name, html)
+    if json:
+        show.as_json(made.model_dump(mode="json"))
+    else:
+        preview.print_preview(made)
+    if not made.passed:
+        raise typer.Exit(1)
+
+
+def _preview(context: typer.Context, file: str, model: str, options: dict[str, Any]) -> Preview:
+    if options["loss_on"] not in get_args(LossOn):
+        raise typer.BadParameter(f"--loss-on {options['loss_on']}: use {', '.join(get_args(LossOn))}.")
+    path, base = Path(file), Path(model)
+    if not path.is_file():
+        return preview.fetch(connect(context), file, model=model, **options)
+    if (base / "tokenizer.json").is_file():
+        return preview.make(path, base, **options)
+    api = connect(context)
+    stored = upload_file(api, path)["id"]  # the base is on the server, so the rows have to go there
+    try:
+        return preview.fetch(api, stored, model=model, **options)
+    finally:
+        api.call("DELETE", f"/files/{stored}")
 
 
 @app.command("list")

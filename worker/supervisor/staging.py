@@ -102,10 +102,9 @@ def text_folder(models_dir: Path, storage: Storage, model: Model) -> Path:
         return whole
     if not (folder / manifest.NAME).exists():
         listed = _without_exports(storage, stored.prefix, stored.sha256)
-        texts = tuple(file for file in listed.files if not file.path.endswith(".safetensors"))
         models_dir.mkdir(parents=True, exist_ok=True)
         with _locked(models_dir / f".{stored.sha256}.lock"):
-            manifest.fetch(storage, stored.prefix, manifest.Manifest(files=texts), folder)
+            manifest.fetch(storage, stored.prefix, listed.texts, folder)
     return folder
 
 

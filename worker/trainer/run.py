@@ -32,6 +32,7 @@ from worker.trainer import (
     paths,
     pieces,
     preflight,
+    previews,
     reference,
     report,
     rope,
@@ -348,6 +349,7 @@ def _write(
         (partial / "gate.json").write_text(verdict.model_dump_json(indent=2, exclude={"type"}) + "\n")
     checkpoints.write_artifact(t, progress, partial, weights)
     event_files.write(partial, t.voice.metrics)
+    previews.write(t, partial)
     parity.write(t, answered, partial)
     export.write(t, partial)
     shutil.rmtree(t.folder / "out", ignore_errors=True)

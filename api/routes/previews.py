@@ -1,0 +1,75 @@
+"""What a base would learn of a file, token by token."""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Response
+from sqlalchemy.orm import Session
+
+from api.dependencies import SessionsDep, StorageDep, StreamCallerDep
+from api.schemas.files import FilePreview
+from api.schemas.wire import errors
+from tunery.artifacts import templates
+from tunery.datasets import shelf
+from tunery.errors import InvalidValue
+from tunery.failures import InvalidTrainingFile
+from tunery.models import registry
+from tunery.models.model import Model
+from tunery.rows import preview, preview_page
+from tunery.rows.encoding import CHATS_OR_PAIRS, RowEncoder, find_encoder
+from tunery.rows.preview_model import Preview
+from tunery.spec import LossOn, Supervised
+
+router = APIRouter(prefix="/v1/files", tags=["Files"])
+
+
+# A def without a transaction: rendering takes a second or two, and no connection of the database waits meanwhile.
+@router.get(
+    "/{file_id}/preview",
+    summary="Preview what a model learns of a file",
+    response_model=FilePreview,
+    responses=errors(404)
+    | {200: {"content": {"text/html": {"example": "<!doctype html>..."}}, "description": "The preview"}},
+)
+def preview_file(
+    file_id: str,
+    caller: StreamCallerDep,
+    sessions: SessionsDep,
+    storage: StorageDep,
+    model: Annotated[str, Query(min_length=1, description="A base or tuned model, whose tokenizer and template count")],
+    rows: Annotated[int, Query(ge=1, le=preview.MOST_ROWS, description="Rows, from the file's start")] = 3,
+    max_tokens: Annotated[int, Query(ge=16, le=1_048_576, description="The job's max_seq_length")] = 2048,
+    loss_on: Annotated[LossOn, Query(description="The tokens that are learned")] = "assistant",
+    format: Annotated[Literal["json", "html"], Query(description="html: a page with coloured tokens")] = "json",
+) -> FilePreview | Response:
+    """Every token of the first rows, as the trainer will have it: trained, masked or cut; and whether the right ones
+    are learned."""
+    with sessions.begin() as session:
+        file = shelf.find(session, caller.project_id, file_id)
+        base = _base(session, caller.project_id, model)
+    # A protocol does not say that its classes can be hashed.
+    template = templates.load(storage, base.prefix, base.manifest_sha256 or "")  # type: ignore[arg-type]
+    try:
+        made = preview.make(
+            storage.read(file.key), template, _encoder(loss_on), model=model, rows=rows, max_tokens=max_tokens
+        )
+    except InvalidTrainingFile as error:
+        raise InvalidValue(param="file_id", reason=str(error.fields["reason"])) from error
+    return _answer(made, file_id, file.filename, format)
+
+
+def _base(session: Session, project_id: str, name: str) -> Model:
+    """The base that a model is or was made from. Raises ModelNotFound, WrongState."""
+    found = registry.find_ready(session, project_id, name)
+    return found if found.base_id is None else session.get_one(Model, found.base_id)
+
+
+def _encoder(loss_on: LossOn) -> RowEncoder:
+    """Of pairs too, which `loss_on` says nothing about."""
+    return CHATS_OR_PAIRS if loss_on == "assistant" else find_encoder(Supervised(loss_on=loss_on), "training")
+
+
+def _answer(made: Preview, file_id: str, filename: str, format: str) -> FilePreview | Response:
+    if format == "json":
+        return FilePreview(file=file_id, **dict(made))
+    page = preview_page.draw(made, filename)
+    return Response(page, media_type="text/html", headers={"content-security-policy": preview_page.POLICY})

@@ -1,0 +1,94 @@
+"""The preview of a file for a base, as JSON and as a page."""
+
+import json
+from pathlib import Path
+
+import pytest
+import rows
+from databases import Database
+from teams import LINE, Team
+from templates import CHATML, model_folder
+
+from tunery.artifacts import manifest
+from tunery.storage import open_storage
+
+PAIR = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n"
+
+
+@pytest.fixture
+def base(database: Database, tmp_path: Path) -> str:
+    """A ready base in storage, of which weights are no part."""
+    folder = model_folder(tmp_path / "base", CHATML)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    published, sha256 = manifest.publish(open_storage(database.settings), "models/previewed", folder)
+    (path,) = Path(database.settings.storage_url.removeprefix("file://")).rglob("model.safetensors")
+    path.unlink()  # read, it would be missed
+    with database.sessions.begin() as session:
+        rows.base(
+            session,
+            "previewed",
+            prefix="models/previewed",
+            manifest=published.model_dump(mode="json"),
+            manifest_sha256=sha256,
+        )
+    return "previewed"
+
+
+def _upload(team: Team, data: str) -> str:
+    files = {"file": ("<b>.jsonl", data.encode())}
+    answer = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files=files)
+    return str(answer.json()["id"])
+
+
+def test_preview_marks_every_token(team: Team, base: str) -> None:
+    file = _upload(team, LINE * 5)
+    answer = team.http.get(f"/v1/files/{file}/preview", params={"model": base, "rows": 2})
+
+    assert answer.status_code == 200, answer.text
+    made = answer.json()
+    assert (made["object"], made["file"], made["model"], made["passed"]) == ("file.preview", file, base, True)
+    assert [row["number"] for row in made["rows"]] == [1, 2]
+    [sequence] = made["rows"][0]["sequences"]
+    trained = [token["text"] for token in sequence["tokens"] if token["state"] == "trained"]
+    assert (trained, sequence["trained"]) == (["a", "<|im_end|>"], 2)
+
+
+def test_preview_follows_its_options(team: Team, base: str) -> None:
+    asked = {"model": base, "rows": 1, "max_tokens": 20, "loss_on": "all"}
+    made = team.http.get(f"/v1/files/{_upload(team, LINE)}/preview", params=asked).json()
+
+    [sequence] = made["rows"][0]["sequences"]
+    assert (sequence["trained"], sequence["masked"]) == (19, 1)
+    assert sequence["cut"] > 0
+    assert [check["name"] for check in made["checks"] if not check["passed"]] == ["end_of_turn_trained"]
+
+
+def test_preview_shows_both_answers_of_a_pair(team: Team, base: str) -> None:
+    made = team.http.get(f"/v1/files/{_upload(team, PAIR)}/preview", params={"model": base}).json()
+    assert (len(made["rows"][0]["sequences"]), made["passed"]) == (2, True)
+
+
+def test_page_has_a_policy_under_which_nothing_runs(team: Team, base: str) -> None:
+    file = _upload(team, LINE)
+    answer = team.http.get(f"/v1/files/{file}/preview", params={"model": base, "format": "html"})
+
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "&lt;b&gt;.jsonl" in answer.text
+
+
+def test_preview_of_what_is_not_there_is_refused(team: Team, base: str, make_team: object) -> None:
+    file = _upload(team, LINE)
+    ask = lambda **query: team.http.get(f"/v1/files/{file}/preview", params=query)  # noqa: E731
+
+    assert (ask(model="none").status_code, ask().status_code) == (404, 400)
+    assert ask(model=base, rows=21).json()["error"]["param"] == "rows"
+    assert make_team("others").http.get(f"/v1/files/{file}/preview", params={"model": base}).status_code == 404  # type: ignore[operator]
+
+
+def test_file_that_holds_no_rows_is_refused(team: Team, base: str) -> None:
+    files = {"file": ("a.bin", b"\x00\x01")}
+    file = team.http.post("/v1/files", data={"purpose": "user_data"}, files=files).json()["id"]
+    answer = team.http.get(f"/v1/files/{file}/preview", params={"model": base})
+
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "file_id")

@@ -1,0 +1,83 @@
+"""`tunery files preview`: each token of a file's first rows, trained, masked or cut."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from tunery.cli import show
+from tunery.cli.remote import Refused, Remote
+from tunery.failures import JobFailure
+from tunery.rows import preview, preview_page
+from tunery.rows.encoding import CHATS_OR_PAIRS, find_encoder
+from tunery.rows.errors import CannotRender
+from tunery.rows.preview_model import Preview, PreviewRow, Sequence, State
+from tunery.rows.template import ChatTemplate
+from tunery.spec import LossOn, Supervised
+
+_STYLES: dict[State, str] = {"trained": "bold green", "masked": "dim", "cut": "strike red"}
+_MARKS: dict[State, tuple[str, str]] = {"trained": ("⟦", "⟧"), "masked": ("", ""), "cut": ("~", "~")}
+"""What stands around a stretch of tokens where there are no colours."""
+
+
+def make(path: Path, base: Path, *, rows: int, max_tokens: int, loss_on: LossOn) -> Preview:
+    """The preview of a file here, by the tokenizer and template in the folder `base`. Raises Refused."""
+    encoder = CHATS_OR_PAIRS if loss_on == "assistant" else find_encoder(Supervised(loss_on=loss_on), "training")
+    try:
+        template = ChatTemplate.load(base)
+        return preview.make(
+            _chunks(path), template, encoder, model=base.resolve().name, rows=rows, max_tokens=max_tokens
+        )
+    except (JobFailure, CannotRender) as error:
+        raise Refused(message=f"{path}: {error.fields.get('reason') or error.message}") from error
+
+
+def fetch(api: Remote, file: str, **query: Any) -> Preview:
+    """The server's preview of a file there."""
+    return Preview.model_validate(api.call("GET", f"/files/{file}/preview", params=query))
+
+
+def print_preview(made: Preview) -> None:
+    """Prints every row and the checks. Without colours ⟦…⟧ stand around what is learned and ~…~ around what is cut."""
+    if made.shape:
+        show.console.print(Text(f"{made.shape}; cut at {made.max_tokens:,} tokens", style="dim"), soft_wrap=True)
+    for row in made.rows:
+        show.console.print(_title(row), soft_wrap=True)
+        for sequence in row.sequences:
+            show.console.print(_tokens(sequence), soft_wrap=True)
+    for check in made.checks:
+        sign = Text("✓ ", style="green") if check.passed else Text("✗ ", style="red")
+        failed = "" if check.passed else f": not in row {', '.join(map(str, check.rows))}. {check.advice}"
+        show.console.print(sign + Text(check.what + failed), soft_wrap=True)
+
+
+def write_page(made: Preview, name: str, path: Path) -> None:
+    """Writes the page with coloured tokens."""
+    path.write_text(preview_page.draw(made, name), encoding="utf-8")
+
+
+def _title(row: PreviewRow) -> Text:
+    counts = ", then ".join(
+        f"{sequence.trained} trained, {sequence.masked} masked, {sequence.cut} cut" for sequence in row.sequences
+    )
+    return Text.assemble("\n", (f"Row {row.number}", "bold"), "  ", row.error or counts)
+
+
+def _tokens(sequence: Sequence) -> Text:
+    plain = show.console.no_color or show.console.color_system is None
+    shown = Text()
+    for state, tokens in groupby(sequence.tokens, key=lambda token: token.state):
+        text = "".join(preview_page.visible(token.text) if token.text else "" for token in tokens)
+        before, after = _MARKS[state] if plain else ("", "")
+        shown.append(before + text + after, style=_STYLES[state])
+    if sequence.omitted:
+        shown.append(f" … and {sequence.omitted:,} more tokens")
+    return shown
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            yield chunk

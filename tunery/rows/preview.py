@@ -1,0 +1,117 @@
+"""What a model learns of a file's first rows, token by token, and whether it learns the right ones.
+
+Ids and labels are those of the rows' encoder, through which the trainer reads: no label is decided here.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from tokenizers.decoders import DecodeStream
+
+from tunery.failures import InvalidTrainingFile
+from tunery.rows.encoding import RowEncoder, read_rows
+from tunery.rows.formats import SourceRow
+from tunery.rows.messages import FileRole
+from tunery.rows.preview_checks import Checker, Marked
+from tunery.rows.preview_model import Preview, PreviewRow, Sequence, State, Token
+from tunery.rows.shapes import FileShape
+from tunery.rows.template import IGNORED, ChatTemplate
+
+MOST_ROWS = 20
+MOST_SHOWN = 4096
+"""Tokens of a sequence that are shown; all of them are counted and checked."""
+MOST_CHARACTERS = 2**20
+"""Of a row's source. A longer one would take seconds to tokenise, and nobody reads it token by token."""
+_UNCUT = 2**31
+
+
+def make(
+    chunks: Iterable[bytes],
+    template: ChatTemplate,
+    encoder: RowEncoder,
+    *,
+    model: str,
+    rows: int = 3,
+    max_tokens: int = 2048,
+    role: FileRole = "training",
+) -> Preview:
+    """The preview of a file's first rows, cut at `max_tokens`. Reads no further than them.
+
+    Raises InvalidTrainingFile where the bytes are no rows.
+    """
+    shape, checker = FileShape(), Checker(template)
+    shown = [
+        _preview_row(source, template, encoder, checker, max_tokens, role)
+        for source in islice(read_rows(chunks, role, shape), min(rows, MOST_ROWS))
+    ]
+    checks = checker.verdicts()
+    return Preview(
+        model=model,
+        chat_template_sha256=template.sha256,
+        max_tokens=max_tokens,
+        shape=shape.describe() or shape.name,
+        rows=shown,
+        checks=checks,
+        passed=all(check.passed for check in checks),
+    )
+
+
+def _preview_row(
+    source: SourceRow, template: ChatTemplate, encoder: RowEncoder, checker: Checker, max_tokens: int, role: FileRole
+) -> PreviewRow:
+    failed: set[str] = set()
+    try:
+        _check_length(source, role)
+        example = encoder.parse(source, role)
+        encoded = encoder.encode(template, example, source.number, max_length=_UNCUT, role=role)
+    except InvalidTrainingFile as error:
+        checker.refuse(source.number)
+        reason = str(error.fields["reason"])
+        return PreviewRow(number=source.number, line=source.line, error=reason, failed=["rows_are_read"])
+    failed |= checker.check_roles(source.number, example)
+    marked = [Marked(rendered.input_ids, rendered.labels, max_tokens) for rendered in encoded.sequences]
+    for sequence in marked:
+        failed |= checker.check_sequence(source.number, sequence)
+    sequences = [describe(template, sequence) for sequence in marked]
+    return PreviewRow(number=source.number, line=source.line, sequences=sequences, failed=sorted(failed))
+
+
+def _check_length(source: SourceRow, role: FileRole) -> None:
+    fields = source.fields or {}
+    if sum(len(str(value)) for value in fields.values()) > MOST_CHARACTERS:
+        reason = f"Example {source.number} is longer than {MOST_CHARACTERS:,} characters, too long for a preview."
+        raise InvalidTrainingFile(param=f"{role}_file", role=role, reason=reason)
+
+
+def describe(template: ChatTemplate, marked: Marked) -> Sequence:
+    """A sequence's tokens with their texts, and how many of each state it has."""
+    states = list(_states(marked))
+    shown = marked.input_ids[:MOST_SHOWN]
+    texts = _texts(template, shown)
+    tokens = [Token(id=id, text=text, state=state) for id, text, state in zip(shown, texts, states, strict=False)]
+    return Sequence(
+        tokens=tokens,
+        trained=states.count("trained"),
+        masked=states.count("masked"),
+        cut=states.count("cut"),
+        omitted=len(states) - len(tokens),
+    )
+
+
+def _states(marked: Marked) -> Iterator[State]:
+    for place, label in enumerate(marked.labels):
+        if place >= marked.max_tokens:
+            yield "cut"
+        else:  # nothing stands before the first token to predict it from
+            yield "masked" if label == IGNORED or place == 0 else "trained"
+
+
+def _texts(template: ChatTemplate, ids: list[int]) -> Iterator[str]:
+    """Each token's text. A character of several tokens is the text of its last; the others have none."""
+    stream = DecodeStream(skip_special_tokens=False)
+    for id in ids:
+        try:
+            yield stream.step(template.tokenizer, id) or ""
+        except Exception:  # noqa: BLE001  (the library's own class is that of all errors) bytes that are no character
+            stream = DecodeStream(skip_special_tokens=False)
+            yield template.tokenizer.decode([id], skip_special_tokens=False)

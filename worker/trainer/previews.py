@@ -1,0 +1,65 @@
+"""The preview that a run leaves with its model: the first rows, token by token, as it trained on them."""
+
+from pathlib import Path
+
+from tunery.rows import preview, preview_page
+from tunery.rows.encoding import find_encoder
+from tunery.rows.preview_model import Check, Preview, Sequence
+from worker.trainer.data import Row
+from worker.trainer.training import Training
+
+_ROWS = 10
+_COMPARED = 1000
+"""The run's first rows, in the file's order: more than the sequences that are shown."""
+_CHUNK_BYTES = 2**20
+
+
+def write(t: Training, out: Path) -> None:
+    """Writes `preview.json` and `preview.html`."""
+    made = make(t)
+    (out / "preview.json").write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (out / "preview.html").write_text(preview_page.draw(made, f"the rows of {t.run.job}"), encoding="utf-8")
+
+
+def make(t: Training) -> Preview:
+    """The preview of the training file, with one more check: its tokens and labels are those of the run's rows."""
+    with (t.folder / "data" / "train.jsonl").open("rb") as file:
+        made = preview.make(
+            iter(lambda: file.read(_CHUNK_BYTES), b""),
+            t.template,
+            find_encoder(t.plan.method, "training"),
+            model=t.run.base_model,
+            rows=_ROWS,
+            max_tokens=t.plan.max_seq_length,
+        )
+    return _compared(made, {_of_row(row) for row in t.rows.rows[:_COMPARED]})
+
+
+def _compared(made: Preview, trained: set[tuple[tuple[int, ...], tuple[bool, ...]]]) -> Preview:
+    """The preview with the check that it shows nothing but what the run has."""
+    failing = [
+        row.number
+        for row in made.rows
+        if all(sequence.trained for sequence in row.sequences)  # the cut takes other rows from the run
+        and any(_of_sequence(sequence) not in trained for sequence in row.sequences)
+    ]
+    check = Check(
+        name="rows_of_the_run",
+        passed=not failing,
+        what="These tokens and labels are those that the run trained on",
+        rows=failing,
+        advice="Report this as a fault: the preview must show the run's own rows." if failing else None,
+    )
+    return made.model_copy(update={"checks": [*made.checks, check], "passed": made.passed and check.passed})
+
+
+def _of_row(row: Row) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """As much of a row as a preview shows, and which of its tokens are learned."""
+    shown = preview.MOST_SHOWN
+    learned = [label >= 0 for label in row.labels[:shown]]
+    return tuple(row.input_ids[:shown]), (False, *learned[1:])
+
+
+def _of_sequence(sequence: Sequence) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    kept = [token for token in sequence.tokens if token.state != "cut"]
+    return tuple(token.id for token in kept), tuple(token.state == "trained" for token in kept)
