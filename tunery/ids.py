@@ -17,6 +17,8 @@ def new(prefix: str) -> str:
 
 
 FILE = "file-"
+REPORT = "report_"
+FILE_EVENT = "fileevent-"
 UPLOAD = "upload_"
 PART = "part_"
 JOB = "ftjob-"

@@ -45,6 +45,8 @@ class Settings(BaseSettings):
     )
     serve_gpu: int | None = Field(None, description="GPU of the model server; never claimed for training. Absent: CPU")
 
+    file_reports: bool = Field(True, description="Whether workers for I/O report on every training file")
+
     webhook_allow: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
         (), description="Networks, comma-separated, that webhooks may reach besides public https addresses"
     )

@@ -1,5 +1,6 @@
 """Files. An upload streams through: its bytes are checked and stored as they come; no transaction waits for them."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -11,11 +12,12 @@ from api.dependencies import CallerDep, SessionDep, SessionsDep, SettingsDep, St
 from api.forms import Form
 from api.schemas import files as wire
 from api.schemas.wire import CursorList, errors
-from tunery.datasets import shelf
+from tunery.datasets import reports, shelf
+from tunery.datasets.arrival import ArrivalCheck
+from tunery.datasets.model import File
 from tunery.jobs import ledger
 from tunery.keys.ring import Caller
 from tunery.paging import Order
-from tunery.rows import readers
 from tunery.rows.errors import InvalidRows
 from tunery.storage import Storage, Stored, Writer
 
@@ -61,7 +63,7 @@ class _Arriving:
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
-        self._checker = readers.Checker()
+        self._checker = ArrivalCheck()
         self._fault: InvalidRows | None = None
 
     def take(self, form: Form, data: bytes) -> None:
@@ -124,10 +126,16 @@ def _record(
                 filename=(form.filename or "upload")[:255],
                 expires_after=fields.expires_after.seconds if fields.expires_after else None,
             )
+            return _shown(session, [row])[0]
     except Exception:
         storage.delete(stored.key)
         raise
-    return wire.File.of(row)
+
+
+def _shown(session: Session, rows: Sequence[File]) -> list[wire.File]:
+    """The files with their reports."""
+    found = reports.of_files(session, rows)
+    return [wire.File.of(row, found.get(row.id)) for row in rows]
 
 
 @router.get("", summary="List files", responses=errors(404))
@@ -140,13 +148,12 @@ def list_files(
     after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
 ) -> CursorList[wire.File]:
     rows, more = shelf.list_page(session, caller.project_id, purpose=purpose, after=after, limit=limit, order=order)
-    data = [wire.File.of(row) for row in rows]
-    return CursorList.of(data, has_more=more)
+    return CursorList.of(_shown(session, rows), has_more=more)
 
 
 @router.get("/{file_id}", summary="Retrieve a file", responses=errors(404))
 def retrieve_file(file_id: str, session: SessionDep, caller: CallerDep) -> wire.File:
-    return wire.File.of(shelf.find(session, caller.project_id, file_id))
+    return _shown(session, [shelf.find(session, caller.project_id, file_id)])[0]
 
 
 @router.delete("/{file_id}", summary="Delete a file", responses=errors(404))

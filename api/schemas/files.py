@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from api.schemas.reports import STATE, ReportState
 from api.schemas.wire import Body, Deleted, Wire, maybe_seconds, seconds
 from tunery.datasets import model
 from tunery.rows.preview_model import Preview
@@ -21,6 +22,7 @@ FILE: dict[str, Any] = {
     "purpose": "fine-tune",
     "status": "processed",
     "status_details": None,
+    "report": STATE,
 }
 
 
@@ -49,10 +51,11 @@ class File(Wire):
     filename: str
     purpose: str
     status: Literal["uploaded", "processed", "error"]
-    status_details: str | None
+    status_details: str | None = Field(description="Why the file cannot be trained from")
+    report: ReportState | None = Field(description="Of a training file; not in OpenAI's API")
 
     @classmethod
-    def of(cls, row: model.File) -> "File":
+    def of(cls, row: model.File, report: model.FileReport | None = None) -> "File":
         return cls(
             id=row.id,
             bytes=row.bytes,
@@ -62,6 +65,7 @@ class File(Wire):
             purpose=row.purpose,
             status=row.status,
             status_details=row.status_details,
+            report=None if report is None else ReportState.of(report),
         )
 
 
@@ -133,7 +137,7 @@ class Upload(Wire):
     file: File | None
 
     @classmethod
-    def of(cls, row: model.Upload, file: model.File | None = None) -> "Upload":
+    def of(cls, row: model.Upload, file: model.File | None = None, report: model.FileReport | None = None) -> "Upload":
         return cls(
             id=row.id,
             bytes=row.bytes,
@@ -142,7 +146,7 @@ class Upload(Wire):
             purpose=row.purpose,
             status=row.status,
             expires_at=seconds(row.expires_at),
-            file=None if file is None else File.of(file),
+            file=None if file is None else File.of(file, report),
         )
 
 

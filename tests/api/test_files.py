@@ -72,6 +72,34 @@ def test_broken_json_lines(order: str, team: Team, database: Database) -> None:
 
 
 @pytest.mark.parametrize("order", ["field first", "file first"])
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"name,city\n" + b"Ann,Oslo\n" * 500, "Unexpected file format"),
+        (b'{"prompt": "q", "completion": "a", "label": true}\n', "KTO"),
+        (b'{"messages": [{"role": "wizard", "content": "x"}]}\n' * 3, "wizard"),
+    ],
+)
+def test_rows_that_no_job_can_take_are_refused_on_arrival(
+    data: bytes, words: str, order: str, team: Team, database: Database
+) -> None:
+    parts = [_field("purpose", "fine-tune"), _file(data)]
+    body = b"".join(parts if order == "field first" else reversed(parts)) + END
+    answer = team.http.post("/v1/files", content=body, headers=FORM)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "no_training_rows")
+    assert words in answer.json()["error"]["message"]
+    assert _stored(database) == []
+
+
+def test_rows_that_can_be_trained_make_up_for_bad_ones(team: Team) -> None:
+    bad = b'{"messages": [{"role": "wizard", "content": "x"}]}\n'
+    answer = team.http.post(
+        "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("t.jsonl", bad * 99 + TRAIN + bad * 500)}
+    )
+    assert answer.status_code == 200, "its report says which rows are wrong"
+
+
+@pytest.mark.parametrize("order", ["field first", "file first"])
 def test_other_purposes_take_any_bytes(order: str, team: Team) -> None:
     parts = [_field("purpose", "user_data"), _file(b"\x00\xff{")]
     body = b"".join(parts if order == "field first" else reversed(parts)) + END

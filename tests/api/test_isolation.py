@@ -30,6 +30,12 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "delete_file": [("/v1/files/{file}", {})],
     "download_file": [("/v1/files/{file}/content", {})],
     "preview_file": [("/v1/files/{file}/preview?model={base}", {}), ("/v1/files/{file}/preview?model={tuned}", {})],
+    "retrieve_report": [
+        ("/v1/files/{file}/report", {}),
+        ("/v1/files/{own}/report?against={file}", {}),
+        ("/v1/files/{own}/report?base={tuned}", {}),
+    ],
+    "show_report": [("/v1/files/{file}/report.html", {}), ("/v1/files/{own}/report.html?against={file}", {})],
     "create_upload": [],
     "create_part": [("/v1/uploads/{upload}/parts", PART)],
     "complete_upload": [("/v1/uploads/{upload}/complete", {"json": {"part_ids": ["{part}"]}})],

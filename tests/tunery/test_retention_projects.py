@@ -10,6 +10,7 @@ from sqlalchemy import func, select
 from tunery import ids
 from tunery.artifacts import model as artifacts
 from tunery.artifacts.manifest import Manifest, ManifestFile
+from tunery.datasets import reports
 from tunery.datasets.model import Upload, UploadPart
 from tunery.db import Base
 from tunery.errors import InvalidValue, NotFound
@@ -60,7 +61,16 @@ def _furnish(database: Database, storage: Storage, name: str, base_id: str) -> s
         part = UploadPart(id=ids.new(ids.PART), upload_id=upload.id, bytes=1, sha256="0" * 64, key="")
         part.key = f"uploads/{upload.id}/{part.id}"
         session.add(part)
-        keys = [rows.file(session, owner).key, part.key, f"{tuned.prefix}/weights", f"jobs/{job.id}/logs/000001-000000"]
+        kept = rows.file(session, owner)
+        report = reports.request(session, kept)
+        reports.finish(session, report, summary={"rows": 1, "findings": 0, "trainable": True, "reason": None})
+        keys = [
+            kept.key,
+            f"{report.prefix}/report.json",
+            part.key,
+            f"{tuned.prefix}/weights",
+            f"jobs/{job.id}/logs/000001-000000",
+        ]
         project_id = owner.id
     for key in keys:
         storage.put(key, b"x")
@@ -98,7 +108,7 @@ def test_erasing_takes_all_of_one_project_and_nothing_of_another(database: Datab
         projects.check_storage(session, storage, project_id)
         projects.close(session, projects.find(session, "doomed"))
 
-    assert projects.erase(storage, project_id) == 4
+    assert projects.erase(storage, project_id) == 5
 
     assert _counts(database) == rows_before
     assert sorted(storage.list("")) == objects_before

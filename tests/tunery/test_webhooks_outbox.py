@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from standardwebhooks.webhooks import Webhook
 
 from tunery import db
+from tunery.datasets import reports
 from tunery.jobs import ledger
 from tunery.jobs.model import Job, JobEvent
 from tunery.jobs.states import State
@@ -52,6 +53,23 @@ def _endpoint(session: Session, project: Project, url: str, *types: str) -> Webh
     made = endpoints.create(session, project.id, name="ci", url=url, event_types=types or EVENT_TYPES, allow=LOOPBACK)
     session.commit()
     return made
+
+
+def test_a_read_file_goes_to_its_project_alone(
+    allowing: Settings, session: Session, project: Project, endpoint: WebhookEndpoint, receiver: Receiver
+) -> None:
+    _endpoint(session, rows.project(session), f"{receiver.url}/foreign")
+    file = rows.file(session, project, sha256="a" * 64)
+    report = reports.request(session, file)
+    reports.finish(session, report, summary={"rows": 3, "findings": 2, "trainable": True, "reason": None})
+    session.commit()
+    assert outbox.deliver_due(allowing) == 1
+    (received,) = receiver.received
+    client = openai.OpenAI(api_key="x", webhook_secret=endpoint.secret)
+    event = client.webhooks.unwrap(received.body, received.headers)
+    told = {"status": "ready", "rows": 3, "findings": 2, "trainable": True}
+    assert (event.type, event.data.id, event.data.report) == ("file.processed", file.id, told)
+    assert outbox.deliver_due(allowing) == 0, "an event is sent once"
 
 
 def _end(session: Session, project: Project, state: State = State.SUCCEEDED) -> Job:

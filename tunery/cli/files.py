@@ -1,15 +1,20 @@
 """`tunery files ...`"""
 
 import sys
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
+from tunery import ids
 from tunery.cli import file_check, preview, show
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Remote
-from tunery.cli.report import ReportUnavailable, print_report
+from tunery.cli.report import fetch as fetch_report
+from tunery.cli.report import make as make_report
+from tunery.cli.report import print_report
+from tunery.datasets.report import page
 from tunery.local.drawing import size
 from tunery.rows.preview_model import Preview
 from tunery.spec import LossOn
@@ -44,9 +49,16 @@ def upload(
 def check(
     paths: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="JSON, CSV, TSV or Parquet files.")],
     role: Annotated[str, typer.Option(help="training, validation or test.")] = "training",
+    json: AsJson = False,
 ) -> None:
     """Check files here, without a server: format, columns, rows. Ends with 1 where one cannot be trained on."""
-    if not all([file_check.check(path, role) for path in paths]):  # noqa: C419 (every file is judged)
+    found = {path: file_check.judge(path, role) for path in paths}
+    if json:
+        show.as_json([{"file": str(path), **verdict.as_dict()} for path, verdict in found.items()])
+    else:
+        for path, verdict in found.items():
+            file_check.print_verdict(path, verdict)
+    if any(verdict.reason is not None for verdict in found.values()):
         raise typer.Exit(1)
 
 
@@ -140,28 +152,30 @@ def content(
 
 @app.command()
 def report(
-    path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A file with training rows.")],
-    against: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="A file that must hold other rows."),
-    ] = None,
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(help="A file here, which needs no server, or the id of an uploaded one.")],
+    against: Annotated[str | None, typer.Option(help="A file, likewise, that should hold other rows.")] = None,
     base: Annotated[
-        Path | None,
-        typer.Option(exists=True, help="A folder with tokenizer.json.", show_default="an estimate"),
+        str | None,
+        typer.Option(help="A folder with tokenizer.json, or with an id a model.", show_default="an estimate"),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a row that are trained.")] = 2048,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a row that are trained; of a file here.")] = 2048,
+    html: Annotated[Path | None, typer.Option(help="Write it as a page too.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Report duplicates, contradictions, leaks, wrong labels and other faults of a file's rows. Needs no server."""
-    try:
-        from tunery.datasets.report import maker
-    except ModuleNotFoundError as error:
-        raise ReportUnavailable(package=error.name) from None
-    made = maker.make(path, against, base=base, max_tokens=max_tokens)
-    if json:
-        sys.stdout.write(made.as_json() + "\n")
+    """Report duplicates, contradictions, leaks, wrong labels and other faults of a file's rows."""
+    if Path(file).is_file():
+        said, name = make_report(Path(file), against, base=base, max_tokens=max_tokens), Path(file).name
+    elif file.startswith(ids.FILE):
+        said, name = fetch_report(connect(context), file, against=against, base=base), file
     else:
-        print_report(made, path.name)
+        raise typer.BadParameter(f"{file}: there is no such file here, and ids begin with {ids.FILE}")
+    if html is not None:
+        html.write_text(page.render(name, said), encoding="utf-8")
+    if json:
+        sys.stdout.write(dumps(said, indent=1) + "\n")  # by hand: colours would take minutes on a large file
+    else:
+        print_report(said, name)
 
 
 @app.command()

@@ -1,17 +1,21 @@
-"""How `tunery files report` looks in a terminal: one block a kind of finding, the worst first."""
+"""How `tunery files report` gets a report, and how it looks in a terminal: a block a kind, the worst first."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import typer
 from rich.table import Table
 from rich.text import Text
 
 from tunery.cli import show
+from tunery.cli.remote import Refused, Remote
+from tunery.datasets.report.page import places
+from tunery.datasets.report.titles import TITLES
 from tunery.errors import TuneryError
 
-if TYPE_CHECKING:
-    from tunery.datasets.report.case import Finding
-    from tunery.datasets.report.maker import Report
+_POLL_SECONDS = 1.0
 
 
 class ReportUnavailable(TuneryError):
@@ -21,54 +25,74 @@ class ReportUnavailable(TuneryError):
     code = "report_unavailable"
 
 
-_TITLES = {
-    "invalid_row": "Rows that a job would refuse",
-    "wrong_roles": "Roles out of order",
-    "empty_output": "Empty answers",
-    "truncated_output": "Answers that break off",
-    "too_long": "Rows that are too long",
-    "pii": "Personal data and secrets",
-    "test_leak": "Rows that stand in the other file",
-    "exact_duplicate": "Exact duplicates",
-    "contradiction": "Like questions with different labels",
-    "mislabelled": "Labels that are likely wrong",
-    "near_duplicate": "Near-duplicates",
-    "inconsistent_output": "Answers in another format",
-    "answer_is_prompt": "Answers that are the question",
-    "dominant_answer": "One answer for many rows",
-    "label_imbalance": "Uneven labels",
-}
-"""The kinds in the order of the page."""
+def make(path: Path, against: str | None, *, base: str | None, max_tokens: int) -> dict[str, Any]:
+    """The report of a file here. Raises ReportUnavailable."""
+    try:
+        from tunery.datasets.report import maker
+    except ModuleNotFoundError as error:
+        raise ReportUnavailable(package=error.name) from None
+    folders = {name: Path(value) if value else None for name, value in (("--against", against), ("--base", base))}
+    for option, folder in folders.items():
+        if folder is not None and not folder.exists():
+            raise typer.BadParameter(f"{option} {folder}: there is no such file here, as there is of the first.")
+    return maker.make(path, folders["--against"], base=folders["--base"], max_tokens=max_tokens).as_dict()
+
+
+def fetch(api: Remote, file: str, **query: str | None) -> dict[str, Any]:
+    """The report of an uploaded file, once it is made. Raises Refused where there is none."""
+    asked = {name: value for name, value in query.items() if value is not None}
+    with show.errors.status("waiting for the report") as status:
+        while (found := api.call("GET", f"/files/{file}/report", params=asked))["status"] in ("queued", "running"):
+            status.update(f"{found['status']}: {found['progress']:.0%}")
+            time.sleep(_POLL_SECONDS)
+    if found["status"] == "failed":
+        raise Refused(message=found["error"])
+    return found
+
+
 _SHOWN = 3
 _LINES = 8
 
 
-def print_report(report: "Report", name: str) -> None:
+def print_report(said: Mapping[str, Any], name: str) -> None:
     """The whole page."""
-    rows = {line for finding in report.findings for line in finding.lines}
-    said = f": {len(rows):,} named in {len(report.findings):,} findings" if rows else ": nothing found"
-    show.console.print(Text.assemble((name, "bold"), f" has {report.rows:,} rows{said}."), soft_wrap=True)
-    counts = report.counts()
-    for kind, title in _TITLES.items():
-        if counts[kind]:
-            _print_kind(title, [finding for finding in report.findings if finding.kind == kind])
+    findings, rows = said["findings"], said["rows_named"]
+    what = f": {rows:,} named in {len(findings):,} findings" if rows else ": nothing found"
+    show.console.print(Text.assemble((name, "bold"), f" has {said['rows']:,} rows{what}."), soft_wrap=True)
+    if said["reason"]:
+        show.console.print(Text(f"No job can take it: {said['reason']}", style="red"), soft_wrap=True)
+    for line in _figures(said["figures"]):
+        show.console.print(Text(line, style="dim"), soft_wrap=True)
+    for kind, title in TITLES.items():
+        if found := [finding for finding in findings if finding["kind"] == kind]:
+            _print_kind(title, found)
 
 
-def _print_kind(title: str, findings: Sequence["Finding"]) -> None:
+def _figures(figures: Mapping[str, Any]) -> Iterator[str]:
+    if diversity := figures.get("diversity"):
+        yield (
+            f"{diversity['prompts']:,} different prompts, effectively {diversity['effective_prompts']:,.0f}; "
+            f"the largest group of like ones has {diversity['largest_cluster']:.0%} of the rows."
+        )
+    if (tokens := figures.get("tokens")) and tokens["spreads"]:
+        row = tokens["spreads"]["row"]
+        yield f"Rows have {row['p50']:,} tokens (median; 99 %: {row['p99']:,}; longest: {row['max']:,})."
+        cuts = [f"{cut['length']:,}: {cut['share']:.1%}" for cut in tokens["lengths"]]
+        yield f"Rows that a length cuts: {', '.join(cuts)}."
+
+
+def _print_kind(title: str, findings: Sequence[Mapping[str, Any]]) -> None:
     show.console.print()
-    show.console.print(Text.assemble((title, "bold yellow"), (f"  {len(findings):,}", "dim"), "  ", findings[0].kind))
+    show.console.print(
+        Text.assemble((title, "bold yellow"), (f"  {len(findings):,}", "dim"), "  ", findings[0]["kind"])
+    )
     table = Table.grid(padding=(0, 2))
     table.add_column(justify="right", style="cyan", min_width=8)
     table.add_column(ratio=1)
-    for finding in sorted(findings, key=lambda one: -one.score)[:_SHOWN]:
-        table.add_row(_places(finding.lines), Text(finding.why))
+    for finding in sorted(findings, key=lambda one: -one["score"])[:_SHOWN]:
+        table.add_row(places(finding["lines"], _LINES), Text(finding["why"]))
     if len(findings) > _SHOWN:
-        rest = sorted({line for finding in findings for line in finding.lines})
-        table.add_row("", Text(f"all lines: {_places(rest)}", style="dim"))
-    table.add_row("→", Text(findings[0].action, style="dim"))
+        rest = sorted({line for finding in findings for line in finding["lines"]})
+        table.add_row("", Text(f"all lines: {places(rest, _LINES)}", style="dim"))
+    table.add_row("→", Text(findings[0]["action"], style="dim"))
     show.console.print(table)
-
-
-def _places(lines: Sequence[int]) -> str:
-    more = f" and {len(lines) - _LINES:,} more" if len(lines) > _LINES else ""
-    return ", ".join(map(str, lines[:_LINES])) + more

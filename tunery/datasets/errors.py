@@ -1,6 +1,7 @@
 """What can be wrong with files."""
 
 from tunery.errors import Rejected
+from tunery.rows.errors import InvalidRows
 
 
 class FileInUse(Rejected):
@@ -8,3 +9,15 @@ class FileInUse(Rejected):
     delete the file."""
 
     code = "file_in_use"
+
+
+class NoReport(Rejected):
+    """File '{file}' has the purpose '{purpose}', so it has no report: upload it with the purpose 'fine-tune'."""
+
+    code = "no_report"
+
+
+class NoTrainingRows(InvalidRows):
+    """The file cannot be trained from. {reason}"""
+
+    code = "no_training_rows"

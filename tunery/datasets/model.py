@@ -1,8 +1,9 @@
-"""Files as the Files API knows them, and Uploads that become files part by part."""
+"""Files as the Files API knows them, their reports, and Uploads that become files part by part."""
 
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Identity, Index, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
 from tunery.db import Base, creation_time
@@ -33,6 +34,59 @@ class File(Base):
     expires_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
     purged_at: Mapped[datetime | None]
+
+
+class FileReport(Base):
+    """What a worker finds in a content of a project's files: every file with these bytes has the same report.
+
+    `base` is the model whose tokenizer counts, `against` the sha256 of the content that it is compared with; both are
+    empty for the report that every file gets. `tries` counts the workers that began it and is their fence.
+    """
+
+    __tablename__ = "file_reports"
+    __table_args__ = (
+        UniqueConstraint("project_id", "sha256", "base", "against"),
+        CheckConstraint("status IN ('queued', 'running', 'ready', 'failed')", name="status"),
+        Index("ix_file_reports_waiting", "created_at", postgresql_where="status IN ('queued', 'running')"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    sha256: Mapped[str]
+    base: Mapped[str] = mapped_column(default="")
+    against: Mapped[str] = mapped_column(default="")
+    version: Mapped[int]
+    status: Mapped[str] = mapped_column(default="queued")
+    progress: Mapped[float] = mapped_column(default=0.0)
+    tries: Mapped[int] = mapped_column(default=0)
+    summary: Mapped[dict[str, Any] | None]
+    error: Mapped[str | None]
+    created_at: Mapped[datetime] = creation_time()
+    finished_at: Mapped[datetime | None]
+
+    @property
+    def prefix(self) -> str:
+        """Where the report's objects lie."""
+        return f"reports/{self.id}"
+
+
+class FileEvent(Base):
+    """A file's report is there: what the webhooks' outbox sends. `outcome`: `processed`, or `failed` where no job
+    can be made of the file."""
+
+    __tablename__ = "file_events"
+    __table_args__ = (
+        CheckConstraint("outcome IN ('processed', 'failed')", name="outcome"),
+        Index("ix_file_events_outbox", "seq", postgresql_where="NOT fanned_out"),
+    )
+
+    seq: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    file_id: Mapped[str] = mapped_column(ForeignKey("files.id"), unique=True)
+    created_at: Mapped[datetime] = creation_time()
+    outcome: Mapped[str]
+    data: Mapped[dict[str, Any] | None]
+    fanned_out: Mapped[bool] = mapped_column(default=False)
 
 
 class Upload(Base):

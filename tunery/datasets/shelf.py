@@ -7,11 +7,12 @@ from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
 from tunery import dispatch, ids
+from tunery.datasets import reports
+from tunery.datasets.arrival import ArrivalCheck
 from tunery.datasets.errors import FileInUse
 from tunery.datasets.model import File
 from tunery.errors import InvalidValue, NotFound
 from tunery.paging import Order, page
-from tunery.rows import readers
 from tunery.rows.errors import InvalidRows
 from tunery.storage import Storage, Stored
 from tunery.storage.errors import ObjectMissing
@@ -61,6 +62,8 @@ def shelve(
     session.refresh(file)
     if not checked:
         dispatch.nudge_after_commit(session, dispatch.IO)
+    elif purpose == FINE_TUNE:
+        reports.request(session, file)
     return file
 
 
@@ -97,6 +100,9 @@ def list_page(
 
 def check_trainable(file: File, *, param: str) -> None:
     """Whether a job may name the file; one that is still processing may be named. Raises InvalidValue."""
+    if file.status == "error":
+        reason = f"File '{file.id}' cannot be trained from. {file.status_details or 'It could not be read.'}"
+        raise InvalidValue(param=param, reason=reason)
     if file.purpose != FINE_TUNE:
         raise InvalidValue(
             param=param,
@@ -124,15 +130,18 @@ def next_unprocessed(session: Session, *, skip: Sequence[str] = ()) -> File | No
 def process(session: Session, storage: Storage, file: File) -> None:
     """Reads an unchecked file through and settles its status. A storage that is down leaves it for another time."""
     try:
-        checker = readers.Checker()
+        checker = ArrivalCheck()
         for chunk in storage.read(file.key):
             checker.feed(chunk)
         checker.close()
     except (InvalidRows, ObjectMissing) as error:
         file.status, file.status_details = "error", error.message
+        session.flush()
+        reports.note(session, file, "failed")
     else:
         file.status = "processed"
-    session.flush()
+        session.flush()
+        reports.request(session, file)
 
 
 # --- going --------------------------------------------------------------------------------------------------------
@@ -164,6 +173,7 @@ def purge(session: Session, storage: Storage, in_use_by: InUseBy, *, limit: int 
     purged = [file for file in gone if in_use_by(session, file.id) is None]
     for file in purged:
         storage.delete(file.key)
+        reports.remove(session, storage, file)
         file.purged_at = func.clock_timestamp()
     session.flush()
     return len(purged)

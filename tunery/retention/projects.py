@@ -5,7 +5,7 @@ from sqlalchemy.orm import Session
 
 from tunery import db
 from tunery.artifacts.model import Artifact
-from tunery.datasets.model import File, Upload, UploadPart
+from tunery.datasets.model import File, FileEvent, FileReport, Upload, UploadPart
 from tunery.db import Base
 from tunery.errors import InvalidValue, NotFound
 from tunery.jobs import ledger
@@ -114,13 +114,15 @@ def _owned(project_id: str) -> dict[type[Base], ColumnElement[bool]]:
         Model: Model.project_id == project_id,
         UploadPart: UploadPart.upload_id.in_(_ids(Upload, project_id)),
         Upload: Upload.project_id == project_id,
+        FileEvent: FileEvent.file_id.in_(_ids(File, project_id)),
+        FileReport: FileReport.project_id == project_id,
         File: File.project_id == project_id,
         Key: Key.project_id == project_id,
         Project: Project.id == project_id,
     }
 
 
-def _ids(table: type[Job | Model | Upload | WebhookEndpoint], project_id: str) -> Select[str]:
+def _ids(table: type[File | FileReport | Job | Model | Upload | WebhookEndpoint], project_id: str) -> Select[str]:
     return select(table.id).where(table.project_id == project_id)
 
 
@@ -130,7 +132,9 @@ def _places(session: Session, project_id: str) -> frozenset[str]:
     prefixes = session.scalars(select(Model.prefix).where(Model.project_id == project_id)).all()
     jobs = session.scalars(_ids(Job, project_id)).all()
     uploads = session.scalars(_ids(Upload, project_id)).all()
+    reports = session.scalars(_ids(FileReport, project_id)).all()
     folders = [*prefixes, *(f"jobs/{job}" for job in jobs), *(f"uploads/{upload}" for upload in uploads)]
+    folders += [f"reports/{report}" for report in reports]
     return frozenset([*keys, *(f"{folder}/" for folder in folders)])
 
 

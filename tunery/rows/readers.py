@@ -3,7 +3,7 @@
 A new format is an entry of FORMATS.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from tunery.rows import compression
 from tunery.rows.compression import Expander
@@ -115,8 +115,9 @@ def identify(chunks: Iterable[bytes]) -> str:
 class Checker:
     """Checks a file while it streams by, in memory that does not grow with it: every row must have fields."""
 
-    def __init__(self) -> None:
-        self._reader = Reader()
+    def __init__(self, seen: Callable[[SourceRow], object] | None = None) -> None:
+        """`seen` is called with each good row."""
+        self._reader, self._seen = Reader(), seen
         self.rows = 0
         """Rows seen so far."""
 
@@ -133,6 +134,8 @@ class Checker:
             if row.fault is not None:
                 raise self._reader.format.refuse(row.number, row.fault + _place(row))
             self.rows += 1
+            if self._seen is not None:
+                self._seen(row)
 
 
 def _place(row: SourceRow) -> str:

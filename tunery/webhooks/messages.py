@@ -15,7 +15,9 @@ from tunery.webhooks.addresses import Network, Resolver, locate, resolve
 from tunery.webhooks.errors import AddressRefused
 from tunery.webhooks.posting import Answer
 
-EVENT_TYPES = ("fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled")
+JOB_TYPES = ("fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled")
+FILE_TYPES = ("file.processed", "file.failed")
+EVENT_TYPES = JOB_TYPES + FILE_TYPES
 _AGENT = "Tunery/1.0 (webhooks)"
 
 
@@ -34,37 +36,45 @@ def event_type(outcome: str) -> str:
     return f"fine_tuning.job.{outcome}"
 
 
-def event_id(job_event_id: str) -> str:
-    """The body's event id, made from the job event's own, so that it is the same whenever and wherever it is built."""
-    return ids.WEBHOOK_EVENT + job_event_id.removeprefix(ids.EVENT)
+def file_event_type(outcome: str) -> str:
+    """The event of a file whose report is there: `processed` -> `file.processed`."""
+    return f"file.{outcome}"
+
+
+def event_id(own_id: str) -> str:
+    """The body's event id, made from the stored event's own, so that it is the same whenever it is built."""
+    return ids.WEBHOOK_EVENT + own_id.removeprefix(ids.EVENT).removeprefix(ids.FILE_EVENT)
 
 
 def encode(
     id: str,
     type: str,
     at: datetime,
-    job_id: str,
+    object_id: str,
     *,
     gate: str | None = None,
     withheld: bool = False,
     scorecard: Mapping[str, Any] | None = None,
+    report: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The body. The same event gives the same bytes on every try.
+    """The body about a job or a file. The same event gives the same bytes on every try.
 
     `gate`: its verdict on the job's model, where the job has one; `withheld`: whether it kept the model back.
-    `scorecard`: the job's, of which the body has the primary metric.
+    `scorecard`: the job's, of which the body has the primary metric. `report`: the summary of the file's.
     """
     at = at.astimezone(UTC)
     more: dict[str, Any] = {} if gate is None else {"gate": {"status": gate, "withheld": withheld}}
     if scorecard and (found := scorecard.get("metrics", {}).get(scorecard.get("primary"))):
         more["scorecard"] = {"rows": scorecard["rows"], "metric": scorecard["primary"], **found}
+    if report is not None:
+        more["report"] = dict(report)
     event = {
         "id": id,
         "object": "event",
         "type": type,
         "created_at": int(at.timestamp()),
         "timestamp": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-        "data": {"id": job_id} | more,
+        "data": {"id": object_id} | more,
     }
     return json.dumps(event, separators=(",", ":")).encode()
 

@@ -1,4 +1,5 @@
-"""From a job's end to its receivers: `job_events` is the outbox, a delivery is one event owed to one endpoint.
+"""From a job's end, or a file's report, to its receivers: `job_events` and `file_events` are the outbox, a delivery is
+one event owed to one endpoint.
 
 At least once, in no order. A sender that dies after its POST leaves the delivery claimed; when the claim runs out the
 message goes again under the same `webhook-id`, by which receivers tell doubles.
@@ -12,11 +13,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import Select, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, aliased
 
 from tunery import db, ids
+from tunery.datasets.model import File, FileEvent
 from tunery.jobs.model import Job, JobEvent
 from tunery.settings import Settings
 from tunery.webhooks import messages
@@ -26,6 +28,7 @@ from tunery.webhooks.messages import Message
 from tunery.webhooks.model import Delivery, DeliveryTry, WebhookEndpoint
 from tunery.webhooks.posting import Answer
 
+Event = JobEvent | FileEvent
 Transaction = Callable[[], AbstractContextManager[Session]]
 
 DELAYS = (0, 5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
@@ -40,17 +43,15 @@ _GONE = 410
 
 
 def fan_out(session: Session) -> int:
-    """Turn ended jobs' events into deliveries for the endpoints that asked for them. Returns how many deliveries.
+    """Turn events of ended jobs and read files into deliveries for the endpoints that asked for them. Returns how many.
 
     Safe to run anywhere at any time: an event is taken by one caller, and (event, endpoint) is unique besides.
     """
-    events = session.scalars(
-        select(JobEvent)
-        .where(JobEvent.outcome.is_not(None), ~JobEvent.fanned_out)
-        .order_by(JobEvent.seq)
-        .limit(_EVENTS)
-        .with_for_update(skip_locked=True)
-    ).all()
+    jobs = select(JobEvent).where(JobEvent.outcome.is_not(None), ~JobEvent.fanned_out).order_by(JobEvent.seq)
+    files = select(FileEvent).where(~FileEvent.fanned_out).order_by(FileEvent.seq)
+    events: list[Event] = []
+    for query in (jobs, files):
+        events += session.scalars(query.limit(_EVENTS).with_for_update(skip_locked=True)).all()
     owed = [row for event in events for row in _owed(session, event)]
     made = 0
     if owed:
@@ -62,19 +63,30 @@ def fan_out(session: Session) -> int:
     return made
 
 
-def _owed(session: Session, event: JobEvent) -> list[dict[str, object]]:
-    assert event.outcome is not None
+def _type(event: Event) -> str:
+    return (messages.file_event_type if isinstance(event, FileEvent) else messages.event_type)(event.outcome or "")
+
+
+def _project(event: Event) -> Select[str]:
+    if isinstance(event, FileEvent):
+        return select(File.project_id).where(File.id == event.file_id)
+    return select(Job.project_id).where(Job.id == event.job_id)
+
+
+def _owed(session: Session, event: Event) -> list[dict[str, object]]:
     receivers = session.scalars(
         select(WebhookEndpoint.id)
-        .join(Job, Job.project_id == WebhookEndpoint.project_id)
-        .where(Job.id == event.job_id, WebhookEndpoint.created_at <= event.created_at)
+        .where(WebhookEndpoint.project_id == _project(event).scalar_subquery())
+        .where(WebhookEndpoint.created_at <= event.created_at)
         .where(WebhookEndpoint.deleted_at.is_(None), WebhookEndpoint.disabled_at.is_(None))
-        .where(WebhookEndpoint.event_types.contains([messages.event_type(event.outcome)]))
+        .where(WebhookEndpoint.event_types.contains([_type(event)]))
     )
+    is_file = isinstance(event, FileEvent)
     return [
         {
             "id": ids.new(ids.WEBHOOK_DELIVERY),
-            "event_id": event.id,
+            "event_id": None if is_file else event.id,
+            "file_event_id": event.id if is_file else None,
             "endpoint_id": receiver,
             "state": "pending",
             "tries": 0,
@@ -143,7 +155,7 @@ def _drop_unwanted(session: Session) -> None:
     )
 
 
-def _due(session: Session, most: int) -> Sequence[tuple[Delivery, WebhookEndpoint, JobEvent]]:
+def _due(session: Session, most: int) -> Sequence[tuple[Delivery, WebhookEndpoint, Event]]:
     other = aliased(Delivery)
     now = func.clock_timestamp()
     on_their_way = (
@@ -152,9 +164,10 @@ def _due(session: Session, most: int) -> Sequence[tuple[Delivery, WebhookEndpoin
         .scalar_subquery()
     )
     rows = session.execute(
-        select(Delivery, WebhookEndpoint, JobEvent)
+        select(Delivery, WebhookEndpoint, JobEvent, FileEvent)
         .join(WebhookEndpoint, WebhookEndpoint.id == Delivery.endpoint_id)
-        .join(JobEvent, JobEvent.id == Delivery.event_id)
+        .outerjoin(JobEvent, JobEvent.id == Delivery.event_id)
+        .outerjoin(FileEvent, FileEvent.id == Delivery.file_event_id)
         .where(Delivery.state == "pending", Delivery.next_try_at <= now)
         .where(Delivery.claimed_until.is_(None) | (Delivery.claimed_until <= now))
         .where(on_their_way < PER_ENDPOINT)
@@ -162,22 +175,26 @@ def _due(session: Session, most: int) -> Sequence[tuple[Delivery, WebhookEndpoin
         .limit(most)
         .with_for_update(skip_locked=True, of=Delivery)
     )
-    return [(row.Delivery, row.WebhookEndpoint, row.JobEvent) for row in rows]
+    return [(row.Delivery, row.WebhookEndpoint, row.JobEvent or row.FileEvent) for row in rows]
 
 
-def _begin(session: Session, delivery: Delivery, endpoint: WebhookEndpoint, event: JobEvent) -> _Claim:
+def _begin(session: Session, delivery: Delivery, endpoint: WebhookEndpoint, event: Event) -> _Claim:
     now = db.now(session)
     delivery.tries += 1
     delivery.claimed_until = now + _CLAIM
     session.add(DeliveryTry(delivery_id=delivery.id, number=delivery.tries))
-    kind = messages.event_type(event.outcome or "")
+    message = Message(delivery.id, endpoint.url, secrets_of(endpoint, now), _body(session, event))
+    return _Claim(delivery.id, endpoint.id, delivery.tries, message)
+
+
+def _body(session: Session, event: Event) -> bytes:
+    named = (messages.event_id(event.id), _type(event), event.created_at)
+    if isinstance(event, FileEvent):
+        return messages.encode(*named, event.file_id, report=event.data)
     # Not what the job's owner does later: a repeated try has to say the same.
     gate, card = session.execute(select(Job.gate, Job.scorecard).where(Job.id == event.job_id)).one()
     verdict = {"gate": gate.get("status"), "withheld": gate.get("withheld", False)} if gate else {}
-    event_id = messages.event_id(event.id)
-    body = messages.encode(event_id, kind, event.created_at, event.job_id, scorecard=card, **verdict)
-    message = Message(delivery.id, endpoint.url, secrets_of(endpoint, now), body)
-    return _Claim(delivery.id, endpoint.id, delivery.tries, message)
+    return messages.encode(*named, event.job_id, scorecard=card, **verdict)
 
 
 def _try(claim: _Claim, settings: Settings, transaction: Transaction, resolver: Resolver) -> None:

@@ -8,7 +8,7 @@ from sqlalchemy import exists, func, select, update
 from tunery import db, dispatch
 from tunery.artifacts import manifest
 from tunery.datasets import shelf, uploads
-from tunery.datasets.model import File
+from tunery.datasets.model import File, FileReport
 from tunery.jobs import leases, ledger
 from tunery.jobs.model import Attempt, Job
 from tunery.jobs.states import State
@@ -138,6 +138,7 @@ def _nudge() -> None:
         dispatch.TRAIN: exists().where(Job.state == State.QUEUED, Job.queued_at > recent),
         dispatch.IO: exists().where(Job.state == State.VALIDATING, Job.created_at > recent)
         | exists().where(File.status == "uploaded", File.created_at > recent)
+        | exists().where(FileReport.status == "queued", FileReport.created_at > recent)
         | exists().where(Model.status == "processing", Model.created_at > recent),
     }
     with db.transaction() as session:

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunery.datasets.report import labels, neighbours
 from tunery.datasets.report.labels import Task
 from tunery.datasets.report.neighbours import Pair
 from tunery.datasets.report.rows import Row
+
+if TYPE_CHECKING:
+    from tunery.datasets.report.elsewhere import Other
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,21 @@ class Case:
     """A file, the file that it is compared with, and what was found so far: a check may read of earlier ones."""
 
     def __init__(
-        self, rows: Sequence[Row], against: Sequence[Row] = (), max_tokens: int = 2048, count: "Counter | None" = None
+        self,
+        rows: Sequence[Row],
+        against: Sequence[Row] = (),
+        max_tokens: int = 2048,
+        count: "Counter | None" = None,
+        others: "Sequence[Other]" = (),
+        benchmark: frozenset[str] = frozenset(),
     ) -> None:
-        """`count`: counts a text's tokens as a base's tokenizer does; None where no base is known."""
+        """`count`: counts a text's tokens as a base's tokenizer does; None where no base is known. `others`: the other
+        files of the project; `benchmark`: the words of the general benchmark's questions."""
         self.rows = rows
         self.against = against
         self.max_tokens = max_tokens
         self.count = count
+        self.others, self.benchmark = others, benchmark
         self.findings: list[Finding] = []
 
     def lines_found(self, *kinds: str) -> set[int]:

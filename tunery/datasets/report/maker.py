@@ -2,23 +2,34 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tunery.datasets.report import (
     answers,
+    benchmark,
     contradictions,
+    diversity,
     duplicates,
+    elsewhere,
     leaks,
     length,
     mislabels,
     output_format,
     privacy,
+    refusals,
     roles,
+    scripts,
+    tokens,
     truncation,
+    verdict,
 )
 from tunery.datasets.report.case import Case, Check, Finding
-from tunery.datasets.report.rows import Row, read
+from tunery.datasets.report.elsewhere import Other
+from tunery.datasets.report.rows import Row, chunks, read
+from tunery.datasets.report.verdict import Verdict
 
 CHECKS: list[Check] = [
     roles.find,
@@ -30,45 +41,89 @@ CHECKS: list[Check] = [
     duplicates.find_near,
     contradictions.find,
     leaks.find,
+    elsewhere.find,
+    benchmark.find,
     mislabels.find,
     output_format.find,
     answers.find_echoes,
     answers.find_dominant,
     answers.find_imbalance,
+    refusals.find,
+    diversity.find,
+    scripts.find,
 ]
 """In order: a check may read what earlier ones found."""
 _EXPLAINED = ("wrong_roles", "empty_output")
 """Kinds that say of a row why a job would refuse it."""
 
 
+MOST = 100_000_000
+"""Characters of the rows that are judged: memory grows with them. The verdict is on the whole file."""
+
+
 @dataclass(frozen=True)
 class Report:
-    """What was found in a file of so many rows."""
+    """What was found in a file. `rows`: those that were judged, all of them but in a file of more than MOST characters.
+    `figures`: of the rows as a whole. `digests`: what other files of the project are compared with."""
 
     rows: int
     findings: list[Finding]
+    verdict: Verdict | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+    digests: bytes = field(default=b"", repr=False)
 
     def counts(self) -> Counter[str]:
         """Findings of each kind."""
         return Counter(finding.kind for finding in self.findings)
 
-    def as_json(self) -> str:
+    def summary(self) -> dict[str, Any]:
+        """The report in a few values."""
+        named = {line for finding in self.findings for line in finding.lines}
+        found = {"rows": self.rows, "findings": len(self.findings), "rows_named": len(named)}
+        return found | {"counts": dict(self.counts())} | (self.verdict.as_dict() if self.verdict else {})
+
+    def as_dict(self) -> dict[str, Any]:
         """The report for programs."""
-        return json.dumps({"rows": self.rows, "findings": [finding.as_dict() for finding in self.findings]}, indent=1)
+        return self.summary() | {"figures": self.figures, "findings": [finding.as_dict() for finding in self.findings]}
+
+    def as_json(self) -> str:
+        """The report for programs, as text."""
+        return json.dumps(self.as_dict(), indent=1)
 
 
-def make(path: Path, against: Path | None = None, *, base: Path | None = None, max_tokens: int = 2048) -> Report:
-    """The report of one file. `against`: a validation or test file; `base`: a folder with tokenizer.json.
+def make(
+    path: Path,
+    against: Path | None = None,
+    *,
+    base: Path | None = None,
+    base_name: str | None = None,
+    max_tokens: int = 2048,
+    others: Sequence[Other] = (),
+    benchmark_folder: Path | None = None,
+    progress: Callable[[float], object] = float,
+) -> Report:
+    """The report of one file. `against`: a validation or test file; `base`: a folder with tokenizer.json, and with
+    figures of tokens where it has a chat template too; `others`: files that the project has besides;
+    `benchmark_folder`: the general benchmark's; `progress` is called with the share that is done.
 
     Raises InvalidRows where a file's bytes are no rows, CannotRender where the base has no tokenizer.
     """
     count = length.tokenizer(base) if base else None
-    case = Case(read(path), read(against) if against else (), max_tokens, count)
-    for check in CHECKS:
+    judged = verdict.judge(lambda: chunks(path), least=1)
+    asked = benchmark.read(benchmark_folder) if benchmark_folder else frozenset()
+    case = Case(read(path, MOST), read(against, MOST) if against else (), max_tokens, count, others, asked)
+    for done, check in enumerate(CHECKS, 1):
+        progress(done / (len(CHECKS) + 1))
         case.findings.extend(check(case))
     named = case.lines_found(*_EXPLAINED)
     case.findings.extend(_refused(row) for row in case.rows if row.fault and row.line not in named)
-    return Report(len(case.rows), case.findings)
+    figures: dict[str, Any] = {"diversity": diversity.figures(case)}
+    if base is not None and base.is_dir():
+        lengths = tokens.Lengths(base, max_tokens)
+        lengths.measure(chunks(path), MOST)
+        figures["tokens"] = lengths.figures(base_name or base.name)
+        case.findings.extend(lengths.findings)
+    return Report(len(case.rows), case.findings, judged, figures, elsewhere.pack(case.rows))
 
 
 def _refused(row: Row) -> Finding:

@@ -1,16 +1,18 @@
 """Rows as a report sees them: also those that no job would take, since the report has to name them."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tunery.datasets.report import texts
+from tunery.datasets.report.verdict import ANY_METHOD
 from tunery.failures import InvalidTrainingFile
 from tunery.rows import readers
-from tunery.rows.encoding import parse_any
 from tunery.rows.formats import SourceRow
 from tunery.rows.messages import Example, Message
+from tunery.rows.shapes import FileShape
 
 _CHUNK = 2**20
 _SYSTEM = frozenset({"system", "developer"})
@@ -45,17 +47,36 @@ class Row:
         put(self, "question", "\n".join(asked))
         put(self, "answer", self.turns[last].text if last < len(self.turns) else "")
 
+    @property
+    def size(self) -> int:
+        """Characters of all turns."""
+        return sum(len(turn.text) for turn in self.turns)
 
-def read(path: Path) -> list[Row]:
-    """A file's rows. Raises InvalidRows where its bytes are no rows."""
+
+def read(path: Path, most: int = sys.maxsize) -> list[Row]:
+    """A file's rows, as many as have `most` characters together. Raises InvalidRows where its bytes are no rows."""
+    rows: list[Row] = []
+    shape = FileShape()
+    for source in readers.read(chunks(path)):
+        row = _row(source._replace(shape=shape))
+        most -= row.size
+        if most < 0:
+            break
+        rows.append(row)
+    return rows
+
+
+def chunks(path: Path) -> Iterator[bytes]:
+    """A file's bytes."""
     with path.open("rb") as file:
-        return [_row(source) for source in readers.read(iter(lambda: file.read(_CHUNK), b""))]
+        while chunk := file.read(_CHUNK):
+            yield chunk
 
 
 def _row(source: SourceRow) -> Row:
     """A preference row is reported on with its preferred answer."""
     try:
-        return of_example(source.number, parse_any(source, "training"))
+        return of_example(source.number, ANY_METHOD.parse(source, "training"))
     except InvalidTrainingFile as error:
         return Row(source.number, tuple(_turns(source.fields)), error.message)
 

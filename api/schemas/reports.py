@@ -1,0 +1,129 @@
+"""Reports of files, as the wire spells them."""
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from api.schemas.wire import Wire, maybe_seconds, seconds
+from tunery.datasets import model
+
+Status = Literal["queued", "running", "ready", "failed"]
+
+STATE: dict[str, Any] = {
+    "status": "ready",
+    "progress": 1.0,
+    "rows": 1215,
+    "findings": 182,
+    "trainable": True,
+    "error": None,
+}
+FINDING: dict[str, Any] = {
+    "kind": "contradiction",
+    "lines": [941, 1066],
+    "score": 0.93,
+    "why": "For nearly the same question the intent is 'a' in one row and 'b' in the other.",
+    "action": "Keep the row that is right, and correct or drop the other.",
+    "against": [],
+}
+
+
+class ReportState(Wire):
+    """How far a file's report is, and what it says in short."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [STATE]})
+
+    status: Status
+    progress: float = Field(description="The share that is made, 0 to 1")
+    rows: int | None
+    findings: int | None = Field(description="How many there are")
+    trainable: bool | None = Field(description="Whether a job can be made of the file; null until the report is there")
+    error: str | None = Field(description="Why there is no report, where it failed")
+
+    @classmethod
+    def of(cls, row: model.FileReport) -> "ReportState":
+        said = {name: (row.summary or {}).get(name) for name in ("rows", "findings", "trainable")}
+        return cls(status=row.status, progress=row.progress, error=row.error, **said)
+
+
+class Finding(Wire):
+    """Something about some rows."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [FINDING]})
+
+    kind: str
+    lines: list[int] = Field(description="Rows of the file, from 1")
+    score: float = Field(description="How sure it is, 0 to 1; comparable within a kind")
+    why: str
+    action: str = Field(description="What to do")
+    against: list[int] = Field([], description="Rows of the other file")
+
+
+class FileReport(Wire):
+    """A file's report. What comes behind `finished_at` is null or empty until `status` is `ready`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "file.report",
+                    "file": "file-abc123",
+                    "base": None,
+                    "against": None,
+                    "status": "ready",
+                    "progress": 1.0,
+                    "error": None,
+                    "created_at": 1719184911,
+                    "finished_at": 1719184914,
+                    "trainable": True,
+                    "reason": None,
+                    "format": "JSONL",
+                    "shape": "chat messages rows",
+                    "rows": 1215,
+                    "examples": 1215,
+                    "rows_named": 249,
+                    "warnings": [],
+                    "counts": {"contradiction": 1},
+                    "figures": {},
+                    "findings": [FINDING],
+                }
+            ]
+        }
+    )
+
+    object: Literal["file.report"] = "file.report"
+    file: str
+    base: str | None = Field(description="The model whose tokenizer counted")
+    against: str | None = Field(description="The file that it is compared with")
+    status: Status
+    progress: float
+    error: str | None
+    created_at: int
+    finished_at: int | None
+    trainable: bool | None = None
+    reason: str | None = Field(None, description="Why no job can be made of the file")
+    format: str | None = None
+    shape: str | None = Field(None, description="What the rows are, and what their columns become")
+    rows: int | None = Field(None, description="Rows that were judged: all, but in a file of over 100 MB of text")
+    examples: int | None = None
+    rows_named: int | None = Field(None, description="Rows that a finding names")
+    warnings: list[str] = []
+    counts: dict[str, int] = Field({}, description="Findings of each kind")
+    figures: dict[str, Any] = Field({}, description="Figures of the rows as a whole; with `base` also of their tokens")
+    findings: list[Finding] = []
+
+    @classmethod
+    def of(
+        cls, row: model.FileReport, *, file: str, base: str | None, against: str | None, said: dict[str, Any]
+    ) -> "FileReport":
+        """`said`: the stored report, where there is one."""
+        return cls(
+            file=file,
+            base=base,
+            against=against,
+            status=row.status,
+            progress=row.progress,
+            error=row.error,
+            created_at=seconds(row.created_at),
+            finished_at=maybe_seconds(row.finished_at),
+            **said,
+        )

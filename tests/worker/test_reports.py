@@ -1,0 +1,151 @@
+"""Reports of uploaded files: made once for a content, kept, told to the owner, and gone with the file."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+from workshop import Workshop, training_rows
+
+from tunery.datasets import reports, shelf
+from tunery.datasets.model import File, FileEvent, FileReport
+from worker.io import reports as io_reports
+from worker.supervisor.drain import Drain
+
+PLAIN = b'{"note": "no training row"}\n' * 12
+
+
+@pytest.fixture
+def report_all(workshop: Workshop) -> Callable[[], int]:
+    """Makes the reports that wait; how many."""
+    settings = workshop.settings.model_copy(update={"file_reports": True})
+
+    def work() -> int:
+        made = 0
+        while io_reports.report_next(settings, workshop.storage, Drain()):
+            made += 1
+        return made
+
+    return work
+
+
+def _rows(workshop: Workshop, kind: type[Any]) -> list[Any]:
+    with workshop.session() as session:
+        return list(session.scalars(select(kind).order_by(kind.created_at)))
+
+
+def _stored(workshop: Workshop, report: FileReport) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(b"".join(workshop.storage.read(f"{report.prefix}/report.json")))
+    return found
+
+
+def test_a_content_is_read_once_and_every_file_with_it_is_told(
+    workshop: Workshop, report_all: Callable[[], int]
+) -> None:
+    first = workshop.file(training_rows(12) + training_rows(1))
+    assert report_all() == 1
+    second = workshop.file(training_rows(12) + training_rows(1))
+    assert report_all() == 0
+    (report,) = _rows(workshop, FileReport)
+    assert (report.status, report.progress, report.summary["rows"]) == ("ready", 1.0, 13)
+    assert report.summary["counts"]["exact_duplicate"] == 1
+    found = _stored(workshop, report)
+    assert [finding["lines"] for finding in found["findings"] if finding["kind"] == "exact_duplicate"] == [[1, 13]]
+    events = [(event.file_id, event.outcome, event.data["findings"]) for event in _rows(workshop, FileEvent)]
+    assert events == [(id, "processed", len(found["findings"])) for id in (first, second)]
+
+
+def test_a_file_that_no_job_can_take_says_why(workshop: Workshop, report_all: Callable[[], int]) -> None:
+    broken = training_rows(300) + b'{"messages": [{"role": "wizard", "content": "x"}]}\n'
+    file_id = workshop.file(broken)
+    assert report_all() == 1
+    (file,), (event,) = _rows(workshop, File), _rows(workshop, FileEvent)
+    assert (file.id, file.status, event.outcome) == (file_id, "error", "failed")
+    assert "wizard" in file.status_details
+    assert "301" in file.status_details
+
+
+def test_rows_of_another_file_of_the_project_are_named(workshop: Workshop, report_all: Callable[[], int]) -> None:
+    known = workshop.file(training_rows(12, first=100))
+    report_all()
+    workshop.file(training_rows(12) + training_rows(2, first=105))
+    report_all()
+    _, report = _rows(workshop, FileReport)
+    (finding,) = [one for one in _stored(workshop, report)["findings"] if one["kind"] == "repeated_elsewhere"]
+    assert (finding["lines"], finding["against"]) == ([13, 14], [6, 7])
+    assert known in finding["why"]
+
+
+def test_a_report_goes_with_the_last_file_of_its_content(workshop: Workshop, report_all: Callable[[], int]) -> None:
+    files = [workshop.file(training_rows(12)) for _ in range(2)]
+    report_all()
+    (report,) = _rows(workshop, FileReport)
+    for file_id, left in zip(files, (1, 0), strict=True):
+        with workshop.session() as session:
+            shelf.delete(session, session.get_one(File, file_id), in_use_by=None)
+            shelf.purge(session, workshop.storage, lambda *_: None)
+        assert len(_rows(workshop, FileReport)) == left
+        assert bool(list(workshop.storage.list(f"{report.prefix}/"))) is bool(left)
+
+
+def test_a_report_of_a_file_that_went_meanwhile_leaves_nothing(
+    workshop: Workshop, report_all: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_id = workshop.file(training_rows(12))
+    lay_out = io_reports._lay_out
+
+    def lay_out_and_delete(*arguments: Any) -> None:
+        lay_out(*arguments)
+        with workshop.session() as session:
+            shelf.delete(session, session.get_one(File, file_id), in_use_by=None)
+            shelf.purge(session, workshop.storage, lambda *_: None)
+
+    monkeypatch.setattr(io_reports, "_lay_out", lay_out_and_delete)
+    report_all()
+    assert _rows(workshop, FileReport) == []
+    assert list(workshop.storage.list("reports/")) == []
+
+
+def test_a_report_that_kills_its_process_fails_alone(
+    workshop: Workshop, report_all: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawn = io_reports.processes.spawn
+
+    def spawn_and_kill(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        child = spawn(*arguments, **options)
+        os.kill(child.pid, signal.SIGKILL)
+        return child
+
+    monkeypatch.setattr(io_reports.processes, "spawn", spawn_and_kill)
+    workshop.file(training_rows(12))
+    assert report_all() == 1
+    (report,), (event,), (file,) = (_rows(workshop, kind) for kind in (FileReport, FileEvent, File))
+    assert (report.status, event.outcome, file.status) == ("failed", "processed", "processed")
+    assert "ended with status -9" in report.error
+
+
+def test_a_worker_that_stops_gives_the_report_back(workshop: Workshop) -> None:
+    drain = Drain()
+    drain.begin()
+    workshop.file(training_rows(12))
+    settings = workshop.settings.model_copy(update={"file_reports": True})
+    assert io_reports.report_next(settings, workshop.storage, drain)
+    (report,) = _rows(workshop, FileReport)
+    assert (report.status, report.tries) == ("queued", 0)
+
+
+def test_a_report_that_ends_its_workers_fails(workshop: Workshop) -> None:
+    workshop.file(training_rows(12))
+    (report,) = _rows(workshop, FileReport)
+    for tries in range(1, reports.MAX_TRIES + 1):
+        with workshop.session() as session:
+            begun = reports.begin(session, report.id)
+            assert begun is not None
+            assert begun.tries == tries
+    with workshop.session() as session:
+        assert reports.begin(session, report.id) is None
+        assert "ended 3 times" in str(session.get_one(FileReport, report.id).error)

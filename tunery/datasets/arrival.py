@@ -1,0 +1,47 @@
+"""A training file on its way in: its syntax, and whether its first rows are any that can be trained."""
+
+from tunery.datasets.errors import NoTrainingRows
+from tunery.datasets.report.verdict import ANY_METHOD
+from tunery.failures import InvalidTrainingFile
+from tunery.rows import readers
+from tunery.rows.formats import SourceRow
+from tunery.rows.shapes import FileShape
+
+FIRST = 100
+"""Rows that are parsed on arrival. Why not all: the report parses them, and nobody has to wait for it."""
+
+
+class ArrivalCheck:
+    """Reads a file's bytes as they come, in memory that does not grow with it."""
+
+    def __init__(self) -> None:
+        self._checker = readers.Checker(self._see)
+        self._shape = FileShape()
+        self._seen = 0
+        self._fault: InvalidTrainingFile | None = None
+        self._is_trainable = False
+
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes. Raises InvalidRows at the first that are no row, NoTrainingRows after FIRST such rows."""
+        self._checker.feed(chunk)
+
+    def close(self) -> None:
+        """The file's end. Raises InvalidRows, also for a file without rows, and NoTrainingRows."""
+        self._checker.close()
+        self._refuse()
+
+    def _see(self, row: SourceRow) -> None:
+        if self._is_trainable or self._seen == FIRST:
+            return
+        self._seen += 1
+        try:
+            ANY_METHOD.parse(row._replace(shape=self._shape), "training")
+            self._is_trainable = True
+        except InvalidTrainingFile as fault:
+            self._fault = self._fault or fault
+        if self._seen == FIRST:
+            self._refuse()
+
+    def _refuse(self) -> None:
+        if not self._is_trainable and self._fault is not None:
+            raise NoTrainingRows(reason=self._fault.fields["reason"]) from self._fault

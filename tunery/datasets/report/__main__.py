@@ -1,0 +1,53 @@
+"""Makes one report: `python -m tunery.datasets.report FOLDER`.
+
+FOLDER holds an Order in order.json and the files that it names. report.json, summary.json and digests are written
+there, and meanwhile progress. A file that cannot be read ends it with EXIT_USER_ERROR and the reason as its last words.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from tunery import plugins
+from tunery.datasets.report.order import Order
+from tunery.errors import TuneryError
+from tunery.wire import EXIT_USER_ERROR
+
+
+def main(folder: Path) -> int:
+    """Returns the exit status."""
+    plugins.load(plugins.names(), "worker")
+    from tunery.datasets.report import elsewhere, maker  # what they import may be missing, which is to be said
+
+    order = Order.model_validate_json((folder / "order.json").read_text())
+    digests = {other.id: (folder / "others" / other.id).read_bytes() for other in order.others}
+    made = maker.make(
+        folder / "rows",
+        folder / "against" if order.compares else None,
+        base=folder / "base" if order.base else None,
+        base_name=order.base,
+        max_tokens=order.max_tokens,
+        benchmark_folder=Path(order.benchmark) if order.benchmark else None,
+        others=[elsewhere.Other(other.id, other.name, elsewhere.unpack(digests[other.id])) for other in order.others],
+        progress=lambda share: _show(folder, share),
+    )
+    (folder / "report.json").write_text(json.dumps(made.as_dict()))
+    (folder / "digests").write_bytes(made.digests)
+    (folder / "summary.json").write_text(json.dumps(made.summary()))
+    return 0
+
+
+def _show(folder: Path, share: float) -> None:
+    # Renamed into its place: a reader never sees half a number.
+    (folder / "progress.new").write_text(f"{share:.3f}")
+    (folder / "progress.new").rename(folder / "progress")
+
+
+if __name__ == "__main__":
+    os.nice(10)  # jobs' validation, on the same host, comes first
+    try:
+        sys.exit(main(Path(sys.argv[1])))
+    except TuneryError as error:
+        sys.stderr.write(f"{error.message}\n")
+        sys.exit(EXIT_USER_ERROR)

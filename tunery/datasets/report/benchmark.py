@@ -1,0 +1,32 @@
+"""Rows that ask what the general benchmark asks, which would flatter what a scorecard says of general ability."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tunery.datasets.report import texts
+from tunery.datasets.report.case import Case, Finding
+
+_ACTION = "Drop the row: with it, general ability on the scorecard says less than it seems to."
+
+
+def read(folder: Path) -> frozenset[str]:
+    """The words of the benchmark's questions, from the JSON Lines files of `folder`."""
+    items = (json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.open(encoding="utf-8"))
+    return frozenset(texts.words(_question(item)) for item in items)
+
+
+def _question(item: dict[str, Any]) -> str:
+    if "question" in item:
+        return str(item["question"])
+    return "\n".join(str(message["content"]) for message in item["messages"] if message["role"] == "user")
+
+
+def find(case: Case) -> Iterator[Finding]:
+    """Rows whose question is one of the benchmark's, but for case and punctuation."""
+    for row in case.answered if case.benchmark else ():
+        if texts.words(row.question) in case.benchmark:
+            yield Finding(
+                "benchmark_overlap", [row.line], 1.0, "Asks what an item of the general benchmark asks.", _ACTION
+            )

@@ -1,0 +1,55 @@
+"""How many different things a file asks: prompts that are the same or nearly count as one."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from tunery.datasets.report.case import Case, Finding
+
+_SHARE = 0.2
+_LEAST = 20
+"""Rows below which shares say nothing."""
+_ACTION = "Keep fewer of them, or add rows that ask something else."
+
+
+def clusters(case: Case) -> dict[int, int]:
+    """The cluster of each row, by line: rows that a chain of like questions links. Named by its first line."""
+    parents = {row.line: row.line for row in case.answered}
+
+    def root(line: int) -> int:
+        while parents[line] != line:
+            parents[line] = parents[parents[line]]
+            line = parents[line]
+        return line
+
+    for pair in case.pairs:
+        if not pair.leaked:
+            first, second = sorted((root(pair.first.line), root(pair.second.line)))
+            parents[second] = first
+    return {line: root(line) for line in parents}
+
+
+def figures(case: Case) -> dict[str, Any]:
+    """`effective_prompts`: the exponential of the entropy of the clusters' shares, which is the number of clusters
+    where all are equally large. `largest_cluster`: the largest one's share of the rows."""
+    sizes = Counter(clusters(case).values())
+    rows = sizes.total()
+    if not rows:
+        return {}
+    entropy = -sum(size / rows * math.log(size / rows) for size in sizes.values())
+    return {
+        "prompts": len(sizes),
+        "effective_prompts": round(math.exp(entropy), 1),
+        "largest_cluster": round(max(sizes.values()) / rows, 4),
+    }
+
+
+def find(case: Case) -> Iterator[Finding]:
+    """Clusters of like questions that are a large share of the rows."""
+    found = clusters(case)
+    for cluster, size in Counter(found.values()).most_common(3):
+        if size >= _LEAST and size >= _SHARE * len(found):
+            lines = [line for line, other in found.items() if other == cluster]
+            why = f"{size / len(found):.0%} of the rows ask nearly what line {cluster} asks."
+            yield Finding("low_diversity", lines, size / len(found), why, _ACTION)

@@ -1,0 +1,53 @@
+"""Rows that stand in another file of the project too: files are compared by digests of their rows."""
+
+import hashlib
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from tunery.datasets.report.case import Case, Finding
+from tunery.datasets.report.rows import Row, whole
+
+_ENTRY = struct.Struct("<8sI")
+_ACTION = "Drop the rows from one of the two files, if these are to be trained and tested on apart."
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another file of the project. `lines`: the first line of each of its rows, by the row's digest."""
+
+    id: str
+    name: str
+    lines: Mapping[bytes, int]
+
+
+def digest(row: Row) -> bytes:
+    """Eight bytes that are the same for rows that say the same."""
+    return hashlib.blake2b(whole(row).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def pack(rows: Iterable[Row]) -> bytes:
+    """The digests of rows with their lines, to be kept."""
+    return b"".join(_ENTRY.pack(digest(row), row.line) for row in rows if row.turns)
+
+
+def unpack(data: bytes) -> dict[bytes, int]:
+    """The first line of each row, by its digest."""
+    found: dict[bytes, int] = {}
+    for key, line in _ENTRY.iter_unpack(data):
+        found.setdefault(key, line)
+    return found
+
+
+def find(case: Case) -> Iterator[Finding]:
+    """One finding for each other file that has rows of this one."""
+    if not case.others:
+        return
+    digests = [(row.line, digest(row)) for row in case.rows if row.turns]
+    for other in case.others:
+        shared = [(line, other.lines[key]) for line, key in digests if key in other.lines]
+        if shared:
+            lines, there = [line for line, _ in shared], sorted({line for _, line in shared})
+            rows = "1 row stands" if len(lines) == 1 else f"{len(lines):,} rows stand"
+            why = f"{rows} in '{other.name}' ({other.id}) too."
+            yield Finding("repeated_elsewhere", lines, len(lines) / len(digests), why, _ACTION, there)

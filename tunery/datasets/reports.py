@@ -1,0 +1,188 @@
+"""Reports of files: asked for here, made by a worker for I/O, kept by the content that they are about."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, exists, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from tunery import dispatch, ids
+from tunery.datasets.errors import NoReport
+from tunery.datasets.model import File, FileEvent, FileReport
+from tunery.storage import Storage
+
+VERSION = 1
+"""Of what a report says. A report of an older version is made again when it is asked for."""
+QUEUED, RUNNING, READY, FAILED = "queued", "running", "ready", "failed"
+MAX_TRIES = 3
+"""Workers that may end over one report before it fails: others wait behind it."""
+_LOST = (
+    "The worker that read the file ended {tries} times before the report was done. Look for rows that are very large; "
+    "the server's operator finds more in the log of the worker for I/O."
+)
+
+
+# --- asking -------------------------------------------------------------------------------------------------------
+
+
+def request(session: Session, file: File, *, base: str = "", against: str = "") -> FileReport:
+    """Returns the report of a file's content, and queues it where nobody has asked for it before.
+
+    `base`: the id of the model whose tokenizer counts; `against`: the sha256 of the content to compare with.
+    """
+    key = {"project_id": file.project_id, "sha256": file.sha256, "base": base, "against": against}
+    made = insert(FileReport).values(id=ids.new(ids.REPORT), version=VERSION, **key)
+    session.execute(made.on_conflict_do_nothing())
+    report = session.scalars(select(FileReport).filter_by(**key)).one()
+    if report.version < VERSION and report.status in (READY, FAILED):
+        _reset(report)
+    if report.status == QUEUED:
+        dispatch.nudge_after_commit(session, dispatch.IO)
+    elif report.status in (READY, FAILED) and _is_plain(report):
+        _tell_files(session, report)
+    session.flush()
+    return report
+
+
+def _reset(report: FileReport) -> None:
+    report.version, report.status, report.progress, report.tries = VERSION, QUEUED, 0.0, 0
+    report.summary = report.error = report.finished_at = None
+
+
+def of_files(session: Session, files: Sequence[File]) -> dict[str, FileReport]:
+    """Returns the reports that every file gets, by the files' ids."""
+    contents = {(file.project_id, file.sha256) for file in files}
+    found = session.scalars(
+        select(FileReport).where(
+            FileReport.project_id.in_({project for project, _ in contents}),
+            FileReport.sha256.in_({sha256 for _, sha256 in contents}),
+            FileReport.base == "",
+            FileReport.against == "",
+        )
+    )
+    by_content = {(report.project_id, report.sha256): report for report in found}
+    return {file.id: report for file in files if (report := by_content.get((file.project_id, file.sha256))) is not None}
+
+
+def check_reported(file: File) -> None:
+    """Raises NoReport for a file without rows to report on."""
+    if file.purpose != "fine-tune":
+        raise NoReport(file=file.id, purpose=file.purpose)
+
+
+# --- making -------------------------------------------------------------------------------------------------------
+
+
+def waiting(session: Session) -> list[str]:
+    """Returns the ids of the reports to make, the oldest first: also those whose worker has ended meanwhile."""
+    query = select(FileReport.id).where(FileReport.status.in_((QUEUED, RUNNING)))
+    return list(session.scalars(query.order_by(FileReport.created_at)))
+
+
+def begin(session: Session, report_id: str) -> FileReport | None:
+    """Returns the report, now running; None where it is no longer wanted or has ended too many workers."""
+    report = session.get(FileReport, report_id, with_for_update=True)
+    if report is None or report.status not in (QUEUED, RUNNING):
+        return None
+    if report.tries >= MAX_TRIES:
+        finish(session, report, error=_LOST.format(tries=report.tries))
+        return None
+    report.status, report.progress = RUNNING, 0.0
+    report.tries += 1
+    session.flush()
+    return report
+
+
+def release(session: Session, report_id: str) -> None:
+    """Gives a report back that was broken off by an outage or a shutdown, which is not the file's fault."""
+    running = (FileReport.id == report_id) & (FileReport.status == RUNNING)
+    session.execute(update(FileReport).where(running).values(status=QUEUED, tries=FileReport.tries - 1))
+
+
+def show_progress(session: Session, report_id: str, share: float) -> None:
+    """Notes how much of a report is made, 0 to 1."""
+    running = (FileReport.id == report_id) & (FileReport.status == RUNNING)
+    session.execute(update(FileReport).where(running).values(progress=share))
+
+
+def finish(
+    session: Session, report: FileReport, *, summary: dict[str, Any] | None = None, error: str | None = None
+) -> None:
+    """Notes how a report ended: its summary, or why there is none."""
+    report.status = READY if error is None else FAILED
+    report.summary, report.error, report.progress = summary, error, 1.0
+    report.finished_at = func.clock_timestamp()
+    session.flush()
+    if _is_plain(report):
+        _tell_files(session, report)
+
+
+def _is_plain(report: FileReport) -> bool:
+    return not report.base and not report.against
+
+
+def _tell_files(session: Session, report: FileReport) -> None:
+    """Notes in each file with this content what the report says, once, with an event."""
+    has_event = exists().where(FileEvent.file_id == File.id)
+    content = (File.project_id == report.project_id) & (File.sha256 == report.sha256)
+    files = select(File).where(content, File.purpose == "fine-tune", File.deleted_at.is_(None))
+    for file in session.scalars(files.where(File.status != "uploaded", ~has_event)).all():
+        summary = report.summary or {}
+        if summary.get("reason") is not None and not summary["trainable"]:
+            file.status, file.status_details = "error", summary["reason"]
+        outcome = "failed" if file.status == "error" else "processed"
+        data = {"status": report.status, **{name: summary.get(name) for name in ("rows", "findings", "trainable")}}
+        note(session, file, outcome, data)
+    session.flush()
+
+
+def note(session: Session, file: File, outcome: str, data: dict[str, Any] | None = None) -> None:
+    """Writes the event that a file is processed, or cannot be trained from; wakes the webhooks."""
+    values = {"id": ids.new(ids.FILE_EVENT), "file_id": file.id, "outcome": outcome, "data": data, "fanned_out": False}
+    session.execute(insert(FileEvent).values(values).on_conflict_do_nothing())
+    dispatch.nudge_after_commit(session, dispatch.IO)
+
+
+# --- finding what a report needs ----------------------------------------------------------------------------------
+
+
+def content(session: Session, project_id: str, sha256: str) -> File | None:
+    """Returns a file of the project with these bytes whose bytes are still there."""
+    query = select(File).where(File.project_id == project_id, File.sha256 == sha256, File.purged_at.is_(None))
+    return session.scalar(query.order_by(File.deleted_at.is_not(None), File.created_at).limit(1))
+
+
+def others(session: Session, report: FileReport, *, most: int = 20) -> list[tuple[File, FileReport]]:
+    """Returns the newest other contents of the project that have a report, each with one of its files."""
+    query = (
+        select(File, FileReport)
+        .join(FileReport, (FileReport.project_id == File.project_id) & (FileReport.sha256 == File.sha256))
+        .where(File.project_id == report.project_id, File.sha256 != report.sha256, File.deleted_at.is_(None))
+        .where(FileReport.status == READY, FileReport.base == "", FileReport.against == "")
+        .order_by(File.created_at.desc())
+        .limit(most)
+    )
+    by_content = {file.sha256: (file, found) for file, found in session.execute(query)}
+    return list(by_content.values())
+
+
+# --- going --------------------------------------------------------------------------------------------------------
+
+
+def remove(session: Session, storage: Storage, file: File) -> None:
+    """Removes the reports about a content, objects first, when its last file goes."""
+    same = select(File.id).where(File.project_id == file.project_id, File.sha256 == file.sha256)
+    if session.scalar(same.where(File.id != file.id, File.deleted_at.is_(None)).limit(1)) is not None:
+        return
+    about: ColumnElement[bool] = (FileReport.sha256 == file.sha256) | (FileReport.against == file.sha256)
+    for report in session.scalars(select(FileReport).where(FileReport.project_id == file.project_id, about)).all():
+        remove_objects(storage, report.prefix)
+        session.delete(report)
+    session.flush()
+
+
+def remove_objects(storage: Storage, prefix: str) -> None:
+    """Removes what lies below a report's prefix."""
+    for key in list(storage.list(f"{prefix}/")):
+        storage.delete(key)
