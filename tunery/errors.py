@@ -9,10 +9,12 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     │   ├── WrongState           the object's state forbids the operation
     │   ├── UnusableModel        a base model's files cannot be used
     │   ├── InvalidRows          rows: an uploaded file cannot be read as the format that it begins as
-    │   │   └── InvalidJSONL     an uploaded line is not a JSON object
+    │   │   ├── InvalidJSONL     an uploaded line is not a JSON object
+    │   │   └── NoTrainingRows   datasets: none of a file's first rows can be trained
     │   ├── CannotRender         rows: a chat template cannot write the messages, or not so that they can be learned
     │   ├── PromptTooLong        rows: a conversation fills the model's whole context
     │   ├── FileInUse            datasets: a live job needs the file
+    │   ├── NoReport             datasets: a file of another purpose has no report
     │   ├── InputChanged         jobs: a job that is to run again would read something else
     │   ├── AddressRefused       webhooks: a URL leads where we do not post
     │   └── ReceiverSilent       webhooks: a receiver gave no answer to a test

@@ -6,12 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 from typer.testing import CliRunner
 
 from tunery.cli.main import app
-from tunery.datasets.report import answers, labels, length, maker, neighbours, output_format, privacy, roles, truncation
+from tunery.datasets.report import (
+    answers,
+    benchmark,
+    diversity,
+    elsewhere,
+    labels,
+    length,
+    maker,
+    neighbours,
+    output_format,
+    privacy,
+    refusals,
+    roles,
+    scripts,
+    truncation,
+)
 from tunery.datasets.report.case import Case, Check
 from tunery.datasets.report.rows import Row, Turn, read
+from tunery.rows.formats import SourceRow
+from tunery.rows.messages import parse_row
+from tunery.rows.template import ChatTemplate
 
 LABELS = ("refund", "card lost", "change pin")
 WORDS = {
@@ -248,3 +267,83 @@ def test_pairs_are_reported_on_with_their_preferred_answers(tmp_path: Path) -> N
     assert [(row.question, row.answer) for row in found[:2]] == [("Is 0 even?", "yes"), ("Is 1 even?", "no")]
     assert [row.line for row in found if row.fault] == [10]
     assert "two equal answers" in (found[9].fault or "")
+
+
+def test_answers_too_short_to_be_cut_are_no_fault_of_the_report() -> None:
+    rows = [row(n, f"What comes after {n}?", str(n + 1)) for n in range(300)]
+    assert lines(truncation.find, Case(rows)) == []
+
+
+def test_like_prompts_count_as_one() -> None:
+    asked = ["How do I change my pin?"] * 3 + ["How do I change my  PIN"] + ["Where is the card that I ordered?"]
+    found = diversity.figures(Case([row(n, question, "x") for n, question in enumerate(asked, 1)]))
+    assert (found["prompts"], found["largest_cluster"]) == (2, 0.8)
+    assert found["effective_prompts"] == pytest.approx(1.6, abs=0.05)  # exp(-0.8 ln 0.8 - 0.2 ln 0.2) = 1.65
+
+
+def test_a_large_group_of_like_prompts_is_named() -> None:
+    asked = ["Say hello to me please"] * 25 + [f"{word} question about {word}" for word in ("tax", "sea", "art")]
+    (finding,) = diversity.find(Case([row(n, question, f"a{n}") for n, question in enumerate(asked, 1)]))
+    assert (finding.kind, len(finding.lines)) == ("low_diversity", 25)
+
+
+@pytest.mark.parametrize(
+    ("answer", "refuses"),
+    [
+        ("I'm sorry, but I can\u2019t help with that.", True),
+        ("As an AI language model, I have no taste.", True),
+        ("I am unable to provide legal advice.", True),
+        ("I can help you. If the shop says it cannot help, call us.", False),
+        ("Sorry for the delay! Your card is on its way.", False),
+    ],
+)
+def test_refusals(answer: str, refuses: bool) -> None:
+    assert bool(lines(refusals.find, Case([row(1, "q", answer)]))) is refuses
+
+
+def test_rows_in_another_script() -> None:
+    rows = [row(n, "Where is it?", "Here it is.") for n in range(1, 30)] + [row(30, "Где это?", "Here it is.")]
+    (finding,) = scripts.find(Case(rows))
+    assert (finding.lines, "Cyrillic" in finding.why) == ([30], True)
+    assert [scripts.script_of(text) for text in ("東京へ行く", "مرحبا", "123", "Ünïcode")] == [
+        "East Asian",
+        "Arabic",
+        None,
+        "Latin",
+    ]
+
+
+def test_rows_of_the_general_benchmark(tmp_path: Path) -> None:
+    written(tmp_path / "a.jsonl", [{"question": "What is 2 + 2?", "choices": ["4", "5"]}])
+    written(tmp_path / "b.jsonl", [chat("Name a colour.", "Red")])
+    known = benchmark.read(tmp_path)
+    rows = [row(1, "what is 2 + 2", "4"), row(2, "Name a colour!", "Blue"), row(3, "Name a fruit.", "Apple")]
+    assert lines(benchmark.find, Case(rows, benchmark=known)) == [[1], [2]]
+    assert lines(benchmark.find, Case(rows)) == []
+
+
+def test_tokens_of_a_base(tmp_path: Path) -> None:
+    base = tiny_models.llama(tmp_path / "base")
+    rows = [chat("a b c", "d e"), chat("x " * 400, "y"), {"messages": [{"role": "user", "content": "q"}]}]
+    made = maker.make(written(tmp_path / "f.jsonl", rows), base=base, max_tokens=256)
+    figures = made.figures["tokens"]
+    template = ChatTemplate.load(base)
+    whole = len(template.encode_all(read_row(rows[0]), 2**20)[0].input_ids)
+    assert figures["spreads"]["row"]["count"] == 2
+    assert figures["spreads"]["user"]["count"] == figures["spreads"]["turn 1 user"]["count"] == 2
+    first, *_, last = figures["lengths"]
+    assert (first["length"], first["truncated"], first["answer_cut"], first["answer_lost"]) == (256, 1, 1, 1)
+    assert last["truncated"] == last["answer_cut"] == 0
+    assert [one.lines for one in made.findings if one.kind == "answer_cut"] == [[2]]
+    assert whole < 256
+
+
+def read_row(fields: dict[str, Any]) -> Any:
+    return parse_row(SourceRow(1, fields), "training")
+
+
+def test_a_file_of_another_project_row_by_row() -> None:
+    known = elsewhere.unpack(elsewhere.pack([row(7, "Who?", "Ann"), row(8, "who? ", "ann"), row(9, "Why?", "So")]))
+    other = elsewhere.Other("file-x", "valid.jsonl", known)
+    (finding,) = elsewhere.find(Case([row(1, "Who?", "Ann"), row(2, "Where?", "Oslo")], others=[other]))
+    assert (finding.lines, finding.against, finding.score) == ([1], [7], 0.5)

@@ -5,7 +5,6 @@ there, and meanwhile progress. A file that cannot be read ends it with EXIT_USER
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -45,7 +44,6 @@ def _show(folder: Path, share: float) -> None:
 
 
 if __name__ == "__main__":
-    os.nice(10)  # jobs' validation, on the same host, comes first
     try:
         sys.exit(main(Path(sys.argv[1])))
     except TuneryError as error:

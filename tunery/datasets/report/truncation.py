@@ -46,6 +46,7 @@ def find(case: Case) -> Iterator[Finding]:
         yield Finding("truncated_output", [line], 1.0, why, _ACTION)
     judged = cut.keys() | {line for task in case.tasks for line in task.labels}
     free = [row for row in rows if row.line not in judged and texts.load_json(row.answer) is None]
+    free = [row for row in free if len(row.answer.strip()) >= _CUTS]  # others cannot be cut to learn from
     if len(free) < _LEAST:
         return
     known = Vocabulary(text for row in case.rows for text in (row.question, row.answer))
