@@ -347,3 +347,24 @@ def test_a_file_of_another_project_row_by_row() -> None:
     other = elsewhere.Other("file-x", "valid.jsonl", known)
     (finding,) = elsewhere.find(Case([row(1, "Who?", "Ann"), row(2, "Where?", "Oslo")], others=[other]))
     assert (finding.lines, finding.against, finding.score) == ([1], [7], 0.5)
+
+
+def test_a_mark_of_a_list_without_its_item_is_a_break() -> None:
+    rows = [
+        row(1, "Name two.", "1- Paris\n2- Rome"),
+        row(2, "Name three.", "1- Paris\n2- Rome\n3"),
+        row(3, "How many?", "3"),
+    ]
+    assert lines(truncation.find, Case(rows)) == [[2]]
+
+
+def test_a_part_of_a_word_of_its_own_row_is_no_word() -> None:
+    known = truncation.Vocabulary(["Who stood on the sideline?", "He stood on the sideli", "A dog", "The do"])
+    parts = [("Who stood on the sideline?", "He stood on the sideli"), ("Who sat?", "He sat on the sideline")]
+    assert [known.is_part(row(1, *part)) for part in parts] == [True, False]
+
+
+def test_what_is_not_written_in_sentences_may_be_whole() -> None:
+    known = truncation.Vocabulary(["the cat is on the mat and the dog is in the house"] * 3)
+    answers = ["rnbqkbnr/pp1ppppp/8 w KQkq - 1 2", "x = 3, y = 2", "the dog is in the red garden of"]
+    assert [known.may_be_whole(answer) for answer in answers] == [True, True, False]

@@ -13,8 +13,8 @@ _ACTION = "Drop the row: with it, general ability on the scorecard says less tha
 
 def read(folder: Path) -> frozenset[str]:
     """The words of the benchmark's questions, from the JSON Lines files of `folder`."""
-    items = (json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.open(encoding="utf-8"))
-    return frozenset(texts.words(_question(item)) for item in items)
+    files = (path.read_text(encoding="utf-8").split("\n") for path in sorted(folder.glob("*.jsonl")))
+    return frozenset(texts.words(_question(json.loads(line))) for lines in files for line in lines if line)
 
 
 def _question(item: dict[str, Any]) -> str:

@@ -26,11 +26,16 @@ _CUTS = 4
 _LEAST = 30
 _FITTED = 2000
 _FEW = 3
+_COMMON = 100
+_PROSE = 0.15
+_PART = 3
+_GOES_ON = ",:;([{-/=+*&"
 _TAIL = 24
 """Characters of an answer's end that are read as they are."""
 _WORD = re.compile(r"\w+")
 _ENDING = re.compile(r"(\w+)(?=[.!?]\s|[^\w\n]*\n)")
 _ITEM = re.compile(r"\s*(?:[-+*•]|\d+[.)-])")
+_MARKER = re.compile(r"\s*(?:[-+*•]|\d+[.)-]?)\s*")
 _FINISHED = ".!?"
 _CLOSED = _FINISHED + "\"'\u201d\u2019)]}`\u00bb\u2026"
 _OPEN = {"(": ")", "[": "]", "{": "}"}
@@ -52,9 +57,11 @@ def find(case: Case) -> Iterator[Finding]:
     known = Vocabulary(text for row in case.rows for text in (row.question, row.answer))
     often = Counter(texts.squash(row.answer) for row in free)
     for row, score in zip(free, _score(free, known), strict=True):
-        if score >= _SURE and often[texts.squash(row.answer)] == 1 and not known.may_be_whole(row.answer):
+        part = known.is_part(row)
+        is_free = part or (often[texts.squash(row.answer)] == 1 and not known.may_be_whole(row.answer))
+        if is_free and (score >= _SURE or part):
             why = f"Breaks off: '{row.answer.rstrip()[-30:]}'."
-            yield Finding("truncated_output", [row.line], float(score), why, _ACTION)
+            yield Finding("truncated_output", [row.line], max(float(score), part * _SURE), why, _ACTION)
 
 
 def _broken_off(answer: str) -> str | None:
@@ -62,7 +69,12 @@ def _broken_off(answer: str) -> str | None:
     text = answer.strip()
     if text.startswith(("{", "[")) and texts.load_json(text) is None and _open_at_end(text):
         return "Begins as JSON and ends inside it."
-    return "A block of code is opened and not closed." if text.count("```") % 2 else None
+    if text.count("```") % 2:
+        return "A block of code is opened and not closed."
+    *before, last = [line for line in text.split("\n") if line.strip()] or [""]
+    if _MARKER.fullmatch(last) and any(map(_ITEM.match, before)):
+        return "Ends with the mark of a list's item."
+    return None
 
 
 def _open_at_end(text: str) -> bool:
@@ -145,7 +157,11 @@ def _features(answer: str, known: "Vocabulary") -> list[float]:
     sentences = len(re.findall(r"[.!?]\s", text))
     finished = float(np.mean([line[-1] in _FINISHED for line in lines[:-1]])) if len(lines) > 1 else 0.5
     listed = bool(_ITEM.match(last)) and len(lines) > 1
+    prose = known.prose(found)
+    open_end = text[-1] not in _CLOSED
     return [
+        *(prose, prose * open_end, (1 - prose) * open_end, prose * (len(lines) == 1) * open_end),
+        *(text.count(",") / max(1, len(found)) * open_end, bool(set(text) & set("=+*/\\<>|^")) * open_end),
         *(text[-1] in _FINISHED, text[-1] in _CLOSED, text[-1].isalpha(), text[-1].isdigit(), text != answer),
         text[-1] in ",:;([{-—/=+*",
         *known.describe(word),
@@ -173,14 +189,29 @@ class Vocabulary:
             self._all.update(found)
             # An end of the whole text is left out: it may be a cut.
             self._ends.update(_ENDING.findall(folded))
+        self._common = {word for word, _ in self._texts.most_common(_COMMON) if not word.isdigit()}
         often = (word for word, count in self._texts.items() if count > 1)
         self._beginnings = {word[:size] for word in often for size in range(1, len(word))}
+
+    def prose(self, words: Sequence[str]) -> float:
+        """The share of words that are among the file's most common: high in sentences, low in lists, code and sums."""
+        return sum(word in self._common for word in words) / len(words) if words else 0.0
 
     def may_be_whole(self, answer: str) -> bool:
         """Whether an answer is too short to tell: a name, a number or a title, whose last word begins no other one."""
         found = _WORD.findall(answer.casefold())
         part = bool(found) and found[-1] in self._beginnings and not self._ends[found[-1]]
-        return len(found) <= _FEW and not part
+        is_plain = self.prose(found) < _PROSE and answer.rstrip()[-1] not in _GOES_ON
+        return (len(found) <= _FEW or is_plain) and not part
+
+    def is_part(self, row: Row) -> bool:
+        """Whether an answer's last word stands nowhere else in the file and begins a word of its own row."""
+        answer = row.answer.rstrip().casefold()
+        found = _WORD.findall(answer)
+        if not found or not answer[-1].isalpha() or self._all[found[-1]] > 1:
+            return False
+        there = {*found[:-1], *_WORD.findall(row.question.casefold())}
+        return len(found[-1]) >= _PART and any(word.startswith(found[-1]) and word != found[-1] for word in there)
 
     def describe(self, word: str) -> list[float]:
         """How much a word, the last of an answer, looks like part of another one or of a sentence that goes on."""
