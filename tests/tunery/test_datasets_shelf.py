@@ -25,7 +25,7 @@ from tunery.storage import Directory, Storage, open_storage
 from tunery.storage.errors import ObjectMissing
 
 LIMIT = 1000
-GOOD = b'{"messages": []}\n'
+GOOD = b'{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"a"}]}\n'
 
 
 @pytest.fixture
