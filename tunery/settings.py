@@ -76,7 +76,7 @@ class Settings(BaseSettings):
     poll_seconds: float = Field(15, description="Time between a worker's looks at the queue without a wake-up")
     sweep_seconds: float = Field(5, description="Time between the sweeper's rounds")
     preload_trainer: bool = Field(
-        True, description="Keep a trainer's process imported for the next job: 6 to 20 s sooner for about 0.6 GB a slot"
+        True, description="Keep a trainer's process imported for the next job: 6 to 20 s sooner for up to 1 GB a slot"
     )
     stop_grace_seconds: float = Field(120, description="Time for a local save on pause or shutdown before SIGKILL")
     keep_events_days: int = Field(365, ge=0, description="Days after its end that a job's events stay; 0: no limit")
