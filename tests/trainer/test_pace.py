@@ -34,6 +34,10 @@ def test_what_was_not_measured_is_estimated_from_the_steps_and_the_sizes() -> No
     asks.expect_answers(20, batch=4, tokens=8, prompt=12)
     asks.check_bytes = 400_000_000
     assert asks.left() == pytest.approx(20 * ((12 + 8) * 0.01 + 8 * 10 * 0.5e-3 / 4) + 2)
+    exports = _paced(Work(steps=10, steps_per_epoch=5, step_tokens=100), step=9)
+    exports.expect_exports(bytes=600_000_000, tokens=400)
+    assert exports.left() == pytest.approx(3 + 3 + 400 * 0.01)
+    assert exports.exports_left() == pytest.approx(3 + 400 * 0.01)
 
 
 def test_what_was_measured_takes_the_estimates_place() -> None:

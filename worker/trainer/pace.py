@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-Part = Literal["step", "validation", "checkpoint", "answer", "general", "saving"]
+Part = Literal["step", "validation", "checkpoint", "answer", "general", "saving", "exports"]
 
 _BYTES_A_SECOND = 200e6
 """Of weights that are written or read. A slow disk; a fast one is measured soon."""
@@ -49,6 +49,8 @@ class Pace:
     _answer_batch: int = 1
     _prompt_tokens: float = 0.0
     _general_tokens: int = 0
+    _export_bytes: int = 0
+    _export_tokens: int = 0
 
     def expect_answers(self, answers: int, *, batch: int, tokens: int, prompt: float) -> None:
         """Counts in answers of at most `tokens` tokens to prompts of about `prompt`, `batch` of them at once."""
@@ -58,6 +60,10 @@ class Pace:
     def expect_general(self, tokens: int) -> None:
         """Counts in so many tokens of the general benchmark, which pass through the model once."""
         self._general_tokens += tokens
+
+    def expect_exports(self, *, bytes: int, tokens: int) -> None:
+        """Counts in exports that read and write so many bytes, and pass so many tokens through whole models."""
+        self._export_bytes, self._export_tokens = bytes, tokens
 
     @contextmanager
     def measure(self, part: Part, count: int = 1) -> Iterator[None]:
@@ -82,8 +88,12 @@ class Pace:
         if not self._seconds.keys() & ({"step", "answer", "general"} if self.trained else {"step"}):
             return None
         general = self._of("general") * self._general_tokens
-        after = self._of("answer") * self._answers + general + self._of("saving")
+        after = self._of("answer") * self._answers + general + self._of("saving") + self._of("exports")
         return after if self.trained else after + self._of("step") * (self.work.steps - self.step) + self._between()
+
+    def exports_left(self) -> float:
+        """Seconds of the exports, which come last."""
+        return self._of("exports")
 
     def _between(self) -> float:
         """Seconds of the validation losses and checkpoints that are due from the present step on."""
@@ -112,6 +122,7 @@ class Pace:
             "answer": (self._prompt_tokens + self._answer_tokens) * forward
             + self._answer_tokens * work.layers * _LAYER_SECONDS / self._answer_batch,
             "general": forward,
+            "exports": self._export_bytes / _BYTES_A_SECOND + self._export_tokens * forward,
             "saving": (work.trained_bytes + self.check_bytes) / _BYTES_A_SECOND,
         }
         return seconds[part]

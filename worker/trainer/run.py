@@ -79,6 +79,7 @@ def carry_out(folder: Path, voice: Voice, wish: Wish) -> bool:
     progress = Progress()
     try:
         t.pace.check_bytes = parity.bytes_to_read(t)
+        export.expect(t)
         asked = _questions(t)
         probe = general.prepare(t) if asked else None
         base_answers = _answers_before_training(t, asked)
@@ -318,7 +319,7 @@ def _score(
 
 
 def _write_together(t: Training, progress: Progress, scored: Scored | None) -> None:
-    """The artifact, which rank 0 writes, and before it what the gate says of the model."""
+    """The artifact, which rank 0 writes, and before it what the gate says of the model. Raises Stopped on all ranks."""
     verdict = None
     if t.plan.gate is not None:
         verdict = gate.judge(t.plan.gate, None if scored is None else scored[0])
@@ -326,10 +327,18 @@ def _write_together(t: Training, progress: Progress, scored: Scored | None) -> N
     t.voice.say(Phase(phase="saving", seconds_left=t.pace.left()))
     with t.ranks.lockstep():
         answered = parity.measure(t) if t.ranks.is_main else None
+    if t.plan.export.is_asked:
+        _save_for_later(t, progress)  # exports free the weights, and may be stopped or killed
     weights = checkpoints.whole_weights(t)
+    stopped = False
     if answered is not None:
-        _write(t, progress, scored, verdict, answered, weights)
+        try:
+            _write(t, progress, scored, verdict, answered, weights)
+        except Stopped:
+            stopped = True
     t.ranks.wait()
+    if t.ranks.any(stopped):
+        raise Stopped
 
 
 def _write(

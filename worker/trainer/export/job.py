@@ -8,18 +8,35 @@ import torch
 from tunery.spec import Full
 from tunery.wire import Phase
 from worker.trainer.data import Row, read_rows
-from worker.trainer.export import files, readme, work
+from worker.trainer.export import files, proof, readme, work
 from worker.trainer.training import Training
 
 
 def write(t: Training, artifact: Path) -> None:
     """Writes the job's exports into folders of `artifact`, and how to serve all of it. Where there are exports, the
-    model in memory is gone afterwards."""
+    model in memory is gone afterwards. Raises Stopped."""
     if t.plan.export.is_asked:
-        t.voice.say(Phase(phase="exporting"))
+        t.voice.say(Phase(phase="exporting", seconds_left=t.pace.exports_left()))
         _release(t)
-        work.carry_out(_work(t, artifact))
+        with t.wish.breaking_off():
+            work.carry_out(_work(t, artifact))
     readme.write(t, artifact)
+
+
+def expect(t: Training) -> None:
+    """Counts the exports into the run's estimate: bytes of whole models, and rows that pass through them for proof."""
+    asked = t.plan.export
+    if not asked.is_asked:
+        return
+    quantised = t.precision.quantised
+    merges = 0 if isinstance(t.plan.technique, Full) or not asked.needs_merge else 2 if quantised else 1
+    # A merge reads the base, writes the whole model and reads it; a file is written and read beside the whole model.
+    models = 3 * merges + (quantised and merges > 0) + 2 * len(asked.gguf) + 3 * asked.fp8
+    passes = 2 * merges + (quantised and merges > 0) + len(asked.gguf) + bool(asked.gguf) + 2 * asked.fp8
+    whole = 2 * files.parameters(t.folder / "base")
+    vocabulary = t.objective.causal.config.get_text_config().vocab_size
+    tokens = sum(len(row.input_ids) for row in proof.choose(t.rows.rows, vocabulary))
+    t.pace.expect_exports(bytes=models * whole, tokens=passes * tokens)
 
 
 def _work(t: Training, artifact: Path) -> work.Work:
@@ -35,6 +52,7 @@ def _work(t: Training, artifact: Path) -> work.Work:
         template=t.template,
         rows=lambda: _rows(t),
         say=t.voice.say,
+        check=t.wish.check,
     )
 
 

@@ -19,6 +19,7 @@ from tunery.wire import Exported
 from worker.trainer.data import Row
 from worker.trainer.export import files, fp8, merge, readme
 from worker.trainer.export.errors import ExportRefused, NoRows
+from worker.trainer.wish import Stopped
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ log = logging.getLogger(__name__)
 class Work:
     """What is exported, and where to. `is_whole`: the artifact is a full fine-tune. `precision`: of the training.
 
-    `rows`: those that prove a merge, read when it comes to that. `say` is told of each export.
+    `rows`: those that prove a merge, read when it comes to that. `say` is told of each export, and `check` is called
+    before each: what it raises ends the work.
     """
 
     asked: Export
@@ -41,6 +43,7 @@ class Work:
     template: ChatTemplate
     rows: Callable[[], list[Row]]
     say: Callable[[Exported], None]
+    check: Callable[[], None] = lambda: None
 
 
 def carry_out(work: Work) -> None:
@@ -66,10 +69,13 @@ def _write_of_adapter(work: Work) -> None:
 
 def _try(work: Work, path: str, make: Callable[[], str]) -> bool:
     """Says what `make` says of the export, or why there is none; whether there is one."""
+    work.check()
     try:
         message, is_refused = make(), False
     except ExportRefused as error:
         message, is_refused = error.message, True
+    except Stopped:
+        raise
     except Exception as error:
         log.exception("the export %s broke", path)
         message, is_refused = f"It broke: {type(error).__name__}: {error}. The log has more.", True
