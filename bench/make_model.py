@@ -16,6 +16,9 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "llama3-8b": (4096, 14336, 32, 32, 8, 128256),
     "llama3-1b": (2048, 8192, 16, 32, 8, 128256),
     "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
+    "llama2-13b": (5120, 13824, 40, 40, 40, 32000),
+    "llama2-70b": (8192, 28672, 80, 64, 8, 32000),
+    "llama3-70b": (8192, 28672, 80, 64, 8, 128256),
 }
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
 

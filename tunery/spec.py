@@ -307,11 +307,14 @@ class Export(Part):
         return self.needs_merge or self.adapter_gguf
 
 
+Sharding = Literal["auto", "replicate", "full_shard"]
+
+
 class Resources(Part):
     """What the run needs of a host."""
 
     gpus: Annotated[Literal[1, 2, 4, 8], NO_BOOLEAN] = 1
-    sharding: Literal["auto", "replicate", "full_shard"] = Field(
+    sharding: Sharding = Field(
         "auto",
         description="Whether each of several GPUs has the whole model or a piece of it; auto: pieces where one GPU is "
         "too small",

@@ -9,11 +9,11 @@ Units are bytes; `GiB` in messages is 2**30 of them, as on a card's box.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tunery.failures import DoesNotFit
 from tunery.planning.precision import BYTES, Precision, decide
-from tunery.spec import Full, Lora, Qlora, Technique
+from tunery.spec import Full, Lora, Qlora, Sharding, Technique
 
 GIB = 2**30
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 16_384
@@ -92,7 +92,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by what they are for: base, gradients, optimizer, adapter, activations, head, fixed."""
+    """Bytes by what they are for: base, gradients, optimizer, adapter, gathered, activations, head, fixed."""
 
     parts: dict[str, int]
 
@@ -131,10 +131,12 @@ def estimate(
     device: str = "cuda",
     rows: int = 1,
     optimizer: str = "adamw",
+    ranks: int = 1,
 ) -> Estimate:
     """The least that a run needs on one `device` ("cuda" or "cpu"). `rows`: of an example.
 
-    Paged moments count as others do: they come back to the GPU in every step.
+    `ranks`: over how many devices the model is cut, of which this is one. Paged moments count as others do: they come
+    back to the GPU in every step.
     """
     shape, precision, tokens = Shape.of(facts), decide(technique, device, optimizer), max_seq_length * rows
     width, learns = BYTES[precision.dense], trainable_params(facts, technique)
@@ -148,12 +150,41 @@ def estimate(
     if not isinstance(technique, Full):
         parts["adapter"] = learns * precision.trained_bytes
         parts["dora"] = _dora_bytes(shape, tokens) if technique.use_dora else 0
+    if ranks > 1:
+        parts = _cut(parts, technique, ranks) | {"gathered": _gathered_bytes(shape, technique, precision)}
     parts["activations"] = _activation_bytes(shape, precision, tokens, device)
     if not isinstance(technique, Full):
         parts["experts"] = _experts_bytes(shape, precision, device)
     parts["head"] = CHUNK_BYTES + tokens * shape.hidden * width
     parts["fixed"] = int((0.9 if device == "cuda" else 0.5) * 1e9 + _SLACK * sum(parts.values()))
     return Estimate(parts)
+
+
+def _cut(parts: dict[str, int], technique: Technique, ranks: int) -> dict[str, int]:
+    """The parts of a device that has a piece of the model: adapters, with their moments and gradients, stay whole."""
+    whole = () if isinstance(technique, Full) else ("optimizer", "gradients", "adapter", "dora")
+    return {name: size if name in whole else -(-size // ranks) for name, size in parts.items()}
+
+
+def _gathered_bytes(shape: Shape, technique: Technique, precision: Precision) -> int:
+    """What is whole beside the pieces: embedding and head, and two layers; with their gradients where they learn."""
+    passes = 2 if isinstance(technique, Full) else 1
+    layers = _base_bytes(shape, precision) - shape.vocabulary * BYTES[precision.dense]
+    return passes * (shape.vocabulary * BYTES[precision.dense] + 2 * layers // max(1, shape.layers))
+
+
+def choose_sharding(
+    facts: Mapping[str, Any], technique: Technique, *, gpus: int, capacity: int, asked: Sharding, **of_run: Any
+) -> Literal["replicate", "full_shard"]:
+    """How a run uses several devices of `capacity` bytes: as asked, or in pieces where a whole copy does not fit.
+
+    `of_run`: as of `estimate`.
+    """
+    if asked != "auto":
+        return asked
+    if gpus == 1 or of_run.get("device") == "cpu":
+        return "replicate"
+    return "replicate" if fits(facts, technique, capacity=capacity, **of_run) else "full_shard"
 
 
 def moment_bytes(technique: Technique, device: str = "cuda") -> int:
@@ -216,15 +247,18 @@ def check(
     device: str = "cuda",
     rows: int = 1,
     optimizer: str = "adamw",
+    ranks: int = 1,
     model: str = "the model",
 ) -> Estimate:
     """The estimate, if `capacity` bytes are enough for it. Raises DoesNotFit, which says what to change."""
     asked: dict[str, Any] = {"max_seq_length": max_seq_length, "device": device, "rows": rows, "optimizer": optimizer}
+    asked["ranks"] = ranks
     need = estimate(facts, technique, **asked)
     if need.bytes > capacity:
         raise DoesNotFit(
             param="technique",
-            what=f"A {technique.type} fine-tune of {model} ({gib(need.parts['base'])} of weights), "
+            what=f"A {technique.type} fine-tune of {model} ({gib(need.parts['base'])} of weights"
+            f"{f' on each of {ranks} GPUs' if ranks > 1 else ''}), "
             f"{'rows' if rows == 1 else 'pairs of rows'} of {max_seq_length} tokens,",
             needed=gib(need.bytes),
             device="GPU" if device == "cuda" else "host",

@@ -181,9 +181,23 @@ def _plan(case: Case, summaries: Mapping[FileRole, Summary]) -> Plan:
         "optimizer": case.spec.optimizer,
     }
     fits = memory.bf16_fits(facts, **limits)
-    plan = advice.resolve(case.spec, **known, bf16_fits=fits)
-    memory.check(facts, plan.technique, **limits, model=case.model)
+    plan = _shared_out(advice.resolve(case.spec, **known, bf16_fits=fits), facts, limits)
+    memory.check(facts, plan.technique, **limits, ranks=_ranks(plan), model=case.model)
     return plan
+
+
+def _shared_out(plan: Plan, facts: Mapping[str, Any], limits: Mapping[str, Any]) -> Plan:
+    """The plan with the way in which it uses several GPUs decided."""
+    resources = plan.resources
+    if resources.gpus == 1:
+        return plan
+    chosen = memory.choose_sharding(facts, plan.technique, gpus=resources.gpus, asked=resources.sharding, **limits)
+    return plan.model_copy(update={"resources": resources.model_copy(update={"sharding": chosen})})
+
+
+def _ranks(plan: Plan) -> int:
+    """Over how many GPUs the plan cuts the model."""
+    return plan.resources.gpus if plan.resources.sharding == "full_shard" else 1
 
 
 def _cpu_bytes(case: Case, found: Findings) -> int | None:
@@ -198,4 +212,5 @@ def _gpus(devices: Sequence[HostDevice]) -> list[HostDevice]:
 def _need(case: Case, plan: Plan, device: str) -> int:
     asked: dict[str, Any] = {"max_seq_length": case.max_length, "rows": plan.method.rows_an_example}
     asked["optimizer"] = plan.optimizer
+    asked["ranks"] = _ranks(plan) if device == "cuda" else 1
     return memory.estimate(case.base.facts, plan.technique, **asked, device=device).bytes

@@ -139,7 +139,7 @@ def _tokens_that_fit(objective: Objective, longest: Example, validation: Example
     """
     random, random_gpu = torch.get_rng_state(), torch.cuda.get_rng_state(device)
     try:
-        gathered = sharding.gathered_bytes(objective) if objective.is_sharded else 0
+        gathered = sharding.gathered_bytes(objective.causal) if objective.is_sharded else 0
         peak = _peak(objective, longest, device)
         bytes_a_token = max(peak - gathered, peak / 4) / len(longest)
         if validation is not None:

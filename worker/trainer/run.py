@@ -26,6 +26,7 @@ from worker.trainer import (
     event_files,
     gate,
     hardware,
+    layout,
     packing,
     parallel,
     parity,
@@ -123,7 +124,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     ranks.check(wish)
     recipe = RECIPES[run.plan.technique.type]
     precision = decide(run.plan.technique, accelerator.device.type, run.plan.optimizer)
-    sharded = ranks.count > 1 and run.plan.resources.sharding == "full_shard"
+    sharded = layout.is_cut(run.plan, folder / "base", template, ranks)
     base = recipe.load_base(folder / "base", precision, torch.device("cpu") if sharded else ranks.device)
     lengths = rope.install(base)
     adapter = folder / "adapter"

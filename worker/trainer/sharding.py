@@ -107,11 +107,11 @@ def parameters_of(objective: Objective, shards: Shards | None) -> dict[str, nn.P
     return {name: p for name, p in objective.named_parameters() if p.requires_grad}
 
 
-def gathered_bytes(objective: Objective) -> int:
+def gathered_bytes(causal: nn.Module) -> int:
     """Bytes that whole weights take beside the pieces: embedding, norm and head, and two layers, with what gradients
     those that learn have."""
-    layers = [_bytes(layer.parameters()) for layer in _layers(objective.causal)]
-    return _bytes(objective.parameters()) - sum(layers) + 2 * max(layers, default=0)
+    sizes = [_bytes(layer.parameters()) for layer in layers(causal)]
+    return _bytes(causal.parameters()) - sum(sizes) + 2 * max(sizes, default=0)
 
 
 def _bytes(parameters: Iterator[nn.Parameter]) -> int:
@@ -125,7 +125,7 @@ def _fully_shard(objective: Objective, ranks: Ranks) -> None:
         parameter.data = parameter.data.to(device)
     states = _keep_quant_states(objective, device)
     mesh = init_device_mesh(device.type, (ranks.count,))
-    for layer in _layers(objective.causal):
+    for layer in layers(objective.causal):
         fully_shard(layer, mesh=mesh, ignored_params=kept)
     fully_shard(objective, mesh=mesh, ignored_params=kept)
     for module in objective.modules():
@@ -147,11 +147,11 @@ def _prefetch_backwards(objective: Objective) -> None:
     Why not as `fully_shard` does it of itself, by the order of earlier forward passes: those without a gradient, which
     ranks make in unlike ways, are in that order too, and the ranks would gather different layers.
     """
-    layers = cast(list[FSDPModule], _layers(objective.causal))
-    for before, layer in zip([layers[0], *layers], layers, strict=False):
+    stack = cast(list[FSDPModule], layers(objective.causal))
+    for before, layer in zip([stack[0], *stack], stack, strict=False):
         alike = type(before) is type(layer)
         layer.set_modules_to_backward_prefetch([before if alike else layer])
-    cast(FSDPModule, objective).set_modules_to_backward_prefetch([layers[-1]])
+    cast(FSDPModule, objective).set_modules_to_backward_prefetch([stack[-1]])
 
 
 def _replicated(objective: Objective) -> set[nn.Parameter]:
@@ -160,7 +160,7 @@ def _replicated(objective: Objective) -> set[nn.Parameter]:
     return {p for p in objective.parameters() if p.dim() == 0 or (adapted and p.requires_grad)}
 
 
-def _layers(causal: Any) -> list[nn.Module]:
+def layers(causal: Any) -> list[nn.Module]:
     """The modules that transformers keeps on one device: the decoder's layers."""
     names = set(causal._no_split_modules or ())
     return [module for module in causal.modules() if type(module).__name__.removeprefix("FSDP") in names]

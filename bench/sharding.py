@@ -1,0 +1,253 @@
+"""A model in pieces on two GPUs beside a whole one on one: `python -m bench.sharding OUT.json [options]`.
+
+Prints what each rank of a full fine-tune keeps, for the shapes of 8B, 13B and 70B on 2, 4 and 8 cards, computed on
+weights that are on no device. Then, with two GPUs: a random Llama of 1.5 billion weights is trained for a few steps,
+whole on one card and in pieces on two, by full fine-tuning and by QLoRA, with the same rows a step; and one of 8
+billion in pieces on two. Losses are compared, and each rank's memory with the table. Every run has a time limit, and
+each result is printed and written when it is there.
+
+Options: `--table` prints the table alone. For a try without GPUs: `--base` a tiny model, `--steps 3`.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.two_gpus import TEMPLATE, lay_out
+from tunery.spec import Full, Plan, Qlora, Resources, Run
+
+ROOT = Path(__file__).parents[1]
+STEPS, SEED = 6, 7
+NOISE = 0.01
+"""Relative difference of a step's loss that sums in another order may make in bf16 over a few steps."""
+TABLE = [("llama3-8b", 1), ("llama3-8b", 2), ("llama2-13b", 4), ("llama2-13b", 8), ("llama2-70b", 8), ("llama3-70b", 8)]
+GB = 1e9
+RUNS = {  # technique, rate, shape, GPUs
+    "full 1B, one card": (Full(), 2e-5, "llama3-1b", 1),
+    "full 1B, two cards": (Full(), 2e-5, "llama3-1b", 2),
+    "qlora 1B, one card": (Qlora(), 2e-4, "llama3-1b", 1),
+    "qlora 1B, two cards": (Qlora(), 2e-4, "llama3-1b", 2),
+    "full 8B, two cards": (Full(), 2e-5, "llama3-8b", 2),
+}
+LIMIT = 150
+"""Seconds that a run may take."""
+
+
+def config(shape: str) -> Any:
+    """The architecture of a shape of `make_model`."""
+    from transformers import LlamaConfig
+
+    from bench.make_model import SHAPES
+
+    hidden, inner, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+    return LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def table(rows: list[tuple[str, int]]) -> list[dict[str, Any]]:
+    """What each rank keeps in bf16 with 8-bit moments, and beside the pieces while a layer computes."""
+    from tunery.planning.precision import decide
+    from worker.trainer import layout
+
+    precision = decide(Full(), "cuda")
+    found = []
+    for shape, ranks in rows:
+        each = layout.compute(config(shape), precision, ranks)
+        found.append({"shape": shape, "ranks": ranks, **asdict(each)})
+    return found
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    print("GB a rank         cards  weights  gradients  moments  together  gathered")
+    for row in rows:
+        parts = [row[name] / GB for name in ("weights", "gradients", "moments")]
+        print(
+            f"{row['shape']:16} {row['ranks']:6} {parts[0]:8.2f} {parts[1]:10.2f} {parts[2]:8.2f} {sum(parts):9.2f} "
+            f"{row['gathered'] / GB:9.2f}",
+            flush=True,
+        )
+
+
+def rank(folder: Path, record: Path) -> None:
+    """One rank of a run, by the environment: trains, and writes down its losses and its memory."""
+    import torch
+    from pydantic import BaseModel
+
+    from worker.trainer import loop, process, run
+    from worker.trainer.report import Voice
+    from worker.trainer.training import Progress
+    from worker.trainer.wish import Wish
+
+    process._settle(int(os.environ["RANK"]))
+    cuda, began = torch.cuda.is_available(), time.monotonic()
+    found: dict[str, Any] = {"losses": [], "norms": [], "seconds": []}
+
+    class Noting(Voice):
+        def say(self, message: BaseModel) -> None:
+            super().say(message)
+            if getattr(message, "type", "") == "step":
+                said: Any = message
+                found["losses"].append(said.train_loss)
+                found["norms"].append(said.grad_norm)
+                found["seconds"].append(round(said.seconds, 3))
+
+    t = run.prepare(folder, Noting(None), Wish())
+    found["prepared_seconds"] = round(time.monotonic() - began, 1)
+    found["device"] = torch.cuda.get_device_name() if cuda else "cpu"
+    found["world"], found["memory_plan"] = t.ranks.count, asdict(t.stepper.memory)
+    found["weights"] = [
+        sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in t.objective.parameters()),
+        sum(p.nbytes for p in t.objective.parameters()),
+    ]
+    found["moments"] = sum(v.nbytes for s in t.optimizer.state.values() for v in s.values() if hasattr(v, "nbytes"))
+    if cuda:
+        torch.cuda.empty_cache()
+        found["allocated"] = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    loop.train(t, Progress())
+    if cuda:
+        found["peak"] = torch.cuda.max_memory_allocated()
+    record.write_text(json.dumps(found))
+
+
+def carry_out(name: str, base: Path, work: Path, steps: int, card: int) -> list[dict[str, Any]]:
+    """What each rank wrote down. Raises RuntimeError with the end of a log when one does not finish."""
+    from tunery import processes
+
+    technique, rate, _, gpus = RUNS[name]
+    folder = lay_out(work / name.replace(" ", "-").replace(",", ""), base, technique, rate, gpus, steps, 1e6)
+    _settle(folder, gpus)
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": str(gpus),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(processes.free_port()),
+    }
+    if gpus == 1:
+        shared["CUDA_VISIBLE_DEVICES"] = str(card)
+    records, ranks = [folder / f"rank-{index}.json" for index in range(gpus)], []
+    for index, record in enumerate(records):
+        command = [sys.executable, "-m", "bench.sharding", "--rank", str(folder), str(record)]
+        with (folder / f"log-{index}").open("wb") as log:
+            environment = {**shared, "RANK": str(index), "LOCAL_RANK": str(index)}
+            ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    _wait(ranks)
+    if any(process.returncode for process in ranks):
+        tails = [(folder / f"log-{index}").read_text()[-1500:] for index in range(gpus)]
+        raise RuntimeError(f"{name}: {[process.returncode for process in ranks]}\n" + "\n".join(tails))
+    return [json.loads(record.read_text()) for record in records]
+
+
+def _settle(folder: Path, gpus: int) -> None:
+    """Asks for pieces, and for no files at the end of an epoch."""
+    spec = folder / "spec.json"
+    run = Run.model_validate_json(spec.read_text())
+    resources = Resources(gpus=gpus, sharding="full_shard" if gpus > 1 else "auto")  # type: ignore[arg-type]
+    plan: Plan = run.plan.model_copy(update={"resources": resources})
+    spec.write_text(run.model_copy(update={"plan": plan, "public_checkpoints": 0}).model_dump_json())
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Waits for all ranks; ends all of them at the time limit, and soon after one has failed."""
+    end = time.monotonic() + LIMIT
+    while time.monotonic() < end and any(process.poll() is None for process in ranks):
+        if any(process.poll() for process in ranks):
+            end = min(end, time.monotonic() + 5)
+        time.sleep(0.2)
+    for process in ranks:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def summary(name: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is shown of a run: losses, and of each rank weights, moments and memory."""
+    sizes = [{key: each[key] for key in ("weights", "moments", "allocated", "peak") if key in each} for each in ranks]
+    first = ranks[0]
+    kept = {key: first[key] for key in ("losses", "norms", "seconds", "prepared_seconds", "memory_plan", "device")}
+    return {"run": name, "world": first["world"], **kept, "ranks": sizes}
+
+
+def compare(results: list[dict[str, Any]]) -> list[str]:
+    """Sentences on what was found: losses beside those of one card, bytes beside the layout."""
+    by_name = {found["run"]: found for found in results}
+    lines = []
+    for kind in ("full 1B", "qlora 1B"):
+        one, two = (by_name.get(f"{kind}, {cards}") for cards in ("one card", "two cards"))
+        if one and two:
+            worst = max(abs(b / a - 1) for a, b in zip(one["losses"], two["losses"], strict=True))
+            lines.append(f"{kind}: largest relative difference of a step's loss {worst:.2e} (noise: {NOISE})")
+    for name, found in by_name.items():
+        for number, each in enumerate(found["ranks"]):
+            here, whole = (size / GB for size in each["weights"])
+            text = (
+                f"{name}, rank {number}: {here:.3f} of {whole:.3f} GB of weights, {each['moments'] / GB:.3f} of moments"
+            )
+            lines.append(text + (f", peak {each['peak'] / GB:.2f} GB" if "peak" in each else ""))
+    return lines
+
+
+def make(folder: Path, shape: str) -> Path:
+    from bench import make_model
+
+    make_model.make(folder, shape)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--rank", type=Path, nargs=2)
+    a = parser.parse_args()
+    if a.rank:
+        rank(*a.rank)
+        return 0
+    show(layouts := table(TABLE))
+    if a.table or a.out is None:
+        return 0
+    return measure(a, layouts)
+
+
+def measure(a: argparse.Namespace, layouts: list[dict[str, Any]]) -> int:
+    from bench.train_side_by_side import hardware
+
+    began, failed = time.monotonic(), 0
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as home:
+        made: dict[str, Path] = {}
+        for number, name in enumerate(a.runs):
+            shape = RUNS[name][2]
+            try:
+                made[shape] = a.base or made.get(shape) or make(Path(home) / shape, shape)
+                found = carry_out(name, made[shape], Path(home), a.steps, number % 2)
+            except (RuntimeError, OSError) as error:
+                failed += 1
+                print(f"FAILED after {time.monotonic() - began:.0f} s: {error}", flush=True)
+                continue
+            results.append(summary(name, found))
+            print(f"{time.monotonic() - began:.0f} s: {json.dumps(results[-1])}", flush=True)
+            record = {**hardware(), "noise": NOISE, "layout": layouts, "runs": results, "found": compare(results)}
+            a.out.write_text(json.dumps(record, indent=1) + "\n")
+    print("\n".join(compare(results)), flush=True)
+    equal = all(math.isfinite(loss) for found in results for loss in found["losses"])
+    return 0 if equal and not failed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
