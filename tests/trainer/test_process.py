@@ -4,10 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from tunery.errors import Unavailable
 from tunery.failures import NotFinite
-from tunery.spec import Dpo, Lora, Resources
+from tunery.spec import Dpo, Full, Lora, Resources
 from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Failed, Spoken, parse
 from worker.trainer.process import describe
 from worker.trainer.report import Voice
@@ -161,8 +162,11 @@ def test_two_ranks_killed_go_on_to_the_bit(tmp_path: Path, tiny: Path) -> None:
 
 
 @pytest.mark.slow
-def test_stop_sent_to_one_rank_stops_them_all(tmp_path: Path, tiny: Path) -> None:
-    settled = plan(n_epochs=50, resources=Resources(gpus=2))
+@pytest.mark.parametrize("sharding", ["replicate", "full_shard"])
+def test_stop_sent_to_one_rank_stops_them_all(
+    tmp_path: Path, tiny: Path, sharding: Literal["replicate", "full_shard"]
+) -> None:
+    settled = plan(technique=Full(), n_epochs=50, resources=Resources(gpus=2, sharding=sharding))
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS, public_checkpoints=0)
     said = []
     with spawned(folder) as process:
@@ -170,7 +174,9 @@ def test_stop_sent_to_one_rank_stops_them_all(tmp_path: Path, tiny: Path) -> Non
             said.append(message)
             if message.type == "step" and message.step == 2:
                 os.kill(_children(process.pid)[0], signal.SIGTERM)
+                asked = time.monotonic()
         assert process.wait() == EXIT_PAUSED, (folder / "log").read_text()[-3000:]
+        assert time.monotonic() - asked < 30
 
     assert said[-1].type == "paused"
 
@@ -237,9 +243,11 @@ def test_rank_0_says_whose_fault_it_was(own: str, said: str) -> None:
 
 
 @pytest.mark.slow
-def test_one_dead_rank_ends_them_all(tmp_path: Path, tiny: Path) -> None:
-    """A rank that dies would leave the others waiting for it in a sum forever."""
-    folder = lay_out(tmp_path / "run", tiny, plan(n_epochs=50, resources=Resources(gpus=2)), ROWS, public_checkpoints=0)
+@pytest.mark.parametrize("sharding", ["replicate", "full_shard"])
+def test_one_dead_rank_ends_them_all(tmp_path: Path, tiny: Path, sharding: Literal["replicate", "full_shard"]) -> None:
+    """A rank that dies would leave the others waiting for it in a sum, or in a pass, forever."""
+    settled = plan(technique=Full(), n_epochs=50, resources=Resources(gpus=2, sharding=sharding))
+    folder = lay_out(tmp_path / "run", tiny, settled, ROWS, public_checkpoints=0)
     said = []
     with spawned(folder) as process:
         for message in heard(process):
@@ -247,7 +255,9 @@ def test_one_dead_rank_ends_them_all(tmp_path: Path, tiny: Path) -> None:
             if message.type == "step" and message.step == 3:
                 [sister] = _children(process.pid)
                 os.kill(sister, signal.SIGKILL)
+                killed = time.monotonic()
         assert process.wait() == 1
+        assert time.monotonic() - killed < 30
 
     assert said[-1].type == "failed"
     assert "Rank 1" in said[-1].message

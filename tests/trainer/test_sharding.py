@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 import two_ranks
-from run_folders import chat, lay_out, plan
+from run_folders import Interrupting, chat, lay_out, plan
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
-from tunery.spec import Evaluation, Full, General, Lora, Resources
+from tunery.planning.precision import decide
+from tunery.spec import Evaluation, Full, General, Lora, Qlora, Resources, Run
+from worker.trainer import layout
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out
 from worker.trainer.wish import Wish
@@ -22,7 +25,11 @@ EVALUATION = Evaluation(test_file="file-test", max_new_tokens=6, general=General
 PIECES = Resources(gpus=2, sharding="full_shard")
 COMMON: dict[str, Any] = {"n_epochs": 2, "evaluation": EVALUATION}
 FULL: dict[str, Any] = COMMON | {"technique": Full(), "learning_rate": 3e-3}
-LORA: dict[str, Any] = COMMON | {"technique": Lora(r=4)}
+PLAIN: dict[str, Any] = {"n_epochs": 2, "technique": Full(), "learning_rate": 3e-3}
+ADAPTERS: dict[str, Any] = {
+    "lora": {"n_epochs": 2, "technique": Lora(r=4)},
+    "qlora": {"n_epochs": 2, "technique": Qlora(r=4, compute_dtype="float32")},
+}
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
@@ -51,11 +58,41 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     gpus = request.param == "nccl"
     made = Runs(tmp_path_factory.mktemp("pieces"), tiny, gpus)
     made.lay_out("full", **FULL)
-    commands = [("full", "whole")]
+    for name, changes in ADAPTERS.items():
+        made.lay_out(name, **changes)
+    for name in ("stopped", "two-to-one", "one-to-two"):
+        made.lay_out(name, **PLAIN)
+    one = made.folder / "one-to-two"
+    on_ranks(one, Resources())
+    assert not carry_out(one, Interrupting(3, wish := Wish()), wish)
+    on_ranks(one, PIECES)
+    commands = [
+        ("full", "whole"), ("lora", "whole"), ("qlora", "whole"), ("stopped", "step-2"), ("stopped", "whole"),
+        ("two-to-one", "step-2"), ("one-to-two", "whole"),
+    ]  # fmt: skip
     found = two_ranks.spawn(made.folder, *(f"{how}:{made.folder / name}" for name, how in commands), gpus=gpus)
     for (name, how), *ranks in zip(commands, *found, strict=True):
         made.seen[f"{name} {how}"] = ranks
     return made
+
+
+def on_ranks(folder: Path, resources: Resources) -> None:
+    """Changes on how many ranks a run goes on."""
+    spec = folder / "spec.json"
+    run = Run.model_validate_json(spec.read_text())
+    settled = run.plan.model_copy(update={"resources": resources})
+    spec.write_text(run.model_copy(update={"plan": settled}).model_dump_json())
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> list[dict[str, Any]]:
+    """The metrics of the plain full fine-tune, whole on one rank."""
+    carry_out(
+        lay_out(tmp_path_factory.mktemp("plain") / "run", tiny, plan(**PLAIN), ROWS, ROWS[:3], ROWS[:3]),
+        voice := Voice(None),
+        Wish(),
+    )
+    return voice.metrics
 
 
 def exported(folder: Path) -> dict[str, torch.Tensor]:
@@ -71,6 +108,9 @@ def test_each_rank_keeps_half_of_every_weight(runs: Runs) -> None:
         kinds = {kind for kind, _, _ in rank["weights"].values()}
         assert kinds == {"DTensor"}
         assert all(kept * 2 == whole for _, kept, whole in rank["weights"].values())
+        precision = decide(Full(), "cuda" if runs.gpus else "cpu")
+        computed = layout.compute(AutoConfig.from_pretrained(runs.base), precision, 2)
+        assert computed.weights == sum(kept for _, kept, _ in rank["weights"].values()) * precision.trained_bytes
 
 
 def test_pieces_learn_what_a_whole_model_does(runs: Runs, tmp_path: Path) -> None:
@@ -84,3 +124,42 @@ def test_pieces_learn_what_a_whole_model_does(runs: Runs, tmp_path: Path) -> Non
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype
         assert (found[name].float() - tensor.float()).abs().max() < (5e-3 if runs.gpus else 1e-3), name
+
+
+@pytest.mark.parametrize("name", list(ADAPTERS))
+def test_adapters_learn_on_a_base_in_pieces(runs: Runs, tmp_path: Path, name: str) -> None:
+    alone = lay_out(tmp_path / "alone", runs.base, plan(**ADAPTERS[name]), ROWS, ROWS[:3], ROWS[:3])
+
+    carry_out(alone, voice := Voice(None), Wish())
+
+    runs.check_metrics(f"{name} whole", voice.metrics)
+    for rank in runs.seen[f"{name} whole"]:
+        for weight, (kind, kept, whole) in rank["weights"].items():
+            assert (kind, kept * 2) == ("DTensor", whole) if ".lora_" not in weight else kept == whole, weight
+    found, wanted = exported(runs.folder / name), exported(alone)
+    assert list(found) == list(wanted)
+    for weight, tensor in wanted.items():
+        assert (found[weight] - tensor).abs().max() < (5e-3 if runs.gpus else 1e-3), weight
+
+
+def test_pieces_that_were_stopped_go_on(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
+    """Rank 1 alone is asked to stop; the snapshot is whole, and both take their pieces of it."""
+    assert [rank["done"] for rank in runs.seen["stopped step-2"]] == [False, False]
+    runs.check_metrics("stopped whole", unbroken)
+    weights = load_file(runs.folder / "stopped" / "snapshots" / "step-3" / "weights.safetensors")
+    assert weights["model.lm_head.weight"].shape == (260, 32)
+
+
+def test_pieces_go_on_as_a_whole(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
+    folder = runs.folder / "two-to-one"
+    on_ranks(folder, Resources())
+
+    carry_out(folder, voice := Voice(None), Wish())
+
+    runs.seen["two-to-one whole"] = [{"metrics": voice.metrics}]
+    runs.check_metrics("two-to-one whole", unbroken)
+
+
+def test_whole_goes_on_in_pieces(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
+    assert [len(rank["seen"]) for rank in runs.seen["one-to-two whole"]] == [3, 3], "it did not go on, but began anew"
+    runs.check_metrics("one-to-two whole", unbroken)

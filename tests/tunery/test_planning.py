@@ -329,3 +329,55 @@ def test_technique_that_the_base_can_passes(technique: Technique | None) -> None
 def test_token_that_is_named_twice_is_refused() -> None:
     with pytest.raises(ValidationError, match="names a token twice"):
         Lora(trainable_token_indices=[3, 4, 3])
+
+
+THIRTEEN_B = LLAMA_2_7B | {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+    "params": 13_015_864_320,
+}
+
+
+def test_pieces_have_a_share_of_weights_gradients_and_moments() -> None:
+    whole, half = (memory.estimate(THIRTEEN_B, Full(), max_seq_length=512, ranks=ranks).parts for ranks in (1, 2))
+
+    for part in ("base", "gradients", "optimizer"):
+        assert half[part] * 2 == whole[part]
+    assert half["activations"] == whole["activations"]
+    assert half["gathered"] == 2 * 2 * (2 * 32_000 * 5120 + 2 * (13_015_864_320 - 2 * 32_000 * 5120) // 40)
+
+
+def test_adapters_stay_whole_on_a_base_in_pieces() -> None:
+    whole, half = (memory.estimate(THIRTEEN_B, Lora(), max_seq_length=512, ranks=ranks).parts for ranks in (1, 2))
+
+    assert half["base"] * 2 == whole["base"]
+    assert all(half[part] == whole[part] for part in ("adapter", "gradients", "optimizer"))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "capacity", "chosen"),
+    [
+        (1, "auto", 80, "replicate"),
+        (4, "auto", 80, "full_shard"),
+        (4, "auto", 141, "replicate"),
+        (4, "full_shard", 141, "full_shard"),
+        (4, "replicate", 80, "replicate"),
+    ],
+)
+def test_model_is_cut_where_no_gpu_holds_it(gpus: int, asked: Any, capacity: int, chosen: str) -> None:
+    found = memory.choose_sharding(
+        THIRTEEN_B, Full(), gpus=gpus, asked=asked, capacity=capacity * 10**9, max_seq_length=512
+    )
+
+    assert found == chosen
+
+
+def test_what_does_not_fit_in_pieces_either_is_refused() -> None:
+    asked: dict[str, Any] = {"max_seq_length": 512, "capacity": 40 * 10**9, "model": "m"}
+    memory.check(THIRTEEN_B, Full(), **asked, ranks=4)
+
+    with pytest.raises(DoesNotFit, match=r"of weights on each of 2 GPUs\).*Use the technique 'lora'"):
+        memory.check(THIRTEEN_B, Full(), **asked, ranks=2)
