@@ -55,7 +55,7 @@ class Settings(BaseSettings):
         description="Content of fine-tune-results files: auto = base64 for `Accept: application/binary`, else plain",
     )
     wandb_mode: Literal["off", "online", "offline"] = Field(
-        "off", description="Jobs that ask for Weights & Biases: not told, sent, or kept in `trackers_dir` to be synced"
+        "off", description="For jobs that ask for Weights & Biases: nothing, sent, or kept in `trackers_dir`"
     )
     wandb_api_key: SecretStr | None = Field(None, description="The key of Weights & Biases; training workers alone")
     wandb_base_url: str | None = Field(None, description="A server of Weights & Biases other than the public one")

@@ -33,4 +33,5 @@ def test_gpu_is_described_by_driver_and_libraries() -> None:
     described = hardware.describe(torch.device("cuda"), 2)
     assert described["device"] == torch.cuda.get_device_name()
     assert described["count"] == 2
-    assert all(described[name] for name in ("driver", "cuda", "cudnn", "capability"))
+    assert all(described[name] for name in ("cuda", "cudnn", "capability"))
+    assert described["driver"] is None or described["driver"][0].isdigit()  # a container may hide it

@@ -33,11 +33,11 @@ def test_a_rerun_gives_the_same_weights_and_another_seed_does_not(workshop: Work
     first = workshop.submit(training, valid, test, **asked)
     workshop.start("io")
     workshop.start("train")
-    workshop.until_state(first, "succeeded")
+    workshop.until_state(first, "succeeded", seconds=240)
     again, other = _again(workshop, first), _again(workshop, first, seed=2)
     assert _compare(workshop, again).status == "pending"
     for job_id in (again, other):
-        workshop.until_state(job_id, "succeeded")
+        workshop.until_state(job_id, "succeeded", seconds=240)
 
     same = _compare(workshop, again, tolerance=0)
     assert (same.status, same.bitwise, same.rerun_of) == ("reproduced", True, first)

@@ -1,4 +1,4 @@
-"""Trackers of experiments beside real jobs: told by a process of the worker's, and no job's condition."""
+"""Trackers of experiments beside real jobs: fed by a process of the worker's, and no job's condition."""
 
 import json
 import os
@@ -46,13 +46,13 @@ def test_a_job_goes_on_without_a_tracker_that_is_down(workshop: Workshop, tmp_pa
     own = {"TUNERY_WANDB_MODE": "online", "TUNERY_WANDB_API_KEY": SECRET, "TUNERY_TRACKERS_DIR": str(tmp_path / "t")}
     workshop.start("io")
     workshop.start("train", PYTHONPATH=str(library), **own)
-    workshop.until_state(job_id, "succeeded")
+    workshop.until_state(job_id, "succeeded", seconds=240)
     assert sorted(_warnings(workshop, job_id)) == [
         "This server sends nothing to MLflow: its operator has not set it up",
-        "Weights & Biases is not told of this run (ConnectionError). The job goes on without it",
+        "Weights & Biases gets nothing of this run (ConnectionError). The job goes on without it",
     ]
-    told = [*workshop.story(job_id), workshop.log(job_id), *(path.read_text() for path in tmp_path.glob("*.log"))]
-    assert [text for text in told if SECRET in text] == []
+    texts = [*workshop.story(job_id), workshop.log(job_id), *(path.read_text() for path in tmp_path.glob("*.log"))]
+    assert [text for text in texts if SECRET in text] == []
 
 
 READ_WANDB = """
@@ -92,7 +92,7 @@ def _read(script: str, path: str, *arguments: object, **names: str) -> Any:
 
 
 @pytest.mark.slow
-def test_real_trackers_are_told_offline(workshop: Workshop, tmp_path: Path) -> None:
+def test_real_trackers_get_all_offline(workshop: Workshop, tmp_path: Path) -> None:
     """Weights & Biases in its offline mode, MLflow in a folder, and neither when a server does not answer."""
     path = str(next((other_clients.install("trackers") / "lib").glob("python*")) / "site-packages")
     job_id = _submit(workshop, WANDB, MLFLOW, test=True)
@@ -100,7 +100,7 @@ def test_real_trackers_are_told_offline(workshop: Workshop, tmp_path: Path) -> N
     own = {"TUNERY_WANDB_MODE": "offline", "TUNERY_TRACKERS_DIR": str(tmp_path / "t")}
     workshop.start("io")
     worker = workshop.start("train", PYTHONPATH=path, TUNERY_MLFLOW_TRACKING_URI=store, **own)
-    workshop.until_state(job_id, "succeeded")
+    workshop.until_state(job_id, "succeeded", seconds=240)
     assert _warnings(workshop, job_id) == []
     metrics = {int(e["step"]): e["train_loss"] for e in _steps(workshop, job_id)}
 
@@ -122,9 +122,9 @@ def test_real_trackers_are_told_offline(workshop: Workshop, tmp_path: Path) -> N
     worker.kill()
     second = _submit(workshop, MLFLOW)
     workshop.start("train", PYTHONPATH=path, TUNERY_MLFLOW_TRACKING_URI="http://me:hidden@127.0.0.1:1", **own)
-    workshop.until_state(second, "succeeded")
+    workshop.until_state(second, "succeeded", seconds=240)
     [warning] = _warnings(workshop, second)
-    assert warning.startswith("MLflow is not told of this run (")
+    assert warning.startswith("MLflow gets nothing of this run (")
     assert "hidden" not in warning
 
 

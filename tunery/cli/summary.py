@@ -53,6 +53,7 @@ def _request(job: dict[str, Any]) -> list[tuple[str, Any]]:
         ("model", job["model"]),
         ("base", job["base_model"] if job["base_model"] != job["model"] else None),
         ("tuned model", job["fine_tuned_model"]),
+        ("runs again", job.get("rerun_of")),
         ("method", _method(job["method"])),
         ("technique", compact(job.get("technique"))),
         ("hyperparameters", compact(job["hyperparameters"])),

@@ -42,7 +42,7 @@ _ABSENT = ("ModuleNotFoundError", "ImportError")
 
 
 class Tracker:
-    """A running `python -m worker.trackers`, told through a thread of its own: it may hang, and its pipe fill."""
+    """A running `python -m worker.trackers`. A thread of its own writes to it: it may hang, and its pipe fill."""
 
     def __init__(self, order: Mapping[str, Any], names: Mapping[str, str], said: Path) -> None:
         self.kind: str = order["type"]
@@ -151,7 +151,7 @@ class Trackers:
 
     def _drop_faulty(self, *, ended: bool = False) -> None:
         for tracker in [tracker for tracker in self._running if tracker.fault is not None]:
-            self._warn(f"{NAMES[tracker.kind]} is not told of this run ({tracker.fault}). The job goes on without it")
+            self._warn(f"{NAMES[tracker.kind]} gets nothing of this run ({tracker.fault}). The job goes on without it")
             self._running.remove(tracker)
             if not ended:
                 tracker.end(0)

@@ -1,4 +1,4 @@
-"""`python -m worker.trackers`: tells one tracker of experiments of one run. See docs/decisions/0029.
+"""`python -m worker.trackers`: sends one run's measurements to one tracker of experiments. See docs/decisions/0029.
 
 Standard input: a line with the `Order` as JSON, then a line a measurement, and one with how the run ended. Keys and
 addresses stand in the environment, under the names that the tracker's own library reads. Standard output: the class of
@@ -25,7 +25,7 @@ class Tracker(Protocol):
     """An open run of a tracker."""
 
     def log(self, step: int | None, measures: Measures) -> None:
-        """Tells what was measured at a step; without one, of the whole run."""
+        """Sends what was measured at a step; without one, of the whole run."""
 
     def end(self, outcome: str) -> None:
         """Ends the run. `outcome`: succeeded, failed, or interrupted, which another attempt goes on from."""
@@ -103,7 +103,7 @@ OPENERS: dict[str, Callable[[dict[str, Any]], Tracker]] = {"wandb": open_wandb, 
 
 
 def main() -> int:
-    """The exit status: 1 where the tracker could not be told."""
+    """The exit status: 1 where the tracker could not be reached."""
     # Libraries print to standard output; what we say there must be ours alone.
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
