@@ -112,10 +112,8 @@ class FileReport(Wire):
     findings: list[Finding] = []
 
     @classmethod
-    def of(
-        cls, row: model.FileReport, *, file: str, base: str | None, against: str | None, said: dict[str, Any]
-    ) -> "FileReport":
-        """`said`: the stored report, where there is one."""
+    def of(cls, row: model.FileReport, *, file: str, base: str | None, against: str | None) -> "FileReport":
+        """How far the report is, without what is stored of it."""
         return cls(
             file=file,
             base=base,
@@ -125,5 +123,9 @@ class FileReport(Wire):
             error=row.error,
             created_at=seconds(row.created_at),
             finished_at=maybe_seconds(row.finished_at),
-            **said,
         )
+
+
+_STATE = {"object", "file", "base", "against", "status", "progress", "error", "created_at", "finished_at"}
+SAID = set(FileReport.model_fields) - _STATE
+"""The fields that the stored report has."""

@@ -18,6 +18,17 @@ def test_good_file_is_described_and_ends_with_0(tmp_path: Path) -> None:
     assert (result.exit_code, wanted in result.output) == (0, True)
 
 
+def test_json_has_the_verdicts_of_all_files(tmp_path: Path) -> None:
+    good, few = tmp_path / "rows.csv", tmp_path / "few.csv"
+    good.write_text("Question,Answer\n" + "q,a\n" * 12)
+    few.write_text("Question,Answer\n" + "q,a\n" * 3)
+    result = CliRunner().invoke(app, ["check", str(good), str(few), "--json"])
+    first, second = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert (first["format"], first["examples"], first["trainable"], first["reason"]) == ("CSV", 12, True, None)
+    assert (second["trainable"], "at least 10" in second["reason"]) == (False, True)
+
+
 def test_pairs_are_checked_as_pairs(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n' * 12)
