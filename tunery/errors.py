@@ -15,6 +15,8 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     │   ├── PromptTooLong        rows: a conversation fills the model's whole context
     │   ├── FileInUse            datasets: a live job needs the file
     │   ├── NoReport             datasets: a file of another purpose has no report
+    │   ├── CannotHoldOut        datasets: a cleaned file's rows are too alike to be split
+    │   ├── NothingLeft          datasets: a cleaning drops every row
     │   ├── InputChanged         jobs: a job that is to run again would read something else
     │   ├── AddressRefused       webhooks: a URL leads where we do not post
     │   └── ReceiverSilent       webhooks: a receiver gave no answer to a test

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from tunery import ids
-from tunery.cli import file_check, preview, show
+from tunery.cli import clean, file_check, preview, show
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Remote
 from tunery.cli.report import fetch as fetch_report
@@ -20,6 +20,7 @@ from tunery.rows.preview_model import Preview
 from tunery.spec import LossOn
 
 app = typer.Typer(no_args_is_help=True, help="Training, validation and test files.")
+app.command("clean")(clean.clean)
 
 
 def upload_file(api: Remote, path: Path, purpose: str = "fine-tune") -> dict[str, Any]:

@@ -21,3 +21,16 @@ class NoTrainingRows(InvalidRows):
     """The file cannot be trained from. {reason}"""
 
     code = "no_training_rows"
+
+
+class CannotHoldOut(Rejected):
+    """No rows can be held out: the {rows} rows that are left are {groups} groups of rows that ask nearly the same, and
+    a group stays whole. Add other rows, or leave 'held_out' out."""
+
+    code = "cannot_hold_out"
+
+
+class NothingLeft(Rejected):
+    """No row is left of the file's {rows}. Choose fewer actions, or correct the rows."""
+
+    code = "nothing_left"

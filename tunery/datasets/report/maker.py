@@ -112,11 +112,7 @@ def make(
     judged = verdict.judge(lambda: chunks(path), least=1)
     asked = benchmark.read(benchmark_folder) if benchmark_folder else frozenset()
     case = Case(read(path, MOST), read(against, MOST) if against else (), max_tokens, count, others, asked)
-    for done, check in enumerate(CHECKS, 1):
-        progress(done / (len(CHECKS) + 1))
-        case.findings.extend(check(case))
-    named = case.lines_found(*_EXPLAINED)
-    case.findings.extend(_refused(row) for row in case.rows if row.fault and row.line not in named)
+    find(case, progress=progress)
     figures: dict[str, Any] = {"diversity": diversity.figures(case)}
     if base is not None and base.is_dir():
         lengths = tokens.Lengths(base, max_tokens)
@@ -124,6 +120,16 @@ def make(
         figures["tokens"] = lengths.figures(base_name or base.name)
         case.findings.extend(lengths.findings)
     return Report(len(case.rows), case.findings, judged, figures, elsewhere.pack(case.rows))
+
+
+def find(case: Case, checks: Sequence[Check] = CHECKS, progress: Callable[[float], object] = float) -> list[Finding]:
+    """What the checks find, in their order, and the rows that a job would refuse for another reason."""
+    for done, check in enumerate(checks, 1):
+        progress(done / (len(checks) + 1))
+        case.findings.extend(check(case))
+    named = case.lines_found(*_EXPLAINED)
+    case.findings.extend(_refused(row) for row in case.rows if row.fault and row.line not in named)
+    return case.findings
 
 
 def _refused(row: Row) -> Finding:

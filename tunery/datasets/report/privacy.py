@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import phonenumbers
 from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
@@ -33,6 +33,8 @@ _GUESSING = frozenset(
 _MORE_KEYS = re.compile(
     r"\b(?:sk-(?:ant-|proj-)?[A-Za-z0-9_-]{20,}|hf_[A-Za-z0-9]{30,}|AIza[\w-]{35}|github_pat_\w{22,}|glpat-[\w-]{20,})"
 )
+EMAIL, CARD, ACCOUNT = "an e-mail address", "a card number", "an account number"
+SSN, PHONE, KEY = "a social security number", "a phone number", "a key or password"
 _ACTION = "Replace it with a made-up value, or drop the row."
 
 
@@ -46,23 +48,42 @@ def find(case: Case) -> Iterator[Finding]:
 
 def kinds_in(text: str) -> Iterator[str]:
     """What kinds of personal data and secrets a text holds."""
-    if "@" in text and _EMAIL.search(text):
-        yield "an e-mail address"
+    yield from dict.fromkeys(place.kind for place in places_in(text))
+
+
+class Place(NamedTuple):
+    """Where a text holds personal data or a secret, and of what kind."""
+
+    begin: int
+    end: int
+    kind: str
+
+
+def places_in(text: str) -> Iterator[Place]:
+    """The places of personal data and secrets in a text, kind by kind. They may overlap."""
+    if "@" in text:
+        yield from (Place(*match.span(), EMAIL) for match in _EMAIL.finditer(text))
     if any(map(str.isdigit, text)):
         yield from _numbers_in(text)
-    if _KEY.search(text) and any(map(_holds_secret, filter(_KEY.search, text.split("\n")))):
-        yield "a key or password"
+    if _KEY.search(text):
+        yield from _secrets_in(text)
 
 
-def _numbers_in(text: str) -> Iterator[str]:
-    if any(_is_card(match[0]) for match in _CARD.finditer(text)):
-        yield "a card number"
-    if any(_is_account(match[0]) for match in _IBAN.finditer(text)):
-        yield "an account number"
-    if any(ssn.is_valid(match[0]) for match in _SSN.finditer(text)):
-        yield "a social security number"
-    if any(_is_phone(match[0]) for match in _PHONE.finditer(text)):
-        yield "a phone number"
+def _numbers_in(text: str) -> Iterator[Place]:
+    yield from (Place(*match.span(), CARD) for match in _CARD.finditer(text) if _is_card(match[0]))
+    for match in _IBAN.finditer(text):
+        if size := _account_size(match[0]):
+            yield Place(match.start(), match.start() + size, ACCOUNT)
+    yield from (Place(*match.span(), SSN) for match in _SSN.finditer(text) if ssn.is_valid(match[0]))
+    yield from (Place(*match.span(), PHONE) for match in _PHONE.finditer(text) if _is_phone(match[0]))
+
+
+def _secrets_in(text: str) -> Iterator[Place]:
+    at = 0
+    for line in text.split("\n"):
+        if _KEY.search(line):
+            yield from (Place(at + begin, at + end, KEY) for begin, end in _secrets_of(line))
+        at += len(line) + 1
 
 
 def _is_card(text: str) -> bool:
@@ -70,10 +91,12 @@ def _is_card(text: str) -> bool:
     return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and luhn.is_valid(digits)
 
 
-def _is_account(text: str) -> bool:
-    """Words behind the number may have been taken with it, where they are in capitals."""
+def _account_size(text: str) -> int:
+    """How much of a text is an account number, 0 where nothing is. Words behind it may have been taken with it, where
+    they are in capitals."""
     parts = text.split(" ")
-    return any(iban.is_valid("".join(parts[:count])) for count in range(len(parts), 0, -1))
+    found = (count for count in range(len(parts), 0, -1) if iban.is_valid("".join(parts[:count])))
+    return len(" ".join(parts[: next(found, 0)]))
 
 
 def _is_phone(text: str) -> bool:
@@ -92,7 +115,11 @@ _CLASSES: dict[str, Any] = get_mapping_from_secret_type_to_class()
 _DETECTORS = [detector() for kind, detector in _CLASSES.items() if kind not in _GUESSING]
 
 
-def _holds_secret(line: str) -> bool:
-    if _MORE_KEYS.search(line):
-        return True
-    return any(True for detector in _DETECTORS for _ in detector.analyze_string(line))
+def _secrets_of(line: str) -> Iterator[tuple[int, int]]:
+    """Where a line holds secrets, begin and end."""
+    yield from (match.span() for match in _MORE_KEYS.finditer(line))
+    for detector in _DETECTORS:
+        if any(True for _ in detector.analyze_string(line)):
+            # What the detector gives back is a group of its pattern, for some keys their first letters alone.
+            matches = [match for pattern in detector.denylist for match in pattern.finditer(line)]
+            yield from [match.span() for match in matches] or [(0, len(line))]

@@ -58,7 +58,7 @@ def read(path: Path, most: int = sys.maxsize) -> list[Row]:
     rows: list[Row] = []
     shape = FileShape()
     for source in readers.read(chunks(path)):
-        row = _row(source._replace(shape=shape))
+        row = of_source(source._replace(shape=shape))
         most -= row.size
         if most < 0:
             break
@@ -73,8 +73,8 @@ def chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _row(source: SourceRow) -> Row:
-    """A preference row is reported on with its preferred answer."""
+def of_source(source: SourceRow) -> Row:
+    """The row as a report sees it. A preference row is reported on with its preferred answer."""
     try:
         return of_example(source.number, ANY_METHOD.parse(source, "training"))
     except InvalidTrainingFile as error:

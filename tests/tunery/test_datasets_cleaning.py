@@ -1,0 +1,300 @@
+"""Cleaning a file into a new one: what goes, what is changed, what is held out, and what stays byte for byte."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from bench import injector
+from bench import report as bench_report
+from bench.service import ROOT
+from tunery.cli.main import app
+from tunery.datasets.cleaning import cleaner, conversations, redaction, splits
+from tunery.datasets.cleaning.cleaner import Cleaned
+from tunery.datasets.cleaning.order import ACTIONS, Action, Cleaning, HeldOut, RowChoice
+from tunery.datasets.errors import CannotHoldOut, NothingLeft
+from tunery.datasets.report import maker, privacy, texts
+from tunery.datasets.report.case import Case
+from tunery.datasets.report.rows import read
+from tunery.datasets.report.titles import TITLES
+from tunery.errors import InvalidValue
+from tunery.rows import readers
+
+RECOMMENDED = Cleaning(recommended=True)
+
+
+def chat(*said: str, roles: str = "user assistant") -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles.split(), said, strict=True)]}
+
+
+def written(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def cleaned(path: Path, order: Cleaning = RECOMMENDED, **options: Any) -> tuple[Cleaned, list[dict[str, Any]]]:
+    target = path.with_name("clean.jsonl")
+    done = cleaner.clean(path, target, order, **options)
+    return done, [json.loads(line) for line in target.read_text().splitlines()]
+
+
+def dropped(done: Cleaned) -> list[tuple[int, str]]:
+    return [(one.line, one.kind) for one in done.dropped]
+
+
+def test_injected_faults_are_gone_and_the_file_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(injector, "COUNTS", dict.fromkeys(injector.COUNTS, 4))
+    dice = random.Random(3)
+    taken: list[set[str]] = []
+    sources = [bench_report.read(ROOT / f"examples/banking_{name}.jsonl") for name in ("test", "train")]
+    test, labelled = (
+        bench_report.apart(dice.sample(rows, len(rows)), count, taken)
+        for rows, count in zip(sources, (8, 90), strict=True)
+    )
+    snips = bench_report.read(ROOT / "examples/snips_train.jsonl")
+    free = bench_report.apart(dice.sample(snips, len(snips)), 40, taken)
+    dirty = injector.inject(labelled, free, test, 3)
+    injector.write(dirty.rows, source := tmp_path / "dirty.jsonl")
+    injector.write(test, other := tmp_path / "test.jsonl")
+    before = source.read_bytes()
+
+    done, rows = cleaned(source, against=other)
+
+    assert source.read_bytes() == before
+    found = maker.make(tmp_path / "clean.jsonl", other)
+    sure = {finding.kind for finding in found.findings if finding.kind != "truncated_output" or finding.score == 1}
+    assert sure <= {"mislabelled", "label_imbalance", "dominant_answer"}
+    assert len(rows) == done.clean.rows > 90
+    # Each fault that is certain was seen to: as its own kind or as another one's.
+    touched = {one.line for one in (*done.dropped, *done.changed)}
+    for kind in ("empty_output", "wrong_roles", "pii", "too_long", "test_leak"):
+        assert dirty.lines[kind] <= touched, kind
+
+
+def test_rows_that_nothing_is_done_to_stay_byte_for_byte(tmp_path: Path) -> None:
+    lines = [
+        '{"messages" : [{"role":"user","content":"caf\\u00e9 one"},{"role":"assistant","content":"a"}], "id": 7}\r',
+        json.dumps(chat("a second question", "b")),
+        json.dumps(chat("write to ana@example.org", "c")),
+        json.dumps(chat("a second question", "b")),
+        '\ufeff{"messages":[{"content":"x y","role":"user"},{"role":"assistant","content":"d"}]}',
+    ]
+    data = "\n".join(lines).encode()
+    for name, stored in (("plain", data), ("packed", gzip.compress(data))):
+        (tmp_path / name).write_bytes(stored)
+        done = cleaner.clean(tmp_path / name, tmp_path / "out", RECOMMENDED)
+        out = (tmp_path / "out").read_bytes().split(b"\n")
+        assert [out[0], out[1], out[3], out[4]] == [lines[0].encode(), lines[1].encode(), lines[4].encode(), b""]
+        assert json.loads(out[2]) == chat("write to <EMAIL_ADDRESS>", "c")
+        assert dropped(done) == [(4, "exact_duplicate")]
+        assert "ana@" not in json.dumps(done.as_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.csv", "question,answer\r\nWho is ana@example.org?,me\r\nWhat?,that\r\nWhat?,that\r\n"),
+        (
+            "rows.json",
+            json.dumps([{"question": q, "answer": a} for q, a in (("Who?", "me"), ("What?", "that"))], indent=1),
+        ),
+    ],
+)
+def test_other_formats_become_json_lines_that_are_read_alike(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, newline="")
+    done, rows = cleaned(tmp_path / name)
+    assert {tuple(row) for row in rows} == {("question", "answer")}
+    expected = {row.line: row for row in read(tmp_path / name)}
+    kept = [line for line in expected if line not in dict(dropped(done))]
+    assert [row.answer for row in read(tmp_path / "clean.jsonl")] == [expected[line].answer for line in kept]
+    assert len(rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("spoken", "becomes"),
+    [
+        ("user:q gpt:a", "user:q assistant:a"),
+        ("user:q Assistant:a", "user:q assistant:a"),
+        ("user:q alien:a", "user:q assistant:a"),
+        ("user:q user:q assistant:a", "user:q assistant:a"),
+        ("user:q assistant:a assistant:a", "user:q assistant:a"),
+        ("user:q assistant:a system:s", "system:s user:q assistant:a"),
+        ("system:s user:q assistant:a user:more", "system:s user:q assistant:a"),
+        ("system:s assistant:known user:q", "system:s user:q assistant:known"),
+        ("user:q user:r assistant:a", "user:q\n\nr assistant:a"),
+        ("assistant:hello user:q", None),
+        ("user:q assistant:a assistant:b", None),
+        ("user:q", None),
+    ],
+)
+def test_roles_are_put_in_order_where_one_order_is_meant(tmp_path: Path, spoken: str, becomes: str | None) -> None:
+    pairs = [one.split(":") for one in spoken.split(" ")]
+    row = chat(*(text for _, text in pairs), roles=" ".join(role for role, _ in pairs))
+    others = [chat(f"what about {word}", "known") for word in ("apples", "bridges", "comets")]
+    done, rows = cleaned(
+        written(tmp_path / "rows.jsonl", [row, *others]), Cleaning(actions=[Action(kind="wrong_roles", action="fix")])
+    )
+    if becomes is None:
+        assert dropped(done) == [(1, "wrong_roles")]
+    else:
+        said = [one.split(":") for one in becomes.split(" ")]
+        assert rows[0] == chat(*(text for _, text in said), roles=" ".join(role for role, _ in said))
+
+
+def test_roles_are_corrected_in_the_spelling_of_the_file() -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "human", "value": "q"}, {"from": "chatbot", "value": "a"}]
+    fixed = conversations.fix({"conversations": turns, "id": 1}, set())
+    assert fixed == {
+        "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+        "id": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "ana@example.org",
+        "4111 1111 1111 1111",
+        "DE89370400440532013000",
+        "536-90-4399",
+        "+44 20 7946 0123",
+        "ghp_" + "a1B2" * 9,
+        "sk_live_" + "a1B2c3" * 4,
+        "AKIA" + "QRSTUVWX23456723",
+        "https://bob:hunter22@example.org/x",
+    ],
+)
+def test_nothing_of_a_secret_is_left(secret: str) -> None:
+    text = redaction.redact_text(f"It is {secret} for now.")
+    assert secret[4:12] not in text
+    assert text.startswith("It is ")
+    assert text.endswith(" for now.")
+    assert list(privacy.kinds_in(text)) == []
+
+
+def test_a_private_key_goes_with_its_body() -> None:
+    key = "-----BEGIN RSA PRIVATE KEY-----\nMIIEabc\ndef\n-----END RSA PRIVATE KEY-----"
+    assert redaction.redact_text(f"See\n{key}\nthere") == "See\n<SECRET>\nthere"
+
+
+def test_of_rows_in_conflict_the_one_without_another_fault_stays(tmp_path: Path) -> None:
+    rows = [
+        chat("please tell me where my new card is today", ""),
+        chat("please tell me where my new card is today", ""),
+        chat("the way to the next bank is what", "left"),
+        chat("the way to the next bank is what", "left"),
+    ]
+    order = Cleaning(
+        actions=[Action(kind="exact_duplicate", action="keep_one"), Action(kind="empty_output", action="drop")]
+    )
+    done, left = cleaned(written(tmp_path / "rows.jsonl", rows), order)
+    assert dropped(done) == [(1, "empty_output"), (2, "empty_output"), (4, "exact_duplicate")]
+    assert left == [rows[2]]
+
+
+def test_a_corrected_row_is_judged_again(tmp_path: Path) -> None:
+    rows = [chat("where is the nearest bank", "left"), chat("where is the nearest bank", "left", roles="user gpt")]
+    done, left = cleaned(written(tmp_path / "rows.jsonl", rows))
+    assert left == rows[:1]
+    assert dropped(done) == [(2, "exact_duplicate")]
+    assert [one.kind for one in done.changed] == ["wrong_roles"]
+
+
+def test_chosen_rows_go_and_findings_below_the_score_stay(tmp_path: Path) -> None:
+    rows = [chat(f"question {word}", word) for word in ("apples", "bridges", "comets")] + [chat("eve@example.org", "x")]
+    path = written(tmp_path / "rows.jsonl", rows)
+    done, left = cleaned(path, Cleaning(rows=RowChoice(drop=[2])))
+    assert dropped(done) == [(2, "rows.drop")]
+    assert left == [rows[0], rows[2], rows[3]]
+    with pytest.raises(InvalidValue, match="4 rows, and line 9 is none"):
+        cleaned(path, Cleaning(rows=RowChoice(drop=[9])))
+    with pytest.raises(NothingLeft, match="No row is left"):
+        cleaned(path, Cleaning(rows=RowChoice(drop=[1, 2, 3, 4])))
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        (Cleaning(), "Nothing is asked for"),
+        (Cleaning(actions=[Action(kind="duplicate", action="drop")]), "Kinds: invalid_row"),
+        (Cleaning(actions=[Action(kind="pii", action="keep_one")]), "Possible: redact, drop"),
+        (Cleaning(actions=[Action(kind="label_imbalance", action="drop")]), "other rows"),
+        (Cleaning(actions=[Action(kind="test_leak", action="drop")]), "'against'"),
+        (Cleaning(actions=[Action(kind="pii", action="drop"), Action(kind="pii", action="redact")]), "two actions"),
+    ],
+)
+def test_what_is_not_possible_is_said(order: Cleaning, said: str) -> None:
+    with pytest.raises(InvalidValue, match=said):
+        order.check(compared=False)
+
+
+def test_every_kind_of_the_report_has_its_actions() -> None:
+    assert set(TITLES) == set(ACTIONS)
+
+
+WORDS = st.sampled_from(["card", "bank", "money", "lost", "pin", "new", "app", "code", "gone", "today", "where", "how"])
+TEXTS = st.lists(WORDS, min_size=3, max_size=7).map(" ".join)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.tuples(TEXTS, st.sampled_from(["a", "b", "other"])), min_size=3, max_size=25),
+    share=st.floats(0.05, 0.5),
+    seed=st.integers(0, 9),
+)
+def test_no_group_straddles(tmp_path: Path, rows: list[tuple[str, str]], share: float, seed: int) -> None:
+    path = written(tmp_path / "rows.jsonl", [chat(*row) for row in rows])
+    order = Cleaning(held_out=HeldOut(share=share, seed=seed))
+    apart = path.with_name("held.jsonl")
+    try:
+        done, kept = cleaned(path, order, held_out=apart)
+    except CannotHoldOut:
+        assert len(splits.group(Case(read(path)))) == 1
+        return
+    held = [json.loads(line) for line in apart.read_text().splitlines()]
+    asked = [[texts.words(row["messages"][0]["content"]) for row in side] for side in (kept, held)]
+    assert all(texts.similarity(one, other) < 0.7 for one in asked[0] for other in asked[1])
+    assert len(kept) + len(held) == len(rows) == done.rows
+    first = apart.read_bytes()
+    cleaned(path, order, held_out=apart)
+    assert apart.read_bytes() == first
+
+
+def test_as_much_of_every_label_is_held_out(tmp_path: Path) -> None:
+    source = ROOT / "examples/banking_train.jsonl"
+    apart = tmp_path / "held.jsonl"
+    done = cleaner.clean(source, tmp_path / "kept.jsonl", Cleaning(held_out=HeldOut(share=0.2)), held_out=apart)
+    assert done.held_out is not None
+    assert abs(done.held_out.rows / done.rows - 0.2) < 0.02
+    counts = []
+    for path in (source, apart):
+        answers = [row.answer for row in read(path)]
+        counts.append({answer: answers.count(answer) for answer in set(answers)})
+    assert all(0.1 < counts[1].get(label, 0) / count < 0.3 for label, count in counts[0].items())
+    other = Cleaning(held_out=HeldOut(share=0.2, seed=1))
+    assert cleaner.clean(source, tmp_path / "kept.jsonl", other, held_out=apart).held_out != done.held_out
+
+
+def test_the_command_prints_what_was_done(tmp_path: Path) -> None:
+    rows = [
+        chat("where is the nearest bank", "left"),
+        chat("where is the nearest bank", "left"),
+        chat("mail e@x.org", "a"),
+    ]
+    path = written(tmp_path / "rows.jsonl", rows)
+    out = tmp_path / "out.jsonl"
+    run = CliRunner().invoke(app, ["files", "clean", str(path), "-o", str(out), "--keep-one", "exact_duplicate"])
+    assert run.exit_code == 0, run.output
+    assert "3 rows: 1 dropped, 0 changed, out.jsonl has 2" in run.output
+    run = CliRunner().invoke(app, ["files", "clean", str(path), "-o", str(out), "--recommended", "--json"])
+    said = json.loads(run.output)
+    assert said["counts"] == {"rows": 3, "judged": 3, "kept": 2, "held_out": 0, "dropped": 1, "changed": 1}
+    assert [row.number for row in readers.read([out.read_bytes()])] == [1, 2]
+    run = CliRunner().invoke(app, ["files", "clean", str(path), "-o", str(path), "--recommended"])
+    assert run.exit_code != 0

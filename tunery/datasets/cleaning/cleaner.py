@@ -1,0 +1,146 @@
+"""Cleaning: a new file of a file's rows, and what became of each. The file itself is only read."""
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tunery.datasets.cleaning import lines, plan, splits
+from tunery.datasets.cleaning.order import Cleaning
+from tunery.datasets.cleaning.plan import Changed, Dropped, Plan
+from tunery.datasets.errors import NothingLeft
+from tunery.datasets.report import benchmark, length, maker, tokens
+from tunery.datasets.report.case import Finding
+from tunery.datasets.report.rows import chunks, read
+from tunery.errors import InvalidValue
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that a cleaning wrote."""
+
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """What a cleaning did. `rows`: of the source; `judged`: those that the report looked at, the others went through as
+    they are. `held_out`: where rows were held out."""
+
+    source_sha256: str
+    rows: int
+    judged: int
+    clean: Written
+    held_out: Written | None
+    actions: list[dict[str, Any]]
+    kinds: dict[str, dict[str, int]]
+    dropped: list[Dropped] = field(repr=False)
+    changed: list[Changed] = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The lineage for programs."""
+        counts = {
+            "rows": self.rows,
+            "judged": self.judged,
+            "kept": self.clean.rows,
+            "held_out": self.held_out.rows if self.held_out else 0,
+            "dropped": len(self.dropped),
+            "changed": len({change.line for change in self.changed}),
+        }
+        said = asdict(self)
+        return {"counts": counts} | {key: said[key] for key in said if key not in ("rows", "judged")}
+
+
+def clean(
+    source: Path,
+    target: Path,
+    order: Cleaning,
+    *,
+    held_out: Path | None = None,
+    against: Path | None = None,
+    base: Path | None = None,
+    max_tokens: int = 2048,
+    benchmark_folder: Path | None = None,
+) -> Cleaned:
+    """Writes the rows that are left of `source` to `target` as JSON Lines, and those held out to `held_out`.
+
+    Rows of JSON Lines that nothing was done to are the same bytes. Raises InvalidValue, InvalidRows, CannotHoldOut,
+    NothingLeft; a file that was begun then stays behind.
+    """
+    order.check(compared=against is not None)
+    options = {
+        "max_tokens": max_tokens,
+        "count": length.tokenizer(base) if base else None,
+        "benchmark": benchmark.read(benchmark_folder) if benchmark_folder else frozenset(),
+    }
+    made = plan.make(
+        read(source, maker.MOST),
+        lambda numbers: lines.read_rows(source, numbers),
+        order,
+        against=read(against, maker.MOST) if against else (),
+        more=_measure(source, base, max_tokens) if base and base.is_dir() else (),
+        options=options,
+    )
+    left = made.left()
+    apart = splits.hold_out(left, share=order.held_out.share, seed=order.held_out.seed) if order.held_out else set()
+    with ExitStack() as files:
+        outputs = [_Output(files.enter_context(path.open("wb"))) for path in (target, held_out) if path is not None]
+        rows = _write(lines.read_lines(source), made, apart, outputs)
+    if unknown := [line for line in order.rows.drop if line > rows]:
+        raise InvalidValue(param="rows.drop", reason=f"The file has {rows:,} rows, and line {unknown[0]:,} is none.")
+    if not outputs[0].rows:
+        raise NothingLeft(rows=rows)
+    return Cleaned(
+        source_sha256=_sha256(source),
+        rows=rows,
+        judged=len(made.rows),
+        clean=outputs[0].written(),
+        held_out=outputs[1].written() if apart else None,
+        actions=[one.model_dump() for one in order.chosen().values()],
+        kinds=plan.by_kind(made),
+        dropped=sorted(made.dropped.values(), key=lambda one: one.line),
+        changed=sorted(made.changes, key=lambda one: one.line),
+    )
+
+
+def _measure(source: Path, base: Path, max_tokens: int) -> list[Finding]:
+    """The rows of which the base's tokenizer and template leave nothing, or not the whole answer, to learn."""
+    lengths = tokens.Lengths(base, max_tokens)
+    lengths.measure(chunks(source), maker.MOST)
+    return lengths.findings
+
+
+class _Output:
+    """A file that is being written, with its digest."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest = file, hashlib.sha256()
+        self.rows = self._bytes = 0
+
+    def write(self, line: bytes) -> None:
+        self._file.write(line + b"\n")
+        self._digest.update(line + b"\n")
+        self.rows, self._bytes = self.rows + 1, self._bytes + len(line) + 1
+
+    def written(self) -> Written:
+        return Written(self.rows, self._bytes, self._digest.hexdigest())
+
+
+def _write(numbered: Iterator[tuple[int, bytes]], made: Plan, apart: Collection[int], outputs: list[_Output]) -> int:
+    """Writes the rows that are left; how many the source has."""
+    rows = 0
+    fields: Mapping[int, dict[str, Any]] = made.fields
+    for number, line in numbered:
+        rows = number
+        if number not in made.dropped:
+            outputs[number in apart].write(lines.dump(fields[number]) if number in fields else line)
+    return rows
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,102 @@
+"""Conversations whose roles are out of order, put in order where only one order can be meant."""
+
+import json
+from collections.abc import Collection
+from typing import Any
+
+from tunery.datasets.report import texts
+from tunery.rows.conversations import ROLES
+
+Messages = list[dict[str, Any]]
+
+_MORE = {"chatbot": "assistant", "agent": "assistant", "customer": "user", "client": "user", "prompter": "user"}
+_KNOWN = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+_SYSTEM = frozenset({"system", "developer"})
+_SHAREGPT = {"user": "human", "assistant": "gpt"}
+_KEYS = ("messages", "conversations", "conversation")
+
+
+def fix(fields: dict[str, Any], answers: Collection[str]) -> dict[str, Any] | None:
+    """A row's fields with its messages in order, in the file's own spelling; None where there are none.
+
+    `answers`: what other rows answer, squashed. By them an answer that stands before its question is known.
+    Whether the result is in order is for the caller to see.
+    """
+    key = next((key for key in _KEYS if isinstance(fields.get(key), list)), None)
+    if key is None or not all(isinstance(message, dict) for message in fields[key]):
+        return None
+    speaker = "from" if any("from" in message for message in fields[key]) else "role"
+    said = "value" if speaker == "from" else "content"
+    turns = [
+        {**message, speaker: role} for message, role in zip(fields[key], _roles(fields[key], speaker), strict=True)
+    ]
+    for step in (_drop_repeated, _lead_with_system, _swap_last, _trim, _join_questions):
+        turns = step(turns, speaker, said, answers)
+    return {**fields, key: [_spelled(turn, speaker) for turn in turns]}
+
+
+def _roles(messages: Messages, speaker: str) -> list[str]:
+    """The role of each message in OpenAI's spelling; of an unknown one by who spoke before."""
+    roles: list[str] = []
+    for message in messages:
+        name = str(message.get(speaker)).strip().casefold()
+        role = name if name in _KNOWN else _MORE.get(name) or ROLES.get(name)
+        before = roles[-1] if roles else "system"
+        roles.append(role or ("assistant" if before == "user" else "user"))
+    return roles
+
+
+def _spelled(turn: dict[str, Any], speaker: str) -> dict[str, Any]:
+    return turn if speaker == "role" else {**turn, speaker: _SHAREGPT.get(turn[speaker], turn[speaker])}
+
+
+def _drop_repeated(turns: Messages, _speaker: str, _said: str, _answers: Collection[str]) -> Messages:
+    """A message that stands twice in a row stays once."""
+    kept: Messages = []
+    for turn in turns:
+        if not kept or json.dumps(turn, sort_keys=True) != json.dumps(kept[-1], sort_keys=True):
+            kept.append(turn)
+    return kept
+
+
+def _lead_with_system(turns: Messages, speaker: str, said: str, _answers: Collection[str]) -> Messages:
+    """What the system says stands first, in one message: templates write no other one."""
+    system = [turn for turn in turns if turn[speaker] in _SYSTEM]
+    spoken = [turn for turn in turns if turn[speaker] not in _SYSTEM]
+    parts = list(dict.fromkeys(turn.get(said) for turn in system if isinstance(turn.get(said), str)))
+    if len(system) < 2 or len(parts) == 0:
+        return [*system, *spoken]
+    return [{**system[0], said: "\n\n".join(filter(None, parts))}, *spoken]
+
+
+def _swap_last(turns: Messages, speaker: str, said: str, answers: Collection[str]) -> Messages:
+    """An answer before its question changes places with it, where other rows answer the same."""
+    if [turn[speaker] for turn in turns[-2:]] != ["assistant", "user"]:
+        return turns
+    # Not every one: an assistant may greet, and the user's question then waits for its answer.
+    text = turns[-2].get(said)
+    known = isinstance(text, str) and texts.squash(text) in answers
+    return [*turns[:-2], turns[-1], turns[-2]] if known else turns
+
+
+def _trim(turns: Messages, speaker: str, _said: str, _answers: Collection[str]) -> Messages:
+    """Questions at the end that nobody answers go, and answers at the beginning that nobody asked for."""
+    head = [turn for turn in turns if turn[speaker] in _SYSTEM]
+    spoken = turns[len(head) :]
+    while spoken and spoken[-1][speaker] == "user":
+        spoken.pop()
+    while spoken and spoken[0][speaker] == "assistant":
+        spoken.pop(0)
+    return [*head, *spoken]
+
+
+def _join_questions(turns: Messages, speaker: str, said: str, _answers: Collection[str]) -> Messages:
+    """Two messages of the user in a row become one. Two answers do not: which one is meant nobody knows."""
+    joined: Messages = []
+    for turn in turns:
+        parts = [one[said] for one in (*joined[-1:], turn) if isinstance(one.get(said), str)]
+        if joined and turn[speaker] == joined[-1][speaker] == "user" and len(parts) == 2:
+            joined[-1] = {**joined[-1], said: "\n\n".join(parts)}
+        else:
+            joined.append(turn)
+    return joined

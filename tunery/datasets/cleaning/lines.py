@@ -1,0 +1,50 @@
+"""The lines of a file that is cleaned: JSON Lines byte for byte, rows of other formats as the objects they are."""
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from tunery.datasets.report.rows import chunks
+from tunery.rows import compression, readers
+from tunery.rows.compression import Expander
+from tunery.rows.formats import SourceRow
+from tunery.rows.jsonl import JSONL
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number and line of each row, the line without its end. Raises InvalidRows."""
+    if readers.identify(chunks(path)).startswith(JSONL.name):
+        yield from _split(path)
+    else:
+        yield from ((row.number, dump(row.fields)) for row in readers.read(chunks(path)) if row.fields is not None)
+
+
+def read_rows(path: Path, numbers: Collection[int]) -> Iterator[SourceRow]:
+    """The rows of these numbers. Raises InvalidRows."""
+    return (row for row in readers.read(chunks(path)) if row.number in numbers)
+
+
+def dump(fields: dict[str, Any]) -> bytes:
+    """The line of a row. Values that JSON has no type for, as tables hold dates, are written as text."""
+    return json.dumps(fields, ensure_ascii=False, default=str).encode()
+
+
+def _split(path: Path) -> Iterator[tuple[int, bytes]]:
+    number, rest = 0, b""
+    for piece in _expanded(path):
+        *whole, rest = (rest + piece).split(b"\n")
+        for line in whole:
+            number += 1
+            if line.strip():  # blank lines stand at the end
+                yield number, line
+    if rest.strip():
+        yield number + 1, rest
+
+
+def _expanded(path: Path) -> Iterator[bytes]:
+    expander: Expander | None = None
+    for number, chunk in enumerate(chunks(path)):
+        kind = compression.recognise(chunk) if number == 0 else None
+        expander = Expander(kind) if kind is not None else expander
+        yield from (chunk,) if expander is None else expander.feed(chunk)

@@ -1,0 +1,130 @@
+"""What a cleaning is asked to do: an action for each kind of finding, rows to drop, and a held-out part."""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tunery.errors import InvalidValue
+from tunery.spec import Float, Int
+
+ActionName = Literal["drop", "keep_one", "redact", "fix"]
+
+
+class _Possible(NamedTuple):
+    """The actions that a kind of finding has, the one that is recommended, and the least score for it."""
+
+    actions: tuple[ActionName, ...]
+    recommended: ActionName | None = None
+    min_score: float = 0.0
+
+
+_DROP = _Possible(("drop",), "drop")
+_ASK = _Possible(("drop",))
+_KEEP_ONE = _Possible(("keep_one", "drop"), "keep_one")
+_NOTHING = _Possible(())
+
+ACTIONS: dict[str, _Possible] = {
+    "invalid_row": _DROP,
+    "wrong_roles": _Possible(("fix", "drop"), "fix"),
+    "empty_output": _DROP,
+    "truncated_output": _DROP,
+    "too_long": _DROP,
+    "untrained": _DROP,
+    "answer_cut": _DROP,
+    "pii": _Possible(("redact", "drop"), "redact"),
+    "test_leak": _DROP,
+    "repeated_elsewhere": _ASK,
+    "benchmark_overlap": _DROP,
+    "exact_duplicate": _KEEP_ONE,
+    "near_duplicate": _KEEP_ONE,
+    "contradiction": _DROP,
+    # A list to read from the top: below this score most rows are right.
+    "mislabelled": _Possible(("drop",), "drop", 0.5),
+    "inconsistent_output": _DROP,
+    "refusal": _ASK,
+    "answer_is_prompt": _DROP,
+    "dominant_answer": _ASK,
+    "other_script": _ASK,
+    "low_diversity": _NOTHING,
+    "label_imbalance": _NOTHING,
+}
+"""By kind. Kinds without a recommended action are left alone unless a person chooses: their rows may be wanted."""
+
+
+class Action(BaseModel):
+    """What is done with the rows that findings of one kind name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str = Field(description="As in the report")
+    action: ActionName
+    min_score: Float = Field(0.0, ge=0, le=1, description="Findings with a lower score are left alone")
+
+
+class RowChoice(BaseModel):
+    """Rows that a person has chosen."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    drop: list[Int] = Field([], description="Lines of the file, from 1")
+
+
+class HeldOut(BaseModel):
+    """Rows that are put into a file of their own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    share: Float = Field(0.1, gt=0, le=0.5, description="Of the rows that are left, about")
+    seed: Int = Field(0, ge=0, description="The same seed holds out the same rows")
+
+
+class Cleaning(BaseModel):
+    """What a cleaning does."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    actions: list[Action] = Field([], description="What is done about each kind of finding")
+    recommended: bool = Field(False, description="Kinds without an action get the one that the report suggests")
+    rows: RowChoice = Field(RowChoice(), description="Rows by their lines")
+    held_out: HeldOut | None = Field(None, description="Puts a share of the rows into a second file")
+
+    def check(self, *, compared: bool) -> None:
+        """Raises InvalidValue where an action is not possible, or nothing is asked for.
+
+        `compared`: there is another file to find leaks in.
+        """
+        for number, one in enumerate(self.actions):
+            _check(one, f"actions.{number}")
+            if one.kind == "test_leak" and not compared:
+                reason = "Leaks are found by comparison. Name the test or validation file in 'against'."
+                raise InvalidValue(param=f"actions.{number}.kind", reason=reason)
+        if len({one.kind for one in self.actions}) < len(self.actions):
+            raise InvalidValue(param="actions", reason="A kind has two actions. Choose one for each kind.")
+        if any(line < 1 for line in self.rows.drop):
+            raise InvalidValue(param="rows.drop", reason="Lines are counted from 1.")
+        if not (self.actions or self.recommended or self.rows.drop or self.held_out):
+            reason = "Nothing is asked for. Name 'actions', set 'recommended', or choose 'rows' or 'held_out'."
+            raise InvalidValue(param="actions", reason=reason)
+
+    def chosen(self) -> Mapping[str, Action]:
+        """The action of each kind."""
+        found = {one.kind: one for one in self.actions}
+        if self.recommended:
+            for kind, possible in ACTIONS.items():
+                if possible.recommended and kind not in found:
+                    found[kind] = Action(kind=kind, action=possible.recommended, min_score=possible.min_score)
+        return found
+
+
+def _check(one: Action, param: str) -> None:
+    possible = ACTIONS.get(one.kind)
+    if possible is None:
+        kinds = ", ".join(kind for kind, known in ACTIONS.items() if known.actions)
+        raise InvalidValue(param=f"{param}.kind", reason=f"No finding has the kind '{one.kind[:40]}'. Kinds: {kinds}.")
+    if not possible.actions:
+        reason = f"Nothing can be done to the rows about '{one.kind}': the file needs other rows. Remove the action."
+        raise InvalidValue(param=f"{param}.kind", reason=reason)
+    if one.action not in possible.actions:
+        reason = f"'{one.action}' is no action for '{one.kind}'. Possible: {', '.join(possible.actions)}."
+        raise InvalidValue(param=f"{param}.action", reason=reason)

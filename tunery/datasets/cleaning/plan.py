@@ -1,0 +1,178 @@
+"""What happens to each row of a file that is cleaned, by the findings of its report."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunery.datasets.cleaning import conversations, redaction
+from tunery.datasets.cleaning.order import Action, Cleaning
+from tunery.datasets.report import maker, mislabels, privacy, roles, texts
+from tunery.datasets.report.case import Case, Check, Finding
+from tunery.datasets.report.rows import Row, of_source
+from tunery.rows.formats import SourceRow
+
+CHOSEN = "rows.drop"
+"""The kind of a row that a person has chosen."""
+_ROUNDS = 5
+_CERTAIN: list[Check] = [check for check in maker.CHECKS if check is not mislabels.find]
+"""Checks of later rounds. A classifier that is fitted again finds others to doubt, and would in every round."""
+_LAST = ("contradiction", "near_duplicate", "exact_duplicate")
+"""Kinds of several rows, judged when those are gone that other findings name: the better one is kept."""
+
+ReadRows = Callable[[set[int]], Iterable[SourceRow]]
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Why a row went."""
+
+    line: int
+    kind: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What changed in a row. `before` shows no value that was redacted."""
+
+    line: int
+    kind: str
+    before: str
+    after: str
+
+
+@dataclass
+class Plan:
+    """The rows to drop and to write otherwise, by line, and those that are left as a report sees them."""
+
+    rows: list[Row]
+    dropped: dict[int, Dropped] = field(default_factory=dict)
+    changes: list[Changed] = field(default_factory=list)
+    fields: dict[int, Fields] = field(default_factory=dict)
+
+    def drop(self, line: int, kind: str, why: str) -> None:
+        self.dropped.setdefault(line, Dropped(line, kind, why))
+
+    def left(self) -> list[Row]:
+        return [row for row in self.rows if row.line not in self.dropped]
+
+
+def make(
+    rows: list[Row],
+    read_rows: ReadRows,
+    order: Cleaning,
+    *,
+    against: Sequence[Row] = (),
+    more: Sequence[Finding] = (),
+    options: Mapping[str, Any],
+) -> Plan:
+    """Judges the rows, acts, and judges what is left again, until nothing is left to do: a row whose roles were
+    corrected may turn out to be another one's duplicate. `more`: findings besides; `options`: of the report."""
+    plan = Plan(rows)
+    actions = order.chosen()
+    chosen = set(order.rows.drop)
+    for row in rows:
+        if row.line in chosen:
+            plan.drop(row.line, CHOSEN, "Was chosen.")
+    for number in range(_ROUNDS if actions else 0):
+        found = maker.find(Case(plan.left(), against, **options), _CERTAIN if number else maker.CHECKS)
+        kept = [finding for finding in found if number == 0 or finding.score == 1 or not _is_guess(finding)]
+        if not _act(plan, kept if number else [*kept, *more], actions, read_rows):
+            break
+    return plan
+
+
+def _is_guess(finding: Finding) -> bool:
+    """Whether a classifier says so, which is fitted to the rows that are left."""
+    return finding.kind == "truncated_output"
+
+
+def _act(plan: Plan, findings: Iterable[Finding], actions: Mapping[str, Action], read_rows: ReadRows) -> bool:
+    """Acts on the findings; whether anything was done."""
+    due = [one for one in findings if one.kind in actions and one.score >= actions[one.kind].min_score]
+    before = len(plan.dropped) + len(plan.changes)
+    edits: dict[int, list[Finding]] = {}
+    for finding in due:
+        action = actions[finding.kind].action
+        if action in ("fix", "redact"):
+            for line in finding.lines:
+                edits.setdefault(line, []).append(finding)
+        elif action == "drop" and finding.kind not in _LAST:
+            for line in finding.lines:
+                plan.drop(line, finding.kind, finding.why)
+    _edit(plan, {line: found for line, found in edits.items() if line not in plan.dropped}, read_rows)
+    for kind in _LAST:
+        for finding in due:
+            if finding.kind == kind:
+                _thin_out(plan, finding, keeps_one=actions[kind].action == "keep_one")
+    return len(plan.dropped) + len(plan.changes) > before
+
+
+def _thin_out(plan: Plan, finding: Finding, *, keeps_one: bool) -> None:
+    """Drops the rows of a finding about several, but for the first where one is kept."""
+    left = [line for line in finding.lines if line not in plan.dropped]
+    if len(left) < 2:
+        return
+    for line in left[1:] if keeps_one else left:
+        beside = left[0] if line != left[0] else left[1]
+        plan.drop(line, finding.kind, f"{finding.why} The other: line {beside}.")
+
+
+def _edit(plan: Plan, edits: Mapping[int, list[Finding]], read_rows: ReadRows) -> None:
+    """Writes rows otherwise, or drops those that cannot be."""
+    if not edits:
+        return
+    places = {row.line: at for at, row in enumerate(plan.rows)}
+    answers = {texts.squash(row.answer) for row in plan.rows if row.line not in edits}
+    for source in read_rows(set(edits)):
+        source = source._replace(fields=plan.fields.get(source.number, source.fields))
+        for finding in edits[source.number]:
+            edited = _redact(source) if finding.kind == "pii" else _fix(source, answers)
+            if edited is None:
+                plan.drop(source.number, finding.kind, f"{finding.why} It cannot be corrected by itself.")
+                break
+            source, change = edited
+            plan.changes.append(change)
+        else:
+            plan.fields[source.number] = source.load()
+            plan.rows[places[source.number]] = of_source(source)
+
+
+def _redact(source: SourceRow) -> tuple[SourceRow, Changed] | None:
+    before = source.load()
+    after = redaction.redact(before)
+    if after == before:
+        return None
+    kinds = dict.fromkeys(kind for turn in of_source(source).turns for kind in privacy.kinds_in(turn.text))
+    said = " and ".join(kinds)
+    return source._replace(fields=after), Changed(source.number, "pii", said, redaction.excerpt(before, after))
+
+
+def _fix(source: SourceRow, answers: set[str]) -> tuple[SourceRow, Changed] | None:
+    after = conversations.fix(source.load(), answers)
+    if after is None:
+        return None
+    fixed = source._replace(fields=after)
+    row = of_source(fixed)
+    if row.fault is not None or roles.describe(row.turns) is not None:
+        return None
+    return fixed, Changed(source.number, "wrong_roles", _roles(of_source(source)), _roles(row))
+
+
+def _roles(row: Row) -> str:
+    return ", ".join(turn.role for turn in row.turns)
+
+
+def by_kind(plan: Plan) -> dict[str, dict[str, int]]:
+    """How many rows went, and how many were changed, of each kind."""
+    counts: dict[str, dict[str, int]] = {}
+    for name, entries in (("dropped", plan.dropped.values()), ("changed", plan.changes)):
+        for kind in _kinds(entries):
+            of_kind = counts.setdefault(kind, {"dropped": 0, "changed": 0})
+            of_kind[name] += 1
+    return counts
+
+
+def _kinds(entries: Iterable[Dropped | Changed]) -> Iterator[str]:
+    return (entry.kind for entry in entries)

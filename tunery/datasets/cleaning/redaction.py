@@ -1,0 +1,67 @@
+"""Personal data and secrets in rows, replaced by what they are."""
+
+import re
+from typing import Any
+
+from tunery.datasets.report import privacy
+
+_NAMES = {
+    privacy.EMAIL: "<EMAIL_ADDRESS>",
+    privacy.PHONE: "<PHONE_NUMBER>",
+    privacy.CARD: "<CREDIT_CARD>",
+    privacy.ACCOUNT: "<IBAN_CODE>",
+    privacy.SSN: "<US_SSN>",
+    privacy.KEY: "<SECRET>",
+}
+"""Placeholders as Presidio names them."""
+_KEY_BLOCK = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
+_AROUND = 20
+_ROUNDS = 3
+
+
+def redact(value: Any) -> Any:
+    """A row's value with placeholders in its texts; keys of objects stay."""
+    if isinstance(value, str):
+        return redact_text(value)
+    if isinstance(value, dict):
+        return {key: redact(inner) for key, inner in value.items()}
+    return [redact(inner) for inner in value] if isinstance(value, list) else value
+
+
+def redact_text(text: str) -> str:
+    """A text with placeholders. What stands beside one may look like personal data only then, so it is read again."""
+    text = _KEY_BLOCK.sub(_NAMES[privacy.KEY], text)
+    for _ in range(_ROUNDS):
+        places = sorted(privacy.places_in(text))
+        if not places:
+            break
+        text = _replace(text, places)
+    return text
+
+
+def _replace(text: str, places: list[privacy.Place]) -> str:
+    """`places`: sorted. Of places that overlap the first one names both."""
+    parts, at = [], 0
+    for begin, end, kind in places:
+        if begin >= at:
+            parts += [text[at:begin], _NAMES[kind]]
+        at = max(at, end)
+    return "".join([*parts, text[at:]])
+
+
+def excerpt(before: Any, after: Any) -> str:
+    """Placeholders that a redaction has written, with what stands around each: from the text as it is now."""
+    if isinstance(after, str):
+        return "" if before == after else _around(after)
+    if isinstance(after, dict):
+        found = [excerpt(before.get(key), inner) for key, inner in after.items()]
+    elif isinstance(after, list):
+        found = [excerpt(*both) for both in zip(before, after, strict=True)]
+    else:
+        found = []
+    return " ".join(filter(None, found))
+
+
+def _around(text: str) -> str:
+    names = "|".join(map(re.escape, _NAMES.values()))
+    return " ".join(match[0].strip() for match in re.finditer(rf".{{0,{_AROUND}}}(?:{names})", text))

@@ -1,0 +1,60 @@
+"""The rows that a cleaning holds out: whole groups of rows that ask nearly the same, and as much of every label."""
+
+import random
+from collections.abc import Iterator, Sequence
+
+from tunery.datasets.errors import CannotHoldOut
+from tunery.datasets.report.case import Case
+from tunery.datasets.report.rows import Row, by_key, whole
+
+Group = list[int]
+
+
+def hold_out(rows: Sequence[Row], *, share: float, seed: int) -> set[int]:
+    """The lines to hold out, about a `share` of the rows, at least one. Raises CannotHoldOut where none can be."""
+    case = Case(rows)
+    groups = group(case)
+    strata: dict[str, list[Group]] = {}
+    labels = case.tasks[0].labels if case.tasks else {}
+    for one in groups:
+        strata.setdefault(labels.get(one[0], ""), []).append(one)
+    held = set(_draw(strata, share, seed))
+    if not held:
+        # A share of less than half a row, or groups that are all larger than it.
+        smallest: Group = min(groups, key=len, default=[])
+        held = set(smallest)
+    if not held or len(held) == len(rows):
+        raise CannotHoldOut(rows=len(rows), groups=len(groups))
+    return held
+
+
+def _draw(strata: dict[str, list[Group]], share: float, seed: int) -> Iterator[int]:
+    """Groups of each label at random, as long as no more rows are held out than are due so far."""
+    due, taken = 0.0, 0
+    for label in sorted(strata):
+        groups = strata[label]
+        due += share * sum(map(len, groups))
+        for one in random.Random(f"{seed} {label}").sample(groups, len(groups)):  # noqa: S311 (draws rows)
+            if taken + len(one) <= round(due):
+                taken += len(one)
+                yield from one
+
+
+def group(case: Case) -> list[Group]:
+    """The lines in groups: rows are in one if they say the same, or by way of others ask nearly the same."""
+    parent = {row.line: row.line for row in case.rows}
+
+    def find(line: int) -> int:
+        while parent[line] != line:
+            parent[line] = line = parent[parent[line]]
+        return line
+
+    same = [(rows[0].line, row.line) for rows in by_key(case.rows, whole).values() for row in rows[1:]]
+    near = [(pair.first.line, pair.second.line) for pair in case.pairs if not pair.leaked]
+    for one, other in (*same, *near):
+        first, second = sorted((find(one), find(other)))
+        parent[second] = first
+    groups: dict[int, Group] = {}
+    for line in parent:
+        groups.setdefault(find(line), []).append(line)
+    return list(groups.values())
