@@ -249,6 +249,23 @@ def test_a_job_knows_the_memory_that_its_claim_must_bring(
     assert any(f"the largest worker has {has}" in line for line in workshop.story(job_id))
 
 
+@pytest.mark.usefixtures("seventy")
+def test_a_model_that_no_gpu_holds_is_cut_over_those_that_a_job_asks_for(workshop: Workshop) -> None:
+    asked: dict[str, Any] = {"technique": {"type": "lora"}}
+    cut = workshop.submit(workshop.file(training_rows(12)), **asked, resources={"gpus": 2})
+    copied = workshop.submit(workshop.file(training_rows(12)), **asked, resources={"gpus": 2, "sharding": "replicate"})
+    _show(workshop, 0, 100)
+    _show(workshop, 1, 100)
+    assert _validate(workshop)
+    assert _validate(workshop)
+    found, refused = workshop.job(cut), workshop.job(copied)
+    assert found.state == "queued"
+    assert found.plan is not None
+    assert found.plan["resources"] == {"gpus": 2, "sharding": "full_shard"}
+    assert 70e9 < found.gpu_bytes < 100 * 2**30
+    assert (refused.state, refused.error_code) == ("failed", "does_not_fit")
+
+
 def test_before_any_worker_has_come_a_job_is_told_what_it_waits_for(workshop: Workshop) -> None:
     job_id = workshop.submit(workshop.file(training_rows(12)))
     assert _validate(workshop)
