@@ -149,3 +149,27 @@ def test_a_report_that_ends_its_workers_fails(workshop: Workshop) -> None:
     with workshop.session() as session:
         assert reports.begin(session, report.id) is None
         assert "ended 3 times" in str(session.get_one(FileReport, report.id).error)
+
+
+def test_a_worker_for_io_makes_reports_by_itself(workshop: Workshop) -> None:
+    workshop.start("io", TUNERY_FILE_REPORTS="true")
+    workshop.file(training_rows(12))
+    workshop.until(lambda: [row.status for row in _rows(workshop, FileReport)] == ["ready"], "the report is there")
+
+
+def test_another_report_counts_by_a_base_and_compares_with_a_file(
+    workshop: Workshop, report_all: Callable[[], int]
+) -> None:
+    ids = [workshop.file(training_rows(12)), workshop.file(training_rows(3, first=10))]
+    with workshop.session() as session:
+        file, other = (session.get_one(File, id) for id in ids)
+        asked = reports.request(session, file, base=workshop.base_id, against=other.sha256).id
+    assert report_all() == 3
+    with workshop.session() as session:
+        report = session.get_one(FileReport, asked)
+    assert (report.status, report.error) == ("ready", None)
+    found = _stored(workshop, report)
+    assert found["figures"]["tokens"]["base"] == workshop.base_id
+    assert found["figures"]["tokens"]["spreads"]["row"]["count"] == 12
+    assert sorted(one["lines"] for one in found["findings"] if one["kind"] == "test_leak") == [[11], [12]]
+    assert len(_rows(workshop, FileEvent)) == 2, "files are told of the report that every file gets"
