@@ -311,6 +311,7 @@ def test_rows_in_another_script() -> None:
         None,
         "Latin",
     ]
+    assert [scripts.script_of(text) for text in ("plain", "1 + 1")] == ["Latin", None]
 
 
 def test_rows_of_the_general_benchmark(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Which script a text is written in, and rows that are written in another one than nearly all others."""
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ _LETTERS = 400
 """Letters of a text that are looked at."""
 _EAST = frozenset({"CJK", "HIRAGANA", "KATAKANA"})
 """Scripts that stand in one text."""
+_LATIN = re.compile("[A-Za-z]")
 _ACTION = "Correct the language, or give rows of another language a file of their own."
 
 
@@ -25,6 +27,8 @@ def _script(letter: str) -> str:
 
 def script_of(text: str) -> str | None:
     """The script of most letters, such as Latin, Cyrillic or Arabic; None for a text without letters."""
+    if text.isascii():
+        return "Latin" if _LATIN.search(text) else None
     letters = [letter for letter in text[: 4 * _LETTERS] if letter.isalpha()][:_LETTERS]
     counts = Counter(map(_script, letters))
     return counts.most_common(1)[0][0] if counts else None
