@@ -363,6 +363,9 @@ class TrainingOptions(Part, Generic[TechniqueT, RateT]):
     replay: Replay | None = Field(None, description="General rows beside the task's, against forgetting")
     early_stopping: EarlyStopping | None = Field(None, description="Needs a validation file")
     select: Literal["last", "best"] = Field("last", description="Which step becomes the model; best needs validation")
+    keep_checkpoints: Int = Field(
+        3, ge=0, le=50, description="Epoch-end checkpoints that stay: the newest, and besides them the best"
+    )
     evaluation: Evaluation = Evaluation()
     gate: Gate | None = Field(None, description="What the model must show to be published. Needs a test file")
     export: Export = Export()
@@ -432,7 +435,7 @@ class Run(Part):
     job: str = Field(description="The job's id, for messages only")
     base_model: str = Field(description="Registered name, written into the adapter's base_model_name_or_path")
     plan: Plan
-    public_checkpoints: int = Field(3, ge=0, description="Epoch-end checkpoints to keep, newest last")
+    public_checkpoints: int = Field(3, ge=0, description="Newest epoch-end checkpoints to keep, besides the best")
     now: datetime | None = Field(
         None,
         description="What chat templates take for now: the same in every attempt, or resuming would see other rows",

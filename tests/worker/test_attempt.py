@@ -1,16 +1,19 @@
 """One attempt's deeds without its trainer: what is written of what was said, and what an attempt leaves behind."""
 
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 import rows
+from sqlalchemy import select
 from workshop import Workshop, training_rows
 
 from tunery import wire
 from tunery.jobs import leases, ledger
 from tunery.jobs.errors import LeaseLost
 from tunery.jobs.leases import Lease
-from tunery.jobs.model import Job
+from tunery.jobs.model import Checkpoint, Job, Metric
+from tunery.models.model import Model
 from worker.io import validation
 from worker.supervisor import attempt, staging
 from worker.supervisor.deeds import Scribe
@@ -20,7 +23,8 @@ from worker.supervisor.process import Trainers
 from worker.supervisor.upload import UploadPace
 
 NUL_ANSWER = b"""{"type": "score", "rows": 1, "base_exact": 0, "tuned_exact": 1, "gain": 1, "gain_low": 1,
- "gain_high": 1, "samples": [{"prompt": "\\\\u0000", "base": "a\\u0000b\\\\\\u0000", "\\u0000": null}]}"""
+ "gain_high": 1, "samples": [{"prompt": "\\\\u0000", "base": "a\\u0000b\\\\\\u0000", "wanted": "", "tuned": ""}],
+ "labels": {"\\u0000": {"rows": 1, "base": 0, "tuned": 1}}}"""
 """An escaped backslash before `u0000` is text; NUL itself comes alone, behind a backslash, and in a key."""
 
 
@@ -35,8 +39,13 @@ def lease(workshop: Workshop) -> Lease:
     return claimed
 
 
-def _scribe(hold: Hold, workshop: Workshop) -> Scribe:
-    return Scribe(hold, workshop.settings, workshop.storage, workshop.folder / "run", keep=3)
+STEP = wire.Step(
+    step=1, epoch=1, train_loss=2.5, train_accuracy=0.5, learning_rate=0.001, grad_norm=1, tokens=10, seconds=1
+)
+
+
+def _scribe(hold: Hold, workshop: Workshop, keep: int = 3) -> Scribe:
+    return Scribe(hold, workshop.settings, workshop.storage, workshop.folder / "run", keep=keep)
 
 
 def test_a_nul_in_a_models_answer_is_written_as_a_replacement_character(workshop: Workshop, lease: Lease) -> None:
@@ -44,7 +53,8 @@ def test_a_nul_in_a_models_answer_is_written_as_a_replacement_character(workshop
         scribe.hear(wire.parse(NUL_ANSWER))
     card = workshop.job(lease.job_id).scorecard
     assert card is not None
-    assert card["samples"] == [{"prompt": "\\u0000", "base": "a\ufffdb\\\ufffd", "\ufffd": None}]
+    assert card["samples"] == [{"prompt": "\\u0000", "wanted": "", "base": "a\ufffdb\\\ufffd", "tuned": ""}]
+    assert list(card["labels"]) == ["\ufffd"]
 
 
 def test_story_says_what_was_exported_and_what_was_refused(workshop: Workshop, lease: Lease) -> None:
@@ -55,6 +65,66 @@ def test_story_says_what_was_exported_and_what_was_refused(workshop: Workshop, l
         "Export merged written: It predicts alike",
         "Export gguf not written: It does not",
     ]
+
+
+def _save_epochs(workshop: Workshop, scribe: Scribe, losses: list[float], scores: list[float]) -> None:
+    """Says what a trainer says of epochs of one step each, and waits until their checkpoints are stored."""
+    for step, (loss, score) in enumerate(zip(losses, scores, strict=True), start=1):
+        folder = workshop.folder / "run" / "checkpoints" / f"step-{step}"
+        folder.mkdir(parents=True)
+        (folder / "adapter_model.safetensors").write_bytes(b"weights")
+        scribe.hear(STEP.model_copy(update={"step": step}))
+        scribe.hear(wire.Evaluated(step=step, loss=loss, accuracy=0.5, task_metric="exact", task_score=score))
+        scribe._flush()  # as each second does: the step's row is written before its checkpoint is saved
+        scribe.hear(wire.CheckpointSaved(kind="public", step=step, path=f"checkpoints/step-{step}"))
+    scribe.close()
+
+
+@pytest.mark.parametrize(
+    ("stopping", "kept"), [(None, [1, 4, 5]), ({"metric": "task"}, [2, 4, 5])], ids=["by loss", "by task"]
+)
+def test_the_best_checkpoint_and_the_newest_stay(
+    workshop: Workshop, lease: Lease, stopping: dict[str, Any] | None, kept: list[int]
+) -> None:
+    with workshop.session() as session:
+        job = session.get_one(Job, lease.job_id)
+        job.plan = {**(job.plan or {}), "early_stopping": stopping}
+
+    with Hold(lease, workshop.settings, Drain()) as hold, _scribe(hold, workshop, keep=2) as scribe:
+        _save_epochs(workshop, scribe, losses=[0.5, 0.8, 0.7, 0.9, 0.6], scores=[0.1, 0.4, 0.4, 0.2, 0.3])
+
+    with workshop.session() as session:
+        found = session.scalars(
+            select(Checkpoint).where(Checkpoint.job_id == lease.job_id).order_by(Checkpoint.step)
+        ).all()
+        models = session.scalars(select(Model).where(Model.job_id == lease.job_id, Model.kind == "checkpoint")).all()
+    assert [checkpoint.step for checkpoint in found] == kept
+    assert all("full_valid_loss" in checkpoint.metrics for checkpoint in found)
+    left = {model.id for model in models if list(workshop.storage.list(model.prefix))}
+    assert left == {checkpoint.model_id for checkpoint in found}
+
+
+def test_a_step_that_is_measured_again_has_the_newest_attempts_values(workshop: Workshop, lease: Lease) -> None:
+    """A later attempt went back to a snapshot; an older one, which has lost the job, writes nothing more."""
+    with Hold(lease, workshop.settings, Drain()) as hold, _scribe(hold, workshop) as scribe:
+        for step in (1, 2, 3):
+            scribe.hear(STEP.model_copy(update={"step": step}))
+        scribe.close()
+    with workshop.session() as session:
+        leases.requeue(session, lease, reason="lost", outcome="crashed")
+    with workshop.session() as session:
+        later = rows.claim(session)
+    assert later is not None
+
+    with Hold(later, workshop.settings, Drain()) as hold, _scribe(hold, workshop) as scribe:
+        scribe.hear(STEP.model_copy(update={"step": 2, "train_loss": 1.5}))
+        scribe.close()
+    with workshop.session() as session, pytest.raises(LeaseLost):
+        leases.record_metrics(session, lease, {2: {"train_loss": 9.0}})
+
+    with workshop.session() as session:
+        found = session.scalars(select(Metric).where(Metric.job_id == lease.job_id).order_by(Metric.step)).all()
+    assert [(row.step, row.values["train_loss"]) for row in found] == [(1, 2.5), (2, 1.5), (3, 2.5)]
 
 
 def _finish(workshop: Workshop, lease: Lease) -> float:

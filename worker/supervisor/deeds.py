@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import exists, func, select
+from sqlalchemy import func
 from sqlalchemy.orm import Session
 
 from tunery import wire
@@ -17,14 +17,13 @@ from tunery.artifacts import model as artifacts
 from tunery.artifacts.manifest import Manifest
 from tunery.jobs import leases, ledger
 from tunery.jobs.errors import LeaseLost
-from tunery.jobs.model import Checkpoint, Job
-from tunery.jobs.states import LIVE
+from tunery.jobs.model import Job
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.storage import Storage
 from tunery.storage.errors import StorageFailed
-from worker.supervisor import measured, upload, verdicts
+from worker.supervisor import kept_checkpoints, measured, upload, verdicts
 from worker.supervisor.lease import Hold
 from worker.supervisor.staging import StoredFolder
 
@@ -45,6 +44,7 @@ class Scribe:
     def __init__(self, hold: Hold, settings: Settings, storage: Storage, run_dir: Path, *, keep: int) -> None:
         self._hold, self._settings, self._storage, self.run_dir, self._keep = hold, settings, storage, run_dir, keep
         self._steps: dict[int, dict[str, Any]] = {}
+        self._validated: dict[int, dict[str, Any]] = {}  # why apart: the step's row may be written before it is saved
         self._newest: wire.Step | None = None
         self._total_steps: int | None = None
         self._about: dict[str, Any] = {"device": None}
@@ -132,7 +132,9 @@ class Scribe:
         self._steps.setdefault(step.step, {}).update(measured.of_step(step))
 
     def _note_evaluation(self, evaluated: wire.Evaluated) -> None:
-        self._steps.setdefault(evaluated.step, {}).update(measured.of_evaluation(evaluated))
+        found = measured.of_evaluation(evaluated)
+        self._steps.setdefault(evaluated.step, {}).update(found)
+        self._validated = {evaluated.step: found}
         if evaluated.task_score is not None:
             data = evaluated.model_dump(include={"step", "task_metric", "task_score", "task_rows", "samples"})
             self._hold.write(
@@ -229,7 +231,7 @@ class Scribe:
 
     def _upload_later(self, saved: wire.CheckpointSaved) -> None:
         metrics = {"step": saved.step} | (measured.of_step(self._newest) if self._newest else {})
-        metrics |= self._steps.get(saved.step, {})
+        metrics |= self._validated.get(saved.step, {})
         self._flush()
         self._pending.append(self._uploads.submit(self._upload, saved, metrics))
 
@@ -260,18 +262,14 @@ class Scribe:
 
     def _keep_checkpoint(self, saved: wire.CheckpointSaved, metrics: dict[str, Any]) -> None:
         # An attempt that resumed before this epoch's end meets its predecessor's checkpoint, which is as good.
-        if self._hold.write(lambda session: self._checkpoint_at(session, saved.step)):
+        job_id = self._hold.lease.job_id
+        if self._hold.write(lambda session: kept_checkpoints.has_step(session, job_id, saved.step)):
             return
         prefix = f"{self.prefix}/{saved.path}"
         listed = self.publish(saved.path, prefix)
         self._hold.write(lambda session: self._record_checkpoint(session, saved.step, prefix, listed, metrics))
-        for old in self._hold.write(self._hide_old_checkpoints):
+        for old in self._hold.write(lambda session: kept_checkpoints.hide_old(session, self._hold.lease, self._keep)):
             manifest.remove(self._storage, old)
-
-    def _checkpoint_at(self, session: Session, step: int) -> str | None:
-        return session.scalar(
-            select(Checkpoint.id).where(Checkpoint.job_id == self._hold.lease.job_id, Checkpoint.step == step)
-        )
 
     def _record_checkpoint(
         self, session: Session, step: int, prefix: str, listed: Manifest, metrics: dict[str, Any]
@@ -280,18 +278,6 @@ class Scribe:
         model = add_model(session, job, self._settings, prefix=prefix, listed=listed, step=step)
         data = {"step": step} | _told(metrics)
         leases.record_checkpoint(session, self._hold.lease, step=step, model_id=model.id, metrics=data)
-
-    def _hide_old_checkpoints(self, session: Session) -> list[str]:
-        """Prefixes of the checkpoints that are not among the newest any more; their rows are gone with this."""
-        leases.held(session, self._hold.lease)
-        is_needed = exists().where(Job.parent_model == Checkpoint.model_id, Job.state.in_(LIVE))
-        of_job = select(Checkpoint).where(Checkpoint.job_id == self._hold.lease.job_id, ~is_needed)
-        old = session.scalars(of_job.order_by(Checkpoint.step.desc()).offset(self._keep)).all()
-        models = [session.get_one(Model, checkpoint.model_id) for checkpoint in old]
-        for checkpoint, model in zip(old, models, strict=True):
-            registry.delete(session, model)
-            session.delete(checkpoint)
-        return [model.prefix for model in models]
 
 
 def add_model(

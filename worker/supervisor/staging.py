@@ -152,6 +152,7 @@ def lay_out(needs: Needs, run_dir: Path, models_dir: Path, storage: Storage, che
 
 def needs_of(session: Session, job: Job) -> Needs:
     """What the job's next attempt has to find in its run directory."""
+    plan = Plan.model_validate(job.plan)
     ids = {"train": job.training_file, "valid": job.validation_file, "test": job.test_file, "replay": job.replay_file}
     files = {name: session.get_one(File, id) for name, id in ids.items() if id is not None}
     base = session.get_one(Model, job.base_model)
@@ -162,7 +163,8 @@ def needs_of(session: Session, job: Job) -> Needs:
         run=Run(
             job=job.id,
             base_model=(whole or base).id,
-            plan=Plan.model_validate(job.plan),
+            plan=plan,
+            public_checkpoints=plan.keep_checkpoints,
             now=job.now,
             facts=_provenance(job, whole or base, parent, files),
         ),

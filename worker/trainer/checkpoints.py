@@ -202,12 +202,12 @@ def restore_best(t: Training, progress: Progress) -> None:
 
 
 def save_public(t: Training, progress: Progress) -> str:
-    """The model as it is now, as a user would load it; its path in the run directory. Keeps the last few."""
+    """The model as it is now, as a user would load it; its path in the run directory. Keeps the best and the newest."""
     path = f"checkpoints/step-{progress.step}"
     weights = whole_weights(t)
     if t.ranks.is_main:
         _write_whole(t.folder / path, lambda folder: write_artifact(t, progress, folder, weights))
-        _drop_old(t.folder / "checkpoints", t.run.public_checkpoints)
+        _drop_old(t.folder / "checkpoints", t.run.public_checkpoints, spared=_best_public(t))
     return path
 
 
@@ -389,6 +389,19 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _drop_old(folder: Path, keep: int) -> None:
-    for old in sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))[:-keep]:
-        shutil.rmtree(old)
+def _drop_old(folder: Path, keep: int, spared: int | None = None) -> None:
+    """Removes all but the newest `keep`, and that of the step `spared`."""
+    steps = sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+    for step in steps[:-keep]:
+        if step != spared:
+            shutil.rmtree(folder / f"step-{step}")
+
+
+def _best_public(t: Training) -> int | None:
+    """The step of the best checkpoint that is kept, as the validation file sees it; None where it saw none."""
+    losses = {
+        entry["step"]: -entry["task_score"] if t.chooses_by_task else entry["loss"]
+        for entry in t.voice.metrics
+        if entry["type"] == "evaluated" and (t.folder / "checkpoints" / f"step-{entry['step']}").exists()
+    }
+    return min(losses, key=lambda step: (losses[step], step), default=None)

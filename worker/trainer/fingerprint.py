@@ -17,6 +17,7 @@ _WIDE = ["float32", "float32"]
 _CHANGES_NO_WEIGHT: Any = {
     "learning_rate_multiplier": True,  # learning_rate is what it came to
     "evaluation": {"test_file", "max_new_tokens", "max_rows", "general"},
+    "keep_checkpoints": True,
     "export": True,
     "gate": True,
     "resources": True,  # a snapshot is whole, on whatever ranks it was saved: others sum the same in another order
