@@ -52,6 +52,13 @@ class NotFinite(JobFailure):
     code = "nan_loss"
 
 
+class DiskFull(JobFailure):
+    """The worker's disk is full: {what} could not be written. {kept} Its operator has to free space where the worker
+    keeps its runs; a job with fewer keep_checkpoints needs less."""
+
+    code = "disk_full"
+
+
 class ArtifactDiffers(JobFailure):
     """The exported files do not answer as the trained model did: their logits are off by {difference:.2%} of their
     spread, and {tolerance:.2%} is allowed. Nothing was published. This is a fault of the server; its operator finds

@@ -1,7 +1,13 @@
 """Which public checkpoints a run keeps, and what a disk that fills leaves of them."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 from run_folders import chat, lay_out, plan
 
 from tunery.spec import Lora
@@ -37,3 +43,67 @@ def test_newest_checkpoints_stay_where_nothing_is_validated(tmp_path: Path, tiny
     assert carry_out(folder, Voice(None), Wish())
 
     assert steps_kept(folder) == [6, 8]
+
+
+PROGRAM = """
+import os, resource, signal, sys
+from pathlib import Path
+from worker.trainer.process import carry_out_and_tell
+from worker.trainer import checkpoints, whole_folders
+from worker.trainer.wish import Wish
+folder, what, most = sys.argv[1:]
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+write = whole_folders.write_whole
+def short_of_room(path, fill):  # from the third folder of the kind on
+    if path.parent.name == what and len(list(path.parent.glob("step-*"))) >= 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(most), resource.RLIM_INFINITY))
+    write(path, fill)
+whole_folders.write_whole = short_of_room
+sys.exit(carry_out_and_tell(Path(folder), 1, Wish()))
+"""
+
+
+@pytest.mark.parametrize("what", ["checkpoints", "snapshots"])
+def test_disk_that_fills_leaves_the_last_good_one_and_says_so(tmp_path: Path, tiny: Path, what: str) -> None:
+    """Files of more than 2,000 bytes cannot be written any more, as on a full disk."""
+    settled = plan(technique=Lora(r=4), n_epochs=4, learning_rate=1e-3)
+    seconds = 1e-9 if what == "snapshots" else 1e9
+    folder = lay_out(tmp_path / "run", tiny, settled, ROWS, snapshot_seconds=seconds)
+
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(folder), what, "2000"], capture_output=True, text=True, check=False
+    )
+
+    last: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    steps = [2, 4, 6] if what == "checkpoints" else [1, 2, 3]
+    assert (last["type"], last["kind"], last["code"]) == ("failed", "crashed", "disk_full"), done.stderr
+    assert last["message"].startswith(
+        f"The worker's disk is full: {what}/step-{steps[2]} could not be written. The state of step {steps[1]} is good "
+        "and stays. Its operator has to free space"
+    )
+    assert sorted(path.name for path in (folder / what).iterdir()) == [f"step-{step}" for step in steps[:2]]
+
+    assert carry_out(folder, Voice(None), Wish()), "with room again the run goes on"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a small file system")
+def test_full_file_system_leaves_the_last_good_one_and_says_so(tmp_path: Path, tiny: Path) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)], check=False)
+    if mounted.returncode:
+        pytest.skip("may not mount")
+    try:
+        settled = plan(technique=Lora(r=16), n_epochs=4, learning_rate=1e-3)
+        folder = lay_out(place / "run", tiny, settled, ROWS, snapshot_seconds=1e-9)
+        done = subprocess.run(
+            [sys.executable, "-m", "worker.trainer", str(folder)], capture_output=True, text=True, check=False
+        )
+        kept = list((folder / "snapshots").glob("*")) + list((folder / "checkpoints").glob("*"))
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert (last["type"], last["code"]) == ("failed", "disk_full"), done.stderr
+    assert kept
+    assert not [path for path in kept if "partial" in path.name]

@@ -104,6 +104,73 @@ def test_the_best_checkpoint_and_the_newest_stay(
     assert left == {checkpoint.model_id for checkpoint in found}
 
 
+def _save_snapshots(workshop: Workshop, lease: Lease, steps: list[int]) -> None:
+    """Stores what a trainer saved for itself; the newest has a file more than the others."""
+    with Hold(lease, workshop.settings, Drain()) as hold, _scribe(hold, workshop) as scribe:
+        for step in steps:
+            folder = workshop.folder / "run" / "snapshots" / f"step-{step}"
+            folder.mkdir(parents=True)
+            names = ["weights.safetensors", *(["best.safetensors"] if step == steps[-1] else [])]
+            for name in names:
+                (folder / name).write_bytes(f"{name} of step {step}".encode())
+            scribe.hear(wire.CheckpointSaved(kind="snapshot", step=step, path=f"snapshots/step-{step}"))
+        scribe.close()
+    with workshop.session() as session:
+        leases.requeue(session, lease, reason="lost", outcome="crashed")
+
+
+def _damage(workshop: Workshop, lease: Lease, step: int) -> None:
+    key = f"jobs/{lease.job_id}/{lease.number}/snapshots/step-{step}/weights.safetensors"
+    found = b"".join(workshop.storage.read(key))
+    workshop.storage.put(key, found[:-1] + b"?")
+
+
+@pytest.mark.parametrize(
+    ("damaged", "resumed", "note"),
+    [
+        ([], 6, None),
+        ([6], 4, "The state saved at step 6 is damaged in storage. The run goes on from that of step 4."),
+        ([6, 4], None, "The state saved at step 6 is damaged in storage, and no other is whole. The run starts again "
+         "from its first step."),
+    ],
+    ids=["whole", "newest damaged", "all damaged"],
+)  # fmt: skip
+def test_a_run_goes_on_from_the_snapshot_before_a_damaged_one(
+    workshop: Workshop, lease: Lease, damaged: list[int], resumed: int | None, note: str | None
+) -> None:
+    _save_snapshots(workshop, lease, [2, 4, 6])
+    for step in damaged:
+        _damage(workshop, lease, step)
+    with workshop.session() as session:
+        needs = staging.needs_of(session, session.get_one(Job, lease.job_id))
+    run_dir = workshop.folder / "next"
+
+    found = staging.lay_out(needs, run_dir, workshop.settings.models_dir, workshop.storage, lambda: None)
+
+    assert found == note
+    weights = run_dir / "resume" / "weights.safetensors"
+    assert (weights.read_text() if weights.exists() else None) == (
+        f"weights.safetensors of step {resumed}" if resumed else None
+    )
+    assert (run_dir / "resume" / "best.safetensors").exists() == (resumed == 6)
+    kept = {key.split("/")[4] for key in workshop.storage.list(f"jobs/{lease.job_id}/") if "/snapshots/" in key}
+    assert kept == {"step-4", "step-6"}, "the one before the newest stays, and no other"
+
+
+@pytest.mark.slow
+def test_the_owner_reads_that_a_snapshot_was_damaged(workshop: Workshop, lease: Lease) -> None:
+    _save_snapshots(workshop, lease, [2])
+    _damage(workshop, lease, 2)
+    with workshop.session() as session:
+        later = rows.claim(session)
+    assert later is not None
+
+    attempt.run(later, settings=workshop.settings, storage=workshop.storage, drain=Drain(), trainers=Trainers("test"))
+
+    assert workshop.job(lease.job_id).state == "succeeded"
+    assert any(line.startswith("The state saved at step 2 is damaged") for line in workshop.story(lease.job_id))
+
+
 def test_a_step_that_is_measured_again_has_the_newest_attempts_values(workshop: Workshop, lease: Lease) -> None:
     """A later attempt went back to a snapshot; an older one, which has lost the job, writes nothing more."""
     with Hold(lease, workshop.settings, Drain()) as hold, _scribe(hold, workshop) as scribe:

@@ -28,7 +28,7 @@ from tunery.datasets import shelf
 from tunery.db import UNREACHABLE
 from tunery.errors import TuneryError
 from tunery.failures import JobFailure, TrainingCrashed
-from tunery.jobs import leases
+from tunery.jobs import leases, ledger
 from tunery.jobs.errors import LeaseLost
 from tunery.jobs.leases import Lease
 from tunery.jobs.model import Job
@@ -80,11 +80,13 @@ def run(lease: Lease, *, settings: Settings, storage: Storage, drain: Drain, tra
 def _carry_out(hold: Hold, settings: Settings, storage: Storage, run_dir: Path, trainers: Trainers) -> LastDeed:
     try:
         needs = hold.write(lambda session: staging.needs_of(session, leases.held(session, hold.lease)))
-        upload.insist(
+        note = upload.insist(
             lambda: staging.lay_out(needs, run_dir, settings.models_dir, storage, hold.check),
             give_up=lambda: hold.lost or hold.stopping,
         )
         hold.check()
+        if note:
+            hold.write(lambda session: ledger.note(session, hold.lease.job_id, note, level="warn"))
         trainer = trainers.start(run_dir, hold.lease.gpu_indexes)
         scribe = Scribe(hold, settings, storage, run_dir, keep=needs.run.public_checkpoints)
         trackers = Trackers(hold, settings, run_dir, trainers.mark, needs.tracked)

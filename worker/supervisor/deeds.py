@@ -53,6 +53,7 @@ class Scribe:
         self._uploads = ThreadPoolExecutor(1, "tunery-upload")
         self._pending: list[Future[None]] = []
         self._snapshots: dict[str, StoredFolder] = {}
+        self._older: str | None = None
         self._upload_pace = upload.UploadPace()
         self._result_bytes = 0
         self.last_word: wire.Finished | wire.Paused | wire.Failed | None = None
@@ -258,7 +259,10 @@ class Scribe:
             lambda session: leases.record_snapshot(session, self._hold.lease, str(stored), step=saved.step)
         )
         if former and former != str(stored):
-            manifest.remove(self._storage, StoredFolder.parse(former).prefix)
+            # The one before stays: it is gone on from where the newest is found damaged.
+            self._older, oldest = former, self._older
+            if oldest:
+                manifest.remove(self._storage, StoredFolder.parse(oldest).prefix)
 
     def _keep_checkpoint(self, saved: wire.CheckpointSaved, metrics: dict[str, Any]) -> None:
         # An attempt that resumed before this epoch's end meets its predecessor's checkpoint, which is as good.

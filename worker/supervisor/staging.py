@@ -17,6 +17,7 @@ from tunery.jobs.model import Job
 from tunery.models.model import Model
 from tunery.spec import Plan, Run
 from tunery.storage import Check, Storage
+from worker.supervisor import snapshots
 
 _LOCK_SECONDS = 0.2
 EXPORTS = ("merged/", "fp8/", "gguf/")
@@ -128,10 +129,11 @@ def adopt(models_dir: Path, folder: Path, listed: manifest.Manifest) -> None:
             folder.rename(place)
 
 
-def lay_out(needs: Needs, run_dir: Path, models_dir: Path, storage: Storage, check: Check) -> None:
+def lay_out(needs: Needs, run_dir: Path, models_dir: Path, storage: Storage, check: Check) -> str | None:
     """Fills a new run directory as `tunery.spec.Run` describes it; `check` is called with every chunk and may raise.
 
-    Raises ObjectMissing, ChecksumMismatch, StorageFailed.
+    Returns what the job's owner should know of the snapshot, if anything. Raises ObjectMissing, ChecksumMismatch,
+    StorageFailed.
     """
     shutil.rmtree(run_dir, ignore_errors=True)
     (run_dir / "data").mkdir(parents=True)
@@ -142,12 +144,16 @@ def lay_out(needs: Needs, run_dir: Path, models_dir: Path, storage: Storage, che
     (run_dir / "base").symlink_to(base.absolute())
     (models_dir / SCORES).mkdir(exist_ok=True)
     (run_dir / SCORES).symlink_to((models_dir / SCORES).absolute())
-    for name, folder in (("adapter", needs.adapter), ("resume", needs.resume)):
-        if folder is not None:
-            listed = _without_exports(storage, folder.prefix, folder.sha256)
-            manifest.fetch(storage, folder.prefix, listed, run_dir / name, check)
+    if needs.adapter is not None:
+        listed = _without_exports(storage, needs.adapter.prefix, needs.adapter.sha256)
+        manifest.fetch(storage, needs.adapter.prefix, listed, run_dir / "adapter", check)
+    note = None
+    if needs.resume is not None:
+        resume = run_dir / "resume"
+        note = snapshots.fetch(storage, needs.run.job, needs.resume.prefix, needs.resume.sha256, resume, check)
     # Last: a directory with a spec is complete.
     (run_dir / "spec.json").write_text(needs.run.model_dump_json(indent=2) + "\n")
+    return note
 
 
 def needs_of(session: Session, job: Job) -> Needs:

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tunery.rows import template_files
-from worker.trainer import coverage, fingerprint, folders, hardware, paths, pieces, reference, report
+from worker.trainer import coverage, fingerprint, folders, hardware, paths, pieces, reference, report, whole_folders
 from worker.trainer.recipes import recipe
 from worker.trainer.replay import kept
 from worker.trainer.stepper import Stepper
@@ -50,8 +50,8 @@ def save_snapshot(t: Training, progress: Progress) -> str:
     ranks = t.ranks.gather((asdict(t.stepper.memory), _random_state()))
     if t.ranks.is_main:
         state = weights, numbers, moments
-        _write_whole(t.folder / path, lambda folder: _write_snapshot(t, progress, folder, state, ranks))
-        _drop_old(t.folder / "snapshots", KEPT_SNAPSHOTS)
+        whole_folders.write_whole(t.folder / path, lambda folder: _write_snapshot(t, progress, folder, state, ranks))
+        whole_folders.drop_old(t.folder / "snapshots", KEPT_SNAPSHOTS)
     t.ranks.wait()
     return path
 
@@ -189,7 +189,8 @@ def keep_best(t: Training) -> None:
     if t.ranks.is_main:
         _best(t.folder).parent.mkdir(exist_ok=True)
         partial = _best(t.folder).with_suffix(".partial")
-        save_file(weights, partial)
+        with whole_folders.room_for("the best step's weights", t.folder / "snapshots", partial):
+            save_file(weights, partial)
         partial.replace(_best(t.folder))
     t.ranks.wait()
 
@@ -206,8 +207,8 @@ def save_public(t: Training, progress: Progress) -> str:
     path = f"checkpoints/step-{progress.step}"
     weights = whole_weights(t)
     if t.ranks.is_main:
-        _write_whole(t.folder / path, lambda folder: write_artifact(t, progress, folder, weights))
-        _drop_old(t.folder / "checkpoints", t.run.public_checkpoints, spared=_best_public(t))
+        whole_folders.write_whole(t.folder / path, lambda folder: write_artifact(t, progress, folder, weights))
+        whole_folders.drop_old(t.folder / "checkpoints", t.run.public_checkpoints, spared=_best_public(t))
     return path
 
 
@@ -366,35 +367,6 @@ def _set_random_state(tensors: dict[str, torch.Tensor], prefix: str) -> None:
         torch.set_rng_state(tensors[f"{prefix}cpu"])
     if torch.cuda.is_available() and f"{prefix}cuda" in tensors:
         torch.cuda.set_rng_state(tensors[f"{prefix}cuda"])
-
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    for file in partial.rglob("*"):
-        _flush(file)
-    _flush(partial)
-    shutil.rmtree(path, ignore_errors=True)  # a run that went back to an older snapshot comes by here again
-    partial.rename(path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _drop_old(folder: Path, keep: int, spared: int | None = None) -> None:
-    """Removes all but the newest `keep`, and that of the step `spared`."""
-    steps = sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
-    for step in steps[:-keep]:
-        if step != spared:
-            shutil.rmtree(folder / f"step-{step}")
 
 
 def _best_public(t: Training) -> int | None:

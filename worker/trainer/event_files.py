@@ -36,14 +36,17 @@ def write(artifact: Path, metrics: list[dict[str, Any]]) -> None:
 
 
 def scalars(entry: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """What was measured at a step or an evaluation, by the name under which TensorBoard draws it."""
+    """What was measured at a step or an evaluation, by the name under which TensorBoard draws it.
+
+    Entries that came with a snapshot of an earlier release lack what that did not measure.
+    """
     if entry["type"] == "evaluated":
-        found = _measured("full_valid", entry["loss"], entry["accuracy"], entry["metrics"])
+        found = _measured("full_valid", entry["loss"], entry["accuracy"], entry.get("metrics", {}))
         found[f"task/{entry.get('task_metric')}"] = entry.get("task_score")
     else:
-        found = _measured("train", entry["train_loss"], entry["train_accuracy"], entry["train_metrics"])
+        found = _measured("train", entry["train_loss"], entry["train_accuracy"], entry.get("train_metrics", {}))
         found |= {f"run/{name}": entry[name] for name in _STEP}
-        found |= _measured("valid", entry["valid_loss"], entry["valid_accuracy"], entry["valid_metrics"])
+        found |= _measured("valid", entry["valid_loss"], entry["valid_accuracy"], entry.get("valid_metrics", {}))
     return ((name, float(value)) for name, value in found.items() if value is not None)
 
 

@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tunery import plugins, processes
 from tunery.errors import TuneryError, Unavailable
-from tunery.failures import JobFailure, NotFinite
+from tunery.failures import DiskFull, JobFailure, NotFinite
 from tunery.spec import Run
 from tunery.wire import EXIT_PAUSED, Failed, Paused
 from worker.trainer.children import Children, exit_code
@@ -65,6 +65,8 @@ def describe(error: Exception) -> Failed:
     """An exception as the message that decides what the supervisor does."""
     if isinstance(error, NotFinite):
         return Failed(kind="nan_loss", code=error.code, message=error.message)
+    if isinstance(error, DiskFull):  # there may be room on another host, or later
+        return Failed(kind="crashed", code=error.code, message=error.message)
     if isinstance(error, JobFailure):
         kind = "gpu_oom" if error.code == "does_not_fit" else "user_error"
         return Failed(kind=kind, code=error.code, message=error.message, param=error.param)

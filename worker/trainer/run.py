@@ -38,6 +38,7 @@ from worker.trainer import (
     report,
     rope,
     sharding,
+    whole_folders,
 )
 from worker.trainer.data import Rows, collate, read_parsed, read_rows, singles
 from worker.trainer.export import job as export
@@ -353,15 +354,16 @@ def _write(
     """The artifact, `out/`, which exists only when it is complete."""
     partial = t.folder / ".out.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    write_scored(scored, partial)
-    if verdict is not None:
-        (partial / "gate.json").write_text(verdict.model_dump_json(indent=2, exclude={"type"}) + "\n")
-    checkpoints.write_artifact(t, progress, partial, weights)
-    event_files.write(partial, t.voice.metrics)
-    previews.write(t, partial)
-    parity.write(t, answered, partial)
-    export.write(t, partial)
+    with whole_folders.room_for("the model", t.folder / "snapshots", partial):
+        partial.mkdir()
+        write_scored(scored, partial)
+        if verdict is not None:
+            (partial / "gate.json").write_text(verdict.model_dump_json(indent=2, exclude={"type"}) + "\n")
+        checkpoints.write_artifact(t, progress, partial, weights)
+        event_files.write(partial, t.voice.metrics)
+        previews.write(t, partial)
+        parity.write(t, answered, partial)
+        export.write(t, partial)
     shutil.rmtree(t.folder / "out", ignore_errors=True)
     partial.rename(t.folder / "out")
 

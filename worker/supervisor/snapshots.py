@@ -1,0 +1,54 @@
+"""The stored snapshot that an attempt goes on from, and the one before it where that is damaged."""
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tunery.artifacts import manifest
+from tunery.storage import Check, Storage
+from tunery.storage.errors import ChecksumMismatch, ObjectMissing
+
+log = logging.getLogger(__name__)
+
+_MANIFEST = re.compile(r"(jobs/[^/]+/(\d+)/snapshots/step-(\d+))/" + re.escape(manifest.NAME))
+
+
+def fetch(storage: Storage, job_id: str, prefix: str, sha256: str, folder: Path, check: Check) -> str | None:
+    """Brings the named snapshot into `folder`, or where it is damaged the newest whole one of the job.
+
+    Returns None, or what the job's owner should know; then there is no `folder` where no other snapshot is whole.
+    Raises StorageFailed and what `check` raises.
+    """
+    try:
+        manifest.fetch(storage, prefix, manifest.load(storage, prefix, sha256), folder, check)
+        return None
+    except (ChecksumMismatch, ObjectMissing) as error:
+        log.warning("the snapshot %s is damaged: %s", prefix, error)
+    damaged = f"The state saved at step {prefix.rpartition('-')[2]} is damaged in storage"
+    for step, other in _others(storage, job_id, prefix):
+        if _fetch_unnamed(storage, other, folder, check):
+            return f"{damaged}. The run goes on from that of step {step}."
+    shutil.rmtree(folder, ignore_errors=True)
+    return f"{damaged}, and no other is whole. The run starts again from its first step."
+
+
+def _others(storage: Storage, job_id: str, prefix: str) -> Iterator[tuple[int, str]]:
+    """Step and prefix of the job's other snapshots, the newest first."""
+    found = (_MANIFEST.fullmatch(key) for key in storage.list(f"jobs/{job_id}/"))
+    steps = [(int(match[3]), int(match[2]), match[1]) for match in found if match and match[1] != prefix]
+    for step, _, other in sorted(steps, reverse=True):
+        yield step, other
+
+
+def _fetch_unnamed(storage: Storage, prefix: str, folder: Path, check: Check) -> bool:
+    """Whether a snapshot whose manifest no row names any more could be brought whole."""
+    try:
+        listed = manifest.Manifest.model_validate_json(b"".join(storage.read(f"{prefix}/{manifest.NAME}")))
+        shutil.rmtree(folder, ignore_errors=True)  # or files of the damaged one would stand beside these
+        manifest.fetch(storage, prefix, listed, folder, check)
+    except (ChecksumMismatch, ObjectMissing, ValueError) as error:
+        log.warning("the snapshot %s is damaged: %s", prefix, error)
+        return False
+    return True
