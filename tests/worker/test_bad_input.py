@@ -1,0 +1,122 @@
+"""What bad input gets: a sentence that says what to change, before a device is held."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from workshop import Workshop, training_rows
+
+from tunery.jobs.model import Job
+from tunery.models import registry
+from tunery.models.model import Model
+from worker.io import conversion, validation
+from worker.supervisor.drain import Drain
+
+
+def _judged(workshop: Workshop, job_id: str) -> Job:
+    """The job once its files have been validated."""
+    assert validation.validate_next(workshop.settings, workshop.storage)
+    return workshop.job(job_id)
+
+
+def _lines(rows: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def _chat(*said: tuple[str, str], **answer: Any) -> dict[str, Any]:
+    messages: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in said]
+    return {"messages": [*messages[:-1], messages[-1] | answer]}
+
+
+def test_sequence_longer_than_the_context_is_cut_to_it_and_named(workshop: Workshop) -> None:
+    long = _lines([_chat(("user", "What comes next?"), ("assistant", "word " * 200))])
+    job_id = workshop.submit(workshop.file(training_rows(11) + long), max_seq_length=4096)
+
+    job = _judged(workshop, job_id)
+
+    assert job.state == "queued"
+    assert (job.plan or {})["max_seq_length"] == 256
+    told = "\n".join(workshop.story(job_id))
+    assert "max_seq_length 4096 is more than the model's context of 256 tokens, which is used instead." in told
+    assert "1 of 12" in told or "line 12" in told
+
+
+def test_prompt_that_fills_the_context_leaves_nothing_to_learn(workshop: Workshop) -> None:
+    rows = [_chat(("user", "word " * 200), ("assistant", "yes")) for _ in range(12)]
+
+    job = _judged(workshop, workshop.submit(workshop.file(_lines(rows)), max_seq_length=4096))
+
+    assert (job.state, job.error_code, job.error_param) == ("failed", "invalid_training_file", "training_file")
+    assert "max_seq_length" in str(job.error_message)
+
+
+@pytest.mark.parametrize(
+    ("role", "row", "words"),
+    [
+        ("validation", _chat(("user", "What?")), "assistant"),
+        ("validation", _chat(("user", "What?"), ("assistant", "That."), weight=0), "weight"),
+        ("test", _chat(("user", "What?")), "assistant"),
+        ("test", _chat(("user", "What?"), ("assistant", "")), "want an empty answer"),
+    ],
+    ids=["validation without answers", "validation without labels", "test without answers", "test without labels"],
+)
+def test_file_to_evaluate_on_without_labels_is_named(
+    workshop: Workshop, role: str, row: dict[str, Any], words: str
+) -> None:
+    files = {role: workshop.file(_lines([row] * 3))}
+
+    job = _judged(workshop, workshop.submit(workshop.file(training_rows(12)), **files))
+
+    assert (job.state, job.error_code) == ("failed", "invalid_training_file"), workshop.story(job.id)
+    assert job.error_param == f"{role}_file"
+    assert words in str(job.error_message)
+
+
+def test_pair_of_equal_answers_is_named(workshop: Workshop) -> None:
+    pairs = [{"prompt": f"What comes after {n}?", "chosen": f"{n + 1}", "rejected": "no"} for n in range(11)]
+    equal = {"prompt": "What comes after 11?", "chosen": "12", "rejected": "12"}
+
+    job = _judged(workshop, workshop.submit(workshop.file(_lines([*pairs, equal])), method={"type": "dpo"}))
+
+    assert (job.state, job.error_code) == ("failed", "invalid_training_file")
+    assert "12" in str(job.error_message)
+    assert "equal" in str(job.error_message) or "same" in str(job.error_message)
+
+
+def _without_template(base: Path) -> None:
+    (base / "chat_template.jinja").unlink()
+
+
+def _with_fewer_rows_than_tokens(base: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        weights[name] = weights[name][:250].clone()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 250}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(_without_template, "no chat template"), (_with_fewer_rows_than_tokens, "its embedding has 250 rows")],
+)
+def test_base_that_cannot_be_trained_never_becomes_ready(
+    workshop: Workshop, tiny_base: Path, tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_base, source)
+    spoil(source)
+    with workshop.session() as session:
+        registry.register_base(session, name="mine", source=str(source))
+
+    assert conversion.convert_next(workshop.settings, workshop.storage, Drain())
+
+    with workshop.session() as session:
+        made = session.get_one(Model, "mine")
+    assert made.status == "error"
+    assert words in str(made.status_details)
