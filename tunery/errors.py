@@ -43,6 +43,7 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     │   ├── DoesNotFit
     │   ├── CannotAdapt
     │   ├── CannotQuantise
+    │   ├── DiskFull
     │   ├── NotFinite
     │   ├── ArtifactDiffers
     │   ├── BenchmarkUnavailable
