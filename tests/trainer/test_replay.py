@@ -10,6 +10,7 @@ import tiny_models
 import torch
 from run_folders import Ear, Interrupting, chat, lay_out, plan, said, steps_of
 
+from tunery.rows.errors import CannotRender
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Full, Lora, Qlora, Replay
 from worker.trainer import data
@@ -177,6 +178,26 @@ def test_sampling_draws_none_of_the_runs_numbers(base: Path, tmp_path: Path) -> 
     again = torch.rand(1)
     assert numbers != again
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[1])
+
+
+@pytest.mark.usefixtures("few")
+def test_answers_whose_rows_do_not_fit_are_made_up_for(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, refused = ChatTemplate.encode_all, []
+
+    def encode(template: ChatTemplate, example: Any, *given: Any) -> Any:
+        if "last_assistant" in given and len(refused) < 3:
+            refused.append(example)
+            raise CannotRender(reason="the template refuses it")
+        return usual(template, example, *given)
+
+    monkeypatch.setattr(ChatTemplate, "encode_all", encode)
+    t = prepare(lay_out(tmp_path / "run", base, plan(replay=REPLAY, max_seq_length=256), ROWS), Voice(None), Wish())
+    assert len(refused) == 3
+    assert t.replayed is not None
+    assert (t.replayed.rows_an_epoch, t.rows.replayed) == (4, 4)
+    assert t.replayed.ended >= 7
 
 
 def test_an_answer_that_the_limit_cuts_off_is_not_used(base: Path) -> None:

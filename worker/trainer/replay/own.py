@@ -4,7 +4,7 @@ Blocks of prompts are answered in their order, each by random numbers of its own
 a block gives depends neither on how many are asked for nor on the number of GPUs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,8 +49,8 @@ class Base:
         return self.ranks.device
 
 
-def answer(base: Base, prompts: list[Prompt], limit: int, enough: int) -> Answers:
-    """Answers of at most `limit` tokens to the first prompts, until `enough` of them have ended or no prompt is left.
+def answer(base: Base, prompts: list[Prompt], limit: int, enough: Callable[[Answers], bool]) -> Answers:
+    """Answers of at most `limit` tokens to the first prompts, until they are `enough` or no prompt is left.
 
     Raises Stopped between blocks; what was answered is kept.
     """
@@ -61,7 +61,7 @@ def answer(base: Base, prompts: list[Prompt], limit: int, enough: int) -> Answer
     ]  # a file may appear between two looks
     found = found[: len(found) // size * size] if len(found) < len(prompts) else found
     with _as_base(base):
-        while count_ended(found) < enough and len(found) < len(prompts):
+        while not enough(found) and len(found) < len(prompts):
             base.ranks.check(base.wish)
             base.voice.say(Phase(phase="sampling replay answers"))
             start = len(found) + base.ranks.index * size

@@ -40,8 +40,16 @@ def add(rows: Rows, plan: Plan, base: own.Base, warnings: list[str]) -> tuple[Ro
 def _own_rows(base: own.Base, replay: Replay, longest: int, enough: int) -> tuple[list[Example], int, int]:
     """Rows of the base's own answers, at most `enough`; how many prompts it was asked, and how many answers ended."""
     asked = _that_fit(base, prompts.load(base.template, longest - replay.max_new_tokens), replay.max_new_tokens)
-    answers = own.answer(base, asked, replay.max_new_tokens, enough)
-    return _encode(base.template, asked, answers, longest)[:enough], len(answers), own.count_ended(answers)
+    found: list[list[Example]] = []
+
+    def are_enough(answers: Answers) -> bool:
+        new = list(zip(asked, answers, strict=False))[len(found) :]
+        found.extend(_encode(base.template, prompt, answer, longest) for prompt, answer in new)
+        return sum(map(len, found)) >= enough
+
+    answers = own.answer(base, asked, replay.max_new_tokens, are_enough)
+    are_enough(answers)
+    return [row for rows in found for row in rows][:enough], len(answers), own.count_ended(answers)
 
 
 def _that_fit(base: own.Base, asked: list[Prompt], limit: int) -> list[Prompt]:
@@ -53,23 +61,20 @@ def _that_fit(base: own.Base, asked: list[Prompt], limit: int) -> list[Prompt]:
     return [prompt for prompt, end in ends if end <= context and not lengths.changes(1, end)]
 
 
-def _encode(template: ChatTemplate, asked: list[Prompt], answers: Answers, longest: int) -> list[Example]:
-    """The rows of the answers that ended, as rows of a file would be: those that fit and teach something.
+def _encode(template: ChatTemplate, prompt: Prompt, answer: str | None, longest: int) -> list[Example]:
+    """The row of an answer that ended, as a row of a file would be; none where it does not fit or teaches nothing.
 
     Only the answer is learned: earlier ones of a conversation are other people's.
     """
-    found = []
-    for prompt, answer in zip(asked, answers, strict=False):
-        if answer is None:
-            continue
-        try:
-            chat = Chat(messages=[*prompt.messages, Message(role="assistant", content=answer)])
-            sequences = template.encode_all(chat, longest, "last_assistant")
-        except TuneryError:
-            continue
-        rows = [Row(each.input_ids, each.labels) for each in sequences if not each.truncated]
-        found += [Example((row,)) for row in rows if row.labelled]
-    return found
+    if answer is None:
+        return []
+    try:
+        chat = Chat(messages=[*prompt.messages, Message(role="assistant", content=answer)])
+        sequences = template.encode_all(chat, longest, "last_assistant")
+    except TuneryError:
+        return []
+    rows = [Row(each.input_ids, each.labels) for each in sequences if not each.truncated]
+    return [Example((row,)) for row in rows if row.labelled]
 
 
 def _said(rows: Rows, plan: Plan, asked: int, ended: int) -> Replayed:
