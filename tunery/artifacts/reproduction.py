@@ -121,6 +121,7 @@ def _record(storage: Storage, files: Iterable[Artifact]) -> dict[str, Any]:
 def _inputs(session: Session, job: Job) -> dict[str, Any]:
     """What has to be equal for the jobs to be the same run."""
     named = {"training_file": job.training_file, "validation_file": job.validation_file, "test_file": job.test_file}
+    named["replay_file"] = job.replay_file
     data = {name: session.get_one(File, id).sha256 for name, id in named.items() if id is not None}
     models = {"base": job.base_model, "parent": job.parent_model}
     weights = {name: session.get_one(Model, id).manifest_sha256 for name, id in models.items() if id is not None}
