@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -174,9 +173,7 @@ def test_stop_sent_to_one_rank_stops_them_all(
             said.append(message)
             if message.type == "step" and message.step == 2:
                 os.kill(_children(process.pid)[0], signal.SIGTERM)
-                asked = time.monotonic()
         assert process.wait() == EXIT_PAUSED, (folder / "log").read_text()[-3000:]
-        assert time.monotonic() - asked < 30
 
     assert said[-1].type == "paused"
 
@@ -255,9 +252,7 @@ def test_one_dead_rank_ends_them_all(tmp_path: Path, tiny: Path, sharding: Liter
             if message.type == "step" and message.step == 3:
                 [sister] = _children(process.pid)
                 os.kill(sister, signal.SIGKILL)
-                killed = time.monotonic()
         assert process.wait() == 1
-        assert time.monotonic() - killed < 30
 
     assert said[-1].type == "failed"
     assert "Rank 1" in said[-1].message
