@@ -25,6 +25,9 @@ from worker.trainer.parallel import Ranks
 PASSES = ("sums", "row_losses", "row_logits", "settle")
 """Methods of an objective that pass through its model, beside `forward`."""
 
+PACKED = torch.float8_e4m3fn
+"""As what the bytes of 4-bit weights are cut and gathered; nothing computes in it."""
+
 
 class Shards:
     """A model in pieces, as one rank sees it. `parameters`: what learns, by name; this rank's pieces, or whole."""
@@ -167,13 +170,18 @@ def layers(causal: Any) -> list[nn.Module]:
 
 
 def _keep_quant_states(objective: Objective, device: torch.device) -> list[tuple[Any, Any]]:
-    """What 4-bit weights are unpacked by, kept at their layers: a gathered weight is plain memory."""
+    """What 4-bit weights are unpacked by, kept at their layers: a gathered weight is plain memory.
+
+    Its bytes go by the name of a type with a point: `fully_shard` of torch 2.11 first makes each piece a parameter that
+    learns, and integers cannot.
+    """
     found: list[tuple[Any, Any]] = []
     for layer in objective.modules():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
             state = cast(Any, layer.weight).quant_state
             state.to(device)
             layer.quant_state = state
+            layer.weight = nn.Parameter(layer.weight.data.view(PACKED), requires_grad=False)
             found.append((layer, state))
     return found
 

@@ -42,7 +42,7 @@ def dense(base: Any) -> Tensor:
     state = quant_state(base)
     if state is None:
         return cast(Tensor, base.weight.detach())
-    return _unpack(base.weight.detach(), state, product_dtype(base))
+    return _unpack(base.weight.detach().view(torch.uint8), state, product_dtype(base))
 
 
 def quant_state(base: Any) -> Any:
