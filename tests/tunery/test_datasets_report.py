@@ -20,6 +20,7 @@ from tunery.datasets.report import (
     maker,
     neighbours,
     output_format,
+    page,
     privacy,
     refusals,
     roles,
@@ -252,10 +253,10 @@ def test_the_command_prints_json_and_a_page(tmp_path: Path) -> None:
         ("pii", [3], 1.0),
         ("exact_duplicate", [1, 2], 1.0),
     ]
-    page = CliRunner().invoke(app, ["files", "report", file]).stdout
-    assert "f.jsonl has 3 rows" in page
-    assert "Exact duplicates" in page
-    assert "x@example.org" not in page
+    shown = CliRunner().invoke(app, ["files", "report", file]).stdout
+    assert "f.jsonl has 3 rows" in shown
+    assert "Exact duplicates" in shown
+    assert "x@example.org" not in shown
 
 
 def test_pairs_are_reported_on_with_their_preferred_answers(tmp_path: Path) -> None:
@@ -336,6 +337,9 @@ def test_tokens_of_a_base(tmp_path: Path) -> None:
     assert (first["length"], first["truncated"], first["answer_cut"], first["answer_lost"]) == (256, 1, 1, 1)
     assert last["truncated"] == last["answer_cut"] == 0
     assert [one.lines for one in made.findings if one.kind == "answer_cut"] == [[2]]
+    shown = page.render("f.jsonl", made.as_dict())
+    assert "What a length cuts" in shown
+    assert "Answers that the token limit cuts" in shown
     assert whole < 256
 
 
