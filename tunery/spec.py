@@ -307,6 +307,49 @@ class Export(Part):
         return self.needs_merge or self.adapter_gguf
 
 
+ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class Columns(Part):
+    """The columns of the job's files, where these have names of their own. No other column is read."""
+
+    messages: ColumnName | None = Field(None, description="The whole conversation")
+    prompt: ColumnName | None = Field(None, description="What is answered")
+    completion: ColumnName | None = Field(None, description="The answer")
+    system: ColumnName | None = None
+    context: ColumnName | None = Field(None, description="Text before the prompt")
+    history: ColumnName | None = Field(None, description="Earlier turns")
+    tools: ColumnName | None = None
+    text: ColumnName | None = Field(None, description="Plain text, every token of which is learned")
+    chosen: ColumnName | None = Field(None, description="The preferred answer")
+    rejected: ColumnName | None = Field(None, description="The other answer")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The columns that `prompt=Frage,completion=Antwort` names. Raises ValueError, a ValidationError among them."""
+        pairs = [pair.partition("=") for pair in text.split(",")]
+        if not all(part.strip() and name.strip() for part, _, name in pairs):
+            raise ValueError("write columns as part=column,part=column, such as prompt=Frage,completion=Antwort")
+        return cls.model_validate({part.strip(): name.strip() for part, _, name in pairs})
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The columns that are given, by part."""
+        return self.model_dump(exclude_none=True)
+
+    @model_validator(mode="after")
+    def _makes_rows(self) -> "Columns":
+        given = self.named
+        if not any(parts <= given.keys() for parts in _WHOLE_ROWS):
+            raise ValueError("names no whole row: send prompt and completion, chosen and rejected, messages or text")
+        if len(set(given.values())) < len(given):
+            raise ValueError("names a column twice: give each part a column of its own")
+        return self
+
+
+_WHOLE_ROWS = ({"messages"}, {"text"}, {"prompt", "completion"}, {"chosen", "rejected"})
+
+
 Sharding = Literal["auto", "replicate", "full_shard"]
 
 
@@ -351,6 +394,7 @@ class TrainingOptions(Part, Generic[TechniqueT, RateT]):
         None, validate_default=True, description="Absent: LoRA where bf16 fits, else QLoRA, never full"
     )
     learning_rate: RateT = Field(None, validate_default=True, description="In place of learning_rate_multiplier")
+    columns: Columns | None = Field(None, description="The files' columns by part, where they have names of their own")
     schedule: Schedule = Schedule()
     max_seq_length: Int = Field(2048, ge=16, le=1_048_576, description="Tokens; longer rows are cut at the end")
     packing: bool = Field(False, description="Several rows a sequence, each seeing only itself")
@@ -409,6 +453,7 @@ class ExportOrder(Part):
     model: str
     trained_with: Technique
     method: Method = Supervised()
+    columns: Columns | None = None
     row_tokens: int = Field(TrainingOptions.model_fields["max_seq_length"].default, description="Longer rows are cut")
 
 

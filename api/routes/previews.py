@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Response
+from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from api.dependencies import SessionsDep, StorageDep, StreamCallerDep
@@ -15,9 +16,9 @@ from tunery.failures import InvalidTrainingFile
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.rows import preview, preview_page
-from tunery.rows.encoding import CHATS_OR_PAIRS, RowEncoder, find_encoder
+from tunery.rows.encoding import RowEncoder, encoder_of_any
 from tunery.rows.preview_model import Preview
-from tunery.spec import LossOn, Supervised
+from tunery.spec import Columns, LossOn
 
 router = APIRouter(prefix="/v1/files", tags=["Files"])
 
@@ -39,6 +40,7 @@ def preview_file(
     rows: Annotated[int, Query(ge=1, le=preview.MOST_ROWS, description="Rows, from the file's start")] = 3,
     max_tokens: Annotated[int, Query(ge=16, le=1_048_576, description="The job's max_seq_length")] = 2048,
     loss_on: Annotated[LossOn, Query(description="The tokens that are learned")] = "assistant",
+    columns: Annotated[str | None, Query(description="The job's columns: prompt=Frage,completion=Antwort")] = None,
     format: Annotated[Literal["json", "html"], Query(description="html: a page with coloured tokens")] = "json",
 ) -> FilePreview | Response:
     """Every token of the first rows, as the trainer will have it: trained, masked or cut; and whether the right ones
@@ -50,7 +52,7 @@ def preview_file(
     template = templates.load(storage, base.prefix, base.manifest_sha256 or "")  # type: ignore[arg-type]
     try:
         made = preview.make(
-            storage.read(file.key), template, _encoder(loss_on), model=model, rows=rows, max_tokens=max_tokens
+            storage.read(file.key), template, _encoder(loss_on, columns), model=model, rows=rows, max_tokens=max_tokens
         )
     except InvalidTrainingFile as error:
         raise InvalidValue(param="file_id", reason=str(error.fields["reason"])) from error
@@ -63,9 +65,14 @@ def _base(session: Session, project_id: str, name: str) -> Model:
     return found if found.base_id is None else session.get_one(Model, found.base_id)
 
 
-def _encoder(loss_on: LossOn) -> RowEncoder:
-    """Of pairs too, which `loss_on` says nothing about."""
-    return CHATS_OR_PAIRS if loss_on == "assistant" else find_encoder(Supervised(loss_on=loss_on), "training")
+def _encoder(loss_on: LossOn, columns: str | None) -> RowEncoder:
+    """Raises InvalidValue where `columns` name no rows."""
+    try:
+        return encoder_of_any(loss_on, None if columns is None else Columns.parse(columns))
+    except ValidationError as error:
+        raise InvalidValue(param="columns", reason=f"'columns': {error.errors()[0]['msg']}") from None
+    except ValueError as error:
+        raise InvalidValue(param="columns", reason=f"'columns': {error}.") from None
 
 
 def _answer(made: Preview, file_id: str, filename: str, format: str) -> FilePreview | Response:

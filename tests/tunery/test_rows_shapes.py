@@ -125,6 +125,10 @@ TAKEN: dict[str, tuple[str | None, list[list[Turn]]]] = {
         "text/label_text rows: 'text' as the user's message, 'label_text' as the answer",
         [[("user", "Where is my transfer?"), ("assistant", "transfer_pending")]],
     ),
+    "plain_text": (
+        "plain text rows: every token of 'text' is learned, and the end token behind it",
+        [[("assistant", "Once there was a miller who had three sons.")]],
+    ),
     "chatml": ("ChatML text rows: 'text' as the conversation", [[BRIEF, *WAY]]),
 }
 
@@ -146,7 +150,6 @@ def test_shape_becomes_the_conversation_that_it_means(name: str) -> None:
 
 
 REFUSED = {
-    "refused_plain_text": "this is plain text, and every method here learns answers.",
     "refused_preference": "this is a preference row (DPO)",
     "refused_preference_openai": "this is a preference row (DPO)",
     "refused_preference_lists": "this is a preference row (DPO)",

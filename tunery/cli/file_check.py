@@ -10,13 +10,15 @@ from tunery.cli import show
 from tunery.datasets.report import verdict
 from tunery.datasets.report.verdict import Verdict
 from tunery.rows.messages import FileRole
+from tunery.spec import Columns
 
 
-def judge(path: Path, role: str) -> Verdict:
+def judge(path: Path, role: str, columns: Columns | None = None) -> Verdict:
     """What a file holds, and whether a job could take it."""
     if role not in get_args(FileRole):
         raise typer.BadParameter(f"--role {role}: use {', '.join(get_args(FileRole))}.")
-    return verdict.judge(lambda: _chunks(path), role=cast(FileRole, role))
+    named = None if columns is None else columns.named
+    return verdict.judge(lambda: _chunks(path), role=cast(FileRole, role), columns=named)
 
 
 def print_verdict(path: Path, found: Verdict) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from tunery import ids
 from tunery.cli import clean, file_check, preview, show
-from tunery.cli.options import AsJson, connect
+from tunery.cli.options import AsJson, ColumnNames, connect, parse_columns
 from tunery.cli.remote import Remote
 from tunery.cli.report import fetch as fetch_report
 from tunery.cli.report import make as make_report
@@ -50,10 +50,12 @@ def upload(
 def check(
     paths: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="JSON, CSV, TSV or Parquet files.")],
     role: Annotated[str, typer.Option(help="training, validation or test.")] = "training",
+    columns: ColumnNames = None,
     json: AsJson = False,
 ) -> None:
     """Check files here, without a server: format, columns, rows. Ends with 1 where one cannot be trained on."""
-    found = {path: file_check.judge(path, role) for path in paths}
+    names = parse_columns(columns)
+    found = {path: file_check.judge(path, role, names) for path in paths}
     if json:
         show.as_json([{"file": str(path), **verdict.as_dict()} for path, verdict in found.items()])
     else:
@@ -71,12 +73,14 @@ def preview_file(
     rows: Annotated[int, typer.Option("--rows", "-n", min=1, max=20, help="Rows, from the file's start.")] = 3,
     max_tokens: Annotated[int, typer.Option(min=16, help="The job's max_seq_length.")] = 2048,
     loss_on: Annotated[str, typer.Option(help="assistant, last_assistant or all.")] = "assistant",
+    columns: ColumnNames = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page with coloured tokens here.")] = None,
     json: AsJson = False,
 ) -> None:
     """Show each token of a file's first rows, trained, masked or cut, and whether the right ones are learned. Ends with
     1 where a check fails. With a file and a folder it needs no server."""
-    made = _preview(context, file, model, {"rows": rows, "max_tokens": max_tokens, "loss_on": loss_on})
+    options = {"rows": rows, "max_tokens": max_tokens, "loss_on": loss_on}
+    made = _preview(context, file, model, {**options, **({"columns": columns} if columns else {})})
     if html is not None:
         preview.write_page(made, Path(file).name, html)
     if json:
@@ -91,6 +95,7 @@ def _preview(context: typer.Context, file: str, model: str, options: dict[str, A
     if options["loss_on"] not in get_args(LossOn):
         raise typer.BadParameter(f"--loss-on {options['loss_on']}: use {', '.join(get_args(LossOn))}.")
     path, base = Path(file), Path(model)
+    parse_columns(options.get("columns"))
     if not path.is_file():
         return preview.fetch(connect(context), file, model=model, **options)
     if (base / "tokenizer.json").is_file():

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from tunery.cli import downloads, models, request, reruns, show, summary, watching
 from tunery.cli.files import upload_file
-from tunery.cli.options import AsJson, connect
+from tunery.cli.options import AsJson, ColumnNames, connect, parse_columns
 from tunery.cli.remote import Refused, Remote
 from tunery.cli.reruns import ROOT
 
@@ -34,6 +34,7 @@ def create(
     batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Its peak.")] = None,
     suffix: Annotated[str | None, typer.Option(help="Part of the tuned model's name.")] = None,
+    columns: ColumnNames = None,
     seed: int | None = None,
     set: Annotated[
         list[str] | None,
@@ -45,7 +46,8 @@ def create(
     json: AsJson = False,
 ) -> None:
     """Check a request and its files, upload them, start a job."""
-    given = locals()
+    names = parse_columns(columns)
+    given = {**locals(), "columns": names and names.named}
     body = request.build({name: given[name] for name in request.FLAGS}, set or [])
     request.check(body)
     files = request.local_files(body)

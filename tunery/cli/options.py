@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from tunery.cli import remote
+from tunery.spec import Columns
 
 ApiUrl = Annotated[
     str | None,
@@ -17,6 +19,9 @@ ApiKey = Annotated[
     str | None, typer.Option("--key", envvar="TUNERY_API_KEY", help="A project's key.", show_envvar=True)
 ]
 Home = Annotated[Path, typer.Option(help="The local stack that commands talk to by default.")]
+ColumnNames = Annotated[
+    str | None, typer.Option(help="Columns with other names: prompt=Frage,completion=Antwort.", show_default="by name")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
 
 
@@ -29,3 +34,14 @@ def connect(context: typer.Context) -> remote.Remote:
 def stack_home(context: typer.Context) -> Path:
     """The stack that a command is about: `tunery --home`, inherited by all."""
     return Path(context.find_root().params.get("home") or remote.HOME)
+
+
+def parse_columns(text: str | None) -> Columns | None:
+    """What `--columns` names. Raises BadParameter."""
+    try:
+        return None if text is None else Columns.parse(text)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise typer.BadParameter(f"--columns: {'.'.join(map(str, fault['loc']))} {fault['msg']}".strip()) from None
+    except ValueError as error:
+        raise typer.BadParameter(f"--columns: {error}.") from None

@@ -11,20 +11,20 @@ from tunery.cli import show
 from tunery.cli.remote import Refused, Remote
 from tunery.failures import JobFailure
 from tunery.rows import preview, preview_page
-from tunery.rows.encoding import CHATS_OR_PAIRS, find_encoder
+from tunery.rows.encoding import encoder_of_any
 from tunery.rows.errors import CannotRender
 from tunery.rows.preview_model import Preview, PreviewRow, Sequence, State
 from tunery.rows.template import ChatTemplate
-from tunery.spec import LossOn, Supervised
+from tunery.spec import Columns, LossOn
 
 _STYLES: dict[State, str] = {"trained": "bold green", "masked": "dim", "cut": "strike red"}
 _MARKS: dict[State, tuple[str, str]] = {"trained": ("⟦", "⟧"), "masked": ("", ""), "cut": ("~", "~")}
 """What stands around a stretch of tokens where there are no colours."""
 
 
-def make(path: Path, base: Path, *, rows: int, max_tokens: int, loss_on: LossOn) -> Preview:
+def make(path: Path, base: Path, *, rows: int, max_tokens: int, loss_on: LossOn, columns: str | None = None) -> Preview:
     """The preview of a file here, by the tokenizer and template in the folder `base`. Raises Refused."""
-    encoder = CHATS_OR_PAIRS if loss_on == "assistant" else find_encoder(Supervised(loss_on=loss_on), "training")
+    encoder = encoder_of_any(loss_on, None if columns is None else Columns.parse(columns))
     try:
         template = ChatTemplate.load(base)
         return preview.make(

@@ -45,6 +45,7 @@ FLAGS = {
     "batch_size": _BATCH,
     "learning_rate": "learning_rate",
     "suffix": "suffix",
+    "columns": "columns",
     "seed": "seed",
 }
 """The field that each flag sets; `{method}` is the method of the request."""
@@ -191,8 +192,10 @@ def sources(api: Remote, local: dict[FileRole, Path], stored: dict[FileRole, dic
 def check_files(body: Body, found: dict[FileRole, Source]) -> list[str]:
     """Warnings about rows that are in two of the files. Raises Refused for a file that the API would refuse."""
     overlap = rules.Overlap()
-    method, _ = creation.check_fields(JobRequest.model_validate(body))
-    digests = {role: _check_rows(source, role, find_encoder(method, role), overlap) for role, source in found.items()}
+    asked = JobRequest.model_validate(body)
+    method, _ = creation.check_fields(asked)
+    encoders = {role: find_encoder(method, role, asked.columns) for role in found}
+    digests = {role: _check_rows(source, role, encoders[role], overlap) for role, source in found.items()}
     repeats = "test" in found and digests["test"] == digests.get("training")
     if repeats and not body.get("allow_test_on_training_file"):
         raise Refused(message=creation.TEST_IS_TRAINING.format(file=found["test"].name))

@@ -5,7 +5,7 @@ from tunery.datasets.report.verdict import ANY_METHOD
 from tunery.failures import InvalidTrainingFile
 from tunery.rows import readers
 from tunery.rows.formats import SourceRow
-from tunery.rows.shapes import FileShape
+from tunery.rows.shapes import FileShape, can_be_named
 
 FIRST = 100
 """Rows that are parsed on arrival. Why not all: the report parses them, and nobody has to wait for it."""
@@ -38,6 +38,7 @@ class ArrivalCheck:
             ANY_METHOD.parse(row._replace(shape=self._shape), "training")
             self._is_trainable = True
         except InvalidTrainingFile as fault:
+            self._is_trainable = can_be_named(str(fault.fields["reason"]))  # by a job that is not there yet
             self._fault = self._fault or fault
         if self._seen == FIRST:
             self._refuse()

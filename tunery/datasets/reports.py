@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from tunery import dispatch, ids
 from tunery.datasets.errors import NoReport
 from tunery.datasets.model import File, FileEvent, FileReport
+from tunery.rows.shapes import can_be_named
 from tunery.storage import Storage
 
 VERSION = 1
@@ -129,7 +130,8 @@ def _tell_files(session: Session, report: FileReport) -> None:
     files = select(File).where(content, File.purpose == "fine-tune", File.deleted_at.is_(None))
     for file in session.scalars(files.where(File.status != "uploaded", ~has_event)).all():
         summary = report.summary or {}
-        if summary.get("reason") is not None and not summary["trainable"]:
+        reason = summary.get("reason")
+        if reason is not None and not summary["trainable"] and not can_be_named(reason):
             file.status, file.status_details = "error", summary["reason"]
         outcome = "failed" if file.status == "error" else "processed"
         data = {"status": report.status, **{name: summary.get(name) for name in ("rows", "findings", "trainable")}}

@@ -9,7 +9,7 @@ from tunery.failures import InvalidNExamples, InvalidTrainingFile
 from tunery.rows.dialect import LimitExceeded
 from tunery.rows.encoding import CHATS, Encoded, RowEncoder, encode_answer, nothing_trained, read_rows
 from tunery.rows.errors import CannotRender
-from tunery.rows.messages import Example, FileRole
+from tunery.rows.messages import Example, FileRole, is_answerable
 from tunery.rows.preferences import Pair
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
@@ -110,7 +110,7 @@ def check_examples(
     start. `seen` is called with each good line's number and example.
     Raises InvalidTrainingFile, with the first fault and the lines of the others, or InvalidNExamples.
     """
-    summary = Summary()
+    summary = Summary(shape=FileShape(encoder.columns))
     faults: dict[int, InvalidTrainingFile] = {}
     try:
         for row in read_rows(chunks, role, summary.shape):
@@ -203,7 +203,7 @@ def _check_answer(
     summary: Summary, number: int, template: ChatTemplate, example: Example, role: FileRole, answered: int
 ) -> None:
     is_answered = len(summary.answer_tokens) < answered
-    if (role != "test" and not is_answered) or example.messages[-1].role != "assistant":
+    if (role != "test" and not is_answered) or not is_answerable(example):
         return
     if role == "test" and isinstance(example, Pair):  # whose answers are compared, not written
         return

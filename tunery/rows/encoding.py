@@ -1,20 +1,20 @@
 """From a file's bytes to what the model learns of each line: the one path of validation, disjointness and trainer."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from tunery.failures import InvalidTrainingFile
-from tunery.rows import keys, pairs, readers
+from tunery.rows import pairs, readers
 from tunery.rows.errors import CannotRender, InvalidRows
 from tunery.rows.formats import SourceRow
-from tunery.rows.messages import Example, FileRole, invalid, parse_row
+from tunery.rows.messages import Example, FileRole, PlainText, invalid, parse_row
 from tunery.rows.pairs import PairShape
 from tunery.rows.preferences import Pair, parse_pair
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import IGNORED, ChatTemplate, Rendered
-from tunery.spec import LossOn, MethodOptions, Supervised
+from tunery.spec import Columns, LossOn, MethodOptions, Supervised
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,10 @@ def encode_example(
     """What a model learns of one line: an example of one sequence, or one for each answer where the template shows
     earlier answers differently. Raises InvalidTrainingFile, naming the line."""
     try:
-        sequences = template.encode_all(example, max_length, loss_on)
+        if isinstance(example, PlainText):
+            sequences = [template.encode_text(example.messages[0].content or "", max_length)]
+        else:
+            sequences = template.encode_all(example, max_length, loss_on)
     except CannotRender as error:
         raise invalid(role, line_number, error.message) from error
     return Encoded(
@@ -108,13 +111,15 @@ class RowEncoder:
 
     parse: Callable[[SourceRow, FileRole], Example]
     encode: Callable[..., Encoded]
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """The file's column of each part, where its owner named them."""
 
 
 def parse_any(source: SourceRow, role: FileRole) -> Example:
     """A chat, or a Pair where the file's first row is one. Raises InvalidTrainingFile, naming the line."""
-    known = source.shape.shape if source.shape else None
+    shape = source.shape or FileShape()
     try:
-        is_pair = isinstance(known or pairs.detect(keys.present(source.load())), PairShape)
+        is_pair = isinstance(shape.shape or pairs.detect(shape.load(source)), PairShape)
     except ValueError:  # of which the chat's reading says more
         is_pair = False
     return parse_pair(source, role) if is_pair else parse_row(source, role)
@@ -134,13 +139,21 @@ ENCODERS: dict[str, RowEncoder] = {"supervised": CHATS, "dpo": PAIRS}
 """By method. A plug-in adds its own."""
 
 
-def find_encoder(method: MethodOptions, role: FileRole) -> RowEncoder:
+def find_encoder(method: MethodOptions, role: FileRole, columns: Columns | None = None) -> RowEncoder:
     """Returns the encoder of a file. Test rows are chats, which the models answer, or with `dpo` also pairs."""
+    encoder = ENCODERS[method.type]
     if role == "test":
-        return CHATS_OR_PAIRS if method.type == "dpo" else CHATS
-    if isinstance(method, Supervised) and method.loss_on != "assistant":
-        return replace(CHATS, encode=partial(encode_example, loss_on=method.loss_on))
-    return ENCODERS[method.type]
+        encoder = CHATS_OR_PAIRS if method.type == "dpo" else CHATS
+    elif isinstance(method, Supervised) and method.loss_on != "assistant":
+        encoder = replace(CHATS, encode=partial(encode_example, loss_on=method.loss_on))
+    return encoder if columns is None else replace(encoder, columns=columns.named)
+
+
+def encoder_of_any(loss_on: LossOn, columns: Columns | None = None) -> RowEncoder:
+    """Returns the encoder of a file of an unknown job: of chats, and of pairs, about which `loss_on` says nothing."""
+    if loss_on != "assistant":
+        return find_encoder(Supervised(loss_on=loss_on), "training", columns)
+    return CHATS_OR_PAIRS if columns is None else replace(CHATS_OR_PAIRS, columns=columns.named)
 
 
 def encode_answer(template: ChatTemplate, example: Example, line_number: int) -> tuple[list[int], list[int]]:

@@ -15,6 +15,7 @@ from tunery.rows import keys, reasons, strict_json
 from tunery.rows.formats import SourceRow
 from tunery.rows.jsonl import read_line
 from tunery.rows.pairs import PairShape
+from tunery.rows.shape import TextShape
 from tunery.rows.shapes import FileShape
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -286,6 +287,15 @@ class Example(BaseModel):
         return [key for key in self.model_extra or () if key != "id"]
 
 
+class PlainText(Example):
+    """A row of plain text, its one message, of which every token is learned."""
+
+
+def is_answerable(example: Example) -> bool:
+    """Whether a model can be asked for the row's last message."""
+    return example.messages[-1].role == "assistant" and not isinstance(example, PlainText)
+
+
 def parse_line(text: str, line_number: int, role: FileRole = "training") -> Example:
     """One line of JSON Lines. Raises InvalidTrainingFile, its reason naming line and message (from 1)."""
     return parse_row(read_line(line_number, text), role)
@@ -299,7 +309,10 @@ def parse_row(source: SourceRow, role: FileRole = "training") -> Example:
         fields = shape.convert(source)
         if isinstance(shape.shape, PairShape):
             raise ValueError(keys.PREFERENCE)  # noqa: TRY004 (to callers every fault of a row is one kind)
-        example = Example.model_validate(fields)
+        is_plain = isinstance(shape.shape, TextShape)
+        if is_plain and role == "test":
+            raise ValueError("is plain text, and a test row is a question with the wanted answer. Add both.")
+        example = (PlainText if is_plain else Example).model_validate(fields)
     except ValidationError as error:
         where, reason = reasons.locate(error.errors()[0])
         raise invalid(role, line_number, reason, beside(source) + where) from None

@@ -39,7 +39,7 @@ def make(
 
     Raises InvalidTrainingFile where the bytes are no rows.
     """
-    shape, checker = FileShape(), Checker(template)
+    shape, checker = FileShape(encoder.columns), Checker(template)
     shown = [
         _preview_row(source, template, encoder, checker, max_tokens, role)
         for source in islice(read_rows(chunks, role, shape), min(rows, MOST_ROWS))

@@ -12,6 +12,7 @@ CHAT = "chat messages"
 SHAREGPT = "ShareGPT"
 ALPACA = "Alpaca"
 CHATML = "ChatML text"
+PLAIN = "plain text"
 
 
 def any_case(*names: str) -> tuple[str, ...]:
@@ -66,6 +67,18 @@ class Shape:
         """The shape and what becomes of each column, for people."""
         pairs = ", ".join(f"'{key}' as {PARTS[part]}" for part, key in used.items())
         return f"{self.name} rows: {pairs}"
+
+
+class TextShape(Shape):
+    """Plain text, of which every token is learned, as if the model had said it unasked."""
+
+    def convert(self, row: dict[str, Any]) -> dict[str, Any]:
+        key = self.columns["text"]
+        rest = {name: value for name, value in row.items() if name != key}
+        return {**rest, "messages": [text_message("assistant", row[key], key)]}
+
+    def describe(self, used: Mapping[str, str]) -> str:
+        return f"{self.name} rows: every token of '{used['text']}' is learned, and the end token behind it"
 
 
 PARTS = {

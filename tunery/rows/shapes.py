@@ -1,6 +1,6 @@
 """The shape of a file's rows, found by the keys of the first one that has any.
 
-The first row that has a shape decides for its file. Plain text is no shape: it is refused by name.
+The first row that has a shape decides for its file. `FileShape.columns` name them where a table calls them otherwise.
 """
 
 from collections.abc import Mapping
@@ -8,26 +8,54 @@ from typing import Any
 
 from tunery.rows import conversations, keys, pairs
 from tunery.rows.formats import SourceRow
-from tunery.rows.shape import ALPACA, CHAT, CHAT_SHAPE, CHATML, PARTS, SHAREGPT, SYSTEMS, Shape, any_case
+from tunery.rows.shape import (
+    ALPACA,
+    CHAT,
+    CHAT_SHAPE,
+    CHATML,
+    PARTS,
+    PLAIN,
+    SHAREGPT,
+    SYSTEMS,
+    Shape,
+    TextShape,
+    any_case,
+)
 
 _QUESTIONS = ("prompt", "instruction", "input", "question", "query", "user")
 _ANSWERS = ("completion", "response", "output", "answer", "assistant", "target")
 _LABELS = ("label_text", "label")
 _CONVERSATIONS = ("conversations", "conversation")
 _START = "Unexpected file format"
+_BY_HAND = "Name other columns in the job's 'columns'."
 
 
 class FileShape:
     """The shape of one file's rows, as its first row has it, and the keys that have been read of them so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, columns: Mapping[str, str] | None = None) -> None:
+        """`columns`: by part, as `spec.Columns` has them: only these are read."""
+        self.columns = dict(columns or {})
         self.shape: Shape | None = None
         self.used: dict[str, str] = {}
         self._first = 0
 
+    def load(self, source: SourceRow) -> dict[str, Any]:
+        """A row's fields without nulls, by the names that shapes know. Raises ValueError where a column is missing."""
+        row: dict[str, Any] = keys.present(source.load())
+        if not self.columns:
+            return row
+        if all(column not in row for column in self.columns.values()):
+            raise ValueError(self._no_column(row))
+        return {part: row[column] for part, column in self.columns.items() if column in row}
+
+    def _no_column(self, row: dict[str, Any]) -> str:
+        named, found = (", ".join(f"'{key[:40]}'" for key in some) for some in (self.columns.values(), list(row)[:8]))
+        return f"{_START}: none of the columns {named} is there. The row has {found or 'no keys'}. Correct 'columns'."
+
     def convert(self, source: SourceRow) -> dict[str, Any]:
         """A row's fields, with `messages`. Raises ValueError, also for a row of another shape than the first one's."""
-        row: dict[str, Any] = keys.present(source.load())
+        row = self.load(source)
         if self.shape is None:
             self.shape, self._first = detect(row), source.number
         elif not self.shape.fits(row):
@@ -41,9 +69,11 @@ class FileShape:
 
     def describe(self) -> str | None:
         """What the file's columns become; None for chat messages, which are taken as they are."""
-        if self.shape is None or self.shape.name == CHAT:
+        if self.shape is None or (self.shape.name == CHAT and not self.columns):
             return None
-        return self.shape.describe({part: self.used[part] for part in PARTS if part in self.used})
+        used = self.shape.used({}) if self.shape.name == CHAT else self.used
+        named = {part: self.columns.get(used[part], used[part]) for part in PARTS if part in used}
+        return self.shape.describe(named) + ("; other columns are not read" if self.columns else "")
 
     def _differs(self, row: dict[str, Any]) -> str:
         assert self.shape is not None, "there is a shape to differ from"
@@ -54,7 +84,7 @@ class FileShape:
             if any(map(keys.compares, row)):
                 raise
             missing = next(key for key in self.shape.columns.values() if key not in row)
-            return f"{expected}: the key '{missing}' is missing."
+            return f"{expected}: the key '{self.columns.get(missing, missing)}' is missing."
         return f"{expected}: this is a row of {other}. Put rows of another shape into a file of their own."
 
 
@@ -86,6 +116,8 @@ def _pair(row: Mapping[str, Any]) -> Shape:
         asked = ["text"]
     if asked and not answered:
         answered = _label(row, names)
+    if asked == ["text"] and not answered and isinstance(row.get("text"), str) and not keys.find_meaning(row):
+        return TextShape(PLAIN, {"text": "text"})
     if not asked or not answered:
         raise ValueError(_no_shape(row))
     _refuse_ambiguous([names[key] for key in asked], "question")
@@ -112,16 +144,16 @@ def _refuse_ambiguous(columns: list[str], part: str) -> None:
 
 
 def _no_shape(row: Mapping[str, Any]) -> str:
-    if isinstance(row.get("text"), str) and not keys.find_meaning(row):
-        return (
-            f"{_START}: this is plain text, and every method here learns answers. Split "
-            'each row into a question and its answer: {"prompt": "...", "completion": "..."}.'
-        )
     expected = f"{_START}, expected chat messages: the key 'messages' is missing"
     if meaning := keys.find_meaning(row):
         return f"{expected}, and the row {meaning}"
     shown = ", ".join(f"'{key[:40]}'" for key in list(row)[:8])
     return (
         f"{expected}. The row has {shown or 'no keys'}; pairs such as prompt/completion, question/answer and "
-        "instruction/input/output are read too."
+        "instruction/input/output are read too." + (f" {_BY_HAND}" if len(row) > 1 else "")
     )
+
+
+def can_be_named(reason: str) -> bool:
+    """Whether a row was refused only for its columns' names, which a job can say."""
+    return reason.endswith(_BY_HAND)

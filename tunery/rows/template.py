@@ -136,6 +136,32 @@ class ChatTemplate:
             return [_cut(*self._join(views, mask.turns[-1:], len(example.messages), mask), max_length, spelled)]
         return [self._part(example, index, views, max_length, spelled) for index in mask.turns]
 
+    def encode_text(self, text: str, max_length: int) -> Rendered:
+        """Plain text, each token learned: BOS where the template begins with it, the text, and the end token.
+
+        Raises CannotRender where the tokenizer names no end token.
+        """
+        end = self.tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
+        if end is None:
+            raise CannotRender(
+                reason="The model's tokenizer names no eos_token, which ends plain text. Use a base that has one."
+            )
+        hidden, spelled = self._tokens.hide(text)
+        ids = [*self._opening_bos, *self._tokens.encode(hidden), end]
+        return _cut(ids, ids, max_length, tuple(dict.fromkeys(map(self._tokens.show, spelled))))
+
+    @cached_property
+    def _opening_bos(self) -> list[int]:
+        """The BOS token, where chats begin with it, so that plain text begins as they do."""
+        bos = self.special_tokens.get("bos_token", "")
+        id = self.tokenizer.token_to_id(bos)
+        try:
+            chat = self.render([Message(role="user", content="question"), Message(role="assistant", content="answer")])
+        except CannotRender:
+            return []
+        # Where each turn begins with it, it is a turn's mark and not a text's.
+        return [id] if id is not None and chat.startswith(bos) and chat.count(bos) == 1 else []
+
     def encode_answer(self, example: Example) -> tuple[list[int], list[int]]:
         """The prompt's ids for the last message, and those that the model must answer with. Raises CannotRender."""
         last = len(example.messages) - 1

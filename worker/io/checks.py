@@ -93,7 +93,7 @@ def check_files(case: Case, found: Findings) -> list[str]:
             role=role,
             template=found.template,
             max_length=case.max_length,
-            encoder=find_encoder(case.spec.method, role),
+            encoder=find_encoder(case.spec.method, role, case.spec.columns),
             answered=_answered(case.spec.evaluation, role),
             seen=partial(found.overlap.add, role) if len(case.files) > 1 else None,
         )

@@ -94,7 +94,7 @@ def _order(model: Model, job: Job | None) -> ExportOrder:
     asked = Export.model_validate((model.export or {})["asked"])
     if job is not None:
         plan = Plan.model_validate(job.plan)
-        known = {"method": plan.method, "row_tokens": plan.max_seq_length}
+        known = {"method": plan.method, "row_tokens": plan.max_seq_length, "columns": plan.columns}
         return ExportOrder(export=asked, model=model.id, trained_with=plan.technique, **known)
     return ExportOrder(export=asked, model=model.id, trained_with=imports.technique_of(model))
 

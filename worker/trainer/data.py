@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from tunery.rows import encoding, messages
 from tunery.rows.messages import FileRole
+from tunery.rows.shapes import FileShape
 from tunery.rows.template import IGNORED, ChatTemplate
 from worker.trainer.kernels.attention import Borders
 
@@ -183,7 +184,7 @@ def read_parsed(
 ) -> Iterator[tuple[int, messages.Example]]:
     """The file's lines, parsed, with their numbers. Raises InvalidTrainingFile."""
     with path.open("rb") as file:
-        for row in encoding.read_rows(iter(lambda: file.read(_CHUNK_BYTES), b""), role):
+        for row in encoding.read_rows(iter(lambda: file.read(_CHUNK_BYTES), b""), role, FileShape(encoder.columns)):
             yield row.number, encoder.parse(row, role)
 
 

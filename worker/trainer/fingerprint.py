@@ -19,6 +19,7 @@ _CHANGES_NO_WEIGHT: Any = {
     "evaluation": {"test_file", "max_new_tokens", "max_rows", "general"},
     "keep_checkpoints": True,
     "export": True,
+    "columns": True,  # the rows that they make are compared
     "gate": True,
     "resources": True,  # a snapshot is whole, on whatever ranks it was saved: others sum the same in another order
 }

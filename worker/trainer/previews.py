@@ -27,7 +27,7 @@ def make(t: Training) -> Preview:
         made = preview.make(
             iter(lambda: file.read(_CHUNK_BYTES), b""),
             t.template,
-            find_encoder(t.plan.method, "training"),
+            find_encoder(t.plan.method, "training", t.plan.columns),
             model=t.run.base_model,
             rows=_ROWS,
             max_tokens=t.plan.max_seq_length,

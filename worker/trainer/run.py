@@ -119,7 +119,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     ranks = Ranks(accelerator)
     torch.manual_seed(run.plan.seed)
     template = ChatTemplate.load(checkpoints.texts(folder), now=run.now)
-    encoder = find_encoder(run.plan.method, "training")
+    encoder = find_encoder(run.plan.method, "training", run.plan.columns)
     rows = read_rows(folder / "data" / "train.jsonl", template, run.plan.max_seq_length, encoder=encoder)
     valid = _validation_rows(folder, run, template)
     ranks.check(wish)
@@ -184,7 +184,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
 def _validation_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows | None:
     path = folder / "data" / "valid.jsonl"
     if path.exists():
-        encoder = find_encoder(run.plan.method, "validation")
+        encoder = find_encoder(run.plan.method, "validation", run.plan.columns)
         return read_rows(path, template, run.plan.max_seq_length, "validation", encoder)
     if run.plan.early_stopping or run.plan.select == "best":
         raise InvalidTrainingFile(
@@ -261,7 +261,7 @@ def _questions(t: Training) -> Asked:
     path = t.folder / "data" / "test.jsonl"
     if not path.exists() or t.plan.evaluation.test_file is None:
         return []
-    found = read_parsed(path, "test", find_encoder(t.plan.method, "test"))
+    found = read_parsed(path, "test", find_encoder(t.plan.method, "test", t.plan.columns))
     examples = [example for _, example in found][: t.plan.evaluation.max_rows]
     if pairs := [example for example in examples if isinstance(example, Pair)]:
         return preferences.prepare(t, pairs)

@@ -1,7 +1,7 @@
 """Whether a job could be made of a file, as the job's validation would judge it without a model."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tunery.datasets import rules
@@ -31,15 +31,22 @@ class Verdict:
         return {**asdict(self), "warnings": list(self.warnings), "trainable": self.reason is None}
 
 
-def judge(read: Callable[[], Iterable[bytes]], *, role: FileRole = "training", least: int | None = None) -> Verdict:
+def judge(
+    read: Callable[[], Iterable[bytes]],
+    *,
+    role: FileRole = "training",
+    least: int | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Verdict:
     """The verdict on the file whose bytes `read` gives, each time from the start; in constant memory.
 
-    `least`: examples that it must have, by default as many as a file of its role.
+    `least`: examples that it must have, by default as many as a file of its role. `columns`: see `FileShape`.
     """
     kind = "unknown"
     try:
         kind = readers.identify(read())
-        found = rules.check_examples(read(), role=role, encoder=ANY_METHOD, least=least)
+        encoder = replace(ANY_METHOD, columns=columns or {})
+        found = rules.check_examples(read(), role=role, encoder=encoder, least=least)
     except InvalidRows as error:
         return Verdict(kind, None, 0, error.message)
     except JobFailure as error:

@@ -58,7 +58,7 @@ def _rows(folder: Path, order: ExportOrder, template: ChatTemplate) -> list[Row]
     """The rows of the job's files that are left, held-out ones first. Raises NoRows."""
     found: list[Row] = []
     for name, role in _ROLES.items():
-        path, encoder = folder / f"{name}.jsonl", find_encoder(order.method, role)
+        path, encoder = folder / f"{name}.jsonl", find_encoder(order.method, role, order.columns)
         if path.exists():
             found += read_rows(path, template, order.row_tokens, role, encoder).rows
     if not found:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from tunery.rows.encoding import find_encoder
 from tunery.spec import Full
 from tunery.wire import Phase
 from worker.trainer.data import Row, read_rows
@@ -59,7 +60,13 @@ def _work(t: Training, artifact: Path) -> work.Work:
 def _rows(t: Training) -> list[Row]:
     """Held-out rows first; training rows where those are few."""
     path = t.folder / "data" / "test.jsonl"
-    test = read_rows(path, t.template, t.plan.max_seq_length, "test").rows if path.exists() else []
+    test = (
+        read_rows(
+            path, t.template, t.plan.max_seq_length, "test", find_encoder(t.plan.method, "test", t.plan.columns)
+        ).rows
+        if path.exists()
+        else []
+    )
     valid = [] if t.valid is None else t.valid.rows
     return [*test, *valid, *t.rows.rows]
 

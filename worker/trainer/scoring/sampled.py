@@ -8,6 +8,7 @@ from typing import Any
 
 from tunery.failures import InvalidTrainingFile
 from tunery.rows.encoding import find_encoder
+from tunery.rows.messages import is_answerable
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Plan
 from worker.trainer.data import read_parsed
@@ -23,8 +24,8 @@ def questions(folder: Path, plan: Plan, template: ChatTemplate) -> list[Question
     path, count = folder / "data" / "valid.jsonl", plan.evaluation.task_rows
     if not count or not path.exists():
         return []
-    parsed = read_parsed(path, "validation", find_encoder(plan.method, "validation"))
-    rows = [example for _, example in parsed if example.messages[-1].role == "assistant"]
+    parsed = read_parsed(path, "validation", find_encoder(plan.method, "validation", plan.columns))
+    rows = [example for _, example in parsed if is_answerable(example)]
     count = min(count, len(rows))
     asked = answers.questions(template, [rows[i * len(rows) // count] for i in range(count)])
     if not asked:

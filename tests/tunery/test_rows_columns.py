@@ -1,0 +1,149 @@
+"""Columns that their owner names, and plain text: what is learned of rows that no name of a column explains."""
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from backports import zstd
+from commands import Run
+from pyarrow import parquet
+from pydantic import ValidationError
+from templates import CHATML, LLAMA_LIKE, model_folder
+
+from tunery.datasets.rules import check_examples
+from tunery.failures import InvalidTrainingFile
+from tunery.rows.encoding import encoder_of_any, find_encoder
+from tunery.rows.template import ChatTemplate
+from tunery.spec import Columns, Dpo, Supervised
+from worker.trainer.data import read_rows
+
+TABLE = [{"Frage": f"Wie spät, {i}?", "Antwort": "Zehn.", "output": "x", "label": False} for i in range(12)]
+NAMED = Columns(prompt="Frage", completion="Antwort")
+
+
+def as_csv(separator: str) -> bytes:
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(TABLE[0]), delimiter=separator)
+    table.writeheader()
+    table.writerows(TABLE)
+    return text.getvalue().encode()
+
+
+def as_parquet() -> bytes:
+    sink = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(TABLE), sink)
+    return sink.getvalue()
+
+
+FILES = {
+    "JSON Lines": b"".join(json.dumps(row).encode() + b"\n" for row in TABLE),
+    "an array": json.dumps(TABLE, indent=1).encode(),
+    "CSV": as_csv(","),
+    "semicolons": as_csv(";"),
+    "TSV": as_csv("\t"),
+    "Parquet": as_parquet(),
+}
+
+
+@pytest.mark.parametrize("compressed", ["plain", "gzip", "zstd"])
+@pytest.mark.parametrize("kind", FILES)
+def test_named_columns_are_read_in_every_format(kind: str, compressed: str) -> None:
+    data = {"plain": bytes, "gzip": gzip.compress, "zstd": zstd.compress}[compressed](FILES[kind])
+    said: list[list[str | None]] = []
+    encoder = find_encoder(Supervised(), "training", NAMED)
+    summary = check_examples(
+        [data], encoder=encoder, seen=lambda _, row: said.append([turn.content for turn in row.messages])
+    )
+
+    assert said == [[row["Frage"], row["Antwort"]] for row in TABLE]
+    assert summary.shape.describe() == (
+        "prompt/completion rows: 'Frage' as the user's message, 'Antwort' as the answer; other columns are not read"
+    )
+
+
+def test_trainer_reads_named_columns(tmp_path: Path) -> None:
+    template = ChatTemplate.load(model_folder(tmp_path / "model", CHATML))
+    (tmp_path / "train.jsonl").write_bytes(FILES["CSV"])
+    (tmp_path / "plain.jsonl").write_text(
+        "".join(json.dumps({"prompt": row["Frage"], "completion": row["Antwort"]}) + "\n" for row in TABLE)
+    )
+
+    found = read_rows(tmp_path / "train.jsonl", template, 99, encoder=find_encoder(Supervised(), "training", NAMED))
+    assert found.rows == read_rows(tmp_path / "plain.jsonl", template, 99).rows
+
+
+def test_named_columns_of_pairs_and_conversations() -> None:
+    pairs = Columns(prompt="q", chosen="gut", rejected="schlecht")
+    row = {"q": "A?", "gut": "Ja.", "schlecht": "Nein."}
+    summary = check_examples([json.dumps(row).encode()], encoder=find_encoder(Dpo(), "training", pairs), least=1)
+    assert "'gut' as the preferred answer" in (summary.shape.describe() or "")
+
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    chat = Columns(messages="Verlauf")
+    data = json.dumps({"Verlauf": json.dumps(turns), "score": 1}).encode()
+    summary = check_examples([data], encoder=encoder_of_any("assistant", chat), least=1)
+    assert summary.shape.describe() == "chat messages rows: 'Verlauf' as the conversation; other columns are not read"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "q", "completion": "a"}, "none of the columns 'Frage', 'Antwort' is there. The row has 'prompt'"),
+        ({"Frage": "q"}, "expected prompt/completion as in row 1: the key 'Antwort' is missing."),
+    ],
+)
+def test_row_without_a_named_column_says_which(row: dict[str, Any], reason: str) -> None:
+    data = json.dumps(TABLE[0]).encode() + b"\n" + json.dumps(row).encode()
+    with pytest.raises(InvalidTrainingFile, match="Example 2") as refused:
+        check_examples([data], encoder=encoder_of_any("assistant", NAMED), least=1)
+    assert reason in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("prompt=Frage", "names no whole row"),
+        ("prompt=a,completion=a", "names a column twice"),
+        ("prompt", "write columns as part=column"),
+        ("frage=a,completion=b", "Extra inputs are not permitted"),
+    ],
+)
+def test_columns_that_make_no_rows_are_refused(text: str, reason: str) -> None:
+    with pytest.raises((ValidationError, ValueError), match=reason):
+        Columns.parse(text)
+
+
+def test_command_takes_columns(tunery: Run, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(FILES["CSV"])
+    good = tunery("files", "check", "rows.csv", "--columns", "prompt=Frage,completion=Antwort")
+    bad = tunery("files", "check", "rows.csv", "--columns", "prompt=Frage")
+
+    assert (good[0], "'Frage' as the user's message" in good[1]) == (0, True)
+    assert (bad[0], "names no whole row" in " ".join(bad[2].split())) == (2, True)
+
+
+@pytest.mark.parametrize(("source", "bos"), [(CHATML, False), (LLAMA_LIKE, True)])
+def test_plain_text_is_learned_whole_and_ends(tmp_path: Path, source: str, bos: bool) -> None:
+    template = ChatTemplate.load(model_folder(tmp_path / "model", source))
+    text = "Es war einmal <|im_end|> ein Müller.\n"
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": text, "url": "x"}))
+    [row] = read_rows(tmp_path / "train.jsonl", template, 999).rows
+
+    assert row.labels == row.input_ids
+    written = template.tokenizer.decode(row.input_ids, skip_special_tokens=False)
+    assert written == ("<s>" if bos else "") + text + "</s>"
+    ends = [id for id in row.input_ids if id in template.eos_ids]
+    assert ends == [template.tokenizer.token_to_id("</s>")]  # what the text spells stays text
+
+
+def test_plain_text_is_no_test_row_and_no_pair() -> None:
+    data = [b'{"text": "Once."}\n']
+    with pytest.raises(InvalidTrainingFile, match="is plain text, and a test row is a question"):
+        check_examples(data, role="test")
+    with pytest.raises(InvalidTrainingFile, match="the method 'dpo' learns from pairs"):
+        check_examples(data, encoder=find_encoder(Dpo(), "training"), least=1)
