@@ -156,4 +156,4 @@ def _no_shape(row: Mapping[str, Any]) -> str:
 
 def can_be_named(reason: str) -> bool:
     """Whether a row was refused only for its columns' names, which a job can say."""
-    return reason.endswith(_BY_HAND)
+    return _BY_HAND in reason
