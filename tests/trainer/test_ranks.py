@@ -13,7 +13,7 @@ import two_ranks
 from run_folders import chat, lay_out, plan
 from safetensors.torch import load_file
 
-from tunery.spec import Dpo, Evaluation, General, Lora, Plan, Resources
+from tunery.spec import Dpo, Evaluation, General, Lora, Plan, Replay, Resources
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out
 from worker.trainer.wish import Wish
@@ -25,6 +25,7 @@ PAIRS = [
 ]
 EVALUATION = Evaluation(test_file="file-test", max_new_tokens=6, general=General(items=7, prompts=3))
 WITH_TASK = EVALUATION.model_copy(update={"task_rows": 2})
+REPLAY = Replay(share=0.3, max_new_tokens=32)
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -67,10 +68,11 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     made.lay_out("plain", evaluation=WITH_TASK)
     for name in ("dropout", "again", "stopped", "loading", "answering", "due"):
         made.lay_out(name, technique=Lora(r=4, dropout=0.3))
+    made.lay_out("replay", replay=REPLAY)
     lay_out(made.folder / "pairs", tiny, _preferring(gpus=2), PAIRS, PAIRS[:3])
     commands = [
-        ("pairs", "whole"), ("plain", "whole"), ("dropout", "whole"), ("again", "whole"), ("stopped", "step-2"),
-        ("stopped", "whole"), ("loading", "loading"), ("answering", "answering"), ("due", "due"),
+        ("pairs", "whole"), ("replay", "whole"), ("plain", "whole"), ("dropout", "whole"), ("again", "whole"),
+        ("stopped", "step-2"), ("stopped", "whole"), ("loading", "loading"), ("answering", "answering"), ("due", "due"),
     ]  # fmt: skip
     found = two_ranks.spawn(made.folder, *(f"{how}:{made.folder / name}" for name, how in commands), gpus=gpus)
     for (name, how), *ranks in zip(commands, *found, strict=True):
@@ -108,6 +110,19 @@ def test_two_ranks_learn_what_one_does(runs: Runs, tmp_path: Path) -> None:
                         for folder in (alone, runs.folder / "plain"))  # fmt: skip
         assert ours["base_accuracy"] == theirs["base_accuracy"]
         assert ours["forgetting"] == pytest.approx(theirs["forgetting"], rel=1e-3)
+
+
+def test_two_ranks_replay_what_one_does(runs: Runs, tmp_path: Path) -> None:
+    """Each samples blocks of its own, whose numbers are the block's."""
+    settled = plan(n_epochs=2, evaluation=EVALUATION, replay=REPLAY)
+    alone = lay_out(tmp_path / "alone", runs.base, settled, ROWS, ROWS[:3], ROWS[:3])
+
+    carry_out(alone, Voice(None), Wish())
+
+    one, two = (json.loads((folder / "out" / "training_config.json").read_text())["replay"]
+                for folder in (alone, runs.folder / "replay"))  # fmt: skip
+    assert one["rows_an_epoch"] == two["rows_an_epoch"] == 4
+    assert runs.learned_alike("replay", alone)
 
 
 def test_two_ranks_prefer_what_one_does(runs: Runs, tmp_path: Path) -> None:
