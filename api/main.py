@@ -9,7 +9,21 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from api import errors
 from api.edge import Edge
-from api.routes import absent, adapters, chat, files, health, jobs, models, previews, reports, runs, uploads, webhooks
+from api.routes import (
+    absent,
+    adapters,
+    chat,
+    cleanings,
+    files,
+    health,
+    jobs,
+    models,
+    previews,
+    reports,
+    runs,
+    uploads,
+    webhooks,
+)
 from api.schemas import wire
 from api.web import docs
 from tunery import db, plugins
@@ -22,7 +36,7 @@ Fine-tuning on your own machines behind OpenAI's Files and Fine-tuning API: poin
 Press **Authorize** and paste a project's key (`tunery keys create`), then **Try it out** on any operation. Upload a
 training file first: in the examples of jobs, `file-abc123` and `file-def456` stand for the last two that were uploaded.
 """
-ROUTERS = (files, reports, previews, uploads, jobs, runs, adapters, models, chat, webhooks, absent, health)
+ROUTERS = (files, reports, cleanings, previews, uploads, jobs, runs, adapters, models, chat, webhooks, absent, health)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:

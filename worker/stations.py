@@ -5,7 +5,7 @@ from tunery.settings import Settings
 from tunery.storage import open_storage
 from tunery.webhooks import outbox
 from worker.desk import Desk
-from worker.io import conversion, exports, files, imports, reports, scores, validation
+from worker.io import cleaning, conversion, exports, files, imports, reports, scores, validation
 from worker.io.sweeper import Sweeper
 from worker.supervisor.devices import Device
 from worker.supervisor.drain import Drain
@@ -50,7 +50,7 @@ def _io(settings: Settings, drain: Drain) -> list[Desk]:
         return exports.export_next(settings, storage, drain) or scores.score_next(settings, storage, drain)
 
     def report() -> bool:
-        return reports.report_next(settings, storage, drain)
+        return cleaning.clean_next(settings, storage, drain) or reports.report_next(settings, storage, drain)
 
     def deliver() -> bool:
         return outbox.deliver_due(settings) > 0

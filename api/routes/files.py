@@ -12,7 +12,7 @@ from api.dependencies import CallerDep, SessionDep, SessionsDep, SettingsDep, St
 from api.forms import Form
 from api.schemas import files as wire
 from api.schemas.wire import CursorList, errors
-from tunery.datasets import reports, shelf
+from tunery.datasets import arrival, reports, shelf
 from tunery.datasets.arrival import ArrivalCheck
 from tunery.datasets.model import File
 from tunery.jobs import ledger
@@ -185,6 +185,7 @@ def download_file(
 ) -> Response:
     """A result file (fine-tune-results) comes in base64 to `Accept: application/binary`, as OpenAI serves it."""
     row = shelf.find(session, caller.project_id, file_id)
+    arrival.check_written(row)
     if row.purpose == shelf.RESULTS:
         coded = accept == "application/binary" if settings.result_files == "auto" else settings.result_files == "base64"
         return downloads.result_file(storage, row.key, coded=coded)

@@ -36,6 +36,11 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("/v1/files/{own}/report?base={tuned}", {}),
     ],
     "show_report": [("/v1/files/{file}/report.html", {}), ("/v1/files/{own}/report.html?against={file}", {})],
+    "clean_file": [
+        ("/v1/files/{file}/clean", {"json": {"recommended": True}}),
+        ("/v1/files/{own}/clean", {"json": {"recommended": True, "against": "{file}"}}),
+    ],
+    "retrieve_cleaning": [("/v1/files/{file}/cleaning", {})],
     "create_upload": [],
     "create_part": [("/v1/uploads/{upload}/parts", PART)],
     "complete_upload": [("/v1/uploads/{upload}/complete", {"json": {"part_ids": ["{part}"]}})],

@@ -1,7 +1,9 @@
 """A training file on its way in: its syntax, and whether its first rows are any that can be trained."""
 
 from tunery.datasets.errors import NoTrainingRows
+from tunery.datasets.model import File
 from tunery.datasets.report.verdict import ANY_METHOD
+from tunery.errors import WrongState
 from tunery.failures import InvalidTrainingFile
 from tunery.rows import readers
 from tunery.rows.formats import SourceRow
@@ -46,3 +48,11 @@ class ArrivalCheck:
     def _refuse(self) -> None:
         if not self._is_trainable and self._fault is not None:
             raise NoTrainingRows(reason=self._fault.fields["reason"]) from self._fault
+
+
+def check_written(file: File) -> None:
+    """Raises WrongState for a file that a worker has yet to write."""
+    if not file.sha256:
+        state = "still being written" if file.status == "uploaded" else "without content"
+        instead = file.status_details or "Wait until its status is 'processed'."
+        raise WrongState(kind="File", id=file.id, state=state, deed="read", instead=instead)

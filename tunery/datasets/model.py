@@ -89,6 +89,22 @@ class FileEvent(Base):
     fanned_out: Mapped[bool] = mapped_column(default=False)
 
 
+class FileCleaning(Base):
+    """How a file came of another one: asked for in `order`, done by a worker, told in `outcome` (the lineage, with each
+    row that went or was changed). `held_out_id`: the file of the rows that were held out."""
+
+    __tablename__ = "file_cleanings"
+
+    file_id: Mapped[str] = mapped_column(ForeignKey("files.id"), primary_key=True)
+    source_id: Mapped[str] = mapped_column(ForeignKey("files.id"))
+    against_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    held_out_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"), unique=True)
+    order: Mapped[dict[str, Any]]
+    outcome: Mapped[dict[str, Any] | None]
+    tries: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[datetime] = creation_time()
+
+
 class Upload(Base):
     """A file on its way. The bytes lie in its parts until `complete` joins them."""
 

@@ -8,6 +8,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from tunery import dispatch, ids
+from tunery.datasets.arrival import check_written
 from tunery.datasets.errors import NoReport
 from tunery.datasets.model import File, FileEvent, FileReport
 from tunery.rows.shapes import can_be_named
@@ -67,9 +68,10 @@ def of_files(session: Session, files: Sequence[File]) -> dict[str, FileReport]:
 
 
 def check_reported(file: File) -> None:
-    """Raises NoReport for a file without rows to report on."""
+    """Raises NoReport for a file without rows to report on, WrongState for one that is yet to be written."""
     if file.purpose != "fine-tune":
         raise NoReport(file=file.id, purpose=file.purpose)
+    check_written(file)
 
 
 # --- making -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
 from tunery import dispatch, ids
-from tunery.datasets import reports
+from tunery.datasets import cleanings, reports
 from tunery.datasets.arrival import ArrivalCheck
 from tunery.datasets.errors import FileInUse
 from tunery.datasets.model import File
@@ -103,6 +103,9 @@ def check_trainable(file: File, *, param: str) -> None:
     if file.status == "error":
         reason = f"File '{file.id}' cannot be trained from. {file.status_details or 'It could not be read.'}"
         raise InvalidValue(param=param, reason=reason)
+    if not file.sha256:  # a job notes what it is to read
+        reason = f"File '{file.id}' is still being written. Wait until its status is 'processed'."
+        raise InvalidValue(param=param, reason=reason)
     if file.purpose != FINE_TUNE:
         raise InvalidValue(
             param=param,
@@ -120,7 +123,7 @@ def next_unprocessed(session: Session, *, skip: Sequence[str] = ()) -> File | No
     """
     return session.scalar(
         select(File)
-        .where(File.status == "uploaded", File.purged_at.is_(None), File.id.not_in(skip))
+        .where(File.status == "uploaded", File.purged_at.is_(None), File.id.not_in(skip), ~cleanings.is_made())
         .order_by(File.created_at)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -174,6 +177,7 @@ def purge(session: Session, storage: Storage, in_use_by: InUseBy, *, limit: int 
     for file in purged:
         storage.delete(file.key)
         reports.remove(session, storage, file)
+        cleanings.forget(session, file)
         file.purged_at = func.clock_timestamp()
     session.flush()
     return len(purged)

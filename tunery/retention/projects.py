@@ -5,7 +5,7 @@ from sqlalchemy.orm import Session
 
 from tunery import db
 from tunery.artifacts.model import Artifact
-from tunery.datasets.model import File, FileEvent, FileReport, Upload, UploadPart
+from tunery.datasets.model import File, FileCleaning, FileEvent, FileReport, Upload, UploadPart
 from tunery.db import Base
 from tunery.errors import InvalidValue, NotFound
 from tunery.jobs import ledger
@@ -115,6 +115,7 @@ def _owned(project_id: str) -> dict[type[Base], ColumnElement[bool]]:
         UploadPart: UploadPart.upload_id.in_(_ids(Upload, project_id)),
         Upload: Upload.project_id == project_id,
         FileEvent: FileEvent.file_id.in_(_ids(File, project_id)),
+        FileCleaning: FileCleaning.file_id.in_(_ids(File, project_id)),
         FileReport: FileReport.project_id == project_id,
         File: File.project_id == project_id,
         Key: Key.project_id == project_id,

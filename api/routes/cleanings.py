@@ -1,0 +1,30 @@
+"""Cleaning a file: the new file's row is there at once, a worker writes its bytes."""
+
+from fastapi import APIRouter
+
+from api.dependencies import CallerDep, SessionDep
+from api.schemas import cleanings as wire
+from api.schemas import files
+from api.schemas.wire import errors
+from tunery.datasets import cleanings, shelf
+
+router = APIRouter(prefix="/v1/files/{file_id}", tags=["Files"])
+
+
+@router.post("/clean", summary="Clean a file", responses=errors(404))
+def clean_file(file_id: str, body: wire.CleanFile, session: SessionDep, caller: CallerDep) -> files.File:
+    """Makes a new file of the file's rows, by the findings of its report; the file itself stays as it is.
+
+    The new file has the status `uploaded` until a worker has written it, then `processed`.
+    """
+    source = shelf.find(session, caller.project_id, file_id)
+    against = None
+    if body.against is not None:
+        against = shelf.find(session, caller.project_id, body.against, param="against")
+    return files.File.of(cleanings.request(session, source, body.order, against=against))
+
+
+@router.get("/cleaning", summary="Retrieve a file's lineage", responses=errors(404))
+def retrieve_cleaning(file_id: str, session: SessionDep, caller: CallerDep) -> wire.FileCleaning:
+    """Which file it was made of, by which actions, and which rows went or were changed. 404 for an uploaded file."""
+    return wire.FileCleaning.of(cleanings.find(session, shelf.find(session, caller.project_id, file_id)))

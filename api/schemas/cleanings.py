@@ -1,0 +1,98 @@
+"""Cleanings of files, as the wire spells them."""
+
+from typing import Any
+
+from pydantic import ConfigDict, Field
+
+from api.schemas.wire import Body, Wire, seconds
+from tunery.datasets import model
+from tunery.datasets.cleaning.order import Cleaning, HeldOut
+
+LINEAGE: dict[str, Any] = {
+    "object": "file.cleaning",
+    "file": "file-abc123",
+    "source": "file-def456",
+    "source_sha256": "9f2c0000000000000000000000000000000000000000000000000000000000aa",
+    "against": None,
+    "held_out": None,
+    "created_at": 1719184911,
+    "actions": [{"kind": "exact_duplicate", "action": "keep_one", "min_score": 0.0}],
+    "held_out_rows": None,
+    "counts": {"rows": 3, "judged": 3, "kept": 2, "held_out": 0, "dropped": 1, "changed": 1},
+    "kinds": {"exact_duplicate": {"dropped": 1, "changed": 0}, "pii": {"dropped": 0, "changed": 1}},
+    "dropped": [{"line": 2, "kind": "exact_duplicate", "why": "The rows say the same. The other: line 1."}],
+    "changed": [{"line": 3, "kind": "pii", "before": "an e-mail address", "after": "mail <EMAIL_ADDRESS>"}],
+}
+
+
+class CleanFile(Cleaning, Body):
+    """What a new file is to be made of a file's rows."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"recommended": True},
+                {"actions": [{"kind": "pii", "action": "redact"}], "held_out": {"share": 0.1, "seed": 0}},
+            ]
+        }
+    )
+
+    against: str | None = Field(None, min_length=1, description="A test or validation file, whose rows are leaks here")
+
+    @property
+    def order(self) -> Cleaning:
+        """What is asked for, without the other file."""
+        return Cleaning.model_validate(self.model_dump(exclude={"against"}))
+
+
+class DroppedRow(Wire):
+    """A row of the source that is not in the new file."""
+
+    line: int
+    kind: str
+    why: str
+
+
+class ChangedRow(Wire):
+    """A row that was changed. `before` shows no value that was redacted."""
+
+    line: int
+    kind: str
+    before: str
+    after: str
+
+
+class FileCleaning(Wire):
+    """How a file came of another one. What was done is null or empty until the file's status is `processed`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [LINEAGE]})
+
+    object: str = "file.cleaning"
+    file: str
+    source: str
+    source_sha256: str | None
+    against: str | None
+    held_out: str | None = Field(description="The file of the rows that were held out")
+    held_out_rows: HeldOut | None = Field(description="As asked for")
+    created_at: int
+    actions: list[dict[str, Any]] = Field(description="Those that were taken, recommended ones too")
+    counts: dict[str, int]
+    kinds: dict[str, dict[str, int]]
+    dropped: list[DroppedRow]
+    changed: list[ChangedRow]
+
+    @classmethod
+    def of(cls, row: model.FileCleaning) -> "FileCleaning":
+        done = row.outcome or {}
+        return cls(
+            file=row.file_id,
+            source=row.source_id,
+            source_sha256=done.get("source_sha256"),
+            against=row.against_id,
+            held_out=row.held_out_id,
+            held_out_rows=row.order["held_out"],
+            created_at=seconds(row.created_at),
+            actions=done.get("actions", row.order["actions"]),
+            **{name: done.get(name, {}) for name in ("counts", "kinds")},
+            **{name: done.get(name, []) for name in ("dropped", "changed")},
+        )

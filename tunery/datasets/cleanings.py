@@ -1,0 +1,114 @@
+"""Cleanings of uploaded files: asked for here, done by a worker for I/O, kept with the file that they make."""
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from sqlalchemy import ColumnElement, exists, select
+from sqlalchemy.orm import Session
+
+from tunery import dispatch, ids
+from tunery.datasets import arrival, reports
+from tunery.datasets.cleaning.order import Cleaning
+from tunery.datasets.model import File, FileCleaning
+from tunery.errors import NotFound
+from tunery.storage import Stored
+
+MAX_TRIES = 3
+"""Workers that may end over one cleaning before it fails."""
+_LOST = "The worker that cleaned the file ended {tries} times before it was done. Look for rows that are very large."
+
+
+def request(session: Session, source: File, order: Cleaning, *, against: File | None = None) -> File:
+    """Returns the new file, whose bytes a worker writes. Raises InvalidValue, NoReport, WrongState."""
+    reports.check_reported(source)
+    for file in (source, against):
+        if file is not None:
+            arrival.check_written(file)
+    order.check(compared=against is not None)
+    made = _add(session, source, "clean")
+    held_out = _add(session, source, "held-out") if order.held_out is not None else None
+    session.add(
+        FileCleaning(
+            file_id=made.id,
+            source_id=source.id,
+            against_id=against.id if against else None,
+            held_out_id=held_out.id if held_out else None,
+            order=order.model_dump(mode="json"),
+        )
+    )
+    session.flush()
+    dispatch.nudge_after_commit(session, dispatch.IO)
+    return made
+
+
+def _add(session: Session, source: File, what: str) -> File:
+    id = ids.new(ids.FILE)
+    name = f"{PurePath(source.filename).stem[:200]}-{what}.jsonl"
+    file = File(id=id, project_id=source.project_id, purpose=source.purpose, filename=name, bytes=0, sha256="")
+    file.key, file.status = f"files/{id}", "uploaded"
+    session.add(file)
+    session.flush()
+    session.refresh(file)
+    return file
+
+
+def is_made() -> ColumnElement[bool]:
+    """Whether a File comes of a cleaning, whose worker settles its status."""
+    return exists().where((FileCleaning.file_id == File.id) | (FileCleaning.held_out_id == File.id))
+
+
+def find(session: Session, file: File) -> FileCleaning:
+    """The cleaning that a file comes of. Raises NotFound."""
+    of_file = (FileCleaning.file_id == file.id) | (FileCleaning.held_out_id == file.id)
+    found = session.scalar(select(FileCleaning).where(of_file))
+    if found is None:
+        raise NotFound(kind="cleaned file", id=file.id)
+    return found
+
+
+def waiting(session: Session) -> list[str]:
+    """Returns the ids of the files to write, the oldest first."""
+    query = select(FileCleaning.file_id).join(File, File.id == FileCleaning.file_id)
+    return list(session.scalars(query.where(File.status == "uploaded").order_by(FileCleaning.created_at)))
+
+
+def begin(session: Session, file_id: str) -> FileCleaning | None:
+    """Returns the cleaning to do; None where it is no longer wanted or has ended too many workers."""
+    file = session.get_one(File, file_id, with_for_update=True)
+    cleaning = session.get_one(FileCleaning, file_id)
+    if file.status != "uploaded":
+        return None
+    if file.deleted_at is not None or cleaning.tries >= MAX_TRIES:
+        fail(session, cleaning, _LOST.format(tries=cleaning.tries))
+        return None
+    cleaning.tries += 1
+    session.flush()
+    return cleaning
+
+
+def finish(session: Session, cleaning: FileCleaning, outcome: dict[str, Any], stored: Mapping[str, Stored]) -> None:
+    """Notes what was done, and the bytes of each file that was written, by its id. Their reports follow."""
+    cleaning.outcome = outcome
+    for id, written in stored.items():
+        file = session.get_one(File, id, with_for_update=True)
+        file.bytes, file.sha256, file.status = written.bytes, written.sha256, "processed"
+        session.flush()
+        reports.request(session, file)
+
+
+def fail(session: Session, cleaning: FileCleaning, reason: str) -> None:
+    """Notes why there is no new file."""
+    for id in filter(None, (cleaning.file_id, cleaning.held_out_id)):
+        file = session.get_one(File, id, with_for_update=True)
+        file.status, file.status_details = "error", reason
+        session.flush()
+        reports.note(session, file, "failed")
+
+
+def forget(session: Session, file: File) -> None:
+    """Removes what a file's lineage says of its rows, when its bytes go."""
+    cleaning = session.get(FileCleaning, file.id)
+    if cleaning is not None and cleaning.outcome is not None:
+        kept = {name: cleaning.outcome[name] for name in ("counts", "kinds", "source_sha256")}
+        cleaning.outcome = {**cleaning.outcome, **kept, "dropped": [], "changed": []}
