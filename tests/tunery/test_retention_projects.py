@@ -11,7 +11,7 @@ from tunery import ids
 from tunery.artifacts import model as artifacts
 from tunery.artifacts.manifest import Manifest, ManifestFile
 from tunery.datasets import reports
-from tunery.datasets.model import Upload, UploadPart
+from tunery.datasets.model import FileCleaning, Upload, UploadPart
 from tunery.db import Base
 from tunery.errors import InvalidValue, NotFound
 from tunery.jobs import leases
@@ -62,6 +62,7 @@ def _furnish(database: Database, storage: Storage, name: str, base_id: str) -> s
         part.key = f"uploads/{upload.id}/{part.id}"
         session.add(part)
         kept = rows.file(session, owner)
+        session.add(FileCleaning(file_id=rows.file(session, owner).id, source_id=kept.id, order={}))
         report = reports.request(session, kept)
         reports.finish(session, report, summary={"rows": 1, "findings": 0, "trainable": True, "reason": None})
         keys = [
