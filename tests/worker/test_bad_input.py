@@ -60,7 +60,7 @@ def test_prompt_that_fills_the_context_leaves_nothing_to_learn(workshop: Worksho
         ("validation", _chat(("user", "What?")), "assistant"),
         ("validation", _chat(("user", "What?"), ("assistant", "That."), weight=0), "weight"),
         ("test", _chat(("user", "What?")), "assistant"),
-        ("test", _chat(("user", "What?"), ("assistant", "")), "want an empty answer"),
+        ("test", _chat(("user", "What?"), ("assistant", "")), "No example wants an answer with text"),
     ],
     ids=["validation without answers", "validation without labels", "test without answers", "test without labels"],
 )
