@@ -269,7 +269,7 @@ def test_scorecard_counts_pairs_that_each_model_ranks_right(
     means = [[n / row.labelled for n, row in zip(pair, example.rows, strict=True)]
              for pair, example in zip(found, t.rows.examples, strict=False)]  # fmt: skip
     assert card.metrics["preferred_norm"].base == sum(chosen > other for chosen, other in means) / 8
-    assert card.samples[0]["wanted"] == PAIRS[0]["preferred_output"][0]["content"]
+    assert card.samples[0].wanted == PAIRS[0]["preferred_output"][0]["content"]
 
 
 def test_test_rows_may_be_chats(tmp_path: Path, tiny: Path, ear: Ear) -> None:

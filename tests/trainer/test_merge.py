@@ -151,8 +151,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], Any]
     """The written files' largest matrix changes between export and proof."""
     export = merge.FULL.export
 
-    def broken(model: torch.nn.Module, out: Path, name: str) -> None:
-        export(model, out, name)
+    def broken(model: torch.nn.Module, out: Path, name: str, weights: Any) -> None:
+        export(model, out, name, weights)
         tensors = load_file(out / "model.safetensors")
         change(tensors["model.layers.1.mlp.up_proj.weight"])
         save_file(tensors, out / "model.safetensors", {"format": "pt"})

@@ -106,4 +106,4 @@ def test_command_without_a_folder_says_how_it_is_used(
 
     assert main() == 2
 
-    assert capsys.readouterr().err == "usage: python -m worker.trainer RUN_DIR\n"
+    assert capsys.readouterr().err == "usage: python -m worker.trainer (RUN_DIR | --wait)\n"

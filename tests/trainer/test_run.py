@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,6 +122,7 @@ def test_record_says_which_way_each_part_took(
         "recompute": False,
         "graphs": {"path": "plain", "why": "not on a GPU"},
         "ranks": 1,
+        "sharding": "replicate",
     }
     assert record["memory"] == {"max_tokens": 1024, "packed_tokens": 128, "recompute": False, "graphs": False}
     assert '"loss": {"path": "chunked"}' in caplog.text
@@ -254,7 +256,7 @@ def test_training_and_validation_rows_are_read_once(tmp_path: Path, tiny: Path) 
     assert carry_out(folder, Voice(None), Wish())
     watched.clear()
 
-    assert sorted(opened) == ["train.jsonl", "valid.jsonl"]
+    assert sorted(opened) == ["train.jsonl", "train.jsonl", "valid.jsonl"], "once, and a few rows for the preview"
 
 
 def test_loss_that_is_no_number_ends_the_run_before_the_weights_are_touched(
@@ -420,13 +422,14 @@ def test_logits_that_are_more_than_a_product_take_the_textbooks_loss(tmp_path: P
     assert not t.objective.chunked
 
 
-def test_only_rank_0_touches_the_artifact(tmp_path: Path, tiny: Path) -> None:
+def test_only_rank_0_touches_the_artifact(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A late sister would wipe what rank 0 has just written."""
     t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
     (t.folder / ".out.partial").mkdir()
-    sister = SimpleNamespace(is_main_process=False, process_index=1, num_processes=2, wait_for_everyone=lambda: None)
+    sister = SimpleNamespace(is_main=False, count=2, lockstep=nullcontext, wait=lambda: None, any=lambda flag: flag)
+    monkeypatch.setattr(t.stepper, "ranks", sister)
 
-    _write_together(replace(t, accelerator=sister), Progress(step=1), None)
+    _write_together(t, Progress(step=1), None)
 
     assert (t.folder / ".out.partial").exists()
     assert not (t.folder / "out").exists()

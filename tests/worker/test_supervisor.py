@@ -29,7 +29,7 @@ from tunery.settings import Settings
 from tunery.storage import CHUNK, Directory, Stored
 from tunery.storage.errors import StorageFailed
 from worker.desk import Desk
-from worker.io import conversion
+from worker.io import programs
 from worker.stations import open_desks
 from worker.supervisor import devices, staging, upload
 from worker.supervisor import process as process_
@@ -94,8 +94,8 @@ def test_no_progress_bar_is_among_the_last_words(stand_in: Callable[[str], proce
 def test_a_conversion_that_breaks_says_why_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "worker/trainer").mkdir(parents=True)
     (tmp_path / "worker/trainer/convert.py").write_text(f"{BAR}raise ValueError('no such tensor.')")
-    monkeypatch.setattr(conversion, "ROOT", tmp_path)
-    reason = conversion._run(["source", "out"], tmp_path / "out", Drain())
+    monkeypatch.setattr(programs, "ROOT", tmp_path)
+    reason = programs.run(["worker.trainer.convert"], tmp_path, Drain(), what="conversion")
     assert reason == "The conversion broke: ValueError: no such tensor. The I/O worker's log has more."
 
 
