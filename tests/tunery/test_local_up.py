@@ -38,7 +38,7 @@ class Up:
     trace: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def start(self) -> None:
-        environment = {**os.environ, **self.environment, TRACE: self.trace}
+        environment = {**os.environ, "TUNERY_PRELOAD_TRAINER": "false", **self.environment, TRACE: self.trace}
         with self.log.open("wb") as log:
             self.child = subprocess.Popen(
                 [*TUNERY, "up", "--home", self.home, "--port", "0", "--model", self.home / "none.gguf"],

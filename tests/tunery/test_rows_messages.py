@@ -93,7 +93,6 @@ def part(**fields: Any) -> str:
             '{"messages": null}',
             "Example 9: Unexpected file format, expected chat messages: the key 'messages' is missing. The row",
         ),
-        ('{"text": "a"}', "Example 9: Unexpected file format: this is plain text, and every method here learns"),
         ("[]", "Example 9: expected a JSON object in braces, found a list."),
         ("{", "Example 9: the object does not end on this line (column 2)."),
     ],

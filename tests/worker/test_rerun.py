@@ -1,5 +1,6 @@
 """Jobs that real workers run twice."""
 
+import pytest
 from workshop import Workshop, training_rows
 
 from tunery.artifacts import reproduction
@@ -25,6 +26,7 @@ def _named(pairs: list[Pair]) -> dict[str, Pair]:
     return {pair.name: pair for pair in pairs}
 
 
+@pytest.mark.slow
 def test_a_rerun_gives_the_same_weights_and_another_seed_does_not(workshop: Workshop) -> None:
     training, valid, test = (
         workshop.file(training_rows(count, first)) for count, first in ((24, 0), (12, 50), (10, 80))
