@@ -10,7 +10,7 @@ from api.dependencies import SessionsDep, StorageDep, StreamCallerDep
 from api.schemas.files import FilePreview
 from api.schemas.wire import errors
 from tunery.artifacts import templates
-from tunery.datasets import shelf
+from tunery.datasets import arrival, shelf
 from tunery.errors import InvalidValue
 from tunery.failures import InvalidTrainingFile
 from tunery.models import registry
@@ -47,6 +47,7 @@ def preview_file(
     are learned."""
     with sessions.begin() as session:
         file = shelf.find(session, caller.project_id, file_id)
+        arrival.check_written(file)
         base = _base(session, caller.project_id, model)
     # A protocol does not say that its classes can be hashed.
     template = templates.load(storage, base.prefix, base.manifest_sha256 or "")  # type: ignore[arg-type]

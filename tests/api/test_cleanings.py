@@ -23,7 +23,7 @@ def test_a_new_file_is_there_at_once_and_becomes_readable(team: Team, database: 
     lineage = team.http.get(f"/v1/files/{made['id']}/cleaning").json()
     assert (lineage["source"], lineage["held_out_rows"]["seed"], lineage["counts"]) == (source, 3, {})
     assert team.http.get(f"/v1/files/{lineage['held_out']}/cleaning").json() == lineage
-    for path in ("content", "report"):
+    for path in ("content", "report", f"preview?model={base}"):
         answer = team.http.get(f"/v1/files/{made['id']}/{path}")
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "wrong_state"), path
     job = team.http.post("/v1/fine_tuning/jobs", json={"model": base, "training_file": made["id"]})
