@@ -2,13 +2,14 @@
 
 from fastapi import APIRouter
 
+from api.bodies import JsonRoute
 from api.dependencies import CallerDep, SessionDep
 from api.schemas import cleanings as wire
 from api.schemas import files
 from api.schemas.wire import errors
 from tunery.datasets import cleanings, shelf
 
-router = APIRouter(prefix="/v1/files/{file_id}", tags=["Files"])
+router = APIRouter(prefix="/v1/files/{file_id}", tags=["Files"], route_class=JsonRoute)
 
 
 @router.post("/clean", summary="Clean a file", responses=errors(404))
