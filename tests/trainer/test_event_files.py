@@ -107,6 +107,7 @@ def test_tensorboard_reads_it(tmp_path: Path) -> None:
     assert found["run/learning_rate"] == {"1": 0.25, "2": 0.25}
 
 
+@pytest.mark.slow
 def test_trainer_does_not_import_it_at_its_start() -> None:
     names = "('tensorboardX', 'tensorflow')"
     code = f"import sys, json, worker.trainer.run; print(json.dumps([n for n in {names} if n in sys.modules]))"

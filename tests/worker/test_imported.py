@@ -103,6 +103,7 @@ def plain(base: Path, foreign: Path) -> Any:
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), foreign).eval()
 
 
+@pytest.mark.slow
 def test_it_answers_as_plain_peft_does_and_jobs_go_on_from_it(
     workshop: Workshop, base: Path, foreign: Path, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ def _warnings(workshop: Workshop, job_id: str) -> list[str]:
     return [message for message in workshop.story(job_id) if "Weights & Biases" in message or "MLflow" in message]
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_without_a_tracker_that_is_down(workshop: Workshop, tmp_path: Path) -> None:
     """One library fails with the key in its words, as a client of HTTP does; the other tracker is not set up."""
     library = tmp_path / "library"
