@@ -13,6 +13,7 @@ from workshop import Workshop, training_rows
 
 from tunery.datasets import reports, shelf
 from tunery.datasets.model import File, FileEvent, FileReport
+from worker.io import programs
 from worker.io import reports as io_reports
 from worker.supervisor.drain import Drain
 
@@ -113,14 +114,14 @@ def test_a_report_of_a_file_that_went_meanwhile_leaves_nothing(
 def test_a_report_that_kills_its_process_fails_alone(
     workshop: Workshop, report_all: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spawn = io_reports.processes.spawn
+    spawn = subprocess.Popen
 
     def spawn_and_kill(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
         child = spawn(*arguments, **options)
         os.kill(child.pid, signal.SIGKILL)
         return child
 
-    monkeypatch.setattr(io_reports.processes, "spawn", spawn_and_kill)
+    monkeypatch.setattr(programs.subprocess, "Popen", spawn_and_kill)
     workshop.file(training_rows(12))
     assert report_all() == 1
     (report,), (event,), (file,) = (_rows(workshop, kind) for kind in (FileReport, FileEvent, File))

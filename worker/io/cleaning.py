@@ -1,23 +1,16 @@
 """Files are cleaned by a process of their own, whose memory goes with it, and the new files are stored."""
 
 import json
-import logging
-import shutil
-import tempfile
 from pathlib import Path
 
 from tunery import db
 from tunery.datasets import cleanings
 from tunery.datasets.model import File, FileCleaning
-from tunery.db import UNREACHABLE
 from tunery.settings import Settings
 from tunery.storage import Storage
-from tunery.storage.errors import StorageFailed
 from worker.io import programs
 from worker.io.claims import take_one
 from worker.supervisor.drain import Drain
-
-log = logging.getLogger(__name__)
 
 
 def clean_next(settings: Settings, storage: Storage, drain: Drain) -> bool:
@@ -35,9 +28,11 @@ def _clean(file_id: str, settings: Settings, storage: Storage, drain: Drain) -> 
         cleaning = cleanings.begin(session, file_id)
     if cleaning is None:
         return
-    settings.runs_dir.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".cleaning-", dir=settings.runs_dir))
-    try:
+
+    def fail(error: Exception) -> None:
+        _fail(file_id, f"The file could not be cleaned: {type(error).__name__}.")
+
+    with programs.workplace(settings.runs_dir, "cleaning", file_id, fail) as folder:
         _lay_out(cleaning, folder, storage)
         reason = programs.run(["tunery.datasets.cleaning", str(folder)], folder, drain, what="cleaning")
         if drain.begun:
@@ -46,13 +41,6 @@ def _clean(file_id: str, settings: Settings, storage: Storage, drain: Drain) -> 
             _publish(cleaning, folder, storage)
         else:
             _fail(file_id, reason)
-    except (StorageFailed, *UNREACHABLE):
-        raise  # another time
-    except Exception as error:  # a fault of ours, which must not keep every later cleaning from its turn
-        log.exception("%s could not be written", file_id)
-        _fail(file_id, f"The file could not be cleaned: {type(error).__name__}.")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lay_out(cleaning: FileCleaning, folder: Path, storage: Storage) -> None:

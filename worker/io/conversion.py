@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from sqlalchemy import select
@@ -12,12 +10,11 @@ from sqlalchemy import select
 from tunery import db
 from tunery.artifacts import manifest
 from tunery.artifacts import model as artifacts
-from tunery.db import UNREACHABLE
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.storage import Storage
-from tunery.storage.errors import KeyTaken, StorageFailed
+from tunery.storage.errors import KeyTaken
 from worker.io import programs
 from worker.io.claims import take_one
 from worker.supervisor import staging
@@ -46,10 +43,12 @@ def _convert(model_id: str, settings: Settings, storage: Storage, drain: Drain) 
         model = session.get_one(Model, model_id)
         source, prefix, template = model.source or "", model.prefix, model.chat_template
     log.info("converting %s from %s", model_id, source)
-    settings.models_dir.mkdir(parents=True, exist_ok=True)
+
+    def fail(error: Exception) -> None:
+        _settle_error(model_id, f"It could not be published: {error}")
+
     # In models_dir, so that the result is renamed into its place and not copied.
-    folder = Path(tempfile.mkdtemp(prefix=".converting-", dir=settings.models_dir))
-    try:
+    with programs.workplace(settings.models_dir, "converting", model_id, fail) as folder:
         variables = _variables(folder / "out")
         arguments = ["worker.trainer.convert", *_arguments(source, folder, template)]
         reason = programs.run(arguments, folder, drain, what="conversion", variables=variables)
@@ -59,13 +58,6 @@ def _convert(model_id: str, settings: Settings, storage: Storage, drain: Drain) 
             _publish(model_id, prefix, folder / "out", settings, storage)
         else:
             _settle_error(model_id, reason)
-    except (StorageFailed, *UNREACHABLE):
-        raise  # another time
-    except Exception as error:  # a fault of ours, which must not keep every later base from its turn
-        log.exception("%s could not be published", model_id)
-        _settle_error(model_id, f"It could not be published: {error}")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _arguments(source: str, folder: Path, template: str | None) -> list[str]:

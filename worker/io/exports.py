@@ -2,8 +2,6 @@
 
 import json
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,12 @@ from tunery.artifacts import manifest
 from tunery.artifacts import model as artifacts
 from tunery.artifacts.manifest import ManifestFile
 from tunery.datasets.model import File
-from tunery.db import UNREACHABLE
 from tunery.jobs.model import Job
 from tunery.models import exports, imports
 from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.spec import Export, ExportOrder, Plan
 from tunery.storage import Storage
-from tunery.storage.errors import StorageFailed
 from worker.io import programs
 from worker.io.claims import take_one
 from worker.supervisor.drain import Drain
@@ -42,9 +38,11 @@ def _waiting() -> list[str]:
 
 def _export(model_id: str, settings: Settings, storage: Storage, drain: Drain) -> None:
     log.info("exporting %s", model_id)
-    settings.models_dir.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".exporting-", dir=settings.models_dir))
-    try:
+
+    def fail(error: Exception) -> None:
+        _settle(model_id, [], f"It could not be exported: {error}")
+
+    with programs.workplace(settings.models_dir, "exporting", model_id, fail) as folder:
         _lay_out(model_id, folder, settings, storage)
         reason = programs.run(["worker.trainer.export", str(folder)], folder, drain, what="export")
         if drain.begun:
@@ -53,13 +51,6 @@ def _export(model_id: str, settings: Settings, storage: Storage, drain: Drain) -
             _publish(model_id, folder, storage)
         else:
             _settle(model_id, [], reason)
-    except (StorageFailed, *UNREACHABLE):
-        raise  # another time
-    except Exception as error:  # a fault of ours, which must not keep every later export from its turn
-        log.exception("%s could not be exported", model_id)
-        _settle(model_id, [], f"It could not be exported: {error}")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lay_out(model_id: str, folder: Path, settings: Settings, storage: Storage) -> None:

@@ -1,20 +1,16 @@
 """Adapters that were trained elsewhere become usable: checked by a process of its own, and published."""
 
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 
 from tunery import db
 from tunery.artifacts import manifest
 from tunery.artifacts import model as artifacts
-from tunery.db import UNREACHABLE
 from tunery.models import imports, registry
 from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.spec import ImportOrder, Lora, Qlora
 from tunery.storage import Storage
-from tunery.storage.errors import StorageFailed
 from worker.io import programs
 from worker.io.claims import take_one
 from worker.supervisor.drain import Drain
@@ -35,9 +31,11 @@ def _waiting() -> list[str]:
 
 def _import(model_id: str, settings: Settings, storage: Storage, drain: Drain) -> None:
     log.info("importing %s", model_id)
-    settings.models_dir.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".importing-", dir=settings.models_dir))
-    try:
+
+    def fail(error: Exception) -> None:
+        _settle_error(model_id, f"It could not be imported: {error}")
+
+    with programs.workplace(settings.models_dir, "importing", model_id, fail) as folder:
         prefix = _lay_out(model_id, folder, settings, storage)
         reason = programs.run(["worker.trainer.adapter_import", str(folder)], folder, drain, what="import")
         if drain.begun:
@@ -47,13 +45,6 @@ def _import(model_id: str, settings: Settings, storage: Storage, drain: Drain) -
         else:
             _settle_error(model_id, reason)
         storage.delete(imports.archive_key(prefix))
-    except (StorageFailed, *UNREACHABLE):
-        raise  # another time
-    except Exception as error:  # a fault of ours, which must not keep every later adapter from its turn
-        log.exception("%s could not be imported", model_id)
-        _settle_error(model_id, f"It could not be imported: {error}")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lay_out(model_id: str, folder: Path, settings: Settings, storage: Storage) -> str:

@@ -1,12 +1,19 @@
-"""Programs of the trainer that a worker for I/O runs on a folder: spawned, watched, and ended with the worker."""
+"""Programs that a worker for I/O runs on a folder: spawned, watched, and ended with the worker."""
 
 import logging
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from tunery.db import UNREACHABLE
 from tunery.processes import dies_with_parent, tail
+from tunery.storage.errors import StorageFailed
 from tunery.wire import EXIT_USER_ERROR
 from worker.supervisor.drain import Drain
 from worker.supervisor.process import ROOT, environment
@@ -14,11 +21,44 @@ from worker.supervisor.process import ROOT, environment
 log = logging.getLogger(__name__)
 
 
+@contextmanager
+def workplace(parent: Path, doing: str, subject: str, fail: Callable[[Exception], object]) -> Iterator[Path]:
+    """A folder in `parent` for one piece of work (`doing`, on `subject`), removed after it.
+
+    An error of ours goes to `fail` and ends there: it must not keep every later piece from its turn. Storage or a
+    database that is away is raised: the work is done another time.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{doing}-", dir=parent))
+    try:
+        yield folder
+    except (StorageFailed, *UNREACHABLE):
+        raise
+    except Exception as error:
+        log.exception("%s %s broke", doing, subject)
+        fail(error)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def run(
-    arguments: list[str], folder: Path, drain: Drain, *, what: str, variables: dict[str, str] | None = None
+    arguments: list[str],
+    folder: Path,
+    drain: Drain,
+    *,
+    what: str,
+    variables: dict[str, str] | None = None,
+    watch: Callable[[], object] = lambda: None,
+    seconds: float | None = None,
 ) -> str | None:
-    """Runs `python -m ARGUMENTS`, which works in `folder`; why it failed, or None. A worker that shuts down ends it."""
+    """Runs `python -m ARGUMENTS`, which works in `folder`; why it failed, or None.
+
+    A worker that shuts down ends it, and so does its time, if it has a limit of `seconds`. `watch` is called twice a
+    second meanwhile.
+    """
     errors_path = folder / "errors.txt"
+    deadline = None if seconds is None else time.monotonic() + seconds
+    is_late = False
     with errors_path.open("wb") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
@@ -31,8 +71,12 @@ def run(
             preexec_fn=dies_with_parent(signal.SIGKILL),
         )
         while (status := _status(process)) is None:
-            if drain.begun:
+            watch()
+            is_late = deadline is not None and time.monotonic() > deadline
+            if drain.begun or is_late:
                 process.kill()
+    if is_late and status != 0 and seconds is not None:
+        return f"The {what} took more than {seconds // 60:.0f} minutes. Split the file."
     return None if status == 0 else _reason(status, errors_path, what)
 
 

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from tunery.artifacts import manifest
 from tunery.artifacts import model as artifacts
 from tunery.artifacts.manifest import ManifestFile
 from tunery.datasets.model import File
-from tunery.db import UNREACHABLE
 from tunery.errors import NotFound
 from tunery.jobs.model import Job
 from tunery.models import imports, scores
@@ -22,7 +19,6 @@ from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.spec import Evaluation, Plan, Run
 from tunery.storage import Storage
-from tunery.storage.errors import StorageFailed
 from worker.io import programs
 from worker.io.claims import take_one
 from worker.supervisor import staging
@@ -44,9 +40,11 @@ def _waiting() -> list[str]:
 
 def _score(model_id: str, settings: Settings, storage: Storage, drain: Drain) -> None:
     log.info("scoring %s", model_id)
-    settings.models_dir.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".scoring-", dir=settings.models_dir))
-    try:
+
+    def fail(error: Exception) -> None:
+        _settle(model_id, error=f"It could not be scored: {error}")
+
+    with programs.workplace(settings.models_dir, "scoring", model_id, fail) as folder:
         run_dir = folder / "run"
         _lay_out(model_id, run_dir, settings, storage)
         reason = programs.run(["worker.trainer.scoring", str(run_dir)], folder, drain, what="scoring")
@@ -56,13 +54,6 @@ def _score(model_id: str, settings: Settings, storage: Storage, drain: Drain) ->
             _publish(model_id, run_dir / "out", storage)
         else:
             _settle(model_id, error=reason)
-    except (StorageFailed, *UNREACHABLE):
-        raise  # another time
-    except Exception as error:  # a fault of ours, which must not keep every later model from its turn
-        log.exception("%s could not be scored", model_id)
-        _settle(model_id, error=f"It could not be scored: {error}")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lay_out(model_id: str, run_dir: Path, settings: Settings, storage: Storage) -> None:
