@@ -4,7 +4,7 @@ import copy
 import json
 import random
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,8 +35,15 @@ class Dirty:
     neutral: set[int] = field(default_factory=set)
 
 
-def inject(labelled: Sequence[Row], free: Sequence[Row], test: Sequence[Row], seed: int) -> Dirty:
-    """A file of all rows, shuffled, with COUNTS faults. `labelled`: answers are a JSON object with one label."""
+def inject(
+    labelled: Sequence[Row],
+    free: Sequence[Row],
+    test: Sequence[Row],
+    seed: int,
+    counts: Mapping[str, int] | None = None,
+) -> Dirty:
+    """A file of all rows, shuffled, with faults, COUNTS if not said otherwise. `labelled`: answers are a JSON object
+    with one label, another row's of which is a wrong one."""
     dice = random.Random(seed)
     labels = sorted({row["messages"][-1]["content"] for row in labelled})
     pool = dice.sample(list(labelled), len(labelled))
@@ -49,7 +56,7 @@ def inject(labelled: Sequence[Row], free: Sequence[Row], test: Sequence[Row], se
         used.add(id(row))
         return row
 
-    for kind, count in COUNTS.items():
+    for kind, count in (counts or COUNTS).items():
         for place in range(count):
             if kind == "test_leak":
                 marked.append((leaked(test[place], dice), kind, None))
@@ -58,7 +65,9 @@ def inject(labelled: Sequence[Row], free: Sequence[Row], test: Sequence[Row], se
                 made = repeated(partner, dice) if kind == "exact_duplicate" else contradicting(partner, labels, dice)
                 marked += [(made, kind, partner), (partner, "", None)]
             else:
-                source = pool if kind == "mislabelled" else free if kind == "truncated_output" and place % 2 else both
+                source = pool if kind == "mislabelled" else both
+                if kind == "truncated_output" and place % 2 and free:
+                    source = free
                 row = copy.deepcopy(take(source))
                 marked.append((CHANGES[kind](row, labels, dice), kind, None))
     marked += [(row, "", None) for row in [*labelled, *free] if id(row) not in used]

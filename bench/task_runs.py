@@ -1,6 +1,7 @@
 """Runs of the trainer on the examples' rows, as a job does them, several at once on each of a host's GPUs."""
 
 import argparse
+import gzip
 import json
 import math
 import os
@@ -39,7 +40,7 @@ class Work:
 
     The test rows are answered by base and tuned model, or the validation rows by the tuned one alone where
     `on_validation`. General ability is measured where there is a `gate`, or by `general`. `scores`: what the runs on a
-    base share, as those of a host do.
+    base share, as those of a host do. `rows`: a folder whose files, TASK_PART.jsonl.gz, stand in for the examples'.
     """
 
     base: Path
@@ -54,6 +55,7 @@ class Work:
     on_validation: bool = False
     replay: Replay | None = None
     scores: Path | None = None
+    rows: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def _lay_out(folder: Path, work: Work) -> None:
     (folder / "data").mkdir(parents=True)
     (folder / "base").symlink_to(work.base.resolve())
     for part in ("train", "valid", "test"):
-        (folder / f"data/{part}.jsonl").write_text("".join(rows_of(work.task, part)))
+        (folder / f"data/{part}.jsonl").write_text("".join(rows_of(work.task, part, work.rows)))
     if work.scores is not None:
         work.scores.mkdir(exist_ok=True)
         (folder / "scores").symlink_to(work.scores.resolve())
@@ -195,8 +197,11 @@ def _lay_out(folder: Path, work: Work) -> None:
     (folder / "spec.json").write_text(run.model_dump_json())
 
 
-def rows_of(task: str, part: str) -> list[str]:
-    """The lines of a part of a task: one of the examples', or `utterances`, which is SNIPS the other way round."""
+def rows_of(task: str, part: str, folder: Path | None = None) -> list[str]:
+    """The lines of a part of a task: those in `folder`, where it has any, or one of the examples', or `utterances`,
+    which is SNIPS the other way round."""
+    if folder is not None and (packed := folder / f"{task}_{part}.jsonl.gz").exists():
+        return gzip.decompress(packed.read_bytes()).decode().splitlines(keepends=True)
     if task != "utterances":
         return (EXAMPLES / f"{task}_{part}.jsonl").read_text().splitlines(keepends=True)
     return list(map(_turned, rows_of("snips", part)[: UTTERANCES[part]]))
@@ -225,7 +230,7 @@ def _plan(work: Work) -> Plan:
         gate=work.gate,
         replay=work.replay,
     )
-    examples = len(rows_of(work.task, "train"))
+    examples = len(rows_of(work.task, "train", work.rows))
     return advice.resolve(spec, examples=examples, facts=facts(work.base), bf16_fits=True)
 
 

@@ -1,5 +1,6 @@
 """The benches that run the trainer many times: what they choose, what they say of it, and how they go on."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import tiny_models
 
-from bench import grid, replay, task_runs
+from bench import clean, grid, replay, task_runs
 from bench.task_runs import Machine, Work
 from tunery.spec import Lora
 
@@ -108,3 +109,28 @@ def test_free_text_is_snips_the_other_way_round() -> None:
     assert len(others) == 1214
     assert first["messages"][1] == {"role": "assistant", "content": snips["messages"][1]["content"]}
     assert first["messages"][0]["content"].endswith(snips["messages"][2]["content"])
+
+
+def test_cleaning_is_compared_with_the_noise_of_the_same_seed(tmp_path: Path) -> None:
+    scores = {"noisy": (0.90, 0.80), "clean": (0.93, 0.81), "original": (0.99, 0.99)}
+    runs = [
+        outcome(point, scores[point["rows"]][point["seed"]], steps=7)
+        for point in clean.points(["banking"], 2)
+        if point["rows"] in scores and point["level"] != "labels"
+    ]
+    said = list(clean.lines([*runs, {"point": {}, "failed": "x"}]))
+    assert "| banking | faults | noisy | 2 | 7 | 85.0 % (90.0, 80.0) |" in said
+    # Pairs +3 and +1 points: mean 2, deviation 1.4142, t of one degree 12.706. The examples' own rows have no pair.
+    assert said[-1] == "banking, faults: clean minus noisy +2.00 (-10.71 .. +14.71), 2 pairs"
+
+    folder = tmp_path / "banking-faults-1/noisy"
+    folder.mkdir(parents=True)
+    (folder / "banking_train.jsonl.gz").write_bytes(gzip.compress(b'{"messages": []}\n'))
+    noisy = next(
+        p for p in clean.points(["banking"], 2) if (p["level"], p["rows"], p["seed"]) == ("faults", "noisy", 1)
+    )
+    assert clean.work(tmp_path, tmp_path, noisy).rows == folder
+    assert task_runs.rows_of("banking", "train", folder) == ['{"messages": []}\n']
+    assert len(task_runs.rows_of("banking", "test", folder)) == 479
+    with pytest.raises(SystemExit, match="--prepare"):
+        clean.work(tmp_path, tmp_path, {**noisy, "seed": 0})
