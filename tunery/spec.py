@@ -244,6 +244,9 @@ class Evaluation(Part):
         0, ge=0, le=1000, description="Validation rows that the model answers at every evaluation, spread over the file"
     )
     general: General = Field(General(), description="What base and tuned model can do besides; with a test file")
+    unquantised: bool = Field(
+        False, description="QLoRA: also score base and tuned model on the base in bf16, beside that in four bits"
+    )
 
 
 class Gate(Part):

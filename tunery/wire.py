@@ -117,6 +117,23 @@ class Measure(Scored):
     p: float | None = Field(None, description="Of a share: the exact p of McNemar's test, two-sided")
 
 
+class PrecisionMeasure(Measure):
+    """One metric on a base in another precision, and the tuned model's difference from the precision of `scored_in`."""
+
+    difference: float
+    difference_low: float = Field(description="Lower end of the difference's paired 95 % interval")
+    difference_high: float
+    difference_p: float | None = Field(None, description="Of a share: the exact p of McNemar's test, two-sided")
+
+
+class UnquantisedScore(Scored):
+    """Base and adapter on the same rows, where the base is not quantised as it was in training."""
+
+    scored_in: str = Field(description="What the base's linear layers were in: `bfloat16`, or `float32` on a CPU")
+    metrics: dict[str, PrecisionMeasure] = {}
+    left_out: str | None = Field(None, description="Why it was not measured")
+
+
 class LabelShares(Scored):
     """How many test rows want a label, and the share of them that each model gets right."""
 
@@ -186,6 +203,9 @@ class Scorecard(Scored):
     metrics: dict[str, Measure] = {}
     labels: dict[str, LabelShares] = Field(default={}, description="Of a task of labels: each label's shares")
     general: GeneralScore | None = Field(None, description="What base and tuned model can do besides the task")
+    unquantised: UnquantisedScore | None = Field(
+        None, description="QLoRA, where `evaluation.unquantised` asks for it: the same on the base as it is stored"
+    )
 
 
 class Score(Scorecard):

@@ -151,6 +151,7 @@ def test_a_scorecard_is_made_without_training(team: Team, base: str, database: D
         ({"test_file": "file-none"}, "evaluation.test_file"),
         ({"test_file": "{file}", "task_rows": 4}, "evaluation.task_rows"),
         ({"test_file": "{file}", "every_steps": 4}, "evaluation.every_steps"),
+        ({"test_file": "{file}", "unquantised": True}, "evaluation.unquantised"),
     ],
 )
 def test_scorecards_that_cannot_be(

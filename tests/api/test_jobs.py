@@ -52,6 +52,16 @@ def test_the_key_order_is_openais(team: Team, file: str, base: str) -> None:
     ]  # fmt: skip
 
 
+def test_second_precision_is_refused_where_there_is_one(team: Team, file: str, base: str) -> None:
+    param = "evaluation.unquantised"
+    _refused(_create(team, file, evaluation={"unquantised": True}), 400, param, "Send evaluation.test_file too")
+    both = {"evaluation": {"unquantised": True, "test_file": _upload(team, (LINE * 13).encode())}}
+    for kind in ("lora", "full"):
+        answer = _create(team, file, technique={"type": kind}, **both)
+        _refused(answer, 400, param, f"the base of {kind} is not quantised")
+    assert _create(team, file, technique={"type": "qlora"}, **both).json()["evaluation"]["unquantised"] is True
+
+
 def test_test_file_that_equals_the_training_file_is_refused(team: Team, file: str, base: str) -> None:
     for same in (file, _upload(team, TRAIN)):
         scored = {"evaluation": {"test_file": same}}

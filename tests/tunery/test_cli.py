@@ -431,6 +431,25 @@ def test_show_has_the_metrics_of_the_scorecard(tunery: Run, api: str, database: 
     ]
 
 
+def test_show_has_both_precisions_of_the_scorecard(tunery: Run, api: str, database: Database) -> None:
+    job = _job(database, State.SUCCEEDED)
+    apart = {"difference": -0.05, "difference_low": -0.1, "difference_high": 0.02, "difference_p": 0.2}
+    for other, wanted in (
+        (
+            {"metrics": {"field_f1": {**_scorecard()["metrics"]["field_f1"], **apart}}},
+            [
+                "in bfloat16 0.0% -> 50.0%, gain +50.0 points (+10.0 to +50.0)",
+                "difference -5.0 points (-10.0 to +2.0) for the tuned model, from its field_f1 above",
+            ],
+        ),
+        ({"left_out": "the device has no room"}, ["unquantised not scored: the device has no room"]),
+    ):
+        with database.sessions.begin() as session:
+            session.get_one(Job, job).scorecard = {**_scorecard(), "unquantised": {"scored_in": "bfloat16", **other}}
+        lines = [" ".join(line.split()) for line in tunery("jobs", "show", job)[1].splitlines()]
+        assert lines[-2 - len(wanted) : -2] == wanted
+
+
 def _scorecard() -> dict[str, Any]:
     """A stored one, of a task in JSON."""
     measured = {"base": 0.0, "low": 0.1, "high": 0.5, "p": 0.01}

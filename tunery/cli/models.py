@@ -223,6 +223,7 @@ def score(
     test_file: Annotated[str, typer.Argument(help="The id of a file of rows that both models answer.")],
     max_rows: Annotated[int | None, typer.Option(help="At most so many rows, from the file's start.")] = None,
     general: Annotated[bool, typer.Option(help="The general benchmark too.")] = True,
+    unquantised: Annotated[bool, typer.Option(help="QLoRA: on the base in bf16 too.")] = False,
     json: AsJson = False,
 ) -> None:
     """Have a worker compare an adapter with its base on test rows, without training it."""
@@ -231,6 +232,8 @@ def score(
     asked: dict[str, Any] = {"test_file": test_file, "general": {"enabled": general}}
     if max_rows is not None:
         asked["max_rows"] = max_rows
+    if unquantised:
+        asked["unquantised"] = True
     api.call("POST", route, json={"evaluation": asked})
     with show.errors.status(f"{model}: a worker scores it"):
         found = _wait_for_worker(api, route)

@@ -127,7 +127,25 @@ def _scorecard(card: dict[str, Any] | None) -> list[tuple[str, Any]]:
     metrics = sorted(card["metrics"].items(), key=lambda named: named[0] != card["primary"])
     parts = [f"{card['rows']} rows", card["task"] and f"task {card['task']}"]
     parts += [f"judged by {card['primary']}", card["scored_in"] and f"scored in {card['scored_in']}"]
-    return [("scorecard", ", ".join(filter(None, parts))), *((name, _measure(found)) for name, found in metrics)]
+    return [
+        ("scorecard", ", ".join(filter(None, parts))),
+        *((name, _measure(found)) for name, found in metrics),
+        *_unquantised(card.get("unquantised"), card["primary"]),
+    ]
+
+
+def _unquantised(score: dict[str, Any] | None, primary: str) -> list[tuple[str, Any]]:
+    """The primary metric on the unquantised base, and the tuned model's difference from that on four bits."""
+    if not score:
+        return []
+    if score["left_out"]:
+        return [("unquantised", f"not scored: {score['left_out']}")]
+    found = score["metrics"][primary]
+    low, apart, high = (f"{100 * found[f'difference{end}']:+.1f}" for end in ("_low", "", "_high"))
+    return [
+        (f"in {score['scored_in']}", _measure(found)),
+        ("difference", f"{apart} points ({low} to {high}) for the tuned model, from its {primary} above"),
+    ]
 
 
 def _measure(found: dict[str, Any], word: str = "gain") -> str:

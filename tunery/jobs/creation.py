@@ -85,6 +85,7 @@ def check_fields(request: JobRequest) -> tuple[MethodOptions, Hyperparameters]:
     check_one_rate(request.learning_rate, hyperparameters)
     _check_export(request)
     _check_gate(request)
+    _check_unquantised(request)
     if request.optimizer == "paged_adamw_8bit" and isinstance(request.technique, Full):
         _check_paged(request.technique)
     asked = {"early_stopping": request.early_stopping is not None, "select": request.select == "best"}
@@ -101,6 +102,20 @@ def _check_export(request: JobRequest) -> None:
         for name in (name for name in ("merged", "adapter_gguf") if getattr(request.export, name)):
             reason = f"A full fine-tune has no adapter. Leave export.{name} out, or choose lora or qlora."
             raise InvalidValue(param=f"export.{name}", reason=reason)
+
+
+def _check_unquantised(request: JobRequest) -> None:
+    """Raises InvalidValue where two precisions are to be scored and there is one, or nothing is scored."""
+    if not request.evaluation.unquantised:
+        return
+    reason = None
+    if request.evaluation.test_file is None:
+        reason = "it is a part of the scorecard, which needs a test file. Send evaluation.test_file too."
+    elif request.technique is not None and not isinstance(request.technique, Qlora):
+        kind = request.technique.type
+        reason = f"the base of {kind} is not quantised, and is scored as it is. Leave it out, or choose qlora."
+    if reason is not None:
+        raise InvalidValue(param="evaluation.unquantised", reason=reason)
 
 
 def _check_gate(request: JobRequest) -> None:

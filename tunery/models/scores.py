@@ -23,6 +23,9 @@ def ask(session: Session, model: Model, evaluation: Evaluation) -> None:
         if name in evaluation.model_fields_set:
             reason = f"Nothing is trained, so evaluation.{name} says nothing. Leave it out."
             raise InvalidValue(param=f"evaluation.{name}", reason=reason)
+    if evaluation.unquantised and model.technique != "qlora":
+        reason = "The adapter's base is not quantised, and is scored as it is. Leave it out."
+        raise InvalidValue(param="evaluation.unquantised", reason=reason)
     session.refresh(model, with_for_update=True)
     if model.scoring is not None and model.scoring["status"] == QUEUED:
         instead = "Wait for the first scorecard."

@@ -16,7 +16,7 @@ from worker.trainer.data import Rows
 _WIDE = ["float32", "float32"]
 _CHANGES_NO_WEIGHT: Any = {
     "learning_rate_multiplier": True,  # learning_rate is what it came to
-    "evaluation": {"test_file", "max_new_tokens", "max_rows", "general"},
+    "evaluation": {"test_file", "max_new_tokens", "max_rows", "general", "unquantised"},
     "keep_checkpoints": True,
     "export": True,
     "columns": True,  # the rows that they make are compared

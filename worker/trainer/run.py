@@ -54,7 +54,7 @@ from worker.trainer.recipes.recipe import Weights
 from worker.trainer.replay import mixing, own
 from worker.trainer.replay import rows as replay
 from worker.trainer.report import Voice
-from worker.trainer.scoring import answers, preferences, sampled, scorecard
+from worker.trainer.scoring import answers, preferences, sampled, scorecard, unquantised
 from worker.trainer.scoring.preferences import Pairs
 from worker.trainer.sharding import Shards
 from worker.trainer.stepper import Stepper
@@ -266,7 +266,8 @@ def _questions(t: Training) -> Asked:
     if pairs := [example for example in examples if isinstance(example, Pair)]:
         return preferences.prepare(t, pairs)
     asked = answers.questions(t.template, examples)
-    count = 2 * len(asked[t.ranks.index :: t.ranks.count])  # the base's and the tuned model's
+    models = 4 if unquantised.is_asked(t) else 2  # the base and the tuned one, maybe in two precisions
+    count = models * len(asked[t.ranks.index :: t.ranks.count])
     batch, tokens = answers.ANSWER_BATCH[t.device.type], answers.token_limit(t.plan.evaluation, asked)
     prompt = sum(len(question.prompt_ids) for question in asked) / max(1, len(asked))
     t.pace.expect_answers(count, batch=batch, tokens=tokens, prompt=prompt)
@@ -311,13 +312,19 @@ def _score(
     t.voice.say(Phase(phase="evaluating", seconds_left=t.pace.left()))
     tuned = _answer(t, asked, base=False)
     base = _answer(t, asked, base=True) if base_answers is None else base_answers
-    if isinstance(asked, Pairs):
-        card, rows = preferences.score(asked, base, tuned)
-    else:
-        card, rows = scorecard.score(asked, base, tuned)
+    card, rows = _compare(asked, base, tuned)
     card = card.model_copy(update={"general": compare_general(), "scored_in": t.precision.base})
+    if unquantised.is_asked(t):
+        other = unquantised.measure(
+            t, tuned, lambda on, base: _answer(on, asked, base=base), lambda *both: _compare(asked, *both)[0]
+        )
+        card = card.model_copy(update={"unquantised": other})
     t.voice.say(card)
     return card, rows
+
+
+def _compare(asked: Asked, base: list[Any], tuned: list[Any]) -> Scored:
+    return preferences.score(asked, base, tuned) if isinstance(asked, Pairs) else scorecard.score(asked, base, tuned)
 
 
 def _write_together(t: Training, progress: Progress, scored: Scored | None) -> None:
