@@ -16,6 +16,7 @@ from tunery.datasets.report import (
     diversity,
     elsewhere,
     labels,
+    languages,
     length,
     maker,
     neighbours,
@@ -313,6 +314,31 @@ def test_rows_in_another_script() -> None:
         "Latin",
     ]
     assert [scripts.script_of(text) for text in ("plain", "1 + 1")] == ["Latin", None]
+
+
+ASKED = ("Where is my new card, please?", "I would like to close my account today.", "How do I change the PIN here?")
+SAID = ("It will arrive within five days.", "We have closed the account for you.", "You can change it at any machine.")
+
+
+@pytest.mark.parametrize("sampled", [4000, 60])
+def test_rows_in_another_language(sampled: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(languages, "SAMPLED", sampled)
+    rows = [row(at, f"{ASKED[at % 3]} {at}", f"{SAID[at % 3]} {at}") for at in range(1, 90)]
+    rows.append(row(90, ASKED[0], "Votre nouvelle carte arrivera dans les cinq jours."))
+    rows.append(row(91, "Ich habe meine Karte verloren, was soll ich tun?", SAID[1]))
+    rows.append(row(92, "SELECT name FROM users WHERE id = 3;", "Berlin"))
+    case = Case(rows)
+    assert {finding.lines[0]: finding.why.split("'")[1] for finding in languages.find(case)} == {90: "fr", 91: "de"}
+    mix = languages.figures(case)
+    assert mix["sampled"] == min(sampled, 92)
+    assert (mix["question"]["en"], next(iter(mix["answer"]))) == (90 if sampled > 92 else mix["sampled"] - 1, "en")
+
+
+def test_a_file_of_two_languages_names_no_rows() -> None:
+    said = (SAID[0], "Votre nouvelle carte arrivera dans les cinq jours.")
+    case = Case([row(at, f"{ASKED[0]} {at}", said[at % 2]) for at in range(60)])
+    assert list(languages.find(case)) == []
+    assert languages.figures(case)["answer"] == {"en": 30, "fr": 30}
 
 
 def test_rows_of_the_general_benchmark(tmp_path: Path) -> None:

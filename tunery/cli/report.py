@@ -11,7 +11,7 @@ from rich.text import Text
 
 from tunery.cli import show
 from tunery.cli.remote import Refused, Remote
-from tunery.datasets.report.page import places
+from tunery.datasets.report.page import mixes, places
 from tunery.datasets.report.titles import TITLES
 from tunery.errors import TuneryError
 
@@ -74,6 +74,8 @@ def _figures(figures: Mapping[str, Any]) -> Iterator[str]:
             f"{diversity['prompts']:,} different prompts, effectively {diversity['effective_prompts']:,.0f}; "
             f"the largest group of like ones has {diversity['largest_cluster']:.0%} of the rows."
         )
+    for part, mix in mixes(figures).items():
+        yield f"Languages of the {part}: {mix}."
     if (tokens := figures.get("tokens")) and tokens["spreads"]:
         row = tokens["spreads"]["row"]
         yield f"Rows have {row['p50']:,} tokens (median; 99 %: {row['p99']:,}; longest: {row['max']:,})."

@@ -14,7 +14,7 @@ from tunery.datasets.model import File, FileEvent, FileReport
 from tunery.rows.shapes import can_be_named
 from tunery.storage import Storage
 
-VERSION = 1
+VERSION = 2
 """Of what a report says. A report of an older version is made again when it is asked for."""
 QUEUED, RUNNING, READY, FAILED = "queued", "running", "ready", "failed"
 MAX_TRIES = 3

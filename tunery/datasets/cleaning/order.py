@@ -46,6 +46,7 @@ ACTIONS: dict[str, _Possible] = {
     "answer_is_prompt": _DROP,
     "dominant_answer": _ASK,
     "other_script": _ASK,
+    "other_language": _ASK,
     "low_diversity": _NOTHING,
     "label_imbalance": _NOTHING,
 }

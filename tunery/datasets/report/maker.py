@@ -14,6 +14,7 @@ from tunery.datasets.report import (
     diversity,
     duplicates,
     elsewhere,
+    languages,
     leaks,
     length,
     mislabels,
@@ -51,6 +52,7 @@ CHECKS: list[Check] = [
     refusals.find,
     diversity.find,
     scripts.find,
+    languages.find,
 ]
 """In order: a check may read what earlier ones found."""
 _EXPLAINED = ("wrong_roles", "empty_output")
@@ -113,7 +115,7 @@ def make(
     asked = benchmark.read(benchmark_folder) if benchmark_folder else frozenset()
     case = Case(read(path, MOST), read(against, MOST) if against else (), max_tokens, count, others, asked)
     find(case, progress=progress)
-    figures: dict[str, Any] = {"diversity": diversity.figures(case)}
+    figures: dict[str, Any] = {"diversity": diversity.figures(case), "languages": languages.figures(case)}
     if base is not None and base.is_dir():
         lengths = tokens.Lengths(base, max_tokens)
         lengths.measure(chunks(path), MOST)

@@ -13,6 +13,7 @@ _SHOWN = 20
 """Findings of a kind that are shown in full."""
 _LINES = 12
 _ALL_LINES = 400
+_LANGUAGES = 4
 _TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
     Path(__file__).with_suffix(".html.jinja").read_text(encoding="utf-8")
 )
@@ -40,6 +41,7 @@ def render(name: str, said: Mapping[str, Any], *, state: Mapping[str, Any] | Non
         state=state or {"status": "ready", "progress": 1.0, "error": None},
         sections=sections,
         diversity=figures.get("diversity"),
+        languages=mixes(figures),
         tokens=figures.get("tokens"),
     )
 
@@ -65,6 +67,18 @@ def _sections(findings: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
         title = TITLES.get(kind, kind)
         lines = places(every, _ALL_LINES)
         yield Section(kind, title, len(found), len(found) / most, found[0]["action"], shown, lines)
+
+
+def mixes(figures: Mapping[str, Any]) -> dict[str, str]:
+    """The languages of the questions and of the answers, with shares, for people; empty where none was identified."""
+    said = figures.get("languages") or {}
+    return {f"{part}s": found for part in ("question", "answer") if (found := _mix(said.get(part, {})))}
+
+
+def _mix(counts: Mapping[str, int]) -> str:
+    known = {language: count for language, count in counts.items() if language != "unknown"}
+    shares = [(language, count / sum(known.values())) for language, count in known.items()]
+    return ", ".join(f"{language} {share:.1%}" for language, share in shares[:_LANGUAGES])
 
 
 def places(lines: Sequence[int], most: int) -> str:

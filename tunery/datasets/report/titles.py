@@ -22,6 +22,7 @@ TITLES = {
     "dominant_answer": "One answer for many rows",
     "low_diversity": "Many rows that ask nearly the same",
     "other_script": "Rows in another script",
+    "other_language": "Rows in another language",
     "label_imbalance": "Uneven labels",
 }
 """By kind."""
