@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from tunery.failures import InvalidNExamples, InvalidTrainingFile
+from tunery.rows.bulk import Judged, encode_rows
 from tunery.rows.dialect import LimitExceeded
-from tunery.rows.encoding import CHATS, Encoded, RowEncoder, encode_answer, nothing_trained, read_rows
+from tunery.rows.encoding import CHATS, Encoded, RowEncoder, encode_answer, nothing_trained
 from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example, FileRole, is_answerable
 from tunery.rows.preferences import Pair
@@ -113,19 +114,15 @@ def check_examples(
     summary = Summary(shape=FileShape(encoder.columns))
     faults: dict[int, InvalidTrainingFile] = {}
     try:
-        for row in read_rows(chunks, role, summary.shape):
-            number = row.number
+        for row in encode_rows(chunks, role, encoder, template, max_length=max_length, shape=summary.shape):
             try:
-                example = encoder.parse(row, role)
-                _count(summary, number, example)
+                example = _take(summary, row)
                 if template is not None:
-                    encoded = encoder.encode(template, example, number, max_length=max_length, role=role)
-                    _measure(summary, number, encoded)
-                    _check_answer(summary, number, template, example, role, answered)
+                    _check_answer(summary, row.number, template, example, role, answered)
                 if seen is not None:
-                    seen(number, example)
+                    seen(row.number, example)
             except InvalidTrainingFile as fault:
-                faults[number] = fault
+                faults[row.number] = fault
                 if len(faults) == _MOST_FAULTS or _is_exhausting(fault):
                     break
     except InvalidTrainingFile:
@@ -177,6 +174,17 @@ def _lines(numbers: list[int]) -> str:
 def _names(keys: list[str]) -> str:
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
     return ", ".join(f"'{key[:40]}'" for key in keys[:_SHOWN]) + more
+
+
+def _take(summary: Summary, row: Judged) -> Example:
+    """Adds a row to the figures. Raises the InvalidTrainingFile that it has."""
+    if row.example is not None:
+        _count(summary, row.number, row.example)
+    if row.fault is not None or row.example is None:
+        raise row.fault or AssertionError("a row without a fault has an example")
+    if row.encoded is not None:
+        _measure(summary, row.number, row.encoded)
+    return row.example
 
 
 def _count(summary: Summary, number: int, example: Example) -> None:

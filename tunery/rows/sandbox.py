@@ -65,15 +65,17 @@ class Environment:
         template stumbles into, or Unavailable where no process can be started."""
         return _render(template, [variables], now)[0]
 
-    def render_all(self, template: Template, variables: Sequence[dict[str, Any]], now: datetime) -> list[str]:
+    def render_all(
+        self, template: Template, variables: Sequence[dict[str, Any]], now: datetime, at_once: int = BATCH
+    ) -> list[str]:
         """One text for each of `variables`, for less than as many calls of `render` cost. Raises what `render` does,
         for the first that fails."""
-        return [text for batch in _batches(variables) for text in _render(template, batch, now)]
+        return [text for batch in _batches(variables, at_once) for text in _render(template, batch, now)]
 
 
-def _batches(variables: Sequence[dict[str, Any]]) -> Iterator[Sequence[dict[str, Any]]]:
-    for start in range(0, len(variables), BATCH):
-        yield variables[start : start + BATCH]
+def _batches(variables: Sequence[dict[str, Any]], size: int) -> Iterator[Sequence[dict[str, Any]]]:
+    for start in range(0, len(variables), size):
+        yield variables[start : start + size]
 
 
 def _render(template: Template, batch: Sequence[dict[str, Any]], now: datetime) -> list[str]:

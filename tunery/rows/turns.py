@@ -1,6 +1,6 @@
 """One conversation's renderings, up to each of its turns."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tunery.rows.messages import Example
@@ -27,11 +27,21 @@ class Views:
         """Renders the views that are still missing, all in one call."""
         missing = [view for view in dict.fromkeys(views) if view not in self._texts]
         if missing:
-            self._texts.update(zip(missing, self._render(self.messages, self.tools, missing), strict=True))
+            self.fill(dict(zip(missing, self._render(self.messages, self.tools, missing), strict=True)))
+
+    def fill(self, texts: dict[View, str]) -> None:
+        """Takes renderings that were made elsewhere."""
+        self._texts.update(texts)
 
     def text(self, count: int, prompting: bool = False) -> str:
         self.prepare([(count, prompting)])
         return self._texts[count, prompting]
+
+
+def views_of(trained: Sequence[int], count: int) -> list[View]:
+    """The renderings that tell the trained turns of `count` messages from the rest."""
+    wanted = [(count, False), *((k, True) for k in trained if k), *((k + 1, False) for k in trained)]
+    return list(dict.fromkeys(wanted))
 
 
 def trained_turns(example: Example) -> list[int]:

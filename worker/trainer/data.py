@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tunery.rows import encoding, messages
+from tunery.rows import bulk, encoding, messages
 from tunery.rows.messages import FileRole
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import IGNORED, ChatTemplate
@@ -167,8 +167,7 @@ def read_rows(
     examples: list[Example] = []
     truncated: list[int] = []
     unlearnable: list[int] = []
-    for number, parsed in read_parsed(path, role, encoder):
-        encoded = encoder.encode(template, parsed, number, max_length=max_length, role=role)
+    for number, encoded in _encoded(path, template, max_length, role, encoder):
         examples += [Example(tuple(Row(row.input_ids, row.labels) for row in rows)) for rows in encoded.examples]
         if not encoded.examples:
             unlearnable.append(number)
@@ -177,6 +176,17 @@ def read_rows(
     if not examples:
         raise encoding.nothing_trained(role, max_length)
     return Rows(examples, tuple(truncated), tuple(unlearnable))
+
+
+def _encoded(
+    path: Path, template: ChatTemplate, max_length: int, role: FileRole, encoder: encoding.RowEncoder
+) -> Iterator[tuple[int, encoding.Encoded]]:
+    with path.open("rb") as file:
+        chunks = iter(lambda: file.read(_CHUNK_BYTES), b"")
+        for row in bulk.encode_rows(chunks, role, encoder, template, max_length=max_length):
+            if row.encoded is None:
+                raise row.fault or AssertionError("a row without a fault is encoded")
+            yield row.number, row.encoded
 
 
 def read_parsed(
