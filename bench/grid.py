@@ -3,7 +3,8 @@
 `python -m bench.grid BASE OUT.json TECHNIQUE ... [options]`: BASE a converted SmolLM2-135M-Instruct, TECHNIQUE lora,
 qlora or full. The grid, of learning rate, epochs and an adapter's rank, is run on one seed, and its best point chosen
 by exact matches on the validation rows; that point and the default settings are then run on every seed and scored on
-the test rows. A second invocation goes on from what OUT.json holds.
+the test rows. Where the best point is the default settings themselves, their runs are its runs. A second invocation
+goes on from what OUT.json holds.
 """
 
 import argparse
@@ -68,6 +69,17 @@ def best(runs: list[Run], task: str, technique: str) -> Point | None:
     return dict(found["point"])
 
 
+def is_default(base: Path, point: Point) -> bool:
+    """Whether a job of default settings alone gets the plan of that point: the same runs, as they are deterministic."""
+    plain = default(point["task"], point["technique"], point["seed"])
+    return task_runs.plan(work(base, {**point, "stage": "best"})) == task_runs.plan(work(base, plain))
+
+
+def seeds(point: Point, many: int) -> list[Point]:
+    """The runs of the best point."""
+    return [{**point, "stage": "best", "seed": seed} for seed in range(many)]
+
+
 def lines(found: dict[tuple[str, str], tuple[Point, list[Run], list[Run]]]) -> Iterator[str]:
     """The table, and the mean difference of each technique, over seeds and tasks in pairs."""
     yield "| task | technique | best: rate, rank, epochs | exact, default | exact, best | default minus best |"
@@ -76,7 +88,8 @@ def lines(found: dict[tuple[str, str], tuple[Point, list[Run], list[Run]]]) -> I
     for (task, technique), (point, plain, chosen) in found.items():
         pairs = [100 * (a["exact_tuned"] - b["exact_tuned"]) for a, b in zip(plain, chosen, strict=True)]
         differences.setdefault(technique, []).extend(pairs)
-        where = f"{chosen[0]['learning_rate']:.1e}, {point['rank'] or ''}, {point['epochs']}"
+        where = f"{chosen[0]['learning_rate']:.1e}, {point['rank'] or ''}, {chosen[0]['epochs']}"
+        where += " (the default's)" * (point["stage"] == "default")
         (first, shown), (second, beside) = task_runs.exact(plain), task_runs.exact(chosen)
         yield f"| {task} | {technique} | {where} | {shown} | {beside} | {first - second:+.2f} |"
     for technique, each in differences.items():
@@ -102,11 +115,11 @@ def main() -> None:
     first = run([point for which in both for point in grid(*which) + defaults[which]])
     winners = {which: best(first, *which) for which in both}
     again = {
-        which: [{**point, "stage": "best", "seed": seed} for seed in range(a.seeds)]
+        which: defaults[which] if is_default(a.base, point) else seeds(point, a.seeds)
         for which, point in winners.items()
         if point is not None
     }
-    done = first + run([point for points in again.values() for point in points])
+    done = first + run([point for which, points in again.items() if points != defaults[which] for point in points])
     found = {which: (points[0], _of(done, defaults[which]), _of(done, points)) for which, points in again.items()}
     complete = {which: sides for which, sides in found.items() if len(sides[1]) == len(sides[2]) == a.seeds}
     print("\n".join(lines(complete)))

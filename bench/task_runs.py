@@ -193,7 +193,7 @@ def _lay_out(folder: Path, work: Work) -> None:
     if work.scores is not None:
         work.scores.mkdir(exist_ok=True)
         (folder / "scores").symlink_to(work.scores.resolve())
-    run = Run(job="bench", base_model=work.base.name, plan=_plan(work), public_checkpoints=0, snapshot_seconds=3600)
+    run = Run(job="bench", base_model=work.base.name, plan=plan(work), public_checkpoints=0, snapshot_seconds=3600)
     (folder / "spec.json").write_text(run.model_dump_json())
 
 
@@ -215,7 +215,7 @@ def _turned(line: str) -> str:
     return json.dumps({"messages": turned}, ensure_ascii=False) + "\n"
 
 
-def _plan(work: Work) -> Plan:
+def plan(work: Work) -> Plan:
     """The plan of a job that names the work's settings alone, by the function that plans jobs."""
     general = General(enabled=work.general or work.gate is not None)
     evaluation = Evaluation(test_file="test", general=general)
