@@ -21,6 +21,7 @@ def s3_stack(seaweed: Seaweed, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield stack
 
 
+@pytest.mark.slow
 def test_an_adapter_comes_straight_from_the_bucket(
     s3_stack: Stack, seaweed: Seaweed, base_folder: Path, tmp_path: Path
 ) -> None:

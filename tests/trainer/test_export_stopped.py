@@ -63,6 +63,7 @@ def test_a_run_that_is_stopped_while_it_exports_goes_on_and_ends_as_one_that_was
         assert all(found[key].equal(wanted[key]) for key in wanted)
 
 
+@pytest.mark.slow
 def test_the_estimate_has_the_exports_from_the_first_step(tmp_path: Path, base: Path, ear: Ear) -> None:
     left = {}
     for name, export in (("none", Export()), ("all", Export(merged=True, gguf=["f16"], fp8=True))):

@@ -63,7 +63,8 @@ sys.exit(carry_out_and_tell(Path(folder), 1, Wish()))
 """
 
 
-@pytest.mark.parametrize("what", ["checkpoints", pytest.param("snapshots", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["checkpoints", "snapshots"])
 def test_disk_that_fills_leaves_the_last_good_one_and_says_so(tmp_path: Path, tiny: Path, what: str) -> None:
     """Files of more than 2,000 bytes cannot be written any more, as on a full disk."""
     settled = plan(technique=Lora(r=4), n_epochs=4, learning_rate=1e-3)

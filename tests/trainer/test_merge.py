@@ -83,12 +83,15 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+QUICK = ("plain", "patterns", "DoRA", "embeddings", "new tokens")
 ON_TIED_LAYERS = ("head", "embeddings", "whole head", "new tokens")
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in KINDS]
+)
 def test_merged_files_predict_as_the_adapter_does(
     tmp_path: Path, rows: list[Row], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,7 +218,7 @@ def test_run_measures_itself(tmp_path: Path, tiny: Path, ear: Ear) -> None:
 @pytest.mark.parametrize(
     "technique", [Lora(r=4, dropout=0.2), Qlora(r=4), Full()], ids=["lora with dropout", "qlora", "full"]
 )
-@pytest.mark.parametrize("killed", [True, False], ids=["killed", "asked to stop"])
+@pytest.mark.parametrize("killed", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["killed", "asked to stop"])
 def test_broken_run_goes_on_to_the_bit(
     tmp_path: Path, tiny: Path, ear: Ear, technique: Lora | Full, killed: bool
 ) -> None:

@@ -28,7 +28,13 @@ EMBEDDING = Lora(r=4, alpha=8, modules_to_save=["embed_tokens"])
 TOKENS = Lora(r=4, alpha=8, trainable_token_indices=[1, 2])
 CASES = pytest.mark.parametrize(
     ("tied", "technique"),
-    [(False, HEAD), (False, TOKENS), (True, EMBEDDING), (True, HEAD), (True, TOKENS)],
+    [
+        pytest.param(False, HEAD, marks=pytest.mark.slow),
+        (False, TOKENS),
+        (True, EMBEDDING),
+        pytest.param(True, HEAD, marks=pytest.mark.slow),
+        pytest.param(True, TOKENS, marks=pytest.mark.slow),
+    ],
     ids=["head", "tokens", "tied embedding", "tied head", "tied tokens"],
 )
 PEFTS_NAMES: dict[str, dict[str, Any]] = {

@@ -26,7 +26,7 @@ PIECES = Resources(gpus=2, sharding="full_shard")
 COMMON: dict[str, Any] = {"n_epochs": 2, "evaluation": EVALUATION}
 FULL: dict[str, Any] = COMMON | {"technique": Full(), "learning_rate": 3e-3}
 PLAIN: dict[str, Any] = {"n_epochs": 2, "technique": Full(weights_dtype="float32"), "learning_rate": 3e-3}
-"""In fp32 on a GPU too: half a weight of this model ends within a block of 8-bit moments, and such a run begins anew."""
+"""In fp32 on a GPU too: half a weight of it ends within a block of 8-bit moments, and such a run begins anew."""
 ADAPTERS: dict[str, Any] = {
     "lora": {"n_epochs": 2, "technique": Lora(r=4)},
     "qlora": {"n_epochs": 2, "technique": Qlora(r=4, compute_dtype="float32")},

@@ -276,7 +276,7 @@ class Stopping(Voice):
             self.wish.stop = True
 
 
-@cases()
+@cases(quick=("Llama", "DeepSeek-V3"))
 def test_resumed_run_is_the_unbroken_one(
     family: str, technique: str, base_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

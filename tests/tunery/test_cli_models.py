@@ -177,6 +177,7 @@ def _settle(database: Database, model: str, result: dict[str, object]) -> None:
                 return
 
 
+@pytest.mark.slow
 def test_plain_peft_loads_what_was_downloaded_with_its_base(
     tunery: Run, api: str, database: Database, tmp_path: Path
 ) -> None:

@@ -30,9 +30,10 @@ class Pair(NamedTuple):
 
 
 class _Question(NamedTuple):
-    """One question and the rows that ask it, of the file and of the other one."""
+    """One question and the rows that ask it, of the file and of the other one. `size`: its different shingles."""
 
     key: str
+    size: int
     rows: list[Row]
     against: list[Row]
 
@@ -51,8 +52,9 @@ def _group(rows: Sequence[Row], against: Sequence[Row]) -> list[_Question]:
     for side, source in enumerate((rows, against)):
         for row in source:
             key = texts.words(row.question) or texts.squash(row.question)
-            question = questions.setdefault(key, _Question(key, [], []))
-            (question.against if side else question.rows).append(row)
+            if key not in questions:
+                questions[key] = _Question(key, len(texts.shingles(key)), [], [])
+            (questions[key].against if side else questions[key].rows).append(row)
     return list(questions.values())
 
 
@@ -89,8 +91,8 @@ def _near(questions: Sequence[_Question]) -> Iterator[tuple[int, int, float]]:
 def _compare(
     place: int, key: str, candidates: Sequence[int], questions: Sequence[_Question]
 ) -> Iterator[tuple[int, int, float]]:
-    size = len(key)
-    close = (other for other in candidates if NEAR * size <= len(questions[other].key) + 2 <= (size + 4) / NEAR)
+    size = questions[place].size
+    close = (other for other in candidates if NEAR * size <= questions[other].size <= size / NEAR)
     named = texts.numbers(key)
     for other in islice(close, _MOST):
         text = questions[other].key
