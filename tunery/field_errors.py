@@ -26,6 +26,8 @@ _REASONS = {
     "value_error": "{error}",
 }
 _OTHER_REASON = "is not what this field takes (see /docs)"
+_LORA_OPTIONS = {"dora": "use_dora", "rslora": "use_rslora"}
+"""Techniques of others that are options of LoRA here."""
 _OTHER_NAMES = {
     "rank": "r",
     "lora_r": "r",
@@ -142,7 +144,11 @@ def _walk(kind: Any, folder: str = "") -> Iterator[str]:
 def _words(fault: Fault) -> str:
     if fault["type"] == "union_tag_invalid":
         tags = str(fault["ctx"]["expected_tags"]).replace("'", "").split(", ")
-        close = difflib.get_close_matches(str(fault["ctx"]["tag"]), tags, n=1)
+        tag = str(fault["ctx"]["tag"])
+        if tag.lower() in _LORA_OPTIONS and "lora" in tags:
+            close = [f'{{"type": "lora", "{_LORA_OPTIONS[tag.lower()]}": true}}']
+        else:
+            close = difflib.get_close_matches(tag, tags, n=1)
         return f"should be {', '.join(tags[:-1])} or {tags[-1]}" + (f" (did you mean {close[0]}?)" if close else "")
     reason, value = _of_value(fault), fault["input"]
     if fault["type"] in _NOT_OBJECTS and fault["loc"][-1] == "technique" and isinstance(value, str):

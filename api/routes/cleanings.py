@@ -8,6 +8,7 @@ from api.schemas import cleanings as wire
 from api.schemas import files
 from api.schemas.wire import errors
 from tunery.datasets import cleanings, shelf
+from tunery.models import registry
 
 router = APIRouter(prefix="/v1/files/{file_id}", tags=["Files"], route_class=JsonRoute)
 
@@ -22,7 +23,9 @@ def clean_file(file_id: str, body: wire.CleanFile, session: SessionDep, caller: 
     against = None
     if body.against is not None:
         against = shelf.find(session, caller.project_id, body.against, param="against")
-    return files.File.of(cleanings.request(session, source, body.order, against=against))
+    base = None if body.base is None else registry.find_ready(session, caller.project_id, body.base)
+    counted = None if base is None else (base.base_id or base.id)
+    return files.File.of(cleanings.request(session, source, body.order, against=against, base=counted))
 
 
 @router.get("/cleaning", summary="Retrieve a file's lineage", responses=errors(404))

@@ -1,11 +1,11 @@
 """Reports of files: read as JSON and as a page. The first who asks for another base or comparison has it made."""
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from fastapi.responses import HTMLResponse, Response
-from sqlalchemy.orm import Session
 
 from api.dependencies import CallerDep, SessionDep, StorageDep
 from api.schemas import reports as wire
@@ -13,32 +13,54 @@ from api.schemas.wire import errors
 from tunery.datasets import reports, shelf
 from tunery.datasets.model import File, FileReport
 from tunery.datasets.report import page
-from tunery.keys.ring import Caller
 from tunery.models import registry
 from tunery.storage import Storage
 
 router = APIRouter(prefix="/v1/files/{file_id}", tags=["Files"])
 
-Base = Annotated[str | None, Query(description="A model whose tokenizer counts")]
-Against = Annotated[str | None, Query(description="A file that should hold other rows")]
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 
-@router.get("/report", summary="Retrieve a file's report", response_model=wire.FileReport, responses=errors(404))
-def retrieve_report(
+@dataclass(frozen=True)
+class Asked:
+    """The report that a request is about, by its file, base and comparison."""
+
+    file: File
+    row: FileReport
+    base: str | None
+    against: str | None
+
+
+def find_report(
     file_id: str,
     session: SessionDep,
     caller: CallerDep,
-    storage: StorageDep,
-    base: Base = None,
-    against: Against = None,
-) -> Response:
+    base: Annotated[str | None, Query(description="A model whose tokenizer counts")] = None,
+    against: Annotated[str | None, Query(description="A file that should hold other rows")] = None,
+) -> Asked:
+    """Finds the report, or has it made."""
+    file = shelf.find(session, caller.project_id, file_id)
+    reports.check_reported(file)
+    model = None if base is None else registry.find_ready(session, caller.project_id, base)
+    other = None if against is None else shelf.find(session, caller.project_id, against, param="against")
+    if other is not None:
+        reports.check_reported(other)
+    counted = "" if model is None else (model.base_id or model.id)
+    row = reports.request(session, file, base=counted, against="" if other is None else other.sha256)
+    return Asked(file, row, base, against)
+
+
+AskedDep = Annotated[Asked, Depends(find_report)]
+
+
+@router.get("/report", summary="Retrieve a file's report", response_model=wire.FileReport, responses=errors(404))
+def retrieve_report(asked: AskedDep, storage: StorageDep) -> Response:
     """What is wrong with the rows. While `status` is `queued` or `running`, ask again.
 
     With `base` also the rows' tokens, with `against` rows that stand in another file: made when first asked for, kept.
     """
-    file, row = _find(session, caller, file_id, base, against)
-    state = wire.FileReport.of(row, file=file.id, base=base, against=against)
+    row = asked.row
+    state = wire.FileReport.of(row, file=asked.file.id, base=asked.base, against=asked.against)
     if row.status != reports.READY:
         return Response(state.model_dump_json(), media_type="application/json")
     # Joined as text: to check a hundred thousand findings, which a worker has written, would take seconds.
@@ -52,32 +74,12 @@ def retrieve_report(
     response_class=Response,
     responses=errors(404) | {200: {"content": {"text/html": {"example": "<!doctype html>"}}, "description": "A page"}},
 )
-def show_report(
-    file_id: str,
-    session: SessionDep,
-    caller: CallerDep,
-    storage: StorageDep,
-    base: Base = None,
-    against: Against = None,
-) -> HTMLResponse:
+def show_report(asked: AskedDep, storage: StorageDep) -> HTMLResponse:
     """The report as one page that needs nothing else. While it is made, the page loads itself again."""
-    file, row = _find(session, caller, file_id, base, against)
+    row = asked.row
     state = {"status": row.status, "progress": row.progress, "error": row.error}
-    shown = page.render(file.filename, _load(storage, row), state=state)
+    shown = page.render(asked.file.filename, _load(storage, row), state=state)
     return HTMLResponse(shown, headers={"content-security-policy": _POLICY, "x-content-type-options": "nosniff"})
-
-
-def _find(
-    session: Session, caller: Caller, file_id: str, base: str | None, against: str | None
-) -> tuple[File, FileReport]:
-    file = shelf.find(session, caller.project_id, file_id)
-    reports.check_reported(file)
-    model = None if base is None else registry.find_ready(session, caller.project_id, base)
-    other = None if against is None else shelf.find(session, caller.project_id, against, param="against")
-    if other is not None:
-        reports.check_reported(other)
-    counted = "" if model is None else (model.base_id or model.id)
-    return file, reports.request(session, file, base=counted, against="" if other is None else other.sha256)
 
 
 def _load(storage: Storage, row: FileReport) -> dict[str, Any]:

@@ -14,7 +14,9 @@ LINEAGE: dict[str, Any] = {
     "source": "file-def456",
     "source_sha256": "9f2c0000000000000000000000000000000000000000000000000000000000aa",
     "against": None,
+    "base": None,
     "held_out": None,
+    "progress": 1.0,
     "created_at": 1719184911,
     "actions": [{"kind": "exact_duplicate", "action": "keep_one", "min_score": 0.0}],
     "held_out_rows": None,
@@ -38,11 +40,12 @@ class CleanFile(Cleaning, Body):
     )
 
     against: str | None = Field(None, min_length=1, description="A test or validation file, whose rows are leaks here")
+    base: str | None = Field(None, min_length=1, description="A model whose tokenizer counts")
 
     @property
     def order(self) -> Cleaning:
-        """What is asked for, without the other file."""
-        return Cleaning.model_validate(self.model_dump(exclude={"against"}))
+        """What is asked for, without the other file and the model."""
+        return Cleaning.model_validate(self.model_dump(exclude={"against", "base"}))
 
 
 class DroppedRow(Wire):
@@ -72,6 +75,8 @@ class FileCleaning(Wire):
     source: str
     source_sha256: str | None
     against: str | None
+    base: str | None
+    progress: float = Field(description="Share that is done, 0 to 1")
     held_out: str | None = Field(description="The file of the rows that were held out")
     held_out_rows: HeldOut | None = Field(description="As asked for")
     created_at: int
@@ -89,6 +94,8 @@ class FileCleaning(Wire):
             source=row.source_id,
             source_sha256=done.get("source_sha256"),
             against=row.against_id,
+            base=row.base_id,
+            progress=row.progress,
             held_out=row.held_out_id,
             held_out_rows=row.order["held_out"],
             created_at=seconds(row.created_at),

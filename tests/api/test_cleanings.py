@@ -17,11 +17,12 @@ def _upload(team: Team, purpose: str = "fine-tune") -> str:
 
 def test_a_new_file_is_there_at_once_and_becomes_readable(team: Team, database: Database, base: str) -> None:
     source = _upload(team)
-    asked = {"recommended": True, "held_out": {"share": 0.1, "seed": 3}}
+    asked = {"recommended": True, "held_out": {"share": 0.1, "seed": 3}, "base": base}
     made = team.http.post(f"/v1/files/{source}/clean", json=asked).json()
     assert (made["status"], made["filename"], made["bytes"]) == ("uploaded", "t-clean.jsonl", 0)
     lineage = team.http.get(f"/v1/files/{made['id']}/cleaning").json()
     assert (lineage["source"], lineage["held_out_rows"]["seed"], lineage["counts"]) == (source, 3, {})
+    assert (lineage["base"], lineage["progress"]) == (base, 0.0)
     assert team.http.get(f"/v1/files/{lineage['held_out']}/cleaning").json() == lineage
     for path in ("content", "report", f"preview?model={base}"):
         answer = team.http.get(f"/v1/files/{made['id']}/{path}")
@@ -54,13 +55,15 @@ def test_a_new_file_is_there_at_once_and_becomes_readable(team: Team, database: 
         ({"actions": [{"kind": "duplicates", "action": "drop"}]}, "exact_duplicate"),
         ({"actions": [{"kind": "pii", "action": "fix"}]}, "Possible: redact, drop"),
         ({"actions": [{"kind": "test_leak", "action": "drop"}]}, "against"),
+        ({"actions": [{"kind": "answer_cut", "action": "drop"}]}, "'base'"),
+        ({"recommended": True, "base": "nowhere"}, "nowhere"),
         ({"rows": {"drop": [0]}}, "counted from 1"),
         ({"held_out": {"share": 0.9}}, "0.5"),
     ],
 )
 def test_what_is_not_possible_is_said(team: Team, body: dict[str, object], said: str) -> None:
     answer = team.http.post(f"/v1/files/{_upload(team)}/clean", json=body)
-    assert answer.status_code == 400
+    assert answer.status_code == (404 if "base" in body else 400)
     assert said in answer.json()["error"]["message"]
 
 

@@ -72,7 +72,7 @@ WRONG_BODIES: list[tuple[dict[str, Any], str, str]] = [
     (
         {**JOB, "technique": {"type": "dora"}},
         "technique.type",
-        "('dora'): should be full, lora or qlora (did",
+        '(\'dora\'): should be full, lora or qlora (did you mean {"type": "lora", "use_dora": true}?)',
     ),
     ({**JOB, "technique": {"type": "lora", "rank": 8}}, "technique.rank", "Did you mean 'technique.r'?"),
     ({**JOB, "technique": {"type": "full", "rank": 8}}, "technique.rank", "A full fine-tune has no 'rank'"),

@@ -138,6 +138,18 @@ def test_create_uploads_a_file_that_a_setting_names(
     assert job["evaluation"]["test_file"].startswith("file-")
 
 
+def test_create_uploads_a_file_of_general_rows(tunery: Run, api: str, base: str, train: Path, held_out: Path) -> None:
+    held_out.write_bytes(held_out.read_bytes() + LINE.encode())  # a row of the task among them flatters nothing
+    status, out, err = tunery(
+        "jobs", "create", "-m", BASE, "--train", train, "--set", f"replay.source={held_out}", "--json"
+    )
+    assert (status, "flatter" in err or "shares" in err) == (0, False), err
+    source = json.loads(out)["replay"]["source"]
+    assert tunery("files", "content", source)[1] == held_out.read_text()
+    assert _created(tunery, "--train", train, "--set", "replay.source=self")["replay"]["source"] == "self"
+    assert _created(tunery, "--train", train, "--set", f"replay.source={source}")["replay"]["source"] == source
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -173,6 +185,8 @@ def test_create_takes_the_same_value_twice(tunery: Run, api: str, base: str, tra
         (["-m", BASE, "--set", "select=best"], "Send a validation_file too"),
         (["-m", BASE, "--valid", "one.csv"], "one.csv"),
         (["-m", BASE, "--set", "packing"], "name=value"),
+        (["-m", BASE, "--set", "replay.source=nowhere.jsonl"], "There is no file nowhere.jsonl"),
+        (["-m", BASE, "--set", "replay.source=one.csv"], "one.csv"),
         (["-m", BASE, "--test", "train.jsonl"], "train.jsonl equals the training file"),
         (["-m", "not-ready"], "'not-ready' is processing"),
         (["-m", "no-lora", "--rank", 4], "cannot be trained with lora: because"),

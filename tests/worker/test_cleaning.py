@@ -1,14 +1,19 @@
 """Uploaded files that are cleaned: new files beside them, with their lineage."""
 
 import json
+from pathlib import Path
 from typing import Any
 
+import pytest
+from sqlalchemy import select
 from workshop import Workshop, training_rows
 
-from tunery.datasets import cleanings, shelf
-from tunery.datasets.cleaning.order import Cleaning, HeldOut
-from tunery.datasets.model import File, FileCleaning
-from worker.io import cleaning
+from tunery.datasets import cleanings, progress, shelf
+from tunery.datasets import reports as file_reports
+from tunery.datasets.cleaning.order import Action, Cleaning, HeldOut
+from tunery.datasets.model import File, FileCleaning, FileReport
+from tunery.storage.errors import StorageFailed
+from worker.io import cleaning, programs, reports
 from worker.supervisor.drain import Drain
 
 
@@ -21,10 +26,10 @@ def _row(workshop: Workshop, kind: type[Any], id: str) -> Any:
         return session.get_one(kind, id)
 
 
-def _ask(workshop: Workshop, source: str, order: Cleaning, against: str | None = None) -> str:
+def _ask(workshop: Workshop, source: str, order: Cleaning, against: str | None = None, base: str | None = None) -> str:
     with workshop.session() as session:
         other = session.get_one(File, against) if against else None
-        return cleanings.request(session, session.get_one(File, source), order, against=other).id
+        return cleanings.request(session, session.get_one(File, source), order, against=other, base=base).id
 
 
 def _work(workshop: Workshop) -> bool:
@@ -83,3 +88,114 @@ def test_a_cleaning_over_which_workers_end_fails(workshop: Workshop) -> None:
     assert _work(workshop)
     assert "ended 3 times" in _row(workshop, File, made).status_details
     assert not _work(workshop)
+
+
+def _asked(question: str, answer: str = "That one.") -> bytes:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return json.dumps({"messages": messages}).encode() + b"\n"
+
+
+def test_rows_are_judged_by_a_base_by_other_files_and_by_the_benchmark(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = next(iter((reports.ROOT / reports._BENCHMARK).glob("*.jsonl"))).read_text().splitlines()
+    question = json.loads(items[0])["question"]
+    rows = training_rows(12) + _asked(question) + _asked("Say much.", "word " * 300) + training_rows(2, first=50)
+    source, _ = workshop.file(rows), workshop.file(training_rows(9, first=50))
+    settings = workshop.settings.model_copy(update={"file_reports": True})
+    while reports.report_next(settings, workshop.storage, Drain()):
+        pass
+    shares: list[float | None] = []
+    run = programs.run
+
+    def run_and_look(arguments: list[str], folder: Path, *rest: Any, **options: Any) -> str | None:
+        reason = run(arguments, folder, *rest, **options)
+        shares.append(progress.read(folder))
+        return reason
+
+    monkeypatch.setattr(cleaning.programs, "run", run_and_look)
+    kinds = ("repeated_elsewhere", "benchmark_overlap", "answer_cut")
+    order = Cleaning(actions=[Action(kind=kind, action="drop") for kind in kinds])
+    made = _ask(workshop, source, order, base=workshop.base_id)
+    assert _work(workshop)
+
+    lineage = _row(workshop, FileCleaning, made)
+    assert lineage.outcome is not None, _row(workshop, File, made).status_details
+    assert {one["line"]: one["kind"] for one in lineage.outcome["dropped"]} == {
+        13: "benchmark_overlap",
+        14: "answer_cut",
+        15: "repeated_elsewhere",
+        16: "repeated_elsewhere",
+    }
+    assert lineage.progress == 1.0
+    assert shares[0] is not None
+    assert 0.6 < shares[0] <= 1.0
+
+
+def test_what_a_file_was_cleaned_into_repeats_nothing(workshop: Workshop) -> None:
+    source, other = workshop.file(training_rows(12)), workshop.file(training_rows(13))
+    made = _ask(workshop, source, Cleaning(recommended=True, held_out=HeldOut(share=0.2)))
+    with workshop.session() as session:
+        lineage = session.get_one(FileCleaning, made)
+        parts = {made: training_rows(10), lineage.held_out_id: training_rows(2, first=10)}
+        stored = {id: workshop.storage.put(f"files/{id}", content) for id, content in parts.items()}
+        assert cleanings.finish(session, lineage, {}, stored) == []
+        for report in session.scalars(select(FileReport)):
+            file_reports.finish(session, report, summary={"trainable": True, "reason": None})
+
+    def named(id: str) -> set[str]:
+        with workshop.session() as session:
+            file = session.get_one(File, id)
+            return {one.id for one, _ in file_reports.others(session, file.project_id, file.sha256)}
+
+    held = lineage.held_out_id
+    assert named(source) == {other}
+    assert (named(made), named(held)) == ({other, held}, {other, made})
+    assert named(other) == {source, made, held}
+
+
+def test_a_worker_that_stops_gives_its_try_back(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _ask(workshop, workshop.file(training_rows(12)), Cleaning(recommended=True))
+    drain = Drain()
+    drain.begin()
+    assert cleaning.clean_next(workshop.settings, workshop.storage, drain)
+    assert (_row(workshop, File, made).status, _row(workshop, FileCleaning, made).tries) == ("uploaded", 0)
+
+    def fail(*_: Any) -> None:
+        raise StorageFailed(deed="read", key="files/x", reason="away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cleaning, "_lay_out", fail)
+        with pytest.raises(StorageFailed):
+            _work(workshop)
+    assert _row(workshop, FileCleaning, made).tries == 0
+
+
+def test_a_cleaning_shows_its_progress_and_has_a_limit(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = _ask(workshop, workshop.file(training_rows(12)), Cleaning(recommended=True))
+    cleaning._show_progress(made, tmp_path)
+    progress.write(tmp_path, 0.25)
+    cleaning._show_progress(made, tmp_path)
+    assert _row(workshop, FileCleaning, made).progress == 0.25
+    monkeypatch.setattr(cleaning, "SECONDS", 0)
+    assert _work(workshop)
+    assert "took more than 0 minutes. Split the file." in _row(workshop, File, made).status_details
+
+
+def test_a_new_file_that_is_deleted_meanwhile_leaves_no_bytes(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = _ask(workshop, workshop.file(training_rows(12)), Cleaning(recommended=True))
+    lay_out = cleaning._lay_out
+
+    def lay_out_and_delete(*arguments: Any) -> None:
+        lay_out(*arguments)
+        with workshop.session() as session:
+            shelf.delete(session, session.get_one(File, made), in_use_by=None)
+            assert shelf.purge(session, workshop.storage, lambda *_: None) == 1
+
+    monkeypatch.setattr(cleaning, "_lay_out", lay_out_and_delete)
+    assert _work(workshop)
+    assert f"files/{made}" not in set(workshop.storage.list("files/"))

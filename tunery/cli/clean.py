@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +10,11 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from tunery import ids
 from tunery.cli import show
-from tunery.cli.report import ReportUnavailable
+from tunery.cli.options import connect
+from tunery.cli.remote import Refused, Remote
+from tunery.cli.report import POLL_SECONDS, ReportUnavailable, existing, no_such_file
 from tunery.datasets.cleaning.order import Action, ActionName, Cleaning, HeldOut, RowChoice
 
 _SHOWN = 5
@@ -18,8 +22,11 @@ _Kinds = Annotated[list[str] | None, typer.Option(metavar="KIND", help="As in th
 
 
 def clean(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A file with training rows.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The new file, JSON Lines.")],
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(help="A file here, which needs no server, or the id of an uploaded one.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The new file, JSON Lines. Of an uploaded one it is a copy.")
+    ] = None,
     recommended: Annotated[bool, typer.Option("--recommended", help="What the report suggests for each kind.")] = False,
     drop: _Kinds = None,
     keep_one: _Kinds = None,
@@ -30,36 +37,74 @@ def clean(
         float | None, typer.Option(help="A share of the rows for OUTPUT-held-out, without splitting groups.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed holds out the same rows.")] = 0,
-    against: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A file that must hold other rows.")
+    against: Annotated[str | None, typer.Option(help="A file, likewise, that must hold other rows.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="A folder with tokenizer.json, or with an id a model.", show_default="an estimate"),
     ] = None,
-    base: Annotated[Path | None, typer.Option(exists=True, help="A folder with tokenizer.json.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a row that are trained.")] = 2048,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
 ) -> None:
-    """Write a file's rows without duplicates, leaks, faults and personal data into a new file. Needs no server."""
+    """Write a file's rows without duplicates, leaks, faults and personal data into a new file."""
     chosen: dict[ActionName, list[str] | None] = {"drop": drop, "keep_one": keep_one, "redact": redact, "fix": fix}
     order = Cleaning(
         actions=[Action(kind=kind, action=action) for action, kinds in chosen.items() for kind in kinds or ()],
         recommended=recommended,
         rows=RowChoice(drop=drop_line or []),
         held_out=None if held_out is None else _held_out(held_out, seed),
+        max_tokens=max_tokens,
     )
-    order.check(compared=against is not None)
+    if Path(file).is_file():
+        done, names = _clean_here(Path(file), output, order, existing("--against", against), existing("--base", base))
+    elif file.startswith(ids.FILE):
+        done, names = _clean_there(connect(context), file, output, order, against=against, base=base)
+    else:
+        raise no_such_file(file)
+    if as_json:
+        sys.stdout.write(json.dumps(done, indent=1) + "\n")
+    else:
+        print_cleaning(done, Path(file).name, names)
+
+
+def _clean_here(
+    file: Path, output: Path | None, order: Cleaning, against: Path | None, base: Path | None
+) -> tuple[dict[str, Any], list[str]]:
+    """What was done to a file here, and the new files' names. Raises ReportUnavailable."""
+    if output is None:
+        raise typer.BadParameter("Name the new file with --output.")
     if output.exists() and output.samefile(file):
         raise typer.BadParameter("The file itself is never changed: name another one with --output.")
     try:
         from tunery.datasets.cleaning import cleaner
     except ModuleNotFoundError as error:
         raise ReportUnavailable(package=error.name) from None
-    apart = output.with_name(f"{output.stem}-held-out{output.suffix}") if order.held_out else None
-    done = cleaner.clean(
-        file, output, order, held_out=apart, against=against, base=base, max_tokens=max_tokens
-    ).as_dict()
-    if as_json:
-        sys.stdout.write(json.dumps(done, indent=1) + "\n")
-    else:
-        print_cleaning(done, file.name, [path.name for path in (output, apart) if path is not None])
+    apart = _apart(output) if order.held_out else None
+    done = cleaner.clean(file, output, order, held_out=apart, against=against, base=base).as_dict()
+    return done, [path.name for path in (output, apart) if path is not None]
+
+
+def _clean_there(
+    api: Remote, file: str, output: Path | None, order: Cleaning, **others: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """What the server did to a file there, and the new files' ids; copies of them lie at `output`. Raises Refused."""
+    body = order.model_dump(mode="json", exclude_defaults=True) | {key: id for key, id in others.items() if id}
+    made = api.call("POST", f"/files/{file}/clean", json=body)["id"]
+    with show.errors.status("waiting for a worker") as status:
+        while (found := api.call("GET", f"/files/{made}"))["status"] == "uploaded":
+            status.update(f"cleaning: {api.call('GET', f'/files/{made}/cleaning')['progress']:.0%}")
+            time.sleep(POLL_SECONDS)
+    if found["status"] == "error":
+        raise Refused(message=found["status_details"])
+    done = api.call("GET", f"/files/{made}/cleaning")
+    new = [made] if done["held_out"] is None else [made, done["held_out"]]
+    if output is not None:
+        for id, path in zip(new, (output, _apart(output)), strict=False):
+            api.download(f"/files/{id}/content", path)
+    return done, new
+
+
+def _apart(output: Path) -> Path:
+    return output.with_name(f"{output.stem}-held-out{output.suffix}")
 
 
 def _held_out(share: float, seed: int) -> HeldOut:

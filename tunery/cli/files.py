@@ -13,7 +13,7 @@ from tunery.cli.options import AsJson, ColumnNames, connect, parse_columns
 from tunery.cli.remote import Remote
 from tunery.cli.report import fetch as fetch_report
 from tunery.cli.report import make as make_report
-from tunery.cli.report import print_report
+from tunery.cli.report import no_such_file, print_report
 from tunery.datasets.report import page
 from tunery.local.drawing import size
 from tunery.rows.preview_model import Preview
@@ -145,14 +145,12 @@ def content(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A file instead of the terminal.")] = None,
 ) -> None:
     """A file's bytes."""
-    chunks = connect(context).stream(f"/files/{file}/content")
+    api, path = connect(context), f"/files/{file}/content"
     if output is None:
-        for chunk in chunks:
+        for chunk in api.stream(path):
             sys.stdout.buffer.write(chunk)
         return
-    with output.open("wb") as target:
-        for chunk in chunks:
-            target.write(chunk)
+    api.download(path, output)
     show.done(f"{output} ({size(output.stat().st_size)})")
 
 
@@ -175,7 +173,7 @@ def report(
     elif file.startswith(ids.FILE):
         said, name = fetch_report(connect(context), file, against=against, base=base), file
     else:
-        raise typer.BadParameter(f"{file}: there is no such file here, and ids begin with {ids.FILE}")
+        raise no_such_file(file)
     if html is not None:
         html.write_text(page.render(name, said), encoding="utf-8")
     if json:

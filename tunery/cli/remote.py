@@ -74,6 +74,12 @@ class Remote:
                 _check(answer)
             yield from answer.iter_bytes()
 
+    def download(self, path: str, target: Path) -> None:
+        """Writes the bytes of an answer into a file."""
+        with target.open("wb") as file:
+            for chunk in self.stream(path):
+                file.write(chunk)
+
     def _client(self) -> httpx2.Client:
         if not self.key:
             raise NoKey

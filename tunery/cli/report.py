@@ -9,13 +9,14 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from tunery import ids
 from tunery.cli import show
 from tunery.cli.remote import Refused, Remote
 from tunery.datasets.report.page import mixes, places
 from tunery.datasets.report.titles import TITLES
 from tunery.errors import TuneryError
 
-_POLL_SECONDS = 1.0
+POLL_SECONDS = 1.0
 
 
 class ReportUnavailable(TuneryError):
@@ -31,11 +32,20 @@ def make(path: Path, against: str | None, *, base: str | None, max_tokens: int) 
         from tunery.datasets.report import maker
     except ModuleNotFoundError as error:
         raise ReportUnavailable(package=error.name) from None
-    folders = {name: Path(value) if value else None for name, value in (("--against", against), ("--base", base))}
-    for option, folder in folders.items():
-        if folder is not None and not folder.exists():
-            raise typer.BadParameter(f"{option} {folder}: there is no such file here, as there is of the first.")
-    return maker.make(path, folders["--against"], base=folders["--base"], max_tokens=max_tokens).as_dict()
+    other, folder = existing("--against", against), existing("--base", base)
+    return maker.make(path, other, base=folder, max_tokens=max_tokens).as_dict()
+
+
+def existing(option: str, value: str | None) -> Path | None:
+    """The path that an option names. Raises BadParameter where nothing is there."""
+    if value is not None and not Path(value).exists():
+        raise typer.BadParameter(f"{option} {value}: there is no such file here, as there is of the first.")
+    return None if value is None else Path(value)
+
+
+def no_such_file(file: str) -> typer.BadParameter:
+    """The error for what is neither a file here nor the id of one."""
+    return typer.BadParameter(f"{file}: there is no such file here, and ids begin with {ids.FILE}")
 
 
 def fetch(api: Remote, file: str, **query: str | None) -> dict[str, Any]:
@@ -44,7 +54,7 @@ def fetch(api: Remote, file: str, **query: str | None) -> dict[str, Any]:
     with show.errors.status("waiting for the report") as status:
         while (found := api.call("GET", f"/files/{file}/report", params=asked))["status"] in ("queued", "running"):
             status.update(f"{found['status']}: {found['progress']:.0%}")
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
     if found["status"] == "failed":
         raise Refused(message=found["error"])
     return found

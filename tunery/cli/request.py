@@ -26,6 +26,7 @@ FILES: dict[FileRole, str] = {
     "training": "training_file",
     "validation": "validation_file",
     "test": "evaluation.test_file",
+    "replay": "replay.source",
 }
 """The fields that name files, by the file's role."""
 MOST_FETCHED = 64 * 2**20
@@ -131,7 +132,7 @@ def check(body: Body) -> None:
     """Raises what the API would say of the fields: Refused, InvalidValue, Unsupported; PluginFailed."""
     plugins.load(plugins.names(), "cli")
     try:
-        creation.check_fields(JobRequest.model_validate(body))
+        creation.check_fields(JobRequest.model_validate(_uploaded(body)))
     except ValidationError as error:
         faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors(include_url=False)]
         raise field_errors.explain(faults, body, JobRequest) from None
@@ -140,14 +141,11 @@ def check(body: Body) -> None:
 def local_files(body: Body) -> dict[FileRole, Path]:
     """The files that have to be uploaded, by role. Raises Refused for one that is neither here nor an id."""
     found: dict[FileRole, Path] = {}
-    for role, field in FILES.items():
-        name = _get(body, field)
-        if name is None:
-            continue
-        path = Path(str(name)).expanduser()
+    for role, name in _named_files(body):
+        path = Path(name).expanduser()
         if path.is_file():
             found[role] = path
-        elif not str(name).startswith("file-"):
+        elif not name.startswith("file-"):
             raise Refused(message=f"There is no file {name}. Name one of rows, or an uploaded one's id (file-...).")
     return found
 
@@ -156,11 +154,10 @@ def stored_files(api: Remote, body: Body, local: Collection[FileRole]) -> dict[F
     """The files that were uploaded before, by role, as the API describes them. Raises Refused for one that cannot be
     used."""
     found: dict[FileRole, dict[str, Any]] = {}
-    for role, field in FILES.items():
-        name = _get(body, field)
-        if name is None or role in local:
+    for role, name in _named_files(body):
+        if role in local:
             continue
-        found[role] = api.call("GET", f"/files/{quote(str(name))}")
+        found[role] = api.call("GET", f"/files/{quote(name)}")
         if found[role]["purpose"] != "fine-tune" or found[role]["status"] == "error":
             details = found[role].get("status_details")
             reason = details or f"it has the purpose '{found[role]['purpose']}', not 'fine-tune'."
@@ -192,7 +189,7 @@ def sources(api: Remote, local: dict[FileRole, Path], stored: dict[FileRole, dic
 def check_files(body: Body, found: dict[FileRole, Source]) -> list[str]:
     """Warnings about rows that are in two of the files. Raises Refused for a file that the API would refuse."""
     overlap = rules.Overlap()
-    asked = JobRequest.model_validate(body)
+    asked = JobRequest.model_validate(_uploaded(body))
     method, _ = creation.check_fields(asked)
     encoders = {role: find_encoder(method, role, asked.columns) for role in found}
     digests = {role: _check_rows(source, role, encoders[role], overlap) for role, source in found.items()}
@@ -200,7 +197,9 @@ def check_files(body: Body, found: dict[FileRole, Source]) -> list[str]:
     if repeats and not body.get("allow_test_on_training_file"):
         raise Refused(message=creation.TEST_IS_TRAINING.format(file=found["test"].name))
     return [
-        f"{PurePath(source.name).name}: {reason}" for role, source in found.items() if (reason := overlap.reason(role))
+        f"{PurePath(source.name).name}: {reason}"
+        for role, source in found.items()
+        if role != "replay" and (reason := overlap.reason(role))
     ]
 
 
@@ -232,6 +231,22 @@ def upload(body: Body, files: dict[FileRole, Path], send: Callable[[Path], str])
         for folder in folders:
             here = here[folder]
         here[name] = ids[whole]
+
+
+def _named_files(body: Body) -> Iterator[tuple[FileRole, str]]:
+    """The files that a request names, by path or id."""
+    for role, field in FILES.items():
+        name = _get(body, field)
+        if name is not None and not (role == "replay" and name == "self"):
+            yield role, str(name)
+
+
+def _uploaded(body: Body) -> Body:
+    """The request as it will be sent: replay's source is `self` or an id, which a path becomes."""
+    source = _get(body, FILES["replay"])
+    if not isinstance(source, str) or source == "self":
+        return body
+    return {**body, "replay": {**body["replay"], "source": "file-here"}}
 
 
 def _get(body: Body, field: str) -> Any:

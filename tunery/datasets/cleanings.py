@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from sqlalchemy import ColumnElement, exists, select
+from sqlalchemy import ColumnElement, exists, select, update
 from sqlalchemy.orm import Session
 
 from tunery import dispatch, ids
@@ -19,13 +19,18 @@ MAX_TRIES = 3
 _LOST = "The worker that cleaned the file ended {tries} times before it was done. Look for rows that are very large."
 
 
-def request(session: Session, source: File, order: Cleaning, *, against: File | None = None) -> File:
-    """Returns the new file, whose bytes a worker writes. Raises InvalidValue, NoReport, WrongState."""
+def request(
+    session: Session, source: File, order: Cleaning, *, against: File | None = None, base: str | None = None
+) -> File:
+    """Returns the new file, whose bytes a worker writes. `base`: the id of the model whose tokenizer counts.
+
+    Raises InvalidValue, NoReport, WrongState.
+    """
     reports.check_reported(source)
     for file in (source, against):
         if file is not None:
             arrival.check_written(file)
-    order.check(compared=against is not None)
+    order.check(compared=against is not None, measured=base is not None, uploaded=True)
     made = _add(session, source, "clean")
     held_out = _add(session, source, "held-out") if order.held_out is not None else None
     session.add(
@@ -33,6 +38,7 @@ def request(session: Session, source: File, order: Cleaning, *, against: File | 
             file_id=made.id,
             source_id=source.id,
             against_id=against.id if against else None,
+            base_id=base,
             held_out_id=held_out.id if held_out else None,
             order=order.model_dump(mode="json"),
         )
@@ -82,19 +88,40 @@ def begin(session: Session, file_id: str) -> FileCleaning | None:
     if file.deleted_at is not None or cleaning.tries >= MAX_TRIES:
         fail(session, cleaning, _LOST.format(tries=cleaning.tries))
         return None
-    cleaning.tries += 1
+    cleaning.tries, cleaning.progress = cleaning.tries + 1, 0.0
     session.flush()
     return cleaning
 
 
-def finish(session: Session, cleaning: FileCleaning, outcome: dict[str, Any], stored: Mapping[str, Stored]) -> None:
-    """Notes what was done, and the bytes of each file that was written, by its id. Their reports follow."""
-    cleaning.outcome = outcome
+def release(session: Session, file_id: str) -> None:
+    """Gives a cleaning back that was broken off by an outage or a shutdown, which is not the file's fault."""
+    begun = (FileCleaning.file_id == file_id) & (FileCleaning.tries > 0) & FileCleaning.outcome.is_(None)
+    session.execute(update(FileCleaning).where(begun).values(tries=FileCleaning.tries - 1))
+
+
+def show_progress(session: Session, file_id: str, share: float) -> None:
+    """Notes how much of a cleaning is done, 0 to 1."""
+    session.execute(update(FileCleaning).where(FileCleaning.file_id == file_id).values(progress=share))
+
+
+def finish(
+    session: Session, cleaning: FileCleaning, outcome: dict[str, Any], stored: Mapping[str, Stored]
+) -> list[str]:
+    """Notes what was done, and the bytes of each file that was written, by its id. Their reports follow.
+
+    Returns the keys of files that are gone meanwhile, whose bytes nobody else will remove.
+    """
+    cleaning.outcome, cleaning.progress = outcome, 1.0
+    purged = []
     for id, written in stored.items():
         file = session.get_one(File, id, with_for_update=True)
         file.bytes, file.sha256, file.status = written.bytes, written.sha256, "processed"
         session.flush()
-        reports.request(session, file)
+        if file.purged_at is not None:
+            purged.append(file.key)
+        else:
+            reports.request(session, file)
+    return purged
 
 
 def fail(session: Session, cleaning: FileCleaning, reason: str) -> None:

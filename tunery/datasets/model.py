@@ -90,8 +90,9 @@ class FileEvent(Base):
 
 
 class FileCleaning(Base):
-    """How a file came of another one: asked for in `order`, done by a worker, told in `outcome` (the lineage, with each
-    row that went or was changed). `held_out_id`: the file of the rows that were held out."""
+    """How a file came of another one: asked for in `order`, done by a worker, described in `outcome` (the lineage, with
+    each row that went or was changed). `held_out_id`: the file of the rows that were held out; `base_id`: the model
+    whose tokenizer counts."""
 
     __tablename__ = "file_cleanings"
 
@@ -99,9 +100,11 @@ class FileCleaning(Base):
     source_id: Mapped[str] = mapped_column(ForeignKey("files.id"))
     against_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
     held_out_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"), unique=True)
+    base_id: Mapped[str | None]
     order: Mapped[dict[str, Any]]
     outcome: Mapped[dict[str, Any] | None]
     tries: Mapped[int] = mapped_column(default=0)
+    progress: Mapped[float] = mapped_column(default=0.0, server_default="0")
     created_at: Mapped[datetime] = creation_time()
 
 

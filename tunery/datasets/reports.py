@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from tunery import dispatch, ids
 from tunery.datasets.arrival import check_written
 from tunery.datasets.errors import NoReport
-from tunery.datasets.model import File, FileEvent, FileReport
+from tunery.datasets.model import File, FileCleaning, FileEvent, FileReport
 from tunery.rows.shapes import can_be_named
 from tunery.storage import Storage
 
@@ -157,12 +157,22 @@ def content(session: Session, project_id: str, sha256: str) -> File | None:
     return session.scalar(query.order_by(File.deleted_at.is_not(None), File.created_at).limit(1))
 
 
-def others(session: Session, report: FileReport, *, most: int = 20) -> list[tuple[File, FileReport]]:
-    """Returns the newest other contents of the project that have a report, each with one of its files."""
+def others(session: Session, project_id: str, sha256: str, *, most: int = 20) -> list[tuple[File, FileReport]]:
+    """Returns the newest other contents of the project that have a report, each with one of its files.
+
+    Not what a content was cleaned into or from: these have the same rows, which its lineage says.
+    """
+    same = select(File.id).where(File.project_id == project_id, File.sha256 == sha256)
+    into = (FileCleaning.file_id == File.id) | (FileCleaning.held_out_id == File.id)
+    is_source = exists().where(
+        FileCleaning.source_id == File.id, FileCleaning.file_id.in_(same) | FileCleaning.held_out_id.in_(same)
+    )
+    is_made = exists().where(FileCleaning.source_id.in_(same), into)
     query = (
         select(File, FileReport)
         .join(FileReport, (FileReport.project_id == File.project_id) & (FileReport.sha256 == File.sha256))
-        .where(File.project_id == report.project_id, File.sha256 != report.sha256, File.deleted_at.is_(None))
+        .where(File.project_id == project_id, File.sha256 != sha256, File.deleted_at.is_(None))
+        .where(~is_source, ~is_made)
         .where(FileReport.status == READY, FileReport.base == "", FileReport.against == "")
         .order_by(File.created_at.desc())
         .limit(most)

@@ -140,8 +140,10 @@ ENCODERS: dict[str, RowEncoder] = {"supervised": CHATS, "dpo": PAIRS}
 
 
 def find_encoder(method: MethodOptions, role: FileRole, columns: Columns | None = None) -> RowEncoder:
-    """Returns the encoder of a file. Test rows are chats, which the models answer, or with `dpo` also pairs."""
+    """Returns the encoder of a file. Test rows are chats, which the models answer, or with `dpo` also pairs. `columns`
+    are the task's; the general rows of replay have their own."""
     encoder = ENCODERS[method.type]
+    columns = None if role == "replay" else columns
     if role == "test":
         encoder = CHATS_OR_PAIRS if method.type == "dpo" else CHATS
     elif isinstance(method, Supervised) and method.loss_on != "assistant":

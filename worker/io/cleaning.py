@@ -4,13 +4,22 @@ import json
 from pathlib import Path
 
 from tunery import db
-from tunery.datasets import cleanings
+from tunery.datasets import cleanings, progress
+from tunery.datasets import reports as file_reports
+from tunery.datasets.cleaning.order import Cleaning
 from tunery.datasets.model import File, FileCleaning
+from tunery.datasets.report.order import Order
+from tunery.db import UNREACHABLE
+from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.storage import Storage
-from worker.io import programs
+from tunery.storage.errors import StorageFailed
+from worker.io import programs, reports
 from worker.io.claims import take_one
 from worker.supervisor.drain import Drain
+
+SECONDS = 1800
+"""A cleaning's time, as a report's: it judges the rows a few times, the later ones quickly."""
 
 
 def clean_next(settings: Settings, storage: Storage, drain: Drain) -> bool:
@@ -32,26 +41,51 @@ def _clean(file_id: str, settings: Settings, storage: Storage, drain: Drain) -> 
     def fail(error: Exception) -> None:
         _fail(file_id, f"The file could not be cleaned: {type(error).__name__}.")
 
-    with programs.workplace(settings.runs_dir, "cleaning", file_id, fail) as folder:
-        _lay_out(cleaning, folder, storage)
-        reason = programs.run(["tunery.datasets.cleaning", str(folder)], folder, drain, what="cleaning")
-        if drain.begun:
-            return  # the next worker begins again
-        if reason is None:
-            _publish(cleaning, folder, storage)
-        else:
-            _fail(file_id, reason)
+    try:
+        with programs.workplace(settings.runs_dir, "cleaning", file_id, fail) as folder:
+            _lay_out(cleaning, folder, settings, storage)
+            reason = programs.run(
+                ["tunery.datasets.cleaning", str(folder)], folder, drain, what="cleaning", seconds=SECONDS,
+                watch=lambda: _show_progress(file_id, folder),
+            )  # fmt: skip
+            if drain.begun:
+                _release(file_id)
+            elif reason is None:
+                _publish(cleaning, folder, storage)
+            else:
+                _fail(file_id, reason)
+    except (StorageFailed, *UNREACHABLE):
+        _release(file_id)
+        raise  # another time
 
 
-def _lay_out(cleaning: FileCleaning, folder: Path, storage: Storage) -> None:
+def _release(file_id: str) -> None:
+    with db.transaction() as session:
+        cleanings.release(session, file_id)
+
+
+def _lay_out(cleaning: FileCleaning, folder: Path, settings: Settings, storage: Storage) -> None:
     """Fills the folder of the process."""
     with db.transaction() as session:
         source = session.get_one(File, cleaning.source_id)
         against = session.get_one(File, cleaning.against_id) if cleaning.against_id else None
+        base = session.get_one(Model, cleaning.base_id) if cleaning.base_id else None
+        others = file_reports.others(session, source.project_id, source.sha256)
     storage.fetch(source.key, folder / "rows", source.sha256)
     if against is not None:
         storage.fetch(against.key, folder / "against", against.sha256)
-    (folder / "order.json").write_text(json.dumps(cleaning.order))
+        others = [(file, report) for file, report in others if file.sha256 != against.sha256]
+    order = Cleaning.model_validate(cleaning.order)
+    (folder / "cleaning_order.json").write_text(order.model_dump_json())
+    asked = Order(compares=against is not None, max_tokens=order.max_tokens)
+    reports.lay_out_known(folder, settings, storage, asked, base, others)
+
+
+def _show_progress(file_id: str, folder: Path) -> None:
+    share = progress.read(folder)
+    if share is not None:
+        with db.transaction() as session:
+            cleanings.show_progress(session, file_id, share)
 
 
 def _publish(cleaning: FileCleaning, folder: Path, storage: Storage) -> None:
@@ -65,7 +99,9 @@ def _publish(cleaning: FileCleaning, folder: Path, storage: Storage) -> None:
         stored[id] = storage.put_file(f"files/{id}", folder / name)
     with db.transaction() as session:
         row = session.get_one(FileCleaning, cleaning.file_id)
-        cleanings.finish(session, row, json.loads((folder / "cleaning.json").read_text()), stored)
+        purged = cleanings.finish(session, row, json.loads((folder / "cleaning.json").read_text()), stored)
+    for key in purged:  # deleted meanwhile, and purged before there were bytes
+        storage.delete(key)
 
 
 def _fail(file_id: str, reason: str) -> None:

@@ -1,12 +1,13 @@
 """Reports of files: made by a process of their own, whose memory goes with it, and kept in storage."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tunery import db
-from tunery.datasets import reports
-from tunery.datasets.model import FileReport
+from tunery.datasets import progress, reports
+from tunery.datasets.model import File, FileReport
 from tunery.datasets.report.order import Order, OtherFile
 from tunery.db import UNREACHABLE
 from tunery.models.model import Model
@@ -51,7 +52,7 @@ def _report(report_id: str, settings: Settings, storage: Storage, drain: Drain) 
             _lay_out(report, folder, settings, storage)
             reason = programs.run(
                 ["tunery.datasets.report", str(folder)], folder, drain, what="report", seconds=SECONDS,
-                watch=lambda: _show_progress(report_id, folder / "progress"),
+                watch=lambda: _show_progress(report_id, folder),
             )  # fmt: skip
             if drain.begun:
                 _release(report_id)
@@ -75,32 +76,44 @@ def _lay_out(report: FileReport, folder: Path, settings: Settings, storage: Stor
         contents = {"rows": report.sha256, "against": report.against}
         found = {name: reports.content(session, report.project_id, sha256) for name, sha256 in contents.items()}
         base = session.get_one(Model, report.base) if report.base else None
-        others = reports.others(session, report) if not report.against and not report.base else []
+        is_plain = not report.against and not report.base
+        others = reports.others(session, report.project_id, report.sha256) if is_plain else []
     for name, sha256 in contents.items():
         if sha256:
             file = found[name]
             if file is None:
                 raise ObjectMissing(key=sha256)
             storage.fetch(file.key, folder / name, sha256)
+    lay_out_known(folder, settings, storage, Order(compares=bool(report.against)), base, others)
+
+
+def lay_out_known(
+    folder: Path,
+    settings: Settings,
+    storage: Storage,
+    order: Order,
+    base: Model | None,
+    others: Sequence[tuple[File, FileReport]],
+) -> None:
+    """Adds to an order, which it writes, what else the rows are judged by: a base, other files, the benchmark."""
     if base is not None:
         (folder / "base").symlink_to(text_folder(settings.models_dir, storage, base).absolute())
+        order.base = base.id
+        order.max_tokens = min(order.max_tokens, base.facts.get("context_length") or order.max_tokens)
     (folder / "others").mkdir()
     for file, other in others:
         data = b"".join(storage.read(f"{other.prefix}/digests"))
         (folder / "others" / file.id).write_bytes(data)
-    named = [OtherFile(id=file.id, name=file.filename) for file, _ in others]
-    order = Order(
-        compares=bool(report.against), base=report.base or None, others=named, benchmark=str(ROOT / _BENCHMARK)
-    )
-    if base is not None:
-        order.max_tokens = min(order.max_tokens, base.facts.get("context_length") or order.max_tokens)
+    order.others = [OtherFile(id=file.id, name=file.filename) for file, _ in others]
+    order.benchmark = str(ROOT / _BENCHMARK)
     (folder / "order.json").write_text(order.model_dump_json())
 
 
-def _show_progress(report_id: str, path: Path) -> None:
-    if path.exists():
+def _show_progress(report_id: str, folder: Path) -> None:
+    share = progress.read(folder)
+    if share is not None:
         with db.transaction() as session:
-            reports.show_progress(session, report_id, float(path.read_text()))
+            reports.show_progress(session, report_id, share)
 
 
 def _store(report: FileReport, folder: Path, storage: Storage) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Cleans one file: `python -m tunery.datasets.cleaning FOLDER`.
 
-FOLDER holds the file `rows`, `against` where it is compared, and a Cleaning in order.json. clean.jsonl, held-out.jsonl
-and cleaning.json are written there. A file that cannot be cleaned ends it with EXIT_USER_ERROR and the reason.
+FOLDER holds a Cleaning in cleaning_order.json, a report's Order in order.json, and the files that it names. What is
+written there: clean.jsonl, held-out.jsonl, cleaning.json, and meanwhile progress. A file that cannot be cleaned ends it
+with EXIT_USER_ERROR and the reason.
 """
 
 import json
@@ -9,7 +10,9 @@ import sys
 from pathlib import Path
 
 from tunery import plugins
+from tunery.datasets import progress
 from tunery.datasets.cleaning.order import Cleaning
+from tunery.datasets.report.order import Order
 from tunery.errors import TuneryError
 from tunery.wire import EXIT_USER_ERROR
 
@@ -17,16 +20,22 @@ from tunery.wire import EXIT_USER_ERROR
 def main(folder: Path) -> int:
     """Returns the exit status."""
     plugins.load(plugins.names(), "worker")
-    from tunery.datasets.cleaning import cleaner  # what it imports may be missing, which is to be said
+    from tunery.datasets.cleaning import cleaner  # what they import may be missing, which is to be said
+    from tunery.datasets.report import elsewhere
 
-    order = Cleaning.model_validate_json((folder / "order.json").read_text())
-    against = folder / "against"
+    order = Cleaning.model_validate_json((folder / "cleaning_order.json").read_text())
+    known = Order.model_validate_json((folder / "order.json").read_text())
+    order.max_tokens = known.max_tokens
     done = cleaner.clean(
         folder / "rows",
         folder / "clean.jsonl",
         order,
         held_out=folder / "held-out.jsonl" if order.held_out else None,
-        against=against if against.exists() else None,
+        against=folder / "against" if known.compares else None,
+        base=folder / "base" if known.base else None,
+        others=elsewhere.read(folder / "others", known.others),
+        benchmark_folder=Path(known.benchmark) if known.benchmark else None,
+        progress=lambda share: progress.write(folder, share),
     )
     (folder / "cleaning.json").write_text(json.dumps(done.as_dict()))
     return 0

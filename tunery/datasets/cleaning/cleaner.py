@@ -1,11 +1,11 @@
 """Cleaning: a new file of a file's rows, and what became of each. The file itself is only read."""
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from tunery.datasets.cleaning import lines, plan, splits
 from tunery.datasets.cleaning.order import Cleaning
@@ -13,6 +13,7 @@ from tunery.datasets.cleaning.plan import Changed, Dropped, Plan
 from tunery.datasets.errors import NothingLeft
 from tunery.datasets.report import benchmark, length, maker, tokens
 from tunery.datasets.report.case import Finding
+from tunery.datasets.report.elsewhere import Other
 from tunery.datasets.report.rows import chunks, read
 from tunery.errors import InvalidValue
 
@@ -63,28 +64,24 @@ def clean(
     held_out: Path | None = None,
     against: Path | None = None,
     base: Path | None = None,
-    max_tokens: int = 2048,
+    others: Sequence[Other] | None = None,
     benchmark_folder: Path | None = None,
+    progress: Callable[[float], object] = float,
 ) -> Cleaned:
     """Writes the rows that are left of `source` to `target` as JSON Lines, and those held out to `held_out`.
 
-    Rows of JSON Lines that nothing was done to are the same bytes. Raises InvalidValue, InvalidRows, CannotHoldOut,
+    Rows of JSON Lines that nothing was done to are the same bytes. What the rows are compared with and `progress` are
+    those of a report; `others` is None of a file that is not uploaded. Raises InvalidValue, InvalidRows, CannotHoldOut,
     NothingLeft; a file that was begun then stays behind.
     """
-    order.check(compared=against is not None)
+    order.check(compared=against is not None, measured=_has_template(base), uploaded=others is not None)
     options = {
-        "max_tokens": max_tokens,
+        "max_tokens": order.max_tokens,
         "count": length.tokenizer(base) if base else None,
+        "others": others or (),
         "benchmark": benchmark.read(benchmark_folder) if benchmark_folder else frozenset(),
     }
-    made = plan.make(
-        read(source, maker.MOST),
-        lambda numbers: lines.read_rows(source, numbers),
-        order,
-        against=read(against, maker.MOST) if against else (),
-        more=_measure(source, base, max_tokens) if base and base.is_dir() else (),
-        options=options,
-    )
+    made = _plan(source, order, against, base, options, progress)
     left = made.left()
     apart = splits.hold_out(left, share=order.held_out.share, seed=order.held_out.seed) if order.held_out else set()
     with ExitStack() as files:
@@ -104,6 +101,30 @@ def clean(
         kinds=plan.by_kind(made),
         dropped=sorted(made.dropped.values(), key=lambda one: one.line),
         changed=sorted(made.changes, key=lambda one: one.line),
+    )
+
+
+def _has_template(base: Path | None) -> TypeGuard[Path]:
+    """Whether a base is a folder, and not its tokenizer.json alone."""
+    return base is not None and base.is_dir()
+
+
+def _plan(
+    source: Path,
+    order: Cleaning,
+    against: Path | None,
+    base: Path | None,
+    options: Mapping[str, Any],
+    progress: Callable[[float], object],
+) -> Plan:
+    return plan.make(
+        read(source, maker.MOST),
+        lambda numbers: lines.read_rows(source, numbers),
+        order,
+        against=read(against, maker.MOST) if against else (),
+        more=_measure(source, base, order.max_tokens) if _has_template(base) else (),
+        options=options,
+        progress=progress,
     )
 
 

@@ -23,6 +23,13 @@ _DROP = _Possible(("drop",), "drop")
 _ASK = _Possible(("drop",))
 _KEEP_ONE = _Possible(("keep_one", "drop"), "keep_one")
 _NOTHING = _Possible(())
+_MEASURED = ("untrained", "answer_cut")
+"""Kinds that only a base's tokenizer and chat template tell; `too_long` is estimated without."""
+_NOT_COMPARED = "Leaks are found by comparison. Name the test or validation file in 'against'."
+_NOT_MEASURED = "Tokens are counted by a base's tokenizer and chat template. Name the model in 'base'."
+_NOT_UPLOADED = "The server knows what the rows are compared with. Upload the file, and clean it by its id."
+_UPLOADED = ("repeated_elsewhere", "benchmark_overlap")
+"""Kinds of uploaded files: the server has the files and the benchmark that they are compared with."""
 
 ACTIONS: dict[str, _Possible] = {
     "invalid_row": _DROP,
@@ -89,17 +96,23 @@ class Cleaning(BaseModel):
     recommended: bool = Field(False, description="Kinds without an action get the one that the report suggests")
     rows: RowChoice = Field(RowChoice(), description="Rows by their lines")
     held_out: HeldOut | None = Field(None, description="Puts a share of the rows into a second file")
+    max_tokens: Int = Field(2048, ge=1, description="Tokens of a row that are trained")
 
-    def check(self, *, compared: bool) -> None:
+    def check(self, *, compared: bool, measured: bool, uploaded: bool) -> None:
         """Raises InvalidValue where an action is not possible, or nothing is asked for.
 
-        `compared`: there is another file to find leaks in.
+        `compared`: there is another file to find leaks in; `measured`: a base counts tokens; `uploaded`: the server's
+        files and benchmark are at hand.
         """
+        missing = {
+            **({} if compared else {"test_leak": _NOT_COMPARED}),
+            **({} if measured else dict.fromkeys(_MEASURED, _NOT_MEASURED)),
+            **({} if uploaded else dict.fromkeys(_UPLOADED, _NOT_UPLOADED)),
+        }
         for number, one in enumerate(self.actions):
             _check(one, f"actions.{number}")
-            if one.kind == "test_leak" and not compared:
-                reason = "Leaks are found by comparison. Name the test or validation file in 'against'."
-                raise InvalidValue(param=f"actions.{number}.kind", reason=reason)
+            if one.kind in missing:
+                raise InvalidValue(param=f"actions.{number}.kind", reason=missing[one.kind])
         if len({one.kind for one in self.actions}) < len(self.actions):
             raise InvalidValue(param="actions", reason="A kind has two actions. Choose one for each kind.")
         if any(line < 1 for line in self.rows.drop):

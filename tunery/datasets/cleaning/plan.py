@@ -14,6 +14,8 @@ from tunery.rows.formats import SourceRow
 CHOSEN = "rows.drop"
 """The kind of a row that a person has chosen."""
 _ROUNDS = 5
+_FIRST_ROUND, _LATER_ROUND = 0.6, 0.1
+"""Shares of the work."""
 _CERTAIN: list[Check] = [check for check in maker.CHECKS if check is not mislabels.find]
 """Checks of later rounds. A classifier that is fitted again finds others to doubt, and would in every round."""
 _LAST = ("contradiction", "near_duplicate", "exact_duplicate")
@@ -66,9 +68,11 @@ def make(
     against: Sequence[Row] = (),
     more: Sequence[Finding] = (),
     options: Mapping[str, Any],
+    progress: Callable[[float], object] = float,
 ) -> Plan:
     """Judges the rows, acts, and judges what is left again, until nothing is left to do: a row whose roles were
-    corrected may turn out to be another one's duplicate. `more`: findings besides; `options`: of the report."""
+    corrected may turn out to be another one's duplicate. `more`: findings besides; `options`: of the report;
+    `progress` is called with the share that is done."""
     plan = Plan(rows)
     actions = order.chosen()
     chosen = set(order.rows.drop)
@@ -76,11 +80,18 @@ def make(
         if row.line in chosen:
             plan.drop(row.line, CHOSEN, "Was chosen.")
     for number in range(_ROUNDS if actions else 0):
-        found = maker.find(Case(plan.left(), against, **options), _CERTAIN if number else maker.CHECKS)
+        case = Case(plan.left(), against, **options)
+        found = maker.find(case, _CERTAIN if number else maker.CHECKS, _of_round(number, progress))
         kept = [finding for finding in found if number == 0 or finding.score == 1 or not _is_guess(finding)]
         if not _act(plan, kept if number else [*kept, *more], actions, read_rows):
             break
     return plan
+
+
+def _of_round(number: int, progress: Callable[[float], object]) -> Callable[[float], object]:
+    """Shows what share of all a round's share is. The first one takes the longest, and few have all the others."""
+    begun = 0.0 if number == 0 else _FIRST_ROUND + (number - 1) * _LATER_ROUND
+    return lambda share: progress(begun + share * (_LATER_ROUND if number else _FIRST_ROUND))
 
 
 def _is_guess(finding: Finding) -> bool:

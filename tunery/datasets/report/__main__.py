@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from tunery import plugins
+from tunery.datasets import progress
 from tunery.datasets.report.order import Order
 from tunery.errors import TuneryError
 from tunery.wire import EXIT_USER_ERROR
@@ -20,7 +21,6 @@ def main(folder: Path) -> int:
     from tunery.datasets.report import elsewhere, maker  # what they import may be missing, which is to be said
 
     order = Order.model_validate_json((folder / "order.json").read_text())
-    digests = {other.id: (folder / "others" / other.id).read_bytes() for other in order.others}
     made = maker.make(
         folder / "rows",
         folder / "against" if order.compares else None,
@@ -28,19 +28,13 @@ def main(folder: Path) -> int:
         base_name=order.base,
         max_tokens=order.max_tokens,
         benchmark_folder=Path(order.benchmark) if order.benchmark else None,
-        others=[elsewhere.Other(other.id, other.name, elsewhere.unpack(digests[other.id])) for other in order.others],
-        progress=lambda share: _show(folder, share),
+        others=elsewhere.read(folder / "others", order.others),
+        progress=lambda share: progress.write(folder, share),
     )
     (folder / "report.json").write_text(json.dumps(made.as_dict()))
     (folder / "digests").write_bytes(made.digests)
     (folder / "summary.json").write_text(json.dumps(made.summary()))
     return 0
-
-
-def _show(folder: Path, share: float) -> None:
-    # Renamed into its place: a reader never sees half a number.
-    (folder / "progress.new").write_text(f"{share:.3f}")
-    (folder / "progress.new").rename(folder / "progress")
 
 
 if __name__ == "__main__":

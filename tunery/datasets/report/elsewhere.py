@@ -4,8 +4,10 @@ import hashlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from tunery.datasets.report.case import Case, Finding
+from tunery.datasets.report.order import OtherFile
 from tunery.datasets.report.rows import Row, whole
 
 _ENTRY = struct.Struct("<8sI")
@@ -37,6 +39,11 @@ def unpack(data: bytes) -> dict[bytes, int]:
     for key, line in _ENTRY.iter_unpack(data):
         found.setdefault(key, line)
     return found
+
+
+def read(folder: Path, named: Iterable[OtherFile]) -> list[Other]:
+    """The other files, whose digests lie in `folder` under their ids."""
+    return [Other(other.id, other.name, unpack((folder / other.id).read_bytes())) for other in named]
 
 
 def find(case: Case) -> Iterator[Finding]:

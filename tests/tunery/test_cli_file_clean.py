@@ -1,0 +1,72 @@
+"""`tunery files clean` of an uploaded file: it waits, prints what the service did, and fetches the new files."""
+
+import json
+import threading
+from pathlib import Path
+
+from commands import Run
+from databases import Database
+from sqlalchemy import select
+from teams import TRAIN
+
+from tunery.datasets import cleanings
+from tunery.datasets.cleaning import cleaner
+from tunery.datasets.cleaning.order import Cleaning
+from tunery.datasets.model import FileCleaning
+from tunery.storage import open_storage
+
+
+def _work(database: Database, path: Path, reason: str | None = None) -> None:
+    with database.sessions.begin() as session:
+        row = session.scalars(select(FileCleaning).order_by(FileCleaning.created_at.desc())).first()
+        assert row is not None
+        if reason is not None:
+            return cleanings.fail(session, row, reason)
+        storage = open_storage(database.settings)
+        parts = {row.file_id: path.with_suffix(".clean")}
+        if row.held_out_id is not None:
+            parts[row.held_out_id] = path.with_suffix(".apart")
+        order = Cleaning.model_validate(row.order)
+        done = cleaner.clean(path, *list(parts.values())[:1], order, held_out=parts.get(row.held_out_id or ""))
+        stored = {id: storage.put(f"files/{id}", part.read_bytes()) for id, part in parts.items()}
+        cleanings.finish(session, row, done.as_dict(), stored)
+    return None
+
+
+def test_an_uploaded_file_is_cleaned_there(tunery: Run, api: str, database: Database, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in TRAIN.splitlines()]
+    for number, row in enumerate(rows[1:], 1):
+        row["messages"][0]["content"] = f"What number has the house called {'xyzuvw'[number % 6] * number}?"
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, rows[1]]))
+    file_id = tunery("files", "upload", path)[1].strip()
+    (worker := threading.Timer(1, _work, (database, path))).start()
+    out = tmp_path / "out.jsonl"
+    ran = tunery("files", "clean", file_id, "--keep-one", "exact_duplicate", "--held-out", "0.2", "-o", out, "--json")
+    worker.join()
+    assert ran[0] == 0, ran[2]
+    said = json.loads(ran[1])
+    assert (said["source"], said["counts"]["dropped"], said["progress"]) == (file_id, 1, 1.0)
+    assert out.read_bytes() == path.with_suffix(".clean").read_bytes()
+    apart = tmp_path / "out-held-out.jsonl"
+    assert len(apart.read_text().splitlines()) == said["counts"]["held_out"] > 0
+
+    (worker := threading.Timer(1, _work, (database, path, "No row is left."))).start()
+    status, _, err = tunery("files", "clean", file_id, "--recommended")
+    worker.join()
+    assert (status != 0, "No row is left." in err) == (True, True), err
+
+
+def test_what_the_command_cannot_do_is_said(tunery: Run, api: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(TRAIN)
+    for arguments, said in (
+        (("nowhere.jsonl", "--recommended"), "nowhere.jsonl"),
+        ((path, "--recommended"), "--output"),
+        ((path, "--recommended", "-o", tmp_path / "o", "--against", "file-1"), "file-1"),
+        ((path, "--drop", "repeated_elsewhere", "-o", tmp_path / "o"), "Upload"),
+        ((path, "--drop", "answer_cut", "-o", tmp_path / "o"), "base"),
+    ):
+        status, _, err = tunery("files", "clean", *arguments)
+        assert status != 0, arguments
+        assert said in err
