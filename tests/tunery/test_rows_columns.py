@@ -147,3 +147,10 @@ def test_plain_text_is_no_test_row_and_no_pair() -> None:
         check_examples(data, role="test")
     with pytest.raises(InvalidTrainingFile, match="the method 'dpo' learns from pairs"):
         check_examples(data, encoder=find_encoder(Dpo(), "training"), least=1)
+
+
+def test_general_rows_are_read_by_their_own_columns() -> None:
+    general = [json.dumps({"prompt": "Hello?", "completion": "Hello."}).encode()]
+    assert check_examples(general, role="replay", encoder=find_encoder(Supervised(), "replay", NAMED)).examples == 1
+    with pytest.raises(InvalidTrainingFile, match="Frage"):
+        check_examples(general, role="validation", encoder=find_encoder(Supervised(), "validation", NAMED))

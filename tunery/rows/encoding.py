@@ -143,12 +143,13 @@ def find_encoder(method: MethodOptions, role: FileRole, columns: Columns | None 
     """Returns the encoder of a file. Test rows are chats, which the models answer, or with `dpo` also pairs. `columns`
     are the task's; the general rows of replay have their own."""
     encoder = ENCODERS[method.type]
-    columns = None if role == "replay" else columns
     if role == "test":
         encoder = CHATS_OR_PAIRS if method.type == "dpo" else CHATS
     elif isinstance(method, Supervised) and method.loss_on != "assistant":
         encoder = replace(CHATS, encode=partial(encode_example, loss_on=method.loss_on))
-    return encoder if columns is None else replace(encoder, columns=columns.named)
+    if columns is None or role == "replay":
+        return encoder
+    return replace(encoder, columns=columns.named)
 
 
 def encoder_of_any(loss_on: LossOn, columns: Columns | None = None) -> RowEncoder:
