@@ -13,7 +13,7 @@ import two_ranks
 from run_folders import chat, lay_out, plan
 from safetensors.torch import load_file
 
-from tunery.spec import Dpo, Evaluation, General, Lora, Plan, Replay, Resources
+from tunery.spec import Dpo, Evaluation, Export, General, Lora, Plan, Replay, Resources
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out
 from worker.trainer.wish import Wish
@@ -69,10 +69,12 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for name in ("dropout", "again", "stopped", "loading", "answering", "due"):
         made.lay_out(name, technique=Lora(r=4, dropout=0.3))
     made.lay_out("replay", replay=REPLAY)
+    made.lay_out("exporting", technique=Lora(r=4, dropout=0.3), export=Export(adapter_gguf=True))
     lay_out(made.folder / "pairs", tiny, _preferring(gpus=2), PAIRS, PAIRS[:3])
     commands = [
         ("pairs", "whole"), ("replay", "whole"), ("plain", "whole"), ("dropout", "whole"), ("again", "whole"),
         ("stopped", "step-2"), ("stopped", "whole"), ("loading", "loading"), ("answering", "answering"), ("due", "due"),
+        ("exporting", "exporting"), ("exporting", "whole"),
     ]  # fmt: skip
     found = two_ranks.spawn(made.folder, *(f"{how}:{made.folder / name}" for name, how in commands), gpus=gpus)
     for (name, how), *ranks in zip(commands, *found, strict=True):
@@ -164,6 +166,19 @@ def test_stop_while_answering_is_agreed_on(runs: Runs) -> None:
     assert [rank["done"] for rank in ranks] == [False, False]
     assert [rank["answered"] for rank in ranks] == [1, 1]
     assert (runs.folder / "answering" / "snapshots" / "step-6" / "state.json").exists()
+
+
+def test_stop_while_rank_0_exports_is_agreed_on(runs: Runs) -> None:
+    """The other rank has nothing to export, and waits."""
+    stopped, again = runs.seen["exporting exporting"], runs.seen["exporting whole"]
+
+    assert [rank["done"] for rank in stopped] == [False, False]
+    assert [rank.get("exported", 0) for rank in stopped] == [1, 0]
+    assert (runs.folder / "exporting" / "snapshots" / "step-6" / "state.json").exists()
+    assert [rank["done"] for rank in again] == [True, True]
+    assert [len(rank["seen"]) for rank in again] == [1, 1], "no step is made again"
+    assert (runs.folder / "exporting" / "out" / "gguf" / "adapter-f32.gguf").exists()
+    assert runs.difference(runs.folder / "exporting", runs.folder / "dropout") <= runs.exact
 
 
 def test_snapshot_that_is_due_on_one_rank_is_saved_by_all(runs: Runs) -> None:
