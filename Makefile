@@ -70,6 +70,13 @@ $(CLIENTS)/openai-npm/installed: $(wildcard $(CLIENT_FILES)/openai-npm/*)
 	cd $(@D) && npm ci --loglevel=error --no-audit --no-fund && node_modules/.bin/tsc
 	@touch $@
 
+# Tokenizers of other families, for what llama.cpp makes of them.
+$(CLIENTS)/tokenizers-npm/installed: $(wildcard $(CLIENT_FILES)/tokenizers-npm/*)
+	mkdir -p $(@D)
+	cp $^ $(@D)
+	cd $(@D) && npm ci --ignore-scripts --loglevel=error --no-audit --no-fund
+	@touch $@
+
 check: setup ## Format, lint, types, import walls, migrations, compose file, examples
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ Each family states what llama.cpp computes for it. A config that asks for someth
 load, and answer wrongly.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from worker.trainer.export.errors import NoGguf
 
 Array = NDArray[Any]
+BASE_FIELD = "tunery.base_weights_sha256"
 _YARN = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "mscale_all_dim": None}
 """What YaRN has where a config says nothing; llama.cpp has the same."""
 
@@ -110,6 +112,11 @@ def _scale_rope(writer: GGUFWriter, rope: dict[str, Any]) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     elif kind not in ("default", "llama3"):  # llama3's are a tensor
         raise NoGguf(reason=f"its RoPE is scaled by '{kind}', with settings that are not written here.")
+
+
+def describe_base(writer: GGUFWriter, weights_sha256: dict[str, str]) -> None:
+    """Writes the digests of the weight files of the base that the file was made of, or is laid on."""
+    writer.add_string(BASE_FIELD, json.dumps(weights_sha256, sort_keys=True))
 
 
 def made_tensors(config: Any) -> Iterator[tuple[str, Array]]:

@@ -6,6 +6,7 @@ is neither is refused: its ids would be others.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from worker.trainer.export.errors import NoGguf
 RULES = ("smollm", "llama-bpe", "qwen2", "gpt-2")
 _WITHOUT_WHOLE_WORDS = {"llama-bpe": "dbrx"}
 """The rule of the same cuts that joins every word by its merges; the first takes a word that is a token as it is."""
+_SPECIAL = re.compile(r"_?</?[^<>\s]*>")
+_PHI3 = re.compile("phi-?3", re.IGNORECASE)
+_PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
+_NORMALIZERS = {"NFC", "Prepend", "Replace"}
 SAMPLES = (
     "Hello, World!  It's 2024-11-28; I'LL pay 1234567.89 for you've   got\n\n\n  three\ttabs\t\tand spaces  ",
     "naïve café \u2013 Grüße, Ελληνικά, русский, 日本語のテキスト, العربية, हिन्दी, 👩‍👩‍👧 ½ ² ⅷ",
@@ -35,16 +40,45 @@ def describe(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
     model = said["model"]
     if model["type"] != "BPE":
         raise NoGguf(reason=f"its tokenizer is of the kind {model['type']}, and only BPE ones are written here.")
+    _check_normalizer(said)
     tokens = _tokens(tokenizer, vocabulary)
     if _is_sentencepiece(said):
         _describe_sentencepiece(writer, said, tokens)
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(find_rule(tokenizer, ignores_merges=model.get("ignore_merges", False)))
-        writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in model["merges"]])
+        writer.add_token_merges(_merges(tokenizer, model["merges"]))
     writer.add_token_list(tokens)
     writer.add_token_types(_types(tokenizer, said, tokens))
     _describe_specials(writer, folder, tokenizer)
+
+
+def name_for(folder: Path, name: str) -> str:
+    """Returns the model's name as the file has to say it. Raises NoGguf.
+
+    By the name, and nothing else, llama.cpp knows that special tokens take away the blanks behind them: it has them do
+    so in models that are called Phi-3, and in no others.
+    """
+    added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    strip = {token["content"] for token in added if token["rstrip"]}
+    if any(token["lstrip"] or token["single_word"] for token in added) or (
+        strip and strip != {token["content"] for token in added} - _PHI3_KEEPS
+    ):
+        raise NoGguf(reason="its special tokens take away blanks beside them in a way that llama.cpp does not.")
+    if not strip:
+        return _PHI3.sub("phi_3", name)
+    return name if _PHI3.search(name) else f"{name} (Phi-3)"
+
+
+def composes(folder: Path) -> bool:
+    """Returns whether the tokenizer brings texts into Unicode's NFC, which llama.cpp leaves to its callers."""
+    said = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    return "NFC" in _normalizers(said)
+
+
+def _normalizers(said: dict[str, Any]) -> set[str]:
+    found = said["normalizer"] or {"normalizers": []}
+    return {part["type"] for part in found.get("normalizers", [found])}
 
 
 def _tokens(tokenizer: Tokenizer, vocabulary: int) -> list[str]:
@@ -52,7 +86,36 @@ def _tokens(tokenizer: Tokenizer, vocabulary: int) -> list[str]:
     by_id = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
     if max(by_id) >= vocabulary:
         raise NoGguf(reason=f"its tokenizer has an id {max(by_id)}, and its weights are of {vocabulary} tokens.")
+    mistaken = _mistaken(tokenizer)
+    by_id = {number: token for number, token in by_id.items() if token not in mistaken}
     return [by_id.get(number, f"[UNUSED{number}]") for number in range(vocabulary)]
+
+
+def _mistaken(tokenizer: Tokenizer) -> set[str]:
+    """Tokens that look special, are none, and are made of no text: Qwen has one "</s>". llama.cpp knows such names and
+    would take them for the end of a text, as a token, wherever a text has them."""
+    looking = {token: number for token, number in tokenizer.get_vocab(False).items() if _SPECIAL.fullmatch(token)}
+    in_bytes = {f"<0x{value:02X}>" for value in range(256)}
+    return {
+        token
+        for token, number in looking.items()
+        if token not in in_bytes and number not in tokenizer.encode(token, add_special_tokens=False).ids
+    }
+
+
+def _check_normalizer(said: dict[str, Any]) -> None:
+    """Raises NoGguf for a tokenizer that changes texts in a way that llama.cpp does not.
+
+    Why NFC passes, which llama.cpp does not make: nearly all text is in it already.
+    """
+    if others := sorted(_normalizers(said) - _NORMALIZERS):
+        raise NoGguf(reason=f"its tokenizer changes texts by {', '.join(others)}, which llama.cpp does not.")
+
+
+def _merges(tokenizer: Tokenizer, merges: list[Any]) -> list[str]:
+    """Both sides of each merge, whose product is a token of the file."""
+    mistaken, pairs = _mistaken(tokenizer), [each.split(" ") if isinstance(each, str) else each for each in merges]
+    return [" ".join(pair) for pair in pairs if "".join(pair) not in mistaken]
 
 
 def _types(tokenizer: Tokenizer, said: dict[str, Any], tokens: list[str]) -> list[TokenType]:

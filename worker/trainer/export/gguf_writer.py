@@ -29,19 +29,27 @@ _OUTER = ("token_embd.weight", "output.weight")
 _BLOCK = 32
 
 
-def write(folder: Path, *, out: Path, kind: GgufType, name: str) -> str:
-    """Writes the model in `folder` as the file `out`, its matrices in `kind`; says how large it is. Raises NoGguf."""
+def write(
+    folder: Path, *, out: Path, kind: GgufType, name: str, base_weights_sha256: dict[str, str] | None = None
+) -> str:
+    """Writes the model in `folder` as the file `out`, its matrices in `kind`; says how large it is. Raises NoGguf.
+
+    `base_weights_sha256`: of the base that the model was trained from; None for a base itself.
+    """
     config = AutoConfig.from_pretrained(folder)
     family = gguf_models.find(config)
     with closing(GGUFWriter(out, family.name)) as writer:
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(name)
+        writer.add_name(gguf_tokenizers.name_for(folder, name))
         writer.add_file_type(_TYPES[kind][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         gguf_models.describe(writer, family, config)
+        if base_weights_sha256 is not None:
+            gguf_models.describe_base(writer, base_weights_sha256)
         gguf_tokenizers.describe(writer, folder, config.vocab_size)
         _write_tensors(writer, folder, family, config, kind)
-    return f"{out.stat().st_size / 1e6:.1f} MB, of the architecture {family.name}"
+    composed = ", for texts in Unicode's NFC" if gguf_tokenizers.composes(folder) else ""
+    return f"{out.stat().st_size / 1e6:.1f} MB, of the architecture {family.name}{composed}"
 
 
 def _write_tensors(writer: GGUFWriter, folder: Path, family: Family, config: Any, kind: GgufType) -> None:
