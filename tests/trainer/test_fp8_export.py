@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from tunery.spec import Export, Lora
 from worker.trainer.data import Row
 from worker.trainer.export import fp8, proof
+from worker.trainer.export.errors import FormatDiffers
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out
 from worker.trainer.wish import Wish
@@ -23,8 +24,8 @@ ROWS = [Row(list(range(3, 40)), [-100, *range(4, 40)])]
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[Path, Path]:
     """A model's folder, and the same in eight bits."""
-    base = tiny_models.llama(tmp_path / "base", bf16=True)
-    fp8.write(base, ROWS, out=tmp_path / "fp8")
+    base = tiny_models.llama(tmp_path / "base", bf16=True, initializer_range=0.05)
+    fp8.write(base, ROWS, out=tmp_path / "fp8", base_weights_sha256={"model.safetensors": "abc"})
     return base, tmp_path / "fp8"
 
 
@@ -53,12 +54,47 @@ def test_transformers_reads_what_was_measured(written: tuple[Path, Path]) -> Non
 
     recorded = json.loads((out / "fp8.json").read_text())["from_whole_model"]
     print(divergence, recorded)
-    assert 0 < recorded["mean_kl"] < 0.1
-    assert recorded["mean_kl"] / 4 < divergence.mean_kl < 4 * recorded["mean_kl"] + 1e-3  # inputs are rounded too
+    assert 0 < recorded["mean_kl"] < 1e-3
+    assert divergence.mean_kl == pytest.approx(recorded["mean_kl"], rel=0.05)
+    assert divergence.top1 == recorded["top1"]
+
+
+def test_record_names_the_base_by_content(written: tuple[Path, Path]) -> None:
+    assert json.loads((written[1] / "fp8.json").read_text())["base_weights_sha256"] == {"model.safetensors": "abc"}
+
+
+def spoilt(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """Eight bits that lose more than they do."""
+    own = fp8.narrow
+    monkeypatch.setattr(fp8, "narrow", lambda weight: own(weight * factor))
+
+
+def test_model_that_predicts_otherwise_in_eight_bits_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_models.llama(tmp_path / "base", bf16=True, initializer_range=0.05)
+    spoilt(monkeypatch, 1.5)
+
+    with pytest.raises(FormatDiffers, match=r"As FP8 the model does not predict .* \(at most 0\.05\)"):
+        fp8.write(base, ROWS, out=tmp_path / "fp8", base_weights_sha256={})
+
+
+def test_job_leaves_out_eight_bits_that_answer_worse(tmp_path: Path, ear: Ear, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_models.llama(tmp_path / "base", bf16=True, never_said=tuple(range(6, 260)), initializer_range=0.05)
+    folder = lay_out(tmp_path / "run", base, plan(export=Export(fp8=True, merged=True)), [chat(i) for i in range(8)])
+    spoilt(monkeypatch, 1.5)
+
+    assert carry_out(folder, Voice(ear.descriptor), Wish())
+
+    merged, eight_bits = said(ear, "exported")
+    assert (merged.is_refused, eight_bits.is_refused) == (False, True)
+    assert "As FP8 the model" in eight_bits.message
+    assert (folder / "out" / "merged").exists()
+    assert not (folder / "out" / "fp8").exists()
 
 
 def test_job_leaves_the_model_in_eight_bits(tmp_path: Path, ear: Ear) -> None:
-    base = tiny_models.llama(tmp_path / "base", bf16=True, never_said=tuple(range(6, 260)))
+    base = tiny_models.llama(tmp_path / "base", bf16=True, never_said=tuple(range(6, 260)), initializer_range=0.05)
     asked = plan(technique=Lora(r=4), learning_rate=1e-3, export=Export(fp8=True))
     lay_out(tmp_path / "run", base, asked, [chat(i) for i in range(8)])
 

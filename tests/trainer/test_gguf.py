@@ -1,5 +1,6 @@
 """GGUF files answer in llama.cpp as models do in transformers; what llama.cpp would compute otherwise is refused."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -155,14 +156,14 @@ def test_meter_reads_the_numbers_of_the_file(tmp_path: Path, family: str) -> Non
     found = {}
     for kind in ("q4_0", "q8_0", "f16"):
         gguf_writer.write(folder, out=tmp_path / f"{kind}.gguf", kind=kind, name="tiny")
-        found[kind] = meter.measure(tmp_path / f"{kind}.gguf").mean_kl
+        found[kind] = meter.measure(tmp_path / f"{kind}.gguf")[0].mean_kl
 
     assert found["f16"] < 1e-4 < found["q8_0"] < found["q4_0"]
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"] *= -1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     gguf_writer.write(folder, out=tmp_path / "other.gguf", kind="f16", name="tiny")
-    assert meter.measure(tmp_path / "other.gguf").mean_kl > 1e-3
+    assert meter.measure(tmp_path / "other.gguf")[0].mean_kl > 1e-3
 
 
 def test_window_of_all_layers_ends_the_context(tmp_path: Path) -> None:
@@ -322,6 +323,9 @@ def test_job_leaves_gguf_files(tmp_path: Path, ear: Ear, technique: Any) -> None
     assert "llama-server -m gguf/model-f16.gguf --jinja" in (out / "README.md").read_text()
     assert not (out / "merged").exists()
     assert fields(out / "gguf" / "model-f16.gguf")["general.architecture"] == "llama"
+    digests = {"model.safetensors": hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()}
+    for path in (out / "gguf").glob("*.gguf"):
+        assert json.loads(fields(path)["tunery.base_weights_sha256"]) == digests
 
 
 def test_job_says_why_it_leaves_no_gguf_file(tmp_path: Path, tiny: Path, ear: Ear) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from tunery.rows.template import ChatTemplate
 from tunery.spec import Export, Lora, Qlora
 from worker.trainer.data import Row, read_rows
 from worker.trainer.export import merge, proof
-from worker.trainer.export.errors import MergeDiffers, NoRoom
+from worker.trainer.export.errors import FormatAnswersWorse, MergeDiffers, NoRoom
 from worker.trainer.export.proof import Divergence
 from worker.trainer.recipes.qlora import keep_one_packing
 from worker.trainer.report import Voice
@@ -95,7 +96,9 @@ ON_TIED_LAYERS = ("head", "embeddings", "whole head", "new tokens")
 def test_merged_files_predict_as_the_adapter_does(
     tmp_path: Path, rows: list[Row], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proof, "LEAST_TOP1", 0.9)  # random logits are so near each other that rounding swaps some
+    monkeypatch.setattr(
+        proof, "EQUAL", proof.Bounds(mean_kl=1e-3, top1=0.9)
+    )  # random logits are so near each other that rounding swaps some
     base = tiny_models.llama(
         tmp_path / "base", bf16=True, tie_word_embeddings=kind in ON_TIED_LAYERS, initializer_range=0.1
     )
@@ -130,7 +133,7 @@ def test_product_is_added_in_fp32_and_rounded_once(tmp_path: Path, base: Path, r
 def test_adapter_of_four_bits_is_merged_into_the_base_that_it_was_trained_on(
     tmp_path: Path, base: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proof, "LEAST_TOP1", 0.9)
+    monkeypatch.setattr(proof, "EQUAL", proof.Bounds(mean_kl=1e-3, top1=0.9))
     made = adapter(tmp_path / "adapter", base)
 
     record = merge.write(source(base, made, decide(Qlora(), "cpu")), rows, tmp_path / "out")
@@ -253,7 +256,7 @@ def test_job_on_a_gpu_leaves_a_merged_model(tmp_path: Path, base: Path, ear: Ear
 )
 def test_bounds(kl: float, different: int, positions: int, is_small: bool) -> None:
     same = 1 - different / positions
-    assert Divergence(positions, kl, same, same).is_small == is_small
+    assert Divergence(positions, kl, same, same).keeps(proof.EQUAL) == is_small
 
 
 def test_tie_of_the_reference_is_no_difference() -> None:
@@ -263,6 +266,36 @@ def test_tie_of_the_reference_is_no_difference() -> None:
     divergence = proof.compare(reference, found)
 
     assert (divergence.identical, divergence.top1) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+
+
+def predictions(rows: list[Row], wrong: set[int]) -> torch.Tensor:
+    """Log-probabilities whose likeliest token is the wanted one, but for the last one of the `wrong` rows."""
+    found = []
+    for number, row in enumerate(rows):
+        wanted = [label for label in row.labels[1:] if label != -100]
+        if number in wrong:
+            wanted[-1] = (wanted[-1] + 1) % 260
+        found.append(torch.nn.functional.one_hot(torch.tensor(wanted), 260).float().log_softmax(-1))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_loss"),
+    [
+        (set(), set(range(8)), True),
+        (set(range(8)), set(), False),
+        (set(), {0, 1}, False),  # chance could do that
+        (set(range(24)), set(range(24)), False),  # no answer is right before
+    ],
+)
+def test_format_is_refused_for_answers_that_chance_does_not_lose(
+    rows: list[Row], before: set[int], after: set[int], is_loss: bool
+) -> None:
+    answered = proof.compare_answers(predictions(rows, before), predictions(rows, after), rows)
+
+    assert (answered.before, answered.after) == ((24 - len(before)) / 24, (24 - len(after)) / 24)
+    with pytest.raises(FormatAnswersWorse, match=r"As FP8 .* 66\.7%") if is_loss else nullcontext():
+        answered.check("FP8")
 
 
 def test_rows_fill_a_bound_of_tokens(rows: list[Row]) -> None:

@@ -17,6 +17,22 @@ class MergeDiffers(ExportRefused):
     code = "merge_differs"
 
 
+class FormatDiffers(ExportRefused):
+    """As {format} the model does not predict as the whole model does: on {positions} labelled tokens the mean KL
+    divergence is {mean_kl:.2g} (at most {most_kl:.2g}) and the likeliest token is the same for {top1:.2%} (at least
+    {least_top1:.2%}). Serve the whole model's safetensors instead."""
+
+    code = "format_differs"
+
+
+class FormatAnswersWorse(ExportRefused):
+    """As {format} the model answers worse than the whole model: it gives the wanted answer to {after:.1%} of {rows}
+    rows, the whole model to {before:.1%} (paired 95 % interval of the difference {low:+.1%} to {high:+.1%}). Export a
+    wider format, or serve the whole model's safetensors."""
+
+    code = "format_answers_worse"
+
+
 class NoRoom(ExportRefused):
     """Merging takes {needed} of memory for the base in fp32, and {available} are free. Leave 'export' out, or run the
     job on a host with more memory."""

@@ -5,6 +5,7 @@ head stay as they are.
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from worker.trainer.data import Row
 from worker.trainer.export import files, proof
-from worker.trainer.export.proof import Divergence
+from worker.trainer.export.errors import FormatDiffers
+from worker.trainer.export.proof import Answered, Divergence
 from worker.trainer.weights import INDEX
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -23,8 +25,11 @@ _EIGHT_BITS = {"num_bits": 8, "type": "float", "symmetric": True}
 RECORD = "fp8.json"
 
 
-def write(folder: Path, rows: list[Row], *, out: Path) -> str:
-    """Writes the model in `folder` into `out`; says what the eight bits cost, which `fp8.json` has too."""
+def write(folder: Path, rows: list[Row], *, out: Path, base_weights_sha256: dict[str, str]) -> str:
+    """Writes the model in `folder` into `out`; says what the eight bits cost, which `fp8.json` has too.
+
+    Raises FormatDiffers, FormatAnswersWorse.
+    """
     out.mkdir()
     layers = _layers(folder)
     weight_map: dict[str, str] = {}
@@ -37,10 +42,16 @@ def write(folder: Path, rows: list[Row], *, out: Path) -> str:
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": _described()}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     files.copy_texts(folder, out)
-    divergence = _measure(folder, out, rows) if rows and files.fits_in_fp32(folder) else None
-    (out / RECORD).write_text(json.dumps({"from_whole_model": divergence and vars(divergence)}, indent=2) + "\n")
-    kept = f"{len(layers)} linear layers in eight bits"
-    return kept if divergence is None else f"{kept}; {divergence.describe('the whole model')}"
+    record: dict[str, Any] = {"from_whole_model": None, "base_weights_sha256": base_weights_sha256}
+    said = f"{len(layers)} linear layers in eight bits"
+    if rows and files.fits_in_fp32(folder):
+        divergence, answered = _measure(folder, out, rows)
+        divergence.check(proof.FP8, FormatDiffers, format="FP8")
+        answered.check("FP8")
+        record["from_whole_model"] = asdict(divergence) | {"answers": asdict(answered)}
+        said += f"; {divergence.describe('the whole model')}"
+    (out / RECORD).write_text(json.dumps(record | {"bounds": asdict(proof.FP8)}, indent=2) + "\n")
+    return said
 
 
 def _layers(folder: Path) -> set[str]:
@@ -88,13 +99,23 @@ def narrow(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _measure(folder: Path, out: Path, rows: list[Row]) -> Divergence:
-    """How far the model with the files' numbers is from the model as it was."""
+def _measure(folder: Path, out: Path, rows: list[Row]) -> tuple[Divergence, Answered]:
+    """How far the model with the files' numbers is from the model as it was, and how both would answer."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     chosen = proof.choose(rows, model.config.get_text_config().vocab_size)
     reference = proof.log_probs(model, chosen)
     for shard in files.weight_files(out):
         tensors = load_file(shard)
         for name in (name for name in tensors if f"{name}_scale" in tensors):
-            model.get_parameter(name).copy_(tensors[name].float() * tensors[f"{name}_scale"].float())
-    return proof.compare(reference, proof.log_probs(model, chosen))
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            layer.weight.copy_(tensors[name].float() * tensors[f"{name}_scale"].float())
+            layer.register_forward_pre_hook(_round_inputs)
+    found = proof.log_probs(model, chosen)
+    return proof.compare(reference, found), proof.compare_answers(reference, found, chosen)
+
+
+def _round_inputs(_layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs as a server has them: in eight bits, with a scale for each token."""
+    wide, *others = args
+    scale = wide.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / _LARGEST
+    return ((wide / scale).to(torch.float8_e4m3fn).to(wide.dtype) * scale, *others)

@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from worker.trainer.export import gguf_models, gguf_writer
+from worker.trainer.export import files, gguf_models, gguf_writer
 from worker.trainer.export.errors import NoGguf
 from worker.trainer.export.gguf_models import Array, Family
 
@@ -30,6 +30,7 @@ def write(base: Path, adapter: Path, *, out: Path, name: str) -> str:
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora.lora_alpha))
         writer.add_name(name)
+        gguf_models.describe_base(writer, files.weights_sha256(base))
         for target, tensor in _tensors(adapter, lora, family, config).items():
             writer.add_tensor(target, tensor, raw_dtype=GGMLQuantizationType.F32)
         writer.write_header_to_file()

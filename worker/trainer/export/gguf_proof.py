@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from worker.trainer.data import Row
 from worker.trainer.export import gguf_models, gguf_writer, proof
-from worker.trainer.export.proof import Divergence
+from worker.trainer.export.proof import Answered, Divergence
 
 
 class Meter:
@@ -25,12 +25,13 @@ class Meter:
         self._rows = proof.choose(rows, self._config.vocab_size)
         self._reference = proof.log_probs(self._model, self._rows)
 
-    def measure(self, path: Path) -> Divergence:
-        """Returns how far the model with the file's numbers is from the model as it was."""
+    def measure(self, path: Path) -> tuple[Divergence, Answered]:
+        """Returns how far the model with the file's numbers is from the model as it was, and how both would answer."""
         state = self._model.state_dict()
         for tensor in GGUFReader(path).tensors:
             if tensor.name in self._names:
                 numbers = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape.tolist()[::-1])
                 changed = gguf_writer.restore(numbers, tensor.name, self._family, self._config)
                 state[self._names[tensor.name]].copy_(torch.from_numpy(changed.copy()))
-        return proof.compare(self._reference, proof.log_probs(self._model, self._rows))
+        found = proof.log_probs(self._model, self._rows)
+        return proof.compare(self._reference, found), proof.compare_answers(self._reference, found, self._rows)

@@ -25,7 +25,7 @@ from tunery.planning.precision import Precision
 from worker.trainer import dtypes, precision, report
 from worker.trainer.data import Row
 from worker.trainer.export import files, proof
-from worker.trainer.export.errors import NoRoom
+from worker.trainer.export.errors import MergeDiffers, NoRoom
 from worker.trainer.export.proof import Divergence
 from worker.trainer.kernels import stochastic
 from worker.trainer.recipes.full import FULL
@@ -71,7 +71,7 @@ def write(source: Source, rows: Iterable[Row], out: Path) -> dict[str, Any]:
     with files.temporary_folder(out) as folder:
         candidates = _candidates(source, chosen, folder)
         best = min(candidates, key=lambda candidate: candidate.trained.order)
-        best.proof.check()
+        best.proof.check(proof.EQUAL, MergeDiffers)
         record = _describe(source, best, candidates)
         (best.folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         files.copy_texts(source.adapter, best.folder)
@@ -90,7 +90,7 @@ def _describe(source: Source, best: Candidate, candidates: list[Candidate]) -> d
     return {
         "merged_into": best.base,
         "rounding": best.rounding,
-        "bounds": {"mean_kl": proof.MOST_KL, "top1": proof.LEAST_TOP1},
+        "bounds": asdict(proof.EQUAL),
         "candidates": [candidate.describe() for candidate in candidates],
         "base_weights_sha256": files.weights_sha256(source.base),
         "versions": report.versions(),
@@ -105,7 +105,7 @@ def _candidates(source: Source, rows: list[Row], folder: Path) -> list[Candidate
     found: list[Candidate] = []
     for base, weights in bases.items():
         found.append(_candidate(source, rows, folder, base, weights, trained))
-        if not found[-1].proof.is_small:
+        if not found[-1].proof.keeps(proof.EQUAL):
             found.append(_candidate(source, rows, folder, base, weights, trained, "stochastic"))
     return found
 

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,10 +11,22 @@ from torch import Tensor
 
 from tunery.rows.template import IGNORED
 from worker.trainer.data import Row
-from worker.trainer.export.errors import MergeDiffers
+from worker.trainer.export.errors import ExportRefused, FormatAnswersWorse
+from worker.trainer.scoring.intervals import paired_interval
 
-MOST_KL = 1e-3
-LEAST_TOP1 = 0.995
+
+@dataclass(frozen=True)
+class Bounds:
+    """The most that a model's predictions may be apart from those of another; see Divergence."""
+
+    mean_kl: float
+    top1: float
+
+
+EQUAL = Bounds(mean_kl=1e-3, top1=0.995)
+"""Of the same weights, added and rounded once to 16 bits."""
+FP8 = Bounds(mean_kl=0.05, top1=0.97)
+"""Of weights and inputs of three bits of mantissa."""
 TIE = 0.02
 """Nats between two tokens of the reference, of which either may be the likeliest: 2 % of probability, which rounding
 weights to bf16 turns. Open-ended text has such a pair at every 300th token or so."""
@@ -36,11 +48,10 @@ class Divergence:
     top1: float
     identical: float
 
-    @property
-    def is_small(self) -> bool:
-        """Whether both bounds hold. Of fewer than 200 tokens one may differ, which is more than 0.5 %."""
+    def keeps(self, bounds: Bounds) -> bool:
+        """Whether both bounds hold; a NaN holds none. However few tokens there are, one may differ."""
         different = round((1 - self.top1) * self.positions)
-        return self.mean_kl <= MOST_KL and different <= max(1, (1 - LEAST_TOP1) * self.positions)
+        return self.mean_kl <= bounds.mean_kl and different <= max(1, (1 - bounds.top1) * self.positions)
 
     def describe(self, reference: str) -> str:
         """Returns the numbers as a part of a sentence."""
@@ -54,16 +65,36 @@ class Divergence:
         """A key that puts the smallest first and a NaN last."""
         return math.inf if math.isnan(self.mean_kl) else self.mean_kl
 
-    def check(self) -> None:
-        """Raises MergeDiffers where a bound does not hold; a NaN holds none."""
-        if not self.is_small:
-            raise MergeDiffers(
+    def check(self, bounds: Bounds, refusal: type[ExportRefused], **said: str) -> None:
+        """Raises `refusal`, with what else it says, where a bound does not hold."""
+        if not self.keeps(bounds):
+            raise refusal(
                 positions=self.positions,
                 mean_kl=self.mean_kl,
-                most_kl=MOST_KL,
+                most_kl=bounds.mean_kl,
                 top1=self.top1,
-                least_top1=LEAST_TOP1,
+                least_top1=bounds.top1,
+                **said,
             )
+
+
+@dataclass(frozen=True)
+class Answered:
+    """How many rows a model would answer with the wanted text, before and after it was narrowed.
+
+    `low`, `high`: the paired 95 % interval of the difference of the two shares.
+    """
+
+    rows: int
+    before: float
+    after: float
+    low: float
+    high: float
+
+    def check(self, format: str) -> None:
+        """Raises FormatAnswersWorse where the whole interval is a loss."""
+        if self.high < 0:
+            raise FormatAnswersWorse(format=format, **asdict(self))
 
 
 def choose(rows: Iterable[Row], vocabulary: int) -> list[Row]:
@@ -98,6 +129,23 @@ def _of_row(model: Any, row: Row) -> Tensor:
 
 def _plain(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def right(predictions: Tensor, rows: list[Row]) -> list[bool]:
+    """Returns of each row whether the likeliest token is the wanted one everywhere. Then the model, answering greedily,
+    says just what the row wants."""
+    wanted = [torch.tensor(row.labels[1:]) for row in rows]
+    labels = [each[each != IGNORED] for each in wanted]
+    chosen = predictions.argmax(dim=-1).split([len(each) for each in labels])
+    return [bool(found.equal(each)) for found, each in zip(chosen, labels, strict=True)]
+
+
+def compare_answers(reference: Tensor, found: Tensor, rows: list[Row]) -> Answered:
+    """Both as `log_probs` returns them."""
+    before, after = right(reference, rows), right(found, rows)
+    both = sum(old and new for old, new in zip(before, after, strict=True))
+    low, high = paired_interval(both, sum(after) - both, sum(before) - both, len(rows))
+    return Answered(len(rows), sum(before) / len(rows), sum(after) / len(rows), low, high)
 
 
 def compare(reference: Tensor, found: Tensor) -> Divergence:

@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -17,8 +17,8 @@ from tunery.rows.template import ChatTemplate
 from tunery.spec import Export, GgufType
 from tunery.wire import Exported
 from worker.trainer.data import Row
-from worker.trainer.export import files, fp8, merge, readme
-from worker.trainer.export.errors import ExportRefused, NoRows
+from worker.trainer.export import files, fp8, merge, proof, readme
+from worker.trainer.export.errors import ExportRefused, FormatDiffers, NoRows
 from worker.trainer.wish import Stopped
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,11 @@ class Work:
     rows: Callable[[], list[Row]]
     say: Callable[[Exported], None]
     check: Callable[[], None] = lambda: None
+
+    @cached_property
+    def base_weights_sha256(self) -> dict[str, str]:
+        """The digests of the base's weight files, which each export records."""
+        return files.weights_sha256(self.base)
 
 
 def carry_out(work: Work) -> None:
@@ -91,9 +96,13 @@ def _merge(work: Work, out: Path) -> str:
 
 def _write_of_whole(work: Work, model: Path) -> None:
     """Writes what is made of the whole model in `model`."""
-    if work.asked.fp8 and not _try(work, "fp8", lambda: fp8.write(model, _rows_left(work), out=work.out / "fp8")):
+    if work.asked.fp8 and not _try(work, "fp8", lambda: _write_fp8(work, model)):
         shutil.rmtree(work.out / "fp8", ignore_errors=True)
     _write_gguf(work, model)
+
+
+def _write_fp8(work: Work, model: Path) -> str:
+    return fp8.write(model, _rows_left(work), out=work.out / "fp8", base_weights_sha256=work.base_weights_sha256)
 
 
 def _write_gguf(work: Work, model: Path) -> None:
@@ -103,14 +112,16 @@ def _write_gguf(work: Work, model: Path) -> None:
     meters: list[gguf_proof.Meter] = []
 
     def make(kind: GgufType, out: Path) -> str:
-        size = gguf_writer.write(model, out=out, kind=kind, name=work.name)
+        known = work.base_weights_sha256
+        size = gguf_writer.write(model, out=out, kind=kind, name=work.name, base_weights_sha256=known)
         if not files.fits_in_fp32(model) or not (rows := _rows_left(work)):
             return size
         if not meters:
             meters.append(gguf_proof.Meter(model, rows))
-        divergence = meters[0].measure(out)
+        divergence, answered = meters[0].measure(out)
         if kind == "f16":
-            divergence.check()
+            divergence.check(proof.EQUAL, FormatDiffers, format="GGUF f16")
+        answered.check(f"GGUF {kind}")
         return f"{size}; {divergence.describe('the whole model')}"
 
     for kind in dict.fromkeys(work.asked.gguf):
