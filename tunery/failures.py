@@ -27,6 +27,13 @@ class InvalidNExamples(JobFailure):
     code = "invalid_n_examples"
 
 
+class AnswersCut(JobFailure):
+    """{count} of {examples} examples lose a part of their answer to the cut at {max_length} tokens: {lines}. Raise
+    max_seq_length or shorten them; or send cut_answers: 'drop' to train without them, 'keep' to train what is left."""
+
+    code = "answers_cut"
+
+
 class DoesNotFit(JobFailure):
     """{what} needs about {needed} and the largest {device} here has {capacity}. {instead}"""
 

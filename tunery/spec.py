@@ -125,6 +125,10 @@ LossOn = Literal["assistant", "last_assistant", "all"]
 """Which tokens of a chat are learned: those of assistant messages, of the last one alone, or all of them."""
 
 
+CutAnswers = Literal["limit", "drop", "keep"]
+"""What becomes of rows that lose a part of an answer to the token limit: `TrainingOptions.cut_answers` says it."""
+
+
 class SupervisedKnobs(Part):
     """The hyperparameters that supervised training has besides those of every method."""
 
@@ -400,6 +404,11 @@ class TrainingOptions(Part, Generic[TechniqueT, RateT]):
     columns: Columns | None = Field(None, description="The files' columns by part, where they have names of their own")
     schedule: Schedule = Schedule()
     max_seq_length: Int = Field(2048, ge=16, le=1_048_576, description="Tokens; longer rows are cut at the end")
+    cut_answers: CutAnswers = Field(
+        "keep",  # as rows were trained before there was a choice; a request's default is another
+        description="Rows that lose a part of their answer to max_seq_length: 'limit' leaves them out, and fails the "
+        "job where they are more than 1 % of the training file; 'drop' leaves out any number; 'keep' trains the rest",
+    )
     packing: bool = Field(False, description="Several rows a sequence, each seeing only itself")
     weight_decay: Float = Field(0.0, ge=0, le=1)
     max_grad_norm: Float = Field(1.0, gt=0)

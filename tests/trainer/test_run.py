@@ -410,6 +410,22 @@ def test_rows_that_lose_their_end_are_named(tmp_path: Path, tiny: Path, ear: Ear
     assert t.warnings == (), "the job's validation has named these lines"
 
 
+@pytest.mark.parametrize("cut_answers", ["limit", "drop"])
+def test_rows_that_lose_a_part_of_their_answer_are_not_trained(
+    cut_answers: str, tmp_path: Path, tiny: Path, ear: Ear
+) -> None:
+    rows = list(ROWS)
+    rows[3] = {"messages": [rows[3]["messages"][0], {"role": "assistant", "content": "word " * 60}]}
+    whole = prepare(lay_out(tmp_path / "whole", tiny, plan(), rows[:3] + rows[4:]), Voice(None), Wish())
+
+    folder = lay_out(tmp_path / "run", tiny, plan(cut_answers=cut_answers), rows)
+    t = prepare(folder, Voice(ear.descriptor), Wish())
+
+    assert (t.rows.truncated, t.rows.unlearnable) == ((), (4,))
+    assert [row.input_ids for row in t.rows.rows] == [row.input_ids for row in whole.rows.rows]
+    assert [check.passed for check in previews.make(t).checks if check.name == "rows_of_the_run"] == [True]
+
+
 def test_logits_that_are_more_than_a_product_take_the_textbooks_loss(tmp_path: Path, tiny: Path) -> None:
     """By trying: the next architecture calls its multiplier by a name that nobody has listed."""
     t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())

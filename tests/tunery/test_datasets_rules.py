@@ -1,6 +1,7 @@
 """What a training file must hold."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 from templates import CHATML, LLAMA_LIKE, MISTRAL_LIKE, QWEN3_LIKE, tokenizer
 
 from tunery.datasets.rules import Overlap, Summary, check_examples
-from tunery.failures import InvalidNExamples, InvalidTrainingFile
+from tunery.failures import AnswersCut, InvalidNExamples, InvalidTrainingFile
+from tunery.rows.encoding import find_encoder
 from tunery.rows.messages import FileRole
 from tunery.rows.template import ChatTemplate
+from tunery.spec import Supervised
 
 
 def template(source: str = CHATML) -> ChatTemplate:
@@ -127,6 +130,21 @@ def test_rows_that_spell_special_tokens_are_named() -> None:
         "2 of 3 examples spell special tokens of the model (</s>, <|im_end|>): lines 2, 3. They are learned as plain "
         "text there."
     )
+
+
+def test_rows_that_lose_a_part_of_their_answer_are_left_out() -> None:
+    made = template()
+    length = check_examples([row()] * 10, template=made).longest
+    rows = [row()] * 198 + [row(answer="word " * 50)] + [row(question="word " * 50)]
+    encoder = find_encoder(Supervised(), "training", cut_answers="limit")
+
+    summary = check_examples(rows, template=made, max_length=length, encoder=encoder)
+
+    assert (summary.left_out, summary.unlearnable, summary.truncated, summary.longest) == ([199], [200], [], length)
+    assert "1 of 200 examples lose a part of an answer" in " ".join(summary.warnings(length))
+    summary.check_cut_answers(length)
+    with pytest.raises(AnswersCut, match=r"2 of 199 examples .* lines 199, 200\. Raise max_seq_length"):
+        replace(summary, examples=199).check_cut_answers(length)
 
 
 def test_cut_rows_are_counted_and_told() -> None:

@@ -171,6 +171,25 @@ def test_a_check_is_added_by_its_place_in_the_list(workshop: Workshop, monkeypat
     assert (workshop.job(even).state, workshop.job(odd).state) == ("queued", "failed")
 
 
+@pytest.mark.parametrize(
+    ("cut_answers", "rows", "state"),
+    [("limit", 98, "failed"), ("limit", 99, "queued"), ("drop", 20, "queued"), ("keep", 20, "queued")],
+)
+def test_rows_whose_answer_would_be_cut_are_left_out_and_fail_the_job_above_one_in_a_hundred(
+    workshop: Workshop, cut_answers: str, rows: int, state: str
+) -> None:
+    long = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "word " * 200}]}
+    file = workshop.file(training_rows(rows) + json.dumps(long).encode() + b"\n")
+    job_id = workshop.submit(file, cut_answers=cut_answers)
+    assert _validate(workshop)
+    job = workshop.job(job_id)
+    assert (job.state, job.error_code) == (state, "answers_cut" if state == "failed" else None)
+    told = [*workshop.story(job_id), str(job.error_message)]
+    kept = ["are longer than 128 tokens and lose their end" in line for line in told]
+    left_out = [f"1 of {rows + 1} examples lose a part of" in line and f"line {rows + 1}." in line for line in told]
+    assert (any(kept), any(left_out)) == (cut_answers == "keep", cut_answers != "keep")
+
+
 def test_what_a_file_should_not_have_is_named_once_in_the_jobs_story(workshop: Workshop) -> None:
     silent = b'{"source": 1, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}\n'
     job_id = workshop.submit(workshop.file(training_rows(10) + silent * 2))

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from tunery.failures import InvalidNExamples, InvalidTrainingFile
+from tunery.failures import AnswersCut, InvalidNExamples, InvalidTrainingFile
 from tunery.rows.bulk import Judged, encode_rows
 from tunery.rows.dialect import LimitExceeded
 from tunery.rows.encoding import CHATS, Encoded, RowEncoder, encode_answer, nothing_trained
@@ -16,6 +16,8 @@ from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
 
 LEAST_EXAMPLES = 10
+MOST_CUT = 0.01
+"""The share of examples without a part of their answer above which a job fails, unless it says otherwise."""
 _SHOWN = 5
 _MOST_FAULTS = 100
 
@@ -23,7 +25,8 @@ _MOST_FAULTS = 100
 @dataclass
 class Summary:
     """What a good file holds. Tokens, with the template only, are those of one epoch after the cut at `max_length`.
-    `truncated`: lines that lose their end to the cut, `unlearnable`: lines that lose every answer and are left out.
+    `truncated`: lines that lose their end to the cut, `left_out`: lines of which a sequence is left out since it loses
+    a part of an answer, `unlearnable`: lines that lose every answer and are left out.
     `silent`: lines with an answer that is empty. `unscorable`: lines of a test file whose wanted answer is empty as the
     template writes it. `spelled`: lines that spell special tokens, which they keep as text. `unknown_keys`: those of
     the rows that are read by nobody, in the order in which they came. `shape`: what the rows' columns become.
@@ -34,6 +37,7 @@ class Summary:
     trained_tokens: int = 0
     longest: int = 0
     truncated: list[int] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
     unlearnable: list[int] = field(default_factory=list)
     silent: list[int] = field(default_factory=list)
     unscorable: list[int] = field(default_factory=list)
@@ -47,6 +51,14 @@ class Summary:
     def longest_answer(self) -> int:
         """Tokens of the longest answer that is wanted."""
         return max((tokens for _, tokens in self.answer_tokens), default=0)
+
+    def check_cut_answers(self, max_length: int) -> None:
+        """Raises AnswersCut where more than MOST_CUT of the examples lose a part of their answer."""
+        cut = sorted({*self.left_out, *self.unlearnable})
+        if len(cut) > MOST_CUT * self.examples:
+            raise AnswersCut(
+                param="training_file", count=len(cut), examples=self.examples, max_length=max_length, lines=_lines(cut)
+            )
 
     def check_limit(self, limit: int) -> list[str]:
         """Warns of wanted answers that have more tokens than a model's answer may have."""
@@ -65,6 +77,11 @@ class Summary:
             found.append(
                 f"{len(self.truncated)} of {self.examples} examples are longer than {max_length} tokens and lose their "
                 f"end, so their last answer teaches no end: {_lines(self.truncated)}. Raise max_seq_length to keep it."
+            )
+        if self.left_out:
+            found.append(
+                f"{len(self.left_out)} of {self.examples} examples lose a part of an answer to the cut at {max_length} "
+                f"tokens and are left out: {_lines(self.left_out)}. Raise max_seq_length to keep them."
             )
         if self.unlearnable:
             found.append(
@@ -201,7 +218,9 @@ def _measure(summary: Summary, number: int, encoded: Encoded) -> None:
     summary.longest = max(summary.longest, encoded.longest)
     if encoded.spelled_special:
         summary.spelled[number] = encoded.spelled_special
-    if not encoded.sequences:
+    if encoded.left_out:
+        summary.left_out.append(number)
+    elif not encoded.sequences:
         summary.unlearnable.append(number)
     elif encoded.truncated:
         summary.truncated.append(number)

@@ -5,7 +5,17 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from tunery.spec import METHODS, DpoKnobs, Hyperparameters, Int, Part, RequestedOptions, Seed, SupervisedKnobs
+from tunery.spec import (
+    METHODS,
+    CutAnswers,
+    DpoKnobs,
+    Hyperparameters,
+    Int,
+    Part,
+    RequestedOptions,
+    Seed,
+    SupervisedKnobs,
+)
 
 
 class SupervisedHyperparameters(SupervisedKnobs, Hyperparameters):
@@ -103,6 +113,8 @@ class OpenAIRequest(Part):
 class JobRequest(RequestedOptions, OpenAIRequest):
     """A request for a fine-tune; `creation.create` makes a job of it."""
 
+    # Not so in `TrainingOptions`, whose default jobs of older releases have: their snapshots hold the rows as cut.
+    cut_answers: CutAnswers = Field("limit", description=RequestedOptions.model_fields["cut_answers"].description)
     priority: Int = Field(0, ge=-10, le=10, description="Higher goes first")
     allow_test_on_training_file: bool = Field(
         False, description="Take a test file that equals the training file, whose scorecard measures memory alone"

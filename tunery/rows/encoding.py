@@ -14,7 +14,7 @@ from tunery.rows.pairs import PairShape
 from tunery.rows.preferences import Pair, parse_pair
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import IGNORED, ChatTemplate, Rendered
-from tunery.spec import Columns, LossOn, MethodOptions, Supervised
+from tunery.spec import Columns, CutAnswers, LossOn, MethodOptions, Supervised
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Encoded:
     truncated: bool
     spelled_special: tuple[str, ...] = ()
     """The special tokens that the example's texts spell."""
+    left_out: bool = False
+    """Whether an example is left out since it loses a part of an answer to the cut."""
 
     @property
     def sequences(self) -> list[Rendered]:
@@ -102,6 +104,15 @@ def encode_pair(
     return Encoded([rows] if differ else [], truncated=truncated, spelled_special=spelled)
 
 
+def encode_whole(
+    encode: Callable[..., Encoded], template: ChatTemplate, example: Example, line_number: int, **options: Any
+) -> Encoded:
+    """What `encode` makes of the example, without the sequences that lose a part of an answer to the cut."""
+    encoded = encode(template, example, line_number, **options)
+    whole = [rows for rows in encoded.examples if not any(row.answer_cut for row in rows)]
+    return replace(encoded, examples=whole, left_out=len(whole) < len(encoded.examples))
+
+
 @dataclass(frozen=True)
 class RowEncoder:
     """How a method reads a file: `parse` takes a row and its file's role, `encode` what `encode_example` takes.
@@ -139,14 +150,21 @@ ENCODERS: dict[str, RowEncoder] = {"supervised": CHATS, "dpo": PAIRS}
 """By method. A plug-in adds its own."""
 
 
-def find_encoder(method: MethodOptions, role: FileRole, columns: Columns | None = None) -> RowEncoder:
+def find_encoder(
+    method: MethodOptions, role: FileRole, columns: Columns | None = None, cut_answers: CutAnswers = "keep"
+) -> RowEncoder:
     """Returns the encoder of a file. Test rows are chats, which the models answer, or with `dpo` also pairs. `columns`
-    are the task's; the general rows of replay have their own."""
+    are the task's; the general rows of replay have their own.
+
+    `cut_answers`: what becomes of rows of a training or validation file that lose a part of an answer.
+    """
     encoder = ENCODERS[method.type]
     if role == "test":
         encoder = CHATS_OR_PAIRS if method.type == "dpo" else CHATS
     elif isinstance(method, Supervised) and method.loss_on != "assistant":
         encoder = replace(CHATS, encode=partial(encode_example, loss_on=method.loss_on))
+    if cut_answers != "keep" and role in ("training", "validation"):
+        encoder = replace(encoder, encode=partial(encode_whole, encoder.encode))
     if columns is None or role == "replay":
         return encoder
     return replace(encoder, columns=columns.named)

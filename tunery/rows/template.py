@@ -9,7 +9,7 @@ templates have none, and a forgotten mark silently trains on nothing.
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -40,13 +40,15 @@ _TOGETHER = 64
 class Rendered:
     """One row as the model gets it. `labels[i]` belongs to `input_ids[i]` (not shifted): its id, or IGNORED.
 
-    `spelled_special`: the special tokens that the row's texts spell, which stay text.
+    `spelled_special`: the special tokens that the row's texts spell, which stay text. `answer_cut`: whether the cut
+    has taken tokens of an answer, its end at least.
     """
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool
     spelled_special: tuple[str, ...] = ()
+    answer_cut: bool = False
 
     @cached_property
     def trained_tokens(self) -> int:
@@ -180,7 +182,8 @@ class ChatTemplate:
             )
         hidden, spelled = self._tokens.hide(text)
         ids = [*self._opening_bos, *self._tokens.encode(hidden), end]
-        return _cut(ids, ids, max_length, tuple(dict.fromkeys(map(self._tokens.show, spelled))))
+        cut = _cut(ids, ids, max_length, tuple(dict.fromkeys(map(self._tokens.show, spelled))))
+        return replace(cut, answer_cut=False)  # the beginning of a text is a text
 
     @cached_property
     def _opening_bos(self) -> list[int]:
@@ -354,4 +357,5 @@ class ChatTemplate:
 
 
 def _cut(ids: list[int], labels: list[int], max_length: int, spelled: tuple[str, ...]) -> Rendered:
-    return Rendered(ids[:max_length], labels[:max_length], len(ids) > max_length, spelled)
+    answer_cut = any(label != IGNORED for label in labels[max_length:])
+    return Rendered(ids[:max_length], labels[:max_length], len(ids) > max_length, spelled, answer_cut)

@@ -93,10 +93,12 @@ def check_files(case: Case, found: Findings) -> list[str]:
             role=role,
             template=found.template,
             max_length=case.max_length,
-            encoder=find_encoder(case.spec.method, role, case.spec.columns),
+            encoder=find_encoder(case.spec.method, role, case.spec.columns, case.spec.cut_answers),
             answered=_answered(case.spec.evaluation, role),
             seen=partial(found.overlap.add, role) if len(case.files) > 1 else None,
         )
+    if case.spec.cut_answers == "limit":
+        found.summaries["training"].check_cut_answers(case.max_length)
     return [
         f"{role.capitalize()} file: {warning}"
         for role, summary in found.summaries.items()

@@ -119,7 +119,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
     ranks = Ranks(accelerator)
     torch.manual_seed(run.plan.seed)
     template = ChatTemplate.load(checkpoints.texts(folder), now=run.now)
-    encoder = find_encoder(run.plan.method, "training", run.plan.columns)
+    encoder = find_encoder(run.plan.method, "training", run.plan.columns, run.plan.cut_answers)
     rows = read_rows(folder / "data" / "train.jsonl", template, run.plan.max_seq_length, encoder=encoder)
     valid = _validation_rows(folder, run, template)
     ranks.check(wish)
@@ -184,7 +184,7 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
 def _validation_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows | None:
     path = folder / "data" / "valid.jsonl"
     if path.exists():
-        encoder = find_encoder(run.plan.method, "validation", run.plan.columns)
+        encoder = find_encoder(run.plan.method, "validation", run.plan.columns, run.plan.cut_answers)
         return read_rows(path, template, run.plan.max_seq_length, "validation", encoder)
     if run.plan.early_stopping or run.plan.select == "best":
         raise InvalidTrainingFile(
