@@ -44,7 +44,8 @@ def test_job_of_a_request(session: Session, caller: Caller, names: dict[str, str
 
     job = creation.create(session, caller, request)
 
-    expected = TrainingSpec(technique=Lora(r=4), hyperparameters=Hyperparameters(n_epochs=2), packing=True, seed=7)
+    options: dict[str, Any] = {"technique": Lora(r=4), "packing": True, "cut_answers": "limit"}
+    expected = TrainingSpec(**options, hyperparameters=Hyperparameters(n_epochs=2), seed=7)
     assert TrainingSpec.model_validate(job.spec) == expected
     assert (job.project_id, job.base_model, job.training_file) == (caller.project_id, *names.values())
     assert (job.state, job.priority, job.key_id) == (State.VALIDATING, -1, caller.key_id)
