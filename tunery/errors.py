@@ -40,6 +40,7 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     ├── JobFailure               failures: why a job failed
     │   ├── InvalidTrainingFile
     │   ├── InvalidNExamples
+    │   ├── AnswersCut
     │   ├── DoesNotFit
     │   ├── CannotAdapt
     │   ├── CannotQuantise
