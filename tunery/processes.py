@@ -40,12 +40,6 @@ def dies_with_parent(death_signal: int) -> Callable[[], None] | None:
     return ask
 
 
-def die_with_parent(death_signal: int) -> None:
-    """Asks Linux to send this process `death_signal` when the thread that spawned it ends. Nothing elsewhere."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, death_signal, 0, 0, 0)
-
-
 def spawn(
     command: Sequence[str | Path],
     *,

@@ -4,53 +4,25 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 from run_folders import chat, lay_out, plan, steps_of
 from safetensors.torch import load_file
+from trainer_processes import ROOT, heard, other_ranks, spawned
 
 from tunery.errors import Unavailable
 from tunery.failures import NotFinite
-from tunery.spec import Dpo, Full, Lora, Resources
-from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Failed, Spoken, parse
+from tunery.spec import Dpo, Lora, Resources
+from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Failed, parse
 from worker.trainer.process import describe
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out
 from worker.trainer.wish import Wish
 
-ROOT = Path(__file__).parents[2]
 ROWS = [chat(i) for i in range(10)]
-
-
-@contextmanager
-def spawned(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The trainer on `folder` in a session of its own; its log in `folder/log`. Nothing of it is left afterwards."""
-    with (
-        (folder / "log").open("wb") as log,
-        subprocess.Popen(
-            [sys.executable, "-m", "worker.trainer", str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        ) as process,
-    ):
-        try:
-            yield process
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def heard(process: subprocess.Popen[bytes]) -> Iterator[Spoken]:
-    assert process.stdout is not None
-    yield from (parse(line) for line in process.stdout)
 
 
 @pytest.mark.slow
@@ -141,7 +113,7 @@ def test_two_ranks_killed_go_on_to_the_bit(tmp_path: Path, tiny: Path) -> None:
     with spawned(whole) as process:
         messages = heard(process)
         next(messages)
-        assert len(_children(process.pid)) == 1, "the second rank is not there"
+        assert len(other_ranks(process.pid)) == 1, "the second rank is not there"
         assert list(messages)[-1].type == "finished"
         assert process.wait() == 0, (whole / "log").read_text()[-3000:]
     with spawned(broken) as process:
@@ -158,24 +130,6 @@ def test_two_ranks_killed_go_on_to_the_bit(tmp_path: Path, tiny: Path) -> None:
     assert 6 <= started.first_step < started.total_steps
     exported = [(folder / "out" / "adapter_model.safetensors").read_bytes() for folder in (whole, broken)]
     assert exported[0] == exported[1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["replicate", "full_shard"])
-def test_stop_sent_to_one_rank_stops_them_all(
-    tmp_path: Path, tiny: Path, sharding: Literal["replicate", "full_shard"]
-) -> None:
-    settled = plan(technique=Full(), n_epochs=50, resources=Resources(gpus=2, sharding=sharding))
-    folder = lay_out(tmp_path / "run", tiny, settled, ROWS, public_checkpoints=0)
-    said = []
-    with spawned(folder) as process:
-        for message in heard(process):
-            said.append(message)
-            if message.type == "step" and message.step == 2:
-                os.kill(_children(process.pid)[0], signal.SIGTERM)
-        assert process.wait() == EXIT_PAUSED, (folder / "log").read_text()[-3000:]
-
-    assert said[-1].type == "paused"
 
 
 @pytest.mark.parametrize(
@@ -210,14 +164,18 @@ def test_a_rank_that_ends_alone_ends_the_run(program: str, code: int, said: str)
 
 
 @pytest.mark.parametrize(
-    ("own", "said"),
-    [("crashed", "The child's reason."), ("user_error", "Rank 0's reason.")],
-    ids=["an echo", "a reason"],
+    ("own", "ending", "said"),
+    [
+        ("crashed", 0, "The child's reason."),
+        ("crashed", 3, "The child's reason."),
+        ("user_error", 0, "Rank 0's reason."),
+    ],
+    ids=["an echo", "an echo of one that takes long to end", "a reason"],
 )
-def test_rank_0_says_whose_fault_it_was(own: str, said: str) -> None:
+def test_rank_0_says_whose_fault_it_was(own: str, ending: int, said: str) -> None:
     """Once a rank has ended, rank 0's sums fail too: that error is an echo, and the child's reason is told."""
     theirs = Failed(kind="gpu_oom", code="does_not_fit", message="The child's reason.").model_dump_json()
-    child = f"import sys; print({theirs!r}); sys.exit(1)"
+    child = f"import sys, time; print({theirs!r}, flush=True); time.sleep({ending}); sys.exit(1)"
     script = (
         "import subprocess, sys, threading\n"
         "from tunery.wire import Failed\n"
@@ -237,32 +195,6 @@ def test_rank_0_says_whose_fault_it_was(own: str, said: str) -> None:
     assert failed.type == "failed"
     assert failed.message == said, done.stderr.decode()
     assert done.returncode == (EXIT_USER_ERROR if own == "user_error" else 1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["replicate", "full_shard"])
-def test_one_dead_rank_ends_them_all(tmp_path: Path, tiny: Path, sharding: Literal["replicate", "full_shard"]) -> None:
-    """A rank that dies would leave the others waiting for it in a sum, or in a pass, forever."""
-    settled = plan(technique=Full(), n_epochs=50, resources=Resources(gpus=2, sharding=sharding))
-    folder = lay_out(tmp_path / "run", tiny, settled, ROWS, public_checkpoints=0)
-    said = []
-    with spawned(folder) as process:
-        for message in heard(process):
-            said.append(message)
-            if message.type == "step" and message.step == 3:
-                [sister] = _children(process.pid)
-                os.kill(sister, signal.SIGKILL)
-        assert process.wait() == 1
-
-    assert said[-1].type == "failed"
-    assert "Rank 1" in said[-1].message
-
-
-def _children(pid: int) -> list[int]:
-    """The other ranks. The process that renders templates is a child too."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    named = {int(child): Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0") for child in children}
-    return [child for child, words in named.items() if b"worker.trainer" in words]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """The other ranks of a run, as child processes of rank 0.
 
 They live in rank 0's own process group, so that whoever kills the group has killed them all (torchrun's workers start
-sessions of their own and would outlive it).
+sessions of their own and would outlive it), and on Linux they end with rank 0.
 """
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -44,7 +45,13 @@ class Children:
         for rank in range(1, world):
             environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             command = [sys.executable, "-m", "worker.trainer", str(folder)]
-            child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+            child = subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                # Why not asked for by the rank itself: rank 0 may end while the rank still imports.
+                preexec_fn=processes.dies_with_parent(signal.SIGKILL),
+            )
             threading.Thread(target=self._watch, args=(child, rank), daemon=True).start()
 
     def say_failed(self, own: Failed) -> Failed:
@@ -59,15 +66,21 @@ class Children:
 
     def _watch(self, child: subprocess.Popen[bytes], rank: int) -> None:
         assert child.stdout is not None
-        last = (child.stdout.read().splitlines() or [b""])[-1]
+        said: Failed | None = None
+        for line in child.stdout:  # not once it has ended: rank 0 may notice before that it is alone
+            if (said := _failed(line) or said) is not None:
+                self._note(said)
         code = child.wait()
-        failed = _reason(last, rank, code)
+        failed = said or _unexplained(rank, code)
         if code not in {0, EXIT_PAUSED}:
-            self._failed = self._failed or failed
-            self._one_failed.set()
+            self._note(failed)
         if code >= 0:  # a signal concerns one rank alone; a code may be that of all
             time.sleep(GRACE)
         os._exit(exit_code(self.say_failed(failed)))
+
+    def _note(self, failed: Failed) -> None:
+        self._failed = self._failed or failed
+        self._one_failed.set()
 
 
 def exit_code(failed: Failed) -> int:
@@ -75,10 +88,14 @@ def exit_code(failed: Failed) -> int:
     return EXIT_USER_ERROR if failed.kind in {"user_error", "nan_loss"} else 1
 
 
-def _reason(last: bytes, rank: int, code: int) -> Failed:
-    """A child's own last message, if it gave a reason."""
+def _failed(line: bytes) -> Failed | None:
+    """A child's reason, if that is what it says."""
     with contextlib.suppress(ValidationError):
-        if isinstance(said := parse(last), Failed):
+        if isinstance(said := parse(line), Failed):
             return said
+    return None
+
+
+def _unexplained(rank: int, code: int) -> Failed:
     message = f"Rank {rank} ended with code {code} while the others went on; its reason is in the log."
     return Failed(kind="crashed", code="training_crashed", message=message)

@@ -5,7 +5,6 @@ With several GPUs this process is rank 0 and starts the others itself (`children
 
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from transformers.utils.logging import disable_progress_bar
 
-from tunery import plugins, processes
+from tunery import plugins
 from tunery.errors import TuneryError, Unavailable
 from tunery.failures import DiskFull, JobFailure, NotFinite
 from tunery.spec import Run
@@ -89,5 +88,3 @@ def _settle(rank: int) -> None:
         stream=sys.stderr,
         format=f"%(asctime)s {f'[rank {rank}] ' if rank else ''}%(message)s",
     )
-    if rank:
-        processes.die_with_parent(signal.SIGKILL)  # elsewhere the killed process group sees to it

@@ -1,0 +1,138 @@
+"""However one rank of a run ends, all of them end within 30 seconds, and no process of theirs is left.
+
+Two ranks on a CPU over gloo, with whole copies of the model and in pieces.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from run_folders import chat, lay_out, plan
+from trainer_processes import ROOT, heard, left_of, other_ranks, spawned
+
+from tunery.spec import Full, Resources
+from tunery.wire import EXIT_PAUSED, Spoken
+
+Sharding = Literal["replicate", "full_shard"]
+ROWS = [chat(i) for i in range(10)]
+LIMIT = 30.0
+"""Seconds from what ends one rank to the end of the last process."""
+both = pytest.mark.parametrize("sharding", ["replicate", "full_shard"])
+
+
+def _lay_out(folder: Path, base: Path, sharding: Sharding) -> Path:
+    settled = plan(technique=Full(), n_epochs=500, resources=Resources(gpus=2, sharding=sharding))
+    return lay_out(folder / "run", base, settled, ROWS, public_checkpoints=0)
+
+
+def _listen(process: subprocess.Popen[bytes], then: Callable[[list[int]], None]) -> tuple[list[Spoken], float]:
+    """What the run said to its end; when `then`, with the pids of the ranks, was called behind its third step."""
+    said, at = [], 0.0
+    for message in heard(process):
+        said.append(message)
+        if message.type == "step" and message.step == 3:
+            at = time.monotonic()
+            then([process.pid, *other_ranks(process.pid)])
+    return said, at
+
+
+@pytest.mark.slow
+@both
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_stop_together(tmp_path: Path, tiny: Path, sharding: Sharding, rank: int) -> None:
+    """A pause and a worker that is stopped are SIGTERM to rank 0; any other rank takes it for all too."""
+    folder = _lay_out(tmp_path, tiny, sharding)
+
+    with spawned(folder) as process:
+        said, at = _listen(process, lambda ranks: os.kill(ranks[rank], signal.SIGTERM))
+
+        assert left_of(process.pid, at + LIMIT - time.monotonic()) == []
+        assert process.wait() == EXIT_PAUSED, (folder / "log").read_text()[-3000:]
+    assert said[-1].type == "paused"
+    assert said[-1].path is not None
+    assert (folder / said[-1].path / "state.json").exists()
+
+
+@pytest.mark.slow
+@both
+def test_one_dead_rank_ends_them_all(tmp_path: Path, tiny: Path, sharding: Sharding) -> None:
+    """A rank that dies would leave the others waiting for it in a sum, or in a pass, forever."""
+    folder = _lay_out(tmp_path, tiny, sharding)
+
+    with spawned(folder) as process:
+        said, at = _listen(process, lambda ranks: os.kill(ranks[1], signal.SIGKILL))
+
+        assert left_of(process.pid, at + LIMIT - time.monotonic()) == []
+        assert process.wait() == 1
+    assert said[-1].type == "failed"
+    assert "Rank 1" in said[-1].message
+
+
+@pytest.mark.slow
+@both
+def test_death_of_the_first_rank_ends_them_all(tmp_path: Path, tiny: Path, sharding: Sharding) -> None:
+    folder = _lay_out(tmp_path, tiny, sharding)
+
+    with spawned(folder) as process:
+        _, at = _listen(process, lambda ranks: os.kill(ranks[0], signal.SIGKILL))
+
+        assert left_of(process.pid, at + LIMIT - time.monotonic()) == []
+        assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@both
+@pytest.mark.parametrize("rank", [0, 1])
+def test_error_of_one_rank_ends_them_all(tmp_path: Path, tiny: Path, sharding: Sharding, rank: int) -> None:
+    folder = _lay_out(tmp_path, tiny, sharding)
+
+    with spawned(folder, **_faults(f"{rank}:fail")) as process:
+        said, at = _listen(process, lambda _: None)
+
+        assert left_of(process.pid, LIMIT) == []
+        assert process.wait() == 1
+    assert said[-1].type == "failed"
+    assert "the device of this rank is gone" in said[-1].message, "whose error it was"
+    assert at == 0, "no step was finished without the rank"
+
+
+@pytest.mark.slow
+def test_rank_that_notices_nothing_is_ended_with_a_dead_one(tmp_path: Path, tiny: Path) -> None:
+    """As a rank that exports, or waits for a GPU: no error reaches it when another rank dies."""
+    folder = _lay_out(tmp_path, tiny, "replicate")
+
+    with spawned(folder, **_faults("0:wait,1:die")) as process:
+        said = []
+        for message in heard(process):
+            said.append(message)
+            if message.type == "step":
+                at = time.monotonic()
+
+        assert time.monotonic() - at < LIMIT
+        assert left_of(process.pid, LIMIT) == []
+        assert process.wait() == 1
+    assert said[-1].type == "failed"
+    assert "Rank 1 ended with code -9" in said[-1].message
+
+
+@pytest.mark.slow
+def test_rank_that_is_still_starting_ends_with_the_first(tmp_path: Path, tiny: Path) -> None:
+    """It would wait for the first one for as long as ranks wait for each other: hours."""
+    folder = _lay_out(tmp_path, tiny, "replicate")
+
+    with spawned(folder) as process:
+        next(heard(process))  # the other rank has just been started, and imports
+        assert len(other_ranks(process.pid)) == 1
+        os.kill(process.pid, signal.SIGKILL)
+
+        assert left_of(process.pid, LIMIT) == []
+
+
+def _faults(named: str) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT / "tests" / "fixtures"), os.environ.get("PYTHONPATH", "")])
+    return {"TUNERY_PLUGINS": "rank_faults", "RANK_FAULTS": named, "PYTHONPATH": path}
