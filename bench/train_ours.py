@@ -14,12 +14,12 @@ from tunery.rows.template import ChatTemplate
 from tunery.spec import Full, Lora, Plan, Qlora, Run, Schedule
 from worker.trainer.data import Rows, singles
 from worker.trainer.kernels import adapters
+from worker.trainer.loading import RECIPES
 from worker.trainer.loop import train
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective, all_and_trainable
 from worker.trainer.parallel import Ranks
 from worker.trainer.report import Voice
-from worker.trainer.run import RECIPES
 from worker.trainer.stepper import Stepper
 from worker.trainer.training import Progress, Training
 from worker.trainer.wish import Wish

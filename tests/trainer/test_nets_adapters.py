@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tunery.spec import Full, Lora, Technique
-from worker.trainer import checkpoints, run
+from worker.trainer import checkpoints, loading
 from worker.trainer.loop import train
 from worker.trainer.recipes.lora import LORA
 from worker.trainer.report import Voice
@@ -81,7 +81,7 @@ def test_model_that_does_more_to_its_logits_than_one_product_gets_the_textbooks_
         model.register_forward_hook(lambda _module, _args, out: out.__setitem__("logits", out.logits * 0.5))
         return model
 
-    monkeypatch.setitem(run.RECIPES, "lora", replace(LORA, load_base=load))
+    monkeypatch.setitem(loading.RECIPES, "lora", replace(LORA, load_base=load))
     t = start(tmp_path / "run", tiny, batch_size=8, learning_rate=1e-9)
 
     train(t, Progress())

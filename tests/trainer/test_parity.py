@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tunery.failures import ArtifactDiffers
 from tunery.spec import Full, Lora, Qlora
-from worker.trainer import parity, precision, run
+from worker.trainer import loading, parity, precision
 from worker.trainer.recipes.qlora import keep_one_packing
 from worker.trainer.recipes.recipe import Recipe, Weights
 from worker.trainer.report import Voice
@@ -204,7 +204,7 @@ def broken(recipe: Recipe, breaks: Callable[[Path], None]) -> Recipe:
 def test_faulty_export_fails_the_run(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, kind: str, breaks: Callable[[Path], None]
 ) -> None:
-    monkeypatch.setitem(run.RECIPES, kind, broken(run.RECIPES[kind], breaks))
+    monkeypatch.setitem(loading.RECIPES, kind, broken(loading.RECIPES[kind], breaks))
 
     with pytest.raises(ArtifactDiffers, match="do not answer as the trained model did"):
         trained(tmp_path / "run", tiny, TECHNIQUES[kind])

@@ -233,7 +233,7 @@ def test_resumed_optimizer_goes_on_to_the_bit() -> None:
 
 def run_in_bf16(folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> Any:
     """A full fine-tune on this CPU in the precision of a GPU."""
-    monkeypatch.setattr("worker.trainer.run.decide", lambda *_: BF16_FULL)
+    monkeypatch.setattr("worker.trainer.loading.decide", lambda *_: BF16_FULL)
     if not folder.exists():
         lay_out(folder, base, plan(technique=Full(), learning_rate=1e-4, n_epochs=3), ROWS)
     t = prepare(folder, Voice(None), Wish())
@@ -286,7 +286,7 @@ def test_record_says_the_precision(tmp_path: Path, tiny: Path) -> None:
 
 def test_masters_in_fp32_compute_in_bf16(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = decide(Full(weights_dtype="float32"), "cuda")
-    monkeypatch.setattr("worker.trainer.run.decide", lambda *_: wide)
+    monkeypatch.setattr("worker.trainer.loading.decide", lambda *_: wide)
     t = prepare(lay_out(tmp_path / "run", tiny, plan(technique=Full(), learning_rate=1e-4), ROWS), Voice(None), Wish())
     made: set[torch.dtype] = set()
     t.objective.causal.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *args: made.add(args[2].dtype))

@@ -9,6 +9,7 @@ from run_folders import chat, lay_out, plan
 from tunery.spec import Evaluation, General
 from worker.trainer import run
 from worker.trainer.report import Voice
+from worker.trainer.scoring import comparison
 from worker.trainer.wish import Wish
 
 
@@ -23,7 +24,7 @@ def test_scoring_without_training_gives_what_the_job_measured(tmp_path: Path, ti
     shutil.copytree(trained / "out", alone / "adapter")
     scored = run.score(alone, Voice(None), Wish())
     (alone / "out").mkdir()
-    run.write_scored(scored, alone / "out")
+    comparison.write(scored, alone / "out")
 
     for name in ("answers.jsonl", "scorecard.json"):
         assert (alone / "out" / name).read_text() == (trained / "out" / name).read_text()

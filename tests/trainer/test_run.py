@@ -24,11 +24,12 @@ from tunery.rows.preview_model import Preview
 from tunery.rows.template import IGNORED, ChatTemplate
 from tunery.spec import EarlyStopping, Evaluation, Full, Lora, Qlora
 from tunery.wire import Evaluated
-from worker.trainer import checkpoints, paths, previews, validation
+from worker.trainer import artifact, checkpoints, paths, previews, validation
 from worker.trainer.data import collate
 from worker.trainer.loop import train
 from worker.trainer.report import CSV_HEADER, Voice
-from worker.trainer.run import _questions, _write_together, carry_out, prepare
+from worker.trainer.run import carry_out, prepare
+from worker.trainer.scoring import comparison
 from worker.trainer.training import Progress, Training
 from worker.trainer.wish import Wish
 
@@ -445,7 +446,7 @@ def test_only_rank_0_touches_the_artifact(tmp_path: Path, tiny: Path, monkeypatc
     sister = SimpleNamespace(is_main=False, count=2, lockstep=nullcontext, wait=lambda: None, any=lambda flag: flag)
     monkeypatch.setattr(t.stepper, "ranks", sister)
 
-    _write_together(t, Progress(step=1), None)
+    artifact.write(t, Progress(step=1), None)
 
     assert (t.folder / ".out.partial").exists()
     assert not (t.folder / "out").exists()
@@ -455,7 +456,7 @@ def test_no_more_test_rows_than_the_plan_says_are_asked(tmp_path: Path, tiny: Pa
     scored = plan(evaluation=Evaluation(test_file="file-test", max_rows=3))
     t = prepare(lay_out(tmp_path / "run", tiny, scored, ROWS, test=ROWS[:5]), Voice(None), Wish())
 
-    assert [question.messages for question in _questions(t)] == [row["messages"][:-1] for row in ROWS[:3]]
+    assert [question.messages for question in comparison.questions(t)] == [row["messages"][:-1] for row in ROWS[:3]]
 
 
 def test_packed_run_trains_on_every_token(tmp_path: Path, tiny: Path, ear: Ear) -> None:

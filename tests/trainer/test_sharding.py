@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 import two_ranks
 from run_folders import Interrupting, chat, lay_out, plan
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from tunery.planning.precision import decide
-from tunery.spec import Evaluation, Full, General, Lora, Qlora, Resources, Run
+from tunery.spec import Dpo, Evaluation, Export, Full, General, Lora, Qlora, Replay, Resources, Run
 from worker.trainer import layout
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out
@@ -31,7 +32,21 @@ ADAPTERS: dict[str, Any] = {
     "lora": {"n_epochs": 2, "technique": Lora(r=4)},
     "qlora": {"n_epochs": 2, "technique": Qlora(r=4, compute_dtype="float32")},
 }
+PAIRS = [
+    {"prompt": row["messages"][0]["content"], "chosen": row["messages"][1]["content"], "rejected": f"no {number}"}
+    for number, row in enumerate(ROWS)
+]
+MORE: dict[str, dict[str, Any]] = {
+    "pairs": PLAIN | {"method": Dpo(), "learning_rate": 1e-3},
+    "replay": PLAIN | {"replay": Replay(share=0.3, max_new_tokens=32)},
+    "exported": PLAIN | {"export": Export(fp8=True)},
+    "merged": {"n_epochs": 2, "technique": Lora(r=4), "export": Export(merged=True)},
+    "narrow": PLAIN | {"optimizer": "adamw_8bit", "learning_rate": 1e-3},
+}
+"""Whatever else a run may do, on a model in pieces."""
+WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+PLACES = ["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, TWO_GPUS])]
 
 
 class Runs:
@@ -41,16 +56,30 @@ class Runs:
         self.folder, self.base, self.gpus = folder, base, gpus
         self.seen: dict[str, list[dict[str, Any]]] = {}
 
-    def lay_out(self, name: str, **changes: Any) -> Path:
+    def lay_out(self, name: str, base: Path | None = None, **changes: Any) -> Path:
         settled = plan(**{"resources": PIECES} | changes)
-        return lay_out(self.folder / name, self.base, settled, ROWS, ROWS[:3], ROWS[:3])
+        rows = PAIRS if "method" in changes else ROWS
+        return lay_out(self.folder / name, base or self.base, settled, rows, rows[:3], rows[:3])
+
+    def carry_out(self, *commands: tuple[str, str]) -> None:
+        """Carries the runs out on two ranks, each `how` two_ranks says."""
+        found = two_ranks.spawn(self.folder, *(f"{how}:{self.folder / name}" for name, how in commands), gpus=self.gpus)
+        for (name, how), *ranks in zip(commands, *found, strict=True):
+            self.seen[f"{name} {how}"] = ranks
+
+    def carry_out_alone(self, name: str, **changes: Any) -> tuple[Path, list[dict[str, Any]]]:
+        """The same run on one rank, whole: its folder and its metrics."""
+        base = (self.folder / name / "base").resolve()
+        alone = self.lay_out(f"{name}-alone", base, **changes | {"resources": Resources()})
+        carry_out(alone, voice := Voice(None), Wish())
+        return alone, voice.metrics
 
     def check_metrics(self, command: str, wanted: list[dict[str, Any]]) -> None:
         for rank in self.seen[command]:
             two_ranks.check_metrics(rank["metrics"], wanted, self.gpus)
 
 
-@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, TWO_GPUS])])
+@pytest.fixture(scope="module", params=PLACES)
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Runs:
     gpus = request.param == "nccl"
     made = Runs(tmp_path_factory.mktemp("pieces"), tiny, gpus)
@@ -59,17 +88,28 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         made.lay_out(name, **changes)
     for name in ("stopped", "two-to-one", "one-to-two"):
         made.lay_out(name, **PLAIN)
+    wide = tiny_models.llama(made.folder / "base-512", bf16=True, **WIDE)
+    made.lay_out("wide", wide, technique=Lora(r=4))
     one = made.folder / "one-to-two"
     on_ranks(one, Resources())
     assert not carry_out(one, Interrupting(3, wish := Wish()), wish)
     on_ranks(one, PIECES)
     commands = [
         ("full", "whole"), ("lora", "whole"), ("qlora", "whole"), ("stopped", "step-2"), ("stopped", "whole"),
-        ("two-to-one", "step-2"), ("one-to-two", "whole"),
+        ("two-to-one", "step-2"), ("one-to-two", "whole"), ("wide", "ready"),
     ]  # fmt: skip
-    found = two_ranks.spawn(made.folder, *(f"{how}:{made.folder / name}" for name, how in commands), gpus=gpus)
-    for (name, how), *ranks in zip(commands, *found, strict=True):
-        made.seen[f"{name} {how}"] = ranks
+    made.carry_out(*commands)
+    return made
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def more(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Runs:
+    """The runs of MORE."""
+    made = Runs(tmp_path_factory.mktemp("more"), tiny, request.param == "nccl")
+    larger = {"narrow": tiny_models.llama(made.folder / "base-64", hidden_size=64, intermediate_size=128)}
+    for name, changes in MORE.items():
+        made.lay_out(name, larger.get(name), **changes)
+    made.carry_out(*((name, "whole") for name in MORE))
     return made
 
 
@@ -163,3 +203,31 @@ def test_pieces_go_on_as_a_whole(runs: Runs, unbroken: list[dict[str, Any]]) -> 
 def test_whole_goes_on_in_pieces(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
     assert [len(rank["seen"]) for rank in runs.seen["one-to-two whole"]] == [3, 3], "it did not go on, but began anew"
     runs.check_metrics("one-to-two whole", unbroken)
+
+
+def test_host_holds_one_copy_of_the_base(runs: Runs) -> None:
+    """The first rank reads it, and gives the others their pieces. On a CPU each rank's piece lies on the host too.
+
+    Beside the copy in fp32 the file of half its size is mapped.
+    """
+    layers, width, inner, kv = WIDE["num_hidden_layers"], WIDE["hidden_size"], WIDE["intermediate_size"], 256
+    layer = 4 * (2 * width * width + 2 * width * kv + 3 * width * inner)
+    whole = layers * layer
+    first, second = (rank["host_bytes"] for rank in runs.seen["wide ready"])
+
+    assert 0.9 * whole < first < 1.5 * whole + 3 * layer
+    assert second < (0 if runs.gpus else 0.5) * whole + 4 * layer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(MORE))
+def test_whatever_a_run_does_it_does_in_pieces(more: Runs, name: str) -> None:
+    alone, metrics = more.carry_out_alone(name, **MORE[name])
+
+    kinds = {kind for kind, kept, whole in more.seen[f"{name} whole"][0]["weights"].values() if kept < whole}
+    assert kinds == {"DTensor"}
+    more.check_metrics(f"{name} whole", metrics)
+    for file in sorted((alone / "out").rglob("*.safetensors")):
+        found, wanted = (load_file(each) for each in (more.folder / name / file.relative_to(alone), file))
+        assert list(found) == list(wanted)
+        assert two_ranks.relative_difference(found, wanted) < (0.05 if more.gpus else 1e-3), file.name

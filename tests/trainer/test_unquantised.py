@@ -15,7 +15,7 @@ from tunery.wire import Score
 from worker.trainer import run
 from worker.trainer.recipes.lora import LORA
 from worker.trainer.report import Voice
-from worker.trainer.scoring import unquantised
+from worker.trainer.scoring import answers, comparison, unquantised
 from worker.trainer.training import Training
 from worker.trainer.wish import Wish
 
@@ -76,7 +76,7 @@ def test_difference_is_of_the_adapter_in_its_two_precisions(tmp_path: Path, tiny
     t = _training(tmp_path, tiny)
 
     def score(first: list[str], second: list[str]) -> Any:
-        return run._compare([_question("a"), _question("b"), _question("c")], first, second)[0]
+        return comparison._compare([_question("a"), _question("b"), _question("c")], first, second)[0]
 
     found = unquantised.measure(t, said_here, lambda _, base: said_there[base], score).metrics["exact"]
 
@@ -85,7 +85,7 @@ def test_difference_is_of_the_adapter_in_its_two_precisions(tmp_path: Path, tiny
 
 
 def _question(wanted: str) -> Any:
-    return run.answers.Question([1], wanted, [{"role": "user", "content": "?"}])
+    return answers.Question([1], wanted, [{"role": "user", "content": "?"}])
 
 
 def _training(folder: Path, tiny: Path) -> Training:

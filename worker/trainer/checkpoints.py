@@ -56,6 +56,17 @@ def save_snapshot(t: Training, progress: Progress) -> str:
     return path
 
 
+def save_for_later(t: Training, progress: Progress) -> None:
+    """A snapshot of the last step, unless there is one: stopped while evaluating, the training itself is done."""
+    if progress.step and not t.ranks.any(snapshot_path(t.folder, progress).exists()):
+        save_snapshot(t, progress)
+
+
+def snapshot_path(folder: Path, progress: Progress) -> Path:
+    """Where the snapshot of the last step lies, if there is one."""
+    return folder / "snapshots" / f"step-{progress.step}"
+
+
 def _write_snapshot(
     t: Training,
     progress: Progress,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, distributed
 
 from worker.trainer import pieces
@@ -96,7 +96,14 @@ class Ranks:
         """Gives every rank rank 0's weights: equal seeds give equal weights on equal GPUs only."""
         if self.count > 1:
             for parameter in parameters:
-                distributed.broadcast(parameter.data, 0)
+                sent = parameter.data.contiguous()
+                distributed.broadcast(sent.reshape(-1).view(torch.uint8), 0)  # gloo does not know every type
+                if not parameter.data.is_contiguous():
+                    parameter.data.copy_(sent)
+
+    def tell(self, found: Any) -> Any:
+        """What rank 0 has found."""
+        return found if self.count == 1 else broadcast_object_list([found])[0]
 
     def add_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Sums the gradients over the ranks. A parameter without a gradient on every rank stays without.

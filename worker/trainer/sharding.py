@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import bitsandbytes
 import torch
+from bitsandbytes.functional import QuantState
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -33,7 +34,7 @@ class Shards:
     """A model in pieces, as one rank sees it. `parameters`: what learns, by name; this rank's pieces, or whole."""
 
     def __init__(self, objective: Objective, ranks: Ranks) -> None:
-        """Cuts the model, which may lie on the host until then: a layer at a time comes to the device."""
+        """Cuts the model, which lies where `loads_on` says: a layer at a time comes to the devices, by rank 0."""
         self._objective, self._ranks = objective, ranks
         _fully_shard(objective, ranks)
         self._sharded = {name: p for name, p in objective.named_parameters() if isinstance(p, DTensor)}
@@ -103,6 +104,14 @@ class Shards:
         return pieces.mark(nn.Parameter(_local(parameter)), piece)
 
 
+def loads_on(ranks: Ranks) -> torch.device:
+    """The device that a rank loads the base on before it is cut: rank 0's host, on the others none.
+
+    A host with 8 GPUs would hold 8 copies otherwise, of a model that fits no single one of them.
+    """
+    return torch.device("cpu" if ranks.is_main else "meta")
+
+
 def parameters_of(objective: Objective, shards: Shards | None) -> dict[str, nn.Parameter]:
     """What learns, by name: whole, or this rank's pieces."""
     if shards is not None:
@@ -124,12 +133,15 @@ def _bytes(parameters: Iterator[nn.Parameter]) -> int:
 def _fully_shard(objective: Objective, ranks: Ranks) -> None:
     device = ranks.device
     kept = _replicated(objective)
-    for parameter in kept:
-        parameter.data = parameter.data.to(device)
-    states = _keep_quant_states(objective, device)
+    states = _keep_quant_states(objective, ranks)
     mesh = init_device_mesh(device.type, (ranks.count,))
-    for layer in layers(objective.causal):
+    stack = layers(objective.causal)
+    of_layers = {id(each) for layer in stack for each in _tensors(layer)}
+    others = [each for each in _tensors(objective) if id(each) not in of_layers]
+    for layer in stack:
+        _receive(_tensors(layer), ranks)
         fully_shard(layer, mesh=mesh, ignored_params=kept)
+    _receive(others, ranks)
     fully_shard(objective, mesh=mesh, ignored_params=kept)
     for module in objective.modules():
         if isinstance(module, FSDPModule):  # sums, as the loss is divided by the weight of all ranks' examples
@@ -142,6 +154,27 @@ def _fully_shard(objective: Objective, ranks: Ranks) -> None:
         cast(Any, layer.weight).quant_state = state  # for counts: a gathered weight has none
     objective.is_sharded = True
     objective.knows_borders = decoder.borders_known(objective.causal)  # not known of a model on the host
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+@torch.no_grad()
+def _receive(tensors: list[Tensor], ranks: Ranks) -> None:
+    """Brings weights and buffers from rank 0's host to every rank's device."""
+    for tensor, (shape, dtype) in zip(tensors, ranks.tell([(each.shape, each.dtype) for each in tensors]), strict=True):
+        if ranks.is_main:
+            tensor.data = tensor.data.to(ranks.device)
+        else:
+            _materialise(tensor, torch.empty(shape, dtype=dtype, device=ranks.device))
+    ranks.share_weights(tensors)
+
+
+def _materialise(tensor: Tensor, memory: Tensor) -> None:
+    """Gives a tensor that is on no device its memory. It stays the same object, as tied weights are one."""
+    made = nn.Parameter(memory, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else memory
+    torch.utils.swap_tensors(tensor, made)
 
 
 def _prefetch_backwards(objective: Objective) -> None:
@@ -169,7 +202,7 @@ def layers(causal: Any) -> list[nn.Module]:
     return [module for module in causal.modules() if type(module).__name__.removeprefix("FSDP") in names]
 
 
-def _keep_quant_states(objective: Objective, device: torch.device) -> list[tuple[Any, Any]]:
+def _keep_quant_states(objective: Objective, ranks: Ranks) -> list[tuple[Any, Any]]:
     """What 4-bit weights are unpacked by, kept at their layers: a gathered weight is plain memory.
 
     Its bytes go by the name of a type with a point: `fully_shard` of torch 2.11 first makes each piece a parameter that
@@ -178,12 +211,21 @@ def _keep_quant_states(objective: Objective, device: torch.device) -> list[tuple
     found: list[tuple[Any, Any]] = []
     for layer in objective.modules():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
-            state = cast(Any, layer.weight).quant_state
-            state.to(device)
+            packed = layer.weight.data
+            told = ranks.tell(_on_the_host(cast(Any, layer.weight).quant_state) if ranks.is_main else None)
+            state = QuantState.from_dict(told, ranks.device)
             layer.quant_state = state
-            layer.weight = nn.Parameter(layer.weight.data.view(PACKED), requires_grad=False)
+            layer.weight = nn.Parameter(
+                packed.view(PACKED) if ranks.is_main else torch.empty_like(packed, dtype=PACKED), requires_grad=False
+            )
             found.append((layer, state))
     return found
+
+
+def _on_the_host(state: Any) -> dict[str, Any]:
+    return {
+        name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.as_dict(packed=True).items()
+    }
 
 
 @torch.no_grad()

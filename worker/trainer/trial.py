@@ -21,9 +21,9 @@ from tunery.failures import CannotAdapt, CannotQuantise
 from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora, Technique
 from worker.trainer.data import Row, collate, singles
+from worker.trainer.loading import RECIPES
 from worker.trainer.objective import Objective
 from worker.trainer.recipes.recipe import load_dense
-from worker.trainer.run import RECIPES
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from tunery.failures import JobFailure
 from tunery.wire import EXIT_USER_ERROR
 from worker.trainer import run
 from worker.trainer.report import Voice
+from worker.trainer.scoring import comparison
 from worker.trainer.wish import Wish
 
 
@@ -32,7 +33,7 @@ def main() -> int:
         sys.stderr.write(error.message.replace("\n", " ") + "\n")
         return EXIT_USER_ERROR
     (folder / "out").mkdir()
-    run.write_scored(scored, folder / "out")
+    comparison.write(scored, folder / "out")
     return 0
 
 

@@ -1,0 +1,72 @@
+"""The model of a run, put together: the base, what learns of it, its objective, and its pieces where it is cut."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from tunery.planning.precision import Precision, decide
+from tunery.rows.template import ChatTemplate
+from tunery.spec import Run
+from worker.trainer import layout, pieces, preflight, rope, sharding
+from worker.trainer.data import Rows, collate, singles
+from worker.trainer.methods import registry
+from worker.trainer.objective import Objective
+from worker.trainer.parallel import Ranks
+from worker.trainer.recipes.full import FULL
+from worker.trainer.recipes.lora import LORA
+from worker.trainer.recipes.qlora import QLORA
+from worker.trainer.recipes.recipe import Parameters, Recipe
+from worker.trainer.rope import LengthRope
+from worker.trainer.sharding import Shards
+from worker.trainer.stepper import Stepper
+
+RECIPES = {"full": FULL, "lora": LORA, "qlora": QLORA}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """`shards`: the model's pieces where it is cut over the `ranks`, which then pass in lockstep. `parameters`: what
+    learns, by name; of pieces this rank's. `lengths`: where the model's RoPE changes."""
+
+    recipe: Recipe
+    precision: Precision
+    objective: Objective
+    ranks: Ranks
+    shards: Shards | None
+    parameters: Parameters
+    lengths: LengthRope
+
+
+def load(folder: Path, run: Run, template: ChatTemplate, rows: Rows, ranks: Ranks) -> Loaded:
+    """The run's model, with equal weights on all ranks and its chunked loss tried on the shortest of the rows."""
+    recipe, technique = RECIPES[run.plan.technique.type], run.plan.technique
+    precision = decide(technique, ranks.device.type, run.plan.optimizer)
+    sharded = layout.is_cut(run.plan, folder / "base", template, ranks)
+    base = recipe.load_base(folder / "base", precision, sharding.loads_on(ranks) if sharded else ranks.device)
+    lengths = rope.install(base)
+    adapter = folder / "adapter"
+    model = recipe.prepare(base, technique, adapter if adapter.exists() else None)
+    objective = Objective(model, precision, registry.make(run.plan.method))
+    shards = Shards(objective, ranks) if sharded else None
+    if shards is not None:
+        ranks = replace(ranks, lockstep=shards.lockstep)
+    objective.settle(collate(singles([min(rows.rows, key=len)]), [[0]], ranks.device))
+    parameters = sharding.parameters_of(objective, shards)
+    ranks.share_weights(p for p in parameters.values() if pieces.of(p) is None)
+    return Loaded(recipe, precision, objective, ranks, shards, parameters, lengths)
+
+
+def make_stepper(loaded: Loaded, optimizer: torch.optim.Optimizer, rows: Rows, work: preflight.Work) -> Stepper:
+    """The stepper, with the memory plan that fits. Raises DoesNotFit."""
+    cut_over = None if loaded.shards is None else loaded.ranks
+    return Stepper(
+        loaded.objective,
+        optimizer,
+        list(loaded.parameters.values()),
+        rows,
+        loaded.ranks,
+        preflight.settle(loaded.objective, optimizer, rows.rows, work, cut_over),
+        lambda each: loaded.lengths.group(each.shape[1]),
+        loaded.shards,
+    )

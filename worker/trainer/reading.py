@@ -1,0 +1,57 @@
+"""The rows of a run: what it learns of and is measured on, and the most that they ask of a step."""
+
+from pathlib import Path
+
+from tunery.failures import InvalidTrainingFile
+from tunery.rows.encoding import find_encoder
+from tunery.rows.template import ChatTemplate
+from tunery.spec import Run
+from worker.trainer import packing, preflight
+from worker.trainer.data import Rows, read_rows
+from worker.trainer.objective import Objective
+from worker.trainer.replay import mixing
+
+
+def training_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows:
+    """The rows to learn from. Raises InvalidTrainingFile."""
+    encoder = find_encoder(run.plan.method, "training", run.plan.columns, run.plan.cut_answers)
+    return read_rows(folder / "data" / "train.jsonl", template, run.plan.max_seq_length, encoder=encoder)
+
+
+def validation_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows | None:
+    """The validation rows; None without a file. Raises InvalidTrainingFile, also where one is missing."""
+    path = folder / "data" / "valid.jsonl"
+    if path.exists():
+        encoder = find_encoder(run.plan.method, "validation", run.plan.columns, run.plan.cut_answers)
+        return read_rows(path, template, run.plan.max_seq_length, "validation", encoder)
+    if run.plan.early_stopping or run.plan.select == "best":
+        raise InvalidTrainingFile(
+            role="validation", reason="There is none, and early_stopping and select: best need its loss. Add one."
+        )
+    return None
+
+
+def packs(run: Run, rows: Rows, objective: Objective, warnings: list[str]) -> bool:
+    """Whether rows share sequences; where the model would let them see each other they do not, with a warning."""
+    device = next(objective.parameters()).device
+    if objective.knows_borders:
+        objective.knows_borders = packing.keeps_rows_apart(objective, rows.rows, device)
+    if not run.plan.packing or objective.knows_borders or packing.keeps_rows_apart(objective, rows.rows, device):
+        return run.plan.packing
+    warnings.append("This model lets packed rows see each other, so the rows were not packed.")
+    return False
+
+
+def work(run: Run, rows: Rows, valid: Rows | None, packs: bool) -> preflight.Work:
+    """The most that the run will ask of one step."""
+    lengths, a_step = sorted(rows.lengths, reverse=True), mixing.most_of_a_step(rows, run.plan.batch_size)
+    packed = min(run.plan.max_seq_length, sum(lengths[:a_step]))
+    return preflight.Work(
+        technique=run.plan.technique,
+        rows_a_step=a_step,
+        row=lengths[0],
+        sequence=max(lengths[0], packed) if packs else lengths[0],
+        packs=packs,
+        validation=max(valid.examples, key=len) if valid is not None else None,
+        rows_an_example=max(len(example.rows) for example in rows.examples),
+    )

@@ -1,0 +1,102 @@
+"""The base and the tuned model on the same test rows: the scorecard, by answers or by preferences."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from tunery.rows.encoding import find_encoder
+from tunery.rows.preferences import Pair
+from tunery.wire import GeneralScore, Phase, Score
+from worker.trainer import report
+from worker.trainer.data import read_parsed
+from worker.trainer.general import measure as general
+from worker.trainer.scoring import answers, preferences, scorecard, unquantised
+from worker.trainer.scoring.preferences import Pairs
+from worker.trainer.training import Training
+
+Asked = list[answers.Question] | Pairs
+"""What the scorecard asks of both models."""
+Scored = tuple[Score, list[dict[str, Any]]]
+"""The scorecard and every row's answers."""
+
+
+def questions(t: Training) -> Asked:
+    """What is asked of both models; nothing without a test file. Raises InvalidTrainingFile."""
+    path = t.folder / "data" / "test.jsonl"
+    if not path.exists() or t.plan.evaluation.test_file is None:
+        return []
+    found = read_parsed(path, "test", find_encoder(t.plan.method, "test", t.plan.columns))
+    examples = [example for _, example in found][: t.plan.evaluation.max_rows]
+    if pairs := [example for example in examples if isinstance(example, Pair)]:
+        return preferences.prepare(t, pairs)
+    asked = answers.questions(t.template, examples)
+    models = 4 if unquantised.is_asked(t) else 2  # the base and the tuned one, maybe in two precisions
+    count = models * len(asked[t.ranks.index :: t.ranks.count])
+    batch, tokens = answers.ANSWER_BATCH[t.device.type], answers.token_limit(t.plan.evaluation, asked)
+    prompt = sum(len(question.prompt_ids) for question in asked) / max(1, len(asked))
+    t.pace.expect_answers(count, batch=batch, tokens=tokens, prompt=prompt)
+    return asked
+
+
+def _answer(t: Training, asked: Asked, *, base: bool) -> list[Any]:
+    """What a model says to the questions, or how likely it makes the answers of pairs."""
+    if isinstance(asked, Pairs):
+        return preferences.measure(t, asked, base=base)
+    return answers.generate(t, asked, base=base)
+
+
+def answers_before_training(t: Training, asked: Asked) -> list[Any] | None:
+    """The base's answers, where training overwrites the base; None where an adapter can be switched off later."""
+    if isinstance(t.objective.model, PeftModel) or not asked:
+        return None
+    t.voice.say(Phase(phase="evaluating"))
+    return _answer(t, asked, base=True)
+
+
+def general_before_training(t: Training, probe: general.Probe | None) -> general.Baseline | None:
+    """The base on the general benchmark, where training overwrites the base."""
+    if isinstance(t.objective.model, PeftModel) or probe is None:
+        return None
+    return general.describe_base(t, probe)
+
+
+def compare_general(t: Training, probe: general.Probe | None, base: general.Baseline | None) -> GeneralScore | None:
+    """The tuned model on the general benchmark beside the base, which is measured now unless it was before."""
+    return None if probe is None else general.compare(t, probe, base or general.describe_base(t, probe))
+
+
+def score(
+    t: Training,
+    asked: Asked,
+    base_answers: list[Any] | None,
+    measure_general: Callable[[], GeneralScore | None],
+) -> Scored | None:
+    """The scorecard, to which every rank answers its share."""
+    if not asked:
+        return None
+    t.voice.say(Phase(phase="evaluating", seconds_left=t.pace.left()))
+    tuned = _answer(t, asked, base=False)
+    base = _answer(t, asked, base=True) if base_answers is None else base_answers
+    card, rows = _compare(asked, base, tuned)
+    card = card.model_copy(update={"general": measure_general(), "scored_in": t.precision.base})
+    if unquantised.is_asked(t):
+        other = unquantised.measure(
+            t, tuned, lambda on, base: _answer(on, asked, base=base), lambda *both: _compare(asked, *both)[0]
+        )
+        card = card.model_copy(update={"unquantised": other})
+    t.voice.say(card)
+    return card, rows
+
+
+def _compare(asked: Asked, base: list[Any], tuned: list[Any]) -> Scored:
+    return preferences.score(asked, base, tuned) if isinstance(asked, Pairs) else scorecard.score(asked, base, tuned)
+
+
+def write(scored: Scored | None, folder: Path) -> None:
+    """Writes `scorecard.json`, and `answers.jsonl` with every row's answers."""
+    if scored is not None:
+        card, rows = scored
+        (folder / "scorecard.json").write_text(card.model_dump_json(indent=2) + "\n")
+        report.write_lines(folder / "answers.jsonl", rows)
