@@ -1,6 +1,7 @@
 """Rows that are rendered together teach what each teaches alone."""
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from templates import CHATML, SPECIAL, tokenizer
 from tunery.failures import InvalidTrainingFile
 from tunery.rows import bulk, sandbox
 from tunery.rows.encoding import CHATS, PAIRS, RowEncoder, read_rows
+from tunery.rows.messages import Example
 from tunery.rows.template import ChatTemplate
 
 REFUSING = "{% for m in messages %}{% if 'no' in m.content %}{{ raise_exception('never') }}{% endif %}{% endfor %}"
@@ -67,6 +69,31 @@ def test_a_fault_of_one_row_is_no_other_rows() -> None:
     assert [row.fault is None for row in rows] == [True, False, True]
     assert "Example 2" in rows[1].fault.message
     assert "never" in rows[1].fault.message
+
+
+def test_texts_of_rows_that_are_gone_are_no_other_rows() -> None:
+    """The identity of a list is free again once it is gone."""
+    messages = Example.model_validate(chat("why?")).messages
+    before = sys.getrefcount(messages)
+    ahead = template(CHATML).render_ahead([Example.model_construct(messages=messages)])
+    assert sys.getrefcount(messages) == before + 1
+    del ahead
+    assert sys.getrefcount(messages) == before
+
+
+@pytest.mark.parametrize(("encoder", "rows"), [(CHATS, CHAT_ROWS), (PAIRS, PAIR_ROWS)], ids=["chats", "pairs"])
+def test_no_row_renders_again_what_was_rendered_ahead(
+    encoder: RowEncoder, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = template(CHATML)
+    together(made, spelled(rows), encoder)  # the shapes' own trials are over
+    sizes: list[int] = []
+    plain = sandbox._render
+    monkeypatch.setattr(
+        sandbox, "_render", lambda made, batch, now: (sizes.append(len(batch)), plain(made, batch, now))[1]
+    )
+    together(made, spelled(rows), encoder)
+    assert len(sizes) < len(rows) / 4, sizes
 
 
 def test_many_rows_take_few_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:

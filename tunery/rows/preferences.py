@@ -1,6 +1,7 @@
 """Rows of preference tuning: a conversation that ends with the preferred answer, and the other answer."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from pydantic import ValidationError, model_validator
@@ -35,7 +36,7 @@ class Pair(Example):
             refuse("has two equal answers, so there is nothing to prefer. Correct one of them, or remove the row.")
         return self
 
-    @property
+    @cached_property
     def rejected(self) -> Example:
         """The same conversation with the other answer."""
         return self.model_copy(update={"messages": [*self.messages[:-1], self.dispreferred]})

@@ -80,8 +80,9 @@ class ChatTemplate:
         self.special_tokens = special_tokens
         self._tokens = Tokens(tokenizer, eos_ids)
         self._fixed_now = now
-        self._ahead: dict[int, tuple[Views, tuple[str, ...]]] = {}
-        """Of each list of messages, by its identity, what `render_ahead` has found."""
+        self._ahead: dict[int, tuple[Views, tuple[str, ...], Sequence[Message]]] = {}
+        """Of each list of messages, by its identity, what `render_ahead` has found; and the list itself, which must not
+        go: its identity could become another's."""
         self._environment = Environment()
         try:
             self._templates = {name: self._environment.from_string(text) for name, text in templates.items()}
@@ -114,12 +115,13 @@ class ChatTemplate:
         """The same template, which has the texts of these examples already. Raises nothing that is a row's fault: that
         comes when the row is encoded."""
         now = self._now()
-        ahead: dict[int, tuple[Views, tuple[str, ...]]] = {}
+        ahead: dict[int, tuple[Views, tuple[str, ...], Sequence[Message]]] = {}
         for example in examples:
             if isinstance(example, PlainText):
                 continue
+            messages = example.messages
             with suppress(CannotRender):
-                ahead[id(example.messages)] = self._views(example.messages, example.tools, False, now)
+                ahead[id(messages)] = (*self._views(messages, example.tools, False, now), messages)
         made = copy(self)
         made._ahead = ahead
         texts = {id(one.messages): one for one in examples if id(one.messages) in ahead}
@@ -232,7 +234,7 @@ class ChatTemplate:
     ) -> tuple[Views, tuple[str, ...]]:
         """The conversation as the template gets it, and the special tokens that it spells."""
         if not prompting and (known := self._ahead.get(id(messages))):
-            return known
+            return known[0], known[1]
         given = [message.for_template() for message in messages]
         given_tools = [tool.for_template() for tool in tools] if tools else None
         given = self._fields.settle(given, given_tools, prompting)
