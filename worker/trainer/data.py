@@ -6,9 +6,10 @@ number of its step to go on with the very same examples.
 """
 
 import hashlib
+from array import array
 from bisect import bisect_left, insort
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -22,53 +23,14 @@ from tunery.rows.messages import FileRole
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import IGNORED, ChatTemplate
 from worker.trainer.kernels.attention import Borders
+from worker.trainer.row import Example as Example
+from worker.trainer.row import Row as Row
+from worker.trainer.row import singles as singles
+from worker.trainer.stored_rows import StoredExamples, keep
 
 _CHUNK_BYTES = 2**20
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of tokens: their ids, and for each the id to learn or -100."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def labelled(self) -> int:
-        """Tokens that are predicted and learnt. The first one has nothing before it to be predicted from."""
-        return sum(label != IGNORED for label in self.labels[1:])
-
-
-@dataclass(frozen=True)
-class Example:
-    """What is drawn as one: the rows that a method learns together, in its order. They share a micro-batch.
-
-    `reference`: each row's log-probability (of its labelled tokens, summed, in nats) by the model that the run starts
-    from; empty until it is measured, and where the method does not ask for it.
-    """
-
-    rows: tuple[Row, ...]
-    reference: tuple[float, ...] = ()
-
-    def __len__(self) -> int:
-        return sum(map(len, self.rows))
-
-    @property
-    def labelled(self) -> int:
-        return sum(row.labelled for row in self.rows)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """How many rows it has, and the length of the longest."""
-        return len(self.rows), max(map(len, self.rows))
-
-
-def singles(rows: Iterable[Row]) -> list[Example]:
-    """Returns an example of each row."""
-    return [Example((row,)) for row in rows]
+MOST_IN_MEMORY = 2 * 10**6
+"""Tokens of a file whose rows are held as lists, which take a hundred bytes for each."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +40,16 @@ class Rows:
     `replayed`: the last so many examples are replay, `replayed_an_epoch` of which an epoch has (`replay.mixing`).
     """
 
-    examples: list[Example]
+    examples: list[Example] | StoredExamples
     truncated: tuple[int, ...] = ()
     unlearnable: tuple[int, ...] = ()
     replayed: int = 0
     replayed_an_epoch: int = 0
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> Sequence[Row]:
+        if isinstance(self.examples, StoredExamples):
+            return self.examples.rows
         return [row for example in self.examples for row in example.rows]
 
     @property
@@ -100,14 +64,22 @@ class Rows:
         return sum(self.lengths[: self.count]) + replay
 
     @cached_property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int]:
         """The tokens of each example."""
-        return [len(example) for example in self.examples]
+        return array("l", map(len, self.examples))
 
     @cached_property
     def sha256(self) -> str:
         """The digest of every token and label."""
         return self.digest(b"")
+
+    def attach(self, reference: Sequence[Sequence[float]]) -> None:
+        """Gives each example its `reference`."""
+        if isinstance(self.examples, StoredExamples):
+            self.examples.attach(reference)
+            return
+        pairs = zip(self.examples, reference, strict=True)
+        self.examples[:] = [replace(example, reference=tuple(found)) for example, found in pairs]
 
     def digest(self, before: bytes) -> str:
         digest = hashlib.sha256(before)
@@ -162,17 +134,21 @@ def read_rows(
 ) -> Rows:
     """Every line as examples, by the encoder of a method. Lines with nothing to learn are left out and counted.
 
-    Raises InvalidTrainingFile, also when no example is left.
+    Of more than MOST_IN_MEMORY tokens the examples lie in a file beside `path`. Raises InvalidTrainingFile, also when
+    no example is left.
     """
-    examples: list[Example] = []
     truncated: list[int] = []
     unlearnable: list[int] = []
-    for number, encoded in _encoded(path, template, max_length, role, encoder):
-        examples += [Example(tuple(Row(row.input_ids, row.labels) for row in rows)) for rows in encoded.examples]
-        if not encoded.examples:
-            unlearnable.append(number)
-        elif encoded.truncated:
-            truncated.append(number)
+
+    def read() -> Iterator[list[Example]]:
+        for number, encoded in _encoded(path, template, max_length, role, encoder):
+            yield [Example(tuple(Row(row.input_ids, row.labels) for row in rows)) for rows in encoded.examples]
+            if not encoded.examples:
+                unlearnable.append(number)
+            elif encoded.truncated:
+                truncated.append(number)
+
+    examples = keep(read(), path.parent, MOST_IN_MEMORY)
     if not examples:
         raise encoding.nothing_trained(role, max_length)
     return Rows(examples, tuple(truncated), tuple(unlearnable))
@@ -218,7 +194,7 @@ def rows_of_step(count: int, step: int, batch_size: int, seed: int) -> list[int]
 
 def micro_batches(
     rows: list[int],
-    lengths: list[int],
+    lengths: Sequence[int],
     max_tokens: int,
     *,
     packed_tokens: int | None = None,
@@ -243,7 +219,7 @@ def micro_batches(
 
 
 def _cut(
-    sequences: list[Packed], lengths: list[int], max_tokens: int, shapes: list[tuple[int, int]] | None
+    sequences: list[Packed], lengths: Sequence[int], max_tokens: int, shapes: list[tuple[int, int]] | None
 ) -> list[MicroBatch]:
     """Sequences of like length together."""
 
@@ -266,7 +242,7 @@ def _cut(
     return parts
 
 
-def pack(rows: list[int], lengths: list[int], capacity: int) -> list[Packed]:
+def pack(rows: list[int], lengths: Sequence[int], capacity: int) -> list[Packed]:
     """Best-fit decreasing: each example goes into the fullest sequence that still has room for it.
 
     Sequences hold at most `capacity` tokens (a longer example stands alone). At most 11/9 of the fewest possible, plus

@@ -138,5 +138,6 @@ def _reason(cosine: float, ratio: float) -> str:
 
 def _shadow(examples: Sequence[Example], device: torch.device) -> Batch:
     """The example of median length, the same on every rank."""
-    example = sorted(examples, key=len)[len(examples) // 2]
+    lengths = list(map(len, examples))
+    example = examples[sorted(range(len(examples)), key=lengths.__getitem__)[len(examples) // 2]]
     return collate([example], [[0]], device)

@@ -1,6 +1,6 @@
 """Whether a model keeps packed rows apart: several rows in one sequence, each seeing only itself."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -8,21 +8,24 @@ from worker.trainer import rope
 from worker.trainer.data import Row, collate, singles
 from worker.trainer.objective import Objective
 
+_TRIED = 10_000
+"""Rows among which a pair is sought: the first ones."""
 
-def _pair(objective: Objective, rows: list[Row]) -> list[Row]:
+
+def _pair(objective: Objective, rows: Sequence[Row]) -> list[Row]:
     """Two rows that could share a sequence, of most unlike length; fewer where none can.
 
     Rows of nearly the same length would not be laid behind each other.
     """
     lengths = rope.of(objective.causal)
     together: dict[Hashable, list[Row]] = {}
-    for row in sorted(rows, key=len):
+    for row in sorted(rows[:_TRIED], key=len):
         together.setdefault(lengths.group(len(row)), []).append(row)
     found = next((group for group in together.values() if len(group) > 1), [])
     return [found[0], found[-1]] if found else []
 
 
-def keeps_rows_apart(objective: Objective, rows: list[Row], device: torch.device) -> bool:
+def keeps_rows_apart(objective: Objective, rows: Sequence[Row], device: torch.device) -> bool:
     """Whether this model's loss of two rows in one sequence is the sum of their losses, by trying it.
 
     Asking the model's class would not do: state-space and convolution layers mix neighbours without any attention, and

@@ -5,6 +5,7 @@ want of it. On a GPU the longest sequence is trained on and the longest validati
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -45,7 +46,7 @@ class Work:
 
 
 def settle(
-    objective: Objective, optimizer: torch.optim.Optimizer, rows: list[Row], work: Work, ranks: Ranks | None = None
+    objective: Objective, optimizer: torch.optim.Optimizer, rows: Sequence[Row], work: Work, ranks: Ranks | None = None
 ) -> MemoryPlan:
     """The plan that fits, with its gradient checkpointing turned on. Raises DoesNotFit, before any time was spent.
 
@@ -87,7 +88,7 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
         state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], torch.Tensor) else 0
 
 
-def _measured(objective: Objective, rows: list[Row], work: Work, device: torch.device) -> MemoryPlan:
+def _measured(objective: Objective, rows: Sequence[Row], work: Work, device: torch.device) -> MemoryPlan:
     wanted = min(work.rows_a_step * work.sequence, GPU_TOKENS)
     for recomputes in (False, True):
         if recomputes:
@@ -100,7 +101,7 @@ def _measured(objective: Objective, rows: list[Row], work: Work, device: torch.d
     raise _does_not_fit(work, f"A {work.technique.type} step on a row of {work.row} tokens", device)
 
 
-def _cut(objective: Objective, rows: list[Row], work: Work, ranks: Ranks) -> MemoryPlan:
+def _cut(objective: Objective, rows: Sequence[Row], work: Work, ranks: Ranks) -> MemoryPlan:
     """The plan of a model that is cut over the ranks: with recomputation, the larger part of what saves memory.
 
     Why not tried without: of ranks of which one is out of memory, the others wait in the middle of a pass.
@@ -203,7 +204,7 @@ def _peak_since(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
-def _example(rows: list[Row], length: int, count: int) -> Example:
+def _example(rows: Sequence[Row], length: int, count: int) -> Example:
     """`length` tokens of the data's own in `count` rows, every one labelled: the most that an example can cost."""
     ids = [token for row in rows[: length + 1] for token in row.input_ids]
     ids = (ids * (length // len(ids) + 1))[:length]

@@ -7,7 +7,7 @@ the very same ones: a GPU would not measure them again to the last bit.
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -51,8 +51,7 @@ def attach(t: Training) -> None:
     assert numbers is not None
     _keep(t, files, numbers)
     for rows, measured in zip(files, numbers, strict=True):
-        pairs = zip(rows.examples, measured, strict=True)
-        rows.examples[:] = [replace(example, reference=tuple(found)) for example, found in pairs]
+        rows.attach(measured)
 
 
 def measure(t: Training, examples: Sequence[Example]) -> Measured:

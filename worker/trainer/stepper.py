@@ -1,8 +1,10 @@
 """Optimizer steps: how the rows of one are cut up to fit the device, and what is done where they do not fit."""
 
 import logging
+from array import array
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,15 @@ log = logging.getLogger(__name__)
 def one_group(_example: Example) -> Hashable:
     """Returns the group of every example of a model whose rows do not depend on their batch mates."""
     return None
+
+
+T = TypeVar("T", bound=Hashable)
+
+
+def _shared(values: Iterable[T]) -> list[T]:
+    """A list in which equal values are one object: a large file has few groups and shapes."""
+    seen: dict[T, T] = {}
+    return [seen.setdefault(value, value) for value in values]
 
 
 class Stepper:
@@ -49,10 +60,10 @@ class Stepper:
         self.memory, self.shards = memory, shards
         self.graphs = Replays(objective) if memory.graphs else None
         self._optimizer, self._parameters, self._rows = optimizer, list(parameters), rows
-        self._groups = [group_of(example) for example in rows.examples]
-        self._shapes = [example.shape for example in rows.examples]
+        self._groups = _shared(map(group_of, rows.examples))
+        self._shapes = _shared(example.shape for example in rows.examples)
         # Here, once, or the first step of a large file would take seconds more.
-        self._weights = [objective.method.weight(example) for example in rows.examples]
+        self._weights = array("d", map(objective.method.weight, rows.examples))
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,6 @@
 """The loss of a model on a validation file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from worker.trainer.stepper import Stepper
 T = TypeVar("T")
 
 
-def loss(stepper: Stepper, examples: list[Example]) -> Shown:
+def loss(stepper: Stepper, examples: Sequence[Example]) -> Shown:
     """The method's loss and accuracy over all examples."""
     ranks, method = stepper.ranks, stepper.objective.method
     sums = over(stepper, examples, lambda parts: _sums(stepper.objective, examples, parts, stepper.device))
@@ -23,7 +23,7 @@ def loss(stepper: Stepper, examples: list[Example]) -> Shown:
     return method.shown({name: total / weight for name, total in totals})
 
 
-def over(stepper: Stepper, examples: list[Example], measure: Callable[[list[MicroBatch]], T]) -> T:
+def over(stepper: Stepper, examples: Sequence[Example], measure: Callable[[list[MicroBatch]], T]) -> T:
     """What `measure` makes of this rank's examples in micro-batches. Out of memory, it is called again with smaller
     ones."""
     ranks = stepper.ranks
@@ -45,7 +45,9 @@ def over(stepper: Stepper, examples: list[Example], measure: Callable[[list[Micr
         stepper.adopt(plan)
 
 
-def _sums(objective: Objective, examples: list[Example], parts: list[MicroBatch], device: torch.device) -> torch.Tensor:
+def _sums(
+    objective: Objective, examples: Sequence[Example], parts: list[MicroBatch], device: torch.device
+) -> torch.Tensor:
     """The method's sums of this rank."""
     names = objective.method.sums
     sums = torch.zeros(len(names), dtype=torch.float64, device=device)

@@ -28,7 +28,7 @@ def add(rows: Rows, plan: Plan, base: own.Base, warnings: list[str]) -> tuple[Ro
         found, asked, ended = _own_rows(base, replay, plan.max_seq_length, enough)
     else:
         path, encoder = base.folder / "data" / "replay.jsonl", find_encoder(plan.method, "replay")
-        found = read_rows(path, base.template, plan.max_seq_length, "replay", encoder).examples
+        found = read_rows(path, base.template, plan.max_seq_length, "replay", encoder).examples[:]
         asked, ended = len(found), len(found)
     mixed = mixing.mix(rows, found, replay.share)
     said = _said(mixed, plan, asked, ended)

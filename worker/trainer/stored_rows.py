@@ -1,0 +1,167 @@
+"""Examples of a large file: tokens and labels in a temporary file, a few numbers of each row in memory.
+
+Rows are read when a batch asks for their tokens. Not mapped into memory: a mapping that is read from its start to its
+end counts as this process's memory, by which containers are killed.
+"""
+
+import os
+import tempfile
+import weakref
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar, overload
+
+import numpy
+
+from worker.trainer.row import Example, Row
+
+T = TypeVar("T")
+
+_ID = numpy.dtype("<i4")
+
+
+class StoredRow(Row):
+    """A row whose tokens are read when they are asked for. Its length and its number of labels are known."""
+
+    def __init__(self, store: "Store", number: int) -> None:
+        object.__setattr__(self, "_place", (store, number))
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Read from the file each time."""
+        store, number = self._of
+        return store.read(number, part=0)
+
+    @property
+    def labels(self) -> list[int]:
+        """Read from the file each time."""
+        store, number = self._of
+        return store.read(number, part=1)
+
+    def __len__(self) -> int:
+        store, number = self._of
+        return store.length(number)
+
+    @property
+    def labelled(self) -> int:
+        """As counted when the row was stored."""
+        store, number = self._of
+        return store.labelled[number]
+
+    @property
+    def _of(self) -> "tuple[Store, int]":
+        found: tuple[Store, int] = self.__dict__["_place"]
+        return found
+
+
+class Store:
+    """Rows in a file that nobody else sees, and that goes with the process. Not safe to fork while it is written."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as the rows)
+        weakref.finalize(self, self._file.close)
+        self._ends = array("q", [0])
+        self.labelled = array("l")
+        self.example_ends = array("q", [0])
+        """How many rows stand in the examples up to each."""
+        self.reference = array("d")
+
+    def add(self, example: Example) -> None:
+        """Writes an example behind the others."""
+        for row in example.rows:
+            self._file.write(numpy.array([row.input_ids, row.labels], dtype=_ID).tobytes())
+            self._ends.append(self._ends[-1] + len(row))
+            self.labelled.append(row.labelled)
+        self.example_ends.append(len(self.labelled))
+
+    def flush(self) -> None:
+        """To be called before the first row is read."""
+        self._file.flush()
+
+    def length(self, number: int) -> int:
+        """The tokens of a row."""
+        return self._ends[number + 1] - self._ends[number]
+
+    def read(self, number: int, part: int) -> list[int]:
+        """The ids (part 0) or labels (part 1) of a row."""
+        size = self.length(number) * _ID.itemsize
+        start = self._ends[number] * 2 * _ID.itemsize + part * size
+        data = os.pread(self._file.fileno(), size, start)
+        found: list[int] = numpy.frombuffer(data, dtype=_ID).tolist()
+        return found
+
+    def example(self, number: int) -> Example:
+        """One of the examples, in the order in which they were added."""
+        first, last = self.example_ends[number], self.example_ends[number + 1]
+        rows = tuple(StoredRow(self, place) for place in range(first, last))
+        return Example(rows, tuple(self.reference[first:last]))
+
+
+class _Lazy(Sequence[T]):
+    """A sequence whose items are made when they are asked for."""
+
+    def __init__(self, count: int, make: Callable[[int], T]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, place: int) -> T: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[T]: ...
+    def __getitem__(self, place: int | slice) -> T | list[T]:
+        if isinstance(place, slice):
+            return [self._make(each) for each in range(self._count)[place]]
+        return self._make(range(self._count)[place])
+
+
+class StoredExamples(_Lazy[Example]):
+    """The store's examples, and some in memory behind them."""
+
+    def __init__(self, store: Store, more: Sequence[Example] = ()) -> None:
+        self._store, self._more = store, list(more)
+        self._stored = len(store.example_ends) - 1
+        super().__init__(self._stored + len(self._more), self._at)
+
+    def __add__(self, more: Sequence[Example]) -> "StoredExamples":
+        return StoredExamples(self._store, [*self._more, *more])
+
+    def _at(self, place: int) -> Example:
+        return self._store.example(place) if place < self._stored else self._more[place - self._stored]
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """The rows of all examples, one behind the other."""
+        stored = len(self._store.labelled)
+        more = [row for example in self._more for row in example.rows]
+        return _Lazy(
+            stored + len(more),
+            lambda place: StoredRow(self._store, place) if place < stored else more[place - stored],
+        )
+
+    def attach(self, numbers: Iterable[Sequence[float]]) -> None:
+        """Gives each example its `reference`."""
+        assert not self._more, "replay has no reference"
+        self._store.reference = array("d", (number for each in numbers for number in each))
+
+
+def keep(examples: Iterable[list[Example]], folder: Path, most_in_memory: int) -> "list[Example] | StoredExamples":
+    """The examples, which come in groups: in a list up to so many tokens, above that in a file in `folder`."""
+    held: list[Example] = []
+    store: Store | None = None
+    tokens = 0
+    for group in examples:
+        tokens += sum(map(len, group))
+        if store is None and tokens > most_in_memory:
+            store = Store(folder)
+            for example in held:
+                store.add(example)
+            held.clear()
+        for example in group:
+            held.append(example) if store is None else store.add(example)
+    if store is None:
+        return held
+    store.flush()
+    return StoredExamples(store)
