@@ -58,6 +58,14 @@ class Finding(Wire):
     against: list[int] = Field([], description="Rows of the other file")
 
 
+class Usable(Wire):
+    """The rows that a cleaning keeps as the report recommends, less answers that refuse."""
+
+    rows: int
+    left_out: dict[str, int] = Field(description="Rows that do not count, by the kind of the first finding on each")
+    answer_bytes: int = Field(description="UTF-8 bytes of the assistant's messages in the rows that count")
+
+
 class FileReport(Wire):
     """A file's report. What comes behind `finished_at` is null or empty until `status` is `ready`."""
 
@@ -81,6 +89,7 @@ class FileReport(Wire):
                     "rows": 1215,
                     "examples": 1215,
                     "rows_named": 249,
+                    "usable": {"rows": 1013, "left_out": {"contradiction": 120}, "answer_bytes": 41233},
                     "warnings": [],
                     "counts": {"contradiction": 1},
                     "figures": {},
@@ -106,6 +115,7 @@ class FileReport(Wire):
     rows: int | None = Field(None, description="Rows that were judged: all, but in a file of over 100 MB of text")
     examples: int | None = None
     rows_named: int | None = Field(None, description="Rows that a finding names")
+    usable: Usable | None = Field(None, description="The rows that no finding speaks against")
     warnings: list[str] = []
     counts: dict[str, int] = Field({}, description="Findings of each kind")
     figures: dict[str, Any] = Field({}, description="Figures of the rows as a whole; with `base` also of their tokens")

@@ -58,6 +58,8 @@ ACTIONS: dict[str, _Possible] = {
     "label_imbalance": _NOTHING,
 }
 """By kind. Kinds without a recommended action are left alone unless a person chooses: their rows may be wanted."""
+OF_SEVERAL = ("contradiction", "near_duplicate", "exact_duplicate")
+"""Kinds of several rows, judged when those are gone that other findings name: the better one is kept."""
 
 
 class Action(BaseModel):

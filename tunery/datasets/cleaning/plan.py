@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunery.datasets.cleaning import conversations, redaction
-from tunery.datasets.cleaning.order import Action, Cleaning
+from tunery.datasets.cleaning.order import OF_SEVERAL, Action, Cleaning
 from tunery.datasets.report import maker, mislabels, privacy, roles, texts
 from tunery.datasets.report.case import Case, Check, Finding
 from tunery.datasets.report.rows import Row, of_source
@@ -18,8 +18,6 @@ _FIRST_ROUND, _LATER_ROUND = 0.6, 0.1
 """Shares of the work."""
 _CERTAIN: list[Check] = [check for check in maker.CHECKS if check is not mislabels.find]
 """Checks of later rounds. A classifier that is fitted again finds others to doubt, and would in every round."""
-_LAST = ("contradiction", "near_duplicate", "exact_duplicate")
-"""Kinds of several rows, judged when those are gone that other findings name: the better one is kept."""
 
 ReadRows = Callable[[set[int]], Iterable[SourceRow]]
 Fields = dict[str, Any]
@@ -109,11 +107,11 @@ def _act(plan: Plan, findings: Iterable[Finding], actions: Mapping[str, Action],
         if action in ("fix", "redact"):
             for line in finding.lines:
                 edits.setdefault(line, []).append(finding)
-        elif action == "drop" and finding.kind not in _LAST:
+        elif action == "drop" and finding.kind not in OF_SEVERAL:
             for line in finding.lines:
                 plan.drop(line, finding.kind, finding.why)
     _edit(plan, {line: found for line, found in edits.items() if line not in plan.dropped}, read_rows)
-    for kind in _LAST:
+    for kind in OF_SEVERAL:
         for finding in due:
             if finding.kind == kind:
                 _thin_out(plan, finding, keeps_one=actions[kind].action == "keep_one")

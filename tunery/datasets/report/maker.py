@@ -25,6 +25,7 @@ from tunery.datasets.report import (
     scripts,
     tokens,
     truncation,
+    usable,
     verdict,
 )
 from tunery.datasets.report.case import Case, Check, Finding
@@ -66,13 +67,15 @@ MOST = 100_000_000
 @dataclass(frozen=True)
 class Report:
     """What was found in a file. `rows`: those that were judged, all of them but in a file of more than MOST characters.
-    `figures`: of the rows as a whole. `digests`: what other files of the project are compared with."""
+    `figures`: of the rows as a whole. `digests`: what other files of the project are compared with. `usable`: the rows
+    that no finding speaks against."""
 
     rows: int
     findings: list[Finding]
     verdict: Verdict | None = None
     figures: dict[str, Any] = field(default_factory=dict)
     digests: bytes = field(default=b"", repr=False)
+    usable: dict[str, Any] = field(default_factory=dict)
 
     def counts(self) -> Counter[str]:
         """Findings of each kind."""
@@ -82,7 +85,11 @@ class Report:
         """The report in a few values."""
         named = {line for finding in self.findings for line in finding.lines}
         found = {"rows": self.rows, "findings": len(self.findings), "rows_named": len(named)}
-        return found | {"counts": dict(self.counts())} | (self.verdict.as_dict() if self.verdict else {})
+        return (
+            found
+            | {"counts": dict(self.counts()), "usable": self.usable}
+            | (self.verdict.as_dict() if self.verdict else {})
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The report for programs."""
@@ -121,7 +128,8 @@ def make(
         lengths.measure(chunks(path), MOST)
         figures["tokens"] = lengths.figures(base_name or base.name)
         case.findings.extend(lengths.findings)
-    return Report(len(case.rows), case.findings, judged, figures, elsewhere.pack(case.rows))
+    counted = usable.count(case.rows, case.findings)
+    return Report(len(case.rows), case.findings, judged, figures, elsewhere.pack(case.rows), counted)
 
 
 def find(case: Case, checks: Sequence[Check] = CHECKS, progress: Callable[[float], object] = float) -> list[Finding]:

@@ -1,0 +1,51 @@
+"""The rows of a file that are worth training on: those that no finding speaks against."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tunery.datasets.cleaning.order import OF_SEVERAL, Action, Cleaning
+from tunery.datasets.report.case import Finding
+from tunery.datasets.report.rows import Row
+
+_BESIDE: Mapping[str, Action] = {"refusal": Action(kind="refusal", action="drop")}
+"""Kinds that count though a cleaning only asks about them."""
+_KEPT = ("redact",)
+"""Actions after which a row is still there."""
+
+
+def left_out(findings: Sequence[Finding]) -> dict[int, str]:
+    """The rows that do not count, by line, each with the kind of its first finding.
+
+    They are those that a cleaning drops as the report recommends, those whose roles it would have to correct, and
+    those whose answer refuses.
+    """
+    actions = {**Cleaning(recommended=True).chosen(), **_BESIDE}
+    due = [
+        finding
+        for finding in findings
+        if (action := actions.get(finding.kind)) and action.action not in _KEPT and finding.score >= action.min_score
+    ]
+    out: dict[int, str] = {}
+    for finding in due:
+        if finding.kind not in OF_SEVERAL:
+            out.update({line: finding.kind for line in finding.lines if line not in out})
+    for kind in OF_SEVERAL:
+        for finding in due:
+            left = [line for line in finding.lines if line not in out]
+            if finding.kind == kind and len(left) > 1:
+                keeps_one = actions[kind].action == "keep_one"
+                out.update(dict.fromkeys(left[1:] if keeps_one else left, kind))
+    return out
+
+
+def count(rows: Sequence[Row], findings: Sequence[Finding]) -> dict[str, Any]:
+    """How many rows count, how many of each kind do not, and the bytes of the answers in those that do."""
+    out = left_out(findings)
+    kept = [row for row in rows if row.line not in out]
+    answers = (turn.text for row in kept for turn in row.turns if turn.role == "assistant")
+    return {
+        "rows": len(kept),
+        "left_out": dict(Counter(out.values()).most_common()),
+        "answer_bytes": sum(len(answer.encode("utf-8", "surrogatepass")) for answer in answers),
+    }
