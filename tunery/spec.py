@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from tunery.errors import InvalidValue, Unsupported
 
 Auto = Literal["auto"]
+MAX_RANK = 512
 
 
 def _refuse_booleans(value: Any) -> Any:
@@ -48,7 +49,7 @@ class Lora(Part):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) in fp32 on a frozen bf16 base."""
 
     type: Literal["lora"] = "lora"
-    r: Int = Field(16, ge=1, le=512, description="Rank of the update")
+    r: Int = Field(16, ge=1, le=MAX_RANK, description="Rank of the update")
     alpha: Float = Field(32.0, gt=0, le=4096, description="Scale: the update is multiplied by alpha / r")
     dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input")
     target_modules: Literal["all-linear"] | list[Annotated[str, Field(pattern=r"^[\w.]+$")]] = Field(

@@ -153,7 +153,6 @@ def test_rows_are_no_longer_than_the_models_context() -> None:
     [
         ({"learning_rate": 2e-3}, 1000, "The learning rate 2.0e-03 is high"),
         ({"learning_rate": 2e-5}, 1000, "The learning rate 2.0e-05 is low"),
-        ({"learning_rate": 2e-4, "technique": Full()}, 1000, "The learning rate 2.0e-04 is high"),
         ({}, 20, "20 examples are few"),
         ({"hyperparameters": {"batch_size": 64}}, 1000, "LoRA learns worse from large batches: 64"),
         ({"hyperparameters": {"n_epochs": 40}}, 1000, "40 epochs of 1000 examples is long"),
@@ -168,13 +167,17 @@ def test_doubtful_choices_are_commented(fields: dict[str, Any], examples: int, s
     assert told[0].startswith(start)
 
 
+def test_a_full_fine_tune_has_a_rate_of_its_own() -> None:
+    told = advice.warnings(plan(learning_rate=2e-4, technique=Full()), examples=1000, facts=LLAMA_8B)
+    assert told[0].startswith("The learning rate 2.0e-04 is high")
+
+
 @pytest.mark.parametrize(
     "technique",
     [
         None,
         Lora(),
         Qlora(),
-        Full(),
         Lora(r=64, dropout=0.1),
         Lora(target_modules=["down_proj", "layers.0.mlp.up_proj"]),
     ],

@@ -15,6 +15,10 @@ _BAND = (0.2, 2.0)
 _FEW_EXAMPLES = 50
 _LARGE_LORA_BATCH = 32
 _HIGH_DROPOUT = 0.3
+ALPHA_BAND = (2, 4)
+"""The textbook's alpha, in multiples of the rank."""
+LARGE_RANK, MANY_EXAMPLES = 16, 1000
+"""A rank above the first wants at least as many examples as the second."""
 _MOST_ANSWER_TOKENS, _LEAST_SPARE = 1024, 16
 
 
@@ -172,7 +176,9 @@ def warnings(plan: Plan, *, examples: int, facts: Mapping[str, Any], asked_lengt
             "used instead."
         )
     if isinstance(plan.technique, Lora):
-        found += _of_adapter(plan, plan.technique)
+        found += [*_of_adapter(plan, plan.technique), *_of_size(plan.technique, examples)]
+    else:
+        found.append(_of_full(plan))
     return found
 
 
@@ -214,6 +220,33 @@ def _of_adapter(plan: Plan, technique: Lora) -> list[str]:
             "target_modules leaves out the feed-forward layers, which no rank makes up for: 'all-linear' learns better."
         )
     return found
+
+
+def _of_size(technique: Lora, examples: int) -> list[str]:
+    found = []
+    if technique.r > LARGE_RANK and examples < MANY_EXAMPLES:
+        found.append(
+            f"Rank {technique.r} is large for {examples} examples: it has room to learn them by heart. Use r "
+            f"{LARGE_RANK} or less, or at least {MANY_EXAMPLES} examples."
+        )
+    low, high = (technique.r * times for times in ALPHA_BAND)
+    is_ours = technique.alpha == Lora.model_fields["alpha"].default
+    if not is_ours and not technique.use_rslora and not low <= technique.alpha <= high:
+        found.append(
+            f"alpha {technique.alpha:g} lies outside 2 to 4 times the rank ({low} to {high}): it multiplies the update "
+            f"by {technique.alpha / technique.r:g}, and the default rate was not made for that. Leave alpha out, or "
+            "change learning_rate with it."
+        )
+    return found
+
+
+def _of_full(plan: Plan) -> str:
+    forgets = "A full fine-tune moves every weight, so the model forgets more of what it could do than with LoRA."
+    if plan.replay is not None:
+        return f"{forgets} Replay works against it; technique 'lora' forgets less still."
+    if plan.method.type != "supervised":
+        return f"{forgets} Use technique 'lora': replay, which works against it, is for supervised training alone."
+    return f"{forgets} Use technique 'lora', or add replay ('replay': {{}})."
 
 
 def _names(technique: Lora) -> list[str]:

@@ -1,0 +1,89 @@
+"""The advice on a file: whether to fine-tune on it, with which settings, and what to beware of. Pure functions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from tunery.planning import advice, capacity, recommendation, suggestions
+from tunery.planning.recommendation import Aim, Choice, Reason, Rows
+from tunery.planning.suggestions import Suggestion
+from tunery.spec import Plan, Technique
+
+BYTES_A_TOKEN = 4
+"""Of UTF-8, about: English and most code are near it."""
+_ANY_WIDTH = {"hidden_size": 2000}
+
+
+class Advice(BaseModel):
+    """What to do with a file, and why."""
+
+    model_config = ConfigDict(frozen=True)
+
+    recommendation: Choice
+    reasons: list[Reason] = Field(description="The rule that decided, and what holds besides")
+    rows: Rows
+    suggestions: list[Suggestion] = Field(description="For a run on the usable rows")
+    warnings: list[str]
+    settings: dict[str, JsonValue] = Field(
+        description="The suggestions that differ from the defaults, as fields of a request for a job"
+    )
+
+
+def rows_of(said: Mapping[str, Any]) -> Rows:
+    """The rows that a report, or its summary, counts."""
+    usable = said["usable"]
+    return Rows(
+        total=said["rows"],
+        usable=usable["rows"],
+        left_out=usable["left_out"],
+        answer_tokens=usable["answer_bytes"] // BYTES_A_TOKEN,
+        refused=said.get("reason"),
+    )
+
+
+def advise(
+    rows: Rows,
+    aim: Aim,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    technique: Technique | None = None,
+    bf16_fits: bool | None = None,
+    has_held_out: bool = False,
+) -> Advice:
+    """The advice. `facts`: the base's, None where it is not known; `technique`: the owner's, None: the rules choose;
+    `bf16_fits`: whether a device here holds the base in bf16; `has_held_out`: there is a validation or test file."""
+    known = facts or {}
+    choice, reasons = recommendation.decide(rows, aim)
+    chosen = technique or suggestions.suggest_technique(aim, rows, known, bf16_fits)
+    plan = suggestions.make_plan(chosen, rows, {**_ANY_WIDTH, **known}, has_held_out=has_held_out)
+    found = suggestions.suggest(
+        plan,
+        aim,
+        rows,
+        is_own=technique is not None,
+        knows_base=bool(known),
+        bf16_fits=bf16_fits,
+        has_held_out=has_held_out,
+    )
+    listed = list(found)
+    return Advice(
+        recommendation=choice,
+        reasons=reasons,
+        rows=rows,
+        suggestions=listed,
+        warnings=_warnings(plan, rows, known),
+        settings=_settings(chosen, listed),
+    )
+
+
+def _warnings(plan: Plan, rows: Rows, facts: Mapping[str, Any]) -> list[str]:
+    found = advice.warnings(plan, examples=rows.usable, facts={**_ANY_WIDTH, **facts})
+    return found + (capacity.warnings(facts, plan.technique, rows.answer_tokens) if facts else [])
+
+
+def _settings(technique: Technique, listed: list[Suggestion]) -> dict[str, JsonValue]:
+    """Rates, epochs and batches are left to "auto", which decides by the same rules on the rows that are sent."""
+    shown: dict[str, JsonValue] = {"technique": {"type": technique.type, **technique.model_dump(exclude_defaults=True)}}
+    share = next(one.value for one in listed if one.field == "replay.share")
+    return shown if share is None else {**shown, "replay": {"share": share}}

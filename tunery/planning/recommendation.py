@@ -1,0 +1,126 @@
+"""Whether to fine-tune at all: written rules, from the rows that count and what the owner wants. Pure functions."""
+
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Aim = Literal["output_format", "style", "domain_language", "new_facts", "latency", "general_accuracy"]
+Choice = Literal["prompt", "evaluate_both", "fine_tune", "retrieval"]
+
+FEW, MANY = 100, 1000
+"""Usable rows: below the first a prompt comes first, above the second a fine-tune is worth its price."""
+_BEHAVIOUR: Mapping[Aim, str] = {
+    "output_format": "A consistent output format is what a fine-tune is best at: the model learns the form itself, and "
+    "no request has to explain it.",
+    "style": "A consistent style is what a fine-tune is best at: examples show a tone that instructions only describe.",
+    "latency": "A small tuned model can do one task as a large prompted one does it, with a shorter prompt: fewer "
+    "tokens a request, and faster ones.",
+}
+"""The aims for which a fine-tune wins, and why."""
+_MOST_KINDS = 4
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Reason(_Model):
+    """What a rule says, in plain words with the numbers that it read."""
+
+    rule: str = Field(description="The rule's name, which never changes")
+    text: str
+
+
+class Rows(_Model):
+    """A file's rows. `usable` are those that no finding of the report speaks against."""
+
+    total: int
+    usable: int
+    left_out: dict[str, int] = Field(description="Rows that do not count, by kind of finding")
+    answer_tokens: int = Field(description="Tokens of the usable rows' answers, about: four bytes each")
+    refused: str | None = Field(None, description="Why no job can take the file as it is")
+
+
+class Rule(NamedTuple):
+    """One way to decide: the first rule that applies does. `says` has the numbers of the rows in braces."""
+
+    name: str
+    applies: Callable[[Rows, Aim], bool]
+    choice: Choice
+    says: str
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "facts_by_retrieval",
+        lambda _, aim: aim == "new_facts",
+        "retrieval",
+        "Do not fine-tune to teach facts: it is unreliable. A tune learns how to answer; of facts it keeps some, mixes "
+        "up others, sounds sure of both, and has to be trained again when one changes. Search your documents for each "
+        "question and put what is found into the prompt (retrieval, RAG).",
+    ),
+    Rule(
+        "fewer_than_100",
+        lambda rows, _: rows.usable < FEW,
+        "prompt",
+        "{usable:,} usable rows are fewer than 100: write the task into the prompt with the best 3 to 8 of them as "
+        "examples, and keep the others to measure it.",
+    ),
+    Rule(
+        "behaviour_is_learned",
+        lambda _, aim: aim in _BEHAVIOUR,
+        "fine_tune",
+        "{behaviour} {usable:,} usable rows are enough for that: 100 are.",
+    ),
+    Rule(
+        "from_100_to_1000",
+        lambda rows, _: rows.usable <= MANY,
+        "evaluate_both",
+        "{usable:,} usable rows lie between 100 and 1,000, where either may win: score a prompt with examples and a "
+        "fine-tune on the same held-out rows, and take the cheaper one that is good enough.",
+    ),
+    Rule(
+        "more_than_1000",
+        lambda _rows, _aim: True,
+        "fine_tune",
+        "{usable:,} usable rows are more than 1,000: a fine-tune is worth its price.",
+    ),
+)
+"""In order."""
+
+
+def decide(rows: Rows, aim: Aim) -> tuple[Choice, list[Reason]]:
+    """What to do, and why: first the rule that decided."""
+    rule = next(rule for rule in RULES if rule.applies(rows, aim))
+    said = rule.says.format(usable=rows.usable, behaviour=_BEHAVIOUR.get(aim, ""))
+    return rule.choice, [Reason(rule=rule.name, text=said), *_besides(rows, aim, rule.choice)]
+
+
+def _besides(rows: Rows, aim: Aim, choice: Choice) -> list[Reason]:
+    """What holds whatever was decided."""
+    found = []
+    if rows.refused is not None:
+        text = f"No job can take the file as it is: {rows.refused}"
+        found.append(Reason(rule="refused_as_it_is", text=text))
+    if rows.usable < rows.total:
+        text = f"{rows.total - rows.usable:,} of {rows.total:,} rows do not count: {_kinds(rows.left_out)}. Clean the "
+        found.append(Reason(rule="rows_that_do_not_count", text=f"{text}file before you train on it."))
+    if choice == "retrieval" and rows.usable >= FEW:
+        text = "A fine-tune on these rows can still teach the form of answers that are drawn from what was found."
+        found.append(Reason(rule="form_beside_retrieval", text=text))
+    if choice in ("evaluate_both", "fine_tune"):
+        text = "Write the best prompt first and score it on the held-out rows: it is what the tune has to beat."
+        found.append(Reason(rule="prompt_first", text=text))
+    if aim == "latency":
+        text = "Merge the adapter (export.merged): a merged model costs nothing more at run time."
+        found.append(Reason(rule="merge_for_latency", text=text))
+    return found
+
+
+def _kinds(left_out: Mapping[str, int]) -> str:
+    """`12 exact_duplicate, 3 refusal`: the most frequent kinds, as the report names them."""
+    counts = sorted(left_out.items(), key=lambda item: -item[1])
+    rest = sum(count for _, count in counts[_MOST_KINDS:])
+    shown = [f"{count:,} {kind}" for kind, count in counts[:_MOST_KINDS]]
+    return ", ".join(shown + ([f"{rest:,} others"] if rest else []))

@@ -1,0 +1,140 @@
+"""Settings for a run on the rows that count, each by a written rule with its reason. Pure functions."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from tunery.planning import advice
+from tunery.planning.recommendation import MANY, Aim, Rows
+from tunery.spec import Full, Lora, Plan, Qlora, Replay, Technique, TrainingSpec
+
+LOW_RANK = 4
+RANKS_BY_ROWS = ((MANY, 16), (10 * MANY, 32), (math.inf, 64))
+"""For a domain's language: the rank for up to so many usable rows."""
+_LOW_RANK_AIMS: tuple[Aim, ...] = ("output_format", "style")
+_REPLAY_AIMS: tuple[Aim, ...] = ("domain_language", "general_accuracy")
+_LEAST_HELD_OUT, _MOST_HELD_OUT = 50, 1000
+
+
+class Suggestion(BaseModel):
+    """A setting's value, and the rule that chose it. `field`: as a request for a job has it; `held_out.share`: as a
+    cleaning has it. `value` is null where it is left open."""
+
+    model_config = ConfigDict(frozen=True)
+
+    field: str
+    value: JsonValue
+    rule: str = Field(description="The rule's name, which never changes")
+    text: str = Field(description="Why")
+
+
+def held_out_rows(usable: int) -> int:
+    """A tenth, but at least 50 rows and at most 1,000; of fewer than 150 rows a third."""
+    return min(max(usable // 10, _LEAST_HELD_OUT), _MOST_HELD_OUT, usable // 3)
+
+
+def suggest_technique(aim: Aim, rows: Rows, facts: Mapping[str, Any], bf16_fits: bool | None) -> Technique:
+    """LoRA or QLoRA with a rank for the aim. `bf16_fits`: None where no device is known."""
+    kind = advice.default_technique(bf16_fits is not False, facts)
+    return kind.model_copy(update={"r": _rank(aim, rows.usable)[0]})
+
+
+def _rank(aim: Aim, usable: int) -> tuple[int, str, str]:
+    """The rank, its rule and why."""
+    if aim in _LOW_RANK_AIMS:
+        return LOW_RANK, "rank_of_form", "Format and style are a small change: a rank of 4 holds them."
+    if aim == "domain_language":
+        rank = next(rank for most, rank in RANKS_BY_ROWS if usable <= most)
+        why = "A domain's language is a large change: 16 up to 1,000 rows, 32 up to 10,000, 64 above."
+        return rank, "rank_of_domain", f"{why} Here are {usable:,}."
+    return Lora().r, "rank_by_default", "The default: the learning rate matters more than the rank."
+
+
+def make_plan(technique: Technique, rows: Rows, facts: Mapping[str, Any], *, has_held_out: bool) -> Plan:
+    """What a job with this technique resolves its "auto" values to, on the usable rows that are left to train on."""
+    examples = max(1, rows.usable if has_held_out else rows.usable - held_out_rows(rows.usable))
+    spec = TrainingSpec(technique=technique, seed=0)
+    return advice.resolve(spec, examples=examples, facts=facts, bf16_fits=True)
+
+
+def suggest(
+    plan: Plan, aim: Aim, rows: Rows, *, is_own: bool, knows_base: bool, bf16_fits: bool | None, has_held_out: bool
+) -> Iterator[Suggestion]:
+    """Every setting with its reason. `is_own`: the technique is the owner's; `knows_base`: the base's width is known;
+    `bf16_fits`: None where no device is known; `has_held_out`: the owner has rows for it already."""
+    yield _technique(plan.technique, is_own=is_own, bf16_fits=bf16_fits)
+    if isinstance(plan.technique, Lora):
+        yield from _adapter(plan.technique, aim, rows, is_own=is_own)
+    yield _rate(plan, knows_base=knows_base)
+    yield from _passes(plan)
+    yield _replay(plan.technique, aim)
+    if not has_held_out:
+        yield _held_out(rows)
+
+
+def _technique(technique: Technique, *, is_own: bool, bf16_fits: bool | None) -> Suggestion:
+    said = {"field": "technique.type", "value": technique.type}
+    if is_own:
+        return Suggestion(**said, rule="technique_as_asked", text="As you asked.")
+    if isinstance(technique, Qlora):
+        text = "The base does not fit in bf16 on any GPU here, so it is kept in four bits."
+        if bf16_fits is not False:
+            text = "This base cannot be trained with LoRA."
+        return Suggestion(**said, rule="qlora_where_it_must_be", text=text)
+    known = "The base fits in bf16 here." if bf16_fits else "Where the base does not fit in bf16, take qlora."
+    text = (
+        f"{known} LoRA forgets less than a full fine-tune, merging it costs nothing at run time, and adapters that are "
+        "kept apart can be swapped for each tenant on one base."
+    )
+    return Suggestion(**said, rule="lora_first", text=text)
+
+
+def _adapter(technique: Lora, aim: Aim, rows: Rows, *, is_own: bool) -> Iterator[Suggestion]:
+    rank, rule, why = _rank(aim, rows.usable)
+    if is_own and technique.r != rank:
+        rule, why = "rank_as_asked", f"As you asked; the rule for this aim says {rank}."
+    yield Suggestion(field="technique.r", value=technique.r, rule=rule, text=why)
+    low, high = (technique.r * times for times in advice.ALPHA_BAND)
+    text = (
+        f"The textbook's 2 to 4 times the rank would be {low} to {high}. Ours stays 32 at every rank: with alpha fixed "
+        "the best learning rate hardly moves with the rank, and the default rate was made for it."
+    )
+    yield Suggestion(field="technique.alpha", value=technique.alpha, rule="alpha_stays", text=text)
+
+
+def _rate(plan: Plan, *, knows_base: bool) -> Suggestion:
+    said = {"field": "learning_rate", "rule": "rate_by_width"}
+    if not knows_base:
+        return Suggestion(**said, value=None, text="Left to the job: the rate follows the base's width.")
+    share = ", a tenth of LoRA's" if isinstance(plan.technique, Full) else ""
+    text = f"The default: 5e-4 x (2000 / hidden size)^0.78{share}. Larger bases want a lower rate."
+    return Suggestion(**said, value=float(f"{plan.learning_rate:.3g}"), text=text)
+
+
+def _passes(plan: Plan) -> Iterator[Suggestion]:
+    text = "Three; small files are seen 100 times in all (25 epochs at most), huge ones 25,000 times."
+    yield Suggestion(field="n_epochs", value=plan.n_epochs, rule="epochs_by_rows", text=text)
+    text = "Adapters learn worse from large batches."
+    yield Suggestion(field="batch_size", value=plan.batch_size, rule="batch_by_default", text=text)
+
+
+def _replay(technique: Technique, aim: Aim) -> Suggestion:
+    said = {"field": "replay.share"}
+    if isinstance(technique, Full):
+        text = "A full fine-tune forgets most: a tenth of general rows holds the model where it was."
+        return Suggestion(**said, value=Replay().share, rule="replay_for_full", text=text)
+    if aim in _REPLAY_AIMS:
+        text = "This aim moves the model far, and it should not forget what it could do: a tenth of general rows."
+        return Suggestion(**said, value=Replay().share, rule="replay_for_aim", text=text)
+    text = "None: a small change forgets little. Add it if the scorecard's general accuracy falls."
+    return Suggestion(**said, value=None, rule="replay_left_out", text=text)
+
+
+def _held_out(rows: Rows) -> Suggestion:
+    held_out = held_out_rows(rows.usable)
+    share = round(held_out / rows.usable, 3) if rows.usable else None
+    reach = f" A share measured on them is sure to about {98 / math.sqrt(held_out):.0f} points." if held_out else ""
+    text = f"{held_out:,} rows that are not trained on: a tenth, at least 50, at most 1,000, never over a third.{reach}"
+    return Suggestion(field="held_out.share", value=share, rule="held_out_by_rows", text=text)
