@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -17,12 +16,12 @@ import openai
 import pytest
 import tiny_models
 import torch
-import uvicorn
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from openai import OpenAI
 from peft import PeftModel
+from served import serving
 from templates import sentencepiece
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
@@ -34,7 +33,6 @@ from tunery.rows.template import ChatTemplate
 from tunery.settings import Settings
 from tunery.storage import Directory, open_storage
 from worker.server.__main__ import choose_device
-from worker.server.app import create_app
 from worker.server.backends.embedded import Engine
 from worker.server.generation import Sampling, Text, choose
 from worker.server.schemas import parse
@@ -77,21 +75,6 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     return Shop(storage, folders, files)
 
 
-@contextmanager
-def _running(engine: Engine, places: int) -> Iterator[int]:
-    """The server on a port of its own, in a thread."""
-    port = processes.free_port()
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, places=places), port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        assert processes.wait_until(lambda: server.started, seconds=20, alive=thread.is_alive)
-        yield port
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 @pytest.fixture(scope="module")
 def engine(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return Engine(tmp_path_factory.mktemp("models"), shop.storage)
@@ -99,7 +82,7 @@ def engine(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 @pytest.fixture(scope="module")
 def port(engine: Engine) -> Iterator[int]:
-    with _running(engine, places=1) as port:
+    with serving(engine, places=1) as port:
         yield port
 
 
@@ -232,10 +215,10 @@ def test_a_seed_repeats_a_drawn_answer(client: OpenAI, shop: Shop) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("logprobs", True),
+        ("n", 0),
+        ("top_logprobs", 2),
         ("logit_bias", {"5": 10}),
-        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "json_schema"}),
         ("tool_choice", "required"),
         ("presence_penalty", 0.5),
         ("temperature", 3),

@@ -3,13 +3,11 @@
 It trusts its caller: the API has checked the key, found the model and says where its files lie. Bind it where only the
 API reaches it.
 
-What it is not: there is no batching, no several models or adapters in memory at once and no parsing of tool calls out
-of an answer's text (the model's own spelling of a call arrives as content).
+What it is not: there is no batching, and no several models or adapters in memory at once.
 """
 
 import json
 import logging
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -19,10 +17,10 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from tunery import ids
 from tunery.errors import Rejected, TuneryError, Unavailable
 from worker.server.backends.backend import Answer, Backend
 from worker.server.desk import Desk, Turn
+from worker.server.replies import Reply, calls_of
 from worker.server.schemas import ChatRequest, parse
 
 log = logging.getLogger(__name__)
@@ -80,29 +78,33 @@ async def _healthz(request: Request) -> dict[str, Any]:
 async def _complete(request: Request, chat: ChatBody, turn: TurnDep) -> Response:
     if await request.is_disconnected():  # gone while it waited
         return Response(status_code=499)
-    reply = _Reply(chat, await turn.begin(chat))
+    reply = Reply(chat)
+    answer = await turn.begin(chat.nth(0))
     if chat.stream:
         # The first piece before the status line: whatever is wrong with model or prompt can still be an HTTP error.
         pieces = turn.pieces()
         first = await anext(pieces)
-        return StreamingResponse(_events(reply, first, pieces), media_type="text/event-stream")
-    text = []
-    async for piece in turn.pieces():
-        text.append(piece)
-        if await request.is_disconnected():
-            return Response(status_code=499)
-    return JSONResponse(reply.whole("".join(text)))
+        return StreamingResponse(_events(reply, turn, answer, _chain(first, pieces)), media_type="text/event-stream")
+    for index in range(chat.n):
+        answer = answer if index == 0 else await turn.begin(chat.nth(index))
+        text = []
+        async for piece in turn.pieces():
+            text.append(piece)
+            if await request.is_disconnected():
+                return Response(status_code=499)
+        reply.add(answer, "".join(text))
+    return JSONResponse(reply.whole())
 
 
-async def _events(reply: "_Reply", first: str, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _events(reply: Reply, turn: Turn, answer: Answer, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
     try:
-        yield _event(reply.chunk({"role": "assistant", "content": ""}))
-        if first:
-            yield _event(reply.chunk({"content": first}))
-        async for piece in pieces:
-            if piece:
-                yield _event(reply.chunk({"content": piece}))
-        yield _event(reply.chunk({}, reply.answer.finish_reason))
+        for index in range(reply.chat.n):
+            if index:
+                answer = await turn.begin(reply.chat.nth(index))
+                pieces = turn.pieces()
+            async for event in _events_of_one(reply, index, answer, pieces):
+                yield event
+            reply.add(answer, "")
         if reply.chat.wants_usage:
             yield _event(reply.usage_chunk())
         yield "data: [DONE]\n\n"
@@ -110,49 +112,26 @@ async def _events(reply: "_Reply", first: str, pieces: AsyncIterator[str]) -> As
         yield _event(_envelope(error))
 
 
+async def _events_of_one(reply: Reply, index: int, answer: Answer, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+    yield _event(reply.chunk(index, {"role": "assistant", "content": ""}))
+    shown = 0
+    async for piece in pieces:
+        if piece:
+            yield _event(reply.chunk(index, {"content": piece}, chances=answer.chances[shown:]))
+            shown = len(answer.chances)
+    for place, call in enumerate(calls_of(answer)):
+        yield _event(reply.chunk(index, {"tool_calls": [{"index": place, **call}]}))
+    yield _event(reply.chunk(index, {}, reply.reason(answer), answer.chances[shown:]))
+
+
+async def _chain(first: str, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+    yield first
+    async for piece in pieces:
+        yield piece
+
+
 def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body)}\n\n"
-
-
-class _Reply:
-    """A reply's fixed parts: id, time and names are the same in every chunk."""
-
-    def __init__(self, chat: ChatRequest, answer: Answer) -> None:
-        self.chat = chat
-        self.answer = answer
-        self._id = ids.new(ids.COMPLETION)
-        self._created = int(time.time())
-
-    def _head(self, object: str) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": object,
-            "created": self._created,
-            "model": self.chat.model,
-            # Two answers with the same seed are comparable when this is the same.
-            "system_fingerprint": f"fp_{self.chat.chosen.template.manifest_sha256[:10]}",
-        }
-
-    def _usage(self) -> dict[str, Any]:
-        prompt, completion = self.answer.prompt_tokens, self.answer.completion_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-    def whole(self, text: str) -> dict[str, Any]:
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": self.answer.finish_reason,
-        }
-        return {**self._head("chat.completion"), "choices": [choice], "usage": self._usage()}
-
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        usage = {"usage": None} if self.chat.wants_usage else {}
-        return {**self._head("chat.completion.chunk"), "choices": [choice], **usage}
-
-    def usage_chunk(self) -> dict[str, Any]:
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
 
 
 def _status(error: Exception) -> int:

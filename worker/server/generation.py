@@ -6,12 +6,16 @@ Greedy answers are the same as `generate(do_sample=False)` gives, which the test
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
+from tunery.rows.calls import CallSpelling
+from tunery.rows.messages import FunctionCall
+from worker.server.backends.backend import FinishReason, TokenChance
+from worker.server.grammar import Grammar
 from worker.trainer.rope import LengthRope
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -28,11 +32,18 @@ class Sampling:
 
 
 class Text:
-    """Token ids as text that may leave the house: whole characters, and nothing that could begin a stop string."""
+    """Token ids as text that may leave the house: whole characters, and nothing that could begin a stop string.
 
-    def __init__(self, tokenizer: Tokenizer, stops: list[str], context: Sequence[int] = ()) -> None:
+    `mark`: what a tool call begins with, at which the text ends as at a stop string; its special tokens are then shown.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stops: list[str], context: Sequence[int] = (), mark: str | None = None
+    ) -> None:
         self._tokenizer = tokenizer
-        self._stops = stops
+        self._stops = stops if mark is None else [*stops, mark]
+        self._mark = mark
+        self.calls = False
         self._ids = list(context)
         # Decoded together with their neighbours on the left, since a tokenizer may write a token's leading space only
         # inside a text: ids[start:read] is that context, ids[read:] is new.
@@ -60,14 +71,16 @@ class Text:
         return released if self.stopped else released + held
 
     def _new_text(self) -> str:
-        context = self._tokenizer.decode(self._ids[self._start : self._read], skip_special_tokens=True)
-        whole = self._tokenizer.decode(self._ids[self._start :], skip_special_tokens=True)
+        is_plain = self._mark is None
+        context = self._tokenizer.decode(self._ids[self._start : self._read], skip_special_tokens=is_plain)
+        whole = self._tokenizer.decode(self._ids[self._start :], skip_special_tokens=is_plain)
         return str(whole[len(context) :])
 
     def _release(self) -> str:
         found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
+            self.calls = self._mark is not None and self._held.startswith(self._mark, min(found))
             released, self._held = self._held[: min(found)], ""
             return released
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
@@ -85,8 +98,11 @@ def _overlap(text: str, stop: str) -> int:
 class Generation:
     """An answer in the making. Iterate for its pieces (one a token, often empty); the counts grow meanwhile.
 
-    `context`: the prompt's last tokens, with which the answer's are decoded. `finish_reason` is `stop` at one of
-    `eos_ids` or a stop string and `length` after `max_tokens` tokens; the stop token is counted and never shown.
+    `context`: the prompt's last tokens, with which the answer's are decoded. Calls, where they are spelled as
+    `spelling` says, are no pieces: `tool_calls` has them at the end. `chances` has each token of the answer where
+    `top_logprobs` is a number, and beside it as many likeliest tokens. `finish_reason` is `stop` at one of `eos_ids`,
+    a stop string or a grammar's end, `tool_calls` after calls and `length` after `max_tokens` tokens; the stop token
+    is counted and never shown.
     """
 
     model: Any
@@ -98,26 +114,48 @@ class Generation:
     sampling: Sampling = Sampling()
     context: list[int] = field(default_factory=list)
     rope: LengthRope = field(default_factory=LengthRope)
+    grammar: Grammar | None = None
+    spelling: CallSpelling | None = None
+    top_logprobs: int | None = None
     completion_tokens: int = 0
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: FinishReason | None = None
+    chances: list[TokenChance] = field(default_factory=list)
+    tool_calls: list[FunctionCall] = field(default_factory=list)
 
     @property
     def prompt_tokens(self) -> int:
         return len(self.prompt_ids)
 
     def __iter__(self) -> Generator[str]:
-        text = Text(self.tokenizer, self.stops, self.context)
+        mark = None if self.spelling is None else self.spelling.before
+        text = Text(self.tokenizer, self.stops, self.context, mark)
+        said: list[int] = []
         for token in self._tokens():
             self.completion_tokens += 1
             if token in self.eos_ids:
                 self.finish_reason = "stop"
                 break
-            yield text.add(token)
-            if text.stopped:
+            said.append(token)
+            yield "" if text.calls else text.add(token)
+            if text.stopped and not text.calls:
                 self.finish_reason = "stop"
                 break
-        yield text.finish()
-        self.finish_reason = "stop" if text.stopped else self.finish_reason or "length"
+        if not text.stopped:
+            yield text.finish()
+        if text.calls:
+            yield self._read_calls(said)
+        is_over = (text.stopped and not text.calls) or (self.grammar is not None and self.grammar.is_complete)
+        self.finish_reason = "stop" if is_over else self.finish_reason or "length"
+        if self.tool_calls:
+            self.finish_reason = "tool_calls"
+
+    def _read_calls(self, said: list[int]) -> str:
+        """Takes the calls at the answer's end, or gives the text back that began like one and is none."""
+        assert self.spelling is not None
+        text: str = self.tokenizer.decode(said, skip_special_tokens=False)
+        written = text[text.index(self.spelling.before) :]
+        self.tool_calls = self.spelling.read(written) or []
+        return "" if self.tool_calls else written
 
     def _tokens(self) -> Iterator[int]:
         dice = _dice(self.sampling.seed)
@@ -125,12 +163,29 @@ class Generation:
         ids = seen
         for _ in range(self.max_tokens):
             logits, cache = self._forward(ids, cache)
-            token = choose(logits, self.sampling, dice)
+            token = choose(logits if self.grammar is None else self.grammar.allow(logits), self.sampling, dice)
+            self._note(token, logits)
             yield token
+            if self.grammar is not None:
+                self.grammar.take(token)
+                if self.grammar.is_complete:
+                    return
             seen.append(token)
             ids = [token]
             if self.rope.changes(len(seen) - 1, len(seen)):
                 ids, cache = seen, None  # the cache's keys were turned by other frequencies
+
+    def _note(self, token: int, logits: torch.Tensor) -> None:
+        """Keeps the token's log probability where it is asked for. The stop token is no token of the answer."""
+        if self.top_logprobs is None or token in self.eos_ids:
+            return
+        every = logits.log_softmax(dim=-1)
+        values, likeliest = every.topk(min(self.top_logprobs, len(every)))
+        top = tuple(map(self._chance, likeliest.tolist(), values.tolist()))
+        self.chances.append(replace(self._chance(token, float(every[token])), top=top))
+
+    def _chance(self, token: int, logprob: float) -> TokenChance:
+        return TokenChance(self.tokenizer.decode([token], skip_special_tokens=False), logprob)
 
     # Here and not around the loop: the mode belongs to a thread, and a generator may go on in another one.
     @torch.inference_mode()

@@ -4,7 +4,7 @@ What this server does not do is refused by name instead of being ignored: an ans
 probabilities or its JSON schema is worse than none.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -14,14 +14,9 @@ from tunery.rows.messages import Message, Tool
 from tunery.serving import MODEL_FIELD, Chosen
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "logprobs": (False, 0),
-    "top_logprobs": (0,),
     "logit_bias": ({},),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("auto", "none"),
     "modalities": (["text"],),
     "store": (False,),
     "functions": ([],),
@@ -46,6 +41,10 @@ _WITHOUT_EFFECT = {
 """Fields of OpenAI's that change nothing about the answer."""
 
 
+def _refuse(param: str, reason: str) -> NoReturn:
+    raise InvalidValue(param=param, reason=f"Invalid '{param}': {reason}.")
+
+
 class _Sealed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -58,6 +57,39 @@ class _Sealed(BaseModel):
 class StreamOptions(_Sealed):
     include_usage: bool = False
     include_obfuscation: bool = False
+
+
+class JsonSchema(_Sealed):
+    """A schema that an answer is to keep to, always: `strict` asks for nothing more."""
+
+    name: str = Field(pattern="^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] = Field({"type": "object"}, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Sealed):
+    """What an answer's text is to be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            _refuse("response_format", "'json_schema' belongs to the type 'json_schema', and to no other")
+        return self
+
+
+class FunctionName(_Sealed):
+    name: str
+
+
+class NamedTool(_Sealed):
+    """The one tool that is to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatRequest(_Sealed):
@@ -77,12 +109,45 @@ class ChatRequest(_Sealed):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    response_format: ResponseFormat = ResponseFormat(type="text")
+    n: int = Field(1, ge=1, le=128, description="Answers, one after the other; each has a seed of its own")
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
 
     @field_validator("stop", mode="before")
     @classmethod
     def _list_stops(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            _refuse("top_logprobs", "it needs 'logprobs': true")
+        if self.must_call:
+            names = [tool.function.name for tool in self.tools or ()]
+            if not names:
+                _refuse("tool_choice", "it asks for a call, and 'tools' offers none")
+            if not self.callable_tools:
+                _refuse("tool_choice", f"it names a tool that is not among 'tools' ({', '.join(names)})")
+            if self.response_format.type != "text":
+                _refuse("tool_choice", "it asks for a call and 'response_format' for JSON: leave one out")
+        return self
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools of which one has to be called."""
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        return [tool for tool in self.tools or () if named in (None, tool.function.name)]
+
+    def nth(self, index: int) -> "ChatRequest":
+        """The request for one of its `n` answers."""
+        return self if self.seed is None or index == 0 else self.model_copy(update={"seed": self.seed + index})
 
     @property
     def stops(self) -> list[str]:

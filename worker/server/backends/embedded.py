@@ -9,21 +9,27 @@ import gc
 import json
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from llguidance import LLTokenizer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from tunery.errors import Unsupported
 from tunery.failures import CannotQuantise
 from tunery.planning.precision import Precision, decide, dense_dtype
+from tunery.rows.calls import CallSpelling
 from tunery.rows.errors import PromptTooLong
 from tunery.rows.template import ChatTemplate
 from tunery.serving import Chosen, Files
 from tunery.spec import Qlora
 from tunery.storage import Storage
+from worker.server import grammar
 from worker.server.generation import Generation, Sampling
+from worker.server.grammar import Grammar
 from worker.server.schemas import ChatRequest
 from worker.supervisor.staging import base_folder
 from worker.trainer import rope
@@ -48,6 +54,12 @@ class Ready:
     template: ChatTemplate
     eos_ids: frozenset[int]
     context_length: int | None
+
+    @cached_property
+    def vocabulary(self) -> LLTokenizer:
+        """What grammars are compiled for: made by the first answer that has one."""
+        size = self.model.get_input_embeddings().weight.shape[0]
+        return grammar.read_vocabulary(self.template.tokenizer, size, self.eos_ids)
 
 
 class Engine:
@@ -85,6 +97,7 @@ class Engine:
         ready = self._load(request.chosen)
         _refuse_much_too_long(request, ready)
         prompt = ready.template.encode_prompt(request.messages, request.offered_tools)
+        spelling = CallSpelling.find(ready.template, request.offered_tools) if request.offered_tools else None
         return Generation(
             model=ready.model,
             tokenizer=ready.template.tokenizer,
@@ -94,6 +107,9 @@ class Engine:
             eos_ids=ready.eos_ids,
             stops=request.stops,
             rope=rope.of(ready.model),
+            grammar=_grammar(request, ready, spelling),
+            spelling=spelling,
+            top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             sampling=Sampling(
                 temperature=1.0 if request.temperature is None else request.temperature,
                 top_p=1.0 if request.top_p is None else request.top_p,
@@ -184,6 +200,19 @@ def _refuse_much_too_long(request: ChatRequest, ready: Ready) -> None:
     tokens = len(ready.template.tokenizer.encode(text[: _LONG * limit], add_special_tokens=False).ids)
     if tokens - _LONG > limit:  # the cut may have made a few more of the last word
         raise PromptTooLong(param="messages", limit=limit, tokens=f"more than {tokens - _LONG}")
+
+
+def _grammar(request: ChatRequest, ready: Ready, spelling: CallSpelling | None) -> Grammar | None:
+    """What the answer has to keep to. Raises InvalidValue where it cannot be compiled, Unsupported of unknown calls."""
+    if request.must_call:
+        if spelling is None:
+            raise Unsupported(
+                param="tool_choice", what="A call in this model's spelling, which is not JSON,", instead="Use 'auto'."
+            )
+        source = grammar.of_call(request.callable_tools, spelling, ready.template.tokenizer)
+        return Grammar(ready.vocabulary, source, "tools")
+    wanted = grammar.of_format(request.response_format)
+    return None if wanted is None else Grammar(ready.vocabulary, wanted, "response_format")
 
 
 def _room(request: ChatRequest, prompt_tokens: int, context_length: int | None) -> int:

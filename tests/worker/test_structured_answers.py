@@ -1,0 +1,214 @@
+"""JSON, tool calls, several answers and log probabilities of a served model, by the official client."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import openai
+import pytest
+import tiny_models
+import torch
+from openai import OpenAI
+from pydantic import BaseModel
+from served import serving
+from transformers import AutoModelForCausalLM
+
+from tunery.artifacts import manifest
+from tunery.rows.messages import Message
+from tunery.rows.template import ChatTemplate
+from tunery.storage import Directory
+from worker.server.backends.embedded import Engine
+
+CALLS = """\
+{%- if tools %}{{ tools | tojson }}{% endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.content %}{{- message.content }}{% endif %}
+    {%- for call in message.tool_calls or [] %}
+        {{- '<call>{"name": "' + call.function.name + '", "arguments": ' }}
+        {{- (call.function.arguments | tojson) + '}</call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
+"""
+ASK: list[Any] = [{"role": "user", "content": "Where is my card?"}]
+CARD: Any = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "lost": {"type": "boolean"}},
+    "required": ["colour", "lost"],
+    "additionalProperties": False,
+}
+FIND: Any = {"type": "function", "function": {"name": "find_card", "parameters": CARD}}
+STOP: Any = {"type": "function", "function": {"name": "stop_card", "parameters": CARD}}
+
+
+class Card(BaseModel):
+    colour: Literal["red", "blue"]
+    lost: bool
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.llama(
+        tmp_path_factory.mktemp("base") / "one", seed=1, template=CALLS, max_position_embeddings=4096
+    )
+
+
+@pytest.fixture(scope="module")
+def body(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What the API adds to a request, and under "port" where the server listens."""
+    storage = Directory(tmp_path_factory.mktemp("objects"))
+    _, sha256 = manifest.publish(storage, "models/one", folder)
+    files = {"id": "one", "prefix": "models/one", "manifest_sha256": sha256}
+    with serving(Engine(tmp_path_factory.mktemp("models"), storage)) as port:
+        yield {"tunery_model": {"base": files, "tuned": None}, "port": port}
+
+
+@pytest.fixture(scope="module")
+def ask(body: dict[str, Any]) -> Any:
+    port = body.pop("port")
+    client = OpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, _strict_response_validation=True
+    )
+
+    def ask(**asked: Any) -> Any:
+        return client.chat.completions.create(
+            **{"model": "one", "messages": ASK, "extra_body": body, "max_tokens": 400, "seed": 3} | asked
+        )
+
+    ask.parse = lambda **asked: client.chat.completions.parse(  # type: ignore[attr-defined]
+        **{"model": "one", "messages": ASK, "extra_body": body, "max_tokens": 400, "seed": 3} | asked
+    )
+    return ask
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_an_answer_keeps_to_a_schema(ask: Any, seed: int, temperature: float) -> None:
+    """A model of random weights would write anything."""
+    wanted = {"type": "json_schema", "json_schema": {"name": "card", "schema": CARD, "strict": True}}
+
+    choice = ask(response_format=wanted, seed=seed, temperature=temperature).choices[0]
+
+    assert choice.finish_reason == "stop"
+    found = json.loads(choice.message.content)
+    assert found.keys() == {"colour", "lost"}
+    assert found["colour"] in ("red", "blue")
+    assert isinstance(found["lost"], bool)
+
+
+def test_a_class_is_read_from_an_answer(ask: Any) -> None:
+    assert isinstance(ask.parse(response_format=Card).choices[0].message.parsed, Card)
+
+
+def test_an_answer_is_any_object_where_no_schema_is_named(ask: Any) -> None:
+    text = ask(response_format={"type": "json_object"}, max_tokens=20, temperature=0).choices[0].message.content
+    assert text.lstrip().startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}}}, "odd"),
+        ({"response_format": {"type": "json_schema"}}, "'json_schema' belongs to"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"tool_choice": "required"}, "'tools' offers none"),
+        (
+            {"tools": [FIND], "tool_choice": {"type": "function", "function": {"name": "stop_card"}}},
+            r"not among 'tools' \(find_card\)",
+        ),
+        ({"tools": [FIND], "tool_choice": "required", "response_format": {"type": "json_object"}}, "leave one out"),
+        ({"top_logprobs": 3}, "needs 'logprobs'"),
+    ],
+)
+def test_what_cannot_be_kept_to_is_refused(ask: Any, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=said):
+        ask(**asked)
+    assert ask(max_tokens=1).choices
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_required_call_is_one_of_the_tools(ask: Any, seed: int) -> None:
+    choice = ask(tools=[FIND, STOP], tool_choice="required", seed=seed).choices[0]
+
+    [call] = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    assert call.function.name in ("find_card", "stop_card")
+    assert json.loads(call.function.arguments).keys() == {"colour", "lost"}
+
+
+def test_a_named_tool_is_the_one_that_is_called_and_its_result_is_sent_back(ask: Any) -> None:
+    named = {"type": "function", "function": {"name": "stop_card"}}
+
+    choice = ask(tools=[FIND, STOP], tool_choice=named).choices[0]
+
+    assert choice.finish_reason == "stop"
+    [call] = choice.message.tool_calls
+    assert call.function.name == "stop_card"
+    result = {"role": "tool", "tool_call_id": call.id, "content": "done"}
+    assert ask(messages=[*ASK, choice.message.model_dump(exclude_none=True), result], tools=[STOP], max_tokens=2)
+
+
+def test_a_stream_has_the_call_that_the_whole_answer_has(ask: Any) -> None:
+    asked: dict[str, Any] = {"tools": [FIND], "tool_choice": "required", "temperature": 0}
+    [whole] = ask(**asked).choices[0].message.tool_calls
+
+    chunks = list(ask(**asked, stream=True))
+
+    called = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert [call.function.arguments for call in called] == [whole.function.arguments]
+    assert not any(chunk.choices[0].delta.content for chunk in chunks)
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_text_stays_text_where_tools_are_offered(ask: Any) -> None:
+    asked: dict[str, Any] = {"tools": [FIND], "temperature": 0, "max_tokens": 24}
+    choice = ask(**asked).choices[0]
+    assert choice.message.tool_calls is None
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in ask(**asked, stream=True))
+    assert streamed == choice.message.content
+
+
+def test_each_of_several_answers_has_a_seed_of_its_own(ask: Any) -> None:
+    reply = ask(n=3, max_tokens=12, seed=5)
+
+    texts = [choice.message.content for choice in reply.choices]
+    assert [choice.index for choice in reply.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert texts[0] == ask(max_tokens=12, seed=5).choices[0].message.content
+    assert reply.usage.completion_tokens == 36
+    assert reply.usage.prompt_tokens == ask(max_tokens=1).usage.prompt_tokens
+    streamed = ["", "", ""]
+    for chunk in ask(n=3, max_tokens=12, seed=5, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
+
+
+def test_log_probabilities_are_those_of_plain_transformers(ask: Any, folder: Path) -> None:
+    asked: dict[str, Any] = {"logprobs": True, "top_logprobs": 3, "max_tokens": 8, "temperature": 0}
+
+    content = ask(**asked).choices[0].logprobs.content
+
+    template = ChatTemplate.load(folder)
+    prompt = template.encode_prompt([Message(**ASK[0])])
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        ids = model.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=8)
+        every = model(input_ids=ids).logits[0].log_softmax(-1)
+    answer = ids[0, len(prompt) :].tolist()
+    assert [one.token for one in content] == [
+        template.tokenizer.decode([id], skip_special_tokens=False) for id in answer
+    ]
+    for place, (one, id) in enumerate(zip(content, answer, strict=True)):
+        row = every[len(prompt) + place - 1]
+        assert one.logprob == pytest.approx(float(row[id]), abs=1e-4)
+        assert [top.logprob for top in one.top_logprobs] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+    streamed = [
+        one
+        for chunk in ask(**asked, stream=True)
+        for one in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else [])
+    ]
+    assert [one.logprob for one in streamed] == [one.logprob for one in content]

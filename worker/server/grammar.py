@@ -1,0 +1,99 @@
+"""What an answer is allowed to say: JSON of a schema or a call of a tool, kept to token by token by llguidance."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import llguidance
+import numpy
+import torch
+from tokenizers import Tokenizer
+
+from tunery.errors import InvalidValue
+from tunery.rows.calls import ANY_ID, CallSpelling
+from tunery.rows.messages import Tool
+from worker.server.schemas import ResponseFormat
+
+_JSON = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,40}"}
+"""Blanks between JSON's marks: as a model likes them, but not without end."""
+
+
+class Grammar:
+    """The tokens that may come next. `allow` and `take` alternate until `is_complete`."""
+
+    def __init__(self, tokenizer: llguidance.LLTokenizer, source: str, param: str) -> None:
+        """Raises InvalidValue naming `param` where the source cannot be compiled."""
+        self._matcher = llguidance.LLMatcher(tokenizer, source)
+        if self._matcher.is_error():
+            raise InvalidValue(param=param, reason=f"Invalid '{param}': {_first_line(self._matcher.get_error())}")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow."""
+        return bool(self._matcher.is_stopped())
+
+    def allow(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits, of tokens that may not come minus infinity."""
+        bits = numpy.frombuffer(self._matcher.compute_bitmask(), dtype=numpy.uint8)
+        allowed = torch.from_numpy(numpy.unpackbits(bits, bitorder="little", count=len(logits))).bool()
+        if not allowed.any():
+            raise RuntimeError(f"no token may follow: {self._matcher.get_error()}")
+        return logits.masked_fill(~allowed, -torch.inf)
+
+    def take(self, token: int) -> None:
+        """Notes that this token has come."""
+        self._matcher.consume_token(token)
+
+
+def read_vocabulary(tokenizer: Tokenizer, size: int, eos_ids: Iterable[int]) -> llguidance.LLTokenizer:
+    """A tokenizer for grammars; `size`: the logits that the model gives, of which some may be no token's."""
+    size = max(size, tokenizer.get_vocab_size(with_added_tokens=True))
+    return llguidance.LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=sorted(eos_ids))
+
+
+def of_format(wanted: ResponseFormat) -> str | None:
+    """The grammar of a `response_format`; None for text. Raises InvalidValue where it is no schema."""
+    if wanted.type == "text":
+        return None
+    schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
+    return _of_schema(schema, "response_format")
+
+
+def of_call(tools: Sequence[Tool], spelling: CallSpelling, tokenizer: Tokenizer) -> str:
+    """The grammar of one call of one of these tools, as the template spells it."""
+    special = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    before, between, after = (_terminals(text, special) for text in (spelling.before, spelling.between, spelling.after))
+    rules = [f"start: {' | '.join(f'call_{number}' for number in range(len(tools)))}"]
+    for number, tool in enumerate(tools):
+        schema = {**(tool.function.parameters or {"type": "object"}), "x-guidance": _JSON}
+        rules += [
+            f"call_{number}: {before} {_text(tool.function.name)} {between} arguments_{number} {after}",
+            f"arguments_{number}: %json {json.dumps(schema)}",
+        ]
+    return str(llguidance.LLMatcher.grammar_from_lark("\n".join(rules) + "\n"))
+
+
+def _of_schema(schema: dict[str, Any], param: str) -> str:
+    try:
+        return str(llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=cast(Any, _JSON)))
+    except ValueError as error:
+        raise InvalidValue(param=param, reason=f"Invalid '{param}': {_first_line(str(error))}") from None
+
+
+def _terminals(text: str, special: dict[str, int]) -> str:
+    """A text as terminals of a grammar: special tokens by their ids, an id of a call as any nine letters or digits."""
+    marks = sorted((*special, ANY_ID), key=len, reverse=True)
+    pieces = [piece for piece in re.split(f"({'|'.join(map(re.escape, marks))})", text) if piece]
+    return " ".join(
+        "/[a-zA-Z0-9]{9}/" if piece == ANY_ID else f"<[{special[piece]}]>" if piece in special else _text(piece)
+        for piece in pieces
+    )
+
+
+def _text(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]

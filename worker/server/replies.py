@@ -1,0 +1,95 @@
+"""Replies in OpenAI's spelling: whole, and in chunks."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from tunery import ids
+from worker.server.backends.backend import Answer, TokenChance
+from worker.server.schemas import ChatRequest, NamedTool
+
+
+class Reply:
+    """A reply in the making. Its id, time and names are the same in every chunk."""
+
+    def __init__(self, chat: ChatRequest) -> None:
+        self.chat = chat
+        self._id = ids.new(ids.COMPLETION)
+        self._created = int(time.time())
+        self._choices: list[dict[str, Any]] = []
+        self._prompt_tokens = 0
+        self._completion_tokens = 0
+
+    def add(self, answer: Answer, text: str) -> None:
+        """Takes an answer that has ended."""
+        self._prompt_tokens = answer.prompt_tokens  # once: all answers are to one prompt
+        self._completion_tokens += answer.completion_tokens
+        called = calls_of(answer)
+        message = {"role": "assistant", "content": text if text or not called else None, "refusal": None}
+        self._choices.append(
+            {
+                "index": len(self._choices),
+                "message": {**message, "tool_calls": called} if called else message,
+                "logprobs": self._logprobs(answer.chances),
+                "finish_reason": self.reason(answer),
+            }
+        )
+
+    def whole(self) -> dict[str, Any]:
+        """The body of a reply that is not streamed."""
+        return {**self._head("chat.completion"), "choices": self._choices, "usage": self._usage()}
+
+    def chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        finish_reason: str | None = None,
+        chances: Sequence[TokenChance] = (),
+    ) -> dict[str, Any]:
+        """One chunk of the answer with that index."""
+        logprobs = self._logprobs(chances) if chances else None
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        usage = {"usage": None} if self.chat.wants_usage else {}
+        return {**self._head("chat.completion.chunk"), "choices": [choice], **usage}
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The chunk behind the last one, which counts the tokens of all answers."""
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
+
+    def reason(self, answer: Answer) -> str | None:
+        """Why an answer ended. OpenAI says `stop` of a call that was asked for by name."""
+        by_name = isinstance(self.chat.tool_choice, NamedTool) and answer.finish_reason == "tool_calls"
+        return "stop" if by_name else answer.finish_reason
+
+    def _head(self, object: str) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": object,
+            "created": self._created,
+            "model": self.chat.model,
+            # Two answers with the same seed are comparable when this is the same.
+            "system_fingerprint": f"fp_{self.chat.chosen.template.manifest_sha256[:10]}",
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        prompt, completion = self._prompt_tokens, self._completion_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def _logprobs(self, chances: Sequence[TokenChance]) -> dict[str, Any] | None:
+        if not self.chat.logprobs:
+            return None
+        content = [{**_chance(one), "top_logprobs": list(map(_chance, one.top))} for one in chances]
+        return {"content": content, "refusal": None}
+
+
+def calls_of(answer: Answer) -> list[dict[str, Any]]:
+    """An answer's tool calls, each with an id, by which its result is sent back."""
+    return [
+        {"id": ids.new(ids.TOOL_CALL), "type": "function", "function": call.model_dump()} for call in answer.tool_calls
+    ]
+
+
+def _chance(one: TokenChance) -> dict[str, Any]:
+    """A token that is a part of a character has no text of its own: OpenAI's `bytes` is null then."""
+    spelled = None if "\N{REPLACEMENT CHARACTER}" in one.token else list(one.token.encode())
+    return {"token": one.token, "logprob": one.logprob, "bytes": spelled}
