@@ -18,7 +18,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from tunery.errors import Rejected, TuneryError, Unavailable
-from worker.server.backends.backend import Answer, Backend
+from worker.server.answer import Answer
+from worker.server.backends.backend import Backend
 from worker.server.desk import Desk, Turn
 from worker.server.replies import Reply, calls_of
 from worker.server.schemas import ChatRequest, parse

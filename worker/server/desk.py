@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from tunery.errors import Overloaded
-from worker.server.backends.backend import Answer, Backend
+from worker.server.answer import Answer
+from worker.server.backends.backend import Backend
 from worker.server.schemas import ChatRequest
 
 T = TypeVar("T")

@@ -7,16 +7,18 @@ Greedy answers are the same as `generate(do_sample=False)` gives, which the test
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer
 
 from tunery.rows.calls import CallSpelling
 from tunery.rows.messages import FunctionCall
-from worker.server.backends.backend import FinishReason, TokenChance
-from worker.server.grammar import Grammar
+from worker.server.answer import FinishReason, TokenChance
 from worker.trainer.rope import LengthRope
+
+if TYPE_CHECKING:
+    from worker.server.grammar import Grammar
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a decoder writes for the first bytes of a character whose last bytes are in the next token."""
@@ -114,7 +116,7 @@ class Generation:
     sampling: Sampling = Sampling()
     context: list[int] = field(default_factory=list)
     rope: LengthRope = field(default_factory=LengthRope)
-    grammar: Grammar | None = None
+    grammar: "Grammar | None" = None
     spelling: CallSpelling | None = None
     top_logprobs: int | None = None
     completion_tokens: int = 0

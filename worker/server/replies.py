@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunery import ids
-from worker.server.backends.backend import Answer, TokenChance
+from worker.server.answer import Answer, TokenChance
 from worker.server.schemas import ChatRequest, NamedTool
 
 

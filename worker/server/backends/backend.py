@@ -1,49 +1,12 @@
 """What a back end of the model server is: it loads the model of a request and writes its answer."""
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
-from tunery.rows.messages import FunctionCall
 from tunery.settings import Settings
 from tunery.storage import Storage
+from worker.server.answer import Answer
 from worker.server.schemas import ChatRequest
-
-FinishReason = Literal["stop", "length", "tool_calls"]
-
-
-@dataclass(frozen=True)
-class TokenChance:
-    """A token's natural log probability by the model alone, before temperature, nucleus and grammar; and the same of
-    the likeliest tokens."""
-
-    token: str
-    logprob: float
-    top: "tuple[TokenChance, ...]" = ()
-
-
-class Answer(Protocol):
-    """An answer in the making. Iterate once for its text, in pieces of any length; the counts grow meanwhile."""
-
-    @property
-    def prompt_tokens(self) -> int: ...
-
-    @property
-    def completion_tokens(self) -> int: ...
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """None until the last piece has been read."""
-
-    @property
-    def tool_calls(self) -> Sequence[FunctionCall]:
-        """The calls that the answer makes, known once the last piece has been read."""
-
-    @property
-    def chances(self) -> Sequence[TokenChance]:
-        """The tokens of the pieces so far, where their log probabilities are asked for."""
-
-    def __iter__(self) -> Generator[str]: ...
 
 
 class Backend(Protocol):
