@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -40,6 +41,8 @@ RUNS = {  # technique, rate, shape, GPUs
 }
 LIMIT = 150
 """Seconds that a run may take."""
+SIZES = ("weights", "moments", "allocated", "peak", "host_bytes")
+"""What is written down of a rank. `host_bytes`: by how much its process grows until it could train, at the peak."""
 
 
 def config(shape: str) -> Any:
@@ -102,7 +105,9 @@ def rank(folder: Path, record: Path) -> None:
                 found["norms"].append(said.grad_norm)
                 found["seconds"].append(round(said.seconds, 3))
 
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     t = run.prepare(folder, Noting(None), Wish())
+    found["host_bytes"] = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     found["prepared_seconds"] = round(time.monotonic() - began, 1)
     found["device"] = torch.cuda.get_device_name() if cuda else "cpu"
     found["world"], found["memory_plan"] = t.ranks.count, asdict(t.stepper.memory)
@@ -173,7 +178,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> None:
 
 def summary(name: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """What is shown of a run: losses, and of each rank weights, moments and memory."""
-    sizes = [{key: each[key] for key in ("weights", "moments", "allocated", "peak") if key in each} for each in ranks]
+    sizes = [{key: each[key] for key in SIZES if key in each} for each in ranks]
     first = ranks[0]
     kept = {key: first[key] for key in ("losses", "norms", "seconds", "prepared_seconds", "memory_plan", "device")}
     return {"run": name, "world": first["world"], **kept, "ranks": sizes}
@@ -194,7 +199,8 @@ def compare(results: list[dict[str, Any]]) -> list[str]:
             text = (
                 f"{name}, rank {number}: {here:.3f} of {whole:.3f} GB of weights, {each['moments'] / GB:.3f} of moments"
             )
-            lines.append(text + (f", peak {each['peak'] / GB:.2f} GB" if "peak" in each else ""))
+            text += f", peak {each['peak'] / GB:.2f} GB" if "peak" in each else ""
+            lines.append(f"{text}, {each['host_bytes'] / GB:.2f} GB on the host while it is loaded")
     return lines
 
 

@@ -41,6 +41,7 @@ MORE: dict[str, dict[str, Any]] = {
     "replay": PLAIN | {"replay": Replay(share=0.3, max_new_tokens=32)},
     "exported": PLAIN | {"export": Export(fp8=True)},
     "merged": {"n_epochs": 2, "technique": Lora(r=4), "export": Export(merged=True)},
+    "continued": {"n_epochs": 2, "technique": Lora(r=4, alpha=8)},
     "narrow": PLAIN | {"optimizer": "adamw_8bit", "learning_rate": 1e-3},
 }
 """Whatever else a run may do, on a model in pieces."""
@@ -71,6 +72,8 @@ class Runs:
         """The same run on one rank, whole: its folder and its metrics."""
         base = (self.folder / name / "base").resolve()
         alone = self.lay_out(f"{name}-alone", base, **changes | {"resources": Resources()})
+        if (adapter := self.folder / name / "adapter").exists():
+            (alone / "adapter").symlink_to(adapter)
         carry_out(alone, voice := Voice(None), Wish())
         return alone, voice.metrics
 
@@ -109,6 +112,7 @@ def more(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     larger = {"narrow": tiny_models.llama(made.folder / "base-64", hidden_size=64, intermediate_size=128)}
     for name, changes in MORE.items():
         made.lay_out(name, larger.get(name), **changes)
+    tiny_models.lora(made.folder / "continued" / "adapter", tiny)
     made.carry_out(*((name, "whole") for name in MORE))
     return made
 

@@ -27,6 +27,7 @@ def _named(pairs: list[Pair]) -> dict[str, Pair]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # three jobs
 def test_a_rerun_gives_the_same_weights_and_another_seed_does_not(workshop: Workshop) -> None:
     training, valid, test = (
         workshop.file(training_rows(count, first)) for count, first in ((24, 0), (12, 50), (10, 80))

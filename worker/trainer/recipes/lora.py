@@ -19,9 +19,10 @@ def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) 
     """The base with adapters that learn: new ones (B = 0, so the model is still the base), or those in `adapter`."""
     model.requires_grad_(False)
     if adapter is not None:
-        adapted = PeftModel.from_pretrained(
-            model, str(adapter), is_trainable=True, config=_continued(adapter, cast(Lora, technique))
-        )
+        config = _continued(adapter, cast(Lora, technique))
+        with warnings.catch_warnings():  # on a rank that gets its weights from the first one there is no place for them
+            warnings.filterwarnings("ignore", ".*copying from a non-meta parameter", UserWarning)
+            adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=True, config=config)
     else:
         adapted = with_new_adapters(model, configuration(model, cast(Lora, technique)))
     for parameter in adapted.parameters():
