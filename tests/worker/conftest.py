@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import tiny_models
 from databases import Database
+from fastapi.testclient import TestClient
 from workshop import FACTS, QUICK, Workshop
 
+from api.main import create_app
+from tunery.keys import ring
+from tunery.keys.model import Project
 from tunery.settings import Settings
 from tunery.storage import open_storage
 
@@ -33,3 +37,11 @@ def workshop(
     yield shop
     shop.stop()
     shop.until(lambda: not shop.trainers(), "no trainer is left", seconds=10)
+
+
+@pytest.fixture
+def client(workshop: Workshop) -> TestClient:
+    """The API on the workshop's database, with a key of its project."""
+    with workshop.session() as session:
+        _, secret = ring.create_key(session, session.get_one(Project, workshop.project_id), "test")
+    return TestClient(create_app(workshop.database.settings), headers={"authorization": f"Bearer {secret}"})

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 from safetensors.torch import load_file, save_file
 from workshop import Workshop, training_rows
 
 from tunery.jobs.model import Job
 from tunery.models import registry
-from tunery.models.model import Model
 from worker.io import conversion, validation
 from worker.supervisor.drain import Drain
 
@@ -21,6 +21,14 @@ def _judged(workshop: Workshop, job_id: str) -> Job:
     """The job once its files have been validated."""
     assert validation.validate_next(workshop.settings, workshop.storage)
     return workshop.job(job_id)
+
+
+def _error(workshop: Workshop, client: TestClient, job_id: str) -> dict[str, Any]:
+    """What the owner of a job reads that has failed."""
+    assert _judged(workshop, job_id).state == "failed", workshop.story(job_id)
+    shown = client.get(f"/v1/fine_tuning/jobs/{job_id}").json()
+    assert shown["status"] == "failed"
+    return dict(shown["error"])
 
 
 def _lines(rows: list[dict[str, Any]]) -> bytes:
@@ -45,13 +53,13 @@ def test_sequence_longer_than_the_context_is_cut_to_it_and_named(workshop: Works
     assert "1 of 12" in told or "line 12" in told
 
 
-def test_prompt_that_fills_the_context_leaves_nothing_to_learn(workshop: Workshop) -> None:
+def test_prompt_that_fills_the_context_leaves_nothing_to_learn(workshop: Workshop, client: TestClient) -> None:
     rows = [_chat(("user", "word " * 200), ("assistant", "yes")) for _ in range(12)]
 
-    job = _judged(workshop, workshop.submit(workshop.file(_lines(rows)), max_seq_length=4096))
+    error = _error(workshop, client, workshop.submit(workshop.file(_lines(rows)), max_seq_length=4096))
 
-    assert (job.state, job.error_code, job.error_param) == ("failed", "invalid_training_file", "training_file")
-    assert "max_seq_length" in str(job.error_message)
+    assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
+    assert "max_seq_length" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -65,26 +73,25 @@ def test_prompt_that_fills_the_context_leaves_nothing_to_learn(workshop: Worksho
     ids=["validation without answers", "validation without labels", "test without answers", "test without labels"],
 )
 def test_file_to_evaluate_on_without_labels_is_named(
-    workshop: Workshop, role: str, row: dict[str, Any], words: str
+    workshop: Workshop, client: TestClient, role: str, row: dict[str, Any], words: str
 ) -> None:
     files = {role: workshop.file(_lines([row] * 3))}
 
-    job = _judged(workshop, workshop.submit(workshop.file(training_rows(12)), **files))
+    error = _error(workshop, client, workshop.submit(workshop.file(training_rows(12)), **files))
 
-    assert (job.state, job.error_code) == ("failed", "invalid_training_file"), workshop.story(job.id)
-    assert job.error_param == f"{role}_file"
-    assert words in str(job.error_message)
+    assert (error["code"], error["param"]) == ("invalid_training_file", f"{role}_file")
+    assert words in error["message"]
 
 
-def test_pair_of_equal_answers_is_named(workshop: Workshop) -> None:
+def test_pair_of_equal_answers_is_named(workshop: Workshop, client: TestClient) -> None:
     pairs = [{"prompt": f"What comes after {n}?", "chosen": f"{n + 1}", "rejected": "no"} for n in range(11)]
     equal = {"prompt": "What comes after 11?", "chosen": "12", "rejected": "12"}
 
-    job = _judged(workshop, workshop.submit(workshop.file(_lines([*pairs, equal])), method={"type": "dpo"}))
+    submitted = workshop.submit(workshop.file(_lines([*pairs, equal])), method={"type": "dpo"})
+    error = _error(workshop, client, submitted)
 
-    assert (job.state, job.error_code) == ("failed", "invalid_training_file")
-    assert "12" in str(job.error_message)
-    assert "equal" in str(job.error_message) or "same" in str(job.error_message)
+    assert error["code"] == "invalid_training_file"
+    assert "Example 12 has two equal answers, so there is nothing to prefer." in error["message"]
 
 
 def _without_template(base: Path) -> None:
@@ -106,7 +113,7 @@ def _with_fewer_rows_than_tokens(base: Path) -> None:
     [(_without_template, "no chat template"), (_with_fewer_rows_than_tokens, "its embedding has 250 rows")],
 )
 def test_base_that_cannot_be_trained_never_becomes_ready(
-    workshop: Workshop, tiny_base: Path, tmp_path: Path, spoil: Callable[[Path], None], words: str
+    workshop: Workshop, client: TestClient, tiny_base: Path, tmp_path: Path, spoil: Callable[[Path], None], words: str
 ) -> None:
     source = tmp_path / "source"
     shutil.copytree(tiny_base, source)
@@ -116,7 +123,6 @@ def test_base_that_cannot_be_trained_never_becomes_ready(
 
     assert conversion.convert_next(workshop.settings, workshop.storage, Drain())
 
-    with workshop.session() as session:
-        made = session.get_one(Model, "mine")
-    assert made.status == "error"
-    assert words in str(made.status_details)
+    shown = client.get("/v1/models/mine").json()
+    assert shown["status"] == "error"
+    assert words in shown["status_details"]
