@@ -384,3 +384,26 @@ def test_what_does_not_fit_in_pieces_either_is_refused() -> None:
 
     with pytest.raises(DoesNotFit, match=r"of weights on each of 2 GPUs\).*Use the technique 'lora'"):
         memory.check(THIRTEEN_B, Full(), **asked, ranks=2)
+
+
+def test_more_gpus_are_named_where_the_host_has_them() -> None:
+    """The fewest that hold the model in pieces, with what each then needs; none that the host does not have."""
+    asked: dict[str, Any] = {"max_seq_length": 512, "capacity": 40 * 10**9, "model": "m"}
+    each = memory.estimate(THIRTEEN_B, Full(), max_seq_length=512, ranks=4).bytes
+
+    with pytest.raises(DoesNotFit) as caught:
+        memory.check(THIRTEEN_B, Full(), **asked, gpus=8)
+    cut = f"Set resources.gpus to 4 and resources.sharding to 'auto', which needs about {memory.gib(each)} on each."
+    assert f"{cut} Or use the technique 'lora', which needs about " in caught.value.message
+    with pytest.raises(DoesNotFit) as caught:
+        memory.check(THIRTEEN_B, Full(), **asked, gpus=2)
+    assert "resources.gpus" not in caught.value.message
+
+
+def test_more_gpus_are_named_alone_where_nothing_lighter_fits() -> None:
+    each = memory.estimate(THIRTEEN_B, Qlora(), max_seq_length=512, ranks=8).bytes
+
+    with pytest.raises(DoesNotFit) as caught:
+        memory.check(THIRTEEN_B, Qlora(), max_seq_length=512, capacity=each, gpus=8)
+    assert "Set resources.gpus to 8 " in caught.value.message
+    assert caught.value.message.endswith(" on each.")

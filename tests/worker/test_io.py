@@ -283,6 +283,7 @@ def test_a_model_that_no_gpu_holds_is_cut_over_those_that_a_job_asks_for(worksho
     assert found.plan["resources"] == {"gpus": 2, "sharding": "full_shard"}
     assert 70e9 < found.gpu_bytes < 100 * 2**30
     assert (refused.state, refused.error_code) == ("failed", "does_not_fit")
+    assert "Set resources.gpus to 2 and resources.sharding to 'auto', which needs about " in str(refused.error_message)
 
 
 def test_before_any_worker_has_come_a_job_is_told_what_it_waits_for(workshop: Workshop) -> None:

@@ -9,11 +9,11 @@ Units are bytes; `GiB` in messages is 2**30 of them, as on a card's box.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tunery.failures import DoesNotFit
 from tunery.planning.precision import BYTES, Precision, decide
-from tunery.spec import Full, Lora, Qlora, Sharding, Technique
+from tunery.spec import Full, Lora, Qlora, Resources, Sharding, Technique
 
 GIB = 2**30
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 16_384
@@ -24,6 +24,8 @@ CHUNK_BYTES = 256 * 2**20
 """Of the fp32 logits of one chunk of the loss. Larger chunks are no faster: the products are long enough by then."""
 CPU_MICRO_BATCH = 1024
 """Tokens of a CPU micro-batch. Larger ones are no faster: the products fill the cores, and padding grows."""
+GPU_COUNTS: tuple[int, ...] = get_args(Resources.model_fields["gpus"].annotation)
+"""How many GPUs a job may ask for."""
 _SLACK = 0.03
 
 
@@ -249,8 +251,12 @@ def check(
     optimizer: str = "adamw",
     ranks: int = 1,
     model: str = "the model",
+    gpus: int = 1,
 ) -> Estimate:
-    """The estimate, if `capacity` bytes are enough for it. Raises DoesNotFit, which says what to change."""
+    """The estimate, if `capacity` bytes are enough for it. Raises DoesNotFit, which says what to change.
+
+    `gpus`: how many of that capacity one host has, over which the model might be cut.
+    """
     asked: dict[str, Any] = {"max_seq_length": max_seq_length, "device": device, "rows": rows, "optimizer": optimizer}
     asked["ranks"] = ranks
     need = estimate(facts, technique, **asked)
@@ -263,27 +269,37 @@ def check(
             needed=gib(need.bytes),
             device="GPU" if device == "cuda" else "host",
             capacity=gib(capacity),
-            instead=_instead(facts, technique, capacity, **asked),
+            instead=_instead(facts, technique, capacity, gpus=gpus, **asked),
         )
     return need
 
 
-def _instead(
-    facts: Mapping[str, Any], technique: Technique, capacity: int, *, max_seq_length: int, device: str, **asked: Any
-) -> str:
-    refused = {name for name, reason in (facts.get("techniques") or {}).items() if reason}
-    for other, change in _lighter(technique, device):
-        if other.type in refused:
-            continue
-        need = estimate(facts, other, max_seq_length=max_seq_length, device=device, **asked).bytes
+def _instead(facts: Mapping[str, Any], technique: Technique, capacity: int, *, gpus: int, **asked: Any) -> str:
+    """What to change: more GPUs, a lighter technique, shorter rows, another base or worker."""
+    for ranks in (count for count in GPU_COUNTS if asked["ranks"] < count <= gpus and asked["device"] == "cuda"):
+        need = estimate(facts, technique, **asked | {"ranks": ranks}).bytes
         if need <= capacity:
-            return f"Use {change}, which needs about {gib(need)}."
-    shorter = max_seq_length // 2
+            lighter = _lighter_one(facts, technique, capacity, asked)
+            more = f"Set resources.gpus to {ranks} and resources.sharding to 'auto'"
+            return f"{more}, which needs about {gib(need)} on each.{f' Or use {lighter}.' if lighter else ''}"
+    if lighter := _lighter_one(facts, technique, capacity, asked):
+        return f"Use {lighter}."
+    shorter = asked["max_seq_length"] // 2
     while shorter >= 256:
-        if fits(facts, technique, max_seq_length=shorter, capacity=capacity, device=device, **asked):
+        if fits(facts, technique, capacity=capacity, **asked | {"max_seq_length": shorter}):
             return f"Lower max_seq_length to {shorter}."
         shorter //= 2
-    return f"Use a smaller base model, or a worker with a larger {'GPU' if device == 'cuda' else 'memory'}."
+    return f"Use a smaller base model, or a worker with a larger {'GPU' if asked['device'] == 'cuda' else 'memory'}."
+
+
+def _lighter_one(facts: Mapping[str, Any], technique: Technique, capacity: int, asked: Mapping[str, Any]) -> str | None:
+    """The technique most alike that fits, and what it needs, in words."""
+    refused = {name for name, reason in (facts.get("techniques") or {}).items() if reason}
+    for other, change in _lighter(technique, asked["device"]):
+        need = estimate(facts, other, **asked).bytes
+        if other.type not in refused and need <= capacity:
+            return f"{change}, which needs about {gib(need)}"
+    return None
 
 
 def _lighter(technique: Technique, device: str) -> list[tuple[Technique, str]]:

@@ -5,6 +5,7 @@ is a function and a line in CHECKS.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -184,8 +185,16 @@ def _plan(case: Case, summaries: Mapping[FileRole, Summary]) -> Plan:
     }
     fits = memory.bf16_fits(facts, **limits)
     plan = _shared_out(advice.resolve(case.spec, **known, bf16_fits=fits), facts, limits)
-    memory.check(facts, plan.technique, **limits, ranks=_ranks(plan), model=case.model)
+    memory.check(
+        facts, plan.technique, **limits, ranks=_ranks(plan), model=case.model, gpus=_alike(case.devices, largest)
+    )
     return plan
+
+
+def _alike(devices: Sequence[HostDevice], largest: HostDevice) -> int:
+    """How many GPUs of the largest's memory one host has."""
+    hosts = Counter(each.host for each in _gpus(devices) if each.memory_bytes >= largest.memory_bytes)
+    return max(hosts.values(), default=0)
 
 
 def _shared_out(plan: Plan, facts: Mapping[str, Any], limits: Mapping[str, Any]) -> Plan:
