@@ -367,6 +367,10 @@ def test_tokens_of_a_base(tmp_path: Path) -> None:
     assert "What a length cuts" in shown
     assert "Answers that the token limit cuts" in shown
     assert whole < 256
+    for counts, is_shown in (({"en": 3}, True), ({"unknown": 3}, False)):  # of labels in JSON none is identified
+        said = made.as_dict()
+        said["figures"]["languages"] = {"question": {"en": 3}, "answer": counts}
+        assert ("languages of the answers" in page.render("f.jsonl", said)) is is_shown
 
 
 def read_row(fields: dict[str, Any]) -> Any:
