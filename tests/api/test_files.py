@@ -75,7 +75,7 @@ def test_broken_json_lines(order: str, team: Team, database: Database) -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b'{"name": "Ann"}\n' * 500, "Unexpected file format"),
+        (b'{"name": 7}\n' * 500, "Unexpected file format"),
         (b'{"prompt": "q", "completion": "a", "label": true}\n', "KTO"),
         (b'{"messages": [{"role": "wizard", "content": "x"}]}\n' * 3, "wizard"),
     ],
@@ -91,8 +91,8 @@ def test_rows_that_no_job_can_take_are_refused_on_arrival(
     assert _stored(database) == []
 
 
-def test_table_whose_columns_a_job_can_name_is_taken(team: Team) -> None:
-    table = b"name,city\n" + b"Ann,Oslo\n" * 500
+@pytest.mark.parametrize("table", [b"name,city\n" + b"Ann,Oslo\n" * 500, b'{"body": "Once"}\n' * 500])
+def test_table_whose_columns_a_job_can_name_is_taken(team: Team, table: bytes) -> None:
     answer = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("t.csv", table)})
     assert answer.status_code == 200, answer.text
 

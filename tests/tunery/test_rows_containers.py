@@ -161,3 +161,14 @@ def test_fault_of_a_row_names_it_and_its_line(name: str) -> None:
 def test_missing_values_of_tables_are_absent() -> None:
     assert read(b"prompt,system,completion\nq,,a\n") == [(1, {"prompt": "q", "system": None, "completion": "a"})]
     assert read(columns([{"a": "x", "score": float("nan")}])) == [(1, {"a": "x", "score": None})]
+
+
+@pytest.mark.parametrize("header", ["text", '"text"', "\ufefftext\r"])
+def test_table_of_texts_alone_needs_no_separator(header: str) -> None:
+    data = f'{header}\nOnce, long ago.\n"Two, with\na break"\n'.encode()
+    assert readers.identify([data]) == "CSV"
+    found = list(readers.read([data]))
+    assert "has 2 values" in str(found[0].fault)
+    assert found[1].fields == {"text": "Two, with\na break"}
+    with pytest.raises(InvalidRows):
+        list(readers.read([b"body\nOnce\n"]))

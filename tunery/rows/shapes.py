@@ -150,8 +150,13 @@ def _no_shape(row: Mapping[str, Any]) -> str:
     shown = ", ".join(f"'{key[:40]}'" for key in list(row)[:8])
     return (
         f"{expected}. The row has {shown or 'no keys'}; pairs such as prompt/completion, question/answer and "
-        "instruction/input/output are read too." + (f" {_BY_HAND}" if len(row) > 1 else "")
+        "instruction/input/output are read too." + (f" {_BY_HAND}" if _may_be_named(row) else "")
     )
+
+
+def _may_be_named(row: Mapping[str, Any]) -> bool:
+    """Whether columns that a job names could be a whole row: of one alone, a text or a conversation."""
+    return len(row) > 1 or any(isinstance(value, str | list) for value in row.values())
 
 
 def can_be_named(reason: str) -> bool:
