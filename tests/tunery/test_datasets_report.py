@@ -22,6 +22,7 @@ from tunery.datasets.report import (
     neighbours,
     output_format,
     page,
+    plausibility,
     privacy,
     refusals,
     roles,
@@ -30,6 +31,7 @@ from tunery.datasets.report import (
 )
 from tunery.datasets.report.case import Case, Check
 from tunery.datasets.report.rows import Row, Turn, read
+from tunery.rows.answer_losses import AnswerLoss
 from tunery.rows.formats import SourceRow
 from tunery.rows.messages import parse_row
 from tunery.rows.template import ChatTemplate
@@ -403,3 +405,30 @@ def test_what_is_not_written_in_sentences_may_be_whole() -> None:
     known = truncation.Vocabulary(["the cat is on the mat and the dog is in the house"] * 3)
     answers = ["rnbqkbnr/pp1ppppp/8 w KQkq - 1 2", "x = 3, y = 2", "the dog is in the red garden of"]
     assert [known.may_be_whole(answer) for answer in answers] == [True, True, False]
+
+
+def judged(line: int, loss: float, alone: float, end: float = -1.0) -> AnswerLoss:
+    return AnswerLoss(line=line, tokens=20, loss=loss, alone=alone, end=end)
+
+
+def test_answers_that_a_base_finds_implausible() -> None:
+    free = [row(at, f"question {at}", f"answer with many words {at}") for at in range(1, 41)]
+    losses = {at: judged(at, 2 + at % 5 / 10, 4) for at in range(1, 41)}
+    losses |= {7: judged(7, 4.5, 4), 8: judged(8, 9, 20)}  # the second is rare, and helped by its question
+    (finding,) = plausibility.find(Case(free, losses=losses))
+    assert (finding.kind, finding.lines, 0 < finding.score < 1) == ("implausible_output", [7], True)
+    assert list(plausibility.find(Case(free[:29], losses={at: losses[at] for at in range(1, 30)}))) == []
+    assert list(plausibility.find(Case(free))) == []
+    assert plausibility.figures(losses)["judged"] == 40
+
+
+def test_labels_are_not_judged_by_a_base(tmp_path: Path) -> None:
+    case = Case(read(written(tmp_path / "a.jsonl", labelled())))
+    case.losses = {at: judged(at, 2 + at % 5 / 10 + 5 * (at == 7), 4) for at in range(1, 61)}
+    assert list(plausibility.find(case)) == []
+
+
+def test_a_base_says_where_an_answer_ends(tmp_path: Path) -> None:
+    names = [row(at, f"Who is number {at}?", f"Person {'abcdefghij'[at % 10]}{at} of the town") for at in range(1, 60)]
+    ends = {at: judged(at, 2, 4, -20.0 if at == 9 else -0.5) for at in range(1, 60)}
+    assert lines(truncation.find, Case(names, losses=ends)) == [[9]]

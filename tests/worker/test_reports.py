@@ -173,4 +173,5 @@ def test_another_report_counts_by_a_base_and_compares_with_a_file(
     assert found["figures"]["tokens"]["base"] == workshop.base_id
     assert found["figures"]["tokens"]["spreads"]["row"]["count"] == 12
     assert sorted(one["lines"] for one in found["findings"] if one["kind"] == "test_leak") == [[11], [12]]
+    assert found["figures"]["answers"]["judged"] == 12
     assert len(_rows(workshop, FileEvent)) == 2, "files are told of the report that every file gets"

@@ -86,6 +86,9 @@ def _figures(figures: Mapping[str, Any]) -> Iterator[str]:
         )
     for part, mix in mixes(figures).items():
         yield f"Languages of the {part}: {mix}."
+    if answers := figures.get("answers"):
+        said = f"{answers['loss']} nats a token (median; {answers['loss_without_question']} without the question)"
+        yield f"The base has judged {answers['judged']:,} answers, whose loss is {said}."
     if (tokens := figures.get("tokens")) and tokens["spreads"]:
         row = tokens["spreads"]["row"]
         yield f"Rows have {row['p50']:,} tokens (median; 99 %: {row['p99']:,}; longest: {row['max']:,})."

@@ -14,7 +14,7 @@ from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.storage import Storage
 from tunery.storage.errors import ObjectMissing, StorageFailed
-from worker.io import programs
+from worker.io import plausibility, programs
 from worker.io.claims import take_one
 from worker.supervisor.drain import Drain
 from worker.supervisor.process import ROOT
@@ -49,7 +49,9 @@ def _report(report_id: str, settings: Settings, storage: Storage, drain: Drain) 
 
     try:
         with programs.workplace(settings.runs_dir, "reporting", report_id, fail) as folder:
-            _lay_out(report, folder, settings, storage)
+            base, order = _lay_out(report, folder, settings, storage)
+            if base is not None:
+                plausibility.measure(folder, base, order.max_tokens, settings, storage, drain)
             reason = programs.run(
                 ["tunery.datasets.report", str(folder)], folder, drain, what="report", seconds=SECONDS,
                 watch=lambda: _show_progress(report_id, folder),
@@ -70,8 +72,8 @@ def _release(report_id: str) -> None:
         reports.release(session, report_id)
 
 
-def _lay_out(report: FileReport, folder: Path, settings: Settings, storage: Storage) -> None:
-    """Fills the folder of the process with the files that the report is about."""
+def _lay_out(report: FileReport, folder: Path, settings: Settings, storage: Storage) -> tuple[Model | None, Order]:
+    """Fills the folder of the process with the files that the report is about; returns its base and the order."""
     with db.transaction() as session:
         contents = {"rows": report.sha256, "against": report.against}
         found = {name: reports.content(session, report.project_id, sha256) for name, sha256 in contents.items()}
@@ -84,7 +86,9 @@ def _lay_out(report: FileReport, folder: Path, settings: Settings, storage: Stor
             if file is None:
                 raise ObjectMissing(key=sha256)
             storage.fetch(file.key, folder / name, sha256)
-    lay_out_known(folder, settings, storage, Order(compares=bool(report.against)), base, others)
+    order = Order(compares=bool(report.against))
+    lay_out_known(folder, settings, storage, order, base, others)
+    return base, order
 
 
 def lay_out_known(

@@ -54,6 +54,7 @@ ACTIONS: dict[str, _Possible] = {
     "dominant_answer": _ASK,
     "other_script": _ASK,
     "other_language": _ASK,
+    "implausible_output": _NOTHING,  # a cleaning has no base to ask; rows can be dropped by their lines
     "low_diversity": _NOTHING,
     "label_imbalance": _NOTHING,
 }

@@ -18,7 +18,11 @@ from tunery.wire import EXIT_USER_ERROR
 def main(folder: Path) -> int:
     """Returns the exit status."""
     plugins.load(plugins.names(), "worker")
-    from tunery.datasets.report import elsewhere, maker  # what they import may be missing, which is to be said
+    from tunery.datasets.report import (  # what they import may be missing, which is to be said
+        elsewhere,
+        maker,
+        plausibility,
+    )
 
     order = Order.model_validate_json((folder / "order.json").read_text())
     made = maker.make(
@@ -28,6 +32,7 @@ def main(folder: Path) -> int:
         base_name=order.base,
         max_tokens=order.max_tokens,
         benchmark_folder=Path(order.benchmark) if order.benchmark else None,
+        losses=plausibility.read(folder / "losses.json"),
         others=elsewhere.read(folder / "others", order.others),
         progress=lambda share: progress.write(folder, share),
     )

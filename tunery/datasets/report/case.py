@@ -1,14 +1,16 @@
 """What the checks of a report read: the rows, and what several checks have to know of them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tunery.datasets.report import labels, neighbours
 from tunery.datasets.report.labels import Task
 from tunery.datasets.report.neighbours import Pair
 from tunery.datasets.report.rows import Row
+from tunery.rows.answer_losses import AnswerLoss
 
 if TYPE_CHECKING:
     from tunery.datasets.report.elsewhere import Other
@@ -43,14 +45,17 @@ class Case:
         count: "Counter | None" = None,
         others: "Sequence[Other]" = (),
         benchmark: frozenset[str] = frozenset(),
+        losses: Mapping[int, AnswerLoss] = MappingProxyType({}),
     ) -> None:
         """`count`: counts a text's tokens as a base's tokenizer does; None where no base is known. `others`: the other
-        files of the project; `benchmark`: the words of the general benchmark's questions."""
+        files of the project; `benchmark`: the words of the general benchmark's questions; `losses`: what a base says of
+        the answers, by line."""
         self.rows = rows
         self.against = against
         self.max_tokens = max_tokens
         self.count = count
         self.others, self.benchmark = others, benchmark
+        self.losses = losses
         self.findings: list[Finding] = []
 
     def lines_found(self, *kinds: str) -> set[int]:

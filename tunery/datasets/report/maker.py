@@ -2,9 +2,10 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tunery.datasets.report import (
@@ -19,6 +20,7 @@ from tunery.datasets.report import (
     length,
     mislabels,
     output_format,
+    plausibility,
     privacy,
     refusals,
     roles,
@@ -32,6 +34,7 @@ from tunery.datasets.report.case import Case, Check, Finding
 from tunery.datasets.report.elsewhere import Other
 from tunery.datasets.report.rows import Row, chunks, read
 from tunery.datasets.report.verdict import Verdict
+from tunery.rows.answer_losses import AnswerLoss
 
 CHECKS: list[Check] = [
     roles.find,
@@ -46,6 +49,7 @@ CHECKS: list[Check] = [
     elsewhere.find,
     benchmark.find,
     mislabels.find,
+    plausibility.find,
     output_format.find,
     answers.find_echoes,
     answers.find_dominant,
@@ -109,24 +113,27 @@ def make(
     max_tokens: int = 2048,
     others: Sequence[Other] = (),
     benchmark_folder: Path | None = None,
+    losses: Mapping[int, AnswerLoss] = MappingProxyType({}),
     progress: Callable[[float], object] = float,
 ) -> Report:
     """The report of one file. `against`: a validation or test file; `base`: a folder with tokenizer.json, and with
     figures of tokens where it has a chat template too; `others`: files that the project has besides;
-    `benchmark_folder`: the general benchmark's; `progress` is called with the share that is done.
+    `benchmark_folder`: the general benchmark's; `losses`: the base's, of the answers by their lines; `progress` is
+    called with the share that is done.
 
     Raises InvalidRows where a file's bytes are no rows, CannotRender where the base has no tokenizer.
     """
     count = length.tokenizer(base) if base else None
     judged = verdict.judge(lambda: chunks(path), least=1)
     asked = benchmark.read(benchmark_folder) if benchmark_folder else frozenset()
-    case = Case(read(path, MOST), read(against, MOST) if against else (), max_tokens, count, others, asked)
+    case = Case(read(path, MOST), read(against, MOST) if against else (), max_tokens, count, others, asked, losses)
     find(case, progress=progress)
     figures: dict[str, Any] = {"diversity": diversity.figures(case), "languages": languages.figures(case)}
     if base is not None and base.is_dir():
         lengths = tokens.Lengths(base, max_tokens)
         lengths.measure(chunks(path), MOST)
         figures["tokens"] = lengths.figures(base_name or base.name)
+        figures["answers"] = plausibility.figures(losses)
         case.findings.extend(lengths.findings)
     counted = usable.count(case.rows, case.findings)
     return Report(len(case.rows), case.findings, judged, figures, elsewhere.pack(case.rows), counted)

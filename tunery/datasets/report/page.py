@@ -43,6 +43,7 @@ def render(name: str, said: Mapping[str, Any], *, state: Mapping[str, Any] | Non
         diversity=figures.get("diversity"),
         languages=mixes(figures),
         tokens=figures.get("tokens"),
+        answers=figures.get("answers"),
     )
 
 

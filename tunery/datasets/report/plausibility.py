@@ -1,0 +1,62 @@
+"""Answers that a base model finds implausible, by losses that a worker has measured."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+
+from tunery.datasets.report.case import Case, Finding
+from tunery.rows.answer_losses import AnswerLoss
+
+_LEAST = 30
+"""Answers below which no outlier is told from the rest."""
+_SPREAD = 1.4826
+"""Times the median absolute deviation: the standard deviation, where values are normal."""
+_FAR = 3.0
+_LEAST_LOSS = 0.1
+"""Nats a token: an answer that is certain without its question says nothing about it."""
+_ACTION = "Read the row; correct the answer where it does not belong to the question."
+
+
+def read(path: Path) -> dict[int, AnswerLoss]:
+    """The losses in a file, by line; none where there is no such file."""
+    if not path.exists():
+        return {}
+    return {one.line: one for one in TypeAdapter(list[AnswerLoss]).validate_json(path.read_bytes())}
+
+
+def figures(losses: Mapping[int, AnswerLoss]) -> dict[str, Any]:
+    """How many answers a base has judged, and the median of their losses in nats a token."""
+    if not losses:
+        return {}
+    medians = np.median([[one.loss, one.alone] for one in losses.values()], axis=0).round(3).tolist()
+    return {"judged": len(losses), "loss": medians[0], "loss_without_question": medians[1]}
+
+
+def find(case: Case) -> Iterator[Finding]:
+    """Free answers that are far less likely behind their question than the file's others are."""
+    labelled = {line for task in case.tasks for line in task.labels}
+    named = case.lines_found("empty_output", "truncated_output", "wrong_roles")
+    judged = [one for line, one in case.losses.items() if line not in labelled | named]
+    if len(judged) < _LEAST:
+        return
+    for one, far in zip(judged, outliers(judged), strict=True):
+        if far >= _FAR:
+            why = (
+                f"The base expects the answer's tokens at {one.loss:.1f} nats each, and without the question at "
+                f"{one.alone:.1f}: the question makes the answer hardly likelier, or less likely."
+            )
+            yield Finding("implausible_output", [one.line], float(1 - _FAR / (_FAR + far)), why, _ACTION)
+
+
+def outliers(judged: Sequence[AnswerLoss]) -> NDArray[np.float64]:
+    """How many robust standard deviations each answer's loss is above the file's median, as a share of its loss without
+    the question: the loss alone would name rare words and short answers, which are hard to guess and right."""
+    shares = np.array([one.loss / max(one.alone, _LEAST_LOSS) for one in judged])
+    middle = np.median(shares)
+    spread = _SPREAD * np.median(np.abs(shares - middle))
+    found: NDArray[np.float64] = (shares - middle) / max(float(spread), 1e-6)
+    return found

@@ -1,0 +1,29 @@
+"""What a base says of a file's answers: asked for by a worker, measured by the trainer, read by the file's report."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class PlausibilityOrder(BaseModel):
+    """What is to be measured: at most `most_rows` rows of at most `max_tokens`, for about `seconds`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_tokens: int
+    most_rows: int
+    seconds: float
+
+
+class AnswerLoss(BaseModel):
+    """The losses of one row's last answer, of `tokens` tokens besides its end, as means in nats a token.
+
+    `loss`: behind its question; `alone`: behind a request that asks nothing; `end`: the log probability that the answer
+    ends where it does.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    line: int
+    tokens: int
+    loss: float
+    alone: float
+    end: float

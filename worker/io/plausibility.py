@@ -1,0 +1,34 @@
+"""What a base says of a file's answers, for the file's report: measured by a process of its own, on this host's CPU."""
+
+import logging
+from pathlib import Path
+
+from tunery.models.model import Model
+from tunery.rows.answer_losses import PlausibilityOrder
+from tunery.settings import Settings
+from tunery.storage import Storage
+from worker.io import programs
+from worker.supervisor.drain import Drain
+from worker.supervisor.staging import base_folder
+
+log = logging.getLogger(__name__)
+
+MOST_PARAMS = 2_000_000_000
+"""Of a base that a host without a GPU reads a file with: a larger one would say of a few rows only."""
+MOST_ROWS = 5000
+SECONDS = 600.0
+
+
+def measure(folder: Path, base: Model, max_tokens: int, settings: Settings, storage: Storage, drain: Drain) -> None:
+    """Writes losses.json into the folder of a report, which goes on without it where the base cannot be run here."""
+    if base.facts.get("params", MOST_PARAMS + 1) > MOST_PARAMS:
+        return
+    weights = base_folder(settings.models_dir, storage, base.prefix, base.manifest_sha256 or "")
+    (folder / "weights").symlink_to(weights.absolute())
+    order = PlausibilityOrder(max_tokens=max_tokens, most_rows=MOST_ROWS, seconds=SECONDS)
+    (folder / "plausibility.json").write_text(order.model_dump_json())
+    reason = programs.run(
+        ["worker.trainer.plausibility", str(folder)], folder, drain, what="measurement of answers", seconds=2 * SECONDS
+    )
+    if reason is not None:
+        log.warning("a report goes without the losses of %s: %s", base.id, reason)

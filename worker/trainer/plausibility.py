@@ -1,0 +1,137 @@
+"""How plausible a base finds the answers of a file: `python -m worker.trainer.plausibility FOLDER`.
+
+FOLDER has `weights`, `rows` and a PlausibilityOrder in plausibility.json; losses.json gets an AnswerLoss for each row
+that was read. Rows are read in an order drawn at random, until the order's time is over.
+"""
+
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from tunery.failures import InvalidTrainingFile
+from tunery.rows import readers
+from tunery.rows.answer_losses import AnswerLoss, PlausibilityOrder
+from tunery.rows.encoding import CHATS_OR_PAIRS
+from tunery.rows.errors import CannotRender
+from tunery.rows.messages import Example, Message
+from tunery.rows.shapes import FileShape
+from tunery.rows.template import ChatTemplate
+
+_CHUNK = 2**20
+_BATCH = 2048
+"""Tokens of a batch, padding included."""
+_NO_QUESTION = "Write something."
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A row's answer as ids, its end token last, behind its question and behind a request that asks nothing."""
+
+    line: int
+    asked: list[int]
+    unasked: list[int]
+    answer: list[int]
+
+
+def main(folder: Path) -> int:
+    """Returns the exit status."""
+    order = PlausibilityOrder.model_validate_json((folder / "plausibility.json").read_text())
+    template = ChatTemplate.load(folder / "weights")
+    examples = _examples(folder / "rows", order.most_rows)
+    answers = [answer for line, example in examples if (answer := _encode(template, line, example, order.max_tokens))]
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "weights", dtype=torch.float32).eval()
+    (folder / "losses.json").write_text(json.dumps(measure(model, template, answers, order.seconds)))
+    return 0
+
+
+def _examples(path: Path, most: int) -> list[tuple[int, Example]]:
+    """Rows that a job would take, at most so many, in an order drawn at random."""
+    shape = FileShape()
+    found: list[tuple[int, Example]] = []
+    with path.open("rb") as file:
+        for source in readers.read(iter(lambda: file.read(_CHUNK), b"")):
+            try:
+                found.append((source.number, CHATS_OR_PAIRS.parse(source._replace(shape=shape), "training")))
+            except InvalidTrainingFile:  # the report says so
+                continue
+    return random.Random(0).sample(found, min(most, len(found)))  # noqa: S311 (draws rows to read)
+
+
+def _encode(template: ChatTemplate, line: int, example: Example, longest: int) -> _Answer | None:
+    """The row's last answer, or None where it has none that fits `longest` tokens."""
+    if not example.messages or example.messages[-1].role != "assistant" or not example.messages[-1].content:
+        return None
+    nothing = [Message(role="user", content=_NO_QUESTION), example.messages[-1]]
+    try:
+        asked, answer = template.encode_answer(example)
+        unasked, same = template.encode_answer(Example(messages=nothing))
+    except CannotRender:
+        return None
+    fits = len(asked) + len(answer) <= longest and len(answer) > 1 and answer[-1] in template.eos_ids
+    return _Answer(line, asked, unasked, answer) if fits and same == answer else None
+
+
+def measure(model: Any, template: ChatTemplate, answers: Sequence[_Answer], seconds: float) -> list[dict[str, Any]]:
+    """The losses of the answers, as many as `seconds` allow. Batches are of like lengths within the order drawn."""
+    began, found = time.monotonic(), []
+    with torch.inference_mode():
+        for batch in _batches(answers):
+            asked = _losses(model, template, [(one.asked, one.answer) for one in batch])
+            unasked = _losses(model, template, [(one.unasked, one.answer) for one in batch])
+            for one, (loss, end), (alone, _) in zip(batch, asked, unasked, strict=True):
+                said = AnswerLoss(line=one.line, tokens=len(one.answer) - 1, loss=loss, alone=alone, end=end)
+                found.append(said.model_dump())
+            if time.monotonic() - began > seconds:
+                break
+    return found
+
+
+_BLOCK = 64
+
+
+def _batches(answers: Sequence[_Answer]) -> Iterator[list[_Answer]]:
+    for start in range(0, len(answers), _BLOCK):
+        batch: list[_Answer] = []
+        for one in sorted(answers[start : start + _BLOCK], key=_size):
+            if batch and _size(one) * (len(batch) + 1) > _BATCH:
+                yield batch
+                batch = []
+            batch.append(one)
+        yield batch
+
+
+def _size(answer: _Answer) -> int:
+    return max(len(answer.asked), len(answer.unasked)) + len(answer.answer)
+
+
+def _losses(
+    model: Any, template: ChatTemplate, rows: Sequence[tuple[list[int], list[int]]]
+) -> Iterator[tuple[float, float]]:
+    """Each answer's mean loss in nats a token, its end left out, and the log probability of an end behind it."""
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for place, (prompt, answer) in enumerate(rows):
+        ids[place, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        mask[place, : len(prompt) + len(answer)] = 1
+    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    stops = torch.tensor(sorted(template.eos_ids))
+    for place, (prompt, answer) in enumerate(rows):
+        # Logits of the answer alone: those of whole prompts would be most of the memory.
+        before = hidden[place, len(prompt) - 1 : len(prompt) + len(answer) - 1]
+        likely = functional.log_softmax(model.get_output_embeddings()(before).float(), dim=-1)
+        losses = -likely[:-1].gather(1, torch.tensor(answer[:-1])[:, None])
+        yield float(losses.mean()), float(likely[-1, stops].logsumexp(0))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
