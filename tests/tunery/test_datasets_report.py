@@ -329,11 +329,13 @@ def test_rows_in_another_language(sampled: int, monkeypatch: pytest.MonkeyPatch)
     rows.append(row(90, ASKED[0], "Votre nouvelle carte arrivera dans les cinq jours."))
     rows.append(row(91, "Ich habe meine Karte verloren, was soll ich tun?", SAID[1]))
     rows.append(row(92, "SELECT name FROM users WHERE id = 3;", "Berlin"))
+    rows.append(row(93, "show weather forcast for MS on jan. the 9th, 2034", SAID[0]))  # Nigerian Pidgin or English
     case = Case(rows)
     assert {finding.lines[0]: finding.why.split("'")[1] for finding in languages.find(case)} == {90: "fr", 91: "de"}
     mix = languages.figures(case)
-    assert mix["sampled"] == min(sampled, 92)
-    assert (mix["question"]["en"], next(iter(mix["answer"]))) == (90 if sampled > 92 else mix["sampled"] - 1, "en")
+    assert mix["sampled"] == min(sampled, 93)
+    assert mix["question"]["en"] >= mix["sampled"] - 3
+    assert sum(mix["answer"].values()) == mix["sampled"]
 
 
 def test_a_file_of_two_languages_names_no_rows() -> None:
