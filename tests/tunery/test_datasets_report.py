@@ -322,7 +322,7 @@ ASKED = ("Where is my new card, please?", "I would like to close my account toda
 SAID = ("It will arrive within five days.", "We have closed the account for you.", "You can change it at any machine.")
 
 
-@pytest.mark.parametrize("sampled", [4000, 60])
+@pytest.mark.parametrize("sampled", [4000, 30])  # none of the rows that are named is among the 30
 def test_rows_in_another_language(sampled: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(languages, "SAMPLED", sampled)
     rows = [row(at, f"{ASKED[at % 3]} {at}", f"{SAID[at % 3]} {at}") for at in range(1, 90)]
