@@ -76,7 +76,6 @@ def test_no_more_is_read_than_was_ordered(tmp_path: Path, tiny: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_wrong_answers_rank_first_by_a_real_base(tmp_path: Path) -> None:
     pytest.importorskip("rensa", reason="a host that only trains makes no reports")
     from tunery.datasets.report import plausibility as report
