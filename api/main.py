@@ -20,6 +20,7 @@ from api.routes import (
     models,
     previews,
     reports,
+    responses,
     runs,
     uploads,
     webhooks,
@@ -36,7 +37,22 @@ Fine-tuning on your own machines behind OpenAI's Files and Fine-tuning API: poin
 Press **Authorize** and paste a project's key (`tunery keys create`), then **Try it out** on any operation. Upload a
 training file first: in the examples of jobs, `file-abc123` and `file-def456` stand for the last two that were uploaded.
 """
-ROUTERS = (files, reports, cleanings, previews, uploads, jobs, runs, adapters, models, chat, webhooks, absent, health)
+ROUTERS = (
+    files,
+    reports,
+    cleanings,
+    previews,
+    uploads,
+    jobs,
+    runs,
+    adapters,
+    models,
+    chat,
+    responses,
+    webhooks,
+    absent,
+    health,
+)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:

@@ -28,14 +28,3 @@ def no_permissions() -> None:
             "project may use it. GET /v1/fine_tuning/jobs/{id}/checkpoints lists them."
         )
     )
-
-
-@router.api_route("/responses", methods=_METHODS)
-@router.api_route("/responses/{rest:path}", methods=_METHODS)
-def no_responses() -> None:
-    raise RouteNotFound(
-        what=(
-            "The Responses API is not supported here. Send messages to POST /v1/chat/completions; most clients have a "
-            "setting or a class for that."
-        )
-    )

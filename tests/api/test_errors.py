@@ -229,9 +229,9 @@ def test_number_beyond_64_bits_is_named(team: Team, base: str) -> None:
     assert "NUL" not in error["message"]
 
 
-def test_responses_api_is_refused_by_name(team: Team) -> None:
-    for path in ("/v1/responses", "/v1/responses/resp_x"):
-        assert "POST /v1/chat/completions" in _error(team.http.post(path, json={"model": BASE}), 404)["message"]
+def test_responses_are_kept_nowhere(team: Team) -> None:
+    message = _error(team.http.get("/v1/responses/resp_x"), 404)["message"]
+    assert "'resp_x': this server keeps none" in message
 
 
 def test_unknown_route_and_wrong_method(team: Team, anonymous: TestClient) -> None:

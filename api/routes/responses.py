@@ -1,0 +1,118 @@
+"""The Responses API, stateless: a response is a chat completion in another dialect."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from api import model_server
+from api.bodies import LongJsonRoute
+from api.dependencies import ANY_KEY, SessionsDep, SettingsDep, StreamCallerDep
+from api.errors import envelope
+from api.faults import RouteNotFound
+from api.responses import asked, response
+from api.schemas.wire import errors
+from tunery.errors import Unavailable
+
+router = APIRouter(prefix="/v1", tags=["Chat"], route_class=LongJsonRoute)
+
+
+_ANSWER = {
+    "id": "resp_abc123",
+    "object": "response",
+    "created_at": 1721764800,
+    "status": "completed",
+    "model": "SmolLM2-135M-Instruct",
+    "output": [
+        {
+            "id": "msg_abc123",
+            "type": "message",
+            "role": "assistant",
+            "status": "completed",
+            "content": [{"type": "output_text", "text": "Paris.", "annotations": [], "logprobs": []}],
+        }
+    ],
+    "store": False,
+    "usage": {"input_tokens": 14, "output_tokens": 3, "total_tokens": 17},
+}
+_EVENT = 'event: response.output_text.delta\ndata: {"type": "response.output_text.delta", "delta": "Par"}\n\n'
+
+
+class ResponseRequest(BaseModel):
+    """What the API itself must know; the other fields are those of OpenAI's Responses API."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "examples": [{"model": "SmolLM2-135M-Instruct", "input": "What is the capital of France?", "store": False}]
+        },
+    )
+
+    model: str = Field(min_length=1, description="A base or fine-tuned model: id, alias or the base's hub id")
+    input: str | list[Any] = Field(description="A text, or messages, calls and their results")
+    stream: bool | None = None
+
+
+@router.post(
+    "/responses",
+    summary="Ask a model in the dialect of OpenAI's Responses",
+    response_class=Response,
+    responses=errors(404)
+    | {
+        200: {
+            "description": "The response, or with `stream` its events",
+            "content": {"application/json": {"example": _ANSWER}, "text/event-stream": {"example": _EVENT}},
+        }
+    },
+)
+async def create_response(
+    request: Request,
+    body: Annotated[ResponseRequest, Body()],
+    caller: StreamCallerDep,
+    sessions: SessionsDep,
+    settings: SettingsDep,
+) -> Response:
+    """Nothing is stored: `previous_response_id` is refused, and each request brings its whole conversation."""
+    fields = body.model_dump(exclude_unset=True)
+    chat = asked.to_chat(fields)
+    answered = await model_server.ask(request, sessions, settings.server_url, caller.project_id, chat)
+    made = response.Response(fields)
+    if answered.chunks is not None:
+        events = response.Events(made).of(_read(answered.chunks))
+        return StreamingResponse(events, media_type="text/event-stream")
+    said = json.loads(answered.content)
+    if answered.status != 200:
+        return JSONResponse(_in_this_dialect(said), answered.status, answered.headers)
+    return JSONResponse(made.of_completion(said))
+
+
+@router.api_route(
+    "/responses/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False, dependencies=[ANY_KEY]
+)
+def no_kept_response(rest: str) -> None:
+    raise RouteNotFound(what=f"No response '{rest}': this server keeps none. POST /v1/responses answers at once.")
+
+
+async def _read(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
+    """The chunks of a chat completion's stream; where it breaks, the error is the last."""
+    rest = b""
+    try:
+        async for some in chunks:
+            *lines, rest = (rest + some).split(b"\n")
+            for line in lines:
+                if line.startswith(b"data: ") and line != b"data: [DONE]":
+                    yield json.loads(line.removeprefix(b"data: "))
+    except Unavailable as error:
+        yield envelope(error.message, type="server_error", code=error.code)
+
+
+def _in_this_dialect(said: dict[str, Any]) -> dict[str, Any]:
+    """An error of the model server, its field by the name that it has here."""
+    error = said["error"]
+    field, dot, rest = str(error["param"] or "").partition(".")
+    name, bracket, place = field.partition("[")
+    param = f"{asked.PARAMS.get(name, name)}{bracket}{place}{dot}{rest}" or None
+    return {"error": {**error, "param": param}}
