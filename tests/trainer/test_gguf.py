@@ -328,6 +328,25 @@ def test_job_leaves_gguf_files(tmp_path: Path, ear: Ear, technique: Any) -> None
         assert json.loads(fields(path)["tunery.base_weights_sha256"]) == digests
 
 
+def test_job_leaves_out_a_type_that_loses_answers(tmp_path: Path, ear: Ear, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = with_a_merge(tiny_models.llama(tmp_path / "base", bf16=True))
+    asked = plan(technique=Full(), n_epochs=60, export=Export(gguf=["q8_0", "f16"]))
+    folder = lay_out(tmp_path / "run", base, asked, [chat(i) for i in range(8)])
+    own = gguf_writer.encode
+
+    def lossy(tensor: Any, target: str, kind: Any) -> Any:
+        return own(-tensor if kind.name == "Q8_0" and "ffn_up" in target else tensor, target, kind)
+
+    monkeypatch.setattr(gguf_writer, "encode", lossy)
+
+    assert carry_out(folder, Voice(ear.descriptor), Wish())
+
+    q8_0, f16 = said(ear, "exported")
+    assert (q8_0.path, q8_0.is_refused, f16.is_refused) == ("gguf/model-q8_0.gguf", True, False)
+    assert re.search(r"As GGUF q8_0 the model answers worse .* of 8 rows, the whole model to 100\.0%", q8_0.message)
+    assert sorted(path.name for path in (folder / "out" / "gguf").iterdir()) == ["Modelfile", "model-f16.gguf"]
+
+
 def test_job_says_why_it_leaves_no_gguf_file(tmp_path: Path, tiny: Path, ear: Ear) -> None:
     base = zoo.make("GPT-2", tmp_path / "base")
     lay_out(tmp_path / "run", base, plan(technique=Full(), export=Export(gguf=["f16"])), [chat(i) for i in range(8)])
