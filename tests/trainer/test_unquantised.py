@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import two_ranks
 from run_folders import Ear, chat, lay_out, plan, said
 
-from tunery.spec import Dpo, Evaluation, General, Lora, Method, Plan, Qlora, Supervised
+from tunery.spec import Dpo, Evaluation, General, Lora, Method, Plan, Qlora, Resources, Supervised
 from tunery.wire import Score
 from worker.trainer import run
 from worker.trainer.recipes.lora import LORA
@@ -69,6 +70,31 @@ def test_both_precisions_are_scored_and_compared_on_the_same_rows(
         )
         assert found["difference"] == pytest.approx(found["tuned"] - card["metrics"][metric]["tuned"])
         assert found["difference_low"] <= found["difference"] <= found["difference_high"]
+
+
+@pytest.mark.slow
+def test_two_ranks_score_as_one_does(tmp_path: Path, tiny: Path) -> None:
+    both = asked(Supervised(), both=True, compute_dtype="float32")
+    rows = METHODS["sft"][1]
+    alone = lay_out(tmp_path / "alone", tiny, both, rows, test=TEST)
+    shared = lay_out(
+        tmp_path / "shared", tiny, both.model_copy(update={"resources": Resources(gpus=2)}), rows, test=TEST
+    )
+    cut = lay_out(
+        tmp_path / "cut",
+        tiny,
+        both.model_copy(update={"resources": Resources(gpus=2, sharding="full_shard")}),
+        rows,
+        test=TEST,
+    )
+    assert run.carry_out(alone, Voice(None), Wish())
+    two_ranks.spawn(tmp_path, f"whole:{shared}", f"whole:{cut}")
+
+    found = {each: json.loads((each / "out" / "scorecard.json").read_text()) for each in (alone, shared, cut)}
+
+    assert found[shared]["unquantised"] == found[alone]["unquantised"]
+    assert found[cut]["unquantised"]["left_out"].startswith("the model is cut over its devices")
+    assert found[cut]["metrics"]["exact"]
 
 
 def test_difference_is_of_the_adapter_in_its_two_precisions(tmp_path: Path, tiny: Path) -> None:
