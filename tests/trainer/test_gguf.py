@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 import llama_cpp
+import numpy as np
 import other_clients
 import pytest
 import tiny_models
@@ -328,6 +329,7 @@ def test_job_leaves_gguf_files(tmp_path: Path, ear: Ear, technique: Any) -> None
         assert json.loads(fields(path)["tunery.base_weights_sha256"]) == digests
 
 
+@pytest.mark.slow
 def test_job_leaves_out_a_type_that_loses_answers(tmp_path: Path, ear: Ear, monkeypatch: pytest.MonkeyPatch) -> None:
     base = with_a_merge(tiny_models.llama(tmp_path / "base", bf16=True))
     asked = plan(technique=Full(), n_epochs=60, export=Export(gguf=["q8_0", "f16"]))
@@ -345,6 +347,52 @@ def test_job_leaves_out_a_type_that_loses_answers(tmp_path: Path, ear: Ear, monk
     assert (q8_0.path, q8_0.is_refused, f16.is_refused) == ("gguf/model-q8_0.gguf", True, False)
     assert re.search(r"As GGUF q8_0 the model answers worse .* of 8 rows, the whole model to 100\.0%", q8_0.message)
     assert sorted(path.name for path in (folder / "out" / "gguf").iterdir()) == ["Modelfile", "model-f16.gguf"]
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_update_below_half_a_step_arrives_when_it_is_rounded_at_random(kind: str) -> None:
+    chosen = gguf.GGMLQuantizationType[kind]
+    numbers = np.random.default_rng(0).normal(size=(64, 1024)).astype(np.float32)
+    grid = gguf.dequantize(gguf.quants.quantize(numbers, chosen), chosen)
+    blocks = grid.reshape(-1, 32)
+    inner = np.abs(blocks) < 0.7 * np.abs(blocks).max(1, keepdims=True)
+    inner &= (blocks != blocks.min(1, keepdims=True)) & (blocks != blocks.max(1, keepdims=True))
+    tuned = (blocks + 0.03 * inner).astype(np.float32).reshape(grid.shape)
+
+    nearest = gguf.dequantize(gguf.quants.quantize(tuned, chosen), chosen)
+    dithered = gguf_writer.dither(tuned, "blk.0.ffn_up.weight", chosen)
+    found = gguf.dequantize(gguf.quants.quantize(dithered, chosen), chosen)
+
+    arrived = [(each - grid).reshape(-1, 32)[inner].mean() for each in (nearest, found)]
+    assert abs(arrived[0]) < 0.005
+    assert arrived[1] == pytest.approx(0.03, abs=0.005)
+
+
+def test_file_that_loses_answers_to_nearest_is_rounded_at_random(
+    tmp_path: Path, ear: Ear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = with_a_merge(tiny_models.llama(tmp_path / "base", bf16=True))
+    asked = plan(technique=Full(), n_epochs=60, export=Export(gguf=["q4_1"]))
+    folder = lay_out(tmp_path / "run", base, asked, [chat(i) for i in range(8)])
+    own, dither, dithered = gguf_writer.encode, gguf_writer.dither, set()
+
+    def noted(tensor: Any, target: str, kind: Any) -> Any:
+        dithered.add(target)
+        return dither(tensor, target, kind)
+
+    def lossy(tensor: Any, target: str, kind: Any) -> Any:
+        lost = "ffn_up" in target and target not in dithered
+        return own(-tensor if lost else tensor, target, kind)
+
+    monkeypatch.setattr(gguf_writer, "encode", lossy)
+    monkeypatch.setattr(gguf_writer, "dither", noted)
+
+    assert carry_out(folder, Voice(ear.descriptor), Wish())
+
+    [export] = said(ear, "exported")
+    assert "MB, of the architecture llama, rounded at random; on" in export.message
+    assert dithered >= {"blk.0.ffn_up.weight", "blk.1.attn_q.weight"}
+    assert not any("norm" in target or target in ("token_embd.weight", "output.weight") for target in dithered)
 
 
 def test_job_says_why_it_leaves_no_gguf_file(tmp_path: Path, tiny: Path, ear: Ear) -> None:

@@ -16,6 +16,8 @@ from tunery.spec import GgufType
 from worker.trainer.export import files, gguf_models, gguf_tokenizers
 from worker.trainer.export.errors import NoGguf
 from worker.trainer.export.gguf_models import Array, Family
+from worker.trainer.export.merge import Rounding
+from worker.trainer.kernels import stochastic
 
 _F16, _F32, _Q8_0 = GGMLQuantizationType.F16, GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0
 _TYPES: dict[GgufType, tuple[GGMLQuantizationType, LlamaFileType]] = {
@@ -24,17 +26,25 @@ _TYPES: dict[GgufType, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
     "q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
 }
+_FOUR_BITS = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
 _OUTER = ("token_embd.weight", "output.weight")
 """Kept in 8 bits where the rest has 4, as llama.cpp's own quantisation keeps them wider: each answer passes by them."""
 _BLOCK = 32
 
 
 def write(
-    folder: Path, *, out: Path, kind: GgufType, name: str, base_weights_sha256: dict[str, str] | None = None
+    folder: Path,
+    *,
+    out: Path,
+    kind: GgufType,
+    name: str,
+    base_weights_sha256: dict[str, str] | None = None,
+    rounding: Rounding = "nearest",
 ) -> str:
     """Writes the model in `folder` as the file `out`, its matrices in `kind`; says how large it is. Raises NoGguf.
 
-    `base_weights_sha256`: of the base that the model was trained from; None for a base itself.
+    `base_weights_sha256`: of the base that the model was trained from; None for a base itself. `rounding`: of numbers
+    in four bits.
     """
     config = AutoConfig.from_pretrained(folder)
     family = gguf_models.find(config)
@@ -47,12 +57,14 @@ def write(
         if base_weights_sha256 is not None:
             gguf_models.describe_base(writer, base_weights_sha256)
         gguf_tokenizers.describe(writer, folder, config.vocab_size)
-        _write_tensors(writer, folder, family, config, kind)
+        _write_tensors(writer, folder, family, config, kind, rounding)
     composed = ", for texts in Unicode's NFC" if gguf_tokenizers.composes(folder) else ""
     return f"{out.stat().st_size / 1e6:.1f} MB, of the architecture {family.name}{composed}"
 
 
-def _write_tensors(writer: GGUFWriter, folder: Path, family: Family, config: Any, kind: GgufType) -> None:
+def _write_tensors(
+    writer: GGUFWriter, folder: Path, family: Family, config: Any, kind: GgufType, rounding: Rounding
+) -> None:
     """Writes header, fields and tensors. The file's head lists all tensors, so their sizes are settled before."""
     sources, shapes = names(folder, family, config), _shapes(folder)
     made = dict(gguf_models.made_tensors(config))
@@ -67,7 +79,10 @@ def _write_tensors(writer: GGUFWriter, folder: Path, family: Family, config: Any
     for tensor in made.values():
         writer.write_tensor_data(tensor)
     for target, tensor in _tensors(folder, sources):
-        writer.write_tensor_data(encode(convert(tensor, target, family, config), target, types[target]))
+        converted = convert(tensor, target, family, config)
+        if rounding == "stochastic" and types[target] in _FOUR_BITS:
+            converted = dither(converted, target, types[target])
+        writer.write_tensor_data(encode(converted, target, types[target]))
 
 
 def names(folder: Path, family: Family, config: Any) -> dict[str, str]:
@@ -144,6 +159,21 @@ def _announce(writer: GGUFWriter, target: str, shape: list[int], kind: GGMLQuant
     block, bytes_a_block = gguf.GGML_QUANT_SIZES[kind]
     size = int(np.prod(shape)) // block * bytes_a_block
     writer.add_tensor_info(target, shape, np.dtype(np.float32), size, kind)
+
+
+def dither(tensor: Array, target: str, kind: GGMLQuantizationType) -> Array:
+    """Returns the numbers moved by up to half a step of four bits, so that nearest rounding takes each up or down at
+    random and is right on average. The end of a block stays, as it says how long the steps are."""
+    blocks = tensor.reshape(-1, _BLOCK)
+    if kind == GGMLQuantizationType.Q4_1:
+        low, high = blocks.min(1, keepdims=True), blocks.max(1, keepdims=True)
+        step, is_end = (high - low) / 15, (blocks == low) | (blocks == high)
+    else:
+        high = np.abs(blocks).max(1, keepdims=True)
+        low, step, is_end = -high, high / 8, np.abs(blocks) == high
+    numbers = np.random.default_rng(stochastic.seed_of(0, 0, target)).random(blocks.shape, dtype=np.float32)
+    moved = (blocks + (numbers - np.float32(0.5)) * step).clip(low, high)
+    return np.asarray(np.where(is_end, blocks, moved), dtype=np.float32).reshape(tensor.shape)
 
 
 def encode(tensor: Array, target: str, kind: GGMLQuantizationType) -> Array:

@@ -91,9 +91,14 @@ class Answered:
     low: float
     high: float
 
+    @property
+    def is_loss(self) -> bool:
+        """Whether the whole interval is."""
+        return self.high < 0
+
     def check(self, format: str) -> None:
-        """Raises FormatAnswersWorse where the whole interval is a loss."""
-        if self.high < 0:
+        """Raises FormatAnswersWorse for a loss."""
+        if self.is_loss:
             raise FormatAnswersWorse(format=format, **asdict(self))
 
 
