@@ -26,7 +26,7 @@ class Bounds:
 EQUAL = Bounds(mean_kl=1e-3, top1=0.995)
 """Of the same weights, added and rounded once to 16 bits."""
 FP8 = Bounds(mean_kl=0.1, top1=0.7)
-"""Of weights and inputs of three bits of mantissa: see docs/decisions/0033-bounds-of-narrow-exports.md."""
+"""Of weights and inputs of three bits of mantissa: see docs/decisions/0037-bounds-of-narrow-exports.md."""
 TIE = 0.02
 """Nats between two tokens of the reference, of which either may be the likeliest: 2 % of probability, which rounding
 weights to bf16 turns. Open-ended text has such a pair at every 300th token or so."""
