@@ -60,7 +60,12 @@ def test_an_uploaded_file_is_cleaned_there(tunery: Run, api: str, database: Data
 def test_what_the_command_cannot_do_is_said(tunery: Run, api: str, tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(TRAIN)
+    (tmp_path / "o").write_text("what was there before")
     for arguments, said in (
+        ((path, "-o", tmp_path / "o"), "--recommended"),
+        ((path, "--recommended", "-o", tmp_path / "no/o"), "No such file or directory"),
+        ((path, "--drop-line", 99, "-o", tmp_path / "o"), "line 99 is none"),
+        ((path, "--recommended", "-o", tmp_path / "o", "--against", path), "the same content"),
         (("nowhere.jsonl", "--recommended"), "nowhere.jsonl"),
         ((path, "--recommended"), "--output"),
         ((path, "--recommended", "-o", tmp_path / "o", "--against", "file-1"), "file-1"),
@@ -70,3 +75,5 @@ def test_what_the_command_cannot_do_is_said(tunery: Run, api: str, tmp_path: Pat
         status, _, err = tunery("files", "clean", *arguments)
         assert status != 0, arguments
         assert said in err
+    assert (tmp_path / "o").read_text() == "what was there before"
+    assert not list(tmp_path.glob(".cleaning-*"))

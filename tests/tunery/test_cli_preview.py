@@ -100,3 +100,9 @@ def test_wrong_options_are_refused(
 ) -> None:
     status, said, errors = tunery("files", "preview", file, "--model", base, *arguments)
     assert (status, words in " ".join((said + errors).split())) == (2, True), errors
+
+
+def test_folder_without_a_tokenizer_is_named(tunery: Run, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    status, _, errors = tunery("files", "preview", file, "--model", tmp_path / "empty")
+    assert (status, "tokenizer.json" in errors) == (2, True), errors

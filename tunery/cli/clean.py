@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,10 @@ from tunery.cli.report import POLL_SECONDS, ReportUnavailable, existing, no_such
 from tunery.datasets.cleaning.order import Action, ActionName, Cleaning, HeldOut, RowChoice
 
 _SHOWN = 5
+_NOTHING = (
+    "Nothing is asked for. Choose --recommended, --drop KIND, --keep-one KIND, --redact KIND, --fix KIND, "
+    "--drop-line LINE or --held-out SHARE."
+)
 _Kinds = Annotated[list[str] | None, typer.Option(metavar="KIND", help="As in the report; several times for several.")]
 
 
@@ -54,6 +59,8 @@ def clean(
         held_out=None if held_out is None else _held_out(held_out, seed),
         max_tokens=max_tokens,
     )
+    if order == Cleaning(max_tokens=max_tokens):
+        raise typer.BadParameter(_NOTHING)
     if Path(file).is_file():
         done, names = _clean_here(Path(file), output, order, existing("--against", against), existing("--base", base))
     elif file.startswith(ids.FILE):
@@ -78,9 +85,15 @@ def _clean_here(
         from tunery.datasets.cleaning import cleaner
     except ModuleNotFoundError as error:
         raise ReportUnavailable(package=error.name) from None
-    apart = _apart(output) if order.held_out else None
-    done = cleaner.clean(file, output, order, held_out=apart, against=against, base=base).as_dict()
-    return done, [path.name for path in (output, apart) if path is not None]
+    written = [output, _apart(output)] if order.held_out else [output]
+    # In a folder of its own: a cleaning that fails leaves what was there before.
+    with tempfile.TemporaryDirectory(prefix=".cleaning-", dir=output.parent) as folder:
+        clean, *apart = (Path(folder) / path.name for path in written)
+        held_out = apart[0] if apart else None
+        done = cleaner.clean(file, clean, order, held_out=held_out, against=against, base=base).as_dict()
+        for path in written:
+            (Path(folder) / path.name).replace(path)
+    return done, [path.name for path in written]
 
 
 def _clean_there(

@@ -100,6 +100,8 @@ def _preview(context: typer.Context, file: str, model: str, options: dict[str, A
         return preview.fetch(connect(context), file, model=model, **options)
     if (base / "tokenizer.json").is_file():
         return preview.make(path, base, **options)
+    if base.is_dir():
+        raise typer.BadParameter(f"--model {model}: the folder has no tokenizer.json.")
     api = connect(context)
     stored = upload_file(api, path)["id"]  # the base is on the server, so the rows have to go there
     try:

@@ -88,8 +88,15 @@ def run() -> None:
     except TuneryError as error:
         show.errors.print(f"[red]Error:[/] {_escaped(error.message)}", soft_wrap=True)
         sys.exit(1)
+    except OSError as error:  # of a path that the user named
+        show.errors.print(f"[red]Error:[/] {_escaped(_of_path(error))}", soft_wrap=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _of_path(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}." if error.filename else str(error)
 
 
 def _escaped(text: str) -> str:

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from tunery import dispatch, ids
 from tunery.datasets import arrival, reports
-from tunery.datasets.cleaning.order import Cleaning
+from tunery.datasets.cleaning.order import Cleaning, check_other
 from tunery.datasets.model import File, FileCleaning
 from tunery.errors import NotFound
 from tunery.storage import Stored
@@ -30,6 +30,8 @@ def request(
     for file in (source, against):
         if file is not None:
             arrival.check_written(file)
+    if against is not None:
+        check_other(source.sha256, against.sha256)
     order.check(compared=against is not None, measured=base is not None, uploaded=True)
     made = _add(session, source, "clean")
     held_out = _add(session, source, "held-out") if order.held_out is not None else None

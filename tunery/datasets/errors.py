@@ -24,8 +24,8 @@ class NoTrainingRows(InvalidRows):
 
 
 class CannotHoldOut(Rejected):
-    """No rows can be held out: the {rows} rows that are left are {groups} groups of rows that ask nearly the same, and
-    a group stays whole. Add other rows, or leave 'held_out' out."""
+    """No rows can be held out: rows that ask nearly the same stay together, and of the {rows} that are left all do.
+    Add other rows, or leave 'held_out' out."""
 
     code = "cannot_hold_out"
 

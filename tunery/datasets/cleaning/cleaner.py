@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 from tunery.datasets.cleaning import lines, plan, splits
-from tunery.datasets.cleaning.order import Cleaning
+from tunery.datasets.cleaning.order import Cleaning, check_other
 from tunery.datasets.cleaning.plan import Changed, Dropped, Plan
 from tunery.datasets.errors import NothingLeft
 from tunery.datasets.report import benchmark, length, maker, tokens
@@ -74,6 +74,9 @@ def clean(
     those of a report; `others` is None of a file that is not uploaded. Raises InvalidValue, InvalidRows, CannotHoldOut,
     NothingLeft; a file that was begun then stays behind.
     """
+    digest = _sha256(source)
+    if against is not None:
+        check_other(digest, _sha256(against))
     order.check(compared=against is not None, measured=_has_template(base), uploaded=others is not None)
     options = {
         "max_tokens": order.max_tokens,
@@ -92,7 +95,7 @@ def clean(
     if not outputs[0].rows:
         raise NothingLeft(rows=rows)
     return Cleaned(
-        source_sha256=_sha256(source),
+        source_sha256=digest,
         rows=rows,
         judged=len(made.rows),
         clean=outputs[0].written(),

@@ -134,6 +134,13 @@ class Cleaning(BaseModel):
         return found
 
 
+def check_other(source: str, against: str) -> None:
+    """Raises InvalidValue where a file, by its sha256, is compared with itself: every row would be a leak."""
+    if source == against:
+        reason = "It has the same content as the file that is cleaned. Name a test or validation file with other rows."
+        raise InvalidValue(param="against", reason=reason)
+
+
 def _check(one: Action, param: str) -> None:
     possible = ACTIONS.get(one.kind)
     if possible is None:

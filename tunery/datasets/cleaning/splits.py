@@ -24,7 +24,7 @@ def hold_out(rows: Sequence[Row], *, share: float, seed: int) -> set[int]:
         smallest: Group = min(groups, key=len, default=[])
         held = set(smallest)
     if not held or len(held) == len(rows):
-        raise CannotHoldOut(rows=len(rows), groups=len(groups))
+        raise CannotHoldOut(rows=len(rows))
     return held
 
 
