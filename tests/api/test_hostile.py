@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
+import hostile_files
 import httpx2
 import pytest
 import uvicorn
@@ -227,6 +228,27 @@ def test_a_slow_server_is_not_the_clients_fault(team: Team, monkeypatch: pytest.
     line = b'{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"a"}]}\n'
     sent = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": line * 12})
     assert sent.status_code == 200
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in hostile_files.SLOW else ())
+        for name, (_, reason) in hostile_files.FILES.items()
+        if reason
+    ],
+)
+def test_a_hostile_file_is_refused_with_its_place(name: str, team: Team, anonymous: TestClient) -> None:
+    make, reason = hostile_files.FILES[name]
+    sent = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", make())})
+    error = error_of(sent, 400)
+    assert reason in error["message"]
+    assert error["param"] == "file"
+    assert team.http.get("/v1/files").json()["data"] == []
+    assert anonymous.get("/healthz").status_code == 200
 
 
 # --- others meanwhile ---

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tunery.rows import strict_json
+from tunery.rows.compression import MOST_RATIO, RATIO_FROM
 from tunery.rows.errors import InvalidRows
 from tunery.rows.formats import Format, SourceRow
 from tunery.rows.jsonl import MAX_LINE_BYTES
@@ -14,6 +15,8 @@ from tunery.rows.tables import MOST_COLUMNS
 
 _IN_MEMORY = 8 * 2**20
 _BATCH_ROWS = 64
+_BATCH_BYTES = 64 * 2**20
+_MOST_REPEATED = 1000
 _MOST_FOOTER = 64 * 2**20
 _MOST_DEPTH = 64
 
@@ -23,11 +26,12 @@ class ParquetParser:
 
     def __init__(self) -> None:
         self._bytes = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 (it lives as long as the parser)
-        self._number = 0
+        self._number = self._read = self._written = 0
 
     def feed(self, chunk: bytes) -> Iterator[SourceRow]:
         """Keeps the bytes: no row is whole before the file's end."""
         self._bytes.write(chunk)
+        self._read += len(chunk)
         yield from ()
 
     def close(self) -> Iterator[SourceRow]:
@@ -57,17 +61,36 @@ class ParquetParser:
         )
         if (columns := len(file.schema_arrow.names)) > MOST_COLUMNS or file.metadata.num_columns > MOST_COLUMNS:
             raise self._refuse(f"the table has {columns} columns, more than {MOST_COLUMNS}. Keep those that are read.")
-        yield from file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False)
+        for group in range(file.num_row_groups):
+            rows = self._rows_at_once(file.metadata.row_group(group))
+            yield from file.iter_batches(batch_size=rows, row_groups=[group], use_threads=False)
+
+    def _rows_at_once(self, group: Any) -> int:
+        """Rows of a group that are expanded together: each may name the same value, as large as its whole column."""
+        columns = [group.column(place) for place in range(group.num_columns)]
+        sizes: list[int] = [column.total_uncompressed_size for column in columns]
+        for column, size in zip(columns, sizes, strict=True):
+            if size > RATIO_FROM and size > MOST_RATIO * column.total_compressed_size:
+                raise self._refuse(f"a column expands to more than {MOST_RATIO} times its size. Send it uncompressed.")
+        return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, *sizes)))
 
     def _row(self, values: dict[str, Any]) -> SourceRow:
         self._number += 1
         try:
             text = json.dumps({key: _plain(value) for key, value in values.items()}, default=str)
+            self._count(len(text))
             if len(text) > MAX_LINE_BYTES:
                 raise ValueError(f"is longer than {MAX_LINE_BYTES // 2**20} MiB, which is the limit for one row.")
             return SourceRow(self._number, strict_json.load_object(text))
         except ValueError as error:
             return SourceRow(self._number, None, str(error))
+
+    def _count(self, characters: int) -> None:
+        """Repeated values take hardly any place in a file: a small one may have rows without end."""
+        self._written += characters
+        if self._written > RATIO_FROM and self._written > _MOST_REPEATED * self._read:
+            reason = f"the rows are more than {_MOST_REPEATED} times as large as the file. Send them as JSON Lines."
+            raise self._refuse(reason)
 
     def _refuse(self, reason: str) -> InvalidRows:
         return PARQUET.refuse(self._number + 1, reason)

@@ -1,0 +1,234 @@
+"""How fast rows are validated and tokenised, and in how much memory:
+`python -m bench.prepare BASE OUT.json [--rows 1000000] [--datasets PYTHON]`.
+
+BASE: a folder with SmolLM2's tokenizer.json and chat template. The rows are chats of some 1,200 bytes, no user text
+twice, made of the examples' words. Each part runs in a process of its own: the validation of a job, the trainer's own
+reading, a comparison of every row's ids with those of `tokenizers`, and with PYTHON, which has the package `datasets`,
+its `map(batched=True, num_proc=2)` doing the tokenisation of the rendered texts alone.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tokenizers import Tokenizer
+
+from bench import service
+from tunery.datasets.rules import check_examples
+from tunery.rows.bulk import encode_rows
+from tunery.rows.encoding import CHATS
+from tunery.rows.template import ChatTemplate
+
+GOALS = {"rows_a_second": 9000, "validation_mib": 600, "trainer_mib": 1024}
+_CHUNK_BYTES = 2**20
+_SYSTEMS = ("Answer briefly.", "You help with orders and deliveries.", "Reply in the language of the question.")
+_MAX_LENGTH = 2048
+
+
+# --- the rows ---
+
+
+def running_words() -> list[str]:
+    """The words of the examples' rows, each as often as it comes."""
+    paths = [*sorted((service.ROOT / "examples").glob("*_train.jsonl")), service.ROOT / "README.md"]
+    return re.findall(r"\S+", "\n".join(path.read_text(encoding="utf-8") for path in paths))
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Chats of one or two turns; the number in each question makes it one of a kind."""
+    dice, words = random.Random(0), running_words()
+
+    def text(least: int, most: int) -> str:
+        said = dice.choices(words, k=dice.randint(least, most))
+        return ". ".join(" ".join(said[at : at + 12]) for at in range(0, len(said), 12)) + "."
+
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            turns = [("system", dice.choice(_SYSTEMS))]
+            turns += [("user", f"{number}. {text(20, 70)}"), ("assistant", text(20, 70))]
+            if number % 8 == 0:
+                turns += [("user", f"{number}, again: {text(5, 20)}"), ("assistant", text(5, 20))]
+            messages = [{"role": role, "content": said} for role, said in turns]
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+
+
+def chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from iter(lambda: file.read(_CHUNK_BYTES), b"")
+
+
+# --- the parts ---
+
+
+def validate(path: Path, base: Path) -> dict[str, Any]:
+    """What a job's validation does with a file."""
+    summary = check_examples(chunks(path), template=ChatTemplate.load(base), max_length=_MAX_LENGTH)
+    return {"rows": summary.examples, "tokens": summary.tokens}
+
+
+def prepare(path: Path, base: Path) -> dict[str, Any]:
+    """What the trainer does with it before the model is there."""
+    from worker.trainer.data import read_rows
+    from worker.trainer.stepper import _shared
+
+    rows = read_rows(path, ChatTemplate.load(base), _MAX_LENGTH)
+    shapes = _shared(example.shape for example in rows.examples)
+    return {"rows": len(shapes), "tokens": rows.tokens}
+
+
+def compare(path: Path, base: Path) -> dict[str, Any]:
+    """Each row's ids, special tokens by their ids and all else encoded as text, beside those that are trained on."""
+    tokenizer, template = Tokenizer.from_file(str(base / "tokenizer.json")), ChatTemplate.load(base)
+    start, end = (tokenizer.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>"))
+    tokenizer.encode_special_tokens = True
+
+    def ids(text: str) -> list[int]:
+        found: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return found
+
+    rows = unequal = 0
+    for row in encode_rows(chunks(path), "training", CHATS, template, max_length=_MAX_LENGTH):
+        assert row.example is not None
+        assert row.encoded is not None
+        wanted: list[int] = []
+        for message in row.example.messages:
+            wanted += [start, *ids(f"{message.role}\n{message.content}"), end, *ids("\n")]
+        rows += 1
+        unequal += row.encoded.sequences[0].input_ids != wanted[:_MAX_LENGTH]
+    return {"rows": rows, "unequal": unequal}
+
+
+PARTS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
+    "validation": validate,
+    "trainer": prepare,
+    "comparison": compare,
+}
+
+
+class Memory:
+    """The most memory that this process and those that it started have held together, sampled."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Memory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.5):
+            self.peak = max(self.peak, sum(_held(process) for process in _tree()))
+
+
+def _tree() -> list[psutil.Process]:
+    own = psutil.Process()
+    return [own, *own.children(recursive=True)]
+
+
+def _held(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.Error:  # it ended meanwhile
+        return 0
+
+
+def measure(part: str, path: Path, base: Path) -> dict[str, Any]:
+    """Runs one part here, and says how long it took and how much it held."""
+    load, began = os.getloadavg()[0], time.monotonic()
+    with Memory() as memory:
+        found = PARTS[part](path, base)
+    seconds = time.monotonic() - began
+    used = sum(process.cpu_times().user + process.cpu_times().system for process in _tree())
+    times = {"seconds": round(seconds, 1), "cpu_seconds": round(used, 1), "load_before": round(load, 1)}
+    return {**found, **times, "rows_a_second": round(found["rows"] / seconds), "peak_mib": memory.peak // 2**20}
+
+
+# --- beside datasets ---
+
+_MAP = """
+import json, sys, time
+from datasets import Dataset
+from tokenizers import Tokenizer
+texts, base = sys.argv[1:3]
+tokenizer = Tokenizer.from_file(base + "/tokenizer.json")
+rows = Dataset.from_json(texts, cache_dir=texts + ".cache")
+def ids(batch):
+    return {"ids": [each.ids for each in tokenizer.encode_batch_fast(batch["text"], add_special_tokens=False)]}
+began = time.monotonic()
+rows.map(ids, batched=True, num_proc=2, load_from_cache_file=False)
+print(json.dumps({"rows": len(rows), "seconds": round(time.monotonic() - began, 1)}))
+"""
+
+
+def write_texts(path: Path, texts: Path) -> None:
+    """The rows as ChatML, which SmolLM2's template writes."""
+    with texts.open("w", encoding="utf-8") as file, path.open(encoding="utf-8") as rows:
+        for row in map(json.loads, rows):
+            turns = (f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n" for one in row["messages"])
+            file.write(json.dumps({"text": "".join(turns)}, ensure_ascii=False) + "\n")
+
+
+def by_datasets(python: str, path: Path, base: Path) -> dict[str, Any]:
+    texts = path.with_suffix(".texts.json")
+    write_texts(path, texts)
+    load = os.getloadavg()[0]
+    said = subprocess.run([python, "-c", _MAP, str(texts), str(base)], check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(said.stdout.splitlines()[-1])
+    return {**found, "load_before": round(load, 1), "rows_a_second": round(found["rows"] / found["seconds"])}
+
+
+def in_a_process(part: str, path: Path, base: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.prepare", str(base), str(path), "--part", part]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=service.ROOT)
+    found: dict[str, Any] = json.loads(said.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("base", type=Path)
+    parser.add_argument("out")
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--datasets")
+    parser.add_argument("--part", choices=PARTS)
+    options = parser.parse_args()
+    if options.part:  # `out` is the file of rows
+        print(json.dumps(measure(options.part, Path(options.out), options.base)))
+        return 0
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "rows.jsonl"
+        write_rows(path, options.rows)
+        found["bytes"] = path.stat().st_size
+        for part in PARTS:
+            found[part] = in_a_process(part, path, options.base)
+            print(part, found[part], flush=True)
+        if options.datasets:
+            found["datasets_map"] = by_datasets(options.datasets, path, options.base)
+            print("datasets_map", found["datasets_map"], flush=True)
+            ratio = found["validation"]["rows_a_second"] / found["datasets_map"]["rows_a_second"]
+            found["ratio_to_datasets"] = round(ratio, 2)
+    what = "rows of a chat file validated and tokenised, and read by the trainer"
+    service.write(options.out, {"what": what, "goals": GOALS, **found})
+    return 0 if found["comparison"]["unequal"] == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

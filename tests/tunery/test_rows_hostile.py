@@ -1,0 +1,31 @@
+"""Hostile files cost a bounded time and memory, and are refused with their place."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import hostile_files
+
+ROOT = Path(__file__).parents[2]
+CHILD = ROOT / "tests/fixtures/reading_child.py"
+
+
+def test_hostile_files_are_refused_in_little_memory(tmp_path: Path) -> None:
+    paths = []
+    for name, (make, _) in hostile_files.FILES.items():
+        (tmp_path / name).write_bytes(make())
+        paths.append(str(tmp_path / name))
+    command = [sys.executable, str(CHILD), "3000", *paths]
+    said = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=200, env={"PYTHONPATH": str(ROOT)}
+    )
+    found = json.loads(said.stdout)
+    wrong = {
+        name: said
+        for name, (said, _) in found["files"].items()
+        if hostile_files.FILES[name][1] not in said or (not said and "window" not in name)
+    }
+    assert wrong == {}
+    assert found["mib"] < 300
+    assert found["seconds"] < 60
