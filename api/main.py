@@ -12,6 +12,7 @@ from api.edge import Edge
 from api.routes import (
     absent,
     adapters,
+    advice,
     chat,
     cleanings,
     files,
@@ -44,6 +45,7 @@ ROUTERS = (
     previews,
     uploads,
     jobs,
+    advice,
     runs,
     adapters,
     models,

@@ -1,6 +1,8 @@
 """Whether to fine-tune and how: a row for every rule and edge, with numbers that were worked out by hand."""
 
-from typing import Any
+import re
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
@@ -58,6 +60,17 @@ def test_the_rule_that_decides(usable: int, aim: Aim, choice: Choice, rule: str)
 def test_every_rule_of_the_table_is_tried_above() -> None:
     tried = {values[3] for values in test_the_rule_that_decides.pytestmark[0].args[1]}  # type: ignore[attr-defined]
     assert tried == {rule.name for rule in RULES}
+
+
+def test_every_rule_is_in_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "when-to-fine-tune.md").read_text()
+    given = {rule.name: rule.choice for rule in RULES}
+    assert dict(re.findall(r"^\| `(\w+)` \| [^|]* \| `(\w+)`", page, flags=re.MULTILINE)) == given
+    aims, techniques = get_args(Aim), (None, Full(), Qlora())
+    used = {
+        rule for aim in aims for kind in techniques for rule in rules(advise(rows(500), aim, technique=kind)).values()
+    }
+    assert used - {"technique_as_asked", "rank_as_asked"} <= set(re.findall(r"`(\w+)`", page))
 
 
 def test_rows_count_and_not_lines() -> None:

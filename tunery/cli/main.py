@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tunery.cli import access, files, jobs, models, show, webhooks
+from tunery.cli.advise import advise
 from tunery.cli.chat import chat
 from tunery.cli.options import ApiKey, ApiUrl, Home, stack_home
 from tunery.cli.remote import HOME
@@ -22,6 +23,7 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(files.app, name="files")
 app.add_typer(models.app, name="models")
 app.add_typer(webhooks.app, name="webhooks")
+app.command()(advise)
 app.command()(chat)
 app.add_typer(access.projects, name="projects")
 app.add_typer(access.keys, name="keys")

@@ -5,18 +5,16 @@ is a function and a line in CHECKS.
 """
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from typing import Any
 
 from tunery.datasets import rules
 from tunery.datasets.model import File
 from tunery.datasets.rules import Overlap, Summary
 from tunery.failures import InvalidTrainingFile
-from tunery.jobs import waiting
+from tunery.jobs import placing, waiting
 from tunery.jobs.model import HostDevice
 from tunery.models.model import Model
 from tunery.planning import advice, memory
@@ -116,7 +114,9 @@ def _answered(evaluation: Evaluation, role: FileRole) -> int:
 def check_fit(case: Case, found: Findings) -> list[str]:
     """Makes the plan and estimates its memory. Raises DoesNotFit where the largest device known is too small."""
     found.plan = _plan(case, found.summaries)
-    found.gpu_bytes, found.cpu_bytes = (_need(case, found.plan, device) for device in ("cuda", "cpu"))
+    found.gpu_bytes, found.cpu_bytes = (
+        placing.need(found.plan, case.base.facts, device).bytes for device in ("cuda", "cpu")
+    )
     return []
 
 
@@ -168,60 +168,17 @@ CHECKS: tuple[Callable[[Case, Findings], list[str]], ...] = (
 
 def _plan(case: Case, summaries: Mapping[FileRole, Summary]) -> Plan:
     """Raises DoesNotFit where the largest device known is too small; without any worker yet nothing is too large."""
-    facts, length = case.base.facts, case.max_length
     answers = [summary.longest_answer for summary in summaries.values() if summary.answer_tokens]
-    known: dict[str, Any] = {"examples": summaries["training"].examples, "facts": facts}
-    known["longest_answer"] = max(answers, default=None)
-    # A host's memory is no measure for a job that a GPU is there for: it would wait for weeks on a CPU.
-    largest = max(_gpus(case.devices) or case.devices, key=lambda device: device.memory_bytes, default=None)
-    if largest is None:
-        return advice.resolve(case.spec, **known, bf16_fits=True)
-    limits: dict[str, Any] = {
-        "max_seq_length": length,
-        "rows": case.spec.method.rows_an_example,
-        "capacity": largest.memory_bytes,
-        "device": "cpu" if largest.gpu_index is None else "cuda",
-        "optimizer": case.spec.optimizer,
-    }
-    fits = memory.bf16_fits(facts, **limits)
-    plan = _shared_out(advice.resolve(case.spec, **known, bf16_fits=fits), facts, limits)
-    memory.check(
-        facts, plan.technique, **limits, ranks=_ranks(plan), model=case.model, gpus=_alike(case.devices, largest)
+    return placing.make_plan(
+        case.spec,
+        case.base.facts,
+        case.devices,
+        examples=summaries["training"].examples,
+        longest_answer=max(answers, default=None),
+        model=case.model,
     )
-    return plan
-
-
-def _alike(devices: Sequence[HostDevice], largest: HostDevice) -> int:
-    """How many GPUs of the largest's memory one host has."""
-    hosts = Counter(each.host for each in _gpus(devices) if each.memory_bytes >= largest.memory_bytes)
-    return max(hosts.values(), default=0)
-
-
-def _shared_out(plan: Plan, facts: Mapping[str, Any], limits: Mapping[str, Any]) -> Plan:
-    """The plan with the way in which it uses several GPUs decided."""
-    resources = plan.resources
-    if resources.gpus == 1:
-        return plan
-    chosen = memory.choose_sharding(facts, plan.technique, gpus=resources.gpus, asked=resources.sharding, **limits)
-    return plan.model_copy(update={"resources": resources.model_copy(update={"sharding": chosen})})
-
-
-def _ranks(plan: Plan) -> int:
-    """Over how many GPUs the plan cuts the model."""
-    return plan.resources.gpus if plan.resources.sharding == "full_shard" else 1
 
 
 def _cpu_bytes(case: Case, found: Findings) -> int | None:
     """What the job needs of a host without a GPU; None where there is a GPU, for which it waits."""
-    return None if _gpus(case.devices) else found.cpu_bytes
-
-
-def _gpus(devices: Sequence[HostDevice]) -> list[HostDevice]:
-    return [device for device in devices if device.gpu_index is not None]
-
-
-def _need(case: Case, plan: Plan, device: str) -> int:
-    asked: dict[str, Any] = {"max_seq_length": case.max_length, "rows": plan.method.rows_an_example}
-    asked["optimizer"] = plan.optimizer
-    asked["ranks"] = _ranks(plan) if device == "cuda" else 1
-    return memory.estimate(case.base.facts, plan.technique, **asked, device=device).bytes
+    return None if placing.gpus(case.devices) else found.cpu_bytes

@@ -1,0 +1,71 @@
+"""Advice on files, as the wire spells it."""
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from api.schemas.reports import Status
+from api.schemas.wire import Body, Wire
+from tunery.planning.advisor import Advice
+from tunery.planning.recommendation import Aim
+from tunery.spec import Technique
+
+ASKED: dict[str, Any] = {"file": "file-abc123", "model": "SmolLM2-135M-Instruct", "aim": "output_format"}
+SAID: dict[str, Any] = {
+    "recommendation": "fine_tune",
+    "reasons": [{"rule": "more_than_1000", "text": "1,013 usable rows are more than 1,000: ..."}],
+    "rows": {
+        "total": 1215,
+        "usable": 1013,
+        "left_out": {"near_duplicate": 151},
+        "answer_tokens": 10308,
+        "refused": None,
+    },
+    "suggestions": [{"field": "technique.r", "value": 4, "rule": "rank_of_form", "text": "Format and style are ..."}],
+    "warnings": [],
+    "settings": {"technique": {"type": "lora", "r": 4}},
+}
+
+
+class AskAdvice(Body):
+    """A file, the base that may be trained on it, and what for."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [ASKED]})
+
+    file: str = Field(min_length=1, description="A file of purpose fine-tune")
+    model: str = Field(min_length=1, description="A base or fine-tuned model: id, alias or the base's hub id")
+    aim: Aim = Field(description="What the model should learn")
+    validation_file: str | None = Field(
+        None, min_length=1, description="Held-out rows, which do not count in the file; absent: a split is suggested"
+    )
+    technique: Technique | None = Field(None, description="To be judged; absent: one is suggested")
+
+
+class AdviceAnswer(Wire):
+    """Advice on a file. `advice` is null until `status` is `ready`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "fine_tuning.advice",
+                    **ASKED,
+                    "validation_file": None,
+                    "status": "ready",
+                    "progress": 1.0,
+                    "error": None,
+                    "advice": SAID,
+                }
+            ]
+        }
+    )
+
+    object: Literal["fine_tuning.advice"] = "fine_tuning.advice"
+    file: str
+    model: str
+    aim: Aim
+    validation_file: str | None
+    status: Status = Field(description="Of the file's report, which the advice is made of")
+    progress: float = Field(description="The share of the report that is made, 0 to 1")
+    error: str | None = Field(description="Why there is no report, where it failed")
+    advice: Advice | None

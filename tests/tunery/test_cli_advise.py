@@ -1,0 +1,76 @@
+"""`tunery advise` of a file here, which needs no server, and of an uploaded one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import rows
+from commands import Run
+from databases import Database
+from sqlalchemy import select
+from teams import TRAIN
+
+from tunery.datasets import reports
+from tunery.datasets.model import FileReport
+from tunery.datasets.report import maker
+
+WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heath", "islet", "juniper", "krill", "lagoon"]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """144 rows that ask different things, and the first of them again."""
+    path = tmp_path / "rows.jsonl"
+    asked = [f"What does the {one} {two} form ask for?" for one in WORDS for two in reversed(WORDS)]
+    chats = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text[14:-14]}]}
+        for text in [*asked, asked[0]]
+    ]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in chats))
+    return path
+
+
+def test_a_file_here(tunery: Run, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 576, "num_hidden_layers": 30, "vocab_size": 49152}')
+    status, out, err = tunery("advise", file, "--aim", "new_facts", "-m", tmp_path)
+    assert status == 0, err
+    assert out.startswith("Do not fine-tune: use retrieval (RAG).")
+    assert "Do not fine-tune to teach facts: it is unreliable." in out
+    assert "0.00132" in out
+    assert "--set technique.type=lora" in out
+
+
+def test_a_file_here_as_json_counts_usable_rows(tunery: Run, file: Path) -> None:
+    status, out, err = tunery("advise", file, "--aim", "style", "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["rows"]["total"] == 145
+    assert found["rows"]["left_out"]["exact_duplicate"] == 1
+    assert found["recommendation"] == ("fine_tune" if found["rows"]["usable"] >= 100 else "prompt")
+
+
+def test_an_uploaded_file(tunery: Run, api: str, database: Database, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(TRAIN)
+    file_id = tunery("files", "upload", path)[1].strip()
+    with database.sessions.begin() as session:
+        report = session.scalars(select(FileReport)).one()
+        reports.finish(session, report, summary=maker.make(path).summary())
+        base = rows.base(session).id
+    status, out, err = tunery("advise", file_id, "--aim", "style", "-m", base)
+    assert (status, out.startswith("Write a prompt first; do not fine-tune yet.")) == (0, True), err
+    assert "1 of 12 rows count." in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("nowhere.jsonl", "--aim", "style"), "nowhere.jsonl"),
+        (("file-1", "--aim", "peace"), "output_format"),
+        (("file-1", "--aim", "style"), "--model"),
+    ],
+)
+def test_what_is_wrong_is_said(tunery: Run, api: str, arguments: tuple[str, ...], said: str) -> None:
+    status, _, err = tunery("advise", *arguments)
+    assert status != 0
+    assert said in err

@@ -1,0 +1,130 @@
+"""`tunery advise`: whether to fine-tune on a file, and how."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from tunery import ids
+from tunery.cli import report, show
+from tunery.cli.options import AsJson, connect
+from tunery.cli.remote import Refused, Remote
+from tunery.planning import advisor
+from tunery.planning.advisor import Advice
+from tunery.planning.recommendation import Aim, Choice
+
+_POLL_SECONDS = 1.0
+_HEADLINES: dict[Choice, tuple[str, str]] = {
+    "prompt": ("Write a prompt first; do not fine-tune yet.", "yellow"),
+    "evaluate_both": ("Try a prompt and a fine-tune, and compare them.", "cyan"),
+    "fine_tune": ("Fine-tune.", "green"),
+    "retrieval": ("Do not fine-tune: use retrieval (RAG).", "red"),
+}
+
+
+def advise(
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(help="A file here, which needs no server, or the id of an uploaded one.")],
+    aim: Annotated[str, typer.Option(help=f"What the model should learn: {', '.join(get_args(Aim))}.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="With an id a model; with a file here a folder with config.json."),
+    ] = None,
+    valid: Annotated[str | None, typer.Option(help="Held-out rows, likewise, which do not count in the file.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Say whether to prompt, to fine-tune or to retrieve, by the rows that are worth training on; and how to tune."""
+    if aim not in get_args(Aim):
+        raise typer.BadParameter(f"--aim {aim}: use {', '.join(get_args(Aim))}.")
+    if Path(file).is_file():
+        made = _here(Path(file), aim, model, valid)
+    elif file.startswith(ids.FILE):
+        made = _there(connect(context), file=file, aim=aim, model=model, validation_file=valid)
+    else:
+        raise typer.BadParameter(f"{file}: there is no such file here, and ids begin with {ids.FILE}")
+    if json:
+        show.as_json(made.model_dump(mode="json"))
+    else:
+        print_advice(made, Path(file).name)
+
+
+def _here(path: Path, aim: Any, model: str | None, valid: str | None) -> Advice:
+    """Raises ReportUnavailable."""
+    facts = None if model is None else _facts(Path(model))
+    said = report.make(path, valid, base=None, max_tokens=2048)
+    return advisor.advise(advisor.rows_of(said), aim, facts=facts, has_held_out=valid is not None)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What a base's config.json says of its size. Raises BadParameter."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        instead = (
+            "Name a folder with config.json, leave --model out, or upload the file and name a model of the server."
+        )
+        raise typer.BadParameter(f"--model {folder}: there is no config.json that can be read. {instead}") from None
+    sizes = {**config, **config.get("text_config", {})}
+    if missing := [name for name in ("hidden_size", "num_hidden_layers", "vocab_size") if name not in sizes]:
+        raise typer.BadParameter(f"--model {folder}: its config.json has no {', '.join(missing)}.")
+    return {**sizes, "context_length": sizes.get("max_position_embeddings")}
+
+
+def _there(api: Remote, **asked: str | None) -> Advice:
+    """The server's advice, once the file's report is made. Raises Refused where there is none."""
+    if asked["model"] is None:
+        raise typer.BadParameter("An uploaded file needs --model: a base, an alias or a tuned model.")
+    body = {name: value for name, value in asked.items() if value is not None}
+    with show.errors.status("waiting for the report") as status:
+        while (found := api.call("POST", "/fine_tuning/advice", json=body))["status"] in ("queued", "running"):
+            status.update(f"{found['status']}: {found['progress']:.0%}")
+            time.sleep(_POLL_SECONDS)
+    if found["advice"] is None:
+        raise Refused(message=found["error"])
+    return Advice.model_validate(found["advice"])
+
+
+def print_advice(made: Advice, name: str) -> None:
+    """The headline, the reasons, the settings with theirs, and the warnings."""
+    headline, colour = _HEADLINES[made.recommendation]
+    show.console.print(Text(headline, style=f"bold {colour}"))
+    of = "all" if made.rows.usable == made.rows.total else f"{made.rows.usable:,} of"
+    show.console.print(Text(f"{name}: {of} {made.rows.total:,} rows count.", style="dim"), soft_wrap=True)
+    for reason in made.reasons:
+        _print_point("-", reason.text)
+    show.console.print(Text("\nIf you tune:", style="bold"))
+    _print_settings(made)
+    for warning in made.warnings:
+        _print_point("!", warning, style="yellow")
+    flags = " ".join(f"--set {field}={value}" for field, value in _leaves(made.settings))
+    show.console.print()
+    show.console.print(Text(f"tunery jobs create -m MODEL --train FILE {flags}", style="dim"), soft_wrap=True)
+
+
+def _print_point(sign: str, text: str, style: str = "") -> None:
+    table = Table.grid(padding=(0, 1))
+    table.add_row(Text(sign, style=style), Text(text, style=style))
+    show.console.print(table)
+
+
+def _print_settings(made: Advice) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(ratio=1)
+    for one in made.suggestions:
+        table.add_row(one.field, "-" if one.value is None else str(one.value), one.text)
+    show.console.print(table)
+
+
+def _leaves(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value

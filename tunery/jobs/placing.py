@@ -1,0 +1,89 @@
+"""How a run would lie on the devices that there are: its plan, and the memory that it needs. Reads no rows."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tunery.jobs.model import HostDevice
+from tunery.planning import advice, memory
+from tunery.spec import Plan, TrainingSpec
+
+
+def gpus(devices: Sequence[HostDevice]) -> list[HostDevice]:
+    """The devices that are GPUs."""
+    return [device for device in devices if device.gpu_index is not None]
+
+
+def make_plan(
+    spec: TrainingSpec,
+    facts: Mapping[str, Any],
+    devices: Sequence[HostDevice],
+    *,
+    examples: int,
+    longest_answer: int | None,
+    model: str,
+) -> Plan:
+    """The plan of a run on `examples` rows. `longest_answer`: tokens, of those wanted; `model`: as its owner names it.
+
+    Raises DoesNotFit where the largest device known is too small; without any worker yet nothing is too large.
+    """
+    known: dict[str, Any] = {"examples": examples, "facts": facts, "longest_answer": longest_answer}
+    largest = _largest(devices)
+    if largest is None:
+        return advice.resolve(spec, **known, bf16_fits=True)
+    limits = _limits(largest, advice.max_length(spec, facts), spec.method.rows_an_example, spec.optimizer)
+    fits = memory.bf16_fits(facts, **limits)
+    plan = _shared_out(advice.resolve(spec, **known, bf16_fits=fits), facts, limits)
+    memory.check(facts, plan.technique, **limits, ranks=_ranks(plan), model=model, gpus=_alike(devices, largest))
+    return plan
+
+
+def _alike(devices: Sequence[HostDevice], largest: HostDevice) -> int:
+    """How many GPUs of the largest's memory one host has."""
+    hosts = Counter(each.host for each in gpus(devices) if each.memory_bytes >= largest.memory_bytes)
+    return max(hosts.values(), default=0)
+
+
+def bf16_fits(facts: Mapping[str, Any], devices: Sequence[HostDevice]) -> bool | None:
+    """Whether the largest device holds the base in bf16 for rows of the default length; None where there is none."""
+    largest, spec = _largest(devices), TrainingSpec(seed=0)
+    if largest is None:
+        return None
+    return memory.bf16_fits(facts, **_limits(largest, advice.max_length(spec, facts), 1, spec.optimizer))
+
+
+def need(plan: Plan, facts: Mapping[str, Any], device: str) -> memory.Estimate:
+    """The least memory that the run needs on each device of a kind, `cuda` or `cpu`."""
+    asked: dict[str, Any] = {"max_seq_length": plan.max_seq_length, "rows": plan.method.rows_an_example}
+    asked["optimizer"] = plan.optimizer
+    asked["ranks"] = _ranks(plan) if device == "cuda" else 1
+    return memory.estimate(facts, plan.technique, **asked, device=device)
+
+
+def _largest(devices: Sequence[HostDevice]) -> HostDevice | None:
+    # A host's memory is no measure for a job that a GPU is there for: it would wait for weeks on a CPU.
+    return max(gpus(devices) or devices, key=lambda device: device.memory_bytes, default=None)
+
+
+def _limits(largest: HostDevice, length: int, rows: int, optimizer: str) -> dict[str, Any]:
+    return {
+        "max_seq_length": length,
+        "rows": rows,
+        "capacity": largest.memory_bytes,
+        "device": "cpu" if largest.gpu_index is None else "cuda",
+        "optimizer": optimizer,
+    }
+
+
+def _shared_out(plan: Plan, facts: Mapping[str, Any], limits: Mapping[str, Any]) -> Plan:
+    """The plan with the way in which it uses several GPUs decided."""
+    resources = plan.resources
+    if resources.gpus == 1:
+        return plan
+    chosen = memory.choose_sharding(facts, plan.technique, gpus=resources.gpus, asked=resources.sharding, **limits)
+    return plan.model_copy(update={"resources": resources.model_copy(update={"sharding": chosen})})
+
+
+def _ranks(plan: Plan) -> int:
+    """Over how many GPUs the plan cuts the model."""
+    return plan.resources.gpus if plan.resources.sharding == "full_shard" else 1
