@@ -15,10 +15,10 @@ from tunery.datasets.report import maker
 from tunery.storage import open_storage
 
 
-def _finish(database: Database, path: Path) -> None:
-    made = maker.make(path)
+def _finish(database: Database, path: Path, against: Path | None = None) -> None:
+    made = maker.make(path, against)
     with database.sessions.begin() as session:
-        row = session.scalars(select(FileReport)).one()
+        row = session.scalars(select(FileReport).where((FileReport.against != "") == (against is not None))).one()
         open_storage(database.settings).put(f"{row.prefix}/report.json", json.dumps(made.as_dict()).encode())
         reports.finish(session, row, summary=made.summary())
 
@@ -42,3 +42,26 @@ def test_a_name_that_is_neither_file_nor_id(tunery: Run) -> None:
     status, _, err = tunery("files", "report", "nowhere.jsonl")
     assert status != 0
     assert "nowhere.jsonl" in err
+
+
+def test_a_file_is_compared_with_another_by_paths_and_by_ids(
+    tunery: Run, api: str, database: Database, tmp_path: Path
+) -> None:
+    paths = [tmp_path / "train.jsonl", tmp_path / "test.jsonl"]
+    lines = TRAIN.splitlines(keepends=True)
+    paths[0].write_bytes(b"".join(lines))
+    paths[1].write_bytes(b"".join(lines[4:6]))
+    status, out, err = tunery("files", "report", paths[0], "--against", paths[1], "--json")
+    by_paths = json.loads(out)
+    leaks = [(one["lines"], one["score"]) for one in by_paths["findings"] if one["kind"] == "test_leak"]
+    assert (status, sorted(line for lines, _ in leaks for line in lines)) == (0, [*range(1, len(lines) + 1)]), err
+
+    ids = [tunery("files", "upload", path)[1].strip() for path in paths]
+    worker = threading.Timer(1, _finish, (database, *paths))
+    worker.start()
+    status, out, err = tunery("files", "report", ids[0], "--against", ids[1], "--json")
+    worker.join()
+    assert (status, json.loads(out)["findings"]) == (0, by_paths["findings"]), err
+
+    status, _, err = tunery("files", "report", ids[0], "--against", paths[1])
+    assert (status, "upload this file too" in " ".join(err.split())) == (2, True)

@@ -173,6 +173,10 @@ def report(
     if Path(file).is_file():
         said, name = make_report(Path(file), against, base=base, max_tokens=max_tokens), Path(file).name
     elif file.startswith(ids.FILE):
+        if against is not None and not against.startswith(ids.FILE):
+            raise typer.BadParameter(
+                f"--against {against}: {file} is uploaded, so upload this file too, and name its id."
+            )
         said, name = fetch_report(connect(context), file, against=against, base=base), file
     else:
         raise no_such_file(file)

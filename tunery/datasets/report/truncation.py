@@ -20,7 +20,7 @@ from tunery.datasets.report import texts
 from tunery.datasets.report.case import Case, Finding
 from tunery.datasets.report.rows import Row
 
-_SURE = 0.7
+_SURE, _VERY_SURE = 0.7, 0.97
 _FOLDS, _ROUNDS, _SEED = 5, 2, 7
 _CUTS = 4
 _LEAST = 30
@@ -62,7 +62,7 @@ def find(case: Case) -> Iterator[Finding]:
     for row, score in zip(free, _score(free, known), strict=True):
         part, loss = known.is_part(row), case.losses.get(row.line)
         score = score if loss is None else _with_end(float(score), loss.end)
-        may_be_whole = known.may_be_whole(row.answer) and (loss is None or loss.end > _NO_END)
+        may_be_whole = known.may_be_whole(row.answer) and score < _VERY_SURE and (loss is None or loss.end > _NO_END)
         is_free = part or (often[texts.squash(row.answer)] == 1 and not may_be_whole)
         if is_free and (score >= _SURE or part):
             why = f"Breaks off: '{row.answer.rstrip()[-30:]}'."
