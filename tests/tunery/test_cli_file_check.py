@@ -49,3 +49,7 @@ def test_faults_are_named_and_end_with_1(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "Example 2 (line 6): Unexpected file format, expected prompt/completion as in row 1" in result.output
     assert "marks the answer as good or bad (KTO)" in result.output
+
+
+def test_a_wrong_call_ends_with_2(tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, ["check", str(tmp_path / "nowhere.jsonl")]).exit_code == 2

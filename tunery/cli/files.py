@@ -175,7 +175,7 @@ def report(
     elif file.startswith(ids.FILE):
         if against is not None and not against.startswith(ids.FILE):
             raise typer.BadParameter(
-                f"--against {against}: {file} is uploaded, so upload this file too, and name its id."
+                f"--against {against}: {file} is uploaded, so upload this file too and name its id."
             )
         said, name = fetch_report(connect(context), file, against=against, base=base), file
     else:
