@@ -1,7 +1,8 @@
 """What `tunery files report` finds of injected faults, and how long it takes:
-`python -m bench.report FREE.jsonl [SEEDS [SPEED_ROWS]]`.
+`python -m bench.report FREE.jsonl [SEEDS [SPEED_ROWS [FIRST_SEED]]]`.
 
-Labelled rows and the other file are those of examples/ (Banking); FREE.jsonl has chat rows with free-form answers.
+Three files are judged: FREE.jsonl's chat rows with free-form answers beside the labelled ones of examples/, of Banking
+and of SNIPS, and alone. Features were chosen on seeds up to 107.
 """
 
 import json
@@ -20,6 +21,11 @@ from tunery.datasets.report import maker
 from tunery.datasets.report.maker import Report
 
 LABELLED, FREE, TEST = 330, 170, 200
+FILES = ("banking", "snips", "free")
+OF_LABELS = ("contradiction", "mislabelled")
+SHORTEST = 25
+"""Characters of a free answer: a part of a shorter one is mostly a whole answer too."""
+LABELS = (("test", TEST), ("train", LABELLED))
 GOALS = {"contradiction": (0.85, 0.80), "mislabelled": (0.0, 0.0)}
 GOAL = (0.95, 0.95)
 GOAL_AT_K = 0.80
@@ -30,14 +36,15 @@ def read(path: Path) -> list[injector.Row]:
     return [{"messages": json.loads(line)["messages"]} for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def apart(rows: Sequence[injector.Row], count: int, taken: list[set[str]], most: int = 2000) -> list[injector.Row]:
+def apart(rows: Sequence[injector.Row], count: int, taken: list[set[str]], least: int = 0) -> list[injector.Row]:
     """The first `count` rows whose question shares at most 55 % of its three-character runs with no other."""
     found = []
     for row in rows:
         text = injector.user(row)["content"].lower()
         runs = {text[at : at + 3] for at in range(len(text) - 2)}
         roles = [message["role"] for message in row["messages"] if message["role"] != "system"]
-        plain = roles == ["user", "assistant"] and "@" not in str(row) and len(text) > 12 and len(str(row)) < most
+        plain = roles == ["user", "assistant"] and "@" not in str(row) and len(text) > 12 and len(str(row)) < 2000
+        plain = plain and len(row["messages"][-1]["content"]) >= least
         if plain and all(len(runs & other) <= 0.55 * len(runs | other) for other in taken):
             taken.append(runs)
             found.append(row)
@@ -46,16 +53,23 @@ def apart(rows: Sequence[injector.Row], count: int, taken: list[set[str]], most:
     return found
 
 
-def judge(seed: int, free: Path, folder: Path) -> dict[str, dict[str, int]]:
-    """Hits, misses and false alarms of each kind for the faults of one seed."""
+def judge(seed: int, free: Path, folder: Path, file: str) -> dict[str, dict[str, int]]:
+    """Hits, misses and false alarms of each kind for the faults of one seed in one of FILES."""
     dice = random.Random(seed)
-    sources = [read(service.ROOT / f"examples/banking_{name}.jsonl") for name in ("test", "train")] + [read(free)]
     taken: list[set[str]] = []
-    test, labelled, texts = (
-        apart(dice.sample(rows, len(rows)), count, taken)
-        for rows, count in zip(sources, (TEST, LABELLED, FREE), strict=True)
-    )
-    dirty = injector.inject(labelled, texts, test, seed)
+
+    def draw(path: Path, count: int, least: int = 0) -> list[injector.Row]:
+        rows = read(path)
+        return apart(dice.sample(rows, len(rows)), count, taken, least)
+
+    if file == "free":
+        counts = {kind: count for kind, count in injector.COUNTS.items() if kind not in OF_LABELS}
+        test, labelled, texts = draw(free, counts["test_leak"], SHORTEST), [], draw(free, 2 * FREE, SHORTEST)
+    else:
+        counts = injector.COUNTS
+        test, labelled = (draw(service.ROOT / f"examples/{file}_{name}.jsonl", count) for name, count in LABELS)
+        texts = draw(free, FREE, SHORTEST)
+    dirty = injector.inject(labelled, texts, test, seed, counts)
     injector.write(dirty.rows, folder / "dirty.jsonl")
     injector.write(test, folder / "test.jsonl")
     return score(dirty, maker.make(folder / "dirty.jsonl", folder / "test.jsonl"))
@@ -82,18 +96,19 @@ def score(dirty: injector.Dirty, report: Report) -> dict[str, dict[str, int]]:
 def pool(seeds: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, Any]]:
     """Precision and recall of each kind over all seeds; for wrong labels also the precision of the first k."""
     pooled: dict[str, dict[str, Any]] = {}
-    for kind in injector.COUNTS:
+    for kind in seeds[0]:
         sums = {name: sum(seed[kind][name] for seed in seeds) for name in ("faults", "hits", "false", "first")}
         precision = sums["hits"] / max(1, sums["hits"] + sums["false"])
         pooled[kind] = {**sums, "precision": round(precision, 4), "recall": round(sums["hits"] / sums["faults"], 4)}
-    pooled["mislabelled"]["precision_at_k"] = round(pooled["mislabelled"]["first"] / pooled["mislabelled"]["faults"], 4)
+    if wrong := pooled.get("mislabelled"):
+        wrong["precision_at_k"] = round(wrong["first"] / wrong["faults"], 4)
     return pooled
 
 
 def met(pooled: dict[str, dict[str, Any]]) -> bool:
     goals = {kind: GOALS.get(kind, GOAL) for kind in pooled}
     enough = [one["precision"] >= goals[kind][0] and one["recall"] >= goals[kind][1] for kind, one in pooled.items()]
-    return all(enough) and pooled["mislabelled"]["precision_at_k"] >= GOAL_AT_K
+    return all(enough) and pooled.get("mislabelled", {}).get("precision_at_k", 1) >= GOAL_AT_K
 
 
 def time_report(rows: int, folder: Path) -> dict[str, Any]:
@@ -129,18 +144,22 @@ def time_report(rows: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def main(free: str, seeds: str = "5", speed_rows: str = "100000") -> int:
+def main(free: str, seeds: str = "5", speed_rows: str = "100000", first: str = "200") -> int:
+    chosen = range(int(first), int(first) + int(seeds))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         speed = time_report(int(speed_rows), folder) if int(speed_rows) else None
         print(speed, flush=True)
-        pooled = pool([judge(seed, Path(free), folder) for seed in range(int(seeds))]) if int(seeds) else {}
-    for kind, one in pooled.items():
-        print(f"{kind:18} precision {one['precision']:.3f} recall {one['recall']:.3f}", one.get("precision_at_k", ""))
+        pooled = {file: pool([judge(seed, Path(free), folder, file) for seed in chosen]) for file in FILES if chosen}
+    for file, kinds in pooled.items():
+        for kind, one in kinds.items():
+            figures = f"precision {one['precision']:.3f} recall {one['recall']:.3f}"
+            print(f"{file:8} {kind:18} {figures}", one.get("precision_at_k", ""))
     what = "injected faults found by the report, and its time on many rows"
     goals = {"goal": GOAL, "goals": GOALS, "goal_at_k": GOAL_AT_K, "goal_seconds": GOAL_SECONDS}
-    service.write("report_cpu.json", {"what": what, "seeds": int(seeds), **goals, "kinds": pooled, "speed": speed})
-    return 0 if not pooled or met(pooled) else 1
+    said = {"what": what, "seeds": list(chosen), **goals, "files": pooled, "speed": speed}
+    service.write("report_cpu.json", said)
+    return 0 if all(map(met, pooled.values())) else 1
 
 
 if __name__ == "__main__":
