@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tunery.spec import Export, Full, Lora
 from worker.trainer import gguf_files
 from worker.trainer.data import Row
-from worker.trainer.export import gguf_adapter, gguf_proof, gguf_tokenizers, gguf_writer
-from worker.trainer.export.errors import NoGguf
+from worker.trainer.export import gguf_adapter, gguf_proof, gguf_tokenizers, gguf_writer, work
+from worker.trainer.export.errors import FormatDiffers, NoGguf
+from worker.trainer.export.proof import Answered, Divergence
 from worker.trainer.report import Voice
 from worker.trainer.run import carry_out
 from worker.trainer.wish import Wish
@@ -347,6 +348,14 @@ def test_job_leaves_out_a_type_that_loses_answers(tmp_path: Path, ear: Ear, monk
     assert (q8_0.path, q8_0.is_refused, f16.is_refused) == ("gguf/model-q8_0.gguf", True, False)
     assert re.search(r"As GGUF q8_0 the model answers worse .* of 8 rows, the whole model to 100\.0%", q8_0.message)
     assert sorted(path.name for path in (folder / "out" / "gguf").iterdir()) == ["Modelfile", "model-f16.gguf"]
+
+
+def test_f16_alone_has_to_keep_the_bounds_of_a_merge() -> None:
+    far, answered = Divergence(2000, 0.01, 0.98, 0.98), Answered(100, 0.5, 0.5, -0.05, 0.05)
+
+    assert "2000 labelled tokens" in work._prove("q8_0", lambda: "1 MB", lambda: (far, answered))
+    with pytest.raises(FormatDiffers, match=r"As GGUF f16 .* \(at most 0\.001\) .* 98\.00% .* Serve the whole model's"):
+        work._prove("f16", lambda: "1 MB", lambda: (far, answered))
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
