@@ -30,7 +30,7 @@ def texts(tree: list[Path]) -> dict[Path, str]:
     """The text files among them; data and pictures are none."""
     found = {}
     for path in tree:
-        if path.suffix in {".gz", ".jsonl", ".png", ".svg", ".ico", ".safetensors", ".sql"}:
+        if path.suffix in {".gz", ".jsonl", ".parquet", ".png", ".svg", ".ico", ".safetensors", ".sql"}:
             continue
         found[path] = path.read_text(encoding="utf-8")
     return found
