@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from run_folders import chat, lay_out, plan
+from transformers import LlamaConfig
 
 from tunery.failures import DoesNotFit
 from tunery.planning import memory as planning
+from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora
-from worker.trainer import preflight, validation
+from worker.trainer import layout, preflight, validation
 from worker.trainer.data import Example, Row
 from worker.trainer.kernels import cross_entropy
 from worker.trainer.loop import _take_step, train
@@ -55,6 +57,20 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 def test_constants_of_planning_are_those_of_the_trainer() -> None:
     assert cross_entropy.CHUNK_BYTES is planning.CHUNK_BYTES
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_estimate_of_a_piece_is_that_of_the_layout(ranks: int) -> None:
+    """By it a job that fits no GPU is told how many hold it in pieces. 8-bit moments have scales, in its 3 %."""
+    sizes = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+    config = LlamaConfig(vocab_size=32_000, num_key_value_heads=40, tie_word_embeddings=False, **sizes)
+    cut = layout.compute(config, decide(Full(), "cuda"), ranks)
+
+    facts = sizes | {"num_key_value_heads": 40, "vocab_size": 32_000, "params": cut.parameters}
+    parts = planning.estimate(facts, Full(), max_seq_length=512, ranks=ranks).parts
+
+    found = [parts[name] for name in ("base", "gradients", "optimizer", "gathered")]
+    assert found == pytest.approx([cut.weights, cut.gradients, cut.moments, cut.gathered], rel=0.03)
 
 
 def test_next_plans_end_at_one_row_with_activations_made_again() -> None:
