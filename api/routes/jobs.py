@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Header, Query, Request
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, object_session
 
 from api.bodies import JsonRoute
 from api.dependencies import CallerDep, SessionDep, SettingsDep
+from api.schemas import dry_runs, runs
 from api.schemas import jobs as wire
-from api.schemas import runs
 from api.schemas.wire import CursorList, ListOf, errors
-from tunery.jobs import creation, gate, ledger, queries, rerun, waiting
+from tunery.jobs import creation, dry_run, gate, ledger, queries, rerun, waiting
 from tunery.jobs.model import Job
 from tunery.settings import Settings
 
@@ -41,6 +41,14 @@ def _shown_all(session: Session, settings: Settings, jobs: Sequence[Job]) -> lis
     ]
 
 
+def _created(session: Session, settings: Settings, job: Job) -> dry_runs.DryRunJob | wire.Job:
+    """A new job, or what would be one: a dry run's job is in no session."""
+    if object_session(job) is None:
+        return dry_runs.of(dry_run.judge(session, job), organization=settings.organization)
+    session.refresh(job)
+    return _shown(session, settings, job)
+
+
 @router.post("", summary="Create a fine-tuning job", responses=errors(404, 429))
 def create_job(
     body: Annotated[wire.CreateJob, Body(openapi_examples=wire.CREATE_EXAMPLES)],
@@ -49,16 +57,16 @@ def create_job(
     settings: SettingsDep,
     idempotency_key: IdempotencyKey = None,
     x_stainless_retry_count: RetryCount = 0,
-) -> wire.Job:
+) -> dry_runs.DryRunJob | wire.Job:
     """Checks the request, stores the job and answers at once; a worker then reads the files.
 
-    Safe to repeat with an `Idempotency-Key`. The official client's own retries are recognised without one.
+    Safe to repeat with an `Idempotency-Key`. The official client's own retries are recognised without one. With
+    `dry_run` nothing is stored, and the answer says what the job would be.
     """
     # Proxies and shells send a header whose variable was empty: that is no key, least of all one for all requests.
     key = idempotency_key or None
     job = creation.create(session, caller, body, idempotency_key=key, is_retry=x_stainless_retry_count > 0)
-    session.refresh(job)
-    return _shown(session, settings, job)
+    return _created(session, settings, job)
 
 
 @router.get("", summary="List fine-tuning jobs", responses=errors(404))
@@ -115,7 +123,7 @@ def rerun_job(
     body: wire.RerunJob | None = None,
     idempotency_key: IdempotencyKey = None,
     x_stainless_retry_count: RetryCount = 0,
-) -> wire.Job:
+) -> dry_runs.DryRunJob | wire.Job:
     """A new job with the files, the seed and the numbers that were decided for this one, but for what the body changes.
 
     Without a body it is the same run: `GET .../{new job}/reproduction` compares them when it has ended.
@@ -123,8 +131,7 @@ def rerun_job(
     changes = {} if body is None else body.changes
     is_retry = x_stainless_retry_count > 0
     job = rerun.rerun(session, caller, job_id, changes, idempotency_key=idempotency_key or None, is_retry=is_retry)
-    session.refresh(job)
-    return _shown(session, settings, job)
+    return _created(session, settings, job)
 
 
 @router.post("/{job_id}/publish", summary="Publish a model that its gate withholds", responses=errors(404))

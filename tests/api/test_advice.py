@@ -6,33 +6,19 @@ from typing import Any
 import pytest
 import rows
 from databases import Database
+from reported import finish, upload
 from sqlalchemy import select
 from teams import ALIAS, BASE, TRAIN, Team
 
 from api.schemas.advice import AdviceAnswer
 from tunery.datasets import reports
 from tunery.datasets.model import FileReport
-from tunery.datasets.report import maker
 from tunery.jobs import leases
 from tunery.jobs.model import HostDevice
 from tunery.planning import advice, memory
 from tunery.spec import Lora
 
 ROUTE = "/v1/fine_tuning/advice"
-
-
-def upload(team: Team, data: bytes = TRAIN) -> str:
-    answer = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("t.jsonl", data)})
-    return str(answer.json()["id"])
-
-
-def finish(database: Database, tmp_path: Path, data: bytes = TRAIN, **counted: Any) -> None:
-    """What a worker does, without its process. `counted`: the usable rows, in place of those that it counted."""
-    (tmp_path / "rows").write_bytes(data)
-    made = maker.make(tmp_path / "rows").summary()
-    with database.sessions.begin() as session:
-        for row in session.scalars(select(FileReport).where(FileReport.status == "queued")).all():
-            reports.finish(session, row, summary=made | ({"usable": counted} if counted else {}))
 
 
 def test_it_waits_for_the_report_and_counts_rows_that_say_something(

@@ -1,5 +1,6 @@
 """`tunery advise` of a file here, which needs no server, and of an uploaded one."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,9 +11,13 @@ from databases import Database
 from sqlalchemy import select
 from teams import TRAIN
 
+from tunery import ids
 from tunery.datasets import reports
-from tunery.datasets.model import FileReport
+from tunery.datasets.model import File, FileReport
 from tunery.datasets.report import maker
+from tunery.jobs.model import Job
+from tunery.keys.model import Project
+from tunery.storage import open_storage
 
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heath", "islet", "juniper", "krill", "lagoon"]
 
@@ -74,3 +79,25 @@ def test_what_is_wrong_is_said(tunery: Run, api: str, arguments: tuple[str, ...]
     status, _, err = tunery("advise", *arguments)
     assert status != 0
     assert said in err
+
+
+def test_a_dry_run_of_a_job_leaves_nothing(tunery: Run, api: str, database: Database, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(TRAIN)
+    with database.sessions.begin() as session:
+        base = rows.base(session).id
+        names = {"project_id": session.scalars(select(Project.id)).one(), "sha256": hashlib.sha256(TRAIN).hexdigest()}
+        made = FileReport(id=ids.new(ids.REPORT), version=reports.VERSION, base="", against="", **names)
+        session.add(made)
+        session.flush()
+        reports.finish(session, made, summary=maker.make(path).summary())
+        storage = open_storage(database.settings)
+        storage.put(f"{made.prefix}/report.json", json.dumps(maker.make(path).as_dict()).encode())
+    status, out, err = tunery("jobs", "create", "-m", base, "--train", path, "--rank", 4, "--dry-run")
+    assert (status, out.startswith("✓ The job could be created. Nothing was stored.")) == (0, True), err
+    assert "12, of which 1 count" in out
+    assert "lora, r 4, alpha 32" in out
+    assert "12 examples are few" in err
+    with database.sessions.begin() as session:
+        assert session.scalars(select(Job)).all() == []
+        assert [file.deleted_at is None for file in session.scalars(select(File))] == [False]

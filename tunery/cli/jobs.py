@@ -8,6 +8,8 @@ import typer
 from rich.text import Text
 
 from tunery.cli import downloads, models, request, reruns, show, summary, watching
+from tunery.cli.dry_run import ask as dry_run_of
+from tunery.cli.dry_run import print_job as print_dry_run
 from tunery.cli.files import upload_file
 from tunery.cli.options import AsJson, ColumnNames, connect, parse_columns
 from tunery.cli.remote import Refused, Remote
@@ -43,6 +45,7 @@ def create(
     watch: Annotated[
         bool, typer.Option("--watch", "--wait", "-w", help="Stay until it ends; exit status 1 unless it succeeds.")
     ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the job would be.")] = False,
     json: AsJson = False,
 ) -> None:
     """Check a request and its files, upload them, start a job."""
@@ -55,7 +58,13 @@ def create(
     _check_model(api, body)
     stored = request.stored_files(api, body, files)
     warnings = request.check_files(body, request.sources(api, files, stored))
-    request.upload(body, files, lambda path: str(upload_file(api, path)["id"]))
+    uploaded = request.upload(body, files, lambda path: str(upload_file(api, path)["id"]))
+    if dry_run:
+        return print_dry_run(dry_run_of(api, body, uploaded), warnings, as_json=json)
+    return _start(api, body, warnings, watch=watch, json=json)
+
+
+def _start(api: Remote, body: request.Body, warnings: list[str], *, watch: bool, json: bool) -> None:
     job = api.call("POST", ROOT, json=body)
     if json:
         show.as_json(job)

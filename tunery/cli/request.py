@@ -219,8 +219,8 @@ def _check_rows(source: Source, role: FileRole, encoder: RowEncoder, overlap: ru
     return digest.digest()
 
 
-def upload(body: Body, files: dict[FileRole, Path], send: Callable[[Path], str]) -> None:
-    """Sends each file once and puts its id in the place of its path."""
+def upload(body: Body, files: dict[FileRole, Path], send: Callable[[Path], str]) -> list[str]:
+    """Sends each file once and puts its id in the place of its path. Returns the ids."""
     ids: dict[Path, str] = {}
     for role, path in files.items():
         whole = path.resolve()
@@ -231,6 +231,7 @@ def upload(body: Body, files: dict[FileRole, Path], send: Callable[[Path], str])
         for folder in folders:
             here = here[folder]
         here[name] = ids[whole]
+    return list(ids.values())
 
 
 def _named_files(body: Body) -> Iterator[tuple[FileRole, str]]:

@@ -48,13 +48,24 @@ def create(
     idempotency_key: str | None = None,
     is_retry: bool = False,
 ) -> Job:
-    """The job that this request makes, or the one that it made already. Raises Rejected, NotFound, QuotaExceeded."""
+    """The job that this request makes, or the one that it made already; of a dry run one that is in no session, see
+    `dry_run.judge`. Raises Rejected, NotFound, QuotaExceeded."""
     digest = _digest(request, rerun_of)
-    earlier = ledger.earlier_request(
-        session, caller.project_id, idempotency_key=idempotency_key, request_sha256=digest, is_retry=is_retry
-    )
-    if earlier is not None:
-        return earlier
+    if not request.dry_run:
+        earlier = ledger.earlier_request(
+            session, caller.project_id, idempotency_key=idempotency_key, request_sha256=digest, is_retry=is_retry
+        )
+        if earlier is not None:
+            return earlier
+    job = _checked(session, caller, request, rerun_of)
+    if request.dry_run:
+        return job
+    job.idempotency_key, job.request_sha256 = idempotency_key, digest
+    return ledger.submit(session, job, messages=_remarks(rerun_of))
+
+
+def _checked(session: Session, caller: Caller, request: JobRequest, rerun_of: Job | None) -> Job:
+    """The job of a request that can be carried out, before it is stored. Raises Rejected, NotFound."""
     chosen, hyperparameters = check_fields(request)
     model = registry.find_ready(session, caller.project_id, request.model)
     advice.check_modules(request.technique, model.facts)
@@ -67,8 +78,7 @@ def create(
     job.inputs = {param: file.sha256 for param, file in files.items()} | _weights(session, job)
     if rerun_of is not None:
         job.rerun_of, job.template_time = rerun_of.id, rerun_of.now
-    job.idempotency_key, job.request_sha256 = idempotency_key, digest
-    return ledger.submit(session, job, messages=_remarks(rerun_of))
+    return job
 
 
 def _digest(request: JobRequest, rerun_of: Job | None) -> str:

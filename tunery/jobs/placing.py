@@ -4,12 +4,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tunery.jobs import waiting
 from tunery.jobs.model import HostDevice
 from tunery.planning import advice, memory
 from tunery.spec import Plan, TrainingSpec
 
 
-def gpus(devices: Sequence[HostDevice]) -> list[HostDevice]:
+def find_gpus(devices: Sequence[HostDevice]) -> list[HostDevice]:
     """The devices that are GPUs."""
     return [device for device in devices if device.gpu_index is not None]
 
@@ -40,7 +41,7 @@ def make_plan(
 
 def _alike(devices: Sequence[HostDevice], largest: HostDevice) -> int:
     """How many GPUs of the largest's memory one host has."""
-    hosts = Counter(each.host for each in gpus(devices) if each.memory_bytes >= largest.memory_bytes)
+    hosts = Counter(each.host for each in find_gpus(devices) if each.memory_bytes >= largest.memory_bytes)
     return max(hosts.values(), default=0)
 
 
@@ -60,9 +61,20 @@ def need(plan: Plan, facts: Mapping[str, Any], device: str) -> memory.Estimate:
     return memory.estimate(facts, plan.technique, **asked, device=device)
 
 
+def warnings(devices: Sequence[HostDevice], *, gpus: int, gpu_bytes: int, cpu_bytes: int) -> list[str]:
+    """Warns of a run that no host here can take: it waits, which should not surprise its owner. `cpu_bytes`: of a host
+    without a GPU, for which a job waits only where there are none."""
+    if not devices:
+        needs = f"a GPU with {memory.gib(gpu_bytes)} of memory, or a host with {memory.gib(cpu_bytes)}"
+        return [f"No worker for training has come yet: the job waits for one that has {needs}."]
+    of_host = None if find_gpus(devices) else cpu_bytes
+    missing = waiting.lack(devices, gpus=gpus, gpu_bytes=gpu_bytes, cpu_bytes=of_host)
+    return [] if missing is None else [f"No host here can take the job. It waits for {missing}."]
+
+
 def _largest(devices: Sequence[HostDevice]) -> HostDevice | None:
     # A host's memory is no measure for a job that a GPU is there for: it would wait for weeks on a CPU.
-    return max(gpus(devices) or devices, key=lambda device: device.memory_bytes, default=None)
+    return max(find_gpus(devices) or devices, key=lambda device: device.memory_bytes, default=None)
 
 
 def _limits(largest: HostDevice, length: int, rows: int, optimizer: str) -> dict[str, Any]:

@@ -116,6 +116,7 @@ class JobRequest(RequestedOptions, OpenAIRequest):
     # Not so in `TrainingOptions`, whose default jobs of older releases have: their snapshots hold the rows as cut.
     cut_answers: CutAnswers = Field("limit", description=RequestedOptions.model_fields["cut_answers"].description)
     priority: Int = Field(0, ge=-10, le=10, description="Higher goes first")
+    dry_run: bool = Field(False, description="Only try: answers what the job would be, and stores nothing")
     allow_test_on_training_file: bool = Field(
         False, description="Take a test file that equals the training file, whose scorecard measures memory alone"
     )

@@ -14,10 +14,10 @@ from tunery.datasets import rules
 from tunery.datasets.model import File
 from tunery.datasets.rules import Overlap, Summary
 from tunery.failures import InvalidTrainingFile
-from tunery.jobs import placing, waiting
+from tunery.jobs import placing
 from tunery.jobs.model import HostDevice
 from tunery.models.model import Model
-from tunery.planning import advice, memory
+from tunery.planning import advice
 from tunery.rows.encoding import find_encoder
 from tunery.rows.messages import FileRole
 from tunery.rows.template import ChatTemplate
@@ -147,12 +147,8 @@ def check_overlap(case: Case, found: Findings) -> list[str]:
 
 def check_hosts(case: Case, found: Findings) -> list[str]:
     """Warns of a job that no host here can take: it waits, which should not surprise its owner."""
-    if not case.devices:
-        needs = f"a GPU with {memory.gib(found.gpu_bytes)} of memory, or a host with {memory.gib(found.cpu_bytes)}"
-        return [f"No worker for training has come yet: the job waits for one that has {needs}."]
-    gpus, cpu_bytes = found.plan.resources.gpus, _cpu_bytes(case, found)
-    missing = waiting.lack(case.devices, gpus=gpus, gpu_bytes=found.gpu_bytes, cpu_bytes=cpu_bytes)
-    return [] if missing is None else [f"No host here can take the job. It waits for {missing}."]
+    gpus = found.plan.resources.gpus
+    return placing.warnings(case.devices, gpus=gpus, gpu_bytes=found.gpu_bytes, cpu_bytes=found.cpu_bytes)
 
 
 CHECKS: tuple[Callable[[Case, Findings], list[str]], ...] = (
@@ -181,4 +177,4 @@ def _plan(case: Case, summaries: Mapping[FileRole, Summary]) -> Plan:
 
 def _cpu_bytes(case: Case, found: Findings) -> int | None:
     """What the job needs of a host without a GPU; None where there is a GPU, for which it waits."""
-    return None if placing.gpus(case.devices) else found.cpu_bytes
+    return None if placing.find_gpus(case.devices) else found.cpu_bytes

@@ -1,0 +1,59 @@
+"""`tunery jobs create --dry-run`: what a job would be."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.text import Text
+
+from tunery.cli import report, show
+from tunery.cli.remote import Remote
+from tunery.cli.reruns import ROOT
+from tunery.planning.memory import gib
+
+
+def ask(api: Remote, body: Mapping[str, Any], uploaded: list[str]) -> dict[str, Any]:
+    """The server's answer, once the training file's rows are counted. Removes the files that were uploaded for it."""
+    try:
+        report.fetch(api, body["training_file"])
+        return api.call("POST", ROOT, json={**body, "dry_run": True})
+    finally:
+        for file in uploaded:
+            api.call("DELETE", f"/files/{file}")
+
+
+def print_job(job: Mapping[str, Any], warnings: Sequence[str], *, as_json: bool) -> None:
+    """What was decided, what it needs, and all warnings."""
+    if as_json:
+        show.as_json(job)
+    else:
+        _print_facts(job)
+    show.warnings([*warnings, *job["warnings"]])
+
+
+def _print_facts(job: Mapping[str, Any]) -> None:
+    if job["error"] is not None:
+        show.console.print(Text(f"The job would fail: {job['error']['message']}", style="red"), soft_wrap=True)
+    else:
+        show.done("The job could be created. Nothing was stored.")
+    knobs, checked = job["hyperparameters"], job["validation"]
+    of = {device: f"{gib(need['bytes'])} at least" for device, need in job["memory"].items()}
+    rate = job["learning_rate"]
+    show.facts(
+        [
+            ("model", job["model"]),
+            ("rows", f"{checked['examples']:,}, of which {checked['usable']:,} count" if checked["examples"] else None),
+            ("technique", _technique(job["technique"])),
+            ("epochs", knobs["n_epochs"]),
+            ("batch size", knobs["batch_size"]),
+            ("learning rate", None if rate is None else f"{rate:.2e}"),
+            ("seed", job["seed"]),
+            ("memory of a GPU", of.get("cuda")),
+            ("or of a CPU's host", of.get("cpu")),
+        ]
+    )
+
+
+def _technique(said: Mapping[str, Any] | None) -> str | None:
+    if said is None:
+        return None
+    return f"{said['type']}, r {said['r']}, alpha {said['alpha']:g}" if "r" in said else str(said["type"])

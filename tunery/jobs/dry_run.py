@@ -1,0 +1,72 @@
+"""What a job would be, without one: its request checked, planned and estimated. Nothing is stored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from tunery.datasets import reports
+from tunery.datasets.model import File, FileReport
+from tunery.datasets.rules import LEAST_EXAMPLES
+from tunery.failures import InvalidNExamples, JobFailure
+from tunery.jobs import leases, placing
+from tunery.jobs.model import Job
+from tunery.jobs.states import State
+from tunery.models.model import Model
+from tunery.planning import advice, advisor, capacity
+from tunery.planning.memory import Estimate
+from tunery.spec import Plan, TrainingSpec
+
+
+@dataclass
+class DryRun:
+    """A job of no session, the report of its training file, and what was found.
+
+    `memory`: what it needs by kind of device. Without a report that is ready the job has no plan, for which the rows
+    have to be counted.
+    """
+
+    job: Job
+    report: FileReport | None
+    memory: dict[str, Estimate] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def judge(session: Session, job: Job) -> DryRun:
+    """What becomes of a job that is not stored. One that its validation would fail is failed, with the reason."""
+    job.created_at, job.state, job.step, job.progress = datetime.now(UTC), State.VALIDATING.value, 0, {}
+    file = session.get_one(File, job.training_file)
+    found = DryRun(job, reports.of_files(session, [file]).get(file.id))
+    try:
+        _plan(session, found)
+    except JobFailure as error:
+        job.state = State.FAILED.value
+        job.error_code, job.error_message, job.error_param = error.code, error.message, error.param
+    return found
+
+
+def _plan(session: Session, found: DryRun) -> None:
+    """Raises DoesNotFit, InvalidNExamples."""
+    spec = TrainingSpec.model_validate(found.job.spec)
+    facts, devices = session.get_one(Model, found.job.base_model).facts, leases.devices(session)
+    summary = found.report.summary if found.report and found.report.status == reports.READY else None
+    examples = None if summary is None else summary["examples"]
+    plan = placing.make_plan(
+        spec, facts, devices, examples=examples or 1, longest_answer=None, model=found.job.model_name
+    )
+    found.memory = {device: placing.need(plan, facts, device) for device in ("cuda", "cpu")}
+    gpu_bytes, cpu_bytes = (estimate.bytes for estimate in found.memory.values())
+    if summary is not None and examples is not None:
+        if examples < LEAST_EXAMPLES:
+            raise InvalidNExamples(param="training_file", role="Training", n=examples, least=LEAST_EXAMPLES)
+        found.job.plan = plan.model_dump(mode="json")
+        found.warnings += _of_rows(plan, facts, summary, asked_length=spec.max_seq_length)
+    found.warnings += placing.warnings(devices, gpus=plan.resources.gpus, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes)
+
+
+def _of_rows(plan: Plan, facts: Mapping[str, Any], summary: Mapping[str, Any], *, asked_length: int) -> list[str]:
+    of_file = [f"Training file: {warning}" for warning in summary["warnings"]]
+    of_plan = advice.warnings(plan, examples=summary["examples"], facts=facts, asked_length=asked_length)
+    return [*of_file, *of_plan, *capacity.warnings(facts, plan.technique, advisor.rows_of(summary).answer_tokens)]
