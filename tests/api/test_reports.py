@@ -1,6 +1,7 @@
 """A file's report over HTTP: its state on the file, as JSON and as a page; the official client takes it."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,31 @@ def test_a_report_follows_an_upload(team: Team, database: Database, tmp_path: Pa
     assert "Exact duplicates" in page.text
     assert "<script" not in page.text
     assert client.files.list().data[0].report["status"] == "ready"  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_a_report_that_names_every_row_of_many_opens_at_once(team: Team, database: Database, tmp_path: Path) -> None:
+    """A hundred thousand rows, each in a finding. In processor time, of which other work takes nothing."""
+    file_id = _upload(team)
+    _finish(database, tmp_path)
+    why = "Questions and answers are nearly the same."
+    findings = [
+        {"kind": "near_duplicate", "lines": [at, at + 1], "score": 0.9, "why": why, "action": "Keep one of them."}
+        for at in range(1, 100_000, 2)
+    ]
+    storage = open_storage(database.settings)
+    with database.sessions() as session:
+        prefix = session.scalars(select(FileReport)).one().prefix
+    said = json.loads(b"".join(storage.read(f"{prefix}/report.json"))) | {"rows": 100_000, "findings": findings}
+    storage.put(f"{prefix}/report.json", json.dumps(said).encode())
+    for route, most in (("report", 20_000_000), ("report.html", 500_000)):
+        began = time.process_time()
+        answer = team.http.get(f"/v1/files/{file_id}/{route}")
+        used = time.process_time() - began
+        print(route, round(used, 3), "s", len(answer.content), "bytes")
+        assert answer.status_code == 200
+        assert used < 1
+        assert len(answer.content) < most
 
 
 def test_a_page_shows_rows_as_text(team: Team, database: Database, tmp_path: Path) -> None:

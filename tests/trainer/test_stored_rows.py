@@ -1,6 +1,7 @@
 """A large file's examples, which lie in a file, train as those in memory do, and take little of it."""
 
 import random
+import resource
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from run_folders import chat, lay_out, plan, steps_of
 
+from tunery.failures import DiskFull
 from tunery.spec import Dpo
 from worker.trainer import data
 from worker.trainer.data import IGNORED, Example, Row, Rows
@@ -89,6 +91,16 @@ def test_memory_grows_by_a_few_numbers_a_row(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert len(stored) == 5000
     assert peak < 5000 * 40 + 200_000, "as lists they take 3,200 bytes a row and more"
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(DiskFull, match="a file's tokens could not be written"):
+            keep(made(1000), tmp_path, 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 PAIRS = [{"prompt": f"What comes after {n}?", "chosen": f"{n + 1}", "rejected": "no"} for n in range(12)]

@@ -9,12 +9,15 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import IO, TypeVar, overload
 
 import numpy
 
 from worker.trainer.row import Example, Row
+from worker.trainer.whole_folders import room_for
 
 T = TypeVar("T")
 
@@ -60,7 +63,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as the rows)
-        weakref.finalize(self, self._file.close)
+        weakref.finalize(self, _close, self._file)
         self._ends = array("q", [0])
         self.labelled = array("l")
         self.example_ends = array("q", [0])
@@ -96,6 +99,11 @@ class Store:
         first, last = self.example_ends[number], self.example_ends[number + 1]
         rows = tuple(StoredRow(self, place) for place in range(first, last))
         return Example(rows, tuple(self.reference[first:last]))
+
+
+def _close(file: IO[bytes]) -> None:
+    with suppress(OSError):  # of what a full disk did not take, which was said when it was written
+        file.close()
 
 
 class _Lazy(Sequence[T]):
@@ -148,20 +156,24 @@ class StoredExamples(_Lazy[Example]):
 
 
 def keep(examples: Iterable[list[Example]], folder: Path, most_in_memory: int) -> "list[Example] | StoredExamples":
-    """The examples, which come in groups: in a list up to so many tokens, above that in a file in `folder`."""
+    """The examples, which come in groups: in a list up to so many tokens, above that in a file in `folder`. Raises
+    DiskFull."""
     held: list[Example] = []
-    store: Store | None = None
-    tokens = 0
-    for group in examples:
+    tokens, groups = 0, iter(examples)
+    for group in groups:
+        held += group
         tokens += sum(map(len, group))
-        if store is None and tokens > most_in_memory:
-            store = Store(folder)
-            for example in held:
-                store.add(example)
-            held.clear()
+        if tokens > most_in_memory:
+            with room_for("a file's tokens", folder, folder / ".tokens"):
+                return _store(chain([held], groups), folder)
+    return held
+
+
+def _store(groups: Iterable[list[Example]], folder: Path) -> StoredExamples:
+    store = Store(folder)
+    for group in groups:
         for example in group:
-            held.append(example) if store is None else store.add(example)
-    if store is None:
-        return held
+            store.add(example)
+        group.clear()  # the first holds all that was in memory
     store.flush()
     return StoredExamples(store)
