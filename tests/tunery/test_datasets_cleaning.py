@@ -216,6 +216,11 @@ def test_chosen_rows_go_and_findings_below_the_score_stay(tmp_path: Path) -> Non
         cleaned(path, Cleaning(rows=RowChoice(drop=[9])))
     with pytest.raises(NothingLeft, match="No row is left"):
         cleaned(path, Cleaning(rows=RowChoice(drop=[1, 2, 3, 4])))
+    asked = "How do I change the code of my card?"
+    near = written(tmp_path / "near.jsonl", [chat(asked, "At a machine."), chat(f"Hello! {asked}", "At a machine.")])
+    for score, gone in ((0.99, []), (0.5, [(2, "near_duplicate")])):
+        action = Action(kind="near_duplicate", action="keep_one", min_score=score)
+        assert dropped(cleaned(near, Cleaning(actions=[action]))[0]) == gone
 
 
 @pytest.mark.parametrize(
