@@ -2,12 +2,13 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from tunery.rows.answer_losses import AnswerLoss, PlausibilityOrder
 from tunery.rows.messages import Message
@@ -55,12 +56,26 @@ def plain(model: Any, template: ChatTemplate, question: str, answer: str) -> tup
     return sum(found) / len(found), float(likely[len(ids) - 2, ids[-1]])
 
 
-def test_losses_are_those_of_each_row_alone(tmp_path: Path, tiny: Path) -> None:
+def softcapped(folder: Path, tiny: Path) -> Path:
+    """A base whose logits are more than a product of its last hidden state and its head."""
+    shutil.copytree(tiny, folder)
+    config = Gemma2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, final_logit_softcapping=0.01,
+        bos_token_id=0, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_losses_are_those_of_each_row_alone(tmp_path: Path, tiny: Path, capped: bool) -> None:
+    base = softcapped(tmp_path / "base", tiny) if capped else tiny
     said = [("Hi?", "Hello."), ("A longer question than the other one?", "Yes, it is much longer."), ("x", "y z")]
     rows = [*(chat(*pair) for pair in said), chat("calls nothing", ""), chat("too long", "w" * 300), {"no": "row"}]
-    found = measured(tmp_path / "work", tiny, rows)
+    found = measured(tmp_path / "work", base, rows)
     assert sorted(found) == [1, 2, 3]
-    model, template = AutoModelForCausalLM.from_pretrained(tiny), ChatTemplate.load(tiny)
+    model, template = AutoModelForCausalLM.from_pretrained(base), ChatTemplate.load(base)
     for line, (question, answer) in enumerate(said, 1):
         one = found[line]
         assert (one.loss, one.end) == pytest.approx(plain(model, template, question, answer), abs=1e-4)

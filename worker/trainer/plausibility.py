@@ -27,7 +27,7 @@ from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
 
 _CHUNK = 2**20
-_BATCH = 2048
+_BATCH = 1024
 """Tokens of a batch, padding included."""
 _NO_QUESTION = "Write something."
 
@@ -123,12 +123,12 @@ def _losses(
     for place, (prompt, answer) in enumerate(rows):
         ids[place, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
         mask[place, : len(prompt) + len(answer)] = 1
-    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    first = min(len(prompt) for prompt, _ in rows) - 1  # what prompts alone would have as logits is most of the memory
+    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=longest - first).logits
     stops = torch.tensor(sorted(template.eos_ids))
     for place, (prompt, answer) in enumerate(rows):
-        # Logits of the answer alone: those of whole prompts would be most of the memory.
-        before = hidden[place, len(prompt) - 1 : len(prompt) + len(answer) - 1]
-        likely = functional.log_softmax(model.get_output_embeddings()(before).float(), dim=-1)
+        before = logits[place, len(prompt) - 1 - first : len(prompt) + len(answer) - 1 - first]
+        likely = functional.log_softmax(before.float(), dim=-1)
         losses = -likely[:-1].gather(1, torch.tensor(answer[:-1])[:, None])
         yield float(losses.mean()), float(likely[-1, stops].logsumexp(0))
 
