@@ -119,8 +119,9 @@ def test_rows_above_what_cannot_be_read_are_given() -> None:
         next(rows)
 
 
-def test_long_rows_are_not_held_together() -> None:
-    rows = [chat("x" * 300_000) for _ in range(12)]
+@pytest.mark.parametrize("row", [chat("x" * 300_000), chat("why?", ranks=[0] * 30_000)], ids=["text", "numbers"])
+def test_long_rows_are_not_held_together(row: dict[str, Any]) -> None:
+    rows = [row] * 12
     held: list[int] = []
 
     def chunks() -> Any:

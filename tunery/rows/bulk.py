@@ -15,10 +15,9 @@ from tunery.rows.messages import Example, FileRole
 from tunery.rows.preferences import Pair
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
-from tunery.rows.tokens import texts
 
 _MOST_ROWS = 32
-_MOST_CHARACTERS = 2**20
+_MOST_SIZE = 2**20
 MANY_ROWS = 2000
 """Rows after which it pays to look for a faster tokeniser."""
 
@@ -60,20 +59,29 @@ def encode_rows(
 
 def _parse(rows: Iterator[SourceRow], role: FileRole, encoder: RowEncoder) -> Iterator[_Batch]:
     batch: _Batch = []
-    characters = 0
+    size = 0
     try:
         for source in rows:
             batch.append(_parse_row(source, role, encoder))
-            characters += sum(map(len, texts(source.fields)))
-            if len(batch) == _MOST_ROWS or characters > _MOST_CHARACTERS:
+            size += _size(source.fields)
+            if len(batch) == _MOST_ROWS or size > _MOST_SIZE:
                 yield batch
-                batch, characters = [], 0
+                batch, size = [], 0
     except InvalidTrainingFile:
         if batch:
             yield batch
         raise
     if batch:
         yield batch
+
+
+def _size(value: object) -> int:
+    """About the bytes that a JSON value takes: a row's numbers count as its texts do."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(len(key) + _size(item) + 32 for key, item in value.items())
+    return sum(map(_size, value)) if isinstance(value, list) else 32
 
 
 def _parse_row(source: SourceRow, role: FileRole, encoder: RowEncoder) -> Judged:
