@@ -18,8 +18,6 @@ from tunery.storage import Storage
 
 router = APIRouter(prefix="/v1/files/{file_id}", tags=["Files"])
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -79,7 +77,7 @@ def show_report(asked: AskedDep, storage: StorageDep) -> HTMLResponse:
     row = asked.row
     state = {"status": row.status, "progress": row.progress, "error": row.error}
     shown = page.render(asked.file.filename, _load(storage, row), state=state)
-    return HTMLResponse(shown, headers={"content-security-policy": _POLICY, "x-content-type-options": "nosniff"})
+    return HTMLResponse(shown, headers=page.HEADERS)
 
 
 def _load(storage: Storage, row: FileReport) -> dict[str, Any]:

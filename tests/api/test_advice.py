@@ -49,17 +49,17 @@ def test_numbers_follow_the_base_and_the_devices(team: Team, base: str, database
     found = team.http.post(ROUTE, json=body).json()["advice"]
     said = {one["field"]: one["value"] for one in found["suggestions"]}
     assert found["recommendation"] == "fine_tune"
-    assert (said["technique.type"], said["technique.r"], said["held_out.share"]) == ("lora", 32, 0.1)
+    assert (said["technique.type"], said["technique.r"], said["held_out.share"]) == ("lora", 64, 0.1)
     assert said["learning_rate"] == pytest.approx(advice.default_learning_rate(64, Lora()), rel=1e-2)
-    learns = memory.trainable_params(rows.FACTS, Lora(r=32))
-    assert any(f"it has {learns:,} parameters at rank 32" in text for text in found["warnings"])
+    learns = memory.trainable_params(rows.FACTS, Lora(r=64))
+    assert any(f"it has {learns:,} parameters at rank 64" in text for text in found["warnings"])
 
     few = memory.estimate(rows.FACTS, Lora(), max_seq_length=2048).bytes - 1
     with database.sessions.begin() as session:
         card = HostDevice(id="h/gpu0", host="h", gpu_index=0, device="a card", memory_bytes=few, bf16=True)
         leases.show_device(session, card)
     found = team.http.post(ROUTE, json=body).json()["advice"]
-    assert found["settings"]["technique"] == {"type": "qlora", "r": 32}
+    assert found["settings"]["technique"] == {"type": "qlora", "r": 64}
 
 
 def test_settings_make_a_job(team: Team, base: str, database: Database, tmp_path: Path) -> None:
@@ -117,3 +117,19 @@ def test_a_file_without_a_report_and_one_whose_report_failed(team: Team, base: s
         reports.finish(session, session.scalars(select(FileReport)).one(), error="It was too large.")
     found = team.http.post(ROUTE, json={"file": file_id, "model": base, "aim": "style"}).json()
     assert (found["status"], found["error"], found["advice"]) == ("failed", "It was too large.", None)
+
+
+def test_a_page_shows_the_advice_and_text_as_text(team: Team, base: str, database: Database, tmp_path: Path) -> None:
+    bad = '<img src=x onerror="alert(1)">'
+    file_id = upload(team, name=f"{bad}.jsonl")
+    address = f"/v1/files/{file_id}/advice.html?model={base}&aim=new_facts"
+    assert 'http-equiv="refresh"' in team.http.get(address).text
+    finish(database, tmp_path)
+    page = team.http.get(address)
+    assert page.headers["content-type"].startswith("text/html")
+    assert page.headers["content-security-policy"].startswith("default-src 'none'")
+    assert "Do not fine-tune: use retrieval (RAG)." in page.text
+    assert "<img" not in page.text
+    assert "&lt;img" in page.text
+    assert "<script" not in page.text
+    assert team.http.get(f"/v1/files/{file_id}/advice.html?model={base}&aim=peace").json()["error"]["param"] == "aim"

@@ -138,6 +138,26 @@ def test_rank(usable: int, aim: Aim, rank: int, rule: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("aim", "tokens", "rank"),
+    [
+        # Each rank is 2,621,440 parameters of Llama 3 8B.
+        ("latency", 41_944, 16),
+        ("latency", 41_943, 8),
+        ("latency", 1, 4),
+        ("style", 1, 4),
+        ("latency", 41_943_040, 16),
+        ("latency", 41_943_041, 32),
+        ("style", 10**9, 64),
+    ],
+)
+def test_rank_follows_the_tokens(aim: Aim, tokens: int, rank: int) -> None:
+    made = advise(rows(5000, tokens=tokens), aim, facts=LLAMA_8B)
+    assert values(made)["technique.r"] == rank
+    by_aim = 4 if aim == "style" else 16
+    assert (rules(made)["technique.r"] == "rank_by_capacity") == (rank != by_aim)
+
+
+@pytest.mark.parametrize(
     ("fits", "facts", "kind", "rule"),
     [
         (True, {}, "lora", "lora_first"),

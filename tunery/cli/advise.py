@@ -14,17 +14,12 @@ from tunery import ids
 from tunery.cli import report, show
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Refused, Remote
-from tunery.planning import advisor
+from tunery.planning import advice_page, advisor
 from tunery.planning.advisor import Advice
-from tunery.planning.recommendation import Aim, Choice
+from tunery.planning.recommendation import HEADLINES, Aim, Choice
 
 _POLL_SECONDS = 1.0
-_HEADLINES: dict[Choice, tuple[str, str]] = {
-    "prompt": ("Write a prompt first; do not fine-tune yet.", "yellow"),
-    "evaluate_both": ("Try a prompt and a fine-tune, and compare them.", "cyan"),
-    "fine_tune": ("Fine-tune.", "green"),
-    "retrieval": ("Do not fine-tune: use retrieval (RAG).", "red"),
-}
+_COLOURS: dict[Choice, str] = {"prompt": "yellow", "evaluate_both": "cyan", "fine_tune": "green", "retrieval": "red"}
 
 
 def advise(
@@ -36,6 +31,7 @@ def advise(
         typer.Option("--model", "-m", help="With an id a model; with a file here a folder with config.json."),
     ] = None,
     valid: Annotated[str | None, typer.Option(help="Held-out rows, likewise, which do not count in the file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write it as a page too.")] = None,
     json: AsJson = False,
 ) -> None:
     """Say whether to prompt, to fine-tune or to retrieve, by the rows that are worth training on; and how to tune."""
@@ -47,6 +43,8 @@ def advise(
         made = _there(connect(context), file=file, aim=aim, model=model, validation_file=valid)
     else:
         raise typer.BadParameter(f"{file}: there is no such file here, and ids begin with {ids.FILE}")
+    if html is not None:
+        html.write_text(advice_page.render(Path(file).name, aim, made), encoding="utf-8")
     if json:
         show.as_json(made.model_dump(mode="json"))
     else:
@@ -91,8 +89,7 @@ def _there(api: Remote, **asked: str | None) -> Advice:
 
 def print_advice(made: Advice, name: str) -> None:
     """The headline, the reasons, the settings with theirs, and the warnings."""
-    headline, colour = _HEADLINES[made.recommendation]
-    show.console.print(Text(headline, style=f"bold {colour}"))
+    show.console.print(Text(HEADLINES[made.recommendation], style=f"bold {_COLOURS[made.recommendation]}"))
     of = "all" if made.rows.usable == made.rows.total else f"{made.rows.usable:,} of"
     show.console.print(Text(f"{name}: {of} {made.rows.total:,} rows count.", style="dim"), soft_wrap=True)
     for reason in made.reasons:

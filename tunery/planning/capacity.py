@@ -29,6 +29,20 @@ def warnings(facts: Mapping[str, Any], technique: Technique, tokens: int) -> lis
     return []
 
 
+def fit_rank(facts: Mapping[str, Any], technique: Lora, tokens: int, *, least: int, most: int) -> int:
+    """The rank nearest to the technique's, by halves or doubles from `least` to `most`, that is not warned of."""
+
+    def learns(rank: int) -> int:
+        return memory.trainable_params(facts, technique.model_copy(update={"r": rank}))
+
+    rank = technique.r
+    while tokens and learns(rank) > MOST_PER_TOKEN * tokens and rank // 2 >= least:
+        rank //= 2
+    while tokens and learns(rank) < tokens and rank * 2 <= most:
+        rank *= 2
+    return rank
+
+
 def _higher(technique: Lora, times: float) -> str:
     """What to change for so many times the parameters."""
     rank = technique.r

@@ -19,6 +19,12 @@ _BEHAVIOUR: Mapping[Aim, str] = {
 }
 """The aims for which a fine-tune wins, and why."""
 _MOST_KINDS = 4
+HEADLINES: Mapping[Choice, str] = {
+    "prompt": "Write a prompt first; do not fine-tune yet.",
+    "evaluate_both": "Try a prompt and a fine-tune, and compare them.",
+    "fine_tune": "Fine-tune.",
+    "retrieval": "Do not fine-tune: use retrieval (RAG).",
+}
 
 
 class _Model(BaseModel):

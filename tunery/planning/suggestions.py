@@ -6,12 +6,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from tunery.planning import advice
+from tunery.planning import advice, capacity
 from tunery.planning.recommendation import MANY, Aim, Rows
 from tunery.spec import Full, Lora, Plan, Qlora, Replay, Technique, TrainingSpec
 
-LOW_RANK = 4
-RANKS_BY_ROWS = ((MANY, 16), (10 * MANY, 32), (math.inf, 64))
+LOW_RANK, HIGH_RANK = 4, 64
+RANKS_BY_ROWS = ((MANY, 16), (10 * MANY, 32), (math.inf, HIGH_RANK))
 """For a domain's language: the rank for up to so many usable rows."""
 _LOW_RANK_AIMS: tuple[Aim, ...] = ("output_format", "style")
 _REPLAY_AIMS: tuple[Aim, ...] = ("domain_language", "general_accuracy")
@@ -38,7 +38,10 @@ def held_out_rows(usable: int) -> int:
 def suggest_technique(aim: Aim, rows: Rows, facts: Mapping[str, Any], bf16_fits: bool | None) -> Technique:
     """LoRA or QLoRA with a rank for the aim. `bf16_fits`: None where no device is known."""
     kind = advice.default_technique(bf16_fits is not False, facts)
-    return kind.model_copy(update={"r": _rank(aim, rows.usable)[0]})
+    rank = _rank(aim, rows.usable)[0]
+    if facts.get("hidden_size"):
+        rank = capacity.fit_rank(facts, Lora(r=rank), rows.answer_tokens, least=LOW_RANK, most=HIGH_RANK)
+    return kind.model_copy(update={"r": rank})
 
 
 def _rank(aim: Aim, usable: int) -> tuple[int, str, str]:
@@ -95,6 +98,12 @@ def _adapter(technique: Lora, aim: Aim, rows: Rows, *, is_own: bool) -> Iterator
     rank, rule, why = _rank(aim, rows.usable)
     if is_own and technique.r != rank:
         rule, why = "rank_as_asked", f"As you asked; the rule for this aim says {rank}."
+    elif technique.r != rank:
+        few = technique.r < rank
+        why = f"The rule for this aim says {rank}, " + (
+            "which has room to learn so few tokens by heart." if few else "which is too small for so many tokens."
+        )
+        rule = "rank_by_capacity"
     yield Suggestion(field="technique.r", value=technique.r, rule=rule, text=why)
     low, high = (technique.r * times for times in advice.ALPHA_BAND)
     text = (

@@ -14,6 +14,11 @@ _SHOWN = 20
 _LINES = 12
 _ALL_LINES = 400
 _LANGUAGES = 4
+HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+}
+"""What a page is sent with, so that text in it can do nothing."""
 _TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
     Path(__file__).with_suffix(".html.jinja").read_text(encoding="utf-8")
 )

@@ -1,0 +1,32 @@
+"""Advice as one HTML page: no script, nothing to load."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from tunery.planning.advisor import Advice
+from tunery.planning.recommendation import HEADLINES
+
+_TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+    Path(__file__).with_suffix(".html.jinja").read_text(encoding="utf-8")
+)
+_COLOURS = {"prompt": "warn", "evaluate_both": "bar", "fine_tune": "good", "retrieval": "bad"}
+
+
+def render(name: str, aim: str, made: Advice | None, *, state: Mapping[str, Any] | None = None) -> str:
+    """The page on the file called `name`. `made`: None while there is none; `state`: how far its report is."""
+    return _TEMPLATE.render(
+        name=name,
+        aim=aim.replace("_", " "),
+        made=made,
+        headline=made and HEADLINES[made.recommendation],
+        colour=made and _COLOURS[made.recommendation],
+        settings=made and [(one.field, _shown(one.value), one.text) for one in made.suggestions],
+        state=state or {"status": "ready", "progress": 1.0, "error": None},
+    )
+
+
+def _shown(value: Any) -> str:
+    return "left out" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
