@@ -35,6 +35,7 @@ def test_every_epoch_sees_each_row_once_in_an_order_of_its_own() -> None:
     assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
     assert epochs[0] != epochs[1]
     assert epochs[0] == data.order(10, 1, 0)
+    assert data.order(10, 1, 0) is data.order(10, 1, 0), "a large file is not shuffled again for every step"
 
 
 def test_micro_batches_keep_to_the_budget_and_lose_nothing() -> None:
