@@ -36,6 +36,15 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("/v1/files/{own}/report?base={tuned}", {}),
     ],
     "show_report": [("/v1/files/{file}/report.html", {}), ("/v1/files/{own}/report.html?against={file}", {})],
+    "show_advice": [
+        ("/v1/files/{file}/advice.html?model={base}&aim=style", {}),
+        ("/v1/files/{own}/advice.html?model={tuned}&aim=style", {}),
+        ("/v1/files/{own}/advice.html?model={base}&aim=style&validation_file={file}", {}),
+    ],
+    "give_advice": [
+        ("/v1/fine_tuning/advice", {"json": {"file": "{file}", "model": "{base}", "aim": "style"}}),
+        ("/v1/fine_tuning/advice", {"json": {"file": "{own}", "model": "{tuned}", "aim": "style"}}),
+    ],
     "clean_file": [
         ("/v1/files/{file}/clean", {"json": {"recommended": True}}),
         ("/v1/files/{own}/clean", {"json": {"recommended": True, "against": "{file}"}}),
@@ -47,6 +56,7 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "cancel_upload": [("/v1/uploads/{upload}/cancel", {})],
     "create_job": [
         ("/v1/fine_tuning/jobs", {"json": {"model": "{base}", "training_file": "{file}"}}),
+        ("/v1/fine_tuning/jobs", {"json": {"model": "{base}", "training_file": "{file}", "dry_run": True}}),
         ("/v1/fine_tuning/jobs", {"json": {"model": "{tuned}", "training_file": "{own}"}}),
         ("/v1/fine_tuning/jobs", {"json": {"model": "{base}", "training_file": "{own}", "validation_file": "{file}"}}),
         (
@@ -94,6 +104,7 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
     "add_alias": [],
     "create_chat_completion": [("/v1/chat/completions", {"json": {"model": "{tuned}", **CHAT}})],
+    "create_response": [("/v1/responses", {"json": {"model": "{tuned}", "input": "q"}})],
     "create_webhook_endpoint": [],
     "list_webhook_endpoints": [("/v1/webhook_endpoints?after={endpoint}", {})],
     "retrieve_webhook_endpoint": [("/v1/webhook_endpoints/{endpoint}", {})],

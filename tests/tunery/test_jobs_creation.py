@@ -54,6 +54,20 @@ def test_job_of_a_request(session: Session, caller: Caller, names: dict[str, str
     ]
 
 
+def test_every_auto_is_a_number_in_the_finished_job(session: Session, caller: Caller, names: dict[str, str]) -> None:
+    job = creation.create(session, caller, JobRequest.model_validate(names))
+    plan = advice.resolve(TrainingSpec.model_validate(job.spec), examples=34, facts=rows.FACTS, bf16_fits=True)
+    session.refresh(job)
+    job.plan, job.state = plan.model_dump(mode="json"), State.SUCCEEDED.value
+
+    echo = jobs.of(job, organization="tunery", warnings=[], waits_for=None)
+    decided = {"n_epochs": 3, "batch_size": 8, "learning_rate_multiplier": 1.0}
+    assert echo.hyperparameters.model_dump() == decided
+    shown = echo.model_dump(mode="json")
+    assert shown["method"]["supervised"]["hyperparameters"] == {**decided, "loss_on": "assistant"}
+    assert (echo.technique, echo.learning_rate) == (Lora(), advice.default_learning_rate(64, Lora()))
+
+
 def test_same_request_twice_makes_two_jobs_unless_a_key_says_otherwise(
     session: Session, caller: Caller, names: dict[str, str]
 ) -> None:
