@@ -99,11 +99,12 @@ def test_a_report_of_a_file_that_went_meanwhile_leaves_nothing(
     file_id = workshop.file(training_rows(12))
     lay_out = io_reports._lay_out
 
-    def lay_out_and_delete(*arguments: Any) -> None:
-        lay_out(*arguments)
+    def lay_out_and_delete(*arguments: Any) -> Any:
+        made = lay_out(*arguments)
         with workshop.session() as session:
             shelf.delete(session, session.get_one(File, file_id), in_use_by=None)
             shelf.purge(session, workshop.storage, lambda *_: None)
+        return made
 
     monkeypatch.setattr(io_reports, "_lay_out", lay_out_and_delete)
     report_all()
