@@ -20,19 +20,6 @@ from tunery.rows.template import ChatTemplate
 from tunery.storage import Directory
 from worker.server.backends.embedded import Engine
 
-CALLS = """\
-{%- if tools %}{{ tools | tojson }}{% endif %}
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.content %}{{- message.content }}{% endif %}
-    {%- for call in message.tool_calls or [] %}
-        {{- '<call>{"name": "' + call.function.name + '", "arguments": ' }}
-        {{- (call.function.arguments | tojson) + '}</call>' }}
-    {%- endfor %}
-    {{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
-"""
 ASK: list[Any] = [{"role": "user", "content": "Where is my card?"}]
 CARD: Any = {
     "type": "object",
@@ -52,7 +39,7 @@ class Card(BaseModel):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.llama(
-        tmp_path_factory.mktemp("base") / "one", seed=1, template=CALLS, max_position_embeddings=4096
+        tmp_path_factory.mktemp("base") / "one", seed=1, template=tiny_models.CALLS, max_position_embeddings=4096
     )
 
 
@@ -101,6 +88,17 @@ def test_an_answer_keeps_to_a_schema(ask: Any, seed: int, temperature: float) ->
 
 def test_a_class_is_read_from_an_answer(ask: Any) -> None:
     assert isinstance(ask.parse(response_format=Card).choices[0].message.parsed, Card)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_an_object_has_no_properties_but_those_of_the_schema(ask: Any, inner: bool) -> None:
+    schema: Any = {name: CARD[name] for name in ("type", "properties", "required")}
+    wanted = {"type": "object", "properties": {"card": schema}, "required": ["card"]} if inner else schema
+
+    choice = ask(response_format={"type": "json_schema", "json_schema": {"name": "card", "schema": wanted}}).choices[0]
+
+    found = json.loads(choice.message.content)
+    assert (found["card"] if inner else found).keys() == {"colour", "lost"}
 
 
 def test_an_answer_is_any_object_where_no_schema_is_named(ask: Any) -> None:

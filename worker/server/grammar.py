@@ -66,7 +66,7 @@ def of_call(tools: Sequence[Tool], spelling: CallSpelling, tokenizer: Tokenizer)
     before, between, after = (_terminals(text, special) for text in (spelling.before, spelling.between, spelling.after))
     rules = [f"start: {' | '.join(f'call_{number}' for number in range(len(tools)))}"]
     for number, tool in enumerate(tools):
-        schema = {**(tool.function.parameters or {"type": "object"}), "x-guidance": _JSON}
+        schema = {**_closed(tool.function.parameters or {"type": "object"}), "x-guidance": _JSON}
         rules += [
             f"call_{number}: {before} {_text(tool.function.name)} {between} arguments_{number} {after}",
             f"arguments_{number}: %json {json.dumps(schema)}",
@@ -76,9 +76,27 @@ def of_call(tools: Sequence[Tool], spelling: CallSpelling, tokenizer: Tokenizer)
 
 def _of_schema(schema: dict[str, Any], param: str) -> str:
     try:
-        return str(llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=cast(Any, _JSON)))
+        return str(llguidance.LLMatcher.grammar_from_json_schema(_closed(schema), overrides=cast(Any, _JSON)))
     except ValueError as error:
         raise InvalidValue(param=param, reason=f"Invalid '{param}': {_first_line(str(error))}") from None
+
+
+def _closed(schema: Any) -> Any:
+    """The schema without properties that it does not name, where it does not say: a small model would go on with them
+    to the end of its context. Parts of an `allOf` stay as they are, since each names some of the properties."""
+    if isinstance(schema, list):
+        return list(map(_closed, schema))
+    if not isinstance(schema, dict):
+        return schema
+    made = {**schema}
+    for name in ("items", "prefixItems", "anyOf", "oneOf"):
+        if name in made:
+            made[name] = _closed(made[name])
+    for name in ("properties", "$defs", "definitions"):
+        if isinstance(made.get(name), dict):
+            made[name] = {key: _closed(value) for key, value in made[name].items()}
+    is_open = "properties" in made and not made.keys() & {"additionalProperties", "allOf", "patternProperties"}
+    return {**made, "additionalProperties": False} if is_open else made
 
 
 def _terminals(text: str, special: dict[str, int]) -> str:

@@ -1,0 +1,56 @@
+"""Structured output of clients that none of us wrote: by a schema, by a call, and by the Responses API."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import other_clients
+import pytest
+import stacks
+import tiny_models
+from openai import OpenAI
+
+from tunery.local.stack import Stack
+
+DRIVERS = Path(__file__).parent / "clients"
+ALIAS = "gpt-4o-2024-08-06"
+"""llama-index knows how long the contexts of such names are, and refuses others."""
+WAYS = {
+    "langchain": {"json_schema", "function_calling", "responses"},
+    "pydantic-ai": {"chat_tool", "chat_native", "responses_tool", "responses_native"},
+    "openai-agents": {"responses", "chat"},
+    "llama-index": {"structured"},
+}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+@pytest.fixture(scope="module")
+def caller(stack: Stack, client: OpenAI, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A base of random weights whose template knows tools: what it says is what it is kept to."""
+    folder = tiny_models.llama(
+        tmp_path_factory.mktemp("hub") / "caller", seed=5, template=tiny_models.CALLS, max_position_embeddings=8192
+    )
+    stacks.post(client, "/models/aliases", {"alias": ALIAS, "model": stacks.add_base(stack, client, folder, "caller")})
+    return ALIAS
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_client_gets_what_it_asks_for(name: str, stack: Stack, caller: str, tmp_path: Path) -> None:
+    python = other_clients.install(name) / "bin/python"
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "OPENAI_BASE_URL": f"{stack.api_url}/v1",
+        "OPENAI_API_BASE": f"{stack.api_url}/v1",
+        "OPENAI_API_KEY": str(stack.first_key),
+    }
+    driven = subprocess.run(
+        [python, DRIVERS / f"ask_{name.replace('-', '_')}.py", caller],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert driven.returncode == 0, f"{driven.stdout}\n{driven.stderr}\n{stacks.logs(stack)}"
+    found = json.loads(driven.stdout.splitlines()[-1])
+    assert found.keys() == WAYS[name]
+    assert all(card["colour"] in ("red", "blue") for card in found.values())
