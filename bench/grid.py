@@ -88,7 +88,7 @@ def lines(found: dict[tuple[str, str], tuple[Point, list[Run], list[Run]]]) -> I
     for (task, technique), (point, plain, chosen) in found.items():
         pairs = [100 * (a["exact_tuned"] - b["exact_tuned"]) for a, b in zip(plain, chosen, strict=True)]
         differences.setdefault(technique, []).extend(pairs)
-        where = f"{chosen[0]['learning_rate']:.1e}, {point['rank'] or ''}, {chosen[0]['epochs']}"
+        where = f"{chosen[0]['learning_rate']:.1e}, {point['rank'] or ''}, {point['epochs'] or chosen[0]['epochs']}"
         where += " (the default's)" * (point["stage"] == "default")
         (first, shown), (second, beside) = task_runs.exact(plain), task_runs.exact(chosen)
         yield f"| {task} | {technique} | {where} | {shown} | {beside} | {first - second:+.2f} |"

@@ -132,8 +132,8 @@ def test_a_stream_through_the_api_arrives_in_pieces(tuned: Tuned, client: OpenAI
 
 def test_the_servers_refusals_reach_the_client(client: OpenAI, base: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model=base, messages=ASK, n=2)
-    assert refused.value.param == "n"
+        client.chat.completions.create(model=base, messages=ASK, presence_penalty=1)
+    assert refused.value.param == "presence_penalty"
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="nobody", messages=ASK)
     assert missing.value.code == "model_not_found"

@@ -28,7 +28,7 @@ class StoredRow(Row):
     """A row whose tokens are read when they are asked for. Its length and its number of labels are known."""
 
     def __init__(self, store: "Store", number: int) -> None:
-        object.__setattr__(self, "_place", (store, number))
+        self.__dict__["_place"] = store, number  # a row is frozen
 
     @property
     def input_ids(self) -> list[int]:
