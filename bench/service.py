@@ -96,4 +96,4 @@ def write(name: str, found: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / name
     path.write_text(json.dumps(hardware() | found, indent=1) + "\n")
-    print(json.dumps(found, indent=1), f"\nwritten to {path.relative_to(ROOT)}")
+    print(json.dumps(found, indent=1), f"\nwritten to {path}")
