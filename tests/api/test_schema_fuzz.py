@@ -14,18 +14,21 @@ from typing import Any
 import other_clients
 import pytest
 import rows
+import templates
 from databases import Database
 from fastapi import FastAPI
 from model_server import ModelServer
 from sqlalchemy import select
 from teams import LINE, Team
 
+from tunery.artifacts import manifest
 from tunery.artifacts.model import Artifact
 from tunery.datasets.model import File
 from tunery.jobs import ledger
 from tunery.jobs.model import Checkpoint
 from tunery.jobs.states import State
 from tunery.keys.model import Project
+from tunery.models.model import Model
 from tunery.storage import open_storage
 from tunery.webhooks import endpoints
 
@@ -35,7 +38,7 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 
 @pytest.fixture
-def ids(team: Team, database: Database, base: str) -> dict[str, list[str]]:
+def ids(team: Team, database: Database, base: str, tmp_path: Path) -> dict[str, list[str]]:
     """One object of each kind of the first project, by the parameter that names it; every text has the marker in it."""
     line = LINE.replace("q", MARKER) * 12
     file = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": (f"{MARKER}.jsonl", line)}).json()
@@ -54,6 +57,10 @@ def ids(team: Team, database: Database, base: str) -> dict[str, list[str]]:
         storage = open_storage(database.settings)
         for row in session.scalars(select(File).where(File.project_id == owner.id, File.id != file["id"])):
             storage.put(row.key, MARKER.encode())  # the factory makes rows alone
+        folder = templates.model_folder(tmp_path / "base", templates.CHATML)
+        (folder / "model.safetensors").write_bytes(b"weights")
+        registered = session.get_one(Model, base)
+        _, registered.manifest_sha256 = manifest.publish(storage, registered.prefix, folder)
         stored = storage.put(f"jobs/{made.id}/1/a", MARKER.encode())
         session.add(Artifact(model_id=model, path="a", bytes=stored.bytes, sha256=stored.sha256, key=stored.key))
         storage.put(f"jobs/{made.id}/logs/000001-000000", MARKER.encode())

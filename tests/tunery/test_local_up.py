@@ -171,7 +171,6 @@ def _command(child: psutil.Process) -> list[str]:
         return []
 
 
-@pytest.mark.slow
 def test_up_starts_again_what_was_killed_and_down_is_quick_without_a_server(home: Path) -> None:
     with running(home) as up:
         up.wait_for(lambda: "Tunery is up" in up.said())

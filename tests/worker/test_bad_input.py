@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from workshop import Workshop, training_rows
 
 from tunery.jobs.model import Job
+from tunery.keys import ring
+from tunery.keys.model import Project
 from tunery.models import registry
 from worker.io import conversion, validation
 from worker.supervisor.drain import Drain
@@ -115,6 +117,8 @@ def _with_fewer_rows_than_tokens(base: Path) -> None:
 def test_base_that_cannot_be_trained_never_becomes_ready(
     workshop: Workshop, client: TestClient, tiny_base: Path, tmp_path: Path, spoil: Callable[[Path], None], words: str
 ) -> None:
+    with workshop.session() as session:
+        _, secret = ring.create_key(session, session.get_one(Project, workshop.project_id), "admin", admin=True)
     source = tmp_path / "source"
     shutil.copytree(tiny_base, source)
     spoil(source)
@@ -123,6 +127,6 @@ def test_base_that_cannot_be_trained_never_becomes_ready(
 
     assert conversion.convert_next(workshop.settings, workshop.storage, Drain())
 
-    shown = client.get("/v1/models/mine").json()
+    shown = client.get("/v1/models/mine", headers={"authorization": f"Bearer {secret}"}).json()
     assert shown["status"] == "error"
     assert words in shown["status_details"]
