@@ -51,10 +51,9 @@ def preview_file(
         base = _base(session, caller.project_id, model)
     # A protocol does not say that its classes can be hashed.
     template = templates.load(storage, base.prefix, base.manifest_sha256 or "")  # type: ignore[arg-type]
+    encoder = _encoder(loss_on, columns)  # before the file is open, which nobody would close when this is refused
     try:
-        made = preview.make(
-            storage.read(file.key), template, _encoder(loss_on, columns), model=model, rows=rows, max_tokens=max_tokens
-        )
+        made = preview.make(storage.read(file.key), template, encoder, model=model, rows=rows, max_tokens=max_tokens)
     except InvalidTrainingFile as error:
         raise InvalidValue(param="file_id", reason=str(error.fields["reason"])) from error
     return _answer(made, file_id, file.filename, format)
