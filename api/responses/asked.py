@@ -1,6 +1,6 @@
 """A request of the Responses API as one for a chat completion."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tunery.errors import InvalidValue, Unsupported
@@ -37,7 +37,7 @@ def to_chat(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name in given.keys() - _CHANGED - _WITHOUT_EFFECT - set(_SAME) - _REFUSED.keys():
         raise InvalidValue(param=name, reason=f"Unrecognized request argument supplied: {name}")
     chat = {name: given[name] for name in _SAME if name in given}
-    chat["messages"] = list(_messages(given))
+    chat["messages"] = _messages(given)
     if "max_output_tokens" in given:
         chat["max_completion_tokens"] = given["max_output_tokens"]
     if tools := given.get("tools"):
@@ -53,30 +53,19 @@ def to_chat(fields: Mapping[str, Any]) -> dict[str, Any]:
     return chat
 
 
-def _messages(given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _messages(given: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The conversation; calls that follow each other, or an assistant's text, are one message's."""
-    if "instructions" in given:
-        yield {"role": "system", "content": given["instructions"]}
-    asked = given.get("input")
-    if isinstance(asked, str):
-        asked = [{"role": "user", "content": asked}]
-    if not isinstance(asked, list):
-        raise InvalidValue(param="input", reason="Invalid 'input': it has to be a text or a list of items.")
-    waiting: dict[str, Any] | None = None
-    for place, item in enumerate(asked):
+    made = [{"role": "system", "content": given["instructions"]}] if "instructions" in given else []
+    asked = given["input"]
+    for place, item in enumerate([{"role": "user", "content": asked}] if isinstance(asked, str) else asked):
         message = _message(item, f"input[{place}]")
         if message is None:
             continue
-        if waiting is not None and message["role"] == "assistant" and "tool_calls" in message:
-            waiting.setdefault("tool_calls", []).extend(message["tool_calls"])
-            continue
-        if waiting is not None:
-            yield waiting
-        waiting = message if message["role"] == "assistant" else None
-        if waiting is None:
-            yield message
-    if waiting is not None:
-        yield waiting
+        if "tool_calls" in message and made and made[-1]["role"] == "assistant":
+            made[-1].setdefault("tool_calls", []).extend(message["tool_calls"])
+        else:
+            made.append(message)
+    return made
 
 
 def _message(item: Any, param: str) -> dict[str, Any] | None:

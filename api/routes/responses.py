@@ -41,6 +41,14 @@ _ANSWER = {
 _EVENT = 'event: response.output_text.delta\ndata: {"type": "response.output_text.delta", "delta": "Par"}\n\n'
 
 
+class TextSettings(BaseModel):
+    """What the answer's text is to be; what else is said of it has no effect."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: dict[str, Any] | None = None
+
+
 class ResponseRequest(BaseModel):
     """What the API itself must know; the other fields are those of OpenAI's Responses API."""
 
@@ -54,6 +62,10 @@ class ResponseRequest(BaseModel):
     model: str = Field(min_length=1, description="A base or fine-tuned model: id, alias or the base's hub id")
     input: str | list[Any] = Field(description="A text, or messages, calls and their results")
     stream: bool | None = None
+    tools: list[dict[str, Any]] | None = Field(None, description="Functions")
+    tool_choice: str | dict[str, Any] | None = None
+    text: TextSettings | None = None
+    include: list[str] | None = None
 
 
 @router.post(

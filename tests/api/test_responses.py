@@ -170,6 +170,12 @@ def test_a_stream_that_breaks_says_so(asking: Team, server: ModelServer) -> None
             "input[0].content[0].type",
             "'input_image'",
         ),
+        ({"tools": 5}, "tools", "tools"),
+        ({"tools": ["find"]}, "tools.0", "tools"),
+        ({"text": "json"}, "text", "text"),
+        ({"text": {"format": "json_object"}}, "text.format", "format"),
+        ({"include": 7}, "include", "include"),
+        ({"tool_choice": 1}, "tool_choice", "tool_choice"),
         ({"nonsense": 1}, "nonsense", "Unrecognized request argument"),
     ],
 )
