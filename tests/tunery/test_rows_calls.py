@@ -4,9 +4,8 @@ import pytest
 import templates
 
 from tunery.rows.calls import CallSpelling
-from tunery.rows.messages import FunctionCall, Tool
+from tunery.rows.messages import FunctionCall
 
-TOOL = Tool.model_validate({"type": "function", "function": {"name": "find_card", "parameters": {"type": "object"}}})
 FIRST, SECOND = FunctionCall(name="find_card", arguments='{"n": 3}'), FunctionCall(name="stop", arguments="{}")
 
 
@@ -36,7 +35,7 @@ FIRST, SECOND = FunctionCall(name="find_card", arguments='{"n": 3}'), FunctionCa
     ],
 )
 def test_calls_are_read_as_the_template_writes_them(family: str, text: str, calls: list[FunctionCall] | None) -> None:
-    spelling = CallSpelling.find(templates.family(family), [TOOL])
+    spelling = CallSpelling.find(templates.family(family))
     assert spelling is not None
     assert text.startswith(spelling.before)
     assert spelling.read(text) == calls
@@ -44,4 +43,4 @@ def test_calls_are_read_as_the_template_writes_them(family: str, text: str, call
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "phi3", "gemma3"])
 def test_a_template_without_calls_has_no_spelling_of_them(family: str) -> None:
-    assert CallSpelling.find(templates.family(family), [TOOL]) is None
+    assert CallSpelling.find(templates.family(family)) is None

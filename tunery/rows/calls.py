@@ -8,7 +8,7 @@ from typing import Self
 
 from tunery.rows import strict_json
 from tunery.rows.errors import CannotRender
-from tunery.rows.messages import Example, FunctionCall, Message, Tool, ToolCall
+from tunery.rows.messages import Example, Function, FunctionCall, Message, Tool, ToolCall
 from tunery.rows.template import ChatTemplate
 
 _NAMES = ("sentinel_first", "sentinel_second")
@@ -17,6 +17,8 @@ _IDS = ("call00000", "call00001")
 ANY_ID = "call0000."
 """Where a text of a spelling has a call's id."""
 _KEY = "sentinel_key"
+_TOOL = Tool(function=Function(name=_NAMES[0], parameters={"type": "object"}))
+"""Some templates show calls only where tools are offered, whichever these are."""
 _DECODER = json.JSONDecoder()
 
 
@@ -32,16 +34,16 @@ class CallSpelling:
     next: str | None = None
 
     @classmethod
-    def find(cls, template: ChatTemplate, tools: Sequence[Tool]) -> Self | None:
+    def find(cls, template: ChatTemplate) -> Self | None:
         """The spelling of a template; None where it shows no calls, or their arguments not as JSON."""
-        one = _written(template, tools, 1)
+        one = _written(template, 1)
         found = None if one is None else _take_apart(one, _NAMES[:1])
         if found is None:
             return None
         before, between, after = found
         # The empty thinking that some templates put before a call is not the call's.
         before = before.rpartition("</think>")[2].lstrip()
-        two = _written(template, tools, 2)
+        two = _written(template, 2)
         both = None if two is None else _take_apart(two, _NAMES)
         return cls(before, between, after, None if both is None else both[2])
 
@@ -70,14 +72,14 @@ class CallSpelling:
         return FunctionCall(name=text[place : found.start()], arguments=arguments), end
 
 
-def _written(template: ChatTemplate, tools: Sequence[Tool], many: int) -> str | None:
+def _written(template: ChatTemplate, many: int) -> str | None:
     """What a model is to write for so many calls, its special tokens shown."""
     calls = [
         ToolCall(id=id, function=FunctionCall(name=name, arguments=json.dumps({_KEY: "value"})))
         for id, name in zip(_IDS[:many], _NAMES, strict=False)
     ]
     question = Message(role="user", content="question")
-    example = Example(messages=[question, Message(role="assistant", tool_calls=calls)], tools=list(tools))
+    example = Example(messages=[question, Message(role="assistant", tool_calls=calls)], tools=[_TOOL])
     try:
         _, ids = template.encode_answer(example)
     except CannotRender:

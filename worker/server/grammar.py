@@ -57,7 +57,12 @@ def of_format(wanted: ResponseFormat) -> str | None:
     if wanted.type == "text":
         return None
     schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
-    return _of_schema(schema, "response_format")
+    try:
+        return str(llguidance.LLMatcher.grammar_from_json_schema(_closed(schema), overrides=cast(Any, _JSON)))
+    except ValueError as error:
+        raise InvalidValue(
+            param="response_format", reason=f"Invalid 'response_format': {_first_line(str(error))}"
+        ) from None
 
 
 def of_call(tools: Sequence[Tool], spelling: CallSpelling, tokenizer: Tokenizer) -> str:
@@ -72,13 +77,6 @@ def of_call(tools: Sequence[Tool], spelling: CallSpelling, tokenizer: Tokenizer)
             f"arguments_{number}: %json {json.dumps(schema)}",
         ]
     return str(llguidance.LLMatcher.grammar_from_lark("\n".join(rules) + "\n"))
-
-
-def _of_schema(schema: dict[str, Any], param: str) -> str:
-    try:
-        return str(llguidance.LLMatcher.grammar_from_json_schema(_closed(schema), overrides=cast(Any, _JSON)))
-    except ValueError as error:
-        raise InvalidValue(param=param, reason=f"Invalid '{param}': {_first_line(str(error))}") from None
 
 
 def _closed(schema: Any) -> Any:

@@ -61,6 +61,11 @@ class Ready:
         size = self.model.get_input_embeddings().weight.shape[0]
         return grammar.read_vocabulary(self.template.tokenizer, size, self.eos_ids)
 
+    @cached_property
+    def spelling(self) -> CallSpelling | None:
+        """How the template writes tool calls; None where it writes none that can be read."""
+        return CallSpelling.find(self.template)
+
 
 class Engine:
     """Not safe to share between threads: `Desk` calls it from one."""
@@ -97,7 +102,7 @@ class Engine:
         ready = self._load(request.chosen)
         _refuse_much_too_long(request, ready)
         prompt = ready.template.encode_prompt(request.messages, request.offered_tools)
-        spelling = CallSpelling.find(ready.template, request.offered_tools) if request.offered_tools else None
+        spelling = ready.spelling if request.offered_tools else None
         return Generation(
             model=ready.model,
             tokenizer=ready.template.tokenizer,
