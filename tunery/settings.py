@@ -45,6 +45,11 @@ class Settings(BaseSettings):
     )
     serve_gpu: int | None = Field(None, description="GPU of the model server; never claimed for training. Absent: CPU")
 
+    gpu_hour_prices: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {}, description='JSON: the price of an hour of one device, by card, as {"H200": 4.5, "CPU": 0.1}'
+    )
+    currency: str = Field("USD", pattern=r"^[A-Z]{3}$", description="Of the prices; those of the table are US dollars")
+
     file_reports: bool = Field(True, description="Whether workers for I/O report on every training file")
 
     webhook_allow: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
