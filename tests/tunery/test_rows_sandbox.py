@@ -84,6 +84,9 @@ def test_a_template_cannot_eat_the_host(source: str) -> None:
     "source",
     [
         "{% set x = 3 %}" + "{% set x = x * x %}" * 60,
+        "{% set x = 'x' * 9999999 %}{{ x + x }}",
+        "{% set x = 'x' * 9999999 %}{{ 'a' + x + ([1] | first | string) + x }}",
+        "{% set x = [1] * 9999999 %}{{ x + [2] + x }}",
         "{% set x = ('f' * 9999) | int(base=16) %}{{ x * x }}",
         "{{ ('a\n' * 10 ** 6) | indent(10 ** 4) }}",
         "{{ ('a\r' * 10 ** 6) | indent('b' * 10 ** 4) }}",
@@ -140,6 +143,13 @@ def test_a_budget_is_for_one_render_only(monkeypatch: pytest.MonkeyPatch) -> Non
          "{% endfor %}", "013"),
         ("{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}", "21"),
         ("{{ 'a' ~ 1 ~ none }}", "a1None"),
+        ("{{ 'a' + 'b' + ('c' + 'd') + 'e' }}{{ 1 + 2 + 3.5 }}{{ [1] + [2] + [3] }}", "abcde6.5[1, 2, 3]"),
+        ("{{ 9 + 1 + 2 * 3 - 4 + 5 }}{{ ('<' | escape) + '<' + 'b' }}{{ '<' + ('b' | safe) + '>' }}",
+         "17&lt;&lt;b&lt;b&gt;"),
+        ("{{ {'items': 3}['items'] }}{{ {'_x': 4}._x }}{{ {'a': 1}.get('b', 5) }}{{ {}.nothing is defined }}",
+         "345False"),
+        ("{% for i in 'abc' %}{{ loop.index }}{{ loop.first }}{{ loop.last }}{{ loop.previtem }}{% endfor %}",
+         "1TrueFalse2FalseFalsea3FalseTrueb"),
         ("{{ dict(a=1).a }}", "1"),
         ("{{ 'abca' | replace('a', '<>') }}{{ 'aa'.replace('a', 'b', 1) }}", "<>bc<>ba"),
         ("{{ [1, '<'] | join(', ') }}{{ '-'.join(['a', 'b']) }}", "1, <a-b"),
@@ -152,6 +162,12 @@ def test_a_budget_is_for_one_render_only(monkeypatch: pytest.MonkeyPatch) -> Non
 )  # fmt: skip
 def test_the_dialect_is_that_of_chat_templates(source: str, wanted: str) -> None:
     assert render(source) == wanted
+
+
+@pytest.mark.parametrize("source", ["{{ 'a' + 'b' + 1 }}", "{{ 'a' + none + 'b' }}", "{{ [] + ['a'] + 'b' }}"])
+def test_a_sum_of_unlike_terms_is_an_error(source: str) -> None:
+    with pytest.raises(TypeError):
+        render(source)
 
 
 def test_a_templates_own_exception_is_an_error_of_its_own() -> None:

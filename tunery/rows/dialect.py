@@ -12,18 +12,21 @@ Imports jinja2 alone: that process starts with every service.
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from datetime import datetime
+from functools import partial, reduce
 from string import Formatter
 from typing import Any
 
 import jinja2
 from jinja2 import Template, nodes, pass_environment, pass_eval_context
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import do_format, do_indent, do_join, do_replace, make_attrgetter
 from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -48,6 +51,9 @@ _GROWING_FILTERS = ("batch", "center", "format", "slice")
 _WIDE_SPEC = re.compile(r"\d{5}|\{")
 _WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(\d{5}|\*)")
 """A width or precision of five digits in a format, or one that is filled in."""
+_TEXT = {str}
+_OF_A_DICT = frozenset(dir(dict))
+_OF_A_LOOP = frozenset({"first", "last", "index", "index0", "length"})
 
 
 class LimitExceeded(SecurityError):
@@ -102,14 +108,37 @@ def _call(method: str, arguments: list[nodes.Expr]) -> nodes.Call:
 
 
 def _counting(block: nodes.Node) -> nodes.Node:
-    block.body.insert(0, nodes.ExprStmt(_call("count_round", [])).set_lineno(block.lineno))  # type: ignore[attr-defined]
+    # A property, since the sandbox checks what is called at ten times the cost of the count.
+    count = nodes.ExprStmt(nodes.EnvironmentAttribute("counted_round")).set_lineno(block.lineno)
+    block.body.insert(0, count)  # type: ignore[attr-defined]
     return block
+
+
+class _Compiler(CodeGenerator):
+    """Makes one call of a sum of several terms, as templates write each turn. jinja2 picks methods by node names."""
+
+    def visit_Add(self, node: nodes.BinExpr, frame: Frame) -> None:  # noqa: N802
+        self.write("environment.add(context")
+        for term in _terms(node):
+            self.write(", ")
+            self.visit(term, frame)
+        self.write(")")
+
+
+def _terms(node: nodes.Expr) -> list[nodes.Expr]:
+    """The terms of a sum, from left to right."""
+    terms: list[nodes.Expr] = []
+    while isinstance(node, nodes.Add):
+        terms.append(node.right)
+        node = node.left
+    return [node, *reversed(terms)]
 
 
 class Environment(ImmutableSandboxedEnvironment):
     """Compiles chat templates and renders them, each render with a budget of its own."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
+    code_generator_class = _Compiler
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
@@ -131,8 +160,13 @@ class Environment(ImmutableSandboxedEnvironment):
         tree.set_environment(self)
         return tree
 
-    def count_round(self) -> None:
-        """The compiled template calls this at the head of every loop round and macro call."""
+    def make_globals(self, d: MutableMapping[str, Any] | None) -> MutableMapping[str, Any]:
+        """A dict instead of jinja2's chain of two, which is copied slowly into each render's context."""
+        return {**self.globals, **(d or {})}
+
+    @property
+    def counted_round(self) -> None:
+        """The compiled template reads this at the head of every loop round and macro call."""
         self._rounds += 1
         if self._rounds > MAX_ROUNDS or time.monotonic() > self._deadline:
             raise LimitExceeded(f"the template runs too long (limits: {MAX_ROUNDS:,} loop rounds, {MAX_SECONDS:g} s)")
@@ -142,6 +176,21 @@ class Environment(ImmutableSandboxedEnvironment):
         texts = [str(part) for part in parts]
         _refuse_size(sum(map(len, texts)))
         return "".join(texts)
+
+    def add(self, context: Any, *terms: Any) -> Any:
+        """The operator `+`, between all terms of a sum."""
+        if set(map(type, terms)) == _TEXT:
+            _refuse_size(sum(map(len, terms)))
+            return "".join(terms)
+        return reduce(partial(self.call_binop, context, "+"), terms)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """What jinja2 gives, sooner for what is asked for most: a message's key, and where a loop is."""
+        if type(obj) is dict and attribute in obj and attribute not in _OF_A_DICT:
+            return obj[attribute]
+        if type(obj) is LoopContext and attribute in _OF_A_LOOP:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """`"x" * 10**12` is a single operation, so no count of rounds would catch it."""
