@@ -5,7 +5,7 @@ from tunery.settings import Settings
 from tunery.storage import open_storage
 from tunery.webhooks import outbox
 from worker.desk import Desk
-from worker.io import cleaning, conversion, exports, files, imports, reports, scores, validation
+from worker.io import baselines, cleaning, conversion, exports, files, imports, reports, scores, validation
 from worker.io.sweeper import Sweeper
 from worker.supervisor.devices import Device
 from worker.supervisor.drain import Drain
@@ -52,10 +52,14 @@ def _io(settings: Settings, drain: Drain) -> list[Desk]:
     def report() -> bool:
         return cleaning.clean_next(settings, storage, drain) or reports.report_next(settings, storage, drain)
 
+    def prompt() -> bool:
+        return baselines.measure_next(settings, storage, drain)
+
     def deliver() -> bool:
         return outbox.deliver_due(settings) > 0
 
-    looks = {"validation": validate, "conversion": convert, "exports": export, "reports": report, "webhooks": deliver}
+    looks = {"validation": validate, "conversion": convert, "exports": export, "reports": report, "baselines": prompt}
+    looks["webhooks"] = deliver
     desks = [Desk(name, look, poll_seconds=settings.poll_seconds, drain=drain) for name, look in looks.items()]
     # Retries of webhooks come due without any wake-up, so that desk and the sweeper look more often.
     desks[-1] = Desk("webhooks", deliver, poll_seconds=settings.sweep_seconds, drain=drain)

@@ -12,10 +12,10 @@ from api.dependencies import CallerDep, SessionDep, SessionsDep, SettingsDep, St
 from api.forms import Form
 from api.schemas import files as wire
 from api.schemas.wire import CursorList, errors
+from tunery.baselines.ledger import live_user_of
 from tunery.datasets import arrival, reports, shelf
 from tunery.datasets.arrival import ArrivalCheck
 from tunery.datasets.model import File
-from tunery.jobs import ledger
 from tunery.keys.ring import Caller
 from tunery.paging import Order
 from tunery.rows.errors import InvalidRows
@@ -161,7 +161,7 @@ def delete_file(file_id: str, session: SessionDep, caller: CallerDep) -> wire.Fi
     """Refused (400) while a job that has not ended needs the file."""
     row = shelf.find(session, caller.project_id, file_id)
     session.refresh(row, with_for_update=True)  # against a job that is being created on it at this moment
-    shelf.delete(session, row, in_use_by=ledger.live_job_using(session, file_id))
+    shelf.delete(session, row, in_use_by=live_user_of(session, file_id))
     return wire.FileDeleted(id=file_id)
 
 

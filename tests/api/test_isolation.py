@@ -12,6 +12,8 @@ from teams import Team
 
 from api.main import create_app
 from tunery.artifacts.model import Artifact
+from tunery.baselines.model import Baseline
+from tunery.baselines.order import Order
 from tunery.jobs.model import Checkpoint, Job, JobEvent
 from tunery.jobs.states import State
 from tunery.keys.model import Project
@@ -45,6 +47,16 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("/v1/fine_tuning/advice", {"json": {"file": "{file}", "model": "{base}", "aim": "style"}}),
         ("/v1/fine_tuning/advice", {"json": {"file": "{own}", "model": "{tuned}", "aim": "style"}}),
     ],
+    "create_baseline": [
+        ("/v1/fine_tuning/baselines", {"json": {"model": "{base}", "eval_file": "{file}"}}),
+        ("/v1/fine_tuning/baselines", {"json": {"model": "{tuned}", "eval_file": "{own}"}}),
+        ("/v1/fine_tuning/baselines", {"json": {"model": "{base}", "eval_file": "{own}", "examples_file": "{file}"}}),
+        ("/v1/fine_tuning/baselines", {"json": {"model": "{base}", "eval_file": "{own}", "compare": ["{tuned}"]}}),
+    ],
+    "list_baselines": [("/v1/fine_tuning/baselines?after={baseline}", {})],
+    "retrieve_baseline": [("/v1/fine_tuning/baselines/{baseline}", {})],
+    "cancel_baseline": [("/v1/fine_tuning/baselines/{baseline}/cancel", {})],
+    "download_answers": [("/v1/fine_tuning/baselines/{baseline}/answers", {})],
     "clean_file": [
         ("/v1/files/{file}/clean", {"json": {"recommended": True}}),
         ("/v1/files/{own}/clean", {"json": {"recommended": True, "against": "{file}"}}),
@@ -155,7 +167,14 @@ def names(team: Team, make_team: Callable[..., Team], database: Database, base: 
         endpoint = endpoints.create(
             session, owner.id, name="e", url="https://1.1.1.1/", event_types=["fine_tuning.job.failed"], allow=()
         )
+        order = Order().model_dump(mode="json")
+        measured = Baseline(
+            id="ftbaseline-1", project_id=owner.id, model=base, eval_file=job.training_file, order=order
+        )
+        session.add(measured)
+        session.flush()
         return {
+            "baseline": measured.id,
             "file": job.training_file,
             "upload": upload,
             "part": part,
@@ -228,7 +247,8 @@ def test_no_route_works_without_a_key(app: FastAPI, team: Team, names: dict[str,
     for operation, (method, path) in _operations(app).items():
         if operation in PUBLIC:
             continue
-        filled = path.format(file_id="f", upload_id="u", job_id="j", path="p", model="m", endpoint_id="e")
+        ids = {"file_id": "f", "upload_id": "u", "job_id": "j", "model": "m", "endpoint_id": "e", "baseline_id": "b"}
+        filled = path.format(path="p", **ids)
         for key in (None, "tnr_wrong"):
             answer = _ask(team, method, filled, {}, names, key)
             if answer.status_code != 401:

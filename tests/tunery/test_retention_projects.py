@@ -10,6 +10,8 @@ from sqlalchemy import func, select
 from tunery import ids
 from tunery.artifacts import model as artifacts
 from tunery.artifacts.manifest import Manifest, ManifestFile
+from tunery.baselines import ledger
+from tunery.baselines.order import Order
 from tunery.datasets import reports
 from tunery.datasets.model import FileCleaning, Upload, UploadPart
 from tunery.db import Base
@@ -64,11 +66,13 @@ def _furnish(database: Database, storage: Storage, name: str, base_id: str) -> s
         kept = rows.file(session, owner)
         session.add(FileCleaning(file_id=rows.file(session, owner).id, source_id=kept.id, order={}))
         report = reports.request(session, kept)
+        baseline = ledger.request(session, owner.id, session.get_one(Model, base_id), kept, None, Order())
         reports.finish(session, report, summary={"rows": 1, "findings": 0, "trainable": True, "reason": None})
         keys = [
             kept.key,
             f"{report.prefix}/report.json",
             part.key,
+            f"{baseline.prefix}/answers.jsonl",
             f"{tuned.prefix}/weights",
             f"jobs/{job.id}/logs/000001-000000",
         ]
@@ -109,7 +113,7 @@ def test_erasing_takes_all_of_one_project_and_nothing_of_another(database: Datab
         projects.check_storage(session, storage, project_id)
         projects.close(session, projects.find(session, "doomed"))
 
-    assert projects.erase(storage, project_id) == 5
+    assert projects.erase(storage, project_id) == 6
 
     assert _counts(database) == rows_before
     assert sorted(storage.list("")) == objects_before

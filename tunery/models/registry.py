@@ -34,7 +34,7 @@ def slug_of(source: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._") or "model"
 
 
-def find(session: Session, project_id: str, name: str, *, with_withheld: bool = False) -> Model:
+def find(session: Session, project_id: str, name: str, *, with_withheld: bool = False, param: str = "model") -> Model:
     """A model that the project may see, in any status: its own, or a base by id, alias or source.
 
     Raises ModelNotFound, for another project's model too, and ModelWithheld.
@@ -51,9 +51,9 @@ def find(session: Session, project_id: str, name: str, *, with_withheld: bool = 
         .limit(1)
     )
     if model is None:
-        raise ModelNotFound(param="model", id=name, suggestion=_suggestion(session, visible, name))
+        raise ModelNotFound(param=param, id=name, suggestion=_suggestion(session, visible, name))
     if model.withheld and not with_withheld:
-        raise ModelWithheld(param="model", id=name, job=model.job_id)
+        raise ModelWithheld(param=param, id=name, job=model.job_id)
     return model
 
 
@@ -66,12 +66,12 @@ def _suggestion(session: Session, visible: sql.ColumnElement[bool], name: str) -
     return f" Did you mean '{by_lower[close[0]]}'?" if close else ""
 
 
-def find_ready(session: Session, project_id: str, name: str) -> Model:
+def find_ready(session: Session, project_id: str, name: str, *, param: str = "model") -> Model:
     """A model that can be used now. Raises ModelNotFound, WrongState."""
-    model = find(session, project_id, name)
+    model = find(session, project_id, name, param=param)
     if model.status != "ready":
         raise WrongState(
-            param="model",
+            param=param,
             kind="Model",
             id=name,
             state="still being prepared" if model.status == "processing" else f"unusable ({model.status_details})",

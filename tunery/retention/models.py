@@ -8,6 +8,8 @@ from sqlalchemy.orm import Session, aliased
 from tunery import db
 from tunery.artifacts import manifest
 from tunery.artifacts.model import Artifact
+from tunery.baselines import ledger as baselines
+from tunery.baselines.model import Baseline
 from tunery.jobs.model import Job
 from tunery.jobs.states import LIVE
 from tunery.models.model import Model
@@ -45,8 +47,10 @@ def _reclaimable(session: Session, limit: int) -> list[tuple[str, str]]:
     A base stays for as long as the bytes of any model that was tuned from it: an adapter is of no use without.
     """
     tuned, twin = aliased(Model), aliased(Model)
+    named = or_(Baseline.model == Model.id, Baseline.order["compare"].contains(func.to_jsonb(Model.id)))
     is_needed = or_(
         exists().where(Job.state.in_(LIVE), or_(Job.base_model == Model.id, Job.parent_model == Model.id)),
+        exists().where(Baseline.status.in_(baselines.LIVE), named),
         exists().where(tuned.base_id == Model.id, tuned.purged_at.is_(None)),
         exists().where(twin.prefix == Model.prefix, twin.id != Model.id, twin.purged_at.is_(None)),
     )

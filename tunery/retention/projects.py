@@ -5,6 +5,8 @@ from sqlalchemy.orm import Session
 
 from tunery import db
 from tunery.artifacts.model import Artifact
+from tunery.baselines import ledger as baselines
+from tunery.baselines.model import Baseline
 from tunery.datasets.model import File, FileCleaning, FileEvent, FileReport, Upload, UploadPart
 from tunery.db import Base
 from tunery.errors import InvalidValue, NotFound
@@ -52,6 +54,7 @@ def close(session: Session, project: Project) -> None:
     session.execute(endpoints.where(WebhookEndpoint.deleted_at.is_(None)).values(deleted_at=func.clock_timestamp()))
     for job_id in session.scalars(select(Job.id).where(Job.project_id == project.id, Job.state.in_(LIVE))).all():
         ledger.cancel(session, project.id, job_id)
+    baselines.cancel_all(session, project.id)
 
 
 def live_attempts(session: Session, project_id: str) -> int:
@@ -110,6 +113,7 @@ def _owned(project_id: str) -> dict[type[Base], ColumnElement[bool]]:
         Checkpoint: Checkpoint.job_id.in_(jobs),
         Attempt: Attempt.job_id.in_(jobs),
         Job: Job.project_id == project_id,
+        Baseline: Baseline.project_id == project_id,
         Artifact: Artifact.model_id.in_(_ids(Model, project_id)),
         Model: Model.project_id == project_id,
         UploadPart: UploadPart.upload_id.in_(_ids(Upload, project_id)),
@@ -123,7 +127,9 @@ def _owned(project_id: str) -> dict[type[Base], ColumnElement[bool]]:
     }
 
 
-def _ids(table: type[File | FileReport | Job | Model | Upload | WebhookEndpoint], project_id: str) -> Select[str]:
+def _ids(
+    table: type[Baseline | File | FileReport | Job | Model | Upload | WebhookEndpoint], project_id: str
+) -> Select[str]:
     return select(table.id).where(table.project_id == project_id)
 
 
@@ -136,6 +142,7 @@ def _places(session: Session, project_id: str) -> frozenset[str]:
     reports = session.scalars(_ids(FileReport, project_id)).all()
     folders = [*prefixes, *(f"jobs/{job}" for job in jobs), *(f"uploads/{upload}" for upload in uploads)]
     folders += [f"reports/{report}" for report in reports]
+    folders += [f"baselines/{baseline}" for baseline in session.scalars(_ids(Baseline, project_id))]
     return frozenset([*keys, *(f"{folder}/" for folder in folders)])
 
 

@@ -17,7 +17,7 @@ from tunery.jobs.model import Job
 from tunery.models import imports, scores
 from tunery.models.model import Model
 from tunery.settings import Settings
-from tunery.spec import Evaluation, Plan, Run
+from tunery.spec import Evaluation, Lora, Plan, Run
 from tunery.storage import Storage
 from worker.io import programs
 from worker.io.claims import take_one
@@ -60,29 +60,37 @@ def _lay_out(model_id: str, run_dir: Path, settings: Settings, storage: Storage)
     """Fills a run directory for the adapter, its test rows in the place of rows to train on."""
     with db.transaction() as session:
         model = session.get_one(Model, model_id)
-        base = session.get_one(Model, model.base_id)
-        plan = _plan(session, model)
-        file = session.get(File, plan.evaluation.test_file)
-        if file is None or file.deleted_at is not None:
-            raise NotFound(kind="file", id=plan.evaluation.test_file)
-    rows = StoredFile(file.key, file.sha256)
-    needs = Needs(
-        run=Run(job=model.id, base_model=base.id, plan=plan, now=model.created_at),
-        files={"train": rows, "test": rows},
-        base=StoredFolder(base.prefix, base.manifest_sha256 or ""),
-        adapter=StoredFolder(model.prefix, model.manifest_sha256 or ""),
-        resume=None,
-    )
+        evaluation = Evaluation.model_validate((model.scoring or {})["evaluation"])
+        needs = needs_of(session, model, evaluation)
     staging.lay_out(needs, run_dir, settings.models_dir, storage, lambda: None)
 
 
-def _plan(session: Session, model: Model) -> Plan:
-    """What the adapter was trained with, with the evaluation that is asked for."""
-    evaluation = Evaluation.model_validate((model.scoring or {})["evaluation"])
+def needs_of(session: Session, model: Model, evaluation: Evaluation) -> Needs:
+    """What a model has to find that answers the test file of an evaluation. Raises NotFound."""
+    file = session.get(File, evaluation.test_file)
+    if file is None or file.deleted_at is not None:
+        raise NotFound(kind="file", id=evaluation.test_file)
+    is_whole = model.kind == "base" or model.technique == "full"
+    base = model if is_whole else session.get_one(Model, model.base_id)
+    rows = StoredFile(file.key, file.sha256)
+    return Needs(
+        run=Run(job=model.id, base_model=base.id, plan=_plan(session, model, evaluation), now=model.created_at),
+        files={"train": rows, "test": rows},
+        base=StoredFolder(base.prefix, base.manifest_sha256 or ""),
+        adapter=None if is_whole else StoredFolder(model.prefix, model.manifest_sha256 or ""),
+        resume=None,
+    )
+
+
+def _plan(session: Session, model: Model, evaluation: Evaluation) -> Plan:
+    """What the model was trained with, with the evaluation that is asked for; a whole one has an adapter that is
+    switched off."""
     job = session.get(Job, model.job_id) if model.job_id else None
-    if job is not None:
+    if model.kind == "base" or model.technique == "full":
+        known: dict[str, Any] = {"technique": Lora()}
+    elif job is not None:
         made = Plan.model_validate(job.plan)
-        known: dict[str, Any] = {"technique": made.technique, "method": made.method}
+        known = {"technique": made.technique, "method": made.method}
         known["max_seq_length"] = made.max_seq_length
     else:
         known = {"technique": imports.technique_of(model)}

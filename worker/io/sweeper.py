@@ -7,9 +7,11 @@ from sqlalchemy import exists, func, select, update
 
 from tunery import db, dispatch
 from tunery.artifacts import manifest
+from tunery.baselines.ledger import live_user_of
+from tunery.baselines.model import Baseline
 from tunery.datasets import shelf, uploads
 from tunery.datasets.model import File, FileReport
-from tunery.jobs import leases, ledger
+from tunery.jobs import leases
 from tunery.jobs.model import Attempt, Job
 from tunery.jobs.states import State
 from tunery.models.model import Model
@@ -112,7 +114,7 @@ class Sweeper:
 
     def _purge_files(self) -> None:
         with db.transaction() as session:
-            shelf.purge(session, self._storage, ledger.live_job_using)
+            shelf.purge(session, self._storage, live_user_of)
 
     def _reclaim_models(self) -> None:
         if time.monotonic() >= self._models_due:
@@ -139,6 +141,7 @@ def _nudge() -> None:
         dispatch.IO: exists().where(Job.state == State.VALIDATING, Job.created_at > recent)
         | exists().where(File.status == "uploaded", File.created_at > recent)
         | exists().where(FileReport.status == "queued", FileReport.created_at > recent)
+        | exists().where(Baseline.status == "queued", Baseline.created_at > recent)
         | exists().where(Model.status == "processing", Model.created_at > recent),
     }
     with db.transaction() as session:

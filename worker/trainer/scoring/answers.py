@@ -72,6 +72,13 @@ def generate(t: Training, asked: list[Question], *, base: bool) -> list[str]:
     return _answer(t, asked, base=base, wish=t.wish, around=announced)
 
 
+def generate_counted(
+    t: Training, asked: list[Question], limit: int, *, base: bool, around: Callable[[int], AbstractContextManager[None]]
+) -> list[str]:
+    """Greedy answers of at most `limit` tokens, each batch given inside `around`, which gets the number of its rows."""
+    return _answer(t, asked, base=base, wish=t.wish, around=around, limit=limit)
+
+
 def answer_at_once(t: Training, asked: list[Question]) -> list[str]:
     """Greedy answers of the model as it is now, between two steps of its training.
 
@@ -81,15 +88,24 @@ def answer_at_once(t: Training, asked: list[Question]) -> list[str]:
 
 
 def _answer(
-    t: Training, asked: list[Question], *, base: bool, wish: Wish, around: Callable[[int], AbstractContextManager[None]]
+    t: Training,
+    asked: list[Question],
+    *,
+    base: bool,
+    wish: Wish,
+    around: Callable[[int], AbstractContextManager[None]],
+    limit: int | None = None,
 ) -> list[str]:
-    """The answers of all ranks. Each batch is given inside `around`, which gets the number of its rows."""
+    """The answers of all ranks. Each batch is given inside `around`, which gets the number of its rows.
+
+    `limit`: tokens of an answer; None: by the longest wanted one.
+    """
     model: Any = t.objective.model
     without_adapter = model.disable_adapter() if base and isinstance(model, PeftModel) else nullcontext()
     mine = list(range(len(asked)))[t.ranks.index :: t.ranks.count]
     mine.sort(key=lambda i: len(asked[i].prompt_ids))  # like lengths together: the padding of a batch costs time
     given: list[tuple[int, str]] = []
-    limit = token_limit(t.plan.evaluation, asked)
+    limit = token_limit(t.plan.evaluation, asked) if limit is None else limit
     t.objective.eval()
     with torch.no_grad(), without_adapter, t.objective.autocast():
         size = ANSWER_BATCH[t.device.type]

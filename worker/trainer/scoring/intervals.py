@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
+from tunery.planning.intervals import wilson
+
 
 def paired_interval(both: int, only_first: int, only_second: int, n: int) -> tuple[float, float]:
     """95 % interval of the difference of two shares on the same n rows.
@@ -23,14 +25,6 @@ def paired_interval(both: int, only_first: int, only_second: int, n: int) -> tup
     down, up = high_1 - first, second - low_2
     above = math.sqrt(max(0.0, down * down - 2 * phi * down * up + up * up))
     return first - second - below, first - second + above
-
-
-def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
-    share, square = right / n, z * z
-    middle = (share + square / (2 * n)) / (1 + square / n)
-    half = z / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -1,0 +1,74 @@
+"""Baselines: prompting measured on a user's own task before any training; a worker does it."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from fastapi.responses import StreamingResponse
+from sqlalchemy.orm import Session
+
+from api.bodies import JsonRoute
+from api.dependencies import CallerDep, SessionDep, StorageDep
+from api.schemas import baselines as wire
+from api.schemas.wire import CursorList, errors
+from tunery.baselines import ledger, table
+from tunery.baselines.model import Baseline
+from tunery.datasets import shelf
+from tunery.models import registry
+
+router = APIRouter(prefix="/v1/fine_tuning/baselines", tags=["Fine-tuning jobs"], route_class=JsonRoute)
+
+
+def _shown(session: Session, row: Baseline) -> wire.Baseline:
+    return wire.Baseline.of(row, table.rows(session, row))
+
+
+@router.post("", summary="Measure prompting", responses=errors(404, 429))
+def create_baseline(body: wire.AskBaseline, session: SessionDep, caller: CallerDep) -> wire.Baseline:
+    """The model answers the eval rows as they are and with examples before each, before any training. A worker does it;
+    `tunery baseline` waits for the table."""
+    project = caller.project_id
+    model = registry.find_ready(session, project, body.model)
+    eval_file = shelf.find(session, project, body.eval_file, param="eval_file")
+    examples = body.examples_file and shelf.find(session, project, body.examples_file, param="examples_file")
+    others = [registry.find_ready(session, project, name, param="compare") for name in body.compare]
+    order = ledger.compared(body.order, others)
+    return _shown(session, ledger.request(session, project, model, eval_file, examples or None, order))
+
+
+@router.get("", summary="List baselines", responses=errors(404))
+def list_baselines(
+    session: SessionDep,
+    caller: CallerDep,
+    after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
+    limit: Annotated[int, Query(ge=1, le=100, description="Objects a page")] = 20,
+) -> CursorList[wire.Baseline]:
+    """Newest first."""
+    rows, more = ledger.list_page(session, caller.project_id, after=after, limit=limit)
+    return CursorList.of([_shown(session, row) for row in rows], has_more=more)
+
+
+@router.get("/{baseline_id}", summary="Retrieve a baseline", responses=errors(404))
+def retrieve_baseline(baseline_id: str, session: SessionDep, caller: CallerDep) -> wire.Baseline:
+    """Its table gains a row for each tune of the model on the same eval rows."""
+    return _shown(session, ledger.find(session, caller.project_id, baseline_id))
+
+
+@router.post("/{baseline_id}/cancel", summary="Cancel a baseline", responses=errors(404))
+def cancel_baseline(baseline_id: str, session: SessionDep, caller: CallerDep) -> wire.Baseline:
+    """Only one that has not ended."""
+    return _shown(session, ledger.cancel(session, caller.project_id, baseline_id))
+
+
+@router.get(
+    "/{baseline_id}/answers",
+    summary="Download a baseline's answers",
+    response_class=StreamingResponse,
+    responses=errors(404)
+    | {200: {"content": {"application/jsonl": {"example": "{}"}}, "description": "A line for each answer"}},
+)
+def download_answers(
+    baseline_id: str, session: SessionDep, caller: CallerDep, storage: StorageDep
+) -> StreamingResponse:
+    """JSON Lines: the messages that were sent, the wanted answer, and what the model said."""
+    row = ledger.find_measured(session, caller.project_id, baseline_id)
+    return StreamingResponse(storage.read(f"{row.prefix}/answers.jsonl"), media_type="application/jsonl")

@@ -1,0 +1,129 @@
+"""Baselines, as the wire spells them."""
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from api.schemas.wire import Body, Wire, maybe_seconds, seconds
+from tunery.baselines import table
+from tunery.baselines.model import Baseline as Stored
+from tunery.baselines.order import BaselineOptions, Order, Target
+from tunery.baselines.table import Row
+from tunery.planning.prompting import Retrieval
+
+ASKED: dict[str, Any] = {
+    "model": "SmolLM2-135M-Instruct",
+    "eval_file": "file-abc123",
+    "examples_file": "file-def456",
+    "shots": "auto",
+    "retrieval": "nearest",
+    "target": {"metric": "exact", "at_least": 0.9},
+}
+ROW: dict[str, Any] = {
+    "way": "nearest",
+    "model": "SmolLM2-135M-Instruct",
+    "place": "here",
+    "job": None,
+    "shots": 8,
+    "rows": 200,
+    "metric": "exact",
+    "score": 0.61,
+    "low": 0.54,
+    "high": 0.68,
+    "metrics": {"exact": {"score": 0.61, "low": 0.54, "high": 0.68}},
+    "prompt_tokens": 402.5,
+    "answer_tokens": 8.0,
+    "cost_per_1000": None,
+    "p50_seconds": 0.41,
+    "verdict": "missed",
+    "error": None,
+}
+
+
+class AskBaseline(BaselineOptions, Body):
+    """A model, an eval file, and how the model is to be prompted."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [ASKED]})
+
+    model: str = Field(min_length=1, description="The base that may be trained: id, alias or the base's hub id")
+    eval_file: str = Field(min_length=1, description="Rows with the wanted answers, as a job's evaluation.test_file")
+    examples_file: str | None = Field(
+        None, min_length=1, description="Rows that prompts may show, the training file for instance"
+    )
+    compare: list[str] = Field(
+        default_factory=list, max_length=4, description="Other models, tuned ones too, that answer the same rows"
+    )
+
+    @property
+    def order(self) -> Order:
+        """What is asked for, without the objects that it names."""
+        return Order(**self.model_dump(exclude={"model", "eval_file", "examples_file", "compare"}))
+
+
+class Baseline(Wire):
+    """Prompting of a model measured before any training. `table` is empty until the status is `succeeded`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "ftbaseline-abc123",
+                    "object": "fine_tuning.baseline",
+                    "created_at": 1719184911,
+                    "finished_at": 1719185011,
+                    "status": "succeeded",
+                    "progress": 1.0,
+                    "error": None,
+                    **ASKED,
+                    "max_rows": 200,
+                    "max_new_tokens": "auto",
+                    "seed": 0,
+                    "compare": [],
+                    "examples": 1000,
+                    "left_out": 3,
+                    "table": [ROW],
+                    "cheapest": None,
+                }
+            ]
+        }
+    )
+
+    id: str
+    object: Literal["fine_tuning.baseline"] = "fine_tuning.baseline"
+    created_at: int
+    finished_at: int | None
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    progress: float = Field(description="Share that is done, 0 to 1")
+    error: str | None
+    model: str
+    eval_file: str
+    examples_file: str | None
+    shots: Literal["auto"] | list[int]
+    retrieval: Retrieval
+    max_rows: int
+    max_new_tokens: int | Literal["auto"]
+    seed: int
+    target: Target | None
+    compare: list[str]
+    examples: int | None = Field(description="Rows that prompts might show")
+    left_out: int | None = Field(description="Examples that were not shown, as an eval row asks nearly the same")
+    table: list[Row] = Field(description="The baseline's rows, and the tunes of the model on the same eval rows")
+    cheapest: Row | None = Field(description="The cheapest row that meets the target, or may; null: none does")
+
+    @classmethod
+    def of(cls, row: Stored, rows: list[Row]) -> "Baseline":
+        order = Order.model_validate(row.order)
+        result = row.result or {}
+        return cls(
+            id=row.id,
+            created_at=seconds(row.created_at),
+            finished_at=maybe_seconds(row.finished_at),
+            **{name: getattr(row, name) for name in ("status", "progress", "error", "model", "eval_file")},
+            examples_file=row.examples_file,
+            **{name: getattr(order, name) for name in BaselineOptions.model_fields},
+            compare=order.compare,
+            examples=result.get("examples"),
+            left_out=result.get("left_out"),
+            table=rows,
+            cheapest=table.cheapest(rows),
+        )

@@ -1,0 +1,125 @@
+"""Baselines over HTTP: what is asked for, refused, listed and cancelled; their table and the target."""
+
+from typing import Any
+
+import pytest
+from databases import Database
+from reported import upload
+from teams import BASE, Team
+
+from tunery.baselines import ledger
+from tunery.planning.prompting import Figure, PromptScore
+
+ROUTE = "/v1/fine_tuning/baselines"
+
+
+def ask(team: Team, **more: Any) -> Any:
+    return team.http.post(ROUTE, json={"model": BASE, "eval_file": upload(team), **more})
+
+
+def test_it_is_queued_listed_and_cancelled(team: Team, base: str, database: Database) -> None:
+    first, second = ask(team).json(), ask(team, shots=[0], seed=3).json()
+    assert (first["status"], first["shots"], first["table"], first["cheapest"]) == ("queued", "auto", [], None)
+    listed = team.http.get(f"{ROUTE}?limit=1").json()
+    assert ([one["id"] for one in listed["data"]], listed["has_more"]) == ([second["id"]], True)
+    ended = team.http.post(f"{ROUTE}/{first['id']}/cancel").json()
+    assert (ended["status"], ended["finished_at"] is None) == ("cancelled", False)
+    assert team.http.post(f"{ROUTE}/{first['id']}/cancel").json()["error"]["code"] == "wrong_state"
+    with database.sessions.begin() as session:
+        assert ledger.waiting(session) == [second["id"]]
+        assert not ledger.finish(session, first["id"], result={})
+    answers = team.http.get(f"{ROUTE}/{second['id']}/answers")
+    assert (answers.status_code, answers.json()["error"]["code"]) == (400, "wrong_state")
+
+
+WRONG: list[tuple[dict[str, Any], int, str | None]] = [
+    ({"model": "nothing"}, 404, "model"),
+    ({"eval_file": "file-nothing"}, 404, "eval_file"),
+    ({"examples_file": "file-nothing"}, 404, "examples_file"),
+    ({"compare": ["nothing"]}, 404, "compare"),
+    ({"shots": [0, 4]}, 400, "examples_file"),
+    ({"retrieval": "nearest"}, 400, "examples_file"),
+    ({"shots": [33]}, 400, "shots"),
+    ({"shots": []}, 400, "shots"),
+    ({"shots": [True]}, 400, "shots"),
+    ({"target": {"metric": "beauty", "at_least": 0.9}}, 400, "target.metric"),
+    ({"target": {"at_least": 90}}, 400, "target.at_least"),
+    ({"colour": "red"}, 400, "colour"),
+]
+
+
+@pytest.mark.parametrize(("changes", "status", "param"), WRONG)
+def test_what_is_wrong_is_named(team: Team, base: str, changes: dict[str, Any], status: int, param: str | None) -> None:
+    answer = ask(team, **changes)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.json()
+
+
+def test_a_project_has_few_at_a_time_and_keeps_their_files(team: Team, base: str) -> None:
+    made = [ask(team).json() for _ in range(ledger.MOST_LIVE)]
+    answer = ask(team)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "insufficient_quota")
+    file_id = made[0]["eval_file"]
+    refused = team.http.delete(f"/v1/files/{file_id}").json()["error"]
+    assert (refused["code"], made[0]["id"] in refused["message"]) == ("file_in_use", True)
+    for one in made:
+        team.http.post(f"{ROUTE}/{one['id']}/cancel")
+    assert ask(team).status_code == 200
+    assert team.http.delete(f"/v1/files/{file_id}").status_code == 200
+
+
+def test_a_worker_that_is_lost_three_times_fails_it(team: Team, base: str, database: Database) -> None:
+    made = ask(team).json()
+    for _ in range(ledger.MAX_TRIES):
+        with database.sessions.begin() as session:
+            assert ledger.begin(session, made["id"]) is not None
+    with database.sessions.begin() as session:
+        assert ledger.begin(session, made["id"]) is None
+    found = team.http.get(f"{ROUTE}/{made['id']}").json()
+    assert (found["status"], "3 times" in found["error"]) == ("failed", True)
+
+
+def measured(database: Database, baseline_id: str, scores: dict[int, tuple[float, float]], rows: int = 12) -> None:
+    """Stores what a worker would have found: by shots the share that is exact, and its interval's lower end."""
+    found = [
+        PromptScore(
+            shots=shots,
+            nearest=False,
+            rows=rows,
+            primary="exact",
+            metrics={"exact": Figure(score=score, low=low, high=1.0)},
+            prompt_tokens=20.0 * (shots + 1),
+            answer_tokens=3.0,
+            p50_seconds=0.5,
+        ).model_dump(mode="json")
+        for shots, (score, low) in scores.items()
+    ]
+    here = {"model": BASE, "place": "here", "tuned": False, "scores": found}
+    with database.sessions.begin() as session:
+        assert ledger.begin(session, baseline_id) is not None
+        assert ledger.finish(session, baseline_id, result={"models": [here], "examples": 12, "left_out": 1})
+
+
+REACHED: list[tuple[float, dict[int, tuple[float, float]], list[str], int | None]] = [
+    (0.9, {0: (0.5, 0.4), 4: (0.97, 0.92), 8: (0.98, 0.93)}, ["missed", "met", "met"], 4),
+    (0.9, {0: (0.5, 0.4), 4: (0.92, 0.85), 8: (0.98, 0.93)}, ["missed", "unsure", "met"], 8),
+    (0.9, {0: (0.5, 0.4), 4: (0.92, 0.85)}, ["missed", "unsure"], 4),
+    (0.9, {0: (0.5, 0.4)}, ["missed"], None),
+]
+
+
+@pytest.mark.parametrize(("at_least", "scores", "verdicts", "shots"), REACHED)
+def test_the_cheapest_row_whose_interval_reaches_the_target_is_named(
+    team: Team,
+    base: str,
+    database: Database,
+    at_least: float,
+    scores: dict[int, tuple[float, float]],
+    verdicts: list[str],
+    shots: int | None,
+) -> None:
+    made = ask(team, examples_file=upload(team), target={"metric": "exact", "at_least": at_least}).json()
+    measured(database, made["id"], scores)
+    found = team.http.get(f"{ROUTE}/{made['id']}").json()
+    assert [row["verdict"] for row in found["table"]] == verdicts
+    assert (found["cheapest"] and found["cheapest"]["shots"]) == shots
+    assert (found["examples"], found["left_out"]) == (12, 1)

@@ -1,0 +1,129 @@
+"""Prompts with examples, made of an eval file's rows and written as chats."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from tunery.datasets.report import rows as report_rows
+from tunery.datasets.report.rows import Row
+from tunery.datasets.shots import choice
+from tunery.failures import InvalidTrainingFile
+from tunery.planning.advice import answer_limit
+from tunery.planning.prompting import MOST_SHOTS, Prompts, ShotsOrder, Variant
+from tunery.rows.encoding import CHATS, encode_answer, read_rows
+from tunery.rows.messages import Example, FileRole, Message, is_answerable
+from tunery.rows.template import ChatTemplate
+from tunery.spec import Evaluation
+
+_SYSTEM = ("system", "developer")
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What prompts are made of: eval rows and examples, as they are sent and as they are compared."""
+
+    folder: Path
+    order: ShotsOrder
+    template: ChatTemplate
+    asked: list[Example]
+    shown: list[Example]
+    questions: list[Row]
+    known: list[Row]
+
+
+def make(folder: Path, order: ShotsOrder) -> Prompts:
+    """Writes the prompts of each variant into `folder`/prompts. Raises InvalidTrainingFile."""
+    asked = [example for _, example in islice(_read(folder / "rows", "test"), order.max_rows)]
+    questions = [report_rows.of_example(line, example) for line, example in enumerate(asked, start=1)]
+    shown, left_out = _examples(folder / "examples", questions)
+    known = [report_rows.of_example(line, example) for line, example in enumerate(shown)]
+    case = _Case(folder, order, ChatTemplate.load(folder / "base"), asked, shown, questions, known)
+    return Prompts(variants=list(_variants(case)), examples=len(shown), left_out=left_out)
+
+
+def _read(path: Path, role: FileRole) -> Iterator[tuple[int, Example]]:
+    for row in read_rows(report_rows.chunks(path), role):
+        yield row.number, CHATS.parse(row, role)
+
+
+def _examples(path: Path, questions: list[Row]) -> tuple[list[Example], int]:
+    """The examples that may be shown, and how many may not since an eval row asks the same."""
+    if not path.exists():
+        return [], 0
+    found = {line: example for line, example in _read(path, "training") if is_answerable(example)}
+    leaks = choice.leaked([report_rows.of_example(line, example) for line, example in found.items()], questions)
+    return [example for line, example in found.items() if line not in leaks], len(leaks)
+
+
+def _variants(case: _Case) -> Iterator[Variant]:
+    """Each variant, its prompts written."""
+    kinds = [False, True] if case.order.retrieval == "nearest" else [False]
+    if case.order.shots == "auto":
+        yield _write(case, Variant(shots=0))
+        if case.shown:
+            most = _most_shots(case, kinds)
+            yield from (_write(case, Variant(shots=most, nearest=nearest)) for nearest in kinds if most)
+        return
+    for shots in dict.fromkeys(case.order.shots):
+        for nearest in kinds[: 2 if shots else 1]:
+            yield _write(case, Variant(shots=shots, nearest=nearest))
+
+
+def _most_shots(case: _Case, kinds: Sequence[bool]) -> int:
+    """The largest power of two of examples with which every prompt and its answer fit into the base's context."""
+    shots = MOST_SHOTS
+    while shots and (
+        shots > len(case.shown)
+        or any(_too_long(case, _prompted(case, Variant(shots=shots, nearest=kind))) for kind in kinds)
+    ):
+        shots //= 2
+    return shots
+
+
+def _write(case: _Case, variant: Variant) -> Variant:
+    """Writes the variant's prompts, or says in it why there are none."""
+    if variant.shots > len(case.shown):
+        why = f"{variant.shots} examples were asked for, and {len(case.shown)} may be shown: ask for fewer, or add some"
+        return variant.model_copy(update={"error": f"{why}. Examples that ask what an eval row asks do not count."})
+    prompted = _prompted(case, variant)
+    if longest := _too_long(case, prompted):
+        why = f"A prompt and its answer have up to {longest:,} tokens, and the base's context {case.order.context:,}."
+        return variant.model_copy(update={"error": f"{why} Ask for fewer shots."})
+    lines = (json.dumps(example.model_dump(exclude_none=True), ensure_ascii=False) for example in prompted)
+    (case.folder / "prompts" / f"{variant.name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return variant
+
+
+def _prompted(case: _Case, variant: Variant) -> list[Example]:
+    """The eval rows with the variant's examples before each."""
+    if not variant.shots:
+        return case.asked
+    if variant.nearest:
+        texts = [row.question for row in case.questions], [row.question for row in case.known]
+        places = choice.nearest(*texts, variant.shots)
+    else:
+        chosen = choice.balanced([row.answer for row in case.known], case.order.seed)[: variant.shots]
+        places = [chosen] * len(case.asked)
+    both = zip(case.asked, places, strict=True)
+    return [_with_examples(asked, [case.shown[place] for place in chosen]) for asked, chosen in both]
+
+
+def _with_examples(asked: Example, shown: Sequence[Example]) -> Example:
+    """The row with the examples' turns behind its own system messages, which are the only ones."""
+    first = next((at for at, one in enumerate(asked.messages) if one.role not in _SYSTEM), 0)
+    turns: list[Message] = [turn for one in shown for turn in one.messages if turn.role not in _SYSTEM]
+    return asked.model_copy(update={"messages": [*asked.messages[:first], *turns, *asked.messages[first:]]})
+
+
+def _too_long(case: _Case, prompted: Sequence[Example]) -> int:
+    """The tokens of the longest prompt and its answer where they do not fit into the context, else 0."""
+    if case.order.context is None:
+        return 0
+    pairs = [encode_answer(case.template, example, line) for line, example in enumerate(prompted, start=1)]
+    if not pairs:
+        raise InvalidTrainingFile(param="eval_file", role="test", reason="It has no row. Add some.")
+    limit = answer_limit(Evaluation(max_new_tokens=case.order.max_new_tokens), max(len(answer) for _, answer in pairs))
+    longest = max(len(prompt) for prompt, _ in pairs) + limit
+    return longest if longest > case.order.context else 0

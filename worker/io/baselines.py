@@ -1,0 +1,222 @@
+"""Baselines: prompts are made, each model answers them in a process of its own, and the table's figures are stored."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tunery import db
+from tunery.baselines import ledger
+from tunery.baselines.model import Baseline
+from tunery.baselines.order import Order
+from tunery.datasets import progress
+from tunery.datasets.model import File
+from tunery.db import UNREACHABLE
+from tunery.errors import NotFound, TuneryError
+from tunery.models.model import Model
+from tunery.planning.prompting import AnswerOrder, Prompts, PromptScore, ShotsOrder, Variant
+from tunery.settings import Settings
+from tunery.spec import Evaluation
+from tunery.storage import Storage
+from tunery.storage.errors import StorageFailed
+from worker.io import programs, scores
+from worker.io.claims import take_one
+from worker.supervisor import staging
+from worker.supervisor.drain import Drain
+
+log = logging.getLogger(__name__)
+SECONDS = 4 * 3600
+"""The time of one model. Others wait behind it, and a user who sees nothing by then sends fewer rows."""
+_PROMPTS = 0.02
+"""The share of the work that is done when the prompts are made."""
+
+
+def measure_next(settings: Settings, storage: Storage, drain: Drain) -> bool:
+    """One baseline; whether there was one."""
+    return take_one("baseline", _waiting, lambda baseline_id: _measure(baseline_id, settings, storage, drain))
+
+
+def _waiting() -> list[str]:
+    with db.transaction() as session:
+        return ledger.waiting(session)
+
+
+class _Watch(Drain):
+    """Ends the work where the worker shuts down, and where the baseline is no longer wanted."""
+
+    def __init__(self, drain: Drain, baseline_id: str) -> None:
+        self._drain, self._id = drain, baseline_id
+        self.is_wanted = True
+
+    @property
+    def begun(self) -> bool:
+        return self._drain.begun or not self.is_wanted
+
+    def look(self, share: float) -> None:
+        """Notes the share that is done, and whether the baseline was cancelled meanwhile."""
+        with db.transaction() as session:
+            self.is_wanted = ledger.show_progress(session, self._id, share)
+
+
+class _Ended(Exception):
+    """The baseline cannot be measured: its text is for the owner."""
+
+
+def _measure(baseline_id: str, settings: Settings, storage: Storage, drain: Drain) -> None:
+    with db.transaction() as session:
+        baseline = ledger.begin(session, baseline_id)
+    if baseline is None:
+        return
+    watch = _Watch(drain, baseline_id)
+
+    def fail(error: Exception) -> None:
+        said = error.message if isinstance(error, TuneryError) else str(error)
+        _finish(baseline_id, error=said if isinstance(error, _Ended | TuneryError) else f"It broke: {said}")
+
+    try:
+        with programs.workplace(settings.runs_dir, "baseline", baseline_id, fail) as folder:
+            prompts = _make_prompts(baseline, folder, settings, storage, watch)
+            found = list(_models(baseline, prompts, folder, settings, storage, watch))
+            if watch.begun:
+                _release(baseline_id)
+            else:
+                _store(baseline, prompts, found, folder, storage)
+    except (StorageFailed, *UNREACHABLE):
+        _release(baseline_id)
+        raise  # another time
+
+
+def _release(baseline_id: str) -> None:
+    with db.transaction() as session:
+        ledger.release(session, baseline_id)
+
+
+def _finish(baseline_id: str, *, result: dict[str, Any] | None = None, error: str | None = None) -> bool:
+    with db.transaction() as session:
+        return ledger.finish(session, baseline_id, result=result, error=error)
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------
+
+
+def _make_prompts(baseline: Baseline, folder: Path, settings: Settings, storage: Storage, watch: _Watch) -> Prompts:
+    """Makes the prompts of each variant in `folder`/prompts. Raises NotFound, _Ended."""
+    order = Order.model_validate(baseline.order)
+    with db.transaction() as session:
+        model = session.get_one(Model, baseline.model)
+        names = {"rows": baseline.eval_file, "examples": baseline.examples_file}
+        files = {name: session.get_one(File, id) for name, id in names.items() if id is not None}
+    for name, file in files.items():
+        if file.purged_at is not None:
+            raise NotFound(kind="file", id=file.id)
+        storage.fetch(file.key, folder / name, file.sha256)
+    (folder / "base").symlink_to(staging.text_folder(settings.models_dir, storage, model).absolute())
+    asked = ShotsOrder(
+        **order.model_dump(include={"shots", "retrieval", "seed", "max_rows", "max_new_tokens"}),
+        context=model.facts.get("context_length"),
+    )
+    (folder / "shots_order.json").write_text(asked.model_dump_json())
+    reason = programs.run(["tunery.datasets.shots", str(folder)], folder, watch, what="making of prompts")
+    if reason is not None and not watch.begun:
+        raise _Ended(reason)
+    watch.look(_PROMPTS)
+    return Prompts(variants=[], examples=0, left_out=0) if watch.begun else _read_prompts(folder)
+
+
+def _read_prompts(folder: Path) -> Prompts:
+    return Prompts.model_validate_json((folder / "shots.json").read_text())
+
+
+# --- answers ------------------------------------------------------------------------------------------------------
+
+
+def _models(
+    baseline: Baseline, prompts: Prompts, folder: Path, settings: Settings, storage: Storage, watch: _Watch
+) -> Iterator[dict[str, Any]]:
+    """What each model scored, the baseline's own first."""
+    ids = [baseline.model, *(id for id in baseline.order["compare"] if id != baseline.model)]
+    for number, model_id in enumerate(ids):
+        if watch.begun:
+            return
+        run_dir = folder / f"run-{number}"
+        with db.transaction() as session:
+            model = session.get_one(Model, model_id)
+        variants = _asked(prompts, is_first=number == 0, is_tuned=model.kind != "base")
+        _lay_out(baseline, model, variants, run_dir, settings, storage)
+        reason = programs.run(
+            ["worker.trainer.prompting", str(run_dir)], folder, watch, what="answering", seconds=SECONDS,
+            watch=partial(_show, watch, run_dir, number, len(ids)),
+        )  # fmt: skip
+        if watch.begun:
+            return
+        if reason is not None and number == 0:
+            raise _Ended(reason)
+        yield {
+            "model": model_id,
+            "place": "here",
+            "tuned": model.kind != "base",
+            "scores": _scores(run_dir, prompts, variants, reason),
+        }
+
+
+def _asked(prompts: Prompts, *, is_first: bool, is_tuned: bool) -> list[Variant]:
+    """The variants that a model is asked by. Of the others a tuned one needs no examples, and a base its best chance:
+    the most of them."""
+    made = [variant for variant in prompts.variants if variant.error is None]
+    if is_first or len(made) < 2:
+        return made
+    return made[:1] if is_tuned else [made[0], made[-1]]
+
+
+def _show(watch: _Watch, run_dir: Path, number: int, count: int) -> None:
+    share = progress.read(run_dir) or 0.0
+    watch.look(_PROMPTS + (0.98 - _PROMPTS) * (number + share) / count)
+
+
+def _lay_out(
+    baseline: Baseline, model: Model, variants: list[Variant], run_dir: Path, settings: Settings, storage: Storage
+) -> None:
+    evaluation = Evaluation(
+        test_file=baseline.eval_file,
+        max_rows=baseline.order["max_rows"],
+        max_new_tokens=baseline.order["max_new_tokens"],
+    )
+    with db.transaction() as session:
+        needs = scores.needs_of(session, model, evaluation)
+    staging.lay_out(needs, run_dir, settings.models_dir, storage, lambda: None)
+    shutil.copytree(run_dir.parent / "prompts", run_dir / "prompts")
+    order = AnswerOrder(variants=variants, tuned=needs.adapter is not None)
+    (run_dir / "answer_order.json").write_text(order.model_dump_json())
+
+
+def _scores(run_dir: Path, prompts: Prompts, variants: list[Variant], reason: str | None) -> list[dict[str, Any]]:
+    """The scores of a model, and of those variants that it was not asked by why."""
+    if reason is not None:
+        lost = [PromptScore(shots=one.shots, nearest=one.nearest, error=reason) for one in variants]
+        return [score.model_dump(mode="json") for score in lost]
+    found: list[dict[str, Any]] = json.loads((run_dir / "out" / "scores.json").read_text())
+    if run_dir.name == "run-0":
+        left = [variant for variant in prompts.variants if variant.error is not None]
+        found += [PromptScore(**variant.model_dump()).model_dump(mode="json") for variant in left]
+    return found
+
+
+# --- what is kept -------------------------------------------------------------------------------------------------
+
+
+def _store(baseline: Baseline, prompts: Prompts, found: list[dict[str, Any]], folder: Path, storage: Storage) -> None:
+    """Stores every answer with its prompt, and then the figures."""
+    kept = folder / "answers.jsonl"
+    with kept.open("w", encoding="utf-8") as all_answers:
+        for number, measured in enumerate(found):
+            path = folder / f"run-{number}" / "out" / "answers.jsonl"
+            for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+                all_answers.write(json.dumps({"model": measured["model"], **json.loads(line)}, ensure_ascii=False))
+                all_answers.write("\n")
+    storage.put_file(f"{baseline.prefix}/answers.jsonl", kept)
+    result = {"models": found, "examples": prompts.examples, "left_out": prompts.left_out}
+    if not _finish(baseline.id, result=result):
+        storage.delete(f"{baseline.prefix}/answers.jsonl")
