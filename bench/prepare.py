@@ -116,48 +116,53 @@ PARTS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
 }
 
 
-class Memory:
-    """The most memory that this process and those that it started have held together, sampled."""
+class Watch:
+    """The most memory that this process and those that it started have held together, and the processor time of all,
+    those that have ended too; sampled."""
 
     def __init__(self) -> None:
         self.peak = 0
+        self._seconds: dict[int, float] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> "Memory":
+    def __enter__(self) -> "Watch":
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
+        self._sample()
+
+    @property
+    def seconds(self) -> float:
+        return sum(self._seconds.values())
 
     def _watch(self) -> None:
-        while not self._done.wait(0.5):
-            self.peak = max(self.peak, sum(_held(process) for process in _tree()))
+        while not self._done.wait(0.25):
+            self._sample()
 
-
-def _tree() -> list[psutil.Process]:
-    own = psutil.Process()
-    return [own, *own.children(recursive=True)]
-
-
-def _held(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_full_info().pss)
-    except psutil.Error:  # it ended meanwhile
-        return 0
+    def _sample(self) -> None:
+        held = 0
+        for process in [own := psutil.Process(), *own.children(recursive=True)]:
+            try:
+                times = process.cpu_times()
+                self._seconds[process.pid] = times.user + times.system
+                held += int(process.memory_full_info().pss)
+            except psutil.Error:  # it ended meanwhile
+                continue
+        self.peak = max(self.peak, held)
 
 
 def measure(part: str, path: Path, base: Path) -> dict[str, Any]:
     """Runs one part here, and says how long it took and how much it held."""
     load, began = os.getloadavg()[0], time.monotonic()
-    with Memory() as memory:
+    with Watch() as watch:
         found = PARTS[part](path, base)
-    seconds = time.monotonic() - began
-    used = sum(process.cpu_times().user + process.cpu_times().system for process in _tree())
-    times = {"seconds": round(seconds, 1), "cpu_seconds": round(used, 1), "load_before": round(load, 1)}
-    return {**found, **times, "rows_a_second": round(found["rows"] / seconds), "peak_mib": memory.peak // 2**20}
+        seconds = time.monotonic() - began
+    times = {"seconds": round(seconds, 1), "cpu_seconds": round(watch.seconds, 1), "load_before": round(load, 1)}
+    return {**found, **times, "rows_a_second": round(found["rows"] / seconds), "peak_mib": watch.peak // 2**20}
 
 
 # --- beside datasets ---

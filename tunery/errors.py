@@ -65,6 +65,7 @@ place only, the API's error handler.
 """
 
 import inspect
+from functools import partial
 from typing import Any, ClassVar
 
 
@@ -83,6 +84,10 @@ class TuneryError(Exception):
         if message is None:
             message = inspect.cleandoc(type(self).__doc__ or "").replace("\n", " ").format(**fields)
         super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Exceptions are pickled by their positional arguments, and these have none."""
+        return partial(type(self), param=self.param, message=str(self), **self.fields), ()
 
     @property
     def message(self) -> str:

@@ -1,5 +1,6 @@
 """A large file's examples, which lie in a file, train as those in memory do, and take little of it."""
 
+import json
 import random
 import resource
 import tracemalloc
@@ -11,8 +12,11 @@ import pytest
 from run_folders import chat, lay_out, plan, steps_of
 
 from tunery.failures import DiskFull
+from tunery.rows import bulk, preparers
+from tunery.rows.template import ChatTemplate
 from tunery.spec import Dpo
 from worker.trainer import data
+from worker.trainer.blocks import Block
 from worker.trainer.data import IGNORED, Example, Row, Rows
 from worker.trainer.replay import mixing
 from worker.trainer.report import Voice
@@ -21,7 +25,7 @@ from worker.trainer.stored_rows import StoredExamples, keep
 from worker.trainer.wish import Wish
 
 
-def made(count: int, seed: int = 0) -> Iterator[list[Example]]:
+def made(count: int, seed: int = 0) -> Iterator[Block]:
     """Groups as lines give them: none, one or two examples, of one row or two."""
     dice = random.Random(seed)
 
@@ -30,7 +34,14 @@ def made(count: int, seed: int = 0) -> Iterator[list[Example]]:
         return Row(ids, [id if dice.random() < 0.5 else IGNORED for id in ids])
 
     for _ in range(count):
-        yield [Example(tuple(row() for _ in range(dice.randint(1, 2)))) for _ in range(dice.randint(0, 2))]
+        yield block_of([[row() for _ in range(dice.randint(1, 2))] for _ in range(dice.randint(0, 2))])
+
+
+def block_of(examples: list[list[Row]]) -> Block:
+    block = Block()
+    for example in examples:
+        block.add(example)
+    return block
 
 
 def as_lists(examples: Any) -> list[list[tuple[list[int], list[int]]]]:
@@ -78,10 +89,10 @@ def test_references_are_attached_to_stored_examples(tmp_path: Path) -> None:
 
 
 def test_memory_grows_by_a_few_numbers_a_row(tmp_path: Path) -> None:
-    def rows(count: int) -> Iterator[list[Example]]:
+    def rows(count: int) -> Iterator[Block]:
         ids = list(range(1000, 1200))
         for _ in range(count):
-            yield [Example((Row(list(ids), list(ids)),))]
+            yield block_of([[Row(list(ids), list(ids))]])
 
     tracemalloc.start()
     try:
@@ -101,6 +112,24 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
             keep(made(1000), tmp_path, 20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_rows_by_several_processes_are_alike(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rows = tmp_path / "train.jsonl", [chat(seed) for seed in range(60)]
+    rows[20]["messages"][0]["content"] = rows[50]["messages"][-1]["content"] = "far " * 90
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template, found = ChatTemplate.load(tiny), []
+    monkeypatch.setattr(preparers, "COUNT", 2)
+    monkeypatch.setattr(preparers, "ROWS", 7)
+    for first, most in ((1000, 10**6), (10, 10**6), (10, 50)):
+        monkeypatch.setattr(bulk, "PROCESSES_FROM", first)
+        monkeypatch.setattr(data, "MOST_IN_MEMORY", most)
+        found.append(data.read_rows(path, template, 80))
+    one, *others = found
+    assert (one.unlearnable, one.truncated) == ((21,), (51,))
+    assert [(rows.sha256, rows.unlearnable, rows.truncated) for rows in others] == [
+        (one.sha256, one.unlearnable, one.truncated)
+    ] * 2
 
 
 PAIRS = [{"prompt": f"What comes after {n}?", "chosen": f"{n + 1}", "rejected": "no"} for n in range(12)]

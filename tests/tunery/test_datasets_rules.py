@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -221,8 +220,8 @@ def test_rows_that_are_split_count_once() -> None:
 
 def overlap(train: list[bytes], held_out: list[bytes], role: FileRole = "validation") -> str | None:
     found = Overlap()
-    check_examples(train, least=1, seen=partial(found.add, "training"))
-    check_examples(held_out, role=role, seen=partial(found.add, role))
+    check_examples(train, least=1, overlap=found)
+    check_examples(held_out, role=role, overlap=found)
     return found.reason(role)
 
 

@@ -213,7 +213,7 @@ def _check_rows(source: Source, role: FileRole, encoder: RowEncoder, overlap: ru
             yield chunk
 
     try:
-        rules.check_examples(read(), role=role, encoder=encoder, seen=partial(overlap.add, role))
+        rules.check_examples(read(), role=role, encoder=encoder, overlap=overlap)
     except JobFailure as error:
         raise Refused(message=f"{source.name}: {error.fields.get('reason') or error.message}") from error
     return digest.digest()

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, fields
+from functools import partial
 
 from tunery.failures import AnswersCut, InvalidNExamples, InvalidTrainingFile
-from tunery.rows.bulk import Judged, encode_rows
+from tunery.rows.bulk import Judged, Reading, digest_rows
 from tunery.rows.dialect import LimitExceeded
 from tunery.rows.encoding import CHATS, Encoded, RowEncoder, encode_answer, nothing_trained
 from tunery.rows.errors import CannotRender
@@ -51,6 +53,17 @@ class Summary:
     def longest_answer(self) -> int:
         """Tokens of the longest answer that is wanted."""
         return max((tokens for _, tokens in self.answer_tokens), default=0)
+
+    def add(self, part: "Summary") -> None:
+        """Takes in the figures of the rows that follow in the file."""
+        for name in (item.name for item in fields(self) if item.compare):
+            mine, more = getattr(self, name), getattr(part, name)
+            if isinstance(mine, list):
+                mine.extend(more)
+            elif isinstance(mine, dict):
+                mine.update(more)
+            else:
+                setattr(self, name, max(mine, more) if name == "longest" else mine + more)
 
     def check_cut_answers(self, max_length: int) -> None:
         """Raises AnswersCut where more than MOST_CUT of the examples lose a part of their answer."""
@@ -119,39 +132,69 @@ def check_examples(
     least: int | None = None,
     encoder: RowEncoder = CHATS,
     answered: int = 0,
-    seen: Callable[[int, Example], object] | None = None,
+    overlap: "Overlap | None" = None,
 ) -> Summary:
     """Reads the whole file, row by row, in constant memory.
 
     `least`: examples that it must have (a training file 10, others 1). `encoder`: of the job's method. Without a
     template, rows are judged by their own form only. `answered`: how many rows a model is going to answer, from the
-    start. `seen` is called with each good line's number and example.
+    start. `overlap` is shown each good line.
     Raises InvalidTrainingFile, with the first fault and the lines of the others, or InvalidNExamples.
     """
     summary = Summary(shape=FileShape(encoder.columns))
     faults: dict[int, InvalidTrainingFile] = {}
+    judge = partial(_judge, template, role, answered, overlap is not None)
     try:
-        for row in encode_rows(chunks, role, encoder, template, max_length=max_length, shape=summary.shape):
-            try:
-                example = _take(summary, row)
-                if template is not None:
-                    _check_answer(summary, row.number, template, example, role, answered)
-                if seen is not None:
-                    seen(row.number, example)
-            except InvalidTrainingFile as fault:
-                faults[row.number] = fault
-                if len(faults) == _MOST_FAULTS or _is_exhausting(fault):
+        with closing(digest_rows(chunks, Reading(role, encoder, template, max_length), judge, summary.shape)) as parts:
+            for part in parts:
+                summary.add(part.summary)
+                faults |= part.faults
+                for number, digest in part.digests:
+                    assert overlap is not None, "it was asked for"
+                    overlap.add(role, number, digest)
+                if len(faults) >= _MOST_FAULTS or part.is_last:
                     break
     except InvalidTrainingFile:
         # Lines further down cannot be read; the first fault is the same for whoever reads from the top.
         if not faults:
             raise
     if faults:
-        raise _all_of(faults, role)
+        raise _all_of(dict(list(faults.items())[:_MOST_FAULTS]), role)
+    del summary.answer_tokens[answered:]
     _check_enough(summary, role, LEAST_EXAMPLES if least is None and role == "training" else least or 1)
     if template is not None and not summary.trained_tokens:
         raise nothing_trained(role, max_length)
     return summary
+
+
+@dataclass
+class _Part:
+    """What is found in a group of rows. `digests`: the good lines' numbers and conversations. `is_last`: no further row
+    is worth reading."""
+
+    summary: Summary = field(default_factory=Summary)
+    faults: dict[int, InvalidTrainingFile] = field(default_factory=dict)
+    digests: list[tuple[int, bytes]] = field(default_factory=list)
+    is_last: bool = False
+
+
+def _judge(
+    template: ChatTemplate | None, role: FileRole, answered: int, compared: bool, rows: Iterator[Judged]
+) -> _Part:
+    part = _Part()
+    for row in rows:
+        try:
+            example = _take(part.summary, row)
+            if template is not None:
+                _check_answer(part.summary, row.number, template, example, role, answered)
+            if compared:
+                part.digests.append((row.number, _digest(example)))
+        except InvalidTrainingFile as fault:
+            part.faults[row.number] = fault
+            part.is_last = len(part.faults) == _MOST_FAULTS or _is_exhausting(fault)
+            if part.is_last:
+                break
+    return part
 
 
 def _is_exhausting(fault: InvalidTrainingFile) -> bool:
@@ -252,9 +295,8 @@ class Overlap:
         self._lines_of_train: dict[bytes, int] = {}
         self._shared: dict[FileRole, list[str]] = {}
 
-    def add(self, role: FileRole, number: int, example: Example) -> None:
-        """Keeps a training row's digest, or compares a held-out row with those kept."""
-        digest = _digest(example)
+    def add(self, role: FileRole, number: int, digest: bytes) -> None:
+        """Keeps a training row's digest, or compares a held-out row's with those kept."""
         if role == "training":
             self._lines_of_train.setdefault(digest, number)
         elif (twin := self._lines_of_train.get(digest)) is not None:

@@ -1,14 +1,18 @@
 """A file's rows, parsed and encoded: the one loop of validation and trainer.
 
-The texts of a batch of rows are rendered together, which saves most of what an exchange with the renderer costs, and
-while the batch before it is tokenised.
+The texts of a group of rows are rendered together, which saves most of what an exchange with the renderer costs, and
+while the group before it is tokenised. Of a large file several processes prepare a group each (`preparers`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from typing import TypeVar
 
 from tunery.failures import InvalidTrainingFile
+from tunery.rows import preparers
 from tunery.rows.encoding import Encoded, RowEncoder, read_rows
 from tunery.rows.formats import SourceRow
 from tunery.rows.messages import Example, FileRole
@@ -16,10 +20,14 @@ from tunery.rows.preferences import Pair
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
 
+T = TypeVar("T")
+
 _MOST_ROWS = 32
 _MOST_SIZE = 2**20
 MANY_ROWS = 2000
 """Rows after which it pays to look for a faster tokeniser."""
+PROCESSES_FROM = 8000
+"""Rows after which it pays to start processes, which takes each of them two seconds."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,20 @@ class Judged:
     fault: InvalidTrainingFile | None = None
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a file is read: its role, its method's encoder, and with a template how many tokens of a row are kept."""
+
+    role: FileRole
+    encoder: RowEncoder
+    template: ChatTemplate | None
+    max_length: int
+
+
+Digest = Callable[[Iterator[Judged]], T]
+"""What a caller needs of the rows of a group, which are encoded as they are taken. A function that can be pickled, and
+a result that can be."""
+_Group = list[SourceRow]
 _Batch = list[Judged]
 
 
@@ -46,33 +68,57 @@ def encode_rows(
 ) -> Iterator[Judged]:
     """Every row in its order, in memory that does not grow with the file. Raises InvalidTrainingFile where the bytes
     are no rows, after the rows above them."""
-    batches = _parse(read_rows(chunks, role, shape or FileShape(encoder.columns)), role, encoder)
-    if template is None:
-        yield from (row for batch in batches for row in batch)
+    rows = read_rows(chunks, role, shape or FileShape(encoder.columns))
+    for group in _encode_groups(_group(rows, _MOST_ROWS), Reading(role, encoder, template, max_length)):
+        yield from group
+
+
+def digest_rows(
+    chunks: Iterable[bytes], reading: Reading, digest: Digest[T], shape: FileShape | None = None
+) -> Generator[T]:
+    """What `digest` makes of each group of rows, in the file's order; as `encode_rows`, and sooner for large files."""
+    shape = shape or FileShape(reading.encoder.columns)
+    rows = read_rows(chunks, reading.role, shape)
+    first = islice(rows, PROCESSES_FROM) if reading.template is not None else rows
+    for encoded in _encode_groups(_group(first, _MOST_ROWS), reading):
+        yield digest(encoded)
+    rest = _group(rows, preparers.ROWS)
+    if (group := next(rest, None)) is None:
         return
-    for batch, prepared in _render_ahead(template, batches):
-        for row in batch:
-            yield _encode(row, prepared, role, encoder, max_length)
-        if batch[-1].number >= MANY_ROWS:
-            template.hasten()
+    # Each process would find a shape of its own in a file of which no row has had one yet.
+    count = preparers.COUNT if shape.shape is not None else 1
+    with preparers.Preparers(partial(_digest_group, reading, digest), count) as some:
+        for found, used in some.map(chain([group], rest)):
+            shape.used |= used
+            yield found
 
 
-def _parse(rows: Iterator[SourceRow], role: FileRole, encoder: RowEncoder) -> Iterator[_Batch]:
-    batch: _Batch = []
+def _digest_group(reading: Reading, digest: Digest[T], group: _Group) -> tuple[T, dict[str, str]]:
+    """What `digest` makes of a group, and the keys that were read of its rows."""
+    assert reading.template is not None, "without one the file has been read"
+    reading.template.hasten()
+    batch = [_parse_row(source, reading) for source in group]
+    prepared = reading.template.render_ahead(_chats(batch))
+    found = digest(_encode(row, prepared, reading) for row in batch)
+    return found, group[0].shape.used if group[0].shape is not None else {}
+
+
+def _group(rows: Iterator[SourceRow], most_rows: int) -> Iterator[_Group]:
+    group: _Group = []
     size = 0
     try:
         for source in rows:
-            batch.append(_parse_row(source, role, encoder))
+            group.append(source)
             size += _size(source.fields)
-            if len(batch) == _MOST_ROWS or size > _MOST_SIZE:
-                yield batch
-                batch, size = [], 0
+            if len(group) == most_rows or size > _MOST_SIZE:
+                yield group
+                group, size = [], 0
     except InvalidTrainingFile:
-        if batch:
-            yield batch
+        if group:
+            yield group
         raise
-    if batch:
-        yield batch
+    if group:
+        yield group
 
 
 def _size(value: object) -> int:
@@ -84,9 +130,20 @@ def _size(value: object) -> int:
     return sum(map(_size, value)) if isinstance(value, list) else 32
 
 
-def _parse_row(source: SourceRow, role: FileRole, encoder: RowEncoder) -> Judged:
+def _encode_groups(groups: Iterator[_Group], reading: Reading) -> Iterator[Iterator[Judged]]:
+    batches = ([_parse_row(source, reading) for source in group] for group in groups)
+    if reading.template is None:
+        yield from map(iter, batches)
+        return
+    for batch, prepared in _render_ahead(reading.template, batches):
+        yield (_encode(row, prepared, reading) for row in batch)
+        if batch[-1].number >= MANY_ROWS:
+            reading.template.hasten()
+
+
+def _parse_row(source: SourceRow, reading: Reading) -> Judged:
     try:
-        return Judged(source.number, encoder.parse(source, role))
+        return Judged(source.number, reading.encoder.parse(source, reading.role))
     except InvalidTrainingFile as fault:
         return Judged(source.number, fault=fault)
 
@@ -114,11 +171,13 @@ def _chats(batch: _Batch) -> list[Example]:
     return examples + [example.rejected for example in examples if isinstance(example, Pair)]
 
 
-def _encode(row: Judged, template: ChatTemplate, role: FileRole, encoder: RowEncoder, max_length: int) -> Judged:
+def _encode(row: Judged, template: ChatTemplate, reading: Reading) -> Judged:
     if row.example is None:
         return row
     try:
-        encoded = encoder.encode(template, row.example, row.number, max_length=max_length, role=role)
+        encoded = reading.encoder.encode(
+            template, row.example, row.number, max_length=reading.max_length, role=reading.role
+        )
     except InvalidTrainingFile as fault:
         return Judged(row.number, row.example, fault=fault)
     return Judged(row.number, row.example, encoded)

@@ -79,6 +79,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.special_tokens = special_tokens
         self._tokens = Tokens(tokenizer, eos_ids)
+        self._made_of = tokenizer, templates, special_tokens, eos_ids, now
         self._fixed_now = now
         self._ahead: dict[int, tuple[Views, tuple[str, ...], Sequence[Message]]] = {}
         """Of each list of messages, by its identity, what `render_ahead` has found; and the list itself, which must not
@@ -106,6 +107,16 @@ class ChatTemplate:
         special = files.special_tokens({**files.read_json(root / "special_tokens_map.json"), **config})
         eos_ids = files.configured_eos_ids(root, tokenizer, special)
         return cls(tokenizer, files.load_templates(root, config), special, eos_ids, now)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is made anew: what it has compiled and tried stays here."""
+        return type(self), self._made_of
+
+    def __copy__(self) -> Self:
+        """Not as pickled: a copy shares all that was compiled and tried."""
+        made = type(self).__new__(type(self))
+        vars(made).update(vars(self))
+        return made
 
     def hasten(self) -> None:
         """Prepares for many rows: ids stay the same and come faster, after up to a second."""

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
 
 from tunery.datasets import rules
 from tunery.datasets.model import File
@@ -94,7 +93,7 @@ def check_files(case: Case, found: Findings) -> list[str]:
             max_length=case.max_length,
             encoder=find_encoder(case.spec.method, role, case.spec.columns, case.spec.cut_answers),
             answered=_answered(case.spec.evaluation, role),
-            seen=partial(found.overlap.add, role) if len(case.files) > 1 else None,
+            overlap=found.overlap if len(case.files) > 1 else None,
         )
     if case.spec.cut_answers == "limit":
         found.summaries["training"].check_cut_answers(case.max_length)

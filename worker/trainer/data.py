@@ -9,10 +9,12 @@ import hashlib
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from tunery.rows import bulk, encoding, messages
 from tunery.rows.messages import FileRole
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import IGNORED, ChatTemplate
+from worker.trainer.blocks import Block, gather
 from worker.trainer.kernels.attention import Borders
 from worker.trainer.row import Example as Example
 from worker.trainer.row import Row as Row
@@ -66,6 +69,8 @@ class Rows:
     @cached_property
     def lengths(self) -> Sequence[int]:
         """The tokens of each example."""
+        if isinstance(self.examples, StoredExamples):
+            return self.examples.lengths
         return array("l", map(len, self.examples))
 
     @cached_property
@@ -137,32 +142,33 @@ def read_rows(
     Of more than MOST_IN_MEMORY tokens the examples lie in a file beside `path`. Raises InvalidTrainingFile, also when
     no example is left.
     """
-    truncated: list[int] = []
-    unlearnable: list[int] = []
-
-    def read() -> Iterator[list[Example]]:
-        for number, encoded in _encoded(path, template, max_length, role, encoder):
-            yield [Example(tuple(Row(row.input_ids, row.labels) for row in rows)) for rows in encoded.examples]
-            if not encoded.examples:
-                unlearnable.append(number)
-            elif encoded.truncated:
-                truncated.append(number)
-
-    examples = keep(read(), path.parent, MOST_IN_MEMORY)
+    lines = _Lines()
+    examples = keep(lines.read(path, bulk.Reading(role, encoder, template, max_length)), path.parent, MOST_IN_MEMORY)
     if not examples:
         raise encoding.nothing_trained(role, max_length)
-    return Rows(examples, tuple(truncated), tuple(unlearnable))
+    return Rows(examples, tuple(lines.truncated), tuple(lines.unlearnable))
 
 
-def _encoded(
-    path: Path, template: ChatTemplate, max_length: int, role: FileRole, encoder: encoding.RowEncoder
-) -> Iterator[tuple[int, encoding.Encoded]]:
-    with path.open("rb") as file:
-        chunks = iter(lambda: file.read(_CHUNK_BYTES), b"")
-        for row in bulk.encode_rows(chunks, role, encoder, template, max_length=max_length):
-            if row.encoded is None:
-                raise row.fault or AssertionError("a row without a fault is encoded")
-            yield row.number, row.encoded
+class _Lines:
+    """Reads a file's lines, and keeps which of them were cut and which left out."""
+
+    def __init__(self) -> None:
+        self.truncated: list[int] = []
+        self.unlearnable: list[int] = []
+
+    def read(self, path: Path, reading: bulk.Reading) -> Iterator[Block]:
+        """The examples. Raises InvalidTrainingFile."""
+        with path.open("rb") as file, closing(bulk.digest_rows(_chunks(file), reading, gather)) as blocks:
+            for block in blocks:
+                if block.fault is not None:
+                    raise block.fault
+                self.truncated += block.truncated
+                self.unlearnable += block.unlearnable
+                yield block
+
+
+def _chunks(file: IO[bytes]) -> Iterator[bytes]:
+    return iter(lambda: file.read(_CHUNK_BYTES), b"")
 
 
 def read_parsed(
@@ -170,7 +176,7 @@ def read_parsed(
 ) -> Iterator[tuple[int, messages.Example]]:
     """The file's lines, parsed, with their numbers. Raises InvalidTrainingFile."""
     with path.open("rb") as file:
-        for row in encoding.read_rows(iter(lambda: file.read(_CHUNK_BYTES), b""), role, FileShape(encoder.columns)):
+        for row in encoding.read_rows(_chunks(file), role, FileShape(encoder.columns)):
             yield row.number, encoder.parse(row, role)
 
 

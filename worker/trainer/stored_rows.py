@@ -8,14 +8,16 @@ import os
 import tempfile
 import weakref
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import chain
+from itertools import accumulate, chain, islice
+from operator import sub
 from pathlib import Path
 from typing import IO, TypeVar, overload
 
 import numpy
 
+from worker.trainer.blocks import Block
 from worker.trainer.row import Example, Row
 from worker.trainer.whole_folders import room_for
 
@@ -70,13 +72,12 @@ class Store:
         """How many rows stand in the examples up to each."""
         self.reference = array("d")
 
-    def add(self, example: Example) -> None:
-        """Writes an example behind the others."""
-        for row in example.rows:
-            self._file.write(numpy.array([row.input_ids, row.labels], dtype=_ID).tobytes())
-            self._ends.append(self._ends[-1] + len(row))
-            self.labelled.append(row.labelled)
-        self.example_ends.append(len(self.labelled))
+    def add(self, block: Block) -> None:
+        """Writes a block's examples behind the others."""
+        self._file.write(block.data)
+        self._ends.extend(islice(accumulate(block.lengths, initial=self._ends[-1]), 1, None))
+        self.labelled.extend(block.labelled)
+        self.example_ends.extend(islice(accumulate(block.rows, initial=self.example_ends[-1]), 1, None))
 
     def flush(self) -> None:
         """To be called before the first row is read."""
@@ -85,6 +86,12 @@ class Store:
     def length(self, number: int) -> int:
         """The tokens of a row."""
         return self._ends[number + 1] - self._ends[number]
+
+    @property
+    def example_lengths(self) -> "array[int]":
+        """The tokens of each example."""
+        ends = array("q", map(self._ends.__getitem__, self.example_ends))
+        return array("l", map(sub, islice(ends, 1, None), ends))
 
     def read(self, number: int, part: int) -> list[int]:
         """The ids (part 0) or labels (part 1) of a row."""
@@ -140,6 +147,11 @@ class StoredExamples(_Lazy[Example]):
         return self._store.example(place) if place < self._stored else self._more[place - self._stored]
 
     @property
+    def lengths(self) -> "array[int]":
+        """The tokens of each example."""
+        return self._store.example_lengths + array("l", map(len, self._more))
+
+    @property
     def rows(self) -> Sequence[Row]:
         """The rows of all examples, one behind the other."""
         stored = len(self._store.labelled)
@@ -155,25 +167,29 @@ class StoredExamples(_Lazy[Example]):
         self._store.reference = array("d", (number for each in numbers for number in each))
 
 
-def keep(examples: Iterable[list[Example]], folder: Path, most_in_memory: int) -> "list[Example] | StoredExamples":
-    """The examples, which come in groups: in a list up to so many tokens, above that in a file in `folder`. Raises
-    DiskFull."""
-    held: list[Example] = []
-    tokens, groups = 0, iter(examples)
-    for group in groups:
-        held += group
-        tokens += sum(map(len, group))
+def keep(blocks: Iterable[Block], folder: Path, most_in_memory: int) -> "list[Example] | StoredExamples":
+    """The blocks' examples: in a list up to so many tokens, above that in a file in `folder`. Raises DiskFull."""
+    held: list[Block] = []
+    tokens, coming = 0, iter(blocks)
+    for block in coming:
+        held.append(block)
+        tokens += block.tokens
         if tokens > most_in_memory:
             with room_for("a file's tokens", folder, folder / ".tokens"):
-                return _store(chain([held], groups), folder)
-    return held
+                return _store(chain(_let_go(held), coming), folder)
+    return [example for block in _let_go(held) for example in block.examples()]
 
 
-def _store(groups: Iterable[list[Example]], folder: Path) -> StoredExamples:
+def _let_go(held: list[Block]) -> Iterator[Block]:
+    """Each block, which is then held here no longer."""
+    held.reverse()
+    while held:
+        yield held.pop()
+
+
+def _store(blocks: Iterable[Block], folder: Path) -> StoredExamples:
     store = Store(folder)
-    for group in groups:
-        for example in group:
-            store.add(example)
-        group.clear()  # the first holds all that was in memory
+    for block in blocks:
+        store.add(block)
     store.flush()
     return StoredExamples(store)

@@ -1,0 +1,74 @@
+"""Rows of tokens as bytes: how they come from the processes that prepare a large file, and lie in a file.
+
+Knows no torch, since those processes import it.
+"""
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from tunery.failures import InvalidTrainingFile
+from tunery.rows.bulk import Judged
+from worker.trainer.row import Example, Row
+
+_ID = "i"  # four bytes
+
+
+@dataclass
+class Block:
+    """Examples one behind the other, and what became of the lines that they were made of.
+
+    `data`: of each row its ids, then its labels. `lengths` and `labelled`: of each row. `rows`: of each example.
+    `truncated`, `unlearnable`: see `data.Rows`. `fault`: of the line at which reading ends.
+    """
+
+    data: bytearray = field(default_factory=bytearray)
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))
+    labelled: "array[int]" = field(default_factory=lambda: array("l"))
+    rows: "array[int]" = field(default_factory=lambda: array("l"))
+    truncated: list[int] = field(default_factory=list)
+    unlearnable: list[int] = field(default_factory=list)
+    fault: InvalidTrainingFile | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of all examples."""
+        return sum(self.lengths)
+
+    def add(self, example: Sequence[Row]) -> None:
+        """Puts an example's rows behind the others."""
+        for row in example:
+            self.data += array(_ID, row.input_ids).tobytes()
+            self.data += array(_ID, row.labels).tobytes()
+            self.lengths.append(len(row.input_ids))
+            self.labelled.append(row.labelled)
+        self.rows.append(len(example))
+
+    def examples(self) -> Iterator[Example]:
+        """The examples, with lists of ids and labels."""
+        ids, start = array(_ID, bytes(self.data)), 0
+        lengths = iter(self.lengths)
+        for count in self.rows:
+            rows = []
+            for length in islice(lengths, count):
+                end = start + length
+                rows.append(Row(ids[start:end].tolist(), ids[end : end + length].tolist()))
+                start = end + length
+            yield Example(tuple(rows))
+
+
+def gather(judged: Iterable[Judged]) -> Block:
+    """The examples of encoded lines, up to the first with a fault."""
+    block = Block()
+    for line in judged:
+        if line.encoded is None:
+            block.fault = line.fault
+            break
+        for rows in line.encoded.examples:
+            block.add([Row(row.input_ids, row.labels) for row in rows])
+        if not line.encoded.examples:
+            block.unlearnable.append(line.number)
+        elif line.encoded.truncated:
+            block.truncated.append(line.number)
+    return block
