@@ -248,6 +248,33 @@ class Exported(Message):
     is_refused: bool = False
 
 
+class Spent(Message):
+    """What a part of a run took. What its units are, `worker.trainer.pace` says."""
+
+    seconds: float
+    units: float
+
+
+class StepTimes(Message):
+    """Sums over optimizer steps, from which a line is fitted: seconds of a step, and of each of its tokens."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: float = 0.0
+    tokens_squared: float = 0.0
+    seconds_tokens: float = 0.0
+
+    def add(self, seconds: float, tokens: float) -> "StepTimes":
+        """Returns the sums with one more step."""
+        return StepTimes(
+            steps=self.steps + 1,
+            seconds=self.seconds + seconds,
+            tokens=self.tokens + tokens,
+            tokens_squared=self.tokens_squared + tokens * tokens,
+            seconds_tokens=self.seconds_tokens + seconds * tokens,
+        )
+
+
 class Finished(Message):
     """`out/` is complete. The process exits 0 after this."""
 
@@ -259,6 +286,8 @@ class Finished(Message):
     seconds: float
     peak_memory_bytes: int | None = Field(None, description="Most bytes allocated on one GPU")
     stopped_early: bool = False
+    spent: dict[str, Spent] = Field({}, description="What the run's parts took, by name")
+    step_times: StepTimes | None = None
 
 
 class Paused(Message):

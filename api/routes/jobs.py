@@ -11,7 +11,7 @@ from api.dependencies import CallerDep, SessionDep, SettingsDep
 from api.schemas import dry_runs, runs
 from api.schemas import jobs as wire
 from api.schemas.wire import CursorList, ListOf, errors
-from tunery.jobs import creation, dry_run, gate, ledger, queries, rerun, waiting
+from tunery.jobs import creation, dry_run, gate, ledger, queries, quoting, rerun, waiting
 from tunery.jobs.model import Job
 from tunery.settings import Settings
 
@@ -44,7 +44,8 @@ def _shown_all(session: Session, settings: Settings, jobs: Sequence[Job]) -> lis
 def _created(session: Session, settings: Settings, job: Job) -> dry_runs.DryRunJob | wire.Job:
     """A new job, or what would be one: a dry run's job is in no session."""
     if object_session(job) is None:
-        return dry_runs.of(dry_run.judge(session, job), organization=settings.organization)
+        return dry_runs.of(dry_run.judge(session, job, settings), organization=settings.organization)
+    quoting.keep_first(session, job, settings)
     session.refresh(job)
     return _shown(session, settings, job)
 

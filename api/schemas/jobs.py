@@ -11,6 +11,7 @@ from api.schemas.wire import Body, Wire, answer_of, maybe_seconds, seconds
 from tunery.jobs import model
 from tunery.jobs.request import DpoHyperparameters, JobRequest, SupervisedHyperparameters
 from tunery.jobs.states import State
+from tunery.planning.quote import Actual, Quote
 from tunery.spec import Hyperparameters, RequestedOptions, Technique, TrainingOptions
 from tunery.wire import Scorecard
 
@@ -106,6 +107,21 @@ class PublishModel(Body):
 
 # --- what is answered ---------------------------------------------------------------------------------------------
 
+QUOTE: dict[str, Any] = {
+    "device": "NVIDIA H200",
+    "gpus": 1,
+    "seconds": {"low": 31.0, "expected": 36.5, "high": 43.8},
+    "gpu_hours": {"low": 0.0086, "expected": 0.0101, "high": 0.0122},
+    "cost": {"low": 0.0388, "expected": 0.0456, "high": 0.0547},
+    "currency": "USD",
+    "parts": {"start": 24.1, "training": 8.4, "evaluation": 0.0, "saving": 4.0, "export": 0.0},
+    "tokens": 189844,
+    "tokens_from": "report",
+    "speed_from": "same",
+    "measured": ["ftjob-def456"],
+    "basis": "Tokens are those of the file's report; the speed is that of the last run here of this base ...",
+    "at_creation": None,
+}
 JOB: dict[str, Any] = {
     "object": "fine_tuning.job",
     "id": "ftjob-abc123",
@@ -147,6 +163,8 @@ JOB: dict[str, Any] = {
     **RequestedOptions().model_dump(mode="json"),
     "priority": 0,
     "scorecard": None,
+    "quote": QUOTE,
+    "actual": None,
     "warnings": [],
 }
 
@@ -279,6 +297,8 @@ class Job(_Answered, OpenAIJob):
     gate: GateAnswer | None = Field(description="What the model had to show to be published, and what came of it")  # type: ignore[assignment]  # an answer says more
     priority: int
     scorecard: Scorecard | None = Field(description="Base and tuned model on the same test rows")
+    quote: Quote | None = Field(description="What the run is expected to take in time and money")
+    actual: Actual | None = Field(description="What it took, once it has succeeded")
     warnings: list[str]
 
 
@@ -321,6 +341,8 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str], waits_for:
         progress=Progress(**{**row.progress, "step": row.step, "total_steps": row.total_steps}),
         priority=row.priority,
         scorecard=None if row.scorecard is None else Scorecard.model_validate(row.scorecard),
+        quote=None if row.quote is None else Quote.model_validate(row.quote),
+        actual=None if row.actual is None else Actual.model_validate(row.actual),
         warnings=list(warnings),
         **(_options(settled) | {"gate": _gate(row, settled.get("gate"))}),
     )

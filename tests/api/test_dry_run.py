@@ -51,6 +51,10 @@ def test_nothing_is_stored_and_every_auto_is_a_number(
     facts = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     facts |= {"num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True, "params": 150_000}
     assert found.memory["cuda"].bytes == memory.estimate(facts, Lora(), max_seq_length=2048).bytes
+    assert found.quote is not None
+    assert (found.quote.device, found.quote.speed_from, found.quote.tokens_from) == ("T4", "estimated", "bytes")
+    assert found.quote.cost is not None
+    assert found.quote.seconds.low < found.quote.seconds.expected < found.quote.seconds.high
     assert found.preview == f"/v1/files/{file_id}/preview?model={ALIAS}&max_tokens=2048"
     assert any("12 examples are few" in text for text in found.warnings)
     assert any("No worker for training has come yet" in text for text in found.warnings)
@@ -58,6 +62,7 @@ def test_nothing_is_stored_and_every_auto_is_a_number(
 
     kept = client.fine_tuning.jobs.create(model=ALIAS, training_file=file_id, extra_headers=again)
     assert "dry_run" not in kept.to_dict()
+    assert kept.to_dict()["quote"] == found.quote.model_dump(mode="json")
     assert client.fine_tuning.jobs.retrieve(kept.id).id == kept.id
     tried = team.http.post(f"{ROUTE}/{kept.id}/rerun", json={"dry_run": True, "seed": 3}).json()
     assert (tried["dry_run"], tried["seed"], tried["rerun_of"]) == (True, 3, kept.id)

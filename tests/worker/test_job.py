@@ -2,14 +2,16 @@
 
 import json
 
+import pytest
 from sqlalchemy import select
 from workshop import Workshop, training_rows
 
 from tunery.artifacts import manifest
 from tunery.artifacts.model import Artifact
 from tunery.datasets.model import File
-from tunery.jobs.model import Checkpoint, HostDevice, JobEvent, Metric
+from tunery.jobs.model import Checkpoint, HostDevice, Job, JobEvent, Metric
 from tunery.models.model import Model
+from tunery.planning.quote import Actual, Quote
 from tunery.wire import Score
 
 
@@ -37,6 +39,7 @@ def test_a_job_runs_to_its_end_without_any_broker(workshop: Workshop) -> None:
     _check_results(workshop, str(job.result_file))
     _check_checkpoints(workshop, job_id)
     assert Score.model_validate(job.scorecard).rows == 2
+    _check_quote(workshop, job)
     (attempt,) = workshop.attempts(job_id)
     assert (attempt.outcome, attempt.lease_until) == ("succeeded", None)
     assert "trainable params: 2,048" in workshop.log(job_id)
@@ -62,6 +65,23 @@ def _check_story(workshop: Workshop, job_id: str, files: str, model: str) -> Non
     ]
     assert [line for line in told if line in wanted] == wanted
     assert any(line.startswith("Scorecard on 2 test rows: exact match") for line in told)
+
+
+def _check_quote(workshop: Workshop, job: Job) -> None:
+    """Nothing had run before, so it was a guess; its event says what the run took beside it."""
+    quoted, actual = Quote.model_validate(job.quote), Actual.model_validate(job.actual)
+    assert (quoted.device, quoted.speed_from, quoted.tokens_from) == ("CPU", "estimated", "rows")
+    assert quoted.tokens == job.trained_tokens
+    assert actual.of_quoted == pytest.approx(actual.seconds / quoted.seconds.expected, abs=0.01)
+    assert (actual.device, actual.gpus, actual.gpu_hours, actual.cost) == ("CPU", 0, 0, None)
+    (attempt,) = workshop.attempts(job.id)
+    assert attempt.ended_at is not None
+    took = (attempt.ended_at - attempt.started_at).total_seconds()
+    assert actual.seconds == pytest.approx(took, abs=1)
+    assert any(line.startswith("The run took ") and " quoted were " in line for line in workshop.story(job.id))
+    kept = job.actual["kept"]
+    assert (kept["steps"], kept["step_times"]["steps"], kept["spent"]["answer"]["units"]) == (12, 11, 2 * 2 + 4 * 2)
+    assert sum(part["seconds"] for part in kept["spent"].values()) <= kept["trainer_seconds"] <= actual.seconds
 
 
 def _check_metrics(workshop: Workshop, job_id: str) -> None:

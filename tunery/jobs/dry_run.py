@@ -11,12 +11,14 @@ from tunery.datasets import reports
 from tunery.datasets.model import File, FileReport
 from tunery.datasets.rules import LEAST_EXAMPLES
 from tunery.failures import InvalidNExamples, JobFailure
-from tunery.jobs import leases, placing
+from tunery.jobs import leases, placing, quoting
 from tunery.jobs.model import Job
 from tunery.jobs.states import State
 from tunery.models.model import Model
 from tunery.planning import advice, advisor, capacity
 from tunery.planning.memory import Estimate
+from tunery.planning.prices import Prices
+from tunery.planning.quote import Quote
 from tunery.spec import Plan, TrainingSpec
 
 
@@ -24,23 +26,25 @@ from tunery.spec import Plan, TrainingSpec
 class DryRun:
     """A job of no session, the report of its training file, and what was found.
 
-    `memory`: what it needs by kind of device. Without a report that is ready the job has no plan, for which the rows
-    have to be counted.
+    `memory`: what it needs by kind of device; `quote`: what it would take. Without a report that is ready the job has
+    no plan, for which the rows have to be counted, and its quote is a guess.
     """
 
     job: Job
     report: FileReport | None
     memory: dict[str, Estimate] = field(default_factory=dict)
+    quote: Quote | None = None
     warnings: list[str] = field(default_factory=list)
 
 
-def judge(session: Session, job: Job) -> DryRun:
+def judge(session: Session, job: Job, prices: Prices) -> DryRun:
     """What becomes of a job that is not stored. One that its validation would fail is failed, with the reason."""
     job.created_at, job.state, job.step, job.progress = datetime.now(UTC), State.VALIDATING.value, 0, {}
     file = session.get_one(File, job.training_file)
     found = DryRun(job, reports.of_files(session, [file]).get(file.id))
     try:
         _plan(session, found)
+        found.quote = quoting.first(session, job, prices)
     except JobFailure as error:
         job.state = State.FAILED.value
         job.error_code, job.error_message, job.error_param = error.code, error.message, error.param

@@ -27,7 +27,8 @@ class Job(Base):
     not come, `reserved_host` takes no smaller job. `tidied`: no object is left in
     storage that the ended job made and no row names. `removed_records`: kinds of its records (`events`, `metrics`,
     `logs`) that were removed because they were old. `gate`: what the gate said of its model, and `published`, who
-    published a withheld one and why.
+    published a withheld one and why. `quote`: what its run is expected to take, `actual`:
+    what it took, with what later quotes are made of (`jobs.quoting`); both are null in jobs of older releases.
     """
 
     __tablename__ = "jobs"
@@ -96,6 +97,8 @@ class Job(Base):
     progress: Mapped[dict[str, Any]] = mapped_column(default=dict)
     scorecard: Mapped[dict[str, Any] | None]
     gate: Mapped[dict[str, Any] | None]
+    quote: Mapped[dict[str, Any] | None]
+    actual: Mapped[dict[str, Any] | None]
     snapshot: Mapped[str | None]
     snapshot_step: Mapped[int | None]
     tidied: Mapped[bool] = mapped_column(default=False)

@@ -8,7 +8,7 @@ from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from tunery import db
-from tunery.jobs import ledger
+from tunery.jobs import ledger, quoting
 from tunery.jobs.leases import Lease
 from tunery.jobs.model import Attempt, Job
 from tunery.jobs.states import State
@@ -142,6 +142,7 @@ def _start(session: Session, job: Job, offer: Offer, free: Devices, lease_second
         phase="starting",
         reserved_host=None,
         reserved_until=None,
+        estimated_finish=quoting.expected_finish(session, job),
     )
     attempt = Attempt(
         job_id=job.id,

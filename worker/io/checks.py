@@ -17,6 +17,7 @@ from tunery.jobs import placing
 from tunery.jobs.model import HostDevice
 from tunery.models.model import Model
 from tunery.planning import advice
+from tunery.planning.workload import Counts
 from tunery.rows.encoding import find_encoder
 from tunery.rows.messages import FileRole
 from tunery.rows.template import ChatTemplate
@@ -55,6 +56,7 @@ class Verdict:
     gpu_bytes: int
     cpu_bytes: int | None
     warnings: list[str]
+    counts: Counts
 
 
 @dataclass
@@ -77,7 +79,7 @@ def judge(case: Case, settings: Settings, storage: Storage) -> Verdict:
     template = ChatTemplate.load(texts, now=case.now)
     found = Findings(storage, template)
     warnings = [warning for check in CHECKS for warning in check(case, found)]
-    return Verdict(found.plan, found.gpu_bytes, _cpu_bytes(case, found), warnings)
+    return Verdict(found.plan, found.gpu_bytes, _cpu_bytes(case, found), warnings, _counts(found.summaries))
 
 
 def check_files(case: Case, found: Findings) -> list[str]:
@@ -171,6 +173,19 @@ def _plan(case: Case, summaries: Mapping[FileRole, Summary]) -> Plan:
         examples=summaries["training"].examples,
         longest_answer=max(answers, default=None),
         model=case.model,
+    )
+
+
+def _counts(summaries: Mapping[FileRole, Summary]) -> Counts:
+    """What a quote is made of, counted row by row."""
+    training, valid, test = (summaries.get(role) for role in ("training", "validation", "test"))
+    assert training is not None, "a job has a training file"
+    return Counts(
+        examples=training.examples - len(training.left_out) - len(training.unlearnable),
+        tokens=training.tokens,
+        source="rows",
+        valid_tokens=valid.tokens if valid else 0,
+        test_rows=test.examples - len(test.unscorable) if test else 0,
     )
 
 

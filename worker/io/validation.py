@@ -9,7 +9,7 @@ from tunery.datasets.model import File
 from tunery.db import UNREACHABLE
 from tunery.errors import TuneryError, Unavailable
 from tunery.failures import InvalidTrainingFile, JobFailure, ValidationBroke, ValidationLost
-from tunery.jobs import leases, ledger
+from tunery.jobs import leases, ledger, quoting
 from tunery.jobs.model import Job
 from tunery.jobs.states import State
 from tunery.models import imports
@@ -72,13 +72,13 @@ def _settle(job_id: str, settings: Settings, storage: Storage) -> None:
     if not _announce(job_id):
         return
     try:
-        _record(job_id, _verdict(job_id, settings, storage))
+        _record(job_id, _verdict(job_id, settings, storage), settings)
     except Exception:
         _INTERRUPTED.add(job_id)
         raise
 
 
-def _record(job_id: str, verdict: Verdict | TuneryError) -> None:
+def _record(job_id: str, verdict: Verdict | TuneryError, settings: Settings) -> None:
     with db.transaction() as session:
         job = session.get_one(Job, job_id, with_for_update=True)
         if job.state != State.VALIDATING:  # cancelled meanwhile
@@ -94,6 +94,7 @@ def _record(job_id: str, verdict: Verdict | TuneryError) -> None:
                 cpu_bytes=verdict.cpu_bytes,
                 warnings=verdict.warnings,
             )
+            quoting.requote(session, job, verdict.counts, settings)
 
 
 def _announce(job_id: str) -> bool:

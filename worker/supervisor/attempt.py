@@ -28,7 +28,7 @@ from tunery.datasets import shelf
 from tunery.db import UNREACHABLE
 from tunery.errors import TuneryError
 from tunery.failures import JobFailure, TrainingCrashed
-from tunery.jobs import leases, ledger
+from tunery.jobs import leases, ledger, quoting
 from tunery.jobs.errors import LeaseLost
 from tunery.jobs.leases import Lease
 from tunery.jobs.model import Job
@@ -51,6 +51,7 @@ _SILENCE = 0.5
 """Seconds without a message after which batches are written all the same."""
 
 _WHOLE_RUN = 6 * 3600
+_NO_PROGRESS = {"type", "path", "spent", "step_times"}
 """Seconds for which a finished run waits for storage: doing it again would take longer."""
 
 LastDeed = Callable[[Session], None]
@@ -181,13 +182,14 @@ def _succeed(
     if not job.withholds_model:
         registry.publish(session, job.id)  # its checkpoints, which waited for the gate
     file = shelf.shelve(session, job.project_id, published.table, purpose=shelf.RESULTS, filename=RESULTS)
+    quoting.conclude(session, job, lease, finished, settings)
     leases.finish(
         session,
         lease,
         tuned_model=model.id,
         trained_tokens=finished.trained_tokens,
         result_file=file.id,
-        progress={**job.progress, **finished.model_dump(mode="json", exclude={"type", "path"})},
+        progress={**job.progress, **finished.model_dump(mode="json", exclude=_NO_PROGRESS)},
     )
 
 

@@ -30,13 +30,12 @@ def train(t: Training, progress: Progress) -> bool:
     saved_at = time.monotonic()
     before, first = _sample(t.parameters.values()), progress.step
     while progress.step < t.total_steps and not progress.stopped_early:
-        began = time.monotonic()
+        began, tokens = time.monotonic(), progress.tokens
         message, asked = _take_step(t, progress)
         seconds = time.monotonic() - began
         progress.seconds += seconds
         glimpse = _glimpse(t, progress.step)
-        t.pace.note("step", time.monotonic() - began)
-        t.pace.step = progress.step
+        t.pace.take_step(progress.step, time.monotonic() - began, progress.tokens - tokens)
         t.voice.say(message.model_copy(update={"seconds": seconds, "seconds_left": t.pace.left()} | glimpse))
         if progress.step == first + 3:
             _check_moved(t.parameters.values(), before)

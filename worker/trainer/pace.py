@@ -1,10 +1,15 @@
-"""How long a run still takes: its steps, the evaluations and files between them, and what follows the last step."""
+"""How long a run still takes: its steps, the evaluations and files between them, and what follows the last step.
+
+What the parts took is kept to the end, for the quotes of later runs.
+"""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
+
+from tunery.wire import Spent, StepTimes
 
 Part = Literal["step", "validation", "checkpoint", "answer", "general", "saving", "exports"]
 
@@ -51,6 +56,33 @@ class Pace:
     _general_tokens: int = 0
     _export_bytes: int = 0
     _export_tokens: int = 0
+    _spent: dict[Part, Spent] = field(default_factory=dict)
+    _step_times: StepTimes = field(default_factory=StepTimes)
+    _prepared: float = 0.0
+
+    def end_preparation(self, seconds: float) -> None:
+        """Notes that training begins after so many `seconds`; what was measured meanwhile counts as itself."""
+        self._prepared = max(0.0, seconds - sum(part.seconds for part in self._spent.values()))
+
+    def take_step(self, step: int, seconds: float, tokens: int) -> None:
+        """Counts an optimizer step in. The run's first one, which warms up, says nothing of the others' time."""
+        if self._times.get("step"):
+            self._step_times = self._step_times.add(seconds, tokens)
+        self.note("step", seconds)
+        self.step = step
+
+    def spent(self) -> dict[str, Spent]:
+        """What the parts took. Units: steps, validated tokens, checkpoints, answers, tokens of the benchmark."""
+        found: dict[str, Spent] = {"prepare": Spent(seconds=self._prepared, units=1)}
+        found |= {str(part): spent for part, spent in self._spent.items()}
+        if (validation := self._spent.get("validation")) is not None:
+            found["validation"] = Spent(seconds=validation.seconds, units=validation.units * self.work.valid_tokens)
+        return found
+
+    @property
+    def step_times(self) -> StepTimes:
+        """The times of all steps but the first."""
+        return self._step_times
 
     def expect_answers(self, answers: int, *, batch: int, tokens: int, prompt: float) -> None:
         """Counts in answers of at most `tokens` tokens to prompts of about `prompt`, `batch` of them at once."""
@@ -70,14 +102,16 @@ class Pace:
         """Takes the time of a part, or of `count` equal ones. What raises is not counted."""
         began = time.monotonic()
         yield
-        self.note(part, (time.monotonic() - began) / max(1, count))
+        self.note(part, (time.monotonic() - began) / max(1, count), max(1, count))
         if part == "answer":
             self._answers = max(0, self._answers - count)
         if part == "general":
             self._general_tokens = max(0, self._general_tokens - count)
 
-    def note(self, part: Part, seconds: float) -> None:
-        """Counts a part's time in, the recent ones weighing more."""
+    def note(self, part: Part, seconds: float, count: int = 1) -> None:
+        """Counts the time of each of `count` equal parts in, the recent ones weighing more."""
+        before = self._spent.get(part, Spent(seconds=0, units=0))
+        self._spent[part] = Spent(seconds=before.seconds + seconds * count, units=before.units + count)
         times = self._times[part] = self._times.get(part, 0) + 1
         mean = self._seconds.get(part, 0.0)
         self._seconds[part] = mean + (seconds - mean) * max(0.05, 1 / times)

@@ -58,6 +58,7 @@ def carry_out(folder: Path, voice: Voice, wish: Wish) -> bool:
         progress = _resume(t)
         _announce(t, progress)
         voice.say(Phase(phase="training"))
+        t.pace.end_preparation(time.monotonic() - began)
         done = train(t, progress)
         if done:
             scored = comparison.score(
@@ -182,4 +183,6 @@ def _finished(t: Training, progress: Progress, began: float) -> Finished:
         seconds=time.monotonic() - began,
         peak_memory_bytes=max(t.ranks.gather(torch.cuda.max_memory_allocated(t.device))) if on_gpu else None,
         stopped_early=progress.stopped_early,
+        spent=t.pace.spent(),
+        step_times=t.pace.step_times,
     )

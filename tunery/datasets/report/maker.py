@@ -92,8 +92,16 @@ class Report:
         return (
             found
             | {"counts": dict(self.counts()), "usable": self.usable}
+            | self._tokens()
             | (self.verdict.as_dict() if self.verdict else {})
         )
+
+    def _tokens(self) -> dict[str, Any]:
+        """Rows that a base's tokenizer has counted, and all of their tokens."""
+        found = self.figures.get("tokens")
+        if not found or not found["total"]:
+            return {}
+        return {"tokens": {"rows": found["spreads"]["row"]["count"], "total": found["total"]}}
 
     def as_dict(self) -> dict[str, Any]:
         """The report for programs."""

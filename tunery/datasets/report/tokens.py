@@ -69,11 +69,12 @@ class Lengths:
     def figures(self, base: str) -> dict[str, Any]:
         """The distributions, and what each candidate length would cut."""
         if not self._rows:
-            return {"base": base, "max_tokens": self.max_tokens, "spreads": {}, "lengths": []}
+            return {"base": base, "max_tokens": self.max_tokens, "total": 0, "spreads": {}, "lengths": []}
         spreads = {"row": _spread(self._rows)} | {name: _spread(found) for name, found in self._parts.items()}
         return {
             "base": base,
             "max_tokens": self.max_tokens,
+            "total": sum(self._rows),
             "spreads": spreads,
             "lengths": [self._cut(length) for length in _candidates(max(self._rows))],
         }

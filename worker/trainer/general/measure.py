@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from tunery.planning.workload import ITEMS, PROMPTS
 from tunery.spec import Auto
 from tunery.wire import Forgetting, GeneralScore
 from worker.trainer.data import Row
@@ -17,8 +18,6 @@ from worker.trainer.general.forgetting import Moved, Reference
 from worker.trainer.scoring.intervals import bootstrap_interval, mcnemar, paired_interval
 from worker.trainer.training import Training
 
-ITEMS = {"cpu": 100, "cuda": 800}
-PROMPTS = {"cpu": 20, "cuda": 100}
 _LONGEST = 512
 """Tokens of a prompt with its answer; more are cut off."""
 

@@ -1,0 +1,216 @@
+"""Quotes of jobs, made of their files and of the runs that ended here, and held against what the jobs took.
+
+Callers own the transaction.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, select
+from sqlalchemy.orm import Session
+
+from tunery import db
+from tunery.datasets import reports
+from tunery.datasets.model import File, FileReport
+from tunery.failures import JobFailure
+from tunery.jobs import leases, ledger, placing
+from tunery.jobs.leases import Lease
+from tunery.jobs.model import Attempt, HostDevice, Job
+from tunery.jobs.states import State
+from tunery.models.model import Model
+from tunery.planning import advice, cards, quote, workload
+from tunery.planning.memory import GIB
+from tunery.planning.prices import Prices
+from tunery.planning.quote import Actual, Quote
+from tunery.planning.speed import Record
+from tunery.planning.workload import Counts
+from tunery.spec import Plan, TrainingSpec
+from tunery.wire import Finished, Spent, StepTimes
+
+_SIZES = {"hidden_size", "num_hidden_layers", "vocab_size"}
+_RECORDS = 20
+_USABLE = 0.93
+"""The share of a card's memory that its driver leaves to programs, about."""
+
+
+# --- before the run -----------------------------------------------------------------------------------------------
+
+
+def first(session: Session, job: Job, prices: Prices) -> Quote | None:
+    """The quote of a job whose files nobody has read for it: its tokens are those of a report, or a guess.
+
+    None where no device here and no card of the table could take it, and for a base of unknown sizes.
+    """
+    spec = TrainingSpec.model_validate(job.spec)
+    facts, devices = session.get_one(Model, job.base_model).facts, leases.devices(session)
+    if not facts.keys() >= _SIZES:
+        return None
+    counts = _counts(session, job, advice.max_length(spec, facts))
+    try:
+        plan = placing.make_plan(
+            spec, facts, devices, examples=counts.examples, longest_answer=None, model=job.model_name
+        )
+    except JobFailure:
+        return None
+    return of_plan(session, job, plan, counts, prices, devices=devices)
+
+
+def keep_first(session: Session, job: Job, prices: Prices) -> None:
+    """Keeps the first quote with a job that has just been created."""
+    if job.state == State.VALIDATING and job.quote is None and (made := first(session, job, prices)) is not None:
+        job.quote = made.model_dump(mode="json")
+        session.flush()
+
+
+def requote(session: Session, job: Job, counts: Counts, prices: Prices) -> None:
+    """Replaces a job's quote by one of the rows that were counted; what it was at its creation stays beside it."""
+    plan = Plan.model_validate(job.plan)
+    made = of_plan(session, job, plan, counts, prices, devices=leases.devices(session))
+    if made is not None:
+        at_creation = None if job.quote is None else job.quote["seconds"]
+        job.quote = made.model_copy(update={"at_creation": at_creation}).model_dump(mode="json")
+        session.flush()
+
+
+def of_plan(
+    session: Session, job: Job, plan: Plan, counts: Counts, prices: Prices, *, devices: Sequence[HostDevice]
+) -> Quote | None:
+    """The quote of a job whose plan is made, on the device that would be claimed for it."""
+    facts = session.get_one(Model, job.base_model).facts
+    device = _device(plan, facts, devices)
+    if device is None:
+        return None
+    work = workload.of_job(plan, facts, counts, "cpu" if device == "CPU" else "cuda")
+    return quote.make(work, device, _records(session, job, device), prices)
+
+
+def _device(plan: Plan, facts: Mapping[str, Any], devices: Sequence[HostDevice]) -> str | None:
+    """The smallest GPU that will do, which the queue takes; without any worker yet, the smallest card of the table."""
+    need = placing.need(plan, facts, "cuda").bytes
+    if gpus := placing.find_gpus(devices):
+        fitting = [gpu for gpu in gpus if gpu.memory_bytes >= need]
+        return min(fitting, key=lambda gpu: gpu.memory_bytes).device if fitting else None
+    if devices:
+        return "CPU"
+    known = [card for card in cards.CARDS if card.gigabytes * GIB * _USABLE >= need]
+    return min(known, key=lambda card: (card.gigabytes, card.price)).name if known else None
+
+
+def _counts(session: Session, job: Job, max_length: int) -> Counts:
+    """What is known of a job's files before it reads them."""
+    files = [job.training_file, job.validation_file, job.test_file]
+    training, valid, test = (_count(session, id, job.base_model, max_length) for id in files)
+    assert training is not None, "a job has a training file"
+    return replace(training, valid_tokens=valid.tokens if valid else 0, test_rows=test.examples if test else 0)
+
+
+def _count(session: Session, file_id: str | None, base: str, max_length: int) -> Counts | None:
+    if file_id is None:
+        return None
+    file = session.get_one(File, file_id)
+    summary = _summary(session, file, base)
+    counted = summary.get("tokens")
+    if counted and counted["rows"]:
+        examples = summary.get("examples") or counted["rows"]
+        tokens = round(min(counted["total"] / counted["rows"], max_length) * examples)
+        return Counts(examples, tokens, "report")
+    examples = summary.get("examples") or _summary(session, file, "").get("examples")
+    return Counts.of_bytes(file.bytes, examples, max_length)
+
+
+def _summary(session: Session, file: File, base: str) -> dict[str, Any]:
+    """The summary of a file's report, by a base's tokenizer where one is named."""
+    query = select(FileReport.summary).where(
+        FileReport.project_id == file.project_id,
+        FileReport.sha256 == file.sha256,
+        FileReport.base == base,
+        FileReport.against == "",
+        FileReport.status == reports.READY,
+    )
+    return session.scalar(query) or {}
+
+
+# --- in the run ---------------------------------------------------------------------------------------------------
+
+
+def expected_finish(session: Session, job: Job) -> datetime | None:
+    """When a job that is claimed now should end, until its own pace says more; None without a quote."""
+    if job.quote is None:
+        return None
+    done = (job.snapshot_step or 0) / job.total_steps if job.total_steps else 0.0
+    ahead = quote.left(Quote.model_validate(job.quote), min(1.0, done))
+    return db.now(session) + timedelta(seconds=ahead.seconds.expected)
+
+
+# --- after the run ------------------------------------------------------------------------------------------------
+
+
+def conclude(session: Session, job: Job, lease: Lease, finished: Finished, prices: Prices) -> Actual:
+    """Notes what a job's run took beside its quote, with an event, and what later quotes are made of."""
+    attempts = session.scalars(select(Attempt).where(Attempt.job_id == job.id)).all()
+    now = db.now(session)
+    seconds = sum(((attempt.ended_at or now) - attempt.started_at).total_seconds() for attempt in attempts)
+    quoted = None if job.quote is None else Quote.model_validate(job.quote)
+    device, gpus = _of_lease(job, lease)
+    actual = quote.compare(quoted, device, gpus, seconds, prices)
+    kept = None if len(attempts) > 1 else _kept(finished, seconds)
+    job.actual = actual.model_dump(mode="json") | {"kept": kept}
+    session.flush()
+    data = {"actual": actual.model_dump(mode="json"), "quoted": job.quote and job.quote["seconds"]}
+    ledger.note(session, job.id, quote.say(quoted, actual), data=data)
+    return actual
+
+
+def _of_lease(job: Job, lease: Lease) -> tuple[str, int]:
+    """The name of the lease's devices, and how many they are."""
+    if not lease.gpu_indexes:
+        return "CPU", 0
+    return str(job.progress.get("device") or "GPU"), len(lease.gpu_indexes)
+
+
+def _kept(finished: Finished, seconds: float) -> dict[str, Any]:
+    """What a run that was never broken off says of the next ones."""
+    said = finished.model_dump(mode="json", include={"spent", "step_times", "steps", "trained_tokens"})
+    return said | {"trainer_seconds": finished.seconds, "around": max(0.0, seconds - finished.seconds)}
+
+
+def _records(session: Session, job: Job, device: str) -> list[Record]:
+    """Runs that ended on this kind of device, newest first: those on the job's base, then those on others."""
+    of_base = Job.base_model == job.base_model
+    found = [*_ended(session, device, of_base), *_ended(session, device, ~of_base)]
+    return [_record(each, facts, device, is_own=each.project_id == job.project_id) for each, facts in found]
+
+
+def _ended(session: Session, device: str, condition: ColumnElement[bool]) -> list[tuple[Job, dict[str, Any]]]:
+    query = (
+        select(Job, Model.facts)
+        .join(Model, Model.id == Job.base_model)
+        .where(Job.state == State.SUCCEEDED, condition)
+        .where(Job.actual["device"].astext == device, func.jsonb_typeof(Job.actual["kept"]) == "object")
+        .order_by(Job.finished_at.desc())
+        .limit(_RECORDS)
+    )
+    return [(job, facts) for job, facts in session.execute(query)]
+
+
+def _record(job: Job, facts: Mapping[str, Any], device: str, *, is_own: bool) -> Record:
+    """A job's run as a record. Another project's is not named."""
+    assert job.actual is not None, "the query asks for it"
+    kept = job.actual["kept"]
+    plan = Plan.model_validate(job.plan)
+    counts = Counts(1, 1, "rows", test_rows=1 if job.test_file else 0)
+    work = workload.of_job(plan, facts, counts, "cpu" if device == "CPU" else "cuda")
+    return Record(
+        job=job.id if is_own else None,
+        model=job.base_name if is_own else f"a base of {work.shape.params / 1e9:.2g}B parameters",
+        device=device,
+        work=replace(
+            work, steps=kept["steps"], tokens=kept["trained_tokens"], gpus=max(1, job.actual["gpus"]), valid_tokens=0
+        ),
+        around=kept["around"],
+        trainer_seconds=kept["trainer_seconds"],
+        spent={name: Spent.model_validate(part) for name, part in kept["spent"].items()},
+        step_times=None if kept["step_times"] is None else StepTimes.model_validate(kept["step_times"]),
+    )
