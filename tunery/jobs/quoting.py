@@ -202,6 +202,7 @@ def _record(job: Job, facts: Mapping[str, Any], device: str, *, is_own: bool) ->
     plan = Plan.model_validate(job.plan)
     counts = Counts(1, 1, "rows", test_rows=1 if job.test_file else 0)
     work = workload.of_job(plan, facts, counts, "cpu" if device == "CPU" else "cuda")
+    mixed = {"validation"} if plan.evaluation.task_rows else ()  # the task's answers are in its time
     return Record(
         job=job.id if is_own else None,
         model=job.base_name if is_own else f"a base of {work.shape.params / 1e9:.2g}B parameters",
@@ -211,6 +212,6 @@ def _record(job: Job, facts: Mapping[str, Any], device: str, *, is_own: bool) ->
         ),
         around=kept["around"],
         trainer_seconds=kept["trainer_seconds"],
-        spent={name: Spent.model_validate(part) for name, part in kept["spent"].items()},
+        spent={name: Spent.model_validate(part) for name, part in kept["spent"].items() if name not in mixed},
         step_times=None if kept["step_times"] is None else StepTimes.model_validate(kept["step_times"]),
     )
