@@ -20,7 +20,7 @@ from tunery.serving import Chosen
 Result = TypeVar("Result")
 TIMEOUT = httpx2.Timeout(600, connect=5)
 """A long answer of a model on a CPU takes minutes; a server that is not there is known at once."""
-_PASSED_ON = ("retry-after",)
+_PASSED_ON = ("retry-after", "x-should-retry")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ async def _chunks(client: httpx2.AsyncClient, upstream: httpx2.Response) -> Asyn
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """The work's result, unless the caller hangs up first: the model server then stops too, for one model answers all.
+    """The work's result, unless the caller hangs up first: the model server then stops too.
 
     Raises ClientDisconnect.
     """

@@ -150,7 +150,7 @@ class Unavailable(TuneryError):
 
 
 class Overloaded(Unavailable):
-    """{waiting} requests wait for the model server already, which answers one at a time. Nothing was lost; try again in
-    a few seconds."""
+    """{waiting} requests wait for the model server already, and no more may. Nothing was lost; try again in a few
+    seconds."""
 
     code = "overloaded"

@@ -43,6 +43,17 @@ class Settings(BaseSettings):
     server_qlora_base: Literal["as_scored", "unquantised"] = Field(
         "as_scored", description="What a QLoRA adapter answers on: the 4-bit base of its scorecard, or the base itself"
     )
+    server_streams: int = Field(16, ge=1, description="Answers that the model server writes at once")
+    server_places: int = Field(256, ge=0, description="Requests that wait for the model server; more are answered 429")
+    server_seconds: float = Field(600, gt=0, description="The longest that an answer may take")
+    server_memory_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="For the model server's bases and adapters together. Absent: half of the device's memory",
+    )
+    server_pinned: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
+        (), description="Ids of models, comma-separated, that stay in the model server's memory once they were asked"
+    )
     serve_gpu: int | None = Field(None, description="GPU of the model server; never claimed for training. Absent: CPU")
 
     gpu_hour_prices: dict[str, Annotated[float, Field(ge=0)]] = Field(

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Evaluation
 from worker.server.generation import Generation, Sampling
+from worker.server.streams import Alone
 from worker.trainer import rope, validation
 from worker.trainer.replays import reason_against
 from worker.trainer.report import Voice
@@ -84,13 +85,12 @@ def test_served_answer_that_grows_past_the_limit_is_that_of_whole_rows(base: Pat
 
     for _ in range(2):  # the second time after longer rows
         tokens = Generation(
-            model=model,
+            stream=Alone(model, prompt, lengths),
             tokenizer=template.tokenizer,
             prompt_ids=prompt,
             max_tokens=NEW_TOKENS,
             eos_ids=frozenset(),
             sampling=Sampling(temperature=0),
-            rope=lengths,
         )
         assert list(tokens._tokens()) == continuation(base, prompt, NEW_TOKENS)
 

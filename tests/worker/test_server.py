@@ -138,6 +138,20 @@ def test_greedy_answers_equal_plain_peft_while_models_come_and_go(client: OpenAI
     assert len(set(answers)) == 4
 
 
+def test_answers_at_once_are_those_of_each_model_alone(client: OpenAI, shop: Shop) -> None:
+    asked: list[tuple[str, str | None]] = [("one", None), ("one", "quiet"), ("one", "loud"), ("two", None)] * 3
+
+    def answer(base: str, adapter: str | None) -> str | None:
+        reply = client.chat.completions.create(
+            model="m", messages=ASK, temperature=0, max_completion_tokens=24, extra_body=shop.chosen(base, adapter)
+        )
+        return reply.choices[0].message.content
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda one: answer(*one), asked))
+    assert answers == [_plain(shop, base, adapter, 24) for base, adapter in asked[:4]] * 3
+
+
 def test_a_full_fine_tune_answers_as_a_model_of_its_own(client: OpenAI, shop: Shop) -> None:
     reply = client.chat.completions.create(
         model="ft:two",
@@ -263,7 +277,7 @@ def test_a_prompt_beyond_the_context_is_refused_with_the_numbers(client: OpenAI,
 
 
 def test_a_prompt_of_millions_of_words_is_refused_by_its_beginning(
-    client: OpenAI, shop: Shop, monkeypatch: pytest.MonkeyPatch
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask: list[Any] = [{"role": "user", "content": "word " * 300_000}]
     seen: list[int] = []
@@ -288,7 +302,8 @@ def test_a_prompt_of_millions_of_words_is_refused_by_its_beginning(
         return template
 
     monkeypatch.setattr(ChatTemplate, "load", watched)
-    with pytest.raises(openai.BadRequestError) as refused:
+    fresh = serving(Engine(tmp_path, shop.storage))
+    with fresh as port, _client(port) as client, pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model="two", messages=ask, extra_body=shop.chosen("two"))
     assert refused.value.code == "context_length_exceeded"
     assert "resulted in more than" in str(refused.value)
@@ -400,15 +415,16 @@ def test_an_answer_ends_when_its_client_hangs_up(port: int, client: OpenAI, shop
     assert processes.wait_until(lambda: not _health(port)["busy"], seconds=20, alive=lambda: True)
 
 
-def test_the_line_is_served_in_turn_and_no_longer_than_its_places(port: int, client: OpenAI, shop: Shop) -> None:
+def test_the_line_is_served_in_turn_and_no_longer_than_its_places(shop: Shop, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"model": "one", "messages": ASK, "max_tokens": 1, "extra_body": shop.chosen("one")}
-    with ThreadPoolExecutor(1) as pool:
+    one_at_a_time = serving(Engine(tmp_path, shop.storage, streams=1), places=1)
+    with ThreadPoolExecutor(1) as pool, one_at_a_time as port, _client(port) as client:
         with _endless_answer(port, shop, stream=True):
             waits = pool.submit(lambda: client.chat.completions.create(**asked))
             assert processes.wait_until(lambda: _health(port)["waiting"] == 1, seconds=20, alive=lambda: True)
-            with pytest.raises(openai.InternalServerError) as refused:
+            with pytest.raises(openai.RateLimitError) as refused:
                 client.chat.completions.create(**asked)
-            assert (refused.value.status_code, refused.value.code) == (503, "overloaded")
+            assert (refused.value.code, refused.value.response.headers["retry-after"]) == ("overloaded", "2")
             assert not waits.done()
         assert waits.result(timeout=30).choices
 

@@ -25,7 +25,11 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # all files are here; a name in a config must not start a search for them
     plugins.load(settings.plugins, "server")
     url = urlsplit(settings.server_url)
-    app = create_app(backend.make(settings, open_storage(settings), device))
+    app = create_app(
+        backend.make(settings, open_storage(settings), device),
+        places=settings.server_places,
+        seconds=settings.server_seconds,
+    )
     uvicorn.run(
         app,
         host=url.hostname or "127.0.0.1",

@@ -41,3 +41,6 @@ class Answer(Protocol):
         """The tokens of the pieces so far, where their log probabilities are asked for."""
 
     def __iter__(self) -> Generator[str]: ...
+
+    def close(self) -> None:
+        """Frees what the answer holds. Called at least once, begun or not, whole or not."""

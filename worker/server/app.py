@@ -1,9 +1,7 @@
-"""The HTTP face of the model server: one completion at a time, in OpenAI's spelling.
+"""The HTTP face of the model server, in OpenAI's spelling.
 
 It trusts its caller: the API has checked the key, found the model and says where its files lie. Bind it where only the
 API reaches it.
-
-What it is not: there is no batching, and no several models or adapters in memory at once.
 """
 
 import json
@@ -17,10 +15,11 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from tunery.errors import Rejected, TuneryError, Unavailable
+from tunery.errors import Overloaded, Rejected, TuneryError, Unavailable
 from worker.server.answer import Answer
 from worker.server.backends.backend import Backend
 from worker.server.desk import Desk, Turn
+from worker.server.errors import AnswerTooSlow
 from worker.server.replies import Reply, calls_of
 from worker.server.schemas import ChatRequest, parse
 
@@ -46,9 +45,9 @@ async def _turn(request: Request, _: ChatBody) -> AsyncIterator[Turn]:
 TurnDep = Annotated[Turn, Depends(_turn)]
 
 
-def create_app(backend: Backend, *, places: int = 32) -> FastAPI:
-    """The server around a back end; at most `places` requests wait."""
-    desk = Desk(backend, places)
+def create_app(backend: Backend, *, places: int = 32, seconds: float = 600) -> FastAPI:
+    """The server around a back end; at most `places` requests wait, and an answer takes at most `seconds`."""
+    desk = Desk(backend, places, seconds)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -72,6 +71,7 @@ async def _healthz(request: Request) -> dict[str, Any]:
         "model": desk.backend.loaded,
         "device": desk.backend.device,
         "busy": desk.busy,
+        "running": desk.running,
         "waiting": desk.waiting,
     }
 
@@ -135,8 +135,17 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body)}\n\n"
 
 
+_STATUS: dict[type[Exception], int] = {AnswerTooSlow: 504, Overloaded: 429, Rejected: 400, Unavailable: 503}
+_HEADERS = {
+    429: {"retry-after": "2"},
+    503: {"retry-after": "2"},
+    504: {"x-should-retry": "false"},  # it would take as long again
+}
+
+
 def _status(error: Exception) -> int:
-    return 400 if isinstance(error, Rejected) else 503 if isinstance(error, Unavailable) else 500
+    """The status of the nearest class above the error that has one."""
+    return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)
 
 
 def _envelope(error: Exception) -> dict[str, Any]:
@@ -146,14 +155,13 @@ def _envelope(error: Exception) -> dict[str, Any]:
         message, param, code = "The model server had an error. Its log has the reason.", None, TuneryError.code
     else:
         message, param, code = error.message, error.param, error.code
-    type = "invalid_request_error" if isinstance(error, Rejected) else "server_error"
-    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+    kind = {400: "invalid_request_error", 429: code}.get(_status(error), "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:
     status = _status(error)
-    headers = {"retry-after": "2"} if status == 503 else {}
-    return JSONResponse(_envelope(error), status, headers)
+    return JSONResponse(_envelope(error), status, _HEADERS.get(status))
 
 
 async def _answer_http_error(_: Request, error: Exception) -> Response:

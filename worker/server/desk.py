@@ -1,37 +1,53 @@
-"""The waiting line before the one model: first come, first served, and nobody waits in a line that is too long.
+"""The line before the back end, and the loop that advances all running answers together.
 
-All of the back end's work happens on one thread of its own, one token at a time, so the event loop stays free for
-/healthz and for clients that leave.
+A back end computes a piece of every running answer at once (`Backend.advance`), so answers join and leave between two
+pieces. The loop has a thread of its own; models are loaded and prompts rendered on others, so that an answer whose
+model is on its way holds up none that runs. The event loop stays free for /healthz and for clients that leave.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from threading import Condition, Thread
 
 from tunery.errors import Overloaded
 from worker.server.answer import Answer
 from worker.server.backends.backend import Backend
+from worker.server.errors import AnswerTooSlow
 from worker.server.schemas import ChatRequest
 
-T = TypeVar("T")
+_LOADERS = 4
+"""Requests whose models are loaded and whose prompts are rendered at once."""
+
+Piece = str | Exception | None
+"""A part of an answer's text, what broke it, or its end."""
 
 
 class Desk:
-    """At most `places` requests wait; further ones get Overloaded at once."""
+    """At most `backend.streams` requests are answered at once and `places` wait; further ones get Overloaded at once.
 
-    def __init__(self, backend: Backend, places: int = 32) -> None:
+    `seconds`: the longest time from a request's turn to the end of its answers.
+    """
+
+    def __init__(self, backend: Backend, places: int = 32, seconds: float = 600) -> None:
         self.backend = backend
+        self.seconds = seconds
         self._places = places
         self._waiting = 0
-        self._lock = asyncio.Lock()
-        # One thread always: torch keeps a team of helper threads for each thread that calls it.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._turns = 0
+        self._free = asyncio.Semaphore(backend.streams)
+        self._loaders = ThreadPoolExecutor(min(_LOADERS, backend.streams), thread_name_prefix="loader")
+        self.loop = Loop(backend)
 
     @property
     def busy(self) -> bool:
-        return self._lock.locked()
+        return self._turns > 0
+
+    @property
+    def running(self) -> int:
+        return self._turns
 
     @property
     def waiting(self) -> int:
@@ -40,28 +56,34 @@ class Desk:
     @asynccontextmanager
     async def turn(self) -> AsyncIterator["Turn"]:
         """Waits for its turn and keeps it until the block ends. Raises Overloaded."""
-        if self._lock.locked() and self._waiting >= self._places:
+        if self._free.locked() and self._waiting >= self._places:
             raise Overloaded(waiting=self._waiting)
         self._waiting += 1
         try:
-            await self._lock.acquire()
+            await self._free.acquire()
         finally:
             self._waiting -= 1
+        self._turns += 1
         turn = Turn(self)
         try:
             yield turn
         finally:
             turn.end()
-            self._lock.release()
+            self._turns -= 1
+            self._free.release()
 
-    async def run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-    def run_later(self, work: Callable[[], object]) -> None:
-        self._thread.submit(work)
+    async def answer(self, request: ChatRequest) -> Answer:
+        """The back end's answer, not begun yet."""
+        making = asyncio.get_running_loop().run_in_executor(self._loaders, self.backend.answer, request)
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            making.add_done_callback(_close_unread)  # what a thread has begun goes on, and holds a model
+            raise
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self.loop.close()
+        self._loaders.shutdown(wait=False, cancel_futures=True)
 
 
 class Turn:
@@ -69,26 +91,137 @@ class Turn:
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
-        self._pieces: Generator[str] | None = None
+        self._until = time.monotonic() + desk.seconds
+        self._running: _Running | None = None
 
     async def begin(self, request: ChatRequest) -> Answer:
-        """Loads the model and renders the prompt; the answer is to be read from `pieces`."""
-        answer = await self._desk.run(lambda: self._desk.backend.answer(request))
-        self._pieces = iter(answer)
+        """Loads the model and renders the prompt; the answer is to be read from `pieces`. Raises AnswerTooSlow."""
+        try:
+            async with asyncio.timeout(self._until - time.monotonic()):
+                answer = await self._desk.answer(request)
+        except TimeoutError:
+            raise AnswerTooSlow(seconds=self._desk.seconds) from None
+        self._running = _Running(answer)
+        self._desk.loop.add(self._running)
         return answer
 
     async def pieces(self) -> AsyncIterator[str]:
-        """The answer's text, a piece a token, many of them empty."""
-        assert self._pieces is not None, "begin comes first"
-        pieces = self._pieces
-        while (piece := await self._desk.run(lambda: next(pieces, None))) is not None:
+        """The answer's text, a piece a token, many of them empty. Raises AnswerTooSlow and what broke the answer."""
+        assert self._running is not None, "begin comes first"
+        pieces = self._running.pieces
+        while True:
+            try:
+                async with asyncio.timeout(self._until - time.monotonic()):
+                    piece = await pieces.get()
+            except TimeoutError:
+                raise AnswerTooSlow(seconds=self._desk.seconds) from None
+            if piece is None:
+                return
+            if isinstance(piece, Exception):
+                raise piece
             yield piece
 
     def end(self) -> None:
-        """Stops an answer that nobody reads any more.
+        """Stops an answer that nobody reads any more. Not awaited: this may run in a task that is being cancelled."""
+        if self._running is not None:
+            self._desk.loop.remove(self._running)
 
-        Not awaited: this may run in a task that is being cancelled, and the thread does one thing after another
-        anyway, so a token that is still being computed comes first and the next request after.
-        """
-        if self._pieces is not None:
-            self._desk.run_later(self._pieces.close)
+
+class _Running:
+    """An answer in the loop, and the pieces of it that are not read yet."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.pieces: asyncio.Queue[Piece] = asyncio.Queue()
+        self._events = asyncio.get_running_loop()
+        self._text: Generator[str] | None = None
+
+    def next(self) -> Piece:
+        """The next piece; after its end or an exception there is none."""
+        if self._text is None:
+            self._text = iter(self.answer)
+        try:
+            return next(self._text, None)
+        except Exception as error:  # noqa: BLE001  its reader gets it, the other answers go on
+            return error
+
+    def hand_over(self, piece: Piece) -> None:
+        """Gives a piece to the reader, from any thread."""
+        # The reader's event loop closes when the server ends.
+        if not self._events.is_closed():
+            self._events.call_soon_threadsafe(self.pieces.put_nowait, piece)
+
+
+class Loop:
+    """The thread that advances the running answers, until it is closed."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._running: list[_Running] = []
+        self._leaving: list[_Running] = []
+        self._changed = Condition()
+        self._closed = False
+        # One thread always: torch keeps a team of helper threads for each thread that calls it.
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def add(self, running: _Running) -> None:
+        """Joins an answer at the next step."""
+        self._change(lambda: self._running.append(running))
+
+    def remove(self, running: _Running) -> None:
+        """Ends an answer after the step that is being computed, if it has not ended by itself."""
+        self._change(lambda: self._leaving.append(running))
+
+    def close(self) -> None:
+        def close() -> None:
+            self._closed = True
+
+        self._change(close)
+
+    def _change(self, change: Callable[[], None]) -> None:
+        with self._changed:
+            change()
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while (running := self._now_running()) is not None:
+            for one in self._advance(running):
+                piece = one.next()
+                if not isinstance(piece, str):
+                    self._end(one)
+                one.hand_over(piece)
+
+    def _now_running(self) -> list[_Running] | None:
+        """The answers to advance, once there are any; None when the loop is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._running or self._leaving or self._closed)
+            leaving, self._leaving = self._leaving, []
+            for one in leaving:
+                self._end(one)
+            return None if self._closed else list(self._running)
+
+    def _advance(self, running: list[_Running]) -> list[_Running]:
+        """Those whose next piece is there now."""
+        if not running:
+            return []
+        try:
+            ready = self._backend.advance([one.answer for one in running])
+        except Exception as error:  # noqa: BLE001  whose fault it is, is not known: their readers get it
+            for one in running:
+                self._end(one)
+                one.hand_over(error)
+            return []
+        found = {id(answer) for answer in ready}
+        return [one for one in running if id(one.answer) in found]
+
+    def _end(self, one: _Running) -> None:
+        with self._changed:
+            if one in self._running:
+                self._running.remove(one)
+        one.answer.close()
+
+
+def _close_unread(made: "asyncio.Future[Answer]") -> None:
+    if not made.cancelled() and made.exception() is None:
+        made.result().close()

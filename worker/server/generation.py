@@ -1,13 +1,14 @@
 """One answer, token by token: prompt ids in, text out.
 
-A loop of our own instead of `generate()`: it can be left after any token without a second thread, it reads no sampling
-defaults from the model's folder (a request says all), and a seed is its own generator instead of the process's.
+A loop of our own instead of `generate()`: it can be left after any token without a second thread, it shares its forward
+passes with other answers (`Stream`), it reads no sampling defaults from the model's folder (a request says all), and a
+seed is its own generator instead of the process's.
 Greedy answers are the same as `generate(do_sample=False)` gives, which the tests hold.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 from tunery.rows.calls import CallSpelling
 from tunery.rows.messages import FunctionCall
 from worker.server.answer import FinishReason, TokenChance
-from worker.trainer.rope import LengthRope
+from worker.server.streams import Stream
 
 if TYPE_CHECKING:
     from worker.server.grammar import Grammar
@@ -107,7 +108,7 @@ class Generation:
     is counted and never shown.
     """
 
-    model: Any
+    stream: Stream
     tokenizer: Tokenizer
     prompt_ids: list[int]
     max_tokens: int
@@ -115,7 +116,7 @@ class Generation:
     stops: list[str] = field(default_factory=list)
     sampling: Sampling = Sampling()
     context: list[int] = field(default_factory=list)
-    rope: LengthRope = field(default_factory=LengthRope)
+    on_close: Callable[[], None] = lambda: None
     grammar: "Grammar | None" = None
     spelling: CallSpelling | None = None
     top_logprobs: int | None = None
@@ -128,7 +129,18 @@ class Generation:
     def prompt_tokens(self) -> int:
         return len(self.prompt_ids)
 
+    def close(self) -> None:
+        """Frees the stream and the model."""
+        self.stream.close()
+        self.on_close()
+
     def __iter__(self) -> Generator[str]:
+        try:
+            yield from self._pieces()
+        finally:
+            self.close()
+
+    def _pieces(self) -> Iterator[str]:
         mark = None if self.spelling is None else self.spelling.before
         text = Text(self.tokenizer, self.stops, self.context, mark)
         said: list[int] = []
@@ -161,10 +173,8 @@ class Generation:
 
     def _tokens(self) -> Iterator[int]:
         dice = _dice(self.sampling.seed)
-        seen, cache = list(self.prompt_ids), None
-        ids = seen
         for _ in range(self.max_tokens):
-            logits, cache = self._forward(ids, cache)
+            logits = self.stream.logits()
             token = choose(logits if self.grammar is None else self.grammar.allow(logits), self.sampling, dice)
             self._note(token, logits)
             yield token
@@ -172,10 +182,7 @@ class Generation:
                 self.grammar.take(token)
                 if self.grammar.is_complete:
                     return
-            seen.append(token)
-            ids = [token]
-            if self.rope.changes(len(seen) - 1, len(seen)):
-                ids, cache = seen, None  # the cache's keys were turned by other frequencies
+            self.stream.push(token)
 
     def _note(self, token: int, logits: torch.Tensor) -> None:
         """Keeps the token's log probability where it is asked for. The stop token is no token of the answer."""
@@ -188,14 +195,6 @@ class Generation:
 
     def _chance(self, token: int, logprob: float) -> TokenChance:
         return TokenChance(self.tokenizer.decode([token], skip_special_tokens=False), logprob)
-
-    # Here and not around the loop: the mode belongs to a thread, and a generator may go on in another one.
-    @torch.inference_mode()
-    def _forward(self, ids: list[int], cache: Any) -> tuple[torch.Tensor, Any]:
-        """Logits of the next token (vocabulary, fp32, on the CPU) and the key-value cache that has seen `ids`."""
-        batch = torch.tensor([ids], device=self.model.device)
-        out = self.model(input_ids=batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[0, -1].float().cpu(), out.past_key_values
 
 
 def _dice(seed: int | None) -> torch.Generator:

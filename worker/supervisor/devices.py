@@ -50,7 +50,7 @@ def found(serve_gpu: int | None) -> list[Device]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip()
     gpus = _gpus() if visible not in _NO_GPU else []
     if not gpus:
-        return [Device(None, "CPU", _memory_bytes())]
+        return [Device(None, "CPU", memory_bytes())]
     usable = [gpu for gpu in gpus if gpu is not None and gpu.index != serve_gpu]
     offered = [gpu for gpu in usable if _is_visible(gpu, visible)]
     if not offered:
@@ -151,7 +151,7 @@ def _is_visible(gpu: Device, visible: str) -> bool:
     return any(name == str(gpu.index) or (name.startswith("GPU-") and gpu.uuid.startswith(name)) for name in names)
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """The host's memory, or the container's share of it."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")

@@ -1,6 +1,6 @@
 """What a back end of the model server is: it loads the model of a request and writes its answer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from tunery.settings import Settings
@@ -10,11 +10,18 @@ from worker.server.schemas import ChatRequest
 
 
 class Backend(Protocol):
-    """One model at a time. `Desk` calls it from one thread."""
+    """`Desk` calls `advance` and reads answers in one thread, and `answer` in others; with `streams` 1 never at once.
+
+    What several streams share has to be safe for that.
+    """
+
+    @property
+    def streams(self) -> int:
+        """The most answers at once."""
 
     @property
     def loaded(self) -> str | None:
-        """Id of the model in memory."""
+        """Id of the model that was asked last."""
 
     @property
     def device(self) -> str: ...
@@ -24,6 +31,9 @@ class Backend(Protocol):
 
         Raises Rejected for what the request is to blame for, Unavailable for what another time may mend.
         """
+
+    def advance(self, answers: Sequence[Answer]) -> Sequence[Answer]:
+        """Computes what the next pieces of these answers need, and returns those of which a piece can be read now."""
 
 
 Make = Callable[[Settings, Storage, str], Backend]
@@ -36,7 +46,15 @@ def _embedded(settings: Settings, storage: Storage, device: str) -> Backend:
     from worker.server.backends.embedded import Engine  # imports torch
 
     disable_progress_bar()
-    return Engine(settings.models_dir, storage, device, qlora_base=settings.server_qlora_base)
+    return Engine(
+        settings.models_dir,
+        storage,
+        device,
+        qlora_base=settings.server_qlora_base,
+        streams=settings.server_streams,
+        memory_bytes=settings.server_memory_bytes,
+        pinned=frozenset(settings.server_pinned),
+    )
 
 
 BACKENDS: dict[str, Make] = {"embedded": _embedded}

@@ -1,39 +1,38 @@
-"""The model in memory: which weights and adapter it is, and how it becomes another.
+"""The models in memory, and the answers that they write together.
 
-One base at a time, kept while its tunes come and go: a LoRA is laid on it in about a second, a base takes as long as
-its weights take to read. A full fine-tune is a base of its own. A LoRA that was trained and scored on a base in 4 bits
-(QLoRA) is laid on the base in the same 4 bits, unless the operator wants the unquantised one.
+One copy of each base, on which its adapters lie. Its answers share forward passes (`Batch`); what a batch cannot hold
+has passes of its own, on the same weights. A full fine-tune is a base of its own. A LoRA that was
+trained and scored on a base in 4 bits (QLoRA) answers on the base in the same 4 bits, unless the operator wants the
+unquantised one.
 """
 
-import gc
 import json
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from llguidance import LLTokenizer
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from tunery.errors import Unsupported
-from tunery.failures import CannotQuantise
 from tunery.planning.precision import Precision, decide, dense_dtype
 from tunery.rows.calls import CallSpelling
 from tunery.rows.errors import PromptTooLong
-from tunery.rows.template import ChatTemplate
 from tunery.serving import Chosen, Files
 from tunery.spec import Qlora
 from tunery.storage import Storage
-from worker.server import grammar
+from worker.server import grammar, memory
+from worker.server.answer import Answer
+from worker.server.batch import Row
 from worker.server.generation import Generation, Sampling
 from worker.server.grammar import Grammar
+from worker.server.models import Base, Source
+from worker.server.rendering import Rendering, Renderings
+from worker.server.residents import Residents
 from worker.server.schemas import ChatRequest
+from worker.server.streams import Stream
 from worker.supervisor.staging import base_folder
-from worker.trainer import rope
-from worker.trainer.recipes.qlora import load_quantised
 
 log = logging.getLogger(__name__)
 
@@ -48,47 +47,62 @@ _LONG = 16
 
 @dataclass(frozen=True)
 class Ready:
-    """A model that can answer. `context_length` is the most tokens of prompt and answer together; None: unknown."""
+    """A model that can answer, held in memory until `release`."""
 
-    model: Any
-    template: ChatTemplate
-    eos_ids: frozenset[int]
-    context_length: int | None
+    base: Base
+    rendering: Rendering
+    adapter: Any
+    release: Callable[[], None]
 
-    @cached_property
-    def vocabulary(self) -> LLTokenizer:
-        """What grammars are compiled for: made by the first answer that has one."""
-        size = self.model.get_input_embeddings().weight.shape[0]
-        return grammar.read_vocabulary(self.template.tokenizer, size, self.eos_ids)
+    @property
+    def model(self) -> Any:
+        return self.base.model if self.adapter is None else self.adapter.model
 
-    @cached_property
-    def spelling(self) -> CallSpelling | None:
-        """How the template writes tool calls; None where it writes none that can be read."""
-        return CallSpelling.find(self.template)
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens of prompt and answer together; None: unknown."""
+        length: int | None = getattr(self.base.model.config.get_text_config(), "max_position_embeddings", None)
+        return length
+
+    def stream(self, prompt_ids: list[int]) -> Stream:
+        """The logits after a prompt."""
+        return (self.base if self.adapter is None else self.adapter).stream(prompt_ids)
 
 
 class Engine:
-    """Not safe to share between threads: `Desk` calls it from one."""
+    """Answers of the embedded back end. `answer` may be called by several threads at once, `advance` by one."""
 
     def __init__(
-        self, models_dir: Path, storage: Storage, device: str = "cpu", *, qlora_base: QloraBase = "as_scored"
+        self,
+        models_dir: Path,
+        storage: Storage,
+        device: str = "cpu",
+        *,
+        qlora_base: QloraBase = "as_scored",
+        streams: int = 16,
+        memory_bytes: int | None = None,
+        pinned: frozenset[str] = frozenset(),
     ) -> None:
+        """`memory_bytes`: for bases and adapters together. Absent: half of the device's."""
         self._models_dir = models_dir
         self._storage = storage
         self._device = device
         self._dtype: torch.dtype = getattr(torch, dense_dtype(torch.device(device).type))  # that of the training
-        self._base: Any = None
         self._qlora_base = qlora_base
-        self._base_of: tuple[str, Precision | None] | None = None  # sha256 of its manifest, and its four bits
-        self._adapted: Any = None  # the same base with an adapter laid on it
+        self._streams = streams
+        self._residents = Residents(memory_bytes or memory.of(device) // 2, pinned)
+        self._cache_bytes = memory.of(device) // 8
+        self._renderings = Renderings()
         self._ready: Ready | None = None
-        self._chosen: Chosen | None = None
+
+    @property
+    def streams(self) -> int:
+        return self._streams
 
     @property
     def loaded(self) -> str | None:
-        """Id of the model in memory."""
-        chosen = self._chosen
-        return None if chosen is None else chosen.template.id
+        """Id of the model that was asked last."""
+        return next(reversed(self._residents.names), None)
 
     @property
     def device(self) -> str:
@@ -99,49 +113,68 @@ class Engine:
 
         Raises CannotRender and PromptTooLong (the request's fault), StorageFailed, ObjectMissing, ChecksumMismatch.
         """
-        ready = self._load(request.chosen)
-        _refuse_much_too_long(request, ready)
-        prompt = ready.template.encode_prompt(request.messages, request.offered_tools)
-        spelling = ready.spelling if request.offered_tools else None
-        return Generation(
-            model=ready.model,
-            tokenizer=ready.template.tokenizer,
-            prompt_ids=prompt,
-            context=ready.template.answer_context(prompt),
-            max_tokens=_room(request, len(prompt), ready.context_length),
-            eos_ids=ready.eos_ids,
-            stops=request.stops,
-            rope=rope.of(ready.model),
-            grammar=_grammar(request, ready, spelling),
-            spelling=spelling,
-            top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-            sampling=Sampling(
-                temperature=1.0 if request.temperature is None else request.temperature,
-                top_p=1.0 if request.top_p is None else request.top_p,
-                seed=request.seed,
-            ),
-        )
+        ready = self._ready = self._hold(request.chosen)
+        try:
+            return _begin(request, ready)
+        except BaseException:
+            ready.release()
+            raise
 
-    def _load(self, chosen: Chosen) -> Ready:
-        if self._ready is None or chosen != self._chosen:
-            self._ready = self._chosen = None  # a load that fails half-way must not leave the last model's name
-            self._ready = self._assemble(chosen)
-            self._chosen = chosen
-        return self._ready
+    def advance(self, answers: Sequence[Answer]) -> Sequence[Answer]:
+        """Computes what the next pieces of these answers need, and returns those of which a piece can be read now."""
+        streams = [answer.stream for answer in answers if isinstance(answer, Generation)]
+        for batch in {id(row.batch): row.batch for row in streams if isinstance(row, Row)}.values():
+            try:
+                batch.step()
+            except Exception as error:
+                log.exception("a pass of a batch failed")
+                batch.fail(error)
+        return [
+            answer
+            for answer, stream in zip(answers, streams, strict=True)
+            if not isinstance(stream, Row) or stream.is_ready
+        ]
 
-    def _assemble(self, chosen: Chosen) -> Ready:
+    def _hold(self, chosen: Chosen) -> Ready:
+        """The model, loaded where it is not in memory."""
         weights = self._folder(chosen.weights)
         adapter = None if chosen.adapter is None else self._folder(chosen.adapter)
-        self._settle_base(chosen.weights, weights, self._four_bits(chosen, adapter))
-        if adapter is not None:
-            self._lay_on(adapter)
-        template = ChatTemplate.load(adapter or weights)
-        return Ready(
-            model=self._base if adapter is None else self._adapted,
-            template=template,
-            eos_ids=frozenset(template.eos_ids),
-            context_length=getattr(self._base.config.get_text_config(), "max_position_embeddings", None),
-        )
+        source = Source(weights, self._four_bits(chosen, adapter), self._device, self._dtype)
+        key = f"{chosen.weights.manifest_sha256} {source.four_bits}"
+        base = self._hold_base(key, chosen.weights, source)
+        try:
+            rendering = self._renderings.of(adapter or weights)
+            if chosen.adapter is None or adapter is None:
+                return Ready(base, rendering, None, _once(lambda: self._residents.release(key)))
+            laid_key = f"{key} {chosen.adapter.manifest_sha256}"
+            laid = self._hold_adapter(laid_key, chosen.adapter, base, adapter, key)
+        except BaseException:
+            self._residents.release(key)
+            raise
+
+        def release() -> None:
+            self._residents.release(laid_key)
+            self._residents.release(key)
+
+        return Ready(base, rendering, laid, _once(release))
+
+    def _hold_base(self, key: str, files: Files, source: Source) -> Base:
+        def load() -> Base:
+            log.info("loading %s", files.id)
+            return Base(source, self._cache_bytes)
+
+        return self._residents.hold(key, files.id, source.nbytes, load, waits=True)
+
+    def _hold_adapter(self, key: str, files: Files, base: Base, folder: Path, base_key: str) -> Any:
+        def load() -> Any:
+            made = base.lay_on(folder)
+            # What lies on a base keeps it in memory, used or not.
+            self._hold_base(base_key, files, base.source)
+            made.on_leave = lambda: self._residents.release(base_key)
+            return made
+
+        size = (folder / "adapter_model.safetensors").stat().st_size
+        return self._residents.hold(key, files.id, size, load)
 
     def _folder(self, files: Files) -> Path:
         return base_folder(self._models_dir, self._storage, files.prefix, files.manifest_sha256)
@@ -153,36 +186,43 @@ class Engine:
         is_quantised = self._qlora_base == "as_scored"
         return read_four_bits(adapter, torch.device(self._device).type) if is_quantised else None
 
-    def _settle_base(self, files: Files, folder: Path, four_bits: Precision | None) -> None:
-        """The wanted weights in memory, without an adapter."""
-        if self._adapted is not None:
-            self._base, self._adapted = self._adapted.unload(), None
-        if self._base_of == (files.manifest_sha256, four_bits):
-            return
-        self._base, self._base_of = None, None
-        gc.collect()  # the memory may not hold two bases at once
-        torch.cuda.empty_cache()
-        log.info("loading %s", files.id)
-        self._base = self._read_base(folder, four_bits).eval()
-        self._base_of = files.manifest_sha256, four_bits
-        rope.install(self._base)
 
-    def _read_base(self, folder: Path, four_bits: Precision | None) -> Any:
-        if four_bits is not None:
-            try:
-                return load_quantised(folder, four_bits, torch.device(self._device))
-            except CannotQuantise as error:  # what an earlier release did not refuse to train
-                log.warning("%s is served as it is: %s", folder.name, error)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=self._dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
-        )
-        return model.to(self._device)
+def _begin(request: ChatRequest, ready: Ready) -> Generation:
+    rendering = ready.rendering
+    template = rendering.template
+    _refuse_much_too_long(request, ready)
+    prompt = template.encode_prompt(request.messages, request.offered_tools)
+    spelling = rendering.spelling if request.offered_tools else None
+    room, kept_to = _room(request, len(prompt), ready.context_length), _grammar(request, ready, spelling)
+    return Generation(
+        stream=ready.stream(prompt),
+        on_close=ready.release,
+        tokenizer=template.tokenizer,
+        prompt_ids=prompt,
+        context=template.answer_context(prompt),
+        max_tokens=room,
+        eos_ids=rendering.eos_ids,
+        stops=request.stops,
+        grammar=kept_to,
+        spelling=spelling,
+        top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        sampling=Sampling(
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            seed=request.seed,
+        ),
+    )
 
-    def _lay_on(self, adapter: Path) -> None:
-        """The adapter on the base, in fp32 on any base, as it was trained."""
-        base_of, self._base_of = self._base_of, None  # an adapter that breaks half-way has spoilt the base
-        self._adapted = PeftModel.from_pretrained(self._base, adapter, torch_device=self._device).eval()
-        self._base_of = base_of
+
+def _once(work: Callable[[], None]) -> Callable[[], None]:
+    """The work, done by the first call alone."""
+    left = [work]
+
+    def call() -> None:
+        if left:
+            left.pop()()
+
+    return call
 
 
 def read_four_bits(adapter: Path, device: str) -> Precision | None:
@@ -198,26 +238,27 @@ def read_four_bits(adapter: Path, device: str) -> Precision | None:
 def _refuse_much_too_long(request: ChatRequest, ready: Ready) -> None:
     """Raises PromptTooLong for a prompt that is known to be by its beginning: millions of words take as many seconds to
     tokenise, for which nobody else is answered."""
-    limit = ready.context_length
+    limit, template = ready.context_length, ready.rendering.template
     if limit is None or sum(len(message.content or "") for message in request.messages) <= _LONG * limit:
         return
-    text = ready.template.render(request.messages, request.offered_tools, add_generation_prompt=True)
-    tokens = len(ready.template.tokenizer.encode(text[: _LONG * limit], add_special_tokens=False).ids)
+    text = template.render(request.messages, request.offered_tools, add_generation_prompt=True)
+    tokens = len(template.tokenizer.encode(text[: _LONG * limit], add_special_tokens=False).ids)
     if tokens - _LONG > limit:  # the cut may have made a few more of the last word
         raise PromptTooLong(param="messages", limit=limit, tokens=f"more than {tokens - _LONG}")
 
 
 def _grammar(request: ChatRequest, ready: Ready, spelling: CallSpelling | None) -> Grammar | None:
     """What the answer has to keep to. Raises InvalidValue where it cannot be compiled, Unsupported of unknown calls."""
+    size = ready.base.model.get_input_embeddings().weight.shape[0]
     if request.must_call:
         if spelling is None:
             raise Unsupported(
                 param="tool_choice", what="A call in this model's spelling, which is not JSON,", instead="Use 'auto'."
             )
-        source = grammar.of_call(request.callable_tools, spelling, ready.template.tokenizer)
-        return Grammar(ready.vocabulary, source, "tools")
+        source = grammar.of_call(request.callable_tools, spelling, ready.rendering.template.tokenizer)
+        return Grammar(ready.rendering.vocabulary(size), source, "tools")
     wanted = grammar.of_format(request.response_format)
-    return None if wanted is None else Grammar(ready.vocabulary, wanted, "response_format")
+    return None if wanted is None else Grammar(ready.rendering.vocabulary(size), wanted, "response_format")
 
 
 def _room(request: ChatRequest, prompt_tokens: int, context_length: int | None) -> int:

@@ -1,0 +1,172 @@
+"""Answers that share forward passes are those that each has alone, whoever joins and leaves meanwhile."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from transformers import AutoModelForCausalLM
+
+from worker.server import batch as batches
+from worker.server.batch import Batch, Row, can_batch
+from worker.server.streams import Alone, Stream
+from worker.trainer.rope import LengthRope
+
+TOKENS = 30
+PROMPTS = [[3 + (7 * i + n) % 250 for i in range(n)] for n in (5, 30, 1, 17, 60, 9)]
+IN_EVERY_RUN = ("Llama", "Gemma 2", "Mistral")
+"""Of each kind of masks one."""
+BATCHED = (
+    "Qwen2",
+    "Qwen3",
+    "Qwen3-MoE",
+    "Mixtral",
+    "Gemma 3",
+    "Phi",
+    "Phi-3",
+    "Granite",
+    "Cohere2",
+    "SmolLM3",
+    "GPT-OSS",
+)
+
+
+def read(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return read(zoo.make("Llama", tmp_path_factory.mktemp("llama") / "base"))
+
+
+def greedy(stream: Stream) -> int:
+    token = int(stream.logits().argmax())
+    stream.push(token)
+    return token
+
+
+def alone(model: Any, prompt: list[int]) -> list[int]:
+    stream = Alone(model, prompt, LengthRope())
+    return [greedy(stream) for _ in range(TOKENS)]
+
+
+def together(batch: Batch, prompts: list[list[int]], every: int = 3) -> list[list[int]]:
+    """The answers, of which one more joins every few steps and each leaves at its end."""
+    said: list[list[int]] = [[] for _ in prompts]
+    rows: dict[int, Row] = {}
+    step = 0
+    while any(len(one) < TOKENS for one in said):
+        if step % every == 0 and step // every < len(prompts):
+            rows[step // every] = batch.join(prompts[step // every])
+        step += 1
+        batch.step()
+        for i, row in list(rows.items()):
+            if row.is_ready:
+                said[i].append(greedy(row))
+            if len(said[i]) == TOKENS:
+                rows.pop(i).close()
+    return said
+
+
+@pytest.mark.parametrize("family", [*IN_EVERY_RUN, *(pytest.param(one, marks=pytest.mark.slow) for one in BATCHED)])
+def test_answers_of_a_batch_are_those_of_each_alone(family: str, tmp_path: Path) -> None:
+    model = read(zoo.make(family, tmp_path / "base"))
+    assert can_batch(model)
+
+    assert together(Batch(model), PROMPTS) == [alone(model, prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("family", ["Phi-3 longrope", "Llama, dynamic", "GPT-2"])
+def test_other_models_share_no_passes(family: str, tmp_path: Path) -> None:
+    assert not can_batch(read(zoo.make(family, tmp_path / "base")))
+
+
+def test_long_prompt_is_read_between_the_steps_of_others(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "PROMPT_TOKENS", 16)
+    long, short = PROMPTS[4], PROMPTS[0]
+    batch = Batch(llama)
+    first = batch.join(short)
+    said = [greedy(first)]
+    second = batch.join(long)
+    while not second.is_ready:
+        said.append(greedy(first))
+        batch.step()
+    meanwhile = len(said) - 1
+    said += [greedy(first) for _ in range(TOKENS - len(said))]
+
+    assert meanwhile >= len(long) // 16
+    assert said == alone(llama, short)
+    assert [greedy(second) for _ in range(TOKENS)] == alone(llama, long)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_rows_beyond_the_memory_wait_or_are_read_anew(llama: Any, rows: int) -> None:
+    a_position = 2 * 2 * 2 * 24 * 4  # keys and values of 2 layers with 2 heads of 24 numbers in fp32
+    batch = Batch(llama, cache_bytes=rows * 64 * a_position)
+    most: list[int] = []
+    step = batch.step
+
+    def watched() -> None:
+        step()
+        most.append(len(batch._rows) * batch._longest())
+
+    batch.step = watched  # type: ignore[method-assign]
+
+    assert together(batch, PROMPTS[:4], every=1) == [alone(llama, prompt) for prompt in PROMPTS[:4]]
+    assert max(most) <= max(rows * 64, 1 * (TOKENS + 31))
+
+
+def test_memory_is_freed_as_rows_leave(llama: Any) -> None:
+    batch = Batch(llama)
+    rows = [batch.join(prompt) for prompt in PROMPTS]
+    for row in rows:
+        greedy(row)
+    held = [part.nbytes for part in batch._slots.keys]
+    assert sum(held)
+
+    for row in rows[1:]:
+        row.close()
+    greedy(rows[0])
+    assert sum(part.nbytes for part in batch._slots.keys) < sum(held) / 2
+    rows[0].close()
+    assert batch._slots.keys == []
+
+
+def test_nan_of_a_row_stays_its_own(llama: Any) -> None:
+    """Masked values are multiplied by 0, which keeps a NaN."""
+    batch = Batch(llama)
+    sound, broken = batch.join(PROMPTS[0]), batch.join(PROMPTS[4])
+    said = [greedy(sound)]
+    broken.logits()
+    with torch.inference_mode():
+        for part in batch._slots.values:
+            part[1] = torch.nan
+    broken.close()
+
+    late = batch.join(PROMPTS[2])
+    assert [greedy(late) for _ in range(TOKENS)] == alone(llama, PROMPTS[2])
+    assert said + [greedy(sound) for _ in range(TOKENS - 1)] == alone(llama, PROMPTS[0])
+
+
+def test_pass_that_breaks_reaches_every_reader_and_the_next_answer_is_right(llama: Any) -> None:
+    batch = Batch(llama)
+    rows = [batch.join(prompt) for prompt in PROMPTS[:2]]
+    greedy(rows[0])
+    batch.fail(RuntimeError("a device that failed"))
+
+    for row in rows:
+        with pytest.raises(RuntimeError, match="a device that failed"):
+            row.logits()
+        row.close()
+    assert together(batch, PROMPTS[:1]) == [alone(llama, PROMPTS[0])]
+
+
+def test_slow_reader_holds_up_nobody(llama: Any) -> None:
+    batch = Batch(llama)
+    slow, quick = batch.join(PROMPTS[0]), batch.join(PROMPTS[1])
+    first = greedy(slow)
+    slow.logits()
+    assert [greedy(quick) for _ in range(TOKENS)] == alone(llama, PROMPTS[1])
+    assert [first, *(greedy(slow) for _ in range(TOKENS - 1))] == alone(llama, PROMPTS[0])

@@ -1,0 +1,116 @@
+"""Bases and adapters as they lie in memory."""
+
+import copy
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from tunery.failures import CannotQuantise
+from tunery.planning.precision import Precision
+from worker.server.batch import Batch, can_batch
+from worker.server.streams import Alone, Stream
+from worker.trainer import rope
+from worker.trainer.recipes.qlora import load_quantised
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base is read from and how it is kept. `four_bits`: its quantisation, if it has one."""
+
+    folder: Path
+    four_bits: Precision | None
+    device: str
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """About what it will take: its files, which are mostly in 16 bits."""
+        files = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+        return files // 3 if self.four_bits else files * self.dtype.itemsize // 2
+
+    def read(self) -> Any:
+        """The model."""
+        return self._quantised() or self._plain()
+
+    def _quantised(self) -> Any:
+        if self.four_bits is None:
+            return None
+        try:
+            return load_quantised(self.folder, self.four_bits, torch.device(self.device))
+        except CannotQuantise as error:  # what an earlier release did not refuse to train
+            log.warning("%s is served as it is: %s", self.folder.name, error)
+            return None
+
+    def _plain(self) -> Any:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            self.folder, dtype=self.dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
+        )
+        return model.to(self.device)
+
+
+class Base:
+    """A base in memory."""
+
+    def __init__(self, source: Source, cache_bytes: int) -> None:
+        self.source = source
+        self.model: Any = source.read().eval()
+        rope.install(self.model)
+        self.nbytes = _nbytes(self.model)
+        self._batch = Batch(self.model, cache_bytes=cache_bytes) if can_batch(self.model) else None
+
+    def stream(self, prompt_ids: list[int]) -> Stream:
+        """The logits after a prompt."""
+        if self._batch is not None:
+            return self._batch.join(prompt_ids)
+        return Alone(self.model, prompt_ids, rope.of(self.model))
+
+    def lay_on(self, folder: Path) -> "AdapterAlone":
+        """The adapter of a folder, on this base."""
+        return AdapterAlone(self, folder)
+
+    def leave(self) -> None:
+        self.model = self._batch = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+class AdapterAlone:
+    """An adapter as PEFT lays it on a base, in fp32 as it was trained. Its answers have passes of their own."""
+
+    def __init__(self, base: Base, folder: Path) -> None:
+        self.model: Any = PeftModel.from_pretrained(shared(base.model), folder, torch_device=base.source.device).eval()
+        own = {id(part) for part in _tensors(base.model)}
+        self.nbytes = sum(part.nbytes for part in _tensors(self.model) if id(part) not in own)
+        self.on_leave: Callable[[], None] = lambda: None
+
+    def stream(self, prompt_ids: list[int]) -> Stream:
+        """The logits after a prompt."""
+        return Alone(self.model, prompt_ids, rope.of(self.model))
+
+    def leave(self) -> None:
+        self.model = None
+        self.on_leave()
+
+
+def shared(model: nn.Module) -> nn.Module:
+    """A second model of the same weights in memory, whose layers can be exchanged without changing the first."""
+    return copy.deepcopy(model, {id(part): part for part in _tensors(model)})
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    return chain(model.parameters(), model.buffers())
+
+
+def _nbytes(model: nn.Module) -> int:
+    return sum(part.nbytes for part in _tensors(model))

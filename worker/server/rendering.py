@@ -1,0 +1,70 @@
+"""What turns messages into prompts and tokens into text, shared by all models whose files of it are the same."""
+
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from weakref import WeakValueDictionary
+
+from llguidance import LLTokenizer
+
+from tunery.artifacts import manifest
+from tunery.artifacts.manifest import Manifest
+from tunery.rows.calls import CallSpelling
+from tunery.rows.template import ChatTemplate
+from worker.server import grammar
+
+_PREFIXES = (
+    "tokenizer",
+    "special_tokens_map.json",
+    "chat_template",
+    "additional_chat_templates/",
+    "config.json",
+    "generation_config.json",
+)
+"""Where the paths of files begin that a template is loaded from."""
+
+
+class Rendering:
+    """A tokenizer and chat template, and what is derived from them. Safe to share between threads."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template = template
+        self.eos_ids = frozenset(template.eos_ids)
+        self._vocabularies: dict[int, LLTokenizer] = {}
+        self._lock = Lock()
+
+    def vocabulary(self, size: int) -> LLTokenizer:
+        """What grammars are compiled for: made by the first answer that has one. `size`: the logits of the model."""
+        with self._lock:
+            if size not in self._vocabularies:
+                self._vocabularies[size] = grammar.read_vocabulary(self.template.tokenizer, size, self.eos_ids)
+            return self._vocabularies[size]
+
+    @cached_property
+    def spelling(self) -> CallSpelling | None:
+        """How the template writes tool calls; None where it writes none that can be read."""
+        return CallSpelling.find(self.template)
+
+
+class Renderings:
+    """Those in use: a tokenizer takes as much memory as many adapters, which mostly have their base's own."""
+
+    def __init__(self) -> None:
+        self._known: WeakValueDictionary[str, Rendering] = WeakValueDictionary()
+        self._lock = Lock()
+
+    def of(self, folder: Path) -> Rendering:
+        """That of a model's folder. Raises CannotRender."""
+        key = _key(folder)
+        with self._lock:
+            found = self._known.get(key)
+        if found is None:
+            found = Rendering(ChatTemplate.load(folder))
+            with self._lock:
+                found = self._known.setdefault(key, found)
+        return found
+
+
+def _key(folder: Path) -> str:
+    listed = Manifest.model_validate_json((folder / manifest.NAME).read_bytes())
+    return Manifest(files=tuple(file for file in listed.files if file.path.startswith(_PREFIXES))).sha256

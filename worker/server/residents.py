@@ -1,0 +1,115 @@
+"""What is in memory: bases and adapters, the least recently used of which leave for others."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import Condition
+from typing import Any, Protocol, TypeVar
+
+
+class Resident(Protocol):
+    """A model in memory."""
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes by itself."""
+
+    def leave(self) -> None:
+        """Called once, when it is to be forgotten."""
+
+
+R = TypeVar("R", bound=Resident)
+
+
+@dataclass
+class _Place:
+    name: str
+    users: int = 1
+    model: Any = None
+    error: BaseException | None = None
+    bytes: int = 0
+    is_loading: bool = field(default=True)
+
+
+class Residents:
+    """Models by what they hold, their digests: two versions of a name are two models. Safe to share between threads.
+
+    `budget`: bytes that all together may take, pinned ones (by their ids) among them. What is in use stays, even above
+    it.
+    """
+
+    def __init__(self, budget: int, pinned: frozenset[str] = frozenset()) -> None:
+        self._budget = budget
+        self._pinned = pinned
+        self._places: dict[str, _Place] = {}  # the least recently used first
+        self._changed = Condition()
+
+    @property
+    def names(self) -> list[str]:
+        """Ids of the models in memory, the one that was asked last at the end."""
+        with self._changed:
+            return [place.name for place in self._places.values() if not place.is_loading]
+
+    @property
+    def nbytes(self) -> int:
+        with self._changed:
+            return self._used()
+
+    def hold(self, key: str, name: str, bytes: int, load: Callable[[], R], *, waits: bool = False) -> R:
+        """The model of that key, loaded by the first that asks; it stays until it is released as often as it was held.
+
+        `bytes`: about what it will take. `waits`: rather than above the budget it is loaded once others are released.
+        Raises what `load` raises, to all who wait for it.
+        """
+        with self._changed:
+            place = self._places.get(key)
+            if place is not None:
+                known: R = self._join(key, place)
+                return known
+            place = self._places[key] = _Place(name, bytes=bytes)
+        try:
+            self._make_room(key, waits)
+            place.model = load()
+            place.bytes = place.model.nbytes
+        except BaseException as error:
+            place.error = error
+            with self._changed:
+                del self._places[key]
+            raise
+        finally:
+            with self._changed:
+                place.is_loading = False
+                self._changed.notify_all()
+        made: R = place.model
+        return made
+
+    def release(self, key: str) -> None:
+        with self._changed:
+            self._places[key].users -= 1
+            self._changed.notify_all()
+
+    def _join(self, key: str, place: _Place) -> Any:
+        place.users += 1
+        self._changed.wait_for(lambda: not place.is_loading)
+        if place.error is not None:
+            raise place.error
+        self._places[key] = self._places.pop(key)
+        return place.model
+
+    def _make_room(self, key: str, waits: bool) -> None:
+        """Lets idle models go until `key` fits, or there are none."""
+        while True:
+            with self._changed:
+                if self._used() <= self._budget:
+                    return
+                idle = [k for k, one in self._places.items() if not one.users and one.name not in self._pinned]
+                if not idle:
+                    others_end = any(one.users and k != key and not one.is_loading for k, one in self._places.items())
+                    if not waits or not others_end:
+                        return
+                    self._changed.wait()
+                    continue
+                place = self._places.pop(idle[0])
+            place.model.leave()
+
+    def _used(self) -> int:
+        return sum(place.bytes for place in self._places.values())
