@@ -33,7 +33,9 @@ STATUS: dict[type[TuneryError], int] = {
     faults.TooSlow: 408,
     errors.TooLarge: 413,
     QuotaExceeded: 429,
+    errors.Overloaded: 429,
     errors.Unavailable: 503,
+    errors.AnswerTooSlow: 504,
 }
 """A class answers for those below it. What is not here is a fault of ours: 500."""
 

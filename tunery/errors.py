@@ -36,7 +36,8 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     ├── PluginFailed             a module of TUNERY_PLUGINS cannot be imported
     ├── Unavailable              a part of ours is down; try again
     │   ├── StorageFailed        storage
-    │   └── Overloaded           the model server's waiting line is full
+    │   ├── Overloaded           the model server's waiting line is full
+    │   └── AnswerTooSlow        the model server: an answer that takes too long
     ├── JobFailure               failures: why a job failed
     │   ├── InvalidTrainingFile
     │   ├── InvalidNExamples
@@ -154,3 +155,10 @@ class Overloaded(Unavailable):
     seconds."""
 
     code = "overloaded"
+
+
+class AnswerTooSlow(Unavailable):
+    """The answer was not complete after {seconds:g} seconds, the longest time that the model server gives one. Ask for
+    fewer tokens with 'max_completion_tokens', or stream the answer and keep what came."""
+
+    code = "answer_too_slow"

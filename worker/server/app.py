@@ -15,11 +15,10 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from tunery.errors import Overloaded, Rejected, TuneryError, Unavailable
+from tunery.errors import AnswerTooSlow, Overloaded, Rejected, TuneryError, Unavailable
 from worker.server.answer import Answer
 from worker.server.backends.backend import Backend
 from worker.server.desk import Desk, Turn
-from worker.server.errors import AnswerTooSlow
 from worker.server.replies import Reply, calls_of
 from worker.server.schemas import ChatRequest, parse
 

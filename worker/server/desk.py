@@ -12,10 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from threading import Condition, Thread
 
-from tunery.errors import Overloaded
+from tunery.errors import AnswerTooSlow, Overloaded
 from worker.server.answer import Answer
 from worker.server.backends.backend import Backend
-from worker.server.errors import AnswerTooSlow
 from worker.server.schemas import ChatRequest
 
 _LOADERS = 4
