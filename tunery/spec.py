@@ -370,6 +370,11 @@ class Resources(Part):
         description="Whether each of several GPUs has the whole model or a piece of it; auto: pieces where one GPU is "
         "too small",
     )
+    force: bool = Field(
+        False,
+        description="Try the run even where the estimate says that no device here has the memory that it needs at the "
+        "least",
+    )
 
 
 class Hyperparameters(Part):

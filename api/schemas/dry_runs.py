@@ -10,7 +10,7 @@ from api.schemas import jobs
 from api.schemas.reports import Status
 from api.schemas.wire import Wire
 from tunery.jobs.dry_run import DryRun
-from tunery.planning.memory import Estimate
+from tunery.planning.peak import Estimate
 
 _DECIDED = {"n_epochs": 3, "batch_size": 8, "learning_rate_multiplier": 1.0}
 DRY_RUN: dict[str, Any] = {

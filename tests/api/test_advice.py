@@ -15,7 +15,7 @@ from tunery.datasets import reports
 from tunery.datasets.model import FileReport
 from tunery.jobs import leases
 from tunery.jobs.model import HostDevice
-from tunery.planning import advice, memory
+from tunery.planning import advice, memory, shape
 from tunery.spec import Lora
 
 ROUTE = "/v1/fine_tuning/advice"
@@ -51,7 +51,7 @@ def test_numbers_follow_the_base_and_the_devices(team: Team, base: str, database
     assert found["recommendation"] == "fine_tune"
     assert (said["technique.type"], said["technique.r"], said["held_out.share"]) == ("lora", 64, 0.1)
     assert said["learning_rate"] == pytest.approx(advice.default_learning_rate(64, Lora()), rel=1e-2)
-    learns = memory.trainable_params(rows.FACTS, Lora(r=64))
+    learns = shape.trainable_params(rows.FACTS, Lora(r=64))
     assert any(f"it has {learns:,} parameters at rank 64" in text for text in found["warnings"])
 
     few = memory.estimate(rows.FACTS, Lora(), max_seq_length=2048).bytes - 1

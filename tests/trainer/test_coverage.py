@@ -10,7 +10,7 @@ import zoo
 from run_folders import Ear, Interrupting, chat, lay_out, plan, said
 from transformers import AutoModelForCausalLM, Gemma3Config
 
-from tunery.planning import memory
+from tunery.planning import memory, shape
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Full, Lora, Qlora, Technique
 from worker.trainer import checkpoints, coverage, inspection
@@ -119,7 +119,7 @@ def test_estimate_counts_what_is_made(tmp_path: Path, family: str) -> None:
 
     model = LORA.prepare(base, Lora(r=4), None)
 
-    assert memory.trainable_params(facts, Lora(r=4)) == all_and_trainable(model)[1]
+    assert shape.trainable_params(facts, Lora(r=4)) == all_and_trainable(model)[1]
     report = coverage.describe(model, Lora(r=4), quantised=False)
     assert facts["counts"]["experts"] == experts
     assert facts["counts"]["four_bit"] == sum(kind["weights"] for kind in report["kinds"]) - experts

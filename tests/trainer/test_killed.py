@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from run_folders import chat, lay_out, plan, steps_of
 
-from tunery.planning import memory
+from tunery.planning import expected
 from tunery.spec import Full, Lora, Qlora, Replay
 
 SEED = int(os.environ.get("TUNERY_TEST_SEED", random.SystemRandom().randrange(2**31)))
@@ -73,4 +73,4 @@ def test_killed_run_ends_with_the_weights_of_one_never_killed(
     steps = [step for step in steps_of(killed) if step["type"] == "step"]
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
     tokens = [0, *(step["tokens"] for step in steps)]
-    assert max(b - a for a, b in pairwise(tokens)) > memory.CPU_MICRO_BATCH, "no step had two micro-batches"
+    assert max(b - a for a, b in pairwise(tokens)) > expected.CPU_MICRO_BATCH, "no step had two micro-batches"

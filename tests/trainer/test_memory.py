@@ -11,6 +11,7 @@ from run_folders import chat, lay_out, plan
 from transformers import LlamaConfig
 
 from tunery.failures import DoesNotFit
+from tunery.planning import activations, expected
 from tunery.planning import memory as planning
 from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora
@@ -56,12 +57,13 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def test_constants_of_planning_are_those_of_the_trainer() -> None:
-    assert cross_entropy.CHUNK_BYTES is planning.CHUNK_BYTES
+    assert cross_entropy.CHUNK_BYTES is activations.CHUNK_BYTES
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_estimate_of_a_piece_is_that_of_the_layout(ranks: int) -> None:
-    """By it a job that fits no GPU is told how many hold it in pieces. 8-bit moments have scales, in its 3 %."""
+    """By it a job that fits no GPU is told how many hold it in pieces. The trainer's own layout, which it plans with,
+    has all that may be whole at once; the estimate what is whole beside all gradients."""
     sizes = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
     config = LlamaConfig(vocab_size=32_000, num_key_value_heads=40, tie_word_embeddings=False, **sizes)
     cut = layout.compute(config, decide(Full(), "cuda"), ranks)
@@ -69,8 +71,9 @@ def test_estimate_of_a_piece_is_that_of_the_layout(ranks: int) -> None:
     facts = sizes | {"num_key_value_heads": 40, "vocab_size": 32_000, "params": cut.parameters}
     parts = planning.estimate(facts, Full(), max_seq_length=512, ranks=ranks).parts
 
-    found = [parts[name] for name in ("base", "gradients", "optimizer", "gathered")]
-    assert found == pytest.approx([cut.weights, cut.gradients, cut.moments, cut.gathered], rel=0.03)
+    assert [parts["base"], parts["optimizer"]] == pytest.approx([cut.weights, cut.moments], rel=0.01)
+    beside = parts["gradients"] + parts["gathered"]
+    assert cut.gradients + cut.gathered / 3 < beside < cut.gradients + cut.gathered
 
 
 def test_next_plans_end_at_one_row_with_activations_made_again() -> None:
@@ -137,7 +140,7 @@ def test_evaluation_that_runs_out_of_memory_is_done_in_smaller_pieces(tmp_path: 
     found = validation.loss(t.stepper, t.valid.examples)
     assert (found.loss, found.accuracy) == pytest.approx((wanted.loss, wanted.accuracy), rel=1e-6)
 
-    assert t.stepper.memory.max_tokens == planning.CPU_MICRO_BATCH // 4
+    assert t.stepper.memory.max_tokens == expected.CPU_MICRO_BATCH // 4
     assert t.objective.training
     t.objective.forward = failing(usual, range(1, 100))
     with pytest.raises(torch.OutOfMemoryError):
@@ -298,4 +301,4 @@ def test_a_packed_sequence_is_shortened_before_a_row_is_refused(
 def test_plan_of_a_packed_run_packs_no_more_than_fits(tmp_path: Path, tiny: Path) -> None:
     t = training(tmp_path / "run", tiny, packing=True, max_seq_length=64)
 
-    assert t.stepper.memory == MemoryPlan(planning.CPU_MICRO_BATCH, packed_tokens=64)
+    assert t.stepper.memory == MemoryPlan(expected.CPU_MICRO_BATCH, packed_tokens=64)

@@ -226,7 +226,7 @@ def test_adapter_of_another_base_is_found_out(tmp_path: Path, tiny: Path) -> Non
 def test_large_model_is_recorded_and_not_loaded_again(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "MOST_PARAMS", 10)
+    monkeypatch.setattr(parity, "MOST_CHECKED", 10)
     monkeypatch.setattr(parity, "_load", lambda *_: pytest.fail("loaded again"))
 
     folder = trained(tmp_path / "run", tiny)

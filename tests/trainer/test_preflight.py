@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tunery.planning import memory
+from tunery.planning import expected, memory
 from tunery.spec import Full, Lora, Qlora, Technique
 from worker.trainer.preflight import tokens_in
 
@@ -21,16 +21,21 @@ LENGTH = 2048
 
 @pytest.mark.parametrize("facts", [LLAMA_8B, SMOLLM2], ids=["8B", "135M"])
 @pytest.mark.parametrize("technique", [Full(), Lora(), Qlora()], ids=["full", "lora", "qlora"])
-def test_what_the_plan_lets_through_is_not_refused_once_a_gpu_is_held(
-    facts: dict[str, Any], technique: Technique
-) -> None:
-    need = memory.estimate(facts, technique, max_seq_length=LENGTH)
-    parts = need.parts
-    free = need.bytes - parts["base"] - parts.get("adapter", 0)
-    kept = memory.trainable_params(facts, technique) * (2 if isinstance(technique, Full) else 4)
-    kept += memory.trainable_params(facts, technique) * memory.moment_bytes(technique)
+def test_plan_begins_a_little_above_the_least(facts: dict[str, Any], technique: Technique) -> None:
+    """Between both a job gets the probe. The smallest device with a plan recomputes, one of twice the size need not."""
+    least = memory.estimate(facts, technique, max_seq_length=LENGTH).bytes
+    asked: dict[str, Any] = {"max_seq_length": LENGTH, "batch": 1}
+    capacity = next(
+        size for size in range(least, 2 * least, 2**26) if expected.runs(facts, technique, capacity=size, **asked)
+    )
+    small, large = (expected.run(facts, technique, capacity=size, **asked) for size in (capacity, 3 * capacity))
 
-    assert tokens_in(free, (parts["activations"] + parts["head"]) / LENGTH, kept) >= LENGTH
+    assert not expected.runs(facts, technique, capacity=least - 1, **asked)
+    assert capacity < 1.25 * least
+    assert small is not None
+    assert large is not None
+    assert (small.step.recompute, large.step.recompute) == (True, False)
+    assert least <= small.estimate.bytes <= capacity
 
 
 def test_a_full_fine_tune_of_8b_fits_on_80_gib() -> None:

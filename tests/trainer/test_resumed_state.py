@@ -12,7 +12,7 @@ import torch
 from run_folders import chat, lay_out, plan
 from torch.utils import _pytree
 
-from tunery.planning import memory
+from tunery.planning import expected
 from tunery.spec import Full, Lora, Qlora
 from worker.trainer import checkpoints
 from worker.trainer.data import MicroBatch, rows_of_step
@@ -75,7 +75,7 @@ def test_state_is_the_same_to_the_bit_and_so_are_the_losses(tmp_path: Path, tiny
 
 def _cut_small(t: Training) -> None:
     """Makes micro-batches of a few rows, of which a GPU would take all of a step at once."""
-    tokens = min(memory.CPU_MICRO_BATCH, t.stepper.memory.max_tokens, 160)
+    tokens = min(expected.CPU_MICRO_BATCH, t.stepper.memory.max_tokens, 160)
     packed = None if t.stepper.memory.packed_tokens is None else tokens
     t.stepper.adopt(MemoryPlan(tokens, packed_tokens=packed, graphs=t.stepper.memory.graphs))
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -254,6 +255,31 @@ def test_a_hosts_memory_is_no_measure_where_there_are_gpus(workshop: Workshop) -
 
 
 @pytest.mark.usefixtures("seventy")
+def test_a_forced_job_waits_for_the_largest_device_that_there_is(workshop: Workshop) -> None:
+    refused = workshop.submit(workshop.file(training_rows(12)))
+    forced = workshop.submit(workshop.file(training_rows(12)), resources={"force": True})
+    _show(workshop, 0, 24)
+    assert _validate(workshop)
+    assert _validate(workshop)
+    assert workshop.job(refused).error_code == "does_not_fit"
+    assert (workshop.job(forced).state, workshop.job(forced).gpu_bytes) == ("queued", 24 * 2**30)
+
+
+@pytest.mark.parametrize(("r", "count", "said"), [(1, 3000, "too small"), (256, 10, "learn the rows by heart")])
+def test_an_adapter_is_compared_with_the_tokens_that_its_job_learns(
+    workshop: Workshop, r: int, count: int, said: str
+) -> None:
+    """Of the file's rows as the base's own tokenizer and template have them; an end token is learned with each."""
+    job_id = workshop.submit(workshop.file(training_rows(count)), technique={"type": "lora", "r": r})
+    assert _validate(workshop)
+    [line] = [line for line in workshop.story(job_id) if said in line]
+    answers = sum(len(str(number + 1)) for number in range(count))  # a byte a token
+    found = re.search(r"the answers have about ([\d,]+) tokens", line)
+    assert found is not None
+    assert answers < int(found[1].replace(",", "")) <= answers + 2 * count
+
+
+@pytest.mark.usefixtures("seventy")
 @pytest.mark.parametrize(("index", "wanted"), [(0, (True, False)), (None, (True, True))])
 def test_a_job_knows_the_memory_that_its_claim_must_bring(
     workshop: Workshop, index: int | None, wanted: tuple[bool, bool]
@@ -280,7 +306,7 @@ def test_a_model_that_no_gpu_holds_is_cut_over_those_that_a_job_asks_for(worksho
     found, refused = workshop.job(cut), workshop.job(copied)
     assert found.state == "queued"
     assert found.plan is not None
-    assert found.plan["resources"] == {"gpus": 2, "sharding": "full_shard"}
+    assert found.plan["resources"] == {"gpus": 2, "sharding": "full_shard", "force": False}
     assert 70e9 < found.gpu_bytes < 100 * 2**30
     assert (refused.state, refused.error_code) == ("failed", "does_not_fit")
     assert "Set resources.gpus to 2 and resources.sharding to 'auto', which needs about " in str(refused.error_message)
@@ -290,7 +316,7 @@ def test_before_any_worker_has_come_a_job_is_told_what_it_waits_for(workshop: Wo
     job_id = workshop.submit(workshop.file(training_rows(12)))
     assert _validate(workshop)
     assert workshop.job(job_id).state == "queued"
-    assert any("the job waits for one that has a GPU with 1.1 GiB" in line for line in workshop.story(job_id))
+    assert any("the job waits for one that has a GPU with 0.5 GiB" in line for line in workshop.story(job_id))
 
 
 def test_a_lost_object_fails_its_job_and_holds_no_other_up(workshop: Workshop) -> None:

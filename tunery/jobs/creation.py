@@ -12,7 +12,9 @@ from tunery import ids
 from tunery.datasets import shelf
 from tunery.datasets.model import File
 from tunery.errors import InvalidValue, NotFound, Unsupported
-from tunery.jobs import ledger, method
+from tunery.failures import DoesNotFit
+from tunery.jobs import leases, ledger, method, placing
+from tunery.jobs.errors import ExceedsInventory
 from tunery.jobs.model import Job
 from tunery.jobs.request import JobRequest
 from tunery.keys.ring import Caller
@@ -60,6 +62,7 @@ def create(
     job = _checked(session, caller, request, rerun_of)
     if request.dry_run:
         return job
+    _check_inventory(session, job, request.model)
     job.idempotency_key, job.request_sha256 = idempotency_key, digest
     return ledger.submit(session, job, messages=_remarks(rerun_of))
 
@@ -79,6 +82,15 @@ def _checked(session: Session, caller: Caller, request: JobRequest, rerun_of: Jo
     if rerun_of is not None:
         job.rerun_of, job.template_time = rerun_of.id, rerun_of.now
     return job
+
+
+def _check_inventory(session: Session, job: Job, model: str) -> None:
+    """Raises ExceedsInventory where the least that the run needs, however short its rows are, is on no device here."""
+    facts, spec = session.get_one(Model, job.base_model).facts, TrainingSpec.model_validate(job.spec)
+    try:
+        placing.make_plan(spec, facts, leases.devices(session), examples=1, longest_answer=None, model=model)
+    except DoesNotFit as error:
+        raise ExceedsInventory(param=error.param, reason=error.message) from error
 
 
 def _digest(request: JobRequest, rerun_of: Job | None) -> str:

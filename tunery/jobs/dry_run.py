@@ -16,7 +16,7 @@ from tunery.jobs.model import Job
 from tunery.jobs.states import State
 from tunery.models.model import Model
 from tunery.planning import advice, advisor, capacity
-from tunery.planning.memory import Estimate
+from tunery.planning.peak import Estimate
 from tunery.planning.prices import Prices
 from tunery.planning.quote import Quote
 from tunery.spec import Plan, TrainingSpec

@@ -29,6 +29,12 @@ class InputChanged(Rejected):
     code = "input_changed"
 
 
+class ExceedsInventory(Rejected):
+    """{reason}"""
+
+    code = "does_not_fit"
+
+
 class LeaseLost(TuneryError):
     """Attempt {attempt} of job '{job}' is over: another hand moved the job on. Nothing was written."""
 

@@ -1,13 +1,17 @@
 """How a run would lie on the devices that there are: its plan, and the memory that it needs. Reads no rows."""
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunery.jobs import waiting
 from tunery.jobs.model import HostDevice
-from tunery.planning import advice, memory
+from tunery.planning import advice, changes, expected, memory, peak
 from tunery.spec import Plan, TrainingSpec
+
+_ANY_ROW = 64
+"""Tokens of the longest row where nobody has counted: few, so that only what cannot run is refused."""
 
 
 def find_gpus(devices: Sequence[HostDevice]) -> list[HostDevice]:
@@ -23,19 +27,25 @@ def make_plan(
     examples: int,
     longest_answer: int | None,
     model: str,
+    longest: int | None = None,
 ) -> Plan:
-    """The plan of a run on `examples` rows. `longest_answer`: tokens, of those wanted; `model`: as its owner names it.
+    """The plan of a run on `examples` rows. `longest_answer`: tokens, of those wanted; `model`: as its owner names it;
+    `longest`: tokens of the longest row, None where nobody has counted.
 
-    Raises DoesNotFit where the largest device known is too small; without any worker yet nothing is too large.
+    Raises DoesNotFit where the largest device known is too small; without any worker yet nothing is too large, nor
+    where the job is forced.
     """
     known: dict[str, Any] = {"examples": examples, "facts": facts, "longest_answer": longest_answer}
     largest = _largest(devices)
     if largest is None:
         return advice.resolve(spec, **known, bf16_fits=True)
-    limits = _limits(largest, advice.max_length(spec, facts), spec.method.rows_an_example, spec.optimizer)
-    fits = memory.bf16_fits(facts, **limits)
+    length = min(advice.max_length(spec, facts), longest or sys.maxsize)
+    limits = _limits(largest, length, spec.method.rows_an_example, spec.optimizer)
+    fits = expected.bf16_runs(facts, **limits)
     plan = _shared_out(advice.resolve(spec, **known, bf16_fits=fits), facts, limits)
-    memory.check(facts, plan.technique, **limits, ranks=_ranks(plan), model=model, gpus=_alike(devices, largest))
+    if not spec.resources.force:
+        of_run = {**limits, "ranks": _ranks(plan), "longest": longest or _ANY_ROW}
+        changes.check(facts, plan.technique, **of_run, model=model, gpus=_alike(devices, largest))
     return plan
 
 
@@ -50,15 +60,21 @@ def bf16_fits(facts: Mapping[str, Any], devices: Sequence[HostDevice]) -> bool |
     largest, spec = _largest(devices), TrainingSpec(seed=0)
     if largest is None:
         return None
-    return memory.bf16_fits(facts, **_limits(largest, advice.max_length(spec, facts), 1, spec.optimizer))
+    return expected.bf16_runs(facts, **_limits(largest, advice.max_length(spec, facts), 1, spec.optimizer))
 
 
-def need(plan: Plan, facts: Mapping[str, Any], device: str) -> memory.Estimate:
-    """The least memory that the run needs on each device of a kind, `cuda` or `cpu`."""
-    asked: dict[str, Any] = {"max_seq_length": plan.max_seq_length, "rows": plan.method.rows_an_example}
-    asked["optimizer"] = plan.optimizer
+def need(plan: Plan, facts: Mapping[str, Any], device: str, *, longest: int | None = None) -> peak.Estimate:
+    """The least memory that the run needs on each device of a kind, `cuda` or `cpu`. `longest`: as of `make_plan`."""
+    asked: dict[str, Any] = {"rows": plan.method.rows_an_example, "optimizer": plan.optimizer}
+    asked["max_seq_length"] = min(plan.max_seq_length, longest or sys.maxsize)
     asked["ranks"] = _ranks(plan) if device == "cuda" else 1
     return memory.estimate(facts, plan.technique, **asked, device=device)
+
+
+def wanted_bytes(plan: Plan, size: int, devices: Sequence[HostDevice], *, on_gpu: bool) -> int:
+    """What a claim has to bring of a kind of device: of a forced job no more than the largest has."""
+    sizes = [device.memory_bytes for device in devices if (device.gpu_index is not None) == on_gpu]
+    return min(size, max(sizes, default=size)) if plan.resources.force else size
 
 
 def warnings(devices: Sequence[HostDevice], *, gpus: int, gpu_bytes: int, cpu_bytes: int) -> list[str]:
@@ -92,7 +108,7 @@ def _shared_out(plan: Plan, facts: Mapping[str, Any], limits: Mapping[str, Any])
     resources = plan.resources
     if resources.gpus == 1:
         return plan
-    chosen = memory.choose_sharding(facts, plan.technique, gpus=resources.gpus, asked=resources.sharding, **limits)
+    chosen = expected.choose_sharding(facts, plan.technique, gpus=resources.gpus, asked=resources.sharding, **limits)
     return plan.model_copy(update={"resources": resources.model_copy(update={"sharding": chosen})})
 
 

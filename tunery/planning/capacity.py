@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tunery.planning import memory
+from tunery.planning import shape
 from tunery.spec import MAX_RANK, Full, Lora, Technique
 
 MOST_PER_TOKEN = 1000
@@ -18,7 +18,7 @@ def warnings(facts: Mapping[str, Any], technique: Technique, tokens: int) -> lis
     """
     if isinstance(technique, Full) or not tokens:
         return []
-    learns = memory.trainable_params(facts, technique)
+    learns = shape.trainable_params(facts, technique)
     sizes = f"{learns:,} parameters at rank {technique.r}, and the answers have about {tokens:,} tokens"
     if learns < tokens:
         return [f"The adapter may be too small: it has {sizes}. {_higher(technique, tokens / learns)}"]
@@ -33,7 +33,7 @@ def fit_rank(facts: Mapping[str, Any], technique: Lora, tokens: int, *, least: i
     """The rank nearest to the technique's, by halves or doubles from `least` to `most`, that is not warned of."""
 
     def learns(rank: int) -> int:
-        return memory.trainable_params(facts, technique.model_copy(update={"r": rank}))
+        return shape.trainable_params(facts, technique.model_copy(update={"r": rank}))
 
     rank = technique.r
     while tokens and learns(rank) > MOST_PER_TOKEN * tokens and rank // 2 >= least:

@@ -16,7 +16,7 @@ from tunery.failures import InvalidTrainingFile
 from tunery.jobs import placing
 from tunery.jobs.model import HostDevice
 from tunery.models.model import Model
-from tunery.planning import advice
+from tunery.planning import advice, capacity
 from tunery.planning.workload import Counts
 from tunery.rows.encoding import find_encoder
 from tunery.rows.messages import FileRole
@@ -116,9 +116,14 @@ def check_fit(case: Case, found: Findings) -> list[str]:
     """Makes the plan and estimates its memory. Raises DoesNotFit where the largest device known is too small."""
     found.plan = _plan(case, found.summaries)
     found.gpu_bytes, found.cpu_bytes = (
-        placing.need(found.plan, case.base.facts, device).bytes for device in ("cuda", "cpu")
+        placing.wanted_bytes(found.plan, _least(case, found, device), case.devices, on_gpu=device == "cuda")
+        for device in ("cuda", "cpu")
     )
     return []
+
+
+def _least(case: Case, found: Findings, device: str) -> int:
+    return placing.need(found.plan, case.base.facts, device, longest=found.summaries["training"].longest).bytes
 
 
 def check_answers(_case: Case, found: Findings) -> list[str]:
@@ -131,9 +136,10 @@ def check_answers(_case: Case, found: Findings) -> list[str]:
 
 
 def check_plan(case: Case, found: Findings) -> list[str]:
-    """Warns of what the plan will hardly learn."""
-    examples, asked = found.summaries["training"].examples, case.spec.max_seq_length
-    return advice.warnings(found.plan, examples=examples, facts=case.base.facts, asked_length=asked)
+    """Warns of what the plan will hardly learn, and of an adapter that is too small or too large for it."""
+    training, facts, asked = found.summaries["training"], case.base.facts, case.spec.max_seq_length
+    of_plan = advice.warnings(found.plan, examples=training.examples, facts=facts, asked_length=asked)
+    return of_plan + capacity.warnings(facts, found.plan.technique, training.trained_tokens)
 
 
 def check_overlap(case: Case, found: Findings) -> list[str]:
@@ -173,6 +179,7 @@ def _plan(case: Case, summaries: Mapping[FileRole, Summary]) -> Plan:
         examples=summaries["training"].examples,
         longest_answer=max(answers, default=None),
         model=case.model,
+        longest=summaries["training"].longest,
     )
 
 

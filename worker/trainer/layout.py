@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from tunery.planning import memory
+from tunery.planning import expected
 from tunery.planning.precision import BYTES, Precision
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Plan
@@ -27,7 +27,7 @@ def is_cut(plan: Plan, base: Path, template: ChatTemplate, ranks: Ranks) -> bool
         return False
     model = inspection.skeleton(str(base), base)
     known = inspection.facts(str(base), model, template) | coverage.facts(model.config)
-    chosen = memory.choose_sharding(
+    chosen = expected.choose_sharding(
         known,
         plan.technique,
         gpus=ranks.count,

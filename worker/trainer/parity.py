@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tunery.failures import ArtifactDiffers
+from tunery.planning.peak import CHECKED_BYTES, MOST_CHECKED, MOST_PROMPT
 from tunery.spec import Full
 from worker.trainer import dtypes, precision
 from worker.trainer.data import Rows
@@ -29,11 +30,6 @@ from worker.trainer.training import Training
 log = logging.getLogger(__name__)
 
 PROMPTS = 3
-_MOST_TOKENS = 512
-MOST_PARAMS = 2_000_000_000
-"""Larger bases take minutes and tens of GB to load a second time, more than the check is worth at every run's end."""
-_BYTES_A_PARAM = 6
-"""fp32 weights, and the bf16 file that they are read from."""
 TOLERANCE, QUANTISED_TOLERANCE, NARROW_TOLERANCE = 1e-3, 1e-2, 5e-2
 """The most that the files' logits may be off, as a share of a prompt's spread of logits. The same fp32 products in
 another order differ by 1e-6; on some CPUs bitsandbytes rounds the scales of four-bit weights further (0.3 %); products
@@ -60,7 +56,7 @@ class Record:
 def bytes_to_read(t: Training) -> int:
     """Returns the bytes of the model that the check loads; 0 for a large one, which it does not load."""
     params, _ = all_and_trainable(t.objective.model)
-    return _BYTES_A_PARAM * params if params <= MOST_PARAMS else 0
+    return CHECKED_BYTES * params if params <= MOST_CHECKED else 0
 
 
 def measure(t: Training) -> Record:
@@ -88,7 +84,7 @@ def _has_room(model: torch.nn.Module, device: torch.device) -> bool:
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         room = torch.cuda.mem_get_info(device)[0] + reserved
-    return params <= MOST_PARAMS and room >= _BYTES_A_PARAM * params
+    return params <= MOST_CHECKED and room >= CHECKED_BYTES * params
 
 
 def _measure(t: Training, exact: bool) -> Record:
@@ -175,5 +171,5 @@ def _prompts(rows: Rows) -> list[list[int]]:
     prompts = []
     for row in rows.rows[:PROMPTS]:
         first = next(place for place, label in enumerate(row.labels) if label >= 0)
-        prompts.append(row.input_ids[: max(2, first)][-_MOST_TOKENS:])
+        prompts.append(row.input_ids[: max(2, first)][-MOST_PROMPT:])
     return prompts

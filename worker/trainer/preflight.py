@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 
 from tunery.failures import DoesNotFit
-from tunery.planning import memory
+from tunery.planning.expected import CPU_MICRO_BATCH, GPU_TOKENS, LEAST_TOKENS, tokens_in
 from tunery.spec import Qlora, Technique
 from worker.trainer import sharding
 from worker.trainer.data import Example, Row, collate
@@ -22,14 +22,6 @@ from worker.trainer.parallel import Ranks
 from worker.trainer.replays import worthwhile
 
 log = logging.getLogger(__name__)
-
-GPU_TOKENS = 32_768
-"""Most tokens of a GPU micro-batch. A GPU is busy from a few thousand on."""
-LEAST_TOKENS = 2_048
-"""Below this many tokens a micro-batch wastes a GPU; then activations are recomputed instead (about 1.3 times the work,
-a tenth of the memory)."""
-HEADROOM = 0.9
-"""Share of the memory left for activations to plan with: the allocator's blocks never fit together perfectly."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ def settle(
     except torch.OutOfMemoryError:
         raise _does_not_fit(work, "The optimizer's state", device) from None
     if device.type != "cuda":
-        plan = MemoryPlan(max(memory.CPU_MICRO_BATCH, work.sequence))
+        plan = MemoryPlan(max(CPU_MICRO_BATCH, work.sequence))
     else:
         plan = _measured(objective, rows, work, device) if ranks is None else _cut(objective, rows, work, ranks)
     if objective.knows_borders:
@@ -160,11 +152,6 @@ def _tokens_that_fit(objective: Objective, longest: Example, validation: Example
     free, _ = torch.cuda.mem_get_info(device)
     gradients = sum(sharding.bytes_here(p) for p in objective.parameters() if p.requires_grad)
     return tokens_in(free, bytes_a_token, gradients + gathered)
-
-
-def tokens_in(free: int, bytes_a_token: float, kept: int) -> int:
-    """Tokens whose activations fit into `free` bytes beside the `kept` ones, which are still to come."""
-    return max(0, int(HEADROOM * (free - kept) / max(1.0, bytes_a_token)))
 
 
 def _peak(objective: Objective, example: Example, device: torch.device) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tunery.planning.expected import RECORDED_PARAMS, RECORDED_TOKENS
 from worker.trainer import rope
 from worker.trainer.data import Batch
 from worker.trainer.objective import Objective
@@ -20,8 +21,6 @@ log = logging.getLogger(__name__)
 GRAIN = (32, 128)
 """Widths are padded to a multiple of the first, numbers of labels to one of the second."""
 MOST_GRAPHS = 48
-MOST_PARAMS, MOST_TOKENS = 2_000_000_000, 8_192
-"""Beyond these a step's products take longer than Python does, and a graph would gain little and keep memory."""
 _ROUTED = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Config entries of models whose experts' work depends on the batch: the host has to look, which cannot be recorded."""
 SCALE = 2.0**-11
@@ -97,8 +96,8 @@ def reason_against(objective: Objective, tokens: int) -> str | None:
         "its noise is drawn for rows of these lengths": objective.noise is not None,
         "not on a GPU": not next(objective.parameters()).is_cuda,
         "its weights are cut over the ranks": objective.is_sharded,
-        f"more than {MOST_PARAMS:,} weights": sum(p.numel() for p in objective.parameters()) > MOST_PARAMS,
-        f"more than {MOST_TOKENS:,} tokens at once": tokens > MOST_TOKENS,
+        f"more than {RECORDED_PARAMS:,} weights": sum(p.numel() for p in objective.parameters()) > RECORDED_PARAMS,
+        f"more than {RECORDED_TOKENS:,} tokens at once": tokens > RECORDED_TOKENS,
         "RoPE depends on the rows' lengths": bool(rope.of(objective.causal)),  # padding to a grid would change it
         "activations are computed again": objective.recomputes,
         "the experts' work depends on the batch": any(getattr(config, name, None) for name in _ROUTED),

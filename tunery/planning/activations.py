@@ -1,0 +1,77 @@
+"""What a pass keeps and uses beside the weights, in bytes, by the path that the trainer's layers take.
+
+Counted from what each operation saves for its backward pass. `kept` and `at_work` are of one token in one layer.
+"""
+
+from typing import Literal
+
+from tunery.planning.precision import BYTES, Precision
+from tunery.planning.shape import Shape
+from tunery.spec import Full, Lora, Technique
+
+CHUNK_BYTES = 256 * 2**20
+"""Of the fp32 logits of one chunk of the loss. Larger chunks are no faster: the products are long enough by then."""
+LEAST_CHUNK_ROWS = 64
+FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Values of a config's model_type whose layers take the trainer's own kernels."""
+_FOUR_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})
+_HEAD_NORMS = frozenset({"qwen3", "qwen3_moe", "gemma3", "gemma3_text"})
+_WIDE = BYTES["float32"]
+
+Path = Literal["fused", "plain", "autocast"]
+
+
+def find_path(shape: Shape, technique: Technique, precision: Precision) -> Path:
+    """Whose code a layer runs: the trainer's, that of transformers, or that under autocast.
+
+    A family that is not known counts as fused, which needs least.
+    """
+    if precision.autocast:
+        return "autocast"
+    if shape.family not in FUSED | {None} or (isinstance(technique, Lora) and technique.use_dora):
+        return "plain"
+    return "fused"
+
+
+def kept(shape: Shape, technique: Technique, precision: Precision) -> int:
+    """What a layer keeps of a token from the forward to the backward pass."""
+    path, width, hidden = find_path(shape, technique, precision), BYTES[precision.dense], shape.hidden
+    statistics = 2 * _WIDE + _WIDE * shape.heads
+    if path == "autocast":
+        # The residual stream and what norms make of it in fp32; the inputs of five products, each cast for itself.
+        narrow = 5 * hidden + 4 * shape.heads_width + 4 * shape.ffn
+        return _WIDE * 4 * hidden + BYTES[precision.compute] * narrow + statistics
+    learns = isinstance(technique, Full)
+    heads = shape.heads_width + shape.kv_width if shape.family in _HEAD_NORMS else 0
+    if path == "fused":
+        # Both sums and both norms, query, key, value, attention, gate and up; their product only for its own weight.
+        numbers = 4 * hidden + 2 * shape.heads_width + 2 * shape.kv_width + heads + (3 if learns else 2) * shape.ffn
+        return width * (numbers + (0 if isinstance(technique, Full) else 7 * technique.r)) + statistics
+    # A norm keeps its input in fp32, and its output too where its scale learns; a mask makes keys as wide as queries.
+    norms = (4 if shape.family in _FOUR_NORMS else 2) * hidden + heads
+    wide = _WIDE * norms * (2 if learns else 1)
+    return wide + width * (2 * hidden + 4 * shape.heads_width + 4 * shape.ffn) + statistics
+
+
+def at_work(shape: Shape, technique: Technique, precision: Precision) -> int:
+    """What a layer's backward pass uses of a token beside what was kept."""
+    width = BYTES[precision.dense]
+    if find_path(shape, technique, precision) == "fused":
+        return width * (3 * shape.hidden + shape.ffn)
+    return width * (4 * shape.hidden + 3 * shape.ffn)
+
+
+def of_loss(shape: Shape, technique: Technique, precision: Precision, labels: int, device: str) -> int:
+    """What the head and the loss of `labels` tokens use at once, with the gradient of a head that learns."""
+    width = BYTES[precision.dense]
+    rows = min(labels, max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (_WIDE * shape.vocab)))
+    logits = rows * shape.vocab * (width if device == "cuda" else 3 * _WIDE)
+    states = 3 * labels * shape.hidden * width
+    return states + max(logits, _head_gradient(shape, technique, precision))
+
+
+def _head_gradient(shape: Shape, technique: Technique, precision: Precision) -> int:
+    """The sum of the chunks' gradients in fp32, that sum scaled, and it in the type of the products."""
+    if not isinstance(technique, Full) and "lm_head" not in (technique.modules_to_save or ()):
+        return 0
+    return shape.vocab * shape.hidden * (2 * _WIDE + BYTES[precision.compute])

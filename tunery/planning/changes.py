@@ -1,0 +1,123 @@
+"""Whether a run may start on a device, and what to change where it may not, the cheapest first, in words."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from tunery.failures import DoesNotFit
+from tunery.planning import expected, memory
+from tunery.planning.peak import Estimate
+from tunery.planning.precision import decide
+from tunery.spec import Full, Lora, Qlora, Resources, Technique
+
+GPU_COUNTS: tuple[int, ...] = get_args(Resources.model_fields["gpus"].annotation)
+"""How many GPUs a job may ask for."""
+_SHORTEST = 256
+_FORCE = "Set resources.force to true to try it all the same."
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change in words, and the least that the run then needs on each device."""
+
+    text: str
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.text}, which needs about {memory.gib(self.bytes)}"
+
+
+def check(
+    facts: Mapping[str, Any],
+    technique: Technique,
+    *,
+    max_seq_length: int,
+    capacity: int,
+    longest: int | None = None,
+    device: str = "cuda",
+    model: str = "the model",
+    gpus: int = 1,
+    **of_run: Any,
+) -> Estimate:
+    """The least that the run needs, if `capacity` bytes are enough. Raises DoesNotFit, which says what to change.
+
+    `longest`: tokens of the longest row, where its rows were read; else they may all be as long as max_seq_length.
+    `gpus`: how many of that capacity one host has, over which the model might be cut.
+    """
+    asked: dict[str, Any] = {"device": device, "rows": 1, "optimizer": "adamw", "ranks": 1, **of_run}
+    length = max_seq_length if longest is None else min(longest, max_seq_length)
+    need = memory.estimate(facts, technique, max_seq_length=length, **asked)
+    if need.bytes > capacity:
+        ranks, rows = asked["ranks"], "rows" if asked["rows"] == 1 else "pairs of rows"
+        raise DoesNotFit(
+            param="technique",
+            what=f"A {technique.type} fine-tune of {model} ({memory.gib(need.parts['base'])} of weights"
+            f"{f' on each of {ranks} GPUs' if ranks > 1 else ''}), {rows} of {length} tokens,",
+            needed=memory.gib(need.bytes),
+            device="GPU" if device == "cuda" else "host",
+            capacity=memory.gib(capacity),
+            instead=f"{advise(facts, technique, capacity, gpus=gpus, max_seq_length=length, **asked)} {_FORCE}",
+        )
+    return need
+
+
+def advise(facts: Mapping[str, Any], technique: Technique, capacity: int, *, gpus: int, **of_run: Any) -> str:
+    """What to change: more of the host's `gpus`, a lighter technique, shorter rows, another base or worker.
+
+    Only what the trainer then has a plan for is named. `of_run`: as of `memory.estimate`.
+    """
+    lighter = find_lighter(facts, technique, capacity, of_run)
+    more = _more_gpus(facts, technique, capacity, gpus, of_run)
+    if more is not None:
+        return f"{more} on each.{f' Or use {lighter}.' if lighter else ''}"
+    if lighter is not None:
+        return f"Use {lighter}."
+    shorter = find_shorter(facts, technique, capacity, of_run)
+    if shorter is not None:
+        return f"Lower max_seq_length to {shorter}."
+    return f"Use a smaller base model, or a worker with a larger {'GPU' if of_run['device'] == 'cuda' else 'memory'}."
+
+
+def _more_gpus(
+    facts: Mapping[str, Any], technique: Technique, capacity: int, gpus: int, of_run: Mapping[str, Any]
+) -> Change | None:
+    """The fewest GPUs that hold the model in pieces."""
+    for ranks in (count for count in GPU_COUNTS if of_run["ranks"] < count <= gpus and of_run["device"] == "cuda"):
+        cut = {**of_run, "ranks": ranks}
+        if expected.runs(facts, technique, capacity=capacity, **cut):
+            text = f"Set resources.gpus to {ranks} and resources.sharding to 'auto'"
+            return Change(text, memory.estimate(facts, technique, **cut).bytes)
+    return None
+
+
+def find_lighter(
+    facts: Mapping[str, Any], technique: Technique, capacity: int, of_run: Mapping[str, Any]
+) -> Change | None:
+    """The technique most alike that the trainer has a plan for."""
+    refused = {name for name, reason in (facts.get("techniques") or {}).items() if reason}
+    for other, text in _lighter(technique, of_run["device"]):
+        if other.type not in refused and expected.runs(facts, other, capacity=capacity, **of_run):
+            return Change(text, memory.estimate(facts, other, **of_run).bytes)
+    return None
+
+
+def _lighter(technique: Technique, device: str) -> Iterator[tuple[Technique, str]]:
+    """Techniques that need less memory, most alike first, in words."""
+    if isinstance(technique, Full):
+        if decide(technique, device) != decide(Full(), device):
+            yield Full(), "technique.weights_dtype 'bfloat16'"
+        yield Lora(), "the technique 'lora'"
+    if not isinstance(technique, Qlora):
+        yield Qlora(), "the technique 'qlora'"
+
+
+def find_shorter(
+    facts: Mapping[str, Any], technique: Technique, capacity: int, of_run: Mapping[str, Any]
+) -> int | None:
+    """The longest half, quarter and so on of max_seq_length that the trainer has a plan for."""
+    shorter = of_run["max_seq_length"] // 2
+    while shorter >= _SHORTEST:
+        if expected.runs(facts, technique, capacity=capacity, **{**of_run, "max_seq_length": shorter}):
+            return int(shorter)
+        shorter //= 2
+    return None

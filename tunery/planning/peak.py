@@ -1,0 +1,228 @@
+"""The most memory that a run has allocated on one device at once, from the base's config and how a step is taken.
+
+A run is at its peak in one of four places: while a pass begins its way back, with all that was kept; while it ends,
+with all gradients; while the loss is measured without gradients; or after training, when a small model's files are
+loaded beside it to compare their answers. Units are bytes.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tunery.planning import activations
+from tunery.planning.precision import BYTES, Precision, decide
+from tunery.planning.shape import Shape, trainable_params
+from tunery.spec import Full, Technique
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / 16_384
+"""Bytes a weight: 4 bits, an 8-bit scale per 64 weights, a 32-bit one per 256 scales (arXiv:2305.14314, section 3)."""
+NF4_PLAIN_BYTES = 0.5 + 4 / 64
+"""Without double quantisation: a 32-bit scale for 64 weights."""
+MOST_CHECKED = 2_000_000_000
+"""Weights of the largest model whose files are loaded a second time at the end, to compare their answers. Larger ones
+take minutes and tens of GB, more than the check is worth at every run's end."""
+CHECKED_BYTES = 6
+"""Bytes a weight that the comparison wants free: fp32 weights, and the bf16 file that they are read from."""
+_WORKSPACE = 32 * 2**20
+"""Of cuBLAS: one for each thread that asks for products, on each stream."""
+MOST_PROMPT = 512
+"""Tokens of the longest prompt of that comparison."""
+_MOMENT_BLOCK = 256
+"""8-bit moments that share an fp32 scale."""
+
+Parts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by what they are for: base, gradients, optimizer, adapter, activations, head, fixed and others."""
+
+    parts: Parts
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a step is taken. `tokens` and `labels`: of the largest micro-batch, its padding included.
+
+    `recompute`: activations are made again in the backward pass. `graphs`: passes are recorded, which keeps gradients
+    from step to step. `accumulates`: a step has several micro-batches. `prompt`: tokens of the longest prompt
+    by which the files are compared at the end, 0 where they are not.
+    """
+
+    tokens: int
+    labels: int
+    recompute: bool = False
+    graphs: bool = False
+    accumulates: bool = False
+    prompt: int = 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A base, what is learned of it, and where. `ranks`: over how many devices the model is cut."""
+
+    shape: Shape
+    technique: Technique
+    precision: Precision
+    learns: int
+    device: str = "cuda"
+    ranks: int = 1
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any], technique: Technique, device: str, optimizer: str, ranks: int) -> "Setting":
+        """From a model's `facts` and a plan's words."""
+        precision = decide(technique, device, optimizer)
+        return cls(Shape.of(facts), technique, precision, trainable_params(facts, technique), device, ranks)
+
+    @property
+    def is_full(self) -> bool:
+        return isinstance(self.technique, Full)
+
+    @property
+    def vocabulary_bytes(self) -> int:
+        """Of embedding and head."""
+        return self.shape.vocabulary * BYTES[self.precision.dense]
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.learns * self.precision.trained_bytes
+
+    def cut(self, size: int) -> int:
+        """A rank's share of what is cut over the ranks."""
+        return -(-size // self.ranks)
+
+
+def at_rest(s: Setting) -> Parts:
+    """What is there between two steps. Paged moments count as others do: they come back to the GPU in every step."""
+    base = base_bytes(s.shape, s.precision)
+    if s.precision.fp8 and not s.precision.quantised and s.device == "cuda":
+        base += 2 * s.shape.linears  # in eight bits twice: by rows and by columns
+    moments = _moment_bytes(s)
+    parts = {"base": s.cut(base), "optimizer": s.cut(moments) if s.is_full else moments}
+    if not s.is_full:
+        parts["adapter"] = s.learns * s.precision.trained_bytes
+    return parts
+
+
+def _moment_bytes(s: Setting) -> int:
+    moments = s.learns * s.precision.moment_bytes
+    if s.precision.moments != "int8":
+        return moments
+    moments += 2 * BYTES["float32"] * s.learns // _MOMENT_BLOCK
+    if s.is_full and s.precision.rounding == "nearest":  # embeddings keep 32 bits
+        moments += 2 * (BYTES["float32"] - BYTES["int8"]) * s.shape.vocabulary
+    return moments
+
+
+def base_bytes(shape: Shape, precision: Precision) -> int:
+    """Of the base's weights as a run keeps them."""
+    width = BYTES[precision.dense]
+    if not precision.quantised:
+        return shape.params * width
+    packed = NF4_BYTES if precision.double_quant else NF4_PLAIN_BYTES
+    return int(_four_bit(shape) * packed) + (shape.params - _four_bit(shape)) * width
+
+
+def _four_bit(shape: Shape) -> int:
+    return shape.four_bit or shape.params - shape.vocabulary
+
+
+def phases(s: Setting, step: Step) -> Iterator[Parts]:
+    """What is allocated in each of the places where a run can be at its peak."""
+    rest = at_rest(s)
+    if s.device == "cuda":
+        rest["workspaces"] = _WORKSPACE * (4 if step.graphs else 2)
+    gradients = s.cut(s.gradient_bytes) if s.is_full else s.gradient_bytes
+    keeps = step.accumulates or step.graphs or not s.is_full
+    layer = _layer_bytes(s)
+    whole = s.vocabulary_bytes + 2 * layer if s.ranks > 1 else 0
+    yield rest | {
+        "gradients": gradients if keeps else 0,
+        "gathered": whole,
+        "activations": _kept(s, step),
+        "experts": _expert_bytes(s, step),
+        "head": max(_loss_bytes(s, step.labels), _work(s, step)),
+    }
+    if s.is_full:
+        yield rest | _at_the_end(s, step, gradients, layer)
+    if step.prompt:
+        yield rest | {"gradients": gradients, "copy": _copy_bytes(s, step.prompt)}
+
+
+def _at_the_end(s: Setting, step: Step, gradients: int, layer: int) -> Parts:
+    """When a backward pass ends: the embedding's gradient comes last, and is whole where the model is cut."""
+    work = {"activations": step.tokens * s.shape.hidden * BYTES[s.precision.dense], "head": _work(s, step)}
+    if s.ranks == 1:
+        return {"gradients": gradients, **work}
+    return {
+        "gradients": gradients - s.cut(s.vocabulary_bytes) + s.vocabulary_bytes,
+        "gathered": s.vocabulary_bytes + layer,
+        **work,
+    }
+
+
+def _kept(s: Setting, step: Step) -> int:
+    """What the forward pass leaves: of each layer all that was kept, or its input and one layer's whole."""
+    layers, width = max(1, s.shape.layers), BYTES[s.precision.dense]
+    kept = activations.kept(s.shape, s.technique, s.precision)
+    states = 2 * step.tokens * s.shape.hidden * width  # what the layers begin with, and what they end in
+    whole = 1 if step.recompute else layers
+    inputs = step.tokens * s.shape.hidden * width * layers if step.recompute else 0
+    casts = BYTES[s.precision.compute] * s.shape.linears * whole // layers if s.precision.autocast else 0
+    return states + inputs + step.tokens * kept * whole + casts + _dora_bytes(s, step.tokens, whole)
+
+
+def _work(s: Setting, step: Step) -> int:
+    """What the backward pass of a layer uses beside what was kept, and the weight that it unpacks."""
+    scratch = max(i * o for i, o in s.shape.modules.values()) * BYTES[s.precision.compute]
+    work = step.tokens * activations.at_work(s.shape, s.technique, s.precision)
+    return work + (scratch if s.precision.quantised else 0)
+
+
+def _loss_bytes(s: Setting, labels: int) -> int:
+    return activations.of_loss(s.shape, s.technique, s.precision, labels, s.device)
+
+
+def _layer_bytes(s: Setting) -> int:
+    return (base_bytes(s.shape, s.precision) - s.vocabulary_bytes) // max(1, s.shape.layers)
+
+
+def _expert_bytes(s: Setting, step: Step) -> int:
+    """What adapters make of the experts' weights: their sum with the update, and its gradient, one layer's at a time.
+
+    Without recomputation the sums of all layers are kept for the backward pass.
+    """
+    if s.is_full:
+        return 0
+    layer = s.shape.experts // max(1, s.shape.layers)
+    return BYTES[s.precision.dense] * (2 * layer if step.recompute else s.shape.experts + layer)
+
+
+def _dora_bytes(s: Setting, tokens: int, layers: int) -> int:
+    """What DoRA makes of one layer in fp32, to measure its weights: them, B A, their sum, the identity behind B A; and
+    of each layer that keeps them the inputs and outputs of all positions, which the backward pass reads."""
+    if isinstance(s.technique, Full) or not s.technique.use_dora:
+        return 0
+    sizes = s.shape.modules.values()
+    matrices = max(3 * inputs * outputs + inputs * inputs for inputs, outputs in sizes)
+    return BYTES["float32"] * (matrices + 2 * layers * tokens * sum(inputs + outputs for inputs, outputs in sizes))
+
+
+def _copy_bytes(s: Setting, prompt: int) -> int:
+    """Of the files as a user loads them, computing in fp32, and of the logits of a prompt."""
+    wide = BYTES["float32"]
+    logits = prompt * s.shape.vocab * wide
+    if s.is_full:
+        return wide * s.shape.params + logits
+    adapter = s.learns * s.precision.trained_bytes
+    unpacked = s.shape.params - _four_bit(s.shape) if s.precision.quantised else s.shape.params
+    return base_bytes(s.shape, s.precision) + adapter + wide * unpacked + logits
+
+
+def peak(s: Setting, step: Step) -> Estimate:
+    """The phase that allocates the most."""
+    return Estimate(max(phases(s, step), key=lambda parts: sum(parts.values())))

@@ -1,0 +1,97 @@
+"""A decoder's sizes, from its config alone, and how many of its weights learn. Units are elements, not bytes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tunery.spec import Full, Lora, Technique
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes in elements. Families that name their parts otherwise are taken for the nearest Llama.
+
+    Counted on the model itself, 0 for bases of older releases: `rank_1`, the weights of adapters of rank 1 on all
+    linear weights; `four_bit`, those that QLoRA packs; `experts`, those of all experts. `ffn` is what a token passes;
+    `family`, the config's model_type, None where it is not known.
+    """
+
+    params: int
+    hidden: int
+    ffn: int
+    layers: int
+    heads_width: int
+    kv_width: int
+    vocab: int
+    tied: bool
+    rank_1: int = 0
+    four_bit: int = 0
+    experts: int = 0
+    heads: int = 0
+    family: str | None = None
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> "Shape":
+        """From a model's `facts`. Raises KeyError without hidden_size, num_hidden_layers or vocab_size."""
+        hidden = facts["hidden_size"]
+        heads = facts.get("num_attention_heads") or max(1, hidden // 64)
+        head_width = facts.get("head_dim") or hidden // heads
+        shape = cls(
+            params=facts.get("params") or 0,
+            hidden=hidden,
+            ffn=max(facts.get("intermediate_size") or 4 * hidden, facts.get("active_experts_size") or 0),
+            layers=facts["num_hidden_layers"],
+            heads_width=heads * head_width,
+            kv_width=(facts.get("num_key_value_heads") or heads) * head_width,
+            vocab=facts["vocab_size"],
+            tied=bool(facts.get("tie_word_embeddings")),
+            heads=heads,
+            family=facts.get("model_type"),
+            **(facts.get("counts") or {}),
+        )
+        return shape if shape.params else cls(**{**shape.__dict__, "params": shape.vocabulary + shape.linears})
+
+    @property
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """A layer's linear modules: inputs and outputs."""
+        return {
+            "q_proj": (self.hidden, self.heads_width),
+            "k_proj": (self.hidden, self.kv_width),
+            "v_proj": (self.hidden, self.kv_width),
+            "o_proj": (self.heads_width, self.hidden),
+            "gate_proj": (self.hidden, self.ffn),
+            "up_proj": (self.hidden, self.ffn),
+            "down_proj": (self.ffn, self.hidden),
+        }
+
+    @property
+    def vocabulary(self) -> int:
+        """Weights of embedding and head, which are never quantised."""
+        return self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def linears(self) -> int:
+        """Weights of all layers' linear modules."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.modules.values())
+
+
+def trainable_params(facts: Mapping[str, Any], technique: Technique) -> int:
+    """Weights that learn. A module name that the shape does not know counts as hidden x hidden."""
+    shape = Shape.of(facts)
+    if isinstance(technique, Full):
+        return shape.params
+    whole = _whole_params(shape, technique)
+    if technique.target_modules == "all-linear" and shape.rank_1 and not technique.use_dora:
+        return technique.r * shape.rank_1 + whole
+    names = shape.modules if technique.target_modules == "all-linear" else technique.target_modules
+    square = (shape.hidden, shape.hidden)
+    sizes = [shape.modules.get(name.rpartition(".")[2], square) for name in names]
+    lengths = sum(outputs for _, outputs in sizes) if technique.use_dora else 0
+    return whole + shape.layers * (technique.r * sum(inputs + outputs for inputs, outputs in sizes) + lengths)
+
+
+def _whole_params(shape: Shape, technique: Lora) -> int:
+    """Weights beside the adapters that learn themselves. A module whose size is not known counts as a head."""
+    matrices = shape.vocab * shape.hidden * len(technique.modules_to_save or ())
+    rows = len(technique.trainable_token_indices or ()) * shape.hidden
+    return (matrices + rows) * (1 if shape.tied else 2) if rows else matrices
