@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tunery.planning import cards, quote, speed, workload
-from tunery.planning.memory import Shape
 from tunery.planning.quote import Quote, Range
+from tunery.planning.shape import Shape
 from tunery.planning.speed import Record
 from tunery.planning.workload import Counts, Workload
 from tunery.settings import Settings

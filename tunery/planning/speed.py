@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tunery.planning.cards import Card
-from tunery.planning.memory import Shape
+from tunery.planning.shape import Shape
 from tunery.planning.workload import Workload
 from tunery.spec import Full, Lora, Qlora, Technique
 from tunery.wire import Spent, StepTimes

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tunery.planning import memory
-from tunery.planning.memory import Shape
+from tunery.planning.shape import Shape, trainable_params
 from tunery.spec import Full, Plan, Technique
 
 BYTES_A_TOKEN = 4
@@ -74,7 +73,7 @@ def of_job(plan: Plan, facts: Mapping[str, Any], counts: Counts, device: str) ->
     steps = steps_an_epoch * plan.n_epochs
     validations = _validations(plan, steps_an_epoch, steps) if counts.valid_tokens else 0
     replay_answers = _replay_answers(plan, counts.examples)
-    learns = memory.trainable_params(facts, plan.technique)
+    learns = trainable_params(facts, plan.technique)
     return Workload(
         technique=plan.technique,
         shape=Shape.of(facts),
