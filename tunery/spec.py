@@ -489,9 +489,10 @@ class Run(Part):
 
     The directory holds `spec.json`, `base/` (safetensors, tokenizer, chat template), `data/train.jsonl`, maybe
     `data/valid.jsonl`, `data/test.jsonl`, `data/replay.jsonl`, `adapter/` (an adapter to go on from), `resume/` (a
-    snapshot of an earlier attempt) and `scores/` (what bases scored on the general benchmark and answered for replay,
-    shared by the host's runs). The trainer writes `out/` (the artifact), `checkpoints/step-N/` (artifacts at epoch
-    ends), `snapshots/step-N/` (recovery), new files in `scores/`, and nothing else.
+    snapshot of an earlier attempt), `scores/` (what bases scored on the general benchmark and answered for replay) and
+    `prepared/` (tokens of files), both shared by the host's runs. The trainer writes `out/` (the artifact),
+    `checkpoints/step-N/` (artifacts at epoch ends), `snapshots/step-N/` (recovery), new files in `scores/` and
+    `prepared/`, and nothing else.
     """
 
     version: Literal[1] = 1

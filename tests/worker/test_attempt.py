@@ -148,6 +148,7 @@ def test_a_run_goes_on_from_the_snapshot_before_a_damaged_one(
     found = staging.lay_out(needs, run_dir, workshop.settings.models_dir, workshop.storage, lambda: None)
 
     assert found == note
+    assert (run_dir / "prepared").resolve() == (workshop.settings.models_dir / "prepared").resolve()
     weights = run_dir / "resume" / "weights.safetensors"
     assert (weights.read_text() if weights.exists() else None) == (
         f"weights.safetensors of step {resumed}" if resumed else None

@@ -6,6 +6,8 @@ between is what the model must say, its end-of-turn token included. `{% generati
 templates have none, and a forgotten mark silently trains on nothing.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
@@ -117,6 +119,13 @@ class ChatTemplate:
         made = type(self).__new__(type(self))
         vars(made).update(vars(self))
         return made
+
+    def fingerprint(self) -> str | None:
+        """The digest of all that decides about a row's tokens; None where the clock does."""
+        tokenizer, templates, special_tokens, eos_ids, now = self._made_of
+        dates = files.dates(templates, now)
+        parts = [tokenizer.to_str(), templates, special_tokens, list(eos_ids), dates]
+        return None if dates is None else hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def hasten(self) -> None:
         """Prepares for many rows: ids stay the same and come faster, after up to a second."""

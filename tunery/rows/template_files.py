@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from tunery.rows.errors import CannotRender
 ADDITIONAL = "additional_chat_templates"
 """The folder of templates besides the default, each a file that has its name."""
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_WRITTEN_DATE = re.compile(r"strftime_now\(\s*(['\"])([^'\"\\]*)\1\s*\)")
+_ASKED_FOR = re.compile(r"strftime_now is (?:not )?defined")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -75,3 +79,17 @@ def digest(templates: dict[str, str]) -> str:
     """A sha256 of the templates; one template's is that of its file, so that anybody can check it with sha256sum."""
     named = templates["default"] if len(templates) == 1 else json.dumps(templates, sort_keys=True)
     return hashlib.sha256(named.encode()).hexdigest()
+
+
+def dates(templates: dict[str, str], now: datetime | None) -> list[str] | None:
+    """What the templates write of the moment `now`, the whole moment where that cannot be told from their sources.
+    None where they may write one that is not settled."""
+    source = "\n".join(templates.values())
+    forms = {form for _, form in _WRITTEN_DATE.findall(source)}
+    if "strftime_now" not in source:
+        return []
+    if now is None:
+        return None
+    if "strftime_now" in _ASKED_FOR.sub("", _WRITTEN_DATE.sub("", source)):
+        return [now.isoformat()]
+    return [now.strftime(form) for form in sorted(forms)]

@@ -24,6 +24,8 @@ EXPORTS = ("merged/", "fp8/", "gguf/")
 """The folders of an artifact that `tunery.spec.Export` adds."""
 SCORES = "scores"
 """In the folder of models: what bases scored on the general benchmark, which their next runs read instead."""
+PREPARED = "prepared"
+"""In the folder of models: the tokens of files, which their next runs with the same tokenizer read instead."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,9 @@ def lay_out(needs: Needs, run_dir: Path, models_dir: Path, storage: Storage, che
     check()
     base = base_folder(models_dir, storage, needs.base.prefix, needs.base.sha256, check)
     (run_dir / "base").symlink_to(base.absolute())
-    (models_dir / SCORES).mkdir(exist_ok=True)
-    (run_dir / SCORES).symlink_to((models_dir / SCORES).absolute())
+    for shared in (SCORES, PREPARED):
+        (models_dir / shared).mkdir(exist_ok=True)
+        (run_dir / shared).symlink_to((models_dir / shared).absolute())
     if needs.adapter is not None:
         listed = _without_exports(storage, needs.adapter.prefix, needs.adapter.sha256)
         manifest.fetch(storage, needs.adapter.prefix, listed, run_dir / "adapter", check)

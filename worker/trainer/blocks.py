@@ -25,8 +25,8 @@ class Block:
 
     data: bytearray = field(default_factory=bytearray)
     lengths: "array[int]" = field(default_factory=lambda: array("q"))
-    labelled: "array[int]" = field(default_factory=lambda: array("l"))
-    rows: "array[int]" = field(default_factory=lambda: array("l"))
+    labelled: "array[int]" = field(default_factory=lambda: array("q"))
+    rows: "array[int]" = field(default_factory=lambda: array("q"))
     truncated: list[int] = field(default_factory=list)
     unlearnable: list[int] = field(default_factory=list)
     fault: InvalidTrainingFile | None = None

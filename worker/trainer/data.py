@@ -6,6 +6,7 @@ number of its step to go on with the very same examples.
 """
 
 import hashlib
+import os
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterator, Sequence
@@ -24,12 +25,13 @@ from tunery.rows import bulk, encoding, messages
 from tunery.rows.messages import FileRole
 from tunery.rows.shapes import FileShape
 from tunery.rows.template import IGNORED, ChatTemplate
+from worker.trainer import prepared
 from worker.trainer.blocks import Block, gather
 from worker.trainer.kernels.attention import Borders
 from worker.trainer.row import Example as Example
 from worker.trainer.row import Row as Row
 from worker.trainer.row import singles as singles
-from worker.trainer.stored_rows import StoredExamples, keep
+from worker.trainer.stored_rows import StoredExamples, keep, read_back, store_of
 
 _CHUNK_BYTES = 2**20
 MOST_IN_MEMORY = 2 * 10**6
@@ -136,16 +138,33 @@ def read_rows(
     max_length: int,
     role: FileRole = "training",
     encoder: encoding.RowEncoder = encoding.CHATS,
+    kept: Path | None = None,
 ) -> Rows:
     """Every line as examples, by the encoder of a method. Lines with nothing to learn are left out and counted.
 
-    Of more than MOST_IN_MEMORY tokens the examples lie in a file beside `path`. Raises InvalidTrainingFile, also when
-    no example is left.
+    Of more than MOST_IN_MEMORY tokens the examples lie in a file beside `path`, or in `kept`: a folder of rows that
+    were prepared before, which are not prepared again. Raises InvalidTrainingFile, also when no example is left.
     """
+    reading = bulk.Reading(role, encoder, template, max_length)
+    usable = kept is not None and os.access(kept, os.W_OK)
+    name = prepared.key(path, template, encoder, role, max_length) if usable else None
+    if kept is None or name is None:
+        return _prepare(path, reading)
+    with prepared.turn(kept, name):
+        if (found := prepared.find(kept, name)) is None:
+            rows = _prepare(path, reading)
+            store = store_of(rows.examples, path.parent)
+            prepared.save(kept, name, (store, rows.truncated, rows.unlearnable))
+            found = store, rows.truncated, rows.unlearnable
+        store, truncated, unlearnable = found
+    return Rows(read_back(store, MOST_IN_MEMORY), truncated, unlearnable)
+
+
+def _prepare(path: Path, reading: bulk.Reading) -> Rows:
     lines = _Lines()
-    examples = keep(lines.read(path, bulk.Reading(role, encoder, template, max_length)), path.parent, MOST_IN_MEMORY)
+    examples = keep(lines.read(path, reading), path.parent, MOST_IN_MEMORY)
     if not examples:
-        raise encoding.nothing_trained(role, max_length)
+        raise encoding.nothing_trained(reading.role, reading.max_length)
     return Rows(examples, tuple(lines.truncated), tuple(lines.unlearnable))
 
 

@@ -6,7 +6,7 @@ from tunery.failures import InvalidTrainingFile
 from tunery.rows.encoding import find_encoder
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
-from worker.trainer import packing, preflight
+from worker.trainer import packing, preflight, prepared
 from worker.trainer.data import Rows, read_rows
 from worker.trainer.objective import Objective
 from worker.trainer.replay import mixing
@@ -15,7 +15,8 @@ from worker.trainer.replay import mixing
 def training_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows:
     """The rows to learn from. Raises InvalidTrainingFile."""
     encoder = find_encoder(run.plan.method, "training", run.plan.columns, run.plan.cut_answers)
-    return read_rows(folder / "data" / "train.jsonl", template, run.plan.max_seq_length, encoder=encoder)
+    path, kept = folder / "data" / "train.jsonl", folder / prepared.NAME
+    return read_rows(path, template, run.plan.max_seq_length, encoder=encoder, kept=kept)
 
 
 def validation_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows | None:
@@ -23,7 +24,7 @@ def validation_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows | No
     path = folder / "data" / "valid.jsonl"
     if path.exists():
         encoder = find_encoder(run.plan.method, "validation", run.plan.columns, run.plan.cut_answers)
-        return read_rows(path, template, run.plan.max_seq_length, "validation", encoder)
+        return read_rows(path, template, run.plan.max_seq_length, "validation", encoder, folder / prepared.NAME)
     if run.plan.early_stopping or run.plan.select == "best":
         raise InvalidTrainingFile(
             role="validation", reason="There is none, and early_stopping and select: best need its loss. Add one."

@@ -13,7 +13,7 @@ from contextlib import suppress
 from itertools import accumulate, chain, islice
 from operator import sub
 from pathlib import Path
-from typing import IO, TypeVar, overload
+from typing import IO, Self, TypeVar, overload
 
 import numpy
 
@@ -24,6 +24,7 @@ from worker.trainer.whole_folders import room_for
 T = TypeVar("T")
 
 _ID = numpy.dtype("<i4")
+_PIECE_BYTES = 2**20
 
 
 class StoredRow(Row):
@@ -61,16 +62,48 @@ class StoredRow(Row):
 
 
 class Store:
-    """Rows in a file that nobody else sees, and that goes with the process. Not safe to fork while it is written."""
+    """Rows in a file. Not safe to fork while it is written."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as the rows)
+    def __init__(
+        self,
+        file: IO[bytes],
+        ends: "array[int] | None" = None,
+        labelled: "array[int] | None" = None,
+        example_ends: "array[int] | None" = None,
+    ) -> None:
+        """Without the numbers of its rows (`numbers`), the file is empty."""
+        self._file = file
         weakref.finalize(self, _close, self._file)
-        self._ends = array("q", [0])
-        self.labelled = array("l")
-        self.example_ends = array("q", [0])
+        self._ends = ends or array("q", [0])
+        self.labelled = labelled or array("q")
+        self.example_ends = example_ends or array("q", [0])
         """How many rows stand in the examples up to each."""
         self.reference = array("d")
+
+    @classmethod
+    def temporary(cls, folder: Path) -> Self:
+        """One in a file that nobody else sees, and that goes with the process."""
+        return cls(tempfile.TemporaryFile(dir=folder))
+
+    @property
+    def numbers(self) -> "tuple[array[int], array[int], array[int]]":
+        """What is in memory of the rows, without the reference."""
+        return self._ends, self.labelled, self.example_ends
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows."""
+        return self._ends[-1]
+
+    @property
+    def size(self) -> int:
+        """The bytes of all rows in the file."""
+        return self._ends[-1] * 2 * _ID.itemsize
+
+    def pieces(self) -> Iterator[bytes]:
+        """The bytes of all rows."""
+        for start in range(0, self.size, _PIECE_BYTES):
+            yield os.pread(self._file.fileno(), min(_PIECE_BYTES, self.size - start), start)
 
     def add(self, block: Block) -> None:
         """Writes a block's examples behind the others."""
@@ -136,35 +169,35 @@ class StoredExamples(_Lazy[Example]):
     """The store's examples, and some in memory behind them."""
 
     def __init__(self, store: Store, more: Sequence[Example] = ()) -> None:
-        self._store, self._more = store, list(more)
-        self._stored = len(store.example_ends) - 1
-        super().__init__(self._stored + len(self._more), self._at)
+        self.store, self._more = store, list(more)
+        self.stored = len(store.example_ends) - 1
+        super().__init__(self.stored + len(self._more), self._at)
 
     def __add__(self, more: Sequence[Example]) -> "StoredExamples":
-        return StoredExamples(self._store, [*self._more, *more])
+        return StoredExamples(self.store, [*self._more, *more])
 
     def _at(self, place: int) -> Example:
-        return self._store.example(place) if place < self._stored else self._more[place - self._stored]
+        return self.store.example(place) if place < self.stored else self._more[place - self.stored]
 
     @property
     def lengths(self) -> "array[int]":
         """The tokens of each example."""
-        return self._store.example_lengths + array("l", map(len, self._more))
+        return self.store.example_lengths + array("l", map(len, self._more))
 
     @property
     def rows(self) -> Sequence[Row]:
         """The rows of all examples, one behind the other."""
-        stored = len(self._store.labelled)
+        stored = len(self.store.labelled)
         more = [row for example in self._more for row in example.rows]
         return _Lazy(
             stored + len(more),
-            lambda place: StoredRow(self._store, place) if place < stored else more[place - stored],
+            lambda place: StoredRow(self.store, place) if place < stored else more[place - stored],
         )
 
     def attach(self, numbers: Iterable[Sequence[float]]) -> None:
         """Gives each example its `reference`."""
         assert not self._more, "replay has no reference"
-        self._store.reference = array("d", (number for each in numbers for number in each))
+        self.store.reference = array("d", (number for each in numbers for number in each))
 
 
 def keep(blocks: Iterable[Block], folder: Path, most_in_memory: int) -> "list[Example] | StoredExamples":
@@ -180,6 +213,24 @@ def keep(blocks: Iterable[Block], folder: Path, most_in_memory: int) -> "list[Ex
     return [example for block in _let_go(held) for example in block.examples()]
 
 
+def store_of(examples: "list[Example] | StoredExamples", folder: Path) -> Store:
+    """The store of the examples, of those in memory one in `folder`."""
+    if isinstance(examples, StoredExamples):
+        return examples.store
+    block = Block()
+    for example in examples:
+        block.add(example.rows)
+    return _store([block], folder).store
+
+
+def read_back(store: Store, most_in_memory: int) -> "list[Example] | StoredExamples":
+    """The store's examples: in a list up to so many tokens."""
+    stored = StoredExamples(store)
+    if store.tokens > most_in_memory:
+        return stored
+    return [Example(tuple(Row(row.input_ids, row.labels) for row in example.rows)) for example in stored]
+
+
 def _let_go(held: list[Block]) -> Iterator[Block]:
     """Each block, which is then held here no longer."""
     held.reverse()
@@ -188,7 +239,7 @@ def _let_go(held: list[Block]) -> Iterator[Block]:
 
 
 def _store(blocks: Iterable[Block], folder: Path) -> StoredExamples:
-    store = Store(folder)
+    store = Store.temporary(folder)
     for block in blocks:
         store.add(block)
     store.flush()
