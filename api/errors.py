@@ -14,12 +14,13 @@ from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from api import faults
+from api import faults, rate_headers
 from tunery import errors
 from tunery.db import UNREACHABLE
 from tunery.errors import TuneryError
 from tunery.jobs.errors import QuotaExceeded
 from tunery.keys.errors import Forbidden, Unauthenticated
+from tunery.traffic.errors import RateLimited, TooManyOpen
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +34,22 @@ STATUS: dict[type[TuneryError], int] = {
     faults.TooSlow: 408,
     errors.TooLarge: 413,
     QuotaExceeded: 429,
+    RateLimited: 429,
+    TooManyOpen: 429,
     errors.Overloaded: 429,
     errors.Unavailable: 503,
     errors.AnswerTooSlow: 504,
 }
 """A class answers for those below it. What is not here is a fault of ours: 500."""
 
-_HEADERS: dict[int, dict[str, str]] = {
-    401: {"www-authenticate": "Bearer"},
-    408: {"connection": "close"},
-    429: {"x-should-retry": "false"},  # a full queue does not empty in the seconds a client waits
-    503: {"retry-after": "5"},
+_NOT_AGAIN = {"x-should-retry": "false"}
+_HEADERS: dict[type[TuneryError], dict[str, str]] = {
+    Unauthenticated: {"www-authenticate": "Bearer"},
+    faults.TooSlow: {"connection": "close"},
+    QuotaExceeded: _NOT_AGAIN,  # a full queue does not empty in the seconds a client waits
+    TooManyOpen: {"retry-after": "1"},
+    errors.Unavailable: {"retry-after": "5"},
+    errors.AnswerTooSlow: _NOT_AGAIN,  # the same request would take as long
 }
 
 _FORESEEN = (
@@ -61,12 +67,20 @@ def status_of(error: TuneryError) -> int:
     return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
 
 
+def _headers_of(error: TuneryError) -> dict[str, str]:
+    if isinstance(error, RateLimited):
+        return {"retry-after": str(error.fields["seconds"]), **rate_headers.of(error.fields["standing"])}
+    return next((_HEADERS[kind] for kind in type(error).__mro__ if kind in _HEADERS), {})
+
+
 def envelope(message: str, *, type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of every error, all four keys always there."""
     return {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 
 def _type_of(error: TuneryError, status: int) -> str:
+    if isinstance(error, RateLimited):
+        return str(error.fields["unit"])  # `requests` or `tokens`, as OpenAI has it
     if status == 429:
         return error.code
     return "invalid_request_error" if status < 500 else "server_error"
@@ -101,7 +115,7 @@ def answer(error: Exception, *, request_id: str, route: str) -> JSONResponse:
         text = f"The server failed at this request. Tell the operator its id, {request_id}: the log says why."
         return JSONResponse(envelope(text, type="server_error", code="server_error"), 500)
     status = status_of(ours)
-    headers = {**_HEADERS.get(status, {}), **(getattr(error, "headers", None) or {})}
+    headers = {**_headers_of(ours), **(getattr(error, "headers", None) or {})}
     body = envelope(ours.message, type=_type_of(ours, status), param=ours.param, code=ours.code)
     return JSONResponse(body, status, headers)
 

@@ -1,5 +1,6 @@
 """The application: `uvicorn --factory api.main:create_app`."""
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -77,6 +78,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.storage = open_storage(settings)
     app.state.sessions = _sessions(settings)
+    app.state.open_requests = Counter()  # by project: see api.metering
     for module in ROUTERS:
         app.include_router(module.router)
     docs.install(app)

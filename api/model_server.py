@@ -1,73 +1,172 @@
 """Requests to the model server: the model is found here, the words come from there."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import anyio
 import httpx2
 from fastapi import Request
-from fastapi.concurrency import run_in_threadpool
-from sqlalchemy.orm import Session, sessionmaker
+from fastapi.responses import StreamingResponse
+from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
+from api import metering
+from api.errors import envelope
+from api.metering import Admission
 from tunery import serving
-from tunery.errors import Unavailable
-from tunery.models import registry
-from tunery.models.model import Model
-from tunery.serving import Chosen
+from tunery.errors import AnswerTooSlow, TuneryError, Unavailable
+from tunery.settings import Settings
 
 Result = TypeVar("Result")
-TIMEOUT = httpx2.Timeout(600, connect=5)
-"""A long answer of a model on a CPU takes minutes; a server that is not there is known at once."""
+Json = dict[str, Any]
 _PASSED_ON = ("retry-after", "x-should-retry")
 
 
 @dataclass(frozen=True)
 class Answered:
-    """The model server's answer: its status, and either all of its `content` or, where it streams, its `chunks`."""
+    """The model server's answer: its status, and either its `body` or, where it streams, its `stream`."""
 
     status: int
-    kind: str
     headers: dict[str, str]
-    content: bytes = b""
-    chunks: AsyncIterator[bytes] | None = None
+    body: Json
+    stream: "Stream | None" = None
 
 
-async def ask(
-    request: Request, sessions: sessionmaker[Session], server_url: str, project_id: str, fields: Mapping[str, Any]
-) -> Answered:
-    """Asks for the chat completion of these fields, as long as the caller stays. `chunks` have to be read or closed.
+async def ask(request: Request, project_id: str, fields: Mapping[str, Any]) -> Answered:
+    """Asks for the chat completion of these fields, as long as the caller stays. A `stream` has to be closed.
 
-    Raises ModelNotFound, Unavailable; in `chunks` Unavailable alone.
+    Raises ModelNotFound, WrongState, RateLimited, TooManyOpen, Unavailable, AnswerTooSlow.
     """
-    found = await run_in_threadpool(_find, sessions, project_id, fields["model"])
-    body = await run_in_threadpool(serving.encode, fields, found)
+    settings: Settings = request.app.state.settings
+    admission = await metering.admit(request.app, project_id, fields)
     # A client a request: connections are local, and a pool would be tied to one event loop.
-    client = httpx2.AsyncClient(timeout=TIMEOUT, trust_env=False)
+    timeout = httpx2.Timeout(settings.server_seconds, connect=5)  # a server that is not there is known at once
+    client = httpx2.AsyncClient(timeout=timeout, trust_env=False)
+    stream: Stream | None = None
     try:
-        upstream = await _while_connected(request, _send(client, server_url, body))
-        kind = upstream.headers.get("content-type", "application/json")
-        headers = {name: upstream.headers[name] for name in _PASSED_ON if name in upstream.headers}
-        if kind.startswith("text/event-stream"):
-            return Answered(upstream.status_code, kind, headers, chunks=_chunks(client, upstream))
-        content = await _while_connected(request, _read(upstream))
-    except BaseException:
-        await client.aclose()
-        raise
-    await client.aclose()
-    return Answered(upstream.status_code, kind, headers, content)
-
-
-async def _chunks(client: httpx2.AsyncClient, upstream: httpx2.Response) -> AsyncIterator[bytes]:
-    try:
-        async for chunk in upstream.aiter_raw():
-            yield chunk
-    except httpx2.HTTPError:
-        raise Unavailable(part="The model server") from None
+        body = serving.encode(_counted(fields), admission.chosen)
+        async with _in_time(admission, settings):
+            upstream = await _while_connected(request, _send(client, settings.server_url, body))
+            headers = {name: upstream.headers[name] for name in _PASSED_ON if name in upstream.headers}
+            headers |= admission.headers
+            if upstream.headers.get("content-type", "").startswith("text/event-stream"):
+                stream = Stream(admission, client, upstream, with_usage=_wants_usage(fields))
+                return Answered(upstream.status_code, headers, {}, stream)
+            answer = await _while_connected(request, _read(upstream))
+        admission.note(answer)
+        return Answered(upstream.status_code, headers, answer)
     finally:
-        await upstream.aclose()
-        await client.aclose()
+        if stream is None:
+            await client.aclose()
+            await admission.end()
+
+
+class Stream:
+    """The chunks of an answer, as they come. `close` has to be called."""
+
+    def __init__(
+        self, admission: Admission, client: httpx2.AsyncClient, upstream: httpx2.Response, *, with_usage: bool
+    ) -> None:
+        self._admission, self._client, self._upstream = admission, client, upstream
+        self._with_usage = with_usage
+
+    async def chunks(self) -> AsyncIterator[Json]:
+        """Each chunk; where the answer breaks off, the last one is an error's envelope. The status is out by then."""
+        try:
+            async for line in self._lines():
+                if line.startswith(b"data: ") and line != b"data: [DONE]":
+                    chunk = from_json(line.removeprefix(b"data: "))
+                    self._admission.note(chunk)
+                    if shown := self._shown(chunk):
+                        yield shown
+        except TuneryError as error:
+            yield envelope(error.message, type="server_error", code=error.code)
+
+    async def close(self) -> None:
+        """Ends the request, whether or not it was read to its end: the model server then stops too."""
+        with anyio.CancelScope(shield=True):
+            try:
+                await self._upstream.aclose()
+                await self._client.aclose()
+            finally:
+                await self._admission.end()
+
+    def _shown(self, chunk: Json) -> Json | None:
+        """The chunk as the caller asked for it: the counts were asked for by us."""
+        if self._with_usage or "error" in chunk:
+            return chunk
+        chunk.pop("usage", None)
+        return chunk if chunk["choices"] else None
+
+    async def _lines(self) -> AsyncIterator[bytes]:
+        settings: Settings = self._admission.app.state.settings
+        parts, rest = self._upstream.aiter_raw(), b""
+        while True:
+            # Around each part: a timeout must not span a `yield`, where other code runs.
+            async with _in_time(self._admission, settings):
+                try:
+                    part = await anext(parts)
+                except StopAsyncIteration:
+                    return
+                except httpx2.HTTPError:
+                    raise Unavailable(part="The model server") from None
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                yield line.rstrip(b"\r")
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that are made of a stream, which is closed at their end.
+
+    Why not in a `finally` of the generator: of a caller who leaves before the first event it is never begun.
+    """
+
+    def __init__(self, events: AsyncIterator[str], stream: Stream, headers: dict[str, str]) -> None:
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._stream.close()
+
+
+async def events(stream: Stream) -> AsyncIterator[str]:
+    """A stream's chunks as OpenAI sends them, with [DONE] behind the last."""
+    async for chunk in stream.chunks():
+        yield f"data: {json.dumps(chunk)}\n\n"
+        if "error" in chunk:
+            return
+    yield "data: [DONE]\n\n"
+
+
+@asynccontextmanager
+async def _in_time(admission: Admission, settings: Settings) -> AsyncIterator[None]:
+    """Raises AnswerTooSlow where the block is not left before the request's deadline."""
+    try:
+        async with asyncio.timeout_at(admission.deadline):
+            yield
+    except TimeoutError:
+        raise AnswerTooSlow(seconds=settings.server_seconds) from None
+
+
+def _wants_usage(fields: Mapping[str, Any]) -> bool:
+    options = fields.get("stream_options")
+    return isinstance(options, dict) and options.get("include_usage") is True
+
+
+def _counted(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, so that the last chunk of a stream has the counts. What is wrong in them stays for the server."""
+    options = fields.get("stream_options") or {}
+    if fields.get("stream") is not True or not isinstance(options, dict):
+        return dict(fields)
+    return {**fields, "stream_options": {**options, "include_usage": True}}
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -91,19 +190,6 @@ async def _disconnection(request: Request) -> None:
         pass
 
 
-def _find(sessions: sessionmaker[Session], project_id: str, name: str) -> Chosen:
-    """What the server needs to load the model: where its files lie, and their manifest's digest."""
-    with sessions.begin() as session:
-        model = registry.find_ready(session, project_id, name)
-        base = model if model.base_id is None else session.get_one(Model, model.base_id)
-        tuned = None if base is model else {**_place(model), "technique": model.technique}
-        return Chosen.model_validate({"base": _place(base), "tuned": tuned})
-
-
-def _place(model: Model) -> dict[str, Any]:
-    return {"id": model.id, "prefix": model.prefix, "manifest_sha256": model.manifest_sha256}
-
-
 async def _send(client: httpx2.AsyncClient, server_url: str, body: bytes) -> httpx2.Response:
     headers = {"content-type": "application/json"}
     request = client.build_request("POST", f"{server_url}/v1/chat/completions", content=body, headers=headers)
@@ -113,8 +199,9 @@ async def _send(client: httpx2.AsyncClient, server_url: str, body: bytes) -> htt
         raise Unavailable(part="The model server") from None
 
 
-async def _read(upstream: httpx2.Response) -> bytes:
+async def _read(upstream: httpx2.Response) -> Json:
     try:
-        return await upstream.aread()
-    except httpx2.HTTPError:
+        answer: Json = from_json(await upstream.aread())
+        return answer
+    except (httpx2.HTTPError, ValueError):
         raise Unavailable(part="The model server") from None

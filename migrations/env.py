@@ -11,6 +11,7 @@ import tunery.datasets.model
 import tunery.jobs.model
 import tunery.keys.model
 import tunery.models.model
+import tunery.traffic.model
 import tunery.webhooks.model  # noqa: F401  importing is what registers the tables
 from tunery.db import Base
 from tunery.settings import get_settings

@@ -34,6 +34,8 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     ├── TooSlow                  api/faults.py: a body that comes in too slowly
     ├── TooLarge                 more bytes than the limit
     ├── QuotaExceeded            jobs: the project has all it may have
+    ├── RateLimited              traffic: the project's requests or tokens of a minute are used up
+    ├── TooManyOpen              traffic: the project has as many requests to models open as it may have
     ├── PluginFailed             a module of TUNERY_PLUGINS cannot be imported
     ├── Unavailable              a part of ours is down; try again
     │   ├── StorageFailed        storage

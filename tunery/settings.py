@@ -87,6 +87,13 @@ class Settings(BaseSettings):
     max_file_bytes: int = Field(512 * 2**20, description="One request's file")
     max_upload_bytes: int = Field(8 * 2**30, description="A whole Upload")
     max_part_bytes: int = Field(64 * 2**20, description="One part of an Upload")
+    requests_per_minute: int | None = Field(
+        None, ge=0, description="Requests to models that a project may send a minute, unless it has a limit of its own"
+    )
+    tokens_per_minute: int | None = Field(
+        None, ge=0, description="The same for tokens, of prompts and answers together"
+    )
+    open_requests: int = Field(64, ge=1, description="Requests to models that a project has open at each API process")
     lease_seconds: int = Field(600, description="A worker that is silent for longer loses its job")
     renew_seconds: float = Field(10, description="Time between a worker's signs of life")
     poll_seconds: float = Field(15, description="Time between a worker's looks at the queue without a wake-up")

@@ -1,19 +1,16 @@
 """Chat completions: the model is found here, the words come from the model server."""
 
-import json
-from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from api import model_server
 from api.bodies import LongJsonRoute
-from api.dependencies import SessionsDep, SettingsDep, StreamCallerDep
-from api.errors import envelope
+from api.dependencies import StreamCallerDep
+from api.model_server import EventStream
 from api.schemas.wire import errors
-from tunery.errors import Unavailable
 
 router = APIRouter(prefix="/v1", tags=["Chat"], route_class=LongJsonRoute)
 
@@ -61,7 +58,7 @@ class ChatRequest(BaseModel):
     "/chat/completions",
     summary="Ask a base or fine-tuned model",
     response_class=Response,
-    responses=errors(404)
+    responses=errors(404, 429, 504)
     | {
         200: {
             "description": "The answer, or with `stream` its pieces as server-sent events",
@@ -70,25 +67,10 @@ class ChatRequest(BaseModel):
     },
 )
 async def create_chat_completion(
-    request: Request,
-    body: Annotated[ChatRequest, Body()],
-    caller: StreamCallerDep,
-    sessions: SessionsDep,
-    settings: SettingsDep,
+    request: Request, body: Annotated[ChatRequest, Body()], caller: StreamCallerDep
 ) -> Response:
     """Rendered with the very template that the model was trained with."""
-    fields = body.model_dump(exclude_unset=True)
-    answered = await model_server.ask(request, sessions, settings.server_url, caller.project_id, fields)
-    if answered.chunks is not None:
-        return StreamingResponse(_relay(answered.chunks), media_type=answered.kind)
-    return Response(answered.content, answered.status, answered.headers, media_type=answered.kind)
-
-
-async def _relay(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The server's events as they come. The status is out by now: a break is told as an event of its own."""
-    try:
-        async for chunk in chunks:
-            yield chunk
-    except Unavailable as error:
-        told = envelope(error.message, type="server_error", code=error.code)
-        yield f"data: {json.dumps(told)}\n\n".encode()
+    answered = await model_server.ask(request, caller.project_id, body.model_dump(exclude_unset=True))
+    if answered.stream is not None:
+        return EventStream(model_server.events(answered.stream), answered.stream, answered.headers)
+    return JSONResponse(answered.body, answered.status, answered.headers)

@@ -1,21 +1,18 @@
 """The Responses API, stateless: a response is a chat completion in another dialect."""
 
-import json
-from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from api import model_server
 from api.bodies import LongJsonRoute
-from api.dependencies import ANY_KEY, SessionsDep, SettingsDep, StreamCallerDep
-from api.errors import envelope
+from api.dependencies import ANY_KEY, StreamCallerDep
 from api.faults import RouteNotFound
+from api.model_server import EventStream
 from api.responses import asked, response
 from api.schemas.wire import errors
-from tunery.errors import Unavailable
 
 router = APIRouter(prefix="/v1", tags=["Chat"], route_class=LongJsonRoute)
 
@@ -72,7 +69,7 @@ class ResponseRequest(BaseModel):
     "/responses",
     summary="Ask a model in the dialect of OpenAI's Responses",
     response_class=Response,
-    responses=errors(404)
+    responses=errors(404, 429, 504)
     | {
         200: {
             "description": "The response, or with `stream` its events",
@@ -81,24 +78,17 @@ class ResponseRequest(BaseModel):
     },
 )
 async def create_response(
-    request: Request,
-    body: Annotated[ResponseRequest, Body()],
-    caller: StreamCallerDep,
-    sessions: SessionsDep,
-    settings: SettingsDep,
+    request: Request, body: Annotated[ResponseRequest, Body()], caller: StreamCallerDep
 ) -> Response:
     """Nothing is stored: `previous_response_id` is refused, and each request brings its whole conversation."""
     fields = body.model_dump(exclude_unset=True)
-    chat = asked.to_chat(fields)
-    answered = await model_server.ask(request, sessions, settings.server_url, caller.project_id, chat)
+    answered = await model_server.ask(request, caller.project_id, asked.to_chat(fields))
     made = response.Response(fields)
-    if answered.chunks is not None:
-        events = response.Events(made).of(_read(answered.chunks))
-        return StreamingResponse(events, media_type="text/event-stream")
-    said = json.loads(answered.content)
+    if answered.stream is not None:
+        return EventStream(response.Events(made).of(answered.stream.chunks()), answered.stream, answered.headers)
     if answered.status != 200:
-        return JSONResponse(_in_this_dialect(said), answered.status, answered.headers)
-    return JSONResponse(made.of_completion(said))
+        return JSONResponse(_in_this_dialect(answered.body), answered.status, answered.headers)
+    return JSONResponse(made.of_completion(answered.body), headers=answered.headers)
 
 
 @router.api_route(
@@ -106,19 +96,6 @@ async def create_response(
 )
 def no_kept_response(rest: str) -> None:
     raise RouteNotFound(what=f"No response '{rest}': this server keeps none. POST /v1/responses answers at once.")
-
-
-async def _read(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
-    """The chunks of a chat completion's stream; where it breaks, the error is the last."""
-    rest = b""
-    try:
-        async for some in chunks:
-            *lines, rest = (rest + some).split(b"\n")
-            for line in lines:
-                if line.startswith(b"data: ") and line != b"data: [DONE]":
-                    yield json.loads(line.removeprefix(b"data: "))
-    except Unavailable as error:
-        yield envelope(error.message, type="server_error", code=error.code)
 
 
 def _in_this_dialect(said: dict[str, Any]) -> dict[str, Any]:

@@ -117,6 +117,7 @@ _MEANING = {
     404: "No such object in the key's project",
     413: "More bytes than the limit",
     429: "The project has all it may have",
+    504: "The answer took longer than it may",
     503: "A part of the service is away; try again after `Retry-After` seconds",
 }
 

@@ -25,6 +25,8 @@ from tunery.models.model import Model
 from tunery.retention import projects
 from tunery.retention.errors import ProjectBusy, WrongStorage
 from tunery.storage import Storage, open_storage
+from tunery.traffic import usage
+from tunery.traffic.model import RequestRate
 from tunery.webhooks import outbox
 from tunery.webhooks.model import Delivery, DeliveryTry
 
@@ -46,6 +48,8 @@ def _furnish(database: Database, storage: Storage, name: str, base_id: str) -> s
         artifacts.record(session, tuned, Manifest(files=(ManifestFile(path="weights", bytes=1, sha256="0" * 64),)))
         session.add(Checkpoint(id=ids.new(ids.CHECKPOINT), job_id=job.id, step=1, model_id=tuned.id))
         session.add(Metric(job_id=job.id, step=1, values={}))
+        session.add(RequestRate(project_id=owner.id, requests_left=0, tokens_left=0, at=func.now()))
+        usage.count(session, owner.id, tuned.id, usage.Tokens(1, 1))
         outbox.fan_out(session)
         delivery = session.scalars(select(Delivery).where(Delivery.endpoint_id == endpoint.id)).one()
         session.add(DeliveryTry(delivery_id=delivery.id, number=1))

@@ -23,6 +23,7 @@ from tunery.storage import open_storage
 projects = typer.Typer(no_args_is_help=True, help="Projects own files, jobs and models (needs the database).")
 keys = typer.Typer(no_args_is_help=True, help="Keys open one project each (needs the database).")
 
+_CAPS = ("max_running", "max_queued", "requests_per_minute", "tokens_per_minute")
 Project = Annotated[str, typer.Option("--project", "-p", help="A project's name or id.")]
 
 
@@ -73,15 +74,48 @@ def create_project(
     show.console.print(secret, soft_wrap=True)
 
 
+@projects.command("limit")
+def limit_project(
+    context: typer.Context,
+    name: str,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=0, help="Requests to models.", show_default="the settings'")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(min=0, help="Tokens of prompts and answers.", show_default="the settings'")
+    ] = None,
+) -> None:
+    """Set what a project may ask of models a minute; what is left out is what the settings say."""
+    with _transaction(context) as session:
+        project = ring.find_project(session, name)
+        ring.set_rates(session, project, requests=requests_per_minute, tokens=tokens_per_minute)
+    said = [f"{_rate(requests_per_minute)} requests", f"{_rate(tokens_per_minute)} tokens"]
+    show.done(f"project {name}: {' and '.join(said)} a minute")
+
+
+def _rate(limit: int | None) -> str:
+    return "the settings'" if limit is None else str(limit)
+
+
+def _status(project: keys_model.Project) -> Text:
+    return show.status(_state(project.revoked_at))
+
+
 @projects.command("list")
 def list_projects(context: typer.Context) -> None:
     """All projects."""
     with _transaction(context) as session:
         found = ring.list_projects(session)
     show.table(
-        ("id", "name", "max running", "max queued", "status", "age"),
+        ("id", "name", *(name.replace("_", " ") for name in _CAPS), "status", "age"),
         (
-            (p.id, p.name, p.max_running, p.max_queued, show.status(_state(p.revoked_at)), show.age(p.created_at))
+            (
+                p.id,
+                p.name,
+                *(getattr(p, cap) for cap in _CAPS),
+                show.status(_state(p.revoked_at)),
+                show.age(p.created_at),
+            )
             for p in found
         ),
         empty="No projects yet: `tunery projects create NAME` makes one.",

@@ -9,12 +9,17 @@ from tunery.db import Base, creation_time
 
 
 class Project(Base):
-    """A team's own space. `max_running` caps its live attempts, `max_queued` its waiting jobs; null is no cap."""
+    """A team's own space. `max_running` caps its live attempts, `max_queued` its waiting jobs; null is no cap.
+
+    `requests_per_minute` and `tokens_per_minute` limit what it asks of models; null is the setting of that name.
+    """
 
     __tablename__ = "projects"
     __table_args__ = (
         CheckConstraint("max_running >= 0", name="max_running"),
         CheckConstraint("max_queued >= 0", name="max_queued"),
+        CheckConstraint("requests_per_minute >= 0", name="requests_per_minute"),
+        CheckConstraint("tokens_per_minute >= 0", name="tokens_per_minute"),
         Index("uq_projects_live_name", "name", unique=True, postgresql_where="revoked_at IS NULL"),
     )
 
@@ -22,6 +27,8 @@ class Project(Base):
     name: Mapped[str]
     max_running: Mapped[int | None]
     max_queued: Mapped[int | None]
+    requests_per_minute: Mapped[int | None]
+    tokens_per_minute: Mapped[int | None]
     created_at: Mapped[datetime] = creation_time()
     revoked_at: Mapped[datetime | None]
 

@@ -52,13 +52,11 @@ def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def create_project(
-    session: Session, name: str, *, max_running: int | None = None, max_queued: int | None = None
-) -> Project:
-    """Raises InvalidValue when a live project has the name."""
+def create_project(session: Session, name: str, **caps: int | None) -> Project:
+    """`caps`: its columns of that kind. Raises InvalidValue when a live project has the name."""
     if session.scalar(select(Project).where(Project.name == name, Project.revoked_at.is_(None))):
         raise InvalidValue(param="name", reason=f"A project named '{name}' exists. Choose another name.")
-    project = Project(id=ids.new(ids.PROJECT), name=name, max_running=max_running, max_queued=max_queued)
+    project = Project(id=ids.new(ids.PROJECT), name=name, **caps)
     session.add(project)
     session.flush()
     return project
@@ -76,6 +74,12 @@ def find_project(session: Session, name_or_id: str) -> Project:
 
 def list_projects(session: Session) -> list[Project]:
     return list(session.scalars(select(Project).order_by(Project.created_at)))
+
+
+def set_rates(session: Session, project: Project, *, requests: int | None, tokens: int | None) -> None:
+    """Sets what the project may ask of models a minute; None: what the settings allow every project."""
+    project.requests_per_minute, project.tokens_per_minute = requests, tokens
+    session.flush()
 
 
 def revoke_project(session: Session, project: Project) -> None:

@@ -20,6 +20,7 @@ from tunery.retention import history
 from tunery.retention.errors import ProjectBusy, WrongStorage
 from tunery.retention.history import ROWS, Transaction
 from tunery.storage import Storage
+from tunery.traffic.model import ModelUsage, RequestRate
 from tunery.webhooks.model import Delivery, DeliveryTry, WebhookEndpoint
 
 SHARED = frozenset({"model_aliases", "slots", "devices"})
@@ -122,6 +123,8 @@ def _owned(project_id: str) -> dict[type[Base], ColumnElement[bool]]:
         FileCleaning: FileCleaning.file_id.in_(_ids(File, project_id)),
         FileReport: FileReport.project_id == project_id,
         File: File.project_id == project_id,
+        RequestRate: RequestRate.project_id == project_id,
+        ModelUsage: ModelUsage.project_id == project_id,
         Key: Key.project_id == project_id,
         Project: Project.id == project_id,
     }

@@ -1,0 +1,130 @@
+"""What a project may ask of models and what it has used: counted around each request to the model server."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy.orm import Session
+
+from api import rate_headers
+from tunery.models import registry
+from tunery.models.model import Model
+from tunery.serving import Chosen
+from tunery.settings import Settings
+from tunery.traffic import rates, usage
+from tunery.traffic.errors import TooManyOpen
+from tunery.traffic.rates import Standing
+from tunery.traffic.usage import Tokens
+
+CHARACTERS_A_TOKEN = 4
+"""Of English text. The estimate holds until the answer's own count is known."""
+
+
+@dataclass
+class Admission:
+    """A request that may go to the model server. `end` has to be called, once or more."""
+
+    app: FastAPI
+    project_id: str
+    chosen: Chosen
+    standing: Standing
+    prompt: int
+    """Tokens that its prompt is expected to have."""
+    deadline: float
+    """In the event loop's time."""
+    used: Tokens = field(default_factory=Tokens)
+    _has_ended: bool = False
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return rate_headers.of(self.standing)
+
+    def note(self, answered: Mapping[str, Any]) -> None:
+        """Takes the token counts of an answer, or of a chunk; where a chunk has none, it is one more token."""
+        if counts := answered.get("usage"):
+            self.used = Tokens(counts["prompt_tokens"], counts["completion_tokens"])
+        elif answered.get("choices"):
+            self.used = Tokens(self.prompt, self.used.completion + 1)
+
+    async def end(self) -> None:
+        """Counts what was used, also where the caller hangs up: those tokens were computed."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        try:
+            with anyio.CancelScope(shield=True):
+                await run_in_threadpool(self._settle)
+        finally:
+            _open(self.app)[self.project_id] -= 1
+
+    def _settle(self) -> None:
+        model = self.chosen.tuned or self.chosen.base
+        settings: Settings = self.app.state.settings
+        with self.app.state.sessions.begin() as session:
+            if self.used.total:
+                usage.count(session, self.project_id, model.id, self.used)
+            charged, used = self.standing.charged, self.used.total
+            rates.settle(session, settings, self.project_id, charged=charged, used=used)
+
+
+async def admit(app: FastAPI, project_id: str, fields: Mapping[str, Any]) -> Admission:
+    """Finds the model and takes the request from the project's rates.
+
+    Raises ModelNotFound, WrongState, RateLimited, TooManyOpen.
+    """
+    settings: Settings = app.state.settings
+    opened = _open(app)
+    if opened[project_id] >= settings.open_requests:
+        raise TooManyOpen(limit=settings.open_requests)
+    opened[project_id] += 1
+    try:
+        prompt = _expected_prompt(fields)
+        chosen, standing = await run_in_threadpool(_take, app, project_id, fields, prompt)
+    except BaseException:
+        opened[project_id] -= 1
+        raise
+    deadline = asyncio.get_running_loop().time() + settings.server_seconds
+    return Admission(app, project_id, chosen, standing, prompt, deadline)
+
+
+def _open(app: FastAPI) -> Counter[str]:
+    opened: Counter[str] = app.state.open_requests
+    return opened
+
+
+def _take(app: FastAPI, project_id: str, fields: Mapping[str, Any], prompt: int) -> tuple[Chosen, Standing]:
+    with app.state.sessions.begin() as session:
+        chosen = _find(session, project_id, fields["model"])
+        expected = prompt + _expected_answer(fields)
+        return chosen, rates.take(session, app.state.settings, project_id, expected)
+
+
+def _expected_prompt(fields: Mapping[str, Any]) -> int:
+    texts = [fields[name] for name in ("messages", "prompt", "tools") if fields.get(name)]
+    return 1 + sum(len(json.dumps(text, ensure_ascii=False)) for text in texts) // CHARACTERS_A_TOKEN
+
+
+def _expected_answer(fields: Mapping[str, Any]) -> int:
+    """The most tokens that are asked for; nothing where no limit is said, or where it is no number, which the model
+    server refuses."""
+    most = fields.get("max_completion_tokens") or fields.get("max_tokens") or 0
+    answers = fields.get("n") or 1
+    return max(0, most * answers) if isinstance(most, int) and isinstance(answers, int) else 0
+
+
+def _find(session: Session, project_id: str, name: str) -> Chosen:
+    """What the server needs to load the model: where its files lie, and their manifest's digest."""
+    model = registry.find_ready(session, project_id, name)
+    base = model if model.base_id is None else session.get_one(Model, model.base_id)
+    tuned = None if base is model else {**_place(model), "technique": model.technique}
+    return Chosen.model_validate({"base": _place(base), "tuned": tuned})
+
+
+def _place(model: Model) -> dict[str, Any]:
+    return {"id": model.id, "prefix": model.prefix, "manifest_sha256": model.manifest_sha256}
