@@ -529,6 +529,19 @@ def test_a_project_its_keys_and_their_end(tunery: Run, database: Database) -> No
         ring.authenticate(session, first)
 
 
+def test_a_projects_rates_are_set_and_taken_back(tunery: Run, database: Database) -> None:
+    tunery("projects", "create", "web")
+    status, out, _ = tunery("projects", "limit", "web", "--requests-per-minute", 60)
+    assert (status, out) == (0, "✓ project web: 60 requests and the settings' tokens a minute\n")
+    assert " 60 " in tunery("projects", "list")[1]
+    with database.sessions() as session:
+        assert ring.find_project(session, "web").requests_per_minute == 60
+    assert tunery("projects", "limit", "web")[0] == 0
+    with database.sessions() as session:
+        assert ring.find_project(session, "web").requests_per_minute is None
+    assert tunery("projects", "limit", "web", "--tokens-per-minute", -1)[0] != 0
+
+
 # --- when something is wrong --------------------------------------------------------------------------------------
 
 

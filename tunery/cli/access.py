@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Annotated
 
 import typer
+from rich.text import Text
 from sqlalchemy.exc import OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
 
@@ -15,6 +16,8 @@ from tunery.cli.options import stack_home
 from tunery.cli.remote import Refused
 from tunery.errors import NotFound, TuneryError
 from tunery.keys import ring
+from tunery.keys.model import Key
+from tunery.keys.model import Project as ProjectRow
 from tunery.local import state
 from tunery.retention import projects as erasure
 from tunery.settings import get_settings
@@ -97,10 +100,6 @@ def _rate(limit: int | None) -> str:
     return "the settings'" if limit is None else str(limit)
 
 
-def _status(project: keys_model.Project) -> Text:
-    return show.status(_state(project.revoked_at))
-
-
 @projects.command("list")
 def list_projects(context: typer.Context) -> None:
     """All projects."""
@@ -113,7 +112,7 @@ def list_projects(context: typer.Context) -> None:
                 p.id,
                 p.name,
                 *(getattr(p, cap) for cap in _CAPS),
-                show.status(_state(p.revoked_at)),
+                _status(p),
                 show.age(p.created_at),
             )
             for p in found
@@ -189,7 +188,7 @@ def list_keys(context: typer.Context, project: Project = "default") -> None:
                 f"{key.prefix}...",
                 "yes" if key.admin else "",
                 show.age(key.last_used_at),
-                show.status(_state(key.revoked_at)),
+                _status(key),
                 show.age(key.created_at),
             )
             for key in found
@@ -208,5 +207,5 @@ def revoke_key(
     show.done(f"{key} revoked")
 
 
-def _state(revoked_at: object) -> str:
-    return "revoked" if revoked_at else "active"
+def _status(row: Key | ProjectRow) -> Text:
+    return show.status("revoked" if row.revoked_at else "active")
