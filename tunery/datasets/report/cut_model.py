@@ -1,0 +1,109 @@
+"""A classifier of answers that break off: learned of a file's own answers against the same answers cut at random
+places, and out of fold, so that no answer is judged by itself."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix, hstack
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from tunery.datasets.report import endings
+from tunery.datasets.report.endings import Vocabulary
+
+CUTS = 4
+"""Times that an answer is cut; a shorter one cannot be."""
+_FOLDS, _ROUNDS, _SEED = 5, 2, 7
+_FITTED = 2500
+_CUT = 0.9
+"""Score from which an answer counts as no example of a whole one."""
+_TAIL = 24
+"""Characters of an answer's end that are read as they are."""
+_RARE, _COMMON, _STEPS = 0.05, 0.5, 100
+"""What the estimated share of answers that break off is at least and at most: a single one has to be seen too."""
+
+
+class _Ends(NamedTuple):
+    """How answers end: a row of figures and the last characters of each."""
+
+    figures: NDArray[np.float64]
+    tails: NDArray[np.str_]
+
+    def take(self, places: NDArray[np.int64]) -> "_Ends":
+        return _Ends(self.figures[places], self.tails[places])
+
+
+def score(answers: Sequence[str], known: Vocabulary) -> NDArray[np.float64]:
+    """How much each answer looks as if it broke off, 0 to 1, as if half of them did. None is shorter than CUTS."""
+    ends, rounds = _read(answers, known), range(_ROUNDS)
+    scores = [_score(answers, ends, known, random.Random(_SEED + at)) for at in rounds]  # noqa: S311 (places to cut at)
+    return np.asarray(np.mean(scores, axis=0))
+
+
+def _score(answers: Sequence[str], whole: _Ends, known: Vocabulary, dice: random.Random) -> NDArray[np.float64]:
+    order = np.array(dice.sample(range(len(answers)), len(answers)))
+    learned = order[:_FITTED]
+    pieces = [(place, text) for place in learned for text in _cuts(answers[place], dice)]
+    owners = np.array([place for place, _ in pieces])
+    cut = _read([text for _, text in pieces], known)
+    first = _judge(whole, cut, owners, learned, learned)
+    # Those that surely break off would teach that whole answers end so.
+    return _judge(whole, cut, owners, learned[first < _CUT], order)[np.argsort(order)]
+
+
+def calibrate(ratios: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The probability that each answer breaks off, of its odds if half of all did. The share that does is estimated by
+    expectation-maximisation (Saerens et al. 2002)."""
+    share = _COMMON
+    for _ in range(_STEPS):
+        share = float(np.clip((share * ratios / (share * ratios + 1 - share)).mean(), _RARE, _COMMON))
+    return share * ratios / (share * ratios + 1 - share)
+
+
+def odds(chances: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The odds of probabilities, none of them without end."""
+    bounded = np.clip(chances, 1e-4, 1 - 1e-4)
+    return np.asarray(bounded / (1 - bounded))
+
+
+def _cuts(answer: str, dice: random.Random) -> Iterator[str]:
+    """The answer cut at random places."""
+    for _ in range(CUTS if len(answer) >= CUTS else 0):
+        text = answer[: dice.randint(max(1, len(answer) // 5), max(1, int(len(answer) * 0.9)))]
+        if text.strip():
+            yield text
+
+
+def _read(answers: Sequence[str], known: Vocabulary) -> _Ends:
+    tails = np.array([f"{answer.rstrip()[-_TAIL:]}\x03" for answer in answers])
+    return _Ends(np.array([endings.describe(answer, known) for answer in answers]), tails)
+
+
+def _judge(
+    whole: _Ends, cut: _Ends, owners: NDArray[np.int64], learned: NDArray[np.int64], judged: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """The scores of `judged`, each fold by what is learned of the others."""
+    scores = np.zeros(len(judged))
+    for fold in range(_FOLDS):
+        mine = np.arange(len(judged)) % _FOLDS == fold
+        taught = np.setdiff1d(learned, judged[mine])
+        scores[mine] = _fit(
+            whole.take(taught), cut.take(np.flatnonzero(np.isin(owners, taught))), whole.take(judged[mine])
+        )
+    return scores
+
+
+def _fit(whole: _Ends, cut: _Ends, judged: _Ends) -> NDArray[np.float64]:
+    scale, tails = StandardScaler(), TfidfVectorizer(analyzer="char", ngram_range=(1, 4), min_df=2, lowercase=False)
+    figures, last = np.vstack([whole.figures, cut.figures]), [*whole.tails, *cut.tails]
+    table = hstack([csr_matrix(scale.fit_transform(figures)), tails.fit_transform(last)])
+    breaks = np.r_[np.zeros(len(whole.tails)), np.ones(len(cut.tails))]
+    weights = np.where(breaks, 1 / CUTS, 1.0)
+    model = LogisticRegression(max_iter=500).fit(table, breaks, weights)
+    table = hstack([csr_matrix(scale.transform(judged.figures)), tails.transform(judged.tails)])
+    chances: NDArray[np.float64] = model.predict_proba(table)[:, 1]
+    return chances
