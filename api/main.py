@@ -20,6 +20,7 @@ from api.routes import (
     files,
     health,
     jobs,
+    metrics,
     models,
     previews,
     reports,
@@ -57,6 +58,7 @@ ROUTERS = (
     webhooks,
     absent,
     health,
+    metrics,
 )
 
 

@@ -15,7 +15,7 @@ import httpx2
 import psutil
 
 from tunery import db, processes
-from tunery.local import tree
+from tunery.local import bases
 from tunery.local.stack import Stack
 from tunery.settings import get_settings
 
@@ -44,7 +44,7 @@ def running(home: Path) -> Iterator[tuple[Stack, httpx2.Client]]:
 
 
 def _add_base(stack: Stack, client: httpx2.Client) -> None:
-    source = str(tree.packaged_gguf())
+    source = str(bases.SMOLLM2.gguf())
     client.post("/models", json={"id": BASE, "source": source}).raise_for_status()
     until(lambda: client.get(f"/models/{BASE}").json()["status"] == "ready", stack)
 

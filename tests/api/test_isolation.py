@@ -128,12 +128,14 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
     "list_webhook_event_types": [],
     "healthz": [],
+    "read_metrics": [],
 }
 PUBLIC = {"healthz"}
 ADMIN: dict[str, tuple[str, dict[str, Any]]] = {
     "add_model": ("/v1/models", {"json": {"source": "org/model"}}),
     "add_alias": ("/v1/models/aliases", {"json": {"alias": "a", "model": "{base}"}}),
     "delete_model": ("/v1/models/{base}", {}),
+    "read_metrics": ("/metrics", {}),
 }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
-from tunery.cli import report, show
+from tunery.cli import quotes, report, show
 from tunery.cli.remote import Remote
 from tunery.cli.reruns import ROOT
 from tunery.planning.memory import gib
@@ -49,6 +49,7 @@ def _print_facts(job: Mapping[str, Any]) -> None:
             ("seed", job["seed"]),
             ("memory of a GPU", of.get("cuda")),
             ("or of a CPU's host", of.get("cpu")),
+            *quotes.facts(job),
         ]
     )
 

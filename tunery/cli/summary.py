@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
-from tunery.cli import show
+from tunery.cli import quotes, show
 from tunery.local.drawing import duration
 from tunery.spec import Hyperparameters
 
@@ -62,6 +62,7 @@ def _request(job: dict[str, Any]) -> list[tuple[str, Any]]:
         ("test file", job["evaluation"]["test_file"]),
         ("trained tokens", f"{job['trained_tokens']:,}" if job["trained_tokens"] else None),
         ("created", f"{show.age(job['created_at'])} ago"),
+        *quotes.facts(job),
         *_scorecard(job.get("scorecard")),
         ("gate", _gate(job.get("gate") or {})),
         *_general((job.get("scorecard") or {}).get("general")),
