@@ -1,0 +1,118 @@
+"""What answering with a tuned model should cost: merged or as an adapter, alone or one of many. Pure functions.
+
+Nothing here is measured. A token of an answer costs one pass: the weights are read once for all answers of a batch,
+each answer's keys and values are read too, and the products take the time that the published rate gives them. The
+longer of reading and multiplying is the bound; what a server reaches of it is assumed.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tunery.planning import cards
+from tunery.planning.cards import Card
+from tunery.planning.memory import GIB
+from tunery.planning.prices import HOUR, Prices, hourly
+from tunery.planning.quote import Range
+from tunery.planning.shape import Shape, trainable_params
+from tunery.spec import Full, Technique
+
+BATCH, CONTEXT = 16, 1024
+"""Answers at once, and tokens of each that are in memory."""
+MANY = 20
+REACHED = Range(low=0.35, expected=0.6, high=0.85)
+"""The share of the bound that a server reaches. Assumed."""
+_ADAPTER_SECONDS = 10e-6
+"""Of the two small products of an adapter at one linear layer. Assumed."""
+_USABLE = 0.9
+_WIDTH = 2
+
+
+class Served(BaseModel):
+    """One way to serve."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tokens_per_second: Range = Field(description="Of all answers together, on all of `gpus`")
+    gpus: int = Field(description="The fewest that hold the models")
+    price_per_million_tokens: Range | None = Field(description="Of answers; null where no price of the card is known")
+
+
+class ServingQuote(BaseModel):
+    """What answering should cost."""
+
+    model_config = ConfigDict(frozen=True)
+
+    device: str
+    basis: Literal["memory_bandwidth"] = "memory_bandwidth"
+    batch: int = Field(description="Answers at once")
+    context: int = Field(description="Tokens of each of them in memory")
+    currency: str
+    merged: Served = Field(description="One model, its adapter merged into its base")
+    adapter: Served | None = Field(description="One adapter beside its base; null for a full fine-tune")
+    models: int = Field(description="How many tuned models of one base share the answers in the next two")
+    many_merged: Served = Field(description="Each a whole model: every pass reads that of the answers it is for")
+    many_adapters: Served | None = Field(description="All on one copy of the base, which each pass reads once")
+
+
+def make(
+    facts: Mapping[str, Any], technique: Technique, device: str, prices: Prices, *, batch: int = BATCH
+) -> ServingQuote | None:
+    """The quote; None for a device that is not in the table, as a CPU is, and for a base that no card of it holds."""
+    card = cards.find(device)
+    shape = Shape.of(facts)
+    whole = shape.params * _WIDTH
+    if card is None or _held(card, whole) < 1:
+        return None
+    price = hourly(device, prices)
+    learns = 0 if isinstance(technique, Full) else trainable_params(facts, technique) * _WIDTH
+
+    def served(*, models: int, adapters: bool) -> Served:
+        gpus = 1 if adapters else -(-models // _held(card, whole))
+        seconds = _pass(shape, card, batch=batch, models=models, gpus=gpus, adapter=learns if adapters else None)
+        return _served(batch / seconds, gpus, price)
+
+    is_adapted = not isinstance(technique, Full)
+    return ServingQuote(
+        device=device,
+        batch=batch,
+        context=CONTEXT,
+        currency=prices.currency,
+        merged=served(models=1, adapters=False),
+        adapter=served(models=1, adapters=True) if is_adapted else None,
+        models=MANY,
+        many_merged=served(models=MANY, adapters=False),
+        many_adapters=served(models=MANY, adapters=True) if is_adapted else None,
+    )
+
+
+def _held(card: Card, whole: int) -> int:
+    """How many whole models a card holds beside the keys and values."""
+    return int(card.gigabytes * GIB * _USABLE // max(1, whole))
+
+
+def _pass(shape: Shape, card: Card, *, batch: int, models: int, gpus: int, adapter: int | None) -> float:
+    """Seconds in which each of `batch` answers gets one more token. `models` take turns where each is whole."""
+    copies = 1 if adapter is not None else min(models, batch)
+    read = copies * shape.params * _WIDTH + batch * CONTEXT * _cache_bytes(shape)
+    seconds = max(read / (card.bandwidth * 1e9), 2 * shape.params * batch / (card.tflops * 1e12))
+    if adapter is not None:
+        read_more = min(models, batch) * adapter / (card.bandwidth * 1e9)
+        seconds += read_more + shape.layers * len(shape.modules) * _ADAPTER_SECONDS
+    return seconds / gpus
+
+
+def _cache_bytes(shape: Shape) -> int:
+    """Keys and values of one token."""
+    return 2 * shape.layers * shape.kv_width * _WIDTH
+
+
+def _served(tokens_per_second: float, gpus: int, price: float | None) -> Served:
+    rate = REACHED.times(tokens_per_second)
+    costs = None
+    if price is not None:
+        dear, usual, cheap = (round(price * gpus / HOUR / tokens * 1e6, 3) for tokens in rate.model_dump().values())
+        costs = Range(low=cheap, expected=usual, high=dear)
+    rounded = Range(**{name: round(value, 1) for name, value in rate.model_dump().items()})
+    return Served(tokens_per_second=rounded, gpus=gpus, price_per_million_tokens=costs)
