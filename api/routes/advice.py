@@ -7,25 +7,30 @@ from fastapi.responses import HTMLResponse, Response
 from sqlalchemy.orm import Session
 
 from api.bodies import JsonRoute
-from api.dependencies import CallerDep, SessionDep
+from api.dependencies import CallerDep, SessionDep, SettingsDep
 from api.schemas import advice as wire
 from api.schemas.wire import errors
 from tunery.datasets import reports, shelf
 from tunery.datasets.model import File, FileReport
 from tunery.datasets.report import page
-from tunery.jobs import leases, placing
+from tunery.jobs import leases, placing, quoting
 from tunery.keys.ring import Caller
 from tunery.models import registry
 from tunery.planning import advice_page, advisor
 from tunery.planning.advice import check_technique
 from tunery.planning.advisor import Advice
 from tunery.planning.recommendation import Aim
+from tunery.planning.serving_quote import ServingQuote
+from tunery.settings import Settings
+from tunery.spec import Lora
 
 router = APIRouter(tags=["Fine-tuning jobs"], route_class=JsonRoute)
 
 
 @router.post("/v1/fine_tuning/advice", summary="Ask whether to fine-tune", responses=errors(404))
-def give_advice(body: wire.AskAdvice, session: SessionDep, caller: CallerDep) -> wire.AdviceAnswer:
+def give_advice(
+    body: wire.AskAdvice, session: SessionDep, caller: CallerDep, settings: SettingsDep
+) -> wire.AdviceAnswer:
     """Counts the rows that are worth training on and says by written rules whether to prompt, to fine-tune or to
     retrieve, and with which settings. While `status` is `queued` or `running` the report is being made: ask again."""
     _, report, said = _advise(session, caller, body)
@@ -35,6 +40,7 @@ def give_advice(body: wire.AskAdvice, session: SessionDep, caller: CallerDep) ->
         progress=report.progress,
         error=report.error,
         advice=said,
+        serving=None if said is None else _serving(session, caller, body, settings),
     )
 
 
@@ -77,6 +83,11 @@ def _advise(session: Session, caller: Caller, body: wire.AskAdvice) -> tuple[Fil
         has_held_out=body.validation_file is not None,
     )
     return file, report, said
+
+
+def _serving(session: Session, caller: Caller, body: wire.AskAdvice, settings: Settings) -> ServingQuote | None:
+    facts = registry.find_ready(session, caller.project_id, body.model).facts
+    return quoting.serving(facts, body.technique or Lora(), leases.devices(session), settings)
 
 
 def _report(session: Session, project_id: str, file: File, against: str | None) -> FileReport:

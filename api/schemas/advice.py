@@ -8,6 +8,7 @@ from api.schemas.reports import Status
 from api.schemas.wire import Body, Wire
 from tunery.planning.advisor import Advice
 from tunery.planning.recommendation import Aim
+from tunery.planning.serving_quote import ServingQuote
 from tunery.spec import Technique
 
 ASKED: dict[str, Any] = {"file": "file-abc123", "model": "SmolLM2-135M-Instruct", "aim": "output_format"}
@@ -69,3 +70,6 @@ class AdviceAnswer(Wire):
     progress: float = Field(description="The share of the report that is made, 0 to 1")
     error: str | None = Field(description="Why there is no report, where it failed")
     advice: Advice | None
+    serving: ServingQuote | None = Field(
+        None, description="What the tuned model's answers should cost on a GPU here, or on a card that holds the base"
+    )

@@ -20,13 +20,14 @@ from tunery.jobs.leases import Lease
 from tunery.jobs.model import Attempt, HostDevice, Job
 from tunery.jobs.states import State
 from tunery.models.model import Model
-from tunery.planning import advice, cards, quote, workload
+from tunery.planning import advice, cards, quote, serving_quote, workload
 from tunery.planning.memory import GIB
 from tunery.planning.prices import Prices
 from tunery.planning.quote import Actual, Quote
+from tunery.planning.serving_quote import ServingQuote
 from tunery.planning.speed import Record
 from tunery.planning.workload import Counts
-from tunery.spec import Plan, TrainingSpec
+from tunery.spec import Plan, Technique, TrainingSpec
 from tunery.wire import Finished, Spent, StepTimes
 
 _SIZES = {"hidden_size", "num_hidden_layers", "vocab_size"}
@@ -84,6 +85,20 @@ def of_plan(
         return None
     work = workload.of_job(plan, facts, counts, "cpu" if device == "CPU" else "cuda")
     return quote.make(work, device, _records(session, job, device), prices)
+
+
+def serving(
+    facts: Mapping[str, Any], technique: Technique, devices: Sequence[HostDevice], prices: Prices
+) -> ServingQuote | None:
+    """What answers should cost on the largest GPU here that is a known card, or on the smallest card that holds the
+    base; None for a base of unknown sizes, and where no card holds it."""
+    if not facts.keys() >= _SIZES:
+        return None
+    gpus = sorted(placing.find_gpus(devices), key=lambda gpu: -gpu.memory_bytes)
+    table = sorted(cards.CARDS, key=lambda card: (card.gigabytes, card.price))
+    named = [*(gpu.device for gpu in gpus), *(card.name for card in table)]
+    quotes = (serving_quote.make(facts, technique, device, prices) for device in named)
+    return next((made for made in quotes if made is not None), None)
 
 
 def _device(plan: Plan, facts: Mapping[str, Any], devices: Sequence[HostDevice]) -> str | None:
