@@ -10,6 +10,7 @@ from api.schemas import jobs
 from api.schemas.reports import Status
 from api.schemas.wire import Wire
 from tunery.jobs.dry_run import DryRun
+from tunery.planning.fitting import CardFit, StepPlan
 from tunery.planning.peak import Estimate
 
 _DECIDED = {"n_epochs": 3, "batch_size": 8, "learning_rate_multiplier": 1.0}
@@ -21,6 +22,16 @@ DRY_RUN: dict[str, Any] = {
     "dry_run": True,
     "validation": {"status": "ready", "rows": 1215, "examples": 1215, "usable": 1013, "trainable": True, "error": None},
     "memory": {"cuda": {"bytes": 2254857830, "parts": {"base": 269030016}}},
+    "expected": {"tokens": 16384, "recompute": False, "allocated": 8253483008, "bytes": 8753483008},
+    "cards": [
+        {
+            "name": "T4",
+            "bytes": 15676630630,
+            "verdict": "fits",
+            "plan": {"tokens": 16384, "recompute": False, "allocated": 8253483008, "bytes": 8753483008},
+            "change": None,
+        }
+    ],
     "preview": "/v1/files/file-abc123/preview?model=SmolLM2-135M-Instruct&max_tokens=2048",
 }
 
@@ -51,6 +62,11 @@ class DryRunJob(jobs.Job):
     dry_run: Literal[True] = True
     validation: Validation
     memory: dict[str, Memory] = Field(description="By kind of device, `cuda` and `cpu`; empty where it does not fit")
+    expected: StepPlan | None = Field(
+        description="How the trainer would take a step on the largest GPU here, of rows as long as they may be; null: "
+        "there is none, or its probe has to say"
+    )
+    cards: list[CardFit] = Field(description="Known cards, whether each holds the run, and what would change that")
     preview: str = Field(description="Where the tokens of the first rows are shown")
 
 
@@ -63,6 +79,8 @@ def of(found: DryRun, *, organization: str) -> DryRunJob:
         **dict(shown),
         validation=_validation(found),
         memory={device: _memory(estimate) for device, estimate in found.memory.items()},
+        expected=found.expected,
+        cards=found.cards,
         preview=f"/v1/files/{found.job.training_file}/preview?{query}",
     )
 

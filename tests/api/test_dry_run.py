@@ -55,6 +55,8 @@ def test_nothing_is_stored_and_every_auto_is_a_number(
     assert (found.quote.device, found.quote.speed_from, found.quote.tokens_from) == ("T4", "estimated", "bytes")
     assert found.quote.cost is not None
     assert found.quote.seconds.low < found.quote.seconds.expected < found.quote.seconds.high
+    assert found.expected is None  # no GPU has come
+    assert {card.verdict for card in found.cards} == {"fits"}
     assert found.preview == f"/v1/files/{file_id}/preview?model={ALIAS}&max_tokens=2048"
     assert any("12 examples are few" in text for text in found.warnings)
     assert any("No worker for training has come yet" in text for text in found.warnings)
@@ -90,6 +92,13 @@ def test_what_would_fail_says_so(team: Team, base: str, database: Database, tmp_
         card = HostDevice(id="h/gpu0", host="h", gpu_index=0, device="a card", memory_bytes=10**6, bf16=True)
         leases.show_device(session, card)
     large = tried(technique=Full().model_dump())
-    assert (large["status"], large["memory"]) == ("failed", {})
+    assert (large["status"], large["memory"], large["expected"]) == ("failed", {}, None)
+    assert large["cards"][0]["verdict"] == "fits"  # a known card would do
     assert "GPU" in large["error"]["message"]
+    with database.sessions.begin() as session:
+        card = HostDevice(id="h/gpu0", host="h", gpu_index=0, device="a card", memory_bytes=8 * 2**30, bf16=True)
+        leases.show_device(session, card)
+    plan = tried(technique=Full().model_dump())["expected"]
+    assert (plan["tokens"], plan["recompute"]) == (8 * 2048, False)
+    assert plan["allocated"] < plan["bytes"] <= 8 * 2**30
     assert tried(technique={"type": "full", "r": 4})["error"]["param"] == "technique.r"

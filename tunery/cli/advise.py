@@ -14,7 +14,7 @@ from tunery import ids
 from tunery.cli import report, show
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Refused, Remote
-from tunery.planning import advice_page, advisor
+from tunery.planning import advice_page, advisor, fitting
 from tunery.planning.advisor import Advice
 from tunery.planning.recommendation import HEADLINES, Aim, Choice
 
@@ -96,6 +96,7 @@ def print_advice(made: Advice, name: str) -> None:
         _print_point("-", reason.text)
     show.console.print(Text("\nIf you tune:", style="bold"))
     _print_settings(made)
+    show.facts(fitting.in_words(made.cards))
     for warning in made.warnings:
         _print_point("!", warning, style="yellow")
     flags = " ".join(f"--set {field}={value}" for field, value in _leaves(made.settings))

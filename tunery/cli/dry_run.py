@@ -8,6 +8,8 @@ from rich.text import Text
 from tunery.cli import quotes, report, show
 from tunery.cli.remote import Remote
 from tunery.cli.reruns import ROOT
+from tunery.planning import fitting
+from tunery.planning.fitting import CardFit
 from tunery.planning.memory import gib
 
 
@@ -49,6 +51,7 @@ def _print_facts(job: Mapping[str, Any]) -> None:
             ("seed", job["seed"]),
             ("memory of a GPU", of.get("cuda")),
             ("or of a CPU's host", of.get("cpu")),
+            *fitting.in_words(map(CardFit.model_validate, job["cards"])),
             *quotes.facts(job),
         ]
     )

@@ -15,7 +15,8 @@ from tunery.jobs import leases, placing, quoting
 from tunery.jobs.model import Job
 from tunery.jobs.states import State
 from tunery.models.model import Model
-from tunery.planning import advice, advisor, capacity
+from tunery.planning import advice, advisor, capacity, fitting
+from tunery.planning.fitting import CardFit, StepPlan
 from tunery.planning.peak import Estimate
 from tunery.planning.prices import Prices
 from tunery.planning.quote import Quote
@@ -26,13 +27,16 @@ from tunery.spec import Plan, TrainingSpec
 class DryRun:
     """A job of no session, the report of its training file, and what was found.
 
-    `memory`: what it needs by kind of device; `quote`: what it would take. Without a report that is ready the job has
-    no plan, for which the rows have to be counted, and its quote is a guess.
+    `memory`: the least that it needs by kind of device, `expected` how the trainer would take a step on the largest
+    GPU here; `cards`: the known ones; `quote`: what it would take. Without a report that is ready the job has no plan,
+    for which the rows have to be counted, and its quote is a guess.
     """
 
     job: Job
     report: FileReport | None
     memory: dict[str, Estimate] = field(default_factory=dict)
+    expected: StepPlan | None = None
+    cards: list[CardFit] = field(default_factory=list)
     quote: Quote | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -57,9 +61,10 @@ def _plan(session: Session, found: DryRun) -> None:
     facts, devices = session.get_one(Model, found.job.base_model).facts, leases.devices(session)
     summary = found.report.summary if found.report and found.report.status == reports.READY else None
     examples = None if summary is None else summary["examples"]
-    plan = placing.make_plan(
-        spec, facts, devices, examples=examples or 1, longest_answer=None, model=found.job.model_name
-    )
+    known: dict[str, Any] = {"examples": examples or 1, "longest_answer": None, "model": found.job.model_name}
+    found.cards = fitting.of_plan(facts, placing.make_plan(spec, facts, (), **known))
+    plan = placing.make_plan(spec, facts, devices, **known)
+    found.expected = placing.step_here(plan, facts, devices)
     found.memory = {device: placing.need(plan, facts, device) for device in ("cuda", "cpu")}
     gpu_bytes, cpu_bytes = (estimate.bytes for estimate in found.memory.values())
     if summary is not None and examples is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from tunery.jobs import waiting
 from tunery.jobs.model import HostDevice
 from tunery.planning import advice, changes, expected, memory, peak
+from tunery.planning.fitting import StepPlan
 from tunery.spec import Plan, TrainingSpec
 
 _ANY_ROW = 64
@@ -75,6 +76,24 @@ def wanted_bytes(plan: Plan, size: int, devices: Sequence[HostDevice], *, on_gpu
     """What a claim has to bring of a kind of device: of a forced job no more than the largest has."""
     sizes = [device.memory_bytes for device in devices if (device.gpu_index is not None) == on_gpu]
     return min(size, max(sizes, default=size)) if plan.resources.force else size
+
+
+def step_here(plan: Plan, facts: Mapping[str, Any], devices: Sequence[HostDevice]) -> StepPlan | None:
+    """How the trainer would take a step on the largest GPU here; None without one, or where the probe has to say."""
+    gpus = find_gpus(devices)
+    if not gpus:
+        return None
+    found = expected.run(
+        facts,
+        plan.technique,
+        max_seq_length=plan.max_seq_length,
+        capacity=max(device.memory_bytes for device in gpus),
+        rows=plan.method.rows_an_example,
+        optimizer=plan.optimizer,
+        ranks=_ranks(plan),
+        batch=-(-plan.batch_size // plan.resources.gpus),
+    )
+    return None if found is None else StepPlan.of(found)
 
 
 def warnings(devices: Sequence[HostDevice], *, gpus: int, gpu_bytes: int, cpu_bytes: int) -> list[str]:

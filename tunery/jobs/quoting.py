@@ -32,8 +32,6 @@ from tunery.wire import Finished, Spent, StepTimes
 
 _SIZES = {"hidden_size", "num_hidden_layers", "vocab_size"}
 _RECORDS = 20
-_USABLE = 0.93
-"""The share of a card's memory that its driver leaves to programs, about."""
 
 
 # --- before the run -----------------------------------------------------------------------------------------------
@@ -109,7 +107,7 @@ def _device(plan: Plan, facts: Mapping[str, Any], devices: Sequence[HostDevice])
         return min(fitting, key=lambda gpu: gpu.memory_bytes).device if fitting else None
     if devices:
         return "CPU"
-    known = [card for card in cards.CARDS if card.gigabytes * GIB * _USABLE >= need]
+    known = [card for card in cards.CARDS if card.usable * GIB >= need]
     return min(known, key=lambda card: (card.gigabytes, card.price)).name if known else None
 
 

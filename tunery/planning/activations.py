@@ -65,7 +65,7 @@ def of_loss(shape: Shape, technique: Technique, precision: Precision, labels: in
     """What the head and the loss of `labels` tokens use at once, with the gradient of a head that learns."""
     width = BYTES[precision.dense]
     rows = min(labels, max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (_WIDE * shape.vocab)))
-    logits = rows * shape.vocab * (width if device == "cuda" else 3 * _WIDE)
+    logits = rows * shape.vocab * (width if device == "cuda" else 2 * _WIDE)
     states = 3 * labels * shape.hidden * width
     return states + max(logits, _head_gradient(shape, technique, precision))
 

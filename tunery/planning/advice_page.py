@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from tunery.planning import fitting
 from tunery.planning.advisor import Advice
 from tunery.planning.recommendation import HEADLINES
 
@@ -24,6 +25,7 @@ def render(name: str, aim: str, made: Advice | None, *, state: Mapping[str, Any]
         headline=made and HEADLINES[made.recommendation],
         colour=made and _COLOURS[made.recommendation],
         settings=made and [(one.field, _shown(one.value), one.text) for one in made.suggestions],
+        cards=fitting.in_words(made.cards) if made else [],
         state=state or {"status": "ready", "progress": 1.0, "error": None},
     )
 

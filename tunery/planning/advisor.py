@@ -5,7 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from tunery.planning import advice, capacity, recommendation, suggestions
+from tunery.planning import advice, capacity, fitting, recommendation, suggestions
+from tunery.planning.fitting import CardFit
 from tunery.planning.recommendation import Aim, Choice, Reason, Rows
 from tunery.planning.suggestions import Suggestion
 from tunery.spec import Plan, Technique
@@ -25,6 +26,9 @@ class Advice(BaseModel):
     rows: Rows
     suggestions: list[Suggestion] = Field(description="For a run on the usable rows")
     warnings: list[str]
+    cards: list[CardFit] = Field(
+        default_factory=list, description="Known cards, and whether each holds the run; empty without a base"
+    )
     settings: dict[str, JsonValue] = Field(
         description="The suggestions that differ from the defaults, as fields of a request for a job"
     )
@@ -73,6 +77,7 @@ def advise(
         rows=rows,
         suggestions=listed,
         warnings=_warnings(plan, rows, known),
+        cards=fitting.of_plan(known, plan) if facts else [],
         settings=_settings(chosen, listed),
     )
 

@@ -23,7 +23,7 @@ HEADROOM = 0.9
 """Share of the memory left for activations to plan with: the allocator's blocks never fit together perfectly."""
 RECORDED_PARAMS, RECORDED_TOKENS = 2_000_000_000, 8_192
 """Beyond these a step's products take longer than Python does, and a graph would gain little and keep memory."""
-PROCESS_BYTES = {"cuda": 500_000_000, "cpu": 500_000_000}
+PROCESS_BYTES = {"cuda": 500_000_000, "cpu": 600_000_000}
 """Beside what is allocated: a GPU's context, or a process with its libraries on a CPU."""
 BATCH = 8
 """Examples of a step, where the run does not say."""
@@ -131,6 +131,8 @@ def _on_gpu(s: Setting, load: Load, capacity: int) -> Step | None:
 
 
 def _step(load: Load, tokens: int, **how: bool) -> Step:
+    """The step whose largest micro-batch has whole examples, as many as `tokens` hold."""
+    tokens = min(tokens, load.step) if tokens >= load.step else max(1, tokens // load.longest) * load.longest
     labels = tokens if load.labels is None else min(tokens, load.labels)
     return Step(tokens, labels, **how)
 

@@ -23,7 +23,7 @@ MOST_CHECKED = 2_000_000_000
 take minutes and tens of GB, more than the check is worth at every run's end."""
 CHECKED_BYTES = 6
 """Bytes a weight that the comparison wants free: fp32 weights, and the bf16 file that they are read from."""
-_WORKSPACE = 32 * 2**20
+WORKSPACE = 32 * 2**20
 """Of cuBLAS: one for each thread that asks for products, on each stream."""
 MOST_PROMPT = 512
 """Tokens of the longest prompt of that comparison."""
@@ -59,6 +59,7 @@ class Step:
     graphs: bool = False
     accumulates: bool = False
     prompt: int = 0
+    shortest: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def phases(s: Setting, step: Step) -> Iterator[Parts]:
     """What is allocated in each of the places where a run can be at its peak."""
     rest = at_rest(s)
     if s.device == "cuda":
-        rest["workspaces"] = _WORKSPACE * (4 if step.graphs else 2)
+        rest["workspaces"] = WORKSPACE * (4 if step.graphs else 2)
     gradients = s.cut(s.gradient_bytes) if s.is_full else s.gradient_bytes
     keeps = step.accumulates or step.graphs or not s.is_full
     layer = _layer_bytes(s)
@@ -149,6 +150,8 @@ def phases(s: Setting, step: Step) -> Iterator[Parts]:
     }
     if s.is_full:
         yield rest | _at_the_end(s, step, gradients, layer)
+    if step.shortest:
+        yield {name: rest[name] for name in rest if name != "optimizer"} | {"trial": _trial_bytes(s, step.shortest)}
     if step.prompt:
         yield rest | {"gradients": gradients, "copy": _copy_bytes(s, step.prompt)}
 
@@ -212,10 +215,17 @@ def _dora_bytes(s: Setting, tokens: int, layers: int) -> int:
     return BYTES["float32"] * (matrices + 2 * layers * tokens * sum(inputs + outputs for inputs, outputs in sizes))
 
 
+def _trial_bytes(s: Setting, labels: int) -> int:
+    """Of whole logits in fp32: by the head's product, by the model itself, and their difference."""
+    return 3 * BYTES["float32"] * labels * s.shape.vocab
+
+
 def _copy_bytes(s: Setting, prompt: int) -> int:
     """Of the files as a user loads them, computing in fp32, and of the logits of a prompt."""
     wide = BYTES["float32"]
     logits = prompt * s.shape.vocab * wide
+    if s.device == "cpu":  # where the file that is read is in the process's memory too
+        logits += BYTES["bfloat16"] * s.shape.params
     if s.is_full:
         return wide * s.shape.params + logits
     adapter = s.learns * s.precision.trained_bytes

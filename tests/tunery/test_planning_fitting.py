@@ -1,0 +1,103 @@
+"""Which cards hold a run, and what the trainer would do on a device of some size."""
+
+from typing import Any
+
+import pytest
+
+from tunery.planning import expected, fitting, memory
+from tunery.planning.cards import CARDS
+from tunery.planning.expected import Load
+from tunery.planning.peak import Setting
+from tunery.spec import Full, Lora, Qlora, Technique
+
+GIB = memory.GIB
+LLAMA_8B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+    "params": 8_030_261_248,
+}
+
+
+def run(technique: Technique, gib: float, facts: dict[str, Any] = LLAMA_8B, **asked: Any) -> expected.Expected | None:
+    return expected.run(facts, technique, **{"max_seq_length": 2048, **asked}, capacity=int(gib * GIB))
+
+
+@pytest.mark.parametrize(
+    ("technique", "gib", "tokens", "recompute"),
+    [
+        (Qlora(), 139.8, 16_384, False),  # all eight rows
+        (Qlora(), 44.4, 8_192, False),  # four of them
+        (Qlora(), 15.0, 2_048, False),
+        (Qlora(), 14.0, 14_336, True),  # 2,048 tokens do not fit beside all that layers keep
+        (Qlora(), 8.5, 2_048, True),
+        (Lora(), 139.8, 16_384, False),
+        (Lora(), 18.2, 4_096, True),
+        (Full(), 79.2, 4_096, False),
+        (Full(), 55.0, 2_048, True),
+    ],
+)
+def test_plan_follows_the_memory_that_there_is(technique: Technique, gib: float, tokens: int, recompute: bool) -> None:
+    found = run(technique, gib)
+    assert found is not None
+    assert (found.step.tokens, found.step.recompute) == (tokens, recompute)
+    assert found.estimate.bytes <= gib * GIB
+    assert found.allocated == found.estimate.bytes - expected.PROCESS_BYTES["cuda"]
+
+
+def test_what_no_plan_is_found_for_is_none() -> None:
+    assert run(Lora(), 16) is None
+    assert run(Qlora(), 7) is None
+
+
+def test_small_models_are_recorded_and_their_files_compared() -> None:
+    """Both cost memory: gradients that stay, and a second model."""
+    facts = LLAMA_8B | {"params": 1_000_000_000, "num_hidden_layers": 4}
+    whole = expected.plan(Setting.of(facts, Full(), "cuda", "adamw", 1), Load(512, 4096), 80 * GIB)
+    large = expected.plan(Setting.of(LLAMA_8B, Lora(), "cuda", "adamw", 1), Load(512, 4096), 80 * GIB)
+    assert whole is not None
+    assert large is not None
+    assert (whole.step.graphs, large.step.graphs) == (True, False)
+    assert whole.estimate.parts["gradients"] == 2_000_000_000
+    small = facts | {"params": 100_000_000, "hidden_size": 512, "intermediate_size": 1024, "vocab_size": 128_256}
+    checked = expected.plan(Setting.of(small, Lora(), "cuda", "adamw", 1), Load(64, 64), 80 * GIB)
+    assert checked is not None
+    assert checked.estimate.parts["copy"] > 6 * 100_000_000
+
+
+def test_every_known_card_has_a_verdict_and_a_way_out() -> None:
+    found = {card.name: card for card in fitting.on_cards(LLAMA_8B, Lora(), max_seq_length=2048)}
+    assert found.keys() == {card.name for card in CARDS}
+    assert found["T4"].verdict == "too_small"
+    assert found["T4"].change is not None
+    assert found["T4"].change.startswith("Use the technique 'qlora', which needs about 7.")
+    assert found["L4"].verdict == "fits"
+    assert found["L4"].change is None
+    plan = found["H200"].plan
+    assert plan is not None
+    assert (plan.tokens, plan.recompute) == (16_384, False)
+    sizes = [card.bytes for card in fitting.on_cards(LLAMA_8B, Lora(), max_seq_length=2048)]
+    assert sizes == sorted(sizes)
+
+
+def test_a_card_between_the_least_and_a_plan_is_left_to_the_probe() -> None:
+    """The longest rows whose least an L40S has."""
+    l40s = next(card for card in CARDS if card.name == "L40S")
+    lengths = range(8192, 400_000, 8192)
+    least = {length: memory.estimate(LLAMA_8B, Lora(), max_seq_length=length).bytes for length in lengths}
+    longest = max(length for length in lengths if least[length] <= l40s.usable * GIB)
+    found = {card.name: card for card in fitting.on_cards(LLAMA_8B, Lora(), max_seq_length=longest)}
+    assert found["L40S"].verdict == "borderline"
+    assert found["L40S"].plan is None
+    assert found["L40S"].change is not None
+
+
+def test_cards_are_told_in_a_few_lines() -> None:
+    lines = dict(fitting.in_words(fitting.on_cards(LLAMA_8B, Full(), max_seq_length=2048)))
+    assert lines["fits on"] == "H100 PCIe, H100, A100, H200, B200"
+    assert lines["too small"].startswith("T4, ")
+    assert all(lines.values())

@@ -1,0 +1,91 @@
+"""Which known cards hold a run, and what to change for the others. Pure functions."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tunery.planning import changes, expected, memory
+from tunery.planning.cards import CARDS, Card
+from tunery.planning.expected import Expected
+from tunery.spec import Plan, Technique
+
+Verdict = Literal["fits", "borderline", "too_small"]
+
+
+class StepPlan(BaseModel):
+    """How the trainer would take a step on a device, and the peak that it then has."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tokens: int = Field(description="Of the largest micro-batch")
+    recompute: bool = Field(description="Whether the backward pass makes activations again instead of keeping them")
+    allocated: int = Field(description="Bytes that the allocator has given out at the peak")
+    bytes: int = Field(description="With what the process takes beside them")
+
+    @classmethod
+    def of(cls, found: Expected) -> "StepPlan":
+        return cls(
+            tokens=found.step.tokens,
+            recompute=found.step.recompute,
+            allocated=found.allocated,
+            bytes=found.estimate.bytes,
+        )
+
+
+class CardFit(BaseModel):
+    """A known card, and whether it holds the run. `borderline`: the trainer's probe decides."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    bytes: int = Field(description="That a process finds there, about")
+    verdict: Verdict
+    plan: StepPlan | None = Field(description="Null where the estimate finds none")
+    change: str | None = Field(description="The cheapest change by which it fits; null where it does")
+
+
+def on_cards(facts: Mapping[str, Any], technique: Technique, **of_run: Any) -> list[CardFit]:
+    """Every known card, the smallest first. `of_run`: as of `expected.run`, of rows as long as they may be."""
+    ordered = sorted(CARDS, key=lambda card: (card.usable, card.price))
+    return [_on(card, facts, technique, of_run) for card in ordered]
+
+
+def _on(card: Card, facts: Mapping[str, Any], technique: Technique, of_run: Mapping[str, Any]) -> CardFit:
+    capacity = int(card.usable * memory.GIB)
+    found = expected.run(facts, technique, capacity=capacity, **of_run)
+    least = {name: value for name, value in of_run.items() if name != "batch"}
+    fits = memory.fits(facts, technique, capacity=capacity, **least)
+    asked = {"device": "cuda", "rows": 1, "optimizer": "adamw", "ranks": 1, **least}
+    return CardFit(
+        name=card.name,
+        bytes=capacity,
+        verdict="fits" if found else "borderline" if fits else "too_small",
+        plan=StepPlan.of(found) if found else None,
+        change=None if found else changes.advise(facts, technique, capacity, gpus=1, **asked),
+    )
+
+
+def of_plan(facts: Mapping[str, Any], plan: Plan) -> list[CardFit]:
+    """The known cards for a job's plan, each of its GPUs of that kind; in pieces where that was left open."""
+    resources = plan.resources
+    return on_cards(
+        facts,
+        plan.technique,
+        max_seq_length=plan.max_seq_length,
+        rows=plan.method.rows_an_example,
+        optimizer=plan.optimizer,
+        ranks=1 if resources.sharding == "replicate" else resources.gpus,
+        batch=-(-plan.batch_size // resources.gpus),
+    )
+
+
+def in_words(found: Iterable[CardFit]) -> list[tuple[str, str]]:
+    """Verdicts with the cards that have them, in a line each, and the change for the largest that is too small."""
+    cards = list(found)
+    named: list[tuple[Verdict, str]] = [("fits", "fits on"), ("borderline", "may fit on"), ("too_small", "too small")]
+    lines = [(text, ", ".join(card.name for card in cards if card.verdict == verdict)) for verdict, text in named]
+    small = [card for card in cards if card.change is not None]
+    if small:
+        lines.append((f"to fit on {small[-1].name}", small[-1].change or ""))
+    return [(text, names) for text, names in lines if names]
