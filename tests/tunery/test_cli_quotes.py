@@ -9,7 +9,7 @@ from tunery.jobs.states import State
 from tunery.keys import ring
 from tunery.local.drawing import duration
 from tunery.planning import quote
-from tunery.planning.memory import Shape
+from tunery.planning.shape import Shape
 from tunery.planning.workload import Workload
 from tunery.settings import Settings
 from tunery.spec import Lora
