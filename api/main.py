@@ -17,6 +17,7 @@ from api.routes import (
     baselines,
     chat,
     cleanings,
+    completions,
     files,
     health,
     jobs,
@@ -27,6 +28,7 @@ from api.routes import (
     responses,
     runs,
     uploads,
+    usage,
     webhooks,
 )
 from api.schemas import wire
@@ -54,7 +56,9 @@ ROUTERS = (
     adapters,
     models,
     chat,
+    completions,
     responses,
+    usage,
     webhooks,
     absent,
     health,

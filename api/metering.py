@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from api import rate_headers
 from tunery.models import registry
 from tunery.models.model import Model
-from tunery.serving import Chosen
+from tunery.serving import TEXT_FIELD, Chosen
 from tunery.settings import Settings
 from tunery.traffic import rates, usage
 from tunery.traffic.errors import TooManyOpen
@@ -106,7 +106,7 @@ def _take(app: FastAPI, project_id: str, fields: Mapping[str, Any], prompt: int)
 
 
 def _expected_prompt(fields: Mapping[str, Any]) -> int:
-    texts = [fields[name] for name in ("messages", "prompt", "tools") if fields.get(name)]
+    texts = [fields[name] for name in ("messages", TEXT_FIELD, "tools") if fields.get(name)]
     return 1 + sum(len(json.dumps(text, ensure_ascii=False)) for text in texts) // CHARACTERS_A_TOKEN
 
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import anyio
 import httpx2
@@ -120,13 +120,17 @@ class Stream:
                 yield line.rstrip(b"\r")
 
 
+class Closable(Protocol):
+    async def close(self) -> None: ...
+
+
 class EventStream(StreamingResponse):
     """Server-sent events that are made of a stream, which is closed at their end.
 
     Why not in a `finally` of the generator: of a caller who leaves before the first event it is never begun.
     """
 
-    def __init__(self, events: AsyncIterator[str], stream: Stream, headers: dict[str, str]) -> None:
+    def __init__(self, events: AsyncIterator[str], stream: "Closable", headers: dict[str, str]) -> None:
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._stream = stream
 

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
 MODEL_FIELD = "tunery_model"
+TEXT_FIELD = "tunery_text"
+"""A text to go on from, in place of `messages`."""
 
 _SHA256 = Field(pattern="^[0-9a-f]{64}$")
 

@@ -116,6 +116,8 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
     "add_alias": [],
     "create_chat_completion": [("/v1/chat/completions", {"json": {"model": "{tuned}", **CHAT}})],
+    "create_completion": [("/v1/completions", {"json": {"model": "{tuned}", "prompt": "q"}})],
+    "list_completions_usage": [],
     "create_response": [("/v1/responses", {"json": {"model": "{tuned}", "input": "q"}})],
     "create_webhook_endpoint": [],
     "list_webhook_endpoints": [("/v1/webhook_endpoints?after={endpoint}", {})],

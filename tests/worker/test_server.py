@@ -138,6 +138,26 @@ def test_greedy_answers_equal_plain_peft_while_models_come_and_go(client: OpenAI
     assert len(set(answers)) == 4
 
 
+def test_a_text_is_gone_on_from_without_the_template(client: OpenAI, shop: Shop) -> None:
+    asked: dict[str, Any] = {"model": "one", "temperature": 0, "max_tokens": 16}
+    text = {"tunery_text": "Where is <|im_end|> my", **shop.chosen("one", "loud")}
+    reply = client.chat.completions.create(**asked, messages=[], extra_body=text)
+    tokenizer = ChatTemplate.load(shop.folders["loud"]).tokenizer
+    ids = [id for part in ("Where is ", "<", "|im_end|> my") for id in tokenizer.encode(part).ids]
+    model: Any = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(shop.folders["one"], dtype=torch.float32), shop.folders["loud"]
+    )
+    with torch.inference_mode():
+        plain = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=16, do_sample=False)
+    assert reply.choices[0].message.content == tokenizer.decode(plain[0, len(ids) :].tolist(), skip_special_tokens=True)
+    assert reply.usage
+    assert reply.usage.prompt_tokens == len(ids)
+    with pytest.raises(openai.BadRequestError, match="the server's own"):
+        client.chat.completions.create(**asked, messages=ASK, extra_body=text)
+    with pytest.raises(openai.BadRequestError, match="at least one message"):
+        client.chat.completions.create(**asked, messages=[], extra_body=shop.chosen("one"))
+
+
 def test_answers_at_once_are_those_of_each_model_alone(client: OpenAI, shop: Shop) -> None:
     asked: list[tuple[str, str | None]] = [("one", None), ("one", "quiet"), ("one", "loud"), ("two", None)] * 3
 

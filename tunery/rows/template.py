@@ -202,10 +202,14 @@ class ChatTemplate:
             raise CannotRender(
                 reason="The model's tokenizer names no eos_token, which ends plain text. Use a base that has one."
             )
-        hidden, spelled = self._tokens.hide(text)
-        ids = [*self._opening_bos, *self._tokens.encode(hidden), end]
+        spelled = self._tokens.hide(text)[1]
+        ids = [*self.encode_beginning(text), end]
         cut = _cut(ids, ids, max_length, tuple(dict.fromkeys(map(self._tokens.show, spelled))))
         return replace(cut, answer_cut=False)  # the beginning of a text is a text
+
+    def encode_beginning(self, text: str) -> list[int]:
+        """Plain text to go on from, as `encode_text` begins one."""
+        return [*self._opening_bos, *self._tokens.encode(self._tokens.hide(text)[0])]
 
     @cached_property
     def _opening_bos(self) -> list[int]:

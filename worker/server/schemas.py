@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tunery.errors import InvalidValue, Unsupported
 from tunery.rows import keys, reasons, strict_json
 from tunery.rows.messages import Message, Tool
-from tunery.serving import MODEL_FIELD, Chosen
+from tunery.serving import MODEL_FIELD, TEXT_FIELD, Chosen
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
@@ -98,7 +98,8 @@ class ChatRequest(_Sealed):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = []
+    text: str | None = Field(None, validation_alias=TEXT_FIELD, description="To go on from, in place of messages")
     chosen: Chosen = Field(validation_alias=MODEL_FIELD)
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens")
@@ -122,6 +123,10 @@ class ChatRequest(_Sealed):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ChatRequest":
+        if self.text is None and not self.messages:
+            _refuse("messages", "it needs at least one message")
+        if self.text is not None and self.messages:
+            _refuse(TEXT_FIELD, "it is the server's own: leave it out")
         if self.top_logprobs is not None and not self.logprobs:
             _refuse("top_logprobs", "it needs 'logprobs': true")
         if self.must_call:

@@ -19,6 +19,7 @@ from tunery.errors import Unsupported
 from tunery.planning.precision import Precision, decide, dense_dtype
 from tunery.rows.calls import CallSpelling
 from tunery.rows.errors import PromptTooLong
+from tunery.rows.template import ChatTemplate
 from tunery.serving import Chosen, Files
 from tunery.spec import Qlora
 from tunery.storage import Storage
@@ -191,7 +192,7 @@ def _begin(request: ChatRequest, ready: Ready) -> Generation:
     rendering = ready.rendering
     template = rendering.template
     _refuse_much_too_long(request, ready)
-    prompt = template.encode_prompt(request.messages, request.offered_tools)
+    prompt = _prompt(request, template)
     spelling = rendering.spelling if request.offered_tools else None
     room, kept_to = _room(request, len(prompt), ready.context_length), _grammar(request, ready, spelling)
     return Generation(
@@ -212,6 +213,12 @@ def _begin(request: ChatRequest, ready: Ready) -> Generation:
             seed=request.seed,
         ),
     )
+
+
+def _prompt(request: ChatRequest, template: ChatTemplate) -> list[int]:
+    if request.text is not None:
+        return template.encode_beginning(request.text)
+    return template.encode_prompt(request.messages, request.offered_tools)
 
 
 def _once(work: Callable[[], None]) -> Callable[[], None]:
@@ -239,9 +246,10 @@ def _refuse_much_too_long(request: ChatRequest, ready: Ready) -> None:
     """Raises PromptTooLong for a prompt that is known to be by its beginning: millions of words take as many seconds to
     tokenise, for which nobody else is answered."""
     limit, template = ready.context_length, ready.rendering.template
-    if limit is None or sum(len(message.content or "") for message in request.messages) <= _LONG * limit:
+    length = len(request.text or "") + sum(len(message.content or "") for message in request.messages)
+    if limit is None or length <= _LONG * limit:
         return
-    text = template.render(request.messages, request.offered_tools, add_generation_prompt=True)
+    text = request.text or template.render(request.messages, request.offered_tools, add_generation_prompt=True)
     tokens = len(template.tokenizer.encode(text[: _LONG * limit], add_special_tokens=False).ids)
     if tokens - _LONG > limit:  # the cut may have made a few more of the last word
         raise PromptTooLong(param="messages", limit=limit, tokens=f"more than {tokens - _LONG}")
