@@ -19,6 +19,7 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     │   ├── NothingLeft          datasets: a cleaning drops every row
     │   ├── InputChanged         jobs: a job that is to run again would read something else
     │   ├── ExceedsInventory     jobs: no device here has the least memory that a job needs
+    │   ├── EndpointRefused      baselines: an external endpoint is where we do not ask
     │   ├── AddressRefused       webhooks: a URL leads where we do not post
     │   └── ReceiverSilent       webhooks: a receiver gave no answer to a test
     ├── Unauthenticated          keys: no key, or a wrong one

@@ -66,6 +66,14 @@ class Settings(BaseSettings):
     webhook_allow: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
         (), description="Networks, comma-separated, that webhooks may reach besides public https addresses"
     )
+    external_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(
+        None,
+        description="A secret of 16 characters or more, which encrypts the keys of external endpoints that baselines "
+        "name. Absent: they may name none",
+    )
+    external_allow: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
+        (), description="Networks, comma-separated, of external endpoints besides public https addresses"
+    )
     result_files: Literal["auto", "base64", "plain"] = Field(
         "auto",
         description="Content of fine-tune-results files: auto = base64 for `Accept: application/binary`, else plain",

@@ -1,5 +1,6 @@
 """Whether to fine-tune on a file, and how: advice from its report, before any device is held."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -10,12 +11,18 @@ from api.bodies import JsonRoute
 from api.dependencies import CallerDep, SessionDep, SettingsDep
 from api.schemas import advice as wire
 from api.schemas.wire import errors
+from tunery.baselines import ledger, table, verdict
+from tunery.baselines.model import Baseline
+from tunery.baselines.order import Order
+from tunery.baselines.table import Row
 from tunery.datasets import reports, shelf
 from tunery.datasets.model import File, FileReport
 from tunery.datasets.report import page
+from tunery.errors import InvalidValue
 from tunery.jobs import leases, placing, quoting
 from tunery.keys.ring import Caller
 from tunery.models import registry
+from tunery.models.model import Model
 from tunery.planning import advice_page, advisor
 from tunery.planning.advice import check_technique
 from tunery.planning.advisor import Advice
@@ -27,20 +34,35 @@ from tunery.spec import Lora
 router = APIRouter(tags=["Fine-tuning jobs"], route_class=JsonRoute)
 
 
+@dataclass(frozen=True)
+class _Given:
+    """Advice and what it is made of. `advice`: None while there is no report; `rows`: a baseline's table."""
+
+    file: File
+    report: FileReport
+    advice: Advice | None
+    rows: list[Row]
+
+
 @router.post("/v1/fine_tuning/advice", summary="Ask whether to fine-tune", responses=errors(404))
 def give_advice(
     body: wire.AskAdvice, session: SessionDep, caller: CallerDep, settings: SettingsDep
 ) -> wire.AdviceAnswer:
     """Counts the rows that are worth training on and says by written rules whether to prompt, to fine-tune or to
-    retrieve, and with which settings. While `status` is `queued` or `running` the report is being made: ask again."""
-    _, report, said = _advise(session, caller, body)
+    retrieve, and with which settings. While `status` is `queued` or `running` the report is being made: ask again.
+
+    With a `baseline` it ends in what was measured, and where that has a target it stops at the cheapest thing that
+    meets it.
+    """
+    given = _advise(session, caller, settings, body)
     return wire.AdviceAnswer(
-        **body.model_dump(include={"file", "model", "aim", "validation_file"}),
-        status=report.status,
-        progress=report.progress,
-        error=report.error,
-        advice=said,
-        serving=None if said is None else _serving(session, caller, body, settings),
+        **body.model_dump(include={"file", "model", "aim", "validation_file", "baseline"}),
+        status=given.report.status,
+        progress=given.report.progress,
+        error=given.report.error,
+        advice=given.advice,
+        table=given.rows,
+        serving=None if given.advice is None else _serving(session, caller, body, settings),
     )
 
 
@@ -55,25 +77,31 @@ def show_advice(
     file_id: str,
     session: SessionDep,
     caller: CallerDep,
+    settings: SettingsDep,
     model: Annotated[str, Query(min_length=1, description="A base or fine-tuned model")],
     aim: Annotated[Aim, Query(description="What the model should learn")],
     validation_file: Annotated[str | None, Query(min_length=1, description="Held-out rows, which do not count")] = None,
+    baseline: Annotated[str | None, Query(min_length=1, description="A baseline, whose table is shown")] = None,
 ) -> HTMLResponse:
     """The advice as one page that needs nothing else. While the report is made, the page loads itself again."""
-    asked = wire.AskAdvice(file=file_id, model=model, aim=aim, validation_file=validation_file)
-    file, report, said = _advise(session, caller, asked)
-    state = {"status": report.status, "progress": report.progress, "error": report.error}
-    return HTMLResponse(advice_page.render(file.filename, aim, said, state=state), headers=page.HEADERS)
+    asked = wire.AskAdvice(file=file_id, model=model, aim=aim, validation_file=validation_file, baseline=baseline)
+    given = _advise(session, caller, settings, asked)
+    state = {"status": given.report.status, "progress": given.report.progress, "error": given.report.error}
+    measured = [verdict.cells(row) for row in given.rows]
+    shown = advice_page.render(given.file.filename, aim, given.advice, state=state, measured=measured)
+    return HTMLResponse(shown, headers=page.HEADERS)
 
 
-def _advise(session: Session, caller: Caller, body: wire.AskAdvice) -> tuple[File, FileReport, Advice | None]:
-    """The advice; None while there is no report. Raises NotFound, NoReport, WrongState, InvalidValue."""
+def _advise(session: Session, caller: Caller, settings: Settings, body: wire.AskAdvice) -> _Given:
+    """Raises NotFound, NoReport, WrongState, InvalidValue."""
     model = registry.find_ready(session, caller.project_id, body.model)
     check_technique(body.technique, model.facts)
     file = shelf.find(session, caller.project_id, body.file, param="file")
+    baseline = _baseline(session, caller.project_id, body.baseline, model)
+    rows = [] if baseline is None else table.rows(session, baseline, settings)
     report = _report(session, caller.project_id, file, body.validation_file)
     if report.status != reports.READY or report.summary is None:
-        return file, report, None
+        return _Given(file, report, None, rows)
     said = advisor.advise(
         advisor.rows_of(report.summary),
         body.aim,
@@ -82,7 +110,20 @@ def _advise(session: Session, caller: Caller, body: wire.AskAdvice) -> tuple[Fil
         bf16_fits=placing.bf16_fits(model.facts, leases.devices(session)),
         has_held_out=body.validation_file is not None,
     )
-    return file, report, said
+    if baseline is not None:
+        said = verdict.judge(said, rows, Order.model_validate(baseline.order).target)
+    return _Given(file, report, said, rows)
+
+
+def _baseline(session: Session, project_id: str, id: str | None, model: Model) -> Baseline | None:
+    """The baseline that is named, once it is measured. Raises NotFound, WrongState, InvalidValue."""
+    if id is None:
+        return None
+    found = ledger.find_measured(session, project_id, id, param="baseline")
+    if found.model != model.id:
+        reason = f"Baseline '{id}' measured '{found.model}'. Name that model, or create a baseline of '{model.id}'."
+        raise InvalidValue(param="baseline", reason=reason)
+    return found
 
 
 def _serving(session: Session, caller: Caller, body: wire.AskAdvice, settings: Settings) -> ServingQuote | None:

@@ -7,23 +7,26 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy.orm import Session
 
 from api.bodies import JsonRoute
-from api.dependencies import CallerDep, SessionDep, StorageDep
+from api.dependencies import CallerDep, SessionDep, SettingsDep, StorageDep
 from api.schemas import baselines as wire
 from api.schemas.wire import CursorList, errors
-from tunery.baselines import ledger, table
+from tunery.baselines import external, ledger, table
 from tunery.baselines.model import Baseline
 from tunery.datasets import shelf
 from tunery.models import registry
+from tunery.settings import Settings
 
 router = APIRouter(prefix="/v1/fine_tuning/baselines", tags=["Fine-tuning jobs"], route_class=JsonRoute)
 
 
-def _shown(session: Session, row: Baseline) -> wire.Baseline:
-    return wire.Baseline.of(row, table.rows(session, row))
+def _shown(session: Session, settings: Settings, row: Baseline) -> wire.Baseline:
+    return wire.Baseline.of(row, table.rows(session, row, settings))
 
 
 @router.post("", summary="Measure prompting", responses=errors(404, 429))
-def create_baseline(body: wire.AskBaseline, session: SessionDep, caller: CallerDep) -> wire.Baseline:
+def create_baseline(
+    body: wire.AskBaseline, session: SessionDep, caller: CallerDep, settings: SettingsDep
+) -> wire.Baseline:
     """The model answers the eval rows as they are and with examples before each, before any training. A worker does it;
     `tunery baseline` waits for the table."""
     project = caller.project_id
@@ -32,31 +35,44 @@ def create_baseline(body: wire.AskBaseline, session: SessionDep, caller: CallerD
     examples = body.examples_file and shelf.find(session, project, body.examples_file, param="examples_file")
     others = [registry.find_ready(session, project, name, param="compare") for name in body.compare]
     order = ledger.compared(body.order, others)
-    return _shown(session, ledger.request(session, project, model, eval_file, examples or None, order))
+    key = _sealed_key(body, settings)
+    row = ledger.request(session, project, model, eval_file, examples or None, order, external_key=key)
+    return _shown(session, settings, row)
+
+
+def _sealed_key(body: wire.AskBaseline, settings: Settings) -> str | None:
+    """The key of the external endpoint, encrypted. Raises Unsupported, InvalidValue, EndpointRefused."""
+    if body.external is None:
+        return None
+    external.check(body.external, settings)
+    if body.external.api_key is None or settings.external_secret is None:
+        return None
+    return external.seal(body.external.api_key, settings.external_secret)
 
 
 @router.get("", summary="List baselines", responses=errors(404))
 def list_baselines(
     session: SessionDep,
     caller: CallerDep,
+    settings: SettingsDep,
     after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
     limit: Annotated[int, Query(ge=1, le=100, description="Objects a page")] = 20,
 ) -> CursorList[wire.Baseline]:
     """Newest first."""
     rows, more = ledger.list_page(session, caller.project_id, after=after, limit=limit)
-    return CursorList.of([_shown(session, row) for row in rows], has_more=more)
+    return CursorList.of([_shown(session, settings, row) for row in rows], has_more=more)
 
 
 @router.get("/{baseline_id}", summary="Retrieve a baseline", responses=errors(404))
-def retrieve_baseline(baseline_id: str, session: SessionDep, caller: CallerDep) -> wire.Baseline:
+def retrieve_baseline(baseline_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> wire.Baseline:
     """Its table gains a row for each tune of the model on the same eval rows."""
-    return _shown(session, ledger.find(session, caller.project_id, baseline_id))
+    return _shown(session, settings, ledger.find(session, caller.project_id, baseline_id))
 
 
 @router.post("/{baseline_id}/cancel", summary="Cancel a baseline", responses=errors(404))
-def cancel_baseline(baseline_id: str, session: SessionDep, caller: CallerDep) -> wire.Baseline:
+def cancel_baseline(baseline_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> wire.Baseline:
     """Only one that has not ended."""
-    return _shown(session, ledger.cancel(session, caller.project_id, baseline_id))
+    return _shown(session, settings, ledger.cancel(session, caller.project_id, baseline_id))
 
 
 @router.get(

@@ -6,6 +6,7 @@ from pydantic import ConfigDict, Field
 
 from api.schemas.reports import Status
 from api.schemas.wire import Body, Wire
+from tunery.baselines.table import Row
 from tunery.planning.advisor import Advice
 from tunery.planning.recommendation import Aim
 from tunery.planning.serving_quote import ServingQuote
@@ -39,6 +40,9 @@ class AskAdvice(Body):
     validation_file: str | None = Field(
         None, min_length=1, description="Held-out rows, which do not count in the file; absent: a split is suggested"
     )
+    baseline: str | None = Field(
+        None, min_length=1, description="A baseline of the model, in whose numbers the advice ends"
+    )
     technique: Technique | None = Field(None, description="To be judged; absent: one is suggested")
 
 
@@ -52,10 +56,12 @@ class AdviceAnswer(Wire):
                     "object": "fine_tuning.advice",
                     **ASKED,
                     "validation_file": None,
+                    "baseline": None,
                     "status": "ready",
                     "progress": 1.0,
                     "error": None,
                     "advice": SAID,
+                    "table": [],
                 }
             ]
         }
@@ -66,6 +72,7 @@ class AdviceAnswer(Wire):
     model: str
     aim: Aim
     validation_file: str | None
+    baseline: str | None
     status: Status = Field(description="Of the file's report, which the advice is made of")
     progress: float = Field(description="The share of the report that is made, 0 to 1")
     error: str | None = Field(description="Why there is no report, where it failed")
@@ -73,3 +80,4 @@ class AdviceAnswer(Wire):
     serving: ServingQuote | None = Field(
         None, description="What the tuned model's answers should cost on a GPU here, or on a card that holds the base"
     )
+    table: list[Row] = Field(description="The baseline's, once it is measured")

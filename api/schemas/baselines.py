@@ -2,12 +2,12 @@
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, SecretStr
 
 from api.schemas.wire import Body, Wire, maybe_seconds, seconds
 from tunery.baselines import table
 from tunery.baselines.model import Baseline as Stored
-from tunery.baselines.order import BaselineOptions, Order, Target
+from tunery.baselines.order import BaselineOptions, External, Order, Target
 from tunery.baselines.table import Row
 from tunery.planning.prompting import Retrieval
 
@@ -40,6 +40,12 @@ ROW: dict[str, Any] = {
 }
 
 
+class AskExternal(External):
+    """An external endpoint and the key for it, which is kept encrypted until the baseline ends."""
+
+    api_key: SecretStr | None = Field(None, description="Sent as a bearer token")
+
+
 class AskBaseline(BaselineOptions, Body):
     """A model, an eval file, and how the model is to be prompted."""
 
@@ -54,10 +60,24 @@ class AskBaseline(BaselineOptions, Body):
         default_factory=list, max_length=4, description="Other models, tuned ones too, that answer the same rows"
     )
 
+    external: AskExternal | None = Field(
+        None, description="A large prompted model elsewhere, beside these; refused unless the operator allows it"
+    )
+
     @property
     def order(self) -> Order:
         """What is asked for, without the objects that it names."""
-        return Order(**self.model_dump(exclude={"model", "eval_file", "examples_file", "compare"}))
+        return Order(
+            **self.model_dump(
+                exclude={
+                    "model": True,
+                    "eval_file": True,
+                    "examples_file": True,
+                    "compare": True,
+                    "external": {"api_key"},
+                }
+            )
+        )
 
 
 class Baseline(Wire):
@@ -79,6 +99,7 @@ class Baseline(Wire):
                     "max_new_tokens": "auto",
                     "seed": 0,
                     "compare": [],
+                    "external": None,
                     "examples": 1000,
                     "left_out": 3,
                     "table": [ROW],
@@ -105,6 +126,7 @@ class Baseline(Wire):
     seed: int
     target: Target | None
     compare: list[str]
+    external: External | None
     examples: int | None = Field(description="Rows that prompts might show")
     left_out: int | None = Field(description="Examples that were not shown, as an eval row asks nearly the same")
     table: list[Row] = Field(description="The baseline's rows, and the tunes of the model on the same eval rows")
@@ -122,6 +144,7 @@ class Baseline(Wire):
             examples_file=row.examples_file,
             **{name: getattr(order, name) for name in BaselineOptions.model_fields},
             compare=order.compare,
+            external=order.external,
             examples=result.get("examples"),
             left_out=result.get("left_out"),
             table=rows,

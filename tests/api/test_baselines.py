@@ -1,13 +1,22 @@
 """Baselines over HTTP: what is asked for, refused, listed and cancelled; their table and the target."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import rows
 from databases import Database
-from reported import upload
+from pydantic import SecretStr
+from reported import finish, upload
 from teams import BASE, Team
 
 from tunery.baselines import ledger
+from tunery.baselines.external import unseal
+from tunery.baselines.model import Baseline
+from tunery.jobs.states import State
+from tunery.keys.model import Project
+from tunery.planning import cards
 from tunery.planning.prompting import Figure, PromptScore
 
 ROUTE = "/v1/fine_tuning/baselines"
@@ -78,13 +87,16 @@ def test_a_worker_that_is_lost_three_times_fails_it(team: Team, base: str, datab
     assert (found["status"], "3 times" in found["error"]) == ("failed", True)
 
 
-def measured(database: Database, baseline_id: str, scores: dict[int, tuple[float, float]], rows: int = 12) -> None:
+def measured(
+    database: Database, baseline_id: str, scores: dict[int, tuple[float, float]], device: str | None = None
+) -> None:
     """Stores what a worker would have found: by shots the share that is exact, and its interval's lower end."""
     found = [
         PromptScore(
             shots=shots,
             nearest=False,
-            rows=rows,
+            rows=12,
+            device=device,
             primary="exact",
             metrics={"exact": Figure(score=score, low=low, high=1.0)},
             prompt_tokens=20.0 * (shots + 1),
@@ -123,3 +135,75 @@ def test_the_cheapest_row_whose_interval_reaches_the_target_is_named(
     assert [row["verdict"] for row in found["table"]] == verdicts
     assert (found["cheapest"] and found["cheapest"]["shots"]) == shots
     assert (found["examples"], found["left_out"]) == (12, 1)
+
+
+def test_a_tune_on_the_same_rows_joins_the_table(team: Team, base: str, database: Database) -> None:
+    made = ask(team, target={"at_least": 0.9}).json()
+    measured(database, made["id"], {0: (0.25, 0.09)})
+    card = {"rows": 12, "primary": "exact", "metrics": {"exact": {"base": 0.25, "tuned": 1.0}}}
+    with database.sessions.begin() as session:
+        owner = session.get_one(Project, team.id)
+        ready = {"base_model": base, "test_file": made["eval_file"]}
+        job = rows.job(session, owner, State.SUCCEEDED, **ready, scorecard=card)
+        rows.job(session, owner, State.SUCCEEDED, **ready, scorecard={**card, "rows": 11})
+        rows.job(session, owner, State.SUCCEEDED, base_model=base, scorecard=card)
+        rows.job(session, rows.project(session), State.SUCCEEDED, **ready, scorecard=card)
+        tuned, job_id = job.tuned_model, job.id
+    [_, row] = team.http.get(f"{ROUTE}/{made['id']}").json()["table"]
+    assert (row["way"], row["model"], row["job"], row["score"]) == ("tuned", tuned, job_id, 1.0)
+    assert (round(row["low"], 3), row["prompt_tokens"], row["p50_seconds"]) == (0.758, 20.0, None)
+    assert row["verdict"] == "unsure"  # twelve right rows of twelve: the interval begins below 90 %
+
+
+def test_a_cost_is_that_of_the_device_that_answered(team: Team, base: str, database: Database) -> None:
+    made = ask(team, shots=[0]).json()
+    measured(database, made["id"], {0: (0.5, 0.2)}, device="NVIDIA H200")
+    [row] = team.http.get(f"{ROUTE}/{made['id']}").json()["table"]
+    assert row["cost_per_1000"] == pytest.approx(cards.find("NVIDIA H200").price * 500 / 3600)  # type: ignore[union-attr]
+
+
+def test_advice_ends_in_the_numbers(team: Team, base: str, database: Database, tmp_path: Path) -> None:
+    made = ask(team, examples_file=upload(team), target={"at_least": 0.9}).json()
+    body = {"file": made["eval_file"], "model": base, "aim": "style", "baseline": made["id"]}
+    refused = team.http.post("/v1/fine_tuning/advice", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "baseline")
+    measured(database, made["id"], {0: (0.5, 0.4), 4: (0.97, 0.92)})
+    finish(database, tmp_path, rows=2000, left_out={}, answer_bytes=4000)
+    found = team.http.post("/v1/fine_tuning/advice", json=body).json()
+    assert found["advice"]["recommendation"] == "prompt"
+    assert [one["rule"] for one in found["advice"]["reasons"]][:3] == ["measured", "target_met", "behaviour_is_learned"]
+    assert (
+        "4 examples in the prompt, the cheapest that does: 97.0 % (92.0 to 100.0)"
+        in found["advice"]["reasons"][1]["text"]
+    )
+    assert [row["shots"] for row in found["table"]] == [0, 4]
+    page = team.http.get(f"/v1/files/{body['file']}/advice.html", params={k: v for k, v in body.items() if k != "file"})
+    assert "97.0 %" in page.text
+    assert (
+        team.http.post("/v1/fine_tuning/advice", json={**body, "baseline": None}).json()["advice"]["recommendation"]
+        == "fine_tune"
+    )
+
+
+def test_an_external_endpoint_is_refused_unless_the_operator_allows_it(team: Team, base: str, make_app: Any) -> None:
+    external = {"base_url": "https://127.0.0.1/v1", "model": "large", "api_key": "sk-very-secret"}
+    refused = ask(team, external=external).json()["error"]
+    assert (refused["code"], refused["param"]) == ("unsupported", "external")
+    on = team.on(make_app(external_secret=SecretStr("sixteen characters and more")))
+    refused = ask(on, external=external).json()["error"]
+    assert (refused["code"], refused["param"]) == ("endpoint_refused", "external.base_url")
+
+
+def test_the_key_is_neither_shown_nor_kept_in_clear(team: Team, base: str, make_app: Any, database: Database) -> None:
+    secret = SecretStr("sixteen characters and more")
+    on = team.on(make_app(external_secret=secret))
+    external = {"base_url": "https://1.1.1.1/v1", "model": "large", "api_key": "sk-very-secret"}
+    made = ask(on, external=external)
+    assert made.json()["external"] == {"base_url": "https://1.1.1.1/v1", "model": "large", "price_per_million": None}
+    with database.sessions.begin() as session:
+        row = session.get_one(Baseline, made.json()["id"])
+        assert "very-secret" not in json.dumps([row.order, row.external_key])
+        assert unseal(row.external_key or "", secret).get_secret_value() == "sk-very-secret"
+    on.http.post(f"{ROUTE}/{row.id}/cancel")
+    with database.sessions.begin() as session:
+        assert session.get_one(Baseline, row.id).external_key is None

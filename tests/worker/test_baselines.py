@@ -1,16 +1,29 @@
 """A baseline from the request to the table: a real worker's turn on a tiny model."""
 
 import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import asgi
+import pytest
+import served
 from fastapi.testclient import TestClient
+from openai import OpenAI
+from pydantic import SecretStr
+from receiver import LOOPBACK
 from run_folders import chat, lay_out, plan
 from workshop import Workshop
 
+from api.main import create_app
 from api.schemas.baselines import Baseline
+from tunery.baselines.model import Baseline as Stored
+from tunery.keys import ring
+from tunery.keys.model import Project
 from tunery.spec import Evaluation, General
 from worker.io import baselines
+from worker.server.backends.embedded import Engine
 from worker.supervisor.drain import Drain
 from worker.trainer import run
 from worker.trainer.report import Voice
@@ -19,6 +32,17 @@ from worker.trainer.wish import Wish
 ROUTE = "/v1/fine_tuning/baselines"
 EVAL, KNOWN = [chat(i) for i in range(100, 106)], [chat(i) for i in range(12)]
 
+ALLOWED = {"external_secret": SecretStr("sixteen characters and more"), "external_allow": LOOPBACK}
+
+
+@pytest.fixture
+def service(workshop: Workshop) -> Iterator[str]:
+    """The API with the model server behind it, as an OpenAI client reaches them."""
+    with served.serving(Engine(workshop.settings.models_dir, workshop.storage)) as port:
+        settings = workshop.database.settings.model_copy(update={"server_url": f"http://127.0.0.1:{port}"})
+        with asgi.serving(create_app(settings)) as url:
+            yield f"{url}/v1"
+
 
 def lines(found: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in found).encode()
@@ -26,10 +50,11 @@ def lines(found: list[dict[str, Any]]) -> bytes:
 
 def ask(client: TestClient, workshop: Workshop, **more: Any) -> Baseline:
     """A baseline, as it is after its worker's turn."""
+    changed = workshop.settings.model_copy(update=ALLOWED)
     body = {"model": workshop.base_id, "eval_file": workshop.file(lines(EVAL)), "max_new_tokens": 4, **more}
     made = client.post(ROUTE, json=body)
     assert made.status_code == 200, made.text
-    assert baselines.measure_next(workshop.settings, workshop.storage, Drain())
+    assert baselines.measure_next(changed, workshop.storage, Drain())
     return Baseline.model_validate(client.get(f"{ROUTE}/{made.json()['id']}").json(), strict=True)
 
 
@@ -56,3 +81,67 @@ def test_zero_shot_is_the_base_score_of_a_job(
     by_job = [json.loads(line)["base"] for line in (trained / "out" / "answers.jsonl").read_text().splitlines()]
     kept = client.get(f"{ROUTE}/{found.id}/answers").text.splitlines()
     assert [json.loads(line)["answer"] for line in kept[:6]] == by_job
+
+
+@pytest.mark.slow
+def test_an_external_endpoint_stands_in_the_same_table(
+    workshop: Workshop, service: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here our own service: the same model, so the same answers."""
+    with workshop.session() as session:
+        _, secret = ring.create_key(session, session.get_one(Project, workshop.project_id), "test")
+    headers = {"authorization": f"Bearer {secret}"}
+    on = TestClient(create_app(workshop.database.settings.model_copy(update=ALLOWED)), headers=headers)
+    price = {"prompt": 2.0, "answer": 8.0}
+    external = {"base_url": service, "model": "tiny", "api_key": secret, "price_per_million": price}
+    found = ask(on, workshop, shots=[0], external=external)
+    assert found.status == "succeeded", found.error
+    here, there = found.table
+    assert (there.place, there.model, there.error) == ("external", "tiny", None)
+    assert (there.metrics, there.prompt_tokens) == (here.metrics, here.prompt_tokens)
+    assert there.prompt_tokens is not None
+    assert there.answer_tokens is not None
+    assert there.cost_per_1000 == pytest.approx((2 * there.prompt_tokens + 8 * there.answer_tokens) / 1000)
+    assert secret not in caplog.text
+    with workshop.session() as session:
+        assert session.get_one(Stored, found.id).external_key is None
+
+    refused = ask(on, workshop, shots=[0], external={**external, "api_key": "wrong"})
+    assert refused.status == "succeeded"
+    assert "check external.api_key" in (refused.table[1].error or "")
+
+
+@pytest.mark.slow
+def test_the_numbers_are_those_of_chat_completions(client: TestClient, workshop: Workshop, service: str) -> None:
+    """By hand: every prompt of the table, sent by the official client, and its answers counted."""
+    found = ask(client, workshop, examples_file=workshop.file(lines(KNOWN)), shots=[0, 2], retrieval="nearest")
+    asked = [json.loads(line) for line in client.get(f"{ROUTE}/{found.id}/answers").text.splitlines()]
+    openai = OpenAI(base_url=service, api_key=client.headers["authorization"].removeprefix("Bearer "))
+    right: Counter[tuple[int, bool]] = Counter()
+    tokens: Counter[tuple[int, bool]] = Counter()
+    for one in asked:
+        made = openai.chat.completions.create(model="tiny", messages=one["messages"], temperature=0, max_tokens=4)
+        way = one["shots"], one["nearest"]
+        right[way] += (made.choices[0].message.content or "").strip() == one["wanted"]
+        tokens[way] += made.usage.prompt_tokens if made.usage else 0
+    for row in found.table:
+        way = row.shots, row.way == "nearest"
+        assert row.metrics["exact"].score == right[way] / row.rows
+        assert row.prompt_tokens == pytest.approx(tokens[way] / row.rows)
+
+
+def test_a_worker_lets_go_of_a_baseline_that_is_cancelled(
+    client: TestClient, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = client.post(ROUTE, json={"model": workshop.base_id, "eval_file": workshop.file(lines(EVAL))}).json()
+    monkeypatch.setattr(baselines.progress, "read", lambda _: client.post(f"{ROUTE}/{made['id']}/cancel") and 0.5)
+    assert baselines.measure_next(workshop.settings, workshop.storage, Drain())
+    found = client.get(f"{ROUTE}/{made['id']}").json()
+    assert (found["status"], found["table"]) == ("cancelled", [])
+    assert list(workshop.storage.list("baselines/")) == []
+    assert not baselines.measure_next(workshop.settings, workshop.storage, Drain())
+
+
+def test_a_file_that_cannot_be_asked_fails_with_the_reason(client: TestClient, workshop: Workshop) -> None:
+    found = ask(client, workshop, eval_file=workshop.file(b'{"messages": [{"role": "user", "content": "q"}]}\n'))
+    assert (found.status, "assistant" in (found.error or "")) == ("failed", True)

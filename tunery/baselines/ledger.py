@@ -30,7 +30,14 @@ _LOST = "The worker that measured it ended {tries} times before it was done. Sen
 
 
 def request(
-    session: Session, project_id: str, model: Model, eval_file: File, examples_file: File | None, order: Order
+    session: Session,
+    project_id: str,
+    model: Model,
+    eval_file: File,
+    examples_file: File | None,
+    order: Order,
+    *,
+    external_key: str | None = None,
 ) -> Baseline:
     """Returns a new baseline, queued. Raises InvalidValue, QuotaExceeded."""
     shelf.check_trainable(eval_file, param="eval_file")
@@ -49,6 +56,7 @@ def request(
         eval_file=eval_file.id,
         examples_file=examples_file.id if examples_file else None,
         order=order.model_dump(mode="json"),
+        external_key=external_key,
     )
     session.add(baseline)
     session.flush()
@@ -64,12 +72,12 @@ def find(session: Session, project_id: str, baseline_id: str, *, param: str | No
     return found
 
 
-def find_measured(session: Session, project_id: str, baseline_id: str) -> Baseline:
+def find_measured(session: Session, project_id: str, baseline_id: str, *, param: str | None = None) -> Baseline:
     """Returns a project's own baseline that has succeeded. Raises NotFound, WrongState."""
-    found = find(session, project_id, baseline_id)
+    found = find(session, project_id, baseline_id, param=param)
     if found.status != SUCCEEDED:
         instead = "Wait until its status is 'succeeded'." if found.status in LIVE else "Create another baseline."
-        raise WrongState(kind="Baseline", id=baseline_id, state=found.status, deed="read", instead=instead)
+        raise WrongState(param=param, kind="Baseline", id=baseline_id, state=found.status, deed="read", instead=instead)
     return found
 
 

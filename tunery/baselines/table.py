@@ -14,6 +14,7 @@ from tunery.jobs.model import Job
 from tunery.jobs.states import State
 from tunery.models.model import Model
 from tunery.planning.intervals import wilson
+from tunery.planning.prices import Prices, cost
 from tunery.planning.prompting import SHARES, Figure, PromptScore
 
 Way = Literal["zero_shot", "few_shot", "nearest", "tuned"]
@@ -47,10 +48,10 @@ class Row(BaseModel):
     error: str | None = None
 
 
-def rows(session: Session, baseline: Baseline) -> list[Row]:
+def rows(session: Session, baseline: Baseline, prices: Prices) -> list[Row]:
     """Returns the table: the baseline's own rows, then the tunes on the same eval rows, newest first."""
     order = Order.model_validate(baseline.order)
-    measured = list(_measured(baseline, order))
+    measured = list(_measured(baseline, order, prices))
     zero = next((row for row in measured if row.way == "zero_shot" and row.model == baseline.model), None)
     return measured + list(_tunes(session, baseline, order, zero))
 
@@ -69,9 +70,9 @@ def _price(row: Row) -> tuple[bool, float, bool, float]:
     return cost is None, cost or 0.0, row.job is not None, row.prompt_tokens or 0.0
 
 
-def _measured(baseline: Baseline, order: Order) -> Iterator[Row]:
+def _measured(baseline: Baseline, order: Order, prices: Prices) -> Iterator[Row]:
     for measured in (baseline.result or {}).get("models", ()):
-        price = order.external.price_per_million if measured["place"] == EXTERNAL and order.external else None
+        asked = order.external if measured["place"] == EXTERNAL else None
         for found in measured["scores"]:
             score = PromptScore.model_validate(found)
             row = _row(order, score.metrics, score.primary)
@@ -83,7 +84,9 @@ def _measured(baseline: Baseline, order: Order) -> Iterator[Row]:
                 rows=score.rows,
                 prompt_tokens=score.prompt_tokens,
                 answer_tokens=score.answer_tokens,
-                cost_per_1000=_cost(score, price),
+                cost_per_1000=_cost_here(score, prices)
+                if asked is None
+                else _cost_there(score, asked.price_per_million),
                 p50_seconds=score.p50_seconds,
                 error=score.error,
                 **row,
@@ -96,7 +99,14 @@ def _way(measured: Mapping[str, Any], score: PromptScore) -> Way:
     return "zero_shot" if not score.shots else "nearest" if score.nearest else "few_shot"
 
 
-def _cost(score: PromptScore, price: Price | None) -> float | None:
+def _cost_here(score: PromptScore, prices: Prices) -> float | None:
+    """What the device costs that answers a thousand requests one after the other, each in the median time."""
+    if score.p50_seconds is None or score.device is None:
+        return None
+    return cost(1000 * score.p50_seconds, score.device, prices)
+
+
+def _cost_there(score: PromptScore, price: Price | None) -> float | None:
     if price is None or score.prompt_tokens is None or score.answer_tokens is None:
         return None
     return (score.prompt_tokens * price.prompt + score.answer_tokens * price.answer) / 1000

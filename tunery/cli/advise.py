@@ -11,7 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tunery import ids
+from tunery.baselines import verdict
+from tunery.baselines.table import Row
 from tunery.cli import report, show
+from tunery.cli.baseline import print_table
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Refused, Remote
 from tunery.planning import advice_page, advisor, fitting
@@ -31,23 +34,33 @@ def advise(
         typer.Option("--model", "-m", help="With an id a model; with a file here a folder with config.json."),
     ] = None,
     valid: Annotated[str | None, typer.Option(help="Held-out rows, likewise, which do not count in the file.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="A baseline of the model, in whose numbers the advice ends; with an id alone.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write it as a page too.")] = None,
     json: AsJson = False,
 ) -> None:
     """Say whether to prompt, to fine-tune or to retrieve, by the rows that are worth training on; and how to tune."""
     if aim not in get_args(Aim):
         raise typer.BadParameter(f"--aim {aim}: use {', '.join(get_args(Aim))}.")
-    if Path(file).is_file():
+    rows: list[Row] = []
+    if Path(file).is_file() and baseline is None:
         made = _here(Path(file), aim, model, valid)
+    elif Path(file).is_file():
+        raise typer.BadParameter("A baseline lies with the server: upload the file and name its id beside --baseline.")
     elif file.startswith(ids.FILE):
-        made = _there(connect(context), file=file, aim=aim, model=model, validation_file=valid)
+        asked = {"file": file, "aim": aim, "model": model, "validation_file": valid, "baseline": baseline}
+        made, rows = _there(connect(context), **asked)
     else:
         raise typer.BadParameter(f"{file}: there is no such file here, and ids begin with {ids.FILE}")
     if html is not None:
-        html.write_text(advice_page.render(Path(file).name, aim, made), encoding="utf-8")
+        measured = [verdict.cells(row) for row in rows]
+        html.write_text(advice_page.render(Path(file).name, aim, made, measured=measured), encoding="utf-8")
     if json:
         show.as_json(made.model_dump(mode="json"))
     else:
+        if rows:
+            print_table(rows)
         print_advice(made, Path(file).name)
 
 
@@ -73,8 +86,8 @@ def _facts(folder: Path) -> dict[str, Any]:
     return {**sizes, "context_length": sizes.get("max_position_embeddings")}
 
 
-def _there(api: Remote, **asked: str | None) -> Advice:
-    """The server's advice, once the file's report is made. Raises Refused where there is none."""
+def _there(api: Remote, **asked: str | None) -> tuple[Advice, list[Row]]:
+    """The server's advice on a file that has a report, and a baseline's table. Raises Refused where there is none."""
     if asked["model"] is None:
         raise typer.BadParameter("An uploaded file needs --model: a base, an alias or a tuned model.")
     body = {name: value for name, value in asked.items() if value is not None}
@@ -84,7 +97,7 @@ def _there(api: Remote, **asked: str | None) -> Advice:
             time.sleep(_POLL_SECONDS)
     if found["advice"] is None:
         raise Refused(message=found["error"])
-    return Advice.model_validate(found["advice"])
+    return Advice.model_validate(found["advice"]), [Row.model_validate(row) for row in found["table"]]
 
 
 def print_advice(made: Advice, name: str) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from tunery.cli import access, files, jobs, models, show, webhooks
 from tunery.cli.advise import advise
+from tunery.cli.baseline import baseline
 from tunery.cli.chat import chat
 from tunery.cli.options import ApiKey, ApiUrl, Home, stack_home
 from tunery.cli.remote import HOME
@@ -24,6 +25,7 @@ app.add_typer(files.app, name="files")
 app.add_typer(models.app, name="models")
 app.add_typer(webhooks.app, name="webhooks")
 app.command()(advise)
+app.command()(baseline)
 app.command()(chat)
 app.add_typer(access.projects, name="projects")
 app.add_typer(access.keys, name="keys")

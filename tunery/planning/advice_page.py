@@ -1,6 +1,6 @@
 """Advice as one HTML page: no script, nothing to load."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,16 @@ _TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=
 _COLOURS = {"prompt": "warn", "evaluate_both": "bar", "fine_tune": "good", "retrieval": "bad"}
 
 
-def render(name: str, aim: str, made: Advice | None, *, state: Mapping[str, Any] | None = None) -> str:
-    """The page on the file called `name`. `made`: None while there is none; `state`: how far its report is."""
+def render(
+    name: str,
+    aim: str,
+    made: Advice | None,
+    *,
+    state: Mapping[str, Any] | None = None,
+    measured: Sequence[Mapping[str, str]] = (),
+) -> str:
+    """The page on the file called `name`. `made`: None while there is none; `state`: how far its report is;
+    `measured`: the rows of a baseline's table, in words."""
     return _TEMPLATE.render(
         name=name,
         aim=aim.replace("_", " "),
@@ -26,6 +34,7 @@ def render(name: str, aim: str, made: Advice | None, *, state: Mapping[str, Any]
         colour=made and _COLOURS[made.recommendation],
         settings=made and [(one.field, _shown(one.value), one.text) for one in made.suggestions],
         cards=fitting.in_words(made.cards) if made else [],
+        measured=measured,
         state=state or {"status": "ready", "progress": 1.0, "error": None},
     )
 

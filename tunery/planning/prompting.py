@@ -47,11 +47,12 @@ class Variant(_Part):
 
 
 class Prompts(_Part):
-    """`shots.json`: the prompts that were made. `left_out`: examples that ask what an eval row asks, too."""
+    """`shots.json`: the prompts that were made. `left_out`: examples that ask what an eval row asks."""
 
     variants: list[Variant]
     examples: int
     left_out: int
+    limit: int = Field(description="Tokens that an answer may have")
 
 
 class AnswerOrder(_Part):
@@ -84,4 +85,5 @@ class PromptScore(_Part):
     prompt_tokens: float | None = Field(None, description="Mean of a request")
     answer_tokens: float | None = Field(None, description="Mean of an answer")
     p50_seconds: float | None = Field(None, description="Median time of a request that is alone")
+    device: str | None = Field(None, description="What answered, where it was here")
     error: str | None = None

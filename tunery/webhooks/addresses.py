@@ -148,7 +148,7 @@ def _parsed(url: str) -> tuple[SplitResult, int]:
 
 
 def _invalid(reason: str) -> InvalidValue:
-    return InvalidValue(param="url", reason=f"A webhook's url {reason}.")
+    return InvalidValue(param="url", reason=f"A webhook's url {reason}.", fault=reason)
 
 
 def _check_public(parts: SplitResult, port: int, addresses: Sequence[Address]) -> None:

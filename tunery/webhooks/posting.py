@@ -16,6 +16,7 @@ from tunery.webhooks.addresses import Address, Target
 TIMEOUT = 15.0
 """Seconds for one POST, from the first connect to the last byte of the answer."""
 MAX_ANSWER = 64 * 1024
+MAX_REPLY = 4 * 2**20
 _MAX_RETRY_AFTER = 86_400.0
 _ADDRESSES = 3
 
@@ -32,6 +33,17 @@ class Answer:
     @property
     def accepted(self) -> bool:
         return self.status_code is not None and 200 <= self.status_code < 300
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer, for who has to read it: `body` is what the server there wrote, MAX_REPLY bytes at most."""
+
+    status_code: int | None
+    body: bytes
+    error: str | None
+    retry_after: float | None
+    seconds: float
 
 
 @lru_cache
@@ -65,6 +77,28 @@ def post(
     except (OSError, http.client.HTTPException, ValueError) as error:
         seconds = time.monotonic() - started
         return Answer(None, _in_words(error, timed_out=seconds >= timeout, timeout=timeout), None, seconds)
+
+
+def fetch(
+    target: Target, body: bytes, headers: Mapping[str, str], *, timeout: float, tls: ssl.SSLContext | None = None
+) -> Reply:
+    """Send `body` and return the answer; raises nothing that the network can cause."""
+    started = time.monotonic()
+    try:
+        with _connected(target, started + timeout, tls) as connection:
+            connection.request("POST", target.path, body, dict(headers))
+            response = connection.getresponse()
+            content = response.read(MAX_REPLY + 1)
+            seconds = time.monotonic() - started
+            if seconds >= timeout:  # cut on the way, which looks like the end
+                raise TimeoutError
+            if len(content) > MAX_REPLY:
+                raise ValueError("too long")
+            retry_after = parse_retry_after(response.getheader("retry-after"))
+            return Reply(response.status, content, None, retry_after, seconds)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        seconds = time.monotonic() - started
+        return Reply(None, b"", _in_words(error, timed_out=seconds >= timeout, timeout=timeout), None, seconds)
 
 
 def _status_error(status: int) -> str | None:

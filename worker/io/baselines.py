@@ -8,10 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
+
 from tunery import db
-from tunery.baselines import ledger
+from tunery.baselines import external as endpoint
+from tunery.baselines import ledger, table
 from tunery.baselines.model import Baseline
-from tunery.baselines.order import Order
+from tunery.baselines.order import External, Order
 from tunery.datasets import progress
 from tunery.datasets.model import File
 from tunery.db import UNREACHABLE
@@ -22,7 +25,7 @@ from tunery.settings import Settings
 from tunery.spec import Evaluation
 from tunery.storage import Storage
 from tunery.storage.errors import StorageFailed
-from worker.io import programs, scores
+from worker.io import external, programs, scores
 from worker.io.claims import take_one
 from worker.supervisor import staging
 from worker.supervisor.drain import Drain
@@ -80,6 +83,8 @@ def _measure(baseline_id: str, settings: Settings, storage: Storage, drain: Drai
         with programs.workplace(settings.runs_dir, "baseline", baseline_id, fail) as folder:
             prompts = _make_prompts(baseline, folder, settings, storage, watch)
             found = list(_models(baseline, prompts, folder, settings, storage, watch))
+            if not watch.begun and baseline.order["external"] is not None:
+                found.append(_ask_external(baseline, prompts, folder, settings, storage, watch))
             if watch.begun:
                 _release(baseline_id)
             else:
@@ -123,7 +128,7 @@ def _make_prompts(baseline: Baseline, folder: Path, settings: Settings, storage:
     if reason is not None and not watch.begun:
         raise _Ended(reason)
     watch.look(_PROMPTS)
-    return Prompts(variants=[], examples=0, left_out=0) if watch.begun else _read_prompts(folder)
+    return Prompts(variants=[], examples=0, left_out=0, limit=1) if watch.begun else _read_prompts(folder)
 
 
 def _read_prompts(folder: Path) -> Prompts:
@@ -202,6 +207,39 @@ def _scores(run_dir: Path, prompts: Prompts, variants: list[Variant], reason: st
         left = [variant for variant in prompts.variants if variant.error is not None]
         found += [PromptScore(**variant.model_dump()).model_dump(mode="json") for variant in left]
     return found
+
+
+def _ask_external(
+    baseline: Baseline, prompts: Prompts, folder: Path, settings: Settings, storage: Storage, watch: _Watch
+) -> dict[str, Any]:
+    """What the external endpoint scored."""
+    asked = External.model_validate(baseline.order["external"])
+    run_dir = folder / f"run-{1 + len([id for id in baseline.order['compare'] if id != baseline.model])}"
+    variants = _asked(prompts, is_first=False, is_tuned=False)
+    with db.transaction() as session:
+        model = session.get_one(Model, baseline.model)
+    _lay_out(baseline, model, variants, run_dir, settings, storage)
+    answered = external.answer(run_dir, variants, asked, _key(baseline, settings), prompts.limit, settings, watch)
+    said = [variant for variant in answered if variant.error is None]
+    scores = [PromptScore(**variant.model_dump()).model_dump(mode="json") for variant in answered if variant.error]
+    if said and not watch.begun:
+        order = AnswerOrder(variants=said, given=True)
+        (run_dir / "answer_order.json").write_text(order.model_dump_json())
+        reason = programs.run(["worker.trainer.prompting", str(run_dir)], folder, watch, what="scoring")
+        scores = _scores(run_dir, prompts, said, reason) + scores
+    return {"model": asked.model, "place": table.EXTERNAL, "tuned": False, "scores": scores}
+
+
+def _key(baseline: Baseline, settings: Settings) -> SecretStr | None:
+    """The endpoint's key. Raises _Ended where it cannot be read any more."""
+    if baseline.external_key is None:
+        return None
+    if settings.external_secret is None:
+        raise _Ended("External endpoints were switched off meanwhile. Create the baseline without one.")
+    try:
+        return endpoint.unseal(baseline.external_key, settings.external_secret)
+    except endpoint.NoAnswer as error:
+        raise _Ended(f"{error}.") from None
 
 
 # --- what is kept -------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ class _Case:
     folder: Path
     order: ShotsOrder
     template: ChatTemplate
+    limit: int
     asked: list[Example]
     shown: list[Example]
     questions: list[Row]
@@ -39,8 +40,13 @@ def make(folder: Path, order: ShotsOrder) -> Prompts:
     questions = [report_rows.of_example(line, example) for line, example in enumerate(asked, start=1)]
     shown, left_out = _examples(folder / "examples", questions)
     known = [report_rows.of_example(line, example) for line, example in enumerate(shown)]
-    case = _Case(folder, order, ChatTemplate.load(folder / "base"), asked, shown, questions, known)
-    return Prompts(variants=list(_variants(case)), examples=len(shown), left_out=left_out)
+    if not asked:
+        raise InvalidTrainingFile(param="eval_file", role="test", reason="It has no row. Add some.")
+    template = ChatTemplate.load(folder / "base")
+    longest = max(template.answer_length(answer) for _, answer in _encoded(template, asked))
+    limit = answer_limit(Evaluation(max_new_tokens=order.max_new_tokens), longest)
+    case = _Case(folder, order, template, limit, asked, shown, questions, known)
+    return Prompts(variants=list(_variants(case)), examples=len(shown), left_out=left_out, limit=case.limit)
 
 
 def _read(path: Path, role: FileRole) -> Iterator[tuple[int, Example]]:
@@ -119,11 +125,9 @@ def _with_examples(asked: Example, shown: Sequence[Example]) -> Example:
 
 def _too_long(case: _Case, prompted: Sequence[Example]) -> int:
     """The tokens of the longest prompt and its answer where they do not fit into the context, else 0."""
-    if case.order.context is None:
-        return 0
-    pairs = [encode_answer(case.template, example, line) for line, example in enumerate(prompted, start=1)]
-    if not pairs:
-        raise InvalidTrainingFile(param="eval_file", role="test", reason="It has no row. Add some.")
-    limit = answer_limit(Evaluation(max_new_tokens=case.order.max_new_tokens), max(len(answer) for _, answer in pairs))
-    longest = max(len(prompt) for prompt, _ in pairs) + limit
-    return longest if longest > case.order.context else 0
+    longest = max(len(prompt) for prompt, _ in _encoded(case.template, prompted)) + case.limit
+    return longest if case.order.context is not None and longest > case.order.context else 0
+
+
+def _encoded(template: ChatTemplate, examples: Sequence[Example]) -> Iterator[tuple[list[int], list[int]]]:
+    return (encode_answer(template, example, line) for line, example in enumerate(examples, start=1))

@@ -14,7 +14,7 @@ from tunery.planning.prompting import AnswerOrder, Figure, PromptScore, Variant
 from tunery.rows.encoding import CHATS
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
-from worker.trainer import checkpoints, run
+from worker.trainer import checkpoints, hardware, run
 from worker.trainer.data import read_parsed
 from worker.trainer.report import Voice, write_lines
 from worker.trainer.scoring import answers, metrics
@@ -95,7 +95,8 @@ def _ask(t: Training, variant: Variant, asked: list[Question], done: _Progress, 
 
     texts = answer(asked)
     count = t.template.tokenizer.encode
-    figures = {
+    figures: dict[str, Any] = {
+        "device": hardware.device_name(t.device),
         "prompt_tokens": _mean([len(question.prompt_ids) for question in asked]),
         "answer_tokens": _mean([len(count(text, add_special_tokens=False).ids) for text in texts]),
         "p50_seconds": _median_time(asked, lambda one: answer([one])),

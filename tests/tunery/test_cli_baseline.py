@@ -1,0 +1,91 @@
+"""`tunery baseline` from the rows to the table, and `tunery advise --baseline`."""
+
+from pathlib import Path
+
+import pytest
+import rows
+from commands import Run
+from databases import Database
+from sqlalchemy import select
+from teams import TRAIN
+
+from tunery.baselines import ledger
+from tunery.cli import baseline as command
+from tunery.datasets import reports
+from tunery.datasets.model import FileReport
+from tunery.datasets.report import maker
+from tunery.planning.prompting import Figure, PromptScore
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(TRAIN)
+    return path
+
+
+def finish(database: Database) -> None:
+    """What a worker would have found: nothing right without examples, all with four."""
+    scores = [
+        PromptScore(
+            shots=shots, nearest=False, rows=12, primary="exact", prompt_tokens=20.0 + 30 * shots, answer_tokens=2.0,
+            metrics={"exact": Figure(score=score, low=low, high=1.0)}, p50_seconds=0.25,
+        ).model_dump(mode="json")
+        for shots, score, low in ((0, 0.0, 0.0), (4, 1.0, 0.76))
+    ]  # fmt: skip
+    with database.sessions.begin() as session:
+        [waiting] = ledger.waiting(session)
+        made = ledger.begin(session, waiting)
+        assert made is not None
+        here = {"model": made.model, "place": "here", "tuned": False, "scores": scores}
+        ledger.finish(session, waiting, result={"models": [here], "examples": 12, "left_out": 0})
+
+
+def test_from_the_rows_to_the_advice(
+    tunery: Run, api: str, database: Database, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with database.sessions.begin() as session:
+        base = rows.base(session).id
+    monkeypatch.setattr(command.time, "sleep", lambda _: finish(database))
+    status, out, err = tunery(
+        "baseline", file, "-m", base, "--examples", file, "--shots", "0,4", "--target", "exact=0.7"
+    )
+    assert status == 0, err
+    lines = out.splitlines()
+    assert lines[0].split()[:2] == ["WHAT", "SCORE"]
+    assert lines[1].startswith("zero-shot   0.0 %")
+    assert lines[2].startswith("4 examples  100.0 %  76.0 to 100.0  140")
+    assert "The target of 70 % is met by" in out
+    baseline_id = next(word for word in f"{out} {err}".split() if word.startswith("ftbaseline-"))
+    assert tunery("baseline", baseline_id)[1].splitlines()[:3] == lines[:3]
+
+    with database.sessions.begin() as session:
+        report = session.scalars(select(FileReport)).first()
+        assert report is not None
+        summary = {**maker.make(file).summary(), "usable": {"rows": 2000, "left_out": {}, "answer_bytes": 4000}}
+        for one in session.scalars(select(FileReport)).all():
+            reports.finish(session, one, summary=summary)
+        file_id = ledger.list_page(session, report.project_id, after=None, limit=1)[0][0].eval_file
+    asked = ("advise", file_id, "--aim", "style", "-m", base)
+    assert tunery(*asked)[1].startswith("Fine-tune.")
+    page = file.parent / "page.html"
+    status, out, err = tunery(*asked, "--baseline", baseline_id, "--html", page)
+    assert status == 0, err
+    assert "Write a prompt first; do not fine-tune yet." in out
+    assert "Stop here." in page.read_text()
+    assert "4 examples" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("rows.jsonl",), "--model"),
+        (("nowhere.jsonl", "-m", "x"), "nowhere.jsonl"),
+        (("rows.jsonl", "-m", "x", "--shots", "few"), "0,4,8"),
+        (("rows.jsonl", "-m", "x", "--target", "exact=all"), "exact=0.9"),
+    ],
+)
+def test_what_is_wrong_is_said(tunery: Run, api: str, file: Path, arguments: tuple[str, ...], said: str) -> None:
+    status, _, err = tunery("baseline", *arguments)
+    assert status != 0
+    assert said in err

@@ -1,0 +1,10 @@
+"""What can be wrong with baselines."""
+
+from tunery.errors import Rejected
+
+
+class EndpointRefused(Rejected):
+    """External endpoints are not asked at {address}: {reason} Use an https URL with a public address, or ask the
+    operator to name its network in TUNERY_EXTERNAL_ALLOW."""
+
+    code = "endpoint_refused"

@@ -1,0 +1,115 @@
+"""`tunery baseline`: prompting measured on rows of one's own, before anything is trained."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from tunery import ids
+from tunery.baselines import verdict
+from tunery.baselines.table import Row
+from tunery.cli import show
+from tunery.cli.files import upload_file
+from tunery.cli.options import AsJson, connect
+from tunery.cli.remote import Refused, Remote
+
+ROOT = "/fine_tuning/baselines"
+_POLL_SECONDS = 1.0
+_COLOURS = {"met": "green", "maybe": "yellow", "no": "red"}
+
+
+def baseline(
+    context: typer.Context,
+    eval_file: Annotated[
+        str, typer.Argument(help="Rows with the wanted answers: a file to upload, an id, or a baseline's id to show.")
+    ],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The base: an id or an alias.")] = None,
+    examples: Annotated[str | None, typer.Option(help="Rows that prompts may show: the training file.")] = None,
+    shots: Annotated[str, typer.Option(help="auto, or numbers of examples: 0,4,8.")] = "auto",
+    nearest: Annotated[bool, typer.Option("--nearest", help="Also with those nearest to each question.")] = False,
+    target: Annotated[str | None, typer.Option(help="What is good enough: exact=0.9, or 0.9 of the usual.")] = None,
+    compare: Annotated[list[str] | None, typer.Option(help="Another model; may be given several times.")] = None,
+    max_rows: Annotated[int, typer.Option(help="Eval rows at most.")] = 200,
+    json: AsJson = False,
+) -> None:
+    """Score a base by prompts alone, without and with examples, and say what is good enough."""
+    api = connect(context)
+    if eval_file.startswith(ids.BASELINE):
+        made = api.call("GET", f"{ROOT}/{eval_file}")
+    else:
+        if model is None:
+            raise typer.BadParameter("Name the base that is to be prompted: --model.")
+        body: dict[str, Any] = {"model": model, "shots": _shots(shots), "retrieval": "nearest" if nearest else "none"}
+        body |= {"target": _target(target), "compare": compare or [], "max_rows": max_rows}
+        files = {"eval_file": _id(api, eval_file), "examples_file": None if examples is None else _id(api, examples)}
+        made = _wait(api, api.call("POST", ROOT, json=body | files)["id"])
+    if json:
+        return show.as_json(made)
+    print_baseline(made)
+    return None
+
+
+def _id(api: Remote, file: str) -> str:
+    if Path(file).is_file():
+        return str(upload_file(api, Path(file))["id"])
+    if file.startswith(ids.FILE):
+        return file
+    raise typer.BadParameter(f"{file}: there is no such file here, and ids begin with {ids.FILE}")
+
+
+def _shots(text: str) -> str | list[int]:
+    if text == "auto":
+        return text
+    try:
+        return [int(one) for one in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--shots {text}: use auto, or numbers as in 0,4,8.") from None
+
+
+def _target(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    name, _, least = text.rpartition("=")
+    try:
+        return {"metric": name or None, "at_least": float(least)}
+    except ValueError:
+        raise typer.BadParameter(f"--target {text}: use a metric and a share, as in exact=0.9.") from None
+
+
+def _wait(api: Remote, baseline_id: str) -> dict[str, Any]:
+    """The baseline once it has ended. Ctrl-C leaves it to its worker."""
+    with show.errors.status("waiting for a worker") as status:
+        while (found := api.call("GET", f"{ROOT}/{baseline_id}"))["status"] in ("queued", "running"):
+            status.update(f"{baseline_id}: {found['status']} {found['progress']:.0%}")
+            time.sleep(_POLL_SECONDS)
+    return found
+
+
+def print_baseline(made: dict[str, Any]) -> None:
+    """The table, what meets the target, and the command that goes on. Raises Refused where there is no table."""
+    if made["status"] != "succeeded":
+        raise Refused(message=f"Baseline {made['id']} is {made['status']}. {made['error'] or ''}".strip())
+    rows = [Row.model_validate(row) for row in made["table"]]
+    print_table(rows)
+    if made["left_out"]:
+        show.console.print(Text(f"{made['left_out']} examples were not shown: an eval row asks the same.", style="dim"))
+    if (target := made["target"]) is not None:
+        found = None if made["cheapest"] is None else Row.model_validate(made["cheapest"])
+        show.console.print(Text(verdict.of_target(target["at_least"], found).text), soft_wrap=True)
+    show.hint(f"tunery advise FILE --aim AIM -m {made['model']} --baseline {made['id']}")
+
+
+def print_table(rows: list[Row]) -> None:
+    """A baseline's table, a line for each way to get answers."""
+    shown = [verdict.cells(row) for row in rows]
+    lines = ([_cell(cells, name) for name in (*verdict.HEADINGS, "model")] for cells in shown)
+    show.table((*verdict.HEADINGS, "model"), lines, empty="Nothing was measured.")
+    for cells in shown:
+        if cells["error"]:
+            show.console.print(Text(f"{cells['what']}: {cells['error']}", style="yellow"), soft_wrap=True)
+
+
+def _cell(cells: dict[str, str], name: str) -> Text:
+    return Text(cells[name], style=_COLOURS.get(cells[name], "") if name == "target" else "")
