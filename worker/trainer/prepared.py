@@ -17,7 +17,7 @@ import struct
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
 from importlib import metadata
 from itertools import chain
@@ -107,12 +107,14 @@ def find(folder: Path, name: str) -> Prepared | None:
         file = path.open("rb")
     except FileNotFoundError:
         return None
-    found = _read(file)
-    if found is None:
-        log.warning("%s is damaged, and its rows are prepared again", path)
-        file.close()
-        path.unlink(missing_ok=True)
-        return None
+    with ExitStack() as unless_read:
+        unless_read.callback(file.close)
+        found = _read(file)
+        if found is None:
+            log.warning("%s is damaged, and its rows are prepared again", path)
+            path.unlink(missing_ok=True)
+            return None
+        unless_read.pop_all()
     os.utime(path)  # it was used
     return found
 
