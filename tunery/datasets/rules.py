@@ -10,7 +10,7 @@ from functools import partial
 from tunery.failures import AnswersCut, InvalidNExamples, InvalidTrainingFile
 from tunery.rows.bulk import Judged, Reading, digest_rows
 from tunery.rows.dialect import LimitExceeded
-from tunery.rows.encoding import CHATS, Encoded, RowEncoder, encode_answer, nothing_trained
+from tunery.rows.encoding import CHATS, Encoded, RowEncoder, count_trained, encode_answer, nothing_trained
 from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Example, FileRole, is_answerable
 from tunery.rows.preferences import Pair
@@ -256,14 +256,17 @@ def _count(summary: Summary, number: int, example: Example) -> None:
 
 
 def _measure(summary: Summary, number: int, encoded: Encoded) -> None:
-    summary.tokens += encoded.tokens
-    summary.trained_tokens += encoded.trained_tokens
-    summary.longest = max(summary.longest, encoded.longest)
+    sequences = encoded.sequences
+    for sequence in sequences:
+        length = len(sequence.input_ids)
+        summary.tokens += length
+        summary.trained_tokens += count_trained(sequence)
+        summary.longest = max(summary.longest, length)
     if encoded.spelled_special:
         summary.spelled[number] = encoded.spelled_special
     if encoded.left_out:
         summary.left_out.append(number)
-    elif not encoded.sequences:
+    elif not sequences:
         summary.unlearnable.append(number)
     elif encoded.truncated:
         summary.truncated.append(number)

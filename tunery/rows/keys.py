@@ -62,6 +62,8 @@ _HINTS = {
 
 def present(value: Any, ignored: Collection[str] = ()) -> Any:
     """An object without the keys that are null, which means absent, and without `ignored` ones; others as they are."""
+    if type(value) is dict and None not in value.values() and value.keys().isdisjoint(ignored):
+        return value.copy()
     if not isinstance(value, Mapping):
         return value
     return {key: item for key, item in value.items() if item is not None and key not in ignored}

@@ -20,6 +20,10 @@ from tunery.rows.shapes import FileShape
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 FileRole = Literal["training", "validation", "test", "replay"]
+_ROLES = {"developer": "system", "function": "tool"}
+"""As chat templates of open models call them."""
+_PLAIN = {"role", "content"}
+"""The fields of nearly every message."""
 
 
 def refuse(reason: str) -> NoReturn:
@@ -152,7 +156,7 @@ class Message(_Sealed):
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> "Message":
-        if self.role != "assistant":
+        if self.role != "assistant" and self.model_fields_set != _PLAIN:
             for field in ("weight", "tool_calls", "function_call", "refusal", "reasoning_content"):
                 if getattr(self, field) is not None:
                     refuse(f"has '{field}', which only an assistant message can have. Remove it or correct the role.")
@@ -177,7 +181,9 @@ class Message(_Sealed):
 
         `content` is always there, null beside tool calls, since templates ask for `content is none`.
         """
-        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
+        role = _ROLES.get(self.role, self.role)
+        if self.model_fields_set == _PLAIN:
+            return {"role": role, "content": self.content}
         calls = [call.for_template() for call in self.tool_calls or ()]
         if self.function_call is not None:
             calls.append({"type": "function", "function": self.function_call.for_template()})

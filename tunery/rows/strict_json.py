@@ -37,7 +37,7 @@ def load_value(text: str) -> Any:
     than MAX_DEPTH; NotJSON, which is one, on what is no JSON at all.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole)
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise NotJSON(error) from None
     except RecursionError:
@@ -64,6 +64,10 @@ def _whole(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"a whole number has {len(digits)} digits, more than {_MOST_DIGITS}; write it as a string.")
     return int(digits)
+
+
+# Once: json.loads makes one for each text.
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole)
 
 
 def _too_deep() -> str:

@@ -56,7 +56,8 @@ class Tokens:
             found.append(match.group())
             return f"{self._mark}n{self._names.index(match.group())}z"
 
-        if self._special is None or not any(self._special.search(text) for text in texts(value)):
+        # All texts at once: what only their borders spell is found below not to be there.
+        if self._special is None or self._special.search("\0".join(texts(value))) is None:
             return value, []
         pattern = self._special
         return map_texts(value, lambda text: pattern.sub(placeholder, text)), found
@@ -147,14 +148,19 @@ class Tokens:
 
 
 def texts(value: Any) -> list[str]:
-    """All texts in a JSON value, keys too."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        return [text for pair in value.items() for item in pair for text in texts(item)]
-    if isinstance(value, list):
-        return [text for item in value for text in texts(item)]
-    return []
+    """All texts in a JSON value, keys too, in no particular order."""
+    found: list[str] = []
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            found.append(item)
+        elif isinstance(item, dict):
+            left += item
+            left += item.values()
+        elif isinstance(item, list):
+            left += item
+    return found
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:
