@@ -232,13 +232,14 @@ def test_chosen_rows_go_and_findings_below_the_score_stay(tmp_path: Path) -> Non
         (Cleaning(actions=[Action(kind="label_imbalance", action="drop")]), "other rows"),
         (Cleaning(actions=[Action(kind="test_leak", action="drop")]), "'against'"),
         (Cleaning(actions=[Action(kind="untrained", action="drop")]), "'base'"),
+        (Cleaning(actions=[Action(kind="implausible_output", action="drop")]), "report by a base"),
         (Cleaning(actions=[Action(kind="benchmark_overlap", action="drop")]), "Upload the file"),
         (Cleaning(actions=[Action(kind="pii", action="drop"), Action(kind="pii", action="redact")]), "two actions"),
     ],
 )
 def test_what_is_not_possible_is_said(order: Cleaning, said: str) -> None:
     with pytest.raises(InvalidValue, match=said):
-        order.check(compared=False, measured=False, uploaded=False)
+        order.check(compared=False, measured=False, uploaded=False, judged=False)
 
 
 def test_every_kind_of_the_report_has_its_actions() -> None:

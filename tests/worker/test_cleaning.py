@@ -12,6 +12,9 @@ from tunery.datasets import cleanings, progress, shelf
 from tunery.datasets import reports as file_reports
 from tunery.datasets.cleaning.order import Action, Cleaning, HeldOut
 from tunery.datasets.model import File, FileCleaning, FileReport
+from tunery.datasets.report.case import Finding
+from tunery.datasets.report.maker import Report
+from tunery.errors import InvalidValue
 from tunery.storage.errors import StorageFailed
 from worker.io import cleaning, programs, reports
 from worker.supervisor.drain import Drain
@@ -130,6 +133,30 @@ def test_rows_are_judged_by_a_base_by_other_files_and_by_the_benchmark(
     assert lineage.progress == 1.0
     assert shares[0] is not None
     assert 0.6 < shares[0] <= 1.0
+
+
+def test_answers_that_a_base_found_implausible_go(workshop: Workshop) -> None:
+    """As the base's report has them: those that are sure enough, and none while the report is not ready."""
+    source = workshop.file(training_rows(12))
+    order = Cleaning(actions=[Action(kind="implausible_output", action="drop", min_score=0.5)])
+    with workshop.session() as session:
+        report = file_reports.request(session, session.get_one(File, source), base=workshop.base_id)
+        id, prefix = report.id, report.prefix
+    with pytest.raises(InvalidValue, match="when it is ready"):
+        _ask(workshop, source, order, base=workshop.base_id)
+    found = [
+        Finding("implausible_output", [line], score, "Is odd.", "Read it.") for line, score in ((3, 0.9), (5, 0.1))
+    ]
+    found.append(Finding("pii", [7], 1.0, "Has a number.", "Redact it."))
+    workshop.storage.put(f"{prefix}/report.json", Report(12, found).as_json().encode())
+    with workshop.session() as session:
+        file_reports.finish(session, session.get_one(FileReport, id), summary={})
+
+    made = _ask(workshop, source, order, base=workshop.base_id)
+    assert _work(workshop)
+    assert _row(workshop, FileCleaning, made).outcome["dropped"] == [
+        {"line": 3, "kind": "implausible_output", "why": "Is odd."}
+    ]
 
 
 def test_what_a_file_was_cleaned_into_repeats_nothing(workshop: Workshop) -> None:

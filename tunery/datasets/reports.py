@@ -67,6 +67,12 @@ def of_files(session: Session, files: Sequence[File]) -> dict[str, FileReport]:
     return {file.id: report for file in files if (report := by_content.get((file.project_id, file.sha256))) is not None}
 
 
+def of_base(session: Session, file: File, base: str) -> FileReport | None:
+    """Returns the file's report by a base that is ready, one that compares with no other file."""
+    key = {"project_id": file.project_id, "sha256": file.sha256, "base": base, "against": "", "status": READY}
+    return session.scalars(select(FileReport).filter_by(**key)).one_or_none()
+
+
 def check_reported(file: File) -> None:
     """Raises NoReport for a file without rows to report on, WrongState for one that is yet to be written."""
     if file.purpose != "fine-tune":

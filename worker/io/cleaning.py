@@ -6,7 +6,7 @@ from pathlib import Path
 from tunery import db
 from tunery.datasets import cleanings, progress
 from tunery.datasets import reports as file_reports
-from tunery.datasets.cleaning.order import Cleaning
+from tunery.datasets.cleaning.order import IMPLAUSIBLE, Cleaning
 from tunery.datasets.model import File, FileCleaning
 from tunery.datasets.report.order import Order
 from tunery.db import UNREACHABLE
@@ -71,11 +71,14 @@ def _lay_out(cleaning: FileCleaning, folder: Path, settings: Settings, storage: 
         against = session.get_one(File, cleaning.against_id) if cleaning.against_id else None
         base = session.get_one(Model, cleaning.base_id) if cleaning.base_id else None
         others = file_reports.others(session, source.project_id, source.sha256)
+        judged = file_reports.of_base(session, source, base.id) if base else None
     storage.fetch(source.key, folder / "rows", source.sha256)
     if against is not None:
         storage.fetch(against.key, folder / "against", against.sha256)
         others = [(file, report) for file, report in others if file.sha256 != against.sha256]
     order = Cleaning.model_validate(cleaning.order)
+    if judged is not None and any(one.kind == IMPLAUSIBLE for one in order.actions):
+        (folder / "report.json").write_bytes(b"".join(storage.read(f"{judged.prefix}/report.json")))
     (folder / "cleaning_order.json").write_text(order.model_dump_json())
     asked = Order(compares=against is not None, max_tokens=order.max_tokens)
     reports.lay_out_known(folder, settings, storage, asked, base, others)

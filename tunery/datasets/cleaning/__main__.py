@@ -1,20 +1,24 @@
 """Cleans one file: `python -m tunery.datasets.cleaning FOLDER`.
 
-FOLDER holds a Cleaning in cleaning_order.json, a report's Order in order.json, and the files that it names. What is
-written there: clean.jsonl, held-out.jsonl, cleaning.json, and meanwhile progress. A file that cannot be cleaned ends it
-with EXIT_USER_ERROR and the reason.
+FOLDER holds a Cleaning in cleaning_order.json, a report's Order in order.json, the files that it names, and report.json
+where a report by the base is acted on. What is written there: clean.jsonl, held-out.jsonl, cleaning.json, and meanwhile
+progress. A file that cannot be cleaned ends it with EXIT_USER_ERROR and the reason.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunery import plugins
 from tunery.datasets import progress
-from tunery.datasets.cleaning.order import Cleaning
+from tunery.datasets.cleaning.order import IMPLAUSIBLE, Cleaning
 from tunery.datasets.report.order import Order
 from tunery.errors import TuneryError
 from tunery.wire import EXIT_USER_ERROR
+
+if TYPE_CHECKING:
+    from tunery.datasets.report.case import Finding
 
 
 def main(folder: Path) -> int:
@@ -35,10 +39,21 @@ def main(folder: Path) -> int:
         base=folder / "base" if known.base else None,
         others=elsewhere.read(folder / "others", known.others),
         benchmark_folder=Path(known.benchmark) if known.benchmark else None,
+        known=_known(folder / "report.json"),
         progress=lambda share: progress.write(folder, share),
     )
     (folder / "cleaning.json").write_text(json.dumps(done.as_dict()))
     return 0
+
+
+def _known(report: Path) -> "list[Finding] | None":
+    """The implausible answers that a report by a base names; None without such a report."""
+    from tunery.datasets.report.case import Finding  # as above
+
+    if not report.exists():
+        return None
+    found = json.loads(report.read_text())["findings"]
+    return [Finding(**finding) for finding in found if finding["kind"] == IMPLAUSIBLE]
 
 
 if __name__ == "__main__":

@@ -66,25 +66,33 @@ def clean(
     base: Path | None = None,
     others: Sequence[Other] | None = None,
     benchmark_folder: Path | None = None,
+    known: Sequence[Finding] | None = None,
     progress: Callable[[float], object] = float,
 ) -> Cleaned:
     """Writes the rows that are left of `source` to `target` as JSON Lines, and those held out to `held_out`.
 
     Rows of JSON Lines that nothing was done to are the same bytes. What the rows are compared with and `progress` are
-    those of a report; `others` is None of a file that is not uploaded. Raises InvalidValue, InvalidRows, CannotHoldOut,
+    those of a report; `others` is None of a file that is not uploaded; `known`: findings
+    of a report by the base, or None. Raises InvalidValue, InvalidRows, CannotHoldOut,
     NothingLeft; a file that was begun then stays behind.
     """
     digest = _sha256(source)
     if against is not None:
         check_other(digest, _sha256(against))
-    order.check(compared=against is not None, measured=_has_template(base), uploaded=others is not None)
+    order.check(
+        compared=against is not None,
+        measured=_has_template(base),
+        uploaded=others is not None,
+        judged=known is not None,
+    )
     options = {
         "max_tokens": order.max_tokens,
         "count": length.tokenizer(base) if base else None,
         "others": others or (),
         "benchmark": benchmark.read(benchmark_folder) if benchmark_folder else frozenset(),
     }
-    made = _plan(source, order, against, base, options, progress)
+    more = [*(known or ()), *(_measure(source, base, order.max_tokens) if _has_template(base) else ())]
+    made = _plan(source, order, against, more, options, progress)
     left = made.left()
     apart = splits.hold_out(left, share=order.held_out.share, seed=order.held_out.seed) if order.held_out else set()
     with ExitStack() as files:
@@ -116,7 +124,7 @@ def _plan(
     source: Path,
     order: Cleaning,
     against: Path | None,
-    base: Path | None,
+    more: Sequence[Finding],
     options: Mapping[str, Any],
     progress: Callable[[float], object],
 ) -> Plan:
@@ -125,7 +133,7 @@ def _plan(
         lambda numbers: lines.read_rows(source, numbers),
         order,
         against=read(against, maker.MOST) if against else (),
-        more=_measure(source, base, order.max_tokens) if _has_template(base) else (),
+        more=more,
         options=options,
         progress=progress,
     )

@@ -28,6 +28,12 @@ _MEASURED = ("untrained", "answer_cut")
 _NOT_COMPARED = "Leaks are found by comparison. Name the test or validation file in 'against'."
 _NOT_MEASURED = "Tokens are counted by a base's tokenizer and chat template. Name the model in 'base'."
 _NOT_UPLOADED = "The server knows what the rows are compared with. Upload the file, and clean it by its id."
+_NOT_JUDGED = (
+    "A report by a base says which answers are implausible. Ask for the file's report with this 'base', and clean the "
+    "file when it is ready."
+)
+IMPLAUSIBLE = "implausible_output"
+"""The kind that a report by a base has found: a cleaning runs none."""
 _UPLOADED = ("repeated_elsewhere", "benchmark_overlap")
 """Kinds of uploaded files: the server has the files and the benchmark that they are compared with."""
 
@@ -54,7 +60,7 @@ ACTIONS: dict[str, _Possible] = {
     "dominant_answer": _ASK,
     "other_script": _ASK,
     "other_language": _ASK,
-    "implausible_output": _NOTHING,  # a cleaning has no base to ask; rows can be dropped by their lines
+    IMPLAUSIBLE: _ASK,
     "low_diversity": _NOTHING,
     "label_imbalance": _NOTHING,
 }
@@ -101,16 +107,17 @@ class Cleaning(BaseModel):
     held_out: HeldOut | None = Field(None, description="Puts a share of the rows into a second file")
     max_tokens: Int = Field(2048, ge=1, description="Tokens of a row that are trained")
 
-    def check(self, *, compared: bool, measured: bool, uploaded: bool) -> None:
+    def check(self, *, compared: bool, measured: bool, uploaded: bool, judged: bool) -> None:
         """Raises InvalidValue where an action is not possible, or nothing is asked for.
 
         `compared`: there is another file to find leaks in; `measured`: a base counts tokens; `uploaded`: the server's
-        files and benchmark are at hand.
+        files and benchmark are at hand; `judged`: a report by the base is.
         """
         missing = {
             **({} if compared else {"test_leak": _NOT_COMPARED}),
             **({} if measured else dict.fromkeys(_MEASURED, _NOT_MEASURED)),
             **({} if uploaded else dict.fromkeys(_UPLOADED, _NOT_UPLOADED)),
+            **({} if judged else {IMPLAUSIBLE: _NOT_JUDGED}),
         }
         for number, one in enumerate(self.actions):
             _check(one, f"actions.{number}")
