@@ -6,15 +6,13 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from transformers import AutoModelForCausalLM
+from streamed import PROMPTS, TOKENS, greedy, read
 
 from worker.server import batch as batches
 from worker.server.batch import Batch, Row, can_batch
-from worker.server.streams import Alone, Stream
+from worker.server.streams import Alone
 from worker.trainer.rope import LengthRope
 
-TOKENS = 30
-PROMPTS = [[3 + (7 * i + n) % 250 for i in range(n)] for n in (5, 30, 1, 17, 60, 9)]
 IN_EVERY_RUN = ("Llama", "Gemma 2", "Mistral")
 """Of each kind of masks one."""
 BATCHED = (
@@ -32,19 +30,9 @@ BATCHED = (
 )
 
 
-def read(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return read(zoo.make("Llama", tmp_path_factory.mktemp("llama") / "base"))
-
-
-def greedy(stream: Stream) -> int:
-    token = int(stream.logits().argmax())
-    stream.push(token)
-    return token
 
 
 def alone(model: Any, prompt: list[int]) -> list[int]:

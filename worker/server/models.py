@@ -11,17 +11,27 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tunery.errors import TuneryError
 from tunery.failures import CannotQuantise
 from tunery.planning.precision import Precision
+from worker.server.bank import Bank
 from worker.server.batch import Batch, can_batch
+from worker.server.factors import Factors
 from worker.server.streams import Alone, Stream
 from worker.trainer import rope
 from worker.trainer.recipes.qlora import load_quantised
 
 log = logging.getLogger(__name__)
+
+
+class BrokenAdapter(TuneryError):
+    """The adapter's files cannot be laid on their base ({reason}). Import or train it again."""
+
+    code = "broken_adapter"
 
 
 @dataclass(frozen=True)
@@ -67,29 +77,58 @@ class Base:
         self.model: Any = source.read().eval()
         rope.install(self.model)
         self.nbytes = _nbytes(self.model)
-        self._batch = Batch(self.model, cache_bytes=cache_bytes) if can_batch(self.model) else None
+        self.unhooked = shared(self.model)
+        self.bank = Bank(self.model)
+        self.batch = Batch(self.model, self.bank, cache_bytes) if can_batch(self.model) else None
 
     def stream(self, prompt_ids: list[int]) -> Stream:
         """The logits after a prompt."""
-        if self._batch is not None:
-            return self._batch.join(prompt_ids)
+        if self.batch is not None:
+            return self.batch.join(prompt_ids)
         return Alone(self.model, prompt_ids, rope.of(self.model))
 
-    def lay_on(self, folder: Path) -> "AdapterAlone":
-        """The adapter of a folder, on this base."""
-        return AdapterAlone(self, folder)
+    def lay_on(self, folder: Path) -> "StackedAdapter | AdapterAlone":
+        """The adapter of a folder, on this base. Raises BrokenAdapter."""
+        try:
+            factors = None if self.batch is None else Factors.read(folder, self.model)
+            return AdapterAlone(self, folder) if factors is None else StackedAdapter(self, factors)
+        # PEFT and safetensors raise these of files that are no adapter of this base.
+        except (ValueError, KeyError, RuntimeError, TypeError, OSError, SafetensorError) as error:
+            raise BrokenAdapter(reason=str(error).strip().partition("\n")[0]) from error
 
     def leave(self) -> None:
-        self.model = self._batch = None
+        self.model = self.unhooked = self.bank = self.batch = None  # type: ignore[assignment]  # used by nobody now
         gc.collect()
         torch.cuda.empty_cache()
+
+
+class StackedAdapter:
+    """An adapter whose answers share the passes of its base's batch."""
+
+    def __init__(self, base: Base, factors: Factors) -> None:
+        self.model = base.model
+        self.nbytes = factors.nbytes
+        self.on_leave: Callable[[], None] = lambda: None
+        self._base = base
+        self._factors = factors
+        base.bank.add(factors)
+
+    def stream(self, prompt_ids: list[int]) -> Stream:
+        """The logits after a prompt."""
+        assert self._base.batch is not None
+        return self._base.batch.join(prompt_ids, self._factors)
+
+    def leave(self) -> None:
+        self._base.bank.remove(self._factors)
+        self.on_leave()
 
 
 class AdapterAlone:
     """An adapter as PEFT lays it on a base, in fp32 as it was trained. Its answers have passes of their own."""
 
     def __init__(self, base: Base, folder: Path) -> None:
-        self.model: Any = PeftModel.from_pretrained(shared(base.model), folder, torch_device=base.source.device).eval()
+        laid = PeftModel.from_pretrained(shared(base.unhooked), folder, torch_device=base.source.device)
+        self.model: Any = laid.eval()
         own = {id(part) for part in _tensors(base.model)}
         self.nbytes = sum(part.nbytes for part in _tensors(self.model) if id(part) not in own)
         self.on_leave: Callable[[], None] = lambda: None

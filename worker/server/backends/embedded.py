@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import torch
 
+from tunery.artifacts import manifest
+from tunery.artifacts.manifest import Manifest
 from tunery.errors import Unsupported
 from tunery.planning.precision import Precision, decide, dense_dtype
 from tunery.rows.calls import CallSpelling
@@ -26,6 +28,7 @@ from tunery.storage import Storage
 from worker.server import grammar, memory
 from worker.server.answer import Answer
 from worker.server.batch import Row
+from worker.server.factors import WEIGHTS
 from worker.server.generation import Generation, Sampling
 from worker.server.grammar import Grammar
 from worker.server.models import Base, Source
@@ -168,14 +171,24 @@ class Engine:
 
     def _hold_adapter(self, key: str, files: Files, base: Base, folder: Path, base_key: str) -> Any:
         def load() -> Any:
-            made = base.lay_on(folder)
+            made = base.lay_on(self._checked(files, folder))
             # What lies on a base keeps it in memory, used or not.
             self._hold_base(base_key, files, base.source)
             made.on_leave = lambda: self._residents.release(base_key)
             return made
 
-        size = (folder / "adapter_model.safetensors").stat().st_size
+        size = (folder / WEIGHTS).stat().st_size if (folder / WEIGHTS).exists() else 0
         return self._residents.hold(key, files.id, size, load)
+
+    def _checked(self, files: Files, folder: Path) -> Path:
+        """The adapter's folder, fetched anew where its weights here are no longer those that were fetched."""
+        listed = Manifest.model_validate_json((folder / manifest.NAME).read_bytes())
+        wanted = {file.path: file.sha256 for file in listed.files}.get(WEIGHTS)
+        if wanted is not None and manifest.digest(folder / WEIGHTS) == wanted:
+            return folder
+        log.warning("%s has changed on this host and is fetched again", files.id)
+        (folder / manifest.NAME).unlink()
+        return self._folder(files)
 
     def _folder(self, files: Files) -> Path:
         return base_folder(self._models_dir, self._storage, files.prefix, files.manifest_sha256)

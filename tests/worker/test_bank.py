@@ -1,0 +1,176 @@
+"""Adapters in one batch answer as PEFT lets each answer alone."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from peft import LoraConfig, PeftModel, get_peft_model
+from streamed import PROMPTS, TOKENS, greedy, read
+from transformers import AutoModelForCausalLM
+
+from worker.server.models import AdapterAlone, Base, BrokenAdapter, Source, StackedAdapter
+from worker.server.streams import Alone
+from worker.trainer.rope import LengthRope
+
+SHAPES: list[dict[str, Any]] = [
+    {"r": 8},
+    {"r": 64, "lora_alpha": 32},
+    {"r": 8, "use_rslora": True},
+    {"r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 40}},
+    {"r": 8, "target_modules": ["q_proj", "v_proj"]},
+]
+
+
+def make(folder: Path, base: Path, seed: int, **options: Any) -> Path:
+    """A random adapter that changes answers."""
+    plain = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        laid = get_peft_model(model, LoraConfig(**plain | {"init_lora_weights": False} | options))
+        for name, weight in laid.named_parameters():
+            if "lora_" in name:
+                weight.data.normal_(0, 0.15)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # PEFT says that it saves embeddings where one is adapted
+            laid.save_pretrained(str(folder))
+    return folder
+
+
+def load(folder: Path) -> Base:
+    return Base(Source(folder, None, "cpu", torch.float32), 2**30)
+
+
+def by_peft(base: Path, adapter: Path | None, prompt: list[int]) -> list[int]:
+    model = read(base)
+    stream = Alone(model if adapter is None else PeftModel.from_pretrained(model, adapter), prompt, LengthRope())
+    return [greedy(stream) for _ in range(TOKENS)]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return zoo.make("Llama", tmp_path_factory.mktemp("llama") / "base")
+
+
+@pytest.fixture(scope="module")
+def folders(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    return [make(root / str(seed), llama, seed, **options) for seed, options in enumerate(SHAPES)]
+
+
+def test_ranks_and_shapes_are_mixed_in_one_batch(llama: Path, folders: list[Path]) -> None:
+    base = load(llama)
+    laid = [base.lay_on(folder) for folder in folders]
+    assert all(isinstance(one, StackedAdapter) for one in laid)
+    # The first adapter has three rows, the base two: rows of one adapter share its factors.
+    asked: list[int | None] = [0, None, 1, 2, 3, 4, 0, None, 0]
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(asked))]
+    rows = [(base if i is None else laid[i]).stream(prompt) for i, prompt in zip(asked, prompts, strict=True)]
+
+    said = [[greedy(row)] for row in rows]
+    for _ in range(TOKENS - 1):
+        for one, row in zip(said, rows, strict=True):
+            one.append(greedy(row))
+
+    wanted = [
+        by_peft(llama, None if i is None else folders[i], prompt) for i, prompt in zip(asked, prompts, strict=True)
+    ]
+    assert said == wanted
+    assert len({tuple(one) for one in wanted}) == len(wanted) - 1  # the first and the seventh ask the same
+
+
+def test_adapters_of_one_shape_come_and_go(llama: Path, tmp_path: Path) -> None:
+    folders = [make(tmp_path / str(seed), llama, seed) for seed in range(4)]
+    base = load(llama)
+    laid = [base.lay_on(folder) for folder in folders]
+    wanted = [by_peft(llama, folder, PROMPTS[0]) for folder in folders]
+    for together in ([0], [0, 1], [2, 1], [3], [3, 2, 0], [1, 3], [0, 1, 2, 3], [2, 0]):
+        rows = [laid[i].stream(PROMPTS[0]) for i in together]
+        said = [[greedy(row) for row in rows] for _ in range(TOKENS)]
+        assert [list(one) for one in zip(*said, strict=True)] == [wanted[i] for i in together], together
+        for row in rows:
+            row.close()
+    laid[2].leave()
+    again = base.lay_on(folders[2])
+    rows = [one.stream(PROMPTS[0]) for one in (laid[3], again, laid[0])]
+    said = [[greedy(row) for row in rows] for _ in range(TOKENS)]
+    assert [list(one) for one in zip(*said, strict=True)] == [wanted[i] for i in (3, 2, 0)]
+
+
+OTHERS = ("Qwen3", "Phi-3", "Granite", "Cohere2", "Phi")
+
+
+@pytest.mark.parametrize("family", ["Gemma 2", *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS)])
+def test_adapters_of_other_families_are_laid_so_too(family: str, tmp_path: Path) -> None:
+    made = zoo.make(family, tmp_path / "base")
+    folders = [make(tmp_path / str(seed), made, seed, r=4 + 4 * seed) for seed in range(2)]
+    base = load(made)
+    laid = [base.lay_on(folder) for folder in folders]
+    assert all(isinstance(one, StackedAdapter) for one in laid)
+
+    rows = [one.stream(PROMPTS[i]) for i, one in enumerate((*laid, base))]
+    said = [[greedy(row) for row in rows] for _ in range(TOKENS)]
+    wanted = [by_peft(made, folder, PROMPTS[i]) for i, folder in enumerate((*folders, None))]
+    assert [list(one) for one in zip(*said, strict=True)] == wanted
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"trainable_token_indices": [5, 6]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_adapters_answer_by_peft_beside_the_batch(llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = make(tmp_path / "adapter", llama, 5, **options)
+    base = load(llama)
+    plain, other = base.stream(PROMPTS[0]), base.lay_on(folder)
+    assert isinstance(other, AdapterAlone)
+    own = other.stream(PROMPTS[1])
+
+    said = [(greedy(plain), greedy(own)) for _ in range(TOKENS)]
+
+    assert [one for one, _ in said] == by_peft(llama, None, PROMPTS[0])
+    assert [one for _, one in said] == by_peft(llama, folder, PROMPTS[1])
+    # The base's weights are in memory once.
+    weights = {id(part) for part in base.model.parameters()}
+    assert weights <= {id(part) for part in other.model.parameters()} | {id(base.model.lm_head.weight)}
+    assert other.nbytes < base.nbytes
+
+
+@pytest.mark.parametrize("layers", ["attention", "all"])
+def test_adapters_on_experts_answer_alone(layers: str, tmp_path: Path) -> None:
+    made = zoo.make("Qwen3-MoE", tmp_path / "base")
+    on = ["q_proj", "o_proj"] if layers == "attention" else ["q_proj", "gate"]
+    folder = make(tmp_path / "adapter", made, 5, target_modules=on)
+    base = load(made)
+    laid = base.lay_on(folder)
+    assert isinstance(laid, StackedAdapter if layers == "attention" else AdapterAlone)
+    rows = [laid.stream(PROMPTS[0]), base.stream(PROMPTS[1])]
+    said = [[greedy(row) for row in rows] for _ in range(TOKENS)]
+    assert [list(one) for one in zip(*said, strict=True)] == [
+        by_peft(made, folder, PROMPTS[0]),
+        by_peft(made, None, PROMPTS[1]),
+    ]
+
+
+def test_adapter_of_another_base_is_refused_in_a_sentence(llama: Path, tmp_path: Path) -> None:
+    other = zoo.make("Llama", tmp_path / "other", hidden_size=32)
+    folder = make(tmp_path / "adapter", other, 1)
+    with pytest.raises(BrokenAdapter, match="cannot be laid on their base"):
+        load(llama).lay_on(folder)
+
+
+def test_base_alone_computes_nothing_for_adapters(llama: Path, folders: list[Path], monkeypatch: Any) -> None:
+    base = load(llama)
+    for folder in folders:
+        base.lay_on(folder)
+    monkeypatch.setattr("worker.server.bank._add", lambda *_: pytest.fail("a product of an adapter"))
+    row = base.stream(PROMPTS[0])
+    assert [greedy(row) for _ in range(TOKENS)] == by_peft(llama, None, PROMPTS[0])

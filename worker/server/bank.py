@@ -1,0 +1,126 @@
+"""The adapters on one base, laid on the rows of a pass: each row has its own, or none.
+
+PEFT's `adapter_names` loops over the adapters in every layer; here each layer has two batched products for all adapters
+of one shape, whatever their number. Layers add nothing while no row has an adapter.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from threading import Lock
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+
+from worker.server.factors import Factors, Site, Stack, split
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Rows of a pass whose adapters have one shape. All indices are on the device.
+
+    `layers`: by name A transposed (adapters x inputs x rank) and B (adapters x rank x outputs). `rows`: for each
+    adapter as many rows of the pass as the busiest has, some of them twice. `targets[i]` is the row of the pass whose
+    result is at `places[i]` among these. None, None, None: row i of the pass has adapter i.
+    """
+
+    layers: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    rows: torch.Tensor | None
+    places: torch.Tensor | None
+    targets: torch.Tensor | None
+
+
+class Bank:
+    """Passes run in one thread; adapters come and go in others."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._stacks: dict[tuple[Site, ...], Stack] = {}
+        self._hooked: set[str] = set()
+        self._shares: list[_Share] = []
+        self._known: tuple[list[Factors | None], list[_Share]] = [], []
+        self._lock = Lock()
+
+    def add(self, factors: Factors) -> None:
+        """Makes an adapter known."""
+        with self._lock:
+            self._stacks.setdefault(factors.sites, Stack(factors.sites, self._device))
+            for site in factors.sites:
+                if site.name not in self._hooked:
+                    self._hooked.add(site.name)
+                    self._model.get_submodule(site.name).register_forward_hook(partial(self._lay, site.name))
+
+    def remove(self, factors: Factors) -> None:
+        """Frees an adapter that no row has."""
+        with self._lock:
+            self._stacks[factors.sites].forget(factors)
+
+    @contextmanager
+    def on(self, adapters: Sequence[Factors | None]) -> Iterator[None]:
+        """Row i of each pass in the block has adapters[i]; None: the base alone."""
+        self._shares = self._plan(list(adapters))
+        try:
+            yield
+        finally:
+            self._shares = []
+
+    def _plan(self, adapters: list[Factors | None]) -> list[_Share]:
+        known, shares = self._known
+        # By identity: equal lists of the same rows come step after step.
+        if len(adapters) == 1 or known != adapters:
+            shapes = dict.fromkeys(one.sites for one in adapters if one is not None)
+            with self._lock:
+                shares = [self._share(self._stacks[sites], adapters) for sites in shapes]
+        if len(adapters) > 1:
+            self._known = adapters, shares
+        return shares
+
+    def _share(self, stack: Stack, adapters: list[Factors | None]) -> _Share:
+        rows: dict[Factors, list[int]] = {}
+        for row, one in enumerate(adapters):
+            if one is not None and one.sites == stack.sites:
+                rows.setdefault(one, []).append(row)
+        block, order = stack.front(list(rows)) if len(rows) > 1 else (stack.row(next(iter(rows))), list(rows))
+        pairs = split(block, stack.sites)
+        layers = {site.name: (a.transpose(1, 2), b) for site, (a, b) in zip(stack.sites, pairs, strict=True)}
+        return _Share(layers, *self._indices([rows[one] for one in order], len(adapters)))
+
+    def _indices(self, rows: list[list[int]], count: int) -> tuple[torch.Tensor | None, ...]:
+        if rows == [[row] for row in range(count)]:
+            return None, None, None
+        most = max(map(len, rows))
+        taken = [own + own[:1] * (most - len(own)) for own in rows]
+        found = [(row, at * most + i) for at, own in enumerate(rows) for i, row in enumerate(own)]
+        targets, places = zip(*found, strict=True)
+        made = [list(chain.from_iterable(taken)), places, targets]
+        return tuple(torch.tensor(one, device=self._device) for one in made)
+
+    def _lay(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], out: torch.Tensor) -> None:
+        """Adds to a layer's output what the rows' adapters say."""
+        for share in self._shares:
+            if name in share.layers:
+                _add(share, *share.layers[name], inputs[0], out, isinstance(layer, Linear4bit))
+
+
+def _add(share: _Share, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, out: torch.Tensor, is_packed: bool) -> None:
+    """In place. Shapes: x rows x tokens x inputs, out rows x tokens x outputs."""
+    tokens = x.shape[1]
+    picked = (x if share.rows is None else x[share.rows]).to(a.dtype)
+    narrow = torch.bmm(picked.reshape(a.shape[0], -1, a.shape[1]), a)
+    if share.targets is None and out.dtype == b.dtype:
+        out.baddbmm_(narrow, b)
+        return
+    delta = torch.bmm(narrow, b).view(-1, tokens, b.shape[2])
+    if is_packed:
+        delta = delta.to(out.dtype)  # as PEFT does on a layer of four bits; on others it adds in fp32 and rounds once
+    if share.targets is None:
+        out.copy_(out + delta)
+    elif out.dtype == delta.dtype:
+        out.index_add_(0, share.targets, delta[share.places])
+    else:
+        out[share.targets] = (out[share.targets] + delta[share.places]).to(out.dtype)

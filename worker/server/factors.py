@@ -1,0 +1,193 @@
+"""Plain LoRA adapters read into one tensor each, and those of equal shape stacked."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
+from torch import nn
+
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_UNDERSTOOD = frozenset(
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
+)
+"""Fields of PEFT's config that change nothing here, or what is read below. Others have to be absent, null or false."""
+_WITHOUT_WEIGHTS = (True, False, "gaussian", "orthogonal")
+"""Values of `init_lora_weights` that leave the base's weights as they are."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer that an adapter lies on: A is rank x inputs, B outputs x rank."""
+
+    name: str
+    rank: int
+    inputs: int
+    outputs: int
+
+    @property
+    def numel(self) -> int:
+        return self.rank * (self.inputs + self.outputs)
+
+
+class Factors:
+    """An adapter's A and B of all its sites, B transposed and scaled, one after the other in a row of fp32.
+
+    `flat` is None while the row lies in a stack.
+    """
+
+    def __init__(self, sites: tuple[Site, ...], flat: torch.Tensor) -> None:
+        self.sites = sites
+        self.flat: torch.Tensor | None = flat
+        self.nbytes = flat.nbytes
+
+    @classmethod
+    def read(cls, folder: Path, model: nn.Module) -> "Factors | None":
+        """The adapter in a folder for this base; None where it is more than A and B on plain linear layers."""
+        config = json.loads((folder / "adapter_config.json").read_text())
+        if not _is_plain(config):
+            return None
+        pairs = _pairs(load_file(folder / WEIGHTS))
+        layers = dict(model.named_modules())
+        if pairs is None or not all(_fits(layers.get(name), *pair) for name, pair in pairs.items()):
+            return None
+        if _has_experts(model) and not all(".self_attn." in name for name in pairs):
+            return None
+        sites = tuple(Site(name, a.shape[0], a.shape[1], b.shape[0]) for name, (a, b) in sorted(pairs.items()))
+        flat = torch.empty(sum(site.numel for site in sites), dtype=torch.float32)
+        for (a, b), site in zip(split(flat[None], sites), sites, strict=True):
+            factor_a, factor_b = pairs[site.name]
+            a[0] = factor_a
+            b[0] = factor_b.float().T * _scaling(config, site)
+        return cls(sites, flat.to(next(model.parameters()).device))
+
+
+def split(rows: torch.Tensor, sites: Sequence[Site]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A (rows x rank x inputs) and B (rows x rank x outputs) of each site, as views."""
+    ends = list(accumulate((site.numel for site in sites), initial=0))
+    found = []
+    for start, site in zip(ends, sites, strict=False):
+        middle, end = start + site.rank * site.inputs, start + site.numel
+        a = rows[:, start:middle].unflatten(1, (site.rank, site.inputs))
+        found.append((a, rows[:, middle:end].unflatten(1, (site.rank, site.outputs))))
+    return found
+
+
+def _is_plain(config: Mapping[str, Any]) -> bool:
+    others = {name: value for name, value in config.items() if value and name not in _UNDERSTOOD}
+    return (
+        config.get("peft_type") == "LORA"
+        and others.pop("bias", "none") == "none"
+        and others.pop("init_lora_weights", True) in _WITHOUT_WEIGHTS
+        and not others
+    )
+
+
+def _pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
+    """A and B of each layer; None where there is anything else."""
+    names = {key.removeprefix(_PREFIX).removesuffix(".lora_A.weight") for key in tensors if ".lora_A." in key}
+    keys = {name: [f"{_PREFIX}{name}.lora_{part}.weight" for part in "AB"] for name in names}
+    if {key for pair in keys.values() for key in pair} != tensors.keys():
+        return None
+    return {name: (tensors[a], tensors[b]) for name, (a, b) in keys.items()}
+
+
+def _fits(layer: nn.Module | None, a: torch.Tensor, b: torch.Tensor) -> bool:
+    if not isinstance(layer, nn.Linear):
+        return False
+    return a.shape[1:] == (layer.in_features,) and b.shape == (layer.out_features, a.shape[0])
+
+
+def _has_experts(model: Any) -> bool:
+    """Whether layers outside attention get tokens without their rows."""
+    return any(getattr(model.config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
+def _scaling(config: Mapping[str, Any], site: Site) -> float:
+    """PEFT's own: alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)."""
+    patterns = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), site.name), config["lora_alpha"])
+    return float(alpha / (math.sqrt(site.rank) if config.get("use_rslora") else site.rank))
+
+
+class Stack:
+    """Adapters of one shape in the rows of one tensor, those that are computed together in front.
+
+    A product over many adapters reads them where they lie. The rows of others move out only when their place is needed.
+    """
+
+    def __init__(self, sites: tuple[Site, ...], device: torch.device) -> None:
+        self.sites = sites
+        self._rows = torch.empty(0, sum(site.numel for site in sites), device=device)
+        self._holders: list[Factors | None] = []
+
+    def row(self, one: Factors) -> torch.Tensor:
+        """One adapter by itself, where it lies: 1 x numbers."""
+        if one.flat is not None:
+            return one.flat[None]
+        place = self._holders.index(one)
+        return self._rows[place : place + 1]
+
+    def front(self, wanted: Sequence[Factors]) -> tuple[torch.Tensor, list[Factors]]:
+        """Rows in which exactly these lie, and their order."""
+        self._grow(len(wanted))
+        free = [place for place in range(len(wanted)) if self._holders[place] not in wanted]
+        behind = [one for one in wanted if one not in self._holders[: len(wanted)]]
+        for place, one in zip(free, behind, strict=True):
+            self._bring(one, place)
+        order = [one for one in self._holders[: len(wanted)] if one is not None]
+        return self._rows[: len(wanted)], order
+
+    def forget(self, one: Factors) -> None:
+        """Frees an adapter's memory, or its place for others."""
+        one.flat = None
+        if one in self._holders:
+            self._holders[self._holders.index(one)] = None
+
+    def _bring(self, one: Factors, place: int) -> None:
+        """Puts an adapter into a place, whose holder goes where the adapter was, or out."""
+        other = self._holders[place]
+        at = None if one.flat is not None else self._holders.index(one)
+        row = self._rows[at].clone() if at is not None else one.flat
+        assert row is not None
+        if at is not None:
+            self._holders[at] = other
+            if other is not None:
+                self._rows[at] = self._rows[place]
+        elif other is not None:
+            other.flat = self._rows[place].clone()
+        self._rows[place] = row
+        self._holders[place], one.flat = one, None
+
+    def _grow(self, places: int) -> None:
+        more = places - len(self._holders)
+        if more > 0:
+            self._rows = torch.cat([self._rows, self._rows.new_zeros(more, self._rows.shape[1])])
+            self._holders += [None] * more
