@@ -116,6 +116,7 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
     "add_alias": [],
     "create_chat_completion": [("/v1/chat/completions", {"json": {"model": "{tuned}", **CHAT}})],
+    "compare_models": [("/v1/models/compare", {"json": {"models": ["{base}", "{tuned}"], "prompts": ["q"]}})],
     "create_completion": [("/v1/completions", {"json": {"model": "{tuned}", "prompt": "q"}})],
     "list_completions_usage": [],
     "create_response": [("/v1/responses", {"json": {"model": "{tuned}", "input": "q"}})],

@@ -11,9 +11,11 @@ from commands import Run
 from databases import Database
 from model_server import ModelServer
 from receiver import LOOPBACK, Receiver
+from rich.console import Console
 from teams import BASE
 
 from api.main import create_app
+from tunery.cli import comparing, show
 
 # --- chat -----------------------------------------------------------------------------------------------------------
 
@@ -56,6 +58,41 @@ def test_an_answer_that_breaks_off_is_an_error(tunery: Run, server: ModelServer)
     status, out, err = tunery("chat", BASE, "-m", "Hi")
     assert (status, out) == (1, "hel")
     assert "Error: The model server" in err
+
+
+def test_models_are_compared_side_by_side(tunery: Run, server: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.message = {"content": "It is in the post, and should be with you within five working days."}
+    monkeypatch.setattr("sys.stdin", io.StringIO("Where is my card?\nAnd now?\n"))
+    monkeypatch.setattr(show.console, "_width", 80)
+    status, out, _ = tunery("chat", BASE, "--against", BASE, "-s", "Be brief.", "--max-tokens", 9)
+    first, second = (part.splitlines() for part in out.split("> ")[1:])
+    assert status == 0
+    assert first[0] == "Where is my card?"
+    assert first[2].split() == [BASE, "│", BASE]
+    assert first[4].count("It is in the post, and") == 2
+    assert first[-1] == "The answers are the same."
+    assert second[0] == "And now?"
+    assert all(len(line) <= 80 for line in first)
+    assert len(server.received) == 4
+    assert [message["role"] for message in server.received[3]["messages"]] == ["system", "user"]
+
+
+def test_a_base_has_nothing_to_be_compared_with(tunery: Run, server: ModelServer) -> None:
+    status, _, err = tunery("chat", BASE, "--compare", "-m", "Hi")
+    assert status == 1
+    assert "Name another model too" in err
+
+
+def test_a_narrow_terminal_has_one_answer_under_the_other() -> None:
+    answers = [
+        {"model": name, "content": "long " * 9, "finish_reason": "length", "completion_tokens": 9} for name in "ab"
+    ]
+    narrow = Console(width=40, file=io.StringIO(), force_terminal=False)
+    narrow.print(comparing.draw("Hi", {"answers": answers, "same": False}, width=40))
+    lines = narrow.file.getvalue().splitlines()  # type: ignore[attr-defined]  # it is the StringIO above
+    assert (lines[0], lines[1]) == ("> Hi", "a")
+    assert "9 tokens, cut by the token limit" in lines
+    assert lines.index("b") > lines.index("9 tokens, cut by the token limit")
 
 
 def test_a_model_that_does_not_exist_is_suggested(tunery: Run, server: ModelServer) -> None:

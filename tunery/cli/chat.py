@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunery.cli import show
+from tunery.cli import comparing, show
 from tunery.cli.options import connect
 from tunery.cli.remote import Refused, Remote
 
@@ -23,9 +23,20 @@ def chat(
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 gives the same answer every time.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Token limit of an answer.")] = 512,
+    compare: Annotated[
+        bool, typer.Option("--compare", "-c", help="Ask its base too, and show the answers side by side.")
+    ] = False,
+    against: Annotated[
+        list[str] | None, typer.Option(help="Compare with this model in place of the base. May be repeated.")
+    ] = None,
 ) -> None:
-    """Talk to a model: Ctrl-D ends it, Ctrl-C too."""
+    """Talk to a model: Ctrl-D ends it, Ctrl-C too. Compared models answer each question for itself."""
     api = connect(context)
+    if compare or against:
+        body = {"models": [*(against or ()), model], "temperature": temperature, "max_completion_tokens": max_tokens}
+        for question in _questions() if message is None else (message,):
+            comparing.compare(api, question, body if system is None else {**body, "system": system})
+        return
     options = {"model": model, "temperature": temperature, "max_completion_tokens": max_tokens, "stream": True}
     messages = [{"role": "system", "content": system}] if system is not None else []
     for question in _questions() if message is None else (message,):

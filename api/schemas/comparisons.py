@@ -1,0 +1,68 @@
+"""Answers of several models to the same prompts, as the wire spells them."""
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from api.schemas.wire import Body, Wire
+
+_ASK: dict[str, Any] = {
+    "models": ["ft:SmolLM2-135M-Instruct:tunery:banking:Ab12Cd34"],
+    "prompts": ["Where is my card?"],
+    "max_completion_tokens": 32,
+}
+Prompt = str | list[dict[str, Any]]
+
+
+class AskComparison(Body):
+    """Which models answer what. A fine-tuned model alone is compared with its base."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_ASK]})
+
+    models: list[str] = Field(min_length=1, max_length=4, description="Ids, aliases or hub ids")
+    prompts: list[Prompt] = Field(min_length=1, max_length=32, description="Each a user's text, or a chat's messages")
+    system: str | None = Field(None, description="A system message before each prompt that is a text")
+    max_completion_tokens: int = Field(256, ge=1, description="Token limit of an answer")
+    temperature: float = Field(0, ge=0, le=2, description="0 takes the likeliest token")
+    top_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, description="The same for every answer")
+
+    def messages(self, prompt: Prompt) -> list[dict[str, Any]]:
+        """The chat that a prompt stands for."""
+        if not isinstance(prompt, str):
+            return prompt
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": prompt}]
+
+    def sampling(self) -> dict[str, Any]:
+        """The fields of every chat completion that are the same."""
+        names = {"max_completion_tokens", "temperature", "top_p", "seed"}
+        return self.model_dump(include=names, exclude_none=True)
+
+
+class ComparedAnswer(Wire):
+    """One model's answer."""
+
+    model: str
+    content: str | None
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class ComparedPrompt(Wire):
+    """A prompt and its answers, in the order of `models`."""
+
+    object: Literal["model.comparison.prompt"] = "model.comparison.prompt"
+    index: int
+    messages: list[dict[str, Any]]
+    answers: list[ComparedAnswer]
+    same: bool = Field(description="Whether all answers are the same text")
+
+
+class Comparison(Wire):
+    """Every model's answer to every prompt."""
+
+    object: Literal["model.comparison"] = "model.comparison"
+    models: list[str] = Field(description="As they were named; where the base was left out, its id is the first")
+    data: list[ComparedPrompt]
