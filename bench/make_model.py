@@ -1,6 +1,6 @@
 """A random checkpoint of a known shape with a small tokenizer, so that every trainer loads the same files.
 
-`python bench/make_model.py FOLDER [llama3-8b|llama3-1b|llama2-7b]`; wants a GPU (16 GB and about 20 s for the 8B).
+`python bench/make_model.py FOLDER [SHAPE]`; the 8B wants a GPU (16 GB and about 20 s).
 """
 
 import json
@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+    "small": (256, 768, 6, 8, 4, 640),
     "llama3-8b": (4096, 14336, 32, 32, 8, 128256),
     "llama3-1b": (2048, 8192, 16, 32, 8, 128256),
     "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
@@ -60,7 +61,8 @@ def make(folder: Path, shape: str) -> None:
 
 
 def _random(*shape: int) -> torch.Tensor:
-    return (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.02).cpu()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return (torch.randn(*shape, device=device, dtype=torch.bfloat16) * 0.02).cpu()
 
 
 def _write(folder: Path, shards: dict[str, dict[str, torch.Tensor]], index: dict[str, str]) -> None:

@@ -1,6 +1,6 @@
-"""Quotes against what jobs took, after one calibration run: `python -m bench.quotes [OUT.json]`.
+"""Quotes against what jobs took, after one calibration run: `python -m bench.quotes OUT.json [SHAPE]`.
 
-SmolLM2 is trained on a CPU through the API and real workers. The first job's quote is a guess; its run calibrates. The
+SmolLM2, or a random model of a shape of make_model's, is trained on a CPU through the API and real workers. The first job's quote is a guess; its run calibrates. The
 others have other numbers of rows, epochs, batches and held-out rows. Beside the seconds of the clock, which other work
 on the machine stretches, stand the trainer's processor seconds and the share of the cores that it got.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import httpx2
 import psutil
 
-from bench import service
+from bench import make_model, service
 from tunery.local.stack import Stack
 from tunery.settings import get_settings
 from worker.supervisor.process import MARK
@@ -42,22 +42,22 @@ def jobs(files: Files) -> list[tuple[str, dict[str, Any]]]:
     few = {"general": {"items": 20, "prompts": 4}, "max_new_tokens": 24}
     return [
         ("calibration", {
-            "training_file": files.take(32), "validation_file": files.take(4),
-            "evaluation": {**few, "test_file": files.take(4)}, "hyperparameters": {"n_epochs": 1, "batch_size": 8},
+            "training_file": files.take(80), "validation_file": files.take(8),
+            "evaluation": {**few, "test_file": files.take(8)}, "hyperparameters": {"n_epochs": 1, "batch_size": 8},
         }),
         ("twice the rows, nothing held out", {
-            "training_file": files.take(64), "hyperparameters": {"n_epochs": 1, "batch_size": 8},
+            "training_file": files.take(160), "hyperparameters": {"n_epochs": 1, "batch_size": 8},
         }),
-        ("two epochs, batches of 4", {
-            "training_file": files.take(20), "validation_file": files.take(8),
-            "hyperparameters": {"n_epochs": 2, "batch_size": 4},
+        ("three epochs, batches of 4", {
+            "training_file": files.take(64), "validation_file": files.take(16),
+            "hyperparameters": {"n_epochs": 3, "batch_size": 4},
         }),
-        ("a test file of 8 rows", {
-            "training_file": files.take(32), "evaluation": {**few, "test_file": files.take(8)},
-            "hyperparameters": {"n_epochs": 1, "batch_size": 16},
+        ("batches of 16, a test file", {
+            "training_file": files.take(128), "evaluation": {**few, "test_file": files.take(16)},
+            "hyperparameters": {"n_epochs": 2, "batch_size": 16},
         }),
-        ("10 rows, once", {
-            "training_file": files.take(10), "hyperparameters": {"n_epochs": 1, "batch_size": 5},
+        ("20 rows, once", {
+            "training_file": files.take(20), "hyperparameters": {"n_epochs": 1, "batch_size": 5},
         }),
     ]  # fmt: skip
 
@@ -112,12 +112,20 @@ def _trainers_cpu() -> dict[int, float]:
     return found
 
 
+def _made(home: str, shape: str) -> Path | None:
+    if not shape:
+        return None
+    make_model.make(Path(home) / shape, shape)
+    return Path(home) / shape
+
+
 def main() -> int:
-    out = sys.argv[1] if len(sys.argv) > 1 else "quotes_cpu.json"
+    out, shape = (*sys.argv[1:], "")[:2]
     os.environ["TUNERY_GPU_HOUR_PRICES"] = '{"CPU": 0.1}'
     os.environ["TUNERY_FILE_REPORTS"] = "false"
     runs = []
-    with tempfile.TemporaryDirectory() as home, service.running(Path(home) / "home") as (stack, client):
+    with tempfile.TemporaryDirectory() as home, service.running(Path(home) / "home", _made(home, shape)) as stacked:
+        stack, client = stacked
         for what, asked in jobs(Files(client)):
             runs.append(run(stack, client, what, asked))
             print(runs[-1], flush=True)
@@ -130,7 +138,7 @@ def main() -> int:
     meets = all(abs(error) <= GOAL for error in errors.values())
     found = {
         "what": "seconds from the claim to the end, quoted once the files were read and taken; LoRA r 16 on the CPU",
-        "base": service.BASE,
+        "base": f"random weights of the shape {shape}" if shape else service.BASE,
         "goal": GOAL,
         "errors": errors,
         "meets_goal": meets,

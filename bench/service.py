@@ -26,8 +26,8 @@ PACKAGES = ("torch", "transformers", "peft", "celery", "sqlalchemy", "psycopg", 
 
 
 @contextmanager
-def running(home: Path) -> Iterator[tuple[Stack, httpx2.Client]]:
-    """A stack with everyday settings, SmolLM2 ready in it, and a client with its key."""
+def running(home: Path, source: Path | None = None) -> Iterator[tuple[Stack, httpx2.Client]]:
+    """A stack with everyday settings, SmolLM2 or the base in `source` ready in it as BASE, and a client with its key."""
     stack = Stack(home, port=0)
     try:
         with stack:
@@ -36,16 +36,15 @@ def running(home: Path) -> Iterator[tuple[Stack, httpx2.Client]]:
             db.sessions.cache_clear()
             headers = {"Authorization": f"Bearer {stack.first_key}"}
             with httpx2.Client(base_url=f"{stack.api_url}/v1", headers=headers, timeout=60, trust_env=False) as client:
-                _add_base(stack, client)
+                _add_base(stack, client, source or bases.SMOLLM2.gguf())
                 yield stack, client
             db.sessions().kw["bind"].dispose()
     finally:
         stack.postgres.remove()
 
 
-def _add_base(stack: Stack, client: httpx2.Client) -> None:
-    source = str(bases.SMOLLM2.gguf())
-    client.post("/models", json={"id": BASE, "source": source}).raise_for_status()
+def _add_base(stack: Stack, client: httpx2.Client, source: Path) -> None:
+    client.post("/models", json={"id": BASE, "source": str(source)}).raise_for_status()
     until(lambda: client.get(f"/models/{BASE}").json()["status"] == "ready", stack)
 
 
