@@ -1,8 +1,9 @@
 """Quotes against what jobs took, after one calibration run: `python -m bench.quotes OUT.json [SHAPE]`.
 
-SmolLM2, or a random model of a shape of make_model's, is trained on a CPU through the API and real workers. The first job's quote is a guess; its run calibrates. The
-others have other numbers of rows, epochs, batches and held-out rows. Beside the seconds of the clock, which other work
-on the machine stretches, stand the trainer's processor seconds and the share of the cores that it got.
+SmolLM2, or a random model of a shape of make_model's, is trained on a CPU through the API and real workers. The first
+job's quote is a guess; its run calibrates. The others have other numbers of rows, epochs, batches and held-out rows.
+Beside the seconds of the clock, which other work on the machine stretches, stand the trainer's processor seconds, and
+the share of the cores that it got.
 """
 
 import itertools

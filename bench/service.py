@@ -27,7 +27,7 @@ PACKAGES = ("torch", "transformers", "peft", "celery", "sqlalchemy", "psycopg", 
 
 @contextmanager
 def running(home: Path, source: Path | None = None) -> Iterator[tuple[Stack, httpx2.Client]]:
-    """A stack with everyday settings, SmolLM2 or the base in `source` ready in it as BASE, and a client with its key."""
+    """A stack with everyday settings, SmolLM2 or the base in `source` in it as BASE, and a client with its key."""
     stack = Stack(home, port=0)
     try:
         with stack:

@@ -41,6 +41,8 @@ def test_it_waits_for_the_report_and_counts_rows_that_say_something(
         "refused": None,
     }
     assert found.advice.recommendation == "prompt"
+    assert found.serving is not None
+    assert (found.serving.device, found.serving.basis) == ("T4", "memory_bandwidth")
 
 
 def test_numbers_follow_the_base_and_the_devices(team: Team, base: str, database: Database, tmp_path: Path) -> None:

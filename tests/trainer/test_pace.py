@@ -103,3 +103,19 @@ def test_a_run_says_how_long_answering_and_saving_take(
     saving = phases[-1][1]
     assert last.seconds_left > saving > 0
     assert [left for _, left in phases[3:7]] == pytest.approx([30 + saving, 20 + saving, 10 + saving, saving])
+
+
+def test_what_the_parts_took_is_kept_for_later_quotes() -> None:
+    made = Pace(Work(steps=3, steps_per_epoch=3, step_tokens=100, every=3, valid_tokens=50))
+    made.note("answer", 2.0, 3)  # the base's answers, before the training
+    made.end_preparation(10.0)
+    for step, (seconds, tokens) in enumerate([(9.0, 100), (1.0, 80), (2.0, 120)], start=1):
+        made.take_step(step, seconds, tokens)
+    made.note("validation", 0.5)
+    found = {name: (part.seconds, part.units) for name, part in made.spent().items()}
+    assert found == {"prepare": (4, 1), "answer": (6, 3), "step": (12, 3), "validation": (0.5, 50)}
+    times = made.step_times  # without the first
+    assert (times.steps, times.seconds, times.tokens, times.tokens_squared, times.seconds_tokens) == (
+        2, 3, 200, 80**2 + 120**2, 80 + 240,
+    )  # fmt: skip
+    assert made.step == 3

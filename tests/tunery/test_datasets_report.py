@@ -367,6 +367,9 @@ def test_tokens_of_a_base(tmp_path: Path) -> None:
     whole = len(template.encode_all(read_row(rows[0]), 2**20)[0].input_ids)
     assert figures["spreads"]["row"]["count"] == 2
     assert figures["spreads"]["user"]["count"] == figures["spreads"]["turn 1 user"]["count"] == 2
+    long = len(template.encode_all(read_row(rows[1]), 2**20)[0].input_ids)
+    assert made.summary()["tokens"] == {"rows": 2, "total": whole + long}
+    assert "tokens" not in maker.make(tmp_path / "f.jsonl").summary()
     first, *_, last = figures["lengths"]
     assert (first["length"], first["truncated"], first["answer_cut"], first["answer_lost"]) == (256, 1, 1, 1)
     assert last["truncated"] == last["answer_cut"] == 0

@@ -68,7 +68,7 @@ def requote(session: Session, job: Job, counts: Counts, prices: Prices) -> None:
     plan = Plan.model_validate(job.plan)
     made = of_plan(session, job, plan, counts, prices, devices=leases.devices(session))
     if made is not None:
-        at_creation = None if job.quote is None else job.quote["seconds"]
+        at_creation = None if job.quote is None else Quote.model_validate(job.quote).seconds
         job.quote = made.model_copy(update={"at_creation": at_creation}).model_dump(mode="json")
         session.flush()
 

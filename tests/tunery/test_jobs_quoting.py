@@ -1,0 +1,208 @@
+"""Quotes of jobs: from which files, on which device, of which runs; and what a run leaves for the next ones."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import rows
+from sqlalchemy.orm import Session
+
+from tunery.datasets.model import FileReport
+from tunery.jobs import leases, quoting
+from tunery.jobs.model import Attempt, HostDevice, Job
+from tunery.jobs.states import State
+from tunery.keys.model import Project
+from tunery.models.model import Model
+from tunery.planning.quote import Quote
+from tunery.planning.workload import Counts
+from tunery.settings import Settings
+from tunery.spec import Full, Lora, Technique
+from tunery.wire import Finished, Spent, StepTimes
+
+GIB = 2**30
+SETTINGS = Settings(gpu_hour_prices={"CPU": 3.6, "H200": 3.6})
+LARGER = {**rows.FACTS, "num_hidden_layers": 20, "params": 1_500_000}
+
+
+def show(session: Session, name: str = "CPU", *, index: int | None = None, gib: int = 200) -> None:
+    id = f"h/{'cpu' if index is None else f'gpu{index}'}"
+    device = HostDevice(id=id, host="h", gpu_index=index, device=name, memory_bytes=gib * GIB, bf16=True)
+    leases.show_device(session, device)
+
+
+def ended(
+    session: Session,
+    owner: Project,
+    base: Model,
+    *,
+    device: str = "CPU",
+    technique: Technique | None = None,
+    start: float = 10,
+    kept: bool = True,
+) -> Job:
+    """A job whose run took `start` seconds and one for each of its 100 tokens."""
+    job = rows.job(session, owner, State.SUCCEEDED, base_model=base.id)
+    job.plan = rows.plan(technique=technique or Lora()).model_dump(mode="json")
+    finished = Finished(
+        step=10, steps=10, trained_tokens=100, seconds=start + 100,
+        spent={"prepare": Spent(seconds=start, units=1), "step": Spent(seconds=100, units=10)},
+        step_times=StepTimes(steps=9, seconds=90, tokens=90, tokens_squared=900, seconds_tokens=900),
+    )  # fmt: skip
+    said = finished.model_dump(mode="json", include={"spent", "step_times", "steps", "trained_tokens"})
+    said |= {"trainer_seconds": finished.seconds, "around": 0}
+    job.actual = {"device": device, "gpus": 0 if device == "CPU" else 1, "kept": said if kept else None}
+    session.flush()
+    return job
+
+
+def quote_of(session: Session, job: Job, technique: Technique | None = None, **counted: Any) -> Quote:
+    counts = Counts(**{"examples": 20, "tokens": 200, "source": "rows", **counted})
+    plan = rows.plan(technique=technique or Lora(), keep_checkpoints=0)
+    found = quoting.of_plan(session, job, plan, counts, SETTINGS, devices=leases.devices(session))
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def owner(session: Session) -> Project:
+    return rows.project(session)
+
+
+def test_a_run_on_the_same_base_and_device_says_how_long(session: Session, owner: Project) -> None:
+    show(session)
+    base = rows.base(session)
+    job = rows.job(session, owner, base_model=base.id)
+    assert quote_of(session, job).speed_from == "estimated"
+    earlier = ended(session, owner, base)
+    found = quote_of(session, job)
+    assert (found.speed_from, found.measured, found.device) == ("same", [earlier.id], "CPU")
+    assert found.seconds.expected == pytest.approx(10 + 200)
+    assert found.cost is not None
+    assert found.cost.expected == pytest.approx(210 * 3.6 / 3600, abs=1e-3)
+
+
+def test_the_nearest_run_is_taken_where_there_is_none_like_it(session: Session, owner: Project) -> None:
+    show(session)
+    small, larger = rows.base(session), rows.base(session, facts=LARGER)
+    job = rows.job(session, owner, base_model=larger.id)
+    of_other = ended(session, owner, small)
+    found = quote_of(session, job)
+    assert (found.speed_from, found.measured) == ("other_base", [of_other.id])
+    assert found.parts["training"] > 400  # ten times the layers
+    of_technique = ended(session, owner, larger, technique=Full())
+    assert (quote_of(session, job).speed_from, quote_of(session, job).measured) == (
+        "other_technique",
+        [of_technique.id],
+    )
+    assert quote_of(session, job, Full()).speed_from == "same"
+
+
+@pytest.mark.parametrize("what", [{"device": "NVIDIA H200"}, {"kept": False}])
+def test_runs_on_other_devices_and_broken_ones_say_nothing(
+    session: Session, owner: Project, what: dict[str, Any]
+) -> None:
+    show(session)
+    base = rows.base(session)
+    ended(session, owner, base, **what)
+    assert quote_of(session, rows.job(session, owner, base_model=base.id)).speed_from == "estimated"
+
+
+def test_another_projects_run_counts_and_is_not_named(session: Session, owner: Project) -> None:
+    show(session)
+    mine, theirs = rows.base(session), rows.base(session, facts=LARGER)
+    foreign = ended(session, rows.project(session), theirs)
+    found = quote_of(session, rows.job(session, owner, base_model=mine.id))
+    assert (found.speed_from, found.measured) == ("other_base", [])
+    assert "a base of 0.0015B parameters" in found.basis
+    said = found.model_dump_json()
+    assert foreign.id not in said
+    assert theirs.id not in said
+
+
+def test_the_smallest_card_that_will_do_is_quoted(session: Session, owner: Project) -> None:
+    job = rows.job(session, owner)
+    assert quote_of(session, job).device == "T4"  # no worker has come: the table's smallest
+    show(session)
+    assert quote_of(session, job).device == "CPU"
+    show(session, "NVIDIA H200", index=0, gib=140)
+    show(session, "NVIDIA L4", index=1, gib=22)
+    show(session, "Tesla T4", index=2, gib=0)  # not enough
+    assert quote_of(session, job).device == "NVIDIA L4"
+
+
+def test_tokens_come_of_the_report_or_of_the_bytes(session: Session, owner: Project) -> None:
+    show(session)
+    job = rows.job(session, owner, training_file=rows.file(session, owner, bytes=24_000, sha256="c" * 64).id)
+    guessed = quoting.first(session, job, SETTINGS)
+    assert guessed is not None
+    assert (guessed.tokens_from, guessed.tokens) == ("bytes", 6000 * 3)
+
+    def report(base: str, summary: dict[str, Any]) -> None:
+        values = {"project_id": owner.id, "sha256": "c" * 64, "version": 3, "status": "ready", "base": base}
+        session.add(FileReport(id=f"report-{base}", summary=summary, **values))
+        session.flush()
+
+    report("", {"examples": 1000})
+    few = quoting.first(session, job, SETTINGS)
+    assert few is not None
+    assert (few.tokens_from, few.tokens) == ("bytes", 6000 * 3)
+    report(job.base_model, {"examples": 1000, "tokens": {"rows": 500, "total": 4000}})
+    counted = quoting.first(session, job, SETTINGS)
+    assert counted is not None
+    assert (counted.tokens_from, counted.tokens) == ("report", 8000 * 3)
+    quoting.keep_first(session, job, SETTINGS)
+    assert (job.quote or {})["tokens"] == 8000 * 3
+    job.plan = rows.plan().model_dump(mode="json")
+    quoting.requote(session, job, Counts(20, 200, "rows"), SETTINGS)
+    assert job.quote is not None
+    assert (job.quote["tokens"], job.quote["at_creation"]) == (200, counted.seconds.model_dump())
+
+
+def test_a_base_of_unknown_sizes_has_no_quote(session: Session, owner: Project) -> None:
+    job = rows.job(session, owner, base_model=rows.base(session, facts={}).id)
+    assert quoting.first(session, job, SETTINGS) is None
+    quoting.keep_first(session, job, SETTINGS)
+    assert job.quote is None
+
+
+def test_a_claim_expects_the_quotes_end_less_what_is_done(session: Session, owner: Project) -> None:
+    show(session)
+    base = rows.base(session)
+    ended(session, owner, base)
+    job = rows.job(session, owner, State.QUEUED, base_model=base.id)
+    assert quoting.expected_finish(session, job) is None
+    job.quote = quote_of(session, job).model_dump(mode="json")
+    assert rows.claim(session) is not None
+    session.refresh(job)
+    assert job.estimated_finish is not None
+    assert job.estimated_finish - datetime.now(UTC) == pytest.approx(timedelta(seconds=210), abs=timedelta(seconds=20))
+    job.total_steps, job.snapshot_step = 10, 5
+    resumed = quoting.expected_finish(session, job)
+    assert resumed is not None
+    assert resumed - datetime.now(UTC) == pytest.approx(timedelta(seconds=110), abs=timedelta(seconds=20))
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_end_keeps_what_the_next_quotes_are_made_of(session: Session, owner: Project, interrupted: bool) -> None:
+    base = rows.base(session)
+    job = rows.job(session, owner, State.QUEUED, base_model=base.id)
+    job.quote = quote_of(session, job).model_copy(update={"device": "CPU"}).model_dump(mode="json")
+    lease = rows.claim(session)
+    assert lease is not None
+    session.refresh(job)
+    attempt = session.get_one(Attempt, lease.attempt_id)
+    attempt.started_at = datetime.now(UTC) - timedelta(seconds=100)
+    if interrupted:
+        began = attempt.started_at - timedelta(seconds=80)
+        before = Attempt(job_id=job.id, number=0, host="h", slot="s", gpu_indexes=[], outcome="crashed")
+        before.started_at, before.ended_at = began, began + timedelta(seconds=50)
+        session.add(before)
+    session.flush()
+    finished = Finished(step=9, steps=9, trained_tokens=90, seconds=80, spent={"step": Spent(seconds=60, units=9)})
+    actual = quoting.conclude(session, job, lease, finished, SETTINGS)
+    assert actual.seconds == pytest.approx(150 if interrupted else 100, abs=20)
+    assert actual.cost == pytest.approx(actual.seconds / 1000, abs=1e-3)
+    kept = (job.actual or {})["kept"]
+    assert (kept is None) is interrupted
+    if not interrupted:
+        assert kept["around"] == pytest.approx(actual.seconds - 80, abs=0.2)
