@@ -19,6 +19,8 @@ from sqlalchemy.orm import Session
 from standardwebhooks.webhooks import Webhook
 
 from tunery import db
+from tunery.baselines import ledger as ledger_of_baselines
+from tunery.baselines.order import Order
 from tunery.datasets import reports
 from tunery.jobs import ledger
 from tunery.jobs.model import Job, JobEvent
@@ -69,6 +71,23 @@ def test_a_read_file_goes_to_its_project_alone(
     event = client.webhooks.unwrap(received.body, received.headers)
     told = {"status": "ready", "rows": 3, "findings": 2, "trainable": True}
     assert (event.type, event.data.id, event.data.report) == ("file.processed", file.id, told)
+    assert outbox.deliver_due(allowing) == 0, "an event is sent once"
+
+
+def test_an_ended_baseline_goes_to_its_project_once(
+    allowing: Settings, session: Session, project: Project, endpoint: WebhookEndpoint, receiver: Receiver
+) -> None:
+    base, file = rows.base(session), rows.file(session, project)
+    made = [ledger_of_baselines.request(session, project.id, base, file, None, Order()) for _ in range(2)]
+    session.commit()
+    assert outbox.deliver_due(allowing) == 0, "neither has ended"
+    ledger_of_baselines.cancel(session, project.id, made[0].id)
+    session.commit()
+    assert outbox.deliver_due(allowing) == 1
+    (received,) = receiver.received
+    Webhook(endpoint.secret).verify(received.body, received.headers)
+    event = json.loads(received.body)
+    assert (event["type"], event["data"]) == ("fine_tuning.baseline.cancelled", {"id": made[0].id})
     assert outbox.deliver_due(allowing) == 0, "an event is sent once"
 
 

@@ -171,6 +171,7 @@ def _end(
     baseline.progress = 1.0 if status == SUCCEEDED else baseline.progress
     baseline.finished_at = func.clock_timestamp()
     session.flush()
+    dispatch.nudge_after_commit(session, dispatch.IO)
     session.refresh(baseline)
 
 

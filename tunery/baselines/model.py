@@ -13,7 +13,8 @@ class Baseline(Base):
     """One measurement. The row is the queue. `order`: as asked for (see `ledger.Order`), without any key.
 
     `result`: the scores of each model, once they are measured. `tries` counts the workers that began it.
-    `external_key`: the key of the external endpoint, encrypted; it goes when the baseline ends.
+    `external_key`: the key of the external endpoint, encrypted; it goes when the baseline ends. `fanned_out`: the
+    webhooks' outbox has seen its end.
     """
 
     __tablename__ = "baselines"
@@ -22,6 +23,7 @@ class Baseline(Base):
         CheckConstraint("(status IN ('queued', 'running')) = (finished_at IS NULL)", name="ended_is_finished"),
         CheckConstraint("finished_at IS NULL OR external_key IS NULL", name="ended_has_no_key"),
         Index("ix_baselines_project_created", "project_id", "created_at", "id"),
+        Index("ix_baselines_outbox", "finished_at", postgresql_where="finished_at IS NOT NULL AND NOT fanned_out"),
         Index("ix_baselines_waiting", "created_at", postgresql_where="status IN ('queued', 'running')"),
     )
 
@@ -39,6 +41,7 @@ class Baseline(Base):
     error: Mapped[str | None]
     created_at: Mapped[datetime] = creation_time()
     finished_at: Mapped[datetime | None]
+    fanned_out: Mapped[bool] = mapped_column(default=False, server_default="false")
 
     @property
     def prefix(self) -> str:

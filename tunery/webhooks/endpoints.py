@@ -13,7 +13,7 @@ from tunery.settings import Settings
 from tunery.webhooks import messages, signing
 from tunery.webhooks.addresses import Network, Resolver, check, resolve
 from tunery.webhooks.errors import ReceiverSilent
-from tunery.webhooks.messages import EVENT_TYPES, FILE_TYPES, Message
+from tunery.webhooks.messages import BASELINE_TYPES, EVENT_TYPES, FILE_TYPES, JOB_TYPES, Message
 from tunery.webhooks.model import WebhookEndpoint
 
 OVERLAP = timedelta(hours=24)
@@ -128,7 +128,8 @@ def sample(session: Session, project_id: str, endpoint_id: str, event_type: str)
     endpoint = retrieve(session, project_id, endpoint_id)
     if event_type not in EVENT_TYPES:
         raise _unknown_type(event_type, "event_type")
-    about = (ids.FILE if event_type in FILE_TYPES else ids.JOB) + "test"
+    kinds = {FILE_TYPES: ids.FILE, JOB_TYPES: ids.JOB, BASELINE_TYPES: ids.BASELINE}
+    about = next(prefix for types, prefix in kinds.items() if event_type in types) + "test"
     body = messages.encode(ids.new(ids.WEBHOOK_EVENT), event_type, datetime.now(UTC), about)
     return Message(ids.new(ids.WEBHOOK_DELIVERY), endpoint.url, secrets_of(endpoint, db.now(session)), body)
 

@@ -17,7 +17,12 @@ from tunery.webhooks.posting import Answer
 
 JOB_TYPES = ("fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled")
 FILE_TYPES = ("file.processed", "file.failed")
-EVENT_TYPES = JOB_TYPES + FILE_TYPES
+BASELINE_TYPES = (
+    "fine_tuning.baseline.succeeded",
+    "fine_tuning.baseline.failed",
+    "fine_tuning.baseline.cancelled",
+)
+EVENT_TYPES = JOB_TYPES + FILE_TYPES + BASELINE_TYPES
 _AGENT = "Tunery/1.0 (webhooks)"
 
 
@@ -41,9 +46,14 @@ def file_event_type(outcome: str) -> str:
     return f"file.{outcome}"
 
 
+def baseline_event_type(status: str) -> str:
+    """The event of a baseline's end: `succeeded` -> `fine_tuning.baseline.succeeded`."""
+    return f"fine_tuning.baseline.{status}"
+
+
 def event_id(own_id: str) -> str:
     """The body's event id, made from the stored event's own, so that it is the same whenever it is built."""
-    return ids.WEBHOOK_EVENT + own_id.removeprefix(ids.EVENT).removeprefix(ids.FILE_EVENT)
+    return ids.WEBHOOK_EVENT + own_id.removeprefix(ids.EVENT).removeprefix(ids.FILE_EVENT).removeprefix(ids.BASELINE)
 
 
 def encode(

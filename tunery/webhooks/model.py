@@ -49,7 +49,8 @@ class Delivery(Base):
     __table_args__ = (
         UniqueConstraint("event_id", "endpoint_id"),
         UniqueConstraint("file_event_id", "endpoint_id"),
-        CheckConstraint("num_nonnulls(event_id, file_event_id) = 1", name="one_event"),
+        UniqueConstraint("baseline_id", "endpoint_id"),
+        CheckConstraint("num_nonnulls(event_id, file_event_id, baseline_id) = 1", name="one_event"),
         CheckConstraint("state IN ('pending', 'delivered', 'failed')", name="state"),
         CheckConstraint("(state = 'pending') = (next_try_at IS NOT NULL)", name="pending_has_next_try"),
         CheckConstraint("(state = 'pending') = (finished_at IS NULL)", name="finished_has_time"),
@@ -60,6 +61,7 @@ class Delivery(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     event_id: Mapped[str | None] = mapped_column(ForeignKey("job_events.id"))
     file_event_id: Mapped[str | None] = mapped_column(ForeignKey("file_events.id"))
+    baseline_id: Mapped[str | None] = mapped_column(ForeignKey("baselines.id"))
     endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id"))
     state: Mapped[str] = mapped_column(default="pending")
     tries: Mapped[int] = mapped_column(default=0)

@@ -1,5 +1,5 @@
-"""From a job's end, or a file's report, to its receivers: `job_events` and `file_events` are the outbox, a delivery is
-one event owed to one endpoint.
+"""From a job's end, a file's report or a baseline's end to its receivers: `job_events`, `file_events` and ended
+`baselines` are the outbox, a delivery is one event owed to one endpoint.
 
 At least once, in no order. A sender that dies after its POST leaves the delivery claimed; when the claim runs out the
 message goes again under the same `webhook-id`, by which receivers tell doubles.
@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from sqlalchemy import Select, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, aliased
 
 from tunery import db, ids
+from tunery.baselines.model import Baseline
 from tunery.datasets.model import File, FileEvent
 from tunery.jobs.model import Job, JobEvent
 from tunery.settings import Settings
@@ -28,7 +29,8 @@ from tunery.webhooks.messages import Message
 from tunery.webhooks.model import Delivery, DeliveryTry, WebhookEndpoint
 from tunery.webhooks.posting import Answer
 
-Event = JobEvent | FileEvent
+Event = JobEvent | FileEvent | Baseline
+"""A baseline ends once, so its row is the event."""
 Transaction = Callable[[], AbstractContextManager[Session]]
 
 DELAYS = (0, 5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
@@ -43,14 +45,16 @@ _GONE = 410
 
 
 def fan_out(session: Session) -> int:
-    """Turn events of ended jobs and read files into deliveries for the endpoints that asked for them. Returns how many.
+    """Turn ends of jobs and baselines, and read files, into deliveries for the endpoints that asked; how many.
 
     Safe to run anywhere at any time: an event is taken by one caller, and (event, endpoint) is unique besides.
     """
     jobs = select(JobEvent).where(JobEvent.outcome.is_not(None), ~JobEvent.fanned_out).order_by(JobEvent.seq)
     files = select(FileEvent).where(~FileEvent.fanned_out).order_by(FileEvent.seq)
+    ended = Baseline.finished_at.is_not(None)
+    baselines = select(Baseline).where(ended, ~Baseline.fanned_out).order_by(Baseline.finished_at)
     events: list[Event] = []
-    for query in (jobs, files):
+    for query in (jobs, files, baselines):
         events += session.scalars(query.limit(_EVENTS).with_for_update(skip_locked=True)).all()
     owed = [row for event in events for row in _owed(session, event)]
     made = 0
@@ -64,10 +68,19 @@ def fan_out(session: Session) -> int:
 
 
 def _type(event: Event) -> str:
+    if isinstance(event, Baseline):
+        return messages.baseline_event_type(event.status)
     return (messages.file_event_type if isinstance(event, FileEvent) else messages.event_type)(event.outcome or "")
 
 
+def _at(event: Event) -> datetime:
+    """When it happened."""
+    return (event.finished_at or event.created_at) if isinstance(event, Baseline) else event.created_at
+
+
 def _project(event: Event) -> Select[str]:
+    if isinstance(event, Baseline):
+        return select(Baseline.project_id).where(Baseline.id == event.id)
     if isinstance(event, FileEvent):
         return select(File.project_id).where(File.id == event.file_id)
     return select(Job.project_id).where(Job.id == event.job_id)
@@ -77,16 +90,17 @@ def _owed(session: Session, event: Event) -> list[dict[str, object]]:
     receivers = session.scalars(
         select(WebhookEndpoint.id)
         .where(WebhookEndpoint.project_id == _project(event).scalar_subquery())
-        .where(WebhookEndpoint.created_at <= event.created_at)
+        .where(WebhookEndpoint.created_at <= _at(event))
         .where(WebhookEndpoint.deleted_at.is_(None), WebhookEndpoint.disabled_at.is_(None))
         .where(WebhookEndpoint.event_types.contains([_type(event)]))
     )
-    is_file = isinstance(event, FileEvent)
+    column = {JobEvent: "event_id", FileEvent: "file_event_id", Baseline: "baseline_id"}[type(event)]
+    none = dict.fromkeys(("event_id", "file_event_id", "baseline_id"))
     return [
         {
             "id": ids.new(ids.WEBHOOK_DELIVERY),
-            "event_id": None if is_file else event.id,
-            "file_event_id": event.id if is_file else None,
+            **none,
+            column: event.id,
             "endpoint_id": receiver,
             "state": "pending",
             "tries": 0,
@@ -164,10 +178,11 @@ def _due(session: Session, most: int) -> Sequence[tuple[Delivery, WebhookEndpoin
         .scalar_subquery()
     )
     rows = session.execute(
-        select(Delivery, WebhookEndpoint, JobEvent, FileEvent)
+        select(Delivery, WebhookEndpoint, JobEvent, FileEvent, Baseline)
         .join(WebhookEndpoint, WebhookEndpoint.id == Delivery.endpoint_id)
         .outerjoin(JobEvent, JobEvent.id == Delivery.event_id)
         .outerjoin(FileEvent, FileEvent.id == Delivery.file_event_id)
+        .outerjoin(Baseline, Baseline.id == Delivery.baseline_id)
         .where(Delivery.state == "pending", Delivery.next_try_at <= now)
         .where(Delivery.claimed_until.is_(None) | (Delivery.claimed_until <= now))
         .where(on_their_way < PER_ENDPOINT)
@@ -175,7 +190,7 @@ def _due(session: Session, most: int) -> Sequence[tuple[Delivery, WebhookEndpoin
         .limit(most)
         .with_for_update(skip_locked=True, of=Delivery)
     )
-    return [(row.Delivery, row.WebhookEndpoint, row.JobEvent or row.FileEvent) for row in rows]
+    return [(row.Delivery, row.WebhookEndpoint, row.JobEvent or row.FileEvent or row.Baseline) for row in rows]
 
 
 def _begin(session: Session, delivery: Delivery, endpoint: WebhookEndpoint, event: Event) -> _Claim:
@@ -188,7 +203,9 @@ def _begin(session: Session, delivery: Delivery, endpoint: WebhookEndpoint, even
 
 
 def _body(session: Session, event: Event) -> bytes:
-    named = (messages.event_id(event.id), _type(event), event.created_at)
+    named = (messages.event_id(event.id), _type(event), _at(event))
+    if isinstance(event, Baseline):
+        return messages.encode(*named, event.id)
     if isinstance(event, FileEvent):
         return messages.encode(*named, event.file_id, report=event.data)
     # Not what the job's owner does later: a repeated try has to say the same.
