@@ -8,9 +8,10 @@ from fastapi.responses import HTMLResponse, Response
 from sqlalchemy.orm import Session
 
 from api.bodies import JsonRoute
-from api.dependencies import CallerDep, SessionDep, SettingsDep
+from api.dependencies import CallerDep, SessionDep, SettingsDep, StorageDep
 from api.schemas import advice as wire
 from api.schemas.wire import errors
+from tunery.artifacts import rates
 from tunery.baselines import ledger, table, verdict
 from tunery.baselines.model import Baseline
 from tunery.baselines.order import Order
@@ -30,6 +31,7 @@ from tunery.planning.recommendation import Aim
 from tunery.planning.serving_quote import ServingQuote
 from tunery.settings import Settings
 from tunery.spec import Lora
+from tunery.storage import Storage
 
 router = APIRouter(tags=["Fine-tuning jobs"], route_class=JsonRoute)
 
@@ -46,7 +48,7 @@ class _Given:
 
 @router.post("/v1/fine_tuning/advice", summary="Ask whether to fine-tune", responses=errors(404))
 def give_advice(
-    body: wire.AskAdvice, session: SessionDep, caller: CallerDep, settings: SettingsDep
+    body: wire.AskAdvice, session: SessionDep, caller: CallerDep, settings: SettingsDep, storage: StorageDep
 ) -> wire.AdviceAnswer:
     """Counts the rows that are worth training on and says by written rules whether to prompt, to fine-tune or to
     retrieve, and with which settings. While `status` is `queued` or `running` the report is being made: ask again.
@@ -54,7 +56,7 @@ def give_advice(
     With a `baseline` it ends in what was measured, and where that has a target it stops at the cheapest thing that
     meets it.
     """
-    given = _advise(session, caller, settings, body)
+    given = _advise(session, caller, settings, storage, body)
     return wire.AdviceAnswer(
         **body.model_dump(include={"file", "model", "aim", "validation_file", "baseline"}),
         status=given.report.status,
@@ -78,6 +80,7 @@ def show_advice(
     session: SessionDep,
     caller: CallerDep,
     settings: SettingsDep,
+    storage: StorageDep,
     model: Annotated[str, Query(min_length=1, description="A base or fine-tuned model")],
     aim: Annotated[Aim, Query(description="What the model should learn")],
     validation_file: Annotated[str | None, Query(min_length=1, description="Held-out rows, which do not count")] = None,
@@ -85,14 +88,14 @@ def show_advice(
 ) -> HTMLResponse:
     """The advice as one page that needs nothing else. While the report is made, the page loads itself again."""
     asked = wire.AskAdvice(file=file_id, model=model, aim=aim, validation_file=validation_file, baseline=baseline)
-    given = _advise(session, caller, settings, asked)
+    given = _advise(session, caller, settings, storage, asked)
     state = {"status": given.report.status, "progress": given.report.progress, "error": given.report.error}
     measured = [verdict.cells(row) for row in given.rows]
     shown = advice_page.render(given.file.filename, aim, given.advice, state=state, measured=measured)
     return HTMLResponse(shown, headers=page.HEADERS)
 
 
-def _advise(session: Session, caller: Caller, settings: Settings, body: wire.AskAdvice) -> _Given:
+def _advise(session: Session, caller: Caller, settings: Settings, storage: Storage, body: wire.AskAdvice) -> _Given:
     """Raises NotFound, NoReport, WrongState, InvalidValue."""
     model = registry.find_ready(session, caller.project_id, body.model)
     check_technique(body.technique, model.facts)
@@ -102,8 +105,9 @@ def _advise(session: Session, caller: Caller, settings: Settings, body: wire.Ask
     report = _report(session, caller.project_id, file, body.validation_file)
     if report.status != reports.READY or report.summary is None:
         return _Given(file, report, None, rows)
+    base = model if model.base_id is None else session.get_one(Model, model.base_id)
     said = advisor.advise(
-        advisor.rows_of(report.summary),
+        advisor.rows_of(report.summary, rates.of_file(storage, base, file)),
         body.aim,
         facts=model.facts,
         technique=body.technique,

@@ -1,19 +1,22 @@
 """Fine-tuning jobs: what OpenAI's API has."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Header, Query, Request
 from sqlalchemy.orm import Session, object_session
 
 from api.bodies import JsonRoute
-from api.dependencies import CallerDep, SessionDep, SettingsDep
+from api.dependencies import CallerDep, SessionDep, SettingsDep, StorageDep
 from api.schemas import dry_runs, runs
 from api.schemas import jobs as wire
 from api.schemas.wire import CursorList, ListOf, errors
+from tunery.artifacts import rates
 from tunery.jobs import creation, dry_run, gate, ledger, queries, quoting, rerun, waiting
 from tunery.jobs.model import Job
 from tunery.settings import Settings
+from tunery.storage import Storage
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning jobs"], route_class=JsonRoute)
 
@@ -41,10 +44,11 @@ def _shown_all(session: Session, settings: Settings, jobs: Sequence[Job]) -> lis
     ]
 
 
-def _created(session: Session, settings: Settings, job: Job) -> dry_runs.DryRunJob | wire.Job:
+def _created(session: Session, settings: Settings, storage: Storage, job: Job) -> dry_runs.DryRunJob | wire.Job:
     """A new job, or what would be one: a dry run's job is in no session."""
     if object_session(job) is None:
-        return dry_runs.of(dry_run.judge(session, job, settings), organization=settings.organization)
+        found = dry_run.judge(session, job, settings, partial(rates.of_file, storage))
+        return dry_runs.of(found, organization=settings.organization)
     quoting.keep_first(session, job, settings)
     session.refresh(job)
     return _shown(session, settings, job)
@@ -56,6 +60,7 @@ def create_job(
     session: SessionDep,
     caller: CallerDep,
     settings: SettingsDep,
+    storage: StorageDep,
     idempotency_key: IdempotencyKey = None,
     x_stainless_retry_count: RetryCount = 0,
 ) -> dry_runs.DryRunJob | wire.Job:
@@ -67,7 +72,7 @@ def create_job(
     # Proxies and shells send a header whose variable was empty: that is no key, least of all one for all requests.
     key = idempotency_key or None
     job = creation.create(session, caller, body, idempotency_key=key, is_retry=x_stainless_retry_count > 0)
-    return _created(session, settings, job)
+    return _created(session, settings, storage, job)
 
 
 @router.get("", summary="List fine-tuning jobs", responses=errors(404))
@@ -121,6 +126,7 @@ def rerun_job(
     session: SessionDep,
     caller: CallerDep,
     settings: SettingsDep,
+    storage: StorageDep,
     body: wire.RerunJob | None = None,
     idempotency_key: IdempotencyKey = None,
     x_stainless_retry_count: RetryCount = 0,
@@ -132,7 +138,7 @@ def rerun_job(
     changes = {} if body is None else body.changes
     is_retry = x_stainless_retry_count > 0
     job = rerun.rerun(session, caller, job_id, changes, idempotency_key=idempotency_key or None, is_retry=is_retry)
-    return _created(session, settings, job)
+    return _created(session, settings, storage, job)
 
 
 @router.post("/{job_id}/publish", summary="Publish a model that its gate withholds", responses=errors(404))

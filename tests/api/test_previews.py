@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import rows
 from databases import Database
+from reported import finish
 from teams import LINE, Team
 from templates import CHATML, model_folder
 
@@ -51,6 +52,24 @@ def test_preview_marks_every_token(team: Team, base: str) -> None:
     [sequence] = made["rows"][0]["sequences"]
     trained = [token["text"] for token in sequence["tokens"] if token["state"] == "trained"]
     assert (trained, sequence["trained"]) == (["a", "<|im_end|>"], 2)
+
+
+def test_advice_and_a_dry_run_count_the_tokens_that_the_base_makes(
+    team: Team, base: str, database: Database, tmp_path: Path
+) -> None:
+    """As a job does: each answer here is one byte, of which the base makes a token, and learns the end with it."""
+    lines = "".join(LINE.replace('"a"', f'"{letter}"') for letter in "abcdefghijkl")
+    file = _upload(team, lines)
+    assert file
+    finish(database, tmp_path, lines.encode(), rows=12, left_out={}, answer_bytes=12)
+    asked = {"file": file, "model": base, "aim": "style"}
+    advice = team.http.post("/v1/fine_tuning/advice", json=asked).json()["advice"]
+    assert advice["rows"]["answer_tokens"] == 24
+    assert {card["verdict"] for card in advice["cards"]} == {"fits"}
+
+    body = {"model": base, "training_file": file, "technique": {"type": "lora", "r": 64}, "dry_run": True}
+    tried = team.http.post("/v1/fine_tuning/jobs", json=body).json()
+    assert any("the answers have about 24 tokens" in text for text in tried["warnings"]), tried["warnings"]
 
 
 def test_preview_follows_its_options(team: Team, base: str) -> None:

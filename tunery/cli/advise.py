@@ -17,9 +17,12 @@ from tunery.cli import report, show
 from tunery.cli.baseline import print_table
 from tunery.cli.options import AsJson, connect
 from tunery.cli.remote import Refused, Remote
+from tunery.datasets import token_rate
 from tunery.planning import advice_page, advisor, fitting
 from tunery.planning.advisor import Advice
 from tunery.planning.recommendation import HEADLINES, Aim, Choice
+from tunery.rows.errors import CannotRender
+from tunery.rows.template import ChatTemplate
 
 _POLL_SECONDS = 1.0
 _COLOURS: dict[Choice, str] = {"prompt": "yellow", "evaluate_both": "cyan", "fine_tune": "green", "retrieval": "red"}
@@ -68,7 +71,18 @@ def _here(path: Path, aim: Any, model: str | None, valid: str | None) -> Advice:
     """Raises ReportUnavailable."""
     facts = None if model is None else _facts(Path(model))
     said = report.make(path, valid, base=None, max_tokens=2048)
-    return advisor.advise(advisor.rows_of(said), aim, facts=facts, has_held_out=valid is not None)
+    rate = None if model is None else _rate(path, Path(model))
+    return advisor.advise(advisor.rows_of(said, rate), aim, facts=facts, has_held_out=valid is not None)
+
+
+def _rate(path: Path, folder: Path) -> float | None:
+    """Learned tokens for each byte of an answer; None where the folder has no tokenizer that can be read."""
+    try:
+        template = ChatTemplate.load(folder)
+    except CannotRender:
+        return None
+    with path.open("rb") as file:
+        return token_rate.measure(iter(lambda: file.read(2**16), b""), template)
 
 
 def _facts(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a job would be, without one: its request checked, planned and estimated. Nothing is stored."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -22,6 +22,13 @@ from tunery.planning.prices import Prices
 from tunery.planning.quote import Quote
 from tunery.spec import Plan, TrainingSpec
 
+RateOf = Callable[[Model, File], float | None]
+
+
+def no_rate(_base: Model, _file: File) -> float | None:
+    """Knows no tokenizer."""
+    return None
+
 
 @dataclass
 class DryRun:
@@ -41,13 +48,16 @@ class DryRun:
     warnings: list[str] = field(default_factory=list)
 
 
-def judge(session: Session, job: Job, prices: Prices) -> DryRun:
-    """What becomes of a job that is not stored. One that its validation would fail is failed, with the reason."""
+def judge(session: Session, job: Job, prices: Prices, rate_of: RateOf = no_rate) -> DryRun:
+    """What becomes of a job that is not stored. One that its validation would fail is failed, with the reason.
+
+    `rate_of`: learned tokens for each byte of a file's answers, by a base's tokenizer.
+    """
     job.created_at, job.state, job.step, job.progress = datetime.now(UTC), State.VALIDATING.value, 0, {}
     file = session.get_one(File, job.training_file)
     found = DryRun(job, reports.of_files(session, [file]).get(file.id))
     try:
-        _plan(session, found)
+        _plan(session, found, rate_of)
         found.quote = quoting.first(session, job, prices)
     except JobFailure as error:
         job.state = State.FAILED.value
@@ -55,10 +65,11 @@ def judge(session: Session, job: Job, prices: Prices) -> DryRun:
     return found
 
 
-def _plan(session: Session, found: DryRun) -> None:
+def _plan(session: Session, found: DryRun, rate_of: RateOf) -> None:
     """Raises DoesNotFit, InvalidNExamples."""
     spec = TrainingSpec.model_validate(found.job.spec)
-    facts, devices = session.get_one(Model, found.job.base_model).facts, leases.devices(session)
+    base, devices = session.get_one(Model, found.job.base_model), leases.devices(session)
+    facts = base.facts
     summary = found.report.summary if found.report and found.report.status == reports.READY else None
     examples = None if summary is None else summary["examples"]
     known: dict[str, Any] = {"examples": examples or 1, "longest_answer": None, "model": found.job.model_name}
@@ -72,10 +83,12 @@ def _plan(session: Session, found: DryRun) -> None:
             raise InvalidNExamples(param="training_file", role="Training", n=examples, least=LEAST_EXAMPLES)
         found.job.plan = plan.model_dump(mode="json")
         found.warnings += _of_rows(plan, facts, summary, asked_length=spec.max_seq_length)
+        tokens = advisor.rows_of(summary, rate_of(base, session.get_one(File, found.job.training_file))).answer_tokens
+        found.warnings += capacity.warnings(facts, plan.technique, tokens)
     found.warnings += placing.warnings(devices, gpus=plan.resources.gpus, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes)
 
 
 def _of_rows(plan: Plan, facts: Mapping[str, Any], summary: Mapping[str, Any], *, asked_length: int) -> list[str]:
     of_file = [f"Training file: {warning}" for warning in summary["warnings"]]
     of_plan = advice.warnings(plan, examples=summary["examples"], facts=facts, asked_length=asked_length)
-    return [*of_file, *of_plan, *capacity.warnings(facts, plan.technique, advisor.rows_of(summary).answer_tokens)]
+    return [*of_file, *of_plan]

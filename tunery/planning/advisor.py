@@ -34,14 +34,14 @@ class Advice(BaseModel):
     )
 
 
-def rows_of(said: Mapping[str, Any]) -> Rows:
-    """The rows that a report, or its summary, counts."""
+def rows_of(said: Mapping[str, Any], tokens_a_byte: float | None = None) -> Rows:
+    """The rows that a report, or its summary, counts. `tokens_a_byte`: of answers, by a base's tokenizer."""
     usable = said["usable"]
     return Rows(
         total=said["rows"],
         usable=usable["rows"],
         left_out=usable["left_out"],
-        answer_tokens=usable["answer_bytes"] // BYTES_A_TOKEN,
+        answer_tokens=round(usable["answer_bytes"] * (tokens_a_byte or 1 / BYTES_A_TOKEN)),
         refused=said.get("reason"),
     )
 

@@ -44,7 +44,9 @@ class Rows(_Model):
     total: int
     usable: int
     left_out: dict[str, int] = Field(description="Rows that do not count, by kind of finding")
-    answer_tokens: int = Field(description="Tokens of the usable rows' answers, about: four bytes each")
+    answer_tokens: int = Field(
+        description="Tokens of the usable rows' answers: the base's own, or one for four bytes where it is not known"
+    )
     refused: str | None = Field(None, description="Why no job can take the file as it is")
 
 

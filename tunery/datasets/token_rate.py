@@ -1,0 +1,46 @@
+"""How many tokens a base's own tokenizer makes of a file's answers, from the file's first rows."""
+
+import logging
+from collections.abc import Iterable
+from itertools import islice
+
+from tunery.datasets.report.rows import of_example
+from tunery.datasets.report.verdict import ANY_METHOD
+from tunery.failures import InvalidTrainingFile
+from tunery.rows import readers
+from tunery.rows.errors import InvalidRows
+from tunery.rows.shapes import FileShape
+from tunery.rows.template import ChatTemplate
+
+log = logging.getLogger(__name__)
+
+ROWS, CHARACTERS = 64, 2**17
+"""The most that is read of a file: a second's work at the worst."""
+_UNCUT = 2**24
+
+
+def measure(chunks: Iterable[bytes], template: ChatTemplate) -> float | None:
+    """Learned tokens for each byte of an answer, stop tokens among them; None where no row can be read."""
+    try:
+        return _measure(chunks, template)
+    except InvalidRows as error:
+        log.info("no tokens are counted: %s", error.message)
+        return None
+
+
+def _measure(chunks: Iterable[bytes], template: ChatTemplate) -> float | None:
+    shape, tokens, size, left = FileShape(), 0, 0, CHARACTERS
+    for source in islice(readers.read(chunks), ROWS):
+        try:
+            example = ANY_METHOD.parse(source._replace(shape=shape), "training")
+            row = of_example(source.number, example)
+            left -= row.size
+            if left < 0 and size:
+                break
+            encoded = ANY_METHOD.encode(template, example, source.number, max_length=_UNCUT, role="training")
+        except InvalidTrainingFile:  # the report names it
+            continue
+        tokens += encoded.trained_tokens
+        answers = (turn.text for turn in row.turns if turn.role == "assistant")
+        size += sum(len(answer.encode("utf-8", "surrogatepass")) for answer in answers)
+    return tokens / size if tokens and size else None
