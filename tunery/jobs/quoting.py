@@ -82,7 +82,7 @@ def of_plan(
     if device is None:
         return None
     work = workload.of_job(plan, facts, counts, "cpu" if device == "CPU" else "cuda")
-    return quote.make(work, device, _records(session, job, device), prices)
+    return quote.make(work, device, records(session, job, device), prices)
 
 
 def serving(
@@ -189,7 +189,7 @@ def _kept(finished: Finished, seconds: float) -> dict[str, Any]:
     return said | {"trainer_seconds": finished.seconds, "around": max(0.0, seconds - finished.seconds)}
 
 
-def _records(session: Session, job: Job, device: str) -> list[Record]:
+def records(session: Session, job: Job, device: str) -> list[Record]:
     """Runs that ended on this kind of device, newest first: those on the job's base, then those on others."""
     of_base = Job.base_model == job.base_model
     found = [*_ended(session, device, of_base), *_ended(session, device, ~of_base)]

@@ -1,0 +1,1 @@
+"""A plug-in under which trainers measure processor seconds: what a run costs, whatever else the machine does."""

@@ -1,0 +1,9 @@
+"""Gives the trainer's modules that measure a run the process's own clock, of all its threads."""
+
+import time
+from types import SimpleNamespace
+
+from worker.trainer import loop, pace, run
+
+for module in (loop, pace, run):
+    vars(module)["time"] = SimpleNamespace(monotonic=time.process_time)
