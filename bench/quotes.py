@@ -3,7 +3,7 @@
 SmolLM2, or a random model of a shape of make_model's, is trained on a CPU through the API and real workers. The first
 job's run calibrates; the others have other numbers of rows, epochs, batches and held-out rows. The trainers measure the
 seconds of the processor instead of the clock's (`bench.cpu_clock`), which other work on the machine stretches: compared
-is what the trainer does, from its spec to its artifact, without imports and upload. The clock's seconds stand beside it.
+is what the trainer does, from its spec to its artifact, without imports and upload. The clock's seconds are shown too.
 """
 
 import itertools
