@@ -3,8 +3,8 @@
 
 BASE: a folder with SmolLM2's tokenizer.json and chat template. The rows are chats of some 1,200 bytes, no user text
 twice, made of the examples' words. Each part runs in a process of its own: the validation of a job, the trainer's own
-reading, a comparison of every row's ids with those of `tokenizers`, and with PYTHON, which has the package `datasets`,
-its `map(batched=True, num_proc=2)` doing the tokenisation of the rendered texts alone.
+reading, a comparison of every row's ids with those of `tokenizers`, the stages one by one, and with PYTHON, which has
+the package `datasets`, its `map(batched=True, num_proc=2)` doing the tokenisation of the rendered texts alone.
 """
 
 import argparse
@@ -17,7 +17,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,14 @@ import psutil
 from tokenizers import Tokenizer
 
 from bench import service
-from tunery.datasets.rules import check_examples
-from tunery.rows.bulk import encode_rows
-from tunery.rows.encoding import CHATS
+from tunery.datasets.rules import _judge, check_examples
+from tunery.rows import dialect
+from tunery.rows.bulk import Judged, encode_rows
+from tunery.rows.encoding import CHATS, read_rows
+from tunery.rows.messages import Example
+from tunery.rows.shapes import FileShape
 from tunery.rows.template import ChatTemplate
+from tunery.rows.turns import trained_turns, views_of
 
 GOALS = {"rows_a_second": 9000, "validation_mib": 600, "trainer_mib": 1024}
 _CHUNK_BYTES = 2**20
@@ -109,10 +117,53 @@ def compare(path: Path, base: Path) -> dict[str, Any]:
     return {"rows": rows, "unequal": unequal}
 
 
+def stages(path: Path, base: Path) -> dict[str, Any]:
+    """Microseconds of processor time a row, one stage after the other in this process, of the first rows; the least of
+    three times. The renderer's part is here too, which has processes of its own otherwise."""
+    template = ChatTemplate.load(base)
+    template.hasten()
+    lines = list(islice(chunks(path), 24))
+    sources = list(read_rows(lines[:-1], "training", FileShape()))[:-1]  # the last is cut off
+    found = {"read": _time(sources, lambda: list(read_rows(lines[:-1], "training", FileShape())))}
+    examples = [CHATS.parse(source, "training") for source in sources]
+    found["parse"] = _time(sources, lambda: [CHATS.parse(source, "training") for source in sources])
+    groups = [examples[at : at + 128] for at in range(0, len(examples), 128)]
+    prepared = [template.render_ahead(group) for group in groups]
+    found["ask for texts"] = _time(sources, lambda: [template.render_ahead(group) for group in groups])
+    encode = partial(CHATS.encode, line_number=1, max_length=_MAX_LENGTH, role="training")
+    pairs = [(ahead, example) for ahead, group in zip(prepared, groups, strict=True) for example in group]
+    found["tokenise"] = _time(sources, lambda: deque((encode(ahead, example) for ahead, example in pairs), maxlen=0))
+    judged = [Judged(1, example, encode(ahead, example)) for ahead, example in pairs]
+    found["sum up"] = _time(sources, lambda: _judge(None, "training", 0, False, iter(judged)))
+    found["render"] = _time(sources, lambda: _render(base, examples))
+    return {"rows": len(sources), "us_a_row": found}
+
+
+def _time(rows: list[Any], work: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(3):
+        began = time.process_time()
+        work()
+        taken.append(time.process_time() - began)
+    return round(min(taken) / len(rows) * 1e6, 1)
+
+
+def _render(base: Path, examples: list[Example]) -> None:
+    """What the renderer's process does."""
+    environment, now = dialect.Environment(), datetime(2026, 1, 1, tzinfo=UTC)
+    template = environment.from_string((base / "chat_template.jinja").read_text())
+    for example in examples:
+        messages = [message.for_template() for message in example.messages]
+        for count, prompting in views_of(trained_turns(example), len(messages)):
+            variables = {"messages": messages[:count], "tools": None, "add_generation_prompt": prompting}
+            environment.render(template, variables, now)
+
+
 PARTS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "validation": validate,
     "trainer": prepare,
     "comparison": compare,
+    "stages": stages,
 }
 
 
@@ -161,6 +212,8 @@ def measure(part: str, path: Path, base: Path) -> dict[str, Any]:
     with Watch() as watch:
         found = PARTS[part](path, base)
         seconds = time.monotonic() - began
+    if part == "stages":
+        return found | {"load_before": round(load, 1)}
     times = {"seconds": round(seconds, 1), "cpu_seconds": round(watch.seconds, 1), "load_before": round(load, 1)}
     return {**found, **times, "rows_a_second": round(found["rows"] / seconds), "peak_mib": watch.peak // 2**20}
 

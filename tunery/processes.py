@@ -148,6 +148,12 @@ def lock(file: IO[str] | int, *, shared: bool = False) -> bool:
     return True
 
 
+def return_memory() -> None:
+    """Returns freed memory to the system, which glibc keeps for this process to ask for again."""
+    with suppress(AttributeError):  # another C library
+        getattr(_LIBC, "malloc_trim")(0)  # noqa: B009  ctypes looks it up
+
+
 def free_port() -> int:
     """Returns a port of 127.0.0.1 that nobody held a moment ago."""
     with socket.socket() as probe:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from run_folders import chat, lay_out, plan, steps_of
 
-from tunery.rows import bulk, encoding, template_files
+from tunery.rows import bulk, encoding, fingerprint, template_files
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Columns, Dpo, Supervised
 from worker.trainer import data, prepared
@@ -126,7 +126,7 @@ def test_all_that_decides_about_tokens_is_in_the_name(
         key(path, template, find(Supervised(), "training", None, "drop")),
         key(path, template, find(Supervised(loss_on="all"), "training", None, "drop")),
     ]
-    monkeypatch.setattr(prepared, "_code", lambda: "another release")
+    monkeypatch.setattr(fingerprint, "_code", lambda module: "another release")
     names.append(key(path, template))
     assert None not in names
     assert len(set(names)) == len(names)

@@ -20,6 +20,7 @@ from workshop import FACTS, Workshop, training_rows
 from tunery import db
 from tunery.artifacts import manifest
 from tunery.artifacts import model as artifacts
+from tunery.datasets import rules
 from tunery.datasets.model import File, Upload
 from tunery.failures import InvalidTrainingFile
 from tunery.jobs import leases, ledger
@@ -32,7 +33,7 @@ from tunery.planning.precision import decide
 from tunery.spec import Export, Lora
 from tunery.storage import Directory
 from tunery.storage.errors import StorageFailed
-from worker.io import checks, conversion, files, validation
+from worker.io import checks, conversion, files, validation, verdicts
 from worker.io import exports as io_exports
 from worker.io.checks import Case, Findings
 from worker.io.claims import only_here
@@ -153,6 +154,41 @@ def test_each_file_is_read_once_though_all_are_compared(workshop: Workshop, tmp_
         "The validation file's figures will flatter the model. It shares 1 example",
         "The test file's figures will flatter the model. It shares 2 example(s) wi",
     ]
+
+
+def test_a_second_job_on_the_same_files_reads_no_row_and_is_told_the_same(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = json.dumps({**chat(3), "seen": "twice"}).encode() + b"\n"
+    more += json.dumps(chat(4)).replace("the", "<|im_end|>").encode() + b"\n"
+    ids = [workshop.file(training_rows(12, first) + more) for first in (0, 11, 10)]
+    readings: list[str] = []
+    usual = rules.digest_rows
+
+    def counted(chunks: Any, reading: Any, *others: Any) -> Any:
+        readings.append(reading.role)
+        return usual(chunks, reading, *others)
+
+    monkeypatch.setattr(rules, "digest_rows", counted)
+    told, plans, read = [], [], []
+    for damage in (False, False, True):
+        if damage:
+            for entry in (workshop.settings.models_dir / verdicts.NAME).iterdir():
+                entry.write_bytes(entry.read_bytes().replace(b'"examples": 14', b'"examples": 15'))
+        job_id = workshop.submit(*ids, evaluation={"task_rows": 4})
+        assert _validate(workshop)
+        told.append(workshop.story(job_id)[1:])
+        plans.append(workshop.job(job_id).plan)
+        read.append(len(readings))
+    workshop.submit(*ids, max_seq_length=100)
+    workshop.submit(ids[0])
+    assert _validate(workshop)
+    assert _validate(workshop)
+    assert [*read, len(readings)] == [3, 3, 6, 10], "what is damaged is read again, and where anything else decides"
+    assert told[0] == told[1] == told[2]
+    assert any("shares" in line for line in told[0])
+    assert any("keys that are not read" in line for line in told[0])
+    assert plans[0] == plans[1] == plans[2]
 
 
 def test_a_check_is_added_by_its_place_in_the_list(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

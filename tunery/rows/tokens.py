@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from tunery import processes
 from tunery.rows.errors import CannotRender
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Tokens:
                 from tunery.rows import tiktoken_bpe
 
                 self._fast = tiktoken_bpe.prove(self.tokenizer)
+                processes.return_memory()  # the proof has had 60 MiB, and several processes make one
 
     def extend(self, given: list[int], prompt: str, text: str) -> list[int]:
         """The ids that follow `given`, those of `prompt`, in `text`, which begins with `prompt`. Raises CannotRender.

@@ -8,22 +8,27 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
+from pathlib import Path
 
 from tunery.datasets import rules
 from tunery.datasets.model import File
-from tunery.datasets.rules import Overlap, Summary
+from tunery.datasets.rules import Summary
 from tunery.failures import InvalidTrainingFile
 from tunery.jobs import placing
 from tunery.jobs.model import HostDevice
 from tunery.models.model import Model
 from tunery.planning import advice, capacity
 from tunery.planning.workload import Counts
+from tunery.rows import fingerprint
+from tunery.rows.bulk import Reading
 from tunery.rows.encoding import find_encoder
 from tunery.rows.messages import FileRole
 from tunery.rows.template import ChatTemplate
 from tunery.settings import Settings
 from tunery.spec import Evaluation, Plan, TrainingSpec
 from tunery.storage import Storage
+from worker.io import verdicts
 from worker.supervisor import staging
 
 
@@ -65,8 +70,10 @@ class Findings:
 
     storage: Storage
     template: ChatTemplate
+    kept: Path
+    """The folder of what was found before."""
     summaries: dict[FileRole, Summary] = field(default_factory=dict)
-    overlap: Overlap = field(default_factory=Overlap)
+    overlap: verdicts.Recorded = field(default_factory=verdicts.Recorded)
     plan: Plan = field(init=False)
     gpu_bytes: int = field(init=False)
     cpu_bytes: int = field(init=False)
@@ -77,7 +84,7 @@ def judge(case: Case, settings: Settings, storage: Storage) -> Verdict:
     ChecksumMismatch where its base or files cannot be read."""
     texts = staging.text_folder(settings.models_dir, storage, case.rendered_by)
     template = ChatTemplate.load(texts, now=case.now)
-    found = Findings(storage, template)
+    found = Findings(storage, template, settings.models_dir / verdicts.NAME)
     warnings = [warning for check in CHECKS for warning in check(case, found)]
     return Verdict(found.plan, found.gpu_bytes, _cpu_bytes(case, found), warnings, _counts(found.summaries))
 
@@ -88,15 +95,7 @@ def check_files(case: Case, found: Findings) -> list[str]:
         if file.status == "error":
             reason = file.status_details or "It could not be read."
             raise InvalidTrainingFile(param=f"{role}_file", role=role, reason=reason)
-        found.summaries[role] = rules.check_examples(
-            found.storage.read(file.key),
-            role=role,
-            template=found.template,
-            max_length=case.max_length,
-            encoder=find_encoder(case.spec.method, role, case.spec.columns, case.spec.cut_answers),
-            answered=_answered(case.spec.evaluation, role),
-            overlap=found.overlap if len(case.files) > 1 else None,
-        )
+        found.summaries[role] = _summarise(case, found, role, file)
     if case.spec.cut_answers == "limit":
         found.summaries["training"].check_cut_answers(case.max_length)
     return [
@@ -104,6 +103,30 @@ def check_files(case: Case, found: Findings) -> list[str]:
         for role, summary in found.summaries.items()
         for warning in summary.warnings(case.max_length)
     ]
+
+
+def _summarise(case: Case, found: Findings, role: FileRole, file: File) -> Summary:
+    """What the file holds: read, or as a job before this one has read it here."""
+    encoder = find_encoder(case.spec.method, role, case.spec.columns, case.spec.cut_answers)
+    reading, answered = Reading(role, encoder, found.template, case.max_length), _answered(case.spec.evaluation, role)
+    overlap = found.overlap if len(case.files) > 1 else None
+    name = fingerprint.of_rows(file.sha256, reading, rules, answered, overlap is not None)
+    found.overlap.digests.clear()
+    path, read = found.kept / name if name is not None else None, partial(found.storage.read, file.key)
+    if path is not None and (known := verdicts.find(path, reading, read, found.overlap)) is not None:
+        return known
+    summary = rules.check_examples(
+        read(),
+        role=role,
+        template=found.template,
+        max_length=case.max_length,
+        encoder=encoder,
+        answered=answered,
+        overlap=overlap,
+    )
+    if path is not None:
+        verdicts.save(path, summary, found.overlap)
+    return summary
 
 
 def _answered(evaluation: Evaluation, role: FileRole) -> int:

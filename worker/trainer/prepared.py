@@ -16,18 +16,16 @@ import shutil
 import struct
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import lru_cache, partial
-from importlib import metadata
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from tunery import processes, rows
+from tunery import processes
+from tunery.rows import bulk, fingerprint
 from tunery.rows.encoding import RowEncoder
 from tunery.rows.messages import FileRole
-from tunery.rows.readers import FORMATS
 from tunery.rows.template import ChatTemplate
 from worker.trainer import blocks
 from worker.trainer.stored_rows import Store
@@ -42,52 +40,17 @@ _SHA256_BYTES = 32
 _PIECE_BYTES = 2**20
 _LOCK_SECONDS = 0.2
 _PARTIAL = ".partial-"
-_LIBRARIES = ("jinja2", "pydantic-core", "tokenizers", "tiktoken")
 
 Lines = tuple[int, ...]
 Prepared = tuple[Store, Lines, Lines]
 """A file's rows, and the lines that were cut or left out: see `data.Rows`."""
 
 
-# --- what decides about the tokens ---
-
-
 def key(path: Path, template: ChatTemplate, encoder: RowEncoder, role: FileRole, max_length: int) -> str | None:
     """The name of a file's rows; None where a plug-in's code or the clock decides about them too."""
-    parts = [template.fingerprint(), _describe(encoder.parse), _describe(encoder.encode)]
-    if None in parts or not all(map(_describe, (each.open for each in FORMATS.values()))):
-        return None
     with path.open("rb") as file:
-        parts.append(hashlib.file_digest(file, "sha256").hexdigest())
-    parts += [str(sorted(encoder.columns.items())), role, str(max_length), _code()]
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
-
-
-def _describe(function: Callable[..., Any]) -> str | None:
-    """A function by its name, with the arguments that it is given ahead; None where it is not of this package."""
-    if isinstance(function, partial):
-        inner = [
-            _describe(function.func),
-            *(_describe(each) if callable(each) else repr(each) for each in function.args),
-        ]
-        return None if None in inner else f"{inner} {sorted(function.keywords.items())}"
-    module = getattr(function, "__module__", "")
-    return f"{module}.{function.__qualname__}" if module.startswith(f"{rows.__name__}.") else None
-
-
-@lru_cache(1)
-def _code() -> str:
-    """The digest of the code that makes tokens of rows, by which another release prepares them again."""
-    digest = hashlib.sha256()
-    for path in sorted([*Path(rows.__path__[0]).glob("*.py"), Path(blocks.__file__)]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    for name in _LIBRARIES:
-        with suppress(metadata.PackageNotFoundError):
-            digest.update(f"{name} {metadata.version(name)}".encode())
-    return digest.hexdigest()
-
-
-# --- the folder ---
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return fingerprint.of_rows(sha256, bulk.Reading(role, encoder, template, max_length), blocks)
 
 
 @contextmanager

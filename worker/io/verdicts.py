@@ -1,0 +1,98 @@
+"""What validation has found in files on this host, so that a second job on a file and a model reads no row again.
+
+An entry lies in `validated/` of the folder of models, is named by the digest of all that decides about it, and goes
+when no job has used it for DAYS. It holds numbers of lines, names of keys and digests of rows, and no text of theirs.
+"""
+
+import base64
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from tunery.datasets.rules import Overlap, Summary
+from tunery.rows import encoding
+from tunery.rows.bulk import Reading
+from tunery.rows.messages import FileRole
+from tunery.rows.shapes import FileShape
+
+NAME = "validated"
+DAYS = 7
+_DIGEST_BYTES = 16
+
+
+class Recorded(Overlap):
+    """The overlap of a job's files, which keeps the digests of the file that is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.digests = bytearray()
+
+    def add(self, role: FileRole, number: int, digest: bytes) -> None:
+        """As Overlap's. Of a good file each line comes, in order."""
+        super().add(role, number, digest)
+        self.digests += digest
+
+    def replay(self, role: FileRole, digests: bytes) -> None:
+        """Adds the lines of a file that was read before."""
+        for start in range(0, len(digests), _DIGEST_BYTES):
+            self.add(role, start // _DIGEST_BYTES + 1, digests[start : start + _DIGEST_BYTES])
+
+
+def find(path: Path, reading: Reading, read: Callable[[], Iterator[bytes]], overlap: Recorded) -> Summary | None:
+    """The summary of a file that was read before; None where there is none that is whole. `read` gives the
+    file's bytes, of which the first row is read."""
+    try:
+        digest, body = path.read_bytes().split(b"\n", 1)
+    except (FileNotFoundError, ValueError):
+        return None
+    if digest != _digest(body):
+        return None
+    path.touch()
+    kept = json.loads(body)
+    overlap.replay(reading.role, base64.b64decode(kept.pop("digests")))
+    return _summary(kept, _shape(kept.pop("used"), reading, read()))
+
+
+def save(path: Path, summary: Summary, overlap: Recorded) -> None:
+    """Keeps what was found in a good file. Where the disk is full nothing is."""
+    kept: dict[str, Any] = {item.name: getattr(summary, item.name) for item in fields(summary) if item.compare}
+    kept |= {"used": summary.shape.used, "digests": base64.b64encode(overlap.digests).decode()}
+    body = json.dumps(kept).encode()
+    partial = path.with_name(f".{path.name}.partial")
+    with suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        _tidy(path.parent)
+        partial.write_bytes(_digest(body) + b"\n" + body)
+        partial.replace(path)
+
+
+def _digest(body: bytes) -> bytes:
+    return hashlib.sha256(body).hexdigest().encode()
+
+
+def _summary(kept: dict[str, Any], shape: FileShape) -> Summary:
+    """What JSON has made lists and texts of is what it was."""
+    spelled = {int(number): tuple(tokens) for number, tokens in kept.pop("spelled").items()}
+    answers = [(number, tokens) for number, tokens in kept.pop("answer_tokens")]
+    return Summary(**kept, spelled=spelled, answer_tokens=answers, shape=shape)
+
+
+def _shape(used: dict[str, str], reading: Reading, chunks: Iterator[bytes]) -> FileShape:
+    """The shape of the file, which its first row decides."""
+    shape = FileShape(reading.encoder.columns)
+    reading.encoder.parse(next(encoding.read_rows(chunks, reading.role, shape)), reading.role)
+    shape.used |= used
+    return shape
+
+
+def _tidy(folder: Path) -> None:
+    old = time.time() - DAYS * 24 * 3600
+    for entry in folder.iterdir():
+        with suppress(FileNotFoundError):  # another worker has removed it meanwhile
+            if entry.stat().st_mtime < old:
+                entry.unlink()
