@@ -1,10 +1,12 @@
-"""The memory estimate beside recorded peaks: `python -m bench.memory_errors [RECORDS.json]`.
+"""The memory estimate beside recorded peaks: `python -m bench.memory_errors [RUNS.json ...]`.
 
-Two constants stand in no code, cuBLAS's workspace and a CPU's process: they are fitted on every other record and judged
-on the others; all else is counted. Prints every record with its error, and both halves' worst.
+RUNS are files of bench/memory.py, judged in place of the recorded ones. Two constants stand in no code, cuBLAS's
+workspace and a CPU's process: they are fitted on every other record and judged on the others; all else is counted.
+Prints every record with its error, and both halves' worst.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,19 +14,58 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from tunery.planning import memory, peak
-from tunery.planning.expected import PROCESS_BYTES
+from tunery.planning.expected import CPU_MICRO_BATCH, PROCESS_BYTES
 from tunery.planning.peak import Estimate, Setting, Step
 from tunery.spec import Technique
 
-RECORDS = Path(__file__).parent / "results" / "memory_records.json"
+RESULTS = Path(__file__).parent / "results"
+RUNS = ("memory_cpu.json", "memory_h200.json")
 MIB, MB = 2**20, 10**6
 _TECHNIQUE: TypeAdapter[Technique] = TypeAdapter(Technique)
+_BESIDE = 10
+"""Tokens of a row of bench/memory.py that are not learned."""
+_PROMPT = 30
+"""Of such a row, up to its first learned token."""
 
 
-def load(path: Path = RECORDS) -> list[dict[str, Any]]:
-    """The records, each with its base's facts."""
-    said = json.loads(path.read_text())
-    return [{**record, "facts": said["bases"][record["base"]]} for record in said["records"]]
+def load(*paths: Path) -> list[dict[str, Any]]:
+    """The records, each with its base's facts; or those of files of bench/memory.py alone."""
+    said = json.loads((RESULTS / "memory_records.json").read_text())
+    gathered = [{**record, "facts": said["bases"][record["base"]]} for record in said["records"]]
+    files = paths or [RESULTS / name for name in RUNS if (RESULTS / name).exists()]
+    measured = [of_run(run) for path in files for run in json.loads(path.read_text())["runs"] if "failed" not in run]
+    records = measured if paths else gathered + measured
+    return [record | {"missed": said["missed"].get(record["name"])} for record in records]
+
+
+def of_run(run: dict[str, Any]) -> dict[str, Any]:
+    """A record of a run of bench/memory.py, whose rows are all of one length."""
+    asked, longest = run["run"], run["longest"]
+    sharded = asked["sharding"] == "full_shard"
+    whole = -(-run["step_tokens"] // asked["gpus"])
+    plan = dict(re.findall(r"(\w+)=(\w+)", run["memory_plan"][0]))
+    most = max(longest, int(plan["max_tokens"]) if run["device"] == "cuda" else CPU_MICRO_BATCH)
+    tokens = min(whole, most // longest * longest)
+    small = run["facts"]["params"] <= peak.MOST_CHECKED and not sharded
+    step = {
+        "tokens": tokens,
+        "labels": min(tokens, run["labels"]),
+        "recompute": plan["recompute"] == "True",
+        "graphs": plan["graphs"] == "True",
+        "accumulates": whole > tokens,
+        "prompt": _PROMPT if small else 0,
+        "shortest": longest - _BESIDE,
+    }
+    return {
+        "name": run["kind"],
+        "device": run["device"],
+        "facts": run["facts"],
+        "technique": run["technique"],
+        "optimizer": asked["options"].get("optimizer", "adamw"),
+        "ranks": asked["gpus"] if sharded else 1,
+        "step": step,
+        "measured": run["peak_bytes"],
+    }
 
 
 def setting(record: dict[str, Any]) -> Setting:
@@ -35,8 +76,9 @@ def setting(record: dict[str, Any]) -> Setting:
 
 def estimate(record: dict[str, Any]) -> Estimate:
     """The peak of the step that the record's run took; on a CPU with its process, of which all was measured."""
-    found = peak.peak(setting(record), Step(**record["step"]))
-    return found if "device" not in record else Estimate(found.parts | {"fixed": PROCESS_BYTES[record["device"]]})
+    of = setting(record)
+    found = peak.peak(of, Step(**record["step"]))
+    return found if of.device == "cuda" else Estimate(found.parts | {"fixed": PROCESS_BYTES["cpu"]})
 
 
 def error(record: dict[str, Any]) -> float:
@@ -74,16 +116,18 @@ def fit(records: list[dict[str, Any]], device: str) -> int:
 
 
 def main() -> None:
-    records = load(Path(sys.argv[1])) if len(sys.argv) > 1 else load()
-    fitted_on, judged_on = records[0::2], records[1::2]
+    records = load(*map(Path, sys.argv[1:]))
     print("| run | measured GiB | estimate GiB | error | half |\n| --- | --- | --- | --- | --- |")
     for number, record in enumerate(records):
         sizes = f"{record['measured'] / 2**30:.2f} | {estimate(record).bytes / 2**30:.2f}"
-        print(f"| {record['name']} | {sizes} | {error(record):+.1%} | {'judged' if number % 2 else 'fitted'} |")
-    for name, half in (("fitted", fitted_on), ("judged", judged_on)):
-        errors = [error(record) for record in half]
-        print(f"{name}: {len(half)} records, {min(errors):+.1%} to {max(errors):+.1%}")
-    workspace, process = fit(fitted_on, "cuda") // MIB, fit(fitted_on, "cpu") // MB
+        half = "missed" if record["missed"] else "judged" if number % 2 else "fitted"
+        print(f"| {record['name']} | {sizes} | {error(record):+.1%} | {half} |")
+    for name, half_of in (("fitted", records[0::2]), ("judged", records[1::2])):
+        for device in ("cuda", "cpu"):
+            own = [one for one in half_of if one.get("device", "cuda") == device and not one["missed"]]
+            if errors := [error(record) for record in own]:
+                print(f"{name}, {device}: {len(errors)} records, {min(errors):+.1%} to {max(errors):+.1%}")
+    workspace, process = fit(records[0::2], "cuda") // MIB, fit(records[0::2], "cpu") // MB
     print(f"a workspace, fitted: {workspace} MiB; used: {peak.WORKSPACE // MIB} MiB")
     print(f"a process on a CPU, fitted: {process} MB; used: {PROCESS_BYTES['cpu'] // MB} MB")
 

@@ -48,7 +48,7 @@ class Validation(Wire):
 
 
 class Memory(Wire):
-    """The least memory that the run needs on one device."""
+    """The least memory that the run needs on one device, of rows as long as they may be."""
 
     bytes: int
     parts: dict[str, int] = Field(description="What it is for")

@@ -61,6 +61,9 @@ def test_a_job_on_the_border_is_left_to_the_probe(team: Team, base: str, databas
     show(database, least)
 
     assert not expected.runs(facts, Full(), max_seq_length=2048, capacity=least)
+    tried = create(team, base, file_id, dry_run=True).json()
+    assert (tried["error"], tried["expected"]) == (None, None)
+    assert any("Rows of 2048 tokens may not fit on the largest GPU here" in text for text in tried["warnings"])
     taken = create(team, base, file_id)
     assert (taken.status_code, taken.json()["status"]) == (200, "validating_files")
 

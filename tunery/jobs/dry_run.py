@@ -77,7 +77,9 @@ def _plan(session: Session, found: DryRun, rate_of: RateOf) -> None:
     plan = placing.make_plan(spec, facts, devices, **known)
     found.expected = placing.step_here(plan, facts, devices)
     found.memory = {device: placing.need(plan, facts, device) for device in ("cuda", "cpu")}
-    gpu_bytes, cpu_bytes = (estimate.bytes for estimate in found.memory.values())
+    gpu_bytes, cpu_bytes = (
+        placing.need(plan, facts, device, longest=placing.ANY_ROW).bytes for device in ("cuda", "cpu")
+    )
     if summary is not None and examples is not None:
         if examples < LEAST_EXAMPLES:
             raise InvalidNExamples(param="training_file", role="Training", n=examples, least=LEAST_EXAMPLES)
@@ -85,6 +87,7 @@ def _plan(session: Session, found: DryRun, rate_of: RateOf) -> None:
         found.warnings += _of_rows(plan, facts, summary, asked_length=spec.max_seq_length)
         tokens = advisor.rows_of(summary, rate_of(base, session.get_one(File, found.job.training_file))).answer_tokens
         found.warnings += capacity.warnings(facts, plan.technique, tokens)
+    found.warnings += placing.border_warnings(plan, facts, devices)
     found.warnings += placing.warnings(devices, gpus=plan.resources.gpus, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes)
 
 

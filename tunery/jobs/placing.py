@@ -11,7 +11,7 @@ from tunery.planning import advice, changes, expected, memory, peak
 from tunery.planning.fitting import StepPlan
 from tunery.spec import Plan, TrainingSpec
 
-_ANY_ROW = 64
+ANY_ROW = 64
 """Tokens of the longest row where nobody has counted: few, so that only what cannot run is refused."""
 
 
@@ -45,7 +45,7 @@ def make_plan(
     fits = expected.bf16_runs(facts, **limits)
     plan = _shared_out(advice.resolve(spec, **known, bf16_fits=fits), facts, limits)
     if not spec.resources.force:
-        of_run = {**limits, "ranks": _ranks(plan), "longest": longest or _ANY_ROW}
+        of_run = {**limits, "ranks": _ranks(plan), "longest": longest or ANY_ROW}
         changes.check(facts, plan.technique, **of_run, model=model, gpus=_alike(devices, largest))
     return plan
 
@@ -78,15 +78,20 @@ def wanted_bytes(plan: Plan, size: int, devices: Sequence[HostDevice], *, on_gpu
     return min(size, max(sizes, default=size)) if plan.resources.force else size
 
 
-def step_here(plan: Plan, facts: Mapping[str, Any], devices: Sequence[HostDevice]) -> StepPlan | None:
-    """How the trainer would take a step on the largest GPU here; None without one, or where the probe has to say."""
+def step_here(
+    plan: Plan, facts: Mapping[str, Any], devices: Sequence[HostDevice], *, longest: int | None = None
+) -> StepPlan | None:
+    """How the trainer would take a step on the largest GPU here; None without one, or where the probe has to say.
+
+    `longest`: as of `make_plan`.
+    """
     gpus = find_gpus(devices)
     if not gpus:
         return None
     found = expected.run(
         facts,
         plan.technique,
-        max_seq_length=plan.max_seq_length,
+        max_seq_length=min(plan.max_seq_length, longest or sys.maxsize),
         capacity=max(device.memory_bytes for device in gpus),
         rows=plan.method.rows_an_example,
         optimizer=plan.optimizer,
@@ -94,6 +99,20 @@ def step_here(plan: Plan, facts: Mapping[str, Any], devices: Sequence[HostDevice
         batch=-(-plan.batch_size // plan.resources.gpus),
     )
     return None if found is None else StepPlan.of(found)
+
+
+def border_warnings(
+    plan: Plan, facts: Mapping[str, Any], devices: Sequence[HostDevice], *, longest: int | None = None
+) -> list[str]:
+    """Warns of a run that is not refused and for which no plan is found on the largest GPU here."""
+    if not find_gpus(devices) or step_here(plan, facts, devices, longest=longest) is not None:
+        return []
+    length = min(plan.max_seq_length, longest or sys.maxsize)
+    size = memory.gib(max(device.memory_bytes for device in find_gpus(devices)))
+    return [
+        f"Rows of {length} tokens may not fit on the largest GPU here, which has {size}. The trainer measures before "
+        "the first step, and ends the job where they do not. Lower max_seq_length, or use a lighter technique."
+    ]
 
 
 def warnings(devices: Sequence[HostDevice], *, gpus: int, gpu_bytes: int, cpu_bytes: int) -> list[str]:

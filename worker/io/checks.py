@@ -176,9 +176,10 @@ def check_overlap(case: Case, found: Findings) -> list[str]:
 
 
 def check_hosts(case: Case, found: Findings) -> list[str]:
-    """Warns of a job that no host here can take: it waits, which should not surprise its owner."""
-    gpus = found.plan.resources.gpus
-    return placing.warnings(case.devices, gpus=gpus, gpu_bytes=found.gpu_bytes, cpu_bytes=found.cpu_bytes)
+    """Warns of a job that may not fit, or that no host here can take: it waits, which should not surprise its owner."""
+    gpus, longest = found.plan.resources.gpus, found.summaries["training"].longest
+    border = placing.border_warnings(found.plan, case.base.facts, case.devices, longest=longest)
+    return border + placing.warnings(case.devices, gpus=gpus, gpu_bytes=found.gpu_bytes, cpu_bytes=found.cpu_bytes)
 
 
 CHECKS: tuple[Callable[[Case, Findings], list[str]], ...] = (
