@@ -1,5 +1,6 @@
 """What is in memory: bases and adapters, the least recently used of which leave for others."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Condition
@@ -16,6 +17,9 @@ class Resident(Protocol):
     def leave(self) -> None:
         """Called once, when it is to be forgotten."""
 
+
+_PATIENCE_SECONDS = 60
+"""A model that is pinned, or asked again and again, is never released."""
 
 R = TypeVar("R", bound=Resident)
 
@@ -57,7 +61,7 @@ class Residents:
     def hold(self, key: str, name: str, bytes: int, load: Callable[[], R], *, waits: bool = False) -> R:
         """The model of that key, loaded by the first that asks; it stays until it is released as often as it was held.
 
-        `bytes`: about what it will take. `waits`: rather than above the budget it is loaded once others are released.
+        `bytes`: about what it will take. `waits`: for a minute, rather than loading it above the budget.
         Raises what `load` raises, to all who wait for it.
         """
         with self._changed:
@@ -97,6 +101,7 @@ class Residents:
 
     def _make_room(self, key: str, waits: bool) -> None:
         """Lets idle models go until `key` fits, or there are none."""
+        until = time.monotonic() + (_PATIENCE_SECONDS if waits else 0)
         while True:
             with self._changed:
                 if self._used() <= self._budget:
@@ -104,9 +109,9 @@ class Residents:
                 idle = [k for k, one in self._places.items() if not one.users and one.name not in self._pinned]
                 if not idle:
                     others_end = any(one.users and k != key and not one.is_loading for k, one in self._places.items())
-                    if not waits or not others_end:
+                    if not others_end or time.monotonic() > until:
                         return
-                    self._changed.wait()
+                    self._changed.wait(until - time.monotonic())
                     continue
                 place = self._places.pop(idle[0])
             place.model.leave()

@@ -98,6 +98,7 @@ class Engine:
         self._cache_bytes = memory.of(device) // 8
         self._renderings = Renderings()
         self._ready: Ready | None = None
+        self._asked: str | None = None
 
     @property
     def streams(self) -> int:
@@ -106,7 +107,7 @@ class Engine:
     @property
     def loaded(self) -> str | None:
         """Id of the model that was asked last."""
-        return next(reversed(self._residents.names), None)
+        return self._asked
 
     @property
     def device(self) -> str:
@@ -118,6 +119,7 @@ class Engine:
         Raises CannotRender and PromptTooLong (the request's fault), StorageFailed, ObjectMissing, ChecksumMismatch.
         """
         ready = self._ready = self._hold(request.chosen)
+        self._asked = request.chosen.template.id
         try:
             return _begin(request, ready)
         except BaseException:

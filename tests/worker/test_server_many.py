@@ -1,0 +1,178 @@
+"""Many clients of the model server at once: none spoils another's answer, whatever its request or its model is."""
+
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import tiny_models
+from openai import OpenAI
+from served import serving
+
+from tunery import processes
+from tunery.artifacts import manifest
+from tunery.storage import Directory
+from worker.server.backends.embedded import Engine
+
+ASK: list[Any] = [{"role": "user", "content": "Where is my card?"}]
+
+
+class SlowDirectory(Directory):
+    """Storage whose objects under a prefix come only once they may."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.slow, self.asked, self.may_go = "none/", threading.Event(), threading.Event()
+
+    def read(self, key: str, *args: Any, **options: Any) -> Iterator[bytes]:
+        if key.startswith(self.slow):
+            self.asked.set()
+            assert self.may_go.wait(30)
+        return super().read(key, *args, **options)
+
+
+class Shop:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.storage = SlowDirectory(root / "objects")
+        base = tiny_models.llama(root / "base", seed=1, never_said=(0, 1, 2), max_position_embeddings=60_000)
+        self.files = {"base": self._publish(base)}
+        for seed, name in enumerate(("a", "b", "c"), 2):
+            self.files[name] = self._publish(tiny_models.lora(root / name, base, seed=seed))
+
+    def _publish(self, folder: Path) -> dict[str, str]:
+        prefix = f"models/{folder.name}"
+        _, sha256 = manifest.publish(self.storage, prefix, folder)
+        return {"id": folder.name, "prefix": prefix, "manifest_sha256": sha256}
+
+    def body(self, adapter: str | None = None) -> dict[str, Any]:
+        tuned = None if adapter is None else {**self.files[adapter], "technique": "lora"}
+        return {"tunery_model": {"base": self.files["base"], "tuned": tuned}}
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Shop:
+    return Shop(tmp_path)
+
+
+@pytest.fixture
+def engine(shop: Shop) -> Engine:
+    return Engine(shop.root / "models", shop.storage)
+
+
+@pytest.fixture
+def ask(shop: Shop, engine: Engine) -> Iterator[Any]:
+    with serving(engine, places=8) as port, client_of(port) as client:
+        yield asker(client, shop)
+
+
+def client_of(port: int) -> OpenAI:
+    return OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+
+
+def asker(client: OpenAI, shop: Shop) -> Any:
+    def ask(adapter: str | None = None, **asked: Any) -> Any:
+        plain = {"model": "m", "messages": ASK, "temperature": 0, "max_tokens": 8}
+        return client.chat.completions.create(**plain | asked, extra_body=shop.body(adapter))
+
+    return ask
+
+
+def text(reply: Any) -> Any:
+    return reply.choices[0].message.content
+
+
+def test_streams_go_on_while_an_adapter_is_fetched(ask: Any, shop: Shop) -> None:
+    ask("a")
+    shop.storage.slow = "models/b/"
+    with ask(stream=True, max_tokens=50_000) as stream, ThreadPoolExecutor(1) as pool:
+        next(stream)
+        waits = pool.submit(ask, "b")
+        assert shop.storage.asked.wait(20)
+        assert len([next(stream) for _ in range(5)]) == 5
+        assert text(ask("a"))
+        assert not waits.done()
+        shop.storage.may_go.set()
+        assert text(waits.result(timeout=20)) not in (text(ask()), text(ask("a")))
+
+
+def test_adapters_beyond_the_memory_come_and_go_with_the_same_answers(shop: Shop) -> None:
+    whole = Engine(shop.root / "models", shop.storage)
+    with serving(whole) as port, client_of(port) as client:
+        asker(client, shop)("a")
+    engine = Engine(shop.root / "models", shop.storage, memory_bytes=whole._residents.nbytes)
+    with serving(engine) as port, client_of(port) as client:
+        ask = asker(client, shop)
+        first = [text(ask(name)) for name in "abc"]
+        assert processes.wait_until(lambda: engine._residents.names == ["c", "base"], seconds=20, alive=lambda: True)
+        assert [text(ask(name)) for name in "abc"] == first
+        assert len(set(first)) == 3
+
+
+def test_adapter_that_is_corrupt_in_storage_is_an_error_of_its_own(ask: Any, shop: Shop) -> None:
+    file = shop.root / "objects" / "models" / "b" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with ask(stream=True, max_tokens=50_000) as stream:
+        next(stream)
+        with pytest.raises(openai.InternalServerError, match="does not have the recorded sha256") as refused:
+            ask("b")
+        assert refused.value.code == "checksum_mismatch"
+        assert next(stream)
+    assert text(ask("a"))
+
+
+def test_adapter_that_has_changed_on_the_host_is_fetched_again(ask: Any, shop: Shop, engine: Engine) -> None:
+    wanted = text(ask("a"))
+    folder = shop.root / "models" / shop.files["a"]["manifest_sha256"]
+    other = shop.root / "b" / "adapter_model.safetensors"
+    shutil.copy(other, folder / "adapter_model.safetensors")
+    fresh = Engine(shop.root / "models", shop.storage)
+    with serving(fresh) as port, client_of(port) as client:
+        assert text(asker(client, shop)("a")) == wanted
+
+
+def test_name_that_means_another_model_answers_as_that_one(ask: Any, shop: Shop) -> None:
+    before = text(ask("a"))
+    folder = tiny_models.lora(shop.root / "newer", shop.root / "base", seed=9)
+    shop.files["a"] = {**shop._publish(folder), "id": "a"}
+    assert text(ask("a")) != before
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_answer_that_takes_too_long_ends_with_an_error(shop: Shop, engine: Engine, stream: bool) -> None:
+    with serving(engine) as port, client_of(port) as client:
+        asker(client, shop)()
+    with serving(engine, seconds=0.5) as port, client_of(port) as client:
+        ask = asker(client, shop)
+        with pytest.raises(openai.APIError, match=r"not complete after 0\.5 seconds") as ended:
+            list(ask(stream=stream, max_tokens=50_000))
+        assert ended.value.code == "answer_too_slow"
+        if isinstance(ended.value, openai.APIStatusError):
+            assert ended.value.status_code == 504
+            assert ended.value.response.headers["x-should-retry"] == "false"
+        assert len(text(ask(max_tokens=1))) == 1
+
+
+def test_client_that_leaves_frees_the_memory_of_its_answer(ask: Any, engine: Engine) -> None:
+    with ask(stream=True, max_tokens=50_000) as stream:
+        next(stream)
+        assert engine._ready is not None
+        batch = engine._ready.base.batch
+        assert batch is not None
+        assert processes.wait_until(lambda: len(batch._rows) == 1, seconds=20, alive=lambda: True)
+    assert processes.wait_until(lambda: not batch._rows and not batch._slots.keys, seconds=20, alive=lambda: True)
+    places = engine._residents._places.values()
+    assert processes.wait_until(lambda: not any(place.users for place in places), seconds=20, alive=lambda: True)
+
+
+def test_more_clients_than_streams_are_all_answered(shop: Shop) -> None:
+    with serving(Engine(shop.root / "models", shop.storage, streams=4), places=16) as port, client_of(port) as client:
+        ask = asker(client, shop)
+        wanted = {name: text(ask(name)) for name in (None, "a", "b", "c")}
+        asked = [(None, "a", "b", "c")[i % 4] for i in range(16)]
+        with ThreadPoolExecutor(16) as pool:
+            assert list(pool.map(lambda name: text(ask(name)), asked)) == [wanted[name] for name in asked]
