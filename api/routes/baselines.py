@@ -20,7 +20,7 @@ router = APIRouter(prefix="/v1/fine_tuning/baselines", tags=["Fine-tuning jobs"]
 
 
 def _shown(session: Session, settings: Settings, row: Baseline) -> wire.Baseline:
-    return wire.Baseline.of(row, table.rows(session, row, settings))
+    return wire.Baseline.of(row, table.rows(session, row, settings), currency=settings.currency)
 
 
 @router.post("", summary="Measure prompting", responses=errors(404, 429))

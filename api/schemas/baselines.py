@@ -100,6 +100,7 @@ class Baseline(Wire):
                     "seed": 0,
                     "compare": [],
                     "external": None,
+                    "currency": "USD",
                     "examples": 1000,
                     "left_out": 3,
                     "table": [ROW],
@@ -127,13 +128,14 @@ class Baseline(Wire):
     target: Target | None
     compare: list[str]
     external: External | None
+    currency: str = Field(description="Of costs, as the operator has set it")
     examples: int | None = Field(description="Rows that prompts might show")
     left_out: int | None = Field(description="Examples that were not shown, as an eval row asks nearly the same")
     table: list[Row] = Field(description="The baseline's rows, and the tunes of the model on the same eval rows")
     cheapest: Row | None = Field(description="The cheapest row that meets the target, or may; null: none does")
 
     @classmethod
-    def of(cls, row: Stored, rows: list[Row]) -> "Baseline":
+    def of(cls, row: Stored, rows: list[Row], *, currency: str) -> "Baseline":
         order = Order.model_validate(row.order)
         result = row.result or {}
         return cls(
@@ -145,6 +147,7 @@ class Baseline(Wire):
             **{name: getattr(order, name) for name in BaselineOptions.model_fields},
             compare=order.compare,
             external=order.external,
+            currency=currency,
             examples=result.get("examples"),
             left_out=result.get("left_out"),
             table=rows,

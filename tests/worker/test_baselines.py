@@ -145,3 +145,15 @@ def test_a_worker_lets_go_of_a_baseline_that_is_cancelled(
 def test_a_file_that_cannot_be_asked_fails_with_the_reason(client: TestClient, workshop: Workshop) -> None:
     found = ask(client, workshop, eval_file=workshop.file(b'{"messages": [{"role": "user", "content": "q"}]}\n'))
     assert (found.status, "assistant" in (found.error or "")) == ("failed", True)
+
+
+def test_a_worker_that_stops_gives_its_try_back(
+    client: TestClient, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = client.post(ROUTE, json={"model": workshop.base_id, "eval_file": workshop.file(lines(EVAL))}).json()
+    drain = Drain()
+    monkeypatch.setattr(baselines.progress, "read", lambda _: drain.begin())
+    assert baselines.measure_next(workshop.settings, workshop.storage, drain)
+    with workshop.session() as session:
+        row = session.get_one(Stored, made["id"])
+        assert (row.status, row.tries) == ("queued", 0)
