@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,14 +14,18 @@ from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import Session
 
 from api import rate_headers
+from api.capturing import Hearing
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.serving import TEXT_FIELD, Chosen
 from tunery.settings import Settings
-from tunery.traffic import rates, usage
+from tunery.traffic import captures, rates, usage
 from tunery.traffic.errors import TooManyOpen
+from tunery.traffic.model import Capture
 from tunery.traffic.rates import Standing
 from tunery.traffic.usage import Tokens
+
+log = logging.getLogger(__name__)
 
 CHARACTERS_A_TOKEN = 4
 """Of English text. The estimate holds until the answer's own count is known."""
@@ -38,6 +43,8 @@ class Admission:
     """Tokens that its prompt is expected to have."""
     deadline: float
     """In the event loop's time."""
+    hearing: Hearing | None = None
+    """Where the project keeps its requests to the model."""
     used: Tokens = field(default_factory=Tokens)
     _has_ended: bool = False
 
@@ -47,6 +54,8 @@ class Admission:
 
     def note(self, answered: Mapping[str, Any]) -> None:
         """Takes the token counts of an answer, or of a chunk; where a chunk has none, it is one more token."""
+        if self.hearing is not None:
+            self.hearing.note(answered)
         if counts := answered.get("usage"):
             self.used = Tokens(counts["prompt_tokens"], counts["completion_tokens"])
         elif answered.get("choices"):
@@ -71,10 +80,20 @@ class Admission:
                 usage.count(session, self.project_id, model.id, self.used)
             charged, used = self.standing.charged, self.used.total
             rates.settle(session, settings, self.project_id, charged=charged, used=used)
+        if self.hearing is not None:
+            self._keep(self.hearing)
+
+    def _keep(self, hearing: Hearing) -> None:
+        try:
+            if (redacted := hearing.redacted()) is not None:
+                with self.app.state.sessions.begin() as session:
+                    hearing.store(session, redacted)
+        except Exception:  # an answer that is paid for is not lost with its copy
+            log.exception("a request to %s was not kept", self.chosen.template.id)
 
 
-async def admit(app: FastAPI, project_id: str, fields: Mapping[str, Any]) -> Admission:
-    """Finds the model and takes the request from the project's rates.
+async def admit(app: FastAPI, project_id: str, fields: Mapping[str, Any], *, shown_as: str | None) -> Admission:
+    """Finds the model and takes the request from the project's rates. `shown_as`: see `Hearing`.
 
     Raises ModelNotFound, WrongState, RateLimited, TooManyOpen.
     """
@@ -85,12 +104,14 @@ async def admit(app: FastAPI, project_id: str, fields: Mapping[str, Any]) -> Adm
     opened[project_id] += 1
     try:
         prompt = _expected_prompt(fields)
-        chosen, standing = await run_in_threadpool(_take, app, project_id, fields, prompt)
+        chosen, standing, capture = await run_in_threadpool(_take, app, project_id, fields, prompt)
     except BaseException:
         opened[project_id] -= 1
         raise
     deadline = asyncio.get_running_loop().time() + settings.server_seconds
-    return Admission(app, project_id, chosen, standing, prompt, deadline)
+    # A text to go on from is no conversation, which is what is trained and rated.
+    hearing = Hearing(capture, fields, shown_as) if capture is not None and "messages" in fields else None
+    return Admission(app, project_id, chosen, standing, prompt, deadline, hearing)
 
 
 def _open(app: FastAPI) -> Counter[str]:
@@ -98,11 +119,14 @@ def _open(app: FastAPI) -> Counter[str]:
     return opened
 
 
-def _take(app: FastAPI, project_id: str, fields: Mapping[str, Any], prompt: int) -> tuple[Chosen, Standing]:
+def _take(
+    app: FastAPI, project_id: str, fields: Mapping[str, Any], prompt: int
+) -> tuple[Chosen, Standing, Capture | None]:
     with app.state.sessions.begin() as session:
         chosen = _find(session, project_id, fields["model"])
         expected = prompt + _expected_answer(fields)
-        return chosen, rates.take(session, app.state.settings, project_id, expected)
+        capture = captures.setting(session, project_id, chosen.template.id)
+        return chosen, rates.take(session, app.state.settings, project_id, expected), capture
 
 
 def _expected_prompt(fields: Mapping[str, Any]) -> int:

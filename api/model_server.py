@@ -37,13 +37,14 @@ class Answered:
     stream: "Stream | None" = None
 
 
-async def ask(request: Request, project_id: str, fields: Mapping[str, Any]) -> Answered:
+async def ask(request: Request, project_id: str, fields: Mapping[str, Any], *, shown_as: str | None = None) -> Answered:
     """Asks for the chat completion of these fields, as long as the caller stays. A `stream` has to be closed.
+    `shown_as`: the id that the caller sees, where it is not that of the completion.
 
     Raises ModelNotFound, WrongState, RateLimited, TooManyOpen, Unavailable, AnswerTooSlow.
     """
     settings: Settings = request.app.state.settings
-    admission = await metering.admit(request.app, project_id, fields)
+    admission = await metering.admit(request.app, project_id, fields, shown_as=shown_as)
     # A client a request: connections are local, and a pool would be tied to one event loop.
     timeout = httpx2.Timeout(settings.server_seconds, connect=5)  # a server that is not there is known at once
     client = httpx2.AsyncClient(timeout=timeout, trust_env=False)

@@ -36,6 +36,10 @@ class Response:
             "tools": tools,
         }
 
+    @property
+    def id(self) -> str:
+        return str(self._head["id"])
+
     def shown(self, status: str, output: list[Json], usage: Json | None = None, reason: str | None = None) -> Json:
         """The response's body. `usage`: a chat completion's."""
         cut = {"reason": "max_output_tokens"} if reason == "length" else None

@@ -24,7 +24,7 @@ router = APIRouter(prefix="/v1/models", tags=["Models"], route_class=LongJsonRou
     "/compare",
     summary="Compare models' answers",
     response_model=wire.Comparison,
-    responses=errors(404, 429, 504),
+    responses=errors(404, 429, 504) | wire.ANSWER,
 )
 async def compare_models(
     request: Request, body: Annotated[wire.AskComparison, Body()], caller: StreamCallerDep, sessions: SessionsDep

@@ -22,7 +22,7 @@ _ANSWER = {
     "id": "chatcmpl-abc123",
     "object": "text_completion",
     "created": 1721764800,
-    "model": "SmolLM2-135M",
+    "model": "SmolLM2-135M-Instruct",
     "choices": [{"text": " Paris.", "index": 0, "logprobs": None, "finish_reason": "stop"}],
     "usage": {"prompt_tokens": 6, "completion_tokens": 3, "total_tokens": 9},
     "system_fingerprint": None,
@@ -35,7 +35,7 @@ class CompletionRequest(BaseModel):
     model_config = ConfigDict(
         extra="allow",
         json_schema_extra={
-            "examples": [{"model": "SmolLM2-135M", "prompt": "The capital of France is", "max_tokens": 8}]
+            "examples": [{"model": "SmolLM2-135M-Instruct", "prompt": "The capital of France is", "max_tokens": 8}]
         },
     )
 

@@ -82,8 +82,8 @@ async def create_response(
 ) -> Response:
     """Nothing is stored: `previous_response_id` is refused, and each request brings its whole conversation."""
     fields = body.model_dump(exclude_unset=True)
-    answered = await model_server.ask(request, caller.project_id, asked.to_chat(fields))
     made = response.Response(fields)
+    answered = await model_server.ask(request, caller.project_id, asked.to_chat(fields), shown_as=made.id)
     if answered.stream is not None:
         return EventStream(response.Events(made).of(answered.stream.chunks()), answered.stream, answered.headers)
     if answered.status != 200:

@@ -20,7 +20,7 @@ _LAST = 253_402_214_400
 Group = Literal["model", "project_id"]
 
 
-@router.get("/usage/completions", summary="List the tokens used", responses=errors())
+@router.get("/usage/completions", summary="List the tokens used", responses=errors() | wire.ANSWER)
 def list_completions_usage(
     session: SessionDep,
     caller: CallerDep,

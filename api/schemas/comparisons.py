@@ -4,13 +4,42 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.wire import Body, Wire
+from api.schemas.wire import Answers, Body, Wire
 
 _ASK: dict[str, Any] = {
     "models": ["ft:SmolLM2-135M-Instruct:tunery:banking:Ab12Cd34"],
     "prompts": ["Where is my card?"],
     "max_completion_tokens": 32,
 }
+_COMPARED: dict[str, Any] = {
+    "object": "model.comparison",
+    "models": ["SmolLM2-135M-Instruct", "ft:SmolLM2-135M-Instruct:tunery:banking:Ab12Cd34"],
+    "data": [
+        {
+            "object": "model.comparison.prompt",
+            "index": 0,
+            "messages": [{"role": "user", "content": "Where is my card?"}],
+            "answers": [
+                {
+                    "model": "SmolLM2-135M-Instruct",
+                    "content": "I'm sorry to hear that.",
+                    "finish_reason": "stop",
+                    "prompt_tokens": 14,
+                    "completion_tokens": 8,
+                },
+                {
+                    "model": "ft:SmolLM2-135M-Instruct:tunery:banking:Ab12Cd34",
+                    "content": "card_arrival",
+                    "finish_reason": "stop",
+                    "prompt_tokens": 14,
+                    "completion_tokens": 4,
+                },
+            ],
+            "same": False,
+        }
+    ],
+}
+ANSWER: Answers = {200: {"content": {"application/json": {"example": _COMPARED}}}}
 Prompt = str | list[dict[str, Any]]
 
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.wire import Wire
+from api.schemas.wire import Answers, Wire
 
 _RESULT: dict[str, Any] = {
     "object": "organization.usage.completions.result",
@@ -12,8 +12,17 @@ _RESULT: dict[str, Any] = {
     "output_tokens": 300,
     "num_model_requests": 100,
     "model": "SmolLM2-135M-Instruct",
-    "project_id": None,
+    "project_id": "proj_abc123",
 }
+
+
+_PAGE: dict[str, Any] = {
+    "object": "page",
+    "data": [{"object": "bucket", "start_time": 1772323200, "end_time": 1772409600, "results": [_RESULT]}],
+    "has_more": True,
+    "next_page": "page_2026-03-02",
+}
+ANSWER: Answers = {200: {"content": {"application/json": {"example": _PAGE}}}}
 
 
 class UsageResult(Wire):

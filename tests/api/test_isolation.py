@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import rows
 from databases import Database
 from fastapi import FastAPI
+from sqlalchemy import func
 from teams import Team
 
 from api.main import create_app
@@ -19,6 +21,7 @@ from tunery.jobs.states import State
 from tunery.keys.model import Project
 from tunery.models.model import Model
 from tunery.settings import Settings
+from tunery.traffic.model import CapturedRequest
 from tunery.webhooks import endpoints
 
 PART: dict[str, Any] = {"files": {"data": ("upload", b"x")}}
@@ -116,6 +119,12 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
     "add_alias": [],
     "create_chat_completion": [("/v1/chat/completions", {"json": {"model": "{tuned}", **CHAT}})],
+    "start_capture": [("/v1/models/{tuned}/capture", {"json": {}})],
+    "retrieve_capture": [("/v1/models/{tuned}/capture", {})],
+    "stop_capture": [("/v1/models/{tuned}/capture", {})],
+    "make_file": [("/v1/models/{tuned}/capture/files", {"json": {}})],
+    "retrieve_file_capture": [("/v1/files/{file}/capture", {})],
+    "give_feedback": [("/v1/feedback", {"json": {"id": "{captured}", "rating": "good"}})],
     "compare_models": [("/v1/models/compare", {"json": {"models": ["{base}", "{tuned}"], "prompts": ["q"]}})],
     "create_completion": [("/v1/completions", {"json": {"model": "{tuned}", "prompt": "q"}})],
     "list_completions_usage": [],
@@ -178,7 +187,10 @@ def names(team: Team, make_team: Callable[..., Team], database: Database, base: 
         )
         session.add(measured)
         session.flush()
+        own = {"project_id": owner.id, "model_id": base, "request": {}, "answer": {}, "finish_reason": "stop"}
+        session.add(CapturedRequest(id="chatcmpl-theirs", expires_at=func.clock_timestamp() + timedelta(1), **own))
         return {
+            "captured": "chatcmpl-theirs",
             "baseline": measured.id,
             "file": job.training_file,
             "upload": upload,

@@ -25,8 +25,8 @@ from tunery.models.model import Model
 from tunery.retention import projects
 from tunery.retention.errors import ProjectBusy, WrongStorage
 from tunery.storage import Storage, open_storage
-from tunery.traffic import usage
-from tunery.traffic.model import RequestRate
+from tunery.traffic import captures, usage
+from tunery.traffic.model import CapturedFile, RequestRate
 from tunery.webhooks import outbox
 from tunery.webhooks.model import Delivery, DeliveryTry
 
@@ -49,6 +49,9 @@ def _furnish(database: Database, storage: Storage, name: str, base_id: str) -> s
         session.add(Checkpoint(id=ids.new(ids.CHECKPOINT), job_id=job.id, step=1, model_id=tuned.id))
         session.add(Metric(job_id=job.id, step=1, values={}))
         session.add(RequestRate(project_id=owner.id, requests_left=0, tokens_left=0, at=func.now()))
+        capture = captures.start(session, owner.id, tuned, keep_days=1)
+        captures.add(session, capture, ids.new(ids.COMPLETION), request={}, answer={}, finish_reason="stop")
+        session.add(CapturedFile(file_id=job.training_file, model_id=tuned.id, order={}, outcome={}))
         usage.count(session, owner.id, tuned.id, usage.Tokens(1, 1))
         outbox.fan_out(session)
         delivery = session.scalars(select(Delivery).where(Delivery.endpoint_id == endpoint.id)).one()

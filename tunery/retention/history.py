@@ -12,6 +12,7 @@ from tunery import db
 from tunery.jobs.model import Attempt, Job, JobEvent, Metric
 from tunery.settings import Settings
 from tunery.storage import Storage
+from tunery.traffic.model import CapturedRequest
 from tunery.webhooks.model import Delivery, DeliveryTry
 
 Transaction = Callable[[], AbstractContextManager[Session]]
@@ -34,6 +35,7 @@ def remove_old(
     """
     more = [
         _remove_deliveries(transaction, settings.keep_deliveries_days, rows),
+        _remove_captured(transaction, rows),
         _remove(transaction, "events", settings.keep_events_days, lambda job: remove_events(transaction, job, rows)),
         _remove(transaction, "metrics", settings.keep_metrics_days, lambda job: remove_metrics(transaction, job, rows)),
         _remove(transaction, "logs", settings.keep_logs_days, lambda job: _logs(storage, job)),
@@ -98,4 +100,13 @@ def _remove_deliveries(transaction: Transaction, days: int, rows: int) -> bool:
         found = session.scalars(old.limit(rows).with_for_update(skip_locked=True)).all()
         session.execute(delete(DeliveryTry).where(DeliveryTry.delivery_id.in_(found)))
         session.execute(delete(Delivery).where(Delivery.id.in_(found)))
+    return len(found) == rows
+
+
+def _remove_captured(transaction: Transaction, rows: int) -> bool:
+    """Removes captured requests whose time is over."""
+    over = select(CapturedRequest.id).where(CapturedRequest.expires_at <= func.clock_timestamp()).limit(rows)
+    with transaction() as session:
+        found = session.scalars(over.with_for_update(skip_locked=True)).all()
+        session.execute(delete(CapturedRequest).where(CapturedRequest.id.in_(found)))
     return len(found) == rows

@@ -20,7 +20,7 @@ from tunery.retention import history
 from tunery.retention.errors import ProjectBusy, WrongStorage
 from tunery.retention.history import ROWS, Transaction
 from tunery.storage import Storage
-from tunery.traffic.model import ModelUsage, RequestRate
+from tunery.traffic.model import Capture, CapturedFile, CapturedRequest, ModelUsage, RequestRate
 from tunery.webhooks.model import Delivery, DeliveryTry, WebhookEndpoint
 
 SHARED = frozenset({"model_aliases", "slots", "devices"})
@@ -115,6 +115,8 @@ def _owned(project_id: str) -> dict[type[Base], ColumnElement[bool]]:
         Attempt: Attempt.job_id.in_(jobs),
         Job: Job.project_id == project_id,
         Baseline: Baseline.project_id == project_id,
+        CapturedFile: CapturedFile.file_id.in_(_ids(File, project_id)),
+        Capture: Capture.project_id == project_id,
         Artifact: Artifact.model_id.in_(_ids(Model, project_id)),
         Model: Model.project_id == project_id,
         UploadPart: UploadPart.upload_id.in_(_ids(Upload, project_id)),
@@ -123,6 +125,7 @@ def _owned(project_id: str) -> dict[type[Base], ColumnElement[bool]]:
         FileCleaning: FileCleaning.file_id.in_(_ids(File, project_id)),
         FileReport: FileReport.project_id == project_id,
         File: File.project_id == project_id,
+        CapturedRequest: CapturedRequest.project_id == project_id,
         RequestRate: RequestRate.project_id == project_id,
         ModelUsage: ModelUsage.project_id == project_id,
         Key: Key.project_id == project_id,

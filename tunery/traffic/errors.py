@@ -1,6 +1,6 @@
 """Why a request to a model is refused before the model server sees it."""
 
-from tunery.errors import TuneryError
+from tunery.errors import Rejected, TuneryError
 
 
 class RateLimited(TuneryError):
@@ -15,3 +15,10 @@ class TooManyOpen(TuneryError):
     has ended. Nothing was counted."""
 
     code = "rate_limit_exceeded"
+
+
+class NothingCaptured(Rejected):
+    """No captured request of '{id}' belongs into such a file. `GET /v1/models/{{id}}/capture` counts those that were
+    rated or corrected; name others in 'answers'."""
+
+    code = "nothing_captured"

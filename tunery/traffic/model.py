@@ -1,11 +1,12 @@
-"""What a project asks of models: what is left of its rates, and what it has used."""
+"""What a project asks of models: what is left of its rates, what it has used, and the requests that it keeps."""
 
 from datetime import date, datetime
+from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from tunery.db import Base
+from tunery.db import Base, creation_time
 
 
 class RequestRate(Base):
@@ -32,3 +33,52 @@ class ModelUsage(Base):
     requests: Mapped[int] = mapped_column(BigInteger)
     prompt_tokens: Mapped[int] = mapped_column(BigInteger)
     completion_tokens: Mapped[int] = mapped_column(BigInteger)
+
+
+class Capture(Base):
+    """A project keeps its requests to a model, for so many days. Without a row nothing is kept."""
+
+    __tablename__ = "captures"
+    __table_args__ = (CheckConstraint("keep_days BETWEEN 1 AND 365", name="keep_days"),)
+
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), primary_key=True)
+    keep_days: Mapped[int]
+    created_at: Mapped[datetime] = creation_time()
+
+
+class CapturedRequest(Base):
+    """One answered request, without personal data and secrets. `id`: what the client knows the answer by.
+
+    `rating`: 1 for a good answer, -1 for a bad one. `correction`: the message that should have been answered.
+    """
+
+    __tablename__ = "captured_requests"
+    __table_args__ = (
+        CheckConstraint("rating IN (-1, 1)", name="rating"),
+        Index("ix_captured_requests_of_model", "project_id", "model_id", "created_at", "id"),
+        Index("ix_captured_requests_expiry", "expires_at"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    model_id: Mapped[str]
+    request: Mapped[dict[str, Any]]
+    answer: Mapped[dict[str, Any]]
+    finish_reason: Mapped[str]
+    rating: Mapped[int | None]
+    correction: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime] = creation_time()
+    expires_at: Mapped[datetime]
+
+
+class CapturedFile(Base):
+    """How a file came of captured requests: asked for in `order`, described in `outcome` (the lineage)."""
+
+    __tablename__ = "captured_files"
+
+    file_id: Mapped[str] = mapped_column(ForeignKey("files.id"), primary_key=True)
+    model_id: Mapped[str]
+    order: Mapped[dict[str, Any]]
+    outcome: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = creation_time()

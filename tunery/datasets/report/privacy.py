@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import phonenumbers
 from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
@@ -10,7 +10,8 @@ from phonenumbers import Leniency, PhoneNumberMatcher
 from stdnum import iban, luhn
 from stdnum.us import ssn
 
-from tunery.datasets.report.case import Case, Finding
+if TYPE_CHECKING:
+    from tunery.datasets.report.case import Case, Finding
 
 _EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[a-z]{2,}\b", re.IGNORECASE)
 _CARD = re.compile(r"(?<![\w.,-])[3-6]\d{3}(?:[ -]?\d){9,15}(?![\w-]|[.,]\d)")
@@ -38,8 +39,10 @@ SSN, PHONE, KEY = "a social security number", "a phone number", "a key or passwo
 _ACTION = "Replace it with a made-up value, or drop the row."
 
 
-def find(case: Case) -> Iterator[Finding]:
+def find(case: "Case") -> Iterator["Finding"]:
     """Rows with an e-mail address, phone, card, account or social security number, or a key. The value is not shown."""
+    from tunery.datasets.report.case import Finding  # here: the API redacts, and has none of a report's libraries
+
     for row in case.rows:
         kinds = {kind: True for turn in row.turns for kind in kinds_in(turn.text)}
         if kinds:

@@ -1,0 +1,88 @@
+"""From traffic back to data: requests that a project keeps, what people say of the answers, and files made of them."""
+
+from fastapi import APIRouter
+
+from api.bodies import JsonRoute
+from api.dependencies import CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep
+from api.schemas import captures as wire
+from api.schemas import files
+from api.schemas.wire import errors
+from tunery.datasets import shelf
+from tunery.models import registry
+from tunery.storage import Storage, Stored
+from tunery.traffic import captures
+from tunery.traffic.captures import FileOrder
+
+router = APIRouter(prefix="/v1", tags=["Captured requests"], route_class=JsonRoute)
+
+
+@router.post("/models/{model}/capture", summary="Keep a model's requests", responses=errors(404))
+def start_capture(model: str, body: wire.SetCapture, session: SessionDep, caller: CallerDep) -> wire.ModelCapture:
+    """Of chats and responses from now on, the request and its first answer, with personal data and secrets replaced.
+    Of a base: this project's requests alone."""
+    row = registry.find_ready(session, caller.project_id, model)
+    capture = captures.start(session, caller.project_id, row, keep_days=body.keep_days)
+    kept = captures.counts(session, caller.project_id, row)
+    return wire.ModelCapture(model=row.id, enabled=True, keep_days=capture.keep_days, **kept)
+
+
+@router.get("/models/{model}/capture", summary="Count a model's kept requests", responses=errors(404))
+def retrieve_capture(model: str, session: SessionDep, caller: CallerDep) -> wire.ModelCapture:
+    row = registry.find(session, caller.project_id, model)
+    capture = captures.setting(session, caller.project_id, row.id)
+    kept = captures.counts(session, caller.project_id, row)
+    days = None if capture is None else capture.keep_days
+    return wire.ModelCapture(model=row.id, enabled=capture is not None, keep_days=days, **kept)
+
+
+@router.delete("/models/{model}/capture", summary="Remove a model's kept requests", responses=errors(404))
+def stop_capture(model: str, session: SessionDep, caller: CallerDep) -> wire.CaptureStopped:
+    """Nothing more is kept, and what was kept is removed, with its feedback. Files that were made of it stay."""
+    row = registry.find(session, caller.project_id, model)
+    return wire.CaptureStopped(model=row.id, removed=captures.stop(session, caller.project_id, row))
+
+
+@router.post("/feedback", summary="Say what an answer was worth", responses=errors(404))
+def give_feedback(body: wire.GiveFeedback, session: SessionDep, caller: CallerDep) -> wire.Feedback:
+    """Of a request that was kept. A rating or correction replaces an earlier one."""
+    from tunery.datasets.cleaning.redaction import redact  # here: it takes most of a second to import
+
+    correction = None if body.message is None else redact(body.message)
+    row = captures.rate(session, caller.project_id, body.id, rating=body.score, correction=correction)
+    return wire.Feedback.of(row)
+
+
+@router.post("/models/{model}/capture/files", summary="Make a file of kept requests", responses=errors(404))
+def make_file(
+    model: str, body: wire.MakeFile, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep
+) -> files.File:
+    """A file to train or test with: each request with its answer, a corrected one with its correction."""
+    order = FileOrder(format=body.format, answers=body.answers)
+    with sessions.begin() as session:
+        row = registry.find(session, caller.project_id, model)
+        stored, used = _write(storage, captures.lines(session, caller.project_id, row, order))
+    try:
+        with sessions.begin() as session:
+            name = body.filename or f"captured-{order.format}.jsonl"
+            made = shelf.shelve(session, caller.project_id, stored, purpose=shelf.FINE_TUNE, filename=name)
+            captures.note_file(session, made, row, order, used)
+            return files.File.of(made)
+    except Exception:
+        storage.delete(stored.key)
+        raise
+
+
+def _write(storage: Storage, lines: captures.Lines) -> tuple[Stored, list[str]]:
+    used = []
+    with storage.writer(shelf.new_key()) as writer:
+        for id, line in lines:
+            writer.write(line)
+            used.append(id)
+    return writer.stored, used
+
+
+@router.get("/files/{file_id}/capture", summary="Retrieve a captured file's lineage", responses=errors(404))
+def retrieve_file_capture(file_id: str, session: SessionDep, caller: CallerDep) -> wire.FileCapture:
+    """Which model's requests it was made of. 404 for a file that came in another way."""
+    file = shelf.find(session, caller.project_id, file_id)
+    return wire.FileCapture.of(captures.find_file(session, file))

@@ -1,0 +1,220 @@
+"""Captured requests: off by default, without personal data, rated and corrected, and made into files to train on."""
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import openai
+import pytest
+import rows
+from databases import Database
+from fastapi import FastAPI
+from model_server import ModelServer
+from sqlalchemy import func, select, update
+from teams import BASE, Team
+
+from tunery.jobs.states import State
+from tunery.keys.model import Project
+from tunery.retention import history
+from tunery.storage import open_storage
+from tunery.traffic.model import CapturedRequest
+
+ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "I am ann@example.com. Where is my card?"}]}
+CALL: dict[str, Any] = {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": '{"n": 3}'}}
+TOOL: Any = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.fixture
+def server() -> ModelServer:
+    return ModelServer()
+
+
+@pytest.fixture
+def asking(
+    server: ModelServer, serve: Callable[[Any], str], make_app: Callable[..., FastAPI], team: Team, base: str
+) -> Team:
+    return team.on(make_app(server_url=serve(server.app)))
+
+
+@pytest.fixture
+def tuned(team: Team, base: str, database: Database) -> str:
+    with database.sessions.begin() as session:
+        job = rows.job(session, session.get_one(Project, team.id), base_model=base)
+        rows.bring(session, job, State.SUCCEEDED)
+        return str(job.tuned_model)
+
+
+def post(team: Team, path: str, expect: int = 200, **body: Any) -> dict[str, Any]:
+    answer = team.http.post(f"/v1{path}", json=body)
+    assert answer.status_code == expect, answer.text
+    return dict(answer.json())
+
+
+def captured(database: Database) -> list[CapturedRequest]:
+    with database.sessions() as session:
+        return list(session.scalars(select(CapturedRequest).order_by(CapturedRequest.created_at)))
+
+
+def test_nothing_is_kept_unless_it_is_asked_for(asking: Team, tuned: str, database: Database) -> None:
+    post(asking, f"/models/{tuned}/capture")
+    asking.openai().chat.completions.create(model=BASE, **ASK)
+    assert captured(database) == []
+    assert asking.http.get(f"/v1/models/{BASE}/capture").json()["enabled"] is False
+
+
+def test_personal_data_is_replaced_before_it_is_stored(
+    asking: Team, tuned: str, server: ModelServer, database: Database
+) -> None:
+    server.message = {"content": "Call +1 202-555-0143, Ann."}
+    post(asking, f"/models/{tuned}/capture", keep_days=7)
+    made = asking.openai().chat.completions.create(model=tuned, **ASK)
+    assert made.choices[0].message.content == "Call +1 202-555-0143, Ann.", "the caller's own answer is whole"
+    [row] = captured(database)
+    assert (row.id, row.model_id) == (made.id, tuned)
+    assert row.request == {"messages": [{"role": "user", "content": "I am <EMAIL_ADDRESS>. Where is my card?"}]}
+    assert row.answer == {"role": "assistant", "content": "Call <PHONE_NUMBER>, Ann."}
+    assert row.expires_at - row.created_at == pytest.approx(timedelta(days=7), abs=timedelta(minutes=1))
+
+
+def test_streams_calls_and_responses_are_kept_whole(
+    asking: Team, tuned: str, server: ModelServer, database: Database
+) -> None:
+    post(asking, f"/models/{tuned}/capture")
+    client = asking.openai()
+    server.deltas = [{"content": "hel"}, {"content": "lo"}, {"tool_calls": [{"index": 0, **CALL}]}]
+    list(client.chat.completions.create(model=tuned, stream=True, tools=[TOOL], **ASK))
+    server.deltas, server.message = [{"content": "x"}], {"content": None, "tool_calls": [CALL]}
+    with database.sessions.begin() as session:  # the stand-in's answers all have one id
+        session.execute(update(CapturedRequest).values(id="first"))
+    made = client.responses.create(model=tuned, input="q")
+    streamed, whole = captured(database)
+    assert streamed.answer == {"role": "assistant", "content": "hello", "tool_calls": [CALL]}
+    assert streamed.request["tools"] == [TOOL]
+    assert whole.answer == {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    assert whole.id == made.id
+    assert whole.id.startswith("resp_")
+
+
+def test_an_answer_that_breaks_off_and_a_text_are_not_kept(
+    asking: Team, tuned: str, server: ModelServer, database: Database
+) -> None:
+    post(asking, f"/models/{tuned}/capture")
+    asking.openai().completions.create(model=tuned, prompt="Once")
+    server.breaks = True
+    with pytest.raises(openai.APIError):
+        list(asking.openai().chat.completions.create(model=tuned, stream=True, **ASK))
+    assert captured(database) == []
+
+
+@pytest.fixture
+def kept(asking: Team, tuned: str, database: Database) -> str:
+    """The tuned model; of it five answers are kept: rated good, bad, corrected, unrated, and cut by the limit."""
+    post(asking, f"/models/{tuned}/capture")
+    with database.sessions.begin() as session:
+        for place, (id, reason) in enumerate(
+            (("good", "stop"), ("bad", "stop"), ("wrong", "stop"), ("plain", "stop"), ("cut", "length"))
+        ):
+            session.add(
+                CapturedRequest(
+                    id=id,
+                    project_id=asking.id,
+                    model_id=tuned,
+                    request={"messages": [{"role": "user", "content": id}]},
+                    answer={"role": "assistant", "content": "a"},
+                    finish_reason=reason,
+                    created_at=func.clock_timestamp() + timedelta(seconds=place),
+                    expires_at=func.clock_timestamp() + timedelta(days=1),
+                )
+            )
+    post(asking, "/feedback", id="good", rating="good")
+    post(asking, "/feedback", id="bad", rating="bad")
+    said = post(asking, "/feedback", id="wrong", rating="bad", correction="b, says bob@example.com")
+    assert said == {
+        "object": "feedback",
+        "id": "wrong",
+        "model": tuned,
+        "rating": "bad",
+        "correction": {"role": "assistant", "content": "b, says <EMAIL_ADDRESS>"},
+    }
+    return tuned
+
+
+def content(team: Team, file: dict[str, Any]) -> list[dict[str, Any]]:
+    text = team.http.get(f"/v1/files/{file['id']}/content").text
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_file_to_train_on_has_its_lineage(asking: Team, kept: str) -> None:
+    file = post(asking, f"/models/{kept}/capture/files")
+    assert (file["purpose"], file["status"]) == ("fine-tune", "processed")
+    right = {"role": "assistant", "content": "b, says <EMAIL_ADDRESS>"}
+    assert content(asking, file) == [
+        {"messages": [{"role": "user", "content": "good"}, {"role": "assistant", "content": "a"}]},
+        {"messages": [{"role": "user", "content": "wrong"}, right]},
+    ]
+    lineage = asking.http.get(f"/v1/files/{file['id']}/capture").json()
+    assert (lineage["model"], lineage["rows"], lineage["requests"]) == (kept, 2, ["good", "wrong"])
+    assert lineage["manifest_sha256"] == "2" * 64
+    job = asking.http.post("/v1/fine_tuning/jobs", json={"model": BASE, "training_file": file["id"]})
+    assert job.status_code == 200, "it can be trained on"
+
+
+def test_unrated_answers_and_preferences(asking: Team, kept: str) -> None:
+    file = post(asking, f"/models/{kept}/capture/files", answers=["unrated"], filename="plain.jsonl")
+    assert [row["messages"][0]["content"] for row in content(asking, file)] == ["plain"]
+    assert file["filename"] == "plain.jsonl"
+    pairs = post(asking, f"/models/{kept}/capture/files", format="preference")
+    assert content(asking, pairs) == [
+        {
+            "input": {"messages": [{"role": "user", "content": "wrong"}]},
+            "preferred_output": [{"role": "assistant", "content": "b, says <EMAIL_ADDRESS>"}],
+            "non_preferred_output": [{"role": "assistant", "content": "a"}],
+        }
+    ]
+
+
+def test_what_is_counted_and_removed(asking: Team, kept: str, database: Database) -> None:
+    found = asking.http.get(f"/v1/models/{kept}/capture").json()
+    assert [found[name] for name in ("enabled", "keep_days", "requests", "good", "bad", "corrected")] == [
+        True, 30, 5, 1, 2, 1,
+    ]  # fmt: skip
+    assert asking.http.delete(f"/v1/models/{kept}/capture").json()["removed"] == 5
+    assert captured(database) == []
+    assert post(asking, f"/models/{kept}/capture/files", 400)["error"]["code"] == "nothing_captured"
+    objects = open_storage(database.settings).list("files/")
+    assert list(objects) == [], "a file without rows leaves no bytes"
+
+
+def test_requests_go_when_their_time_is_over(asking: Team, kept: str, database: Database) -> None:
+    with database.sessions.begin() as session:
+        over = update(CapturedRequest).where(CapturedRequest.id.in_(["good", "bad"]))
+        session.execute(over.values(expires_at=func.clock_timestamp()))
+    file = post(asking, f"/models/{kept}/capture/files")
+    assert [row["messages"][0]["content"] for row in content(asking, file)] == ["wrong"]
+    history.remove_old(database.settings, open_storage(database.settings), transaction=database.sessions.begin)
+    assert [row.id for row in captured(database)] == ["wrong", "plain", "cut"]
+
+
+def test_another_project_keeps_and_rates_its_own(
+    asking: Team, kept: str, make_team: Callable[..., Team], database: Database
+) -> None:
+    other = make_team("beta").on(asking.http.app)  # type: ignore[arg-type]
+    post(other, "/feedback", 404, id="good", rating="bad")
+    post(asking, f"/models/{BASE}/capture")
+    other.openai().chat.completions.create(model=BASE, **ASK)
+    assert len(captured(database)) == 5
+    assert other.http.get(f"/v1/models/{BASE}/capture").json()["requests"] == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"id": "good"}, "rating"),
+        ({"id": "good", "rating": "great"}, "rating"),
+        ({"id": "good", "correction": {"role": "user", "content": "x"}}, "correction"),
+        ({"rating": "good"}, "id"),
+    ],
+)
+def test_feedback_that_says_nothing(asking: Team, body: dict[str, Any], param: str) -> None:
+    assert post(asking, "/feedback", 400, **body)["error"]["param"] == param

@@ -1,0 +1,176 @@
+"""Requests to a model that its project chose to keep, what people said of the answers, and the files made of them."""
+
+import json
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Select, delete, func, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from tunery.datasets.model import File
+from tunery.errors import NotFound
+from tunery.models.model import Model
+from tunery.traffic.errors import NothingCaptured
+from tunery.traffic.model import Capture, CapturedFile, CapturedRequest
+
+Lines = Iterator[tuple[str, bytes]]
+Kept = Literal["good", "corrected", "unrated"]
+_BATCH = 500
+
+
+class FileOrder(BaseModel):
+    """Which captured requests a file is made of, and how they are written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["chat", "preference"] = Field(
+        "chat", description="`chat`: rows to learn or to test with; `preference`: corrected over given answers"
+    )
+    answers: list[Kept] = Field(
+        ["good", "corrected"],
+        min_length=1,
+        description="Rated as good, corrected, or neither rated nor corrected. Of `preference` always the corrected",
+    )
+
+
+def start(session: Session, project_id: str, model: Model, *, keep_days: int) -> Capture:
+    """Keeps the project's requests to a model from now on; those that are kept already keep their time."""
+    row = session.get(Capture, (project_id, model.id)) or Capture(project_id=project_id, model_id=model.id)
+    row.keep_days = keep_days
+    session.add(row)
+    session.flush()
+    return row
+
+
+def stop(session: Session, project_id: str, model: Model) -> int:
+    """Keeps nothing more, and removes all that was kept. Returns how many requests."""
+    session.execute(delete(Capture).where(Capture.project_id == project_id, Capture.model_id == model.id))
+    removed = session.scalars(_of(project_id, model).with_for_update()).all()
+    for row in removed:
+        session.delete(row)
+    session.flush()
+    return len(removed)
+
+
+def setting(session: Session, project_id: str, model_id: str) -> Capture | None:
+    """How the project keeps its requests to a model; None where it does not."""
+    return session.get(Capture, (project_id, model_id))
+
+
+def counts(session: Session, project_id: str, model: Model) -> dict[str, int]:
+    """The requests kept, and how many were rated as good or bad, or corrected."""
+    rated = CapturedRequest.rating
+    query = select(
+        func.count(),
+        func.count().filter(rated == 1),
+        func.count().filter(rated == -1),
+        func.count().filter(CapturedRequest.correction.is_not(None)),
+    ).where(CapturedRequest.project_id == project_id, CapturedRequest.model_id == model.id)
+    found = session.execute(query).one()
+    return dict(zip(("requests", "good", "bad", "corrected"), found, strict=True))
+
+
+def add(
+    session: Session,
+    capture: Capture,
+    id: str,
+    *,
+    request: Mapping[str, Any],
+    answer: Mapping[str, Any],
+    finish_reason: str,
+) -> None:
+    """Keeps one answered request, already redacted. Of two with one id the first stays."""
+    row = insert(CapturedRequest).values(
+        id=id,
+        project_id=capture.project_id,
+        model_id=capture.model_id,
+        request=dict(request),
+        answer=dict(answer),
+        finish_reason=finish_reason,
+        expires_at=func.clock_timestamp() + timedelta(days=capture.keep_days),
+    )
+    session.execute(row.on_conflict_do_nothing())
+
+
+def rate(
+    session: Session, project_id: str, id: str, *, rating: int | None, correction: Mapping[str, Any] | None
+) -> CapturedRequest:
+    """Notes what somebody said of an answer; None leaves what was said before. `correction`: redacted
+    already. Raises NotFound."""
+    row = session.scalar(
+        select(CapturedRequest)
+        .where(CapturedRequest.id == id, CapturedRequest.project_id == project_id)
+        .with_for_update()
+    )
+    if row is None:
+        raise NotFound(kind="captured request", id=id, param="id")
+    row.rating = row.rating if rating is None else rating
+    row.correction = row.correction if correction is None else dict(correction)
+    session.flush()
+    return row
+
+
+def lines(session: Session, project_id: str, model: Model, order: FileOrder) -> Lines:
+    """The rows of a file, oldest first: the captured request's id, and its line."""
+    last: tuple[Any, str] | None = None
+    while True:
+        query = _of(project_id, model).order_by(CapturedRequest.created_at, CapturedRequest.id).limit(_BATCH)
+        if last is not None:
+            after = (CapturedRequest.created_at, CapturedRequest.id)
+            query = query.where(func.row(*after) > func.row(*last))
+        rows = session.scalars(query).all()
+        for row in rows:
+            if (made := _row(row, order)) is not None:
+                yield row.id, json.dumps(made, ensure_ascii=False).encode() + b"\n"
+        if len(rows) < _BATCH:
+            return
+        last = (rows[-1].created_at, rows[-1].id)
+        session.expunge_all()
+
+
+def _row(row: CapturedRequest, order: FileOrder) -> dict[str, Any] | None:
+    """A row of the file; None for a request that does not belong into it."""
+    if order.format == "preference":
+        if row.correction is None or row.correction == row.answer:
+            return None
+        answers = {"preferred_output": [row.correction], "non_preferred_output": [row.answer]}
+        return {"input": dict(row.request), **answers}
+    kind: Kept | None = "corrected" if row.correction is not None else _kind(row)
+    if kind not in order.answers:
+        return None
+    return {**row.request, "messages": [*row.request["messages"], row.correction or row.answer]}
+
+
+def _kind(row: CapturedRequest) -> Kept | None:
+    """What an answer that nobody corrected is worth; None for a bad one, and for one that the token limit cut."""
+    if row.finish_reason == "length" or row.rating == -1:
+        return None
+    return "good" if row.rating == 1 else "unrated"
+
+
+def note_file(session: Session, file: File, model: Model, order: FileOrder, used: list[str]) -> CapturedFile:
+    """The lineage of a file. Raises NothingCaptured where it has no rows."""
+    if not used:
+        raise NothingCaptured(id=model.id)
+    outcome = {"rows": len(used), "requests": used, "manifest_sha256": model.manifest_sha256}
+    row = CapturedFile(file_id=file.id, model_id=model.id, order=order.model_dump(), outcome=outcome)
+    session.add(row)
+    session.flush()
+    session.refresh(row)
+    return row
+
+
+def find_file(session: Session, file: File) -> CapturedFile:
+    """How a file came of captured requests. Raises NotFound."""
+    row = session.get(CapturedFile, file.id)
+    if row is None:
+        raise NotFound(kind="file of captured requests", id=file.id)
+    return row
+
+
+def _of(project_id: str, model: Model) -> Select[CapturedRequest]:
+    mine = (CapturedRequest.project_id == project_id, CapturedRequest.model_id == model.id)
+    return select(CapturedRequest).where(*mine, CapturedRequest.expires_at > func.clock_timestamp())
