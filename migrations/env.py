@@ -7,6 +7,7 @@ from alembic import context
 from sqlalchemy import Connection, create_engine, pool, text
 
 import tunery.artifacts.model
+import tunery.baselines.model
 import tunery.datasets.model
 import tunery.jobs.model
 import tunery.keys.model
