@@ -154,8 +154,9 @@ def read_rows(
         if (found := prepared.find(kept, name)) is None:
             rows = _prepare(path, reading)
             store = store_of(rows.examples, path.parent)
-            prepared.save(kept, name, (store, rows.truncated, rows.unlearnable))
-            found = store, rows.truncated, rows.unlearnable
+            whole = store, rows.truncated, rows.unlearnable
+            prepared.save(kept, name, whole)
+            found = prepared.find(kept, name) or whole  # so that a large file's tokens lie on the disk once
         store, truncated, unlearnable = found
     return Rows(read_back(store, MOST_IN_MEMORY), truncated, unlearnable)
 
