@@ -204,5 +204,7 @@ def test_an_end_keeps_what_the_next_quotes_are_made_of(session: Session, owner: 
     assert actual.cost == pytest.approx(actual.seconds / 1000, abs=1e-3)
     kept = (job.actual or {})["kept"]
     assert (kept is None) is interrupted
+    assert quoting.conclude(session, job, lease, None, SETTINGS).of_quoted is None  # a run that failed
+    assert (job.actual or {})["kept"] is None
     if not interrupted:
         assert kept["around"] == pytest.approx(actual.seconds - 80, abs=0.2)

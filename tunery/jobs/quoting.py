@@ -160,15 +160,18 @@ def expected_finish(session: Session, job: Job) -> datetime | None:
 # --- after the run ------------------------------------------------------------------------------------------------
 
 
-def conclude(session: Session, job: Job, lease: Lease, finished: Finished, prices: Prices) -> Actual:
-    """Notes what a job's run took beside its quote, with an event, and what later quotes are made of."""
+def conclude(session: Session, job: Job, lease: Lease, finished: Finished | None, prices: Prices) -> Actual:
+    """Notes what a job's run took beside its quote, with an event, and what later quotes are made of.
+
+    `finished` None: the run failed, which costs all the same and says nothing of the quote.
+    """
     attempts = session.scalars(select(Attempt).where(Attempt.job_id == job.id)).all()
     now = db.now(session)
     seconds = sum(((attempt.ended_at or now) - attempt.started_at).total_seconds() for attempt in attempts)
-    quoted = None if job.quote is None else Quote.model_validate(job.quote)
+    quoted = None if job.quote is None or finished is None else Quote.model_validate(job.quote)
     device, gpus = _of_lease(job, lease)
     actual = quote.compare(quoted, device, gpus, seconds, prices)
-    kept = None if len(attempts) > 1 else _kept(finished, seconds)
+    kept = None if finished is None or len(attempts) > 1 else _kept(finished, seconds)
     job.actual = actual.model_dump(mode="json") | {"kept": kept}
     session.flush()
     data = {"actual": actual.model_dump(mode="json"), "quoted": job.quote and job.quote["seconds"]}

@@ -136,7 +136,7 @@ def _conclude(
     if status == 0 and isinstance(last, wire.Finished):
         return _publish(hold, scribe, last, settings, storage)
     if isinstance(last, wire.Failed) and last.kind != "crashed":
-        return _fail(hold, last)
+        return _fail(hold, last, settings)
     if status == wire.EXIT_PAUSED or hold.stopping:
         return _let_go(hold, snapshot=_stored(scribe, last.path if isinstance(last, wire.Paused) else None))
     return _hand_back(hold, last.message if isinstance(last, wire.Failed) else _last_words(trainer, status))
@@ -193,9 +193,14 @@ def _succeed(
     )
 
 
-def _fail(hold: Hold, failed: wire.Failed) -> LastDeed:
+def _fail(hold: Hold, failed: wire.Failed, settings: Settings) -> LastDeed:
     error = JobFailure.quoted(failed.code, failed.message, failed.param)
-    return lambda session: leases.fail(session, hold.lease, error, outcome=failed.kind)
+
+    def deed(session: Session) -> None:
+        quoting.conclude(session, leases.held(session, hold.lease), hold.lease, None, settings)
+        leases.fail(session, hold.lease, error, outcome=failed.kind)
+
+    return deed
 
 
 def _let_go(hold: Hold, *, snapshot: str | None) -> LastDeed:
