@@ -107,6 +107,15 @@ def test_runs_on_other_devices_and_broken_ones_say_nothing(
     assert quote_of(session, rows.job(session, owner, base_model=base.id)).speed_from == "estimated"
 
 
+def test_a_run_that_cannot_be_read_any_more_says_nothing(session: Session, owner: Project) -> None:
+    show(session)
+    base = rows.base(session)
+    of_plugin = ended(session, owner, base)
+    of_plugin.plan = {**(of_plugin.plan or {}), "method": {"type": "gone"}}
+    session.flush()
+    assert quote_of(session, rows.job(session, owner, base_model=base.id)).speed_from == "estimated"
+
+
 def test_another_projects_run_counts_and_is_not_named(session: Session, owner: Project) -> None:
     show(session)
     mine, theirs = rows.base(session), rows.base(session, facts=LARGER)

@@ -14,6 +14,7 @@ from tunery.jobs.errors import LeaseLost
 from tunery.jobs.leases import Lease
 from tunery.jobs.model import Checkpoint, Job, Metric
 from tunery.models.model import Model
+from tunery.planning.quote import Actual, Quote
 from worker.io import validation
 from worker.supervisor import attempt, staging
 from worker.supervisor.deeds import Scribe
@@ -210,7 +211,8 @@ def test_the_estimated_finish_counts_what_follows_the_last_step(workshop: Worksh
     )  # fmt: skip
     with Hold(lease, workshop.settings, Drain()) as hold, _scribe(hold, workshop) as scribe:
         scribe.hear(wire.Phase(phase="loading"))
-        assert workshop.job(lease.job_id).estimated_finish is None
+        quoted = Quote.model_validate(workshop.job(lease.job_id).quote).seconds.expected
+        assert quoted - 30 < _finish(workshop, lease) <= quoted  # the quote's, until the trainer says more
         scribe.hear(started)
         scribe.hear(wire.Phase(phase="evaluating", seconds_left=1000))
         assert 990 < _finish(workshop, lease) - 4 <= 1000  # 200 MB of fp32
@@ -218,6 +220,18 @@ def test_the_estimated_finish_counts_what_follows_the_last_step(workshop: Worksh
         assert 90 < _finish(workshop, lease) - 4 <= 100
         scribe.announce_upload()
         assert 0 < _finish(workshop, lease) <= 4
+
+
+def test_a_run_that_fails_has_what_it_took(workshop: Workshop, lease: Lease) -> None:
+    failed = wire.Failed(kind="user_error", code="invalid_spec", message="no such layer")
+    with Hold(lease, workshop.settings, Drain()) as hold:
+        hold.write(attempt._fail(hold, failed, workshop.settings))
+    job = workshop.job(lease.job_id)
+    assert (job.state, job.error_code) == ("failed", "job_failed")
+    actual = Actual.model_validate(job.actual)
+    assert (actual.device, actual.of_quoted, actual.in_range) == ("CPU", None, None)
+    assert 0 < actual.seconds < 60
+    assert any(line.startswith("The run took ") for line in workshop.story(job.id))
 
 
 def test_uploads_take_as_long_as_those_before() -> None:

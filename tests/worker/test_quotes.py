@@ -10,6 +10,7 @@ PASSED = {"n_epochs": 1, "batch_size": 8}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_jobs_take_what_they_are_quoted_after_one_run(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNERY_PLUGINS", "bench.cpu_clock")
     workshop.start("io")
@@ -22,11 +23,11 @@ def test_jobs_take_what_they_are_quoted_after_one_run(workshop: Workshop, monkey
         workshop.until_state(job_id, "succeeded", seconds=600)
         return job_id
 
-    calibration_id = run(2400, first=0, test_file=test)
+    calibration_id = run(1200, first=0, test_file=test)
     _, calibration = measured(calibration_id, 16)
     for what, test_rows, job_id in (
-        ("twice the rows", 0, run(4800, first=3000)),
-        ("two epochs of few rows", 16, run(1200, first=8000, test_file=test, n_epochs=2)),
+        ("twice the rows", 0, run(2400, first=3000)),
+        ("two epochs of few rows", 16, run(800, first=8000, test_file=test, n_epochs=2)),
     ):
         job, record = measured(job_id, test_rows)
         found = compare(what, job, record, calibration)

@@ -8,12 +8,14 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from tunery import db
 from tunery.datasets import reports
 from tunery.datasets.model import File, FileReport
+from tunery.errors import Unsupported
 from tunery.failures import JobFailure
 from tunery.jobs import leases, ledger, placing
 from tunery.jobs.leases import Lease
@@ -196,7 +198,8 @@ def records(session: Session, job: Job, device: str) -> list[Record]:
     """Runs that ended on this kind of device, newest first: those on the job's base, then those on others."""
     of_base = Job.base_model == job.base_model
     found = [*_ended(session, device, of_base), *_ended(session, device, ~of_base)]
-    return [_record(each, facts, device, is_own=each.project_id == job.project_id) for each, facts in found]
+    made = (_record(each, facts, device, is_own=each.project_id == job.project_id) for each, facts in found)
+    return [record for record in made if record is not None]
 
 
 def _ended(session: Session, device: str, condition: ColumnElement[bool]) -> list[tuple[Job, dict[str, Any]]]:
@@ -211,11 +214,14 @@ def _ended(session: Session, device: str, condition: ColumnElement[bool]) -> lis
     return [(job, facts) for job, facts in session.execute(query)]
 
 
-def _record(job: Job, facts: Mapping[str, Any], device: str, *, is_own: bool) -> Record:
-    """A job's run as a record. Another project's is not named."""
+def _record(job: Job, facts: Mapping[str, Any], device: str, *, is_own: bool) -> Record | None:
+    """A job's run as a record, of which another project's is not named. None for a method that this process lacks."""
     assert job.actual is not None, "the query asks for it"
     kept = job.actual["kept"]
-    plan = Plan.model_validate(job.plan)
+    try:
+        plan = Plan.model_validate(job.plan)
+    except (ValidationError, Unsupported):  # of a plug-in that is gone, or of another release
+        return None
     counts = Counts(1, 1, "rows", test_rows=1 if job.test_file else 0)
     work = workload.of_job(plan, facts, counts, "cpu" if device == "CPU" else "cuda")
     mixed = {"validation"} if plan.evaluation.task_rows else ()  # the task's answers are in its time
