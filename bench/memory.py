@@ -30,10 +30,10 @@ _SMALL |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
 _BILLION = _ATTENTION | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128256}
 _EXPERTS = {"moe_intermediate_size": 512, "num_experts": 16, "num_experts_per_tok": 2, "num_local_experts": 16}
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama-60m-untied": {"model_type": "llama", **_SMALL},
-    "llama-35m-tied": {"model_type": "llama", **_SMALL, "tie_word_embeddings": True},
-    "qwen3-moe-65m": {"model_type": "qwen3_moe", **_SMALL, **_EXPERTS, "num_hidden_layers": 4},
-    "gemma3-35m": {"model_type": "gemma3_text", **_SMALL, "tie_word_embeddings": True},
+    "llama-82m-untied": {"model_type": "llama", **_SMALL},
+    "llama-57m-tied": {"model_type": "llama", **_SMALL, "tie_word_embeddings": True},
+    "qwen3-moe-104m": {"model_type": "qwen3_moe", **_SMALL, **_EXPERTS, "num_hidden_layers": 4},
+    "gemma3-57m": {"model_type": "gemma3_text", **_SMALL, "tie_word_embeddings": True},
     "llama-1b-untied": {"model_type": "llama", **_BILLION},
     "qwen3-1b-tied": {"model_type": "qwen3", **_BILLION, "tie_word_embeddings": True},
     "qwen3-moe-1b": {"model_type": "qwen3_moe", **_BILLION, **_EXPERTS, "num_hidden_layers": 8},
@@ -58,18 +58,18 @@ class Kind:
 
 _WIDE = Full(weights_dtype="float32")
 CPU_KINDS = {
-    "cpu lora": Kind("llama-60m-untied", Lora()),
-    "cpu lora tied": Kind("llama-35m-tied", Lora()),
-    "cpu qlora": Kind("llama-60m-untied", Qlora(compute_dtype="float32")),
-    "cpu full": Kind("llama-60m-untied", Full()),
-    "cpu full tied": Kind("llama-35m-tied", Full()),
-    "cpu full scored": Kind("llama-35m-tied", Full(), scores=True),
-    "cpu lora long": Kind("llama-60m-untied", Lora(), words=1500, batch=2),
-    "cpu lora moe": Kind("qwen3-moe-65m", Lora()),
-    "cpu full moe": Kind("qwen3-moe-65m", Full()),
-    "cpu dora": Kind("llama-60m-untied", Lora(use_dora=True)),
-    "cpu lora gemma": Kind("gemma3-35m", Lora()),
-    "cpu full 8-bit": Kind("llama-60m-untied", Full(), options={"optimizer": "adamw_8bit"}),
+    "cpu lora": Kind("llama-82m-untied", Lora()),
+    "cpu lora tied": Kind("llama-57m-tied", Lora()),
+    "cpu qlora": Kind("llama-82m-untied", Qlora(compute_dtype="float32")),
+    "cpu full": Kind("llama-82m-untied", Full()),
+    "cpu full tied": Kind("llama-57m-tied", Full()),
+    "cpu full scored": Kind("llama-57m-tied", Full(), scores=True),
+    "cpu lora long": Kind("llama-82m-untied", Lora(), words=1500, batch=2),
+    "cpu lora moe": Kind("qwen3-moe-104m", Lora()),
+    "cpu full moe": Kind("qwen3-moe-104m", Full()),
+    "cpu dora": Kind("llama-82m-untied", Lora(use_dora=True)),
+    "cpu lora gemma": Kind("gemma3-57m", Lora()),
+    "cpu full 8-bit": Kind("llama-82m-untied", Full(), options={"optimizer": "adamw_8bit"}),
 }
 GPU_KINDS = {
     "lora": Kind("llama-1b-untied", Lora(), words=1000),

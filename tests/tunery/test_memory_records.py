@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from bench import memory_errors
+from tunery.planning import expected
+from tunery.planning.expected import Load
 
 RECORDS = memory_errors.load()
 ABOVE, UNDER = 0.10, 0.05
@@ -46,3 +48,24 @@ def test_constants_fitted_on_half_hold_on_the_other() -> None:
     assert abs(memory_errors.fit(half, "cpu") - memory_errors.PROCESS_BYTES["cpu"]) <= 24 * memory_errors.MB
     for record in (one for one in RECORDS[1::2] if one["missed"] is None):
         assert -UNDER <= memory_errors.error(record) <= ABOVE
+
+
+PLANS = [
+    ("full 1B, a job", 1904, 7616, False, True),
+    ("QLoRA 8B, a job", 1904, 7616, False, False),
+    ("LoRA 8B in e4m3, a job", 1904, 7616, False, False),
+    ("LoRA 1B, 32 uneven rows, a job", 1507, 10_720, False, False),
+    ("full 1B, one card", 733, 4364, False, True),
+    ("QLoRA 1B, one card", 733, 4364, False, True),
+    ("full 1B in pieces on two cards", 733, 2426, True, False),
+    ("full 8B in pieces on two cards", 733, 2426, True, False),
+]
+
+
+@pytest.mark.parametrize(("name", "longest", "step", "recompute", "graphs"), PLANS, ids=[each[0] for each in PLANS])
+def test_plan_is_the_one_that_the_run_took(name: str, longest: int, step: int, recompute: bool, graphs: bool) -> None:
+    """As its file says: all rows of a step at once on an H200, by what its trainer measured there."""
+    [record] = [record for record in RECORDS if record["name"] == name]
+    found = expected.plan(memory_errors.setting(record), Load(longest, step), int(139.8 * 2**30))
+    assert found is not None
+    assert (found.step.tokens, found.step.recompute, found.step.graphs) == (step, recompute, graphs)
