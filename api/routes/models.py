@@ -1,6 +1,8 @@
 """Models: what there is to tune and what came of it."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Response
@@ -11,7 +13,9 @@ from api.bodies import LongJsonRoute
 from api.dependencies import AdminDep, CallerDep, SessionDep, SettingsDep, StorageDep
 from api.schemas import models as wire
 from api.schemas.wire import WholeList, errors
+from tunery.artifacts import engines
 from tunery.artifacts import model as artifacts
+from tunery.artifacts.engines import ADAPTER
 from tunery.datasets import shelf
 from tunery.keys.errors import Forbidden
 from tunery.keys.ring import Caller
@@ -91,6 +95,22 @@ def download_model_artifact(
     """One file. Its sha256 stands in the list, and as the ETag where the API sends the bytes itself."""
     row = registry.find(session, caller.project_id, model)
     return downloads.artifact(storage, artifacts.list_for(session, row.id), path, owner=f"model '{model}'")
+
+
+@router.get("/{model}/engines", summary="Show how to run a model elsewhere", responses=errors(404))
+def list_engines(
+    model: str, session: SessionDep, caller: CallerDep, storage: StorageDep
+) -> WholeList[wire.EngineCommand]:
+    """One command for each engine that runs what the model's artifacts hold, once they are downloaded; the first
+    downloads them."""
+    row = registry.find_ready(session, caller.project_id, model)
+    files = {file.path: file.key for file in artifacts.list_for(session, row.id)}
+    paths, folder = list(files), "tuned" if row.base_id else "base"
+    config = json.loads(b"".join(storage.read(files[ADAPTER]))) if engines.is_adapter(paths) else {}
+    ranks = [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]
+    found = [engines.Command("download", "", engines.download(row.id, folder, paths))]
+    found += engines.commands(paths, folder, rank=max(ranks))
+    return WholeList(data=[wire.EngineCommand(**asdict(each)) for each in found])
 
 
 @router.post("/{model}/exports", summary="Export a fine-tuned model", responses=errors(404))

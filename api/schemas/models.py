@@ -262,3 +262,23 @@ class Alias(Wire):
     object: Literal["model.alias"] = "model.alias"
     alias: str
     model: str
+
+
+class EngineCommand(Wire):
+    """How an engine is started on a model's files."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "engine": "llama.cpp",
+                    "files": "gguf/model-q8_0.gguf",
+                    "command": "llama-server -m tuned/gguf/model-q8_0.gguf --jinja",
+                }
+            ]
+        }
+    )
+
+    engine: Literal["download", "peft", "transformers", "vllm", "llama.cpp", "ollama"]
+    files: str = Field(description="Below the model's folder; empty: the folder itself")
+    command: str = Field(description="In the folder above the model's")

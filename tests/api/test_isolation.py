@@ -105,6 +105,7 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "retrieve_model": [("/v1/models/{tuned}", {})],
     "list_model_artifacts": [("/v1/models/{tuned}/artifacts", {})],
     "download_model_artifact": [("/v1/models/{tuned}/artifacts/adapter.safetensors", {})],
+    "list_engines": [("/v1/models/{tuned}/engines", {})],
     "export_model": [("/v1/models/{tuned}/exports", {"json": {"gguf": ["f16"]}})],
     "list_exports": [("/v1/models/{tuned}/exports", {})],
     "score_model": [

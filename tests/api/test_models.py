@@ -1,6 +1,7 @@
 """Registering, naming and deleting models."""
 
 import hashlib
+import json
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ import rows
 from databases import Database
 from teams import ALIAS, BASE, SOURCE, Team
 
+from tunery.artifacts import model as artifacts
+from tunery.artifacts.manifest import Manifest, ManifestFile
 from tunery.artifacts.model import Artifact
 from tunery.jobs.states import State
 from tunery.keys.model import Project
@@ -228,3 +231,17 @@ def test_base_is_not_exported(team: Team, base: str) -> None:
     answer = team.http.post(f"/v1/models/{base}/exports", json={"gguf": ["f16"]})
     assert answer.status_code == 400
     assert "Name a fine-tuned model" in answer.json()["error"]["message"]
+
+
+def test_engines_of_an_adapter(team: Team, base: str, database: Database) -> None:
+    with database.sessions.begin() as session:
+        job = rows.job(session, session.get_one(Project, team.id), base_model=base)
+        rows.bring(session, job, State.SUCCEEDED)
+        model = session.get_one(Model, job.tuned_model)
+        files = tuple(ManifestFile(path=path, bytes=1, sha256="0" * 64) for path in ("adapter_config.json", "a.bin"))
+        artifacts.record(session, model, Manifest(files=files))
+    config = json.dumps({"r": 8, "rank_pattern": {"q_proj": 33}}).encode()
+    open_storage(database.settings).put(f"{model.prefix}/adapter_config.json", config)
+    found = team.http.get(f"/v1/models/{model.id}/engines").json()["data"]
+    assert [each["engine"] for each in found] == ["download", "peft", "vllm"]
+    assert "--max-lora-rank 64 " in found[2]["command"]

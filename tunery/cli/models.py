@@ -120,6 +120,14 @@ def _kind(model: dict[str, Any]) -> str:
     return f"alias of {model['base_model']}" if is_alias else str(model["kind"])
 
 
+@app.command("engines")
+def list_engines(context: typer.Context, model: str) -> None:
+    """Commands that run a model elsewhere: plain PEFT or transformers, vLLM, llama.cpp, ollama."""
+    for each in connect(context).call("GET", f"{downloads.model_route(model)}/engines")["data"]:
+        show.note(f"# {each['engine']}" + (f": {each['files']}" if each["files"] else ""))
+        show.console.print(each["command"], soft_wrap=True, markup=False)
+
+
 @app.command("show")
 def show_model(context: typer.Context, model: str) -> None:
     """One model's row, as JSON."""
