@@ -70,6 +70,12 @@ $(CLIENTS)/openai-npm/installed: $(wildcard $(CLIENT_FILES)/openai-npm/*)
 	cd $(@D) && npm ci --loglevel=error --no-audit --no-fund && node_modules/.bin/tsc
 	@touch $@
 
+$(CLIENTS)/ai-sdk-npm/installed: $(wildcard $(CLIENT_FILES)/ai-sdk-npm/*)
+	mkdir -p $(@D)
+	cp $^ $(@D)
+	cd $(@D) && npm ci --ignore-scripts --loglevel=error --no-audit --no-fund
+	@touch $@
+
 # Tokenizers of other families, for what llama.cpp makes of them.
 $(CLIENTS)/tokenizers-npm/installed: $(wildcard $(CLIENT_FILES)/tokenizers-npm/*)
 	mkdir -p $(@D)

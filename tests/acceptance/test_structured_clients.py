@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -21,7 +22,10 @@ WAYS = {
     "pydantic-ai": {"chat_tool", "chat_native", "responses_tool", "responses_native"},
     "openai-agents": {"responses", "chat"},
     "llama-index": {"structured"},
+    "dspy": {"chat", "json"},
+    "instructor": {"tools", "tools_strict", "json_schema", "responses_tools"},
 }
+OF_NPM = {f"{api}_{way}" for api in ("responses", "chat") for way in ("object", "stream", "tool")}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -36,21 +40,38 @@ def caller(stack: Stack, client: OpenAI, tmp_path_factory: pytest.TempPathFactor
     return ALIAS
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_a_client_gets_what_it_asks_for(name: str, stack: Stack, caller: str, tmp_path: Path) -> None:
-    python = other_clients.install(name) / "bin/python"
+def drive(command: list[str], stack: Stack, folder: Path) -> dict[str, dict[str, object]]:
+    """What the client's driver came to in each way of asking. It knows an address, a key and a model's name."""
     environment = {
         "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path),
+        "HOME": str(folder),
         "OPENAI_BASE_URL": f"{stack.api_url}/v1",
         "OPENAI_API_BASE": f"{stack.api_url}/v1",
         "OPENAI_API_KEY": str(stack.first_key),
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # or dspy's client asks GitHub for prices
     }
     driven = subprocess.run(
-        [python, DRIVERS / f"ask_{name.replace('-', '_')}.py", caller],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False,
+        [*command, ALIAS],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert driven.returncode == 0, f"{driven.stdout}\n{driven.stderr}\n{stacks.logs(stack)}"
-    found = json.loads(driven.stdout.splitlines()[-1])
+    found: dict[str, dict[str, object]] = json.loads(driven.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.usefixtures("caller")
+@pytest.mark.parametrize("name", WAYS)
+def test_a_client_gets_what_it_asks_for(name: str, stack: Stack, tmp_path: Path) -> None:
+    python = other_clients.install(name) / "bin/python"
+    found = drive([str(python), str(DRIVERS / f"ask_{name.replace('-', '_')}.py")], stack, tmp_path)
     assert found.keys() == WAYS[name]
+    assert all(card["colour"] in ("red", "blue") for card in found.values())
+
+
+@pytest.mark.usefixtures("caller")
+def test_the_ai_sdk_of_npm_gets_what_it_asks_for(stack: Stack, tmp_path: Path) -> None:
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not here")
+    found = drive(["node", str(other_clients.install("ai-sdk-npm") / "ask.js")], stack, tmp_path)
+    assert found.keys() == OF_NPM
     assert all(card["colour"] in ("red", "blue") for card in found.values())

@@ -117,7 +117,6 @@ def test_an_answer_is_any_object_where_no_schema_is_named(ask: Any) -> None:
             {"tools": [FIND], "tool_choice": {"type": "function", "function": {"name": "stop_card"}}},
             r"not among 'tools' \(find_card\)",
         ),
-        ({"tools": [FIND], "tool_choice": "required", "response_format": {"type": "json_object"}}, "leave one out"),
         ({"top_logprobs": 3}, "needs 'logprobs'"),
     ],
 )
@@ -125,6 +124,14 @@ def test_what_cannot_be_kept_to_is_refused(ask: Any, asked: dict[str, Any], said
     with pytest.raises(openai.BadRequestError, match=said):
         ask(**asked)
     assert ask(max_tokens=1).choices
+
+
+def test_a_required_call_is_made_whatever_form_a_text_would_have(ask: Any) -> None:
+    """instructor asks for both."""
+    wanted = {"type": "json_schema", "json_schema": {"name": "card", "schema": CARD, "strict": True}}
+    choice = ask(tools=[FIND], tool_choice="required", response_format=wanted).choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    assert [call.function.name for call in choice.message.tool_calls] == [FIND["function"]["name"]]
 
 
 @pytest.mark.parametrize("seed", [1, 2])

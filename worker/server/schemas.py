@@ -135,8 +135,6 @@ class ChatRequest(_Sealed):
                 _refuse("tool_choice", "it asks for a call, and 'tools' offers none")
             if not self.callable_tools:
                 _refuse("tool_choice", f"it names a tool that is not among 'tools' ({', '.join(names)})")
-            if self.response_format.type != "text":
-                _refuse("tool_choice", "it asks for a call and 'response_format' for JSON: leave one out")
         return self
 
     @property
