@@ -2,6 +2,7 @@
 
 import os
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -71,6 +72,16 @@ def test_plug_ins_back_end_answers_a_chat(client: OpenAI, address: str) -> None:
     assert (health["model"], health["device"]) == (BASE, "none")
     with pytest.raises(openai.BadRequestError, match="Ask something else"):
         client.chat.completions.create(model=BASE, messages=[{"role": "user", "content": "refuse"}])
+
+
+def test_chat_reads_no_certificates_once_they_are_read(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the event loop tens of milliseconds, in which no stream goes on."""
+    asked: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "again"}]
+    client.chat.completions.create(model=BASE, messages=asked)
+    read: list[object] = []
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *args, **_: read.append(args))
+    client.chat.completions.create(model=BASE, messages=asked)
+    assert read == []
 
 
 def test_server_imports_no_torch_before_its_devices_are_chosen() -> None:
