@@ -1,6 +1,6 @@
 """Many adapters on one base in the model server: memory, throughput and loading.
 
-    python bench/serving.py BASE OUT.json [--rank 16] [--tokens 32] [--rounds 5]
+    python -m bench.serving BASE OUT.json [--rank 16] [--tokens 32] [--rounds 5]
 
 BASE is a converted base (SmolLM2-135M). Adapters are random, on all linear layers. Everything runs on the CPU through
 the embedded back end as the model server drives it; "switching" is PEFT's `set_adapter`, one request after another.
@@ -26,6 +26,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from bench import service
 from tunery.artifacts import manifest
 from tunery.storage import Directory
 from worker.server.backends.embedded import Engine
@@ -269,7 +270,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         shop = Shop(Path(root), asked.base, asked.rank)
         engine = shop.engine("models")
-        found: dict[str, Any] = {"rank": asked.rank, "tokens": asked.tokens, "threads": torch.get_num_threads()}
+        found = service.hardware()
+        found |= {"rank": asked.rank, "tokens": asked.tokens, "threads": torch.get_num_threads()}
         stages: dict[str, Callable[[], dict[str, Any]]] = {
             "memory": lambda: memory(shop, engine),
             "loading_seconds": lambda: loading(shop, engine),
