@@ -104,6 +104,21 @@ def test_what_a_process_cannot_do_is_done_here() -> None:
 
 
 @pytest.mark.usefixtures("several")
+def test_processes_that_cannot_start_are_tried_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    usual = preparers.subprocess.Popen
+
+    def counted(command: list[str], **options: Any) -> Any:
+        started.append(command[4])
+        return usual(command, **options)
+
+    monkeypatch.setattr(preparers, "_START", broken := "import sys; sys.exit(3)")
+    monkeypatch.setattr(preparers.subprocess, "Popen", counted)
+    assert {pid for _, pid in digested(spelled(ROWS), pids)} == {os.getpid()}
+    assert started.count(broken) == 2
+
+
+@pytest.mark.usefixtures("several")
 def test_processes_end_with_their_reader_and_read_little_ahead() -> None:
     given = []
 
@@ -170,7 +185,7 @@ def test_a_files_summary_is_that_of_one_process(monkeypatch: pytest.MonkeyPatch)
 def test_the_faults_of_a_file_are_those_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     one, several = summaries([*ROWS, *[{"messages": []}] * 130], monkeypatch)
     assert one == several
-    assert "Example 61, " in one
+    assert "Example 61 " in one
     assert "and 94 more; reading stopped there" in one
 
 

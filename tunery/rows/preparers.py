@@ -110,24 +110,28 @@ class _Process:
         self._settings = settings
         self._popen: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        self._is_closed = False
+        self._is_closed = self._has_answered = False
 
     def ask(self, group: bytes) -> bytes | None:
-        """What it makes of a group; None where it fails. The next group starts another process if this one ended."""
+        """What it makes of a group; None where it fails. The next group starts another process if this one ended,
+        unless it never answered."""
         try:
             connection = self._connection or self._start()
             connection.send_bytes(group)
-            return connection.recv_bytes() or None
+            answer = connection.recv_bytes()
         except (OSError, EOFError):
             self.end()
+            self._is_closed = self._is_closed or not self._has_answered
             return None
+        self._has_answered = True
+        return answer or None
 
     def _start(self) -> "Connection":
         if self._is_closed:
             raise EOFError
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            path = "\n".join(entry or str(Path.cwd()) for entry in sys.path)
+            path = "\n".join([str(Path(__file__).parents[2]), *(entry or str(Path.cwd()) for entry in sys.path)])
             command = [sys.executable, "-ISB", "-Xutf8", "-c", _START, str(theirs.fileno()), path]
             self._popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
             self._connection = Connection(ours.detach())
