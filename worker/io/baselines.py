@@ -33,6 +33,8 @@ from worker.supervisor.drain import Drain
 log = logging.getLogger(__name__)
 SECONDS = 4 * 3600
 """The time of one model. Others wait behind it, and a user who sees nothing by then sends fewer rows."""
+PROMPT_SECONDS = 1800
+"""The time of its prompts, as a report's."""
 _PROMPTS = 0.02
 """The share of the work that is done when the prompts are made."""
 
@@ -124,7 +126,10 @@ def _make_prompts(baseline: Baseline, folder: Path, settings: Settings, storage:
         context=model.facts.get("context_length"),
     )
     (folder / "shots_order.json").write_text(asked.model_dump_json())
-    reason = programs.run(["tunery.datasets.shots", str(folder)], folder, watch, what="making of prompts")
+    reason = programs.run(
+        ["tunery.datasets.shots", str(folder)], folder, watch, what="making of prompts", seconds=PROMPT_SECONDS,
+        watch=partial(watch.look, 0.0),
+    )  # fmt: skip
     if reason is not None and not watch.begun:
         raise _Ended(reason)
     watch.look(_PROMPTS)
