@@ -15,7 +15,7 @@ from tunery.datasets.report.case import Case, Finding
 from tunery.datasets.report.endings import ITEM, Vocabulary
 from tunery.datasets.report.rows import Row
 
-_SURE, _BROKEN = 0.55, 0.99
+_SURE, _BROKEN = 0.35, 0.99
 _LEAST = 30
 _WEIGHT, _USUAL_END = 0.5, -5.0
 """Of the log probability of an end behind an answer: what a unit of it counts, and whole ones mostly have more."""
