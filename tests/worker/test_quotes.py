@@ -10,7 +10,7 @@ PASSED = {"n_epochs": 1, "batch_size": 8}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_jobs_take_what_they_are_quoted_after_one_run(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNERY_PLUGINS", "bench.cpu_clock")
     workshop.start("io")
@@ -20,7 +20,7 @@ def test_jobs_take_what_they_are_quoted_after_one_run(workshop: Workshop, monkey
     def run(rows: int, *, first: int, test_file: str | None = None, **knobs: int) -> str:
         training = workshop.file(training_rows(rows, first=first))
         job_id = workshop.submit(training, valid, test_file, hyperparameters=PASSED | knobs)
-        workshop.until_state(job_id, "succeeded", seconds=600)
+        workshop.until_state(job_id, "succeeded", seconds=1200)
         return job_id
 
     calibration_id = run(1200, first=0, test_file=test)
