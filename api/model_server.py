@@ -94,6 +94,8 @@ class Stream:
                     self._admission.note(chunk)
                     if shown := self._shown(chunk):
                         yield shown
+            # Before the caller reads the end: feedback on a request that is kept may follow at once.
+            await self._admission.end()
         except TuneryError as error:
             yield envelope(error.message, type="server_error", code=error.code)
 
