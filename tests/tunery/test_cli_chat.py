@@ -101,6 +101,21 @@ def test_a_model_that_does_not_exist_is_suggested(tunery: Run, server: ModelServ
     assert f"Did you mean '{BASE}'?" in err
 
 
+def test_requests_are_kept_rated_and_made_into_a_file(tunery: Run, server: ModelServer) -> None:
+    assert tunery("captures", "start", BASE, "--keep-days", 7)[1] == f"✓ requests to {BASE} are kept for 7 days\n"
+    tunery("chat", BASE, "-m", "Hi")
+    assert tunery("captures", "rate", "c", "bad", "--correction", "Hello!")[1] == "✓ c: bad, corrected\n"
+    assert tunery("captures", "show", BASE)[1].split() == (
+        ["kept", "for", "7", "days", "requests", "1", "good", "0", "bad", "1", "corrected", "1"]
+    )
+    file = tunery("captures", "file", BASE)[1].strip()
+    assert '"Hello!"' in tunery("files", "content", file)[1]
+    assert tunery("captures", "stop", BASE)[1] == f"✓ requests to {BASE} are not kept; 1 were removed\n"
+    status, _, err = tunery("captures", "file", BASE)
+    assert status == 1
+    assert "No captured request" in err
+
+
 # --- webhooks -------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tunery.cli import access, files, jobs, models, show, webhooks
+from tunery.cli import access, captures, files, jobs, models, show, webhooks
 from tunery.cli.advise import advise
 from tunery.cli.baseline import baseline
 from tunery.cli.chat import chat
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(files.app, name="files")
 app.add_typer(models.app, name="models")
+app.add_typer(captures.app, name="captures")
 app.add_typer(webhooks.app, name="webhooks")
 app.command()(advise)
 app.command()(baseline)

@@ -125,7 +125,10 @@ def _readme(t: Training, artifact: Path, models: list[str], adapters: list[str])
             "This folder holds an adapter. It answers as it was trained on that very base alone, with the tokenizer "
             "and chat template of this folder:\n\n"
             f"    vllm serve BASE_FOLDER --enable-lora --max-lora-rank {rank} --lora-modules tuned=. "
-            "--chat-template chat_template.jinja"
+            "--chat-template chat_template.jinja\n\n"
+            "Plain PEFT loads it where `adapter_config.json` names the base's folder, as "
+            "`tunery models download MODEL --with-base` leaves it:\n\n"
+            "    model = peft.AutoPeftModelForCausalLM.from_pretrained('.')"
         )
     else:
         parts.append("This folder holds a whole model:\n\n    vllm serve . --served-model-name tuned")
