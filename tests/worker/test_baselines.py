@@ -9,6 +9,7 @@ from typing import Any
 import asgi
 import pytest
 import served
+import tiny_models
 from fastapi.testclient import TestClient
 from openai import OpenAI
 from pydantic import SecretStr
@@ -18,10 +19,13 @@ from workshop import Workshop
 
 from api.main import create_app
 from api.schemas.baselines import Baseline
+from tunery.artifacts import manifest
 from tunery.baselines.model import Baseline as Stored
 from tunery.keys import ring
 from tunery.keys.model import Project
-from tunery.spec import Evaluation, General
+from tunery.models import imports
+from tunery.models.model import Model
+from tunery.spec import Evaluation, General, Lora
 from worker.io import baselines
 from worker.server.backends.embedded import Engine
 from worker.supervisor.drain import Drain
@@ -157,3 +161,28 @@ def test_a_worker_that_stops_gives_its_try_back(
     with workshop.session() as session:
         row = session.get_one(Stored, made["id"])
         assert (row.status, row.tries) == ("queued", 0)
+
+
+@pytest.mark.slow
+def test_a_tuned_model_is_compared_with_the_prompts(
+    client: TestClient, workshop: Workshop, tiny_base: Path, tmp_path: Path
+) -> None:
+    listed, sha256 = manifest.publish(workshop.storage, "models/lora", tiny_models.lora(tmp_path / "lora", tiny_base))
+    with workshop.session() as session:
+        tuned = Model(id="ft:tiny:x::1", kind="tuned", project_id=workshop.project_id, base_id=workshop.base_id)
+        tuned.technique, tuned.status, tuned.prefix = "lora", "ready", "models/lora"
+        tuned.manifest, tuned.manifest_sha256 = listed.model_dump(mode="json"), sha256
+        tuned.facts = {imports.TECHNIQUE: Lora(r=4, alpha=8).model_dump(mode="json")}
+        session.add(tuned)
+    known = workshop.file(lines(KNOWN))
+    found = ask(client, workshop, examples_file=known, shots=[0, 2], compare=["ft:tiny:x::1", workshop.base_id])
+    assert found.status == "succeeded", found.error
+    assert [(row.way, row.model, row.shots) for row in found.table] == [
+        ("zero_shot", "tiny", 0),
+        ("few_shot", "tiny", 2),
+        ("tuned", "ft:tiny:x::1", 0),
+    ]
+    kept = [json.loads(line) for line in client.get(f"{ROUTE}/{found.id}/answers").text.splitlines()]
+    said = {model: [one["answer"] for one in kept if one["model"] == model and not one["shots"]] for model in
+            ("tiny", "ft:tiny:x::1")}  # fmt: skip
+    assert said["tiny"] != said["ft:tiny:x::1"]
