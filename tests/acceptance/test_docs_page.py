@@ -89,6 +89,7 @@ class Page:
         return status.text, body.text
 
 
+@pytest.mark.slow
 def test_submit_from_the_page(
     browser: webdriver.Chrome, stack: Stack, client: OpenAI, base: str, tmp_path: Path
 ) -> None:

@@ -139,6 +139,8 @@ def _faults(kind: type[BaseModel]) -> Iterator[dict[str, Any]]:
                 kind.model_validate({name: junk})
             except ValidationError as error:
                 yield from ({**fault} for fault in error.errors(include_url=False))
+            except floor.InvalidValue:
+                continue  # a check over several fields, which says its own words
 
 
 def test_no_reason_is_in_words_of_pydantic(app: FastAPI) -> None:

@@ -237,7 +237,7 @@ def test_settings_are_a_request_s(aim: Aim, technique: Technique | None) -> None
 
 def test_rows_are_read_from_a_report() -> None:
     said = {"rows": 12, "reason": None, "usable": {"rows": 9, "left_out": {"refusal": 3}, "answer_bytes": 83}}
-    assert advisor.rows_of(said) == rows(9, 12, tokens=20, refusal=3)
+    assert advisor.rows_of(said) == rows(9, 12, tokens=21, refusal=3)
 
 
 # --- warnings -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import csv
 import gzip
 import io
 import json
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from templates import CHATML, LLAMA_LIKE, model_folder
 
 from tunery.datasets.rules import check_examples
 from tunery.failures import InvalidTrainingFile
+from tunery.rows.bulk import Judged, Reading, digest_rows
 from tunery.rows.encoding import encoder_of_any, find_encoder
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Columns, Dpo, Supervised
@@ -50,18 +53,19 @@ FILES = {
 }
 
 
+def _texts(rows: Iterator[Judged]) -> list[list[str | None]]:
+    return [[turn.content for turn in row.example.messages] for row in rows if row.example is not None]
+
+
 @pytest.mark.parametrize("compressed", ["plain", "gzip", "zstd"])
 @pytest.mark.parametrize("kind", FILES)
 def test_named_columns_are_read_in_every_format(kind: str, compressed: str) -> None:
     data = {"plain": bytes, "gzip": gzip.compress, "zstd": zstd.compress}[compressed](FILES[kind])
-    said: list[list[str | None]] = []
     encoder = find_encoder(Supervised(), "training", NAMED)
-    summary = check_examples(
-        [data], encoder=encoder, seen=lambda _, row: said.append([turn.content for turn in row.messages])
-    )
+    groups = digest_rows([data], Reading("training", encoder, None, 2048), _texts)
 
-    assert said == [[row["Frage"], row["Antwort"]] for row in TABLE]
-    assert summary.shape.describe() == (
+    assert list(chain.from_iterable(groups)) == [[row["Frage"], row["Antwort"]] for row in TABLE]
+    assert check_examples([data], encoder=encoder).shape.describe() == (
         "prompt/completion rows: 'Frage' as the user's message, 'Antwort' as the answer; other columns are not read"
     )
 

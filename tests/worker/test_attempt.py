@@ -1,18 +1,18 @@
 """One attempt's deeds without its trainer: what is written of what was said, and what an attempt leaves behind."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 import rows
-from sqlalchemy import select
+from sqlalchemy import select, update
 from workshop import Workshop, training_rows
 
 from tunery import wire
 from tunery.jobs import leases, ledger
 from tunery.jobs.errors import LeaseLost
 from tunery.jobs.leases import Lease
-from tunery.jobs.model import Checkpoint, Job, Metric
+from tunery.jobs.model import Attempt, Checkpoint, Job, Metric
 from tunery.models.model import Model
 from tunery.planning.quote import Actual, Quote
 from worker.io import validation
@@ -224,13 +224,15 @@ def test_the_estimated_finish_counts_what_follows_the_last_step(workshop: Worksh
 
 def test_a_run_that_fails_has_what_it_took(workshop: Workshop, lease: Lease) -> None:
     failed = wire.Failed(kind="user_error", code="invalid_spec", message="no such layer")
+    with workshop.database.sessions.begin() as session:
+        session.execute(update(Attempt).values(started_at=Attempt.started_at - timedelta(seconds=7)))
     with Hold(lease, workshop.settings, Drain()) as hold:
         hold.write(attempt._fail(hold, failed, workshop.settings))
     job = workshop.job(lease.job_id)
     assert (job.state, job.error_code) == ("failed", "job_failed")
     actual = Actual.model_validate(job.actual)
     assert (actual.device, actual.of_quoted, actual.in_range) == ("CPU", None, None)
-    assert 0 < actual.seconds < 60
+    assert 7 <= actual.seconds < 60
     assert any(line.startswith("The run took ") for line in workshop.story(job.id))
 
 
