@@ -45,6 +45,7 @@ def client(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     return TestClient(app, headers={"authorization": f"Bearer {key_of(workshop)}"})
 
 
+@pytest.mark.slow
 def test_a_job_trains_on_a_plug_ins_format(workshop: Workshop, client: TestClient) -> None:
     workshop.start("io", **PLUGIN)
     workshop.start("train", **PLUGIN)
@@ -131,6 +132,7 @@ print(json.dumps(http.post("/v1/fine_tuning/jobs", json=body).json()))
 """
 
 
+@pytest.mark.slow
 def test_a_new_option_changes_a_run(workshop: Workshop, tmp_path: Path) -> None:
     """Two lines more: the option, and the place where the trainer reads it. At hardly any rate nothing is learned."""
     release = Release.copy(tmp_path / "next")
