@@ -11,10 +11,13 @@ from asgi import serving
 from databases import Database
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from model_server import ModelServer
 from teams import ALIAS, BASE, SOURCE, Team
 
 from api.main import create_app
+from tunery.jobs.states import State
 from tunery.keys import ring
+from tunery.keys.model import Project
 from tunery.models import registry
 
 
@@ -75,6 +78,29 @@ def serve() -> Iterator[Callable[[Any], str]]:
     """Puts applications behind real sockets until the test ends."""
     with ExitStack() as stack:
         yield lambda app: stack.enter_context(serving(app))
+
+
+@pytest.fixture
+def server() -> ModelServer:
+    """A model server that keeps what it was sent."""
+    return ModelServer()
+
+
+@pytest.fixture
+def asking(
+    server: ModelServer, serve: Callable[[Any], str], make_app: Callable[..., FastAPI], team: Team, base: str
+) -> Team:
+    """The team, its API in front of `server`."""
+    return team.on(make_app(server_url=serve(server.app)))
+
+
+@pytest.fixture
+def tuned(team: Team, base: str, database: Database) -> str:
+    """What one of the team's jobs made of `base`."""
+    with database.sessions.begin() as session:
+        job = rows.job(session, session.get_one(Project, team.id), base_model=base)
+        rows.bring(session, job, State.SUCCEEDED)
+        return str(job.tuned_model)
 
 
 @pytest.fixture

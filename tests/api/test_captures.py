@@ -7,15 +7,11 @@ from typing import Any
 
 import openai
 import pytest
-import rows
 from databases import Database
-from fastapi import FastAPI
 from model_server import ModelServer
 from sqlalchemy import func, select, update
 from teams import BASE, Team
 
-from tunery.jobs.states import State
-from tunery.keys.model import Project
 from tunery.retention import history
 from tunery.storage import open_storage
 from tunery.traffic.model import CapturedRequest
@@ -23,26 +19,6 @@ from tunery.traffic.model import CapturedRequest
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "I am ann@example.com. Where is my card?"}]}
 CALL: dict[str, Any] = {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": '{"n": 3}'}}
 TOOL: Any = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
-
-
-@pytest.fixture
-def server() -> ModelServer:
-    return ModelServer()
-
-
-@pytest.fixture
-def asking(
-    server: ModelServer, serve: Callable[[Any], str], make_app: Callable[..., FastAPI], team: Team, base: str
-) -> Team:
-    return team.on(make_app(server_url=serve(server.app)))
-
-
-@pytest.fixture
-def tuned(team: Team, base: str, database: Database) -> str:
-    with database.sessions.begin() as session:
-        job = rows.job(session, session.get_one(Project, team.id), base_model=base)
-        rows.bring(session, job, State.SUCCEEDED)
-        return str(job.tuned_model)
 
 
 def post(team: Team, path: str, expect: int = 200, **body: Any) -> dict[str, Any]:

@@ -6,35 +6,18 @@ from typing import Any
 
 import openai
 import pytest
-import rows
-from databases import Database
 from fastapi import FastAPI
 from model_server import ModelServer, ask_and_leave
 from teams import ALIAS, BASE, Team
 
 from tunery.errors import InvalidValue
-from tunery.jobs.states import State
-from tunery.keys.model import Project
 from worker.server.schemas import parse
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "q"}]}
 
 
-@pytest.fixture
-def server() -> ModelServer:
-    return ModelServer()
-
-
-@pytest.fixture
-def chatting(
-    server: ModelServer, serve: Callable[[Any], str], make_app: Callable[..., FastAPI], team: Team, base: str
-) -> Team:
-    """The team, its API in front of `server`."""
-    return team.on(make_app(server_url=serve(server.app)))
-
-
-def test_base_by_alias(chatting: Team, server: ModelServer) -> None:
-    answer = chatting.openai(strict=True).chat.completions.create(model=ALIAS, temperature=0, seed=1, **ASK)
+def test_base_by_alias(asking: Team, server: ModelServer) -> None:
+    answer = asking.openai(strict=True).chat.completions.create(model=ALIAS, temperature=0, seed=1, **ASK)
     assert answer.choices[0].message.content == "a"
     [received] = server.received
     assert {name: received[name] for name in ("model", "temperature", "seed")} == {
@@ -48,40 +31,31 @@ def test_base_by_alias(chatting: Team, server: ModelServer) -> None:
     assert "authorization" not in server.headers[0]
 
 
-@pytest.fixture
-def tuned(team: Team, base: str, database: Database) -> str:
-    """What one of the team's jobs made of the base."""
-    with database.sessions.begin() as session:
-        job = rows.job(session, session.get_one(Project, team.id), base_model=base)
-        rows.bring(session, job, State.SUCCEEDED)
-        return str(job.tuned_model)
-
-
-def test_tuned_model(chatting: Team, server: ModelServer, tuned: str) -> None:
-    chatting.openai().chat.completions.create(model=tuned, **ASK)
+def test_tuned_model(asking: Team, server: ModelServer, tuned: str) -> None:
+    asking.openai().chat.completions.create(model=tuned, **ASK)
     named = server.received[0]["tunery_model"]
     assert (named["base"]["id"], named["tuned"]["id"], named["tuned"]["technique"]) == (BASE, tuned, "lora")
     assert set(named["tuned"]) == {"id", "prefix", "manifest_sha256", "technique"}
 
 
-def test_a_tuned_model_outlives_its_base(chatting: Team, server: ModelServer, tuned: str, admin: Team) -> None:
+def test_a_tuned_model_outlives_its_base(asking: Team, server: ModelServer, tuned: str, admin: Team) -> None:
     assert admin.http.delete(f"/v1/models/{BASE}").status_code == 200
-    chatting.openai().chat.completions.create(model=tuned, **ASK)
+    asking.openai().chat.completions.create(model=tuned, **ASK)
     assert server.received[0]["tunery_model"]["base"]["id"] == BASE
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_stream(strict: bool, chatting: Team) -> None:
-    stream = chatting.openai(strict=strict).chat.completions.create(model=BASE, stream=True, **ASK)
+def test_stream(strict: bool, asking: Team) -> None:
+    stream = asking.openai(strict=strict).chat.completions.create(model=BASE, stream=True, **ASK)
     assert [chunk.choices[0].delta.content for chunk in stream] == ["hel", "lo"]
 
 
-def test_a_stream_that_breaks_says_so(chatting: Team, server: ModelServer) -> None:
+def test_a_stream_that_breaks_says_so(asking: Team, server: ModelServer) -> None:
     server.breaks = True
     heard: list[str | None] = []
 
     def listen() -> None:
-        stream = chatting.openai().chat.completions.create(model=BASE, stream=True, **ASK)
+        stream = asking.openai().chat.completions.create(model=BASE, stream=True, **ASK)
         heard.extend(chunk.choices[0].delta.content for chunk in stream)
 
     with pytest.raises(openai.APIError) as broken:
@@ -99,22 +73,22 @@ def test_a_caller_who_hangs_up_frees_the_server(
     assert server.left.wait(20)
 
 
-def test_the_servers_refusals_pass(chatting: Team, server: ModelServer) -> None:
+def test_the_servers_refusals_pass(asking: Team, server: ModelServer) -> None:
     server.status = 400
     with pytest.raises(openai.BadRequestError) as refused:
-        chatting.openai().chat.completions.create(model=BASE, n=2, **ASK)
+        asking.openai().chat.completions.create(model=BASE, n=2, **ASK)
     assert (refused.value.param, refused.value.code) == ("n", "unsupported")
 
 
-def test_an_overloaded_server_says_when_to_come_again(chatting: Team, server: ModelServer) -> None:
+def test_an_overloaded_server_says_when_to_come_again(asking: Team, server: ModelServer) -> None:
     server.status = 503
-    answer = chatting.http.post("/v1/chat/completions", json={"model": BASE, **ASK})
+    answer = asking.http.post("/v1/chat/completions", json={"model": BASE, **ASK})
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
 
 
-def test_an_answer_is_taken_back_as_a_message(chatting: Team, server: ModelServer) -> None:
+def test_an_answer_is_taken_back_as_a_message(asking: Team, server: ModelServer) -> None:
     """People append `message.model_dump()`, which has every field that the client knows, most of them null."""
-    client = chatting.openai()
+    client = asking.openai()
     said = client.chat.completions.create(model=BASE, **ASK).choices[0].message.model_dump()
     assert said["annotations"] is None
     said["annotations"] = [{"type": "url_citation"}]
@@ -140,15 +114,15 @@ def test_the_server_is_down(make_app: Callable[..., FastAPI], team: Team, base: 
     assert answer.headers["retry-after"]
 
 
-def test_users_cannot_name_a_models_files(chatting: Team, server: ModelServer) -> None:
+def test_users_cannot_name_a_models_files(asking: Team, server: ModelServer) -> None:
     forged = {"base": {"id": "x", "prefix": "jobs/other", "manifest_sha256": "0"}, "tuned": None}
-    answer = chatting.http.post("/v1/chat/completions", json={"model": BASE, "tunery_model": forged, **ASK})
+    answer = asking.http.post("/v1/chat/completions", json={"model": BASE, "tunery_model": forged, **ASK})
     assert answer.status_code == 200
     assert server.received[0]["tunery_model"]["base"]["id"] == BASE
 
 
-def test_unknown_model(chatting: Team, server: ModelServer) -> None:
+def test_unknown_model(asking: Team, server: ModelServer) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
-        chatting.openai().chat.completions.create(model="none", **ASK)
+        asking.openai().chat.completions.create(model="none", **ASK)
     assert refused.value.code == "model_not_found"
     assert server.received == []

@@ -4,19 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import rows
-from databases import Database
 from fastapi import FastAPI
 from model_server import ModelServer
 from teams import ALIAS, BASE, Team
-
-from tunery.jobs.states import State
-from tunery.keys.model import Project
-
-
-@pytest.fixture
-def server() -> ModelServer:
-    return ModelServer()
 
 
 @pytest.fixture
@@ -25,14 +15,6 @@ def comparing(
 ) -> Callable[..., Any]:
     app = make_app(server_url=serve(server.app), requests_per_minute=7)
     return lambda **body: team.on(app).http.post("/v1/models/compare", json=body)
-
-
-@pytest.fixture
-def tuned(team: Team, base: str, database: Database) -> str:
-    with database.sessions.begin() as session:
-        job = rows.job(session, session.get_one(Project, team.id), base_model=base)
-        rows.bring(session, job, State.SUCCEEDED)
-        return str(job.tuned_model)
 
 
 def test_a_tuned_model_is_compared_with_its_base(

@@ -12,18 +12,6 @@ from teams import ALIAS, BASE, Team
 
 
 @pytest.fixture
-def server() -> ModelServer:
-    return ModelServer()
-
-
-@pytest.fixture
-def asking(
-    server: ModelServer, serve: Callable[[Any], str], make_app: Callable[..., FastAPI], team: Team, base: str
-) -> Team:
-    return team.on(make_app(server_url=serve(server.app)))
-
-
-@pytest.fixture
 def client(asking: Team) -> OpenAI:
     return asking.openai(strict=True)
 

@@ -22,11 +22,6 @@ ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "q"}]}
 
 
 @pytest.fixture
-def server() -> ModelServer:
-    return ModelServer()
-
-
-@pytest.fixture
 def limited(
     server: ModelServer, serve: Callable[[Any], str], make_app: Callable[..., FastAPI], team: Team, base: str
 ) -> Callable[..., Team]:

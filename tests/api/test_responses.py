@@ -1,11 +1,9 @@
 """The Responses API by the official client: a chat completion in another dialect, of which nothing is kept."""
 
-from collections.abc import Callable
 from typing import Any
 
 import openai
 import pytest
-from fastapi import FastAPI
 from model_server import ModelServer
 from pydantic import BaseModel
 from teams import ALIAS, BASE, Team
@@ -18,19 +16,6 @@ FIND: Any = {
     "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}},
     "strict": True,
 }
-
-
-@pytest.fixture
-def server() -> ModelServer:
-    return ModelServer()
-
-
-@pytest.fixture
-def asking(
-    server: ModelServer, serve: Callable[[Any], str], make_app: Callable[..., FastAPI], team: Team, base: str
-) -> Team:
-    """The team, its API in front of `server`."""
-    return team.on(make_app(server_url=serve(server.app)))
 
 
 def test_a_text_is_answered(asking: Team, server: ModelServer) -> None:

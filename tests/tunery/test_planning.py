@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from known_models import LLAMA_8B
 from pydantic import ValidationError
 
 from tunery.errors import InvalidValue
@@ -12,17 +13,6 @@ from tunery.failures import DoesNotFit
 from tunery.planning import advice, changes, expected, memory, shape
 from tunery.spec import Full, Hyperparameters, Lora, Plan, Qlora, Technique, TrainingSpec
 
-LLAMA_8B: dict[str, Any] = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-    "params": 8_030_261_248,
-    "context_length": 8192,
-}
 LLAMA_2_7B = LLAMA_8B | {
     "intermediate_size": 11008,
     "num_key_value_heads": 32,

@@ -5,22 +5,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from known_models import LLAMA_8B
 
 from tunery.jobs.request import JobRequest
 from tunery.planning import advice, advisor, capacity, suggestions
 from tunery.planning.advisor import Advice, advise
 from tunery.planning.recommendation import RULES, Aim, Choice, Rows
 from tunery.spec import Full, Lora, Plan, Qlora, Replay, Technique, TrainingSpec
-
-LLAMA_8B: dict[str, Any] = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "params": 8_030_261_248,
-}
 
 
 def plan(examples: int, **fields: Any) -> Plan:

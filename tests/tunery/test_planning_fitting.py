@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from known_models import LLAMA_8B
 
 from tunery.planning import expected, fitting, memory
 from tunery.planning.cards import CARDS
@@ -11,16 +12,6 @@ from tunery.planning.peak import Setting
 from tunery.spec import Full, Lora, Qlora, Technique
 
 GIB = memory.GIB
-LLAMA_8B: dict[str, Any] = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-    "params": 8_030_261_248,
-}
 
 
 def run(technique: Technique, gib: float, facts: dict[str, Any] = LLAMA_8B, **asked: Any) -> expected.Expected | None:
