@@ -63,9 +63,7 @@ def post(
     """Send `body` and say how it went; raises nothing that the network can cause."""
     started = time.monotonic()
     try:
-        with _connected(target, started + timeout, tls) as connection:
-            connection.request("POST", target.path, body, dict(headers))
-            response = connection.getresponse()
+        with _sent(target, body, headers, started + timeout, tls) as response:
             if time.monotonic() >= started + timeout:  # cut within the headers, which looks like their end
                 raise TimeoutError
             # Read so that the receiver sees a clean end, capped as it may never come. The content is of no interest,
@@ -85,9 +83,7 @@ def fetch(
     """Send `body` and return the answer; raises nothing that the network can cause."""
     started = time.monotonic()
     try:
-        with _connected(target, started + timeout, tls) as connection:
-            connection.request("POST", target.path, body, dict(headers))
-            response = connection.getresponse()
+        with _sent(target, body, headers, started + timeout, tls) as response:
             content = response.read(MAX_REPLY + 1)
             seconds = time.monotonic() - started
             if seconds >= timeout:  # cut on the way, which looks like the end
@@ -99,6 +95,16 @@ def fetch(
     except (OSError, http.client.HTTPException, ValueError) as error:
         seconds = time.monotonic() - started
         return Reply(None, b"", _in_words(error, timed_out=seconds >= timeout, timeout=timeout), None, seconds)
+
+
+@contextlib.contextmanager
+def _sent(
+    target: Target, body: bytes, headers: Mapping[str, str], deadline: float, tls: ssl.SSLContext | None
+) -> Iterator[http.client.HTTPResponse]:
+    """The answer to a POST, of which its headers have been read."""
+    with _connected(target, deadline, tls) as connection:
+        connection.request("POST", target.path, body, dict(headers))
+        yield connection.getresponse()
 
 
 def _status_error(status: int) -> str | None:

@@ -17,14 +17,12 @@ from tunery.baselines.model import Baseline
 from tunery.baselines.order import External, Order
 from tunery.datasets import progress
 from tunery.datasets.model import File
-from tunery.db import UNREACHABLE
 from tunery.errors import NotFound, TuneryError
 from tunery.models.model import Model
 from tunery.planning.prompting import AnswerOrder, Prompts, PromptScore, ShotsOrder, Variant
 from tunery.settings import Settings
 from tunery.spec import Evaluation
 from tunery.storage import Storage
-from tunery.storage.errors import StorageFailed
 from worker.io import external, programs, scores
 from worker.io.claims import take_one
 from worker.supervisor import staging
@@ -81,19 +79,15 @@ def _measure(baseline_id: str, settings: Settings, storage: Storage, drain: Drai
         said = error.message if isinstance(error, TuneryError) else str(error)
         _finish(baseline_id, error=said if isinstance(error, _Ended | TuneryError) else f"It broke: {said}")
 
-    try:
-        with programs.workplace(settings.runs_dir, "baseline", baseline_id, fail) as folder:
-            prompts = _make_prompts(baseline, folder, settings, storage, watch)
-            found = list(_models(baseline, prompts, folder, settings, storage, watch))
-            if not watch.begun and baseline.order["external"] is not None:
-                found.append(_ask_external(baseline, prompts, folder, settings, storage, watch))
-            if watch.begun:
-                _release(baseline_id)
-            else:
-                _store(baseline, prompts, found, folder, storage)
-    except (StorageFailed, *UNREACHABLE):
-        _release(baseline_id)
-        raise  # another time
+    with programs.workplace(settings.runs_dir, "baseline", baseline_id, fail, partial(_release, baseline_id)) as folder:
+        prompts = _make_prompts(baseline, folder, settings, storage, watch)
+        found = list(_models(baseline, prompts, folder, settings, storage, watch))
+        if not watch.begun and baseline.order["external"] is not None:
+            found.append(_ask_external(baseline, prompts, folder, settings, storage, watch))
+        if watch.begun:
+            _release(baseline_id)
+        else:
+            _store(baseline, prompts, found, folder, storage)
 
 
 def _release(baseline_id: str) -> None:

@@ -1,6 +1,7 @@
 """Files are cleaned by a process of their own, whose memory goes with it, and the new files are stored."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 from tunery import db
@@ -9,11 +10,9 @@ from tunery.datasets import reports as file_reports
 from tunery.datasets.cleaning.order import IMPLAUSIBLE, Cleaning
 from tunery.datasets.model import File, FileCleaning
 from tunery.datasets.report.order import Order
-from tunery.db import UNREACHABLE
 from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.storage import Storage
-from tunery.storage.errors import StorageFailed
 from worker.io import programs, reports
 from worker.io.claims import take_one
 from worker.supervisor.drain import Drain
@@ -41,22 +40,18 @@ def _clean(file_id: str, settings: Settings, storage: Storage, drain: Drain) -> 
     def fail(error: Exception) -> None:
         _fail(file_id, f"The file could not be cleaned: {type(error).__name__}.")
 
-    try:
-        with programs.workplace(settings.runs_dir, "cleaning", file_id, fail) as folder:
-            _lay_out(cleaning, folder, settings, storage)
-            reason = programs.run(
-                ["tunery.datasets.cleaning", str(folder)], folder, drain, what="cleaning", seconds=SECONDS,
-                watch=lambda: _show_progress(file_id, folder),
-            )  # fmt: skip
-            if drain.begun:
-                _release(file_id)
-            elif reason is None:
-                _publish(cleaning, folder, storage)
-            else:
-                _fail(file_id, reason)
-    except (StorageFailed, *UNREACHABLE):
-        _release(file_id)
-        raise  # another time
+    with programs.workplace(settings.runs_dir, "cleaning", file_id, fail, partial(_release, file_id)) as folder:
+        _lay_out(cleaning, folder, settings, storage)
+        reason = programs.run(
+            ["tunery.datasets.cleaning", str(folder)], folder, drain, what="cleaning", seconds=SECONDS,
+            watch=lambda: _show_progress(file_id, folder),
+        )  # fmt: skip
+        if drain.begun:
+            _release(file_id)
+        elif reason is None:
+            _publish(cleaning, folder, storage)
+        else:
+            _fail(file_id, reason)
 
 
 def _release(file_id: str) -> None:

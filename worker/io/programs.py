@@ -22,23 +22,40 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def workplace(parent: Path, doing: str, subject: str, fail: Callable[[Exception], object]) -> Iterator[Path]:
+def workplace(
+    parent: Path,
+    doing: str,
+    subject: str,
+    fail: Callable[[Exception], object],
+    release: Callable[[], object] = lambda: None,
+) -> Iterator[Path]:
     """A folder in `parent` for one piece of work (`doing`, on `subject`), removed after it.
 
     An error of ours goes to `fail` and ends there: it must not keep every later piece from its turn. Storage or a
-    database that is away is raised: the work is done another time.
+    database that is away is raised, after `release`: the work is done another time.
     """
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{doing}-", dir=parent))
     try:
-        yield folder
+        with _broken_work(doing, subject, fail):
+            yield folder
+    except (StorageFailed, *UNREACHABLE):
+        release()
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _broken_work(doing: str, subject: str, fail: Callable[[Exception], object]) -> Iterator[None]:
+    """Gives `fail` what breaks the block, storage or a database that is away excepted."""
+    try:
+        yield
     except (StorageFailed, *UNREACHABLE):
         raise
     except Exception as error:
         log.exception("%s %s broke", doing, subject)
         fail(error)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,10 @@ from tunery import db
 from tunery.datasets import progress, reports
 from tunery.datasets.model import File, FileReport
 from tunery.datasets.report.order import Order, OtherFile
-from tunery.db import UNREACHABLE
 from tunery.models.model import Model
 from tunery.settings import Settings
 from tunery.storage import Storage
-from tunery.storage.errors import ObjectMissing, StorageFailed
+from tunery.storage.errors import ObjectMissing
 from worker.io import plausibility, programs
 from worker.io.claims import take_one
 from worker.supervisor.drain import Drain
@@ -47,24 +47,20 @@ def _report(report_id: str, settings: Settings, storage: Storage, drain: Drain) 
     def fail(error: Exception) -> None:
         _settle(report, storage, error=f"The report could not be made: {type(error).__name__}.")
 
-    try:
-        with programs.workplace(settings.runs_dir, "reporting", report_id, fail) as folder:
-            base, order = _lay_out(report, folder, settings, storage)
-            if base is not None:
-                plausibility.measure(folder, base, order.max_tokens, settings, storage, drain)
-            reason = programs.run(
-                ["tunery.datasets.report", str(folder)], folder, drain, what="report", seconds=SECONDS,
-                watch=lambda: _show_progress(report_id, folder),
-            )  # fmt: skip
-            if drain.begun:
-                _release(report_id)
-            elif reason is None:
-                _settle(report, storage, summary=_store(report, folder, storage))
-            else:
-                _settle(report, storage, error=reason)
-    except (StorageFailed, *UNREACHABLE):
-        _release(report_id)
-        raise  # another time
+    with programs.workplace(settings.runs_dir, "reporting", report_id, fail, partial(_release, report_id)) as folder:
+        base, order = _lay_out(report, folder, settings, storage)
+        if base is not None:
+            plausibility.measure(folder, base, order.max_tokens, settings, storage, drain)
+        reason = programs.run(
+            ["tunery.datasets.report", str(folder)], folder, drain, what="report", seconds=SECONDS,
+            watch=lambda: _show_progress(report_id, folder),
+        )  # fmt: skip
+        if drain.begun:
+            _release(report_id)
+        elif reason is None:
+            _settle(report, storage, summary=_store(report, folder, storage))
+        else:
+            _settle(report, storage, error=reason)
 
 
 def _release(report_id: str) -> None:

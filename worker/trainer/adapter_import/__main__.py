@@ -13,12 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from transformers.utils.logging import disable_progress_bar
 
 from tunery.planning.precision import decide
 from tunery.spec import ImportOrder, Lora
-from tunery.wire import EXIT_USER_ERROR
-from worker.trainer import folders, report
+from worker.trainer import commands, folders, report
 from worker.trainer.adapter_import import archive, config, tensors, texts
 from worker.trainer.adapter_import.errors import UnusableAdapter
 from worker.trainer.export import files
@@ -57,21 +55,11 @@ def carry_out(folder: Path) -> Lora:
     return technique
 
 
-def main() -> int:
-    if len(sys.argv) != 2:
-        sys.stderr.write("usage: python -m worker.trainer.adapter_import FOLDER\n")
-        return 2
+def bring(folder: Path) -> None:
+    """Writes `out/` and technique.json."""
     signal.alarm(_SECONDS)
-    disable_progress_bar()
-    folder = Path(sys.argv[1])
-    try:
-        technique = carry_out(folder)
-    except UnusableAdapter as error:
-        sys.stderr.write(error.message.replace("\n", " ") + "\n")
-        return EXIT_USER_ERROR
-    (folder / "technique.json").write_text(technique.model_dump_json())
-    return 0
+    (folder / "technique.json").write_text(carry_out(folder).model_dump_json())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.run("adapter_import", bring, UnusableAdapter))

@@ -9,32 +9,20 @@ import logging
 import sys
 from pathlib import Path
 
-from transformers.utils.logging import disable_progress_bar
-
 from tunery import plugins
-from tunery.failures import JobFailure
 from tunery.planning.prompting import AnswerOrder
-from tunery.wire import EXIT_USER_ERROR
+from worker.trainer import commands
 from worker.trainer.prompting import measure
 
 
-def main() -> int:
-    if len(sys.argv) != 2:
-        sys.stderr.write("usage: python -m worker.trainer.prompting FOLDER\n")
-        return 2
+def answer(folder: Path) -> None:
+    """Writes `out/` from the folder's order."""
     logging.basicConfig(level=logging.INFO)
-    disable_progress_bar()
     plugins.load(plugins.names(), "trainer")
-    folder = Path(sys.argv[1])
     order = AnswerOrder.model_validate_json((folder / "answer_order.json").read_text())
-    try:
-        found = measure.given(folder, order) if order.given else measure.answered(folder, order)
-    except JobFailure as error:
-        sys.stderr.write(error.message.replace("\n", " ") + "\n")
-        return EXIT_USER_ERROR
+    found = measure.given(folder, order) if order.given else measure.answered(folder, order)
     measure.write(found, folder / "out")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.run("prompting", answer))

@@ -8,34 +8,21 @@ import logging
 import sys
 from pathlib import Path
 
-from transformers.utils.logging import disable_progress_bar
-
 from tunery import plugins
-from tunery.failures import JobFailure
-from tunery.wire import EXIT_USER_ERROR
-from worker.trainer import run
+from worker.trainer import commands, run
 from worker.trainer.report import Voice
 from worker.trainer.scoring import comparison
 from worker.trainer.wish import Wish
 
 
-def main() -> int:
-    if len(sys.argv) != 2:
-        sys.stderr.write("usage: python -m worker.trainer.scoring FOLDER\n")
-        return 2
+def score(folder: Path) -> None:
+    """Writes `out/` from the folder's adapter and rows."""
     logging.basicConfig(level=logging.INFO)
-    disable_progress_bar()
     plugins.load(plugins.names(), "trainer")
-    folder = Path(sys.argv[1])
-    try:
-        scored = run.score(folder, Voice(None), Wish())
-    except JobFailure as error:
-        sys.stderr.write(error.message.replace("\n", " ") + "\n")
-        return EXIT_USER_ERROR
+    scored = run.score(folder, Voice(None), Wish())
     (folder / "out").mkdir()
     comparison.write(scored, folder / "out")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.run("scoring", score))
