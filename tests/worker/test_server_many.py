@@ -1,5 +1,6 @@
 """Many clients of the model server at once: none spoils another's answer, whatever its request or its model is."""
 
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from tunery import processes
 from tunery.artifacts import manifest
 from tunery.storage import Directory
 from worker.server.backends.embedded import Engine
+from worker.server.schemas import parse
 
 ASK: list[Any] = [{"role": "user", "content": "Where is my card?"}]
 
@@ -98,6 +100,26 @@ def test_streams_go_on_while_an_adapter_is_fetched(ask: Any, shop: Shop) -> None
         assert not waits.done()
         shop.storage.may_go.set()
         assert text(waits.result(timeout=20)) not in (text(ask()), text(ask("a")))
+
+
+def test_answers_share_every_pass_after_their_prompts(shop: Shop, engine: Engine) -> None:
+    body = {"model": "m", "messages": ASK, "temperature": 0, "max_tokens": 8} | shop.body()
+    answers = [engine.answer(parse(json.dumps(body).encode())) for _ in range(4)]
+    passes: list[int] = []
+    answers[0].stream.batch._model.register_forward_pre_hook(
+        lambda _, args, fields: passes.append(len(fields["input_ids"])), with_kwargs=True
+    )
+    running = {id(answer): iter(answer) for answer in answers}
+    texts = dict.fromkeys(running, "")
+    while running:
+        for answer in engine.advance([one for one in answers if id(one) in running]):
+            if (piece := next(running[id(answer)], None)) is None:
+                del running[id(answer)]
+            else:
+                texts[id(answer)] += piece
+
+    assert passes == [1] * 4 + [4] * 7, "four prompts, and the first of eight tokens is chosen by the prompt's pass"
+    assert len(set(texts.values())) == 1
 
 
 def test_adapters_beyond_the_memory_come_and_go_with_the_same_answers(shop: Shop) -> None:

@@ -173,16 +173,19 @@ class Generation:
 
     def _tokens(self) -> Iterator[int]:
         dice = _dice(self.sampling.seed)
-        for _ in range(self.max_tokens):
+        for left in reversed(range(self.max_tokens)):
             logits = self.stream.logits()
             token = choose(logits if self.grammar is None else self.grammar.allow(logits), self.sampling, dice)
             self._note(token, logits)
+            if left:
+                # Before the token leaves: a stream that waits for it shares the next pass with the others, where one
+                # that takes it when the next piece is read would have a pass of the batch for itself.
+                self.stream.push(token)
             yield token
             if self.grammar is not None:
                 self.grammar.take(token)
                 if self.grammar.is_complete:
                     return
-            self.stream.push(token)
 
     def _note(self, token: int, logits: torch.Tensor) -> None:
         """Keeps the token's log probability where it is asked for. The stop token is no token of the answer."""
