@@ -1,7 +1,8 @@
 """JSON, tool calls, several answers and log probabilities of a served model, by the official client."""
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,10 @@ from tunery.artifacts import manifest
 from tunery.rows.messages import Message
 from tunery.rows.template import ChatTemplate
 from tunery.storage import Directory
+from worker.server import app
 from worker.server.backends.embedded import Engine
+from worker.server.replies import Reply
+from worker.server.schemas import parse
 
 ASK: list[Any] = [{"role": "user", "content": "Where is my card?"}]
 CARD: Any = {
@@ -217,3 +221,32 @@ def test_log_probabilities_are_those_of_plain_transformers(ask: Any, folder: Pat
         for one in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else [])
     ]
     assert [one.logprob for one in streamed] == [one.logprob for one in content]
+
+
+def test_a_slow_client_gets_the_log_probability_of_every_token(folder: Path, tmp_path: Path) -> None:
+    storage = Directory(tmp_path / "objects")
+    _, sha256 = manifest.publish(storage, "models/one", folder)
+    files = {"id": "one", "prefix": "models/one", "manifest_sha256": sha256}
+    body = {"model": "one", "messages": ASK, "temperature": 0, "max_tokens": 8, "logprobs": True, "stream": True}
+    chat = parse(json.dumps(body | {"tunery_model": {"base": files, "tuned": None}}).encode())
+    answer = Engine(tmp_path / "models", storage).answer(chat)
+    text = iter(answer)
+
+    async def pieces() -> AsyncIterator[str]:
+        yield next(piece for piece in text if piece)
+        for piece in rest:
+            yield piece
+
+    async def read() -> list[str]:
+        events = app._events_of_one(Reply(chat), 0, answer, pieces())
+        sent = [await anext(events) for _ in ("the role", "the first text")]
+        rest.extend(text)  # the answer is written to its end while its first text is on the way
+        return sent + [event async for event in events]
+
+    rest: list[str] = []
+    choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in asyncio.run(read())]
+
+    assert [one["logprob"] for choice in choices if choice["logprobs"] for one in choice["logprobs"]["content"]] == [
+        one.logprob for one in answer.chances
+    ]
+    assert len(answer.chances) == 8

@@ -117,8 +117,9 @@ async def _events_of_one(reply: Reply, index: int, answer: Answer, pieces: Async
     shown = 0
     async for piece in pieces:
         if piece:
-            yield _event(reply.chunk(index, {"content": piece}, chances=answer.chances[shown:]))
-            shown = len(answer.chances)
+            known = len(answer.chances)  # read once: the loop's thread goes on while the event is sent
+            yield _event(reply.chunk(index, {"content": piece}, chances=answer.chances[shown:known]))
+            shown = known
     for place, call in enumerate(calls_of(answer)):
         yield _event(reply.chunk(index, {"tool_calls": [{"index": place, **call}]}))
     yield _event(reply.chunk(index, {}, reply.reason(answer), answer.chances[shown:]))
