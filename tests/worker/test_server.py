@@ -34,8 +34,9 @@ from tunery.settings import Settings
 from tunery.storage import Directory, open_storage
 from worker.server.__main__ import choose_device
 from worker.server.backends.embedded import Engine
-from worker.server.generation import Sampling, Text, choose
+from worker.server.generation import Sampling, choose
 from worker.server.schemas import parse
+from worker.server.text import Text
 
 SYSTEM = "<|im_start|>system\nShout.<|im_end|>\n"
 LOUD = SYSTEM + tiny_models.CHATML
