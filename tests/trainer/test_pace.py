@@ -119,3 +119,16 @@ def test_what_the_parts_took_is_kept_for_later_quotes() -> None:
         2, 3, 200, 80**2 + 120**2, 80 + 240,
     )  # fmt: skip
     assert made.step == 3
+
+
+def test_what_is_measured_inside_a_part_is_none_of_it(clock: list[float]) -> None:
+    made = Pace(Work(steps=3, steps_per_epoch=3, step_tokens=100))
+    with made.measure_rest("scores"):
+        clock[0] += 1
+        with made.measure("answer", 4):
+            clock[0] += 20
+        clock[0] += 2
+    assert {name: (part.seconds, part.units) for name, part in made.spent().items() if name != "prepare"} == {
+        "answer": (20, 4),
+        "scores": (3, 1),
+    }

@@ -129,6 +129,25 @@ def test_a_runs_parts_are_told_apart() -> None:
     assert found.valid_token == pytest.approx(0.001 / 2)  # a frozen base: forward is half of a step
 
 
+def test_a_scorecards_time_is_none_of_saving() -> None:
+    """The run has 2 s that nothing but its saving and its scorecard took, of which scores are 1.5 s."""
+    took = make_record()
+    spent = {**took.spent, "scores": Spent(seconds=1.5, units=2)}
+    found = speed.of_record(replace(took, spent=spent, work=replace(took.work, scored=True)))
+    assert (found.scores, found.save) == (1.5, pytest.approx(0.5))
+    plain = quote.seconds_of(make_work(), found)
+    scored = quote.seconds_of(make_work(scored=True), found)
+    assert (plain["saving"], scored["saving"]) == (found.save, found.save)
+    assert scored["evaluation"] - plain["evaluation"] == pytest.approx(1.5)
+
+
+def test_runs_of_an_earlier_release_have_their_scores_taken_from_saving() -> None:
+    took = make_record()
+    found = speed.of_record(replace(took, work=replace(took.work, scored=True)))
+    assert (found.scores, found.save) == (speed._SCORE_SECONDS, pytest.approx(2 - speed._SCORE_SECONDS))
+    assert speed.of_record(took).save == pytest.approx(2)  # it had no scorecard
+
+
 def test_steps_of_like_length_are_all_tokens() -> None:
     times = StepTimes()
     for _ in range(20):

@@ -81,6 +81,7 @@ def _check_quote(workshop: Workshop, job: Job) -> None:
     assert any(line.startswith("The run took ") and " quoted were " in line for line in workshop.story(job.id))
     kept = job.actual["kept"]
     assert (kept["steps"], kept["step_times"]["steps"], kept["spent"]["answer"]["units"]) == (12, 11, 2 * 2)
+    assert kept["spent"]["scores"]["seconds"] > 0
     assert sum(part["seconds"] for part in kept["spent"].values()) <= kept["trainer_seconds"] <= actual.seconds
 
 

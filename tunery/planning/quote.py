@@ -97,7 +97,7 @@ def seconds_of(work: Workload, pace: Speed) -> dict[Part, float]:
     return {
         "start": pace.start,
         "training": pace.step * work.steps + (pace.token * work.tokens) / devices,
-        "evaluation": evaluation / devices,
+        "evaluation": evaluation / devices + pace.scores * work.scored,
         "saving": pace.save + pace.checkpoint * work.checkpoints,
         "export": pace.export * work.exports,
     }

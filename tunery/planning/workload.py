@@ -44,7 +44,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class Workload:
-    """A run in units. `tokens`: of all steps; `answers`: of at most `answer_tokens` each, by base and tuned model.
+    """A run in units. `tokens`: of all steps; `answers`: of at most `answer_tokens` each, by base and tuned model;
+    `scored`: there is a test file, whose answers get a scorecard.
 
     `item_tokens` and `prompt_tokens` of the general benchmark pass through each model that is measured; `saved_bytes`:
     of what learns; `exports`: whole models that are read or written.
@@ -59,6 +60,7 @@ class Workload:
     valid_tokens: float = 0
     answers: int = 0
     answer_tokens: int = _UNKNOWN_ANSWER
+    scored: bool = False
     item_tokens: int = 0
     prompt_tokens: int = 0
     checkpoints: int = 0
@@ -84,6 +86,7 @@ def of_job(plan: Plan, facts: Mapping[str, Any], counts: Counts, device: str) ->
         valid_tokens=validations * counts.valid_tokens,
         answers=_answers(plan, counts.test_rows) + plan.evaluation.task_rows * validations + replay_answers,
         answer_tokens=_answer_tokens(plan),
+        scored=counts.test_rows > 0,
         **(_general(plan, device) if counts.test_rows else {}),
         checkpoints=plan.n_epochs if plan.keep_checkpoints else 0,
         saved_bytes=learns * (2 if isinstance(plan.technique, Full) else 4),

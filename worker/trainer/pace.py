@@ -11,7 +11,7 @@ from typing import Literal
 
 from tunery.wire import Spent, StepTimes
 
-Part = Literal["step", "validation", "checkpoint", "answer", "general", "saving", "exports"]
+Part = Literal["step", "validation", "checkpoint", "answer", "general", "scores", "saving", "exports"]
 
 _BYTES_A_SECOND = 200e6
 """Of weights that are written or read. A slow disk; a fast one is measured soon."""
@@ -62,7 +62,7 @@ class Pace:
 
     def end_preparation(self, seconds: float) -> None:
         """Notes that training begins after so many `seconds`; what was measured meanwhile counts as itself."""
-        self._prepared = max(0.0, seconds - sum(part.seconds for part in self._spent.values()))
+        self._prepared = max(0.0, seconds - self._measured())
 
     def take_step(self, step: int, seconds: float, tokens: int) -> None:
         """Counts an optimizer step in. The run's first one, which warms up, says nothing of the others' time."""
@@ -72,7 +72,8 @@ class Pace:
         self.step = step
 
     def spent(self) -> dict[str, Spent]:
-        """What the parts took. Units: steps, validated tokens, checkpoints, answers, tokens of the benchmark."""
+        """What the parts took. Units: steps, validated tokens, checkpoints, answers, tokens of the benchmark; of
+        scores, the times they were worked on."""
         found: dict[str, Spent] = {"prepare": Spent(seconds=self._prepared, units=1)}
         found |= {str(part): spent for part, spent in self._spent.items()}
         if (validation := self._spent.get("validation")) is not None:
@@ -107,6 +108,16 @@ class Pace:
             self._answers = max(0, self._answers - count)
         if part == "general":
             self._general_tokens = max(0, self._general_tokens - count)
+
+    @contextmanager
+    def measure_rest(self, part: Part) -> Iterator[None]:
+        """Takes the time of a part, less that of the parts that are measured inside it. What raises is not counted."""
+        began, before = time.monotonic(), self._measured()
+        yield
+        self.note(part, time.monotonic() - began - (self._measured() - before))
+
+    def _measured(self) -> float:
+        return sum(part.seconds for part in self._spent.values())
 
     def note(self, part: Part, seconds: float, count: int = 1) -> None:
         """Counts the time of each of `count` equal parts in, the recent ones weighing more."""
@@ -156,6 +167,7 @@ class Pace:
             "answer": (self._prompt_tokens + self._answer_tokens) * forward
             + self._answer_tokens * work.layers * _LAYER_SECONDS / self._answer_batch,
             "general": forward,
+            "scores": 0.0,
             "exports": self._export_bytes / _BYTES_A_SECOND + self._export_tokens * forward,
             "saving": (work.trained_bytes + self.check_bytes) / _BYTES_A_SECOND,
         }

@@ -50,8 +50,7 @@ def carry_out(folder: Path, voice: Voice, wish: Wish) -> bool:
     try:
         t.pace.check_bytes = parity.bytes_to_read(t)
         export.expect(t)
-        asked = comparison.questions(t)
-        probe = general.prepare(t) if asked else None
+        asked, probe = _questions(t)
         base_answers = comparison.answers_before_training(t, asked)
         base_general = comparison.general_before_training(t, probe)
         reference.attach(t)
@@ -78,8 +77,7 @@ def carry_out(folder: Path, voice: Voice, wish: Wish) -> bool:
 def score(folder: Path, voice: Voice, wish: Wish) -> comparison.Scored | None:
     """Compares the adapter in `folder` with its base on the test rows, as after a training. Raises JobFailure."""
     t = prepare(folder, voice, wish)
-    asked = comparison.questions(t)
-    probe = general.prepare(t) if asked else None
+    asked, probe = _questions(t)
     return comparison.score(t, asked, None, lambda: comparison.compare_general(t, probe, None))
 
 
@@ -125,6 +123,15 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
         eight_bits=narrow,
         replayed=replayed,
     )
+
+
+def _questions(t: Training) -> tuple[comparison.Asked, general.Probe | None]:
+    """What the scorecard asks of both models, and what the general benchmark does; nothing without a test file."""
+    if t.plan.evaluation.test_file is None:
+        return [], None
+    with t.pace.measure_rest("scores"):
+        asked = comparison.questions(t)
+        return asked, general.prepare(t) if asked else None
 
 
 def _resume(t: Training) -> Progress:

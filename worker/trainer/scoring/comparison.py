@@ -76,6 +76,16 @@ def score(
     """The scorecard, to which every rank answers its share."""
     if not asked:
         return None
+    with t.pace.measure_rest("scores"):
+        return _score(t, asked, base_answers, measure_general)
+
+
+def _score(
+    t: Training,
+    asked: Asked,
+    base_answers: list[Any] | None,
+    measure_general: Callable[[], GeneralScore | None],
+) -> Scored:
     t.voice.say(Phase(phase="evaluating", seconds_left=t.pace.left()))
     tuned = _answer(t, asked, base=False)
     base = _answer(t, asked, base=True) if base_answers is None else base_answers
