@@ -23,12 +23,12 @@ from bench.train_rows import rows
 from bench.train_side_by_side import hardware
 from tunery.planning.precision import decide
 from tunery.spec import Full, Plan
+from worker.trainer.cuda_graphs import forward_backward
 from worker.trainer.data import collate, singles
 from worker.trainer.objective import Objective
 from worker.trainer.precision import dtype
 from worker.trainer.recipes.full import FULL
 from worker.trainer.recipes.recipe import groups
-from worker.trainer.replays import passes
 
 ARMS = {"nearest": Full(), "stochastic": Full(), "fp32 masters": Full(weights_dtype="float32")}
 RATE = 2e-5
@@ -70,7 +70,7 @@ def measure(arm: str, a: argparse.Namespace) -> dict[str, Any]:
     steps, optimizing = [], []
     for _ in range(a.steps):
         began = _now()
-        passes(objective, batch, 1 / (a.batch * a.length))
+        forward_backward(objective, batch, 1 / (a.batch * a.length))
         middle = _now()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)

@@ -15,10 +15,10 @@ from tunery.spec import Dpo, Full, Lora, Plan, Run, Schedule
 from worker.trainer import reference
 from worker.trainer.data import Row, rows_of_step
 from worker.trainer.loop import _take_step
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Wish
 
 RUNS: dict[str, tuple[Dpo, Lora | Full, float]] = {
     "lora sigmoid": (Dpo(), Lora(r=8), 1e-3),
@@ -53,7 +53,7 @@ def start(folder: Path, base: Path, name: str, steps: int) -> Training:
         learning_rate_multiplier=1, seed=0, schedule=Schedule(type="constant", warmup_ratio=0),
     )  # fmt: skip
     (folder / "spec.json").write_text(Run(job="bench", base_model="base", plan=plan).model_dump_json())
-    return prepare(folder, Voice(None), Wish())
+    return prepare(folder, MessageWriter(None), StopSignal())
 
 
 def ours(t: Training) -> list[dict[str, float]]:

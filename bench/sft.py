@@ -16,10 +16,10 @@ from bench import beside_trl
 from tunery.spec import Full, Lora, Plan, Qlora, Run, Schedule
 from worker.trainer.data import rows_of_step
 from worker.trainer.loop import _take_step, learning_rate
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Wish
 
 RUNS: dict[str, tuple[Lora | Full, bool, float]] = {
     "lora padded": (Lora(r=8), False, 1e-3),
@@ -45,7 +45,7 @@ def start(
         packing=packing, weight_decay=0.1, schedule=Schedule(type="cosine", warmup_ratio=0.1, min_ratio=0.1),
     )  # fmt: skip
     (folder / "spec.json").write_text(Run(job="bench", base_model="base", plan=plan).model_dump_json())
-    t = prepare(folder, Voice(None), Wish())
+    t = prepare(folder, MessageWriter(None), StopSignal())
     longest = max(t.rows.lengths)
     packed = None if t.stepper.memory.packed_tokens is None else MICRO_BATCH * longest
     t.stepper.adopt(replace(t.stepper.memory, max_tokens=MICRO_BATCH * longest, packed_tokens=packed))

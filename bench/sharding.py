@@ -88,17 +88,17 @@ def rank(folder: Path, record: Path) -> None:
     from pydantic import BaseModel
 
     from worker.trainer import loop, process, run
-    from worker.trainer.report import Voice
+    from worker.trainer.report import MessageWriter
+    from worker.trainer.stop_signal import StopSignal
     from worker.trainer.training import Progress
-    from worker.trainer.wish import Wish
 
     process._settle(int(os.environ["RANK"]))
     cuda, began = torch.cuda.is_available(), time.monotonic()
     found: dict[str, Any] = {"losses": [], "norms": [], "seconds": []}
 
-    class Noting(Voice):
-        def say(self, message: BaseModel) -> None:
-            super().say(message)
+    class Noting(MessageWriter):
+        def write(self, message: BaseModel) -> None:
+            super().write(message)
             if getattr(message, "type", "") == "step":
                 said: Any = message
                 found["losses"].append(said.train_loss)
@@ -106,7 +106,7 @@ def rank(folder: Path, record: Path) -> None:
                 found["seconds"].append(round(said.seconds, 3))
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    t = run.prepare(folder, Noting(None), Wish())
+    t = run.prepare(folder, Noting(None), StopSignal())
     found["host_bytes"] = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     found["prepared_seconds"] = round(time.monotonic() - began, 1)
     found["device"] = torch.cuda.get_device_name() if cuda else "cpu"

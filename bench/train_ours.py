@@ -19,10 +19,10 @@ from worker.trainer.loop import train
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective, all_and_trainable
 from worker.trainer.parallel import Ranks
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.stepper import Stepper
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Wish
 
 TECHNIQUES = {"full": Full(), "lora": Lora(), "qlora": Qlora()}
 
@@ -50,7 +50,7 @@ def set_up(model: Path, method: str, checkpointing: bool, made: Rows, batch: int
         folder=model, recipe=recipe, precision=precision, accelerator=accelerator, objective=objective,
         optimizer=optimizer, parameters=parameters,
         template=ChatTemplate.load(model), rows=made, valid=None,
-        voice=Voice(None), wish=Wish(), stepper=stepper,
+        writer=MessageWriter(None), stop_signal=StopSignal(), stepper=stepper,
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     loaded = time.monotonic() - began
     torch.cuda.reset_peak_memory_stats()
     train(t, Progress())
-    steps = t.voice.metrics
+    steps = t.writer.metrics
     seconds = sum(step["seconds"] for step in steps[a.skip :])
     print("RESULT " + json.dumps({
         "stack": "tunery", "method": a.method, "ckpt": a.ckpt, "fp8": a.fp8, "seq": a.seq, "bs": a.bs, "steps": a.steps,

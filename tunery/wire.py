@@ -249,7 +249,7 @@ class Exported(Message):
 
 
 class Spent(Message):
-    """What a part of a run took. What its units are, `worker.trainer.pace` says."""
+    """What a part of a run took. What its units are, `worker.trainer.step_timer` says."""
 
     seconds: float
     units: float

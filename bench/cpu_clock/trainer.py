@@ -3,7 +3,7 @@
 import time
 from types import SimpleNamespace
 
-from worker.trainer import loop, pace, run
+from worker.trainer import loop, run, step_timer
 
-for module in (loop, pace, run):
+for module in (loop, run, step_timer):
     vars(module)["time"] = SimpleNamespace(monotonic=time.process_time)

@@ -14,17 +14,17 @@ from worker.trainer import data, packing, rope, validation
 from worker.trainer.data import IGNORED, Row, collate, micro_batches, singles
 from worker.trainer.loop import _take_step
 from worker.trainer.memory import MemoryPlan
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Wish
 
 CPU = torch.device("cpu")
 
 
 def training(folder: Path, base: Path, rows: list[dict[str, Any]], **changes: Any) -> Training:
     lay_out(folder, base, plan(**changes), rows)
-    return prepare(folder, Voice(None), Wish())
+    return prepare(folder, MessageWriter(None), StopSignal())
 
 
 def test_every_epoch_sees_each_row_once_in_an_order_of_its_own() -> None:
@@ -136,7 +136,7 @@ def test_groups_hold_in_training_and_validation(tmp_path: Path, tiny: Path, monk
     rows = [chat(i, words=2 + i % 5) for i in range(8)]
     lay_out(tmp_path / "run", tiny, plan(), rows, rows)
     monkeypatch.setattr(rope.LengthRope, "group", lambda _self, length: length > 40)
-    t = prepare(tmp_path / "run", Voice(None), Wish())
+    t = prepare(tmp_path / "run", MessageWriter(None), StopSignal())
     seen: list[set[bool]] = []
     usual = t.objective.forward
 

@@ -8,9 +8,9 @@ from run_folders import chat, lay_out, plan
 from torch import nn
 
 from tunery.spec import Lora
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 ROWS = [chat(i) for i in range(4)]
 
@@ -18,7 +18,7 @@ ROWS = [chat(i) for i in range(4)]
 def prepared(folder: Path, tiny: Path, technique: Lora) -> nn.Module:
     lay_out(folder, tiny, plan(technique=technique), ROWS)
     tiny_models.lora(folder / "adapter", tiny)  # r 4, alpha 8, no dropout
-    return prepare(folder, Voice(None), Wish()).objective.model
+    return prepare(folder, MessageWriter(None), StopSignal()).objective.model
 
 
 def test_jobs_own_dropout_holds_on_an_earlier_adapter(tmp_path: Path, tiny: Path) -> None:

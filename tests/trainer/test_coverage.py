@@ -17,9 +17,9 @@ from worker.trainer import checkpoints, coverage, inspection
 from worker.trainer.objective import all_and_trainable
 from worker.trainer.recipes import targets
 from worker.trainer.recipes.lora import LORA
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 ROWS = [chat(i) for i in range(4)]
 SEVEN = [f"mlp.{name}_proj" for name in ("down", "gate", "up")] + [f"self_attn.{name}_proj" for name in "koqv"]
@@ -27,7 +27,9 @@ SEVEN = [f"mlp.{name}_proj" for name in ("down", "gate", "up")] + [f"self_attn.{
 
 def run(folder: Path, base: Path, ear: Ear, technique: Technique) -> tuple[dict[str, Any], Any]:
     """The report of a run's artifact, and what the run said at its start."""
-    assert carry_out(lay_out(folder, base, plan(technique=technique), ROWS), Voice(ear.descriptor), Wish())
+    assert carry_out(
+        lay_out(folder, base, plan(technique=technique), ROWS), MessageWriter(ear.descriptor), StopSignal()
+    )
     record = json.loads((folder / "out" / "training_config.json").read_text())
     [started] = said(ear, "started")
     return record["coverage"], started
@@ -136,7 +138,7 @@ def without(facts: dict[str, Any]) -> dict[str, Any]:
 def test_four_bits_of_a_base_are_counted_as_they_are_packed(tmp_path: Path, tiny: Path) -> None:
     base: Any = AutoModelForCausalLM.from_pretrained(tiny)
     facts = inspection.facts("tiny", base, ChatTemplate.load(tiny)) | coverage.facts(base.config)
-    t = prepare(lay_out(tmp_path / "run", tiny, plan(technique=Qlora(r=2)), ROWS), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(technique=Qlora(r=2)), ROWS), MessageWriter(None), StopSignal())
 
     packed = sum(kind["quantised"] for kind in coverage.of(t)["kinds"])
 
@@ -147,10 +149,10 @@ def test_snapshot_of_a_run_that_taught_other_weights_is_not_taken(
     tmp_path: Path, tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An earlier release left a model's experts out."""
-    wish = Wish()
+    stop_signal = StopSignal()
     folder = lay_out(tmp_path / "run", tiny, plan(batch_size=1), ROWS)
-    assert not carry_out(folder, Interrupting(1, wish), wish)
-    t = prepare(folder, Voice(None), Wish())
+    assert not carry_out(folder, Interrupting(1, stop_signal), stop_signal)
+    t = prepare(folder, MessageWriter(None), StopSignal())
     assert checkpoints.find_snapshot(t) is not None
     t.parameters.popitem()
 

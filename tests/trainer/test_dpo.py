@@ -17,10 +17,10 @@ from worker.trainer.kernels import fp8
 from worker.trainer.loop import _take_step
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.process import carry_out_and_tell
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Wish
 
 
 def pair(seed: int) -> dict[str, Any]:
@@ -39,7 +39,7 @@ PAIRS = [pair(i) for i in range(10)]
 
 def training(folder: Path, base: Path, method: Dpo | None = None, **changes: Any) -> Training:
     lay_out(folder, base, plan(method=method or Dpo(), **changes), PAIRS, PAIRS[:3])
-    t = prepare(folder, Voice(None), Wish())
+    t = prepare(folder, MessageWriter(None), StopSignal())
     reference.attach(t)
     return t
 
@@ -113,7 +113,7 @@ def test_preferences_are_learned_without_eight_bits(
     monkeypatch.setattr(fp8, "available", lambda _device: True)
     folder = lay_out(tmp_path / "run", tiny, plan(technique=Lora(r=4, precision="fp8"), method=Dpo()), PAIRS)
 
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     [started] = said(ear, "started")
     assert started.warnings[0].startswith("precision fp8 was not used: preferences are learned")
@@ -135,7 +135,7 @@ def losses_of(folder: Path) -> list[float]:
 def test_run_learns_to_prefer(tmp_path: Path, tiny: Path, ear: Ear) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(method=Dpo(), n_epochs=4), PAIRS, PAIRS[:3])
 
-    assert carry_out_and_tell(folder, ear.descriptor, Wish()) == 0
+    assert carry_out_and_tell(folder, ear.descriptor, StopSignal()) == 0
 
     first, *_, last = said(ear, "step")
     assert first.train_loss == pytest.approx(math.log(2), abs=1e-5)
@@ -153,7 +153,7 @@ def test_run_learns_to_prefer(tmp_path: Path, tiny: Path, ear: Ear) -> None:
 def test_losses_are_the_recorded_ones(tmp_path: Path, tiny: Path, ear: Ear) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(method=Dpo(), n_epochs=2), PAIRS)
 
-    assert carry_out_and_tell(folder, ear.descriptor, Wish()) == 0
+    assert carry_out_and_tell(folder, ear.descriptor, StopSignal()) == 0
 
     assert losses_of(folder) == pytest.approx([0.69315, 0.63119, 0.62545, 0.25671, 0.25409, 0.41067], rel=1e-3)
 
@@ -164,14 +164,14 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path: Path, tiny: Path, techniqu
     rate = {"learning_rate": 1e-2 if isinstance(technique, Lora) else 1e-3}
     settled = plan(method=Dpo(), n_epochs=2, technique=technique, **rate)
     whole = lay_out(tmp_path / "whole", tiny, settled, PAIRS, PAIRS[:3])
-    assert carry_out(whole, Voice(None), Wish())
+    assert carry_out(whole, MessageWriter(None), StopSignal())
     broken = lay_out(tmp_path / "broken", tiny, settled, PAIRS, PAIRS[:3], snapshot_seconds=1e-9)
     with pytest.raises(ConnectionError):
-        carry_out(broken, Interrupting(4), Wish())
+        carry_out(broken, Interrupting(4), StopSignal())
     again = lay_out(tmp_path / "again", tiny, settled, PAIRS, PAIRS[:3])
     (broken / "snapshots" / "step-3").rename(again / "resume")
 
-    assert carry_out(again, Voice(None), Wish())
+    assert carry_out(again, MessageWriter(None), StopSignal())
 
     assert json.dumps(steps_of(again)) == json.dumps(steps_of(whole))
 
@@ -179,13 +179,13 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path: Path, tiny: Path, techniqu
 def test_snapshot_holds_the_reference(tmp_path: Path, tiny: Path) -> None:
     """An attempt elsewhere has only the snapshot, and its device would not measure the same numbers."""
     folder = lay_out(tmp_path / "run", tiny, plan(method=Dpo()), PAIRS, snapshot_seconds=1e-9)
-    assert carry_out(folder, Voice(None), Wish())
+    assert carry_out(folder, MessageWriter(None), StopSignal())
 
     assert (folder / "snapshots" / "step-3" / reference.NAME).read_bytes() == reference.path(folder).read_bytes()
 
     again = lay_out(tmp_path / "again", tiny, plan(method=Dpo()), PAIRS)
     (folder / "snapshots" / "step-3").rename(again / "resume")
-    t = prepare(again, Voice(None), Wish())
+    t = prepare(again, MessageWriter(None), StopSignal())
     for parameter in t.parameters.values():
         parameter.data.normal_()
     reference.attach(t)
@@ -223,10 +223,10 @@ def test_reference_of_other_rows_or_a_damaged_one_is_not_taken(tmp_path: Path, t
 def test_reference_of_a_tuned_model_is_that_model(tmp_path: Path, tiny: Path) -> None:
     """First supervised, then by preferences on the same adapter: what it learned is where the second run starts."""
     first = lay_out(tmp_path / "first", tiny, plan(n_epochs=3), [chat(i) for i in range(10)])
-    assert carry_out(first, Voice(None), Wish())
+    assert carry_out(first, MessageWriter(None), StopSignal())
     folder = lay_out(tmp_path / "second", tiny, plan(method=Dpo(), n_epochs=3), PAIRS)
     (first / "out").rename(folder / "adapter")
-    t = prepare(folder, Voice(None), Wish())
+    t = prepare(folder, MessageWriter(None), StopSignal())
 
     reference.attach(t)
 
@@ -236,9 +236,9 @@ def test_reference_of_a_tuned_model_is_that_model(tmp_path: Path, tiny: Path) ->
         with t.objective.model.disable_adapter():  # type: ignore[operator]
             base = [float(each) for each in log_probabilities(t, example)]
     assert example.reference != pytest.approx(base, rel=1e-2)
-    voice = Voice(None)
-    assert carry_out(folder, voice, Wish())
-    steps = [entry for entry in voice.metrics if entry["type"] == "step"]
+    writer = MessageWriter(None)
+    assert carry_out(folder, writer, StopSignal())
+    steps = [entry for entry in writer.metrics if entry["type"] == "step"]
     assert steps[0]["train_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert steps[-1]["train_loss"] < 0.9 * steps[0]["train_loss"]
 
@@ -252,11 +252,11 @@ def test_scorecard_counts_pairs_that_each_model_ranks_right(
     rate = 1e-2 if isinstance(technique, Lora) else 1e-3
     asked = plan(method=Dpo(), n_epochs=4, technique=technique, evaluation=evaluation, learning_rate=rate)
     folder = lay_out(tmp_path / "run", tiny, asked, PAIRS, test=PAIRS)
-    t = prepare(lay_out(tmp_path / "base", tiny, plan(method=Dpo()), PAIRS), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "base", tiny, plan(method=Dpo()), PAIRS), MessageWriter(None), StopSignal())
     with torch.no_grad():
         found = [[float(each) for each in log_probabilities(t, example)] for example in t.rows.examples[:8]]
 
-    assert carry_out_and_tell(folder, ear.descriptor, Wish()) == 0
+    assert carry_out_and_tell(folder, ear.descriptor, StopSignal()) == 0
 
     (card,) = said(ear, "score")
     rows = [json.loads(line) for line in (folder / "out" / "answers.jsonl").read_text().splitlines()]
@@ -277,6 +277,6 @@ def test_test_rows_may_be_chats(tmp_path: Path, tiny: Path, ear: Ear) -> None:
     rows = [chat(i) for i in range(2)]
     folder = lay_out(tmp_path / "run", tiny, plan(method=Dpo(), evaluation=evaluation), PAIRS, test=rows)
 
-    assert carry_out_and_tell(folder, ear.descriptor, Wish()) == 0
+    assert carry_out_and_tell(folder, ear.descriptor, StopSignal()) == 0
 
     assert said(ear, "score")[0].task == "text"

@@ -13,10 +13,10 @@ from run_folders import Ear, chat, lay_out, plan, said, steps_of
 from tunery.spec import Lora, Qlora
 from worker.trainer import eight_bits, loop, paths
 from worker.trainer.kernels import fp8
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Wish
 
 ROWS = [chat(i) for i in range(24)]
 NARROW = Lora(r=4, alpha=8, precision="fp8")
@@ -33,7 +33,7 @@ def any_size_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def begin(folder: Path, base: Path, **changes: Any) -> Training:
     made = lay_out(folder, base, plan(technique=NARROW, **changes), ROWS, ROWS[:4], ROWS[:4])
-    return prepare(made, Voice(None), Wish())
+    return prepare(made, MessageWriter(None), StopSignal())
 
 
 @pytest.mark.usefixtures("any_size_and_device")
@@ -41,7 +41,7 @@ def test_training_in_eight_bits_learns_as_it_does_without(tmp_path: Path, tiny: 
     last: dict[str, Any] = {}
     for name, technique in (("wide", Lora(r=4, alpha=8)), ("narrow", NARROW)):
         folder = lay_out(tmp_path / name, tiny, plan(technique=technique, n_epochs=4), ROWS, ROWS[:4], ROWS[:4])
-        assert carry_out(folder, Voice(None), Wish())
+        assert carry_out(folder, MessageWriter(None), StopSignal())
         last[name] = json.loads((folder / "out/training_config.json").read_text())["paths"]["frozen products"]
         last[name + " losses"] = [step["train_loss"] for step in steps_of(folder) if "train_loss" in step]
         assert json.loads((folder / "out/parity.json").read_text())["difference"] < 1e-3
@@ -57,7 +57,7 @@ def test_base_in_four_bits_multiplies_in_eight(tmp_path: Path, tiny: Path) -> No
     technique = Qlora(r=4, alpha=8, precision="fp8")
     folder = lay_out(tmp_path / "run", tiny, plan(technique=technique, n_epochs=2), ROWS, ROWS[:4], ROWS[:4])
 
-    assert carry_out(folder, Voice(None), Wish())
+    assert carry_out(folder, MessageWriter(None), StopSignal())
 
     config = json.loads((folder / "out/training_config.json").read_text())
     # The tiny model's other rows end within a block of four bits.
@@ -110,13 +110,13 @@ def test_run_that_goes_on_leaves_wide_what_was_given_up(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(technique=NARROW, n_epochs=2), ROWS)
-    wish = Wish()
-    first = prepare(folder, Voice(None), wish)
-    wish.stop = True
+    stop_signal = StopSignal()
+    first = prepare(folder, MessageWriter(None), stop_signal)
+    stop_signal.received = True
     progress = Progress(wide={Q: "for the test"})
     assert not loop.train(first, progress)
 
-    assert carry_out(folder, Voice(None), Wish())
+    assert carry_out(folder, MessageWriter(None), StopSignal())
 
     described = json.loads((folder / "out/training_config.json").read_text())["paths"]["frozen products"]
     assert described["given up"] == {Q: "for the test"}
@@ -136,7 +136,7 @@ def test_run_that_cannot_use_eight_bits_says_so(
     monkeypatch.setattr(fp8, "available", lambda _device: available)
     folder = lay_out(tmp_path / "run", tiny, plan(technique=NARROW), ROWS)
 
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     [started] = said(ear, "started")
     assert started.warnings == [f"precision fp8 was not used: {why}."]

@@ -15,9 +15,9 @@ from run_folders import chat, lay_out, plan
 
 from tunery.spec import Evaluation
 from worker.trainer import event_files
-from worker.trainer.report import Voice, read_lines
+from worker.trainer.report import MessageWriter, read_lines
 from worker.trainer.run import carry_out
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 
 def _events(path: Path) -> Iterator[Any]:
@@ -43,7 +43,7 @@ def test_a_run_leaves_its_curves(tmp_path: Path, tiny: Path) -> None:
     rows = [chat(i) for i in range(16)]
     settled = plan(evaluation=Evaluation(every_steps=2, task_rows=4, max_new_tokens=8))
     folder = lay_out(tmp_path / "run", tiny, settled, rows, valid=rows[:6])
-    assert carry_out(folder, Voice(None), Wish())
+    assert carry_out(folder, MessageWriter(None), StopSignal())
 
     found = _curves(folder / "out")
     metrics = read_lines(folder / "out" / "metrics.jsonl")

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from tunery.spec import Export
 from worker.trainer.export import merge
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 ROWS = [chat(i, words=6) for i in range(24)]
 
@@ -29,10 +29,10 @@ def test_a_run_that_is_stopped_while_it_exports_goes_on_and_ends_as_one_that_was
 ) -> None:
     asked = plan(export=Export(merged=True))
     whole = lay_out(tmp_path / "whole", base, asked, ROWS)
-    assert carry_out(whole, Voice(None), Wish())
+    assert carry_out(whole, MessageWriter(None), StopSignal())
 
     folder = lay_out(tmp_path / "stopped", base, asked, ROWS)
-    own, wish, made = merge._load, Wish(), []
+    own, stop_signal, made = merge._load, StopSignal(), []
 
     def load(*args: Any) -> Any:
         made.append(args)
@@ -40,11 +40,11 @@ def test_a_run_that_is_stopped_while_it_exports_goes_on_and_ends_as_one_that_was
         return own(*args)
 
     before = signal.getsignal(signal.SIGTERM)
-    wish.listen()
+    stop_signal.listen()
     try:
         with monkeypatch.context() as patched:
             patched.setattr(merge, "_load", load)
-            assert not carry_out(folder, Voice(ear.descriptor), wish)
+            assert not carry_out(folder, MessageWriter(ear.descriptor), stop_signal)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert len(made) == 1
@@ -55,7 +55,7 @@ def test_a_run_that_is_stopped_while_it_exports_goes_on_and_ends_as_one_that_was
     assert exporting.seconds_left > 0
     assert not said(ear, "exported"), "it was not refused"
 
-    assert carry_out(folder, Voice(None), Wish())
+    assert carry_out(folder, MessageWriter(None), StopSignal())
 
     for name in ("adapter_model.safetensors", "merged/model.safetensors"):
         found, wanted = (load_file(each / "out" / name) for each in (folder, whole))
@@ -68,7 +68,9 @@ def test_the_estimate_has_the_exports_from_the_first_step(tmp_path: Path, base: 
     left = {}
     for name, export in (("none", Export()), ("all", Export(merged=True, gguf=["f16"], fp8=True))):
         heard = Ear()
-        carry_out(lay_out(tmp_path / name, base, plan(export=export), ROWS), Voice(heard.descriptor), Wish())
+        carry_out(
+            lay_out(tmp_path / name, base, plan(export=export), ROWS), MessageWriter(heard.descriptor), StopSignal()
+        )
         left[name] = max(step.seconds_left for step in said(heard, "step")[:2])
         heard.close()
     assert left["all"] > left["none"]

@@ -14,9 +14,9 @@ from tunery.spec import Export, Lora
 from worker.trainer.data import Row
 from worker.trainer.export import fp8, proof
 from worker.trainer.export.errors import FormatDiffers
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 ROWS = [Row(list(range(3, 40)), [-100, *range(4, 40)])]
 
@@ -84,7 +84,7 @@ def test_job_leaves_out_eight_bits_that_answer_worse(tmp_path: Path, ear: Ear, m
     folder = lay_out(tmp_path / "run", base, plan(export=Export(fp8=True, merged=True)), [chat(i) for i in range(8)])
     spoilt(monkeypatch, 1.5)
 
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     merged, eight_bits = said(ear, "exported")
     assert (merged.is_refused, eight_bits.is_refused) == (False, True)
@@ -98,7 +98,7 @@ def test_job_leaves_the_model_in_eight_bits(tmp_path: Path, ear: Ear) -> None:
     asked = plan(technique=Lora(r=4), learning_rate=1e-3, export=Export(fp8=True))
     lay_out(tmp_path / "run", base, asked, [chat(i) for i in range(8)])
 
-    assert carry_out(tmp_path / "run", Voice(ear.descriptor), Wish())
+    assert carry_out(tmp_path / "run", MessageWriter(ear.descriptor), StopSignal())
 
     merged, eight_bits = said(ear, "exported")
     assert (merged.path, eight_bits.path, eight_bits.is_refused) == ("merged", "fp8", False), eight_bits.message

@@ -10,9 +10,9 @@ from run_folders import Ear, chat, lay_out, plan, said
 from tunery.spec import Evaluation, Full, Gate, General
 from tunery.wire import Forgetting, GeneralScore, Measure, Score
 from worker.trainer import gate
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 SCORE = Score(rows=100, base_exact=0.2, tuned_exact=0.3, gain=0.1, gain_low=0.04, gain_high=0.16)
 MOVED = Forgetting(
@@ -84,7 +84,7 @@ def judged(folder: Path, base: Path, ear: Ear, **changes: Any) -> Any:
     evaluation = Evaluation(test_file="file-test", max_new_tokens=2, general=General(items=10, prompts=8))
     made = {"technique": Full(), "learning_rate": 1e-2, "n_epochs": 3, "evaluation": evaluation} | changes
     lay_out(folder, base, plan(**made), ROWS, test=ROWS[:2])
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
     verdict = said(ear, "gated")[-1]
     assert json.loads((folder / "out" / "gate.json").read_text()) == verdict.model_dump(mode="json", exclude={"type"})
     readme = (folder / "out" / "README.md").read_text()

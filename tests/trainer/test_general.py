@@ -20,10 +20,10 @@ from tunery.wire import GeneralScore
 from worker.trainer.data import Row
 from worker.trainer.general import batches, benchmark, choices, forgetting, harness, measure, stored
 from worker.trainer.general.benchmark import Item, Tokens
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Training
-from worker.trainer.wish import Wish
 
 ROWS = [chat(i) for i in range(8)]
 ITEMS = [
@@ -34,7 +34,7 @@ ITEMS = [
 
 
 def start(folder: Path, base: Path, **changes: Any) -> Training:
-    return prepare(lay_out(folder, base, plan(**changes), ROWS), Voice(None), Wish())
+    return prepare(lay_out(folder, base, plan(**changes), ROWS), MessageWriter(None), StopSignal())
 
 
 def shift(t: Training) -> None:
@@ -206,7 +206,7 @@ def test_an_untrained_model_has_forgotten_nothing(tmp_path: Path, tiny: Path) ->
 def run(folder: Path, base: Path, ear: Ear, **changes: Any) -> GeneralScore | None:
     evaluation = Evaluation(test_file="file-test", max_new_tokens=4, general=General(items=20, prompts=4))
     lay_out(folder, base, plan(**{"evaluation": evaluation} | changes), ROWS, test=ROWS[:2])
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
     found: GeneralScore | None = said(ear, "score")[-1].general
     written = json.loads((folder / "out" / "scorecard.json").read_text())["general"]
     assert written == (None if found is None else found.model_dump(mode="json"))
@@ -238,16 +238,16 @@ def test_a_run_stopped_while_measuring_goes_on(
     whole = run(tmp_path / "whole", tiny, ear, technique=technique)
     evaluation = Evaluation(test_file="file-test", max_new_tokens=4, general=General(items=20, prompts=4))
     folder = lay_out(tmp_path / "run", tiny, plan(technique=technique, evaluation=evaluation), ROWS, test=ROWS[:2])
-    wish, compare = Wish(), measure.compare
+    stop_signal, compare = StopSignal(), measure.compare
 
     def stopping(t: Training, *others: Any) -> GeneralScore:
-        wish.stop = True
+        stop_signal.received = True
         return compare(t, *others)
 
     monkeypatch.setattr(measure, "compare", stopping)
-    assert not carry_out(folder, Voice(ear.descriptor), wish)
+    assert not carry_out(folder, MessageWriter(ear.descriptor), stop_signal)
     monkeypatch.setattr(measure, "compare", compare)
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     assert said(ear, "score")[-1].general == whole
 

@@ -26,9 +26,9 @@ from worker.trainer.data import Row
 from worker.trainer.export import gguf_adapter, gguf_proof, gguf_tokenizers, gguf_writer, work
 from worker.trainer.export.errors import FormatDiffers, NoGguf
 from worker.trainer.export.proof import Answered, Divergence
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 PROMPT = "<|im_start|>user\nalpha beta 1234, gamma delta & epsilon?<|im_end|>\n<|im_start|>assistant\n"
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -312,7 +312,7 @@ def test_job_leaves_gguf_files(tmp_path: Path, ear: Ear, technique: Any) -> None
     asked = plan(technique=technique, learning_rate=1e-3, export=export)
     lay_out(tmp_path / "run", base, asked, [chat(i) for i in range(8)])
 
-    assert carry_out(tmp_path / "run", Voice(ear.descriptor), Wish())
+    assert carry_out(tmp_path / "run", MessageWriter(ear.descriptor), StopSignal())
 
     out = tmp_path / "run" / "out"
     assert not [export.message for export in said(ear, "exported") if export.is_refused]
@@ -342,7 +342,7 @@ def test_job_leaves_out_a_type_that_loses_answers(tmp_path: Path, ear: Ear, monk
 
     monkeypatch.setattr(gguf_writer, "encode", lossy)
 
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     q8_0, f16 = said(ear, "exported")
     assert (q8_0.path, q8_0.is_refused, f16.is_refused) == ("gguf/model-q8_0.gguf", True, False)
@@ -396,7 +396,7 @@ def test_file_that_loses_answers_to_nearest_is_rounded_at_random(
     monkeypatch.setattr(gguf_writer, "encode", lossy)
     monkeypatch.setattr(gguf_writer, "dither", noted)
 
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     [export] = said(ear, "exported")
     assert "MB, of the architecture llama, rounded at random; on" in export.message
@@ -408,7 +408,7 @@ def test_job_says_why_it_leaves_no_gguf_file(tmp_path: Path, tiny: Path, ear: Ea
     base = zoo.make("GPT-2", tmp_path / "base")
     lay_out(tmp_path / "run", base, plan(technique=Full(), export=Export(gguf=["f16"])), [chat(i) for i in range(8)])
 
-    assert carry_out(tmp_path / "run", Voice(ear.descriptor), Wish())
+    assert carry_out(tmp_path / "run", MessageWriter(ear.descriptor), StopSignal())
 
     [export] = said(ear, "exported")
     assert (export.path, export.is_refused) == ("gguf/model-f16.gguf", True)

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from tunery.spec import Export, Lora
 from worker.trainer.convert import convert
 from worker.trainer.export import proof
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def test_gentle_tune_survives_its_merge(tmp_path: Path, ear: Ear, monkeypatch: p
     train, test = banking("train", 48), banking("test", 60)
     folder = lay_out(tmp_path / "run", tmp_path / "base", gentle, train, None, test)
 
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     merged = folder / "out" / "merged"
     record = json.loads((merged / "merge.json").read_text())

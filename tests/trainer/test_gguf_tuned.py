@@ -22,10 +22,10 @@ from tunery.spec import Export, GgufType, Lora
 from worker.trainer.convert import convert
 from worker.trainer.data import Row, read_rows
 from worker.trainer.export import gguf_writer, proof
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
 from worker.trainer.scoring.intervals import paired_interval
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
@@ -48,7 +48,7 @@ def run(folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(proof, "POSITIONS", PROVEN)  # enough, and every pass takes a CPU a minute
         ear = Ear()
-        assert carry_out(made, Voice(ear.descriptor), Wish())
+        assert carry_out(made, MessageWriter(ear.descriptor), StopSignal())
     messages = {each.path: (each.message, each.is_refused) for each in said(ear, "exported")}
     (folder / "said.json").write_text(json.dumps(messages))
     gguf_writer.write(folder / "base", out=folder / "base-f16.gguf", kind="f16", name="SmolLM2")

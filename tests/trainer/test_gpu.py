@@ -17,10 +17,10 @@ from worker.trainer.adamw import StochasticAdamW
 from worker.trainer.general import benchmark, choices
 from worker.trainer.kernels import adapters, projections, stochastic
 from worker.trainer.loop import _take_step
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress
-from worker.trainer.wish import Wish
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +36,7 @@ EACH_TECHNIQUE = pytest.mark.parametrize(
 
 
 def losses(folder: Path, base: Path, recorded: bool, **changes: Any) -> list[tuple[float, float]]:
-    t = prepare(lay_out(folder, base, plan(n_epochs=6, **changes), ROWS), Voice(None), Wish())
+    t = prepare(lay_out(folder, base, plan(n_epochs=6, **changes), ROWS), MessageWriter(None), StopSignal())
     assert t.stepper.graphs is not None
     if not recorded:
         t.stepper.graphs = None
@@ -65,13 +65,13 @@ def test_recorded_passes_train_as_usual_ones_do(tmp_path: Path, tiny: Path, tech
 def test_technique_runs_from_directory_to_artifact(tmp_path: Path, tiny: Path, technique: Any) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(technique=technique), ROWS, ROWS[:4], ROWS[:4])
 
-    assert carry_out(folder, Voice(None), Wish())
+    assert carry_out(folder, MessageWriter(None), StopSignal())
 
     assert (folder / "out" / "parity.json").exists()
 
 
 def test_packed_rows_keep_apart(tmp_path: Path, tiny: Path) -> None:
-    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), MessageWriter(None), StopSignal())
 
     assert packing.keeps_rows_apart(t.objective, t.rows.rows, t.device)
 
@@ -139,7 +139,9 @@ def test_steps_on_the_gpu_are_those_of_fp32_adamw(tmp_path: Path) -> None:
 def test_branches_and_rows_score_alike(tmp_path: Path, tiny: Path, technique: Any) -> None:
     """In bf16, through the fast path's layers: a mask of any form reaches their attention."""
     t = prepare(
-        lay_out(tmp_path / "run", tiny, plan(technique=technique, learning_rate=1e-3), ROWS), Voice(None), Wish()
+        lay_out(tmp_path / "run", tiny, plan(technique=technique, learning_rate=1e-3), ROWS),
+        MessageWriter(None),
+        StopSignal(),
     )
     items = [benchmark.encode(t.template.tokenizer, item) for item in benchmark.load_items(40)]
     t.objective.eval()
@@ -164,7 +166,7 @@ def test_preferences_are_learned_on_a_gpu(tmp_path: Path, tiny: Path, ear: Ear, 
     asked = plan(method=Dpo(), technique=technique, n_epochs=6, learning_rate=rate)
     folder = lay_out(tmp_path / "run", tiny, asked, pairs, pairs[:5])
 
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     first, *_, last = said(ear, "step")
     assert first.train_loss == pytest.approx(math.log(2), abs=0.02)
@@ -177,7 +179,7 @@ def test_general_benchmark_is_measured_whole_on_a_gpu(tmp_path: Path, tiny: Path
     evaluation = Evaluation(test_file="file-test", max_new_tokens=4)
     folder = lay_out(tmp_path / "run", tiny, plan(evaluation=evaluation), ROWS, test=ROWS[:2])
 
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     general = said(ear, "score")[-1].general
     assert general.items > 500  # those of the 800 that fit the tiny model's context
@@ -199,17 +201,19 @@ def test_general_benchmark_is_measured_whole_on_a_gpu(tmp_path: Path, tiny: Path
 def test_options_of_adapters_train_in_bf16(tmp_path: Path, tiny: Path, technique: Any, changes: dict[str, Any]) -> None:
     settled = plan(technique=technique.model_copy(update=changes), n_epochs=6, neftune_noise_alpha=5.0)
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS)
-    voice = Voice(None)
+    writer = MessageWriter(None)
 
-    assert carry_out(folder, voice, Wish())
+    assert carry_out(folder, writer, StopSignal())
 
-    losses = [entry["train_loss"] for entry in voice.metrics if entry["type"] == "step"]
+    losses = [entry["train_loss"] for entry in writer.metrics if entry["type"] == "step"]
     assert losses[-1] < 0.8 * losses[0]
 
 
 def test_paged_moments_are_paged_after_a_resume_and_the_same(tmp_path: Path, tiny: Path) -> None:
     settled = plan(technique=Full(weights_dtype="float32"), optimizer="paged_adamw_8bit", learning_rate=1e-4)
-    t, again = (prepare(lay_out(tmp_path / name, tiny, settled, ROWS), Voice(None), Wish()) for name in ("a", "b"))
+    t, again = (
+        prepare(lay_out(tmp_path / name, tiny, settled, ROWS), MessageWriter(None), StopSignal()) for name in ("a", "b")
+    )
     progress = Progress()
     for _ in range(3):
         _take_step(t, progress)

@@ -11,9 +11,9 @@ import pytest
 from run_folders import chat, lay_out, plan
 
 from tunery.spec import Lora
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 ROWS = [chat(i) for i in range(8)]
 FOREIGN = [{"messages": [row["messages"][0], {"role": "assistant", "content": "ZQX JVW KYB" * 2}]} for row in ROWS[:4]]
@@ -27,11 +27,11 @@ def steps_kept(folder: Path) -> list[int]:
 def test_best_checkpoint_and_the_newest_stay(tmp_path: Path, tiny: Path) -> None:
     settled = plan(technique=Lora(r=4), n_epochs=5, learning_rate=5e-2)
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS, FOREIGN, public_checkpoints=2)
-    voice = Voice(None)
+    writer = MessageWriter(None)
 
-    assert carry_out(folder, voice, Wish())
+    assert carry_out(folder, writer, StopSignal())
 
-    losses = {entry["step"]: entry["loss"] for entry in voice.metrics if entry["type"] == "evaluated"}
+    losses = {entry["step"]: entry["loss"] for entry in writer.metrics if entry["type"] == "evaluated"}
     best = min(losses, key=lambda step: losses[step])
     assert best == 2, "the best has to be none of the newest"
     assert steps_kept(folder) == [2, 8, 10]
@@ -40,7 +40,7 @@ def test_best_checkpoint_and_the_newest_stay(tmp_path: Path, tiny: Path) -> None
 def test_newest_checkpoints_stay_where_nothing_is_validated(tmp_path: Path, tiny: Path) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(n_epochs=4), ROWS, public_checkpoints=2)
 
-    assert carry_out(folder, Voice(None), Wish())
+    assert carry_out(folder, MessageWriter(None), StopSignal())
 
     assert steps_kept(folder) == [6, 8]
 
@@ -50,7 +50,7 @@ import os, resource, signal, sys
 from pathlib import Path
 from worker.trainer.process import carry_out_and_tell
 from worker.trainer import checkpoints, whole_folders
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 folder, what, most = sys.argv[1:]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 write = whole_folders.write_whole
@@ -59,7 +59,7 @@ def short_of_room(path, fill):  # from the third folder of the kind on
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(most), resource.RLIM_INFINITY))
     write(path, fill)
 whole_folders.write_whole = short_of_room
-sys.exit(carry_out_and_tell(Path(folder), 1, Wish()))
+sys.exit(carry_out_and_tell(Path(folder), 1, StopSignal()))
 """
 
 
@@ -84,7 +84,7 @@ def test_disk_that_fills_leaves_the_last_good_one_and_says_so(tmp_path: Path, ti
     )
     assert sorted(path.name for path in (folder / what).iterdir()) == [f"step-{step}" for step in steps[:2]]
 
-    assert carry_out(folder, Voice(None), Wish()), "with room again the run goes on"
+    assert carry_out(folder, MessageWriter(None), StopSignal()), "with room again the run goes on"
 
 
 @pytest.mark.slow

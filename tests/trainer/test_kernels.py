@@ -254,9 +254,9 @@ def test_model_that_is_told_the_rows_borders_learns_what_it_learns_from_padded_r
     objective = Objective(model)
     rows = [Row(ids, ids) for ids in (torch.randint(3, 250, (n,)).tolist() for n in (7, 2, 12, 5))]
 
-    def run(borders: bool, grain: tuple[int, int] = (1, 1)) -> tuple[float, dict[str, Tensor]]:
+    def run(borders: bool, pad_to: tuple[int, int] = (1, 1)) -> tuple[float, dict[str, Tensor]]:
         together = [[0, 3], [1], [2]] if borders else [[i] for i in range(4)]
-        batch = data.collate(data.singles(rows), together, torch.device("cpu"), grain, borders=borders)
+        batch = data.collate(data.singles(rows), together, torch.device("cpu"), pad_to, borders=borders)
         assert (batch.borders is not None) == borders
         model.zero_grad()
         loss, _ = objective(batch, 1.0)
@@ -266,8 +266,8 @@ def test_model_that_is_told_the_rows_borders_learns_what_it_learns_from_padded_r
         }
 
     wanted, wanted_grads = run(borders=False)
-    for grain in ((1, 1), (32, 128)):
-        found, grads = run(borders=True, grain=grain)
+    for pad_to in ((1, 1), (32, 128)):
+        found, grads = run(borders=True, pad_to=pad_to)
         assert found == pytest.approx(wanted, rel=1e-6)
         for name, grad in grads.items():
             assert error(grad, wanted_grads[name]) < 1e-4, name

@@ -20,10 +20,10 @@ from worker.trainer.data import Example, Row
 from worker.trainer.kernels import cross_entropy, decoder
 from worker.trainer.loop import _take_step, train
 from worker.trainer.memory import MemoryPlan, next_after
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Wish
 
 ROWS = [chat(i, words=2 + i % 7) for i in range(8)]
 FULL_GPU = torch.OutOfMemoryError("fake: out of memory")
@@ -31,7 +31,7 @@ FULL_GPU = torch.OutOfMemoryError("fake: out of memory")
 
 def training(folder: Path, base: Path, **changes: Any) -> Training:
     lay_out(folder, base, plan(batch_size=8, **changes), ROWS, ROWS[:5])
-    return prepare(folder, Voice(None), Wish())
+    return prepare(folder, MessageWriter(None), StopSignal())
 
 
 def failing(usual: Callable[..., Any], calls: Iterable[int]) -> Callable[..., Any]:

@@ -26,9 +26,9 @@ from worker.trainer.export import merge, proof
 from worker.trainer.export.errors import FormatAnswersWorse, MergeDiffers, NoRoom
 from worker.trainer.export.proof import Divergence
 from worker.trainer.recipes.qlora import keep_one_packing
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 NEVER = tuple(range(6, 260))
 """Few tokens that can be said: of many, whose logits are random, some pairs are so near that rounding swaps them."""
@@ -235,7 +235,7 @@ def test_job_on_a_gpu_leaves_a_merged_model(tmp_path: Path, base: Path, ear: Ear
     asked = plan(technique=technique, export=Export(merged=True, gguf=["q8_0"], adapter_gguf=True), n_epochs=2)
     lay_out(tmp_path / "run", base, asked, [chat(i) for i in range(24)], [chat(i) for i in range(100, 106)])
 
-    assert carry_out(tmp_path / "run", Voice(ear.descriptor), Wish())
+    assert carry_out(tmp_path / "run", MessageWriter(ear.descriptor), StopSignal())
 
     assert [(each.path, each.message) for each in said(ear, "exported") if each.is_refused] == []
     record = json.loads((tmp_path / "run" / "out" / "merged" / "merge.json").read_text())
@@ -310,7 +310,7 @@ def test_job_leaves_a_whole_model_beside_its_adapter(tmp_path: Path, base: Path,
     train = [chat(i) for i in range(20)]
     lay_out(tmp_path / "run", base, asked, train, train[:4], train[4:6])
 
-    assert carry_out(tmp_path / "run", Voice(ear.descriptor), Wish())
+    assert carry_out(tmp_path / "run", MessageWriter(ear.descriptor), StopSignal())
 
     merged = tmp_path / "run" / "out" / "merged"
     [export] = said(ear, "exported")
@@ -330,7 +330,7 @@ def test_refused_export_keeps_the_model(tmp_path: Path, base: Path, ear: Ear, mo
     spoil(monkeypatch, lambda weight: weight.fill_(torch.nan))
     lay_out(tmp_path / "run", base, plan(export=Export(merged=True)), [chat(i) for i in range(8)])
 
-    assert carry_out(tmp_path / "run", Voice(ear.descriptor), Wish())
+    assert carry_out(tmp_path / "run", MessageWriter(ear.descriptor), StopSignal())
 
     [export] = said(ear, "exported")
     assert export.is_refused

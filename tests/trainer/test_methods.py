@@ -14,17 +14,17 @@ from torch.nn import functional
 from tunery import plugins, spec
 from tunery.errors import Unsupported
 from tunery.rows import encoding
-from worker.trainer import data, replays, validation
+from worker.trainer import cuda_graphs, data, validation
 from worker.trainer.data import IGNORED, Example, Row, collate, micro_batches
 from worker.trainer.loop import _take_step
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.methods import registry
 from worker.trainer.objective import Objective
 from worker.trainer.process import carry_out_and_tell
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Wish
 
 CPU = torch.device("cpu")
 PAIR = Example((Row([5, 6, 7], [IGNORED, 6, 7]), Row([5, 8], [5, 8])))
@@ -54,7 +54,7 @@ PAIRS = [pair(i) for i in range(10)]
 def training(folder: Path, base: Path, **changes: Any) -> Training:
     method = importlib.import_module("toy_pairwise.rows").Pairwise(margin=0.5)
     lay_out(folder, base, plan(method=method, **changes), PAIRS, PAIRS[:3])
-    return prepare(folder, Voice(None), Wish())
+    return prepare(folder, MessageWriter(None), StopSignal())
 
 
 def plain_loss(t: Training, examples: list[Example]) -> torch.Tensor:
@@ -157,7 +157,7 @@ def test_row_losses_leave_the_padding_out(tmp_path: Path, tiny: Path) -> None:
 
     with torch.no_grad():
         padded, plain = (
-            t.objective.row_losses(collate(t.rows.examples, [[0], [1]], CPU, grain)) for grain in ((1, 16), (1, 1))
+            t.objective.row_losses(collate(t.rows.examples, [[0], [1]], CPU, pad_to)) for pad_to in ((1, 16), (1, 1))
         )
 
     torch.testing.assert_close(padded, plain)
@@ -166,8 +166,8 @@ def test_row_losses_leave_the_padding_out(tmp_path: Path, tiny: Path) -> None:
 def test_method_that_looks_at_its_batch_is_not_recorded(tmp_path: Path, tiny: Path) -> None:
     t = training(tmp_path / "run", tiny)
 
-    assert replays.reason_against(t.objective, 100) == "the method's passes differ from batch to batch"
-    assert replays.reason_against(Objective(t.objective.model), 100) == "not on a GPU"
+    assert cuda_graphs.reason_against(t.objective, 100) == "the method's passes differ from batch to batch"
+    assert cuda_graphs.reason_against(Objective(t.objective.model), 100) == "not on a GPU"
 
 
 def test_test_rows_are_chats_whatever_the_method() -> None:
@@ -181,7 +181,7 @@ def test_run_of_a_plug_ins_method_learns(tmp_path: Path, tiny: Path, ear: Ear) -
     method = importlib.import_module("toy_pairwise.rows").Pairwise()
     folder = lay_out(tmp_path / "run", tiny, plan(method=method, n_epochs=4), PAIRS)
 
-    assert carry_out_and_tell(folder, ear.descriptor, Wish()) == 0
+    assert carry_out_and_tell(folder, ear.descriptor, StopSignal()) == 0
 
     steps = steps_of(folder)
     assert [said(ear, "started")[0].examples, len(steps)] == [10, 12]
@@ -195,7 +195,7 @@ def test_method_that_no_plug_in_brought_is_refused_by_name(
     folder = lay_out(tmp_path / "run", tiny, plan(method=method), PAIRS)
     monkeypatch.delitem(spec.METHODS, "pairwise")
 
-    assert carry_out_and_tell(folder, ear.descriptor, Wish()) != 0
+    assert carry_out_and_tell(folder, ear.descriptor, StopSignal()) != 0
 
     assert "Method 'pairwise' is not supported here" in said(ear, "failed")[0].message
     with pytest.raises(Unsupported):

@@ -16,17 +16,17 @@ from tunery.spec import Full, Lora, Technique
 from worker.trainer import checkpoints, loading
 from worker.trainer.loop import train
 from worker.trainer.recipes.lora import LORA
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Wish
 
 ROWS = [chat(i) for i in range(8)]
 IDS = torch.tensor([[5, 60, 7, 80, 9, 100, 11]])
 
 
 def start(folder: Path, base: Path, **changes: Any) -> Training:
-    return prepare(lay_out(folder, base, plan(**changes), ROWS), Voice(None), Wish())
+    return prepare(lay_out(folder, base, plan(**changes), ROWS), MessageWriter(None), StopSignal())
 
 
 def test_plans_knobs_reach_every_adapted_layer(tmp_path: Path, tiny: Path) -> None:
@@ -68,7 +68,7 @@ def test_full_fine_tune_refuses_to_go_on_from_an_adapter(tmp_path: Path, tiny: P
     tiny_models.lora(folder / "adapter", tiny)
 
     with pytest.raises(ValueError, match="choose lora or qlora, or a full model as base"):
-        prepare(folder, Voice(None), Wish())
+        prepare(folder, MessageWriter(None), StopSignal())
 
 
 def test_model_that_does_more_to_its_logits_than_one_product_gets_the_textbooks_loss(
@@ -92,7 +92,7 @@ def test_model_that_does_more_to_its_logits_than_one_product_gets_the_textbooks_
         logits = 0.5 * model(torch.tensor([row.input_ids])).logits[0, :-1]
         total += float(nn.functional.cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="sum").detach())
         labels += sum(label >= 0 for label in row.labels[1:])
-    assert t.voice.metrics[0]["train_loss"] == pytest.approx(total / labels, rel=1e-5)
+    assert t.writer.metrics[0]["train_loss"] == pytest.approx(total / labels, rel=1e-5)
 
 
 @pytest.mark.parametrize("technique", [Full(), Lora(r=4, alpha=16)], ids=["full", "lora"])

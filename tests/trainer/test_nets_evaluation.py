@@ -11,23 +11,23 @@ from tunery.rows.messages import Example
 from tunery.spec import Evaluation, Lora
 from worker.trainer import validation
 from worker.trainer.loop import train
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
 from worker.trainer.scoring import answers
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Wish
 
 ROWS = [chat(i) for i in range(10)]
 DROPOUT = Lora(r=4, alpha=64, dropout=0.5)
 
 
 def start(folder: Path, base: Path, valid: list[dict[str, Any]] | None = None, **changes: Any) -> Training:
-    return prepare(lay_out(folder, base, plan(**changes), ROWS, valid), Voice(None), Wish())
+    return prepare(lay_out(folder, base, plan(**changes), ROWS, valid), MessageWriter(None), StopSignal())
 
 
 def losses(t: Training) -> list[float]:
     train(t, Progress())
-    return [entry["train_loss"] for entry in t.voice.metrics if entry["type"] == "step"]
+    return [entry["train_loss"] for entry in t.writer.metrics if entry["type"] == "step"]
 
 
 def test_evaluating_changes_nothing_about_the_training(tmp_path: Path, tiny: Path) -> None:
@@ -37,7 +37,7 @@ def test_evaluating_changes_nothing_about_the_training(tmp_path: Path, tiny: Pat
     found = losses(measured)
 
     assert found == losses(start(tmp_path / "unmeasured", tiny, **settled))
-    assert sum(entry["type"] == "evaluated" for entry in measured.voice.metrics) == 9
+    assert sum(entry["type"] == "evaluated" for entry in measured.writer.metrics) == 9
 
 
 def test_dropout_is_part_of_the_training(tmp_path: Path, tiny: Path) -> None:

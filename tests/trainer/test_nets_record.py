@@ -12,17 +12,17 @@ from run_folders import chat, lay_out, plan
 
 from tunery.spec import Evaluation, Lora, Qlora
 from worker.trainer.loop import train
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress
-from worker.trainer.wish import Wish
 
 ROWS = [chat(i) for i in range(8)]
 
 
 def test_training_and_validation_keep_no_cache_and_answers_do(tmp_path: Path, tiny: Path) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(evaluation=Evaluation(max_new_tokens=4)), ROWS, ROWS[:2])
-    t = prepare(folder, Voice(None), Wish())
+    t = prepare(folder, MessageWriter(None), StopSignal())
     kept: dict[bool, set[bool]] = {True: set(), False: set()}  # by whether it was generating
     generating = False
 
@@ -40,7 +40,7 @@ def test_training_and_validation_keep_no_cache_and_answers_do(tmp_path: Path, ti
 
 def test_four_bit_layers_keep_one_packing(tmp_path: Path, tiny: Path) -> None:
     """bitsandbytes would pack them again at the first evaluation, on CPUs that can, and round their constants."""
-    t = prepare(lay_out(tmp_path / "run", tiny, plan(technique=Qlora(r=2)), ROWS), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(technique=Qlora(r=2)), ROWS), MessageWriter(None), StopSignal())
 
     layers = [module for module in t.objective.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
 
@@ -52,7 +52,7 @@ def test_record_says_what_it_takes_to_repeat_the_run(tmp_path: Path, tiny: Path)
     settled = plan(technique=Lora(r=2, dropout=0.1), seed=11)
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS, facts={"source": "team/tiny"})
 
-    assert carry_out(folder, Voice(None), Wish())
+    assert carry_out(folder, MessageWriter(None), StopSignal())
 
     record = json.loads((folder / "out" / "training_config.json").read_text())
     assert record["plan"] == settled.model_dump(mode="json")
@@ -62,7 +62,7 @@ def test_record_says_what_it_takes_to_repeat_the_run(tmp_path: Path, tiny: Path)
     assert {name: record["versions"][name] for name in ("torch", "transformers", "peft", "bitsandbytes")} == {
         name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")
     }
-    t = prepare(folder, Voice(None), Wish())
+    t = prepare(folder, MessageWriter(None), StopSignal())
     assert record["chat_template_sha256"] == t.template.sha256
     assert (folder / "out" / "chat_template.jinja").read_text() == tiny_models.CHATML
 
@@ -70,7 +70,7 @@ def test_record_says_what_it_takes_to_repeat_the_run(tmp_path: Path, tiny: Path)
 def test_seed_decides_the_first_adapters(tmp_path: Path, tiny: Path) -> None:
     """Whatever was drawn before."""
     first, again, other = (
-        {name: p.detach().clone() for name, p in prepare(folder, Voice(None), Wish()).parameters.items()}
+        {name: p.detach().clone() for name, p in prepare(folder, MessageWriter(None), StopSignal()).parameters.items()}
         for folder in (lay_out(tmp_path / str(i), tiny, plan(seed=seed), ROWS) for i, seed in enumerate((7, 7, 8)))
     )
 

@@ -11,24 +11,24 @@ from safetensors.torch import load_file
 
 from tunery.spec import Lora
 from worker.trainer import checkpoints
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 ROWS = [chat(i) for i in range(8)]
 FOREIGN = [{"messages": [row["messages"][0], {"role": "assistant", "content": "ZQX JVW KYB" * 2}]} for row in ROWS[:4]]
 """Answers of letters that ROWS never have: after a step or two they only become less likely."""
 
 
-class BreakingOff(Voice):
+class BreakingOff(MessageWriter):
     """Ends the run at a step as a lost connection would."""
 
     def __init__(self, step: int) -> None:
         super().__init__(None)
         self.step = step
 
-    def say(self, message: BaseModel) -> None:
-        super().say(message)
+    def write(self, message: BaseModel) -> None:
+        super().write(message)
         if getattr(message, "type", "") == "step" and getattr(message, "step", 0) == self.step:
             raise ConnectionError("the lights went out")
 
@@ -40,12 +40,12 @@ def test_best_step_of_before_the_break_becomes_the_model(tmp_path: Path, tiny: P
         lay_out(tmp_path / name, tiny, settled, ROWS, FOREIGN, snapshot_seconds=1e-9)
         for name in ("whole", "broken", "elsewhere")
     )
-    assert carry_out(whole, Voice(None), Wish())
+    assert carry_out(whole, MessageWriter(None), StopSignal())
     with pytest.raises(ConnectionError):
-        carry_out(broken, BreakingOff(6), Wish())
+        carry_out(broken, BreakingOff(6), StopSignal())
     (broken / "snapshots" / "step-5").rename(elsewhere / "resume")
 
-    assert carry_out(elsewhere, Voice(ear.descriptor), Wish())
+    assert carry_out(elsewhere, MessageWriter(ear.descriptor), StopSignal())
 
     messages = ear.messages()
     [started] = [message for message in messages if message.type == "started"]
@@ -63,8 +63,8 @@ def test_snapshot_of_a_newer_release_or_another_base_is_left_alone(
 ) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(), ROWS, snapshot_seconds=1e-9)
     with pytest.raises(ConnectionError):
-        carry_out(folder, BreakingOff(2), Wish())
-    t = prepare(folder, Voice(None), Wish())
+        carry_out(folder, BreakingOff(2), StopSignal())
+    t = prepare(folder, MessageWriter(None), StopSignal())
     snapshot = checkpoints.find_snapshot(t)
     assert snapshot is not None
 

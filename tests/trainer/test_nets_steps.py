@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from tunery.spec import Full, Lora, Schedule
 from worker.trainer.adamw import StochasticAdamW
 from worker.trainer.loop import learning_rate, train
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Wish
 
 ROWS = [chat(i, words=2 + i % 11) for i in range(24)]
 RATES = [0.5e-2, 1e-2, 2 / 3 * 1e-2, 1 / 3 * 1e-2]
@@ -31,7 +31,7 @@ EVERYTHING = {
 
 
 def start(folder: Path, base: Path, **changes: Any) -> Training:
-    return prepare(lay_out(folder, base, plan(**changes), ROWS), Voice(None), Wish())
+    return prepare(lay_out(folder, base, plan(**changes), ROWS), MessageWriter(None), StopSignal())
 
 
 def textbook(base: Path, technique: Full | Lora, t: Training) -> tuple[list[tuple[float, float]], dict[str, Any]]:
@@ -71,7 +71,7 @@ def test_steps_are_those_of_a_plain_loop(tmp_path: Path, tiny: Path, technique: 
 
     train(t, Progress())
 
-    steps = [entry for entry in t.voice.metrics if entry["type"] == "step"]
+    steps = [entry for entry in t.writer.metrics if entry["type"] == "step"]
     assert [step["learning_rate"] for step in steps] == pytest.approx(RATES)
     assert [step["train_loss"] for step in steps] == pytest.approx([loss for loss, _ in wanted], rel=1e-4)
     assert [step["grad_norm"] for step in steps] == pytest.approx([norm for _, norm in wanted], rel=1e-3)

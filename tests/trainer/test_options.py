@@ -11,20 +11,20 @@ from run_folders import Interrupting, chat, lay_out, plan
 from transformers import AutoModelForCausalLM
 
 from tunery.spec import Full, Lora, LossOn, Schedule, Supervised, Technique
-from worker.trainer import replays
+from worker.trainer import cuda_graphs
 from worker.trainer.data import collate
 from worker.trainer.loop import train
 from worker.trainer.recipes.lora import LORA
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Wish
 
 ROWS = [chat(i, words=2 + i % 7) for i in range(8)]
 
 
 def start(folder: Path, base: Path, **changes: Any) -> Training:
-    return prepare(lay_out(folder, base, plan(**changes), ROWS), Voice(None), Wish())
+    return prepare(lay_out(folder, base, plan(**changes), ROWS), MessageWriter(None), StopSignal())
 
 
 def learned(t: Training) -> dict[str, torch.Tensor]:
@@ -45,7 +45,7 @@ def test_lora_plus_moves_b_by_its_own_rate(tmp_path: Path, tiny: Path) -> None:
     moved = {name: (parameter - before[name]).abs().median().item() for name, parameter in t.parameters.items()}
     for name, distance in moved.items():
         assert distance == pytest.approx(16e-3 if ".lora_B." in name else 1e-3, rel=1e-2), name
-    assert t.voice.metrics[0]["learning_rate"] == 1e-3
+    assert t.writer.metrics[0]["learning_rate"] == 1e-3
 
 
 @pytest.mark.parametrize(("loss_on", "share"), [("assistant", 0.5), ("all", 1.0)])
@@ -100,11 +100,11 @@ def test_resumed_run_is_the_unbroken_one(tmp_path: Path, tiny: Path, technique: 
 def compare_resumed(folder: Path, base: Path, **changes: Any) -> None:
     settled = plan(n_epochs=2, batch_size=2, **changes)
     whole, broken = (lay_out(folder / name, base, settled, ROWS, public_checkpoints=0) for name in ("whole", "broken"))
-    assert carry_out(whole, Voice(None), Wish())
-    wish = Wish()
-    assert not carry_out(broken, Interrupting(3, wish), wish)
+    assert carry_out(whole, MessageWriter(None), StopSignal())
+    stop_signal = StopSignal()
+    assert not carry_out(broken, Interrupting(3, stop_signal), stop_signal)
 
-    assert carry_out(broken, Voice(None), Wish())
+    assert carry_out(broken, MessageWriter(None), StopSignal())
 
     name = "adapter_model.safetensors"
     assert (broken / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
@@ -134,7 +134,7 @@ def test_neftunes_noise_is_bounded_by_each_rows_own_length(tmp_path: Path, tiny:
             assert 0.9 * bound < size[number, begin : begin + length].max() <= bound
             assert size[number, begin : begin + length].mean().item() == pytest.approx(bound / 2, rel=0.15)
             begin += length
-    assert "noise" in str(replays.reason_against(t.objective, 100))
+    assert "noise" in str(cuda_graphs.reason_against(t.objective, 100))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])

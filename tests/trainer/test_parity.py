@@ -21,9 +21,9 @@ from tunery.spec import Full, Lora, Qlora
 from worker.trainer import loading, parity, precision
 from worker.trainer.recipes.qlora import keep_one_packing
 from worker.trainer.recipes.recipe import Recipe, Weights
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 ROWS = [chat(i) for i in range(10)]
 TECHNIQUES = {"lora": Lora(r=4), "qlora": Qlora(r=4), "full": Full()}
@@ -33,7 +33,7 @@ def trained(folder: Path, base: Path, technique: Any = TECHNIQUES["lora"], **cha
     """A run directory after its run."""
     rate = 1e-3 if isinstance(technique, Full) else 1e-2
     lay_out(folder, base, plan(**{"technique": technique, "learning_rate": rate} | changes), ROWS, ROWS[:4])
-    assert carry_out(folder, Voice(None), Wish())
+    assert carry_out(folder, MessageWriter(None), StopSignal())
     return folder
 
 
@@ -125,8 +125,8 @@ def test_record_is_repeated_where_nothing_of_ours_is(tmp_path: Path, tiny: Path,
 
 def test_prompts_are_held_out_rows(tmp_path: Path, tiny: Path) -> None:
     held_out = [chat(100 + i) for i in range(4)]
-    with_valid = prepare(lay_out(tmp_path / "a", tiny, plan(), ROWS, held_out), Voice(None), Wish())
-    without = prepare(lay_out(tmp_path / "b", tiny, plan(), ROWS), Voice(None), Wish())
+    with_valid = prepare(lay_out(tmp_path / "a", tiny, plan(), ROWS, held_out), MessageWriter(None), StopSignal())
+    without = prepare(lay_out(tmp_path / "b", tiny, plan(), ROWS), MessageWriter(None), StopSignal())
 
     def text(t: Any) -> str:
         return "".join(t.template.tokenizer.decode(prompt["input_ids"]) for prompt in parity.measure(t).prompts)
@@ -213,7 +213,7 @@ def test_faulty_export_fails_the_run(
 
 
 def test_adapter_of_another_base_is_found_out(tmp_path: Path, tiny: Path) -> None:
-    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), MessageWriter(None), StopSignal())
     record = parity.measure(t)
     t.recipe.export(t.objective.model, tmp_path, "tiny", None)
     (t.folder / "base").unlink()
@@ -237,7 +237,7 @@ def test_large_model_is_recorded_and_not_loaded_again(
 
 
 def test_measuring_leaves_the_model_as_it_was(tmp_path: Path, tiny: Path) -> None:
-    t = prepare(lay_out(tmp_path / "run", tiny, plan(technique=Full()), ROWS), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(technique=Full()), ROWS), MessageWriter(None), StopSignal())
     before = {name: (p, p.data_ptr(), p.detach().clone()) for name, p in t.parameters.items()}
 
     parity.measure(t)
@@ -251,7 +251,7 @@ def test_measuring_leaves_the_model_as_it_was(tmp_path: Path, tiny: Path) -> Non
 
 def test_weights_are_measured_in_the_type_of_the_files(tmp_path: Path, tiny: Path) -> None:
     """Full on a CPU: trained in fp32, exported in bf16."""
-    t = prepare(lay_out(tmp_path / "run", tiny, plan(technique=Full()), ROWS), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(technique=Full()), ROWS), MessageWriter(None), StopSignal())
     parameter = t.objective.causal.model.layers[0].mlp.up_proj.weight
     with torch.no_grad():
         parameter += 1e-6
@@ -283,7 +283,7 @@ def test_artifact_carries_the_stop_tokens_that_were_trained(tmp_path: Path, stop
     rate = 3e-3 if kind == "full" else 1e-2
     settled = plan(technique=TECHNIQUES[kind], n_epochs=30, learning_rate=rate)
     folder = lay_out(tmp_path / "run", stops_elsewhere, settled, rows)
-    assert carry_out(folder, Voice(None), Wish())
+    assert carry_out(folder, MessageWriter(None), StopSignal())
     out = folder / "out"
 
     for written in (out, *(folder / "checkpoints").glob("step-*")):

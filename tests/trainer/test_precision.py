@@ -17,10 +17,10 @@ from worker.trainer import checkpoints, loop
 from worker.trainer.adamw import SMALL, StochasticAdamW
 from worker.trainer.kernels import stochastic
 from worker.trainer.recipes.full import FULL
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress
-from worker.trainer.wish import Wish
 
 BF16_FULL = decide(Full(), "cuda")
 ROWS = [chat(i) for i in range(10)]
@@ -236,7 +236,7 @@ def run_in_bf16(folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch, stop_
     monkeypatch.setattr("worker.trainer.loading.decide", lambda *_: BF16_FULL)
     if not folder.exists():
         lay_out(folder, base, plan(technique=Full(), learning_rate=1e-4, n_epochs=3), ROWS)
-    t = prepare(folder, Voice(None), Wish())
+    t = prepare(folder, MessageWriter(None), StopSignal())
     found = checkpoints.find_snapshot(t)
     progress = Progress() if found is None else checkpoints.restore(t, found)
     while progress.step < (stop_after or t.total_steps):
@@ -270,13 +270,13 @@ def test_snapshot_of_another_precision_is_not_taken(
     run_in_bf16(tmp_path / "run", tiny, monkeypatch, stop_after=2)
     monkeypatch.undo()
 
-    assert checkpoints.find_snapshot(prepare(tmp_path / "run", Voice(None), Wish())) is None
+    assert checkpoints.find_snapshot(prepare(tmp_path / "run", MessageWriter(None), StopSignal())) is None
 
 
 def test_record_says_the_precision(tmp_path: Path, tiny: Path) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(), ROWS)
 
-    assert carry_out(folder, Voice(None), Wish())
+    assert carry_out(folder, MessageWriter(None), StopSignal())
 
     assert json.loads((folder / "out" / "training_config.json").read_text())["precision"] == {
         "base": "float32", "dense": "float32", "trained": "float32", "rounding": "nearest", "moments": "float32",
@@ -287,7 +287,11 @@ def test_record_says_the_precision(tmp_path: Path, tiny: Path) -> None:
 def test_masters_in_fp32_compute_in_bf16(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = decide(Full(weights_dtype="float32"), "cuda")
     monkeypatch.setattr("worker.trainer.loading.decide", lambda *_: wide)
-    t = prepare(lay_out(tmp_path / "run", tiny, plan(technique=Full(), learning_rate=1e-4), ROWS), Voice(None), Wish())
+    t = prepare(
+        lay_out(tmp_path / "run", tiny, plan(technique=Full(), learning_rate=1e-4), ROWS),
+        MessageWriter(None),
+        StopSignal(),
+    )
     made: set[torch.dtype] = set()
     t.objective.causal.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *args: made.add(args[2].dtype))
 

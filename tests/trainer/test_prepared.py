@@ -19,9 +19,9 @@ from tunery.rows.template import ChatTemplate
 from tunery.spec import Columns, Dpo, Supervised
 from worker.trainer import data, prepared
 from worker.trainer.data import Rows
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 ROWS = [chat(seed) for seed in range(40)]
 DATED = "{{ strftime_now('%d %b %Y') }}"
@@ -83,7 +83,7 @@ def test_a_second_job_trains_alike_and_prepares_nothing(
     for name in ("first", "second"):
         folder = lay_out(tmp_path / name, tiny, plan(), ROWS, ROWS[:4])
         (folder / prepared.NAME).symlink_to(kept)
-        carry_out(folder, Voice(None), Wish())
+        carry_out(folder, MessageWriter(None), StopSignal())
         found.append(steps_of(folder))
     assert readings == ["training", "validation"]
     assert found[0] == found[1]

@@ -18,9 +18,9 @@ from tunery.failures import NotFinite
 from tunery.spec import Dpo, Lora, Resources
 from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Failed, parse
 from worker.trainer.process import describe
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 ROWS = [chat(i) for i in range(10)]
 
@@ -80,7 +80,7 @@ def test_stopped_process_saves_and_the_next_one_goes_on(tmp_path: Path, tiny: Pa
     assert said[-1].type == "finished"
     assert "trainable params: " in (folder / "log").read_text()
 
-    carry_out(whole, Voice(None), Wish())
+    carry_out(whole, MessageWriter(None), StopSignal())
     found, wanted = (load_file(f / "out" / "adapter_model.safetensors") for f in (folder, whole))
     for name, tensor in wanted.items():  # not to the bit: this process has another number of threads
         assert (found[name] - tensor).abs().max() < 1e-4, name
@@ -149,10 +149,10 @@ def test_a_rank_that_ends_alone_ends_the_run(program: str, code: int, said: str)
     script = (
         "import subprocess, sys, time\n"
         "from worker.trainer import children\n"
-        "from worker.trainer.report import Voice\n"
+        "from worker.trainer.report import MessageWriter\n"
         "children.GRACE = children._ECHO = 0.1\n"
         f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
-        "children.Children(Voice(1))._watch(child, 1)\n"
+        "children.Children(MessageWriter(1))._watch(child, 1)\n"
     )
 
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT, timeout=60)
@@ -180,8 +180,8 @@ def test_rank_0_says_whose_fault_it_was(own: str, ending: int, said: str) -> Non
         "import subprocess, sys, threading\n"
         "from tunery.wire import Failed\n"
         "from worker.trainer import children\n"
-        "from worker.trainer.report import Voice\n"
-        "ranks = children.Children(Voice(1))\n"
+        "from worker.trainer.report import MessageWriter\n"
+        "ranks = children.Children(MessageWriter(1))\n"
         "ranks._count = 1\n"
         f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
         "threading.Thread(target=ranks._watch, args=(child, 1), daemon=True).start()\n"

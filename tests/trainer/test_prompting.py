@@ -12,8 +12,8 @@ from tunery.planning.prompting import AnswerOrder, Variant
 from tunery.spec import Evaluation, General
 from worker.trainer import run
 from worker.trainer.prompting import measure
-from worker.trainer.report import Voice
-from worker.trainer.wish import Wish
+from worker.trainer.report import MessageWriter
+from worker.trainer.stop_signal import StopSignal
 
 TEST = [chat(i) for i in range(100, 106)]
 ZERO = Variant(shots=0)
@@ -31,7 +31,7 @@ def folder_of(tmp_path: Path, base: Path) -> Path:
 
 def test_base_and_tuned_model_answer_as_in_the_scorecard(tmp_path: Path, tiny: Path) -> None:
     folder = folder_of(tmp_path, tiny)
-    scored = run.score(folder, Voice(None), Wish())
+    scored = run.score(folder, MessageWriter(None), StopSignal())
     assert scored is not None
     card, rows = scored
     assert any(row["base"] != row["tuned"] for row in rows)

@@ -14,9 +14,9 @@ from run_folders import chat, lay_out, plan
 from safetensors.torch import load_file
 
 from tunery.spec import Dpo, Evaluation, Export, General, Lora, Plan, Replay, Resources
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 ROWS = [chat(i, words=2 + i % 9) for i in range(9)]  # of unlike length, and none for rank 1 in an epoch's last step
 PAIRS = [
@@ -95,11 +95,11 @@ def test_two_ranks_share_the_rows_of_each_step(runs: Runs) -> None:
 def test_two_ranks_learn_what_one_does(runs: Runs, tmp_path: Path) -> None:
     alone = lay_out(tmp_path / "alone", runs.base, plan(n_epochs=2, evaluation=WITH_TASK), ROWS, ROWS[:3], ROWS[:3])
 
-    carry_out(alone, voice := Voice(None), Wish())
+    carry_out(alone, writer := MessageWriter(None), StopSignal())
 
-    assert sum(entry.get("task_score") is not None for entry in voice.metrics) == 2
+    assert sum(entry.get("task_score") is not None for entry in writer.metrics) == 2
     for rank in runs.seen["plain whole"]:
-        two_ranks.check_metrics(rank["metrics"], voice.metrics, runs.gpus)
+        two_ranks.check_metrics(rank["metrics"], writer.metrics, runs.gpus)
     assert runs.learned_alike("plain", alone)
     if not runs.gpus:  # in bf16 two answers of a random model may be equally likely
         answers = [(folder / "out" / "answers.jsonl").read_text() for folder in (alone, runs.folder / "plain")]
@@ -115,7 +115,7 @@ def test_two_ranks_replay_what_one_does(runs: Runs, tmp_path: Path) -> None:
     settled = plan(n_epochs=2, evaluation=EVALUATION, replay=REPLAY)
     alone = lay_out(tmp_path / "alone", runs.base, settled, ROWS, ROWS[:3], ROWS[:3])
 
-    carry_out(alone, Voice(None), Wish())
+    carry_out(alone, MessageWriter(None), StopSignal())
 
     one, two = (json.loads((folder / "out" / "training_config.json").read_text())["replay"]
                 for folder in (alone, runs.folder / "replay"))  # fmt: skip
@@ -127,10 +127,10 @@ def test_two_ranks_prefer_what_one_does(runs: Runs, tmp_path: Path) -> None:
     """Each measures the reference of its share, and all have it of all pairs."""
     alone = lay_out(tmp_path / "alone", runs.base, _preferring(gpus=1), PAIRS, PAIRS[:3])
 
-    carry_out(alone, voice := Voice(None), Wish())
+    carry_out(alone, writer := MessageWriter(None), StopSignal())
 
     for metrics in (rank["metrics"] for rank in runs.seen["pairs whole"]):
-        for entry, wanted in zip(metrics, voice.metrics, strict=True):
+        for entry, wanted in zip(metrics, writer.metrics, strict=True):
             name = "train_" if entry["type"] == "step" else ""
             assert entry[f"{name}loss"] == pytest.approx(wanted[f"{name}loss"], rel=0.05 if runs.gpus else 1e-3)
             found, margins = (each[f"{name}metrics"]["rewards_margin"] for each in (entry, wanted))

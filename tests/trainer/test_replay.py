@@ -17,9 +17,9 @@ from worker.trainer import data
 from worker.trainer.data import Example, Row, Rows
 from worker.trainer.general import benchmark
 from worker.trainer.replay import kept, mixing, own, prompts
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
-from worker.trainer.wish import Stopped, Wish
+from worker.trainer.stop_signal import Stopped, StopSignal
 
 ROWS = [chat(i) for i in range(10)]
 REPLAY = Replay(share=0.3, max_new_tokens=64)
@@ -98,7 +98,7 @@ def test_no_shipped_prompt_is_measured_with() -> None:
 def trained(folder: Path) -> Any:
     ear = Ear()
     try:
-        assert carry_out(folder, Voice(ear.descriptor), Wish())
+        assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
         [started] = said(ear, "started")
     finally:
         ear.close()
@@ -136,7 +136,11 @@ def test_a_run_says_what_it_replays_and_trains_on_it(base: Path, tmp_path: Path,
 
 
 def test_rows_are_the_bases_own_ended_answers_in_its_template(base: Path, few: Path, tmp_path: Path) -> None:
-    t = prepare(lay_out(tmp_path / "run", base, plan(replay=REPLAY, max_seq_length=256), ROWS), Voice(None), Wish())
+    t = prepare(
+        lay_out(tmp_path / "run", base, plan(replay=REPLAY, max_seq_length=256), ROWS),
+        MessageWriter(None),
+        StopSignal(),
+    )
     replayed = t.rows.examples[t.rows.count :]
     asked = [json.loads(line)["messages"] for line in few.read_text().splitlines()]
     texts = [t.template.tokenizer.decode(example.rows[0].input_ids, skip_special_tokens=False) for example in replayed]
@@ -164,7 +168,7 @@ def test_answers_are_the_bases_whatever_adapter_the_run_goes_on_from(base: Path,
     settled = plan(technique=Lora(r=4, alpha=8), replay=REPLAY, max_seq_length=256)
     fresh, going_on = (lay_out(tmp_path / name, base, settled, ROWS) for name in ("fresh", "going on"))
     (going_on / "adapter").symlink_to(adapter)
-    found = [prepare(folder, Voice(None), Wish()).rows.examples for folder in (fresh, going_on)]
+    found = [prepare(folder, MessageWriter(None), StopSignal()).rows.examples for folder in (fresh, going_on)]
     assert found[0] == found[1]
 
 
@@ -172,7 +176,11 @@ def test_answers_are_the_bases_whatever_adapter_the_run_goes_on_from(base: Path,
 def test_sampling_draws_none_of_the_runs_numbers(base: Path, tmp_path: Path) -> None:
     adapters = []
     for name, replay in (("with", REPLAY), ("without", None)):
-        t = prepare(lay_out(tmp_path / name, base, plan(replay=replay, max_seq_length=256), ROWS), Voice(None), Wish())
+        t = prepare(
+            lay_out(tmp_path / name, base, plan(replay=replay, max_seq_length=256), ROWS),
+            MessageWriter(None),
+            StopSignal(),
+        )
         adapters.append(t.parameters)
         numbers = torch.rand(1)
     again = torch.rand(1)
@@ -193,7 +201,11 @@ def test_answers_whose_rows_do_not_fit_are_made_up_for(
         return usual(template, example, *given)
 
     monkeypatch.setattr(ChatTemplate, "encode_all", encode)
-    t = prepare(lay_out(tmp_path / "run", base, plan(replay=REPLAY, max_seq_length=256), ROWS), Voice(None), Wish())
+    t = prepare(
+        lay_out(tmp_path / "run", base, plan(replay=REPLAY, max_seq_length=256), ROWS),
+        MessageWriter(None),
+        StopSignal(),
+    )
     assert len(refused) == 3
     assert t.replayed is not None
     assert (t.replayed.rows_an_epoch, t.rows.replayed) == (4, 4)
@@ -225,7 +237,7 @@ def test_the_host_answers_once_and_more_only_where_more_is_asked(
         replay = REPLAY.model_copy(update={"share": share} | changes)
         folder = lay_out(tmp_path / name, base, plan(replay=replay, max_seq_length=256), ROWS)
         (folder / "scores").symlink_to(scores)
-        rows = prepare(folder, Voice(None), Wish()).rows
+        rows = prepare(folder, MessageWriter(None), StopSignal()).rows
         return rows.examples[rows.count :]
 
     few_rows = answers("first", 0.1)
@@ -271,13 +283,13 @@ def test_a_run_goes_on_with_the_same_rows_though_its_host_would_answer_otherwise
     whole, broken = (
         lay_out(tmp_path / name, base, settled, ROWS, snapshot_seconds=1e-9) for name in ("whole", "broken")
     )
-    assert carry_out(whole, Voice(None), Wish())
+    assert carry_out(whole, MessageWriter(None), StopSignal())
     with pytest.raises(ConnectionError):
-        carry_out(broken, Interrupting(2), Wish())
+        carry_out(broken, Interrupting(2), StopSignal())
     elsewhere = lay_out(tmp_path / "elsewhere", base, settled, ROWS)
     (elsewhere / "resume").symlink_to(broken / "snapshots" / "step-1")
     monkeypatch.setattr(own, "_block", lambda *_given, **_options: pytest.fail("they are in the snapshot"))
-    assert carry_out(elsewhere, Voice(None), Wish())
+    assert carry_out(elsewhere, MessageWriter(None), StopSignal())
     assert steps_of(whole) == steps_of(elsewhere)
     name = "adapter_model.safetensors"
     assert (whole / "out" / name).read_bytes() == (elsewhere / "out" / name).read_bytes()
@@ -285,14 +297,14 @@ def test_a_run_goes_on_with_the_same_rows_though_its_host_would_answer_otherwise
 
 @pytest.mark.usefixtures("few")
 def test_a_stop_between_blocks_keeps_what_was_answered(base: Path, tmp_path: Path) -> None:
-    wish = Wish()
+    stop_signal = StopSignal()
 
-    class Stopping(Voice):
-        def say(self, message: Any) -> None:
-            wish.stop = wish.stop or getattr(message, "phase", "") == "sampling replay answers"
+    class Stopping(MessageWriter):
+        def write(self, message: Any) -> None:
+            stop_signal.received = stop_signal.received or getattr(message, "phase", "") == "sampling replay answers"
 
     replay = Replay(share=0.5, max_new_tokens=16)
     folder = lay_out(tmp_path / "run", base, plan(replay=replay, max_seq_length=256), [chat(i) for i in range(60)])
     with pytest.raises(Stopped):
-        prepare(folder, Stopping(None), wish)
+        prepare(folder, Stopping(None), stop_signal)
     assert len(json.loads(kept.path(folder).read_text())["answers"]) == own.BLOCK["cpu"]

@@ -8,9 +8,9 @@ from run_folders import chat, lay_out, plan
 
 from tunery.spec import Evaluation, General
 from worker.trainer import run
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.scoring import comparison
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 
 def test_scoring_without_training_gives_what_the_job_measured(tmp_path: Path, tiny: Path) -> None:
@@ -18,11 +18,11 @@ def test_scoring_without_training_gives_what_the_job_measured(tmp_path: Path, ti
     quick = Evaluation(test_file="file-1", max_new_tokens=4, general=General(items=4, prompts=2))
     asked = plan(n_epochs=6, evaluation=quick)
     trained = lay_out(tmp_path / "trained", tiny, asked, rows, test=test)
-    assert run.carry_out(trained, Voice(None), Wish())
+    assert run.carry_out(trained, MessageWriter(None), StopSignal())
 
     alone = lay_out(tmp_path / "alone", tiny, asked, test, test=test)
     shutil.copytree(trained / "out", alone / "adapter")
-    scored = run.score(alone, Voice(None), Wish())
+    scored = run.score(alone, MessageWriter(None), StopSignal())
     (alone / "out").mkdir()
     comparison.write(scored, alone / "out")
 

@@ -18,10 +18,10 @@ from worker.trainer import checkpoints
 from worker.trainer.data import MicroBatch, rows_of_step
 from worker.trainer.loop import _take_step
 from worker.trainer.memory import MemoryPlan
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Wish
 
 ROWS = [chat(i, words=5 + 37 * i % 40) for i in range(30)]
 BROKEN_AFTER, COMPARED = 7, 20  # of 4 steps an epoch: in the middle of the second
@@ -46,7 +46,9 @@ def test_state_is_the_same_to_the_bit_and_so_are_the_losses(tmp_path: Path, tiny
     technique: Any = TECHNIQUES[kind]
     rate = 1e-4 if isinstance(technique, Full) else 1e-3
     settled = plan(technique=technique, n_epochs=8, batch_size=8, packing=True, learning_rate=rate, max_seq_length=256)
-    t, again = (prepare(lay_out(tmp_path / name, tiny, settled, ROWS), Voice(None), Wish()) for name in ("a", "b"))
+    t, again = (
+        prepare(lay_out(tmp_path / name, tiny, settled, ROWS), MessageWriter(None), StopSignal()) for name in ("a", "b")
+    )
     assert t.device.type == device
     for each in (t, again):
         each.objective.train()  # or there is no dropout, and no random number that counts

@@ -16,13 +16,13 @@ from tunery.spec import Evaluation
 from worker.server.generation import Generation, Sampling
 from worker.server.streams import Alone
 from worker.trainer import rope, validation
-from worker.trainer.replays import reason_against
-from worker.trainer.report import Voice
+from worker.trainer.cuda_graphs import reason_against
+from worker.trainer.report import MessageWriter
 from worker.trainer.rope import LengthRope
 from worker.trainer.run import prepare
 from worker.trainer.scoring import answers
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Training
-from worker.trainer.wish import Wish
 
 ROWS = [chat(i, words=words) for i, words in enumerate((2, 9, 1, 5, 12, 3))]
 NEW_TOKENS = 6
@@ -36,7 +36,7 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def prepared(tmp_path: Path, base: Path) -> Training:
     settled = plan(evaluation=Evaluation(max_new_tokens=NEW_TOKENS))
-    return prepare(lay_out(tmp_path / "run", base, settled, ROWS), Voice(None), Wish())
+    return prepare(lay_out(tmp_path / "run", base, settled, ROWS), MessageWriter(None), StopSignal())
 
 
 def fresh(base: Path) -> Any:
@@ -105,7 +105,7 @@ def test_lengths_at_which_frequencies_change(base: Path) -> None:
 
 
 def test_other_models_have_one_group(tiny: Path, tmp_path: Path) -> None:
-    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), MessageWriter(None), StopSignal())
 
     assert rope.of(t.objective.causal) == LengthRope()
     assert len(set(t.stepper._groups)) == 1

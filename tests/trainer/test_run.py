@@ -27,11 +27,11 @@ from tunery.wire import Evaluated
 from worker.trainer import artifact, checkpoints, paths, previews, validation
 from worker.trainer.data import collate
 from worker.trainer.loop import train
-from worker.trainer.report import CSV_HEADER, Voice
+from worker.trainer.report import CSV_HEADER, MessageWriter
 from worker.trainer.run import carry_out, prepare
 from worker.trainer.scoring import comparison
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Wish
 
 ROWS = [chat(i) for i in range(10)]
 
@@ -47,7 +47,7 @@ ROWS = [chat(i) for i in range(10)]
 def test_adapter_is_exported_as_peft_loads_it(tmp_path: Path, tiny: Path, ear: Ear, technique: Lora) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(technique=technique, n_epochs=2), ROWS)
 
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     config = json.loads((folder / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny"
@@ -70,7 +70,7 @@ def test_adapter_is_exported_as_peft_loads_it(tmp_path: Path, tiny: Path, ear: E
 
 def test_model_comes_with_a_preview_of_its_rows(tmp_path: Path, tiny: Path) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(max_seq_length=48), ROWS)
-    t = prepare(folder, Voice(None), Wish())
+    t = prepare(folder, MessageWriter(None), StopSignal())
 
     previews.write(t, tmp_path)
 
@@ -85,7 +85,7 @@ def test_model_comes_with_a_preview_of_its_rows(tmp_path: Path, tiny: Path) -> N
 
 
 def test_preview_of_other_rows_than_the_runs_fails(tmp_path: Path, tiny: Path) -> None:
-    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), MessageWriter(None), StopSignal())
     t.rows.rows[3].labels[-2] = IGNORED
 
     [check] = [check for check in previews.make(t).checks if check.name == "rows_of_the_run"]
@@ -105,7 +105,7 @@ def test_record_says_which_way_each_part_took(
     caplog.set_level("INFO")
     folder = lay_out(tmp_path / "run", tiny, plan(technique=Lora(r=4, dropout=dropout), packing=True), ROWS)
 
-    carry_out(folder, Voice(None), Wish())
+    carry_out(folder, MessageWriter(None), StopSignal())
 
     record = json.loads((folder / "out" / "training_config.json").read_text())
     assert record["paths"] == {
@@ -130,7 +130,7 @@ def test_record_says_which_way_each_part_took(
 
 
 def test_record_says_why_a_kernel_was_not_taken(tmp_path: Path, tiny: Path) -> None:
-    t = prepare(lay_out(tmp_path / "run", tiny, plan(packing=True), ROWS), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(packing=True), ROWS), MessageWriter(None), StopSignal())
     adapted: Any = next(module for module in t.objective.modules() if isinstance(module, LoraLayer))
     del adapted.forward
     t.objective.chunked = False
@@ -152,7 +152,7 @@ def test_full_fine_tune_is_exported_as_transformers_loads_it(tmp_path: Path, tin
         tmp_path / "run", tiny, plan(technique=Full(), learning_rate=1e-3, evaluation=evaluation), ROWS, test=test
     )
 
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     assert all(t.dtype == torch.bfloat16 for t in load_file(folder / "out" / "model.safetensors").values())
     [started] = said(ear, "started")
@@ -168,7 +168,7 @@ def test_templates_besides_the_default_are_in_the_artifact(tmp_path: Path) -> No
     (base / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
     folder = lay_out(tmp_path / "run", base, plan(), ROWS)
 
-    assert carry_out(folder, Voice(None), Wish())
+    assert carry_out(folder, MessageWriter(None), StopSignal())
 
     assert (folder / "out/additional_chat_templates/tool_use.jinja").read_text() == "{{ tools }}"
     described = json.loads((folder / "out/training_config.json").read_text())
@@ -179,7 +179,7 @@ def test_a_tied_head_is_saved_once(tmp_path: Path) -> None:
     tied = tiny_models.llama(tmp_path / "base", tie_word_embeddings=True)
     folder = lay_out(tmp_path / "run", tied, plan(technique=Full(), learning_rate=1e-3), ROWS)
 
-    assert carry_out(folder, Voice(None), Wish())
+    assert carry_out(folder, MessageWriter(None), StopSignal())
 
     assert "lm_head.weight" not in load_file(folder / "out" / "model.safetensors")
 
@@ -192,7 +192,7 @@ def test_run_measures_itself(tmp_path: Path, tiny: Path, ear: Ear) -> None:
         tmp_path / "run", tiny, plan(n_epochs=40, technique=Lora(r=16), evaluation=evaluation), rows, rows, rows
     )
 
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     [score] = said(ear, "score")
     assert score.rows == 4
@@ -228,15 +228,15 @@ def test_broken_run_goes_on_to_the_bit(
         lay_out(tmp_path / name, tiny, settled, ROWS, ROWS[:3], snapshot_seconds=1e-9 if killed else 300)
         for name in ("whole", "broken")
     )
-    assert carry_out(whole, Voice(None), Wish())
+    assert carry_out(whole, MessageWriter(None), StopSignal())
 
-    wish = Wish()
+    stop_signal = StopSignal()
     if killed:
         with pytest.raises(ConnectionError):
-            carry_out(broken, Interrupting(6), wish)
+            carry_out(broken, Interrupting(6), stop_signal)
     else:
-        assert not carry_out(broken, Interrupting(6, wish), wish)
-    assert carry_out(broken, Voice(ear.descriptor), Wish())
+        assert not carry_out(broken, Interrupting(6, stop_signal), stop_signal)
+    assert carry_out(broken, MessageWriter(ear.descriptor), StopSignal())
 
     name = "model.safetensors" if isinstance(technique, Full) else "adapter_model.safetensors"
     assert (broken / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
@@ -254,7 +254,7 @@ def test_training_and_validation_rows_are_read_once(tmp_path: Path, tiny: Path) 
             opened.append(Path(str(arguments[0])).name)
 
     sys.addaudithook(note)  # sees every way to open a file, and cannot be taken out again
-    assert carry_out(folder, Voice(None), Wish())
+    assert carry_out(folder, MessageWriter(None), StopSignal())
     watched.clear()
 
     assert sorted(opened) == ["train.jsonl", "train.jsonl", "valid.jsonl"], "once, and a few rows for the preview"
@@ -264,7 +264,7 @@ def test_loss_that_is_no_number_ends_the_run_before_the_weights_are_touched(
     tmp_path: Path, tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(learning_rate=1.0, n_epochs=3), ROWS)
-    t = prepare(folder, Voice(None), Wish())
+    t = prepare(folder, MessageWriter(None), StopSignal())
     poisoned = t.objective.causal.base_model.layers[0].input_layernorm.weight
     poisoned.data[0] = float("nan")
     before = {name: p.detach().clone() for name, p in t.parameters.items()}
@@ -283,7 +283,7 @@ def test_early_stopping_ends_the_run_and_exports_the_best_step(tmp_path: Path, t
     settled = plan(n_epochs=12, early_stopping=EarlyStopping(patience=2, min_delta=100))
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS, [chat(200 + i) for i in range(6)])
 
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     [finished] = said(ear, "finished")
     assert finished.stopped_early
@@ -300,12 +300,12 @@ def test_best_step_may_be_before_the_last(tmp_path: Path, tiny: Path, ear: Ear) 
     settled = plan(n_epochs=6, select="best", learning_rate=0.2, technique=Lora(r=16))
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS[:4], [chat(200 + i) for i in range(6)])
 
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     [finished] = said(ear, "finished")
     losses = {message.step: message.loss for message in said(ear, "evaluated")}
     assert finished.step == min(losses, key=losses.__getitem__) < 6
-    t = prepare(folder, Voice(None), Wish())
+    t = prepare(folder, MessageWriter(None), StopSignal())
     checkpoints.restore_best(t, Progress(best_step=finished.step))
     assert validation.loss(t.stepper, t.valid.examples)[0] == pytest.approx(losses[finished.step], rel=1e-5)
 
@@ -315,13 +315,13 @@ def test_lost_best_weights_are_an_error(tmp_path: Path, tiny: Path) -> None:
     settled = plan(n_epochs=2, select="best")
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS, ROWS[:3], public_checkpoints=0)
 
-    class Losing(Voice):
-        def say(self, message: BaseModel) -> None:
-            super().say(message)
+    class Losing(MessageWriter):
+        def write(self, message: BaseModel) -> None:
+            super().write(message)
             if isinstance(message, Evaluated) and message.step == 6:
                 (folder / "snapshots" / "best.safetensors").unlink()
 
-    t = prepare(folder, Losing(None), Wish())
+    t = prepare(folder, Losing(None), StopSignal())
     t.optimizer.step = _rising(t, t.optimizer.step)
 
     with pytest.raises(RuntimeError, match="step 3, the best, are missing"):
@@ -334,7 +334,7 @@ def test_lost_best_weights_are_an_error(tmp_path: Path, tiny: Path) -> None:
 def test_weight_that_is_no_number_is_never_saved(tmp_path: Path, tiny: Path, snapshots: float) -> None:
     """A step whose loss was a number may leave one: the checkpoint before it stays the last good one."""
     folder = lay_out(tmp_path / "run", tiny, plan(n_epochs=3), ROWS, snapshot_seconds=snapshots)
-    t = prepare(folder, Voice(None), Wish())
+    t = prepare(folder, MessageWriter(None), StopSignal())
     per_epoch, usual, taken = t.steps_per_epoch, t.optimizer.step, []
     spoiled = 2 * per_epoch if snapshots > 1 else per_epoch + 1
 
@@ -369,7 +369,7 @@ def _rising(t: Training, usual: Any) -> Any:
 def test_validation_loss_that_is_no_number_ends_the_run(tmp_path: Path, tiny: Path) -> None:
     """No step would be the best then, and the last would be exported for it."""
     folder = lay_out(tmp_path / "run", tiny, plan(select="best", n_epochs=2), ROWS, ROWS[:3])
-    t = prepare(folder, Voice(None), Wish())
+    t = prepare(folder, MessageWriter(None), StopSignal())
     usual = t.objective.forward
     t.objective.forward = lambda batch, scale: tuple(
         value if t.objective.training else value * float("nan") for value in usual(batch, scale)
@@ -383,16 +383,16 @@ def test_best_without_validation_rows_is_the_users_error(tmp_path: Path, tiny: P
     folder = lay_out(tmp_path / "run", tiny, plan(select="best"), ROWS)
 
     with pytest.raises(InvalidTrainingFile, match="validation file"):
-        carry_out(folder, Voice(None), Wish())
+        carry_out(folder, MessageWriter(None), StopSignal())
 
 
 def test_run_goes_on_from_an_adapter(tmp_path: Path, tiny: Path) -> None:
     first = lay_out(tmp_path / "first", tiny, plan(n_epochs=3), ROWS)
-    carry_out(first, Voice(None), Wish())
+    carry_out(first, MessageWriter(None), StopSignal())
     second = lay_out(tmp_path / "second", tiny, plan(), ROWS)
     (first / "out").rename(second / "adapter")
 
-    t = prepare(second, Voice(None), Wish())
+    t = prepare(second, MessageWriter(None), StopSignal())
 
     learnt = load_file(second / "adapter" / "adapter_model.safetensors")
     for name, parameter in t.parameters.items():
@@ -405,7 +405,7 @@ def test_rows_that_lose_their_end_are_named(tmp_path: Path, tiny: Path, ear: Ear
     rows[3] = {"messages": [rows[3]["messages"][0], {"role": "assistant", "content": "word " * 60}]}
     folder = lay_out(tmp_path / "run", tiny, plan(), rows)
 
-    t = prepare(folder, Voice(ear.descriptor), Wish())
+    t = prepare(folder, MessageWriter(ear.descriptor), StopSignal())
 
     assert (t.rows.truncated, t.rows.unlearnable) == ((4,), (11,))
     assert t.warnings == (), "the job's validation has named these lines"
@@ -417,10 +417,10 @@ def test_rows_that_lose_a_part_of_their_answer_are_not_trained(
 ) -> None:
     rows = list(ROWS)
     rows[3] = {"messages": [rows[3]["messages"][0], {"role": "assistant", "content": "word " * 60}]}
-    whole = prepare(lay_out(tmp_path / "whole", tiny, plan(), rows[:3] + rows[4:]), Voice(None), Wish())
+    whole = prepare(lay_out(tmp_path / "whole", tiny, plan(), rows[:3] + rows[4:]), MessageWriter(None), StopSignal())
 
     folder = lay_out(tmp_path / "run", tiny, plan(cut_answers=cut_answers), rows)
-    t = prepare(folder, Voice(ear.descriptor), Wish())
+    t = prepare(folder, MessageWriter(ear.descriptor), StopSignal())
 
     assert (t.rows.truncated, t.rows.unlearnable) == ((), (4,))
     assert [row.input_ids for row in t.rows.rows] == [row.input_ids for row in whole.rows.rows]
@@ -429,7 +429,7 @@ def test_rows_that_lose_a_part_of_their_answer_are_not_trained(
 
 def test_logits_that_are_more_than_a_product_take_the_textbooks_loss(tmp_path: Path, tiny: Path) -> None:
     """By trying: the next architecture calls its multiplier by a name that nobody has listed."""
-    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), MessageWriter(None), StopSignal())
     batch = collate(t.rows.examples, [[0]], t.device)
     assert t.objective.chunked
     t.objective.causal.register_forward_hook(lambda _module, _args, out: out.__setitem__("logits", out.logits * 0.5))
@@ -441,7 +441,7 @@ def test_logits_that_are_more_than_a_product_take_the_textbooks_loss(tmp_path: P
 
 def test_only_rank_0_touches_the_artifact(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A late sister would wipe what rank 0 has just written."""
-    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), ROWS), MessageWriter(None), StopSignal())
     (t.folder / ".out.partial").mkdir()
     sister = SimpleNamespace(is_main=False, count=2, lockstep=nullcontext, wait=lambda: None, any=lambda flag: flag)
     monkeypatch.setattr(t.stepper, "ranks", sister)
@@ -454,7 +454,7 @@ def test_only_rank_0_touches_the_artifact(tmp_path: Path, tiny: Path, monkeypatc
 
 def test_no_more_test_rows_than_the_plan_says_are_asked(tmp_path: Path, tiny: Path) -> None:
     scored = plan(evaluation=Evaluation(test_file="file-test", max_rows=3))
-    t = prepare(lay_out(tmp_path / "run", tiny, scored, ROWS, test=ROWS[:5]), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", tiny, scored, ROWS, test=ROWS[:5]), MessageWriter(None), StopSignal())
 
     assert [question.messages for question in comparison.questions(t)] == [row["messages"][:-1] for row in ROWS[:3]]
 
@@ -462,7 +462,7 @@ def test_no_more_test_rows_than_the_plan_says_are_asked(tmp_path: Path, tiny: Pa
 def test_packed_run_trains_on_every_token(tmp_path: Path, tiny: Path, ear: Ear) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(packing=True), ROWS)
 
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     [started], [finished] = said(ear, "started"), said(ear, "finished")
     assert started.total_steps == 3
@@ -473,7 +473,7 @@ def test_packed_run_trains_on_every_token(tmp_path: Path, tiny: Path, ear: Ear) 
 def test_artifact_needs_nothing_of_ours(tmp_path: Path, tiny: Path) -> None:
     """Loaded by plain peft in an interpreter that cannot see this project."""
     folder = lay_out(tmp_path / "run", tiny, plan(), ROWS)
-    carry_out(folder, Voice(None), Wish())
+    carry_out(folder, MessageWriter(None), StopSignal())
     program = (
         "import sys, torch; from peft import PeftModel; from transformers import AutoModelForCausalLM as M\n"
         "m = PeftModel.from_pretrained(M.from_pretrained(sys.argv[1]), sys.argv[2])\n"

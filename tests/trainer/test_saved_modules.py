@@ -17,10 +17,10 @@ from tunery.spec import Lora, Qlora, Schedule
 from worker.trainer import coverage
 from worker.trainer.loop import train
 from worker.trainer.recipes.lora import LORA
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Wish
 
 ROWS = [chat(i, words=2 + i % 7) for i in range(8)]
 HEAD = Lora(r=4, alpha=8, modules_to_save=["lm_head", "norm"])
@@ -57,7 +57,9 @@ def start(folder: Path, base: Path, **changes: Any) -> Training:
     """A run over all rows in one step, its adapters random: with B = 0, A has no gradient."""
     settled = {"batch_size": 8, "max_grad_norm": 1e9, "learning_rate": 1e-2}
     settled["schedule"] = Schedule(type="constant", warmup_ratio=0)
-    t = prepare(lay_out(folder, base, plan(**settled | changes), ROWS, public_checkpoints=0), Voice(None), Wish())
+    t = prepare(
+        lay_out(folder, base, plan(**settled | changes), ROWS, public_checkpoints=0), MessageWriter(None), StopSignal()
+    )
     with torch.no_grad():
         for parameter in t.parameters.values():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -98,7 +100,7 @@ def test_first_step_is_plain_pefts(tmp_path: Path, bases: dict[bool, Path], tied
     t.optimizer.step = capture  # type: ignore[method-assign,assignment]
     train(t, Progress())
 
-    assert t.voice.metrics[0]["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert t.writer.metrics[0]["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in t.parameters.items():
         grad = wanted[name.removeprefix("model.")].grad
         assert grad is not None
@@ -114,13 +116,13 @@ def test_artifact_is_the_model_in_memory(tmp_path: Path, bases: dict[bool, Path]
     whole, broken = (
         lay_out(tmp_path / name, bases[tied], settled, ROWS, public_checkpoints=0) for name in ("whole", "broken")
     )
-    assert carry_out(whole, Voice(None), Wish())
-    wish = Wish()
-    assert not carry_out(broken, Interrupting(3, wish), wish)
-    t = prepare(broken, Voice(None), Wish())
+    assert carry_out(whole, MessageWriter(None), StopSignal())
+    stop_signal = StopSignal()
+    assert not carry_out(broken, Interrupting(3, stop_signal), stop_signal)
+    t = prepare(broken, MessageWriter(None), StopSignal())
     ids = torch.tensor([t.rows.rows[0].input_ids])
 
-    assert carry_out(broken, Voice(None), Wish())
+    assert carry_out(broken, MessageWriter(None), StopSignal())
 
     name = "adapter_model.safetensors"
     assert (broken / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()

@@ -13,13 +13,13 @@ from templates import QWEN3_LIKE
 
 from tunery.rows.messages import Example
 from tunery.spec import Evaluation
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
 from worker.trainer.scoring import answers
 from worker.trainer.scoring.intervals import paired_interval
 from worker.trainer.scoring.matching import matches
 from worker.trainer.scoring.scorecard import score
-from worker.trainer.wish import Stopped, Wish
+from worker.trainer.stop_signal import Stopped, StopSignal
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def wanting(content: str | None) -> list[dict[str, Any]]:
 def test_a_perfect_model_scores_all_rows(tmp_path: Path, content: str | None) -> None:
     base = tiny_models.llama(tmp_path / "base", template=TOOLS)
     rows = wanting(content)
-    t = prepare(lay_out(tmp_path / "run", base, plan(max_seq_length=256), rows), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", base, plan(max_seq_length=256), rows), MessageWriter(None), StopSignal())
 
     asked = answers.questions(t.template, [Example.model_validate(row) for row in rows])
     learned = [[label for label in row.labels if label >= 0] for row in t.rows.rows]
@@ -139,7 +139,7 @@ def test_a_perfect_model_scores_all_rows(tmp_path: Path, content: str | None) ->
 
 
 def test_rows_that_want_an_empty_answer_are_left_out(tmp_path: Path, tiny: Path) -> None:
-    t = prepare(lay_out(tmp_path / "run", tiny, plan(), [chat(0)]), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), [chat(0)]), MessageWriter(None), StopSignal())
     silent = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}
     opening = {"messages": [{"role": "assistant", "content": "Hello!"}]}
 
@@ -152,7 +152,9 @@ def test_answers_do_not_depend_on_the_batch(tmp_path: Path, tiny: Path, monkeypa
     """Prompts of unlike length, padded at the left: the padding must not be seen."""
     rows = [chat(i, words=1 + 2 * i) for i in range(6)]
     t = prepare(
-        lay_out(tmp_path / "run", tiny, plan(evaluation=Evaluation(max_new_tokens=12)), rows), Voice(None), Wish()
+        lay_out(tmp_path / "run", tiny, plan(evaluation=Evaluation(max_new_tokens=12)), rows),
+        MessageWriter(None),
+        StopSignal(),
     )
     asked = answers.questions(t.template, [Example.model_validate(row) for row in rows])
 
@@ -172,7 +174,7 @@ def test_answers_end_at_the_limit(
     row = chat(0)
     row["messages"][-1]["content"] = "b" * 25
     settled = plan(evaluation=Evaluation(max_new_tokens=asked))
-    t = prepare(lay_out(tmp_path / "run", tiny, settled, [row, chat(1)]), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", tiny, settled, [row, chat(1)]), MessageWriter(None), StopSignal())
     questions = answers.questions(t.template, [Example.model_validate(each) for each in (row, chat(1))])
     causal, limits = t.objective.causal, []
     generate = causal.generate
@@ -189,9 +191,9 @@ def test_answers_end_at_the_limit(
 
 
 def test_stop_is_heard_between_batches(tmp_path: Path, tiny: Path) -> None:
-    t = prepare(lay_out(tmp_path / "run", tiny, plan(), [chat(0), chat(1)]), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", tiny, plan(), [chat(0), chat(1)]), MessageWriter(None), StopSignal())
     asked = answers.questions(t.template, [Example.model_validate(chat(0))])
-    t.wish.stop = True
+    t.stop_signal.received = True
 
     with pytest.raises(Stopped):
         answers.generate(t, asked, base=True)

@@ -17,9 +17,9 @@ from transformers import AutoConfig
 from tunery.planning.precision import decide
 from tunery.spec import Dpo, Evaluation, Export, Full, General, Lora, Qlora, Replay, Resources, Run
 from worker.trainer import layout
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 ROWS = [chat(i, words=2 + i % 9) for i in range(9)]  # of unlike length, and none for rank 1 in an epoch's last step
 EVALUATION = Evaluation(test_file="file-test", max_new_tokens=6, general=General(items=7, prompts=3), task_rows=2)
@@ -74,8 +74,8 @@ class Runs:
         alone = self.lay_out(f"{name}-alone", base, **changes | {"resources": Resources()})
         if (adapter := self.folder / name / "adapter").exists():
             (alone / "adapter").symlink_to(adapter)
-        carry_out(alone, voice := Voice(None), Wish())
-        return alone, voice.metrics
+        carry_out(alone, writer := MessageWriter(None), StopSignal())
+        return alone, writer.metrics
 
     def check_metrics(self, command: str, wanted: list[dict[str, Any]]) -> None:
         for rank in self.seen[command]:
@@ -95,7 +95,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     made.lay_out("wide", wide, technique=Lora(r=4))
     one = made.folder / "one-to-two"
     on_ranks(one, Resources())
-    assert not carry_out(one, Interrupting(3, wish := Wish()), wish)
+    assert not carry_out(one, Interrupting(3, stop_signal := StopSignal()), stop_signal)
     on_ranks(one, PIECES)
     commands = [
         ("full", "whole"), ("lora", "whole"), ("qlora", "whole"), ("stopped", "step-2"), ("stopped", "whole"),
@@ -130,10 +130,10 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> list[dict[
     """The metrics of the plain full fine-tune, whole on one rank."""
     carry_out(
         lay_out(tmp_path_factory.mktemp("plain") / "run", tiny, plan(**PLAIN), ROWS, ROWS[:3], ROWS[:3]),
-        voice := Voice(None),
-        Wish(),
+        writer := MessageWriter(None),
+        StopSignal(),
     )
-    return voice.metrics
+    return writer.metrics
 
 
 def exported(folder: Path) -> dict[str, torch.Tensor]:
@@ -157,9 +157,9 @@ def test_each_rank_keeps_half_of_every_weight(runs: Runs) -> None:
 def test_pieces_learn_what_a_whole_model_does(runs: Runs, tmp_path: Path) -> None:
     alone = lay_out(tmp_path / "alone", runs.base, plan(**FULL), ROWS, ROWS[:3], ROWS[:3])
 
-    carry_out(alone, voice := Voice(None), Wish())
+    carry_out(alone, writer := MessageWriter(None), StopSignal())
 
-    runs.check_metrics("full whole", voice.metrics)
+    runs.check_metrics("full whole", writer.metrics)
     found, wanted = exported(runs.folder / "full"), exported(alone)
     assert list(found) == list(wanted)
     for name, tensor in wanted.items():
@@ -173,9 +173,9 @@ def test_pieces_learn_what_a_whole_model_does(runs: Runs, tmp_path: Path) -> Non
 def test_adapters_learn_on_a_base_in_pieces(runs: Runs, tmp_path: Path, name: str) -> None:
     alone = lay_out(tmp_path / "alone", runs.base, plan(**ADAPTERS[name]), ROWS, ROWS[:3], ROWS[:3])
 
-    carry_out(alone, voice := Voice(None), Wish())
+    carry_out(alone, writer := MessageWriter(None), StopSignal())
 
-    runs.check_metrics(f"{name} whole", voice.metrics)
+    runs.check_metrics(f"{name} whole", writer.metrics)
     for rank in runs.seen[f"{name} whole"]:
         for weight, (kind, kept, whole) in rank["weights"].items():
             assert (kind, kept * 2) == ("DTensor", whole) if ".lora_" not in weight else kept == whole, weight
@@ -198,9 +198,9 @@ def test_pieces_go_on_as_a_whole(runs: Runs, unbroken: list[dict[str, Any]]) -> 
     folder = runs.folder / "two-to-one"
     on_ranks(folder, Resources())
 
-    carry_out(folder, voice := Voice(None), Wish())
+    carry_out(folder, writer := MessageWriter(None), StopSignal())
 
-    runs.seen["two-to-one whole"] = [{"metrics": voice.metrics}]
+    runs.seen["two-to-one whole"] = [{"metrics": writer.metrics}]
     runs.check_metrics("two-to-one whole", unbroken)
 
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 import worker.trainer.run as run_module
 from tunery.spec import Evaluation, Lora, Plan, Run
 from worker.trainer import checkpoints, fingerprint
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 ROWS = [chat(i) for i in range(10)]
 
@@ -25,12 +25,12 @@ ROWS = [chat(i) for i in range(10)]
 def test_snapshot_of_another_host_is_taken_from_resume_and_a_damaged_one_is_not(tmp_path: Path, tiny: Path) -> None:
     settled = plan(n_epochs=2)
     first = lay_out(tmp_path / "first", tiny, settled, ROWS)
-    wish = Wish()
-    assert not carry_out(first, Interrupting(3, wish), wish)  # a wish that comes after a step is heard in the next
+    stop_signal = StopSignal()
+    assert not carry_out(first, Interrupting(3, stop_signal), stop_signal)  # noticed in the next step
     second = lay_out(tmp_path / "second", tiny, settled, ROWS)
     (first / "snapshots" / "step-4").rename(second / "resume")
 
-    t = prepare(second, Voice(None), Wish())
+    t = prepare(second, MessageWriter(None), StopSignal())
     found = checkpoints.find_snapshot(t)
     assert found == second / "resume"
     assert checkpoints.restore(t, found).step == 4
@@ -46,10 +46,10 @@ def test_snapshot_of_another_host_is_taken_from_resume_and_a_damaged_one_is_not(
 def test_snapshot_is_found_the_next_day_though_the_template_writes_the_date(tmp_path: Path) -> None:
     dated = tiny_models.llama(tmp_path / "base", template="{{ strftime_now('%d %b %Y') }}\n" + tiny_models.CHATML)
     folder = lay_out(tmp_path / "run", dated, plan(), ROWS, now=datetime(2026, 3, 1, 23, 59, tzinfo=UTC))
-    wish = Wish()
-    assert not carry_out(folder, Interrupting(1, wish), wish)
+    stop_signal = StopSignal()
+    assert not carry_out(folder, Interrupting(1, stop_signal), stop_signal)
 
-    t = prepare(folder, Voice(None), Wish())
+    t = prepare(folder, MessageWriter(None), StopSignal())
 
     assert t.template.tokenizer.decode(t.rows.rows[0].input_ids).startswith("01 Mar 2026")
     assert checkpoints.find_snapshot(t) is not None
@@ -68,8 +68,8 @@ def test_snapshot_of_an_earlier_release_goes_on(
     whole, resumed = (lay_out(tmp_path / name, tiny, settled, ROWS, ROWS[:3]) for name in ("whole", "resumed"))
     shutil.copytree(SNAPSHOTS / str(version), resumed / "resume")
 
-    carry_out(whole, Voice(None), Wish())
-    carry_out(resumed, Voice(ear.descriptor), Wish())
+    carry_out(whole, MessageWriter(None), StopSignal())
+    carry_out(resumed, MessageWriter(ear.descriptor), StopSignal())
 
     assert said(ear, "started")[0].first_step == 5
     found, wanted = (load_file(folder / "out" / "adapter_model.safetensors") for folder in (resumed, whole))
@@ -108,7 +108,7 @@ def test_snapshot_of_another_plan_is_not_taken(
     settled = plan(technique=technique, n_epochs=2, select="best", evaluation=Evaluation(max_new_tokens=64))
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS, ROWS[:3])
     shutil.copytree(SNAPSHOTS / str(version), folder / "resume")
-    t = prepare(folder, Voice(None), Wish())
+    t = prepare(folder, MessageWriter(None), StopSignal())
     assert checkpoints.find_snapshot(t) is not None
 
     other = replace(t, run=t.run.model_copy(update={"plan": LaterPlan(**settled.model_dump() | changes)}))
@@ -119,9 +119,9 @@ def test_snapshot_of_another_plan_is_not_taken(
 
 def test_options_that_change_no_weight_leave_a_snapshot_good(tmp_path: Path, tiny: Path) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(), ROWS)
-    wish = Wish()
-    carry_out(folder, Interrupting(1, wish), wish)
-    t = prepare(folder, Voice(None), Wish())
+    stop_signal = StopSignal()
+    carry_out(folder, Interrupting(1, stop_signal), stop_signal)
+    t = prepare(folder, MessageWriter(None), StopSignal())
 
     scored = Evaluation(test_file="file-test", max_new_tokens=9, max_rows=5)
     other = replace(t, run=t.run.model_copy(update={"plan": plan(evaluation=scored, learning_rate_multiplier=3.0)}))
@@ -132,7 +132,7 @@ def test_options_that_change_no_weight_leave_a_snapshot_good(tmp_path: Path, tin
 def test_a_packed_run_of_the_first_format_is_not_continued(tmp_path: Path, tiny: Path) -> None:
     """It counted its steps in packed sequences."""
     folder = lay_out(tmp_path / "run", tiny, plan(packing=True), ROWS)
-    t = prepare(folder, Voice(None), Wish())
+    t = prepare(folder, MessageWriter(None), StopSignal())
     hashed = t.rows.digest(json.dumps([t.plan.model_dump(mode="json"), "tiny"]).encode())
 
     assert fingerprint.difference(t.run, t.rows, t.precision, {"run": hashed}) is not None
@@ -140,8 +140,8 @@ def test_a_packed_run_of_the_first_format_is_not_continued(tmp_path: Path, tiny:
 
 def test_snapshot_of_other_rows_is_not_taken(tmp_path: Path, tiny: Path) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(), ROWS)
-    wish = Wish()
-    carry_out(folder, Interrupting(1, wish), wish)
+    stop_signal = StopSignal()
+    carry_out(folder, Interrupting(1, stop_signal), stop_signal)
     (folder / "data" / "train.jsonl").write_text("".join(json.dumps(chat(50 + i)) + "\n" for i in range(10)))
 
-    assert checkpoints.find_snapshot(prepare(folder, Voice(None), Wish())) is None
+    assert checkpoints.find_snapshot(prepare(folder, MessageWriter(None), StopSignal())) is None

@@ -19,10 +19,10 @@ from worker.trainer import data
 from worker.trainer.blocks import Block
 from worker.trainer.data import IGNORED, Example, Row, Rows
 from worker.trainer.replay import mixing
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.stored_rows import StoredExamples, keep
-from worker.trainer.wish import Wish
 
 
 def made(count: int, seed: int = 0) -> Iterator[Block]:
@@ -151,7 +151,7 @@ def test_a_run_from_the_file_is_the_run_from_memory(
     for name, most in (("held", 10**6), ("stored", 0)):
         monkeypatch.setattr(data, "MOST_IN_MEMORY", most)
         folder = lay_out(tmp_path / name, tiny, plan(**changes), rows, rows[:4])
-        carry_out(folder, Voice(None), Wish())
+        carry_out(folder, MessageWriter(None), StopSignal())
         found.append(steps_of(folder))
     assert len(found[0]) >= 3
     assert found[0] == found[1]

@@ -9,11 +9,11 @@ from run_folders import Ear, chat, lay_out, plan, said, steps_of
 from tunery.failures import InvalidTrainingFile
 from tunery.spec import EarlyStopping, Evaluation, Lora
 from worker.trainer.loop import train
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
 from worker.trainer.scoring import answers
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress
-from worker.trainer.wish import Wish
 
 ROWS = [chat(i) for i in range(6)]
 LEARNT = {"n_epochs": 60, "technique": Lora(r=16), "batch_size": 6}
@@ -24,9 +24,9 @@ def test_scoring_the_task_changes_nothing_about_the_training(tmp_path: Path, tin
     found = []
     for rows in (0, 3):
         settled = plan(technique=Lora(r=4, alpha=64, dropout=0.5), n_epochs=3, evaluation=Evaluation(task_rows=rows))
-        t = prepare(lay_out(tmp_path / str(rows), tiny, settled, ROWS, ROWS[:4]), Voice(None), Wish())
+        t = prepare(lay_out(tmp_path / str(rows), tiny, settled, ROWS, ROWS[:4]), MessageWriter(None), StopSignal())
         train(t, Progress())
-        found.append(t.voice.metrics)
+        found.append(t.writer.metrics)
     losses, with_task = ([entry.get("train_loss", entry.get("loss")) for entry in metrics] for metrics in found)
 
     assert losses == with_task
@@ -46,7 +46,7 @@ def test_the_task_ends_the_run_and_its_best_step_becomes_the_model(tmp_path: Pat
     settled = plan(**LEARNT, early_stopping=by_task, evaluation=Evaluation(task_rows=4, every_steps=4))
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS, ROWS)
 
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     [finished] = said(ear, "finished")
     evaluated = {message.step: message for message in said(ear, "evaluated")}
@@ -67,17 +67,21 @@ def test_a_stop_during_an_evaluation_loses_none_of_it(
     by_task = EarlyStopping(patience=100, metric="task")
     settled = plan(n_epochs=4, early_stopping=by_task, evaluation=Evaluation(task_rows=4))
     unbroken = lay_out(tmp_path / "unbroken", tiny, settled, ROWS, ROWS)
-    assert carry_out(unbroken, Voice(None), Wish())
-    folder, wish, usual = lay_out(tmp_path / "broken", tiny, settled, ROWS, ROWS), Wish(), answers._generate_batch
+    assert carry_out(unbroken, MessageWriter(None), StopSignal())
+    folder, stop_signal, usual = (
+        lay_out(tmp_path / "broken", tiny, settled, ROWS, ROWS),
+        StopSignal(),
+        answers._generate_batch,
+    )
 
     def stopping(*arguments: Any) -> list[str]:
-        wish.stop = True
+        stop_signal.received = True
         return usual(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(answers, "_generate_batch", stopping)
-        assert not carry_out(folder, Voice(None), wish)
-    assert carry_out(folder, Voice(None), Wish())
+        assert not carry_out(folder, MessageWriter(None), stop_signal)
+    assert carry_out(folder, MessageWriter(None), StopSignal())
 
     assert steps_of(folder) == steps_of(unbroken)
     adapters = [(run / "out" / "adapter_model.safetensors").read_bytes() for run in (folder, unbroken)]
@@ -88,10 +92,10 @@ def test_rows_are_spread_over_the_file_and_must_end_with_an_answer(tmp_path: Pat
     asking = [{"messages": [*chat(i)["messages"], {"role": "user", "content": "and?"}]} for i in range(2)]
     valid = [asking[0], *(chat(100 + i) for i in range(9))]
     settled = plan(evaluation=Evaluation(task_rows=3))
-    t = prepare(lay_out(tmp_path / "run", tiny, settled, ROWS, valid), Voice(None), Wish())
+    t = prepare(lay_out(tmp_path / "run", tiny, settled, ROWS, valid), MessageWriter(None), StopSignal())
 
     assert [question.messages[-1]["content"] for question in t.task_questions] == [
         chat(100 + i)["messages"][0]["content"] for i in (0, 3, 6)
     ]
     with pytest.raises(InvalidTrainingFile, match="No example ends with an answer"):
-        prepare(lay_out(tmp_path / "none", tiny, settled, ROWS, asking), Voice(None), Wish())
+        prepare(lay_out(tmp_path / "none", tiny, settled, ROWS, asking), MessageWriter(None), StopSignal())

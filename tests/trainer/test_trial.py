@@ -18,9 +18,9 @@ from tunery.spec import Lora
 from worker.trainer import trial
 from worker.trainer.convert import convert
 from worker.trainer.recipes.qlora import QLORA
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 NOTHING = {"lora": None, "qlora": None, "full": None}
 
@@ -107,4 +107,4 @@ def test_names_that_peft_refuses_are_the_users_error(tmp_path: Path) -> None:
     folder = lay_out(tmp_path / "run", base, alone, [chat(1)])
 
     with pytest.raises(CannotAdapt, match="gate_proj without also targeting up_proj"):
-        prepare(folder, Voice(None), Wish())
+        prepare(folder, MessageWriter(None), StopSignal())

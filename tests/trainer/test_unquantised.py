@@ -15,10 +15,10 @@ from tunery.spec import Dpo, Evaluation, General, Lora, Method, Plan, Qlora, Res
 from tunery.wire import Score
 from worker.trainer import run
 from worker.trainer.recipes.lora import LORA
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.scoring import answers, comparison, unquantised
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Training
-from worker.trainer.wish import Wish
 
 TEST = [chat(i) for i in range(100, 116)]
 PAIRS = [
@@ -44,7 +44,7 @@ def asked(method: Method, *, both: bool, **technique: Any) -> Plan:
 def scored_alone(folder: Path, base: Path, adapter: Path, settled: Plan, rows: list[dict[str, Any]]) -> Score:
     alone = lay_out(folder, base, settled, rows, test=rows)
     shutil.copytree(adapter, alone / "adapter")
-    scored = run.score(alone, Voice(None), Wish())
+    scored = run.score(alone, MessageWriter(None), StopSignal())
     assert scored is not None
     return scored[0]
 
@@ -55,7 +55,7 @@ def test_both_precisions_are_scored_and_compared_on_the_same_rows(
 ) -> None:
     method, rows, test = METHODS[name]
     folder = lay_out(tmp_path / "run", tiny, asked(method, both=True, compute_dtype="float32"), rows, test=test)
-    assert run.carry_out(folder, Voice(ear.descriptor), Wish())
+    assert run.carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     card = json.loads((folder / "out" / "scorecard.json").read_text())
 
@@ -87,7 +87,7 @@ def test_two_ranks_score_as_one_does(tmp_path: Path, tiny: Path) -> None:
         rows,
         test=TEST,
     )
-    assert run.carry_out(alone, Voice(None), Wish())
+    assert run.carry_out(alone, MessageWriter(None), StopSignal())
     two_ranks.spawn(tmp_path, f"whole:{shared}", f"whole:{cut}")
 
     found = {each: json.loads((each / "out" / "scorecard.json").read_text()) for each in (alone, shared, cut)}
@@ -116,7 +116,7 @@ def _question(wanted: str) -> Any:
 
 def _training(folder: Path, tiny: Path) -> Training:
     made = lay_out(folder / "run", tiny, asked(Supervised(), both=True), TEST[:4], test=TEST[:4])
-    return run.prepare(made, Voice(None), Wish())
+    return run.prepare(made, MessageWriter(None), StopSignal())
 
 
 def test_base_without_room_is_left_out_with_the_reason(

@@ -26,10 +26,10 @@ from worker.trainer import checkpoints
 from worker.trainer.convert import convert
 from worker.trainer.loop import train
 from worker.trainer.recipes.qlora import load_quantised
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Wish
 
 # PEFT looks among modules for ranks that it gave to experts' parameters, and tells what it does with Conv1D.
 pytestmark = [
@@ -91,7 +91,7 @@ def prepared(folder: Path, base: Path, technique: str, knobs: Technique | None =
         "learning_rate": 1e-3,
     }
     lay_out(folder, base, plan(**settled | changes), ROWS, public_checkpoints=0)
-    t = prepare(folder, Voice(None), Wish())
+    t = prepare(folder, MessageWriter(None), StopSignal())
     if technique != "full":
         with torch.no_grad():
             for parameter in t.parameters.values():
@@ -136,22 +136,22 @@ def loss_of_rows_alone(model: Any, t: Training) -> Tensor:
     return total / sum(row.labelled for row in t.rows.rows)
 
 
-class Capturing(Voice):
+class Capturing(MessageWriter):
     """Keeps what a run says."""
 
     def __init__(self) -> None:
         super().__init__(None)
         self.losses: list[float] = []
 
-    def say(self, message: BaseModel) -> None:
-        super().say(message)
+    def write(self, message: BaseModel) -> None:
+        super().write(message)
         if getattr(message, "type", "") == "step":
             self.losses.append(message.train_loss)  # type: ignore[attr-defined]
 
 
 def first_step(t: Training) -> tuple[float, dict[str, Tensor]]:
     """The loss and the gradients of the run's first step, taken by the loop itself."""
-    voice, gradients = Capturing(), {}
+    writer, gradients = Capturing(), {}
     step = t.optimizer.step
 
     def capture() -> None:
@@ -159,8 +159,8 @@ def first_step(t: Training) -> tuple[float, dict[str, Tensor]]:
         step()
 
     t.optimizer.step = capture  # type: ignore[method-assign,assignment]
-    train(replace(t, voice=voice), Progress())
-    return voice.losses[0], gradients
+    train(replace(t, writer=writer), Progress())
+    return writer.losses[0], gradients
 
 
 def compare_with_plain(t: Training, base: Path, technique: str, family: str, **options: Any) -> None:
@@ -263,17 +263,17 @@ def test_technique_that_a_family_cannot_have_is_refused(
         prepared(tmp_path / "run", base_of(family), technique)
 
 
-class Stopping(Voice):
+class Stopping(MessageWriter):
     """Asks the run to stop once a step has been taken."""
 
-    def __init__(self, step: int, wish: Wish) -> None:
+    def __init__(self, step: int, stop_signal: StopSignal) -> None:
         super().__init__(None)
-        self.step, self.wish = step, wish
+        self.step, self.stop_signal = step, stop_signal
 
-    def say(self, message: BaseModel) -> None:
-        super().say(message)
+    def write(self, message: BaseModel) -> None:
+        super().write(message)
         if getattr(message, "type", "") == "step" and getattr(message, "step", 0) == self.step:
-            self.wish.stop = True
+            self.stop_signal.received = True
 
 
 @cases(quick=("Llama", "DeepSeek-V3"))
@@ -284,11 +284,11 @@ def test_resumed_run_is_the_unbroken_one(
     whole, broken = (
         lay_out(tmp_path / name, base_of(family), settled, ROWS, public_checkpoints=0) for name in ("whole", "broken")
     )
-    assert carry_out(whole, Voice(None), Wish())
-    wish = Wish()
-    assert not carry_out(broken, Stopping(2, wish), wish)
+    assert carry_out(whole, MessageWriter(None), StopSignal())
+    stop_signal = StopSignal()
+    assert not carry_out(broken, Stopping(2, stop_signal), stop_signal)
 
-    assert carry_out(broken, Voice(None), Wish())
+    assert carry_out(broken, MessageWriter(None), StopSignal())
 
     name = "model.safetensors" if technique == "full" else "adapter_model.safetensors"
     assert (broken / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()

@@ -30,8 +30,8 @@ from worker.io import baselines
 from worker.server.backends.embedded import Engine
 from worker.supervisor.drain import Drain
 from worker.trainer import run
-from worker.trainer.report import Voice
-from worker.trainer.wish import Wish
+from worker.trainer.report import MessageWriter
+from worker.trainer.stop_signal import StopSignal
 
 ROUTE = "/v1/fine_tuning/baselines"
 EVAL, KNOWN = [chat(i) for i in range(100, 106)], [chat(i) for i in range(12)]
@@ -75,7 +75,7 @@ def test_zero_shot_is_the_base_score_of_a_job(
 
     asked = plan(evaluation=Evaluation(test_file="file-1", max_new_tokens=4, general=General(items=4, prompts=2)))
     trained = lay_out(tmp_path / "trained", tiny_base, asked, KNOWN, test=EVAL)
-    assert run.carry_out(trained, Voice(None), Wish())
+    assert run.carry_out(trained, MessageWriter(None), StopSignal())
     card = json.loads((trained / "out" / "scorecard.json").read_text())
     zero = found.table[0]
     assert zero.metric == card["primary"]

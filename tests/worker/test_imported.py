@@ -35,9 +35,9 @@ from worker.io import validation
 from worker.server.backends.embedded import Engine
 from worker.server.schemas import parse
 from worker.supervisor.drain import Drain
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 NEVER = tuple(range(6, 260))
 SHOUT = "<|im_start|>system\nShout.<|im_end|>\n" + tiny_models.CHATML
@@ -158,7 +158,7 @@ def check_continuing(workshop: Workshop, base: Path, foreign: Path, model: Model
     listed = manifest.load(workshop.storage, model.prefix, model.manifest_sha256 or "")
     manifest.fetch(workshop.storage, model.prefix, listed, folder / "adapter")
     ear = Ear()
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     out = folder / "out"
     assert (out / "chat_template.jinja").read_text() == SHOUT

@@ -15,9 +15,9 @@ from tunery.spec import Evaluation, Qlora
 from tunery.storage import Directory
 from worker.server.backends.embedded import Engine
 from worker.server.schemas import ChatRequest, parse
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 ROWS = [chat(i) for i in range(8)]
 
@@ -32,7 +32,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluation=Evaluation(test_file="file-test", max_new_tokens=12, general={"enabled": False}),
     )
     folder = lay_out(root / "run", tiny_models.llama(root / "base"), settled, ROWS, test=ROWS)
-    assert carry_out(folder, Voice(None), Wish())
+    assert carry_out(folder, MessageWriter(None), StopSignal())
     return folder
 
 

@@ -8,15 +8,15 @@ import os
 import sys
 from pathlib import Path
 
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 
 def main() -> int:
     if len(sys.argv) != 2:
         sys.stderr.write("usage: python -m worker.trainer (RUN_DIR | --wait)\n")
         return 2
-    wish = Wish()
-    wish.listen()
+    stop_signal = StopSignal()
+    stop_signal.listen()
     # Whatever a library prints, from Python or from C, goes to the log: the pipe is kept under another number.
     pipe = os.dup(1)
     os.dup2(2, 1)
@@ -25,7 +25,7 @@ def main() -> int:
     from worker.trainer.process import carry_out_and_tell
 
     folder = _wait_for_folder() if sys.argv[1] == "--wait" else Path(sys.argv[1])
-    return 0 if folder is None else carry_out_and_tell(folder, pipe, wish)
+    return 0 if folder is None else carry_out_and_tell(folder, pipe, stop_signal)
 
 
 def _wait_for_folder() -> Path | None:

@@ -8,8 +8,8 @@ from worker.trainer.export import job as export
 from worker.trainer.recipes.recipe import Weights
 from worker.trainer.scoring import comparison
 from worker.trainer.scoring.comparison import Scored
+from worker.trainer.stop_signal import Stopped
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Stopped
 
 
 def write(t: Training, progress: Progress, scored: Scored | None) -> None:
@@ -17,8 +17,8 @@ def write(t: Training, progress: Progress, scored: Scored | None) -> None:
     verdict = None
     if t.plan.gate is not None:
         verdict = gate.judge(t.plan.gate, None if scored is None else scored[0])
-        t.voice.say(verdict)
-    t.voice.say(Phase(phase="saving", seconds_left=t.pace.left()))
+        t.writer.write(verdict)
+    t.writer.write(Phase(phase="saving", seconds_left=t.timer.left()))
     with t.ranks.lockstep():
         answered = parity.measure(t) if t.ranks.is_main else None
     if t.plan.export.is_asked:
@@ -52,7 +52,7 @@ def _write(
         if verdict is not None:
             (partial / "gate.json").write_text(verdict.model_dump_json(indent=2, exclude={"type"}) + "\n")
         checkpoints.write_artifact(t, progress, partial, weights)
-        event_files.write(partial, t.voice.metrics)
+        event_files.write(partial, t.writer.metrics)
         previews.write(t, partial)
         parity.write(t, answered, partial)
         export.write(t, partial)

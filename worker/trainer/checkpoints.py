@@ -80,7 +80,7 @@ def _write_snapshot(
     }
     save_file(weights, folder / "weights.safetensors")
     save_file(tensors | random, folder / "optimizer.safetensors")
-    report.write_lines(folder / "metrics.jsonl", t.voice.metrics)
+    report.write_lines(folder / "metrics.jsonl", t.writer.metrics)
     if _best(t.folder).exists():
         os.link(_best(t.folder), folder / "best.safetensors")
     if reference.path(t.folder).exists():
@@ -153,7 +153,7 @@ def restore(t: Training, folder: Path) -> Progress:
     states = _by_index(_names(t), _unflatten(state["optimizer"], tensors))
     t.optimizer.state.clear()  # before the other comes: a large optimizer's does not fit twice
     t.optimizer.load_state_dict(t.optimizer.state_dict() | {"state": states})
-    t.voice.metrics[:] = report.read_lines(folder / "metrics.jsonl")
+    t.writer.metrics[:] = report.read_lines(folder / "metrics.jsonl")
     _take_over(t.stepper, state["memory"])
     if t.ranks.is_main:
         _best(t.folder).unlink(missing_ok=True)  # it may be of a later step than the snapshot
@@ -261,8 +261,8 @@ def write_artifact(t: Training, progress: Progress, folder: Path, weights: recip
         warnings=list(t.warnings),
     )
     (folder / "training_config.json").write_text(json.dumps(described, indent=2) + "\n")
-    report.write_lines(folder / "metrics.jsonl", t.voice.metrics)
-    report.write_results(folder / "results.csv", t.voice.metrics)
+    report.write_lines(folder / "metrics.jsonl", t.writer.metrics)
+    report.write_results(folder / "results.csv", t.writer.metrics)
 
 
 def texts(folder: Path) -> Path:
@@ -384,7 +384,7 @@ def _best_public(t: Training) -> int | None:
     """The step of the best checkpoint that is kept, as the validation file sees it; None where it saw none."""
     losses = {
         entry["step"]: -entry["task_score"] if t.chooses_by_task else entry["loss"]
-        for entry in t.voice.metrics
+        for entry in t.writer.metrics
         if entry["type"] == "evaluated" and (t.folder / "checkpoints" / f"step-{entry['step']}").exists()
     }
     return min(losses, key=lambda step: (losses[step], step), default=None)

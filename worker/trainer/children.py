@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from tunery import processes
 from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Failed, parse
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 
 GRACE = 5.0
 """Seconds from the end of one rank to that of the run: ranks that end for one reason end within it, each by itself."""
@@ -28,8 +28,8 @@ _ECHO = 2.0
 class Children:
     """Ranks 1 to n-1. One that ends while rank 0 goes on ends the run, which would wait for it forever."""
 
-    def __init__(self, voice: Voice) -> None:
-        self._voice = voice
+    def __init__(self, writer: MessageWriter) -> None:
+        self._writer = writer
         self._count = 0
         self._failed: Failed | None = None
         self._one_failed = threading.Event()
@@ -61,7 +61,7 @@ class Children:
         failed = self._failed if self._failed is not None and own.kind == "crashed" else own
         if self._said.acquire(blocking=False):
             with contextlib.suppress(BrokenPipeError):
-                self._voice.say(failed)
+                self._writer.write(failed)
         return failed
 
     def _watch(self, child: subprocess.Popen[bytes], rank: int) -> None:

@@ -102,8 +102,8 @@ MicroBatch = list[Packed]
 MOST_PADDING = 0.05
 """Share of padding up to which rows are a rectangle though their borders could be told: torch's attention over one is
 up to 1.8 times as fast as that over rows of any length, and takes a tenth of the time of a step at 2,048 tokens."""
-LINE_GRAIN, ENDS_GRAIN = 8, 16
-"""Rows behind each other differ in their total from step to step more than rectangles do: a coarser grain keeps the
+PACKED_PAD_FACTOR, ENDS_PAD_TO = 8, 16
+"""Rows behind each other differ in their total from step to step more than rectangles do: coarser padding keeps the
 number of recorded shapes small."""
 
 
@@ -292,13 +292,13 @@ def collate(
     examples: Sequence[Example],
     part: MicroBatch,
     device: torch.device,
-    grain: tuple[int, int] = (1, 1),
+    pad_to: tuple[int, int] = (1, 1),
     *,
     borders: bool = False,
 ) -> Batch:
     """A micro-batch of the examples. Which positions predict is settled here, on the host, so the GPU is never asked.
 
-    `grain`: the width and the number of targets are padded to multiples of these; targets of padding are -100.
+    `pad_to`: the width and the number of targets are padded to multiples of these; targets of padding are -100.
     `borders`: the model can be told where rows begin, so they lie behind each other instead of being padded, unless
     they are of nearly the same length: attention over a rectangle is then the faster one.
     """
@@ -309,13 +309,13 @@ def collate(
         in_line = [len(row) for row in together]
         flat = len(in_line) * max(in_line) > (1 + MOST_PADDING) * sum(in_line)
         sequences = [together] if flat else [[row] for row in together]
-        grain = (grain[0] * LINE_GRAIN, grain[1]) if flat and grain[0] > 1 else grain
-        marks = _borders(in_line, grain[0], device) if flat else Borders()
+        pad_to = (pad_to[0] * PACKED_PAD_FACTOR, pad_to[1]) if flat and pad_to[0] > 1 else pad_to
+        marks = _borders(in_line, pad_to[0], device) if flat else Borders()
     lengths = [sum(map(len, sequence)) for sequence in sequences]
-    width = -(-max(lengths) // grain[0]) * grain[0]
+    width = -(-max(lengths) // pad_to[0]) * pad_to[0]
     ids, positions, where, targets = _laid_out(sequences, width)
     labelled = tuple(len(places) for places in where)
-    idle = -sum(labelled) % grain[1]
+    idle = -sum(labelled) % pad_to[1]
     packed = any(len(sequence) > 1 for sequence in sequences)
     return Batch(
         input_ids=_move(ids, device),
@@ -364,18 +364,18 @@ def _laid_out(sequences: list[list[Row]], width: int) -> tuple[Tensor, Tensor, l
     return ids, positions, where, targets
 
 
-def _borders(lengths: list[int], grain: int, device: torch.device) -> Borders:
-    """The borders of rows behind each other; what pads them to a multiple of `grain` is a row of its own.
+def _borders(lengths: list[int], pad_to: int, device: torch.device) -> Borders:
+    """The borders of rows behind each other; what pads them to a multiple of `pad_to` is a row of its own.
 
-    With a grain their number is padded too, by rows without a token, and the longest is rounded up: these are part of
+    When padded, their number is padded too, by rows without a token, and the longest is rounded up: these are part of
     a shape that is recorded.
     """
     ends = [0, *accumulate(lengths)]
-    padding = -ends[-1] % grain
+    padding = -ends[-1] % pad_to
     longest = max(*lengths, padding)
-    if grain > 1:
+    if pad_to > 1:
         ends.append(ends[-1] + padding)
-        ends += [ends[-1]] * (-len(ends) % ENDS_GRAIN)
+        ends += [ends[-1]] * (-len(ends) % ENDS_PAD_TO)
         longest = 1 << (longest - 1).bit_length()
     return Borders(_move(torch.tensor(ends, dtype=torch.int32), device), longest)
 

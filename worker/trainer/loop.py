@@ -34,17 +34,17 @@ def train(t: Training, progress: Progress) -> bool:
         message, asked = _take_step(t, progress)
         seconds = time.monotonic() - began
         progress.seconds += seconds
-        glimpse = _glimpse(t, progress.step)
-        t.pace.take_step(progress.step, time.monotonic() - began, progress.tokens - tokens)
-        t.voice.say(message.model_copy(update={"seconds": seconds, "seconds_left": t.pace.left()} | glimpse))
+        quick = _quick_validation(t, progress.step)
+        t.timer.take_step(progress.step, time.monotonic() - began, progress.tokens - tokens)
+        t.writer.write(message.model_copy(update={"seconds": seconds, "seconds_left": t.timer.left()} | quick))
         if progress.step == first + 3:
             _check_moved(t.parameters.values(), before)
         if _evaluation_due(t, progress.step):
-            with t.pace.measure("validation"):
+            with t.timer.measure("validation"):
                 _evaluate(t, progress)
         if progress.step % t.steps_per_epoch == 0:
             finite.check_weights(t, progress.step, message.learning_rate)
-            with t.pace.measure("checkpoint"):
+            with t.timer.measure("checkpoint"):
                 _save_public(t, progress)
         _compare_products(t, progress)
         if asked:
@@ -54,7 +54,7 @@ def train(t: Training, progress: Progress) -> bool:
         if t.ranks.any(time.monotonic() - saved_at > t.run.snapshot_seconds):
             _save_snapshot(t, progress)
             saved_at = time.monotonic()
-    t.pace.trained = True
+    t.timer.trained = True
     if t.keeps_best:
         checkpoints.restore_best(t, progress)
     return True
@@ -83,7 +83,7 @@ def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
     weight = t.stepper.weight(drawn)
     sums = t.stepper.accumulate(drawn, weight)
     norm = t.stepper.clip(t.plan.max_grad_norm)
-    sums = t.ranks.sum(torch.cat([sums, sums.new_tensor([float(t.wish.stop)])]))
+    sums = t.ranks.sum(torch.cat([sums, sums.new_tensor([float(t.stop_signal.received)])]))
     *totals, asked, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
     loss, accuracy, metrics = _shown(t, totals, weight)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -120,7 +120,7 @@ def _shown(t: Training, totals: list[float], weight: float) -> Shown:
     return method.shown({name: total if name == "loss" else total / weight for name, total in named})
 
 
-def _glimpse(t: Training, step: int) -> dict[str, Any]:
+def _quick_validation(t: Training, step: int) -> dict[str, Any]:
     """What is shown of one batch of the validation file, every thirtieth of the run or tenth step."""
     every = max(10, t.total_steps // 30)
     if t.valid is None or (step % every and step != t.total_steps):
@@ -146,7 +146,7 @@ def _evaluate(t: Training, progress: Progress) -> None:
     assert t.valid is not None
     loss, accuracy, metrics = validation.loss(t.stepper, t.valid.examples)
     task = sampled.measure(t) if math.isfinite(loss) else {}
-    t.voice.say(Evaluated(step=progress.step, loss=loss, accuracy=accuracy, metrics=metrics, **task))
+    t.writer.write(Evaluated(step=progress.step, loss=loss, accuracy=accuracy, metrics=metrics, **task))
     if not math.isfinite(loss):
         rate = learning_rate(t.plan, progress.step, t.total_steps)
         raise finite.failure(t, value=f"{loss} on the validation file", step=progress.step, rate=rate)
@@ -172,13 +172,13 @@ def _wear_patience(stopping: EarlyStopping | None, progress: Progress, loss: flo
 def _save_public(t: Training, progress: Progress) -> None:
     if t.run.public_checkpoints:
         path = checkpoints.save_public(t, progress)
-        t.voice.say(CheckpointSaved(kind="public", step=progress.step, path=path))
+        t.writer.write(CheckpointSaved(kind="public", step=progress.step, path=path))
 
 
 def _save_snapshot(t: Training, progress: Progress) -> None:
     finite.check_weights(t, progress.step, learning_rate(t.plan, progress.step, t.total_steps))
     path = checkpoints.save_snapshot(t, progress)
-    t.voice.say(CheckpointSaved(kind="snapshot", step=progress.step, path=path))
+    t.writer.write(CheckpointSaved(kind="snapshot", step=progress.step, path=path))
 
 
 def _sample(parameters: Iterable[torch.Tensor]) -> torch.Tensor:

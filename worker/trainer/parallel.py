@@ -16,7 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from torch import Tensor, distributed
 
 from worker.trainer import pieces
-from worker.trainer.wish import Stopped, Wish
+from worker.trainer.stop_signal import Stopped, StopSignal
 
 PATIENCE = timedelta(hours=2)
 """How long ranks wait for each other: rank 0 may export a large model meanwhile. A rank that has ended is noticed at
@@ -72,18 +72,18 @@ class Ranks:
         """Whether the flag is set on at least one rank."""
         return flag if self.count == 1 else bool(self.sum(torch.tensor([float(flag)], device=self.device)))
 
-    def check(self, wish: Wish) -> None:
+    def check(self, stop_signal: StopSignal) -> None:
         """Raises Stopped on every rank when one of them was asked to stop."""
-        if self.any(wish.stop):
+        if self.any(stop_signal.received):
             raise Stopped
 
-    def turns(self, wish: Wish, busy: Callable[[], bool]) -> Iterator[None]:
+    def turns(self, stop_signal: StopSignal, busy: Callable[[], bool]) -> Iterator[None]:
         """One turn after the other until no rank is busy: a rank that is done early takes part to the end.
 
         Raises Stopped between two turns, on every rank at the same one.
         """
         while True:
-            flags = torch.tensor([float(busy()), float(wish.stop)], device=self.device)
+            flags = torch.tensor([float(busy()), float(stop_signal.received)], device=self.device)
             working, asked = self.sum(flags).tolist()
             if asked:
                 raise Stopped

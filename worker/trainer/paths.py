@@ -7,7 +7,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from tunery.spec import Plan
-from worker.trainer import replays
+from worker.trainer import cuda_graphs
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.training import Training
 
@@ -88,4 +88,4 @@ def _against_graphs(t: Training) -> str | None:
         return "this model cannot be recorded" if graphs.failed else None
     longest = max(t.rows.lengths)
     tokens = min(t.stepper.memory.max_tokens, t.plan.batch_size * longest)
-    return replays.reason_against(t.objective, tokens) or "their memory was needed"
+    return cuda_graphs.reason_against(t.objective, tokens) or "their memory was needed"

@@ -15,11 +15,11 @@ from tunery.failures import DoesNotFit
 from tunery.planning.expected import CPU_MICRO_BATCH, GPU_TOKENS, LEAST_TOKENS, tokens_in
 from tunery.spec import Qlora, Technique
 from worker.trainer import sharding
+from worker.trainer.cuda_graphs import worthwhile
 from worker.trainer.data import Example, Row, collate
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
-from worker.trainer.replays import worthwhile
 
 log = logging.getLogger(__name__)
 

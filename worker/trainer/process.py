@@ -18,9 +18,9 @@ from tunery.failures import DiskFull, JobFailure, NotFinite
 from tunery.spec import Run
 from tunery.wire import EXIT_PAUSED, Failed, Paused
 from worker.trainer.children import Children, exit_code
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
-from worker.trainer.wish import Stopped, Wish
+from worker.trainer.stop_signal import Stopped, StopSignal
 
 log = logging.getLogger(__name__)
 
@@ -30,19 +30,21 @@ ENVIRONMENT = {
 }
 
 
-def carry_out_and_tell(folder: Path, pipe: int, wish: Wish) -> int:
+def carry_out_and_tell(folder: Path, pipe: int, stop_signal: StopSignal) -> int:
     """Carries out the run, says on `pipe` how it ended and gives the exit code."""
     rank = int(os.environ.get("RANK", "0"))
-    voice = Voice(pipe if rank == 0 else None)
-    children = Children(voice if rank == 0 else Voice(pipe))  # a rank says to rank 0 why it failed, and nothing else
+    writer = MessageWriter(pipe if rank == 0 else None)
+    children = Children(
+        writer if rank == 0 else MessageWriter(pipe)
+    )  # a rank says to rank 0 why it failed, and nothing else
     _settle(rank)
     try:
         plugins.load(plugins.names(), "trainer")
         if rank == 0:
             children.start(folder, _world(folder))
-        return 0 if carry_out(folder, voice, wish) else EXIT_PAUSED
+        return 0 if carry_out(folder, writer, stop_signal) else EXIT_PAUSED
     except Stopped:
-        voice.say(Paused(step=0, path=None))
+        writer.write(Paused(step=0, path=None))
         return EXIT_PAUSED
     except BrokenPipeError:
         return 1  # nobody listens any more, so there is nobody to tell

@@ -46,7 +46,7 @@ def attach(t: Training) -> None:
     files = [rows for rows in (t.rows, t.valid) if rows is not None]
     numbers = _find(t, files)
     if t.ranks.any(numbers is None):
-        t.voice.say(Phase(phase="measuring the reference"))
+        t.writer.write(Phase(phase="measuring the reference"))
         numbers = [measure(t, rows.examples) for rows in files]
     assert numbers is not None
     _keep(t, files, numbers)
@@ -58,7 +58,7 @@ def measure(t: Training, examples: Sequence[Example]) -> Measured:
     """By the model as it is. Every rank measures its share, and all have all. Raises Stopped."""
     found: Measured = []
     for start in range(0, len(examples), _AT_ONCE):
-        t.ranks.check(t.wish)
+        t.ranks.check(t.stop_signal)
         part = list(examples[start : start + _AT_ONCE])
         mine = validation.over(t.stepper, part, partial(_log_probabilities, t.stepper, part))
         measured = {index: numbers for share in t.ranks.gather(mine) for index, numbers in share.items()}

@@ -1,4 +1,4 @@
-"""What the trainer says, to the pipe and to the artifact."""
+"""Messages to the pipe, and the metrics and versions that an artifact records."""
 
 import csv
 import json
@@ -18,10 +18,10 @@ CSV_HEADER = ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers")
 
 
-class Voice:
+class MessageWriter:
     """Writes wire messages, one JSON a line, to a file descriptor, and keeps those that are metrics.
 
-    Rank 0 alone has a descriptor; the others count along in silence.
+    Rank 0 alone has a descriptor; the others only keep their metrics.
     """
 
     def __init__(self, descriptor: int | None) -> None:
@@ -29,8 +29,8 @@ class Voice:
         self._lock = threading.Lock()
         self.metrics: list[dict[str, Any]] = []
 
-    def say(self, message: BaseModel) -> None:
-        """Raises BrokenPipeError when nobody listens any more."""
+    def write(self, message: BaseModel) -> None:
+        """Writes one message. Raises BrokenPipeError when the supervisor has closed the pipe."""
         line = message.model_dump_json()
         if isinstance(message, Step | Evaluated):
             self.metrics.append(json.loads(line))

@@ -30,25 +30,25 @@ from worker.trainer.objective import all_and_trainable
 from worker.trainer.parallel import Ranks
 from worker.trainer.replay import own
 from worker.trainer.replay import rows as replay
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.scoring import comparison, sampled
+from worker.trainer.stop_signal import Stopped, StopSignal
 from worker.trainer.training import Progress, Training
-from worker.trainer.wish import Stopped, Wish
 
 log = logging.getLogger(__name__)
 
 
-def carry_out(folder: Path, voice: Voice, wish: Wish) -> bool:
+def carry_out(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> bool:
     """Trains what `folder/spec.json` says. False when it was asked to stop: come again, nothing is lost.
 
     Raises JobFailure for what the user can mend, anything else for what went wrong.
     """
     began = time.monotonic()
-    voice.say(Phase(phase="loading"))
-    t = prepare(folder, voice, wish)
+    writer.write(Phase(phase="loading"))
+    t = prepare(folder, writer, stop_signal)
     progress = Progress()
     try:
-        t.pace.check_bytes = parity.bytes_to_read(t)
+        t.timer.check_bytes = parity.bytes_to_read(t)
         export.expect(t)
         asked, probe = _questions(t)
         base_answers = comparison.answers_before_training(t, asked)
@@ -56,8 +56,8 @@ def carry_out(folder: Path, voice: Voice, wish: Wish) -> bool:
         reference.attach(t)
         progress = _resume(t)
         _announce(t, progress)
-        voice.say(Phase(phase="training"))
-        t.pace.end_preparation(time.monotonic() - began)
+        writer.write(Phase(phase="training"))
+        t.timer.end_preparation(time.monotonic() - began)
         done = train(t, progress)
         if done:
             scored = comparison.score(
@@ -68,33 +68,33 @@ def carry_out(folder: Path, voice: Voice, wish: Wish) -> bool:
         done = False
         checkpoints.save_for_later(t, progress)
     if done:
-        voice.say(_finished(t, progress, began))
+        writer.write(_finished(t, progress, began))
     else:
-        voice.say(_paused(folder, progress))
+        writer.write(_paused(folder, progress))
     return done
 
 
-def score(folder: Path, voice: Voice, wish: Wish) -> comparison.Scored | None:
+def score(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> comparison.Scored | None:
     """Compares the adapter in `folder` with its base on the test rows, as after a training. Raises JobFailure."""
-    t = prepare(folder, voice, wish)
+    t = prepare(folder, writer, stop_signal)
     asked, probe = _questions(t)
     return comparison.score(t, asked, None, lambda: comparison.compare_general(t, probe, None))
 
 
-def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
+def prepare(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> Training:
     """Reads the spec, the rows and the model, and settles how the work is cut up."""
     run = Run.model_validate_json((folder / "spec.json").read_text())
     ranks = Ranks(parallel.accelerator())
     torch.manual_seed(run.plan.seed)
     template = ChatTemplate.load(checkpoints.texts(folder), now=run.now)
     rows, valid = reading.training_rows(folder, run, template), reading.validation_rows(folder, run, template)
-    ranks.check(wish)
+    ranks.check(stop_signal)
     loaded = loading.load(folder, run, template, rows, ranks)
     ranks, objective, precision = loaded.ranks, loaded.objective, loaded.precision
-    ranks.check(wish)
+    ranks.check(stop_signal)
     covered = coverage.describe(objective.model, run.plan.technique, quantised=precision.quantised)
     warnings = coverage.warnings(covered)
-    base_now = own.Base(folder, objective, template, precision, ranks, voice, wish)
+    base_now = own.Base(folder, objective, template, precision, ranks, writer, stop_signal)
     rows, replayed = replay.add(rows, run.plan, base_now, warnings)
     narrow = eight_bits.settle(objective, precision, rows.examples, ranks, warnings)
     packs = reading.packs(run, rows, objective, warnings)
@@ -115,8 +115,8 @@ def prepare(folder: Path, voice: Voice, wish: Wish) -> Training:
         template=template,
         rows=rows,
         valid=valid,
-        voice=voice,
-        wish=wish,
+        writer=writer,
+        stop_signal=stop_signal,
         stepper=stepper,
         warnings=tuple(warnings),
         task_questions=sampled.questions(folder, run.plan, template),
@@ -129,7 +129,7 @@ def _questions(t: Training) -> tuple[comparison.Asked, general.Probe | None]:
     """What the scorecard asks of both models, and what the general benchmark does; nothing without a test file."""
     if t.plan.evaluation.test_file is None:
         return [], None
-    with t.pace.measure_rest("scores"):
+    with t.timer.measure_rest("scores"):
         asked = comparison.questions(t)
         return asked, general.prepare(t) if asked else None
 
@@ -157,7 +157,7 @@ def _announce(t: Training, progress: Progress) -> None:
         log.warning(warning)
     covered = coverage.of(t)
     log.info("linear weights: %s", json.dumps(covered))
-    t.voice.say(
+    t.writer.write(
         Started(
             trainable_params=trainable,
             all_params=everything,
@@ -190,6 +190,6 @@ def _finished(t: Training, progress: Progress, began: float) -> Finished:
         seconds=time.monotonic() - began,
         peak_memory_bytes=max(t.ranks.gather(torch.cuda.max_memory_allocated(t.device))) if on_gpu else None,
         stopped_early=progress.stopped_early,
-        spent=t.pace.spent(),
-        step_times=t.pace.step_times,
+        spent=t.timer.spent(),
+        step_times=t.timer.step_times,
     )

@@ -9,12 +9,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from worker.trainer import pieces, replays
+from worker.trainer import cuda_graphs, pieces
+from worker.trainer.cuda_graphs import CudaGraphs, forward_backward
 from worker.trainer.data import Batch, Example, MicroBatch, Rows, collate, micro_batches
 from worker.trainer.memory import MemoryPlan, next_after
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
-from worker.trainer.replays import Replays, passes
 from worker.trainer.sharding import Shards
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Stepper:
         """
         self.objective, self.ranks, self.group_of = objective, ranks, group_of
         self.memory, self.shards = memory, shards
-        self.graphs = Replays(objective) if memory.graphs else None
+        self.graphs = CudaGraphs(objective) if memory.graphs else None
         self._optimizer, self._parameters, self._rows = optimizer, list(parameters), rows
         self._groups = _shared(map(group_of, rows.examples))
         self._shapes = _shared(example.shape for example in rows.examples)
@@ -106,7 +106,7 @@ class Stepper:
         """Makes passes whose weight is 0."""
         shortest = min(range(len(self._shapes)), key=lambda i: self._rows.lengths[i])
         for _ in range(count):
-            passes(self.objective, self._collate([[shortest]]), 0.0)
+            forward_backward(self.objective, self._collate([[shortest]]), 0.0)
 
     def clip(self, max_norm: float) -> Tensor:
         """Scales the gradient down to `max_norm` where it is longer; returns its norm before."""
@@ -151,7 +151,7 @@ class Stepper:
     def record_anew(self) -> None:
         """Drops the recorded passes, which go on as the model was when they were recorded."""
         if self.graphs is not None:
-            self.graphs = Replays(self.objective)
+            self.graphs = CudaGraphs(self.objective)
 
     def micro_batches(self, drawn: list[int]) -> list[MicroBatch]:
         """This rank's micro-batches of a step: every world-th example by length, so that the ranks have like work."""
@@ -170,10 +170,10 @@ class Stepper:
     def _forward_backward(self, parts: list[MicroBatch], weight: float) -> Tensor:
         # Why not the mean of each micro-batch: a mean of means gives short rows more weight than their tokens.
         if self.graphs is None:
-            return self._sum(passes(self.objective, self._collate(part), 1 / weight) for part in parts)
+            return self._sum(forward_backward(self.objective, self._collate(part), 1 / weight) for part in parts)
         # Recorded passes cannot know the weight of the step: they use a constant, which is taken out here.
-        sums = self._sum(self.graphs.run(self._collate(part, replays.GRAIN)) for part in parts)
-        rescale = 1 / (weight * replays.SCALE)
+        sums = self._sum(self.graphs.run(self._collate(part, cuda_graphs.PAD_TO)) for part in parts)
+        rescale = 1 / (weight * cuda_graphs.SCALE)
         torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], rescale)
         return sums * sums.new_tensor([rescale if name == "loss" else 1.0 for name in self.objective.method.sums])
 
@@ -181,5 +181,5 @@ class Stepper:
         nothing = torch.zeros(len(self.objective.method.sums), dtype=torch.float64, device=self.device)
         return sum(parts, start=nothing)
 
-    def _collate(self, part: MicroBatch, grain: tuple[int, int] = (1, 1)) -> Batch:
-        return collate(self._rows.examples, part, self.device, grain, borders=self.objective.knows_borders)
+    def _collate(self, part: MicroBatch, pad_to: tuple[int, int] = (1, 1)) -> Batch:
+        return collate(self._rows.examples, part, self.device, pad_to, borders=self.objective.knows_borders)

@@ -15,13 +15,13 @@ from tunery.wire import Replayed
 from worker.trainer.data import Rows, steps_per_epoch
 from worker.trainer.eight_bits import EightBits
 from worker.trainer.objective import Objective
-from worker.trainer.pace import Pace, Work
 from worker.trainer.parallel import Ranks
 from worker.trainer.recipes.recipe import Recipe
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.sharding import Shards
+from worker.trainer.step_timer import StepTimer, Work
 from worker.trainer.stepper import Stepper
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 if TYPE_CHECKING:
     from worker.trainer.scoring.answers import Question
@@ -57,8 +57,8 @@ class Training:
     template: ChatTemplate
     rows: Rows
     valid: Rows | None
-    voice: Voice
-    wish: Wish
+    writer: MessageWriter
+    stop_signal: StopSignal
     stepper: Stepper
     warnings: tuple[str, ...] = ()
     task_questions: list["Question"] = field(default_factory=list)
@@ -66,8 +66,8 @@ class Training:
     replayed: Replayed | None = None
 
     @cached_property
-    def pace(self) -> Pace:
-        return Pace(self._work())
+    def timer(self) -> StepTimer:
+        return StepTimer(self._work())
 
     def _work(self) -> Work:
         every = self.plan.evaluation.every_steps

@@ -17,9 +17,9 @@ def write(t: Training, artifact: Path) -> None:
     """Writes the job's exports into folders of `artifact`, and how to serve all of it. Where there are exports, the
     model in memory is gone afterwards. Raises Stopped."""
     if t.plan.export.is_asked:
-        t.voice.say(Phase(phase="exporting", seconds_left=t.pace.exports_left()))
+        t.writer.write(Phase(phase="exporting", seconds_left=t.timer.exports_left()))
         _release(t)
-        with t.wish.breaking_off():
+        with t.stop_signal.breaking_off():
             work.carry_out(_work(t, artifact))
     readme.write(t, artifact)
 
@@ -37,7 +37,7 @@ def expect(t: Training) -> None:
     whole = 2 * files.parameters(t.folder / "base")
     vocabulary = t.objective.causal.config.get_text_config().vocab_size
     tokens = sum(len(row.input_ids) for row in proof.choose(t.rows.rows, vocabulary))
-    t.pace.expect_exports(bytes=models * whole, tokens=passes * tokens)
+    t.timer.expect_exports(bytes=models * whole, tokens=passes * tokens)
 
 
 def _work(t: Training, artifact: Path) -> work.Work:
@@ -52,8 +52,8 @@ def _work(t: Training, artifact: Path) -> work.Work:
         device=t.device,
         template=t.template,
         rows=lambda: _rows(t),
-        say=t.voice.say,
-        check=t.wish.check,
+        say=t.writer.write,
+        check=t.stop_signal.check,
     )
 
 

@@ -20,7 +20,7 @@ from worker.trainer.data import Row
 from worker.trainer.export import files, fp8, merge, proof, readme
 from worker.trainer.export.errors import ExportRefused, FormatDiffers, NoRows
 from worker.trainer.export.proof import Answered, Divergence
-from worker.trainer.wish import Stopped
+from worker.trainer.stop_signal import Stopped
 
 log = logging.getLogger(__name__)
 

@@ -22,19 +22,19 @@ def run(t: Training, lengths: list[int], work: Callable[[list[int]], list[Found]
     """What `work` finds for each index of `lengths`, which are in tokens, in their order. Raises Stopped."""
     waiting = deque(_cut(t, lengths))
     found: list[tuple[int, Found]] = []
-    for _ in t.ranks.turns(t.wish, lambda: bool(waiting)):
+    for _ in t.ranks.turns(t.stop_signal, lambda: bool(waiting)):
         if not waiting:
             continue  # the others are not done
         part = waiting.popleft()
         try:
-            with t.pace.measure("general", sum(lengths[i] for i in part)):
+            with t.timer.measure("general", sum(lengths[i] for i in part)):
                 found += zip(part, work(part), strict=True)
         except torch.OutOfMemoryError:
             if len(part) == 1 or t.shards is not None:  # the other ranks wait in this pass
                 raise
             half = len(part) // 2
             waiting.extendleft((part[half:], part[:half]))
-        t.voice.say(Phase(phase="evaluating", seconds_left=t.pace.left()))
+        t.writer.write(Phase(phase="evaluating", seconds_left=t.timer.left()))
     together = itertools.chain(*t.ranks.gather(found))
     return [each for _, each in sorted(together, key=lambda pair: pair[0])]
 

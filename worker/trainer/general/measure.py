@@ -58,7 +58,7 @@ def prepare(t: Training) -> Probe | None:
     known = stored.read(stored.find_place(t, benchmark), len(items))
     known = t.ranks.gather(known)[0]  # one disk a host, but a file may appear between two looks
     passes = sum(map(len, tokens)) * (1 if known else 2) + 2 * sum(map(len, prompts))
-    t.pace.expect_general(passes // t.ranks.count)
+    t.timer.expect_general(passes // t.ranks.count)
     return Probe(items, tokens, prompts, benchmark, known)
 
 

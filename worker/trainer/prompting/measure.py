@@ -16,14 +16,14 @@ from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
 from worker.trainer import checkpoints, hardware, run
 from worker.trainer.data import read_parsed
-from worker.trainer.report import Voice, write_lines
+from worker.trainer.report import MessageWriter, write_lines
 from worker.trainer.scoring import answers, metrics
 from worker.trainer.scoring.answers import Question
 from worker.trainer.scoring.intervals import bootstrap_interval
 from worker.trainer.scoring.matching import matches
 from worker.trainer.scoring.metrics import Metric
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Training
-from worker.trainer.wish import Wish
 
 TIMED_ROWS = 20
 """Rows that are asked alone besides, to time them: in a batch each waits for the others."""
@@ -33,7 +33,7 @@ Measured = tuple[PromptScore, list[dict[str, Any]]]
 
 def answered(folder: Path, order: AnswerOrder) -> list[Measured]:
     """The model in `folder` asked by each variant. Raises JobFailure."""
-    t = run.prepare(folder, Voice(None), Wish())
+    t = run.prepare(folder, MessageWriter(None), StopSignal())
     asked = {variant.name: _questions(folder, t.template, variant) for variant in order.variants}
     done = _Progress(folder, sum(len(each) + min(len(each), TIMED_ROWS) for each in asked.values()))
     return [_ask(t, variant, asked[variant.name], done, tuned=order.tuned) for variant in order.variants]

@@ -23,8 +23,8 @@ from worker.trainer.parallel import Ranks
 from worker.trainer.replay import kept
 from worker.trainer.replay.kept import Answers
 from worker.trainer.replay.prompts import Prompt, digest
-from worker.trainer.report import Voice
-from worker.trainer.wish import Wish
+from worker.trainer.report import MessageWriter
+from worker.trainer.stop_signal import StopSignal
 
 TEMPERATURE = 0.7
 BLOCK = {"cpu": 16, "cuda": 128}
@@ -41,8 +41,8 @@ class Base:
     template: ChatTemplate
     precision: Precision
     ranks: Ranks
-    voice: Voice
-    wish: Wish
+    writer: MessageWriter
+    stop_signal: StopSignal
 
     @property
     def device(self) -> torch.device:
@@ -62,8 +62,8 @@ def answer(base: Base, prompts: list[Prompt], limit: int, enough: Callable[[Answ
     found = found[: len(found) // size * size] if len(found) < len(prompts) else found
     with _as_base(base):
         while not enough(found) and len(found) < len(prompts):
-            base.ranks.check(base.wish)
-            base.voice.say(Phase(phase="sampling replay answers"))
+            base.ranks.check(base.stop_signal)
+            base.writer.write(Phase(phase="sampling replay answers"))
             start = len(found) + base.ranks.index * size
             with base.ranks.lockstep():
                 mine = _block(base, prompts[start : start + size], limit, seed=start)

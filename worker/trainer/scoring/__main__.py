@@ -10,16 +10,16 @@ from pathlib import Path
 
 from tunery import plugins
 from worker.trainer import commands, run
-from worker.trainer.report import Voice
+from worker.trainer.report import MessageWriter
 from worker.trainer.scoring import comparison
-from worker.trainer.wish import Wish
+from worker.trainer.stop_signal import StopSignal
 
 
 def score(folder: Path) -> None:
     """Writes `out/` from the folder's adapter and rows."""
     logging.basicConfig(level=logging.INFO)
     plugins.load(plugins.names(), "trainer")
-    scored = run.score(folder, Voice(None), Wish())
+    scored = run.score(folder, MessageWriter(None), StopSignal())
     (folder / "out").mkdir()
     comparison.write(scored, folder / "out")
 

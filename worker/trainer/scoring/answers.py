@@ -16,8 +16,8 @@ from tunery.rows.template import ChatTemplate
 from tunery.spec import Evaluation
 from tunery.wire import Phase
 from worker.trainer import generation, rope
+from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Training
-from worker.trainer.wish import Wish
 
 ANSWER_BATCH = {"cpu": 16, "cuda": 96}
 """Rows answered at once. More would be faster on a large GPU, were it not for the slowest row of each batch."""
@@ -65,18 +65,18 @@ def generate(t: Training, asked: list[Question], *, base: bool) -> list[str]:
 
     @contextmanager
     def announced(count: int) -> Iterator[None]:
-        with t.pace.measure("answer", count):
+        with t.timer.measure("answer", count):
             yield
-        t.voice.say(Phase(phase="evaluating", seconds_left=t.pace.left()))
+        t.writer.write(Phase(phase="evaluating", seconds_left=t.timer.left()))
 
-    return _answer(t, asked, base=base, wish=t.wish, around=announced)
+    return _answer(t, asked, base=base, stop_signal=t.stop_signal, around=announced)
 
 
 def generate_counted(
     t: Training, asked: list[Question], limit: int, *, base: bool, around: Callable[[int], AbstractContextManager[None]]
 ) -> list[str]:
     """Greedy answers of at most `limit` tokens, each batch given inside `around`, which gets the number of its rows."""
-    return _answer(t, asked, base=base, wish=t.wish, around=around, limit=limit)
+    return _answer(t, asked, base=base, stop_signal=t.stop_signal, around=around, limit=limit)
 
 
 def answer_at_once(t: Training, asked: list[Question]) -> list[str]:
@@ -84,7 +84,7 @@ def answer_at_once(t: Training, asked: list[Question]) -> list[str]:
 
     Why it cannot be stopped: a run that resumes would go on without this evaluation.
     """
-    return _answer(t, asked, base=False, wish=Wish(), around=lambda _: nullcontext())
+    return _answer(t, asked, base=False, stop_signal=StopSignal(), around=lambda _: nullcontext())
 
 
 def _answer(
@@ -92,7 +92,7 @@ def _answer(
     asked: list[Question],
     *,
     base: bool,
-    wish: Wish,
+    stop_signal: StopSignal,
     around: Callable[[int], AbstractContextManager[None]],
     limit: int | None = None,
 ) -> list[str]:
@@ -109,7 +109,7 @@ def _answer(
     t.objective.eval()
     with torch.no_grad(), without_adapter, t.objective.autocast():
         size = ANSWER_BATCH[t.device.type]
-        for _ in t.ranks.turns(wish, lambda: len(given) < len(mine)):
+        for _ in t.ranks.turns(stop_signal, lambda: len(given) < len(mine)):
             if len(given) == len(mine):
                 continue  # the others are not done
             chosen = _alike(t, asked, mine[len(given) : len(given) + size], limit)

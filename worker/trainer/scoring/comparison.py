@@ -36,7 +36,7 @@ def questions(t: Training) -> Asked:
     count = models * len(asked[t.ranks.index :: t.ranks.count])
     batch, tokens = answers.ANSWER_BATCH[t.device.type], answers.token_limit(t.plan.evaluation, asked)
     prompt = sum(len(question.prompt_ids) for question in asked) / max(1, len(asked))
-    t.pace.expect_answers(count, batch=batch, tokens=tokens, prompt=prompt)
+    t.timer.expect_answers(count, batch=batch, tokens=tokens, prompt=prompt)
     return asked
 
 
@@ -51,7 +51,7 @@ def answers_before_training(t: Training, asked: Asked) -> list[Any] | None:
     """The base's answers, where training overwrites the base; None where an adapter can be switched off later."""
     if isinstance(t.objective.model, PeftModel) or not asked:
         return None
-    t.voice.say(Phase(phase="evaluating"))
+    t.writer.write(Phase(phase="evaluating"))
     return _answer(t, asked, base=True)
 
 
@@ -76,7 +76,7 @@ def score(
     """The scorecard, to which every rank answers its share."""
     if not asked:
         return None
-    with t.pace.measure_rest("scores"):
+    with t.timer.measure_rest("scores"):
         return _score(t, asked, base_answers, measure_general)
 
 
@@ -86,7 +86,7 @@ def _score(
     base_answers: list[Any] | None,
     measure_general: Callable[[], GeneralScore | None],
 ) -> Scored:
-    t.voice.say(Phase(phase="evaluating", seconds_left=t.pace.left()))
+    t.writer.write(Phase(phase="evaluating", seconds_left=t.timer.left()))
     tuned = _answer(t, asked, base=False)
     base = _answer(t, asked, base=True) if base_answers is None else base_answers
     card, rows = _compare(asked, base, tuned)
@@ -96,7 +96,7 @@ def _score(
             t, tuned, lambda on, base: _answer(on, asked, base=base), lambda *both: _compare(asked, *both)[0]
         )
         card = card.model_copy(update={"unquantised": other})
-    t.voice.say(card)
+    t.writer.write(card)
     return card, rows
 
 

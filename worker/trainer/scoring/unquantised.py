@@ -92,5 +92,5 @@ def _on(t: Training, base: PreTrainedModel, precision: Precision) -> Training:
     memory = replace(t.stepper.memory, graphs=False)
     stepper = Stepper(objective, t.optimizer, [], t.rows, t.ranks, memory, t.stepper.group_of)
     found = replace(t, objective=objective, stepper=stepper, precision=precision)
-    vars(found)["pace"] = t.pace  # cached in each of the two: the run's estimate goes on
+    vars(found)["timer"] = t.timer  # cached in each of the two: the run's estimate goes on
     return found

@@ -37,7 +37,7 @@ class Work:
 
 
 @dataclass
-class Pace:
+class StepTimer:
     """Measures the parts of a run. A part that has not come yet is estimated from the steps and from its size.
 
     `step`: the last one that was taken; `trained`: no other follows. `check_bytes` are read to check the artifact.

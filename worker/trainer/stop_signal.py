@@ -1,4 +1,4 @@
-"""The wish that a run stops, as SIGTERM brings it."""
+"""SIGTERM as the request that a run stops."""
 
 import signal
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ class Stopped(Exception):
     """The run was asked to stop while it was not in the loop."""
 
 
-class Wish:
-    """Whether SIGTERM has come. The handler only notes it; the work looks when it can stop cleanly."""
+class StopSignal:
+    """Records SIGTERM. The handler only sets a flag; the run reads it where it can stop cleanly."""
 
     def __init__(self) -> None:
-        self.stop = False
+        self.received = False
         self._breaks = False
 
     def listen(self) -> None:
@@ -31,11 +31,11 @@ class Wish:
             self._breaks = False
 
     def check(self) -> None:
-        """Raises Stopped where SIGTERM has come."""
-        if self.stop:
+        """Raises Stopped after SIGTERM."""
+        if self.received:
             raise Stopped
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
-        self.stop = True
+        self.received = True
         if self._breaks:
             raise Stopped

@@ -9,16 +9,16 @@ import pytest
 from run_folders import Ear, chat, lay_out, plan, said
 
 from tunery.spec import Evaluation, General
-from worker.trainer import pace
-from worker.trainer.pace import Pace, Work
-from worker.trainer.report import Voice
+from worker.trainer import step_timer
+from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
 from worker.trainer.scoring import answers
-from worker.trainer.wish import Wish
+from worker.trainer.step_timer import StepTimer, Work
+from worker.trainer.stop_signal import StopSignal
 
 
-def _paced(work: Work, *, step: int, seconds: float = 3.0) -> Pace:
-    made = Pace(work)
+def _timed(work: Work, *, step: int, seconds: float = 3.0) -> StepTimer:
+    made = StepTimer(work)
     made.note("step", seconds)
     made.step = step
     return made
@@ -27,14 +27,14 @@ def _paced(work: Work, *, step: int, seconds: float = 3.0) -> Pace:
 def test_what_was_not_measured_is_estimated_from_the_steps_and_the_sizes() -> None:
     """A step of 100 tokens takes 3 s, so a token's forward pass takes 10 ms."""
     work = Work(steps=10, steps_per_epoch=5, step_tokens=100, every=5, valid_tokens=200)
-    assert _paced(work, step=1).left() == pytest.approx(9 * 3 + 2 * 200 * 0.01)
+    assert _timed(work, step=1).left() == pytest.approx(9 * 3 + 2 * 200 * 0.01)
     work = Work(steps=10, steps_per_epoch=5, step_tokens=100, keeps_checkpoints=True, trained_bytes=200_000_000)
-    assert _paced(work, step=6).left() == pytest.approx(4 * 3 + 1 + 1)
-    asks = _paced(Work(steps=10, steps_per_epoch=5, step_tokens=100, layers=10), step=10)
+    assert _timed(work, step=6).left() == pytest.approx(4 * 3 + 1 + 1)
+    asks = _timed(Work(steps=10, steps_per_epoch=5, step_tokens=100, layers=10), step=10)
     asks.expect_answers(20, batch=4, tokens=8, prompt=12)
     asks.check_bytes = 400_000_000
     assert asks.left() == pytest.approx(20 * ((12 + 8) * 0.01 + 8 * 10 * 0.5e-3 / 4) + 2)
-    exports = _paced(Work(steps=10, steps_per_epoch=5, step_tokens=100), step=9)
+    exports = _timed(Work(steps=10, steps_per_epoch=5, step_tokens=100), step=9)
     exports.expect_exports(bytes=600_000_000, tokens=400)
     assert exports.left() == pytest.approx(3 + 3 + 400 * 0.01)
     assert exports.exports_left() == pytest.approx(3 + 400 * 0.01)
@@ -42,41 +42,41 @@ def test_what_was_not_measured_is_estimated_from_the_steps_and_the_sizes() -> No
 
 def test_what_was_measured_takes_the_estimates_place() -> None:
     work = Work(steps=7, steps_per_epoch=7, step_tokens=100, every=2, valid_tokens=200, keeps_checkpoints=True)
-    paced = _paced(work, step=3)
-    paced.expect_answers(4, batch=4, tokens=8, prompt=12)
-    parts: dict[pace.Part, float] = {"validation": 5.0, "checkpoint": 7.0, "answer": 11.0}
+    timed = _timed(work, step=3)
+    timed.expect_answers(4, batch=4, tokens=8, prompt=12)
+    parts: dict[step_timer.Part, float] = {"validation": 5.0, "checkpoint": 7.0, "answer": 11.0}
     for part, seconds in parts.items():
-        paced.note(part, seconds)
+        timed.note(part, seconds)
     # Validation after the steps 4, 6 and 7, the last.
-    assert paced.left() == pytest.approx(4 * 3 + 3 * 5 + 7 + 4 * 11)
-    paced.note("step", 5.0)
-    assert paced.left() == pytest.approx(4 * 4 + 3 * 5 + 7 + 4 * 11)
+    assert timed.left() == pytest.approx(4 * 3 + 3 * 5 + 7 + 4 * 11)
+    timed.note("step", 5.0)
+    assert timed.left() == pytest.approx(4 * 4 + 3 * 5 + 7 + 4 * 11)
 
 
 def test_general_benchmark_is_counted_by_its_tokens() -> None:
-    paced = _paced(Work(steps=10, steps_per_epoch=10, step_tokens=100), step=10)
-    paced.expect_general(300)
-    assert paced.left() == pytest.approx(300 * 0.01)
-    with paced.measure("general", 100):
+    timed = _timed(Work(steps=10, steps_per_epoch=10, step_tokens=100), step=10)
+    timed.expect_general(300)
+    assert timed.left() == pytest.approx(300 * 0.01)
+    with timed.measure("general", 100):
         pass
-    paced.note("general", 0.02)
-    assert paced.left() == pytest.approx(200 * 0.01, rel=1e-3)  # the mean of no time and 20 ms
+    timed.note("general", 0.02)
+    assert timed.left() == pytest.approx(200 * 0.01, rel=1e-3)  # the mean of no time and 20 ms
 
 
 def test_nothing_is_said_before_anything_is_known() -> None:
-    paced = Pace(Work(steps=5, steps_per_epoch=5, step_tokens=100))
-    paced.expect_answers(4, batch=4, tokens=8, prompt=12)
-    paced.note("answer", 1.0)
-    assert paced.left() is None  # a full fine-tune asks its base before the first step
-    paced.trained = True
-    assert paced.left() == pytest.approx(4)
+    timed = StepTimer(Work(steps=5, steps_per_epoch=5, step_tokens=100))
+    timed.expect_answers(4, batch=4, tokens=8, prompt=12)
+    timed.note("answer", 1.0)
+    assert timed.left() is None  # a full fine-tune asks its base before the first step
+    timed.trained = True
+    assert timed.left() == pytest.approx(4)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """The time as the pace sees it, which only the test moves."""
+    """The time as the timer sees it, which only the test moves."""
     now = [0.0]
-    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(step_timer, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 
@@ -95,7 +95,7 @@ def test_a_run_says_how_long_answering_and_saving_take(
     evaluation = Evaluation(test_file="file-test", max_new_tokens=4, general=General(enabled=False))
     folder = lay_out(tmp_path / "run", tiny, plan(n_epochs=2, evaluation=evaluation), rows, rows, rows)
 
-    assert carry_out(folder, Voice(ear.descriptor), Wish())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
 
     last = said(ear, "step")[-1]
     phases = [(phase.phase, phase.seconds_left) for phase in said(ear, "phase")]
@@ -106,7 +106,7 @@ def test_a_run_says_how_long_answering_and_saving_take(
 
 
 def test_what_the_parts_took_is_kept_for_later_quotes() -> None:
-    made = Pace(Work(steps=3, steps_per_epoch=3, step_tokens=100, every=3, valid_tokens=50))
+    made = StepTimer(Work(steps=3, steps_per_epoch=3, step_tokens=100, every=3, valid_tokens=50))
     made.note("answer", 2.0, 3)  # the base's answers, before the training
     made.end_preparation(10.0)
     for step, (seconds, tokens) in enumerate([(9.0, 100), (1.0, 80), (2.0, 120)], start=1):
@@ -122,7 +122,7 @@ def test_what_the_parts_took_is_kept_for_later_quotes() -> None:
 
 
 def test_what_is_measured_inside_a_part_is_none_of_it(clock: list[float]) -> None:
-    made = Pace(Work(steps=3, steps_per_epoch=3, step_tokens=100))
+    made = StepTimer(Work(steps=3, steps_per_epoch=3, step_tokens=100))
     with made.measure_rest("scores"):
         clock[0] += 1
         with made.measure("answer", 4):

@@ -18,7 +18,7 @@ from worker.trainer.objective import Objective
 
 log = logging.getLogger(__name__)
 
-GRAIN = (32, 128)
+PAD_TO = (32, 128)
 """Widths are padded to a multiple of the first, numbers of labels to one of the second."""
 MOST_GRAPHS = 48
 _ROUTED = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -35,7 +35,7 @@ class _Recorded:
     sums: Tensor
 
 
-class Replays:
+class CudaGraphs:
     """The recorded passes of one objective. They add to the gradients that are there, as eager passes do."""
 
     def __init__(self, objective: Objective) -> None:
@@ -55,7 +55,7 @@ class Replays:
             self._record(key, batch)
         self._seen.add(key)
         if key not in self._recorded:
-            return passes(self._objective, batch, SCALE)
+            return forward_backward(self._objective, batch, SCALE)
         found = self._recorded[key]
         _copy(batch, found.batch)
         found.graph.replay()
@@ -68,7 +68,7 @@ class Replays:
         try:
             torch.cuda.synchronize()
             with torch.cuda.graph(graph, pool=self._pool):
-                sums.copy_(passes(self._objective, batch, SCALE))
+                sums.copy_(forward_backward(self._objective, batch, SCALE))
         except RuntimeError as error:
             log.warning("this model's steps cannot be recorded, so they run as usual: %s", str(error).splitlines()[0])
             self.failed = True
@@ -76,7 +76,7 @@ class Replays:
             self._recorded[key] = _Recorded(graph, batch, sums)
 
 
-def passes(objective: Objective, batch: Batch, scale: float) -> Tensor:
+def forward_backward(objective: Objective, batch: Batch, scale: float) -> Tensor:
     """A forward and a backward pass; the method's sums in their order, "loss" times `scale`."""
     sums = objective.sums(batch, scale)
     sums["loss"].backward()
