@@ -23,6 +23,7 @@ def mutants(root: Path) -> ModuleType:
     return module
 
 
+@pytest.mark.slow  # `make check` asks the same
 def test_every_patch_applies_and_names_tests_that_exist(mutants: ModuleType, root: Path) -> None:
     assert mutants.faults(mutants.read(root / "tests" / "mutants"), root) == []
 
