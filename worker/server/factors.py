@@ -13,7 +13,8 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import nn
 
-WEIGHTS = "adapter_model.safetensors"
+from worker.server.folders import WEIGHTS
+
 _PREFIX = "base_model.model."
 _UNDERSTOOD = frozenset(
     {

@@ -15,20 +15,16 @@ from typing import Any, Literal
 
 import torch
 
-from tunery.artifacts import manifest
-from tunery.artifacts.manifest import Manifest
 from tunery.errors import Unsupported
 from tunery.planning.precision import Precision, decide, dense_dtype
 from tunery.rows.calls import CallSpelling
-from tunery.rows.errors import PromptTooLong
-from tunery.rows.template import ChatTemplate
 from tunery.serving import Chosen, Files
 from tunery.spec import Qlora
 from tunery.storage import Storage
-from worker.server import grammar, memory
+from worker.server import folders, grammar, memory, prompting
 from worker.server.answer import Answer
 from worker.server.batch import Row
-from worker.server.factors import WEIGHTS
+from worker.server.folders import WEIGHTS
 from worker.server.generation import Generation, Sampling
 from worker.server.grammar import Grammar
 from worker.server.models import Base, Source
@@ -36,17 +32,10 @@ from worker.server.rendering import Rendering, Renderings
 from worker.server.residents import Residents
 from worker.server.schemas import ChatRequest
 from worker.server.streams import Stream
-from worker.supervisor.staging import base_folder
 
 log = logging.getLogger(__name__)
 
-UNKNOWN_CONTEXT = 4096
-"""The most tokens of an answer, unless the request says, where the model's config names no context length."""
-
 QloraBase = Literal["as_scored", "unquantised"]
-
-_LONG = 16
-"""Characters a token of the context, of which a prompt has far fewer unless most of it is blank."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +162,7 @@ class Engine:
 
     def _hold_adapter(self, key: str, files: Files, base: Base, folder: Path, base_key: str) -> Any:
         def load() -> Any:
-            made = base.lay_on(self._checked(files, folder))
+            made = base.lay_on(folders.check(self._models_dir, self._storage, files))
             # What lies on a base keeps it in memory, used or not.
             self._hold_base(base_key, files, base.source)
             made.on_leave = lambda: self._residents.release(base_key)
@@ -182,18 +171,8 @@ class Engine:
         size = (folder / WEIGHTS).stat().st_size if (folder / WEIGHTS).exists() else 0
         return self._residents.hold(key, files.id, size, load)
 
-    def _checked(self, files: Files, folder: Path) -> Path:
-        """The adapter's folder, fetched anew where its weights here are no longer those that were fetched."""
-        listed = Manifest.model_validate_json((folder / manifest.NAME).read_bytes())
-        wanted = {file.path: file.sha256 for file in listed.files}.get(WEIGHTS)
-        if wanted is not None and manifest.digest(folder / WEIGHTS) == wanted:
-            return folder
-        log.warning("%s has changed on this host and is fetched again", files.id)
-        (folder / manifest.NAME).unlink()
-        return self._folder(files)
-
     def _folder(self, files: Files) -> Path:
-        return base_folder(self._models_dir, self._storage, files.prefix, files.manifest_sha256)
+        return folders.fetch(self._models_dir, self._storage, files)
 
     def _four_bits(self, chosen: Chosen, adapter: Path | None) -> Precision | None:
         """The four bits that the adapter's base was in when it was scored; None for a base in its own type."""
@@ -206,10 +185,10 @@ class Engine:
 def _begin(request: ChatRequest, ready: Ready) -> Generation:
     rendering = ready.rendering
     template = rendering.template
-    _refuse_much_too_long(request, ready)
-    prompt = _prompt(request, template)
+    prompting.refuse_much_too_long(request, template, ready.context_length)
+    prompt = prompting.encode(request, template)
     spelling = rendering.spelling if request.offered_tools else None
-    room, kept_to = _room(request, len(prompt), ready.context_length), _grammar(request, ready, spelling)
+    room, kept_to = prompting.room(request, len(prompt), ready.context_length), _grammar(request, ready, spelling)
     return Generation(
         stream=ready.stream(prompt),
         on_close=ready.release,
@@ -228,12 +207,6 @@ def _begin(request: ChatRequest, ready: Ready) -> Generation:
             seed=request.seed,
         ),
     )
-
-
-def _prompt(request: ChatRequest, template: ChatTemplate) -> list[int]:
-    if request.text is not None:
-        return template.encode_beginning(request.text)
-    return template.encode_prompt(request.messages, request.offered_tools)
 
 
 def _once(work: Callable[[], None]) -> Callable[[], None]:
@@ -257,19 +230,6 @@ def read_four_bits(adapter: Path, device: str) -> Precision | None:
     return decide(Qlora.model_validate(known), device)
 
 
-def _refuse_much_too_long(request: ChatRequest, ready: Ready) -> None:
-    """Raises PromptTooLong for a prompt that is known to be by its beginning: millions of words take as many seconds to
-    tokenise, for which nobody else is answered."""
-    limit, template = ready.context_length, ready.rendering.template
-    length = len(request.text or "") + sum(len(message.content or "") for message in request.messages)
-    if limit is None or length <= _LONG * limit:
-        return
-    text = request.text or template.render(request.messages, request.offered_tools, add_generation_prompt=True)
-    tokens = len(template.tokenizer.encode(text[: _LONG * limit], add_special_tokens=False).ids)
-    if tokens - _LONG > limit:  # the cut may have made a few more of the last word
-        raise PromptTooLong(param="messages", limit=limit, tokens=f"more than {tokens - _LONG}")
-
-
 def _grammar(request: ChatRequest, ready: Ready, spelling: CallSpelling | None) -> Grammar | None:
     """What the answer has to keep to. Raises InvalidValue where it cannot be compiled, Unsupported of unknown calls."""
     size = ready.base.model.get_input_embeddings().weight.shape[0]
@@ -282,13 +242,3 @@ def _grammar(request: ChatRequest, ready: Ready, spelling: CallSpelling | None) 
         return Grammar(ready.rendering.vocabulary(size), source, "tools")
     wanted = grammar.of_format(request.response_format)
     return None if wanted is None else Grammar(ready.rendering.vocabulary(size), wanted, "response_format")
-
-
-def _room(request: ChatRequest, prompt_tokens: int, context_length: int | None) -> int:
-    """The most tokens that the answer may have. Raises PromptTooLong when that would be none."""
-    wanted = request.max_completion_tokens or request.max_tokens
-    if context_length is None:
-        return wanted or UNKNOWN_CONTEXT
-    if prompt_tokens >= context_length:
-        raise PromptTooLong(param="messages", limit=context_length, tokens=prompt_tokens)
-    return min(wanted or context_length, context_length - prompt_tokens)

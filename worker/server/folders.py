@@ -1,0 +1,31 @@
+"""Models' folders on this host, as they were published."""
+
+import logging
+from pathlib import Path
+
+from tunery.artifacts import manifest
+from tunery.artifacts.manifest import Manifest
+from tunery.serving import Files
+from tunery.storage import Storage
+from worker.supervisor.staging import base_folder
+
+WEIGHTS = "adapter_model.safetensors"
+
+log = logging.getLogger(__name__)
+
+
+def fetch(models_dir: Path, storage: Storage, files: Files) -> Path:
+    """The model's folder, fetched where it is not here. Raises StorageFailed, ObjectMissing, ChecksumMismatch."""
+    return base_folder(models_dir, storage, files.prefix, files.manifest_sha256)
+
+
+def check(models_dir: Path, storage: Storage, files: Files) -> Path:
+    """An adapter's folder, fetched anew where its weights here are no longer those that were fetched."""
+    folder = fetch(models_dir, storage, files)
+    listed = Manifest.model_validate_json((folder / manifest.NAME).read_bytes())
+    wanted = {file.path: file.sha256 for file in listed.files}.get(WEIGHTS)
+    if wanted is not None and manifest.digest(folder / WEIGHTS) == wanted:
+        return folder
+    log.warning("%s has changed on this host and is fetched again", files.id)
+    (folder / manifest.NAME).unlink()
+    return fetch(models_dir, storage, files)
