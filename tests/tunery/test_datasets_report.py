@@ -21,6 +21,7 @@ from tunery.datasets.report import (
     endings,
     labels,
     languages,
+    leaks,
     length,
     maker,
     neighbours,
@@ -198,6 +199,20 @@ def test_pairs_of_like_questions() -> None:
     against = [row(1, "Where is the next office of this bank then?", "c")]
     pairs = {(pair.first.line, pair.second.line, pair.leaked) for pair in neighbours.find(rows, against)}
     assert pairs == {(1, 4, False), (1, 2, False), (4, 2, False), (3, 1, True)}
+
+
+def test_leaks_of_short_questions_with_a_greeting() -> None:
+    """The shingles of a short question and of the same with a few words more are too unlike."""
+    against = [row(1, "I have lost my card", "lost"), row(2, "Hello there. Set a pin of 4 digits", "pin")]
+    rows = [
+        row(1, "Good morning. I have lost my card!", "lost"),
+        row(2, "I have lost my card, many thanks", "blocked"),
+        row(3, "set a pin of 4 digits", "pin"),
+        row(4, "4 more. Set a pin of 4 digits", "pin"),
+        row(5, "I have found your card", "lost"),
+    ]
+    found = {finding.lines[0]: finding.against for finding in leaks.find(Case(rows, against))}
+    assert found == {1: [1], 3: [2]}
 
 
 def test_labels_are_values_that_come_often() -> None:

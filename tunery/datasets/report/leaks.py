@@ -1,8 +1,9 @@
 """Rows of the file that stand in the file it is compared with, as a whole or by the question alone."""
 
 from collections.abc import Iterator
+from itertools import chain
 
-from tunery.datasets.report import texts
+from tunery.datasets.report import extensions, texts
 from tunery.datasets.report.case import Case, Finding
 from tunery.datasets.report.neighbours import Pair
 
@@ -12,7 +13,8 @@ _ACTION = "Drop the row here, or its partner in the other file."
 def find(case: Case) -> Iterator[Finding]:
     """One finding for each row that leaks, by its closest partner."""
     closest: dict[int, Pair] = {}
-    for pair in case.pairs:
+    # A few words more make short questions unlike by their shingles: with one answer they leak all the same.
+    for pair in chain(case.pairs, extensions.find_leaked(case.answered, case.against)):
         if pair.leaked and pair.similarity > getattr(closest.get(pair.first.line), "similarity", 0):
             closest[pair.first.line] = pair
     for line, pair in sorted(closest.items()):

@@ -1,0 +1,52 @@
+"""Questions of which one is the other with a few words before or behind it, as a greeting or thanks are."""
+
+from collections.abc import Iterator, Sequence
+
+from tunery.datasets.report import texts
+from tunery.datasets.report.neighbours import Pair
+from tunery.datasets.report.rows import Row, by_key
+
+_ADDED = 3
+"""Words that the longer question has more."""
+_LEAST = 3
+"""Words of the shorter question: fewer stand in many a longer one that asks something else."""
+_MOST = 30
+"""Words of the longer question: the shingles of two longer ones are alike enough to be seen by these."""
+_ALIKE = 0.5
+"""Jaccard similarity of the questions' shingles, so that the words added are no more than those that they share."""
+
+
+def find_leaked(rows: Sequence[Row], against: Sequence[Row]) -> Iterator[Pair]:
+    """The pairs of a row of the file and one of the other, with one answer, of which one question extends the other."""
+    here, there = by_key(rows, _words), by_key(against, _words)
+    for first, second in _extended(here, there):
+        yield from _pair(here[first], there[second])
+    for second, first in _extended(there, here):
+        yield from _pair(here[first], there[second])
+
+
+def _words(row: Row) -> str:
+    return texts.words(row.question)
+
+
+def _extended(longer: dict[str, list[Row]], shorter: dict[str, list[Row]]) -> Iterator[tuple[str, str]]:
+    """The questions of `longer`, each with one of `shorter` that it extends."""
+    for question in longer:
+        parts = question.split()
+        for part in _parts(parts) if len(parts) <= _MOST else ():
+            if part in shorter and texts.numbers(part) == texts.numbers(question):
+                yield question, part
+
+
+def _parts(words: list[str]) -> Iterator[str]:
+    """The runs of words that are up to _ADDED shorter."""
+    for size in range(max(_LEAST, len(words) - _ADDED), len(words)):
+        yield from (" ".join(words[at : at + size]) for at in range(len(words) - size + 1))
+
+
+def _pair(rows: Sequence[Row], against: Sequence[Row]) -> Iterator[Pair]:
+    similarity = texts.similarity(_words(rows[0]), _words(against[0]))
+    answers = {texts.squash(row.answer): row for row in against} if similarity >= _ALIKE else {}
+    for row in rows:
+        if (other := answers.get(texts.squash(row.answer))) is not None:
+            yield Pair(row, other, similarity, True)
