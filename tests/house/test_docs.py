@@ -68,6 +68,18 @@ def test_links_inside_the_project_lead_somewhere(pages: dict[Path, str]) -> None
     assert broken == []
 
 
+def test_every_row_of_a_table_stands_below_a_head(pages: dict[Path, str]) -> None:
+    lost = [f"{path}: {table.splitlines()[0]}" for path, text in pages.items() for table in _headless_tables(text)]
+    assert lost == []
+
+
+def _headless_tables(text: str) -> list[str]:
+    """Rows that a renderer shows as text, such as those below a blank line in the middle of a table."""
+    without_code = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    tables = re.findall(r"(?:^\|.*\n?)+", without_code, flags=re.MULTILINE)
+    return [table for table in tables if not re.match(r".*\n\|[\s:|-]+\|$", table, flags=re.MULTILINE)]
+
+
 def test_every_decision_is_listed(root: Path) -> None:
     folder = root / "docs/decisions"
     listed = set(re.findall(r"\((\d{4}-[\w-]+\.md)\)", (folder / "README.md").read_text()))
