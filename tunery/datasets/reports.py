@@ -14,7 +14,7 @@ from tunery.datasets.model import File, FileCleaning, FileEvent, FileReport
 from tunery.rows.shapes import can_be_named
 from tunery.storage import Storage
 
-VERSION = 3
+VERSION = 4
 """Of what a report says. A report of an older version is made again when it is asked for."""
 QUEUED, RUNNING, READY, FAILED = "queued", "running", "ready", "failed"
 MAX_TRIES = 3
