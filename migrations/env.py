@@ -3,6 +3,8 @@
 A migration must work beside the code that is running already: first add, later remove.
 """
 
+import time
+
 from alembic import context
 from sqlalchemy import Connection, create_engine, pool, text
 
@@ -35,7 +37,10 @@ def _run(connection: Connection) -> None:
 
 
 def _run_alone(connection: Connection) -> None:
-    connection.execute(text(f"SELECT pg_advisory_lock({MIGRATION_LOCK})"))
+    # Why not pg_advisory_lock: an index that is made concurrently waits for every open statement, also for this one.
+    while not connection.scalar(text(f"SELECT pg_try_advisory_lock({MIGRATION_LOCK})")):
+        connection.rollback()
+        time.sleep(0.2)
     connection.execute(text(TIMEOUTS))
     connection.commit()
     try:

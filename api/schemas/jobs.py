@@ -298,7 +298,7 @@ class Job(_Answered, OpenAIJob):
     priority: int
     scorecard: Scorecard | None = Field(description="Base and tuned model on the same test rows")
     quote: Quote | None = Field(description="What the run is expected to take in time and money")
-    actual: Actual | None = Field(description="What it took, once it has succeeded or failed in its run")
+    actual: Actual | None = Field(description="What it took, once it has ended, where a worker had it")
     warnings: list[str]
 
 

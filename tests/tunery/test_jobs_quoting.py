@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import rows
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from tunery.datasets.model import FileReport
@@ -13,7 +14,7 @@ from tunery.jobs.model import Attempt, HostDevice, Job
 from tunery.jobs.states import State
 from tunery.keys.model import Project
 from tunery.models.model import Model
-from tunery.planning.quote import Quote
+from tunery.planning.quote import Actual, Quote
 from tunery.planning.workload import Counts
 from tunery.settings import Settings
 from tunery.spec import Full, Lora, Technique
@@ -217,3 +218,36 @@ def test_an_end_keeps_what_the_next_quotes_are_made_of(session: Session, owner: 
     assert (job.actual or {})["kept"] is None
     if not interrupted:
         assert kept["around"] == pytest.approx(actual.seconds - 80, abs=0.2)
+
+
+@pytest.mark.parametrize("state", [State.CANCELLED, State.FAILED])
+def test_a_run_that_nobody_concluded_has_cost_all_the_same(session: Session, owner: Project, state: State) -> None:
+    job = rows.job(session, owner, state, base_model=rows.base(session).id)
+    quoting.conclude_unfinished(session, job, SETTINGS)
+    assert job.actual is None  # no worker has had it
+    began = datetime.now(UTC) - timedelta(hours=1)
+    for number, seconds in [(1, 50), (2, 100)]:
+        attempt = Attempt(job_id=job.id, number=number, host="h", slot="s", gpu_indexes=[2, 3], outcome="lost")
+        attempt.started_at, attempt.ended_at = began, began + timedelta(seconds=seconds)
+        session.add(attempt)
+    job.progress = {"device": "NVIDIA H200"}
+    session.flush()
+    quoting.conclude_unfinished(session, job, SETTINGS)
+    actual = Actual.model_validate(job.actual)
+    assert (actual.device, actual.gpus, actual.seconds) == ("NVIDIA H200", 2, 150)
+    assert actual.cost == pytest.approx(2 * 150 * 3.6 / 3600)
+    assert (actual.of_quoted, actual.in_range) == (None, None)
+    assert quote_of(session, job).speed_from == "estimated"  # it says nothing of other runs
+    job.actual = {"kept": 1}
+    quoting.conclude_unfinished(session, job, SETTINGS)
+    assert job.actual == {"kept": 1}
+
+
+def test_earlier_runs_are_found_by_their_index(session: Session, owner: Project) -> None:
+    ended(session, owner, rows.base(session))
+    session.execute(text("SET LOCAL enable_seqscan = off"))
+    query = quoting._measured("CPU", Job.base_model == "x").compile(
+        session.get_bind(), compile_kwargs={"literal_binds": True}
+    )
+    plan = "\n".join(session.scalars(text(f"EXPLAIN {query}".replace(":", "\\:"))))
+    assert "ix_jobs_measured" in plan

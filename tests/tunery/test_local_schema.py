@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tunery.local import schema, tree
+from tunery.local.postgres import Postgres
 
 SECOND = """
 revision = "zz"
@@ -49,3 +50,16 @@ def test_a_migrations_file_is_named_after_its_date_and_revision() -> None:
         revision = re.search(r'^revision = "(\w+)"$', path.read_text(), re.MULTILINE)
         assert revision
         assert re.fullmatch(rf"\d{{4}}_\d\d_\d\d_{revision[1]}_\w+", path.stem), path.name
+
+
+@pytest.mark.slow  # three processes make every table
+def test_services_that_start_together_upgrade_one_after_the_other(tmp_path: Path) -> None:
+    """An index that is made concurrently waits for statements of others: they must not be waiting for the upgrade."""
+    server = Postgres(tmp_path / "postgres", durable=False).start()
+    try:
+        upgrade = f"from tunery.local import schema; schema.upgrade({server.url()!r})"
+        together = [subprocess.Popen([sys.executable, "-c", upgrade], cwd=tree.root()) for _ in range(3)]
+        assert [process.wait(timeout=300) for process in together] == [0, 0, 0]
+        schema.compare(server.url())
+    finally:
+        server.remove()

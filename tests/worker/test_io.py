@@ -590,10 +590,14 @@ def test_nothing_is_tidied_away_before_a_jobs_end_or_under_a_living_attempt(work
     sweeper = Sweeper(workshop.settings, workshop.storage)
     sweeper.round()
     assert sorted(workshop.storage.list("jobs/")) == kept
+    assert workshop.job(cancelled.id).actual is None
     with workshop.session() as session:
         leases.end_attempt(session, lease, "dropped")
     sweeper.round()
     assert sorted(workshop.storage.list("jobs/")) == [key for key in kept if cancelled.id not in key]
+    found = workshop.job(cancelled.id).actual
+    assert found is not None
+    assert (found["device"], found["of_quoted"]) == ("CPU", None)
 
 
 class _NoDelete(Directory):

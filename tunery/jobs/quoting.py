@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.orm import Session
 
 from tunery import db
@@ -167,12 +167,10 @@ def conclude(session: Session, job: Job, lease: Lease, finished: Finished | None
 
     `finished` None: the run failed, which costs all the same and says nothing of the quote.
     """
-    attempts = session.scalars(select(Attempt).where(Attempt.job_id == job.id)).all()
-    now = db.now(session)
-    seconds = sum(((attempt.ended_at or now) - attempt.started_at).total_seconds() for attempt in attempts)
+    attempts = _attempts(session, job)
+    seconds = _seconds(session, attempts)
     quoted = None if job.quote is None or finished is None else Quote.model_validate(job.quote)
-    device, gpus = _of_lease(job, lease)
-    actual = quote.compare(quoted, device, gpus, seconds, prices)
+    actual = quote.compare(quoted, *_devices(job, lease.gpu_indexes), seconds, prices)
     kept = None if finished is None or len(attempts) > 1 else _kept(finished, seconds)
     job.actual = actual.model_dump(mode="json") | {"kept": kept}
     session.flush()
@@ -181,11 +179,33 @@ def conclude(session: Session, job: Job, lease: Lease, finished: Finished | None
     return actual
 
 
-def _of_lease(job: Job, lease: Lease) -> tuple[str, int]:
-    """The name of the lease's devices, and how many they are."""
-    if not lease.gpu_indexes:
+def conclude_unfinished(session: Session, job: Job, prices: Prices) -> None:
+    """Notes what the attempts of an ended job took that no attempt concluded: it was cancelled, or its workers were
+    lost. All of them have to have ended."""
+    attempts = _attempts(session, job)
+    if job.actual is not None or not attempts:
+        return
+    device, gpus = _devices(job, attempts[-1].gpu_indexes)
+    actual = quote.compare(None, device, gpus, _seconds(session, attempts), prices)
+    job.actual = actual.model_dump(mode="json") | {"kept": None}
+    session.flush()
+
+
+def _attempts(session: Session, job: Job) -> Sequence[Attempt]:
+    return session.scalars(select(Attempt).where(Attempt.job_id == job.id).order_by(Attempt.number)).all()
+
+
+def _seconds(session: Session, attempts: Sequence[Attempt]) -> float:
+    """The seconds of all attempts, of a live one until now."""
+    now = db.now(session)
+    return sum(((attempt.ended_at or now) - attempt.started_at).total_seconds() for attempt in attempts)
+
+
+def _devices(job: Job, gpu_indexes: Sequence[int]) -> tuple[str, int]:
+    """The name of the devices that an attempt had, and how many they are."""
+    if not gpu_indexes:
         return "CPU", 0
-    return str(job.progress.get("device") or "GPU"), len(lease.gpu_indexes)
+    return str(job.progress.get("device") or "GPU"), len(gpu_indexes)
 
 
 def _kept(finished: Finished, seconds: float) -> dict[str, Any]:
@@ -203,15 +223,21 @@ def records(session: Session, job: Job, device: str) -> list[Record]:
 
 
 def _ended(session: Session, device: str, condition: ColumnElement[bool]) -> list[tuple[Job, dict[str, Any]]]:
-    query = (
+    return [(job, facts) for job, facts in session.execute(_measured(device, condition))]
+
+
+def _measured(device: str, condition: ColumnElement[bool]) -> Select[Job, dict[str, Any]]:
+    """The newest runs on a kind of device that quotes can be made of, by the index `ix_jobs_measured`."""
+    # Why op("->"): a subscript is written as actual['kept'], which is another expression than the index's.
+    kept = func.jsonb_typeof(Job.actual.op("->")("kept"))
+    return (
         select(Job, Model.facts)
         .join(Model, Model.id == Job.base_model)
         .where(Job.state == State.SUCCEEDED, condition)
-        .where(Job.actual["device"].astext == device, func.jsonb_typeof(Job.actual["kept"]) == "object")
+        .where(Job.actual["device"].astext == device, kept == "object")
         .order_by(Job.finished_at.desc())
         .limit(_RECORDS)
     )
-    return [(job, facts) for job, facts in session.execute(query)]
 
 
 def _record(job: Job, facts: Mapping[str, Any], device: str, *, is_own: bool) -> Record | None:

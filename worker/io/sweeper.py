@@ -11,7 +11,7 @@ from tunery.baselines.ledger import live_user_of
 from tunery.baselines.model import Baseline
 from tunery.datasets import shelf, uploads
 from tunery.datasets.model import File, FileReport
-from tunery.jobs import leases
+from tunery.jobs import leases, quoting
 from tunery.jobs.model import Attempt, Job
 from tunery.jobs.states import State
 from tunery.models.model import Model
@@ -93,6 +93,8 @@ class Sweeper:
     def _tidy(self, job_id: str) -> None:
         """Objects first, so that a crash between repeats and loses none."""
         with db.transaction() as session:
+            if (job := session.get(Job, job_id)) is not None:  # its project may have been erased meanwhile
+                quoting.conclude_unfinished(session, job, self._settings)
             prefixes = session.scalars(select(Model.prefix).where(Model.job_id == job_id)).all()
         kept = tuple(f"{prefix}/" for prefix in (f"jobs/{job_id}/logs", *prefixes))
         doomed = [key for key in self._storage.list(f"jobs/{job_id}/") if not key.startswith(kept)]
@@ -100,7 +102,7 @@ class Sweeper:
         for key in sorted(doomed, key=lambda key: not key.endswith(f"/{manifest.NAME}")):
             self._storage.delete(key)
         with db.transaction() as session:
-            # Not by way of the row: its project may have been erased meanwhile.
+            # Not by way of the row, which may be gone too.
             session.execute(update(Job).where(Job.id == job_id).values(snapshot=None, tidied=True))
 
     def _tidy_storage(self) -> None:
