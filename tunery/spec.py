@@ -491,8 +491,8 @@ class Run(Part):
     `data/valid.jsonl`, `data/test.jsonl`, `data/replay.jsonl`, `adapter/` (an adapter to go on from), `resume/` (a
     snapshot of an earlier attempt), `scores/` (what bases scored on the general benchmark and answered for replay) and
     `prepared/` (tokens of files), both shared by the host's runs. The trainer writes `out/` (the artifact),
-    `checkpoints/step-N/` (artifacts at epoch ends), `snapshots/step-N/` (recovery), new files in `scores/` and
-    `prepared/`, and nothing else.
+    `checkpoints/step-N/` (artifacts at epoch ends), `snapshots/step-N/` (recovery), `greedy.jsonl` (answers to test
+    rows), new files in `scores/` and `prepared/`, and nothing else.
     """
 
     version: Literal[1] = 1

@@ -239,6 +239,52 @@ class Gated(Message):
     checks: list[GateCheck]
 
 
+GREEDY = "greedy.jsonl"
+"""In a run directory: what the tuned model answered to test rows, a `GreedyAnswer` a line."""
+
+
+class GreedyAnswer(Message):
+    """A test row as the tuned model answered it in the scorecard."""
+
+    row: int = Field(description="Its number in the file, from 1")
+    messages: list[dict[str, Any]] = Field(description="Those before the answer")
+    tools: list[dict[str, Any]] | None = None
+    prompt_ids: list[int]
+    ids: list[int] = Field(description="The answer's tokens, with the stop token that ended it")
+    limit: int = Field(description="Tokens that the answer might have had")
+
+
+class TokenDifference(Scored):
+    """The first token in which the model server differs from the trainer's evaluation."""
+
+    row: int = Field(description="The row's number in the test file, from 1")
+    place: Literal["prompt", "answer"]
+    position: int = Field(description="The token's number in its place, from 1")
+    trained: str | None = Field(description="The evaluation's token; null where its answer has ended")
+    served: str | None = Field(description="The model server's token; null where its answer has ended")
+    gap: float | None = Field(None, description="Between the logits of both tokens, in the model server")
+
+
+class Served(Scored):
+    """Whether the model server, on the files that are published, gave the answers of the scorecard."""
+
+    status: Literal["equal", "differs", "refused", "not_compared"] = Field(
+        description="`refused`: the model server cannot load the model. `not_compared`: the check itself broke"
+    )
+    rows: int = Field(0, description="Test rows that were asked again")
+    equal: int = Field(0, description="Rows whose prompt and answer are the same, token by token")
+    ties: int = Field(0, description="Rows whose first differing tokens are equally likely, but for rounding")
+    tokens: int = Field(0, description="Tokens of these answers")
+    precision: str | None = Field(None, description="`float32`, in which all rows have to be equal, or `bfloat16`")
+    first_difference: TokenDifference | None = None
+    reason: str | None = Field(None, description="Why the model was refused or not compared")
+
+    @property
+    def withheld(self) -> bool:
+        """Whether the model is kept from use until its owner publishes it."""
+        return self.status in {"differs", "refused"}
+
+
 class Exported(Message):
     """A folder or file for other programs was written into the artifact, or was refused; `message` says why."""
 

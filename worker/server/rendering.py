@@ -1,5 +1,6 @@
 """What turns messages into prompts and tokens into text, shared by all models whose files of it are the same."""
 
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -49,7 +50,9 @@ class Rendering:
 class Renderings:
     """Those in use: a tokenizer takes as much memory as many adapters, which mostly have their base's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: datetime | None = None) -> None:
+        """`now`: what templates take for it; None: the time of each request."""
+        self._now = now
         self._known: WeakValueDictionary[str, Rendering] = WeakValueDictionary()
         self._lock = Lock()
 
@@ -59,7 +62,7 @@ class Renderings:
         with self._lock:
             found = self._known.get(key)
         if found is None:
-            found = Rendering(ChatTemplate.load(folder))
+            found = Rendering(ChatTemplate.load(folder, now=self._now))
             with self._lock:
                 found = self._known.setdefault(key, found)
         return found

@@ -83,8 +83,8 @@ class WrittenAnswer(ABC):
 
     `context`: the prompt's last tokens, with which the answer's are decoded. Calls, where they are spelled as
     `spelling` says, are no pieces: `tool_calls` has them at the end. `finish_reason` is `stop` at one of `eos_ids`,
-    a stop string or a grammar's end, `tool_calls` after calls and `length` after the last allowed token; the stop token
-    is counted and never shown.
+    a stop string or a grammar's end, `tool_calls` after calls and `length` after the last allowed token. `ids`: its
+    tokens so far, with the stop token, which is counted and never shown.
     """
 
     tokenizer: Tokenizer
@@ -94,7 +94,7 @@ class WrittenAnswer(ABC):
     context: list[int] = field(default_factory=list)
     on_close: Callable[[], None] = lambda: None
     spelling: CallSpelling | None = None
-    completion_tokens: int = 0
+    ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     chances: list[TokenChance] = field(default_factory=list)
     tool_calls: list[FunctionCall] = field(default_factory=list)
@@ -116,6 +116,10 @@ class WrittenAnswer(ABC):
     def prompt_tokens(self) -> int:
         return len(self.prompt_ids)
 
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.ids)
+
     def __iter__(self) -> Generator[str]:
         try:
             yield from self._pieces()
@@ -127,7 +131,7 @@ class WrittenAnswer(ABC):
         text = Text(self.tokenizer, self.stops, self.context, mark)
         said: list[int] = []
         for token in self.tokens():
-            self.completion_tokens += 1
+            self.ids.append(token)
             if token in self.eos_ids:
                 self.finish_reason = "stop"
                 break

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,8 +76,10 @@ class Engine:
         streams: int = 16,
         memory_bytes: int | None = None,
         pinned: frozenset[str] = frozenset(),
+        now: datetime | None = None,
     ) -> None:
-        """`memory_bytes`: for bases and adapters together. Absent: half of the device's."""
+        """`memory_bytes`: for bases and adapters together. Absent: half of the device's. `now`: what chat templates
+        take for it. Absent: the time of each request."""
         self._models_dir = models_dir
         self._storage = storage
         self._device = device
@@ -85,7 +88,7 @@ class Engine:
         self._streams = streams
         self._residents = Residents(memory_bytes or memory.of(device) // 2, pinned)
         self._cache_bytes = memory.of(device) // 8
-        self._renderings = Renderings()
+        self._renderings = Renderings(now)
         self._ready: Ready | None = None
         self._asked: str | None = None
 
@@ -107,7 +110,7 @@ class Engine:
 
         Raises CannotRender and PromptTooLong (the request's fault), StorageFailed, ObjectMissing, ChecksumMismatch.
         """
-        ready = self._ready = self._hold(request.chosen)
+        ready = self._ready = self.hold(request.chosen)
         self._asked = request.chosen.template.id
         try:
             return _begin(request, ready)
@@ -130,8 +133,8 @@ class Engine:
             if not isinstance(stream, Row) or stream.is_ready
         ]
 
-    def _hold(self, chosen: Chosen) -> Ready:
-        """The model, loaded where it is not in memory."""
+    def hold(self, chosen: Chosen) -> Ready:
+        """The model, loaded where it is not in memory. Raises as `answer` does."""
         weights = self._folder(chosen.weights)
         adapter = None if chosen.adapter is None else self._folder(chosen.adapter)
         source = Source(weights, self._four_bits(chosen, adapter), self._device, self._dtype)

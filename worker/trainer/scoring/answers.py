@@ -28,7 +28,7 @@ class Question:
     """A test row: the prompt's tokens, the wanted answer, and the messages for people to read.
 
     `is_call`: the answer makes tool calls, which are compared by name and arguments. `tokens`: those of the wanted
-    answer, without the stop token.
+    answer, without the stop token. `row`: its number in the file, from 1. `tools`: those that the row offers.
     """
 
     prompt_ids: list[int]
@@ -36,6 +36,8 @@ class Question:
     messages: list[dict[str, Any]]
     is_call: bool = False
     tokens: int = 0
+    row: int = 0
+    tools: list[dict[str, Any]] | None = None
 
 
 def questions(template: ChatTemplate, examples: list[messages.Example]) -> list[Question]:
@@ -51,7 +53,9 @@ def questions(template: ChatTemplate, examples: list[messages.Example]) -> list[
             *before, last = example.messages
             shown = [message.model_dump(exclude_none=True) for message in before]
             is_call = bool(last.tool_calls or last.function_call)
-            found.append(Question(prompt, wanted, shown, is_call, template.answer_length(answer)))
+            length = template.answer_length(answer)
+            tools = [tool.model_dump(exclude_none=True) for tool in example.tools] if example.tools else None
+            found.append(Question(prompt, wanted, shown, is_call, length, number, tools))
     return found
 
 
@@ -60,8 +64,14 @@ def token_limit(evaluation: Evaluation, asked: list[Question]) -> int:
     return answer_limit(evaluation, max((question.tokens for question in asked), default=0))
 
 
-def generate(t: Training, asked: list[Question], *, base: bool) -> list[str]:
-    """Greedy answers of the tuned model, or of the base under its adapter. Raises Stopped between batches."""
+def texts(t: Training, given: list[list[int]]) -> list[str]:
+    """What the ids of answers say."""
+    return [t.template.answer_text(ids) for ids in given]
+
+
+def generate(t: Training, asked: list[Question], *, base: bool) -> list[list[int]]:
+    """The ids of greedy answers of the tuned model, or of the base under its adapter, each with the stop token that
+    ended it. Raises Stopped between batches."""
 
     @contextmanager
     def announced(count: int) -> Iterator[None]:
@@ -76,7 +86,7 @@ def generate_counted(
     t: Training, asked: list[Question], limit: int, *, base: bool, around: Callable[[int], AbstractContextManager[None]]
 ) -> list[str]:
     """Greedy answers of at most `limit` tokens, each batch given inside `around`, which gets the number of its rows."""
-    return _answer(t, asked, base=base, stop_signal=t.stop_signal, around=around, limit=limit)
+    return texts(t, _answer(t, asked, base=base, stop_signal=t.stop_signal, around=around, limit=limit))
 
 
 def answer_at_once(t: Training, asked: list[Question]) -> list[str]:
@@ -84,7 +94,7 @@ def answer_at_once(t: Training, asked: list[Question]) -> list[str]:
 
     Why it cannot be stopped: a run that resumes would go on without this evaluation.
     """
-    return _answer(t, asked, base=False, stop_signal=StopSignal(), around=lambda _: nullcontext())
+    return texts(t, _answer(t, asked, base=False, stop_signal=StopSignal(), around=lambda _: nullcontext()))
 
 
 def _answer(
@@ -95,8 +105,8 @@ def _answer(
     stop_signal: StopSignal,
     around: Callable[[int], AbstractContextManager[None]],
     limit: int | None = None,
-) -> list[str]:
-    """The answers of all ranks. Each batch is given inside `around`, which gets the number of its rows.
+) -> list[list[int]]:
+    """The ids of all ranks' answers. Each batch is given inside `around`, which gets the number of its rows.
 
     `limit`: tokens of an answer; None: by the longest wanted one.
     """
@@ -104,7 +114,7 @@ def _answer(
     without_adapter = model.disable_adapter() if base and isinstance(model, PeftModel) else nullcontext()
     mine = list(range(len(asked)))[t.ranks.index :: t.ranks.count]
     mine.sort(key=lambda i: len(asked[i].prompt_ids))  # like lengths together: the padding of a batch costs time
-    given: list[tuple[int, str]] = []
+    given: list[tuple[int, list[int]]] = []
     limit = token_limit(t.plan.evaluation, asked) if limit is None else limit
     t.objective.eval()
     with torch.no_grad(), without_adapter, t.objective.autocast():
@@ -115,14 +125,14 @@ def _answer(
             chosen = _alike(t, asked, mine[len(given) : len(given) + size], limit)
             try:
                 with around(len(chosen)):
-                    texts = _generate_batch(t, [asked[i].prompt_ids for i in chosen], limit)
-                    given.extend(zip(chosen, texts, strict=True))
+                    found = _generate_batch(t, [asked[i].prompt_ids for i in chosen], limit)
+                    given.extend(zip(chosen, found, strict=True))
             except torch.OutOfMemoryError:
                 if size == 1 or t.shards is not None:  # the other ranks wait in this pass
                     raise
                 size //= 2
     t.objective.train()
-    return [text for _, text in sorted(itertools.chain(*t.ranks.gather(given)))]
+    return [ids for _, ids in sorted(itertools.chain(*t.ranks.gather(given)))]
 
 
 def _alike(t: Training, asked: list[Question], candidates: list[int], limit: int) -> list[int]:
@@ -135,6 +145,7 @@ def _alike(t: Training, asked: list[Question], candidates: list[int], limit: int
     return [i for i, size in zip(candidates, last, strict=True) if not lengths.changes(sizes[0], size)]
 
 
-def _generate_batch(t: Training, prompts: list[list[int]], limit: int) -> list[str]:
-    """Greedy answers to one batch of prompts."""
-    return [t.template.answer_text(ids) for ids in generation.greedy(t.objective.causal, t.template, prompts, limit)]
+def _generate_batch(t: Training, prompts: list[list[int]], limit: int) -> list[list[int]]:
+    """The ids of greedy answers to one batch of prompts, without the padding after a stop token."""
+    given = generation.greedy(t.objective.causal, t.template, prompts, limit)
+    return [ids[: t.template.answer_length(ids) + 1] for ids in given]

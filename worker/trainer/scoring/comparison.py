@@ -12,7 +12,7 @@ from tunery.wire import GeneralScore, Phase, Score
 from worker.trainer import report
 from worker.trainer.data import read_parsed
 from worker.trainer.general import measure as general
-from worker.trainer.scoring import answers, preferences, scorecard, unquantised
+from worker.trainer.scoring import answers, greedy, preferences, scorecard, unquantised
 from worker.trainer.scoring.preferences import Pairs
 from worker.trainer.training import Training
 
@@ -44,7 +44,16 @@ def _answer(t: Training, asked: Asked, *, base: bool) -> list[Any]:
     """What a model says to the questions, or how likely it makes the answers of pairs."""
     if isinstance(asked, Pairs):
         return preferences.measure(t, asked, base=base)
-    return answers.generate(t, asked, base=base)
+    return answers.texts(t, answers.generate(t, asked, base=base))
+
+
+def _answer_tuned(t: Training, asked: Asked) -> list[Any]:
+    """What the tuned model says, whose tokens are kept for the check of the model that is served."""
+    if isinstance(asked, Pairs):
+        return preferences.measure(t, asked, base=False)
+    given = answers.generate(t, asked, base=False)
+    greedy.keep(t, asked, given)
+    return answers.texts(t, given)
 
 
 def answers_before_training(t: Training, asked: Asked) -> list[Any] | None:
@@ -87,7 +96,7 @@ def _score(
     measure_general: Callable[[], GeneralScore | None],
 ) -> Scored:
     t.writer.write(Phase(phase="evaluating", seconds_left=t.timer.left()))
-    tuned = _answer(t, asked, base=False)
+    tuned = _answer_tuned(t, asked)
     base = _answer(t, asked, base=True) if base_answers is None else base_answers
     card, rows = _compare(asked, base, tuned)
     card = card.model_copy(update={"general": measure_general(), "scored_in": t.precision.base})

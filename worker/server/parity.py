@@ -1,0 +1,241 @@
+"""`python -m worker.server.parity RUN_DIR ROWS TOKENS`: whether the model server answers as the scorecard's model did.
+
+Reads `greedy.jsonl`, and the base and artifact of the run directory as the model server reads them from storage. It is
+a process of its own: nothing of the run is in its memory, and the run's GPU is free. Writes `served.json` into the
+artifact, and a section of its README. A difference, or a model that cannot be loaded, is a result and no error.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from tunery import plugins, serving
+from tunery.artifacts import manifest
+from tunery.errors import TuneryError
+from tunery.serving import Chosen, Files, TunedFiles
+from tunery.spec import Run
+from tunery.storage import Directory
+from tunery.wire import GREEDY, GreedyAnswer, Served, TokenDifference
+from worker.server.backends.embedded import Engine
+from worker.server.generation import Generation
+from worker.server.schemas import ChatRequest, parse
+from worker.supervisor.staging import EXPORTS
+from worker.trainer import model_card
+
+TIE, EXACT_TIE = 0.05, 1e-4
+"""Logits so near that rounding decides between their tokens: of sums in bf16, and in fp32."""
+LEAST_EQUAL = 0.96
+"""The share of rows that have to be equal, or ties, in bf16."""
+_SPARED_FROM = 10
+"""Rows of which one may differ in bf16 although it is more than the rest of that share."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A row's answers. `is_tie`: of a difference that rounding makes."""
+
+    tokens: int
+    difference: TokenDifference | None = None
+    is_tie: bool = False
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the prompts differ, or one answer ends where the other goes on: no rounding does that."""
+        found = self.difference
+        return found is not None and (found.place == "prompt" or found.trained is None or found.served is None)
+
+
+def check(run_dir: Path, rows: int, tokens: int, device: str) -> Served:
+    """Compares at most so many rows and so many tokens of each. Raises torch.OutOfMemoryError."""
+    run = Run.model_validate_json((run_dir / "spec.json").read_text())
+    precision = _precision(run_dir / "out", device)
+    asked = _spread(_read(run_dir / GREEDY), rows)
+    try:
+        models, chosen = _lay_out(run_dir, run)
+        engine = Engine(models, Directory(run_dir / ".nothing"), device, now=run.now)
+        tie = EXACT_TIE if precision == "float32" else TIE
+        batches = _batches(asked, engine.streams)
+        compared = [found for some in batches for found in _compare(engine, chosen, some, tokens, tie)]
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001  whatever it is, the model server would meet it too
+        return Served(status="refused", rows=len(asked), precision=precision, reason=_reason(error))
+    return judge(compared, precision)
+
+
+def judge(compared: Sequence[Compared], precision: str) -> Served:
+    """The verdict on all rows."""
+    unequal = [found for found in compared if found.difference is not None and not found.is_tie]
+    spared = 0 if precision == "float32" else max(int(len(compared) * (1 - LEAST_EQUAL)), len(compared) >= _SPARED_FROM)
+    differs = len(unequal) > spared or any(found.is_broken for found in unequal)
+    ties = sum(found.is_tie for found in compared)
+    return Served(
+        status="differs" if differs else "equal",
+        rows=len(compared),
+        equal=len(compared) - len(unequal) - ties,
+        ties=ties,
+        tokens=sum(found.tokens for found in compared),
+        precision=precision,
+        first_difference=next((found.difference for found in unequal), None),
+    )
+
+
+def _precision(artifact: Path, device: str) -> Literal["float32", "bfloat16"]:
+    """That of the sums which both sides make; the model server makes those on a GPU in bf16."""
+    compute = json.loads((artifact / "training_config.json").read_text())["precision"]["compute"]
+    return "float32" if compute == "float32" and device == "cpu" else "bfloat16"
+
+
+def _read(path: Path) -> list[GreedyAnswer]:
+    return [GreedyAnswer.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _spread(asked: list[GreedyAnswer], most: int) -> list[GreedyAnswer]:
+    return asked[:: max(1, -(-len(asked) // most))]
+
+
+def _batches(asked: list[GreedyAnswer], size: int) -> Iterator[list[GreedyAnswer]]:
+    return (asked[start : start + size] for start in range(0, len(asked), size))
+
+
+def _lay_out(run_dir: Path, run: Run) -> tuple[Path, Chosen]:
+    """The model server's folder of models, with the base and the artifact in it, and the request's model."""
+    models = run_dir / ".served"
+    shutil.rmtree(models, ignore_errors=True)
+    models.mkdir()
+    technique = run.plan.technique.type
+    base = _put(run_dir / "base", models, weighed=False)
+    tuned = _put(run_dir / "out", models, weighed=technique != "full")
+    return models, Chosen(
+        base=Files(id=run.base_model, prefix="base", manifest_sha256=base),
+        tuned=TunedFiles(id=run.job, prefix="out", manifest_sha256=tuned, technique=technique),
+    )
+
+
+def _put(source: Path, models: Path, *, weighed: bool) -> str:
+    """Links a model's files, its exports left out, into a folder of their manifest's digest, and returns that.
+
+    `weighed`: with the weights in the manifest. Reading those of a whole model once more takes longer than all answers.
+    """
+    folder = models / source.name
+    folder.mkdir()
+    late = []
+    for path in source.resolve().iterdir():
+        if path.is_dir() and f"{path.name}/" not in EXPORTS:
+            shutil.copytree(path, folder / path.name)
+        elif path.suffix == ".safetensors" and not weighed:
+            late.append(path)
+        elif path.is_file() and path.name != manifest.NAME:
+            (folder / path.name).symlink_to(path)
+    listed = manifest.describe(folder)
+    (folder / manifest.NAME).write_bytes(listed.encode())
+    for path in late:
+        (folder / path.name).symlink_to(path)
+    folder.rename(models / listed.sha256)
+    return listed.sha256
+
+
+def _compare(engine: Engine, chosen: Chosen, asked: list[GreedyAnswer], tokens: int, tie: float) -> list[Compared]:
+    """Answers rows together, as the model server does."""
+    answers = [engine.answer(_request(one, chosen, min(tokens, one.limit))) for one in asked]
+    _finish(engine, answers)
+    return [_compare_row(engine, chosen, one, answer, tie) for one, answer in zip(asked, answers, strict=True)]
+
+
+def _request(one: GreedyAnswer, chosen: Chosen, most: int) -> ChatRequest:
+    body: dict[str, Any] = {"model": "tuned", "messages": one.messages, "temperature": 0, "max_tokens": most}
+    return parse(serving.encode({**body, **({"tools": one.tools} if one.tools else {})}, chosen))
+
+
+def _finish(engine: Engine, answers: list[Generation]) -> None:
+    pieces = {id(answer): iter(answer) for answer in answers}
+    while pieces:
+        for answer in engine.advance([answer for answer in answers if id(answer) in pieces]):
+            if next(pieces[id(answer)], None) is None:
+                del pieces[id(answer)]
+
+
+def _compare_row(engine: Engine, chosen: Chosen, one: GreedyAnswer, answer: Generation, tie: float) -> Compared:
+    prompt = _first_difference(one.prompt_ids, answer.prompt_ids)
+    wanted = one.ids[: answer.max_tokens]
+    place = _first_difference(wanted, answer.ids)
+    if prompt is not None:
+        return Compared(len(answer.ids), _describe(one, answer, "prompt", prompt, one.prompt_ids, answer.prompt_ids))
+    if place is None:
+        return Compared(len(answer.ids))
+    gap = None
+    if max(len(wanted), len(answer.ids)) > place < min(len(wanted), len(answer.ids)):
+        gap = _gap(engine, chosen, [*answer.prompt_ids, *wanted[:place]], wanted[place], answer.ids[place])
+    found = _describe(one, answer, "answer", place, wanted, answer.ids, gap)
+    return Compared(len(answer.ids), found, is_tie=gap is not None and gap < tie)
+
+
+def _first_difference(wanted: Sequence[int], given: Sequence[int]) -> int | None:
+    pairs = enumerate(zip_longest(wanted, given))
+    return next((place for place, (one, other) in pairs if one != other), None)
+
+
+def _gap(engine: Engine, chosen: Chosen, before: list[int], wanted: int, given: int) -> float:
+    """Between the logits of two tokens, in the model server."""
+    ready = engine.hold(chosen)
+    stream = ready.stream(before)
+    try:
+        logits = stream.logits()
+    finally:
+        stream.close()
+        ready.release()
+    return abs(float(logits[given] - logits[wanted]))
+
+
+def _describe(
+    one: GreedyAnswer,
+    answer: Generation,
+    where: Literal["prompt", "answer"],
+    place: int,
+    wanted: Sequence[int],
+    given: Sequence[int],
+    gap: float | None = None,
+) -> TokenDifference:
+    def text(ids: Sequence[int]) -> str | None:
+        return None if place >= len(ids) else answer.tokenizer.id_to_token(ids[place]) or f"token {ids[place]}"
+
+    return TokenDifference(
+        row=one.row, place=where, position=place + 1, trained=text(wanted), served=text(given), gap=gap
+    )
+
+
+def _reason(error: Exception) -> str:
+    return error.message if isinstance(error, TuneryError) else f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def write(found: Served, artifact: Path) -> None:
+    """Writes `served.json`, and a section into the artifact's README."""
+    (artifact / "served.json").write_text(found.model_dump_json(indent=2) + "\n")
+    with (artifact / "README.md").open("a", encoding="utf-8") as readme:
+        readme.write(f"\n## Served\n\n{model_card.served(found)}\n")
+
+
+def main() -> int:
+    if len(sys.argv) != 4:
+        sys.stderr.write("usage: python -m worker.server.parity RUN_DIR ROWS TOKENS\n")
+        return 2
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    disable_progress_bar()
+    plugins.load(plugins.names(), "server")
+    run_dir = Path(sys.argv[1])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    write(check(run_dir, int(sys.argv[2]), int(sys.argv[3]), device), run_dir / "out")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
