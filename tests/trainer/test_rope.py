@@ -92,7 +92,7 @@ def test_served_answer_that_grows_past_the_limit_is_that_of_whole_rows(base: Pat
             eos_ids=frozenset(),
             sampling=Sampling(temperature=0),
         )
-        assert list(tokens._tokens()) == continuation(base, prompt, NEW_TOKENS)
+        assert list(tokens.tokens()) == continuation(base, prompt, NEW_TOKENS)
 
 
 def test_lengths_at_which_frequencies_change(base: Path) -> None:

@@ -69,7 +69,12 @@ def texts(t: Training, given: list[list[int]]) -> list[str]:
     return [t.template.answer_text(ids) for ids in given]
 
 
-def generate(t: Training, asked: list[Question], *, base: bool) -> list[list[int]]:
+def generate(t: Training, asked: list[Question], *, base: bool) -> list[str]:
+    """Greedy answers of the tuned model, or of the base under its adapter. Raises Stopped between batches."""
+    return texts(t, generate_ids(t, asked, base=base))
+
+
+def generate_ids(t: Training, asked: list[Question], *, base: bool) -> list[list[int]]:
     """The ids of greedy answers of the tuned model, or of the base under its adapter, each with the stop token that
     ended it. Raises Stopped between batches."""
 

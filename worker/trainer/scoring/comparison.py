@@ -44,14 +44,14 @@ def _answer(t: Training, asked: Asked, *, base: bool) -> list[Any]:
     """What a model says to the questions, or how likely it makes the answers of pairs."""
     if isinstance(asked, Pairs):
         return preferences.measure(t, asked, base=base)
-    return answers.texts(t, answers.generate(t, asked, base=base))
+    return answers.generate(t, asked, base=base)
 
 
 def _answer_tuned(t: Training, asked: Asked) -> list[Any]:
     """What the tuned model says, whose tokens are kept for the check of the model that is served."""
     if isinstance(asked, Pairs):
         return preferences.measure(t, asked, base=False)
-    given = answers.generate(t, asked, base=False)
+    given = answers.generate_ids(t, asked, base=False)
     greedy.keep(t, asked, given)
     return answers.texts(t, given)
 
