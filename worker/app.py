@@ -18,8 +18,8 @@ from celery import Celery, signals
 from tunery import dispatch, plugins
 from tunery.settings import get_settings
 from tunery.storage import open_storage
-from worker.desk import Desk
-from worker.stations import open_desks
+from worker.poller import Poller
+from worker.pollers import start_pollers
 from worker.supervisor import devices
 from worker.supervisor.devices import Device
 from worker.supervisor.drain import Drain
@@ -39,11 +39,11 @@ app.conf.update(
     accept_content=["json"],
     task_serializer="json",
     task_default_queue=dispatch.IO,
-    # Four seconds by default, and then the process is killed and its successor too, for ever.
+    # Four seconds by default, and then the process is killed, and its successors too.
     worker_proc_alive_timeout=120,
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
-    # Without them a publish on a dead connection waits for ever.
+    # Without them a publish on a dead connection waits forever.
     broker_transport_options={
         "socket_timeout": 30,
         "socket_connect_timeout": 5,
@@ -57,13 +57,13 @@ DRAIN = Drain()
 
 
 class _Here:
-    """What this process serves: queues and devices are known before the fork, the desks opened after it."""
+    """What this process serves: queues and devices are known before the fork, the pollers started after it."""
 
     def __init__(self) -> None:
         self.node = "worker"
         self.queues: list[str] = []
         self.devices: list[Device] = []
-        self.desks: dict[str, list[Desk]] = {}
+        self.pollers: dict[str, list[Poller]] = {}
 
 
 _HERE = _Here()
@@ -78,10 +78,10 @@ def work_on_io() -> None:
 
 
 def _work(queue: str) -> None:
-    """At the queue's first desk in this thread, which tells Celery that this process is busy; the others are woken."""
-    first, *others = _HERE.desks[queue]
-    for desk in others:
-        desk.wake()
+    """Runs the queue's first poller in this thread, so that Celery counts the process as busy, and wakes the others."""
+    first, *others = _HERE.pollers[queue]
+    for poller in others:
+        poller.wake()
     first.work()
 
 
@@ -112,11 +112,11 @@ def _note_queues(sender: str, instance: Any, **_: object) -> None:
     _HERE.queues = [name for name in instance.app.amqp.queues.consume_from if name in dispatch.TASKS]
 
 
-def _open_desks(**_: object) -> None:
+def _start_pollers(**_: object) -> None:
     slot = f"{_HERE.node}/{getattr(current_process(), 'index', 0)}"
     settings = get_settings()
     with _or_end(_end_all):
-        _HERE.desks = {queue: open_desks(queue, slot, settings, DRAIN, _HERE.devices) for queue in _HERE.queues}
+        _HERE.pollers = {queue: start_pollers(queue, slot, settings, DRAIN, _HERE.devices) for queue in _HERE.queues}
 
 
 def _end_all(_: str) -> None:
@@ -129,11 +129,11 @@ def _drain(**_: object) -> None:
     DRAIN.begin()
 
 
-def _wait_for_desks(**_: object) -> None:
-    """Celery waits for its tasks; a desk's own thread may be at work too, and its run must be saved."""
-    for desks in _HERE.desks.values():
-        for desk in desks:
-            desk.wait()
+def _wait_for_pollers(**_: object) -> None:
+    """Celery waits for its tasks; a poller's own thread may be working too, and its run must be saved."""
+    for pollers in _HERE.pollers.values():
+        for poller in pollers:
+            poller.wait()
 
 
 app.task(name=dispatch.TASKS[dispatch.TRAIN])(work_on_training)
@@ -141,6 +141,6 @@ app.task(name=dispatch.TASKS[dispatch.IO])(work_on_io)
 
 signals.celeryd_init.connect(_look_around)
 signals.celeryd_after_setup.connect(_note_queues)
-signals.worker_process_init.connect(_open_desks)
+signals.worker_process_init.connect(_start_pollers)
 signals.worker_shutting_down.connect(_drain)
-signals.worker_process_shutdown.connect(_wait_for_desks)
+signals.worker_process_shutdown.connect(_wait_for_pollers)

@@ -1,4 +1,4 @@
-"""One attempt's deeds without its trainer: what is written of what was said, and what an attempt leaves behind."""
+"""One attempt without its trainer: what is written of its messages, and what an attempt leaves behind."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -17,10 +17,10 @@ from tunery.models.model import Model
 from tunery.planning.quote import Actual, Quote
 from worker.io import validation
 from worker.supervisor import attempt, staging
-from worker.supervisor.deeds import Scribe
 from worker.supervisor.drain import Drain
-from worker.supervisor.lease import Hold
+from worker.supervisor.lease import LeaseKeeper
 from worker.supervisor.process import Trainers
+from worker.supervisor.run_recorder import RunRecorder
 from worker.supervisor.upload import UploadPace
 
 NUL_ANSWER = b"""{"type": "score", "rows": 1, "base_exact": 0, "tuned_exact": 1, "gain": 1, "gain_low": 1,
@@ -45,13 +45,13 @@ STEP = wire.Step(
 )
 
 
-def _scribe(hold: Hold, workshop: Workshop, keep: int = 3) -> Scribe:
-    return Scribe(hold, workshop.settings, workshop.storage, workshop.folder / "run", keep=keep)
+def _recorder(keeper: LeaseKeeper, workshop: Workshop, keep: int = 3) -> RunRecorder:
+    return RunRecorder(keeper, workshop.settings, workshop.storage, workshop.folder / "run", keep=keep)
 
 
 def test_a_nul_in_a_models_answer_is_written_as_a_replacement_character(workshop: Workshop, lease: Lease) -> None:
-    with Hold(lease, workshop.settings, Drain()) as hold, _scribe(hold, workshop) as scribe:
-        scribe.hear(wire.parse(NUL_ANSWER))
+    with LeaseKeeper(lease, workshop.settings, Drain()) as keeper, _recorder(keeper, workshop) as recorder:
+        recorder.record(wire.parse(NUL_ANSWER))
     card = workshop.job(lease.job_id).scorecard
     assert card is not None
     assert card["samples"] == [{"prompt": "\\u0000", "wanted": "", "base": "a\ufffdb\\\ufffd", "tuned": ""}]
@@ -59,26 +59,26 @@ def test_a_nul_in_a_models_answer_is_written_as_a_replacement_character(workshop
 
 
 def test_story_says_what_was_exported_and_what_was_refused(workshop: Workshop, lease: Lease) -> None:
-    with Hold(lease, workshop.settings, Drain()) as hold, _scribe(hold, workshop) as scribe:
-        scribe.hear(wire.Exported(path="merged", message="It predicts alike"))
-        scribe.hear(wire.Exported(path="gguf", message="It does not", is_refused=True))
+    with LeaseKeeper(lease, workshop.settings, Drain()) as keeper, _recorder(keeper, workshop) as recorder:
+        recorder.record(wire.Exported(path="merged", message="It predicts alike"))
+        recorder.record(wire.Exported(path="gguf", message="It does not", is_refused=True))
     assert workshop.story(lease.job_id)[-2:] == [
         "Export merged written: It predicts alike",
         "Export gguf not written: It does not",
     ]
 
 
-def _save_epochs(workshop: Workshop, scribe: Scribe, losses: list[float], scores: list[float]) -> None:
+def _save_epochs(workshop: Workshop, recorder: RunRecorder, losses: list[float], scores: list[float]) -> None:
     """Says what a trainer says of epochs of one step each, and waits until their checkpoints are stored."""
     for step, (loss, score) in enumerate(zip(losses, scores, strict=True), start=1):
         folder = workshop.folder / "run" / "checkpoints" / f"step-{step}"
         folder.mkdir(parents=True)
         (folder / "adapter_model.safetensors").write_bytes(b"weights")
-        scribe.hear(STEP.model_copy(update={"step": step}))
-        scribe.hear(wire.Evaluated(step=step, loss=loss, accuracy=0.5, task_metric="exact", task_score=score))
-        scribe._flush()  # as each second does: the step's row is written before its checkpoint is saved
-        scribe.hear(wire.CheckpointSaved(kind="public", step=step, path=f"checkpoints/step-{step}"))
-    scribe.close()
+        recorder.record(STEP.model_copy(update={"step": step}))
+        recorder.record(wire.Evaluated(step=step, loss=loss, accuracy=0.5, task_metric="exact", task_score=score))
+        recorder._flush()  # as each second does: the step's row is written before its checkpoint is saved
+        recorder.record(wire.CheckpointSaved(kind="public", step=step, path=f"checkpoints/step-{step}"))
+    recorder.close()
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_the_best_checkpoint_and_the_newest_stay(
         job = session.get_one(Job, lease.job_id)
         job.plan = {**(job.plan or {}), "early_stopping": stopping}
 
-    with Hold(lease, workshop.settings, Drain()) as hold, _scribe(hold, workshop, keep=2) as scribe:
-        _save_epochs(workshop, scribe, losses=[0.5, 0.8, 0.7, 0.9, 0.6], scores=[0.1, 0.4, 0.4, 0.2, 0.3])
+    with LeaseKeeper(lease, workshop.settings, Drain()) as keeper, _recorder(keeper, workshop, keep=2) as recorder:
+        _save_epochs(workshop, recorder, losses=[0.5, 0.8, 0.7, 0.9, 0.6], scores=[0.1, 0.4, 0.4, 0.2, 0.3])
 
     with workshop.session() as session:
         found = session.scalars(
@@ -107,15 +107,15 @@ def test_the_best_checkpoint_and_the_newest_stay(
 
 def _save_snapshots(workshop: Workshop, lease: Lease, steps: list[int]) -> None:
     """Stores what a trainer saved for itself; the newest has a file more than the others."""
-    with Hold(lease, workshop.settings, Drain()) as hold, _scribe(hold, workshop) as scribe:
+    with LeaseKeeper(lease, workshop.settings, Drain()) as keeper, _recorder(keeper, workshop) as recorder:
         for step in steps:
             folder = workshop.folder / "run" / "snapshots" / f"step-{step}"
             folder.mkdir(parents=True)
             names = ["weights.safetensors", *(["best.safetensors"] if step == steps[-1] else [])]
             for name in names:
                 (folder / name).write_bytes(f"{name} of step {step}".encode())
-            scribe.hear(wire.CheckpointSaved(kind="snapshot", step=step, path=f"snapshots/step-{step}"))
-        scribe.close()
+            recorder.record(wire.CheckpointSaved(kind="snapshot", step=step, path=f"snapshots/step-{step}"))
+        recorder.close()
     with workshop.session() as session:
         leases.requeue(session, lease, reason="lost", outcome="crashed")
 
@@ -175,19 +175,19 @@ def test_the_owner_reads_that_a_snapshot_was_damaged(workshop: Workshop, lease: 
 
 def test_a_step_that_is_measured_again_has_the_newest_attempts_values(workshop: Workshop, lease: Lease) -> None:
     """A later attempt went back to a snapshot; an older one, which has lost the job, writes nothing more."""
-    with Hold(lease, workshop.settings, Drain()) as hold, _scribe(hold, workshop) as scribe:
+    with LeaseKeeper(lease, workshop.settings, Drain()) as keeper, _recorder(keeper, workshop) as recorder:
         for step in (1, 2, 3):
-            scribe.hear(STEP.model_copy(update={"step": step}))
-        scribe.close()
+            recorder.record(STEP.model_copy(update={"step": step}))
+        recorder.close()
     with workshop.session() as session:
         leases.requeue(session, lease, reason="lost", outcome="crashed")
     with workshop.session() as session:
         later = rows.claim(session)
     assert later is not None
 
-    with Hold(later, workshop.settings, Drain()) as hold, _scribe(hold, workshop) as scribe:
-        scribe.hear(STEP.model_copy(update={"step": 2, "train_loss": 1.5}))
-        scribe.close()
+    with LeaseKeeper(later, workshop.settings, Drain()) as keeper, _recorder(keeper, workshop) as recorder:
+        recorder.record(STEP.model_copy(update={"step": 2, "train_loss": 1.5}))
+        recorder.close()
     with workshop.session() as session, pytest.raises(LeaseLost):
         leases.record_metrics(session, lease, {2: {"train_loss": 9.0}})
 
@@ -209,16 +209,16 @@ def test_the_estimated_finish_counts_what_follows_the_last_step(workshop: Worksh
         trainable_params=50_000_000, all_params=50_000_000, total_steps=1, first_step=1, examples=1, train_tokens=1,
         device="cpu",
     )  # fmt: skip
-    with Hold(lease, workshop.settings, Drain()) as hold, _scribe(hold, workshop) as scribe:
-        scribe.hear(wire.Phase(phase="loading"))
+    with LeaseKeeper(lease, workshop.settings, Drain()) as keeper, _recorder(keeper, workshop) as recorder:
+        recorder.record(wire.Phase(phase="loading"))
         quoted = Quote.model_validate(workshop.job(lease.job_id).quote).seconds.expected
         assert quoted - 30 < _finish(workshop, lease) <= quoted  # the quote's, until the trainer says more
-        scribe.hear(started)
-        scribe.hear(wire.Phase(phase="evaluating", seconds_left=1000))
+        recorder.record(started)
+        recorder.record(wire.Phase(phase="evaluating", seconds_left=1000))
         assert 990 < _finish(workshop, lease) - 4 <= 1000  # 200 MB of fp32
-        scribe.hear(wire.Phase(phase="saving", seconds_left=100))
+        recorder.record(wire.Phase(phase="saving", seconds_left=100))
         assert 90 < _finish(workshop, lease) - 4 <= 100
-        scribe.announce_upload()
+        recorder.announce_upload()
         assert 0 < _finish(workshop, lease) <= 4
 
 
@@ -226,8 +226,8 @@ def test_a_run_that_fails_has_what_it_took(workshop: Workshop, lease: Lease) -> 
     failed = wire.Failed(kind="user_error", code="invalid_spec", message="no such layer")
     with workshop.database.sessions.begin() as session:
         session.execute(update(Attempt).values(started_at=Attempt.started_at - timedelta(seconds=7)))
-    with Hold(lease, workshop.settings, Drain()) as hold:
-        hold.write(attempt._fail(hold, failed, workshop.settings))
+    with LeaseKeeper(lease, workshop.settings, Drain()) as keeper:
+        keeper.write(attempt._fail(keeper, failed, workshop.settings))
     job = workshop.job(lease.job_id)
     assert (job.state, job.error_code) == ("failed", "job_failed")
     actual = Actual.model_validate(job.actual)
@@ -244,7 +244,7 @@ def test_uploads_take_as_long_as_those_before() -> None:
     assert pace.seconds(100_000_000) == pytest.approx(30)
 
 
-def test_a_fault_of_the_worker_is_told_without_its_text(workshop: Workshop, lease: Lease) -> None:
+def test_a_fault_of_the_worker_is_reported_without_its_text(workshop: Workshop, lease: Lease) -> None:
     workshop.settings.runs_dir.write_text("a file where a folder should be")
     attempt.run(lease, settings=workshop.settings, storage=workshop.storage, drain=Drain(), trainers=Trainers("test"))
     job = workshop.job(lease.job_id)

@@ -53,7 +53,7 @@ def test_a_paused_job_resumes_where_it_stood_and_its_cancellation_kills_the_trai
 
 
 @pytest.mark.parametrize("broker", ["with a broker", pytest.param("without one", marks=pytest.mark.slow)])
-def test_a_worker_that_is_told_to_stop_saves_and_requeues(
+def test_a_worker_that_is_asked_to_stop_saves_and_requeues(
     broker: str, workshop: Workshop, request: pytest.FixtureRequest
 ) -> None:
     if broker == "with a broker":  # and then the job begins by a wake-up, as nobody polls so soon
@@ -104,7 +104,7 @@ def test_a_worker_that_slept_beyond_its_lease_finds_its_job_taken_and_writes_not
 ) -> None:
     workshop, job_id = running
     slot, (trainer,) = workshop.slot_of(workshop.workers[1]), workshop.trainers()
-    workshop.until(lambda: _suspended_between_deeds(workshop, slot), "a moment without an open transaction")
+    workshop.until(lambda: _suspended_between_transactions(workshop, slot), "a moment without an open transaction")
     workshop.until(lambda: workshop.attempts(job_id)[0].outcome == "lost", "its lease ran out")
     workshop.start("train", name="other")
     workshop.until(lambda: len(workshop.attempts(job_id)) == 2, "another worker took the job")
@@ -117,7 +117,7 @@ def test_a_worker_that_slept_beyond_its_lease_finds_its_job_taken_and_writes_not
 
 
 @pytest.mark.slow
-def test_a_trainer_that_dies_again_and_again_fails_its_job_with_its_last_words(workshop: Workshop) -> None:
+def test_a_trainer_that_dies_again_and_again_fails_its_job_with_the_tail_of_its_log(workshop: Workshop) -> None:
     workshop.start("io")
     workshop.start("train")
     job_id = workshop.submit(workshop.file(training_rows(40)), **LONG)
@@ -131,8 +131,8 @@ def test_a_trainer_that_dies_again_and_again_fails_its_job_with_its_last_words(w
     assert [attempt.outcome for attempt in workshop.attempts(job_id)] == ["crashed"] * 3
 
 
-def _suspended_between_deeds(workshop: Workshop, slot: psutil.Process) -> bool:
-    """In the middle of a deed it would keep the job's row locked until PostgreSQL ends its connection."""
+def _suspended_between_transactions(workshop: Workshop, slot: psutil.Process) -> bool:
+    """In the middle of a transaction it would keep the job's row locked until PostgreSQL ends its connection."""
     slot.suspend()
     query = "SELECT count(*) FROM pg_locks WHERE locktype = 'transactionid' AND pid <> pg_backend_pid()"
     with workshop.session() as session:

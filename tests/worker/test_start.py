@@ -66,10 +66,10 @@ def test_the_devices_are_looked_for_once_before_the_slots_start(workshop: Worksh
 _BROKEN = """
 import worker.app
 
-def open_desks(*_):
+def start_pollers(*_):
     raise RuntimeError("for the test")
 
-worker.app.open_desks = open_desks
+worker.app.start_pollers = start_pollers
 worker.app.app.worker_main(["worker", "-Q", "io", "-P", "prefork", "-c", "1", "--without-gossip", "--without-mingle"])
 """
 

@@ -28,16 +28,16 @@ from tunery.jobs.states import State
 from tunery.settings import Settings
 from tunery.storage import CHUNK, Directory, Stored
 from tunery.storage.errors import StorageFailed
-from worker.desk import Desk
 from worker.io import programs
-from worker.stations import open_desks
+from worker.poller import Poller
+from worker.pollers import start_pollers
 from worker.supervisor import devices, staging, upload
 from worker.supervisor import process as process_
-from worker.supervisor.deeds import step_message
 from worker.supervisor.devices import Device, DriverFails
 from worker.supervisor.drain import Drain
-from worker.supervisor.lease import Hold, Interrupted
+from worker.supervisor.lease import Interrupted, LeaseKeeper
 from worker.supervisor.process import environment
+from worker.supervisor.run_recorder import step_message
 from worker.supervisor.slot import Slot
 from worker.supervisor.staging import StoredFolder
 
@@ -75,20 +75,20 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     return start
 
 
-def test_last_words_can_be_stored_whatever_they_are(stand_in: Callable[[str], process_.Trainer]) -> None:
+def test_a_log_tail_can_be_stored_whatever_they_are(stand_in: Callable[[str], process_.Trainer]) -> None:
     trainer = stand_in("import os; os.write(2, b'died of \\0 and \\xff')")
     assert trainer.wait() == 0
-    assert trainer.last_words() == "died of \ufffd and \ufffd"
+    assert trainer.log_tail() == "died of \ufffd and \ufffd"
 
 
 BAR = "import sys, tqdm\nfor _ in tqdm.tqdm(range(3), mininterval=0): pass\n"
 """As libraries draw it, whose bars no setting of their own turns off."""
 
 
-def test_no_progress_bar_is_among_the_last_words(stand_in: Callable[[str], process_.Trainer]) -> None:
+def test_no_progress_bar_is_in_the_log_tail(stand_in: Callable[[str], process_.Trainer]) -> None:
     trainer = stand_in(f"{BAR}sys.stderr.write('0 %\\r50 %\\rhalf of it\\r\\nthe end')")
     assert trainer.wait() == 0
-    assert trainer.last_words() == "half of it\nthe end"
+    assert trainer.log_tail() == "half of it\nthe end"
 
 
 def test_a_conversion_that_breaks_says_why_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_a_run_goes_to_the_process_that_waits_for_it(
     made = trainers(WAITS)
     waiting = _waiting(made)
     trainer = made.start(tmp_path, (1,))
-    assert (trainer.wait(), trainer.pid, trainer.last_words()) == (0, waiting.process.pid, "on GPU 1")
+    assert (trainer.wait(), trainer.pid, trainer.log_tail()) == (0, waiting.process.pid, "on GPU 1")
     assert made._next is None
     made.make_ready()
     assert _waiting(made) is not waiting
@@ -162,10 +162,10 @@ def test_a_process_that_waits_for_other_gpus_is_ended(
     waiting = _waiting(made)
     trainer = made.start(tmp_path, (0, 2))
     assert waiting.process.returncode == -signal.SIGKILL
-    assert (trainer.wait(), trainer.last_words().splitlines()[-1]) == (1, "AssertionError")  # it was given a folder
+    assert (trainer.wait(), trainer.log_tail().splitlines()[-1]) == (1, "AssertionError")  # it was given a folder
     made.make_ready()
     trainer = made.start(tmp_path, (0, 2))  # what the last job got
-    assert (trainer.wait(), trainer.last_words()) == (0, "on GPU 0,2")
+    assert (trainer.wait(), trainer.log_tail()) == (0, "on GPU 0,2")
 
 
 def test_a_process_that_ended_while_it_waited_is_replaced(
@@ -175,7 +175,7 @@ def test_a_process_that_ended_while_it_waited_is_replaced(
     waiting = _waiting(made)
     waiting.process.wait()
     trainer = made.start(tmp_path, (1,))
-    assert (trainer.wait(), trainer.last_words()) == (1, str(tmp_path))
+    assert (trainer.wait(), trainer.log_tail()) == (1, str(tmp_path))
 
 
 def test_what_breaks_the_imports_is_the_log_of_the_run(
@@ -183,7 +183,7 @@ def test_what_breaks_the_imports_is_the_log_of_the_run(
 ) -> None:
     made = trainers("import sys, time; time.sleep(1); sys.exit('no module named torch')")
     trainer = made.start(tmp_path, (1,))
-    assert (trainer.wait(), trainer.last_words()) == (1, "no module named torch")
+    assert (trainer.wait(), trainer.log_tail()) == (1, "no module named torch")
 
 
 # --- devices ------------------------------------------------------------------------------------------------------
@@ -225,9 +225,9 @@ def test_without_a_driver_the_host_offers_its_cpu() -> None:
     (cpu,) = devices.found(None)
     assert (cpu.index, cpu.name) == (None, "CPU")
     assert cpu.memory_bytes > 2**28
-    assert devices.free_of_strangers([cpu]) == [cpu]
+    assert devices.idle_devices([cpu]) == [cpu]
     with pytest.raises(DriverFails, match="is gone"):
-        devices.free_of_strangers([Device(0, "H200", 2**37, uuid="GPU-aaaa")])
+        devices.idle_devices([Device(0, "H200", 2**37, uuid="GPU-aaaa")])
 
 
 def test_gpus_are_offered_but_for_the_servers_and_those_in_use(
@@ -237,7 +237,7 @@ def test_gpus_are_offered_but_for_the_servers_and_those_in_use(
     found = devices.found(None)
     assert [(gpu.index, gpu.bf16) for gpu in found] == [(0, True), (1, True), (2, False)]
     assert (found[0].name, found[0].memory_bytes) == ("NVIDIA H200", 143771 * 2**20)
-    assert [gpu.index for gpu in devices.free_of_strangers(found)] == [0, 2]
+    assert [gpu.index for gpu in devices.idle_devices(found)] == [0, 2]
     assert [gpu.index for gpu in devices.found(0)] == [1, 2]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-aaaa")
     assert [gpu.index for gpu in devices.found(None)] == [0, 2]
@@ -256,10 +256,10 @@ def test_a_driver_that_fails_is_not_taken_for_a_host_without_gpus(
     driver: Callable[..., None], monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     driver(*THREE, fails=code)
-    with pytest.raises(DriverFails, match="Mend the driver"):
+    with pytest.raises(DriverFails, match="Repair the driver"):
         devices.found(None)
     with pytest.raises(DriverFails):
-        devices.free_of_strangers([Device(0, "H200", 2**37, uuid="GPU-aaaa")])
+        devices.idle_devices([Device(0, "H200", 2**37, uuid="GPU-aaaa")])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert [device.index for device in devices.found(None)] == [None]
 
@@ -272,7 +272,7 @@ def test_a_gpu_that_cannot_be_used_as_a_whole_is_left_out(
     driver(divided, unknown, fake_nvml.gpu("GPU-cccc"))
     assert [gpu.index for gpu in devices.found(None)] == [2]
     assert "GPU 0 (NVIDIA H100) is not used: it is divided by MIG" in caplog.text
-    assert "GPU 1 (NVIDIA GB10) is not used: its driver does not tell its memory" in caplog.text
+    assert "GPU 1 (NVIDIA GB10) is not used: its driver does not report its memory" in caplog.text
     driver(divided, unknown)
     assert devices.found(None) == []
 
@@ -319,7 +319,7 @@ def test_a_starting_slot_cleans_up_and_spares_a_run_that_begins_meanwhile(
 # --- the lease ----------------------------------------------------------------------------------------------------
 
 
-class _Told:
+class _Process:
     """Notes what a lease would do to a run's process."""
 
     def __init__(self) -> None:
@@ -346,48 +346,48 @@ def lease(database: Database) -> leases.Lease:
     return claimed
 
 
-def test_a_cancelled_job_kills_its_process_and_refuses_every_deed(
+def test_a_cancelled_job_kills_its_process_and_refuses_every_write(
     database: Database, lease: leases.Lease, quick: Settings
 ) -> None:
-    told = _Told()
-    with Hold(lease, quick, Drain()) as hold:
-        hold.watch(told)
+    process = _Process()
+    with LeaseKeeper(lease, quick, Drain()) as keeper:
+        keeper.watch(process)
         with database.sessions.begin() as session:
             job = leases.held(session, lease)
             ledger.cancel(session, job.project_id, job.id)
-        assert told.killed.wait(20)
-        assert not told.asked.is_set()
+        assert process.killed.wait(20)
+        assert not process.asked.is_set()
         with pytest.raises(LeaseLost):
-            hold.write(lambda session: leases.record_progress(session, lease, step=1))
+            keeper.write(lambda session: leases.record_progress(session, lease, step=1))
         with pytest.raises(LeaseLost):
-            hold.check()
+            keeper.check()
 
 
 def test_a_pause_asks_first_and_kills_after_the_grace(database: Database, lease: leases.Lease, quick: Settings) -> None:
-    told = _Told()
-    with Hold(lease, quick, Drain()) as hold:
-        hold.watch(told)
+    process = _Process()
+    with LeaseKeeper(lease, quick, Drain()) as keeper:
+        keeper.watch(process)
         with database.sessions.begin() as session:
             job = leases.held(session, lease)
             ledger.pause(session, job.project_id, job.id)
-        assert told.asked.wait(20)
-        assert told.killed.wait(20)
-        assert not hold.lost
+        assert process.asked.wait(20)
+        assert process.killed.wait(20)
+        assert not keeper.lost
 
 
 END_OURS = "SELECT pg_terminate_backend(pg_backend_pid())"
 """The server ends our connection, as it does when it restarts."""
 SLEEP_IN_IT = "SET LOCAL idle_in_transaction_session_timeout = 1"
-"""The server ends our connection since we were suspended in the middle of a deed."""
+"""The server ends our connection since we were suspended in the middle of a transaction."""
 
 
 @pytest.mark.parametrize("fault", [END_OURS, SLEEP_IN_IT])
-def test_while_the_database_is_away_the_run_goes_on_and_its_deed_is_done_when_it_is_back(
+def test_while_the_database_is_away_the_run_goes_on_and_its_write_is_done_when_it_is_back(
     database: Database, lease: leases.Lease, quick: Settings, fault: str
 ) -> None:
-    told, tries = _Told(), 0
+    process, tries = _Process(), 0
 
-    def deed(session: Session) -> str:
+    def change(session: Session) -> str:
         nonlocal tries
         tries += 1
         if tries == 1:
@@ -397,11 +397,11 @@ def test_while_the_database_is_away_the_run_goes_on_and_its_deed_is_done_when_it
         leases.record_progress(session, lease, step=7)
         return "done"
 
-    with Hold(lease, quick, Drain()) as hold:
-        hold.watch(told)
-        assert hold.write(deed) == "done"
+    with LeaseKeeper(lease, quick, Drain()) as keeper:
+        keeper.watch(process)
+        assert keeper.write(change) == "done"
         assert tries == 2
-        assert not told.killed.is_set()
+        assert not process.killed.is_set()
     with database.sessions.begin() as session:
         assert leases.held(session, lease).step == 7
 
@@ -426,11 +426,11 @@ def test_a_stop_while_the_database_is_silent_is_recorded_when_it_is_back(
         raise OperationalError("SELECT", None, ConnectionError("refused"))
 
     monkeypatch.setattr(db, "transaction", silent)
-    with Hold(lease, quick, drain) as hold:
+    with LeaseKeeper(lease, quick, drain) as keeper:
         for _ in range(2):
             with pytest.raises(OperationalError):
-                hold.write(lambda session: leases.record_progress(session, lease, step=7))
-        assert hold.stop_note.exists()
+                keeper.write(lambda session: leases.record_progress(session, lease, step=7))
+        assert keeper.stop_note.exists()
     monkeypatch.setattr(db, "transaction", reachable)
 
     other = quick.runs_dir / "ftjob-ended" / "3.stopped"
@@ -446,7 +446,7 @@ def test_a_stop_while_the_database_is_silent_is_recorded_when_it_is_back(
 
 
 @pytest.mark.parametrize("reached", [True, False])
-def test_a_deed_is_done_once_though_the_answer_to_its_commit_was_lost(
+def test_a_change_is_committed_once_though_the_answer_to_its_commit_was_lost(
     database: Database, lease: leases.Lease, quick: Settings, reached: bool
 ) -> None:
     """Whether the COMMIT had reached the server or not: PostgreSQL knows."""
@@ -459,12 +459,12 @@ def test_a_deed_is_done_once_though_the_answer_to_its_commit_was_lost(
             raise OperationalError("COMMIT", None, ConnectionError("server closed the connection"))
 
     event.listen(database.engine, "commit", cut_off)
-    with Hold(lease, quick, Drain()) as hold:
-        answer = hold.write(lambda session: ledger.note(session, lease.job_id, "once") or "noted")
+    with LeaseKeeper(lease, quick, Drain()) as keeper:
+        answer = keeper.write(lambda session: ledger.note(session, lease.job_id, "once") or "noted")
     assert answer == "noted"
     with database.sessions() as session:
-        told = session.scalars(select(JobEvent.message).where(JobEvent.job_id == lease.job_id)).all()
-    assert told.count("once") == 1
+        messages = session.scalars(select(JobEvent.message).where(JobEvent.job_id == lease.job_id)).all()
+    assert messages.count("once") == 1
 
 
 # --- storage ------------------------------------------------------------------------------------------------------
@@ -503,17 +503,17 @@ def test_publishing_again_after_a_lost_confirmation_is_publishing_once(storage: 
 def test_storage_that_fails_is_asked_again_until_somebody_gives_up() -> None:
     tries = 0
 
-    def deed() -> Stored:
+    def operation() -> Stored:
         nonlocal tries
         tries += 1
         if tries < 2:
             raise StorageFailed(deed="write", reason="full")
         return Stored("k", 1, "0")
 
-    assert upload.insist(deed, give_up=lambda: False).key == "k"
+    assert upload.insist(operation, give_up=lambda: False).key == "k"
     tries = 0
     with pytest.raises(StorageFailed):
-        upload.insist(deed, give_up=lambda: True)
+        upload.insist(operation, give_up=lambda: True)
     assert tries == 1
 
 
@@ -599,7 +599,7 @@ def test_a_snapshots_name_is_read_back() -> None:
     assert StoredFolder.parse(str(folder)) == folder
 
 
-# --- words and desks ----------------------------------------------------------------------------------------------
+# --- messages and pollers--------------------------------------------------------------------------------------------
 
 
 def test_a_steps_message_is_spelt_as_openai_spells_it() -> None:
@@ -609,7 +609,7 @@ def test_a_steps_message_is_spelt_as_openai_spells_it() -> None:
     assert step_message(1, 3, {}) == "Step 1/3"
 
 
-def test_a_wake_up_that_finds_the_desk_busy_returns_at_once_and_is_not_lost() -> None:
+def test_a_wake_up_that_finds_the_poller_busy_returns_at_once_and_is_not_lost() -> None:
     began, go_on, looks = threading.Event(), threading.Event(), []
 
     def look() -> bool:
@@ -619,11 +619,11 @@ def test_a_wake_up_that_finds_the_desk_busy_returns_at_once_and_is_not_lost() ->
             assert go_on.wait(20)
         return False
 
-    desk = Desk("test", look, poll_seconds=60, drain=Drain())
-    worker = threading.Thread(target=desk.work, name="busy")
+    poller = Poller("test", look, poll_seconds=60, drain=Drain())
+    worker = threading.Thread(target=poller.work, name="busy")
     worker.start()
     assert began.wait(20)
-    desk.work()
+    poller.work()
     assert looks == ["busy"]
     go_on.set()
     worker.join(20)
@@ -634,8 +634,8 @@ def test_the_sweeper_is_not_woken_by_the_wake_ups_that_it_sends(workshop: Worksh
     """It would go round and round for as long as there is any work that it sends them for."""
     drain = Drain()
     drain.begin()
-    desks = open_desks(dispatch.IO, "test", workshop.settings, drain, [])
-    assert {desk.name for desk in desks if not desk.on_call} == {"sweeper"}
+    pollers = start_pollers(dispatch.IO, "test", workshop.settings, drain, [])
+    assert {poller.name for poller in pollers if not poller.on_call} == {"sweeper"}
 
     looked, drain = {True: 0, False: 0}, Drain()
 
@@ -644,20 +644,21 @@ def test_the_sweeper_is_not_woken_by_the_wake_ups_that_it_sends(workshop: Worksh
         return False
 
     called, clocked = (
-        Desk("test", partial(look, on_call), poll_seconds=60, drain=drain, on_call=on_call) for on_call in (True, False)
+        Poller("test", partial(look, on_call), poll_seconds=60, drain=drain, on_call=on_call)
+        for on_call in (True, False)
     )
-    for desk in (clocked, called):
-        desk.open()
+    for poller in (clocked, called):
+        poller.open()
     assert processes.wait_until(lambda: looked == {True: 1, False: 1}, seconds=20, alive=lambda: True)
-    for desk in (clocked, called):
-        desk.wake()
+    for poller in (clocked, called):
+        poller.wake()
     assert processes.wait_until(lambda: looked[True] == 2, seconds=20, alive=lambda: True)
     assert looked[False] == 1
     drain.begin()
     called.wake()
 
 
-def test_a_fault_of_one_look_does_not_end_the_desk_and_a_drain_does(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fault_of_one_look_does_not_end_the_poller_and_a_drain_does(caplog: pytest.LogCaptureFixture) -> None:
     drain, looks = Drain(), 0
 
     def look() -> bool:
@@ -667,11 +668,11 @@ def test_a_fault_of_one_look_does_not_end_the_desk_and_a_drain_does(caplog: pyte
             raise RuntimeError("for the test")
         return looks < 3
 
-    desk = Desk("test", look, poll_seconds=60, drain=drain)
-    desk.work()
+    poller = Poller("test", look, poll_seconds=60, drain=drain)
+    poller.work()
     assert "for the test" in caplog.text
-    desk.work()
+    poller.work()
     assert looks == 3
     drain.begin()
-    desk.work()
+    poller.work()
     assert looks == 3

@@ -53,7 +53,7 @@ def _convert(model_id: str, settings: Settings, storage: Storage, drain: Drain) 
         arguments = ["worker.trainer.convert", *_arguments(source, folder, template)]
         reason = programs.run(arguments, folder, drain, what="conversion", variables=variables)
         if drain.begun:
-            return  # the next worker begins anew
+            return  # the next worker begins again
         if reason is None:
             _publish(model_id, prefix, folder / "out", settings, storage)
         else:

@@ -46,7 +46,7 @@ def _export(model_id: str, settings: Settings, storage: Storage, drain: Drain) -
         _lay_out(model_id, folder, settings, storage)
         reason = programs.run(["worker.trainer.export", str(folder)], folder, drain, what="export")
         if drain.begun:
-            return  # the next worker begins anew
+            return  # the next worker begins again
         if reason is None:
             _publish(model_id, folder, storage)
         else:

@@ -39,7 +39,7 @@ def _import(model_id: str, settings: Settings, storage: Storage, drain: Drain) -
         prefix = _lay_out(model_id, folder, settings, storage)
         reason = programs.run(["worker.trainer.adapter_import", str(folder)], folder, drain, what="import")
         if drain.begun:
-            return  # the next worker begins anew
+            return  # the next worker begins again
         if reason is None:
             _publish(model_id, prefix, folder, storage)
         else:

@@ -49,7 +49,7 @@ def _score(model_id: str, settings: Settings, storage: Storage, drain: Drain) ->
         _lay_out(model_id, run_dir, settings, storage)
         reason = programs.run(["worker.trainer.scoring", str(run_dir)], folder, drain, what="scoring")
         if drain.begun:
-            return  # the next worker begins anew
+            return  # the next worker begins again
         if reason is None:
             _publish(model_id, run_dir / "out", storage)
         else:

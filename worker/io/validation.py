@@ -118,7 +118,7 @@ def _announce(job_id: str) -> bool:
 
 
 def _verdict(job_id: str, settings: Settings, storage: Storage) -> Verdict | TuneryError:
-    """Raises only what another time may mend."""
+    """Raises only what may pass when it is tried again."""
     try:
         with db.transaction() as session:
             case = _open(session, session.get_one(Job, job_id))

@@ -1,8 +1,8 @@
 """One attempt at a job, from its claim to the end of its lease.
 
-    lay out the run directory -> spawn the trainer -> write down what it says -> publish what it made
+    lay out the run directory -> spawn the trainer -> record its messages -> publish its model
 
-Ends, by what was seen last:
+Outcomes, by the final message and the exit status:
 
     exit 0 after Finished                the job succeeded
     Failed user_error, nan_loss, gpu_oom the job failed; trying again would end the same way
@@ -37,10 +37,10 @@ from tunery.settings import Settings
 from tunery.storage import Storage, Stored
 from tunery.storage.errors import StorageFailed
 from worker.supervisor import staging, upload
-from worker.supervisor.deeds import Scribe, add_model
 from worker.supervisor.drain import Drain
-from worker.supervisor.lease import Hold, Interrupted
+from worker.supervisor.lease import Interrupted, LeaseKeeper
 from worker.supervisor.process import Trainer, Trainers
+from worker.supervisor.run_recorder import RunRecorder, add_model
 from worker.supervisor.trackers import Trackers
 
 log = logging.getLogger(__name__)
@@ -51,25 +51,25 @@ _SILENCE = 0.5
 """Seconds without a message after which batches are written all the same."""
 
 _WHOLE_RUN = 6 * 3600
-_NO_PROGRESS = {"type", "path", "spent", "step_times"}
 """Seconds for which a finished run waits for storage: doing it again would take longer."""
+_NO_PROGRESS = {"type", "path", "spent", "step_times"}
 
-LastDeed = Callable[[Session], None]
-"""What ends the attempt, in one transaction."""
+FinalWrite = Callable[[Session], None]
+"""The transaction that ends the attempt."""
 
 
 def run(lease: Lease, *, settings: Settings, storage: Storage, drain: Drain, trainers: Trainers) -> None:
-    """Carries the attempt out and ends its lease, whatever becomes of the run; see the module's head.
+    """Runs the attempt and ends its lease, however the run ends; see the module's docstring.
 
-    Raises only when the database stays away while the worker shuts down; the slot's next life then ends the lease.
+    Raises only when the database stays away while the worker shuts down; the restarted slot then ends the lease.
     """
     run_dir = settings.runs_dir / lease.job_id / str(lease.number)
     log.info("attempt %d of %s begins in %s", lease.number, lease.job_id, run_dir)
-    with Hold(lease, settings, drain) as hold:
+    with LeaseKeeper(lease, settings, drain) as keeper:
         try:
-            hold.write(_carry_out(hold, settings, storage, run_dir, trainers))
+            keeper.write(_carry_out(keeper, settings, storage, run_dir, trainers))
             with suppress(OSError):
-                hold.stop_note.unlink()
+                keeper.stop_note.unlink()
             log.info("attempt %d of %s has ended", lease.number, lease.job_id)
         except LeaseLost:
             log.info("attempt %d of %s is dropped: the job moved on", lease.number, lease.job_id)
@@ -78,51 +78,53 @@ def run(lease: Lease, *, settings: Settings, storage: Storage, drain: Drain, tra
             clean(run_dir)
 
 
-def _carry_out(hold: Hold, settings: Settings, storage: Storage, run_dir: Path, trainers: Trainers) -> LastDeed:
+def _carry_out(
+    keeper: LeaseKeeper, settings: Settings, storage: Storage, run_dir: Path, trainers: Trainers
+) -> FinalWrite:
     try:
-        needs = hold.write(lambda session: staging.needs_of(session, leases.held(session, hold.lease)))
+        needs = keeper.write(lambda session: staging.needs_of(session, leases.held(session, keeper.lease)))
         note = upload.insist(
-            lambda: staging.lay_out(needs, run_dir, settings.models_dir, storage, hold.check),
-            give_up=lambda: hold.lost or hold.stopping,
+            lambda: staging.lay_out(needs, run_dir, settings.models_dir, storage, keeper.check),
+            give_up=lambda: keeper.lost or keeper.stopping,
         )
-        hold.check()
+        keeper.check()
         if note:
-            hold.write(lambda session: ledger.note(session, hold.lease.job_id, note, level="warn"))
-        trainer = trainers.start(run_dir, hold.lease.gpu_indexes)
-        scribe = Scribe(hold, settings, storage, run_dir, keep=needs.run.public_checkpoints)
-        trackers = Trackers(hold, settings, run_dir, trainers.mark, needs.tracked)
-        status = _listen(hold, trainer, scribe, storage, trackers)
-        return _conclude(hold, trainer, scribe, status, settings, storage)
+            keeper.write(lambda session: ledger.note(session, keeper.lease.job_id, note, level="warn"))
+        trainer = trainers.start(run_dir, keeper.lease.gpu_indexes)
+        recorder = RunRecorder(keeper, settings, storage, run_dir, keep=needs.run.public_checkpoints)
+        trackers = Trackers(keeper, settings, run_dir, trainers.mark, needs.tracked)
+        status = _listen(keeper, trainer, recorder, storage, trackers)
+        return _conclude(keeper, trainer, recorder, status, settings, storage)
     except LeaseLost:
         raise
     except Interrupted:
-        return _let_go(hold, snapshot=None)
+        return _let_go(keeper, snapshot=None)
     except StorageFailed as error:
-        log.exception("attempt %d of %s broke off", hold.lease.number, hold.lease.job_id)
+        log.exception("attempt %d of %s broke off", keeper.lease.number, keeper.lease.job_id)
         # A worker that stops has not the time to wait for storage, and the run is not to blame.
-        return _let_go(hold, snapshot=None) if hold.stopping else _hand_back(hold, str(error), fault=None)
+        return _let_go(keeper, snapshot=None) if keeper.stopping else _hand_back(keeper, str(error), fault=None)
     except UNREACHABLE:  # only where the worker shuts down
-        return _let_go(hold, snapshot=None)
+        return _let_go(keeper, snapshot=None)
     except Exception as error:  # our own part failed, not the run: storage, a full disk, a damaged object
-        log.exception("attempt %d of %s broke off", hold.lease.number, hold.lease.job_id)
-        return _hand_back(hold, _told(error))
+        log.exception("attempt %d of %s broke off", keeper.lease.number, keeper.lease.job_id)
+        return _hand_back(keeper, _public_reason(error))
 
 
-def _listen(hold: Hold, trainer: Trainer, scribe: Scribe, storage: Storage, trackers: Trackers) -> int:
-    """To the end of the trainer and its log; its exit status."""
-    log_prefix = f"jobs/{hold.lease.job_id}/logs/{hold.lease.number:06d}"
+def _listen(keeper: LeaseKeeper, trainer: Trainer, recorder: RunRecorder, storage: Storage, trackers: Trackers) -> int:
+    """Records the trainer's messages until it has ended and its log is stored; returns its exit status."""
+    log_prefix = f"jobs/{keeper.lease.job_id}/logs/{keeper.lease.number:06d}"
     process = {"pid": trainer.pid, "mark": trackers.mark}
-    hold.watch(trainer)
+    keeper.watch(trainer)
     try:
-        with upload.LogShipper(storage, trainer.log_path, log_prefix), scribe, trackers:
-            hold.write(lambda session: leases.record_process(session, hold.lease, process))
+        with upload.LogShipper(storage, trainer.log_path, log_prefix), recorder, trackers:
+            keeper.write(lambda session: leases.record_process(session, keeper.lease, process))
             trackers.start()
             for message in trainer.messages(every=_SILENCE):
-                scribe.hear(message)
-                trackers.hear(message)
+                recorder.record(message)
+                trackers.record(message)
             status = trainer.wait()
-            hold.write(lambda session: leases.held(session, hold.lease))
-            scribe.close()
+            keeper.write(lambda session: leases.held(session, keeper.lease))
+            recorder.close()
             return status
     finally:
         trainer.kill()
@@ -130,44 +132,46 @@ def _listen(hold: Hold, trainer: Trainer, scribe: Scribe, storage: Storage, trac
 
 
 def _conclude(
-    hold: Hold, trainer: Trainer, scribe: Scribe, status: int, settings: Settings, storage: Storage
-) -> LastDeed:
-    last = scribe.last_word
+    keeper: LeaseKeeper, trainer: Trainer, recorder: RunRecorder, status: int, settings: Settings, storage: Storage
+) -> FinalWrite:
+    last = recorder.final_message
     if status == 0 and isinstance(last, wire.Finished):
-        return _publish(hold, scribe, last, settings, storage)
+        return _publish(keeper, recorder, last, settings, storage)
     if isinstance(last, wire.Failed) and last.kind != "crashed":
-        return _fail(hold, last, settings)
-    if status == wire.EXIT_PAUSED or hold.stopping:
-        return _let_go(hold, snapshot=_stored(scribe, last.path if isinstance(last, wire.Paused) else None))
-    return _hand_back(hold, last.message if isinstance(last, wire.Failed) else _last_words(trainer, status))
+        return _fail(keeper, last, settings)
+    if status == wire.EXIT_PAUSED or keeper.stopping:
+        return _let_go(keeper, snapshot=_stored(recorder, last.path if isinstance(last, wire.Paused) else None))
+    return _hand_back(keeper, last.message if isinstance(last, wire.Failed) else _exit_reason(trainer, status))
 
 
-def _stored(scribe: Scribe, path: str | None) -> str | None:
-    """The snapshot's name once it is stored; None where that cannot be: an earlier one will have to do."""
+def _stored(recorder: RunRecorder, path: str | None) -> str | None:
+    """Stores a snapshot and returns its name; None where that fails, so that an earlier one is resumed from."""
     try:
-        return str(scribe.store_snapshot(path)) if path else None
+        return str(recorder.store_snapshot(path)) if path else None
     except StorageFailed:
         log.exception("the state saved last is lost")
         return None
 
 
-# --- the ends -----------------------------------------------------------------------------------------------------
+# --- outcomes ---------------------------------------------------------------------------------------------------
 
 
-def _publish(hold: Hold, scribe: Scribe, finished: wire.Finished, settings: Settings, storage: Storage) -> LastDeed:
-    """Objects first, their manifest last; everything that tells of them in the one transaction that is returned."""
-    scribe.announce_upload()
-    out, prefix = scribe.run_dir / finished.path, f"{scribe.prefix}/model"
-    listed = scribe.publish(finished.path, prefix, seconds=_WHOLE_RUN)
+def _publish(
+    keeper: LeaseKeeper, recorder: RunRecorder, finished: wire.Finished, settings: Settings, storage: Storage
+) -> FinalWrite:
+    """Stores the objects, their manifest last, and returns the transaction that writes all rows about them."""
+    recorder.announce_upload()
+    out, prefix = recorder.run_dir / finished.path, f"{recorder.prefix}/model"
+    listed = recorder.publish(finished.path, prefix, seconds=_WHOLE_RUN)
     table = upload.insist(
-        lambda: storage.put_file(shelf.new_key(), out / "results.csv"), give_up=hold.must_leave, seconds=_WHOLE_RUN
+        lambda: storage.put_file(shelf.new_key(), out / "results.csv"), give_up=keeper.must_leave, seconds=_WHOLE_RUN
     )
-    return lambda session: _succeed(session, hold.lease, settings, finished, _Published(prefix, listed, table))
+    return lambda session: _succeed(session, keeper.lease, settings, finished, _Published(prefix, listed, table))
 
 
 @dataclass(frozen=True)
 class _Published:
-    """What lies in storage and is not yet told of."""
+    """A model and its result file that are stored and have no rows yet."""
 
     prefix: str
     listed: Manifest
@@ -193,56 +197,58 @@ def _succeed(
     )
 
 
-def _fail(hold: Hold, failed: wire.Failed, settings: Settings) -> LastDeed:
+def _fail(keeper: LeaseKeeper, failed: wire.Failed, settings: Settings) -> FinalWrite:
     error = JobFailure.quoted(failed.code, failed.message, failed.param)
 
-    def deed(session: Session) -> None:
-        quoting.conclude(session, leases.held(session, hold.lease), hold.lease, None, settings)
-        leases.fail(session, hold.lease, error, outcome=failed.kind)
+    def write(session: Session) -> None:
+        quoting.conclude(session, leases.held(session, keeper.lease), keeper.lease, None, settings)
+        leases.fail(session, keeper.lease, error, outcome=failed.kind)
 
-    return deed
+    return write
 
 
-def _let_go(hold: Hold, *, snapshot: str | None) -> LastDeed:
-    """The owner's pause, or this worker's end. Which of them, the row says: a pause may have been taken back."""
-    reason = "The worker is being stopped" if hold.draining else "The run was stopped"
+def _let_go(keeper: LeaseKeeper, *, snapshot: str | None) -> FinalWrite:
+    """Pauses or requeues the job, as its row says: the owner may have taken a pause back."""
+    reason = "The worker is being stopped" if keeper.draining else "The run was stopped"
 
-    def deed(session: Session) -> None:
-        if leases.held(session, hold.lease).wish == "pause":
-            leases.park(session, hold.lease, snapshot=snapshot)
+    def write(session: Session) -> None:
+        if leases.held(session, keeper.lease).wish == "pause":
+            leases.park(session, keeper.lease, snapshot=snapshot)
         else:
-            leases.requeue(session, hold.lease, reason=reason, outcome="preempted", snapshot=snapshot)
+            leases.requeue(session, keeper.lease, reason=reason, outcome="preempted", snapshot=snapshot)
 
-    return deed
+    return write
 
 
-def _hand_back(hold: Hold, reason: str, fault: leases.Fault | None = "crashed") -> LastDeed:
-    """Back to the queue. `fault` None: storage was away, which is not the run's to answer for."""
-    error = TrainingCrashed(reason=reason, job=hold.lease.job_id)
+def _hand_back(keeper: LeaseKeeper, reason: str, fault: leases.Fault | None = "crashed") -> FinalWrite:
+    """Requeues the job after a crash. `fault` None: storage was away, which does not count against the run."""
+    error = TrainingCrashed(reason=reason, job=keeper.lease.job_id)
     return lambda session: leases.requeue(
-        session, hold.lease, reason=f"Training broke off: {reason}", outcome="crashed", fault=fault, error=error
+        session, keeper.lease, reason=f"Training broke off: {reason}", outcome="crashed", fault=fault, error=error
     )
 
 
-def _told(error: Exception) -> str:
-    """What the job's owner may read. The text of an error that is not ours is for the log: it may hold SQL or paths."""
+def _public_reason(error: Exception) -> str:
+    """Returns the reason that the job's owner may read. Other errors' texts go to the log alone: SQL, paths."""
     if isinstance(error, TuneryError):
         return str(error)
     return f"the worker met {type(error).__name__}, which its operator finds in the worker's log."
 
 
-def _last_words(trainer: Trainer, status: int) -> str:
+def _exit_reason(trainer: Trainer, status: int) -> str:
     cause = f"the trainer exited with status {status}"
     if status < 0:
         cause = f"the trainer was killed by signal {-status}"
     if status == -signal.SIGKILL:
         cause += " (the host may have run out of memory)"
-    return f"{cause}; its log ends with: {trainer.last_words() or '(nothing)'}"
+    return f"{cause}; its log ends with: {trainer.log_tail() or '(nothing)'}"
 
 
 def _drop(lease: Lease) -> None:
-    """The process is gone, so its devices are free. What it stored and no row tells of, the sweeper removes once the
-    job has ended; again, if it had ended and been tidied before we knew."""
+    """Ends an attempt whose lease was lost: its process is gone, so its devices are free.
+
+    The sweeper removes what it stored without a row once the job has ended; again, if it has cleaned up already.
+    """
     try:
         with db.transaction() as session:
             leases.end_attempt(session, lease, "dropped")

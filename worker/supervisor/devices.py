@@ -1,4 +1,4 @@
-"""What this host can train on, asked without torch: the NVIDIA driver where there is one, else the CPU."""
+"""The devices of this host that can train, found without torch: the NVIDIA driver where there is one, else the CPU."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _NO_GPU = ("", "-1", "none", "void", "NoDevFiles")
 """Ways to say in CUDA_VISIBLE_DEVICES that the GPUs are not meant."""
-_ADVICE = "Mend the driver, or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU."
+_ADVICE = "Repair the driver, or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU."
 _BF16_SINCE = (8, 0)
 """Compute capability of the first GPUs (Ampere) that compute in bf16."""
 
@@ -58,10 +58,10 @@ def found(serve_gpu: int | None) -> list[Device]:
     return offered
 
 
-def free_of_strangers(devices: list[Device]) -> list[Device]:
-    """The devices on which no process computes, ours or another's. Raises DriverFails.
+def idle_devices(devices: list[Device]) -> list[Device]:
+    """Returns the devices on which no process computes. Raises DriverFails.
 
-    Ours count too, and rightly: a GPU whose run has just been killed is offered again when it is really empty.
+    Our own processes count too: a GPU whose run was just killed is offered again once it is empty.
     """
     if all(device.index is None for device in devices):
         return devices
@@ -72,7 +72,7 @@ def free_of_strangers(devices: list[Device]) -> list[Device]:
 
 
 def as_row(device: Device) -> HostDevice:
-    """The row that shows the device."""
+    """Returns the database row of the device."""
     where = "cpu" if device.index is None else f"gpu{device.index}"
     return HostDevice(
         id=f"{host()}/{where}",
@@ -124,7 +124,7 @@ def _understood(index: int) -> Device | None:
     memory = _if_known(pynvml.nvmlDeviceGetMemoryInfo, handle)
     is_divided = mig is not None and mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE
     if is_divided or memory is None:
-        why = "it is divided by MIG" if is_divided else "its driver does not tell its memory"
+        why = "it is divided by MIG" if is_divided else "its driver does not report its memory"
         log.error("GPU %s (%s) is not used: %s", index, name, why)
         return None
     bf16 = pynvml.nvmlDeviceGetCudaComputeCapability(handle) >= _BF16_SINCE

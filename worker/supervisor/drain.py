@@ -1,4 +1,4 @@
-"""The worker's wish to stop, seen by all of its processes."""
+"""The flag by which a worker's processes stop taking work."""
 
 import mmap
 
@@ -14,7 +14,7 @@ class Drain:
         self._flag = mmap.mmap(-1, 1)
 
     def begin(self) -> None:
-        """Take no new work; runs save and let go. There is no way back."""
+        """Stops the claiming of work, irreversibly; runs save a snapshot and end."""
         self._flag[0] = 1
 
     @property

@@ -1,4 +1,4 @@
-"""An attempt's lease while its run goes on: renewed by a thread of its own, which also brings the owner's wish."""
+"""Keeps an attempt's lease while its run goes on: a thread renews it and learns whether a pause was requested."""
 
 import logging
 import threading
@@ -26,7 +26,7 @@ _Result = TypeVar("_Result")
 
 
 class Stoppable(Protocol):
-    """A run's process, as far as a lease cares."""
+    """A process that a lost lease or a pause stops."""
 
     def ask_to_stop(self) -> None: ...
 
@@ -41,24 +41,24 @@ class Undecided(Exception):
     """PostgreSQL has not noticed yet that the connection of a transaction is lost."""
 
 
-class _Try(Generic[_Result]):
-    """One deed, tried until its transaction is known to be committed.
+class _CommitOnce(Generic[_Result]):
+    """Runs one function of a session, and again until its transaction is known to be committed.
 
-    A deed cannot be asked to be repeatable: it adds events, and takes checkpoints away. So PostgreSQL is asked what
-    became of the transaction whose end we did not hear.
+    The function is not idempotent: it adds events and removes checkpoints. So after a lost connection PostgreSQL is
+    asked whether the transaction was committed.
     """
 
-    def __init__(self, deed: Callable[[Session], _Result]) -> None:
-        self._deed = deed
+    def __init__(self, change: Callable[[Session], _Result]) -> None:
+        self._change = change
         self._unsure: tuple[str, _Result] | None = None
 
     @property
     def is_unsure(self) -> bool:
-        """Whether it may have been done already."""
+        """Whether it may have been committed already."""
         return self._unsure is not None
 
     def go(self, check: Callable[[], None]) -> _Result:
-        """`check` is called before the deed is tried again, and may raise. Raises UNREACHABLE, Undecided."""
+        """Calls `check`, which may raise, before it tries again. Raises UNREACHABLE, Undecided."""
         with db.transaction() as session:
             if self._unsure is not None:
                 number, result = self._unsure
@@ -69,7 +69,7 @@ class _Try(Generic[_Result]):
                     return result
                 self._unsure = None
                 check()
-            result = self._deed(session)
+            result = self._change(session)
             session.flush()
             written = db.transaction_id(session)
             self._unsure = None if written is None else (written, result)
@@ -77,12 +77,12 @@ class _Try(Generic[_Result]):
 
 
 def stop_note(settings: Settings, lease: Lease) -> Path:
-    """The file that says of an attempt: its worker was told to stop while the database was silent."""
+    """Returns the file that notes that an attempt's worker had to stop while the database was silent."""
     return settings.runs_dir / lease.job_id / f"{lease.number}{STOP_NOTE}"
 
 
-class Hold:
-    """The lease in use: `with Hold(...) as hold` renews it until the end of the block.
+class LeaseKeeper:
+    """Renews a lease until the end of a `with LeaseKeeper(...) as keeper` block, and stops the run when it must.
 
     The run stops in two ways. Lease known to be lost: its process is killed at once and nothing is saved. Pause or
     shutdown: it is asked to save, and killed after the grace. A database that does not answer stops nothing: the run
@@ -117,7 +117,7 @@ class Hold:
 
     @property
     def stopping(self) -> bool:
-        """Whether the run has been told to save and let go."""
+        """Whether the run is to save a snapshot and end."""
         return self.pausing or self.draining
 
     def must_leave(self) -> bool:
@@ -125,22 +125,22 @@ class Hold:
         return self.lost or self.draining
 
     def check(self) -> None:
-        """Between two steps of the preparation. Raises LeaseLost, Interrupted."""
+        """Raises LeaseLost or Interrupted where the preparation of a run is to stop."""
         self._check_lost()
         if self.stopping:
             raise Interrupted
 
     def watch(self, process: Stoppable) -> None:
-        """From now on this process is the one to stop."""
+        """Sets the process to stop from now on."""
         self._process = process
 
-    def write(self, deed: Callable[[Session], _Result]) -> _Result:
-        """One deed in one transaction, again and again while the database does not answer. Raises LeaseLost.
+    def write(self, change: Callable[[Session], _Result]) -> _Result:
+        """Runs `change` in a transaction, and again while the database does not answer. Raises LeaseLost.
 
-        It is done once, also where the answer to its COMMIT was lost. A worker that shuts down does not wait for the
-        database for ever: after the grace its error comes through, and the lease runs out by itself.
+        It is committed exactly once, also where the answer to its COMMIT was lost. A worker that shuts down waits for
+        the database up to the grace; then its error is raised, and the lease expires.
         """
-        delay, tried = 0.5, _Try(deed)
+        delay, tried = 0.5, _CommitOnce(change)
         while True:
             if not tried.is_unsure:
                 self._check_lost()
@@ -159,7 +159,7 @@ class Hold:
     def _has_waited_enough(self) -> bool:
         """Whether a worker that shuts down has waited for the database as long as it may.
 
-        Silence counts over several deeds. That it was told to stop is noted at the first: it may be killed any moment.
+        Silence counts over several writes. The stop note is written at the first: a kill may come at any moment.
         """
         self._silent_since = self._silent_since or time.monotonic()
         if not self._drain.begun:
@@ -184,10 +184,10 @@ class Hold:
     def _renew(self) -> None:
         try:
             with db.transaction() as session:
-                wish = leases.renew(
+                request = leases.renew(
                     session, self.lease, lease_seconds=self._settings.lease_seconds, last_step=self.step
                 )
-            self.pausing = self.pausing or wish == "pause"
+            self.pausing = self.pausing or request == "pause"
         except LeaseLost:
             self.lost = True
         except Exception as error:  # noqa: BLE001  a thread that died here would cost the lease

@@ -1,4 +1,4 @@
-"""A trainer's process: started in a group of its own, listened to line by line, and ended with all its children."""
+"""The trainer's process: started in its own group, read line by line, and ended with all its children."""
 
 import logging
 import os
@@ -138,7 +138,7 @@ class Trainer:
         self._gone = threading.Event()
         # A thread of its own empties the pipe: a trainer must never wait for a slow upload of ours.
         threading.Thread(target=self._listen, name="tunery-listen", daemon=True).start()
-        threading.Thread(target=self._bury, name="tunery-bury", daemon=True).start()
+        threading.Thread(target=self._reap, name="tunery-reap", daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -149,7 +149,7 @@ class Trainer:
         return self._log
 
     def messages(self, *, every: float) -> Iterator[wire.Spoken | None]:
-        """What it says, as it says it, to the end of its output; None at least `every` seconds of silence."""
+        """Yields its messages as they arrive, to the end of its output; None after `every` seconds without one."""
         while True:
             try:
                 said = self._said.get(timeout=every)
@@ -177,8 +177,8 @@ class Trainer:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    def last_words(self, lines: int = 12) -> str:
-        """The end of its log."""
+    def log_tail(self, lines: int = 12) -> str:
+        """Returns the last lines of its log."""
         return tail(self._log, lines)
 
     def _listen(self) -> None:
@@ -187,7 +187,7 @@ class Trainer:
             with self._process.stdout as output:
                 for line in output:
                     self._hear(line)
-        finally:  # without its end the supervisor would listen for ever
+        finally:  # without its end the supervisor would listen forever
             self._said.put(None)
 
     def _hear(self, line: bytes) -> None:
@@ -198,7 +198,7 @@ class Trainer:
             with suppress(OSError), self._log.open("ab") as file:
                 file.write(line)
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         # A child that outlived the leader would hold the pipe open, and the listener would wait for it.
         self._process.wait()
         self.kill()

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 class Slot:
     """Claims jobs for its host's free devices and carries them out.
 
-    `name` must stay the same over restarts of the worker (`train@host/0`): by it a returning slot knows what its former
-    life left behind, and ends that before it takes anything new.
+    `name` must stay the same over restarts of the worker (`train@host/0`): a restarted slot finds its old
+    attempts by it, and ends them before it claims a job.
     """
 
     def __init__(self, name: str, settings: Settings, drain: Drain, found: list[Device]) -> None:
@@ -42,13 +42,13 @@ class Slot:
         self._trainers = Trainers(self._mark, _first_gpu(name, found), log_path)
 
     def show(self) -> None:
-        """Writes down what this host offers, for planning and for people."""
+        """Writes this host's devices to the database."""
         with db.transaction() as session:
             for device in self._devices:
                 leases.show_device(session, devices.as_row(device))
 
     def look(self) -> bool:
-        """One job, if there is one for us; whether to look again at once."""
+        """Claims and runs one job, if there is one; returns whether to look again at once."""
         if self._drain.begun or not self._devices or not self._take_over():
             return False
         self._trainers.make_ready()
@@ -60,7 +60,7 @@ class Slot:
 
     def _claim(self) -> Lease | None:
         try:
-            idle = frozenset(device.index for device in devices.free_of_strangers(self._devices))
+            idle = frozenset(device.index for device in devices.idle_devices(self._devices))
         except DriverFails as error:
             log.error("no job is taken: %s", error)  # noqa: TRY400 (the reason is the whole story)
             return None
@@ -76,7 +76,7 @@ class Slot:
         return str(self._lock_path)
 
     def _take_over(self) -> bool:
-        """Once in a slot's life: make sure that it is the only one of its name, and end what the last one left."""
+        """Makes sure, once, that this slot is the only one of its name, and ends what its predecessor left."""
         if self._lock is not None:
             return True
         lock = self._hold_lock()
@@ -99,7 +99,7 @@ class Slot:
         return True
 
     def _hold_lock(self) -> int | None:
-        """A descriptor that nobody closes: the kernel does, with the process, and whoever comes next gets the lock."""
+        """Returns a descriptor that stays open: the kernel closes it with the process, which frees the lock."""
         self._lock_path.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
         if processes.lock(lock):

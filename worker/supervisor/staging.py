@@ -116,7 +116,7 @@ def _locked(path: Path, check: Check = lambda: None) -> Iterator[None]:
     # The kernel drops the lock of a process that dies, so a fetch that was cut off is taken up by the next one.
     with path.open("a") as file:
         while not processes.lock(file):
-            check()  # whoever waits for another's fetch may be called off too
+            check()  # one that waits for another's fetch may have to stop too
             time.sleep(_LOCK_SECONDS)
         yield
 

@@ -28,7 +28,7 @@ from tunery.jobs.model import JobEvent
 from tunery.processes import dies_with_parent
 from tunery.settings import Settings
 from worker.supervisor import measured
-from worker.supervisor.lease import Hold
+from worker.supervisor.lease import LeaseKeeper
 from worker.supervisor.process import ROOT, environment
 from worker.supervisor.staging import Tracked
 
@@ -99,9 +99,9 @@ class Tracker:
 class Trackers:
     """All trackers of one attempt, from its first message to its last."""
 
-    def __init__(self, hold: Hold, settings: Settings, run_dir: Path, mark: str, tracked: Tracked) -> None:
+    def __init__(self, keeper: LeaseKeeper, settings: Settings, run_dir: Path, mark: str, tracked: Tracked) -> None:
         self.mark = mark
-        self._hold, self._settings, self._run_dir, self._tracked = hold, settings, run_dir, tracked
+        self._keeper, self._settings, self._run_dir, self._tracked = keeper, settings, run_dir, tracked
         self._running: list[Tracker] = []
         self._outcome = "interrupted"
 
@@ -116,7 +116,7 @@ class Trackers:
                 name = NAMES[integration["type"]]
                 self._warn(f"This server sends nothing to {name}: its operator has not set it up")
                 continue
-            order = {**integration, "job": self._hold.lease.job_id, "config": self._tracked.config}
+            order = {**integration, "job": self._keeper.lease.job_id, "config": self._tracked.config}
             self._running.append(Tracker(order, names, self._run_dir / f"tracker-{number}.txt"))
 
     def __exit__(
@@ -129,7 +129,7 @@ class Trackers:
         if kind is None:
             self._drop_faulty(ended=True)
 
-    def hear(self, message: wire.Spoken | None) -> None:
+    def record(self, message: wire.Spoken | None) -> None:
         """Tells what a message measures; None is a moment of silence."""
         if self._running:
             self._drop_faulty()
@@ -157,8 +157,8 @@ class Trackers:
                 tracker.end(0)
 
     def _warn(self, message: str) -> None:
-        log.warning("%s: %s", self._hold.lease.job_id, message)
-        self._hold.write(lambda session: _note_once(session, self._hold.lease.job_id, message))
+        log.warning("%s: %s", self._keeper.lease.job_id, message)
+        self._keeper.write(lambda session: _note_once(session, self._keeper.lease.job_id, message))
 
     def _environment(self, kind: str) -> dict[str, str] | None:
         """What a tracker's process sees; None where the operator has not set it up."""

@@ -21,12 +21,14 @@ _BYTES_A_SECOND = 50e6
 _Result = TypeVar("_Result")
 
 
-def insist(deed: Callable[[], _Result], *, give_up: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> _Result:
-    """The deed, again and again while storage fails. Raises StorageFailed in the end, or when `give_up` says so."""
+def insist(
+    operation: Callable[[], _Result], *, give_up: Callable[[], bool], seconds: float = PATIENCE_SECONDS
+) -> _Result:
+    """Calls `operation`, and again while storage fails. Raises StorageFailed in the end, or when `give_up` says so."""
     delay, deadline = 0.5, time.monotonic() + seconds
     while True:
         try:
-            return deed()
+            return operation()
         except StorageFailed:
             if give_up() or time.monotonic() > deadline:
                 raise

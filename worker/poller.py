@@ -1,4 +1,4 @@
-"""A place in a worker's process where one kind of work is done, one piece at a time."""
+"""A loop in a worker's process that does one kind of work, one piece at a time."""
 
 import logging
 import threading
@@ -9,35 +9,35 @@ from worker.supervisor.drain import Drain
 log = logging.getLogger(__name__)
 
 
-class Desk:
-    """Looks at the rows when it is told to and every `poll_seconds` besides, and works while it finds something.
+class Poller:
+    """Polls for work when it is woken and every `poll_seconds`, and works while it finds some.
 
-    `look` does one piece of work and answers whether there may be more. Its thread lives as long as the process, which
+    `look` does one piece of work and returns whether there may be more. Its thread lives as long as the process, which
     matters: Linux ends a trainer when the thread that spawned it ends.
     """
 
     def __init__(
         self, name: str, look: Callable[[], bool], *, poll_seconds: float, drain: Drain, on_call: bool = True
     ) -> None:
-        """`on_call` False: its work is due by the clock alone, and wake-ups do not concern it."""
+        """`on_call` False: its work is due by the clock alone, and it ignores wake-ups."""
         self.name, self.on_call = name, on_call
         self._look, self._poll_seconds, self._drain = look, poll_seconds, drain
         self._wanted, self._bell, self._busy = threading.Event(), threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name=f"tunery-{name}", daemon=True)
 
     def open(self) -> None:
-        """Start polling: work goes on without any broker."""
+        """Starts polling in a thread, which needs no broker."""
         self._thread.start()
 
     def wake(self) -> None:
-        """Have the desk's own thread look now, if it is on call."""
+        """Makes the poller's own thread look now, if it is on call."""
         if self.on_call:
             self._bell.set()
 
     def work(self) -> None:
-        """Work in the caller's thread until nothing is left; return at once when somebody is at it already."""
-        # Set first: whoever holds the lock looks once more before he goes, so that no wake-up falls between his last
-        # look and his leaving.
+        """Works in the caller's thread until nothing is left; returns at once while another thread works."""
+        # Set first: the thread that holds the lock looks once more before it releases it, so that no wake-up is lost
+        # between its last look and the release.
         self._wanted.set()
         while self._wanted.is_set() and self._busy.acquire(blocking=False):
             try:
@@ -47,7 +47,7 @@ class Desk:
                 self._busy.release()
 
     def wait(self) -> None:
-        """Until nobody is at work; for a worker that stops, and so for good."""
+        """Waits until no thread works, and lets none begin: for a worker that stops."""
         self._busy.acquire()
 
     def _run(self) -> None:
@@ -61,4 +61,4 @@ class Desk:
             while not self._drain.begun and self._look():
                 pass
         except Exception:  # the next look may fare better: a database that restarts, a disk that was full
-            log.exception("the %s desk was interrupted", self._thread.name)
+            log.exception("the %s poller was interrupted", self._thread.name)

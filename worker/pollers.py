@@ -1,12 +1,12 @@
-"""The desks of a worker's process, by the queues that it serves."""
+"""Starts the pollers of a worker's process, by the queues that it serves."""
 
 from tunery import dispatch
 from tunery.settings import Settings
 from tunery.storage import open_storage
 from tunery.webhooks import outbox
-from worker.desk import Desk
 from worker.io import baselines, cleaning, conversion, exports, files, imports, reports, scores, validation
 from worker.io.sweeper import Sweeper
+from worker.poller import Poller
 from worker.supervisor.devices import Device
 from worker.supervisor.drain import Drain
 from worker.supervisor.slot import Slot
@@ -14,15 +14,18 @@ from worker.supervisor.slot import Slot
 _SHOW_SECONDS = 60
 
 
-def open_desks(queue: str, slot_name: str, settings: Settings, drain: Drain, found: list[Device]) -> list[Desk]:
-    """The desks of one queue, polling. Call it once in each process, after the fork. `found`: what may train."""
-    desks = _training(slot_name, settings, drain, found) if queue == dispatch.TRAIN else _io(settings, drain)
-    for desk in desks:
-        desk.open()
-    return desks
+def start_pollers(queue: str, slot_name: str, settings: Settings, drain: Drain, found: list[Device]) -> list[Poller]:
+    """Starts and returns the pollers of one queue. Call it once in each process, after the fork.
+
+    `found`: the devices that may train.
+    """
+    pollers = _training(slot_name, settings, drain, found) if queue == dispatch.TRAIN else _io(settings, drain)
+    for poller in pollers:
+        poller.open()
+    return pollers
 
 
-def _training(slot_name: str, settings: Settings, drain: Drain, found: list[Device]) -> list[Desk]:
+def _training(slot_name: str, settings: Settings, drain: Drain, found: list[Device]) -> list[Poller]:
     slot = Slot(slot_name, settings, drain, found)
 
     def show() -> bool:
@@ -31,13 +34,13 @@ def _training(slot_name: str, settings: Settings, drain: Drain, found: list[Devi
 
     # Beside the slot's work, which may take days: a device that is not shown for an hour counts as gone.
     return [
-        Desk("training", slot.look, poll_seconds=settings.poll_seconds, drain=drain),
-        Desk("devices", show, poll_seconds=_SHOW_SECONDS, drain=drain, on_call=False),
+        Poller("training", slot.look, poll_seconds=settings.poll_seconds, drain=drain),
+        Poller("devices", show, poll_seconds=_SHOW_SECONDS, drain=drain, on_call=False),
     ]
 
 
-def _io(settings: Settings, drain: Drain) -> list[Desk]:
-    """A desk for each kind of work that may take long, so that none waits for another."""
+def _io(settings: Settings, drain: Drain) -> list[Poller]:
+    """Returns a poller for each kind of work that may take long, so that none waits for another."""
     storage = open_storage(settings)
 
     def validate() -> bool:
@@ -60,9 +63,9 @@ def _io(settings: Settings, drain: Drain) -> list[Desk]:
 
     looks = {"validation": validate, "conversion": convert, "exports": export, "reports": report, "baselines": prompt}
     looks["webhooks"] = deliver
-    desks = [Desk(name, look, poll_seconds=settings.poll_seconds, drain=drain) for name, look in looks.items()]
-    # Retries of webhooks come due without any wake-up, so that desk and the sweeper look more often.
-    desks[-1] = Desk("webhooks", deliver, poll_seconds=settings.sweep_seconds, drain=drain)
+    pollers = [Poller(name, look, poll_seconds=settings.poll_seconds, drain=drain) for name, look in looks.items()]
+    # Retries of webhooks come due without any wake-up, so that poller and the sweeper look more often.
+    pollers[-1] = Poller("webhooks", deliver, poll_seconds=settings.sweep_seconds, drain=drain)
     sweep = Sweeper(settings, storage).round
     # By the clock alone: it sends wake-ups itself, and one that woke it would go round and round.
-    return [*desks, Desk("sweeper", sweep, poll_seconds=settings.sweep_seconds, drain=drain, on_call=False)]
+    return [*pollers, Poller("sweeper", sweep, poll_seconds=settings.sweep_seconds, drain=drain, on_call=False)]

@@ -1,4 +1,4 @@
-"""What a trainer says, turned into rows and stored objects: one message, one deed."""
+"""Records a run: writes each message of the trainer to the database and stores its files."""
 
 import logging
 import time
@@ -24,7 +24,7 @@ from tunery.settings import Settings
 from tunery.storage import Storage
 from tunery.storage.errors import StorageFailed
 from worker.supervisor import kept_checkpoints, measured, upload, verdicts
-from worker.supervisor.lease import Hold
+from worker.supervisor.lease import LeaseKeeper
 from worker.supervisor.staging import StoredFolder
 
 log = logging.getLogger(__name__)
@@ -35,14 +35,14 @@ _BYTES_A_PARAM = 4
 """Of a model that was not stored yet: an adapter's fp32."""
 
 
-class Scribe:
-    """Writes down one attempt. Rows at once or in batches of a second; uploads one after the other beside them.
+class RunRecorder:
+    """Records one attempt. Rows are written at once or in batches of a second; uploads run one by one beside them.
 
-    `hear` raises LeaseLost when the job is not this attempt's any more.
+    `record` raises LeaseLost when the job is not this attempt's any more.
     """
 
-    def __init__(self, hold: Hold, settings: Settings, storage: Storage, run_dir: Path, *, keep: int) -> None:
-        self._hold, self._settings, self._storage, self.run_dir, self._keep = hold, settings, storage, run_dir, keep
+    def __init__(self, keeper: LeaseKeeper, settings: Settings, storage: Storage, run_dir: Path, *, keep: int) -> None:
+        self._keeper, self._settings, self._storage, self.run_dir, self._keep = keeper, settings, storage, run_dir, keep
         self._steps: dict[int, dict[str, Any]] = {}
         self._validated: dict[int, dict[str, Any]] = {}  # why apart: the step's row may be written before it is saved
         self._newest: wire.Step | None = None
@@ -56,7 +56,7 @@ class Scribe:
         self._older: str | None = None
         self._upload_pace = upload.UploadPace()
         self._result_bytes = 0
-        self.last_word: wire.Finished | wire.Paused | wire.Failed | None = None
+        self.final_message: wire.Finished | wire.Paused | wire.Failed | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -68,11 +68,11 @@ class Scribe:
 
     @property
     def prefix(self) -> str:
-        """Everything of this attempt lies below it, and nothing else does."""
-        return f"jobs/{self._hold.lease.job_id}/{self._hold.lease.number}"
+        """The prefix in storage of everything that this attempt stores, and of nothing else."""
+        return f"jobs/{self._keeper.lease.job_id}/{self._keeper.lease.number}"
 
-    def hear(self, message: wire.Spoken | None) -> None:
-        """One message's deed; None is a moment of silence."""
+    def record(self, message: wire.Spoken | None) -> None:
+        """Writes what one message reports; None, a moment without messages, only flushes."""
         match message:
             case wire.Step():
                 self._note_step(message)
@@ -81,20 +81,20 @@ class Scribe:
             case wire.Phase():
                 self._enter(message)
             case wire.Started():
-                self._hold.write(lambda session: self._start(session, message))
+                self._keeper.write(lambda session: self._start(session, message))
             case wire.CheckpointSaved():
                 self._upload_later(message)
             case wire.Score() | wire.Gated():
-                self._hold.write(lambda session: self._note_result(session, message))
+                self._keeper.write(lambda session: self._note_result(session, message))
             case wire.Exported():
-                self._hold.write(lambda session: self._note_export(session, message))
+                self._keeper.write(lambda session: self._note_export(session, message))
             case wire.Finished() | wire.Paused() | wire.Failed():
-                self.last_word = message
+                self.final_message = message
         if time.monotonic() - self._flushed_at >= BATCH_SECONDS:
             self._flush()
 
     def close(self) -> None:
-        """The trainer has said its last word: what is still to be written or uploaded is, before this returns."""
+        """Writes and uploads what is pending, after the trainer's final message."""
         self._evaluating = False
         self._flush()
         for pending in self._pending:
@@ -105,13 +105,13 @@ class Scribe:
         if path not in self._snapshots:
             prefix = f"{self.prefix}/{path}"
             listed = upload.insist(
-                lambda: upload.publish(self._storage, prefix, self.run_dir / path), give_up=self._hold.must_leave
+                lambda: upload.publish(self._storage, prefix, self.run_dir / path), give_up=self._keeper.must_leave
             )
             self._snapshots[path] = StoredFolder(prefix, listed.sha256)
         return self._snapshots[path]
 
     def announce_upload(self) -> None:
-        """The trainer is done: what is left is to store the model."""
+        """Sets the phase to uploading: the trainer is done, and only the model is left to store."""
         self._enter(wire.Phase(phase="uploading", seconds_left=0))
 
     def publish(self, path: str, prefix: str, *, seconds: float = upload.PATIENCE_SECONDS) -> Manifest:
@@ -119,7 +119,7 @@ class Scribe:
         began = time.monotonic()
         listed = upload.insist(
             lambda: upload.publish(self._storage, prefix, self.run_dir / path),
-            give_up=self._hold.must_leave,
+            give_up=self._keeper.must_leave,
             seconds=seconds,
         )
         self._result_bytes = listed.bytes
@@ -129,7 +129,7 @@ class Scribe:
     # --- steps ---
 
     def _note_step(self, step: wire.Step) -> None:
-        self._newest, self._hold.step = step, step.step
+        self._newest, self._keeper.step = step, step.step
         self._steps.setdefault(step.step, {}).update(measured.of_step(step))
 
     def _note_evaluation(self, evaluated: wire.Evaluated) -> None:
@@ -138,16 +138,16 @@ class Scribe:
         self._validated = {evaluated.step: found}
         if evaluated.task_score is not None:
             data = evaluated.model_dump(include={"step", "task_metric", "task_score", "task_rows", "samples"})
-            self._hold.write(
-                lambda session: ledger.note(session, self._hold.lease.job_id, task_message(evaluated), data=data)
+            self._keeper.write(
+                lambda session: ledger.note(session, self._keeper.lease.job_id, task_message(evaluated), data=data)
             )
 
     def _enter(self, message: wire.Phase) -> None:
-        # A step that is being evaluated waits for its full validation loss: OpenAI tells of both in one event.
+        # A step that is being evaluated waits for its full validation loss: OpenAI reports both in one event.
         self._evaluating = message.phase == "evaluating"
         self._flush()
         values = {"phase": message.phase} | self._finish(message.seconds_left)
-        self._hold.write(lambda session: leases.record_progress(session, self._hold.lease, **values))
+        self._keeper.write(lambda session: leases.record_progress(session, self._keeper.lease, **values))
 
     def _flush(self) -> None:
         self._flushed_at = time.monotonic()
@@ -155,17 +155,17 @@ class Scribe:
         kept = {newest.step} if newest is not None and self._evaluating else set()
         rows = {step: values for step, values in self._steps.items() if step not in kept}
         if rows:
-            self._hold.write(lambda session: self._write_steps(session, rows))
+            self._keeper.write(lambda session: self._write_steps(session, rows))
             self._steps = {step: values for step, values in self._steps.items() if step in kept}
 
     def _write_steps(self, session: Session, rows: dict[int, dict[str, Any]]) -> None:
-        leases.record_metrics(session, self._hold.lease, rows)
+        leases.record_metrics(session, self._keeper.lease, rows)
         for step, values in sorted(rows.items()):
-            data = {"step": step, "total_steps": self._total_steps} | _told(values)
+            data = {"step": step, "total_steps": self._total_steps} | _event_data(values)
             message = step_message(step, self._total_steps, values)
-            ledger.note(session, self._hold.lease.job_id, message, type="metrics", data=data)
+            ledger.note(session, self._keeper.lease.job_id, message, type="metrics", data=data)
         if self._newest is not None:
-            leases.record_progress(session, self._hold.lease, **self._progress(self._newest))
+            leases.record_progress(session, self._keeper.lease, **self._progress(self._newest))
 
     def _progress(self, step: wire.Step) -> dict[str, Any]:
         values: dict[str, Any] = {
@@ -182,8 +182,7 @@ class Scribe:
         return values | self._finish(step.seconds_left)
 
     def _finish(self, seconds_left: float | None) -> dict[str, Any]:
-        """The job's end, from what the trainer leaves to do: its files are stored when it is done, and before them
-        those that wait already."""
+        """Returns the estimated end of the job: the trainer's own, then the pending uploads and those of its result."""
         if seconds_left is None:
             return {}
         waiting = sum(not pending.done() for pending in self._pending)
@@ -196,8 +195,8 @@ class Scribe:
         self._total_steps = started.total_steps
         self._result_bytes = started.trainable_params * _BYTES_A_PARAM
         self._about = started.model_dump(include={"device", "trainable_params", "all_params"})
-        leases.record_progress(session, self._hold.lease, total_steps=started.total_steps, phase="training")
-        job_id = self._hold.lease.job_id
+        leases.record_progress(session, self._keeper.lease, total_steps=started.total_steps, phase="training")
+        job_id = self._keeper.lease.job_id
         ledger.note(session, job_id, parameters_message(started))
         if started.first_step > 1:
             ledger.note(session, job_id, f"Resumed from step {started.first_step - 1}/{started.total_steps}")
@@ -213,20 +212,22 @@ class Scribe:
             self._judge(session, message)
 
     def _score(self, session: Session, score: wire.Score) -> None:
-        leases.record_progress(session, self._hold.lease, scorecard=score.model_dump(mode="json", exclude={"type"}))
-        ledger.note(session, self._hold.lease.job_id, score_message(score))
+        leases.record_progress(session, self._keeper.lease, scorecard=score.model_dump(mode="json", exclude={"type"}))
+        ledger.note(session, self._keeper.lease.job_id, score_message(score))
         if score.general is not None:
-            ledger.note(session, self._hold.lease.job_id, verdicts.general_message(score.general))
+            ledger.note(session, self._keeper.lease.job_id, verdicts.general_message(score.general))
 
     def _note_export(self, session: Session, export: wire.Exported) -> None:
         level, verb = ("warn", "not written") if export.is_refused else ("info", "written")
-        ledger.note(session, self._hold.lease.job_id, f"Export {export.path} {verb}: {export.message}", level=level)
+        ledger.note(session, self._keeper.lease.job_id, f"Export {export.path} {verb}: {export.message}", level=level)
 
     def _judge(self, session: Session, verdict: wire.Gated) -> None:
         gate = verdict.model_dump(mode="json", exclude={"type"})
-        leases.record_progress(session, self._hold.lease, gate=gate)
+        leases.record_progress(session, self._keeper.lease, gate=gate)
         level = "info" if verdict.status == "passed" else "warn"
-        ledger.note(session, self._hold.lease.job_id, verdicts.gate_message(verdict), level=level, data={"gate": gate})
+        ledger.note(
+            session, self._keeper.lease.job_id, verdicts.gate_message(verdict), level=level, data={"gate": gate}
+        )
 
     # --- uploads ---
 
@@ -248,15 +249,15 @@ class Scribe:
             log.info("%s is not kept: its attempt is over", saved.path)
         except StorageFailed as error:  # the run is worth more than one of its checkpoints
             log.warning("%s was not stored: %s", saved.path, error)
-            self._hold.write(lambda session: self._note_missing(session, saved.step))
+            self._keeper.write(lambda session: self._note_missing(session, saved.step))
 
     def _note_missing(self, session: Session, step: int) -> None:
-        ledger.note(session, self._hold.lease.job_id, f"The state of step {step} could not be stored", level="warn")
+        ledger.note(session, self._keeper.lease.job_id, f"The state of step {step} could not be stored", level="warn")
 
     def _keep_snapshot(self, saved: wire.CheckpointSaved) -> None:
         stored = self.store_snapshot(saved.path)
-        former = self._hold.write(
-            lambda session: leases.record_snapshot(session, self._hold.lease, str(stored), step=saved.step)
+        former = self._keeper.write(
+            lambda session: leases.record_snapshot(session, self._keeper.lease, str(stored), step=saved.step)
         )
         if former and former != str(stored):
             # The one before stays: it is gone on from where the newest is found damaged.
@@ -266,30 +267,32 @@ class Scribe:
 
     def _keep_checkpoint(self, saved: wire.CheckpointSaved, metrics: dict[str, Any]) -> None:
         # An attempt that resumed before this epoch's end meets its predecessor's checkpoint, which is as good.
-        job_id = self._hold.lease.job_id
-        if self._hold.write(lambda session: kept_checkpoints.has_step(session, job_id, saved.step)):
+        job_id = self._keeper.lease.job_id
+        if self._keeper.write(lambda session: kept_checkpoints.has_step(session, job_id, saved.step)):
             return
         prefix = f"{self.prefix}/{saved.path}"
         listed = self.publish(saved.path, prefix)
-        self._hold.write(lambda session: self._record_checkpoint(session, saved.step, prefix, listed, metrics))
-        for old in self._hold.write(lambda session: kept_checkpoints.hide_old(session, self._hold.lease, self._keep)):
+        self._keeper.write(lambda session: self._record_checkpoint(session, saved.step, prefix, listed, metrics))
+        for old in self._keeper.write(
+            lambda session: kept_checkpoints.hide_old(session, self._keeper.lease, self._keep)
+        ):
             manifest.remove(self._storage, old)
 
     def _record_checkpoint(
         self, session: Session, step: int, prefix: str, listed: Manifest, metrics: dict[str, Any]
     ) -> None:
-        job = leases.held(session, self._hold.lease)
+        job = leases.held(session, self._keeper.lease)
         model = add_model(session, job, self._settings, prefix=prefix, listed=listed, step=step)
-        data = {"step": step} | _told(metrics)
-        leases.record_checkpoint(session, self._hold.lease, step=step, model_id=model.id, metrics=data)
+        data = {"step": step} | _event_data(metrics)
+        leases.record_checkpoint(session, self._keeper.lease, step=step, model_id=model.id, metrics=data)
 
 
 def add_model(
     session: Session, job: Job, settings: Settings, *, prefix: str, listed: Manifest, step: int | None = None
 ) -> Model:
-    """The row of what a job made, with its files' rows: a checkpoint when `step` is given, else the result.
+    """Adds the row of a job's model and its files' rows: a checkpoint when `step` is given, else the result.
 
-    Checkpoints are made before the gate, so that of a job with one they are withheld until it has spoken.
+    Checkpoints are made before the gate, so those of a job with one are withheld until its verdict.
     """
     base = session.get_one(Model, job.base_model)
     name = registry.tuned_name(base=job.base_name, organization=settings.organization, suffix=job.suffix, step=step)
@@ -310,8 +313,8 @@ def add_model(
     return model
 
 
-def _told(values: dict[str, Any]) -> dict[str, Any]:
-    """What an event says of a step: OpenAI's keys, and those of the method's own that begin as they do."""
+def _event_data(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values of a step that its event has: OpenAI's keys, and the method's own that begin as they do."""
     return {
         name: value for name, value in values.items() if name.startswith(("train_", "valid_", "full_valid_", "task_"))
     }
