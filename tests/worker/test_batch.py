@@ -9,6 +9,7 @@ import zoo
 from streamed import PROMPTS, TOKENS, greedy, read
 
 from worker.server import batch as batches
+from worker.server import slots
 from worker.server.batch import Batch, Row, can_batch
 from worker.server.streams import Alone
 from worker.trainer.rope import LengthRope
@@ -89,21 +90,48 @@ def test_long_prompt_is_read_between_the_steps_of_others(llama: Any, monkeypatch
     assert [greedy(second) for _ in range(TOKENS)] == alone(llama, long)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3])
-def test_rows_beyond_the_memory_wait_or_are_read_anew(llama: Any, rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_rows_beyond_the_memory_wait_or_are_read_anew(llama: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_STEP", 16)
     a_position = 2 * 2 * 2 * 24 * 4  # keys and values of 2 layers with 2 heads of 24 numbers in fp32
-    batch = Batch(llama, cache_bytes=rows * 64 * a_position)
-    most: list[int] = []
+    limit = rows * 64 * a_position
+    batch = Batch(llama, cache_bytes=limit)
+    held: list[tuple[int, int]] = []
     step = batch.step
 
     def watched() -> None:
         step()
-        most.append(len(batch._rows) * batch._longest())
+        held.append((len(batch._rows), batch._slots.nbytes))
 
     batch.step = watched  # type: ignore[method-assign]
 
     assert together(batch, PROMPTS[:4], every=1) == [alone(llama, prompt) for prompt in PROMPTS[:4]]
-    assert max(most) <= max(rows * 64, 1 * (TOKENS + 31))
+    assert all(count == 1 or nbytes <= limit for count, nbytes in held)
+    assert max(count for count, _ in held) >= rows, "what there is room for runs together"
+
+
+def test_prompts_share_passes_and_short_ones_do_not_wait_for_a_long_one(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "PROMPT_TOKENS", 64)
+    long = [3 + n % 250 for n in range(200)]
+    prompts = [long, PROMPTS[1], PROMPTS[3], PROMPTS[0]]
+    batch = Batch(llama)
+    passes: list[tuple[int, ...]] = []
+    llama.register_forward_pre_hook(
+        lambda _, args, fields: passes.append(tuple(fields["input_ids"].shape)), with_kwargs=True
+    )
+    rows = [batch.join(prompt) for prompt in prompts]
+
+    batch.step()
+    assert [row.is_ready for row in rows] == [False, False, False, True], "the long one and the shortest had a pass"
+    batch.step()
+    assert [row.is_ready for row in rows] == [False, False, True, True]
+    said = [[greedy(row) for _ in range(TOKENS)] for row in rows]
+
+    assert passes[0] == (2, 32)
+    assert all(count * width <= 64 for count, width in passes)
+    assert said == [alone(llama, prompt) for prompt in prompts]
 
 
 def test_memory_is_freed_as_rows_leave(llama: Any) -> None:

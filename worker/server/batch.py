@@ -1,11 +1,13 @@
 """Continuous batching: the answers that one base is writing share its forward passes, and join and leave between two.
 
-A prompt is read by passes of its own, a bounded number of tokens between two steps, so that a long one holds up nobody.
+Prompts are read by passes of their own, several at once and a bounded number of tokens between two steps, so that a
+long one holds up nobody: neither the rows that run nor a short prompt behind it.
 """
 
 from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from threading import Lock
 from typing import Any, Protocol
 
@@ -16,6 +18,8 @@ from worker.trainer import rope
 
 PROMPT_TOKENS = 512
 """Tokens of prompts that are read between two steps of the running rows."""
+_GRAIN = 32
+"""Prompts whose lengths differ by less are read to their ends by one pass."""
 
 _BY_LAYER = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "cohere2", "gpt_oss"})
 _ONE_MASK = frozenset({"llama", "mistral", "mixtral", "qwen3_moe", "phi", "phi3", "granite"})
@@ -36,14 +40,20 @@ class Adapters(Protocol):
 class Row:
     """One answer's stream in a batch. `ids[:fed]` have been read by the model."""
 
-    def __init__(self, batch: "Batch", prompt_ids: list[int], adapter: Any = None) -> None:
+    def __init__(self, batch: "Batch", prompt_ids: list[int], adapter: Any = None, number: int = 0) -> None:
+        """`number`: the more, the younger."""
         self.batch = batch
+        self.number = number
         self.adapter = adapter
         self.ids = list(prompt_ids)
         self.fed = 0
-        self.cache: Any = None
         self.found: torch.Tensor | None = None
         self.failure: Exception | None = None
+
+    @property
+    def unread(self) -> int:
+        """Tokens that the model has not read."""
+        return len(self.ids) - self.fed
 
     @property
     def is_ready(self) -> bool:
@@ -74,15 +84,17 @@ class Batch:
         self._model = model
         self._adapters = adapters
         self._cache_bytes = cache_bytes
-        self._slots = Slots()
-        self._rows: list[Row] = []  # in the order of their slots
+        self._slots = Slots(model)
+        self._rows: list[Row] = []  # in the order of their slots: those that run, then those whose prompts are read
+        self._running = 0
         self._joining: deque[Row] = deque()
+        self._numbers = count()
         self._lock = Lock()
 
     def join(self, prompt_ids: list[int], adapter: Any = None) -> Row:
         """A stream that begins at the next step."""
-        row = Row(self, prompt_ids, adapter)
         with self._lock:
+            row = Row(self, prompt_ids, adapter, next(self._numbers))
             self._joining.append(row)
         return row
 
@@ -93,90 +105,110 @@ class Batch:
             if row in self._joining:
                 self._joining.remove(row)
         if row in self._rows:
-            slot = self._rows.index(row)
-            self._slots.drop(slot)
-            self._rows[slot] = self._rows[-1]
+            if self._rows.index(row) < self._running:
+                self._running -= 1
+                self._move(row, self._running)
+            self._move(row, len(self._rows) - 1)
             self._rows.pop()
-        row.cache = None
+            self._slots.drop()
 
     def fail(self, error: Exception) -> None:
         """Takes all rows out, whose readers get the error."""
         with self._lock:
-            rows, self._rows = [*self._rows, *self._joining], []
+            rows, self._rows, self._running = [*self._rows, *self._joining], [], 0
             self._joining.clear()
-        self._slots = Slots()
+        self._slots.clear()
         for row in rows:
-            row.failure, row.found, row.cache = error, None, None
+            row.failure, row.found = error, None
 
     @torch.inference_mode()
     def step(self) -> None:
         """Reads prompts of rows that join, and gives every running row the logits after its last token."""
-        self._read_prompts()
-        if any(row.found is None for row in self._rows):
+        left = PROMPT_TOKENS
+        while left > 0:
+            self._admit()
+            if self._running == len(self._rows):
+                break
+            left -= self._read_prompts(left)
+        if any(row.found is None for row in self._rows[: self._running]):
             self._make_room()
             self._advance()
 
-    def _read_prompts(self) -> None:
-        room = PROMPT_TOKENS
-        while room > 0 and (row := self._next_to_join()) is not None:
-            ids = row.ids[row.fed : row.fed + room]
-            room -= len(ids)
-            with self._laying([row.adapter]):
-                out = self._model(
-                    input_ids=torch.tensor([ids], device=self._model.device),
-                    past_key_values=row.cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-            row.fed, row.cache = row.fed + len(ids), out.past_key_values
-            if row.fed == len(row.ids):
-                self._run(row, out.logits[0, -1])
+    def _admit(self) -> None:
+        """Gives slots to the rows that join, as long as there is memory for all."""
+        while True:
+            with self._lock:
+                row = self._joining[0] if self._joining else None
+                if row is None or (self._rows and not self._fits(len(self._rows) + 1, self._longest(row))):
+                    return
+                self._joining.popleft()
+            row.fed = 0
+            self._rows.append(row)
+            self._slots.take(self._longest())
 
-    def _next_to_join(self) -> Row | None:
-        with self._lock:
-            row = self._joining[0] if self._joining else None
-        if row is None or not self._rows or row.fed:
-            return row
-        return row if self._bytes(len(self._rows) + 1, self._longest(row)) <= self._cache_bytes else None
+    def _read_prompts(self, most: int) -> int:
+        """Reads as many tokens of some prompts, at most `most` in all; returns how many."""
+        reading = self._rows[self._running :]
+        longest, shortest = max(row.unread for row in reading), min(row.unread for row in reading)
+        width = min(-(-shortest // _GRAIN) * _GRAIN, longest, most)
+        # The oldest goes on in every pass, so that no number of shorter ones holds it up.
+        oldest = min(reading, key=lambda row: row.number)
+        others = sorted((row for row in reading if row is not oldest), key=lambda row: (row.unread, row.number))
+        chosen = [oldest, *others[: max(most // width - 1, 0)]]
+        logits = self._pass([(row, min(row.unread, width)) for row in chosen], width)
+        for row, found in zip(chosen, logits, strict=True):
+            row.fed += min(row.unread, width)
+            if not row.unread:
+                row.found = found
+                self._move(row, self._running)
+                self._running += 1
+        return width * len(chosen)
 
-    def _run(self, row: Row, logits: torch.Tensor) -> None:
-        self._slots.adopt(row.cache)
-        row.cache, row.found = None, logits.float().cpu()
-        self._rows.append(row)
-        with self._lock:
-            self._joining.remove(row)
+    def _move(self, row: Row, slot: int) -> None:
+        """Lets a row change places with that of another slot."""
+        own = self._rows.index(row)
+        self._slots.swap(own, slot)
+        self._rows[own], self._rows[slot] = self._rows[slot], row
 
     def _make_room(self) -> None:
         """Sends the youngest rows back to be read anew later, while all need more than there may be."""
-        while len(self._rows) > 1 and self._bytes(len(self._rows), self._longest()) > self._cache_bytes:
-            row = self._rows[-1]
+        while len(self._rows) > 1 and not self._fits(len(self._rows), self._longest()):
+            row = max(self._rows, key=lambda row: row.number)
             self.remove(row)
-            row.fed = 0
             with self._lock:
                 self._joining.appendleft(row)
 
-    def _bytes(self, rows: int, length: int) -> int:
-        return rows * length * self._slots.bytes_a_position
+    def _fits(self, rows: int, length: int) -> bool:
+        return self._slots.size(rows, length) <= self._cache_bytes
 
     def _longest(self, *joining: Row) -> int:
-        return max(len(row.ids) for row in (*self._rows, *joining)) + 1
+        return max(len(row.ids) for row in (*self._rows, *joining)) + _GRAIN
 
     def _advance(self) -> None:
         # A row whose reader is slow is computed with the others and written again at the same place.
-        positions = self._slots.place([row.fed for row in self._rows])
-        device = self._model.device
-        with self._laying([row.adapter for row in self._rows]):
+        rows = self._rows[: self._running]
+        logits = self._pass([(row, 1) for row in rows], 1)
+        for row, found in zip(rows, logits, strict=True):
+            if row.found is None:
+                row.fed, row.found = len(row.ids), found
+
+    def _pass(self, rows: list[tuple[Row, int]], width: int) -> torch.Tensor:
+        """The logits after so many tokens more of some rows (rows x vocabulary)."""
+        placed = [_tokens(row, tokens, width) for row, tokens in rows]
+        slots = [self._rows.index(row) for row, _ in rows]
+        self._slots.fit(self._longest())
+        positions = self._slots.place(slots, [places for _, places in placed])
+        with self._laying([row.adapter for row, _ in rows]):
             out = self._model(
-                input_ids=torch.tensor([[row.ids[-1]] for row in self._rows], device=device),
-                position_ids=positions[:, None],
+                input_ids=torch.tensor([ids for ids, _ in placed], device=self._model.device),
+                position_ids=positions,
                 attention_mask=self._masks(),
                 past_key_values=self._slots,
                 use_cache=True,
+                logits_to_keep=1,
             )
-        every = out.logits[:, -1].float().cpu()
-        for row, logits in zip(self._rows, every, strict=True):
-            if row.found is None:
-                row.fed, row.found = len(row.ids), logits
+        logits: torch.Tensor = out.logits[:, -1].float().cpu()
+        return logits
 
     def _masks(self) -> Mapping[str, torch.Tensor] | torch.Tensor:
         config = self._model.config
@@ -195,3 +227,15 @@ class Batch:
 
     def _laying(self, adapters: list[Any]) -> AbstractContextManager[None]:
         return nullcontext() if self._adapters is None else self._adapters.on(adapters)
+
+
+def _tokens(row: Row, tokens: int, width: int) -> tuple[list[int], list[int]]:
+    """The next tokens of a row and their positions, filled up on the left.
+
+    On the left, so that the last token stands last in every row. What fills up gets positions behind all tokens, where
+    nothing sees it and the next token is written over it.
+    """
+    start = min(row.fed, len(row.ids) - 1)
+    ids, end = row.ids[start : start + tokens], row.fed + tokens
+    more = width - tokens
+    return ids[:1] * more + ids, [*range(end, end + more), *range(row.fed, end)]

@@ -12,85 +12,123 @@ import torch
 _STEP = 256
 """Positions by which slots become longer."""
 
+Parts = list[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values of one row, by layer: heads x positions x width."""
+
 
 class Slots:
-    """What transformers' attention layers take for a cache, for steps of one token a row.
+    """What transformers' attention layers take for a cache.
 
     `keys[layer]` and `values[layer]` are slots x heads x positions x width. Rows fill the first `count` slots.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any) -> None:
+        """Takes the shapes of a model's keys and values from a pass of one token."""
+        with torch.inference_mode():
+            token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            layers = model(input_ids=token, use_cache=True).past_key_values.layers
+        self._empty = [(layer.keys[:0, :, :0].clone(), layer.values[:0, :, :0].clone()) for layer in layers]
+        parts = [part for layer in layers for part in (layer.keys, layer.values)]
+        self.bytes_a_position: int = sum(part[0, :, 0].nbytes for part in parts)
+        """Memory of one position of one slot, in all layers."""
+        self._device: torch.device = model.device
+        self.clear()
+
+    def clear(self) -> None:
+        """Frees all slots."""
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.count = 0
-        self._rows = self._positions = torch.empty(0, dtype=torch.long)
         self._length = 0
+        self._rows: slice | torch.Tensor = slice(0, 0)
+        self._places = self._positions = torch.empty(0, 0, dtype=torch.long)
 
     @property
-    def bytes_a_position(self) -> int:
-        """Memory of one position of one slot, in all layers. 0 before the first row."""
-        return sum(part[0, :, 0].nbytes for part in chain(self.keys, self.values))
+    def nbytes(self) -> int:
+        """Memory that is held now."""
+        return sum(part.nbytes for part in chain(self.keys, self.values))
 
-    def adopt(self, cache: Any) -> int:
-        """Takes over a row's own cache, of a batch of one; returns its slot."""
-        parts = [(layer.keys, layer.values) for layer in cache.layers]
-        length: int = cache.get_seq_length()
+    def size(self, count: int, length: int) -> int:
+        """The most memory of `count` rows of at most `length` positions."""
+        many, wide = _extent(count, length)
+        return many * wide * self.bytes_a_position
+
+    def take(self, longest: int) -> int:
+        """Gives a row the next slot; `longest`: positions of the longest row."""
         if not self.keys:
-            self.keys = [key[:0, :, :0] for key, _ in parts]
-            self.values = [value[:0, :, :0] for _, value in parts]
+            self.keys = [keys for keys, _ in self._empty]
+            self.values = [values for _, values in self._empty]
         slot, self.count = self.count, self.count + 1
-        self.fit(length)
-        for layer, (key, value) in enumerate(parts):
-            kept = key.shape[2]  # layers with a sliding window forget what lies before it
-            self.keys[layer][slot, :, length - kept : length] = key[0]
-            self.values[layer][slot, :, length - kept : length] = value[0]
+        self.fit(longest)
         return slot
 
-    def drop(self, slot: int) -> None:
-        """Frees a slot: the last one's row moves into it."""
+    def swap(self, one: int, other: int) -> None:
+        """Lets the rows of two slots change places."""
+        if one != other:
+            for part in chain(self.keys, self.values):
+                part[[one, other]] = part[[other, one]]
+
+    def drop(self) -> None:
+        """Frees the last row's slot."""
         self.count -= 1
         if not self.count:
-            self.keys, self.values = [], []
+            self.clear()
         for part in chain(self.keys, self.values):
-            if slot < self.count:
-                part[slot] = part[self.count]
             part[self.count] = 0  # a NaN that is masked is still one after the product, in the next row of this slot
 
-    def fit(self, length: int) -> None:
-        """Makes room for `count` rows of at most `length` positions, and gives back what is far more than that."""
-        slots, positions = self.keys[0].shape[0], self.keys[0].shape[2]
-        wide = -(-length // _STEP) * _STEP
-        many = 1 << (self.count - 1).bit_length()
-        if slots < self.count or positions < length or slots * positions > 4 * many * wide:
-            self.keys = [_resized(part, many, wide) for part in self.keys]
-            self.values = [_resized(part, many, wide) for part in self.values]
+    def save(self, slot: int, length: int) -> Parts:
+        """Copies of a row's first keys and values."""
+        return [
+            (keys[slot, :, :length].clone(), values[slot, :, :length].clone())
+            for keys, values in zip(self.keys, self.values, strict=True)
+        ]
 
-    def place(self, lengths: list[int]) -> torch.Tensor:
-        """Prepares a step in which the row of slot i, of lengths[i] tokens, gets one more; returns the positions."""
-        device = self.keys[0].device
-        self._length = max(lengths) + 1
-        self.fit(self._length)
-        self._rows = torch.arange(len(lengths), device=device)
-        self._positions = torch.tensor(lengths, device=device)
+    def load(self, slot: int, parts: Parts, length: int) -> None:
+        """Writes the first keys and values of a row."""
+        for keys, values, (first_keys, first_values) in zip(self.keys, self.values, parts, strict=True):
+            keys[slot, :, :length] = first_keys[:, :length]
+            values[slot, :, :length] = first_values[:, :length]
+
+    def fit(self, longest: int) -> None:
+        """Makes room for `count` rows of at most `longest` positions, and gives back what is far more than that."""
+        slots, positions = self.keys[0].shape[0], self.keys[0].shape[2]
+        many, wide = _extent(self.count, longest)
+        if slots < self.count or positions < longest or slots * positions > 4 * many * wide:
+            for parts in (self.keys, self.values):
+                for layer, part in enumerate(parts):  # one by one, so that no second copy of all is held
+                    parts[layer] = _resized(part, many, wide)
+
+    def place(self, rows: list[int], positions: list[list[int]]) -> torch.Tensor:
+        """Prepares a pass in which the row of slot rows[i] reads tokens at positions[i]; returns the positions."""
+        self._length = max(map(max, positions)) + 1
+        places = torch.tensor(rows, device=self._device)
+        # A slice where it can be: an index copies.
+        self._rows = slice(rows[0], rows[-1] + 1) if rows == list(range(rows[0], rows[-1] + 1)) else places
+        self._places = places[:, None]
+        self._positions = torch.tensor(positions, device=self._device)
         return self._positions
 
     def visible(self, window: int | None) -> torch.Tensor:
-        """Which positions each row of the step sees, itself included: rows x 1 x 1 x positions."""
-        positions = torch.arange(self._length, device=self._positions.device)
-        seen = positions <= self._positions[:, None]
+        """Which positions each token of the pass sees, its own included: rows x 1 x tokens x positions."""
+        positions = torch.arange(self._length, device=self._device)
+        seen = positions <= self._positions[..., None]
         if window is not None:
-            seen &= positions > self._positions[:, None] - window
-        return seen[:, None, None]
+            seen &= positions > self._positions[..., None] - window
+        return seen[:, None]
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple[Any, Any]:
-        """A layer's keys and values of all rows, the step's among them. The name and form are those of transformers."""
-        self.keys[layer][self._rows, :, self._positions] = keys[:, :, 0]
-        self.values[layer][self._rows, :, self._positions] = values[:, :, 0]
-        rows = len(self._rows)
-        return self.keys[layer][:rows, :, : self._length], self.values[layer][:rows, :, : self._length]
+        """A layer's keys and values of the pass's rows, its own among them. Name and form are those of transformers."""
+        self.keys[layer][self._places, :, self._positions] = keys.transpose(1, 2)
+        self.values[layer][self._places, :, self._positions] = values.transpose(1, 2)
+        return self.keys[layer][self._rows, :, : self._length], self.values[layer][self._rows, :, : self._length]
 
     def get_seq_length(self, *_: Any) -> int:
         return self._length
+
+
+def _extent(count: int, length: int) -> tuple[int, int]:
+    """Slots and positions that are made for `count` rows of at most `length`."""
+    return 1 << (count - 1).bit_length(), -(-length // _STEP) * _STEP
 
 
 def _resized(part: torch.Tensor, slots: int, positions: int) -> torch.Tensor:
