@@ -321,6 +321,15 @@ class StepTimes(Message):
         )
 
 
+class Latency(BaseModel):
+    """What requests to the tuned model take on the device of its run, each alone."""
+
+    device: str = Field(description="As its driver names it, or CPU")
+    p50_seconds: float = Field(description="Median, over a few test rows")
+    prompt_tokens: float = Field(description="Mean of a request")
+    answer_tokens: float = Field(description="Mean of an answer")
+
+
 class Finished(Message):
     """`out/` is complete. The process exits 0 after this."""
 
@@ -334,6 +343,7 @@ class Finished(Message):
     stopped_early: bool = False
     spent: dict[str, Spent] = Field({}, description="What the run's parts took, by name")
     step_times: StepTimes | None = None
+    latency: Latency | None = Field(None, description="Of the tuned model; absent without a test file of answers")
 
 
 class Paused(Message):

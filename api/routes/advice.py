@@ -64,6 +64,7 @@ def give_advice(
         error=given.report.error,
         advice=given.advice,
         table=given.rows,
+        currency=settings.currency,
         serving=None if given.advice is None else _serving(session, caller, body, settings),
     )
 
@@ -91,7 +92,9 @@ def show_advice(
     given = _advise(session, caller, settings, storage, asked)
     state = {"status": given.report.status, "progress": given.report.progress, "error": given.report.error}
     measured = [verdict.cells(row) for row in given.rows]
-    shown = advice_page.render(given.file.filename, aim, given.advice, state=state, measured=measured)
+    shown = advice_page.render(
+        given.file.filename, aim, given.advice, state=state, measured=measured, currency=settings.currency
+    )
     return HTMLResponse(shown, headers=page.HEADERS)
 
 

@@ -62,6 +62,7 @@ class AdviceAnswer(Wire):
                     "error": None,
                     "advice": SAID,
                     "table": [],
+                    "currency": "USD",
                 }
             ]
         }
@@ -81,3 +82,4 @@ class AdviceAnswer(Wire):
         None, description="What the tuned model's answers should cost on a GPU here, or on a card that holds the base"
     )
     table: list[Row] = Field(description="The baseline's, once it is measured")
+    currency: str = Field(description="Of the table's costs, as the operator has set it")

@@ -153,6 +153,22 @@ def test_a_tune_on_the_same_rows_joins_the_table(team: Team, base: str, database
     assert (row["way"], row["model"], row["job"], row["score"]) == ("tuned", tuned, job_id, 1.0)
     assert (round(row["low"], 3), row["prompt_tokens"], row["p50_seconds"]) == (0.758, 20.0, None)
     assert row["verdict"] == "unsure"  # twelve right rows of twelve: the interval begins below 90 %
+    assert (row["cost_per_1000"], row["device"]) == (None, None)  # a job of an earlier release
+
+
+def test_a_tunes_time_and_cost_are_those_that_its_job_measured(team: Team, base: str, database: Database) -> None:
+    made = ask(team).json()
+    measured(database, made["id"], {0: (0.25, 0.09)})
+    timed = {"device": "NVIDIA H200", "p50_seconds": 0.2, "prompt_tokens": 21.0, "answer_tokens": 4.0}
+    with database.sessions.begin() as session:
+        job = rows.job(
+            session, session.get_one(Project, team.id), State.SUCCEEDED, base_model=base, test_file=made["eval_file"],
+            scorecard={"rows": 12, "primary": "exact", "metrics": {"exact": {"base": 0.25, "tuned": 1.0}}},
+        )  # fmt: skip
+        job.progress = {"step": 9, "latency": timed}
+    [_, row] = team.http.get(f"{ROUTE}/{made['id']}").json()["table"]
+    assert {name: row[name] for name in timed} == timed
+    assert row["cost_per_1000"] == pytest.approx(cards.find("NVIDIA H200").price * 200 / 3600)  # type: ignore[union-attr]
 
 
 def test_a_cost_is_that_of_the_device_that_answered(team: Team, base: str, database: Database) -> None:

@@ -1,6 +1,7 @@
 """`tunery baseline` from the rows to the table, and `tunery advise --baseline`."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rows
@@ -11,6 +12,7 @@ from teams import TRAIN
 
 from tunery.baselines import ledger
 from tunery.cli import baseline as command
+from tunery.cli.remote import Remote
 from tunery.datasets import reports
 from tunery.datasets.model import FileReport
 from tunery.datasets.report import maker
@@ -29,7 +31,7 @@ def finish(database: Database) -> None:
     scores = [
         PromptScore(
             shots=shots, nearest=False, rows=12, primary="exact", prompt_tokens=20.0 + 30 * shots, answer_tokens=2.0,
-            metrics={"exact": Figure(score=score, low=low, high=1.0)}, p50_seconds=0.25,
+            metrics={"exact": Figure(score=score, low=low, high=1.0)}, p50_seconds=0.25, device="NVIDIA H200",
         ).model_dump(mode="json")
         for shots, score, low in ((0, 0.0, 0.0), (4, 1.0, 0.76))
     ]  # fmt: skip
@@ -53,6 +55,7 @@ def test_from_the_rows_to_the_advice(
     assert status == 0, err
     lines = out.splitlines()
     assert lines[0].split()[:2] == ["WHAT", "SCORE"]
+    assert "USD PER 1,000" in lines[0]
     assert lines[1].startswith("zero-shot   0.0 %")
     assert lines[2].startswith("4 examples  100.0 %  76.0 to 100.0  140")
     assert "The target of 70 % is met by" in out
@@ -74,6 +77,32 @@ def test_from_the_rows_to_the_advice(
     assert "Write a prompt first; do not fine-tune yet." in out
     assert "Stop here." in page.read_text()
     assert "4 examples" in page.read_text()
+    assert "USD per 1,000" in page.read_text()
+    assert "median, NVIDIA H200" in page.read_text()
+
+
+def test_an_endpoint_elsewhere_is_sent_with_its_price_and_key(
+    tunery: Run, api: str, database: Database, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Any] = []
+    usual = Remote.call
+
+    def listen(remote: Remote, method: str, path: str, **more: Any) -> Any:
+        sent.append(more.get("json"))
+        return usual(remote, method, path, **more)
+
+    monkeypatch.setattr(Remote, "call", listen)
+    monkeypatch.setenv("TUNERY_EXTERNAL_KEY", "sk-elsewhere")
+    with database.sessions.begin() as session:
+        base = rows.base(session).id
+    there = ("--external", "large@https://api.example.com/v1", "--external-price", "0.5,1.5")
+    status, _, err = tunery("baseline", file, "-m", base, "--shots", "0", "--max-new-tokens", "7", *there)
+    assert (status, "external" in err) == (1, True)  # the operator has not allowed it
+    assert sent[-1]["max_new_tokens"] == 7
+    assert sent[-1]["external"] == {
+        "model": "large", "base_url": "https://api.example.com/v1", "api_key": "sk-elsewhere",
+        "price_per_million": {"prompt": 0.5, "answer": 1.5},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -83,6 +112,9 @@ def test_from_the_rows_to_the_advice(
         (("nowhere.jsonl", "-m", "x"), "nowhere.jsonl"),
         (("rows.jsonl", "-m", "x", "--shots", "few"), "0,4,8"),
         (("rows.jsonl", "-m", "x", "--target", "exact=all"), "exact=0.9"),
+        (("rows.jsonl", "-m", "x", "--external", "large"), "https://HOST/v1"),
+        (("rows.jsonl", "-m", "x", "--external", "large@https://h/v1", "--external-price", "3"), "0.5,1.5"),
+        (("rows.jsonl", "-m", "x", "--max-new-tokens", "5000"), "max_new_tokens"),
     ],
 )
 def test_what_is_wrong_is_said(tunery: Run, api: str, file: Path, arguments: tuple[str, ...], said: str) -> None:

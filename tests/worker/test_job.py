@@ -82,6 +82,10 @@ def _check_quote(workshop: Workshop, job: Job) -> None:
     kept = job.actual["kept"]
     assert (kept["steps"], kept["step_times"]["steps"], kept["spent"]["answer"]["units"]) == (12, 11, 2 * 2)
     assert kept["spent"]["scores"]["seconds"] > 0
+    timed = job.progress["latency"]
+    assert (timed["device"], timed["p50_seconds"] > 0, timed["prompt_tokens"] > timed["answer_tokens"]) == (
+        "CPU", True, True,
+    )  # fmt: skip
     assert sum(part["seconds"] for part in kept["spent"].values()) <= kept["trainer_seconds"] <= actual.seconds
 
 

@@ -44,6 +44,7 @@ class Row(BaseModel):
     answer_tokens: float | None = Field(description="Mean of an answer")
     cost_per_1000: float | None = Field(description="Of a thousand answers, in the currency of the server's prices")
     p50_seconds: float | None = Field(description="Median time of a request that is alone")
+    device: str | None = Field(None, description="What answered, where it was here; times of two devices differ")
     verdict: Verdict | None = Field(None, description="By the target; null without one")
     error: str | None = None
 
@@ -53,7 +54,7 @@ def rows(session: Session, baseline: Baseline, prices: Prices) -> list[Row]:
     order = Order.model_validate(baseline.order)
     measured = list(_measured(baseline, order, prices))
     zero = next((row for row in measured if row.way == "zero_shot" and row.model == baseline.model), None)
-    return measured + list(_tunes(session, baseline, order, zero))
+    return measured + list(_tunes(session, baseline, order, zero, prices))
 
 
 def cheapest(found: list[Row]) -> Row | None:
@@ -88,6 +89,7 @@ def _measured(baseline: Baseline, order: Order, prices: Prices) -> Iterator[Row]
                 if asked is None
                 else _cost_there(score, asked.price_per_million),
                 p50_seconds=score.p50_seconds,
+                device=score.device,
                 error=score.error,
                 **row,
             )
@@ -129,7 +131,7 @@ def _verdict(at_least: float, score: float | None, low: float | None) -> Verdict
     return "unsure" if score >= at_least else "missed"
 
 
-def _tunes(session: Session, baseline: Baseline, order: Order, zero: Row | None) -> Iterator[Row]:
+def _tunes(session: Session, baseline: Baseline, order: Order, zero: Row | None, prices: Prices) -> Iterator[Row]:
     """The tuned models of the base whose scorecard is of the same eval rows."""
     if zero is None:
         return
@@ -144,12 +146,22 @@ def _tunes(session: Session, baseline: Baseline, order: Order, zero: Row | None)
             job=job.id,
             shots=0,
             rows=card["rows"],
-            prompt_tokens=zero.prompt_tokens,  # the tuned model is asked in its base's template
-            answer_tokens=None,
-            cost_per_1000=None,
-            p50_seconds=None,
+            **_timed(job.progress.get("latency"), zero, prices),
             **_row(order, metrics, card["primary"]),
         )
+
+
+def _timed(latency: Mapping[str, Any] | None, zero: Row, prices: Prices) -> dict[str, Any]:
+    """The fields of a tune's row that its job timed; jobs of earlier releases timed nothing."""
+    if latency is None:  # the tuned model is asked in its base's template
+        return {"prompt_tokens": zero.prompt_tokens, "answer_tokens": None, "cost_per_1000": None, "p50_seconds": None}
+    return {
+        "prompt_tokens": latency["prompt_tokens"],
+        "answer_tokens": latency["answer_tokens"],
+        "p50_seconds": latency["p50_seconds"],
+        "cost_per_1000": cost(1000 * latency["p50_seconds"], latency["device"], prices),
+        "device": latency["device"],
+    }
 
 
 def _jobs(session: Session, baseline: Baseline) -> list[tuple[Job, Model]]:

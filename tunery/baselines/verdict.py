@@ -67,12 +67,12 @@ def of_target(at_least: float, found: Row | None) -> Reason:
     )
 
 
-HEADINGS = ("what", "score", "95 %", "tokens", "per 1,000", "p50", "target")
+COLUMNS = ("what", "score", "95 %", "tokens", "per 1,000", "p50", "device", "target")
 _VERDICTS = {"met": "met", "unsure": "maybe", "missed": "no"}
 
 
 def cells(row: Row) -> dict[str, str]:
-    """A row of the table as people read it, by HEADINGS, `model` and `error` besides."""
+    """A row of the table as people read it, by COLUMNS, `model` and `error` besides."""
     way = {"zero_shot": "zero-shot", "few_shot": f"{row.shots} examples", "nearest": f"{row.shots} nearest"}
     interval = "-" if row.low is None or row.high is None else f"{100 * row.low:.1f} to {100 * row.high:.1f}"
     shown = {
@@ -82,6 +82,7 @@ def cells(row: Row) -> dict[str, str]:
         "tokens": "-" if row.prompt_tokens is None else f"{row.prompt_tokens:,.0f}",
         "per 1,000": "-" if row.cost_per_1000 is None else f"{row.cost_per_1000:,.3f}",
         "p50": "-" if row.p50_seconds is None else f"{row.p50_seconds:.2f} s",
+        "device": row.device or ("elsewhere" if row.place == "external" else "-"),
         "target": _VERDICTS.get(row.verdict or "", "-"),
     }
     return {**shown, "model": row.model, "error": row.error or ""}

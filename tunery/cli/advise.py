@@ -47,23 +47,26 @@ def advise(
     if aim not in get_args(Aim):
         raise typer.BadParameter(f"--aim {aim}: use {', '.join(get_args(Aim))}.")
     rows: list[Row] = []
+    currency = ""
     if Path(file).is_file() and baseline is None:
         made = _here(Path(file), aim, model, valid)
     elif Path(file).is_file():
         raise typer.BadParameter("A baseline lies with the server: upload the file and name its id beside --baseline.")
     elif file.startswith(ids.FILE):
         asked = {"file": file, "aim": aim, "model": model, "validation_file": valid, "baseline": baseline}
-        made, rows = _there(connect(context), **asked)
+        made, rows, currency = _there(connect(context), **asked)
     else:
         raise typer.BadParameter(f"{file}: there is no such file here, and ids begin with {ids.FILE}")
     if html is not None:
         measured = [verdict.cells(row) for row in rows]
-        html.write_text(advice_page.render(Path(file).name, aim, made, measured=measured), encoding="utf-8")
+        html.write_text(
+            advice_page.render(Path(file).name, aim, made, measured=measured, currency=currency), encoding="utf-8"
+        )
     if json:
         show.as_json(made.model_dump(mode="json"))
     else:
         if rows:
-            print_table(rows)
+            print_table(rows, currency)
         print_advice(made, Path(file).name)
 
 
@@ -100,8 +103,9 @@ def _facts(folder: Path) -> dict[str, Any]:
     return {**sizes, "context_length": sizes.get("max_position_embeddings")}
 
 
-def _there(api: Remote, **asked: str | None) -> tuple[Advice, list[Row]]:
-    """The server's advice on a file that has a report, and a baseline's table. Raises Refused where there is none."""
+def _there(api: Remote, **asked: str | None) -> tuple[Advice, list[Row], str]:
+    """The server's advice on a file that has a report, a baseline's table, and the currency of its costs. Raises
+    Refused where there is no report."""
     if asked["model"] is None:
         raise typer.BadParameter("An uploaded file needs --model: a base, an alias or a tuned model.")
     body = {name: value for name, value in asked.items() if value is not None}
@@ -111,7 +115,8 @@ def _there(api: Remote, **asked: str | None) -> tuple[Advice, list[Row]]:
             time.sleep(_POLL_SECONDS)
     if found["advice"] is None:
         raise Refused(message=found["error"])
-    return Advice.model_validate(found["advice"]), [Row.model_validate(row) for row in found["table"]]
+    rows = [Row.model_validate(row) for row in found["table"]]
+    return Advice.model_validate(found["advice"]), rows, found["currency"]
 
 
 def print_advice(made: Advice, name: str) -> None:

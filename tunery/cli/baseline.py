@@ -32,6 +32,18 @@ def baseline(
     target: Annotated[str | None, typer.Option(help="What is good enough: exact=0.9, or 0.9 of the usual.")] = None,
     compare: Annotated[list[str] | None, typer.Option(help="Another model; may be given several times.")] = None,
     max_rows: Annotated[int, typer.Option(help="Eval rows at most.")] = 200,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of an answer at most; absent: by the longest wanted one.")
+    ] = None,
+    external: Annotated[
+        str | None, typer.Option(metavar="MODEL@URL", help="A model behind an OpenAI-compatible endpoint, asked too.")
+    ] = None,
+    external_price: Annotated[
+        str | None, typer.Option(help="Of a million of its tokens, of prompts and of answers: 0.5,1.5.")
+    ] = None,
+    external_key: Annotated[
+        str | None, typer.Option(envvar="TUNERY_EXTERNAL_KEY", help="Its key, best in the environment.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Score a base by prompts alone, without and with examples, and say what is good enough."""
@@ -43,6 +55,8 @@ def baseline(
             raise typer.BadParameter("Name the base that is to be prompted: --model.")
         body: dict[str, Any] = {"model": model, "shots": _shots(shots), "retrieval": "nearest" if nearest else "none"}
         body |= {"target": _target(target), "compare": compare or [], "max_rows": max_rows}
+        body |= {"max_new_tokens": "auto" if max_new_tokens is None else max_new_tokens}
+        body |= {"external": _external(external, external_price, external_key)}
         files = {"eval_file": _id(api, eval_file), "examples_file": None if examples is None else _id(api, examples)}
         made = _wait(api, api.call("POST", ROOT, json=body | files)["id"])
     if json:
@@ -78,6 +92,25 @@ def _target(text: str | None) -> dict[str, Any] | None:
         raise typer.BadParameter(f"--target {text}: use a metric and a share, as in exact=0.9.") from None
 
 
+def _external(text: str | None, price: str | None, key: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    model, _, rest = text.partition("@http")
+    if not model or not rest:
+        raise typer.BadParameter(f"--external {text}: use a model and a base URL, as in NAME@https://HOST/v1.")
+    return {"model": model, "base_url": f"http{rest}", "api_key": key, "price_per_million": _price(price)}
+
+
+def _price(text: str | None) -> dict[str, float] | None:
+    if text is None:
+        return None
+    try:
+        prompt, answer = (float(one) for one in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--external-price {text}: use two numbers, as in 0.5,1.5.") from None
+    return {"prompt": prompt, "answer": answer}
+
+
 def _wait(api: Remote, baseline_id: str) -> dict[str, Any]:
     """The baseline once it has ended. Ctrl-C leaves it to its worker."""
     with show.errors.status("waiting for a worker") as status:
@@ -92,7 +125,7 @@ def print_baseline(made: dict[str, Any]) -> None:
     if made["status"] != "succeeded":
         raise Refused(message=f"Baseline {made['id']} is {made['status']}. {made['error'] or ''}".strip())
     rows = [Row.model_validate(row) for row in made["table"]]
-    print_table(rows)
+    print_table(rows, made["currency"])
     if made["left_out"]:
         show.console.print(Text(f"{made['left_out']} examples were not shown: an eval row asks the same.", style="dim"))
     if (target := made["target"]) is not None:
@@ -101,11 +134,13 @@ def print_baseline(made: dict[str, Any]) -> None:
     show.hint(f"tunery advise FILE --aim AIM -m {made['model']} --baseline {made['id']}")
 
 
-def print_table(rows: list[Row]) -> None:
+def print_table(rows: list[Row], currency: str) -> None:
     """A baseline's table, a line for each way to get answers."""
     shown = [verdict.cells(row) for row in rows]
-    lines = ([_cell(cells, name) for name in (*verdict.HEADINGS, "model")] for cells in shown)
-    show.table((*verdict.HEADINGS, "model"), lines, empty="Nothing was measured.")
+    columns = [name for name in (*verdict.COLUMNS, "model") if any(cells[name] != "-" for cells in shown)]
+    headings = [f"{currency} per 1,000" if name == "per 1,000" else name for name in columns]
+    lines = ([_cell(cells, name) for name in columns] for cells in shown)
+    show.table(headings, lines, empty="Nothing was measured.")
     for cells in shown:
         if cells["error"]:
             show.console.print(Text(f"{cells['what']}: {cells['error']}", style="yellow"), soft_wrap=True)

@@ -23,9 +23,10 @@ def render(
     *,
     state: Mapping[str, Any] | None = None,
     measured: Sequence[Mapping[str, str]] = (),
+    currency: str = "",
 ) -> str:
     """The page on the file called `name`. `made`: None while there is none; `state`: how far its report is;
-    `measured`: the rows of a baseline's table, in words."""
+    `measured`: the rows of a baseline's table, in words, with costs in `currency`."""
     return _TEMPLATE.render(
         name=name,
         aim=aim.replace("_", " "),
@@ -35,6 +36,7 @@ def render(
         settings=made and [(one.field, _shown(one.value), one.text) for one in made.suggestions],
         cards=fitting.in_words(made.cards) if made else [],
         measured=measured,
+        currency=currency,
         state=state or {"status": "ready", "progress": 1.0, "error": None},
     )
 

@@ -9,7 +9,7 @@ import torch
 
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
-from tunery.wire import Finished, Paused, Phase, Started
+from tunery.wire import Finished, Latency, Paused, Phase, Started
 from worker.trainer import (
     artifact,
     checkpoints,
@@ -31,7 +31,7 @@ from worker.trainer.parallel import Ranks
 from worker.trainer.replay import own
 from worker.trainer.replay import rows as replay
 from worker.trainer.report import MessageWriter
-from worker.trainer.scoring import comparison, sampled
+from worker.trainer.scoring import comparison, latency, sampled
 from worker.trainer.stop_signal import Stopped, StopSignal
 from worker.trainer.training import Progress, Training
 
@@ -46,7 +46,7 @@ def carry_out(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> b
     began = time.monotonic()
     writer.write(Phase(phase="loading"))
     t = prepare(folder, writer, stop_signal)
-    progress = Progress()
+    progress, timed = Progress(), None
     try:
         t.timer.check_bytes = parity.bytes_to_read(t)
         export.expect(t)
@@ -63,12 +63,13 @@ def carry_out(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> b
             scored = comparison.score(
                 t, asked, base_answers, lambda: comparison.compare_general(t, probe, base_general)
             )
+            timed = latency.measure(t, asked, scored)
             artifact.write(t, progress, scored)
     except Stopped:
         done = False
         checkpoints.save_for_later(t, progress)
     if done:
-        writer.write(_finished(t, progress, began))
+        writer.write(_finished(t, progress, began, timed))
     else:
         writer.write(_paused(folder, progress))
     return done
@@ -180,7 +181,7 @@ def _paused(folder: Path, progress: Progress) -> Paused:
     return Paused(step=progress.step, path=str(path.relative_to(folder)) if path.exists() else None)
 
 
-def _finished(t: Training, progress: Progress, began: float) -> Finished:
+def _finished(t: Training, progress: Progress, began: float, timed: Latency | None) -> Finished:
     on_gpu = t.device.type == "cuda"
     exported = progress.best_step if t.keeps_best and progress.best_step is not None else progress.step
     return Finished(
@@ -192,4 +193,5 @@ def _finished(t: Training, progress: Progress, began: float) -> Finished:
         stopped_early=progress.stopped_early,
         spent=t.timer.spent(),
         step_times=t.timer.step_times,
+        latency=timed,
     )

@@ -2,8 +2,7 @@
 
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from tunery.spec import Run
 from worker.trainer import checkpoints, hardware, run
 from worker.trainer.data import read_parsed
 from worker.trainer.report import MessageWriter, write_lines
-from worker.trainer.scoring import answers, metrics
+from worker.trainer.scoring import answers, latency, metrics
 from worker.trainer.scoring.answers import Question
 from worker.trainer.scoring.intervals import bootstrap_interval
 from worker.trainer.scoring.matching import matches
@@ -94,25 +93,13 @@ def _ask(t: Training, variant: Variant, asked: list[Question], done: _Progress, 
         return answers.generate_counted(t, some, limit, base=not tuned, around=done.count)
 
     texts = answer(asked)
-    count = t.template.tokenizer.encode
     figures: dict[str, Any] = {
         "device": hardware.device_name(t.device),
         "prompt_tokens": _mean([len(question.prompt_ids) for question in asked]),
-        "answer_tokens": _mean([len(count(text, add_special_tokens=False).ids) for text in texts]),
-        "p50_seconds": _median_time(asked, lambda one: answer([one])),
+        "answer_tokens": _mean([latency.count_tokens(t, text) for text in texts]),
+        "p50_seconds": latency.median_seconds(asked, lambda one: answer([one]), rows=TIMED_ROWS),
     }
     return _score(variant, asked, texts).model_copy(update=figures), _rows(variant, asked, texts)
-
-
-def _median_time(asked: Sequence[Question], answer: Callable[[Question], object]) -> float:
-    """The median seconds of an answer to one question alone, over questions spread over the file."""
-    count = min(len(asked), TIMED_ROWS)
-    times = []
-    for question in [asked[i * len(asked) // count] for i in range(count)]:
-        began = time.perf_counter()
-        answer(question)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
 
 
 def _score(variant: Variant, asked: list[Question], texts: list[str]) -> PromptScore:
