@@ -324,7 +324,7 @@ class StepTimes(Message):
 class Latency(BaseModel):
     """What requests to the tuned model take on the device of its run, each alone."""
 
-    device: str = Field(description="As its driver names it, or CPU")
+    device: str = Field(description="As its driver names it, or cpu")
     p50_seconds: float = Field(description="Median, over a few test rows")
     prompt_tokens: float = Field(description="Mean of a request")
     answer_tokens: float = Field(description="Mean of an answer")

@@ -84,7 +84,7 @@ def _check_quote(workshop: Workshop, job: Job) -> None:
     assert kept["spent"]["scores"]["seconds"] > 0
     timed = job.progress["latency"]
     assert (timed["device"], timed["p50_seconds"] > 0, timed["prompt_tokens"] > timed["answer_tokens"]) == (
-        "CPU", True, True,
+        "cpu", True, True,
     )  # fmt: skip
     assert sum(part["seconds"] for part in kept["spent"].values()) <= kept["trainer_seconds"] <= actual.seconds
 
