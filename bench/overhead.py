@@ -24,7 +24,7 @@ from sqlalchemy import select
 from bench import service
 from tunery import db, processes, wire
 from tunery.jobs.model import Attempt, Job, Metric
-from tunery.local import guard
+from tunery.local import watchdog
 from tunery.local.stack import Stack
 from tunery.settings import get_settings
 from tunery.storage import open_storage
@@ -90,7 +90,7 @@ def _cpu_seconds(stack: Stack) -> float:
     mark = json.loads((stack.home / "stack.json").read_text())["mark"]
     servers = [psutil.Process(pid) for pid in (stack.postgres.pid, stack.valkey.pid) if pid]
     ours = [
-        *processes.marked(guard.MARK, mark),
+        *processes.marked(watchdog.MARK, mark),
         *servers,
         *(child for server in servers for child in server.children(recursive=True)),
     ]

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from tunery import db, processes
 from tunery.jobs.model import Attempt, Job, JobEvent, Metric
-from tunery.local import guard
+from tunery.local import watchdog
 from tunery.local.receiver import Receiver
 from tunery.local.stack import Stack
 
@@ -77,7 +77,7 @@ def _service(stack: Stack, name: str) -> psutil.Process:
 
 
 def _trainer(stack: Stack) -> psutil.Process:
-    found = [one for one in processes.marked(guard.MARK, stack._mark) if "worker.trainer" in one.cmdline()]
+    found = [one for one in processes.marked(watchdog.MARK, stack._mark) if "worker.trainer" in one.cmdline()]
     assert len(found) == 1
     return found[0]
 

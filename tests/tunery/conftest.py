@@ -9,7 +9,7 @@ from commands import Run
 from databases import Database
 
 from api.main import create_app
-from tunery.cli import main, show
+from tunery.cli import main, output
 from tunery.keys import ring
 
 
@@ -22,9 +22,9 @@ def tunery(
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["tunery", *map(str, arguments)])
-        # Made anew, as a console keeps the stream that it was made with.
-        monkeypatch.setattr(show, "console", show.Console(highlight=False, width=80))
-        monkeypatch.setattr(show, "errors", show.Console(stderr=True, highlight=False, width=80))
+        # Made again, as a console keeps the stream that it was made with.
+        monkeypatch.setattr(output, "console", output.Console(highlight=False, width=80))
+        monkeypatch.setattr(output, "errors", output.Console(stderr=True, highlight=False, width=80))
         with pytest.raises(SystemExit) as end:
             main.run()
         said = capsys.readouterr()

@@ -19,7 +19,7 @@ from teams import BASE, LINE, TRAIN
 
 from tunery.artifacts import model as artifacts
 from tunery.artifacts.manifest import Manifest, ManifestFile
-from tunery.cli import standing
+from tunery.cli import stack as stack_commands
 from tunery.jobs import leases, ledger
 from tunery.jobs.model import Checkpoint, HostDevice, Job, Metric
 from tunery.jobs.states import State
@@ -598,7 +598,7 @@ def test_home_is_inherited_by_every_command(tunery: Run, tmp_path: Path, monkeyp
     assert tunery("--home", "other", "down")[:2] == (0, "Nothing runs in other.\n")
     assert tunery("down", "--home", "third")[:2] == (0, "Nothing runs in third.\n")
     started: list[Path] = []
-    monkeypatch.setattr(standing, "up", lambda home, **_: started.append(home))
+    monkeypatch.setattr(stack_commands, "up", lambda home, **_: started.append(home))
     tunery("--home", "other", "up")
     tunery("up", "--home", "third")
     assert started == [Path("other"), Path("third")]

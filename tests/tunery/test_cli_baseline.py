@@ -12,7 +12,7 @@ from teams import TRAIN
 
 from tunery.baselines import ledger
 from tunery.cli import baseline as command
-from tunery.cli.remote import Remote
+from tunery.cli.client import ApiClient
 from tunery.datasets import reports
 from tunery.datasets.model import FileReport
 from tunery.datasets.report import maker
@@ -85,13 +85,13 @@ def test_an_endpoint_elsewhere_is_sent_with_its_price_and_key(
     tunery: Run, api: str, database: Database, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[Any] = []
-    usual = Remote.call
+    usual = ApiClient.call
 
-    def listen(remote: Remote, method: str, path: str, **more: Any) -> Any:
+    def listen(remote: ApiClient, method: str, path: str, **more: Any) -> Any:
         sent.append(more.get("json"))
         return usual(remote, method, path, **more)
 
-    monkeypatch.setattr(Remote, "call", listen)
+    monkeypatch.setattr(ApiClient, "call", listen)
     monkeypatch.setenv("TUNERY_EXTERNAL_KEY", "sk-elsewhere")
     with database.sessions.begin() as session:
         base = rows.base(session).id

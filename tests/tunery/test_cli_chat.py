@@ -15,7 +15,7 @@ from rich.console import Console
 from teams import BASE
 
 from api.main import create_app
-from tunery.cli import comparing, show
+from tunery.cli import comparing, output
 
 # --- chat -----------------------------------------------------------------------------------------------------------
 
@@ -63,7 +63,7 @@ def test_an_answer_that_breaks_off_is_an_error(tunery: Run, server: ModelServer)
 def test_models_are_compared_side_by_side(tunery: Run, server: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.message = {"content": "It is in the post, and should be with you within five working days."}
     monkeypatch.setattr("sys.stdin", io.StringIO("Where is my card?\nAnd now?\n"))
-    monkeypatch.setattr(show.console, "_width", 80)
+    monkeypatch.setattr(output.console, "_width", 80)
     status, out, _ = tunery("chat", BASE, "--against", BASE, "-s", "Be brief.", "--max-tokens", 9)
     first, second = (part.splitlines() for part in out.split("> ")[1:])
     assert status == 0

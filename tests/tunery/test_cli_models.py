@@ -17,7 +17,7 @@ from databases import Database
 from rich.console import Console
 from teams import BASE
 
-from tunery.cli import standing
+from tunery.cli import stack as stack_commands
 from tunery.jobs.model import Job
 from tunery.jobs.states import State
 from tunery.keys import ring
@@ -216,8 +216,8 @@ def test_up_waits_for_a_base_that_an_interrupted_start_left_half_converted(
     stack.postgres.url = lambda: database.settings.database_url  # type: ignore[method-assign]
     worker = threading.Timer(1, convert)
     worker.start()
-    standing.register(stack, None, Console(highlight=False))
+    stack_commands.register(stack, None, Console(highlight=False))
     assert not worker.is_alive(), "it returned while the base was being converted"
     assert f"Base model    {SMOLLM2.id}" in capsys.readouterr().out
-    standing.register(stack, None, Console(highlight=False))
+    stack_commands.register(stack, None, Console(highlight=False))
     assert capsys.readouterr().out == ""

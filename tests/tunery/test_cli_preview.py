@@ -10,7 +10,7 @@ from databases import Database
 from templates import CHATML, model_folder
 
 from tunery.artifacts import manifest
-from tunery.cli import show
+from tunery.cli import output
 from tunery.storage import open_storage
 
 ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a\nb"}]}
@@ -38,11 +38,11 @@ def test_marks_show_what_is_learned_without_colours(tunery: Run, base: Path, fil
 
 
 def test_colours_take_the_place_of_marks(tunery: Run, base: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Coloured(show.Console):
+    class Coloured(output.Console):
         def __init__(self, **options: object) -> None:
             super().__init__(force_terminal=True, color_system="standard", **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(show, "Console", Coloured)
+    monkeypatch.setattr(output, "Console", Coloured)
     monkeypatch.delenv("NO_COLOR", raising=False)
     coloured = tunery("files", "preview", file, "--model", base, "-n", 1)[1]
     monkeypatch.setenv("NO_COLOR", "1")

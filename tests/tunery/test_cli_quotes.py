@@ -7,7 +7,7 @@ from databases import Database
 from tunery.jobs.model import Job
 from tunery.jobs.states import State
 from tunery.keys import ring
-from tunery.local.drawing import duration
+from tunery.local.terminal import duration
 from tunery.planning import quote
 from tunery.planning.shape import Shape
 from tunery.planning.workload import Workload

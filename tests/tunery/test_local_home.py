@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tunery import processes
-from tunery.cli import standing
+from tunery.cli import stack as stack_commands
 from tunery.local import demo, lock, state
 from tunery.local.stack import HomeInUse, PortTaken, Stack
 
@@ -42,7 +42,7 @@ def test_down_leaves_a_stranger_alone_who_got_a_killed_owners_number(
 ) -> None:
     state.write(tmp_path, {"pid": stranger.pid, "mark": "of-the-killed"})
     (tmp_path / "lock").write_text(str(stranger.pid))
-    standing.down(tmp_path)
+    stack_commands.down(tmp_path)
     assert "Nothing runs in" in capsys.readouterr().out
     assert processes.is_alive(stranger.pid)
     assert state.running(tmp_path) is None
@@ -56,7 +56,7 @@ def test_down_ends_who_has_the_home(tmp_path: Path, capsys: pytest.CaptureFixtur
     with subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == b"taken\n"
-        standing.down(tmp_path)
+        stack_commands.down(tmp_path)
         assert owner.wait(10) == -signal.SIGTERM
     assert "Everything is stopped." in capsys.readouterr().out
 

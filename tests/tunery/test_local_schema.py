@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tunery.local import schema, tree
+from tunery.local import paths, schema
 from tunery.local.postgres import Postgres
 
 SECOND = """
@@ -28,10 +28,10 @@ def checkout(tmp_path: Path) -> Path:
     """A copy of what the check reads."""
     without = shutil.ignore_patterns("__pycache__")
     for name in ("tunery", "migrations"):
-        shutil.copytree(tree.root() / name, tmp_path / name, ignore=without)
+        shutil.copytree(paths.root() / name, tmp_path / name, ignore=without)
     for name in ("api", "worker"):
         (tmp_path / name).mkdir()
-    shutil.copy(tree.root() / "alembic.ini", tmp_path)
+    shutil.copy(paths.root() / "alembic.ini", tmp_path)
     return tmp_path
 
 
@@ -46,7 +46,7 @@ def test_two_migrations_after_one_fail_the_check(checkout: Path) -> None:
 
 
 def test_a_migrations_file_is_named_after_its_date_and_revision() -> None:
-    for path in (tree.root() / "migrations/versions").glob("*.py"):
+    for path in (paths.root() / "migrations/versions").glob("*.py"):
         revision = re.search(r'^revision = "(\w+)"$', path.read_text(), re.MULTILINE)
         assert revision
         assert re.fullmatch(rf"\d{{4}}_\d\d_\d\d_{revision[1]}_\w+", path.stem), path.name
@@ -58,7 +58,7 @@ def test_services_that_start_together_upgrade_one_after_the_other(tmp_path: Path
     server = Postgres(tmp_path / "postgres", durable=False).start()
     try:
         upgrade = f"from tunery.local import schema; schema.upgrade({server.url()!r})"
-        together = [subprocess.Popen([sys.executable, "-c", upgrade], cwd=tree.root()) for _ in range(3)]
+        together = [subprocess.Popen([sys.executable, "-c", upgrade], cwd=paths.root()) for _ in range(3)]
         assert [process.wait(timeout=300) for process in together] == [0, 0, 0]
         schema.compare(server.url())
     finally:

@@ -25,7 +25,7 @@ from tunery.local.postgres import Postgres
 from tunery.local.restarts import MOST, WITHIN_SECONDS, Restarts
 
 TRACE = "STARTED_BY_TEST"
-"""Inherited by all that `tunery up` starts, the servers and the guard too."""
+"""Inherited by all that `tunery up` starts, the servers and the watchdog too."""
 
 
 @dataclass
@@ -154,7 +154,7 @@ def _health(home: Path) -> int | None:
         return None
 
 
-PARTS = ("-D", "valkey", "api.main:create_app", "worker.server", "train@%h", "io@%h", "tunery.local.guard")
+PARTS = ("-D", "valkey", "api.main:create_app", "worker.server", "train@%h", "io@%h", "tunery.local.watchdog")
 """A word of the command of each child of `tunery up`."""
 
 

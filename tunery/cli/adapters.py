@@ -5,7 +5,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from tunery.cli.remote import Refused, Remote
+from tunery.cli.client import ApiClient, Refused
 
 _PATTERNS = (
     *("adapter_config.json", "adapter_model.*", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -14,7 +14,7 @@ _PATTERNS = (
 """What is sent of a folder: not the states of optimizers that a trainer left beside its adapter."""
 
 
-def send(api: Remote, base: str, folder: Path, suffix: str | None, technique: str) -> dict[str, Any]:
+def send(api: ApiClient, base: str, folder: Path, suffix: str | None, technique: str) -> dict[str, Any]:
     """Sends the adapter in `folder`; returns its model. Raises Refused."""
     if not (folder / "adapter_config.json").is_file():
         raise Refused(message=f"{folder} has no adapter_config.json. Name the folder that save_pretrained wrote.")

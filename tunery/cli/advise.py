@@ -13,10 +13,10 @@ from rich.text import Text
 from tunery import ids
 from tunery.baselines import verdict
 from tunery.baselines.table import Row
-from tunery.cli import report, show
+from tunery.cli import output, report
 from tunery.cli.baseline import print_table
+from tunery.cli.client import ApiClient, Refused
 from tunery.cli.options import AsJson, connect
-from tunery.cli.remote import Refused, Remote
 from tunery.datasets import token_rate
 from tunery.planning import advice_page, advisor, fitting
 from tunery.planning.advisor import Advice
@@ -63,7 +63,7 @@ def advise(
             advice_page.render(Path(file).name, aim, made, measured=measured, currency=currency), encoding="utf-8"
         )
     if json:
-        show.as_json(made.model_dump(mode="json"))
+        output.as_json(made.model_dump(mode="json"))
     else:
         if rows:
             print_table(rows, currency)
@@ -103,13 +103,13 @@ def _facts(folder: Path) -> dict[str, Any]:
     return {**sizes, "context_length": sizes.get("max_position_embeddings")}
 
 
-def _there(api: Remote, **asked: str | None) -> tuple[Advice, list[Row], str]:
+def _there(api: ApiClient, **asked: str | None) -> tuple[Advice, list[Row], str]:
     """The server's advice on a file that has a report, a baseline's table, and the currency of its costs. Raises
     Refused where there is no report."""
     if asked["model"] is None:
         raise typer.BadParameter("An uploaded file needs --model: a base, an alias or a tuned model.")
     body = {name: value for name, value in asked.items() if value is not None}
-    with show.errors.status("waiting for the report") as status:
+    with output.errors.status("waiting for the report") as status:
         while (found := api.call("POST", "/fine_tuning/advice", json=body))["status"] in ("queued", "running"):
             status.update(f"{found['status']}: {found['progress']:.0%}")
             time.sleep(_POLL_SECONDS)
@@ -121,25 +121,25 @@ def _there(api: Remote, **asked: str | None) -> tuple[Advice, list[Row], str]:
 
 def print_advice(made: Advice, name: str) -> None:
     """The headline, the reasons, the settings with theirs, and the warnings."""
-    show.console.print(Text(HEADLINES[made.recommendation], style=f"bold {_COLOURS[made.recommendation]}"))
+    output.console.print(Text(HEADLINES[made.recommendation], style=f"bold {_COLOURS[made.recommendation]}"))
     of = "all" if made.rows.usable == made.rows.total else f"{made.rows.usable:,} of"
-    show.console.print(Text(f"{name}: {of} {made.rows.total:,} rows count.", style="dim"), soft_wrap=True)
+    output.console.print(Text(f"{name}: {of} {made.rows.total:,} rows count.", style="dim"), soft_wrap=True)
     for reason in made.reasons:
         _print_point("-", reason.text)
-    show.console.print(Text("\nIf you tune:", style="bold"))
+    output.console.print(Text("\nIf you tune:", style="bold"))
     _print_settings(made)
-    show.facts(fitting.in_words(made.cards))
+    output.fields(fitting.in_words(made.cards))
     for warning in made.warnings:
         _print_point("!", warning, style="yellow")
     flags = " ".join(f"--set {field}={value}" for field, value in _leaves(made.settings))
-    show.console.print()
-    show.console.print(Text(f"tunery jobs create -m MODEL --train FILE {flags}", style="dim"), soft_wrap=True)
+    output.console.print()
+    output.console.print(Text(f"tunery jobs create -m MODEL --train FILE {flags}", style="dim"), soft_wrap=True)
 
 
 def _print_point(sign: str, text: str, style: str = "") -> None:
     table = Table.grid(padding=(0, 1))
     table.add_row(Text(sign, style=style), Text(text, style=style))
-    show.console.print(table)
+    output.console.print(table)
 
 
 def _print_settings(made: Advice) -> None:
@@ -149,7 +149,7 @@ def _print_settings(made: Advice) -> None:
     table.add_column(ratio=1)
     for one in made.suggestions:
         table.add_row(one.field, "-" if one.value is None else str(one.value), one.text)
-    show.console.print(table)
+    output.console.print(table)
 
 
 def _leaves(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,10 +10,10 @@ from rich.text import Text
 from tunery import ids
 from tunery.baselines import verdict
 from tunery.baselines.table import Row
-from tunery.cli import show
+from tunery.cli import output
+from tunery.cli.client import ApiClient, Refused
 from tunery.cli.files import upload_file
 from tunery.cli.options import AsJson, connect
-from tunery.cli.remote import Refused, Remote
 
 ROOT = "/fine_tuning/baselines"
 _POLL_SECONDS = 1.0
@@ -60,12 +60,12 @@ def baseline(
         files = {"eval_file": _id(api, eval_file), "examples_file": None if examples is None else _id(api, examples)}
         made = _wait(api, api.call("POST", ROOT, json=body | files)["id"])
     if json:
-        return show.as_json(made)
+        return output.as_json(made)
     print_baseline(made)
     return None
 
 
-def _id(api: Remote, file: str) -> str:
+def _id(api: ApiClient, file: str) -> str:
     if Path(file).is_file():
         return str(upload_file(api, Path(file))["id"])
     if file.startswith(ids.FILE):
@@ -111,9 +111,9 @@ def _price(text: str | None) -> dict[str, float] | None:
     return {"prompt": prompt, "answer": answer}
 
 
-def _wait(api: Remote, baseline_id: str) -> dict[str, Any]:
+def _wait(api: ApiClient, baseline_id: str) -> dict[str, Any]:
     """The baseline once it has ended. Ctrl-C leaves it to its worker."""
-    with show.errors.status("waiting for a worker") as status:
+    with output.errors.status("waiting for a worker") as status:
         while (found := api.call("GET", f"{ROOT}/{baseline_id}"))["status"] in ("queued", "running"):
             status.update(f"{baseline_id}: {found['status']} {found['progress']:.0%}")
             time.sleep(_POLL_SECONDS)
@@ -127,11 +127,13 @@ def print_baseline(made: dict[str, Any]) -> None:
     rows = [Row.model_validate(row) for row in made["table"]]
     print_table(rows, made["currency"])
     if made["left_out"]:
-        show.console.print(Text(f"{made['left_out']} examples were not shown: an eval row asks the same.", style="dim"))
+        output.console.print(
+            Text(f"{made['left_out']} examples were not shown: an eval row asks the same.", style="dim")
+        )
     if (target := made["target"]) is not None:
         found = None if made["cheapest"] is None else Row.model_validate(made["cheapest"])
-        show.console.print(Text(verdict.of_target(target["at_least"], found).text), soft_wrap=True)
-    show.hint(f"tunery advise FILE --aim AIM -m {made['model']} --baseline {made['id']}")
+        output.console.print(Text(verdict.of_target(target["at_least"], found).text), soft_wrap=True)
+    output.hint(f"tunery advise FILE --aim AIM -m {made['model']} --baseline {made['id']}")
 
 
 def print_table(rows: list[Row], currency: str) -> None:
@@ -140,10 +142,10 @@ def print_table(rows: list[Row], currency: str) -> None:
     columns = [name for name in (*verdict.COLUMNS, "model") if any(cells[name] != "-" for cells in shown)]
     headings = [f"{currency} per 1,000" if name == "per 1,000" else name for name in columns]
     lines = ([_cell(cells, name) for name in columns] for cells in shown)
-    show.table(headings, lines, empty="Nothing was measured.")
+    output.table(headings, lines, empty="Nothing was measured.")
     for cells in shown:
         if cells["error"]:
-            show.console.print(Text(f"{cells['what']}: {cells['error']}", style="yellow"), soft_wrap=True)
+            output.console.print(Text(f"{cells['what']}: {cells['error']}", style="yellow"), soft_wrap=True)
 
 
 def _cell(cells: dict[str, str], name: str) -> Text:

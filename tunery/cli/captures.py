@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tunery.cli import downloads, show
+from tunery.cli import downloads, output
 from tunery.cli.options import connect
 
 app = typer.Typer(no_args_is_help=True, help="Requests to models that the project keeps, and what came of them.")
@@ -20,7 +20,7 @@ def start(
 ) -> None:
     """Keep the project's requests to a model from now on, without personal data."""
     found = connect(context).call("POST", _route(model), json={"keep_days": keep_days})
-    show.done(f"requests to {found['model']} are kept for {found['keep_days']} days")
+    output.done(f"requests to {found['model']} are kept for {found['keep_days']} days")
 
 
 @app.command("show")
@@ -29,14 +29,14 @@ def show_capture(context: typer.Context, model: Model) -> None:
     found = connect(context).call("GET", _route(model))
     kept = f"for {found['keep_days']} days" if found["enabled"] else "no"
     counts = ((name, found[name]) for name in ("requests", "good", "bad", "corrected"))
-    show.facts((("kept", kept), *((name, str(count)) for name, count in counts)))
+    output.fields((("kept", kept), *((name, str(count)) for name, count in counts)))
 
 
 @app.command()
 def stop(context: typer.Context, model: Model) -> None:
     """Keep no more, and remove what was kept."""
     found = connect(context).call("DELETE", _route(model))
-    show.done(f"requests to {found['model']} are not kept; {found['removed']} were removed")
+    output.done(f"requests to {found['model']} are not kept; {found['removed']} were removed")
 
 
 @app.command()
@@ -50,7 +50,7 @@ def rate(
     body = {"id": id, "rating": rating, "correction": correction}
     found = connect(context).call("POST", "/feedback", json=body)
     corrected = ", corrected" if found["correction"] else ""
-    show.done(f"{id}: {found['rating'] or 'not rated'}{corrected}")
+    output.done(f"{id}: {found['rating'] or 'not rated'}{corrected}")
 
 
 @app.command("file")
@@ -66,7 +66,7 @@ def make_file(
     """Make a training or test file of what was kept; prints its id."""
     body: dict[str, Any] = {"format": format, **({"answers": answers} if answers else {})}
     found = connect(context).call("POST", f"{_route(model)}/files", json=body)
-    show.console.print(found["id"], soft_wrap=True)
+    output.console.print(found["id"], soft_wrap=True)
 
 
 def _route(model: str) -> str:

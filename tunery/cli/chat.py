@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from tunery.cli import comparing, show
+from tunery.cli import comparing, output
+from tunery.cli.client import ApiClient, Refused
 from tunery.cli.options import connect
-from tunery.cli.remote import Refused, Remote
 
 
 def chat(
@@ -56,7 +56,7 @@ def _questions() -> Iterator[str]:
 
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:
-        show.note("Ctrl-D ends the conversation.")
+        output.note("Ctrl-D ends the conversation.")
     while True:
         try:
             text = input(prompt)
@@ -66,7 +66,7 @@ def _questions() -> Iterator[str]:
             yield text
 
 
-def _answer(api: Remote, body: dict[str, Any]) -> Iterator[str]:
+def _answer(api: ApiClient, body: dict[str, Any]) -> Iterator[str]:
     """The parts of one answer as they come. Raises Refused, also for an error in the middle of it."""
     for event in _events(api.stream("/chat/completions", body=body)):
         if error := event.get("error"):

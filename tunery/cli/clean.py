@@ -12,9 +12,9 @@ import typer
 from rich.text import Text
 
 from tunery import ids
-from tunery.cli import show
+from tunery.cli import output
+from tunery.cli.client import ApiClient, Refused
 from tunery.cli.options import connect
-from tunery.cli.remote import Refused, Remote
 from tunery.cli.report import POLL_SECONDS, ReportUnavailable, existing, no_such_file
 from tunery.datasets.cleaning.order import Action, ActionName, Cleaning, HeldOut, RowChoice
 
@@ -29,7 +29,7 @@ _Kinds = Annotated[list[str] | None, typer.Option(metavar="KIND", help="As in th
 def clean(
     context: typer.Context,
     file: Annotated[str, typer.Argument(help="A file here, which needs no server, or the id of an uploaded one.")],
-    output: Annotated[
+    target: Annotated[
         Path | None, typer.Option("--output", "-o", help="The new file, JSON Lines. Of an uploaded one it is a copy.")
     ] = None,
     recommended: Annotated[bool, typer.Option("--recommended", help="What the report suggests for each kind.")] = False,
@@ -62,9 +62,9 @@ def clean(
     if order == Cleaning(max_tokens=max_tokens):
         raise typer.BadParameter(_NOTHING)
     if Path(file).is_file():
-        done, names = _clean_here(Path(file), output, order, existing("--against", against), existing("--base", base))
+        done, names = _clean_here(Path(file), target, order, existing("--against", against), existing("--base", base))
     elif file.startswith(ids.FILE):
-        done, names = _clean_there(connect(context), file, output, order, against=against, base=base)
+        done, names = _clean_there(connect(context), file, target, order, against=against, base=base)
     else:
         raise no_such_file(file)
     if as_json:
@@ -74,20 +74,20 @@ def clean(
 
 
 def _clean_here(
-    file: Path, output: Path | None, order: Cleaning, against: Path | None, base: Path | None
+    file: Path, target: Path | None, order: Cleaning, against: Path | None, base: Path | None
 ) -> tuple[dict[str, Any], list[str]]:
     """What was done to a file here, and the new files' names. Raises ReportUnavailable."""
-    if output is None:
+    if target is None:
         raise typer.BadParameter("Name the new file with --output.")
-    if output.exists() and output.samefile(file):
+    if target.exists() and target.samefile(file):
         raise typer.BadParameter("The file itself is never changed: name another one with --output.")
     try:
         from tunery.datasets.cleaning import cleaner
     except ModuleNotFoundError as error:
         raise ReportUnavailable(package=error.name) from None
-    written = [output, _apart(output)] if order.held_out else [output]
+    written = [target, _apart(target)] if order.held_out else [target]
     # In a folder of its own: a cleaning that fails leaves what was there before.
-    with tempfile.TemporaryDirectory(prefix=".cleaning-", dir=output.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".cleaning-", dir=target.parent) as folder:
         clean, *apart = (Path(folder) / path.name for path in written)
         held_out = apart[0] if apart else None
         done = cleaner.clean(file, clean, order, held_out=held_out, against=against, base=base).as_dict()
@@ -97,12 +97,12 @@ def _clean_here(
 
 
 def _clean_there(
-    api: Remote, file: str, output: Path | None, order: Cleaning, **others: str | None
+    api: ApiClient, file: str, target: Path | None, order: Cleaning, **others: str | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """What the server did to a file there, and the new files' ids; copies of them lie at `output`. Raises Refused."""
+    """What the server did to a file there, and the new files' ids; copies of them lie at `target`. Raises Refused."""
     body = order.model_dump(mode="json", exclude_defaults=True) | {key: id for key, id in others.items() if id}
     made = api.call("POST", f"/files/{file}/clean", json=body)["id"]
-    with show.errors.status("waiting for a worker") as status:
+    with output.errors.status("waiting for a worker") as status:
         while (found := api.call("GET", f"/files/{made}"))["status"] == "uploaded":
             status.update(f"cleaning: {api.call('GET', f'/files/{made}/cleaning')['progress']:.0%}")
             time.sleep(POLL_SECONDS)
@@ -110,14 +110,14 @@ def _clean_there(
         raise Refused(message=found["status_details"])
     done = api.call("GET", f"/files/{made}/cleaning")
     new = [made] if done["held_out"] is None else [made, done["held_out"]]
-    if output is not None:
-        for id, path in zip(new, (output, _apart(output)), strict=False):
+    if target is not None:
+        for id, path in zip(new, (target, _apart(target)), strict=False):
             api.download(f"/files/{id}/content", path)
     return done, new
 
 
-def _apart(output: Path) -> Path:
-    return output.with_name(f"{output.stem}-held-out{output.suffix}")
+def _apart(target: Path) -> Path:
+    return target.with_name(f"{target.stem}-held-out{target.suffix}")
 
 
 def _held_out(share: float, seed: int) -> HeldOut:
@@ -129,7 +129,7 @@ def _held_out(share: float, seed: int) -> HeldOut:
 def print_cleaning(done: Mapping[str, Any], name: str, written: Sequence[str]) -> None:
     """What was done, as a table of kinds and the first rows of each. `written`: the new files' names."""
     counts = done["counts"]
-    show.console.print(
+    output.console.print(
         Text.assemble(
             (name, "bold"),
             f" has {counts['rows']:,} rows: {counts['dropped']:,} dropped, {counts['changed']:,} changed, ",
@@ -139,14 +139,14 @@ def print_cleaning(done: Mapping[str, Any], name: str, written: Sequence[str]) -
         ),
         soft_wrap=True,
     )
-    show.console.print()
+    output.console.print()
     kinds = sorted(done["kinds"].items(), key=lambda item: -sum(item[1].values()))
     rows = ((kind, of["dropped"] or "", of["changed"] or "", _lines(done, kind)) for kind, of in kinds)
-    show.table(("kind", "dropped", "changed", "lines"), rows, empty="Nothing had to be done.")
+    output.table(("kind", "dropped", "changed", "lines"), rows, empty="Nothing had to be done.")
     if done["changed"]:
-        show.console.print()
+        output.console.print()
         changed = ((one["line"], one["before"], one["after"]) for one in done["changed"][:_SHOWN])
-        show.table(("line", "before", "after"), changed, empty="")
+        output.table(("line", "before", "after"), changed, empty="")
 
 
 def _lines(done: Mapping[str, Any], kind: str) -> str:

@@ -7,17 +7,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tunery.cli import show
-from tunery.cli.remote import Remote
+from tunery.cli import output
+from tunery.cli.client import ApiClient
 
 NARROW = 30
 """Columns of text below which answers stand one under the other."""
 
 
-def compare(api: Remote, question: str, body: dict[str, Any]) -> None:
+def compare(api: ApiClient, question: str, body: dict[str, Any]) -> None:
     """Asks every model and prints the question and the answers."""
     found = api.call("POST", "/models/compare", json={**body, "prompts": [question]}, timeout=None)
-    show.console.print(draw(question, found["data"][0], width=show.console.width))
+    output.console.print(draw(question, found["data"][0], width=output.console.width))
 
 
 def draw(question: str, compared: dict[str, Any], *, width: int) -> RenderableType:

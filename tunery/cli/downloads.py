@@ -7,14 +7,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from tunery.cli.remote import Refused, Remote
+from tunery.cli.client import ApiClient, Refused
 
 BASE = "base"
 """The folder of an adapter's base, inside that of the adapter."""
 _ADAPTER = "adapter_config.json"
 
 
-def fetch(api: Remote, owner: str, files: list[dict[str, Any]], folder: Path) -> Iterator[tuple[str, int]]:
+def fetch(api: ApiClient, owner: str, files: list[dict[str, Any]], folder: Path) -> Iterator[tuple[str, int]]:
     """Each of `files`, the artifacts of the route `owner`, verified and in `folder`, as (path, bytes).
 
     Files that are there already are kept. Raises ChecksumMismatch; the wrong bytes are not kept.
@@ -29,7 +29,7 @@ def fetch(api: Remote, owner: str, files: list[dict[str, Any]], folder: Path) ->
         yield file["path"], file["bytes"]
 
 
-def _fetch(api: Remote, route: str, target: Path, file: dict[str, Any]) -> None:
+def _fetch(api: ApiClient, route: str, target: Path, file: dict[str, Any]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.part")
     digest = hashlib.sha256()
@@ -55,7 +55,7 @@ def model_route(model: str) -> str:
     return f"/models/{quote(model, safe=':')}"
 
 
-def model_files(api: Remote, model: str) -> list[dict[str, Any]]:
+def model_files(api: ApiClient, model: str) -> list[dict[str, Any]]:
     """A model's files. Raises Refused where it has none, as one that is being converted."""
     files: list[dict[str, Any]] = api.call("GET", f"{model_route(model)}/artifacts")["data"]
     if not files:

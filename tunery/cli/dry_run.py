@@ -5,15 +5,15 @@ from typing import Any
 
 from rich.text import Text
 
-from tunery.cli import quotes, report, show
-from tunery.cli.remote import Remote
+from tunery.cli import output, quotes, report
+from tunery.cli.client import ApiClient
 from tunery.cli.reruns import ROOT
 from tunery.planning import fitting
 from tunery.planning.fitting import CardFit
 from tunery.planning.memory import gib
 
 
-def ask(api: Remote, body: Mapping[str, Any], uploaded: list[str]) -> dict[str, Any]:
+def ask(api: ApiClient, body: Mapping[str, Any], uploaded: list[str]) -> dict[str, Any]:
     """The server's answer, once the training file's rows are counted. Removes the files that were uploaded for it."""
     try:
         report.fetch(api, body["training_file"])
@@ -26,21 +26,21 @@ def ask(api: Remote, body: Mapping[str, Any], uploaded: list[str]) -> dict[str, 
 def print_job(job: Mapping[str, Any], warnings: Sequence[str], *, as_json: bool) -> None:
     """What was decided, what it needs, and all warnings."""
     if as_json:
-        show.as_json(job)
+        output.as_json(job)
     else:
         _print_facts(job)
-    show.warnings([*warnings, *job["warnings"]])
+    output.warnings([*warnings, *job["warnings"]])
 
 
 def _print_facts(job: Mapping[str, Any]) -> None:
     if job["error"] is not None:
-        show.console.print(Text(f"The job would fail: {job['error']['message']}", style="red"), soft_wrap=True)
+        output.console.print(Text(f"The job would fail: {job['error']['message']}", style="red"), soft_wrap=True)
     else:
-        show.done("The job could be created. Nothing was stored.")
+        output.done("The job could be created. Nothing was stored.")
     knobs, checked = job["hyperparameters"], job["validation"]
     of = {device: f"{gib(need['bytes'])} at least" for device, need in job["memory"].items()}
     rate = job["learning_rate"]
-    show.facts(
+    output.fields(
         [
             ("model", job["model"]),
             ("rows", f"{checked['examples']:,}, of which {checked['usable']:,} count" if checked["examples"] else None),

@@ -6,7 +6,7 @@ from typing import cast, get_args
 
 import typer
 
-from tunery.cli import show
+from tunery.cli import output
 from tunery.datasets.report import verdict
 from tunery.datasets.report.verdict import Verdict
 from tunery.rows.messages import FileRole
@@ -24,12 +24,12 @@ def judge(path: Path, role: str, columns: Columns | None = None) -> Verdict:
 def print_verdict(path: Path, found: Verdict) -> None:
     """A line on the file, and one for each warning."""
     if found.reason is not None:
-        show.errors.print(f"{path}: {found.reason}", soft_wrap=True, markup=False)
+        output.errors.print(f"{path}: {found.reason}", soft_wrap=True, markup=False)
         return
     said = f"{path}: {found.format}; {found.shape}; {found.examples} examples"
-    show.console.print(said, soft_wrap=True, markup=False)
+    output.console.print(said, soft_wrap=True, markup=False)
     for warning in found.warnings:
-        show.errors.print(f"{path}: {warning}", soft_wrap=True, markup=False)
+        output.errors.print(f"{path}: {warning}", soft_wrap=True, markup=False)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

@@ -8,14 +8,14 @@ from typing import Annotated, Any, get_args
 import typer
 
 from tunery import ids
-from tunery.cli import clean, file_check, preview, show
+from tunery.cli import clean, file_check, output, preview
+from tunery.cli.client import ApiClient
 from tunery.cli.options import AsJson, ColumnNames, connect, parse_columns
-from tunery.cli.remote import Remote
 from tunery.cli.report import fetch as fetch_report
 from tunery.cli.report import make as make_report
 from tunery.cli.report import no_such_file, print_report
 from tunery.datasets.report import page
-from tunery.local.drawing import size
+from tunery.local.terminal import size
 from tunery.rows.preview_model import Preview
 from tunery.spec import LossOn
 
@@ -23,7 +23,7 @@ app = typer.Typer(no_args_is_help=True, help="Training, validation and test file
 app.command("clean")(clean.clean)
 
 
-def upload_file(api: Remote, path: Path, purpose: str = "fine-tune") -> dict[str, Any]:
+def upload_file(api: ApiClient, path: Path, purpose: str = "fine-tune") -> dict[str, Any]:
     """Streams one file; the whole of it is never in memory."""
     with path.open("rb") as content:
         return api.call("POST", "/files", data={"purpose": purpose}, files={"file": (path.name, content)}, timeout=600)
@@ -42,8 +42,8 @@ def upload(
     api = connect(context)
     for path in paths:
         file = upload_file(api, path, purpose)
-        show.console.print(file["id"], soft_wrap=True)
-        show.errors.print(f"{path.name}: {size(file['bytes'])}, {file['status']}", style="dim")
+        output.console.print(file["id"], soft_wrap=True)
+        output.errors.print(f"{path.name}: {size(file['bytes'])}, {file['status']}", style="dim")
 
 
 @app.command()
@@ -57,7 +57,7 @@ def check(
     names = parse_columns(columns)
     found = {path: file_check.judge(path, role, names) for path in paths}
     if json:
-        show.as_json([{"file": str(path), **verdict.as_dict()} for path, verdict in found.items()])
+        output.as_json([{"file": str(path), **verdict.as_dict()} for path, verdict in found.items()])
     else:
         for path, verdict in found.items():
             file_check.print_verdict(path, verdict)
@@ -84,7 +84,7 @@ def preview_file(
     if html is not None:
         preview.write_page(made, Path(file).name, html)
     if json:
-        show.as_json(made.model_dump(mode="json"))
+        output.as_json(made.model_dump(mode="json"))
     else:
         preview.print_preview(made)
     if not made.passed:
@@ -115,8 +115,8 @@ def list_files(context: typer.Context, purpose: str | None = None, limit: int = 
     """The project's files, newest first."""
     found = connect(context).pages("/files", limit=limit, **({"purpose": purpose} if purpose else {}))
     if json:
-        return show.as_json(found)
-    show.table(
+        return output.as_json(found)
+    output.table(
         ("id", "name", "size", "purpose", "status", "age"),
         (
             (
@@ -124,8 +124,8 @@ def list_files(context: typer.Context, purpose: str | None = None, limit: int = 
                 f["filename"],
                 size(f["bytes"]),
                 f["purpose"],
-                show.status(f["status"]),
-                show.age(f["created_at"]),
+                output.status(f["status"]),
+                output.age(f["created_at"]),
             )
             for f in found
         ),
@@ -137,23 +137,23 @@ def list_files(context: typer.Context, purpose: str | None = None, limit: int = 
 @app.command("show")
 def show_file(context: typer.Context, file: str) -> None:
     """One file's row, as JSON."""
-    show.as_json(connect(context).call("GET", f"/files/{file}"))
+    output.as_json(connect(context).call("GET", f"/files/{file}"))
 
 
 @app.command()
 def content(
     context: typer.Context,
     file: str,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="A file instead of the terminal.")] = None,
+    target: Annotated[Path | None, typer.Option("--output", "-o", help="A file instead of the terminal.")] = None,
 ) -> None:
     """A file's bytes."""
     api, path = connect(context), f"/files/{file}/content"
-    if output is None:
+    if target is None:
         for chunk in api.stream(path):
             sys.stdout.buffer.write(chunk)
         return
-    api.download(path, output)
-    show.done(f"{output} ({size(output.stat().st_size)})")
+    api.download(path, target)
+    output.done(f"{target} ({size(target.stat().st_size)})")
 
 
 @app.command()
@@ -194,4 +194,4 @@ def delete(context: typer.Context, files: list[str]) -> None:
     api = connect(context)
     for file in files:
         api.call("DELETE", f"/files/{file}")
-        show.done(f"{file} deleted")
+        output.done(f"{file} deleted")

@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from tunery.cli import downloads, models, request, reruns, show, summary, watching
+from tunery.cli import downloads, models, output, request, reruns, summary, watching
+from tunery.cli.client import ApiClient, Refused
 from tunery.cli.dry_run import ask as dry_run_of
 from tunery.cli.dry_run import print_job as print_dry_run
 from tunery.cli.files import upload_file
 from tunery.cli.options import AsJson, ColumnNames, connect, parse_columns
-from tunery.cli.remote import Refused, Remote
 from tunery.cli.reruns import ROOT
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tuning jobs.")
@@ -64,20 +64,20 @@ def create(
     return _start(api, body, warnings, watch=watch, json=json)
 
 
-def _start(api: Remote, body: request.Body, warnings: list[str], *, watch: bool, json: bool) -> None:
+def _start(api: ApiClient, body: request.Body, warnings: list[str], *, watch: bool, json: bool) -> None:
     job = api.call("POST", ROOT, json=body)
     if json:
-        show.as_json(job)
+        output.as_json(job)
     else:
-        show.console.print(job["id"], soft_wrap=True)
-    show.warnings([*warnings, *job["warnings"]])
+        output.console.print(job["id"], soft_wrap=True)
+    output.warnings([*warnings, *job["warnings"]])
     if watch:
         watching.watch(api, job["id"], known=warnings)
     elif not json:
-        show.hint(f"tunery jobs watch {job['id']}")
+        output.hint(f"tunery jobs watch {job['id']}")
 
 
-def _check_model(api: Remote, body: request.Body) -> None:
+def _check_model(api: ApiClient, body: request.Body) -> None:
     """Raises Refused where the model is unknown, not ready, or cannot be trained with the technique."""
     model = api.call("GET", downloads.model_route(body["model"]))
     if model["status"] != "ready":
@@ -94,15 +94,15 @@ def list_jobs(context: typer.Context, limit: int = 20, json: AsJson = False) -> 
     """The project's jobs, newest first."""
     found = connect(context).pages(ROOT, limit=limit)
     if json:
-        return show.as_json(found)
-    show.table(
+        return output.as_json(found)
+    output.table(
         ("id", "status", "model", "age"),
         (
             (
                 job["id"],
-                show.status(job["status"]),
+                output.status(job["status"]),
                 job["fine_tuned_model"] or job["model"],
-                show.age(job["created_at"]),
+                output.age(job["created_at"]),
             )
             for job in found
         ),
@@ -116,7 +116,7 @@ def show_job(context: typer.Context, job: str, json: AsJson = False) -> None:
     """What is known about a job."""
     found = connect(context).call("GET", f"{ROOT}/{job}")
     if json:
-        return show.as_json(found)
+        return output.as_json(found)
     summary.print_job(found)
     return None
 
@@ -132,11 +132,11 @@ def metrics(context: typer.Context, job: str, limit: int = 1000, json: AsJson = 
     """What each step measured, oldest first."""
     found = connect(context).call("GET", f"{ROOT}/{job}/metrics", params={"limit": limit})["data"]
     if json:
-        return show.as_json(found)
+        return output.as_json(found)
     names = ("train_loss", "valid_loss", "full_valid_loss", "task_score", "learning_rate", "grad_norm")
     columns = ("step", *(name for name in names if any(row.get(name) is not None for row in found)))
     rows = ([summary.short(row.get(column, "")) for column in columns] for row in found)
-    show.table(columns, rows, empty=f"{job} has measured nothing yet.")
+    output.table(columns, rows, empty=f"{job} has measured nothing yet.")
     return None
 
 
@@ -145,12 +145,12 @@ def checkpoints(context: typer.Context, job: str, json: AsJson = False) -> None:
     """The models of a job's last epochs, newest first."""
     found = connect(context).pages(f"{ROOT}/{job}/checkpoints", limit=100)
     if json:
-        return show.as_json(found)
+        return output.as_json(found)
     rows = (
         (c["step_number"], c["fine_tuned_model_checkpoint"], summary.compact(c["metrics"], skip=("step",)))
         for c in found
     )
-    show.table(("step", "model", "metrics"), rows, empty=f"{job} has no checkpoint yet: each epoch's end is one.")
+    output.table(("step", "model", "metrics"), rows, empty=f"{job} has no checkpoint yet: each epoch's end is one.")
     return None
 
 
@@ -168,13 +168,13 @@ def scorecard(
     if rows:
         asked = {name: value for name, value in (("flipped", flipped), ("right", right)) if value is not None}
         found = connect(context).pages(f"{ROOT}/{job}/scorecard/rows", limit=limit, **asked)
-        return show.as_json(found) if json else summary.print_answers(found)
+        return output.as_json(found) if json else summary.print_answers(found)
     shown = connect(context).call("GET", f"{ROOT}/{job}")
     if shown["scorecard"] is None:
         unscored = "it names no test file (`jobs create --test FILE`)"
         reason = unscored if shown["evaluation"]["test_file"] is None else f"it is {shown['status']}"
         raise Refused(message=f"{job} has no scorecard: {reason}.")
-    show.as_json(shown["scorecard"])
+    output.as_json(shown["scorecard"])
     return None
 
 
@@ -189,11 +189,13 @@ def events(context: typer.Context, job: str, limit: int = 100, json: AsJson = Fa
     """What happened to a job, oldest first."""
     found = list(reversed(connect(context).pages(f"{ROOT}/{job}/events", limit=limit)))
     if json:
-        return show.as_json(found)
+        return output.as_json(found)
     colours = {"warn": "yellow", "error": "red"}
     for event in found:
-        line = Text(f"{show.clock(event['created_at'])}  ", style="dim")
-        show.console.print(line.append(event["message"], style=colours.get(event["level"], "not dim")), soft_wrap=True)
+        line = Text(f"{output.clock(event['created_at'])}  ", style="dim")
+        output.console.print(
+            line.append(event["message"], style=colours.get(event["level"], "not dim")), soft_wrap=True
+        )
     return None
 
 
@@ -219,13 +221,13 @@ def logs(
 def download(
     context: typer.Context,
     job: str,
-    output: Annotated[
+    target: Annotated[
         Path | None, typer.Option("--output", "-o", help="A folder.", show_default="the job's id")
     ] = None,
     with_base: models.WithBase = False,
 ) -> None:
     """Fetch a finished job's files and check their sha256."""
-    api, folder = connect(context), output or Path(job)
+    api, folder = connect(context), target or Path(job)
     found = api.call("GET", f"{ROOT}/{job}")
     files = api.call("GET", f"{ROOT}/{job}/artifacts")["data"]
     if not files:
@@ -240,7 +242,7 @@ def download(
 def _deed(name: str, help: str) -> None:
     def command(context: typer.Context, job: str) -> None:
         found = connect(context).call("POST", f"{ROOT}/{job}/{name}")
-        show.console.print(Text(f"{job} is ").append_text(show.status(found["status"])))
+        output.console.print(Text(f"{job} is ").append_text(output.status(found["status"])))
 
     command.__doc__ = help
     app.command(name)(command)
@@ -248,11 +250,13 @@ def _deed(name: str, help: str) -> None:
 
 @app.command()
 def publish(
-    context: typer.Context, job: str, reason: Annotated[str, typer.Option(help="Why, for whoever reads the job later.")]
+    context: typer.Context,
+    job: str,
+    reason: Annotated[str, typer.Option(help="Why, for later readers of the job.")],
 ) -> None:
     """Publish a model that its job's gate withholds."""
     found = connect(context).call("POST", f"{ROOT}/{job}/publish", json={"reason": reason})
-    show.done(str(found["fine_tuned_model"]))
+    output.done(str(found["fine_tuned_model"]))
 
 
 _deed("cancel", "End a job for good, at once.")

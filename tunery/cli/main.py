@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from tunery.cli import access, captures, files, jobs, models, show, webhooks
+from tunery.cli import captures, files, jobs, keys, models, output, webhooks
 from tunery.cli.advise import advise
 from tunery.cli.baseline import baseline
 from tunery.cli.chat import chat
+from tunery.cli.client import HOME
 from tunery.cli.options import ApiKey, ApiUrl, Home, stack_home
-from tunery.cli.remote import HOME
 from tunery.errors import TuneryError
 
 app = typer.Typer(
@@ -28,8 +28,8 @@ app.add_typer(webhooks.app, name="webhooks")
 app.command()(advise)
 app.command()(baseline)
 app.command()(chat)
-app.add_typer(access.projects, name="projects")
-app.add_typer(access.keys, name="keys")
+app.add_typer(keys.projects, name="projects")
+app.add_typer(keys.keys, name="keys")
 
 StackHome = Annotated[
     Path | None, typer.Option("--home", help="Where the stack keeps its data.", show_default="that of `tunery --home`")
@@ -38,7 +38,7 @@ StackHome = Annotated[
 
 def _print_version(asked: bool) -> None:
     if asked:
-        show.console.print(f"tunery {metadata.version('tunery')}")
+        output.console.print(f"tunery {metadata.version('tunery')}")
         raise typer.Exit
 
 
@@ -60,17 +60,17 @@ def up(
     ] = None,
 ) -> None:
     """Start everything on this machine and keep it up until Ctrl-C."""
-    from tunery.cli import standing
+    from tunery.cli import stack
 
-    standing.up(home or stack_home(context), port=port, gguf=model)
+    stack.up(home or stack_home(context), port=port, gguf=model)
 
 
 @app.command()
 def down(context: typer.Context, home: StackHome = None) -> None:
     """Stop what `tunery up` started."""
-    from tunery.cli import standing
+    from tunery.cli import stack
 
-    standing.down(home or stack_home(context))
+    stack.down(home or stack_home(context))
 
 
 @app.command()
@@ -91,10 +91,10 @@ def run() -> None:
     try:
         app()
     except TuneryError as error:
-        show.errors.print(f"[red]Error:[/] {_escaped(error.message)}", soft_wrap=True)
+        output.errors.print(f"[red]Error:[/] {_escaped(error.message)}", soft_wrap=True)
         sys.exit(1)
     except OSError as error:  # of a path that the user named
-        show.errors.print(f"[red]Error:[/] {_escaped(_of_path(error))}", soft_wrap=True)
+        output.errors.print(f"[red]Error:[/] {_escaped(_of_path(error))}", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from tunery.cli import adapters, downloads, show, summary
+from tunery.cli import adapters, downloads, output, summary
+from tunery.cli.client import ApiClient, Refused
 from tunery.cli.options import AsJson, connect
-from tunery.cli.remote import Refused, Remote
-from tunery.local.drawing import size
+from tunery.local.terminal import size
 
 app = typer.Typer(no_args_is_help=True, help="Base models, tuned models and aliases.")
 
@@ -33,12 +33,12 @@ def add(
     api = connect(context)
     model = add_base(api, id, source, chat_template)
     if wait:
-        with show.errors.status(f"{id}: a worker reads {source}"):
+        with output.errors.status(f"{id}: a worker reads {source}"):
             model = wait_until_ready(api, id)
-    show.done(f"{model['id']} is {model.get('status', 'registered')}")
+    output.done(f"{model['id']} is {model.get('status', 'registered')}")
     for technique, reason in (model.get("techniques") or {}).items():
         if reason:
-            show.errors.print(f"It cannot be trained with {technique}: {reason}", markup=False)
+            output.errors.print(f"It cannot be trained with {technique}: {reason}", markup=False)
 
 
 class Technique(enum.StrEnum):
@@ -63,12 +63,12 @@ def import_adapter(
     api = connect(context)
     model = adapters.send(api, base, folder, suffix, technique.value)
     if wait:
-        with show.errors.status(f"{model['id']}: a worker checks {folder}"):
+        with output.errors.status(f"{model['id']}: a worker checks {folder}"):
             model = wait_until_ready(api, model["id"])
-    show.console.print(model["id"], soft_wrap=True)
+    output.console.print(model["id"], soft_wrap=True)
 
 
-def add_base(api: Remote, id: str, source: str, chat_template: Path | None = None) -> dict[str, Any]:
+def add_base(api: ApiClient, id: str, source: str, chat_template: Path | None = None) -> dict[str, Any]:
     # A path is made absolute, as the worker's folder is not ours; a hub id has the same looks but no such file.
     there = Path(source).expanduser()
     body = {"id": id, "source": str(there.resolve()) if there.exists() else source}
@@ -84,7 +84,7 @@ def _read_template(path: Path) -> str:
         raise Refused(message=f"The chat template {path} cannot be read: {error}") from error
 
 
-def wait_until_ready(api: Remote, id: str, *, seconds: float = 3600) -> dict[str, Any]:
+def wait_until_ready(api: ApiClient, id: str, *, seconds: float = 3600) -> dict[str, Any]:
     """Raises Refused when the model ends in an error or takes too long."""
     deadline = time.monotonic() + seconds
     while True:
@@ -103,11 +103,11 @@ def list_models(context: typer.Context, json: AsJson = False) -> None:
     """Bases and the project's own models."""
     found = connect(context).call("GET", "/models", params={"status": "any"})["data"]
     if json:
-        return show.as_json(found)
-    show.table(
+        return output.as_json(found)
+    output.table(
         ("id", "kind", "owner", "status", "age"),
         (
-            (m["id"], _kind(m), m["owned_by"], show.status(m.get("status") or "ready"), show.age(m["created"]))
+            (m["id"], _kind(m), m["owned_by"], output.status(m.get("status") or "ready"), output.age(m["created"]))
             for m in found
         ),
         empty="No models yet: `tunery models add NAME SOURCE` registers a base.",
@@ -124,21 +124,21 @@ def _kind(model: dict[str, Any]) -> str:
 def list_engines(context: typer.Context, model: str) -> None:
     """Commands that run a model elsewhere: plain PEFT or transformers, vLLM, llama.cpp, ollama."""
     for each in connect(context).call("GET", f"{downloads.model_route(model)}/engines")["data"]:
-        show.note(f"# {each['engine']}" + (f": {each['files']}" if each["files"] else ""))
-        show.console.print(each["command"], soft_wrap=True, markup=False)
+        output.note(f"# {each['engine']}" + (f": {each['files']}" if each["files"] else ""))
+        output.console.print(each["command"], soft_wrap=True, markup=False)
 
 
 @app.command("show")
 def show_model(context: typer.Context, model: str) -> None:
     """One model's row, as JSON."""
-    show.as_json(connect(context).call("GET", downloads.model_route(model)))
+    output.as_json(connect(context).call("GET", downloads.model_route(model)))
 
 
 @app.command()
 def download(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A base, a tuned model or a checkpoint.")],
-    output: Annotated[
+    target: Annotated[
         Path | None, typer.Option("--output", "-o", help="A folder.", show_default="the model's name")
     ] = None,
     with_base: WithBase = False,
@@ -147,26 +147,26 @@ def download(
     api = connect(context)
     found = api.call("GET", downloads.model_route(model))
     name = found["id"]
-    folder = output or Path(name.replace(":", "_"))
+    folder = target or Path(name.replace(":", "_"))
     bring(api, downloads.model_route(name), downloads.model_files(api, name), folder)
     if with_base:
         bring_base(api, found["base_model"], folder)
 
 
-def bring(api: Remote, owner: str, files: list[dict[str, Any]], folder: Path) -> None:
+def bring(api: ApiClient, owner: str, files: list[dict[str, Any]], folder: Path) -> None:
     """Fetches the files of the route `owner` and prints each."""
     for path, count in downloads.fetch(api, owner, files, folder):
-        show.done(f"{folder / path}  {size(count)}")
+        output.done(f"{folder / path}  {size(count)}")
 
 
-def bring_base(api: Remote, base: str | None, folder: Path) -> None:
+def bring_base(api: ApiClient, base: str | None, folder: Path) -> None:
     """Fetches an adapter's base into its folder; a whole model has none."""
     if base is None or not downloads.is_adapter(folder):
-        show.note("It is a whole model, which needs no base.")
+        output.note("It is a whole model, which needs no base.")
         return
     there = folder / downloads.BASE
     bring(api, downloads.model_route(base), downloads.model_files(api, base), there)
-    show.done(f"{downloads.point_at_base(folder, there)} names {there} as its base")
+    output.done(f"{downloads.point_at_base(folder, there)} names {there} as its base")
 
 
 class Format(enum.StrEnum):
@@ -196,11 +196,11 @@ def export_model(
     route = f"{downloads.model_route(model)}/exports"
     found = api.call("POST", route, json=_asked(format, rows))
     if wait:
-        with show.errors.status(f"{model}: a worker exports it"):
+        with output.errors.status(f"{model}: a worker exports it"):
             found = _wait_for_worker(api, route)
     for result in found["results"]:
         if not result["is_refused"]:
-            show.done(f"{result['path']}: {result['message']}")
+            output.done(f"{result['path']}: {result['message']}")
     if found["status"] == "failed":
         refused = [f"{each['path']}: {each['message']}" for each in found["results"] if each["is_refused"]]
         raise Refused(message="\n".join(refused) or found["error"] or "The export failed.")
@@ -216,7 +216,7 @@ def _asked(formats: list[Format], rows: str | None) -> dict[str, Any]:
     }
 
 
-def _wait_for_worker(api: Remote, route: str) -> dict[str, Any]:
+def _wait_for_worker(api: ApiClient, route: str) -> dict[str, Any]:
     while True:
         found: dict[str, Any] = api.call("GET", route)["data"][0]
         if found["status"] != "queued":
@@ -243,18 +243,18 @@ def score(
     if unquantised:
         asked["unquantised"] = True
     api.call("POST", route, json={"evaluation": asked})
-    with show.errors.status(f"{model}: a worker scores it"):
+    with output.errors.status(f"{model}: a worker scores it"):
         found = _wait_for_worker(api, route)
     if found["status"] == "failed":
         raise Refused(message=found["error"] or "The scoring failed.")
-    show.as_json(found) if json else summary.print_scorecard(found["scorecard"])
+    output.as_json(found) if json else summary.print_scorecard(found["scorecard"])
 
 
 @app.command()
 def alias(context: typer.Context, alias: str, model: str) -> None:
     """Give a base another name, so that existing code runs unchanged (administrators)."""
     connect(context).call("POST", "/models/aliases", json={"alias": alias, "model": model})
-    show.done(f"{alias} is {model}")
+    output.done(f"{alias} is {model}")
 
 
 @app.command()
@@ -263,4 +263,4 @@ def delete(context: typer.Context, models: list[str]) -> None:
     api = connect(context)
     for model in models:
         api.call("DELETE", downloads.model_route(model))
-        show.done(f"{model} deleted")
+        output.done(f"{model} deleted")

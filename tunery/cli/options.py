@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they come to."""
+"""Options that several commands share, and their values."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from tunery.cli import remote
+from tunery.cli import client
 from tunery.spec import Columns
 
 ApiUrl = Annotated[
@@ -25,19 +25,19 @@ ColumnNames = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
 
 
-def connect(context: typer.Context) -> remote.Remote:
-    """What the options of `tunery` itself, or of the command's group, say about the API."""
+def connect(context: typer.Context) -> client.ApiClient:
+    """Returns a client of the API that the options of `tunery` name."""
     given = context.find_root().params
-    return remote.connect(given.get("api_url"), given.get("key"), stack_home(context))
+    return client.connect(given.get("api_url"), given.get("key"), stack_home(context))
 
 
 def stack_home(context: typer.Context) -> Path:
-    """The stack that a command is about: `tunery --home`, inherited by all."""
-    return Path(context.find_root().params.get("home") or remote.HOME)
+    """Returns the home of the stack that `tunery --home` names."""
+    return Path(context.find_root().params.get("home") or client.HOME)
 
 
 def parse_columns(text: str | None) -> Columns | None:
-    """What `--columns` names. Raises BadParameter."""
+    """Returns the columns that `--columns` names. Raises BadParameter."""
     try:
         return None if text is None else Columns.parse(text)
     except ValidationError as error:

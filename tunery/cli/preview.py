@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.text import Text
 
-from tunery.cli import show
-from tunery.cli.remote import Refused, Remote
+from tunery.cli import output
+from tunery.cli.client import ApiClient, Refused
 from tunery.failures import JobFailure
 from tunery.rows import preview, preview_page
 from tunery.rows.encoding import encoder_of_any
@@ -34,7 +34,7 @@ def make(path: Path, base: Path, *, rows: int, max_tokens: int, loss_on: LossOn,
         raise Refused(message=f"{path}: {error.fields.get('reason') or error.message}") from error
 
 
-def fetch(api: Remote, file: str, **query: Any) -> Preview:
+def fetch(api: ApiClient, file: str, **query: Any) -> Preview:
     """The server's preview of a file there."""
     return Preview.model_validate(api.call("GET", f"/files/{file}/preview", params=query))
 
@@ -42,15 +42,15 @@ def fetch(api: Remote, file: str, **query: Any) -> Preview:
 def print_preview(made: Preview) -> None:
     """Prints every row and the checks. Without colours ⟦…⟧ stand around what is learned and ~…~ around what is cut."""
     if made.shape:
-        show.console.print(Text(f"{made.shape}; cut at {made.max_tokens:,} tokens", style="dim"), soft_wrap=True)
+        output.console.print(Text(f"{made.shape}; cut at {made.max_tokens:,} tokens", style="dim"), soft_wrap=True)
     for row in made.rows:
-        show.console.print(_title(row), soft_wrap=True)
+        output.console.print(_title(row), soft_wrap=True)
         for sequence in row.sequences:
-            show.console.print(_tokens(sequence), soft_wrap=True)
+            output.console.print(_tokens(sequence), soft_wrap=True)
     for check in made.checks:
         sign = Text("✓ ", style="green") if check.passed else Text("✗ ", style="red")
         failed = "" if check.passed else f": not in row {', '.join(map(str, check.rows))}. {check.advice}"
-        show.console.print(sign + Text(check.what + failed), soft_wrap=True)
+        output.console.print(sign + Text(check.what + failed), soft_wrap=True)
 
 
 def write_page(made: Preview, name: str, path: Path) -> None:
@@ -66,7 +66,7 @@ def _title(row: PreviewRow) -> Text:
 
 
 def _tokens(sequence: Sequence) -> Text:
-    plain = show.console.no_color or show.console.color_system is None
+    plain = output.console.no_color or output.console.color_system is None
     shown = Text()
     for state, tokens in groupby(sequence.tokens, key=lambda token: token.state):
         text = "".join(preview_page.visible(token.text) if token.text else "" for token in tokens)

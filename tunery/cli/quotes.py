@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tunery.local.drawing import duration
+from tunery.local.terminal import duration
 
 
 def facts(job: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tunery import ids
-from tunery.cli import show
-from tunery.cli.remote import Refused, Remote
+from tunery.cli import output
+from tunery.cli.client import ApiClient, Refused
 from tunery.datasets.report.page import mixes, places
 from tunery.datasets.report.titles import TITLES
 from tunery.errors import TuneryError
@@ -48,10 +48,10 @@ def no_such_file(file: str) -> typer.BadParameter:
     return typer.BadParameter(f"{file}: there is no such file here, and ids begin with {ids.FILE}")
 
 
-def fetch(api: Remote, file: str, **query: str | None) -> dict[str, Any]:
+def fetch(api: ApiClient, file: str, **query: str | None) -> dict[str, Any]:
     """The report of an uploaded file, once it is made. Raises Refused where there is none."""
     asked = {name: value for name, value in query.items() if value is not None}
-    with show.errors.status("waiting for the report") as status:
+    with output.errors.status("waiting for the report") as status:
         while (found := api.call("GET", f"/files/{file}/report", params=asked))["status"] in ("queued", "running"):
             status.update(f"{found['status']}: {found['progress']:.0%}")
             time.sleep(POLL_SECONDS)
@@ -68,11 +68,11 @@ def print_report(said: Mapping[str, Any], name: str) -> None:
     """The whole page."""
     findings, rows = said["findings"], said["rows_named"]
     what = f": {rows:,} named in {len(findings):,} findings" if rows else ": nothing found"
-    show.console.print(Text.assemble((name, "bold"), f" has {said['rows']:,} rows{what}."), soft_wrap=True)
+    output.console.print(Text.assemble((name, "bold"), f" has {said['rows']:,} rows{what}."), soft_wrap=True)
     if said["reason"]:
-        show.console.print(Text(f"No job can take it: {said['reason']}", style="red"), soft_wrap=True)
+        output.console.print(Text(f"No job can take it: {said['reason']}", style="red"), soft_wrap=True)
     for line in _figures(said["figures"]):
-        show.console.print(Text(line, style="dim"), soft_wrap=True)
+        output.console.print(Text(line, style="dim"), soft_wrap=True)
     for kind, title in TITLES.items():
         if found := [finding for finding in findings if finding["kind"] == kind]:
             _print_kind(title, found)
@@ -97,8 +97,8 @@ def _figures(figures: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _print_kind(title: str, findings: Sequence[Mapping[str, Any]]) -> None:
-    show.console.print()
-    show.console.print(
+    output.console.print()
+    output.console.print(
         Text.assemble((title, "bold yellow"), (f"  {len(findings):,}", "dim"), "  ", findings[0]["kind"])
     )
     table = Table.grid(padding=(0, 2))
@@ -110,4 +110,4 @@ def _print_kind(title: str, findings: Sequence[Mapping[str, Any]]) -> None:
         rest = sorted({line for finding in findings for line in finding["lines"]})
         table.add_row("", Text(f"all lines: {places(rest, _LINES)}", style="dim"))
     table.add_row("→", Text(findings[0]["action"], style="dim"))
-    show.console.print(table)
+    output.console.print(table)

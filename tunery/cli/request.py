@@ -12,7 +12,7 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from tunery import field_errors, plugins
-from tunery.cli.remote import Refused, Remote
+from tunery.cli.client import ApiClient, Refused
 from tunery.datasets import rules
 from tunery.failures import JobFailure
 from tunery.jobs import creation
@@ -150,7 +150,7 @@ def local_files(body: Body) -> dict[FileRole, Path]:
     return found
 
 
-def stored_files(api: Remote, body: Body, local: Collection[FileRole]) -> dict[FileRole, dict[str, Any]]:
+def stored_files(api: ApiClient, body: Body, local: Collection[FileRole]) -> dict[FileRole, dict[str, Any]]:
     """The files that were uploaded before, by role, as the API describes them. Raises Refused for one that cannot be
     used."""
     found: dict[FileRole, dict[str, Any]] = {}
@@ -173,7 +173,9 @@ class Source:
     read: Callable[[], Iterator[bytes]]
 
 
-def sources(api: Remote, local: dict[FileRole, Path], stored: dict[FileRole, dict[str, Any]]) -> dict[FileRole, Source]:
+def sources(
+    api: ApiClient, local: dict[FileRole, Path], stored: dict[FileRole, dict[str, Any]]
+) -> dict[FileRole, Source]:
     """What `check_files` reads: local files, and those on the server where there is something to compare them with.
 
     Large ones on the server are left to the job's own validation, which compares them too.

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from tunery.cli import request, show, watching
+from tunery.cli import output, request, watching
+from tunery.cli.client import ApiClient
 from tunery.cli.options import AsJson, connect
-from tunery.cli.remote import Remote
 
 ROOT = "/fine_tuning/jobs"
 _WEIGHTS = ".safetensors"
@@ -35,17 +35,17 @@ def rerun(
     api = connect(context)
     again = start(api, job, {"seed": seed}, set or [])
     if json:
-        show.as_json(again)
+        output.as_json(again)
     else:
-        show.console.print(again["id"], soft_wrap=True)
-    show.warnings(again["warnings"])
+        output.console.print(again["id"], soft_wrap=True)
+    output.warnings(again["warnings"])
     if watch:
         watching.watch(api, again["id"])
     elif not json:
-        show.hint(f"tunery jobs watch {again['id']}")
+        output.hint(f"tunery jobs watch {again['id']}")
 
 
-def start(api: Remote, job: str, flags: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+def start(api: ApiClient, job: str, flags: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """Creates the new job and returns it. Technique and method are the job's own unless a setting names another."""
     changes = request.merge(flags, settings)
     if "technique" in changes or "method" in changes:
@@ -72,9 +72,9 @@ def reproduce(
         _follow(api, again["id"], in_silence=json)
         return _show(api, again["id"], tolerance, json)
     if json:
-        return show.as_json(again)
-    show.console.print(again["id"], soft_wrap=True)
-    show.hint(f"tunery jobs reproduction {again['id']}")
+        return output.as_json(again)
+    output.console.print(again["id"], soft_wrap=True)
+    output.hint(f"tunery jobs reproduction {again['id']}")
     return None
 
 
@@ -83,7 +83,7 @@ def reproduction(context: typer.Context, job: str, tolerance: Tolerance = None, 
     _show(connect(context), job, tolerance, json)
 
 
-def _follow(api: Remote, job: str, *, in_silence: bool) -> None:
+def _follow(api: ApiClient, job: str, *, in_silence: bool) -> None:
     """Until the job has ended; with a bar, unless standard output is for programs."""
     if not in_silence:
         return watching.watch(api, job)
@@ -92,14 +92,14 @@ def _follow(api: Remote, job: str, *, in_silence: bool) -> None:
     return None
 
 
-def _show(api: Remote, job: str, tolerance: float | None, json: bool) -> None:
+def _show(api: ApiClient, job: str, tolerance: float | None, json: bool) -> None:
     """Prints the comparison. Exits with 1 unless the job is reproduced."""
     query = {} if tolerance is None else {"tolerance": tolerance}
     found = api.call("GET", f"{ROOT}/{job}/reproduction", params=query)
     if json:
-        show.as_json(found)
+        output.as_json(found)
     elif found["status"] == "pending":
-        show.note(f"{job} and {found['rerun_of']} have not both ended: `tunery jobs watch {job}` waits.")
+        output.note(f"{job} and {found['rerun_of']} have not both ended: `tunery jobs watch {job}` waits.")
     else:
         _print(found)
     if found["status"] != "reproduced":
@@ -110,16 +110,16 @@ def _print(found: dict[str, Any]) -> None:
     """What is equal on a line, what differs in a table, and the verdict."""
     parts = ("inputs", "environment", "weights", "scores")
     pairs = [pair for part in parts for pair in found[part]]
-    show.note("equal: " + ", ".join(_equal(pairs)))
+    output.note("equal: " + ", ".join(_equal(pairs)))
     if unknown := [pair["name"] for pair in pairs if pair["equal"] is None]:
-        show.note("not known of both: " + ", ".join(unknown))
+        output.note("not known of both: " + ", ".join(unknown))
     different = [pair for pair in pairs if pair["equal"] is False]
     if different:
         rows = ((pair["name"], _short(pair["original"]), _short(pair["rerun"])) for pair in different)
-        show.table(("differs", "original", "rerun"), rows, empty="")
+        output.table(("differs", "original", "rerun"), rows, empty="")
     for line in _curves(found["losses"]):
-        show.console.print(line, soft_wrap=True)
-    show.console.print(_verdict(found), soft_wrap=True)
+        output.console.print(line, soft_wrap=True)
+    output.console.print(_verdict(found), soft_wrap=True)
 
 
 def _equal(pairs: list[dict[str, Any]]) -> list[str]:

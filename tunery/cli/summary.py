@@ -5,8 +5,8 @@ from typing import Any
 
 from rich.text import Text
 
-from tunery.cli import quotes, show
-from tunery.local.drawing import duration
+from tunery.cli import output, quotes
+from tunery.local.terminal import duration
 from tunery.spec import Hyperparameters
 
 _NEXT = {
@@ -21,10 +21,10 @@ _NEXT = {
 
 def print_job(job: dict[str, Any]) -> None:
     """Its facts, its warnings, and the next command."""
-    show.facts([("id", job["id"]), ("status", show.status(job["status"])), *_run(job), *_request(job)])
-    show.warnings(job["warnings"])
+    output.fields([("id", job["id"]), ("status", output.status(job["status"])), *_run(job), *_request(job)])
+    output.warnings(job["warnings"])
     if job["status"] in _NEXT:
-        show.hint(_NEXT[job["status"]].format(id=job["id"]))
+        output.hint(_NEXT[job["status"]].format(id=job["id"]))
 
 
 def why_nothing(job: dict[str, Any]) -> str:
@@ -61,7 +61,7 @@ def _request(job: dict[str, Any]) -> list[tuple[str, Any]]:
         ("validation file", job["validation_file"]),
         ("test file", job["evaluation"]["test_file"]),
         ("trained tokens", f"{job['trained_tokens']:,}" if job["trained_tokens"] else None),
-        ("created", f"{show.age(job['created_at'])} ago"),
+        ("created", f"{output.age(job['created_at'])} ago"),
         *quotes.facts(job),
         *_scorecard(job.get("scorecard")),
         ("gate", _gate(job.get("gate") or {})),
@@ -118,7 +118,7 @@ def _forgetting(moved: dict[str, Any]) -> str:
 
 def print_scorecard(card: dict[str, Any]) -> None:
     """Both models on the test rows and on the general benchmark."""
-    show.facts([*_scorecard(card), *_general(card.get("general"))])
+    output.fields([*_scorecard(card), *_general(card.get("general"))])
 
 
 def _scorecard(card: dict[str, Any] | None) -> list[tuple[str, Any]]:
@@ -160,13 +160,13 @@ def print_answers(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         marks = {name: "✓" if row[f"{name}_right"] else "✗" for name in ("base", "tuned")}
         asked = str(row["messages"][-1].get("content") or "") if row["messages"] else ""
-        show.console.print(Text(f"{row['number']}  {asked}"), soft_wrap=True)
-        show.facts(
+        output.console.print(Text(f"{row['number']}  {asked}"), soft_wrap=True)
+        output.fields(
             [("   wanted", row["wanted"])]
             + [(f" {mark} {name}", row[name] or "(nothing)") for name, mark in marks.items()]
         )
     if not rows:
-        show.note("No such row.")
+        output.note("No such row.")
 
 
 def compact(value: dict[str, Any] | None, skip: tuple[str, ...] = ()) -> str:

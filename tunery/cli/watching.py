@@ -6,9 +6,9 @@ from typing import Any
 
 import typer
 
-from tunery.cli import show, summary
-from tunery.cli.remote import Refused, Remote
-from tunery.local.drawing import JobProgress, loss_curve
+from tunery.cli import output, summary
+from tunery.cli.client import ApiClient, Refused
+from tunery.local.terminal import JobProgress, loss_curve
 
 FINAL = ("succeeded", "failed", "cancelled")
 
@@ -16,7 +16,7 @@ FINAL = ("succeeded", "failed", "cancelled")
 class Events:
     """A job's events as they come, each once."""
 
-    def __init__(self, api: Remote, job: str) -> None:
+    def __init__(self, api: ApiClient, job: str) -> None:
         self._api, self._job = api, job
         self._seen: set[str] = set()
 
@@ -34,14 +34,14 @@ class Events:
         return found[::-1]
 
 
-def watch(api: Remote, job: str, *, known: Iterable[str] = ()) -> None:
+def watch(api: ApiClient, job: str, *, known: Iterable[str] = ()) -> None:
     """One live line until the job ends, then its warnings; exit status 1 unless it succeeded.
 
     `known`: warnings that were printed already, as the end of the job's own texts.
     """
     events = Events(api, job)
     try:
-        with JobProgress(show.console) as progress:
+        with JobProgress(output.console) as progress:
             while True:
                 found = api.call("GET", f"/fine_tuning/jobs/{job}")
                 progress.update(found, events.new())
@@ -49,9 +49,9 @@ def watch(api: Remote, job: str, *, known: Iterable[str] = ()) -> None:
                     break
                 time.sleep(1)
     except KeyboardInterrupt:
-        show.errors.print(f"\nThe job goes on. `tunery jobs watch {job}` comes back to it.", style="dim")
+        output.errors.print(f"\nThe job goes on. `tunery jobs watch {job}` comes back to it.", style="dim")
         raise typer.Exit(130) from None
-    show.warnings(text for text in found["warnings"] if not any(_same(text, other) for other in known))
+    output.warnings(text for text in found["warnings"] if not any(_same(text, other) for other in known))
     _tell_end(found, progress)
 
 
@@ -63,10 +63,10 @@ def _same(warning: str, printed: str) -> bool:
 def _tell_end(job: dict[str, Any], progress: JobProgress) -> None:
     if job["status"] != "succeeded":
         raise Refused(message=f"{job['id']} {job['status']}. {(job.get('error') or {}).get('message') or ''}".strip())
-    unicode = "utf" in show.console.encoding
-    show.console.print(loss_curve(progress.losses, progress.valid_losses, unicode=unicode))
+    unicode = "utf" in output.console.encoding
+    output.console.print(loss_curve(progress.losses, progress.valid_losses, unicode=unicode))
     if withheld := (job.get("gate") or {}).get("withheld_model"):
-        show.errors.print(f"The gate withholds {withheld}: {summary.gate_reasons(job['gate'])}", soft_wrap=True)
-        show.hint(f"tunery jobs publish {job['id']} --reason ...")
+        output.errors.print(f"The gate withholds {withheld}: {summary.gate_reasons(job['gate'])}", soft_wrap=True)
+        output.hint(f"tunery jobs publish {job['id']} --reason ...")
         return
-    show.done(str(job["fine_tuned_model"]))
+    output.done(str(job["fine_tuned_model"]))

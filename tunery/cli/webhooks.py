@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from tunery.cli import show
+from tunery.cli import output
 from tunery.cli.options import AsJson, connect
 
-app = typer.Typer(no_args_is_help=True, help="Receivers that are told when a job ends.")
+app = typer.Typer(no_args_is_help=True, help="Receivers of events when a job ends.")
 ROOT = "/webhook_endpoints"
 
 Endpoint = Annotated[str, typer.Argument(help="The endpoint's id (we_...).")]
@@ -25,8 +25,8 @@ def create(
     api = connect(context)
     types = event or api.call("GET", "/webhook_event_types")["data"]
     made = api.call("POST", ROOT, json={"name": name, "url": url, "event_types": types})
-    show.note(f"{made['id']} gets {', '.join(types)}. Its signing secret, shown this once:")
-    show.console.print(made["signing_secret"], soft_wrap=True)
+    output.note(f"{made['id']} gets {', '.join(types)}. Its signing secret, shown this once:")
+    output.console.print(made["signing_secret"], soft_wrap=True)
 
 
 @app.command("list")
@@ -34,8 +34,8 @@ def list_endpoints(context: typer.Context, limit: int = 50, json: AsJson = False
     """The project's endpoints, newest first."""
     found = connect(context).pages(ROOT, limit=limit)
     if json:
-        return show.as_json(found)
-    show.table(
+        return output.as_json(found)
+    output.table(
         ("id", "name", "url", "status", "events", "age"),
         (_cells(endpoint) for endpoint in found),
         empty="No endpoints: `tunery webhooks create URL` makes one.",
@@ -47,13 +47,13 @@ def _cells(endpoint: dict[str, Any]) -> Sequence[Any]:
     status = "disabled" if endpoint["disabled_reason"] else "active"
     events = ", ".join(name.removeprefix("fine_tuning.job.") for name in endpoint["event_types"])
     named = (endpoint["id"], endpoint["name"], endpoint["url"])
-    return (*named, show.status(status), events, show.age(endpoint["created_at"]))
+    return (*named, output.status(status), events, output.age(endpoint["created_at"]))
 
 
 @app.command("show")
 def show_endpoint(context: typer.Context, endpoint: Endpoint) -> None:
     """One endpoint's row, as JSON; `disabled_reason` says why nothing is sent any more."""
-    show.as_json(connect(context).call("GET", f"{ROOT}/{endpoint}"))
+    output.as_json(connect(context).call("GET", f"{ROOT}/{endpoint}"))
 
 
 @app.command("test")
@@ -64,7 +64,7 @@ def send_test(
 ) -> None:
     """Send a made-up event once."""
     answer = connect(context).call("POST", f"{ROOT}/{endpoint}/test", json={"event_type": event})
-    show.done(f"the receiver answered {answer['status_code']}")
+    output.done(f"the receiver answered {answer['status_code']}")
 
 
 @app.command()
@@ -76,8 +76,8 @@ def rotate(
     """Make a new signing secret, shown this once."""
     body = {"keep_old_secret_active_for_24_hours": keep_old}
     made = connect(context).call("POST", f"{ROOT}/{endpoint}/rotate_secret", json=body)
-    show.note("Shown this once:")
-    show.console.print(made["signing_secret"], soft_wrap=True)
+    output.note("Shown this once:")
+    output.console.print(made["signing_secret"], soft_wrap=True)
 
 
 @app.command()
@@ -86,4 +86,4 @@ def delete(context: typer.Context, endpoints: list[str]) -> None:
     api = connect(context)
     for endpoint in endpoints:
         api.call("DELETE", f"{ROOT}/{endpoint}")
-        show.done(f"{endpoint} deleted")
+        output.done(f"{endpoint} deleted")

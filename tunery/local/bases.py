@@ -1,11 +1,11 @@
-"""The models that `make` fetches from the package index, and what each is registered as."""
+"""The models that `make` fetches from the package index, and their registrations."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tunery.errors import TuneryError
-from tunery.local import tree
+from tunery.local import paths
 
 
 class NoModel(TuneryError):
@@ -31,15 +31,15 @@ class PackagedBase:
     terms: str | None = None
 
     def gguf(self) -> Path:
-        """Raises NoModel where it was not fetched."""
-        folder = tree.root() / self.folder
+        """Returns the GGUF file's path. Raises NoModel where it was not fetched."""
+        folder = paths.root() / self.folder
         found = sorted(folder.glob("*.gguf"))
         if not found:
             raise NoModel(base=self.id, folder=folder, command=self.command)
         return found[0]
 
     def registration(self) -> dict[str, str]:
-        """The body of `POST /v1/models`. Raises NoModel."""
+        """Returns the body of `POST /v1/models`. Raises NoModel."""
         body = {"id": self.id, "source": str(self.gguf())}
         if self.template is not None:
             body["chat_template"] = (Path(__file__).parent / "templates" / self.template).read_text(encoding="utf-8")
@@ -58,7 +58,7 @@ BASES: Mapping[str, PackagedBase] = {"smollm2": SMOLLM2, "gemma3": GEMMA3}
 
 
 def named(name: str) -> PackagedBase:
-    """The base of the demo's option `--base`. Raises UnknownBase."""
+    """Returns the base that the demo's option `--base` names. Raises UnknownBase."""
     if name not in BASES:
         raise UnknownBase(name=name, names=", ".join(BASES))
     return BASES[name]

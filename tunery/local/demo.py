@@ -20,13 +20,13 @@ from rich.text import Text
 
 from tunery import processes
 from tunery.errors import TuneryError
-from tunery.local import lock, tree
+from tunery.local import lock, paths
 from tunery.local.bases import PackagedBase
-from tunery.local.drawing import JobProgress, Reporter, duration, loss_curve, print_whole, size
 from tunery.local.postgres import Postgres
 from tunery.local.receiver import Receiver
 from tunery.local.signals import ends_on_signals, undisturbed
 from tunery.local.stack import Stack
+from tunery.local.terminal import JobProgress, Reporter, duration, loss_curve, print_whole, size
 
 HOMES = Path(".tunery")
 LEAST_ACCURACY = 0.70
@@ -83,17 +83,17 @@ def _with_stack(
     base: PackagedBase, home: Path, console: Console, proof: Proof, rows: int, test_rows: int
 ) -> dict[str, Any]:
     console.print(f"[bold]Starting everything on this machine[/]  [dim]{home}[/]")
-    environment = {"TUNERY_WEBHOOK_ALLOW": tree.LOOPBACK, "TUNERY_STOP_GRACE_SECONDS": "20"}
+    environment = {"TUNERY_WEBHOOK_ALLOW": paths.LOOPBACK, "TUNERY_STOP_GRACE_SECONDS": "20"}
     stack = Stack(home, port=0, environment=environment, report=Reporter(console))
     with ExitStack() as open:
         open.callback(_stop, stack)
         stack.start()
         receiver = open.enter_context(Receiver())
-        return _Story(_connect(stack), base, receiver, home, console, proof).tell(rows, test_rows)
+        return _Story(_connect(stack), base, receiver, home, console, proof).run(rows, test_rows)
 
 
 def _connect(stack: Stack) -> OpenAI:
-    client = DefaultHttpxClient(mounts=tree.UNPROXIED)
+    client = DefaultHttpxClient(mounts=paths.UNPROXIED)
     return OpenAI(base_url=f"{stack.api_url}/v1", api_key=stack.first_key, http_client=client)
 
 
@@ -111,7 +111,7 @@ class _Story:
     console: Console
     proof: Proof
 
-    def tell(self, rows: int, test_rows: int) -> dict[str, Any]:
+    def run(self, rows: int, test_rows: int) -> dict[str, Any]:
         """What a user of the API does, in order. Returns the finished job."""
         self._add_base()
         self._ask_for_webhooks()
@@ -147,15 +147,15 @@ class _Story:
 
     def _upload(self, rows: int) -> dict[str, str]:
         report = Reporter(self.console)
-        examples = tree.root() / "examples"
+        examples = paths.root() / "examples"
         train = self.home / "banking_train.jsonl"
         train.write_text("".join((examples / "banking_train.jsonl").read_text().splitlines(keepends=True)[:rows]))
-        paths = {"train": train, "valid": examples / "banking_valid.jsonl", "test": examples / "banking_test.jsonl"}
+        uploads = {"train": train, "valid": examples / "banking_valid.jsonl", "test": examples / "banking_test.jsonl"}
         files = {}
-        for role, path in paths.items():
+        for role, path in uploads.items():
             with path.open("rb") as content:
                 files[role] = self.client.files.create(file=content, purpose="fine-tune").id
-        report("Files", "  ".join(path.name for path in paths.values()))
+        report("Files", "  ".join(path.name for path in uploads.values()))
         return files
 
     def _train(self, files: dict[str, str], test_rows: int) -> tuple[dict[str, Any], JobProgress]:
@@ -231,7 +231,7 @@ class _Story:
 
     def _show_samples(self, job: dict[str, Any]) -> None:
         """Asked through the API now, not taken from the scorecard: this is how the model will be used."""
-        lines = (tree.root() / "examples/banking_test.jsonl").read_text().splitlines()
+        lines = (paths.root() / "examples/banking_test.jsonl").read_text().splitlines()
         rows = [json.loads(line)["messages"] for line in lines[::150][:3]]
         table = Table(box=None, pad_edge=False, header_style="dim")
         for column in ("question", "base", "tuned"):
@@ -252,7 +252,7 @@ class _Story:
         return answer.choices[0].message.content or ""
 
     def _download(self, job: dict[str, Any]) -> None:
-        """Every file of the artifact, its sha256 computed anew from what arrived."""
+        """Every file of the artifact with its sha256 computed from the downloaded bytes."""
         table = Table(box=None, pad_edge=False, header_style="dim")
         for column in ("file", "size", "sha256"):
             table.add_column(column, no_wrap=True, justify="right" if column == "size" else "left")
@@ -304,7 +304,7 @@ def _answers_of_plain_peft(base: Path, home: Path, questions: str) -> list[str]:
     log = home / "logs/plain-peft.log"
     with (home / "questions.jsonl").open() as asked, log.open("wb") as errors:
         child = subprocess.Popen(
-            [sys.executable, tree.root() / "examples/plain_peft.py", base, home / "adapter", str(MAX_NEW_TOKENS)],
+            [sys.executable, paths.root() / "examples/plain_peft.py", base, home / "adapter", str(MAX_NEW_TOKENS)],
             stdin=asked,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -345,7 +345,7 @@ def _how_to_go_on(console: Console, home: Path, job: dict[str, Any]) -> None:
 
 def _question(text: str) -> list[dict[str, str]]:
     """As the model was taught: under the rows' own system message, without which it has seen no label."""
-    with (tree.root() / "examples/banking_test.jsonl").open() as rows:
+    with (paths.root() / "examples/banking_test.jsonl").open() as rows:
         system = json.loads(rows.readline())["messages"][0]
     return [system, {"role": "user", "content": text}]
 

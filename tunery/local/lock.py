@@ -1,4 +1,4 @@
-"""One stack a home: who has it, by the kernel's word. A pid in a file may be a stranger's after a kill or a reboot."""
+"""The lock of a stack's home. A pid in a file alone may be another process's after a kill or a reboot."""
 
 import os
 from pathlib import Path
@@ -10,9 +10,9 @@ _NAME = "lock"
 
 
 def take(home: Path) -> IO[str] | None:
-    """The home's lock, held until the file is closed or its process ends; None when another process has it."""
+    """Takes the home's lock, which lasts until the file is closed or its process ends; None when another has it."""
     lock = (home / _NAME).open("a+")
-    # For a moment, not once: whoever only looks (`is_held`) has the lock while looking.
+    # For a moment, not once: `is_held` has the lock while it looks.
     if not processes.wait_until(lambda: processes.lock(lock), seconds=1, alive=lambda: True):
         lock.close()
         return None
@@ -32,6 +32,6 @@ def is_held(home: Path) -> bool:
 
 
 def owner(home: Path) -> int | None:
-    """The process that has the home; None when there is none."""
+    """Returns the pid of the process that has the home; None when there is none."""
     written = (home / _NAME).read_text().strip() if is_held(home) else ""
     return int(written) if written.isdigit() else None

@@ -246,7 +246,7 @@ class Postgres:
 
 
 def _serves(pid: int, data: Path) -> bool:
-    """Whether `pid` is a server on `data` and not a stranger that got a dead server's number."""
+    """Whether `pid` is a server on `data` and no other process with a dead server's number."""
     import psutil
 
     try:

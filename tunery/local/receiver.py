@@ -1,4 +1,4 @@
-"""A webhook receiver for one machine: verifies what arrives with the official client and keeps what was right."""
+"""A webhook receiver for one machine, which verifies events with the official client and keeps the valid ones."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,12 +32,12 @@ class Receiver:
         self._thread.join()
 
     def wait_for(self, event_type: str, job: str, *, seconds: float) -> bool:
-        """Whether a verified event of this type about this job is here, at the latest after `seconds`."""
+        """Waits for a verified event of this type about this job; returns whether it came within `seconds`."""
         with self._arrived:
             return self._arrived.wait_for(lambda: (event_type, job) in self._verified, timeout=seconds)
 
     def take(self, body: bytes, headers: dict[str, str]) -> int:
-        """The status to answer with. An event is taken only when its signature is right."""
+        """Keeps an event whose signature is valid; returns the HTTP status to answer with."""
         try:
             event: Any = OpenAI(api_key="unused").webhooks.unwrap(body, headers, secret=self.secret)
         except (InvalidWebhookSignatureError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""How often a part of the stack may be restarted before its end is the stack's."""
+"""Limits how often a part of the stack is restarted before the whole stack stops."""
 
 import time
 from collections import defaultdict, deque

@@ -11,7 +11,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 from tunery.errors import TuneryError
-from tunery.local import tree
+from tunery.local import paths
 from tunery.local.postgres import Postgres
 
 
@@ -23,7 +23,7 @@ class SeveralHeads(TuneryError):
 
 
 def _config(url: str) -> Config:
-    config = Config(tree.root() / "alembic.ini")
+    config = Config(paths.root() / "alembic.ini")
     config.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
     return config
 
@@ -54,7 +54,7 @@ def check(url: str) -> None:
 
 
 if __name__ == "__main__":
-    check_one_head(tree.root() / "migrations")
+    check_one_head(paths.root() / "migrations")
     with tempfile.TemporaryDirectory() as folder:
         server = Postgres(Path(folder) / "postgres", durable=False).start()
         try:

@@ -1,4 +1,4 @@
-"""Ctrl-C, `kill` and a closed terminal are one thing: stop, tidy up, leave."""
+"""Handles Ctrl-C, `kill` and a closed terminal alike: each stops the stack in order."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -14,18 +14,18 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def ends_on_signals() -> AbstractContextManager[None]:
-    """SIGTERM and SIGHUP become what Ctrl-C is: a KeyboardInterrupt. For the main thread."""
+    """Makes SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does. For the main thread."""
     return _handled_by(_interrupt)
 
 
 def undisturbed() -> AbstractContextManager[None]:
-    """While things are being stopped, a second Ctrl-C must not leave half of them running."""
+    """Ignores these signals meanwhile: a second Ctrl-C must not leave half of the services running."""
     return _handled_by(signal.SIG_IGN)
 
 
 @contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], NoReturn] | signal.Handlers) -> Iterator[None]:
-    """What was ignored stays so: `nohup` wants to outlive its terminal, and a script's `&` that terminal's Ctrl-C."""
+    """Sets the handler of signals that were not ignored: `nohup` and a script's `&` must go on ignoring theirs."""
     before = {number: signal.getsignal(number) for number in _STOPS}
     heard = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
     for number in heard:

@@ -26,7 +26,7 @@ from tunery import db, processes
 from tunery.errors import TuneryError
 from tunery.keys import ring
 from tunery.keys.model import Project
-from tunery.local import guard, lock, schema, state, tree
+from tunery.local import lock, paths, schema, state, watchdog
 from tunery.local.postgres import Postgres
 from tunery.local.restarts import Restarts
 from tunery.local.valkey import Valkey
@@ -69,7 +69,7 @@ class Stack:
     """A stack in `home`. `port` 0 takes free ports, so that any number of stacks run side by side.
 
     `environment` adds to what the services get; what the caller's own environment says in TUNERY_* stands, unless it is
-    about where things are. `report` is told of every step as it is done.
+    about where things are. `report` gets every step as it is done.
     """
 
     home: Path
@@ -100,7 +100,7 @@ class Stack:
         return self
 
     def _start(self) -> None:
-        root = tree.root()
+        root = paths.root()
         self.home.mkdir(parents=True, exist_ok=True, mode=0o711)
         self._take_home()
         self._make_private_folders()
@@ -123,7 +123,7 @@ class Stack:
     def stop(self) -> None:
         """Services, then servers, then whatever a service left behind. Safe to call twice."""
         self._stop_services()
-        processes.kill_marked(guard.MARK, self._mark)
+        processes.kill_marked(watchdog.MARK, self._mark)
         self._open.close()
 
     def __enter__(self) -> Self:
@@ -163,7 +163,7 @@ class Stack:
         if isinstance(part, Service):
             if part.process is not None:
                 processes.stop(part.process)  # what it started in its group works on as if it were there
-            self._spawn(part, tree.root())
+            self._spawn(part, paths.root())
         else:
             part.restart()
 
@@ -203,9 +203,9 @@ class Stack:
             folder.chmod(0o700)  # one that an earlier version made, too
 
     def _end_predecessor(self) -> None:
-        """A killed owner's guard may still be at work; its services hold our ports and data."""
+        """A killed owner's watchdog may still be at work; its services hold our ports and data."""
         if left := state.read(self.home):
-            processes.kill_marked(guard.MARK, left["mark"])
+            processes.kill_marked(watchdog.MARK, left["mark"])
 
     def _refuse_taken_port(self) -> None:
         if self.port and not _is_free(self.port):
@@ -218,14 +218,14 @@ class Stack:
         self.api_url = f"http://127.0.0.1:{self.port}"
 
     def _watch_over(self) -> None:
-        """Start the guard: its pipe closes when we end, whichever way."""
+        """Starts the watchdog, whose pipe closes when this process ends, however it ends."""
         self._watcher = watcher = subprocess.Popen(
-            [sys.executable, "-m", "tunery.local.guard", self._mark],
+            [sys.executable, "-m", "tunery.local.watchdog", self._mark],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            cwd=tree.root(),
+            cwd=paths.root(),
         )
         self._open.callback(processes.stop, watcher, (signal.SIGKILL, 5))
         if watcher.stdin is not None:
@@ -273,7 +273,7 @@ class Stack:
             self._spawn(service, root)
 
     def _spawn(self, service: Service, root: Path) -> None:
-        environment = {**os.environ, **self.settings(), guard.MARK: self._mark, "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, **self.settings(), watchdog.MARK: self._mark, "PYTHONUNBUFFERED": "1"}
         with service.log.open("ab") as log:
             service.process = processes.spawn(
                 [sys.executable, "-m", *service.arguments], output=log, cwd=root, env=environment
@@ -294,7 +294,7 @@ class Stack:
             time.sleep(0.1)
 
     def _stop_services(self) -> None:
-        """All are told at once, as none needs another in order to stop; the servers outlive them.
+        """Stops all at once, as none needs another in order to stop; the servers outlive them.
 
         Without a server they would wait for it, in order to write down how their work stands.
         """

@@ -1,4 +1,4 @@
-"""What a running stack writes about itself into its home, for other commands on this machine to find it."""
+"""The file in a stack's home by which other commands on this machine find it."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ _NAME = "stack.json"
 
 
 def write(home: Path, state: dict[str, Any]) -> None:
-    """For the owner's eyes: the database's address is the way past every key."""
+    """Writes the state, readable by its owner alone: the database's address is the way past every key."""
     unfinished = home / f"{_NAME}.part"
     unfinished.touch(mode=0o600)
     unfinished.write_text(json.dumps(state))
@@ -22,7 +22,7 @@ def remove(home: Path) -> None:
 
 
 def read(home: Path) -> dict[str, Any] | None:
-    """What was written last, whether that stack still runs or was killed."""
+    """Returns what was written last, whether that stack still runs or was killed."""
     try:
         return dict(json.loads((home / _NAME).read_text()))
     except (OSError, ValueError):
@@ -30,6 +30,6 @@ def read(home: Path) -> dict[str, Any] | None:
 
 
 def running(home: Path) -> dict[str, Any] | None:
-    """What the stack in `home` wrote, if it is the one that has the home."""
+    """Returns what the running stack in `home` wrote; None when none runs there."""
     found = read(home)
     return found if found and found["pid"] == lock.owner(home) else None

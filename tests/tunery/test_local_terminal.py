@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from tunery.local.drawing import JobProgress, duration, loss_curve, print_whole, size
+from tunery.local.terminal import JobProgress, duration, loss_curve, print_whole, size
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from sqlalchemy.exc import OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
 
 from tunery import db, processes
-from tunery.cli import show
+from tunery.cli import output
+from tunery.cli.client import Refused
 from tunery.cli.options import stack_home
-from tunery.cli.remote import Refused
 from tunery.errors import NotFound, TuneryError
 from tunery.keys import ring
 from tunery.keys.model import Key
@@ -38,7 +38,7 @@ class NoDatabase(TuneryError):
 
 @contextmanager
 def _transaction(context: typer.Context) -> Iterator[Session]:
-    """On TUNERY_DATABASE_URL, else on the stack that runs in --home."""
+    """Opens a transaction on TUNERY_DATABASE_URL, else on the stack that runs in --home."""
     local = state.running(stack_home(context))
     if "TUNERY_DATABASE_URL" not in os.environ and local:
         os.environ["TUNERY_DATABASE_URL"] = local["database_url"]
@@ -73,8 +73,8 @@ def create_project(
     with _transaction(context) as session:
         project = ring.create_project(session, name, max_running=max_running, max_queued=max_queued)
         _, secret = ring.create_key(session, project, "first key")
-    show.done(f"project {name} ({project.id}); its first key, shown this once:")
-    show.console.print(secret, soft_wrap=True)
+    output.done(f"project {name} ({project.id}); its first key, shown this once:")
+    output.console.print(secret, soft_wrap=True)
 
 
 @projects.command("limit")
@@ -93,7 +93,7 @@ def limit_project(
         project = ring.find_project(session, name)
         ring.set_rates(session, project, requests=requests_per_minute, tokens=tokens_per_minute)
     said = [f"{_rate(requests_per_minute)} requests", f"{_rate(tokens_per_minute)} tokens"]
-    show.done(f"project {name}: {' and '.join(said)} a minute")
+    output.done(f"project {name}: {' and '.join(said)} a minute")
 
 
 def _rate(limit: int | None) -> str:
@@ -105,7 +105,7 @@ def list_projects(context: typer.Context) -> None:
     """All projects."""
     with _transaction(context) as session:
         found = ring.list_projects(session)
-    show.table(
+    output.table(
         ("id", "name", *(name.replace("_", " ") for name in _CAPS), "status", "age"),
         (
             (
@@ -113,7 +113,7 @@ def list_projects(context: typer.Context) -> None:
                 p.name,
                 *(getattr(p, cap) for cap in _CAPS),
                 _status(p),
-                show.age(p.created_at),
+                output.age(p.created_at),
             )
             for p in found
         ),
@@ -126,7 +126,7 @@ def revoke_project(context: typer.Context, name: str) -> None:
     """Close a project to all its keys, at once. Its files, jobs and models stay."""
     with _transaction(context) as session:
         ring.revoke_project(session, ring.find_project(session, name))
-    show.done(f"project {name} revoked")
+    output.done(f"project {name} revoked")
 
 
 @projects.command("erase")
@@ -141,7 +141,7 @@ def erase_project(
         counts = erasure.contents(session, project.id)
         storage = open_storage(get_settings())
         erasure.check_storage(session, storage, project.id)
-    show.table(("what", "rows"), counts.items(), empty="Nothing")
+    output.table(("what", "rows"), counts.items(), empty="Nothing")
     if not yes:
         typer.confirm(f"Remove all of this, and every object of {project.name} ({project.id}), for good?", abort=True)
     with _transaction(context) as session:
@@ -151,7 +151,7 @@ def erase_project(
         rows = sum(erasure.contents(session, project.id).values())
     with _transaction(context):
         objects = erasure.erase(storage, project.id)
-    show.done(f"project {project.name} ({project.id}) erased: {rows} rows and {objects} objects removed")
+    output.done(f"project {project.name} ({project.id}) erased: {rows} rows and {objects} objects removed")
 
 
 def _has_ended(context: typer.Context, project_id: str) -> bool:
@@ -170,8 +170,8 @@ def create_key(
     """Make a key; its text is shown this once."""
     with _transaction(context) as session:
         _, secret = ring.create_key(session, ring.find_project(session, project), name, admin=admin)
-    show.errors.print("Shown this once:", style="dim")
-    show.console.print(secret, soft_wrap=True)
+    output.errors.print("Shown this once:", style="dim")
+    output.console.print(secret, soft_wrap=True)
 
 
 @keys.command("list")
@@ -179,7 +179,7 @@ def list_keys(context: typer.Context, project: Project = "default") -> None:
     """A project's keys."""
     with _transaction(context) as session:
         found = ring.list_keys(session, ring.find_project(session, project))
-    show.table(
+    output.table(
         ("id", "name", "begins with", "admin", "last used", "status", "age"),
         (
             (
@@ -187,9 +187,9 @@ def list_keys(context: typer.Context, project: Project = "default") -> None:
                 key.name,
                 f"{key.prefix}...",
                 "yes" if key.admin else "",
-                show.age(key.last_used_at),
+                output.age(key.last_used_at),
                 _status(key),
-                show.age(key.created_at),
+                output.age(key.created_at),
             )
             for key in found
         ),
@@ -204,8 +204,8 @@ def revoke_key(
     """Revoke a key, from the next request on."""
     with _transaction(context) as session:
         ring.revoke_key(session, key)
-    show.done(f"{key} revoked")
+    output.done(f"{key} revoked")
 
 
 def _status(row: Key | ProjectRow) -> Text:
-    return show.status("revoked" if row.revoked_at else "active")
+    return output.status("revoked" if row.revoked_at else "active")

@@ -1,4 +1,4 @@
-"""The API as commands see it: one call, its JSON, and errors that say what to do."""
+"""The API's client for commands: one call, its JSON, and errors that say what to change."""
 
 import os
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ import httpx2
 
 from tunery.errors import TuneryError
 from tunery.local import state
-from tunery.local.tree import UNPROXIED
+from tunery.local.paths import UNPROXIED
 
 HOME = Path(".tunery/up")
-"""Where `tunery up` keeps its state unless told otherwise."""
+"""Where `tunery up` keeps its state by default."""
 
 
 class Refused(TuneryError):
@@ -36,21 +36,21 @@ class NoKey(TuneryError):
 
 
 @dataclass
-class Remote:
-    """Where the API is and who is asking. `url` ends before `/v1`."""
+class ApiClient:
+    """Calls the API at `url`, which ends before `/v1`, with a key."""
 
     url: str
     key: str
 
     def call(self, method: str, path: str, **request: Any) -> dict[str, Any]:
-        """The answer's JSON. Raises Refused with the API's own words, NoAnswer."""
+        """Returns the answer's JSON. Raises Refused with the API's message, NoAnswer."""
         with self._client() as client, _explained(self.url):
             answer = client.request(method, path, **request)
             _check(answer)
             return dict(answer.json())
 
     def pages(self, path: str, *, limit: int, **query: Any) -> list[dict[str, Any]]:
-        """Up to `limit` objects of a list, over as many pages as it takes."""
+        """Returns up to `limit` objects of a list, over as many pages as needed."""
         found: list[dict[str, Any]] = []
         while len(found) < limit:
             after = {"after": found[-1]["id"]} if found else {}
@@ -61,7 +61,7 @@ class Remote:
         return found
 
     def stream(self, path: str, *, body: Any = None, **query: Any) -> Iterator[bytes]:
-        """The bytes of an answer as they come, for however long that takes; with a body the request is a POST."""
+        """Yields the bytes of an answer as they arrive, without a time limit; with a body the request is a POST."""
         method = "GET" if body is None else "POST"
         timeout = httpx2.Timeout(30, read=None)
         with (
@@ -92,11 +92,11 @@ class Remote:
         )
 
 
-def connect(url: str | None, key: str | None, home: Path) -> Remote:
-    """By option, then TUNERY_API_URL, then the stack that runs in `home`, then port 8000 of this machine."""
+def connect(url: str | None, key: str | None, home: Path) -> ApiClient:
+    """Returns a client by option, then TUNERY_API_URL, then the stack in `home`, then port 8000 of this machine."""
     local = state.running(home)
     url = url or os.environ.get("TUNERY_API_URL") or (local or {}).get("api_url") or "http://127.0.0.1:8000"
-    return Remote(url.rstrip("/").removesuffix("/v1"), key or os.environ.get("TUNERY_API_KEY", ""))
+    return ApiClient(url.rstrip("/").removesuffix("/v1"), key or os.environ.get("TUNERY_API_KEY", ""))
 
 
 @contextmanager

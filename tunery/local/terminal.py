@@ -1,4 +1,4 @@
-"""Pictures for a terminal: a job's progress bar and its loss curve. Pure rich, no service, no torch."""
+"""Draws in a terminal: a job's progress bar and its loss curve. Pure rich, no service, no torch."""
 
 import itertools
 import math
@@ -49,7 +49,7 @@ def print_whole(console: Console, table: Table) -> None:
 
 
 class Reporter:
-    """One line a step, with the time since the one before."""
+    """Prints one line a step, with the time since the one before."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -63,9 +63,9 @@ class Reporter:
 
 
 class JobProgress:
-    """One live line for a job: what it is doing, the bar, steps, loss, time left.
+    """Prints one live line for a job: its phase, the bar, steps, loss and time left.
 
-    Feed it the job and its events as the API's JSON; it keeps the loss curves for `loss_curve`.
+    `update` takes the job and its events as the API's JSON; the losses are kept for `loss_curve`.
     """
 
     def __init__(self, console: Console) -> None:
@@ -146,7 +146,7 @@ def loss_curve(
     height: int = 10,
     unicode: bool = True,
 ) -> Text:
-    """A chart of (step, loss), with `marks` (full validation losses) as diamonds; empty when there is no finite point.
+    """Returns a chart of (step, loss), with `marks` (full validation losses) as diamonds; empty without a finite point.
 
     `width` and `height` in characters, axes apart. A character of the curve has 2 x 4 dots.
     """
@@ -179,7 +179,7 @@ def loss_curve(
 
 
 def _cells(dots: Sequence[tuple[int, float]], width: int, height: int) -> list[list[int]]:
-    """Braille patterns, row by row; a dot is (dot column, share of the height from the top)."""
+    """Returns Braille patterns, row by row; a dot is (dot column, share of the height from the top)."""
     cells = [[0] * width for _ in range(height)]
     for x, down in dots:
         row = min(height * 4 - 1, int(down * (height * 4 - 1) + 0.5))
@@ -188,7 +188,7 @@ def _cells(dots: Sequence[tuple[int, float]], width: int, height: int) -> list[l
 
 
 def _dense(points: Sequence[tuple[int, float]], first: int, span: int, columns: int) -> list[tuple[int, float]]:
-    """One (dot column, loss) a column: straight lines between neighbours, so that a short run draws a line too."""
+    """Returns one (dot column, loss) a column, on straight lines between neighbours: a short run draws a line too."""
     at = [((step - first) / span * (columns - 1), loss) for step, loss in sorted(points)]
     dense = [(round(x), loss) for x, loss in at]
     for (x0, y0), (x1, y1) in itertools.pairwise(at):

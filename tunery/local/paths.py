@@ -1,4 +1,4 @@
-"""Where the services are: `api`, `worker` and `migrations` run from a checkout, they are not in the wheel."""
+"""Finds the checkout that `api`, `worker` and `migrations` run from: they are not in the wheel."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ class NotACheckout(TuneryError):
 
 
 def root() -> Path:
-    """The checkout that this very package was imported from. Raises NotACheckout."""
+    """Returns the checkout that this package was imported from. Raises NotACheckout."""
     folder = Path(__file__).resolve().parents[2]
     if not all((folder / name).is_dir() for name in ("api", "worker", "migrations")):
         raise NotACheckout(folder=folder)

@@ -1,4 +1,4 @@
-"""How commands print: tables for people, JSON for programs."""
+"""Prints for commands: tables for people, JSON for programs."""
 
 import json
 import time
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tunery.local.drawing import print_whole
+from tunery.local.terminal import print_whole
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -38,7 +38,7 @@ def status(word: str) -> Text:
 
 
 def age(moment: float | datetime | None) -> str:
-    """How long ago: `42s`, `5m`, `3h`, `12d`."""
+    """Returns how long ago a moment was: `42s`, `5m`, `3h`, `12d`."""
     if moment is None:
         return "-"
     seconds = time.time() - (moment.timestamp() if isinstance(moment, datetime) else moment)
@@ -49,12 +49,12 @@ def age(moment: float | datetime | None) -> str:
 
 
 def clock(moment: float) -> str:
-    """The local time of day."""
+    """Returns the local time of day."""
     return datetime.fromtimestamp(moment).astimezone().strftime("%H:%M:%S")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str) -> None:
-    """Ids are never cut: they are there to be copied."""
+    """Prints a table. Ids are never cut: they are there to be copied."""
     shown = Table(box=None, pad_edge=False, header_style="dim")
     for column in columns:
         shown.add_column(column.upper(), no_wrap=True)
@@ -66,8 +66,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str) 
         errors.print(empty, style="dim")
 
 
-def facts(pairs: Iterable[tuple[str, Any]]) -> None:
-    """Name and value, one a line; absent values are left out."""
+def fields(pairs: Iterable[tuple[str, Any]]) -> None:
+    """Prints name and value, one a line; absent values are left out."""
     shown = Table.grid(padding=(0, 2))
     for name, value in pairs:
         if value not in (None, "", [], {}):
@@ -84,16 +84,16 @@ def done(message: str) -> None:
 
 
 def warnings(texts: Iterable[str]) -> None:
-    """Each once, on stderr: standard output holds what programs read."""
+    """Prints each warning once, on stderr: standard output holds what programs read."""
     for text in dict.fromkeys(texts):
         errors.print(Text.assemble(("Warning: ", "yellow"), text), soft_wrap=True)
 
 
 def note(text: str) -> None:
-    """What a person may want to know, on stderr."""
+    """Prints a remark on stderr."""
     errors.print(Text(text, style="dim"), soft_wrap=True)
 
 
 def hint(command: str) -> None:
-    """The command that comes next."""
+    """Prints the command to run next on stderr."""
     note(f"Next: {command}")

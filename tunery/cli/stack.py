@@ -1,4 +1,4 @@
-"""`tunery up` and `tunery down`: the stack that stays."""
+"""`tunery up` and `tunery down`: start and stop a local stack."""
 
 import os
 import signal
@@ -11,16 +11,16 @@ from sqlalchemy import delete
 
 from tunery import db, processes
 from tunery.cli import models as model_commands
-from tunery.cli.remote import Remote
+from tunery.cli.client import ApiClient
 from tunery.errors import TuneryError
 from tunery.keys import ring
 from tunery.keys.model import Key
 from tunery.local import lock
 from tunery.local.bases import SMOLLM2, NoModel
-from tunery.local.drawing import Reporter
+from tunery.local.paths import LOOPBACK
 from tunery.local.signals import ends_on_signals, undisturbed
 from tunery.local.stack import Stack
-from tunery.local.tree import LOOPBACK
+from tunery.local.terminal import Reporter
 from tunery.models.model import Model
 
 
@@ -35,7 +35,7 @@ def up(home: Path, *, port: int, gguf: Path | None) -> None:
             _show_key(stack, console)
             register(stack, gguf, console)
             _welcome(stack, console)
-            _stand(stack)
+            _supervise(stack)
         except KeyboardInterrupt:
             console.print(
                 "\nStopping; a running job is saved first and goes on with the next `tunery up`.", style="dim"
@@ -46,14 +46,14 @@ def up(home: Path, *, port: int, gguf: Path | None) -> None:
     console.print("Everything is stopped.", style="dim")
 
 
-def _stand(stack: Stack) -> NoReturn:
+def _supervise(stack: Stack) -> NoReturn:
     while True:
         stack.restart_dead()
         time.sleep(1)
 
 
 def register(stack: Stack, gguf: Path | None, console: Console) -> None:
-    """SmolLM2 by way of the API, where it is not there yet; one that an interrupted start left is waited for."""
+    """Registers SmolLM2 through the API, where it is missing; waits for one that an interrupted start left."""
     engine = db.make_engine(stack.postgres.url())
     try:
         sessions = db.make_sessions(engine)
@@ -64,7 +64,7 @@ def register(stack: Stack, gguf: Path | None, console: Console) -> None:
             project = ring.list_projects(session)[0]
             key, secret = ring.create_key(session, project, "tunery up", admin=True)
         try:
-            api = Remote(stack.api_url, secret)
+            api = ApiClient(stack.api_url, secret)
             add_base(api, None if there else gguf or SMOLLM2.gguf(), console)
         finally:
             with sessions.begin() as session:
@@ -75,8 +75,8 @@ def register(stack: Stack, gguf: Path | None, console: Console) -> None:
         engine.dispose()
 
 
-def add_base(api: Remote, gguf: Path | None, console: Console) -> None:
-    """Returns when SmolLM2 is ready. `gguf` None: it was registered before."""
+def add_base(api: ApiClient, gguf: Path | None, console: Console) -> None:
+    """Adds SmolLM2 and waits until it is ready. `gguf` None: it was registered before."""
     report = Reporter(console)
     with console.status(f"a worker unpacks {SMOLLM2.id}"):
         if gguf is not None:
@@ -86,7 +86,7 @@ def add_base(api: Remote, gguf: Path | None, console: Console) -> None:
 
 
 def _show_key(stack: Stack, console: Console) -> None:
-    """At once: it cannot be shown again, and what comes next may fail or be stopped."""
+    """Prints the first key at once: it cannot be shown again, and the next steps may fail or be stopped."""
     if not stack.first_key:
         console.print("\nThe first key was shown earlier; `tunery keys create` makes another.\n")
         return
@@ -104,7 +104,7 @@ def _welcome(stack: Stack, console: Console) -> None:
 
 
 def down(home: Path) -> None:
-    """Tells the owner to stop and waits for it; quiet when nothing runs there."""
+    """Stops the owner of `home` and waits for its end."""
     console = Console(highlight=False)
     owner = lock.owner(home)
     if owner is None:
