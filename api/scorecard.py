@@ -8,7 +8,7 @@ from jinja2 import Environment, StrictUndefined
 
 from tunery.jobs.errors import NoScorecard
 from tunery.jobs.model import Job
-from tunery.wire import Measure, Scorecard
+from tunery.trainer_protocol import Measure, Scorecard
 
 _TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined).from_string(
     Path(__file__).with_suffix(".svg.jinja").read_text(encoding="utf-8")

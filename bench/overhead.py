@@ -22,7 +22,8 @@ import psutil
 from sqlalchemy import select
 
 from bench import service
-from tunery import db, processes, wire
+from tunery import db, processes
+from tunery import trainer_protocol as protocol
 from tunery.jobs.model import Attempt, Job, Metric
 from tunery.local import watchdog
 from tunery.local.stack import Stack
@@ -69,13 +70,13 @@ def by_hand(job_id: str, folder: Path) -> dict[str, float]:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=log, check=True, cwd=service.ROOT, env=environment((), "by hand")
         )
-    said = [wire.parse(line) for line in done.stdout.splitlines()]
-    (finished,) = (message for message in said if isinstance(message, wire.Finished))
+    said = [protocol.parse(line) for line in done.stdout.splitlines()]
+    (finished,) = (message for message in said if isinstance(message, protocol.Finished))
     return {
         "laying_out": laid_out - began,
         "process": time.monotonic() - laid_out,
         "run": finished.seconds,
-        "steps": sum(message.seconds for message in said if isinstance(message, wire.Step)),
+        "steps": sum(message.seconds for message in said if isinstance(message, protocol.Step)),
         "load_at_end": os.getloadavg()[0],
     }
 

@@ -43,7 +43,7 @@ def lay_out(folder: Path, base: Path, data: Path, method: str, epochs: int, trai
 
 
 def train(folder: Path, told: Path) -> list[dict[str, Any]]:
-    """The wire messages of a run of the trainer in its own process; they go to the file `told` as they come."""
+    """The messages of a run of the trainer in its own process; they go to the file `told` as they come."""
     with told.open("w") as file:
         subprocess.run([sys.executable, "-m", "worker.trainer", str(folder)], stdout=file, check=False)
     return [json.loads(line) for line in told.read_text().splitlines()]

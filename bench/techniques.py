@@ -46,7 +46,7 @@ def lay_out(folder: Path, base: Path, technique: Technique, rows: int, test_rows
 
 
 def train(folder: Path) -> list[dict[str, Any]]:
-    """The wire messages of a run of the trainer in its own process. Its log goes to this one's standard error."""
+    """The messages of a run of the trainer in its own process. Its log goes to this one's standard error."""
     done = subprocess.run([sys.executable, "-m", "worker.trainer", str(folder)], stdout=subprocess.PIPE, check=False)
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tunery import wire
+from tunery import trainer_protocol as protocol
 from tunery.spec import Full, Lora, Plan, Qlora, Resources, Run
 
 ROOT = Path(__file__).parents[1]
@@ -98,15 +98,15 @@ def trainer(folder: Path, gpus: str) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def losses(folder: Path, gpus: str) -> dict[int, wire.Step]:
+def losses(folder: Path, gpus: str) -> dict[int, protocol.Step]:
     """The run's steps by number. Raises RuntimeError with the end of its log when it does not finish."""
     with trainer(folder, gpus) as process:
         assert process.stdout is not None
-        said = [wire.parse(line) for line in process.stdout]
+        said = [protocol.parse(line) for line in process.stdout]
         if process.wait() != 0:
             raise RuntimeError(f"{folder}: {said[-1]}\n{(folder / 'log.txt').read_text()[-3000:]}")
     print(f"{folder.name} ended", flush=True)
-    return {message.step: message for message in said if isinstance(message, wire.Step)}
+    return {message.step: message for message in said if isinstance(message, protocol.Step)}
 
 
 def killed(folder: Path, gpus: str) -> int:
@@ -114,10 +114,10 @@ def killed(folder: Path, gpus: str) -> int:
     left = None
     with trainer(folder, gpus) as process:
         assert process.stdout is not None
-        for message in map(wire.parse, process.stdout):
-            if isinstance(message, wire.CheckpointSaved) and left is None:
+        for message in map(protocol.parse, process.stdout):
+            if isinstance(message, protocol.CheckpointSaved) and left is None:
                 left = 2
-            if isinstance(message, wire.Step) and left is not None:
+            if isinstance(message, protocol.Step) and left is not None:
                 left -= 1
                 if left == 0:
                     os.killpg(process.pid, signal.SIGKILL)
@@ -125,7 +125,7 @@ def killed(folder: Path, gpus: str) -> int:
     raise RuntimeError(f"{folder} ended before it was killed\n{(folder / 'log.txt').read_text()[-3000:]}")
 
 
-def compare(found: dict[int, wire.Step], wanted: dict[int, wire.Step]) -> float:
+def compare(found: dict[int, protocol.Step], wanted: dict[int, protocol.Step]) -> float:
     """Largest relative difference of a step's loss."""
     return max(abs(found[step].train_loss / wanted[step].train_loss - 1) for step in found)
 
@@ -168,7 +168,7 @@ def _save_no_more(folder: Path) -> None:
     spec.write_text(run.model_copy(update={"snapshot_seconds": 3600.0}).model_dump_json())
 
 
-def _losses(steps: dict[int, wire.Step]) -> list[float]:
+def _losses(steps: dict[int, protocol.Step]) -> list[float]:
     return [round(step.train_loss, 5) for step in steps.values()]
 
 

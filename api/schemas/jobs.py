@@ -13,7 +13,7 @@ from tunery.jobs.request import DpoHyperparameters, JobRequest, SupervisedHyperp
 from tunery.jobs.states import State
 from tunery.planning.quote import Actual, Quote
 from tunery.spec import Hyperparameters, RequestedOptions, Technique, TrainingOptions
-from tunery.wire import Scorecard
+from tunery.trainer_protocol import Scorecard
 
 # --- what is asked for --------------------------------------------------------------------------------------------
 

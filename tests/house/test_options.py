@@ -12,7 +12,7 @@ from tunery.spec import Plan, TrainingOptions, TrainingSpec
 
 ROOMS = ("tunery", "api", "worker")
 HOME = "tunery/spec.py TrainingOptions"
-MEASURED = {"tunery/wire.py Step"}
+MEASURED = {"tunery/trainer_protocol.py Step"}
 """Classes whose fields of the same names are measurements."""
 
 

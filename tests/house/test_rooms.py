@@ -63,8 +63,18 @@ def test_every_part_of_the_workers_stands_behind_the_web_wall(root: Path, walls:
 
 def test_trainer_knows_nine_parts_of_the_floor(root: Path, walls: configparser.ConfigParser) -> None:
     parts = {f"tunery.{name}" for name in _children(root / "tunery")}
-    known = ["errors", "failures", "field_reasons", "planning", "plugins", "processes", "rows", "spec", "wire"]
-    allowed = {f"tunery.{name}" for name in known}
+    known = [
+        "errors",
+        "failures",
+        "field_reasons",
+        "planning",
+        "plugins",
+        "processes",
+        "rows",
+        "spec",
+        "trainer_protocol",
+    ]
+    allowed = {f"tunery.{name}" for name in [*known, "trainer_protocol"]}
     forbidden = {name for name in _names(walls, "trainer", "forbidden_modules") if name.startswith("tunery.")}
     assert parts - allowed == forbidden
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tunery.spec import ImportOrder, Lora
-from tunery.wire import EXIT_USER_ERROR
+from tunery.trainer_protocol import EXIT_USER_ERROR
 from worker.trainer.adapter_import import __main__ as adapter_import
 from worker.trainer.adapter_import.errors import UnusableAdapter
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from tunery.errors import InvalidValue, UnusableModel
 from tunery.planning import advice
 from tunery.spec import Lora
-from tunery.wire import EXIT_USER_ERROR
+from tunery.trainer_protocol import EXIT_USER_ERROR
 from worker.trainer import gguf_files
 from worker.trainer.convert import convert
 

@@ -16,7 +16,7 @@ from run_folders import chat, lay_out, plan
 from trainer_processes import ROOT, heard, left_of, other_ranks, spawned
 
 from tunery.spec import Full, Resources
-from tunery.wire import EXIT_PAUSED, Spoken
+from tunery.trainer_protocol import EXIT_PAUSED, Spoken
 
 Sharding = Literal["replicate", "full_shard"]
 ROWS = [chat(i) for i in range(10)]

@@ -8,7 +8,7 @@ import pytest
 from run_folders import Ear, chat, lay_out, plan, said
 
 from tunery.spec import Evaluation, Full, Gate, General
-from tunery.wire import Forgetting, GeneralScore, Measure, Score
+from tunery.trainer_protocol import Forgetting, GeneralScore, Measure, Score
 from worker.trainer import gate
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out

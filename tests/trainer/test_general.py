@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tunery.failures import BenchmarkUnavailable
 from tunery.spec import Evaluation, Full, General, Lora
-from tunery.wire import GeneralScore
+from tunery.trainer_protocol import GeneralScore
 from worker.trainer.data import Row
 from worker.trainer.general import batches, benchmark, choices, forgetting, harness, measure, stored
 from worker.trainer.general.benchmark import Item, Tokens

@@ -10,7 +10,7 @@ from run_folders import Ear, chat, lay_out, plan
 
 from tunery.failures import DoesNotFit, InvalidTrainingFile
 from tunery.spec import Run
-from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR
+from tunery.trainer_protocol import EXIT_PAUSED, EXIT_USER_ERROR
 from worker.trainer.__main__ import main
 from worker.trainer.process import carry_out_and_tell, describe
 from worker.trainer.stop_signal import StopSignal

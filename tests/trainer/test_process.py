@@ -16,7 +16,7 @@ from trainer_processes import ROOT, heard, other_ranks, spawned
 from tunery.errors import Unavailable
 from tunery.failures import NotFinite
 from tunery.spec import Dpo, Lora, Resources
-from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Failed, parse
+from tunery.trainer_protocol import EXIT_PAUSED, EXIT_USER_ERROR, Failed, parse
 from worker.trainer.process import describe
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out
@@ -178,7 +178,7 @@ def test_rank_0_says_whose_fault_it_was(own: str, ending: int, said: str) -> Non
     child = f"import sys, time; print({theirs!r}, flush=True); time.sleep({ending}); sys.exit(1)"
     script = (
         "import subprocess, sys, threading\n"
-        "from tunery.wire import Failed\n"
+        "from tunery.trainer_protocol import Failed\n"
         "from worker.trainer import children\n"
         "from worker.trainer.report import MessageWriter\n"
         "ranks = children.Children(MessageWriter(1))\n"

@@ -23,7 +23,7 @@ from tunery.failures import InvalidTrainingFile, NotFinite
 from tunery.rows.preview_model import Preview
 from tunery.rows.template import IGNORED, ChatTemplate
 from tunery.spec import EarlyStopping, Evaluation, Full, Lora, Qlora
-from tunery.wire import Evaluated
+from tunery.trainer_protocol import Evaluated
 from worker.trainer import artifact, checkpoints, paths, previews, validation
 from worker.trainer.data import collate
 from worker.trainer.loop import train

@@ -12,7 +12,7 @@ import two_ranks
 from run_folders import Ear, chat, lay_out, plan, said
 
 from tunery.spec import Dpo, Evaluation, General, Lora, Method, Plan, Qlora, Resources, Supervised
-from tunery.wire import Score
+from tunery.trainer_protocol import Score
 from worker.trainer import run
 from worker.trainer.recipes.lora import LORA
 from worker.trainer.report import MessageWriter

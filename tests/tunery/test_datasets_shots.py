@@ -13,7 +13,7 @@ from run_folders import chat
 from tunery.datasets.shots import choice, maker
 from tunery.failures import InvalidTrainingFile
 from tunery.planning.prompting import Prompts, ShotsOrder
-from tunery.wire import EXIT_USER_ERROR
+from tunery.trainer_protocol import EXIT_USER_ERROR
 
 
 @pytest.fixture

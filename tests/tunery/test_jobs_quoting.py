@@ -18,7 +18,7 @@ from tunery.planning.quote import Actual, Quote
 from tunery.planning.workload import Counts
 from tunery.settings import Settings
 from tunery.spec import Full, Lora, Technique
-from tunery.wire import Finished, Spent, StepTimes
+from tunery.trainer_protocol import Finished, Spent, StepTimes
 
 GIB = 2**30
 SETTINGS = Settings(gpu_hour_prices={"CPU": 3.6, "H200": 3.6})

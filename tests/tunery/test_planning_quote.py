@@ -14,7 +14,7 @@ from tunery.planning.speed import Record
 from tunery.planning.workload import Counts, Workload
 from tunery.settings import Settings
 from tunery.spec import Full, Lora, Plan, Qlora, Technique
-from tunery.wire import Spent, StepTimes
+from tunery.trainer_protocol import Spent, StepTimes
 
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,

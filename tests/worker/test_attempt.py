@@ -8,7 +8,7 @@ import rows
 from sqlalchemy import select, update
 from workshop import Workshop, training_rows
 
-from tunery import wire
+from tunery import trainer_protocol as protocol
 from tunery.jobs import leases, ledger
 from tunery.jobs.errors import LeaseLost
 from tunery.jobs.leases import Lease
@@ -40,7 +40,7 @@ def lease(workshop: Workshop) -> Lease:
     return claimed
 
 
-STEP = wire.Step(
+STEP = protocol.Step(
     step=1, epoch=1, train_loss=2.5, train_accuracy=0.5, learning_rate=0.001, grad_norm=1, tokens=10, seconds=1
 )
 
@@ -51,7 +51,7 @@ def _recorder(keeper: LeaseKeeper, workshop: Workshop, keep: int = 3) -> RunReco
 
 def test_a_nul_in_a_models_answer_is_written_as_a_replacement_character(workshop: Workshop, lease: Lease) -> None:
     with LeaseKeeper(lease, workshop.settings, Drain()) as keeper, _recorder(keeper, workshop) as recorder:
-        recorder.record(wire.parse(NUL_ANSWER))
+        recorder.record(protocol.parse(NUL_ANSWER))
     card = workshop.job(lease.job_id).scorecard
     assert card is not None
     assert card["samples"] == [{"prompt": "\\u0000", "wanted": "", "base": "a\ufffdb\\\ufffd", "tuned": ""}]
@@ -60,8 +60,8 @@ def test_a_nul_in_a_models_answer_is_written_as_a_replacement_character(workshop
 
 def test_story_says_what_was_exported_and_what_was_refused(workshop: Workshop, lease: Lease) -> None:
     with LeaseKeeper(lease, workshop.settings, Drain()) as keeper, _recorder(keeper, workshop) as recorder:
-        recorder.record(wire.Exported(path="merged", message="It predicts alike"))
-        recorder.record(wire.Exported(path="gguf", message="It does not", is_refused=True))
+        recorder.record(protocol.Exported(path="merged", message="It predicts alike"))
+        recorder.record(protocol.Exported(path="gguf", message="It does not", is_refused=True))
     assert workshop.story(lease.job_id)[-2:] == [
         "Export merged written: It predicts alike",
         "Export gguf not written: It does not",
@@ -75,9 +75,9 @@ def _save_epochs(workshop: Workshop, recorder: RunRecorder, losses: list[float],
         folder.mkdir(parents=True)
         (folder / "adapter_model.safetensors").write_bytes(b"weights")
         recorder.record(STEP.model_copy(update={"step": step}))
-        recorder.record(wire.Evaluated(step=step, loss=loss, accuracy=0.5, task_metric="exact", task_score=score))
+        recorder.record(protocol.Evaluated(step=step, loss=loss, accuracy=0.5, task_metric="exact", task_score=score))
         recorder._flush()  # as each second does: the step's row is written before its checkpoint is saved
-        recorder.record(wire.CheckpointSaved(kind="public", step=step, path=f"checkpoints/step-{step}"))
+        recorder.record(protocol.CheckpointSaved(kind="public", step=step, path=f"checkpoints/step-{step}"))
     recorder.close()
 
 
@@ -114,7 +114,7 @@ def _save_snapshots(workshop: Workshop, lease: Lease, steps: list[int]) -> None:
             names = ["weights.safetensors", *(["best.safetensors"] if step == steps[-1] else [])]
             for name in names:
                 (folder / name).write_bytes(f"{name} of step {step}".encode())
-            recorder.record(wire.CheckpointSaved(kind="snapshot", step=step, path=f"snapshots/step-{step}"))
+            recorder.record(protocol.CheckpointSaved(kind="snapshot", step=step, path=f"snapshots/step-{step}"))
         recorder.close()
     with workshop.session() as session:
         leases.requeue(session, lease, reason="lost", outcome="crashed")
@@ -205,25 +205,25 @@ def _finish(workshop: Workshop, lease: Lease) -> float:
 
 def test_the_estimated_finish_counts_what_follows_the_last_step(workshop: Workshop, lease: Lease) -> None:
     """The trainer says what it has left, and the supervisor adds the time in which the model is stored."""
-    started = wire.Started(
+    started = protocol.Started(
         trainable_params=50_000_000, all_params=50_000_000, total_steps=1, first_step=1, examples=1, train_tokens=1,
         device="cpu",
     )  # fmt: skip
     with LeaseKeeper(lease, workshop.settings, Drain()) as keeper, _recorder(keeper, workshop) as recorder:
-        recorder.record(wire.Phase(phase="loading"))
+        recorder.record(protocol.Phase(phase="loading"))
         quoted = Quote.model_validate(workshop.job(lease.job_id).quote).seconds.expected
         assert quoted - 30 < _finish(workshop, lease) <= quoted  # the quote's, until the trainer says more
         recorder.record(started)
-        recorder.record(wire.Phase(phase="evaluating", seconds_left=1000))
+        recorder.record(protocol.Phase(phase="evaluating", seconds_left=1000))
         assert 990 < _finish(workshop, lease) - 4 <= 1000  # 200 MB of fp32
-        recorder.record(wire.Phase(phase="saving", seconds_left=100))
+        recorder.record(protocol.Phase(phase="saving", seconds_left=100))
         assert 90 < _finish(workshop, lease) - 4 <= 100
         recorder.announce_upload()
         assert 0 < _finish(workshop, lease) <= 4
 
 
 def test_a_run_that_fails_has_what_it_took(workshop: Workshop, lease: Lease) -> None:
-    failed = wire.Failed(kind="user_error", code="invalid_spec", message="no such layer")
+    failed = protocol.Failed(kind="user_error", code="invalid_spec", message="no such layer")
     with workshop.database.sessions.begin() as session:
         session.execute(update(Attempt).values(started_at=Attempt.started_at - timedelta(seconds=7)))
     with LeaseKeeper(lease, workshop.settings, Drain()) as keeper:

@@ -12,7 +12,7 @@ from tunery.datasets.model import File
 from tunery.jobs.model import Checkpoint, HostDevice, Job, JobEvent, Metric
 from tunery.models.model import Model
 from tunery.planning.quote import Actual, Quote
-from tunery.wire import Score
+from tunery.trainer_protocol import Score
 
 
 def test_a_job_runs_to_its_end_without_any_broker(workshop: Workshop) -> None:

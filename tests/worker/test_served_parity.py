@@ -12,7 +12,7 @@ from run_folders import chat, lay_out, plan
 from safetensors.torch import load_file, save_file
 
 from tunery.spec import Evaluation, Full, Lora, Qlora, Technique
-from tunery.wire import GREEDY, Served, TokenDifference
+from tunery.trainer_protocol import GREEDY, Served, TokenDifference
 from worker.server import parity
 from worker.server.parity import Compared, judge
 from worker.server.rendering import Rendering

@@ -18,7 +18,8 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from workshop import Workshop
 
-from tunery import db, dispatch, processes, wire
+from tunery import db, dispatch, processes
+from tunery import trainer_protocol as protocol
 from tunery.artifacts import manifest
 from tunery.artifacts.manifest import Manifest
 from tunery.jobs import leases, ledger
@@ -110,7 +111,7 @@ log.mkdir()
 os.write(1, b"stray\\n" + b'{"type": "phase", "phase": "loading"}\\n')
 """
     trainer = stand_in(script % str(tmp_path / "log.txt"))
-    assert [said for said in trainer.messages(every=20) if said] == [wire.Phase(phase="loading")]
+    assert [said for said in trainer.messages(every=20) if said] == [protocol.Phase(phase="loading")]
 
 
 WAITS = """

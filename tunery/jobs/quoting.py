@@ -30,7 +30,7 @@ from tunery.planning.serving_quote import ServingQuote
 from tunery.planning.speed import Record
 from tunery.planning.workload import Counts
 from tunery.spec import Plan, Technique, TrainingSpec
-from tunery.wire import Finished, Spent, StepTimes
+from tunery.trainer_protocol import Finished, Spent, StepTimes
 
 _SIZES = {"hidden_size", "num_hidden_layers", "vocab_size"}
 _RECORDS = 20

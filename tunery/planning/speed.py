@@ -12,7 +12,7 @@ from tunery.planning.cards import Card
 from tunery.planning.shape import Shape
 from tunery.planning.workload import Workload
 from tunery.spec import Full, Lora, Qlora, Technique
-from tunery.wire import Spent, StepTimes
+from tunery.trainer_protocol import Spent, StepTimes
 
 Basis = Literal["same", "other_technique", "other_base", "estimated"]
 """Whence a speed is: a run here with this base and technique, one of this base, one of another base, or a table."""

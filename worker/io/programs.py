@@ -14,7 +14,7 @@ from pathlib import Path
 from tunery.db import UNREACHABLE
 from tunery.processes import dies_with_parent, tail
 from tunery.storage.errors import StorageFailed
-from tunery.wire import EXIT_USER_ERROR
+from tunery.trainer_protocol import EXIT_USER_ERROR
 from worker.supervisor.drain import Drain
 from worker.supervisor.process import ROOT, environment
 

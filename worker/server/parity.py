@@ -24,7 +24,7 @@ from tunery.errors import TuneryError
 from tunery.serving import Chosen, Files, TunedFiles
 from tunery.spec import Run
 from tunery.storage import Directory
-from tunery.wire import GREEDY, GreedyAnswer, Served, TokenDifference
+from tunery.trainer_protocol import GREEDY, GreedyAnswer, Served, TokenDifference
 from worker.server.backends.embedded import Engine
 from worker.server.generation import Generation
 from worker.server.schemas import ChatRequest, parse

@@ -22,7 +22,8 @@ from pathlib import Path
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from tunery import db, wire
+from tunery import db
+from tunery import trainer_protocol as protocol
 from tunery.artifacts.manifest import Manifest
 from tunery.datasets import shelf
 from tunery.db import UNREACHABLE
@@ -135,13 +136,13 @@ def _conclude(
     keeper: LeaseKeeper, trainer: Trainer, recorder: RunRecorder, status: int, settings: Settings, storage: Storage
 ) -> FinalWrite:
     last = recorder.final_message
-    if status == 0 and isinstance(last, wire.Finished):
+    if status == 0 and isinstance(last, protocol.Finished):
         return _publish(keeper, recorder, last, settings, storage)
-    if isinstance(last, wire.Failed) and last.kind != "crashed":
+    if isinstance(last, protocol.Failed) and last.kind != "crashed":
         return _fail(keeper, last, settings)
-    if status == wire.EXIT_PAUSED or keeper.stopping:
-        return _let_go(keeper, snapshot=_stored(recorder, last.path if isinstance(last, wire.Paused) else None))
-    return _hand_back(keeper, last.message if isinstance(last, wire.Failed) else _exit_reason(trainer, status))
+    if status == protocol.EXIT_PAUSED or keeper.stopping:
+        return _let_go(keeper, snapshot=_stored(recorder, last.path if isinstance(last, protocol.Paused) else None))
+    return _hand_back(keeper, last.message if isinstance(last, protocol.Failed) else _exit_reason(trainer, status))
 
 
 def _stored(recorder: RunRecorder, path: str | None) -> str | None:
@@ -157,7 +158,7 @@ def _stored(recorder: RunRecorder, path: str | None) -> str | None:
 
 
 def _publish(
-    keeper: LeaseKeeper, recorder: RunRecorder, finished: wire.Finished, settings: Settings, storage: Storage
+    keeper: LeaseKeeper, recorder: RunRecorder, finished: protocol.Finished, settings: Settings, storage: Storage
 ) -> FinalWrite:
     """Stores the objects, their manifest last, and returns the transaction that writes all rows about them."""
     recorder.announce_upload()
@@ -179,7 +180,7 @@ class _Published:
 
 
 def _succeed(
-    session: Session, lease: Lease, settings: Settings, finished: wire.Finished, published: _Published
+    session: Session, lease: Lease, settings: Settings, finished: protocol.Finished, published: _Published
 ) -> None:
     job = leases.held(session, lease)
     model = add_model(session, job, settings, prefix=published.prefix, listed=published.listed)
@@ -197,7 +198,7 @@ def _succeed(
     )
 
 
-def _fail(keeper: LeaseKeeper, failed: wire.Failed, settings: Settings) -> FinalWrite:
+def _fail(keeper: LeaseKeeper, failed: protocol.Failed, settings: Settings) -> FinalWrite:
     error = JobFailure.quoted(failed.code, failed.message, failed.param)
 
     def write(session: Session) -> None:

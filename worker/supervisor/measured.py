@@ -3,10 +3,10 @@
 import math
 from typing import Any
 
-from tunery import wire
+from tunery import trainer_protocol as protocol
 
 
-def of_step(step: wire.Step) -> dict[str, Any]:
+def of_step(step: protocol.Step) -> dict[str, Any]:
     """A step's row in `job_metrics`."""
     return finite(
         train_loss=step.train_loss,
@@ -23,7 +23,7 @@ def of_step(step: wire.Step) -> dict[str, Any]:
     )
 
 
-def of_evaluation(evaluated: wire.Evaluated) -> dict[str, Any]:
+def of_evaluation(evaluated: protocol.Evaluated) -> dict[str, Any]:
     """What an evaluation adds to its step's row."""
     return finite(
         full_valid_loss=evaluated.loss,
@@ -33,7 +33,7 @@ def of_evaluation(evaluated: wire.Evaluated) -> dict[str, Any]:
     )
 
 
-def of_score(score: wire.Score) -> dict[str, Any]:
+def of_score(score: protocol.Score) -> dict[str, Any]:
     """The scorecard's figures, of base and tuned model."""
     found: dict[str, float | None] = {"base_exact": score.base_exact, "tuned_exact": score.tuned_exact}
     for name, measure in score.metrics.items():

@@ -16,7 +16,7 @@ from typing import IO
 
 from pydantic import ValidationError
 
-from tunery import wire
+from tunery import trainer_protocol as protocol
 from tunery.processes import dies_with_parent, tail
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class Trainer:
         else:
             with self._log.open("ab") as errors:
                 self._process = _spawn(str(run_dir), environment(gpus, mark), subprocess.DEVNULL, errors)
-        self._said: queue.SimpleQueue[wire.Spoken | None] = queue.SimpleQueue()
+        self._said: queue.SimpleQueue[protocol.Spoken | None] = queue.SimpleQueue()
         self._gone = threading.Event()
         # A thread of its own empties the pipe: a trainer must never wait for a slow upload of ours.
         threading.Thread(target=self._listen, name="tunery-listen", daemon=True).start()
@@ -148,7 +148,7 @@ class Trainer:
     def log_path(self) -> Path:
         return self._log
 
-    def messages(self, *, every: float) -> Iterator[wire.Spoken | None]:
+    def messages(self, *, every: float) -> Iterator[protocol.Spoken | None]:
         """Yields its messages as they arrive, to the end of its output; None after `every` seconds without one."""
         while True:
             try:
@@ -192,7 +192,7 @@ class Trainer:
 
     def _hear(self, line: bytes) -> None:
         try:
-            self._said.put(wire.parse(line))
+            self._said.put(protocol.parse(line))
         except ValidationError:  # a library that prints: part of the log
             # Its loss, on a full disk, is no reason to hear nothing more.
             with suppress(OSError), self._log.open("ab") as file:

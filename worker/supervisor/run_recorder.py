@@ -11,7 +11,7 @@ from typing import Any, Self
 from sqlalchemy import func
 from sqlalchemy.orm import Session
 
-from tunery import wire
+from tunery import trainer_protocol as protocol
 from tunery.artifacts import manifest
 from tunery.artifacts import model as artifacts
 from tunery.artifacts.manifest import Manifest
@@ -45,7 +45,7 @@ class RunRecorder:
         self._keeper, self._settings, self._storage, self.run_dir, self._keep = keeper, settings, storage, run_dir, keep
         self._steps: dict[int, dict[str, Any]] = {}
         self._validated: dict[int, dict[str, Any]] = {}  # why apart: the step's row may be written before it is saved
-        self._newest: wire.Step | None = None
+        self._newest: protocol.Step | None = None
         self._total_steps: int | None = None
         self._about: dict[str, Any] = {"device": None}
         self._flushed_at = 0.0
@@ -56,7 +56,7 @@ class RunRecorder:
         self._older: str | None = None
         self._upload_pace = upload.UploadPace()
         self._result_bytes = 0
-        self.final_message: wire.Finished | wire.Paused | wire.Failed | None = None
+        self.final_message: protocol.Finished | protocol.Paused | protocol.Failed | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -71,24 +71,24 @@ class RunRecorder:
         """The prefix in storage of everything that this attempt stores, and of nothing else."""
         return f"jobs/{self._keeper.lease.job_id}/{self._keeper.lease.number}"
 
-    def record(self, message: wire.Spoken | None) -> None:
+    def record(self, message: protocol.Spoken | None) -> None:
         """Writes what one message reports; None, a moment without messages, only flushes."""
         match message:
-            case wire.Step():
+            case protocol.Step():
                 self._note_step(message)
-            case wire.Evaluated():
+            case protocol.Evaluated():
                 self._note_evaluation(message)
-            case wire.Phase():
+            case protocol.Phase():
                 self._enter(message)
-            case wire.Started():
+            case protocol.Started():
                 self._keeper.write(lambda session: self._start(session, message))
-            case wire.CheckpointSaved():
+            case protocol.CheckpointSaved():
                 self._upload_later(message)
-            case wire.Score() | wire.Gated():
+            case protocol.Score() | protocol.Gated():
                 self._keeper.write(lambda session: self._note_result(session, message))
-            case wire.Exported():
+            case protocol.Exported():
                 self._keeper.write(lambda session: self._note_export(session, message))
-            case wire.Finished() | wire.Paused() | wire.Failed():
+            case protocol.Finished() | protocol.Paused() | protocol.Failed():
                 self.final_message = message
         if time.monotonic() - self._flushed_at >= BATCH_SECONDS:
             self._flush()
@@ -112,7 +112,7 @@ class RunRecorder:
 
     def announce_upload(self) -> None:
         """Sets the phase to uploading: the trainer is done, and only the model is left to store."""
-        self._enter(wire.Phase(phase="uploading", seconds_left=0))
+        self._enter(protocol.Phase(phase="uploading", seconds_left=0))
 
     def publish(self, path: str, prefix: str, *, seconds: float = upload.PATIENCE_SECONDS) -> Manifest:
         """Stores a model's folder of the run. Raises StorageFailed, FileNotFoundError."""
@@ -128,11 +128,11 @@ class RunRecorder:
 
     # --- steps ---
 
-    def _note_step(self, step: wire.Step) -> None:
+    def _note_step(self, step: protocol.Step) -> None:
         self._newest, self._keeper.step = step, step.step
         self._steps.setdefault(step.step, {}).update(measured.of_step(step))
 
-    def _note_evaluation(self, evaluated: wire.Evaluated) -> None:
+    def _note_evaluation(self, evaluated: protocol.Evaluated) -> None:
         found = measured.of_evaluation(evaluated)
         self._steps.setdefault(evaluated.step, {}).update(found)
         self._validated = {evaluated.step: found}
@@ -142,7 +142,7 @@ class RunRecorder:
                 lambda session: ledger.note(session, self._keeper.lease.job_id, task_message(evaluated), data=data)
             )
 
-    def _enter(self, message: wire.Phase) -> None:
+    def _enter(self, message: protocol.Phase) -> None:
         # A step that is being evaluated waits for its full validation loss: OpenAI reports both in one event.
         self._evaluating = message.phase == "evaluating"
         self._flush()
@@ -167,7 +167,7 @@ class RunRecorder:
         if self._newest is not None:
             leases.record_progress(session, self._keeper.lease, **self._progress(self._newest))
 
-    def _progress(self, step: wire.Step) -> dict[str, Any]:
+    def _progress(self, step: protocol.Step) -> dict[str, Any]:
         values: dict[str, Any] = {
             "step": step.step,
             "progress": measured.finite(
@@ -191,7 +191,7 @@ class RunRecorder:
 
     # --- single events ---
 
-    def _start(self, session: Session, started: wire.Started) -> None:
+    def _start(self, session: Session, started: protocol.Started) -> None:
         self._total_steps = started.total_steps
         self._result_bytes = started.trainable_params * _BYTES_A_PARAM
         self._about = started.model_dump(include={"device", "trainable_params", "all_params"})
@@ -205,23 +205,23 @@ class RunRecorder:
         for warning in started.warnings:
             ledger.note(session, job_id, warning, level="warn")
 
-    def _note_result(self, session: Session, message: wire.Score | wire.Gated) -> None:
-        if isinstance(message, wire.Score):
+    def _note_result(self, session: Session, message: protocol.Score | protocol.Gated) -> None:
+        if isinstance(message, protocol.Score):
             self._score(session, message)
         else:
             self._judge(session, message)
 
-    def _score(self, session: Session, score: wire.Score) -> None:
+    def _score(self, session: Session, score: protocol.Score) -> None:
         leases.record_progress(session, self._keeper.lease, scorecard=score.model_dump(mode="json", exclude={"type"}))
         ledger.note(session, self._keeper.lease.job_id, score_message(score))
         if score.general is not None:
             ledger.note(session, self._keeper.lease.job_id, verdicts.general_message(score.general))
 
-    def _note_export(self, session: Session, export: wire.Exported) -> None:
+    def _note_export(self, session: Session, export: protocol.Exported) -> None:
         level, verb = ("warn", "not written") if export.is_refused else ("info", "written")
         ledger.note(session, self._keeper.lease.job_id, f"Export {export.path} {verb}: {export.message}", level=level)
 
-    def _judge(self, session: Session, verdict: wire.Gated) -> None:
+    def _judge(self, session: Session, verdict: protocol.Gated) -> None:
         gate = verdict.model_dump(mode="json", exclude={"type"})
         leases.record_progress(session, self._keeper.lease, gate=gate)
         level = "info" if verdict.status == "passed" else "warn"
@@ -231,13 +231,13 @@ class RunRecorder:
 
     # --- uploads ---
 
-    def _upload_later(self, saved: wire.CheckpointSaved) -> None:
+    def _upload_later(self, saved: protocol.CheckpointSaved) -> None:
         metrics = {"step": saved.step} | (measured.of_step(self._newest) if self._newest else {})
         metrics |= self._validated.get(saved.step, {})
         self._flush()
         self._pending.append(self._uploads.submit(self._upload, saved, metrics))
 
-    def _upload(self, saved: wire.CheckpointSaved, metrics: dict[str, Any]) -> None:
+    def _upload(self, saved: protocol.CheckpointSaved, metrics: dict[str, Any]) -> None:
         try:
             if saved.kind == "snapshot":
                 self._keep_snapshot(saved)
@@ -254,7 +254,7 @@ class RunRecorder:
     def _note_missing(self, session: Session, step: int) -> None:
         ledger.note(session, self._keeper.lease.job_id, f"The state of step {step} could not be stored", level="warn")
 
-    def _keep_snapshot(self, saved: wire.CheckpointSaved) -> None:
+    def _keep_snapshot(self, saved: protocol.CheckpointSaved) -> None:
         stored = self.store_snapshot(saved.path)
         former = self._keeper.write(
             lambda session: leases.record_snapshot(session, self._keeper.lease, str(stored), step=saved.step)
@@ -265,7 +265,7 @@ class RunRecorder:
             if oldest:
                 manifest.remove(self._storage, StoredFolder.parse(oldest).prefix)
 
-    def _keep_checkpoint(self, saved: wire.CheckpointSaved, metrics: dict[str, Any]) -> None:
+    def _keep_checkpoint(self, saved: protocol.CheckpointSaved, metrics: dict[str, Any]) -> None:
         # An attempt that resumed before this epoch's end meets its predecessor's checkpoint, which is as good.
         job_id = self._keeper.lease.job_id
         if self._keeper.write(lambda session: kept_checkpoints.has_step(session, job_id, saved.step)):
@@ -327,14 +327,14 @@ def step_message(step: int, total: int | None, values: dict[str, Any]) -> str:
     return f"Step {step}/{total}: {', '.join(parts)}" if parts else f"Step {step}/{total}"
 
 
-def task_message(evaluated: wire.Evaluated) -> str:
+def task_message(evaluated: protocol.Evaluated) -> str:
     return (
         f"Step {evaluated.step}: {evaluated.task_metric} {evaluated.task_score:.1%} on {evaluated.task_rows} "
         "validation rows"
     )
 
 
-def parameters_message(started: wire.Started) -> str:
+def parameters_message(started: protocol.Started) -> str:
     share = 100 * started.trainable_params / max(1, started.all_params)
     message = (
         f"trainable params: {started.trainable_params:,} || all params: {started.all_params:,} || "
@@ -347,8 +347,8 @@ def parameters_message(started: wire.Started) -> str:
     return message
 
 
-def score_message(score: wire.Score) -> str:
-    exact = wire.Measure(
+def score_message(score: protocol.Score) -> str:
+    exact = protocol.Measure(
         base=score.base_exact, tuned=score.tuned_exact, gain=score.gain, low=score.gain_low, high=score.gain_high
     )
     found = {} if score.task == "preferences" else {"exact match": exact}
@@ -356,7 +356,7 @@ def score_message(score: wire.Score) -> str:
     return f"Scorecard on {score.rows} test rows: " + "; ".join(map(_measure_message, found, found.values()))
 
 
-def _measure_message(name: str, found: wire.Measure) -> str:
+def _measure_message(name: str, found: protocol.Measure) -> str:
     return (
         f"{name} {found.base:.1%} before, {found.tuned:.1%} after, gain {100 * found.gain:+.1f} points "
         f"(95 % interval {100 * found.low:+.1f} to {100 * found.high:+.1f})"

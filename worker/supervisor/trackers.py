@@ -22,7 +22,7 @@ from typing import Any, Self
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tunery import wire
+from tunery import trainer_protocol as protocol
 from tunery.jobs import ledger
 from tunery.jobs.model import JobEvent
 from tunery.processes import dies_with_parent
@@ -129,20 +129,20 @@ class Trackers:
         if kind is None:
             self._drop_faulty(ended=True)
 
-    def record(self, message: wire.Spoken | None) -> None:
+    def record(self, message: protocol.Spoken | None) -> None:
         """Tells what a message measures; None is a moment of silence."""
         if self._running:
             self._drop_faulty()
         match message:
-            case wire.Step():
+            case protocol.Step():
                 self._tell(message.step, measured.of_step(message))
-            case wire.Evaluated():
+            case protocol.Evaluated():
                 self._tell(message.step, measured.of_evaluation(message))
-            case wire.Score():
+            case protocol.Score():
                 self._tell(None, measured.of_score(message))
-            case wire.Finished():
+            case protocol.Finished():
                 self._outcome = "succeeded"
-            case wire.Failed() if message.kind != "crashed":
+            case protocol.Failed() if message.kind != "crashed":
                 self._outcome = "failed"
 
     def _tell(self, step: int | None, measures: Mapping[str, float]) -> None:

@@ -1,9 +1,9 @@
 """What events say of a model that was measured."""
 
-from tunery import wire
+from tunery import trainer_protocol as protocol
 
 
-def general_message(score: wire.GeneralScore) -> str:
+def general_message(score: protocol.GeneralScore) -> str:
     """What base and tuned model can do besides the task, in a sentence or two."""
     text = (
         f"General ability on {score.items} questions: {score.base_accuracy:.1%} before, {score.tuned_accuracy:.1%} "
@@ -19,7 +19,7 @@ def general_message(score: wire.GeneralScore) -> str:
     )
 
 
-def replay_message(replay: wire.Replayed) -> str:
+def replay_message(replay: protocol.Replayed) -> str:
     """What is mixed into training against forgetting."""
     rows = f"{replay.rows_an_epoch} an epoch, {replay.share:.1%} of its rows"
     if replay.source != "self":
@@ -37,13 +37,13 @@ _DEMANDS = {
 }
 
 
-def gate_message(verdict: wire.Gated) -> str:
+def gate_message(verdict: protocol.Gated) -> str:
     """What the gate decided, and on which figures."""
     kept = "withheld" if verdict.withheld else "published"
     return f"Gate {verdict.status}, so the model is {kept}: {'; '.join(map(_check_message, verdict.checks))}"
 
 
-def _check_message(check: wire.GateCheck) -> str:
+def _check_message(check: protocol.GateCheck) -> str:
     demand = f"{_DEMANDS[check.name]} {check.limit:g}"
     if check.value is None:
         return f"{demand}: not measured ({check.status})"

@@ -1,7 +1,8 @@
 """`python -m worker.trainer RUN_DIR`: one run in a fresh process, by a supervisor or by hand.
 
-Standard output carries wire messages and nothing else; standard error is the log. SIGTERM: save and exit 75.
-With `--wait` it imports all that a run needs and then reads RUN_DIR from standard input; the log is RUN_DIR/log.txt.
+Standard output carries messages of `tunery.trainer_protocol` and nothing else; standard error is the log. SIGTERM: save
+and exit 75. With `--wait` it imports all that a run needs and then reads RUN_DIR from standard input; the log is
+RUN_DIR/log.txt.
 """
 
 import os

@@ -2,7 +2,7 @@
 
 import shutil
 
-from tunery.wire import Gated, Phase
+from tunery.trainer_protocol import Gated, Phase
 from worker.trainer import checkpoints, event_files, gate, parity, previews, whole_folders
 from worker.trainer.export import job as export
 from worker.trainer.recipes.recipe import Weights

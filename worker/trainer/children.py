@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from tunery import processes
-from tunery.wire import EXIT_PAUSED, EXIT_USER_ERROR, Failed, parse
+from tunery.trainer_protocol import EXIT_PAUSED, EXIT_USER_ERROR, Failed, parse
 from worker.trainer.report import MessageWriter
 
 GRACE = 5.0

@@ -8,7 +8,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tunery.errors import TuneryError
 from tunery.failures import JobFailure
-from tunery.wire import EXIT_USER_ERROR
+from tunery.trainer_protocol import EXIT_USER_ERROR
 
 
 def run(name: str, work: Callable[[Path], object], fault: type[TuneryError] = JobFailure) -> int:

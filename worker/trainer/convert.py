@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from tunery.errors import UnusableModel
 from tunery.rows import template_files
 from tunery.rows.template import ChatTemplate
-from tunery.wire import EXIT_USER_ERROR
+from tunery.trainer_protocol import EXIT_USER_ERROR
 from worker.trainer import chat_templates, coverage, folders, gguf_files, inspection, trial, weights
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from tunery.spec import Gate
-from tunery.wire import GateCheck, Gated, Score, Verdict
+from tunery.trainer_protocol import GateCheck, Gated, Score, Verdict
 
 
 class Measured(NamedTuple):

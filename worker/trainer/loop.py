@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tunery.spec import EarlyStopping, Plan
-from tunery.wire import CheckpointSaved, Evaluated, Step
+from tunery.trainer_protocol import CheckpointSaved, Evaluated, Step
 from worker.trainer import checkpoints, finite, validation
 from worker.trainer.methods.method import Shown
 from worker.trainer.replay import mixing

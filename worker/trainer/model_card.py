@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from tunery.wire import Gated, GeneralScore, Score, Served, TokenDifference
+from tunery.trainer_protocol import Gated, GeneralScore, Score, Served, TokenDifference
 
 
 def sections(artifact: Path) -> Iterator[str]:

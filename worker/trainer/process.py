@@ -16,7 +16,7 @@ from tunery import plugins
 from tunery.errors import TuneryError, Unavailable
 from tunery.failures import DiskFull, JobFailure, NotFinite
 from tunery.spec import Run
-from tunery.wire import EXIT_PAUSED, Failed, Paused
+from tunery.trainer_protocol import EXIT_PAUSED, Failed, Paused
 from worker.trainer.children import Children, exit_code
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out

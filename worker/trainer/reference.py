@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tunery.wire import Phase
+from tunery.trainer_protocol import Phase
 from worker.trainer import validation
 from worker.trainer.data import Example, MicroBatch, Rows, collate
 from worker.trainer.stepper import Stepper

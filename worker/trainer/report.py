@@ -12,14 +12,14 @@ from typing import Any
 from pydantic import BaseModel
 
 from tunery.spec import Run
-from tunery.wire import Evaluated, Step
+from tunery.trainer_protocol import Evaluated, Step
 
 CSV_HEADER = ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers")
 
 
 class MessageWriter:
-    """Writes wire messages, one JSON a line, to a file descriptor, and keeps those that are metrics.
+    """Writes messages, one JSON a line, to a file descriptor, and keeps those that are metrics.
 
     Rank 0 alone has a descriptor; the others only keep their metrics.
     """

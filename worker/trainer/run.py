@@ -9,7 +9,7 @@ import torch
 
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
-from tunery.wire import Finished, Latency, Paused, Phase, Started
+from tunery.trainer_protocol import Finished, Latency, Paused, Phase, Started
 from worker.trainer import (
     artifact,
     checkpoints,

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tunery.wire import Spent, StepTimes
+from tunery.trainer_protocol import Spent, StepTimes
 
 Part = Literal["step", "validation", "checkpoint", "answer", "general", "scores", "saving", "exports"]
 

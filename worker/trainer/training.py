@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from tunery.planning.precision import Precision
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Plan, Run
-from tunery.wire import Replayed
+from tunery.trainer_protocol import Replayed
 from worker.trainer.data import Rows, steps_per_epoch
 from worker.trainer.eight_bits import EightBits
 from worker.trainer.objective import Objective

@@ -15,7 +15,7 @@ from tunery.datasets import progress
 from tunery.datasets.cleaning.order import IMPLAUSIBLE, Cleaning
 from tunery.datasets.report.order import Order
 from tunery.errors import TuneryError
-from tunery.wire import EXIT_USER_ERROR
+from tunery.trainer_protocol import EXIT_USER_ERROR
 
 if TYPE_CHECKING:
     from tunery.datasets.report.case import Finding

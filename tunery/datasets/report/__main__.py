@@ -12,7 +12,7 @@ from tunery import plugins
 from tunery.datasets import progress
 from tunery.datasets.report.order import Order
 from tunery.errors import TuneryError
-from tunery.wire import EXIT_USER_ERROR
+from tunery.trainer_protocol import EXIT_USER_ERROR
 
 
 def main(folder: Path) -> int:

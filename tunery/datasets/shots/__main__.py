@@ -11,7 +11,7 @@ from pathlib import Path
 from tunery import plugins
 from tunery.errors import TuneryError
 from tunery.planning.prompting import ShotsOrder
-from tunery.wire import EXIT_USER_ERROR
+from tunery.trainer_protocol import EXIT_USER_ERROR
 
 
 def main(folder: Path) -> int:

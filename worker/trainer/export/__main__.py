@@ -18,7 +18,7 @@ from tunery.rows.encoding import find_encoder
 from tunery.rows.messages import FileRole
 from tunery.rows.template import ChatTemplate
 from tunery.spec import ExportOrder, Full
-from tunery.wire import Exported
+from tunery.trainer_protocol import Exported
 from worker.trainer.data import Row, read_rows
 from worker.trainer.export import work
 from worker.trainer.export.errors import NoRows

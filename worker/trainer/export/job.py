@@ -7,7 +7,7 @@ import torch
 
 from tunery.rows.encoding import find_encoder
 from tunery.spec import Full
-from tunery.wire import Phase
+from tunery.trainer_protocol import Phase
 from worker.trainer.data import Row, read_rows
 from worker.trainer.export import files, proof, readme, work
 from worker.trainer.training import Training

@@ -15,7 +15,7 @@ import torch
 from tunery.planning.precision import Precision
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Export, GgufType
-from tunery.wire import Exported
+from tunery.trainer_protocol import Exported
 from worker.trainer.data import Row
 from worker.trainer.export import files, fp8, merge, proof, readme
 from worker.trainer.export.errors import ExportRefused, FormatDiffers, NoRows

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from tunery.wire import Phase
+from tunery.trainer_protocol import Phase
 from worker.trainer import rope
 from worker.trainer.data import micro_batches
 from worker.trainer.training import Training

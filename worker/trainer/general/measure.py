@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from tunery.planning.workload import ITEMS, PROMPTS
 from tunery.spec import Auto
-from tunery.wire import Forgetting, GeneralScore
+from tunery.trainer_protocol import Forgetting, GeneralScore
 from worker.trainer.data import Row
 from worker.trainer.general import choices, forgetting, harness, stored
 from worker.trainer.general.benchmark import Item, Tokens, digest, encode, load_items, load_prompts

@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from tunery.planning.precision import Precision
 from tunery.rows.template import ChatTemplate
-from tunery.wire import Phase
+from tunery.trainer_protocol import Phase
 from worker.trainer import generation
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks

@@ -6,7 +6,7 @@ from tunery.rows.messages import Example as Chat
 from tunery.rows.messages import Message
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Plan, Replay
-from tunery.wire import Replayed
+from tunery.trainer_protocol import Replayed
 from worker.trainer import rope
 from worker.trainer.data import Example, Row, Rows, read_rows
 from worker.trainer.replay import mixing, own, prompts

@@ -14,7 +14,7 @@ from tunery.rows import messages
 from tunery.rows.encoding import encode_answer
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Evaluation
-from tunery.wire import Phase
+from tunery.trainer_protocol import Phase
 from worker.trainer import generation, rope
 from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Training

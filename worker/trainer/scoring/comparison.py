@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from tunery.rows.encoding import find_encoder
 from tunery.rows.preferences import Pair
-from tunery.wire import GeneralScore, Phase, Score
+from tunery.trainer_protocol import GeneralScore, Phase, Score
 from worker.trainer import report
 from worker.trainer.data import read_parsed
 from worker.trainer.general import measure as general

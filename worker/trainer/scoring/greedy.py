@@ -3,7 +3,7 @@
 The model server, loaded with the files that the run leaves, has to give the same answers before they are published.
 """
 
-from tunery.wire import GREEDY, GreedyAnswer
+from tunery.trainer_protocol import GREEDY, GreedyAnswer
 from worker.trainer import report
 from worker.trainer.scoring import answers
 from worker.trainer.training import Training

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
-from tunery.wire import Latency
+from tunery.trainer_protocol import Latency
 from worker.trainer import hardware
 from worker.trainer.scoring import answers
 from worker.trainer.scoring.answers import Question

@@ -10,7 +10,7 @@ from peft import PeftModel
 from tunery.rows.encoding import encode_pair
 from tunery.rows.messages import Message
 from tunery.rows.preferences import Pair
-from tunery.wire import Score
+from tunery.trainer_protocol import Score
 from worker.trainer import reference
 from worker.trainer.data import Example, Row
 from worker.trainer.scoring.scorecard import Rates, assemble, compare_rates

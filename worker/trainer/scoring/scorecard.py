@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from tunery.wire import LabelShares, Measure, Sample, Score
+from tunery.trainer_protocol import LabelShares, Measure, Sample, Score
 from worker.trainer.scoring import metrics
 from worker.trainer.scoring.answers import Question
 from worker.trainer.scoring.intervals import bootstrap_interval, mcnemar, paired_interval

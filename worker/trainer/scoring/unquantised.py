@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tunery.planning.precision import Precision, decide
 from tunery.spec import Lora
-from tunery.wire import Measure, PrecisionMeasure, Score, UnquantisedScore
+from tunery.trainer_protocol import Measure, PrecisionMeasure, Score, UnquantisedScore
 from worker.trainer import rope, sharding
 from worker.trainer.export import files
 from worker.trainer.methods import registry

@@ -1,6 +1,6 @@
-"""What a trainer may say: one JSON object a line on its standard output. Its standard error is the job's log.
+"""The messages of a trainer: one JSON object a line on its standard output. Its standard error is the job's log.
 
-The supervisor turns each message into one deed. Losses are means over labelled tokens, in nats; times are seconds.
+The supervisor records each message. Losses are means over labelled tokens, in nats; times are seconds.
 """
 
 import re
@@ -15,7 +15,7 @@ class Message(BaseModel):
 
 
 class Phase(Message):
-    """What the trainer is doing now: a word for people (`loading`, `training`, `evaluating`, `saving`, `exporting`).
+    """The trainer's present phase: a word for people (`loading`, `training`, `evaluating`, `saving`, `exporting`).
 
     `seconds_left`: to the end of the run, where that is known.
     """
