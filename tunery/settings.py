@@ -54,6 +54,16 @@ class Settings(BaseSettings):
     server_pinned: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
         (), description="Ids of models, comma-separated, that stay in the model server's memory once they were asked"
     )
+    served_check_rows: int = Field(
+        32,
+        ge=0,
+        le=64,
+        description="Test rows that are answered again before a model is published; 0: none",
+    )
+    served_check_tokens: int = Field(64, ge=1, description="Tokens of each of these answers that are compared")
+    served_check_seconds: float = Field(
+        600, gt=0, description="The longest that this may take; the model is published uncompared then"
+    )
     serve_gpu: int | None = Field(None, description="GPU of the model server; never claimed for training. Absent: CPU")
 
     gpu_hour_prices: dict[str, Annotated[float, Field(ge=0)]] = Field(

@@ -264,6 +264,16 @@ class TokenDifference(Scored):
     served: str | None = Field(description="The model server's token; null where its answer has ended")
     gap: float | None = Field(None, description="Between the logits of both tokens, in the model server")
 
+    @property
+    def summary(self) -> str:
+        """The difference in a sentence."""
+        served, trained = ("the end" if token is None else f"`{token}`" for token in (self.served, self.trained))
+        gap = "" if self.gap is None else f" (their logits are {self.gap:.3f} apart)"
+        return (
+            f"The first difference is in row {self.row}, token {self.position} of the {self.place}: {served} instead "
+            f"of {trained}{gap}."
+        )
+
 
 class Served(Scored):
     """Whether the model server, on the files that are published, gave the answers of the scorecard."""
@@ -283,6 +293,19 @@ class Served(Scored):
     def withheld(self) -> bool:
         """Whether the model is kept from use until its owner publishes it."""
         return self.status in {"differs", "refused"}
+
+    @property
+    def summary(self) -> str:
+        """The verdict in a sentence or two."""
+        if self.reason is not None:
+            verb = "cannot load the model" if self.status == "refused" else "was not compared with the scorecard"
+            return f"The model server {verb}: {self.reason}"
+        ties = f", {self.ties} of them up to a tie" if self.ties else ""
+        text = (
+            f"The model server gave the scorecard's answers to {self.equal + self.ties} of {self.rows} test rows{ties} "
+            f"({self.tokens} tokens, {self.precision})."
+        )
+        return text if self.first_difference is None else f"{text} {self.first_difference.summary}"
 
 
 class Exported(Message):

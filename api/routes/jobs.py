@@ -141,11 +141,12 @@ def rerun_job(
     return _created(session, settings, storage, job)
 
 
-@router.post("/{job_id}/publish", summary="Publish a model that its gate withholds", responses=errors(404))
+@router.post("/{job_id}/publish", summary="Publish a model that is withheld", responses=errors(404))
 def publish_model(
     job_id: str, body: wire.PublishModel, session: SessionDep, caller: CallerDep, settings: SettingsDep
 ) -> wire.Job:
-    """Against the gate's verdict, which stays. The reason and the key are kept in the job's `gate` and in an event."""
+    """Against the verdict of the gate or of the check of the served model, which stays. The reason and the key are kept
+    in the job's `gate` or `served`, and in an event."""
     return _shown(session, settings, gate.publish(session, caller, job_id, reason=body.reason))
 
 

@@ -13,7 +13,7 @@ from tunery.jobs.request import DpoHyperparameters, JobRequest, SupervisedHyperp
 from tunery.jobs.states import State
 from tunery.planning.quote import Actual, Quote
 from tunery.spec import Hyperparameters, RequestedOptions, Technique, TrainingOptions
-from tunery.trainer_protocol import Scorecard
+from tunery.trainer_protocol import Scorecard, Served
 
 # --- what is asked for --------------------------------------------------------------------------------------------
 
@@ -239,6 +239,15 @@ class GateAnswer(Wire):
     published: Published | None = None
 
 
+class ServedAnswer(Served):
+    """Whether the model server gave the answers of the scorecard, and what came of it."""
+
+    withheld_model: str | None = Field(
+        None, description="What is withheld for it; `fine_tuned_model` is null meanwhile"
+    )
+    published: Published | None = None
+
+
 class Progress(Wire):
     """How far a run is. More keys than these two come with the run."""
 
@@ -297,6 +306,9 @@ class Job(_Answered, OpenAIJob):
     gate: GateAnswer | None = Field(description="What the model had to show to be published, and what came of it")  # type: ignore[assignment]  # an answer says more
     priority: int
     scorecard: Scorecard | None = Field(description="Base and tuned model on the same test rows")
+    served: ServedAnswer | None = Field(
+        description="Whether the model server gave the tuned model's answers again, before it was published"
+    )
     quote: Quote | None = Field(description="What the run is expected to take in time and money")
     actual: Actual | None = Field(description="What it took, once it has ended, where a worker had it")
     warnings: list[str]
@@ -341,6 +353,7 @@ def of(row: model.Job, *, organization: str, warnings: Sequence[str], waits_for:
         progress=Progress(**{**row.progress, "step": row.step, "total_steps": row.total_steps}),
         priority=row.priority,
         scorecard=None if row.scorecard is None else Scorecard.model_validate(row.scorecard),
+        served=_served(row),
         quote=None if row.quote is None else Quote.model_validate(row.quote),
         actual=None if row.actual is None else Actual.model_validate(row.actual),
         warnings=list(warnings),
@@ -353,7 +366,16 @@ def _gate(row: model.Job, asked: dict[str, Any] | None) -> GateAnswer | None:
         return None
     found = row.gate or {}
     shown = {name: found[name] for name in ("status", "checks", "published") if name in found}
-    return GateAnswer(**asked, **shown, withheld_model=row.tuned_model if row.withholds_model else None)
+    return GateAnswer(**asked, **shown, withheld_model=_withheld(row, row.gate))
+
+
+def _served(row: model.Job) -> ServedAnswer | None:
+    return None if row.served is None else ServedAnswer(**row.served, withheld_model=_withheld(row, row.served))
+
+
+def _withheld(row: model.Job, verdict: dict[str, Any] | None) -> str | None:
+    """The model, where this verdict is one that withholds it."""
+    return row.tuned_model if row.withholds_model and verdict is not None and verdict["withheld"] else None
 
 
 def _method(stored: dict[str, Any], knobs: Hyperparameters) -> MethodEcho | PreferenceEcho | OtherMethodEcho:

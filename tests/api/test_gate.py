@@ -74,9 +74,39 @@ def test_publishing_keeps_the_verdict_and_says_who_did_it(
     assert (shown["gate"]["status"], shown["gate"]["withheld_model"]) == ("failed", None)
     assert team.http.get(f"/v1/models/{model}").status_code == 200
     [event] = [e for e in team.http.get(f"/v1/fine_tuning/jobs/{job}/events").json()["data"] if e["level"] == "warn"]
-    assert event["message"] == f"The model {model} is published against its gate by key {key}: we route tickets"
+    assert event["message"] == f"The model {model} is published all the same by key {key}: we route tickets"
     again = team.http.post(f"/v1/fine_tuning/jobs/{job}/publish", json={"reason": "once more"})
     assert (again.status_code, again.json()["error"]["code"]) == (400, "wrong_state")
+
+
+SERVED = {
+    "status": "differs", "withheld": True, "rows": 9, "equal": 8, "ties": 0, "tokens": 70, "precision": "float32",
+    "first_difference": {
+        "row": 4, "place": "answer", "position": 2, "trained": "a", "served": "b", "gap": 0.4,
+    },
+}  # fmt: skip
+
+
+def test_model_that_is_served_otherwise_is_withheld_until_it_is_published(
+    team: Team, withheld: tuple[str, str], database: Database
+) -> None:
+    job, model = withheld
+    with database.sessions.begin() as session:
+        row = session.get_one(Job, job)
+        row.gate, row.served = {**VERDICT, "status": "passed", "withheld": False}, SERVED
+
+    shown = team.http.get(f"/v1/fine_tuning/jobs/{job}").json()
+    assert (shown["fine_tuned_model"], shown["gate"]["withheld_model"]) == (None, None)
+    wanted = {name: value for name, value in SERVED.items() if name != "withheld"}
+    assert shown["served"] == {**wanted, "reason": None, "withheld_model": model, "published": None}
+    assert team.http.get(f"/v1/models/{model}").json()["error"]["code"] == "model_withheld"
+
+    shown = team.http.post(f"/v1/fine_tuning/jobs/{job}/publish", json={"reason": "one row"}).json()
+
+    assert (shown["fine_tuned_model"], shown["served"]["withheld_model"]) == (model, None)
+    assert shown["served"]["published"]["reason"] == "one row"
+    assert shown["gate"]["published"] is None
+    assert team.http.get(f"/v1/models/{model}").status_code == 200
 
 
 def test_a_withheld_model_can_be_deleted(team: Team, withheld: tuple[str, str]) -> None:

@@ -1,5 +1,9 @@
-"""A job with a gate, through real workers: what it withholds, and how its owner publishes it."""
+"""What is withheld by a job's gate and by the check of the served model, through real workers, and how its owner
+publishes it."""
 
+from pathlib import Path
+
+import pytest
 from sqlalchemy import select
 from workshop import Workshop, training_rows
 
@@ -14,6 +18,15 @@ def _withheld(workshop: Workshop, job_id: str) -> dict[str, bool]:
     """Whether each model of a job is, by its kind."""
     with workshop.session() as session:
         return {row.kind: row.withheld for row in session.scalars(select(Model).where(Model.job_id == job_id))}
+
+
+def _publish(workshop: Workshop, job_id: str) -> str:
+    """Publishes a job's model; returns the id of the key that did it."""
+    with workshop.session() as session:
+        _, secret = ring.create_key(session, session.get_one(Project, workshop.project_id), "owner")
+        caller = ring.authenticate(session, secret)
+        gate.publish(session, caller, job_id, reason="it is for a test")
+        return str(caller.key_id)
 
 
 def test_a_gate_withholds_what_it_fails_and_nothing_else(workshop: Workshop) -> None:
@@ -35,13 +48,40 @@ def test_a_gate_withholds_what_it_fails_and_nothing_else(workshop: Workshop) -> 
     assert (passed.gate["status"], passed.withholds_model) == ("passed", False)
     assert _withheld(workshop, mild) == {"tuned": False, "checkpoint": False}
 
-    with workshop.session() as session:
-        _, secret = ring.create_key(session, session.get_one(Project, workshop.project_id), "owner")
-        caller = ring.authenticate(session, secret)
-        gate.publish(session, caller, strict, reason="it is for a test")
+    key = _publish(workshop, strict)
     with workshop.session() as session:
         published = session.get_one(Job, strict).gate
     assert published is not None
-    assert (published["published"]["reason"], published["published"]["key"]) == ("it is for a test", caller.key_id)
+    assert (published["published"]["reason"], published["published"]["key"]) == ("it is for a test", key)
     assert published["status"] == kept.gate["status"]
     assert _withheld(workshop, strict) == {"tuned": False, "checkpoint": False}
+
+
+@pytest.mark.slow
+def test_model_that_the_server_answers_otherwise_is_withheld(workshop: Workshop) -> None:
+    """A plug-in breaks the model server: its prompts lack their last token."""
+    fixtures = str(Path(__file__).parents[1] / "fixtures")
+    broken = {"TUNERY_PLUGINS": "toy_short_prompts", "PYTHONPATH": fixtures, "TUNERY_SERVED_CHECK_ROWS": "3"}
+    workshop.start("io")
+    workshop.start("train", **broken)
+    training, test = workshop.file(training_rows(12)), workshop.file(training_rows(3, first=200))
+
+    job_id = workshop.submit(training, test=test)
+    job = workshop.until_state(job_id, "succeeded")
+
+    assert job.served is not None
+    assert (job.served["status"], job.served["rows"], job.withholds_model) == ("differs", 3, True)
+    found = job.served["first_difference"]
+    assert (found["row"], found["place"], found["served"]) == (1, "prompt", None)
+    [said] = [line for line in workshop.story(job_id) if line.startswith("The model server ")]
+    assert f"row 1, token {found['position']} of the prompt: the end instead of `{found['trained']}`" in said
+    assert said.endswith("The model is withheld.")
+    assert _withheld(workshop, job_id) == {"tuned": True, "checkpoint": False}
+
+    key = _publish(workshop, job_id)
+
+    with workshop.session() as session:
+        published = session.get_one(Job, job_id).served
+    assert published is not None
+    assert (published["published"]["key"], published["status"]) == (key, "differs")
+    assert _withheld(workshop, job_id) == {"tuned": False, "checkpoint": False}

@@ -12,12 +12,12 @@ from tunery.datasets.model import File
 from tunery.jobs.model import Checkpoint, HostDevice, Job, JobEvent, Metric
 from tunery.models.model import Model
 from tunery.planning.quote import Actual, Quote
-from tunery.trainer_protocol import Score
+from tunery.trainer_protocol import Score, Served
 
 
 def test_a_job_runs_to_its_end_without_any_broker(workshop: Workshop) -> None:
     workshop.start("io")
-    workshop.start("train")
+    workshop.start("train", TUNERY_SERVED_CHECK_ROWS="2")
     workshop.base_alias = "gpt-4o-mini-2024-07-18"
     training = workshop.file(training_rows(12), checked=False)
     validation = workshop.file(training_rows(3, first=100))
@@ -39,6 +39,9 @@ def test_a_job_runs_to_its_end_without_any_broker(workshop: Workshop) -> None:
     _check_results(workshop, str(job.result_file))
     _check_checkpoints(workshop, job_id)
     assert Score.model_validate(job.scorecard).rows == 2
+    served = Served.model_validate(job.served)
+    assert (served.status, served.rows, served.equal, served.withheld) == ("equal", 2, 2, False)
+    assert served.summary in workshop.story(job_id)
     _check_quote(workshop, job)
     (attempt,) = workshop.attempts(job_id)
     assert (attempt.outcome, attempt.lease_until) == ("succeeded", None)

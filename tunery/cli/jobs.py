@@ -254,7 +254,7 @@ def publish(
     job: str,
     reason: Annotated[str, typer.Option(help="Why, for later readers of the job.")],
 ) -> None:
-    """Publish a model that its job's gate withholds."""
+    """Publish a model that its job's gate, or the check of the served model, withholds."""
     found = connect(context).call("POST", f"{ROOT}/{job}/publish", json={"reason": reason})
     output.done(str(found["fine_tuned_model"]))
 

@@ -8,6 +8,7 @@ from rich.text import Text
 from tunery.cli import output, quotes
 from tunery.local.terminal import duration
 from tunery.spec import Hyperparameters
+from tunery.trainer_protocol import Served
 
 _NEXT = {
     "validating_files": "tunery jobs watch {id}",
@@ -65,6 +66,7 @@ def _request(job: dict[str, Any]) -> list[tuple[str, Any]]:
         *quotes.facts(job),
         *_scorecard(job.get("scorecard")),
         ("gate", _gate(job.get("gate") or {})),
+        ("served", _served(job.get("served"))),
         *_general((job.get("scorecard") or {}).get("general")),
     ]
 
@@ -73,9 +75,24 @@ def _gate(gate: dict[str, Any]) -> str:
     """What it decided, or what it demands."""
     if gate.get("status") is None:
         return compact(gate, skip=("checks",))
-    kept = f", withholds {gate['withheld_model']}" if gate["withheld_model"] else ""
-    published = f", published by {gate['published']['key']}: {gate['published']['reason']}" if gate["published"] else ""
-    return f"{gate['status']}{kept}{published} ({gate_reasons(gate)})"
+    return f"{gate['status']}{_publishing(gate)} ({gate_reasons(gate)})"
+
+
+def _served(served: dict[str, Any] | None) -> str | None:
+    """Whether the model server gave the scorecard's answers."""
+    return None if served is None else f"{served['status']}{_publishing(served)} ({served_reason(served)})"
+
+
+def served_reason(served: dict[str, Any]) -> str:
+    """What was compared, and the first difference."""
+    return Served.model_validate(served).summary
+
+
+def _publishing(verdict: dict[str, Any]) -> str:
+    """What a verdict withholds, and who has published it all the same."""
+    kept = f", withholds {verdict['withheld_model']}" if verdict["withheld_model"] else ""
+    by = verdict["published"]
+    return kept + (f", published by {by['key']}: {by['reason']}" if by else "")
 
 
 def gate_reasons(gate: dict[str, Any]) -> str:

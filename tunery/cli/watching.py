@@ -60,13 +60,20 @@ def _same(warning: str, printed: str) -> bool:
     return warning.endswith(printed.partition(": ")[2])
 
 
+def _tell_withheld(job: dict[str, Any], message: str) -> None:
+    output.errors.print(message, soft_wrap=True)
+    output.hint(f"tunery jobs publish {job['id']} --reason ...")
+
+
 def _tell_end(job: dict[str, Any], progress: JobProgress) -> None:
     if job["status"] != "succeeded":
         raise Refused(message=f"{job['id']} {job['status']}. {(job.get('error') or {}).get('message') or ''}".strip())
     unicode = "utf" in output.console.encoding
     output.console.print(loss_curve(progress.losses, progress.valid_losses, unicode=unicode))
     if withheld := (job.get("gate") or {}).get("withheld_model"):
-        output.errors.print(f"The gate withholds {withheld}: {summary.gate_reasons(job['gate'])}", soft_wrap=True)
-        output.hint(f"tunery jobs publish {job['id']} --reason ...")
+        _tell_withheld(job, f"The gate withholds {withheld}: {summary.gate_reasons(job['gate'])}")
+        return
+    if withheld := (job.get("served") or {}).get("withheld_model"):
+        _tell_withheld(job, f"{withheld} is withheld: {summary.served_reason(job['served'])}")
         return
     output.done(str(job["fine_tuned_model"]))

@@ -1,4 +1,4 @@
-"""Publishing a model that its job's gate withholds."""
+"""Publishing a model that its job's gate, or the check of the served model, withholds."""
 
 from sqlalchemy.orm import Session
 
@@ -11,23 +11,25 @@ from tunery.models import registry
 
 
 def publish(session: Session, caller: Caller, job_id: str, *, reason: str) -> Job:
-    """Publishes what the job made, against its gate's verdict, which stays. Who did it and why is kept with it and in
-    an event.
+    """Publishes what the job made, against the verdict that withholds it, which stays. Who did it and why is kept
+    with it and in an event.
 
     Raises NotFound, and WrongState where nothing is withheld.
     """
     job = ledger.find(session, caller.project_id, job_id, lock=True)
-    if job.gate is None or job.tuned_model is None or not job.withholds_model:
+    if job.tuned_model is None or not job.withholds_model:
         raise WrongState(
             kind="Fine-tuning job",
             id=job_id,
             state=job.state,
             deed="published",
-            instead="Only a model that its gate withholds can be.",
+            instead="Only a model that is withheld can be.",
         )
     published = {"reason": reason, "key": caller.key_id, "at": int(db.now(session).timestamp())}
-    job.gate = {**job.gate, "published": published}
+    for name, found in (("gate", job.gate), ("served", job.served)):
+        if found is not None and found["withheld"]:
+            setattr(job, name, {**found, "published": published})
     registry.publish(session, job.id)
-    message = f"The model {job.tuned_model} is published against its gate by key {caller.key_id}: {reason}"
+    message = f"The model {job.tuned_model} is published all the same by key {caller.key_id}: {reason}"
     ledger.note(session, job.id, message, level="warn", data={"published": published})
     return job

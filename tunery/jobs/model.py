@@ -30,8 +30,9 @@ class Job(Base):
     not come, `reserved_host` takes no smaller job. `tidied`: no object is left in
     storage that the ended job made and no row names. `removed_records`: kinds of its records (`events`, `metrics`,
     `logs`) that were removed because they were old. `gate`: what the gate said of its model, and `published`, who
-    published a withheld one and why. `quote`: what its run is expected to take, `actual`:
-    what it took, with what later quotes are made of (`jobs.quoting`); both are null in jobs of older releases.
+    published a withheld one and why; `served`: the same of the check of the served
+    model. `quote`: what its run is expected to take, `actual`: what it took, with what later quotes are made of
+    (`jobs.quoting`); both are null in jobs of older releases.
     """
 
     __tablename__ = "jobs"
@@ -102,6 +103,7 @@ class Job(Base):
     progress: Mapped[dict[str, Any]] = mapped_column(default=dict)
     scorecard: Mapped[dict[str, Any] | None]
     gate: Mapped[dict[str, Any] | None]
+    served: Mapped[dict[str, Any] | None]
     quote: Mapped[dict[str, Any] | None]
     actual: Mapped[dict[str, Any] | None]
     snapshot: Mapped[str | None]
@@ -130,8 +132,14 @@ class Job(Base):
 
     @property
     def withholds_model(self) -> bool:
-        """Whether the gate withholds what the job made, and nobody has published it since."""
-        return self.gate is not None and self.gate["withheld"] and "published" not in self.gate
+        """Whether the gate or the check of the served model withholds what the job made, and nobody has published it
+        since."""
+        return any(found is not None and found["withheld"] and "published" not in found for found in self.verdicts)
+
+    @property
+    def verdicts(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Of the gate and of the check of the served model."""
+        return self.gate, self.served
 
     @property
     def model_name(self) -> str:

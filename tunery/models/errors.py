@@ -11,7 +11,8 @@ class ModelNotFound(NotFound):
 
 
 class ModelWithheld(ModelNotFound):
-    """The model '{id}' is withheld by the gate of its job '{job}'. `GET /v1/fine_tuning/jobs/{job}` shows what it
-    failed; `POST /v1/fine_tuning/jobs/{job}/publish` with a reason publishes it all the same."""
+    """The model '{id}' is withheld by the gate of its job '{job}', or by the check of the served model.
+    `GET /v1/fine_tuning/jobs/{job}` shows what it failed; `POST /v1/fine_tuning/jobs/{job}/publish` with a reason
+    publishes it all the same."""
 
     code = "model_withheld"

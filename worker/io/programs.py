@@ -67,11 +67,12 @@ def run(
     variables: dict[str, str] | None = None,
     watch: Callable[[], object] = lambda: None,
     seconds: float | None = None,
+    too_slow: str = "Split the file.",
 ) -> str | None:
     """Runs `python -m ARGUMENTS`, which works in `folder`; why it failed, or None.
 
-    A worker that shuts down ends it, and so does its time, if it has a limit of `seconds`. `watch` is called twice a
-    second meanwhile.
+    A worker that shuts down ends it, and so does its time, if it has a limit of `seconds`; `too_slow` says what to
+    change then. `watch` is called twice a second meanwhile; where it raises, the program is killed.
     """
     errors_path = folder / "errors.txt"
     deadline = None if seconds is None else time.monotonic() + seconds
@@ -87,13 +88,18 @@ def run(
             start_new_session=True,
             preexec_fn=dies_with_parent(signal.SIGKILL),
         )
-        while (status := _status(process)) is None:
-            watch()
-            is_late = deadline is not None and time.monotonic() > deadline
-            if drain.begun or is_late:
-                process.kill()
+        try:
+            while (status := _status(process)) is None:
+                watch()
+                is_late = deadline is not None and time.monotonic() > deadline
+                if drain.begun or is_late:
+                    process.kill()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
     if is_late and status != 0 and seconds is not None:
-        return f"The {what} took more than {seconds // 60:.0f} minutes. Split the file."
+        return f"The {what} took more than {seconds // 60:.0f} minutes. {too_slow}"
     return None if status == 0 else _reason(status, errors_path, what)
 
 

@@ -29,7 +29,6 @@ from worker.server.backends.embedded import Engine
 from worker.server.generation import Generation
 from worker.server.schemas import ChatRequest, parse
 from worker.supervisor.staging import EXPORTS
-from worker.trainer import model_card
 
 TIE, EXACT_TIE = 0.05, 1e-4
 """Logits so near that rounding decides between their tokens: of sums in bf16, and in fp32."""
@@ -221,7 +220,7 @@ def write(found: Served, artifact: Path) -> None:
     """Writes `served.json`, and a section into the artifact's README."""
     (artifact / "served.json").write_text(found.model_dump_json(indent=2) + "\n")
     with (artifact / "README.md").open("a", encoding="utf-8") as readme:
-        readme.write(f"\n## Served\n\n{model_card.served(found)}\n")
+        readme.write(f"\n## Served\n\n{found.summary}\n")
 
 
 def main() -> int:

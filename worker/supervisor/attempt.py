@@ -37,7 +37,7 @@ from tunery.models import registry
 from tunery.settings import Settings
 from tunery.storage import Storage, Stored
 from tunery.storage.errors import StorageFailed
-from worker.supervisor import staging, upload
+from worker.supervisor import served, staging, upload
 from worker.supervisor.drain import Drain
 from worker.supervisor.lease import Interrupted, LeaseKeeper
 from worker.supervisor.process import Trainer, Trainers
@@ -137,6 +137,7 @@ def _conclude(
 ) -> FinalWrite:
     last = recorder.final_message
     if status == 0 and isinstance(last, protocol.Finished):
+        _check_served(keeper, recorder, trainer.mark, settings)
         return _publish(keeper, recorder, last, settings, storage)
     if isinstance(last, protocol.Failed) and last.kind != "crashed":
         return _fail(keeper, last, settings)
@@ -157,11 +158,19 @@ def _stored(recorder: RunRecorder, path: str | None) -> str | None:
 # --- outcomes ---------------------------------------------------------------------------------------------------
 
 
+def _check_served(keeper: LeaseKeeper, recorder: RunRecorder, mark: str, settings: Settings) -> None:
+    """Records whether the model server answers as the scorecard says, which decides whether the model is published."""
+    if served.is_due(recorder.run_dir, settings):
+        recorder.announce("checking")
+        found = served.check(keeper, recorder.run_dir, settings, mark)
+        keeper.write(lambda session: served.record(session, keeper.lease, found))
+
+
 def _publish(
     keeper: LeaseKeeper, recorder: RunRecorder, finished: protocol.Finished, settings: Settings, storage: Storage
 ) -> FinalWrite:
     """Stores the objects, their manifest last, and returns the transaction that writes all rows about them."""
-    recorder.announce_upload()
+    recorder.announce("uploading")
     out, prefix = recorder.run_dir / finished.path, f"{recorder.prefix}/model"
     listed = recorder.publish(finished.path, prefix, seconds=_WHOLE_RUN)
     table = upload.insist(

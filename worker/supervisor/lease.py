@@ -94,7 +94,7 @@ class LeaseKeeper:
         self.lost = False
         self.pausing = False
         self.step = 0
-        self._settings, self._drain = settings, drain
+        self._settings, self.drain = settings, drain
         self._process: Stoppable | None = None
         self._asked_at: float | None = None
         self._silent_since: float | None = None
@@ -113,7 +113,7 @@ class LeaseKeeper:
     @property
     def draining(self) -> bool:
         """Whether the worker shuts down."""
-        return self._drain.begun
+        return self.drain.begun
 
     @property
     def stopping(self) -> bool:
@@ -126,7 +126,7 @@ class LeaseKeeper:
 
     def check(self) -> None:
         """Raises LeaseLost or Interrupted where the preparation of a run is to stop."""
-        self._check_lost()
+        self.check_lost()
         if self.stopping:
             raise Interrupted
 
@@ -143,9 +143,9 @@ class LeaseKeeper:
         delay, tried = 0.5, _CommitOnce(change)
         while True:
             if not tried.is_unsure:
-                self._check_lost()
+                self.check_lost()
             try:
-                result = tried.go(self._check_lost)
+                result = tried.go(self.check_lost)
             except (*UNREACHABLE, Undecided):
                 if self._has_waited_enough():
                     raise
@@ -154,7 +154,7 @@ class LeaseKeeper:
                 self._silent_since = None
                 return result
             self._over.wait(delay)
-            delay = min(2 * delay, 2 if self._drain.begun else 10)
+            delay = min(2 * delay, 2 if self.drain.begun else 10)
 
     def _has_waited_enough(self) -> bool:
         """Whether a worker that shuts down has waited for the database as long as it may.
@@ -162,14 +162,15 @@ class LeaseKeeper:
         Silence counts over several writes. The stop note is written at the first: a kill may come at any moment.
         """
         self._silent_since = self._silent_since or time.monotonic()
-        if not self._drain.begun:
+        if not self.drain.begun:
             return False
         with suppress(OSError):
             self.stop_note.parent.mkdir(parents=True, exist_ok=True)
             self.stop_note.touch()
         return time.monotonic() - self._silent_since > self._settings.stop_grace_seconds
 
-    def _check_lost(self) -> None:
+    def check_lost(self) -> None:
+        """Raises LeaseLost where the job is another attempt's, or nobody's, now."""
         if self.lost:
             raise LeaseLost(job=self.lease.job_id, attempt=self.lease.number)
 

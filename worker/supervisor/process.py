@@ -126,6 +126,7 @@ class Trainer:
     """
 
     def __init__(self, run_dir: Path, gpus: tuple[int, ...], mark: str, preloaded: "Preloaded | None" = None) -> None:
+        self.mark = mark
         self._log = run_dir / "log.txt"
         self._log.touch()
         self._preloaded = preloaded if preloaded is not None and preloaded.hand_over(run_dir, gpus, mark) else None

@@ -110,9 +110,9 @@ class RunRecorder:
             self._snapshots[path] = StoredFolder(prefix, listed.sha256)
         return self._snapshots[path]
 
-    def announce_upload(self) -> None:
-        """Sets the phase to uploading: the trainer is done, and only the model is left to store."""
-        self._enter(protocol.Phase(phase="uploading", seconds_left=0))
+    def announce(self, phase: str) -> None:
+        """Sets a phase of the supervisor's own, after the trainer's end."""
+        self._enter(protocol.Phase(phase=phase, seconds_left=0))
 
     def publish(self, path: str, prefix: str, *, seconds: float = upload.PATIENCE_SECONDS) -> Manifest:
         """Stores a model's folder of the run. Raises StorageFailed, FileNotFoundError."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from tunery.trainer_protocol import Gated, GeneralScore, Score, Served, TokenDifference
+from tunery.trainer_protocol import Gated, GeneralScore, Score
 
 
 def sections(artifact: Path) -> Iterator[str]:
@@ -53,26 +53,3 @@ def _gate(verdict: Gated) -> str:
     kept = "withheld until its owner publishes it" if verdict.withheld else "published"
     lines = [f"- `{each.name}` {each.limit:g}: {each.status}" for each in verdict.checks]
     return "\n".join([f"**{verdict.status}**: the model is {kept}.", "", *lines])
-
-
-def served(found: Served) -> str:
-    """What the check of the model server found, in a sentence or two."""
-    if found.reason is not None:
-        verb = "cannot load the model" if found.status == "refused" else "was not compared"
-        return f"The model server {verb}: {found.reason}"
-    ties = f", {found.ties} up to a tie" if found.ties else ""
-    text = (
-        f"The model server gave the answers of the evaluation to {found.equal + found.ties} of {found.rows} test rows "
-        f"({found.tokens} tokens, {found.precision}{ties})."
-    )
-    return text if found.first_difference is None else f"{text} {difference(found.first_difference)}"
-
-
-def difference(found: TokenDifference) -> str:
-    """The first token that differs, in a sentence."""
-    gap = "" if found.gap is None else f" (their logits are {found.gap:.3f} apart)"
-    served, trained = ("the end" if token is None else f"`{token}`" for token in (found.served, found.trained))
-    return (
-        f"The first difference is in row {found.row}, token {found.position} of the {found.place}: {served} instead of "
-        f"{trained}{gap}."
-    )
