@@ -147,7 +147,7 @@ def _find(session: Session, project_id: str, name: str) -> Chosen:
     model = registry.find_ready(session, project_id, name)
     base = model if model.base_id is None else session.get_one(Model, model.base_id)
     tuned = None if base is model else {**_place(model), "technique": model.technique}
-    return Chosen.model_validate({"base": _place(base), "tuned": tuned})
+    return Chosen.model_validate({"base": _place(base), "tuned": tuned, "project_id": project_id})
 
 
 def _place(model: Model) -> dict[str, Any]:

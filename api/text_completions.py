@@ -86,5 +86,7 @@ def _logprobs(found: Json | None) -> Json | None:
 def joined(answers: list[Json]) -> Json:
     """The text completions of several prompts as one."""
     names = ("prompt_tokens", "completion_tokens", "total_tokens")
-    usage = {name: sum(answer["usage"][name] for answer in answers) for name in names}
+    usage: Json = {name: sum(answer["usage"][name] for answer in answers) for name in names}
+    cached = [(answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens", 0) for answer in answers]
+    usage["prompt_tokens_details"] = {"cached_tokens": sum(cached)}
     return {**answers[0], "choices": [choice for answer in answers for choice in answer["choices"]], "usage": usage}

@@ -39,6 +39,7 @@ class Chosen(_Sealed):
 
     base: Files
     tuned: TunedFiles | None = None
+    project_id: str | None = Field(None, description="Who asks: no keys and values are shared with others")
 
     @property
     def weights(self) -> Files:

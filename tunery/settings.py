@@ -51,6 +51,12 @@ class Settings(BaseSettings):
         ge=1,
         description="For the model server's bases and adapters together. Absent: half of the device's memory",
     )
+    server_cache_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="For keys and values of running answers and, in the rest, of prompts that others may begin like."
+        " Absent: an eighth of the device's memory",
+    )
     server_pinned: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
         (), description="Ids of models, comma-separated, that stay in the model server's memory once they were asked"
     )

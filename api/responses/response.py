@@ -180,10 +180,15 @@ def _with_bytes(one: Json) -> Json:
     return {"token": one["token"], "logprob": one["logprob"], "bytes": one["bytes"] or []}
 
 
+def _details(usage: Json) -> Json:
+    """The tokens that were not computed; of a back end that does not count them, none."""
+    return {"cached_tokens": (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)}
+
+
 def _usage(usage: Json) -> Json:
     return {
         "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens_details": {**_details(usage), "cache_write_tokens": 0},
         "output_tokens": usage["completion_tokens"],
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage["total_tokens"],

@@ -39,6 +39,7 @@ def test_several_prompts_are_answered_in_order(client: OpenAI, server: ModelServ
     assert [received["tunery_text"] for received in server.received] == ["one", "two", "three"]
     assert made.usage
     assert (made.usage.prompt_tokens, made.usage.completion_tokens, made.usage.total_tokens) == (15, 6, 21)
+    assert made.usage.prompt_tokens_details.cached_tokens == 9
 
 
 def test_streams_of_several_prompts_follow_each_other(asking: Team) -> None:

@@ -26,6 +26,7 @@ def test_a_text_is_answered(asking: Team, server: ModelServer) -> None:
     assert (made.output_text, made.status, made.store) == ("a", "completed", False)
     assert made.usage is not None
     assert (made.usage.input_tokens, made.usage.output_tokens, made.usage.total_tokens) == (5, 2, 7)
+    assert made.usage.input_tokens_details.cached_tokens == 3
     assert (made.instructions, made.max_output_tokens, made.temperature) == ("Be brief.", 9, 0)
     [received] = server.received
     assert received["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]

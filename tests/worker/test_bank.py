@@ -1,19 +1,15 @@
 """Adapters in one batch answer as PEFT lets each answer alone."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import zoo
-from peft import LoraConfig, PeftModel, get_peft_model
-from streamed import PROMPTS, TOKENS, greedy, read
-from transformers import AutoModelForCausalLM
+from streamed import PROMPTS, TOKENS, by_peft, greedy, make
 
+from worker.server.cache_memory import CacheMemory
 from worker.server.models import AdapterAlone, Base, BrokenAdapter, Source, StackedAdapter
-from worker.server.streams import Alone
-from worker.trainer.rope import LengthRope
 
 SHAPES: list[dict[str, Any]] = [
     {"r": 8},
@@ -24,30 +20,8 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-def make(folder: Path, base: Path, seed: int, **options: Any) -> Path:
-    """A random adapter that changes answers."""
-    plain = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        laid = get_peft_model(model, LoraConfig(**plain | {"init_lora_weights": False} | options))
-        for name, weight in laid.named_parameters():
-            if "lora_" in name:
-                weight.data.normal_(0, 0.15)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # PEFT says that it saves embeddings where one is adapted
-            laid.save_pretrained(str(folder))
-    return folder
-
-
 def load(folder: Path) -> Base:
-    return Base(Source(folder, None, "cpu", torch.float32), 2**30)
-
-
-def by_peft(base: Path, adapter: Path | None, prompt: list[int]) -> list[int]:
-    model = read(base)
-    stream = Alone(model if adapter is None else PeftModel.from_pretrained(model, adapter), prompt, LengthRope())
-    return [greedy(stream) for _ in range(TOKENS)]
+    return Base(Source(folder, None, "cpu", torch.float32), CacheMemory(2**30))
 
 
 @pytest.fixture(scope="module")

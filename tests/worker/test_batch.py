@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from streamed import PROMPTS, TOKENS, greedy, read
+from streamed import PROMPTS, TOKENS, alone, greedy, read
 
 from worker.server import batch as batches
 from worker.server import slots
 from worker.server.batch import Batch, Row, can_batch
-from worker.server.streams import Alone
-from worker.trainer.rope import LengthRope
+from worker.server.cache_memory import CacheMemory
 
 IN_EVERY_RUN = ("Llama", "Gemma 2", "Mistral")
 """Of each kind of masks one."""
@@ -34,11 +33,6 @@ BATCHED = (
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return read(zoo.make("Llama", tmp_path_factory.mktemp("llama") / "base"))
-
-
-def alone(model: Any, prompt: list[int]) -> list[int]:
-    stream = Alone(model, prompt, LengthRope())
-    return [greedy(stream) for _ in range(TOKENS)]
 
 
 def together(batch: Batch, prompts: list[list[int]], every: int = 3) -> list[list[int]]:
@@ -95,7 +89,7 @@ def test_rows_beyond_the_memory_wait_or_are_read_anew(llama: Any, rows: int, mon
     monkeypatch.setattr(slots, "_STEP", 16)
     a_position = 2 * 2 * 2 * 24 * 4  # keys and values of 2 layers with 2 heads of 24 numbers in fp32
     limit = rows * 64 * a_position
-    batch = Batch(llama, cache_bytes=limit)
+    batch = Batch(llama, memory=CacheMemory(limit))
     held: list[tuple[int, int]] = []
     step = batch.step
 

@@ -51,9 +51,9 @@ class Shop:
         _, sha256 = manifest.publish(self.storage, prefix, folder)
         return {"id": folder.name, "prefix": prefix, "manifest_sha256": sha256}
 
-    def body(self, adapter: str | None = None) -> dict[str, Any]:
+    def body(self, adapter: str | None = None, project_id: str | None = None) -> dict[str, Any]:
         tuned = None if adapter is None else {**self.files[adapter], "technique": "lora"}
-        return {"tunery_model": {"base": self.files["base"], "tuned": tuned}}
+        return {"tunery_model": {"base": self.files["base"], "tuned": tuned, "project_id": project_id}}
 
 
 @pytest.fixture
@@ -77,9 +77,9 @@ def client_of(port: int) -> OpenAI:
 
 
 def asker(client: OpenAI, shop: Shop) -> Any:
-    def ask(adapter: str | None = None, **asked: Any) -> Any:
+    def ask(adapter: str | None = None, project_id: str | None = None, **asked: Any) -> Any:
         plain = {"model": "m", "messages": ASK, "temperature": 0, "max_tokens": 8}
-        return client.chat.completions.create(**plain | asked, extra_body=shop.body(adapter))
+        return client.chat.completions.create(**plain | asked, extra_body=shop.body(adapter, project_id))
 
     return ask
 
@@ -120,6 +120,41 @@ def test_answers_share_every_pass(shop: Shop, engine: Engine) -> None:
 
     assert passes == [4] * 8, "the first of eight tokens is chosen by the prompts' pass"
     assert len(set(texts.values())) == 1
+
+
+def test_usage_counts_the_tokens_that_were_not_computed(ask: Any) -> None:
+    def cached(reply: Any) -> int:
+        return int(reply.usage.prompt_tokens_details.cached_tokens)
+
+    first = ask(project_id="p")
+    chat = [*ASK, {"role": "assistant", "content": text(first)}, *ASK]
+    second, plain = ask(project_id="p", messages=chat), ask(messages=chat)
+    *_, streamed = ask(project_id="p", messages=chat, stream=True, stream_options={"include_usage": True})
+
+    assert [cached(first), cached(plain), cached(ask(project_id="q"))] == [0, 0, 0]
+    assert first.usage.prompt_tokens <= cached(second) < second.usage.prompt_tokens
+    assert cached(streamed) == streamed.usage.prompt_tokens - 1
+    assert text(second) == text(plain)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_answers_to_one_prompt_run_beside_each_other(ask: Any, engine: Engine, stream: bool) -> None:
+    ask()
+    assert engine._ready is not None
+    assert engine._ready.base.batch is not None
+    passes: list[int] = []
+    engine._ready.base.model.register_forward_pre_hook(
+        lambda _, args, fields: passes.append(len(fields["input_ids"])), with_kwargs=True
+    )
+    made = ask(project_id="p", n=4, temperature=1, seed=5, max_tokens=200, stream=stream)
+    texts = dict.fromkeys(range(4), "")
+    for chunk in made if stream else [made]:
+        for choice in chunk.choices:
+            texts[choice.index] += (choice.delta if stream else choice.message).content or ""
+
+    assert max(passes) == 4
+    assert len(set(texts.values())) == 4
+    assert texts[2] == text(ask(temperature=1, seed=7, max_tokens=200))
 
 
 def test_adapters_beyond_the_memory_come_and_go_with_the_same_answers(shop: Shop) -> None:

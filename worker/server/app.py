@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -23,6 +23,8 @@ from worker.server.replies import Reply, calls_of
 from worker.server.schemas import ChatRequest, parse
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 async def _parsed(request: Request) -> ChatRequest:
@@ -79,16 +81,16 @@ async def _complete(request: Request, chat: ChatBody, turn: TurnDep) -> Response
     if await request.is_disconnected():  # gone while it waited
         return Response(status_code=499)
     reply = Reply(chat)
-    answer = await turn.begin(chat.nth(0))
+    answers = turn.answers(chat)
+    first = await anext(answers)
     if chat.stream:
         # The first piece before the status line: whatever is wrong with model or prompt can still be an HTTP error.
-        pieces = turn.pieces()
-        first = await anext(pieces)
-        return StreamingResponse(_events(reply, turn, answer, _chain(first, pieces)), media_type="text/event-stream")
-    for index in range(chat.n):
-        answer = answer if index == 0 else await turn.begin(chat.nth(index))
+        answer, pieces = first
+        begun = answer, _chain(await anext(pieces), pieces)
+        return StreamingResponse(_events(reply, _chain(begun, answers)), media_type="text/event-stream")
+    async for answer, pieces in _chain(first, answers):
         text = []
-        async for piece in turn.pieces():
+        async for piece in pieces:
             text.append(piece)
             if await request.is_disconnected():
                 return Response(status_code=499)
@@ -96,15 +98,14 @@ async def _complete(request: Request, chat: ChatBody, turn: TurnDep) -> Response
     return JSONResponse(reply.whole())
 
 
-async def _events(reply: Reply, turn: Turn, answer: Answer, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _events(reply: Reply, answers: AsyncIterator[tuple[Answer, AsyncIterator[str]]]) -> AsyncIterator[str]:
+    index = 0
     try:
-        for index in range(reply.chat.n):
-            if index:
-                answer = await turn.begin(reply.chat.nth(index))
-                pieces = turn.pieces()
+        async for answer, pieces in answers:
             async for event in _events_of_one(reply, index, answer, pieces):
                 yield event
             reply.add(answer, "")
+            index += 1
         if reply.chat.wants_usage:
             yield _event(reply.usage_chunk())
         yield "data: [DONE]\n\n"
@@ -125,10 +126,10 @@ async def _events_of_one(reply: Reply, index: int, answer: Answer, pieces: Async
     yield _event(reply.chunk(index, {}, reply.reason(answer), answer.chances[shown:]))
 
 
-async def _chain(first: str, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _chain(first: T, others: AsyncIterator[T]) -> AsyncIterator[T]:
     yield first
-    async for piece in pieces:
-        yield piece
+    async for one in others:
+        yield one
 
 
 def _event(body: dict[str, Any]) -> str:

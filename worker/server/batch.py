@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from worker.server.slots import Slots
+from worker.server.cache_memory import WORTH, CacheMemory, Owner, common
+from worker.server.slots import Parts, Slots
 from worker.trainer import rope
 
 PROMPT_TOKENS = 512
@@ -40,15 +41,25 @@ class Adapters(Protocol):
 class Row:
     """One answer's stream in a batch. `ids[:fed]` have been read by the model."""
 
-    def __init__(self, batch: "Batch", prompt_ids: list[int], adapter: Any = None, number: int = 0) -> None:
+    def __init__(self, batch: "Batch", prompt_ids: list[int], owner: Owner, number: int) -> None:
         """`number`: the more, the younger."""
         self.batch = batch
+        self.owner = owner
         self.number = number
-        self.adapter = adapter
         self.ids = list(prompt_ids)
         self.fed = 0
+        self.reused: int | None = None
         self.found: torch.Tensor | None = None
         self.failure: Exception | None = None
+
+    @property
+    def adapter(self) -> Any:
+        return self.owner.adapter
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt whose keys and values were there."""
+        return self.reused or 0
 
     @property
     def unread(self) -> int:
@@ -79,11 +90,11 @@ class Row:
 class Batch:
     """The rows of one base. Only `join` may be called by another thread than the one that steps."""
 
-    def __init__(self, model: Any, adapters: Adapters | None = None, cache_bytes: int = 4 * 2**30) -> None:
-        """`cache_bytes`: what the keys and values of all rows may take, if they are more than one."""
+    def __init__(self, model: Any, adapters: Adapters | None = None, memory: CacheMemory | None = None) -> None:
+        """`memory`: for keys and values. One row of each batch goes on even where there is none."""
         self._model = model
         self._adapters = adapters
-        self._cache_bytes = cache_bytes
+        self.memory = memory or CacheMemory(4 * 2**30)
         self._slots = Slots(model)
         self._rows: list[Row] = []  # in the order of their slots: those that run, then those whose prompts are read
         self._running = 0
@@ -91,10 +102,15 @@ class Batch:
         self._numbers = count()
         self._lock = Lock()
 
-    def join(self, prompt_ids: list[int], adapter: Any = None) -> Row:
-        """A stream that begins at the next step."""
+    @property
+    def longest(self) -> int:
+        """The most tokens of a row that the memory has room for."""
+        return self._slots.most(self.memory.limit) - _GRAIN
+
+    def join(self, prompt_ids: list[int], adapter: Any = None, project_id: str | None = None) -> Row:
+        """A stream that begins at the next step. Rows of one project and adapter share the keys of equal beginnings."""
         with self._lock:
-            row = Row(self, prompt_ids, adapter, next(self._numbers))
+            row = Row(self, prompt_ids, Owner(self, adapter, project_id), next(self._numbers))
             self._joining.append(row)
         return row
 
@@ -105,12 +121,23 @@ class Batch:
             if row in self._joining:
                 self._joining.remove(row)
         if row in self._rows:
-            if self._rows.index(row) < self._running:
-                self._running -= 1
-                self._move(row, self._running)
-            self._move(row, len(self._rows) - 1)
-            self._rows.pop()
-            self._slots.drop()
+            self._keep(row)
+            self._take_out(row)
+
+    def _keep(self, row: Row) -> None:
+        slot, length = self._rows.index(row), row.fed
+        nbytes = length * self._slots.bytes_a_position
+        self.memory.keep(row.owner, row.ids[:length], lambda: self._slots.save(slot, length), nbytes)
+
+    def _take_out(self, row: Row) -> None:
+        """Frees a row's slot."""
+        if self._rows.index(row) < self._running:
+            self._running -= 1
+            self._move(row, self._running)
+        self._move(row, len(self._rows) - 1)
+        self._rows.pop()
+        self._slots.drop()
+        self.memory.reserve(self, self._slots.nbytes, must=True)
 
     def fail(self, error: Exception) -> None:
         """Takes all rows out, whose readers get the error."""
@@ -118,6 +145,7 @@ class Batch:
             rows, self._rows, self._running = [*self._rows, *self._joining], [], 0
             self._joining.clear()
         self._slots.clear()
+        self.memory.reserve(self, 0, must=True)
         for row in rows:
             row.failure, row.found = error, None
 
@@ -136,15 +164,38 @@ class Batch:
 
     def _admit(self) -> None:
         """Gives slots to the rows that join, as long as there is memory for all."""
-        while True:
+        while (row := self._next_to_join()) is not None and self._fits(len(self._rows) + 1, self._longest(row)):
             with self._lock:
-                row = self._joining[0] if self._joining else None
-                if row is None or (self._rows and not self._fits(len(self._rows) + 1, self._longest(row))):
-                    return
-                self._joining.popleft()
-            row.fed = 0
+                self._joining.remove(row)
+            parts, row.fed = self._known(row)
             self._rows.append(row)
-            self._slots.take(self._longest())
+            slot = self._slots.take(self._longest())
+            if row.fed:
+                self._slots.load(slot, parts, row.fed)
+            if row.reused is None:
+                row.reused = row.fed
+
+    def _next_to_join(self) -> Row | None:
+        """The first that has not to wait for another row, which is reading what it could take over."""
+        with self._lock:
+            joining = list(self._joining)
+        return next((row for row in joining if not any(self._reads_for(one, row) for one in self._rows)), None)
+
+    def _reads_for(self, one: Row, other: Row) -> bool:
+        if one.unread <= 1 or not one.owner.is_same(other.owner):
+            return False
+        return common(one.ids, other.ids[:-1]) >= one.fed + WORTH
+
+    def _known(self, row: Row) -> tuple[Parts, int]:
+        """Keys and values of the row's first tokens, of a row that runs or has ended, and how many these are."""
+        wanted = row.ids[:-1]  # the last is read in any case, for its logits
+        kept, length = self.memory.find(row.owner, wanted)
+        for slot, one in enumerate(self._rows):
+            if one.owner.is_same(row.owner) and (shared := common(one.ids[: one.fed], wanted)) >= max(
+                WORTH, length + 1
+            ):
+                kept, length = self._slots.save(slot, shared), shared
+        return kept, length
 
     def _read_prompts(self, most: int) -> int:
         """Reads as many tokens of some prompts, at most `most` in all; returns how many."""
@@ -172,14 +223,14 @@ class Batch:
 
     def _make_room(self) -> None:
         """Sends the youngest rows back to be read anew later, while all need more than there may be."""
-        while len(self._rows) > 1 and not self._fits(len(self._rows), self._longest()):
+        while not self._fits(len(self._rows), self._longest()):
             row = max(self._rows, key=lambda row: row.number)
-            self.remove(row)
+            self._take_out(row)
             with self._lock:
                 self._joining.appendleft(row)
 
-    def _fits(self, rows: int, length: int) -> bool:
-        return self._slots.size(rows, length) <= self._cache_bytes
+    def _fits(self, rows: int, longest: int) -> bool:
+        return self.memory.reserve(self, self._slots.size(rows, longest), must=rows == 1)
 
     def _longest(self, *joining: Row) -> int:
         return max(len(row.ids) for row in (*self._rows, *joining)) + _GRAIN

@@ -7,6 +7,7 @@ model is on its way holds up none that runs. The event loop stays free for /heal
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -91,27 +92,39 @@ class Turn:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._until = time.monotonic() + desk.seconds
-        self._running: _Running | None = None
+        self._running: list[_Running] = []
 
-    async def begin(self, request: ChatRequest) -> Answer:
-        """Loads the model and renders the prompt; the answer is to be read from `pieces`. Raises AnswerTooSlow."""
+    async def answers(self, request: ChatRequest) -> AsyncIterator[tuple[Answer, AsyncIterator[str]]]:
+        """The `n` answers in their order, each with the pieces of its text, a piece a token, many of them empty.
+
+        They are computed beside each other, as many as leave others half of the streams. Raises AnswerTooSlow, what
+        keeps the model from loading, and from the pieces what broke an answer.
+        """
+        beside = max(1, self._desk.backend.streams // 2)
+        begun: deque[_Running] = deque()
+        for index in range(request.n):
+            while len(begun) < beside and index + len(begun) < request.n:
+                begun.append(await self._begin(request.nth(index + len(begun))))
+            running = begun.popleft()
+            yield running.answer, self._pieces(running)
+
+    async def _begin(self, request: ChatRequest) -> "_Running":
+        """Loads the model, renders the prompt and lets the answer run."""
         try:
             async with asyncio.timeout(self._until - time.monotonic()):
                 answer = await self._desk.answer(request)
         except TimeoutError:
             raise AnswerTooSlow(seconds=self._desk.seconds) from None
-        self._running = _Running(answer)
-        self._desk.loop.add(self._running)
-        return answer
+        running = _Running(answer)
+        self._running.append(running)
+        self._desk.loop.add(running)
+        return running
 
-    async def pieces(self) -> AsyncIterator[str]:
-        """The answer's text, a piece a token, many of them empty. Raises AnswerTooSlow and what broke the answer."""
-        assert self._running is not None, "begin comes first"
-        pieces = self._running.pieces
+    async def _pieces(self, running: "_Running") -> AsyncIterator[str]:
         while True:
             try:
                 async with asyncio.timeout(self._until - time.monotonic()):
-                    piece = await pieces.get()
+                    piece = await running.pieces.get()
             except TimeoutError:
                 raise AnswerTooSlow(seconds=self._desk.seconds) from None
             if piece is None:
@@ -121,9 +134,9 @@ class Turn:
             yield piece
 
     def end(self) -> None:
-        """Stops an answer that nobody reads any more. Not awaited: this may run in a task that is being cancelled."""
-        if self._running is not None:
-            self._desk.loop.remove(self._running)
+        """Stops answers that nobody reads any more. Not awaited: this may run in a task that is being cancelled."""
+        for running in self._running:
+            self._desk.loop.remove(running)
 
 
 class _Running:

@@ -48,6 +48,11 @@ class Generation(WrittenAnswer):
         self.on_close()
 
     @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were not computed."""
+        return self.stream.cached_tokens
+
+    @property
     def is_complete(self) -> bool:
         """Whether the grammar allows no further token."""
         return self.grammar is not None and self.grammar.is_complete

@@ -20,6 +20,7 @@ from tunery.failures import CannotQuantise
 from tunery.planning.precision import Precision
 from worker.server.bank import Bank
 from worker.server.batch import Batch, can_batch
+from worker.server.cache_memory import CacheMemory
 from worker.server.factors import Factors
 from worker.server.streams import Alone, Stream
 from worker.trainer import rope
@@ -72,19 +73,19 @@ class Source:
 class Base:
     """A base in memory."""
 
-    def __init__(self, source: Source, cache_bytes: int) -> None:
+    def __init__(self, source: Source, memory: CacheMemory) -> None:
         self.source = source
         self.model: Any = source.read().eval()
         rope.install(self.model)
         self.nbytes = _nbytes(self.model)
         self.unhooked = shared(self.model)
         self.bank = Bank(self.model)
-        self.batch = Batch(self.model, self.bank, cache_bytes) if can_batch(self.model) else None
+        self.batch = Batch(self.model, self.bank, memory) if can_batch(self.model) else None
 
-    def stream(self, prompt_ids: list[int]) -> Stream:
+    def stream(self, prompt_ids: list[int], project_id: str | None = None) -> Stream:
         """The logits after a prompt."""
         if self.batch is not None:
-            return self.batch.join(prompt_ids)
+            return self.batch.join(prompt_ids, None, project_id)
         return Alone(self.model, prompt_ids, rope.of(self.model))
 
     def lay_on(self, folder: Path) -> "StackedAdapter | AdapterAlone":
@@ -97,6 +98,8 @@ class Base:
             raise BrokenAdapter(reason=str(error).strip().partition("\n")[0]) from error
 
     def leave(self) -> None:
+        if self.batch is not None:
+            self.batch.memory.forget(self.batch)
         self.model = self.unhooked = self.bank = self.batch = None  # type: ignore[assignment]  # used by nobody now
         gc.collect()
         torch.cuda.empty_cache()
@@ -113,13 +116,15 @@ class StackedAdapter:
         self._factors = factors
         base.bank.add(factors)
 
-    def stream(self, prompt_ids: list[int]) -> Stream:
+    def stream(self, prompt_ids: list[int], project_id: str | None = None) -> Stream:
         """The logits after a prompt."""
         assert self._base.batch is not None
-        return self._base.batch.join(prompt_ids, self._factors)
+        return self._base.batch.join(prompt_ids, self._factors, project_id)
 
     def leave(self) -> None:
         self._base.bank.remove(self._factors)
+        if self._base.batch is not None:
+            self._base.batch.memory.forget(self._factors)
         self.on_leave()
 
 
@@ -133,7 +138,7 @@ class AdapterAlone:
         self.nbytes = sum(part.nbytes for part in _tensors(self.model) if id(part) not in own)
         self.on_leave: Callable[[], None] = lambda: None
 
-    def stream(self, prompt_ids: list[int]) -> Stream:
+    def stream(self, prompt_ids: list[int], project_id: str | None = None) -> Stream:  # noqa: ARG002  as the others'
         """The logits after a prompt."""
         return Alone(self.model, prompt_ids, rope.of(self.model))
 

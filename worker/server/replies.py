@@ -18,11 +18,14 @@ class Reply:
         self._created = int(time.time())
         self._choices: list[dict[str, Any]] = []
         self._prompt_tokens = 0
+        self._cached_tokens = 0
         self._completion_tokens = 0
 
     def add(self, answer: Answer, text: str) -> None:
         """Takes an answer that has ended."""
-        self._prompt_tokens = answer.prompt_tokens  # once: all answers are to one prompt
+        if not self._choices:  # once: all answers are to one prompt
+            self._prompt_tokens = answer.prompt_tokens
+            self._cached_tokens = getattr(answer, "cached_tokens", 0)  # a back end without such a cache has no count
         self._completion_tokens += answer.completion_tokens
         called = calls_of(answer)
         message = {"role": "assistant", "content": text if text or not called else None, "refusal": None}
@@ -73,7 +76,12 @@ class Reply:
 
     def _usage(self) -> dict[str, Any]:
         prompt, completion = self._prompt_tokens, self._completion_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
+        }
 
     def _logprobs(self, chances: Sequence[TokenChance]) -> dict[str, Any] | None:
         if not self.chat.logprobs:

@@ -112,7 +112,7 @@ class ChatRequest(_Sealed):
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     response_format: ResponseFormat = ResponseFormat(type="text")
-    n: int = Field(1, ge=1, le=128, description="Answers, one after the other; each has a seed of its own")
+    n: int = Field(1, ge=1, le=128, description="Answers; each has a seed of its own")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 

@@ -4,6 +4,7 @@ A row begins at the first position of its slot, whatever the others' lengths: it
 and what lies behind its last token is masked. transformers' own caches hold rows of one length.
 """
 
+import math
 from itertools import chain
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 _STEP = 256
 """Positions by which slots become longer."""
+_WASTE = 4
+"""How many times the memory that is needed may be held, so that it is not copied whenever a row leaves."""
 
 Parts = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of one row, by layer: heads x positions x width."""
@@ -48,10 +51,23 @@ class Slots:
         """Memory that is held now."""
         return sum(part.nbytes for part in chain(self.keys, self.values))
 
-    def size(self, count: int, length: int) -> int:
-        """The most memory of `count` rows of at most `length` positions."""
-        many, wide = _extent(count, length)
-        return many * wide * self.bytes_a_position
+    def size(self, count: int, longest: int) -> int:
+        """Memory that is held after `fit` for `count` rows of at most `longest` positions."""
+        return (
+            self.nbytes if self._suits(count, longest) else math.prod(_extent(count, longest)) * self.bytes_a_position
+        )
+
+    def most(self, nbytes: int) -> int:
+        """The most positions of one row in so much memory."""
+        return max(nbytes // self.bytes_a_position // _STEP, 1) * _STEP
+
+    def _suits(self, count: int, longest: int) -> bool:
+        """Whether what is held is enough, and not far more than that."""
+        if not self.keys:
+            return False
+        slots, positions = self.keys[0].shape[0], self.keys[0].shape[2]
+        is_enough = slots >= count and positions >= longest
+        return is_enough and slots * positions <= _WASTE * math.prod(_extent(count, longest))
 
     def take(self, longest: int) -> int:
         """Gives a row the next slot; `longest`: positions of the longest row."""
@@ -91,9 +107,8 @@ class Slots:
 
     def fit(self, longest: int) -> None:
         """Makes room for `count` rows of at most `longest` positions, and gives back what is far more than that."""
-        slots, positions = self.keys[0].shape[0], self.keys[0].shape[2]
-        many, wide = _extent(self.count, longest)
-        if slots < self.count or positions < longest or slots * positions > 4 * many * wide:
+        if not self._suits(self.count, longest):
+            many, wide = _extent(self.count, longest)
             for parts in (self.keys, self.values):
                 for layer, part in enumerate(parts):  # one by one, so that no second copy of all is held
                     parts[layer] = _resized(part, many, wide)

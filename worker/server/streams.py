@@ -10,6 +10,10 @@ from worker.trainer.rope import LengthRope
 class Stream(Protocol):
     """The logits after a prompt and the tokens that were pushed. `logits` and `push` alternate."""
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were not computed, since their keys and values were there."""
+
     def logits(self) -> torch.Tensor:
         """Logits of the next token (vocabulary, fp32, on the CPU)."""
 
@@ -22,6 +26,8 @@ class Stream(Protocol):
 
 class Alone:
     """A stream with forward passes of its own, for models and adapters that no batch can hold."""
+
+    cached_tokens = 0
 
     def __init__(self, model: Any, prompt_ids: list[int], rope: LengthRope) -> None:
         self._model = model

@@ -53,6 +53,7 @@ def _embedded(settings: Settings, storage: Storage, device: str) -> Backend:
         qlora_base=settings.server_qlora_base,
         streams=settings.server_streams,
         memory_bytes=settings.server_memory_bytes,
+        cache_bytes=settings.server_cache_bytes,
         pinned=frozenset(settings.server_pinned),
     )
 

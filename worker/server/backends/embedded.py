@@ -25,6 +25,7 @@ from tunery.storage import Storage
 from worker.server import folders, grammar, memory, prompting
 from worker.server.answer import Answer
 from worker.server.batch import Row
+from worker.server.cache_memory import CacheMemory
 from worker.server.folders import WEIGHTS
 from worker.server.generation import Generation, Sampling
 from worker.server.grammar import Grammar
@@ -56,11 +57,15 @@ class Ready:
     def context_length(self) -> int | None:
         """The most tokens of prompt and answer together; None: unknown."""
         length: int | None = getattr(self.base.model.config.get_text_config(), "max_position_embeddings", None)
-        return length
+        batch = self.base.batch
+        if batch is None:
+            return length
+        return batch.longest if length is None else min(length, batch.longest)
 
-    def stream(self, prompt_ids: list[int]) -> Stream:
+    def stream(self, prompt_ids: list[int], project_id: str | None = None) -> Stream:
         """The logits after a prompt."""
-        return (self.base if self.adapter is None else self.adapter).stream(prompt_ids)
+        found: Stream = (self.base if self.adapter is None else self.adapter).stream(prompt_ids, project_id)
+        return found
 
 
 class Engine:
@@ -75,6 +80,7 @@ class Engine:
         qlora_base: QloraBase = "as_scored",
         streams: int = 16,
         memory_bytes: int | None = None,
+        cache_bytes: int | None = None,
         pinned: frozenset[str] = frozenset(),
         now: datetime | None = None,
     ) -> None:
@@ -87,7 +93,7 @@ class Engine:
         self._qlora_base = qlora_base
         self._streams = streams
         self._residents = Residents(memory_bytes or memory.of(device) // 2, pinned)
-        self._cache_bytes = memory.of(device) // 8
+        self._cache = CacheMemory(cache_bytes or memory.of(device) // 8)
         self._renderings = Renderings(now)
         self._ready: Ready | None = None
         self._asked: str | None = None
@@ -159,7 +165,7 @@ class Engine:
     def _hold_base(self, key: str, files: Files, source: Source) -> Base:
         def load() -> Base:
             log.info("loading %s", files.id)
-            return Base(source, self._cache_bytes)
+            return Base(source, self._cache)
 
         return self._residents.hold(key, files.id, source.nbytes, load, waits=True)
 
@@ -193,7 +199,7 @@ def _begin(request: ChatRequest, ready: Ready) -> Generation:
     spelling = rendering.spelling if request.offered_tools else None
     room, kept_to = prompting.room(request, len(prompt), ready.context_length), _grammar(request, ready, spelling)
     return Generation(
-        stream=ready.stream(prompt),
+        stream=ready.stream(prompt, request.chosen.project_id),
         on_close=ready.release,
         tokenizer=template.tokenizer,
         prompt_ids=prompt,
