@@ -17,7 +17,7 @@ from fastapi.routing import APIRoute
 
 from api import edge
 from tunery.errors import TooLarge
-from tunery.keys import ring
+from tunery.keys import auth
 from tunery.rows import strict_json
 from tunery.settings import Settings
 
@@ -67,7 +67,7 @@ def _authenticate(request: Request) -> None:
     """Raises Unauthenticated. The route's own dependency asks again, in the transaction in which it matters."""
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     with request.app.state.sessions.begin() as session:
-        ring.authenticate(session, secret.strip() if scheme.lower() == "bearer" else None)
+        auth.authenticate(session, secret.strip() if scheme.lower() == "bearer" else None)
 
 
 def _limit(request: Request, limit: int) -> None:

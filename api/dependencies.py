@@ -7,9 +7,9 @@ from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.orm import Session, sessionmaker
 
-from tunery.keys import ring
+from tunery.keys import auth
+from tunery.keys.auth import Caller
 from tunery.keys.errors import Forbidden
-from tunery.keys.ring import Caller
 from tunery.settings import Settings
 from tunery.storage import Storage
 
@@ -55,12 +55,12 @@ def _secret(credentials: Credentials) -> str | None:
 
 
 def _caller(session: SessionDep, credentials: Credentials) -> Caller:
-    return ring.authenticate(session, _secret(credentials))
+    return auth.authenticate(session, _secret(credentials))
 
 
 def _caller_apart(sessions: SessionsDep, credentials: Credentials) -> Caller:
     with sessions.begin() as session:
-        return ring.authenticate(session, _secret(credentials))
+        return auth.authenticate(session, _secret(credentials))
 
 
 CallerDep = Annotated[Caller, Depends(_caller, scope="function")]

@@ -11,7 +11,7 @@ from api.dependencies import SessionsDep, SettingsDep, StorageDep, StreamCallerD
 from api.forms import Form
 from api.schemas import models as wire
 from api.schemas.wire import errors
-from tunery.keys.ring import Caller
+from tunery.keys.auth import Caller
 from tunery.models import imports, registry
 from tunery.settings import Settings
 

@@ -16,12 +16,12 @@ from tunery.baselines import ledger, table, verdict
 from tunery.baselines.model import Baseline
 from tunery.baselines.order import Order
 from tunery.baselines.table import Row
-from tunery.datasets import reports, shelf
+from tunery.datasets import files, reports
 from tunery.datasets.model import File, FileReport
 from tunery.datasets.report import page
 from tunery.errors import InvalidValue
 from tunery.jobs import leases, placing, quoting
-from tunery.keys.ring import Caller
+from tunery.keys.auth import Caller
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.planning import advice_page, advisor
@@ -102,7 +102,7 @@ def _advise(session: Session, caller: Caller, settings: Settings, storage: Stora
     """Raises NotFound, NoReport, WrongState, InvalidValue."""
     model = registry.find_ready(session, caller.project_id, body.model)
     check_technique(body.technique, model.facts)
-    file = shelf.find(session, caller.project_id, body.file, param="file")
+    file = files.find(session, caller.project_id, body.file, param="file")
     baseline = _baseline(session, caller.project_id, body.baseline, model)
     rows = [] if baseline is None else table.rows(session, baseline, settings)
     report = _report(session, caller.project_id, file, body.validation_file)
@@ -143,6 +143,6 @@ def _report(session: Session, project_id: str, file: File, against: str | None) 
     reports.check_reported(file)
     if against is None:
         return reports.request(session, file)
-    other = shelf.find(session, project_id, against, param="validation_file")
+    other = files.find(session, project_id, against, param="validation_file")
     reports.check_reported(other)
     return reports.request(session, file, against=other.sha256)

@@ -12,7 +12,7 @@ from api.schemas import baselines as wire
 from api.schemas.wire import CursorList, errors
 from tunery.baselines import external, ledger, table
 from tunery.baselines.model import Baseline
-from tunery.datasets import shelf
+from tunery.datasets import files
 from tunery.models import registry
 from tunery.settings import Settings
 
@@ -31,8 +31,8 @@ def create_baseline(
     `tunery baseline` waits for the table."""
     project = caller.project_id
     model = registry.find_ready(session, project, body.model)
-    eval_file = shelf.find(session, project, body.eval_file, param="eval_file")
-    examples = body.examples_file and shelf.find(session, project, body.examples_file, param="examples_file")
+    eval_file = files.find(session, project, body.eval_file, param="eval_file")
+    examples = body.examples_file and files.find(session, project, body.examples_file, param="examples_file")
     others = [registry.find_ready(session, project, name, param="compare") for name in body.compare]
     order = ledger.compared(body.order, others)
     key = _sealed_key(body, settings)

@@ -5,9 +5,9 @@ from fastapi import APIRouter
 from api.bodies import JsonRoute
 from api.dependencies import CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep
 from api.schemas import captures as wire
-from api.schemas import files
+from api.schemas.files import File
 from api.schemas.wire import errors
-from tunery.datasets import shelf
+from tunery.datasets import files
 from tunery.models import registry
 from tunery.storage import Storage, Stored
 from tunery.traffic import captures
@@ -55,7 +55,7 @@ def give_feedback(body: wire.GiveFeedback, session: SessionDep, caller: CallerDe
 @router.post("/models/{model}/capture/files", summary="Make a file of kept requests", responses=errors(404))
 def make_file(
     model: str, body: wire.MakeFile, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep
-) -> files.File:
+) -> File:
     """A file to train or test with: each request with its answer, a corrected one with its correction."""
     order = FileOrder(format=body.format, answers=body.answers)
     with sessions.begin() as session:
@@ -64,9 +64,9 @@ def make_file(
     try:
         with sessions.begin() as session:
             name = body.filename or f"captured-{order.format}.jsonl"
-            made = shelf.shelve(session, caller.project_id, stored, purpose=shelf.FINE_TUNE, filename=name)
+            made = files.create(session, caller.project_id, stored, purpose=files.FINE_TUNE, filename=name)
             captures.note_file(session, made, row, order, used)
-            return files.File.of(made)
+            return File.of(made)
     except Exception:
         storage.delete(stored.key)
         raise
@@ -74,7 +74,7 @@ def make_file(
 
 def _write(storage: Storage, lines: captures.Lines) -> tuple[Stored, list[str]]:
     used = []
-    with storage.writer(shelf.new_key()) as writer:
+    with storage.writer(files.new_key()) as writer:
         for id, line in lines:
             writer.write(line)
             used.append(id)
@@ -84,5 +84,5 @@ def _write(storage: Storage, lines: captures.Lines) -> tuple[Stored, list[str]]:
 @router.get("/files/{file_id}/capture", summary="Retrieve a captured file's lineage", responses=errors(404))
 def retrieve_file_capture(file_id: str, session: SessionDep, caller: CallerDep) -> wire.FileCapture:
     """Which model's requests it was made of. 404 for a file that came in another way."""
-    file = shelf.find(session, caller.project_id, file_id)
+    file = files.find(session, caller.project_id, file_id)
     return wire.FileCapture.of(captures.find_file(session, file))

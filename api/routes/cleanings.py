@@ -5,30 +5,30 @@ from fastapi import APIRouter
 from api.bodies import JsonRoute
 from api.dependencies import CallerDep, SessionDep
 from api.schemas import cleanings as wire
-from api.schemas import files
+from api.schemas.files import File
 from api.schemas.wire import errors
-from tunery.datasets import cleanings, shelf
+from tunery.datasets import cleanings, files
 from tunery.models import registry
 
 router = APIRouter(prefix="/v1/files/{file_id}", tags=["Files"], route_class=JsonRoute)
 
 
 @router.post("/clean", summary="Clean a file", responses=errors(404))
-def clean_file(file_id: str, body: wire.CleanFile, session: SessionDep, caller: CallerDep) -> files.File:
+def clean_file(file_id: str, body: wire.CleanFile, session: SessionDep, caller: CallerDep) -> File:
     """Makes a new file of the file's rows, by the findings of its report; the file itself stays as it is.
 
     The new file has the status `uploaded` until a worker has written it, then `processed`.
     """
-    source = shelf.find(session, caller.project_id, file_id)
+    source = files.find(session, caller.project_id, file_id)
     against = None
     if body.against is not None:
-        against = shelf.find(session, caller.project_id, body.against, param="against")
+        against = files.find(session, caller.project_id, body.against, param="against")
     base = None if body.base is None else registry.find_ready(session, caller.project_id, body.base)
     counted = None if base is None else (base.base_id or base.id)
-    return files.File.of(cleanings.request(session, source, body.order, against=against, base=counted))
+    return File.of(cleanings.request(session, source, body.order, against=against, base=counted))
 
 
 @router.get("/cleaning", summary="Retrieve a file's lineage", responses=errors(404))
 def retrieve_cleaning(file_id: str, session: SessionDep, caller: CallerDep) -> wire.FileCleaning:
     """Which file it was made of, by which actions, and which rows went or were changed. 404 for an uploaded file."""
-    return wire.FileCleaning.of(cleanings.find(session, shelf.find(session, caller.project_id, file_id)))
+    return wire.FileCleaning.of(cleanings.find(session, files.find(session, caller.project_id, file_id)))

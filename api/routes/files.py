@@ -13,10 +13,10 @@ from api.forms import Form
 from api.schemas import files as wire
 from api.schemas.wire import CursorList, errors
 from tunery.baselines.ledger import live_user_of
-from tunery.datasets import arrival, reports, shelf
+from tunery.datasets import arrival, files, reports
 from tunery.datasets.arrival import ArrivalCheck
 from tunery.datasets.model import File
-from tunery.keys.ring import Caller
+from tunery.keys.auth import Caller
 from tunery.paging import Order
 from tunery.rows.errors import InvalidRows
 from tunery.storage import Storage, Stored, Writer
@@ -67,14 +67,14 @@ class _Arriving:
         self._fault: InvalidRows | None = None
 
     def take(self, form: Form, data: bytes) -> None:
-        if self._fault is None and form.fields.get("purpose", shelf.FINE_TUNE) == shelf.FINE_TUNE:
+        if self._fault is None and form.fields.get("purpose", files.FINE_TUNE) == files.FINE_TUNE:
             self._check(self._checker.feed, data)
-        if self._fault is not None and form.fields.get("purpose") == shelf.FINE_TUNE:
+        if self._fault is not None and form.fields.get("purpose") == files.FINE_TUNE:
             raise self._fault
         self._writer.write(data)
 
     def close(self, purpose: str) -> None:
-        if purpose == shelf.FINE_TUNE:
+        if purpose == files.FINE_TUNE:
             if self._fault is None:
                 self._check(self._checker.close)
             if self._fault is not None:
@@ -92,7 +92,7 @@ async def create_file(
     request: Request, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep, settings: SettingsDep
 ) -> wire.File:
     """Training data is rows in any format that is read: a file that is broken is refused at once, and not kept."""
-    async with contextmanager_in_threadpool(storage.writer(shelf.new_key())) as writer:
+    async with contextmanager_in_threadpool(storage.writer(files.new_key())) as writer:
         arriving = _Arriving(writer)
         form = await forms.receive(
             request,
@@ -118,7 +118,7 @@ def _record(
     """The row, in a transaction that begins when all bytes are stored; without a row the bytes go again."""
     try:
         with sessions.begin() as session:
-            row = shelf.shelve(
+            row = files.create(
                 session,
                 caller.project_id,
                 stored,
@@ -147,21 +147,21 @@ def list_files(
     order: Annotated[Order, Query(description="By creation time")] = "desc",
     after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
 ) -> CursorList[wire.File]:
-    rows, more = shelf.list_page(session, caller.project_id, purpose=purpose, after=after, limit=limit, order=order)
+    rows, more = files.list_page(session, caller.project_id, purpose=purpose, after=after, limit=limit, order=order)
     return CursorList.of(_shown(session, rows), has_more=more)
 
 
 @router.get("/{file_id}", summary="Retrieve a file", responses=errors(404))
 def retrieve_file(file_id: str, session: SessionDep, caller: CallerDep) -> wire.File:
-    return _shown(session, [shelf.find(session, caller.project_id, file_id)])[0]
+    return _shown(session, [files.find(session, caller.project_id, file_id)])[0]
 
 
 @router.delete("/{file_id}", summary="Delete a file", responses=errors(404))
 def delete_file(file_id: str, session: SessionDep, caller: CallerDep) -> wire.FileDeleted:
     """Refused (400) while a job that has not ended needs the file."""
-    row = shelf.find(session, caller.project_id, file_id)
+    row = files.find(session, caller.project_id, file_id)
     session.refresh(row, with_for_update=True)  # against a job that is being created on it at this moment
-    shelf.delete(session, row, in_use_by=live_user_of(session, file_id))
+    files.delete(session, row, in_use_by=live_user_of(session, file_id))
     return wire.FileDeleted(id=file_id)
 
 
@@ -184,9 +184,9 @@ def download_file(
     accept: Annotated[str, Header(include_in_schema=False)] = "",
 ) -> Response:
     """A result file (fine-tune-results) comes in base64 to `Accept: application/binary`, as OpenAI serves it."""
-    row = shelf.find(session, caller.project_id, file_id)
+    row = files.find(session, caller.project_id, file_id)
     arrival.check_written(row)
-    if row.purpose == shelf.RESULTS:
+    if row.purpose == files.RESULTS:
         coded = accept == "application/binary" if settings.result_files == "auto" else settings.result_files == "base64"
         return downloads.result_file(storage, row.key, coded=coded)
     return downloads.answer(storage, row.key, filename=row.filename, bytes=row.bytes, sha256=row.sha256)

@@ -16,9 +16,9 @@ from api.schemas.wire import WholeList, errors
 from tunery.artifacts import engines
 from tunery.artifacts import model as artifacts
 from tunery.artifacts.engines import ADAPTER
-from tunery.datasets import shelf
+from tunery.datasets import files
+from tunery.keys.auth import Caller
 from tunery.keys.errors import Forbidden
-from tunery.keys.ring import Caller
 from tunery.models import exports, registry, scores
 from tunery.models.model import Model
 from tunery.settings import Settings
@@ -119,8 +119,8 @@ def export_model(body: wire.AskExport, model: str, session: SessionDep, caller: 
     model's artifacts."""
     row = registry.find_ready(session, caller.project_id, model)
     if body.rows_file is not None:
-        shelf.check_trainable(
-            shelf.find(session, caller.project_id, body.rows_file, param="rows_file"), param="rows_file"
+        files.check_trainable(
+            files.find(session, caller.project_id, body.rows_file, param="rows_file"), param="rows_file"
         )
     exports.ask(session, row, body.export, body.rows_file)
     return wire.ModelExport.of(row)
@@ -140,7 +140,7 @@ def score_model(body: wire.AskScorecard, model: str, session: SessionDep, caller
     row = registry.find_ready(session, caller.project_id, model)
     if (name := body.evaluation.test_file) is not None:
         param = "evaluation.test_file"
-        shelf.check_trainable(shelf.find(session, caller.project_id, name, param=param), param=param)
+        files.check_trainable(files.find(session, caller.project_id, name, param=param), param=param)
     scores.ask(session, row, body.evaluation)
     return wire.ModelScorecard.of(row)
 

@@ -10,7 +10,7 @@ from api.dependencies import SessionsDep, StorageDep, StreamCallerDep
 from api.schemas.files import FilePreview
 from api.schemas.wire import errors
 from tunery.artifacts import templates
-from tunery.datasets import arrival, shelf
+from tunery.datasets import arrival, files
 from tunery.errors import InvalidValue
 from tunery.failures import InvalidTrainingFile
 from tunery.models import registry
@@ -46,7 +46,7 @@ def preview_file(
     """Every token of the first rows, as the trainer will have it: trained, masked or cut; and whether the right ones
     are learned."""
     with sessions.begin() as session:
-        file = shelf.find(session, caller.project_id, file_id)
+        file = files.find(session, caller.project_id, file_id)
         arrival.check_written(file)
         base = _base(session, caller.project_id, model)
     # A protocol does not say that its classes can be hashed.

@@ -10,7 +10,7 @@ from fastapi.responses import HTMLResponse, Response
 from api.dependencies import CallerDep, SessionDep, StorageDep
 from api.schemas import reports as wire
 from api.schemas.wire import errors
-from tunery.datasets import reports, shelf
+from tunery.datasets import files, reports
 from tunery.datasets.model import File, FileReport
 from tunery.datasets.report import page
 from tunery.models import registry
@@ -37,10 +37,10 @@ def find_report(
     against: Annotated[str | None, Query(description="A file that should hold other rows")] = None,
 ) -> Asked:
     """Finds the report, or has it made."""
-    file = shelf.find(session, caller.project_id, file_id)
+    file = files.find(session, caller.project_id, file_id)
     reports.check_reported(file)
     model = None if base is None else registry.find_ready(session, caller.project_id, base)
-    other = None if against is None else shelf.find(session, caller.project_id, against, param="against")
+    other = None if against is None else files.find(session, caller.project_id, against, param="against")
     if other is not None:
         reports.check_reported(other)
     counted = "" if model is None else (model.base_id or model.id)

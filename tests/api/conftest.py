@@ -16,7 +16,7 @@ from teams import ALIAS, BASE, SOURCE, Team
 
 from api.main import create_app
 from tunery.jobs.states import State
-from tunery.keys import ring
+from tunery.keys import auth, projects
 from tunery.keys.model import Project
 from tunery.models import registry
 
@@ -47,8 +47,8 @@ def anonymous(app: FastAPI) -> TestClient:
 def make_team(app: FastAPI, database: Database) -> Callable[..., Team]:
     def make(name: str, *, admin: bool = False, app: FastAPI = app, **caps: int) -> Team:
         with database.sessions.begin() as session:
-            project = ring.create_project(session, name, **caps)
-            _, secret = ring.create_key(session, project, "test", admin=admin)
+            project = projects.create_project(session, name, **caps)
+            _, secret = auth.create_key(session, project, "test", admin=admin)
         return Team(project.id, name, secret, TestClient(app, headers={"authorization": f"Bearer {secret}"}))
 
     return make

@@ -281,10 +281,10 @@ def test_admin_routes_refuse_plain_keys(app: FastAPI, team: Team, names: dict[st
 
 
 def test_a_revoked_key_stops_at_once(team: Team, database: Database) -> None:
-    from tunery.keys import ring
+    from tunery.keys import auth
 
     assert team.http.get("/v1/models").status_code == 200
     with database.sessions.begin() as session:
-        [key] = ring.list_keys(session, session.get_one(Project, team.id))
-        ring.revoke_key(session, key.id)
+        [key] = auth.list_keys(session, session.get_one(Project, team.id))
+        auth.revoke_key(session, key.id)
     assert team.http.get("/v1/models").status_code == 401

@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 from teams import Team
 
 from tunery.jobs.states import State
-from tunery.keys import ring
+from tunery.keys import auth
 
 
 def _ended(session: Session, of_quoted: float | None, *, in_range: bool | None, speed_from: str = "same") -> None:
@@ -23,7 +23,7 @@ def test_the_distribution_of_quotes_errors_is_a_histogram(team: Team, database: 
         _ended(session, 9.5, in_range=False, speed_from="estimated")
         _ended(session, None, in_range=None)
         rows.job(session, state=State.SUCCEEDED)  # of an older release
-        _, secret = ring.create_key(session, rows.project(session), "operator", admin=True)
+        _, secret = auth.create_key(session, rows.project(session), "operator", admin=True)
     assert team.http.get("/metrics").status_code == 403
     client: TestClient = team.http
     answer = client.get("/metrics", headers={"authorization": f"Bearer {secret}"})

@@ -10,7 +10,7 @@ from databases import Database
 
 from api.main import create_app
 from tunery.cli import main, output
-from tunery.keys import ring
+from tunery.keys import auth, projects
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def tunery(
 @pytest.fixture
 def key(database: Database) -> str:
     with database.sessions.begin() as session:
-        return ring.create_key(session, ring.create_project(session, "default"), "test", admin=True)[1]
+        return auth.create_key(session, projects.create_project(session, "default"), "test", admin=True)[1]
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tunery.cli import stack as stack_commands
 from tunery.jobs import leases, ledger
 from tunery.jobs.model import Checkpoint, HostDevice, Job, Metric
 from tunery.jobs.states import State
-from tunery.keys import ring
+from tunery.keys import auth, projects
 from tunery.local import demo
 from tunery.local.stack import Stack
 from tunery.models.model import Model
@@ -53,7 +53,7 @@ def base(database: Database) -> str:
 
 def _job(database: Database, state: State) -> str:
     with database.sessions.begin() as session:
-        return rows.job(session, ring.find_project(session, "default"), state).id
+        return rows.job(session, projects.find_project(session, "default"), state).id
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def test_watch_reads_every_event_once_over_many_pages(tunery: Run, api: str, dat
         for step in range(1, 251):
             data = {"step": step, "train_loss": 1 / step, "total_steps": 250}
             ledger.note(session, job, f"Step {step}/250", type="metrics", data=data)
-        row = ledger.find(session, ring.find_project(session, "default").id, job)
+        row = ledger.find(session, projects.find_project(session, "default").id, job)
         ledger.move(session, row, State.CANCELLED, message="ended")
     assert "step 250/250" in tunery("jobs", "watch", job)[1]
 
@@ -376,7 +376,7 @@ def test_show_says_how_far_a_job_is(tunery: Run, api: str, database: Database) -
 
 def test_show_says_what_a_job_waits_for(tunery: Run, api: str, database: Database) -> None:
     with database.sessions.begin() as session:
-        row = rows.job(session, ring.find_project(session, "default"), State.QUEUED)
+        row = rows.job(session, projects.find_project(session, "default"), State.QUEUED)
         row.plan, row.gpus = rows.plan(resources=Resources(gpus=2)).model_dump(mode="json"), 2
         job = row.id
     assert "waits for" in tunery("jobs", "show", job)[1]
@@ -516,17 +516,17 @@ def test_a_project_its_keys_and_their_end(tunery: Run, database: Database) -> No
     first = tunery("projects", "create", "web", "--max-running", 2)[1].splitlines()[-1]
     second = tunery("keys", "create", "ci", "-p", "web")[1].strip()
     with database.sessions() as session:
-        assert {ring.authenticate(session, secret).project_name for secret in (first, second)} == {"web"}
+        assert {auth.authenticate(session, secret).project_name for secret in (first, second)} == {"web"}
     listed = tunery("keys", "list", "-p", "web")[1]
     assert second not in listed
     assert second[:10] in listed
     id = next(line.split()[0] for line in listed.splitlines() if " ci " in line)
     assert tunery("keys", "revoke", id) == (0, f"✓ {id} revoked\n", "")
     with database.sessions() as session, pytest.raises(Exception, match="revoked"):
-        ring.authenticate(session, second)
+        auth.authenticate(session, second)
     assert tunery("projects", "revoke", "web")[0] == 0
     with database.sessions() as session, pytest.raises(Exception, match="revoked"):
-        ring.authenticate(session, first)
+        auth.authenticate(session, first)
 
 
 def test_a_projects_rates_are_set_and_taken_back(tunery: Run, database: Database) -> None:
@@ -535,10 +535,10 @@ def test_a_projects_rates_are_set_and_taken_back(tunery: Run, database: Database
     assert (status, out) == (0, "✓ project web: 60 requests and the settings' tokens a minute\n")
     assert " 60 " in tunery("projects", "list")[1]
     with database.sessions() as session:
-        assert ring.find_project(session, "web").requests_per_minute == 60
+        assert projects.find_project(session, "web").requests_per_minute == 60
     assert tunery("projects", "limit", "web")[0] == 0
     with database.sessions() as session:
-        assert ring.find_project(session, "web").requests_per_minute is None
+        assert projects.find_project(session, "web").requests_per_minute is None
     assert tunery("projects", "limit", "web", "--tokens-per-minute", -1)[0] != 0
 
 

@@ -20,7 +20,7 @@ from teams import BASE
 from tunery.cli import stack as stack_commands
 from tunery.jobs.model import Job
 from tunery.jobs.states import State
-from tunery.keys import ring
+from tunery.keys import projects
 from tunery.local.bases import SMOLLM2
 from tunery.local.stack import Stack
 from tunery.models import exports, imports
@@ -30,7 +30,7 @@ from tunery.storage import open_storage
 
 def _finished(database: Database, **values: object) -> str:
     with database.sessions.begin() as session:
-        return rows.job(session, ring.find_project(session, "default"), State.SUCCEEDED, **values).id
+        return rows.job(session, projects.find_project(session, "default"), State.SUCCEEDED, **values).id
 
 
 def _model(database: Database, job: str) -> str:

@@ -6,7 +6,7 @@ from databases import Database
 
 from tunery.jobs.model import Job
 from tunery.jobs.states import State
-from tunery.keys import ring
+from tunery.keys import projects
 from tunery.local.terminal import duration
 from tunery.planning import quote
 from tunery.planning.shape import Shape
@@ -17,7 +17,7 @@ from tunery.spec import Lora
 
 def test_show_says_what_a_job_was_quoted_and_took(tunery: Run, api: str, database: Database) -> None:
     with database.sessions.begin() as session:
-        job = rows.job(session, ring.find_project(session, "default"), State.SUCCEEDED).id
+        job = rows.job(session, projects.find_project(session, "default"), State.SUCCEEDED).id
     assert "quoted" not in tunery("jobs", "show", job)[1]
     work = Workload(Lora(), Shape.of(rows.FACTS), steps=100, tokens=10**8)
     prices = Settings(gpu_hour_prices={"H200": 3.6})

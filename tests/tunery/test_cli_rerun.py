@@ -12,14 +12,14 @@ from tunery.cli import reruns
 from tunery.jobs import ledger
 from tunery.jobs.model import Job, Metric
 from tunery.jobs.states import State
-from tunery.keys import ring
+from tunery.keys import projects
 from tunery.spec import Qlora
 
 
 @pytest.fixture
 def original(database: Database, api: str) -> str:
     with database.sessions.begin() as session:
-        job = rows.job(session, ring.find_project(session, "default"), State.QUEUED)
+        job = rows.job(session, projects.find_project(session, "default"), State.QUEUED)
         job.plan = rows.plan(technique=Qlora(r=8)).model_dump(mode="json")
         return job.id
 

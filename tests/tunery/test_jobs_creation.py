@@ -16,9 +16,9 @@ from tunery.jobs import creation
 from tunery.jobs.model import Job, JobEvent
 from tunery.jobs.request import JobRequest
 from tunery.jobs.states import State
-from tunery.keys import ring
+from tunery.keys import auth
+from tunery.keys.auth import Caller
 from tunery.keys.model import Project
-from tunery.keys.ring import Caller
 from tunery.models.errors import ModelNotFound
 from tunery.planning import advice
 from tunery.spec import Evaluation, Float, Hyperparameters, Lora, MethodOptions, Plan, TrainingSpec
@@ -26,8 +26,8 @@ from tunery.spec import Evaluation, Float, Hyperparameters, Lora, MethodOptions,
 
 @pytest.fixture
 def caller(session: Session) -> Caller:
-    _, secret = ring.create_key(session, rows.project(session), "test")
-    return ring.authenticate(session, secret)
+    _, secret = auth.create_key(session, rows.project(session), "test")
+    return auth.authenticate(session, secret)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import rows
 from sqlalchemy import func
 from sqlalchemy.orm import Session
 
-from tunery.datasets import shelf
+from tunery.datasets import files
 from tunery.errors import NotFound
 from tunery.jobs import ledger, queries
 from tunery.keys.model import Project
@@ -36,11 +36,11 @@ def _labelled_job(session: Session, owner: Project) -> str:
 
 
 def _delete_file(session: Session, owner: Project, id: str) -> None:
-    shelf.delete(session, shelf.find(session, owner.id, id), in_use_by=None)
+    files.delete(session, files.find(session, owner.id, id), in_use_by=None)
 
 
 def _expire_file(session: Session, owner: Project, id: str) -> None:
-    shelf.find(session, owner.id, id).expires_at = func.clock_timestamp() - timedelta(seconds=1)
+    files.find(session, owner.id, id).expires_at = func.clock_timestamp() - timedelta(seconds=1)
     session.flush()
 
 
@@ -54,7 +54,7 @@ def _take_label(session: Session, owner: Project, id: str) -> None:
 
 
 def _list_files(session: Session, owner: Project, after: str | None) -> tuple[list[Row], bool]:
-    return shelf.list_page(session, owner.id, after=after, limit=2)
+    return files.list_page(session, owner.id, after=after, limit=2)
 
 
 def _list_endpoints(session: Session, owner: Project, after: str | None) -> tuple[list[Row], bool]:

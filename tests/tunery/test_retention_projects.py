@@ -19,10 +19,10 @@ from tunery.errors import InvalidValue, NotFound
 from tunery.jobs import leases
 from tunery.jobs.model import Checkpoint, Job, Metric
 from tunery.jobs.states import State
-from tunery.keys import ring
+from tunery.keys import auth, projects
 from tunery.keys.model import Project
 from tunery.models.model import Model
-from tunery.retention import projects
+from tunery.retention import projects as erasure
 from tunery.retention.errors import ProjectBusy, WrongStorage
 from tunery.storage import Storage, open_storage
 from tunery.traffic import captures, usage
@@ -40,7 +40,7 @@ def _furnish(database: Database, storage: Storage, name: str, base_id: str) -> s
     """A project with a row in every table that can have one of it, and the objects that these name. Its id."""
     with database.sessions.begin() as session:
         owner = rows.project(session, name)
-        ring.create_key(session, owner, "key")
+        auth.create_key(session, owner, "key")
         endpoint = rows.endpoint(session, owner)
         job = rows.job(session, owner, State.SUCCEEDED, base_model=base_id)
         rows.job(session, owner, State.QUEUED, base_model=base_id)
@@ -101,9 +101,9 @@ def _counts(database: Database) -> dict[str, int]:
 
 
 def test_every_table_is_either_erased_or_shared() -> None:
-    erased = {table.__tablename__ for table in projects._owned("project")}
-    assert erased | (projects.SHARED & set(Base.metadata.tables)) == set(Base.metadata.tables)
-    assert not erased & projects.SHARED
+    erased = {table.__tablename__ for table in erasure._owned("project")}
+    assert erased | (erasure.SHARED & set(Base.metadata.tables)) == set(Base.metadata.tables)
+    assert not erased & erasure.SHARED
 
 
 def test_erasing_takes_all_of_one_project_and_nothing_of_another(database: Database, storage: Storage) -> None:
@@ -114,18 +114,18 @@ def test_erasing_takes_all_of_one_project_and_nothing_of_another(database: Datab
     rows_before, objects_before = _counts(database), sorted(storage.list(""))
     project_id = _furnish(database, storage, "doomed", base)
     with database.sessions.begin() as session:
-        counts = projects.contents(session, project_id)
+        counts = erasure.contents(session, project_id)
         # In every table of its own but for attempts, it has a row: a forgotten one would be seen below.
-        assert {table.__tablename__ for table in projects._owned("")} - set(counts) == {"attempts"}
-        projects.check_storage(session, storage, project_id)
-        projects.close(session, projects.find(session, "doomed"))
+        assert {table.__tablename__ for table in erasure._owned("")} - set(counts) == {"attempts"}
+        erasure.check_storage(session, storage, project_id)
+        erasure.close(session, erasure.find(session, "doomed"))
 
-    assert projects.erase(storage, project_id) == 6
+    assert erasure.erase(storage, project_id) == 6
 
     assert _counts(database) == rows_before
     assert sorted(storage.list("")) == objects_before
     with database.sessions.begin() as session, pytest.raises(NotFound):
-        projects.find(session, project_id)
+        erasure.find(session, project_id)
 
 
 def test_a_project_is_not_erased_while_a_worker_is_at_its_job(database: Database, storage: Storage) -> None:
@@ -133,15 +133,15 @@ def test_a_project_is_not_erased_while_a_worker_is_at_its_job(database: Database
         job = rows.job(session, state=State.QUEUED)
         lease = rows.claim(session)
         assert lease
-        projects.close(session, session.get_one(Project, job.project_id))
+        erasure.close(session, session.get_one(Project, job.project_id))
         assert session.get_one(Job, job.id).state == State.CANCELLED
     storage.put(f"jobs/{job.id}/1/model/a", b"x")
     with pytest.raises(ProjectBusy):
-        projects.erase(storage, job.project_id)
+        erasure.erase(storage, job.project_id)
     assert list(storage.list("jobs/"))
     with database.sessions.begin() as session:
         leases.end_attempt(session, lease, "dropped")
-    assert projects.erase(storage, job.project_id) == 1
+    assert erasure.erase(storage, job.project_id) == 1
 
 
 def test_another_storage_than_the_projects_is_refused(database: Database, storage: Storage) -> None:
@@ -149,16 +149,16 @@ def test_another_storage_than_the_projects_is_refused(database: Database, storag
         owner = rows.project(session)
         rows.file(session, owner)
         with pytest.raises(WrongStorage, match="None of the project's 1 files"):
-            projects.check_storage(session, storage, owner.id)
+            erasure.check_storage(session, storage, owner.id)
 
 
 def test_a_name_means_the_live_project_and_then_the_only_revoked_one(database: Database) -> None:
     with database.sessions.begin() as session:
         first = rows.project(session, "team")
-        ring.revoke_project(session, first)
-        assert projects.find(session, "team").id == first.id
+        projects.revoke_project(session, first)
+        assert erasure.find(session, "team").id == first.id
         second = rows.project(session, "team")
-        assert projects.find(session, "team").id == second.id
-        ring.revoke_project(session, second)
+        assert erasure.find(session, "team").id == second.id
+        projects.revoke_project(session, second)
         with pytest.raises(InvalidValue, match="Name one by its id"):
-            projects.find(session, "team")
+            erasure.find(session, "team")

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from workshop import FACTS, QUICK, Workshop
 
 from api.main import create_app
-from tunery.keys import ring
+from tunery.keys import auth
 from tunery.keys.model import Project
 from tunery.settings import Settings
 from tunery.storage import open_storage
@@ -43,5 +43,5 @@ def workshop(
 def client(workshop: Workshop) -> TestClient:
     """The API on the workshop's database, with a key of its project."""
     with workshop.session() as session:
-        _, secret = ring.create_key(session, session.get_one(Project, workshop.project_id), "test")
+        _, secret = auth.create_key(session, session.get_one(Project, workshop.project_id), "test")
     return TestClient(create_app(workshop.database.settings), headers={"authorization": f"Bearer {secret}"})

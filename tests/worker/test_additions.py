@@ -17,7 +17,7 @@ from workshop import ROOT, Workshop, training_rows
 from api.main import create_app
 from tunery import spec
 from tunery.jobs.model import Metric
-from tunery.keys import ring
+from tunery.keys import auth
 from tunery.keys.model import Project
 from tunery.rows import encoding, readers
 
@@ -27,7 +27,7 @@ OPTION = '    rate_factor: Float = Field(1.0, ge=0, description="A toy: multipli
 
 def key_of(workshop: Workshop) -> str:
     with workshop.session() as session:
-        return ring.create_key(session, session.get_one(Project, workshop.project_id), "test")[1]
+        return auth.create_key(session, session.get_one(Project, workshop.project_id), "test")[1]
 
 
 def metrics(workshop: Workshop, job_id: str, name: str) -> list[float]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from workshop import Workshop, training_rows
 
 from tunery.jobs.model import Job
-from tunery.keys import ring
+from tunery.keys import auth
 from tunery.keys.model import Project
 from tunery.models import registry
 from worker.io import conversion, validation
@@ -118,7 +118,7 @@ def test_base_that_cannot_be_trained_never_becomes_ready(
     workshop: Workshop, client: TestClient, tiny_base: Path, tmp_path: Path, spoil: Callable[[Path], None], words: str
 ) -> None:
     with workshop.session() as session:
-        _, secret = ring.create_key(session, session.get_one(Project, workshop.project_id), "admin", admin=True)
+        _, secret = auth.create_key(session, session.get_one(Project, workshop.project_id), "admin", admin=True)
     source = tmp_path / "source"
     shutil.copytree(tiny_base, source)
     spoil(source)

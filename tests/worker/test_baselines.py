@@ -21,7 +21,7 @@ from api.main import create_app
 from api.schemas.baselines import Baseline
 from tunery.artifacts import manifest
 from tunery.baselines.model import Baseline as Stored
-from tunery.keys import ring
+from tunery.keys import auth
 from tunery.keys.model import Project
 from tunery.models import imports
 from tunery.models.model import Model
@@ -93,7 +93,7 @@ def test_an_external_endpoint_stands_in_the_same_table(
 ) -> None:
     """Here our own service: the same model, so the same answers."""
     with workshop.session() as session:
-        _, secret = ring.create_key(session, session.get_one(Project, workshop.project_id), "test")
+        _, secret = auth.create_key(session, session.get_one(Project, workshop.project_id), "test")
     headers = {"authorization": f"Bearer {secret}"}
     on = TestClient(create_app(workshop.database.settings.model_copy(update=ALLOWED)), headers=headers)
     price = {"prompt": 2.0, "answer": 8.0}

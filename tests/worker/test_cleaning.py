@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import select
 from workshop import Workshop, training_rows
 
-from tunery.datasets import cleanings, progress, shelf
+from tunery.datasets import cleanings, files, progress
 from tunery.datasets import reports as file_reports
 from tunery.datasets.cleaning.order import Action, Cleaning, HeldOut
 from tunery.datasets.model import File, FileCleaning, FileReport
@@ -44,7 +44,7 @@ def test_a_new_file_has_its_lineage_and_the_source_stays(workshop: Workshop) -> 
     source, test = workshop.file(rows), workshop.file(training_rows(3, first=10))
     made = _ask(workshop, source, Cleaning(recommended=True, held_out=HeldOut(share=0.2)), test)
     with workshop.session() as session:
-        assert shelf.next_unprocessed(session) is None
+        assert files.next_unprocessed(session) is None
     assert _row(workshop, File, made).status == "uploaded"
 
     assert _work(workshop)
@@ -69,8 +69,8 @@ def test_a_new_file_has_its_lineage_and_the_source_stays(workshop: Workshop) -> 
     assert len(apart) == lineage.outcome["counts"]["held_out"] > 0
 
     with workshop.session() as session:
-        shelf.delete(session, session.get_one(File, made), in_use_by=None)
-        assert shelf.purge(session, workshop.storage, lambda *_: None) == 1
+        files.delete(session, session.get_one(File, made), in_use_by=None)
+        assert files.purge(session, workshop.storage, lambda *_: None) == 1
     assert _row(workshop, FileCleaning, made).outcome["dropped"] == []
 
 
@@ -220,8 +220,8 @@ def test_a_new_file_that_is_deleted_meanwhile_leaves_no_bytes(
     def lay_out_and_delete(*arguments: Any) -> None:
         lay_out(*arguments)
         with workshop.session() as session:
-            shelf.delete(session, session.get_one(File, made), in_use_by=None)
-            assert shelf.purge(session, workshop.storage, lambda *_: None) == 1
+            files.delete(session, session.get_one(File, made), in_use_by=None)
+            assert files.purge(session, workshop.storage, lambda *_: None) == 1
 
     monkeypatch.setattr(cleaning, "_lay_out", lay_out_and_delete)
     assert _work(workshop)

@@ -15,7 +15,7 @@ from tunery.artifacts import manifest
 from tunery.jobs import creation
 from tunery.jobs.model import Metric
 from tunery.jobs.request import JobRequest
-from tunery.keys import ring
+from tunery.keys import auth
 from tunery.keys.model import Project
 from tunery.models.model import Model
 from worker.server.backends.embedded import Engine
@@ -51,10 +51,10 @@ def test_a_job_goes_on_from_what_another_made(workshop: Workshop, technique: dic
 def _create(workshop: Workshop, training: str, model: str, **asked: Any) -> str:
     """A job as the API creates it."""
     with workshop.session() as session:
-        _, secret = ring.create_key(session, session.get_one(Project, workshop.project_id), "test")
+        _, secret = auth.create_key(session, session.get_one(Project, workshop.project_id), "test")
         same = {"hyperparameters": {"n_epochs": 2, "batch_size": 12}, "max_seq_length": 128, "seed": 1}
         request = JobRequest.model_validate({"training_file": training, "model": model, **same, **asked})
-        return str(creation.create(session, ring.authenticate(session, secret), request).id)
+        return str(creation.create(session, auth.authenticate(session, secret), request).id)
 
 
 def _folder(workshop: Workshop, model_id: str, folder: Path) -> Path:

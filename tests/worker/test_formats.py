@@ -16,7 +16,7 @@ from workshop import FACTS, Workshop, training_rows
 
 from api.main import create_app
 from tunery.cli import file_check
-from tunery.keys import ring
+from tunery.keys import auth
 from tunery.keys.model import Project
 from tunery.models.model import Model
 from worker.io import validation
@@ -87,7 +87,7 @@ def test_a_file_has_one_verdict_from_the_check_to_the_job(workshop: Workshop, tm
 
 def client(workshop: Workshop) -> TestClient:
     with workshop.session() as session:
-        key = ring.create_key(session, session.get_one(Project, workshop.project_id), "test")[1]
+        key = auth.create_key(session, session.get_one(Project, workshop.project_id), "test")[1]
     return TestClient(create_app(workshop.database.settings), headers={"authorization": f"Bearer {key}"})
 
 

@@ -9,7 +9,7 @@ from workshop import Workshop, training_rows
 
 from tunery.jobs import gate
 from tunery.jobs.model import Job
-from tunery.keys import ring
+from tunery.keys import auth
 from tunery.keys.model import Project
 from tunery.models.model import Model
 
@@ -23,8 +23,8 @@ def _withheld(workshop: Workshop, job_id: str) -> dict[str, bool]:
 def _publish(workshop: Workshop, job_id: str) -> str:
     """Publishes a job's model; returns the id of the key that did it."""
     with workshop.session() as session:
-        _, secret = ring.create_key(session, session.get_one(Project, workshop.project_id), "owner")
-        caller = ring.authenticate(session, secret)
+        _, secret = auth.create_key(session, session.get_one(Project, workshop.project_id), "owner")
+        caller = auth.authenticate(session, secret)
         gate.publish(session, caller, job_id, reason="it is for a test")
         return str(caller.key_id)
 

@@ -20,7 +20,7 @@ from tunery.artifacts import manifest
 from tunery.artifacts import model as artifacts
 from tunery.jobs import creation
 from tunery.jobs.request import JobRequest
-from tunery.keys import ring
+from tunery.keys import auth
 from tunery.keys.model import Project
 from tunery.models import exports, imports, scores
 from tunery.models.model import Model
@@ -144,8 +144,8 @@ def check_continuing(workshop: Workshop, base: Path, foreign: Path, model: Model
     """A job on it is validated and goes on from its weights, in its own template."""
     file_id = workshop.file(CONTENT)
     with workshop.session() as session:
-        _, secret = ring.create_key(session, session.get_one(Project, workshop.project_id), "test")
-        caller = ring.authenticate(session, secret)
+        _, secret = auth.create_key(session, session.get_one(Project, workshop.project_id), "test")
+        caller = auth.authenticate(session, secret)
         job = creation.create(session, caller, JobRequest(model=model.id, training_file=file_id, seed=1))
     assert validation.validate_next(workshop.settings, workshop.storage)
     made = workshop.job(job.id)

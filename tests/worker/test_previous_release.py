@@ -16,7 +16,7 @@ from workshop import QUICK, Workshop
 from api.main import create_app
 from tunery.artifacts import manifest
 from tunery.jobs.model import HostDevice, Job, Metric
-from tunery.keys import ring
+from tunery.keys import auth
 from tunery.keys.model import Project
 from tunery.local import schema
 from tunery.models.model import Model
@@ -51,7 +51,7 @@ def by_state(workshop: Workshop) -> dict[str, str]:
 
 def client_of(workshop: Workshop) -> TestClient:
     with workshop.session() as session:
-        _, key = ring.create_key(session, session.get_one(Project, workshop.project_id), "test")
+        _, key = auth.create_key(session, session.get_one(Project, workshop.project_id), "test")
     return TestClient(create_app(workshop.database.settings), headers={"authorization": f"Bearer {key}"})
 
 

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import select
 from workshop import Workshop, training_rows
 
-from tunery.datasets import reports, shelf
+from tunery.datasets import files, reports
 from tunery.datasets.model import File, FileEvent, FileReport
 from worker.io import programs
 from worker.io import reports as io_reports
@@ -82,13 +82,13 @@ def test_rows_of_another_file_of_the_project_are_named(workshop: Workshop, repor
 
 
 def test_a_report_goes_with_the_last_file_of_its_content(workshop: Workshop, report_all: Callable[[], int]) -> None:
-    files = [workshop.file(training_rows(12)) for _ in range(2)]
+    uploaded = [workshop.file(training_rows(12)) for _ in range(2)]
     report_all()
     (report,) = _rows(workshop, FileReport)
-    for file_id, left in zip(files, (1, 0), strict=True):
+    for file_id, left in zip(uploaded, (1, 0), strict=True):
         with workshop.session() as session:
-            shelf.delete(session, session.get_one(File, file_id), in_use_by=None)
-            shelf.purge(session, workshop.storage, lambda *_: None)
+            files.delete(session, session.get_one(File, file_id), in_use_by=None)
+            files.purge(session, workshop.storage, lambda *_: None)
         assert len(_rows(workshop, FileReport)) == left
         assert bool(list(workshop.storage.list(f"{report.prefix}/"))) is bool(left)
 
@@ -102,8 +102,8 @@ def test_a_report_of_a_file_that_went_meanwhile_leaves_nothing(
     def lay_out_and_delete(*arguments: Any) -> Any:
         made = lay_out(*arguments)
         with workshop.session() as session:
-            shelf.delete(session, session.get_one(File, file_id), in_use_by=None)
-            shelf.purge(session, workshop.storage, lambda *_: None)
+            files.delete(session, session.get_one(File, file_id), in_use_by=None)
+            files.purge(session, workshop.storage, lambda *_: None)
         return made
 
     monkeypatch.setattr(io_reports, "_lay_out", lay_out_and_delete)

@@ -6,15 +6,15 @@ from workshop import Workshop, training_rows
 from tunery.artifacts import reproduction
 from tunery.artifacts.reproduction import Pair, Reproduction
 from tunery.jobs import rerun
-from tunery.keys import ring
+from tunery.keys import auth
 from tunery.keys.model import Project
 
 
 def _again(workshop: Workshop, job_id: str, **changes: object) -> str:
     with workshop.session() as session:
         owner = session.get_one(Project, workshop.project_id)
-        _, secret = ring.create_key(session, owner, "test")
-        return str(rerun.rerun(session, ring.authenticate(session, secret), job_id, changes).id)
+        _, secret = auth.create_key(session, owner, "test")
+        return str(rerun.rerun(session, auth.authenticate(session, secret), job_id, changes).id)
 
 
 def _compare(workshop: Workshop, job_id: str, tolerance: float = 0.005) -> Reproduction:

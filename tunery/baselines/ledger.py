@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from tunery import dispatch, ids
 from tunery.baselines.model import Baseline
 from tunery.baselines.order import Order
-from tunery.datasets import shelf
+from tunery.datasets import files
 from tunery.datasets.model import File
 from tunery.errors import InvalidValue, NotFound, WrongState
 from tunery.jobs import ledger as jobs
@@ -40,9 +40,9 @@ def request(
     external_key: str | None = None,
 ) -> Baseline:
     """Returns a new baseline, queued. Raises InvalidValue, QuotaExceeded."""
-    shelf.check_trainable(eval_file, param="eval_file")
+    files.check_trainable(eval_file, param="eval_file")
     if examples_file is not None:
-        shelf.check_trainable(examples_file, param="examples_file")
+        files.check_trainable(examples_file, param="examples_file")
     elif order.shows_examples:
         reason = "Examples come from a file: name one, the training file for instance, or send shots [0]."
         raise InvalidValue(param="examples_file", reason=reason)

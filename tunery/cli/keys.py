@@ -15,7 +15,7 @@ from tunery.cli import output
 from tunery.cli.client import Refused
 from tunery.cli.options import stack_home
 from tunery.errors import NotFound, TuneryError
-from tunery.keys import ring
+from tunery.keys import auth, projects
 from tunery.keys.model import Key
 from tunery.keys.model import Project as ProjectRow
 from tunery.local import state
@@ -23,8 +23,8 @@ from tunery.retention import projects as erasure
 from tunery.settings import get_settings
 from tunery.storage import open_storage
 
-projects = typer.Typer(no_args_is_help=True, help="Projects own files, jobs and models (needs the database).")
-keys = typer.Typer(no_args_is_help=True, help="Keys open one project each (needs the database).")
+project_commands = typer.Typer(no_args_is_help=True, help="Projects own files, jobs and models (needs the database).")
+key_commands = typer.Typer(no_args_is_help=True, help="Keys open one project each (needs the database).")
 
 _CAPS = ("max_running", "max_queued", "requests_per_minute", "tokens_per_minute")
 Project = Annotated[str, typer.Option("--project", "-p", help="A project's name or id.")]
@@ -62,7 +62,7 @@ def _shown_url() -> str:
     return make_url(get_settings().database_url).render_as_string(hide_password=True)
 
 
-@projects.command("create")
+@project_commands.command("create")
 def create_project(
     context: typer.Context,
     name: str,
@@ -71,13 +71,13 @@ def create_project(
 ) -> None:
     """Make a project and its first key."""
     with _transaction(context) as session:
-        project = ring.create_project(session, name, max_running=max_running, max_queued=max_queued)
-        _, secret = ring.create_key(session, project, "first key")
+        project = projects.create_project(session, name, max_running=max_running, max_queued=max_queued)
+        _, secret = auth.create_key(session, project, "first key")
     output.done(f"project {name} ({project.id}); its first key, shown this once:")
     output.console.print(secret, soft_wrap=True)
 
 
-@projects.command("limit")
+@project_commands.command("limit")
 def limit_project(
     context: typer.Context,
     name: str,
@@ -90,8 +90,8 @@ def limit_project(
 ) -> None:
     """Set what a project may ask of models a minute; what is left out is what the settings say."""
     with _transaction(context) as session:
-        project = ring.find_project(session, name)
-        ring.set_rates(session, project, requests=requests_per_minute, tokens=tokens_per_minute)
+        project = projects.find_project(session, name)
+        projects.set_rates(session, project, requests=requests_per_minute, tokens=tokens_per_minute)
     said = [f"{_rate(requests_per_minute)} requests", f"{_rate(tokens_per_minute)} tokens"]
     output.done(f"project {name}: {' and '.join(said)} a minute")
 
@@ -100,11 +100,11 @@ def _rate(limit: int | None) -> str:
     return "the settings'" if limit is None else str(limit)
 
 
-@projects.command("list")
+@project_commands.command("list")
 def list_projects(context: typer.Context) -> None:
     """All projects."""
     with _transaction(context) as session:
-        found = ring.list_projects(session)
+        found = projects.list_projects(session)
     output.table(
         ("id", "name", *(name.replace("_", " ") for name in _CAPS), "status", "age"),
         (
@@ -121,15 +121,15 @@ def list_projects(context: typer.Context) -> None:
     )
 
 
-@projects.command("revoke")
+@project_commands.command("revoke")
 def revoke_project(context: typer.Context, name: str) -> None:
     """Close a project to all its keys, at once. Its files, jobs and models stay."""
     with _transaction(context) as session:
-        ring.revoke_project(session, ring.find_project(session, name))
+        projects.revoke_project(session, projects.find_project(session, name))
     output.done(f"project {name} revoked")
 
 
-@projects.command("erase")
+@project_commands.command("erase")
 def erase_project(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="The project's name or id; a revoked one too.")],
@@ -160,7 +160,7 @@ def _has_ended(context: typer.Context, project_id: str) -> bool:
         return erasure.live_attempts(session, project_id) == 0
 
 
-@keys.command("create")
+@key_commands.command("create")
 def create_key(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="What people will know it by.")] = "key",
@@ -169,16 +169,16 @@ def create_key(
 ) -> None:
     """Make a key; its text is shown this once."""
     with _transaction(context) as session:
-        _, secret = ring.create_key(session, ring.find_project(session, project), name, admin=admin)
+        _, secret = auth.create_key(session, projects.find_project(session, project), name, admin=admin)
     output.errors.print("Shown this once:", style="dim")
     output.console.print(secret, soft_wrap=True)
 
 
-@keys.command("list")
+@key_commands.command("list")
 def list_keys(context: typer.Context, project: Project = "default") -> None:
     """A project's keys."""
     with _transaction(context) as session:
-        found = ring.list_keys(session, ring.find_project(session, project))
+        found = auth.list_keys(session, projects.find_project(session, project))
     output.table(
         ("id", "name", "begins with", "admin", "last used", "status", "age"),
         (
@@ -197,13 +197,13 @@ def list_keys(context: typer.Context, project: Project = "default") -> None:
     )
 
 
-@keys.command("revoke")
+@key_commands.command("revoke")
 def revoke_key(
     context: typer.Context, key: Annotated[str, typer.Argument(help="The key's id (key_...), not its text.")]
 ) -> None:
     """Revoke a key, from the next request on."""
     with _transaction(context) as session:
-        ring.revoke_key(session, key)
+        auth.revoke_key(session, key)
     output.done(f"{key} revoked")
 
 

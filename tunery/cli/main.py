@@ -28,8 +28,8 @@ app.add_typer(webhooks.app, name="webhooks")
 app.command()(advise)
 app.command()(baseline)
 app.command()(chat)
-app.add_typer(keys.projects, name="projects")
-app.add_typer(keys.keys, name="keys")
+app.add_typer(keys.project_commands, name="projects")
+app.add_typer(keys.key_commands, name="keys")
 
 StackHome = Annotated[
     Path | None, typer.Option("--home", help="Where the stack keeps its data.", show_default="that of `tunery --home`")

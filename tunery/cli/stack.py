@@ -13,7 +13,7 @@ from tunery import db, processes
 from tunery.cli import models as model_commands
 from tunery.cli.client import ApiClient
 from tunery.errors import TuneryError
-from tunery.keys import ring
+from tunery.keys import auth, projects
 from tunery.keys.model import Key
 from tunery.local import lock
 from tunery.local.bases import SMOLLM2, NoModel
@@ -61,8 +61,8 @@ def register(stack: Stack, gguf: Path | None, console: Console) -> None:
             there = session.get(Model, SMOLLM2.id)
             if there is not None and there.status != "processing":
                 return
-            project = ring.list_projects(session)[0]
-            key, secret = ring.create_key(session, project, "tunery up", admin=True)
+            project = projects.list_projects(session)[0]
+            key, secret = auth.create_key(session, project, "tunery up", admin=True)
         try:
             api = ApiClient(stack.api_url, secret)
             add_base(api, None if there else gguf or SMOLLM2.gguf(), console)

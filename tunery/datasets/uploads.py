@@ -12,7 +12,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from tunery import ids
-from tunery.datasets import shelf
+from tunery.datasets import files
 from tunery.datasets.model import File, Upload, UploadPart
 from tunery.errors import InvalidValue, NotFound, TooLarge, WrongState
 from tunery.storage import Storage, Stored
@@ -105,7 +105,7 @@ def add_part(session: Session, upload: Upload, stored: Stored, *, limit: int) ->
 def completed(session: Session, upload: Upload) -> File | None:
     """The Upload's file if it has been completed before: who lost that answer asks again. Raises NotFound when the
     file was deleted since."""
-    return None if upload.file_id is None else shelf.find(session, upload.project_id, upload.file_id)
+    return None if upload.file_id is None else files.find(session, upload.project_id, upload.file_id)
 
 
 def choose(session: Session, upload: Upload, part_ids: Sequence[str]) -> list[UploadPart]:
@@ -130,7 +130,7 @@ def choose(session: Session, upload: Upload, part_ids: Sequence[str]) -> list[Up
 def join(storage: Storage, parts: Sequence[UploadPart], md5: str | None) -> Stored:
     """The parts as one object, streamed. Raises InvalidValue when it has another md5; nothing is stored then."""
     found = hashlib.md5(usedforsecurity=False)
-    with storage.writer(shelf.new_key()) as writer:
+    with storage.writer(files.new_key()) as writer:
         for part in parts:
             for chunk in storage.read(part.key):
                 found.update(chunk)
@@ -153,13 +153,13 @@ def complete(session: Session, upload: Upload, stored: Stored) -> File:
         return done
     if upload.status != PENDING:
         raise _wrong_state(upload, upload.status, "completed")
-    file = shelf.shelve(
+    file = files.create(
         session,
         upload.project_id,
         stored,
         purpose=upload.purpose,
         filename=upload.filename,
-        checked=upload.purpose != shelf.FINE_TUNE,
+        checked=upload.purpose != files.FINE_TUNE,
         expires_after=upload.file_expires_after,
     )
     upload.status, upload.file_id = COMPLETED, file.id

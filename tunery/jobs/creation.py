@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunery import ids
-from tunery.datasets import shelf
+from tunery.datasets import files
 from tunery.datasets.model import File
 from tunery.errors import InvalidValue, NotFound, Unsupported
 from tunery.failures import DoesNotFit
@@ -17,7 +17,7 @@ from tunery.jobs import leases, ledger, method, placing
 from tunery.jobs.errors import ExceedsInventory
 from tunery.jobs.model import Job
 from tunery.jobs.request import JobRequest
-from tunery.keys.ring import Caller
+from tunery.keys.auth import Caller
 from tunery.models import imports, registry
 from tunery.models.model import Model
 from tunery.planning import advice
@@ -192,12 +192,12 @@ def _files(request: JobRequest) -> dict[str, str]:
 
 
 def _check_file(session: Session, project_id: str, param: str, name: str) -> File:
-    file = shelf.find(session, project_id, name, param=param)
+    file = files.find(session, project_id, name, param=param)
     # Locked against a delete that has already seen that no job uses the file.
     session.refresh(file, with_for_update={"read": True})
     if file.deleted_at is not None:
         raise NotFound(param=param, kind="file", id=name)
-    shelf.check_trainable(file, param=param)
+    files.check_trainable(file, param=param)
     return file
 
 

@@ -6,7 +6,7 @@ from tunery import db
 from tunery.errors import WrongState
 from tunery.jobs import ledger
 from tunery.jobs.model import Job
-from tunery.keys.ring import Caller
+from tunery.keys.auth import Caller
 from tunery.models import registry
 
 

@@ -12,7 +12,7 @@ from tunery.jobs import creation, ledger
 from tunery.jobs.errors import InputChanged, InputGone
 from tunery.jobs.model import Job
 from tunery.jobs.request import JobRequest
-from tunery.keys.ring import Caller
+from tunery.keys.auth import Caller
 from tunery.models import registry
 from tunery.models.model import Model
 from tunery.spec import Hyperparameters, TrainingOptions

@@ -24,7 +24,7 @@ from sqlalchemy import func, select
 
 from tunery import db, processes
 from tunery.errors import TuneryError
-from tunery.keys import ring
+from tunery.keys import auth, projects
 from tunery.keys.model import Project
 from tunery.local import lock, paths, schema, state, watchdog
 from tunery.local.postgres import Postgres
@@ -238,8 +238,8 @@ class Stack:
             with db.make_sessions(engine).begin() as session:
                 if session.scalar(select(func.count()).select_from(Project)):
                     return None
-                project = ring.create_project(session, "default")
-                return ring.create_key(session, project, "first key", admin=True)[1]
+                project = projects.create_project(session, "default")
+                return auth.create_key(session, project, "first key", admin=True)[1]
         finally:
             engine.dispose()
 

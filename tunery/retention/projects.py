@@ -13,7 +13,7 @@ from tunery.errors import InvalidValue, NotFound
 from tunery.jobs import ledger
 from tunery.jobs.model import Attempt, Checkpoint, Job, JobEvent, Metric
 from tunery.jobs.states import LIVE
-from tunery.keys import ring
+from tunery.keys import projects
 from tunery.keys.model import Key, Project
 from tunery.models.model import Model
 from tunery.retention import history
@@ -50,7 +50,7 @@ def contents(session: Session, project_id: str) -> dict[str, int]:
 
 def close(session: Session, project: Project) -> None:
     """Refuses its keys, stops its webhooks and cancels its live jobs, so that nothing new comes in."""
-    ring.revoke_project(session, project)
+    projects.revoke_project(session, project)
     endpoints = update(WebhookEndpoint).where(WebhookEndpoint.project_id == project.id)
     session.execute(endpoints.where(WebhookEndpoint.deleted_at.is_(None)).values(deleted_at=func.clock_timestamp()))
     for job_id in session.scalars(select(Job.id).where(Job.project_id == project.id, Job.state.in_(LIVE))).all():

@@ -1,7 +1,7 @@
 """Files that came in without being read through: their syntax is judged here, and jobs that wait for them go on."""
 
 from tunery import db
-from tunery.datasets import shelf
+from tunery.datasets import files
 from tunery.datasets.model import File
 from tunery.storage import Storage
 from worker.io.claims import only_here
@@ -12,7 +12,7 @@ def process_next(storage: Storage) -> bool:
     skip: list[str] = []
     while True:
         with db.transaction() as session:
-            file = shelf.next_unprocessed(session, skip=skip)
+            file = files.next_unprocessed(session, skip=skip)
             if file is None:
                 return False
             skip.append(file.id)
@@ -30,4 +30,4 @@ def _process(storage: Storage, file_id: str) -> None:
     with db.transaction() as session:
         session.add(file)
         if file.status == "uploaded":
-            shelf.process(session, storage, file)
+            files.process(session, storage, file)

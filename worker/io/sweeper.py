@@ -9,7 +9,7 @@ from tunery import db, dispatch
 from tunery.artifacts import manifest
 from tunery.baselines.ledger import live_user_of
 from tunery.baselines.model import Baseline
-from tunery.datasets import shelf, uploads
+from tunery.datasets import files, uploads
 from tunery.datasets.model import File, FileReport
 from tunery.jobs import leases, quoting
 from tunery.jobs.model import Attempt, Job
@@ -116,7 +116,7 @@ class Sweeper:
 
     def _purge_files(self) -> None:
         with db.transaction() as session:
-            shelf.purge(session, self._storage, live_user_of)
+            files.purge(session, self._storage, live_user_of)
 
     def _reclaim_models(self) -> None:
         if time.monotonic() >= self._models_due:

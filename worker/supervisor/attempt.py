@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 from tunery import db
 from tunery import trainer_protocol as protocol
 from tunery.artifacts.manifest import Manifest
-from tunery.datasets import shelf
+from tunery.datasets import files
 from tunery.db import UNREACHABLE
 from tunery.errors import TuneryError
 from tunery.failures import JobFailure, TrainingCrashed
@@ -174,7 +174,7 @@ def _publish(
     out, prefix = recorder.run_dir / finished.path, f"{recorder.prefix}/model"
     listed = recorder.publish(finished.path, prefix, seconds=_WHOLE_RUN)
     table = upload.insist(
-        lambda: storage.put_file(shelf.new_key(), out / "results.csv"), give_up=keeper.must_leave, seconds=_WHOLE_RUN
+        lambda: storage.put_file(files.new_key(), out / "results.csv"), give_up=keeper.must_leave, seconds=_WHOLE_RUN
     )
     return lambda session: _succeed(session, keeper.lease, settings, finished, _Published(prefix, listed, table))
 
@@ -195,7 +195,7 @@ def _succeed(
     model = add_model(session, job, settings, prefix=published.prefix, listed=published.listed)
     if not job.withholds_model:
         registry.publish(session, job.id)  # its checkpoints, which waited for the gate
-    file = shelf.shelve(session, job.project_id, published.table, purpose=shelf.RESULTS, filename=RESULTS)
+    file = files.create(session, job.project_id, published.table, purpose=files.RESULTS, filename=RESULTS)
     quoting.conclude(session, job, lease, finished, settings)
     leases.finish(
         session,

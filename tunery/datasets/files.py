@@ -1,4 +1,4 @@
-"""Files: shelved, found, listed, checked, deleted. Rows in the database, bytes in storage under a key of ours."""
+"""Creates, finds, lists, checks and deletes files. Rows are in the database, bytes in storage under a key of ours."""
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -21,18 +21,18 @@ FINE_TUNE = "fine-tune"
 RESULTS = "fine-tune-results"
 
 InUseBy = Callable[[Session, str], str | None]
-"""Names a live job that needs a file: jobs live a floor above this one, so who asks brings the answer."""
+"""Names a live job that needs a file. Jobs are a floor above this one, so the caller supplies the function."""
 
 
-# --- coming in ----------------------------------------------------------------------------------------------------
+# --- creating ----------------------------------------------------------------------------------------------------
 
 
 def new_key() -> str:
-    """Where a file's bytes lie. The key ends in the file's id."""
+    """Returns a key in storage for a new file's bytes, which ends in the file's id."""
     return f"files/{ids.new(ids.FILE)}"
 
 
-def shelve(
+def create(
     session: Session,
     project_id: str,
     stored: Stored,
@@ -42,9 +42,9 @@ def shelve(
     checked: bool = True,
     expires_after: int | None = None,
 ) -> File:
-    """The row of stored bytes. `checked`: nothing is left to judge; else a worker is woken to `process` the file.
+    """Creates the row of stored bytes. `checked`: nothing is left to check; else a worker is woken to `process` it.
 
-    `expires_after`: seconds. If the caller's transaction fails, the bytes are nobody's: delete `stored.key`.
+    `expires_after`: seconds. If the caller's transaction fails, no row names the bytes: delete `stored.key`.
     """
     file = File(
         id=stored.key.rpartition("/")[2],
@@ -75,7 +75,7 @@ def _is_visible() -> ColumnElement[bool]:
 
 
 def find(session: Session, project_id: str, file_id: str, *, param: str | None = None) -> File:
-    """A project's own file. Raises NotFound for another's, a deleted and an expired one, in the same words."""
+    """Returns a project's own file. Raises the same NotFound for another's, a deleted and an expired one."""
     file = session.scalar(select(File).where(File.project_id == project_id, File.id == file_id, _is_visible()))
     if file is None:
         raise NotFound(param=param, kind="file", id=file_id)
@@ -99,7 +99,7 @@ def list_page(
 
 
 def check_trainable(file: File, *, param: str) -> None:
-    """Whether a job may name the file; one that is still processing may be named. Raises InvalidValue."""
+    """Raises InvalidValue where no job may name the file; one that is still processing may be named."""
     if file.status == "error":
         reason = f"File '{file.id}' cannot be trained from. {file.status_details or 'It could not be read.'}"
         raise InvalidValue(param=param, reason=reason)
@@ -117,9 +117,9 @@ def check_trainable(file: File, *, param: str) -> None:
 
 
 def next_unprocessed(session: Session, *, skip: Sequence[str] = ()) -> File | None:
-    """The oldest file nobody has checked, locked to this transaction; two workers never get the same one.
+    """Returns the oldest unchecked file, locked to this transaction, so that two workers never get the same one.
 
-    One that has expired counts while its bytes are there: a job that was created before may wait for it.
+    An expired one counts while its bytes are there: a job that was created before may wait for it.
     """
     return session.scalar(
         select(File)
@@ -131,7 +131,7 @@ def next_unprocessed(session: Session, *, skip: Sequence[str] = ()) -> File | No
 
 
 def process(session: Session, storage: Storage, file: File) -> None:
-    """Reads an unchecked file through and settles its status. A storage that is down leaves it for another time."""
+    """Reads an unchecked file and sets its status. Where storage is down it stays unchecked."""
     try:
         checker = ArrivalCheck()
         for chunk in storage.read(file.key):
@@ -147,11 +147,11 @@ def process(session: Session, storage: Storage, file: File) -> None:
         reports.request(session, file)
 
 
-# --- going --------------------------------------------------------------------------------------------------------
+# --- deleting --------------------------------------------------------------------------------------------------------
 
 
 def delete(session: Session, file: File, *, in_use_by: str | None) -> None:
-    """Hides the file from now on; `purge` takes its bytes. Raises FileInUse when a live job (its id) needs it."""
+    """Hides the file; `purge` removes its bytes. Raises FileInUse when a live job (its id) needs it."""
     if in_use_by is not None:
         raise FileInUse(file=file.id, job=in_use_by)
     file.deleted_at = func.clock_timestamp()
@@ -159,10 +159,10 @@ def delete(session: Session, file: File, *, in_use_by: str | None) -> None:
 
 
 def purge(session: Session, storage: Storage, in_use_by: InUseBy, *, limit: int = 100) -> int:
-    """Takes the bytes of deleted and expired files that no live job needs; how many.
+    """Removes the bytes of deleted and expired files that no live job needs; returns how many.
 
     Bytes first, then the row: a crash between repeats the deletion, which is harmless; the other way round would leave
-    bytes that nobody knows of.
+    bytes without a row.
     """
     expired = (File.expires_at <= func.clock_timestamp()) & File.deleted_at.is_(None)
     session.execute(update(File).where(expired).values(deleted_at=File.expires_at))

@@ -14,7 +14,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from tunery import ids
-from tunery.datasets import shelf, uploads
+from tunery.datasets import files, uploads
 from tunery.datasets.errors import FileInUse
 from tunery.datasets.model import File, Upload, UploadPart
 from tunery.errors import InvalidValue, NotFound, TooLarge, WrongState
@@ -39,15 +39,15 @@ def owner(session: Session) -> Project:
 
 
 def put(session: Session, storage: Storage, owner: Project, data: bytes = GOOD, **values: Any) -> File:
-    fields = {"purpose": shelf.FINE_TUNE, "filename": "a.jsonl"} | values
-    return shelf.shelve(session, owner.id, storage.put(shelf.new_key(), data), **fields)
+    fields = {"purpose": files.FINE_TUNE, "filename": "a.jsonl"} | values
+    return files.create(session, owner.id, storage.put(files.new_key(), data), **fields)
 
 
 def make_upload(session: Session, owner: Project, size: int, **values: Any) -> Upload:
     fields: dict[str, Any] = {
         "filename": "a.jsonl",
         "mime_type": "text/jsonl",
-        "purpose": shelf.FINE_TUNE,
+        "purpose": files.FINE_TUNE,
         "limit": LIMIT,
     }
     return uploads.create(session, owner.id, bytes=size, **fields | values)
@@ -74,44 +74,44 @@ def test_a_shelved_file_is_found_by_its_project_only(session: Session, storage: 
     file = put(session, storage, owner)
     stranger = rows.project(session)
 
-    assert shelf.find(session, owner.id, file.id) is file
+    assert files.find(session, owner.id, file.id) is file
     assert (file.bytes, file.sha256, file.status) == (len(GOOD), hashlib.sha256(GOOD).hexdigest(), "processed")
     assert file.id.startswith(ids.FILE)
     with pytest.raises(NotFound) as foreign:
-        shelf.find(session, stranger.id, file.id)
+        files.find(session, stranger.id, file.id)
     with pytest.raises(NotFound) as unknown:
-        shelf.find(session, stranger.id, "file-x")
+        files.find(session, stranger.id, "file-x")
     assert foreign.value.message.replace(file.id, "file-x") == unknown.value.message
-    assert shelf.list_page(session, stranger.id) == ([], False)
+    assert files.list_page(session, stranger.id) == ([], False)
 
 
 def test_pages_stay_put_while_files_come_and_go(session: Session, storage: Storage, owner: Project) -> None:
-    files = [put(session, storage, owner) for _ in range(5)]
-    newest = [file.id for file in reversed(files)]
+    made = [put(session, storage, owner) for _ in range(5)]
+    newest = [file.id for file in reversed(made)]
 
-    page, more = shelf.list_page(session, owner.id, limit=2)
+    page, more = files.list_page(session, owner.id, limit=2)
     assert ([file.id for file in page], more) == (newest[:2], True)
     put(session, storage, owner)
-    shelf.delete(session, page[-1], in_use_by=None)
+    files.delete(session, page[-1], in_use_by=None)
 
-    rest, more = shelf.list_page(session, owner.id, limit=3, after=page[-1].id)
+    rest, more = files.list_page(session, owner.id, limit=3, after=page[-1].id)
     assert ([file.id for file in rest], more) == (newest[2:], False)
 
 
 def test_lists_go_both_ways_and_by_purpose(session: Session, storage: Storage, owner: Project) -> None:
-    files = [put(session, storage, owner, purpose=purpose) for purpose in ("fine-tune", "batch", "fine-tune")]
+    made = [put(session, storage, owner, purpose=purpose) for purpose in ("fine-tune", "batch", "fine-tune")]
 
-    oldest, _ = shelf.list_page(session, owner.id, order="asc")
-    assert oldest == files
-    assert shelf.list_page(session, owner.id, order="asc", after=files[0].id) == (files[1:], False)
-    assert shelf.list_page(session, owner.id, purpose="batch") == ([files[1]], False)
+    oldest, _ = files.list_page(session, owner.id, order="asc")
+    assert oldest == made
+    assert files.list_page(session, owner.id, order="asc", after=made[0].id) == (made[1:], False)
+    assert files.list_page(session, owner.id, purpose="batch") == ([made[1]], False)
 
 
 def test_a_foreign_cursor_is_refused(session: Session, storage: Storage, owner: Project) -> None:
     file = put(session, storage, rows.project(session))
 
     with pytest.raises(NotFound) as caught:
-        shelf.list_page(session, owner.id, after=file.id)
+        files.list_page(session, owner.id, after=file.id)
     assert caught.value.param == "after"
 
 
@@ -121,15 +121,15 @@ def test_an_expired_file_is_gone(session: Session, storage: Storage, owner: Proj
     assert kept.expires_at - kept.created_at == pytest.approx(timedelta(hours=1), abs=timedelta(seconds=5))
     gone = put(session, storage, owner, expires_after=-1)
 
-    assert shelf.list_page(session, owner.id) == ([kept], False)
+    assert files.list_page(session, owner.id) == ([kept], False)
     with pytest.raises(NotFound):
-        shelf.find(session, owner.id, gone.id)
+        files.find(session, owner.id, gone.id)
 
 
 def test_only_fine_tune_files_are_trained_on(session: Session, storage: Storage, owner: Project) -> None:
-    shelf.check_trainable(put(session, storage, owner), param="training_file")
+    files.check_trainable(put(session, storage, owner), param="training_file")
     with pytest.raises(InvalidValue, match=r"purpose 'batch'\. Upload it again with purpose 'fine-tune'"):
-        shelf.check_trainable(put(session, storage, owner, purpose="batch"), param="training_file")
+        files.check_trainable(put(session, storage, owner, purpose="batch"), param="training_file")
 
 
 def test_a_file_that_a_live_job_uses_stays(session: Session, storage: Storage) -> None:
@@ -137,21 +137,21 @@ def test_a_file_that_a_live_job_uses_stays(session: Session, storage: Storage) -
     file = session.get_one(File, job.training_file)
 
     with pytest.raises(FileInUse, match=f"used by job '{job.id}'"):
-        shelf.delete(session, file, in_use_by=ledger.live_job_using(session, file.id))
+        files.delete(session, file, in_use_by=ledger.live_job_using(session, file.id))
     assert file.deleted_at is None
 
 
 def test_bytes_go_with_the_last_job_that_needs_them(session: Session, storage: Storage, owner: Project) -> None:
     free, used = put(session, storage, owner), put(session, storage, owner, expires_after=-1)
     job = rows.job(session, owner, training_file=used.id)
-    shelf.delete(session, free, in_use_by=None)
+    files.delete(session, free, in_use_by=None)
 
-    assert shelf.purge(session, storage, ledger.live_job_using) == 1
+    assert files.purge(session, storage, ledger.live_job_using) == 1
     assert (storage.stat(free.key), storage.stat(used.key)) == (None, len(GOOD))
     ledger.cancel(session, owner.id, job.id)
-    assert shelf.purge(session, storage, ledger.live_job_using) == 1
+    assert files.purge(session, storage, ledger.live_job_using) == 1
     assert storage.stat(used.key) is None
-    assert shelf.purge(session, storage, ledger.live_job_using) == 0
+    assert files.purge(session, storage, ledger.live_job_using) == 0
 
 
 @pytest.mark.parametrize(
@@ -169,11 +169,11 @@ def test_a_worker_settles_what_was_not_checked(
     file = put(session, storage, owner, data, checked=False)
     assert file.status == "uploaded"
 
-    shelf.process(session, storage, file)
+    files.process(session, storage, file)
 
     assert file.status == status
     assert (details or "") in (file.status_details or "")
-    assert shelf.next_unprocessed(session) is None
+    assert files.next_unprocessed(session) is None
 
 
 def test_a_job_that_waits_for_an_expired_file_gets_its_verdict(
@@ -181,26 +181,26 @@ def test_a_job_that_waits_for_an_expired_file_gets_its_verdict(
 ) -> None:
     file = put(session, storage, owner, checked=False, expires_after=-1)
     job = rows.job(session, owner, training_file=file.id)
-    assert shelf.purge(session, storage, ledger.live_job_using) == 0
+    assert files.purge(session, storage, ledger.live_job_using) == 0
     assert ledger.next_to_validate(session) is None
 
-    assert shelf.next_unprocessed(session) is file
-    shelf.process(session, storage, file)
+    assert files.next_unprocessed(session) is file
+    files.process(session, storage, file)
 
     assert (file.status, ledger.next_to_validate(session)) == ("processed", job)
 
 
 def test_a_file_without_bytes_is_not_checked(session: Session, storage: Storage, owner: Project) -> None:
-    shelf.delete(session, put(session, storage, owner, checked=False), in_use_by=None)
-    assert shelf.purge(session, storage, ledger.live_job_using) == 1
-    assert shelf.next_unprocessed(session) is None
+    files.delete(session, put(session, storage, owner, checked=False), in_use_by=None)
+    assert files.purge(session, storage, ledger.live_job_using) == 1
+    assert files.next_unprocessed(session) is None
 
 
 def test_a_file_whose_bytes_are_lost_is_in_error(session: Session, storage: Storage, owner: Project) -> None:
     file = put(session, storage, owner, checked=False)
     storage.delete(file.key)
 
-    shelf.process(session, storage, file)
+    files.process(session, storage, file)
 
     assert file.status == "error"
 
@@ -211,9 +211,9 @@ def test_two_workers_never_check_one_file(database: Database, storage: Storage) 
         wanted = {put(session, storage, owner, checked=False).id for _ in range(2)}
 
     with database.sessions() as one, database.sessions() as other, database.sessions() as third:
-        taken = [shelf.next_unprocessed(session) for session in (one, other)]
+        taken = [files.next_unprocessed(session) for session in (one, other)]
         assert {file.id for file in taken if file} == wanted
-        assert shelf.next_unprocessed(third) is None
+        assert files.next_unprocessed(third) is None
 
 
 # --- uploads ------------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ def test_of_two_that_complete_an_upload_the_second_gets_the_firsts_file(
     assert uploads.complete(session, upload, second) is file
     assert uploads.completed(session, upload) is file
     assert file.key == first.key
-    shelf.delete(session, file, in_use_by=None)
+    files.delete(session, file, in_use_by=None)
     with pytest.raises(NotFound, match=f"No file '{file.id}'"):
         uploads.complete(session, upload, second)
 

@@ -1,4 +1,4 @@
-"""Making, finding and revoking keys and projects.
+"""Creates, lists and revokes keys, and authenticates requests by them.
 
 A key is `tnr_<32 random bytes>_<checksum>`. It is stored as a plain SHA-256: slow hashes protect guessable secrets, and
 256 random bits cannot be guessed (docs/decisions/0003). The checksum lets a scanner tell a leaked key from noise.
@@ -14,7 +14,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from tunery import ids
-from tunery.errors import InvalidValue, NotFound
+from tunery.errors import NotFound
 from tunery.keys.errors import Unauthenticated
 from tunery.keys.model import Key, Project
 
@@ -24,7 +24,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Caller:
-    """Who a request comes from. Every query of a request is narrowed to `project_id`."""
+    """The project and key of a request. Every query of a request is narrowed to `project_id`."""
 
     key_id: str
     project_id: str
@@ -37,13 +37,13 @@ def _checksum(body: str) -> str:
 
 
 def new_secret() -> str:
-    """A fresh key's text, shown once."""
+    """Returns a new key's text, which is shown once."""
     body = secrets.token_urlsafe(32).replace("_", "-")
     return f"{PREFIX}{body}_{_checksum(body)}"
 
 
 def is_well_formed(secret: str) -> bool:
-    """Whether the text has a key's shape and checksum; says nothing about its being known."""
+    """Whether the text has a key's shape and checksum; it may be unknown or revoked all the same."""
     body, _, checksum = secret.removeprefix(PREFIX).rpartition("_")
     return secret.startswith(PREFIX) and bool(body) and checksum == _checksum(body)
 
@@ -52,44 +52,8 @@ def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def create_project(session: Session, name: str, **caps: int | None) -> Project:
-    """`caps`: its columns of that kind. Raises InvalidValue when a live project has the name."""
-    if session.scalar(select(Project).where(Project.name == name, Project.revoked_at.is_(None))):
-        raise InvalidValue(param="name", reason=f"A project named '{name}' exists. Choose another name.")
-    project = Project(id=ids.new(ids.PROJECT), name=name, **caps)
-    session.add(project)
-    session.flush()
-    return project
-
-
-def find_project(session: Session, name_or_id: str) -> Project:
-    """A live project by name or id. Raises NotFound."""
-    project = session.scalar(
-        select(Project).where((Project.name == name_or_id) | (Project.id == name_or_id), Project.revoked_at.is_(None))
-    )
-    if project is None:
-        raise NotFound(kind="project", id=name_or_id)
-    return project
-
-
-def list_projects(session: Session) -> list[Project]:
-    return list(session.scalars(select(Project).order_by(Project.created_at)))
-
-
-def set_rates(session: Session, project: Project, *, requests: int | None, tokens: int | None) -> None:
-    """Sets what the project may ask of models a minute; None: what the settings allow every project."""
-    project.requests_per_minute, project.tokens_per_minute = requests, tokens
-    session.flush()
-
-
-def revoke_project(session: Session, project: Project) -> None:
-    """Closes the project to every key at once. Its objects stay."""
-    project.revoked_at = func.now()
-    session.flush()
-
-
 def create_key(session: Session, project: Project, name: str, *, admin: bool = False) -> tuple[Key, str]:
-    """The stored row and the key's text; the text cannot be had again."""
+    """Returns the stored row and the key's text, which is not stored."""
     secret = new_secret()
     key = Key(
         id=ids.new(ids.KEY),
@@ -109,7 +73,7 @@ def list_keys(session: Session, project: Project) -> list[Key]:
 
 
 def revoke_key(session: Session, key_id: str) -> Key:
-    """Takes effect with the next request. Raises NotFound."""
+    """Revokes a key from the next request on. Raises NotFound."""
     key = session.get(Key, key_id)
     if key is None:
         raise NotFound(kind="key", id=key_id)
@@ -119,9 +83,9 @@ def revoke_key(session: Session, key_id: str) -> Key:
 
 
 def authenticate(session: Session, secret: str | None) -> Caller:
-    """The caller behind a key's text. Raises Unauthenticated.
+    """Returns the caller that a key's text identifies. Raises Unauthenticated.
 
-    The digest is looked up, not compared in a loop: equal digests need the key itself, so timing tells nothing.
+    The digest is looked up, not compared in a loop: equal digests need the key itself, so timing reveals nothing.
     """
     if not secret:
         raise Unauthenticated(reason="No API key was sent.")

@@ -1,0 +1,44 @@
+"""Creates, finds and revokes projects."""
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from tunery import ids
+from tunery.errors import InvalidValue, NotFound
+from tunery.keys.model import Project
+
+
+def create_project(session: Session, name: str, **caps: int | None) -> Project:
+    """Adds a project. `caps`: its columns of that kind. Raises InvalidValue when a live project has the name."""
+    if session.scalar(select(Project).where(Project.name == name, Project.revoked_at.is_(None))):
+        raise InvalidValue(param="name", reason=f"A project named '{name}' exists. Choose another name.")
+    project = Project(id=ids.new(ids.PROJECT), name=name, **caps)
+    session.add(project)
+    session.flush()
+    return project
+
+
+def find_project(session: Session, name_or_id: str) -> Project:
+    """Returns a live project by name or id. Raises NotFound."""
+    project = session.scalar(
+        select(Project).where((Project.name == name_or_id) | (Project.id == name_or_id), Project.revoked_at.is_(None))
+    )
+    if project is None:
+        raise NotFound(kind="project", id=name_or_id)
+    return project
+
+
+def list_projects(session: Session) -> list[Project]:
+    return list(session.scalars(select(Project).order_by(Project.created_at)))
+
+
+def set_rates(session: Session, project: Project, *, requests: int | None, tokens: int | None) -> None:
+    """Sets what the project may ask of models a minute; None: what the settings allow every project."""
+    project.requests_per_minute, project.tokens_per_minute = requests, tokens
+    session.flush()
+
+
+def revoke_project(session: Session, project: Project) -> None:
+    """Closes the project to every key at once. Its objects stay."""
+    project.revoked_at = func.now()
+    session.flush()
