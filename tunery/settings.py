@@ -39,7 +39,9 @@ class Settings(BaseSettings):
     runs_dir: Path = Field(Path("/var/lib/tunery/runs"), description="This host's run directories")
 
     server_url: str = Field("http://127.0.0.1:8001", description="The model server, as the API reaches it")
-    server_backend: str = Field("embedded", description="What computes in the model server: `embedded` or a plug-in's")
+    server_backend: str = Field(
+        "embedded", description="What computes for the model server: `embedded`, `vllm` or a plug-in's"
+    )
     server_qlora_base: Literal["as_scored", "unquantised"] = Field(
         "as_scored", description="What a QLoRA adapter answers on: the 4-bit base of its scorecard, or the base itself"
     )
@@ -69,6 +71,15 @@ class Settings(BaseSettings):
     served_check_tokens: int = Field(64, ge=1, description="Tokens of each of these answers that are compared")
     served_check_seconds: float = Field(
         600, gt=0, description="The longest that this may take; the model is published uncompared then"
+    )
+    vllm_replicas: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
+        (), description="URLs, comma-separated, of the vLLM servers behind the model server"
+    )
+    vllm_api_key: SecretStr | None = Field(None, description="Their `--api-key`")
+    vllm_max_lora_rank: int = Field(16, ge=1, description="Their `--max-lora-rank`; jobs above it are refused")
+    vllm_adapters: int = Field(64, ge=1, description="Adapters that they keep loaded; their `--max-cpu-loras`")
+    vllm_models_dir: Path | None = Field(
+        None, description="`models_dir` of the model server as they see it. Absent: the same path"
     )
     serve_gpu: int | None = Field(None, description="GPU of the model server; never claimed for training. Absent: CPU")
 

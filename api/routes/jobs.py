@@ -15,6 +15,7 @@ from api.schemas.wire import CursorList, ListOf, errors
 from tunery.artifacts import rates
 from tunery.jobs import creation, dry_run, gate, ledger, queries, quoting, rerun, waiting
 from tunery.jobs.model import Job
+from tunery.planning.servable import Limits
 from tunery.settings import Settings
 from tunery.storage import Storage
 
@@ -71,7 +72,14 @@ def create_job(
     """
     # Proxies and shells send a header whose variable was empty: that is no key, least of all one for all requests.
     key = idempotency_key or None
-    job = creation.create(session, caller, body, idempotency_key=key, is_retry=x_stainless_retry_count > 0)
+    job = creation.create(
+        session,
+        caller,
+        body,
+        idempotency_key=key,
+        is_retry=x_stainless_retry_count > 0,
+        limits=Limits.of(settings),
+    )
     return _created(session, settings, storage, job)
 
 
@@ -137,7 +145,15 @@ def rerun_job(
     """
     changes = {} if body is None else body.changes
     is_retry = x_stainless_retry_count > 0
-    job = rerun.rerun(session, caller, job_id, changes, idempotency_key=idempotency_key or None, is_retry=is_retry)
+    job = rerun.rerun(
+        session,
+        caller,
+        job_id,
+        changes,
+        idempotency_key=idempotency_key or None,
+        is_retry=is_retry,
+        limits=Limits.of(settings),
+    )
     return _created(session, settings, storage, job)
 
 

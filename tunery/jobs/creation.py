@@ -20,7 +20,8 @@ from tunery.jobs.request import JobRequest
 from tunery.keys.auth import Caller
 from tunery.models import imports, registry
 from tunery.models.model import Model
-from tunery.planning import advice
+from tunery.planning import advice, servable
+from tunery.planning.servable import Limits
 from tunery.spec import (
     Full,
     Hyperparameters,
@@ -49,9 +50,10 @@ def create(
     rerun_of: Job | None = None,
     idempotency_key: str | None = None,
     is_retry: bool = False,
+    limits: Limits | None = None,
 ) -> Job:
     """The job that this request makes, or the one that it made already; of a dry run one that is in no session, see
-    `dry_run.judge`. Raises Rejected, NotFound, QuotaExceeded."""
+    `dry_run.judge`. `limits`: of the servers that its adapter has to fit. Raises Rejected, NotFound, QuotaExceeded."""
     digest = _digest(request, rerun_of)
     if not request.dry_run:
         earlier = ledger.earlier_request(
@@ -59,7 +61,7 @@ def create(
         )
         if earlier is not None:
             return earlier
-    job = _checked(session, caller, request, rerun_of)
+    job = _checked(session, caller, request, rerun_of, limits)
     if request.dry_run:
         return job
     _check_inventory(session, job, request.model)
@@ -67,13 +69,14 @@ def create(
     return ledger.submit(session, job, messages=_remarks(rerun_of))
 
 
-def _checked(session: Session, caller: Caller, request: JobRequest, rerun_of: Job | None) -> Job:
+def _checked(session: Session, caller: Caller, request: JobRequest, rerun_of: Job | None, limits: Limits | None) -> Job:
     """The job of a request that can be carried out, before it is stored. Raises Rejected, NotFound."""
     chosen, hyperparameters = check_fields(request)
     model = registry.find_ready(session, caller.project_id, request.model)
     advice.check_modules(request.technique, model.facts)
     spec = _spec(session, request, model, method=chosen, hyperparameters=hyperparameters)
     advice.check_technique(spec.technique, model.facts)
+    servable.check(spec.technique, model.facts, limits)
     files = {param: _check_file(session, caller.project_id, param, name) for param, name in _files(request).items()}
     _check_held_out(session, request)
     job = _job(request, caller, model, spec)

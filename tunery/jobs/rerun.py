@@ -15,6 +15,7 @@ from tunery.jobs.request import JobRequest
 from tunery.keys.auth import Caller
 from tunery.models import registry
 from tunery.models.model import Model
+from tunery.planning.servable import Limits
 from tunery.spec import Hyperparameters, TrainingOptions
 
 Body = dict[str, Any]
@@ -30,6 +31,7 @@ def rerun(
     *,
     idempotency_key: str | None = None,
     is_retry: bool = False,
+    limits: Limits | None = None,
 ) -> Job:
     """Creates a job like an earlier one, with `changes` in the words of a create request; an object's fields are merged
     with those that the job had.
@@ -45,7 +47,7 @@ def rerun(
         faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors(include_url=False)]
         raise field_errors.explain(faults, body, JobRequest) from None
     return creation.create(
-        session, caller, request, rerun_of=original, idempotency_key=idempotency_key, is_retry=is_retry
+        session, caller, request, rerun_of=original, idempotency_key=idempotency_key, is_retry=is_retry, limits=limits
     )
 
 

@@ -7,7 +7,7 @@ from tunery.artifacts import manifest
 from tunery.artifacts.manifest import Manifest
 from tunery.serving import Files
 from tunery.storage import Storage
-from worker.supervisor.staging import base_folder
+from worker.supervisor.staging import StoredFolder, base_folder, texts_folder
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -17,6 +17,11 @@ log = logging.getLogger(__name__)
 def fetch(models_dir: Path, storage: Storage, files: Files) -> Path:
     """The model's folder, fetched where it is not here. Raises StorageFailed, ObjectMissing, ChecksumMismatch."""
     return base_folder(models_dir, storage, files.prefix, files.manifest_sha256)
+
+
+def fetch_texts(models_dir: Path, storage: Storage, files: Files) -> Path:
+    """The model's folder, or one without its weights. Raises as `fetch` does."""
+    return texts_folder(models_dir, storage, StoredFolder(files.prefix, files.manifest_sha256))
 
 
 def check(models_dir: Path, storage: Storage, files: Files) -> Path:

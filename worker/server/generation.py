@@ -29,7 +29,7 @@ class Sampling:
     seed: int | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Generation(WrittenAnswer):
     """An answer whose tokens are chosen here, of a stream's logits.
 

@@ -52,13 +52,19 @@ def read_vocabulary(tokenizer: Tokenizer, size: int, eos_ids: Iterable[int]) -> 
     return llguidance.LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=sorted(eos_ids))
 
 
-def of_format(wanted: ResponseFormat) -> str | None:
-    """The grammar of a `response_format`; None for text. Raises InvalidValue where it is no schema."""
+def schema_of(wanted: ResponseFormat) -> Any:
+    """The JSON schema of a `response_format`, without what it leaves open; None for text."""
     if wanted.type == "text":
         return None
-    schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
+    return _closed({"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_)
+
+
+def of_format(wanted: ResponseFormat) -> str | None:
+    """The grammar of a `response_format`; None for text. Raises InvalidValue where it is no schema."""
+    if (schema := schema_of(wanted)) is None:
+        return None
     try:
-        return str(llguidance.LLMatcher.grammar_from_json_schema(_closed(schema), overrides=cast(Any, _JSON)))
+        return str(llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=cast(Any, _JSON)))
     except ValueError as error:
         raise InvalidValue(
             param="response_format", reason=f"Invalid 'response_format': {_first_line(str(error))}"

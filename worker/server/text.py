@@ -77,7 +77,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((length for length in lengths if text.endswith(stop[:length])), 0)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class WrittenAnswer(ABC):
     """An answer in the making. Iterate for its pieces (one a token, often empty); the counts grow meanwhile.
 

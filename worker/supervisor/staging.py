@@ -99,7 +99,11 @@ def _without_exports(storage: Storage, prefix: str, sha256: str) -> manifest.Man
 
 def text_folder(models_dir: Path, storage: Storage, model: Model) -> Path:
     """A model's tokenizer, chat template and configs without its weights: what judging rows needs. Filled once."""
-    stored = _stored_folder(model)
+    return texts_folder(models_dir, storage, _stored_folder(model))
+
+
+def texts_folder(models_dir: Path, storage: Storage, stored: StoredFolder) -> Path:
+    """The same of a stored folder. Raises ObjectMissing, ChecksumMismatch, StorageFailed."""
     whole, folder = models_dir / stored.sha256, models_dir / f"{stored.sha256}.texts"
     if (whole / manifest.NAME).exists():
         return whole

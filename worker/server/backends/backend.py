@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from tunery.planning.servable import Limits
 from tunery.settings import Settings
 from tunery.storage import Storage
 from worker.server.answer import Answer
@@ -58,7 +59,27 @@ def _embedded(settings: Settings, storage: Storage, device: str) -> Backend:
     )
 
 
-BACKENDS: dict[str, Make] = {"embedded": _embedded}
+def _vllm(settings: Settings, storage: Storage, _: str) -> Backend:
+    from worker.server.backends.vllm import VllmBackend
+    from worker.server.fleet import Fleet
+    from worker.server.replica import Replica
+
+    if not settings.vllm_replicas:
+        raise ValueError("TUNERY_VLLM_REPLICAS is empty: name the URLs of the vLLM servers, separated by commas")
+    limits = Limits.of(settings)
+    assert limits is not None, "the settings choose this back end"
+    key = None if settings.vllm_api_key is None else settings.vllm_api_key.get_secret_value()
+    return VllmBackend(
+        Fleet([Replica(url.rstrip("/"), key) for url in settings.vllm_replicas], slots=settings.vllm_adapters),
+        settings.models_dir,
+        storage,
+        served_dir=settings.vllm_models_dir or settings.models_dir,
+        limits=limits,
+        streams=settings.server_streams,
+    )
+
+
+BACKENDS: dict[str, Make] = {"embedded": _embedded, "vllm": _vllm}
 """By the name that TUNERY_SERVER_BACKEND chooses."""
 
 

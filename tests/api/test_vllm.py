@@ -1,0 +1,262 @@
+"""Chats through the API, the model server and vLLM servers that say what real ones said."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import tiny_models
+from databases import Database
+from fastapi import FastAPI
+from fleets import Shelf
+from openai import OpenAI
+from recorded_vllm import QUESTION, RECORDED, RecordedVllm, steps
+from teams import BASE, TRAIN, Team
+
+from tunery import processes
+from tunery.rows.template import ChatTemplate
+from tunery.storage import open_storage
+from worker.server.backends import backend
+
+ASK: dict[str, Any] = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 24}
+Ask = Callable[..., OpenAI]
+Serve = Callable[[Any], str]
+
+
+class Recorded:
+    """Two recorded vLLM servers, and adapters without weights."""
+
+    def __init__(self, database: Database, root: Path) -> None:
+        self._root = root
+        tiny_models.tokenizer(root / "base")
+        (root / "base/config.json").write_text(json.dumps({"eos_token_id": 2}))
+        self.shelf = Shelf(database, root / "base", root)
+        self.tokenizer = ChatTemplate.load(root / "base").tokenizer
+        self.vllms = [RecordedVllm(BASE), RecordedVllm(BASE)]
+
+    def add(self, team: Team, name: str, **config: Any) -> str:
+        """The id of an adapter of the team."""
+        folder = self._root / name
+        tiny_models.tokenizer(folder)
+        options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], **config}
+        (folder / "adapter_config.json").write_text(json.dumps(options))
+        (folder / "adapter_model.safetensors").write_bytes(name.encode())
+        return self.shelf.add(team, folder)
+
+    def text(self, recorded: str) -> str:
+        """What the recorded answer says."""
+        ids = [token for step in steps(recorded) for token in step["token_ids"]]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@pytest.fixture
+def recorded(database: Database, tmp_path: Path) -> Recorded:
+    return Recorded(database, tmp_path)
+
+
+@pytest.fixture
+def ask(recorded: Recorded, make_app: Callable[..., FastAPI], team: Team) -> Iterator[Ask]:
+    """Makes a client of the API, before the vLLM servers at these addresses."""
+    with ExitStack() as stack:
+
+        def make(*urls: str, **options: Any) -> OpenAI:
+            address = stack.enter_context(recorded.shelf.serving(*urls, **options))
+            return team.on(make_app(server_url=address)).openai(strict=True)
+
+        yield make
+
+
+def test_base_and_adapter_answer_as_vllm_does(recorded: Recorded, ask: Ask, team: Team, serve: Serve) -> None:
+    vllm, tuned = recorded.vllms[0], recorded.add(team, "one")
+    client = ask(serve(vllm.app))
+    answer = client.chat.completions.create(model=BASE, **ASK)
+    assert answer.choices[0].message.content == recorded.text("stream_base")
+    assert vllm.asked[-1] == {**RECORDED["stream_base"]["request"], "model": BASE}
+    answer = client.chat.completions.create(model=tuned, **ASK)
+    assert answer.choices[0].message.content == recorded.text("stream_adapter") != recorded.text("stream_base")
+    assert answer.model == tuned
+    digest = recorded.shelf.digest(tuned)
+    assert vllm.asked[-1] == {**RECORDED["stream_adapter"]["request"], "model": digest}
+    assert vllm.adapters == {digest: str(recorded.shelf.seen / digest)}
+    said = [token for step in steps("stream_adapter") for token in step["token_ids"]]
+    assert answer.usage
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(vllm.asked[-1]["prompt"]), len(said))
+    pieces = client.chat.completions.create(model=tuned, stream=True, **ASK)
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == recorded.text("stream_adapter")
+    assert vllm.loaded == [digest]
+
+
+def _say(client: OpenAI, model: str, **options: Any) -> str | None:
+    return client.chat.completions.create(model=model, **ASK, **options).choices[0].message.content
+
+
+def _soon(holds: Callable[[], bool]) -> bool:
+    return processes.wait_until(holds, seconds=20, alive=lambda: True, every=0.02)
+
+
+def test_every_server_has_the_adapters_and_gets_them_again_after_a_restart(
+    recorded: Recorded, ask: Ask, team: Team, serve: Serve
+) -> None:
+    one, two = recorded.vllms
+    tuned = recorded.add(team, "one")
+    digest = recorded.shelf.digest(tuned)
+    client = ask(serve(one.app), serve(two.app))
+    assert _say(client, tuned) == recorded.text("stream_adapter")
+    assert _soon(lambda: digest in one.adapters and digest in two.adapters)
+    one.restart()
+    two.restart()
+    assert _soon(lambda: digest in one.adapters and digest in two.adapters)
+
+
+def test_server_that_has_forgotten_an_adapter_gets_it_with_the_next_request(
+    recorded: Recorded, ask: Ask, team: Team, serve: Serve
+) -> None:
+    vllm, tuned = recorded.vllms[0], recorded.add(team, "one")
+    client = ask(serve(vllm.app), look_seconds=3600)
+    _say(client, tuned)
+    vllm.restart()
+    assert _say(client, tuned) == recorded.text("stream_adapter")
+    assert vllm.loaded == [recorded.shelf.digest(tuned)] * 2
+
+
+def test_requests_are_spread_and_a_dead_server_is_left_out_until_it_is_back(
+    recorded: Recorded, ask: Ask, team: Team, serve: Serve
+) -> None:
+    one, two = recorded.vllms
+    gone = f"http://127.0.0.1:{processes.free_port()}"
+    client = ask(serve(one.app), serve(two.app), gone)
+    for _ in range(4):
+        _say(client, BASE)
+    assert len(one.asked) == len(two.asked) == 2
+    one.is_down = True
+    for _ in range(4):
+        assert _say(client, BASE) == recorded.text("stream_base")
+    assert (len(one.asked), len(two.asked)) == (2, 6)
+    one.is_down = False
+    assert _soon(lambda: bool(_say(client, BASE)) and len(one.asked) > 2)
+    one.is_down = two.is_down = True
+    with pytest.raises(openai.InternalServerError, match=f"--served-model-name '{BASE}'") as refused:
+        _say(client, BASE)
+    assert (refused.value.status_code, refused.value.code) == (503, "no_replica")
+
+
+def test_stream_that_breaks_off_says_so_and_one_that_nobody_reads_is_ended(
+    recorded: Recorded, ask: Ask, serve: Serve
+) -> None:
+    vllm = recorded.vllms[0]
+    client = ask(serve(vllm.app))
+    vllm.breaks = True
+    heard: list[str] = []
+    chunks = client.chat.completions.create(model=BASE, stream=True, **ASK)
+    with pytest.raises(openai.APIError, match="model server does not answer"):
+        heard.extend(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert recorded.text("stream_base").startswith("".join(heard))
+    vllm.breaks, vllm.stalls = False, True
+    vllm.left.clear()
+    with client.chat.completions.create(model=BASE, stream=True, **ASK) as stream:
+        next(iter(stream))
+    assert vllm.left.wait(20)
+
+
+UNSERVABLE: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"use_dora": True}, "no DoRA"),
+    ({"modules_to_save": ["lm_head"]}, "lm_head"),
+    ({"trainable_token_indices": [5]}, "trained tokens"),
+    ({"r": 16}, "at most 8"),
+)
+
+
+def test_adapter_that_vllm_cannot_serve_is_refused_before_it_is_asked(
+    recorded: Recorded, ask: Ask, team: Team, serve: Serve
+) -> None:
+    vllm = recorded.vllms[0]
+    client = ask(serve(vllm.app))
+    for number, (config, reason) in enumerate(UNSERVABLE):
+        with pytest.raises(openai.BadRequestError, match=reason) as refused:
+            _say(client, recorded.add(team, str(number), **config))
+        assert refused.value.code == "cannot_serve"
+    assert vllm.asked == vllm.loaded == []
+
+
+def test_what_vllm_itself_refuses_is_said_in_its_words(recorded: Recorded, ask: Ask, team: Team, serve: Serve) -> None:
+    vllm, tuned = recorded.vllms[0], recorded.add(team, "one", r=16)
+    client = ask(serve(vllm.app), max_rank=64)  # more than the server was started with
+    for _ in range(2):
+        with pytest.raises(openai.BadRequestError, match="LoRA rank 16 is greater than max_lora_rank 8"):
+            _say(client, tuned)
+    nonsense = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nonsense"}}}
+    with pytest.raises(openai.BadRequestError, match="nonsense"):
+        _say(client, BASE, response_format=nonsense)
+    with pytest.raises(openai.BadRequestError, match="Use 'auto'"):
+        _say(client, BASE, tools=[{"type": "function", "function": {"name": "f"}}], tool_choice="required")
+    assert _say(client, BASE) == recorded.text("stream_base")
+
+
+def test_least_recently_used_adapter_leaves_every_server(
+    recorded: Recorded, ask: Ask, team: Team, serve: Serve
+) -> None:
+    one, two = recorded.vllms
+    names = [recorded.add(team, name) for name in ("one", "two")]
+    first, second = map(recorded.shelf.digest, names)
+    client = ask(serve(one.app), serve(two.app), slots=1)
+    _say(client, names[0])
+    assert _soon(lambda: first in one.adapters and first in two.adapters)
+    _say(client, names[1])
+    assert _soon(lambda: [*one.adapters] == [*two.adapters] == [second])
+
+
+def test_name_that_comes_to_mean_other_files_is_another_adapter(
+    recorded: Recorded, ask: Ask, team: Team, serve: Serve
+) -> None:
+    vllm, tuned = recorded.vllms[0], recorded.add(team, "one")
+    client = ask(serve(vllm.app))
+    _say(client, tuned)
+    before, other = recorded.shelf.digest(tuned), recorded.add(team, "two")
+    recorded.shelf.rename(tuned, other)
+    _say(client, tuned)
+    assert [body["model"] for body in vllm.asked] == [before, recorded.shelf.digest(other)]
+
+
+def test_log_probabilities_a_schema_and_the_servers_key(recorded: Recorded, ask: Ask, team: Team, serve: Serve) -> None:
+    vllm, tuned = recorded.vllms[0], recorded.add(team, "one")
+    vllm.api_key = "k"
+    url = serve(vllm.app)
+    client = ask(url, api_key="k")
+    chances = client.chat.completions.create(model=tuned, logprobs=True, top_logprobs=2, **ASK).choices[0].logprobs
+    assert chances
+    assert chances.content
+    said_there = [step["logprobs"] for step in steps("stream_logprobs")]
+    assert [one.logprob for one in chances.content] == [one for step in said_there for one in step["token_logprobs"]]
+    assert [len(one.top_logprobs) for one in chances.content] == [2] * len(chances.content)
+    schema = RECORDED["stream_schema"]["request"]["structured_outputs"]["json"]
+    said = _say(client, BASE, response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}})
+    assert said == recorded.text("stream_schema")
+    assert vllm.asked[-1]["structured_outputs"] == {"json": {**schema, "additionalProperties": False}}
+    with pytest.raises(openai.InternalServerError, match="TUNERY_VLLM_REPLICAS"):
+        _say(ask(url, api_key="another"), BASE)
+
+
+def test_job_whose_adapter_could_not_be_served_is_refused(
+    make_app: Callable[..., FastAPI], team: Team, base: str
+) -> None:
+    strict = team.on(make_app(server_backend="vllm", vllm_max_lora_rank=8)).http
+    file = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a.jsonl", TRAIN)}).json()["id"]
+    body = {"model": base, "training_file": file, "technique": {"type": "lora", "r": 16}}
+    refused = strict.post("/v1/fine_tuning/jobs", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "technique.r")
+    assert "at most 8" in refused.json()["error"]["message"]
+    made = team.http.post("/v1/fine_tuning/jobs", json=body)
+    assert made.status_code == 200
+    again = strict.post(f"/v1/fine_tuning/jobs/{made.json()['id']}/rerun", json={})
+    assert (again.status_code, again.json()["error"]["param"]) == (400, "technique.r")
+    body["technique"]["r"] = 8
+    assert strict.post("/v1/fine_tuning/jobs", json=body).status_code == 200
+
+
+def test_server_without_vllm_servers_does_not_start(database: Database) -> None:
+    settings = database.settings.model_copy(update={"server_backend": "vllm"})
+    with pytest.raises(ValueError, match="TUNERY_VLLM_REPLICAS is empty"):
+        backend.make(settings, open_storage(settings), "cpu")

@@ -1,0 +1,113 @@
+"""Which adapters a vLLM server loads and computes as they were trained: the rules, for a job that is asked for and for
+files that are to be served."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tunery.errors import InvalidValue
+from tunery.settings import Settings
+from tunery.spec import Full, Lora, Qlora, Technique
+
+_EXPERTS = "it lies on routed experts, whose adapters vLLM reads in another layout. Name target_modules of attention"
+_VOCABULARY = ("lm_head", "embed_tokens")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the servers of an installation allow: their `--max-lora-rank`, and whether an adapter that was trained on
+    four bits may answer on the base itself."""
+
+    max_rank: int
+    four_bits_on_the_base: bool
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Limits | None":
+        """None where the models are not served by vLLM."""
+        if settings.server_backend != "vllm":
+            return None
+        return cls(settings.vllm_max_lora_rank, settings.server_qlora_base == "unquantised")
+
+
+@dataclass(frozen=True)
+class AdapterTraits:
+    """What the rules look at. `rank`: the largest of all modules."""
+
+    rank: int
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    trains_tokens: bool = False
+    on_experts: bool = False
+    on_vocabulary: bool = False
+    on_four_bits: bool = False
+
+    @classmethod
+    def of_technique(cls, technique: Lora, facts: Mapping[str, Any]) -> "AdapterTraits":
+        """Of the adapter that a job will make on a base with these facts."""
+        everything = technique.target_modules == "all-linear"
+        return cls(
+            rank=technique.r,
+            use_dora=technique.use_dora,
+            modules_to_save=tuple(technique.modules_to_save or ()),
+            trains_tokens=bool(technique.trainable_token_indices),
+            on_experts=everything and bool((facts.get("counts") or {}).get("experts")),
+            on_vocabulary=not everything and _names_vocabulary(technique.target_modules),
+            on_four_bits=isinstance(technique, Qlora),
+        )
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], *, on_four_bits: bool) -> "AdapterTraits":
+        """Of the adapter with this adapter_config.json."""
+        return cls(
+            rank=max([config["r"], *(config.get("rank_pattern") or {}).values()]),
+            use_dora=bool(config.get("use_dora")),
+            modules_to_save=tuple(config.get("modules_to_save") or ()),
+            trains_tokens=bool(config.get("trainable_token_indices")),
+            on_experts=bool(config.get("target_parameters")),
+            on_vocabulary=_names_vocabulary(config["target_modules"]),
+            on_four_bits=on_four_bits,
+        )
+
+
+def _names_vocabulary(modules: Any) -> bool:
+    return not isinstance(modules, str) and any(name.rpartition(".")[2] in _VOCABULARY for name in modules)
+
+
+def why_not(adapter: AdapterTraits, limits: Limits) -> tuple[str, str] | None:
+    """The field at fault and the reason, with what to change, for an adapter that cannot be served; None for others."""
+    rules = (
+        (adapter.use_dora, "use_dora", "vLLM has no DoRA. Send use_dora false"),
+        (
+            bool(adapter.modules_to_save),
+            "modules_to_save",
+            f"vLLM loads no modules that were trained whole ({', '.join(adapter.modules_to_save)}). Leave them out",
+        ),
+        (adapter.trains_tokens, "trainable_token_indices", "vLLM loads no trained tokens. Leave them out"),
+        (
+            adapter.rank > limits.max_rank,
+            "r",
+            f"rank {adapter.rank} is above the servers' limit. Use at most {limits.max_rank}",
+        ),
+        (adapter.on_experts, "target_modules", _EXPERTS),
+        (adapter.on_vocabulary, "target_modules", "vLLM may compute no adapter on the head or embedding. Leave it out"),
+        (
+            adapter.on_four_bits and not limits.four_bits_on_the_base,
+            "type",
+            "it is trained on a base in four bits, which the servers hold unquantised. Use 'lora', or have the "
+            "operator set TUNERY_SERVER_QLORA_BASE to 'unquantised'",
+        ),
+    )
+    return next(((field, reason) for applies, field, reason in rules if applies), None)
+
+
+def check(technique: Technique | None, facts: Mapping[str, Any], limits: Limits | None) -> None:
+    """Raises InvalidValue for a job whose adapter could not be served here. None: the server's choice, plain LoRA."""
+    if limits is None or isinstance(technique, Full):
+        return
+    found = why_not(AdapterTraits.of_technique(technique or Lora(), facts), limits)
+    if found is not None:
+        field, reason = found
+        raise InvalidValue(
+            param=f"technique.{field}",
+            reason=f"This installation serves models by vLLM, which could not serve this adapter: {reason}.",
+        )

@@ -1,0 +1,206 @@
+"""Answers of vLLM servers: prompts are rendered and texts are read here, tokens are chosen there.
+
+They get token ids and give token ids, so the prompt is that of the training, whatever template lies beside the base.
+"""
+
+import asyncio
+import json
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Condition, Thread
+from typing import Any, TypeVar
+
+import httpx2
+
+from tunery.errors import TuneryError, Unavailable, Unsupported
+from tunery.planning import servable
+from tunery.planning.servable import AdapterTraits, Limits
+from tunery.rows.calls import CallSpelling
+from tunery.serving import Chosen, Files
+from tunery.storage import Storage
+from worker.server import folders, grammar, prompting
+from worker.server.answer import Answer
+from worker.server.fleet import Fleet, Target
+from worker.server.remote import Reader, RemoteAnswer, Tokens
+from worker.server.rendering import Rendering, Renderings
+from worker.server.replica import Adapter, CannotServe
+from worker.server.schemas import ChatRequest
+
+_WAIT_SECONDS = 0.05
+"""The longest that a client's leaving waits to be seen."""
+
+Result = TypeVar("Result")
+
+
+class VllmBackend:
+    """The back end before a fleet of vLLM servers. `served_dir`: `models_dir` as they see it."""
+
+    def __init__(
+        self, fleet: Fleet, models_dir: Path, storage: Storage, *, served_dir: Path, limits: Limits, streams: int
+    ) -> None:
+        self.fleet = fleet
+        self.streams = streams
+        self.loaded: str | None = None
+        self.device = "vllm"
+        self._models_dir = models_dir
+        self._served_dir = served_dir
+        self._storage = storage
+        self._limits = limits
+        self._renderings = Renderings()
+        self._arrived = Condition()
+        self._open: set[RemoteAnswer] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._loop.run_forever, name="fleet", daemon=True)
+        self._thread.start()
+        self._start(fleet.watch())
+
+    def answer(self, request: ChatRequest) -> RemoteAnswer:
+        """The answer to a request, whose adapter the servers have when this returns.
+
+        Raises CannotRender, PromptTooLong, Unsupported and InvalidValue (the request's fault), CannotServe, NoReplica,
+        StorageFailed, ObjectMissing, ChecksumMismatch.
+        """
+        kept_to = _kept_to(request)
+        target = self._target(request.chosen)
+        length = self._start(self.fleet.length(target)).result()
+        rendering = self._renderings.of(self._template_folder(request.chosen))
+        prompting.refuse_much_too_long(request, rendering.template, length)
+        prompt = prompting.encode(request, rendering.template)
+        body = _body(request, prompt, rendering, prompting.room(request, len(prompt), length)) | kept_to
+        tokens = Tokens(self._arrived)
+        reader = Reader(tokens, rendering.template.tokenizer, _top(request))
+        reading = self._begin(target, body, reader, tokens)
+        self.loaded = request.chosen.template.id
+        return self._written(request, prompt, rendering, tokens, reading)
+
+    def advance(self, answers: Sequence[Answer]) -> Sequence[Answer]:
+        """Waits for tokens, and returns the answers of which a piece can be read now."""
+        with self._arrived:
+            # Of any open answer: one that is about to join must not wait for the others' next tokens.
+            self._arrived.wait_for(lambda: any(answer.is_ready for answer in self._open), _WAIT_SECONDS)
+        return [answer for answer in answers if isinstance(answer, RemoteAnswer) and answer.is_ready]
+
+    def close(self) -> None:
+        """Leaves the servers alone; what they hold stays with them."""
+        self._start(self._end()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self.fleet.end()
+
+    def _target(self, chosen: Chosen) -> Target:
+        """Raises CannotServe."""
+        base = frozenset({chosen.weights.id, chosen.weights.manifest_sha256})
+        adapter = None if chosen.adapter is None else self._adapter(chosen, chosen.adapter, base)
+        return Target(chosen.weights.id, base, adapter)
+
+    def _adapter(self, chosen: Chosen, files: Files, base: frozenset[str]) -> Adapter:
+        is_known = self.fleet.knows(files.manifest_sha256)
+        folder = (folders.fetch if is_known else folders.check)(self._models_dir, self._storage, files)
+        if not is_known:
+            config = json.loads((folder / "adapter_config.json").read_bytes())
+            on_four_bits = chosen.tuned is not None and chosen.tuned.technique == "qlora"
+            found = servable.why_not(AdapterTraits.of_config(config, on_four_bits=on_four_bits), self._limits)
+            if found is not None:
+                raise CannotServe(reason=found[1])
+        return Adapter(files.manifest_sha256, str(self._served_dir / files.manifest_sha256), base)
+
+    def _template_folder(self, chosen: Chosen) -> Path:
+        return folders.fetch_texts(self._models_dir, self._storage, chosen.template)
+
+    def _begin(self, target: Target, body: dict[str, Any], reader: Reader, tokens: Tokens) -> "Future[None]":
+        """The task that reads the answer, once a server has begun it."""
+        begun: Future[None] = Future()
+        reading = self._start(self._read(target, body, reader, tokens, begun))
+        begun.result()
+        return reading
+
+    async def _read(
+        self, target: Target, body: dict[str, Any], reader: Reader, tokens: Tokens, begun: "Future[None]"
+    ) -> None:
+        try:
+            replica, stream = await self.fleet.open(target, body)
+        except BaseException as error:
+            begun.set_exception(error)
+            raise
+        begun.set_result(None)
+        try:
+            await reader.read(stream.aiter_raw())
+            tokens.end()
+        except httpx2.HTTPError as error:
+            replica.lose(error)
+        except TuneryError as error:
+            tokens.end(error)
+        finally:
+            tokens.end(Unavailable(part="The model server"))  # of whatever it was: a reader must not wait for ever
+            await self.fleet.close(target, replica, stream)
+
+    def _written(
+        self, request: ChatRequest, prompt: list[int], rendering: Rendering, tokens: Tokens, reading: "Future[None]"
+    ) -> RemoteAnswer:
+        def stop() -> None:
+            reading.cancel()
+            with self._arrived:
+                self._open.discard(answer)
+
+        answer = RemoteAnswer(
+            source=tokens,
+            tokenizer=rendering.template.tokenizer,
+            prompt_ids=prompt,
+            context=rendering.template.answer_context(prompt),
+            eos_ids=rendering.eos_ids,
+            stops=request.stops,
+            spelling=_spelling(request, rendering),
+            on_close=stop,
+        )
+        with self._arrived:
+            self._open.add(answer)
+        return answer
+
+    def _start(self, work: Coroutine[Any, Any, Result]) -> "Future[Result]":
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+
+def _body(request: ChatRequest, prompt: list[int], rendering: Rendering, room: int) -> dict[str, Any]:
+    """What vLLM's completions get. Every option is named: a server has defaults of its own, from the base's folder."""
+    is_greedy = request.top_p == 0
+    body: dict[str, Any] = {
+        "prompt": prompt,
+        "stream": True,
+        "max_tokens": room,
+        "temperature": 0 if is_greedy else 1.0 if request.temperature is None else request.temperature,
+        "top_p": 1.0 if is_greedy or request.top_p is None else request.top_p,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "stop_token_ids": sorted(rendering.eos_ids),
+        "return_token_ids": True,
+    }
+    if request.seed is not None:
+        body["seed"] = request.seed % 2**63
+    if (top := _top(request)) is not None:
+        body |= {"logprobs": top, "return_tokens_as_token_ids": True}
+    return body
+
+
+def _top(request: ChatRequest) -> int | None:
+    return (request.top_logprobs or 0) if request.logprobs else None
+
+
+def _kept_to(request: ChatRequest) -> dict[str, Any]:
+    """What the answer has to keep to, as vLLM spells it. Raises Unsupported."""
+    if request.must_call:
+        raise Unsupported(param="tool_choice", what="A call that has to be made", instead="Use 'auto'.")
+    schema = grammar.schema_of(request.response_format)
+    return {} if schema is None else {"structured_outputs": {"json": schema}}
+
+
+def _spelling(request: ChatRequest, rendering: Rendering) -> CallSpelling | None:
+    return rendering.spelling if request.offered_tools else None

@@ -1,0 +1,169 @@
+"""The vLLM servers behind this one: each holds every adapter in use, and a request goes to the least busy.
+
+Everything here runs in one event loop.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+
+from tunery.errors import Unavailable
+from worker.server.replica import Adapter, AdapterAbsent, CannotServe, Replica, ReplicaLost
+
+log = logging.getLogger(__name__)
+
+
+class NoReplica(Unavailable):
+    """No vLLM server that answers serves the base '{base}'. Try again in a few seconds; the operator starts one with
+    --served-model-name '{base}' and lists it in TUNERY_VLLM_REPLICAS."""
+
+    code = "no_replica"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a request is sent to: a base, by the names that it may have on a replica, and an adapter on it."""
+
+    id: str
+    base: frozenset[str]
+    adapter: Adapter | None = None
+
+
+@dataclass
+class _Held:
+    adapter: Adapter
+    users: int = 0
+
+
+class Fleet:
+    """`slots`: adapters that are kept loaded; those that answer just then stay, even above it."""
+
+    def __init__(self, replicas: Sequence[Replica], *, slots: int, look_seconds: float = 2.0) -> None:
+        self.replicas = tuple(replicas)
+        self._slots = slots
+        self._look_seconds = look_seconds
+        self._held: dict[str, _Held] = {}  # the least recently used first
+        self._wake = asyncio.Event()
+        self._turn = 0
+
+    def knows(self, adapter: str) -> bool:
+        """Whether an adapter's files are known to be what they should be: they were loaded already."""
+        return adapter in self._held
+
+    async def watch(self) -> None:
+        """Looks after the replicas until it is cancelled: one that was started anew gets its adapters again."""
+        while True:
+            await self._look()
+            await asyncio.gather(*(self._equip(replica) for replica in self.replicas if replica.is_up))
+            self._wake.clear()
+            try:
+                await asyncio.wait_for(self._wake.wait(), self._look_seconds)
+            except TimeoutError:
+                continue
+
+    async def length(self, target: Target) -> int | None:
+        """The most tokens of prompt and answer together. Raises NoReplica."""
+        if not self._serving(target):
+            await self._look()
+        lengths = [one.length(target.base) for one in self._serving(target)]
+        if not lengths:
+            raise NoReplica(base=target.id)
+        return min((length for length in lengths if length is not None), default=None)
+
+    async def open(self, target: Target, body: dict[str, Any]) -> tuple[Replica, httpx2.Response]:
+        """The stream of a completion; `close` has to be called with both. Raises NoReplica, CannotServe, InvalidValue.
+
+        What a replica that dies was asked goes to the next one, unless tokens of it have come.
+        """
+        if target.adapter is not None:
+            await self._hold(target.adapter)
+        try:
+            for replica in self._serving(target):
+                if (answer := await self._ask(replica, target, body)) is not None:
+                    return replica, answer
+            raise NoReplica(base=target.id)
+        except BaseException:
+            self._release(target)
+            raise
+
+    async def close(self, target: Target, replica: Replica, answer: httpx2.Response) -> None:
+        """Ends a stream, whether or not it was read to its end."""
+        replica.in_flight -= 1
+        self._release(target)
+        await answer.aclose()
+
+    async def end(self) -> None:
+        """Closes the connections."""
+        await asyncio.gather(*(replica.close() for replica in self.replicas))
+
+    async def _ask(self, replica: Replica, target: Target, body: dict[str, Any]) -> httpx2.Response | None:
+        """The stream of that replica; None where it is lost."""
+        adapter = target.adapter
+        model = replica.name_of(target.base) if adapter is None else adapter.name
+        replica.in_flight += 1
+        try:
+            for _ in range(2):  # the second time after it was started anew
+                try:
+                    if adapter is not None:
+                        await replica.lay(adapter)
+                    return await replica.open({**body, "model": model})
+                except AdapterAbsent:
+                    continue
+            raise ReplicaLost
+        except ReplicaLost:
+            replica.in_flight -= 1
+            return None
+        except BaseException:
+            replica.in_flight -= 1
+            raise
+
+    def _serving(self, target: Target) -> list[Replica]:
+        """Those with the base, the least busy first; of several as busy each has its turn."""
+        found = [replica for replica in self.replicas if replica.serves(target.base)]
+        self._turn += 1
+        at = self._turn % (len(found) or 1)
+        return sorted(found[at:] + found[:at], key=lambda replica: replica.in_flight)
+
+    async def _look(self) -> None:
+        await asyncio.gather(*(replica.look() for replica in self.replicas))
+        for replica in self.replicas:
+            for name, adapter in replica.adapters.items():
+                # Those of an earlier process of ours: known, so that they leave for others in their turn.
+                self._held.setdefault(name, _Held(adapter))
+
+    async def _equip(self, replica: Replica) -> None:
+        """Loads what the others have and it has not."""
+        for held in list(self._held.values()):
+            adapter = held.adapter
+            if adapter.name in replica.refused or not replica.serves(adapter.base):
+                continue
+            try:
+                await replica.lay(adapter)
+            except (ReplicaLost, CannotServe):
+                continue  # it is in the log
+
+    async def _hold(self, adapter: Adapter) -> None:
+        held = self._held.pop(adapter.name, None)
+        if held is None:
+            self._wake.set()  # for the other replicas
+        self._held[adapter.name] = held = _Held(adapter, users=0 if held is None else held.users)
+        held.users += 1
+        idle = [name for name, one in self._held.items() if not one.users]
+        for name in idle[: max(0, len(self._held) - self._slots)]:
+            del self._held[name]
+            await asyncio.gather(*(self._remove(replica, name) for replica in self.replicas))
+
+    async def _remove(self, replica: Replica, name: str) -> None:
+        if name in replica.adapters:
+            try:
+                await replica.remove(name)
+            except ReplicaLost:
+                return  # what it has is read when it is back
+
+    def _release(self, target: Target) -> None:
+        if target.adapter is not None and (held := self._held.get(target.adapter.name)) is not None:
+            held.users -= 1

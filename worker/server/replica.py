@@ -1,0 +1,180 @@
+"""One vLLM server: what it holds, and the calls that it takes.
+
+Everything here runs in one event loop, that of the `Fleet`.
+"""
+
+import asyncio
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import httpx2
+from pydantic_core import from_json
+
+from tunery.errors import InvalidValue, Rejected
+
+log = logging.getLogger(__name__)
+
+_ADAPTER = re.compile("[0-9a-f]{64}")
+"""An adapter's name on a replica: the digest of its manifest. Other names are the operator's own."""
+_ALREADY = "already been loaded"
+_SECONDS = 30
+"""The longest that a replica may take for a status line."""
+_LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
+
+
+class ReplicaLost(Exception):
+    """The replica gives no answer, or says that it cannot."""
+
+
+class AdapterAbsent(Exception):
+    """The replica knows no model of that name: it was started anew."""
+
+
+class CannotServe(Rejected):
+    """The engine behind this server cannot load the adapter ({reason}). Merge it into its base, or train another."""
+
+    code = "cannot_serve"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's `name` on the replicas, where its files lie for them, and the names under which one of them may
+    serve its base."""
+
+    name: str
+    path: str
+    base: frozenset[str]
+
+
+class Replica:
+    """A vLLM server at `url`, without a path."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        self.url = url
+        self.in_flight = 0
+        self.is_up = False
+        self.bases: dict[str, int | None] = {}
+        """The most tokens of prompt and answer, by the base's name and by its folder's."""
+        self.adapters: dict[str, Adapter] = {}
+        self.refused: dict[str, str] = {}
+        """Why it would not load adapters, by their names."""
+        self._names: dict[str, str] = {}
+        """Of the bases, and their folders' names."""
+        self._loading = asyncio.Lock()
+        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        timeout = httpx2.Timeout(None, connect=5)
+        self._client = httpx2.AsyncClient(
+            base_url=url, headers=headers, timeout=timeout, trust_env=False, limits=_LIMITS
+        )
+
+    def serves(self, base: frozenset[str]) -> bool:
+        """Whether it is up and has a base of one of these names."""
+        return self.is_up and not base.isdisjoint(self.bases)
+
+    def length(self, base: frozenset[str]) -> int | None:
+        """The most tokens of prompt and answer together; None: it does not say."""
+        return next((self.bases[name] for name in base if name in self.bases), None)
+
+    def name_of(self, base: frozenset[str]) -> str:
+        """The name by which it serves the base."""
+        return next(name for name in self._names if name in base or self._names[name] in base)
+
+    async def look(self) -> None:
+        """Reads what it holds now. A replica that was gone has to be asked again for what it refused."""
+        try:
+            answer = await self._client.get("/v1/models", timeout=_SECONDS)
+            cards = from_json(answer.raise_for_status().content)["data"]
+        except (httpx2.HTTPError, ValueError, KeyError) as error:
+            self.lose(error)
+            return
+        if not self.is_up:
+            log.info("the vLLM server %s is up", self.url)
+            self.refused.clear()
+        self.is_up = True
+        own = [card for card in cards if not card.get("parent")]
+        self._names = {card["id"]: PurePosixPath(card.get("root") or "").name for card in own}
+        lengths = {card["id"]: card.get("max_model_len") for card in own}
+        self.bases = {folder: lengths[name] for name, folder in self._names.items() if folder} | lengths
+        laid = [card for card in cards if card.get("parent") and _ADAPTER.fullmatch(card["id"])]
+        self.adapters = {
+            card["id"]: self.adapters.get(card["id"]) or Adapter(card["id"], card["root"], frozenset({card["parent"]}))
+            for card in laid
+        }
+
+    def lose(self, error: Exception) -> None:
+        """Leaves it out until it answers again."""
+        if self.is_up:
+            log.warning("the vLLM server %s does not answer: %r", self.url, error)
+        self.is_up = False
+        self.adapters.clear()
+
+    async def lay(self, adapter: Adapter) -> None:
+        """Loads an adapter that it does not have. Raises ReplicaLost, CannotServe."""
+        async with self._loading:
+            if adapter.name in self.adapters:
+                return
+            if adapter.name in self.refused:
+                raise CannotServe(reason=self.refused[adapter.name])
+            status, message = await self._post(
+                "/v1/load_lora_adapter", {"lora_name": adapter.name, "lora_path": adapter.path}
+            )
+            # It is there already where an earlier call's answer was lost.
+            if status != 200 and _ALREADY not in message:
+                self.refused[adapter.name] = message
+                log.warning("%s refuses the adapter %s: %s", self.url, adapter.name, message)
+                raise CannotServe(reason=message)
+            self.adapters[adapter.name] = adapter
+
+    async def remove(self, name: str) -> None:
+        """Unloads an adapter; one that is not there is no error. Raises ReplicaLost."""
+        async with self._loading:
+            self.adapters.pop(name, None)
+            await self._post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    async def open(self, body: dict[str, Any]) -> httpx2.Response:
+        """A completion's stream, which has to be closed. Raises ReplicaLost, AdapterAbsent, InvalidValue."""
+        request = self._client.build_request("POST", "/v1/completions", json=body)
+        try:
+            async with asyncio.timeout(_SECONDS):  # the status line comes before the first token
+                answer = await self._client.send(request, stream=True)
+            if answer.status_code == 200:
+                return answer
+            try:
+                message = _message(await answer.aread())
+            finally:
+                await answer.aclose()
+        except (httpx2.HTTPError, TimeoutError) as error:
+            self.lose(error)
+            raise ReplicaLost from error
+        if answer.status_code == 404:
+            self.adapters.pop(body["model"], None)
+            raise AdapterAbsent
+        if answer.status_code == 400:
+            raise InvalidValue(reason=message)
+        log.warning("%s answered %d: %s", self.url, answer.status_code, message)
+        raise ReplicaLost
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _post(self, path: str, body: dict[str, str]) -> tuple[int, str]:
+        """The status, and the message of an error."""
+        try:
+            answer = await self._client.post(path, json=body, timeout=120)
+        except httpx2.HTTPError as error:
+            self.lose(error)
+            raise ReplicaLost from error
+        return answer.status_code, _message(answer.content)
+
+
+def _message(body: bytes) -> str:
+    """The message of an error's body, without what vLLM wraps around that of its worker."""
+    try:
+        text = str(from_json(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")[:200]
+    inner = re.search(r"Worker failed with error '(.*)', please check", text, re.DOTALL)
+    return (inner[1] if inner else text).rstrip(".")
