@@ -173,6 +173,19 @@ def test_pass_that_breaks_reaches_every_reader_and_the_next_answer_is_right(llam
     assert together(batch, PROMPTS[:1]) == [alone(llama, PROMPTS[0])]
 
 
+def test_greedy_rows_get_no_logits_and_the_same_tokens(llama: Any) -> None:
+    batch = Batch(llama)
+    rows = [batch.join(prompt, is_greedy=i % 2 == 0) for i, prompt in enumerate(PROMPTS)]
+    said: list[list[int]] = [[] for _ in rows]
+    for _ in range(TOKENS):
+        batch.step()
+        assert [row.found is None for row in rows] == [True, False] * 3
+        for row, one in zip(rows, said, strict=True):
+            one.append(row.likeliest())
+            row.push(one[-1])
+    assert said == [alone(llama, prompt) for prompt in PROMPTS]
+
+
 def test_slow_reader_holds_up_nobody(llama: Any) -> None:
     batch = Batch(llama)
     slow, quick = batch.join(PROMPTS[0]), batch.join(PROMPTS[1])

@@ -41,14 +41,16 @@ class Adapters(Protocol):
 class Row:
     """One answer's stream in a batch. `ids[:fed]` have been read by the model."""
 
-    def __init__(self, batch: "Batch", prompt_ids: list[int], owner: Owner, number: int) -> None:
-        """`number`: the more, the younger."""
+    def __init__(self, batch: "Batch", prompt_ids: list[int], owner: Owner, number: int, is_greedy: bool) -> None:
+        """`number`: the more, the younger. `is_greedy`: only `likeliest` is read."""
         self.batch = batch
         self.owner = owner
         self.number = number
+        self.is_greedy = is_greedy
         self.ids = list(prompt_ids)
         self.fed = 0
         self.reused: int | None = None
+        self.best: int | None = None
         self.found: torch.Tensor | None = None
         self.failure: Exception | None = None
 
@@ -68,20 +70,26 @@ class Row:
 
     @property
     def is_ready(self) -> bool:
-        """Whether `logits` computes nothing."""
-        return self.found is not None or self.failure is not None
+        """Whether `logits` and `likeliest` compute nothing."""
+        return self.best is not None or self.failure is not None
 
-    def logits(self) -> torch.Tensor:
-        """Logits of the next token (vocabulary, fp32, on the CPU). Raises what broke a pass of the batch."""
-        while self.found is None:
+    def likeliest(self) -> int:
+        """The likeliest next token. Raises what broke a pass of the batch."""
+        while self.best is None:
             if self.failure is not None:
                 raise self.failure
             self.batch.step()
+        return self.best
+
+    def logits(self) -> torch.Tensor:
+        """Logits of the next token (vocabulary, fp32, on the CPU). Raises what broke a pass of the batch."""
+        self.likeliest()
+        assert self.found is not None, "the row is greedy"
         return self.found
 
     def push(self, token: int) -> None:
         self.ids.append(token)
-        self.found = None
+        self.best = self.found = None
 
     def close(self) -> None:
         self.batch.remove(self)
@@ -107,10 +115,12 @@ class Batch:
         """The most tokens of a row that the memory has room for."""
         return self._slots.most(self.memory.limit) - _GRAIN
 
-    def join(self, prompt_ids: list[int], adapter: Any = None, project_id: str | None = None) -> Row:
+    def join(
+        self, prompt_ids: list[int], adapter: Any = None, project_id: str | None = None, *, is_greedy: bool = False
+    ) -> Row:
         """A stream that begins at the next step. Rows of one project and adapter share the keys of equal beginnings."""
         with self._lock:
-            row = Row(self, prompt_ids, Owner(self, adapter, project_id), next(self._numbers))
+            row = Row(self, prompt_ids, Owner(self, adapter, project_id), next(self._numbers), is_greedy)
             self._joining.append(row)
         return row
 
@@ -147,7 +157,7 @@ class Batch:
         self._slots.clear()
         self.memory.reserve(self, 0, must=True)
         for row in rows:
-            row.failure, row.found = error, None
+            row.failure, row.best, row.found = error, None, None
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -158,7 +168,7 @@ class Batch:
             if self._running == len(self._rows):
                 break
             left -= self._read_prompts(left)
-        if any(row.found is None for row in self._rows[: self._running]):
+        if any(row.best is None for row in self._rows[: self._running]):
             self._make_room()
             self._advance()
 
@@ -206,11 +216,11 @@ class Batch:
         oldest = min(reading, key=lambda row: row.number)
         others = sorted((row for row in reading if row is not oldest), key=lambda row: (row.unread, row.number))
         chosen = [oldest, *others[: max(most // width - 1, 0)]]
-        logits = self._pass([(row, min(row.unread, width)) for row in chosen], width)
-        for row, found in zip(chosen, logits, strict=True):
+        results = self._pass([(row, min(row.unread, width)) for row in chosen], width)
+        for row, (best, found) in zip(chosen, results, strict=True):
             row.fed += min(row.unread, width)
             if not row.unread:
-                row.found = found
+                row.best, row.found = best, found
                 self._move(row, self._running)
                 self._running += 1
         return width * len(chosen)
@@ -238,13 +248,13 @@ class Batch:
     def _advance(self) -> None:
         # A row whose reader is slow is computed with the others and written again at the same place.
         rows = self._rows[: self._running]
-        logits = self._pass([(row, 1) for row in rows], 1)
-        for row, found in zip(rows, logits, strict=True):
-            if row.found is None:
-                row.fed, row.found = len(row.ids), found
+        results = self._pass([(row, 1) for row in rows], 1)
+        for row, (best, found) in zip(rows, results, strict=True):
+            if row.best is None:
+                row.fed, row.best, row.found = len(row.ids), best, found
 
-    def _pass(self, rows: list[tuple[Row, int]], width: int) -> torch.Tensor:
-        """The logits after so many tokens more of some rows (rows x vocabulary)."""
+    def _pass(self, rows: list[tuple[Row, int]], width: int) -> list[tuple[int, torch.Tensor | None]]:
+        """The likeliest token after so many more of each row, and the logits, unless the row is greedy."""
         placed = [_tokens(row, tokens, width) for row, tokens in rows]
         slots = [self._rows.index(row) for row, _ in rows]
         self._slots.fit(self._longest())
@@ -258,8 +268,7 @@ class Batch:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        logits: torch.Tensor = out.logits[:, -1].float().cpu()
-        return logits
+        return _results(out.logits[:, -1], [row.is_greedy for row, _ in rows])
 
     def _masks(self) -> Mapping[str, torch.Tensor] | torch.Tensor:
         config = self._model.config
@@ -278,6 +287,14 @@ class Batch:
 
     def _laying(self, adapters: list[Any]) -> AbstractContextManager[None]:
         return nullcontext() if self._adapters is None else self._adapters.on(adapters)
+
+
+def _results(logits: torch.Tensor, is_greedy: list[bool]) -> list[tuple[int, torch.Tensor | None]]:
+    """Of logits on the device, what rows need on the CPU; the device is waited for once or twice in all."""
+    best = logits.argmax(dim=-1)
+    others = [i for i, one in enumerate(is_greedy) if not one]
+    found = dict(zip(others, logits[others].float().cpu(), strict=True)) if others else {}
+    return [(token, found.get(i)) for i, token in enumerate(best.tolist())]
 
 
 def _tokens(row: Row, tokens: int, width: int) -> tuple[list[int], list[int]]:

@@ -28,17 +28,24 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always chosen."""
+        return self.temperature == 0 or self.top_p == 0
+
 
 @dataclass(kw_only=True, eq=False)
 class Generation(WrittenAnswer):
     """An answer whose tokens are chosen here, of a stream's logits.
 
     `chances` has each token of the answer where `top_logprobs` is a number, and beside it as many likeliest tokens.
+    `is_greedy`: each token is the stream's likeliest, and nothing more is asked of the logits.
     """
 
     stream: Stream
     max_tokens: int
     sampling: Sampling = Sampling()
+    is_greedy: bool = False
     grammar: "Grammar | None" = None
     top_logprobs: int | None = None
 
@@ -60,9 +67,7 @@ class Generation(WrittenAnswer):
     def tokens(self) -> Iterator[int]:
         dice = _dice(self.sampling.seed)
         for left in reversed(range(self.max_tokens)):
-            logits = self.stream.logits()
-            token = choose(logits if self.grammar is None else self.grammar.allow(logits), self.sampling, dice)
-            self._note(token, logits)
+            token = self.stream.likeliest() if self.is_greedy else self._choose(dice)
             if left:
                 # Before the token leaves: a stream that waits for it shares the next pass with the others, where one
                 # that takes it when the next piece is read would have a pass of the batch for itself.
@@ -72,6 +77,12 @@ class Generation(WrittenAnswer):
                 self.grammar.take(token)
                 if self.grammar.is_complete:
                     return
+
+    def _choose(self, dice: torch.Generator) -> int:
+        logits = self.stream.logits()
+        token = choose(logits if self.grammar is None else self.grammar.allow(logits), self.sampling, dice)
+        self._note(token, logits)
+        return token
 
     def _note(self, token: int, logits: torch.Tensor) -> None:
         """Keeps the token's log probability where it is asked for. The stop token is no token of the answer."""
@@ -100,7 +111,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, dice: torch.Generator) -> i
 
     Nucleus sampling as in Holtzman et al. 2020 (arXiv:1904.09751): the likeliest token is always in the set.
     """
-    if sampling.temperature == 0 or sampling.top_p == 0:
+    if sampling.is_greedy:
         return int(logits.argmax())
     probabilities, tokens = torch.softmax(logits / sampling.temperature, dim=-1).sort(descending=True)
     before = probabilities.cumsum(dim=-1) - probabilities

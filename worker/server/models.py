@@ -82,10 +82,10 @@ class Base:
         self.bank = Bank(self.model)
         self.batch = Batch(self.model, self.bank, memory) if can_batch(self.model) else None
 
-    def stream(self, prompt_ids: list[int], project_id: str | None = None) -> Stream:
+    def stream(self, prompt_ids: list[int], project_id: str | None = None, *, is_greedy: bool = False) -> Stream:
         """The logits after a prompt."""
         if self.batch is not None:
-            return self.batch.join(prompt_ids, None, project_id)
+            return self.batch.join(prompt_ids, None, project_id, is_greedy=is_greedy)
         return Alone(self.model, prompt_ids, rope.of(self.model))
 
     def lay_on(self, folder: Path) -> "StackedAdapter | AdapterAlone":
@@ -116,10 +116,10 @@ class StackedAdapter:
         self._factors = factors
         base.bank.add(factors)
 
-    def stream(self, prompt_ids: list[int], project_id: str | None = None) -> Stream:
+    def stream(self, prompt_ids: list[int], project_id: str | None = None, *, is_greedy: bool = False) -> Stream:
         """The logits after a prompt."""
         assert self._base.batch is not None
-        return self._base.batch.join(prompt_ids, self._factors, project_id)
+        return self._base.batch.join(prompt_ids, self._factors, project_id, is_greedy=is_greedy)
 
     def leave(self) -> None:
         self._base.bank.remove(self._factors)
@@ -138,7 +138,7 @@ class AdapterAlone:
         self.nbytes = sum(part.nbytes for part in _tensors(self.model) if id(part) not in own)
         self.on_leave: Callable[[], None] = lambda: None
 
-    def stream(self, prompt_ids: list[int], project_id: str | None = None) -> Stream:  # noqa: ARG002  as the others'
+    def stream(self, prompt_ids: list[int], project_id: str | None = None, *, is_greedy: bool = False) -> Stream:  # noqa: ARG002  as the others'
         """The logits after a prompt."""
         return Alone(self.model, prompt_ids, rope.of(self.model))
 

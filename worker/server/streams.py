@@ -8,11 +8,17 @@ from worker.trainer.rope import LengthRope
 
 
 class Stream(Protocol):
-    """The logits after a prompt and the tokens that were pushed. `logits` and `push` alternate."""
+    """The logits after a prompt and the tokens that were pushed. `likeliest` or `logits`, and `push`, alternate.
+
+    A greedy stream, of which `likeliest` alone is read, may have no logits.
+    """
 
     @property
     def cached_tokens(self) -> int:
         """Tokens of the prompt that were not computed, since their keys and values were there."""
+
+    def likeliest(self) -> int:
+        """The likeliest next token."""
 
     def logits(self) -> torch.Tensor:
         """Logits of the next token (vocabulary, fp32, on the CPU)."""
@@ -35,6 +41,9 @@ class Alone:
         self._ids = self._seen
         self._cache: Any = None
         self._rope = rope
+
+    def likeliest(self) -> int:
+        return int(self.logits().argmax())
 
     # Here and not around the loop: the mode belongs to a thread, and a generator may go on in another one.
     @torch.inference_mode()

@@ -62,9 +62,10 @@ class Ready:
             return length
         return batch.longest if length is None else min(length, batch.longest)
 
-    def stream(self, prompt_ids: list[int], project_id: str | None = None) -> Stream:
+    def stream(self, prompt_ids: list[int], project_id: str | None = None, *, is_greedy: bool = False) -> Stream:
         """The logits after a prompt."""
-        found: Stream = (self.base if self.adapter is None else self.adapter).stream(prompt_ids, project_id)
+        model = self.base if self.adapter is None else self.adapter
+        found: Stream = model.stream(prompt_ids, project_id, is_greedy=is_greedy)
         return found
 
 
@@ -198,8 +199,15 @@ def _begin(request: ChatRequest, ready: Ready) -> Generation:
     prompt = prompting.encode(request, template)
     spelling = rendering.spelling if request.offered_tools else None
     room, kept_to = prompting.room(request, len(prompt), ready.context_length), _grammar(request, ready, spelling)
+    sampling = Sampling(
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        seed=request.seed,
+    )
+    is_greedy = sampling.is_greedy and kept_to is None and not request.logprobs
     return Generation(
-        stream=ready.stream(prompt, request.chosen.project_id),
+        stream=ready.stream(prompt, request.chosen.project_id, is_greedy=is_greedy),
+        is_greedy=is_greedy,
         on_close=ready.release,
         tokenizer=template.tokenizer,
         prompt_ids=prompt,
@@ -210,11 +218,7 @@ def _begin(request: ChatRequest, ready: Ready) -> Generation:
         grammar=kept_to,
         spelling=spelling,
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        sampling=Sampling(
-            temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
-            seed=request.seed,
-        ),
+        sampling=sampling,
     )
 
 
