@@ -92,7 +92,7 @@ def rank(folder: Path, record: Path) -> None:
     from worker.trainer.stop_signal import StopSignal
     from worker.trainer.training import Progress
 
-    process._settle(int(os.environ["RANK"]))
+    process._configure(int(os.environ["RANK"]))
     cuda, began = torch.cuda.is_available(), time.monotonic()
     found: dict[str, Any] = {"losses": [], "norms": [], "seconds": []}
 

@@ -139,8 +139,8 @@ def test_a_scorecard_is_made_without_training(team: Team, base: str, database: D
     assert again.json()["error"]["code"] == "wrong_state"
     with database.sessions.begin() as session:
         assert scores.waiting(session) == [name]
-        scores.settle(session, name, scorecard={"rows": 3})
-        assert scores.settle(session, name, scorecard={"rows": 4}) is None
+        scores.finish(session, name, scorecard={"rows": 3})
+        assert scores.finish(session, name, scorecard={"rows": 4}) is None
     assert team.http.get(route).json()["data"][0]["scorecard"] == {"rows": 3}
 
 

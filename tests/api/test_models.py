@@ -209,7 +209,7 @@ def test_exporting(team: Team, tuned: str, database: Database) -> None:
     again = team.http.post(route, json={"merged": True})
     assert (again.status_code, again.json()["error"]["code"]) == (400, "wrong_state")
     with database.sessions.begin() as session:
-        exports.settle(session, tuned, results=[{"path": "merged", "message": "It differs", "is_refused": True}])
+        exports.finish(session, tuned, results=[{"path": "merged", "message": "It differs", "is_refused": True}])
     assert team.http.get(route).json()["data"][0]["status"] == "failed"
     assert team.http.post(route, json={"gguf": ["f16"]}).json()["results"] == []
 

@@ -54,7 +54,7 @@ def test_collate_predicts_each_label_from_the_token_before_it() -> None:
     batch = collate(rows, [[0], [1]], CPU)
 
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert batch.where.tolist() == [0, 1, 3]  # the first token of a row has no token before it
+    assert batch.label_positions.tolist() == [0, 1, 3]  # the first token of a row has no token before it
     assert batch.targets.tolist() == [6, 7, 9]
     assert batch.tokens == 5
 
@@ -67,7 +67,7 @@ def test_collate_never_predicts_across_packed_rows() -> None:
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
     assert batch.position_ids is not None
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
-    assert batch.where.tolist() == [0, 1, 3]
+    assert batch.label_positions.tolist() == [0, 1, 3]
 
 
 def test_packing_fills_sequences_and_loses_no_row() -> None:

@@ -211,7 +211,7 @@ def test_state_that_does_not_fit_is_told_before_the_first_step(tmp_path: Path, t
     work = preflight.Work(technique=t.plan.technique, rows_a_step=8, row=60, sequence=60, packs=False)
 
     with pytest.raises(DoesNotFit, match="The optimizer's state needs"):
-        preflight.settle(t.objective, t.optimizer, t.rows.rows, work)
+        preflight.fit_micro_batch(t.objective, t.optimizer, t.rows.rows, work)
     assert all(group["lr"] == t.plan.learning_rate for group in t.optimizer.param_groups)
 
 

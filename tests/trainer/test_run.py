@@ -434,7 +434,7 @@ def test_logits_that_are_more_than_a_product_take_the_textbooks_loss(tmp_path: P
     assert t.objective.chunked
     t.objective.causal.register_forward_hook(lambda _module, _args, out: out.__setitem__("logits", out.logits * 0.5))
 
-    t.objective.settle(batch)
+    t.objective.verify_chunked_loss(batch)
 
     assert not t.objective.chunked
 

@@ -173,7 +173,7 @@ def _settle(database: Database, model: str, result: dict[str, object]) -> None:
     while True:
         with database.sessions.begin() as session:
             if model in exports.waiting(session):
-                exports.settle(session, model, results=[result])
+                exports.finish(session, model, results=[result])
                 return
 
 

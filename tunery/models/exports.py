@@ -45,7 +45,7 @@ def waiting(session: Session) -> list[str]:
     return list(session.scalars(query.order_by(Model.created_at)))
 
 
-def settle(session: Session, model_id: str, *, results: list[dict[str, Any]], error: str | None = None) -> Model | None:
+def finish(session: Session, model_id: str, *, results: list[dict[str, Any]], error: str | None = None) -> Model | None:
     """Notes how an export ended; returns its model, or None where it waits no more."""
     model = session.get_one(Model, model_id, with_for_update=True)
     if model.export is None or model.export["status"] != QUEUED or model.deleted_at is not None:

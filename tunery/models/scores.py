@@ -42,7 +42,7 @@ def waiting(session: Session) -> list[str]:
     return list(session.scalars(query.order_by(Model.created_at)))
 
 
-def settle(
+def finish(
     session: Session, model_id: str, *, scorecard: dict[str, Any] | None = None, error: str | None = None
 ) -> Model | None:
     """Notes how a scorecard ended; returns its model, or None where it waits no more."""

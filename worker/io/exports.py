@@ -40,7 +40,7 @@ def _export(model_id: str, settings: Settings, storage: Storage, drain: Drain) -
     log.info("exporting %s", model_id)
 
     def fail(error: Exception) -> None:
-        _settle(model_id, [], f"It could not be exported: {error}")
+        _finish(model_id, [], f"It could not be exported: {error}")
 
     with programs.workplace(settings.models_dir, "exporting", model_id, fail) as folder:
         _lay_out(model_id, folder, settings, storage)
@@ -50,7 +50,7 @@ def _export(model_id: str, settings: Settings, storage: Storage, drain: Drain) -
         if reason is None:
             _publish(model_id, folder, storage)
         else:
-            _settle(model_id, [], reason)
+            _finish(model_id, [], reason)
 
 
 def _lay_out(model_id: str, folder: Path, settings: Settings, storage: Storage) -> None:
@@ -97,13 +97,13 @@ def _publish(model_id: str, folder: Path, storage: Storage) -> None:
     listed = manifest.describe(folder / "out").files
     for file in listed:
         storage.put_file(f"{prefix}/{file.path}", folder / "out" / file.path)
-    _settle(model_id, json.loads((folder / "results.json").read_text()), None, listed)
+    _finish(model_id, json.loads((folder / "results.json").read_text()), None, listed)
 
 
-def _settle(
+def _finish(
     model_id: str, results: list[dict[str, Any]], error: str | None, listed: tuple[ManifestFile, ...] = ()
 ) -> None:
     with db.transaction() as session:
-        model = exports.settle(session, model_id, results=results, error=error)
+        model = exports.finish(session, model_id, results=results, error=error)
         if model is not None:
             artifacts.add(session, model, listed)

@@ -45,7 +45,7 @@ def _report(report_id: str, settings: Settings, storage: Storage, drain: Drain) 
         return
 
     def fail(error: Exception) -> None:
-        _settle(report, storage, error=f"The report could not be made: {type(error).__name__}.")
+        _finish(report, storage, error=f"The report could not be made: {type(error).__name__}.")
 
     with programs.workplace(settings.runs_dir, "reporting", report_id, fail, partial(_release, report_id)) as folder:
         base, order = _lay_out(report, folder, settings, storage)
@@ -58,9 +58,9 @@ def _report(report_id: str, settings: Settings, storage: Storage, drain: Drain) 
         if drain.begun:
             _release(report_id)
         elif reason is None:
-            _settle(report, storage, summary=_store(report, folder, storage))
+            _finish(report, storage, summary=_store(report, folder, storage))
         else:
-            _settle(report, storage, error=reason)
+            _finish(report, storage, error=reason)
 
 
 def _release(report_id: str) -> None:
@@ -124,7 +124,7 @@ def _store(report: FileReport, folder: Path, storage: Storage) -> dict[str, Any]
     return summary
 
 
-def _settle(
+def _finish(
     report: FileReport, storage: Storage, *, summary: dict[str, Any] | None = None, error: str | None = None
 ) -> None:
     """The row says what became of it. A report whose file went meanwhile leaves nothing."""

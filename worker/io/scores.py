@@ -42,7 +42,7 @@ def _score(model_id: str, settings: Settings, storage: Storage, drain: Drain) ->
     log.info("scoring %s", model_id)
 
     def fail(error: Exception) -> None:
-        _settle(model_id, error=f"It could not be scored: {error}")
+        _finish(model_id, error=f"It could not be scored: {error}")
 
     with programs.workplace(settings.models_dir, "scoring", model_id, fail) as folder:
         run_dir = folder / "run"
@@ -53,7 +53,7 @@ def _score(model_id: str, settings: Settings, storage: Storage, drain: Drain) ->
         if reason is None:
             _publish(model_id, run_dir / "out", storage)
         else:
-            _settle(model_id, error=reason)
+            _finish(model_id, error=reason)
 
 
 def _lay_out(model_id: str, run_dir: Path, settings: Settings, storage: Storage) -> None:
@@ -109,10 +109,10 @@ def _publish(model_id: str, out: Path, storage: Storage) -> None:
     ]
     for file in listed:
         storage.put_file(f"{prefix}/{file.path}", out / Path(file.path).name)
-    _settle(model_id, scorecard=json.loads((out / "scorecard.json").read_text()), listed=listed)
+    _finish(model_id, scorecard=json.loads((out / "scorecard.json").read_text()), listed=listed)
 
 
-def _settle(
+def _finish(
     model_id: str,
     *,
     scorecard: dict[str, Any] | None = None,
@@ -120,6 +120,6 @@ def _settle(
     listed: list[ManifestFile] | None = None,
 ) -> None:
     with db.transaction() as session:
-        model = scores.settle(session, model_id, scorecard=scorecard, error=error)
+        model = scores.finish(session, model_id, scorecard=scorecard, error=error)
         if model is not None:
             artifacts.add(session, model, listed or [])

@@ -42,7 +42,7 @@ def validate_next(settings: Settings, storage: Storage) -> bool:
             skip.append(job.id)
         with only_here(f"validate {job.id}") as mine:
             if mine:
-                _settle(job.id, settings, storage)
+                _plan_job(job.id, settings, storage)
                 return True
 
 
@@ -68,7 +68,7 @@ def _open(session: Session, job: Job) -> Case:
     )
 
 
-def _settle(job_id: str, settings: Settings, storage: Storage) -> None:
+def _plan_job(job_id: str, settings: Settings, storage: Storage) -> None:
     if not _announce(job_id):
         return
     try:

@@ -13,7 +13,7 @@ FILE = "chat_template.jinja"
 _PROBE = Example(messages=[Message(role="user", content="Question"), Message(role="assistant", content="Answer")])
 
 
-def settle(source: str, out: Path, given: str | None = None) -> None:
+def write(source: str, out: Path, given: str | None = None) -> None:
     """Writes `chat_template.jinja` into `out`, from `given` or from the tokenizer's config.
 
     Raises UnusableModel when there is none, or when `given` does not fit the tokenizer.

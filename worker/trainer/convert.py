@@ -54,7 +54,7 @@ def convert(source: str, out: Path, chat_template: str | None = None) -> dict[st
     else:
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
             _copy(source, _download(source, folder), out)
-    chat_templates.settle(source, out, chat_template)
+    chat_templates.write(source, out, chat_template)
     model = inspection.load(source, out)
     facts = inspection.facts(source, model, ChatTemplate.load(out)) | trial.facts(model)
     facts |= coverage.facts(model.config)

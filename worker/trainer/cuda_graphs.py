@@ -109,12 +109,12 @@ def _shape(batch: Batch) -> tuple[object, ...]:
     """All that a recorded pass has taken for constant."""
     ends = None if batch.borders is None or batch.borders.ends is None else batch.borders.ends.shape
     longest = None if batch.borders is None else batch.borders.longest
-    return batch.input_ids.shape, batch.where.shape, batch.position_ids is not None, ends, longest
+    return batch.input_ids.shape, batch.label_positions.shape, batch.position_ids is not None, ends, longest
 
 
 def _copy(source: Batch, target: Batch) -> None:
     target.input_ids.copy_(source.input_ids)
-    target.where.copy_(source.where)
+    target.label_positions.copy_(source.label_positions)
     target.targets.copy_(source.targets)
     if source.position_ids is not None and target.position_ids is not None:
         target.position_ids.copy_(source.position_ids)

@@ -1,6 +1,6 @@
 """Examples of tokens, the order in which they are seen, and the batches that the model gets.
 
-A step draws examples; how their rows are put into sequences and micro-batches is settled inside the step and changes
+A step draws examples; how their rows are put into sequences and micro-batches is decided inside the step and changes
 nothing of its loss. The order is a pure function of the seed and the epoch, so a resumed run needs no more than the
 number of its step to go on with the very same examples.
 """
@@ -112,9 +112,9 @@ class Batch:
     """A micro-batch on its device.
 
     `input_ids` [sequences, longest], padded at the right: causal attention never looks there, so no mask is needed.
-    `position_ids`: only when a sequence holds several rows; they start anew with each, which is also how transformers
-    knows to keep the rows apart; a model that can be told their `borders` reads these instead. `where` indexes the
-    flattened positions that predict something, `targets` what. `labelled`: how many of these belong to each row, in the
+    `position_ids`: only when a sequence holds several rows; they start again with each, which is also how transformers
+    knows to keep the rows apart; a model that can be told their `borders` reads these instead. `label_positions`: the
+    flattened positions that predict something, `targets`: what. `labelled`: how many of these each row has, in the
     order of the examples and of their rows; what is left at the end is padding. `reference` [rows]: see `Example`.
     `lengths`: those of each sequence's rows. `mask` [sequences, 1, longest, longest]: what each position sees, where
     that is not all before it.
@@ -122,7 +122,7 @@ class Batch:
 
     input_ids: Tensor
     position_ids: Tensor | None
-    where: Tensor
+    label_positions: Tensor
     targets: Tensor
     tokens: int
     labelled: tuple[int, ...]
@@ -296,7 +296,7 @@ def collate(
     *,
     borders: bool = False,
 ) -> Batch:
-    """A micro-batch of the examples. Which positions predict is settled here, on the host, so the GPU is never asked.
+    """A micro-batch of the examples. Which positions predict is decided here, on the host, so the GPU is never asked.
 
     `pad_to`: the width and the number of targets are padded to multiples of these; targets of padding are -100.
     `borders`: the model can be told where rows begin, so they lie behind each other instead of being padded, unless
@@ -313,14 +313,14 @@ def collate(
         marks = _borders(in_line, pad_to[0], device) if flat else Borders()
     lengths = [sum(map(len, sequence)) for sequence in sequences]
     width = -(-max(lengths) // pad_to[0]) * pad_to[0]
-    ids, positions, where, targets = _laid_out(sequences, width)
-    labelled = tuple(len(places) for places in where)
+    ids, positions, label_positions, targets = _laid_out(sequences, width)
+    labelled = tuple(len(places) for places in label_positions)
     idle = -sum(labelled) % pad_to[1]
     packed = any(len(sequence) > 1 for sequence in sequences)
     return Batch(
         input_ids=_move(ids, device),
         position_ids=_move(positions, device) if packed else None,
-        where=_move(functional.pad(torch.cat(where), (0, idle)), device),
+        label_positions=_move(functional.pad(torch.cat(label_positions), (0, idle)), device),
         targets=_move(functional.pad(torch.cat(targets), (0, idle), value=IGNORED), device),
         tokens=sum(lengths),
         labelled=labelled,
@@ -348,7 +348,7 @@ def _laid_out(sequences: list[list[Row]], width: int) -> tuple[Tensor, Tensor, l
     """Ids and positions [sequences, width]; for each row, which flattened positions predict something, and what."""
     ids = torch.zeros(len(sequences), width, dtype=torch.int64)
     positions = torch.zeros(len(sequences), width, dtype=torch.int64)
-    where: list[Tensor] = []
+    label_positions: list[Tensor] = []
     targets: list[Tensor] = []
     for number, sequence in enumerate(sequences):
         start = 0
@@ -358,10 +358,10 @@ def _laid_out(sequences: list[list[Row]], width: int) -> tuple[Tensor, Tensor, l
             positions[number, start:end] = torch.arange(len(row))
             labels = torch.tensor(row.labels[1:])
             places = (labels != IGNORED).nonzero().flatten()
-            where.append(places + (number * width + start))
+            label_positions.append(places + (number * width + start))
             targets.append(labels[places])
             start = end
-    return ids, positions, where, targets
+    return ids, positions, label_positions, targets
 
 
 def _borders(lengths: list[int], pad_to: int, device: torch.device) -> Borders:

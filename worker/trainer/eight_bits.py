@@ -67,7 +67,7 @@ class EightBits:
         return narrow | ({"given up": dict(sorted(self.wide.items()))} if self.wide else {})
 
 
-def settle(
+def install(
     objective: Objective, precision: Precision, examples: Sequence[Example], ranks: Ranks, warnings: list[str]
 ) -> EightBits | None:
     """Puts a run's products into eight bits where its plan says so, and compares them once.

@@ -51,7 +51,7 @@ def load(folder: Path, run: Run, template: ChatTemplate, rows: Rows, ranks: Rank
     shards = Shards(objective, ranks) if sharded else None
     if shards is not None:
         ranks = replace(ranks, lockstep=shards.lockstep)
-    objective.settle(collate(singles([min(rows.rows, key=len)]), [[0]], ranks.device))
+    objective.verify_chunked_loss(collate(singles([min(rows.rows, key=len)]), [[0]], ranks.device))
     parameters = sharding.parameters_of(objective, shards)
     ranks.share_weights(p for p in parameters.values() if pieces.of(p) is None)
     return Loaded(recipe, precision, objective, ranks, shards, parameters, lengths)
@@ -66,7 +66,7 @@ def make_stepper(loaded: Loaded, optimizer: torch.optim.Optimizer, rows: Rows, w
         list(loaded.parameters.values()),
         rows,
         loaded.ranks,
-        preflight.settle(loaded.objective, optimizer, rows.rows, work, cut_over),
+        preflight.fit_micro_batch(loaded.objective, optimizer, rows.rows, work, cut_over),
         lambda each: loaded.lengths.group(each.shape[1]),
         loaded.shards,
     )

@@ -70,8 +70,8 @@ def learning_rate(plan: Plan, step: int, total: int) -> float:
     if done < warmup:
         return plan.learning_rate * (done + 1) / (warmup + 1)
     falls = total - warmup - (1 if schedule.min_ratio else 0)
-    share = (done - warmup) / max(1, falls)
-    fall = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}[schedule.type]
+    fraction = (done - warmup) / max(1, falls)
+    fall = {"cosine": 0.5 * (1 + math.cos(math.pi * fraction)), "linear": 1 - fraction, "constant": 1.0}[schedule.type]
     return plan.learning_rate * (schedule.min_ratio + (1 - schedule.min_ratio) * fall)
 
 

@@ -66,7 +66,7 @@ class Objective(nn.Module):
         return (part.float() for part in self._logits(batch).split(batch.labelled))
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Makes the model's products in the type that its precision says."""
+        """Returns the context in which the model multiplies in its precision's type."""
         return precision.autocast(self._precision, next(self.parameters()).device)
 
     def add_noise(self, alpha: float) -> None:
@@ -74,7 +74,7 @@ class Objective(nn.Module):
         self.noise = Noise(self.causal, alpha) if alpha else None
 
     def rest(self) -> None:
-        """Lets go of what the last pass gathered, where the model is cut over the ranks."""
+        """Frees what the last pass gathered, where the model is cut over the ranks."""
         if self.is_sharded:
             cast(FSDPModule, self).reshard()
 
@@ -88,8 +88,8 @@ class Objective(nn.Module):
         self.recomputes = True
 
     @torch.no_grad()
-    def settle(self, batch: Batch) -> None:
-        """Tries the head's product beside the model's own logits, and leaves the chunked loss where they differ.
+    def verify_chunked_loss(self, batch: Batch) -> None:
+        """Compares the head's product with the model's own logits; the loss is not chunked where they differ.
 
         `_HEAD_CHANGES` names what models are known to do to their logits; the next architecture may do it by another
         name, and a loss that is wrong by a factor still falls.
@@ -132,7 +132,7 @@ class Objective(nn.Module):
 
 
 def _labelled(states: Tensor, batch: Batch) -> Tensor:
-    return states.reshape(-1, states.shape[-1]).index_select(0, batch.where)
+    return states.reshape(-1, states.shape[-1]).index_select(0, batch.label_positions)
 
 
 def _is_plain_product(causal: Any) -> bool:

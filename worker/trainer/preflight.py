@@ -1,4 +1,4 @@
-"""What must be settled before the first step: the memory plan, by trying the most that the run will ask for.
+"""Makes the memory plan before the first step, by trying the most that the run will ask for.
 
 The optimizer's state is made first, by a step that changes nothing, so that no later step can fail in its middle for
 want of it. On a GPU the longest sequence is trained on and the longest validation row evaluated, both measured.
@@ -37,10 +37,10 @@ class Work:
     rows_an_example: int = 1
 
 
-def settle(
+def fit_micro_batch(
     objective: Objective, optimizer: torch.optim.Optimizer, rows: Sequence[Row], work: Work, ranks: Ranks | None = None
 ) -> MemoryPlan:
-    """The plan that fits, with its gradient checkpointing turned on. Raises DoesNotFit, before any time was spent.
+    """Returns the memory plan that fits, with its gradient checkpointing turned on. Raises DoesNotFit.
 
     `ranks`: those over which the model is cut, which take the same plan.
     """

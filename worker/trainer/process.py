@@ -37,7 +37,7 @@ def carry_out_and_tell(folder: Path, pipe: int, stop_signal: StopSignal) -> int:
     children = Children(
         writer if rank == 0 else MessageWriter(pipe)
     )  # a rank says to rank 0 why it failed, and nothing else
-    _settle(rank)
+    _configure(rank)
     try:
         plugins.load(plugins.names(), "trainer")
         if rank == 0:
@@ -81,7 +81,7 @@ def describe(error: Exception) -> Failed:
     return Failed(kind=kind, code="training_crashed", message=f"{type(error).__name__}: {reason}")
 
 
-def _settle(rank: int) -> None:
+def _configure(rank: int) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     disable_progress_bar()

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 def carry_out(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> bool:
     """Trains what `folder/spec.json` says. False when it was asked to stop: come again, nothing is lost.
 
-    Raises JobFailure for what the user can mend, anything else for what went wrong.
+    Raises JobFailure for what the user can correct, anything else for what went wrong.
     """
     began = time.monotonic()
     writer.write(Phase(phase="loading"))
@@ -83,7 +83,7 @@ def score(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> compa
 
 
 def prepare(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> Training:
-    """Reads the spec, the rows and the model, and settles how the work is cut up."""
+    """Reads the spec, the rows and the model, and plans how steps are cut into micro-batches."""
     run = Run.model_validate_json((folder / "spec.json").read_text())
     ranks = Ranks(parallel.accelerator())
     torch.manual_seed(run.plan.seed)
@@ -97,7 +97,7 @@ def prepare(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> Tra
     warnings = coverage.warnings(covered)
     base_now = own.Base(folder, objective, template, precision, ranks, writer, stop_signal)
     rows, replayed = replay.add(rows, run.plan, base_now, warnings)
-    narrow = eight_bits.settle(objective, precision, rows.examples, ranks, warnings)
+    narrow = eight_bits.install(objective, precision, rows.examples, ranks, warnings)
     packs = reading.packs(run, rows, objective, warnings)
     objective.add_noise(run.plan.neftune_noise_alpha)
     optimizer = loaded.recipe.make_optimizer(loaded.parameters, run.plan, precision)

@@ -23,7 +23,7 @@ from worker.trainer.kernels import decoder
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
 
-PASSES = ("sums", "row_losses", "row_logits", "settle")
+PASSES = ("sums", "row_losses", "row_logits", "verify_chunked_loss")
 """Methods of an objective that pass through its model, beside `forward`."""
 
 PACKED = torch.float8_e4m3fn

@@ -35,7 +35,7 @@ def carry_out(folder: Path) -> Lora:
     scales = tensors.check(order.source, base, came, adapter)
     technique = config.technique(order.source, adapter, sorted(scales), order.trained_with)
     out.mkdir()
-    template = texts.settle(order.source, base, came, out)
+    template = texts.write(order.source, base, came, out)
     config.spell_out(adapter, scales)
     adapter.base_model_name_or_path = order.base_model
     adapter.save_pretrained(str(out))

@@ -18,7 +18,7 @@ from worker.trainer.checkpoints import TOKENIZER_FILES
 _STOPS = "generation_config.json"
 
 
-def settle(source: str, base: Path, came: Path, out: Path) -> ChatTemplate:
+def write(source: str, base: Path, came: Path, out: Path) -> ChatTemplate:
     """Writes tokenizer, chat templates and stop tokens into `out`; `came` has what came with the adapter.
 
     Raises UnusableAdapter for a tokenizer of another vocabulary and a template that does not fit.

@@ -136,7 +136,7 @@ def _plain(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def right(predictions: Tensor, rows: list[Row]) -> list[bool]:
+def correct(predictions: Tensor, rows: list[Row]) -> list[bool]:
     """Returns of each row whether the likeliest token is the wanted one everywhere. Then the model, answering greedily,
     says just what the row wants."""
     wanted = [torch.tensor(row.labels[1:]) for row in rows]
@@ -147,7 +147,7 @@ def right(predictions: Tensor, rows: list[Row]) -> list[bool]:
 
 def compare_answers(reference: Tensor, found: Tensor, rows: list[Row]) -> Answered:
     """Both as `log_probs` returns them."""
-    before, after = right(reference, rows), right(found, rows)
+    before, after = correct(reference, rows), correct(found, rows)
     both = sum(old and new for old, new in zip(before, after, strict=True))
     low, high = paired_interval(both, sum(after) - both, sum(before) - both, len(rows))
     return Answered(len(rows), sum(before) / len(rows), sum(after) / len(rows), low, high)

@@ -97,7 +97,7 @@ def by_branches(objective: Objective, items: Sequence[Tokens], device: torch.dev
     """All choices of an item in one row, behind one prefix."""
     width = max(map(len, items))
     ids, positions, branches = (torch.zeros(len(items), width, dtype=torch.int64) for _ in range(3))
-    where: list[int] = []
+    label_positions: list[int] = []
     targets: list[int] = []
     for number, item in enumerate(items):
         place = prefix = len(item.prefix)
@@ -108,14 +108,14 @@ def by_branches(objective: Objective, items: Sequence[Tokens], device: torch.dev
             ids[number, place:end] = torch.tensor(choice)
             positions[number, place:end] = torch.arange(prefix, prefix + len(choice))
             branches[number, place:end] = branch
-            where += [number * width + before for before in (prefix - 1, *range(place, end - 1))]
+            label_positions += [number * width + before for before in (prefix - 1, *range(place, end - 1))]
             targets += choice
             place = end
         branches[number, place:] = -1
     batch = Batch(
         input_ids=ids.to(device),
         position_ids=positions.to(device),
-        where=torch.tensor(where, device=device),
+        label_positions=torch.tensor(label_positions, device=device),
         targets=torch.tensor(targets, device=device),
         tokens=sum(map(len, items)),
         labelled=tuple(len(choice) for item in items for choice in item.choices),

@@ -16,7 +16,7 @@ from tunery.planning.activations import CHUNK_BYTES, LEAST_CHUNK_ROWS
 
 
 def scaled(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`scale` times the sum of the losses (nats, fp32), and the number of right guesses, over all rows.
+    """`scale` times the sum of the losses (nats, fp32), and the number of correct predictions, over all rows.
 
     `hidden` [rows, width], `weight` [vocabulary, width] (the head, no bias), `targets` [rows], -100 where nothing is
     wanted. The head gets a gradient only when it asks for one: for a frozen head that product, as large as the forward
@@ -30,9 +30,9 @@ def scaled(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tup
         return cast(tuple[Tensor, Tensor], both)
     loss, correct = _zeros(hidden)
     for chunk, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-        _, losses, right = _judge(chunk @ weight.t(), wanted, writes=False)
-        loss += losses
-        correct += right
+        _, loss_sum, correct_sum = _loss_and_gradient(chunk @ weight.t(), wanted, writes=False)
+        loss += loss_sum
+        correct += correct_sum
     return loss * scale, correct
 
 
@@ -71,14 +71,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], rows):
             chunk, wanted = hidden[start : start + rows], targets[start : start + rows]
-            slope, losses, right = _judge(chunk @ weight.t(), wanted, writes=True)
-            loss += losses
-            correct += right
+            grad_logits, loss_sum, correct_sum = _loss_and_gradient(chunk @ weight.t(), wanted, writes=True)
+            loss += loss_sum
+            correct += correct_sum
             if grad_hidden is not None:
                 out = grad_hidden[start : start + rows]
-                torch.addmm(out, slope, weight, beta=0, alpha=scale, out=out)
+                torch.addmm(out, grad_logits, weight, beta=0, alpha=scale, out=out)
             if grad_weight is not None:
-                grad_weight.add_(slope.t() @ chunk, alpha=scale)
+                grad_weight.add_(grad_logits.t() @ chunk, alpha=scale)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(correct)
@@ -94,20 +94,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
-def _judge(logits: Tensor, wanted: Tensor, *, writes: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """d loss / d logits in their type (if it `writes`, in their place), the sum of the losses, the right guesses."""
+def _loss_and_gradient(logits: Tensor, wanted: Tensor, *, writes: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns d loss / d logits in their type (if it `writes`, in their place), the losses' sum, the number correct."""
     if logits.is_cuda:
         from worker.trainer.kernels import triton_ops  # a CPU build of torch has no Triton
 
-        losses, right = triton_ops.cross_entropy(logits, wanted, writes=writes)
-        return logits, losses.sum(), right.sum()
+        losses, correct = triton_ops.cross_entropy(logits, wanted, writes=writes)
+        return logits, losses.sum(), correct.sum()
     wide = logits.float()
-    right = (wide.argmax(-1) == wanted).sum()
+    correct = (wide.argmax(-1) == wanted).sum()
     if not writes:
-        return logits, functional.cross_entropy(wide, wanted, reduction="sum"), right
+        return logits, functional.cross_entropy(wide, wanted, reduction="sum"), correct
     counts = (wanted >= 0)[:, None]
     place = wanted.clamp(min=0)[:, None]
     norms = wide.logsumexp(-1, keepdim=True)
     loss = ((norms - wide.gather(1, place)) * counts).sum()
-    slope = (wide - norms.masked_fill(~counts, torch.inf)).exp_()  # exp(-inf): no slope where nothing is wanted
-    return slope.scatter_add_(1, place, -counts.float()).to(logits.dtype), loss, right
+    norms = norms.masked_fill(~counts, torch.inf)  # exp(-inf): no gradient where nothing is wanted
+    grad_logits = (wide - norms).exp_()
+    return grad_logits.scatter_add_(1, place, -counts.float()).to(logits.dtype), loss, correct

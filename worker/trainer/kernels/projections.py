@@ -122,21 +122,21 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, lead: torch.Size
 
 def _forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor, Tensor]:
     """The products [..., out_i], `x` as rows [n, in] in the frozen weights' type, and rows times all A' [n, ranks]."""
-    rows, low, outs, quantised = x.reshape(-1, x.shape[-1]), None, [], None
+    rows, lora_hidden, outs, quantised = x.reshape(-1, x.shape[-1]), None, [], None
     for layer, place in zip(layers, _places(layers), strict=True):
         dtype = product_dtype(layer.base)
-        if low is None:
+        if lora_hidden is None:
             rows = rows.to(dtype)
-            low = rows @ _stacked(layers, dtype).t()
+            lora_hidden = rows @ _stacked(layers, dtype).t()
         if layer.narrow is None:
             out = _product(rows, dense(layer.base), layer.base.bias, x.shape[:-1])
         else:
             quantised = quantised or fp8.quantise_rows(rows)
             out = _narrow_product(rows, quantised, layer.base, layer.narrow, x.shape[:-1])
-        out.view(-1, out.shape[-1]).addmm_(low[:, place], layer.b.to(dtype).t(), alpha=layer.scale)
+        out.view(-1, out.shape[-1]).addmm_(lora_hidden[:, place], layer.b.to(dtype).t(), alpha=layer.scale)
         outs.append(out.to(x.dtype))
-    assert low is not None
-    return outs, rows, low
+    assert lora_hidden is not None
+    return outs, rows, lora_hidden
 
 
 def _narrow_product(
@@ -169,20 +169,20 @@ def _add_gradient(total: Tensor | None, grad: Tensor, layer: Layer) -> Tensor:
 
 
 def _backward(
-    grads: Sequence[Tensor], rows: Tensor, low: Tensor, layers: Sequence[Layer], wants_rows: bool
+    grads: Sequence[Tensor], rows: Tensor, lora_hidden: Tensor, layers: Sequence[Layer], wants_rows: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
     """The gradient of `rows`, and those of A and B of each layer in turn."""
-    grad_low = torch.empty_like(low)
+    grad_lora_hidden = torch.empty_like(lora_hidden)
     grad_rows: Tensor | None = None
     grads_b = []
     for grad, layer, place in zip(grads, layers, _places(layers), strict=True):
-        torch.mm(grad, layer.b.to(low.dtype) * layer.scale, out=grad_low[:, place])
-        grads_b.append((grad.t() @ low[:, place]).to(layer.b.dtype) * layer.scale)
+        torch.mm(grad, layer.b.to(lora_hidden.dtype) * layer.scale, out=grad_lora_hidden[:, place])
+        grads_b.append((grad.t() @ lora_hidden[:, place]).to(layer.b.dtype) * layer.scale)
         if wants_rows:
             grad_rows = _add_gradient(grad_rows, grad, layer)
-    grads_a = (grad_low.t() @ rows.to(low.dtype)).to(layers[0].a.dtype)
+    grads_a = (grad_lora_hidden.t() @ rows.to(lora_hidden.dtype)).to(layers[0].a.dtype)
     if grad_rows is not None:
-        grad_rows.addmm_(grad_low, _stacked(layers, low.dtype))
+        grad_rows.addmm_(grad_lora_hidden, _stacked(layers, lora_hidden.dtype))
     return grad_rows, [
         part for place, grad_b in zip(_places(layers), grads_b, strict=True) for part in (grads_a[place], grad_b)
     ]
@@ -210,16 +210,16 @@ class _Frozen(torch.autograd.Function):
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, fixed: Any, *flat: Tensor) -> tuple[Tensor, ...]:
-        outs, rows, low = _forward(x, _layers(fixed, flat))
-        ctx.save_for_backward(rows, low, *flat)
+        outs, rows, lora_hidden = _forward(x, _layers(fixed, flat))
+        ctx.save_for_backward(rows, lora_hidden, *flat)
         ctx.fixed, ctx.shape, ctx.dtype = fixed, x.shape, x.dtype
         return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, low, *flat = ctx.saved_tensors
-        flats = [grad.reshape(-1, grad.shape[-1]).to(low.dtype) for grad in grads]
-        grad_rows, learnt = _backward(flats, rows, low, _layers(ctx.fixed, flat), ctx.needs_input_grad[0])
+        rows, lora_hidden, *flat = ctx.saved_tensors
+        flats = [grad.reshape(-1, grad.shape[-1]).to(lora_hidden.dtype) for grad in grads]
+        grad_rows, learnt = _backward(flats, rows, lora_hidden, _layers(ctx.fixed, flat), ctx.needs_input_grad[0])
         return _shaped(grad_rows, ctx), None, *learnt
 
 
@@ -227,25 +227,25 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, fixed: Any, *flat: Tensor) -> Tensor:
         *gate_up, down = _layers(fixed, flat)
-        (gate, up), rows, low = _forward(x, gate_up)
-        [out], _, low_down = _forward(elementwise.swiglu_forward(gate, up), [down])
-        ctx.save_for_backward(rows, gate, up, low, low_down, *flat)
+        (gate, up), rows, lora_hidden = _forward(x, gate_up)
+        [out], _, down_hidden = _forward(elementwise.swiglu_forward(gate, up), [down])
+        ctx.save_for_backward(rows, gate, up, lora_hidden, down_hidden, *flat)
         ctx.fixed, ctx.shape, ctx.dtype = fixed, x.shape, x.dtype
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gate, up, low, low_down, *flat = ctx.saved_tensors
+        rows, gate, up, lora_hidden, down_hidden, *flat = ctx.saved_tensors
         *gate_up, down = _layers(ctx.fixed, flat)
-        grad = grads[0].reshape(-1, grads[0].shape[-1]).to(low_down.dtype)
-        grad_low = grad @ (down.b.to(low_down.dtype) * down.scale)
-        grad_inner = _add_gradient(None, grad, down).addmm_(grad_low, down.a.to(low_down.dtype))
+        grad = grads[0].reshape(-1, grads[0].shape[-1]).to(down_hidden.dtype)
+        grad_lora_hidden = grad @ (down.b.to(down_hidden.dtype) * down.scale)
+        grad_inner = _add_gradient(None, grad, down).addmm_(grad_lora_hidden, down.a.to(down_hidden.dtype))
         inner, *both = elementwise.swiglu_backward(grad_inner.to(gate.dtype).view(gate.shape), gate, up)
-        grad_a = (grad_low.t() @ inner.reshape(-1, inner.shape[-1]).to(low_down.dtype)).to(down.a.dtype)
-        grad_b = (grad.t() @ low_down).to(down.b.dtype) * down.scale
+        grad_a = (grad_lora_hidden.t() @ inner.reshape(-1, inner.shape[-1]).to(down_hidden.dtype)).to(down.a.dtype)
+        grad_b = (grad.t() @ down_hidden).to(down.b.dtype) * down.scale
         del inner
-        flats = [part.reshape(-1, part.shape[-1]).to(low.dtype) for part in both]
-        grad_rows, learnt = _backward(flats, rows, low, gate_up, ctx.needs_input_grad[0])
+        flats = [part.reshape(-1, part.shape[-1]).to(lora_hidden.dtype) for part in both]
+        grad_rows, learnt = _backward(flats, rows, lora_hidden, gate_up, ctx.needs_input_grad[0])
         return _shaped(grad_rows, ctx), None, *learnt, grad_a, grad_b
 
 

@@ -171,7 +171,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 
 @triton.jit
-def _cross_entropy(L, T, LOSS, RIGHT, vocabulary, BLOCK: tl.constexpr, WRITES: tl.constexpr):
+def _cross_entropy(L, T, LOSS, CORRECT, vocabulary, BLOCK: tl.constexpr, WRITES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(T + row)
     start = L + row * vocabulary
@@ -196,27 +196,27 @@ def _cross_entropy(L, T, LOSS, RIGHT, vocabulary, BLOCK: tl.constexpr, WRITES: t
     counts = target >= 0
     wanted = tl.load(start + tl.where(counts, target, 0)).to(tl.float32)
     tl.store(LOSS + row, tl.where(counts, norm - wanted, 0.0))
-    tl.store(RIGHT + row, (guess == target).to(tl.int32))
+    tl.store(CORRECT + row, (guess == target).to(tl.int32))
     if WRITES:
         for first in range(0, vocabulary, BLOCK):
             place = first + columns
             inside = place < vocabulary
             value = tl.load(start + place, mask=inside, other=float("-inf")).to(tl.float32)
-            slope = tl.exp(value - norm) - tl.where(place == target, 1.0, 0.0)
-            tl.store(start + place, tl.where(counts, slope, 0.0).to(L.dtype.element_ty), mask=inside)
+            grad_logit = tl.exp(value - norm) - tl.where(place == target, 1.0, 0.0)
+            tl.store(start + place, tl.where(counts, grad_logit, 0.0).to(L.dtype.element_ty), mask=inside)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, writes: bool) -> tuple[Tensor, Tensor]:
-    """Losses (fp32) and right guesses of each row of contiguous `logits`, which become their gradients if it `writes`.
+    """Returns losses (fp32) and correct predictions of rows of contiguous `logits`, their gradients if it `writes`.
 
     Rows whose target is negative lose nothing. Of equal logits the first is the guess.
     """
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    right = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    correct = torch.empty(rows, dtype=torch.int32, device=logits.device)
     block = min(4096, triton.next_power_of_2(vocabulary))
-    _cross_entropy[(rows,)](logits, targets, losses, right, vocabulary, BLOCK=block, WRITES=writes, num_warps=8)
-    return losses, right
+    _cross_entropy[(rows,)](logits, targets, losses, correct, vocabulary, BLOCK=block, WRITES=writes, num_warps=8)
+    return losses, correct
 
 
 @triton.jit

@@ -41,8 +41,10 @@ def _refuse_experts(folder: Path) -> None:
     stay = targets.experts(model)
     if stay:
         weights = sum(parameter.numel() for parameter in stay.values())
-        share = weights / sum(parameter.numel() for parameter in model.parameters())
-        raise CannotQuantise(reason=f"its experts, {share:.0%} of its weights, are no layers that bitsandbytes packs.")
+        fraction = weights / sum(parameter.numel() for parameter in model.parameters())
+        raise CannotQuantise(
+            reason=f"its experts, {fraction:.0%} of its weights, are no layers that bitsandbytes packs."
+        )
 
 
 def quantisation(precision: Precision) -> dict[str, Any]:

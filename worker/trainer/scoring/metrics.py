@@ -34,7 +34,7 @@ def figure(rates: Sequence[tuple[float, float]]) -> float:
     return sum(part for part, _ in rates) / (sum(whole for _, whole in rates) or 1)
 
 
-def share(name: str, holds: Callable[[Question, str], bool]) -> Metric:
+def fraction(name: str, holds: Callable[[Question, str], bool]) -> Metric:
     """The metric of the rows for which something holds."""
     return Metric(name, lambda question, answer: (float(holds(question, answer)), 1.0), is_share=True)
 
@@ -78,11 +78,11 @@ def label(answer: str) -> str:
     return words.strip(" .!\"'`") or words
 
 
-EXACT = share("exact", _is_exact)
+EXACT = fraction("exact", _is_exact)
 METRICS: dict[Task, tuple[Metric, ...]] = {
-    "calls": (share("tool_calls", _calls_right), share("tool_names", _names_right), EXACT),
-    "json": (Metric("field_f1", _field_overlap), share("json_valid", _is_json), EXACT),
-    "labels": (share("label_accuracy", lambda question, answer: label(question.wanted) == label(answer)), EXACT),
+    "calls": (fraction("tool_calls", _calls_right), fraction("tool_names", _names_right), EXACT),
+    "json": (Metric("field_f1", _field_overlap), fraction("json_valid", _is_json), EXACT),
+    "labels": (fraction("label_accuracy", lambda question, answer: label(question.wanted) == label(answer)), EXACT),
     "text": (
         mean("chrf", lambda question, answer: text.chrf(question.wanted, answer)),
         mean("rouge_l", lambda question, answer: text.rouge_l(question.wanted, answer)),

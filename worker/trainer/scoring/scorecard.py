@@ -76,14 +76,14 @@ def compare_rates(before: Rates, after: Rates, *, is_share: bool) -> Measure:
 def _by_label(asked: list[Question], base: list[str], tuned: list[str]) -> dict[str, LabelShares]:
     """The share of right answers of each wanted label, the most frequent labels first."""
     totals: Counter[str] = Counter()
-    right: Counter[tuple[str, str]] = Counter()
+    correct: Counter[tuple[str, str]] = Counter()
     for question, before, after in zip(asked, base, tuned, strict=True):
         wanted = metrics.label(question.wanted)
         totals[wanted] += 1
-        right["base", wanted] += metrics.label(before) == wanted
-        right["tuned", wanted] += metrics.label(after) == wanted
+        correct["base", wanted] += metrics.label(before) == wanted
+        correct["tuned", wanted] += metrics.label(after) == wanted
     return {
-        label: LabelShares(rows=n, base=right["base", label] / n, tuned=right["tuned", label] / n)
+        label: LabelShares(rows=n, base=correct["base", label] / n, tuned=correct["tuned", label] / n)
         for label, n in totals.most_common(_MOST_LABELS)
     }
 
