@@ -1,4 +1,4 @@
-"""What the API tells the model server of a chat's model: which one answers, and where its files lie.
+"""What API and model server tell each other: which model answers and where its files lie, and how fast answers came.
 
 The user's own body travels as it is, with a `Chosen` beside its fields under the name MODEL_FIELD.
 """
@@ -54,6 +54,27 @@ class Chosen(_Sealed):
     def template(self) -> Files:
         """The folder whose tokenizer and chat template render the prompt: the run's own where there was a run."""
         return self.tuned or self.base
+
+
+Way = Literal["merged", "adapter", "many_merged", "many_adapters"]
+"""What shared the passes: one whole model, one adapter beside its base, several whole models, or several adapters."""
+
+
+class Rate(_Sealed):
+    """What one way to serve a base has come to since the model server began. `passes` took `seconds` together."""
+
+    base: str
+    way: Way
+    tokens: int
+    seconds: float
+    passes: int
+
+
+class Rates(_Sealed):
+    """What the model server has measured. `device`: as its driver names it, or cpu."""
+
+    device: str
+    rates: list[Rate]
 
 
 def encode(body: Mapping[str, Any], chosen: Chosen) -> bytes:

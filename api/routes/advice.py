@@ -7,6 +7,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import HTMLResponse, Response
 from sqlalchemy.orm import Session
 
+from api import serving_rates
 from api.bodies import JsonRoute
 from api.dependencies import CallerDep, SessionDep, SettingsDep, StorageDep
 from api.schemas import advice as wire
@@ -134,8 +135,9 @@ def _baseline(session: Session, project_id: str, id: str | None, model: Model) -
 
 
 def _serving(session: Session, caller: Caller, body: wire.AskAdvice, settings: Settings) -> ServingQuote | None:
-    facts = registry.find_ready(session, caller.project_id, body.model).facts
-    return quoting.serving(facts, body.technique or Lora(), leases.devices(session), settings)
+    model = registry.find_ready(session, caller.project_id, body.model)
+    technique, devices = body.technique or Lora(), leases.devices(session)
+    return quoting.serving(model, technique, devices, settings, rates=serving_rates.fetch(settings))
 
 
 def _report(session: Session, project_id: str, file: File, against: str | None) -> FileReport:

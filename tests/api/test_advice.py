@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import rows
 from databases import Database
+from model_server import ModelServer
 from reported import finish, upload
 from sqlalchemy import select
 from teams import ALIAS, BASE, TRAIN, Team
@@ -43,6 +44,19 @@ def test_it_waits_for_the_report_and_counts_rows_that_say_something(
     assert found.advice.recommendation == "prompt"
     assert found.serving is not None
     assert (found.serving.device, found.serving.basis) == ("T4", "memory_bandwidth")
+
+
+def test_serving_is_quoted_by_what_the_model_server_has_measured(
+    asking: Team, server: ModelServer, base: str, database: Database, tmp_path: Path
+) -> None:
+    body = {"file": upload(asking), "model": base, "aim": "style"}
+    finish(database, tmp_path)
+    assert asking.http.post(ROUTE, json=body).json()["serving"]["basis"] == "memory_bandwidth"
+    rate = {"base": base, "way": "adapter", "tokens": 800, "seconds": 20.0, "passes": 400}
+    server.rates = {"device": "cpu", "rates": [rate, {**rate, "base": "another", "tokens": 9000}]}
+    found = asking.http.post(ROUTE, json=body).json()["serving"]
+    assert (found["device"], found["basis"], found["merged"]) == ("cpu", "measured", None)
+    assert (found["adapter"]["tokens_per_second"]["expected"], found["adapter"]["answers"]) == (40, 2)
 
 
 def test_numbers_follow_the_base_and_the_devices(team: Team, base: str, database: Database, tmp_path: Path) -> None:

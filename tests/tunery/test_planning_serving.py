@@ -6,7 +6,9 @@ import pytest
 
 from bench.textbook import BASES
 from tunery.planning import serving_quote
+from tunery.planning.quote import Range
 from tunery.planning.serving_quote import ServingQuote
+from tunery.serving import Rate, Rates, Way
 from tunery.settings import Settings
 from tunery.spec import Full, Lora, Technique
 
@@ -56,3 +58,41 @@ def test_what_is_not_known_is_not_quoted() -> None:
     abroad = serving_quote.make(BASES["7B"], Lora(), "NVIDIA H200", Settings(currency="EUR"))
     assert abroad is not None
     assert (abroad.merged.price_per_million_tokens, abroad.currency) == (None, "EUR")
+
+
+def rate(way: Way, *, base: str = "llama", tokens: int = 1000, seconds: float = 10, passes: int = 250) -> Rate:
+    return Rate(base=base, way=way, tokens=tokens, seconds=seconds, passes=passes)
+
+
+def of_rates(*measured: Rate, device: str = "NVIDIA H200") -> ServingQuote | None:
+    found = Rates(device=device, rates=list(measured))
+    return serving_quote.of_rates(found, "llama", BASES["7B"], Lora(), SETTINGS)
+
+
+def test_what_the_model_server_has_measured_takes_the_guess_s_place() -> None:
+    found, guessed = of_rates(rate("adapter"), rate("many_adapters", seconds=20)), make()
+    assert found is not None
+    assert found.adapter is not None
+    assert (found.basis, found.adapter.basis, found.adapter.answers) == ("measured", "measured", 4.0)
+    assert found.adapter.tokens_per_second == Range(low=100, expected=100, high=100)
+    assert found.adapter.price_per_million_tokens == Range(low=10, expected=10, high=10)  # 3.6 an hour, 100 a second
+    assert found.many_adapters is not None
+    assert found.many_adapters.tokens_per_second.expected == 50
+    assert (found.merged, found.many_merged) == (guessed.merged, guessed.many_merged)
+    assert guessed.merged is not None
+    assert (guessed.basis, guessed.merged.basis) == ("memory_bandwidth", "memory_bandwidth")
+
+
+def test_a_cpu_is_quoted_by_what_it_has_answered_alone() -> None:
+    found = of_rates(rate("merged"), device="cpu")
+    assert found is not None
+    assert found.merged is not None
+    assert (found.device, found.merged.tokens_per_second.expected, found.adapter) == ("cpu", 100, None)
+    assert found.merged.price_per_million_tokens is None
+
+
+def test_rates_of_other_bases_and_of_few_tokens_are_no_measure() -> None:
+    assert of_rates() is None
+    assert of_rates(rate("merged", base="other")) is None
+    assert of_rates(rate("merged", tokens=serving_quote.LEAST_TOKENS - 1)) is None
+    assert serving_quote.of_rates(None, "llama", BASES["7B"], Lora(), SETTINGS) is None

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 import tiny_models
@@ -16,6 +17,7 @@ from served import serving
 
 from tunery import processes
 from tunery.artifacts import manifest
+from tunery.serving import Rates
 from tunery.storage import Directory
 from worker.server.backends.embedded import Engine
 from worker.server.schemas import parse
@@ -233,3 +235,17 @@ def test_more_clients_than_streams_are_all_answered(shop: Shop) -> None:
         asked = [(None, "a", "b", "c")[i % 4] for i in range(16)]
         with ThreadPoolExecutor(16) as pool:
             assert list(pool.map(lambda name: text(ask(name)), asked)) == [wanted[name] for name in asked]
+
+
+def test_what_answers_took_is_measured(shop: Shop, engine: Engine) -> None:
+    with serving(engine, places=8) as port, client_of(port) as client:
+        ask = asker(client, shop)
+        for name in (None, "a", "a"):
+            ask(name)
+        found = Rates.model_validate_json(httpx2.get(f"http://127.0.0.1:{port}/v1/rates", trust_env=False).content)
+    assert found.device == "cpu"
+    assert {(rate.base, rate.way): rate.tokens for rate in found.rates} == {
+        ("base", "merged"): 8,
+        ("base", "adapter"): 16,
+    }
+    assert all(rate.seconds > 0 and rate.passes >= rate.tokens for rate in found.rates)

@@ -29,6 +29,7 @@ from tunery.planning.quote import Actual, Quote
 from tunery.planning.serving_quote import ServingQuote
 from tunery.planning.speed import Record
 from tunery.planning.workload import Counts
+from tunery.serving import Rates
 from tunery.spec import Plan, Technique, TrainingSpec
 from tunery.trainer_protocol import Finished, Spent, StepTimes
 
@@ -88,12 +89,18 @@ def of_plan(
 
 
 def serving(
-    facts: Mapping[str, Any], technique: Technique, devices: Sequence[HostDevice], prices: Prices
+    model: Model, technique: Technique, devices: Sequence[HostDevice], prices: Prices, *, rates: Rates | None = None
 ) -> ServingQuote | None:
-    """What answers should cost on the largest GPU here that is a known card, or on the smallest card that holds the
-    base; None for a base of unknown sizes, and where no card holds it."""
+    """What answers should cost: by the model server's `rates` on its device, where it has answered with the base.
+
+    Else on the largest GPU here that is a known card, or on the smallest card that holds the base; None for a base of
+    unknown sizes, and where no card holds it.
+    """
+    facts = model.facts
     if not facts.keys() >= _SIZES:
         return None
+    if (measured := serving_quote.of_rates(rates, model.base_id or model.id, facts, technique, prices)) is not None:
+        return measured
     gpus = sorted(placing.find_gpus(devices), key=lambda gpu: -gpu.memory_bytes)
     table = sorted(cards.CARDS, key=lambda card: (card.gigabytes, card.price))
     named = [*(gpu.device for gpu in gpus), *(card.name for card in table)]

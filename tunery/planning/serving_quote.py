@@ -1,8 +1,9 @@
 """What answering with a tuned model should cost: merged or as an adapter, alone or one of many. Pure functions.
 
-Nothing here is measured. A token of an answer costs one pass: the weights are read once for all answers of a batch,
-each answer's keys and values are read too, and the products take the time that the published rate gives them. The
-longer of reading and multiplying is the bound; what a server reaches of it is assumed.
+What the model server has measured comes first. The rest is a bound: a token of an answer costs one pass, in which the
+weights are read once for all answers of a batch and each answer's keys and values too, and the products take the time
+that the published rate gives them. The longer of reading and multiplying is the bound; what a server reaches of it is
+assumed.
 """
 
 from collections.abc import Mapping
@@ -16,11 +17,15 @@ from tunery.planning.memory import GIB
 from tunery.planning.prices import HOUR, Prices, hourly
 from tunery.planning.quote import Range
 from tunery.planning.shape import Shape, trainable_params
+from tunery.serving import Rate, Rates
 from tunery.spec import Full, Technique
 
 BATCH, CONTEXT = 16, 1024
 """Answers at once, and tokens of each that are in memory."""
 MANY = 20
+LEAST_TOKENS = 200
+"""Of answers that a rate is made of: fewer are mostly the first passes, which warm up."""
+Basis = Literal["measured", "memory_bandwidth"]
 REACHED = Range(low=0.35, expected=0.6, high=0.85)
 """The share of the bound that a server reaches. Assumed."""
 _ADAPTER_SECONDS = 10e-6
@@ -37,6 +42,8 @@ class Served(BaseModel):
     tokens_per_second: Range = Field(description="Of all answers together, on all of `gpus`")
     gpus: int = Field(description="The fewest that hold the models")
     price_per_million_tokens: Range | None = Field(description="Of answers; null where no price of the card is known")
+    basis: Basis = Field("memory_bandwidth", description="Measured by the model server, or what the card's rates allow")
+    answers: float | None = Field(None, description="Of what was measured: answers at once, in the mean")
 
 
 class ServingQuote(BaseModel):
@@ -45,14 +52,16 @@ class ServingQuote(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     device: str
-    basis: Literal["memory_bandwidth"] = "memory_bandwidth"
+    basis: Basis = Field("memory_bandwidth", description="measured: some of it was, and says so")
     batch: int = Field(description="Answers at once")
     context: int = Field(description="Tokens of each of them in memory")
     currency: str
-    merged: Served = Field(description="One model, its adapter merged into its base")
+    merged: Served | None = Field(
+        description="One model, its adapter merged into its base; null where nothing is known, as of a CPU"
+    )
     adapter: Served | None = Field(description="One adapter beside its base; null for a full fine-tune")
     models: int = Field(description="How many tuned models of one base share the answers in the next two")
-    many_merged: Served = Field(description="Each a whole model: every pass reads that of the answers it is for")
+    many_merged: Served | None = Field(description="Each a whole model: every pass reads that of the answers it is for")
     many_adapters: Served | None = Field(description="All on one copy of the base, which each pass reads once")
 
 
@@ -87,6 +96,33 @@ def make(
     )
 
 
+def of_rates(
+    rates: Rates | None, base: str, facts: Mapping[str, Any], technique: Technique, prices: Prices
+) -> ServingQuote | None:
+    """The quote by what the model server has measured of a base; None where it has not answered with it enough.
+
+    A way that it did not serve in is quoted as on its card.
+    """
+    own = [rate for rate in (rates.rates if rates else ()) if rate.base == base and rate.tokens >= LEAST_TOKENS]
+    if rates is None or not own:
+        return None
+    nothing = ServingQuote(
+        device=rates.device, batch=BATCH, context=CONTEXT, currency=prices.currency, models=MANY,
+        merged=None, adapter=None, many_merged=None, many_adapters=None,
+    )  # fmt: skip
+    quoted = make(facts, technique, rates.device, prices) or nothing
+    price = hourly(rates.device, prices)
+    ways: dict[str, Any] = {rate.way: _measured(rate, price) for rate in own}
+    return quoted.model_copy(update=ways | {"basis": "measured"})
+
+
+def _measured(rate: Rate, price: float | None) -> Served:
+    found = rate.tokens / max(1e-9, rate.seconds)
+    exact = Range(low=1, expected=1, high=1)
+    served = _served(found, 1, price, reached=exact)
+    return served.model_copy(update={"basis": "measured", "answers": round(rate.tokens / max(1, rate.passes), 1)})
+
+
 def _held(card: Card, whole: int) -> int:
     """How many whole models a card holds beside the keys and values."""
     return int(card.gigabytes * GIB * _USABLE // max(1, whole))
@@ -108,8 +144,8 @@ def _cache_bytes(shape: Shape) -> int:
     return 2 * shape.layers * shape.kv_width * _WIDTH
 
 
-def _served(tokens_per_second: float, gpus: int, price: float | None) -> Served:
-    rate = REACHED.times(tokens_per_second)
+def _served(tokens_per_second: float, gpus: int, price: float | None, *, reached: Range = REACHED) -> Served:
+    rate = reached.times(tokens_per_second)
     costs = None
     if price is not None:
         dear, usual, cheap = (round(price * gpus / HOUR / tokens * 1e6, 3) for tokens in rate.model_dump().values())

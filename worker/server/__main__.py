@@ -19,6 +19,15 @@ def choose_device(settings: Settings) -> str:
     return "cpu" if settings.serve_gpu is None else "cuda"
 
 
+def name_of(device: str) -> str:
+    """The driver's name of a torch device, or cpu."""
+    if device == "cpu":
+        return device
+    import torch  # sees the GPU that was chosen
+
+    return torch.cuda.get_device_name()
+
+
 def main() -> None:
     settings = get_settings()
     device = choose_device(settings)
@@ -29,6 +38,7 @@ def main() -> None:
         backend.make(settings, open_storage(settings), device),
         places=settings.server_places,
         seconds=settings.server_seconds,
+        device_name=name_of(device),
     )
     uvicorn.run(
         app,

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from tunery.errors import AnswerTooSlow, Overloaded, Rejected, TuneryError, Unavailable
+from tunery.serving import Rates
 from worker.server.answer import Answer
 from worker.server.backends.backend import Backend
 from worker.server.desk import Desk, Turn
@@ -46,8 +47,11 @@ async def _turn(request: Request, _: ChatBody) -> AsyncIterator[Turn]:
 TurnDep = Annotated[Turn, Depends(_turn)]
 
 
-def create_app(backend: Backend, *, places: int = 32, seconds: float = 600) -> FastAPI:
-    """The server around a back end; at most `places` requests wait, and an answer takes at most `seconds`."""
+def create_app(backend: Backend, *, places: int = 32, seconds: float = 600, device_name: str | None = None) -> FastAPI:
+    """The server around a back end; at most `places` requests wait, and an answer takes at most `seconds`.
+
+    `device_name`: the driver's name of the back end's device. Absent: the back end's own.
+    """
     desk = Desk(backend, places, seconds)
 
     @asynccontextmanager
@@ -56,8 +60,9 @@ def create_app(backend: Backend, *, places: int = 32, seconds: float = 600) -> F
         desk.close()
 
     app = FastAPI(title="Tunery's model server", lifespan=lifespan, openapi_url=None)
-    app.state.desk = desk
+    app.state.desk, app.state.device_name = desk, device_name or backend.device
     app.add_api_route("/healthz", _healthz, methods=["GET"])
+    app.add_api_route("/v1/rates", _rates, methods=["GET"])
     app.add_api_route("/v1/chat/completions", _complete, methods=["POST"], response_model=None)
     app.add_exception_handler(TuneryError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
@@ -75,6 +80,11 @@ async def _healthz(request: Request) -> dict[str, Any]:
         "running": desk.running,
         "waiting": desk.waiting,
     }
+
+
+async def _rates(request: Request) -> Rates:
+    desk: Desk = request.app.state.desk
+    return Rates(device=request.app.state.device_name, rates=desk.meter.rates)
 
 
 async def _complete(request: Request, chat: ChatBody, turn: TurnDep) -> Response:

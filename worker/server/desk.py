@@ -14,8 +14,10 @@ from contextlib import asynccontextmanager
 from threading import Condition, Thread
 
 from tunery.errors import AnswerTooSlow, Overloaded
+from tunery.serving import Chosen
 from worker.server.answer import Answer
 from worker.server.backends.backend import Backend
+from worker.server.meter import Meter
 from worker.server.schemas import ChatRequest
 
 _LOADERS = 4
@@ -39,7 +41,8 @@ class Desk:
         self._turns = 0
         self._free = asyncio.Semaphore(backend.streams)
         self._loaders = ThreadPoolExecutor(min(_LOADERS, backend.streams), thread_name_prefix="loader")
-        self.loop = Loop(backend)
+        self.meter = Meter()
+        self.loop = Loop(backend, self.meter)
 
     @property
     def busy(self) -> bool:
@@ -115,7 +118,7 @@ class Turn:
                 answer = await self._desk.answer(request)
         except TimeoutError:
             raise AnswerTooSlow(seconds=self._desk.seconds) from None
-        running = _Running(answer)
+        running = _Running(answer, request.chosen)
         self._running.append(running)
         self._desk.loop.add(running)
         return running
@@ -142,8 +145,9 @@ class Turn:
 class _Running:
     """An answer in the loop, and the pieces of it that are not read yet."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, chosen: Chosen) -> None:
         self.answer = answer
+        self.chosen = chosen
         self.pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self._events = asyncio.get_running_loop()
         self._text: Generator[str] | None = None
@@ -167,8 +171,9 @@ class _Running:
 class Loop:
     """The thread that advances the running answers, until it is closed."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, meter: Meter) -> None:
         self._backend = backend
+        self._meter = meter
         self._running: list[_Running] = []
         self._leaving: list[_Running] = []
         self._changed = Condition()
@@ -198,11 +203,19 @@ class Loop:
 
     def _run(self) -> None:
         while (running := self._now_running()) is not None:
-            for one in self._advance(running):
-                piece = one.next()
-                if not isinstance(piece, str):
-                    self._end(one)
-                one.hand_over(piece)
+            if running:
+                self._step(running)
+
+    def _step(self, running: list[_Running]) -> None:
+        """Gives each running answer's reader its next piece, and counts them."""
+        began, before = time.perf_counter(), _tokens(running)
+        for one in self._advance(running):
+            piece = one.next()
+            if not isinstance(piece, str):
+                self._end(one)
+            one.hand_over(piece)
+        chosen, seconds = [one.chosen for one in running], time.perf_counter() - began
+        self._meter.count(chosen, _tokens(running) - before, seconds)
 
     def _now_running(self) -> list[_Running] | None:
         """The answers to advance, once there are any; None when the loop is closed."""
@@ -215,8 +228,6 @@ class Loop:
 
     def _advance(self, running: list[_Running]) -> list[_Running]:
         """Those whose next piece is there now."""
-        if not running:
-            return []
         try:
             ready = self._backend.advance([one.answer for one in running])
         except Exception as error:  # noqa: BLE001  whose fault it is, is not known: their readers get it
@@ -232,6 +243,10 @@ class Loop:
             if one in self._running:
                 self._running.remove(one)
         one.answer.close()
+
+
+def _tokens(running: list[_Running]) -> int:
+    return sum(one.answer.completion_tokens for one in running)
 
 
 def _close_unread(made: "asyncio.Future[Answer]") -> None:
