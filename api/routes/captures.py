@@ -1,12 +1,14 @@
 """From traffic back to data: requests that a project keeps, what people say of the answers, and files made of them."""
 
-from fastapi import APIRouter
+from typing import Annotated
+
+from fastapi import APIRouter, Query
 
 from api.bodies import JsonRoute
 from api.dependencies import CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep
 from api.schemas import captures as wire
 from api.schemas.files import File
-from api.schemas.wire import errors
+from api.schemas.wire import ListOf, errors
 from tunery.datasets import files
 from tunery.models import registry
 from tunery.storage import Storage, Stored
@@ -40,6 +42,21 @@ def stop_capture(model: str, session: SessionDep, caller: CallerDep) -> wire.Cap
     """Nothing more is kept, and what was kept is removed, with its feedback. Files that were made of it stay."""
     row = registry.find(session, caller.project_id, model)
     return wire.CaptureStopped(model=row.id, removed=captures.stop(session, caller.project_id, row))
+
+
+@router.get("/models/{model}/capture/requests", summary="List a model's kept requests", responses=errors(404))
+def list_captured_requests(
+    model: str,
+    session: SessionDep,
+    caller: CallerDep,
+    rated: Annotated[captures.Rated | None, Query(description="Only those that were rated, corrected, or not")] = None,
+    after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
+    limit: Annotated[int, Query(ge=1, le=100, description="Objects a page")] = 20,
+) -> ListOf[wire.CapturedChat]:
+    """Newest first, each with its answer and what was said of it, as they were stored: without personal data."""
+    row = registry.find(session, caller.project_id, model)
+    found, more = captures.list_page(session, caller.project_id, row, rated=rated, after=after, limit=limit)
+    return ListOf(data=[wire.CapturedChat.of(one) for one in found], has_more=more)
 
 
 @router.post("/feedback", summary="Say what an answer was worth", responses=errors(404))

@@ -29,6 +29,16 @@ _FEEDBACK: dict[str, Any] = {
     "rating": "bad",
     "correction": {"role": "assistant", "content": "lost_or_stolen_card"},
 }
+_CHAT: dict[str, Any] = {
+    **_FEEDBACK,
+    "object": "model.captured_request",
+    "created_at": 1721764800,
+    "expires_at": 1724356800,
+    "messages": [{"role": "user", "content": "I lost my card. Write to <EMAIL_ADDRESS>."}],
+    "tools": None,
+    "answer": {"role": "assistant", "content": "card_arrival"},
+    "finish_reason": "stop",
+}
 _LINEAGE: dict[str, Any] = {
     "object": "file.capture",
     "file": "file-abc123",
@@ -121,6 +131,32 @@ class Feedback(Wire):
     def of(cls, row: CapturedRequest) -> "Feedback":
         names: dict[int | None, Literal["good", "bad"]] = {1: "good", -1: "bad"}
         return cls(id=row.id, model=row.model_id, rating=names.get(row.rating), correction=row.correction)
+
+
+class CapturedChat(Feedback):
+    """A request that was kept, with its first answer and what is known of it."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_CHAT]})
+
+    object: Literal["model.captured_request"] = "model.captured_request"  # type: ignore[assignment]  # no feedback alone
+    created_at: int
+    expires_at: int = Field(description="When it is removed")
+    messages: list[dict[str, Any]] = Field(description="Without personal data and secrets, as the answer")
+    tools: list[dict[str, Any]] | None
+    answer: dict[str, Any]
+    finish_reason: str
+
+    @classmethod
+    def of(cls, row: CapturedRequest) -> "CapturedChat":
+        return cls(
+            **Feedback.of(row).model_dump(exclude={"object"}),
+            created_at=seconds(row.created_at),
+            expires_at=seconds(row.expires_at),
+            messages=row.request["messages"],
+            tools=row.request.get("tools"),
+            answer=row.answer,
+            finish_reason=row.finish_reason,
+        )
 
 
 class MakeFile(FileOrder):

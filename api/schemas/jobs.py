@@ -163,6 +163,7 @@ JOB: dict[str, Any] = {
     **RequestedOptions().model_dump(mode="json"),
     "priority": 0,
     "scorecard": None,
+    "served": None,
     "quote": QUOTE,
     "actual": None,
     "warnings": [],

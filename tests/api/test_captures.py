@@ -150,6 +150,35 @@ def test_unrated_answers_and_preferences(asking: Team, kept: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("rated", "ids"),
+    [
+        ("", ["cut", "plain", "wrong", "bad", "good"]),
+        ("good", ["good"]),
+        ("bad", ["wrong", "bad"]),
+        ("corrected", ["wrong"]),
+        ("unrated", ["cut", "plain"]),
+    ],
+)
+def test_requests_are_listed_by_what_was_said_of_them(asking: Team, kept: str, rated: str, ids: list[str]) -> None:
+    query = f"?rated={rated}" if rated else ""
+    page = asking.http.get(f"/v1/models/{kept}/capture/requests{query}").json()
+    assert ([one["id"] for one in page["data"]], page["has_more"]) == (ids, False)
+
+
+def test_a_listed_request_has_its_answer_and_feedback_and_pages_go_on(asking: Team, kept: str) -> None:
+    path = f"/v1/models/{kept}/capture/requests"
+    page = asking.http.get(f"{path}?limit=3").json()
+    assert ([one["id"] for one in page["data"]], page["has_more"]) == (["cut", "plain", "wrong"], True)
+    wrong = page["data"][-1]
+    assert (wrong["messages"], wrong["answer"]["content"]) == ([{"role": "user", "content": "wrong"}], "a")
+    assert (wrong["rating"], wrong["correction"]["content"]) == ("bad", "b, says <EMAIL_ADDRESS>")
+    assert (wrong["model"], wrong["finish_reason"], wrong["tools"]) == (kept, "stop", None)
+    rest = asking.http.get(f"{path}?after=wrong").json()
+    assert ([one["id"] for one in rest["data"]], rest["has_more"]) == (["bad", "good"], False)
+    assert asking.http.get(f"{path}?after=nothing").json()["error"]["param"] == "after"
+
+
 def test_what_is_counted_and_removed(asking: Team, kept: str, database: Database) -> None:
     found = asking.http.get(f"/v1/models/{kept}/capture").json()
     assert [found[name] for name in ("enabled", "keep_days", "requests", "good", "bad", "corrected")] == [
@@ -168,6 +197,8 @@ def test_requests_go_when_their_time_is_over(asking: Team, kept: str, database: 
         session.execute(over.values(expires_at=func.clock_timestamp()))
     file = post(asking, f"/models/{kept}/capture/files")
     assert [row["messages"][0]["content"] for row in content(asking, file)] == ["wrong"]
+    listed = asking.http.get(f"/v1/models/{kept}/capture/requests").json()["data"]
+    assert [one["id"] for one in listed] == ["cut", "plain", "wrong"]
     history.remove_old(database.settings, open_storage(database.settings), transaction=database.sessions.begin)
     assert [row.id for row in captured(database)] == ["wrong", "plain", "cut"]
 
@@ -181,6 +212,10 @@ def test_another_project_keeps_and_rates_its_own(
     other.openai().chat.completions.create(model=BASE, **ASK)
     assert len(captured(database)) == 5
     assert other.http.get(f"/v1/models/{BASE}/capture").json()["requests"] == 0
+    asking.openai().chat.completions.create(model=BASE, **ASK)
+    assert [len(team.http.get(f"/v1/models/{BASE}/capture/requests").json()["data"]) for team in (asking, other)] == [
+        1, 0,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,10 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "create_chat_completion": [("/v1/chat/completions", {"json": {"model": "{tuned}", **CHAT}})],
     "start_capture": [("/v1/models/{tuned}/capture", {"json": {}})],
     "retrieve_capture": [("/v1/models/{tuned}/capture", {})],
+    "list_captured_requests": [
+        ("/v1/models/{tuned}/capture/requests", {}),
+        ("/v1/models/{own_tuned}/capture/requests?after={captured}", {}),
+    ],
     "stop_capture": [("/v1/models/{tuned}/capture", {})],
     "make_file": [("/v1/models/{tuned}/capture/files", {"json": {}})],
     "retrieve_file_capture": [("/v1/files/{file}/capture", {})],

@@ -108,6 +108,9 @@ def test_requests_are_kept_rated_and_made_into_a_file(tunery: Run, server: Model
     assert tunery("captures", "show", BASE)[1].split() == (
         ["kept", "for", "7", "days", "requests", "1", "good", "0", "bad", "1", "corrected", "1"]
     )
+    assert tunery("captures", "list", BASE, "--rated", "bad")[1].split("\n")[1].split()[-6:] == (
+        ["bad,", "should", "be:", "Hello!", "Hi", "hello"]
+    )
     file = tunery("captures", "file", BASE)[1].strip()
     assert '"Hello!"' in tunery("files", "content", file)[1]
     assert tunery("captures", "stop", BASE)[1] == f"✓ requests to {BASE} are not kept; 1 were removed\n"

@@ -1,6 +1,9 @@
 """`tunery captures ...`: keep requests to a model, say what answers were worth, make files of them."""
 
+import json
+import textwrap
 from typing import Annotated, Any, Literal
+from urllib.parse import urlencode
 
 import typer
 
@@ -30,6 +33,27 @@ def show_capture(context: typer.Context, model: Model) -> None:
     kept = f"for {found['keep_days']} days" if found["enabled"] else "no"
     counts = ((name, found[name]) for name in ("requests", "good", "bad", "corrected"))
     output.fields((("kept", kept), *((name, str(count)) for name, count in counts)))
+
+
+@app.command("list")
+def list_requests(
+    context: typer.Context,
+    model: Model,
+    rated: Annotated[
+        Literal["good", "bad", "corrected", "unrated"] | None, typer.Option(help="Only those that were rated so.")
+    ] = None,
+    after: Annotated[str | None, typer.Option(help="The last id of the page before.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
+) -> None:
+    """The requests that are kept, newest first, with their answers."""
+    asked = {"rated": rated, "after": after, "limit": limit}
+    query = urlencode({name: value for name, value in asked.items() if value is not None})
+    page = connect(context).call("GET", f"{_route(model)}/requests?{query}")
+    rows = [(one["id"], output.age(one["created_at"]), _said(one), _text(one["messages"][-1]), _text(one["answer"]))
+            for one in page["data"]]  # fmt: skip
+    output.table(("id", "age", "rated", "asked", "answered"), rows, empty="no request is kept")
+    if page["has_more"]:
+        output.hint(f"tunery captures list {model} --after {page['data'][-1]['id']}")
 
 
 @app.command()
@@ -67,6 +91,20 @@ def make_file(
     body: dict[str, Any] = {"format": format, **({"answers": answers} if answers else {})}
     found = connect(context).call("POST", f"{_route(model)}/files", json=body)
     output.console.print(found["id"], soft_wrap=True)
+
+
+def _said(one: dict[str, Any]) -> str:
+    """What was said of an answer: its rating, and what it should have been."""
+    correction = one["correction"] and f"should be: {_text(one['correction'])}"
+    return ", ".join(filter(None, (one["rating"], correction))) or "-"
+
+
+def _text(message: dict[str, Any]) -> str:
+    """A message's beginning in one line."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        content = json.dumps(content or message.get("tool_calls"), ensure_ascii=False)
+    return textwrap.shorten(content, 60, placeholder="...")
 
 
 def _route(model: str) -> str:

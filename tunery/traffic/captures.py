@@ -6,10 +6,11 @@ from datetime import timedelta
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import Select, delete, func, select
+from sqlalchemy import ColumnElement, Select, delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from tunery import paging
 from tunery.datasets.model import File
 from tunery.errors import NotFound
 from tunery.models.model import Model
@@ -18,7 +19,14 @@ from tunery.traffic.model import Capture, CapturedFile, CapturedRequest
 
 Lines = Iterator[tuple[str, bytes]]
 Kept = Literal["good", "corrected", "unrated"]
+Rated = Literal["good", "bad", "corrected", "unrated"]
 _BATCH = 500
+_RATED: dict[Rated, ColumnElement[bool]] = {
+    "good": CapturedRequest.rating == 1,
+    "bad": CapturedRequest.rating == -1,
+    "corrected": CapturedRequest.correction.is_not(None),
+    "unrated": CapturedRequest.rating.is_(None) & CapturedRequest.correction.is_(None),
+}
 
 
 class FileOrder(BaseModel):
@@ -71,6 +79,30 @@ def counts(session: Session, project_id: str, model: Model) -> dict[str, int]:
     ).where(CapturedRequest.project_id == project_id, CapturedRequest.model_id == model.id)
     found = session.execute(query).one()
     return dict(zip(("requests", "good", "bad", "corrected"), found, strict=True))
+
+
+def list_page(
+    session: Session,
+    project_id: str,
+    model: Model,
+    *,
+    rated: Rated | None = None,
+    after: str | None = None,
+    limit: int,
+) -> tuple[list[CapturedRequest], bool]:
+    """One page of the requests to a model, newest first, and whether more follow. `rated`: those alone. Raises NotFound
+    for an `after` that is no request to the model."""
+    shown = [] if rated is None else [_RATED[rated]]
+    return paging.page(
+        session,
+        _of(project_id, model),
+        *shown,
+        by=(CapturedRequest.created_at, CapturedRequest.id),
+        id=CapturedRequest.id,
+        kind="captured request",
+        after=after,
+        limit=limit,
+    )
 
 
 def add(
