@@ -9,9 +9,12 @@ import zoo
 from streamed import PROMPTS, TOKENS, alone, by_peft, greedy, make, read
 
 from worker.server import slots
+from worker.server.backends.embedded import ready_of
 from worker.server.batch import Batch, Row
 from worker.server.cache_memory import CacheMemory, Owner, common
 from worker.server.models import Base, Source
+from worker.server.streams import Alone, Stream
+from worker.trainer.rope import LengthRope
 
 LONG, MORE = PROMPTS[4], PROMPTS[1]
 A_POSITION = 2 * 2 * 2 * 24 * 4
@@ -88,6 +91,27 @@ def test_prompt_that_is_read_is_waited_for_where_it_begins_alike(llama: Any) -> 
     assert [row.cached_tokens for row in rows] == [0, 50]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run this on a host with a GPU")
+def test_device_writes_the_answers_of_the_cpu_for_rows_of_all_kinds(folder: Path, tmp_path: Path) -> None:
+    """In fp32: prompts together, a prompt taken over, adapters beside the base, greedy rows beside one with logits."""
+    adapters = [make(tmp_path / str(seed), folder, seed, r=8 * seed) for seed in (1, 2)]
+    base = Base(Source(folder, None, "cuda", torch.float32), CacheMemory(2**26))
+    one, other = map(base.lay_on, adapters)
+    asked = [(base, None, LONG), (one, adapters[0], LONG), (other, adapters[1], MORE), (one, adapters[0], LONG[:50])]
+    for is_greedy in (True, False):
+        rows = [model.stream(prompt, "p", is_greedy=is_greedy) for model, _, prompt in asked]
+        said: list[list[int]] = [[] for _ in rows]
+        for _ in range(TOKENS):
+            for row, tokens in zip(rows, said, strict=True):
+                tokens.append(row.likeliest())
+                row.push(tokens[-1])
+        assert said == [by_peft(folder, adapter, prompt) for _, adapter, prompt in asked]
+        for row in rows:
+            row.close()
+    assert rows[0].cached_tokens == len(LONG) - 1
+
+
 def test_projects_share_nothing(llama: Any) -> None:
     batch = Batch(llama)
     rows = [batch.join(LONG, project_id=name) for name in ("p", "q", None, None)]
@@ -153,6 +177,24 @@ def test_what_is_kept_leaves_for_rows_that_run(llama: Any) -> None:
         row.logits()
     assert memory.nbytes == 1024 * A_POSITION == batch._slots.nbytes
     assert [row.cached_tokens for row in rows] == [0] * 4
+
+
+def test_streams_with_passes_of_their_own_share_the_memory(llama: Any) -> None:
+    limit = 2 * (len(LONG) + TOKENS) * A_POSITION
+    memory = CacheMemory(limit)
+    streams: list[Stream] = [Alone(llama, LONG[i:], LengthRope(), memory) for i in range(4)]
+    said: list[list[int]] = [[] for _ in streams]
+    held = []
+    while streams_left := [stream for stream, one in zip(streams, said, strict=True) if len(one) < TOKENS]:
+        for stream in ready_of(streams_left):
+            said[streams.index(stream)].append(greedy(stream))
+            held.append(memory.nbytes)
+            if len(said[streams.index(stream)]) == TOKENS:
+                stream.close()
+
+    assert said == [alone(llama, LONG[i:]) for i in range(4)]
+    assert max(held) <= limit + len(LONG) * A_POSITION, "the one whose prompt did not fit any more"
+    assert memory.nbytes == 0
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,36 @@ def test_client_that_leaves_frees_the_memory_of_its_answer(ask: Any, engine: Eng
     assert processes.wait_until(lambda: not any(place.users for place in places), seconds=20, alive=lambda: True)
 
 
+def test_burst_of_long_prompts_waits_for_memory_and_one_beyond_it_is_refused(shop: Shop) -> None:
+    plain = Engine(shop.root / "models", shop.storage)
+    long = [[{"role": "user", "content": f"{i} " + "card " * 60}] for i in range(8)]
+    with serving(plain) as port, client_of(port) as client:
+        wanted = [text(asker(client, shop)(messages=messages)) for messages in long]
+    assert plain._ready is not None
+    assert plain._ready.base.batch is not None
+    a_position = plain._ready.base.batch._slots.bytes_a_position
+    engine = Engine(shop.root / "models", shop.storage, cache_bytes=2 * 512 * a_position)
+    held: list[int] = []
+    advance = engine.advance
+
+    def watched(answers: Any) -> Any:
+        ready = advance(answers)
+        assert engine._ready is not None
+        assert engine._ready.base.batch is not None
+        held.append(engine._ready.base.batch._slots.nbytes)
+        return ready
+
+    engine.advance = watched  # type: ignore[method-assign]
+    with serving(engine, places=8) as port, client_of(port) as client, ThreadPoolExecutor(8) as pool:
+        ask = asker(client, shop)
+        assert list(pool.map(lambda messages: text(ask(messages=messages)), long)) == wanted
+        assert max(held) == 2 * 512 * a_position
+        with pytest.raises(openai.BadRequestError, match="maximum context length is 992 tokens") as refused:
+            ask(messages=[{"role": "user", "content": "card " * 2000}])
+        assert refused.value.code == "context_length_exceeded"
+        assert text(ask(messages=long[0])) == wanted[0]
+
+
 def test_more_clients_than_streams_are_all_answered(shop: Shop) -> None:
     with serving(Engine(shop.root / "models", shop.storage, streams=4), places=16) as port, client_of(port) as client:
         ask = asker(client, shop)

@@ -80,13 +80,14 @@ class Base:
         self.nbytes = _nbytes(self.model)
         self.unhooked = shared(self.model)
         self.bank = Bank(self.model)
+        self.memory = memory
         self.batch = Batch(self.model, self.bank, memory) if can_batch(self.model) else None
 
     def stream(self, prompt_ids: list[int], project_id: str | None = None, *, is_greedy: bool = False) -> Stream:
         """The logits after a prompt."""
         if self.batch is not None:
             return self.batch.join(prompt_ids, None, project_id, is_greedy=is_greedy)
-        return Alone(self.model, prompt_ids, rope.of(self.model))
+        return Alone(self.model, prompt_ids, rope.of(self.model), self.memory)
 
     def lay_on(self, folder: Path) -> "StackedAdapter | AdapterAlone":
         """The adapter of a folder, on this base. Raises BrokenAdapter."""
@@ -99,7 +100,7 @@ class Base:
 
     def leave(self) -> None:
         if self.batch is not None:
-            self.batch.memory.forget(self.batch)
+            self.memory.forget(self.batch)
         self.model = self.unhooked = self.bank = self.batch = None  # type: ignore[assignment]  # used by nobody now
         gc.collect()
         torch.cuda.empty_cache()
@@ -123,8 +124,7 @@ class StackedAdapter:
 
     def leave(self) -> None:
         self._base.bank.remove(self._factors)
-        if self._base.batch is not None:
-            self._base.batch.memory.forget(self._factors)
+        self._base.memory.forget(self._factors)
         self.on_leave()
 
 
@@ -134,13 +134,14 @@ class AdapterAlone:
     def __init__(self, base: Base, folder: Path) -> None:
         laid = PeftModel.from_pretrained(shared(base.unhooked), folder, torch_device=base.source.device)
         self.model: Any = laid.eval()
+        self._memory = base.memory
         own = {id(part) for part in _tensors(base.model)}
         self.nbytes = sum(part.nbytes for part in _tensors(self.model) if id(part) not in own)
         self.on_leave: Callable[[], None] = lambda: None
 
     def stream(self, prompt_ids: list[int], project_id: str | None = None, *, is_greedy: bool = False) -> Stream:  # noqa: ARG002  as the others'
         """The logits after a prompt."""
-        return Alone(self.model, prompt_ids, rope.of(self.model))
+        return Alone(self.model, prompt_ids, rope.of(self.model), self._memory)
 
     def leave(self) -> None:
         self.model = None

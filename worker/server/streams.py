@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 import torch
 
+from worker.server.cache_memory import CacheMemory
 from worker.trainer.rope import LengthRope
 
 
@@ -35,8 +36,11 @@ class Alone:
 
     cached_tokens = 0
 
-    def __init__(self, model: Any, prompt_ids: list[int], rope: LengthRope) -> None:
+    def __init__(self, model: Any, prompt_ids: list[int], rope: LengthRope, memory: CacheMemory | None = None) -> None:
+        """`memory`: what the keys and values are counted in."""
         self._model = model
+        self._memory = memory
+        self._nbytes = 0
         self._seen = list(prompt_ids)
         self._ids = self._seen
         self._cache: Any = None
@@ -51,6 +55,9 @@ class Alone:
         batch = torch.tensor([self._ids], device=self._model.device)
         out = self._model(input_ids=batch, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._cache = out.past_key_values
+        if self._memory is not None:
+            self._nbytes = _nbytes(self._cache)
+            self._memory.reserve(self, self._nbytes, must=True)
         logits: torch.Tensor = out.logits[0, -1].float().cpu()
         return logits
 
@@ -60,5 +67,20 @@ class Alone:
         if self._rope.changes(len(self._seen) - 1, len(self._seen)):
             self._ids, self._cache = self._seen, None  # the cache's keys were turned by other frequencies
 
+    def fits(self) -> bool:
+        """Whether the memory has room for keys and values. Where not, they are freed, to be computed again later."""
+        if self._memory is None or self._memory.reserve(self, self._nbytes):
+            return True
+        self.close()
+        self._ids = self._seen
+        return False
+
     def close(self) -> None:
         self._cache = None
+        if self._memory is not None:
+            self._memory.forget(self)
+
+
+def _nbytes(cache: Any) -> int:
+    parts = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
+    return sum(part.nbytes for part in parts if part is not None)

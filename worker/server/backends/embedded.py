@@ -33,7 +33,7 @@ from worker.server.models import Base, Source
 from worker.server.rendering import Rendering, Renderings
 from worker.server.residents import Residents
 from worker.server.schemas import ChatRequest
-from worker.server.streams import Stream
+from worker.server.streams import Alone, Stream
 
 log = logging.getLogger(__name__)
 
@@ -134,11 +134,8 @@ class Engine:
             except Exception as error:
                 log.exception("a pass of a batch failed")
                 batch.fail(error)
-        return [
-            answer
-            for answer, stream in zip(answers, streams, strict=True)
-            if not isinstance(stream, Row) or stream.is_ready
-        ]
+        ready = ready_of(streams)
+        return [answer for answer, stream in zip(answers, streams, strict=True) if stream in ready]
 
     def hold(self, chosen: Chosen) -> Ready:
         """The model, loaded where it is not in memory. Raises as `answer` does."""
@@ -190,6 +187,13 @@ class Engine:
             return None
         is_quantised = self._qlora_base == "as_scored"
         return read_four_bits(adapter, torch.device(self._device).type) if is_quantised else None
+
+
+def ready_of(streams: Sequence[Stream]) -> list[Stream]:
+    """Those that can be read: rows whose results are there, and the others as far as there is memory for their keys."""
+    rows = [stream for stream in streams if isinstance(stream, Row) and stream.is_ready]
+    alone = [stream for stream in streams if isinstance(stream, Alone)]
+    return [*rows, *(stream for place, stream in enumerate(alone) if not place or stream.fits())]
 
 
 def _begin(request: ChatRequest, ready: Ready) -> Generation:
