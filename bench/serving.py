@@ -1,140 +1,43 @@
 """Many adapters on one base in the model server: memory, throughput and loading.
 
     python -m bench.serving BASE OUT.json [--rank 16] [--tokens 32] [--rounds 5]
+    python -m bench.serving --shape 8b OUT.json
 
 BASE is a converted base (SmolLM2-135M). Adapters are random, on all linear layers. Everything runs on the CPU through
 the embedded back end as the model server drives it; "switching" is PEFT's `set_adapter`, one request after another.
+With `--shape` the batch alone runs on a CUDA device, on a random model of that shape in bf16.
 """
 
 import argparse
+import gc
 import json
 import os
 import random
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import psutil
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from bench import service
+from bench import service, serving_shape
+from bench.shop import MANY, Shop, Took, answer_all, drive, rates, round_, times_faster
 from tunery.artifacts import manifest
-from tunery.storage import Directory
 from worker.server.backends.embedded import Engine
-from worker.server.generation import Generation
-from worker.server.schemas import ChatRequest, parse
 from worker.server.streams import Alone
 from worker.trainer.rope import LengthRope
 
-MIXED, RESIDENT, MANY = 16, 64, 256
+MIXED, RESIDENT = 16, 64
 REQUESTS = 96
 """Of the traffic over MANY adapters."""
-
-
-@dataclass(frozen=True)
-class Took:
-    """Tokens that were written, in the time of the clock and of the processor, which a busy machine blurs less."""
-
-    tokens: int
-    seconds: float
-    cpu_seconds: float
-
-
-def rates(runs: Mapping[str, Sequence[Took]]) -> dict[str, Any]:
-    """Median tokens a second of each kind of run, by the clock and by the processor."""
-    return {
-        name: {
-            "tokens_per_second": round_(median(run.tokens / run.seconds for run in took)),
-            "tokens_per_cpu_second": round_(median(run.tokens / run.cpu_seconds for run in took)),
-        }
-        for name, took in runs.items()
-    }
-
-
-def times_faster(one: Sequence[Took], other: Sequence[Took]) -> dict[str, float]:
-    """How many times the other's tokens a second a kind of run writes: the median of pairs, by both times."""
-    pairs = [(a, b) for a, b in zip(one, other, strict=False)]
-    return {
-        "clock": round_(median(a.tokens / a.seconds / (b.tokens / b.seconds) for a, b in pairs)),
-        "processor": round_(median(a.tokens / a.cpu_seconds / (b.tokens / b.cpu_seconds) for a, b in pairs)),
-    }
-
-
-class Shop:
-    """A base and adapters in storage, as the API would name them."""
-
-    def __init__(self, root: Path, base: Path, rank: int) -> None:
-        self.root, self.base = root, base
-        self.storage = Directory(root / "objects")
-        self.rank = rank
-        self.base_files = self._publish("base", base)
-        self.adapters = list(self._make(MANY))
-
-    @property
-    def adapter_bytes(self) -> int:
-        return (self.root / "adapter" / "adapter_model.safetensors").stat().st_size
-
-    def _make(self, count: int) -> Iterator[dict[str, str]]:
-        folder = self.root / "adapter"
-        config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        get_peft_model(AutoModelForCausalLM.from_pretrained(self.base), config).save_pretrained(str(folder))
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-            shutil.copy(self.base / name, folder)
-        weights = load_file(folder / "adapter_model.safetensors")
-        torch.manual_seed(1)
-        noise = {key: torch.randn_like(value) * 0.02 for key, value in weights.items()}
-        for number in range(count):
-            made = {key: value * (1 + number / 1000) for key, value in noise.items()}
-            save_file(made, folder / "adapter_model.safetensors", {"format": "pt"})
-            yield self._publish(f"adapter{number}", folder)
-
-    def _publish(self, name: str, folder: Path) -> dict[str, str]:
-        _, sha256 = manifest.publish(self.storage, f"models/{name}", folder)
-        return {"id": name, "prefix": f"models/{name}", "manifest_sha256": sha256}
-
-    def request(self, adapter: int | None, tokens: int) -> ChatRequest:
-        tuned = None if adapter is None else {**self.adapters[adapter], "technique": "lora"}
-        body = {
-            "model": "m",
-            "messages": [{"role": "user", "content": "Name three rivers."}],
-            "temperature": 0,
-            "max_tokens": tokens,
-            "tunery_model": {"base": self.base_files, "tuned": tuned},
-        }
-        return parse(json.dumps(body).encode())
-
-    def engine(self, name: str, **options: Any) -> Engine:
-        return Engine(self.root / name, self.storage, **options)
-
-
-def drive(engine: Engine, requests: Sequence[ChatRequest], at_once: int) -> "Took":
-    """Answers all requests as `Desk` drives a back end, loading in other threads."""
-    begun, tokens = (time.perf_counter(), time.process_time()), 0
-    waiting = list(reversed(requests))
-    running: list[tuple[Generation, Iterator[str]]] = []
-    with ThreadPoolExecutor(4) as loaders:
-        loading: list[Any] = []
-        while waiting or loading or running:
-            while waiting and len(loading) + len(running) < at_once:
-                loading.append(loaders.submit(engine.answer, waiting.pop()))
-            for one in [one for one in loading if one.done() or not running]:
-                loading.remove(one)
-                running.append((one.result(), iter(one.result())))
-            ready = {id(answer) for answer in engine.advance([answer for answer, _ in running])}
-            for answer, pieces in list(running):
-                if id(answer) in ready and next(pieces, None) is None:
-                    running.remove((answer, pieces))
-                    tokens += answer.completion_tokens
-    return Took(tokens, time.perf_counter() - begun[0], time.process_time() - begun[1])
+TURNS = 5
+QUESTION = "Explain to a new colleague which papers a customer has to bring when a lost card is replaced."
 
 
 def throughput(shop: Shop, engine: Engine, tokens: int, rounds: int) -> dict[str, Any]:
@@ -237,7 +140,8 @@ def zipf(shop: Shop, tokens: int, rounds: int) -> dict[str, Any]:
     few = shop.engine("models", memory_bytes=base_bytes + RESIDENT * shop.adapter_bytes)
     every = shop.engine("models", memory_bytes=base_bytes + 2 * MANY * shop.adapter_bytes)
     for engine in (few, every):
-        drive(engine, [shop.request(number, 1) for number in range(MANY)], MIXED)
+        for number in range(MANY):
+            engine.answer(shop.request(number, 1)).close()
     found: dict[str, list[Took]] = {"64 slots": [], "all resident": []}
     for _ in range(rounds):
         dice.shuffle(order)
@@ -251,38 +155,96 @@ def zipf(shop: Shop, tokens: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def latency(shop: Shop, engine: Engine) -> dict[str, Any]:
+    """Seconds between two tokens of one stream: on the base, with an adapter, and with the adapter merged."""
+    merged = shop.publish_merged(0)
+    requests = {
+        "base": shop.request(None, 24),
+        "adapter": shop.request(0, 24),
+        "merged": shop.request(None, 24, merged=merged),
+    }
+    for request in requests.values():
+        drive(engine, [request], 1)
+    gaps: dict[str, list[float]] = {name: [] for name in requests}
+    for _ in range(3):
+        for name, request in requests.items():
+            times = [time.perf_counter() for _ in engine.answer(request)]
+            gaps[name] += [later - earlier for earlier, later in pairwise(times)]
+    return {name: round_(median(found)) for name, found in gaps.items()}
+
+
+def chats(shop: Shop, engine: Engine, tokens: int) -> dict[str, Any]:
+    """Processor seconds of each turn of four chats, whose keys are reused (within a project) or computed again."""
+    found: dict[str, Any] = {}
+    for name, project_id in (("computed", None), ("reused", "p")):
+        said: list[list[dict[str, str]]] = [[] for _ in range(4)]
+        found[name], cached, prompts = [], 0, 0
+        for turn in range(TURNS):
+            for number, chat in enumerate(said):
+                chat.append({"role": "user", "content": f"{number}.{turn}: {QUESTION}"})
+            requests = [shop.request(i, tokens, messages=chat, project_id=project_id) for i, chat in enumerate(said)]
+            begun = time.process_time()
+            answers = answer_all(engine, requests, len(requests))
+            found[name].append(round_(time.process_time() - begun))
+            for chat, (answer, text) in zip(said, answers, strict=True):
+                chat.append({"role": "assistant", "content": text})
+                cached, prompts = cached + answer.cached_tokens, prompts + answer.prompt_tokens
+    found |= {"cached_of_prompt_tokens": round_(cached / prompts), "prompt_tokens_at_last": answers[0][0].prompt_tokens}
+    return {**found, "last_turn_faster": round_(found["computed"][-1] / found["reused"][-1])}
+
+
 def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def round_(value: float) -> float:
-    return float(f"{value:.3g}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", type=Path)
+    parser.add_argument("base", type=Path, nargs="?")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--shape", choices=["8b"])
+    parser.add_argument("--streams", type=int, default=32, help="of --shape")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
+    if asked.shape:
+        stages = {"shape_8b": lambda: serving_shape.throughput(asked.streams, asked.tokens, asked.rank)}
+        measure(stages, asked.out, {"streams": asked.streams, "tokens": asked.tokens, "rank": asked.rank})
+        return
+    if asked.base is None:
+        parser.error("BASE is missing")
     with tempfile.TemporaryDirectory() as root:
         shop = Shop(Path(root), asked.base, asked.rank)
-        engine = shop.engine("models")
-        found = service.hardware()
-        found |= {"rank": asked.rank, "tokens": asked.tokens, "threads": torch.get_num_threads()}
-        stages: dict[str, Callable[[], dict[str, Any]]] = {
-            "memory": lambda: memory(shop, engine),
-            "loading_seconds": lambda: loading(shop, engine),
-            "throughput": lambda: throughput(shop, engine, asked.tokens, asked.rounds),
-            "zipf": lambda: zipf(shop, asked.tokens // 2, max(asked.rounds // 2, 1)),
-        }
-        for name, stage in stages.items():
-            found[name] = stage()
-            found["load"] = [round_(value) for value in os.getloadavg()]
-            asked.out.write_text(json.dumps(found, indent=1) + "\n")
-            print(json.dumps({name: found[name]}), flush=True)
+        measure(
+            stages_of(shop, asked.tokens, asked.rounds),
+            asked.out,
+            {"rank": asked.rank, "tokens": asked.tokens, "threads": torch.get_num_threads()},
+        )
+
+
+def stages_of(shop: Shop, tokens: int, rounds: int) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is measured with a shop, in this order."""
+    engine = shop.engine("models")
+    return {
+        "memory": lambda: memory(shop, engine),
+        "loading_seconds": lambda: loading(shop, engine),
+        "throughput": lambda: throughput(shop, engine, tokens, rounds),
+        "chat_turns_cpu_seconds": lambda: chats(shop, engine, tokens),
+        "seconds_a_token": lambda: latency(shop, engine),
+        "zipf": lambda: zipf(shop, tokens // 2, max(rounds // 2, 1)),
+    }
+
+
+def measure(stages: dict[str, Callable[[], dict[str, Any]]], out: Path, options: dict[str, Any]) -> None:
+    """Runs the stages, each of which is printed and written once it has ended."""
+    found = service.hardware() | options
+    for name, stage in stages.items():
+        begun = time.perf_counter()
+        found[name] = stage()
+        found["load"] = [round_(value) for value in os.getloadavg()]
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        print(json.dumps({name: found[name]}), f"after {time.perf_counter() - begun:.0f} s", flush=True)
+        gc.collect()
 
 
 if __name__ == "__main__":
