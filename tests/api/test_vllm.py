@@ -127,16 +127,22 @@ def test_requests_are_spread_and_a_dead_server_is_left_out_until_it_is_back(
 ) -> None:
     one, two = recorded.vllms
     gone = f"http://127.0.0.1:{processes.free_port()}"
-    client = ask(serve(one.app), serve(two.app), gone)
+    urls = serve(one.app), serve(two.app), gone
+    client = ask(*urls, look_seconds=3600)
     for _ in range(4):
         _say(client, BASE)
     assert len(one.asked) == len(two.asked) == 2
-    one.is_down = True
+    one.is_down = True  # which only a request can tell
     for _ in range(4):
         assert _say(client, BASE) == recorded.text("stream_base")
     assert (len(one.asked), len(two.asked)) == (2, 6)
     one.is_down = False
+    client = ask(*urls)
     assert _soon(lambda: bool(_say(client, BASE)) and len(one.asked) > 2)
+    one.is_down = True
+    _say(client, BASE)
+    asked, one.is_down = len(one.asked), False
+    assert _soon(lambda: bool(_say(client, BASE)) and len(one.asked) > asked)
     one.is_down = two.is_down = True
     with pytest.raises(openai.InternalServerError, match=f"--served-model-name '{BASE}'") as refused:
         _say(client, BASE)
@@ -192,6 +198,10 @@ def test_what_vllm_itself_refuses_is_said_in_its_words(recorded: Recorded, ask: 
         _say(client, BASE, response_format=nonsense)
     with pytest.raises(openai.BadRequestError, match="Use 'auto'"):
         _say(client, BASE, tools=[{"type": "function", "function": {"name": "f"}}], tool_choice="required")
+    long = {**ASK, "messages": [{"role": "user", "content": "a" * 300}]}
+    with pytest.raises(openai.BadRequestError, match="256") as refused:
+        client.chat.completions.create(model=BASE, **long)
+    assert refused.value.code == "context_length_exceeded"
     assert _say(client, BASE) == recorded.text("stream_base")
 
 

@@ -48,14 +48,6 @@ def engine() -> Path:
     return other_clients.install("llama-cpp") / "bin" / "python"
 
 
-def with_a_merge(folder: Path) -> Path:
-    """The model with a tokenizer that joins two letters: llama.cpp reads none without merges."""
-    said = json.loads((folder / "tokenizer.json").read_text())
-    said["model"]["vocab"]["al"], said["model"]["merges"] = 259, [["a", "l"]]
-    (folder / "tokenizer.json").write_text(json.dumps(said))
-    return folder
-
-
 def prompt_ids(folder: Path) -> list[int]:
     ids: list[int] = AutoTokenizer.from_pretrained(folder)(PROMPT, add_special_tokens=False)["input_ids"]
     return ids
@@ -71,7 +63,7 @@ def log_probs(folder: Path, ids: list[int]) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_computes_the_same_logits(tmp_path: Path, engine: Path, family: str) -> None:
-    folder = with_a_merge(zoo.make(family, tmp_path / "model", **FAMILIES[family]))
+    folder = tiny_models.with_a_merge(zoo.make(family, tmp_path / "model", **FAMILIES[family]))
     gguf_writer.write(folder, out=tmp_path / "model.gguf", kind="f16", name="tiny")
     ids = prompt_ids(folder)
     wanted = log_probs(folder, ids)
@@ -89,7 +81,7 @@ def fields(path: Path) -> dict[str, Any]:
 
 
 def test_transformers_reads_the_file_as_the_model(tmp_path: Path) -> None:
-    folder = with_a_merge(tiny_models.llama(tmp_path / "model", bf16=True))
+    folder = tiny_models.with_a_merge(tiny_models.llama(tmp_path / "model", bf16=True))
     (tmp_path / "gguf").mkdir()
     gguf_writer.write(folder, out=tmp_path / "gguf" / "model.gguf", kind="f16", name="tiny")
 
@@ -102,7 +94,7 @@ def test_transformers_reads_the_file_as_the_model(tmp_path: Path) -> None:
 
 
 def test_file_has_tokens_and_template_of_the_training(tmp_path: Path) -> None:
-    folder = with_a_merge(zoo.make("Gemma 3", tmp_path / "model", **FAMILIES["Gemma 3"]))
+    folder = tiny_models.with_a_merge(zoo.make("Gemma 3", tmp_path / "model", **FAMILIES["Gemma 3"]))
     (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
     gguf_writer.write(folder, out=tmp_path / "model.gguf", kind="f16", name="tiny")
 
@@ -119,7 +111,7 @@ def test_file_has_tokens_and_template_of_the_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])
 def test_matrices_are_quantised_and_what_is_small_is_not(tmp_path: Path, kind: Any) -> None:
-    folder = with_a_merge(zoo.make("Qwen3", tmp_path / "model"))
+    folder = tiny_models.with_a_merge(zoo.make("Qwen3", tmp_path / "model"))
     gguf_writer.write(folder, out=tmp_path / "model.gguf", kind=kind, name="tiny")
 
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
@@ -144,7 +136,7 @@ def test_matrices_are_quantised_and_what_is_small_is_not(tmp_path: Path, kind: A
 def test_what_llama_cpp_computes_otherwise_is_refused(
     tmp_path: Path, family: str, changes: dict[str, Any], reason: str
 ) -> None:
-    folder = with_a_merge(zoo.make(family, tmp_path / "model", **changes))
+    folder = tiny_models.with_a_merge(zoo.make(family, tmp_path / "model", **changes))
 
     with pytest.raises(NoGguf, match=reason):
         gguf_writer.write(folder, out=tmp_path / "model.gguf", kind="f16", name="tiny")
@@ -152,7 +144,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma 3"])
 def test_meter_reads_the_numbers_of_the_file(tmp_path: Path, family: str) -> None:
-    folder = with_a_merge(zoo.make(family, tmp_path / "model", **FAMILIES[family]))
+    folder = tiny_models.with_a_merge(zoo.make(family, tmp_path / "model", **FAMILIES[family]))
     ids = prompt_ids(folder)
     meter = gguf_proof.Meter(folder, [Row(ids, [-100, *ids[1:]])])
     found = {}
@@ -169,14 +161,14 @@ def test_meter_reads_the_numbers_of_the_file(tmp_path: Path, family: str) -> Non
 
 
 def test_window_of_all_layers_ends_the_context(tmp_path: Path) -> None:
-    folder = with_a_merge(zoo.make("Mistral", tmp_path / "model"))
+    folder = tiny_models.with_a_merge(zoo.make("Mistral", tmp_path / "model"))
     gguf_writer.write(folder, out=tmp_path / "model.gguf", kind="f16", name="tiny")
 
     assert fields(tmp_path / "model.gguf")["llama.context_length"] == 16
 
 
 def test_numbers_beyond_f16_are_refused(tmp_path: Path) -> None:
-    folder = with_a_merge(zoo.make("Qwen3", tmp_path / "model"))
+    folder = tiny_models.with_a_merge(zoo.make("Qwen3", tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 7e4
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -255,7 +247,7 @@ def adapted(base: Path, folder: Path, **config: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_llama_cpp_lays_the_adapter_on_its_base(tmp_path: Path, engine: Path, kind: str) -> None:
-    base = with_a_merge(zoo.make("Llama", tmp_path / "model"))
+    base = tiny_models.with_a_merge(zoo.make("Llama", tmp_path / "model"))
     model = adapted(base, tmp_path / "adapter", **ADAPTERS[kind])
     gguf_writer.write(base, out=tmp_path / "model.gguf", kind="f16", name="tiny")
     gguf_adapter.write(base, tmp_path / "adapter", out=tmp_path / "adapter.gguf", name="tiny")
@@ -307,7 +299,7 @@ def test_adapter_that_llama_cpp_does_not_know_is_refused(tmp_path: Path, config:
 
 @pytest.mark.parametrize("technique", [Full(), Lora(r=4)], ids=["full", "lora"])
 def test_job_leaves_gguf_files(tmp_path: Path, ear: Ear, technique: Any) -> None:
-    base = with_a_merge(tiny_models.llama(tmp_path / "base", bf16=True, never_said=tuple(range(6, 260))))
+    base = tiny_models.with_a_merge(tiny_models.llama(tmp_path / "base", bf16=True, never_said=tuple(range(6, 260))))
     export = Export(gguf=["q8_0", "f16"], adapter_gguf=technique.type == "lora")
     asked = plan(technique=technique, learning_rate=1e-3, export=export)
     lay_out(tmp_path / "run", base, asked, [chat(i) for i in range(8)])
@@ -332,7 +324,7 @@ def test_job_leaves_gguf_files(tmp_path: Path, ear: Ear, technique: Any) -> None
 
 @pytest.mark.slow
 def test_job_leaves_out_a_type_that_loses_answers(tmp_path: Path, ear: Ear, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = with_a_merge(tiny_models.llama(tmp_path / "base", bf16=True))
+    base = tiny_models.with_a_merge(tiny_models.llama(tmp_path / "base", bf16=True))
     asked = plan(technique=Full(), n_epochs=60, export=Export(gguf=["q8_0", "f16"]))
     folder = lay_out(tmp_path / "run", base, asked, [chat(i) for i in range(8)])
     own = gguf_writer.encode
@@ -380,7 +372,7 @@ def test_update_below_half_a_step_arrives_when_it_is_rounded_at_random(kind: str
 def test_file_that_loses_answers_to_nearest_is_rounded_at_random(
     tmp_path: Path, ear: Ear, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = with_a_merge(tiny_models.llama(tmp_path / "base", bf16=True))
+    base = tiny_models.with_a_merge(tiny_models.llama(tmp_path / "base", bf16=True))
     asked = plan(technique=Full(), n_epochs=60, export=Export(gguf=["q4_1"]))
     folder = lay_out(tmp_path / "run", base, asked, [chat(i) for i in range(8)])
     own, dither, dithered = gguf_writer.encode, gguf_writer.dither, set()

@@ -148,7 +148,7 @@ def engine(request: pytest.FixtureRequest, tuned: Tuned) -> Iterator[llama_cpp.L
     message, is_refused = tuned.said.get(f"gguf/{model.name}", ("", False))
     if is_refused:
         pytest.skip(message)
-    with llama_cpp.serve(python, model, adapter) as server:
+    with llama_cpp.serve(python, model, *([adapter] if adapter else [])) as server:
         yield replace(server, kind=request.param)
 
 

@@ -57,9 +57,12 @@ class Fleet:
     async def watch(self) -> None:
         """Looks after the replicas until it is cancelled: one that was started anew gets its adapters again."""
         while True:
-            await self._look()
-            await asyncio.gather(*(self._equip(replica) for replica in self.replicas if replica.is_up))
             self._wake.clear()
+            try:
+                await self._look()
+                await asyncio.gather(*(self._equip(replica) for replica in self.replicas if replica.is_up))
+            except Exception:  # the next round must come, whatever a server has said
+                log.exception("the vLLM servers could not be looked after")
             try:
                 await asyncio.wait_for(self._wake.wait(), self._look_seconds)
             except TimeoutError:
