@@ -74,7 +74,7 @@ of the database meanwhile."""
 
 def _admin(caller: CallerDep) -> Caller:
     if not caller.admin:
-        raise Forbidden(deed="change what all projects share")
+        raise Forbidden(action="change what all projects share")
     return caller
 
 

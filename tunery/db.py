@@ -45,7 +45,7 @@ CONNECTION = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
-    # A process that was stopped or cut off in the middle of a deed keeps its locks for so long at most.
+    # A process that was stopped or cut off in the middle of a transaction keeps its locks for so long at most.
     "options": "-c idle_in_transaction_session_timeout=300s",
 }
 """libpq's options for every connection."""
@@ -55,7 +55,7 @@ UNREACHABLE = (OperationalError, InterfaceError, PoolTimeout)
 
 
 def make_engine(url: str) -> Engine:
-    """An engine that finds out about a restarted PostgreSQL before the request does."""
+    """Returns an engine that tests a connection before it is used, so that a restart costs no request."""
     engine = create_engine(
         url,
         pool_pre_ping=True,
@@ -71,8 +71,8 @@ def make_engine(url: str) -> Engine:
 
 
 def _name_lost_connections(context: ExceptionContext) -> None:
-    """A connection that the server ended for its own reasons (idle in a transaction) is InternalError to the driver, as
-    corrupt indexes are. Whoever tries again should have one name for all that trying again may mend."""
+    """Raises OperationalError for connections that the server ended: to the driver an InternalError (idle in a
+    transaction), as corrupt indexes are. So one class names all that a retry may cure."""
     error = context.original_exception
     if context.is_disconnect and not isinstance(context.sqlalchemy_exception, OperationalError):
         raise OperationalError(context.statement, None, error, hide_parameters=True, connection_invalidated=True)
@@ -94,7 +94,7 @@ os.register_at_fork(after_in_child=sessions.cache_clear)
 
 @contextmanager
 def transaction() -> Iterator[Session]:
-    """One deed of a worker or a command: commit at the end, roll back on an error. Requests use the API's own edge."""
+    """Opens a transaction of a worker or a command: commits at the end, rolls back on an error."""
     with sessions().begin() as session:
         yield session
 
@@ -105,7 +105,7 @@ def transaction_id(session: Session) -> str | None:
 
 
 def is_committed(session: Session, transaction_id: str) -> bool | None:
-    """What became of another transaction, for whoever lost the answer to its COMMIT. None: it is not decided yet."""
+    """Whether another transaction, whose answer to COMMIT was lost, was committed. None: it is not decided yet."""
     status = session.scalar(select(func.pg_xact_status(text("CAST(:id AS xid8)").bindparams(id=transaction_id))))
     return None if status == "in progress" else status == "committed"
 

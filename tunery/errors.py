@@ -119,7 +119,7 @@ class Unsupported(Rejected):
 
 
 class WrongState(Rejected):
-    """{kind} '{id}' is {state}, so it cannot be {deed}. {instead}"""
+    """{kind} '{id}' is {state}, so it cannot be {action}. {instead}"""
 
     code = "wrong_state"
 

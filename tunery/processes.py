@@ -24,7 +24,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 def dies_with_parent(death_signal: int) -> Callable[[], None] | None:
     """A `preexec_fn` that asks Linux to send the child `death_signal` when the spawning thread ends; None elsewhere.
 
-    It is the thread, not the process, that counts: spawn from the main thread. A change of user clears the wish, and
+    It is the thread, not the process, that counts: spawn from the main thread. A change of user clears the setting, and
     `subprocess` changes users before it calls this, so the order is right.
     """
     if _LIBC is None:
@@ -34,7 +34,7 @@ def dies_with_parent(death_signal: int) -> Callable[[], None] | None:
 
     def ask() -> None:
         prctl(_PR_SET_PDEATHSIG, death_signal, 0, 0, 0)
-        if os.getppid() != parent:  # the parent ended before the wish was heard
+        if os.getppid() != parent:  # the parent ended before the setting was made
             os.kill(os.getpid(), death_signal)
 
     return ask
@@ -84,7 +84,7 @@ def stop(process: subprocess.Popen[bytes], *steps: tuple[int, float]) -> int:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process runs. `kill(pid, 0)` would call a zombie alive, and where nobody reaps they stay for ever."""
+    """Whether the process runs. `kill(pid, 0)` would call a zombie alive, and where nobody reaps they stay."""
     import psutil
 
     try:

@@ -24,5 +24,5 @@ _EXAMPLE = '# TYPE tunery_jobs_in_quoted_range counter\ntunery_jobs_in_quoted_ra
 def read_metrics(session: SessionDep, caller: CallerDep) -> Response:
     """For administrators: how far all projects' runs were from their quotes."""
     if not caller.admin:
-        raise Forbidden(deed="read the metrics of all projects")
+        raise Forbidden(action="read the metrics of all projects")
     return Response(quote_errors.as_text(session), media_type=TYPE)

@@ -165,7 +165,7 @@ def delete_model(model: str, session: SessionDep, caller: CallerDep) -> wire.Mod
     """Its job's record stays. A base can be deleted by administrators only; by an alias, only the alias is."""
     row = registry.find(session, caller.project_id, model, with_withheld=True)
     if row.kind == "base" and not caller.admin:
-        raise Forbidden(deed="delete a base model or its alias")
+        raise Forbidden(action="delete a base model or its alias")
     if model == row.id:
         registry.delete(session, row)
     else:

@@ -320,7 +320,7 @@ _KNOBS = ("n_epochs", "batch_size", "learning_rate_multiplier")
 
 def status_of(row: model.Job) -> str:
     """A running job that was asked to pause reads paused from then on, though its save takes a moment."""
-    return State.PAUSED.value if row.state == State.RUNNING and row.wish == "pause" else row.state
+    return State.PAUSED.value if row.state == State.RUNNING and row.pause_requested == "pause" else row.state
 
 
 def of(row: model.Job, *, organization: str, warnings: Sequence[str], waits_for: str | None) -> Job:

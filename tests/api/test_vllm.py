@@ -44,7 +44,7 @@ class Recorded:
         options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], **config}
         (folder / "adapter_config.json").write_text(json.dumps(options))
         (folder / "adapter_model.safetensors").write_bytes(name.encode())
-        return self.shelf.add(team, folder)
+        return self.files.add(team, folder)
 
     def text(self, recorded: str) -> str:
         """What the recorded answer says."""
@@ -63,7 +63,7 @@ def ask(recorded: Recorded, make_app: Callable[..., FastAPI], team: Team) -> Ite
     with ExitStack() as stack:
 
         def make(*urls: str, **options: Any) -> OpenAI:
-            address = stack.enter_context(recorded.shelf.serving(*urls, **options))
+            address = stack.enter_context(recorded.files.serving(*urls, **options))
             return team.on(make_app(server_url=address)).openai(strict=True)
 
         yield make
@@ -78,9 +78,9 @@ def test_base_and_adapter_answer_as_vllm_does(recorded: Recorded, ask: Ask, team
     answer = client.chat.completions.create(model=tuned, **ASK)
     assert answer.choices[0].message.content == recorded.text("stream_adapter") != recorded.text("stream_base")
     assert answer.model == tuned
-    digest = recorded.shelf.digest(tuned)
+    digest = recorded.files.digest(tuned)
     assert vllm.asked[-1] == {**RECORDED["stream_adapter"]["request"], "model": digest}
-    assert vllm.adapters == {digest: str(recorded.shelf.seen / digest)}
+    assert vllm.adapters == {digest: str(recorded.files.seen / digest)}
     said = [token for step in steps("stream_adapter") for token in step["token_ids"]]
     assert answer.usage
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(vllm.asked[-1]["prompt"]), len(said))
@@ -102,7 +102,7 @@ def test_every_server_has_the_adapters_and_gets_them_again_after_a_restart(
 ) -> None:
     one, two = recorded.vllms
     tuned = recorded.add(team, "one")
-    digest = recorded.shelf.digest(tuned)
+    digest = recorded.files.digest(tuned)
     client = ask(serve(one.app), serve(two.app))
     assert _say(client, tuned) == recorded.text("stream_adapter")
     assert _soon(lambda: digest in one.adapters and digest in two.adapters)
@@ -119,7 +119,7 @@ def test_server_that_has_forgotten_an_adapter_gets_it_with_the_next_request(
     _say(client, tuned)
     vllm.restart()
     assert _say(client, tuned) == recorded.text("stream_adapter")
-    assert vllm.loaded == [recorded.shelf.digest(tuned)] * 2
+    assert vllm.loaded == [recorded.files.digest(tuned)] * 2
 
 
 def test_requests_are_spread_and_a_dead_server_is_left_out_until_it_is_back(
@@ -210,7 +210,7 @@ def test_least_recently_used_adapter_leaves_every_server(
 ) -> None:
     one, two = recorded.vllms
     names = [recorded.add(team, name) for name in ("one", "two")]
-    first, second = map(recorded.shelf.digest, names)
+    first, second = map(recorded.files.digest, names)
     client = ask(serve(one.app), serve(two.app), slots=1)
     _say(client, names[0])
     assert _soon(lambda: first in one.adapters and first in two.adapters)
@@ -224,10 +224,10 @@ def test_name_that_comes_to_mean_other_files_is_another_adapter(
     vllm, tuned = recorded.vllms[0], recorded.add(team, "one")
     client = ask(serve(vllm.app))
     _say(client, tuned)
-    before, other = recorded.shelf.digest(tuned), recorded.add(team, "two")
-    recorded.shelf.rename(tuned, other)
+    before, other = recorded.files.digest(tuned), recorded.add(team, "two")
+    recorded.files.rename(tuned, other)
     _say(client, tuned)
-    assert [body["model"] for body in vllm.asked] == [before, recorded.shelf.digest(other)]
+    assert [body["model"] for body in vllm.asked] == [before, recorded.files.digest(other)]
 
 
 def test_log_probabilities_a_schema_and_the_servers_key(recorded: Recorded, ask: Ask, team: Team, serve: Serve) -> None:

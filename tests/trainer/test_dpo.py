@@ -16,7 +16,7 @@ from worker.trainer.data import Example, rows_of_step
 from worker.trainer.kernels import fp8
 from worker.trainer.loop import _take_step
 from worker.trainer.memory import MemoryPlan
-from worker.trainer.process import carry_out_and_tell
+from worker.trainer.process import carry_out_and_report
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import carry_out, prepare
 from worker.trainer.stop_signal import StopSignal
@@ -135,7 +135,7 @@ def losses_of(folder: Path) -> list[float]:
 def test_run_learns_to_prefer(tmp_path: Path, tiny: Path, ear: Ear) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(method=Dpo(), n_epochs=4), PAIRS, PAIRS[:3])
 
-    assert carry_out_and_tell(folder, ear.descriptor, StopSignal()) == 0
+    assert carry_out_and_report(folder, ear.descriptor, StopSignal()) == 0
 
     first, *_, last = said(ear, "step")
     assert first.train_loss == pytest.approx(math.log(2), abs=1e-5)
@@ -153,7 +153,7 @@ def test_run_learns_to_prefer(tmp_path: Path, tiny: Path, ear: Ear) -> None:
 def test_losses_are_the_recorded_ones(tmp_path: Path, tiny: Path, ear: Ear) -> None:
     folder = lay_out(tmp_path / "run", tiny, plan(method=Dpo(), n_epochs=2), PAIRS)
 
-    assert carry_out_and_tell(folder, ear.descriptor, StopSignal()) == 0
+    assert carry_out_and_report(folder, ear.descriptor, StopSignal()) == 0
 
     assert losses_of(folder) == pytest.approx([0.69315, 0.63119, 0.62545, 0.25671, 0.25409, 0.41067], rel=1e-3)
 
@@ -256,7 +256,7 @@ def test_scorecard_counts_pairs_that_each_model_ranks_right(
     with torch.no_grad():
         found = [[float(each) for each in log_probabilities(t, example)] for example in t.rows.examples[:8]]
 
-    assert carry_out_and_tell(folder, ear.descriptor, StopSignal()) == 0
+    assert carry_out_and_report(folder, ear.descriptor, StopSignal()) == 0
 
     (card,) = said(ear, "score")
     rows = [json.loads(line) for line in (folder / "out" / "answers.jsonl").read_text().splitlines()]
@@ -277,6 +277,6 @@ def test_test_rows_may_be_chats(tmp_path: Path, tiny: Path, ear: Ear) -> None:
     rows = [chat(i) for i in range(2)]
     folder = lay_out(tmp_path / "run", tiny, plan(method=Dpo(), evaluation=evaluation), PAIRS, test=rows)
 
-    assert carry_out_and_tell(folder, ear.descriptor, StopSignal()) == 0
+    assert carry_out_and_report(folder, ear.descriptor, StopSignal()) == 0
 
     assert said(ear, "score")[0].task == "text"

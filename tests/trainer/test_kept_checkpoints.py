@@ -48,7 +48,7 @@ def test_newest_checkpoints_stay_where_nothing_is_validated(tmp_path: Path, tiny
 PROGRAM = """
 import os, resource, signal, sys
 from pathlib import Path
-from worker.trainer.process import carry_out_and_tell
+from worker.trainer.process import carry_out_and_report
 from worker.trainer import checkpoints, whole_folders
 from worker.trainer.stop_signal import StopSignal
 folder, what, most = sys.argv[1:]
@@ -59,7 +59,7 @@ def short_of_room(path, fill):  # from the third folder of the kind on
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(most), resource.RLIM_INFINITY))
     write(path, fill)
 whole_folders.write_whole = short_of_room
-sys.exit(carry_out_and_tell(Path(folder), 1, StopSignal()))
+sys.exit(carry_out_and_report(Path(folder), 1, StopSignal()))
 """
 
 

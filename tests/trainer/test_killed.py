@@ -23,7 +23,7 @@ EPOCHS, STEPS = 20, 80
 
 
 def _train(folder: Path, kill_after: int | None = None) -> int:
-    """The exit status of a trainer of its own; killed once it has told of a step, it has none of its own."""
+    """The exit status of a trainer of its own; killed once it has reported a step, it has none of its own."""
     command = [sys.executable, "-m", "worker.trainer", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None

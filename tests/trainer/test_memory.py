@@ -63,7 +63,7 @@ def test_constants_of_planning_are_those_of_the_trainer() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_estimate_of_a_piece_is_that_of_the_layout(ranks: int) -> None:
-    """By it a job that fits no GPU is told how many hold it in pieces. The trainer's own layout, which it plans with,
+    """The error of a job that fits no GPU says how many hold it in pieces. The trainer's own layout, by which it plans,
     has all that may be whole at once; the estimate what is whole beside all gradients."""
     sizes = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
     config = LlamaConfig(vocab_size=32_000, num_key_value_heads=40, tie_word_embeddings=False, **sizes)

@@ -20,7 +20,7 @@ from worker.trainer.loop import _take_step
 from worker.trainer.memory import MemoryPlan
 from worker.trainer.methods import registry
 from worker.trainer.objective import Objective
-from worker.trainer.process import carry_out_and_tell
+from worker.trainer.process import carry_out_and_report
 from worker.trainer.report import MessageWriter
 from worker.trainer.run import prepare
 from worker.trainer.stop_signal import StopSignal
@@ -181,7 +181,7 @@ def test_run_of_a_plug_ins_method_learns(tmp_path: Path, tiny: Path, ear: Ear) -
     method = importlib.import_module("toy_pairwise.rows").Pairwise()
     folder = lay_out(tmp_path / "run", tiny, plan(method=method, n_epochs=4), PAIRS)
 
-    assert carry_out_and_tell(folder, ear.descriptor, StopSignal()) == 0
+    assert carry_out_and_report(folder, ear.descriptor, StopSignal()) == 0
 
     steps = steps_of(folder)
     assert [said(ear, "started")[0].examples, len(steps)] == [10, 12]
@@ -195,7 +195,7 @@ def test_method_that_no_plug_in_brought_is_refused_by_name(
     folder = lay_out(tmp_path / "run", tiny, plan(method=method), PAIRS)
     monkeypatch.delitem(spec.METHODS, "pairwise")
 
-    assert carry_out_and_tell(folder, ear.descriptor, StopSignal()) != 0
+    assert carry_out_and_report(folder, ear.descriptor, StopSignal()) != 0
 
     assert "Method 'pairwise' is not supported here" in said(ear, "failed")[0].message
     with pytest.raises(Unsupported):

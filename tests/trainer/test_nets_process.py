@@ -12,7 +12,7 @@ from tunery.failures import DoesNotFit, InvalidTrainingFile
 from tunery.spec import Run
 from tunery.trainer_protocol import EXIT_PAUSED, EXIT_USER_ERROR
 from worker.trainer.__main__ import main
-from worker.trainer.process import carry_out_and_tell, describe
+from worker.trainer.process import carry_out_and_report, describe
 from worker.trainer.stop_signal import StopSignal
 
 ROWS = [chat(i) for i in range(4)]
@@ -49,7 +49,7 @@ def _folder(path: Path, base: Path) -> Path:
 
 
 def test_run_that_ends_well_says_finished(tmp_path: Path, tiny: Path, ear: Ear) -> None:
-    assert carry_out_and_tell(_folder(tmp_path / "run", tiny), ear.descriptor, StopSignal()) == 0
+    assert carry_out_and_report(_folder(tmp_path / "run", tiny), ear.descriptor, StopSignal()) == 0
 
     assert ear.messages()[-1].type == "finished"
 
@@ -58,7 +58,7 @@ def test_run_stopped_before_its_first_step_says_paused_without_a_snapshot(tmp_pa
     stop_signal = StopSignal()
     stop_signal.received = True
 
-    assert carry_out_and_tell(_folder(tmp_path / "run", tiny), ear.descriptor, stop_signal) == EXIT_PAUSED
+    assert carry_out_and_report(_folder(tmp_path / "run", tiny), ear.descriptor, stop_signal) == EXIT_PAUSED
 
     paused = ear.messages()[-1]
     assert paused.type == "paused"
@@ -69,7 +69,7 @@ def test_rows_at_fault_end_the_run_for_good(tmp_path: Path, tiny: Path, ear: Ear
     folder = _folder(tmp_path / "run", tiny)
     (folder / "data" / "train.jsonl").write_text(json.dumps({"messages": [{"role": "person"}]}) + "\n")
 
-    assert carry_out_and_tell(folder, ear.descriptor, StopSignal()) == EXIT_USER_ERROR
+    assert carry_out_and_report(folder, ear.descriptor, StopSignal()) == EXIT_USER_ERROR
 
     failed = ear.messages()[-1]
     assert failed.type == "failed"
@@ -82,7 +82,7 @@ def test_run_without_its_plug_in_ends_for_good_and_names_it(
 ) -> None:
     monkeypatch.setenv("TUNERY_PLUGINS", "toy_that_is_nowhere")
 
-    assert carry_out_and_tell(_folder(tmp_path / "run", tiny), ear.descriptor, StopSignal()) == EXIT_USER_ERROR
+    assert carry_out_and_report(_folder(tmp_path / "run", tiny), ear.descriptor, StopSignal()) == EXIT_USER_ERROR
 
     failed = ear.messages()[-1]
     assert failed.type == "failed"
@@ -93,7 +93,7 @@ def test_run_that_nobody_listens_to_ends_by_itself(tmp_path: Path, tiny: Path) -
     reader, writer = os.pipe()
     os.close(reader)
 
-    assert carry_out_and_tell(_folder(tmp_path / "run", tiny), writer, StopSignal()) == 1
+    assert carry_out_and_report(_folder(tmp_path / "run", tiny), writer, StopSignal()) == 1
 
     os.close(writer)
     assert not (tmp_path / "run" / "out").exists()

@@ -47,7 +47,7 @@ def textbook(base: Path, technique: Full | Lora, t: Training) -> tuple[list[tupl
     groups = [{"params": decayed, "weight_decay": 0.3}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     labels = sum(label != -100 for row in t.rows.rows for label in row.labels[1:])
-    told = []
+    found = []
     for rate in RATES:
         total = 0.0
         for row in t.rows.rows:
@@ -55,12 +55,12 @@ def textbook(base: Path, technique: Full | Lora, t: Training) -> tuple[list[tupl
             loss = torch.nn.functional.cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="sum") / labels
             loss.backward()
             total += loss.item()
-        told.append((total, float(torch.nn.utils.clip_grad_norm_(learning.values(), 0.05))))
+        found.append((total, float(torch.nn.utils.clip_grad_norm_(learning.values(), 0.05))))
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-    return told, {name: p.detach() for name, p in learning.items()}
+    return found, {name: p.detach() for name, p in learning.items()}
 
 
 @pytest.mark.parametrize("technique", [Full(), Lora(r=4, alpha=16)], ids=["full", "lora"])

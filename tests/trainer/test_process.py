@@ -173,7 +173,7 @@ def test_a_rank_that_ends_alone_ends_the_run(program: str, code: int, said: str)
     ids=["an echo", "an echo of one that takes long to end", "a reason"],
 )
 def test_rank_0_says_whose_fault_it_was(own: str, ending: int, said: str) -> None:
-    """Once a rank has ended, rank 0's sums fail too: that error is an echo, and the child's reason is told."""
+    """Once a rank has ended, rank 0's sums fail too: that error is an echo, and the child's reason is reported."""
     theirs = Failed(kind="gpu_oom", code="does_not_fit", message="The child's reason.").model_dump_json()
     child = f"import sys, time; print({theirs!r}, flush=True); time.sleep({ending}); sys.exit(1)"
     script = (

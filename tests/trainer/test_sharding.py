@@ -27,7 +27,7 @@ PIECES = Resources(gpus=2, sharding="full_shard")
 COMMON: dict[str, Any] = {"n_epochs": 2, "evaluation": EVALUATION}
 FULL: dict[str, Any] = COMMON | {"technique": Full(), "learning_rate": 3e-3}
 PLAIN: dict[str, Any] = {"n_epochs": 2, "technique": Full(weights_dtype="float32"), "learning_rate": 3e-3}
-"""In fp32 on a GPU too: half a weight of it ends within a block of 8-bit moments, and such a run begins anew."""
+"""In fp32 on a GPU too: half a weight of it ends within a block of 8-bit moments, and such a run starts over."""
 ADAPTERS: dict[str, Any] = {
     "lora": {"n_epochs": 2, "technique": Lora(r=4)},
     "qlora": {"n_epochs": 2, "technique": Qlora(r=4, compute_dtype="float32")},
@@ -205,7 +205,7 @@ def test_pieces_go_on_as_a_whole(runs: Runs, unbroken: list[dict[str, Any]]) -> 
 
 
 def test_whole_goes_on_in_pieces(runs: Runs, unbroken: list[dict[str, Any]]) -> None:
-    assert [len(rank["seen"]) for rank in runs.seen["one-to-two whole"]] == [3, 3], "it did not go on, but began anew"
+    assert [len(rank["seen"]) for rank in runs.seen["one-to-two whole"]] == [3, 3], "it did not go on, but started over"
     runs.check_metrics("one-to-two whole", unbroken)
 
 

@@ -289,13 +289,13 @@ def ends(session: Session, storage: Storage, owner: Project) -> Iterator[tuple[s
 
 def test_an_upload_that_is_over_takes_nothing(session: Session, storage: Storage, owner: Project) -> None:
     for state, upload in ends(session, storage, owner):
-        for deed in (
+        for action in (
             lambda upload=upload: add_part(session, storage, upload, b"x"),
             lambda upload=upload: uploads.choose(session, upload, []),
             lambda upload=upload: uploads.cancel(session, upload),
         ):
             with pytest.raises(WrongState, match=f"Upload '{upload.id}' is {state}, so it cannot be"):
-                deed()
+                action()
 
 
 def test_time_that_runs_out_while_parts_are_joined_is_forgiven(

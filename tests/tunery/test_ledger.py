@@ -98,14 +98,14 @@ def test_the_story_of_a_good_job(session: Session, running: tuple[Job, leases.Le
     assert outcomes == ["succeeded"]
 
 
-@pytest.mark.parametrize("deed", ["renew", "metrics", "progress", "checkpoint", "finish", "fail", "park", "requeue"])
+@pytest.mark.parametrize("action", ["renew", "metrics", "progress", "checkpoint", "finish", "fail", "park", "requeue"])
 def test_after_a_cancel_the_worker_writes_nothing(
-    session: Session, running: tuple[Job, leases.Lease], deed: str
+    session: Session, running: tuple[Job, leases.Lease], action: str
 ) -> None:
     job, lease = running
     ledger.cancel(session, job.project_id, job.id)
     story, model = _messages(session, job), rows.tuned(session, job)
-    deeds = {
+    actions = {
         "renew": lambda: leases.renew(session, lease, lease_seconds=600),
         "metrics": lambda: leases.record_metrics(session, lease, {1: {"train_loss": 1.0}}),
         "progress": lambda: leases.record_progress(session, lease, step=5),
@@ -118,7 +118,7 @@ def test_after_a_cancel_the_worker_writes_nothing(
         "requeue": lambda: leases.requeue(session, lease, reason="r", outcome="o", fault="crashed"),
     }
     with pytest.raises(LeaseLost):
-        deeds[deed]()
+        actions[action]()
     session.refresh(job)
     assert (job.state, job.step) == ("cancelled", 0)
     assert session.scalar(select(func.count()).select_from(Metric)) == 0
@@ -278,11 +278,11 @@ def test_pause_while_running_is_a_wish_until_the_save_is_done(
 ) -> None:
     job, lease = running
     ledger.pause(session, job.project_id, job.id)
-    assert (job.state, job.wish) == ("running", "pause")
+    assert (job.state, job.pause_requested) == ("running", "pause")
     assert leases.renew(session, lease, lease_seconds=600) == "pause"
     leases.park(session, lease, snapshot="jobs/x/snap")
     session.refresh(job)
-    assert (job.state, job.wish) == ("paused", None)
+    assert (job.state, job.pause_requested) == ("paused", None)
     ledger.resume(session, job.project_id, job.id)
     assert job.state == "queued"
 
@@ -290,16 +290,16 @@ def test_pause_while_running_is_a_wish_until_the_save_is_done(
 @pytest.mark.parametrize("state", sorted(FINAL))
 def test_an_ended_job_cannot_be_cancelled_paused_or_resumed(session: Session, state: State) -> None:
     job = rows.job(session, state=state)
-    for deed in (ledger.cancel, ledger.pause, ledger.resume):
+    for action in (ledger.cancel, ledger.pause, ledger.resume):
         with pytest.raises(WrongState):
-            deed(session, job.project_id, job.id)
+            action(session, job.project_id, job.id)
 
 
 def test_another_projects_job_is_not_found(session: Session) -> None:
     job, other = rows.job(session), rows.project(session)
-    for deed in (ledger.cancel, ledger.pause, ledger.resume, ledger.find):
+    for action in (ledger.cancel, ledger.pause, ledger.resume, ledger.find):
         with pytest.raises(NotFound):
-            deed(session, other.id, job.id)
+            action(session, other.id, job.id)
 
 
 def test_claims_go_by_priority_then_fair_share_then_age(session: Session) -> None:

@@ -28,7 +28,7 @@ class Wanted:
     """What a job's row should say."""
 
     state: State = State.VALIDATING
-    wish: str | None = None
+    pause_requested: str | None = None
     failures: int = 0
     losses: int = 0
     holder: leases.Lease | None = None  # whose words count
@@ -51,7 +51,7 @@ class World:
 
 
 class Machine(RuleBasedStateMachine):
-    """One transaction an example, rolled back at its end; the deeds lock and flush as they always do."""
+    """One transaction an example, rolled back at its end; the actions lock and flush as they always do."""
 
     sessions: sessionmaker[Session]
 
@@ -94,7 +94,7 @@ class Machine(RuleBasedStateMachine):
                     ledger.cancel(self.session, self.project.id, job_id)
             else:
                 ledger.cancel(self.session, self.project.id, job_id)
-                wanted.state, wanted.wish, wanted.holder = State.CANCELLED, None, None
+                wanted.state, wanted.pause_requested, wanted.holder = State.CANCELLED, None, None
 
     @rule(data=st.data())
     def pause(self, data: st.DataObject) -> None:
@@ -105,7 +105,7 @@ class Machine(RuleBasedStateMachine):
                 continue
             ledger.pause(self.session, self.project.id, job_id)
             if wanted.state == State.RUNNING:
-                wanted.wish = "pause"
+                wanted.pause_requested = "pause"
             else:
                 wanted.state = State.PAUSED
 
@@ -115,9 +115,9 @@ class Machine(RuleBasedStateMachine):
             if wanted.state == State.PAUSED:
                 ledger.resume(self.session, self.project.id, job_id)
                 wanted.state = State.QUEUED
-            elif wanted.wish == "pause":
+            elif wanted.pause_requested == "pause":
                 ledger.resume(self.session, self.project.id, job_id)
-                wanted.wish = None
+                wanted.pause_requested = None
             else:
                 with pytest.raises(WrongState):
                     ledger.resume(self.session, self.project.id, job_id)
@@ -138,10 +138,10 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         data=st.data(),
-        deed=st.sampled_from(["renew", "progress", "metrics", "snapshot", "finish", "fail", "park", "requeue"]),
+        action=st.sampled_from(["renew", "progress", "metrics", "snapshot", "finish", "fail", "park", "requeue"]),
     )
-    def speak(self, data: st.DataObject, deed: str) -> None:
-        """A worker's deed. It may come late: then it must be refused and change nothing."""
+    def speak(self, data: st.DataObject, action: str) -> None:
+        """A worker's action. It may come late: then it must be refused and change nothing."""
         if not self.world.held:
             return
         held = data.draw(st.sampled_from(self.world.held))
@@ -149,51 +149,51 @@ class Machine(RuleBasedStateMachine):
         if wanted.holder != held.lease:
             before = self._events(held.job)
             with pytest.raises(LeaseLost):
-                self._do(deed, held.lease)
+                self._do(action, held.lease)
             assert self._events(held.job) == before
         else:
-            self._do(deed, held.lease)
-            self._expect(deed, wanted)
+            self._do(action, held.lease)
+            self._expect(action, wanted)
 
-    def _do(self, deed: str, lease: leases.Lease) -> None:
+    def _do(self, action: str, lease: leases.Lease) -> None:
         session = self.session
-        if deed == "renew":
+        if action == "renew":
             leases.renew(session, lease, lease_seconds=600)
-        elif deed == "progress":
+        elif action == "progress":
             leases.record_progress(session, lease, step=3)
-        elif deed == "metrics":
+        elif action == "metrics":
             leases.record_metrics(session, lease, {1: {"train_loss": 1.0}})
-        elif deed == "finish":
+        elif action == "finish":
             job = leases.held(session, lease)
             result = rows.file(session, session.get_one(Project, job.project_id), purpose="fine-tune-results").id
             model = rows.tuned(session, job).id
             leases.finish(session, lease, tuned_model=model, trained_tokens=1, result_file=result, progress={})
-        elif deed == "fail":
+        elif action == "fail":
             leases.fail(session, lease, InvalidTrainingFile(role="training", reason="x"))
-        elif deed == "park":
+        elif action == "park":
             leases.park(session, lease, snapshot=None)
-        elif deed == "snapshot":
+        elif action == "snapshot":
             step = leases.held(session, lease).snapshot_step or 0
             leases.record_snapshot(session, lease, "jobs/x/snap", step=step + 1)
         else:
             leases.requeue(session, lease, reason="crashed", outcome="crashed", fault="crashed")
 
-    def _expect(self, deed: str, wanted: Wanted) -> None:
+    def _expect(self, action: str, wanted: Wanted) -> None:
         ends = {"finish": State.SUCCEEDED, "fail": State.FAILED, "park": State.PAUSED}
-        if deed in ends:
-            wanted.state, wanted.wish, wanted.holder, wanted.live = ends[deed], None, None, None
-        elif deed == "requeue":
+        if action in ends:
+            wanted.state, wanted.pause_requested, wanted.holder, wanted.live = ends[action], None, None, None
+        elif action == "requeue":
             self._give_back(wanted)
-        elif deed == "snapshot":
+        elif action == "snapshot":
             wanted.failures = wanted.losses = 0
 
     def _give_back(self, wanted: Wanted, *, is_lost: bool = False) -> None:
         wanted.losses += is_lost
         wanted.failures += not is_lost
-        back = State.PAUSED if wanted.wish else State.QUEUED
+        back = State.PAUSED if wanted.pause_requested else State.QUEUED
         spent = max(wanted.failures, wanted.losses) >= leases.MAX_FAILURES
         wanted.state = State.FAILED if spent else back
-        wanted.wish, wanted.holder, wanted.live = None, None, None
+        wanted.pause_requested, wanted.holder, wanted.live = None, None, None
 
     # --- time ---
 
@@ -229,7 +229,7 @@ class Machine(RuleBasedStateMachine):
     def rows_agree(self) -> None:
         for job_id, wanted in getattr(self, "world", World()).jobs.items():
             job = self.session.get_one(Job, job_id, populate_existing=True)
-            assert (job.state, job.wish) == (wanted.state, wanted.wish)
+            assert (job.state, job.pause_requested) == (wanted.state, wanted.pause_requested)
             assert (job.failures, job.losses) == (wanted.failures, wanted.losses)
             live = self.session.scalars(
                 select(Attempt.id).where(Attempt.job_id == job_id, Attempt.ended_at.is_(None))

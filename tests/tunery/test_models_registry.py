@@ -23,7 +23,7 @@ def _as_alias(session: Session) -> object:
 
 
 def _one_after_the_other(first: Callable[[Session], object], second: Callable[[Session], object]) -> None:
-    """The second deed begins while the first is not committed, has to wait for it, and then goes its way."""
+    """The second action begins while the first is not committed, has to wait for it, and then goes its way."""
 
     def go() -> object:
         with db.transaction() as session:

@@ -209,7 +209,7 @@ FORGED = [
 
 @pytest.mark.parametrize("key", FORGED)
 def test_a_forged_key_is_refused(storage: Storage, key: str) -> None:
-    deeds: list[Callable[[], object]] = [
+    actions: list[Callable[[], object]] = [
         lambda: storage.put(key, b"x"),
         lambda: storage.read(key),
         lambda: storage.stat(key),
@@ -217,9 +217,9 @@ def test_a_forged_key_is_refused(storage: Storage, key: str) -> None:
         lambda: storage.writer(key),
         lambda: storage.presign(key, filename="x") or check_key(key),
     ]
-    for deed in deeds:
+    for action in actions:
         with pytest.raises(ValueError, match="is no storage key"):
-            deed()
+            action()
     assert list(storage.list("")) == []
 
 

@@ -38,9 +38,9 @@ def test_a_symbolic_link_does_not_lead_out(tmp_path: Path) -> None:
     (tmp_path / "outside/secret").write_text("x")
     storage = Directory(tmp_path / "root")
     (tmp_path / "root/link").symlink_to(tmp_path / "outside")
-    for deed in (storage.read, storage.stat, storage.delete, storage.writer):
+    for action in (storage.read, storage.stat, storage.delete, storage.writer):
         with pytest.raises(ValueError, match="through a symbolic link"):
-            deed("link/secret")
+            action("link/secret")
 
     assert (tmp_path / "outside/secret").exists()
 

@@ -127,7 +127,7 @@ def test_rotation(session: Session, project: Project) -> None:
     assert endpoint.secret not in (first, second)
 
 
-DEEDS: list[Callable[[Session, str, str], object]] = [
+ACTIONS: list[Callable[[Session, str, str], object]] = [
     endpoints.retrieve,
     lambda session, project, endpoint: endpoints.update(session, project, endpoint, name="mine", allow=()),
     endpoints.rotate_secret,
@@ -136,22 +136,22 @@ DEEDS: list[Callable[[Session, str, str], object]] = [
 ]
 
 
-@pytest.mark.parametrize("deed", DEEDS)
+@pytest.mark.parametrize("action", ACTIONS)
 def test_anothers_endpoint_and_a_deleted_one_do_not_exist(
-    session: Session, project: Project, deed: Callable[[Session, str, str], object]
+    session: Session, project: Project, action: Callable[[Session, str, str], object]
 ) -> None:
     endpoint = _create(session, project)
     secret, stranger = endpoint.secret, rows.project(session)
     with pytest.raises(NotFound, match="No webhook endpoint"):
-        deed(session, stranger.id, endpoint.id)
+        action(session, stranger.id, endpoint.id)
     session.refresh(endpoint)
     assert (endpoint.name, endpoint.secret, endpoint.deleted_at) == ("ci", secret, None)
 
-    deed(session, project.id, endpoint.id)
+    action(session, project.id, endpoint.id)
     if endpoint.deleted_at is None:
         endpoints.delete(session, project.id, endpoint.id)
     with pytest.raises(NotFound):
-        deed(session, project.id, endpoint.id)
+        action(session, project.id, endpoint.id)
 
 
 def test_a_project_has_a_limited_number(session: Session, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,9 +259,9 @@ def test_an_attempt_that_finds_its_job_gone_has_it_tidied_again(workshop: Worksh
         job = session.get_one(Job, lease.job_id)
         ledger.cancel(session, job.project_id, job.id)
         leases.end_attempt(session, lease, "lost")
-        job.tidied = True
+        job.storage_cleaned = True
     attempt.run(lease, settings=workshop.settings, storage=workshop.storage, drain=Drain(), trainers=Trainers("test"))
-    assert not workshop.job(lease.job_id).tidied
+    assert not workshop.job(lease.job_id).storage_cleaned
     assert workshop.attempts(lease.job_id)[0].outcome == "lost"
 
 

@@ -189,7 +189,7 @@ def test_a_worker_that_stops_gives_its_try_back(workshop: Workshop, monkeypatch:
     assert (_row(workshop, File, made).status, _row(workshop, FileCleaning, made).tries) == ("uploaded", 0)
 
     def fail(*_: Any) -> None:
-        raise StorageFailed(deed="read", key="files/x", reason="away")
+        raise StorageFailed(action="read", key="files/x", reason="away")
 
     with monkeypatch.context() as patch:
         patch.setattr(cleaning, "_lay_out", fail)

@@ -406,7 +406,7 @@ def test_an_outage_is_not_counted_against_the_job_that_it_interrupts(
     job_id = workshop.submit(workshop.file(training_rows(12)))
 
     def fail(*_: object) -> None:
-        raise StorageFailed(deed="read", reason="out for lunch")
+        raise StorageFailed(action="read", reason="out for lunch")
 
     monkeypatch.setattr(validation, "judge", fail)
     for _ in range(validation.MAX_VALIDATIONS + 2):
@@ -576,7 +576,7 @@ def test_of_an_ended_job_only_what_a_row_names_and_its_log_stay(workshop: Worksh
     Sweeper(workshop.settings, workshop.storage).round()
     left = [key for key in workshop.storage.list("") if not key.startswith("models/")]
     assert sorted(left) == named
-    assert (workshop.job(job.id).snapshot, workshop.job(job.id).tidied) == (None, True)
+    assert (workshop.job(job.id).snapshot, workshop.job(job.id).storage_cleaned) == (None, True)
 
 
 def test_nothing_is_tidied_away_before_a_jobs_end_or_under_a_living_attempt(workshop: Workshop) -> None:
@@ -604,7 +604,7 @@ class _NoDelete(Directory):
     """A storage that lets nothing go."""
 
     def delete(self, key: str) -> None:
-        raise StorageFailed(deed="delete", reason="for the test")
+        raise StorageFailed(action="delete", reason="for the test")
 
 
 def test_storage_that_fails_puts_off_one_step_and_no_other(workshop: Workshop, tmp_path: Path) -> None:
@@ -614,9 +614,9 @@ def test_storage_that_fails_puts_off_one_step_and_no_other(workshop: Workshop, t
         session.add(Upload(id="upload_old", bytes=1, expires_at=rows.LONG_AGO, **values))
     _store(workshop, f"jobs/{ended.id}/1/model/a")
     Sweeper(workshop.settings, _NoDelete(tmp_path / "objects")).round()
-    assert not workshop.job(ended.id).tidied
+    assert not workshop.job(ended.id).storage_cleaned
     assert live.state == "queued"
     with workshop.session() as session:
         assert session.get_one(Upload, "upload_old").status == "expired"
     Sweeper(workshop.settings, workshop.storage).round()
-    assert workshop.job(ended.id).tidied
+    assert workshop.job(ended.id).storage_cleaned

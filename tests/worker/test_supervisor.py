@@ -508,7 +508,7 @@ def test_storage_that_fails_is_asked_again_until_somebody_gives_up() -> None:
         nonlocal tries
         tries += 1
         if tries < 2:
-            raise StorageFailed(deed="write", reason="full")
+            raise StorageFailed(action="write", reason="full")
         return Stored("k", 1, "0")
 
     assert upload.insist(operation, give_up=lambda: False).key == "k"

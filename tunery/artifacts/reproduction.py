@@ -79,7 +79,7 @@ def compare(
     for each in (original, job):
         if each.state in FINAL - {State.SUCCEEDED}:
             instead = "Only jobs that have succeeded can be."
-            raise WrongState(kind="Fine-tuning job", id=each.id, state=each.state, deed="compared", instead=instead)
+            raise WrongState(kind="Fine-tuning job", id=each.id, state=each.state, action="compared", instead=instead)
     if {original.state, job.state} != {State.SUCCEEDED}:
         return Reproduction(job.id, original.id, tolerance)
     return _compared(session, storage, original, job, tolerance)

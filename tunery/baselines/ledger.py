@@ -77,7 +77,9 @@ def find_measured(session: Session, project_id: str, baseline_id: str, *, param:
     found = find(session, project_id, baseline_id, param=param)
     if found.status != SUCCEEDED:
         instead = "Wait until its status is 'succeeded'." if found.status in LIVE else "Create another baseline."
-        raise WrongState(param=param, kind="Baseline", id=baseline_id, state=found.status, deed="read", instead=instead)
+        raise WrongState(
+            param=param, kind="Baseline", id=baseline_id, state=found.status, action="read", instead=instead
+        )
     return found
 
 
@@ -94,7 +96,7 @@ def cancel(session: Session, project_id: str, baseline_id: str) -> Baseline:
     session.refresh(baseline, with_for_update=True)
     if baseline.status not in LIVE:
         instead = "What it has measured stays." if baseline.status == SUCCEEDED else "There is nothing to cancel."
-        raise WrongState(kind="Baseline", id=baseline_id, state=baseline.status, deed="cancelled", instead=instead)
+        raise WrongState(kind="Baseline", id=baseline_id, state=baseline.status, action="cancelled", instead=instead)
     _end(session, baseline, CANCELLED)
     return baseline
 

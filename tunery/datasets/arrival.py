@@ -55,4 +55,4 @@ def check_written(file: File) -> None:
     if not file.sha256:
         state = "still being written" if file.status == "uploaded" else "without content"
         instead = file.status_details or "Wait until its status is 'processed'."
-        raise WrongState(kind="File", id=file.id, state=state, deed="read", instead=instead)
+        raise WrongState(kind="File", id=file.id, state=state, action="read", instead=instead)

@@ -72,7 +72,7 @@ def check_pending(session: Session, upload: Upload, deed: str) -> None:
 
 
 def _wrong_state(upload: Upload, state: str, deed: str) -> WrongState:
-    return WrongState(kind="Upload", id=upload.id, state=state, deed=deed, instead="Create a new Upload.")
+    return WrongState(kind="Upload", id=upload.id, state=state, action=deed, instead="Create a new Upload.")
 
 
 def new_part_key(upload_id: str) -> str:

@@ -22,7 +22,7 @@ def publish(session: Session, caller: Caller, job_id: str, *, reason: str) -> Jo
             kind="Fine-tuning job",
             id=job_id,
             state=job.state,
-            deed="published",
+            action="published",
             instead="Only a model that is withheld can be.",
         )
     published = {"reason": reason, "key": caller.key_id, "at": int(db.now(session).timestamp())}

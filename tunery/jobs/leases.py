@@ -1,7 +1,7 @@
-"""Every deed of a worker on a job that it has claimed: signs of life, what the run says, and the end of its attempt.
+"""A worker's operations on a job that it has claimed: renewals, progress and the end of its attempt.
 
-A lease is the right to one attempt. A deed on a job that has moved on (cancelled, taken over) raises LeaseLost and
-writes nothing. Callers own the transaction.
+A lease is the right to one attempt. An operation on a job that has moved on (cancelled, taken over) raises LeaseLost
+and writes nothing. Callers own the transaction.
 """
 
 from collections.abc import Collection, Mapping
@@ -39,7 +39,7 @@ class Lease:
 
 
 def renew(session: Session, lease: Lease, *, lease_seconds: int, last_step: int = 0) -> str | None:
-    """A sign of life; the answer is the owner's wish (`pause`) or None.
+    """Renews the lease; returns `pause` where the owner asked for one, else None.
 
     A late renewal revives a lease that nobody has reaped. Raises LeaseLost when the job has moved on: cancelled, or
     taken over.
@@ -56,7 +56,7 @@ def renew(session: Session, lease: Lease, *, lease_seconds: int, last_step: int 
     job = session.get_one(Job, lease.job_id, populate_existing=True)
     if renewed is None or job.state != State.RUNNING or job.fence != lease.number:
         raise LeaseLost(job=lease.job_id, attempt=lease.number)
-    return job.wish
+    return job.pause_requested
 
 
 def held(session: Session, lease: Lease) -> Job:
@@ -188,7 +188,7 @@ def _give_back(
         ledger.fail_job(session, job, error or WorkerLost(times=job.losses, after=_after(job)))
         return
     values: dict[str, Any] = {"fence": job.fence + 1, "snapshot": snapshot or job.snapshot}
-    if job.wish == "pause":
+    if job.pause_requested == "pause":
         ledger.move(session, job, State.PAUSED, message=f"{reason}; the job is paused", **values)
     else:
         message = f"{reason}; the job waits for a worker again"
@@ -231,9 +231,9 @@ def pardon(session: Session, *, seconds: float) -> int:
 
 
 def reap_slot(session: Session, slot: str, *, stopped: Collection[tuple[str, int]] = ()) -> int:
-    """A returning worker ends the attempts that its slot's former life left behind. Their number.
+    """Ends the attempts that a slot left before its restart; returns their number.
 
-    `stopped`: job and number of attempts that were told to stop while the database was silent, which nobody is charged.
+    `stopped`: job and number of attempts that had to stop while the database was silent, which count against nobody.
     """
     return _reap_where(session, Attempt.slot == slot, skip_locked=False, stopped=stopped)
 
@@ -241,11 +241,11 @@ def reap_slot(session: Session, slot: str, *, stopped: Collection[tuple[str, int
 def _reap_where(
     session: Session, condition: ColumnElement[bool], *, skip_locked: bool, stopped: Collection[tuple[str, int]] = ()
 ) -> int:
-    """`skip_locked`: leave a job that somebody is at for the next round, so that one stuck hand stops no sweeping."""
+    """Ends live attempts by a condition. `skip_locked`: leaves locked jobs to the next round."""
     dead = Attempt.ended_at.is_(None) & condition
     reaped = 0
     for attempt_id, job_id in session.execute(select(Attempt.id, Attempt.job_id).where(dead)).all():
-        # Job first, then attempt: the order in which every other deed locks them.
+        # Job first, then attempt: the order in which every other operation locks them.
         locked = select(Job).where(Job.id == job_id).with_for_update(skip_locked=skip_locked)
         job = session.scalar(locked.execution_options(populate_existing=True))
         lease = select(Attempt).where(Attempt.id == attempt_id, dead).with_for_update(skip_locked=skip_locked)

@@ -1,6 +1,6 @@
-"""Every deed of a job's owner, and the one function that moves a job (`move`): guarded in SQL, an event beside it.
+"""The operations of a job's owner, and the one function that moves a job (`move`), guarded in SQL, with an event.
 
-Callers own the transaction and commit at their edge. A worker's deeds are in `leases`.
+Callers own the transaction and commit at their edge. A worker's operations are in `leases`.
 """
 
 from collections.abc import Sequence
@@ -45,9 +45,9 @@ def note(
 
 
 def move(session: Session, job: Job, target: State, *, message: str, level: str = "info", **values: Any) -> None:
-    """Takes one edge of TRANSITIONS in the row itself, if the row still stands where we saw it, and notes it.
+    """Moves a job along an edge of TRANSITIONS, if its row still has the state that we read, and notes an event.
 
-    Raises IllegalMove for an edge that does not exist and LeaseLost when somebody else was faster.
+    Raises IllegalMove for an edge that does not exist and LeaseLost when the row has changed.
     """
     source = State(job.state)
     if target not in TRANSITIONS[source]:
@@ -57,7 +57,7 @@ def move(session: Session, job: Job, target: State, *, message: str, level: str 
     if target is State.QUEUED:
         values.setdefault("queued_at", func.clock_timestamp())
     if target is not State.RUNNING:
-        values |= {"wish": None, "phase": None, "estimated_finish": None}
+        values |= {"pause_requested": None, "phase": None, "estimated_finish": None}
     moved = session.execute(
         update(Job)
         .where(Job.id == job.id, Job.state == source, Job.fence == job.fence)
@@ -79,7 +79,7 @@ def move(session: Session, job: Job, target: State, *, message: str, level: str 
 
 
 def find(session: Session, project_id: str, job_id: str, *, lock: bool = False) -> Job:
-    """A project's own job. Raises NotFound for another's, in the same words."""
+    """Returns a project's own job. Raises the same NotFound for another's."""
     query = select(Job).where(Job.id == job_id, Job.project_id == project_id)
     job = session.scalar(query.with_for_update() if lock else query)
     if job is None:
@@ -88,7 +88,7 @@ def find(session: Session, project_id: str, job_id: str, *, lock: bool = False) 
 
 
 def live_job_using(session: Session, file_id: str) -> str | None:
-    """The id of a job that has not ended and needs the file."""
+    """Returns the id of a job that has not ended and needs the file."""
     return session.scalar(
         select(Job.id)
         .where(Job.state.in_(LIVE))
@@ -102,7 +102,7 @@ def live_job_using(session: Session, file_id: str) -> str | None:
     )
 
 
-# --- the owner's deeds --------------------------------------------------------------------------------------------
+# --- the owner's operations ---------------------------------------------------------------------------------------
 
 
 def submit(session: Session, job: Job, *, messages: Sequence[tuple[str, str]] = ()) -> Job:
@@ -130,7 +130,7 @@ def submit(session: Session, job: Job, *, messages: Sequence[tuple[str, str]] = 
 def earlier_request(
     session: Session, project_id: str, *, idempotency_key: str | None, request_sha256: str, is_retry: bool
 ) -> Job | None:
-    """The job that this very request already made, if it did; concurrent twins of a request take turns here.
+    """Returns the job that this request has created already, if any; concurrent copies of a request take turns here.
 
     With an Idempotency-Key: the job of that key, for as long as it is stored; InvalidValue when its request was
     another.
@@ -158,9 +158,9 @@ def earlier_request(
 
 
 def cancel(session: Session, project_id: str, job_id: str) -> Job:
-    """Final at once, from every live state; a worker that still holds the job finds out with its next sign of life.
+    """Cancels a job at once, from every live state; its worker learns of it with the next renewal.
 
-    The fence moves, so nothing that the worker still says is written. Raises NotFound, WrongState.
+    The fence moves, so nothing that the worker reports later is written. Raises NotFound, WrongState.
     """
     job = find(session, project_id, job_id, lock=True)
     if job.state in FINAL:
@@ -168,7 +168,7 @@ def cancel(session: Session, project_id: str, job_id: str) -> Job:
             kind="Fine-tuning job",
             id=job_id,
             state=job.state,
-            deed="cancelled",
+            action="cancelled",
             instead="Only jobs that have not ended can.",
         )
     move(session, job, State.CANCELLED, message="The job was cancelled", fence=job.fence + 1)
@@ -176,7 +176,7 @@ def cancel(session: Session, project_id: str, job_id: str) -> Job:
 
 
 def pause(session: Session, project_id: str, job_id: str) -> Job:
-    """A queued job waits; a running one is asked to save and let go. Pausing a paused job changes nothing.
+    """Pauses a queued job; asks a running one to save and stop. Pausing a paused job changes nothing.
 
     Raises NotFound, WrongState.
     """
@@ -184,29 +184,33 @@ def pause(session: Session, project_id: str, job_id: str) -> Job:
     if job.state == State.QUEUED:
         move(session, job, State.PAUSED, message="The job was paused")
     elif job.state == State.RUNNING:
-        if job.wish != "pause":
-            job.wish = "pause"
+        if job.pause_requested != "pause":
+            job.pause_requested = "pause"
             session.flush()
             note(session, job.id, "Pausing: the job saves its state first")
     elif job.state != State.PAUSED:
         raise WrongState(
-            kind="Fine-tuning job", id=job_id, state=job.state, deed="paused", instead="Queued and running jobs can be."
+            kind="Fine-tuning job",
+            id=job_id,
+            state=job.state,
+            action="paused",
+            instead="Queued and running jobs can be.",
         )
     return job
 
 
 def resume(session: Session, project_id: str, job_id: str) -> Job:
-    """A paused job queues again, behind nobody of its priority that came later. Raises NotFound, WrongState."""
+    """Queues a paused job again at its old place in the queue. Raises NotFound, WrongState."""
     job = find(session, project_id, job_id, lock=True)
     if job.state == State.PAUSED:
         move(session, job, State.QUEUED, message="The job was resumed and waits for a worker", queued_at=job.queued_at)
-    elif job.state == State.RUNNING and job.wish == "pause":
-        job.wish = None
+    elif job.state == State.RUNNING and job.pause_requested == "pause":
+        job.pause_requested = None
         session.flush()
         note(session, job.id, "The pause was taken back")
     else:
         raise WrongState(
-            kind="Fine-tuning job", id=job_id, state=job.state, deed="resumed", instead="Only paused jobs can be."
+            kind="Fine-tuning job", id=job_id, state=job.state, action="resumed", instead="Only paused jobs can be."
         )
     return job
 

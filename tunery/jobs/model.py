@@ -22,12 +22,12 @@ class Job(Base):
     """One request for a fine-tune, from `submit` to a final state. The row is the queue.
 
     `fence` grows with every claim and every cancellation; an attempt may write only while the job's fence is its own
-    number. `wish` is what the owner asked of a running job (`pause`); `phase` says what a running job is doing.
-    `base_alias` is the alias by which the request, or that of its parent model, named the base.
+    number. `pause_requested` is `pause` while the owner waits for a running job to stop; `phase` says what a running
+    job is doing. `base_alias` is the alias by which the request, or that of its parent model, named the base.
     `gpu_bytes` is the memory it needs on each of its `gpus`, `cpu_bytes` on a host that trains on its CPU (null: not
     there). `failures` counts attempts that crashed, `losses` those whose worker was lost, both since the last snapshot
     at a later step (`snapshot_step`); `validations` counts how often its validation began. While `reserved_until` has
-    not come, `reserved_host` takes no smaller job. `tidied`: no object is left in
+    not come, `reserved_host` takes no smaller job. `storage_cleaned`: no object is left in
     storage that the ended job made and no row names. `removed_records`: kinds of its records (`events`, `metrics`,
     `logs`) that were removed because they were old. `gate`: what the gate said of its model, and `published`, who
     published a withheld one and why; `served`: the same of the check of the served
@@ -61,7 +61,7 @@ class Job(Base):
     key_id: Mapped[str | None] = mapped_column(ForeignKey("api_keys.id"))
     state: Mapped[str] = mapped_column(default=State.VALIDATING)
     phase: Mapped[str | None]
-    wish: Mapped[str | None]
+    pause_requested: Mapped[str | None] = mapped_column("wish")
     fence: Mapped[int] = mapped_column(BigInteger, default=0)
     failures: Mapped[int] = mapped_column(default=0)
     losses: Mapped[int] = mapped_column(default=0, server_default="0")
@@ -89,7 +89,7 @@ class Job(Base):
     rerun_of: Mapped[str | None]
     template_time: Mapped[datetime | None]
     inputs: Mapped[dict[str, Any] | None]
-    names_method: Mapped[bool] = mapped_column(default=True)
+    method_given: Mapped[bool] = mapped_column("names_method", default=True)
 
     idempotency_key: Mapped[str | None]
     request_sha256: Mapped[str]
@@ -108,7 +108,7 @@ class Job(Base):
     actual: Mapped[dict[str, Any] | None]
     snapshot: Mapped[str | None]
     snapshot_step: Mapped[int | None]
-    tidied: Mapped[bool] = mapped_column(default=False)
+    storage_cleaned: Mapped[bool] = mapped_column("tidied", default=False)
     removed_records: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list, server_default="{}")
     error_code: Mapped[str | None]
     error_message: Mapped[str | None]

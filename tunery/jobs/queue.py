@@ -81,7 +81,7 @@ def claim(session: Session, offer: Offer, *, lease_seconds: int) -> Lease | None
 
 
 def _devices(session: Session, offer: Offer) -> tuple[Devices, Devices]:
-    """The free ones, and with those that our own runs will free: a stranger may stay on a GPU for ever."""
+    """Returns the free devices, and these with those of our own runs: another program may never leave its GPU."""
     taken = session.scalars(
         select(func.unnest(Attempt.gpu_indexes)).where(Attempt.host == offer.host, Attempt.ended_at.is_(None))
     )

@@ -1,4 +1,4 @@
-"""What a job can be asked to be, whoever asks: the API's requests, and parts of the service that create jobs."""
+"""The request for a job, from the API or from a part of the service that creates jobs."""
 
 from typing import Annotated, Any, Literal
 
@@ -89,7 +89,7 @@ class MlflowIntegration(Part):
 
 
 Integration = Annotated[WandbIntegration | MlflowIntegration, Field(discriminator="type")]
-"""A tracker of experiments that is told what a run measures."""
+"""A tracker of experiments that gets a run's measurements."""
 
 
 MetadataKey = Annotated[str, StringConstraints(max_length=64)]

@@ -10,6 +10,6 @@ class Unauthenticated(TuneryError):
 
 
 class Forbidden(TuneryError):
-    """This key may not {deed}. Use an administrator's key (`tunery keys create --admin`)."""
+    """This key may not {action}. Use an administrator's key (`tunery keys create --admin`)."""
 
     code = "forbidden"

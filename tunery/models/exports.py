@@ -32,7 +32,7 @@ def ask(session: Session, model: Model, asked: Export, rows_file: str | None = N
     session.refresh(model, with_for_update=True)
     if model.export is not None and model.export["status"] == QUEUED:
         instead = "Wait for the first export."
-        raise WrongState(kind="Model", id=model.id, state="being exported", deed="exported again", instead=instead)
+        raise WrongState(kind="Model", id=model.id, state="being exported", action="exported again", instead=instead)
     model.export = {"status": QUEUED, "asked": asked.model_dump(), "rows_file": rows_file, "results": [], "error": None}
     session.flush()
     dispatch.nudge_after_commit(session, dispatch.IO)

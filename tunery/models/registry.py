@@ -75,7 +75,7 @@ def find_ready(session: Session, project_id: str, name: str, *, param: str = "mo
             kind="Model",
             id=name,
             state="still being prepared" if model.status == "processing" else f"unusable ({model.status_details})",
-            deed="used",
+            action="used",
             instead="`GET /v1/models/{id}` shows its status.",
         )
     return model
@@ -149,7 +149,7 @@ def set_error(session: Session, model: Model, reason: str) -> None:
 
 
 def add_alias(session: Session, alias: str, model: Model) -> Alias:
-    """Points an alias at a base, anew if it exists. Raises InvalidValue."""
+    """Points an alias at a base; an existing one is changed. Raises InvalidValue."""
     check_slug(alias, "alias")
     _take_turns(session, alias)
     if session.get(Model, alias):

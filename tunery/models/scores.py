@@ -29,7 +29,7 @@ def ask(session: Session, model: Model, evaluation: Evaluation) -> None:
     session.refresh(model, with_for_update=True)
     if model.scoring is not None and model.scoring["status"] == QUEUED:
         instead = "Wait for the first scorecard."
-        raise WrongState(kind="Model", id=model.id, state="being scored", deed="scored again", instead=instead)
+        raise WrongState(kind="Model", id=model.id, state="being scored", action="scored again", instead=instead)
     asked = evaluation.model_dump(mode="json")
     model.scoring = {"status": QUEUED, "evaluation": asked, "scorecard": None, "error": None}
     session.flush()

@@ -1,7 +1,7 @@
 """Objects by key, in a directory or in an S3 bucket, behind one protocol and one conformance suite.
 
-Keys are made by the server, never by a user: user names travel as metadata only. All calls block; whoever streams from
-an event loop calls them in a thread. Memory stays constant whatever an object's size.
+Keys are made by the server, never by a user: user names travel as metadata only. All calls block; an
+event loop calls them in a thread. Memory stays constant whatever an object's size.
 """
 
 from pathlib import Path

@@ -50,7 +50,7 @@ def _client(settings: Settings, endpoint: str | None) -> Any:
 
 
 @contextlib.contextmanager
-def _translated(deed: str, key: str) -> Iterator[None]:
+def _translated(action: str, key: str) -> Iterator[None]:
     """boto's exceptions as ours. What S3 said goes into the message by its code only: its texts may hold addresses."""
     try:
         yield
@@ -60,9 +60,9 @@ def _translated(deed: str, key: str) -> Iterator[None]:
             raise ObjectMissing(key=key) from None
         if code in ("PreconditionFailed", "412"):
             raise KeyTaken(key=key) from None
-        raise StorageFailed(deed=deed, reason=code) from error
+        raise StorageFailed(action=action, reason=code) from error
     except BotoCoreError as error:
-        raise StorageFailed(deed=deed, reason=type(error).__name__) from error
+        raise StorageFailed(action=action, reason=type(error).__name__) from error
 
 
 class Bucket:
@@ -106,7 +106,7 @@ class Bucket:
             with _translated("read", key):
                 answer: dict[str, Any] = self._s3.get_object(**self._at(key), **part, **same)
         except KeyTaken:
-            raise StorageFailed(deed="read", reason="another object took its place meanwhile") from None
+            raise StorageFailed(action="read", reason="another object took its place meanwhile") from None
         return answer
 
     def _chunks(self, key: str, position: int, answer: dict[str, Any]) -> Iterator[bytes]:
@@ -118,7 +118,7 @@ class Bucket:
             except (BotoCoreError, OSError) as error:
                 failures += 1
                 if failures == _READ_TRIES:
-                    raise StorageFailed(deed="read", reason=type(error).__name__) from error
+                    raise StorageFailed(action="read", reason=type(error).__name__) from error
                 time.sleep(0.1 * 2**failures)
                 answer = self._get(key, position, etag)
                 continue
@@ -179,7 +179,7 @@ def _put(s3: Any, key: str, request: dict[str, str], data: bytes) -> Stored:
 
 
 def _settled(write: Callable[[], Any]) -> Any:
-    """S3 answers 409 to both of two conditional writes that meet; whoever asks again learns who won."""
+    """S3 answers 409 to both of two conditional writes that meet; a second try learns which one won."""
     for _ in range(5):
         try:
             return write()

@@ -106,13 +106,13 @@ class _FileSink:
         self._file, self._name = os.fdopen(handle, "wb"), Path(name)
 
     @contextlib.contextmanager
-    def _failing(self, deed: str) -> Iterator[None]:
+    def _failing(self, action: str) -> Iterator[None]:
         try:
             yield
         except FileExistsError:
             raise KeyTaken(key=self._key) from None
         except OSError as error:
-            raise StorageFailed(deed=deed, reason=error.strerror or type(error).__name__) from error
+            raise StorageFailed(action=action, reason=error.strerror or type(error).__name__) from error
 
     def write(self, data: bytes) -> None:
         with self._failing("write"):

@@ -4,8 +4,8 @@ from tunery.errors import TuneryError, Unavailable
 
 
 class StorageFailed(Unavailable):
-    """Object storage could not {deed} ({reason}). Nothing stored before was lost; look at the storage's health and free
-    space, then try again."""
+    """Object storage could not {action} ({reason}). Nothing stored before was lost; look at the storage's health and
+    free space, then try again."""
 
     code = "storage_failed"
 

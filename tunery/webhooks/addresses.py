@@ -1,7 +1,7 @@
 """Where webhooks may go. A URL is a user's text, and our network reaches places that its users must not.
 
-A name is resolved once, every address it has is checked, and the connection goes to those very addresses: whoever
-checks a name and then lets the connection resolve it again can be shown a public address first and 127.0.0.1 after.
+A name is resolved once, every address it has is checked, and the connection goes to those very addresses. A client that
+checks a name and lets the connection resolve it again can get a public address first and 127.0.0.1 after.
 """
 
 import re

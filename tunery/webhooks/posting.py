@@ -145,7 +145,7 @@ def _open(address: Address, port: int, deadline: float) -> socket.socket:
 
 @contextlib.contextmanager
 def _ends_at(deadline: float, plain: socket.socket) -> Iterator[None]:
-    """Cut the connection at the deadline. A socket's own timeout starts anew with every byte that drips in."""
+    """Cuts the connection at the deadline. A socket's own timeout starts again with every byte that arrives."""
     twin = plain.dup()  # TLS takes the socket's descriptor away from `plain`
     timer = threading.Timer(max(deadline - time.monotonic(), 0), _cut, [twin])
     timer.daemon = True

@@ -84,7 +84,7 @@ class Sweeper:
         for it again, and in random order, so that those that storage refuses to let go hold no others up.
         """
         lives = exists().where(Attempt.job_id == Job.id, Attempt.ended_at.is_(None))
-        ended = select(Job.id).where(Job.finished_at.is_not(None), ~Job.tidied, ~lives)
+        ended = select(Job.id).where(Job.finished_at.is_not(None), ~Job.storage_cleaned, ~lives)
         with db.transaction() as session:
             found = session.scalars(ended.order_by(func.random()).limit(_JOBS_A_ROUND)).all()
         for job_id in found:
@@ -103,7 +103,7 @@ class Sweeper:
             self._storage.delete(key)
         with db.transaction() as session:
             # Not by way of the row, which may be gone too.
-            session.execute(update(Job).where(Job.id == job_id).values(snapshot=None, tidied=True))
+            session.execute(update(Job).where(Job.id == job_id).values(snapshot=None, storage_cleaned=True))
 
     def _tidy_storage(self) -> None:
         if time.monotonic() - self._tidied_at > _HOUR:

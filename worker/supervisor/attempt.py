@@ -222,7 +222,7 @@ def _let_go(keeper: LeaseKeeper, *, snapshot: str | None) -> FinalWrite:
     reason = "The worker is being stopped" if keeper.draining else "The run was stopped"
 
     def write(session: Session) -> None:
-        if leases.held(session, keeper.lease).wish == "pause":
+        if leases.held(session, keeper.lease).pause_requested == "pause":
             leases.park(session, keeper.lease, snapshot=snapshot)
         else:
             leases.requeue(session, keeper.lease, reason=reason, outcome="preempted", snapshot=snapshot)
@@ -262,7 +262,7 @@ def _drop(lease: Lease) -> None:
     try:
         with db.transaction() as session:
             leases.end_attempt(session, lease, "dropped")
-            session.execute(update(Job).where(Job.id == lease.job_id).values(tidied=False))
+            session.execute(update(Job).where(Job.id == lease.job_id).values(storage_cleaned=False))
     except UNREACHABLE as error:
         log.warning("attempt %d of %s was not given back: %s", lease.number, lease.job_id, error)
 

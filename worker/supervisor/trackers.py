@@ -59,11 +59,11 @@ class Tracker:
                 start_new_session=True,
                 preexec_fn=dies_with_parent(signal.SIGKILL),
             )
-        self.tell(order)
+        self.send(order)
         self._thread = threading.Thread(target=self._write, name=f"tunery-{self.kind}", daemon=True)
         self._thread.start()
 
-    def tell(self, entry: Mapping[str, Any]) -> None:
+    def send(self, entry: Mapping[str, Any]) -> None:
         """Queues a line for it."""
         self._lines.put(json.dumps(entry) + "\n")
 
@@ -124,7 +124,7 @@ class Trackers:
     ) -> None:
         seconds = END_SECONDS if kind is None else 0.0
         for tracker in self._running:
-            tracker.tell({"outcome": self._outcome})
+            tracker.send({"outcome": self._outcome})
             tracker.end(seconds)
         if kind is None:
             self._drop_faulty(ended=True)
@@ -147,7 +147,7 @@ class Trackers:
 
     def _tell(self, step: int | None, measures: Mapping[str, float]) -> None:
         for tracker in self._running:
-            tracker.tell({"step": step, "measures": measures})
+            tracker.send({"step": step, "measures": measures})
 
     def _drop_faulty(self, *, ended: bool = False) -> None:
         for tracker in [tracker for tracker in self._running if tracker.fault is not None]:

@@ -23,10 +23,10 @@ def main() -> int:
     os.dup2(2, 1)
     os.environ["HF_HUB_OFFLINE"] = "1"  # a run directory holds all that a run may read; read when the hub is imported
     # Only now: these imports take seconds, and may print.
-    from worker.trainer.process import carry_out_and_tell
+    from worker.trainer.process import carry_out_and_report
 
     folder = _wait_for_folder() if sys.argv[1] == "--wait" else Path(sys.argv[1])
-    return 0 if folder is None else carry_out_and_tell(folder, pipe, stop_signal)
+    return 0 if folder is None else carry_out_and_report(folder, pipe, stop_signal)
 
 
 def _wait_for_folder() -> Path | None:

@@ -293,7 +293,7 @@ def _load_weights(parameters: Mapping[str, torch.nn.Parameter], path: Path) -> N
 
 
 def _read(path: Path, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-    """A file's tensors by name, `PARAMETER` or `PARAMETER:KEY`; of a piece only its part, whoever wrote them."""
+    """A file's tensors by name, `PARAMETER` or `PARAMETER:KEY`; of a piece only its part, whichever rank wrote them."""
     found: dict[str, torch.Tensor] = {}
     with safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 (no mapping)

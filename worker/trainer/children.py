@@ -1,6 +1,6 @@
 """The other ranks of a run, as child processes of rank 0.
 
-They live in rank 0's own process group, so that whoever kills the group has killed them all (torchrun's workers start
+They live in rank 0's own process group, so that a signal to the group ends them all (torchrun's workers start
 sessions of their own and would outlive it), and on Linux they end with rank 0.
 """
 

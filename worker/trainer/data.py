@@ -100,7 +100,7 @@ Packed = list[int]
 MicroBatch = list[Packed]
 """What passes through the model together."""
 MOST_PADDING = 0.05
-"""Share of padding up to which rows are a rectangle though their borders could be told: torch's attention over one is
+"""Share of padding up to which rows are a rectangle though their borders could be given: torch's attention over one is
 up to 1.8 times as fast as that over rows of any length, and takes a tenth of the time of a step at 2,048 tokens."""
 PACKED_PAD_FACTOR, ENDS_PAD_TO = 8, 16
 """Rows behind each other differ in their total from step to step more than rectangles do: coarser padding keeps the
@@ -113,7 +113,7 @@ class Batch:
 
     `input_ids` [sequences, longest], padded at the right: causal attention never looks there, so no mask is needed.
     `position_ids`: only when a sequence holds several rows; they start again with each, which is also how transformers
-    knows to keep the rows apart; a model that can be told their `borders` reads these instead. `label_positions`: the
+    knows to keep the rows apart; a model that takes their `borders` reads these instead. `label_positions`: the
     flattened positions that predict something, `targets`: what. `labelled`: how many of these each row has, in the
     order of the examples and of their rows; what is left at the end is padding. `reference` [rows]: see `Example`.
     `lengths`: those of each sequence's rows. `mask` [sequences, 1, longest, longest]: what each position sees, where
@@ -299,7 +299,7 @@ def collate(
     """A micro-batch of the examples. Which positions predict is decided here, on the host, so the GPU is never asked.
 
     `pad_to`: the width and the number of targets are padded to multiples of these; targets of padding are -100.
-    `borders`: the model can be told where rows begin, so they lie behind each other instead of being padded, unless
+    `borders`: the model takes the places where rows begin, so these lie behind each other unpadded, unless
     they are of nearly the same length: attention over a rectangle is then the faster one.
     """
     sequences = _sequences(examples, part)

@@ -1,6 +1,6 @@
 """GGUF files: weights unpacked to bf16 and the tokenizer mended.
 
-transformers reads both, with three traps. Its loader keeps the weights packed unless told to unpack them; the
+transformers reads both, with three traps. Its loader keeps the weights packed unless asked to unpack them; the
 converted byte-pair tokenizers lose the file's own rule for cutting text into words (`tokenizer.ggml.pre`), so digits
 and punctuation tokenise otherwise than in training; and a pad token that is also the stop token is common, which is
 why nothing here masks by the pad id.

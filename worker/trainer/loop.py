@@ -110,7 +110,7 @@ def _compare_products(t: Training, progress: Progress) -> None:
     """Compares products in eight bits with wide ones from time to time, and gives up those that differ too much."""
     if t.eight_bits is not None and t.eight_bits.due(progress.step) and not t.eight_bits.check(t.ranks):
         progress.wide = dict(t.eight_bits.wide)
-        t.stepper.record_anew()
+        t.stepper.record_again()
 
 
 def _shown(t: Training, totals: list[float], weight: float) -> Shown:

@@ -34,10 +34,10 @@ def keeps_rows_apart(objective: Objective, rows: Sequence[Row], device: torch.de
     pair = singles(_pair(objective, rows))
     if len(pair) < 2:
         return True  # no two rows are ever packed
-    told = objective.knows_borders
+    borders = objective.knows_borders
     with torch.no_grad():
-        alone = sum(float(objective(collate(pair, [[i]], device, borders=told), 1.0)[0]) for i in range(2))
-        packed = float(objective(collate(pair, [[0, 1]], device, borders=told), 1.0)[0])
-        swapped = float(objective(collate(pair, [[1, 0]], device, borders=told), 1.0)[0])
+        alone = sum(float(objective(collate(pair, [[i]], device, borders=borders), 1.0)[0]) for i in range(2))
+        packed = float(objective(collate(pair, [[0, 1]], device, borders=borders), 1.0)[0])
+        swapped = float(objective(collate(pair, [[1, 0]], device, borders=borders), 1.0)[0])
     tolerance = 2e-2 if device.type == "cuda" else 1e-4
     return all(abs(value - alone) <= tolerance * abs(alone) for value in (packed, swapped))

@@ -101,7 +101,7 @@ class Ranks:
                 if not parameter.data.is_contiguous():
                     parameter.data.copy_(sent)
 
-    def tell(self, found: Any) -> Any:
+    def broadcast(self, found: Any) -> Any:
         """What rank 0 has found."""
         return found if self.count == 1 else broadcast_object_list([found])[0]
 

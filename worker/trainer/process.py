@@ -30,7 +30,7 @@ ENVIRONMENT = {
 }
 
 
-def carry_out_and_tell(folder: Path, pipe: int, stop_signal: StopSignal) -> int:
+def carry_out_and_report(folder: Path, pipe: int, stop_signal: StopSignal) -> int:
     """Carries out the run, says on `pipe` how it ended and gives the exit code."""
     rank = int(os.environ.get("RANK", "0"))
     writer = MessageWriter(pipe if rank == 0 else None)
@@ -47,7 +47,7 @@ def carry_out_and_tell(folder: Path, pipe: int, stop_signal: StopSignal) -> int:
         writer.write(Paused(step=0, path=None))
         return EXIT_PAUSED
     except BrokenPipeError:
-        return 1  # nobody listens any more, so there is nobody to tell
+        return 1  # nobody listens any more, so there is no one to report to
     except Exception as error:
         log.exception("the run ends here")
         return exit_code(children.say_failed(describe(error)))

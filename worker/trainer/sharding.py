@@ -163,7 +163,9 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 @torch.no_grad()
 def _receive(tensors: list[Tensor], ranks: Ranks) -> None:
     """Brings weights and buffers from rank 0's host to every rank's device."""
-    for tensor, (shape, dtype) in zip(tensors, ranks.tell([(each.shape, each.dtype) for each in tensors]), strict=True):
+    for tensor, (shape, dtype) in zip(
+        tensors, ranks.broadcast([(each.shape, each.dtype) for each in tensors]), strict=True
+    ):
         if ranks.is_main:
             tensor.data = tensor.data.to(ranks.device)
         else:
@@ -212,8 +214,8 @@ def _keep_quant_states(objective: Objective, ranks: Ranks) -> list[tuple[Any, An
     for layer in objective.modules():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
             packed = layer.weight.data
-            told = ranks.tell(_on_the_host(cast(Any, layer.weight).quant_state) if ranks.is_main else None)
-            state = QuantState.from_dict(told, ranks.device)
+            state_dict = ranks.broadcast(_on_the_host(cast(Any, layer.weight).quant_state) if ranks.is_main else None)
+            state = QuantState.from_dict(state_dict, ranks.device)
             layer.quant_state = state
             layer.weight = nn.Parameter(
                 packed.view(PACKED) if ranks.is_main else torch.empty_like(packed, dtype=PACKED), requires_grad=False

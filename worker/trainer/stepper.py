@@ -148,7 +148,7 @@ class Stepper:
             log.warning("the memory plan from here on: %s", plan)
         self.memory = plan
 
-    def record_anew(self) -> None:
+    def record_again(self) -> None:
         """Drops the recorded passes, which go on as the model was when they were recorded."""
         if self.graphs is not None:
             self.graphs = CudaGraphs(self.objective)

@@ -22,7 +22,7 @@ from worker.trainer.adapter_import.errors import UnusableAdapter
 from worker.trainer.export import files
 
 _SECONDS = 600
-"""Regular expressions of a stranger's configuration are run here, and one may take for ever."""
+"""Regular expressions of an untrusted configuration are run here, and one may never end."""
 
 
 def carry_out(folder: Path) -> Lora:

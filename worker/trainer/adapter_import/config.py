@@ -110,7 +110,7 @@ def technique(source: str, config: LoraConfig, modules: list[str], kind: str) ->
 def spell_out(config: LoraConfig, scales: dict[str, tuple[int, float]]) -> None:
     """Replaces regular expressions by the names that they match; `scales` has the rank and alpha of each module.
 
-    Why not as they came: whoever loads the adapter would run a stranger's expression, which can take for ever.
+    Why not as they came: every program that loads the adapter would run an untrusted expression, which may never end.
     """
     if isinstance(config.target_modules, str) or config.layers_pattern or isinstance(config.exclude_modules, str):
         config.target_modules = sorted(scales)

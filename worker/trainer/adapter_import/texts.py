@@ -19,7 +19,7 @@ _STOPS = "generation_config.json"
 
 
 def write(source: str, base: Path, came: Path, out: Path) -> ChatTemplate:
-    """Writes tokenizer, chat templates and stop tokens into `out`; `came` has what came with the adapter.
+    """Writes tokenizer, chat templates and stop tokens into `out`; `came` has the adapter's own files.
 
     Raises UnusableAdapter for a tokenizer of another vocabulary and a template that does not fit.
     """

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 class Work:
     """What is exported, and where to. `is_whole`: the artifact is a full fine-tune. `precision`: of the training.
 
-    `rows`: those that prove a merge, read when it comes to that. `say` is told of each export, and `check` is called
-    before each: what it raises ends the work.
+    `rows`: those that prove a merge, read when it comes to that. `say` gets the message of each export; `check` is
+    called before each: what it raises ends the work.
     """
 
     asked: Export

@@ -29,7 +29,7 @@ def install(model: nn.Module) -> int:
 def narrow(model: nn.Module) -> list[str]:
     """Keeps the frozen weight of every plain LoRA layer in eight bits too, for training; returns the layers' names.
 
-    Answers are still given with the weight as it is, as whoever serves the adapter has it.
+    Answers are still given with the weight as it is, as servers of the adapter have it.
     """
     names = []
     for name, module in model.named_modules():

@@ -57,7 +57,7 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def borders_known(causal: Any) -> bool:
-    """Whether every decoder layer of a model is ours, and its attention can be told the rows' borders.
+    """Whether every decoder layer of a model is ours, and its attention takes the rows' borders.
 
     On a CUDA device only: elsewhere the borders save no time, there being no such kernel.
     """

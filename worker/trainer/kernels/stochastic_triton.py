@@ -15,7 +15,7 @@ def add(weight: Tensor, update: Tensor, keep: float, seed: int, first: int = 0) 
         _add[(triton.cdiv(count, BLOCK),)](weight, update, count, keep, seed, first // 8, LANE=LANE, num_warps=4)
 
 
-# Triton compiles anew for values that 16 divides. Of the seed and the counter that is of no use; of the count it is,
+# Triton compiles again for values that 16 divides. Of the seed and the counter that is of no use; of the count it is,
 # as loads are wide only where the mask's end is known to be aligned.
 @triton.jit(do_not_specialize=["keep", "seed", "first_counter"])  # type: ignore[untyped-decorator]
 def _add(weight, update, count, keep, seed, first_counter, LANE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803 (Triton's spelling)

@@ -58,7 +58,7 @@ def quantisation(precision: Precision) -> dict[str, Any]:
 
 
 def keep_one_packing(model: torch.nn.Module) -> None:
-    """On CPUs with avx512_bf16 bitsandbytes packs the weights anew at the first evaluation, for speed.
+    """On CPUs with avx512_bf16 bitsandbytes packs the weights again at the first evaluation, for speed.
 
     Refused: the new packing rounds the quantisation constants, so that later steps train another model than the first
     did (0.3 % off), and it does not take layers whose outputs are no multiple of 32.
