@@ -42,11 +42,11 @@ def lay_out(folder: Path, base: Path, data: Path, method: str, epochs: int, trai
     (folder / "spec.json").write_text(Run(job="bench", base_model="SmolLM2-135M-Instruct", plan=plan).model_dump_json())
 
 
-def train(folder: Path, told: Path) -> list[dict[str, Any]]:
-    """The messages of a run of the trainer in its own process; they go to the file `told` as they come."""
-    with told.open("w") as file:
+def train(folder: Path, log: Path) -> list[dict[str, Any]]:
+    """The messages of a run of the trainer in its own process; they go to the file `log` as they come."""
+    with log.open("w") as file:
         subprocess.run([sys.executable, "-m", "worker.trainer", str(folder)], stdout=file, check=False)
-    return [json.loads(line) for line in told.read_text().splitlines()]
+    return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 def general(model: Any, tokenizer: Any, path: Path) -> float:
@@ -78,7 +78,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp()) / "run"
     epochs = int(sys.argv[6]) if len(sys.argv) > 6 else 3
     lay_out(folder, base, data, method, epochs, f"{task}_train.jsonl", f"{task}_test.jsonl")
-    said = train(folder, out.with_suffix(".told.jsonl"))
+    said = train(folder, out.with_suffix(".log.jsonl"))
     kinds = {message["type"]: message for message in said}
     steps = [m for m in said if m["type"] == "step"]
     found: dict[str, Any] = {

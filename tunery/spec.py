@@ -485,7 +485,7 @@ class ImportOrder(Part):
 
 
 class Run(Part):
-    """`spec.json` of a run directory: all that a trainer is told.
+    """`spec.json` of a run directory: all that a trainer is given.
 
     The directory holds `spec.json`, `base/` (safetensors, tokenizer, chat template), `data/train.jsonl`, maybe
     `data/valid.jsonl`, `data/test.jsonl`, `data/replay.jsonl`, `adapter/` (an adapter to go on from), `resume/` (a

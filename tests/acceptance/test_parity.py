@@ -1,4 +1,4 @@
-"""Whoever downloads an adapter needs nothing of ours: plain peft repeats what the trainer wrote down."""
+"""A downloaded adapter needs nothing of ours: plain peft repeats what the trainer wrote down."""
 
 import json
 import math

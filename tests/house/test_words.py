@@ -1,4 +1,4 @@
-"""What no file of the project says: addresses of package registries, and paths of somebody's own machine."""
+"""Words that the project does not use: addresses of registries, paths of one machine, and metaphors."""
 
 import re
 from pathlib import Path
@@ -11,6 +11,15 @@ REGISTRIES = (
     "deb.debian" + ".org",
     "download.pytorch" + ".org",
 )
+REFUSED = re.compile(r"\b(deeds?|wish(es)?|told|mend|anew|whoever|for ever|strangers?)\b", re.IGNORECASE)
+"""Metaphors and old words, for which the field has a term of its own."""
+ROOMS = (
+    *(f"tunery/{room}" for room in ("artifacts", "cli", "jobs", "keys", "local", "models", "storage", "webhooks")),
+    *(f"worker/{room}" for room in ("app.py", "io", "poller.py", "pollers.py", "supervisor", "trackers", "trainer")),
+)
+"""Where they are refused. A room joins the list once it is free of them."""
+STORED = re.compile(r"\b(CheckConstraint|mapped_column)\(")
+"""Lines that spell a column, which keeps the name that it was made with."""
 PLACES = re.compile(r"(?<![\w.-])/(?:wo" + r"rk|ro" + r"ot|ho" + r"me)/\w")
 
 
@@ -30,3 +39,10 @@ def test_no_registry_is_named(texts: dict[Path, str]) -> None:
 
 def test_no_path_of_one_machine_is_named(texts: dict[Path, str]) -> None:
     assert _sayings(texts, PLACES) == []
+
+
+def test_rooms_use_none_of_the_refused_words(texts: dict[Path, str], root: Path) -> None:
+    rooms = [root / room for room in ROOMS]
+    assert [str(room) for room in rooms if not room.exists()] == []
+    held = {path: text for path, text in texts.items() if any(path.is_relative_to(room) for room in rooms)}
+    assert [line for line in _sayings(held, REFUSED) if not STORED.search(line)] == []

@@ -249,9 +249,9 @@ def test_a_fault_of_the_worker_is_reported_without_its_text(workshop: Workshop, 
     attempt.run(lease, settings=workshop.settings, storage=workshop.storage, drain=Drain(), trainers=Trainers("test"))
     job = workshop.job(lease.job_id)
     assert (job.state, job.failures) == ("queued", 1)
-    (told,) = [line for line in workshop.story(job.id) if line.startswith("Training broke off")]
-    assert "the worker met NotADirectoryError" in told
-    assert str(workshop.folder) not in told
+    (events,) = [line for line in workshop.story(job.id) if line.startswith("Training broke off")]
+    assert "the worker met NotADirectoryError" in events
+    assert str(workshop.folder) not in events
 
 
 def test_an_attempt_that_finds_its_job_gone_has_it_tidied_again(workshop: Workshop, lease: Lease) -> None:

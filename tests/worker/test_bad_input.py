@@ -50,9 +50,9 @@ def test_sequence_longer_than_the_context_is_cut_to_it_and_named(workshop: Works
 
     assert job.state == "queued"
     assert (job.plan or {})["max_seq_length"] == 256
-    told = "\n".join(workshop.story(job_id))
-    assert "max_seq_length 4096 is more than the model's context of 256 tokens, which is used instead." in told
-    assert "1 of 12" in told or "line 12" in told
+    events = "\n".join(workshop.story(job_id))
+    assert "max_seq_length 4096 is more than the model's context of 256 tokens, which is used instead." in events
+    assert "1 of 12" in events or "line 12" in events
 
 
 def test_prompt_that_fills_the_context_leaves_nothing_to_learn(workshop: Workshop, client: TestClient) -> None:

@@ -37,18 +37,18 @@ def test_target_module_that_does_not_exist_is_named(workshop: Workshop, client: 
 
 
 @pytest.mark.slow
-def test_disk_that_fills_in_a_checkpoint_is_told_and_the_last_good_one_stays(
+def test_disk_that_fills_in_a_checkpoint_is_reported_and_the_last_good_one_stays(
     workshop: Workshop, client: TestClient
 ) -> None:
     workshop.start("io")
     workshop.start("train", **FULL_DISK)
     job_id = _create(workshop, client, technique={"type": "lora", "r": 4}, keep_checkpoints=3)
 
-    def told() -> list[str]:
+    def reported() -> list[str]:
         events = client.get(f"{JOBS}/{job_id}/events", params={"limit": 100}).json()["data"]
         return [event["message"] for event in events if "The worker's disk is full" in event["message"]]
 
-    message = workshop.until(told, "the event of the full disk")[-1]
+    message = workshop.until(reported, "the event of the full disk")[-1]
 
     assert "checkpoints/step-6 could not be written. The state of step 4 is good and stays." in message
     assert "a job with fewer keep_checkpoints needs less" in message

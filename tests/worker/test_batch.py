@@ -1,4 +1,4 @@
-"""Answers that share forward passes are those that each has alone, whoever joins and leaves meanwhile."""
+"""Answers that share forward passes are those that each has alone, whichever join and leave meanwhile."""
 
 from pathlib import Path
 from typing import Any

@@ -43,13 +43,13 @@ def test_a_paused_job_resumes_where_it_stood_and_its_cancellation_kills_the_trai
 
     with workshop.session() as session:
         ledger.cancel(session, workshop.project_id, job_id)
-    told = workshop.story(job_id)
+    events = workshop.story(job_id)
     workshop.until(lambda: _is_dead(trainer), "the trainer is gone", seconds=15)
     workshop.until(lambda: workshop.attempts(job_id)[1].outcome, "the lease has ended", seconds=15)
     assert [attempt.outcome for attempt in workshop.attempts(job_id)] == ["paused", "dropped"]
     workshop.until(lambda: workshop.job(job_id).snapshot is None, "its snapshot is forgotten", seconds=15)
     assert list(workshop.storage.list(f"jobs/{job_id}/1/snapshots/")) == []
-    assert workshop.story(job_id) == told
+    assert workshop.story(job_id) == events
 
 
 @pytest.mark.parametrize("broker", ["with a broker", pytest.param("without one", marks=pytest.mark.slow)])

@@ -1,4 +1,4 @@
-"""What the worker for I/O does: files judged, jobs validated, bases converted, time's own deeds."""
+"""What the worker for I/O does: it checks files, validates jobs, converts bases and sweeps."""
 
 import dataclasses
 import hashlib
@@ -36,7 +36,7 @@ from tunery.storage.errors import StorageFailed
 from worker.io import checks, conversion, files, validation, verdicts
 from worker.io import exports as io_exports
 from worker.io.checks import Case, Findings
-from worker.io.claims import only_here
+from worker.io.claims import advisory_lock
 from worker.io.sweeper import Sweeper
 from worker.supervisor.drain import Drain
 
@@ -103,9 +103,9 @@ def test_a_good_job_is_planned_and_queued_once(workshop: Workshop) -> None:
     assert job.plan is not None
     plan = (job.plan["technique"]["type"], job.plan["n_epochs"], job.plan["batch_size"], job.gpus)
     assert plan == ("lora", 8, 8, 2)
-    told = workshop.story(job_id)
-    assert any("shares 1 example" in line for line in told)
-    assert "No host here can take the job. It waits for 2 GPUs of one host; the largest worker has none." in told
+    events = workshop.story(job_id)
+    assert any("shares 1 example" in line for line in events)
+    assert "No host here can take the job. It waits for 2 GPUs of one host; the largest worker has none." in events
 
 
 @pytest.mark.parametrize(("asked", "limit", "warned"), [("auto", 18, 0), (64, 64, 0), (1, 1, 1)])
@@ -117,10 +117,10 @@ def test_answers_may_be_as_long_as_the_longest_wanted_one(
 
     assert _validate(workshop)
 
-    job, told = workshop.job(job_id), workshop.story(job_id)
+    job, events = workshop.job(job_id), workshop.story(job_id)
     assert job.plan is not None
     assert job.plan["evaluation"]["max_new_tokens"] == limit
-    cut = [line for line in told if "evaluation.max_new_tokens" in line]
+    cut = [line for line in events if "evaluation.max_new_tokens" in line]
     assert cut == warned * [
         "Test file: 2 of 2 wanted answers have more tokens than evaluation.max_new_tokens (1), so no answer there can "
         "be right: lines 1, 2. Send at least 2."
@@ -156,7 +156,7 @@ def test_each_file_is_read_once_though_all_are_compared(workshop: Workshop, tmp_
     ]
 
 
-def test_a_second_job_on_the_same_files_reads_no_row_and_is_told_the_same(
+def test_a_second_job_on_the_same_files_reads_no_row_and_is_reported_the_same(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = json.dumps({**chat(3), "seen": "twice"}).encode() + b"\n"
@@ -170,14 +170,14 @@ def test_a_second_job_on_the_same_files_reads_no_row_and_is_told_the_same(
         return usual(chunks, reading, *others)
 
     monkeypatch.setattr(rules, "digest_rows", counted)
-    told, plans, read = [], [], []
+    events, plans, read = [], [], []
     for damage in (False, False, True):
         if damage:
             for entry in (workshop.settings.models_dir / verdicts.NAME).iterdir():
                 entry.write_bytes(entry.read_bytes().replace(b'"examples": 14', b'"examples": 15'))
         job_id = workshop.submit(*ids, evaluation={"task_rows": 4})
         assert _validate(workshop)
-        told.append(workshop.story(job_id)[1:])
+        events.append(workshop.story(job_id)[1:])
         plans.append(workshop.job(job_id).plan)
         read.append(len(readings))
     workshop.submit(*ids, max_seq_length=100)
@@ -185,9 +185,9 @@ def test_a_second_job_on_the_same_files_reads_no_row_and_is_told_the_same(
     assert _validate(workshop)
     assert _validate(workshop)
     assert [*read, len(readings)] == [3, 3, 6, 10], "what is damaged is read again, and where anything else decides"
-    assert told[0] == told[1] == told[2]
-    assert any("shares" in line for line in told[0])
-    assert any("keys that are not read" in line for line in told[0])
+    assert events[0] == events[1] == events[2]
+    assert any("shares" in line for line in events[0])
+    assert any("keys that are not read" in line for line in events[0])
     assert plans[0] == plans[1] == plans[2]
 
 
@@ -221,9 +221,9 @@ def test_rows_whose_answer_would_be_cut_are_left_out_and_fail_the_job_above_one_
     assert _validate(workshop)
     job = workshop.job(job_id)
     assert (job.state, job.error_code) == (state, "answers_cut" if state == "failed" else None)
-    told = [*workshop.story(job_id), str(job.error_message)]
-    kept = ["are longer than 128 tokens and lose their end" in line for line in told]
-    left_out = [f"1 of {rows + 1} examples lose a part of" in line and f"line {rows + 1}." in line for line in told]
+    events = [*workshop.story(job_id), str(job.error_message)]
+    kept = ["are longer than 128 tokens and lose their end" in line for line in events]
+    left_out = [f"1 of {rows + 1} examples lose a part of" in line and f"line {rows + 1}." in line for line in events]
     assert (any(kept), any(left_out)) == (cut_answers == "keep", cut_answers != "keep")
 
 
@@ -348,7 +348,7 @@ def test_a_model_that_no_gpu_holds_is_cut_over_those_that_a_job_asks_for(worksho
     assert "Set resources.gpus to 2 and resources.sharding to 'auto', which needs about " in str(refused.error_message)
 
 
-def test_before_any_worker_has_come_a_job_is_told_what_it_waits_for(workshop: Workshop) -> None:
+def test_before_any_worker_has_come_a_job_is_reported_what_it_waits_for(workshop: Workshop) -> None:
     job_id = workshop.submit(workshop.file(training_rows(12)))
     assert _validate(workshop)
     assert workshop.job(job_id).state == "queued"
@@ -419,10 +419,10 @@ def test_an_outage_is_not_counted_against_the_job_that_it_interrupts(
 
 def test_while_one_process_validates_a_job_another_passes_it_by_and_its_owner_may_cancel(workshop: Workshop) -> None:
     job_id = workshop.submit(workshop.file(training_rows(12)))
-    with only_here(f"validate {job_id}") as mine:
+    with advisory_lock(f"validate {job_id}") as mine:
         assert mine
         with workshop.session() as session:
-            # What another process would be told, on a connection of its own.
+            # What another process would read, on a connection of its own.
             assert not _validate(workshop)
             ledger.cancel(session, workshop.project_id, job_id)
     assert not _validate(workshop)
@@ -430,9 +430,9 @@ def test_while_one_process_validates_a_job_another_passes_it_by_and_its_owner_ma
 
 
 def test_only_one_holds_a_claim_and_it_is_free_again_afterwards(workshop: Workshop) -> None:
-    with only_here("x") as first, only_here("x") as second, only_here("y") as other:
+    with advisory_lock("x") as first, advisory_lock("x") as second, advisory_lock("y") as other:
         assert (first, second, other) == (True, False, True)
-    with only_here("x") as again:
+    with advisory_lock("x") as again:
         assert again
 
 
@@ -534,7 +534,7 @@ def test_the_sweeper_pardons_once_and_then_ends_expired_leases(workshop: Worksho
     assert workshop.job(job.id).state == "running", "the living may speak first"
     with workshop.session() as session:
         session.execute(update(Attempt).values(lease_until=rows.LONG_AGO))
-    with only_here("sweep"):
+    with advisory_lock("sweep"):
         sweeper.round()
     assert workshop.job(job.id).state == "running", "another process sweeps"
     sweeper.round()

@@ -56,7 +56,7 @@ def test_a_job_runs_to_its_end_without_any_broker(workshop: Workshop) -> None:
 
 
 def _check_story(workshop: Workshop, job_id: str, files: str, model: str) -> None:
-    told = workshop.story(job_id)
+    events = workshop.story(job_id)
     wanted = [
         f"Created fine-tuning job: {job_id}",
         f"Validating training file: {files}",
@@ -66,8 +66,8 @@ def _check_story(workshop: Workshop, job_id: str, files: str, model: str) -> Non
         f"New fine-tuned model created: {model}",
         "The job has successfully completed",
     ]
-    assert [line for line in told if line in wanted] == wanted
-    assert any(line.startswith("Scorecard on 2 test rows: exact match") for line in told)
+    assert [line for line in events if line in wanted] == wanted
+    assert any(line.startswith("Scorecard on 2 test rows: exact match") for line in events)
 
 
 def _check_quote(workshop: Workshop, job: Job) -> None:
@@ -98,10 +98,10 @@ def _check_metrics(workshop: Workshop, job_id: str) -> None:
     assert [metric.step for metric in measured] == list(range(1, 13))
     assert all(metric.values["train_loss"] > 0 for metric in measured)
     assert "full_valid_loss" in measured[2].values
-    told = workshop.story(job_id, "metrics")
-    assert [line.partition(":")[0] for line in told] == [f"Step {step}/12" for step in range(1, 13)]
+    events = workshop.story(job_id, "metrics")
+    assert [line.partition(":")[0] for line in events] == [f"Step {step}/12" for step in range(1, 13)]
     # The end of an epoch: one event for the step and for what the whole validation file gave after it.
-    assert "full validation loss=" in told[2]
+    assert "full validation loss=" in events[2]
     assert [step for step, metric in enumerate(measured, start=1) if "task_score" in metric.values] == [3, 6, 9, 12]
     with workshop.session() as session:
         query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.message.like("Step % validation rows"))

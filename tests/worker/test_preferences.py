@@ -46,8 +46,8 @@ def test_a_job_learns_to_prefer(workshop: Workshop) -> None:
     assert header.endswith(f"valid_mean_token_accuracy,{','.join(f'{p}_{n}' for p in ('train', 'valid') for n in OWN)}")
     assert len(lines) == 6
     assert (job.scorecard or {})["metrics"]["preferred"]["tuned"] == 1
-    (told,) = (line for line in workshop.story(job_id) if line.startswith("Scorecard on 5 test rows: preferred "))
-    assert "exact match" not in told
+    (events,) = (line for line in workshop.story(job_id) if line.startswith("Scorecard on 5 test rows: preferred "))
+    assert "exact match" not in events
     reasons = [workshop.until_state(id, "failed").error_message or "" for id in wrong]
     assert "this is a preference row (DPO)" in reasons[0]
     assert "Use the method 'dpo' (method.type)" in reasons[0]

@@ -1,4 +1,4 @@
-"""Reports of uploaded files: made once for a content, kept, told to the owner, and gone with the file."""
+"""Reports of uploaded files: made once for a content, kept, reported to the owner, and gone with the file."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def _stored(workshop: Workshop, report: FileReport) -> dict[str, Any]:
     return found
 
 
-def test_a_content_is_read_once_and_every_file_with_it_is_told(
+def test_a_content_is_read_once_and_every_file_with_it_reports_it(
     workshop: Workshop, report_all: Callable[[], int]
 ) -> None:
     first = workshop.file(training_rows(12) + training_rows(1))
@@ -175,4 +175,4 @@ def test_another_report_counts_by_a_base_and_compares_with_a_file(
     assert found["figures"]["tokens"]["spreads"]["row"]["count"] == 12
     assert sorted(one["lines"] for one in found["findings"] if one["kind"] == "test_leak") == [[11], [12]]
     assert found["figures"]["answers"]["judged"] == 12
-    assert len(_rows(workshop, FileEvent)) == 2, "files are told of the report that every file gets"
+    assert len(_rows(workshop, FileEvent)) == 2, "every file has an event of its report"

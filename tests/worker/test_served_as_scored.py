@@ -88,4 +88,4 @@ def test_base_is_unquantised_where_the_operator_or_the_technique_says_so(publish
     "".join(engine.answer(published.ask(messages)))
     assert _packed(engine)
     "".join(engine.answer(published.ask(messages, technique="lora")))
-    assert not _packed(engine), "the same base in another type is loaded anew"
+    assert not _packed(engine), "the same base in another type is loaded again"

@@ -194,7 +194,7 @@ THREE = [
     fake_nvml.gpu("GPU-bbbb", processes=[7]),
     fake_nvml.gpu("GPU-cccc", "Tesla V100-SXM2-16GB", memory=16384, capability=[7, 0], mig=None),
 ]
-"""The second is used by a stranger."""
+"""The second is used by another program."""
 
 
 @pytest.fixture
@@ -628,7 +628,7 @@ def test_a_wake_up_that_finds_the_poller_busy_returns_at_once_and_is_not_lost() 
     assert looks == ["busy"]
     go_on.set()
     worker.join(20)
-    assert looks == ["busy", "busy"], "whoever was at work looked once more"
+    assert looks == ["busy", "busy"], "the working thread looked once more"
 
 
 def test_the_sweeper_is_not_woken_by_the_wake_ups_that_it_sends(workshop: Workshop) -> None:

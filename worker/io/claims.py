@@ -1,4 +1,4 @@
-"""Long work that only one process of the installation may do, without holding any row for so long."""
+"""Claims of long work that one process of the installation may do, without a lock on any row."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,11 +9,11 @@ from tunery import db
 
 
 @contextmanager
-def only_here(what: str) -> Iterator[bool]:
-    """Whether this process may do `what` now; a process that dies gives the claim up with its connection.
+def advisory_lock(what: str) -> Iterator[bool]:
+    """Takes PostgreSQL's advisory lock of `what`; yields whether it was free. It ends with the process's connection.
 
-    An advisory lock of the connection's session: a row lock would keep the row's owner waiting (a cancel, a delete),
-    and an open transaction would keep PostgreSQL from tidying up.
+    It is the connection's: a row lock would keep the row's owner waiting (a cancel, a delete),
+    and an open transaction would keep PostgreSQL from its vacuum.
     """
     key = func.hashtextextended(f"tunery {what}", 0)
     engine = db.sessions().kw["bind"]
@@ -28,9 +28,9 @@ def only_here(what: str) -> Iterator[bool]:
 
 
 def take_one(verb: str, waiting: Callable[[], list[str]], work: Callable[[str], None]) -> bool:
-    """Does `work` on the first of the `waiting` ids that no other process has; whether there was one."""
+    """Does `work` on the first of the `waiting` ids that no other process has; returns whether there was one."""
     for id in waiting():
-        with only_here(f"{verb} {id}") as mine:
+        with advisory_lock(f"{verb} {id}") as mine:
             if mine and id in waiting():  # another may have ended it meanwhile
                 work(id)
                 return True

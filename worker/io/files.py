@@ -4,7 +4,7 @@ from tunery import db
 from tunery.datasets import files
 from tunery.datasets.model import File
 from tunery.storage import Storage
-from worker.io.claims import only_here
+from worker.io.claims import advisory_lock
 
 
 def process_next(storage: Storage) -> bool:
@@ -16,7 +16,7 @@ def process_next(storage: Storage) -> bool:
             if file is None:
                 return False
             skip.append(file.id)
-        with only_here(f"process {file.id}") as mine:
+        with advisory_lock(f"process {file.id}") as mine:
             if mine:
                 _process(storage, file.id)
                 return True

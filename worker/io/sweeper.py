@@ -18,7 +18,7 @@ from tunery.models.model import Model
 from tunery.retention import history, models
 from tunery.settings import Settings
 from tunery.storage import Storage
-from worker.io.claims import only_here
+from worker.io.claims import advisory_lock
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Sweeper:
 
     def round(self) -> bool:
         """One round. Always False: the next one is due in `sweep_seconds`, not at once."""
-        with only_here("sweep") as mine:
+        with advisory_lock("sweep") as mine:
             if mine:
                 self._sweep()
         return False

@@ -21,7 +21,7 @@ from tunery.spec import TrainingSpec
 from tunery.storage import Storage
 from tunery.storage.errors import ChecksumMismatch, ObjectMissing
 from worker.io.checks import Case, Verdict, judge
-from worker.io.claims import only_here
+from worker.io.claims import advisory_lock
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def validate_next(settings: Settings, storage: Storage) -> bool:
             if job is None:
                 return False
             skip.append(job.id)
-        with only_here(f"validate {job.id}") as mine:
+        with advisory_lock(f"validate {job.id}") as mine:
             if mine:
                 _plan_job(job.id, settings, storage)
                 return True
