@@ -33,7 +33,7 @@ class Base(DeclarativeBase):
 
 
 def creation_time() -> MappedColumn[datetime]:
-    """A creation time: the statement's own time, so that rows of one transaction keep their order."""
+    """Returns a creation time: the statement's own time, so that rows of one transaction keep their order."""
     return mapped_column(server_default=func.clock_timestamp())
 
 
@@ -84,7 +84,7 @@ def make_sessions(engine: Engine) -> sessionmaker[Session]:
 
 @lru_cache
 def sessions() -> sessionmaker[Session]:
-    """The process's session factory, on TUNERY_DATABASE_URL."""
+    """Returns the process's session factory, on TUNERY_DATABASE_URL."""
     return make_sessions(make_engine(get_settings().database_url))
 
 
@@ -111,6 +111,6 @@ def is_committed(session: Session, transaction_id: str) -> bool | None:
 
 
 def now(session: Session) -> datetime:
-    """The database's clock, the only one that leases are measured with."""
+    """Returns the database's clock, the only one that leases are measured with."""
     at: datetime = session.execute(select(func.clock_timestamp())).scalar_one()
     return at

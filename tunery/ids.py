@@ -12,7 +12,7 @@ def token(length: int) -> str:
 
 
 def new(prefix: str) -> str:
-    """A new id, unguessable: `new("ftjob-")`. A caller that may not see an object cannot name it either."""
+    """Returns a new id, unguessable: `new("ftjob-")`. A caller that may not see an object cannot name it either."""
     return prefix + token(24)
 
 

@@ -174,7 +174,7 @@ def wait_until(ready: Callable[[], bool], *, seconds: float, alive: Callable[[],
 
 
 def tail(path: Path, lines: int = 15) -> str:
-    """The last lines of a log (of its last 8 KiB), for an error's text; empty when there is none.
+    """Returns the last lines of a log (of its last 8 KiB), for an error's text; empty when there is none.
 
     No NUL is among them: the text may be kept in a database, and PostgreSQL takes none. Of a line that was written
     over again and again, as a progress bar is, the last state is left.

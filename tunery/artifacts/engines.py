@@ -32,13 +32,13 @@ def is_adapter(paths: Sequence[str]) -> bool:
 
 
 def download(model: str, folder: str, paths: Sequence[str]) -> str:
-    """The command that fetches the files, and the base of an adapter."""
+    """Returns the command that fetches the files, and the base of an adapter."""
     base = " --with-base" if is_adapter(paths) else ""
     return f"tunery models download {shlex.quote(model)}{base} -o {shlex.quote(folder)}"
 
 
 def commands(paths: Sequence[str], folder: str, *, rank: int | None = None) -> list[Command]:
-    """The engines' commands, in the folder above `folder`, a plain name. `rank`: an adapter's largest."""
+    """Returns the engines' commands, in the folder above `folder`, a plain name. `rank`: an adapter's largest."""
     found = [*_of_adapter(folder, rank)] if is_adapter(paths) else [*_of_whole("", folder)]
     for kind in ("merged", "fp8"):
         if f"{kind}/config.json" in paths:

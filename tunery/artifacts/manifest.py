@@ -43,7 +43,7 @@ class Manifest(BaseModel):
         return Manifest(files=tuple(file for file in self.files if not file.path.endswith(".safetensors")))
 
     def encode(self) -> bytes:
-        """The canonical JSON: what is stored as manifest.json and what `sha256` is the digest of."""
+        """Returns the canonical JSON: what is stored as manifest.json and what `sha256` is the digest of."""
         return (self.model_dump_json(indent=1) + "\n").encode()
 
     @property
@@ -56,7 +56,7 @@ class Manifest(BaseModel):
 
 
 def digest(path: Path) -> str:
-    """A file's sha256 in hex."""
+    """Returns a file's sha256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

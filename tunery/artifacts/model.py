@@ -47,5 +47,5 @@ def add(session: Session, model: Model, files: Iterable[ManifestFile]) -> None:
 
 
 def list_for(session: Session, model_id: str) -> Sequence[Artifact]:
-    """A model's files by path. The caller has already found the model in its project."""
+    """Returns a model's files by path. The caller has already found the model in its project."""
     return session.scalars(select(Artifact).where(Artifact.model_id == model_id).order_by(Artifact.path)).all()

@@ -10,7 +10,7 @@ from tunery.storage.errors import ChecksumMismatch, ObjectMissing
 
 
 def of_file(storage: Storage, base: Model, file: File) -> float | None:
-    """The rate of a file's first rows; None where they, or the base's tokenizer, cannot be read."""
+    """Returns the rate of a file's first rows; None where they, or the base's tokenizer, cannot be read."""
     try:
         # A protocol does not say that its classes can be hashed.
         template = templates.load(storage, base.prefix, base.manifest_sha256 or "")  # type: ignore[arg-type]

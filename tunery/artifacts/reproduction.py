@@ -113,13 +113,13 @@ def _files(session: Session, job: Job) -> list[Artifact]:
 
 
 def _record(storage: Storage, files: Iterable[Artifact]) -> dict[str, Any]:
-    """What the trainer recorded of a run; nothing where its model's files are gone."""
+    """Returns what the trainer recorded of a run; nothing where its model's files are gone."""
     file = next((file for file in files if file.path == _RECORD), None)
     return {} if file is None else dict(json.loads(b"".join(storage.read(file.key))))
 
 
 def _inputs(session: Session, job: Job) -> dict[str, Any]:
-    """What has to be equal for the jobs to be the same run."""
+    """Returns what has to be equal for the jobs to be the same run."""
     named = {"training_file": job.training_file, "validation_file": job.validation_file, "test_file": job.test_file}
     named["replay_file"] = job.replay_file
     data = {name: session.get_one(File, id).sha256 for name, id in named.items() if id is not None}
@@ -130,24 +130,24 @@ def _inputs(session: Session, job: Job) -> dict[str, Any]:
 
 
 def _rows(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the template and the tokenizer made of the files."""
+    """Returns what the template and the tokenizer made of the files."""
     template = {"chat_template": record["chat_template_sha256"]} if "chat_template_sha256" in record else {}
     return template | {f"{role} rows": sha256 for role, sha256 in record.get("rows_sha256", {}).items()}
 
 
 def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What may differ, and is the first to be asked when the numbers do."""
+    """Returns what may differ, and is the first to be asked when the numbers do."""
     parts = {name: record.get(name) or {} for name in ("versions", "hardware", "precision", "memory")}
     return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
 def _weights(files: Iterable[Artifact]) -> dict[str, str]:
-    """The sha256 of the model's own weights. Exports, in folders, follow from them."""
+    """Returns the sha256 of the model's own weights. Exports, in folders, follow from them."""
     return {file.path: file.sha256 for file in files if file.path.endswith(".safetensors") and "/" not in file.path}
 
 
 def _scores(card: Mapping[str, Any] | None) -> dict[str, float]:
-    """The tuned model's figures on the test rows and on general questions."""
+    """Returns the tuned model's figures on the test rows and on general questions."""
     if card is None:
         return {}
     found = {"exact": card["tuned_exact"]} | {name: each["tuned"] for name, each in card.get("metrics", {}).items()}
@@ -161,7 +161,7 @@ def _pairs(original: Mapping[str, Any], rerun: Mapping[str, Any]) -> list[Pair]:
 
 
 def _known_pairs(original: Mapping[str, Any], rerun: Mapping[str, Any]) -> list[Pair]:
-    """The same of what an earlier release did not record, or what is gone with a model."""
+    """Returns the same of what an earlier release did not record, or what is gone with a model."""
     known = original.keys() & rerun.keys()
     return [pair if pair.name in known else replace(pair, equal=None) for pair in _pairs(original, rerun)]
 

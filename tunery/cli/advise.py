@@ -89,7 +89,7 @@ def _rate(path: Path, folder: Path) -> float | None:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """What a base's config.json says of its size. Raises BadParameter."""
+    """Returns what a base's config.json says of its size. Raises BadParameter."""
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

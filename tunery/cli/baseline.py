@@ -112,7 +112,7 @@ def _price(text: str | None) -> dict[str, float] | None:
 
 
 def _wait(api: ApiClient, baseline_id: str) -> dict[str, Any]:
-    """The baseline once it has ended. Ctrl-C leaves it to its worker."""
+    """Returns the baseline once it has ended. Ctrl-C leaves it to its worker."""
     with output.errors.status("waiting for a worker") as status:
         while (found := api.call("GET", f"{ROOT}/{baseline_id}"))["status"] in ("queued", "running"):
             status.update(f"{baseline_id}: {found['status']} {found['progress']:.0%}")

@@ -76,7 +76,7 @@ def clean(
 def _clean_here(
     file: Path, target: Path | None, order: Cleaning, against: Path | None, base: Path | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """What was done to a file here, and the new files' names. Raises ReportUnavailable."""
+    """Returns what was done to a file here, and the new files' names. Raises ReportUnavailable."""
     if target is None:
         raise typer.BadParameter("Name the new file with --output.")
     if target.exists() and target.samefile(file):

@@ -21,7 +21,7 @@ def compare(api: ApiClient, question: str, body: dict[str, Any]) -> None:
 
 
 def draw(question: str, compared: dict[str, Any], *, width: int) -> RenderableType:
-    """The question, and below it a column for each answer, or where the terminal is narrow a block."""
+    """Returns the question, and below it a column for each answer, or where the terminal is narrow a block."""
     answers = compared["answers"]
     lay_out = _columns if width // len(answers) >= NARROW else _blocks
     same = [Text("The answers are the same.", style="dim")] if compared["same"] else []

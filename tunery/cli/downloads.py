@@ -56,7 +56,7 @@ def model_route(model: str) -> str:
 
 
 def model_files(api: ApiClient, model: str) -> list[dict[str, Any]]:
-    """A model's files. Raises Refused where it has none, as one that is being converted."""
+    """Returns a model's files. Raises Refused where it has none, as one that is being converted."""
     files: list[dict[str, Any]] = api.call("GET", f"{model_route(model)}/artifacts")["data"]
     if not files:
         status = api.call("GET", model_route(model))["status"]

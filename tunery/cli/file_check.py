@@ -14,7 +14,7 @@ from tunery.spec import Columns
 
 
 def judge(path: Path, role: str, columns: Columns | None = None) -> Verdict:
-    """What a file holds, and whether a job could take it."""
+    """Returns what a file holds, and whether a job could take it."""
     if role not in get_args(FileRole):
         raise typer.BadParameter(f"--role {role}: use {', '.join(get_args(FileRole))}.")
     named = None if columns is None else columns.named

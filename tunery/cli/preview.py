@@ -23,7 +23,7 @@ _MARKS: dict[State, tuple[str, str]] = {"trained": ("⟦", "⟧"), "masked": (""
 
 
 def make(path: Path, base: Path, *, rows: int, max_tokens: int, loss_on: LossOn, columns: str | None = None) -> Preview:
-    """The preview of a file here, by the tokenizer and template in the folder `base`. Raises Refused."""
+    """Returns the preview of a file here, by the tokenizer and template in the folder `base`. Raises Refused."""
     encoder = encoder_of_any(loss_on, None if columns is None else Columns.parse(columns))
     try:
         template = ChatTemplate.load(base)
@@ -35,7 +35,7 @@ def make(path: Path, base: Path, *, rows: int, max_tokens: int, loss_on: LossOn,
 
 
 def fetch(api: ApiClient, file: str, **query: Any) -> Preview:
-    """The server's preview of a file there."""
+    """Returns the server's preview of a file there."""
     return Preview.model_validate(api.call("GET", f"/files/{file}/preview", params=query))
 
 

@@ -7,7 +7,7 @@ from tunery.local.terminal import duration
 
 
 def facts(job: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The quote, what it is made of, and what the run took."""
+    """Returns the quote, what it is made of, and what the run took."""
     quote, actual = job.get("quote"), job.get("actual")
     found = [] if quote is None else [("quoted", _range(quote)), ("quoted from", quote["basis"])]
     return found if actual is None else [*found, ("took", _actual(actual))]

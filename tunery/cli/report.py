@@ -27,7 +27,7 @@ class ReportUnavailable(TuneryError):
 
 
 def make(path: Path, against: str | None, *, base: str | None, max_tokens: int) -> dict[str, Any]:
-    """The report of a file here. Raises ReportUnavailable."""
+    """Returns the report of a file here. Raises ReportUnavailable."""
     try:
         from tunery.datasets.report import maker
     except ModuleNotFoundError as error:
@@ -37,19 +37,19 @@ def make(path: Path, against: str | None, *, base: str | None, max_tokens: int) 
 
 
 def existing(option: str, value: str | None) -> Path | None:
-    """The path that an option names. Raises BadParameter where nothing is there."""
+    """Returns the path that an option names. Raises BadParameter where nothing is there."""
     if value is not None and not Path(value).exists():
         raise typer.BadParameter(f"{option} {value}: there is no such file here, as there is of the first.")
     return None if value is None else Path(value)
 
 
 def no_such_file(file: str) -> typer.BadParameter:
-    """The error for what is neither a file here nor the id of one."""
+    """Returns the error for what is neither a file here nor the id of one."""
     return typer.BadParameter(f"{file}: there is no such file here, and ids begin with {ids.FILE}")
 
 
 def fetch(api: ApiClient, file: str, **query: str | None) -> dict[str, Any]:
-    """The report of an uploaded file, once it is made. Raises Refused where there is none."""
+    """Returns the report of an uploaded file, once it is made. Raises Refused where there is none."""
     asked = {name: value for name, value in query.items() if value is not None}
     with output.errors.status("waiting for the report") as status:
         while (found := api.call("GET", f"/files/{file}/report", params=asked))["status"] in ("queued", "running"):

@@ -58,7 +58,7 @@ def build(flags: dict[str, Any], settings: list[str]) -> Body:
 
 
 def complete(body: Body, types: Mapping[str, str]) -> Body:
-    """The request whose objects name their type: one that they leave out is that of `types`."""
+    """Returns the request whose objects name their type: one that they leave out is that of `types`."""
     for name, kind in types.items():
         if isinstance(body.get(name), dict):
             body[name].setdefault("type", kind)
@@ -139,7 +139,7 @@ def check(body: Body) -> None:
 
 
 def local_files(body: Body) -> dict[FileRole, Path]:
-    """The files that have to be uploaded, by role. Raises Refused for one that is neither here nor an id."""
+    """Returns the files that have to be uploaded, by role. Raises Refused for one that is neither here nor an id."""
     found: dict[FileRole, Path] = {}
     for role, name in _named_files(body):
         path = Path(name).expanduser()
@@ -206,7 +206,7 @@ def check_files(body: Body, found: dict[FileRole, Source]) -> list[str]:
 
 
 def _check_rows(source: Source, role: FileRole, encoder: RowEncoder, overlap: rules.Overlap) -> bytes:
-    """The file's sha256, after what needs no model of the checks that the upload and the job make."""
+    """Returns the file's sha256, after what needs no model of the checks that the upload and the job make."""
     digest = hashlib.sha256()
 
     def read() -> Iterator[bytes]:
@@ -245,7 +245,7 @@ def _named_files(body: Body) -> Iterator[tuple[FileRole, str]]:
 
 
 def _uploaded(body: Body) -> Body:
-    """The request as it will be sent: replay's source is `self` or an id, which a path becomes."""
+    """Returns the request as it will be sent: replay's source is `self` or an id, which a path becomes."""
     source = _get(body, FILES["replay"])
     if not isinstance(source, str) or source == "self":
         return body

@@ -123,7 +123,7 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _equal(pairs: list[dict[str, Any]]) -> list[str]:
-    """The names of what is equal; of a group, such as `versions.torch` is of, its own where all of it is."""
+    """Returns the names of what is equal; of a group, such as `versions.torch` is of, its own where all of it is."""
     groups = {pair["name"]: pair["name"].partition(".")[0] for pair in pairs if not pair["name"].endswith(_WEIGHTS)}
     broken = {groups.get(pair["name"]) for pair in pairs if not pair["equal"]}
     named = (pair["name"] for pair in pairs if pair["equal"])
@@ -141,7 +141,7 @@ def _curves(losses: Iterable[dict[str, Any]]) -> Iterable[str]:
 
 
 def _short(value: Any) -> str:
-    """A digest by its beginning, an object by what it holds."""
+    """Returns a digest by its beginning, an object by what it holds."""
     text = "" if value is None else str(value)
     return text[:12] if len(text) == 64 and " " not in text else text
 

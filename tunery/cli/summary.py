@@ -29,7 +29,7 @@ def print_job(job: dict[str, Any]) -> None:
 
 
 def why_nothing(job: dict[str, Any]) -> str:
-    """Why a job has not made what was asked for, as the end of a sentence."""
+    """Returns why a job has not made what was asked for, as the end of a sentence."""
     reason = (job.get("error") or {}).get("message")
     text = f"it {job['status']}. {reason}" if reason else f"it is {job['status']}."
     return f"{text} `{_NEXT.get(job['status'], 'tunery jobs events {id}').format(id=job['id'])}` says more."
@@ -72,7 +72,7 @@ def _request(job: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _gate(gate: dict[str, Any]) -> str:
-    """What it decided, or what it demands."""
+    """Returns what it decided, or what it demands."""
     if gate.get("status") is None:
         return compact(gate, skip=("checks",))
     return f"{gate['status']}{_publishing(gate)} ({gate_reasons(gate)})"
@@ -84,19 +84,19 @@ def _served(served: dict[str, Any] | None) -> str | None:
 
 
 def served_reason(served: dict[str, Any]) -> str:
-    """What was compared, and the first difference."""
+    """Returns what was compared, and the first difference."""
     return Served.model_validate(served).summary
 
 
 def _publishing(verdict: dict[str, Any]) -> str:
-    """What a verdict withholds, and who has published it all the same."""
+    """Returns what a verdict withholds, and who has published it all the same."""
     kept = f", withholds {verdict['withheld_model']}" if verdict["withheld_model"] else ""
     by = verdict["published"]
     return kept + (f", published by {by['key']}: {by['reason']}" if by else "")
 
 
 def gate_reasons(gate: dict[str, Any]) -> str:
-    """Each limit and what was measured."""
+    """Returns each limit and what was measured."""
     return "; ".join(
         f"{check['name']} {check['limit']:g}: {check['status']}"
         + ("" if check["value"] is None else f", {check['value']:.3f} ({check['low']:.3f} to {check['high']:.3f})")
@@ -105,14 +105,14 @@ def gate_reasons(gate: dict[str, Any]) -> str:
 
 
 def _method(method: dict[str, Any]) -> str | None:
-    """A method other than supervised, with its own hyperparameters; those of every method stand apart."""
+    """Returns a method other than supervised, with its own hyperparameters; those of every method stand apart."""
     knobs = (method.get(method["type"]) or {}).get("hyperparameters") or {}
     own = {name: value for name, value in knobs.items() if name not in Hyperparameters.model_fields}
     return None if method["type"] == "supervised" else f"{method['type']}  {compact(own)}".rstrip()
 
 
 def _general(score: dict[str, Any] | None) -> list[tuple[str, Any]]:
-    """What base and tuned model can do besides the task."""
+    """Returns what base and tuned model can do besides the task."""
     if not score:
         return []
     names = {"base": "base_accuracy", "tuned": "tuned_accuracy", "gain": "change", "low": "change_low"}
@@ -139,7 +139,7 @@ def print_scorecard(card: dict[str, Any]) -> None:
 
 
 def _scorecard(card: dict[str, Any] | None) -> list[tuple[str, Any]]:
-    """The scorecard and its metrics, the primary one first."""
+    """Returns the scorecard and its metrics, the primary one first."""
     if not card:
         return []
     metrics = sorted(card["metrics"].items(), key=lambda named: named[0] != card["primary"])
@@ -153,7 +153,7 @@ def _scorecard(card: dict[str, Any] | None) -> list[tuple[str, Any]]:
 
 
 def _unquantised(score: dict[str, Any] | None, primary: str) -> list[tuple[str, Any]]:
-    """The primary metric on the unquantised base, and the tuned model's difference from that on four bits."""
+    """Returns the primary metric on the unquantised base, and the tuned model's difference from that on four bits."""
     if not score:
         return []
     if score["left_out"]:

@@ -21,7 +21,7 @@ class Events:
         self._seen: set[str] = set()
 
     def new(self) -> list[dict[str, Any]]:
-        """Those not given before, oldest first: pages are read from the newest back to the first known one."""
+        """Returns those not given before, oldest first: pages are read from the newest back to the first known one."""
         found: list[dict[str, Any]] = []
         while True:
             query = {"limit": 100, **({"after": found[-1]["id"]} if found else {})}

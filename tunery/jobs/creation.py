@@ -70,7 +70,7 @@ def create(
 
 
 def _checked(session: Session, caller: Caller, request: JobRequest, rerun_of: Job | None, limits: Limits | None) -> Job:
-    """The job of a request that can be carried out, before it is stored. Raises Rejected, NotFound."""
+    """Returns the job of a request that can be carried out, before it is stored. Raises Rejected, NotFound."""
     chosen, hyperparameters = check_fields(request)
     model = registry.find_ready(session, caller.project_id, request.model)
     advice.check_modules(request.technique, model.facts)
@@ -224,7 +224,7 @@ def _spec(session: Session, request: JobRequest, model: Model, **decided: Any) -
 
 
 def _continued(session: Session, request: JobRequest, parent: Model) -> Technique:
-    """What training goes on with: the parent's own technique, whose shape cannot be asked to change.
+    """Returns what training goes on with: the parent's own technique, whose shape cannot be asked to change.
 
     Raises Unsupported, InvalidValue.
     """
@@ -245,7 +245,7 @@ def _continued(session: Session, request: JobRequest, parent: Model) -> Techniqu
 
 
 def _technique_of(session: Session, parent: Model) -> Technique:
-    """What an imported adapter says, or the plan of the job that made the model. Raises Unsupported."""
+    """Returns what an imported adapter says, or the plan of the job that made the model. Raises Unsupported."""
     if (imported := imports.technique_of(parent)) is not None:
         return imported
     made_by = session.get(Job, parent.job_id) if parent.job_id else None
@@ -293,7 +293,7 @@ def _base_of(model: Model, technique: Technique | None) -> str:
 
 
 def _weights(session: Session, job: Job) -> dict[str, str | None]:
-    """The sha256 of the base's manifest, and of that of the model that the job goes on from."""
+    """Returns the sha256 of the base's manifest, and of that of the model that the job goes on from."""
     named = {"base": job.base_model, "parent": job.parent_model}
     return {part: session.get_one(Model, id).manifest_sha256 for part, id in named.items() if id is not None}
 
@@ -307,7 +307,7 @@ def _base_alias(session: Session, request: JobRequest, model: Model) -> str | No
 
 
 def _echo(integration: dict[str, Any], job_id: str) -> dict[str, Any]:
-    """An integration with the id that its tracker knows the run by."""
+    """Returns an integration with the id that its tracker knows the run by."""
     kind = integration["type"]
     return {"type": kind, kind: {**integration[kind], "run_id": job_id}}
 

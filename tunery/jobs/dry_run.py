@@ -49,7 +49,7 @@ class DryRun:
 
 
 def judge(session: Session, job: Job, prices: Prices, rate_of: RateOf = no_rate) -> DryRun:
-    """What becomes of a job that is not stored. One that its validation would fail is failed, with the reason.
+    """Returns the result of a job that is not stored. One that its validation would fail is failed, with the reason.
 
     `rate_of`: learned tokens for each byte of a file's answers, by a base's tokenizer.
     """

@@ -60,7 +60,7 @@ def renew(session: Session, lease: Lease, *, lease_seconds: int, last_step: int 
 
 
 def held(session: Session, lease: Lease) -> Job:
-    """The lease's job, locked for this transaction. Raises LeaseLost when it is not this attempt's any more."""
+    """Returns the lease's job, locked for this transaction. Raises LeaseLost when it is not this attempt's any more."""
     job = session.get_one(Job, lease.job_id, with_for_update=True, populate_existing=True)
     if job.state != State.RUNNING or job.fence != lease.number:
         raise LeaseLost(job=lease.job_id, attempt=lease.number)
@@ -108,7 +108,7 @@ def record_snapshot(session: Session, lease: Lease, snapshot: str, *, step: int)
 def record_checkpoint(
     session: Session, lease: Lease, *, step: int, model_id: str, metrics: dict[str, Any]
 ) -> Checkpoint:
-    """A public checkpoint whose model row exists and whose objects are stored. Raises LeaseLost."""
+    """Returns a public checkpoint whose model row exists and whose objects are stored. Raises LeaseLost."""
     held(session, lease)
     checkpoint = Checkpoint(
         id=ids.new(ids.CHECKPOINT), job_id=lease.job_id, step=step, model_id=model_id, metrics=metrics

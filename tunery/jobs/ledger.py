@@ -219,7 +219,7 @@ def resume(session: Session, project_id: str, job_id: str) -> Job:
 
 
 def next_to_validate(session: Session, *, skip: Sequence[str] = ()) -> Job | None:
-    """The oldest job whose files are ready to be read, locked for this transaction; others pass it by."""
+    """Returns the oldest job whose files are ready to be read, locked for this transaction; others pass it by."""
     return session.scalar(
         select(Job)
         .where(Job.state == State.VALIDATING, Job.id.not_in(skip))

@@ -33,7 +33,7 @@ def read(request: JobRequest) -> tuple[MethodOptions, Hyperparameters]:
 
 
 def _under_its_name(method: Method, kind: type[MethodOptions]) -> tuple[MethodOptions, Hyperparameters | None]:
-    """The method's options, and the common hyperparameters where the method has an object of its name."""
+    """Returns the method's options, and the common hyperparameters where the method has an object of its name."""
     given = method.given.get(method.type)
     if isinstance(given, Part):
         given = given.model_dump()

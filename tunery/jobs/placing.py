@@ -16,7 +16,7 @@ ANY_ROW = 64
 
 
 def find_gpus(devices: Sequence[HostDevice]) -> list[HostDevice]:
-    """The devices that are GPUs."""
+    """Returns the devices that are GPUs."""
     return [device for device in devices if device.gpu_index is not None]
 
 
@@ -51,7 +51,7 @@ def make_plan(
 
 
 def _alike(devices: Sequence[HostDevice], largest: HostDevice) -> int:
-    """How many GPUs of the largest's memory one host has."""
+    """Returns how many GPUs of the largest's memory one host has."""
     hosts = Counter(each.host for each in find_gpus(devices) if each.memory_bytes >= largest.memory_bytes)
     return max(hosts.values(), default=0)
 
@@ -73,7 +73,7 @@ def need(plan: Plan, facts: Mapping[str, Any], device: str, *, longest: int | No
 
 
 def wanted_bytes(plan: Plan, size: int, devices: Sequence[HostDevice], *, on_gpu: bool) -> int:
-    """What a claim has to bring of a kind of device: of a forced job no more than the largest has."""
+    """Returns what a claim has to bring of a kind of device: of a forced job no more than the largest has."""
     sizes = [device.memory_bytes for device in devices if (device.gpu_index is not None) == on_gpu]
     return min(size, max(sizes, default=size)) if plan.resources.force else size
 
@@ -142,7 +142,7 @@ def _limits(largest: HostDevice, length: int, rows: int, optimizer: str) -> dict
 
 
 def _shared_out(plan: Plan, facts: Mapping[str, Any], limits: Mapping[str, Any]) -> Plan:
-    """The plan with the way in which it uses several GPUs decided."""
+    """Returns the plan with the way in which it uses several GPUs decided."""
     resources = plan.resources
     if resources.gpus == 1:
         return plan

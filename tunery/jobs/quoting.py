@@ -41,7 +41,7 @@ _RECORDS = 20
 
 
 def first(session: Session, job: Job, prices: Prices) -> Quote | None:
-    """The quote of a job whose files nobody has read for it: its tokens are those of a report, or a guess.
+    """Returns the quote of a job whose files nobody has read for it: its tokens are those of a report, or a guess.
 
     None where no device here and no card of the table could take it, and for a base of unknown sizes.
     """
@@ -79,7 +79,7 @@ def requote(session: Session, job: Job, counts: Counts, prices: Prices) -> None:
 def of_plan(
     session: Session, job: Job, plan: Plan, counts: Counts, prices: Prices, *, devices: Sequence[HostDevice]
 ) -> Quote | None:
-    """The quote of a job whose plan is made, on the device that would be claimed for it."""
+    """Returns the quote of a job whose plan is made, on the device that would be claimed for it."""
     facts = session.get_one(Model, job.base_model).facts
     device = _device(plan, facts, devices)
     if device is None:
@@ -121,7 +121,7 @@ def _device(plan: Plan, facts: Mapping[str, Any], devices: Sequence[HostDevice])
 
 
 def _counts(session: Session, job: Job, max_length: int) -> Counts:
-    """What is known of a job's files before it reads them."""
+    """Returns what is known of a job's files before it reads them."""
     files = [job.training_file, job.validation_file, job.test_file]
     training, valid, test = (_count(session, id, job.base_model, max_length) for id in files)
     assert training is not None, "a job has a training file"
@@ -143,7 +143,7 @@ def _count(session: Session, file_id: str | None, base: str, max_length: int) ->
 
 
 def _summary(session: Session, file: File, base: str) -> dict[str, Any]:
-    """The summary of a file's report, by a base's tokenizer where one is named."""
+    """Returns the summary of a file's report, by a base's tokenizer where one is named."""
     query = select(FileReport.summary).where(
         FileReport.project_id == file.project_id,
         FileReport.sha256 == file.sha256,
@@ -203,20 +203,20 @@ def _attempts(session: Session, job: Job) -> Sequence[Attempt]:
 
 
 def _seconds(session: Session, attempts: Sequence[Attempt]) -> float:
-    """The seconds of all attempts, of a live one until now."""
+    """Returns the seconds of all attempts, of a live one until now."""
     now = db.now(session)
     return sum(((attempt.ended_at or now) - attempt.started_at).total_seconds() for attempt in attempts)
 
 
 def _devices(job: Job, gpu_indexes: Sequence[int]) -> tuple[str, int]:
-    """The name of the devices that an attempt had, and how many they are."""
+    """Returns the name of the devices that an attempt had, and how many they are."""
     if not gpu_indexes:
         return "CPU", 0
     return str(job.progress.get("device") or "GPU"), len(gpu_indexes)
 
 
 def _kept(finished: Finished, seconds: float) -> dict[str, Any]:
-    """What a run that was never broken off says of the next ones."""
+    """Returns what a run that was never broken off says of the next ones."""
     said = finished.model_dump(mode="json", include={"spent", "step_times", "steps", "trained_tokens"})
     return said | {"trainer_seconds": finished.seconds, "around": max(0.0, seconds - finished.seconds)}
 
@@ -234,7 +234,7 @@ def _ended(session: Session, device: str, condition: ColumnElement[bool]) -> lis
 
 
 def _measured(device: str, condition: ColumnElement[bool]) -> Select[Job, dict[str, Any]]:
-    """The newest runs on a kind of device that quotes can be made of, by the index `ix_jobs_measured`."""
+    """Returns the newest runs on a kind of device that quotes can be made of, by the index `ix_jobs_measured`."""
     # Why op("->"): a subscript is written as actual['kept'], which is another expression than the index's.
     kept = func.jsonb_typeof(Job.actual.op("->")("kept"))
     return (

@@ -78,7 +78,7 @@ def _hyperparameters(job: Job) -> Body:
 
 
 def _model(session: Session, job: Job) -> str:
-    """The model as the job's owner named it, unless its alias is another base's now."""
+    """Returns the model as the job's owner named it, unless its alias is another base's now."""
     if job.parent_model or job.base_alias is None:
         return job.model_name
     base = session.get_one(Model, job.base_model)
@@ -86,7 +86,7 @@ def _model(session: Session, job: Job) -> str:
 
 
 def _asked(integration: Mapping[str, Any]) -> Body:
-    """An integration without the id of the old job's run."""
+    """Returns an integration without the id of the old job's run."""
     kind = integration["type"]
     return {"type": kind, kind: {name: value for name, value in integration[kind].items() if name != "run_id"}}
 
@@ -115,7 +115,7 @@ def _decides_another_rate(body: Body, whole: Body) -> bool:
 
 
 def _in_the_method(kind: str, changes: Body) -> Body:
-    """The changes with the hyperparameters that old clients send at the top in their place."""
+    """Returns the changes with the hyperparameters that old clients send at the top in their place."""
     if "hyperparameters" not in changes:
         return changes
     changes = dict(changes)

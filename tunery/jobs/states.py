@@ -28,7 +28,7 @@ LIVE = frozenset(TRANSITIONS) - FINAL
 
 
 def mermaid() -> str:
-    """The diagram of TRANSITIONS, in Mermaid's stateDiagram-v2."""
+    """Returns the diagram of TRANSITIONS, in Mermaid's stateDiagram-v2."""
     edges = [f"    {source} --> {target}" for source, targets in TRANSITIONS.items() for target in sorted(targets)]
     ends = [f"    {state} --> [*]" for state in TRANSITIONS if state in FINAL]
     return "\n".join(["stateDiagram-v2", f"    [*] --> {State.VALIDATING}", *edges, *ends])

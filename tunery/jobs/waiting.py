@@ -34,7 +34,7 @@ def _files(session: Session, job: Job) -> str:
 
 
 def _device(session: Session, job: Job, devices: Sequence[HostDevice]) -> str:
-    """The queue's own conditions, from the hardest to change to the easiest."""
+    """Returns the queue's own conditions, from the hardest to change to the easiest."""
     missing = lack(devices, gpus=job.gpus, gpu_bytes=job.gpu_bytes, cpu_bytes=job.cpu_bytes)
     if missing is not None:
         return missing
@@ -57,7 +57,7 @@ def _wanted(job: Job) -> str:
 
 
 def lack(devices: Sequence[HostDevice], *, gpus: int, gpu_bytes: int, cpu_bytes: int | None) -> str | None:
-    """What none of the devices' hosts has for a job, or None where one could take it.
+    """Returns what none of the devices' hosts has for a job, or None where one could take it.
 
     `gpu_bytes` is what it needs on each GPU, `cpu_bytes` on a host without one: None where a CPU may not take it.
     """

@@ -58,7 +58,7 @@ class Proof:
 
 
 def run(base: PackagedBase, *, rows: int, test_rows: int) -> int:
-    """The exit status: 0 when everything was proved, 1 when something was not, 130 after Ctrl-C."""
+    """Returns the exit status: 0 when everything was proved, 1 when something was not, 130 after Ctrl-C."""
     console = Console(highlight=False)
     started = time.monotonic()
     _remove_old_homes(keep=1)
@@ -112,7 +112,7 @@ class _Story:
     proof: Proof
 
     def run(self, rows: int, test_rows: int) -> dict[str, Any]:
-        """What a user of the API does, in order. Returns the finished job."""
+        """Does what a user of the API does, in order; returns the finished job."""
         self._add_base()
         self._ask_for_webhooks()
         files = self._upload(rows)

@@ -125,7 +125,7 @@ class Postgres:
         self.stop()
 
     def log(self) -> Path:
-        """The server's own log."""
+        """Returns the server's own log."""
         return self.folder / "postgres.log"
 
     @property
@@ -261,7 +261,7 @@ def _reachable(folder: Path) -> bool:
 
 
 def _private_folder(parent: Path, user: int | None) -> Path:
-    """A new folder of mode 0700 with a name that nobody could take first; its owner is `user`."""
+    """Returns a new folder of mode 0700 with a name that nobody could take first; its owner is `user`."""
     folder = Path(tempfile.mkdtemp(prefix="tunery-", dir=parent))
     if user is not None:
         os.chown(folder, user, -1)

@@ -174,7 +174,7 @@ class Stack:
         )
 
     def settings(self) -> dict[str, str]:
-        """The TUNERY_* variables that make a process part of this stack."""
+        """Returns the TUNERY_* variables that make a process part of this stack."""
         return {
             "TUNERY_STOP_GRACE_SECONDS": "60",
             **{name: value for name, value in os.environ.items() if name.startswith("TUNERY_") and value},
@@ -232,7 +232,7 @@ class Stack:
             self._open.callback(watcher.stdin.close)
 
     def _make_first_key(self) -> str | None:
-        """An administrator's key of a first project, where there is none yet."""
+        """Returns an administrator's key of a first project, where there is none yet."""
         engine = db.make_engine(self.postgres.url())
         try:
             with db.make_sessions(engine).begin() as session:
@@ -312,7 +312,7 @@ class Stack:
         self._services.clear()
 
     def _patience(self) -> float:
-        """The most seconds to wait for services: few where a server is gone and does not come back."""
+        """Returns the most seconds to wait for services: few where a server is gone and does not come back."""
         try:
             for server in (self.postgres, self.valkey):
                 if self._services and server.pid and not server.is_running():

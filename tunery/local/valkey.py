@@ -73,7 +73,7 @@ class Valkey:
         self.stop()
 
     def log(self) -> Path:
-        """The server's own log."""
+        """Returns the server's own log."""
         return self.folder / "valkey.log"
 
     def _spawn(self) -> None:

@@ -35,7 +35,7 @@ def add(
     source: str,
     technique: Literal["lora", "qlora"],
 ) -> Model:
-    """The row of an adapter whose archive is stored. Raises Unsupported where `base` is no base."""
+    """Returns the row of an adapter whose archive is stored. Raises Unsupported where `base` is no base."""
     if base.kind != "base":
         raise Unsupported(param="base", what=f"An adapter on '{base.id}'", instead=f"Name its base, '{base.base_id}'.")
     model = Model(

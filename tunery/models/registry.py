@@ -19,7 +19,7 @@ SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
 def check_slug(name: str, param: str) -> str:
-    """The name itself. Raises InvalidValue."""
+    """Returns the name itself. Raises InvalidValue."""
     if not SLUG.fullmatch(name) or ".." in name:
         raise InvalidValue(
             param=param,
@@ -29,13 +29,13 @@ def check_slug(name: str, param: str) -> str:
 
 
 def slug_of(source: str) -> str:
-    """A base's id made from where it comes from: `meta-llama/Llama-3.1-8B` -> `Llama-3.1-8B`."""
+    """Returns a base's id made from where it comes from: `meta-llama/Llama-3.1-8B` -> `Llama-3.1-8B`."""
     last = source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._") or "model"
 
 
 def find(session: Session, project_id: str, name: str, *, with_withheld: bool = False, param: str = "model") -> Model:
-    """A model that the project may see, in any status: its own, or a base by id, alias or source.
+    """Returns a model that the project may see, in any status: its own, or a base by id, alias or source.
 
     Raises ModelNotFound, for another project's model too, and ModelWithheld.
     """
@@ -58,7 +58,7 @@ def find(session: Session, project_id: str, name: str, *, with_withheld: bool = 
 
 
 def _suggestion(session: Session, visible: sql.ColumnElement[bool], name: str) -> str:
-    """A sentence with the visible base or alias whose name is much like this one, or nothing."""
+    """Returns a sentence with the visible base or alias whose name is much like this one, or nothing."""
     bases = session.scalars(select(Model.id).where(Model.kind == "base", visible))
     aliases = session.scalars(select(Alias.alias).join(Model, Alias.model_id == Model.id).where(visible))
     by_lower = {known.lower(): known for known in (*bases, *aliases)}
@@ -67,7 +67,7 @@ def _suggestion(session: Session, visible: sql.ColumnElement[bool], name: str) -
 
 
 def find_ready(session: Session, project_id: str, name: str, *, param: str = "model") -> Model:
-    """A model that can be used now. Raises ModelNotFound, WrongState."""
+    """Returns a model that can be used now. Raises ModelNotFound, WrongState."""
     model = find(session, project_id, name, param=param)
     if model.status != "ready":
         raise WrongState(
@@ -106,7 +106,7 @@ def alias_of(session: Session, model: Model, name: str) -> str | None:
 
 
 def register_base(session: Session, *, name: str, source: str, chat_template: str | None = None) -> Model:
-    """A base on its way: a worker converts and stores it. Raises InvalidValue when the name is taken.
+    """Returns a base on its way: a worker converts and stores it. Raises InvalidValue when the name is taken.
 
     `chat_template`: Jinja text that replaces the source's own.
 

@@ -101,7 +101,7 @@ def erase(storage: Storage, project_id: str, *, transaction: Transaction = db.tr
 
 
 def _owned(project_id: str) -> dict[type[Base], ColumnElement[bool]]:
-    """Which rows are the project's, by table; each table comes before those that its rows refer to."""
+    """Returns which rows are the project's, by table; each table comes before those that its rows refer to."""
     jobs = _ids(Job, project_id)
     endpoints = _ids(WebhookEndpoint, project_id)
     deliveries = select(Delivery.id).where(Delivery.endpoint_id.in_(endpoints))

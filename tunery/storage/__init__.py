@@ -27,7 +27,7 @@ __all__ = [
 
 
 def open_storage(settings: Settings) -> Storage:
-    """The storage that `settings.storage_url` names: file:///DIR or s3://BUCKET[/PREFIX]. Raises ValueError."""
+    """Returns the storage that `settings.storage_url` names: file:///DIR or s3://BUCKET[/PREFIX]. Raises ValueError."""
     url = urlsplit(settings.storage_url)
     if url.scheme == "file" and not url.netloc and url.path.startswith("/"):
         return Directory(Path(unquote(url.path)))

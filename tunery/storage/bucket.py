@@ -165,7 +165,7 @@ class Bucket:
 
 
 def disposition(filename: str) -> str:
-    """A Content-Disposition that downloads as `filename`, whatever characters it has (RFC 6266)."""
+    """Returns a Content-Disposition that downloads as `filename`, whatever characters it has (RFC 6266)."""
     plain = re.sub(r'[^\x20-\x7e]|["\\%]', "_", filename)
     return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}"
 

@@ -70,7 +70,7 @@ _PART_OF_KEY = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*")
 
 
 def check_key(key: str) -> str:
-    """The key itself, if it is one: parts joined by `/`, none hidden, `..` or empty. Raises ValueError.
+    """Returns the key itself, if it is one: parts joined by `/`, none hidden, `..` or empty. Raises ValueError.
 
     A wrong key is a fault of ours or a forged manifest, never a user's typing error, hence no message for users.
     """

@@ -69,7 +69,7 @@ def is_public(address: Address) -> bool:
 
 
 def _unwrapped(address: IPv6Address) -> IPv4Address | None:
-    """The IPv4 address that a mapped, NAT64 or 6to4 address really leads to."""
+    """Returns the IPv4 address that a mapped, NAT64 or 6to4 address really leads to."""
     if address.ipv4_mapped is not None:
         return address.ipv4_mapped
     if address in _NAT64:

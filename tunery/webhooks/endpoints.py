@@ -32,7 +32,7 @@ def create(
     allow: Sequence[Network],
     resolver: Resolver = resolve,
 ) -> WebhookEndpoint:
-    """A new endpoint; its `secret` is to be shown once. Raises InvalidValue, AddressRefused."""
+    """Returns a new endpoint; its `secret` is to be shown once. Raises InvalidValue, AddressRefused."""
     held = session.scalar(select(func.count()).where(_live(project_id)))
     if (held or 0) >= MOST:
         raise InvalidValue(reason=f"This project has {held} webhook endpoints, the most it may have. Delete one first.")
@@ -110,7 +110,7 @@ def delete(session: Session, project_id: str, endpoint_id: str) -> None:
 
 
 def rotate_secret(session: Session, project_id: str, endpoint_id: str, *, keep_old: bool = False) -> WebhookEndpoint:
-    """A new `secret`, to be shown once; with `keep_old` the old one signs too for OVERLAP. Raises NotFound."""
+    """Returns a new `secret`, to be shown once; with `keep_old` the old one signs too for OVERLAP. Raises NotFound."""
     endpoint = retrieve(session, project_id, endpoint_id)
     now = db.now(session)
     endpoint.previous_secret = endpoint.secret if keep_old else None
@@ -121,7 +121,7 @@ def rotate_secret(session: Session, project_id: str, endpoint_id: str, *, keep_o
 
 
 def sample(session: Session, project_id: str, endpoint_id: str, event_type: str) -> Message:
-    """A made-up event for an endpoint, to be sent by `deliver_sample`. Raises NotFound, InvalidValue.
+    """Returns a made-up event for an endpoint, to be sent by `deliver_sample`. Raises NotFound, InvalidValue.
 
     Two steps, so that no transaction stays open while a slow receiver thinks.
     """
@@ -143,7 +143,7 @@ def deliver_sample(message: Message, settings: Settings, *, resolver: Resolver =
 
 
 def secrets_of(endpoint: WebhookEndpoint, now: datetime) -> tuple[str, ...]:
-    """The secrets that sign at `now`, the current one first."""
+    """Returns the secrets that sign at `now`, the current one first."""
     if endpoint.previous_secret and endpoint.previous_valid_until and now < endpoint.previous_valid_until:
         return endpoint.secret, endpoint.previous_secret
     return (endpoint.secret,)

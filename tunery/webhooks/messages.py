@@ -37,22 +37,22 @@ class Message:
 
 
 def event_type(outcome: str) -> str:
-    """The event of a job's final state: `succeeded` -> `fine_tuning.job.succeeded`."""
+    """Returns the event of a job's final state: `succeeded` -> `fine_tuning.job.succeeded`."""
     return f"fine_tuning.job.{outcome}"
 
 
 def file_event_type(outcome: str) -> str:
-    """The event of a file whose report is there: `processed` -> `file.processed`."""
+    """Returns the event of a file whose report is there: `processed` -> `file.processed`."""
     return f"file.{outcome}"
 
 
 def baseline_event_type(status: str) -> str:
-    """The event of a baseline's end: `succeeded` -> `fine_tuning.baseline.succeeded`."""
+    """Returns the event of a baseline's end: `succeeded` -> `fine_tuning.baseline.succeeded`."""
     return f"fine_tuning.baseline.{status}"
 
 
 def event_id(own_id: str) -> str:
-    """The body's event id, made from the stored event's own, so that it is the same whenever it is built."""
+    """Returns the body's event id, made from the stored event's own, so that it is the same whenever it is built."""
     return ids.WEBHOOK_EVENT + own_id.removeprefix(ids.EVENT).removeprefix(ids.FILE_EVENT).removeprefix(ids.BASELINE)
 
 
@@ -67,7 +67,7 @@ def encode(
     scorecard: Mapping[str, Any] | None = None,
     report: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The body about a job or a file. The same event gives the same bytes on every try.
+    """Returns the body about a job or a file. The same event gives the same bytes on every try.
 
     `gate`: its verdict on the job's model, where the job has one; `withheld`: whether it kept the model back.
     `scorecard`: the job's, of which the body has the primary metric. `report`: the summary of the file's.

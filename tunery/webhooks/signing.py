@@ -10,7 +10,7 @@ PREFIX = "whsec_"
 
 
 def new_secret() -> str:
-    """A fresh secret: `whsec_` and 32 random bytes in standard base64 with its padding.
+    """Returns a new secret: `whsec_` and 32 random bytes in standard base64 with its padding.
 
     Padding and alphabet matter: one common verifier refuses unpadded text, and url-safe base64 gives both of the common
     ones a wrong key without a word.
@@ -35,5 +35,5 @@ def headers(keys: Sequence[str], message_id: str, timestamp: int, body: bytes) -
 
 
 def hint(secret: str) -> str:
-    """What people recognise a secret by: `whsec_…` and its last four characters."""
+    """Returns what people recognise a secret by: `whsec_…` and its last four characters."""
     return f"{PREFIX}…{secret.rstrip('=')[-4:]}"

@@ -197,7 +197,7 @@ def _lay_out(
 
 
 def _scores(run_dir: Path, prompts: Prompts, variants: list[Variant], reason: str | None) -> list[dict[str, Any]]:
-    """The scores of a model, and of those variants that it was not asked by why."""
+    """Returns the scores of a model, and of those variants that it was not asked by why."""
     if reason is not None:
         lost = [PromptScore(shots=one.shots, nearest=one.nearest, error=reason) for one in variants]
         return [score.model_dump(mode="json") for score in lost]
@@ -211,7 +211,7 @@ def _scores(run_dir: Path, prompts: Prompts, variants: list[Variant], reason: st
 def _ask_external(
     baseline: Baseline, prompts: Prompts, folder: Path, settings: Settings, storage: Storage, watch: _Watch
 ) -> dict[str, Any]:
-    """What the external endpoint scored."""
+    """Returns what the external endpoint scored."""
     asked = External.model_validate(baseline.order["external"])
     run_dir = folder / f"run-{1 + len([id for id in baseline.order['compare'] if id != baseline.model])}"
     variants = _asked(prompts, is_first=False, is_tuned=False)
@@ -230,7 +230,7 @@ def _ask_external(
 
 
 def _key(baseline: Baseline, settings: Settings) -> SecretStr | None:
-    """The endpoint's key. Raises _Ended where it cannot be read any more."""
+    """Returns the endpoint's key. Raises _Ended where it cannot be read any more."""
     if baseline.external_key is None:
         return None
     if settings.external_secret is None:

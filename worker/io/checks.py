@@ -80,7 +80,7 @@ class Findings:
 
 
 def judge(case: Case, settings: Settings, storage: Storage) -> Verdict:
-    """The plan of a job that can succeed. Raises JobFailure where it cannot, CannotRender, ObjectMissing,
+    """Returns the plan of a job that can succeed. Raises JobFailure where it cannot, CannotRender, ObjectMissing,
     ChecksumMismatch where its base or files cannot be read."""
     texts = staging.text_folder(settings.models_dir, storage, case.rendered_by)
     template = ChatTemplate.load(texts, now=case.now)
@@ -106,7 +106,7 @@ def check_files(case: Case, found: Findings) -> list[str]:
 
 
 def _summarise(case: Case, found: Findings, role: FileRole, file: File) -> Summary:
-    """What the file holds: read, or as a job before this one has read it here."""
+    """Returns what the file holds: read, or as a job before this one has read it here."""
     encoder = find_encoder(case.spec.method, role, case.spec.columns, case.spec.cut_answers)
     reading, answered = Reading(role, encoder, found.template, case.max_length), _answered(case.spec.evaluation, role)
     overlap = found.overlap if len(case.files) > 1 else None
@@ -130,7 +130,7 @@ def _summarise(case: Case, found: Findings, role: FileRole, file: File) -> Summa
 
 
 def _answered(evaluation: Evaluation, role: FileRole) -> int:
-    """How many of a file's rows, from its start, hold those that a model is going to answer."""
+    """Returns how many of a file's rows, from its start, hold those that a model is going to answer."""
     sampled = sys.maxsize if evaluation.task_rows else 0  # spread over the whole file
     return {"test": evaluation.max_rows, "validation": sampled}.get(role, 0)
 
@@ -208,7 +208,7 @@ def _plan(case: Case, summaries: Mapping[FileRole, Summary]) -> Plan:
 
 
 def _counts(summaries: Mapping[FileRole, Summary]) -> Counts:
-    """What a quote is made of, counted row by row."""
+    """Returns what a quote is made of, counted row by row."""
     training, valid, test = (summaries.get(role) for role in ("training", "validation", "test"))
     assert training is not None, "a job has a training file"
     return Counts(
@@ -221,5 +221,5 @@ def _counts(summaries: Mapping[FileRole, Summary]) -> Counts:
 
 
 def _cpu_bytes(case: Case, found: Findings) -> int | None:
-    """What the job needs of a host without a GPU; None where there is a GPU, for which it waits."""
+    """Returns what the job needs of a host without a GPU; None where there is a GPU, for which it waits."""
     return None if placing.find_gpus(case.devices) else found.cpu_bytes

@@ -61,7 +61,7 @@ def _convert(model_id: str, settings: Settings, storage: Storage, drain: Drain) 
 
 
 def _arguments(source: str, folder: Path, template: str | None) -> list[str]:
-    """The converter's arguments. A template is passed as a file, as it may be longer than a command line."""
+    """Returns the converter's arguments. A template is passed as a file, as it may be longer than a command line."""
     arguments = [source, str(folder / "out")]
     if template is not None:
         (folder / "given.jinja").write_text(template, encoding="utf-8")
@@ -70,7 +70,7 @@ def _arguments(source: str, folder: Path, template: str | None) -> list[str]:
 
 
 def _variables(out: Path) -> dict[str, str]:
-    """The environment of a conversion, which may reach a model hub."""
+    """Returns the environment of a conversion, which may reach a model hub."""
     passed = {name: value for name, value in os.environ.items() if name.upper() in _FOR_HUBS}
     variables = {**environment((), str(out)), **passed}
     del variables["HF_HUB_OFFLINE"]

@@ -57,7 +57,7 @@ def answer(
 
 
 def _chats(path: Path) -> list[dict[str, Any]]:
-    """The prompts as requests spell them: without the wanted answer, and what only training reads."""
+    """Returns the prompts as requests spell them: without the wanted answer, and what only training reads."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -74,7 +74,7 @@ def _ask_all(
     settings: Settings,
     watch: Watch,
 ) -> list[Said]:
-    """The answers in order. Raises NoAnswer."""
+    """Returns the answers in order. Raises NoAnswer."""
     with ThreadPoolExecutor(AT_ONCE, "tunery-external") as pool:
         flying: list[Future[Said]] = [
             pool.submit(external.ask, asked, key, chat, limit=limit, allow=settings.external_allow) for chat in chats

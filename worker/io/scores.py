@@ -66,7 +66,7 @@ def _lay_out(model_id: str, run_dir: Path, settings: Settings, storage: Storage)
 
 
 def needs_of(session: Session, model: Model, evaluation: Evaluation) -> Needs:
-    """What a model has to find that answers the test file of an evaluation. Raises NotFound."""
+    """Returns what a model has to find that answers the test file of an evaluation. Raises NotFound."""
     file = session.get(File, evaluation.test_file)
     if file is None or file.deleted_at is not None:
         raise NotFound(kind="file", id=evaluation.test_file)

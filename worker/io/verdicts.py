@@ -44,7 +44,7 @@ class Recorded(Overlap):
 
 
 def find(path: Path, reading: Reading, read: Callable[[], Iterator[bytes]], overlap: Recorded) -> Summary | None:
-    """The summary of a file that was read before; None where there is none that is whole. `read` gives the
+    """Returns the summary of a file that was read before; None where there is none that is whole. `read` gives the
     file's bytes, of which the first row is read."""
     try:
         digest, body = path.read_bytes().split(b"\n", 1)
@@ -76,14 +76,14 @@ def _digest(body: bytes) -> bytes:
 
 
 def _summary(kept: dict[str, Any], shape: FileShape) -> Summary:
-    """What JSON has made lists and texts of is what it was."""
+    """Returns the summary that was kept as JSON, with its own types."""
     spelled = {int(number): tuple(tokens) for number, tokens in kept.pop("spelled").items()}
     answers = [(number, tokens) for number, tokens in kept.pop("answer_tokens")]
     return Summary(**kept, spelled=spelled, answer_tokens=answers, shape=shape)
 
 
 def _shape(used: dict[str, str], reading: Reading, chunks: Iterator[bytes]) -> FileShape:
-    """The shape of the file, which its first row decides."""
+    """Returns the shape of the file, which its first row decides."""
     shape = FileShape(reading.encoder.columns)
     reading.encoder.parse(next(encoding.read_rows(chunks, reading.role, shape)), reading.role)
     shape.used |= used

@@ -38,7 +38,7 @@ class DriverFails(Exception):
 
 
 def host() -> str:
-    """The name under which this machine's devices are counted."""
+    """Returns the name under which this machine's devices are counted."""
     return socket.gethostname()
 
 
@@ -137,7 +137,7 @@ def _is_busy(index: int) -> bool:
 
 
 def _if_known(ask: Callable[[Any], Any], handle: Any) -> Any:
-    """The driver's answer; None where this kind of GPU has none, which is no failure."""
+    """Returns the driver's answer; None where this kind of GPU has none, which is no failure."""
     try:
         return ask(handle)
     except pynvml.NVMLError_NotSupported:
@@ -152,7 +152,7 @@ def _is_visible(gpu: Device, visible: str) -> bool:
 
 
 def memory_bytes() -> int:
-    """The host's memory, or the container's share of it."""
+    """Returns the host's memory, or the container's share of it."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"

@@ -7,7 +7,7 @@ from tunery import trainer_protocol as protocol
 
 
 def of_step(step: protocol.Step) -> dict[str, Any]:
-    """A step's row in `job_metrics`."""
+    """Returns a step's row in `job_metrics`."""
     return finite(
         train_loss=step.train_loss,
         train_mean_token_accuracy=step.train_accuracy,
@@ -24,7 +24,7 @@ def of_step(step: protocol.Step) -> dict[str, Any]:
 
 
 def of_evaluation(evaluated: protocol.Evaluated) -> dict[str, Any]:
-    """What an evaluation adds to its step's row."""
+    """Returns what an evaluation adds to its step's row."""
     return finite(
         full_valid_loss=evaluated.loss,
         full_valid_mean_token_accuracy=evaluated.accuracy,
@@ -34,7 +34,7 @@ def of_evaluation(evaluated: protocol.Evaluated) -> dict[str, Any]:
 
 
 def of_score(score: protocol.Score) -> dict[str, Any]:
-    """The scorecard's figures, of base and tuned model."""
+    """Returns the scorecard's figures, of base and tuned model."""
     found: dict[str, float | None] = {"base_exact": score.base_exact, "tuned_exact": score.tuned_exact}
     for name, measure in score.metrics.items():
         found |= {f"base_{name}": measure.base, f"tuned_{name}": measure.tuned}
@@ -44,10 +44,10 @@ def of_score(score: protocol.Score) -> dict[str, Any]:
 
 
 def finite(**values: float | None) -> dict[str, Any]:
-    """Those that are numbers: jsonb knows no NaN, and what was not measured is left out."""
+    """Returns those that are numbers: jsonb knows no NaN, and what was not measured is left out."""
     return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
 def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
-    """A method's own measures as rows of `job_metrics` name them: `train_rewards_margin`."""
+    """Returns a method's own measures as rows of `job_metrics` name them: `train_rewards_margin`."""
     return {f"{prefix}_{name}": value for name, value in metrics.items()}

@@ -113,7 +113,7 @@ class Trainers:
             self._next = Preloaded(self._gpus, self.mark, self._log)
 
     def start(self, run_dir: Path, gpus: tuple[int, ...]) -> "Trainer":
-        """The trainer of `run_dir` on these GPUs."""
+        """Returns the trainer of `run_dir` on these GPUs."""
         preloaded, self._next, self._gpus = self._next, None, gpus
         return Trainer(run_dir, gpus, self.mark, preloaded)
 
@@ -162,7 +162,7 @@ class Trainer:
             yield said
 
     def wait(self) -> int:
-        """Its exit status (negative: the signal that ended it), when the whole group is gone."""
+        """Returns its exit status (negative: the signal that ended it), when the whole group is gone."""
         status = self._process.wait()
         self._gone.wait()
         return status

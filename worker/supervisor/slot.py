@@ -120,7 +120,7 @@ class Slot:
 
 
 def _first_gpu(name: str, found: list[Device]) -> tuple[int, ...]:
-    """The GPU that a slot's first job probably gets: the host's slots, which are numbered, get one each."""
+    """Returns the GPU that a slot's first job probably gets: the host's slots, which are numbered, get one each."""
     gpus = [device.index for device in found if device.index is not None]
     number = name.rpartition("/")[2]
     return (gpus[int(number) % len(gpus)],) if gpus and number.isdigit() else tuple(gpus[:1])

@@ -48,7 +48,7 @@ class StoredFolder:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The inverse of str(), which is how `jobs.snapshot` names a snapshot."""
+        """Returns the inverse of str(), which is how `jobs.snapshot` names a snapshot."""
         prefix, _, sha256 = text.rpartition("@")
         return cls(prefix, sha256)
 
@@ -76,7 +76,7 @@ class Needs:
 def base_folder(
     models_dir: Path, storage: Storage, prefix: str, manifest_sha256: str, check: Check = lambda: None
 ) -> Path:
-    """A model's folder on this host, filled once and used in place: models_dir/<manifest_sha256>.
+    """Returns a model's folder on this host, filled once and used in place: models_dir/<manifest_sha256>.
 
     Its name is its content, so a folder with a manifest is complete and never changes. Several processes may ask at
     once; one fetches. Raises ObjectMissing, ChecksumMismatch, StorageFailed, and what `check` raises meanwhile.
@@ -91,7 +91,7 @@ def base_folder(
 
 
 def _without_exports(storage: Storage, prefix: str, sha256: str) -> manifest.Manifest:
-    """The model's own files. Its exports are for other programs, and may be a thousand times as large."""
+    """Returns the model's own files. Its exports are for other programs, and may be a thousand times as large."""
     listed = manifest.load(storage, prefix, sha256)
     own = [file for file in listed.files if not file.path.startswith(EXPORTS)]
     return manifest.Manifest(files=tuple(own))
@@ -103,7 +103,7 @@ def text_folder(models_dir: Path, storage: Storage, model: Model) -> Path:
 
 
 def texts_folder(models_dir: Path, storage: Storage, stored: StoredFolder) -> Path:
-    """The same of a stored folder. Raises ObjectMissing, ChecksumMismatch, StorageFailed."""
+    """Returns the same of a stored folder. Raises ObjectMissing, ChecksumMismatch, StorageFailed."""
     whole, folder = models_dir / stored.sha256, models_dir / f"{stored.sha256}.texts"
     if (whole / manifest.NAME).exists():
         return whole
@@ -164,7 +164,7 @@ def lay_out(needs: Needs, run_dir: Path, models_dir: Path, storage: Storage, che
 
 
 def needs_of(session: Session, job: Job) -> Needs:
-    """What the job's next attempt has to find in its run directory."""
+    """Returns what the job's next attempt has to find in its run directory."""
     plan = Plan.model_validate(job.plan)
     ids = {"train": job.training_file, "valid": job.validation_file, "test": job.test_file, "replay": job.replay_file}
     files = {name: session.get_one(File, id) for name, id in ids.items() if id is not None}
@@ -190,7 +190,7 @@ def needs_of(session: Session, job: Job) -> Needs:
 
 
 def _flat(options: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """A plan's options by dotted names; those that have no value are left out."""
+    """Returns a plan's options by dotted names; those that have no value are left out."""
     found: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, Mapping):

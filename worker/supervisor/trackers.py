@@ -161,7 +161,7 @@ class Trackers:
         self._keeper.write(lambda session: _note_once(session, self._keeper.lease.job_id, message))
 
     def _environment(self, kind: str) -> dict[str, str] | None:
-        """What a tracker's process sees; None where the operator has not set it up."""
+        """Returns what a tracker's process sees; None where the operator has not set it up."""
         own = _of_wandb(self._settings) if kind == "wandb" else _of_mlflow(self._settings)
         if own is None:
             return None

@@ -64,7 +64,7 @@ class UploadPace:
         self._seconds += seconds
 
     def seconds(self, bytes: int) -> float:
-        """The time that so many bytes will take."""
+        """Returns the time that so many bytes will take."""
         return bytes * (self._seconds / self._bytes if self._bytes else 1 / _BYTES_A_SECOND)
 
 

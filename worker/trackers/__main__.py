@@ -103,7 +103,7 @@ OPENERS: dict[str, Callable[[dict[str, Any]], Tracker]] = {"wandb": open_wandb, 
 
 
 def main() -> int:
-    """The exit status: 1 where the tracker could not be reached."""
+    """Returns the exit status: 1 where the tracker could not be reached."""
     # Libraries print to standard output; what we say there must be ours alone.
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

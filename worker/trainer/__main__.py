@@ -30,7 +30,7 @@ def main() -> int:
 
 
 def _wait_for_folder() -> Path | None:
-    """The run directory, whose log is this process's from now on; None when nobody is left to name one."""
+    """Returns the run directory, whose log is this process's from now on; None when nobody is left to name one."""
     line = sys.stdin.buffer.readline()
     if not line.endswith(b"\n"):
         return None

@@ -69,7 +69,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         return torch.zeros(size, dtype=torch.bfloat16, device=large[0].device if large else None)
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:
-        """The state of a parameter, made before its first step."""
+        """Returns the state of a parameter, made before its first step."""
         state: dict[str, Any] = self.state[parameter]
         if state:
             return state
@@ -122,7 +122,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         )  # fmt: skip
 
     def _code_books(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The 256 values of the first and of the second moment."""
+        """Returns the 256 values of the first and of the second moment."""
         if self._codes is None:
             self._codes = tuple(bitsandbytes.create_dynamic_map(signed=s).to(device) for s in (True, False))
         return self._codes
@@ -134,7 +134,7 @@ def _is_large(parameter: Tensor) -> bool:
 
 
 def _place(parameter: Tensor, name: str) -> tuple[str, int]:
-    """What a parameter's random bits are drawn by: a name, and the place of its first element.
+    """Returns what a parameter's random bits are drawn by: a name, and the place of its first element.
 
     A piece is rounded as it is within the whole weight, where it begins at a block of random bits.
     """
@@ -144,6 +144,6 @@ def _place(parameter: Tensor, name: str) -> tuple[str, int]:
 
 
 def _part(state: dict[str, Any], part: slice) -> list[Tensor]:
-    """The moments of some elements, and their scales."""
+    """Returns the moments of some elements, and their scales."""
     scales = slice(part.start // QUANTISED, -(-part.stop // QUANTISED))
     return [state["state1"][part], state["state2"][part], state["absmax1"][scales], state["absmax2"][scales]]

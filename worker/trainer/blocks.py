@@ -59,7 +59,7 @@ class Block:
 
 
 def gather(judged: Iterable[Judged]) -> Block:
-    """The examples of encoded lines, up to the first with a fault."""
+    """Returns the examples of encoded lines, up to the first with a fault."""
     block = Block()
     for line in judged:
         if line.encoded is None:

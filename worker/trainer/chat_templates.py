@@ -33,7 +33,7 @@ def write(source: str, out: Path, given: str | None = None) -> None:
 
 
 def in_folder(source: str) -> str | None:
-    """The text of `chat_template.jinja` where `source` is a folder that has one."""
+    """Returns the text of `chat_template.jinja` where `source` is a folder that has one."""
     path = Path(source) / FILE
     return path.read_text() if path.is_file() else None
 

@@ -63,7 +63,7 @@ def save_for_later(t: Training, progress: Progress) -> None:
 
 
 def snapshot_path(folder: Path, progress: Progress) -> Path:
-    """Where the snapshot of the last step lies, if there is one."""
+    """Returns where the snapshot of the last step lies, if there is one."""
     return folder / "snapshots" / f"step-{progress.step}"
 
 
@@ -100,7 +100,7 @@ def _write_snapshot(
 
 
 def find_snapshot(t: Training) -> Path | None:
-    """The newest snapshot that belongs to this very run and is undamaged: of this directory, or `resume/`."""
+    """Returns the newest snapshot that belongs to this very run and is undamaged: of this directory, or `resume/`."""
     found = [*(t.folder / "snapshots").glob("step-*"), t.folder / "resume"]
     states = {folder: state for folder in found if (state := _read_state(folder)) is not None}
     for folder, state in sorted(states.items(), key=lambda item: -int(item[1]["progress"]["step"])):
@@ -120,13 +120,13 @@ def find_snapshot(t: Training) -> Path | None:
 
 
 def _weight_names(folder: Path) -> set[str]:
-    """The names of the weights in a snapshot, which an earlier release may have chosen otherwise."""
+    """Returns the names of the weights in a snapshot, which an earlier release may have chosen otherwise."""
     with safe_open(folder / "weights.safetensors", framework="pt") as file:
         return set(file.keys())
 
 
 def _read_state(folder: Path) -> dict[str, Any] | None:
-    """A snapshot's numbers; None where there are none that can be read."""
+    """Returns a snapshot's numbers; None where there are none that can be read."""
     path = folder / "state.json"
     if not path.exists():
         return None
@@ -224,7 +224,7 @@ def save_public(t: Training, progress: Progress) -> str:
 
 
 def whole_weights(t: Training) -> recipe.Weights | None:
-    """What an artifact is written of where the model is cut over the ranks, each of which has to call this.
+    """Returns what an artifact is written of where the model is cut over the ranks, each of which has to call this.
 
     None where the model itself has it: adapters are whole on every rank.
     """
@@ -308,7 +308,7 @@ def _read(path: Path, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str,
 
 
 def _cut(t: Training) -> set[str]:
-    """The names of the parameters that are pieces."""
+    """Returns the names of the parameters that are pieces."""
     return {name for name, parameter in t.parameters.items() if pieces.of(parameter) is not None}
 
 
@@ -324,7 +324,7 @@ def _fits_cut(t: Training, folder: Path, ranks: int) -> bool:
 
 
 def _names(t: Training) -> list[str]:
-    """The names of the optimizer's parameters, in its order."""
+    """Returns the names of the optimizer's parameters, in its order."""
     name_of = {id(parameter): name for name, parameter in t.parameters.items()}
     return [name_of[id(parameter)] for group in t.optimizer.param_groups for parameter in group["params"]]
 
@@ -381,7 +381,7 @@ def _set_random_state(tensors: dict[str, torch.Tensor], prefix: str) -> None:
 
 
 def _best_public(t: Training) -> int | None:
-    """The step of the best checkpoint that is kept, as the validation file sees it; None where it saw none."""
+    """Returns the step of the best checkpoint that is kept, as the validation file sees it; None where it saw none."""
     losses = {
         entry["step"]: -entry["task_score"] if t.chooses_by_task else entry["loss"]
         for entry in t.writer.metrics

@@ -84,12 +84,12 @@ class Children:
 
 
 def exit_code(failed: Failed) -> int:
-    """The exit code of a rank that failed so."""
+    """Returns the exit code of a rank that failed like this."""
     return EXIT_USER_ERROR if failed.kind in {"user_error", "nan_loss"} else 1
 
 
 def _failed(line: bytes) -> Failed | None:
-    """A child's reason, if that is what it says."""
+    """Returns a child's reason, if that is what it says."""
     with contextlib.suppress(ValidationError):
         if isinstance(said := parse(line), Failed):
             return said

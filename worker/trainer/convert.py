@@ -66,7 +66,7 @@ def convert(source: str, out: Path, chat_template: str | None = None) -> dict[st
 
 
 def _download(source: str, folder: str) -> Path:
-    """The hub's files in `folder`; `id@revision` names a revision. HF_ENDPOINT and HF_TOKEN are honoured."""
+    """Downloads the hub's files into `folder`; `id@revision` names a revision. Honours HF_ENDPOINT and HF_TOKEN."""
     name, _, revision = source.partition("@")
     try:
         names = HfApi().list_repo_files(name, revision=revision or None)

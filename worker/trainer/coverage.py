@@ -37,7 +37,7 @@ class Weight:
 
 
 def describe(model: nn.Module, technique: Technique, *, quantised: bool) -> dict[str, Any]:
-    """The report: shares of the linear weights that learn and that are `quantised` (None where none is to be).
+    """Returns the report: shares of the linear weights that learn and that are `quantised` (None where none is to be).
 
     `kinds` counts both by kind of module. Modules that text never passes are named and left out of the shares.
     """
@@ -71,19 +71,19 @@ def facts(config: Any) -> dict[str, Any]:
 
 
 def _active_size(text: Any) -> int:
-    """The width of all experts that a token passes, shared ones too."""
+    """Returns the width of all experts that a token passes, shared ones too."""
     size = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 0
     chosen = getattr(text, "num_experts_per_tok", None) or 0
     return int(size) * (int(chosen) + (getattr(text, "n_shared_experts", None) or 0))
 
 
 def of(t: Training) -> dict[str, Any]:
-    """The report of a run."""
+    """Returns the report of a run."""
     return describe(t.objective.model, t.plan.technique, quantised=t.precision.quantised)
 
 
 def warnings(report: dict[str, Any]) -> list[str]:
-    """A sentence for each share below LEAST, naming the largest kinds that were left out."""
+    """Returns a sentence for each share below LEAST, naming the largest kinds that were left out."""
     words = {"learning": "have adapters or learn themselves", "quantised": "are in four bits"}
     return [
         f"Only {report[share]:.0%} of the base's linear weights {said}. Left out: {_left_out(report, share)}."

@@ -46,7 +46,7 @@ class CudaGraphs:
         self.failed = False
 
     def run(self, batch: Batch) -> Tensor:
-        """The method's sums over a batch, "loss" times SCALE; its gradient, times SCALE, is added to `.grad`.
+        """Returns the method's sums over a batch, "loss" times SCALE; its gradient, times SCALE, is added to `.grad`.
 
         The first batch of a shape runs as usual, which also warms its kernels up; the second is recorded.
         """
@@ -77,7 +77,7 @@ class CudaGraphs:
 
 
 def forward_backward(objective: Objective, batch: Batch, scale: float) -> Tensor:
-    """A forward and a backward pass; the method's sums in their order, "loss" times `scale`."""
+    """Runs a forward and a backward pass; returns the method's sums in their order, "loss" times `scale`."""
     sums = objective.sums(batch, scale)
     sums["loss"].backward()
     return torch.stack([sums[name].detach().double() for name in objective.method.sums])
@@ -89,7 +89,7 @@ def worthwhile(objective: Objective, tokens: int) -> bool:
 
 
 def reason_against(objective: Objective, tokens: int) -> str | None:
-    """Why micro-batches of so many tokens are not recorded; None where they are."""
+    """Returns why micro-batches of so many tokens are not recorded; None where they are."""
     config = objective.causal.config.get_text_config()
     reasons = {
         "the method's passes differ from batch to batch": not objective.method.recordable,
@@ -106,7 +106,7 @@ def reason_against(objective: Objective, tokens: int) -> str | None:
 
 
 def _shape(batch: Batch) -> tuple[object, ...]:
-    """All that a recorded pass has taken for constant."""
+    """Returns all that a recorded pass has taken for constant."""
     ends = None if batch.borders is None or batch.borders.ends is None else batch.borders.ends.shape
     longest = None if batch.borders is None else batch.borders.longest
     return batch.input_ids.shape, batch.label_positions.shape, batch.position_ids is not None, ends, longest

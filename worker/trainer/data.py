@@ -140,7 +140,7 @@ def read_rows(
     encoder: encoding.RowEncoder = encoding.CHATS,
     kept: Path | None = None,
 ) -> Rows:
-    """Every line as examples, by the encoder of a method. Lines with nothing to learn are left out and counted.
+    """Returns every line as examples, by the encoder of a method. Lines with nothing to learn are left out and counted.
 
     Of more than MOST_IN_MEMORY tokens the examples lie in a file beside `path`, or in `kept`: a folder of rows that
     were prepared before, which are not prepared again. Raises InvalidTrainingFile, also when no example is left.
@@ -202,19 +202,19 @@ def read_parsed(
 
 @lru_cache(2)  # of the task and of replay: a million rows take 50 ms to shuffle, which each step asks for
 def order(count: int, seed: int, epoch: int) -> list[int]:
-    """The seeded order in which `count` examples are seen in an epoch (counted from 0)."""
+    """Returns the seeded order in which `count` examples are seen in an epoch (counted from 0)."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     shuffled: list[int] = torch.randperm(count, generator=generator).tolist()
     return shuffled
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
-    """The last step of an epoch takes what is left, however little."""
+    """Returns how many steps an epoch has; its last one takes what is left, however little."""
     return -(-rows // batch_size)
 
 
 def rows_of_step(count: int, step: int, batch_size: int, seed: int) -> list[int]:
-    """Indexes of the examples of a step (counted from 1), out of `count`."""
+    """Returns indexes of the examples of a step (counted from 1), out of `count`."""
     epoch, place = divmod(step - 1, steps_per_epoch(count, batch_size))
     return order(count, seed, epoch)[place * batch_size : (place + 1) * batch_size]
 
@@ -251,7 +251,7 @@ def _cut(
     """Sequences of like length together."""
 
     def shape(packed: Packed) -> tuple[int, int]:
-        """How many sequences it becomes, and the longest."""
+        """Returns how many sequences it becomes, and the longest."""
         if shapes is not None and len(packed) == 1:
             return shapes[packed[0]]
         return 1, sum(lengths[i] for i in packed)
@@ -365,7 +365,7 @@ def _laid_out(sequences: list[list[Row]], width: int) -> tuple[Tensor, Tensor, l
 
 
 def _borders(lengths: list[int], pad_to: int, device: torch.device) -> Borders:
-    """The borders of rows behind each other; what pads them to a multiple of `pad_to` is a row of its own.
+    """Returns the borders of rows behind each other; what pads them to a multiple of `pad_to` is a row of its own.
 
     When padded, their number is padded too, by rows without a token, and the longest is rounded up: these are part of
     a shape that is recorded.

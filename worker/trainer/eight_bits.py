@@ -87,7 +87,7 @@ def install(
 
 
 def _narrow(objective: Objective, examples: Sequence[Example], device: torch.device) -> tuple[EightBits | None, str]:
-    """The run's narrow products, or why there are none."""
+    """Returns the run's narrow products, or why there are none."""
     if not fp8.available(device):
         return None, "this device does not multiply numbers of eight bits"
     if objective.method.reads_reference:
@@ -101,7 +101,7 @@ def _narrow(objective: Objective, examples: Sequence[Example], device: torch.dev
 
 
 def compare(objective: Objective, batch: Batch, names: Collection[str]) -> dict[str, tuple[float, float]]:
-    """The worse of both directions' cosines and length ratios of each layer's narrow product with its wide one.
+    """Returns the worse of both directions' cosines and length ratios of each layer's narrow product with its wide one.
 
     Each is made of the factors that the narrow pass meets. Why not whole gradients of narrow and of wide passes: in
     those the small errors of all layers above add up, whatever a layer does itself.
@@ -137,7 +137,7 @@ def _reason(cosine: float, ratio: float) -> str:
 
 
 def _shadow(examples: Sequence[Example], device: torch.device) -> Batch:
-    """The example of median length, the same on every rank."""
+    """Returns the example of median length, the same on every rank."""
     lengths = list(map(len, examples))
     example = examples[sorted(range(len(examples)), key=lengths.__getitem__)[len(examples) // 2]]
     return collate([example], [[0]], device)

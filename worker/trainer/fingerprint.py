@@ -46,7 +46,7 @@ _FORMAT_1: dict[str, tuple[str, ...]] = {
 
 
 def describe(run: Run, rows: Rows, precision: Precision) -> dict[str, Any]:
-    """What a snapshot says of its run."""
+    """Returns what a snapshot says of its run."""
     return {
         "plan": run.plan.model_dump(mode="json"),
         "base_model": run.base_model,
@@ -56,7 +56,7 @@ def describe(run: Run, rows: Rows, precision: Precision) -> dict[str, Any]:
 
 
 def difference(run: Run, rows: Rows, precision: Precision, state: dict[str, Any]) -> str | None:
-    """Why the snapshot of this `state.json` cannot be continued as this run; None where it can."""
+    """Returns why the snapshot of this `state.json` cannot be continued as this run; None where it can."""
     old, learning_in = state["run"], _learning_in(precision)
     if isinstance(old, str):
         return None if old == _format_1(run, rows) and learning_in == _WIDE else "it is of another plan or other rows"
@@ -85,7 +85,7 @@ def _that_train(plan: Plan) -> dict[str, Any]:
 
 
 def _format_1(run: Run, rows: Rows) -> str | None:
-    """The hash that format 1 had of this run; None where it could not have been of this run.
+    """Returns the hash that format 1 had of this run; None where it could not have been of this run.
 
     A packed run of that time counted its steps in sequences, not in rows.
     """

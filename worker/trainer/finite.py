@@ -15,7 +15,7 @@ _SHOWN = 300
 
 
 def failure(t: Training, *, value: object, step: int, rate: float, drawn: Sequence[int] = ()) -> NotFinite:
-    """The error of a step that ends the run; the rows that it drew are written to the log."""
+    """Returns the error of a step that ends the run; the rows that it drew are written to the log."""
     for number in drawn:
         for row in t.rows.examples[number].rows:
             text = t.template.tokenizer.decode(row.input_ids, skip_special_tokens=False)
@@ -34,7 +34,7 @@ def check_weights(t: Training, step: int, rate: float) -> None:
 
 
 def _kept(t: Training, step: int) -> str:
-    """The checkpoint that stays: that of the last epoch which ended before the step."""
+    """Returns the checkpoint that stays: that of the last epoch which ended before the step."""
     last = (step - 1) // t.steps_per_epoch * t.steps_per_epoch
     if last and t.run.public_checkpoints:
         return f"The checkpoint of step {last} is good and stays."

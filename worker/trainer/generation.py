@@ -13,7 +13,7 @@ Prompts = list[list[int]]
 
 
 def greedy(causal: Any, template: ChatTemplate, prompts: Prompts, limit: int) -> list[list[int]]:
-    """The likeliest ids after each prompt, at most `limit` of them; a stop token and padding may end them."""
+    """Returns the likeliest ids after each prompt, at most `limit` of them; a stop token and padding may end them."""
     return _generate(causal, template, prompts, limit, do_sample=False)
 
 

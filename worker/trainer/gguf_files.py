@@ -36,7 +36,7 @@ def _by_pattern(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def word_rule(pre: str) -> pre_tokenizers.PreTokenizer | None:
-    """The pre-tokenizer that `tokenizer.ggml.pre` names; None when it is not one that we know."""
+    """Returns the pre-tokenizer that `tokenizer.ggml.pre` names; None when it is not one that we know."""
     if pre in {"smollm", "starcoder", "refact", "codeshell", "command-r"}:
         return _digits_then_bytes()
     if pre in {"gpt-2", "gpt2"}:

@@ -13,7 +13,7 @@ _CPU = Path("/proc/cpuinfo")
 
 
 def describe(device: torch.device, ranks: int) -> dict[str, Any]:
-    """The device's name, how many took part, and what stands between them and the numbers."""
+    """Returns the device's name, how many took part, and what stands between them and the numbers."""
     described: dict[str, Any] = {"device": device_name(device), "count": ranks, "machine": platform.machine()}
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -31,12 +31,12 @@ def describe(device: torch.device, ranks: int) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's own name, or `cpu`."""
+    """Returns the GPU's own name, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def read_driver(path: Path) -> str | None:
-    """The version of the NVIDIA driver; None where the kernel does not say."""
+    """Returns the version of the NVIDIA driver; None where the kernel does not say."""
     return _found(r"Kernel Module(?: for \S+)?\s+([\d.]+)", path)
 
 

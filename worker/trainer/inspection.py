@@ -17,7 +17,7 @@ from worker.trainer import chat_templates
 
 
 def skeleton(source: str, out: Path) -> Any:
-    """The model that `out/config.json` describes, without weights. Raises UnusableModel."""
+    """Returns the model that `out/config.json` describes, without weights. Raises UnusableModel."""
     try:
         config = AutoConfig.from_pretrained(out, trust_remote_code=False)
         with torch.device("meta"):
@@ -27,7 +27,7 @@ def skeleton(source: str, out: Path) -> Any:
 
 
 def load(source: str, out: Path) -> Any:
-    """The model as a loader makes it, its weights on no device.
+    """Returns the model as a loader makes it, its weights on no device.
 
     Raises UnusableModel when the files, the config and the tokenizer do not belong together.
     """
@@ -43,7 +43,7 @@ def load(source: str, out: Path) -> Any:
 
 
 def facts(source: str, model: Any, template: ChatTemplate) -> dict[str, Any]:
-    """What planning needs to know of a model, whose weights may be on no device. Raises UnusableModel."""
+    """Returns what planning needs to know of a model, whose weights may be on no device. Raises UnusableModel."""
     try:
         return _facts(model, template)
     except AttributeError as error:  # a config of another kind than a decoder's

@@ -75,7 +75,7 @@ def compute(config: PretrainedConfig, precision: Precision, ranks: int, rank: in
 
 
 def _moments(count: int, whole: int, precision: Precision) -> int:
-    """Bytes of both moments, their scales, and a small weight's copy in fp32."""
+    """Returns bytes of both moments, their scales, and a small weight's copy in fp32."""
     wide = BYTES["float32"]
     if precision.moments == "float32":
         return 2 * wide * count

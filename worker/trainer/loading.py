@@ -58,7 +58,7 @@ def load(folder: Path, run: Run, template: ChatTemplate, rows: Rows, ranks: Rank
 
 
 def make_stepper(loaded: Loaded, optimizer: torch.optim.Optimizer, rows: Rows, work: preflight.Work) -> Stepper:
-    """The stepper, with the memory plan that fits. Raises DoesNotFit."""
+    """Returns the stepper, with the memory plan that fits. Raises DoesNotFit."""
     cut_over = None if loaded.shards is None else loaded.ranks
     return Stepper(
         loaded.objective,

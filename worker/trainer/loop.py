@@ -61,7 +61,7 @@ def train(t: Training, progress: Progress) -> bool:
 
 
 def learning_rate(plan: Plan, step: int, total: int) -> float:
-    """The rate of a step (1 to total): a straight rise over the warmup, then the schedule's fall. Never zero.
+    """Returns the rate of a step (1 to total): a straight rise over the warmup, then the schedule's fall. Never zero.
 
     A fall to a `min_ratio` above 0 arrives there at the last step; a fall to 0 one step later, where no step is lost.
     """
@@ -114,14 +114,14 @@ def _compare_products(t: Training, progress: Progress) -> None:
 
 
 def _shown(t: Training, totals: list[float], weight: float) -> Shown:
-    """What to show of a step's sums over all ranks, whose loss is a mean already."""
+    """Returns what to show of a step's sums over all ranks, whose loss is a mean already."""
     method = t.objective.method
     named = zip(method.sums, totals, strict=True)
     return method.shown({name: total if name == "loss" else total / weight for name, total in named})
 
 
 def _quick_validation(t: Training, step: int) -> dict[str, Any]:
-    """What is shown of one batch of the validation file, every thirtieth of the run or tenth step."""
+    """Returns what is shown of one batch of the validation file, every thirtieth of the run or tenth step."""
     every = max(10, t.total_steps // 30)
     if t.valid is None or (step % every and step != t.total_steps):
         return {}

@@ -20,7 +20,7 @@ class MemoryPlan:
 
 
 def next_after(plan: MemoryPlan, parts: list[MicroBatch]) -> MemoryPlan | None:
-    """The plan to take after `plan` ran out of memory on `parts`; None where there is none.
+    """Returns the plan to take after `plan` ran out of memory on `parts`; None where there is none.
 
     Half the tokens at once, down to one row; then one row with its activations made again.
     """

@@ -47,11 +47,11 @@ class Objective(nn.Module):
         return cross_entropy.scaled(*self._factors(batch), batch.targets, scale)
 
     def sums(self, batch: Batch, scale: float) -> dict[str, Tensor]:
-        """The method's sums over the batch; "loss" is `scale` times its sum."""
+        """Returns the method's sums over the batch; "loss" is `scale` times its sum."""
         return self.method.objective(self, batch, scale)
 
     def row_losses(self, batch: Batch) -> Tensor:
-        """The sum of the losses [rows] of each row's labelled tokens, in the order of `batch.labelled`."""
+        """Returns the sum of the losses [rows] of each row's labelled tokens, in the order of `batch.labelled`."""
         if self.chunked:
             losses = cross_entropy.each(*self._factors(batch), batch.targets)
         else:
@@ -113,7 +113,7 @@ class Objective(nn.Module):
         return hidden, head.to(hidden.dtype)  # a head of modules_to_save learns in fp32
 
     def _logits(self, batch: Batch) -> Tensor:
-        """The model's own logits [labelled, vocabulary] there."""
+        """Returns the model's own logits [labelled, vocabulary] there."""
         with self.autocast():
             return _labelled(self.causal(**self._inputs(batch)).logits, batch)
 
@@ -147,7 +147,7 @@ def _is_plain_product(causal: Any) -> bool:
 
 
 def all_and_trainable(model: nn.Module) -> tuple[int, int]:
-    """Numbers of all weights and of those that learn; a weight in 4 bits counts as the number it stands for."""
+    """Returns numbers of all weights and of those that learn; a weight in 4 bits counts as the number it stands for."""
     total = trainable = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

@@ -13,7 +13,7 @@ _TRIED = 10_000
 
 
 def _pair(objective: Objective, rows: Sequence[Row]) -> list[Row]:
-    """Two rows that could share a sequence, of most unlike length; fewer where none can.
+    """Returns two rows that could share a sequence, of most unlike length; fewer where none can.
 
     Rows of nearly the same length would not be laid behind each other.
     """

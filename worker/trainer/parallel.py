@@ -24,7 +24,7 @@ once by the process that started it, not by this."""
 
 
 def accelerator() -> Accelerator:
-    """The device of this rank, and its connection to the others where the environment names any."""
+    """Returns the device of this rank, and its connection to the others where the environment names any."""
     waiting = InitProcessGroupKwargs(timeout=PATIENCE)
     return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[waiting])
 
@@ -57,7 +57,7 @@ class Ranks:
         return bool(self.accelerator.is_main_process)
 
     def sum(self, numbers: Tensor) -> Tensor:
-        """The sum over all ranks."""
+        """Returns the sum over all ranks."""
         if self.count == 1:
             return numbers
         total = numbers.clone()
@@ -65,7 +65,7 @@ class Ranks:
         return total
 
     def most(self, number: int) -> int:
-        """The largest of the ranks' numbers."""
+        """Returns the largest of the ranks' numbers."""
         return int(max(self.gather(number)))
 
     def any(self, flag: bool) -> bool:
@@ -102,7 +102,7 @@ class Ranks:
                     parameter.data.copy_(sent)
 
     def broadcast(self, found: Any) -> Any:
-        """What rank 0 has found."""
+        """Returns what rank 0 has found."""
         return found if self.count == 1 else broadcast_object_list([found])[0]
 
     def add_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
@@ -123,7 +123,7 @@ class Ranks:
             pending.wait()
 
     def norm(self, parameters: Iterable[torch.nn.Parameter]) -> Tensor:
-        """The length of the gradient: of pieces that of all ranks together, of whole weights that of one."""
+        """Returns the length of the gradient: of pieces that of all ranks together, of whole weights that of one."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)
         for parameter in (p for p in parameters if p.grad is not None):
             place = 0 if pieces.of(parameter) is None else 1
@@ -131,7 +131,7 @@ class Ranks:
         return (squares[0] + self.sum(squares[1])).sqrt()
 
     def gather(self, found: Any) -> list[Any]:
-        """What each rank has found, in the order of the ranks."""
+        """Returns what each rank has found, in the order of the ranks."""
         return [found] if self.count == 1 else list(gather_object([found]))
 
     def gather_state(self, tensors: Mapping[str, Tensor], cut: Collection[str] = ()) -> dict[str, Tensor]:
@@ -148,7 +148,7 @@ class Ranks:
         return found if self.is_main else {}
 
     def gather_rows(self, piece: Tensor) -> Tensor:
-        """The ranks' pieces behind each other, on the host of the main rank; on the others nothing."""
+        """Returns the ranks' pieces behind each other, on the host of the main rank; on the others nothing."""
         rows = torch.zeros(self.count, dtype=torch.int64, device=piece.device)
         rows[self.index] = piece.shape[0]
         counts = self.sum(rows).tolist()
@@ -166,7 +166,7 @@ class Ranks:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A copy on the host with memory of its own: safetensors refuses tensors that share theirs."""
+    """Returns a copy on the host with memory of its own: safetensors refuses tensors that share theirs."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 

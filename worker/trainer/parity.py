@@ -60,7 +60,7 @@ def bytes_to_read(t: Training) -> int:
 
 
 def measure(t: Training) -> Record:
-    """What the model in memory answers: to be called before the export."""
+    """Returns what the model in memory answers: to be called before the export."""
     if t.shards is None and _has_room(t.objective.model, t.device):
         try:
             return _measure(t, exact=True)
@@ -110,7 +110,7 @@ def _measure(t: Training, exact: bool) -> Record:
 
 
 def _in_memory(t: Training, prompts: list[list[int]], exact: bool) -> list[Tensor]:
-    """The logits [vocabulary] after each prompt."""
+    """Returns the logits [vocabulary] after each prompt."""
     model: Any = t.objective.model
     keep = dtypes.keeps(t.objective.causal)
     # Positions' angles are in no file. Of a model in pieces the call would let go of what was gathered.
@@ -130,7 +130,7 @@ def _in_memory(t: Training, prompts: list[list[int]], exact: bool) -> list[Tenso
 
 
 def _try_difference(t: Training, record: Record, artifact: Path) -> float | None:
-    """The difference of a model that has room to be loaded again, else None."""
+    """Returns the difference of a model that has room to be loaded again, else None."""
     if record.tolerance < NARROW_TOLERANCE and _has_room(t.objective.model, t.device):
         try:
             return _difference(t, record, artifact)
@@ -141,7 +141,7 @@ def _try_difference(t: Training, record: Record, artifact: Path) -> float | None
 
 
 def _difference(t: Training, record: Record, artifact: Path) -> float:
-    """The largest difference of a prompt's logits, as a share of their spread."""
+    """Returns the largest difference of a prompt's logits, as a share of their spread."""
     model = _load(t, record, artifact)
     with precision.in_fp32(model, lambda _name, weight: weight):
         found = _logits(model, [prompt["input_ids"] for prompt in record.prompts])
@@ -150,7 +150,7 @@ def _difference(t: Training, record: Record, artifact: Path) -> float:
 
 
 def _load(t: Training, record: Record, artifact: Path) -> Any:
-    """The files as a user loads them: an adapter on the base in the type in which the run read it."""
+    """Returns the files as a user loads them: an adapter on the base in the type in which the run read it."""
     options: dict[str, Any] = {"device_map": {"": t.device}}
     if isinstance(t.plan.technique, Full):
         return AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32, **options).eval()
@@ -167,7 +167,7 @@ def _logits(model: Any, prompts: list[list[int]]) -> list[Tensor]:
 
 
 def _prompts(rows: Rows) -> list[list[int]]:
-    """The first rows, up to their first trained token."""
+    """Returns the first rows, up to their first trained token."""
     prompts = []
     for row in rows.rows[:PROMPTS]:
         first = next(place for place, label in enumerate(row.labels) if label >= 0)

@@ -41,7 +41,7 @@ def _path(name: str, against: str | None) -> dict[str, str]:
 
 
 def _modules(model: nn.Module) -> list[dict[str, Any]]:
-    """The modules that have a kernel or could have one, by class and path."""
+    """Returns the modules that have a kernel or could have one, by class and path."""
     found = Counter(
         (_class(module), *_module_path(module))
         for module in model.modules()
@@ -54,19 +54,19 @@ def _modules(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _class(module: nn.Module) -> str:
-    """A module's class; of a LoRA layer the name that PEFT gives it says whose layer it is."""
+    """Returns a module's class; of a LoRA layer the name that PEFT gives it says whose layer it is."""
     return f"lora.{type(module).__name__}" if isinstance(module, LoraLayer) else type(module).__name__
 
 
 def _kernel(module: nn.Module) -> str | None:
-    """The kernel that took the place of a module's forward."""
+    """Returns the kernel that took the place of a module's forward."""
     function = getattr(vars(module).get("forward"), "__func__", None)
     place = getattr(function, "__module__", "")
     return place.removeprefix(_KERNELS) if place.startswith(_KERNELS) else None
 
 
 def _module_path(module: nn.Module) -> tuple[str, str]:
-    """A module's path and why it is not a kernel's."""
+    """Returns a module's path and why it is not a kernel's."""
     kernel = _kernel(module)
     if not isinstance(module, LoraLayer):
         return (kernel, "") if kernel else ("plain", "there is no kernel for this class")

@@ -56,7 +56,7 @@ class Piece:
 
 
 def cut(shape: Sequence[int], rank: int, ranks: int) -> Piece:
-    """The piece of a rank."""
+    """Returns the piece of a rank."""
     rows = -(-shape[0] // ranks)
     return Piece(tuple(shape), min(shape[0], rank * rows), min(shape[0], (rank + 1) * rows), rows)
 
@@ -68,7 +68,7 @@ def mark(parameter: nn.Parameter, piece: Piece) -> nn.Parameter:
 
 
 def of(parameter: Tensor) -> Piece | None:
-    """The piece that a parameter is; None of a whole weight."""
+    """Returns the piece that a parameter is; None of a whole weight."""
     found: Piece | None = getattr(parameter, "piece", None)
     return found
 
@@ -80,7 +80,7 @@ def whole_size(parameter: Tensor) -> int:
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of the weight of which a parameter is a piece, or all."""
+    """Returns the shape of the weight of which a parameter is a piece, or all."""
     piece = of(parameter)
     return tuple(parameter.shape) if piece is None else piece.shape
 

@@ -54,7 +54,7 @@ def main(folder: Path) -> int:
 
 
 def _examples(path: Path, most: int) -> list[tuple[int, Example]]:
-    """Rows that a job would take, at most so many, in an order drawn at random."""
+    """Returns rows that a job would take, at most so many, in an order drawn at random."""
     shape = FileShape()
     found: list[tuple[int, Example]] = []
     with path.open("rb") as file:
@@ -67,7 +67,7 @@ def _examples(path: Path, most: int) -> list[tuple[int, Example]]:
 
 
 def _encode(template: ChatTemplate, line: int, example: Example, longest: int) -> _Answer | None:
-    """The row's last answer, or None where it has none that fits `longest` tokens."""
+    """Returns the row's last answer, or None where it has none that fits `longest` tokens."""
     if not example.messages or example.messages[-1].role != "assistant" or not example.messages[-1].content:
         return None
     nothing = [Message(role="user", content=_NO_QUESTION), example.messages[-1]]

@@ -11,7 +11,7 @@ from tunery.planning.precision import Precision
 
 
 def dtype(name: str) -> torch.dtype:
-    """The torch type of a name in a `Precision`."""
+    """Returns the torch type of a name in a `Precision`."""
     found: torch.dtype = getattr(torch, name)
     return found
 

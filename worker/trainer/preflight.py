@@ -94,7 +94,7 @@ def _measured(objective: Objective, rows: Sequence[Row], work: Work, device: tor
 
 
 def _cut(objective: Objective, rows: Sequence[Row], work: Work, ranks: Ranks) -> MemoryPlan:
-    """The plan of a model that is cut over the ranks: with recomputation, the larger part of what saves memory.
+    """Returns the plan of a model that is cut over the ranks: with recomputation, the larger part of what saves memory.
 
     Why not tried without: of ranks of which one is out of memory, the others wait in the middle of a pass.
     """
@@ -155,7 +155,7 @@ def _tokens_that_fit(objective: Objective, longest: Example, validation: Example
 
 
 def _peak(objective: Objective, example: Example, device: torch.device) -> int:
-    """Bytes that a forward and a backward pass take at their peak, the gradients of what learns apart.
+    """Returns bytes that a forward and a backward pass take at their peak, the gradients of what learns apart.
 
     Those are there for the whole run, however many tokens a micro-batch has, so they are made before it is measured.
     """
@@ -172,7 +172,7 @@ def _peak(objective: Objective, example: Example, device: torch.device) -> int:
 
 @torch.no_grad()
 def _peak_of_evaluation(objective: Objective, example: Example, device: torch.device) -> int:
-    """Bytes that evaluating an example takes at its peak."""
+    """Returns bytes that evaluating an example takes at its peak."""
     objective.eval()
     objective.rest()
     batch = collate([example], [[0]], device, borders=objective.knows_borders)

@@ -47,7 +47,7 @@ Prepared = tuple[Store, Lines, Lines]
 
 
 def key(path: Path, template: ChatTemplate, encoder: RowEncoder, role: FileRole, max_length: int) -> str | None:
-    """The name of a file's rows; None where a plug-in's code or the clock decides about them too."""
+    """Returns the name of a file's rows; None where a plug-in's code or the clock decides about them too."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return fingerprint.of_rows(sha256, bulk.Reading(role, encoder, template, max_length), blocks)
@@ -63,7 +63,7 @@ def turn(folder: Path, name: str) -> Iterator[None]:
 
 
 def find(folder: Path, name: str) -> Prepared | None:
-    """The entry of that name; None where there is none that is whole."""
+    """Returns the entry of that name; None where there is none that is whole."""
     _tidy(folder, 0)
     path = folder / name
     try:
@@ -110,7 +110,7 @@ def _write(file: IO[bytes], store: Store, truncated: Lines, unlearnable: Lines) 
 
 
 def _read(file: IO[bytes]) -> Prepared | None:
-    """What is in an entry; None where it is not what was written."""
+    """Returns what is in an entry; None where it is not what was written."""
     end = os.fstat(file.fileno()).st_size - _SHA256_BYTES - _COUNTS.size
     if end < 0 or not _is_whole(file, end + _COUNTS.size):
         return None

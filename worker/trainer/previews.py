@@ -37,7 +37,7 @@ def make(t: Training) -> Preview:
 
 
 def _compared(made: Preview, trained: set[tuple[tuple[int, ...], tuple[bool, ...]]], leaves_out: bool) -> Preview:
-    """The preview with the check that it shows nothing but what the run has."""
+    """Returns the preview with the check that it shows nothing but what the run has."""
     failing = [
         row.number
         for row in made.rows

@@ -63,7 +63,7 @@ RuntimeError, which is torch's word for a failing device as well."""
 
 
 def describe(error: Exception) -> Failed:
-    """An exception as the message that decides what the supervisor does."""
+    """Returns an exception as the message that decides what the supervisor does."""
     if isinstance(error, NotFinite):
         return Failed(kind="nan_loss", code=error.code, message=error.message)
     if isinstance(error, DiskFull):  # there may be room on another host, or later

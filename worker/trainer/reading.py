@@ -13,14 +13,14 @@ from worker.trainer.replay import mixing
 
 
 def training_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows:
-    """The rows to learn from. Raises InvalidTrainingFile."""
+    """Returns the rows to learn from. Raises InvalidTrainingFile."""
     encoder = find_encoder(run.plan.method, "training", run.plan.columns, run.plan.cut_answers)
     path, kept = folder / "data" / "train.jsonl", folder / prepared.NAME
     return read_rows(path, template, run.plan.max_seq_length, encoder=encoder, kept=kept)
 
 
 def validation_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows | None:
-    """The validation rows; None without a file. Raises InvalidTrainingFile, also where one is missing."""
+    """Returns the validation rows; None without a file. Raises InvalidTrainingFile, also where one is missing."""
     path = folder / "data" / "valid.jsonl"
     if path.exists():
         encoder = find_encoder(run.plan.method, "validation", run.plan.columns, run.plan.cut_answers)
@@ -44,7 +44,7 @@ def packs(run: Run, rows: Rows, objective: Objective, warnings: list[str]) -> bo
 
 
 def work(run: Run, rows: Rows, valid: Rows | None, packs: bool) -> preflight.Work:
-    """The most that the run will ask of one step."""
+    """Returns the most that the run will ask of one step."""
     lengths, a_step = sorted(rows.lengths, reverse=True), mixing.most_of_a_step(rows, run.plan.batch_size)
     packed = min(run.plan.max_seq_length, sum(lengths[:a_step]))
     return preflight.Work(

@@ -31,7 +31,7 @@ Measured = list[list[float]]
 
 
 def path(folder: Path) -> Path:
-    """Where a run directory keeps the numbers."""
+    """Returns where a run directory keeps the numbers."""
     return folder / "snapshots" / NAME
 
 
@@ -82,7 +82,7 @@ def _log_probabilities(stepper: Stepper, examples: list[Example], parts: list[Mi
 
 
 def _key(t: Training, files: list[Rows]) -> str:
-    """What the numbers depend on: the rows, the weights at the start and their precision."""
+    """Returns what the numbers depend on: the rows, the weights at the start and their precision."""
     adapter = t.folder / "adapter" / "adapter_model.safetensors"
     parts = [rows.sha256 for rows in files] + [t.run.base_model, t.plan.technique.model_dump_json()]
     parts += [str(sorted(asdict(t.precision).items()))]
@@ -92,7 +92,7 @@ def _key(t: Training, files: list[Rows]) -> str:
 
 
 def _find(t: Training, files: list[Rows]) -> list[Measured] | None:
-    """The numbers of an earlier attempt, by file; None where there are none of this very run."""
+    """Returns the numbers of an earlier attempt, by file; None where there are none of this very run."""
     for kept in (path(t.folder), t.folder / "resume" / NAME):
         try:
             with safe_open(kept, "pt") as stored:

@@ -41,7 +41,7 @@ def install(model: nn.Module) -> LengthRope:
 
 
 def of(model: nn.Module) -> LengthRope:
-    """The lengths at which the model's RoPE changes."""
+    """Returns the lengths at which the model's RoPE changes."""
     limits: dict[str, set[int]] = {"longrope": set(), "dynamic": set()}
     for module, layer_type, kind in _embeddings(model):
         limits[kind].add(_limit(module, layer_type, kind))

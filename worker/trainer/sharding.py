@@ -99,13 +99,13 @@ class Shards:
         self._ranks.any(flag=True)
 
     def _piece(self, parameter: nn.Parameter) -> nn.Parameter:
-        """What the optimizer moves: plain memory, as its kernels take no distributed tensor."""
+        """Returns what the optimizer moves: plain memory, as its kernels take no distributed tensor."""
         piece = pieces.cut(parameter.shape, self._ranks.index, self._ranks.count)
         return pieces.mark(nn.Parameter(_local(parameter)), piece)
 
 
 def loads_on(ranks: Ranks) -> torch.device:
-    """The device that a rank loads the base on before it is cut: rank 0's host, on the others none.
+    """Returns the device that a rank loads the base on before it is cut: rank 0's host, on the others none.
 
     A host with 8 GPUs would hold 8 copies otherwise, of a model that fits no single one of them.
     """
@@ -113,7 +113,7 @@ def loads_on(ranks: Ranks) -> torch.device:
 
 
 def parameters_of(objective: Objective, shards: Shards | None) -> dict[str, nn.Parameter]:
-    """What learns, by name: whole, or this rank's pieces."""
+    """Returns what learns, by name: whole, or this rank's pieces."""
     if shards is not None:
         return shards.parameters
     return {name: p for name, p in objective.named_parameters() if p.requires_grad}
@@ -193,19 +193,19 @@ def _prefetch_backwards(objective: Objective) -> None:
 
 
 def _replicated(objective: Objective) -> set[nn.Parameter]:
-    """What stays whole: the adapters, and single numbers, which have no rows."""
+    """Returns what stays whole: the adapters, and single numbers, which have no rows."""
     adapted = isinstance(objective.model, PeftModel)
     return {p for p in objective.parameters() if p.dim() == 0 or (adapted and p.requires_grad)}
 
 
 def layers(causal: Any) -> list[nn.Module]:
-    """The modules that transformers keeps on one device: the decoder's layers."""
+    """Returns the modules that transformers keeps on one device: the decoder's layers."""
     names = set(causal._no_split_modules or ())
     return [module for module in causal.modules() if type(module).__name__.removeprefix("FSDP") in names]
 
 
 def _keep_quant_states(objective: Objective, ranks: Ranks) -> list[tuple[Any, Any]]:
-    """What 4-bit weights are unpacked by, kept at their layers: a gathered weight is plain memory.
+    """Returns what 4-bit weights are unpacked by, kept at their layers: a gathered weight is plain memory.
 
     Its bytes go by the name of a type with a point: `fully_shard` of torch 2.11 first makes each piece a parameter that
     learns, and integers cannot.
@@ -237,5 +237,5 @@ def _local(tensor: Any) -> Tensor:
 
 
 def bytes_here(parameter: Tensor) -> int:
-    """Bytes of a parameter on this rank."""
+    """Returns bytes of a parameter on this rank."""
     return (_local(parameter) if isinstance(parameter, DTensor) else parameter).nbytes

@@ -137,11 +137,11 @@ class StepTimer:
         return after if self.trained else after + self._of("step") * (self.work.steps - self.step) + self._between()
 
     def exports_left(self) -> float:
-        """Seconds of the exports, which come last."""
+        """Returns seconds of the exports, which come last."""
         return self._of("exports")
 
     def _between(self) -> float:
-        """Seconds of the validation losses and checkpoints that are due from the present step on."""
+        """Returns seconds of the validation losses and checkpoints that are due from the present step on."""
         work, seconds = self.work, 0.0
         if work.every is not None:
             rest = bool(work.steps % work.every)  # the last step's is due whatever its number is

@@ -29,7 +29,7 @@ T = TypeVar("T", bound=Hashable)
 
 
 def _shared(values: Iterable[T]) -> list[T]:
-    """A list in which equal values are one object: a large file has few groups and shapes."""
+    """Returns a list in which equal values are one object: a large file has few groups and shapes."""
     seen: dict[T, T] = {}
     return [seen.setdefault(value, value) for value in values]
 
@@ -99,7 +99,7 @@ class Stepper:
         return sums
 
     def _idle_passes(self, parts: list[MicroBatch]) -> int:
-        """How many passes this rank makes fewer than another, where each gathers the model's pieces."""
+        """Returns how many passes this rank makes fewer than another, where each gathers the model's pieces."""
         return 0 if self.shards is None else self.ranks.most(len(parts)) - len(parts)
 
     def _pass_idly(self, count: int) -> None:

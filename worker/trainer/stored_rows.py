@@ -117,7 +117,7 @@ class Store:
         self._file.flush()
 
     def length(self, number: int) -> int:
-        """The tokens of a row."""
+        """Returns the tokens of a row."""
         return self._ends[number + 1] - self._ends[number]
 
     @property
@@ -127,7 +127,7 @@ class Store:
         return array("l", map(sub, islice(ends, 1, None), ends))
 
     def read(self, number: int, part: int) -> list[int]:
-        """The ids (part 0) or labels (part 1) of a row."""
+        """Returns the ids (part 0) or labels (part 1) of a row."""
         size = self.length(number) * _ID.itemsize
         start = self._ends[number] * 2 * _ID.itemsize + part * size
         data = os.pread(self._file.fileno(), size, start)
@@ -214,7 +214,7 @@ def keep(blocks: Iterable[Block], folder: Path, most_in_memory: int) -> "list[Ex
 
 
 def store_of(examples: "list[Example] | StoredExamples", folder: Path) -> Store:
-    """The store of the examples, of those in memory one in `folder`."""
+    """Returns the store of the examples, of those in memory one in `folder`."""
     if isinstance(examples, StoredExamples):
         return examples.store
     block = Block()
@@ -224,7 +224,7 @@ def store_of(examples: "list[Example] | StoredExamples", folder: Path) -> Store:
 
 
 def read_back(store: Store, most_in_memory: int) -> "list[Example] | StoredExamples":
-    """The store's examples: in a list up to so many tokens."""
+    """Returns the store's examples: in a list up to so many tokens."""
     stored = StoredExamples(store)
     if store.tokens > most_in_memory:
         return stored

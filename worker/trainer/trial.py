@@ -69,7 +69,7 @@ def _save_small_copy(model: Any, folder: Path) -> bool:
 
 
 def small_config(model: Any, *, narrow: bool) -> Any:
-    """The base's config with fewer layers, experts and tokens, and `narrow` a smaller width."""
+    """Returns the base's config with fewer layers, experts and tokens, and `narrow` a smaller width."""
     config = type(model.config).from_dict(model.config.to_dict())
     _cut(config, model.config.get_text_config().num_hidden_layers, _layers_of_every_kind(model))
     if narrow:
@@ -111,7 +111,7 @@ def _narrow(text: Any) -> None:
 
 
 def _layers_of_every_kind(model: Any) -> int:
-    """How many of the first layers have one of each kind among them; two at least, MOST_LAYERS at most."""
+    """Returns how many of the first layers have one of each kind among them; two at least, MOST_LAYERS at most."""
     text = model.config.get_text_config()
     count = text.num_hidden_layers
     stack = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
@@ -128,19 +128,19 @@ def _classes(layer: nn.Module) -> str:
 
 
 def params(config: Any) -> int:
-    """How many weights the model of a config has."""
+    """Returns how many weights the model of a config has."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _rows() -> list[Row]:
-    """Two rows of different length, so that one is padded."""
+    """Returns two rows of different length, so that one is padded."""
     return [Row(list(range(3, 3 + length)), list(range(3, 3 + length))) for length in (9, 5)]
 
 
 def _reason(base: Path, technique: Technique) -> str | None:
-    """Why one training step of `technique` on the model in `base` fails; None where it does not."""
+    """Returns why one training step of `technique` on the model in `base` fails; None where it does not."""
     recipe, device = RECIPES[technique.type], torch.device("cpu")
     precision = decide(technique, device.type)
     try:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def loss(stepper: Stepper, examples: Sequence[Example]) -> Shown:
-    """The method's loss and accuracy over all examples."""
+    """Returns the method's loss and accuracy over all examples."""
     ranks, method = stepper.ranks, stepper.objective.method
     sums = over(stepper, examples, lambda parts: _sums(stepper.objective, examples, parts, stepper.device))
     weight = sum(map(method.weight, examples))
@@ -48,7 +48,7 @@ def over(stepper: Stepper, examples: Sequence[Example], measure: Callable[[list[
 def _sums(
     objective: Objective, examples: Sequence[Example], parts: list[MicroBatch], device: torch.device
 ) -> torch.Tensor:
-    """The method's sums of this rank."""
+    """Returns the method's sums of this rank."""
     names = objective.method.sums
     sums = torch.zeros(len(names), dtype=torch.float64, device=device)
     objective.eval()

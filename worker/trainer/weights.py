@@ -36,7 +36,7 @@ def copy(source: str, folder: Path, out: Path, skeleton: Any) -> None:
 
 
 def _shards(source: str, folder: Path) -> list[Path]:
-    """The weight files that a loader would read: those that the index names, or all."""
+    """Returns the weight files that a loader would read: those that the index names, or all."""
     index = folder / INDEX
     if not index.exists():
         one = folder / "model.safetensors"

@@ -27,7 +27,7 @@ def unpack(source: str, archive: Path, out: Path) -> None:
 
 
 def _adapter(source: str, opened: zipfile.ZipFile) -> tuple[PurePosixPath, list[zipfile.ZipInfo]]:
-    """The folder of the archive that has the adapter, and the entries that are read. Raises UnusableAdapter."""
+    """Returns the folder of the archive that has the adapter, and the entries that are read. Raises UnusableAdapter."""
     found = {PurePosixPath(entry.filename): entry for entry in opened.infolist() if not entry.is_dir()}
     folders = [path.parent for path in found if path.name == CONFIG]
     if len(folders) != 1:

@@ -43,7 +43,7 @@ def check(source: str, base: Path, folder: Path, config: LoraConfig) -> Scales:
 
 
 def _adapted(source: str, base: Path, config: LoraConfig) -> Any:
-    """The base with the adapter's layers, without any weights."""
+    """Returns the base with the adapter's layers, without any weights."""
     try:
         with torch.device("meta"):
             return with_new_adapters(inspection.skeleton(source, base), config)
@@ -82,7 +82,7 @@ def _refuse_unless_the_bases(source: str, base: Path, name: str, tensor: Tensor)
 
 
 def _weight(base: Path, name: str) -> Tensor | None:
-    """The base's own weight; of a tied head, the embedding that it is."""
+    """Returns the base's own weight; of a tied head, the embedding that it is."""
     for path in files.weight_files(base):
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())

@@ -55,7 +55,7 @@ def _precision(artifact: Path) -> Precision:
 
 
 def _rows(folder: Path, order: ExportOrder, template: ChatTemplate) -> list[Row]:
-    """The rows of the job's files that are left, held-out ones first. Raises NoRows."""
+    """Returns the rows of the job's files that are left, held-out ones first. Raises NoRows."""
     found: list[Row] = []
     for name, role in _ROLES.items():
         path, encoder = folder / f"{name}.jsonl", find_encoder(order.method, role, order.columns)

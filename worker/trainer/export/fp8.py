@@ -55,7 +55,7 @@ def write(folder: Path, rows: list[Row], *, out: Path, base_weights_sha256: dict
 
 
 def _layers(folder: Path) -> set[str]:
-    """The names of the weights of linear layers but the head's."""
+    """Returns the names of the weights of linear layers but the head's."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     head = model.get_output_embeddings()
@@ -115,7 +115,7 @@ def _measure(folder: Path, out: Path, rows: list[Row]) -> tuple[Divergence, Answ
 
 
 def _round_inputs(_layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The inputs as a server has them: in eight bits, with a scale for each token."""
+    """Returns the inputs as a server has them: in eight bits, with a scale for each token."""
     wide, *others = args
     scale = wide.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / _LARGEST
     return ((wide / scale).to(torch.float8_e4m3fn).to(wide.dtype) * scale, *others)

@@ -40,7 +40,7 @@ def write(base: Path, adapter: Path, *, out: Path, name: str) -> str:
 
 
 def _tensors(adapter: Path, lora: Any, family: Family, config: Any) -> dict[str, Array]:
-    """Both factors of each module under GGUF's names. Raises NoGguf."""
+    """Returns both factors of each module under GGUF's names. Raises NoGguf."""
     mapped = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
     found = {}
     for module, (a, b) in sorted(_factors(adapter, lora).items()):
@@ -54,7 +54,7 @@ def _tensors(adapter: Path, lora: Any, family: Family, config: Any) -> dict[str,
 
 
 def _factors(adapter: Path, lora: Any) -> dict[str, tuple[Array, Array]]:
-    """A [rank, in] and B [out, rank] of each module. Raises NoGguf for adapters of more than these."""
+    """Returns A [rank, in] and B [out, rank] of each module. Raises NoGguf for adapters of more than these."""
     found: dict[str, dict[str, Array]] = {}
     for key, tensor in load_file(adapter / "adapter_model.safetensors").items():
         match = _FACTOR.fullmatch(key)
@@ -66,7 +66,7 @@ def _factors(adapter: Path, lora: Any) -> dict[str, tuple[Array, Array]]:
 
 
 def _correction(lora: Any, module: str, rank: int) -> float:
-    """What B is multiplied by, as llama.cpp scales every module by one alpha over its own rank."""
+    """Returns what B is multiplied by, as llama.cpp scales every module by one alpha over its own rank."""
     alpha = lora.alpha_pattern.get(get_pattern_key(lora.alpha_pattern.keys(), module), lora.lora_alpha)
     scale = alpha / rank**0.5 if lora.use_rslora else alpha / rank
     return float(scale * rank / lora.lora_alpha)

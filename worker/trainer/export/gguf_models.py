@@ -89,14 +89,14 @@ def head_width(config: Any) -> int:
 
 
 def _context(family: Family, config: Any) -> int:
-    """The context; where all layers have a window, that: llama.cpp lets them see everything."""
+    """Returns the context; where all layers have a window, that: llama.cpp lets them see everything."""
     window = None if family.swa_pattern else getattr(config, "sliding_window", None)
     longest: int = config.max_position_embeddings
     return min(longest, window) if window else longest
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """The settings of RoPE, of global layers where there are two kinds."""
+    """Returns the settings of RoPE, of global layers where there are two kinds."""
     found: dict[str, Any] = dict(config.rope_parameters)
     return dict(found["full_attention"]) if "full_attention" in found else found
 

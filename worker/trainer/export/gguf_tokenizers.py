@@ -82,7 +82,7 @@ def _normalizers(said: dict[str, Any]) -> set[str]:
 
 
 def _tokens(tokenizer: Tokenizer, vocabulary: int) -> list[str]:
-    """The token of each id; ids that only the weights have get names that no text holds."""
+    """Returns the token of each id; ids that only the weights have get names that no text holds."""
     by_id = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
     if max(by_id) >= vocabulary:
         raise NoGguf(reason=f"its tokenizer has an id {max(by_id)}, and its weights are of {vocabulary} tokens.")
@@ -113,7 +113,7 @@ def _check_normalizer(said: dict[str, Any]) -> None:
 
 
 def _merges(tokenizer: Tokenizer, merges: list[Any]) -> list[str]:
-    """Both sides of each merge, whose product is a token of the file."""
+    """Returns both sides of each merge, whose product is a token of the file."""
     mistaken, pairs = _mistaken(tokenizer), [each.split(" ") if isinstance(each, str) else each for each in merges]
     return [" ".join(pair) for pair in pairs if "".join(pair) not in mistaken]
 

@@ -135,7 +135,7 @@ def restore(tensor: Array, target: str, family: Family, config: Any) -> Array:
 
 
 def _permuted_heads(target: str, family: Family, config: Any) -> int | None:
-    """The heads of a tensor whose rows are permuted; None for others."""
+    """Returns the heads of a tensor whose rows are permuted; None for others."""
     found = re.search(r"\.attn_([qk])\.(weight|bias)$", target) if family.permutes else None
     if found is None:
         return None

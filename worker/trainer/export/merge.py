@@ -134,7 +134,7 @@ def _candidate(
 
 
 def _quantised(source: Source, rows: list[Row]) -> tuple[Tensor, Weights]:
-    """The predictions of the adapter on the base in four bits, and that base's weights as the four bits say."""
+    """Returns the predictions of the adapter on the base in four bits, and that base's weights as the four bits say."""
     base = load_quantised(source.base, source.precision, source.device)
     unpacked = {
         f"{name}.weight": _unpack(layer.weight)
@@ -155,7 +155,7 @@ def _unpack(weight: Any) -> Tensor:
 
 
 def _with_room(source: Source) -> Source:
-    """The source on its device, or on the CPU where only that has room for the base in fp32. Raises NoRoom."""
+    """Returns the source on its device, or on the CPU where only that has room for the base in fp32. Raises NoRoom."""
     needed = 4 * files.parameters(source.base)
     devices = dict.fromkeys((source.device, torch.device("cpu")))
     free = {device: _free(device) for device in devices}

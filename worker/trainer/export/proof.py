@@ -146,7 +146,7 @@ def correct(predictions: Tensor, rows: list[Row]) -> list[bool]:
 
 
 def compare_answers(reference: Tensor, found: Tensor, rows: list[Row]) -> Answered:
-    """Both as `log_probs` returns them."""
+    """Returns both, as `log_probs` does."""
     before, after = correct(reference, rows), correct(found, rows)
     both = sum(old and new for old, new in zip(before, after, strict=True))
     low, high = paired_interval(both, sum(after) - both, sum(before) - both, len(rows))
@@ -154,7 +154,7 @@ def compare_answers(reference: Tensor, found: Tensor, rows: list[Row]) -> Answer
 
 
 def compare(reference: Tensor, found: Tensor) -> Divergence:
-    """Both as `log_probs` returns them."""
+    """Returns both, as `log_probs` does."""
     kl = [
         (old.exp() * (old - new)).sum(dim=-1)
         for old, new in zip(reference.split(_CHUNK), found.split(_CHUNK), strict=True)

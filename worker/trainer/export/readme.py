@@ -104,7 +104,7 @@ def write_modelfile(template: ChatTemplate, folder: Path) -> None:
 
 
 def _gguf(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of whole models' files and of adapters'."""
+    """Returns the names of whole models' files and of adapters'."""
     models, adapters = (
         sorted(path.name for path in folder.glob(f"gguf/{kind}-*.gguf")) for kind in ("model", "adapter")
     )

@@ -143,7 +143,7 @@ def _prove(kind: GgufType, write: Callable[..., str], measure: Callable[[], tupl
 
 
 def _rows_left(work: Work) -> list[Row]:
-    """The rows that can prove an export; none where the job's files are deleted."""
+    """Returns the rows that can prove an export; none where the job's files are deleted."""
     try:
         return work.rows()
     except NoRows:

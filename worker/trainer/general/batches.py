@@ -19,7 +19,7 @@ TOKENS = {"cpu": 512, "cuda": 16384}
 
 
 def run(t: Training, lengths: list[int], work: Callable[[list[int]], list[Found]]) -> list[Found]:
-    """What `work` finds for each index of `lengths`, which are in tokens, in their order. Raises Stopped."""
+    """Returns what `work` finds for each index of `lengths`, which are in tokens, in their order. Raises Stopped."""
     waiting = deque(_cut(t, lengths))
     found: list[tuple[int, Found]] = []
     for _ in t.ranks.turns(t.stop_signal, lambda: bool(waiting)):

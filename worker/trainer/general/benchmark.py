@@ -48,7 +48,7 @@ class Tokens:
 
 
 def load_items(count: int | None = None) -> list[Item]:
-    """The shipped questions, without a chat template: all 800, or a seeded sample of `count`."""
+    """Returns the shipped questions, without a chat template: all 800, or a seeded sample of `count`."""
     return [
         Item(f"Question: {row['question']}\nAnswer:", tuple(row["choices"]), row["answer"])
         for row in sample(_read("multiple_choice.jsonl"), count)
@@ -56,7 +56,7 @@ def load_items(count: int | None = None) -> list[Item]:
 
 
 def load_prompts(template: ChatTemplate, count: int | None, longest: int) -> list[Row]:
-    """The shipped prompts as rows whose labels are their answers, each of at most `longest` tokens.
+    """Returns the shipped prompts as rows whose labels are their answers, each of at most `longest` tokens.
 
     A prompt is left out where the model's template refuses it or no token of its answer is left.
     """
@@ -79,7 +79,7 @@ def digest(items: list[Item]) -> str:
 
 
 def encode(tokenizer: Tokenizer, item: Item) -> Tokens:
-    """The ids of an item's prefix and of each choice behind it.
+    """Returns the ids of an item's prefix and of each choice behind it.
 
     As lm-evaluation-harness cuts them: a choice has the tokens of the whole text beyond as many as the prefix's.
     """
@@ -90,7 +90,7 @@ def encode(tokenizer: Tokenizer, item: Item) -> Tokens:
 
 
 def _begin(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts before any text, as Llama's and Gemma's do."""
+    """Returns what the tokenizer puts before any text, as Llama's and Gemma's do."""
     whole, bare = tokenizer.encode("a").ids, _ids(tokenizer, "a")
     ends = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare]
     return list(whole[: ends[0]]) if ends else []
@@ -105,7 +105,7 @@ def _read(name: str) -> list[dict[str, Any]]:
 
 
 def sample(rows: Sequence[Entry], count: int | None) -> list[Entry]:
-    """All rows, or a seeded sample of `count` in their order."""
+    """Returns all rows, or a seeded sample of `count` in their order."""
     if count is None or count >= len(rows):
         return list(rows)
     chosen = random.Random(_SEED).sample(range(len(rows)), count)  # noqa: S311 (nobody gains by guessing it)

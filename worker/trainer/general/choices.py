@@ -33,7 +33,7 @@ _MASKED = ("sdpa", "eager")
 
 
 def score(t: Training, items: Sequence[Tokens]) -> list[Likelihoods]:
-    """The log-likelihoods of each item's choices by the model as it is now. Raises Stopped between batches."""
+    """Returns the log-likelihoods of each item's choices by the model as it is now. Raises Stopped between batches."""
     if keeps_branches_apart(t, items):
         return _in_batches(t, items, by_branches)
     rows = [Tokens(item.prefix, (choice,)) for item in items for choice in item.choices]
@@ -85,7 +85,7 @@ def _are_near(one: list[Likelihoods], other: list[Likelihoods], kind: torch.dtyp
 
 
 def by_rows(objective: Objective, items: Sequence[Tokens], device: torch.device) -> list[Likelihoods]:
-    """Each choice behind its own copy of the prefix: the plain reference."""
+    """Returns each choice behind its own copy of the prefix: the plain reference."""
     rows = [
         Row(item.prefix + choice, [IGNORED] * len(item.prefix) + choice) for item in items for choice in item.choices
     ]
@@ -94,7 +94,7 @@ def by_rows(objective: Objective, items: Sequence[Tokens], device: torch.device)
 
 
 def by_branches(objective: Objective, items: Sequence[Tokens], device: torch.device) -> list[Likelihoods]:
-    """All choices of an item in one row, behind one prefix."""
+    """Returns all choices of an item in one row, behind one prefix."""
     width = max(map(len, items))
     ids, positions, branches = (torch.zeros(len(items), width, dtype=torch.int64) for _ in range(3))
     label_positions: list[int] = []

@@ -43,7 +43,7 @@ class Moved:
 
 
 def describe(t: Training, rows: Sequence[Row]) -> dict[int, Reference]:
-    """The model as it is now on each prompt of this rank. Raises Stopped between batches."""
+    """Measures the model as it is now on each prompt of this rank. Raises Stopped between batches."""
     found: dict[int, Reference] = {}
 
     def work(part: list[int]) -> list[None]:
@@ -56,7 +56,7 @@ def describe(t: Training, rows: Sequence[Row]) -> dict[int, Reference]:
 
 
 def compare(t: Training, rows: Sequence[Row], base: dict[int, Reference]) -> list[Moved]:
-    """The model as it is now against the base, prompt by prompt. Raises Stopped between batches."""
+    """Measures the model as it is now against the base, prompt by prompt. Raises Stopped between batches."""
     return batches.run(
         t,
         list(map(len, rows)),

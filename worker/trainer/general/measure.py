@@ -42,7 +42,7 @@ class Baseline:
 
 
 def prepare(t: Training) -> Probe | None:
-    """What is to be measured, counted into the run's estimate; None where that is nothing."""
+    """Returns what is to be measured, counted into the run's estimate; None where that is nothing."""
     wanted = t.plan.evaluation.general
     if not wanted.enabled:
         return None
@@ -68,7 +68,7 @@ def _items(benchmark: str, count: int) -> list[Item]:
 
 
 def _context(t: Training) -> int:
-    """The longest row that the model's positions reach."""
+    """Returns the longest row that the model's positions reach."""
     return int(getattr(t.objective.causal.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
 
@@ -77,7 +77,7 @@ def _count(wanted: int | Auto, auto: int) -> int:
 
 
 def describe_base(t: Training, probe: Probe) -> Baseline:
-    """The base: the model without its adapter, or before its weights are trained. Raises Stopped."""
+    """Measures the base: the model without its adapter, or before its weights are trained. Raises Stopped."""
     with _as_base(t):
         likelihoods = probe.known or choices.score(t, probe.tokens)
         references = forgetting.describe(t, probe.prompts)
@@ -99,7 +99,7 @@ def _as_base(t: Training) -> Iterator[None]:
 
 
 def compare(t: Training, probe: Probe, base: Baseline) -> GeneralScore:
-    """The tuned model beside its base. Raises Stopped."""
+    """Measures the tuned model beside its base. Raises Stopped."""
     t.objective.eval()
     likelihoods = choices.score(t, probe.tokens)
     moved = forgetting.compare(t, probe.prompts, base.references)

@@ -44,7 +44,7 @@ def _key(base: str, benchmark: str, precision: Precision, device: str) -> str:
 
 
 def read(place: Path | None, items: int) -> list[Likelihoods] | None:
-    """The stored scores, one entry an item; None where there are none that can be read."""
+    """Returns the stored scores, one entry an item; None where there are none that can be read."""
     if place is None or not place.exists():
         return None
     try:

@@ -55,7 +55,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def only_adapter(layer: Any) -> str | None:
-    """The name of the adapter that acts on a layer, when it is one alone and without dropout; else None."""
+    """Returns the name of the adapter that acts on a layer, when it is one alone and without dropout; else None."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     name: str = layer.active_adapters[0]
@@ -73,7 +73,7 @@ def layer_of(module: Any) -> projections.Layer | None:
 
 
 def _adapted(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The new forward, bound to a PEFT LoRA layer."""
+    """Makes the new forward, bound to a PEFT LoRA layer."""
     if self.disable_adapters or not self.active_adapters:
         return projections.frozen(x, self.base_layer)
     if len(self.active_adapters) > 1 or self.merged:

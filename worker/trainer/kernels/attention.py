@@ -34,7 +34,7 @@ class Borders:
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: float, window: int | None) -> Tensor:
-    """The definition, row by row. [tokens, heads, width] each; key and value may have fewer heads."""
+    """Computes attention by definition, row by row. [tokens, heads, width] each; key and value may have fewer heads."""
     assert borders.ends is not None
     outs = []
     ends = borders.ends.tolist()

@@ -51,7 +51,7 @@ def _each(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def plain(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The same two numbers from whole logits [rows, vocabulary]."""
+    """Returns the same two numbers of whole logits [rows, vocabulary]."""
     loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
     return loss * scale, (logits.argmax(-1) == targets).sum()
 

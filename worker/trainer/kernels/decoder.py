@@ -81,7 +81,7 @@ def _layer(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """The new forward, bound to a decoder layer."""
+    """Makes the new forward, bound to a decoder layer."""
     if past_key_values is not None or position_embeddings is None:
         return cast(Tensor, type(self).forward(
             self, hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
@@ -135,12 +135,12 @@ def _attend(
 
 
 def _eager(module: Any) -> Any:
-    """The family's own attention without any library, for models that ask for it."""
+    """Returns the family's own attention without any library, for models that ask for it."""
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
 def _window(module: Any) -> dict[str, Any]:
-    """The sliding window as the family hands it on: Llama none, Mistral its config's, Qwen the layer's."""
+    """Returns the sliding window as the family hands it on: Llama none, Mistral its config's, Qwen the layer's."""
     if type(module).__name__ == "LlamaAttention":
         return {}
     if hasattr(module, "sliding_window"):
@@ -149,7 +149,7 @@ def _window(module: Any) -> dict[str, Any]:
 
 
 def _together(x: Tensor, *modules: Any) -> tuple[Tensor, ...]:
-    """The modules' products with one input; in one function where all are plain adapters."""
+    """Returns the modules' products with one input; in one function where all are plain adapters."""
     layers = [adapters.layer_of(module) for module in modules]
     if all(layers):
         return projections.project(x, cast(list[projections.Layer], layers))

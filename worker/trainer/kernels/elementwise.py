@@ -18,7 +18,7 @@ def _triton() -> Any:
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The definition (Zhang and Sennrich 2019, arXiv:1910.07467), statistics in fp32 as in transformers."""
+    """Returns the definition (Zhang and Sennrich 2019, arXiv:1910.07467), statistics in fp32 as in transformers."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
@@ -34,12 +34,12 @@ def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """The definition: Shazeer 2020, arXiv:2002.05202."""
+    """Computes SwiGLU by its definition: Shazeer 2020, arXiv:2002.05202."""
     return functional.silu(gate) * up
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm of `x` + `residual`, and that sum, which the next residual connection adds to."""
+    """Returns the norm of `x` + `residual`, and that sum, which the next residual connection adds to."""
     mixed = residual is not None and residual.dtype != x.dtype  # under autocast; the sum is of the wider type
     if not x.is_cuda or mixed:
         total = x if residual is None else x + residual

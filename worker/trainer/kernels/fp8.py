@@ -113,7 +113,7 @@ def watched() -> Iterator[Watch]:
 
 
 def watch() -> Watch | None:
-    """The watch that is open."""
+    """Returns the watch that is open."""
     return _open[-1] if _open else None
 
 
@@ -150,7 +150,7 @@ def _unpacked(layer: Any, state: Any) -> Unpacked:
 
 
 def _numbers(packed: Tensor, state: Any) -> Tensor:
-    """A weight in four bits as fp32 [out, in]."""
+    """Returns a weight in four bits as fp32 [out, in]."""
     read_as = copy.copy(state)
     read_as.dtype = torch.float32
     return bitsandbytes.functional.dequantize_4bit(packed, read_as)
@@ -166,7 +166,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain_quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition of `quantise_rows`."""
+    """Returns the definition of `quantise_rows`."""
     wide = x.float()
     highest = wide.abs().amax(1, keepdim=True).clamp_min(_LEAST)
     return _to_e4m3(wide * (LARGEST / highest)), highest / LARGEST
@@ -187,6 +187,6 @@ def product(x: Quantised, factor: Quantised, dtype: torch.dtype) -> Tensor:
 
 
 def plain(x: Quantised, factor: Quantised) -> Tensor:
-    """The definition of `product`, in fp32."""
+    """Returns the definition of `product`, in fp32."""
     (numbers, row_scales), (weight, scales) = x, factor
     return (numbers.float() @ weight.float().t()) * row_scales * scales

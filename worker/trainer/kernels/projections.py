@@ -33,12 +33,12 @@ class Layer:
 
 
 def plain(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The definition: Hu et al. 2021, equation 3."""
+    """Computes LoRA by its definition: Hu et al. 2021, equation 3."""
     return x @ weight.t() + scale * (x @ a.t()) @ b.t()
 
 
 def dense(base: Any) -> Tensor:
-    """The frozen weight [out, in] as numbers. Four bits are unpacked for each product: kept, they were bf16."""
+    """Returns the frozen weight [out, in] as numbers. Four bits are unpacked for each product: kept, they were bf16."""
     state = quant_state(base)
     if state is None:
         return cast(Tensor, base.weight.detach())
@@ -51,7 +51,7 @@ def quant_state(base: Any) -> Any:
 
 
 def product_dtype(base: Any) -> torch.dtype:
-    """The type in which a frozen layer's product is made."""
+    """Returns the type in which a frozen layer's product is made."""
     state = quant_state(base)
     return cast(torch.dtype, base.weight.dtype if state is None else base.compute_dtype or state.dtype)
 
@@ -70,7 +70,7 @@ def _unpack(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
 
 
 def frozen(x: Tensor, base: Any, narrow: fp8.Weight | None = None) -> Tensor:
-    """The product of `x` [..., in] with a frozen weight alone; a gradient for x only, and nothing of x is kept.
+    """Returns the product of `x` [..., in] with a frozen weight alone; a gradient for x only, and nothing of x is kept.
 
     `narrow`: the weight in eight bits, where the product is made in these.
     """
@@ -78,7 +78,7 @@ def frozen(x: Tensor, base: Any, narrow: fp8.Weight | None = None) -> Tensor:
 
 
 def project(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
-    """Each layer's product with `x` [..., in]: [..., out_i], in x's type."""
+    """Returns each layer's product with `x` [..., in]: [..., out_i], in x's type."""
     flat = [part for layer in layers for part in (layer.a, layer.b)]
     fixed = tuple((layer.base, layer.scale, layer.narrow) for layer in layers)
     return cast(tuple[Tensor, ...], _Project.apply(x, fixed, *flat))  # type: ignore[no-untyped-call]
@@ -96,7 +96,7 @@ def _layers(fixed: Sequence[tuple[Any, float, fp8.Weight | None]], flat: Sequenc
 
 
 def _stacked(layers: Sequence[Layer], dtype: torch.dtype) -> Tensor:
-    """All A below each other [sum of ranks, in]."""
+    """Returns all A below each other [sum of ranks, in]."""
     return layers[0].a.to(dtype) if len(layers) == 1 else torch.cat([layer.a.to(dtype) for layer in layers])
 
 
@@ -142,7 +142,7 @@ def _forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor, 
 def _narrow_product(
     rows: Tensor, quantised: tuple[Tensor, Tensor], base: Any, narrow: fp8.Weight, lead: torch.Size
 ) -> Tensor:
-    """The frozen product of `rows` [n, in], in eight bits, of shape [*lead, out]."""
+    """Returns the frozen weight's product of `rows` [n, in], in eight bits, of shape [*lead, out]."""
     out = fp8.product(quantised, narrow.rows(), rows.dtype)
     if (watch := fp8.watch()) is not None:
         watch.compare(base, "forward", out, rows @ dense(base).t())
@@ -152,7 +152,7 @@ def _narrow_product(
 
 
 def _narrow_gradient(grad: Tensor, base: Any, narrow: fp8.Weight) -> Tensor:
-    """The gradient of x, of `grad` [n, out], in eight bits: [n, in]."""
+    """Returns the gradient of x, of `grad` [n, out], in eight bits: [n, in]."""
     found = fp8.product(fp8.quantise_rows(grad), narrow.columns(), grad.dtype)
     if (watch := fp8.watch()) is not None:
         watch.compare(base, "gradient", found, grad @ dense(base))
@@ -171,7 +171,7 @@ def _add_gradient(total: Tensor | None, grad: Tensor, layer: Layer) -> Tensor:
 def _backward(
     grads: Sequence[Tensor], rows: Tensor, lora_hidden: Tensor, layers: Sequence[Layer], wants_rows: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """The gradient of `rows`, and those of A and B of each layer in turn."""
+    """Returns the gradient of `rows`, and those of A and B of each layer in turn."""
     grad_lora_hidden = torch.empty_like(lora_hidden)
     grad_rows: Tensor | None = None
     grads_b = []

@@ -38,7 +38,7 @@ class DirectPreferenceOptimization:
         return 1
 
     def objective(self, model: "Objective", batch: Batch, scale: float) -> dict[str, Tensor]:
-        """The losses, and of the rewards their sums and how often the preferred answer's is the higher one."""
+        """Returns the losses, and of the rewards their sums and how often the preferred answer's is the higher one."""
         gained = -model.row_losses(batch)
         if batch.reference is not None:  # there is none while the memory is tried
             gained = gained - batch.reference

@@ -37,10 +37,10 @@ class Method(Protocol):
     """Whether its objective needs `batch.reference`, which is measured once, before the first step."""
 
     def weight(self, example: Example) -> float:
-        """The example's part of what sums are divided by."""
+        """Returns the example's part of what sums are divided by."""
 
     def objective(self, model: "Objective", batch: Batch, scale: float) -> dict[str, Tensor]:
-        """The sums over the batch's examples. "loss", which gradients are of, is `scale` times its sum."""
+        """Returns the sums over the batch's examples. "loss", which gradients are of, is `scale` times its sum."""
 
     def shown(self, means: dict[str, float]) -> Shown:
-        """What to show of the sums over some examples, divided by their weights."""
+        """Returns what to show of the sums over some examples, divided by their weights."""

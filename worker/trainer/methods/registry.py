@@ -16,5 +16,5 @@ METHODS: dict[str, Callable[[Any], Method]] = {
 
 
 def make(options: MethodOptions) -> Method:
-    """The method of a run."""
+    """Returns the method of a run."""
     return METHODS[options.type](options)

@@ -19,11 +19,11 @@ class SupervisedFineTuning:
     reads_reference = False
 
     def weight(self, example: Example) -> float:
-        """The labelled tokens."""
+        """Returns the labelled tokens."""
         return example.labelled
 
     def objective(self, model: "Objective", batch: Batch, scale: float) -> dict[str, Tensor]:
-        """The cross entropies, and the tokens whose most likely prediction is right."""
+        """Returns the cross entropies, and the tokens whose most likely prediction is right."""
         loss, correct = model(batch, scale)
         return {"loss": loss, "correct": correct}
 

@@ -31,7 +31,7 @@ Measured = tuple[PromptScore, list[dict[str, Any]]]
 
 
 def answered(folder: Path, order: AnswerOrder) -> list[Measured]:
-    """The model in `folder` asked by each variant. Raises JobFailure."""
+    """Asks the model in `folder` by each variant. Raises JobFailure."""
     t = run.prepare(folder, MessageWriter(None), StopSignal())
     asked = {variant.name: _questions(folder, t.template, variant) for variant in order.variants}
     done = _Progress(folder, sum(len(each) + min(len(each), TIMED_ROWS) for each in asked.values()))
@@ -39,7 +39,7 @@ def answered(folder: Path, order: AnswerOrder) -> list[Measured]:
 
 
 def given(folder: Path, order: AnswerOrder) -> list[Measured]:
-    """The answers in `given/`, which another program gave with their tokens and times. Raises JobFailure."""
+    """Returns the answers in `given/`, which another program gave with their tokens and times. Raises JobFailure."""
     stored = Run.model_validate_json((folder / "spec.json").read_text())
     template = ChatTemplate.load(checkpoints.texts(folder), now=stored.now)
     found = []

@@ -17,7 +17,7 @@ from worker.trainer.recipes.recipe import Recipe
 
 
 def load_quantised(folder: Path, precision: Precision, device: torch.device) -> PreTrainedModel:
-    """The base quantised while it is read. Embeddings, norms and head stay in `precision.dense`.
+    """Loads the base, quantised while it is read. Embeddings, norms and head stay in `precision.dense`.
 
     Why not PEFT's prepare_model_for_kbit_training: it casts those three to fp32, 4 GB of a Llama-3 8B, and the norms
     and the loss compute in fp32 without that. Raises CannotQuantise.
@@ -48,7 +48,7 @@ def _refuse_experts(folder: Path) -> None:
 
 
 def quantisation(precision: Precision) -> dict[str, Any]:
-    """The arguments of the BitsAndBytesConfig that gives the base in four bits."""
+    """Returns the arguments of the BitsAndBytesConfig that gives the base in four bits."""
     return {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": precision.base,

@@ -39,7 +39,7 @@ class Recipe:
 
 
 def load_dense(folder: Path, precision: Precision, device: torch.device) -> PreTrainedModel:
-    """The base with every weight in `precision.base`, but for those that transformers keeps in fp32."""
+    """Loads the base with every weight in `precision.base`, but for those that transformers keeps in fp32."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype(precision.base), device_map={"": device}, trust_remote_code=False
     )

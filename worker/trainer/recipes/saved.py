@@ -18,7 +18,7 @@ def learns_whole(name: str) -> bool:
 
 
 def options(model: Any, technique: Lora) -> dict[str, Any]:
-    """The arguments of PEFT's LoraConfig. Raises CannotAdapt for modules that cannot learn whole.
+    """Returns the arguments of PEFT's LoraConfig. Raises CannotAdapt for modules that cannot learn whole.
 
     A tied head stays the embedding's; one that is not tied learns its own rows of the tokens, or a new token would be
     read and never said.

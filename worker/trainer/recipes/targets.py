@@ -16,7 +16,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def routers(model: nn.Module) -> list[str]:
-    """Names of the linear layers with a forward of their own, such as Llama 4's and Phi-MoE's routers.
+    """Returns names of the linear layers with a forward of their own, such as Llama 4's and Phi-MoE's routers.
 
     PEFT takes them for plain products, whose answer is one tensor.
     """
@@ -30,13 +30,13 @@ def routers(model: nn.Module) -> list[str]:
 
 
 def idle(model: Any) -> list[str]:
-    """Names of the linear layers outside the decoder, which text never passes: those of a vision tower."""
+    """Returns names of the linear layers outside the decoder, which text never passes: those of a vision tower."""
     inside = {id(module) for module in model.get_decoder().modules()} | {id(model.get_output_embeddings())}
     return [name for name, module in model.named_modules() if is_linear(module) and id(module) not in inside]
 
 
 def experts(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The experts' weights by name, [experts, in, out] or [experts, out, in], in modules of no linear kind."""
+    """Returns the experts' weights by name, [experts, in, out] or [experts, out, in], in modules of no linear kind."""
     return {
         f"{name}.{key}": parameter
         for name, module in model.named_modules()

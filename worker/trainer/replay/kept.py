@@ -20,12 +20,12 @@ Answers = list[str | None]
 
 
 def path(folder: Path) -> Path:
-    """Where a run directory keeps them."""
+    """Returns where a run directory keeps them."""
     return folder / "snapshots" / NAME
 
 
 def find(folder: Path, key: Sequence[object], most: int) -> Answers:
-    """The run's own answers, of an earlier attempt or the host's; none where no file of them has that key."""
+    """Returns the run's own answers, of an earlier attempt or the host's; none where no file of them has that key."""
     digest = _digest(key)
     for place in (path(folder), folder / "resume" / NAME, _place(folder, digest)):
         found = _read(place, digest)

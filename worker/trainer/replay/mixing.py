@@ -14,7 +14,7 @@ _ORDER = 1_000_002
 
 
 def wanted_an_epoch(share: float, count: int) -> int:
-    """The replay rows of which an epoch of `count` examples holds that share; at least one."""
+    """Returns the replay rows of which an epoch of `count` examples holds that share; at least one."""
     return max(1, round(count * share / (1 - share)))
 
 
@@ -27,7 +27,7 @@ def mix(rows: Rows, replay: list[Example], share: float) -> Rows:
 
 
 def most_of_a_step(rows: Rows, batch_size: int) -> int:
-    """The examples of the largest step."""
+    """Returns the examples of the largest step."""
     return batch_size + math.ceil(batch_size * rows.replayed_an_epoch / rows.count)
 
 

@@ -108,7 +108,7 @@ def _block(base: Base, prompts: list[Prompt], limit: int, seed: int) -> Answers:
 
 
 def _ended(template: ChatTemplate, ids: list[int]) -> str | None:
-    """The text of an answer, which a limit that cut it off would teach not to stop."""
+    """Returns the text of an answer, which a limit that cut it off would teach not to stop."""
     if template.answer_length(ids) == len(ids):
         return None
     return (template.answer_text(ids).strip() and template.answer_text(ids)) or None

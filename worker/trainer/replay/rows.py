@@ -53,7 +53,7 @@ def _own_rows(base: own.Base, replay: Replay, longest: int, enough: int) -> tupl
 
 
 def _that_fit(base: own.Base, asked: list[Prompt], limit: int) -> list[Prompt]:
-    """Those whose answers the model's positions reach and that can share a batch."""
+    """Returns those whose answers the model's positions reach and that can share a batch."""
     causal = base.objective.causal
     context = getattr(causal.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     lengths = rope.of(causal)

@@ -60,12 +60,12 @@ def questions(template: ChatTemplate, examples: list[messages.Example]) -> list[
 
 
 def token_limit(evaluation: Evaluation, asked: list[Question]) -> int:
-    """Tokens that an answer to any of the questions may have."""
+    """Returns tokens that an answer to any of the questions may have."""
     return answer_limit(evaluation, max((question.tokens for question in asked), default=0))
 
 
 def texts(t: Training, given: list[list[int]]) -> list[str]:
-    """What the ids of answers say."""
+    """Returns what the ids of answers say."""
     return [t.template.answer_text(ids) for ids in given]
 
 
@@ -111,7 +111,7 @@ def _answer(
     around: Callable[[int], AbstractContextManager[None]],
     limit: int | None = None,
 ) -> list[list[int]]:
-    """The ids of all ranks' answers. Each batch is given inside `around`, which gets the number of its rows.
+    """Returns the ids of all ranks' answers. Each batch is given inside `around`, which gets the number of its rows.
 
     `limit`: tokens of an answer; None: by the longest wanted one.
     """
@@ -151,6 +151,6 @@ def _alike(t: Training, asked: list[Question], candidates: list[int], limit: int
 
 
 def _generate_batch(t: Training, prompts: list[list[int]], limit: int) -> list[list[int]]:
-    """The ids of greedy answers to one batch of prompts, without the padding after a stop token."""
+    """Returns the ids of greedy answers to one batch of prompts, without the padding after a stop token."""
     given = generation.greedy(t.objective.causal, t.template, prompts, limit)
     return [ids[: t.template.answer_length(ids) + 1] for ids in given]

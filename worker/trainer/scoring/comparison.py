@@ -23,7 +23,7 @@ Scored = tuple[Score, list[dict[str, Any]]]
 
 
 def questions(t: Training) -> Asked:
-    """What is asked of both models; nothing without a test file. Raises InvalidTrainingFile."""
+    """Returns what is asked of both models; nothing without a test file. Raises InvalidTrainingFile."""
     path = t.folder / "data" / "test.jsonl"
     if not path.exists() or t.plan.evaluation.test_file is None:
         return []
@@ -41,14 +41,14 @@ def questions(t: Training) -> Asked:
 
 
 def _answer(t: Training, asked: Asked, *, base: bool) -> list[Any]:
-    """What a model says to the questions, or how likely it makes the answers of pairs."""
+    """Returns what a model says to the questions, or how likely it makes the answers of pairs."""
     if isinstance(asked, Pairs):
         return preferences.measure(t, asked, base=base)
     return answers.generate(t, asked, base=base)
 
 
 def _answer_tuned(t: Training, asked: Asked) -> list[Any]:
-    """What the tuned model says, whose tokens are kept for the check of the model that is served."""
+    """Returns what the tuned model says, whose tokens are kept for the check of the model that is served."""
     if isinstance(asked, Pairs):
         return preferences.measure(t, asked, base=False)
     given = answers.generate_ids(t, asked, base=False)
@@ -65,14 +65,14 @@ def answers_before_training(t: Training, asked: Asked) -> list[Any] | None:
 
 
 def general_before_training(t: Training, probe: general.Probe | None) -> general.Baseline | None:
-    """The base on the general benchmark, where training overwrites the base."""
+    """Measures the base on the general benchmark, where training overwrites the base."""
     if isinstance(t.objective.model, PeftModel) or probe is None:
         return None
     return general.describe_base(t, probe)
 
 
 def compare_general(t: Training, probe: general.Probe | None, base: general.Baseline | None) -> GeneralScore | None:
-    """The tuned model on the general benchmark beside the base, which is measured now unless it was before."""
+    """Measures the tuned model on the general benchmark beside the base, which is measured now unless it was before."""
     return None if probe is None else general.compare(t, probe, base or general.describe_base(t, probe))
 
 
@@ -82,7 +82,7 @@ def score(
     base_answers: list[Any] | None,
     measure_general: Callable[[], GeneralScore | None],
 ) -> Scored | None:
-    """The scorecard, to which every rank answers its share."""
+    """Returns the scorecard; every rank answers its share."""
     if not asked:
         return None
     with t.timer.measure_rest("scores"):

@@ -51,5 +51,5 @@ def median_seconds(asked: Sequence[Question], answer: Callable[[Question], objec
 
 
 def count_tokens(t: Training, text: str) -> int:
-    """Tokens of an answer."""
+    """Returns tokens of an answer."""
     return len(t.template.tokenizer.encode(text, add_special_tokens=False).ids)

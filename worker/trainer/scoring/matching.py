@@ -23,12 +23,12 @@ def matches(wanted: str, answer: str, *, is_call: bool = False) -> bool:
 
 
 def without_reasoning(text: str) -> str:
-    """The answer behind a leading think block, without blanks at the ends."""
+    """Returns the answer behind a leading think block, without blanks at the ends."""
     return _REASONING.sub("", text).strip()
 
 
 def parse_json(text: str) -> Any:
-    """The object or array that the whole answer is, behind any reasoning; None where it is none."""
+    """Returns the object or array that the whole answer is, behind any reasoning; None where it is none."""
     try:
         value = json.loads(without_reasoning(text), parse_constant=_refuse)
     except (ValueError, RecursionError):
@@ -37,14 +37,14 @@ def parse_json(text: str) -> Any:
 
 
 def without_fence(text: str) -> str:
-    """The text inside a code fence around the whole answer; the answer itself where there is none."""
+    """Returns the text inside a code fence around the whole answer; the answer itself where there is none."""
     answer = without_reasoning(text)
     found = _FENCE.match(answer)
     return found[1] if found else answer
 
 
 def fields(value: Any) -> Counter[tuple[str, str]]:
-    """The path and value of every leaf of a JSON value. An empty object or array is a leaf."""
+    """Returns the path and value of every leaf of a JSON value. An empty object or array is a leaf."""
     found: Counter[tuple[str, str]] = Counter()
     waiting = [("", value)]  # why not by recursion: a model may nest as deep as the parser takes it
     while waiting:
@@ -59,7 +59,7 @@ def fields(value: Any) -> Counter[tuple[str, str]]:
 
 
 def calls(text: str) -> list[tuple[str, str]]:
-    """The name and the arguments, in one spelling, of every tool call that is written as JSON in the text."""
+    """Returns the name and the arguments, in one spelling, of every tool call that is written as JSON in the text."""
     return sorted(call for _, value in _pieces(text) for call in _calls_of(_bare_calls(value)))
 
 
@@ -74,7 +74,7 @@ def _calls_of(value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _canonical(text: str, is_call: bool) -> list[str]:
-    """The text in pieces, its JSON objects and arrays in one spelling."""
+    """Returns the text in pieces, its JSON objects and arrays in one spelling."""
     pieces: list[str] = []
     for before, value in _pieces(text):
         pieces.append(before.strip())
@@ -102,12 +102,12 @@ def _pieces(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _spelled(value: Any) -> str:
-    """The one spelling of a JSON value. Raises RecursionError."""
+    """Returns the one spelling of a JSON value. Raises RecursionError."""
     return json.dumps(_number(value), sort_keys=True)
 
 
 def _number(value: Any) -> Any:
-    """The value with 10 for 10.0 wherever it stands. Raises RecursionError."""
+    """Returns the value with 10 for 10.0 wherever it stands. Raises RecursionError."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, list):

@@ -25,22 +25,22 @@ class Metric:
     is_share: bool = False
 
     def rates(self, asked: Sequence[Question], answers: Sequence[str]) -> list[tuple[float, float]]:
-        """Both numbers of each answer."""
+        """Returns both numbers of each answer."""
         return [self.rate(question, answer) for question, answer in zip(asked, answers, strict=True)]
 
 
 def figure(rates: Sequence[tuple[float, float]]) -> float:
-    """The metric of all rows, from both numbers of each."""
+    """Returns the metric of all rows, from both numbers of each."""
     return sum(part for part, _ in rates) / (sum(whole for _, whole in rates) or 1)
 
 
 def fraction(name: str, holds: Callable[[Question, str], bool]) -> Metric:
-    """The metric of the rows for which something holds."""
+    """Returns the metric of the rows for which something holds."""
     return Metric(name, lambda question, answer: (float(holds(question, answer)), 1.0), is_share=True)
 
 
 def mean(name: str, score: Callable[[Question, str], float]) -> Metric:
-    """The metric of a score of each row."""
+    """Returns the metric of a score of each row."""
     return Metric(name, lambda question, answer: (score(question, answer), 1.0))
 
 
@@ -67,13 +67,13 @@ def _field_overlap(question: Question, answer: str) -> tuple[float, float]:
 
 
 def _as_wanted(question: Question, answer: str) -> str:
-    """The answer without the code fence that the wanted one has too."""
+    """Returns the answer without the code fence that the wanted one has too."""
     fenced = matching.without_fence(question.wanted) != matching.without_reasoning(question.wanted)
     return matching.without_fence(answer) if fenced else answer
 
 
 def label(answer: str) -> str:
-    """An answer as a label: in lower case, without blanks, quotes and a full stop around it."""
+    """Returns an answer as a label: in lower case, without blanks, quotes and a full stop around it."""
     words = " ".join(matching.without_reasoning(answer).casefold().split())
     return words.strip(" .!\"'`") or words
 
@@ -111,6 +111,6 @@ def _are_labels(wanted: list[str]) -> bool:
 
 
 def choose(asked: Sequence[Question]) -> tuple[str, tuple[Metric, ...]]:
-    """The task's name and its metrics, the primary one first."""
+    """Returns the task's name and its metrics, the primary one first."""
     task = detect_task(asked)
     return ("other", (EXACT,)) if task is None else (task, METRICS[task])

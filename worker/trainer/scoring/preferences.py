@@ -45,7 +45,7 @@ def _text(message: Message) -> str:
 
 
 def measure(t: Training, pairs: Pairs, *, base: bool) -> list[list[float]]:
-    """The log-probabilities of both answers of each pair, by the tuned model or the base under its adapter.
+    """Returns the log-probabilities of both answers of each pair, by the tuned model or the base under its adapter.
 
     Raises Stopped.
     """
@@ -55,7 +55,7 @@ def measure(t: Training, pairs: Pairs, *, base: bool) -> list[list[float]]:
 
 
 def score(pairs: Pairs, base: list[list[float]], tuned: list[list[float]]) -> tuple[Score, list[dict[str, Any]]]:
-    """The scorecard and every pair's log-probabilities.
+    """Returns the scorecard and every pair's log-probabilities.
 
     `preferred` compares whole answers, as DPO does; `preferred_norm` their means over tokens, which does not favour
     short answers.
@@ -74,7 +74,7 @@ def score(pairs: Pairs, base: list[list[float]], tuned: list[list[float]]) -> tu
 
 
 def _judged(model: str, shown: dict[str, Any], found: list[float]) -> dict[str, Any]:
-    """The answer that a model makes the likelier one, and whether that is the preferred one."""
+    """Returns the answer that a model makes the likelier one, and whether that is the preferred one."""
     is_right = found[0] > found[1]
     return {
         model: shown["wanted" if is_right else "other"],

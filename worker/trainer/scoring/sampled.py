@@ -35,7 +35,7 @@ def questions(folder: Path, plan: Plan, template: ChatTemplate) -> list[Question
 
 
 def measure(t: Training) -> dict[str, Any]:
-    """The task's fields of an `Evaluated` message; none where nobody asked for them."""
+    """Returns the task's fields of an `Evaluated` message; none where nobody asked for them."""
     asked = t.task_questions
     if not asked:
         return {}

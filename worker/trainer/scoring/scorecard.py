@@ -16,7 +16,7 @@ Rates = Sequence[tuple[float, float]]
 
 
 def score(asked: list[Question], base: list[str], tuned: list[str]) -> tuple[Score, list[dict[str, Any]]]:
-    """The scorecard and every row's answers."""
+    """Returns the scorecard and every row's answers."""
     rows = [
         {"messages": q.messages, "wanted": q.wanted, "base": b, "tuned": u,
          "base_right": matches(q.wanted, b, is_call=q.is_call),
@@ -38,7 +38,7 @@ def assemble(
     exact: Measure,
     labels: dict[str, LabelShares] | None = None,
 ) -> Score:
-    """The scorecard of measured rows. `exact`: what it shows as the share of right answers."""
+    """Returns the scorecard of measured rows. `exact`: what it shows as the share of right answers."""
     return Score(
         rows=len(rows),
         base_exact=exact.base,
@@ -55,12 +55,12 @@ def assemble(
 
 
 def compare(metric: Metric, asked: list[Question], base: list[str], tuned: list[str]) -> Measure:
-    """A metric of both models, and the 95 % interval of its gain on the same rows."""
+    """Returns a metric of both models, and the 95 % interval of its gain on the same rows."""
     return compare_rates(metric.rates(asked, base), metric.rates(asked, tuned), is_share=metric.is_share)
 
 
 def compare_rates(before: Rates, after: Rates, *, is_share: bool) -> Measure:
-    """Both models' figure of the same rows, from both numbers of each; see `Metric`."""
+    """Returns both models' figure of the same rows, from both numbers of each; see `Metric`."""
     first, second = metrics.figure(before), metrics.figure(after)
     p = None
     if is_share:
@@ -74,7 +74,7 @@ def compare_rates(before: Rates, after: Rates, *, is_share: bool) -> Measure:
 
 
 def _by_label(asked: list[Question], base: list[str], tuned: list[str]) -> dict[str, LabelShares]:
-    """The share of right answers of each wanted label, the most frequent labels first."""
+    """Returns the share of right answers of each wanted label, the most frequent labels first."""
     totals: Counter[str] = Counter()
     correct: Counter[tuple[str, str]] = Counter()
     for question, before, after in zip(asked, base, tuned, strict=True):
@@ -89,7 +89,7 @@ def _by_label(asked: list[Question], base: list[str], tuned: list[str]) -> dict[
 
 
 def pick_samples(rows: list[dict[str, Any]], count: int = 5) -> list[Sample]:
-    """Rows spread evenly over the file: a pick of the best would tell nothing."""
+    """Returns rows spread evenly over the file: a pick of the best would tell nothing."""
     chosen = [rows[i * len(rows) // count] for i in range(min(count, len(rows)))] if len(rows) > count else rows
     return [
         Sample(

@@ -68,7 +68,7 @@ def _left_out(precision: Precision, reason: str) -> UnquantisedScore:
 def _answers(
     t: Training, precision: Precision, answer: Callable[[Training, bool], list[Any]]
 ) -> tuple[list[Any], list[Any]] | None:
-    """The answers of base and adapter; None where a rank has no room for the base, which all ranks agree on."""
+    """Returns the answers of base and adapter; None where a rank has no room for the base, which all ranks agree on."""
     try:
         base = LORA.load_base(t.folder / "base", precision, t.device)
     except torch.OutOfMemoryError:
@@ -80,7 +80,7 @@ def _answers(
 
 
 def _on(t: Training, base: PreTrainedModel, precision: Precision) -> Training:
-    """The run with its adapter on another base."""
+    """Returns the run with its adapter on another base."""
     rope.install(base)
     adapter = t.folder / "adapter"
     model = LORA.prepare(base, t.plan.technique, adapter if adapter.exists() else None)
