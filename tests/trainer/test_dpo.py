@@ -118,6 +118,8 @@ def test_preferences_are_learned_without_eight_bits(
     [started] = said(ear, "started")
     assert started.warnings[0].startswith("precision fp8 was not used: preferences are learned")
     assert steps_of(folder)[0]["train_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    [finished] = said(ear, "finished")
+    assert finished.spent["reference"].units == started.train_tokens  # once, for the quotes of later runs
 
 
 def test_prompts_are_not_learned(tmp_path: Path, tiny: Path) -> None:

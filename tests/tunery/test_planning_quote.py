@@ -56,7 +56,8 @@ ROWS = Counts(examples=10, tokens=1000, source="rows", valid_tokens=200, test_ro
         ({"evaluation": {"task_rows": 5}}, "cuda", {"answers": 12 + 3 * 5}),
         ({"evaluation": {"max_rows": 2}}, "cuda", {"answers": 4}),
         ({"technique": Qlora(), "evaluation": {"unquantised": True}}, "cuda", {"answers": 24}),
-        ({"method": {"type": "dpo"}}, "cuda", {"answers": 0}),
+        ({"method": {"type": "dpo"}}, "cuda", {"answers": 0, "reference_tokens": 1200}),
+        ({}, "cuda", {"scored": True, "reference_tokens": 0}),
         ({"evaluation": {"max_new_tokens": 32}}, "cuda", {"answer_tokens": 32}),
         ({}, "cuda", {"item_tokens": 800 * 46, "prompt_tokens": 100 * 106}),
         ({}, "cpu", {"item_tokens": 100 * 46, "prompt_tokens": 20 * 106}),
@@ -139,6 +140,17 @@ def test_a_scorecards_time_is_none_of_saving() -> None:
     scored = quote.seconds_of(make_work(scored=True), found)
     assert (plain["saving"], scored["saving"]) == (found.save, found.save)
     assert scored["evaluation"] - plain["evaluation"] == pytest.approx(1.5)
+
+
+def test_the_reference_of_preference_tuning_is_measured_by_its_tokens() -> None:
+    """300 tokens took 3 s: 1,000 of them take 10 s before the first step."""
+    took = make_record()
+    spent = {**took.spent, "reference": Spent(seconds=3, units=300)}
+    found = speed.of_record(replace(took, spent=spent, trainer_seconds=took.trainer_seconds + 3))
+    assert (found.reference_token, found.start) == (pytest.approx(0.01), pytest.approx(4 + 3 + 5))
+    plain = quote.seconds_of(make_work(), found)["start"]
+    assert quote.seconds_of(make_work(reference_tokens=1000), found)["start"] - plain == pytest.approx(10)
+    assert speed.of_record(took).reference_token == found.valid_token  # a forward pass
 
 
 def test_runs_of_an_earlier_release_have_their_scores_taken_from_saving() -> None:

@@ -95,7 +95,7 @@ def seconds_of(work: Workload, pace: Speed) -> dict[Part, float]:
         + pace.general_token * (passes * work.item_tokens + 2 * work.prompt_tokens)
     )
     return {
-        "start": pace.start,
+        "start": pace.start + pace.reference_token * work.reference_tokens / devices,
         "training": pace.step * work.steps + (pace.token * work.tokens) / devices,
         "evaluation": evaluation / devices + pace.scores * work.scored,
         "saving": pace.save + pace.checkpoint * work.checkpoints,

@@ -49,6 +49,7 @@ class Speed:
     valid_token: float
     answer_token: float
     general_token: float
+    reference_token: float
     scores: float
     checkpoint: float
     save: float
@@ -83,6 +84,7 @@ def of_card(card: Card, work: Workload, *, recompute: bool = False) -> Speed:
         valid_token=forward,
         answer_token=forward + _decode(card, work) / min(_ANSWERS_AT_ONCE["cuda"], max(1, work.answers)),
         general_token=forward,
+        reference_token=forward,
         scores=_SCORE_SECONDS,
         checkpoint=work.saved_bytes / _DISK_BYTES,
         save=_SAVE_SECONDS + work.saved_bytes / _DISK_BYTES + 6 * work.shape.params / _READ_BYTES,
@@ -117,6 +119,7 @@ def of_cpu(work: Workload) -> Speed:
         valid_token=forward,
         answer_token=forward,
         general_token=forward,
+        reference_token=forward,
         scores=_SCORE_SECONDS,
         checkpoint=work.saved_bytes / _DISK_BYTES,
         save=_SAVE_SECONDS + work.saved_bytes / _DISK_BYTES,
@@ -160,6 +163,7 @@ def of_record(record: Record) -> Speed:
         valid_token=_unit(spent, "validation", forward),
         answer_token=_unit(spent, "answer", forward * work.answer_tokens) / work.answer_tokens,
         general_token=_unit(spent, "general", forward),
+        reference_token=_unit(spent, "reference", forward),
         scores=scores,
         checkpoint=_unit(spent, "checkpoint", work.saved_bytes / _DISK_BYTES),
         save=saved,
@@ -213,6 +217,7 @@ def scaled(speed: Speed, record: Workload, work: Workload) -> Speed:
         valid_token=speed.valid_token * forward,
         answer_token=speed.answer_token * forward,
         general_token=speed.general_token * forward,
+        reference_token=speed.reference_token * forward,
         checkpoint=speed.checkpoint * bytes_ratio,
         save=speed.save * max(1.0, bytes_ratio),
         export=speed.export * forward,

@@ -45,7 +45,8 @@ class Counts:
 @dataclass(frozen=True)
 class Workload:
     """A run in units. `tokens`: of all steps; `answers`: of at most `answer_tokens` each, by base and tuned model;
-    `scored`: there is a test file, whose answers get a scorecard.
+    `scored`: there is a test file, whose answers get a scorecard; `reference_tokens`: those of the rows of which
+    preference tuning measures the reference once.
 
     `item_tokens` and `prompt_tokens` of the general benchmark pass through each model that is measured; `saved_bytes`:
     of what learns; `exports`: whole models that are read or written.
@@ -61,6 +62,7 @@ class Workload:
     answers: int = 0
     answer_tokens: int = _UNKNOWN_ANSWER
     scored: bool = False
+    reference_tokens: float = 0
     item_tokens: int = 0
     prompt_tokens: int = 0
     checkpoints: int = 0
@@ -87,6 +89,7 @@ def of_job(plan: Plan, facts: Mapping[str, Any], counts: Counts, device: str) ->
         answers=_answers(plan, counts.test_rows) + plan.evaluation.task_rows * validations + replay_answers,
         answer_tokens=_answer_tokens(plan),
         scored=counts.test_rows > 0,
+        reference_tokens=counts.tokens + counts.valid_tokens if plan.method.type == "dpo" else 0,
         **(_general(plan, device) if counts.test_rows else {}),
         checkpoints=plan.n_epochs if plan.keep_checkpoints else 0,
         saved_bytes=learns * (2 if isinstance(plan.technique, Full) else 4),

@@ -47,7 +47,8 @@ def attach(t: Training) -> None:
     numbers = _find(t, files)
     if t.ranks.any(numbers is None):
         t.writer.write(Phase(phase="measuring the reference"))
-        numbers = [measure(t, rows.examples) for rows in files]
+        with t.timer.measure("reference", sum(rows.tokens for rows in files)):
+            numbers = [measure(t, rows.examples) for rows in files]
     assert numbers is not None
     _keep(t, files, numbers)
     for rows, measured in zip(files, numbers, strict=True):

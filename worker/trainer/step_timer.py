@@ -11,7 +11,7 @@ from typing import Literal
 
 from tunery.trainer_protocol import Spent, StepTimes
 
-Part = Literal["step", "validation", "checkpoint", "answer", "general", "scores", "saving", "exports"]
+Part = Literal["step", "validation", "checkpoint", "answer", "general", "scores", "reference", "saving", "exports"]
 
 _BYTES_A_SECOND = 200e6
 """Of weights that are written or read. A slow disk; a fast one is measured soon."""
@@ -72,8 +72,8 @@ class StepTimer:
         self.step = step
 
     def spent(self) -> dict[str, Spent]:
-        """What the parts took. Units: steps, validated tokens, checkpoints, answers, tokens of the benchmark; of
-        scores, the times they were worked on."""
+        """What the parts took. Units: steps, validated tokens, checkpoints, answers, tokens of the benchmark, tokens
+        of which the reference was measured; of scores, the times they were worked on."""
         found: dict[str, Spent] = {"prepare": Spent(seconds=self._prepared, units=1)}
         found |= {str(part): spent for part, spent in self._spent.items()}
         if (validation := self._spent.get("validation")) is not None:
@@ -168,6 +168,7 @@ class StepTimer:
             + self._answer_tokens * work.layers * _LAYER_SECONDS / self._answer_batch,
             "general": forward,
             "scores": 0.0,
+            "reference": 0.0,
             "exports": self._export_bytes / _BYTES_A_SECOND + self._export_tokens * forward,
             "saving": (work.trained_bytes + self.check_bytes) / _BYTES_A_SECOND,
         }
