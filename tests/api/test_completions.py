@@ -16,7 +16,7 @@ def client(asking: Team) -> OpenAI:
     return asking.openai(strict=True)
 
 
-def test_a_text_is_gone_on_from(client: OpenAI, server: ModelServer) -> None:
+def test_a_text_is_gone_on_from(client: OpenAI, server: ModelServer, team: Team) -> None:
     made = client.completions.create(model=ALIAS, prompt="Once", temperature=0, logprobs=1, user="me", echo=False)
     [choice] = made.choices
     assert (choice.text, choice.finish_reason, made.object) == ("a", "stop", "text_completion")
@@ -30,6 +30,7 @@ def test_a_text_is_gone_on_from(client: OpenAI, server: ModelServer) -> None:
     [received] = server.received
     assert (received["tunery_text"], received["max_tokens"], received["top_logprobs"]) == ("Once", 16, 1)
     assert received["tunery_model"]["base"]["id"] == BASE
+    assert received["tunery_model"]["project_id"] == team.id
     assert not received.keys() & {"prompt", "messages", "echo"}
 
 

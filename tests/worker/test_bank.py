@@ -8,7 +8,9 @@ import torch
 import zoo
 from streamed import PROMPTS, TOKENS, by_peft, greedy, make
 
+from worker.server import factors
 from worker.server.cache_memory import CacheMemory
+from worker.server.factors import Factors
 from worker.server.models import AdapterAlone, Base, BrokenAdapter, Source, StackedAdapter
 
 SHAPES: list[dict[str, Any]] = [
@@ -56,7 +58,8 @@ def test_ranks_and_shapes_are_mixed_in_one_batch(llama: Path, folders: list[Path
     assert len({tuple(one) for one in wanted}) == len(wanted) - 2  # two ask what another has asked
 
 
-def test_adapters_of_one_shape_come_and_go(llama: Path, tmp_path: Path) -> None:
+def test_adapters_of_one_shape_come_and_go(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factors, "_PLACES", 3)
     folders = [make(tmp_path / str(seed), llama, seed) for seed in range(4)]
     base = load(llama)
     laid = [base.lay_on(folder) for folder in folders]
@@ -72,6 +75,22 @@ def test_adapters_of_one_shape_come_and_go(llama: Path, tmp_path: Path) -> None:
     rows = [one.stream(PROMPTS[0]) for one in (laid[3], again, laid[0])]
     said = [[greedy(row) for row in rows] for _ in range(TOKENS)]
     assert [list(one) for one in zip(*said, strict=True)] == [wanted[i] for i in (3, 2, 0)]
+
+
+def test_parts_of_a_batch_do_not_push_each_other_out() -> None:
+    """Four adapters in two passes, then together, then in the two passes again: each is copied once."""
+    sites = (factors.Site("a", 1, 2, 2),)
+    adapters = [Factors(sites, torch.full((4,), float(i))) for i in range(4)]
+    stack = factors.Stack(sites, torch.device("cpu"))
+    brought: list[Factors] = []
+    bring = stack._bring
+    stack._bring = lambda one, place: (brought.append(one), bring(one, place))[1]  # type: ignore[func-returns-value, method-assign]
+    for part in (adapters[:2], adapters[2:], adapters, adapters[:2], adapters[2:]):
+        rows, order = stack.gather(part)
+        assert {one: float(row[0]) for one, row in zip(order, rows, strict=True)} == {
+            one: float(adapters.index(one)) for one in part
+        }
+    assert brought == adapters
 
 
 OTHERS = ("Qwen3", "Phi-3", "Granite", "Cohere2", "Phi")

@@ -85,7 +85,7 @@ class Bank:
         for row, one in enumerate(adapters):
             if one is not None and one.sites == stack.sites:
                 rows.setdefault(one, []).append(row)
-        block, order = stack.front(list(rows)) if len(rows) > 1 else (stack.row(next(iter(rows))), list(rows))
+        block, order = stack.gather(list(rows)) if len(rows) > 1 else (stack.row(next(iter(rows))), list(rows))
         pairs = split(block, stack.sites)
         layers = {site.name: (a.transpose(1, 2), b) for site, (a, b) in zip(stack.sites, pairs, strict=True)}
         return _Share(layers, *self._indices([rows[one] for one in order], len(adapters)))

@@ -138,8 +138,12 @@ def _scaling(config: Mapping[str, Any], site: Site) -> float:
     return float(alpha / (math.sqrt(site.rank) if config.get("use_rslora") else site.rank))
 
 
+_PLACES = 16
+"""Rows that a stack has before one moves another out, unless more are computed together."""
+
+
 class Stack:
-    """Adapters of one shape in the rows of one tensor, those that are computed together in front.
+    """Adapters of one shape in the rows of one tensor, those that are computed together side by side.
 
     A product over many adapters reads them where they lie. The rows of others move out only when their place is needed.
     """
@@ -156,15 +160,33 @@ class Stack:
         place = self._holders.index(one)
         return self._rows[place : place + 1]
 
-    def front(self, wanted: Sequence[Factors]) -> tuple[torch.Tensor, list[Factors]]:
+    def gather(self, wanted: Sequence[Factors]) -> tuple[torch.Tensor, list[Factors]]:
         """Rows in which exactly these lie, and their order."""
-        self._grow(len(wanted))
-        free = [place for place in range(len(wanted)) if self._holders[place] not in wanted]
-        behind = [one for one in wanted if one not in self._holders[: len(wanted)]]
-        for place, one in zip(free, behind, strict=True):
+        self._grow(len(wanted) - len(self._holders))
+        start, others = self._find_window(wanted)
+        if others and len(self._holders) < _PLACES:
+            # Parts of a batch, as those whose prompts are read, would otherwise push each other out in every pass.
+            self._grow(min(others, _PLACES - len(self._holders)))
+            start, _ = self._find_window(wanted)
+        window = range(start, start + len(wanted))
+        free = [place for place in window if self._holders[place] not in wanted]
+        outside = [one for one in wanted if one not in self._holders[start : window.stop]]
+        for place, one in zip(free, outside, strict=True):
             self._bring(one, place)
-        order = [one for one in self._holders[: len(wanted)] if one is not None]
-        return self._rows[: len(wanted)], order
+        order = [one for one in self._holders[start : window.stop] if one is not None]
+        return self._rows[start : window.stop], order
+
+    def _find_window(self, wanted: Sequence[Factors]) -> tuple[int, int]:
+        """The first of as many places, where the fewest others and the most of these lie; and how many others."""
+        held, many = set(wanted), len(wanted)
+
+        def count(start: int) -> tuple[int, int]:
+            window = self._holders[start : start + many]
+            others = sum(one is not None and one not in held for one in window)
+            return others, -sum(one in held for one in window)
+
+        start = min(range(len(self._holders) - many + 1), key=count)
+        return start, count(start)[0]
 
     def forget(self, one: Factors) -> None:
         """Frees an adapter's memory, or its place for others."""
@@ -187,8 +209,7 @@ class Stack:
         self._rows[place] = row
         self._holders[place], one.flat = one, None
 
-    def _grow(self, places: int) -> None:
-        more = places - len(self._holders)
+    def _grow(self, more: int) -> None:
         if more > 0:
             self._rows = torch.cat([self._rows, self._rows.new_zeros(more, self._rows.shape[1])])
             self._holders += [None] * more
