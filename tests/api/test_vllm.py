@@ -1,6 +1,7 @@
 """Chats through the API, the model server and vLLM servers that say what real ones said."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -84,6 +85,9 @@ def test_base_and_adapter_answer_as_vllm_does(recorded: Recorded, ask: Ask, team
     said = [token for step in steps("stream_adapter") for token in step["token_ids"]]
     assert answer.usage
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(vllm.asked[-1]["prompt"]), len(said))
+    day = team.http.get(f"/v1/organization/usage/completions?start_time={int(time.time())}&models[]={tuned}").json()
+    [used] = day["data"][0]["results"]
+    assert (used["input_tokens"], used["output_tokens"]) == (answer.usage.prompt_tokens, len(said))
     pieces = client.chat.completions.create(model=tuned, stream=True, **ASK)
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == recorded.text("stream_adapter")
     assert vllm.loaded == [digest]
@@ -242,8 +246,9 @@ def test_log_probabilities_a_schema_and_the_servers_key(recorded: Recorded, ask:
     assert [one.logprob for one in chances.content] == [one for step in said_there for one in step["token_logprobs"]]
     assert [len(one.top_logprobs) for one in chances.content] == [2] * len(chances.content)
     schema = RECORDED["stream_schema"]["request"]["structured_outputs"]["json"]
-    said = _say(client, BASE, response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}})
-    assert said == recorded.text("stream_schema")
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    [choice] = client.chat.completions.create(model=BASE, response_format=wanted, **ASK).choices
+    assert (choice.message.content, choice.finish_reason) == (recorded.text("stream_schema"), "stop")
     assert vllm.asked[-1]["structured_outputs"] == {"json": {**schema, "additionalProperties": False}}
     with pytest.raises(openai.InternalServerError, match="TUNERY_VLLM_REPLICAS"):
         _say(ask(url, api_key="another"), BASE)
