@@ -196,5 +196,4 @@ def nothing_trained(role: FileRole, max_length: int) -> InvalidTrainingFile:
 
 def count_trained(sequence: Rendered) -> int:
     """Tokens that are learned. The first of a sequence is not: nothing stands before it to predict it from."""
-    learned = len(sequence.labels) - sequence.labels.count(IGNORED)
-    return learned - (sequence.labels[:1] not in ([], [IGNORED]))
+    return sequence.trained_tokens - (sequence.labels[:1] not in ([], [IGNORED]))

@@ -383,5 +383,5 @@ class ChatTemplate:
 
 
 def _cut(ids: list[int], labels: list[int], max_length: int, spelled: tuple[str, ...]) -> Rendered:
-    answer_cut = any(label != IGNORED for label in labels[max_length:])
+    answer_cut = len(labels) > max_length and any(label != IGNORED for label in labels[max_length:])
     return Rendered(ids[:max_length], labels[:max_length], len(ids) > max_length, spelled, answer_cut)

@@ -34,8 +34,10 @@ class Views:
         self._texts.update(texts)
 
     def text(self, count: int, prompting: bool = False) -> str:
-        self.prepare([(count, prompting)])
-        return self._texts[count, prompting]
+        view = count, prompting
+        if view not in self._texts:
+            self.prepare([view])
+        return self._texts[view]
 
 
 def views_of(trained: Sequence[int], count: int) -> list[View]:
