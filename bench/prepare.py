@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 
 from bench import service
 from tunery.datasets.rules import _judge, check_examples
-from tunery.rows import dialect
+from tunery.rows import dialect, preparers
 from tunery.rows.bulk import Judged, encode_rows
 from tunery.rows.encoding import CHATS, read_rows
 from tunery.rows.messages import Example
@@ -120,6 +120,7 @@ def compare(path: Path, base: Path) -> dict[str, Any]:
 def stages(path: Path, base: Path) -> dict[str, Any]:
     """Microseconds of processor time a row, one stage after the other in this process, of the first rows; the least of
     three times. The renderer's part is here too, which has processes of its own otherwise."""
+    preparers.collect_seldom()  # as the processes do that prepare rows
     template = ChatTemplate.load(base)
     template.hasten()
     lines = list(islice(chunks(path), 24))

@@ -159,12 +159,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
     with Connection(int(sys.argv[1])) as connection, suppress(EOFError, OSError):
         work = pickle.loads(connection.recv_bytes())  # noqa: S301  it comes from our own parent
-        _collect_seldom()
+        collect_seldom()
         while True:
             connection.send_bytes(_answer(work, connection.recv_bytes()))
 
 
-def _collect_seldom() -> None:
+def collect_seldom() -> None:
     """A group's objects go with it and hold none in a circle: to look for such takes a twelfth of the time."""
     gc.freeze()
     gc.set_threshold(100_000)
