@@ -4,6 +4,7 @@ from tunery import dispatch
 from tunery.settings import Settings
 from tunery.storage import open_storage
 from tunery.webhooks import outbox
+from worker import caches
 from worker.io import baselines, cleaning, conversion, exports, files, imports, reports, scores, validation
 from worker.io.sweeper import Sweeper
 from worker.poller import Poller
@@ -12,6 +13,7 @@ from worker.supervisor.drain import Drain
 from worker.supervisor.slot import Slot
 
 _SHOW_SECONDS = 60
+_CACHES_SECONDS = 600
 
 
 def start_pollers(queue: str, slot_name: str, settings: Settings, drain: Drain, found: list[Device]) -> list[Poller]:
@@ -36,7 +38,18 @@ def _training(slot_name: str, settings: Settings, drain: Drain, found: list[Devi
     return [
         Poller("training", slot.look, poll_seconds=settings.poll_seconds, drain=drain),
         Poller("devices", show, poll_seconds=_SHOW_SECONDS, drain=drain, on_call=False),
+        _caches(settings, drain),
     ]
+
+
+def _caches(settings: Settings, drain: Drain) -> Poller:
+    """Returns the poller of what the host keeps of files, which each host has to remove by itself."""
+
+    def remove() -> bool:
+        caches.remove_orphans(settings.models_dir)
+        return False
+
+    return Poller("caches", remove, poll_seconds=_CACHES_SECONDS, drain=drain, on_call=False)
 
 
 def _io(settings: Settings, drain: Drain) -> list[Poller]:
@@ -68,4 +81,5 @@ def _io(settings: Settings, drain: Drain) -> list[Poller]:
     pollers[-1] = Poller("webhooks", deliver, poll_seconds=settings.sweep_seconds, drain=drain)
     sweep = Sweeper(settings, storage).round
     # By the clock alone: it sends wake-ups itself, and one that woke it would go round and round.
-    return [*pollers, Poller("sweeper", sweep, poll_seconds=settings.sweep_seconds, drain=drain, on_call=False)]
+    sweeper = Poller("sweeper", sweep, poll_seconds=settings.sweep_seconds, drain=drain, on_call=False)
+    return [*pollers, sweeper, _caches(settings, drain)]

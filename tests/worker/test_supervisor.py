@@ -636,7 +636,7 @@ def test_the_sweeper_is_not_woken_by_the_wake_ups_that_it_sends(workshop: Worksh
     drain = Drain()
     drain.begin()
     pollers = start_pollers(dispatch.IO, "test", workshop.settings, drain, [])
-    assert {poller.name for poller in pollers if not poller.on_call} == {"sweeper"}
+    assert {poller.name for poller in pollers if not poller.on_call} == {"sweeper", "caches"}
 
     looked, drain = {True: 0, False: 0}, Drain()
 

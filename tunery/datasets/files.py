@@ -1,6 +1,6 @@
 """Creates, finds, lists, checks and deletes files. Rows are in the database, bytes in storage under a key of ours."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 
 from sqlalchemy import ColumnElement, func, select, update
@@ -80,6 +80,11 @@ def find(session: Session, project_id: str, file_id: str, *, param: str | None =
     if file is None:
         raise NotFound(param=param, kind="file", id=file_id)
     return file
+
+
+def known_contents(session: Session, digests: Collection[str]) -> set[str]:
+    """Returns the sha256 that some project's file has, of those given."""
+    return set(session.scalars(select(File.sha256).where(File.sha256.in_(digests), _is_visible())))
 
 
 def list_page(

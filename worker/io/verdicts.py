@@ -1,7 +1,8 @@
 """What validation has found in files on this host, so that a second job on a file and a model reads no row again.
 
-An entry lies in `validated/` of the folder of models, is named by the digest of all that decides about it, and goes
-when no job has used it for DAYS. It holds numbers of lines, names of keys and digests of rows, and no text of theirs.
+An entry lies in `validated/` of the folder of models, is named by the file's sha256 and the digest of all that decides
+about it, and goes with the file, or when no job has used it for DAYS. It holds numbers of lines, names of keys and
+digests of rows, and no text of theirs.
 """
 
 import base64

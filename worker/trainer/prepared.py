@@ -1,7 +1,8 @@
 """Rows that an earlier run on this host has prepared, so that a second job on a file and a model prepares nothing.
 
-The run directory's `prepared/`, if it has one, is shared by the host's runs. An entry there is named by the digest of
-all that decides about its tokens (`key`), and written whole or not at all:
+The run directory's `prepared/`, if it has one, is shared by the host's runs. An entry there is named by the file's
+sha256, by which it goes with the file, and the digest of all that decides about its tokens (`key`), and written whole
+or not at all:
 
     the rows as a `Store` keeps them, some numbers of each row and line, how many there are of each, sha256 of all that
 
@@ -50,7 +51,8 @@ def key(path: Path, template: ChatTemplate, encoder: RowEncoder, role: FileRole,
     """Returns the name of a file's rows; None where a plug-in's code or the clock decides about them too."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return fingerprint.of_rows(sha256, bulk.Reading(role, encoder, template, max_length), blocks)
+    found = fingerprint.of_rows(sha256, bulk.Reading(role, encoder, template, max_length), blocks)
+    return found and f"{sha256}-{found}"
 
 
 @contextmanager
