@@ -7,7 +7,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_SECONDS = 20.0
 """From a connection's start, or a further request's first byte, to the end of the request's headers. The idle time
-between two requests is uvicorn's own (`--timeout-keep-alive`), and the body's is `api.edge`'s."""
+between two requests is uvicorn's own (`--timeout-keep-alive`), and the body's is `api.middleware`'s."""
 _TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from api import faults, rate_headers
+from api import rate_headers, request_errors
 from tunery import errors
 from tunery.db import UNREACHABLE
 from tunery.errors import TuneryError
@@ -29,9 +29,9 @@ STATUS: dict[type[TuneryError], int] = {
     Unauthenticated: 401,
     Forbidden: 403,
     errors.NotFound: 404,
-    faults.RouteNotFound: 404,
-    faults.MethodNotAllowed: 405,
-    faults.TooSlow: 408,
+    request_errors.RouteNotFound: 404,
+    request_errors.MethodNotAllowed: 405,
+    request_errors.TooSlow: 408,
     errors.TooLarge: 413,
     QuotaExceeded: 429,
     RateLimited: 429,
@@ -45,7 +45,7 @@ STATUS: dict[type[TuneryError], int] = {
 _NOT_AGAIN = {"x-should-retry": "false"}
 _HEADERS: dict[type[TuneryError], dict[str, str]] = {
     Unauthenticated: {"www-authenticate": "Bearer"},
-    faults.TooSlow: {"connection": "close"},
+    request_errors.TooSlow: {"connection": "close"},
     QuotaExceeded: _NOT_AGAIN,  # a full queue does not empty in the seconds a client waits
     TooManyOpen: {"retry-after": "1"},
     errors.Unavailable: {"retry-after": "5"},
@@ -91,9 +91,9 @@ def _as_ours(error: Exception, request_id: str, route: str) -> TuneryError | Non
     if isinstance(error, TuneryError) and status_of(error) != 500:
         return error
     if isinstance(error, RequestValidationError):
-        return faults.explain(error, route)
+        return request_errors.explain(error, route)
     if isinstance(error, HTTPException):
-        return faults.explain_http(error, route)
+        return request_errors.explain_http(error, route)
     if isinstance(error, DataError) and isinstance(error.orig, NumericValueOutOfRange):
         reason = "A number of the request is too large: whole numbers go from -2**63 to 2**63 - 1."
         return errors.InvalidValue(reason=reason)
@@ -139,6 +139,6 @@ def _allowed(request: Request) -> list[str]:
 
 
 def install(app: FastAPI) -> None:
-    """One handler for all classes. `api.edge` answers what is raised outside of it in the same way."""
+    """One handler for all classes. `api.middleware` answers what is raised outside of it in the same way."""
     for kind in _FORESEEN:
         app.add_exception_handler(kind, _handle)

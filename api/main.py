@@ -9,9 +9,8 @@ from fastapi import FastAPI
 from sqlalchemy.orm import Session, sessionmaker
 
 from api import errors
-from api.edge import Edge
+from api.middleware import Edge
 from api.routes import (
-    absent,
     adapters,
     advice,
     baselines,
@@ -29,11 +28,12 @@ from api.routes import (
     reports,
     responses,
     runs,
+    unsupported,
     uploads,
     usage,
     webhooks,
 )
-from api.schemas import wire
+from api.schemas import base
 from api.web import docs
 from tunery import db, plugins
 from tunery.settings import Settings, get_settings
@@ -64,7 +64,7 @@ ROUTERS = (
     responses,
     usage,
     webhooks,
-    absent,
+    unsupported,
     health,
     metrics,
 )
@@ -126,7 +126,7 @@ def _describe(app: FastAPI) -> None:
         schemas = document["components"]["schemas"]
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
-        for name, examples in wire.examples().items():
+        for name, examples in base.examples().items():
             if name in schemas:
                 schemas[name]["examples"] = examples
         return document

@@ -127,7 +127,7 @@ class Shop:
 
 
 def answer_all(engine: Engine, requests: Sequence[ChatRequest], at_once: int) -> list[tuple[Generation, str]]:
-    """Each request's answer and text, computed as `Desk` drives a back end, loading in other threads."""
+    """Each request's answer and text, computed as `RequestQueue` drives a back end, loading in other threads."""
     ended: dict[int, tuple[Generation, str]] = {}
     waiting = list(reversed(list(enumerate(requests))))
     running: list[_Writing] = []

@@ -6,11 +6,11 @@ from fastapi import APIRouter, Request
 from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
 from sqlalchemy.orm import Session, sessionmaker
 
-from api import forms
+from api import multipart
 from api.dependencies import SessionsDep, SettingsDep, StorageDep, StreamCallerDep
-from api.forms import Form
-from api.schemas import models as wire
-from api.schemas.wire import errors
+from api.multipart import Form
+from api.schemas import models as schemas
+from api.schemas.base import errors
 from tunery.keys.auth import Caller
 from tunery.models import imports, registry
 from tunery.settings import Settings
@@ -51,13 +51,13 @@ _FORM: dict[str, Any] = {
 @router.post("/adapters", summary="Import an adapter", responses=errors(404, 413), openapi_extra=_FORM)
 async def import_adapter(
     request: Request, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep, settings: SettingsDep
-) -> wire.Model:
+) -> schemas.Model:
     """A LoRA adapter of plain PEFT becomes a model of the project. Answers at once with `status: processing`; a worker
     checks it against its base, and `status_details` says why it cannot be used."""
     prefix = imports.new_prefix()
     key = imports.archive_key(prefix)
     async with contextmanager_in_threadpool(storage.writer(key)) as writer:
-        form = await forms.receive(
+        form = await multipart.receive(
             request,
             file_field="file",
             limit=settings.max_upload_bytes,
@@ -65,7 +65,7 @@ async def import_adapter(
             instead="Merge larger adapters into their base.",
             take=lambda _form, data: writer.write(data),
         )
-        fields = forms.parse_fields(form, wire.AdapterFields)
+        fields = multipart.parse_fields(form, schemas.AdapterFields)
     try:
         return await run_in_threadpool(_record, sessions, settings, caller, form, fields, prefix)
     except Exception:
@@ -78,9 +78,9 @@ def _record(
     settings: Settings,
     caller: Caller,
     form: Form,
-    fields: wire.AdapterFields,
+    fields: schemas.AdapterFields,
     prefix: str,
-) -> wire.Model:
+) -> schemas.Model:
     """The row, in a transaction that begins when all bytes are stored."""
     with sessions.begin() as session:
         base = registry.find_ready(session, caller.project_id, fields.base)
@@ -95,4 +95,4 @@ def _record(
             technique=fields.technique,
         )
         session.refresh(row)
-        return wire.Model.of(row, owner=caller.project_name, aliases=[], for_administrator=caller.admin)
+        return schemas.Model.of(row, owner=caller.project_name, aliases=[], for_administrator=caller.admin)

@@ -8,10 +8,10 @@ from fastapi.responses import HTMLResponse, Response
 from sqlalchemy.orm import Session
 
 from api import serving_rates
-from api.bodies import JsonRoute
 from api.dependencies import CallerDep, SessionDep, SettingsDep, StorageDep
-from api.schemas import advice as wire
-from api.schemas.wire import errors
+from api.json_route import JsonRoute
+from api.schemas import advice as schemas
+from api.schemas.base import errors
 from tunery.artifacts import rates
 from tunery.baselines import ledger, table, verdict
 from tunery.baselines.model import Baseline
@@ -49,8 +49,8 @@ class _Given:
 
 @router.post("/v1/fine_tuning/advice", summary="Ask whether to fine-tune", responses=errors(404))
 def give_advice(
-    body: wire.AskAdvice, session: SessionDep, caller: CallerDep, settings: SettingsDep, storage: StorageDep
-) -> wire.AdviceAnswer:
+    body: schemas.AskAdvice, session: SessionDep, caller: CallerDep, settings: SettingsDep, storage: StorageDep
+) -> schemas.AdviceAnswer:
     """Counts the rows that are worth training on and says by written rules whether to prompt, to fine-tune or to
     retrieve, and with which settings. While `status` is `queued` or `running` the report is being made: ask again.
 
@@ -58,7 +58,7 @@ def give_advice(
     meets it.
     """
     given = _advise(session, caller, settings, storage, body)
-    return wire.AdviceAnswer(
+    return schemas.AdviceAnswer(
         **body.model_dump(include={"file", "model", "aim", "validation_file", "baseline"}),
         status=given.report.status,
         progress=given.report.progress,
@@ -89,7 +89,7 @@ def show_advice(
     baseline: Annotated[str | None, Query(min_length=1, description="A baseline, whose table is shown")] = None,
 ) -> HTMLResponse:
     """The advice as one page that needs nothing else. While the report is made, the page loads itself again."""
-    asked = wire.AskAdvice(file=file_id, model=model, aim=aim, validation_file=validation_file, baseline=baseline)
+    asked = schemas.AskAdvice(file=file_id, model=model, aim=aim, validation_file=validation_file, baseline=baseline)
     given = _advise(session, caller, settings, storage, asked)
     state = {"status": given.report.status, "progress": given.report.progress, "error": given.report.error}
     measured = [verdict.cells(row) for row in given.rows]
@@ -99,7 +99,7 @@ def show_advice(
     return HTMLResponse(shown, headers=page.HEADERS)
 
 
-def _advise(session: Session, caller: Caller, settings: Settings, storage: Storage, body: wire.AskAdvice) -> _Given:
+def _advise(session: Session, caller: Caller, settings: Settings, storage: Storage, body: schemas.AskAdvice) -> _Given:
     """Raises NotFound, NoReport, WrongState, InvalidValue."""
     model = registry.find_ready(session, caller.project_id, body.model)
     check_technique(body.technique, model.facts)
@@ -134,7 +134,7 @@ def _baseline(session: Session, project_id: str, id: str | None, model: Model) -
     return found
 
 
-def _serving(session: Session, caller: Caller, body: wire.AskAdvice, settings: Settings) -> ServingQuote | None:
+def _serving(session: Session, caller: Caller, body: schemas.AskAdvice, settings: Settings) -> ServingQuote | None:
     model = registry.find_ready(session, caller.project_id, body.model)
     technique, devices = body.technique or Lora(), leases.devices(session)
     return quoting.serving(model, technique, devices, settings, rates=serving_rates.fetch(settings))

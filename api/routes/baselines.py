@@ -6,10 +6,10 @@ from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
 from sqlalchemy.orm import Session
 
-from api.bodies import JsonRoute
 from api.dependencies import CallerDep, SessionDep, SettingsDep, StorageDep
-from api.schemas import baselines as wire
-from api.schemas.wire import CursorList, errors
+from api.json_route import JsonRoute
+from api.schemas import baselines as schemas
+from api.schemas.base import CursorList, errors
 from tunery.baselines import external, ledger, table
 from tunery.baselines.model import Baseline
 from tunery.datasets import files
@@ -19,14 +19,14 @@ from tunery.settings import Settings
 router = APIRouter(prefix="/v1/fine_tuning/baselines", tags=["Fine-tuning jobs"], route_class=JsonRoute)
 
 
-def _shown(session: Session, settings: Settings, row: Baseline) -> wire.Baseline:
-    return wire.Baseline.of(row, table.rows(session, row, settings), currency=settings.currency)
+def _shown(session: Session, settings: Settings, row: Baseline) -> schemas.Baseline:
+    return schemas.Baseline.of(row, table.rows(session, row, settings), currency=settings.currency)
 
 
 @router.post("", summary="Measure prompting", responses=errors(404, 429))
 def create_baseline(
-    body: wire.AskBaseline, session: SessionDep, caller: CallerDep, settings: SettingsDep
-) -> wire.Baseline:
+    body: schemas.AskBaseline, session: SessionDep, caller: CallerDep, settings: SettingsDep
+) -> schemas.Baseline:
     """The model answers the eval rows as they are and with examples before each, before any training. A worker does it;
     `tunery baseline` waits for the table."""
     project = caller.project_id
@@ -40,7 +40,7 @@ def create_baseline(
     return _shown(session, settings, row)
 
 
-def _sealed_key(body: wire.AskBaseline, settings: Settings) -> str | None:
+def _sealed_key(body: schemas.AskBaseline, settings: Settings) -> str | None:
     """The key of the external endpoint, encrypted. Raises Unsupported, InvalidValue, EndpointRefused."""
     if body.external is None:
         return None
@@ -57,20 +57,24 @@ def list_baselines(
     settings: SettingsDep,
     after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
     limit: Annotated[int, Query(ge=1, le=100, description="Objects a page")] = 20,
-) -> CursorList[wire.Baseline]:
+) -> CursorList[schemas.Baseline]:
     """Newest first."""
     rows, more = ledger.list_page(session, caller.project_id, after=after, limit=limit)
     return CursorList.of([_shown(session, settings, row) for row in rows], has_more=more)
 
 
 @router.get("/{baseline_id}", summary="Retrieve a baseline", responses=errors(404))
-def retrieve_baseline(baseline_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> wire.Baseline:
+def retrieve_baseline(
+    baseline_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep
+) -> schemas.Baseline:
     """Its table gains a row for each tune of the model on the same eval rows."""
     return _shown(session, settings, ledger.find(session, caller.project_id, baseline_id))
 
 
 @router.post("/{baseline_id}/cancel", summary="Cancel a baseline", responses=errors(404))
-def cancel_baseline(baseline_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> wire.Baseline:
+def cancel_baseline(
+    baseline_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep
+) -> schemas.Baseline:
     """Only one that has not ended."""
     return _shown(session, settings, ledger.cancel(session, caller.project_id, baseline_id))
 

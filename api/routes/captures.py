@@ -4,11 +4,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from api.bodies import JsonRoute
 from api.dependencies import CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep
-from api.schemas import captures as wire
+from api.json_route import JsonRoute
+from api.schemas import captures as schemas
+from api.schemas.base import ListOf, errors
 from api.schemas.files import File
-from api.schemas.wire import ListOf, errors
 from tunery.datasets import files
 from tunery.models import registry
 from tunery.storage import Storage, Stored
@@ -19,29 +19,29 @@ router = APIRouter(prefix="/v1", tags=["Captured requests"], route_class=JsonRou
 
 
 @router.post("/models/{model}/capture", summary="Keep a model's requests", responses=errors(404))
-def start_capture(model: str, body: wire.SetCapture, session: SessionDep, caller: CallerDep) -> wire.ModelCapture:
+def start_capture(model: str, body: schemas.SetCapture, session: SessionDep, caller: CallerDep) -> schemas.ModelCapture:
     """Of chats and responses from now on, the request and its first answer, with personal data and secrets replaced.
     Of a base: this project's requests alone."""
     row = registry.find_ready(session, caller.project_id, model)
     capture = captures.start(session, caller.project_id, row, keep_days=body.keep_days)
     kept = captures.counts(session, caller.project_id, row)
-    return wire.ModelCapture(model=row.id, enabled=True, keep_days=capture.keep_days, **kept)
+    return schemas.ModelCapture(model=row.id, enabled=True, keep_days=capture.keep_days, **kept)
 
 
 @router.get("/models/{model}/capture", summary="Count a model's kept requests", responses=errors(404))
-def retrieve_capture(model: str, session: SessionDep, caller: CallerDep) -> wire.ModelCapture:
+def retrieve_capture(model: str, session: SessionDep, caller: CallerDep) -> schemas.ModelCapture:
     row = registry.find(session, caller.project_id, model)
     capture = captures.setting(session, caller.project_id, row.id)
     kept = captures.counts(session, caller.project_id, row)
     days = None if capture is None else capture.keep_days
-    return wire.ModelCapture(model=row.id, enabled=capture is not None, keep_days=days, **kept)
+    return schemas.ModelCapture(model=row.id, enabled=capture is not None, keep_days=days, **kept)
 
 
 @router.delete("/models/{model}/capture", summary="Remove a model's kept requests", responses=errors(404))
-def stop_capture(model: str, session: SessionDep, caller: CallerDep) -> wire.CaptureStopped:
+def stop_capture(model: str, session: SessionDep, caller: CallerDep) -> schemas.CaptureStopped:
     """Nothing more is kept, and what was kept is removed, with its feedback. Files that were made of it stay."""
     row = registry.find(session, caller.project_id, model)
-    return wire.CaptureStopped(model=row.id, removed=captures.stop(session, caller.project_id, row))
+    return schemas.CaptureStopped(model=row.id, removed=captures.stop(session, caller.project_id, row))
 
 
 @router.get("/models/{model}/capture/requests", summary="List a model's kept requests", responses=errors(404))
@@ -52,26 +52,26 @@ def list_captured_requests(
     rated: Annotated[captures.Rated | None, Query(description="Only those that were rated, corrected, or not")] = None,
     after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
     limit: Annotated[int, Query(ge=1, le=100, description="Objects a page")] = 20,
-) -> ListOf[wire.CapturedChat]:
+) -> ListOf[schemas.CapturedChat]:
     """Newest first, each with its answer and what was said of it, as they were stored: without personal data."""
     row = registry.find(session, caller.project_id, model)
     found, more = captures.list_page(session, caller.project_id, row, rated=rated, after=after, limit=limit)
-    return ListOf(data=[wire.CapturedChat.of(one) for one in found], has_more=more)
+    return ListOf(data=[schemas.CapturedChat.of(one) for one in found], has_more=more)
 
 
 @router.post("/feedback", summary="Say what an answer was worth", responses=errors(404))
-def give_feedback(body: wire.GiveFeedback, session: SessionDep, caller: CallerDep) -> wire.Feedback:
+def give_feedback(body: schemas.GiveFeedback, session: SessionDep, caller: CallerDep) -> schemas.Feedback:
     """Of a request that was kept. A rating or correction replaces an earlier one."""
     from tunery.datasets.cleaning.redaction import redact  # here: it takes most of a second to import
 
     correction = None if body.message is None else redact(body.message)
     row = captures.rate(session, caller.project_id, body.id, rating=body.score, correction=correction)
-    return wire.Feedback.of(row)
+    return schemas.Feedback.of(row)
 
 
 @router.post("/models/{model}/capture/files", summary="Make a file of kept requests", responses=errors(404))
 def make_file(
-    model: str, body: wire.MakeFile, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep
+    model: str, body: schemas.MakeFile, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep
 ) -> File:
     """A file to train or test with: each request with its answer, a corrected one with its correction."""
     order = FileOrder(format=body.format, answers=body.answers)
@@ -99,7 +99,7 @@ def _write(storage: Storage, lines: captures.Lines) -> tuple[Stored, list[str]]:
 
 
 @router.get("/files/{file_id}/capture", summary="Retrieve a captured file's lineage", responses=errors(404))
-def retrieve_file_capture(file_id: str, session: SessionDep, caller: CallerDep) -> wire.FileCapture:
+def retrieve_file_capture(file_id: str, session: SessionDep, caller: CallerDep) -> schemas.FileCapture:
     """Which model's requests it was made of. 404 for a file that came in another way."""
     file = files.find(session, caller.project_id, file_id)
-    return wire.FileCapture.of(captures.find_file(session, file))
+    return schemas.FileCapture.of(captures.find_file(session, file))

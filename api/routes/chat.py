@@ -7,10 +7,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from api import model_server
-from api.bodies import LongJsonRoute
 from api.dependencies import StreamCallerDep
+from api.json_route import LongJsonRoute
 from api.model_server import EventStream
-from api.schemas.wire import errors
+from api.schemas.base import errors
 
 router = APIRouter(prefix="/v1", tags=["Chat"], route_class=LongJsonRoute)
 

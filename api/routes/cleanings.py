@@ -2,11 +2,11 @@
 
 from fastapi import APIRouter
 
-from api.bodies import JsonRoute
 from api.dependencies import CallerDep, SessionDep
-from api.schemas import cleanings as wire
+from api.json_route import JsonRoute
+from api.schemas import cleanings as schemas
+from api.schemas.base import errors
 from api.schemas.files import File
-from api.schemas.wire import errors
 from tunery.datasets import cleanings, files
 from tunery.models import registry
 
@@ -14,7 +14,7 @@ router = APIRouter(prefix="/v1/files/{file_id}", tags=["Files"], route_class=Jso
 
 
 @router.post("/clean", summary="Clean a file", responses=errors(404))
-def clean_file(file_id: str, body: wire.CleanFile, session: SessionDep, caller: CallerDep) -> File:
+def clean_file(file_id: str, body: schemas.CleanFile, session: SessionDep, caller: CallerDep) -> File:
     """Makes a new file of the file's rows, by the findings of its report; the file itself stays as it is.
 
     The new file has the status `uploaded` until a worker has written it, then `processed`.
@@ -29,6 +29,6 @@ def clean_file(file_id: str, body: wire.CleanFile, session: SessionDep, caller: 
 
 
 @router.get("/cleaning", summary="Retrieve a file's lineage", responses=errors(404))
-def retrieve_cleaning(file_id: str, session: SessionDep, caller: CallerDep) -> wire.FileCleaning:
+def retrieve_cleaning(file_id: str, session: SessionDep, caller: CallerDep) -> schemas.FileCleaning:
     """Which file it was made of, by which actions, and which rows went or were changed. 404 for an uploaded file."""
-    return wire.FileCleaning.of(cleanings.find(session, files.find(session, caller.project_id, file_id)))
+    return schemas.FileCleaning.of(cleanings.find(session, files.find(session, caller.project_id, file_id)))

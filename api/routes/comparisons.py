@@ -9,11 +9,11 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session, sessionmaker
 
 from api import model_server
-from api.bodies import LongJsonRoute
 from api.dependencies import SessionsDep, StreamCallerDep
+from api.json_route import LongJsonRoute
 from api.model_server import Answered
-from api.schemas import comparisons as wire
-from api.schemas.wire import errors
+from api.schemas import comparisons as schemas
+from api.schemas.base import errors
 from tunery.errors import InvalidValue
 from tunery.models import registry
 
@@ -23,11 +23,11 @@ router = APIRouter(prefix="/v1/models", tags=["Models"], route_class=LongJsonRou
 @router.post(
     "/compare",
     summary="Compare models' answers",
-    response_model=wire.Comparison,
-    responses=errors(404, 429, 504) | wire.ANSWER,
+    response_model=schemas.Comparison,
+    responses=errors(404, 429, 504) | schemas.ANSWER,
 )
 async def compare_models(
-    request: Request, body: Annotated[wire.AskComparison, Body()], caller: StreamCallerDep, sessions: SessionsDep
+    request: Request, body: Annotated[schemas.AskComparison, Body()], caller: StreamCallerDep, sessions: SessionsDep
 ) -> Response:
     """Every model answers every prompt; the models at once, the prompts one after the other. Each answer is a request
     of its own to the project's limits. Not in OpenAI's API."""
@@ -41,8 +41,8 @@ async def compare_models(
             return JSONResponse(refused.body, refused.status, refused.headers)
         answers = [_answer(model, one.body) for model, one in zip(models, answered, strict=True)]
         same = len({answer.content for answer in answers}) == 1
-        data.append(wire.ComparedPrompt(index=index, messages=messages, answers=answers, same=same))
-    return JSONResponse(wire.Comparison(models=models, data=data).model_dump(), headers=answered[-1].headers)
+        data.append(schemas.ComparedPrompt(index=index, messages=messages, answers=answers, same=same))
+    return JSONResponse(schemas.Comparison(models=models, data=data).model_dump(), headers=answered[-1].headers)
 
 
 async def _ask_all(request: Request, project_id: str, asked: list[dict[str, Any]]) -> list[Answered]:
@@ -55,10 +55,10 @@ async def _ask_all(request: Request, project_id: str, asked: list[dict[str, Any]
     return [one for one in found if not isinstance(one, BaseException)]
 
 
-def _answer(model: str, completion: dict[str, Any]) -> wire.ComparedAnswer:
+def _answer(model: str, completion: dict[str, Any]) -> schemas.ComparedAnswer:
     [choice] = completion["choices"]
     usage = completion["usage"]
-    return wire.ComparedAnswer(
+    return schemas.ComparedAnswer(
         model=model,
         content=choice["message"]["content"],
         finish_reason=choice["finish_reason"],

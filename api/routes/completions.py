@@ -9,11 +9,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from api import model_server, text_completions
-from api.bodies import LongJsonRoute
 from api.dependencies import StreamCallerDep
 from api.errors import envelope
+from api.json_route import LongJsonRoute
 from api.model_server import Answered, EventStream
-from api.schemas.wire import errors
+from api.schemas.base import errors
 from tunery.errors import TuneryError
 
 router = APIRouter(prefix="/v1", tags=["Chat"], route_class=LongJsonRoute)

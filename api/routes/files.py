@@ -7,11 +7,11 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
 from sqlalchemy.orm import Session, sessionmaker
 
-from api import downloads, forms
+from api import downloads, multipart
 from api.dependencies import CallerDep, SessionDep, SessionsDep, SettingsDep, StorageDep, StreamCallerDep
-from api.forms import Form
-from api.schemas import files as wire
-from api.schemas.wire import CursorList, errors
+from api.multipart import Form
+from api.schemas import files as schemas
+from api.schemas.base import CursorList, errors
 from tunery.baselines.ledger import live_user_of
 from tunery.datasets import arrival, files, reports
 from tunery.datasets.arrival import ArrivalCheck
@@ -32,7 +32,7 @@ _FORM: dict[str, Any] = {
                     "type": "object",
                     "required": ["purpose", "file"],
                     "properties": {
-                        "purpose": {"type": "string", "enum": list(wire.Purpose.__args__), "default": "fine-tune"},  # type: ignore[attr-defined]
+                        "purpose": {"type": "string", "enum": list(schemas.Purpose.__args__), "default": "fine-tune"},  # type: ignore[attr-defined]
                         "file": {"type": "string", "format": "binary", "description": "Rows for fine-tuning"},
                         # Plain strings, empty: forms made from this document fill in any default or least value.
                         "expires_after[anchor]": {
@@ -90,11 +90,11 @@ class _Arriving:
 @router.post("", summary="Upload a file", responses=errors(413), openapi_extra=_FORM)
 async def create_file(
     request: Request, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep, settings: SettingsDep
-) -> wire.File:
+) -> schemas.File:
     """Training data is rows in any format that is read: a file that is broken is refused at once, and not kept."""
     async with contextmanager_in_threadpool(storage.writer(files.new_key())) as writer:
         arriving = _Arriving(writer)
-        form = await forms.receive(
+        form = await multipart.receive(
             request,
             file_field="file",
             limit=settings.max_file_bytes,
@@ -102,7 +102,7 @@ async def create_file(
             instead="Send larger files as an Upload, part by part (POST /v1/uploads).",
             take=arriving.take,
         )
-        fields = forms.parse_fields(form, wire.FileFields)
+        fields = multipart.parse_fields(form, schemas.FileFields)
         arriving.close(fields.purpose)
     return await run_in_threadpool(_record, sessions, storage, caller, form, fields, writer.stored)
 
@@ -112,9 +112,9 @@ def _record(
     storage: Storage,
     caller: Caller,
     form: Form,
-    fields: wire.FileFields,
+    fields: schemas.FileFields,
     stored: Stored,
-) -> wire.File:
+) -> schemas.File:
     """The row, in a transaction that begins when all bytes are stored; without a row the bytes go again."""
     try:
         with sessions.begin() as session:
@@ -132,10 +132,10 @@ def _record(
         raise
 
 
-def _shown(session: Session, rows: Sequence[File]) -> list[wire.File]:
+def _shown(session: Session, rows: Sequence[File]) -> list[schemas.File]:
     """The files with their reports."""
     found = reports.of_files(session, rows)
-    return [wire.File.of(row, found.get(row.id)) for row in rows]
+    return [schemas.File.of(row, found.get(row.id)) for row in rows]
 
 
 @router.get("", summary="List files", responses=errors(404))
@@ -146,23 +146,23 @@ def list_files(
     limit: Annotated[int, Query(ge=1, le=10_000, description="Objects a page")] = 10_000,
     order: Annotated[Order, Query(description="By creation time")] = "desc",
     after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
-) -> CursorList[wire.File]:
+) -> CursorList[schemas.File]:
     rows, more = files.list_page(session, caller.project_id, purpose=purpose, after=after, limit=limit, order=order)
     return CursorList.of(_shown(session, rows), has_more=more)
 
 
 @router.get("/{file_id}", summary="Retrieve a file", responses=errors(404))
-def retrieve_file(file_id: str, session: SessionDep, caller: CallerDep) -> wire.File:
+def retrieve_file(file_id: str, session: SessionDep, caller: CallerDep) -> schemas.File:
     return _shown(session, [files.find(session, caller.project_id, file_id)])[0]
 
 
 @router.delete("/{file_id}", summary="Delete a file", responses=errors(404))
-def delete_file(file_id: str, session: SessionDep, caller: CallerDep) -> wire.FileDeleted:
+def delete_file(file_id: str, session: SessionDep, caller: CallerDep) -> schemas.FileDeleted:
     """Refused (400) while a job that has not ended needs the file."""
     row = files.find(session, caller.project_id, file_id)
     session.refresh(row, with_for_update=True)  # against a job that is being created on it at this moment
     files.delete(session, row, in_use_by=live_user_of(session, file_id))
-    return wire.FileDeleted(id=file_id)
+    return schemas.FileDeleted(id=file_id)
 
 
 @router.get(

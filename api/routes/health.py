@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from pydantic import ConfigDict
 
 from api.dependencies import SessionDep
-from api.schemas.wire import Error, Wire
+from api.schemas.base import Error, Wire
 from tunery import db
 
 router = APIRouter(tags=["Health"])

@@ -7,11 +7,11 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Header, Query, Request
 from sqlalchemy.orm import Session, object_session
 
-from api.bodies import JsonRoute
 from api.dependencies import CallerDep, SessionDep, SettingsDep, StorageDep
+from api.json_route import JsonRoute
 from api.schemas import dry_runs, runs
-from api.schemas import jobs as wire
-from api.schemas.wire import CursorList, ListOf, errors
+from api.schemas import jobs as schemas
+from api.schemas.base import CursorList, ListOf, errors
 from tunery.artifacts import rates
 from tunery.jobs import creation, dry_run, gate, ledger, queries, quoting, rerun, waiting
 from tunery.jobs.model import Job
@@ -27,15 +27,15 @@ RetryCount = Annotated[int, Header(include_in_schema=False)]
 After = Annotated[str | None, Query(description="The last object's id of the page before")]
 
 
-def _shown(session: Session, settings: Settings, job: Job) -> wire.Job:
+def _shown(session: Session, settings: Settings, job: Job) -> schemas.Job:
     return _shown_all(session, settings, [job])[0]
 
 
-def _shown_all(session: Session, settings: Settings, jobs: Sequence[Job]) -> list[wire.Job]:
+def _shown_all(session: Session, settings: Settings, jobs: Sequence[Job]) -> list[schemas.Job]:
     warnings = queries.warnings(session, (job.id for job in jobs))
     waits_for = waiting.reasons(session, jobs)
     return [
-        wire.of(
+        schemas.of(
             job,
             organization=settings.organization,
             warnings=warnings.get(job.id, []),
@@ -45,7 +45,7 @@ def _shown_all(session: Session, settings: Settings, jobs: Sequence[Job]) -> lis
     ]
 
 
-def _created(session: Session, settings: Settings, storage: Storage, job: Job) -> dry_runs.DryRunJob | wire.Job:
+def _created(session: Session, settings: Settings, storage: Storage, job: Job) -> dry_runs.DryRunJob | schemas.Job:
     """A new job, or what would be one: a dry run's job is in no session."""
     if object_session(job) is None:
         found = dry_run.judge(session, job, settings, partial(rates.of_file, storage))
@@ -57,14 +57,14 @@ def _created(session: Session, settings: Settings, storage: Storage, job: Job) -
 
 @router.post("", summary="Create a fine-tuning job", responses=errors(404, 429))
 def create_job(
-    body: Annotated[wire.CreateJob, Body(openapi_examples=wire.CREATE_EXAMPLES)],
+    body: Annotated[schemas.CreateJob, Body(openapi_examples=schemas.CREATE_EXAMPLES)],
     session: SessionDep,
     caller: CallerDep,
     settings: SettingsDep,
     storage: StorageDep,
     idempotency_key: IdempotencyKey = None,
     x_stainless_retry_count: RetryCount = 0,
-) -> dry_runs.DryRunJob | wire.Job:
+) -> dry_runs.DryRunJob | schemas.Job:
     """Checks the request, stores the job and answers at once; a worker then reads the files.
 
     Safe to repeat with an `Idempotency-Key`. The official client's own retries are recognised without one. With
@@ -91,7 +91,7 @@ def list_jobs(
     settings: SettingsDep,
     after: After = None,
     limit: Limit = 20,
-) -> ListOf[wire.Job]:
+) -> ListOf[schemas.Job]:
     """Newest first. `metadata[key]=value` keeps jobs with that pair; `metadata=null` those without metadata."""
     given = request.query_params.multi_items()
     rows, more = queries.list_jobs(
@@ -106,24 +106,24 @@ def list_jobs(
 
 
 @router.get("/{job_id}", summary="Retrieve a fine-tuning job", responses=errors(404))
-def retrieve_job(job_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> wire.Job:
+def retrieve_job(job_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> schemas.Job:
     return _shown(session, settings, ledger.find(session, caller.project_id, job_id))
 
 
 @router.post("/{job_id}/cancel", summary="Cancel a fine-tuning job", responses=errors(404))
-def cancel_job(job_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> wire.Job:
+def cancel_job(job_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> schemas.Job:
     """Final at once. A job that has ended cannot be cancelled (400)."""
     return _shown(session, settings, ledger.cancel(session, caller.project_id, job_id))
 
 
 @router.post("/{job_id}/pause", summary="Pause a fine-tuning job", responses=errors(404))
-def pause_job(job_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> wire.Job:
+def pause_job(job_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> schemas.Job:
     """A queued job waits; a running one saves its state and gives its device back."""
     return _shown(session, settings, ledger.pause(session, caller.project_id, job_id))
 
 
 @router.post("/{job_id}/resume", summary="Resume a paused fine-tuning job", responses=errors(404))
-def resume_job(job_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> wire.Job:
+def resume_job(job_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> schemas.Job:
     """Back to the queue, at its old place; the run goes on from its saved state."""
     return _shown(session, settings, ledger.resume(session, caller.project_id, job_id))
 
@@ -135,10 +135,10 @@ def rerun_job(
     caller: CallerDep,
     settings: SettingsDep,
     storage: StorageDep,
-    body: wire.RerunJob | None = None,
+    body: schemas.RerunJob | None = None,
     idempotency_key: IdempotencyKey = None,
     x_stainless_retry_count: RetryCount = 0,
-) -> dry_runs.DryRunJob | wire.Job:
+) -> dry_runs.DryRunJob | schemas.Job:
     """A new job with the files, the seed and the numbers that were decided for this one, but for what the body changes.
 
     Without a body it is the same run: `GET .../{new job}/reproduction` compares them when it has ended.
@@ -159,8 +159,8 @@ def rerun_job(
 
 @router.post("/{job_id}/publish", summary="Publish a model that is withheld", responses=errors(404))
 def publish_model(
-    job_id: str, body: wire.PublishModel, session: SessionDep, caller: CallerDep, settings: SettingsDep
-) -> wire.Job:
+    job_id: str, body: schemas.PublishModel, session: SessionDep, caller: CallerDep, settings: SettingsDep
+) -> schemas.Job:
     """Against the verdict of the gate or of the check of the served model, which stays. The reason and the key are kept
     in the job's `gate` or `served`, and in an event."""
     return _shown(session, settings, gate.publish(session, caller, job_id, reason=body.reason))

@@ -3,9 +3,9 @@
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from api.bodies import JsonRoute
 from api.dependencies import CallerDep, SessionDep
-from api.schemas.wire import errors
+from api.json_route import JsonRoute
+from api.schemas.base import errors
 from tunery.jobs import quote_errors
 from tunery.keys.errors import Forbidden
 

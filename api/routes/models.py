@@ -9,10 +9,10 @@ from fastapi import APIRouter, Query, Response
 from sqlalchemy.orm import Session
 
 from api import downloads
-from api.bodies import LongJsonRoute
 from api.dependencies import AdminDep, CallerDep, SessionDep, SettingsDep, StorageDep
-from api.schemas import models as wire
-from api.schemas.wire import WholeList, errors
+from api.json_route import LongJsonRoute
+from api.schemas import models as schemas
+from api.schemas.base import WholeList, errors
 from tunery.artifacts import engines
 from tunery.artifacts import model as artifacts
 from tunery.artifacts.engines import ADAPTER
@@ -26,12 +26,12 @@ from tunery.settings import Settings
 router = APIRouter(prefix="/v1/models", tags=["Models"], route_class=LongJsonRoute)
 
 
-def _shown(session: Session, settings: Settings, caller: Caller, rows: Sequence[Model]) -> list[wire.Model]:
+def _shown(session: Session, settings: Settings, caller: Caller, rows: Sequence[Model]) -> list[schemas.Model]:
     """Each model, and after it the same one under each of its aliases."""
     aliases = registry.aliases(session, (row.id for row in rows))
     owners = {None: settings.organization, caller.project_id: caller.project_name}
     return [
-        wire.Model.of(
+        schemas.Model.of(
             row,
             owner=owners[row.project_id],
             aliases=aliases.get(row.id, []),
@@ -49,7 +49,7 @@ def list_models(
     caller: CallerDep,
     settings: SettingsDep,
     status: Annotated[Literal["ready", "any"], Query(description="any: also those that cannot be used")] = "ready",
-) -> WholeList[wire.Model]:
+) -> WholeList[schemas.Model]:
     """Every base and its aliases, and the project's own fine-tuned models and checkpoints, newest first.
 
     Only those that are ready, unless `status=any` asks for bases that are being converted, or could not be, too.
@@ -59,7 +59,7 @@ def list_models(
 
 
 @router.post("", summary="Add a base model", responses=errors(403))
-def add_model(body: wire.AddModel, session: SessionDep, caller: AdminDep, settings: SettingsDep) -> wire.Model:
+def add_model(body: schemas.AddModel, session: SessionDep, caller: AdminDep, settings: SettingsDep) -> schemas.Model:
     """For administrators. Answers at once with `status: processing`; a worker converts the files to safetensors."""
     name = body.id or registry.slug_of(body.source)
     row = registry.register_base(session, name=name, source=body.source, chat_template=body.chat_template)
@@ -68,19 +68,21 @@ def add_model(body: wire.AddModel, session: SessionDep, caller: AdminDep, settin
 
 
 @router.post("/aliases", summary="Give a base model another name", responses=errors(403, 404))
-def add_alias(body: wire.AddAlias, session: SessionDep, caller: AdminDep) -> wire.Alias:
+def add_alias(body: schemas.AddAlias, session: SessionDep, caller: AdminDep) -> schemas.Alias:
     """For administrators: lets existing code run unchanged. An alias that exists moves to the new base."""
     row = registry.add_alias(session, body.alias, registry.find(session, caller.project_id, body.model))
-    return wire.Alias(alias=row.alias, model=row.model_id)
+    return schemas.Alias(alias=row.alias, model=row.model_id)
 
 
 # Before the next: an id with slashes in it, as hub ids have, would be taken for one that ends with "artifacts".
 @router.get("/{model}/artifacts", summary="List a model's files", responses=errors(404))
-def list_model_artifacts(model: str, session: SessionDep, caller: CallerDep) -> WholeList[wire.ModelArtifact]:
+def list_model_artifacts(model: str, session: SessionDep, caller: CallerDep) -> WholeList[schemas.ModelArtifact]:
     """Of a base, by id or alias, its weights, config and tokenizer; of a tuned model, its job's artifacts."""
     row = registry.find(session, caller.project_id, model)
     found = artifacts.list_for(session, row.id)
-    return WholeList(data=[wire.ModelArtifact(path=file.path, bytes=file.bytes, sha256=file.sha256) for file in found])
+    return WholeList(
+        data=[schemas.ModelArtifact(path=file.path, bytes=file.bytes, sha256=file.sha256) for file in found]
+    )
 
 
 @router.get(
@@ -100,7 +102,7 @@ def download_model_artifact(
 @router.get("/{model}/engines", summary="Show how to run a model elsewhere", responses=errors(404))
 def list_engines(
     model: str, session: SessionDep, caller: CallerDep, storage: StorageDep
-) -> WholeList[wire.EngineCommand]:
+) -> WholeList[schemas.EngineCommand]:
     """One command for each engine that runs what the model's artifacts hold, once they are downloaded; the first
     downloads them."""
     row = registry.find_ready(session, caller.project_id, model)
@@ -110,11 +112,11 @@ def list_engines(
     ranks = [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]
     found = [engines.Command("download", "", engines.download(row.id, folder, paths))]
     found += engines.commands(paths, folder, rank=max(ranks))
-    return WholeList(data=[wire.EngineCommand(**asdict(each)) for each in found])
+    return WholeList(data=[schemas.EngineCommand(**asdict(each)) for each in found])
 
 
 @router.post("/{model}/exports", summary="Export a fine-tuned model", responses=errors(404))
-def export_model(body: wire.AskExport, model: str, session: SessionDep, caller: CallerDep) -> wire.ModelExport:
+def export_model(body: schemas.AskExport, model: str, session: SessionDep, caller: CallerDep) -> schemas.ModelExport:
     """A whole model, merged of adapter and base with proof, or GGUF files. A worker makes them; they are added to the
     model's artifacts."""
     row = registry.find_ready(session, caller.project_id, model)
@@ -123,18 +125,20 @@ def export_model(body: wire.AskExport, model: str, session: SessionDep, caller: 
             files.find(session, caller.project_id, body.rows_file, param="rows_file"), param="rows_file"
         )
     exports.ask(session, row, body.export, body.rows_file)
-    return wire.ModelExport.of(row)
+    return schemas.ModelExport.of(row)
 
 
 @router.get("/{model}/exports", summary="List a model's exports", responses=errors(404))
-def list_exports(model: str, session: SessionDep, caller: CallerDep) -> WholeList[wire.ModelExport]:
+def list_exports(model: str, session: SessionDep, caller: CallerDep) -> WholeList[schemas.ModelExport]:
     """The last one that was asked for, if there was one."""
     row = registry.find(session, caller.project_id, model)
-    return WholeList(data=[wire.ModelExport.of(row)] if row.export is not None else [])
+    return WholeList(data=[schemas.ModelExport.of(row)] if row.export is not None else [])
 
 
 @router.post("/{model}/scorecards", summary="Score an adapter", responses=errors(404))
-def score_model(body: wire.AskScorecard, model: str, session: SessionDep, caller: CallerDep) -> wire.ModelScorecard:
+def score_model(
+    body: schemas.AskScorecard, model: str, session: SessionDep, caller: CallerDep
+) -> schemas.ModelScorecard:
     """Base and adapter answer the rows of a test file, without any training, and the general benchmark. A worker does
     it; the answers are added to the model's artifacts."""
     row = registry.find_ready(session, caller.project_id, model)
@@ -142,18 +146,18 @@ def score_model(body: wire.AskScorecard, model: str, session: SessionDep, caller
         param = "evaluation.test_file"
         files.check_trainable(files.find(session, caller.project_id, name, param=param), param=param)
     scores.ask(session, row, body.evaluation)
-    return wire.ModelScorecard.of(row)
+    return schemas.ModelScorecard.of(row)
 
 
 @router.get("/{model}/scorecards", summary="List a model's scorecards", responses=errors(404))
-def list_scorecards(model: str, session: SessionDep, caller: CallerDep) -> WholeList[wire.ModelScorecard]:
+def list_scorecards(model: str, session: SessionDep, caller: CallerDep) -> WholeList[schemas.ModelScorecard]:
     """The last one that was asked for here, if there was one. That of a job is the job's."""
     row = registry.find(session, caller.project_id, model)
-    return WholeList(data=[wire.ModelScorecard.of(row)] if row.scoring is not None else [])
+    return WholeList(data=[schemas.ModelScorecard.of(row)] if row.scoring is not None else [])
 
 
 @router.get("/{model:path}", summary="Retrieve a model", responses=errors(404))
-def retrieve_model(model: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> wire.Model:
+def retrieve_model(model: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> schemas.Model:
     """By id, alias, or the hub id that a base came from. An alias is answered under its own name."""
     row = registry.find(session, caller.project_id, model)
     named = {shown.id: shown for shown in _shown(session, settings, caller, [row])}
@@ -161,7 +165,7 @@ def retrieve_model(model: str, session: SessionDep, caller: CallerDep, settings:
 
 
 @router.delete("/{model:path}", summary="Delete a fine-tuned model", responses=errors(403, 404))
-def delete_model(model: str, session: SessionDep, caller: CallerDep) -> wire.ModelDeleted:
+def delete_model(model: str, session: SessionDep, caller: CallerDep) -> schemas.ModelDeleted:
     """Its job's record stays. A base can be deleted by administrators only; by an alias, only the alias is."""
     row = registry.find(session, caller.project_id, model, with_withheld=True)
     if row.kind == "base" and not caller.admin:
@@ -170,4 +174,4 @@ def delete_model(model: str, session: SessionDep, caller: CallerDep) -> wire.Mod
         registry.delete(session, row)
     else:
         registry.remove_alias(session, row, model)
-    return wire.ModelDeleted(id=model)
+    return schemas.ModelDeleted(id=model)

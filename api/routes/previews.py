@@ -7,8 +7,8 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from api.dependencies import SessionsDep, StorageDep, StreamCallerDep
+from api.schemas.base import errors
 from api.schemas.files import FilePreview
-from api.schemas.wire import errors
 from tunery.artifacts import templates
 from tunery.datasets import arrival, files
 from tunery.errors import InvalidValue

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Depends, Query
 from fastapi.responses import HTMLResponse, Response
 
 from api.dependencies import CallerDep, SessionDep, StorageDep
-from api.schemas import reports as wire
-from api.schemas.wire import errors
+from api.schemas import reports as schemas
+from api.schemas.base import errors
 from tunery.datasets import files, reports
 from tunery.datasets.model import File, FileReport
 from tunery.datasets.report import page
@@ -51,18 +51,18 @@ def find_report(
 AskedDep = Annotated[Asked, Depends(find_report)]
 
 
-@router.get("/report", summary="Retrieve a file's report", response_model=wire.FileReport, responses=errors(404))
+@router.get("/report", summary="Retrieve a file's report", response_model=schemas.FileReport, responses=errors(404))
 def retrieve_report(asked: AskedDep, storage: StorageDep) -> Response:
     """What is wrong with the rows. While `status` is `queued` or `running`, ask again.
 
     With `base` also the rows' tokens, with `against` rows that stand in another file: made when first asked for, kept.
     """
     row = asked.row
-    state = wire.FileReport.of(row, file=asked.file.id, base=asked.base, against=asked.against)
+    state = schemas.FileReport.of(row, file=asked.file.id, base=asked.base, against=asked.against)
     if row.status != reports.READY:
         return Response(state.model_dump_json(), media_type="application/json")
     # Joined as text: to check a hundred thousand findings, which a worker has written, would take seconds.
-    head = state.model_dump_json(exclude=wire.SAID).encode()
+    head = state.model_dump_json(exclude=schemas.SAID).encode()
     return Response(head[:-1] + b", " + _read(storage, row)[1:], media_type="application/json")
 
 

@@ -7,12 +7,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from api import model_server
-from api.bodies import LongJsonRoute
 from api.dependencies import ANY_KEY, StreamCallerDep
-from api.faults import RouteNotFound
+from api.json_route import LongJsonRoute
 from api.model_server import EventStream
+from api.request_errors import RouteNotFound
 from api.responses import asked, response
-from api.schemas.wire import errors
+from api.schemas.base import errors
 
 router = APIRouter(prefix="/v1", tags=["Chat"], route_class=LongJsonRoute)
 

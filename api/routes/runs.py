@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from api import downloads, scorecard
 from api.dependencies import CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep
-from api.schemas import runs as wire
-from api.schemas.wire import CursorList, ListOf, WholeList, errors
+from api.schemas import runs as schemas
+from api.schemas.base import CursorList, ListOf, WholeList, errors
 from tunery.artifacts import answers, reproduction
 from tunery.artifacts import model as artifacts
 from tunery.jobs import ledger, queries
@@ -108,11 +108,11 @@ def list_metrics(
     caller: CallerDep,
     after_step: Annotated[int, Query(ge=-1, description="Only later steps")] = -1,
     limit: Annotated[int, Query(ge=1, le=10_000, description="Steps a page")] = 1000,
-) -> ListOf[wire.Measured]:
+) -> ListOf[schemas.Measured]:
     """Oldest first. Losses are means over labelled tokens, in nats."""
     job = ledger.find(session, caller.project_id, job_id)
     rows, more = queries.list_metrics(session, job, after_step=after_step, limit=limit)
-    data = [wire.Measured(**{**row.values, "step": row.step}) for row in rows]
+    data = [schemas.Measured(**{**row.values, "step": row.step}) for row in rows]
     return ListOf(data=data, has_more=more)
 
 
@@ -139,7 +139,7 @@ def list_scorecard_rows(
     right: Annotated[bool | None, Query(description="Only rows that the tuned model gets right, or wrong")] = None,
     after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
     limit: Annotated[int, Query(ge=1, le=1000, description="Objects a page")] = 20,
-) -> CursorList[wire.ScorecardRow]:
+) -> CursorList[schemas.ScorecardRow]:
     """Every test row with both models' answers, in the order of the file. Empty without a scorecard."""
     job = ledger.find(session, caller.project_id, job_id)
     # Of a model that is withheld too: these rows show why.
@@ -148,7 +148,7 @@ def list_scorecard_rows(
     if file is None:
         return CursorList.of([], has_more=False)
     rows, more = answers.read_page(storage, file, shown=_shows(flipped, right), after=after, limit=limit)
-    return CursorList.of([wire.ScorecardRow.of(row) for row in rows], has_more=more)
+    return CursorList.of([schemas.ScorecardRow.of(row) for row in rows], has_more=more)
 
 
 def _shows(flipped: bool | None, right: bool | None) -> Callable[[answers.AnsweredRow], bool]:
@@ -168,18 +168,18 @@ def compare_job(
     tolerance: Annotated[
         float, Query(ge=0, le=1, allow_inf_nan=False, description="Most relative difference of a loss, at any step")
     ] = reproduction.TOLERANCE,
-) -> wire.Reproduction:
+) -> schemas.Reproduction:
     """What both began with, what they ran on, their losses step by step, their weights and their scores."""
     found = reproduction.compare(session, storage, caller.project_id, job_id, tolerance=tolerance)
-    return wire.Reproduction.of(found)
+    return schemas.Reproduction.of(found)
 
 
 @router.get("/artifacts", summary="List a job's artifacts", responses=errors(404))
-def list_artifacts(job_id: str, session: SessionDep, caller: CallerDep) -> WholeList[wire.Artifact]:
+def list_artifacts(job_id: str, session: SessionDep, caller: CallerDep) -> WholeList[schemas.Artifact]:
     """The fine-tuned model's files. Empty until the job has succeeded."""
     job = ledger.find(session, caller.project_id, job_id)
     found = _published(session, job)
-    return WholeList(data=[wire.Artifact(path=row.path, bytes=row.bytes, sha256=row.sha256) for row in found])
+    return WholeList(data=[schemas.Artifact(path=row.path, bytes=row.bytes, sha256=row.sha256) for row in found])
 
 
 def _published(session: Session, job: Job) -> Sequence[artifacts.Artifact]:

@@ -6,11 +6,11 @@ from fastapi import APIRouter, Request
 from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
 from sqlalchemy.orm import Session, sessionmaker
 
-from api import forms
-from api.bodies import JsonRoute
+from api import multipart
 from api.dependencies import CallerDep, SessionDep, SessionsDep, SettingsDep, StorageDep, StreamCallerDep
-from api.schemas import files as wire
-from api.schemas.wire import Body, errors
+from api.json_route import JsonRoute
+from api.schemas import files as schemas
+from api.schemas.base import Body, errors
 from tunery.datasets import uploads
 from tunery.datasets.model import Upload
 from tunery.storage import Storage, Stored
@@ -40,8 +40,8 @@ class _NoFields(Body):
 
 @router.post("", summary="Begin an Upload", responses=errors(413))
 def create_upload(
-    body: wire.CreateUpload, session: SessionDep, caller: CallerDep, settings: SettingsDep
-) -> wire.Upload:
+    body: schemas.CreateUpload, session: SessionDep, caller: CallerDep, settings: SettingsDep
+) -> schemas.Upload:
     """It takes parts for an hour."""
     row = uploads.create(
         session,
@@ -53,7 +53,7 @@ def create_upload(
         limit=settings.max_upload_bytes,
         file_expires_after=body.expires_after.seconds if body.expires_after else None,
     )
-    return wire.Upload.of(row)
+    return schemas.Upload.of(row)
 
 
 @router.post("/{upload_id}/parts", summary="Add a part to an Upload", responses=errors(404, 413), openapi_extra=_FORM)
@@ -64,11 +64,11 @@ async def create_part(
     sessions: SessionsDep,
     storage: StorageDep,
     settings: SettingsDep,
-) -> wire.UploadPart:
+) -> schemas.UploadPart:
     """At most 64 MiB. Parts may come in parallel; `complete` says their order."""
     await run_in_threadpool(_check_open, sessions, caller.project_id, upload_id)
     async with contextmanager_in_threadpool(storage.writer(uploads.new_part_key(upload_id))) as writer:
-        form = await forms.receive(
+        form = await multipart.receive(
             request,
             file_field="data",
             limit=settings.max_part_bytes,
@@ -76,7 +76,7 @@ async def create_part(
             instead="Send smaller parts.",
             take=lambda _, data: writer.write(data),
         )
-        forms.parse_fields(form, _NoFields)
+        multipart.parse_fields(form, _NoFields)
     limit = settings.max_upload_bytes
     return await run_in_threadpool(_add, sessions, storage, caller.project_id, upload_id, writer.stored, limit)
 
@@ -89,7 +89,7 @@ def _check_open(sessions: sessionmaker[Session], project_id: str, upload_id: str
 
 def _add(
     sessions: sessionmaker[Session], storage: Storage, project_id: str, upload_id: str, stored: Stored, limit: int
-) -> wire.UploadPart:
+) -> schemas.UploadPart:
     try:
         with sessions.begin() as session:
             # Locked: parts that arrive together must each see the others' bytes.
@@ -98,13 +98,13 @@ def _add(
     except Exception:
         storage.delete(stored.key)
         raise
-    return wire.UploadPart.of(part)
+    return schemas.UploadPart.of(part)
 
 
 @router.post("/{upload_id}/complete", summary="Complete an Upload", responses=errors(404))
 def complete_upload(
-    upload_id: str, body: wire.CompleteUpload, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep
-) -> wire.Upload:
+    upload_id: str, body: schemas.CompleteUpload, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep
+) -> schemas.Upload:
     """Joins the parts into a file. A training file is then checked by a worker; until then it reads `uploaded`.
 
     Safe to repeat: an Upload that is completed answers with its file.
@@ -112,12 +112,12 @@ def complete_upload(
     with sessions.begin() as session:
         upload = uploads.find(session, caller.project_id, upload_id)
         if (file := uploads.completed(session, upload)) is not None:
-            return wire.Upload.of(upload, file)
+            return schemas.Upload.of(upload, file)
         parts = uploads.choose(session, upload, body.part_ids)
     return _complete(sessions, storage, upload, uploads.join(storage, parts, body.md5))
 
 
-def _complete(sessions: sessionmaker[Session], storage: Storage, upload: Upload, stored: Stored) -> wire.Upload:
+def _complete(sessions: sessionmaker[Session], storage: Storage, upload: Upload, stored: Stored) -> schemas.Upload:
     """In a transaction that begins when all bytes are joined; if they do not become the file, they go again."""
     kept = None
     try:
@@ -125,14 +125,14 @@ def _complete(sessions: sessionmaker[Session], storage: Storage, upload: Upload,
             row = uploads.find(session, upload.project_id, upload.id, lock=True)
             file = uploads.complete(session, row, stored)
         kept = file.key
-        return wire.Upload.of(row, file)
+        return schemas.Upload.of(row, file)
     finally:
         if kept != stored.key:
             storage.delete(stored.key)
 
 
 @router.post("/{upload_id}/cancel", summary="Cancel an Upload", responses=errors(404))
-def cancel_upload(upload_id: str, session: SessionDep, caller: CallerDep) -> wire.Upload:
+def cancel_upload(upload_id: str, session: SessionDep, caller: CallerDep) -> schemas.Upload:
     """Its parts are removed."""
     row = uploads.find(session, caller.project_id, upload_id, lock=True)
-    return wire.Upload.of(uploads.cancel(session, row))
+    return schemas.Upload.of(uploads.cancel(session, row))

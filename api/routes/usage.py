@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 
 from api.dependencies import CallerDep, SessionDep
-from api.schemas import usage as wire
-from api.schemas.wire import errors
+from api.schemas import usage as schemas
+from api.schemas.base import errors
 from tunery.errors import InvalidValue
 from tunery.traffic import usage
 from tunery.traffic.model import ModelUsage
@@ -20,7 +20,7 @@ _LAST = 253_402_214_400
 Group = Literal["model", "project_id"]
 
 
-@router.get("/usage/completions", summary="List the tokens used", responses=errors() | wire.ANSWER)
+@router.get("/usage/completions", summary="List the tokens used", responses=errors() | schemas.ANSWER)
 def list_completions_usage(
     session: SessionDep,
     caller: CallerDep,
@@ -34,7 +34,7 @@ def list_completions_usage(
     project_ids: Annotated[list[str] | None, Query(alias="project_ids[]", description="Only these")] = None,
     limit: Annotated[int, Query(ge=1, le=31, description="Days a page")] = 7,
     page: Annotated[str | None, Query(description="`next_page` of the page before")] = None,
-) -> wire.UsagePage:
+) -> schemas.UsagePage:
     """Of the key's project: requests to models and their tokens, by day."""
     first = datetime.fromtimestamp(start_time, UTC).date() if page is None else _day(page)
     until = datetime.now(UTC) if end_time is None else datetime.fromtimestamp(end_time - 1, UTC)
@@ -45,7 +45,7 @@ def list_completions_usage(
     grouped = frozenset(group_by or ())
     data = [_bucket(day, [one for one in found if one.day == day], grouped, caller.project_id) for day in days]
     more = until.date() >= end
-    return wire.UsagePage(data=data, has_more=more, next_page=f"page_{end.isoformat()}" if more else None)
+    return schemas.UsagePage(data=data, has_more=more, next_page=f"page_{end.isoformat()}" if more else None)
 
 
 def _day(page: str) -> date:
@@ -56,11 +56,11 @@ def _day(page: str) -> date:
         raise InvalidValue(param="page", reason=reason) from None
 
 
-def _bucket(day: date, found: list[ModelUsage], grouped: frozenset[Group], project_id: str) -> wire.UsageBucket:
+def _bucket(day: date, found: list[ModelUsage], grouped: frozenset[Group], project_id: str) -> schemas.UsageBucket:
     begins = int(datetime.combine(day, time(), UTC).timestamp())
     parts = [[one] for one in found] if "model" in grouped else [found] * bool(found)
     results = [
-        wire.UsageResult(
+        schemas.UsageResult(
             input_tokens=sum(one.prompt_tokens for one in part),
             output_tokens=sum(one.completion_tokens for one in part),
             num_model_requests=sum(one.requests for one in part),
@@ -69,4 +69,4 @@ def _bucket(day: date, found: list[ModelUsage], grouped: frozenset[Group], proje
         )
         for part in parts
     ]
-    return wire.UsageBucket(start_time=begins, end_time=begins + 86_400, results=results)
+    return schemas.UsageBucket(start_time=begins, end_time=begins + 86_400, results=results)

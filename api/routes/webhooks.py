@@ -4,10 +4,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from api.bodies import JsonRoute
 from api.dependencies import ANY_KEY, CallerDep, SessionDep, SessionsDep, SettingsDep, StreamCallerDep
-from api.schemas import webhooks as wire
-from api.schemas.wire import CursorList, WholeList, errors
+from api.json_route import JsonRoute
+from api.schemas import webhooks as schemas
+from api.schemas.base import CursorList, WholeList, errors
 from tunery.webhooks import endpoints
 from tunery.webhooks.messages import EVENT_TYPES
 
@@ -16,8 +16,8 @@ router = APIRouter(prefix="/v1", tags=["Webhooks"], route_class=JsonRoute)
 
 @router.post("/webhook_endpoints", summary="Create a webhook endpoint", responses=errors())
 def create_webhook_endpoint(
-    body: wire.CreateEndpoint, session: SessionDep, caller: CallerDep, settings: SettingsDep
-) -> wire.EndpointWithSecret:
+    body: schemas.CreateEndpoint, session: SessionDep, caller: CallerDep, settings: SettingsDep
+) -> schemas.EndpointWithSecret:
     """The answer shows the signing secret once. The url must be https and lead to a public address, unless the
     operator allows more (`TUNERY_WEBHOOK_ALLOW`)."""
     row = endpoints.create(
@@ -28,7 +28,7 @@ def create_webhook_endpoint(
         event_types=body.event_types,
         allow=settings.webhook_allow,
     )
-    return wire.EndpointWithSecret.of(row)
+    return schemas.EndpointWithSecret.of(row)
 
 
 @router.get("/webhook_endpoints", summary="List webhook endpoints", responses=errors(404))
@@ -37,53 +37,53 @@ def list_webhook_endpoints(
     caller: CallerDep,
     after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
     limit: Annotated[int, Query(ge=1, le=100, description="Objects a page")] = 20,
-) -> CursorList[wire.Endpoint]:
+) -> CursorList[schemas.Endpoint]:
     """Newest first."""
     rows, more = endpoints.list_page(session, caller.project_id, after=after, limit=limit)
-    data = [wire.Endpoint.of(row) for row in rows]
+    data = [schemas.Endpoint.of(row) for row in rows]
     return CursorList.of(data, has_more=more)
 
 
 @router.get("/webhook_endpoints/{endpoint_id}", summary="Retrieve a webhook endpoint", responses=errors(404))
-def retrieve_webhook_endpoint(endpoint_id: str, session: SessionDep, caller: CallerDep) -> wire.Endpoint:
-    return wire.Endpoint.of(endpoints.retrieve(session, caller.project_id, endpoint_id))
+def retrieve_webhook_endpoint(endpoint_id: str, session: SessionDep, caller: CallerDep) -> schemas.Endpoint:
+    return schemas.Endpoint.of(endpoints.retrieve(session, caller.project_id, endpoint_id))
 
 
 @router.post("/webhook_endpoints/{endpoint_id}", summary="Change a webhook endpoint", responses=errors(404))
 def update_webhook_endpoint(
-    endpoint_id: str, body: wire.UpdateEndpoint, session: SessionDep, caller: CallerDep, settings: SettingsDep
-) -> wire.Endpoint:
+    endpoint_id: str, body: schemas.UpdateEndpoint, session: SessionDep, caller: CallerDep, settings: SettingsDep
+) -> schemas.Endpoint:
     """Only what is named changes. Naming the url enables a disabled endpoint again."""
     changes = body.model_dump(exclude_none=True)
     row = endpoints.update(session, caller.project_id, endpoint_id, **changes, allow=settings.webhook_allow)
-    return wire.Endpoint.of(row)
+    return schemas.Endpoint.of(row)
 
 
 @router.delete("/webhook_endpoints/{endpoint_id}", summary="Delete a webhook endpoint", responses=errors(404))
-def delete_webhook_endpoint(endpoint_id: str, session: SessionDep, caller: CallerDep) -> wire.EndpointDeleted:
+def delete_webhook_endpoint(endpoint_id: str, session: SessionDep, caller: CallerDep) -> schemas.EndpointDeleted:
     endpoints.delete(session, caller.project_id, endpoint_id)
-    return wire.EndpointDeleted(id=endpoint_id)
+    return schemas.EndpointDeleted(id=endpoint_id)
 
 
 @router.post("/webhook_endpoints/{endpoint_id}/rotate_secret", summary="Make a new secret", responses=errors(404))
 def rotate_webhook_secret(
-    endpoint_id: str, session: SessionDep, caller: CallerDep, body: wire.RotateSecret | None = None
-) -> wire.EndpointWithSecret:
+    endpoint_id: str, session: SessionDep, caller: CallerDep, body: schemas.RotateSecret | None = None
+) -> schemas.EndpointWithSecret:
     """The answer shows the new secret once. The old one can go on signing beside it for 24 hours."""
     keep = body is not None and bool(body.keep_old_secret_active_for_24_hours)
     row = endpoints.rotate_secret(session, caller.project_id, endpoint_id, keep_old=keep)
-    return wire.EndpointWithSecret.of(row)
+    return schemas.EndpointWithSecret.of(row)
 
 
 @router.post("/webhook_endpoints/{endpoint_id}/test", summary="Send a test event", responses=errors(404))
 def test_webhook_endpoint(
-    endpoint_id: str, body: wire.TestEndpoint, caller: StreamCallerDep, sessions: SessionsDep, settings: SettingsDep
-) -> wire.EndpointTest:
+    endpoint_id: str, body: schemas.TestEndpoint, caller: StreamCallerDep, sessions: SessionsDep, settings: SettingsDep
+) -> schemas.EndpointTest:
     """One signed message, once. A receiver that gives no HTTP answer is a 400."""
     with sessions.begin() as session:
         message = endpoints.sample(session, caller.project_id, endpoint_id, body.event_type)
     status = endpoints.deliver_sample(message, settings)
-    return wire.EndpointTest(webhook_endpoint_id=endpoint_id, event_type=body.event_type, status_code=status)
+    return schemas.EndpointTest(webhook_endpoint_id=endpoint_id, event_type=body.event_type, status_code=status)
 
 
 @router.get("/webhook_event_types", summary="List event types", responses=errors(), dependencies=[ANY_KEY])

@@ -1,11 +1,11 @@
-"""Advice on files, as the wire spells it."""
+"""Advice on files, as the API spells it."""
 
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from api.schemas.base import Body, Wire
 from api.schemas.reports import Status
-from api.schemas.wire import Body, Wire
 from tunery.baselines.table import Row
 from tunery.planning.advisor import Advice
 from tunery.planning.recommendation import Aim

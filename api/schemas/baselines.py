@@ -1,10 +1,10 @@
-"""Baselines, as the wire spells them."""
+"""Baselines, as the API spells them."""
 
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, SecretStr
 
-from api.schemas.wire import Body, Wire, maybe_seconds, seconds
+from api.schemas.base import Body, Wire, maybe_seconds, seconds
 from tunery.baselines import table
 from tunery.baselines.model import Baseline as Stored
 from tunery.baselines.order import BaselineOptions, External, Order, Target

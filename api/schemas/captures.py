@@ -1,10 +1,10 @@
-"""Captured requests, feedback and the files made of them, as the wire spells them."""
+"""Captured requests, feedback and the files made of them, as the API spells them."""
 
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from api.schemas.wire import Body, Wire, seconds
+from api.schemas.base import Body, Wire, seconds
 from tunery.errors import InvalidValue
 from tunery.traffic.captures import FileOrder
 from tunery.traffic.model import CapturedFile, CapturedRequest

@@ -1,10 +1,10 @@
-"""Cleanings of files, as the wire spells them."""
+"""Cleanings of files, as the API spells them."""
 
 from typing import Any
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.wire import Body, Wire, seconds
+from api.schemas.base import Body, Wire, seconds
 from tunery.datasets import model
 from tunery.datasets.cleaning.order import Cleaning, HeldOut
 

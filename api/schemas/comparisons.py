@@ -1,10 +1,10 @@
-"""Answers of several models to the same prompts, as the wire spells them."""
+"""Answers of several models to the same prompts, as the API spells them."""
 
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.wire import Answers, Body, Wire
+from api.schemas.base import Answers, Body, Wire
 
 _ASK: dict[str, Any] = {
     "models": ["ft:SmolLM2-135M-Instruct:tunery:banking:Ab12Cd34"],

@@ -1,4 +1,4 @@
-"""A job that was only tried, as the wire spells it."""
+"""A job that was only tried, as the API spells it."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -7,8 +7,8 @@ from urllib.parse import urlencode
 from pydantic import ConfigDict, Field
 
 from api.schemas import jobs
+from api.schemas.base import Wire
 from api.schemas.reports import Status
-from api.schemas.wire import Wire
 from tunery.jobs.dry_run import DryRun
 from tunery.planning.fitting import CardFit, StepPlan
 from tunery.planning.peak import Estimate

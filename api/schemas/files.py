@@ -1,11 +1,11 @@
-"""Files and Uploads, as the wire spells them."""
+"""Files and Uploads, as the API spells them."""
 
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from api.schemas.base import Body, Deleted, Wire, maybe_seconds, seconds
 from api.schemas.reports import STATE, ReportState
-from api.schemas.wire import Body, Deleted, Wire, maybe_seconds, seconds
 from tunery.datasets import model
 from tunery.rows.preview_model import Preview
 from tunery.spec import Int

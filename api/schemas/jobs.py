@@ -1,4 +1,4 @@
-"""Fine-tuning jobs, as the wire spells them: OpenAI's fields in OpenAI's order, then Tunery's own."""
+"""Fine-tuning jobs, as the API spells them: OpenAI's fields in OpenAI's order, then Tunery's own."""
 
 import math
 import time
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from api.schemas.wire import Body, Wire, answer_of, maybe_seconds, seconds
+from api.schemas.base import Body, Wire, answer_of, maybe_seconds, seconds
 from tunery.jobs import model
 from tunery.jobs.request import DpoHyperparameters, JobRequest, SupervisedHyperparameters
 from tunery.jobs.states import State

@@ -1,12 +1,12 @@
-"""Models, as the wire spells them."""
+"""Models, as the API spells them."""
 
 from pathlib import PurePath
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from api.schemas.base import Body, Deleted, Wire, seconds
 from api.schemas.runs import Artifact
-from api.schemas.wire import Body, Deleted, Wire, seconds
 from tunery.models import model
 from tunery.spec import Evaluation, Export
 

@@ -1,10 +1,10 @@
-"""Reports of files, as the wire spells them."""
+"""Reports of files, as the API spells them."""
 
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.wire import Wire, maybe_seconds, seconds
+from api.schemas.base import Wire, maybe_seconds, seconds
 from tunery.datasets import model
 
 Status = Literal["queued", "running", "ready", "failed"]

@@ -1,11 +1,11 @@
-"""What a job leaves behind, as the wire spells it: events, checkpoints, measurements, artifacts."""
+"""What a job leaves behind, as the API spells it: events, checkpoints, measurements, artifacts."""
 
 from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.wire import Wire, seconds
+from api.schemas.base import Wire, seconds
 from tunery.artifacts import reproduction
 from tunery.artifacts.answers import AnsweredRow
 from tunery.jobs import model

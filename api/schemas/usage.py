@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.wire import Answers, Wire
+from api.schemas.base import Answers, Wire
 
 _RESULT: dict[str, Any] = {
     "object": "organization.usage.completions.result",

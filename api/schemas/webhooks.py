@@ -1,10 +1,10 @@
-"""Webhook endpoints, as the wire spells them."""
+"""Webhook endpoints, as the API spells them."""
 
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, StrictBool
 
-from api.schemas.wire import Body, Deleted, Wire, seconds
+from api.schemas.base import Body, Deleted, Wire, seconds
 from tunery.webhooks import signing
 from tunery.webhooks.messages import EVENT_TYPES
 from tunery.webhooks.model import WebhookEndpoint

@@ -6,7 +6,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
 
-from api.faults import RouteNotFound
+from api.request_errors import RouteNotFound
 
 _HERE = Path(__file__).parent
 # Swagger UI 5 as files; the package's own application class is not used.

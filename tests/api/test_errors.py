@@ -15,7 +15,7 @@ from teams import BASE, TRAIN, Team
 
 from api import errors
 from api.dependencies import SessionDep
-from api.schemas.wire import Body
+from api.schemas.base import Body
 from tunery import errors as floor
 from tunery import field_errors
 

@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 from hostile_bodies import CHAT, JOBS, JSON, members, send_all
 from teams import BASE, Team
 
-from api import bodies, connections, edge
+from api import connections, json_route, middleware
 from tunery import processes
 
 
@@ -35,7 +35,7 @@ def test_the_key_is_asked_for_before_a_body_is_parsed(
     def parse(*_: object) -> None:
         raise AssertionError("parsed")
 
-    monkeypatch.setattr(bodies, "_parse", parse)
+    monkeypatch.setattr(json_route, "_parse", parse)
     for headers in ({}, {"authorization": "Bearer tnr_wrong"}, {"authorization": "Basic eDp5"}):
         answer = anonymous.post(route, content=b'{"model": ', headers={**JSON, **headers})
         assert error_of(answer, 401)["code"] == "invalid_api_key"
@@ -79,12 +79,12 @@ def test_a_body_has_a_most_of_values(route: str, body: bytes, team: Team) -> Non
 )
 def test_what_stands_in_a_string_is_no_value(text: str) -> None:
     assert json.loads(text)
-    assert bodies._has_at_most(text, 10)
+    assert json_route._has_at_most(text, 10)
 
 
 def test_an_unterminated_string_is_scanned_once() -> None:
     began = time.monotonic()
-    bodies._has_at_most('{"a":"' + '\\",' * 2**20, 10)
+    json_route._has_at_most('{"a":"' + '\\",' * 2**20, 10)
     assert time.monotonic() - began < 5
 
 
@@ -192,7 +192,7 @@ def test_requests_one_after_the_other_are_not_timed_out(strict: str, monkeypatch
 def test_a_body_that_stops_is_answered_and_let_go(
     kind: str, strict: str, team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edge, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.5)
     route = JOBS if "json" in kind else "/v1/files"
     head = f"POST {route} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {team.key}\r\nContent-Type: {kind}\r\n"
     with connected(strict) as connection:
@@ -203,7 +203,7 @@ def test_a_body_that_stops_is_answered_and_let_go(
 
 
 def test_a_refused_client_that_sends_nothing_more_is_answered(strict: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edge, "DRAIN_IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(middleware, "DRAIN_IDLE_SECONDS", 0.2)
     with connected(strict) as connection:
         connection.sendall(f"POST {JOBS} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n".encode())
         assert answer_on(connection).startswith("HTTP/1.1 401 ")
@@ -213,9 +213,9 @@ def test_a_slow_server_is_not_the_clients_fault(team: Team, monkeypatch: pytest.
     """What counts is the time in which we wait for the client."""
     from tunery.storage.directory import Directory
 
-    monkeypatch.setattr(edge, "BODY_SECONDS", 0.5)
-    monkeypatch.setattr(edge, "BODY_RATE", 2**40)
-    monkeypatch.setattr("api.forms.CHUNK", 1)
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(middleware, "BODY_RATE", 2**40)
+    monkeypatch.setattr("api.multipart.CHUNK", 1)
     store = Directory.writer
 
     @contextmanager

@@ -9,7 +9,7 @@ from databases import Database
 from sqlalchemy import select
 from teams import BASE, TRAIN, Team
 
-from api.schemas import reports as wire
+from api.schemas import reports as schemas
 from tunery.datasets import reports
 from tunery.datasets.model import File, FileReport
 from tunery.datasets.report import maker
@@ -47,7 +47,9 @@ def test_a_report_follows_an_upload(team: Team, database: Database, tmp_path: Pa
     found = team.http.get(f"/v1/files/{file.id}/report").json()
     assert (found["status"], found["rows"], found["trainable"], found["file"]) == ("ready", 12, True, file.id)
     assert found["counts"]["exact_duplicate"] == 1
-    assert set(found) == set(wire.FileReport.model_validate(found, strict=True).model_dump()), "all fields, none else"
+    assert set(found) == set(schemas.FileReport.model_validate(found, strict=True).model_dump()), (
+        "all fields, none else"
+    )
     assert found["findings"][0]["lines"] == list(range(1, 13))
     page = team.http.get(f"/v1/files/{file.id}/report.html")
     assert page.headers["content-type"].startswith("text/html")

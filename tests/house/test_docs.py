@@ -164,7 +164,12 @@ def test_openai_s_fields_are_listed(root: Path) -> None:
 def _classes(kind: type[errors.TuneryError]) -> set[type[errors.TuneryError]]:
     """Those of the vocabulary; the command and the embedded stack have errors of their own."""
     places = [path.parent for path in Path(errors.__file__).parent.glob("*/errors.py")]
-    modules = {errors.__name__, "tunery.failures", "api.faults", *(f"tunery.{place.name}.errors" for place in places)}
+    modules = {
+        errors.__name__,
+        "tunery.failures",
+        "api.request_errors",
+        *(f"tunery.{place.name}.errors" for place in places),
+    }
     for name in modules:
         import_module(name)
     below = {found for child in kind.__subclasses__() for found in _classes(child)}

@@ -19,8 +19,8 @@ from tunery.errors import AnswerTooSlow, Overloaded, Rejected, TuneryError, Unav
 from tunery.serving import Rates
 from worker.server.answer import Answer
 from worker.server.backends.backend import Backend
-from worker.server.desk import Desk, Turn
 from worker.server.replies import Reply, calls_of
+from worker.server.request_queue import RequestQueue, Turn
 from worker.server.schemas import ChatRequest, parse
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ async def _turn(request: Request, _: ChatBody) -> AsyncIterator[Turn]:
     # Built on the parsed body, so that a request that cannot be answered does not wait in line. A dependency ends after
     # the last byte has left or the client is gone, in a stream too, which no `finally` in a body iterator promises:
     # one that was never begun is never left.
-    desk: Desk = request.app.state.desk
-    async with desk.turn() as turn:
+    queue: RequestQueue = request.app.state.queue
+    async with queue.turn() as turn:
         yield turn
 
 
@@ -52,15 +52,15 @@ def create_app(backend: Backend, *, places: int = 32, seconds: float = 600, devi
 
     `device_name`: the driver's name of the back end's device. Absent: the back end's own.
     """
-    desk = Desk(backend, places, seconds)
+    queue = RequestQueue(backend, places, seconds)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        desk.close()
+        queue.close()
 
     app = FastAPI(title="Tunery's model server", lifespan=lifespan, openapi_url=None)
-    app.state.desk, app.state.device_name = desk, device_name or backend.device
+    app.state.queue, app.state.device_name = queue, device_name or backend.device
     app.add_api_route("/healthz", _healthz, methods=["GET"])
     app.add_api_route("/v1/rates", _rates, methods=["GET"])
     app.add_api_route("/v1/chat/completions", _complete, methods=["POST"], response_model=None)
@@ -71,20 +71,20 @@ def create_app(backend: Backend, *, places: int = 32, seconds: float = 600, devi
 
 
 async def _healthz(request: Request) -> dict[str, Any]:
-    desk: Desk = request.app.state.desk
+    queue: RequestQueue = request.app.state.queue
     return {
         "status": "ok",
-        "model": desk.backend.loaded,
-        "device": desk.backend.device,
-        "busy": desk.busy,
-        "running": desk.running,
-        "waiting": desk.waiting,
+        "model": queue.backend.loaded,
+        "device": queue.backend.device,
+        "busy": queue.busy,
+        "running": queue.running,
+        "waiting": queue.waiting,
     }
 
 
 async def _rates(request: Request) -> Rates:
-    desk: Desk = request.app.state.desk
-    return Rates(device=request.app.state.device_name, rates=desk.meter.rates)
+    queue: RequestQueue = request.app.state.queue
+    return Rates(device=request.app.state.device_name, rates=queue.meter.rates)
 
 
 async def _complete(request: Request, chat: ChatBody, turn: TurnDep) -> Response:

@@ -11,9 +11,9 @@ from worker.server.schemas import ChatRequest
 
 
 class Backend(Protocol):
-    """`Desk` calls `advance` and reads answers in one thread, and `answer` in others; with `streams` 1 never at once.
+    """`RequestQueue` calls `advance` and reads answers in one thread, and `answer` in others.
 
-    What several streams share has to be safe for that.
+    With `streams` 1 never at once; what several streams share has to be safe for that.
     """
 
     @property

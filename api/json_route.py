@@ -15,7 +15,7 @@ from fastapi import HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 
-from api import edge
+from api import middleware
 from tunery.errors import TooLarge
 from tunery.keys import auth
 from tunery.rows import strict_json
@@ -73,7 +73,7 @@ def _authenticate(request: Request) -> None:
 def _limit(request: Request, limit: int) -> None:
     if int(request.headers.get("content-length", 0)) > limit:
         raise TooLarge(what="The request's body", limit=limit, instead="Send less at once.")
-    edge.allow(request, limit)
+    middleware.allow(request, limit)
 
 
 class _Request(Request):

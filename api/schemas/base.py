@@ -1,4 +1,4 @@
-"""What every object on the wire has in common."""
+"""The bases of all requests and answers of the API."""
 
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar

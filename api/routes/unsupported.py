@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from api.dependencies import ANY_KEY
-from api.faults import RouteNotFound
+from api.request_errors import RouteNotFound
 
 router = APIRouter(prefix="/v1", include_in_schema=False, dependencies=[ANY_KEY])
 

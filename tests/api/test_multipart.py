@@ -2,7 +2,7 @@
 
 import pytest
 
-from api.forms import Form, _Reader
+from api.multipart import Form, _Reader
 from tunery.errors import InvalidValue
 
 KIND = 'multipart/form-data; boundary="b-1"'

@@ -1,4 +1,4 @@
-"""The line before the back end, and the loop that advances all running answers together.
+"""The queue before the back end, and the loop that advances all running answers together.
 
 A back end computes a piece of every running answer at once (`Backend.advance`), so answers join and leave between two
 pieces. The loop has a thread of its own; models are loaded and prompts rendered on others, so that an answer whose
@@ -27,8 +27,8 @@ Piece = str | Exception | None
 """A part of an answer's text, what broke it, or its end."""
 
 
-class Desk:
-    """At most `backend.streams` requests are answered at once and `places` wait; further ones get Overloaded at once.
+class RequestQueue:
+    """Answers at most `backend.streams` requests at once and lets `places` wait; others get Overloaded at once.
 
     `seconds`: the longest time from a request's turn to the end of its answers.
     """
@@ -90,11 +90,11 @@ class Desk:
 
 
 class Turn:
-    """One request's time at the desk."""
+    """One request's turn: from its place in the queue to the end of its answers."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
-        self._until = time.monotonic() + desk.seconds
+    def __init__(self, queue: RequestQueue) -> None:
+        self._queue = queue
+        self._until = time.monotonic() + queue.seconds
         self._running: list[_Running] = []
 
     async def answers(self, request: ChatRequest) -> AsyncIterator[tuple[Answer, AsyncIterator[str]]]:
@@ -103,7 +103,7 @@ class Turn:
         They are computed beside each other, as many as leave others half of the streams. Raises AnswerTooSlow, what
         keeps the model from loading, and from the pieces what broke an answer.
         """
-        beside = max(1, self._desk.backend.streams // 2)
+        beside = max(1, self._queue.backend.streams // 2)
         begun: deque[_Running] = deque()
         for index in range(request.n):
             while len(begun) < beside and index + len(begun) < request.n:
@@ -115,12 +115,12 @@ class Turn:
         """Loads the model, renders the prompt and lets the answer run."""
         try:
             async with asyncio.timeout(self._until - time.monotonic()):
-                answer = await self._desk.answer(request)
+                answer = await self._queue.answer(request)
         except TimeoutError:
-            raise AnswerTooSlow(seconds=self._desk.seconds) from None
+            raise AnswerTooSlow(seconds=self._queue.seconds) from None
         running = _Running(answer, request.chosen)
         self._running.append(running)
-        self._desk.loop.add(running)
+        self._queue.loop.add(running)
         return running
 
     async def _pieces(self, running: "_Running") -> AsyncIterator[str]:
@@ -129,7 +129,7 @@ class Turn:
                 async with asyncio.timeout(self._until - time.monotonic()):
                     piece = await running.pieces.get()
             except TimeoutError:
-                raise AnswerTooSlow(seconds=self._desk.seconds) from None
+                raise AnswerTooSlow(seconds=self._queue.seconds) from None
             if piece is None:
                 return
             if isinstance(piece, Exception):
@@ -139,7 +139,7 @@ class Turn:
     def end(self) -> None:
         """Stops answers that nobody reads any more. Not awaited: this may run in a task that is being cancelled."""
         for running in self._running:
-            self._desk.loop.remove(running)
+            self._queue.loop.remove(running)
 
 
 class _Running:

@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 from pydantic import BaseModel, ValidationError
 
-from api import edge
+from api import middleware
 from tunery.errors import InvalidValue, TooLarge
 
 CHUNK = 2**20
@@ -45,7 +45,7 @@ async def receive(request: Request, *, file_field: str, limit: int, what: str, i
     too_large = TooLarge(what=what, limit=limit, instead=instead, param=file_field)
     if int(request.headers.get("content-length", 0)) > limit + _OVERHEAD:
         raise too_large
-    edge.allow(request, limit + _OVERHEAD)
+    middleware.allow(request, limit + _OVERHEAD)
     form = Form()
     reader = _Reader(request.headers.get("content-type", ""), form, file_field)
     async for packet in request.stream():
