@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import rows
 from asgi import serving
-from databases import Database
+from cloned_databases import Database
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from model_server import ModelServer

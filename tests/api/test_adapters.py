@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from fastapi import FastAPI
 from teams import ALIAS, BASE, Team
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from model_server import ModelServer
 from reported import finish, upload
 from sqlalchemy import select

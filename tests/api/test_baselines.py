@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from pydantic import SecretStr
 from reported import finish, upload
 from teams import BASE, Team

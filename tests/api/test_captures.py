@@ -7,7 +7,7 @@ from typing import Any
 
 import openai
 import pytest
-from databases import Database
+from cloned_databases import Database
 from model_server import ModelServer
 from sqlalchemy import func, select, update
 from teams import BASE, Team

@@ -1,7 +1,7 @@
 """Cleaning a file over HTTP: the new file is there at once, and says what it was made of."""
 
 import pytest
-from databases import Database
+from cloned_databases import Database
 from teams import TRAIN, Team
 
 from tunery.datasets import cleanings

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import rows
 from client_calls import Drive
-from databases import Database
+from cloned_databases import Database
 from fastapi import FastAPI
 from model_server import ModelServer
 from receiver import LOOPBACK, Receiver

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from databases import Database
+from cloned_databases import Database
 from reported import finish, upload
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import httpx2
 import pytest
-from databases import Database
+from cloned_databases import Database
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from pydantic import BaseModel, ValidationError

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from fastapi import FastAPI
 from teams import BASE, LINE, TRAIN, Team
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from teams import Team
 
 from tunery.jobs.model import Job

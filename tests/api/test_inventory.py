@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from databases import Database
+from cloned_databases import Database
 from reported import upload
 from sqlalchemy import select
 from teams import Team

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from fastapi import FastAPI
 from sqlalchemy import func
 from teams import Team

@@ -8,7 +8,7 @@ from unittest.mock import ANY
 
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from teams import ALIAS, BASE, LINE, SOURCE, TRAIN, Team
 
 from tunery.jobs.model import Job

@@ -7,7 +7,7 @@ from typing import Any
 
 import openai
 import pytest
-from databases import Database
+from cloned_databases import Database
 from fastapi import FastAPI
 from model_server import ModelServer, ask_and_leave
 from openai import OpenAI

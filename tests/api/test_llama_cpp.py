@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 from asgi import serving
-from databases import Database
+from cloned_databases import Database
 from fastapi import FastAPI
 from fleets import Shelf
 from llama_cpp_fleet import LlamaCppReplica

@@ -1,7 +1,7 @@
 """What Prometheus reads: how far the runs were from their quotes."""
 
 import rows
-from databases import Database
+from cloned_databases import Database
 from fastapi.testclient import TestClient
 from sqlalchemy.orm import Session
 from teams import Team

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from teams import ALIAS, BASE, SOURCE, Team
 
 from tunery.artifacts import model as artifacts

@@ -6,7 +6,7 @@ tests/worker/test_additions.py runs a job with one.
 from pathlib import Path
 
 import pytest
-from databases import Database
+from cloned_databases import Database
 from releases import Release
 from teams import BASE, TRAIN, Team
 

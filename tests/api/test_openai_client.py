@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from fastapi import FastAPI
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob

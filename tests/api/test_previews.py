@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from reported import finish
 from teams import LINE, Team
 from templates import CHATML, model_folder

@@ -10,7 +10,7 @@ import openai
 import pytest
 import real_vllm
 import torch
-from databases import Database
+from cloned_databases import Database
 from fastapi import FastAPI
 from fleets import Shelf
 from openai import OpenAI

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from databases import Database
+from cloned_databases import Database
 from sqlalchemy import select
 from teams import BASE, TRAIN, Team
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from sqlalchemy import func
 from teams import ALIAS, BASE, TRAIN, Team
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from fastapi import FastAPI
 from pydantic import SecretStr
 from starlette.applications import Starlette

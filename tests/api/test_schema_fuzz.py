@@ -15,7 +15,7 @@ import other_clients
 import pytest
 import rows
 import templates
-from databases import Database
+from cloned_databases import Database
 from fastapi import FastAPI
 from model_server import ModelServer
 from sqlalchemy import select

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from teams import Team
 
 from tunery.jobs.model import Job

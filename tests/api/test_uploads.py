@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from databases import Database
+from cloned_databases import Database
 from fastapi import FastAPI
 from teams import TRAIN, Team
 

@@ -4,7 +4,7 @@ from datetime import UTC, date, datetime, time
 from typing import Any
 
 import pytest
-from databases import Database
+from cloned_databases import Database
 from openai import OpenAI
 from teams import Team
 

@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 import tiny_models
-from databases import Database
+from cloned_databases import Database
 from fastapi import FastAPI
 from fleets import Shelf
 from openai import OpenAI

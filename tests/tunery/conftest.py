@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from asgi import serving
+from cloned_databases import Database
 from commands import Run
-from databases import Database
 
 from api.main import create_app
 from tunery.cli import main, output

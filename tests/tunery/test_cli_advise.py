@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import rows
+from cloned_databases import Database
 from commands import Run
-from databases import Database
 from sqlalchemy import select
 from teams import TRAIN
 

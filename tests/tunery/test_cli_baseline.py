@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import rows
+from cloned_databases import Database
 from commands import Run
-from databases import Database
 from sqlalchemy import select
 from teams import TRAIN
 

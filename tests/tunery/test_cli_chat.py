@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import rows
 from asgi import serving
+from cloned_databases import Database
 from commands import Run
-from databases import Database
 from model_server import ModelServer
 from receiver import LOOPBACK, Receiver
 from rich.console import Console

@@ -4,8 +4,8 @@ import json
 import threading
 from pathlib import Path
 
+from cloned_databases import Database
 from commands import Run
-from databases import Database
 from sqlalchemy import select
 from teams import TRAIN
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import rows
 import tiny_models
+from cloned_databases import Database
 from commands import Run, publish
-from databases import Database
 from rich.console import Console
 from teams import BASE
 

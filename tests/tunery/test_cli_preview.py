@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import rows
+from cloned_databases import Database
 from commands import Run
-from databases import Database
 from templates import CHATML, model_folder
 
 from tunery.artifacts import manifest

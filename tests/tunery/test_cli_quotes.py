@@ -1,8 +1,8 @@
 """What the command line says of a job's quote."""
 
 import rows
+from cloned_databases import Database
 from commands import Run
-from databases import Database
 
 from tunery.jobs.model import Job
 from tunery.jobs.states import State

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import rows
+from cloned_databases import Database
 from commands import Run
-from databases import Database
 
 from tunery.artifacts.model import Artifact
 from tunery.cli import reruns

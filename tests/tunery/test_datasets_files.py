@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 

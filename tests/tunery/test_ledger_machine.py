@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test

@@ -11,7 +11,7 @@ from pathlib import Path
 import psycopg
 import pytest
 import redis
-from databases import Database
+from cloned_databases import Database
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy import text

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from sqlalchemy.orm import Session
 
 from tunery import db

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from sqlalchemy import func, update
 
 from tunery.traffic import rates

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 

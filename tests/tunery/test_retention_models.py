@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from sqlalchemy import func, select
 
 from tunery.artifacts import manifest

@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from sqlalchemy import func, select
 
 from tunery import ids

@@ -12,7 +12,7 @@ from ipaddress import ip_address
 import openai
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from receiver import LOOPBACK, Received, Receiver, answer
 from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from databases import Database
+from cloned_databases import Database
 from fastapi.testclient import TestClient
 from workshop import FACTS, QUICK, Workshop
 

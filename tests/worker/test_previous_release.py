@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from databases import Database
+from cloned_databases import Database
 from fastapi.testclient import TestClient
 from sqlalchemy import select, text
 from workshop import QUICK, Workshop

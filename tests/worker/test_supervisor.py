@@ -12,7 +12,7 @@ import fake_nvml
 import pynvml
 import pytest
 import rows
-from databases import Database
+from cloned_databases import Database
 from sqlalchemy import Connection, event, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
