@@ -27,13 +27,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from bench import service, serving_shape
-from bench.shop import MANY, Shop, Took, answer_all, drive, rates, round_, times_faster
+from bench.shop import Shop, Took, answer_all, drive, rates, round_, times_faster
 from tunery.artifacts import manifest
 from worker.server.backends.embedded import Engine
 from worker.server.streams import Alone
 from worker.trainer.rope import LengthRope
 
-MIXED, RESIDENT = 16, 64
+MIXED, RESIDENT, MANY = 16, 64, 256
 REQUESTS = 96
 """Of the traffic over MANY adapters."""
 TURNS = 5
@@ -42,6 +42,7 @@ QUESTION = "Explain to a new colleague which papers a customer has to bring when
 
 def throughput(shop: Shop, engine: Engine, tokens: int, rounds: int) -> dict[str, Any]:
     """Tokens a second of the same batch on the base, over as many adapters, and one at a time; in turns."""
+    shop.stock(MIXED)
     base = [shop.request(None, tokens) for _ in range(MIXED)]
     mixed = [shop.request(number, tokens) for number in range(MIXED)]
     switch = Switching(shop, engine)
@@ -107,6 +108,7 @@ class Switching:
 
 def memory(shop: Shop, engine: Engine) -> dict[str, Any]:
     """Resident memory with the base alone, and with RESIDENT adapters beside it."""
+    shop.stock(RESIDENT)
     drive(engine, [shop.request(None, 2)], 1)
     base = resident()
     drive(engine, [shop.request(number, 2) for number in range(RESIDENT)], 1)
@@ -124,6 +126,7 @@ def loading(shop: Shop, engine: Engine) -> dict[str, Any]:
         engine.answer(shop.request(number, 1)).close()
         return time.perf_counter() - begun
 
+    shop.stock(RESIDENT + 10)
     numbers = range(RESIDENT, RESIDENT + 10)
     other = shop.engine("models")
     other.answer(shop.request(None, 1)).close()
@@ -133,6 +136,7 @@ def loading(shop: Shop, engine: Engine) -> dict[str, Any]:
 
 def zipf(shop: Shop, tokens: int, rounds: int) -> dict[str, Any]:
     """Traffic over MANY adapters, the k-th as often as 1/k: with room for RESIDENT of them, and for all."""
+    shop.stock(MANY)
     dice = random.Random(1)
     order = dice.choices(range(MANY), [1 / (k + 1) for k in range(MANY)], k=REQUESTS)
     base = AutoModelForCausalLM.from_pretrained(shop.base, dtype=torch.float32)
@@ -157,6 +161,7 @@ def zipf(shop: Shop, tokens: int, rounds: int) -> dict[str, Any]:
 
 def latency(shop: Shop, engine: Engine) -> dict[str, Any]:
     """Seconds between two tokens of one stream: on the base, with an adapter, and with the adapter merged."""
+    shop.stock(1)
     merged = shop.publish_merged(0)
     requests = {
         "base": shop.request(None, 24),
@@ -175,6 +180,7 @@ def latency(shop: Shop, engine: Engine) -> dict[str, Any]:
 
 def chats(shop: Shop, engine: Engine, tokens: int) -> dict[str, Any]:
     """Processor seconds of each turn of four chats, whose keys are reused (within a project) or computed again."""
+    shop.stock(4)
     found: dict[str, Any] = {}
     for name, project_id in (("computed", None), ("reused", "p")):
         said: list[list[dict[str, str]]] = [[] for _ in range(4)]
@@ -201,6 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path, nargs="?")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--stages", help="of these alone, comma-separated: memory, throughput, ...")
     parser.add_argument("--shape", choices=["8b"])
     parser.add_argument("--streams", type=int, default=32, help="of --shape")
     parser.add_argument("--rank", type=int, default=16)
@@ -215,8 +222,10 @@ def main() -> None:
         parser.error("BASE is missing")
     with tempfile.TemporaryDirectory() as root:
         shop = Shop(Path(root), asked.base, asked.rank)
+        stages = stages_of(shop, asked.tokens, asked.rounds)
+        names = asked.stages.split(",") if asked.stages else stages
         measure(
-            stages_of(shop, asked.tokens, asked.rounds),
+            {name: stages[name] for name in names},
             asked.out,
             {"rank": asked.rank, "tokens": asked.tokens, "threads": torch.get_num_threads()},
         )

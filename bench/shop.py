@@ -21,8 +21,6 @@ from worker.server.backends.embedded import Engine
 from worker.server.generation import Generation
 from worker.server.schemas import ChatRequest, parse
 
-MANY = 256
-"""Adapters of a shop."""
 RIVERS = ({"role": "user", "content": "Name three rivers."},)
 TEMPLATE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
@@ -64,13 +62,19 @@ class Shop:
         self.storage = Directory(root / "objects")
         self.rank = rank
         self.base_files = self._publish("base", base)
-        self.adapters = list(self._make(MANY))
+        self.adapters: list[dict[str, str]] = []
 
     @property
     def adapter_bytes(self) -> int:
         return (self.root / "adapter" / "adapter_model.safetensors").stat().st_size
 
-    def _make(self, count: int) -> Iterator[dict[str, str]]:
+    def stock(self, count: int) -> None:
+        """Makes adapters until there are so many."""
+        self.adapters += self._make(range(len(self.adapters), count))
+
+    def _make(self, numbers: range) -> Iterator[dict[str, str]]:
+        if not numbers:
+            return
         folder = self.root / "adapter"
         config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules="all-linear", task_type="CAUSAL_LM")
         get_peft_model(AutoModelForCausalLM.from_pretrained(self.base), config).save_pretrained(str(folder))
@@ -79,7 +83,7 @@ class Shop:
         weights = load_file(folder / "adapter_model.safetensors")
         torch.manual_seed(1)
         noise = {key: torch.randn_like(value) * 0.02 for key, value in weights.items()}
-        for number in range(count):
+        for number in numbers:
             made = {key: value * (1 + number / 1000) for key, value in noise.items()}
             save_file(made, folder / "adapter_model.safetensors", {"format": "pt"})
             yield self._publish(f"adapter{number}", folder)

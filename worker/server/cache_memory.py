@@ -68,7 +68,7 @@ class CacheMemory:
             if others + nbytes > self.limit and not must:
                 return False
             self._running[batch] = nbytes
-            self._evict(self.limit)
+            self._evict(self.limit, self.limit)
             return True
 
     def find(self, owner: Owner, ids: Sequence[int]) -> tuple[Parts, int]:
@@ -104,9 +104,9 @@ class CacheMemory:
             self._kept = [one for one in self._kept if gone not in (one.owner.batch, one.owner.adapter)]
             self._running.pop(gone, None)
 
-    def _evict(self, limit: int, kept_limit: int | None = None) -> None:
-        most = self.limit // 2 if kept_limit is None else kept_limit
-        while self._kept and (self._used() > limit or self._kept_bytes() > most):
+    def _evict(self, used: int, kept: int) -> None:
+        """Frees kept ones until no more bytes are used, and kept, than that."""
+        while self._kept and (self._used() > used or self._kept_bytes() > kept):
             del self._kept[0]
 
     def _used(self) -> int:
