@@ -173,3 +173,11 @@ def test_families_and_kinds_of_adapters_are_equal(tmp_path: Path, family: str, t
     convert(str(zoo.make(family, tmp_path / "source")), tmp_path / "base")
     found = _check(_train(tmp_path / "run", tmp_path / "base", technique))
     assert (found.status, found.equal) == ("equal", 12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("technique", [Lora(r=4, alpha=8), Qlora(r=4, alpha=8), Full()], ids=["lora", "qlora", "full"])
+def test_answers_on_a_gpu_are_equal_up_to_ties(tmp_path: Path, technique: Technique) -> None:
+    run = _train(tmp_path / "run", tiny_models.llama(tmp_path / "base", bf16=True), technique)
+    found = parity.check(run, 64, 64, "cuda")
+    assert (found.status, found.precision) == ("equal", "bfloat16"), found.summary
