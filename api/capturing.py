@@ -41,7 +41,7 @@ class Hearing:
                 known["function"][name] = known["function"].get(name, "") + (text or "")
 
     def redacted(self) -> tuple[Json, Json] | None:
-        """The request and the answer without personal data; None for an answer that broke off."""
+        """Returns the request and the answer without personal data; None for an answer that broke off."""
         # Imported where something is kept: it takes most of a second, and most APIs keep nothing.
         from tunery.datasets.cleaning.redaction import redact
 

@@ -1,4 +1,4 @@
-"""HTTP/1.1 connections that do not wait for ever: `uvicorn --http api.connections:Protocol`."""
+"""HTTP/1.1 connections that wait for a limited time: `uvicorn --http api.connections:Protocol`."""
 
 import asyncio
 

@@ -13,7 +13,7 @@ from tunery.storage import Storage
 
 
 def answer(storage: Storage, key: str, *, filename: str, bytes: int, sha256: str) -> Response:
-    """A redirect to a presigned URL, or the bytes. Raises ObjectMissing before anything is sent."""
+    """Returns a redirect to a presigned URL, or the bytes. Raises ObjectMissing before anything is sent."""
     url = storage.presign(key, filename=filename)
     if url is not None:
         return RedirectResponse(url, 302)
@@ -34,7 +34,7 @@ ARTIFACT_ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 def artifact(storage: Storage, files: Iterable[Artifact], path: str, *, owner: str) -> Response:
-    """The file called `path`; `owner` names what was asked for it. Raises NotFound, ObjectMissing."""
+    """Returns the file called `path`; `owner` names what was asked for it. Raises NotFound, ObjectMissing."""
     for file in files:
         if file.path == path:
             filename = path.rpartition("/")[2]

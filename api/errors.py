@@ -63,7 +63,7 @@ _FORESEEN = (
 
 
 def status_of(error: TuneryError) -> int:
-    """The status of the nearest class above the error that has one."""
+    """Returns the status of the nearest class above the error that has one."""
     return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
 
 
@@ -74,7 +74,7 @@ def _headers_of(error: TuneryError) -> dict[str, str]:
 
 
 def envelope(message: str, *, type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The body of every error, all four keys always there."""
+    """Returns the body of every error, all four keys always there."""
     return {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 
@@ -108,7 +108,7 @@ def _as_ours(error: Exception, request_id: str, route: str) -> TuneryError | Non
 
 
 def answer(error: Exception, *, request_id: str, route: str) -> JSONResponse:
-    """The HTTP answer to an error; `route` is the method and path, for messages."""
+    """Returns the HTTP answer to an error; `route` is the method and path, for messages."""
     ours = _as_ours(error, request_id, route)
     if ours is None:
         log.error("%s: %s failed", request_id, route, exc_info=error)
@@ -128,7 +128,7 @@ def _handle(request: Request, error: Exception) -> JSONResponse:
 
 
 def _allowed(request: Request) -> list[str]:
-    """The methods of all routes at the request's path: the framework tells those of the first route only."""
+    """Returns the methods of all routes at the request's path: the framework tells those of the first route only."""
     place = {name: request.scope[name] for name in ("type", "path", "root_path")}
     routes = request.app.routes
     return [

@@ -34,11 +34,11 @@ class JsonRoute(APIRoute):
     """A route that reads JSON: `APIRouter(route_class=JsonRoute)`."""
 
     most_values: ClassVar[int] = 10_000
-    """Members, items and containers. One that is refused is told of singly, which costs a hundred times its parsing."""
+    """Members, items and containers. Each that is refused is an error of its own, a hundred times its parsing."""
 
     @staticmethod
     def limit(settings: Settings) -> int:
-        """The most bytes of a body."""
+        """Returns the most bytes of a body."""
         return settings.max_json_bytes
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

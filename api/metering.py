@@ -143,7 +143,7 @@ def _expected_answer(fields: Mapping[str, Any]) -> int:
 
 
 def _find(session: Session, project_id: str, name: str) -> Chosen:
-    """What the server needs to load the model: where its files lie, and their manifest's digest."""
+    """Returns what the server needs to load the model: where its files lie, and their manifest's digest."""
     model = registry.find_ready(session, project_id, name)
     base = model if model.base_id is None else session.get_one(Model, model.base_id)
     tuned = None if base is model else {**_place(model), "technique": model.technique}

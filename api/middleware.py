@@ -121,7 +121,7 @@ class _Exchange:
         """Takes the rest of a refused upload: answering while the client still sends makes the kernel reset the
         connection, and the client would see a broken pipe, which it retries, in place of the reason."""
         if self._waits:
-            return  # it sends nothing until it is told to
+            return  # it sends nothing until it is asked to
         taken, until = 0, time.monotonic() + DRAIN_SECONDS
         while self._more and taken < DRAIN_BYTES:
             try:

@@ -109,7 +109,7 @@ class Stream:
                 await self._admission.end()
 
     def _shown(self, chunk: Json) -> Json | None:
-        """The chunk as the caller asked for it: the counts were asked for by us."""
+        """Returns the chunk as the caller asked for it: the counts were asked for by us."""
         if self._with_usage or "error" in chunk:
             return chunk
         chunk.pop("usage", None)
@@ -186,7 +186,7 @@ def _counted(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """The work's result, unless the caller hangs up first: the model server then stops too.
+    """Returns the work's result, unless the caller hangs up first: the model server then stops too.
 
     Raises ClientDisconnect.
     """

@@ -61,7 +61,7 @@ async def receive(request: Request, *, file_field: str, limit: int, what: str, i
 
 
 def parse_fields(form: Form, kind: type[F]) -> F:
-    """The text fields as a model; `a[b]` is the field b of a. Raises RequestValidationError.
+    """Returns the text fields as a model; `a[b]` is the field b of a. Raises RequestValidationError.
 
     An empty field counts as absent: that is how browsers send what nobody filled in.
     """
@@ -115,7 +115,7 @@ class _Reader:
                     self._take(event)
 
     def next(self) -> bytes:
-        """The file's bytes that came since the last call."""
+        """Returns the file's bytes that came since the last call."""
         data = bytes(self.waiting)
         self.waiting.clear()
         return data

@@ -6,7 +6,7 @@ from tunery.traffic.rates import Bucket, Standing
 
 
 def of(standing: Standing) -> dict[str, str]:
-    """The headers of an answer. A rate without a limit has none."""
+    """Returns the headers of an answer. A rate without a limit has none."""
     named = {"requests": standing.requests, "tokens": standing.tokens}
     return {
         f"x-ratelimit-{what}-{unit}": value
@@ -22,7 +22,7 @@ def _of_bucket(bucket: Bucket, limit: int) -> dict[str, str]:
 
 
 def spell(seconds: float) -> str:
-    """A duration as OpenAI spells it: 20ms, 1s, 6m0s."""
+    """Returns a duration as OpenAI spells it: 20ms, 1s, 6m0s."""
     if seconds < 1:
         return f"{math.ceil(seconds * 1000)}ms"
     whole = math.ceil(seconds)

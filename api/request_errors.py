@@ -37,7 +37,7 @@ class TooSlow(TuneryError):
 
 
 def explain(error: RequestValidationError, route: str) -> Rejected:
-    """The first field at fault, with every reason that its value was refused for."""
+    """Returns the first field at fault, with every reason that its value was refused for."""
     if isinstance(error.body, bytes):
         return InvalidValue(reason=_NOT_JSON)
     known = JobRequest if _CREATES_JOB.fullmatch(route) else None
@@ -45,7 +45,7 @@ def explain(error: RequestValidationError, route: str) -> Rejected:
 
 
 def explain_http(error: HTTPException, route: str) -> TuneryError:
-    """What the framework refuses by itself: an unknown route, a wrong method, a body over the limit."""
+    """Returns what the framework refuses by itself: an unknown route, a wrong method, a body over the limit."""
     if error.status_code == 413:
         return TooLarge(what="The request's body", limit=error.detail, instead="Send less at once.")
     if error.status_code == 408:

@@ -32,7 +32,7 @@ class Line:
 
 
 def draw(job: Job) -> str:
-    """The SVG. Raises NoScorecard."""
+    """Returns the SVG. Raises NoScorecard."""
     if job.scorecard is None:
         raise NoScorecard(id=job.id)
     score = Scorecard.model_validate(job.scorecard)

@@ -19,7 +19,7 @@ _SAME = frozenset(
 
 
 def prompts(fields: Mapping[str, Any]) -> list[str]:
-    """The texts to go on from. Raises InvalidValue, and Unsupported for tokens in place of texts."""
+    """Returns the texts to go on from. Raises InvalidValue, and Unsupported for tokens in place of texts."""
     given = fields["prompt"]
     texts = given if isinstance(given, list) else [given]
     if any(isinstance(text, int | list) for text in texts):
@@ -31,7 +31,7 @@ def prompts(fields: Mapping[str, Any]) -> list[str]:
 
 
 def to_chat(fields: Mapping[str, Any], prompt: str) -> Json:
-    """The model server's fields for one prompt. Raises InvalidValue and Unsupported, each naming the field."""
+    """Returns the model server's fields for one prompt. Raises InvalidValue and Unsupported, each naming the field."""
     given = {name: value for name, value in fields.items() if value is not None and name != "prompt"}
     _refuse(given, "echo", (False,), "Leave it out: the answer is the text behind the prompt.")
     _refuse(given, "suffix", ("",), "Leave it out.")
@@ -55,7 +55,7 @@ def _top(value: Any) -> int:
 
 
 def of_chat(answer: Json, *, first: int = 0) -> Json:
-    """A chat completion, or a chunk of one, as a text completion whose choices count from `first`."""
+    """Returns a chat completion, or a chunk of one, as a text completion whose choices count from `first`."""
     choices = [_choice(choice, first) for choice in answer["choices"]]
     return {**answer, "object": "text_completion", "choices": choices}
 
@@ -84,7 +84,7 @@ def _logprobs(found: Json | None) -> Json | None:
 
 
 def joined(answers: list[Json]) -> Json:
-    """The text completions of several prompts as one."""
+    """Returns the text completions of several prompts as one."""
     names = ("prompt_tokens", "completion_tokens", "total_tokens")
     usage: Json = {name: sum(answer["usage"][name] for answer in answers) for name in names}
     cached = [(answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens", 0) for answer in answers]

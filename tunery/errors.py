@@ -31,9 +31,9 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     │   ├── NoScorecard          jobs: a job was not measured, so there is nothing to show
     │   ├── NoReproduction       jobs: a job runs no other one again, so there is nothing to compare it with
     │   └── InputGone            jobs: a job that is to run again read something that was deleted
-    ├── RouteNotFound            api/faults.py: no such route, or one this server refuses by design
-    ├── MethodNotAllowed         api/faults.py: a route, but not with this method
-    ├── TooSlow                  api/faults.py: a body that comes in too slowly
+    ├── RouteNotFound            api/request_errors.py: no such route, or one this server refuses by design
+    ├── MethodNotAllowed         api/request_errors.py: a route, but not with this method
+    ├── TooSlow                  api/request_errors.py: a body that comes in too slowly
     ├── TooLarge                 more bytes than the limit
     ├── QuotaExceeded            jobs: the project has all it may have
     ├── RateLimited              traffic: the project's requests or tokens of a minute are used up

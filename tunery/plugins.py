@@ -28,10 +28,10 @@ def load(names: Iterable[str], process: Process) -> None:
 
 
 def names() -> tuple[str, ...]:
-    """The plug-ins that the environment names; for the trainer, which knows no settings."""
+    """Returns the plug-ins that the environment names; for the trainer, which knows no settings."""
     return split(os.environ.get(VARIABLE, ""))
 
 
 def split(value: str) -> tuple[str, ...]:
-    """The parts of a comma-separated value, without blanks and empty ones."""
+    """Returns the parts of a comma-separated value, without blanks and empty ones."""
     return tuple(part.strip() for part in value.split(",") if part.strip())

@@ -78,5 +78,5 @@ class Rates(_Sealed):
 
 
 def encode(body: Mapping[str, Any], chosen: Chosen) -> bytes:
-    """The body that the model server gets. A MODEL_FIELD of the user's own is replaced."""
+    """Returns the body that the model server gets. A MODEL_FIELD of the user's own is replaced."""
     return to_json({**body, MODEL_FIELD: chosen})

@@ -29,7 +29,7 @@ _TEXTS = ("input_text", "output_text", "text", "refusal")
 
 
 def to_chat(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The chat completion's fields. Raises InvalidValue and Unsupported, each naming the field."""
+    """Returns the chat completion's fields. Raises InvalidValue and Unsupported, each naming the field."""
     given = {name: value for name, value in fields.items() if value is not None}
     for name, instead in _REFUSED.items():
         if given.pop(name, False):
@@ -54,7 +54,7 @@ def to_chat(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _messages(given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The conversation; calls that follow each other, or an assistant's text, are one message's."""
+    """Returns the conversation; calls that follow each other, or an assistant's text, are one message's."""
     made = [{"role": "system", "content": given["instructions"]}] if "instructions" in given else []
     asked = given["input"]
     for place, item in enumerate([{"role": "user", "content": asked}] if isinstance(asked, str) else asked):
@@ -69,7 +69,7 @@ def _messages(given: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _message(item: Any, param: str) -> dict[str, Any] | None:
-    """An item of the input as a message; None of thinking, which no prompt shows again."""
+    """Returns an item of the input as a message; None of thinking, which no prompt shows again."""
     kind = item.get("type", "message") if isinstance(item, dict) else None
     if kind == "message":
         return {"role": item.get("role"), "content": _content(item.get("content"), f"{param}.content")}

@@ -41,7 +41,7 @@ class Response:
         return str(self._head["id"])
 
     def shown(self, status: str, output: list[Json], usage: Json | None = None, reason: str | None = None) -> Json:
-        """The response's body. `usage`: a chat completion's."""
+        """Returns the response's body. `usage`: a chat completion's."""
         cut = {"reason": "max_output_tokens"} if reason == "length" else None
         return {
             **self._head,
@@ -52,7 +52,7 @@ class Response:
         }
 
     def of_completion(self, completion: Json) -> Json:
-        """The body of a chat completion that has ended."""
+        """Returns the body of a chat completion that has ended."""
         [choice] = completion["choices"]
         message = choice["message"]
         output = []
@@ -63,14 +63,14 @@ class Response:
 
 
 def text_item(id: str, text: str | None, chances: list[Json]) -> Json:
-    """A message of the output; `text` None: it has only begun."""
+    """Returns a message of the output; `text` None: it has only begun."""
     content = [] if text is None else [_part(text, chances)]
     status = "in_progress" if text is None else "completed"
     return {"id": id, "type": "message", "role": "assistant", "status": status, "content": content}
 
 
 def call_item(call: Json, *, is_begun: bool = False) -> Json:
-    """A function call of the output, or its beginning without arguments."""
+    """Returns a function call of the output, or its beginning without arguments."""
     function = call["function"]
     return {
         "id": ids.FUNCTION_CALL + call["id"].removeprefix(ids.TOOL_CALL),
@@ -102,8 +102,8 @@ class Events:
             yield self._event(f"response.{kind}", response=self._response.shown("in_progress", []))
         async for chunk in chunks:
             if "error" in chunk:
-                told = {name: chunk["error"][name] for name in ("message", "code", "param")}
-                yield self._event("error", **told)
+                error = {name: chunk["error"][name] for name in ("message", "code", "param")}
+                yield self._event("error", **error)
                 return
             for event in self._of_chunk(chunk):
                 yield event
@@ -171,7 +171,7 @@ def _part(text: str, chances: list[Json]) -> Json:
 
 
 def _chances(choice: Json) -> list[Json]:
-    """The log probabilities of a choice's tokens. A list here: `bytes` is never null in this dialect."""
+    """Returns the log probabilities of a choice's tokens. A list here: `bytes` is never null in this dialect."""
     found = (choice.get("logprobs") or {}).get("content") or []
     return [_with_bytes(one) | {"top_logprobs": list(map(_with_bytes, one["top_logprobs"]))} for one in found]
 
@@ -181,7 +181,7 @@ def _with_bytes(one: Json) -> Json:
 
 
 def _details(usage: Json) -> Json:
-    """The tokens that were not computed; of a back end that does not count them, none."""
+    """Returns the tokens that were not computed; of a back end that does not count them, none."""
     return {"cached_tokens": (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)}
 
 

@@ -81,7 +81,7 @@ def _record(
     fields: schemas.AdapterFields,
     prefix: str,
 ) -> schemas.Model:
-    """The row, in a transaction that begins when all bytes are stored."""
+    """Returns the row, in a transaction that begins when all bytes are stored."""
     with sessions.begin() as session:
         base = registry.find_ready(session, caller.project_id, fields.base)
         known = registry.alias_of(session, base, fields.base) or base.id

@@ -124,7 +124,7 @@ def _advise(session: Session, caller: Caller, settings: Settings, storage: Stora
 
 
 def _baseline(session: Session, project_id: str, id: str | None, model: Model) -> Baseline | None:
-    """The baseline that is named, once it is measured. Raises NotFound, WrongState, InvalidValue."""
+    """Returns the baseline that is named, once it is measured. Raises NotFound, WrongState, InvalidValue."""
     if id is None:
         return None
     found = ledger.find_measured(session, project_id, id, param="baseline")

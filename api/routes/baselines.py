@@ -41,7 +41,7 @@ def create_baseline(
 
 
 def _sealed_key(body: schemas.AskBaseline, settings: Settings) -> str | None:
-    """The key of the external endpoint, encrypted. Raises Unsupported, InvalidValue, EndpointRefused."""
+    """Returns the key of the external endpoint, encrypted. Raises Unsupported, InvalidValue, EndpointRefused."""
     if body.external is None:
         return None
     external.check(body.external, settings)

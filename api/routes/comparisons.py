@@ -68,7 +68,7 @@ def _answer(model: str, completion: dict[str, Any]) -> schemas.ComparedAnswer:
 
 
 def _compared(sessions: sessionmaker[Session], project_id: str, names: list[str]) -> list[str]:
-    """The models, the base first where one alone is named. Raises ModelNotFound, WrongState, InvalidValue."""
+    """Returns the models, the base first where one alone is named. Raises ModelNotFound, WrongState, InvalidValue."""
     with sessions.begin() as session:
         found = [registry.find_ready(session, project_id, name) for name in names]
         if len(found) > 1:

@@ -115,7 +115,7 @@ def _record(
     fields: schemas.FileFields,
     stored: Stored,
 ) -> schemas.File:
-    """The row, in a transaction that begins when all bytes are stored; without a row the bytes go again."""
+    """Returns the row, in a transaction that begins when all bytes are stored; without a row the bytes go again."""
     try:
         with sessions.begin() as session:
             row = files.create(
@@ -133,7 +133,7 @@ def _record(
 
 
 def _shown(session: Session, rows: Sequence[File]) -> list[schemas.File]:
-    """The files with their reports."""
+    """Returns the files with their reports."""
     found = reports.of_files(session, rows)
     return [schemas.File.of(row, found.get(row.id)) for row in rows]
 

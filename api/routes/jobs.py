@@ -46,7 +46,7 @@ def _shown_all(session: Session, settings: Settings, jobs: Sequence[Job]) -> lis
 
 
 def _created(session: Session, settings: Settings, storage: Storage, job: Job) -> dry_runs.DryRunJob | schemas.Job:
-    """A new job, or what would be one: a dry run's job is in no session."""
+    """Returns a new job, or what would be one: a dry run's job is in no session."""
     if object_session(job) is None:
         found = dry_run.judge(session, job, settings, partial(rates.of_file, storage))
         return dry_runs.of(found, organization=settings.organization)

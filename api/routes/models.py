@@ -27,7 +27,7 @@ router = APIRouter(prefix="/v1/models", tags=["Models"], route_class=LongJsonRou
 
 
 def _shown(session: Session, settings: Settings, caller: Caller, rows: Sequence[Model]) -> list[schemas.Model]:
-    """Each model, and after it the same one under each of its aliases."""
+    """Returns each model, and after it the same one under each of its aliases."""
     aliases = registry.aliases(session, (row.id for row in rows))
     owners = {None: settings.organization, caller.project_id: caller.project_name}
     return [

@@ -60,7 +60,7 @@ def preview_file(
 
 
 def _base(session: Session, project_id: str, name: str) -> Model:
-    """The base that a model is or was made from. Raises ModelNotFound, WrongState."""
+    """Returns the base that a model is or was made from. Raises ModelNotFound, WrongState."""
     found = registry.find_ready(session, project_id, name)
     return found if found.base_id is None else session.get_one(Model, found.base_id)
 

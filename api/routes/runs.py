@@ -183,7 +183,7 @@ def list_artifacts(job_id: str, session: SessionDep, caller: CallerDep) -> Whole
 
 
 def _published(session: Session, job: Job) -> Sequence[artifacts.Artifact]:
-    """The files of what the job made. Raises ModelWithheld."""
+    """Returns the files of what the job made. Raises ModelWithheld."""
     if job.tuned_model is None:
         return ()
     if job.withholds_model:

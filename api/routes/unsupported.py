@@ -10,12 +10,12 @@ router = APIRouter(prefix="/v1", include_in_schema=False, dependencies=[ANY_KEY]
 _METHODS = ["GET", "POST", "DELETE"]
 
 
-@router.api_route("/fine_tuning/alpha/graders/{deed}", methods=_METHODS)
-def no_graders(deed: str) -> None:
+@router.api_route("/fine_tuning/alpha/graders/{action}", methods=_METHODS)
+def no_graders(action: str) -> None:
     raise RouteNotFound(
         what=(
-            f"Graders ('{deed}') are not supported here. Fine-tuning is method.type 'supervised', with technique full, "
-            "lora or qlora; name a test file as evaluation.test_file to score a job's model."
+            f"Graders ('{action}') are not supported here. Fine-tuning is method.type 'supervised', with technique "
+            "full, lora or qlora; name a test file as evaluation.test_file to score a job's model."
         )
     )
 

@@ -82,7 +82,7 @@ async def create_part(
 
 
 def _check_open(sessions: sessionmaker[Session], project_id: str, upload_id: str) -> None:
-    """Before the first byte: whoever sends to a finished Upload should not send 64 MiB to learn it."""
+    """Checks the Upload before the first byte: a client of a finished one should not send 64 MiB to learn it."""
     with sessions.begin() as session:
         uploads.check_pending(session, uploads.find(session, project_id, upload_id), "given more parts")
 

@@ -1,4 +1,4 @@
-"""Webhook endpoints: who is told when a job ends."""
+"""Webhook endpoints, which get an event when a job ends."""
 
 from typing import Annotated
 

@@ -21,7 +21,7 @@ class Body(BaseModel):
 
 
 def answer_of(request: type[BaseModel], **descriptions: str) -> type[Wire]:
-    """The class of an answer with the fields of `request`, all of them required and none with its bounds.
+    """Returns the class of an answer with the fields of `request`, all of them required and none with its bounds.
 
     Why not the request's own fields: an answer shows what was decided, or accepted by an older release, and a bound
     would turn it into an error.
@@ -123,13 +123,13 @@ _MEANING = {
 
 
 def errors(*statuses: int) -> Answers:
-    """The documentation of a route's errors. Every route may answer 400, 401, 500 and 503."""
+    """Returns the documentation of a route's errors. Every route may answer 400, 401, 500 and 503."""
     every = sorted({400, 401, 503, *statuses})
     return {status: {"model": Error, "description": _MEANING[status]} for status in every}
 
 
 def examples() -> dict[str, list[Any]]:
-    """Every schema's examples by its name, nulls included."""
+    """Returns every schema's examples by its name, nulls included."""
     found = {}
     waiting: list[type[BaseModel]] = [Wire, Body]
     while waiting:

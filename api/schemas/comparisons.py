@@ -57,14 +57,14 @@ class AskComparison(Body):
     seed: int | None = Field(None, description="The same for every answer")
 
     def messages(self, prompt: Prompt) -> list[dict[str, Any]]:
-        """The chat that a prompt stands for."""
+        """Returns the chat that a prompt stands for."""
         if not isinstance(prompt, str):
             return prompt
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": prompt}]
 
     def sampling(self) -> dict[str, Any]:
-        """The fields of every chat completion that are the same."""
+        """Returns the fields of every chat completion that are the same."""
         names = {"max_completion_tokens", "temperature", "top_p", "seed"}
         return self.model_dump(include=names, exclude_none=True)
 

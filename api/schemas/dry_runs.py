@@ -71,7 +71,7 @@ class DryRunJob(jobs.Job):
 
 
 def of(found: DryRun, *, organization: str) -> DryRunJob:
-    """A dry run as its owner sees it."""
+    """Returns a dry run as its owner sees it."""
     shown = jobs.of(found.job, organization=organization, warnings=found.warnings, waits_for=None)
     shown = shown.model_copy(update={"quote": found.quote})
     query = urlencode({"model": shown.model, "max_tokens": shown.max_seq_length})

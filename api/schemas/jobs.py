@@ -102,7 +102,7 @@ class PublishModel(Body):
         json_schema_extra={"examples": [{"reason": "The general drop is on science questions; we route tickets"}]}
     )
 
-    reason: str = Field(min_length=1, max_length=1000, description="Why, for whoever reads the job later")
+    reason: str = Field(min_length=1, max_length=1000, description="Why, for later readers of the job")
 
 
 # --- what is answered ---------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ def status_of(row: model.Job) -> str:
 
 
 def of(row: model.Job, *, organization: str, warnings: Sequence[str], waits_for: str | None) -> Job:
-    """A job's row as its owner sees it."""
+    """Returns a job's row as its owner sees it."""
     settled = row.plan or row.spec
     knobs = Hyperparameters(**{name: row.plan[name] for name in _KNOBS} if row.plan else row.spec["hyperparameters"])
     return Job(
@@ -375,12 +375,12 @@ def _served(row: model.Job) -> ServedAnswer | None:
 
 
 def _withheld(row: model.Job, verdict: dict[str, Any] | None) -> str | None:
-    """The model, where this verdict is one that withholds it."""
+    """Returns the model, where this verdict is one that withholds it."""
     return row.tuned_model if row.withholds_model and verdict is not None and verdict["withheld"] else None
 
 
 def _method(stored: dict[str, Any], knobs: Hyperparameters) -> MethodEcho | PreferenceEcho | OtherMethodEcho:
-    """The method of a stored spec or plan; one of an older release has none, and was supervised."""
+    """Returns the method of a stored spec or plan; one of an older release has none, and was supervised."""
     own = dict(stored.get("method") or {"type": "supervised"})
     name = own.pop("type")
     if name == "supervised":
@@ -399,7 +399,7 @@ def _estimated_finish(row: model.Job) -> int | None:
 
 
 def _options(stored: dict[str, Any]) -> dict[str, Any]:
-    """The options of a stored spec or plan; an option that was added since has its default."""
+    """Returns the options of a stored spec or plan; an option that was added since has its default."""
     fields = TrainingOptions.model_fields.items()
     return {name: stored[name] if name in stored else field.get_default() for name, field in fields}
 

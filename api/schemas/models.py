@@ -64,7 +64,7 @@ class Model(Wire):
     def of(
         cls, row: model.Model, *, owner: str, aliases: list[str], for_administrator: bool, alias: str | None = None
     ) -> "Model":
-        """A model as the caller may see it; with `alias`, which one of `aliases` is, under that name."""
+        """Returns a model as the caller may see it; with `alias`, which one of `aliases` is, under that name."""
         details, source = row.status_details, row.source
         if not for_administrator and source is not None and source.startswith(("/", "~", ".")):
             source = PurePath(source).name

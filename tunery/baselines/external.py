@@ -62,7 +62,7 @@ def check(external: External, settings: Settings, resolver: Resolver = resolve) 
 
 
 def _ours(error: AddressRefused | InvalidValue) -> EndpointRefused | InvalidValue:
-    """The refusal of an address in the words of this use of it."""
+    """Returns the refusal of an address in the words of this use of it."""
     param = "external.base_url"
     if isinstance(error, AddressRefused):
         return EndpointRefused(param=param, **error.fields)
@@ -105,7 +105,7 @@ def ask(
     resolver: Resolver = resolve,
     timeout: float = TIMEOUT,
 ) -> Said:
-    """The endpoint's greedy answer to a chat of `messages` and maybe `tools`. Raises NoAnswer.
+    """Returns the endpoint's greedy answer to a chat of `messages` and maybe `tools`. Raises NoAnswer.
 
     Call it outside any transaction: it may take TRIES times `timeout` and MOST_WAIT.
     """
@@ -125,7 +125,7 @@ def ask(
 
 
 def _locate(external: External, allow: Sequence[Network], resolver: Resolver) -> Target:
-    """Where to ask now: a name may lead elsewhere than when it was checked first. Raises NoAnswer."""
+    """Returns where to ask now: a name may lead elsewhere than when it was checked first. Raises NoAnswer."""
     try:
         return addresses.locate(f"{external.base_url.rstrip('/')}/chat/completions", allow, resolver)
     except (AddressRefused, InvalidValue) as error:
@@ -143,7 +143,7 @@ def _why(reply: Reply) -> str:
 
 
 def _read(reply: Reply) -> Said:
-    """What a chat completion says. Raises NoAnswer where the body is none."""
+    """Returns what a chat completion says. Raises NoAnswer where the body is none."""
     try:
         body = json.loads(reply.body)
         message = body["choices"][0]["message"]
@@ -157,7 +157,7 @@ def _read(reply: Reply) -> Said:
 
 
 def _call(function: Mapping[str, Any]) -> str:
-    """A tool call as the scorecard reads it in an answer's text."""
+    """Returns a tool call as the scorecard reads it in an answer's text."""
     return json.dumps({"name": function["name"], "arguments": json.loads(function["arguments"])})
 
 

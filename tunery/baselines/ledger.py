@@ -178,5 +178,5 @@ def _end(
 
 
 def compared(order: Order, found: Sequence[Model]) -> Order:
-    """The order with the ids of other models, each once."""
+    """Returns the order with the ids of other models, each once."""
     return order.model_copy(update={"compare": list(dict.fromkeys(model.id for model in found))})

@@ -102,7 +102,7 @@ def _way(measured: Mapping[str, Any], score: PromptScore) -> Way:
 
 
 def _cost_here(score: PromptScore, prices: Prices) -> float | None:
-    """What the device costs that answers a thousand requests one after the other, each in the median time."""
+    """Returns what the device costs that answers a thousand requests one after the other, each in the median time."""
     if score.p50_seconds is None or score.device is None:
         return None
     return cost(1000 * score.p50_seconds, score.device, prices)
@@ -115,7 +115,7 @@ def _cost_there(score: PromptScore, price: Price | None) -> float | None:
 
 
 def _row(order: Order, metrics: Mapping[str, Figure], primary: str | None) -> dict[str, Any]:
-    """The fields of a row that its metrics decide."""
+    """Returns the fields of a row that its metrics decide."""
     name = order.target.metric if order.target is not None and order.target.metric is not None else primary
     found = metrics.get(name or "")
     score, low, high = (found.score, found.low, found.high) if found else (None, None, None)
@@ -152,7 +152,7 @@ def _tunes(session: Session, baseline: Baseline, order: Order, zero: Row | None,
 
 
 def _timed(latency: Mapping[str, Any] | None, zero: Row, prices: Prices) -> dict[str, Any]:
-    """The fields of a tune's row that its job timed; jobs of earlier releases timed nothing."""
+    """Returns the fields of a tune's row that its job timed; jobs of earlier releases timed nothing."""
     if latency is None:  # the tuned model is asked in its base's template
         return {"prompt_tokens": zero.prompt_tokens, "answer_tokens": None, "cost_per_1000": None, "p50_seconds": None}
     return {

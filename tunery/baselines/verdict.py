@@ -27,7 +27,7 @@ def judge(advice: Advice, rows: Sequence[Row], target: Target | None) -> Advice:
 
 
 def describe(row: Row) -> str:
-    """What a row is, in words: `the model with 8 nearest examples in the prompt`."""
+    """Returns what a row is, in words: `the model with 8 nearest examples in the prompt`."""
     model = f"'{row.model}'" + (" elsewhere" if row.place == "external" else "")
     if row.way in ("zero_shot", "tuned"):
         return f"{model} without examples"
@@ -36,7 +36,7 @@ def describe(row: Row) -> str:
 
 
 def percent(row: Row) -> str:
-    """A score and its interval: `61.0 % (54.1 to 67.5)`."""
+    """Returns a score and its interval: `61.0 % (54.1 to 67.5)`."""
     if row.score is None:
         return "-"
     interval = "" if row.low is None or row.high is None else f" ({100 * row.low:.1f} to {100 * row.high:.1f})"
@@ -52,7 +52,7 @@ def _best(measured: Sequence[Row]) -> Reason:
 
 
 def of_target(at_least: float, found: Row | None) -> Reason:
-    """What the cheapest row that reaches a target means."""
+    """Returns what the cheapest row that reaches a target means."""
     wanted = f"The target of {100 * at_least:g} %"
     if found is None:
         text = f"{wanted} is reached by nothing that was measured. A fine-tune may, or a larger base, or better rows."
@@ -72,7 +72,7 @@ _VERDICTS = {"met": "met", "unsure": "maybe", "missed": "no"}
 
 
 def cells(row: Row) -> dict[str, str]:
-    """A row of the table as people read it, by COLUMNS, `model` and `error` besides."""
+    """Returns a row of the table as people read it, by COLUMNS, `model` and `error` besides."""
     way = {"zero_shot": "zero-shot", "few_shot": f"{row.shots} examples", "nearest": f"{row.shots} nearest"}
     interval = "-" if row.low is None or row.high is None else f"{100 * row.low:.1f} to {100 * row.high:.1f}"
     shown = {

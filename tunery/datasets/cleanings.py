@@ -68,7 +68,7 @@ def is_made() -> ColumnElement[bool]:
 
 
 def find(session: Session, file: File) -> FileCleaning:
-    """The cleaning that a file comes of. Raises NotFound."""
+    """Returns the cleaning that a file comes of. Raises NotFound."""
     of_file = (FileCleaning.file_id == file.id) | (FileCleaning.held_out_id == file.id)
     found = session.scalar(select(FileCleaning).where(of_file))
     if found is None:

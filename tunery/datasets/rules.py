@@ -84,7 +84,7 @@ class Summary:
         ]
 
     def warnings(self, max_length: int) -> list[str]:
-        """What the owner should know though the job goes on."""
+        """Returns what the owner should know though the job goes on."""
         found = [f"The file has {described}." for described in [self.shape.describe()] if described]
         if self.truncated:
             found.append(
@@ -155,7 +155,7 @@ def check_examples(
                 if len(faults) >= _MOST_FAULTS or part.is_last:
                     break
     except InvalidTrainingFile:
-        # Lines further down cannot be read; the first fault is the same for whoever reads from the top.
+        # Lines further down cannot be read; the first fault is the same to every reader from the top.
         if not faults:
             raise
     if faults:
@@ -216,7 +216,7 @@ def _check_enough(summary: Summary, role: FileRole, least: int) -> None:
 
 
 def _all_of(faults: dict[int, InvalidTrainingFile], role: FileRole) -> InvalidTrainingFile:
-    """The first fault in full: whoever mends a file wants to know that it is not the only one."""
+    """Returns the first fault in full, and that it is not the only one, for the file's owner to correct all."""
     first, *others = faults
     reason = faults[first].fields["reason"]
     if others:
@@ -306,7 +306,7 @@ class Overlap:
             self._shared.setdefault(role, []).append(f"line {number} (line {twin} there)")
 
     def reason(self, role: FileRole) -> str | None:
-        """Which rows the `role` file shares, with their line numbers; None where it shares none."""
+        """Returns which rows the `role` file shares, with their line numbers; None where it shares none."""
         shared = self._shared.get(role)
         if not shared:
             return None

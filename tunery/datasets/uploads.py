@@ -1,6 +1,6 @@
 """Uploads: a large file that comes in parts, in any order, and is joined in the order its owner names.
 
-Moving bytes and moving rows are separate deeds, because a transaction must not stay open for as long as gigabytes
+Moving bytes and moving rows are separate steps, because a transaction must not stay open for as long as gigabytes
 take: a part is stored, then `add_part`; parts are `join`ed, then `complete`.
 """
 
@@ -55,7 +55,7 @@ def create(
 
 
 def find(session: Session, project_id: str, upload_id: str, *, lock: bool = False) -> Upload:
-    """A project's own Upload. Raises NotFound."""
+    """Returns a project's own Upload. Raises NotFound."""
     query = select(Upload).where(Upload.project_id == project_id, Upload.id == upload_id)
     upload = session.scalar(query.with_for_update() if lock else query)
     if upload is None:
@@ -63,27 +63,27 @@ def find(session: Session, project_id: str, upload_id: str, *, lock: bool = Fals
     return upload
 
 
-def check_pending(session: Session, upload: Upload, deed: str) -> None:
-    """Raises WrongState unless the Upload still takes parts. `deed`: what was tried, as in "cannot be cancelled"."""
+def check_pending(session: Session, upload: Upload, action: str) -> None:
+    """Raises WrongState unless the Upload still takes parts. `action`: what was tried, as in "cannot be cancelled"."""
     out_of_time = session.scalar(select(Upload.expires_at <= func.clock_timestamp()).where(Upload.id == upload.id))
     state = EXPIRED if upload.status == PENDING and out_of_time else upload.status
     if state != PENDING:
-        raise _wrong_state(upload, state, deed)
+        raise _wrong_state(upload, state, action)
 
 
-def _wrong_state(upload: Upload, state: str, deed: str) -> WrongState:
-    return WrongState(kind="Upload", id=upload.id, state=state, action=deed, instead="Create a new Upload.")
+def _wrong_state(upload: Upload, state: str, action: str) -> WrongState:
+    return WrongState(kind="Upload", id=upload.id, state=state, action=action, instead="Create a new Upload.")
 
 
 def new_part_key(upload_id: str) -> str:
-    """Where a part's bytes lie. The key ends in the part's id."""
+    """Returns where a part's bytes lie. The key ends in the part's id."""
     return f"uploads/{upload_id}/{ids.new(ids.PART)}"
 
 
 def add_part(session: Session, upload: Upload, stored: Stored, *, limit: int) -> UploadPart:
-    """The row of a stored part. Raises WrongState, or TooLarge when all parts together exceed `limit` bytes.
+    """Returns the row of a stored part. Raises WrongState, or TooLarge when all parts together exceed `limit` bytes.
 
-    Parts that are sent again count too: whoever retries a part gets a new id and names the one that he wants.
+    Parts that are sent again count too: a client that retries a part gets a new id and names the one that it wants.
     """
     check_pending(session, upload, "given more parts")
     there = session.scalar(select(func.sum(UploadPart.bytes)).where(UploadPart.upload_id == upload.id)) or 0

@@ -34,7 +34,7 @@ def find_path(shape: Shape, technique: Technique, precision: Precision) -> Path:
 
 
 def kept(shape: Shape, technique: Technique, precision: Precision) -> int:
-    """What a layer keeps of a token from the forward to the backward pass."""
+    """Returns what a layer keeps of a token from the forward to the backward pass."""
     path, width, hidden = find_path(shape, technique, precision), BYTES[precision.dense], shape.hidden
     statistics = 2 * _WIDE + _WIDE * shape.heads
     if path == "autocast":
@@ -54,7 +54,7 @@ def kept(shape: Shape, technique: Technique, precision: Precision) -> int:
 
 
 def at_work(shape: Shape, technique: Technique, precision: Precision) -> int:
-    """What a layer's backward pass uses of a token beside what was kept."""
+    """Returns what a layer's backward pass uses of a token beside what was kept."""
     width = BYTES[precision.dense]
     if find_path(shape, technique, precision) == "fused":
         return width * (3 * shape.hidden + shape.ffn)
@@ -62,7 +62,7 @@ def at_work(shape: Shape, technique: Technique, precision: Precision) -> int:
 
 
 def of_loss(shape: Shape, technique: Technique, precision: Precision, labels: int, device: str) -> int:
-    """What the head and the loss of `labels` tokens use at once, with the gradient of a head that learns."""
+    """Returns what the head and the loss of `labels` tokens use at once, with the gradient of a head that learns."""
     width = BYTES[precision.dense]
     rows = min(labels, max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (_WIDE * shape.vocab)))
     logits = rows * shape.vocab * (width if device == "cuda" else 2 * _WIDE)
@@ -71,7 +71,7 @@ def of_loss(shape: Shape, technique: Technique, precision: Precision, labels: in
 
 
 def _head_gradient(shape: Shape, technique: Technique, precision: Precision) -> int:
-    """The sum of the chunks' gradients in fp32, that sum scaled, and it in the type of the products."""
+    """Returns the sum of the chunks' gradients in fp32, that sum scaled, and it in the type of the products."""
     if not isinstance(technique, Full) and "lm_head" not in (technique.modules_to_save or ()):
         return 0
     return shape.vocab * shape.hidden * (2 * _WIDE + BYTES[precision.compute])

@@ -53,7 +53,7 @@ def default_technique(bf16_fits: bool, facts: Mapping[str, Any]) -> Technique:
 
 
 def max_length(spec: TrainingSpec, facts: Mapping[str, Any]) -> int:
-    """Tokens of the longest sequence: max_seq_length, or the base's context where that is shorter.
+    """Returns tokens of the longest sequence: max_seq_length, or the base's context where that is shorter.
 
     Positions past the context were never trained.
     """

@@ -25,7 +25,7 @@ def render(
     measured: Sequence[Mapping[str, str]] = (),
     currency: str = "",
 ) -> str:
-    """The page on the file called `name`. `made`: None while there is none; `state`: how far its report is;
+    """Returns the page on the file called `name`. `made`: None while there is none; `state`: how far its report is;
     `measured`: the rows of a baseline's table, in words, with costs in `currency`."""
     return _TEMPLATE.render(
         name=name,

@@ -35,7 +35,7 @@ class Advice(BaseModel):
 
 
 def rows_of(said: Mapping[str, Any], tokens_a_byte: float | None = None) -> Rows:
-    """The rows that a report, or its summary, counts. `tokens_a_byte`: of answers, by a base's tokenizer."""
+    """Returns the rows that a report, or its summary, counts. `tokens_a_byte`: of answers, by a base's tokenizer."""
     usable = said["usable"]
     return Rows(
         total=said["rows"],

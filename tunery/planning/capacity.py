@@ -44,7 +44,7 @@ def fit_rank(facts: Mapping[str, Any], technique: Lora, tokens: int, *, least: i
 
 
 def _higher(technique: Lora, times: float) -> str:
-    """What to change for so many times the parameters."""
+    """Returns what to change for so many times the parameters."""
     rank = technique.r
     while rank < technique.r * times:
         rank *= 2

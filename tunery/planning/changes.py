@@ -62,7 +62,7 @@ def check(
 
 
 def advise(facts: Mapping[str, Any], technique: Technique, capacity: int, *, gpus: int, **of_run: Any) -> str:
-    """What to change: more of the host's `gpus`, a lighter technique, shorter rows, another base or worker.
+    """Returns what to change: more of the host's `gpus`, a lighter technique, shorter rows, another base or worker.
 
     Only what the trainer then has a plan for is named. `of_run`: as of `memory.estimate`.
     """
@@ -81,7 +81,7 @@ def advise(facts: Mapping[str, Any], technique: Technique, capacity: int, *, gpu
 def _more_gpus(
     facts: Mapping[str, Any], technique: Technique, capacity: int, gpus: int, of_run: Mapping[str, Any]
 ) -> Change | None:
-    """The fewest GPUs that hold the model in pieces."""
+    """Returns the fewest GPUs that hold the model in pieces."""
     for ranks in (count for count in GPU_COUNTS if of_run["ranks"] < count <= gpus and of_run["device"] == "cuda"):
         cut = {**of_run, "ranks": ranks}
         if expected.runs(facts, technique, capacity=capacity, **cut):
@@ -93,7 +93,7 @@ def _more_gpus(
 def find_lighter(
     facts: Mapping[str, Any], technique: Technique, capacity: int, of_run: Mapping[str, Any]
 ) -> Change | None:
-    """The technique most alike that the trainer has a plan for."""
+    """Returns the technique most alike that the trainer has a plan for."""
     refused = {name for name, reason in (facts.get("techniques") or {}).items() if reason}
     for other, text in _lighter(technique, of_run["device"]):
         if other.type not in refused and expected.runs(facts, other, capacity=capacity, **of_run):
@@ -114,7 +114,7 @@ def _lighter(technique: Technique, device: str) -> Iterator[tuple[Technique, str
 def find_shorter(
     facts: Mapping[str, Any], technique: Technique, capacity: int, of_run: Mapping[str, Any]
 ) -> int | None:
-    """The longest half, quarter and so on of max_seq_length that the trainer has a plan for."""
+    """Returns the longest half, quarter and so on of max_seq_length that the trainer has a plan for."""
     shorter = of_run["max_seq_length"] // 2
     while shorter >= _SHORTEST:
         if expected.runs(facts, technique, capacity=capacity, **{**of_run, "max_seq_length": shorter}):

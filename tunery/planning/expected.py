@@ -55,7 +55,7 @@ class Expected:
 
 
 def plan(s: Setting, load: Load, capacity: int) -> Expected | None:
-    """The plan for a device with `capacity` bytes; None where the trainer would find none."""
+    """Returns the plan for a device with `capacity` bytes; None where the trainer would find none."""
     step = _on_cpu(load) if s.device == "cpu" else _on_gpu(s, load, capacity)
     if step is None:
         return None
@@ -76,7 +76,7 @@ def run(
     ranks: int = 1,
     batch: int = BATCH,
 ) -> Expected | None:
-    """The plan of a run whose every example is as long as it may be. Arguments as of `memory.estimate`.
+    """Returns the plan of a run whose every example is as long as it may be. Arguments as of `memory.estimate`.
 
     `batch`: examples of a step on one device.
     """
@@ -110,7 +110,7 @@ def choose_sharding(
 
 
 def tokens_in(free: int, bytes_a_token: float, kept: int) -> int:
-    """Tokens whose activations fit into `free` bytes beside the `kept` ones, which are still to come."""
+    """Returns tokens whose activations fit into `free` bytes beside the `kept` ones, which are still to come."""
     return max(0, int(HEADROOM * (free - kept) / max(1.0, bytes_a_token)))
 
 
@@ -131,7 +131,7 @@ def _on_gpu(s: Setting, load: Load, capacity: int) -> Step | None:
 
 
 def _step(load: Load, tokens: int, **how: bool) -> Step:
-    """The step whose largest micro-batch has whole examples, as many as `tokens` hold."""
+    """Returns the step whose largest micro-batch has whole examples, as many as `tokens` hold."""
     tokens = min(tokens, load.step) if tokens >= load.step else max(1, tokens // load.longest) * load.longest
     labels = tokens if load.labels is None else min(tokens, load.labels)
     return Step(tokens, labels, **how)

@@ -46,7 +46,7 @@ class CardFit(BaseModel):
 
 
 def on_cards(facts: Mapping[str, Any], technique: Technique, **of_run: Any) -> list[CardFit]:
-    """Every known card, the smallest first. `of_run`: as of `expected.run`, of rows as long as they may be."""
+    """Returns every known card, the smallest first. `of_run`: as of `expected.run`, of rows as long as they may be."""
     ordered = sorted(CARDS, key=lambda card: (card.usable, card.price))
     return [_on(card, facts, technique, of_run) for card in ordered]
 
@@ -67,7 +67,7 @@ def _on(card: Card, facts: Mapping[str, Any], technique: Technique, of_run: Mapp
 
 
 def of_plan(facts: Mapping[str, Any], plan: Plan) -> list[CardFit]:
-    """The known cards for a job's plan, each of its GPUs of that kind; in pieces where that was left open."""
+    """Returns the known cards for a job's plan, each of its GPUs of that kind; in pieces where that was left open."""
     resources = plan.resources
     return on_cards(
         facts,

@@ -30,7 +30,7 @@ def estimate(
     optimizer: str = "adamw",
     ranks: int = 1,
 ) -> Estimate:
-    """The least that a run needs on one `device` ("cuda" or "cpu"). `rows`: of an example.
+    """Returns the least that a run needs on one `device` ("cuda" or "cpu"). `rows`: of an example.
 
     `ranks`: over how many devices the model is cut, of which this is one.
     """
@@ -43,7 +43,7 @@ def estimate(
 
 
 def moment_bytes(technique: Technique, device: str = "cuda") -> int:
-    """Bytes of the optimizer's two moments of a weight that learns."""
+    """Returns bytes of the optimizer's two moments of a weight that learns."""
     return decide(technique, device).moment_bytes
 
 
@@ -53,5 +53,5 @@ def fits(facts: Mapping[str, Any], technique: Technique, *, capacity: int, **ask
 
 
 def gib(size: int) -> str:
-    """A size for people: `24.0 GiB`."""
+    """Returns a size for people: `24.0 GiB`."""
     return f"{size / GIB:.1f} GiB"

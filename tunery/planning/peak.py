@@ -93,7 +93,7 @@ class Setting:
         return self.learns * self.precision.trained_bytes
 
     def cut(self, size: int) -> int:
-        """A rank's share of what is cut over the ranks."""
+        """Returns a rank's share of what is cut over the ranks."""
         return -(-size // self.ranks)
 
 
@@ -169,7 +169,7 @@ def _at_the_end(s: Setting, step: Step, gradients: int, layer: int) -> Parts:
 
 
 def _kept(s: Setting, step: Step) -> int:
-    """What the forward pass leaves: of each layer all that was kept, or its input and one layer's whole."""
+    """Returns what the forward pass leaves: of each layer all that was kept, or its input and one layer's whole."""
     layers, width = max(1, s.shape.layers), BYTES[s.precision.dense]
     kept = activations.kept(s.shape, s.technique, s.precision)
     states = 2 * step.tokens * s.shape.hidden * width  # what the layers begin with, and what they end in
@@ -180,7 +180,7 @@ def _kept(s: Setting, step: Step) -> int:
 
 
 def _work(s: Setting, step: Step) -> int:
-    """What the backward pass of a layer uses beside what was kept, and the weight that it unpacks."""
+    """Returns what the backward pass of a layer uses beside what was kept, and the weight that it unpacks."""
     scratch = max(i * o for i, o in s.shape.modules.values()) * BYTES[s.precision.compute]
     work = step.tokens * activations.at_work(s.shape, s.technique, s.precision)
     return work + (scratch if s.precision.quantised else 0)
@@ -234,5 +234,5 @@ def _copy_bytes(s: Setting, prompt: int) -> int:
 
 
 def peak(s: Setting, step: Step) -> Estimate:
-    """The phase that allocates the most."""
+    """Returns the phase that allocates the most."""
     return Estimate(max(phases(s, step), key=lambda parts: sum(parts.values())))

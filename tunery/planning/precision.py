@@ -64,7 +64,7 @@ def _of_technique(technique: Technique, device: str) -> Precision:
 
 
 def dense_dtype(device: str) -> Dtype:
-    """The type of weights that do not learn, and of all weights of a model that answers."""
+    """Returns the type of weights that do not learn, and of all weights of a model that answers."""
     return "bfloat16" if device == "cuda" else "float32"
 
 

@@ -19,7 +19,7 @@ class Prices(Protocol):
 
 
 def hourly(device: str, prices: Prices) -> float | None:
-    """The price of an hour of one device, by the driver's name of it; None where nobody has set one.
+    """Returns the price of an hour of one device, by the driver's name of it; None where nobody has set one.
 
     The table's prices are US dollars, so with another currency the operator's own are the only ones.
     """
@@ -31,6 +31,6 @@ def hourly(device: str, prices: Prices) -> float | None:
 
 
 def cost(gpu_seconds: float, device: str, prices: Prices) -> float | None:
-    """What so many seconds of a device cost, in the operator's currency; None where its price is not known."""
+    """Returns what so many seconds of a device cost, in the operator's currency; None where its price is not known."""
     price = hourly(device, prices)
     return None if price is None else price * gpu_seconds / HOUR

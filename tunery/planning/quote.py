@@ -64,7 +64,7 @@ class Quote(BaseModel):
 
 
 def make(work: Workload, device: str, records: Sequence[Record], prices: Prices) -> Quote | None:
-    """The quote of a run on a device. `records`: runs that ended on devices of this name, newest first.
+    """Returns the quote of a run on a device. `records`: runs that ended on devices of this name, newest first.
 
     None for a GPU that is not in the table and on which nothing has run.
     """
@@ -86,7 +86,7 @@ def _estimated(device: str, work: Workload, *, recompute: bool) -> Speed | None:
 
 
 def seconds_of(work: Workload, pace: Speed) -> dict[Part, float]:
-    """The seconds of each part of a run at this speed."""
+    """Returns the seconds of each part of a run at this speed."""
     devices = 1 if work.gpus == 1 else work.gpus * _PARALLEL[work.sharded]
     passes = 2 - pace.knows_base
     evaluation = (
@@ -106,7 +106,7 @@ def seconds_of(work: Workload, pace: Speed) -> dict[Part, float]:
 def _put_together(
     work: Workload, device: str, speeds: Sequence[Speed], times: Sequence[dict[Part, float]], prices: Prices
 ) -> Quote:
-    """The middle of what the runs say, and a range that has all of them in it."""
+    """Returns the middle of what the runs say, and a range that has all of them in it."""
     basis = speeds[0].basis
     parts: dict[Part, float] = {part: round(median(each[part] for each in times), 3) for part in times[0]}
     lows, highs = _OF_TOKENS[work.source]
@@ -133,7 +133,7 @@ def _put_together(
 
 
 def _bounded(times: dict[Part, float], tokens: float, answers: float) -> float:
-    """A run's seconds where it has so many times the tokens, and the answers so many times their length."""
+    """Returns a run's seconds where it has so many times the tokens, and the answers so many times their length."""
     return sum(times.values()) + (tokens - 1) * times["training"] + (answers - 1) * times["evaluation"]
 
 
@@ -185,7 +185,7 @@ class Actual(BaseModel):
 
 
 def compare(quote: Quote | None, device: str, gpus: int, seconds: float, prices: Prices) -> Actual:
-    """What a run took on `gpus` devices, 0 for a CPU, and how far that is from its quote."""
+    """Returns what a run took on `gpus` devices, 0 for a CPU, and how far that is from its quote."""
     return Actual(
         device=device,
         gpus=gpus,

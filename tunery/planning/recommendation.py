@@ -99,14 +99,14 @@ RULES: tuple[Rule, ...] = (
 
 
 def decide(rows: Rows, aim: Aim) -> tuple[Choice, list[Reason]]:
-    """What to do, and why: first the rule that decided."""
+    """Returns what to do, and why: first the rule that decided."""
     rule = next(rule for rule in RULES if rule.applies(rows, aim))
     said = rule.says.format(usable=rows.usable, behaviour=_BEHAVIOUR.get(aim, ""))
     return rule.choice, [Reason(rule=rule.name, text=said), *_besides(rows, aim, rule.choice)]
 
 
 def _besides(rows: Rows, aim: Aim, choice: Choice) -> list[Reason]:
-    """What holds whatever was decided."""
+    """Returns what holds whatever was decided."""
     found = []
     if rows.refused is not None:
         text = f"No job can take the file as it is: {rows.refused}"

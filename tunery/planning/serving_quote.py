@@ -99,7 +99,7 @@ def make(
 def of_rates(
     rates: Rates | None, base: str, facts: Mapping[str, Any], technique: Technique, prices: Prices
 ) -> ServingQuote | None:
-    """The quote by what the model server has measured of a base; None where it has not answered with it enough.
+    """Returns the quote by what the model server has measured of a base; None where it has not answered with it enough.
 
     A way that it did not serve in is quoted as on its card.
     """
@@ -124,12 +124,12 @@ def _measured(rate: Rate, price: float | None) -> Served:
 
 
 def _held(card: Card, whole: int) -> int:
-    """How many whole models a card holds beside the keys and values."""
+    """Returns how many whole models a card holds beside the keys and values."""
     return int(card.gigabytes * GIB * _USABLE // max(1, whole))
 
 
 def _pass(shape: Shape, card: Card, *, batch: int, models: int, gpus: int, adapter: int | None) -> float:
-    """Seconds in which each of `batch` answers gets one more token. `models` take turns where each is whole."""
+    """Returns seconds in which each of `batch` answers gets one more token. `models` take turns where each is whole."""
     copies = 1 if adapter is not None else min(models, batch)
     read = copies * shape.params * _WIDTH + batch * CONTEXT * _cache_bytes(shape)
     seconds = max(read / (card.bandwidth * 1e9), 2 * shape.params * batch / (card.tflops * 1e12))

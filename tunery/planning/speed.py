@@ -109,7 +109,7 @@ def _learning(work: Workload) -> float:
 
 
 def of_cpu(work: Workload) -> Speed:
-    """A guess for a host without a GPU on which no run has ended yet."""
+    """Returns a guess for a host without a GPU on which no run has ended yet."""
     forward = 2 * _matrices(work.shape) / CPU_OPERATIONS
     return Speed(
         basis="estimated",
@@ -146,7 +146,7 @@ class Record:
 
 
 def of_record(record: Record) -> Speed:
-    """The speed that a run had, whose parts that it did not have are estimated from its steps."""
+    """Returns the speed that a run had, whose parts that it did not have are estimated from its steps."""
     work, spent = record.work, record.spent
     step, token = fit(record.step_times, spent.get("step"), work)
     seconds = {name: part.seconds for name, part in spent.items()}
@@ -180,7 +180,7 @@ def _unit(spent: Mapping[str, Spent], part: str, otherwise: float) -> float:
 
 
 def fit(times: StepTimes | None, every: Spent | None, work: Workload) -> tuple[float, float]:
-    """Seconds of a step and of each of its tokens, neither below zero: the line through a run's steps.
+    """Returns seconds of a step and of each of its tokens, neither below zero: the line through a run's steps.
 
     Steps of like length say nothing of the two apart: all of their time is then the tokens'.
     """
@@ -201,7 +201,7 @@ _LEAST_STEPS, _LEAST_SPREAD = 8, 0.1
 
 
 def scaled(speed: Speed, record: Workload, work: Workload) -> Speed:
-    """The speed of a run on another base or with another technique, by operations, layers and bytes."""
+    """Returns the speed of a run on another base or with another technique, by operations, layers and bytes."""
     same_base = record.shape == work.shape
     if same_base and record.technique.type == work.technique.type:
         return speed
@@ -226,7 +226,7 @@ def scaled(speed: Speed, record: Workload, work: Workload) -> Speed:
 
 
 def choose(records: list[Record], work: Workload, *, most: int = 5) -> list[Record]:
-    """The records of the runs most alike: same base and technique, else same base, else nearest in parameters.
+    """Returns the records of the runs most alike: same base and technique, else same base, else nearest in parameters.
 
     Records come newest first, of one kind of device. Of those that are equally near, the newest.
     """
@@ -242,6 +242,6 @@ def _is_same(record: Record, work: Workload) -> bool:
 
 
 def _distance(record: Record, work: Workload) -> float:
-    """How many times larger the larger of two bases is."""
+    """Returns how many times larger the larger of two bases is."""
     sizes = sorted((max(1, record.work.shape.params), max(1, work.shape.params)))
     return sizes[1] / sizes[0]

@@ -31,7 +31,7 @@ class Suggestion(BaseModel):
 
 
 def held_out_rows(usable: int) -> int:
-    """A tenth, but at least 50 rows and at most 1,000; of fewer than 150 rows a third."""
+    """Returns a tenth, but at least 50 rows and at most 1,000; of fewer than 150 rows a third."""
     return min(max(usable // 10, _LEAST_HELD_OUT), _MOST_HELD_OUT, usable // 3)
 
 
@@ -45,7 +45,7 @@ def suggest_technique(aim: Aim, rows: Rows, facts: Mapping[str, Any], bf16_fits:
 
 
 def _rank(aim: Aim, usable: int) -> tuple[int, str, str]:
-    """The rank, its rule and why."""
+    """Returns the rank, its rule and why."""
     if aim in _LOW_RANK_AIMS:
         return LOW_RANK, "rank_of_form", "Format and style are a small change: a rank of 4 holds them."
     if aim == "domain_language":

@@ -36,7 +36,7 @@ class Counts:
 
     @classmethod
     def of_bytes(cls, size: int, examples: int | None, max_length: int) -> "Counts":
-        """A guess from a file's size. `examples`: its rows, where they have been counted."""
+        """Returns a guess from a file's size. `examples`: its rows, where they have been counted."""
         tokens = max(1, size // BYTES_A_TOKEN)
         rows = examples or max(1, tokens // TOKENS_A_ROW)
         return cls(rows, min(tokens, rows * max_length), "bytes")
@@ -72,7 +72,7 @@ class Workload:
 
 
 def of_job(plan: Plan, facts: Mapping[str, Any], counts: Counts, device: str) -> Workload:
-    """What a job has to do on a kind of device, `cuda` or `cpu`. Early stopping is not foreseen."""
+    """Returns what a job has to do on a kind of device, `cuda` or `cpu`. Early stopping is not foreseen."""
     steps_an_epoch = -(-counts.examples // plan.batch_size)
     steps = steps_an_epoch * plan.n_epochs
     validations = _validations(plan, steps_an_epoch, steps) if counts.valid_tokens else 0

@@ -94,7 +94,7 @@ def digest_rows(
 
 
 def _digest_group(reading: Reading, digest: Digest[T], group: _Group) -> tuple[T, dict[str, str]]:
-    """What `digest` makes of a group, and the keys that were read of its rows."""
+    """Returns what `digest` makes of a group, and the keys that were read of its rows."""
     assert reading.template is not None, "without one the file has been read"
     reading.template.hasten()
     batch = [_parse_row(source, reading) for source in group]

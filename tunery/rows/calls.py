@@ -35,7 +35,7 @@ class CallSpelling:
 
     @classmethod
     def find(cls, template: ChatTemplate) -> Self | None:
-        """The spelling of a template; None where it shows no calls, or their arguments not as JSON."""
+        """Returns the spelling of a template; None where it shows no calls, or their arguments not as JSON."""
         one = _written(template, 1)
         found = None if one is None else _take_apart(one, _NAMES[:1])
         if found is None:
@@ -48,7 +48,7 @@ class CallSpelling:
         return cls(before, between, after, None if both is None else both[2])
 
     def read(self, text: str) -> list[FunctionCall] | None:
-        """The calls of a text that begins with `before`; None where it is not whole calls to its end."""
+        """Returns the calls of a text that begins with `before`; None where it is not whole calls to its end."""
         calls, place = [], len(self.before)
         try:
             while True:
@@ -73,7 +73,7 @@ class CallSpelling:
 
 
 def _written(template: ChatTemplate, many: int) -> str | None:
-    """What a model is to write for so many calls, its special tokens shown."""
+    """Returns what a model is to write for so many calls, its special tokens shown."""
     calls = [
         ToolCall(id=id, function=FunctionCall(name=name, arguments=json.dumps({_KEY: "value"})))
         for id, name in zip(_IDS[:many], _NAMES, strict=False)
@@ -89,7 +89,7 @@ def _written(template: ChatTemplate, many: int) -> str | None:
 
 
 def _take_apart(text: str, names: Sequence[str]) -> tuple[str, ...] | None:
-    """The texts around the names and the arguments; of two calls the third is what stands between these."""
+    """Returns the texts around the names and the arguments; of two calls the third is what stands between these."""
     texts, place = [], 0
     for name in names:
         at = text.find(name, place)

@@ -31,7 +31,7 @@ def is_sharegpt(messages: Any) -> bool:
 
 
 def convert(value: Any, key: str) -> Any:
-    """The messages of a conversation in OpenAI's spelling. Raises ValueError, naming the message, from 1."""
+    """Returns the messages of a conversation in OpenAI's spelling. Raises ValueError, naming the message, from 1."""
     turns = decoded(value, key)
     if not isinstance(turns, list):
         raise ValueError(f"'{key}' must be a list of messages, not {strict_json.kind(turns)}.")  # noqa: TRY004 (as below)
@@ -46,7 +46,7 @@ def convert(value: Any, key: str) -> Any:
 
 
 def decoded(value: Any, key: str) -> Any:
-    """A value that was spelled as a JSON string, as tables keep lists; others as they are."""
+    """Returns a value that was spelled as a JSON string, as tables keep lists; others as they are."""
     if not isinstance(value, str):
         return value
     try:
@@ -84,7 +84,7 @@ def _role(speaker: Any, fields: dict[str, Any]) -> str:
 
 
 def _calls(value: Any, pending: deque[str], number: int) -> dict[str, Any]:
-    """The calls of one turn, an object or a list of them, each with an id by which its answer names it."""
+    """Returns the calls of one turn, an object or a list of them, each with an id by which its answer names it."""
     items = decoded(value, "function_call")
     made = []
     for place, item in enumerate(items if isinstance(items, list) else [items], start=1):

@@ -126,7 +126,7 @@ class _Compiler(CodeGenerator):
 
 
 def _terms(node: nodes.Expr) -> list[nodes.Expr]:
-    """The terms of a sum, from left to right."""
+    """Returns the terms of a sum, from left to right."""
     terms: list[nodes.Expr] = []
     while isinstance(node, nodes.Add):
         terms.append(node.right)
@@ -161,7 +161,7 @@ class Environment(ImmutableSandboxedEnvironment):
         return tree
 
     def make_globals(self, d: MutableMapping[str, Any] | None) -> MutableMapping[str, Any]:
-        """A dict instead of jinja2's chain of two, which is copied slowly into each render's context."""
+        """Returns a dict instead of jinja2's chain of two, which is copied slowly into each render's context."""
         return {**self.globals, **(d or {})}
 
     @property
@@ -172,20 +172,20 @@ class Environment(ImmutableSandboxedEnvironment):
             raise LimitExceeded(f"the template runs too long (limits: {MAX_ROUNDS:,} loop rounds, {MAX_SECONDS:g} s)")
 
     def join_texts(self, *parts: Any) -> str:
-        """The operator `~`: doubling a text forty times takes forty rounds, so sizes are watched too."""
+        """Returns the operator `~`: doubling a text forty times takes forty rounds, so sizes are watched too."""
         texts = [str(part) for part in parts]
         _refuse_size(sum(map(len, texts)))
         return "".join(texts)
 
     def add(self, context: Any, *terms: Any) -> Any:
-        """The operator `+`, between all terms of a sum."""
+        """Returns the operator `+`, between all terms of a sum."""
         if set(map(type, terms)) == _TEXT:
             _refuse_size(sum(map(len, terms)))
             return "".join(terms)
         return reduce(partial(self.call_binop, context, "+"), terms)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """What jinja2 gives, sooner for what is asked for most: a message's key, and where a loop is."""
+        """Returns what jinja2 gives, sooner for what is asked for most: a message's key, and where a loop is."""
         if type(obj) is dict and attribute in obj and attribute not in _OF_A_DICT:
             return obj[attribute]
         if type(obj) is LoopContext and attribute in _OF_A_LOOP:

@@ -107,7 +107,7 @@ def encode_pair(
 def encode_whole(
     encode: Callable[..., Encoded], template: ChatTemplate, example: Example, line_number: int, **options: Any
 ) -> Encoded:
-    """What `encode` makes of the example, without the sequences that lose a part of an answer to the cut."""
+    """Returns what `encode` makes of the example, without the sequences that lose a part of an answer to the cut."""
     encoded = encode(template, example, line_number, **options)
     whole = [rows for rows in encoded.examples if not any(row.answer_cut for row in rows)]
     return replace(encoded, examples=whole, left_out=len(whole) < len(encoded.examples))
@@ -127,7 +127,7 @@ class RowEncoder:
 
 
 def parse_any(source: SourceRow, role: FileRole) -> Example:
-    """A chat, or a Pair where the file's first row is one. Raises InvalidTrainingFile, naming the line."""
+    """Returns a chat, or a Pair where the file's first row is one. Raises InvalidTrainingFile, naming the line."""
     shape = source.shape or FileShape()
     try:
         is_pair = isinstance(shape.shape or pairs.detect(shape.load(source)), PairShape)
@@ -178,7 +178,7 @@ def encoder_of_any(loss_on: LossOn, columns: Columns | None = None) -> RowEncode
 
 
 def encode_answer(template: ChatTemplate, example: Example, line_number: int) -> tuple[list[int], list[int]]:
-    """The prompt that a test row asks, and the ids of the answer that it wants: its last message's, uncut.
+    """Returns the prompt that a test row asks, and the ids of the answer that it wants: its last message's, uncut.
 
     Raises InvalidTrainingFile, naming the line.
     """
@@ -189,11 +189,11 @@ def encode_answer(template: ChatTemplate, example: Example, line_number: int) ->
 
 
 def nothing_trained(role: FileRole, max_length: int) -> InvalidTrainingFile:
-    """The failure of a file in which the cut takes every answer of every line."""
+    """Returns the failure of a file in which the cut takes every answer of every line."""
     reason = f"No example has a trained token within max_seq_length ({max_length}). Raise max_seq_length."
     return InvalidTrainingFile(param=f"{role}_file", role=role, reason=reason)
 
 
 def count_trained(sequence: Rendered) -> int:
-    """Tokens that are learned. The first of a sequence is not: nothing stands before it to predict it from."""
+    """Returns tokens that are learned. The first of a sequence is not: nothing stands before it to predict it from."""
     return sequence.trained_tokens - (sequence.labels[:1] not in ([], [IGNORED]))

@@ -43,7 +43,7 @@ def _describe(function: Callable[..., Any]) -> str | None:
 
 @lru_cache(8)
 def _code(module: ModuleType) -> str:
-    """The digest of the code that reads rows, by which another release reads them again."""
+    """Returns the digest of the code that reads rows, by which another release reads them again."""
     digest = hashlib.sha256()
     for path in sorted([*Path(rows.__path__[0]).glob("*.py"), Path(str(module.__file__))]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -24,7 +24,7 @@ class SourceRow(NamedTuple):
     shape: "FileShape | None" = None
 
     def load(self) -> dict[str, Any]:
-        """The row's fields. Raises ValueError, with a reason for people, where it has none."""
+        """Returns the row's fields. Raises ValueError, with a reason for people, where it has none."""
         if self.fields is None:
             raise ValueError(self.fault)
         return self.fields
@@ -58,5 +58,5 @@ class Format:
     error: type[InvalidRows] = InvalidRows
 
     def refuse(self, number: int, reason: str) -> InvalidRows:
-        """The error that names a row, or the place where no row could be read."""
+        """Returns the error that names a row, or the place where no row could be read."""
         return self.error(param="file", format=self.name, line=number, reason=reason)

@@ -90,7 +90,7 @@ class JsonArrayParser:
         return self._at < len(self._text)
 
     def _find_end(self, *, ended: bool) -> int | None:
-        """Where the element ends; None where more of the file has to come first. Raises InvalidRows."""
+        """Returns where the element ends; None where more of the file has to come first. Raises InvalidRows."""
         try:
             end = _ENDS.raw_decode(self._text, self._at)[1]
         except json.JSONDecodeError as error:

@@ -82,7 +82,7 @@ def _fault(line: int, reason: str) -> InvalidRows:
 
 
 def read_line(number: int, line: str) -> SourceRow:
-    """The row of one line."""
+    """Returns the row of one line."""
     try:
         return SourceRow(number, strict_json.load_object(line))
     except strict_json.NotJSON as error:
@@ -92,7 +92,7 @@ def read_line(number: int, line: str) -> SourceRow:
 
 
 def _cause(line: str, error: strict_json.NotJSON) -> str | None:
-    """What usually lies behind such JSON, and what to do about it."""
+    """Returns what usually lies behind such JSON, and what to do about it."""
     column = f"(column {error.position + 1})"
     if line.startswith(_PYTHON_ONLY, error.position):
         return f"is Python's spelling of an object, not JSON {column}. Write each row with json.dumps(row)."

@@ -75,7 +75,7 @@ def compares(key: str) -> bool:
 
 
 def find_meaning(row: Mapping[str, Any], *, of_a_pair: bool = False) -> str | None:
-    """The first key of a row that would change its meaning if it were ignored, and what to do about it.
+    """Returns the first key of a row that would change its meaning if it were ignored, and what to do about it.
 
     `of_a_pair`: the row is a preference row, where a rating of its answers or a margin between them is not needed.
     """
@@ -101,7 +101,7 @@ def _says_it_itself(row: Mapping[str, Any]) -> bool:
 
 
 def hint(key: str) -> str:
-    """What to do about an unknown key of a message."""
+    """Returns what to do about an unknown key of a message."""
     return f"{_HINTS[key]}." if key in _HINTS else "Remove it."
 
 

@@ -11,7 +11,7 @@ from tunery.spec import LossOn
 
 @dataclass(frozen=True)
 class Mask:
-    """`turns`: indexes of the assistant messages whose tokens are told apart from the text around them. `unlearned`:
+    """`turns`: indexes of the assistant messages whose tokens are separated from the text around them. `unlearned`:
     those of them that are masked. `with_prompts`: whether the text around them is learned too."""
 
     turns: tuple[int, ...] = ()

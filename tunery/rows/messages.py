@@ -1,6 +1,6 @@
 """Chat messages and training rows, in OpenAI's spelling.
 
-Hand-written reasons instead of a validator's: whoever reads them made the file, not the program, and existing tools
+Hand-written reasons instead of a validator's: their readers made the file, not the program, and existing tools
 match on OpenAI's words ("Invalid file format. Example 100, message 2 ...").
 """
 
@@ -221,7 +221,7 @@ def _part_text(part: object) -> str:
 
 
 def _decoded(value: object) -> object:
-    """A value that was spelled as a JSON string, as tables keep lists; others as they are."""
+    """Returns a value that was spelled as a JSON string, as tables keep lists; others as they are."""
     if not isinstance(value, str):
         return value
     try:
@@ -231,14 +231,14 @@ def _decoded(value: object) -> object:
 
 
 def _wrapped(tool: Any) -> Any:
-    """A tool in the form that requests have, where the function stands alone."""
+    """Returns a tool in the form that requests have, where the function stands alone."""
     if not isinstance(tool, dict) or "function" in tool or "name" not in tool:
         return tool
     return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
 
 
 def read_functions(fields: dict[str, Any]) -> dict[str, Any]:
-    """A row's fields with `tools` in place of `functions`."""
+    """Returns a row's fields with `tools` in place of `functions`."""
     functions = _decoded(fields.pop("functions", None))
     if not functions:
         return fields
@@ -331,12 +331,12 @@ def parse_row(source: SourceRow, role: FileRole = "training") -> Example:
 
 
 def beside(source: SourceRow) -> str:
-    """The row's line, where that is not its number, to stand behind it."""
+    """Returns the row's line, where that is not its number, to stand behind it."""
     return f" (line {source.line})" if source.line not in (None, source.number) else ""
 
 
 def invalid(role: FileRole, line_number: int, reason: str, where: str = ":") -> InvalidTrainingFile:
-    """The failure of a job whose `role` file has a fault in one line; `where` follows the line's number."""
+    """Returns the failure of a job whose `role` file has a fault in one line; `where` follows the line's number."""
     return InvalidTrainingFile(
         param=f"{role}_file", role=role, reason=f"Invalid file format. Example {line_number}{where} {reason}"
     )

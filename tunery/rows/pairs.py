@@ -43,7 +43,7 @@ class PairShape(Shape):
 
 
 def detect(row: Mapping[str, Any]) -> PairShape | None:
-    """The shape of a preference row; None for a row that lacks one of the two answers. Raises ValueError."""
+    """Returns the shape of a preference row; None for a row that lacks one of the two answers. Raises ValueError."""
     for preferred, other in _OUTPUTS:
         if preferred in row and other in row:
             if "input" not in row:
@@ -66,7 +66,7 @@ def _request(value: Any) -> dict[str, Any]:
 
 
 def _said(value: Any, key: str) -> list[Any]:
-    """An answer, or a conversation that ends with it, as messages."""
+    """Returns an answer, or a conversation that ends with it, as messages."""
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
@@ -77,7 +77,7 @@ def _said(value: Any, key: str) -> list[Any]:
 def _in_common(
     both: list[list[Any]], names: tuple[str, str], parts: Mapping[str, Any], used: Mapping[str, str]
 ) -> tuple[list[Any], list[list[Any]]]:
-    """The messages that two conversations share, which a prompt beside them repeats, and their last ones."""
+    """Returns the messages that two conversations share, which a prompt beside them repeats, and their last ones."""
     prompt, other = both[0][:-1], both[1][:-1]
     if prompt != other:
         raise ValueError(
@@ -111,7 +111,7 @@ def _prompt(parts: Mapping[str, Any], used: Mapping[str, str]) -> list[Any]:
 
 
 def _answer(said: list[Any], name: str) -> Any:
-    """The one message that an answer is. Raises ValueError."""
+    """Returns the one message that an answer is. Raises ValueError."""
     if not said:
         raise ValueError(f"'{name}' is empty. Give it one message of the assistant.")
     if len(said) > 1:

@@ -97,7 +97,7 @@ class ParquetParser:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: no NaN, which tables have for what is missing, and no bytes."""
+    """Returns a value as JSON has it: no NaN, which tables have for what is missing, and no bytes."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, bytes):

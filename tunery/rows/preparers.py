@@ -37,7 +37,7 @@ _START = "import sys; sys.path[:] = sys.argv.pop().split('\\n'); from tunery.row
 
 
 def _cores() -> int:
-    """The cores that this process may run on."""
+    """Returns the cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 

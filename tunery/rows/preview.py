@@ -35,7 +35,7 @@ def make(
     max_tokens: int = 2048,
     role: FileRole = "training",
 ) -> Preview:
-    """The preview of a file's first rows, cut at `max_tokens`. Reads no further than them.
+    """Returns the preview of a file's first rows, cut at `max_tokens`. Reads no further than them.
 
     Raises InvalidTrainingFile where the bytes are no rows.
     """
@@ -84,7 +84,7 @@ def _check_length(source: SourceRow, role: FileRole) -> None:
 
 
 def describe(template: ChatTemplate, marked: Marked) -> Sequence:
-    """A sequence's tokens with their texts, and how many of each state it has."""
+    """Returns a sequence's tokens with their texts, and how many of each state it has."""
     states = list(_states(marked))
     shown = marked.input_ids[:MOST_SHOWN]
     texts = _texts(template, shown)

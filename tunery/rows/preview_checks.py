@@ -149,7 +149,7 @@ class Checker:
         return failed
 
     def verdicts(self) -> list[Check]:
-        """All checks, with the rows that fail them."""
+        """Returns all checks, with the rows that fail them."""
         return [
             Check(name=name, passed=not rows, what=what, rows=rows, advice=advice if rows else None)
             for name, rows in self._failing.items()

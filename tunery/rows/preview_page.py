@@ -73,10 +73,10 @@ _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t
 
 
 def visible(text: str) -> str:
-    """A token's text with its line breaks marked, and a sign for a token that is a part of a character."""
+    """Returns a token's text with its line breaks marked, and a sign for a token that is a part of a character."""
     return text.translate(_PICTURES) if text else "·"
 
 
 def draw(made: Preview, name: str) -> str:
-    """The page; `name`: of the file."""
+    """Returns the page; `name`: of the file."""
     return _PAGE.render(made=made, name=name, style=_STYLE, policy=POLICY, visible=visible)

@@ -24,7 +24,7 @@ FORMATS: dict[str, Format] = {format.name: format for format in (JSONL, JSON_ARR
 
 
 def recognise(head: bytes) -> Format:
-    """The format of a file that begins with `head`."""
+    """Returns the format of a file that begins with `head`."""
     return next((format for format in FORMATS.values() if format.recognises(head)), JSONL)
 
 
@@ -139,5 +139,5 @@ class Checker:
 
 
 def _place(row: SourceRow) -> str:
-    """The line on which a row with a fault begins, where its number is another."""
+    """Returns the line on which a row with a fault begins, where its number is another."""
     return f" It begins on line {row.line} of the file." if row.line not in (None, row.number) else ""

@@ -25,7 +25,7 @@ def _unknown_role(role: object) -> str:
 
 
 def locate(error: ErrorDetails) -> tuple[str, str]:
-    """Where in the row, and what is wrong: (", message 2", "Discriminator 'role' is missing in value. ...")."""
+    """Returns where in the row, and what is wrong: (", message 2", "Discriminator 'role' is missing in value. ...")."""
     steps = list(error["loc"])
     where = ""
     while len(steps) > 1 and isinstance(steps[1], int):
@@ -65,13 +65,13 @@ def describe(error: ErrorDetails) -> str:
 
 
 def found(value: Any) -> str:
-    """A value's kind; a short string or number itself."""
+    """Returns a value's kind; a short string or number itself."""
     if isinstance(value, str | int | float) and not isinstance(value, bool) and len(text := shown(value)) <= 20:
         return text
     return strict_json.kind(value)
 
 
 def shown(value: Any) -> str:
-    """A value as JSON, cut where it is long."""
+    """Returns a value as JSON, cut where it is long."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

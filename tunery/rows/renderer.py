@@ -87,7 +87,7 @@ def _reply(kind: bytes, payload: bytes) -> bytes:
 
 
 def _failure(error: Exception) -> bytes:
-    """The error's class and arguments: the parent raises the like."""
+    """Returns the error's class and arguments: the parent raises the like."""
     arguments: list[Any] = [part for part in error.args if isinstance(part, str)]
     if isinstance(error, TemplateSyntaxError):
         arguments = [error.message, error.lineno]

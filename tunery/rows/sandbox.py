@@ -205,7 +205,7 @@ class _Raised(Exception):
 
 
 def _error(payload: bytes) -> Exception:
-    """An exception of jinja2's or Python's own by its name; a TemplateRuntimeError for any other."""
+    """Returns an exception of jinja2's or Python's own by its name; a TemplateRuntimeError for any other."""
     name, arguments = json.loads(payload)
     if name == LimitExceeded.__name__:
         return LimitExceeded(*arguments)

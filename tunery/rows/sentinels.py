@@ -59,7 +59,7 @@ class FieldCheck:
         self._verdicts: dict[Any, _Verdict] = {}
 
     def settle(self, messages: list[Json], tools: list[Json] | None, prompting: bool) -> list[Json]:
-        """The messages, empty content beside tool calls written so that the template shows the calls.
+        """Returns the messages, empty content beside tool calls written so that the template shows the calls.
 
         Raises CannotRender, naming the field, where the template would lose one.
         """
@@ -225,7 +225,7 @@ def _subject_of_content(message: Json) -> str:
 
 
 def _answered_name(messages: Sequence[Json], index: int) -> str | None:
-    """The name of the function whose call message `index` answers: by the call's id, else the nearest call."""
+    """Returns the name of the function whose call message `index` answers: by the call's id, else the nearest call."""
     wanted = messages[index].get("tool_call_id")
     for message in reversed(messages[:index]):
         for call in message.get("tool_calls", ()):
@@ -248,7 +248,7 @@ def _loss(lost: list[_Field]) -> str:
 
 
 def _shape(messages: list[Json], index: int) -> Any:
-    """What decides, besides the texts themselves, how a template writes a message."""
+    """Returns what decides, besides the texts themselves, how a template writes a message."""
     message = messages[index]
     content = message.get("content")
     kind = 2 if _is_text(content) else content

@@ -40,14 +40,14 @@ class Shape:
         return all(row.get(key) is not None for key in self.columns.values())
 
     def used(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """The key of each part that a row has."""
+        """Returns the key of each part that a row has."""
         found = {
             part: next((key for key in spellings if key in row), None) for part, spellings in self.optional.items()
         }
         return {**self.columns, **{part: key for part, key in found.items() if key is not None}}
 
     def convert(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with `messages` in place of the keys that it makes them of. Raises ValueError."""
+        """Returns the row with `messages` in place of the keys that it makes them of. Raises ValueError."""
         used = self.used(row)
         rest = {key: value for key, value in row.items() if key not in used.values()}
         parts = {part: row[key] for part, key in used.items()}
@@ -64,7 +64,7 @@ class Shape:
         return messages
 
     def describe(self, used: Mapping[str, str]) -> str:
-        """The shape and what becomes of each column, for people."""
+        """Returns the shape and what becomes of each column, for people."""
         pairs = ", ".join(f"'{key}' as {PARTS[part]}" for part, key in used.items())
         return f"{self.name} rows: {pairs}"
 
@@ -144,7 +144,7 @@ def _optional_text(parts: Mapping[str, Any], used: Mapping[str, str], part: str)
 
 
 def text_message(role: str, value: Any, key: str) -> dict[str, Any]:
-    """A message whose text is the value of a row's key. Raises ValueError."""
+    """Returns a message whose text is the value of a row's key. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(  # noqa: TRY004 (to callers every fault of a row is one kind)
             f"'{key[:40]}' must be a text, not {strict_json.kind(value)}. Spell it as the string that the model shall "
@@ -154,7 +154,7 @@ def text_message(role: str, value: Any, key: str) -> dict[str, Any]:
 
 
 def as_given(messages: list[Any]) -> list[Any]:
-    """The messages, none of which is learned."""
+    """Returns the messages, none of which is learned."""
     return [
         {**message, "weight": 0} if isinstance(message, dict) and message.get("role") == "assistant" else message
         for message in messages

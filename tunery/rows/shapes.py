@@ -68,7 +68,7 @@ class FileShape:
         return self.shape.name if self.shape is not None else None
 
     def describe(self) -> str | None:
-        """What the file's columns become; None for chat messages, which are taken as they are."""
+        """Returns what the file's columns become; None for chat messages, which are taken as they are."""
         if self.shape is None or (self.shape.name == CHAT and not self.columns):
             return None
         used = self.shape.used({}) if self.shape.name == CHAT else self.used
@@ -106,7 +106,7 @@ def detect(row: Mapping[str, Any]) -> Shape:
 
 
 def _pair(row: Mapping[str, Any]) -> Shape:
-    """The shape of a row with a question and an answer, under whichever names."""
+    """Returns the shape of a row with a question and an answer, under whichever names."""
     names = {key.strip().casefold(): key for key in row}
     asked = [key for key in _QUESTIONS if key in names]
     answered = [key for key in _ANSWERS if key in names]
@@ -132,7 +132,7 @@ def _pair(row: Mapping[str, Any]) -> Shape:
 
 
 def _label(row: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
-    """The column with a class's name, or its number. True and false judge an answer, which is another thing."""
+    """Returns the column with a class's name, or its number. True and false judge an answer, which is another thing."""
     found = [key for key in _LABELS if key in names and not isinstance(row[names[key]], bool)]
     return found[:1]
 

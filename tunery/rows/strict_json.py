@@ -17,7 +17,7 @@ class NotJSON(ValueError):
 
 
 def load_object(text: str) -> dict[str, Any]:
-    """The JSON object that `text` spells.
+    """Returns the JSON object that `text` spells.
 
     Raises ValueError, with a reason for people, on anything but one object, and on what `load_value` refuses.
     """
@@ -30,7 +30,7 @@ def load_object(text: str) -> dict[str, Any]:
 
 
 def load_value(text: str) -> Any:
-    """The JSON value that `text` spells.
+    """Returns the JSON value that `text` spells.
 
     Raises ValueError, with a reason for people, on NaN and Infinity (also spelled `1e999`), lone surrogates (no UTF-8
     has them, so no tokenizer and no database takes them), the character NUL (no PostgreSQL keeps it) and nesting deeper
@@ -116,7 +116,7 @@ def _holds_nul(value: Any) -> bool:
 
 
 def kind(value: object) -> str:
-    """A JSON value's kind, with its article."""
+    """Returns a JSON value's kind, with its article."""
     if value is None:
         return "null"
     names = {bool: "a boolean", str: "a string", list: "a list", dict: "an object"}

@@ -111,7 +111,7 @@ class ChatTemplate:
         return cls(tokenizer, files.load_templates(root, config), special, eos_ids, now)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled, it is made anew: what it has compiled and tried stays here."""
+        """Pickled, it is made again: what it has compiled and tried stays here."""
         return type(self), self._made_of
 
     def __copy__(self) -> Self:
@@ -121,7 +121,7 @@ class ChatTemplate:
         return made
 
     def fingerprint(self) -> str | None:
-        """The digest of all that decides about a row's tokens; None where the clock does."""
+        """Returns the digest of all that decides about a row's tokens; None where the clock does."""
         tokenizer, templates, special_tokens, eos_ids, now = self._made_of
         dates = files.dates(templates, now)
         parts = [tokenizer.to_str(), templates, special_tokens, list(eos_ids), dates]
@@ -232,7 +232,7 @@ class ChatTemplate:
         return ids[: labels.index(answer[0])], answer
 
     def split(self, example: Example) -> list[Example]:
-        """The rows of which `encode_all` makes a sequence each."""
+        """Returns the rows of which `encode_all` makes a sequence each."""
         views = self._views(example.messages, example.tools, False)[0]
         try:
             self._join(views, trained_turns(example), len(example.messages))
@@ -241,22 +241,22 @@ class ChatTemplate:
         return [example]
 
     def answer_context(self, prompt_ids: list[int]) -> list[int]:
-        """The prompt's last ids, behind which an answer's ids say what they say in the whole text."""
+        """Returns the prompt's last ids, behind which an answer's ids say what they say in the whole text."""
         return self._tokens.context(prompt_ids)
 
     def answer_length(self, ids: Sequence[int]) -> int:
-        """How many ids an answer has before the first stop token."""
+        """Returns how many ids an answer has before the first stop token."""
         return next((place for place, token in enumerate(ids) if token in self.eos_ids), len(ids))
 
     def answer_text(self, ids: Sequence[int]) -> str:
-        """What an answer's ids say, up to the first stop token."""
+        """Returns what an answer's ids say, up to the first stop token."""
         text: str = self.tokenizer.decode(list(ids[: self.answer_length(ids)]), skip_special_tokens=True)
         return text
 
     def _views(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None, prompting: bool, now: datetime | None = None
     ) -> tuple[Views, tuple[str, ...]]:
-        """The conversation as the template gets it, and the special tokens that it spells."""
+        """Returns the conversation as the template gets it, and the special tokens that it spells."""
         if not prompting and (known := self._ahead.get(id(messages))):
             return known[0], known[1]
         given = [message.for_template() for message in messages]
@@ -331,7 +331,7 @@ class ChatTemplate:
         return ids + rest, labels + mask.label_prompt(rest, IGNORED)
 
     def _turn(self, views: Views, index: int, whole: str) -> tuple[str, str]:
-        """The text before the trained turn, generation prompt included, and the text up to the turn's end."""
+        """Returns the text before the trained turn, generation prompt included, and the text up to the turn's end."""
         after = views.text(index + 1).rstrip()
         if not whole.startswith(after):
             raise _Apart(
@@ -356,7 +356,7 @@ class ChatTemplate:
         return after[: common_length(after, self._render([other], views.tools, [(1, False)])[0])]
 
     def _answer(self, given: list[int], prompt: str, after: str, whole: str) -> tuple[list[int], list[int]]:
-        """The ids of the answer up to its last stop token, and those that follow in `whole`."""
+        """Returns the ids of the answer up to its last stop token, and those that follow in `whole`."""
         is_last = whole.rstrip() == after
         ids = self._tokens.extend(given, prompt, whole if is_last else after)
         stop = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in self.eos_ids), None)
@@ -371,7 +371,7 @@ class ChatTemplate:
         return answer, rest[len(answer) :] if rest[: len(answer)] == answer else []
 
     def _all_stop_ids(self, configured: Sequence[int]) -> frozenset[int]:
-        """The configured stop tokens and the special token that the template writes right after an answer."""
+        """Returns the configured stop tokens and the special token that the template writes right after an answer."""
         question, answer = Message(role="user", content="question"), Message(role="assistant", content="answer")
         try:
             after = self.render([question, answer]).rpartition("answer")[2]

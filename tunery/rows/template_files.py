@@ -32,7 +32,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def additional_names(root: Path) -> list[str]:
-    """The paths inside `root` of templates besides the default."""
+    """Returns the paths inside `root` of templates besides the default."""
     return sorted(f"{ADDITIONAL}/{path.name}" for path in (root / ADDITIONAL).glob("*.jinja"))
 
 
@@ -57,7 +57,7 @@ def load_templates(root: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """The named special tokens (`bos_token`, ...) as templates get them."""
+    """Returns the named special tokens (`bos_token`, ...) as templates get them."""
 
     def text(value: Any) -> Any:
         return value.get("content") if isinstance(value, dict) else value
@@ -66,7 +66,7 @@ def special_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 
 def configured_eos_ids(root: Path, tokenizer: Tokenizer, special: dict[str, str]) -> list[int]:
-    """The ids at which generation stops by the model's configs and its tokenizer's `eos_token`."""
+    """Returns the ids at which generation stops by the model's configs and its tokenizer's `eos_token`."""
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
         value = read_json(root / name).get("eos_token_id")
@@ -82,7 +82,7 @@ def digest(templates: dict[str, str]) -> str:
 
 
 def dates(templates: dict[str, str], now: datetime | None) -> list[str] | None:
-    """What the templates write of the moment `now`, the whole moment where that cannot be told from their sources.
+    """Returns what the templates write of the moment `now`, the whole moment where their sources do not show that.
     None where they may write one that is not settled."""
     source = "\n".join(templates.values())
     forms = {form for _, form in _WRITTEN_DATE.findall(source)}

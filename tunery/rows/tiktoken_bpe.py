@@ -77,7 +77,7 @@ class TiktokenBPE:
         self._ids = lru_cache(_KEPT)(self._encoding.encode_ordinary)
 
     def encode(self, text: str) -> list[int] | None:
-        """The ids; None where the text has to be left to `tokenizers`."""
+        """Returns the ids; None where the text has to be left to `tokenizers`."""
         ids: list[int] = []
         is_proven = self._is_proven(text)
         for at, part in enumerate(self._added.split(text) if self._added else (text,)):
@@ -100,7 +100,7 @@ class TiktokenBPE:
         return self._proven.issuperset(text)
 
     def _agreeing(self, block: int) -> set[str]:
-        """The characters of a block at which both cut alike, whatever stands beside them."""
+        """Returns the characters of a block at which both cut alike, whatever stands beside them."""
         characters = [chr(code) for code in range(block * _BLOCK, (block + 1) * _BLOCK) if not 0xD800 <= code < 0xE000]
         # A byte that is no token vanishes in `tokenizers`.
         characters = [character for character in characters if self._bytes.issuperset(character.encode())]
@@ -151,7 +151,7 @@ def _is_plain_split(step: dict[str, Any]) -> bool:
 
 
 def _added(spec: dict[str, Any]) -> dict[str, int]:
-    """The tokens that are cut out before all else. Raises Unproven where they take more than their own text."""
+    """Returns the tokens that are cut out before all else. Raises Unproven where they take more than their own text."""
     tokens = spec["added_tokens"]
     takes_more = any(token[flag] for token in tokens for flag in ("lstrip", "rstrip", "single_word"))
     if takes_more or len({token["normalized"] for token in tokens}) > 1:
@@ -160,7 +160,7 @@ def _added(spec: dict[str, Any]) -> dict[str, int]:
 
 
 def _ranks(spec: dict[str, Any]) -> dict[bytes, int]:
-    """Each token's bytes and its id, by which merges are ranked. Raises Unproven."""
+    """Returns each token's bytes and its id, by which merges are ranked. Raises Unproven."""
     model, added = spec["model"], {token["content"] for token in spec["added_tokens"]}
     if model["type"] != "BPE" or any(model.get(name) for name in _UNUSUAL):
         raise Unproven

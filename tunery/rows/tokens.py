@@ -64,7 +64,7 @@ class Tokens:
         return map_texts(value, lambda text: pattern.sub(placeholder, text)), found
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text that a template has written."""
+        """Returns the ids of a text that a template has written."""
         tokenizer = self.tokenizer
         if self._special is not None and self._mark in text:
             text = self.show(self._special.sub(lambda match: self._secret(match.group()), text))
@@ -123,7 +123,7 @@ class Tokens:
         return text
 
     def show(self, text: str) -> str:
-        """The text with what `hide` has replaced."""
+        """Returns the text with what `hide` has replaced."""
         return self._placeholder.sub(lambda match: self._names[int(match[1])], text)
 
     def _secret(self, name: str) -> str:
@@ -150,7 +150,7 @@ class Tokens:
 
 
 def texts(value: Any) -> list[str]:
-    """All texts in a JSON value, keys too, in no particular order."""
+    """Returns all texts in a JSON value, keys too, in no particular order."""
     found: list[str] = []
     left = [value]
     while left:
@@ -166,7 +166,7 @@ def texts(value: Any) -> list[str]:
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """A JSON value with each of its texts changed, keys too."""
+    """Returns a JSON value with each of its texts changed, keys too."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

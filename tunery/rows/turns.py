@@ -41,18 +41,18 @@ class Views:
 
 
 def views_of(trained: Sequence[int], count: int) -> list[View]:
-    """The renderings that tell the trained turns of `count` messages from the rest."""
+    """Returns the renderings that tell the trained turns of `count` messages from the rest."""
     wanted = [(count, False), *((k, True) for k in trained if k), *((k + 1, False) for k in trained)]
     return list(dict.fromkeys(wanted))
 
 
 def trained_turns(example: Example) -> list[int]:
-    """The indexes of the messages to learn."""
+    """Returns the indexes of the messages to learn."""
     return [index for index, message in enumerate(example.messages) if message.is_trained]
 
 
 def ending_with(example: Example, index: int) -> Example:
-    """The row up to message `index`, the only one to learn in it."""
+    """Returns the row up to message `index`, the only one to learn in it."""
     earlier = [
         message.model_copy(update={"weight": 0}) if message.role == "assistant" else message
         for message in example.messages[:index]

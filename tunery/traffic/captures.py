@@ -69,7 +69,7 @@ def setting(session: Session, project_id: str, model_id: str) -> Capture | None:
 
 
 def counts(session: Session, project_id: str, model: Model) -> dict[str, int]:
-    """The requests kept, and how many were rated as good or bad, or corrected."""
+    """Returns the requests kept, and how many were rated as good or bad, or corrected."""
     rated = CapturedRequest.rating
     query = select(
         func.count(),
@@ -146,7 +146,7 @@ def rate(
 
 
 def lines(session: Session, project_id: str, model: Model, order: FileOrder) -> Lines:
-    """The rows of a file, oldest first: the captured request's id, and its line."""
+    """Returns the rows of a file, oldest first: the captured request's id, and its line."""
     last: tuple[Any, str] | None = None
     while True:
         query = _of(project_id, model).order_by(CapturedRequest.created_at, CapturedRequest.id).limit(_BATCH)
@@ -164,7 +164,7 @@ def lines(session: Session, project_id: str, model: Model, order: FileOrder) -> 
 
 
 def _row(row: CapturedRequest, order: FileOrder) -> dict[str, Any] | None:
-    """A row of the file; None for a request that does not belong into it."""
+    """Returns a row of the file; None for a request that does not belong into it."""
     if order.format == "preference":
         if row.correction is None or row.correction == row.answer:
             return None
@@ -184,7 +184,7 @@ def _kind(row: CapturedRequest) -> Kept | None:
 
 
 def note_file(session: Session, file: File, model: Model, order: FileOrder, used: list[str]) -> CapturedFile:
-    """The lineage of a file. Raises NothingCaptured where it has no rows."""
+    """Returns the lineage of a file. Raises NothingCaptured where it has no rows."""
     if not used:
         raise NothingCaptured(id=model.id)
     outcome = {"rows": len(used), "requests": used, "manifest_sha256": model.manifest_sha256}

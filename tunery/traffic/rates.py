@@ -30,15 +30,15 @@ class Bucket:
         return cls(limit, float(limit or 0))
 
     def after(self, seconds: float) -> "Bucket":
-        """The bucket some time later."""
+        """Returns the bucket some time later."""
         return self if self.limit is None else replace(self, left=min(self.limit, self.left + self._gain(seconds)))
 
     def without(self, amount: float) -> "Bucket":
-        """The bucket after taking an amount, or after giving a negative one back."""
+        """Returns the bucket after taking an amount, or after giving a negative one back."""
         return self if self.limit is None else replace(self, left=min(self.limit, self.left - amount))
 
     def seconds_until(self, amount: float) -> float:
-        """Seconds until the amount can be taken; 0 where it can be now."""
+        """Returns seconds until the amount can be taken; 0 where it can be now."""
         if self.limit is None or self.left >= amount:
             return 0.0
         return math.inf if self.limit == 0 else (amount - self.left) * 60 / self.limit
@@ -101,7 +101,7 @@ def _limits(settings: Settings, project: Project) -> tuple[int | None, int | Non
 def _locked(
     session: Session, project_id: str, limits: tuple[int | None, int | None]
 ) -> tuple[RequestRate, datetime, tuple[Bucket, Bucket]]:
-    """The project's row, locked until the transaction ends, and its buckets as they are by now."""
+    """Returns the project's row, locked until the transaction ends, and its buckets as they are by now."""
     new = {"project_id": project_id, "requests_left": limits[0] or 0, "tokens_left": limits[1] or 0}
     session.execute(insert(RequestRate).values(**new, at=func.clock_timestamp()).on_conflict_do_nothing())
     query = select(RequestRate).where(RequestRate.project_id == project_id).with_for_update()

@@ -41,7 +41,7 @@ def count(session: Session, project_id: str, model_id: str, tokens: Tokens) -> N
 def list_days(
     session: Session, project_id: str, *, first: date, before: date, models: Sequence[str] | None = None
 ) -> list[ModelUsage]:
-    """The project's usage from one day to the day before another, oldest first."""
+    """Returns the project's usage from one day to the day before another, oldest first."""
     query = (
         select(ModelUsage)
         .where(ModelUsage.project_id == project_id, ModelUsage.day >= first, ModelUsage.day < before)

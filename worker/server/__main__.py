@@ -13,14 +13,14 @@ from worker.server.backends import backend
 
 
 def choose_device(settings: Settings) -> str:
-    """The torch device, by narrowing what CUDA shows: call it before torch is imported."""
+    """Returns the torch device, by narrowing what CUDA shows: call it before torch is imported."""
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order in which the driver counts, and so do we
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if settings.serve_gpu is None else str(settings.serve_gpu)
     return "cpu" if settings.serve_gpu is None else "cuda"
 
 
 def name_of(device: str) -> str:
-    """The driver's name of a torch device, or cpu."""
+    """Returns the driver's name of a torch device, or cpu."""
     if device == "cpu":
         return device
     import torch  # sees the GPU that was chosen

@@ -48,7 +48,7 @@ TurnDep = Annotated[Turn, Depends(_turn)]
 
 
 def create_app(backend: Backend, *, places: int = 32, seconds: float = 600, device_name: str | None = None) -> FastAPI:
-    """The server around a back end; at most `places` requests wait, and an answer takes at most `seconds`.
+    """Returns the server around a back end; at most `places` requests wait, and an answer takes at most `seconds`.
 
     `device_name`: the driver's name of the back end's device. Absent: the back end's own.
     """
@@ -155,7 +155,7 @@ _HEADERS = {
 
 
 def _status(error: Exception) -> int:
-    """The status of the nearest class above the error that has one."""
+    """Returns the status of the nearest class above the error that has one."""
     return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)
 
 

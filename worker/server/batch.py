@@ -74,7 +74,7 @@ class Row:
         return self.best is not None or self.failure is not None
 
     def likeliest(self) -> int:
-        """The likeliest next token. Raises what broke a pass of the batch."""
+        """Returns the likeliest next token. Raises what broke a pass of the batch."""
         while self.best is None:
             if self.failure is not None:
                 raise self.failure
@@ -186,7 +186,7 @@ class Batch:
                 row.reused = row.fed
 
     def _next_to_join(self) -> Row | None:
-        """The first that has not to wait for another row, which is reading what it could take over."""
+        """Returns the first that has not to wait for another row, which is reading what it could take over."""
         with self._lock:
             joining = list(self._joining)
         return next((row for row in joining if not any(self._reads_for(one, row) for one in self._rows)), None)
@@ -232,7 +232,7 @@ class Batch:
         self._rows[own], self._rows[slot] = self._rows[slot], row
 
     def _make_room(self) -> None:
-        """Sends the youngest rows back to be read anew later, while all need more than there may be."""
+        """Sends the youngest rows back to be read again later, while all need more than there may be."""
         while not self._fits(len(self._rows), self._longest()):
             row = max(self._rows, key=lambda row: row.number)
             self._take_out(row)
@@ -254,7 +254,7 @@ class Batch:
                 row.fed, row.best, row.found = len(row.ids), best, found
 
     def _pass(self, rows: list[tuple[Row, int]], width: int) -> list[tuple[int, torch.Tensor | None]]:
-        """The likeliest token after so many more of each row, and the logits, unless the row is greedy."""
+        """Returns the likeliest token after so many more of each row, and the logits, unless the row is greedy."""
         placed = [_tokens(row, tokens, width) for row, tokens in rows]
         slots = [self._rows.index(row) for row, _ in rows]
         self._slots.fit(self._longest())
@@ -298,7 +298,7 @@ def _results(logits: torch.Tensor, is_greedy: list[bool]) -> list[tuple[int, tor
 
 
 def _tokens(row: Row, tokens: int, width: int) -> tuple[list[int], list[int]]:
-    """The next tokens of a row and their positions, filled up on the left.
+    """Returns the next tokens of a row and their positions, filled up on the left.
 
     On the left, so that the last token stands last in every row. What fills up gets positions behind all tokens, where
     nothing sees it and the next token is written over it.

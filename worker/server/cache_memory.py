@@ -117,7 +117,7 @@ class CacheMemory:
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens are the same."""
+    """Returns how many first tokens are the same."""
     low, high = 0, min(len(one), len(other))
     while low < high:  # halves are compared whole, which is far quicker than token by token
         middle = (low + high + 1) // 2

@@ -71,7 +71,7 @@ class Factors:
 
     @classmethod
     def read(cls, folder: Path, model: nn.Module) -> "Factors | None":
-        """The adapter in a folder for this base; None where it is more than A and B on plain linear layers."""
+        """Returns the adapter in a folder for this base; None where it is more than A and B on plain linear layers."""
         config = json.loads((folder / "adapter_config.json").read_text())
         if not _is_plain(config):
             return None
@@ -91,7 +91,7 @@ class Factors:
 
 
 def split(rows: torch.Tensor, sites: Sequence[Site]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """A (rows x rank x inputs) and B (rows x rank x outputs) of each site, as views."""
+    """Returns A (rows x rank x inputs) and B (rows x rank x outputs) of each site, as views."""
     ends = list(accumulate((site.numel for site in sites), initial=0))
     found = []
     for start, site in zip(ends, sites, strict=False):
@@ -112,7 +112,7 @@ def _is_plain(config: Mapping[str, Any]) -> bool:
 
 
 def _pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
-    """A and B of each layer; None where there is anything else."""
+    """Returns A and B of each layer; None where there is anything else."""
     names = {key.removeprefix(_PREFIX).removesuffix(".lora_A.weight") for key in tensors if ".lora_A." in key}
     keys = {name: [f"{_PREFIX}{name}.lora_{part}.weight" for part in "AB"] for name in names}
     if {key for pair in keys.values() for key in pair} != tensors.keys():
@@ -161,7 +161,7 @@ class Stack:
         return self._rows[place : place + 1]
 
     def gather(self, wanted: Sequence[Factors]) -> tuple[torch.Tensor, list[Factors]]:
-        """Rows in which exactly these lie, and their order."""
+        """Returns rows in which exactly these lie, and their order."""
         self._grow(len(wanted) - len(self._holders))
         start, others = self._find_window(wanted)
         if others and len(self._holders) < _PLACES:

@@ -55,7 +55,7 @@ class Fleet:
         return adapter in self._held
 
     async def watch(self) -> None:
-        """Looks after the replicas until it is cancelled: one that was started anew gets its adapters again."""
+        """Looks after the replicas until it is cancelled: one that was restarted gets its adapters again."""
         while True:
             self._wake.clear()
             try:
@@ -69,7 +69,7 @@ class Fleet:
                 continue
 
     async def length(self, target: Target) -> int | None:
-        """The most tokens of prompt and answer together. Raises NoReplica."""
+        """Returns the most tokens of prompt and answer together. Raises NoReplica."""
         if not self._serving(target):
             await self._look()
         lengths = [one.length(target.base) for one in self._serving(target)]
@@ -104,12 +104,12 @@ class Fleet:
         await asyncio.gather(*(replica.close() for replica in self.replicas))
 
     async def _ask(self, replica: Replica, target: Target, body: dict[str, Any]) -> httpx2.Response | None:
-        """The stream of that replica; None where it is lost."""
+        """Returns the stream of that replica; None where it is lost."""
         adapter = target.adapter
         model = replica.name_of(target.base) if adapter is None else adapter.name
         replica.in_flight += 1
         try:
-            for _ in range(2):  # the second time after it was started anew
+            for _ in range(2):  # the second time after a restart
                 try:
                     if adapter is not None:
                         await replica.lay(adapter)
@@ -125,7 +125,7 @@ class Fleet:
             raise
 
     def _serving(self, target: Target) -> list[Replica]:
-        """Those with the base, the least busy first; of several as busy each has its turn."""
+        """Returns those with the base, the least busy first; of several as busy each has its turn."""
         found = [replica for replica in self.replicas if replica.serves(target.base)]
         self._turn += 1
         at = self._turn % (len(found) or 1)

@@ -20,12 +20,12 @@ def fetch(models_dir: Path, storage: Storage, files: Files) -> Path:
 
 
 def fetch_texts(models_dir: Path, storage: Storage, files: Files) -> Path:
-    """The model's folder, or one without its weights. Raises as `fetch` does."""
+    """Returns the model's folder, or one without its weights. Raises as `fetch` does."""
     return texts_folder(models_dir, storage, StoredFolder(files.prefix, files.manifest_sha256))
 
 
 def check(models_dir: Path, storage: Storage, files: Files) -> Path:
-    """An adapter's folder, fetched anew where its weights here are no longer those that were fetched."""
+    """Returns an adapter's folder, fetched again where its weights here are no longer those that were fetched."""
     folder = fetch(models_dir, storage, files)
     listed = Manifest.model_validate_json((folder / manifest.NAME).read_bytes())
     wanted = {file.path: file.sha256 for file in listed.files}.get(WEIGHTS)

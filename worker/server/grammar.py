@@ -34,7 +34,7 @@ class Grammar:
         return bool(self._matcher.is_stopped())
 
     def allow(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits, of tokens that may not come minus infinity."""
+        """Returns the logits, of tokens that may not come minus infinity."""
         bits = numpy.frombuffer(self._matcher.compute_bitmask(), dtype=numpy.uint8)
         allowed = torch.from_numpy(numpy.unpackbits(bits, bitorder="little", count=len(logits))).bool()
         if not allowed.any():
@@ -47,20 +47,20 @@ class Grammar:
 
 
 def read_vocabulary(tokenizer: Tokenizer, size: int, eos_ids: Iterable[int]) -> llguidance.LLTokenizer:
-    """A tokenizer for grammars; `size`: the logits that the model gives, of which some may be no token's."""
+    """Returns a tokenizer for grammars; `size`: the logits that the model gives, of which some may be no token's."""
     size = max(size, tokenizer.get_vocab_size(with_added_tokens=True))
     return llguidance.LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=sorted(eos_ids))
 
 
 def schema_of(wanted: ResponseFormat) -> Any:
-    """The JSON schema of a `response_format`, without what it leaves open; None for text."""
+    """Returns the JSON schema of a `response_format`, without what it leaves open; None for text."""
     if wanted.type == "text":
         return None
     return _closed({"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_)
 
 
 def of_format(wanted: ResponseFormat) -> str | None:
-    """The grammar of a `response_format`; None for text. Raises InvalidValue where it is no schema."""
+    """Returns the grammar of a `response_format`; None for text. Raises InvalidValue where it is no schema."""
     if (schema := schema_of(wanted)) is None:
         return None
     try:
@@ -72,7 +72,7 @@ def of_format(wanted: ResponseFormat) -> str | None:
 
 
 def of_call(tools: Sequence[Tool], spelling: CallSpelling, tokenizer: Tokenizer) -> str:
-    """The grammar of one call of one of these tools, as the template spells it."""
+    """Returns the grammar of one call of one of these tools, as the template spells it."""
     special = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     before, between, after = (_terminals(text, special) for text in (spelling.before, spelling.between, spelling.after))
     rules = [f"start: {' | '.join(f'call_{number}' for number in range(len(tools)))}"]

@@ -51,7 +51,7 @@ class Source:
         return files // 3 if self.four_bits else files * self.dtype.itemsize // 2
 
     def read(self) -> Any:
-        """The model."""
+        """Returns the model."""
         return self._quantised() or self._plain()
 
     def _quantised(self) -> Any:
@@ -84,13 +84,13 @@ class Base:
         self.batch = Batch(self.model, self.bank, memory) if can_batch(self.model) else None
 
     def stream(self, prompt_ids: list[int], project_id: str | None = None, *, is_greedy: bool = False) -> Stream:
-        """The logits after a prompt."""
+        """Returns the logits after a prompt."""
         if self.batch is not None:
             return self.batch.join(prompt_ids, None, project_id, is_greedy=is_greedy)
         return Alone(self.model, prompt_ids, rope.of(self.model), self.memory)
 
     def lay_on(self, folder: Path) -> "StackedAdapter | AdapterAlone":
-        """The adapter of a folder, on this base. Raises BrokenAdapter."""
+        """Returns the adapter of a folder, on this base. Raises BrokenAdapter."""
         try:
             factors = None if self.batch is None else Factors.read(folder, self.model)
             return AdapterAlone(self, folder) if factors is None else StackedAdapter(self, factors)
@@ -118,7 +118,7 @@ class StackedAdapter:
         base.bank.add(factors)
 
     def stream(self, prompt_ids: list[int], project_id: str | None = None, *, is_greedy: bool = False) -> Stream:
-        """The logits after a prompt."""
+        """Returns the logits after a prompt."""
         assert self._base.batch is not None
         return self._base.batch.join(prompt_ids, self._factors, project_id, is_greedy=is_greedy)
 
@@ -140,7 +140,7 @@ class AdapterAlone:
         self.on_leave: Callable[[], None] = lambda: None
 
     def stream(self, prompt_ids: list[int], project_id: str | None = None, *, is_greedy: bool = False) -> Stream:  # noqa: ARG002  as the others'
-        """The logits after a prompt."""
+        """Returns the logits after a prompt."""
         return Alone(self.model, prompt_ids, rope.of(self.model), self._memory)
 
     def leave(self) -> None:

@@ -72,7 +72,7 @@ def check(run_dir: Path, rows: int, tokens: int, device: str) -> Served:
 
 
 def judge(compared: Sequence[Compared], precision: str) -> Served:
-    """The verdict on all rows."""
+    """Returns the verdict on all rows."""
     unequal = [found for found in compared if found.difference is not None and not found.is_tie]
     spared = 0 if precision == "float32" else max(int(len(compared) * (1 - LEAST_EQUAL)), len(compared) >= _SPARED_FROM)
     differs = len(unequal) > spared or any(found.is_broken for found in unequal)
@@ -107,7 +107,7 @@ def _batches(asked: list[GreedyAnswer], size: int) -> Iterator[list[GreedyAnswer
 
 
 def _lay_out(run_dir: Path, run: Run) -> tuple[Path, Chosen]:
-    """The model server's folder of models, with the base and the artifact in it, and the request's model."""
+    """Returns the model server's folder of models, with the base and the artifact in it, and the request's model."""
     models = run_dir / ".served"
     shutil.rmtree(models, ignore_errors=True)
     models.mkdir()

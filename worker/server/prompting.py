@@ -12,7 +12,7 @@ _LONG = 16
 
 
 def encode(request: ChatRequest, template: ChatTemplate) -> list[int]:
-    """The prompt's tokens. Raises CannotRender."""
+    """Returns the prompt's tokens. Raises CannotRender."""
     if request.text is not None:
         return template.encode_beginning(request.text)
     return template.encode_prompt(request.messages, request.offered_tools)
@@ -31,7 +31,7 @@ def refuse_much_too_long(request: ChatRequest, template: ChatTemplate, limit: in
 
 
 def room(request: ChatRequest, prompt_tokens: int, context_length: int | None) -> int:
-    """The most tokens that the answer may have. Raises PromptTooLong when that would be none."""
+    """Returns the most tokens that the answer may have. Raises PromptTooLong when that would be none."""
     wanted = request.max_completion_tokens or request.max_tokens
     if context_length is None:
         return wanted or UNKNOWN_CONTEXT

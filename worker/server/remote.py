@@ -142,7 +142,7 @@ class Reader:
 
 
 def _error(error: dict[str, Any]) -> TuneryError:
-    """An error in a stream, such as a schema that cannot be compiled: the status line had left."""
+    """Returns an error in a stream, such as a schema that cannot be compiled: the status line had left."""
     if error.get("code") == 400:
         return InvalidValue(reason=str(error.get("message")))
     return Unavailable(part="The model server")

@@ -30,7 +30,7 @@ class ReplicaLost(Exception):
 
 
 class AdapterAbsent(Exception):
-    """The replica knows no model of that name: it was started anew."""
+    """The replica knows no model of that name: it was restarted."""
 
 
 class CannotServe(Rejected):
@@ -75,11 +75,11 @@ class Replica:
         return self.is_up and not base.isdisjoint(self.bases)
 
     def length(self, base: frozenset[str]) -> int | None:
-        """The most tokens of prompt and answer together; None: it does not say."""
+        """Returns the most tokens of prompt and answer together; None: it does not say."""
         return next((self.bases[name] for name in base if name in self.bases), None)
 
     def name_of(self, base: frozenset[str]) -> str:
-        """The name by which it serves the base."""
+        """Returns the name by which it serves the base."""
         return next(name for name in self._names if name in base or self._names[name] in base)
 
     async def look(self) -> None:
@@ -135,7 +135,7 @@ class Replica:
             await self._post("/v1/unload_lora_adapter", {"lora_name": name})
 
     async def open(self, body: dict[str, Any]) -> httpx2.Response:
-        """A completion's stream, which has to be closed. Raises ReplicaLost, AdapterAbsent, InvalidValue."""
+        """Returns a completion's stream, which has to be closed. Raises ReplicaLost, AdapterAbsent, InvalidValue."""
         request = self._client.build_request("POST", "/v1/completions", json=body)
         try:
             async with asyncio.timeout(_SECONDS):  # the status line comes before the first token
@@ -161,7 +161,7 @@ class Replica:
         await self._client.aclose()
 
     async def _post(self, path: str, body: dict[str, str]) -> tuple[int, str]:
-        """The status, and the message of an error."""
+        """Returns the status, and the message of an error."""
         try:
             answer = await self._client.post(path, json=body, timeout=120)
         except httpx2.HTTPError as error:
@@ -171,7 +171,7 @@ class Replica:
 
 
 def _message(body: bytes) -> str:
-    """The message of an error's body, without what vLLM wraps around that of its worker."""
+    """Returns the message of an error's body, without what vLLM wraps around that of its worker."""
     try:
         text = str(from_json(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -39,7 +39,7 @@ class Reply:
         )
 
     def whole(self) -> dict[str, Any]:
-        """The body of a reply that is not streamed."""
+        """Returns the body of a reply that is not streamed."""
         return {**self._head("chat.completion"), "choices": self._choices, "usage": self._usage()}
 
     def chunk(
@@ -56,11 +56,11 @@ class Reply:
         return {**self._head("chat.completion.chunk"), "choices": [choice], **usage}
 
     def usage_chunk(self) -> dict[str, Any]:
-        """The chunk behind the last one, which counts the tokens of all answers."""
+        """Returns the chunk behind the last one, which counts the tokens of all answers."""
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
 
     def reason(self, answer: Answer) -> str | None:
-        """Why an answer ended. OpenAI says `stop` of a call that was asked for by name."""
+        """Returns why an answer ended. OpenAI says `stop` of a call that was asked for by name."""
         by_name = isinstance(self.chat.tool_choice, NamedTool) and answer.finish_reason == "tool_calls"
         return "stop" if by_name else answer.finish_reason
 
@@ -91,7 +91,7 @@ class Reply:
 
 
 def calls_of(answer: Answer) -> list[dict[str, Any]]:
-    """An answer's tool calls, each with an id, by which its result is sent back."""
+    """Returns an answer's tool calls, each with an id, by which its result is sent back."""
     return [
         {"id": ids.new(ids.TOOL_CALL), "type": "function", "function": call.model_dump()} for call in answer.tool_calls
     ]

@@ -76,7 +76,7 @@ class RequestQueue:
             self._free.release()
 
     async def answer(self, request: ChatRequest) -> Answer:
-        """The back end's answer, not begun yet."""
+        """Returns the back end's answer, not begun yet."""
         making = asyncio.get_running_loop().run_in_executor(self._loaders, self.backend.answer, request)
         try:
             return await asyncio.shield(making)
@@ -153,7 +153,7 @@ class _Running:
         self._text: Generator[str] | None = None
 
     def next(self) -> Piece:
-        """The next piece; after its end or an exception there is none."""
+        """Returns the next piece; after its end or an exception there is none."""
         if self._text is None:
             self._text = iter(self.answer)
         try:
@@ -218,7 +218,7 @@ class Loop:
         self._meter.count(chosen, _tokens(running) - before, seconds)
 
     def _now_running(self) -> list[_Running] | None:
-        """The answers to advance, once there are any; None when the loop is closed."""
+        """Returns the answers to advance, once there are any; None when the loop is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._running or self._leaving or self._closed)
             leaving, self._leaving = self._leaving, []
@@ -227,7 +227,7 @@ class Loop:
             return None if self._closed else list(self._running)
 
     def _advance(self, running: list[_Running]) -> list[_Running]:
-        """Those whose next piece is there now."""
+        """Returns those whose next piece is there now."""
         try:
             ready = self._backend.advance([one.answer for one in running])
         except Exception as error:  # noqa: BLE001  whose fault it is, is not known: their readers get it

@@ -149,7 +149,7 @@ class ChatRequest(_Sealed):
         return [tool for tool in self.tools or () if named in (None, tool.function.name)]
 
     def nth(self, index: int) -> "ChatRequest":
-        """The request for one of its `n` answers."""
+        """Returns the request for one of its `n` answers."""
         return self if self.seed is None or index == 0 else self.model_copy(update={"seed": self.seed + index})
 
     @property
@@ -166,7 +166,7 @@ class ChatRequest(_Sealed):
 
 
 def parse(body: bytes) -> ChatRequest:
-    """The request in a body. Raises InvalidValue and Unsupported, each naming the field."""
+    """Returns the request in a body. Raises InvalidValue and Unsupported, each naming the field."""
     try:
         fields = strict_json.load_object(body.decode())
     except ValueError as error:

@@ -58,7 +58,7 @@ class Slots:
         )
 
     def most(self, nbytes: int) -> int:
-        """The most positions of one row in so much memory."""
+        """Returns the most positions of one row in so much memory."""
         return max(nbytes // self.bytes_a_position // _STEP, 1) * _STEP
 
     def _suits(self, count: int, longest: int) -> bool:
@@ -124,7 +124,7 @@ class Slots:
         return self._positions
 
     def visible(self, window: int | None) -> torch.Tensor:
-        """Which positions each token of the pass sees, its own included: rows x 1 x tokens x positions."""
+        """Returns which positions each token of the pass sees, its own included: rows x 1 x tokens x positions."""
         positions = torch.arange(self._length, device=self._device)
         seen = positions <= self._positions[..., None]
         if window is not None:

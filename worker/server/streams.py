@@ -19,7 +19,7 @@ class Stream(Protocol):
         """Tokens of the prompt that were not computed, since their keys and values were there."""
 
     def likeliest(self) -> int:
-        """The likeliest next token."""
+        """Returns the likeliest next token."""
 
     def logits(self) -> torch.Tensor:
         """Logits of the next token (vocabulary, fp32, on the CPU)."""

@@ -35,7 +35,7 @@ class Text:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """The text that this token sets free, often none."""
+        """Returns the text that this token sets free, often none."""
         self._ids.append(token)
         text = self._new_text()
         if text and not text.endswith(_UNFINISHED):
@@ -44,7 +44,7 @@ class Text:
         return self._release()
 
     def finish(self) -> str:
-        """What was held back, when no token follows."""
+        """Returns what was held back, when no token follows."""
         if self.stopped:
             return ""
         self._held += self._new_text()

@@ -47,7 +47,7 @@ def main(folder: Path) -> int:
 
 
 def _known(report: Path) -> "list[Finding] | None":
-    """The implausible answers that a report by a base names; None without such a report."""
+    """Returns the implausible answers that a report by a base names; None without such a report."""
     from tunery.datasets.report.case import Finding  # as above
 
     if not report.exists():

@@ -43,7 +43,7 @@ class Cleaned:
     changed: list[Changed] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """The lineage for programs."""
+        """Returns the lineage for programs."""
         counts = {
             "rows": self.rows,
             "judged": self.judged,
@@ -140,7 +140,7 @@ def _plan(
 
 
 def _measure(source: Path, base: Path, max_tokens: int) -> list[Finding]:
-    """The rows of which the base's tokenizer and template leave nothing, or not the whole answer, to learn."""
+    """Returns the rows of which the base's tokenizer and template leave nothing, or not the whole answer, to learn."""
     lengths = tokens.Lengths(base, max_tokens)
     lengths.measure(chunks(source), maker.MOST)
     return lengths.findings

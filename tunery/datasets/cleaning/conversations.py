@@ -17,7 +17,7 @@ _KEYS = ("messages", "conversations", "conversation")
 
 
 def fix(fields: dict[str, Any], answers: Collection[str]) -> dict[str, Any] | None:
-    """A row's fields with its messages in order, in the file's own spelling; None where there are none.
+    """Returns a row's fields with its messages in order, in the file's own spelling; None where there are none.
 
     `answers`: what other rows answer, squashed. By them an answer that stands before its question is known.
     Whether the result is in order is for the caller to see.
@@ -36,7 +36,7 @@ def fix(fields: dict[str, Any], answers: Collection[str]) -> dict[str, Any] | No
 
 
 def _roles(messages: Messages, speaker: str) -> list[str]:
-    """The role of each message in OpenAI's spelling; of an unknown one by who spoke before."""
+    """Returns the role of each message in OpenAI's spelling; of an unknown one by who spoke before."""
     roles: list[str] = []
     for message in messages:
         name = str(message.get(speaker)).strip().casefold()

@@ -26,7 +26,7 @@ def read_rows(path: Path, numbers: Collection[int]) -> Iterator[SourceRow]:
 
 
 def dump(fields: dict[str, Any]) -> bytes:
-    """The line of a row. Values that JSON has no type for, as tables hold dates, are written as text."""
+    """Returns the line of a row. Values that JSON has no type for, as tables hold dates, are written as text."""
     return json.dumps(fields, ensure_ascii=False, default=str).encode()
 
 

@@ -132,7 +132,7 @@ class Cleaning(BaseModel):
             raise InvalidValue(param="actions", reason=reason)
 
     def chosen(self) -> Mapping[str, Action]:
-        """The action of each kind."""
+        """Returns the action of each kind."""
         found = {one.kind: one for one in self.actions}
         if self.recommended:
             for kind, possible in ACTIONS.items():

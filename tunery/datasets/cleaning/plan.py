@@ -174,7 +174,7 @@ def _roles(row: Row) -> str:
 
 
 def by_kind(plan: Plan) -> dict[str, dict[str, int]]:
-    """How many rows went, and how many were changed, of each kind."""
+    """Returns how many rows went, and how many were changed, of each kind."""
     counts: dict[str, dict[str, int]] = {}
     for name, entries in (("dropped", plan.dropped.values()), ("changed", plan.changes)):
         for kind in _kinds(entries):

@@ -20,7 +20,7 @@ _ROUNDS = 3
 
 
 def redact(value: Any) -> Any:
-    """A row's value with placeholders in its texts; keys of objects stay."""
+    """Returns a row's value with placeholders in its texts; keys of objects stay."""
     if isinstance(value, str):
         return redact_text(value)
     if isinstance(value, dict):

@@ -41,7 +41,7 @@ def _draw(strata: dict[str, list[Group]], share: float, seed: int) -> Iterator[i
 
 
 def group(case: Case) -> list[Group]:
-    """The lines in groups: rows are in one if they say the same, or by way of others ask nearly the same."""
+    """Returns the lines in groups: rows are in one if they say the same, or by way of others ask nearly the same."""
     parent = {row.line: row.line for row in case.rows}
 
     def find(line: int) -> int:

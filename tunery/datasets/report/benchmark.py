@@ -12,7 +12,7 @@ _ACTION = "Drop the row: with it, general ability on the scorecard says less tha
 
 
 def read(folder: Path) -> frozenset[str]:
-    """The words of the benchmark's questions, from the JSON Lines files of `folder`."""
+    """Returns the words of the benchmark's questions, from the JSON Lines files of `folder`."""
     files = (path.read_text(encoding="utf-8").split("\n") for path in sorted(folder.glob("*.jsonl")))
     return frozenset(texts.words(_question(json.loads(line))) for lines in files for line in lines if line)
 

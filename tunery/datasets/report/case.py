@@ -29,7 +29,7 @@ class Finding:
     against: list[int] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """The finding for JSON; `against` only where it says something."""
+        """Returns the finding for JSON; `against` only where it says something."""
         shown = {**asdict(self), "score": round(self.score, 4)}
         return shown if self.against else {key: value for key, value in shown.items() if key != "against"}
 
@@ -59,7 +59,7 @@ class Case:
         self.findings: list[Finding] = []
 
     def lines_found(self, *kinds: str) -> set[int]:
-        """The rows that earlier findings of these kinds name."""
+        """Returns the rows that earlier findings of these kinds name."""
         return {line for finding in self.findings if finding.kind in kinds for line in finding.lines}
 
     @cached_property

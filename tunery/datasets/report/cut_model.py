@@ -65,7 +65,7 @@ def calibrate(ratios: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def odds(chances: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The odds of probabilities, none of them without end."""
+    """Returns the odds of probabilities, none of them without end."""
     bounded = np.clip(chances, 1e-4, 1 - 1e-4)
     return np.asarray(bounded / (1 - bounded))
 
@@ -86,7 +86,7 @@ def _read(answers: Sequence[str], known: Vocabulary) -> _Ends:
 def _judge(
     whole: _Ends, cut: _Ends, owners: NDArray[np.int64], learned: NDArray[np.int64], judged: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """The scores of `judged`, each fold by what is learned of the others."""
+    """Returns the scores of `judged`, each fold by what is learned of the others."""
     scores = np.zeros(len(judged))
     for fold in range(_FOLDS):
         mine = np.arange(len(judged)) % _FOLDS == fold

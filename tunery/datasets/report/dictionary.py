@@ -33,7 +33,7 @@ class Dictionary:
         return self._sums[last] - self._sums[first] - self._frequencies.get(word, 0)
 
     def share(self, words: Sequence[str]) -> float:
-        """The share of words that the language has."""
+        """Returns the share of words that the language has."""
         return sum(word in self._frequencies for word in words) / len(words) if words else 0.0
 
 

@@ -14,7 +14,7 @@ _ACTION = "Keep fewer of them, or add rows that ask something else."
 
 
 def clusters(case: Case) -> dict[int, int]:
-    """The cluster of each row, by line: rows that a chain of like questions links. Named by its first line."""
+    """Returns the cluster of each row, by line: rows that a chain of like questions links. Named by its first line."""
     parents = {row.line: row.line for row in case.answered}
 
     def root(line: int) -> int:

@@ -29,12 +29,12 @@ def digest(row: Row) -> bytes:
 
 
 def pack(rows: Iterable[Row]) -> bytes:
-    """The digests of rows with their lines, to be kept."""
+    """Returns the digests of rows with their lines, to be kept."""
     return b"".join(_ENTRY.pack(digest(row), row.line) for row in rows if row.turns)
 
 
 def unpack(data: bytes) -> dict[bytes, int]:
-    """The first line of each row, by its digest."""
+    """Returns the first line of each row, by its digest."""
     found: dict[bytes, int] = {}
     for key, line in _ENTRY.iter_unpack(data):
         found.setdefault(key, line)
@@ -42,7 +42,7 @@ def unpack(data: bytes) -> dict[bytes, int]:
 
 
 def read(folder: Path, named: Iterable[OtherFile]) -> list[Other]:
-    """The other files, whose digests lie in `folder` under their ids."""
+    """Returns the other files, whose digests lie in `folder` under their ids."""
     return [Other(other.id, other.name, unpack((folder / other.id).read_bytes())) for other in named]
 
 

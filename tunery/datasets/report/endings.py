@@ -46,7 +46,7 @@ _LONGEST = 20_000
 
 
 def words(text: str) -> list[str]:
-    """The text's words in one case."""
+    """Returns the text's words in one case."""
     return _WORD.findall(text.casefold())
 
 
@@ -114,7 +114,7 @@ class Vocabulary:
 
 
 def describe(answer: str, known: Vocabulary) -> list[float]:
-    """What is said about an answer's end besides its characters."""
+    """Returns what is said about an answer's end besides its characters."""
     text = answer.rstrip()
     lines = [line.rstrip() for line in text.split("\n") if line.strip()]
     found = words(text)
@@ -141,7 +141,7 @@ def _style(text: str, lines: Sequence[str], prose: float) -> list[float]:
 
 
 def _marks(text: str, blanks: str) -> list[float]:
-    """The last character, the blanks behind it, and what is open there."""
+    """Returns the last character, the blanks behind it, and what is open there."""
     last = text[-1]
     return [
         *(last in _FINISHED, last in _CLOSED, last.isalpha(), last.isdigit(), last in _GOES_ON),

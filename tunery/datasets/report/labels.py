@@ -32,7 +32,7 @@ class Task:
 
 
 def find(rows: Sequence[Row]) -> list[Task]:
-    """The classifications among `rows`."""
+    """Returns the classifications among `rows`."""
     values: dict[str, dict[int, str]] = {}
     for row in rows:
         for key, value in _values(row.answer).items():
@@ -42,7 +42,7 @@ def find(rows: Sequence[Row]) -> list[Task]:
 
 
 def read(task: Task, answer: str) -> str | None:
-    """The label that an answer gives in a task, if it gives one."""
+    """Returns the label that an answer gives in a task, if it gives one."""
     return _values(answer).get(task.key)
 
 

@@ -48,7 +48,7 @@ def identify(text: str) -> tuple[tuple[str, float], ...]:
 
 
 def language_of(text: str) -> str | None:
-    """The language that a text is surely written in, or None."""
+    """Returns the language that a text is surely written in, or None."""
     found = identify(text)
     return found[0][0] if found and found[0][1] >= _SURE and found[0][0] != _NO_LANGUAGE else None
 

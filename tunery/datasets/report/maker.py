@@ -86,7 +86,7 @@ class Report:
         return Counter(finding.kind for finding in self.findings)
 
     def summary(self) -> dict[str, Any]:
-        """The report in a few values."""
+        """Returns the report in a few values."""
         named = {line for finding in self.findings for line in finding.lines}
         found = {"rows": self.rows, "findings": len(self.findings), "rows_named": len(named)}
         return (
@@ -97,18 +97,18 @@ class Report:
         )
 
     def _tokens(self) -> dict[str, Any]:
-        """Rows that a base's tokenizer has counted, and all of their tokens."""
+        """Returns rows that a base's tokenizer has counted, and all of their tokens."""
         found = self.figures.get("tokens")
         if not found or not found["total"]:
             return {}
         return {"tokens": {"rows": found["spreads"]["row"]["count"], "total": found["total"]}}
 
     def as_dict(self) -> dict[str, Any]:
-        """The report for programs."""
+        """Returns the report for programs."""
         return self.summary() | {"figures": self.figures, "findings": [finding.as_dict() for finding in self.findings]}
 
     def as_json(self) -> str:
-        """The report for programs, as text."""
+        """Returns the report for programs, as text."""
         return json.dumps(self.as_dict(), indent=1)
 
 
@@ -148,7 +148,7 @@ def make(
 
 
 def find(case: Case, checks: Sequence[Check] = CHECKS, progress: Callable[[float], object] = float) -> list[Finding]:
-    """What the checks find, in their order, and the rows that a job would refuse for another reason."""
+    """Returns what the checks find, in their order, and the rows that a job would refuse for another reason."""
     for done, check in enumerate(checks, 1):
         progress(done / (len(checks) + 1))
         case.findings.extend(check(case))

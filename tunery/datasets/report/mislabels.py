@@ -59,7 +59,7 @@ def _trusted(task: Task, against: Sequence[Row]) -> list[tuple[str, str]]:
 def _margins(
     rows: Sequence[Row], given: Sequence[str], trusted: Sequence[tuple[str, str]]
 ) -> tuple[NDArray[np.float64], list[str]]:
-    """Each row's margin, and the best label but the given one, out of fold."""
+    """Returns each row's margin, and the best label but the given one, out of fold."""
     table = _table([row.question for row in rows] + [question for question, _ in trusted])
     label = np.array([*given, *(label for _, label in trusted)])
     fold = np.r_[_folds(rows), np.full(len(trusted), _FOLDS)]
@@ -90,7 +90,7 @@ def _table(questions: Sequence[str]) -> csr_matrix:
 
 
 def _folds(rows: Sequence[Row]) -> NDArray[np.int64]:
-    """The fold of each row; rows with one question share theirs, or each would vouch for the other."""
+    """Returns the fold of each row; rows with one question share theirs, or each would vouch for the other."""
     keys = [texts.words(row.question) for row in rows]
     different = sorted(set(keys))
     random.Random(_SEED).shuffle(different)  # noqa: S311 (shuffles folds)

@@ -39,7 +39,7 @@ class _Question(NamedTuple):
 
 
 def find(rows: Sequence[Row], against: Sequence[Row] = ()) -> list[Pair]:
-    """The pairs of like questions, each once: within the file, and between the file and the other."""
+    """Returns the pairs of like questions, each once: within the file, and between the file and the other."""
     questions = _group(rows, against)
     pairs = [pair for question in questions for pair in _inside(question)]
     for first, second, similarity in _near(questions):

@@ -12,7 +12,7 @@ from tunery.datasets.report.case import Case, Finding
 from tunery.rows.answer_losses import AnswerLoss
 
 _LEAST = 30
-"""Answers below which no outlier is told from the rest."""
+"""Answers below which outliers are not looked for."""
 _SPREAD = 1.4826
 """Times the median absolute deviation: the standard deviation, where values are normal."""
 _FAR = 3.0
@@ -22,14 +22,14 @@ _ACTION = "Read the row; correct the answer where it does not belong to the ques
 
 
 def read(path: Path) -> dict[int, AnswerLoss]:
-    """The losses in a file, by line; none where there is no such file."""
+    """Returns the losses in a file, by line; none where there is no such file."""
     if not path.exists():
         return {}
     return {one.line: one for one in TypeAdapter(list[AnswerLoss]).validate_json(path.read_bytes())}
 
 
 def figures(losses: Mapping[int, AnswerLoss]) -> dict[str, Any]:
-    """How many answers a base has judged, and the median of their losses in nats a token."""
+    """Returns how many answers a base has judged, and the median of their losses in nats a token."""
     if not losses:
         return {}
     medians = np.median([[one.loss, one.alone] for one in losses.values()], axis=0).round(3).tolist()

@@ -21,7 +21,7 @@ def find(case: Case) -> Iterator[Finding]:
 
 
 def describe(turns: Sequence[Turn]) -> str | None:
-    """What is wrong with the roles of a conversation."""
+    """Returns what is wrong with the roles of a conversation."""
     roles = [turn.role for turn in turns]
     if unknown := next((role for role in roles if role not in _KNOWN), None):
         return f"Has the unknown role '{unknown}'."
@@ -38,7 +38,7 @@ def describe(turns: Sequence[Turn]) -> str | None:
 
 
 def _follows(before: Turn, after: Turn) -> str | None:
-    """What is wrong with a turn after another one."""
+    """Returns what is wrong with a turn after another one."""
     if after.role in _TOOL:
         fine = before.calls or before.role in _TOOL
         return None if fine else f"Has a tool's answer after a message of the role '{before.role}', which called none."

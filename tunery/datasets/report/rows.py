@@ -74,7 +74,7 @@ def chunks(path: Path) -> Iterator[bytes]:
 
 
 def of_source(source: SourceRow) -> Row:
-    """The row as a report sees it. A preference row is reported on with its preferred answer."""
+    """Returns the row as a report sees it. A preference row is reported on with its preferred answer."""
     try:
         return of_example(source.number, ANY_METHOD.parse(source, "training"))
     except InvalidTrainingFile as error:
@@ -82,7 +82,7 @@ def of_source(source: SourceRow) -> Row:
 
 
 def of_example(line: int, example: Example) -> Row:
-    """The row of an example that a job would take."""
+    """Returns the row of an example that a job would take."""
     return Row(line, tuple(map(_turn, example.messages)))
 
 
@@ -109,7 +109,7 @@ def _text(content: Any) -> str:
 
 
 def by_key(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:
-    """The rows grouped."""
+    """Returns the rows grouped."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
@@ -117,5 +117,5 @@ def by_key(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:
 
 
 def whole(row: Row) -> str:
-    """All that a row says, made comparable: rows are the same where this is."""
+    """Returns all that a row says, made comparable: rows are the same where this is."""
     return "\x00".join(f"{turn.role}\x01{texts.squash(turn.text)}" for turn in row.turns)

@@ -26,7 +26,7 @@ def _script(letter: str) -> str:
 
 
 def script_of(text: str) -> str | None:
-    """The script of most letters, such as Latin, Cyrillic or Arabic; None for a text without letters."""
+    """Returns the script of most letters, such as Latin, Cyrillic or Arabic; None for a text without letters."""
     if text.isascii():
         return "Latin" if _LATIN.search(text) else None
     letters = [letter for letter in text[: 4 * _LETTERS] if letter.isalpha()][:_LETTERS]

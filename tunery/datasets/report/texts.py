@@ -12,35 +12,35 @@ SHINGLE = 3
 
 
 def squash(text: str) -> str:
-    """The text in one case, with single blanks."""
+    """Returns the text in one case, with single blanks."""
     return " ".join(text.casefold().split())
 
 
 def words(text: str) -> str:
-    """The text's words in one case, a blank between them; no punctuation."""
+    """Returns the text's words in one case, a blank between them; no punctuation."""
     return " ".join(_WORD.findall(text.casefold()))
 
 
 @lru_cache(maxsize=8192)
 def shingles(text: str) -> frozenset[str]:
-    """The runs of SHINGLE characters of a text that `words` has made; the text itself where it is shorter."""
+    """Returns the runs of SHINGLE characters of a text that `words` has made; the text itself where it is shorter."""
     return frozenset(text[i : i + SHINGLE] for i in range(len(text) - SHINGLE + 1)) or frozenset([text])
 
 
 def similarity(first: str, second: str) -> float:
-    """The Jaccard similarity of two texts' shingles, 0 to 1."""
+    """Returns the Jaccard similarity of two texts' shingles, 0 to 1."""
     one, other = shingles(first), shingles(second)
     common = len(one & other)
     return common / (len(one) + len(other) - common)
 
 
 def numbers(text: str) -> list[str]:
-    """The numbers that a text names, sorted: a question with others is another question."""
+    """Returns the numbers that a text names, sorted: a question with others is another question."""
     return sorted(_NUMBER.findall(text))
 
 
 def load_json(text: str) -> Any:
-    """The JSON object or list that a text is, or None."""
+    """Returns the JSON object or list that a text is, or None."""
     if not text.lstrip().startswith(("{", "[")):
         return None
     try:

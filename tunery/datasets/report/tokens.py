@@ -67,7 +67,7 @@ class Lengths:
             self.findings.append(Finding("answer_cut", [row.line], 1 - self.max_tokens / needed, why, action))
 
     def figures(self, base: str) -> dict[str, Any]:
-        """The distributions, and what each candidate length would cut."""
+        """Returns the distributions, and what each candidate length would cut."""
         if not self._rows:
             return {"base": base, "max_tokens": self.max_tokens, "total": 0, "spreads": {}, "lengths": []}
         spreads = {"row": _spread(self._rows)} | {name: _spread(found) for name, found in self._parts.items()}
@@ -91,7 +91,7 @@ class Lengths:
 
 
 def _trained(labels: Sequence[int]) -> tuple[int, int]:
-    """How many tokens a length must keep for the first trained one, and for all of them."""
+    """Returns how many tokens a length must keep for the first trained one, and for all of them."""
     at = [place for place, label in enumerate(labels, 1) if label != IGNORED and place > 1]
     return at[0], at[-1]
 

@@ -44,7 +44,7 @@ def find(case: Case) -> Iterator[Finding]:
 
 
 def _chances(case: Case, free: Sequence[Row]) -> NDArray[np.float64]:
-    """The probability that each answer breaks off, with what a base says of its end, where one was run."""
+    """Returns the probability that each answer breaks off, with what a base says of its end, where one was run."""
     words = dictionary.of(row.answer for row in free)
     known = Vocabulary((text for row in case.rows for text in (row.question, row.answer)), words)
     scores = cut_model.score([row.answer for row in free], known)
@@ -53,13 +53,13 @@ def _chances(case: Case, free: Sequence[Row]) -> NDArray[np.float64]:
 
 
 def _by_base(case: Case, free: Sequence[Row]) -> NDArray[np.float64]:
-    """What a base's probability of an end behind each answer changes its odds by; 1 where none was run."""
+    """Returns what a base's probability of an end behind each answer changes its odds by; 1 where none was run."""
     ends = [loss.end if (loss := case.losses.get(row.line)) else _USUAL_END for row in free]
     return np.exp(_WEIGHT * (_USUAL_END - np.array(ends)))
 
 
 def _broken_off(answer: str) -> str | None:
-    """Why an answer that begins as JSON, or holds a block of code, has no end."""
+    """Returns why an answer that begins as JSON, or holds a block of code, has no end."""
     text = answer.strip()
     if text.startswith(("{", "[")) and texts.load_json(text) is None and _open_at_end(text):
         return "Begins as JSON and ends inside it."

@@ -15,7 +15,7 @@ _KEPT = ("redact",)
 
 
 def left_out(findings: Sequence[Finding]) -> dict[int, str]:
-    """The rows that do not count, by line, each with the kind of its first finding.
+    """Returns the rows that do not count, by line, each with the kind of its first finding.
 
     They are those that a cleaning drops as the report recommends, those whose roles it would have to correct, and
     those whose answer refuses.
@@ -40,7 +40,7 @@ def left_out(findings: Sequence[Finding]) -> dict[int, str]:
 
 
 def count(rows: Sequence[Row], findings: Sequence[Finding]) -> dict[str, Any]:
-    """How many rows count, how many of each kind do not, and the bytes of the answers in those that do."""
+    """Returns how many rows count, how many of each kind do not, and the bytes of the answers in those that do."""
     out = left_out(findings)
     kept = [row for row in rows if row.line not in out]
     answers = (turn.text for row in kept for turn in row.turns if turn.role == "assistant")

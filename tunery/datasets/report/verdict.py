@@ -27,7 +27,7 @@ class Verdict:
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The verdict for JSON."""
+        """Returns the verdict for JSON."""
         return {**asdict(self), "warnings": list(self.warnings), "trainable": self.reason is None}
 
 
@@ -38,7 +38,7 @@ def judge(
     least: int | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Verdict:
-    """The verdict on the file whose bytes `read` gives, each time from the start; in constant memory.
+    """Returns the verdict on the file whose bytes `read` gives, each time from the start; in constant memory.
 
     `least`: examples that it must have, by default as many as a file of its role. `columns`: see `FileShape`.
     """
@@ -71,7 +71,7 @@ def _parse(source: SourceRow, role: FileRole) -> Example:
 
 
 def _added() -> list[RowEncoder]:
-    """The encoders of methods that plug-ins have added."""
+    """Returns the encoders of methods that plug-ins have added."""
     return [encoder for name, encoder in ENCODERS.items() if name not in ("supervised", "dpo")]
 
 

@@ -40,5 +40,5 @@ def nearest(questions: Sequence[str], examples: Sequence[str], most: int) -> lis
 
 
 def leaked(examples: Sequence[Row], questions: Sequence[Row]) -> set[int]:
-    """The lines of examples that ask, or nearly ask, what an eval row asks: a prompt would hold its answer."""
+    """Returns the lines of examples that ask, or nearly ask, what an eval row asks: a prompt would hold its answer."""
     return {pair.first.line for pair in neighbours.find(examples, questions) if pair.leaked}

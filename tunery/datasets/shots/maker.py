@@ -55,7 +55,7 @@ def _read(path: Path, role: FileRole) -> Iterator[tuple[int, Example]]:
 
 
 def _examples(path: Path, questions: list[Row]) -> tuple[list[Example], int]:
-    """The examples that may be shown, and how many may not since an eval row asks the same."""
+    """Returns the examples that may be shown, and how many may not since an eval row asks the same."""
     if not path.exists():
         return [], 0
     found = {line: example for line, example in _read(path, "training") if is_answerable(example)}
@@ -103,7 +103,7 @@ def _write(case: _Case, variant: Variant) -> Variant:
 
 
 def _prompted(case: _Case, variant: Variant) -> list[Example]:
-    """The eval rows with the variant's examples before each."""
+    """Returns the eval rows with the variant's examples before each."""
     if not variant.shots:
         return case.asked
     if variant.nearest:
@@ -117,14 +117,14 @@ def _prompted(case: _Case, variant: Variant) -> list[Example]:
 
 
 def _with_examples(asked: Example, shown: Sequence[Example]) -> Example:
-    """The row with the examples' turns behind its own system messages, which are the only ones."""
+    """Returns the row with the examples' turns behind its own system messages, which are the only ones."""
     first = next((at for at, one in enumerate(asked.messages) if one.role not in _SYSTEM), 0)
     turns: list[Message] = [turn for one in shown for turn in one.messages if turn.role not in _SYSTEM]
     return asked.model_copy(update={"messages": [*asked.messages[:first], *turns, *asked.messages[first:]]})
 
 
 def _too_long(case: _Case, prompted: Sequence[Example]) -> int:
-    """The tokens of the longest prompt and its answer where they do not fit into the context, else 0."""
+    """Returns the tokens of the longest prompt and its answer where they do not fit into the context, else 0."""
     longest = max(len(prompt) for prompt, _ in _encoded(case.template, prompted)) + case.limit
     return longest if case.order.context is not None and longest > case.order.context else 0
 

@@ -28,9 +28,9 @@ class Backend(Protocol):
     def device(self) -> str: ...
 
     def answer(self, request: ChatRequest) -> Answer:
-        """The answer to a request, not begun yet; the model is loaded when this returns.
+        """Returns the answer to a request, not begun yet; the model is loaded when this returns.
 
-        Raises Rejected for what the request is to blame for, Unavailable for what another time may mend.
+        Raises Rejected for what the request is to blame for, Unavailable for what may pass when it is tried again.
         """
 
     def advance(self, answers: Sequence[Answer]) -> Sequence[Answer]:
@@ -84,7 +84,7 @@ BACKENDS: dict[str, Make] = {"embedded": _embedded, "vllm": _vllm}
 
 
 def make(settings: Settings, storage: Storage, device: str) -> Backend:
-    """The back end of the settings. Raises ValueError for a name that is not there."""
+    """Returns the back end of the settings. Raises ValueError for a name that is not there."""
     name = settings.server_backend
     if name not in BACKENDS:
         raise ValueError(f"TUNERY_SERVER_BACKEND is '{name}'; use {' or '.join(BACKENDS)}")

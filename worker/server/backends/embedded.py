@@ -63,7 +63,7 @@ class Ready:
         return batch.longest if length is None else min(length, batch.longest)
 
     def stream(self, prompt_ids: list[int], project_id: str | None = None, *, is_greedy: bool = False) -> Stream:
-        """The logits after a prompt."""
+        """Returns the logits after a prompt."""
         model = self.base if self.adapter is None else self.adapter
         found: Stream = model.stream(prompt_ids, project_id, is_greedy=is_greedy)
         return found
@@ -113,7 +113,7 @@ class Engine:
         return self._device
 
     def answer(self, request: ChatRequest) -> Generation:
-        """The answer to a request, not begun yet; the model is loaded when this returns.
+        """Returns the answer to a request, not begun yet; the model is loaded when this returns.
 
         Raises CannotRender and PromptTooLong (the request's fault), StorageFailed, ObjectMissing, ChecksumMismatch.
         """
@@ -138,7 +138,7 @@ class Engine:
         return [answer for answer, stream in zip(answers, streams, strict=True) if stream in ready]
 
     def hold(self, chosen: Chosen) -> Ready:
-        """The model, loaded where it is not in memory. Raises as `answer` does."""
+        """Returns the model, loaded where it is not in memory. Raises as `answer` does."""
         weights = self._folder(chosen.weights)
         adapter = None if chosen.adapter is None else self._folder(chosen.adapter)
         source = Source(weights, self._four_bits(chosen, adapter), self._device, self._dtype)
@@ -182,7 +182,7 @@ class Engine:
         return folders.fetch(self._models_dir, self._storage, files)
 
     def _four_bits(self, chosen: Chosen, adapter: Path | None) -> Precision | None:
-        """The four bits that the adapter's base was in when it was scored; None for a base in its own type."""
+        """Returns the four bits that the adapter's base was in when it was scored; None for a base in its own type."""
         if adapter is None or chosen.tuned is None or chosen.tuned.technique != "qlora":
             return None
         is_quantised = self._qlora_base == "as_scored"
@@ -227,7 +227,7 @@ def _begin(request: ChatRequest, ready: Ready) -> Generation:
 
 
 def _once(work: Callable[[], None]) -> Callable[[], None]:
-    """The work, done by the first call alone."""
+    """Returns the work, done by the first call alone."""
     left = [work]
 
     def call() -> None:
@@ -238,7 +238,7 @@ def _once(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def read_four_bits(adapter: Path, device: str) -> Precision | None:
-    """The precision of a QLoRA adapter's run, on this kind of device; None where its record is missing."""
+    """Returns the precision of a QLoRA adapter's run, on this kind of device; None where its record is missing."""
     record = adapter / "training_config.json"
     if not record.exists():
         return None

@@ -56,7 +56,7 @@ class VllmBackend:
         self._start(fleet.watch())
 
     def answer(self, request: ChatRequest) -> RemoteAnswer:
-        """The answer to a request, whose adapter the servers have when this returns.
+        """Returns the answer to a request, whose adapter the servers have when this returns.
 
         Raises CannotRender, PromptTooLong, Unsupported and InvalidValue (the request's fault), CannotServe, NoReplica,
         StorageFailed, ObjectMissing, ChecksumMismatch.
@@ -116,7 +116,7 @@ class VllmBackend:
         return folders.fetch_texts(self._models_dir, self._storage, chosen.template)
 
     def _begin(self, target: Target, body: dict[str, Any], reader: Reader, tokens: Tokens) -> "Future[None]":
-        """The task that reads the answer, once a server has begun it."""
+        """Returns the task that reads the answer, once a server has begun it."""
         begun: Future[None] = Future()
         reading = self._start(self._read(target, body, reader, tokens, begun))
         begun.result()
@@ -139,7 +139,7 @@ class VllmBackend:
         except TuneryError as error:
             tokens.end(error)
         finally:
-            tokens.end(Unavailable(part="The model server"))  # of whatever it was: a reader must not wait for ever
+            tokens.end(Unavailable(part="The model server"))  # of whatever it was: a reader must not wait forever
             await self.fleet.close(target, replica, stream)
 
     def _written(
@@ -195,7 +195,7 @@ def _top(request: ChatRequest) -> int | None:
 
 
 def _kept_to(request: ChatRequest) -> dict[str, Any]:
-    """What the answer has to keep to, as vLLM spells it. Raises Unsupported."""
+    """Returns what the answer has to keep to, as vLLM spells it. Raises Unsupported."""
     if request.must_call:
         raise Unsupported(param="tool_choice", what="A call that has to be made", instead="Use 'auto'.")
     schema = grammar.schema_of(request.response_format)
