@@ -10,17 +10,28 @@ from api.dependencies import CallerDep, SessionDep, SettingsDep, StorageDep
 from api.json_route import JsonRoute
 from api.schemas import baselines as schemas
 from api.schemas.base import CursorList, errors
-from tunery.baselines import external, ledger, table
+from tunery.baselines import duration, external, ledger, table
 from tunery.baselines.model import Baseline
+from tunery.baselines.order import Order
 from tunery.datasets import files
 from tunery.models import registry
+from tunery.models.model import Model
 from tunery.settings import Settings
 
 router = APIRouter(prefix="/v1/fine_tuning/baselines", tags=["Fine-tuning jobs"], route_class=JsonRoute)
 
 
 def _shown(session: Session, settings: Settings, row: Baseline) -> schemas.Baseline:
-    return schemas.Baseline.of(row, table.rows(session, row, settings), currency=settings.currency)
+    shown = schemas.Baseline.of(row, table.rows(session, row, settings), currency=settings.currency)
+    return shown.model_copy(update={"warnings": _warnings(session, row)})
+
+
+def _warnings(session: Session, row: Baseline) -> list[str]:
+    """Of one that has not ended: which of its models are too large for where they are asked."""
+    if row.status not in ledger.LIVE:
+        return []
+    order = Order.model_validate(row.order)
+    return duration.warnings(order, [session.get_one(Model, id) for id in (row.model, *order.compare)])
 
 
 @router.post("", summary="Measure prompting", responses=errors(404, 429))

@@ -105,6 +105,7 @@ class Baseline(Wire):
                     "left_out": 3,
                     "table": [ROW],
                     "cheapest": None,
+                    "warnings": [],
                 }
             ]
         }
@@ -133,6 +134,9 @@ class Baseline(Wire):
     left_out: int | None = Field(description="Examples that were not shown, as an eval row asks nearly the same")
     table: list[Row] = Field(description="The baseline's rows, and the tunes of the model on the same eval rows")
     cheapest: Row | None = Field(description="The cheapest row that meets the target, or may; null: none does")
+    warnings: list[str] = Field(
+        default_factory=list, description="Until it has ended: models that are too large for a worker's CPU"
+    )
 
     @classmethod
     def of(cls, row: Stored, rows: list[Row], *, currency: str) -> "Baseline":

@@ -58,7 +58,10 @@ def baseline(
         body |= {"max_new_tokens": "auto" if max_new_tokens is None else max_new_tokens}
         body |= {"external": _external(external, external_price, external_key)}
         files = {"eval_file": _id(api, eval_file), "examples_file": None if examples is None else _id(api, examples)}
-        made = _wait(api, api.call("POST", ROOT, json=body | files)["id"])
+        created = api.call("POST", ROOT, json=body | files)
+        for warning in created["warnings"]:
+            output.errors.print(Text(warning, style="yellow"), soft_wrap=True)
+        made = _wait(api, created["id"])
     if json:
         return output.as_json(made)
     print_baseline(made)

@@ -13,6 +13,7 @@ from pydantic import SecretStr
 from tunery import db
 from tunery.baselines import external as endpoint
 from tunery.baselines import ledger, table
+from tunery.baselines.duration import MODEL_SECONDS
 from tunery.baselines.model import Baseline
 from tunery.baselines.order import External, Order
 from tunery.datasets import progress
@@ -29,8 +30,6 @@ from worker.supervisor import staging
 from worker.supervisor.drain import Drain
 
 log = logging.getLogger(__name__)
-SECONDS = 4 * 3600
-"""The time of one model. Others wait behind it, and a user who sees nothing by then sends fewer rows."""
 PROMPT_SECONDS = 1800
 """The time of its prompts, as a report's."""
 _PROMPTS = 0.02
@@ -151,7 +150,7 @@ def _models(
         variants = _asked(prompts, is_first=number == 0, is_tuned=model.kind != "base")
         _lay_out(baseline, model, variants, run_dir, settings, storage)
         reason = programs.run(
-            ["worker.trainer.prompting", str(run_dir)], folder, watch, what="answering", seconds=SECONDS,
+            ["worker.trainer.prompting", str(run_dir)], folder, watch, what="answering", seconds=MODEL_SECONDS,
             watch=partial(_show, watch, run_dir, number, len(ids)),
         )  # fmt: skip
         if watch.begun:

@@ -1,0 +1,31 @@
+"""Which models are too large to be asked on a CPU."""
+
+import pytest
+from known_models import LLAMA_8B
+from rows import FACTS
+
+from tunery.baselines.duration import warnings
+from tunery.baselines.order import Order
+from tunery.models.model import Model
+
+LLAMA, TINY = Model(id="llama-8b", facts=LLAMA_8B), Model(id="tiny", facts=FACTS)
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        # An answer's 400 tokens are 2 x 7.5e9 operations each, of 40e9 a second: 150 s.
+        (Order(max_rows=200), "about 18 hours; a model gets 4. Send max_rows 5 for about an hour"),
+        (Order(max_rows=200, shots=[0]), "about 9 hours; a model gets 4. Send max_rows 11"),
+        (Order(max_rows=12, shots=[0, 4], retrieval="nearest"), "about 3 hours; a model gets 4. Send max_rows 3 "),
+        (Order(max_rows=11, shots=[0]), None),
+    ],
+)
+def test_a_large_model_is_warned_of(order: Order, said: str | None) -> None:
+    found = warnings(order, [TINY, LLAMA])
+    assert len(found) == (said is not None)
+    assert said is None or (said in found[0] and found[0].startswith("'llama-8b' is asked on the CPU"))
+
+
+def test_a_model_of_unknown_sizes_is_not_judged() -> None:
+    assert warnings(Order(), [Model(id="m", facts={})]) == []

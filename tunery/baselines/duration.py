@@ -1,0 +1,44 @@
+"""How long a baseline's models take on a worker's CPU, about: enough to say which are too large for it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tunery.baselines.order import Order
+from tunery.models.model import Model
+from tunery.planning import speed
+from tunery.planning.shape import Shape
+from tunery.spec import Full
+
+MODEL_SECONDS = 4 * 3600
+"""The time that a model gets. Others wait behind it, and a user who sees nothing by then sends fewer rows."""
+_TOKENS = 400
+"""Of a prompt with its answer: a guess, as no row has been read yet."""
+_WARNED = 3600
+_TIMED = 20
+_SIZES = {"hidden_size", "num_hidden_layers", "vocab_size"}
+
+
+def warnings(order: Order, models: Sequence[Model]) -> list[str]:
+    """Returns what to say of the models that would take more than an hour."""
+    ways = (2 if order.shots == "auto" else len(order.shots)) + (order.retrieval != "none")
+    found = []
+    for model in models:
+        each = _answer_seconds(model.facts) * ways
+        expected = each * (order.max_rows + min(order.max_rows, _TIMED))
+        if expected > _WARNED:
+            found.append(_say(model, expected, max(1, int(_WARNED / each / 2))))
+    return found
+
+
+def _answer_seconds(facts: Mapping[str, Any]) -> float:
+    """A full fine-tune's token costs six operations a weight, and a forward pass two."""
+    if not facts.keys() >= _SIZES:
+        return 0.0
+    return _TOKENS * speed.operations(Shape.of(facts), Full()) / 3 / speed.CPU_OPERATIONS
+
+
+def _say(model: Model, expected: float, rows: int) -> str:
+    return (
+        f"'{model.id}' is asked on the CPU of the worker for I/O: that takes about {expected / 3600:.0f} hours; "
+        f"a model gets {MODEL_SECONDS // 3600}. Send max_rows {rows} for about an hour, or name a smaller model."
+    )
