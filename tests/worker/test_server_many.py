@@ -216,6 +216,28 @@ def test_answer_that_takes_too_long_ends_with_an_error(shop: Shop, engine: Engin
         assert len(text(ask(max_tokens=1))) == 1
 
 
+def test_answer_that_came_too_late_is_closed_by_the_thread_that_steps(shop: Shop, engine: Engine) -> None:
+    with serving(engine) as port, client_of(port) as client:
+        asker(client, shop)()
+    shop.storage.slow = "models/b/"
+    closed: list[str] = []
+    answer = engine.answer
+
+    def watched(request: Any) -> Any:
+        made = answer(request)
+        close = made.close
+        made.close = lambda: (closed.append(threading.current_thread().name), close())[1]  # type: ignore[method-assign, func-returns-value]
+        return made
+
+    engine.answer = watched  # type: ignore[method-assign]
+    with serving(engine, seconds=0.5) as port, client_of(port) as client:
+        with pytest.raises(openai.APIError, match="not complete after"):
+            asker(client, shop)("b")
+        shop.storage.may_go.set()
+        assert processes.wait_until(lambda: bool(closed), seconds=20, alive=lambda: True)
+    assert closed == ["engine"]
+
+
 def test_client_that_leaves_frees_the_memory_of_its_answer(ask: Any, engine: Engine) -> None:
     with ask(stream=True, max_tokens=50_000) as stream:
         next(stream)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from threading import Condition, Thread
 
 from tunery.errors import AnswerTooSlow, Overloaded
@@ -81,8 +82,15 @@ class RequestQueue:
         try:
             return await asyncio.shield(making)
         except asyncio.CancelledError:
-            making.add_done_callback(_close_unread)  # what a thread has begun goes on, and holds a model
+            making.add_done_callback(
+                partial(self._close_unread, request.chosen)
+            )  # what a thread has begun goes on, and holds a model
             raise
+
+    def _close_unread(self, chosen: Chosen, made: "asyncio.Future[Answer]") -> None:
+        """Closes an answer that nobody waits for any more, in the thread that steps: its batch may have begun it."""
+        if not made.cancelled() and made.exception() is None:
+            self.loop.remove(_Running(made.result(), chosen))
 
     def close(self) -> None:
         self.loop.close()
@@ -247,8 +255,3 @@ class Loop:
 
 def _tokens(running: list[_Running]) -> int:
     return sum(one.answer.completion_tokens for one in running)
-
-
-def _close_unread(made: "asyncio.Future[Answer]") -> None:
-    if not made.cancelled() and made.exception() is None:
-        made.result().close()
