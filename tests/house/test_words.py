@@ -13,11 +13,7 @@ REGISTRIES = (
 )
 REFUSED = re.compile(r"\b(deeds?|wish(es)?|told|mend|anew|whoever|for ever|strangers?)\b", re.IGNORECASE)
 """Metaphors and old words, for which the field has a term of its own."""
-ROOMS = (
-    *(f"tunery/{room}" for room in ("artifacts", "cli", "jobs", "keys", "local", "models", "storage", "webhooks")),
-    *(f"worker/{room}" for room in ("app.py", "io", "poller.py", "pollers.py", "supervisor", "trackers", "trainer")),
-)
-"""Where they are refused. A room joins the list once it is free of them."""
+ROOMS = ("api", "tunery", "worker")
 STORED = re.compile(r"\b(CheckConstraint|mapped_column)\(")
 """Lines that spell a column, which keeps the name that it was made with."""
 PLACES = re.compile(r"(?<![\w.-])/(?:wo" + r"rk|ro" + r"ot|ho" + r"me)/\w")
