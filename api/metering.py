@@ -68,18 +68,18 @@ class Admission:
         self._has_ended = True
         try:
             with anyio.CancelScope(shield=True):
-                await run_in_threadpool(self._settle)
+                await run_in_threadpool(self._count_usage)
         finally:
             _open(self.app)[self.project_id] -= 1
 
-    def _settle(self) -> None:
+    def _count_usage(self) -> None:
         model = self.chosen.tuned or self.chosen.base
         settings: Settings = self.app.state.settings
         with self.app.state.sessions.begin() as session:
             if self.used.total:
                 usage.count(session, self.project_id, model.id, self.used)
             charged, used = self.standing.charged, self.used.total
-            rates.settle(session, settings, self.project_id, charged=charged, used=used)
+            rates.charge_used(session, settings, self.project_id, charged=charged, used=used)
         if self.hearing is not None:
             self._keep(self.hearing)
 

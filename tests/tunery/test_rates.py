@@ -57,10 +57,10 @@ def test_tokens_are_settled_by_what_was_used(database: Database, project_id: str
     with pytest.raises(RateLimited, match="100 tokens a minute"):
         take(database, project_id, 20)
     with database.sessions.begin() as session:
-        rates.settle(session, database.settings, project_id, charged=standing.charged, used=10)
+        rates.charge_used(session, database.settings, project_id, charged=standing.charged, used=10)
     assert take(database, project_id, 20).tokens.left == pytest.approx(70, abs=2)
     with database.sessions.begin() as session:
-        rates.settle(session, database.settings, project_id, charged=20, used=220)
+        rates.charge_used(session, database.settings, project_id, charged=20, used=220)
     with pytest.raises(RateLimited, match="tokens a minute"):  # an answer that was longer is owed
         take(database, project_id, 1)
 

@@ -58,7 +58,7 @@ class FieldCheck:
         self._render = render
         self._verdicts: dict[Any, _Verdict] = {}
 
-    def settle(self, messages: list[Json], tools: list[Json] | None, prompting: bool) -> list[Json]:
+    def in_shown_form(self, messages: list[Json], tools: list[Json] | None, prompting: bool) -> list[Json]:
         """Returns the messages, empty content beside tool calls written so that the template shows the calls.
 
         Raises CannotRender, naming the field, where the template would lose one.

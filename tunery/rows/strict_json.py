@@ -75,7 +75,7 @@ def _too_deep() -> str:
 
 
 def _refuse_depth(text: str, value: Any) -> None:
-    # Counting brackets is cheap and settles nearly every line; only the others are walked.
+    # Counting brackets is cheap and decides nearly every line; only the others are walked.
     if text.count("{") + text.count("[") <= MAX_DEPTH:
         return
     level: list[Any] = [value]

@@ -261,7 +261,7 @@ class ChatTemplate:
             return known[0], known[1]
         given = [message.for_template() for message in messages]
         given_tools = [tool.for_template() for tool in tools] if tools else None
-        given = self._fields.settle(given, given_tools, prompting)
+        given = self._fields.in_shown_form(given, given_tools, prompting)
         (given, given_tools), spelled = self._tokens.hide([given, given_tools])
         now = now or self._now()  # once: the renderings of a row must agree though midnight passes between them
         return Views(partial(self._render, now=now), given, given_tools), tuple(dict.fromkeys(spelled))

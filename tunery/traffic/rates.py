@@ -77,7 +77,7 @@ def take(session: Session, settings: Settings, project_id: str, tokens: int) -> 
     return standing
 
 
-def settle(session: Session, settings: Settings, project_id: str, *, charged: float, used: int) -> None:
+def charge_used(session: Session, settings: Settings, project_id: str, *, charged: float, used: int) -> None:
     """Replaces the tokens that were charged for a request by those that it used."""
     limits = _limits(settings, session.get_one(Project, project_id))
     if limits[1] is None or charged == used:
