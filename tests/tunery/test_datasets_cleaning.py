@@ -19,7 +19,7 @@ from tunery.datasets.cleaning import cleaner, conversations, redaction, splits
 from tunery.datasets.cleaning.cleaner import Cleaned
 from tunery.datasets.cleaning.order import ACTIONS, Action, Cleaning, HeldOut, RowChoice
 from tunery.datasets.errors import CannotHoldOut, NothingLeft
-from tunery.datasets.report import maker, privacy, texts
+from tunery.datasets.report import leaks, maker, privacy, texts
 from tunery.datasets.report.case import Case
 from tunery.datasets.report.rows import read
 from tunery.datasets.report.titles import TITLES
@@ -251,6 +251,8 @@ TEXTS = st.lists(WORDS, min_size=3, max_size=7).map(" ".join)
 
 
 @settings(max_examples=8, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example([("card card card", "a"), ("card card card card card", "b"), ("money gone today how", "a")], 0.5, 0)
+@example([("card lost where", "a"), ("new app card lost where", "a"), ("money gone today how", "a")], 0.5, 0)
 @example([("card card card", "a"), ("card card card", "a"), ("card card card card card", "a")], 0.5, 0)
 @given(
     rows=st.lists(st.tuples(TEXTS, st.sampled_from(["a", "b", "other"])), min_size=3, max_size=25),
@@ -269,6 +271,8 @@ def test_no_group_straddles(tmp_path: Path, rows: list[tuple[str, str]], share: 
     held = [json.loads(line) for line in apart.read_text().splitlines()]
     asked = [[texts.words(row["messages"][0]["content"]) for row in side] for side in (kept, held)]
     assert all(texts.similarity(one, other) < 0.7 for one in asked[0] for other in asked[1])
+    both = Case(read(written(tmp_path / "kept.jsonl", kept)), read(apart))
+    assert list(leaks.find(both)) == [], "of the held-out rows the report names none"
     assert len(kept) + len(held) == len(rows) == done.rows
     first = apart.read_bytes()
     cleaned(path, order, held_out=apart)

@@ -71,9 +71,10 @@ def test_the_nearest_examples_stand_last() -> None:
 def test_an_example_that_asks_what_an_eval_row_asks_is_never_shown(folder: Path) -> None:
     put(folder, "rows", [row("Where is my new card, please?", "card")])
     leaks = [row("Where is my new card, please?", "card"), row("where is my new card please", "another")]
+    leaks.append(row("Good morning, where is my new card please", "card"))
     put(folder, "examples", [*leaks, row("Cash did not come out", "cash"), row("Top up failed again", "top_up")])
     made = make(folder, retrieval="nearest")
-    assert (made.examples, made.left_out) == (2, 2)
+    assert (made.examples, made.left_out) == (2, 3)
     for name in ("2-shot", "2-nearest"):
         [shown] = prompts(folder, name)
         assert {one["content"] for one in shown[:4]} == {

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from tunery.datasets.errors import CannotHoldOut
+from tunery.datasets.report import extensions
 from tunery.datasets.report.case import Case
 from tunery.datasets.report.rows import Row, by_key, whole
 
@@ -51,7 +52,9 @@ def group(case: Case) -> list[Group]:
 
     same = [(rows[0].line, row.line) for rows in by_key(case.rows, whole).values() for row in rows[1:]]
     near = [(pair.first.line, pair.second.line) for pair in case.pairs if not pair.leaked]
-    for one, other in (*same, *near):
+    # What the report would call a leak between the two files.
+    longer = [(pair.first.line, pair.second.line) for pair in extensions.find(case.answered, case.answered)]
+    for one, other in (*same, *near, *longer):
         first, second = sorted((find(one), find(other)))
         parent[second] = first
     groups: dict[int, Group] = {}

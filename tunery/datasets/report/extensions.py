@@ -16,8 +16,8 @@ _ALIKE = 0.5
 """Jaccard similarity of the questions' shingles, so that the words added are no more than those that they share."""
 
 
-def find_leaked(rows: Sequence[Row], against: Sequence[Row]) -> Iterator[Pair]:
-    """The pairs of a row of the file and one of the other, with one answer, of which one question extends the other."""
+def find(rows: Sequence[Row], against: Sequence[Row]) -> Iterator[Pair]:
+    """The pairs of a row and one of `against`, with one answer, of which one question extends the other."""
     here, there = by_key(rows, _words), by_key(against, _words)
     for first, second in _extended(here, there):
         yield from _pair(here[first], there[second])

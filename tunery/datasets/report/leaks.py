@@ -14,7 +14,7 @@ def find(case: Case) -> Iterator[Finding]:
     """One finding for each row that leaks, by its closest partner."""
     closest: dict[int, Pair] = {}
     # A few words more make short questions unlike by their shingles: with one answer they leak all the same.
-    for pair in chain(case.pairs, extensions.find_leaked(case.answered, case.against)):
+    for pair in chain(case.pairs, extensions.find(case.answered, case.against)):
         if pair.leaked and pair.similarity > getattr(closest.get(pair.first.line), "similarity", 0):
             closest[pair.first.line] = pair
     for line, pair in sorted(closest.items()):

@@ -2,8 +2,9 @@
 
 import random
 from collections.abc import Sequence
+from itertools import chain
 
-from tunery.datasets.report import neighbours
+from tunery.datasets.report import extensions, neighbours
 from tunery.datasets.report.rows import Row
 
 
@@ -41,4 +42,5 @@ def nearest(questions: Sequence[str], examples: Sequence[str], most: int) -> lis
 
 def leaked(examples: Sequence[Row], questions: Sequence[Row]) -> set[int]:
     """Returns the lines of examples that ask, or nearly ask, what an eval row asks: a prompt would hold its answer."""
-    return {pair.first.line for pair in neighbours.find(examples, questions) if pair.leaked}
+    pairs = chain(neighbours.find(examples, questions), extensions.find(examples, questions))
+    return {pair.first.line for pair in pairs if pair.leaked}
