@@ -13,7 +13,7 @@ import torch
 from asgi import serving
 from cloned_databases import Database
 from fastapi import FastAPI
-from fleets import Shelf
+from fleets import PublishedModels
 from llama_cpp_fleet import LlamaCppReplica
 from peft import PeftModel
 from teams import BASE, Team
@@ -49,15 +49,15 @@ def test_each_chat_has_its_adapter(
     for folder in folders:
         tiny_models.with_a_merge(folder)
         gguf_adapter.write(base, folder, out=tmp_path / f"{folder.name}.gguf", name="tiny")
-    shelf = Shelf(database, base, tmp_path)
-    models: dict[str, Path | None] = {BASE: None, **{shelf.add(team, folder): folder for folder in folders}}
-    digests = [shelf.digest(model) for model, folder in models.items() if folder is not None]
+    published = PublishedModels(database, base, tmp_path)
+    models: dict[str, Path | None] = {BASE: None, **{published.add(team, folder): folder for folder in folders}}
+    digests = [published.digest(model) for model, folder in models.items() if folder is not None]
     python = other_clients.install("llama-cpp") / "bin" / "python"
     with ExitStack() as stack:
         files = [tmp_path / f"{folder.name}.gguf" for folder in folders]
         engine = stack.enter_context(llama_cpp.serve(python, tmp_path / "model-f16.gguf", *files, context=256))
         replica = LlamaCppReplica(engine.address, BASE, digests, context=256)
-        address = stack.enter_context(shelf.serving(stack.enter_context(serving(replica.app))))
+        address = stack.enter_context(published.serving(stack.enter_context(serving(replica.app))))
         client = team.on(make_app(server_url=address)).openai(strict=True)
         for question in QUESTIONS:
             wanted = {model: _plain(base, folder, question) for model, folder in models.items()}

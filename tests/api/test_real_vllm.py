@@ -12,7 +12,7 @@ import real_vllm
 import torch
 from cloned_databases import Database
 from fastapi import FastAPI
-from fleets import Shelf
+from fleets import PublishedModels
 from openai import OpenAI
 from peft import LoraConfig, PeftModel, get_peft_model
 from teams import BASE, Team
@@ -89,16 +89,16 @@ class Plain:
 @pytest.fixture
 def front(
     database: Database, team: Team, make_app: Callable[..., FastAPI], base_folder: Path, tmp_path: Path
-) -> Iterator[tuple[Shelf, Callable[[int], OpenAI]]]:
+) -> Iterator[tuple[PublishedModels, Callable[[int], OpenAI]]]:
     """The base in storage, and what makes a client of the API before the vLLM at a port."""
     with ExitStack() as stack:
-        shelf = Shelf(database, base_folder, tmp_path)
+        published = PublishedModels(database, base_folder, tmp_path)
 
         def make(port: int) -> OpenAI:
-            address = stack.enter_context(shelf.serving(f"http://127.0.0.1:{port}", max_rank=MAX_RANK))
+            address = stack.enter_context(published.serving(f"http://127.0.0.1:{port}", max_rank=MAX_RANK))
             return team.on(make_app(server_url=address)).openai(strict=True)
 
-        yield shelf, make
+        yield published, make
 
 
 def _say(client: OpenAI, model: str, question: str) -> str | None:
@@ -109,12 +109,12 @@ def _say(client: OpenAI, model: str, question: str) -> str | None:
 
 
 def test_adapters_come_at_run_time_and_answer_as_plain_peft_does(
-    front: tuple[Shelf, Callable[[int], OpenAI]], team: Team, base_folder: Path, tmp_path: Path
+    front: tuple[PublishedModels, Callable[[int], OpenAI]], team: Team, base_folder: Path, tmp_path: Path
 ) -> None:
-    shelf, make = front
+    published, make = front
     folders = [adapter(tmp_path / f"r{rank}", base_folder, rank) for rank in RANKS]
-    models = {BASE: None, **{shelf.add(team, folder): folder.name for folder in folders}}
-    dora = shelf.add(team, adapter(tmp_path / "dora", base_folder, 8, use_dora=True))
+    models = {BASE: None, **{published.add(team, folder): folder.name for folder in folders}}
+    dora = published.add(team, adapter(tmp_path / "dora", base_folder, 8, use_dora=True))
     plain = Plain(base_folder, folders)
     adapted = [(model, question) for question in QUESTIONS for model in models if model != BASE]
     # Alone: in vLLM's build for the CPU a row on the base, in a batch with rows on adapters, is given one of these.

@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 from cloned_databases import Database
 from fastapi import FastAPI
-from fleets import Shelf
+from fleets import PublishedModels
 from openai import OpenAI
 from recorded_vllm import QUESTION, RECORDED, RecordedVllm, steps
 from teams import BASE, TRAIN, Team
@@ -34,7 +34,7 @@ class Recorded:
         self._root = root
         tiny_models.tokenizer(root / "base")
         (root / "base/config.json").write_text(json.dumps({"eos_token_id": 2}))
-        self.shelf = Shelf(database, root / "base", root)
+        self.files = PublishedModels(database, root / "base", root)
         self.tokenizer = ChatTemplate.load(root / "base").tokenizer
         self.vllms = [RecordedVllm(BASE), RecordedVllm(BASE)]
 
