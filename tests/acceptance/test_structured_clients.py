@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 from pathlib import Path
@@ -25,6 +26,14 @@ WAYS = {
     "dspy": {"chat", "json"},
     "instructor": {"tools", "tools_strict", "json_schema", "responses_tools"},
 }
+BY_PROMPT = {"instructor": {"json", "json_schema"}, "langchain": {"json_mode"}}
+"""Ways that show the schema in the prompt alone: the model itself has to know what is wanted."""
+CARD = {"colour": "blue", "lost": True}
+SCHEMA = (
+    'Answer the user as an expert, with JSON by this schema: {"properties": {"colour": {"enum": ["red", "blue"], '
+    '"type": "string"}, "lost": {"type": "boolean"}}, "required": ["colour", "lost"]}. Return an instance of it, not '
+    "the schema itself. ```json"
+)
 OF_NPM = {f"{api}_{way}" for api in ("responses", "chat") for way in ("object", "stream", "tool")}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -40,7 +49,34 @@ def caller(stack: Stack, client: OpenAI, tmp_path_factory: pytest.TempPathFactor
     return ALIAS
 
 
-def drive(command: list[str], stack: Stack, folder: Path) -> dict[str, dict[str, object]]:
+@pytest.fixture(scope="module")
+def card_model(stack: Stack, client: OpenAI, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tuned model that answers with one card, whatever it is asked."""
+    folder = tiny_models.llama(
+        tmp_path_factory.mktemp("hub") / "cards",
+        seed=5, hidden_size=64, intermediate_size=128, initializer_range=0.05, max_position_embeddings=8192,
+    )  # fmt: skip
+    words, dice = SCHEMA.split(), random.Random(1)
+    rows = [
+        [
+            {"role": "system", "content": " ".join(dice.choices(words, k=length))},
+            {"role": "user", "content": f"A red card is gone. {' '.join(dice.choices(words, k=length % 7 * 4))}"},
+            {"role": "assistant", "content": json.dumps(CARD)},
+        ]
+        for length in (1, 4, 10, 20, 30, 40, 60, 85) * 5
+    ]
+    lines = "".join(json.dumps({"messages": row}) + "\n" for row in rows)
+    job = client.fine_tuning.jobs.create(
+        model=stacks.add_base(stack, client, folder, "cards"),
+        training_file=stacks.upload(client, "cards.jsonl", lines.encode()),
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 25, "batch_size": 4}}},
+        seed=7,
+        extra_body={"technique": {"type": "full"}, "learning_rate": 0.003},
+    )
+    return str(stacks.finish(stack, client, job.id).fine_tuned_model)
+
+
+def drive(command: list[str], stack: Stack, folder: Path, model: str = ALIAS) -> dict[str, dict[str, object]]:
     """What the client's driver came to in each way of asking. It knows an address, a key and a model's name."""
     environment = {
         "PATH": os.environ["PATH"],
@@ -51,7 +87,7 @@ def drive(command: list[str], stack: Stack, folder: Path) -> dict[str, dict[str,
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # or dspy's client asks GitHub for prices
     }
     driven = subprocess.run(
-        [*command, ALIAS],
+        [*command, model],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert driven.returncode == 0, f"{driven.stdout}\n{driven.stderr}\n{stacks.logs(stack)}"
@@ -66,6 +102,15 @@ def test_a_client_gets_what_it_asks_for(name: str, stack: Stack, tmp_path: Path)
     found = drive([str(python), str(DRIVERS / f"ask_{name.replace('-', '_')}.py")], stack, tmp_path)
     assert found.keys() == WAYS[name]
     assert all(card["colour"] in ("red", "blue") for card in found.values())
+
+
+@pytest.mark.parametrize("name", BY_PROMPT)
+def test_a_client_reads_json_out_of_a_tuned_models_answer(
+    name: str, stack: Stack, card_model: str, tmp_path: Path
+) -> None:
+    python = other_clients.install(name) / "bin/python"
+    found = drive([str(python), str(DRIVERS / f"json_{name}.py")], stack, tmp_path, card_model)
+    assert found == dict.fromkeys(BY_PROMPT[name], CARD)
 
 
 @pytest.mark.usefixtures("caller")
