@@ -356,7 +356,8 @@ def test_every_setting_that_is_named_anywhere_exists(root: Path, texts: dict[Pat
         if path.suffix in {".md", ".yml", ".example", ""} or path.name == "Dockerfile"
         for name in NAME.findall(text)
     }
-    of_commands = set(re.findall(r'envvar="(\w+)"', (root / "tunery/cli/options.py").read_text()))
+    commands = "".join(path.read_text() for path in (root / "tunery/cli").glob("*.py"))
+    of_commands = set(re.findall(r'envvar="(\w+)"', commands))
     of_trainers = set(re.findall(r'^TASKS = "(\w+)"', (root / "worker/trainer/general/harness.py").read_text(), re.M))
     known = _env_names() | of_commands | of_trainers
     assert {(name, where) for name, where in named if name not in known} == set()
