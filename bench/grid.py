@@ -46,7 +46,7 @@ def work(base: Path, point: Point) -> Work:
     technique = _technique(point)
     rate = None
     if point["rate"] is not None:
-        hidden = task_runs.facts(base)["hidden_size"]
+        hidden = task_runs.model_info(base)["hidden_size"]
         rate = point["rate"] * advice.default_learning_rate(hidden, technique)
     chosen = {"on_validation": True, "before": EXACT} if point["stage"] == "grid" else {}
     return Work(

@@ -151,13 +151,13 @@ def lay_out(folder: Path, base: Path, kind: Kind) -> Run:
     return run
 
 
-def facts(base: Path) -> dict[str, Any]:
+def model_info(base: Path) -> dict[str, Any]:
     """What the planning knows of a base."""
     from tunery.rows.template import ChatTemplate
     from worker.trainer import coverage, inspection
 
     model = inspection.skeleton(str(base), base)
-    known = inspection.facts(str(base), model, ChatTemplate.load(base)) | coverage.facts(model.config)
+    known = inspection.model_info(str(base), model, ChatTemplate.load(base)) | coverage.model_info(model.config)
     return {name: value for name, value in known.items() if name not in ("linear_modules", "eos_token_ids")}
 
 
@@ -197,7 +197,7 @@ def measure(name: str, base: Path, work: Path, limit: float) -> dict[str, Any]:
     return {
         "kind": name,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "facts": facts(base),
+        "facts": model_info(base),
         "run": {key: value for key, value in asdict(kind).items() if key != "technique"},
         "technique": kind.technique.model_dump(exclude_defaults=True) | {"type": kind.technique.type},
         "longest": max(lengths),

@@ -29,7 +29,7 @@ _PROMPT = 30
 
 
 def load(*paths: Path) -> list[dict[str, Any]]:
-    """The records, each with its base's facts; or those of files of bench/memory.py alone."""
+    """The records, each with its base's model info; or those of files of bench/memory.py alone."""
     said = json.loads((RESULTS / "memory_records.json").read_text())
     gathered = [{**record, "facts": said["bases"][record["base"]]} for record in said["records"]]
     files = paths or [RESULTS / name for name in RUNS if (RESULTS / name).exists()]

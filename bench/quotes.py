@@ -85,7 +85,7 @@ def measured(job_id: str, test_rows: int) -> tuple[Job, Record]:
         (record,) = [each for each in quoting.records(session, job, "CPU") if each.job == job_id]
         work = workload.of_job(
             Plan.model_validate(job.plan),
-            session.get_one(Model, job.base_model).facts,
+            session.get_one(Model, job.base_model).model_info,
             Counts(1, 1, "rows", test_rows=test_rows),
             "cpu",
         )

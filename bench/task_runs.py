@@ -231,10 +231,10 @@ def plan(work: Work) -> Plan:
         replay=work.replay,
     )
     examples = len(rows_of(work.task, "train", work.rows))
-    return advice.resolve(spec, examples=examples, facts=facts(work.base), bf16_fits=True)
+    return advice.resolve(spec, examples=examples, model_info=model_info(work.base), bf16_fits=True)
 
 
-def facts(base: Path) -> dict[str, Any]:
+def model_info(base: Path) -> dict[str, Any]:
     """What the converter wrote of the base."""
     found: dict[str, Any] = json.loads((base / "facts.json").read_text())
     return found

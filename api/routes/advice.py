@@ -102,7 +102,7 @@ def show_advice(
 def _advise(session: Session, caller: Caller, settings: Settings, storage: Storage, body: schemas.AskAdvice) -> _Given:
     """Raises NotFound, NoReport, WrongState, InvalidValue."""
     model = registry.find_ready(session, caller.project_id, body.model)
-    check_technique(body.technique, model.facts)
+    check_technique(body.technique, model.model_info)
     file = files.find(session, caller.project_id, body.file, param="file")
     baseline = _baseline(session, caller.project_id, body.baseline, model)
     rows = [] if baseline is None else table.rows(session, baseline, settings)
@@ -113,9 +113,9 @@ def _advise(session: Session, caller: Caller, settings: Settings, storage: Stora
     said = advisor.advise(
         advisor.rows_of(report.summary, rates.of_file(storage, base, file)),
         body.aim,
-        facts=model.facts,
+        model_info=model.model_info,
         technique=body.technique,
-        bf16_fits=placing.bf16_fits(model.facts, leases.devices(session)),
+        bf16_fits=placing.bf16_fits(model.model_info, leases.devices(session)),
         has_held_out=body.validation_file is not None,
     )
     if baseline is not None:

@@ -81,9 +81,9 @@ class Model(Wire):
             base_model=row.id if alias else row.base_id,
             job=row.job_id,
             technique=row.technique,
-            params=row.facts.get("params"),
-            context_length=row.facts.get("context_length"),
-            techniques=row.facts.get("techniques"),
+            params=row.model_info.get("params"),
+            context_length=row.model_info.get("context_length"),
+            techniques=row.model_info.get("techniques"),
             manifest_sha256=row.manifest_sha256,
         )
 

@@ -67,10 +67,10 @@ def test_numbers_follow_the_base_and_the_devices(team: Team, base: str, database
     assert found["recommendation"] == "fine_tune"
     assert (said["technique.type"], said["technique.r"], said["held_out.share"]) == ("lora", 64, 0.1)
     assert said["learning_rate"] == pytest.approx(advice.default_learning_rate(64, Lora()), rel=1e-2)
-    learns = shape.trainable_params(rows.FACTS, Lora(r=64))
+    learns = shape.trainable_params(rows.MODEL_INFO, Lora(r=64))
     assert any(f"it has {learns:,} parameters at rank 64" in text for text in found["warnings"])
 
-    few = memory.estimate(rows.FACTS, Lora(), max_seq_length=2048).bytes - 1
+    few = memory.estimate(rows.MODEL_INFO, Lora(), max_seq_length=2048).bytes - 1
     with database.sessions.begin() as session:
         card = HostDevice(id="h/gpu0", host="h", gpu_index=0, device="a card", memory_bytes=few, bf16=True)
         leases.show_device(session, card)

@@ -48,9 +48,9 @@ def test_nothing_is_stored_and_every_auto_is_a_number(
     assert (knobs.n_epochs, knobs.batch_size, knobs.learning_rate_multiplier) == (8, 8, 1.0)  # 100 // 12 epochs
     assert (found.technique, found.learning_rate) == (Lora(), advice.default_learning_rate(64, Lora()))
     assert (found.validation.examples, found.validation.usable, found.validation.trainable) == (12, 1, True)
-    facts = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    facts |= {"num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True, "params": 150_000}
-    assert found.memory["cuda"].bytes == memory.estimate(facts, Lora(), max_seq_length=2048).bytes
+    model_info = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model_info |= {"num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True, "params": 150_000}
+    assert found.memory["cuda"].bytes == memory.estimate(model_info, Lora(), max_seq_length=2048).bytes
     assert found.quote is not None
     assert (found.quote.device, found.quote.speed_from, found.quote.tokens_from) == ("T4", "estimated", "bytes")
     assert found.quote.cost is not None

@@ -24,9 +24,9 @@ def show(database: Database, size: int) -> None:
         leases.show_device(session, card)
 
 
-def facts_of(database: Database, base: str) -> dict[str, Any]:
+def model_info_of(database: Database, base: str) -> dict[str, Any]:
     with database.sessions.begin() as session:
-        return dict(session.get_one(Model, base).facts)
+        return dict(session.get_one(Model, base).model_info)
 
 
 def create(team: Team, base: str, file_id: str, **fields: Any) -> Any:
@@ -37,8 +37,8 @@ def create(team: Team, base: str, file_id: str, **fields: Any) -> Any:
 def test_what_no_device_holds_at_the_least_is_refused_with_what_to_change(
     team: Team, base: str, database: Database
 ) -> None:
-    file_id, facts = upload(team), facts_of(database, base)
-    least = memory.estimate(facts, Full(), max_seq_length=64).bytes
+    file_id, model_info = upload(team), model_info_of(database, base)
+    least = memory.estimate(model_info, Full(), max_seq_length=64).bytes
     show(database, least - 1)
 
     refused = create(team, base, file_id)
@@ -56,11 +56,11 @@ def test_what_no_device_holds_at_the_least_is_refused_with_what_to_change(
 
 def test_a_job_on_the_border_is_left_to_the_probe(team: Team, base: str, database: Database) -> None:
     """Its rows may be as long as max_seq_length, for which the trainer would find no plan; they may be short."""
-    file_id, facts = upload(team), facts_of(database, base)
-    least = memory.estimate(facts, Full(), max_seq_length=64).bytes
+    file_id, model_info = upload(team), model_info_of(database, base)
+    least = memory.estimate(model_info, Full(), max_seq_length=64).bytes
     show(database, least)
 
-    assert not expected.runs(facts, Full(), max_seq_length=2048, capacity=least)
+    assert not expected.runs(model_info, Full(), max_seq_length=2048, capacity=least)
     tried = create(team, base, file_id, dry_run=True).json()
     assert (tried["error"], tried["expected"]) == (None, None)
     assert any("Rows of 2048 tokens may not fit on the largest GPU here" in text for text in tried["warnings"])
@@ -70,8 +70,8 @@ def test_a_job_on_the_border_is_left_to_the_probe(team: Team, base: str, databas
 
 @pytest.mark.parametrize("fields", [{"technique": {"type": "full"}}, {"technique": {"type": "qlora"}}])
 def test_force_skips_the_refusal(team: Team, base: str, database: Database, fields: dict[str, Any]) -> None:
-    file_id, facts = upload(team), facts_of(database, base)
-    show(database, min(memory.estimate(facts, one, max_seq_length=64).bytes for one in (Full(), Qlora())) // 2)
+    file_id, model_info = upload(team), model_info_of(database, base)
+    show(database, min(memory.estimate(model_info, one, max_seq_length=64).bytes for one in (Full(), Qlora())) // 2)
 
     assert create(team, base, file_id, **fields).status_code == 400
     forced = create(team, base, file_id, **fields, resources={"force": True})

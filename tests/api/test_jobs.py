@@ -78,7 +78,7 @@ def test_technique_that_the_base_cannot_is_refused_when_the_job_is_made(
     reasons = {"lora": None, "qlora": "it has no linear layers", "full": None}
     with database.sessions.begin() as session:
         row = session.get_one(Model, base)
-        row.facts = {**row.facts, "techniques": reasons, "dropout": "not on experts"}
+        row.model_info = {**row.model_info, "techniques": reasons, "dropout": "not on experts"}
 
     refused = _create(team, file, technique={"type": "qlora"})
 
@@ -93,7 +93,7 @@ def test_technique_that_the_base_cannot_is_refused_when_the_job_is_made(
 def test_layers_that_the_base_does_not_have_are_named(team: Team, file: str, base: str, database: Database) -> None:
     with database.sessions.begin() as session:
         row = session.get_one(Model, base)
-        row.facts = {**row.facts, "linear_modules": ["layers.*.mlp.up_proj", "layers.*.self_attn.q_proj"]}
+        row.model_info = {**row.model_info, "linear_modules": ["layers.*.mlp.up_proj", "layers.*.self_attn.q_proj"]}
 
     refused = _create(team, file, technique={"type": "lora", "target_modules": ["q_proj", "foo_proj"]})
 

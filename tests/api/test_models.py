@@ -126,7 +126,7 @@ def test_the_id_of_a_deleted_base_stays_its_own(admin: Team, base: str, database
 @pytest.mark.parametrize("status", ["processing", "error"])
 def test_an_id_that_never_became_a_model_is_free_again(status: str, admin: Team, database: Database) -> None:
     with database.sessions.begin() as session:
-        rows.base(session, "late", status=status, manifest=None, manifest_sha256=None, facts={})
+        rows.base(session, "late", status=status, manifest=None, manifest_sha256=None, model_info={})
     assert admin.http.delete("/v1/models/late").status_code == 200
     added = admin.http.post("/v1/models", json={"source": "org/other", "id": "late"}).json()
     assert (added["id"], added["status"], added["source"]) == ("late", "processing", "org/other")

@@ -28,7 +28,7 @@ http = TestClient(app, headers={"authorization": f"Bearer {key}"})
 made = [http.post("/v1/fine_tuning/jobs", json=body).json() for body in bodies]
 with app.state.sessions() as session:
     specs = [TrainingSpec.model_validate(session.get_one(Job, id).spec) for id in (made[0]["id"], older)]
-plans = [advice.resolve(spec, examples=9, facts={"hidden_size": 64}, bf16_fits=True) for spec in specs]
+plans = [advice.resolve(spec, examples=9, model_info={"hidden_size": 64}, bf16_fits=True) for spec in specs]
 print(json.dumps({
     "made": made,
     "older": http.get(f"/v1/fine_tuning/jobs/{older}").json(),

@@ -267,8 +267,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 def test_the_memory_table_is_what_planning_says(root: Path) -> None:
     rows = _rows((root / "README.md").read_text(), "What it needs")
     computed = [
-        [name, *(memory.gib(memory.estimate(facts, kind, max_seq_length=2048).bytes) for kind in KINDS)]
-        for name, facts in SHAPES.items()
+        [name, *(memory.gib(memory.estimate(model_info, kind, max_seq_length=2048).bytes) for kind in KINDS)]
+        for name, model_info in SHAPES.items()
     ]
     assert rows == computed
 

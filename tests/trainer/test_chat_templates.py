@@ -32,12 +32,12 @@ def test_given_template_replaces_every_template_of_the_model(source: Path, tmp_p
     named = [{"name": name, "template": tiny_models.CHATML} for name in ("default", "tool_use")]
     (source / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
 
-    facts = convert(str(source), tmp_path / "base", TERSE)
+    model_info = convert(str(source), tmp_path / "base", TERSE)
 
     assert (tmp_path / "base/chat_template.jinja").read_text() == TERSE
     assert "chat_template" not in json.loads((tmp_path / "base/tokenizer_config.json").read_text())
-    assert facts["chat_template_sha256"] == ChatTemplate.load(tmp_path / "base").sha256
-    assert facts["eos_token_ids"] == [2]
+    assert model_info["chat_template_sha256"] == ChatTemplate.load(tmp_path / "base").sha256
+    assert model_info["eos_token_ids"] == [2]
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,9 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_folder_with_a_gguf_and_a_template_becomes_a_base(gemma: Path) -> None:
-    facts = json.loads((gemma / "facts.json").read_text())
-    assert (facts["model_type"], facts["num_hidden_layers"], facts["head_dim"]) == ("gemma3_text", 2, 16)
-    assert facts["eos_token_ids"] == [1, 5]
+    model_info = json.loads((gemma / "facts.json").read_text())
+    assert (model_info["model_type"], model_info["num_hidden_layers"], model_info["head_dim"]) == ("gemma3_text", 2, 16)
+    assert model_info["eos_token_ids"] == [1, 5]
     assert GenerationConfig.from_pretrained(gemma).eos_token_id == [1, 5]
     assert (gemma / "chat_template.jinja").read_text() == GEMMA3
 
@@ -125,9 +125,9 @@ def test_gemma_3_of_the_demo_becomes_a_base(tmp_path: Path) -> None:
     if not path.exists():
         pytest.skip("Gemma 3 is not fetched: run `make demo BASE=gemma3`")
 
-    facts = convert(str(path), tmp_path / "base", GEMMA3)
+    model_info = convert(str(path), tmp_path / "base", GEMMA3)
 
-    assert (facts["params"], facts["eos_token_ids"]) == (268_098_176, [1, 106])
+    assert (model_info["params"], model_info["eos_token_ids"]) == (268_098_176, [1, 106])
     tokenizer = ChatTemplate.load(tmp_path / "base").tokenizer
     for text, ids in {
         "Hello world": [9259, 1902],

@@ -35,17 +35,17 @@ def change(path: Path, **entries: Any) -> None:
 
 
 def test_folder_becomes_bf16_with_its_facts(source: Path, tmp_path: Path) -> None:
-    facts = convert(str(source), tmp_path / "base")
+    model_info = convert(str(source), tmp_path / "base")
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert model.dtype == torch.bfloat16
     original = load_file(source / "model.safetensors")
     for name, tensor in load_file(tmp_path / "base" / "model.safetensors").items():
         assert torch.equal(tensor, original[name].to(torch.bfloat16)), name
-    assert facts["params"] == sum(p.numel() for p in model.parameters())
-    assert (facts["hidden_size"], facts["num_hidden_layers"], facts["context_length"]) == (32, 2, 256)
-    assert facts["eos_token_ids"] == [2]
-    assert json.loads((tmp_path / "base" / "facts.json").read_text()) == facts
+    assert model_info["params"] == sum(p.numel() for p in model.parameters())
+    assert (model_info["hidden_size"], model_info["num_hidden_layers"], model_info["context_length"]) == (32, 2, 256)
+    assert model_info["eos_token_ids"] == [2]
+    assert json.loads((tmp_path / "base" / "facts.json").read_text()) == model_info
     assert (tmp_path / "base" / "chat_template.jinja").read_text() == tiny_models.CHATML
 
 
@@ -80,16 +80,16 @@ def test_templates_besides_the_default_are_copied(source: Path, tmp_path: Path) 
 
 
 def test_linear_modules_are_what_an_adapter_can_name(source: Path, tmp_path: Path) -> None:
-    facts = convert(str(source), tmp_path / "base")
+    model_info = convert(str(source), tmp_path / "base")
 
-    assert facts["linear_modules"] == [
+    assert model_info["linear_modules"] == [
         *(f"model.layers.*.mlp.{name}_proj" for name in ("down", "gate", "up")),
         *(f"model.layers.*.self_attn.{name}_proj" for name in ("k", "o", "q", "v")),
     ]
-    advice.check_modules(Lora(target_modules=["q_proj", "self_attn.v_proj", "layers.1.mlp.up_proj"]), facts)
+    advice.check_modules(Lora(target_modules=["q_proj", "self_attn.v_proj", "layers.1.mlp.up_proj"]), model_info)
     for wrong in ("foo_proj", "mlp", "input_layernorm", "lm_head", "proj"):
         with pytest.raises(InvalidValue, match=rf"no linear layer '{wrong}'.*q_proj"):
-            advice.check_modules(Lora(target_modules=["q_proj", wrong]), facts)
+            advice.check_modules(Lora(target_modules=["q_proj", wrong]), model_info)
 
 
 def gap(source: Path) -> None:
@@ -219,11 +219,11 @@ def test_second_copy_of_a_tied_weight_is_left_out(tmp_path: Path) -> None:
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
 
-    facts = convert(str(source), tmp_path / "base")
+    model_info = convert(str(source), tmp_path / "base")
 
     assert "lm_head.weight" not in load_file(tmp_path / "base" / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(source)
-    assert facts["params"] == sum(p.numel() for p in model.parameters())
+    assert model_info["params"] == sum(p.numel() for p in model.parameters())
 
 
 def test_weights_that_a_model_keeps_in_fp32_stay_as_the_source_has_them(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_only_byte_pair_tokenizers_are_cut_by_a_word_rule(tmp_path: Path, monkey
     """Older GGUF files of SentencePiece models name no rule, and are none the worse for it."""
     cut = []
     monkeypatch.setattr(gguf_files, "word_rule", lambda pre: cut.append(pre))
-    monkeypatch.setattr(gguf_files, "_tokenizer_facts", lambda _path: ("llama", "gpt-2", set()))
+    monkeypatch.setattr(gguf_files, "_tokenizer_info", lambda _path: ("llama", "gpt-2", set()))
     with pytest.raises(UnusableModel, match="transformers cannot read it"):
         gguf_files.unpack(tmp_path / "none.gguf", tmp_path / "out")
     assert cut == []
@@ -319,9 +319,9 @@ def test_gguf_of_the_demo_becomes_a_base(tmp_path: Path) -> None:
     if not found:
         pytest.skip("SmolLM2 is not installed: run `make setup`")
 
-    facts = convert(str(found[0]), tmp_path / "base")
+    model_info = convert(str(found[0]), tmp_path / "base")
 
-    assert facts["params"] == 134_515_008
+    assert model_info["params"] == 134_515_008
     tokenizer = Tokenizer.from_file(str(tmp_path / "base" / "tokenizer.json"))
     assert tokenizer.encode("In 2024").tokens == ["In", "Ġ", "2", "0", "2", "4"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

@@ -116,33 +116,35 @@ def test_vision_tower_gets_no_adapters(names: Any) -> None:
 @pytest.mark.parametrize("family", ["Llama", "GPT-2", "DeepSeek-V3", "GPT-OSS", "Mixtral"])
 def test_estimate_counts_what_is_made(tmp_path: Path, family: str) -> None:
     base: Any = AutoModelForCausalLM.from_pretrained(zoo.make(family, tmp_path), dtype=torch.float32)
-    facts = inspection.facts("zoo", base, ChatTemplate.load(tmp_path)) | coverage.facts(base.config)
+    model_info = inspection.model_info("zoo", base, ChatTemplate.load(tmp_path)) | coverage.model_info(base.config)
     experts = sum(weight.numel() for weight in targets.experts(base).values())
 
     model = LORA.prepare(base, Lora(r=4), None)
 
-    assert shape.trainable_params(facts, Lora(r=4)) == all_and_trainable(model)[1]
+    assert shape.trainable_params(model_info, Lora(r=4)) == all_and_trainable(model)[1]
     report = coverage.describe(model, Lora(r=4), quantised=False)
-    assert facts["counts"]["experts"] == experts
-    assert facts["counts"]["four_bit"] == sum(kind["weights"] for kind in report["kinds"]) - experts
-    estimates = [memory.estimate(each, Lora(), max_seq_length=64, device="cpu") for each in (facts, without(facts))]
+    assert model_info["counts"]["experts"] == experts
+    assert model_info["counts"]["four_bit"] == sum(kind["weights"] for kind in report["kinds"]) - experts
+    estimates = [
+        memory.estimate(each, Lora(), max_seq_length=64, device="cpu") for each in (model_info, without(model_info))
+    ]
     sums = [estimate.parts["experts"] for estimate in estimates]
     assert sums == [4 * (experts + experts // 2), 0]
 
 
-def without(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts of a base that an earlier release has added."""
-    return {name: value for name, value in facts.items() if name not in ("counts", "active_experts_size")}
+def without(model_info: dict[str, Any]) -> dict[str, Any]:
+    """Returns the model info of a base that an earlier release has added."""
+    return {name: value for name, value in model_info.items() if name not in ("counts", "active_experts_size")}
 
 
 def test_four_bits_of_a_base_are_counted_as_they_are_packed(tmp_path: Path, tiny: Path) -> None:
     base: Any = AutoModelForCausalLM.from_pretrained(tiny)
-    facts = inspection.facts("tiny", base, ChatTemplate.load(tiny)) | coverage.facts(base.config)
+    model_info = inspection.model_info("tiny", base, ChatTemplate.load(tiny)) | coverage.model_info(base.config)
     t = prepare(lay_out(tmp_path / "run", tiny, plan(technique=Qlora(r=2)), ROWS), MessageWriter(None), StopSignal())
 
     packed = sum(kind["quantised"] for kind in coverage.of(t)["kinds"])
 
-    assert facts["counts"]["four_bit"] == packed == 2 * (3 * 32 * 32 + 3 * 32 * 64)
+    assert model_info["counts"]["four_bit"] == packed == 2 * (3 * 32 * 32 + 3 * 32 * 64)
 
 
 def test_snapshot_of_a_run_that_taught_other_weights_is_not_taken(

@@ -69,8 +69,8 @@ def test_estimate_of_a_piece_is_that_of_the_layout(ranks: int) -> None:
     config = LlamaConfig(vocab_size=32_000, num_key_value_heads=40, tie_word_embeddings=False, **sizes)
     cut = layout.compute(config, decide(Full(), "cuda"), ranks)
 
-    facts = sizes | {"num_key_value_heads": 40, "vocab_size": 32_000, "params": cut.parameters}
-    parts = planning.estimate(facts, Full(), max_seq_length=512, ranks=ranks).parts
+    model_info = sizes | {"num_key_value_heads": 40, "vocab_size": 32_000, "params": cut.parameters}
+    parts = planning.estimate(model_info, Full(), max_seq_length=512, ranks=ranks).parts
 
     assert [parts["base"], parts["optimizer"]] == pytest.approx([cut.weights, cut.moments], rel=0.01)
     beside = parts["gradients"] + parts["gathered"]

@@ -31,7 +31,7 @@ def test_folder_without_a_config_is_refused(tmp_path: Path) -> None:
 
 def test_byte_pair_tokenizer_of_an_unknown_rule_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut by another rule, words would become other tokens than the model was trained on."""
-    monkeypatch.setattr(gguf_files, "_tokenizer_facts", lambda _path: ("gpt2", "something-new", set()))
+    monkeypatch.setattr(gguf_files, "_tokenizer_info", lambda _path: ("gpt2", "something-new", set()))
 
     with pytest.raises(UnusableModel, match="the rule 'something-new', which is not known here"):
         gguf_files.unpack(tmp_path / "none.gguf", tmp_path / "out")

@@ -52,12 +52,13 @@ def test_precision_follows_from_technique_and_device(technique: Any, device: str
 
 
 def test_estimate_counts_the_bytes_of_the_precision() -> None:
-    facts = {
+    model_info = {
         "hidden_size": 2048, "num_hidden_layers": 16, "vocab_size": 32_000, "intermediate_size": 8192,
         "params": 1_000_000_000,
     }  # fmt: skip
     narrow, wide = (
-        memory.estimate(facts, Full(weights_dtype=dtype), max_seq_length=512).parts for dtype in ("bfloat16", "float32")
+        memory.estimate(model_info, Full(weights_dtype=dtype), max_seq_length=512).parts
+        for dtype in ("bfloat16", "float32")
     )
 
     assert [narrow[part] for part in ("base", "gradients", "optimizer")] == [2e9, 2e9, 2e9 * (1 + 4 / 256)]
@@ -65,10 +66,10 @@ def test_estimate_counts_the_bytes_of_the_precision() -> None:
 
 
 def test_too_large_masters_are_advised_to_be_bf16() -> None:
-    facts = {"hidden_size": 2048, "num_hidden_layers": 16, "vocab_size": 32_000, "params": 1_000_000_000}
+    model_info = {"hidden_size": 2048, "num_hidden_layers": 16, "vocab_size": 32_000, "params": 1_000_000_000}
 
     with pytest.raises(Exception, match=r"Use technique\.weights_dtype 'bfloat16', which needs about"):
-        changes.check(facts, Full(weights_dtype="float32"), max_seq_length=512, capacity=12 * 2**30)
+        changes.check(model_info, Full(weights_dtype="float32"), max_seq_length=512, capacity=12 * 2**30)
 
 
 def test_rounding_is_right_on_average() -> None:

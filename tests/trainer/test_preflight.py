@@ -19,18 +19,18 @@ SMOLLM2: dict[str, Any] = {
 LENGTH = 2048
 
 
-@pytest.mark.parametrize("facts", [LLAMA_8B, SMOLLM2], ids=["8B", "135M"])
+@pytest.mark.parametrize("model_info", [LLAMA_8B, SMOLLM2], ids=["8B", "135M"])
 @pytest.mark.parametrize("technique", [Full(), Lora(), Qlora()], ids=["full", "lora", "qlora"])
-def test_plan_begins_a_little_above_the_least(facts: dict[str, Any], technique: Technique) -> None:
+def test_plan_begins_a_little_above_the_least(model_info: dict[str, Any], technique: Technique) -> None:
     """Between both a job gets the probe. The smallest device with a plan recomputes, one of twice the size need not."""
-    least = memory.estimate(facts, technique, max_seq_length=LENGTH).bytes
+    least = memory.estimate(model_info, technique, max_seq_length=LENGTH).bytes
     asked: dict[str, Any] = {"max_seq_length": LENGTH, "batch": 1}
     capacity = next(
-        size for size in range(least, 2 * least, 2**26) if expected.runs(facts, technique, capacity=size, **asked)
+        size for size in range(least, 2 * least, 2**26) if expected.runs(model_info, technique, capacity=size, **asked)
     )
-    small, large = (expected.run(facts, technique, capacity=size, **asked) for size in (capacity, 3 * capacity))
+    small, large = (expected.run(model_info, technique, capacity=size, **asked) for size in (capacity, 3 * capacity))
 
-    assert not expected.runs(facts, technique, capacity=least - 1, **asked)
+    assert not expected.runs(model_info, technique, capacity=least - 1, **asked)
     assert capacity < 1.25 * least
     assert small is not None
     assert large is not None

@@ -46,7 +46,7 @@ def large() -> Any:
     [pytest.param(name, marks=() if name in zoo.IN_EVERY_RUN else pytest.mark.slow) for name in zoo.FAMILIES],
 )
 def test_small_copy_finds_what_the_zoo_states(family: str) -> None:
-    found = trial.facts(of_family(family))
+    found = trial.model_info(of_family(family))
 
     for technique, reason in found["techniques"].items():
         stated = zoo.FAMILIES[family].refused.get(technique)
@@ -61,7 +61,7 @@ def test_large_base_is_tried_on_a_copy_of_few_weights() -> None:
     assert trial.params(narrow) < 3_000_000
     assert (narrow.hidden_size, narrow.num_attention_heads, narrow.num_key_value_heads) == (256, 2, 1)
     assert narrow.head_dim == 128
-    assert trial.facts(large()) == {"techniques": NOTHING, "dropout": None, "dora": None}
+    assert trial.model_info(large()) == {"techniques": NOTHING, "dropout": None, "dora": None}
 
 
 def test_small_copy_has_a_layer_of_every_kind() -> None:
@@ -79,12 +79,12 @@ def broken(*_: Any) -> Any:
 def test_technique_that_fails_is_named_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(trial.RECIPES, "qlora", SimpleNamespace(load_base=broken, prepare=QLORA.prepare))
 
-    facts = convert(str(tiny_models.llama(tmp_path / "source")), tmp_path / "base")
+    model_info = convert(str(tiny_models.llama(tmp_path / "source")), tmp_path / "base")
 
-    assert facts["techniques"] == NOTHING | {
+    assert model_info["techniques"] == NOTHING | {
         "qlora": "a step on a small copy of it fails: its layers of kind X cannot be quantised."
     }
-    assert json.loads((tmp_path / "base" / "facts.json").read_text()) == facts
+    assert json.loads((tmp_path / "base" / "facts.json").read_text()) == model_info
 
 
 def test_base_that_no_technique_trains_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_base_that_no_technique_trains_is_refused(tmp_path: Path, monkeypatch: p
 def test_base_whose_copy_does_not_run_passes_untried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "_rows", broken)
 
-    assert trial.facts(of_family("Llama")) == {"techniques": NOTHING, "dropout": None, "dora": None}
+    assert trial.model_info(of_family("Llama")) == {"techniques": NOTHING, "dropout": None, "dora": None}
 
 
 def test_names_that_peft_refuses_are_the_users_error(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_forged_manifest_is_refused(path: str) -> None:
 
 
 def test_rows_of_a_model(session: Session, folder: Path) -> None:
-    model = Model(id="base", kind="base", prefix="models/base", facts={})
+    model = Model(id="base", kind="base", prefix="models/base", model_info={})
     session.add(model)
     session.flush()
     found = manifest.describe(folder)

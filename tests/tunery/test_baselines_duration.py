@@ -2,13 +2,13 @@
 
 import pytest
 from known_models import LLAMA_8B
-from rows import FACTS
+from rows import MODEL_INFO
 
 from tunery.baselines.duration import warnings
 from tunery.baselines.order import Order
 from tunery.models.model import Model
 
-LLAMA, TINY = Model(id="llama-8b", facts=LLAMA_8B), Model(id="tiny", facts=FACTS)
+LLAMA, TINY = Model(id="llama-8b", model_info=LLAMA_8B), Model(id="tiny", model_info=MODEL_INFO)
 
 
 @pytest.mark.parametrize(
@@ -28,4 +28,4 @@ def test_a_large_model_is_warned_of(order: Order, said: str | None) -> None:
 
 
 def test_a_model_of_unknown_sizes_is_not_judged() -> None:
-    assert warnings(Order(), [Model(id="m", facts={})]) == []
+    assert warnings(Order(), [Model(id="m", model_info={})]) == []

@@ -198,7 +198,7 @@ def test_create_uploads_nothing_when_it_refuses(
     (train.parent / "one.csv").write_text("colour,size\nred,4\n")
     with database.sessions.begin() as session:
         rows.base(session, "not-ready", status="processing")
-        rows.base(session, "no-lora", facts={**rows.FACTS, "techniques": {"lora": "because"}})
+        rows.base(session, "no-lora", model_info={**rows.MODEL_INFO, "techniques": {"lora": "because"}})
     status, out, err = tunery("jobs", "create", "--train", train, *arguments)
     assert (status, out) == (1, "")
     assert words in err
@@ -368,9 +368,9 @@ def test_show_says_how_far_a_job_is(tunery: Run, api: str, database: Database) -
     for name in ("show", "get"):
         status, out, err = tunery("jobs", name, job)
         assert status == 0
-        facts = dict(line.split(maxsplit=1) for line in out.splitlines())
-        assert (facts["phase"].strip(), facts["step"].strip(), facts["loss"].strip()) == ("training", "7/20", "1.234")
-        assert "left" in facts["time"]
+        shown = dict(line.split(maxsplit=1) for line in out.splitlines())
+        assert (shown["phase"].strip(), shown["step"].strip(), shown["loss"].strip()) == ("training", "7/20", "1.234")
+        assert "left" in shown["time"]
         assert err == (f"Warning: The test file's figures will flatter the model.\nNext: tunery jobs watch {job}\n")
 
 

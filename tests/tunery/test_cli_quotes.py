@@ -19,7 +19,7 @@ def test_show_says_what_a_job_was_quoted_and_took(tunery: Run, api: str, databas
     with database.sessions.begin() as session:
         job = rows.job(session, projects.find_project(session, "default"), State.SUCCEEDED).id
     assert "quoted" not in tunery("jobs", "show", job)[1]
-    work = Workload(Lora(), Shape.of(rows.FACTS), steps=100, tokens=10**8)
+    work = Workload(Lora(), Shape.of(rows.MODEL_INFO), steps=100, tokens=10**8)
     prices = Settings(gpu_hour_prices={"H200": 3.6})
     made = quote.make(work, "NVIDIA H200", [], prices)
     assert made is not None

@@ -56,7 +56,9 @@ def test_job_of_a_request(session: Session, caller: Caller, names: dict[str, str
 
 def test_every_auto_is_a_number_in_the_finished_job(session: Session, caller: Caller, names: dict[str, str]) -> None:
     job = creation.create(session, caller, JobRequest.model_validate(names))
-    plan = advice.resolve(TrainingSpec.model_validate(job.spec), examples=34, facts=rows.FACTS, bf16_fits=True)
+    plan = advice.resolve(
+        TrainingSpec.model_validate(job.spec), examples=34, model_info=rows.MODEL_INFO, bf16_fits=True
+    )
     session.refresh(job)
     job.plan, job.state = plan.model_dump(mode="json"), State.SUCCEEDED.value
 
@@ -185,7 +187,7 @@ def test_method_of_a_plug_in_is_stored_with_its_own_options(
 
     stored = TrainingSpec.model_validate(job.spec)
     assert (stored.method, stored.hyperparameters.n_epochs) == (Pairwise(margin=margin), epochs)
-    plan = advice.resolve(stored, examples=10, facts={"hidden_size": 64}, bf16_fits=True)
+    plan = advice.resolve(stored, examples=10, model_info={"hidden_size": 64}, bf16_fits=True)
     assert Plan.model_validate_json(plan.model_dump_json()).method == Pairwise(margin=margin)
     session.refresh(job)
     echo = jobs.of(job, organization="tunery", warnings=[], waits_for=None).model_dump(mode="json")["method"]

@@ -22,7 +22,7 @@ from tunery.trainer_protocol import Finished, Spent, StepTimes
 
 GIB = 2**30
 SETTINGS = Settings(gpu_hour_prices={"CPU": 3.6, "H200": 3.6})
-LARGER = {**rows.FACTS, "num_hidden_layers": 20, "params": 1_500_000}
+LARGER = {**rows.MODEL_INFO, "num_hidden_layers": 20, "params": 1_500_000}
 
 
 def show(session: Session, name: str = "CPU", *, index: int | None = None, gib: int = 200) -> None:
@@ -84,7 +84,7 @@ def test_a_run_on_the_same_base_and_device_says_how_long(session: Session, owner
 
 def test_the_nearest_run_is_taken_where_there_is_none_like_it(session: Session, owner: Project) -> None:
     show(session)
-    small, larger = rows.base(session), rows.base(session, facts=LARGER)
+    small, larger = rows.base(session), rows.base(session, model_info=LARGER)
     job = rows.job(session, owner, base_model=larger.id)
     of_other = ended(session, owner, small)
     found = quote_of(session, job)
@@ -119,7 +119,7 @@ def test_a_run_that_cannot_be_read_any_more_says_nothing(session: Session, owner
 
 def test_another_projects_run_counts_and_is_not_named(session: Session, owner: Project) -> None:
     show(session)
-    mine, theirs = rows.base(session), rows.base(session, facts=LARGER)
+    mine, theirs = rows.base(session), rows.base(session, model_info=LARGER)
     foreign = ended(session, rows.project(session), theirs)
     found = quote_of(session, rows.job(session, owner, base_model=mine.id))
     assert (found.speed_from, found.measured) == ("other_base", [])
@@ -169,7 +169,7 @@ def test_tokens_come_of_the_report_or_of_the_bytes(session: Session, owner: Proj
 
 
 def test_a_base_of_unknown_sizes_has_no_quote(session: Session, owner: Project) -> None:
-    job = rows.job(session, owner, base_model=rows.base(session, facts={}).id)
+    job = rows.job(session, owner, base_model=rows.base(session, model_info={}).id)
     assert quoting.first(session, job, SETTINGS) is None
     quoting.keep_first(session, job, SETTINGS)
     assert job.quote is None

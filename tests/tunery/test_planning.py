@@ -31,18 +31,18 @@ def spec(**fields: Any) -> TrainingSpec:
     return TrainingSpec.model_validate({"seed": 7} | fields)
 
 
-def plan(examples: int = 1000, facts: dict[str, Any] = LLAMA_8B, bf16_fits: bool = True, **fields: Any) -> Plan:
-    return advice.resolve(spec(**fields), examples=examples, facts=facts, bf16_fits=bf16_fits)
+def plan(examples: int = 1000, model_info: dict[str, Any] = LLAMA_8B, bf16_fits: bool = True, **fields: Any) -> Plan:
+    return advice.resolve(spec(**fields), examples=examples, model_info=model_info, bf16_fits=bf16_fits)
 
 
 @pytest.mark.parametrize(("longest", "limit"), [(1, 17), (64, 80), (100, 125), (820, 1024), (5000, 1024)])
 def test_answers_may_be_a_quarter_longer_than_those_wanted(longest: int, limit: int) -> None:
-    made = advice.resolve(spec(), examples=9, facts=LLAMA_8B, bf16_fits=True, longest_answer=longest)
+    made = advice.resolve(spec(), examples=9, model_info=LLAMA_8B, bf16_fits=True, longest_answer=longest)
     by_hand = spec(evaluation={"max_new_tokens": 7})
 
     assert made.evaluation.max_new_tokens == limit
     assert plan().evaluation.max_new_tokens == "auto"  # no rows that are answered
-    given = advice.resolve(by_hand, examples=9, facts=LLAMA_8B, bf16_fits=True, longest_answer=longest)
+    given = advice.resolve(by_hand, examples=9, model_info=LLAMA_8B, bf16_fits=True, longest_answer=longest)
     assert given.evaluation.max_new_tokens == 7
 
 
@@ -82,7 +82,7 @@ def test_preference_tuning_takes_a_thirtieth_of_the_rate_and_a_beta() -> None:
     asked: list[dict[str, Any]] = [{}, {"loss": "ipo"}, {"loss": "dpo_norm"}, {"loss": "dpo_norm", "beta": 2}]
     made = [plan(method={"type": "dpo", **knobs}) for knobs in asked]
     assert [each.method.model_dump()["beta"] for each in made] == [0.1, 0.1, 5.0, 2.0]
-    assert advice.warnings(made[0], examples=1000, facts=LLAMA_8B) == []
+    assert advice.warnings(made[0], examples=1000, model_info=LLAMA_8B) == []
 
 
 def test_pairs_need_the_memory_of_both_rows() -> None:
@@ -134,7 +134,7 @@ def test_rows_are_no_longer_than_the_models_context() -> None:
     made = plan(max_seq_length=32_768)
 
     assert made.max_seq_length == 8192
-    told = advice.warnings(made, examples=1000, facts=LLAMA_8B, asked_length=32_768)
+    told = advice.warnings(made, examples=1000, model_info=LLAMA_8B, asked_length=32_768)
     assert told == ["max_seq_length 32768 is more than the model's context of 8192 tokens, which is used instead."]
 
 
@@ -151,14 +151,14 @@ def test_rows_are_no_longer_than_the_models_context() -> None:
     ],
 )
 def test_doubtful_choices_are_commented(fields: dict[str, Any], examples: int, start: str) -> None:
-    told = advice.warnings(plan(examples, **fields), examples=examples, facts=LLAMA_8B)
+    told = advice.warnings(plan(examples, **fields), examples=examples, model_info=LLAMA_8B)
 
     assert len(told) == 1
     assert told[0].startswith(start)
 
 
 def test_a_full_fine_tune_has_a_rate_of_its_own() -> None:
-    told = advice.warnings(plan(learning_rate=2e-4, technique=Full()), examples=1000, facts=LLAMA_8B)
+    told = advice.warnings(plan(learning_rate=2e-4, technique=Full()), examples=1000, model_info=LLAMA_8B)
     assert told[0].startswith("The learning rate 2.0e-04 is high")
 
 
@@ -173,7 +173,7 @@ def test_a_full_fine_tune_has_a_rate_of_its_own() -> None:
     ],
 )
 def test_usual_choices_pass_without_comment(technique: Technique | None) -> None:
-    assert advice.warnings(plan(technique=technique), examples=1000, facts=LLAMA_8B) == []
+    assert advice.warnings(plan(technique=technique), examples=1000, model_info=LLAMA_8B) == []
 
 
 def test_counts_are_those_that_peft_prints() -> None:
@@ -241,9 +241,9 @@ def test_longer_rows_never_need_less(technique: Technique, length: int, more: in
     assert not memory.fits(LLAMA_8B, technique, max_seq_length=length, capacity=short.bytes - 1, device=device)
 
 
-def refusal(facts: dict[str, Any], technique: Technique, gib: int, length: int = 2048) -> str:
+def refusal(model_info: dict[str, Any], technique: Technique, gib: int, length: int = 2048) -> str:
     with pytest.raises(DoesNotFit) as caught:
-        changes.check(facts, technique, max_seq_length=length, capacity=gib * 2**30, model="llama-20b")
+        changes.check(model_info, technique, max_seq_length=length, capacity=gib * 2**30, model="llama-20b")
     assert caught.value.code == "does_not_fit"
     return caught.value.message
 
@@ -263,11 +263,11 @@ def test_every_refusal_says_what_to_change() -> None:
     assert "Use a smaller base model, or a worker with a larger GPU." in refusal(TWENTY_B, Qlora(), 8)
 
 
-def test_facts_of_unusual_families_are_enough() -> None:
-    facts = {"hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 50257, "intermediate_size": None}
+def test_model_info_of_unusual_families_is_enough() -> None:
+    model_info = {"hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 50257, "intermediate_size": None}
 
-    assert memory.estimate(facts, Lora(target_modules=["c_attn"]), max_seq_length=1024).bytes > 0
-    assert shape.trainable_params(facts, Lora(r=8, target_modules=["c_attn"])) == 12 * 8 * (768 + 768)
+    assert memory.estimate(model_info, Lora(target_modules=["c_attn"]), max_seq_length=1024).bytes > 0
+    assert shape.trainable_params(model_info, Lora(r=8, target_modules=["c_attn"])) == 12 * 8 * (768 + 768)
 
 
 NO_LORA = LLAMA_8B | {"techniques": {"lora": "no adapters on X.", "qlora": None, "full": None}}
@@ -277,14 +277,14 @@ FULL_ALONE = LLAMA_8B | {"techniques": {"lora": "no adapters on X.", "qlora": "n
 def test_automatic_technique_is_one_that_the_base_can() -> None:
     no_four_bits = LLAMA_8B | {"techniques": {"lora": None, "qlora": "no four bits.", "full": None}}
 
-    assert plan(facts=NO_LORA, bf16_fits=True).technique == Qlora()
-    assert plan(facts=no_four_bits, bf16_fits=False).technique == Lora()
-    assert plan(facts=no_four_bits, bf16_fits=True).technique == Lora()
-    assert plan(facts=LLAMA_8B | {"techniques": None}, bf16_fits=False).technique == Qlora()
+    assert plan(model_info=NO_LORA, bf16_fits=True).technique == Qlora()
+    assert plan(model_info=no_four_bits, bf16_fits=False).technique == Lora()
+    assert plan(model_info=no_four_bits, bf16_fits=True).technique == Lora()
+    assert plan(model_info=LLAMA_8B | {"techniques": None}, bf16_fits=False).technique == Qlora()
 
 
 @pytest.mark.parametrize(
-    ("technique", "facts", "message"),
+    ("technique", "model_info", "message"),
     [
         (Lora(), NO_LORA, r"with lora \(no adapters on X\). Use technique 'qlora'"),
         (Lora(), FULL_ALONE, r"with lora \(no adapters on X\). Use technique 'full'"),
@@ -307,10 +307,10 @@ def test_automatic_technique_is_one_that_the_base_can() -> None:
     ],
 )
 def test_technique_that_the_base_cannot_is_refused_with_the_reason(
-    technique: Technique | None, facts: dict[str, Any], message: str
+    technique: Technique | None, model_info: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InvalidValue, match=message):
-        advice.check_technique(technique, facts)
+        advice.check_technique(technique, model_info)
 
 
 @pytest.mark.parametrize("technique", [None, Full(), Qlora(), Lora(dropout=0.1, target_modules=["q_proj"])])

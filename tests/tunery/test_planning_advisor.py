@@ -15,7 +15,7 @@ from tunery.spec import Full, Lora, Plan, Qlora, Replay, Technique, TrainingSpec
 
 
 def plan(examples: int, **fields: Any) -> Plan:
-    return advice.resolve(TrainingSpec(seed=7, **fields), examples=examples, facts=LLAMA_8B, bf16_fits=True)
+    return advice.resolve(TrainingSpec(seed=7, **fields), examples=examples, model_info=LLAMA_8B, bf16_fits=True)
 
 
 def rows(usable: int, total: int | None = None, tokens: int = 500_000, **left_out: int) -> Rows:
@@ -124,7 +124,7 @@ def rules(made: Advice) -> dict[str, str]:
     ],
 )
 def test_rank(usable: int, aim: Aim, rank: int, rule: str) -> None:
-    made = advise(rows(usable), aim, facts=LLAMA_8B)
+    made = advise(rows(usable), aim, model_info=LLAMA_8B)
     assert (values(made)["technique.r"], rules(made)["technique.r"]) == (rank, rule)
 
 
@@ -142,14 +142,14 @@ def test_rank(usable: int, aim: Aim, rank: int, rule: str) -> None:
     ],
 )
 def test_rank_follows_the_tokens(aim: Aim, tokens: int, rank: int) -> None:
-    made = advise(rows(5000, tokens=tokens), aim, facts=LLAMA_8B)
+    made = advise(rows(5000, tokens=tokens), aim, model_info=LLAMA_8B)
     assert values(made)["technique.r"] == rank
     by_aim = 4 if aim == "style" else 16
     assert (rules(made)["technique.r"] == "rank_by_capacity") == (rank != by_aim)
 
 
 @pytest.mark.parametrize(
-    ("fits", "facts", "kind", "rule"),
+    ("fits", "model_info", "kind", "rule"),
     [
         (True, {}, "lora", "lora_first"),
         (None, {}, "lora", "lora_first"),
@@ -157,15 +157,15 @@ def test_rank_follows_the_tokens(aim: Aim, tokens: int, rank: int) -> None:
         (True, {"techniques": {"lora": "no"}}, "qlora", "qlora_where_it_must_be"),
     ],
 )
-def test_technique(fits: bool | None, facts: dict[str, Any], kind: str, rule: str) -> None:
-    made = advise(rows(5000), "latency", facts=LLAMA_8B | facts, bf16_fits=fits)
+def test_technique(fits: bool | None, model_info: dict[str, Any], kind: str, rule: str) -> None:
+    made = advise(rows(5000), "latency", model_info=LLAMA_8B | model_info, bf16_fits=fits)
     assert (values(made)["technique.type"], rules(made)["technique.type"]) == (kind, rule)
 
 
 @pytest.mark.parametrize("usable", [99, 1001, 20_000])
 @pytest.mark.parametrize("technique", [None, Lora(r=64), Full(), Qlora()])
 def test_numbers_are_those_that_a_job_would_get(usable: int, technique: Technique | None) -> None:
-    made = advise(rows(usable), "domain_language", facts=LLAMA_8B, technique=technique, has_held_out=True)
+    made = advise(rows(usable), "domain_language", model_info=LLAMA_8B, technique=technique, has_held_out=True)
     chosen = technique or Lora()
     assert values(made)["n_epochs"] == advice.default_epochs(usable)
     assert values(made)["batch_size"] == advice.BATCH_SIZE
@@ -219,7 +219,7 @@ def test_without_a_base_the_rate_and_the_capacity_are_left_open() -> None:
 @pytest.mark.parametrize("technique", [None, Lora(r=8), Qlora(), Full()])
 @pytest.mark.parametrize("aim", ["style", "domain_language"])
 def test_settings_are_a_request_s(aim: Aim, technique: Technique | None) -> None:
-    made = advise(rows(5000), aim, facts=LLAMA_8B, technique=technique)
+    made = advise(rows(5000), aim, model_info=LLAMA_8B, technique=technique)
     request = JobRequest.model_validate({"model": "m", "training_file": "f", **made.settings})
     expected = technique or Lora(r=4 if aim == "style" else 32)
     assert request.technique == expected
@@ -259,7 +259,7 @@ def test_capacity_is_warned_of_both_ways(technique: Technique, tokens: int, said
 
 
 def test_capacity_is_part_of_the_advice() -> None:
-    (said,) = advise(rows(5000, tokens=1000), "style", facts=LLAMA_8B).warnings
+    (said,) = advise(rows(5000, tokens=1000), "style", model_info=LLAMA_8B).warnings
     assert "by heart" in said
 
 
@@ -278,7 +278,7 @@ def test_capacity_is_part_of_the_advice() -> None:
     ],
 )
 def test_rank_and_alpha(examples: int, technique: Technique, start: str | None) -> None:
-    found = advice.warnings(plan(examples, technique=technique), examples=examples, facts=LLAMA_8B)
+    found = advice.warnings(plan(examples, technique=technique), examples=examples, model_info=LLAMA_8B)
     assert len(found) == (start is not None)
     assert start is None or found[0].startswith(start)
 
@@ -292,6 +292,6 @@ def test_rank_and_alpha(examples: int, technique: Technique, start: str | None) 
     ],
 )
 def test_every_full_fine_tune_is_warned_of_forgetting(fields: dict[str, Any], said: str) -> None:
-    (found,) = advice.warnings(plan(5000, technique=Full(), **fields), examples=5000, facts=LLAMA_8B)
+    (found,) = advice.warnings(plan(5000, technique=Full(), **fields), examples=5000, model_info=LLAMA_8B)
     assert found.startswith("A full fine-tune moves every weight, so the model forgets more")
     assert said in found

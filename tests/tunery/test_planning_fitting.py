@@ -14,8 +14,10 @@ from tunery.spec import Full, Lora, Qlora, Technique
 GIB = memory.GIB
 
 
-def run(technique: Technique, gib: float, facts: dict[str, Any] = LLAMA_8B, **asked: Any) -> expected.Expected | None:
-    return expected.run(facts, technique, **{"max_seq_length": 2048, **asked}, capacity=int(gib * GIB))
+def run(
+    technique: Technique, gib: float, model_info: dict[str, Any] = LLAMA_8B, **asked: Any
+) -> expected.Expected | None:
+    return expected.run(model_info, technique, **{"max_seq_length": 2048, **asked}, capacity=int(gib * GIB))
 
 
 @pytest.mark.parametrize(
@@ -47,14 +49,14 @@ def test_what_no_plan_is_found_for_is_none() -> None:
 
 def test_small_models_are_recorded_and_their_files_compared() -> None:
     """Both cost memory: gradients that stay, and a second model."""
-    facts = LLAMA_8B | {"params": 1_000_000_000, "num_hidden_layers": 4}
-    whole = expected.plan(Setting.of(facts, Full(), "cuda", "adamw", 1), Load(512, 4096), 80 * GIB)
+    model_info = LLAMA_8B | {"params": 1_000_000_000, "num_hidden_layers": 4}
+    whole = expected.plan(Setting.of(model_info, Full(), "cuda", "adamw", 1), Load(512, 4096), 80 * GIB)
     large = expected.plan(Setting.of(LLAMA_8B, Lora(), "cuda", "adamw", 1), Load(512, 4096), 80 * GIB)
     assert whole is not None
     assert large is not None
     assert (whole.step.graphs, large.step.graphs) == (True, False)
     assert whole.estimate.parts["gradients"] == 2_000_000_000
-    small = facts | {"params": 100_000_000, "hidden_size": 512, "intermediate_size": 1024, "vocab_size": 128_256}
+    small = model_info | {"params": 100_000_000, "hidden_size": 512, "intermediate_size": 1024, "vocab_size": 128_256}
     checked = expected.plan(Setting.of(small, Lora(), "cuda", "adamw", 1), Load(64, 64), 80 * GIB)
     assert checked is not None
     assert checked.estimate.parts["copy"] > 6 * 100_000_000

@@ -94,8 +94,8 @@ def test_tokens_are_guessed_from_bytes(
 # --- speed ----------------------------------------------------------------------------------------------------------
 
 
-def make_work(technique: Technique | None = None, facts: dict[str, Any] = TINY, **changes: Any) -> Workload:
-    work = Workload(technique or Lora(r=8), Shape.of(facts), steps=100, tokens=10_000, saved_bytes=1000)
+def make_work(technique: Technique | None = None, model_info: dict[str, Any] = TINY, **changes: Any) -> Workload:
+    work = Workload(technique or Lora(r=8), Shape.of(model_info), steps=100, tokens=10_000, saved_bytes=1000)
     return replace(work, **changes)
 
 
@@ -178,7 +178,7 @@ def test_other_bases_and_techniques_are_scaled() -> None:
     assert speed.scaled(of_run, tiny, tiny) is of_run
     full = speed.scaled(of_run, tiny, make_work(Full()))
     assert (full.basis, full.token, full.step) == ("other_technique", pytest.approx(0.0015), pytest.approx(0.1))
-    large = speed.scaled(of_run, tiny, make_work(facts={**TINY, "num_hidden_layers": 4, "params": 80_000}))
+    large = speed.scaled(of_run, tiny, make_work(model_info={**TINY, "num_hidden_layers": 4, "params": 80_000}))
     assert large.basis == "other_base"
     assert large.step == pytest.approx(0.2)
     assert 0.0015 < large.token < 0.003
@@ -186,10 +186,10 @@ def test_other_bases_and_techniques_are_scaled() -> None:
 
 
 def test_the_run_most_alike_is_taken() -> None:
-    def named(job: str, technique: Technique, facts: dict[str, Any]) -> Record:
-        return make_record(job, work=make_work(technique, facts))
+    def named(job: str, technique: Technique, model_info: dict[str, Any]) -> Record:
+        return make_record(job, work=make_work(technique, model_info))
 
-    eight, one, tiny = (named(name, Lora(), facts) for name, facts in
+    eight, one, tiny = (named(name, Lora(), model_info) for name, model_info in
                         [("8b", LLAMA_8B), ("1b", LLAMA_1B), ("tiny", TINY)])  # fmt: skip
     full = named("full", Full(), LLAMA_1B)
     found = speed.choose([full, eight, one, tiny], make_work(Lora(r=2), LLAMA_1B))
@@ -209,18 +209,18 @@ def _recorded(name: str) -> list[dict[str, Any]]:
     return [{**found, **each} for each in found.get("runs") or []]
 
 
-def _speed_of(technique: Technique, facts: dict[str, Any], tokens: int, *, recompute: bool = False) -> float:
+def _speed_of(technique: Technique, model_info: dict[str, Any], tokens: int, *, recompute: bool = False) -> float:
     """Tokens a second of steps of so many tokens on an H200."""
     card = cards.find("NVIDIA H200")
     assert card is not None
-    learns = 41_943_040 if isinstance(technique, Lora) else facts["params"]
-    work = make_work(technique, facts, saved_bytes=learns * (4 if isinstance(technique, Lora) else 2))
+    learns = 41_943_040 if isinstance(technique, Lora) else model_info["params"]
+    work = make_work(technique, model_info, saved_bytes=learns * (4 if isinstance(technique, Lora) else 2))
     found = speed.of_card(card, work, recompute=recompute)
     return tokens / (found.step + tokens * found.token)
 
 
 @pytest.mark.parametrize(
-    ("technique", "facts", "tokens", "measured"),
+    ("technique", "model_info", "tokens", "measured"),
     [
         (Lora(), LLAMA_8B, 7605, 16398),  # fp8_job_llama8b_h200.json
         (Lora(precision="fp8"), LLAMA_8B, 7605, 22614),  # fp8_job_llama8b_h200.json
@@ -229,13 +229,13 @@ def _speed_of(technique: Technique, facts: dict[str, Any], tokens: int, *, recom
     ],
 )
 def test_the_table_repeats_what_was_recorded(
-    technique: Technique, facts: dict[str, Any], tokens: int, measured: int
+    technique: Technique, model_info: dict[str, Any], tokens: int, measured: int
 ) -> None:
     recorded = [run["tok_s"] for run in _recorded("fp8_job_llama8b_h200.json")]
     for measurement in json.loads((RECORDS / "job_speed_h200.json").read_text())["measurements"]:
         recorded += [run["tok_s"] for run in measurement["runs"]]
     assert measured in recorded
-    assert _speed_of(technique, facts, tokens) == pytest.approx(measured, rel=0.1)
+    assert _speed_of(technique, model_info, tokens) == pytest.approx(measured, rel=0.1)
 
 
 # --- quotes ---------------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_a_known_base_is_measured_once() -> None:
     work = make_work(item_tokens=100, prompt_tokens=50)
     known = make_quote(work, "CPU", make_record()).parts["evaluation"]
     assert known == pytest.approx(0.002 * (100 + 2 * 50))
-    other = make_record(work=make_work(facts={**TINY, "vocab_size": 261}))
+    other = make_record(work=make_work(model_info={**TINY, "vocab_size": 261}))
     assert make_quote(work, "CPU", other).parts["evaluation"] == pytest.approx(0.002 * (200 + 2 * 50), rel=0.02)
 
 

@@ -15,8 +15,8 @@ from tunery.spec import Full, Lora, Technique
 SETTINGS = Settings(gpu_hour_prices={"H200": 3.6})
 
 
-def make(technique: Technique | None = None, facts: dict[str, Any] = BASES["7B"], **asked: Any) -> ServingQuote:
-    found = serving_quote.make(facts, technique or Lora(), "NVIDIA H200", SETTINGS, **asked)
+def make(technique: Technique | None = None, model_info: dict[str, Any] = BASES["7B"], **asked: Any) -> ServingQuote:
+    found = serving_quote.make(model_info, technique or Lora(), "NVIDIA H200", SETTINGS, **asked)
     assert found is not None
     return found
 

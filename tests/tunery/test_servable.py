@@ -14,7 +14,7 @@ EXPERTS = {"counts": {"experts": 1000}}
 
 
 @pytest.mark.parametrize(
-    ("technique", "facts", "field"),
+    ("technique", "model_info", "field"),
     [
         (Lora(r=17), {}, "r"),
         (Lora(use_dora=True), {}, "use_dora"),
@@ -27,16 +27,16 @@ EXPERTS = {"counts": {"experts": 1000}}
     ],
 )
 def test_job_whose_adapter_vllm_cannot_serve_is_refused(
-    technique: Technique | None, facts: dict[str, Any], field: str
+    technique: Technique | None, model_info: dict[str, Any], field: str
 ) -> None:
     with pytest.raises(InvalidValue, match="serves models by vLLM") as refused:
-        check(technique, facts, LIMITS)
+        check(technique, model_info, LIMITS)
     assert refused.value.param == f"technique.{field}"
-    check(technique, facts, None)  # served by the embedded back end
+    check(technique, model_info, None)  # served by the embedded back end
 
 
 @pytest.mark.parametrize(
-    ("technique", "facts", "limits"),
+    ("technique", "model_info", "limits"),
     [
         (None, {}, LIMITS),
         (Lora(r=16, use_rslora=True), {"counts": {"experts": 0}}, LIMITS),
@@ -46,8 +46,8 @@ def test_job_whose_adapter_vllm_cannot_serve_is_refused(
         (Lora(r=64), {}, Limits(max_rank=64, four_bits_on_the_base=False)),
     ],
 )
-def test_other_jobs_are_taken(technique: Technique | None, facts: dict[str, Any], limits: Limits) -> None:
-    check(technique, facts, limits)
+def test_other_jobs_are_taken(technique: Technique | None, model_info: dict[str, Any], limits: Limits) -> None:
+    check(technique, model_info, limits)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 from cloned_databases import Database
 from fastapi.testclient import TestClient
-from workshop import FACTS, QUICK, Workshop
+from workshop import MODEL_INFO, QUICK, Workshop
 
 from api.main import create_app
 from tunery.keys import auth
@@ -21,7 +21,7 @@ from tunery.storage import open_storage
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model's folder, as a conversion leaves it."""
     folder = tiny_models.llama(tmp_path_factory.mktemp("tiny") / "base")
-    (folder / "facts.json").write_text(json.dumps(FACTS))
+    (folder / "facts.json").write_text(json.dumps(MODEL_INFO))
     return folder
 
 

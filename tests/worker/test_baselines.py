@@ -172,7 +172,7 @@ def test_a_tuned_model_is_compared_with_the_prompts(
         tuned = Model(id="ft:tiny:x::1", kind="tuned", project_id=workshop.project_id, base_id=workshop.base_id)
         tuned.technique, tuned.status, tuned.prefix = "lora", "ready", "models/lora"
         tuned.manifest, tuned.manifest_sha256 = listed.model_dump(mode="json"), sha256
-        tuned.facts = {imports.TECHNIQUE: Lora(r=4, alpha=8).model_dump(mode="json")}
+        tuned.model_info = {imports.TECHNIQUE: Lora(r=4, alpha=8).model_dump(mode="json")}
         session.add(tuned)
     known = workshop.file(lines(KNOWN))
     found = ask(client, workshop, examples_file=known, shots=[0, 2], compare=["ft:tiny:x::1", workshop.base_id])

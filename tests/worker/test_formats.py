@@ -12,7 +12,7 @@ import pytest
 from backports import zstd
 from fastapi.testclient import TestClient
 from pyarrow import parquet
-from workshop import FACTS, Workshop, training_rows
+from workshop import MODEL_INFO, Workshop, training_rows
 
 from api.main import create_app
 from tunery.cli import file_check
@@ -68,7 +68,7 @@ def files() -> dict[str, bytes]:
 def test_a_file_has_one_verdict_from_the_check_to_the_job(workshop: Workshop, tmp_path: Path) -> None:
     """What the check takes a job takes, and what it refuses no upload or job gets past, in the same words."""
     with workshop.session() as session:
-        session.get_one(Model, workshop.base_id).facts = FACTS | {"context_length": 2048}
+        session.get_one(Model, workshop.base_id).model_info = MODEL_INFO | {"context_length": 2048}
     other = []
     for name, content in files().items():
         (tmp_path / "rows").write_bytes(content)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import rows
 import tiny_models
-from workshop import FACTS, Workshop, training_rows
+from workshop import MODEL_INFO, Workshop, training_rows
 
 from tunery.artifacts import manifest
 from tunery.datasets.rules import check_examples
@@ -64,7 +64,7 @@ def test_a_costly_row_ends_its_file_soon(name: str, tiny_base: Path, tmp_path: P
 def test_the_worker_goes_on_with_other_projects_jobs(workshop: Workshop, slowest: Path) -> None:
     listed, sha256 = manifest.publish(workshop.storage, "models/hostile", slowest)
     with workshop.session() as session:
-        values = {"manifest": listed.model_dump(mode="json"), "manifest_sha256": sha256, "facts": FACTS}
+        values = {"manifest": listed.model_dump(mode="json"), "manifest_sha256": sha256, "model_info": MODEL_INFO}
         rows.base(session, "hostile", prefix="models/hostile", **values)
     good_project, good_base = workshop.project_id, workshop.base_id
     with workshop.session() as session:

@@ -15,7 +15,7 @@ import rows
 import tiny_models
 from run_folders import chat
 from sqlalchemy import select, update
-from workshop import FACTS, Workshop, training_rows
+from workshop import MODEL_INFO, Workshop, training_rows
 
 from tunery import db
 from tunery.artifacts import manifest
@@ -241,10 +241,10 @@ def test_what_a_file_should_not_have_is_named_once_in_the_jobs_story(workshop: W
 
 
 def test_a_model_too_large_for_every_device_fails_with_what_would_fit(workshop: Workshop) -> None:
-    large = FACTS | {"params": 13_000_000_000, "hidden_size": 5120, "intermediate_size": 13824}
+    large = MODEL_INFO | {"params": 13_000_000_000, "hidden_size": 5120, "intermediate_size": 13824}
     large |= {"num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000}
     with workshop.session() as session:
-        session.execute(update(Model).values(facts=large))
+        session.execute(update(Model).values(model_info=large))
         card = HostDevice(id="h/gpu0", host="h", gpu_index=0, device="RTX 4090", memory_bytes=24 * 2**30, bf16=True)
         leases.show_device(session, card)
     workshop.base_alias = "gpt-4o-mini-2024-07-18"
@@ -264,10 +264,10 @@ def test_a_model_too_large_for_every_device_fails_with_what_would_fit(workshop: 
 @pytest.fixture
 def seventy(workshop: Workshop) -> None:
     """The base is one of 70 billion weights."""
-    large = FACTS | {"params": 70_000_000_000, "hidden_size": 8192, "intermediate_size": 28672}
+    large = MODEL_INFO | {"params": 70_000_000_000, "hidden_size": 8192, "intermediate_size": 28672}
     large |= {"num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128_256}
     with workshop.session() as session:
-        session.execute(update(Model).values(facts=large))
+        session.execute(update(Model).values(model_info=large))
 
 
 def _show(workshop: Workshop, index: int | None, gib: int) -> None:
@@ -454,8 +454,8 @@ def test_a_registered_base_is_converted_published_and_kept_as_this_hosts_copy(
     with workshop.session() as session:
         terse = session.get_one(Model, "terse")
     assert terse.status == "ready", terse.status_details
-    assert terse.facts["chat_template_sha256"] == hashlib.sha256(TERSE.encode()).hexdigest()
-    assert good.facts["hidden_size"] == 32
+    assert terse.model_info["chat_template_sha256"] == hashlib.sha256(TERSE.encode()).hexdigest()
+    assert good.model_info["hidden_size"] == 32
     kept = workshop.settings.models_dir / str(good.manifest_sha256)
     assert (kept / "model.safetensors").stat().st_size == workshop.storage.stat(f"{good.prefix}/model.safetensors")
     assert [path.name for path in workshop.settings.models_dir.glob(".converting-*")] == []

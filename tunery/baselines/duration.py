@@ -23,18 +23,18 @@ def warnings(order: Order, models: Sequence[Model]) -> list[str]:
     ways = (2 if order.shots == "auto" else len(order.shots)) + (order.retrieval != "none")
     found = []
     for model in models:
-        each = _answer_seconds(model.facts) * ways
+        each = _answer_seconds(model.model_info) * ways
         expected = each * (order.max_rows + min(order.max_rows, _TIMED))
         if expected > _WARNED:
             found.append(_say(model, expected, max(1, int(_WARNED / each / 2))))
     return found
 
 
-def _answer_seconds(facts: Mapping[str, Any]) -> float:
+def _answer_seconds(model_info: Mapping[str, Any]) -> float:
     """A full fine-tune's token costs six operations a weight, and a forward pass two."""
-    if not facts.keys() >= _SIZES:
+    if not model_info.keys() >= _SIZES:
         return 0.0
-    return _TOKENS * speed.operations(Shape.of(facts), Full()) / 3 / speed.CPU_OPERATIONS
+    return _TOKENS * speed.operations(Shape.of(model_info), Full()) / 3 / speed.CPU_OPERATIONS
 
 
 def _say(model: Model, expected: float, rows: int) -> str:

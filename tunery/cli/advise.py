@@ -72,10 +72,10 @@ def advise(
 
 def _here(path: Path, aim: Any, model: str | None, valid: str | None) -> Advice:
     """Raises ReportUnavailable."""
-    facts = None if model is None else _facts(Path(model))
+    model_info = None if model is None else _model_info(Path(model))
     said = report.make(path, valid, base=None, max_tokens=2048)
     rate = None if model is None else _rate(path, Path(model))
-    return advisor.advise(advisor.rows_of(said, rate), aim, facts=facts, has_held_out=valid is not None)
+    return advisor.advise(advisor.rows_of(said, rate), aim, model_info=model_info, has_held_out=valid is not None)
 
 
 def _rate(path: Path, folder: Path) -> float | None:
@@ -88,7 +88,7 @@ def _rate(path: Path, folder: Path) -> float | None:
         return token_rate.measure(iter(lambda: file.read(2**16), b""), template)
 
 
-def _facts(folder: Path) -> dict[str, Any]:
+def _model_info(folder: Path) -> dict[str, Any]:
     """Returns what a base's config.json says of its size. Raises BadParameter."""
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))

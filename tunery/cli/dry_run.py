@@ -28,11 +28,11 @@ def print_job(job: Mapping[str, Any], warnings: Sequence[str], *, as_json: bool)
     if as_json:
         output.as_json(job)
     else:
-        _print_facts(job)
+        _print_fields(job)
     output.warnings([*warnings, *job["warnings"]])
 
 
-def _print_facts(job: Mapping[str, Any]) -> None:
+def _print_fields(job: Mapping[str, Any]) -> None:
     if job["error"] is not None:
         output.console.print(Text(f"The job would fail: {job['error']['message']}", style="red"), soft_wrap=True)
     else:
@@ -52,7 +52,7 @@ def _print_facts(job: Mapping[str, Any]) -> None:
             ("memory of a GPU", of.get("cuda")),
             ("or of a CPU's host", of.get("cpu")),
             *fitting.in_words(map(CardFit.model_validate, job["cards"])),
-            *quotes.facts(job),
+            *quotes.fields(job),
         ]
     )
 

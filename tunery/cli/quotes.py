@@ -6,7 +6,7 @@ from typing import Any
 from tunery.local.terminal import duration
 
 
-def facts(job: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def fields(job: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Returns the quote, what it is made of, and what the run took."""
     quote, actual = job.get("quote"), job.get("actual")
     found = [] if quote is None else [("quoted", _range(quote)), ("quoted from", quote["basis"])]

@@ -21,7 +21,7 @@ _NEXT = {
 
 
 def print_job(job: dict[str, Any]) -> None:
-    """Its facts, its warnings, and the next command."""
+    """Prints a job's fields, its warnings and the next command."""
     output.fields([("id", job["id"]), ("status", output.status(job["status"])), *_run(job), *_request(job)])
     output.warnings(job["warnings"])
     if job["status"] in _NEXT:
@@ -63,7 +63,7 @@ def _request(job: dict[str, Any]) -> list[tuple[str, Any]]:
         ("test file", job["evaluation"]["test_file"]),
         ("trained tokens", f"{job['trained_tokens']:,}" if job["trained_tokens"] else None),
         ("created", f"{output.age(job['created_at'])} ago"),
-        *quotes.facts(job),
+        *quotes.fields(job),
         *_scorecard(job.get("scorecard")),
         ("gate", _gate(job.get("gate") or {})),
         ("served", _served(job.get("served"))),

@@ -73,10 +73,10 @@ def _checked(session: Session, caller: Caller, request: JobRequest, rerun_of: Jo
     """Returns the job of a request that can be carried out, before it is stored. Raises Rejected, NotFound."""
     chosen, hyperparameters = check_fields(request)
     model = registry.find_ready(session, caller.project_id, request.model)
-    advice.check_modules(request.technique, model.facts)
+    advice.check_modules(request.technique, model.model_info)
     spec = _spec(session, request, model, method=chosen, hyperparameters=hyperparameters)
-    advice.check_technique(spec.technique, model.facts)
-    servable.check(spec.technique, model.facts, limits)
+    advice.check_technique(spec.technique, model.model_info)
+    servable.check(spec.technique, model.model_info, limits)
     files = {param: _check_file(session, caller.project_id, param, name) for param, name in _files(request).items()}
     _check_held_out(session, request)
     job = _job(request, caller, model, spec)
@@ -89,9 +89,9 @@ def _checked(session: Session, caller: Caller, request: JobRequest, rerun_of: Jo
 
 def _check_inventory(session: Session, job: Job, model: str) -> None:
     """Raises ExceedsInventory where the least that the run needs, however short its rows are, is on no device here."""
-    facts, spec = session.get_one(Model, job.base_model).facts, TrainingSpec.model_validate(job.spec)
+    model_info, spec = session.get_one(Model, job.base_model).model_info, TrainingSpec.model_validate(job.spec)
     try:
-        placing.make_plan(spec, facts, leases.devices(session), examples=1, longest_answer=None, model=model)
+        placing.make_plan(spec, model_info, leases.devices(session), examples=1, longest_answer=None, model=model)
     except DoesNotFit as error:
         raise ExceedsInventory(param=error.param, reason=error.message) from error
 

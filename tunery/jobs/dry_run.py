@@ -69,29 +69,29 @@ def _plan(session: Session, found: DryRun, rate_of: RateOf) -> None:
     """Raises DoesNotFit, InvalidNExamples."""
     spec = TrainingSpec.model_validate(found.job.spec)
     base, devices = session.get_one(Model, found.job.base_model), leases.devices(session)
-    facts = base.facts
+    model_info = base.model_info
     summary = found.report.summary if found.report and found.report.status == reports.READY else None
     examples = None if summary is None else summary["examples"]
     known: dict[str, Any] = {"examples": examples or 1, "longest_answer": None, "model": found.job.model_name}
-    found.cards = fitting.of_plan(facts, placing.make_plan(spec, facts, (), **known))
-    plan = placing.make_plan(spec, facts, devices, **known)
-    found.expected = placing.step_here(plan, facts, devices)
-    found.memory = {device: placing.need(plan, facts, device) for device in ("cuda", "cpu")}
+    found.cards = fitting.of_plan(model_info, placing.make_plan(spec, model_info, (), **known))
+    plan = placing.make_plan(spec, model_info, devices, **known)
+    found.expected = placing.step_here(plan, model_info, devices)
+    found.memory = {device: placing.need(plan, model_info, device) for device in ("cuda", "cpu")}
     gpu_bytes, cpu_bytes = (
-        placing.need(plan, facts, device, longest=placing.ANY_ROW).bytes for device in ("cuda", "cpu")
+        placing.need(plan, model_info, device, longest=placing.ANY_ROW).bytes for device in ("cuda", "cpu")
     )
     if summary is not None and examples is not None:
         if examples < LEAST_EXAMPLES:
             raise InvalidNExamples(param="training_file", role="Training", n=examples, least=LEAST_EXAMPLES)
         found.job.plan = plan.model_dump(mode="json")
-        found.warnings += _of_rows(plan, facts, summary, asked_length=spec.max_seq_length)
+        found.warnings += _of_rows(plan, model_info, summary, asked_length=spec.max_seq_length)
         tokens = advisor.rows_of(summary, rate_of(base, session.get_one(File, found.job.training_file))).answer_tokens
-        found.warnings += capacity.warnings(facts, plan.technique, tokens)
-    found.warnings += placing.border_warnings(plan, facts, devices)
+        found.warnings += capacity.warnings(model_info, plan.technique, tokens)
+    found.warnings += placing.border_warnings(plan, model_info, devices)
     found.warnings += placing.warnings(devices, gpus=plan.resources.gpus, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes)
 
 
-def _of_rows(plan: Plan, facts: Mapping[str, Any], summary: Mapping[str, Any], *, asked_length: int) -> list[str]:
+def _of_rows(plan: Plan, model_info: Mapping[str, Any], summary: Mapping[str, Any], *, asked_length: int) -> list[str]:
     of_file = [f"Training file: {warning}" for warning in summary["warnings"]]
-    of_plan = advice.warnings(plan, examples=summary["examples"], facts=facts, asked_length=asked_length)
+    of_plan = advice.warnings(plan, examples=summary["examples"], model_info=model_info, asked_length=asked_length)
     return [*of_file, *of_plan]

@@ -22,7 +22,7 @@ def find_gpus(devices: Sequence[HostDevice]) -> list[HostDevice]:
 
 def make_plan(
     spec: TrainingSpec,
-    facts: Mapping[str, Any],
+    model_info: Mapping[str, Any],
     devices: Sequence[HostDevice],
     *,
     examples: int,
@@ -36,17 +36,17 @@ def make_plan(
     Raises DoesNotFit where the largest device known is too small; without any worker yet nothing is too large, nor
     where the job is forced.
     """
-    known: dict[str, Any] = {"examples": examples, "facts": facts, "longest_answer": longest_answer}
+    known: dict[str, Any] = {"examples": examples, "model_info": model_info, "longest_answer": longest_answer}
     largest = _largest(devices)
     if largest is None:
         return advice.resolve(spec, **known, bf16_fits=True)
-    length = min(advice.max_length(spec, facts), longest or sys.maxsize)
+    length = min(advice.max_length(spec, model_info), longest or sys.maxsize)
     limits = _limits(largest, length, spec.method.rows_an_example, spec.optimizer)
-    fits = expected.bf16_runs(facts, **limits)
-    plan = _shared_out(advice.resolve(spec, **known, bf16_fits=fits), facts, limits)
+    fits = expected.bf16_runs(model_info, **limits)
+    plan = _shared_out(advice.resolve(spec, **known, bf16_fits=fits), model_info, limits)
     if not spec.resources.force:
         of_run = {**limits, "ranks": _ranks(plan), "longest": longest or ANY_ROW}
-        changes.check(facts, plan.technique, **of_run, model=model, gpus=_alike(devices, largest))
+        changes.check(model_info, plan.technique, **of_run, model=model, gpus=_alike(devices, largest))
     return plan
 
 
@@ -56,20 +56,20 @@ def _alike(devices: Sequence[HostDevice], largest: HostDevice) -> int:
     return max(hosts.values(), default=0)
 
 
-def bf16_fits(facts: Mapping[str, Any], devices: Sequence[HostDevice]) -> bool | None:
+def bf16_fits(model_info: Mapping[str, Any], devices: Sequence[HostDevice]) -> bool | None:
     """Whether the largest device holds the base in bf16 for rows of the default length; None where there is none."""
     largest, spec = _largest(devices), TrainingSpec(seed=0)
     if largest is None:
         return None
-    return expected.bf16_runs(facts, **_limits(largest, advice.max_length(spec, facts), 1, spec.optimizer))
+    return expected.bf16_runs(model_info, **_limits(largest, advice.max_length(spec, model_info), 1, spec.optimizer))
 
 
-def need(plan: Plan, facts: Mapping[str, Any], device: str, *, longest: int | None = None) -> peak.Estimate:
+def need(plan: Plan, model_info: Mapping[str, Any], device: str, *, longest: int | None = None) -> peak.Estimate:
     """The least memory that the run needs on each device of a kind, `cuda` or `cpu`. `longest`: as of `make_plan`."""
     asked: dict[str, Any] = {"rows": plan.method.rows_an_example, "optimizer": plan.optimizer}
     asked["max_seq_length"] = min(plan.max_seq_length, longest or sys.maxsize)
     asked["ranks"] = _ranks(plan) if device == "cuda" else 1
-    return memory.estimate(facts, plan.technique, **asked, device=device)
+    return memory.estimate(model_info, plan.technique, **asked, device=device)
 
 
 def wanted_bytes(plan: Plan, size: int, devices: Sequence[HostDevice], *, on_gpu: bool) -> int:
@@ -79,7 +79,7 @@ def wanted_bytes(plan: Plan, size: int, devices: Sequence[HostDevice], *, on_gpu
 
 
 def step_here(
-    plan: Plan, facts: Mapping[str, Any], devices: Sequence[HostDevice], *, longest: int | None = None
+    plan: Plan, model_info: Mapping[str, Any], devices: Sequence[HostDevice], *, longest: int | None = None
 ) -> StepPlan | None:
     """How the trainer would take a step on the largest GPU here; None without one, or where the probe has to say.
 
@@ -89,7 +89,7 @@ def step_here(
     if not gpus:
         return None
     found = expected.run(
-        facts,
+        model_info,
         plan.technique,
         max_seq_length=min(plan.max_seq_length, longest or sys.maxsize),
         capacity=max(device.memory_bytes for device in gpus),
@@ -102,10 +102,10 @@ def step_here(
 
 
 def border_warnings(
-    plan: Plan, facts: Mapping[str, Any], devices: Sequence[HostDevice], *, longest: int | None = None
+    plan: Plan, model_info: Mapping[str, Any], devices: Sequence[HostDevice], *, longest: int | None = None
 ) -> list[str]:
     """Warns of a run that is not refused and for which no plan is found on the largest GPU here."""
-    if not find_gpus(devices) or step_here(plan, facts, devices, longest=longest) is not None:
+    if not find_gpus(devices) or step_here(plan, model_info, devices, longest=longest) is not None:
         return []
     length = min(plan.max_seq_length, longest or sys.maxsize)
     size = memory.gib(max(device.memory_bytes for device in find_gpus(devices)))
@@ -141,12 +141,14 @@ def _limits(largest: HostDevice, length: int, rows: int, optimizer: str) -> dict
     }
 
 
-def _shared_out(plan: Plan, facts: Mapping[str, Any], limits: Mapping[str, Any]) -> Plan:
+def _shared_out(plan: Plan, model_info: Mapping[str, Any], limits: Mapping[str, Any]) -> Plan:
     """Returns the plan with the way in which it uses several GPUs decided."""
     resources = plan.resources
     if resources.gpus == 1:
         return plan
-    chosen = expected.choose_sharding(facts, plan.technique, gpus=resources.gpus, asked=resources.sharding, **limits)
+    chosen = expected.choose_sharding(
+        model_info, plan.technique, gpus=resources.gpus, asked=resources.sharding, **limits
+    )
     return plan.model_copy(update={"resources": resources.model_copy(update={"sharding": chosen})})
 
 

@@ -46,13 +46,13 @@ def first(session: Session, job: Job, prices: Prices) -> Quote | None:
     None where no device here and no card of the table could take it, and for a base of unknown sizes.
     """
     spec = TrainingSpec.model_validate(job.spec)
-    facts, devices = session.get_one(Model, job.base_model).facts, leases.devices(session)
-    if not facts.keys() >= _SIZES:
+    model_info, devices = session.get_one(Model, job.base_model).model_info, leases.devices(session)
+    if not model_info.keys() >= _SIZES:
         return None
-    counts = _counts(session, job, advice.max_length(spec, facts))
+    counts = _counts(session, job, advice.max_length(spec, model_info))
     try:
         plan = placing.make_plan(
-            spec, facts, devices, examples=counts.examples, longest_answer=None, model=job.model_name
+            spec, model_info, devices, examples=counts.examples, longest_answer=None, model=job.model_name
         )
     except JobFailure:
         return None
@@ -80,11 +80,11 @@ def of_plan(
     session: Session, job: Job, plan: Plan, counts: Counts, prices: Prices, *, devices: Sequence[HostDevice]
 ) -> Quote | None:
     """Returns the quote of a job whose plan is made, on the device that would be claimed for it."""
-    facts = session.get_one(Model, job.base_model).facts
-    device = _device(plan, facts, devices)
+    model_info = session.get_one(Model, job.base_model).model_info
+    device = _device(plan, model_info, devices)
     if device is None:
         return None
-    work = workload.of_job(plan, facts, counts, "cpu" if device == "CPU" else "cuda")
+    work = workload.of_job(plan, model_info, counts, "cpu" if device == "CPU" else "cuda")
     return quote.make(work, device, records(session, job, device), prices)
 
 
@@ -96,21 +96,23 @@ def serving(
     Else on the largest GPU here that is a known card, or on the smallest card that holds the base; None for a base of
     unknown sizes, and where no card holds it.
     """
-    facts = model.facts
-    if not facts.keys() >= _SIZES:
+    model_info = model.model_info
+    if not model_info.keys() >= _SIZES:
         return None
-    if (measured := serving_quote.of_rates(rates, model.base_id or model.id, facts, technique, prices)) is not None:
+    if (
+        measured := serving_quote.of_rates(rates, model.base_id or model.id, model_info, technique, prices)
+    ) is not None:
         return measured
     gpus = sorted(placing.find_gpus(devices), key=lambda gpu: -gpu.memory_bytes)
     table = sorted(cards.CARDS, key=lambda card: (card.gigabytes, card.price))
     named = [*(gpu.device for gpu in gpus), *(card.name for card in table)]
-    quotes = (serving_quote.make(facts, technique, device, prices) for device in named)
+    quotes = (serving_quote.make(model_info, technique, device, prices) for device in named)
     return next((made for made in quotes if made is not None), None)
 
 
-def _device(plan: Plan, facts: Mapping[str, Any], devices: Sequence[HostDevice]) -> str | None:
+def _device(plan: Plan, model_info: Mapping[str, Any], devices: Sequence[HostDevice]) -> str | None:
     """The smallest GPU that will do, which the queue takes; without any worker yet, the smallest card of the table."""
-    need = placing.need(plan, facts, "cuda").bytes
+    need = placing.need(plan, model_info, "cuda").bytes
     if gpus := placing.find_gpus(devices):
         fitting = [gpu for gpu in gpus if gpu.memory_bytes >= need]
         return min(fitting, key=lambda gpu: gpu.memory_bytes).device if fitting else None
@@ -225,12 +227,12 @@ def records(session: Session, job: Job, device: str) -> list[Record]:
     """Runs that ended on this kind of device, newest first: those on the job's base, then those on others."""
     of_base = Job.base_model == job.base_model
     found = [*_ended(session, device, of_base), *_ended(session, device, ~of_base)]
-    made = (_record(each, facts, device, is_own=each.project_id == job.project_id) for each, facts in found)
+    made = (_record(each, model_info, device, is_own=each.project_id == job.project_id) for each, model_info in found)
     return [record for record in made if record is not None]
 
 
 def _ended(session: Session, device: str, condition: ColumnElement[bool]) -> list[tuple[Job, dict[str, Any]]]:
-    return [(job, facts) for job, facts in session.execute(_measured(device, condition))]
+    return [(job, model_info) for job, model_info in session.execute(_measured(device, condition))]
 
 
 def _measured(device: str, condition: ColumnElement[bool]) -> Select[Job, dict[str, Any]]:
@@ -238,7 +240,7 @@ def _measured(device: str, condition: ColumnElement[bool]) -> Select[Job, dict[s
     # Why op("->"): a subscript is written as actual['kept'], which is another expression than the index's.
     kept = func.jsonb_typeof(Job.actual.op("->")("kept"))
     return (
-        select(Job, Model.facts)
+        select(Job, Model.model_info)
         .join(Model, Model.id == Job.base_model)
         .where(Job.state == State.SUCCEEDED, condition)
         .where(Job.actual["device"].astext == device, kept == "object")
@@ -247,7 +249,7 @@ def _measured(device: str, condition: ColumnElement[bool]) -> Select[Job, dict[s
     )
 
 
-def _record(job: Job, facts: Mapping[str, Any], device: str, *, is_own: bool) -> Record | None:
+def _record(job: Job, model_info: Mapping[str, Any], device: str, *, is_own: bool) -> Record | None:
     """A job's run as a record, of which another project's is not named. None for a method that this process lacks."""
     assert job.actual is not None, "the query asks for it"
     kept = job.actual["kept"]
@@ -256,7 +258,7 @@ def _record(job: Job, facts: Mapping[str, Any], device: str, *, is_own: bool) ->
     except (ValidationError, Unsupported):  # of a plug-in that is gone, or of another release
         return None
     counts = Counts(1, 1, "rows", test_rows=1 if job.test_file else 0)
-    work = workload.of_job(plan, facts, counts, "cpu" if device == "CPU" else "cuda")
+    work = workload.of_job(plan, model_info, counts, "cpu" if device == "CPU" else "cuda")
     mixed = {"validation"} if plan.evaluation.task_rows else ()  # the task's answers are in its time
     return Record(
         job=job.id if is_own else None,

@@ -12,7 +12,7 @@ from tunery.models.model import Model
 from tunery.spec import Lora, Qlora
 
 TECHNIQUE = "imported_technique"
-"""The entry of a model's facts with the technique of an adapter that no job made."""
+"""The entry of `model_info` with the technique of an adapter that no job made."""
 
 
 def new_prefix() -> str:
@@ -47,7 +47,7 @@ def add(
         status="processing",
         source=source,
         prefix=prefix,
-        facts=base.facts,
+        model_info=base.model_info,
     )
     session.add(model)
     session.flush()
@@ -63,11 +63,11 @@ def waiting(session: Session) -> list[str]:
 
 def set_ready(session: Session, model: Model, *, manifest: dict[str, Any], sha256: str, technique: Lora) -> None:
     """The adapter is stored and may be used."""
-    facts = {**model.facts, TECHNIQUE: technique.model_dump(mode="json")}
-    registry.set_ready(session, model, manifest=manifest, sha256=sha256, facts=facts)
+    model_info = {**model.model_info, TECHNIQUE: technique.model_dump(mode="json")}
+    registry.set_ready(session, model, manifest=manifest, sha256=sha256, model_info=model_info)
 
 
 def technique_of(model: Model) -> Lora | None:
     """Returns what an imported adapter is trained with; None for any other model."""
-    found = model.facts.get(TECHNIQUE)
+    found = model.model_info.get(TECHNIQUE)
     return None if found is None else (Qlora if found["type"] == "qlora" else Lora).model_validate(found)

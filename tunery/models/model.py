@@ -13,7 +13,7 @@ class Model(Base):
     """A base (`project_id` null: everyone's), a job's result or one of its checkpoints.
 
     Its files lie in storage under `prefix`, listed by `manifest` (sizes and sha256; see `artifacts.manifest`).
-    `facts` holds what planning needs: hidden_size, layers, params, context_length, ...
+    `model_info` holds what planning needs: hidden_size, layers, params, context_length, ...
     `withheld`: stored, and kept from use by the gate of the job that made it, until that job's owner publishes it.
     `purged_at`: when the objects of a deleted model were removed.
     `export`: the last one that was asked for (see `exports`). `scoring`: the last scorecard (see `scores`).
@@ -43,7 +43,7 @@ class Model(Base):
     prefix: Mapped[str]
     manifest: Mapped[dict[str, Any] | None]
     manifest_sha256: Mapped[str | None]
-    facts: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    model_info: Mapped[dict[str, Any]] = mapped_column("facts", default=dict)
     created_at: Mapped[datetime] = creation_time()
     export: Mapped[dict[str, Any] | None]
     scoring: Mapped[dict[str, Any] | None]

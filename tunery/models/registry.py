@@ -136,9 +136,11 @@ def _take_turns(session: Session, name: str) -> None:
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"model {name}", 0))))
 
 
-def set_ready(session: Session, model: Model, *, manifest: dict[str, Any], sha256: str, facts: dict[str, Any]) -> None:
+def set_ready(
+    session: Session, model: Model, *, manifest: dict[str, Any], sha256: str, model_info: dict[str, Any]
+) -> None:
     """Its files are stored and listed: it may be used."""
-    model.manifest, model.manifest_sha256, model.facts = manifest, sha256, facts
+    model.manifest, model.manifest_sha256, model.model_info = manifest, sha256, model_info
     model.status, model.status_details = "ready", None
     session.flush()
 
@@ -189,7 +191,7 @@ def add_tuned(
         prefix=prefix,
         manifest=manifest,
         manifest_sha256=sha256,
-        facts=base.facts,
+        model_info=base.model_info,
         withheld=withheld,
     )
     session.add(model)

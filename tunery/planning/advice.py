@@ -43,21 +43,21 @@ def default_epochs(examples: int) -> int:
     return _EPOCHS
 
 
-def default_technique(bf16_fits: bool, facts: Mapping[str, Any]) -> Technique:
+def default_technique(bf16_fits: bool, model_info: Mapping[str, Any]) -> Technique:
     """LoRA, on four bits only where sixteen do not fit; never full, which forgets most and costs most.
 
     The other of the two where the base cannot be trained with the first.
     """
     both: list[Technique] = [Lora(), Qlora()] if bf16_fits else [Qlora(), Lora()]
-    return next((technique for technique in both if _why_not(technique.type, facts) is None), both[0])
+    return next((technique for technique in both if _why_not(technique.type, model_info) is None), both[0])
 
 
-def max_length(spec: TrainingSpec, facts: Mapping[str, Any]) -> int:
+def max_length(spec: TrainingSpec, model_info: Mapping[str, Any]) -> int:
     """Returns tokens of the longest sequence: max_seq_length, or the base's context where that is shorter.
 
     Positions past the context were never trained.
     """
-    return min(spec.max_seq_length, facts.get("context_length") or spec.max_seq_length)
+    return min(spec.max_seq_length, model_info.get("context_length") or spec.max_seq_length)
 
 
 def answer_limit(evaluation: Evaluation, longest: int) -> int:
@@ -74,18 +74,21 @@ def resolve(
     spec: TrainingSpec,
     *,
     examples: int,
-    facts: Mapping[str, Any],
+    model_info: Mapping[str, Any],
     bf16_fits: bool,
     longest_answer: int | None = None,
 ) -> Plan:
-    """The plan of a run on `examples` training rows. `facts`: the base's; `longest_answer`: tokens, of those wanted."""
+    """Returns the plan of a run on `examples` training rows.
+
+    `model_info`: the base's; `longest_answer`: tokens of the longest wanted answer.
+    """
     knobs = spec.hyperparameters
-    technique = spec.technique or default_technique(bf16_fits, facts)
-    default_rate = default_learning_rate(facts["hidden_size"], technique) * spec.method.rate_share
+    technique = spec.technique or default_technique(bf16_fits, model_info)
+    default_rate = default_learning_rate(model_info["hidden_size"], technique) * spec.method.rate_share
     multiplier = 1.0 if knobs.learning_rate_multiplier == "auto" else knobs.learning_rate_multiplier
     rate = default_rate * multiplier if spec.learning_rate is None else spec.learning_rate
     settled = spec.model_dump(exclude={"technique", "hyperparameters", "learning_rate"})
-    settled["max_seq_length"] = max_length(spec, facts)
+    settled["max_seq_length"] = max_length(spec, model_info)
     settled["method"] = spec.method.decided()
     if longest_answer is not None:
         settled["evaluation"]["max_new_tokens"] = answer_limit(spec.evaluation, longest_answer)
@@ -99,30 +102,30 @@ def resolve(
     )
 
 
-def check_technique(technique: Technique | None, facts: Mapping[str, Any]) -> None:
+def check_technique(technique: Technique | None, model_info: Mapping[str, Any]) -> None:
     """Raises InvalidValue for a technique that the base cannot be trained with, as was found when it was added.
 
     Bases that were added before this was tried pass. None: the server's choice, LoRA or QLoRA.
     """
     if technique is None:
-        reason = _why_not("lora", facts) if _why_not("qlora", facts) else None
+        reason = _why_not("lora", model_info) if _why_not("qlora", model_info) else None
         wanted = "lora or qlora"
     else:
-        reason, wanted = _why_not(technique.type, facts), technique.type
+        reason, wanted = _why_not(technique.type, model_info), technique.type
     if reason is not None:
-        can = [name for name in ("lora", "qlora", "full") if _why_not(name, facts) is None]
+        can = [name for name in ("lora", "qlora", "full") if _why_not(name, model_info) is None]
         instead = f"Use technique '{can[0]}'." if can else "Choose another base."
         raise InvalidValue(
             param="technique.type",
             reason=f"This base cannot be trained with {wanted} ({reason.rstrip('.')}). {instead}",
         )
     if isinstance(technique, Lora):
-        _check_tokens(technique, facts.get("vocab_size"))
+        _check_tokens(technique, model_info.get("vocab_size"))
     if isinstance(technique, Lora) and technique.target_modules == "all-linear":
         if technique.dropout:
-            _check_option("dropout", "Send dropout 0", facts.get("dropout"))
+            _check_option("dropout", "Send dropout 0", model_info.get("dropout"))
         if technique.use_dora:
-            _check_option("use_dora", "Send use_dora false", facts.get("dora"))
+            _check_option("use_dora", "Send use_dora false", model_info.get("dora"))
 
 
 def _check_tokens(technique: Lora, vocabulary: int | None) -> None:
@@ -143,18 +146,18 @@ def _check_option(name: str, instead: str, reason: str | None) -> None:
         )
 
 
-def _why_not(technique: str, facts: Mapping[str, Any]) -> str | None:
-    reasons: Mapping[str, str | None] = facts.get("techniques") or {}
+def _why_not(technique: str, model_info: Mapping[str, Any]) -> str | None:
+    reasons: Mapping[str, str | None] = model_info.get("techniques") or {}
     return reasons.get(technique)
 
 
-def check_modules(technique: Technique | None, facts: Mapping[str, Any]) -> None:
+def check_modules(technique: Technique | None, model_info: Mapping[str, Any]) -> None:
     """Raises InvalidValue for a target module that the base does not have; bases of unknown modules pass.
 
     A name means what it means to PEFT: a module's whole name, or its end after a dot. PEFT itself complains only when
     none of the names fits, and trains without the others.
     """
-    known = facts.get("linear_modules")
+    known = model_info.get("linear_modules")
     if not known or not isinstance(technique, Lora) or technique.target_modules == "all-linear":
         return
     for name in technique.target_modules:
@@ -167,9 +170,9 @@ def check_modules(technique: Technique | None, facts: Mapping[str, Any]) -> None
             )
 
 
-def warnings(plan: Plan, *, examples: int, facts: Mapping[str, Any], asked_length: int | None = None) -> list[str]:
+def warnings(plan: Plan, *, examples: int, model_info: Mapping[str, Any], asked_length: int | None = None) -> list[str]:
     """What the owner should know before the run, most important first. `asked_length`: the request's max_seq_length."""
-    found = [*_of_rate(plan, facts), *_of_rows(plan, examples)]
+    found = [*_of_rate(plan, model_info), *_of_rows(plan, examples)]
     if asked_length is not None and asked_length > plan.max_seq_length:
         found.append(
             f"max_seq_length {asked_length} is more than the model's context of {plan.max_seq_length} tokens, which is "
@@ -182,8 +185,8 @@ def warnings(plan: Plan, *, examples: int, facts: Mapping[str, Any], asked_lengt
     return found
 
 
-def _of_rate(plan: Plan, facts: Mapping[str, Any]) -> list[str]:
-    default = default_learning_rate(facts["hidden_size"], plan.technique) * plan.method.rate_share
+def _of_rate(plan: Plan, model_info: Mapping[str, Any]) -> list[str]:
+    default = default_learning_rate(model_info["hidden_size"], plan.technique) * plan.method.rate_share
     low, high = default * _BAND[0], default * _BAND[1]
     usual = f"The default for {plan.technique.type} on this model is {default:.1e}."
     if plan.learning_rate > high:

@@ -50,14 +50,17 @@ def advise(
     rows: Rows,
     aim: Aim,
     *,
-    facts: Mapping[str, Any] | None = None,
+    model_info: Mapping[str, Any] | None = None,
     technique: Technique | None = None,
     bf16_fits: bool | None = None,
     has_held_out: bool = False,
 ) -> Advice:
-    """The advice. `facts`: the base's, None where it is not known; `technique`: the owner's, None: the rules choose;
-    `bf16_fits`: whether a device here holds the base in bf16; `has_held_out`: there is a validation or test file."""
-    known = facts or {}
+    """Returns the advice.
+
+    `model_info`: the base's, None where it is not known. `technique`: the owner's, None: the rules choose.
+    `bf16_fits`: whether a device here holds the base in bf16. `has_held_out`: there is a validation or test file.
+    """
+    known = model_info or {}
     choice, reasons = recommendation.decide(rows, aim)
     chosen = technique or suggestions.suggest_technique(aim, rows, known, bf16_fits)
     plan = suggestions.make_plan(chosen, rows, {**_ANY_WIDTH, **known}, has_held_out=has_held_out)
@@ -77,14 +80,14 @@ def advise(
         rows=rows,
         suggestions=listed,
         warnings=_warnings(plan, rows, known),
-        cards=fitting.of_plan(known, plan) if facts else [],
+        cards=fitting.of_plan(known, plan) if model_info else [],
         settings=_settings(chosen, listed),
     )
 
 
-def _warnings(plan: Plan, rows: Rows, facts: Mapping[str, Any]) -> list[str]:
-    found = advice.warnings(plan, examples=rows.usable, facts={**_ANY_WIDTH, **facts})
-    return found + (capacity.warnings(facts, plan.technique, rows.answer_tokens) if facts else [])
+def _warnings(plan: Plan, rows: Rows, model_info: Mapping[str, Any]) -> list[str]:
+    found = advice.warnings(plan, examples=rows.usable, model_info={**_ANY_WIDTH, **model_info})
+    return found + (capacity.warnings(model_info, plan.technique, rows.answer_tokens) if model_info else [])
 
 
 def _settings(technique: Technique, listed: list[Suggestion]) -> dict[str, JsonValue]:

@@ -10,7 +10,7 @@ MOST_PER_TOKEN = 1000
 """Parameters a token above which an adapter has room to keep the rows themselves."""
 
 
-def warnings(facts: Mapping[str, Any], technique: Technique, tokens: int) -> list[str]:
+def warnings(model_info: Mapping[str, Any], technique: Technique, tokens: int) -> list[str]:
     """Warns where the adapter has less than one parameter, or more than a thousand, for each token of an answer.
 
     Rules of thumb: a token is worth about one bit, and a parameter holds about two (Allen-Zhu and Li 2024,
@@ -18,7 +18,7 @@ def warnings(facts: Mapping[str, Any], technique: Technique, tokens: int) -> lis
     """
     if isinstance(technique, Full) or not tokens:
         return []
-    learns = shape.trainable_params(facts, technique)
+    learns = shape.trainable_params(model_info, technique)
     sizes = f"{learns:,} parameters at rank {technique.r}, and the answers have about {tokens:,} tokens"
     if learns < tokens:
         return [f"The adapter may be too small: it has {sizes}. {_higher(technique, tokens / learns)}"]
@@ -29,11 +29,11 @@ def warnings(facts: Mapping[str, Any], technique: Technique, tokens: int) -> lis
     return []
 
 
-def fit_rank(facts: Mapping[str, Any], technique: Lora, tokens: int, *, least: int, most: int) -> int:
+def fit_rank(model_info: Mapping[str, Any], technique: Lora, tokens: int, *, least: int, most: int) -> int:
     """The rank nearest to the technique's, by halves or doubles from `least` to `most`, that is not warned of."""
 
     def learns(rank: int) -> int:
-        return shape.trainable_params(facts, technique.model_copy(update={"r": rank}))
+        return shape.trainable_params(model_info, technique.model_copy(update={"r": rank}))
 
     rank = technique.r
     while tokens and learns(rank) > MOST_PER_TOKEN * tokens and rank // 2 >= least:

@@ -28,7 +28,7 @@ class Change:
 
 
 def check(
-    facts: Mapping[str, Any],
+    model_info: Mapping[str, Any],
     technique: Technique,
     *,
     max_seq_length: int,
@@ -46,7 +46,7 @@ def check(
     """
     asked: dict[str, Any] = {"device": device, "rows": 1, "optimizer": "adamw", "ranks": 1, **of_run}
     length = max_seq_length if longest is None else min(longest, max_seq_length)
-    need = memory.estimate(facts, technique, max_seq_length=length, **asked)
+    need = memory.estimate(model_info, technique, max_seq_length=length, **asked)
     if need.bytes > capacity:
         ranks, rows = asked["ranks"], "rows" if asked["rows"] == 1 else "pairs of rows"
         raise DoesNotFit(
@@ -56,48 +56,48 @@ def check(
             needed=memory.gib(need.bytes),
             device="GPU" if device == "cuda" else "host",
             capacity=memory.gib(capacity),
-            instead=f"{advise(facts, technique, capacity, gpus=gpus, max_seq_length=length, **asked)} {_FORCE}",
+            instead=f"{advise(model_info, technique, capacity, gpus=gpus, max_seq_length=length, **asked)} {_FORCE}",
         )
     return need
 
 
-def advise(facts: Mapping[str, Any], technique: Technique, capacity: int, *, gpus: int, **of_run: Any) -> str:
+def advise(model_info: Mapping[str, Any], technique: Technique, capacity: int, *, gpus: int, **of_run: Any) -> str:
     """Returns what to change: more of the host's `gpus`, a lighter technique, shorter rows, another base or worker.
 
     Only what the trainer then has a plan for is named. `of_run`: as of `memory.estimate`.
     """
-    lighter = find_lighter(facts, technique, capacity, of_run)
-    more = _more_gpus(facts, technique, capacity, gpus, of_run)
+    lighter = find_lighter(model_info, technique, capacity, of_run)
+    more = _more_gpus(model_info, technique, capacity, gpus, of_run)
     if more is not None:
         return f"{more} on each.{f' Or use {lighter}.' if lighter else ''}"
     if lighter is not None:
         return f"Use {lighter}."
-    shorter = find_shorter(facts, technique, capacity, of_run)
+    shorter = find_shorter(model_info, technique, capacity, of_run)
     if shorter is not None:
         return f"Lower max_seq_length to {shorter}."
     return f"Use a smaller base model, or a worker with a larger {'GPU' if of_run['device'] == 'cuda' else 'memory'}."
 
 
 def _more_gpus(
-    facts: Mapping[str, Any], technique: Technique, capacity: int, gpus: int, of_run: Mapping[str, Any]
+    model_info: Mapping[str, Any], technique: Technique, capacity: int, gpus: int, of_run: Mapping[str, Any]
 ) -> Change | None:
     """Returns the fewest GPUs that hold the model in pieces."""
     for ranks in (count for count in GPU_COUNTS if of_run["ranks"] < count <= gpus and of_run["device"] == "cuda"):
         cut = {**of_run, "ranks": ranks}
-        if expected.runs(facts, technique, capacity=capacity, **cut):
+        if expected.runs(model_info, technique, capacity=capacity, **cut):
             text = f"Set resources.gpus to {ranks} and resources.sharding to 'auto'"
-            return Change(text, memory.estimate(facts, technique, **cut).bytes)
+            return Change(text, memory.estimate(model_info, technique, **cut).bytes)
     return None
 
 
 def find_lighter(
-    facts: Mapping[str, Any], technique: Technique, capacity: int, of_run: Mapping[str, Any]
+    model_info: Mapping[str, Any], technique: Technique, capacity: int, of_run: Mapping[str, Any]
 ) -> Change | None:
     """Returns the technique most alike that the trainer has a plan for."""
-    refused = {name for name, reason in (facts.get("techniques") or {}).items() if reason}
+    refused = {name for name, reason in (model_info.get("techniques") or {}).items() if reason}
     for other, text in _lighter(technique, of_run["device"]):
-        if other.type not in refused and expected.runs(facts, other, capacity=capacity, **of_run):
-            return Change(text, memory.estimate(facts, other, **of_run).bytes)
+        if other.type not in refused and expected.runs(model_info, other, capacity=capacity, **of_run):
+            return Change(text, memory.estimate(model_info, other, **of_run).bytes)
     return None
 
 
@@ -112,12 +112,12 @@ def _lighter(technique: Technique, device: str) -> Iterator[tuple[Technique, str
 
 
 def find_shorter(
-    facts: Mapping[str, Any], technique: Technique, capacity: int, of_run: Mapping[str, Any]
+    model_info: Mapping[str, Any], technique: Technique, capacity: int, of_run: Mapping[str, Any]
 ) -> int | None:
     """Returns the longest half, quarter and so on of max_seq_length that the trainer has a plan for."""
     shorter = of_run["max_seq_length"] // 2
     while shorter >= _SHORTEST:
-        if expected.runs(facts, technique, capacity=capacity, **{**of_run, "max_seq_length": shorter}):
+        if expected.runs(model_info, technique, capacity=capacity, **{**of_run, "max_seq_length": shorter}):
             return int(shorter)
         shorter //= 2
     return None

@@ -65,7 +65,7 @@ def plan(s: Setting, load: Load, capacity: int) -> Expected | None:
 
 
 def run(
-    facts: Mapping[str, Any],
+    model_info: Mapping[str, Any],
     technique: Technique,
     *,
     max_seq_length: int,
@@ -82,21 +82,21 @@ def run(
     """
     longest = max_seq_length * rows
     load = Load(longest, batch * longest)
-    return plan(Setting.of(facts, technique, device, optimizer, ranks), load, capacity)
+    return plan(Setting.of(model_info, technique, device, optimizer, ranks), load, capacity)
 
 
-def runs(facts: Mapping[str, Any], technique: Technique, *, capacity: int, **of_run: Any) -> bool:
+def runs(model_info: Mapping[str, Any], technique: Technique, *, capacity: int, **of_run: Any) -> bool:
     """Whether the trainer would find a plan. `of_run`: as of `run`."""
-    return run(facts, technique, capacity=capacity, **of_run) is not None
+    return run(model_info, technique, capacity=capacity, **of_run) is not None
 
 
-def bf16_runs(facts: Mapping[str, Any], *, capacity: int, **of_run: Any) -> bool:
+def bf16_runs(model_info: Mapping[str, Any], *, capacity: int, **of_run: Any) -> bool:
     """Whether a plain LoRA has a plan, so that nobody who asks for no technique pays for 4 bits with quality."""
-    return runs(facts, Lora(), capacity=capacity, **of_run)
+    return runs(model_info, Lora(), capacity=capacity, **of_run)
 
 
 def choose_sharding(
-    facts: Mapping[str, Any], technique: Technique, *, gpus: int, capacity: int, asked: Sharding, **of_run: Any
+    model_info: Mapping[str, Any], technique: Technique, *, gpus: int, capacity: int, asked: Sharding, **of_run: Any
 ) -> Literal["replicate", "full_shard"]:
     """How a run uses several devices of `capacity` bytes: as asked, or in pieces where a whole copy does not fit.
 
@@ -106,7 +106,7 @@ def choose_sharding(
         return asked
     if gpus == 1 or of_run.get("device") == "cpu":
         return "replicate"
-    return "replicate" if runs(facts, technique, capacity=capacity, **of_run) else "full_shard"
+    return "replicate" if runs(model_info, technique, capacity=capacity, **of_run) else "full_shard"
 
 
 def tokens_in(free: int, bytes_a_token: float, kept: int) -> int:

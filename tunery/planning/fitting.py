@@ -45,32 +45,32 @@ class CardFit(BaseModel):
     change: str | None = Field(description="The cheapest change by which it fits; null where it does")
 
 
-def on_cards(facts: Mapping[str, Any], technique: Technique, **of_run: Any) -> list[CardFit]:
+def on_cards(model_info: Mapping[str, Any], technique: Technique, **of_run: Any) -> list[CardFit]:
     """Returns every known card, the smallest first. `of_run`: as of `expected.run`, of rows as long as they may be."""
     ordered = sorted(CARDS, key=lambda card: (card.usable, card.price))
-    return [_on(card, facts, technique, of_run) for card in ordered]
+    return [_on(card, model_info, technique, of_run) for card in ordered]
 
 
-def _on(card: Card, facts: Mapping[str, Any], technique: Technique, of_run: Mapping[str, Any]) -> CardFit:
+def _on(card: Card, model_info: Mapping[str, Any], technique: Technique, of_run: Mapping[str, Any]) -> CardFit:
     capacity = int(card.usable * memory.GIB)
-    found = expected.run(facts, technique, capacity=capacity, **of_run)
+    found = expected.run(model_info, technique, capacity=capacity, **of_run)
     least = {name: value for name, value in of_run.items() if name != "batch"}
-    fits = memory.fits(facts, technique, capacity=capacity, **least)
+    fits = memory.fits(model_info, technique, capacity=capacity, **least)
     asked = {"device": "cuda", "rows": 1, "optimizer": "adamw", "ranks": 1, **least}
     return CardFit(
         name=card.name,
         bytes=capacity,
         verdict="fits" if found else "borderline" if fits else "too_small",
         plan=StepPlan.of(found) if found else None,
-        change=None if found else changes.advise(facts, technique, capacity, gpus=1, **asked),
+        change=None if found else changes.advise(model_info, technique, capacity, gpus=1, **asked),
     )
 
 
-def of_plan(facts: Mapping[str, Any], plan: Plan) -> list[CardFit]:
+def of_plan(model_info: Mapping[str, Any], plan: Plan) -> list[CardFit]:
     """Returns the known cards for a job's plan, each of its GPUs of that kind; in pieces where that was left open."""
     resources = plan.resources
     return on_cards(
-        facts,
+        model_info,
         plan.technique,
         max_seq_length=plan.max_seq_length,
         rows=plan.method.rows_an_example,

@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 def estimate(
-    facts: Mapping[str, Any],
+    model_info: Mapping[str, Any],
     technique: Technique,
     *,
     max_seq_length: int,
@@ -37,7 +37,7 @@ def estimate(
     tokens = max_seq_length * rows
     # A CPU has no probe: it takes so many tokens whatever memory there is.
     tokens = tokens if device == "cuda" else max(tokens, CPU_MICRO_BATCH)
-    setting = Setting.of(facts, technique, device, optimizer, ranks)
+    setting = Setting.of(model_info, technique, device, optimizer, ranks)
     found = peak.peak(setting, Step(tokens, labels=1, recompute=device == "cuda"))
     return Estimate(found.parts | {"fixed": PROCESS_BYTES[device]})
 
@@ -47,9 +47,9 @@ def moment_bytes(technique: Technique, device: str = "cuda") -> int:
     return decide(technique, device).moment_bytes
 
 
-def fits(facts: Mapping[str, Any], technique: Technique, *, capacity: int, **asked: Any) -> bool:
+def fits(model_info: Mapping[str, Any], technique: Technique, *, capacity: int, **asked: Any) -> bool:
     """Whether the least that the run needs is there. `capacity`: bytes of one device; `asked`: as of `estimate`."""
-    return estimate(facts, technique, **asked).bytes <= capacity
+    return estimate(model_info, technique, **asked).bytes <= capacity
 
 
 def gib(size: int) -> str:

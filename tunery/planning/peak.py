@@ -74,10 +74,12 @@ class Setting:
     ranks: int = 1
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any], technique: Technique, device: str, optimizer: str, ranks: int) -> "Setting":
-        """From a model's `facts` and a plan's words."""
+    def of(
+        cls, model_info: Mapping[str, Any], technique: Technique, device: str, optimizer: str, ranks: int
+    ) -> "Setting":
+        """From `model_info` and a plan's words."""
         precision = decide(technique, device, optimizer)
-        return cls(Shape.of(facts), technique, precision, trainable_params(facts, technique), device, ranks)
+        return cls(Shape.of(model_info), technique, precision, trainable_params(model_info, technique), device, ranks)
 
     @property
     def is_full(self) -> bool:

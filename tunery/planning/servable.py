@@ -42,15 +42,15 @@ class AdapterTraits:
     on_four_bits: bool = False
 
     @classmethod
-    def of_technique(cls, technique: Lora, facts: Mapping[str, Any]) -> "AdapterTraits":
-        """Of the adapter that a job will make on a base with these facts."""
+    def of_technique(cls, technique: Lora, model_info: Mapping[str, Any]) -> "AdapterTraits":
+        """Returns the traits of the adapter that a job will make on this base."""
         everything = technique.target_modules == "all-linear"
         return cls(
             rank=technique.r,
             use_dora=technique.use_dora,
             modules_to_save=tuple(technique.modules_to_save or ()),
             trains_tokens=bool(technique.trainable_token_indices),
-            on_experts=everything and bool((facts.get("counts") or {}).get("experts")),
+            on_experts=everything and bool((model_info.get("counts") or {}).get("experts")),
             on_vocabulary=not everything and _names_vocabulary(technique.target_modules),
             on_four_bits=isinstance(technique, Qlora),
         )
@@ -100,11 +100,11 @@ def why_not(adapter: AdapterTraits, limits: Limits) -> tuple[str, str] | None:
     return next(((field, reason) for applies, field, reason in rules if applies), None)
 
 
-def check(technique: Technique | None, facts: Mapping[str, Any], limits: Limits | None) -> None:
+def check(technique: Technique | None, model_info: Mapping[str, Any], limits: Limits | None) -> None:
     """Raises InvalidValue for a job whose adapter could not be served here. None: the server's choice, plain LoRA."""
     if limits is None or isinstance(technique, Full):
         return
-    found = why_not(AdapterTraits.of_technique(technique or Lora(), facts), limits)
+    found = why_not(AdapterTraits.of_technique(technique or Lora(), model_info), limits)
     if found is not None:
         field, reason = found
         raise InvalidValue(

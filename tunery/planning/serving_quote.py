@@ -66,16 +66,16 @@ class ServingQuote(BaseModel):
 
 
 def make(
-    facts: Mapping[str, Any], technique: Technique, device: str, prices: Prices, *, batch: int = BATCH
+    model_info: Mapping[str, Any], technique: Technique, device: str, prices: Prices, *, batch: int = BATCH
 ) -> ServingQuote | None:
     """The quote; None for a device that is not in the table, as a CPU is, and for a base that no card of it holds."""
     card = cards.find(device)
-    shape = Shape.of(facts)
+    shape = Shape.of(model_info)
     whole = shape.params * _WIDTH
     if card is None or _held(card, whole) < 1:
         return None
     price = hourly(device, prices)
-    learns = 0 if isinstance(technique, Full) else trainable_params(facts, technique) * _WIDTH
+    learns = 0 if isinstance(technique, Full) else trainable_params(model_info, technique) * _WIDTH
 
     def served(*, models: int, adapters: bool) -> Served:
         gpus = 1 if adapters else -(-models // _held(card, whole))
@@ -97,7 +97,7 @@ def make(
 
 
 def of_rates(
-    rates: Rates | None, base: str, facts: Mapping[str, Any], technique: Technique, prices: Prices
+    rates: Rates | None, base: str, model_info: Mapping[str, Any], technique: Technique, prices: Prices
 ) -> ServingQuote | None:
     """Returns the quote by what the model server has measured of a base; None where it has not answered with it enough.
 
@@ -110,7 +110,7 @@ def of_rates(
         device=rates.device, batch=BATCH, context=CONTEXT, currency=prices.currency, models=MANY,
         merged=None, adapter=None, many_merged=None, many_adapters=None,
     )  # fmt: skip
-    quoted = make(facts, technique, rates.device, prices) or nothing
+    quoted = make(model_info, technique, rates.device, prices) or nothing
     price = hourly(rates.device, prices)
     ways: dict[str, Any] = {rate.way: _measured(rate, price) for rate in own}
     return quoted.model_copy(update=ways | {"basis": "measured"})

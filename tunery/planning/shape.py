@@ -31,23 +31,23 @@ class Shape:
     family: str | None = None
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> "Shape":
-        """From a model's `facts`. Raises KeyError without hidden_size, num_hidden_layers or vocab_size."""
-        hidden = facts["hidden_size"]
-        heads = facts.get("num_attention_heads") or max(1, hidden // 64)
-        head_width = facts.get("head_dim") or hidden // heads
+    def of(cls, model_info: Mapping[str, Any]) -> "Shape":
+        """From `model_info`. Raises KeyError without hidden_size, num_hidden_layers or vocab_size."""
+        hidden = model_info["hidden_size"]
+        heads = model_info.get("num_attention_heads") or max(1, hidden // 64)
+        head_width = model_info.get("head_dim") or hidden // heads
         shape = cls(
-            params=facts.get("params") or 0,
+            params=model_info.get("params") or 0,
             hidden=hidden,
-            ffn=max(facts.get("intermediate_size") or 4 * hidden, facts.get("active_experts_size") or 0),
-            layers=facts["num_hidden_layers"],
+            ffn=max(model_info.get("intermediate_size") or 4 * hidden, model_info.get("active_experts_size") or 0),
+            layers=model_info["num_hidden_layers"],
             heads_width=heads * head_width,
-            kv_width=(facts.get("num_key_value_heads") or heads) * head_width,
-            vocab=facts["vocab_size"],
-            tied=bool(facts.get("tie_word_embeddings")),
+            kv_width=(model_info.get("num_key_value_heads") or heads) * head_width,
+            vocab=model_info["vocab_size"],
+            tied=bool(model_info.get("tie_word_embeddings")),
             heads=heads,
-            family=facts.get("model_type"),
-            **(facts.get("counts") or {}),
+            family=model_info.get("model_type"),
+            **(model_info.get("counts") or {}),
         )
         return shape if shape.params else cls(**{**shape.__dict__, "params": shape.vocabulary + shape.linears})
 
@@ -75,9 +75,9 @@ class Shape:
         return self.layers * sum(inputs * outputs for inputs, outputs in self.modules.values())
 
 
-def trainable_params(facts: Mapping[str, Any], technique: Technique) -> int:
+def trainable_params(model_info: Mapping[str, Any], technique: Technique) -> int:
     """Weights that learn. A module name that the shape does not know counts as hidden x hidden."""
-    shape = Shape.of(facts)
+    shape = Shape.of(model_info)
     if isinstance(technique, Full):
         return shape.params
     whole = _whole_params(shape, technique)

@@ -35,12 +35,12 @@ def held_out_rows(usable: int) -> int:
     return min(max(usable // 10, _LEAST_HELD_OUT), _MOST_HELD_OUT, usable // 3)
 
 
-def suggest_technique(aim: Aim, rows: Rows, facts: Mapping[str, Any], bf16_fits: bool | None) -> Technique:
+def suggest_technique(aim: Aim, rows: Rows, model_info: Mapping[str, Any], bf16_fits: bool | None) -> Technique:
     """LoRA or QLoRA with a rank for the aim. `bf16_fits`: None where no device is known."""
-    kind = advice.default_technique(bf16_fits is not False, facts)
+    kind = advice.default_technique(bf16_fits is not False, model_info)
     rank = _rank(aim, rows.usable)[0]
-    if facts.get("hidden_size"):
-        rank = capacity.fit_rank(facts, Lora(r=rank), rows.answer_tokens, least=LOW_RANK, most=HIGH_RANK)
+    if model_info.get("hidden_size"):
+        rank = capacity.fit_rank(model_info, Lora(r=rank), rows.answer_tokens, least=LOW_RANK, most=HIGH_RANK)
     return kind.model_copy(update={"r": rank})
 
 
@@ -55,11 +55,11 @@ def _rank(aim: Aim, usable: int) -> tuple[int, str, str]:
     return Lora().r, "rank_by_default", "The default: the learning rate matters more than the rank."
 
 
-def make_plan(technique: Technique, rows: Rows, facts: Mapping[str, Any], *, has_held_out: bool) -> Plan:
+def make_plan(technique: Technique, rows: Rows, model_info: Mapping[str, Any], *, has_held_out: bool) -> Plan:
     """What a job with this technique resolves its "auto" values to, on the usable rows that are left to train on."""
     examples = max(1, rows.usable if has_held_out else rows.usable - held_out_rows(rows.usable))
     spec = TrainingSpec(technique=technique, seed=0)
-    return advice.resolve(spec, examples=examples, facts=facts, bf16_fits=True)
+    return advice.resolve(spec, examples=examples, model_info=model_info, bf16_fits=True)
 
 
 def suggest(

@@ -71,16 +71,16 @@ class Workload:
     source: Source = "rows"
 
 
-def of_job(plan: Plan, facts: Mapping[str, Any], counts: Counts, device: str) -> Workload:
+def of_job(plan: Plan, model_info: Mapping[str, Any], counts: Counts, device: str) -> Workload:
     """Returns what a job has to do on a kind of device, `cuda` or `cpu`. Early stopping is not foreseen."""
     steps_an_epoch = -(-counts.examples // plan.batch_size)
     steps = steps_an_epoch * plan.n_epochs
     validations = _validations(plan, steps_an_epoch, steps) if counts.valid_tokens else 0
     replay_answers = _replay_answers(plan, counts.examples)
-    learns = trainable_params(facts, plan.technique)
+    learns = trainable_params(model_info, plan.technique)
     return Workload(
         technique=plan.technique,
-        shape=Shape.of(facts),
+        shape=Shape.of(model_info),
         gpus=plan.resources.gpus,
         sharded=plan.resources.sharding == "full_shard",
         steps=steps,

@@ -116,7 +116,7 @@ def _make_prompts(baseline: Baseline, folder: Path, settings: Settings, storage:
     (folder / "base").symlink_to(staging.text_folder(settings.models_dir, storage, model).absolute())
     asked = ShotsOrder(
         **order.model_dump(include={"shots", "retrieval", "seed", "max_rows", "max_new_tokens"}),
-        context=model.facts.get("context_length"),
+        context=model.model_info.get("context_length"),
     )
     (folder / "shots_order.json").write_text(asked.model_dump_json())
     reason = programs.run(

@@ -50,7 +50,7 @@ class Case:
 
     @property
     def max_length(self) -> int:
-        return advice.max_length(self.spec, self.base.facts)
+        return advice.max_length(self.spec, self.base.model_info)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def check_fit(case: Case, found: Findings) -> list[str]:
 
 
 def _least(case: Case, found: Findings, device: str) -> int:
-    return placing.need(found.plan, case.base.facts, device, longest=found.summaries["training"].longest).bytes
+    return placing.need(found.plan, case.base.model_info, device, longest=found.summaries["training"].longest).bytes
 
 
 def check_answers(_case: Case, found: Findings) -> list[str]:
@@ -161,9 +161,9 @@ def check_answers(_case: Case, found: Findings) -> list[str]:
 
 def check_plan(case: Case, found: Findings) -> list[str]:
     """Warns of what the plan will hardly learn, and of an adapter that is too small or too large for it."""
-    training, facts, asked = found.summaries["training"], case.base.facts, case.spec.max_seq_length
-    of_plan = advice.warnings(found.plan, examples=training.examples, facts=facts, asked_length=asked)
-    return of_plan + capacity.warnings(facts, found.plan.technique, training.trained_tokens)
+    training, model_info, asked = found.summaries["training"], case.base.model_info, case.spec.max_seq_length
+    of_plan = advice.warnings(found.plan, examples=training.examples, model_info=model_info, asked_length=asked)
+    return of_plan + capacity.warnings(model_info, found.plan.technique, training.trained_tokens)
 
 
 def check_overlap(case: Case, found: Findings) -> list[str]:
@@ -179,7 +179,7 @@ def check_overlap(case: Case, found: Findings) -> list[str]:
 def check_hosts(case: Case, found: Findings) -> list[str]:
     """Warns of a job that may not fit, or that no host here can take: it waits, which should not surprise its owner."""
     gpus, longest = found.plan.resources.gpus, found.summaries["training"].longest
-    border = placing.border_warnings(found.plan, case.base.facts, case.devices, longest=longest)
+    border = placing.border_warnings(found.plan, case.base.model_info, case.devices, longest=longest)
     return border + placing.warnings(case.devices, gpus=gpus, gpu_bytes=found.gpu_bytes, cpu_bytes=found.cpu_bytes)
 
 
@@ -199,7 +199,7 @@ def _plan(case: Case, summaries: Mapping[FileRole, Summary]) -> Plan:
     answers = [summary.longest_answer for summary in summaries.values() if summary.answer_tokens]
     return placing.make_plan(
         case.spec,
-        case.base.facts,
+        case.base.model_info,
         case.devices,
         examples=summaries["training"].examples,
         longest_answer=max(answers, default=None),

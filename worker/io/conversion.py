@@ -84,12 +84,14 @@ def _publish(model_id: str, prefix: str, out: Path, settings: Settings, storage:
         # A predecessor died between its manifest and its row. Nobody has read it: the row still said "processing".
         manifest.remove(storage, prefix)
         listed, sha256 = manifest.publish(storage, prefix, out)
-    facts = json.loads((out / "facts.json").read_text())
+    model_info = json.loads((out / "facts.json").read_text())
     staging.adopt(settings.models_dir, out, listed)
     with db.transaction() as session:
         model = session.get_one(Model, model_id, with_for_update=True)
         if model.status == "processing" and model.prefix == prefix and model.deleted_at is None:
-            registry.set_ready(session, model, manifest=listed.model_dump(mode="json"), sha256=sha256, facts=facts)
+            registry.set_ready(
+                session, model, manifest=listed.model_dump(mode="json"), sha256=sha256, model_info=model_info
+            )
             artifacts.record(session, model, listed)
     log.info("%s is ready", model_id)
 

@@ -21,7 +21,7 @@ SECONDS = 600.0
 
 def measure(folder: Path, base: Model, max_tokens: int, settings: Settings, storage: Storage, drain: Drain) -> None:
     """Writes losses.json into the folder of a report, which goes on without it where the base cannot be run here."""
-    if base.facts.get("params", MOST_PARAMS + 1) > MOST_PARAMS:
+    if base.model_info.get("params", MOST_PARAMS + 1) > MOST_PARAMS:
         return
     weights = base_folder(settings.models_dir, storage, base.prefix, base.manifest_sha256 or "")
     (folder / "weights").symlink_to(weights.absolute())

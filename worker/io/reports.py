@@ -99,7 +99,7 @@ def lay_out_known(
     if base is not None:
         (folder / "base").symlink_to(text_folder(settings.models_dir, storage, base).absolute())
         order.base = base.id
-        order.max_tokens = min(order.max_tokens, base.facts.get("context_length") or order.max_tokens)
+        order.max_tokens = min(order.max_tokens, base.model_info.get("context_length") or order.max_tokens)
     (folder / "others").mkdir()
     for file, other in others:
         data = b"".join(storage.read(f"{other.prefix}/digests"))

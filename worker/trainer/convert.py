@@ -37,7 +37,7 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
 def convert(source: str, out: Path, chat_template: str | None = None) -> dict[str, Any]:
-    """Writes the base model into `out` (created, must be empty) and returns its facts.
+    """Writes the base model into `out` (created, must be empty) and returns its model info.
 
     `chat_template`: Jinja text that replaces every template of the source. Raises UnusableModel.
     """
@@ -56,13 +56,13 @@ def convert(source: str, out: Path, chat_template: str | None = None) -> dict[st
             _copy(source, _download(source, folder), out)
     chat_templates.write(source, out, chat_template)
     model = inspection.load(source, out)
-    facts = inspection.facts(source, model, ChatTemplate.load(out)) | trial.facts(model)
-    facts |= coverage.facts(model.config)
-    _refuse_untrainable(source, facts["techniques"])
-    (out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+    model_info = inspection.model_info(source, model, ChatTemplate.load(out)) | trial.model_info(model)
+    model_info |= coverage.model_info(model.config)
+    _refuse_untrainable(source, model_info["techniques"])
+    (out / "facts.json").write_text(json.dumps(model_info, indent=2) + "\n")
     for path in out.iterdir():
         path.chmod(0o644)  # safetensors writes 0600, and the folder is served to other users' processes
-    return facts
+    return model_info
 
 
 def _download(source: str, folder: str) -> Path:
@@ -154,11 +154,11 @@ def main() -> int:
     disable_progress_bar()
     disable_progress_bars()
     try:
-        facts = convert(sys.argv[1], Path(sys.argv[2]), template)
+        model_info = convert(sys.argv[1], Path(sys.argv[2]), template)
     except UnusableModel as error:
         sys.stderr.write(error.message + "\n")
         return EXIT_USER_ERROR
-    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.write(json.dumps(model_info) + "\n")
     return 0
 
 

@@ -51,7 +51,7 @@ def describe(model: nn.Module, technique: Technique, *, quantised: bool) -> dict
     }
 
 
-def facts(config: Any) -> dict[str, Any]:
+def model_info(config: Any) -> dict[str, Any]:
     """What the memory estimate needs to know of a model: `counts` of weights, and how wide the experts of a token are.
 
     `counts` is what `planning.shape.Shape` says; nothing of a model whose layers cannot all be adapted.

@@ -61,7 +61,7 @@ def find(source: str) -> Path | None:
 
 def unpack(path: Path, out: Path) -> None:
     """Writes the GGUF file's model (bf16 safetensors) and tokenizer into `out`. Raises UnusableModel."""
-    kind, pre, control = _tokenizer_facts(path)
+    kind, pre, control = _tokenizer_info(path)
     # Only byte-pair tokenizers are cut by such a rule; a SentencePiece one, "llama", comes whole as it is.
     rule = word_rule(pre) if kind == "gpt2" else None
     if kind == "gpt2" and rule is None:
@@ -99,7 +99,7 @@ def _refuse_other_tokens(path: Path, tokenizer: Any, kind: str, control: set[int
         )
 
 
-def _tokenizer_facts(path: Path) -> tuple[str, str, set[int]]:
+def _tokenizer_info(path: Path) -> tuple[str, str, set[int]]:
     """The tokenizer's kind, its rule for cutting words, and the ids of its control tokens. Raises UnusableModel."""
     from gguf import GGUFReader, TokenType  # only here: a host that trains has no need of it
 

@@ -1,4 +1,4 @@
-"""What a converted base is: its facts for planning, and the faults of its files that a loader passes over."""
+"""What a converted base is: its model info for planning, and the faults of its files that a loader passes over."""
 
 import re
 from collections.abc import Iterable
@@ -42,15 +42,15 @@ def load(source: str, out: Path) -> Any:
     return model
 
 
-def facts(source: str, model: Any, template: ChatTemplate) -> dict[str, Any]:
+def model_info(source: str, model: Any, template: ChatTemplate) -> dict[str, Any]:
     """Returns what planning needs to know of a model, whose weights may be on no device. Raises UnusableModel."""
     try:
-        return _facts(model, template)
+        return _model_info(model, template)
     except AttributeError as error:  # a config of another kind than a decoder's
         raise _unusable(source, error) from error
 
 
-def _facts(model: Any, template: ChatTemplate) -> dict[str, Any]:
+def _model_info(model: Any, template: ChatTemplate) -> dict[str, Any]:
     config = model.config
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)

@@ -26,7 +26,7 @@ def is_cut(plan: Plan, base: Path, template: ChatTemplate, ranks: Ranks) -> bool
     if ranks.device.type != "cuda":
         return False
     model = inspection.skeleton(str(base), base)
-    known = inspection.facts(str(base), model, template) | coverage.facts(model.config)
+    known = inspection.model_info(str(base), model, template) | coverage.model_info(model.config)
     chosen = expected.choose_sharding(
         known,
         plan.technique,

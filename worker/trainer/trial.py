@@ -37,7 +37,7 @@ _BYTES_A_PARAM = 16
 """fp32 weights in two copies and their gradients."""
 
 
-def facts(model: Any) -> dict[str, Any]:
+def model_info(model: Any) -> dict[str, Any]:
     """Returns `techniques`: for each its reason why not, or None; each of OPTIONS: why adapters can have none.
 
     `model` is the base, with weights on no device.
