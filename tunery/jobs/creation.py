@@ -52,8 +52,11 @@ def create(
     is_retry: bool = False,
     limits: Limits | None = None,
 ) -> Job:
-    """The job that this request makes, or the one that it made already; of a dry run one that is in no session, see
-    `dry_run.judge`. `limits`: of the servers that its adapter has to fit. Raises Rejected, NotFound, QuotaExceeded."""
+    """Creates the job of a request, or returns the one that the same request created before.
+
+    The job of a dry run is in no session: see `dry_run.judge`. `limits`: those of the servers that must be able to
+    serve its adapter. Raises Rejected, NotFound, QuotaExceeded.
+    """
     digest = _digest(request, rerun_of)
     if not request.dry_run:
         earlier = ledger.earlier_request(
@@ -70,7 +73,7 @@ def create(
 
 
 def _checked(session: Session, caller: Caller, request: JobRequest, rerun_of: Job | None, limits: Limits | None) -> Job:
-    """Returns the job of a request that can be carried out, before it is stored. Raises Rejected, NotFound."""
+    """Checks the request and returns its job, not yet stored. Raises Rejected, NotFound."""
     chosen, hyperparameters = check_fields(request)
     model = registry.find_ready(session, caller.project_id, request.model)
     advice.check_modules(request.technique, model.model_info)
@@ -88,7 +91,7 @@ def _checked(session: Session, caller: Caller, request: JobRequest, rerun_of: Jo
 
 
 def _check_inventory(session: Session, job: Job, model: str) -> None:
-    """Raises ExceedsInventory where the least that the run needs, however short its rows are, is on no device here."""
+    """Raises ExceedsInventory where no device here has the minimum memory of the run, even with the shortest rows."""
     model_info, spec = session.get_one(Model, job.base_model).model_info, TrainingSpec.model_validate(job.spec)
     try:
         placing.make_plan(spec, model_info, leases.devices(session), examples=1, longest_answer=None, model=model)
@@ -97,7 +100,7 @@ def _check_inventory(session: Session, job: Job, model: str) -> None:
 
 
 def _digest(request: JobRequest, rerun_of: Job | None) -> str:
-    """Equal for requests that ask for the same: key order, spaces and spelled-out nulls do not count."""
+    """Returns a hash that is equal for equivalent requests: key order, whitespace and explicit nulls do not matter."""
     said = request.model_dump(mode="json", exclude_unset=True)
     if rerun_of is not None:
         said["rerun_of"] = rerun_of.id
@@ -122,7 +125,7 @@ def check_fields(request: JobRequest) -> tuple[MethodOptions, Hyperparameters]:
 
 
 def _check_export(request: JobRequest) -> None:
-    """Raises InvalidValue where an adapter's export is asked of a full fine-tune."""
+    """Raises InvalidValue where a full fine-tune requests an export that only adapters have."""
     if isinstance(request.technique, Full):
         for name in (name for name in ("merged", "adapter_gguf") if getattr(request.export, name)):
             reason = f"A full fine-tune has no adapter. Leave export.{name} out, or choose lora or qlora."
@@ -130,7 +133,7 @@ def _check_export(request: JobRequest) -> None:
 
 
 def _check_unquantised(request: JobRequest) -> None:
-    """Raises InvalidValue where two precisions are to be scored and there is one, or nothing is scored."""
+    """Raises InvalidValue where `unquantised` is set without a test file, or the base is not quantised."""
     if not request.evaluation.unquantised:
         return
     reason = None
@@ -160,7 +163,7 @@ def _check_gate(request: JobRequest) -> None:
 
 
 def _check_task_rows(request: JobRequest) -> None:
-    """Raises InvalidValue where the task is to be scored without rows, or to choose without being scored."""
+    """Raises InvalidValue for `task_rows` without a validation file, or early stopping by the task without them."""
     param = "evaluation.task_rows"
     if request.evaluation.task_rows and request.validation_file is None:
         raise InvalidValue(param=param, reason=f"'{param}' are rows of a validation file. Send a validation_file too.")
@@ -171,14 +174,14 @@ def _check_task_rows(request: JobRequest) -> None:
 
 
 def _check_replay(request: JobRequest, chosen: MethodOptions) -> None:
-    """Raises InvalidValue where a method learns no chats, which replay's rows are."""
+    """Raises InvalidValue for replay, whose rows are chats, with a method that does not learn from chats."""
     if request.replay is not None and chosen.type != "supervised":
         reason = f"replay adds chats, and method '{chosen.type}' learns other rows. Leave replay out."
         raise InvalidValue(param="replay", reason=reason)
 
 
 def _check_paged(technique: Full) -> None:
-    """Raises InvalidValue: the optimizer of bf16 weights, which has 8-bit moments of its own, has no pages."""
+    """Raises InvalidValue for bf16 weights: their optimizer has its own 8-bit moments and cannot page them."""
     if technique.weights_dtype == "bfloat16":
         reason = "A full fine-tune in bfloat16 cannot page its moments, which have 8 bits already. Use 'adamw'."
         raise InvalidValue(param="optimizer", reason=reason)
@@ -205,8 +208,11 @@ def _check_file(session: Session, project_id: str, param: str, name: str) -> Fil
 
 
 def _check_held_out(session: Session, request: JobRequest) -> None:
-    """Raises InvalidValue for a test file with the training file's bytes. Why not only a warning, as for single rows:
-    nobody wants that scorecard, and a test file is no field of OpenAI's, whose clients would have to go on working."""
+    """Raises InvalidValue for a test file with the same bytes as the training file.
+
+    Single shared rows cause only a warning. Here an error is safe: such a scorecard is useless, and OpenAI's clients
+    are not affected, as their API has no test file.
+    """
     test_file = request.evaluation.test_file
     if test_file is None or request.allow_test_on_training_file:
         return
@@ -224,7 +230,7 @@ def _spec(session: Session, request: JobRequest, model: Model, **decided: Any) -
 
 
 def _continued(session: Session, request: JobRequest, parent: Model) -> Technique:
-    """Returns what training goes on with: the parent's own technique, whose shape cannot be asked to change.
+    """Returns the technique for training on from `parent`: the parent's own, whose shape a request cannot change.
 
     Raises Unsupported, InvalidValue.
     """
@@ -233,7 +239,7 @@ def _continued(session: Session, request: JobRequest, parent: Model) -> Techniqu
         return own
     if isinstance(own, Full) or isinstance(asked, Full):
         return _of_all_weights(parent, own, asked)
-    # Four bits are another base: an adapter that never saw them would begin with their error.
+    # A 4-bit base differs from the bf16 base that the adapter was trained on: training would start with that error.
     if isinstance(asked, Qlora) and not isinstance(own, Qlora):
         what = f"Training on from a LoRA adapter with technique '{asked.type}'"
         raise Unsupported(param="technique.type", what=what, instead="Use 'lora', or leave technique out.")
@@ -245,7 +251,7 @@ def _continued(session: Session, request: JobRequest, parent: Model) -> Techniqu
 
 
 def _technique_of(session: Session, parent: Model) -> Technique:
-    """Returns what an imported adapter says, or the plan of the job that made the model. Raises Unsupported."""
+    """Returns the technique of an imported adapter, or of the job that made the model. Raises Unsupported."""
     if (imported := imports.technique_of(parent)) is not None:
         return imported
     made_by = session.get(Job, parent.job_id) if parent.job_id else None
@@ -256,8 +262,10 @@ def _technique_of(session: Session, parent: Model) -> Technique:
 
 
 def _of_all_weights(parent: Model, own: Technique, asked: Technique) -> Technique:
-    """What a full fine-tune goes on with: all its weights, or a new adapter on them. Raises Unsupported for all weights
-    of an adapter's base, which without the adapter are not the parent."""
+    """Returns the requested technique if the parent is a full fine-tune: all its weights, or a new adapter on them.
+
+    Raises Unsupported for a full fine-tune of an adapter: the base's weights alone are not the parent model.
+    """
     if isinstance(own, Full):
         return asked
     what = f"Training on from '{parent.id}', which technique '{own.type}' made, with technique '{asked.type}'"
@@ -287,19 +295,22 @@ def _job(request: JobRequest, caller: Caller, model: Model, spec: TrainingSpec) 
 
 
 def _base_of(model: Model, technique: Technique | None) -> str:
-    """The model whose weights the job's own adapter lies on: a fully tuned parent is the base of its adapters."""
+    """Returns the id of the model whose weights the job starts from; adapters on a full fine-tune have it as base."""
     is_adapted_whole = model.technique == "full" and not isinstance(technique, Full)
     return model.id if model.base_id is None or is_adapted_whole else model.base_id
 
 
 def _weights(session: Session, job: Job) -> dict[str, str | None]:
-    """Returns the sha256 of the base's manifest, and of that of the model that the job goes on from."""
+    """Returns the sha256 of the manifests of the base and of the parent model."""
     named = {"base": job.base_model, "parent": job.parent_model}
     return {part: session.get_one(Model, id).manifest_sha256 for part, id in named.items() if id is not None}
 
 
 def _base_alias(session: Session, request: JobRequest, model: Model) -> str | None:
-    """Clients read the provider from the base's part of a tuned model's name, so later generations keep it."""
+    """Returns the alias by which the base was named, also for models tuned from tuned models.
+
+    Clients read the provider from the base's part of a tuned model's name, so it must stay the same.
+    """
     if model.kind == "base":
         return registry.alias_of(session, model, request.model)
     made_by = session.get(Job, model.job_id) if model.job_id else None
@@ -307,7 +318,7 @@ def _base_alias(session: Session, request: JobRequest, model: Model) -> str | No
 
 
 def _echo(integration: dict[str, Any], job_id: str) -> dict[str, Any]:
-    """Returns an integration with the id that its tracker knows the run by."""
+    """Returns an integration with the run's id in its tracker."""
     kind = integration["type"]
     return {"type": kind, kind: {**integration[kind], "run_id": job_id}}
 

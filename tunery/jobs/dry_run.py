@@ -1,4 +1,4 @@
-"""What a job would be, without one: its request checked, planned and estimated. Nothing is stored."""
+"""Dry runs: a job's request is checked, planned and estimated. Nothing is stored."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,17 +26,17 @@ RateOf = Callable[[Model, File], float | None]
 
 
 def no_rate(_base: Model, _file: File) -> float | None:
-    """Knows no tokenizer."""
+    """Returns None: there is no tokenizer to count with."""
     return None
 
 
 @dataclass
 class DryRun:
-    """A job of no session, the report of its training file, and what was found.
+    """The result of a dry run: a job that is in no session, and the report of its training file.
 
-    `memory`: the least that it needs by kind of device, `expected` how the trainer would take a step on the largest
-    GPU here; `cards`: the known ones; `quote`: what it would take. Without a report that is ready the job has no plan,
-    for which the rows have to be counted, and its quote is a guess.
+    `memory`: the minimum by kind of device; `expected`: how the trainer would run a step on the largest GPU here;
+    `cards`: the known ones; `quote`: the expected time and cost. Until the report is ready the rows are not counted:
+    the job has no plan, and its quote is a guess.
     """
 
     job: Job
@@ -49,9 +49,9 @@ class DryRun:
 
 
 def judge(session: Session, job: Job, prices: Prices, rate_of: RateOf = no_rate) -> DryRun:
-    """Returns the result of a job that is not stored. One that its validation would fail is failed, with the reason.
+    """Returns the dry run of a job. A job that validation would fail is marked as failed, with the reason.
 
-    `rate_of`: learned tokens for each byte of a file's answers, by a base's tokenizer.
+    `rate_of`: returns the learned tokens per byte of a file's answers, by a base's tokenizer.
     """
     job.created_at, job.state, job.step, job.progress = datetime.now(UTC), State.VALIDATING.value, 0, {}
     file = session.get_one(File, job.training_file)
@@ -66,7 +66,7 @@ def judge(session: Session, job: Job, prices: Prices, rate_of: RateOf = no_rate)
 
 
 def _plan(session: Session, found: DryRun, rate_of: RateOf) -> None:
-    """Raises DoesNotFit, InvalidNExamples."""
+    """Adds the job's plan and what follows from it. Raises DoesNotFit, InvalidNExamples."""
     spec = TrainingSpec.model_validate(found.job.spec)
     base, devices = session.get_one(Model, found.job.base_model), leases.devices(session)
     model_info = base.model_info

@@ -1,4 +1,4 @@
-"""Publishing a model that its job's gate, or the check of the served model, withholds."""
+"""Publishes a model that its job's gate, or the check of the served model, withholds."""
 
 from sqlalchemy.orm import Session
 
@@ -11,8 +11,8 @@ from tunery.models import registry
 
 
 def publish(session: Session, caller: Caller, job_id: str, *, reason: str) -> Job:
-    """Publishes what the job made, against the verdict that withholds it, which stays. Who did it and why is kept
-    with it and in an event.
+    """Publishes the job's withheld model. The verdict stays; who published the model and why is recorded beside it
+    and in an event.
 
     Raises NotFound, and WrongState where nothing is withheld.
     """

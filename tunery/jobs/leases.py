@@ -1,7 +1,7 @@
 """A worker's operations on a job that it has claimed: renewals, progress and the end of its attempt.
 
-A lease is the right to one attempt. An operation on a job that has moved on (cancelled, taken over) raises LeaseLost
-and writes nothing. Callers own the transaction.
+A lease is the right to one attempt. If the job has been cancelled or taken over by another worker, every operation
+raises LeaseLost and writes nothing. Callers own the transaction.
 """
 
 from collections.abc import Collection, Mapping
@@ -22,15 +22,15 @@ from tunery.jobs.model import Attempt, Checkpoint, HostDevice, Job, Metric
 from tunery.jobs.states import State
 
 MAX_FAILURES = 3
-"""Attempts that may crash, and as many whose worker may be lost, before the job fails without having got further."""
+"""Crashes, and separately lost workers, without a new snapshot between them, after which the job fails."""
 
 Fault = Literal["crashed", "lost"]
-"""What an attempt's end is charged to; what was an outage of ours is charged to nothing."""
+"""How an attempt's end counts against the job. Outages of the service itself do not count."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """A worker's right to one attempt. `number` is the fencing token in all that it writes."""
+    """A worker's right to one attempt. `number` is the fencing token, checked at every write."""
 
     job_id: str
     attempt_id: int
@@ -39,10 +39,10 @@ class Lease:
 
 
 def renew(session: Session, lease: Lease, *, lease_seconds: int, last_step: int = 0) -> str | None:
-    """Renews the lease; returns `pause` where the owner asked for one, else None.
+    """Renews the lease; returns `pause` if the job's owner asked for one, else None.
 
-    A late renewal revives a lease that nobody has reaped. Raises LeaseLost when the job has moved on: cancelled, or
-    taken over.
+    A late renewal still succeeds if the attempt has not been ended. Raises LeaseLost if the job was cancelled or taken
+    over.
     """
     renewed = session.execute(
         update(Attempt)
@@ -60,7 +60,7 @@ def renew(session: Session, lease: Lease, *, lease_seconds: int, last_step: int 
 
 
 def held(session: Session, lease: Lease) -> Job:
-    """Returns the lease's job, locked for this transaction. Raises LeaseLost when it is not this attempt's any more."""
+    """Returns the lease's job, locked for this transaction. Raises LeaseLost if this attempt no longer owns it."""
     job = session.get_one(Job, lease.job_id, with_for_update=True, populate_existing=True)
     if job.state != State.RUNNING or job.fence != lease.number:
         raise LeaseLost(job=lease.job_id, attempt=lease.number)
@@ -68,12 +68,12 @@ def held(session: Session, lease: Lease) -> Job:
 
 
 def record_process(session: Session, lease: Lease, process: dict[str, Any]) -> None:
-    """What to look for if this worker dies: pid, start time, process group."""
+    """Records the trainer's process (pid, start time, process group), to be found if this worker dies."""
     session.execute(update(Attempt).where(Attempt.id == lease.attempt_id).values(process=process))
 
 
 def record_progress(session: Session, lease: Lease, **values: Any) -> None:
-    """Sets columns that say how far the run is (`phase`, `step`, `total_steps`, `progress`, ...). Raises LeaseLost."""
+    """Sets the job's progress columns (`phase`, `step`, `total_steps`, `progress`, ...). Raises LeaseLost."""
     job = held(session, lease)
     for name, value in values.items():
         setattr(job, name, value)
@@ -81,7 +81,7 @@ def record_progress(session: Session, lease: Lease, **values: Any) -> None:
 
 
 def record_metrics(session: Session, lease: Lease, rows: Mapping[int, dict[str, Any]]) -> None:
-    """Measurements by step; a step measured again keeps its last values. Raises LeaseLost."""
+    """Stores measurements by step; values of a repeated step overwrite the earlier ones. Raises LeaseLost."""
     held(session, lease)
     if not rows:
         return
@@ -94,8 +94,10 @@ def record_metrics(session: Session, lease: Lease, rows: Mapping[int, dict[str, 
 
 
 def record_snapshot(session: Session, lease: Lease, snapshot: str, *, step: int) -> str | None:
-    """Names the snapshot to resume from; the former one. A later step than the last is progress: what went wrong before
-    it is not counted any more. Raises LeaseLost."""
+    """Sets the snapshot to resume from; returns the previous one. Raises LeaseLost.
+
+    A later step than before is progress, and resets the counts of crashes and lost workers.
+    """
     job = held(session, lease)
     if step > (job.snapshot_step or 0):
         job.failures = job.losses = 0
@@ -108,7 +110,7 @@ def record_snapshot(session: Session, lease: Lease, snapshot: str, *, step: int)
 def record_checkpoint(
     session: Session, lease: Lease, *, step: int, model_id: str, metrics: dict[str, Any]
 ) -> Checkpoint:
-    """Returns a public checkpoint whose model row exists and whose objects are stored. Raises LeaseLost."""
+    """Adds and returns a public checkpoint, whose model row and objects are stored already. Raises LeaseLost."""
     held(session, lease)
     checkpoint = Checkpoint(
         id=ids.new(ids.CHECKPOINT), job_id=lease.job_id, step=step, model_id=model_id, metrics=metrics
@@ -122,7 +124,7 @@ def record_checkpoint(
 def finish(
     session: Session, lease: Lease, *, tuned_model: str, trained_tokens: int, result_file: str, progress: dict[str, Any]
 ) -> Job:
-    """The run's end, in the caller's one transaction with the model's and the artifacts' rows. Raises LeaseLost."""
+    """Ends the job as succeeded, in the same transaction as the model's and artifacts' rows. Raises LeaseLost."""
     job = held(session, lease)
     ledger.note(
         session, job.id, f"{'Withheld' if job.withholds_model else 'New'} fine-tuned model created: {tuned_model}"
@@ -142,13 +144,13 @@ def finish(
 
 
 def fail(session: Session, lease: Lease, error: TuneryError, *, outcome: str = "failed") -> None:
-    """The run cannot succeed: no further attempt. Raises LeaseLost."""
+    """Fails the job: there is no further attempt. Raises LeaseLost."""
     ledger.fail_job(session, held(session, lease), error)
     end_attempt(session, lease, outcome)
 
 
 def park(session: Session, lease: Lease, *, snapshot: str | None) -> None:
-    """The owner's pause is done: the state is saved and the device is free. Raises LeaseLost."""
+    """Pauses the job, whose state is saved, and frees its devices. Raises LeaseLost."""
     job = held(session, lease)
     ledger.move(session, job, State.PAUSED, message="The job is paused", snapshot=snapshot or job.snapshot)
     end_attempt(session, lease, "paused")
@@ -164,9 +166,9 @@ def requeue(
     snapshot: str | None = None,
     error: TuneryError | None = None,
 ) -> None:
-    """Back to the queue, from the last snapshot if there is one. A `fault` uses up one of its MAX_FAILURES.
+    """Returns the job to the queue, to resume from its last snapshot if it has one. Raises LeaseLost.
 
-    The last of those fails the job instead, with `error` (WorkerLost without). Raises LeaseLost.
+    A `fault` counts towards MAX_FAILURES; the last one fails the job instead, with `error`, or WorkerLost without.
     """
     job = held(session, lease)
     _give_back(session, job, reason=reason, fault=fault, snapshot=snapshot, error=error)
@@ -200,7 +202,7 @@ def _after(job: Job) -> str:
 
 
 def end_attempt(session: Session, lease: Lease, outcome: str) -> None:
-    """Gives the lease and the devices back. Ending an ended attempt changes nothing."""
+    """Ends the attempt and frees its devices. Has no effect on an attempt that has ended."""
     session.execute(
         update(Attempt)
         .where(Attempt.id == lease.attempt_id, Attempt.ended_at.is_(None))
@@ -210,15 +212,18 @@ def end_attempt(session: Session, lease: Lease, outcome: str) -> None:
 
 
 def expire_leases(session: Session) -> int:
-    """Ends every attempt whose lease ran out; a job that still points at it goes back to the queue, or fails.
+    """Ends every attempt whose lease has expired, and returns their number. Its job returns to the queue, or fails.
 
-    Attempts of cancelled jobs end too, so that their devices count as free again. The number of ended attempts.
+    Attempts of cancelled jobs end too, so that their devices count as free again.
     """
     return _reap_where(session, Attempt.lease_until < func.clock_timestamp(), skip_locked=True)
 
 
 def pardon(session: Session, *, seconds: float) -> int:
-    """Gives every live lease at least `seconds` more, after a time in which nobody could renew. Their number."""
+    """Extends every live lease to at least `seconds` from now, after an outage in which workers could not renew.
+
+    Returns the number of extended leases.
+    """
     until = func.clock_timestamp() + timedelta(seconds=seconds)
     pardoned = session.scalars(
         update(Attempt)
@@ -231,9 +236,9 @@ def pardon(session: Session, *, seconds: float) -> int:
 
 
 def reap_slot(session: Session, slot: str, *, stopped: Collection[tuple[str, int]] = ()) -> int:
-    """Ends the attempts that a slot left before its restart; returns their number.
+    """Ends the attempts that a slot left when it restarted; returns their number.
 
-    `stopped`: job and number of attempts that had to stop while the database was silent, which count against nobody.
+    `stopped`: job and number of attempts that stopped because the database was unreachable; these are no faults.
     """
     return _reap_where(session, Attempt.slot == slot, skip_locked=False, stopped=stopped)
 
@@ -241,7 +246,7 @@ def reap_slot(session: Session, slot: str, *, stopped: Collection[tuple[str, int
 def _reap_where(
     session: Session, condition: ColumnElement[bool], *, skip_locked: bool, stopped: Collection[tuple[str, int]] = ()
 ) -> int:
-    """Ends live attempts by a condition. `skip_locked`: leaves locked jobs to the next round."""
+    """Ends the live attempts that meet a condition; returns their number. `skip_locked`: skips locked jobs."""
     dead = Attempt.ended_at.is_(None) & condition
     reaped = 0
     for attempt_id, job_id in session.execute(select(Attempt.id, Attempt.job_id).where(dead)).all():
@@ -265,7 +270,7 @@ def _reap_where(
 
 
 def show_device(session: Session, device: HostDevice) -> None:
-    """A worker shows a device that it offers, now."""
+    """Records that a worker offers a device now."""
     values: dict[str, Any] = {
         "host": device.host,
         "gpu_index": device.gpu_index,
@@ -280,6 +285,6 @@ def show_device(session: Session, device: HostDevice) -> None:
 
 
 def devices(session: Session, *, fresh_seconds: float = 3600) -> list[HostDevice]:
-    """Devices that workers have shown within the last `fresh_seconds`."""
+    """Returns the devices that workers have offered within the last `fresh_seconds`."""
     fresh = func.clock_timestamp() - timedelta(seconds=fresh_seconds)
     return list(session.scalars(select(HostDevice).where(HostDevice.seen_at > fresh).order_by(HostDevice.id)))

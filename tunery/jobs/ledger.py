@@ -1,4 +1,4 @@
-"""The operations of a job's owner, and the one function that moves a job (`move`), guarded in SQL, with an event.
+"""The operations of a job's owner, and `move`, the only function that changes a job's state, guarded in SQL.
 
 Callers own the transaction and commit at their edge. A worker's operations are in `leases`.
 """
@@ -19,7 +19,7 @@ from tunery.keys.model import Project
 from tunery.spec import Plan
 
 RETRY_WINDOW = timedelta(minutes=30)
-"""How long a create that a client repeats by itself is taken for the same job."""
+"""How long an automatic retry of a create request returns the job that the first one created."""
 
 
 # --- writing down -------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def note(
     data: dict[str, Any] | None = None,
     outcome: str | None = None,
 ) -> None:
-    """One line of the job's story."""
+    """Adds an event to the job."""
     session.add(
         JobEvent(
             id=ids.new(ids.EVENT), job_id=job_id, level=level, type=type, message=message, data=data, outcome=outcome
@@ -45,7 +45,7 @@ def note(
 
 
 def move(session: Session, job: Job, target: State, *, message: str, level: str = "info", **values: Any) -> None:
-    """Moves a job along an edge of TRANSITIONS, if its row still has the state that we read, and notes an event.
+    """Moves a job along an edge of TRANSITIONS, if its row still has the state that was read, and adds an event.
 
     Raises IllegalMove for an edge that does not exist and LeaseLost when the row has changed.
     """
@@ -79,7 +79,7 @@ def move(session: Session, job: Job, target: State, *, message: str, level: str 
 
 
 def find(session: Session, project_id: str, job_id: str, *, lock: bool = False) -> Job:
-    """Returns a project's own job. Raises the same NotFound for another's."""
+    """Returns the project's job. Raises NotFound, also for a job of another project."""
     query = select(Job).where(Job.id == job_id, Job.project_id == project_id)
     job = session.scalar(query.with_for_update() if lock else query)
     if job is None:
@@ -88,7 +88,7 @@ def find(session: Session, project_id: str, job_id: str, *, lock: bool = False) 
 
 
 def live_job_using(session: Session, file_id: str) -> str | None:
-    """Returns the id of a job that has not ended and needs the file."""
+    """Returns the id of an unfinished job that uses the file, or None."""
     return session.scalar(
         select(Job.id)
         .where(Job.state.in_(LIVE))
@@ -108,7 +108,7 @@ def live_job_using(session: Session, file_id: str) -> str | None:
 def submit(session: Session, job: Job, *, messages: Sequence[tuple[str, str]] = ()) -> Job:
     """Stores a new job in `validating_files`. `messages` are further events, as (level, text).
 
-    Raises QuotaExceeded when the project has as many waiting jobs as it may have.
+    Raises QuotaExceeded when the project has reached its limit of waiting jobs.
     """
     project = session.get_one(Project, job.project_id)
     if project.max_queued is not None:
@@ -130,11 +130,11 @@ def submit(session: Session, job: Job, *, messages: Sequence[tuple[str, str]] = 
 def earlier_request(
     session: Session, project_id: str, *, idempotency_key: str | None, request_sha256: str, is_retry: bool
 ) -> Job | None:
-    """Returns the job that this request has created already, if any; concurrent copies of a request take turns here.
+    """Returns the job that this request has created already, if any; concurrent copies of a request are serialised.
 
-    With an Idempotency-Key: the job of that key, for as long as it is stored; InvalidValue when its request was
-    another.
-    Without one, for a client's own retry: the job of an identical request within RETRY_WINDOW.
+    With an Idempotency-Key: the job of that key, for as long as it is stored; raises InvalidValue if the key came with
+    a different request. Without one, for a client's automatic retry: the job of an identical request within
+    RETRY_WINDOW.
     """
     twin_lock = func.hashtextextended(f"{project_id} {idempotency_key or request_sha256}", 0)
     session.execute(select(func.pg_advisory_xact_lock(twin_lock)))
@@ -158,9 +158,9 @@ def earlier_request(
 
 
 def cancel(session: Session, project_id: str, job_id: str) -> Job:
-    """Cancels a job at once, from every live state; its worker learns of it with the next renewal.
+    """Cancels a job at once, from every live state; its worker learns of it when it next renews the lease.
 
-    The fence moves, so nothing that the worker reports later is written. Raises NotFound, WrongState.
+    The fence is raised, so later reports of the worker are not written. Raises NotFound, WrongState.
     """
     job = find(session, project_id, job_id, lock=True)
     if job.state in FINAL:
@@ -200,7 +200,7 @@ def pause(session: Session, project_id: str, job_id: str) -> Job:
 
 
 def resume(session: Session, project_id: str, job_id: str) -> Job:
-    """Queues a paused job again at its old place in the queue. Raises NotFound, WrongState."""
+    """Returns a paused job to its old place in the queue. Raises NotFound, WrongState."""
     job = find(session, project_id, job_id, lock=True)
     if job.state == State.PAUSED:
         move(session, job, State.QUEUED, message="The job was resumed and waits for a worker", queued_at=job.queued_at)
@@ -219,7 +219,7 @@ def resume(session: Session, project_id: str, job_id: str) -> Job:
 
 
 def next_to_validate(session: Session, *, skip: Sequence[str] = ()) -> Job | None:
-    """Returns the oldest job whose files are ready to be read, locked for this transaction; others pass it by."""
+    """Returns the oldest job whose files are ready, locked for this transaction; other workers skip it."""
     return session.scalar(
         select(Job)
         .where(Job.state == State.VALIDATING, Job.id.not_in(skip))
@@ -245,9 +245,9 @@ def enqueue(
     cpu_bytes: int | None = 0,
     warnings: Sequence[str] = (),
 ) -> None:
-    """The files are good and every "auto" is a number now: the job may be claimed.
+    """Queues a job whose files are valid and whose plan is made, so that workers may claim it.
 
-    By whom, its memory says: `gpu_bytes` on each of its GPUs, or `cpu_bytes` of a host's own (None: a GPU it must be).
+    The claim needs `gpu_bytes` on each of its GPUs, or `cpu_bytes` on a host without one (None: only GPUs).
     """
     for warning in warnings:
         note(session, job.id, warning, level="warn")
@@ -264,7 +264,7 @@ def enqueue(
 
 
 def fail_job(session: Session, job: Job, error: TuneryError) -> None:
-    """Ends a job whose row the caller has locked; the error's text is its owner's to read."""
+    """Fails a job whose row the caller has locked. The error's text is shown to the job's owner."""
     move(
         session,
         job,

@@ -1,4 +1,4 @@
-"""The method that a request asks for: its own options, and the hyperparameters that all methods have."""
+"""Reads the method of a request: its own options, and the hyperparameters that all methods share."""
 
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def read(request: JobRequest) -> tuple[MethodOptions, Hyperparameters]:
-    """Returns the method and its hyperparameters, which old clients send at the top.
+    """Returns the method and its hyperparameters, which old clients send at the top level.
 
     Raises Unsupported for an unknown method, InvalidValue for hyperparameters that are wrong or of another method.
     """
@@ -33,7 +33,7 @@ def read(request: JobRequest) -> tuple[MethodOptions, Hyperparameters]:
 
 
 def _under_its_name(method: Method, kind: type[MethodOptions]) -> tuple[MethodOptions, Hyperparameters | None]:
-    """Returns the method's options, and the common hyperparameters where the method has an object of its name."""
+    """Returns the options; and the shared hyperparameters, if the request has an object of the method's name."""
     given = method.given.get(method.type)
     if isinstance(given, Part):
         given = given.model_dump()
@@ -46,13 +46,13 @@ def _under_its_name(method: Method, kind: type[MethodOptions]) -> tuple[MethodOp
 
 
 class _Named(Part):
-    """The object of a plug-in's method."""
+    """The object that a plug-in's method has in a request."""
 
     hyperparameters: dict[str, Any] = {}
 
 
 def _validated(kind: type[_Model], value: Any, body: dict[str, Any], *place: str) -> _Model:
-    """Raises InvalidValue, naming the field by its `place` in the request's method."""
+    """Validates a value. Raises InvalidValue, naming the field by its `place` in the request's method."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Jobs, their attempts, what happened to them and what they measured."""
+"""Tables of jobs: their attempts, events, metrics, checkpoints and devices."""
 
 from datetime import datetime
 from typing import Any
@@ -21,18 +21,18 @@ _MEASURED = text("state = 'succeeded' AND jsonb_typeof(actual -> 'kept') = 'obje
 class Job(Base):
     """One request for a fine-tune, from `submit` to a final state. The row is the queue.
 
-    `fence` grows with every claim and every cancellation; an attempt may write only while the job's fence is its own
+    `fence` grows with every claim and every cancellation; an attempt may write only while the job's fence equals its
     number. `pause_requested` is `pause` while the owner waits for a running job to stop; `phase` says what a running
     job is doing. `base_alias` is the alias by which the request, or that of its parent model, named the base.
-    `gpu_bytes` is the memory it needs on each of its `gpus`, `cpu_bytes` on a host that trains on its CPU (null: not
-    there). `failures` counts attempts that crashed, `losses` those whose worker was lost, both since the last snapshot
-    at a later step (`snapshot_step`); `validations` counts how often its validation began. While `reserved_until` has
-    not come, `reserved_host` takes no smaller job. `storage_cleaned`: no object is left in
-    storage that the ended job made and no row names. `removed_records`: kinds of its records (`events`, `metrics`,
-    `logs`) that were removed because they were old. `gate`: what the gate said of its model, and `published`, who
-    published a withheld one and why; `served`: the same of the check of the served
-    model. `quote`: what its run is expected to take, `actual`: what it took, with what later quotes are made of
-    (`jobs.quoting`); both are null in jobs of older releases.
+    `gpu_bytes` is the memory it needs on each of its `gpus`, `cpu_bytes` on a host that trains on its CPU (null: it
+    cannot train there). `failures` counts attempts that crashed, `losses` those whose worker was lost, both since the
+    last snapshot with progress (`snapshot_step`); `validations` counts how often its validation began. Until
+    `reserved_until`, `reserved_host` takes no smaller job. `storage_cleaned`: objects in storage that the ended job
+    made and no row names are deleted. `removed_records`: kinds of its records (`events`, `metrics`, `logs`) that were
+    removed because of their age. `gate`: the gate's verdict on its model, with `published`: who published a withheld
+    model and why; `served`: the same for the check of the served model. `quote`: the expected time and cost,
+    `actual`: the measured ones, with the data for later quotes (`jobs.quoting`); both are null in jobs of older
+    releases.
     """
 
     __tablename__ = "jobs"
@@ -50,7 +50,7 @@ class Job(Base):
         Index("ix_jobs_validating", "created_at", postgresql_where="state = 'validating_files'"),
         Index("ix_jobs_request", "project_id", "request_sha256", "created_at"),
         Index("ix_jobs_untidied", "finished_at", postgresql_where="finished_at IS NOT NULL AND NOT tidied"),
-        # Of the runs that quotes are made of, by device, the newest first.
+        # Finds the runs that quotes are based on, by device, newest first.
         Index("ix_jobs_measured", text("(actual ->> 'device')"), "finished_at", postgresql_where=_MEASURED),
         Index("ix_jobs_training_file", "training_file"),
         Index("ix_jobs_validation_file", "validation_file"),
@@ -116,39 +116,38 @@ class Job(Base):
 
     @property
     def replay_file(self) -> str | None:
-        """The file of general rows that the job mixes in; None where it has none, or the base answers prompts."""
+        """The file of general rows for replay; None without replay, or where the base itself answers prompts for it."""
         source = (self.spec.get("replay") or {}).get("source", "self")
         return None if source == "self" else str(source)
 
     @property
     def base_name(self) -> str:
-        """The base's name in answers and in the names of tuned models: the alias that was asked for, or its id."""
+        """The base's name in API answers and in names of tuned models: the requested alias, or its id."""
         return self.base_alias or self.base_model
 
     @property
     def now(self) -> datetime:
-        """What chat templates take for now, in every attempt and every rerun."""
+        """The time that chat templates see as now, the same in every attempt and every rerun."""
         return self.template_time or self.created_at
 
     @property
     def withholds_model(self) -> bool:
-        """Whether the gate or the check of the served model withholds what the job made, and nobody has published it
-        since."""
+        """Whether the gate or the check of the served model withholds the job's model and nobody has published it."""
         return any(found is not None and found["withheld"] and "published" not in found for found in self.verdicts)
 
     @property
     def verdicts(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """Of the gate and of the check of the served model."""
+        """The verdicts of the gate and of the check of the served model."""
         return self.gate, self.served
 
     @property
     def model_name(self) -> str:
-        """The model that the job starts from, as its owner named it."""
+        """The model that the job starts from, as the request named it."""
         return self.parent_model or self.base_name
 
 
 class Attempt(Base):
-    """One try of one worker. Live <=> it holds a lease; at most one is live for a job."""
+    """One attempt of one worker. It is live while it holds a lease; a job has at most one live attempt."""
 
     __tablename__ = "attempts"
     __table_args__ = (
@@ -174,9 +173,9 @@ class Attempt(Base):
 
 
 class JobEvent(Base):
-    """What happened, in order of `seq`: the events endpoint, the audit trail and the webhooks' outbox.
+    """An event of a job, ordered by `seq`: for the events endpoint, the audit trail and the webhooks' outbox.
 
-    `outcome` is set on the one event that ends a job; the outbox fans those out.
+    `outcome` is set only on the event that ends a job; the outbox fans those out.
     """
 
     __tablename__ = "job_events"
@@ -201,7 +200,7 @@ class JobEvent(Base):
 
 
 class Metric(Base):
-    """One step's measurements. An attempt that resumes overwrites the steps it runs again."""
+    """One step's measurements. An attempt that resumes overwrites the steps that it repeats."""
 
     __tablename__ = "job_metrics"
 
@@ -212,7 +211,7 @@ class Metric(Base):
 
 
 class Checkpoint(Base):
-    """A public checkpoint: an epoch's end as a usable model. Recovery snapshots are `jobs.snapshot`, not rows here."""
+    """A public checkpoint: a usable model from the end of an epoch. Recovery snapshots are in `jobs.snapshot`."""
 
     __tablename__ = "checkpoints"
     __table_args__ = (UniqueConstraint("job_id", "step"), Index("ix_checkpoints_job", "job_id", "step"))

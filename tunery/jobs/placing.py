@@ -1,4 +1,4 @@
-"""How a run would lie on the devices that there are: its plan, and the memory that it needs. Reads no rows."""
+"""Places a run on the known devices: makes its plan and computes the memory that it needs. Reads no rows."""
 
 import sys
 from collections import Counter
@@ -12,7 +12,7 @@ from tunery.planning.fitting import StepPlan
 from tunery.spec import Plan, TrainingSpec
 
 ANY_ROW = 64
-"""Tokens of the longest row where nobody has counted: few, so that only what cannot run is refused."""
+"""Assumed tokens of the longest row before rows are counted: few, so that only impossible runs are refused."""
 
 
 def find_gpus(devices: Sequence[HostDevice]) -> list[HostDevice]:
@@ -30,11 +30,11 @@ def make_plan(
     model: str,
     longest: int | None = None,
 ) -> Plan:
-    """The plan of a run on `examples` rows. `longest_answer`: tokens, of those wanted; `model`: as its owner names it;
-    `longest`: tokens of the longest row, None where nobody has counted.
+    """Returns the plan of a run on `examples` rows. `longest_answer`: tokens of the longest reference answer; `model`:
+    its name in the request; `longest`: tokens of the longest row, None if not counted.
 
-    Raises DoesNotFit where the largest device known is too small; without any worker yet nothing is too large, nor
-    where the job is forced.
+    Raises DoesNotFit where the largest known device is too small; never before a worker has offered a device, nor for
+    a forced job.
     """
     known: dict[str, Any] = {"examples": examples, "model_info": model_info, "longest_answer": longest_answer}
     largest = _largest(devices)
@@ -51,13 +51,13 @@ def make_plan(
 
 
 def _alike(devices: Sequence[HostDevice], largest: HostDevice) -> int:
-    """Returns how many GPUs of the largest's memory one host has."""
+    """Returns the most GPUs of one host that have as much memory as the largest."""
     hosts = Counter(each.host for each in find_gpus(devices) if each.memory_bytes >= largest.memory_bytes)
     return max(hosts.values(), default=0)
 
 
 def bf16_fits(model_info: Mapping[str, Any], devices: Sequence[HostDevice]) -> bool | None:
-    """Whether the largest device holds the base in bf16 for rows of the default length; None where there is none."""
+    """Whether the largest device can train the base in bf16 with rows of the default length; None without a device."""
     largest, spec = _largest(devices), TrainingSpec(seed=0)
     if largest is None:
         return None
@@ -65,7 +65,7 @@ def bf16_fits(model_info: Mapping[str, Any], devices: Sequence[HostDevice]) -> b
 
 
 def need(plan: Plan, model_info: Mapping[str, Any], device: str, *, longest: int | None = None) -> peak.Estimate:
-    """The least memory that the run needs on each device of a kind, `cuda` or `cpu`. `longest`: as of `make_plan`."""
+    """Returns the minimum memory of the run on each device of a kind, `cuda` or `cpu`. `longest`: as in `make_plan`."""
     asked: dict[str, Any] = {"rows": plan.method.rows_an_example, "optimizer": plan.optimizer}
     asked["max_seq_length"] = min(plan.max_seq_length, longest or sys.maxsize)
     asked["ranks"] = _ranks(plan) if device == "cuda" else 1
@@ -73,7 +73,7 @@ def need(plan: Plan, model_info: Mapping[str, Any], device: str, *, longest: int
 
 
 def wanted_bytes(plan: Plan, size: int, devices: Sequence[HostDevice], *, on_gpu: bool) -> int:
-    """Returns what a claim has to bring of a kind of device: of a forced job no more than the largest has."""
+    """Returns the memory that a claim must offer on a kind of device; for a forced job at most the largest device's."""
     sizes = [device.memory_bytes for device in devices if (device.gpu_index is not None) == on_gpu]
     return min(size, max(sizes, default=size)) if plan.resources.force else size
 
@@ -81,9 +81,8 @@ def wanted_bytes(plan: Plan, size: int, devices: Sequence[HostDevice], *, on_gpu
 def step_here(
     plan: Plan, model_info: Mapping[str, Any], devices: Sequence[HostDevice], *, longest: int | None = None
 ) -> StepPlan | None:
-    """How the trainer would take a step on the largest GPU here; None without one, or where the probe has to say.
-
-    `longest`: as of `make_plan`.
+    """Returns how the trainer would run a step on the largest GPU here; None without a GPU, or if only its probe can
+    decide. `longest`: as in `make_plan`.
     """
     gpus = find_gpus(devices)
     if not gpus:
@@ -104,7 +103,7 @@ def step_here(
 def border_warnings(
     plan: Plan, model_info: Mapping[str, Any], devices: Sequence[HostDevice], *, longest: int | None = None
 ) -> list[str]:
-    """Warns of a run that is not refused and for which no plan is found on the largest GPU here."""
+    """Warns of a run that is accepted although no plan is found for it on the largest GPU here."""
     if not find_gpus(devices) or step_here(plan, model_info, devices, longest=longest) is not None:
         return []
     length = min(plan.max_seq_length, longest or sys.maxsize)
@@ -116,8 +115,8 @@ def border_warnings(
 
 
 def warnings(devices: Sequence[HostDevice], *, gpus: int, gpu_bytes: int, cpu_bytes: int) -> list[str]:
-    """Warns of a run that no host here can take: it waits, which should not surprise its owner. `cpu_bytes`: of a host
-    without a GPU, for which a job waits only where there are none."""
+    """Warns of a run that no host here can take, which therefore waits. `cpu_bytes`: needed on a host without a GPU;
+    ignored where there is a GPU."""
     if not devices:
         needs = f"a GPU with {memory.gib(gpu_bytes)} of memory, or a host with {memory.gib(cpu_bytes)}"
         return [f"No worker for training has come yet: the job waits for one that has {needs}."]
@@ -127,7 +126,7 @@ def warnings(devices: Sequence[HostDevice], *, gpus: int, gpu_bytes: int, cpu_by
 
 
 def _largest(devices: Sequence[HostDevice]) -> HostDevice | None:
-    # A host's memory is no measure for a job that a GPU is there for: it would wait for weeks on a CPU.
+    # GPUs before host memory: where there is a GPU, a job must not be planned for a CPU, on which it takes weeks.
     return max(find_gpus(devices) or devices, key=lambda device: device.memory_bytes, default=None)
 
 
@@ -142,7 +141,7 @@ def _limits(largest: HostDevice, length: int, rows: int, optimizer: str) -> dict
 
 
 def _shared_out(plan: Plan, model_info: Mapping[str, Any], limits: Mapping[str, Any]) -> Plan:
-    """Returns the plan with the way in which it uses several GPUs decided."""
+    """Returns the plan with its sharding over several GPUs decided."""
     resources = plan.resources
     if resources.gpus == 1:
         return plan
@@ -153,5 +152,5 @@ def _shared_out(plan: Plan, model_info: Mapping[str, Any], limits: Mapping[str, 
 
 
 def _ranks(plan: Plan) -> int:
-    """Over how many GPUs the plan cuts the model."""
+    """Returns over how many GPUs the plan shards the model."""
     return plan.resources.gpus if plan.resources.sharding == "full_shard" else 1

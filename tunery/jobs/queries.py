@@ -1,4 +1,4 @@
-"""Lists of jobs and of what belongs to one: events, checkpoints, metrics. They read and change nothing."""
+"""Read-only lists of jobs and their events, checkpoints and metrics."""
 
 from collections.abc import Iterable, Sequence
 
@@ -22,7 +22,7 @@ def list_jobs(
 ) -> tuple[list[Job], bool]:
     """Returns one page of a project's jobs, newest first, and whether more follow. Raises NotFound.
 
-    `metadata`: pairs that a job must have, all of them. `without_metadata`: only jobs that have none.
+    `metadata`: pairs that a job must all have. `without_metadata`: only jobs that have none.
     """
     shown = [Job.user_metadata[name].astext == value for name, value in metadata]
     if without_metadata:

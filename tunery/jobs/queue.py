@@ -1,4 +1,4 @@
-"""The queue is the jobs' rows: which of them a worker's slot gets next. Callers own the transaction."""
+"""The queue of jobs, which is their rows: chooses a worker's next job. Callers own the transaction."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from tunery.jobs.model import Attempt, Job
 from tunery.jobs.states import State
 
 CLAIM_LOCK = 7_214_001
-"""Key of the advisory lock that makes claims take turns: SKIP LOCKED alone lets a project exceed its cap."""
+"""Key of the advisory lock that serialises claims: with SKIP LOCKED alone a project could exceed its cap."""
 AGED = timedelta(minutes=10)
-"""A job that has waited for so long has a host kept free for it."""
+"""Waiting time after which a host is reserved for a job."""
 RESERVED_FOR = timedelta(minutes=5)
-"""How long a host that does not ask for jobs any more keeps others from reserving themselves."""
+"""How long a reservation lasts after its host last asked for jobs."""
 
 Devices = Mapping[int | None, int]
-"""Bytes of memory by a GPU's index, or under None those of the host, which then trains on its CPU."""
+"""Bytes of memory by GPU index; under None those of the host, which then trains on its CPU."""
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What a worker's slot can give: all `devices` that it may use, and those on which nothing runs now."""
+    """What a worker's slot offers: all `devices` that it may use, and which of them are `idle`."""
 
     host: str
     slot: str
@@ -34,7 +34,7 @@ class Offer:
     idle: frozenset[int | None]
 
 
-# Only each project's best job is looked at: 100,000 waiting jobs of one project cost what a single one does.
+# Reads only each project's best job: 100,000 waiting jobs of one project cost as much as a single one.
 _BEST = text(
     """
     WITH live AS (
@@ -62,11 +62,11 @@ _BEST = text(
 
 
 def claim(session: Session, offer: Offer, *, lease_seconds: int) -> Lease | None:
-    """Takes the best queued job that the offer's devices have the memory for: by priority, then fewest live attempts of
+    """Claims the best queued job that fits the memory of the offer's devices: by priority, then fewest live attempts of
     its project (caps respected), then age.
 
-    Devices are counted under the same lock, so two slots of a host never take the same GPU. None: nothing fits, or what
-    is free here is kept for a large job that has waited for long.
+    Devices are counted under the same lock, so two slots of a host never take the same GPU. Returns None if no job
+    fits, or if the free devices are reserved for a large job that has waited long.
     """
     session.execute(select(func.pg_advisory_xact_lock(CLAIM_LOCK)))
     free, ours = _devices(session, offer)
@@ -81,7 +81,10 @@ def claim(session: Session, offer: Offer, *, lease_seconds: int) -> Lease | None
 
 
 def _devices(session: Session, offer: Offer) -> tuple[Devices, Devices]:
-    """Returns the free devices, and these with those of our own runs: another program may never leave its GPU."""
+    """Returns the free devices, and the free ones with those that runs of ours occupy.
+
+    GPUs that other programs use are in neither: they may never become free.
+    """
     taken = session.scalars(
         select(func.unnest(Attempt.gpu_indexes)).where(Attempt.host == offer.host, Attempt.ended_at.is_(None))
     )
@@ -91,7 +94,8 @@ def _devices(session: Session, offer: Offer) -> tuple[Devices, Devices]:
 
 
 def _best(session: Session, devices: Devices) -> Job | None:
-    """The queue's head for these devices, locked. One that somebody is at is passed by: every claim waits for ours."""
+    """Returns the head of the queue for these devices, locked. Skips locked jobs, as all other claims wait for this
+    one."""
     passed: list[str] = []
     while True:
         asked = {"passed": passed, "devices": list(devices.values()), "on_cpu": None in devices}
@@ -106,7 +110,7 @@ def _best(session: Session, devices: Devices) -> Job | None:
 
 
 def _choose(job: Job, free: Devices) -> tuple[int, ...] | None:
-    """The GPUs for the job, the smallest that will do, so that large ones stay free; () is the CPU, None too few."""
+    """Returns the smallest GPUs that fit the job, so that large ones stay free; () is the CPU, None means too few."""
     need = job.cpu_bytes if None in free else job.gpu_bytes
     fitting = [index for index, size in sorted(free.items(), key=lambda item: item[1]) if size >= (need or 0)]
     if len(fitting) < job.gpus:
@@ -115,9 +119,10 @@ def _choose(job: Job, free: Devices) -> tuple[int, ...] | None:
 
 
 def _reserves(session: Session, job: Job, host: str) -> bool:
-    """Whether this host takes nothing smaller until the job, which would fit it, has all its GPUs here.
+    """Reserves this host for a job that would fit it, so that smaller jobs leave it alone; returns whether it could.
 
-    One host does so for a job. It renews that with each look at the queue, so another's turn comes if it dies.
+    Only jobs older than AGED get a host, and only one. Each claim renews the reservation, so it expires if the host
+    dies.
     """
     now = db.now(session)
     assert job.queued_at is not None, "it was found in the queue"

@@ -1,4 +1,4 @@
-"""How far runs were from their quotes, over all jobs that have succeeded, as Prometheus reads it."""
+"""How far runs were from their quotes, over all succeeded jobs, as Prometheus metrics."""
 
 from collections.abc import Iterator
 
@@ -8,13 +8,13 @@ from sqlalchemy.orm import Session
 from tunery.jobs.model import Job
 
 BUCKETS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5, 2.0, 4.0)
-"""Of a run's seconds over those that were quoted: 0.8 to 1.2 are 20 % off at the most."""
+"""Bounds of the ratio of a run's seconds to the quoted ones: 0.8 to 1.2 is at most 20 % off."""
 NAME = "tunery_job_seconds_over_quoted"
 IN_RANGE = "tunery_jobs_in_quoted_range"
 
 
 def as_text(session: Session) -> str:
-    """A histogram of the seconds over those quoted, and how many runs lay in the quoted range, by `speed_from`."""
+    """Returns a histogram of actual over quoted seconds, and how many runs lay in the quoted range, by `speed_from`."""
     ratio, basis = Job.actual["of_quoted"].as_float(), Job.quote["speed_from"].astext
     counted = select(
         basis,

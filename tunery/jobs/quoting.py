@@ -1,4 +1,4 @@
-"""Quotes of jobs, made of their files and of the runs that ended here, and held against what the jobs took.
+"""Quotes of jobs, from their files and from earlier runs here, and their comparison with the actual runs.
 
 Callers own the transaction.
 """
@@ -41,9 +41,9 @@ _RECORDS = 20
 
 
 def first(session: Session, job: Job, prices: Prices) -> Quote | None:
-    """Returns the quote of a job whose files nobody has read for it: its tokens are those of a report, or a guess.
+    """Returns the quote of a job before its files are read, with the tokens of a report, or a guess.
 
-    None where no device here and no card of the table could take it, and for a base of unknown sizes.
+    None where no device here and no card of the table fits it, and for a base of unknown sizes.
     """
     spec = TrainingSpec.model_validate(job.spec)
     model_info, devices = session.get_one(Model, job.base_model).model_info, leases.devices(session)
@@ -60,14 +60,14 @@ def first(session: Session, job: Job, prices: Prices) -> Quote | None:
 
 
 def keep_first(session: Session, job: Job, prices: Prices) -> None:
-    """Keeps the first quote with a job that has just been created."""
+    """Stores the first quote with a job that has just been created."""
     if job.state == State.VALIDATING and job.quote is None and (made := first(session, job, prices)) is not None:
         job.quote = made.model_dump(mode="json")
         session.flush()
 
 
 def requote(session: Session, job: Job, counts: Counts, prices: Prices) -> None:
-    """Replaces a job's quote by one of the rows that were counted; what it was at its creation stays beside it."""
+    """Replaces a job's quote by one from the counted rows; keeps the seconds quoted at creation beside it."""
     plan = Plan.model_validate(job.plan)
     made = of_plan(session, job, plan, counts, prices, devices=leases.devices(session))
     if made is not None:
@@ -79,7 +79,7 @@ def requote(session: Session, job: Job, counts: Counts, prices: Prices) -> None:
 def of_plan(
     session: Session, job: Job, plan: Plan, counts: Counts, prices: Prices, *, devices: Sequence[HostDevice]
 ) -> Quote | None:
-    """Returns the quote of a job whose plan is made, on the device that would be claimed for it."""
+    """Returns the quote of a planned job on the device that would be claimed for it."""
     model_info = session.get_one(Model, job.base_model).model_info
     device = _device(plan, model_info, devices)
     if device is None:
@@ -91,7 +91,7 @@ def of_plan(
 def serving(
     model: Model, technique: Technique, devices: Sequence[HostDevice], prices: Prices, *, rates: Rates | None = None
 ) -> ServingQuote | None:
-    """What answers should cost: by the model server's `rates` on its device, where it has answered with the base.
+    """Returns the expected cost of answers, by the model server's measured `rates` if it has served the base.
 
     Else on the largest GPU here that is a known card, or on the smallest card that holds the base; None for a base of
     unknown sizes, and where no card holds it.
@@ -111,7 +111,7 @@ def serving(
 
 
 def _device(plan: Plan, model_info: Mapping[str, Any], devices: Sequence[HostDevice]) -> str | None:
-    """The smallest GPU that will do, which the queue takes; without any worker yet, the smallest card of the table."""
+    """Returns the smallest GPU that fits, as the queue would; without any worker, the smallest card of the table."""
     need = placing.need(plan, model_info, "cuda").bytes
     if gpus := placing.find_gpus(devices):
         fitting = [gpu for gpu in gpus if gpu.memory_bytes >= need]
@@ -123,7 +123,7 @@ def _device(plan: Plan, model_info: Mapping[str, Any], devices: Sequence[HostDev
 
 
 def _counts(session: Session, job: Job, max_length: int) -> Counts:
-    """Returns what is known of a job's files before it reads them."""
+    """Returns what is known of a job's files before they are read."""
     files = [job.training_file, job.validation_file, job.test_file]
     training, valid, test = (_count(session, id, job.base_model, max_length) for id in files)
     assert training is not None, "a job has a training file"
@@ -145,7 +145,7 @@ def _count(session: Session, file_id: str | None, base: str, max_length: int) ->
 
 
 def _summary(session: Session, file: File, base: str) -> dict[str, Any]:
-    """Returns the summary of a file's report, by a base's tokenizer where one is named."""
+    """Returns the summary of a file's report, with the tokens of `base` unless that is empty."""
     query = select(FileReport.summary).where(
         FileReport.project_id == file.project_id,
         FileReport.sha256 == file.sha256,
@@ -160,7 +160,7 @@ def _summary(session: Session, file: File, base: str) -> dict[str, Any]:
 
 
 def expected_finish(session: Session, job: Job) -> datetime | None:
-    """When a job that is claimed now should end, until its own pace says more; None without a quote."""
+    """Returns when a job that is claimed now should end, before its own speed is known; None without a quote."""
     if job.quote is None:
         return None
     done = (job.snapshot_step or 0) / job.total_steps if job.total_steps else 0.0
@@ -172,9 +172,9 @@ def expected_finish(session: Session, job: Job) -> datetime | None:
 
 
 def conclude(session: Session, job: Job, lease: Lease, finished: Finished | None, prices: Prices) -> Actual:
-    """Notes what a job's run took beside its quote, with an event, and what later quotes are made of.
+    """Records what a job's run took beside its quote, with an event, and the data for later quotes.
 
-    `finished` None: the run failed, which costs all the same and says nothing of the quote.
+    `finished` None: the run failed; it has a cost, but is not compared with the quote.
     """
     attempts = _attempts(session, job)
     seconds = _seconds(session, attempts)
@@ -189,8 +189,7 @@ def conclude(session: Session, job: Job, lease: Lease, finished: Finished | None
 
 
 def conclude_unfinished(session: Session, job: Job, prices: Prices) -> None:
-    """Notes what the attempts of an ended job took that no attempt concluded: it was cancelled, or its workers were
-    lost. All of them have to have ended."""
+    """Records what a cancelled job, or one whose workers were lost, took. All its attempts must have ended."""
     attempts = _attempts(session, job)
     if job.actual is not None or not attempts:
         return
@@ -205,26 +204,26 @@ def _attempts(session: Session, job: Job) -> Sequence[Attempt]:
 
 
 def _seconds(session: Session, attempts: Sequence[Attempt]) -> float:
-    """Returns the seconds of all attempts, of a live one until now."""
+    """Returns the seconds of all attempts, counting a live one until now."""
     now = db.now(session)
     return sum(((attempt.ended_at or now) - attempt.started_at).total_seconds() for attempt in attempts)
 
 
 def _devices(job: Job, gpu_indexes: Sequence[int]) -> tuple[str, int]:
-    """Returns the name of the devices that an attempt had, and how many they are."""
+    """Returns the name and the number of an attempt's devices."""
     if not gpu_indexes:
         return "CPU", 0
     return str(job.progress.get("device") or "GPU"), len(gpu_indexes)
 
 
 def _kept(finished: Finished, seconds: float) -> dict[str, Any]:
-    """Returns what a run that was never broken off says of the next ones."""
+    """Returns the measurements of an uninterrupted run that later quotes are based on."""
     said = finished.model_dump(mode="json", include={"spent", "step_times", "steps", "trained_tokens"})
     return said | {"trainer_seconds": finished.seconds, "around": max(0.0, seconds - finished.seconds)}
 
 
 def records(session: Session, job: Job, device: str) -> list[Record]:
-    """Runs that ended on this kind of device, newest first: those on the job's base, then those on others."""
+    """Returns past runs on this kind of device, newest first: those on the job's base, then those on others."""
     of_base = Job.base_model == job.base_model
     found = [*_ended(session, device, of_base), *_ended(session, device, ~of_base)]
     made = (_record(each, model_info, device, is_own=each.project_id == job.project_id) for each, model_info in found)
@@ -236,8 +235,8 @@ def _ended(session: Session, device: str, condition: ColumnElement[bool]) -> lis
 
 
 def _measured(device: str, condition: ColumnElement[bool]) -> Select[Job, dict[str, Any]]:
-    """Returns the newest runs on a kind of device that quotes can be made of, by the index `ix_jobs_measured`."""
-    # Why op("->"): a subscript is written as actual['kept'], which is another expression than the index's.
+    """Returns the query for the newest measured runs on a kind of device, served by the index `ix_jobs_measured`."""
+    # op("->") because a subscript compiles to actual['kept'], which does not match the index's expression.
     kept = func.jsonb_typeof(Job.actual.op("->")("kept"))
     return (
         select(Job, Model.model_info)
@@ -250,16 +249,16 @@ def _measured(device: str, condition: ColumnElement[bool]) -> Select[Job, dict[s
 
 
 def _record(job: Job, model_info: Mapping[str, Any], device: str, *, is_own: bool) -> Record | None:
-    """A job's run as a record, of which another project's is not named. None for a method that this process lacks."""
+    """Returns a job's run as a record, anonymous if it is another project's. None for a method unknown here."""
     assert job.actual is not None, "the query asks for it"
     kept = job.actual["kept"]
     try:
         plan = Plan.model_validate(job.plan)
-    except (ValidationError, Unsupported):  # of a plug-in that is gone, or of another release
+    except (ValidationError, Unsupported):  # from a removed plug-in or another release
         return None
     counts = Counts(1, 1, "rows", test_rows=1 if job.test_file else 0)
     work = workload.of_job(plan, model_info, counts, "cpu" if device == "CPU" else "cuda")
-    mixed = {"validation"} if plan.evaluation.task_rows else ()  # the task's answers are in its time
+    mixed = {"validation"} if plan.evaluation.task_rows else ()  # its time includes the task's answers
     return Record(
         job=job.id if is_own else None,
         model=job.base_name if is_own else f"a base of {work.shape.params / 1e9:.2g}B parameters",

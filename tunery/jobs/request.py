@@ -1,4 +1,4 @@
-"""The request for a job, from the API or from a part of the service that creates jobs."""
+"""The request for a job, from the API or from another part of the service."""
 
 from typing import Annotated, Any, Literal
 
@@ -89,7 +89,7 @@ class MlflowIntegration(Part):
 
 
 Integration = Annotated[WandbIntegration | MlflowIntegration, Field(discriminator="type")]
-"""A tracker of experiments that gets a run's measurements."""
+"""An experiment tracker that receives a run's measurements."""
 
 
 MetadataKey = Annotated[str, StringConstraints(max_length=64)]
@@ -113,7 +113,7 @@ class OpenAIRequest(Part):
 class JobRequest(RequestedOptions, OpenAIRequest):
     """A request for a fine-tune; `creation.create` makes a job of it."""
 
-    # Not so in `TrainingOptions`, whose default jobs of older releases have: their snapshots hold the rows as cut.
+    # `TrainingOptions` has another default, for jobs of older releases: their snapshots depend on cut rows.
     cut_answers: CutAnswers = Field("limit", description=RequestedOptions.model_fields["cut_answers"].description)
     priority: Int = Field(0, ge=-10, le=10, description="Higher goes first")
     dry_run: bool = Field(False, description="Only try: answers what the job would be, and stores nothing")

@@ -1,4 +1,4 @@
-"""Running a job again: with all that was decided for it, but for what is changed."""
+"""Reruns a job with everything that was decided for it, except for requested changes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,8 +33,8 @@ def rerun(
     is_retry: bool = False,
     limits: Limits | None = None,
 ) -> Job:
-    """Creates a job like an earlier one, with `changes` in the words of a create request; an object's fields are merged
-    with those that the job had.
+    """Creates a job like an earlier one, with `changes` as fields of a create request; objects are merged with the
+    original's, field by field.
 
     Raises NotFound, InputGone, InputChanged, and what `creation.create` raises.
     """
@@ -52,8 +52,8 @@ def rerun(
 
 
 def _body(session: Session, job: Job) -> Body:
-    """The request of which the job's own plan would come again, whatever the defaults are now; of a job that was never
-    planned, its own request."""
+    """Returns a request that leads to the job's plan again, whatever today's defaults; for a job without a plan, its
+    own request."""
     decided = job.plan or job.spec
     body = {name: decided[name] for name in TrainingOptions.model_fields if decided.get(name) is not None}
     body |= {name: value for name in _COPIED if (value := getattr(job, name)) is not None}
@@ -71,14 +71,14 @@ def _body(session: Session, job: Job) -> Body:
 
 
 def _hyperparameters(job: Job) -> Body:
-    """Of a plan without the multiplier, which its learning rate has in it."""
+    """Returns the job's hyperparameters; a plan's without the multiplier, which its learning rate includes."""
     if job.plan is None:
         return dict(job.spec["hyperparameters"])
     return {name: job.plan[name] for name in Hyperparameters.model_fields if name != "learning_rate_multiplier"}
 
 
 def _model(session: Session, job: Job) -> str:
-    """Returns the model as the job's owner named it, unless its alias is another base's now."""
+    """Returns the model as the request named it; its id if the alias names another base now."""
     if job.parent_model or job.base_alias is None:
         return job.model_name
     base = session.get_one(Model, job.base_model)
@@ -109,13 +109,13 @@ def _changed(job: Job, body: Body, changes: Body) -> Body:
 
 
 def _decides_another_rate(body: Body, whole: Body) -> bool:
-    """Whether the default learning rate, which follows from these, may be another: the job's own is of another run."""
+    """Whether model, technique or method changed, from which the default learning rate follows."""
     changed = {name for name in ("model", "technique") if whole.get(name) != body.get(name)}
     return bool(changed) or whole["method"]["type"] != body["method"]["type"]
 
 
 def _in_the_method(kind: str, changes: Body) -> Body:
-    """Returns the changes with the hyperparameters that old clients send at the top in their place."""
+    """Returns the changes with top-level hyperparameters, as old clients send them, moved into the method."""
     if "hyperparameters" not in changes:
         return changes
     changes = dict(changes)
@@ -125,7 +125,7 @@ def _in_the_method(kind: str, changes: Body) -> Body:
 
 
 def _ask_rate_again(job: Job, body: Body) -> None:
-    """Puts the rate that the job's request asked for in the place of the one that was decided."""
+    """Replaces the decided learning rate by what the job's request asked for."""
     asked, kind = job.spec["hyperparameters"]["learning_rate_multiplier"], body["method"]["type"]
     body.pop("learning_rate", None)
     if job.spec.get("learning_rate") is not None:
@@ -136,7 +136,7 @@ def _ask_rate_again(job: Job, body: Body) -> None:
 
 
 def _merged(old: Body, new: Body) -> Body:
-    """`new` over `old`, field by field of their objects; one of another `type` takes the old one's place."""
+    """Merges `new` over `old`, field by field; an object of another `type` replaces the old one."""
     whole = dict(old)
     for name, value in new.items():
         here = old.get(name)
@@ -151,7 +151,7 @@ def _merged_objects(old: Any, new: Any) -> Body:
 
 
 def _check_inputs(session: Session, job: Job, body: Body) -> None:
-    """Raises InputGone, InputChanged for what the job read, is to be read again, and is not as it was."""
+    """Raises InputGone, InputChanged for an input of the job that the rerun reads too and that has changed."""
     named = {"training_file": job.training_file, "validation_file": job.validation_file}
     named |= {"evaluation.test_file": job.test_file, "replay.source": job.replay_file}
     again = {**body, "evaluation.test_file": (body.get("evaluation") or {}).get("test_file")}
@@ -166,7 +166,7 @@ def _check_inputs(session: Session, job: Job, body: Body) -> None:
 
 
 def _check_model(session: Session, job: Job) -> None:
-    """Both the base, whose weights an adapter needs, and the model that the job went on from."""
+    """Checks the base and the parent model. Raises InputGone, InputChanged."""
     for kind, name in (("base", job.base_model), ("parent", job.parent_model)):
         if name is not None:
             model = session.get_one(Model, name)

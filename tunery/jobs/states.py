@@ -1,4 +1,4 @@
-"""A job's states and the only edges between them. docs/jobs.md draws this dict; a test compares the two."""
+"""A job's states and the allowed transitions. docs/jobs.md shows them; a test compares the two."""
 
 from enum import StrEnum
 

@@ -1,4 +1,4 @@
-"""Why jobs have not started yet, as the end of a sentence "it waits for ..."."""
+"""Says why jobs have not started yet, as the end of a sentence "it waits for ..."."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,7 +14,7 @@ from tunery.planning.memory import gib
 
 
 def reasons(session: Session, jobs: Iterable[Job]) -> dict[str, str]:
-    """Returns what each job waits for, by its id. Jobs that do not wait are left out."""
+    """Returns what each waiting job waits for, by its id."""
     waiting = [job for job in jobs if job.state in (State.VALIDATING, State.QUEUED)]
     if not waiting:
         return {}
@@ -34,7 +34,7 @@ def _files(session: Session, job: Job) -> str:
 
 
 def _device(session: Session, job: Job, devices: Sequence[HostDevice]) -> str:
-    """Returns the queue's own conditions, from the hardest to change to the easiest."""
+    """Returns the first unmet condition of the queue, from the hardest to change to the easiest."""
     missing = lack(devices, gpus=job.gpus, gpu_bytes=job.gpu_bytes, cpu_bytes=job.cpu_bytes)
     if missing is not None:
         return missing
@@ -57,9 +57,9 @@ def _wanted(job: Job) -> str:
 
 
 def lack(devices: Sequence[HostDevice], *, gpus: int, gpu_bytes: int, cpu_bytes: int | None) -> str | None:
-    """Returns what none of the devices' hosts has for a job, or None where one could take it.
+    """Returns what every host lacks for a job, or None where one could take it.
 
-    `gpu_bytes` is what it needs on each GPU, `cpu_bytes` on a host without one: None where a CPU may not take it.
+    `gpu_bytes` is what it needs on each GPU, `cpu_bytes` on a host without one: None if it must not run on a CPU.
     """
     if not devices:
         return "a worker for training: none has come within the last hour"
