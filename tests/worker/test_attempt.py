@@ -218,7 +218,7 @@ def test_the_estimated_finish_counts_what_follows_the_last_step(workshop: Worksh
         assert 990 < _finish(workshop, lease) - 4 <= 1000  # 200 MB of fp32
         recorder.record(protocol.Phase(phase="saving", seconds_left=100))
         assert 90 < _finish(workshop, lease) - 4 <= 100
-        recorder.announce_upload()
+        recorder.announce("uploading")
         assert 0 < _finish(workshop, lease) <= 4
 
 
