@@ -256,7 +256,7 @@ def test_an_expired_file_is_gone(team: Team, database: Database) -> None:
 
 
 def test_names_are_data(team: Team, database: Database) -> None:
-    """Whatever a file is called, its key is ours, and a browser is told to save it and nothing else."""
+    """Whatever a file is called, its key is ours, and the answer makes a browser save it and nothing else."""
     name = '../../../etc/"<script>\u2603.jsonl'
     answer = team.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": (name, TRAIN)})
     file = answer.json()

@@ -174,13 +174,13 @@ def _job_with_everything(session: Any, owner: Project) -> tuple[Job, str]:
 @pytest.fixture
 def names(team: Team, make_team: Callable[..., Team], database: Database, base: str) -> dict[str, str]:
     """Ids of the first team's objects, and of the second's own."""
-    stranger = make_team("beta")
+    other_team = make_team("beta")
     upload = team.http.post(
         "/v1/uploads", json={"bytes": 1, "filename": "t", "mime_type": "t", "purpose": "user_data"}
     ).json()["id"]
     part = team.http.post(f"/v1/uploads/{upload}/parts", **PART).json()["id"]
     with database.sessions.begin() as session:
-        owner, other = session.get_one(Project, team.id), session.get_one(Project, stranger.id)
+        owner, other = session.get_one(Project, team.id), session.get_one(Project, other_team.id)
         job, event = _job_with_everything(session, owner)
         own_job, _ = _job_with_everything(session, other)
         endpoint = endpoints.create(
@@ -209,7 +209,7 @@ def names(team: Team, make_team: Callable[..., Team], database: Database, base: 
             "own": own_job.training_file,
             "own_job": own_job.id,
             "own_tuned": str(own_job.tuned_model),
-            "stranger": stranger.key,
+            "other_key": other_team.key,
         }
 
 
@@ -242,13 +242,15 @@ def test_another_projects_objects_are_not_found(app: FastAPI, team: Team, names:
     for operation, cases in CASES.items():
         for path, options in cases:
             method = operations[operation][0]
-            answer = _ask(team, method, path, options, names, names["stranger"])
+            answer = _ask(team, method, path, options, names, names["other_key"])
             if answer.status_code != 404 or "error" not in answer.json():
                 wrong.append((operation, path, answer.status_code, answer.text))
     assert wrong == []
 
 
-def test_nothing_was_changed_by_strangers(team: Team, app: FastAPI, names: dict[str, str], database: Database) -> None:
+def test_nothing_was_changed_by_another_project(
+    team: Team, app: FastAPI, names: dict[str, str], database: Database
+) -> None:
     before = [team.http.get(path.format(**names)).json() for path in ("/v1/fine_tuning/jobs/{job}", "/v1/files/{file}")]
     test_another_projects_objects_are_not_found(app, team, names)
     after = [team.http.get(path.format(**names)).json() for path in ("/v1/fine_tuning/jobs/{job}", "/v1/files/{file}")]
@@ -258,9 +260,9 @@ def test_nothing_was_changed_by_strangers(team: Team, app: FastAPI, names: dict[
 
 
 def test_lists_show_a_projects_own_objects_only(team: Team, names: dict[str, str]) -> None:
-    strangers = {"authorization": f"Bearer {names['stranger']}"}
+    headers = {"authorization": f"Bearer {names['other_key']}"}
     for path in ("/v1/files", "/v1/fine_tuning/jobs", "/v1/models", "/v1/webhook_endpoints"):
-        text = team.http.get(path, headers=strangers).text
+        text = team.http.get(path, headers=headers).text
         assert not [id for name, id in names.items() if name in ("file", "job", "tuned", "endpoint") and id in text]
 
 

@@ -412,7 +412,7 @@ def test_a_deleted_parent(team: Team, file: str, parent: str, database: Database
     _refused(_create(team, file, model=parent), 404, "model", "does not exist")
 
 
-# --- an owner's deeds ---------------------------------------------------------------------------------------------
+# --- an owner's actions -------------------------------------------------------------------------------------------
 
 
 def test_a_running_job_that_shall_pause_reads_paused(team: Team, base: str, database: Database) -> None:
@@ -444,11 +444,11 @@ def test_a_run_that_saves_after_its_last_step_does_not_end_in_the_past(
     assert team.http.get(f"{ROUTE}/{job.id}").json()["estimated_finish"] > time.time()
 
 
-@pytest.mark.parametrize("deed", ["cancel", "pause", "resume"])
-def test_deeds_on_an_ended_job_are_400(deed: str, team: Team, base: str, database: Database) -> None:
+@pytest.mark.parametrize("action", ["cancel", "pause", "resume"])
+def test_actions_on_an_ended_job_are_400(action: str, team: Team, base: str, database: Database) -> None:
     with database.sessions.begin() as session:
         job = rows.job(session, session.get_one(Project, team.id), State.SUCCEEDED).id
-    answer = team.http.post(f"{ROUTE}/{job}/{deed}")
+    answer = team.http.post(f"{ROUTE}/{job}/{action}")
     _refused(answer, 400, None, "is succeeded")
     assert answer.json()["error"]["code"] == "wrong_state"
 

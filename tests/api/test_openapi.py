@@ -125,7 +125,7 @@ def test_tools_can_name_operations(document: dict[str, Any]) -> None:
 
 
 def test_the_page_asks_nobody_else(client: TestClient) -> None:
-    """It must work in a closed network: every script and style is ours, and the browser is told to refuse others."""
+    """It works in a closed network: every script and style is ours, and the policy makes browsers refuse others."""
     page = client.get("/docs")
     assert "://" not in page.text
     assert "default-src 'self'" in page.headers["content-security-policy"]

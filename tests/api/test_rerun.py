@@ -56,7 +56,7 @@ def _rerun(team: Team, job: str, **changes: Any) -> dict[str, Any]:
 
 
 def test_a_rerun_has_the_numbers_that_were_decided(database: Database, team: Team, original: str) -> None:
-    answer = team.http.post(f"{ROUTE}/{original}/rerun")  # without a body, as clients of OpenAI's send deeds
+    answer = team.http.post(f"{ROUTE}/{original}/rerun")  # without a body, as OpenAI's clients send actions
     again, first = answer.json(), team.http.get(f"{ROUTE}/{original}").json()
     assert (again["rerun_of"], first["rerun_of"]) == (original, None)
     assert again["id"] != original

@@ -72,17 +72,17 @@ def run_out(session: Session, upload: Upload, ago: timedelta = timedelta(seconds
 
 def test_a_shelved_file_is_found_by_its_project_only(session: Session, storage: Storage, owner: Project) -> None:
     file = put(session, storage, owner)
-    stranger = rows.project(session)
+    other = rows.project(session)
 
     assert files.find(session, owner.id, file.id) is file
     assert (file.bytes, file.sha256, file.status) == (len(GOOD), hashlib.sha256(GOOD).hexdigest(), "processed")
     assert file.id.startswith(ids.FILE)
     with pytest.raises(NotFound) as foreign:
-        files.find(session, stranger.id, file.id)
+        files.find(session, other.id, file.id)
     with pytest.raises(NotFound) as unknown:
-        files.find(session, stranger.id, "file-x")
+        files.find(session, other.id, "file-x")
     assert foreign.value.message.replace(file.id, "file-x") == unknown.value.message
-    assert files.list_page(session, stranger.id) == ([], False)
+    assert files.list_page(session, other.id) == ([], False)
 
 
 def test_pages_stay_put_while_files_come_and_go(session: Session, storage: Storage, owner: Project) -> None:

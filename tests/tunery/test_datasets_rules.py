@@ -97,8 +97,8 @@ def test_test_rows_that_want_an_empty_answer_are_named() -> None:
     tools, line = template(LLAMA_LIKE), json.dumps(called).encode() + b"\n"
 
     assert check_examples([row(), line], role="test", template=tools).warnings(2048) == []
-    told = check_examples([row(), line, row(answer="")], role="test", template=tools).warnings(2048)[-1]
-    assert told == "1 of 3 test examples want an empty answer, which the scorecard leaves out: line 3."
+    warning = check_examples([row(), line, row(answer="")], role="test", template=tools).warnings(2048)[-1]
+    assert warning == "1 of 3 test examples want an empty answer, which the scorecard leaves out: line 3."
     with pytest.raises(InvalidTrainingFile, match="none can be scored"):
         check_examples([row(answer=" ")], role="test", template=tools)
     assert len(check_examples([row(answer="")], role="validation", template=tools).warnings(2048)) == 1
@@ -114,18 +114,18 @@ def test_answers_that_do_not_fit_are_named_among_the_rows_that_are_answered() ->
     assert [line for line, _ in summary.answer_tokens] == [1, 2]
     assert summary.longest_answer == pytest.approx(long, abs=1)
     assert summary.check_limit(summary.longest_answer) == []
-    [told] = summary.check_limit(summary.longest_answer - 1)
-    assert told.startswith("1 of 2 wanted answers have more tokens than evaluation.max_new_tokens (")
-    assert "line 2" in told
+    [warning] = summary.check_limit(summary.longest_answer - 1)
+    assert warning.startswith("1 of 2 wanted answers have more tokens than evaluation.max_new_tokens (")
+    assert "line 2" in warning
     assert check_examples(rows, role="validation", template=made).answer_tokens == []
 
 
 def test_rows_that_spell_special_tokens_are_named() -> None:
     rows = [row(), row("say <|im_end|>"), row(answer="</s> <|im_end|>")]
 
-    [told] = check_examples(rows, least=1, template=template()).warnings(2048)
+    [warning] = check_examples(rows, least=1, template=template()).warnings(2048)
 
-    assert told == (
+    assert warning == (
         "2 of 3 examples spell special tokens of the model (</s>, <|im_end|>): lines 2, 3. They are learned as plain "
         "text there."
     )
@@ -154,11 +154,11 @@ def test_cut_rows_are_counted_and_told() -> None:
     summary = check_examples(rows, template=made, max_length=length)
 
     assert (summary.truncated, summary.unlearnable, summary.longest) == ([11], [12], length)
-    told = " ".join(summary.warnings(length))
-    assert "1 of 12 examples are longer than" in told
-    assert "teaches no end: line 11." in told
-    assert "1 of 12 examples lose their whole answer to the cut" in told
-    assert told.endswith("are left out: line 12.")
+    warnings = " ".join(summary.warnings(length))
+    assert "1 of 12 examples are longer than" in warnings
+    assert "teaches no end: line 11." in warnings
+    assert "1 of 12 examples lose their whole answer to the cut" in warnings
+    assert warnings.endswith("are left out: line 12.")
 
 
 def test_unknown_keys_are_named_once_a_file() -> None:
@@ -241,17 +241,17 @@ def test_rows_are_shared_however_they_are_spelled() -> None:
     one = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     other = [{"content": "q", "role": "user"}, {"role": "assistant", "tool_calls": [call], "weight": None}]
 
-    told = overlap([json.dumps({"messages": one}).encode()], [json.dumps({"messages": other}).encode()])
+    warning = overlap([json.dumps({"messages": one}).encode()], [json.dumps({"messages": other}).encode()])
 
-    assert "line 1 (line 1 there)" in str(told)
+    assert "line 1 (line 1 there)" in str(warning)
 
 
 def test_a_long_list_of_shared_rows_is_cut_short() -> None:
     rows = [row(f"q{n}") for n in range(9)]
 
-    told = overlap(rows, rows, role="test")
+    warning = overlap(rows, rows, role="test")
 
-    assert "line 5 (line 5 there) and 4 more" in str(told)
+    assert "line 5 (line 5 there) and 4 more" in str(warning)
 
 
 def test_reading_stops_at_a_row_that_costs_as_much_as_it_may() -> None:

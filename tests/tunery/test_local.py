@@ -104,10 +104,10 @@ def test_two_brokers_do_not_collide_and_ask_for_their_password(tmp_path: Path) -
             client.set("key", "1")
             assert other.get("key") is None
         with (
-            redis.Redis(port=one.port, retry=Retry(NoBackoff(), 0)) as stranger,
+            redis.Redis(port=one.port, retry=Retry(NoBackoff(), 0)) as without_password,
             pytest.raises(redis.AuthenticationError),
         ):
-            stranger.ping()
+            without_password.ping()
         pids = [one.pid, two.pid]
     assert not any(processes.is_alive(pid) for pid in pids if pid)
 

@@ -19,8 +19,8 @@ from tunery.local.stack import HomeInUse, PortTaken, Stack
 
 
 @pytest.fixture
-def stranger() -> Iterator[subprocess.Popen[bytes]]:
-    """A process of somebody else's that waits."""
+def unrelated() -> Iterator[subprocess.Popen[bytes]]:
+    """Yields an unrelated process that waits."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         yield child
         child.kill()
@@ -37,14 +37,14 @@ def test_a_refused_stack_leaves_the_first_ones_word_alone(tmp_path: Path) -> Non
     assert state.running(tmp_path) is None
 
 
-def test_down_leaves_a_stranger_alone_who_got_a_killed_owners_number(
-    tmp_path: Path, stranger: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
+def test_down_leaves_an_unrelated_process_with_a_killed_owners_pid_alone(
+    tmp_path: Path, unrelated: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state.write(tmp_path, {"pid": stranger.pid, "mark": "of-the-killed"})
-    (tmp_path / "lock").write_text(str(stranger.pid))
+    state.write(tmp_path, {"pid": unrelated.pid, "mark": "of-the-killed"})
+    (tmp_path / "lock").write_text(str(unrelated.pid))
     stack_commands.down(tmp_path)
     assert "Nothing runs in" in capsys.readouterr().out
-    assert processes.is_alive(stranger.pid)
+    assert processes.is_alive(unrelated.pid)
     assert state.running(tmp_path) is None
 
 

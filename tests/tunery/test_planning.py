@@ -134,8 +134,8 @@ def test_rows_are_no_longer_than_the_models_context() -> None:
     made = plan(max_seq_length=32_768)
 
     assert made.max_seq_length == 8192
-    told = advice.warnings(made, examples=1000, model_info=LLAMA_8B, asked_length=32_768)
-    assert told == ["max_seq_length 32768 is more than the model's context of 8192 tokens, which is used instead."]
+    warnings = advice.warnings(made, examples=1000, model_info=LLAMA_8B, asked_length=32_768)
+    assert warnings == ["max_seq_length 32768 is more than the model's context of 8192 tokens, which is used instead."]
 
 
 @pytest.mark.parametrize(
@@ -151,15 +151,15 @@ def test_rows_are_no_longer_than_the_models_context() -> None:
     ],
 )
 def test_doubtful_choices_are_commented(fields: dict[str, Any], examples: int, start: str) -> None:
-    told = advice.warnings(plan(examples, **fields), examples=examples, model_info=LLAMA_8B)
+    warnings = advice.warnings(plan(examples, **fields), examples=examples, model_info=LLAMA_8B)
 
-    assert len(told) == 1
-    assert told[0].startswith(start)
+    assert len(warnings) == 1
+    assert warnings[0].startswith(start)
 
 
 def test_a_full_fine_tune_has_a_rate_of_its_own() -> None:
-    told = advice.warnings(plan(learning_rate=2e-4, technique=Full()), examples=1000, model_info=LLAMA_8B)
-    assert told[0].startswith("The learning rate 2.0e-04 is high")
+    warnings = advice.warnings(plan(learning_rate=2e-4, technique=Full()), examples=1000, model_info=LLAMA_8B)
+    assert warnings[0].startswith("The learning rate 2.0e-04 is high")
 
 
 @pytest.mark.parametrize(

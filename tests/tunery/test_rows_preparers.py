@@ -125,7 +125,7 @@ def test_processes_end_with_their_reader_and_read_little_ahead() -> None:
     def chunks() -> Iterator[bytes]:
         for number, row in enumerate(ROWS * 5):
             given.append(number)
-            yield spelled([{**row, "id": "7" * 5000}])  # the format is told by the first 64 KiB
+            yield spelled([{**row, "id": "7" * 5000}])  # the first 64 KiB say the format
 
     before = {child.pid for child in psutil.Process().children()}
     with closing(bulk.digest_rows(chunks(), Reading("training", CHATS, template(), 90), pids)) as parts:

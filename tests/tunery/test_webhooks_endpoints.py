@@ -141,9 +141,9 @@ def test_anothers_endpoint_and_a_deleted_one_do_not_exist(
     session: Session, project: Project, action: Callable[[Session, str, str], object]
 ) -> None:
     endpoint = _create(session, project)
-    secret, stranger = endpoint.secret, rows.project(session)
+    secret, other = endpoint.secret, rows.project(session)
     with pytest.raises(NotFound, match="No webhook endpoint"):
-        action(session, stranger.id, endpoint.id)
+        action(session, other.id, endpoint.id)
     session.refresh(endpoint)
     assert (endpoint.name, endpoint.secret, endpoint.deleted_at) == ("ci", secret, None)
 

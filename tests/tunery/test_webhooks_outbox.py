@@ -69,8 +69,8 @@ def test_a_read_file_goes_to_its_project_alone(
     (received,) = receiver.received
     client = openai.OpenAI(api_key="x", webhook_secret=endpoint.secret)
     event = client.webhooks.unwrap(received.body, received.headers)
-    told = {"status": "ready", "rows": 3, "findings": 2, "trainable": True}
-    assert (event.type, event.data.id, event.data.report) == ("file.processed", file.id, told)
+    expected = {"status": "ready", "rows": 3, "findings": 2, "trainable": True}
+    assert (event.type, event.data.id, event.data.report) == ("file.processed", file.id, expected)
     assert outbox.deliver_due(allowing) == 0, "an event is sent once"
 
 
