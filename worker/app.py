@@ -1,7 +1,7 @@
 """The Celery app: `celery -A worker.app worker -Q train -P prefork -c 1 -n train@%h`, and `-Q io` likewise.
 
-Celery starts the processes, carries wake-ups to them and stops them. What there is to do stands in the rows, so that a
-lost, doubled or late message changes nothing, and no broker at all costs a poll interval.
+Celery starts the processes, sends them wake-ups and stops them. The work itself is in the database's rows: a lost,
+repeated or late message changes nothing, and without a broker work starts up to a poll interval later.
 """
 
 import logging
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 app = Celery("tunery", broker=get_settings().broker_url)
 app.conf.update(
-    # Acknowledged before the work: a message that came back after its hour would start a day-long run a second time.
+    # Acknowledged before the work: a message redelivered after an hour would start a day-long run a second time.
     task_acks_late=False,
     task_reject_on_worker_lost=False,
     # A busy worker holds no message that an idle one could take.
@@ -39,11 +39,11 @@ app.conf.update(
     accept_content=["json"],
     task_serializer="json",
     task_default_queue=dispatch.IO,
-    # Four seconds by default, and then the process is killed, and its successors too.
+    # The default is four seconds, after which the process is killed, and so are its successors.
     worker_proc_alive_timeout=120,
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
-    # Without them a publish on a dead connection waits forever.
+    # Without these timeouts a publish on a dead connection waits forever.
     broker_transport_options={
         "socket_timeout": 30,
         "socket_connect_timeout": 5,
@@ -53,11 +53,11 @@ app.conf.update(
 )
 
 DRAIN = Drain()
-"""Made before the fork, so that main process and slots share it."""
+"""Created before the fork, so that the main process and the slots share it."""
 
 
 class _Here:
-    """What this process serves: queues and devices are known before the fork, the pollers started after it."""
+    """What this process serves: queues and devices are set before the fork, pollers are started after it."""
 
     def __init__(self) -> None:
         self.node = "worker"
@@ -78,7 +78,7 @@ def work_on_io() -> None:
 
 
 def _work(queue: str) -> None:
-    """Runs the queue's first poller in this thread, so that Celery counts the process as busy, and wakes the others."""
+    """Runs the queue's first poller in this thread, so that Celery sees the process as busy, and wakes the others."""
     first, *others = _HERE.pollers[queue]
     for poller in others:
         poller.wake()
@@ -87,7 +87,7 @@ def _work(queue: str) -> None:
 
 @contextmanager
 def _or_end(leave: Callable[[str], object]) -> Iterator[None]:
-    """Celery writes down what a signal's handler raises and goes on, with a worker that is ready and does nothing."""
+    """Calls `leave` if the block raises: Celery would only log the error and keep a worker that does nothing."""
     try:
         yield
     except Exception as error:
@@ -96,7 +96,7 @@ def _or_end(leave: Callable[[str], object]) -> Iterator[None]:
 
 
 def _look_around(conf: Any, options: dict[str, Any], **_: object) -> None:
-    """Once, before the fork, for all processes. Without `-c` there are as many slots as GPUs, or one."""
+    """Finds devices and loads plugins once, before the fork. Without `-c` there is one slot per GPU, or one in all."""
     settings = get_settings()
     with _or_end(sys.exit):
         plugins.load(settings.plugins, "worker")
@@ -120,7 +120,7 @@ def _start_pollers(**_: object) -> None:
 
 
 def _end_all(_: str) -> None:
-    # Ending by itself would do no good: Celery replaces a process that ends, and without a broker it does not notice.
+    # Ending only this process is no use: Celery replaces it, or, without a broker, does not notice that it ended.
     os.kill(os.getppid(), signal.SIGTERM)
     os._exit(1)
 
@@ -130,7 +130,7 @@ def _drain(**_: object) -> None:
 
 
 def _wait_for_pollers(**_: object) -> None:
-    """Celery waits for its tasks; a poller's own thread may be working too, and its run must be saved."""
+    """Waits for the pollers' own threads, whose runs must be saved; Celery waits for its tasks only."""
     for pollers in _HERE.pollers.values():
         for poller in pollers:
             poller.wait()

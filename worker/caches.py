@@ -1,7 +1,7 @@
-"""Removes what this host keeps of files that no project has any more.
+"""Removes what this host has cached from files that no project holds any more.
 
-Entries of the folders are named by their file's sha256, a hyphen, and the digest of what else decides about them.
-Others' names begin with a dot.
+An entry's name is its file's sha256, a hyphen, and a digest of everything else that its content depends on. The names
+of all other files in these folders begin with a dot.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _AT_ONCE = 1000
 
 
 def remove_orphans(models_dir: Path) -> None:
-    """Removes the entries of deleted and expired files, and of rows that never were a file, as replay's."""
+    """Removes the entries of deleted and expired files, and of rows that were never a file, such as replay's."""
     entries = list(_entries(models_dir))
     for start in range(0, len(entries), _AT_ONCE):
         some = {path: path.name.partition("-")[0] for path in entries[start : start + _AT_ONCE]}

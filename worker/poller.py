@@ -1,4 +1,4 @@
-"""A loop in a worker's process that does one kind of work, one piece at a time."""
+"""The loop in a worker's process that does one kind of work, one piece at a time."""
 
 import logging
 import threading
@@ -19,7 +19,7 @@ class Poller:
     def __init__(
         self, name: str, look: Callable[[], bool], *, poll_seconds: float, drain: Drain, on_call: bool = True
     ) -> None:
-        """`on_call` False: its work is due by the clock alone, and it ignores wake-ups."""
+        """`on_call` False: the work is due by the clock alone, and wake-ups are ignored."""
         self.name, self.on_call = name, on_call
         self._look, self._poll_seconds, self._drain = look, poll_seconds, drain
         self._wanted, self._bell, self._busy = threading.Event(), threading.Event(), threading.Lock()
@@ -47,7 +47,7 @@ class Poller:
                 self._busy.release()
 
     def wait(self) -> None:
-        """Waits until no thread works, and lets none begin: for a worker that stops."""
+        """Waits until no thread is working and keeps any from starting again: for a worker that stops."""
         self._busy.acquire()
 
     def _run(self) -> None:
@@ -60,5 +60,5 @@ class Poller:
         try:
             while not self._drain.begun and self._look():
                 pass
-        except Exception:  # the next look may fare better: a database that restarts, a disk that was full
+        except Exception:  # the next look may succeed: the database may have restarted, or a full disk have space again
             log.exception("the %s poller was interrupted", self._thread.name)

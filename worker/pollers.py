@@ -34,7 +34,7 @@ def _training(slot_name: str, settings: Settings, drain: Drain, found: list[Devi
         slot.show()
         return False
 
-    # Beside the slot's work, which may take days: a device that is not shown for an hour counts as gone.
+    # In a poller of its own, as the slot's work may take days: a device not shown for an hour counts as gone.
     return [
         Poller("training", slot.look, poll_seconds=settings.poll_seconds, drain=drain),
         Poller("devices", show, poll_seconds=_SHOW_SECONDS, drain=drain, on_call=False),
@@ -43,7 +43,7 @@ def _training(slot_name: str, settings: Settings, drain: Drain, found: list[Devi
 
 
 def _caches(settings: Settings, drain: Drain) -> Poller:
-    """Returns the poller of what the host keeps of files, which each host has to remove by itself."""
+    """Returns the poller that removes what this host has cached from deleted files: each host cleans its own disk."""
 
     def remove() -> bool:
         caches.remove_orphans(settings.models_dir)
@@ -53,7 +53,7 @@ def _caches(settings: Settings, drain: Drain) -> Poller:
 
 
 def _io(settings: Settings, drain: Drain) -> list[Poller]:
-    """Returns a poller for each kind of work that may take long, so that none waits for another."""
+    """Returns a poller for each kind of work that may take long, so that no kind waits for another."""
     storage = open_storage(settings)
 
     def validate() -> bool:
@@ -77,9 +77,9 @@ def _io(settings: Settings, drain: Drain) -> list[Poller]:
     looks = {"validation": validate, "conversion": convert, "exports": export, "reports": report, "baselines": prompt}
     looks["webhooks"] = deliver
     pollers = [Poller(name, look, poll_seconds=settings.poll_seconds, drain=drain) for name, look in looks.items()]
-    # Retries of webhooks come due without any wake-up, so that poller and the sweeper look more often.
+    # Webhook retries come due without a wake-up, so this poller and the sweeper look more often.
     pollers[-1] = Poller("webhooks", deliver, poll_seconds=settings.sweep_seconds, drain=drain)
     sweep = Sweeper(settings, storage).round
-    # By the clock alone: it sends wake-ups itself, and one that woke it would go round and round.
+    # By the clock alone: it sends wake-ups itself, and would wake itself again and again.
     sweeper = Poller("sweeper", sweep, poll_seconds=settings.sweep_seconds, drain=drain, on_call=False)
     return [*pollers, sweeper, _caches(settings, drain)]

@@ -1,4 +1,4 @@
-"""Baselines: prompts are made, each model answers them in a process of its own, and the table's figures are stored."""
+"""Measures baselines: makes prompts, has models answer them in separate processes, and stores the table's figures."""
 
 import json
 import logging
@@ -31,13 +31,13 @@ from worker.supervisor.drain import Drain
 
 log = logging.getLogger(__name__)
 PROMPT_SECONDS = 1800
-"""The time of its prompts, as a report's."""
+"""Time limit for making prompts, the same as a report's."""
 _PROMPTS = 0.02
-"""The share of the work that is done when the prompts are made."""
+"""Fraction of the work that is done once the prompts are made."""
 
 
 def measure_next(settings: Settings, storage: Storage, drain: Drain) -> bool:
-    """One baseline; whether there was one."""
+    """Measures one baseline; returns whether there was one."""
     return take_one("baseline", _waiting, lambda baseline_id: _measure(baseline_id, settings, storage, drain))
 
 
@@ -47,7 +47,7 @@ def _waiting() -> list[str]:
 
 
 class _Watch(Drain):
-    """Ends the work where the worker shuts down, and where the baseline is no longer wanted."""
+    """Ends the work if the worker shuts down or the baseline is no longer wanted."""
 
     def __init__(self, drain: Drain, baseline_id: str) -> None:
         self._drain, self._id = drain, baseline_id
@@ -58,13 +58,13 @@ class _Watch(Drain):
         return self._drain.begun or not self.is_wanted
 
     def look(self, share: float) -> None:
-        """Notes the share that is done, and whether the baseline was cancelled meanwhile."""
+        """Records the fraction done, and reads whether the baseline was cancelled meanwhile."""
         with db.transaction() as session:
             self.is_wanted = ledger.show_progress(session, self._id, share)
 
 
 class _Ended(Exception):
-    """The baseline cannot be measured: its text is for the owner."""
+    """The baseline cannot be measured; the text is for its owner."""
 
 
 def _measure(baseline_id: str, settings: Settings, storage: Storage, drain: Drain) -> None:
@@ -139,7 +139,7 @@ def _read_prompts(folder: Path) -> Prompts:
 def _models(
     baseline: Baseline, prompts: Prompts, folder: Path, settings: Settings, storage: Storage, watch: _Watch
 ) -> Iterator[dict[str, Any]]:
-    """What each model scored, the baseline's own first."""
+    """Yields each model's scores, the baseline's own model first."""
     ids = [baseline.model, *(id for id in baseline.order["compare"] if id != baseline.model)]
     for number, model_id in enumerate(ids):
         if watch.begun:
@@ -166,8 +166,9 @@ def _models(
 
 
 def _asked(prompts: Prompts, *, is_first: bool, is_tuned: bool) -> list[Variant]:
-    """The variants that a model is asked by. Of the others a tuned one needs no examples, and a base its best chance:
-    the most of them."""
+    """Returns the variants that a model is asked with. Apart from the baseline's own model, a tuned one needs no
+    examples, and a base gets its best chance: the most of them.
+    """
     made = [variant for variant in prompts.variants if variant.error is None]
     if is_first or len(made) < 2:
         return made
@@ -196,7 +197,7 @@ def _lay_out(
 
 
 def _scores(run_dir: Path, prompts: Prompts, variants: list[Variant], reason: str | None) -> list[dict[str, Any]]:
-    """Returns the scores of a model, and of those variants that it was not asked by why."""
+    """Returns a model's scores, and for variants that it was not asked with the reason."""
     if reason is not None:
         lost = [PromptScore(shots=one.shots, nearest=one.nearest, error=reason) for one in variants]
         return [score.model_dump(mode="json") for score in lost]
@@ -210,7 +211,7 @@ def _scores(run_dir: Path, prompts: Prompts, variants: list[Variant], reason: st
 def _ask_external(
     baseline: Baseline, prompts: Prompts, folder: Path, settings: Settings, storage: Storage, watch: _Watch
 ) -> dict[str, Any]:
-    """Returns what the external endpoint scored."""
+    """Returns the external endpoint's scores."""
     asked = External.model_validate(baseline.order["external"])
     run_dir = folder / f"run-{1 + len([id for id in baseline.order['compare'] if id != baseline.model])}"
     variants = _asked(prompts, is_first=False, is_tuned=False)
@@ -229,7 +230,7 @@ def _ask_external(
 
 
 def _key(baseline: Baseline, settings: Settings) -> SecretStr | None:
-    """Returns the endpoint's key. Raises _Ended where it cannot be read any more."""
+    """Returns the endpoint's key. Raises _Ended if it cannot be read any more."""
     if baseline.external_key is None:
         return None
     if settings.external_secret is None:
@@ -244,7 +245,7 @@ def _key(baseline: Baseline, settings: Settings) -> SecretStr | None:
 
 
 def _store(baseline: Baseline, prompts: Prompts, found: list[dict[str, Any]], folder: Path, storage: Storage) -> None:
-    """Stores every answer with its prompt, and then the figures."""
+    """Stores every answer with its prompt, then the figures."""
     kept = folder / "answers.jsonl"
     with kept.open("w", encoding="utf-8") as all_answers:
         for number, measured in enumerate(found):

@@ -1,7 +1,7 @@
-"""What a job has to pass before it may wait for a GPU, in order: its files, its plan and the devices that there are.
+"""The checks that a job has to pass before it may wait for a GPU, in order: of its files, its plan and the devices.
 
-A check returns warnings, with which the job goes on, or raises JobFailure, whose text is the owner's to read. A new one
-is a function and a line in CHECKS.
+A check returns warnings, with which the job goes on, or raises JobFailure, whose text the job's owner reads. A new
+check is a function and a line in CHECKS.
 """
 
 import sys
@@ -34,9 +34,9 @@ from worker.supervisor import staging
 
 @dataclass(frozen=True)
 class Case:
-    """A job with all that its validation reads, taken out of the database before the long work.
+    """A job with everything that its validation reads, loaded from the database before the long work.
 
-    `model` is the job's model as its owner named it; `rendered_by` the one whose chat template writes the rows.
+    `model` is the job's model as its owner named it; `rendered_by` the one whose chat template renders the rows.
     """
 
     job_id: str
@@ -55,7 +55,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`gpu_bytes` and `cpu_bytes` are what a claim needs to know of the memory; see `ledger.enqueue`."""
+    """The plan and its warnings. `gpu_bytes` and `cpu_bytes` are the memory that a claim reads: `ledger.enqueue`."""
 
     plan: Plan
     gpu_bytes: int
@@ -66,12 +66,12 @@ class Verdict:
 
 @dataclass
 class Findings:
-    """What earlier checks leave for later ones. `plan` and the memory that it needs are set by `check_fit`."""
+    """What earlier checks find for later ones. `check_fit` sets `plan` and the memory that it needs."""
 
     storage: Storage
     template: ChatTemplate
     kept: Path
-    """The folder of what was found before."""
+    """The folder with earlier jobs' findings."""
     summaries: dict[FileRole, Summary] = field(default_factory=dict)
     overlap: verdicts.Recorded = field(default_factory=verdicts.Recorded)
     plan: Plan = field(init=False)
@@ -80,8 +80,9 @@ class Findings:
 
 
 def judge(case: Case, settings: Settings, storage: Storage) -> Verdict:
-    """Returns the plan of a job that can succeed. Raises JobFailure where it cannot, CannotRender, ObjectMissing,
-    ChecksumMismatch where its base or files cannot be read."""
+    """Returns the plan of a job that can succeed. Raises JobFailure if it cannot, and CannotRender, ObjectMissing,
+    ChecksumMismatch if its base or files cannot be read.
+    """
     texts = staging.text_folder(settings.models_dir, storage, case.rendered_by)
     template = ChatTemplate.load(texts, now=case.now)
     found = Findings(storage, template, settings.models_dir / verdicts.NAME)
@@ -90,8 +91,8 @@ def judge(case: Case, settings: Settings, storage: Storage) -> Verdict:
 
 
 def check_files(case: Case, found: Findings) -> list[str]:
-    """Reads each file, once: all that later checks ask of its rows is taken down meanwhile."""
-    for role, file in case.files.items():  # the training file first, with which the others are compared
+    """Reads each file once and summarises all that later checks need to know of its rows."""
+    for role, file in case.files.items():  # the training file first: the others are compared with it
         if file.status == "error":
             reason = file.status_details or "It could not be read."
             raise InvalidTrainingFile(param=f"{role}_file", role=role, reason=reason)
@@ -106,7 +107,7 @@ def check_files(case: Case, found: Findings) -> list[str]:
 
 
 def _summarise(case: Case, found: Findings, role: FileRole, file: File) -> Summary:
-    """Returns what the file holds: read, or as a job before this one has read it here."""
+    """Returns the file's summary: newly read, or kept on this host from an earlier job."""
     encoder = find_encoder(case.spec.method, role, case.spec.columns, case.spec.cut_answers)
     reading, answered = Reading(role, encoder, found.template, case.max_length), _answered(case.spec.evaluation, role)
     overlap = found.overlap if len(case.files) > 1 else None
@@ -131,13 +132,13 @@ def _summarise(case: Case, found: Findings, role: FileRole, file: File) -> Summa
 
 
 def _answered(evaluation: Evaluation, role: FileRole) -> int:
-    """Returns how many of a file's rows, from its start, hold those that a model is going to answer."""
+    """Returns how many of a file's rows, counted from its start, include all that a model will answer."""
     sampled = sys.maxsize if evaluation.task_rows else 0  # spread over the whole file
     return {"test": evaluation.max_rows, "validation": sampled}.get(role, 0)
 
 
 def check_fit(case: Case, found: Findings) -> list[str]:
-    """Makes the plan and estimates its memory. Raises DoesNotFit where the largest device known is too small."""
+    """Makes the plan and estimates its memory. Raises DoesNotFit if the largest known device is too small."""
     found.plan = _plan(case, found.summaries)
     found.gpu_bytes, found.cpu_bytes = (
         placing.wanted_bytes(found.plan, _least(case, found, device), case.devices, on_gpu=device == "cuda")
@@ -151,7 +152,7 @@ def _least(case: Case, found: Findings, device: str) -> int:
 
 
 def check_answers(_case: Case, found: Findings) -> list[str]:
-    """Warns of rows that no answer can get right, as the token limit cuts it off."""
+    """Warns of rows whose wanted answer is longer than the token limit, so that no model can get them right."""
     return [
         f"{role.capitalize()} file: {warning}"
         for role, summary in found.summaries.items()
@@ -160,15 +161,16 @@ def check_answers(_case: Case, found: Findings) -> list[str]:
 
 
 def check_plan(case: Case, found: Findings) -> list[str]:
-    """Warns of what the plan will hardly learn, and of an adapter that is too small or too large for it."""
+    """Warns if the plan will hardly learn anything, and if its adapter is too small or too large."""
     training, model_info, asked = found.summaries["training"], case.base.model_info, case.spec.max_seq_length
     of_plan = advice.warnings(found.plan, examples=training.examples, model_info=model_info, asked_length=asked)
     return of_plan + capacity.warnings(model_info, found.plan.technique, training.trained_tokens)
 
 
 def check_overlap(case: Case, found: Findings) -> list[str]:
-    """Warns of held-out rows that are trained on. OpenAI takes such files, and code written for it must go on working,
-    so the job does not fail."""
+    """Warns of held-out rows that are trained on. OpenAI accepts such files, and code written for it must keep working,
+    so the job does not fail.
+    """
     return [
         f"The {role} file's figures will flatter the model. {reason}"
         for role in case.files
@@ -177,7 +179,7 @@ def check_overlap(case: Case, found: Findings) -> list[str]:
 
 
 def check_hosts(case: Case, found: Findings) -> list[str]:
-    """Warns of a job that may not fit, or that no host here can take: it waits, which should not surprise its owner."""
+    """Warns of a job that may not fit, or that waits because no host can take it, which would surprise its owner."""
     gpus, longest = found.plan.resources.gpus, found.summaries["training"].longest
     border = placing.border_warnings(found.plan, case.base.model_info, case.devices, longest=longest)
     return border + placing.warnings(case.devices, gpus=gpus, gpu_bytes=found.gpu_bytes, cpu_bytes=found.cpu_bytes)
@@ -191,11 +193,11 @@ CHECKS: tuple[Callable[[Case, Findings], list[str]], ...] = (
     check_overlap,
     check_hosts,
 )
-"""In order: `check_files` and `check_fit` leave what the others read."""
+"""In order: `check_files` and `check_fit` find what the others read."""
 
 
 def _plan(case: Case, summaries: Mapping[FileRole, Summary]) -> Plan:
-    """Raises DoesNotFit where the largest device known is too small; without any worker yet nothing is too large."""
+    """Makes the plan. Raises DoesNotFit if the largest known device is too small; before a first worker, nothing is."""
     answers = [summary.longest_answer for summary in summaries.values() if summary.answer_tokens]
     return placing.make_plan(
         case.spec,
@@ -209,7 +211,7 @@ def _plan(case: Case, summaries: Mapping[FileRole, Summary]) -> Plan:
 
 
 def _counts(summaries: Mapping[FileRole, Summary]) -> Counts:
-    """Returns what a quote is made of, counted row by row."""
+    """Returns the counts for a quote, added up row by row."""
     training, valid, test = (summaries.get(role) for role in ("training", "validation", "test"))
     assert training is not None, "a job has a training file"
     return Counts(
@@ -222,5 +224,5 @@ def _counts(summaries: Mapping[FileRole, Summary]) -> Counts:
 
 
 def _cpu_bytes(case: Case, found: Findings) -> int | None:
-    """Returns what the job needs of a host without a GPU; None where there is a GPU, for which it waits."""
+    """Returns the bytes that the job needs on a host without a GPU; None if there is a GPU, for which it waits."""
     return None if placing.find_gpus(case.devices) else found.cpu_bytes

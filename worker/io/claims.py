@@ -1,4 +1,4 @@
-"""Claims of long work that one process of the installation may do, without a lock on any row."""
+"""Claims long work for one process of the installation, without a lock on any row."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ from tunery import db
 def advisory_lock(what: str) -> Iterator[bool]:
     """Takes PostgreSQL's advisory lock of `what`; yields whether it was free. It ends with the process's connection.
 
-    It is the connection's: a row lock would keep the row's owner waiting (a cancel, a delete),
-    and an open transaction would keep PostgreSQL from its vacuum.
+    A row lock instead would make the row's owner wait, with a cancel or a delete; an open transaction would hold up
+    PostgreSQL's vacuum.
     """
     key = func.hashtextextended(f"tunery {what}", 0)
     engine = db.sessions().kw["bind"]
@@ -28,10 +28,10 @@ def advisory_lock(what: str) -> Iterator[bool]:
 
 
 def take_one(verb: str, waiting: Callable[[], list[str]], work: Callable[[str], None]) -> bool:
-    """Does `work` on the first of the `waiting` ids that no other process has; returns whether there was one."""
+    """Does `work` on the first of the `waiting` ids that no other process holds; returns whether there was one."""
     for id in waiting():
         with advisory_lock(f"{verb} {id}") as mine:
-            if mine and id in waiting():  # another may have ended it meanwhile
+            if mine and id in waiting():  # another process may have finished it meanwhile
                 work(id)
                 return True
     return False

@@ -1,4 +1,4 @@
-"""Files are cleaned by a process of their own, whose memory goes with it, and the new files are stored."""
+"""Cleans files in a separate process, whose memory is freed with it, and stores the new files."""
 
 import json
 from functools import partial
@@ -18,11 +18,11 @@ from worker.io.claims import take_one
 from worker.supervisor.drain import Drain
 
 SECONDS = 1800
-"""A cleaning's time, as a report's: it judges the rows a few times, the later ones quickly."""
+"""Time limit of a cleaning, the same as a report's: it judges the rows a few times, each later time faster."""
 
 
 def clean_next(settings: Settings, storage: Storage, drain: Drain) -> bool:
-    """One cleaning; whether there was one."""
+    """Does one cleaning; returns whether there was one."""
     return take_one("clean", _waiting, lambda file_id: _clean(file_id, settings, storage, drain))
 
 
@@ -60,7 +60,7 @@ def _release(file_id: str) -> None:
 
 
 def _lay_out(cleaning: FileCleaning, folder: Path, settings: Settings, storage: Storage) -> None:
-    """Fills the folder of the process."""
+    """Fills the process's folder."""
     with db.transaction() as session:
         source = session.get_one(File, cleaning.source_id)
         against = session.get_one(File, cleaning.against_id) if cleaning.against_id else None
@@ -87,7 +87,7 @@ def _show_progress(file_id: str, folder: Path) -> None:
 
 
 def _publish(cleaning: FileCleaning, folder: Path, storage: Storage) -> None:
-    """Stores the new files, then the rows say so. What a predecessor stored is written over."""
+    """Stores the new files, then writes their rows. Files that an interrupted attempt stored are replaced."""
     names = {cleaning.file_id: "clean.jsonl"}
     if cleaning.held_out_id is not None:
         names[cleaning.held_out_id] = "held-out.jsonl"
@@ -98,7 +98,7 @@ def _publish(cleaning: FileCleaning, folder: Path, storage: Storage) -> None:
     with db.transaction() as session:
         row = session.get_one(FileCleaning, cleaning.file_id)
         purged = cleanings.finish(session, row, json.loads((folder / "cleaning.json").read_text()), stored)
-    for key in purged:  # deleted meanwhile, and purged before there were bytes
+    for key in purged:  # deleted meanwhile, and purged before their bytes were stored
         storage.delete(key)
 
 

@@ -1,4 +1,4 @@
-"""Registered bases become usable: converted by a process of its own, published, and kept as this host's copy."""
+"""Makes registered bases usable: converts them in a separate process, publishes them and keeps a copy on this host."""
 
 import json
 import logging
@@ -24,11 +24,11 @@ from worker.supervisor.process import environment
 log = logging.getLogger(__name__)
 
 _FOR_HUBS = {"HF_ENDPOINT", "HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"}
-"""A conversion may have to reach a model hub, which a training run never does."""
+"""Variables with which a conversion reaches a model hub; a training run never does."""
 
 
 def convert_next(settings: Settings, storage: Storage, drain: Drain) -> bool:
-    """One base; whether there was one."""
+    """Converts one base; returns whether there was one."""
     return take_one("convert", _waiting, lambda model_id: _convert(model_id, settings, storage, drain))
 
 
@@ -47,13 +47,13 @@ def _convert(model_id: str, settings: Settings, storage: Storage, drain: Drain) 
     def fail(error: Exception) -> None:
         _settle_error(model_id, f"It could not be published: {error}")
 
-    # In models_dir, so that the result is renamed into its place and not copied.
+    # In models_dir, so that the result is renamed into place and not copied.
     with programs.workplace(settings.models_dir, "converting", model_id, fail) as folder:
         variables = _variables(folder / "out")
         arguments = ["worker.trainer.convert", *_arguments(source, folder, template)]
         reason = programs.run(arguments, folder, drain, what="conversion", variables=variables)
         if drain.begun:
-            return  # the next worker begins again
+            return  # the next worker starts over
         if reason is None:
             _publish(model_id, prefix, folder / "out", settings, storage)
         else:
@@ -61,7 +61,7 @@ def _convert(model_id: str, settings: Settings, storage: Storage, drain: Drain) 
 
 
 def _arguments(source: str, folder: Path, template: str | None) -> list[str]:
-    """Returns the converter's arguments. A template is passed as a file, as it may be longer than a command line."""
+    """Returns the converter's arguments. A template is passed as a file, as it may be too long for a command line."""
     arguments = [source, str(folder / "out")]
     if template is not None:
         (folder / "given.jinja").write_text(template, encoding="utf-8")
@@ -81,7 +81,7 @@ def _publish(model_id: str, prefix: str, out: Path, settings: Settings, storage:
     try:
         listed, sha256 = manifest.publish(storage, prefix, out)
     except KeyTaken:
-        # A predecessor died between its manifest and its row. Nobody has read it: the row still said "processing".
+        # A predecessor died between its manifest and its row. Nobody has read it, as the row still said "processing".
         manifest.remove(storage, prefix)
         listed, sha256 = manifest.publish(storage, prefix, out)
     model_info = json.loads((out / "facts.json").read_text())

@@ -1,4 +1,4 @@
-"""Exports of models that are there already: made by a process of their own, and stored beside the model's files."""
+"""Makes exports of existing models in a separate process, and stores them beside the model's files."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def export_next(settings: Settings, storage: Storage, drain: Drain) -> bool:
-    """One model's exports; whether there was one."""
+    """Makes one model's exports; returns whether there was a model to export."""
     return take_one("export", _waiting, lambda model_id: _export(model_id, settings, storage, drain))
 
 
@@ -46,7 +46,7 @@ def _export(model_id: str, settings: Settings, storage: Storage, drain: Drain) -
         _lay_out(model_id, folder, settings, storage)
         reason = programs.run(["worker.trainer.export", str(folder)], folder, drain, what="export")
         if drain.begun:
-            return  # the next worker begins again
+            return  # the next worker starts over
         if reason is None:
             _publish(model_id, folder, storage)
         else:
@@ -54,7 +54,7 @@ def _export(model_id: str, settings: Settings, storage: Storage, drain: Drain) -
 
 
 def _lay_out(model_id: str, folder: Path, settings: Settings, storage: Storage) -> None:
-    """Fills the exporter's folder. Of the files of rows, those that are not deleted."""
+    """Fills the exporter's folder; deleted files of rows are left out."""
     with db.transaction() as session:
         model = session.get_one(Model, model_id)
         base = session.get_one(Model, model.base_id)
@@ -70,7 +70,7 @@ def _lay_out(model_id: str, folder: Path, settings: Settings, storage: Storage) 
 
 
 def _rows(session: Session, model: Model, job: Job | None) -> dict[str, File]:
-    """The files of rows that prove a merge, by their names: the one that was named with the export, or the job's."""
+    """Returns the files of rows that prove a merge, by name: the one named with the export, or the job's."""
     if (named := (model.export or {}).get("rows_file")) is not None:
         names: dict[str, str | None] = {"test": named}
     elif job is not None:
@@ -91,7 +91,7 @@ def _order(model: Model, job: Job | None) -> ExportOrder:
 
 
 def _publish(model_id: str, folder: Path, storage: Storage) -> None:
-    """Stores what was written below the model's own prefix, so that it goes when the model goes."""
+    """Stores the exports under the model's own prefix, so that they are deleted with the model."""
     with db.transaction() as session:
         prefix = session.get_one(Model, model_id).prefix
     listed = manifest.describe(folder / "out").files

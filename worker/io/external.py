@@ -1,4 +1,4 @@
-"""An external endpoint asked by every prompt of a baseline, a few at a time."""
+"""Sends every prompt of a baseline to an external endpoint, a few at a time."""
 
 import json
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from tunery.planning.prompting import Variant
 from tunery.settings import Settings
 
 AT_ONCE = 4
-"""Requests on their way: more would wait for each other in the endpoint, and their times would be the queue's."""
+"""Concurrent requests: more would wait in the endpoint's queue, which their times would then include."""
 
 
 class Watch(Protocol):
-    """Whether the work is to end, and who is shown the share that is done."""
+    """Says whether the work has to end, and is shown the fraction done."""
 
     @property
     def begun(self) -> bool: ...
@@ -37,9 +37,9 @@ def answer(
     settings: Settings,
     watch: Watch,
 ) -> list[Variant]:
-    """Writes the answers to `folder`/prompts into `folder`/given; returns each variant, with why it has none.
+    """Writes the answers to `folder`/prompts into `folder`/given; returns each variant, with its error if it failed.
 
-    The first request that fails for good ends its variant and all later ones.
+    The first request that fails finally ends its variant and all later ones.
     """
     (folder / "given").mkdir()
     found: list[Variant] = []
@@ -57,7 +57,7 @@ def answer(
 
 
 def _chats(path: Path) -> list[dict[str, Any]]:
-    """Returns the prompts as requests spell them: without the wanted answer, and what only training reads."""
+    """Returns the prompts as requests, without the wanted answer and what only training reads."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)

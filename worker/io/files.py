@@ -1,4 +1,4 @@
-"""Files that came in without being read through: their syntax is judged here, and jobs that wait for them go on."""
+"""Checks the syntax of files that were uploaded without being read, and lets jobs that wait for them go on."""
 
 from tunery import db
 from tunery.datasets import files
@@ -8,7 +8,7 @@ from worker.io.claims import advisory_lock
 
 
 def process_next(storage: Storage) -> bool:
-    """One file; whether there was one."""
+    """Processes one file; returns whether there was one."""
     skip: list[str] = []
     while True:
         with db.transaction() as session:
@@ -25,8 +25,8 @@ def process_next(storage: Storage) -> bool:
 def _process(storage: Storage, file_id: str) -> None:
     with db.transaction() as session:
         file = session.get_one(File, file_id)
-    # Neither locked nor in a transaction while it is read: a job that names the file must not wait for its last byte.
-    # The session below asks for a connection only when the verdict is written.
+    # The file is read without a lock or a transaction: a job that names it must not wait until all of it is read.
+    # The session below takes a connection only when the verdict is written.
     with db.transaction() as session:
         session.add(file)
         if file.status == "uploaded":

@@ -1,4 +1,4 @@
-"""Adapters that were trained elsewhere become usable: checked by a process of its own, and published."""
+"""Makes adapters that were trained elsewhere usable: checks them in a separate process and publishes them."""
 
 import logging
 from pathlib import Path
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def import_next(settings: Settings, storage: Storage, drain: Drain) -> bool:
-    """One adapter; whether there was one."""
+    """Imports one adapter; returns whether there was one."""
     return take_one("import", _waiting, lambda model_id: _import(model_id, settings, storage, drain))
 
 
@@ -39,7 +39,7 @@ def _import(model_id: str, settings: Settings, storage: Storage, drain: Drain) -
         prefix = _lay_out(model_id, folder, settings, storage)
         reason = programs.run(["worker.trainer.adapter_import", str(folder)], folder, drain, what="import")
         if drain.begun:
-            return  # the next worker begins again
+            return  # the next worker starts over
         if reason is None:
             _publish(model_id, prefix, folder, storage)
         else:
@@ -64,7 +64,7 @@ def _lay_out(model_id: str, folder: Path, settings: Settings, storage: Storage) 
 
 def _publish(model_id: str, prefix: str, folder: Path, storage: Storage) -> None:
     text = (folder / "technique.json").read_text()
-    # A predecessor may have died between its manifest and its row. Nobody has read it: the row says "processing".
+    # A predecessor may have died between its manifest and its row. Nobody has read it, as the row says "processing".
     storage.delete(f"{prefix}/{manifest.NAME}")
     listed, sha256 = manifest.publish(storage, prefix, folder / "out")
     with db.transaction() as session:

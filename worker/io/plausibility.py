@@ -1,4 +1,4 @@
-"""What a base says of a file's answers, for the file's report: measured by a process of its own, on this host's CPU."""
+"""Measures a base's loss on a file's answers, for the file's report, in a separate process on this host's CPU."""
 
 import logging
 from pathlib import Path
@@ -14,13 +14,13 @@ from worker.supervisor.staging import base_folder
 log = logging.getLogger(__name__)
 
 MOST_PARAMS = 2_000_000_000
-"""Of a base that a host without a GPU reads a file with: a larger one would say of a few rows only."""
+"""Largest base with which a host without a GPU reads a file: a larger one would get through a few rows only."""
 MOST_ROWS = 5000
 SECONDS = 600.0
 
 
 def measure(folder: Path, base: Model, max_tokens: int, settings: Settings, storage: Storage, drain: Drain) -> None:
-    """Writes losses.json into the folder of a report, which goes on without it where the base cannot be run here."""
+    """Writes losses.json into a report's folder; the report goes on without it if the base cannot run here."""
     if base.model_info.get("params", MOST_PARAMS + 1) > MOST_PARAMS:
         return
     weights = base_folder(settings.models_dir, storage, base.prefix, base.manifest_sha256 or "")

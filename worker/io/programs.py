@@ -1,4 +1,4 @@
-"""Programs that a worker for I/O runs on a folder: spawned, watched, and ended with the worker."""
+"""Runs programs on a folder for an I/O worker: starts and watches them, and ends them with the worker."""
 
 import logging
 import shutil
@@ -29,10 +29,10 @@ def workplace(
     fail: Callable[[Exception], object],
     release: Callable[[], object] = lambda: None,
 ) -> Iterator[Path]:
-    """A folder in `parent` for one piece of work (`doing`, on `subject`), removed after it.
+    """Yields a folder in `parent` for one piece of work (`doing`, on `subject`), and removes it afterwards.
 
-    An error of ours goes to `fail` and ends there: it must not keep every later piece from its turn. Storage or a
-    database that is away is raised, after `release`: the work is done another time.
+    An internal error is passed to `fail` and not raised: it must not keep later pieces from their turn. If storage or
+    the database is unreachable, that is raised after `release`, and the work is done another time.
     """
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{doing}-", dir=parent))
@@ -48,7 +48,7 @@ def workplace(
 
 @contextmanager
 def _broken_work(doing: str, subject: str, fail: Callable[[Exception], object]) -> Iterator[None]:
-    """Gives `fail` what breaks the block, storage or a database that is away excepted."""
+    """Passes errors of the block to `fail`, except those of unreachable storage or an unreachable database."""
     try:
         yield
     except (StorageFailed, *UNREACHABLE):
@@ -69,10 +69,10 @@ def run(
     seconds: float | None = None,
     too_slow: str = "Split the file.",
 ) -> str | None:
-    """Runs `python -m ARGUMENTS`, which works in `folder`; why it failed, or None.
+    """Runs `python -m ARGUMENTS`, which works in `folder`; returns why it failed, or None.
 
-    A worker that shuts down ends it, and so does its time, if it has a limit of `seconds`; `too_slow` says what to
-    change then. `watch` is called twice a second meanwhile; where it raises, the program is killed.
+    The program is ended when the worker shuts down, or after `seconds`, if given; `too_slow` says what to change then.
+    `watch` is called twice a second; if it raises, the program is killed.
     """
     errors_path = folder / "errors.txt"
     deadline = None if seconds is None else time.monotonic() + seconds
@@ -112,7 +112,7 @@ def _status(process: subprocess.Popen[bytes]) -> int | None:
 
 def _reason(status: int, errors_path: Path, what: str) -> str:
     if status == EXIT_USER_ERROR:
-        return tail(errors_path, 1)  # libraries have said something before it
+        return tail(errors_path, 1)  # libraries may have written something before it
     said = tail(errors_path, 50)
     log.error("the %s ended with status %s: %s", what, status, said or "(nothing)")
     last = said.rpartition("\n")[2] or f"it ended with status {status} and said nothing"

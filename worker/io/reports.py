@@ -1,4 +1,4 @@
-"""Reports of files: made by a process of their own, whose memory goes with it, and kept in storage."""
+"""Makes reports of files in a separate process, whose memory is freed with it, and keeps them in storage."""
 
 import json
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ from worker.supervisor.process import ROOT
 from worker.supervisor.staging import text_folder
 
 SECONDS = 1800
-"""A report's time: nobody waits longer for one."""
+"""Time limit of a report: nobody waits longer for one."""
 _BENCHMARK = "worker/trainer/general/data"
 _RESULTS = ("report.json", "digests")
 
 
 def report_next(settings: Settings, storage: Storage, drain: Drain) -> bool:
-    """One report; whether there was one."""
+    """Makes one report; returns whether there was one."""
     return settings.file_reports and take_one(
         "report", _waiting, lambda report_id: _report(report_id, settings, storage, drain)
     )
@@ -69,7 +69,7 @@ def _release(report_id: str) -> None:
 
 
 def _lay_out(report: FileReport, folder: Path, settings: Settings, storage: Storage) -> tuple[Model | None, Order]:
-    """Fills the folder of the process with the files that the report is about; returns its base and the order."""
+    """Fills the process's folder with the files that the report is about; returns the report's base and the order."""
     with db.transaction() as session:
         contents = {"rows": report.sha256, "against": report.against}
         found = {name: reports.content(session, report.project_id, sha256) for name, sha256 in contents.items()}
@@ -95,7 +95,7 @@ def lay_out_known(
     base: Model | None,
     others: Sequence[tuple[File, FileReport]],
 ) -> None:
-    """Adds to an order, which it writes, what else the rows are judged by: a base, other files, the benchmark."""
+    """Adds what else the rows are judged by (a base, other files, the benchmark) to the order, and writes it."""
     if base is not None:
         (folder / "base").symlink_to(text_folder(settings.models_dir, storage, base).absolute())
         order.base = base.id
@@ -117,7 +117,7 @@ def _show_progress(report_id: str, folder: Path) -> None:
 
 
 def _store(report: FileReport, folder: Path, storage: Storage) -> dict[str, Any]:
-    """Stores what was made; returns its summary."""
+    """Stores the report; returns its summary."""
     for name in _RESULTS:
         storage.put_file(f"{report.prefix}/{name}", folder / name)
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
@@ -127,7 +127,7 @@ def _store(report: FileReport, folder: Path, storage: Storage) -> dict[str, Any]
 def _finish(
     report: FileReport, storage: Storage, *, summary: dict[str, Any] | None = None, error: str | None = None
 ) -> None:
-    """The row says what became of it. A report whose file went meanwhile leaves nothing."""
+    """Records the outcome in the row. A report whose file was deleted meanwhile leaves nothing."""
     with db.transaction() as session:
         row = session.get(FileReport, report.id, with_for_update=True)
         if row is not None:

@@ -1,4 +1,4 @@
-"""Scorecards of adapters without training: made by a process of its own, and stored beside the model's files."""
+"""Makes scorecards of models without training, in a separate process, and stores them beside the model's files."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def score_next(settings: Settings, storage: Storage, drain: Drain) -> bool:
-    """One adapter; whether there was one."""
+    """Scores one model; returns whether there was one."""
     return take_one("score", _waiting, lambda model_id: _score(model_id, settings, storage, drain))
 
 
@@ -49,7 +49,7 @@ def _score(model_id: str, settings: Settings, storage: Storage, drain: Drain) ->
         _lay_out(model_id, run_dir, settings, storage)
         reason = programs.run(["worker.trainer.scoring", str(run_dir)], folder, drain, what="scoring")
         if drain.begun:
-            return  # the next worker begins again
+            return  # the next worker starts over
         if reason is None:
             _publish(model_id, run_dir / "out", storage)
         else:
@@ -57,7 +57,7 @@ def _score(model_id: str, settings: Settings, storage: Storage, drain: Drain) ->
 
 
 def _lay_out(model_id: str, run_dir: Path, settings: Settings, storage: Storage) -> None:
-    """Fills a run directory for the adapter, its test rows in the place of rows to train on."""
+    """Fills a run directory for the model, with its test rows in place of training rows."""
     with db.transaction() as session:
         model = session.get_one(Model, model_id)
         evaluation = Evaluation.model_validate((model.scoring or {})["evaluation"])
@@ -66,7 +66,7 @@ def _lay_out(model_id: str, run_dir: Path, settings: Settings, storage: Storage)
 
 
 def needs_of(session: Session, model: Model, evaluation: Evaluation) -> Needs:
-    """Returns what a model has to find that answers the test file of an evaluation. Raises NotFound."""
+    """Returns what a run directory must hold for a model to answer an evaluation's test file. Raises NotFound."""
     file = session.get(File, evaluation.test_file)
     if file is None or file.deleted_at is not None:
         raise NotFound(kind="file", id=evaluation.test_file)
@@ -83,8 +83,9 @@ def needs_of(session: Session, model: Model, evaluation: Evaluation) -> Needs:
 
 
 def _plan(session: Session, model: Model, evaluation: Evaluation) -> Plan:
-    """What the model was trained with, with the evaluation that is asked for; a whole one has an adapter that is
-    switched off."""
+    """Returns the plan that the model was trained by, with the evaluation asked for; a whole model gets an adapter that
+    is switched off.
+    """
     job = session.get(Job, model.job_id) if model.job_id else None
     if model.kind == "base" or model.technique == "full":
         known: dict[str, Any] = {"technique": Lora()}
@@ -94,13 +95,13 @@ def _plan(session: Session, model: Model, evaluation: Evaluation) -> Plan:
         known["max_seq_length"] = made.max_seq_length
     else:
         known = {"technique": imports.technique_of(model)}
-    # Numbers that a plan has to have, and that nothing reads where nothing is trained.
+    # Values that a plan must have, though nothing reads them without training.
     unread = {"learning_rate": 1e-4, "learning_rate_multiplier": 1.0, "n_epochs": 1, "batch_size": 1, "seed": 0}
     return Plan(**known, **unread, evaluation=evaluation)
 
 
 def _publish(model_id: str, out: Path, storage: Storage) -> None:
-    """Stores the scorecard and the answers below the model's own prefix, apart from those of its job."""
+    """Stores the scorecard and the answers under the model's own prefix, apart from those of its job."""
     with db.transaction() as session:
         model = session.get_one(Model, model_id)
         prefix, test_file = model.prefix, (model.scoring or {})["evaluation"]["test_file"]

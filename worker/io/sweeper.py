@@ -1,4 +1,4 @@
-"""What time alone makes necessary, one sweeper at a time in the whole installation."""
+"""Does the work that becomes due with time, in one process of the whole installation at a time."""
 
 import logging
 import time
@@ -23,14 +23,15 @@ from worker.io.claims import advisory_lock
 log = logging.getLogger(__name__)
 
 _NUDGED_FOR = 60
-"""Seconds for which a queued job's wake-up is repeated. After that workers poll, or are busy: a busy worker's queue
-would only fill with messages about the same job."""
+"""Seconds for which a queued job's wake-up is repeated. After that workers poll or are busy, and a busy worker's queue
+would only fill with messages about the same job.
+"""
 _MINUTE, _HOUR = 60, 3600
 _JOBS_A_ROUND = 20
 
 
 class Sweeper:
-    """Rounds of one process. Only one process's round runs at a time; the others' find the lock taken."""
+    """Sweeps in rounds. Only one process's round runs at a time; the others find the lock taken."""
 
     def __init__(self, settings: Settings, storage: Storage) -> None:
         self._settings, self._storage = settings, storage
@@ -39,7 +40,7 @@ class Sweeper:
         self._history_due = self._models_due = 0.0
 
     def round(self) -> bool:
-        """One round. Always False: the next one is due in `sweep_seconds`, not at once."""
+        """Does one round. Returns False: the next one is due in `sweep_seconds`, not at once."""
         with advisory_lock("sweep") as mine:
             if mine:
                 self._sweep()
@@ -60,13 +61,13 @@ class Sweeper:
         for step in steps:
             try:
                 step()
-            except Exception:  # storage that fails must not keep leases from running out, nor one step the next
+            except Exception:  # failing storage must not keep leases from expiring, nor one step the next
                 log.exception("the sweeper's step %s is put off", step.__name__)
 
     def _pardon_after_a_gap(self) -> None:
-        """Nobody could renew while the database was away, and nobody swept: let the living speak before leases end.
+        """Extends leases after an outage, during which no worker could renew, so that live workers can do so now.
 
-        A first round is a gap too: the machine with the database may just have come back.
+        The first round counts as after an outage: the database's machine may just have restarted.
         """
         now, last = time.monotonic(), self._last_round
         self._last_round = now
@@ -77,11 +78,11 @@ class Sweeper:
             leases.pardon(session, seconds=seconds)
 
     def _tidy_jobs(self) -> None:
-        """Some jobs that have ended for good: only their models and logs stay. The rest is what attempts that were
-        killed or fenced off had stored, and snapshots.
+        """Removes the objects of some ended jobs, except models and logs: snapshots, and what attempts that were killed
+        or lost their lease had stored.
 
-        While an attempt lives it may still store something. A job's objects are listed once, unless a late attempt asks
-        for it again, and in random order, so that those that storage refuses to let go hold no others up.
+        A live attempt may still store something. A job's objects are listed once, unless a late attempt asks for it
+        again. Jobs come in random order, so that one whose objects storage does not delete holds up no other.
         """
         lives = exists().where(Attempt.job_id == Job.id, Attempt.ended_at.is_(None))
         ended = select(Job.id).where(Job.finished_at.is_not(None), ~Job.storage_cleaned, ~lives)
@@ -91,18 +92,18 @@ class Sweeper:
             self._tidy(job_id)
 
     def _tidy(self, job_id: str) -> None:
-        """Objects first, so that a crash between repeats and loses none."""
+        """Removes a job's objects before it updates the row, so that a crash in between repeats work and loses none."""
         with db.transaction() as session:
-            if (job := session.get(Job, job_id)) is not None:  # its project may have been erased meanwhile
+            if (job := session.get(Job, job_id)) is not None:  # its project may have been deleted meanwhile
                 quoting.conclude_unfinished(session, job, self._settings)
             prefixes = session.scalars(select(Model.prefix).where(Model.job_id == job_id)).all()
         kept = tuple(f"{prefix}/" for prefix in (f"jobs/{job_id}/logs", *prefixes))
         doomed = [key for key in self._storage.list(f"jobs/{job_id}/") if not key.startswith(kept)]
-        # Manifests first: a folder without one is no folder, and nobody takes the rest for a whole one.
+        # Manifests first: without one a folder is no model, and nobody takes the remaining files for a complete one.
         for key in sorted(doomed, key=lambda key: not key.endswith(f"/{manifest.NAME}")):
             self._storage.delete(key)
         with db.transaction() as session:
-            # Not by way of the row, which may be gone too.
+            # Not through the row's object, as the row may have been deleted too.
             session.execute(update(Job).where(Job.id == job_id).values(snapshot=None, storage_cleaned=True))
 
     def _tidy_storage(self) -> None:
@@ -124,7 +125,7 @@ class Sweeper:
             self._models_due = time.monotonic() + (0 if found else _MINUTE)
 
     def _remove_history(self) -> None:
-        """One batch each round while there are more, then none for an hour."""
+        """Removes one batch each round while there are more, then none for an hour."""
         if time.monotonic() >= self._history_due:
             more = history.remove_old(self._settings, self._storage)
             self._history_due = time.monotonic() + (0 if more else _HOUR)

@@ -1,4 +1,4 @@
-"""A job's way from `validating_files` to the queue, or to its end: whose turn it is, and what became of it."""
+"""Moves jobs from `validating_files` to the queue or to their end: picks the next one and records the outcome."""
 
 import logging
 
@@ -26,13 +26,13 @@ from worker.io.claims import advisory_lock
 log = logging.getLogger(__name__)
 
 MAX_VALIDATIONS = 3
-"""Workers that may end over one job's files before the job fails: every other job waits behind it."""
+"""How many workers may crash while validating a job before the job fails: every other job waits behind it."""
 _INTERRUPTED: set[str] = set()
-"""Jobs whose validation broke off in this process through an outage."""
+"""Jobs whose validation in this process was interrupted by an outage."""
 
 
 def validate_next(settings: Settings, storage: Storage) -> bool:
-    """One job; whether there was one."""
+    """Validates one job; returns whether there was one."""
     skip: list[str] = []
     while True:
         with db.transaction() as session:
@@ -61,7 +61,7 @@ def _open(session: Session, job: Job) -> Case:
         spec=TrainingSpec.model_validate(job.spec),
         files={role: session.get_one(File, id) for role, id in ids.items() if id is not None},
         base=base,
-        # An adapter that was trained elsewhere may have a template of its own.
+        # An adapter that was trained elsewhere may have its own template.
         rendered_by=base if parent is None or imports.technique_of(parent) is None else parent,
         model=job.model_name,
         devices=leases.devices(session),
@@ -98,12 +98,12 @@ def _record(job_id: str, verdict: Verdict | TuneryError, settings: Settings) -> 
 
 
 def _announce(job_id: str) -> bool:
-    """Notes that it is the job's turn; False when the job has gone on without us, or has ended too many workers."""
+    """Records that the job is being validated; False if it has moved on meanwhile or has crashed too many workers."""
     with db.transaction() as session:
         job = session.get_one(Job, job_id, with_for_update=True)
         if job.state != State.VALIDATING:
             return False
-        if job_id in _INTERRUPTED:  # by an outage of ours, after which this process lived on
+        if job_id in _INTERRUPTED:  # by an outage that this process survived
             job.validations -= 1
         if job.validations >= MAX_VALIDATIONS:
             ledger.fail_job(session, job, ValidationLost(times=job.validations))
@@ -118,7 +118,7 @@ def _announce(job_id: str) -> bool:
 
 
 def _verdict(job_id: str, settings: Settings, storage: Storage) -> Verdict | TuneryError:
-    """Raises only what may pass when it is tried again."""
+    """Returns the verdict, or the error that fails the job. Raises only errors that a retry may overcome."""
     try:
         with db.transaction() as session:
             case = _open(session, session.get_one(Job, job_id))
@@ -129,6 +129,6 @@ def _verdict(job_id: str, settings: Settings, storage: Storage) -> Verdict | Tun
         raise
     except (CannotRender, ObjectMissing, ChecksumMismatch) as error:
         return InvalidTrainingFile(param="training_file", role="training", reason=error.message)
-    except Exception as error:  # a fault of ours, which must not keep every later job from its turn
+    except Exception as error:  # an internal error, which must not keep later jobs from their turn
         log.exception("%s could not be validated", job_id)
         return ValidationBroke(reason=type(error).__name__)

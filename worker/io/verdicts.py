@@ -1,8 +1,8 @@
-"""What validation has found in files on this host, so that a second job on a file and a model reads no row again.
+"""Keeps on this host what validation has found in files, so that a second job on a file and a model reads no row.
 
-An entry lies in `validated/` of the folder of models, is named by the file's sha256 and the digest of all that decides
-about it, and goes with the file, or when no job has used it for DAYS. It holds numbers of lines, names of keys and
-digests of rows, and no text of theirs.
+An entry is in `validated/` of the models folder, named by the file's sha256 and a digest of all that its content
+depends on. It is removed with the file, or when no job has used it for DAYS. It holds line numbers, names of keys and
+digests of rows, but none of their text.
 """
 
 import base64
@@ -27,14 +27,14 @@ _DIGEST_BYTES = 16
 
 
 class Recorded(Overlap):
-    """The overlap of a job's files, which keeps the digests of the file that is read."""
+    """The overlap of a job's files, which also keeps the digests of the file being read."""
 
     def __init__(self) -> None:
         super().__init__()
         self.digests = bytearray()
 
     def add(self, role: FileRole, number: int, digest: bytes) -> None:
-        """As Overlap's. Of a good file each line comes, in order."""
+        """Does what Overlap's does. Every line of a good file comes here, in order."""
         super().add(role, number, digest)
         self.digests += digest
 
@@ -45,8 +45,9 @@ class Recorded(Overlap):
 
 
 def find(path: Path, reading: Reading, read: Callable[[], Iterator[bytes]], overlap: Recorded) -> Summary | None:
-    """Returns the summary of a file that was read before; None where there is none that is whole. `read` gives the
-    file's bytes, of which the first row is read."""
+    """Returns the summary of a file that was read before; None if there is no intact one. `read` yields the file's
+    bytes, of which only the first row is read.
+    """
     try:
         digest, body = path.read_bytes().split(b"\n", 1)
     except (FileNotFoundError, ValueError):
@@ -60,7 +61,7 @@ def find(path: Path, reading: Reading, read: Callable[[], Iterator[bytes]], over
 
 
 def save(path: Path, summary: Summary, overlap: Recorded) -> None:
-    """Keeps what was found in a good file. Where the disk is full nothing is."""
+    """Keeps what was found in a good file; on a full disk, nothing."""
     kept: dict[str, Any] = {item.name: getattr(summary, item.name) for item in fields(summary) if item.compare}
     kept |= {"used": summary.shape.used, "digests": base64.b64encode(overlap.digests).decode()}
     body = json.dumps(kept).encode()
@@ -77,14 +78,14 @@ def _digest(body: bytes) -> bytes:
 
 
 def _summary(kept: dict[str, Any], shape: FileShape) -> Summary:
-    """Returns the summary that was kept as JSON, with its own types."""
+    """Rebuilds a summary from JSON, with its own types."""
     spelled = {int(number): tuple(tokens) for number, tokens in kept.pop("spelled").items()}
     answers = [(number, tokens) for number, tokens in kept.pop("answer_tokens")]
     return Summary(**kept, spelled=spelled, answer_tokens=answers, shape=shape)
 
 
 def _shape(used: dict[str, str], reading: Reading, chunks: Iterator[bytes]) -> FileShape:
-    """Returns the shape of the file, which its first row decides."""
+    """Returns the file's shape, which its first row determines."""
     shape = FileShape(reading.encoder.columns)
     reading.encoder.parse(next(encoding.read_rows(chunks, reading.role, shape)), reading.role)
     shape.used |= used
@@ -94,6 +95,6 @@ def _shape(used: dict[str, str], reading: Reading, chunks: Iterator[bytes]) -> F
 def _tidy(folder: Path) -> None:
     old = time.time() - DAYS * 24 * 3600
     for entry in folder.iterdir():
-        with suppress(FileNotFoundError):  # another worker has removed it meanwhile
+        with suppress(FileNotFoundError):  # another worker has removed it already
             if entry.stat().st_mtime < old:
                 entry.unlink()

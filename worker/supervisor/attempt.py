@@ -6,8 +6,8 @@ Outcomes, by the final message and the exit status:
 
     exit 0 after Finished                the job succeeded
     Failed user_error, nan_loss, gpu_oom the job failed; trying again would end the same way
-    exit 75, or killed after the grace   the pause is done, or the worker stops: back to the queue, not counted
-    anything else                        crashed: back to the queue, counted
+    exit 75, or killed after the grace   paused; or the worker is stopping: requeued, not counted
+    anything else                        crashed: requeued, counted
     LeaseLost                            the job was cancelled or taken over: everything is dropped
 """
 
@@ -47,12 +47,12 @@ from worker.supervisor.trackers import Trackers
 log = logging.getLogger(__name__)
 
 RESULTS = "step_metrics.csv"
-"""The result file's name, as OpenAI gives it."""
+"""The result file's name, the same as OpenAI's."""
 _SILENCE = 0.5
-"""Seconds without a message after which batches are written all the same."""
+"""Seconds without a message after which pending batches are written."""
 
 _WHOLE_RUN = 6 * 3600
-"""Seconds for which a finished run waits for storage: doing it again would take longer."""
+"""Seconds for which a finished run waits for storage: repeating the run would take longer."""
 _NO_PROGRESS = {"type", "path", "spent", "step_times"}
 
 FinalWrite = Callable[[Session], None]
@@ -62,7 +62,7 @@ FinalWrite = Callable[[Session], None]
 def run(lease: Lease, *, settings: Settings, storage: Storage, drain: Drain, trainers: Trainers) -> None:
     """Runs the attempt and ends its lease, however the run ends; see the module's docstring.
 
-    Raises only when the database stays away while the worker shuts down; the restarted slot then ends the lease.
+    Raises only if the database stays unreachable while the worker shuts down; the restarted slot then ends the lease.
     """
     run_dir = settings.runs_dir / lease.job_id / str(lease.number)
     log.info("attempt %d of %s begins in %s", lease.number, lease.job_id, run_dir)
@@ -102,11 +102,11 @@ def _carry_out(
         return _let_go(keeper, snapshot=None)
     except StorageFailed as error:
         log.exception("attempt %d of %s broke off", keeper.lease.number, keeper.lease.job_id)
-        # A worker that stops has not the time to wait for storage, and the run is not to blame.
+        # A worker that is stopping has no time to wait for storage, and the run is not to blame.
         return _let_go(keeper, snapshot=None) if keeper.stopping else _hand_back(keeper, str(error), fault=None)
     except UNREACHABLE:  # only where the worker shuts down
         return _let_go(keeper, snapshot=None)
-    except Exception as error:  # our own part failed, not the run: storage, a full disk, a damaged object
+    except Exception as error:  # not the run failed, but the worker: storage, a full disk, a damaged object
         log.exception("attempt %d of %s broke off", keeper.lease.number, keeper.lease.job_id)
         return _hand_back(keeper, _public_reason(error))
 
@@ -147,7 +147,7 @@ def _conclude(
 
 
 def _stored(recorder: RunRecorder, path: str | None) -> str | None:
-    """Stores a snapshot and returns its name; None where that fails, so that an earlier one is resumed from."""
+    """Stores a snapshot and returns its name; None if that fails, and an earlier one is resumed from."""
     try:
         return str(recorder.store_snapshot(path)) if path else None
     except StorageFailed:
@@ -159,7 +159,7 @@ def _stored(recorder: RunRecorder, path: str | None) -> str | None:
 
 
 def _check_served(keeper: LeaseKeeper, recorder: RunRecorder, mark: str, settings: Settings) -> None:
-    """Records whether the model server answers as the scorecard says, which decides whether the model is published."""
+    """Records whether the model server's answers match the scorecard's; if they do not, the model may be withheld."""
     if served.is_due(recorder.run_dir, settings):
         recorder.announce("checking")
         found = served.check(keeper, recorder.run_dir, settings, mark)
@@ -169,7 +169,7 @@ def _check_served(keeper: LeaseKeeper, recorder: RunRecorder, mark: str, setting
 def _publish(
     keeper: LeaseKeeper, recorder: RunRecorder, finished: protocol.Finished, settings: Settings, storage: Storage
 ) -> FinalWrite:
-    """Stores the objects, their manifest last, and returns the transaction that writes all rows about them."""
+    """Stores the model's objects, the manifest last, and returns the transaction that writes all rows about them."""
     recorder.announce("uploading")
     out, prefix = recorder.run_dir / finished.path, f"{recorder.prefix}/model"
     listed = recorder.publish(finished.path, prefix, seconds=_WHOLE_RUN)
@@ -181,7 +181,7 @@ def _publish(
 
 @dataclass(frozen=True)
 class _Published:
-    """A model and its result file that are stored and have no rows yet."""
+    """A model and its result file, both stored, without rows in the database yet."""
 
     prefix: str
     listed: Manifest
@@ -194,7 +194,7 @@ def _succeed(
     job = leases.held(session, lease)
     model = add_model(session, job, settings, prefix=published.prefix, listed=published.listed)
     if not job.withholds_model:
-        registry.publish(session, job.id)  # its checkpoints, which waited for the gate
+        registry.publish(session, job.id)  # the checkpoints, which waited for the gate
     file = files.create(session, job.project_id, published.table, purpose=files.RESULTS, filename=RESULTS)
     quoting.conclude(session, job, lease, finished, settings)
     leases.finish(
@@ -218,7 +218,7 @@ def _fail(keeper: LeaseKeeper, failed: protocol.Failed, settings: Settings) -> F
 
 
 def _let_go(keeper: LeaseKeeper, *, snapshot: str | None) -> FinalWrite:
-    """Pauses or requeues the job, as its row says: the owner may have taken a pause back."""
+    """Pauses or requeues the job, as its row says: its owner may have withdrawn a pause."""
     reason = "The worker is being stopped" if keeper.draining else "The run was stopped"
 
     def write(session: Session) -> None:
@@ -231,7 +231,7 @@ def _let_go(keeper: LeaseKeeper, *, snapshot: str | None) -> FinalWrite:
 
 
 def _hand_back(keeper: LeaseKeeper, reason: str, fault: leases.Fault | None = "crashed") -> FinalWrite:
-    """Requeues the job after a crash. `fault` None: storage was away, which does not count against the run."""
+    """Requeues the job after a crash. `fault` None: storage was unreachable, which does not count against the run."""
     error = TrainingCrashed(reason=reason, job=keeper.lease.job_id)
     return lambda session: leases.requeue(
         session, keeper.lease, reason=f"Training broke off: {reason}", outcome="crashed", fault=fault, error=error
@@ -239,7 +239,7 @@ def _hand_back(keeper: LeaseKeeper, reason: str, fault: leases.Fault | None = "c
 
 
 def _public_reason(error: Exception) -> str:
-    """Returns the reason that the job's owner may read. Other errors' texts go to the log alone: SQL, paths."""
+    """Returns a reason that the job's owner may read. Other errors' texts, which hold SQL and paths, go to the log."""
     if isinstance(error, TuneryError):
         return str(error)
     return f"the worker met {type(error).__name__}, which its operator finds in the worker's log."
@@ -255,9 +255,9 @@ def _exit_reason(trainer: Trainer, status: int) -> str:
 
 
 def _drop(lease: Lease) -> None:
-    """Ends an attempt whose lease was lost: its process is gone, so its devices are free.
+    """Ends an attempt whose lease was lost: its process has ended, so its devices are free.
 
-    The sweeper removes what it stored without a row once the job has ended; again, if it has cleaned up already.
+    Once the job has ended, the sweeper removes what the attempt stored without a row, even if it has cleaned up before.
     """
     try:
         with db.transaction() as session:
@@ -268,7 +268,7 @@ def _drop(lease: Lease) -> None:
 
 
 def clean(run_dir: Path) -> None:
-    """Removes a run directory whose attempt has ended, but for its log: storage may not have got the end of it."""
+    """Removes the run directory of an ended attempt except its log, the end of which may not have reached storage."""
     for path in run_dir.iterdir() if run_dir.is_dir() else ():
         if path.name == "log.txt":
             continue

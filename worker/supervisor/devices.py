@@ -1,4 +1,4 @@
-"""The devices of this host that can train, found without torch: the NVIDIA driver where there is one, else the CPU."""
+"""Finds this host's devices that can train, without torch: the NVIDIA driver's GPUs, or the CPU without a driver."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from tunery.jobs.model import HostDevice
 log = logging.getLogger(__name__)
 
 _NO_GPU = ("", "-1", "none", "void", "NoDevFiles")
-"""Ways to say in CUDA_VISIBLE_DEVICES that the GPUs are not meant."""
+"""Values of CUDA_VISIBLE_DEVICES that hide all GPUs."""
 _ADVICE = "Repair the driver, or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU."
 _BF16_SINCE = (8, 0)
 """Compute capability of the first GPUs (Ampere) that compute in bf16."""
@@ -38,14 +38,15 @@ class DriverFails(Exception):
 
 
 def host() -> str:
-    """Returns the name under which this machine's devices are counted."""
+    """Returns this machine's name in the table of devices."""
     return socket.gethostname()
 
 
 def found(serve_gpu: int | None) -> list[Device]:
-    """The devices that may train: every GPU that CUDA_VISIBLE_DEVICES leaves, less the model server's; else the CPU.
+    """Returns the devices that may train: the GPUs visible by CUDA_VISIBLE_DEVICES, without the model server's; else
+    the CPU. A host with GPUs of which none may be used offers nothing, so that no job runs on its CPU unexpectedly.
 
-    A host with GPUs of which none may be used offers nothing, rather than its CPU by surprise. Raises DriverFails.
+    Raises DriverFails.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip()
     gpus = _gpus() if visible not in _NO_GPU else []
@@ -61,12 +62,12 @@ def found(serve_gpu: int | None) -> list[Device]:
 def idle_devices(devices: list[Device]) -> list[Device]:
     """Returns the devices on which no process computes. Raises DriverFails.
 
-    Our own processes count too: a GPU whose run was just killed is offered again once it is empty.
+    Tunery's own processes count too: a GPU whose run was just killed is offered again once it is empty.
     """
     if all(device.index is None for device in devices):
         return devices
     with _driver() as is_there:
-        if not is_there:  # it was, when the devices were found
+        if not is_there:  # it was there when the devices were found
             raise DriverFails(f"the NVIDIA driver's library is gone. {_ADVICE}")
         return [device for device in devices if device.index is None or not _is_busy(device.index)]
 
@@ -86,9 +87,9 @@ def as_row(device: Device) -> HostDevice:
 
 @contextmanager
 def _driver() -> Iterator[bool]:
-    """Whether there is a driver, which the block may ask; none on a host without its library, and only there.
+    """Yields whether the NVIDIA driver is there for the block to query: False only if the host lacks its library.
 
-    Raises DriverFails, also for what fails in the block.
+    Raises DriverFails, also for the driver's errors inside the block.
     """
     try:
         pynvml.nvmlInit()
@@ -102,7 +103,7 @@ def _driver() -> Iterator[bool]:
     except pynvml.NVMLError as error:
         raise _failure(error) from error
     finally:
-        # A driver that has failed may refuse this too, and has said why already.
+        # A driver that has failed may refuse this too; its first error has been raised already.
         with suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
 
@@ -112,7 +113,7 @@ def _failure(error: Exception) -> DriverFails:
 
 
 def _gpus() -> list[Device | None]:
-    """The host's GPUs in the driver's order; None for each that no run could use as a whole. Raises DriverFails."""
+    """Returns the GPUs in the driver's order; None for each that no run could use as a whole. Raises DriverFails."""
     with _driver() as is_there:
         return [_understood(index) for index in range(pynvml.nvmlDeviceGetCount())] if is_there else []
 
@@ -137,7 +138,7 @@ def _is_busy(index: int) -> bool:
 
 
 def _if_known(ask: Callable[[Any], Any], handle: Any) -> Any:
-    """Returns the driver's answer; None where this kind of GPU has none, which is no failure."""
+    """Returns the driver's answer; None if this kind of GPU does not support the query, which is no failure."""
     try:
         return ask(handle)
     except pynvml.NVMLError_NotSupported:
@@ -152,7 +153,7 @@ def _is_visible(gpu: Device, visible: str) -> bool:
 
 
 def memory_bytes() -> int:
-    """Returns the host's memory, or the container's share of it."""
+    """Returns the host's memory, or the container's limit if that is lower."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"

@@ -6,15 +6,15 @@ import mmap
 class Drain:
     """A flag that the main process sets and its forked children read.
 
-    One byte of shared memory instead of a multiprocessing.Event: that one holds a lock while it is read, and a child
-    killed at that moment would leave the main process waiting for it inside its signal handler.
+    One byte of shared memory instead of a multiprocessing.Event, which holds a lock while it is read: a child killed at
+    that moment would leave the main process waiting for the lock inside its signal handler.
     """
 
     def __init__(self) -> None:
         self._flag = mmap.mmap(-1, 1)
 
     def begin(self) -> None:
-        """Stops the claiming of work, irreversibly; runs save a snapshot and end."""
+        """Stops the claiming of work for good; runs save a snapshot and end."""
         self._flag[0] = 1
 
     @property

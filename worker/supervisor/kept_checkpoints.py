@@ -1,4 +1,4 @@
-"""Which of a job's checkpoints stay: the newest ones, and the best by its validation file."""
+"""Decides which of a job's checkpoints are kept: the newest ones, and the best on its validation file."""
 
 from collections.abc import Sequence
 
@@ -20,9 +20,9 @@ def has_step(session: Session, job_id: str, step: int) -> bool:
 
 
 def hide_old(session: Session, lease: Lease, keep: int) -> list[str]:
-    """Prefixes of the checkpoints that are neither the best nor among the newest `keep`; their rows go with this.
+    """Removes the rows of checkpoints that are neither the best nor among the newest `keep`; returns their prefixes.
 
-    One that a living job goes on from stays, and is not counted. Raises LeaseLost.
+    A checkpoint that an active job continues from is kept and not counted. Raises LeaseLost.
     """
     job = leases.held(session, lease)
     is_needed = exists().where(Job.parent_model == Checkpoint.model_id, Job.state.in_(LIVE))
@@ -41,7 +41,9 @@ def hide_old(session: Session, lease: Lease, keep: int) -> list[str]:
 
 
 def _best(job: Job, found: Sequence[Checkpoint]) -> Checkpoint | None:
-    """The checkpoint of the lowest validation loss, or of the highest score where the task chooses; the earliest."""
+    """Returns the checkpoint with the lowest validation loss, or, if early stopping uses the task, the highest score.
+    Of equal ones, the earliest.
+    """
     stopping = (job.plan or {}).get("early_stopping") or {}
     name, sign = ("task_score", -1) if stopping.get("metric") == "task" else ("full_valid_loss", 1)
     measured = [checkpoint for checkpoint in found if name in checkpoint.metrics]

@@ -1,4 +1,4 @@
-"""Keeps an attempt's lease while its run goes on: a thread renews it and learns whether a pause was requested."""
+"""Keeps an attempt's lease while it runs: a thread renews it and reads whether a pause was requested."""
 
 import logging
 import threading
@@ -26,7 +26,7 @@ _Result = TypeVar("_Result")
 
 
 class Stoppable(Protocol):
-    """A process that a lost lease or a pause stops."""
+    """A process that can be stopped when the lease is lost or a pause is requested."""
 
     def ask_to_stop(self) -> None: ...
 
@@ -34,18 +34,18 @@ class Stoppable(Protocol):
 
 
 class Interrupted(Exception):
-    """The run is to stop before its process was started."""
+    """The run has to stop before its process has started."""
 
 
 class Undecided(Exception):
-    """PostgreSQL has not noticed yet that the connection of a transaction is lost."""
+    """PostgreSQL has not noticed yet that a transaction's connection is lost."""
 
 
 class _CommitOnce(Generic[_Result]):
-    """Runs one function of a session, and again until its transaction is known to be committed.
+    """Runs a function of a session in a transaction, and retries it until the commit is confirmed.
 
-    The function is not idempotent: it adds events and removes checkpoints. So after a lost connection PostgreSQL is
-    asked whether the transaction was committed.
+    The function is not idempotent: it adds events and removes checkpoints. After a lost connection PostgreSQL is
+    therefore asked whether the transaction was committed.
     """
 
     def __init__(self, change: Callable[[Session], _Result]) -> None:
@@ -54,11 +54,11 @@ class _CommitOnce(Generic[_Result]):
 
     @property
     def is_unsure(self) -> bool:
-        """Whether it may have been committed already."""
+        """Whether the transaction may have been committed already."""
         return self._unsure is not None
 
     def go(self, check: Callable[[], None]) -> _Result:
-        """Calls `check`, which may raise, before it tries again. Raises UNREACHABLE, Undecided."""
+        """Runs the transaction; before a retry it calls `check`, which may raise. Raises UNREACHABLE, Undecided."""
         with db.transaction() as session:
             if self._unsure is not None:
                 number, result = self._unsure
@@ -77,16 +77,16 @@ class _CommitOnce(Generic[_Result]):
 
 
 def stop_note(settings: Settings, lease: Lease) -> Path:
-    """Returns the file that notes that an attempt's worker had to stop while the database was silent."""
+    """Returns the path of the note that an attempt's worker had to stop while the database was unreachable."""
     return settings.runs_dir / lease.job_id / f"{lease.number}{STOP_NOTE}"
 
 
 class LeaseKeeper:
     """Renews a lease until the end of a `with LeaseKeeper(...) as keeper` block, and stops the run when it must.
 
-    The run stops in two ways. Lease known to be lost: its process is killed at once and nothing is saved. Pause or
-    shutdown: it is asked to save, and killed after the grace. A database that does not answer stops nothing: the run
-    trains on, since killing every run for a database's restart would cost more than a run that proves to be late.
+    If the lease is known to be lost, the process is killed at once and nothing is saved. On a pause or shutdown it is
+    asked to save, and killed after the grace. An unreachable database stops nothing: killing every run when a database
+    restarts would cost more than a run that turns out to have lost its lease.
     """
 
     def __init__(self, lease: Lease, settings: Settings, drain: Drain) -> None:
@@ -117,28 +117,28 @@ class LeaseKeeper:
 
     @property
     def stopping(self) -> bool:
-        """Whether the run is to save a snapshot and end."""
+        """Whether the run has to save a snapshot and end."""
         return self.pausing or self.draining
 
     def must_leave(self) -> bool:
-        """Whether there is no time to wait for anything but this attempt's end."""
+        """Whether there is no time to wait for storage: the lease is lost or the worker is shutting down."""
         return self.lost or self.draining
 
     def check(self) -> None:
-        """Raises LeaseLost or Interrupted where the preparation of a run is to stop."""
+        """Raises LeaseLost or Interrupted if the preparation of a run has to stop."""
         self.check_lost()
         if self.stopping:
             raise Interrupted
 
     def watch(self, process: Stoppable) -> None:
-        """Sets the process to stop from now on."""
+        """Sets the process that is stopped from now on when the run has to stop."""
         self._process = process
 
     def write(self, change: Callable[[Session], _Result]) -> _Result:
-        """Runs `change` in a transaction, and again while the database does not answer. Raises LeaseLost.
+        """Runs `change` in a transaction, and retries while the database does not answer. Raises LeaseLost.
 
-        It is committed exactly once, also where the answer to its COMMIT was lost. A worker that shuts down waits for
-        the database up to the grace; then its error is raised, and the lease expires.
+        It is committed exactly once, even if the answer to its COMMIT was lost. A worker that shuts down waits for the
+        database up to the grace; then the database's error is raised, and the lease expires.
         """
         delay, tried = 0.5, _CommitOnce(change)
         while True:
@@ -159,7 +159,8 @@ class LeaseKeeper:
     def _has_waited_enough(self) -> bool:
         """Whether a worker that shuts down has waited for the database as long as it may.
 
-        Silence counts over several writes. The stop note is written at the first: a kill may come at any moment.
+        The time without an answer adds up over several writes. The stop note is written at the first, as the worker may
+        be killed at any moment.
         """
         self._silent_since = self._silent_since or time.monotonic()
         if not self.drain.begun:
@@ -170,7 +171,7 @@ class LeaseKeeper:
         return time.monotonic() - self._silent_since > self._settings.stop_grace_seconds
 
     def check_lost(self) -> None:
-        """Raises LeaseLost where the job is another attempt's, or nobody's, now."""
+        """Raises LeaseLost if this attempt no longer holds the job."""
         if self.lost:
             raise LeaseLost(job=self.lease.job_id, attempt=self.lease.number)
 
@@ -191,7 +192,7 @@ class LeaseKeeper:
             self.pausing = self.pausing or request == "pause"
         except LeaseLost:
             self.lost = True
-        except Exception as error:  # noqa: BLE001  a thread that died here would cost the lease
+        except Exception as error:  # noqa: BLE001  if this thread ended, the lease would expire
             log.warning("the lease of %s was not renewed (%s); the run goes on", self.lease.job_id, error)
 
     def _act(self) -> None:

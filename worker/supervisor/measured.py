@@ -1,4 +1,4 @@
-"""What a trainer's messages measure, by the names of `job_metrics`, which trackers get too."""
+"""Measurements in a trainer's messages, under their names in `job_metrics`, which trackers get too."""
 
 import math
 from typing import Any
@@ -34,7 +34,7 @@ def of_evaluation(evaluated: protocol.Evaluated) -> dict[str, Any]:
 
 
 def of_score(score: protocol.Score) -> dict[str, Any]:
-    """Returns the scorecard's figures, of base and tuned model."""
+    """Returns the scorecard's figures for the base and the tuned model."""
     found: dict[str, float | None] = {"base_exact": score.base_exact, "tuned_exact": score.tuned_exact}
     for name, measure in score.metrics.items():
         found |= {f"base_{name}": measure.base, f"tuned_{name}": measure.tuned}
@@ -44,10 +44,10 @@ def of_score(score: protocol.Score) -> dict[str, Any]:
 
 
 def finite(**values: float | None) -> dict[str, Any]:
-    """Returns those that are numbers: jsonb knows no NaN, and what was not measured is left out."""
+    """Returns the values that are finite numbers: jsonb has no NaN, and what was not measured is left out."""
     return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
 def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
-    """Returns a method's own measures as rows of `job_metrics` name them: `train_rewards_margin`."""
+    """Returns a method's own measures under their names in `job_metrics`, such as `train_rewards_margin`."""
     return {f"{prefix}_{name}": value for name, value in metrics.items()}

@@ -22,9 +22,9 @@ from tunery.processes import dies_with_parent, tail
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[2]
-"""The tree that holds `worker`: where `python -m worker.trainer` is found."""
+"""The directory that holds the package `worker`, where `python -m worker.trainer` is found."""
 MARK = "TUNERY_SLOT"
-"""Names, in the environment of a trainer and its children, the slot that they work for."""
+"""The environment variable by which a trainer and its children name the slot that they work for."""
 _PASSED_ON = re.compile(
     "PATH|HOME|USER|SHELL|LANG|LANGUAGE|LC_.*|TZ|TMPDIR|TEMP|VIRTUAL_ENV|PYTHON.*|LD_LIBRARY_PATH|LD_PRELOAD|SSL_CERT_.*"
     "|TUNERY_STACK|TUNERY_PLUGINS|TUNERY_LM_EVAL_TASKS|HF_HOME|HF_HUB_OFFLINE|HF_DATASETS_(CACHE|OFFLINE)|XDG_CACHE_.*|(CUDA|NVIDIA|NCCL|TRITON|BNB|ACCELERATE|OMP|MKL|OPENBLAS|GOMP)_.*|(PY)?TORCH.*"
@@ -32,7 +32,7 @@ _PASSED_ON = re.compile(
 
 
 def environment(gpus: tuple[int, ...], mark: str, names: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What a trainer may see: named one by one, so that a new secret of the worker's is not passed on by default."""
+    """Returns a trainer's environment: listed variables only, so that no secret of the worker is passed on."""
     source = os.environ if names is None else names
     passed = {name: value for name, value in source.items() if _PASSED_ON.fullmatch(name)}
     return passed | {
@@ -41,7 +41,7 @@ def environment(gpus: tuple[int, ...], mark: str, names: Mapping[str, str] | Non
         "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in gpus),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",  # libraries draw progress bars into what is a log, or a failure's reason
+        "TQDM_DISABLE": "1",  # progress bars of libraries would end up in the log or in a failure's reason
     }
 
 
@@ -59,10 +59,10 @@ def _spawn(argument: str, names: Mapping[str, str], stdin: int, stderr: IO[bytes
 
 
 class Preloaded:
-    """A trainer's process that is started before its job: it imports what a run needs and waits for a run directory.
+    """A trainer's process started before its job: it imports what a run needs and waits for a run directory.
 
-    Imports take 6 to 20 seconds, most of what lies between a short job's claim and its first step. It knows nothing of
-    any job until it is given one, and works on that one alone.
+    Imports take 6 to 20 seconds, most of the time between a short job's claim and its first step. The process knows no
+    job until it is given one, and works on that one alone.
     """
 
     def __init__(self, gpus: tuple[int, ...], mark: str, log: Path) -> None:
@@ -72,9 +72,9 @@ class Preloaded:
             self.process = _spawn("--wait", self._environment, subprocess.PIPE, errors)
 
     def hand_over(self, run_dir: Path, gpus: tuple[int, ...], mark: str) -> bool:
-        """Whether it works on `run_dir` from now on; if not, it is ended.
+        """Gives the process `run_dir` to work on; returns whether it took it. If not, it is ended.
 
-        CUDA reads once which GPUs a process may see, so it must have been started for these.
+        CUDA reads only once which GPUs a process may see, so it must have been started for these GPUs.
         """
         if self.process.poll() is None and environment(gpus, mark) == self._environment:
             assert self.process.stdin is not None
@@ -86,7 +86,7 @@ class Preloaded:
         return False
 
     def end(self) -> None:
-        """Kills it, unless it has ended."""
+        """Kills the process unless it has ended."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -97,9 +97,9 @@ class Preloaded:
 
 
 class Trainers:
-    """Starts a slot's trainers, and keeps one process ready for the next job if there is a `log` for it.
+    """Starts a slot's trainers, and keeps one process ready for the next job if it is given a `log`.
 
-    `gpus`: what the next job is expected to get, which is what the last one got.
+    `gpus`: those that the next job is expected to get, namely the last job's.
     """
 
     def __init__(self, mark: str, gpus: tuple[int, ...] = (), log: Path | None = None) -> None:
@@ -108,7 +108,7 @@ class Trainers:
         self._next: Preloaded | None = None
 
     def make_ready(self) -> None:
-        """Starts the process for the next job, if none waits; call it from a thread that outlives it."""
+        """Starts the process for the next job unless one is waiting; call it from a thread that outlives it."""
         if self._log is not None and (self._next is None or self._next.process.poll() is not None):
             self._next = Preloaded(self._gpus, self.mark, self._log)
 
@@ -119,10 +119,10 @@ class Trainers:
 
 
 class Trainer:
-    """`python -m worker.trainer RUN_DIR`. Its standard error goes to RUN_DIR/log.txt.
+    """A running `python -m worker.trainer RUN_DIR`. Its standard error goes to RUN_DIR/log.txt.
 
     Start it from a thread that outlives it: Linux ends it with the thread that spawned it, so that a killed worker
-    leaves nothing behind on its GPU.
+    leaves nothing running on its GPU.
     """
 
     def __init__(self, run_dir: Path, gpus: tuple[int, ...], mark: str, preloaded: "Preloaded | None" = None) -> None:
@@ -137,7 +137,7 @@ class Trainer:
                 self._process = _spawn(str(run_dir), environment(gpus, mark), subprocess.DEVNULL, errors)
         self._said: queue.SimpleQueue[protocol.Spoken | None] = queue.SimpleQueue()
         self._gone = threading.Event()
-        # A thread of its own empties the pipe: a trainer must never wait for a slow upload of ours.
+        # A separate thread empties the pipe: a trainer must never wait for one of the worker's uploads.
         threading.Thread(target=self._listen, name="tunery-listen", daemon=True).start()
         threading.Thread(target=self._reap, name="tunery-reap", daemon=True).start()
 
@@ -150,7 +150,7 @@ class Trainer:
         return self._log
 
     def messages(self, *, every: float) -> Iterator[protocol.Spoken | None]:
-        """Yields its messages as they arrive, to the end of its output; None after `every` seconds without one."""
+        """Yields messages as they arrive until the output ends; None after `every` seconds without one."""
         while True:
             try:
                 said = self._said.get(timeout=every)
@@ -162,17 +162,17 @@ class Trainer:
             yield said
 
     def wait(self) -> int:
-        """Returns its exit status (negative: the signal that ended it), when the whole group is gone."""
+        """Waits for the whole process group to end; returns the exit status (negative: the signal that ended it)."""
         status = self._process.wait()
         self._gone.wait()
         return status
 
     def ask_to_stop(self) -> None:
-        """SIGTERM to the leader alone: it tells its ranks, and nothing can be saved once a data loader has died."""
+        """Sends SIGTERM to the leader alone: it informs its ranks, and saves nothing if its loaders have died."""
         self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL to the group: nothing is saved. Once it is gone its number may be another's, and nothing is sent."""
+        """Sends SIGKILL to the group, which saves nothing. Once it has ended, its id may be reused: nothing is sent."""
         if self._gone.is_set():
             return
         with suppress(ProcessLookupError):
@@ -188,23 +188,23 @@ class Trainer:
             with self._process.stdout as output:
                 for line in output:
                     self._hear(line)
-        finally:  # without its end the supervisor would listen forever
+        finally:  # without this end marker the supervisor would wait forever
             self._said.put(None)
 
     def _hear(self, line: bytes) -> None:
         try:
             self._said.put(protocol.parse(line))
-        except ValidationError:  # a library that prints: part of the log
-            # Its loss, on a full disk, is no reason to hear nothing more.
+        except ValidationError:  # printed by a library: part of the log
+            # If a full disk loses it, later messages are still read.
             with suppress(OSError), self._log.open("ab") as file:
                 file.write(line)
 
     def _reap(self) -> None:
-        # A child that outlived the leader would hold the pipe open, and the listener would wait for it.
+        # A child that outlives the leader would keep the pipe open, and the listener would wait for it.
         self._process.wait()
         self.kill()
         if self._preloaded is not None:
             with suppress(OSError):
-                if self._log.stat().st_size == 0:  # it ended before it opened its log
+                if self._log.stat().st_size == 0:  # the trainer ended before it opened its log
                     shutil.copyfile(self._preloaded.log, self._log)
         self._gone.set()

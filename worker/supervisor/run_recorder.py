@@ -30,21 +30,21 @@ from worker.supervisor.staging import StoredFolder
 log = logging.getLogger(__name__)
 
 BATCH_SECONDS = 1.0
-"""Steps of so long are written in one transaction."""
+"""Steps of this many seconds are written in one transaction."""
 _BYTES_A_PARAM = 4
-"""Of a model that was not stored yet: an adapter's fp32."""
+"""Bytes per parameter of a model that is not stored yet: an adapter's fp32."""
 
 
 class RunRecorder:
-    """Records one attempt. Rows are written at once or in batches of a second; uploads run one by one beside them.
+    """Records one attempt: rows at once or in batches of a second, and uploads one by one in a thread of their own.
 
-    `record` raises LeaseLost when the job is not this attempt's any more.
+    `record` raises LeaseLost if this attempt no longer holds the job.
     """
 
     def __init__(self, keeper: LeaseKeeper, settings: Settings, storage: Storage, run_dir: Path, *, keep: int) -> None:
         self._keeper, self._settings, self._storage, self.run_dir, self._keep = keeper, settings, storage, run_dir, keep
         self._steps: dict[int, dict[str, Any]] = {}
-        self._validated: dict[int, dict[str, Any]] = {}  # why apart: the step's row may be written before it is saved
+        self._validated: dict[int, dict[str, Any]] = {}  # apart, as a step's row may be written before its checkpoint
         self._newest: protocol.Step | None = None
         self._total_steps: int | None = None
         self._about: dict[str, Any] = {"device": None}
@@ -68,11 +68,11 @@ class RunRecorder:
 
     @property
     def prefix(self) -> str:
-        """The prefix in storage of everything that this attempt stores, and of nothing else."""
+        """The storage prefix of everything that this attempt stores, and of nothing else."""
         return f"jobs/{self._keeper.lease.job_id}/{self._keeper.lease.number}"
 
     def record(self, message: protocol.Spoken | None) -> None:
-        """Writes what one message reports; None, a moment without messages, only flushes."""
+        """Writes what a message reports; None, which stands for a moment without messages, only flushes."""
         match message:
             case protocol.Step():
                 self._note_step(message)
@@ -94,14 +94,14 @@ class RunRecorder:
             self._flush()
 
     def close(self) -> None:
-        """Writes and uploads what is pending, after the trainer's final message."""
+        """Finishes pending writes and uploads after the trainer's final message."""
         self._evaluating = False
         self._flush()
         for pending in self._pending:
             pending.result()
 
     def store_snapshot(self, path: str) -> StoredFolder:
-        """Upload a recovery snapshot, unless it is there already. Raises StorageFailed, FileNotFoundError."""
+        """Uploads a recovery snapshot unless it is stored already. Raises StorageFailed, FileNotFoundError."""
         if path not in self._snapshots:
             prefix = f"{self.prefix}/{path}"
             listed = upload.insist(
@@ -111,11 +111,11 @@ class RunRecorder:
         return self._snapshots[path]
 
     def announce(self, phase: str) -> None:
-        """Sets a phase of the supervisor's own, after the trainer's end."""
+        """Sets one of the supervisor's own phases, after the trainer has ended."""
         self._enter(protocol.Phase(phase=phase, seconds_left=0))
 
     def publish(self, path: str, prefix: str, *, seconds: float = upload.PATIENCE_SECONDS) -> Manifest:
-        """Stores a model's folder of the run. Raises StorageFailed, FileNotFoundError."""
+        """Stores a model's folder from the run directory. Raises StorageFailed, FileNotFoundError."""
         began = time.monotonic()
         listed = upload.insist(
             lambda: upload.publish(self._storage, prefix, self.run_dir / path),
@@ -182,7 +182,7 @@ class RunRecorder:
         return values | self._finish(step.seconds_left)
 
     def _finish(self, seconds_left: float | None) -> dict[str, Any]:
-        """Returns the estimated end of the job: the trainer's own, then the pending uploads and those of its result."""
+        """Returns the job's estimated end: the trainer's estimate, plus the pending uploads and the result's."""
         if seconds_left is None:
             return {}
         waiting = sum(not pending.done() for pending in self._pending)
@@ -247,7 +247,7 @@ class RunRecorder:
             log.info("%s was replaced by a newer one before it was uploaded", saved.path)
         except LeaseLost:
             log.info("%s is not kept: its attempt is over", saved.path)
-        except StorageFailed as error:  # the run is worth more than one of its checkpoints
+        except StorageFailed as error:  # losing a checkpoint costs less than ending the run
             log.warning("%s was not stored: %s", saved.path, error)
             self._keeper.write(lambda session: self._note_missing(session, saved.step))
 
@@ -260,13 +260,13 @@ class RunRecorder:
             lambda session: leases.record_snapshot(session, self._keeper.lease, str(stored), step=saved.step)
         )
         if former and former != str(stored):
-            # The one before stays: it is gone on from where the newest is found damaged.
+            # The one before is kept: it is resumed from if the newest proves to be damaged.
             self._older, oldest = former, self._older
             if oldest:
                 manifest.remove(self._storage, StoredFolder.parse(oldest).prefix)
 
     def _keep_checkpoint(self, saved: protocol.CheckpointSaved, metrics: dict[str, Any]) -> None:
-        # An attempt that resumed before this epoch's end meets its predecessor's checkpoint, which is as good.
+        # An attempt that resumed before this epoch's end finds its predecessor's checkpoint, which is as good.
         job_id = self._keeper.lease.job_id
         if self._keeper.write(lambda session: kept_checkpoints.has_step(session, job_id, saved.step)):
             return
@@ -290,9 +290,9 @@ class RunRecorder:
 def add_model(
     session: Session, job: Job, settings: Settings, *, prefix: str, listed: Manifest, step: int | None = None
 ) -> Model:
-    """Adds the row of a job's model and its files' rows: a checkpoint when `step` is given, else the result.
+    """Adds the rows of a job's model and its files: a checkpoint if `step` is given, else the result.
 
-    Checkpoints are made before the gate, so those of a job with one are withheld until its verdict.
+    Checkpoints are made before the gate; in a job with a gate they are withheld until its verdict.
     """
     base = session.get_one(Model, job.base_model)
     name = registry.tuned_name(base=job.base_name, organization=settings.organization, suffix=job.suffix, step=step)
@@ -314,7 +314,7 @@ def add_model(
 
 
 def _event_data(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values of a step that its event has: OpenAI's keys, and the method's own that begin as they do."""
+    """Returns the values that a step's event shows: OpenAI's keys, and the method's own with the same prefixes."""
     return {
         name: value for name, value in values.items() if name.startswith(("train_", "valid_", "full_valid_", "task_"))
     }

@@ -1,6 +1,6 @@
-"""The check of the model that a run leaves, before it is published: does the model server answer as its scorecard says?
+"""Checks before a model is published whether the model server's answers match its scorecard.
 
-A program of its own, on the run's devices, which the trainer has left.
+The check is a separate program, on the run's devices after the trainer has ended.
 """
 
 import logging
@@ -25,7 +25,7 @@ def is_due(run_dir: Path, settings: Settings) -> bool:
 
 
 def check(keeper: LeaseKeeper, run_dir: Path, settings: Settings, mark: str) -> protocol.Served:
-    """Returns the verdict, also where there is none because the check broke. Raises LeaseLost."""
+    """Returns the verdict; if the check broke, one that says so. Raises LeaseLost."""
     rows = settings.served_check_rows
     failure = programs.run(
         ["worker.server.parity", str(run_dir), str(rows), str(settings.served_check_tokens)],
@@ -45,7 +45,7 @@ def check(keeper: LeaseKeeper, run_dir: Path, settings: Settings, mark: str) -> 
 
 
 def record(session: Session, lease: Lease, found: protocol.Served) -> None:
-    """Writes the verdict into the job, and an event about it. Raises LeaseLost."""
+    """Writes the verdict to the job and adds an event about it. Raises LeaseLost."""
     kept = found.model_dump(mode="json") | {"withheld": found.withheld}
     leases.record_progress(session, lease, served=kept)
     ending = " The model is withheld." if found.withheld else ""

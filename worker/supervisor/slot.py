@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 
 class Slot:
-    """Claims jobs for its host's free devices and carries them out.
+    """Claims jobs for its host's free devices and runs them.
 
-    `name` must stay the same over restarts of the worker (`train@host/0`): a restarted slot finds its old
-    attempts by it, and ends them before it claims a job.
+    `name` (`train@host/0`) must stay the same over restarts of the worker: a restarted slot finds its old attempts by
+    it, and ends them before it claims a job.
     """
 
     def __init__(self, name: str, settings: Settings, drain: Drain, found: list[Device]) -> None:
@@ -72,11 +72,11 @@ class Slot:
 
     @property
     def _mark(self) -> str:
-        # The lock's path, not the name: two installations on one host may well have slots of the same name.
+        # The lock's path, not the name: two installations on one host may have slots of the same name.
         return str(self._lock_path)
 
     def _take_over(self) -> bool:
-        """Makes sure, once, that this slot is the only one of its name, and ends what its predecessor left."""
+        """Ensures, once, that no other slot has this name, and ends what its predecessor left; returns success."""
         if self._lock is not None:
             return True
         lock = self._hold_lock()
@@ -92,14 +92,16 @@ class Slot:
         if killed or reaped:
             log.warning("slot %s took over: %d processes and %d attempts were left", self.name, killed, reaped)
         for note, attempt_of in zip(notes, stopped, strict=True):
-            if attempt_of not in live:  # else it is another slot's to read
+            if attempt_of not in live:  # else another slot has to read it
                 note.unlink(missing_ok=True)
         self._clean_runs()
         self._lock = lock
         return True
 
     def _hold_lock(self) -> int | None:
-        """Returns a descriptor that stays open: the kernel closes it with the process, which frees the lock."""
+        """Locks the slot's name; returns the open descriptor, whose lock the kernel frees when the process ends, or
+        None.
+        """
         self._lock_path.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
         if processes.lock(lock):
@@ -108,9 +110,9 @@ class Slot:
         return None
 
     def _clean_runs(self) -> None:
-        """Run directories whose attempts have ended without us; those of the host's other slots are live."""
-        # Listed before the database is asked: a claim is committed before its directory is made, so that one that came
-        # between the two is not in the list. The other way round, it would be taken for a dead one.
+        """Cleans run directories of attempts that are not live any more; the host's other slots have live ones."""
+        # Listed before the database is asked: a claim is committed before its directory is made, so a directory of a
+        # claim made in between is not in the list. The other way round, it would be taken for a dead one.
         found = [folder for folder in self._settings.runs_dir.glob("*/*") if _is_run(folder)]
         with db.transaction() as session:
             known = {(job, str(number)) for job, number in _live_attempts(session)}
@@ -120,7 +122,7 @@ class Slot:
 
 
 def _first_gpu(name: str, found: list[Device]) -> tuple[int, ...]:
-    """Returns the GPU that a slot's first job probably gets: the host's slots, which are numbered, get one each."""
+    """Returns the GPU that a slot's first job probably gets: one for each of the host's numbered slots."""
     gpus = [device.index for device in found if device.index is not None]
     number = name.rpartition("/")[2]
     return (gpus[int(number) % len(gpus)],) if gpus and number.isdigit() else tuple(gpus[:1])

@@ -1,4 +1,4 @@
-"""The stored snapshot that an attempt goes on from, and the one before it where that is damaged."""
+"""Fetches the stored snapshot that an attempt resumes from, or an earlier one if it is damaged."""
 
 import logging
 import re
@@ -16,9 +16,9 @@ _MANIFEST = re.compile(r"(jobs/[^/]+/(\d+)/snapshots/step-(\d+))/" + re.escape(m
 
 
 def fetch(storage: Storage, job_id: str, prefix: str, sha256: str, folder: Path, check: Check) -> str | None:
-    """Brings the named snapshot into `folder`, or where it is damaged the newest whole one of the job.
+    """Fetches the named snapshot into `folder`, or, if it is damaged, the job's newest intact one.
 
-    Returns None, or what the job's owner should know; then there is no `folder` where no other snapshot is whole.
+    Returns None, or a note for the job's owner about the damage; if no other snapshot is intact, there is no `folder`.
     Raises StorageFailed and what `check` raises.
     """
     try:
@@ -35,7 +35,7 @@ def fetch(storage: Storage, job_id: str, prefix: str, sha256: str, folder: Path,
 
 
 def _others(storage: Storage, job_id: str, prefix: str) -> Iterator[tuple[int, str]]:
-    """Step and prefix of the job's other snapshots, the newest first."""
+    """Yields step and prefix of the job's other snapshots, the newest first."""
     found = (_MANIFEST.fullmatch(key) for key in storage.list(f"jobs/{job_id}/"))
     steps = [(int(match[3]), int(match[2]), match[1]) for match in found if match and match[1] != prefix]
     for step, _, other in sorted(steps, reverse=True):
@@ -43,10 +43,10 @@ def _others(storage: Storage, job_id: str, prefix: str) -> Iterator[tuple[int, s
 
 
 def _fetch_unnamed(storage: Storage, prefix: str, folder: Path, check: Check) -> bool:
-    """Whether a snapshot whose manifest no row names any more could be brought whole."""
+    """Fetches a snapshot whose manifest no row names any more; returns whether it is intact."""
     try:
         listed = manifest.Manifest.model_validate_json(b"".join(storage.read(f"{prefix}/{manifest.NAME}")))
-        shutil.rmtree(folder, ignore_errors=True)  # or files of the damaged one would stand beside these
+        shutil.rmtree(folder, ignore_errors=True)  # else files of the damaged one would mix with these
         manifest.fetch(storage, prefix, listed, folder, check)
     except (ChecksumMismatch, ObjectMissing, ValueError) as error:
         log.warning("the snapshot %s is damaged: %s", prefix, error)

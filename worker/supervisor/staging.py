@@ -1,4 +1,4 @@
-"""What a run or a server needs on this host before it starts: files out of storage, checked."""
+"""Fetches from storage, and checks, the files that a run or a server needs on this host before it starts."""
 
 import shutil
 import time
@@ -23,14 +23,14 @@ _LOCK_SECONDS = 0.2
 EXPORTS = ("merged/", "fp8/", "gguf/")
 """The folders of an artifact that `tunery.spec.Export` adds."""
 SCORES = "scores"
-"""In the folder of models: what bases scored on the general benchmark, which their next runs read instead."""
+"""Subfolder of the models folder with the bases' scores on the general benchmark, which later runs reuse."""
 PREPARED = "prepared"
-"""In the folder of models: the tokens of files, which their next runs with the same tokenizer read instead."""
+"""Subfolder of the models folder with the tokens of files, which later runs with the same tokenizer reuse."""
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """An object and the sha256 that the database has of it."""
+    """An object in storage and its sha256 from the database."""
 
     key: str
     sha256: str
@@ -38,7 +38,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class StoredFolder:
-    """A folder in storage and the sha256 that the database has of its manifest: others may write to storage."""
+    """A folder in storage and its manifest's sha256 from the database: others may write to storage."""
 
     prefix: str
     sha256: str
@@ -48,14 +48,14 @@ class StoredFolder:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Returns the inverse of str(), which is how `jobs.snapshot` names a snapshot."""
+        """Reads what str() returns, which is how `jobs.snapshot` names a snapshot."""
         prefix, _, sha256 = text.rpartition("@")
         return cls(prefix, sha256)
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """The trackers that a job asks for, as it spells them, and what they show of it besides measurements."""
+    """The trackers that a job asks for, as in its request, and what they show of it besides measurements."""
 
     integrations: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Tracked:
 
 @dataclass(frozen=True)
 class Needs:
-    """All that one attempt finds in its run directory. `files` by their names in data/: train, valid, test, replay."""
+    """What an attempt's run directory must hold. `files` by their names in data/: train, valid, test, replay."""
 
     run: Run
     files: Mapping[str, StoredFile]
@@ -78,8 +78,8 @@ def base_folder(
 ) -> Path:
     """Returns a model's folder on this host, filled once and used in place: models_dir/<manifest_sha256>.
 
-    Its name is its content, so a folder with a manifest is complete and never changes. Several processes may ask at
-    once; one fetches. Raises ObjectMissing, ChecksumMismatch, StorageFailed, and what `check` raises meanwhile.
+    It is named by its content's hash, so a folder with a manifest is complete and never changes. If several processes
+    ask at once, one fetches. Raises ObjectMissing, ChecksumMismatch, StorageFailed, and what `check` raises.
     """
     folder = models_dir / manifest_sha256
     if not (folder / manifest.NAME).exists():
@@ -91,19 +91,19 @@ def base_folder(
 
 
 def _without_exports(storage: Storage, prefix: str, sha256: str) -> manifest.Manifest:
-    """Returns the model's own files. Its exports are for other programs, and may be a thousand times as large."""
+    """Returns the model's manifest without its exports, which other programs use and may be 1,000 times as large."""
     listed = manifest.load(storage, prefix, sha256)
     own = [file for file in listed.files if not file.path.startswith(EXPORTS)]
     return manifest.Manifest(files=tuple(own))
 
 
 def text_folder(models_dir: Path, storage: Storage, model: Model) -> Path:
-    """A model's tokenizer, chat template and configs without its weights: what judging rows needs. Filled once."""
+    """Returns a folder, filled once, with a model's tokenizer, chat template and configs: what judging rows needs."""
     return texts_folder(models_dir, storage, _stored_folder(model))
 
 
 def texts_folder(models_dir: Path, storage: Storage, stored: StoredFolder) -> Path:
-    """Returns the same of a stored folder. Raises ObjectMissing, ChecksumMismatch, StorageFailed."""
+    """Does the same for a stored folder. Raises ObjectMissing, ChecksumMismatch, StorageFailed."""
     whole, folder = models_dir / stored.sha256, models_dir / f"{stored.sha256}.texts"
     if (whole / manifest.NAME).exists():
         return whole
@@ -117,16 +117,16 @@ def texts_folder(models_dir: Path, storage: Storage, stored: StoredFolder) -> Pa
 
 @contextmanager
 def _locked(path: Path, check: Check = lambda: None) -> Iterator[None]:
-    # The kernel drops the lock of a process that dies, so a fetch that was cut off is taken up by the next one.
+    # The kernel releases the lock of a process that dies, so the next process takes up an interrupted fetch.
     with path.open("a") as file:
         while not processes.lock(file):
-            check()  # one that waits for another's fetch may have to stop too
+            check()  # a process that waits for another's fetch may have to stop too
             time.sleep(_LOCK_SECONDS)
         yield
 
 
 def adopt(models_dir: Path, folder: Path, listed: manifest.Manifest) -> None:
-    """Makes a folder that was published from this host the host's own copy, so that it need not be fetched back."""
+    """Makes a folder published from this host its local copy, so that it need not be fetched again."""
     place = models_dir / listed.sha256
     models_dir.mkdir(parents=True, exist_ok=True)
     with _locked(models_dir / f".{listed.sha256}.lock"):
@@ -138,7 +138,7 @@ def adopt(models_dir: Path, folder: Path, listed: manifest.Manifest) -> None:
 def lay_out(needs: Needs, run_dir: Path, models_dir: Path, storage: Storage, check: Check) -> str | None:
     """Fills a new run directory as `tunery.spec.Run` describes it; `check` is called with every chunk and may raise.
 
-    Returns what the job's owner should know of the snapshot, if anything. Raises ObjectMissing, ChecksumMismatch,
+    Returns a note about the snapshot for the job's owner, if there is one. Raises ObjectMissing, ChecksumMismatch,
     StorageFailed.
     """
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -164,13 +164,13 @@ def lay_out(needs: Needs, run_dir: Path, models_dir: Path, storage: Storage, che
 
 
 def needs_of(session: Session, job: Job) -> Needs:
-    """Returns what the job's next attempt has to find in its run directory."""
+    """Returns what the run directory of the job's next attempt must hold."""
     plan = Plan.model_validate(job.plan)
     ids = {"train": job.training_file, "valid": job.validation_file, "test": job.test_file, "replay": job.replay_file}
     files = {name: session.get_one(File, id) for name, id in ids.items() if id is not None}
     base = session.get_one(Model, job.base_model)
     parent = session.get_one(Model, job.parent_model) if job.parent_model else None
-    # A fully tuned parent is a whole model and takes the base's place; an adapter goes beside the base.
+    # A parent from full fine-tuning is a whole model and replaces the base; an adapter goes beside the base.
     whole = parent if parent is not None and parent.technique == "full" else None
     return Needs(
         run=Run(
@@ -190,7 +190,7 @@ def needs_of(session: Session, job: Job) -> Needs:
 
 
 def _flat(options: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Returns a plan's options by dotted names; those that have no value are left out."""
+    """Returns a plan's options by dotted names, without those that have no value."""
     found: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, Mapping):

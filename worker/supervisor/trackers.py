@@ -1,7 +1,7 @@
-"""What a run measures, on its way to the trackers of experiments that its job asks for: a process for each.
+"""Sends a run's measurements to the experiment trackers that its job asks for, through one process for each.
 
-Why neither the trainer nor this process talks to them, see docs/decisions/0029. Nothing here raises for a tracker: the
-job goes on without it, and one of its events says so.
+docs/decisions/0029 says why neither the trainer nor this process talks to them. A tracker's failure raises nothing
+here: the job goes on without the tracker, and an event says so.
 """
 
 import json
@@ -36,13 +36,13 @@ log = logging.getLogger(__name__)
 
 NAMES = {"wandb": "Weights & Biases", "mlflow": "MLflow"}
 END_SECONDS = 30.0
-"""Time for what waits to be sent when the run has ended: its device is held meanwhile."""
+"""Time limit for sending what is still queued when the run has ended: its device is held meanwhile."""
 _PROXIES = re.compile("(HTTPS?|NO|ALL)_PROXY|REQUESTS_CA_BUNDLE", re.IGNORECASE)
 _ABSENT = ("ModuleNotFoundError", "ImportError")
 
 
 class Tracker:
-    """A running `python -m worker.trackers`. A thread of its own writes to it: it may hang, and its pipe fill."""
+    """A running `python -m worker.trackers`. A separate thread writes to it, as it may hang and its pipe fill up."""
 
     def __init__(self, order: Mapping[str, Any], names: Mapping[str, str], said: Path) -> None:
         self.kind: str = order["type"]
@@ -64,12 +64,12 @@ class Tracker:
         self._thread.start()
 
     def send(self, entry: Mapping[str, Any]) -> None:
-        """Queues a line for it."""
+        """Queues a line for the process."""
         self._lines.put(json.dumps(entry) + "\n")
 
     @property
     def fault(self) -> str | None:
-        """The class of what ended it early; None while it runs, and where it ended well."""
+        """Why the process ended early; None while it runs and after a normal end."""
         status = self._process.poll()
         if status in (None, 0):
             return None
@@ -79,7 +79,7 @@ class Tracker:
         return said or f"no answer in {END_SECONDS:.0f} s"
 
     def end(self, seconds: float) -> None:
-        """Waits until it has sent all, for so long at most, and ends it with what it started."""
+        """Waits up to `seconds` until everything is sent, then kills the process with its children."""
         self._lines.put(None)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
@@ -90,14 +90,14 @@ class Tracker:
 
     def _write(self) -> None:
         assert self._process.stdin is not None
-        with suppress(OSError), self._process.stdin as pipe:  # one that has ended listens no more
+        with suppress(OSError), self._process.stdin as pipe:  # an ended process reads no more
             while (line := self._lines.get()) is not None:
                 pipe.write(line.encode())
                 pipe.flush()
 
 
 class Trackers:
-    """All trackers of one attempt, from its first message to its last."""
+    """The trackers of one attempt, from its first message to its last."""
 
     def __init__(self, keeper: LeaseKeeper, settings: Settings, run_dir: Path, mark: str, tracked: Tracked) -> None:
         self.mark = mark
@@ -130,7 +130,7 @@ class Trackers:
             self._drop_faulty(ended=True)
 
     def record(self, message: protocol.Spoken | None) -> None:
-        """Tells what a message measures; None is a moment of silence."""
+        """Sends what a message measures; None stands for a moment without messages."""
         if self._running:
             self._drop_faulty()
         match message:
@@ -161,7 +161,7 @@ class Trackers:
         self._keeper.write(lambda session: _note_once(session, self._keeper.lease.job_id, message))
 
     def _environment(self, kind: str) -> dict[str, str] | None:
-        """Returns what a tracker's process sees; None where the operator has not set it up."""
+        """Returns the environment of a tracker's process; None if the operator has not set the tracker up."""
         own = _of_wandb(self._settings) if kind == "wandb" else _of_mlflow(self._settings)
         if own is None:
             return None
@@ -185,7 +185,7 @@ def _of_mlflow(settings: Settings) -> dict[str, str] | None:
     if settings.mlflow_tracking_uri is None:
         return None
     patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-    # Without it MLflow refuses an address of a folder, which it keeps and adds nothing to.
+    # Without it MLflow refuses the address of a folder, which it still supports but no longer develops.
     return (
         patience
         | {"MLFLOW_ALLOW_FILE_STORE": "true"}
@@ -194,7 +194,7 @@ def _of_mlflow(settings: Settings) -> dict[str, str] | None:
 
 
 def _note_once(session: Session, job_id: str, message: str) -> None:
-    """Attempts that come after say the same."""
+    """Adds an event unless the job has it already, from an earlier attempt."""
     said: Iterable[str] = session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id))
     if message not in said:
         ledger.note(session, job_id, message, level="warn")

@@ -1,4 +1,4 @@
-"""Folders and logs on their way into storage, while a run goes on or after it."""
+"""Uploads folders and logs to storage, during a run or after it."""
 
 import logging
 import threading
@@ -15,7 +15,7 @@ from tunery.storage.errors import KeyTaken, StorageFailed
 log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 900
-"""How long an attempt waits for a storage that fails before it goes on without, or breaks off."""
+"""How long an attempt waits for failing storage before it goes on without it or breaks off."""
 _CHUNK = 1 << 20
 _BYTES_A_SECOND = 50e6
 _Result = TypeVar("_Result")
@@ -24,7 +24,7 @@ _Result = TypeVar("_Result")
 def insist(
     operation: Callable[[], _Result], *, give_up: Callable[[], bool], seconds: float = PATIENCE_SECONDS
 ) -> _Result:
-    """Calls `operation`, and again while storage fails. Raises StorageFailed in the end, or when `give_up` says so."""
+    """Calls `operation`, and retries while storage fails. Raises StorageFailed after `seconds`, or once `give_up()`."""
     delay, deadline = 0.5, time.monotonic() + seconds
     while True:
         try:
@@ -38,38 +38,38 @@ def insist(
 
 
 def publish(storage: Storage, prefix: str, folder: Path) -> Manifest:
-    """Store a folder under a prefix that is this attempt's alone; publishing it twice is doing it once.
+    """Stores a folder under a prefix that only this attempt uses; publishing it twice has the effect of once.
 
-    Raises StorageFailed, FileNotFoundError when the trainer has removed the folder meanwhile.
+    Raises StorageFailed, and FileNotFoundError if the trainer has removed the folder meanwhile.
     """
     if not folder.is_dir():
         raise FileNotFoundError(folder)
     try:
         return manifest.publish(storage, prefix, folder)[0]
     except KeyTaken:
-        # Our own manifest, whose confirmation was lost on the way: no other attempt writes under this prefix. Files
-        # were sent again before it was found, so the local folder is what it must describe.
+        # This attempt's own manifest, whose confirmation was lost: no other attempt writes under this prefix. Files
+        # were sent again before it was found, so it must describe the local folder.
         return manifest.describe(folder)
 
 
 class UploadPace:
-    """How long folders take into storage; before the first one, what a slow network does."""
+    """Estimates how long uploads take, by those so far; before the first one, by a slow network's speed."""
 
     def __init__(self) -> None:
         self._bytes, self._seconds = 0, 0.0
 
     def note(self, bytes: int, seconds: float) -> None:
-        """Counts a folder in that was stored."""
+        """Adds a finished upload to the estimate."""
         self._bytes += bytes
         self._seconds += seconds
 
     def seconds(self, bytes: int) -> float:
-        """Returns the time that so many bytes will take."""
+        """Returns the estimated time for this many bytes."""
         return bytes * (self._seconds / self._bytes if self._bytes else 1 / _BYTES_A_SECOND)
 
 
 class LogShipper:
-    """Sends what a growing log file has gained, every few seconds, as objects `<prefix>-<part>` that never change."""
+    """Uploads a log file's new lines every few seconds, as objects `<prefix>-<part>` that never change."""
 
     def __init__(self, storage: Storage, path: Path, prefix: str, *, every: float = 2) -> None:
         self._storage, self._path, self._prefix, self._every = storage, path, prefix, every
@@ -96,11 +96,11 @@ class LogShipper:
                 self._storage.put(f"{self._prefix}-{self._parts:06d}", text)
                 self._sent += len(text)
                 self._parts += 1
-        except (StorageFailed, OSError) as error:  # the log goes on from where it stood once storage is back
+        except (StorageFailed, OSError) as error:  # once storage is back, the log continues where it stopped
             log.warning("no log sent to %s: %s", self._prefix, error)
 
     def _next(self, *, rest: bool) -> bytes:
-        """Whole lines only, unless nothing will follow or one line fills a chunk: no character is cut in two."""
+        """Returns whole lines only, to split no character, unless nothing will follow or a line fills a chunk."""
         if not self._path.exists():
             return b""
         with self._path.open("rb") as file:

@@ -1,10 +1,10 @@
-"""What events say of a model that was measured."""
+"""Writes the event texts about a model's measurements."""
 
 from tunery import trainer_protocol as protocol
 
 
 def general_message(score: protocol.GeneralScore) -> str:
-    """Returns what base and tuned model can do besides the task, in a sentence or two."""
+    """Describes the general ability of the base and the tuned model in a sentence or two."""
     text = (
         f"General ability on {score.items} questions: {score.base_accuracy:.1%} before, {score.tuned_accuracy:.1%} "
         f"after; change {100 * score.change:+.1f} points (95 % interval {100 * score.change_low:+.1f} to "
@@ -20,7 +20,7 @@ def general_message(score: protocol.GeneralScore) -> str:
 
 
 def replay_message(replay: protocol.Replayed) -> str:
-    """Returns what is mixed into training against forgetting."""
+    """Describes the replay rows that are mixed into training against forgetting."""
     rows = f"{replay.rows_an_epoch} an epoch, {replay.share:.1%} of its rows"
     if replay.source != "self":
         return f"Replay of {replay.rows} of {replay.prompts} rows of {replay.source}: {rows}"
@@ -38,7 +38,7 @@ _DEMANDS = {
 
 
 def gate_message(verdict: protocol.Gated) -> str:
-    """Returns what the gate decided, and on which figures."""
+    """Describes the gate's decision and the figures behind it."""
     kept = "withheld" if verdict.withheld else "published"
     return f"Gate {verdict.status}, so the model is {kept}: {'; '.join(map(_check_message, verdict.checks))}"
 

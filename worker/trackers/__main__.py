@@ -1,8 +1,8 @@
-"""`python -m worker.trackers`: sends one run's measurements to one tracker of experiments. See docs/decisions/0029.
+"""`python -m worker.trackers`: sends one run's measurements to one experiment tracker. See docs/decisions/0029.
 
-Standard input: a line with the `Order` as JSON, then a line a measurement, and one with how the run ended. Keys and
-addresses stand in the environment, under the names that the tracker's own library reads. Standard output: the class of
-what went wrong, if anything did, and nothing of its text, which may hold an address with a password.
+Standard input: a line with the `Order` as JSON, then one line for each measurement, and one with how the run ended.
+Keys and addresses are in the environment, under the names that the tracker's own library reads. Standard output: the
+class of the error, if there is one, without its text, which may hold an address with a password.
 """
 
 import json
@@ -18,21 +18,21 @@ Measures = dict[str, float]
 _JOB = "tunery.job"
 """The tag by which a later attempt finds the run."""
 _MOST_PARAM = 500
-"""Characters that every store of MLflow takes."""
+"""Characters of a parameter that every MLflow store accepts."""
 
 
 class Tracker(Protocol):
     """An open run of a tracker."""
 
     def log(self, step: int | None, measures: Measures) -> None:
-        """Sends what was measured at a step; without one, of the whole run."""
+        """Sends measurements of a step, or of the whole run if `step` is None."""
 
     def end(self, outcome: str) -> None:
-        """Ends the run. `outcome`: succeeded, failed, or interrupted, which another attempt goes on from."""
+        """Ends the run. `outcome`: succeeded, failed, or interrupted, from which another attempt resumes."""
 
 
 def open_wandb(order: dict[str, Any]) -> Tracker:
-    """Opens the run of Weights & Biases whose id is the job's, or goes on with it."""
+    """Opens, or resumes, the Weights & Biases run whose id is the job's."""
     import wandb
 
     asked = order["wandb"]
@@ -66,7 +66,7 @@ class _Wandb:
 
 
 def open_mlflow(order: dict[str, Any]) -> Tracker:
-    """Opens the MLflow run that has the job's tag in the experiment, or a new one."""
+    """Opens the experiment's MLflow run that has the job's tag, or a new one."""
     from mlflow import MlflowClient
     from mlflow.entities import Param, RunTag
 
@@ -103,13 +103,13 @@ OPENERS: dict[str, Callable[[dict[str, Any]], Tracker]] = {"wandb": open_wandb, 
 
 
 def main() -> int:
-    """Returns the exit status: 1 where the tracker could not be reached."""
-    # Libraries print to standard output; what we say there must be ours alone.
+    """Returns the exit status: 1 if the tracker could not be reached."""
+    # Libraries print to standard output, on which only our own answer may be written.
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
         _tell(sys.stdin)
-    except Exception as error:  # noqa: BLE001 (whatever a library raises, the class of it is the answer)
+    except Exception as error:  # noqa: BLE001 (whatever a library raises, its class is the answer)
         said.write(type(error).__name__)
         said.close()
         return 1
