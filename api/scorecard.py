@@ -44,7 +44,7 @@ def draw(job: Job) -> str:
         job=job.id,
         title=job.tuned_model or job.model_name,
         rows=score.rows,
-        ticks=[{"x": _place(share), "label": f"{share:.0%}"} for share in (0, 0.25, 0.5, 0.75, 1)],
+        ticks=[{"x": _place(fraction), "label": f"{fraction:.0%}"} for fraction in (0, 0.25, 0.5, 0.75, 1)],
         lines=lines,
         notes=notes,
         axis=axis,
@@ -76,8 +76,8 @@ def _line(place: int, name: str, found: Measure) -> Line:
     return Line(name, _TOP + _LINE * place, _place(found.base), _place(found.tuned), colour, points)
 
 
-def _place(share: float) -> float:
-    return round(_LEFT + _WIDTH * share, 1)
+def _place(fraction: float) -> float:
+    return round(_LEFT + _WIDTH * fraction, 1)
 
 
 def _notes(job: Job, score: Scorecard) -> Iterator[str]:

@@ -119,15 +119,15 @@ def main() -> int:
     around = _around([run["service"] for run in runs], "claim_to_end") - _around(
         [run["hand"] for run in runs], "process"
     )
-    shares = [run["service"]["service_cpu"] / (os.cpu_count() or 1) / run["service"]["run"] for run in runs]
+    fractions = [run["service"]["service_cpu"] / (os.cpu_count() or 1) / run["service"]["run"] for run in runs]
     shortest = min(run["service"]["run"] for run in runs)
-    cost = statistics.median(shares) + max(0.0, around) / shortest  # the noise of two starts is no gain
+    cost = statistics.median(fractions) + max(0.0, around) / shortest  # the noise of two starts is no gain
     found = {
         "what": "seconds; LoRA r 16 on the CPU, one epoch, batch 8",
         "base": service.BASE,
         "rows": rows,
         "seconds_around_the_run": around,
-        "service_cpu_share_of_the_machine": statistics.median(shares),
+        "service_cpu_share_of_the_machine": statistics.median(fractions),
         "cost": cost,
         "goal": GOAL,
         "meets_goal": cost < GOAL,

@@ -26,8 +26,8 @@ def shipped(code: list[Path], root: Path) -> list[Path]:
     return [path for path in code if path.relative_to(root).parts[0] in ROOMS]
 
 
-def _quantile(values: list[int], share: float) -> int:
-    return sorted(values)[int(share * (len(values) - 1))]
+def _quantile(values: list[int], fraction: float) -> int:
+    return sorted(values)[int(fraction * (len(values) - 1))]
 
 
 def test_no_function_is_longer_than_a_hundred_lines(code: list[Path]) -> None:

@@ -48,12 +48,14 @@ def test_lora_plus_moves_b_by_its_own_rate(tmp_path: Path, tiny: Path) -> None:
     assert t.writer.metrics[0]["learning_rate"] == 1e-3
 
 
-@pytest.mark.parametrize(("loss_on", "share"), [("assistant", 0.5), ("all", 1.0)])
-def test_loss_on_chooses_the_tokens_that_are_learned(loss_on: LossOn, share: float, tmp_path: Path, tiny: Path) -> None:
+@pytest.mark.parametrize(("loss_on", "fraction"), [("assistant", 0.5), ("all", 1.0)])
+def test_loss_on_chooses_the_tokens_that_are_learned(
+    loss_on: LossOn, fraction: float, tmp_path: Path, tiny: Path
+) -> None:
     t = start(tmp_path / "run", tiny, method=Supervised(loss_on=loss_on))
 
-    assert all(row.labelled == len(row) - 1 for row in t.rows.rows) == (share == 1)
-    assert sum(row.labelled for row in t.rows.rows) <= share * t.rows.tokens
+    assert all(row.labelled == len(row) - 1 for row in t.rows.rows) == (fraction == 1)
+    assert sum(row.labelled for row in t.rows.rows) <= fraction * t.rows.tokens
     assert t.plan.model_dump()["method"] == {"type": "supervised", "loss_on": loss_on}
 
 

@@ -444,7 +444,7 @@ def test_the_dictionary_is_that_of_the_language_that_most_texts_have() -> None:
     english = dictionary.of([*ASKED, "Bonjour tout le monde, comment allez-vous ?"])
     assert (english.frequency("dog") > 0, english.frequency("dog\u2019s") > 0) == (True, True)
     assert (english.frequency("minimi"), english.longer("minimi") > 0) == (0, True)
-    assert dictionary.of(["", "x = 1"]).share(["the"]) == 0
+    assert dictionary.of(["", "x = 1"]).fraction(["the"]) == 0
 
 
 def test_words_of_scripts_without_blanks_are_their_signs() -> None:

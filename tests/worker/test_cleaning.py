@@ -108,12 +108,12 @@ def test_rows_are_judged_by_a_base_by_other_files_and_by_the_benchmark(
     settings = workshop.settings.model_copy(update={"file_reports": True})
     while reports.report_next(settings, workshop.storage, Drain()):
         pass
-    shares: list[float | None] = []
+    fractions: list[float | None] = []
     run = programs.run
 
     def run_and_look(arguments: list[str], folder: Path, *rest: Any, **options: Any) -> str | None:
         reason = run(arguments, folder, *rest, **options)
-        shares.append(progress.read(folder))
+        fractions.append(progress.read(folder))
         return reason
 
     monkeypatch.setattr(cleaning.programs, "run", run_and_look)
@@ -131,8 +131,8 @@ def test_rows_are_judged_by_a_base_by_other_files_and_by_the_benchmark(
         16: "repeated_elsewhere",
     }
     assert lineage.progress == 1.0
-    assert shares[0] is not None
-    assert 0.6 < shares[0] <= 1.0
+    assert fractions[0] is not None
+    assert 0.6 < fractions[0] <= 1.0
 
 
 def test_answers_that_a_base_found_implausible_go(workshop: Workshop) -> None:

@@ -508,9 +508,9 @@ def test_tokens_are_drawn_by_their_probability_within_the_nucleus() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     dice = torch.Generator().manual_seed(1)
     drawn = [choose(logits, Sampling(top_p=0.9), dice) for _ in range(4000)]
-    shares = [drawn.count(token) / len(drawn) for token in range(4)]
+    fractions = [drawn.count(token) / len(drawn) for token in range(4)]
     # 0.5 + 0.3 < 0.9, so the third token is still in and the fourth is out; the rest is scaled to 1.
-    assert shares == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], abs=0.03)
+    assert fractions == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], abs=0.03)
     cold = [choose(logits, Sampling(temperature=0.5), dice) for _ in range(4000)]
     squares = [0.25, 0.09, 0.0225, 0.0025]
     assert cold.count(0) / 4000 == pytest.approx(squares[0] / sum(squares), abs=0.03)

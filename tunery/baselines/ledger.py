@@ -144,9 +144,9 @@ def release(session: Session, baseline_id: str) -> None:
     session.execute(query.values(status=QUEUED, tries=Baseline.tries - 1))
 
 
-def show_progress(session: Session, baseline_id: str, share: float) -> bool:
+def show_progress(session: Session, baseline_id: str, fraction: float) -> bool:
     """Notes how much is measured, 0 to 1; whether the baseline is still wanted."""
-    query = update(Baseline).where(_is_running(baseline_id)).values(progress=share).returning(Baseline.id)
+    query = update(Baseline).where(_is_running(baseline_id)).values(progress=fraction).returning(Baseline.id)
     return session.scalar(query) is not None
 
 

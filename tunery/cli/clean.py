@@ -120,10 +120,10 @@ def _apart(target: Path) -> Path:
     return target.with_name(f"{target.stem}-held-out{target.suffix}")
 
 
-def _held_out(share: float, seed: int) -> HeldOut:
-    if not 0 < share <= 0.5:
+def _held_out(fraction: float, seed: int) -> HeldOut:
+    if not 0 < fraction <= 0.5:
         raise typer.BadParameter("--held-out is a share of the rows, over 0 and at most 0.5.")
-    return HeldOut(share=share, seed=seed)
+    return HeldOut(share=fraction, seed=seed)
 
 
 def print_cleaning(done: Mapping[str, Any], name: str, written: Sequence[str]) -> None:

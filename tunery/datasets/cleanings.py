@@ -102,9 +102,9 @@ def release(session: Session, file_id: str) -> None:
     session.execute(update(FileCleaning).where(begun).values(tries=FileCleaning.tries - 1))
 
 
-def show_progress(session: Session, file_id: str, share: float) -> None:
+def show_progress(session: Session, file_id: str, fraction: float) -> None:
     """Notes how much of a cleaning is done, 0 to 1."""
-    session.execute(update(FileCleaning).where(FileCleaning.file_id == file_id).values(progress=share))
+    session.execute(update(FileCleaning).where(FileCleaning.file_id == file_id).values(progress=fraction))
 
 
 def finish(

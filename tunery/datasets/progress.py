@@ -5,10 +5,10 @@ from pathlib import Path
 NAME = "progress"
 
 
-def write(folder: Path, share: float) -> None:
+def write(folder: Path, fraction: float) -> None:
     """Notes the share that is done, 0 to 1."""
     # Renamed into its place: a reader never sees half a number.
-    (folder / f"{NAME}.new").write_text(f"{share:.3f}")
+    (folder / f"{NAME}.new").write_text(f"{fraction:.3f}")
     (folder / f"{NAME}.new").rename(folder / NAME)
 
 

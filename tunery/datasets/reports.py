@@ -109,10 +109,10 @@ def release(session: Session, report_id: str) -> None:
     session.execute(update(FileReport).where(running).values(status=QUEUED, tries=FileReport.tries - 1))
 
 
-def show_progress(session: Session, report_id: str, share: float) -> None:
+def show_progress(session: Session, report_id: str, fraction: float) -> None:
     """Notes how much of a report is made, 0 to 1."""
     running = (FileReport.id == report_id) & (FileReport.status == RUNNING)
-    session.execute(update(FileReport).where(running).values(progress=share))
+    session.execute(update(FileReport).where(running).values(progress=fraction))
 
 
 def finish(

@@ -93,5 +93,5 @@ def _warnings(plan: Plan, rows: Rows, model_info: Mapping[str, Any]) -> list[str
 def _settings(technique: Technique, listed: list[Suggestion]) -> dict[str, JsonValue]:
     """Rates, epochs and batches are left to "auto", which decides by the same rules on the rows that are sent."""
     shown: dict[str, JsonValue] = {"technique": {"type": technique.type, **technique.model_dump(exclude_defaults=True)}}
-    share = next(one.value for one in listed if one.field == "replay.share")
-    return shown if share is None else {**shown, "replay": {"share": share}}
+    fraction = next(one.value for one in listed if one.field == "replay.share")
+    return shown if fraction is None else {**shown, "replay": {"share": fraction}}

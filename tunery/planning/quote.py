@@ -161,9 +161,9 @@ def explain(work: Workload, device: str, speeds: Sequence[Speed]) -> str:
     return f"{_TOKENS[work.source]}; {said}."
 
 
-def left(quote: Quote, share: float) -> Quote:
+def left(quote: Quote, fraction: float) -> Quote:
     """The quote of what is left of a run of which a share is done: its steps; all else comes again or is still due."""
-    parts = quote.parts | {"training": quote.parts["training"] * (1 - share)}
+    parts = quote.parts | {"training": quote.parts["training"] * (1 - fraction)}
     factor = sum(parts.values()) / max(1e-9, sum(quote.parts.values()))
     changed = {"seconds": quote.seconds.times(factor), "gpu_hours": quote.gpu_hours.times(factor), "parts": parts}
     return quote.model_copy(update=changed | {"cost": quote.cost and quote.cost.times(factor)})

@@ -117,8 +117,8 @@ def _rate(plan: Plan, *, knows_base: bool) -> Suggestion:
     said = {"field": "learning_rate", "rule": "rate_by_width"}
     if not knows_base:
         return Suggestion(**said, value=None, text="Left to the job: the rate follows the base's width.")
-    share = ", a tenth of LoRA's" if isinstance(plan.technique, Full) else ""
-    text = f"The default: 5e-4 x (2000 / hidden size)^0.78{share}. Larger bases want a lower rate."
+    factor = ", a tenth of LoRA's" if isinstance(plan.technique, Full) else ""
+    text = f"The default: 5e-4 x (2000 / hidden size)^0.78{factor}. Larger bases want a lower rate."
     return Suggestion(**said, value=float(f"{plan.learning_rate:.3g}"), text=text)
 
 
@@ -143,7 +143,7 @@ def _replay(technique: Technique, aim: Aim) -> Suggestion:
 
 def _held_out(rows: Rows) -> Suggestion:
     held_out = held_out_rows(rows.usable)
-    share = round(held_out / rows.usable, 3) if rows.usable else None
+    fraction = round(held_out / rows.usable, 3) if rows.usable else None
     reach = f" A share measured on them is sure to about {98 / math.sqrt(held_out):.0f} points." if held_out else ""
     text = f"{held_out:,} rows that are not trained on: a tenth, at least 50, at most 1,000, never over a third.{reach}"
-    return Suggestion(field="held_out.share", value=share, rule="held_out_by_rows", text=text)
+    return Suggestion(field="held_out.share", value=fraction, rule="held_out_by_rows", text=text)

@@ -57,10 +57,10 @@ class _Watch(Drain):
     def begun(self) -> bool:
         return self._drain.begun or not self.is_wanted
 
-    def look(self, share: float) -> None:
+    def look(self, fraction: float) -> None:
         """Records the fraction done, and reads whether the baseline was cancelled meanwhile."""
         with db.transaction() as session:
-            self.is_wanted = ledger.show_progress(session, self._id, share)
+            self.is_wanted = ledger.show_progress(session, self._id, fraction)
 
 
 class _Ended(Exception):
@@ -176,8 +176,8 @@ def _asked(prompts: Prompts, *, is_first: bool, is_tuned: bool) -> list[Variant]
 
 
 def _show(watch: _Watch, run_dir: Path, number: int, count: int) -> None:
-    share = progress.read(run_dir) or 0.0
-    watch.look(_PROMPTS + (0.98 - _PROMPTS) * (number + share) / count)
+    fraction = progress.read(run_dir) or 0.0
+    watch.look(_PROMPTS + (0.98 - _PROMPTS) * (number + fraction) / count)
 
 
 def _lay_out(

@@ -80,10 +80,10 @@ def _lay_out(cleaning: FileCleaning, folder: Path, settings: Settings, storage: 
 
 
 def _show_progress(file_id: str, folder: Path) -> None:
-    share = progress.read(folder)
-    if share is not None:
+    fraction = progress.read(folder)
+    if fraction is not None:
         with db.transaction() as session:
-            cleanings.show_progress(session, file_id, share)
+            cleanings.show_progress(session, file_id, fraction)
 
 
 def _publish(cleaning: FileCleaning, folder: Path, storage: Storage) -> None:

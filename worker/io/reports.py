@@ -110,10 +110,10 @@ def lay_out_known(
 
 
 def _show_progress(report_id: str, folder: Path) -> None:
-    share = progress.read(folder)
-    if share is not None:
+    fraction = progress.read(folder)
+    if fraction is not None:
         with db.transaction() as session:
-            reports.show_progress(session, report_id, share)
+            reports.show_progress(session, report_id, fraction)
 
 
 def _store(report: FileReport, folder: Path, storage: Storage) -> dict[str, Any]:

@@ -335,10 +335,10 @@ def task_message(evaluated: protocol.Evaluated) -> str:
 
 
 def parameters_message(started: protocol.Started) -> str:
-    share = 100 * started.trainable_params / max(1, started.all_params)
+    percent = 100 * started.trainable_params / max(1, started.all_params)
     message = (
         f"trainable params: {started.trainable_params:,} || all params: {started.all_params:,} || "
-        f"trainable: {share:.2f}%"
+        f"trainable: {percent:.2f}%"
     )
     if started.learning_share is not None:
         message += f" || linear weights that learn: {started.learning_share:.1%}"

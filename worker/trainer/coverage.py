@@ -86,15 +86,15 @@ def warnings(report: dict[str, Any]) -> list[str]:
     """Returns a sentence for each share below LEAST, naming the largest kinds that were left out."""
     words = {"learning": "have adapters or learn themselves", "quantised": "are in four bits"}
     return [
-        f"Only {report[share]:.0%} of the base's linear weights {said}. Left out: {_left_out(report, share)}."
-        for share, said in words.items()
-        if report[share] is not None and report[share] < LEAST
+        f"Only {report[key]:.0%} of the base's linear weights {said}. Left out: {_left_out(report, key)}."
+        for key, said in words.items()
+        if report[key] is not None and report[key] < LEAST
     ]
 
 
-def _left_out(report: dict[str, Any], share: str) -> str:
-    missing = [kind for kind in report["kinds"] if kind[share] < kind["weights"] and kind.get("why") != _IDLE]
-    missing.sort(key=lambda kind: kind[share] - kind["weights"])
+def _left_out(report: dict[str, Any], key: str) -> str:
+    missing = [kind for kind in report["kinds"] if kind[key] < kind["weights"] and kind.get("why") != _IDLE]
+    missing.sort(key=lambda kind: kind[key] - kind["weights"])
     named = [f"{kind['kind']} ({kind['why']})" if kind.get("why") else str(kind["kind"]) for kind in missing[:4]]
     return ", ".join(named) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
 

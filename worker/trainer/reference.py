@@ -62,7 +62,7 @@ def measure(t: Training, examples: Sequence[Example]) -> Measured:
         t.ranks.check(t.stop_signal)
         part = list(examples[start : start + _AT_ONCE])
         mine = validation.over(t.stepper, part, partial(_log_probabilities, t.stepper, part))
-        measured = {index: numbers for share in t.ranks.gather(mine) for index, numbers in share.items()}
+        measured = {index: numbers for part in t.ranks.gather(mine) for index, numbers in part.items()}
         found += [measured[index] for index in range(len(part))]
     return found
 

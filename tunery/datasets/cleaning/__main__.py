@@ -40,7 +40,7 @@ def main(folder: Path) -> int:
         others=elsewhere.read(folder / "others", known.others),
         benchmark_folder=Path(known.benchmark) if known.benchmark else None,
         known=_known(folder / "report.json"),
-        progress=lambda share: progress.write(folder, share),
+        progress=lambda fraction: progress.write(folder, fraction),
     )
     (folder / "cleaning.json").write_text(json.dumps(done.as_dict()))
     return 0

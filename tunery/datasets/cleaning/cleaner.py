@@ -94,7 +94,7 @@ def clean(
     more = [*(known or ()), *(_measure(source, base, order.max_tokens) if _has_template(base) else ())]
     made = _plan(source, order, against, more, options, progress)
     left = made.left()
-    apart = splits.hold_out(left, share=order.held_out.share, seed=order.held_out.seed) if order.held_out else set()
+    apart = splits.hold_out(left, fraction=order.held_out.share, seed=order.held_out.seed) if order.held_out else set()
     with ExitStack() as files:
         outputs = [_Output(files.enter_context(path.open("wb"))) for path in (target, held_out) if path is not None]
         rows = _write(lines.read_lines(source), made, apart, outputs)

@@ -89,7 +89,7 @@ def make(
 def _of_round(number: int, progress: Callable[[float], object]) -> Callable[[float], object]:
     """Shows what share of all a round's share is. The first one takes the longest, and few have all the others."""
     begun = 0.0 if number == 0 else _FIRST_ROUND + (number - 1) * _LATER_ROUND
-    return lambda share: progress(begun + share * (_LATER_ROUND if number else _FIRST_ROUND))
+    return lambda fraction: progress(begun + fraction * (_LATER_ROUND if number else _FIRST_ROUND))
 
 
 def _is_guess(finding: Finding) -> bool:

@@ -11,15 +11,15 @@ from tunery.datasets.report.rows import Row, by_key, whole
 Group = list[int]
 
 
-def hold_out(rows: Sequence[Row], *, share: float, seed: int) -> set[int]:
-    """The lines to hold out, about a `share` of the rows, at least one. Raises CannotHoldOut where none can be."""
+def hold_out(rows: Sequence[Row], *, fraction: float, seed: int) -> set[int]:
+    """Returns the lines to hold out, about this fraction of the rows, one or more. Raises CannotHoldOut if none can."""
     case = Case(rows)
     groups = group(case)
     strata: dict[str, list[Group]] = {}
     labels = case.tasks[0].labels if case.tasks else {}
     for one in groups:
         strata.setdefault(labels.get(one[0], ""), []).append(one)
-    held = set(_draw(strata, share, seed))
+    held = set(_draw(strata, fraction, seed))
     if not held:
         # A share of less than half a row, or groups that are all larger than it.
         smallest: Group = min(groups, key=len, default=[])
@@ -29,12 +29,12 @@ def hold_out(rows: Sequence[Row], *, share: float, seed: int) -> set[int]:
     return held
 
 
-def _draw(strata: dict[str, list[Group]], share: float, seed: int) -> Iterator[int]:
+def _draw(strata: dict[str, list[Group]], fraction: float, seed: int) -> Iterator[int]:
     """Groups of each label at random, as long as no more rows are held out than are due so far."""
     due, taken = 0.0, 0
     for label in sorted(strata):
         groups = strata[label]
-        due += share * sum(map(len, groups))
+        due += fraction * sum(map(len, groups))
         for one in random.Random(f"{seed} {label}").sample(groups, len(groups)):  # noqa: S311 (draws rows)
             if taken + len(one) <= round(due):
                 taken += len(one)

@@ -34,7 +34,7 @@ def main(folder: Path) -> int:
         benchmark_folder=Path(order.benchmark) if order.benchmark else None,
         losses=plausibility.read(folder / "losses.json"),
         others=elsewhere.read(folder / "others", order.others),
-        progress=lambda share: progress.write(folder, share),
+        progress=lambda fraction: progress.write(folder, fraction),
     )
     (folder / "report.json").write_text(json.dumps(made.as_dict()))
     (folder / "digests").write_bytes(made.digests)

@@ -39,9 +39,11 @@ def find_dominant(case: Case) -> Iterator[Finding]:
     for answer, count in counts.most_common(3):
         if count >= _LEAST and count >= _DOMINANT * len(case.answered):
             lines = [row.line for row in free if texts.squash(row.answer) == answer]
-            share = count / len(case.answered)
-            why = f"{share:.0%} of the rows have the same answer, '{answer[:40]}'."
-            yield Finding("dominant_answer", lines, share, why, "Keep fewer of them, so that others are learned too.")
+            fraction = count / len(case.answered)
+            why = f"{fraction:.0%} of the rows have the same answer, '{answer[:40]}'."
+            yield Finding(
+                "dominant_answer", lines, fraction, why, "Keep fewer of them, so that others are learned too."
+            )
 
 
 def find_imbalance(case: Case) -> Iterator[Finding]:

@@ -58,10 +58,10 @@ def _score(answers: Sequence[str], whole: _Ends, known: Vocabulary, dice: random
 def calibrate(ratios: NDArray[np.float64]) -> NDArray[np.float64]:
     """The probability that each answer breaks off, of its odds if half of all did. The share that does is estimated by
     expectation-maximisation (Saerens et al. 2002)."""
-    share = _COMMON
+    fraction = _COMMON
     for _ in range(_STEPS):
-        share = float(np.clip((share * ratios / (share * ratios + 1 - share)).mean(), _RARE, _COMMON))
-    return share * ratios / (share * ratios + 1 - share)
+        fraction = float(np.clip((fraction * ratios / (fraction * ratios + 1 - fraction)).mean(), _RARE, _COMMON))
+    return fraction * ratios / (fraction * ratios + 1 - fraction)
 
 
 def odds(chances: NDArray[np.float64]) -> NDArray[np.float64]:

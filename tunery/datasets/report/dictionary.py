@@ -32,7 +32,7 @@ class Dictionary:
         first, last = bisect_left(self._words, word), bisect_left(self._words, word + _LAST)
         return self._sums[last] - self._sums[first] - self._frequencies.get(word, 0)
 
-    def share(self, words: Sequence[str]) -> float:
+    def fraction(self, words: Sequence[str]) -> float:
         """Returns the share of words that the language has."""
         return sum(word in self._frequencies for word in words) / len(words) if words else 0.0
 

@@ -88,7 +88,7 @@ class Vocabulary:
         """Whether a sentence ends with small letters that are no word of the language, and begin one."""
         *before, last = found
         stands = answer[-len(last) :].islower() and answer[: -len(last)].endswith((" ", "\n", "-", "'", '"', "("))
-        if not stands or self._dictionary.share(before) < _KNOWN:
+        if not stands or self._dictionary.fraction(before) < _KNOWN:
             return False
         if len(last) == 1:
             return last not in _LETTERS and self.prose(found) >= _PROSE

@@ -25,14 +25,14 @@ def find(case: Case) -> Iterator[Finding]:
 
 def _odd_ones(group: list[tuple[Row, Any]]) -> Iterator[Finding]:
     objects = [(row, value) for row, value in group if isinstance(value, dict)]
-    share = len(objects) / len(group)
-    if share < _SHARE:
+    fraction = len(objects) / len(group)
+    if fraction < _SHARE:
         return
     usual, count = Counter(frozenset(value) for _, value in objects).most_common(1)[0]
     for row, value in group:
         if not isinstance(value, dict):
-            why = f"{share:.1%} of the answers under this system message are JSON objects, this is not."
-            yield Finding("inconsistent_output", [row.line], share, why, _ACTION)
+            why = f"{fraction:.1%} of the answers under this system message are JSON objects, this is not."
+            yield Finding("inconsistent_output", [row.line], fraction, why, _ACTION)
         elif count >= _SHARE * len(objects) and (differing := usual ^ frozenset(value)):
             keys = ", ".join(sorted(differing)[:3])
             why = f"{count / len(objects):.1%} of the answers have the same keys, this differs by: {keys}."

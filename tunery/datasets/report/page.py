@@ -83,8 +83,8 @@ def mixes(figures: Mapping[str, Any]) -> dict[str, str]:
 
 def _mix(counts: Mapping[str, int]) -> str:
     known = {language: count for language, count in counts.items() if language != "unknown"}
-    shares = [(language, count / sum(known.values())) for language, count in known.items()]
-    return ", ".join(f"{language} {share:.1%}" for language, share in shares[:_LANGUAGES])
+    fractions = [(language, count / sum(known.values())) for language, count in known.items()]
+    return ", ".join(f"{language} {fraction:.1%}" for language, fraction in fractions[:_LANGUAGES])
 
 
 def places(lines: Sequence[int], most: int) -> str:

@@ -55,8 +55,8 @@ def find(case: Case) -> Iterator[Finding]:
 def outliers(judged: Sequence[AnswerLoss]) -> NDArray[np.float64]:
     """How many robust standard deviations each answer's loss is above the file's median, as a share of its loss without
     the question: the loss alone would name rare words and short answers, which are hard to guess and right."""
-    shares = np.array([one.loss / max(one.alone, _LEAST_LOSS) for one in judged])
-    middle = np.median(shares)
-    spread = _SPREAD * np.median(np.abs(shares - middle))
-    found: NDArray[np.float64] = (shares - middle) / max(float(spread), 1e-6)
+    ratios = np.array([one.loss / max(one.alone, _LEAST_LOSS) for one in judged])
+    middle = np.median(ratios)
+    spread = _SPREAD * np.median(np.abs(ratios - middle))
+    found: NDArray[np.float64] = (ratios - middle) / max(float(spread), 1e-6)
     return found

@@ -42,8 +42,8 @@ def find(case: Case) -> Iterator[Finding]:
         if counts.total() < _LEAST:
             continue
         usual, count = counts.most_common(1)[0]
-        share = count / counts.total()
+        fraction = count / counts.total()
         for line, script in scripts.items():
-            if share >= _SHARE and script not in (usual, None):
-                why = f"The {part} is written in {script} letters, {share:.1%} of the others in {usual} ones."
-                yield Finding("other_script", [line], share, why, _ACTION)
+            if fraction >= _SHARE and script not in (usual, None):
+                why = f"The {part} is written in {script} letters, {fraction:.1%} of the others in {usual} ones."
+                yield Finding("other_script", [line], fraction, why, _ACTION)

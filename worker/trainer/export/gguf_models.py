@@ -130,8 +130,8 @@ def _llama3(rope: dict[str, Any], width: int) -> Array:
     """What each frequency is divided by: 1 for short waves, `factor` for long ones, and between them a mixture."""
     waves = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, width, 2, dtype=np.float64) / width)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    share = np.clip((rope["original_max_position_embeddings"] / waves - low) / (high - low), 0, 1)
-    return np.asarray(1 / ((1 - share) / rope["factor"] + share), dtype=np.float32)
+    fraction = np.clip((rope["original_max_position_embeddings"] / waves - low) / (high - low), 0, 1)
+    return np.asarray(1 / ((1 - fraction) / rope["factor"] + fraction), dtype=np.float32)
 
 
 def _gemma2(writer: GGUFWriter, config: Any) -> None:

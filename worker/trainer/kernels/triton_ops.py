@@ -149,11 +149,11 @@ def _swiglu_backward(D, G, U, Y, DG, DU, count, BLOCK: tl.constexpr):
     grad = tl.load(D + place, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(G + place, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(U + place, mask=inside, other=0.0).to(tl.float32)
-    share = tl.sigmoid(gate)
-    active = gate * share
+    sigmoid = tl.sigmoid(gate)
+    active = gate * sigmoid
     tl.store(Y + place, (active * up).to(Y.dtype.element_ty), mask=inside)
     tl.store(DU + place, (grad * active).to(DU.dtype.element_ty), mask=inside)
-    tl.store(DG + place, (grad * up * (share + active * (1.0 - share))).to(DG.dtype.element_ty), mask=inside)
+    tl.store(DG + place, (grad * up * (sigmoid + active * (1.0 - sigmoid))).to(DG.dtype.element_ty), mask=inside)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -13,14 +13,14 @@ _ORDER = 1_000_002
 """In the place of an epoch, of which there are fewer: the order of replay is none of the task's."""
 
 
-def wanted_an_epoch(share: float, count: int) -> int:
+def wanted_an_epoch(fraction: float, count: int) -> int:
     """Returns the replay rows of which an epoch of `count` examples holds that share; at least one."""
-    return max(1, round(count * share / (1 - share)))
+    return max(1, round(count * fraction / (1 - fraction)))
 
 
-def mix(rows: Rows, replay: list[Example], share: float) -> Rows:
+def mix(rows: Rows, replay: list[Example], fraction: float) -> Rows:
     """The rows with replay behind them. An epoch has no example of replay twice, so a short list reaches less."""
-    an_epoch = min(len(replay), wanted_an_epoch(share, rows.count))
+    an_epoch = min(len(replay), wanted_an_epoch(fraction, rows.count))
     return replace(
         rows, examples=rows.examples + replay, replayed=len(replay) if an_epoch else 0, replayed_an_epoch=an_epoch
     )
