@@ -1,4 +1,4 @@
-"""What a pass keeps and uses beside the weights, in bytes, by the path that the trainer's layers take.
+"""Activation memory of a forward and backward pass, in bytes, by the code path of the trainer's layers.
 
 Counted from what each operation saves for its backward pass. `kept` and `at_work` are of one token in one layer.
 """
@@ -10,10 +10,10 @@ from tunery.planning.shape import Shape
 from tunery.spec import Full, Lora, Technique
 
 CHUNK_BYTES = 256 * 2**20
-"""Of the fp32 logits of one chunk of the loss. Larger chunks are no faster: the products are long enough by then."""
+"""Bytes of one loss chunk's fp32 logits. Larger chunks are no faster: the matrix products are large enough."""
 LEAST_CHUNK_ROWS = 64
 FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""Values of a config's model_type whose layers take the trainer's own kernels."""
+"""Values of a config's model_type whose layers run the trainer's own kernels."""
 _FOUR_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})
 _HEAD_NORMS = frozenset({"qwen3", "qwen3_moe", "gemma3", "gemma3_text"})
 _WIDE = BYTES["float32"]
@@ -22,9 +22,9 @@ Path = Literal["fused", "plain", "autocast"]
 
 
 def find_path(shape: Shape, technique: Technique, precision: Precision) -> Path:
-    """Whose code a layer runs: the trainer's, that of transformers, or that under autocast.
+    """Returns which code a layer runs: the trainer's, that of transformers, or that under autocast.
 
-    A family that is not known counts as fused, which needs least.
+    An unknown family counts as fused, which needs the least memory.
     """
     if precision.autocast:
         return "autocast"
@@ -34,7 +34,7 @@ def find_path(shape: Shape, technique: Technique, precision: Precision) -> Path:
 
 
 def kept(shape: Shape, technique: Technique, precision: Precision) -> int:
-    """Returns what a layer keeps of a token from the forward to the backward pass."""
+    """Returns the bytes per token that a layer keeps from the forward to the backward pass."""
     path, width, hidden = find_path(shape, technique, precision), BYTES[precision.dense], shape.hidden
     statistics = 2 * _WIDE + _WIDE * shape.heads
     if path == "autocast":
@@ -54,7 +54,7 @@ def kept(shape: Shape, technique: Technique, precision: Precision) -> int:
 
 
 def at_work(shape: Shape, technique: Technique, precision: Precision) -> int:
-    """Returns what a layer's backward pass uses of a token beside what was kept."""
+    """Returns the bytes per token that a layer's backward pass uses beside the kept ones."""
     width = BYTES[precision.dense]
     if find_path(shape, technique, precision) == "fused":
         return width * (3 * shape.hidden + shape.ffn)
@@ -62,7 +62,7 @@ def at_work(shape: Shape, technique: Technique, precision: Precision) -> int:
 
 
 def of_loss(shape: Shape, technique: Technique, precision: Precision, labels: int, device: str) -> int:
-    """Returns what the head and the loss of `labels` tokens use at once, with the gradient of a head that learns."""
+    """Returns the peak bytes of the head and the loss of `labels` tokens, with the gradient of a trained head."""
     width = BYTES[precision.dense]
     rows = min(labels, max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (_WIDE * shape.vocab)))
     logits = rows * shape.vocab * (width if device == "cuda" else 2 * _WIDE)

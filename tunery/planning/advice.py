@@ -1,4 +1,4 @@
-"""Every "auto" decided, and what the owner should know about the choices made. Pure functions."""
+"""Decides every "auto" of a spec, and warns about the settings of a plan. Pure functions."""
 
 import math
 import re
@@ -16,17 +16,17 @@ _FEW_EXAMPLES = 50
 _LARGE_LORA_BATCH = 32
 _HIGH_DROPOUT = 0.3
 ALPHA_BAND = (2, 4)
-"""The textbook's alpha, in multiples of the rank."""
+"""The usual range of alpha, in multiples of the rank."""
 LARGE_RANK, MANY_EXAMPLES = 16, 1000
-"""A rank above the first wants at least as many examples as the second."""
+"""A rank above the first needs at least as many examples as the second."""
 _MOST_ANSWER_TOKENS, _LEAST_SPARE = 1024, 16
 
 
 def default_learning_rate(hidden_size: int, technique: Technique) -> float:
-    """LoRA: 5e-4 * (2000 / hidden)^0.78, that is 1.3e-3 at 576 and 2.9e-4 at 4096, whatever the rank (alpha stays).
+    """Returns for LoRA 5e-4 * (2000 / hidden)^0.78: 1.3e-3 at 576 and 2.9e-4 at 4096, at every rank (alpha is fixed).
 
-    A full fine-tune takes a tenth: its every weight moves. Rank-stabilised LoRA takes a quarter at every rank: at rank
-    16, where the rule comes from, its scale is four times LoRA's. LoRA+ keeps the geometric mean of both its rates.
+    A full fine-tune gets a tenth, as every weight moves. Rank-stabilised LoRA gets a quarter at every rank: at rank
+    16, where the rule comes from, its scale is four times LoRA's. LoRA+ keeps the geometric mean of its two rates.
     """
     rate: float = 5e-4 * (2000 / hidden_size) ** 0.78
     if isinstance(technique, Full):
@@ -35,7 +35,7 @@ def default_learning_rate(hidden_size: int, technique: Technique) -> float:
 
 
 def default_epochs(examples: int) -> int:
-    """Three, but small files are seen 100 times in all (25 epochs at most) and huge ones 25,000 times."""
+    """Returns 3; for small files as many as make 100 examples (at most 25), for huge ones as few as make 25,000."""
     if examples * _EPOCHS < _LEAST_SEEN:
         return max(1, min(_MOST_EPOCHS, _LEAST_SEEN // max(1, examples)))
     if examples * _EPOCHS > _MOST_SEEN:
@@ -44,26 +44,26 @@ def default_epochs(examples: int) -> int:
 
 
 def default_technique(bf16_fits: bool, model_info: Mapping[str, Any]) -> Technique:
-    """LoRA, on four bits only where sixteen do not fit; never full, which forgets most and costs most.
+    """Returns LoRA where bf16 fits, else QLoRA; never full fine-tuning, which forgets and costs the most.
 
-    The other of the two where the base cannot be trained with the first.
+    Returns the other of the two where the base cannot be trained with the first.
     """
     both: list[Technique] = [Lora(), Qlora()] if bf16_fits else [Qlora(), Lora()]
     return next((technique for technique in both if _why_not(technique.type, model_info) is None), both[0])
 
 
 def max_length(spec: TrainingSpec, model_info: Mapping[str, Any]) -> int:
-    """Returns tokens of the longest sequence: max_seq_length, or the base's context where that is shorter.
+    """Returns the token limit of a sequence: max_seq_length, or the base's context if that is shorter.
 
-    Positions past the context were never trained.
+    The base was never trained on positions beyond its context.
     """
     return min(spec.max_seq_length, model_info.get("context_length") or spec.max_seq_length)
 
 
 def answer_limit(evaluation: Evaluation, longest: int) -> int:
-    """Tokens that an answer may have: as asked for, or by the `longest` wanted one, with a quarter of it to spare.
+    """Returns the token limit of an answer: as requested, or the `longest` reference answer plus a quarter.
 
-    A model that learned to stop costs no more by a higher limit; a base that did not runs on to it in every row.
+    A higher limit costs nothing with a model that learned to stop; a base that did not generates up to it in every row.
     """
     if evaluation.max_new_tokens != "auto":
         return evaluation.max_new_tokens
@@ -103,9 +103,9 @@ def resolve(
 
 
 def check_technique(technique: Technique | None, model_info: Mapping[str, Any]) -> None:
-    """Raises InvalidValue for a technique that the base cannot be trained with, as was found when it was added.
+    """Raises InvalidValue for a technique that failed on the base when the base was added.
 
-    Bases that were added before this was tried pass. None: the server's choice, LoRA or QLoRA.
+    Bases that were added before this was tested pass. None: the server chooses LoRA or QLoRA.
     """
     if technique is None:
         reason = _why_not("lora", model_info) if _why_not("qlora", model_info) else None
@@ -154,8 +154,8 @@ def _why_not(technique: str, model_info: Mapping[str, Any]) -> str | None:
 def check_modules(technique: Technique | None, model_info: Mapping[str, Any]) -> None:
     """Raises InvalidValue for a target module that the base does not have; bases of unknown modules pass.
 
-    A name means what it means to PEFT: a module's whole name, or its end after a dot. PEFT itself complains only when
-    none of the names fits, and trains without the others.
+    Names match as in PEFT: a module's whole name, or its end after a dot. PEFT itself raises only when no name
+    matches, and ignores single unknown names.
     """
     known = model_info.get("linear_modules")
     if not known or not isinstance(technique, Lora) or technique.target_modules == "all-linear":
@@ -171,7 +171,7 @@ def check_modules(technique: Technique | None, model_info: Mapping[str, Any]) ->
 
 
 def warnings(plan: Plan, *, examples: int, model_info: Mapping[str, Any], asked_length: int | None = None) -> list[str]:
-    """What the owner should know before the run, most important first. `asked_length`: the request's max_seq_length."""
+    """Returns warnings about a plan, most important first. `asked_length`: the request's max_seq_length."""
     found = [*_of_rate(plan, model_info), *_of_rows(plan, examples)]
     if asked_length is not None and asked_length > plan.max_seq_length:
         found.append(

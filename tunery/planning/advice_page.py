@@ -1,4 +1,4 @@
-"""Advice as one HTML page: no script, nothing to load."""
+"""Renders advice as one HTML page without scripts or external files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,8 +25,8 @@ def render(
     measured: Sequence[Mapping[str, str]] = (),
     currency: str = "",
 ) -> str:
-    """Returns the page on the file called `name`. `made`: None while there is none; `state`: how far its report is;
-    `measured`: the rows of a baseline's table, in words, with costs in `currency`."""
+    """Returns the page on the file `name`. `made`: the advice, None until its report is ready; `state`: the report's
+    progress; `measured`: the rows of a baseline's table as text, with costs in `currency`."""
     return _TEMPLATE.render(
         name=name,
         aim=aim.replace("_", " "),

@@ -1,4 +1,4 @@
-"""The advice on a file: whether to fine-tune on it, with which settings, and what to beware of. Pure functions."""
+"""Advises on a file: whether to fine-tune on it, with which settings, and with which warnings. Pure functions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from tunery.planning.suggestions import Suggestion
 from tunery.spec import Plan, Technique
 
 BYTES_A_TOKEN = 4
-"""Of UTF-8, about: English and most code are near it."""
+"""Bytes of UTF-8 per token, roughly, for English and most code."""
 _ANY_WIDTH = {"hidden_size": 2000}
 
 
@@ -35,7 +35,7 @@ class Advice(BaseModel):
 
 
 def rows_of(said: Mapping[str, Any], tokens_a_byte: float | None = None) -> Rows:
-    """Returns the rows that a report, or its summary, counts. `tokens_a_byte`: of answers, by a base's tokenizer."""
+    """Returns the row counts of a report or its summary. `tokens_a_byte`: of answers, by a base's tokenizer."""
     usable = said["usable"]
     return Rows(
         total=said["rows"],
@@ -91,7 +91,10 @@ def _warnings(plan: Plan, rows: Rows, model_info: Mapping[str, Any]) -> list[str
 
 
 def _settings(technique: Technique, listed: list[Suggestion]) -> dict[str, JsonValue]:
-    """Rates, epochs and batches are left to "auto", which decides by the same rules on the rows that are sent."""
+    """Returns the suggested settings of a job.
+
+    Rates, epochs and batch sizes stay "auto", which is decided by the same rules from the rows that are sent.
+    """
     shown: dict[str, JsonValue] = {"technique": {"type": technique.type, **technique.model_dump(exclude_defaults=True)}}
     fraction = next(one.value for one in listed if one.field == "replay.share")
     return shown if fraction is None else {**shown, "replay": {"share": fraction}}

@@ -1,4 +1,4 @@
-"""What an adapter can hold beside what it is to learn: parameters that learn against tokens of answers."""
+"""Compares an adapter's trainable parameters with the answer tokens that it is to learn."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from tunery.planning import shape
 from tunery.spec import MAX_RANK, Full, Lora, Technique
 
 MOST_PER_TOKEN = 1000
-"""Parameters a token above which an adapter has room to keep the rows themselves."""
+"""Parameters per token above which an adapter can memorise the rows."""
 
 
 def warnings(model_info: Mapping[str, Any], technique: Technique, tokens: int) -> list[str]:
@@ -30,7 +30,8 @@ def warnings(model_info: Mapping[str, Any], technique: Technique, tokens: int) -
 
 
 def fit_rank(model_info: Mapping[str, Any], technique: Lora, tokens: int, *, least: int, most: int) -> int:
-    """The rank nearest to the technique's, by halves or doubles from `least` to `most`, that is not warned of."""
+    """Returns the rank nearest to the technique's, by halving or doubling within `least` and `most`, without a
+    warning."""
 
     def learns(rank: int) -> int:
         return shape.trainable_params(model_info, technique.model_copy(update={"r": rank}))
@@ -44,7 +45,7 @@ def fit_rank(model_info: Mapping[str, Any], technique: Lora, tokens: int, *, lea
 
 
 def _higher(technique: Lora, times: float) -> str:
-    """Returns what to change for so many times the parameters."""
+    """Returns which change gives `times` as many parameters, in words."""
     rank = technique.r
     while rank < technique.r * times:
         rank *= 2

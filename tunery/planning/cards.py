@@ -1,4 +1,4 @@
-"""Known cards: what their makers publish of them, and a price to begin with."""
+"""Known GPU cards: their published figures and a default price."""
 
 import re
 from collections.abc import Collection
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Card:
-    """A card. `tflops`: published, dense matrix products in 16 bits (bf16 where it has them); `gigabytes` of memory;
-    `bandwidth` of it in GB/s; `price` of an hour in US dollars, a round figure of late 2026 that operators replace;
-    `usable`: GiB that a process finds there, about, as drivers and error correction take some."""
+    """A card. `tflops`: the published rate of dense 16-bit matrix products (bf16 if supported); `gigabytes` of memory;
+    `bandwidth` of the memory in GB/s; `price` of an hour in US dollars, a round figure of late 2026 that operators
+    replace; `usable`: approximate GiB available to a process, after drivers and error correction."""
 
     name: str
     tflops: float
@@ -36,17 +36,17 @@ CARDS = (
     Card("H200", 989, 141, 4800, 4.5, 139.8),
     Card("B200", 2250, 180, 7700, 7.0, 178.0),
 )
-"""Of several forms of a card, the one that stands without an addition is meant where a device names none."""
+"""Of a card's variants, the one without a suffix is used for a device name that has none."""
 
 
 def find(device: str) -> Card | None:
-    """The card that a driver's name of a device names, as `NVIDIA A100-SXM4-80GB`; None for others and for a CPU."""
+    """Returns the card of a device name from the driver, such as `NVIDIA A100-SXM4-80GB`; None if unknown or a CPU."""
     name = best_match(device, [card.name for card in CARDS])
     return next((card for card in CARDS if card.name == name), None)
 
 
 def best_match(device: str, names: Collection[str]) -> str | None:
-    """The name whose words the device's name all has, of several the one with the most: `A100 40GB` before `A100`."""
+    """Returns the name with the most words, all of which are in the device's name: `A100 40GB` before `A100`."""
     words = _words(device)
     fitting = [name for name in names if _words(name) and _words(name) <= words]
     return max(fitting, key=lambda name: len(_words(name)), default=None)

@@ -1,4 +1,4 @@
-"""Whether a run may start on a device, and what to change where it may not, the cheapest first, in words."""
+"""Checks whether a run fits a device, and says what to change if not, the cheapest change first."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora, Resources, Technique
 
 GPU_COUNTS: tuple[int, ...] = get_args(Resources.model_fields["gpus"].annotation)
-"""How many GPUs a job may ask for."""
+"""Numbers of GPUs that a job may request."""
 _SHORTEST = 256
 _FORCE = "Set resources.force to true to try it all the same."
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change in words, and the least that the run then needs on each device."""
+    """A change in words, and the minimum memory per device that the run then needs."""
 
     text: str
     bytes: int
@@ -39,10 +39,10 @@ def check(
     gpus: int = 1,
     **of_run: Any,
 ) -> Estimate:
-    """The least that the run needs, if `capacity` bytes are enough. Raises DoesNotFit, which says what to change.
+    """Returns the run's minimum memory, if `capacity` bytes are enough. Raises DoesNotFit, which says what to change.
 
-    `longest`: tokens of the longest row, where its rows were read; else they may all be as long as max_seq_length.
-    `gpus`: how many of that capacity one host has, over which the model might be cut.
+    `longest`: tokens of the longest row, if the rows were read; else all may have max_seq_length tokens.
+    `gpus`: the number of GPUs of that capacity in one host, over which the model could be sharded.
     """
     asked: dict[str, Any] = {"device": device, "rows": 1, "optimizer": "adamw", "ranks": 1, **of_run}
     length = max_seq_length if longest is None else min(longest, max_seq_length)
@@ -64,7 +64,7 @@ def check(
 def advise(model_info: Mapping[str, Any], technique: Technique, capacity: int, *, gpus: int, **of_run: Any) -> str:
     """Returns what to change: more of the host's `gpus`, a lighter technique, shorter rows, another base or worker.
 
-    Only what the trainer then has a plan for is named. `of_run`: as of `memory.estimate`.
+    Suggests only changes with which the trainer finds a plan. `of_run`: as in `memory.estimate`.
     """
     lighter = find_lighter(model_info, technique, capacity, of_run)
     more = _more_gpus(model_info, technique, capacity, gpus, of_run)
@@ -81,7 +81,7 @@ def advise(model_info: Mapping[str, Any], technique: Technique, capacity: int, *
 def _more_gpus(
     model_info: Mapping[str, Any], technique: Technique, capacity: int, gpus: int, of_run: Mapping[str, Any]
 ) -> Change | None:
-    """Returns the fewest GPUs that hold the model in pieces."""
+    """Returns the change to the fewest GPUs that hold the sharded model."""
     for ranks in (count for count in GPU_COUNTS if of_run["ranks"] < count <= gpus and of_run["device"] == "cuda"):
         cut = {**of_run, "ranks": ranks}
         if expected.runs(model_info, technique, capacity=capacity, **cut):
@@ -93,7 +93,7 @@ def _more_gpus(
 def find_lighter(
     model_info: Mapping[str, Any], technique: Technique, capacity: int, of_run: Mapping[str, Any]
 ) -> Change | None:
-    """Returns the technique most alike that the trainer has a plan for."""
+    """Returns the change to the most similar technique for which the trainer finds a plan."""
     refused = {name for name, reason in (model_info.get("techniques") or {}).items() if reason}
     for other, text in _lighter(technique, of_run["device"]):
         if other.type not in refused and expected.runs(model_info, other, capacity=capacity, **of_run):
@@ -102,7 +102,7 @@ def find_lighter(
 
 
 def _lighter(technique: Technique, device: str) -> Iterator[tuple[Technique, str]]:
-    """Techniques that need less memory, most alike first, in words."""
+    """Yields techniques that need less memory, with their names in words, the most similar first."""
     if isinstance(technique, Full):
         if decide(technique, device) != decide(Full(), device):
             yield Full(), "technique.weights_dtype 'bfloat16'"
@@ -114,7 +114,7 @@ def _lighter(technique: Technique, device: str) -> Iterator[tuple[Technique, str
 def find_shorter(
     model_info: Mapping[str, Any], technique: Technique, capacity: int, of_run: Mapping[str, Any]
 ) -> int | None:
-    """Returns the longest half, quarter and so on of max_seq_length that the trainer has a plan for."""
+    """Returns the change to the longest half, quarter, ... of max_seq_length for which the trainer finds a plan."""
     shorter = of_run["max_seq_length"] // 2
     while shorter >= _SHORTEST:
         if expected.runs(model_info, technique, capacity=capacity, **{**of_run, "max_seq_length": shorter}):

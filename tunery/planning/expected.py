@@ -1,7 +1,7 @@
-"""The memory plan that the trainer would choose for a run on a device of some size, and what it then allocates.
+"""Predicts the memory plan that the trainer would choose for a run on a device, and what it then allocates.
 
-It follows `worker/trainer/preflight.py`, which measures what is reckoned here: as many tokens at once as there is room
-for, nothing recomputed; where that are few, all activations recomputed; else no plan.
+It follows `worker/trainer/preflight.py`, which measures what is estimated here: as many tokens at once as fit, without
+recomputation; if those are too few, with all activations recomputed; else no plan.
 """
 
 from collections.abc import Mapping
@@ -13,28 +13,28 @@ from tunery.planning.peak import Estimate, Parts, Setting, Step
 from tunery.spec import Lora, Sharding, Technique
 
 CPU_MICRO_BATCH = 1024
-"""Tokens of a CPU micro-batch. Larger ones are no faster: the products fill the cores, and padding grows."""
+"""Tokens of a CPU micro-batch. Larger ones are no faster: the matrix products fill the cores, and padding grows."""
 GPU_TOKENS = 32_768
-"""Most tokens of a GPU micro-batch. A GPU is busy from a few thousand on."""
+"""Maximum tokens of a GPU micro-batch. A few thousand keep a GPU busy."""
 LEAST_TOKENS = 2_048
-"""Below this many tokens a micro-batch wastes a GPU; then activations are recomputed instead (about 1.3 times the work,
-a tenth of the memory)."""
+"""Minimum tokens of a GPU micro-batch: below it the GPU is poorly used, and activations are recomputed instead (about
+1.3 times the work, a tenth of the memory)."""
 HEADROOM = 0.9
-"""Share of the memory left for activations to plan with: the allocator's blocks never fit together perfectly."""
+"""Share of the free memory planned for activations; the rest is for the allocator's fragmentation."""
 RECORDED_PARAMS, RECORDED_TOKENS = 2_000_000_000, 8_192
-"""Beyond these a step's products take longer than Python does, and a graph would gain little and keep memory."""
+"""Limits for CUDA graphs. Beyond them a step is limited by the GPU, not by Python: graphs gain little and keep
+memory."""
 PROCESS_BYTES = {"cuda": 500_000_000, "cpu": 600_000_000}
-"""Beside what is allocated: a GPU's context, or a process with its libraries on a CPU."""
+"""Memory beside the allocations: the GPU's context, or on a CPU the process with its libraries."""
 BATCH = 8
-"""Examples of a step, where the run does not say."""
+"""Assumed examples of a step."""
 _PASS = ("activations", "experts", "head")
 
 
 @dataclass(frozen=True)
 class Load:
-    """The most that a run's rows ask of a device; lengths in tokens. `step`: of a rank's examples of a step together.
-
-    `labels`: of those, the tokens that are learned; None: all.
+    """The largest sizes that a run's rows can have, in tokens. `longest`: of one example; `step`: of all examples of
+    one rank's step; `labels`: the learned ones among those, None: all.
     """
 
     longest: int
@@ -44,7 +44,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Expected:
-    """How the trainer would take a step, and the peak that it then has. `fixed` is no part of what is allocated."""
+    """How the trainer would run a step, and its peak memory. The part `fixed` is not allocated by the run."""
 
     step: Step
     estimate: Estimate
@@ -55,7 +55,7 @@ class Expected:
 
 
 def plan(s: Setting, load: Load, capacity: int) -> Expected | None:
-    """Returns the plan for a device with `capacity` bytes; None where the trainer would find none."""
+    """Returns the plan for a device with `capacity` bytes; None if the trainer would find none."""
     step = _on_cpu(load) if s.device == "cpu" else _on_gpu(s, load, capacity)
     if step is None:
         return None
@@ -76,7 +76,7 @@ def run(
     ranks: int = 1,
     batch: int = BATCH,
 ) -> Expected | None:
-    """Returns the plan of a run whose every example is as long as it may be. Arguments as of `memory.estimate`.
+    """Returns the plan of a run whose examples all have the maximum length. Arguments as in `memory.estimate`.
 
     `batch`: examples of a step on one device.
     """
@@ -86,21 +86,20 @@ def run(
 
 
 def runs(model_info: Mapping[str, Any], technique: Technique, *, capacity: int, **of_run: Any) -> bool:
-    """Whether the trainer would find a plan. `of_run`: as of `run`."""
+    """Whether the trainer would find a plan. `of_run`: as in `run`."""
     return run(model_info, technique, capacity=capacity, **of_run) is not None
 
 
 def bf16_runs(model_info: Mapping[str, Any], *, capacity: int, **of_run: Any) -> bool:
-    """Whether a plain LoRA has a plan, so that nobody who asks for no technique pays for 4 bits with quality."""
+    """Whether plain LoRA has a plan; if so, 4 bits and their loss of quality are not the default."""
     return runs(model_info, Lora(), capacity=capacity, **of_run)
 
 
 def choose_sharding(
     model_info: Mapping[str, Any], technique: Technique, *, gpus: int, capacity: int, asked: Sharding, **of_run: Any
 ) -> Literal["replicate", "full_shard"]:
-    """How a run uses several devices of `capacity` bytes: as asked, or in pieces where a whole copy does not fit.
-
-    `of_run`: as of `run`.
+    """Returns how a run uses several devices of `capacity` bytes: as requested, or sharded if a whole copy does not
+    fit. `of_run`: as in `run`.
     """
     if asked != "auto":
         return asked
@@ -110,7 +109,7 @@ def choose_sharding(
 
 
 def tokens_in(free: int, bytes_a_token: float, kept: int) -> int:
-    """Returns tokens whose activations fit into `free` bytes beside the `kept` ones, which are still to come."""
+    """Returns how many tokens' activations fit into `free` bytes less `kept` ones, which are allocated later."""
     return max(0, int(HEADROOM * (free - kept) / max(1.0, bytes_a_token)))
 
 
@@ -131,14 +130,14 @@ def _on_gpu(s: Setting, load: Load, capacity: int) -> Step | None:
 
 
 def _step(load: Load, tokens: int, **how: bool) -> Step:
-    """Returns the step whose largest micro-batch has whole examples, as many as `tokens` hold."""
+    """Returns the step whose largest micro-batch has as many whole examples as fit into `tokens`."""
     tokens = min(tokens, load.step) if tokens >= load.step else max(1, tokens // load.longest) * load.longest
     labels = tokens if load.labels is None else min(tokens, load.labels)
     return Step(tokens, labels, **how)
 
 
 def _tokens_that_fit(s: Setting, longest: int, capacity: int, *, recompute: bool) -> int:
-    """By the peak of one example, as the trainer's probe has it."""
+    """Returns how many tokens fit, extrapolated from the peak of one example as in the trainer's probe."""
     one = next(peak.phases(s, Step(longest, longest, recompute=recompute)))
     of_pass = sum(one[name] for name in _PASS)
     rest = sum(size for name, size in one.items() if name not in (*_PASS, "gradients", "gathered"))
@@ -148,12 +147,12 @@ def _tokens_that_fit(s: Setting, longest: int, capacity: int, *, recompute: bool
 
 
 def _is_recorded(s: Setting, tokens: int) -> bool:
-    """Whether passes become graphs; a method or a RoPE that cannot be recorded is not looked for here."""
+    """Whether passes are recorded as CUDA graphs, assuming that method and RoPE can be recorded."""
     return s.shape.params <= RECORDED_PARAMS and tokens <= RECORDED_TOKENS and not s.shape.experts
 
 
 def _with_check(s: Setting, step: Step, load: Load, capacity: int) -> Step:
-    """The step of a run whose files are compared at the end, where the model is small and there is room for it."""
+    """Returns the step with the comparison of files at the run's end, if the model is small enough and it fits."""
     room = capacity - PROCESS_BYTES[s.device] - _bytes(peak.at_rest(s)) - s.gradient_bytes
     small = s.shape.params <= peak.MOST_CHECKED and s.ranks == 1
     if not small or room < peak.CHECKED_BYTES * s.shape.params:

@@ -1,4 +1,4 @@
-"""Which known cards hold a run, and what to change for the others. Pure functions."""
+"""Says which known cards fit a run, and what to change for the others. Pure functions."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -46,7 +46,7 @@ class CardFit(BaseModel):
 
 
 def on_cards(model_info: Mapping[str, Any], technique: Technique, **of_run: Any) -> list[CardFit]:
-    """Returns every known card, the smallest first. `of_run`: as of `expected.run`, of rows as long as they may be."""
+    """Returns every known card, smallest first. `of_run`: as in `expected.run`, for rows of the maximum length."""
     ordered = sorted(CARDS, key=lambda card: (card.usable, card.price))
     return [_on(card, model_info, technique, of_run) for card in ordered]
 
@@ -67,7 +67,7 @@ def _on(card: Card, model_info: Mapping[str, Any], technique: Technique, of_run:
 
 
 def of_plan(model_info: Mapping[str, Any], plan: Plan) -> list[CardFit]:
-    """Returns the known cards for a job's plan, each of its GPUs of that kind; in pieces where that was left open."""
+    """Returns the known cards for a job's plan, if all its GPUs were of that kind; sharded if that was left open."""
     resources = plan.resources
     return on_cards(
         model_info,
@@ -81,7 +81,7 @@ def of_plan(model_info: Mapping[str, Any], plan: Plan) -> list[CardFit]:
 
 
 def in_words(found: Iterable[CardFit]) -> list[tuple[str, str]]:
-    """Verdicts with the cards that have them, in a line each, and the change for the largest that is too small."""
+    """Returns each verdict with its cards, on a line each, and the change for the largest card that is too small."""
     cards = list(found)
     named: list[tuple[Verdict, str]] = [("fits", "fits on"), ("borderline", "may fit on"), ("too_small", "too small")]
     lines = [(text, ", ".join(card.name for card in cards if card.verdict == verdict)) for verdict, text in named]

@@ -1,10 +1,10 @@
-"""Confidence intervals that need no drawing."""
+"""Confidence intervals without resampling."""
 
 import math
 
 
 def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
+    """Returns the 95 % interval of a proportion (Wilson 1927)."""
     fraction, square = right / n, z * z
     middle = (fraction + square / (2 * n)) / (1 + square / n)
     half = z / (1 + square / n) * math.sqrt(fraction * (1 - fraction) / n + square / (4 * n * n))

@@ -1,8 +1,8 @@
-"""How much memory a run needs at the least, and what to change where it is not there. No weights, no torch.
+"""The minimum memory of a run, from a base's config alone: no weights, no torch.
 
-"At the least" is one example at a time, of `rows` sequences of `max_seq_length` tokens, with activations recomputed on
-a GPU, which is where the trainer goes when memory is short. It then measures and takes larger micro-batches where there
-is room: `expected.py` says which. What is under this bound cannot run; what is above it may. Sizes are of one device;
+The minimum is one example at a time, of `rows` sequences of `max_seq_length` tokens, with activations recomputed on a
+GPU, as the trainer does when memory is short. The trainer then measures and takes larger micro-batches if they fit, as
+predicted by `expected.py`. Below this bound a run is impossible; above it, it may work. Sizes are of one device;
 several GPUs hold a copy each.
 
 Units are bytes; `GiB` in messages is 2**30 of them, as on a card's box.
@@ -30,12 +30,12 @@ def estimate(
     optimizer: str = "adamw",
     ranks: int = 1,
 ) -> Estimate:
-    """Returns the least that a run needs on one `device` ("cuda" or "cpu"). `rows`: of an example.
+    """Returns the minimum memory of a run on one `device` ("cuda" or "cpu"). `rows`: sequences of an example.
 
-    `ranks`: over how many devices the model is cut, of which this is one.
+    `ranks`: over how many devices the model is sharded.
     """
     tokens = max_seq_length * rows
-    # A CPU has no probe: it takes so many tokens whatever memory there is.
+    # On a CPU the trainer does not probe: it takes at least this many tokens, whatever the memory.
     tokens = tokens if device == "cuda" else max(tokens, CPU_MICRO_BATCH)
     setting = Setting.of(model_info, technique, device, optimizer, ranks)
     found = peak.peak(setting, Step(tokens, labels=1, recompute=device == "cuda"))
@@ -43,15 +43,15 @@ def estimate(
 
 
 def moment_bytes(technique: Technique, device: str = "cuda") -> int:
-    """Returns bytes of the optimizer's two moments of a weight that learns."""
+    """Returns the bytes per trained weight of the optimizer's two moments."""
     return decide(technique, device).moment_bytes
 
 
 def fits(model_info: Mapping[str, Any], technique: Technique, *, capacity: int, **asked: Any) -> bool:
-    """Whether the least that the run needs is there. `capacity`: bytes of one device; `asked`: as of `estimate`."""
+    """Whether the run's minimum memory fits. `capacity`: bytes of one device; `asked`: as in `estimate`."""
     return estimate(model_info, technique, **asked).bytes <= capacity
 
 
 def gib(size: int) -> str:
-    """Returns a size for people: `24.0 GiB`."""
+    """Formats a size: `24.0 GiB`."""
     return f"{size / GIB:.1f} GiB"

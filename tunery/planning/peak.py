@@ -1,8 +1,8 @@
-"""The most memory that a run has allocated on one device at once, from the base's config and how a step is taken.
+"""The peak memory of a run on one device, from the base's config and how a step is run.
 
-A run is at its peak in one of four places: while a pass begins its way back, with all that was kept; while it ends,
-with all gradients; while the loss is measured without gradients; or after training, when a small model's files are
-loaded beside it to compare their answers. Units are bytes.
+The peak is in one of four phases: at the start of a backward pass, with all activations; at its end, with all
+gradients; while the loss is measured without gradients; or after training, when a small model's files are loaded
+beside it to compare their answers. Units are bytes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,27 +15,27 @@ from tunery.planning.shape import Shape, trainable_params
 from tunery.spec import Full, Technique
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 16_384
-"""Bytes a weight: 4 bits, an 8-bit scale per 64 weights, a 32-bit one per 256 scales (arXiv:2305.14314, section 3)."""
+"""Bytes per weight: 4 bits, an 8-bit scale per 64 weights, a 32-bit one per 256 scales (arXiv:2305.14314, sec. 3)."""
 NF4_PLAIN_BYTES = 0.5 + 4 / 64
-"""Without double quantisation: a 32-bit scale for 64 weights."""
+"""Bytes per weight without double quantisation: a 32-bit scale per 64 weights."""
 MOST_CHECKED = 2_000_000_000
-"""Weights of the largest model whose files are loaded a second time at the end, to compare their answers. Larger ones
-take minutes and tens of GB, more than the check is worth at every run's end."""
+"""Parameters of the largest model whose files are loaded again at the end, to compare their answers. For larger ones
+this takes minutes and tens of GB, more than the check is worth after every run."""
 CHECKED_BYTES = 6
-"""Bytes a weight that the comparison wants free: fp32 weights, and the bf16 file that they are read from."""
+"""Bytes per weight that the comparison needs: fp32 weights, and the bf16 file that they are read from."""
 WORKSPACE = 32 * 2**20
-"""Of cuBLAS: one for each thread that asks for products, on each stream."""
+"""Bytes of a cuBLAS workspace; there is one per calling thread and stream."""
 MOST_PROMPT = 512
 """Tokens of the longest prompt of that comparison."""
 _MOMENT_BLOCK = 256
-"""8-bit moments that share an fp32 scale."""
+"""Number of 8-bit moments that share an fp32 scale."""
 
 Parts = dict[str, int]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by what they are for: base, gradients, optimizer, adapter, activations, head, fixed and others."""
+    """Bytes by purpose: base, gradients, optimizer, adapter, activations, head, fixed and others."""
 
     parts: Parts
 
@@ -46,11 +46,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Step:
-    """How a step is taken. `tokens` and `labels`: of the largest micro-batch, its padding included.
+    """How a step is run. `tokens` and `labels`: of the largest micro-batch, including padding.
 
-    `recompute`: activations are made again in the backward pass. `graphs`: passes are recorded, which keeps gradients
-    from step to step. `accumulates`: a step has several micro-batches. `prompt`: tokens of the longest prompt
-    by which the files are compared at the end, 0 where they are not.
+    `recompute`: the backward pass recomputes activations. `graphs`: passes are recorded as CUDA graphs, which keep
+    gradients between steps. `accumulates`: a step has several micro-batches. `prompt`: tokens of the longest prompt
+    with which the files are compared at the end; 0 without a comparison.
     """
 
     tokens: int
@@ -64,7 +64,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Setting:
-    """A base, what is learned of it, and where. `ranks`: over how many devices the model is cut."""
+    """A base, how it is trained, and where. `ranks`: over how many devices the model is sharded."""
 
     shape: Shape
     technique: Technique
@@ -77,7 +77,7 @@ class Setting:
     def of(
         cls, model_info: Mapping[str, Any], technique: Technique, device: str, optimizer: str, ranks: int
     ) -> "Setting":
-        """From `model_info` and a plan's words."""
+        """Returns the setting for a base and the options of a plan."""
         precision = decide(technique, device, optimizer)
         return cls(Shape.of(model_info), technique, precision, trainable_params(model_info, technique), device, ranks)
 
@@ -87,7 +87,7 @@ class Setting:
 
     @property
     def vocabulary_bytes(self) -> int:
-        """Of embedding and head."""
+        """Bytes of embedding and head."""
         return self.shape.vocabulary * BYTES[self.precision.dense]
 
     @property
@@ -95,15 +95,15 @@ class Setting:
         return self.learns * self.precision.trained_bytes
 
     def cut(self, size: int) -> int:
-        """Returns a rank's share of what is cut over the ranks."""
+        """Returns one rank's share of a sharded size."""
         return -(-size // self.ranks)
 
 
 def at_rest(s: Setting) -> Parts:
-    """What is there between two steps. Paged moments count as others do: they come back to the GPU in every step."""
+    """Returns what is allocated between steps. Paged moments count too: they return to the GPU in every step."""
     base = base_bytes(s.shape, s.precision)
     if s.precision.fp8 and not s.precision.quantised and s.device == "cuda":
-        base += 2 * s.shape.linears  # in eight bits twice: by rows and by columns
+        base += 2 * s.shape.linears  # two 8-bit copies: by rows and by columns
     moments = _moment_bytes(s)
     parts = {"base": s.cut(base), "optimizer": s.cut(moments) if s.is_full else moments}
     if not s.is_full:
@@ -116,13 +116,13 @@ def _moment_bytes(s: Setting) -> int:
     if s.precision.moments != "int8":
         return moments
     moments += 2 * BYTES["float32"] * s.learns // _MOMENT_BLOCK
-    if s.is_full and s.precision.rounding == "nearest":  # embeddings keep 32 bits
+    if s.is_full and s.precision.rounding == "nearest":  # embeddings have 32-bit moments
         moments += 2 * (BYTES["float32"] - BYTES["int8"]) * s.shape.vocabulary
     return moments
 
 
 def base_bytes(shape: Shape, precision: Precision) -> int:
-    """Of the base's weights as a run keeps them."""
+    """Returns the bytes of the base's weights as a run stores them."""
     width = BYTES[precision.dense]
     if not precision.quantised:
         return shape.params * width
@@ -135,7 +135,7 @@ def _four_bit(shape: Shape) -> int:
 
 
 def phases(s: Setting, step: Step) -> Iterator[Parts]:
-    """What is allocated in each of the places where a run can be at its peak."""
+    """Yields what is allocated in each phase where a run can be at its peak."""
     rest = at_rest(s)
     if s.device == "cuda":
         rest["workspaces"] = WORKSPACE * (4 if step.graphs else 2)
@@ -159,7 +159,8 @@ def phases(s: Setting, step: Step) -> Iterator[Parts]:
 
 
 def _at_the_end(s: Setting, step: Step, gradients: int, layer: int) -> Parts:
-    """When a backward pass ends: the embedding's gradient comes last, and is whole where the model is cut."""
+    """Returns what is allocated at the end of a backward pass: the embedding's gradient comes last, and is whole even
+    if the model is sharded."""
     work = {"activations": step.tokens * s.shape.hidden * BYTES[s.precision.dense], "head": _work(s, step)}
     if s.ranks == 1:
         return {"gradients": gradients, **work}
@@ -171,10 +172,11 @@ def _at_the_end(s: Setting, step: Step, gradients: int, layer: int) -> Parts:
 
 
 def _kept(s: Setting, step: Step) -> int:
-    """Returns what the forward pass leaves: of each layer all that was kept, or its input and one layer's whole."""
+    """Returns the bytes of activations after the forward pass: all of every layer, or if recomputed each layer's input
+    and all of one layer."""
     layers, width = max(1, s.shape.layers), BYTES[s.precision.dense]
     kept = activations.kept(s.shape, s.technique, s.precision)
-    states = 2 * step.tokens * s.shape.hidden * width  # what the layers begin with, and what they end in
+    states = 2 * step.tokens * s.shape.hidden * width  # input of the first layer and output of the last
     whole = 1 if step.recompute else layers
     inputs = step.tokens * s.shape.hidden * width * layers if step.recompute else 0
     casts = BYTES[s.precision.compute] * s.shape.linears * whole // layers if s.precision.autocast else 0
@@ -182,7 +184,7 @@ def _kept(s: Setting, step: Step) -> int:
 
 
 def _work(s: Setting, step: Step) -> int:
-    """Returns what the backward pass of a layer uses beside what was kept, and the weight that it unpacks."""
+    """Returns what a layer's backward pass uses beside the kept activations, and the weight that it dequantises."""
     scratch = max(i * o for i, o in s.shape.modules.values()) * BYTES[s.precision.compute]
     work = step.tokens * activations.at_work(s.shape, s.technique, s.precision)
     return work + (scratch if s.precision.quantised else 0)
@@ -197,7 +199,7 @@ def _layer_bytes(s: Setting) -> int:
 
 
 def _expert_bytes(s: Setting, step: Step) -> int:
-    """What adapters make of the experts' weights: their sum with the update, and its gradient, one layer's at a time.
+    """Returns the bytes of the experts' weights with the adapters' updates added, and their gradient, for one layer.
 
     Without recomputation the sums of all layers are kept for the backward pass.
     """
@@ -208,8 +210,9 @@ def _expert_bytes(s: Setting, step: Step) -> int:
 
 
 def _dora_bytes(s: Setting, tokens: int, layers: int) -> int:
-    """What DoRA makes of one layer in fp32, to measure its weights: them, B A, their sum, the identity behind B A; and
-    of each layer that keeps them the inputs and outputs of all positions, which the backward pass reads."""
+    """Returns the bytes that DoRA needs to compute weight norms of one layer in fp32: the weights, B A, their sum, and
+    the identity from which PEFT makes B A; and for each of `layers` the inputs and outputs of all positions, which the
+    backward pass reads."""
     if isinstance(s.technique, Full) or not s.technique.use_dora:
         return 0
     sizes = s.shape.modules.values()
@@ -218,15 +221,16 @@ def _dora_bytes(s: Setting, tokens: int, layers: int) -> int:
 
 
 def _trial_bytes(s: Setting, labels: int) -> int:
-    """Of whole logits in fp32: by the head's product, by the model itself, and their difference."""
+    """Returns the bytes of whole logits in fp32, three times: from the head's product, from the model, their
+    difference."""
     return 3 * BYTES["float32"] * labels * s.shape.vocab
 
 
 def _copy_bytes(s: Setting, prompt: int) -> int:
-    """Of the files as a user loads them, computing in fp32, and of the logits of a prompt."""
+    """Returns the bytes of the files loaded as a user would, in fp32, and of the logits of a prompt."""
     wide = BYTES["float32"]
     logits = prompt * s.shape.vocab * wide
-    if s.device == "cpu":  # where the file that is read is in the process's memory too
+    if s.device == "cpu":  # the file that is read is in the process's memory too
         logits += BYTES["bfloat16"] * s.shape.params
     if s.is_full:
         return wide * s.shape.params + logits
@@ -236,5 +240,5 @@ def _copy_bytes(s: Setting, prompt: int) -> int:
 
 
 def peak(s: Setting, step: Step) -> Estimate:
-    """Returns the phase that allocates the most."""
+    """Returns the phase with the largest allocation."""
     return Estimate(max(phases(s, step), key=lambda parts: sum(parts.values())))

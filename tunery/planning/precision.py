@@ -1,4 +1,4 @@
-"""The number types of a run, decided once from its technique and its kind of device. No torch: types are names."""
+"""The number types of a run, decided once from technique and kind of device. Types are names: torch is not needed."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,11 +11,11 @@ BYTES = {"bfloat16": 2, "float32": 4, "int8": 1}
 
 @dataclass(frozen=True)
 class Precision:
-    """What a run's numbers are kept and multiplied in, by torch's names.
+    """The types in which a run stores and multiplies numbers, by torch's names.
 
-    `base`: the linear layers of the base; `dense`: its embeddings, norms and head. `trained`: the weights that learn,
-    and `rounding` how an update is written into them. `moments`: the optimizer's two; int8 has an fp32 scale for 256
-    of them. `compute`: the products. `fp8`: whether those with the frozen base are asked for in e4m3.
+    `base`: the linear layers of the base; `dense`: its embeddings, norms and head. `trained`: the trained weights, and
+    `rounding`: how an update is rounded into them. `moments`: the optimizer's two; int8 has an fp32 scale per 256 of
+    them. `compute`: the matrix products. `fp8`: whether products with the frozen base are requested in e4m3.
     """
 
     base: Literal["bfloat16", "float32", "nf4", "fp4"]
@@ -33,7 +33,7 @@ class Precision:
 
     @property
     def autocast(self) -> bool:
-        """Whether products are made in a narrower type than the weights are kept in."""
+        """Whether products are computed in a narrower type than the weights are stored in."""
         return not self.quantised and self.base != self.compute
 
     @property
@@ -42,12 +42,12 @@ class Precision:
 
     @property
     def moment_bytes(self) -> int:
-        """Bytes of both moments of a weight."""
+        """Bytes of both moments per weight."""
         return 2 * BYTES[self.moments]
 
 
 def decide(technique: Technique, device: str, optimizer: str = "adamw") -> Precision:
-    """The precision of a run. `device`: "cuda", or "cpu", where bf16 products are slow and memory is no worry."""
+    """Returns the precision of a run. `device`: "cuda", or "cpu", where bf16 is slow and memory is plentiful."""
     precision = _of_technique(technique, device)
     return precision if optimizer == "adamw" else replace(precision, moments="int8")
 
@@ -64,7 +64,7 @@ def _of_technique(technique: Technique, device: str) -> Precision:
 
 
 def dense_dtype(device: str) -> Dtype:
-    """Returns the type of weights that do not learn, and of all weights of a model that answers."""
+    """Returns the type of frozen weights, and of all weights in inference."""
     return "bfloat16" if device == "cuda" else "float32"
 
 

@@ -1,4 +1,4 @@
-"""What a device costs: the operator's prices of an hour, and for other cards those of the table."""
+"""The cost of a device: the operator's hourly prices, and for other cards those of the table."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -9,7 +9,7 @@ HOUR = 3600
 
 
 class Prices(Protocol):
-    """What the settings say of prices. Keys are cards or parts of a device's name: `H200`, `A100 40GB`, `CPU`."""
+    """The price settings. Keys are cards or parts of a device's name: `H200`, `A100 40GB`, `CPU`."""
 
     @property
     def gpu_hour_prices(self) -> Mapping[str, float]: ...
@@ -19,9 +19,9 @@ class Prices(Protocol):
 
 
 def hourly(device: str, prices: Prices) -> float | None:
-    """Returns the price of an hour of one device, by the driver's name of it; None where nobody has set one.
+    """Returns the hourly price of a device by its driver's name; None if none is known.
 
-    The table's prices are US dollars, so with another currency the operator's own are the only ones.
+    The table's prices are in US dollars, so with another currency only the operator's own prices count.
     """
     own = cards.best_match(device, prices.gpu_hour_prices)
     if own is not None:
@@ -31,6 +31,6 @@ def hourly(device: str, prices: Prices) -> float | None:
 
 
 def cost(gpu_seconds: float, device: str, prices: Prices) -> float | None:
-    """Returns what so many seconds of a device cost, in the operator's currency; None where its price is not known."""
+    """Returns the cost of the seconds on a device, in the operator's currency; None if its price is unknown."""
     price = hourly(device, prices)
     return None if price is None else price * gpu_seconds / HOUR

@@ -1,13 +1,13 @@
-"""Prompting measured before any training: what is asked of a model, and the figures that come of it."""
+"""Measuring prompts before any training: the orders to a worker, and the scores."""
 
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 MOST_SHOTS = 32
-"""Examples that a prompt has at most: beyond, prompts cost more than they gain, and a CPU measures them for hours."""
+"""Maximum examples in a prompt: more cost more than they gain, and take a CPU hours to measure."""
 METRICS = ("exact", "label_accuracy", "field_f1", "json_valid", "tool_calls", "tool_names", "chrf", "rouge_l")
-"""What a target may name: the metrics of the scorecard."""
+"""Metrics that a target may name: those of the scorecard."""
 SHARES = frozenset({"exact", "label_accuracy", "json_valid", "tool_calls", "tool_names"})
 """Metrics that count each row as right or wrong."""
 
@@ -20,9 +20,9 @@ class _Part(BaseModel):
 
 
 class ShotsOrder(_Part):
-    """`shots_order.json`: which prompts are to be made of an eval file's rows.
+    """`shots_order.json`: which prompts to make from an eval file's rows.
 
-    `context`: tokens that a prompt and its answer may have together; `max_new_tokens`: those of an answer.
+    `context`: token limit of a prompt with its answer; `max_new_tokens`: that of an answer.
     """
 
     shots: Literal["auto"] | list[Shots]
@@ -34,7 +34,7 @@ class ShotsOrder(_Part):
 
 
 class Variant(_Part):
-    """One way to prompt: `shots` examples before each question, the same ones for all questions or each its nearest."""
+    """A way to prompt: `shots` examples before each question, the same for all or the nearest to each."""
 
     shots: int
     nearest: bool = False
@@ -42,12 +42,12 @@ class Variant(_Part):
 
     @property
     def name(self) -> str:
-        """The name of the file of its prompts."""
+        """The name of its prompt file."""
         return f"{self.shots}-{'nearest' if self.nearest else 'shot'}"
 
 
 class Prompts(_Part):
-    """`shots.json`: the prompts that were made. `left_out`: examples that ask what an eval row asks."""
+    """`shots.json`: the prompts that were made. `left_out`: number of examples that ask the same as an eval row."""
 
     variants: list[Variant]
     examples: int
@@ -58,7 +58,7 @@ class Prompts(_Part):
 class AnswerOrder(_Part):
     """`answer_order.json`: the prompts that a model is to answer. `tuned`: with its adapter.
 
-    `given`: another program has answered already, and only its answers are to be scored.
+    `given`: the answers come from another program and only need scoring.
     """
 
     variants: list[Variant]
@@ -75,7 +75,7 @@ class Figure(_Part):
 
 
 class PromptScore(_Part):
-    """What a way to prompt a model came to. `error`: why it could not be measured."""
+    """The scores of a way to prompt a model. `error`: why it could not be measured."""
 
     shots: int
     nearest: bool

@@ -1,4 +1,4 @@
-"""What a run will take in time and money, as a range, before it is submitted. Pure functions."""
+"""Quotes the time and cost of a run, as a range, before it is submitted. Pure functions."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -19,12 +19,12 @@ SPREADS: dict[Basis, tuple[float, float]] = {
     "other_base": (0.6, 1.8),
     "estimated": (0.6, 2.0),
 }
-"""How far a run may lie from the expectation, by what that is made of."""
+"""How far a run may be from the expectation, by the basis of the quote."""
 _OF_TOKENS: dict[Source, tuple[float, float]] = {"rows": (1.0, 1.0), "report": (0.95, 1.1), "bytes": (0.6, 1.4)}
 _EARLY_ANSWERS = 0.35
-"""The share of their limit that answers may have at the least: a tuned model stops by itself."""
+"""The least share of the token limit that answers may have: a tuned model stops by itself."""
 _PARALLEL = {False: 0.92, True: 0.75}
-"""Of the ideal speed of several GPUs: with a whole copy on each, and with a piece. Assumed, not measured."""
+"""Share of the ideal speed-up of several GPUs, with a copy on each (False) or sharded (True). Assumed."""
 
 
 class Range(BaseModel):
@@ -64,9 +64,9 @@ class Quote(BaseModel):
 
 
 def make(work: Workload, device: str, records: Sequence[Record], prices: Prices) -> Quote | None:
-    """Returns the quote of a run on a device. `records`: runs that ended on devices of this name, newest first.
+    """Returns the quote of a run on a device. `records`: past runs on devices of this name, newest first.
 
-    None for a GPU that is not in the table and on which nothing has run.
+    None for a GPU that is not in the table and has no records.
     """
     chosen = speed.choose(list(records), work)
     if chosen:
@@ -106,7 +106,7 @@ def seconds_of(work: Workload, pace: Speed) -> dict[Part, float]:
 def _put_together(
     work: Workload, device: str, speeds: Sequence[Speed], times: Sequence[dict[Part, float]], prices: Prices
 ) -> Quote:
-    """Returns the middle of what the runs say, and a range that has all of them in it."""
+    """Returns the median of the runs' estimates, and a range that includes all of them."""
     basis = speeds[0].basis
     parts: dict[Part, float] = {part: round(median(each[part] for each in times), 3) for part in times[0]}
     lows, highs = _OF_TOKENS[work.source]
@@ -133,7 +133,7 @@ def _put_together(
 
 
 def _bounded(times: dict[Part, float], tokens: float, answers: float) -> float:
-    """Returns a run's seconds where it has so many times the tokens, and the answers so many times their length."""
+    """Returns a run's seconds with `tokens` times the tokens, and answers `answers` times as long."""
     return sum(times.values()) + (tokens - 1) * times["training"] + (answers - 1) * times["evaluation"]
 
 
@@ -149,7 +149,7 @@ _TOKENS: dict[Source, str] = {
 
 
 def explain(work: Workload, device: str, speeds: Sequence[Speed]) -> str:
-    """Says what the quote is made of."""
+    """Returns what the quote is based on, in words."""
     first = speeds[0]
     runs = "the last run" if len(speeds) == 1 else f"the last {len(speeds)} runs"
     said = {
@@ -162,7 +162,7 @@ def explain(work: Workload, device: str, speeds: Sequence[Speed]) -> str:
 
 
 def left(quote: Quote, fraction: float) -> Quote:
-    """The quote of what is left of a run of which a share is done: its steps; all else comes again or is still due."""
+    """Returns the quote of the rest of a run with a `fraction` of its steps done; other parts count in full."""
     parts = quote.parts | {"training": quote.parts["training"] * (1 - fraction)}
     factor = sum(parts.values()) / max(1e-9, sum(quote.parts.values()))
     changed = {"seconds": quote.seconds.times(factor), "gpu_hours": quote.gpu_hours.times(factor), "parts": parts}
@@ -185,7 +185,7 @@ class Actual(BaseModel):
 
 
 def compare(quote: Quote | None, device: str, gpus: int, seconds: float, prices: Prices) -> Actual:
-    """Returns what a run took on `gpus` devices, 0 for a CPU, and how far that is from its quote."""
+    """Returns what a run took on `gpus` devices (0: CPU), and the difference from its quote."""
     return Actual(
         device=device,
         gpus=gpus,
@@ -199,7 +199,7 @@ def compare(quote: Quote | None, device: str, gpus: int, seconds: float, prices:
 
 
 def say(quote: Quote | None, actual: Actual) -> str:
-    """Quoted and actual in a sentence, as the job's event has it."""
+    """Returns the comparison in a sentence, for the job's event."""
     money = "" if actual.cost is None else f", {actual.cost:.2f} {actual.currency}"
     took = f"The run took {actual.seconds:.0f} s ({actual.gpu_hours:.2f} GPU hours{money})"
     if quote is None or actual.of_quoted is None:

@@ -1,4 +1,4 @@
-"""Whether to fine-tune at all: written rules, from the rows that count and what the owner wants. Pure functions."""
+"""Recommends whether to fine-tune, by fixed rules on the usable rows and the owner's aim. Pure functions."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
@@ -9,7 +9,7 @@ Aim = Literal["output_format", "style", "domain_language", "new_facts", "latency
 Choice = Literal["prompt", "evaluate_both", "fine_tune", "retrieval"]
 
 FEW, MANY = 100, 1000
-"""Usable rows: below the first a prompt comes first, above the second a fine-tune is worth its price."""
+"""Usable rows: below the first, try a prompt first; above the second, a fine-tune is worth its price."""
 _BEHAVIOUR: Mapping[Aim, str] = {
     "output_format": "A consistent output format is what a fine-tune is best at: the model learns the form itself, and "
     "no request has to explain it.",
@@ -17,7 +17,7 @@ _BEHAVIOUR: Mapping[Aim, str] = {
     "latency": "A small tuned model can do one task as a large prompted one does it, with a shorter prompt: fewer "
     "tokens a request, and faster ones.",
 }
-"""The aims for which a fine-tune wins, and why."""
+"""The aims for which a fine-tune is best, and why."""
 _MOST_KINDS = 4
 HEADLINES: Mapping[Choice, str] = {
     "prompt": "Write a prompt first; do not fine-tune yet.",
@@ -51,7 +51,7 @@ class Rows(_Model):
 
 
 class Rule(NamedTuple):
-    """One way to decide: the first rule that applies does. `says` has the numbers of the rows in braces."""
+    """A rule; the first that applies decides. `says` has placeholders for the row counts."""
 
     name: str
     applies: Callable[[Rows, Aim], bool]
@@ -95,18 +95,18 @@ RULES: tuple[Rule, ...] = (
         "{usable:,} usable rows are more than 1,000: a fine-tune is worth its price.",
     ),
 )
-"""In order."""
+"""In the order in which they are tried."""
 
 
 def decide(rows: Rows, aim: Aim) -> tuple[Choice, list[Reason]]:
-    """Returns what to do, and why: first the rule that decided."""
+    """Returns what to do, and why, with the deciding rule first."""
     rule = next(rule for rule in RULES if rule.applies(rows, aim))
     said = rule.says.format(usable=rows.usable, behaviour=_BEHAVIOUR.get(aim, ""))
     return rule.choice, [Reason(rule=rule.name, text=said), *_besides(rows, aim, rule.choice)]
 
 
 def _besides(rows: Rows, aim: Aim, choice: Choice) -> list[Reason]:
-    """Returns what holds whatever was decided."""
+    """Returns reasons that apply besides the deciding rule's."""
     found = []
     if rows.refused is not None:
         text = f"No job can take the file as it is: {rows.refused}"

@@ -1,5 +1,4 @@
-"""Which adapters a vLLM server loads and computes as they were trained: the rules, for a job that is asked for and for
-files that are to be served."""
+"""Rules for which adapters a vLLM server can load and compute as trained, for new jobs and for stored files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,15 +14,15 @@ _VOCABULARY = ("lm_head", "embed_tokens")
 
 @dataclass(frozen=True)
 class Limits:
-    """What the servers of an installation allow: their `--max-lora-rank`, and whether an adapter that was trained on
-    four bits may answer on the base itself."""
+    """The limits of an installation's servers: their `--max-lora-rank`, and whether an adapter trained on a 4-bit base
+    may be served on the unquantised base."""
 
     max_rank: int
     four_bits_on_the_base: bool
 
     @classmethod
     def of(cls, settings: Settings) -> "Limits | None":
-        """None where the models are not served by vLLM."""
+        """Returns the limits in the settings; None if models are not served by vLLM."""
         if settings.server_backend != "vllm":
             return None
         return cls(settings.vllm_max_lora_rank, settings.server_qlora_base == "unquantised")
@@ -31,7 +30,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class AdapterTraits:
-    """What the rules look at. `rank`: the largest of all modules."""
+    """The properties of an adapter that the rules use. `rank`: the largest of all modules."""
 
     rank: int
     use_dora: bool = False
@@ -57,7 +56,7 @@ class AdapterTraits:
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any], *, on_four_bits: bool) -> "AdapterTraits":
-        """Of the adapter with this adapter_config.json."""
+        """Returns the traits of the adapter with this adapter_config.json."""
         return cls(
             rank=max([config["r"], *(config.get("rank_pattern") or {}).values()]),
             use_dora=bool(config.get("use_dora")),
@@ -74,7 +73,7 @@ def _names_vocabulary(modules: Any) -> bool:
 
 
 def why_not(adapter: AdapterTraits, limits: Limits) -> tuple[str, str] | None:
-    """The field at fault and the reason, with what to change, for an adapter that cannot be served; None for others."""
+    """Returns the offending field and the reason, with what to change, if an adapter cannot be served; else None."""
     rules = (
         (adapter.use_dora, "use_dora", "vLLM has no DoRA. Send use_dora false"),
         (
@@ -101,7 +100,7 @@ def why_not(adapter: AdapterTraits, limits: Limits) -> tuple[str, str] | None:
 
 
 def check(technique: Technique | None, model_info: Mapping[str, Any], limits: Limits | None) -> None:
-    """Raises InvalidValue for a job whose adapter could not be served here. None: the server's choice, plain LoRA."""
+    """Raises InvalidValue for a job whose adapter could not be served here. `technique` None: the server's choice."""
     if limits is None or isinstance(technique, Full):
         return
     found = why_not(AdapterTraits.of_technique(technique or Lora(), model_info), limits)

@@ -1,9 +1,9 @@
-"""What answering with a tuned model should cost: merged or as an adapter, alone or one of many. Pure functions.
+"""Quotes the cost of serving a tuned model: merged or as an adapter, alone or one of many. Pure functions.
 
-What the model server has measured comes first. The rest is a bound: a token of an answer costs one pass, in which the
-weights are read once for all answers of a batch and each answer's keys and values too, and the products take the time
-that the published rate gives them. The longer of reading and multiplying is the bound; what a server reaches of it is
-assumed.
+Measurements of the model server come first. Without them the quote is based on a bound: a token of an answer costs one
+forward pass, which reads the weights once for all answers of a batch and each answer's keys and values, and multiplies
+at the card's published rate. The bound is the longer of reading and multiplying; the share of it that a server reaches
+is assumed.
 """
 
 from collections.abc import Mapping
@@ -21,15 +21,15 @@ from tunery.serving import Rate, Rates
 from tunery.spec import Full, Technique
 
 BATCH, CONTEXT = 16, 1024
-"""Answers at once, and tokens of each that are in memory."""
+"""Concurrent answers, and tokens of each in memory."""
 MANY = 20
 LEAST_TOKENS = 200
-"""Of answers that a rate is made of: fewer are mostly the first passes, which warm up."""
+"""Minimum answer tokens for a measured rate: fewer are mostly warm-up passes."""
 Basis = Literal["measured", "memory_bandwidth"]
 REACHED = Range(low=0.35, expected=0.6, high=0.85)
 """The share of the bound that a server reaches. Assumed."""
 _ADAPTER_SECONDS = 10e-6
-"""Of the two small products of an adapter at one linear layer. Assumed."""
+"""Seconds of an adapter's two small products at one linear layer. Assumed."""
 _USABLE = 0.9
 _WIDTH = 2
 
@@ -68,7 +68,7 @@ class ServingQuote(BaseModel):
 def make(
     model_info: Mapping[str, Any], technique: Technique, device: str, prices: Prices, *, batch: int = BATCH
 ) -> ServingQuote | None:
-    """The quote; None for a device that is not in the table, as a CPU is, and for a base that no card of it holds."""
+    """Returns the quote; None for a device that is not in the table, such as a CPU, or a base that does not fit."""
     card = cards.find(device)
     shape = Shape.of(model_info)
     whole = shape.params * _WIDTH
@@ -99,9 +99,9 @@ def make(
 def of_rates(
     rates: Rates | None, base: str, model_info: Mapping[str, Any], technique: Technique, prices: Prices
 ) -> ServingQuote | None:
-    """Returns the quote by what the model server has measured of a base; None where it has not answered with it enough.
+    """Returns the quote from the model server's measurements of a base; None if there are too few.
 
-    A way that it did not serve in is quoted as on its card.
+    A way of serving without measurements is quoted by the server's card.
     """
     own = [rate for rate in (rates.rates if rates else ()) if rate.base == base and rate.tokens >= LEAST_TOKENS]
     if rates is None or not own:
@@ -124,12 +124,12 @@ def _measured(rate: Rate, price: float | None) -> Served:
 
 
 def _held(card: Card, whole: int) -> int:
-    """Returns how many whole models a card holds beside the keys and values."""
+    """Returns how many whole models fit on a card beside the keys and values."""
     return int(card.gigabytes * GIB * _USABLE // max(1, whole))
 
 
 def _pass(shape: Shape, card: Card, *, batch: int, models: int, gpus: int, adapter: int | None) -> float:
-    """Returns seconds in which each of `batch` answers gets one more token. `models` take turns where each is whole."""
+    """Returns the seconds in which each of `batch` answers gets one more token. Whole `models` take turns."""
     copies = 1 if adapter is not None else min(models, batch)
     read = copies * shape.params * _WIDTH + batch * CONTEXT * _cache_bytes(shape)
     seconds = max(read / (card.bandwidth * 1e9), 2 * shape.params * batch / (card.tflops * 1e12))
@@ -140,7 +140,7 @@ def _pass(shape: Shape, card: Card, *, batch: int, models: int, gpus: int, adapt
 
 
 def _cache_bytes(shape: Shape) -> int:
-    """Keys and values of one token."""
+    """Returns the bytes of one token's keys and values."""
     return 2 * shape.layers * shape.kv_width * _WIDTH
 
 

@@ -1,4 +1,4 @@
-"""A decoder's sizes, from its config alone, and how many of its weights learn. Units are elements, not bytes."""
+"""A decoder's sizes, from its config alone, and its trainable parameters. Units are elements, not bytes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from tunery.spec import Full, Lora, Technique
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's sizes in elements. Families that name their parts otherwise are taken for the nearest Llama.
+    """A decoder's sizes in elements. Families with other names for their parts are treated like the nearest Llama.
 
-    Counted on the model itself, 0 for bases of older releases: `rank_1`, the weights of adapters of rank 1 on all
-    linear weights; `four_bit`, those that QLoRA packs; `experts`, those of all experts. `ffn` is what a token passes;
-    `family`, the config's model_type, None where it is not known.
+    Counted on the model itself, 0 for bases of older releases: `rank_1`, the weights of rank-1 adapters on all linear
+    layers; `four_bit`, those that QLoRA quantises; `experts`, those of all experts. `ffn` is the width that a token
+    passes through; `family` is the config's model_type, None if unknown.
     """
 
     params: int
@@ -53,7 +53,7 @@ class Shape:
 
     @property
     def modules(self) -> dict[str, tuple[int, int]]:
-        """A layer's linear modules: inputs and outputs."""
+        """The inputs and outputs of a layer's linear modules, by name."""
         return {
             "q_proj": (self.hidden, self.heads_width),
             "k_proj": (self.hidden, self.kv_width),
@@ -76,7 +76,7 @@ class Shape:
 
 
 def trainable_params(model_info: Mapping[str, Any], technique: Technique) -> int:
-    """Weights that learn. A module name that the shape does not know counts as hidden x hidden."""
+    """Returns the number of trained weights. A module of unknown size counts as hidden x hidden."""
     shape = Shape.of(model_info)
     if isinstance(technique, Full):
         return shape.params
@@ -91,7 +91,7 @@ def trainable_params(model_info: Mapping[str, Any], technique: Technique) -> int
 
 
 def _whole_params(shape: Shape, technique: Lora) -> int:
-    """Weights beside the adapters that learn themselves. A module whose size is not known counts as a head."""
+    """Returns the weights of modules that are trained whole. A module of unknown size counts as a head."""
     matrices = shape.vocab * shape.hidden * len(technique.modules_to_save or ())
     rows = len(technique.trainable_token_indices or ()) * shape.hidden
     return (matrices + rows) * (1 if shape.tied else 2) if rows else matrices

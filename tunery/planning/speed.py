@@ -1,7 +1,7 @@
-"""How fast a device trains a base: from a run that it has done, or from what is published of the card. Pure functions.
+"""Estimates how fast a device trains a base, from a past run or from the card's published figures. Pure functions.
 
-A frozen base costs four operations a token and weight, a full fine-tune six, a recomputation two more; a multiplication
-and an addition are one each. What a step costs however few tokens it has is its layers' launches and the optimizer.
+A frozen base costs four operations per token and weight, a full fine-tune six, recomputation two more; a
+multiplication and an addition count as one each. A step's fixed cost is its kernel launches and the optimizer.
 """
 
 from collections.abc import Mapping
@@ -15,32 +15,32 @@ from tunery.spec import Full, Lora, Qlora, Technique
 from tunery.trainer_protocol import Spent, StepTimes
 
 Basis = Literal["same", "other_technique", "other_base", "estimated"]
-"""Whence a speed is: a run here with this base and technique, one of this base, one of another base, or a table."""
+"""The basis of a speed: a run here with this base and technique, with this base, with another base, or the table."""
 
-# Shares of a published rate that steps of 7,600 tokens reached on an H200 (bench/results/fp8_job_*, job_speed_*).
+# Shares of the published rate reached by steps of 7,600 tokens on an H200 (bench/results/fp8_job_*, job_speed_*).
 MFU, QLORA_MFU = 0.52, 0.51
 _FP8_GAIN, _FP8_CARDS = 1.4, frozenset({"H100", "H100 PCIe", "H200", "B200"})
 _LAUNCH_SECONDS = 1.0e-3
-"""Of a layer, forward and backward, on a GPU."""
+"""Seconds of kernel launches of a layer, forward and backward, on a GPU."""
 _OPTIMIZER_BYTES = 160
-"""Read and written for each weight that learns, by the time that an AdamW step takes on an H200."""
+"""Bytes read and written per trained weight, derived from the time of an AdamW step on an H200."""
 _DECODE_SECONDS = 0.5e-3
-"""Of a layer for one more token of a batch of answers."""
+"""Seconds of a layer for one more token of a batch of answers."""
 _ANSWERS_AT_ONCE = {"cpu": 16, "cuda": 96}
 _START_SECONDS = {"cpu": 13.0, "cuda": 24.0}
 """From the claim to the first step: bench/results/service_latency_cpu.json and job_speed_h200.json."""
 _READ_BYTES = 1.5e9
 _SAVE_SECONDS = 2.0
 _SCORE_SECONDS = 1.3
-"""Of a scorecard beside its answers, most of it imports and draws of intervals, on a CPU."""
+"""Seconds of a scorecard beside its answers, mostly imports and resampling for intervals, on a CPU."""
 _DISK_BYTES = 200e6
 CPU_OPERATIONS = 40e9
-"""A second, in fp32, of two cores of a server: a guess, which the first run here replaces."""
+"""fp32 operations per second of two server cores: a guess until the first run here."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of a run's units on one device. `start` and `save`: once; `scores`: of a scorecard beside its answers."""
+    """Seconds per unit of a run on one device. `start`, `save`: once; `scores`: of a scorecard beside its answers."""
 
     basis: Basis
     start: float
@@ -60,19 +60,19 @@ class Speed:
 
 
 def operations(shape: Shape, technique: Technique, *, recompute: bool = False) -> float:
-    """Operations for one trained token, attention left out."""
+    """Returns the operations per trained token, without attention."""
     return (2 * (3 if isinstance(technique, Full) else 2) + 2 * recompute) * _matrices(shape)
 
 
 def _matrices(shape: Shape) -> float:
-    """Weights that a token is multiplied with: all linear ones, of experts those that it passes, and the head."""
+    """Returns the weights that a token is multiplied with: all linear layers, its active experts, and the head."""
     dense = shape.params - shape.vocabulary
     passed = shape.linears if shape.experts else max(dense, 1)
     return passed + shape.vocab * shape.hidden
 
 
 def of_card(card: Card, work: Workload, *, recompute: bool = False) -> Speed:
-    """The speed that a card should have, by its published rate and the share of it that our own records reached."""
+    """Returns the expected speed of a card, from its published rate and the share of it reached in our benchmarks."""
     rate = card.tflops * 1e12 * _mfu(work.technique, card)
     forward = 2 * _matrices(work.shape) / rate
     layers = work.shape.layers
@@ -100,7 +100,7 @@ def _mfu(technique: Technique, card: Card) -> float:
 
 
 def _decode(card: Card, work: Workload) -> float:
-    """One more token of a batch of answers: every weight is read, or the layers' launches take longer."""
+    """Returns the seconds for one more token of a batch of answers: the longer of reading weights and launches."""
     return max(work.shape.layers * _DECODE_SECONDS, 2 * work.shape.params / (card.bandwidth * 1e9))
 
 
@@ -109,7 +109,7 @@ def _learning(work: Workload) -> float:
 
 
 def of_cpu(work: Workload) -> Speed:
-    """Returns a guess for a host without a GPU on which no run has ended yet."""
+    """Returns a guess for a host without a GPU and without past runs."""
     forward = 2 * _matrices(work.shape) / CPU_OPERATIONS
     return Speed(
         basis="estimated",
@@ -129,10 +129,10 @@ def of_cpu(work: Workload) -> Speed:
 
 @dataclass(frozen=True)
 class Record:
-    """A run that has ended on a kind of device: what it was, and what its parts took.
+    """A past run on a kind of device, with the seconds of its parts.
 
-    `job`: its id, where it may be named. `around`: seconds from the claim to the end that the trainer did not see:
-    laying out, imports, the upload.
+    `job`: its id, if it may be shown. `around`: seconds from claim to end outside the trainer: preparing files,
+    imports, the upload.
     """
 
     job: str | None
@@ -146,14 +146,14 @@ class Record:
 
 
 def of_record(record: Record) -> Speed:
-    """Returns the speed that a run had, whose parts that it did not have are estimated from its steps."""
+    """Returns the speed of a past run. Parts that it lacked are estimated from its steps."""
     work, spent = record.work, record.spent
     step, token = fit(record.step_times, spent.get("step"), work)
     seconds = {name: part.seconds for name, part in spent.items()}
     forward = token / (operations(work.shape, work.technique) / (2 * _matrices(work.shape)))
     warm_up = max(0.0, seconds.get("step", 0) - work.steps * step - work.tokens * token)
     scores = seconds.get("scores", _SCORE_SECONDS)
-    unseen = 0.0 if "scores" in seconds or not work.scored else scores  # earlier releases did not measure them
+    unseen = 0.0 if "scores" in seconds or not work.scored else scores  # not measured by earlier releases
     saved = max(0.0, record.trainer_seconds - sum(seconds.values()) - unseen)
     return Speed(
         basis="same",
@@ -180,9 +180,9 @@ def _unit(spent: Mapping[str, Spent], part: str, otherwise: float) -> float:
 
 
 def fit(times: StepTimes | None, every: Spent | None, work: Workload) -> tuple[float, float]:
-    """Returns seconds of a step and of each of its tokens, neither below zero: the line through a run's steps.
+    """Returns the fixed seconds of a step and those of each token, from a line fitted to a run's steps; both are >= 0.
 
-    Steps of like length say nothing of the two apart: all of their time is then the tokens'.
+    Steps of similar length cannot separate the two: then all time is attributed to the tokens.
     """
     if times is None or not times.steps or not times.tokens:
         return 0.0, (every.seconds if every else 0.0) / max(1.0, work.tokens)
@@ -201,7 +201,7 @@ _LEAST_STEPS, _LEAST_SPREAD = 8, 0.1
 
 
 def scaled(speed: Speed, record: Workload, work: Workload) -> Speed:
-    """Returns the speed of a run on another base or with another technique, by operations, layers and bytes."""
+    """Returns the speed scaled to another base or technique, by operations, layers and bytes."""
     same_base = record.shape == work.shape
     if same_base and record.technique.type == work.technique.type:
         return speed
@@ -226,9 +226,9 @@ def scaled(speed: Speed, record: Workload, work: Workload) -> Speed:
 
 
 def choose(records: list[Record], work: Workload, *, most: int = 5) -> list[Record]:
-    """Returns the records of the runs most alike: same base and technique, else same base, else nearest in parameters.
+    """Returns the most similar runs: same base and technique, else same base, else nearest in parameters.
 
-    Records come newest first, of one kind of device. Of those that are equally near, the newest.
+    Records are of one kind of device, newest first. Among equally similar ones the newest are taken.
     """
     for test in (_is_same, lambda record, wanted: record.work.shape == wanted.shape):
         if alike := [record for record in records if test(record, work)]:
@@ -242,6 +242,6 @@ def _is_same(record: Record, work: Workload) -> bool:
 
 
 def _distance(record: Record, work: Workload) -> float:
-    """Returns how many times larger the larger of two bases is."""
+    """Returns the ratio of the larger base's size to the smaller one's."""
     sizes = sorted((max(1, record.work.shape.params), max(1, work.shape.params)))
     return sizes[1] / sizes[0]

@@ -1,4 +1,4 @@
-"""Settings for a run on the rows that count, each by a written rule with its reason. Pure functions."""
+"""Suggests settings for a run on the usable rows, each by a fixed rule with its reason. Pure functions."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from tunery.spec import Full, Lora, Plan, Qlora, Replay, Technique, TrainingSpec
 
 LOW_RANK, HIGH_RANK = 4, 64
 RANKS_BY_ROWS = ((MANY, 16), (10 * MANY, 32), (math.inf, HIGH_RANK))
-"""For a domain's language: the rank for up to so many usable rows."""
+"""For the aim of a domain's language: the rank for up to that many usable rows."""
 _LOW_RANK_AIMS: tuple[Aim, ...] = ("output_format", "style")
 _REPLAY_AIMS: tuple[Aim, ...] = ("domain_language", "general_accuracy")
 _LEAST_HELD_OUT, _MOST_HELD_OUT = 50, 1000
@@ -31,12 +31,12 @@ class Suggestion(BaseModel):
 
 
 def held_out_rows(usable: int) -> int:
-    """Returns a tenth, but at least 50 rows and at most 1,000; of fewer than 150 rows a third."""
+    """Returns how many rows to hold out: a tenth, between 50 and 1,000; of fewer than 150 rows a third."""
     return min(max(usable // 10, _LEAST_HELD_OUT), _MOST_HELD_OUT, usable // 3)
 
 
 def suggest_technique(aim: Aim, rows: Rows, model_info: Mapping[str, Any], bf16_fits: bool | None) -> Technique:
-    """LoRA or QLoRA with a rank for the aim. `bf16_fits`: None where no device is known."""
+    """Returns LoRA or QLoRA with a rank for the aim. `bf16_fits`: None if no device is known."""
     kind = advice.default_technique(bf16_fits is not False, model_info)
     rank = _rank(aim, rows.usable)[0]
     if model_info.get("hidden_size"):
@@ -56,7 +56,7 @@ def _rank(aim: Aim, usable: int) -> tuple[int, str, str]:
 
 
 def make_plan(technique: Technique, rows: Rows, model_info: Mapping[str, Any], *, has_held_out: bool) -> Plan:
-    """What a job with this technique resolves its "auto" values to, on the usable rows that are left to train on."""
+    """Returns the plan of a job with this technique on the usable rows that remain for training."""
     examples = max(1, rows.usable if has_held_out else rows.usable - held_out_rows(rows.usable))
     spec = TrainingSpec(technique=technique, seed=0)
     return advice.resolve(spec, examples=examples, model_info=model_info, bf16_fits=True)
@@ -65,8 +65,8 @@ def make_plan(technique: Technique, rows: Rows, model_info: Mapping[str, Any], *
 def suggest(
     plan: Plan, aim: Aim, rows: Rows, *, is_own: bool, knows_base: bool, bf16_fits: bool | None, has_held_out: bool
 ) -> Iterator[Suggestion]:
-    """Every setting with its reason. `is_own`: the technique is the owner's; `knows_base`: the base's width is known;
-    `bf16_fits`: None where no device is known; `has_held_out`: the owner has rows for it already."""
+    """Returns every setting with its reason. `is_own`: the owner chose the technique; `knows_base`: the base's width is
+    known; `bf16_fits`: None if no device is known; `has_held_out`: the owner has a held-out file already."""
     yield _technique(plan.technique, is_own=is_own, bf16_fits=bf16_fits)
     if isinstance(plan.technique, Lora):
         yield from _adapter(plan.technique, aim, rows, is_own=is_own)

@@ -1,4 +1,4 @@
-"""What a run has to do, counted from its plan and its files: steps, tokens, answers, files. Pure functions."""
+"""Counts a run's work from its plan and files: steps, tokens, answers, exports. Pure functions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,25 +8,25 @@ from tunery.planning.shape import Shape, trainable_params
 from tunery.spec import Full, Plan, Technique
 
 BYTES_A_TOKEN = 4
-"""Of a file of rows, about, with the marks of its format."""
+"""Approximate bytes per token in a file of rows, including its format's syntax."""
 TOKENS_A_ROW = 150
-"""Of a file whose rows nobody has counted yet."""
+"""Assumed tokens per row in a file that is not counted yet."""
 ITEMS = {"cpu": 100, "cuda": 800}
 PROMPTS = {"cpu": 20, "cuda": 100}
-"""Of the general benchmark, where its number is "auto"."""
+"""Prompts of the general benchmark by device, if the number is "auto"."""
 TOKENS_AN_ITEM, TOKENS_A_PROMPT = 46, 106
-"""Of the shipped questions and prompts, with the tokenizer of SmolLM2."""
+"""Mean tokens of the shipped questions and prompts, by SmolLM2's tokenizer."""
 _UNKNOWN_ANSWER = 64
 _REPLAY_ENDS = 0.8
-"""The share of a base's own answers that end within the limit, about."""
+"""Approximate share of a base's own answers that end within the limit."""
 
 Source = Literal["rows", "report", "bytes"]
-"""How the tokens of the training file were counted: row by row, in its report, or not at all but for its bytes."""
+"""How the tokens of the training file were counted: row by row, from its report, or estimated from its bytes."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What is known of a job's files. `tokens` and `valid_tokens` are those of one epoch or pass."""
+    """Counts of a job's files. `tokens` and `valid_tokens` are those of one epoch or pass."""
 
     examples: int
     tokens: int
@@ -36,7 +36,7 @@ class Counts:
 
     @classmethod
     def of_bytes(cls, size: int, examples: int | None, max_length: int) -> "Counts":
-        """Returns a guess from a file's size. `examples`: its rows, where they have been counted."""
+        """Returns a guess from a file's size. `examples`: its number of rows, if counted."""
         tokens = max(1, size // BYTES_A_TOKEN)
         rows = examples or max(1, tokens // TOKENS_A_ROW)
         return cls(rows, min(tokens, rows * max_length), "bytes")
@@ -44,12 +44,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Workload:
-    """A run in units. `tokens`: of all steps; `answers`: of at most `answer_tokens` each, by base and tuned model;
-    `scored`: there is a test file, whose answers get a scorecard; `reference_tokens`: those of the rows of which
-    preference tuning measures the reference once.
+    """A run's work. `tokens`: of all steps; `answers`: by base and tuned model, of at most `answer_tokens` each;
+    `scored`: there is a test file, and so a scorecard; `reference_tokens`: those that the reference model of preference
+    tuning reads once.
 
-    `item_tokens` and `prompt_tokens` of the general benchmark pass through each model that is measured; `saved_bytes`:
-    of what learns; `exports`: whole models that are read or written.
+    `item_tokens` and `prompt_tokens`: of the general benchmark, for each measured model; `saved_bytes`: of the trained
+    weights; `exports`: whole models that are read or written.
     """
 
     technique: Technique
@@ -72,7 +72,7 @@ class Workload:
 
 
 def of_job(plan: Plan, model_info: Mapping[str, Any], counts: Counts, device: str) -> Workload:
-    """Returns what a job has to do on a kind of device, `cuda` or `cpu`. Early stopping is not foreseen."""
+    """Returns a job's work on a kind of device, `cuda` or `cpu`, without early stopping."""
     steps_an_epoch = -(-counts.examples // plan.batch_size)
     steps = steps_an_epoch * plan.n_epochs
     validations = _validations(plan, steps_an_epoch, steps) if counts.valid_tokens else 0
@@ -105,7 +105,7 @@ def _validations(plan: Plan, steps_an_epoch: int, steps: int) -> int:
 
 
 def _answers(plan: Plan, test_rows: int) -> int:
-    """Answers of the scorecard: two models, in two precisions where that is asked for. Pairs are only read."""
+    """Returns the scorecard's answers: of two models, in two precisions if requested. Pairs need none."""
     if plan.method.type == "dpo":
         return 0
     return min(test_rows, plan.evaluation.max_rows) * (4 if plan.evaluation.unquantised else 2)
@@ -132,7 +132,7 @@ def _general(plan: Plan, device: str) -> dict[str, int]:
 
 
 def _exports(plan: Plan) -> int:
-    """Whole models that exports read or write, about."""
+    """Returns the approximate number of whole models that exports read or write."""
     export = plan.export
     merges = 0 if isinstance(plan.technique, Full) else 3 * export.needs_merge
     return merges + 2 * len(export.gguf) + 3 * export.fp8
