@@ -13,17 +13,17 @@ from worker.server.backends import backend
 
 
 def choose_device(settings: Settings) -> str:
-    """Returns the torch device, by narrowing what CUDA shows: call it before torch is imported."""
-    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order in which the driver counts, and so do we
+    """Returns the torch device, and hides other GPUs from CUDA: call it before torch is imported."""
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the driver's order, which Tunery uses too
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if settings.serve_gpu is None else str(settings.serve_gpu)
     return "cpu" if settings.serve_gpu is None else "cuda"
 
 
 def name_of(device: str) -> str:
-    """Returns the driver's name of a torch device, or cpu."""
+    """Returns the driver's name for a torch device, or cpu."""
     if device == "cpu":
         return device
-    import torch  # sees the GPU that was chosen
+    import torch  # sees only the chosen GPU
 
     return torch.cuda.get_device_name()
 
@@ -31,7 +31,7 @@ def name_of(device: str) -> str:
 def main() -> None:
     settings = get_settings()
     device = choose_device(settings)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # all files are here; a name in a config must not start a search for them
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all files are local; a name in a config must not start a search for more
     plugins.load(settings.plugins, "server")
     url = urlsplit(settings.server_url)
     app = create_app(

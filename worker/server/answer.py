@@ -1,4 +1,4 @@
-"""What an answer in the making is to the server, whichever back end writes it."""
+"""What the server requires of an answer in progress, for every back end."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 @dataclass(frozen=True)
 class TokenChance:
-    """A token's natural log probability by the model alone, before temperature, nucleus and grammar; and the same of
-    the likeliest tokens."""
+    """A token's natural log probability by the model alone, before temperature, nucleus and grammar, and those of the
+    likeliest tokens.
+    """
 
     token: str
     logprob: float
@@ -20,7 +21,7 @@ class TokenChance:
 
 
 class Answer(Protocol):
-    """An answer in the making. Iterate once for its text, in pieces of any length; the counts grow meanwhile."""
+    """An answer in progress. Iterate once for its text, in pieces of any length; the counts grow meanwhile."""
 
     @property
     def prompt_tokens(self) -> int: ...
@@ -38,9 +39,9 @@ class Answer(Protocol):
 
     @property
     def chances(self) -> Sequence[TokenChance]:
-        """The tokens of the pieces so far, where their log probabilities are asked for."""
+        """The tokens of the pieces so far, if their log probabilities are requested."""
 
     def __iter__(self) -> Generator[str]: ...
 
     def close(self) -> None:
-        """Frees what the answer holds. Called at least once, begun or not, whole or not."""
+        """Frees what the answer holds. Called at least once, whether or not the answer has begun or is complete."""

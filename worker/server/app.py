@@ -1,7 +1,7 @@
-"""The HTTP face of the model server, in OpenAI's spelling.
+"""The model server's HTTP interface, in OpenAI's format.
 
-It trusts its caller: the API has checked the key, found the model and says where its files lie. Bind it where only the
-API reaches it.
+It trusts its caller: the API has checked the key, found the model and says where its files are. Bind it to an address
+that only the API can reach.
 """
 
 import json
@@ -36,9 +36,9 @@ ChatBody = Annotated[ChatRequest, Depends(_parsed)]
 
 
 async def _turn(request: Request, _: ChatBody) -> AsyncIterator[Turn]:
-    # Built on the parsed body, so that a request that cannot be answered does not wait in line. A dependency ends after
-    # the last byte has left or the client is gone, in a stream too, which no `finally` in a body iterator promises:
-    # one that was never begun is never left.
+    # Depends on the parsed body, so that an invalid request does not wait in line. A dependency ends after the last
+    # byte is sent or the client has disconnected, also for a stream; a `finally` in a body iterator does not guarantee
+    # that, as an iterator that was never started is never closed.
     queue: RequestQueue = request.app.state.queue
     async with queue.turn() as turn:
         yield turn
@@ -48,7 +48,7 @@ TurnDep = Annotated[Turn, Depends(_turn)]
 
 
 def create_app(backend: Backend, *, places: int = 32, seconds: float = 600, device_name: str | None = None) -> FastAPI:
-    """Returns the server around a back end; at most `places` requests wait, and an answer takes at most `seconds`.
+    """Returns the app for a back end; at most `places` requests wait, and an answer takes at most `seconds`.
 
     `device_name`: the driver's name of the back end's device. Absent: the back end's own.
     """
@@ -88,13 +88,14 @@ async def _rates(request: Request) -> Rates:
 
 
 async def _complete(request: Request, chat: ChatBody, turn: TurnDep) -> Response:
-    if await request.is_disconnected():  # gone while it waited
+    if await request.is_disconnected():  # disconnected while it waited
         return Response(status_code=499)
     reply = Reply(chat)
     answers = turn.answers(chat)
     first = await anext(answers)
     if chat.stream:
-        # The first piece before the status line: whatever is wrong with model or prompt can still be an HTTP error.
+        # The first piece comes before the status line, so that an error of the model or prompt can still be an HTTP
+        # error.
         answer, pieces = first
         begun = answer, _chain(await anext(pieces), pieces)
         return StreamingResponse(_events(reply, _chain(begun, answers)), media_type="text/event-stream")
@@ -119,7 +120,7 @@ async def _events(reply: Reply, answers: AsyncIterator[tuple[Answer, AsyncIterat
         if reply.chat.wants_usage:
             yield _event(reply.usage_chunk())
         yield "data: [DONE]\n\n"
-    except Exception as error:  # noqa: BLE001  the status line has left, so whatever it is travels as an event
+    except Exception as error:  # noqa: BLE001  the status line is sent already, so any error is sent as an event
         yield _event(_envelope(error))
 
 
@@ -128,7 +129,7 @@ async def _events_of_one(reply: Reply, index: int, answer: Answer, pieces: Async
     shown = 0
     async for piece in pieces:
         if piece:
-            known = len(answer.chances)  # read once: the loop's thread goes on while the event is sent
+            known = len(answer.chances)  # read once: the loop's thread adds more while the event is sent
             yield _event(reply.chunk(index, {"content": piece}, chances=answer.chances[shown:known]))
             shown = known
     for place, call in enumerate(calls_of(answer)):
@@ -155,12 +156,12 @@ _HEADERS = {
 
 
 def _status(error: Exception) -> int:
-    """Returns the status of the nearest class above the error that has one."""
+    """Returns the status of the error's nearest base class that has one."""
     return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)
 
 
 def _envelope(error: Exception) -> dict[str, Any]:
-    """OpenAI's error body. An error that is not ours goes to the log, and its text to nobody else."""
+    """Returns OpenAI's error body. The text of an internal error goes to the log only."""
     if not isinstance(error, TuneryError):
         log.error("a request failed", exc_info=error)
         message, param, code = "The model server had an error. Its log has the reason.", None, TuneryError.code

@@ -1,7 +1,7 @@
-"""The adapters on one base, laid on the rows of a pass: each row has its own, or none.
+"""Applies the adapters of one base to the rows of a pass: each row has its own, or none.
 
-PEFT's `adapter_names` loops over the adapters in every layer; here each layer has two batched products for all adapters
-of one shape, whatever their number. Layers add nothing while no row has an adapter.
+PEFT's `adapter_names` loops over the adapters in every layer; here each layer computes two batched products for all
+adapters of one shape, whatever their number. Layers add nothing while no row has an adapter.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ class _Share:
 
 
 class Bank:
-    """Passes run in one thread; adapters come and go in others."""
+    """The adapters of one base. Passes run in one thread; adapters are added and removed in others."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -47,7 +47,7 @@ class Bank:
         self._lock = Lock()
 
     def add(self, factors: Factors) -> None:
-        """Makes an adapter known."""
+        """Adds an adapter."""
         with self._lock:
             self._stacks.setdefault(factors.sites, Stack(factors.sites, self._device))
             for site in factors.sites:
@@ -56,13 +56,13 @@ class Bank:
                     self._model.get_submodule(site.name).register_forward_hook(partial(self._lay, site.name))
 
     def remove(self, factors: Factors) -> None:
-        """Frees an adapter that no row has."""
+        """Frees an adapter that no row uses."""
         with self._lock:
             self._stacks[factors.sites].forget(factors)
 
     @contextmanager
     def on(self, adapters: Sequence[Factors | None]) -> Iterator[None]:
-        """Row i of each pass in the block has adapters[i]; None: the base alone."""
+        """Gives row i of each pass in the block adapters[i]; None: the base alone."""
         self._shares = self._plan(list(adapters))
         try:
             yield
@@ -71,7 +71,7 @@ class Bank:
 
     def _plan(self, adapters: list[Factors | None]) -> list[_Share]:
         known, shares = self._known
-        # By identity: equal lists of the same rows come step after step.
+        # Compared by identity: equal lists of the same rows come step after step.
         if len(adapters) == 1 or known != adapters:
             shapes = dict.fromkeys(one.sites for one in adapters if one is not None)
             with self._lock:
@@ -101,14 +101,14 @@ class Bank:
         return tuple(torch.tensor(one, device=self._device) for one in made)
 
     def _lay(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], out: torch.Tensor) -> None:
-        """Adds to a layer's output what the rows' adapters say."""
+        """Adds the rows' adapters to a layer's output."""
         for share in self._shares:
             if name in share.layers:
                 _add(share, *share.layers[name], inputs[0], out, isinstance(layer, Linear4bit))
 
 
 def _add(share: _Share, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, out: torch.Tensor, is_packed: bool) -> None:
-    """In place. Shapes: x rows x tokens x inputs, out rows x tokens x outputs."""
+    """Adds the adapters' products to `out` in place; x is rows x tokens x inputs, out rows x tokens x outputs."""
     tokens = x.shape[1]
     picked = (x if share.rows is None else x[share.rows]).to(a.dtype)
     narrow = torch.bmm(picked.reshape(a.shape[0], -1, a.shape[1]), a)
@@ -117,7 +117,7 @@ def _add(share: _Share, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, out: 
         return
     delta = torch.bmm(narrow, b).view(-1, tokens, b.shape[2])
     if is_packed:
-        delta = delta.to(out.dtype)  # as PEFT does on a layer of four bits; on others it adds in fp32 and rounds once
+        delta = delta.to(out.dtype)  # as PEFT does on a 4-bit layer; on others it adds in fp32 and rounds once
     if share.targets is None:
         out.copy_(out + delta)
     elif out.dtype == delta.dtype:

@@ -1,7 +1,7 @@
-"""Continuous batching: the answers that one base is writing share its forward passes, and join and leave between two.
+"""Continuous batching: running answers on one base share its forward passes, and join and leave between passes.
 
-Prompts are read by passes of their own, several at once and a bounded number of tokens between two steps, so that a
-long one holds up nobody: neither the rows that run nor a short prompt behind it.
+Prompts are read in separate passes, several at once and a bounded number of tokens between two steps, so that a long
+prompt delays neither the running rows nor a short prompt behind it.
 """
 
 from collections import deque
@@ -18,31 +18,33 @@ from worker.server.slots import Parts, Slots
 from worker.trainer import rope
 
 PROMPT_TOKENS = 512
-"""Tokens of prompts that are read between two steps of the running rows."""
+"""Prompt tokens read between two steps of the running rows."""
 _GRAIN = 32
-"""Prompts whose lengths differ by less are read to their ends by one pass."""
+"""Prompts whose lengths differ by less than this are read to their ends in one pass."""
 
 _BY_LAYER = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "cohere2", "gpt_oss"})
 _ONE_MASK = frozenset({"llama", "mistral", "mixtral", "qwen3_moe", "phi", "phi3", "granite"})
 
 
 def can_batch(model: Any) -> bool:
-    """Whether rows of different lengths may share the model's passes: its masks and positions are known to be given."""
+    """Whether rows of different lengths may share the model's passes: only models known to use given masks and
+    positions.
+    """
     return model.config.model_type in _BY_LAYER | _ONE_MASK and not rope.of(model)
 
 
 class Adapters(Protocol):
-    """What lays adapters on the rows of a pass."""
+    """Applies adapters to the rows of a pass."""
 
     def on(self, adapters: list[Any]) -> AbstractContextManager[None]:
-        """Row i of each pass in the block has adapters[i]; None: the base alone."""
+        """Gives row i of each pass in the block adapters[i]; None: the base alone."""
 
 
 class Row:
-    """One answer's stream in a batch. `ids[:fed]` have been read by the model."""
+    """One answer's stream in a batch. The model has read `ids[:fed]`."""
 
     def __init__(self, batch: "Batch", prompt_ids: list[int], owner: Owner, number: int, is_greedy: bool) -> None:
-        """`number`: the more, the younger. `is_greedy`: only `likeliest` is read."""
+        """`number`: the higher, the younger the row. `is_greedy`: only `likeliest` is read."""
         self.batch = batch
         self.owner = owner
         self.number = number
@@ -60,21 +62,21 @@ class Row:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of the prompt whose keys and values were there."""
+        """Prompt tokens whose keys and values were reused."""
         return self.reused or 0
 
     @property
     def unread(self) -> int:
-        """Tokens that the model has not read."""
+        """How many tokens the model has not read yet."""
         return len(self.ids) - self.fed
 
     @property
     def is_ready(self) -> bool:
-        """Whether `logits` and `likeliest` compute nothing."""
+        """Whether `logits` and `likeliest` can be read without computing anything."""
         return self.best is not None or self.failure is not None
 
     def likeliest(self) -> int:
-        """Returns the likeliest next token. Raises what broke a pass of the batch."""
+        """Returns the likeliest next token. Raises the error that a pass of the batch failed with."""
         while self.best is None:
             if self.failure is not None:
                 raise self.failure
@@ -82,7 +84,9 @@ class Row:
         return self.best
 
     def logits(self) -> torch.Tensor:
-        """Logits of the next token (vocabulary, fp32, on the CPU). Raises what broke a pass of the batch."""
+        """Returns the next token's logits (vocabulary, fp32, on the CPU). Raises the error that a pass of the batch
+        failed with.
+        """
         self.likeliest()
         assert self.found is not None, "the row is greedy"
         return self.found
@@ -96,15 +100,15 @@ class Row:
 
 
 class Batch:
-    """The rows of one base. Only `join` may be called by another thread than the one that steps."""
+    """The rows of one base. All methods but `join` are called by the thread that steps."""
 
     def __init__(self, model: Any, adapters: Adapters | None = None, memory: CacheMemory | None = None) -> None:
-        """`memory`: for keys and values. One row of each batch goes on even where there is none."""
+        """`memory`: for keys and values. One row of each batch runs even if there is none left."""
         self._model = model
         self._adapters = adapters
         self.memory = memory or CacheMemory(4 * 2**30)
         self._slots = Slots(model)
-        self._rows: list[Row] = []  # in the order of their slots: those that run, then those whose prompts are read
+        self._rows: list[Row] = []  # in the order of their slots: running rows, then those whose prompts are being read
         self._running = 0
         self._joining: deque[Row] = deque()
         self._numbers = count()
@@ -112,13 +116,15 @@ class Batch:
 
     @property
     def longest(self) -> int:
-        """The most tokens of a row that the memory has room for."""
+        """The most tokens of a row for which the memory has room."""
         return self._slots.most(self.memory.limit) - _GRAIN
 
     def join(
         self, prompt_ids: list[int], adapter: Any = None, project_id: str | None = None, *, is_greedy: bool = False
     ) -> Row:
-        """A stream that begins at the next step. Rows of one project and adapter share the keys of equal beginnings."""
+        """Adds a row, which starts at the next step. Rows of one project and adapter share the keys of equal
+        beginnings.
+        """
         with self._lock:
             row = Row(self, prompt_ids, Owner(self, adapter, project_id), next(self._numbers), is_greedy)
             self._joining.append(row)
@@ -126,7 +132,7 @@ class Batch:
 
     @torch.inference_mode()
     def remove(self, row: Row) -> None:
-        """Takes a row out, if it is still there, and frees its keys and values."""
+        """Removes a row, if it is still there, and frees its keys and values."""
         with self._lock:
             if row in self._joining:
                 self._joining.remove(row)
@@ -150,7 +156,7 @@ class Batch:
         self.memory.reserve(self, self._slots.nbytes, must=True)
 
     def fail(self, error: Exception) -> None:
-        """Takes all rows out, whose readers get the error."""
+        """Removes all rows and passes the error to their readers."""
         with self._lock:
             rows, self._rows, self._running = [*self._rows, *self._joining], [], 0
             self._joining.clear()
@@ -161,7 +167,7 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Reads prompts of rows that join, and gives every running row the logits after its last token."""
+        """Reads prompts of joining rows, and computes the logits after each running row's last token."""
         left = PROMPT_TOKENS
         while left > 0:
             self._admit()
@@ -173,7 +179,7 @@ class Batch:
             self._advance()
 
     def _admit(self) -> None:
-        """Gives slots to the rows that join, as long as there is memory for all."""
+        """Gives slots to joining rows, as long as there is memory for all."""
         while (row := self._next_to_join()) is not None and self._fits(len(self._rows) + 1, self._longest(row)):
             with self._lock:
                 self._joining.remove(row)
@@ -186,7 +192,9 @@ class Batch:
                 row.reused = row.fed
 
     def _next_to_join(self) -> Row | None:
-        """Returns the first that has not to wait for another row, which is reading what it could take over."""
+        """Returns the first joining row that need not wait for another row whose keys it could reuse once they are
+        read.
+        """
         with self._lock:
             joining = list(self._joining)
         return next((row for row in joining if not any(self._reads_for(one, row) for one in self._rows)), None)
@@ -197,8 +205,10 @@ class Batch:
         return common(one.ids, other.ids[:-1]) >= one.fed + WORTH
 
     def _known(self, row: Row) -> tuple[Parts, int]:
-        """Keys and values of the row's first tokens, of a row that runs or has ended, and how many these are."""
-        wanted = row.ids[:-1]  # the last is read in any case, for its logits
+        """Returns reusable keys and values of the row's first tokens, from a running or ended row, and how many these
+        are.
+        """
+        wanted = row.ids[:-1]  # the last one is always read, for its logits
         kept, length = self.memory.find(row.owner, wanted)
         for slot, one in enumerate(self._rows):
             if one.owner.is_same(row.owner) and (shared := common(one.ids[: one.fed], wanted)) >= max(
@@ -208,11 +218,11 @@ class Batch:
         return kept, length
 
     def _read_prompts(self, most: int) -> int:
-        """Reads as many tokens of some prompts, at most `most` in all; returns how many."""
+        """Reads equally many tokens of some prompts, at most `most` in all; returns how many."""
         reading = self._rows[self._running :]
         longest, shortest = max(row.unread for row in reading), min(row.unread for row in reading)
         width = min(-(-shortest // _GRAIN) * _GRAIN, longest, most)
-        # The oldest goes on in every pass, so that no number of shorter ones holds it up.
+        # The oldest takes part in every pass, so that no number of shorter prompts delays it.
         oldest = min(reading, key=lambda row: row.number)
         others = sorted((row for row in reading if row is not oldest), key=lambda row: (row.unread, row.number))
         chosen = [oldest, *others[: max(most // width - 1, 0)]]
@@ -226,13 +236,13 @@ class Batch:
         return width * len(chosen)
 
     def _move(self, row: Row, slot: int) -> None:
-        """Lets a row change places with that of another slot."""
+        """Swaps a row with that of another slot."""
         own = self._rows.index(row)
         self._slots.swap(own, slot)
         self._rows[own], self._rows[slot] = self._rows[slot], row
 
     def _make_room(self) -> None:
-        """Sends the youngest rows back to be read again later, while all need more than there may be."""
+        """Puts the youngest rows back in the queue, to be read again later, until the others fit into memory."""
         while not self._fits(len(self._rows), self._longest()):
             row = max(self._rows, key=lambda row: row.number)
             self._take_out(row)
@@ -246,7 +256,7 @@ class Batch:
         return max(len(row.ids) for row in (*self._rows, *joining)) + _GRAIN
 
     def _advance(self) -> None:
-        # A row whose reader is slow is computed with the others and written again at the same place.
+        # A row whose reader is slow is computed again with the others, at the same position.
         rows = self._rows[: self._running]
         results = self._pass([(row, 1) for row in rows], 1)
         for row, (best, found) in zip(rows, results, strict=True):
@@ -254,7 +264,9 @@ class Batch:
                 row.fed, row.best, row.found = len(row.ids), best, found
 
     def _pass(self, rows: list[tuple[Row, int]], width: int) -> list[tuple[int, torch.Tensor | None]]:
-        """Returns the likeliest token after so many more of each row, and the logits, unless the row is greedy."""
+        """Returns for each row the likeliest token after that many more tokens, and the logits unless the row is
+        greedy.
+        """
         placed = [_tokens(row, tokens, width) for row, tokens in rows]
         slots = [self._rows.index(row) for row, _ in rows]
         self._slots.fit(self._longest())
@@ -290,7 +302,7 @@ class Batch:
 
 
 def _results(logits: torch.Tensor, is_greedy: list[bool]) -> list[tuple[int, torch.Tensor | None]]:
-    """Of logits on the device, what rows need on the CPU; the device is waited for once or twice in all."""
+    """Returns what rows need of logits on the device, moved to the CPU; waits for the device once or twice in all."""
     best = logits.argmax(dim=-1)
     others = [i for i, one in enumerate(is_greedy) if not one]
     found = dict(zip(others, logits[others].float().cpu(), strict=True)) if others else {}
@@ -298,10 +310,10 @@ def _results(logits: torch.Tensor, is_greedy: list[bool]) -> list[tuple[int, tor
 
 
 def _tokens(row: Row, tokens: int, width: int) -> tuple[list[int], list[int]]:
-    """Returns the next tokens of a row and their positions, filled up on the left.
+    """Returns the next tokens of a row and their positions, padded on the left.
 
-    On the left, so that the last token stands last in every row. What fills up gets positions behind all tokens, where
-    nothing sees it and the next token is written over it.
+    On the left, so that the last token is last in every row. Padding gets positions after all tokens, where no token
+    attends to it and the next token overwrites it.
     """
     start = min(row.fed, len(row.ids) - 1)
     ids, end = row.ids[start : start + tokens], row.fed + tokens

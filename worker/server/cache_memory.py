@@ -1,7 +1,8 @@
-"""The memory of keys and values: what running rows take, and in the rest those of rows that have ended.
+"""The memory for keys and values: those of running rows, and in the remaining memory those of ended rows.
 
-A row whose prompt begins like another's takes over its keys and values instead of computing them. They belong to one
-base, one adapter and one project: others would compute other ones, or learn from the time what somebody else has asked.
+A row whose prompt begins like another's reuses its keys and values instead of computing them. They belong to one base,
+one adapter and one project: with another base or adapter they would differ, and another project could infer from the
+response time what was asked.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,19 +12,19 @@ from threading import Lock
 from worker.server.slots import Parts
 
 WORTH = 16
-"""The fewest tokens that are worth a copy."""
+"""The fewest tokens for which copying keys is worthwhile."""
 
 
 @dataclass(frozen=True, eq=False)
 class Owner:
-    """Whose keys and values: compared by identity, since an adapter that is loaded again is another object."""
+    """The owner of keys and values. Compared by identity, since an adapter that is loaded again is another object."""
 
     batch: object
     adapter: object
     project_id: str | None
 
     def is_same(self, other: "Owner") -> bool:
-        """Whether rows of both compute the same; rows without a project share nothing."""
+        """Whether rows of both owners compute the same keys; rows without a project share nothing."""
         return (
             self.project_id is not None
             and self.project_id == other.project_id
@@ -34,7 +35,7 @@ class Owner:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """Keys and values of the first tokens of a row that has ended."""
+    """Keys and values of an ended row's first tokens."""
 
     owner: Owner
     ids: list[int]
@@ -46,8 +47,9 @@ class Kept:
 
 
 class CacheMemory:
-    """`limit`: bytes for running rows and kept ones, of all batches. Kept ones leave for running ones, the least
-    recently used first, and take half of it at most. Safe to share between threads."""
+    """The memory of all batches, of which running and kept rows take at most `limit` bytes. Kept ones are evicted for
+    running ones, the least recently used first, and take at most half of it. Safe to share between threads.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -57,12 +59,14 @@ class CacheMemory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are promised or kept."""
+        """Bytes that are reserved or kept."""
         with self._lock:
             return self._used()
 
     def reserve(self, batch: object, nbytes: int, *, must: bool = False) -> bool:
-        """Whether the running rows of a batch may take so many bytes, for which kept ones leave; `must`: always."""
+        """Reserves memory for a batch's running rows, for which kept rows are evicted; returns success, always with
+        `must`.
+        """
         with self._lock:
             others = sum(taken for one, taken in self._running.items() if one is not batch)
             if others + nbytes > self.limit and not must:
@@ -72,7 +76,7 @@ class CacheMemory:
             return True
 
     def find(self, owner: Owner, ids: Sequence[int]) -> tuple[Parts, int]:
-        """Keys and values of the most first tokens of `ids`, and how many these are."""
+        """Returns kept keys and values of the longest prefix of `ids`, and its length."""
         with self._lock:
             alike = [(common(one.ids, ids), one) for one in self._kept if one.owner.is_same(owner)]
             length, kept = max(alike, key=lambda found: found[0], default=(0, None))
@@ -83,7 +87,7 @@ class CacheMemory:
             return kept.parts, length
 
     def keep(self, owner: Owner, ids: list[int], copy: Callable[[], Parts], nbytes: int) -> None:
-        """Keeps copies of a row's keys and values, if there is room, in place of those of its beginning."""
+        """Keeps copies of a row's keys and values, if there is room, and drops those of its prefixes."""
         with self._lock:
             if owner.project_id is None or len(ids) < WORTH:
                 return
@@ -99,13 +103,13 @@ class CacheMemory:
             self._kept.append(Kept(owner, ids, copy()))
 
     def forget(self, gone: object) -> None:
-        """Frees what belongs to a batch or an adapter that leaves."""
+        """Frees the memory of a batch or an adapter that is unloaded."""
         with self._lock:
             self._kept = [one for one in self._kept if gone not in (one.owner.batch, one.owner.adapter)]
             self._running.pop(gone, None)
 
     def _evict(self, used: int, kept: int) -> None:
-        """Frees kept ones until no more bytes are used, and kept, than that."""
+        """Evicts kept rows until at most `used` bytes are in use, of which at most `kept` are kept."""
         while self._kept and (self._used() > used or self._kept_bytes() > kept):
             del self._kept[0]
 
@@ -117,9 +121,9 @@ class CacheMemory:
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Returns how many first tokens are the same."""
+    """Returns the length of the common prefix."""
     low, high = 0, min(len(one), len(other))
-    while low < high:  # halves are compared whole, which is far quicker than token by token
+    while low < high:  # slices are compared whole, which is much faster than token by token
         middle = (low + high + 1) // 2
         low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
     return low

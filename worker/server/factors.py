@@ -1,4 +1,4 @@
-"""Plain LoRA adapters read into one tensor each, and those of equal shape stacked."""
+"""Reads each plain LoRA adapter into one tensor, and stacks those of equal shape."""
 
 import json
 import math
@@ -39,14 +39,14 @@ _UNDERSTOOD = frozenset(
         "use_rslora",
     }
 )
-"""Fields of PEFT's config that change nothing here, or what is read below. Others have to be absent, null or false."""
+"""Fields of PEFT's config that change nothing here, or are read below. Others must be absent, null or false."""
 _WITHOUT_WEIGHTS = (True, False, "gaussian", "orthogonal")
-"""Values of `init_lora_weights` that leave the base's weights as they are."""
+"""Values of `init_lora_weights` that do not change the base's weights."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer that an adapter lies on: A is rank x inputs, B outputs x rank."""
+    """A linear layer that an adapter changes: A is rank x inputs, B outputs x rank."""
 
     name: str
     rank: int
@@ -59,9 +59,9 @@ class Site:
 
 
 class Factors:
-    """An adapter's A and B of all its sites, B transposed and scaled, one after the other in a row of fp32.
+    """An adapter's A and B for all its sites, B transposed and scaled, concatenated in a row of fp32.
 
-    `flat` is None while the row lies in a stack.
+    `flat` is None while the row is in a stack.
     """
 
     def __init__(self, sites: tuple[Site, ...], flat: torch.Tensor) -> None:
@@ -71,7 +71,7 @@ class Factors:
 
     @classmethod
     def read(cls, folder: Path, model: nn.Module) -> "Factors | None":
-        """Returns the adapter in a folder for this base; None where it is more than A and B on plain linear layers."""
+        """Returns a folder's adapter for this base; None if it is more than A and B on plain linear layers."""
         config = json.loads((folder / "adapter_config.json").read_text())
         if not _is_plain(config):
             return None
@@ -112,7 +112,7 @@ def _is_plain(config: Mapping[str, Any]) -> bool:
 
 
 def _pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
-    """Returns A and B of each layer; None where there is anything else."""
+    """Returns A and B of each layer; None if there are other tensors."""
     names = {key.removeprefix(_PREFIX).removesuffix(".lora_A.weight") for key in tensors if ".lora_A." in key}
     keys = {name: [f"{_PREFIX}{name}.lora_{part}.weight" for part in "AB"] for name in names}
     if {key for pair in keys.values() for key in pair} != tensors.keys():
@@ -127,25 +127,25 @@ def _fits(layer: nn.Module | None, a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _has_experts(model: Any) -> bool:
-    """Whether layers outside attention get tokens without their rows."""
+    """Whether layers outside attention see tokens without knowing their rows, as experts do."""
     return any(getattr(model.config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 def _scaling(config: Mapping[str, Any], site: Site) -> float:
-    """PEFT's own: alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)."""
+    """Returns PEFT's scaling: alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)."""
     patterns = config.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(list(patterns), site.name), config["lora_alpha"])
     return float(alpha / (math.sqrt(site.rank) if config.get("use_rslora") else site.rank))
 
 
 _PLACES = 16
-"""Rows that a stack has before one moves another out, unless more are computed together."""
+"""Rows that a stack grows to before adapters displace each other, unless more are computed together."""
 
 
 class Stack:
-    """Adapters of one shape in the rows of one tensor, those that are computed together side by side.
+    """Adapters of one shape in the rows of one tensor; those computed together are adjacent.
 
-    A product over many adapters reads them where they lie. The rows of others move out only when their place is needed.
+    A product over many adapters reads them in place. Other rows move out only when their place is needed.
     """
 
     def __init__(self, sites: tuple[Site, ...], device: torch.device) -> None:
@@ -154,18 +154,19 @@ class Stack:
         self._holders: list[Factors | None] = []
 
     def row(self, one: Factors) -> torch.Tensor:
-        """One adapter by itself, where it lies: 1 x numbers."""
+        """Returns one adapter alone, without a copy: 1 x numbers."""
         if one.flat is not None:
             return one.flat[None]
         place = self._holders.index(one)
         return self._rows[place : place + 1]
 
     def gather(self, wanted: Sequence[Factors]) -> tuple[torch.Tensor, list[Factors]]:
-        """Returns rows in which exactly these lie, and their order."""
+        """Returns adjacent rows that hold exactly these adapters, and their order."""
         self._grow(len(wanted) - len(self._holders))
         start, others = self._find_window(wanted)
         if others and len(self._holders) < _PLACES:
-            # Parts of a batch, as those whose prompts are read, would otherwise push each other out in every pass.
+            # Parts of a batch, such as rows whose prompts are being read, would otherwise displace each other in every
+            # pass.
             self._grow(min(others, _PLACES - len(self._holders)))
             start, _ = self._find_window(wanted)
         window = range(start, start + len(wanted))
@@ -177,7 +178,9 @@ class Stack:
         return self._rows[start : window.stop], order
 
     def _find_window(self, wanted: Sequence[Factors]) -> tuple[int, int]:
-        """The first of as many places, where the fewest others and the most of these lie; and how many others."""
+        """Finds the window of places with the fewest other adapters and the most of these; returns its start and how
+        many others it holds.
+        """
         held, many = set(wanted), len(wanted)
 
         def count(start: int) -> tuple[int, int]:
@@ -189,13 +192,13 @@ class Stack:
         return start, count(start)[0]
 
     def forget(self, one: Factors) -> None:
-        """Frees an adapter's memory, or its place for others."""
+        """Frees an adapter's memory, or its place in the stack."""
         one.flat = None
         if one in self._holders:
             self._holders[self._holders.index(one)] = None
 
     def _bring(self, one: Factors, place: int) -> None:
-        """Puts an adapter into a place, whose holder goes where the adapter was, or out."""
+        """Puts an adapter into a place; the adapter there moves to its former place, or out."""
         other = self._holders[place]
         at = None if one.flat is not None else self._holders.index(one)
         row = self._rows[at].clone() if at is not None else one.flat

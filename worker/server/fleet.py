@@ -1,4 +1,4 @@
-"""The vLLM servers behind this one: each holds every adapter in use, and a request goes to the least busy.
+"""The vLLM servers behind the model server: each holds every adapter in use, and a request goes to the least busy.
 
 Everything here runs in one event loop.
 """
@@ -26,7 +26,7 @@ class NoReplica(Unavailable):
 
 @dataclass(frozen=True)
 class Target:
-    """What a request is sent to: a base, by the names that it may have on a replica, and an adapter on it."""
+    """The model of a request: a base, by the names that it may have on a replica, and an adapter on it."""
 
     id: str
     base: frozenset[str]
@@ -40,7 +40,7 @@ class _Held:
 
 
 class Fleet:
-    """`slots`: adapters that are kept loaded; those that answer just then stay, even above it."""
+    """The replicas and their adapters. `slots`: how many adapters are kept loaded; those in use stay even above it."""
 
     def __init__(self, replicas: Sequence[Replica], *, slots: int, look_seconds: float = 2.0) -> None:
         self.replicas = tuple(replicas)
@@ -51,17 +51,17 @@ class Fleet:
         self._turn = 0
 
     def knows(self, adapter: str) -> bool:
-        """Whether an adapter's files are known to be what they should be: they were loaded already."""
+        """Whether an adapter's files are known to be intact, as it was loaded before."""
         return adapter in self._held
 
     async def watch(self) -> None:
-        """Looks after the replicas until it is cancelled: one that was restarted gets its adapters again."""
+        """Checks the replicas until cancelled; one that was restarted gets its adapters again."""
         while True:
             self._wake.clear()
             try:
                 await self._look()
                 await asyncio.gather(*(self._equip(replica) for replica in self.replicas if replica.is_up))
-            except Exception:  # the next round must come, whatever a server has said
+            except Exception:  # the next round must come, whatever a server has answered
                 log.exception("the vLLM servers could not be looked after")
             try:
                 await asyncio.wait_for(self._wake.wait(), self._look_seconds)
@@ -78,9 +78,9 @@ class Fleet:
         return min((length for length in lengths if length is not None), default=None)
 
     async def open(self, target: Target, body: dict[str, Any]) -> tuple[Replica, httpx2.Response]:
-        """The stream of a completion; `close` has to be called with both. Raises NoReplica, CannotServe, InvalidValue.
+        """Opens a completion's stream; `close` must be called with both. Raises NoReplica, CannotServe, InvalidValue.
 
-        What a replica that dies was asked goes to the next one, unless tokens of it have come.
+        If a replica dies, its request goes to the next one, unless some of its tokens have arrived.
         """
         if target.adapter is not None:
             await self._hold(target.adapter)
@@ -94,7 +94,7 @@ class Fleet:
             raise
 
     async def close(self, target: Target, replica: Replica, answer: httpx2.Response) -> None:
-        """Ends a stream, whether or not it was read to its end."""
+        """Ends a stream, whether or not it was read to the end."""
         replica.in_flight -= 1
         self._release(target)
         await answer.aclose()
@@ -104,7 +104,7 @@ class Fleet:
         await asyncio.gather(*(replica.close() for replica in self.replicas))
 
     async def _ask(self, replica: Replica, target: Target, body: dict[str, Any]) -> httpx2.Response | None:
-        """Returns the stream of that replica; None where it is lost."""
+        """Returns the replica's stream; None if the replica is lost."""
         adapter = target.adapter
         model = replica.name_of(target.base) if adapter is None else adapter.name
         replica.in_flight += 1
@@ -125,7 +125,7 @@ class Fleet:
             raise
 
     def _serving(self, target: Target) -> list[Replica]:
-        """Returns those with the base, the least busy first; of several as busy each has its turn."""
+        """Returns the replicas with the base, the least busy first; equally busy ones take turns."""
         found = [replica for replica in self.replicas if replica.serves(target.base)]
         self._turn += 1
         at = self._turn % (len(found) or 1)
@@ -135,11 +135,11 @@ class Fleet:
         await asyncio.gather(*(replica.look() for replica in self.replicas))
         for replica in self.replicas:
             for name, adapter in replica.adapters.items():
-                # Those of an earlier process of ours: known, so that they leave for others in their turn.
+                # Adapters loaded by an earlier process: registered here, so that they are unloaded in their turn.
                 self._held.setdefault(name, _Held(adapter))
 
     async def _equip(self, replica: Replica) -> None:
-        """Loads what the others have and it has not."""
+        """Loads the adapters that the other replicas have and this one lacks."""
         for held in list(self._held.values()):
             adapter = held.adapter
             if adapter.name in replica.refused or not replica.serves(adapter.base):
@@ -147,7 +147,7 @@ class Fleet:
             try:
                 await replica.lay(adapter)
             except (ReplicaLost, CannotServe):
-                continue  # it is in the log
+                continue  # logged already
 
     async def _hold(self, adapter: Adapter) -> None:
         held = self._held.pop(adapter.name, None)
@@ -165,7 +165,7 @@ class Fleet:
             try:
                 await replica.remove(name)
             except ReplicaLost:
-                return  # what it has is read when it is back
+                return  # its adapters are read when it is back
 
     def _release(self, target: Target) -> None:
         if target.adapter is not None and (held := self._held.get(target.adapter.name)) is not None:

@@ -1,4 +1,4 @@
-"""Models' folders on this host, as they were published."""
+"""Finds models' published folders on this host."""
 
 import logging
 from pathlib import Path
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def fetch(models_dir: Path, storage: Storage, files: Files) -> Path:
-    """The model's folder, fetched where it is not here. Raises StorageFailed, ObjectMissing, ChecksumMismatch."""
+    """Returns the model's folder, fetched unless it is here. Raises StorageFailed, ObjectMissing, ChecksumMismatch."""
     return base_folder(models_dir, storage, files.prefix, files.manifest_sha256)
 
 
@@ -25,7 +25,7 @@ def fetch_texts(models_dir: Path, storage: Storage, files: Files) -> Path:
 
 
 def check(models_dir: Path, storage: Storage, files: Files) -> Path:
-    """Returns an adapter's folder, fetched again where its weights here are no longer those that were fetched."""
+    """Returns an adapter's folder, fetched again if its weights on this host have changed."""
     folder = fetch(models_dir, storage, files)
     listed = Manifest.model_validate_json((folder / manifest.NAME).read_bytes())
     wanted = {file.path: file.sha256 for file in listed.files}.get(WEIGHTS)

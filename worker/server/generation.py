@@ -1,9 +1,9 @@
-"""One answer, token by token: prompt ids in, text out.
+"""Generates one answer token by token: prompt ids in, text out.
 
-A loop of our own instead of `generate()`: it can be left after any token without a second thread, it shares its forward
-passes with other answers (`Stream`), it reads no sampling defaults from the model's folder (a request says all), and a
-seed is its own generator instead of the process's.
-Greedy answers are the same as `generate(do_sample=False)` gives, which the tests hold.
+This is a separate loop instead of `generate()`: it can stop after any token without a second thread, it shares forward
+passes with other answers (`Stream`), it reads no sampling defaults from the model's folder (the request has them all),
+and a seed has its own generator instead of the process's.
+Greedy answers are the same as those of `generate(do_sample=False)`, which the tests check.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. `temperature` 0: the likeliest. `seed` None: a new one each time."""
+    """How a token is chosen. `temperature` 0: the likeliest. `seed` None: a new seed for each answer."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -36,10 +36,10 @@ class Sampling:
 
 @dataclass(kw_only=True, eq=False)
 class Generation(WrittenAnswer):
-    """An answer whose tokens are chosen here, of a stream's logits.
+    """An answer whose tokens are chosen here from a stream's logits.
 
-    `chances` has each token of the answer where `top_logprobs` is a number, and beside it as many likeliest tokens.
-    `is_greedy`: each token is the stream's likeliest, and nothing more is asked of the logits.
+    If `top_logprobs` is a number, `chances` has each token of the answer with as many of the likeliest tokens.
+    `is_greedy`: each token is the stream's likeliest, and no logits are read.
     """
 
     stream: Stream
@@ -56,7 +56,7 @@ class Generation(WrittenAnswer):
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of the prompt that were not computed."""
+        """Prompt tokens that were not computed."""
         return self.stream.cached_tokens
 
     @property
@@ -69,8 +69,8 @@ class Generation(WrittenAnswer):
         for left in reversed(range(self.max_tokens)):
             token = self.stream.likeliest() if self.is_greedy else self._choose(dice)
             if left:
-                # Before the token leaves: a stream that waits for it shares the next pass with the others, where one
-                # that takes it when the next piece is read would have a pass of the batch for itself.
+                # Before the token is yielded: a stream that waits for it then shares the next pass with the others,
+                # while one that gets it only when the next piece is read would need a pass of its own.
                 self.stream.push(token)
             yield token
             if self.grammar is not None:
@@ -85,7 +85,7 @@ class Generation(WrittenAnswer):
         return token
 
     def _note(self, token: int, logits: torch.Tensor) -> None:
-        """Keeps the token's log probability where it is asked for. The stop token is no token of the answer."""
+        """Records the token's log probability if requested. The stop token does not belong to the answer."""
         if self.top_logprobs is None or token in self.eos_ids:
             return
         every = logits.log_softmax(dim=-1)
@@ -102,12 +102,12 @@ def _dice(seed: int | None) -> torch.Generator:
     if seed is None:
         dice.seed()
     else:
-        dice.manual_seed(seed % 2**63)  # torch takes 64 bits, JSON any integer
+        dice.manual_seed(seed % 2**63)  # torch takes 64 bits, JSON has integers of any size
     return dice
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, dice: torch.Generator) -> int:
-    """The next token: the likeliest at temperature 0, else drawn from the smallest set that holds `top_p` of the mass.
+    """Returns the likeliest token at temperature 0, else one drawn from the smallest set that has `top_p` of the mass.
 
     Nucleus sampling as in Holtzman et al. 2020 (arXiv:1904.09751): the likeliest token is always in the set.
     """

@@ -1,4 +1,4 @@
-"""What an answer is allowed to say: JSON of a schema or a call of a tool, kept to token by token by llguidance."""
+"""Constrains answers to JSON of a schema or a call of a tool, token by token with llguidance."""
 
 import json
 import re
@@ -16,14 +16,14 @@ from tunery.rows.messages import Tool
 from worker.server.schemas import ResponseFormat
 
 _JSON = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,40}"}
-"""Blanks between JSON's marks: as a model likes them, but not without end."""
+"""Whitespace between JSON's tokens: any that a model writes, but not without end."""
 
 
 class Grammar:
     """The tokens that may come next. `allow` and `take` alternate until `is_complete`."""
 
     def __init__(self, tokenizer: llguidance.LLTokenizer, source: str, param: str) -> None:
-        """Raises InvalidValue naming `param` where the source cannot be compiled."""
+        """Raises InvalidValue naming `param` if the source cannot be compiled."""
         self._matcher = llguidance.LLMatcher(tokenizer, source)
         if self._matcher.is_error():
             raise InvalidValue(param=param, reason=f"Invalid '{param}': {_first_line(self._matcher.get_error())}")
@@ -34,7 +34,7 @@ class Grammar:
         return bool(self._matcher.is_stopped())
 
     def allow(self, logits: torch.Tensor) -> torch.Tensor:
-        """Returns the logits, of tokens that may not come minus infinity."""
+        """Returns the logits, with minus infinity for tokens that are not allowed."""
         bits = numpy.frombuffer(self._matcher.compute_bitmask(), dtype=numpy.uint8)
         allowed = torch.from_numpy(numpy.unpackbits(bits, bitorder="little", count=len(logits))).bool()
         if not allowed.any():
@@ -42,25 +42,25 @@ class Grammar:
         return logits.masked_fill(~allowed, -torch.inf)
 
     def take(self, token: int) -> None:
-        """Notes that this token has come."""
+        """Advances the grammar by a token."""
         self._matcher.consume_token(token)
 
 
 def read_vocabulary(tokenizer: Tokenizer, size: int, eos_ids: Iterable[int]) -> llguidance.LLTokenizer:
-    """Returns a tokenizer for grammars; `size`: the logits that the model gives, of which some may be no token's."""
+    """Returns a tokenizer for grammars; `size`: how many logits the model has, some of which may have no token."""
     size = max(size, tokenizer.get_vocab_size(with_added_tokens=True))
     return llguidance.LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=sorted(eos_ids))
 
 
 def schema_of(wanted: ResponseFormat) -> Any:
-    """Returns the JSON schema of a `response_format`, without what it leaves open; None for text."""
+    """Returns the JSON schema of a `response_format`, closed to unnamed properties; None for text."""
     if wanted.type == "text":
         return None
     return _closed({"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_)
 
 
 def of_format(wanted: ResponseFormat) -> str | None:
-    """Returns the grammar of a `response_format`; None for text. Raises InvalidValue where it is no schema."""
+    """Returns the grammar of a `response_format`; None for text. Raises InvalidValue if it is no valid schema."""
     if (schema := schema_of(wanted)) is None:
         return None
     try:
@@ -86,8 +86,9 @@ def of_call(tools: Sequence[Tool], spelling: CallSpelling, tokenizer: Tokenizer)
 
 
 def _closed(schema: Any) -> Any:
-    """The schema without properties that it does not name, where it does not say: a small model would go on with them
-    to the end of its context. Parts of an `allOf` stay as they are, since each names some of the properties."""
+    """Forbids properties that the schema does not name, unless it says otherwise: a small model would add more up to
+    the end of its context. Parts of an `allOf` are left alone, since each names some of the properties.
+    """
     if isinstance(schema, list):
         return list(map(_closed, schema))
     if not isinstance(schema, dict):
@@ -104,7 +105,7 @@ def _closed(schema: Any) -> Any:
 
 
 def _terminals(text: str, special: dict[str, int]) -> str:
-    """A text as terminals of a grammar: special tokens by their ids, an id of a call as any nine letters or digits."""
+    """Returns a text as grammar terminals: special tokens by their ids, a call's id as any nine letters or digits."""
     marks = sorted((*special, ANY_ID), key=len, reverse=True)
     pieces = [piece for piece in re.split(f"({'|'.join(map(re.escape, marks))})", text) if piece]
     return " ".join(

@@ -1,4 +1,4 @@
-"""How much memory there is for models."""
+"""Reads how much memory a device has for models."""
 
 import torch
 
@@ -6,7 +6,7 @@ from worker.supervisor.devices import memory_bytes
 
 
 def of(device: str) -> int:
-    """Returns the bytes of a device's memory, those of the host for "cpu"."""
+    """Returns a device's memory in bytes, the host's for "cpu"."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return memory_bytes()

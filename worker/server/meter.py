@@ -1,4 +1,4 @@
-"""How fast answers come, measured while they do: tokens and seconds of the passes, by base and by what shared them."""
+"""Measures answer speed: tokens and seconds of the passes, by base and by how models shared them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ class _Sum:
 
 
 class Meter:
-    """Counts what the loop's thread computes; others read it."""
+    """Counts what the loop's thread computes; other threads read it."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, Way], _Sum] = {}
 
     def count(self, together: Sequence[Chosen], tokens: int, seconds: float) -> None:
-        """Adds a pass of all models of these answers, which gave so many tokens."""
+        """Adds a pass of these answers' models, which produced so many tokens."""
         bases = {chosen.base.id for chosen in together}
         way = way_of(together)
         if len(bases) == 1 and way is not None:
@@ -36,9 +36,9 @@ class Meter:
 
 
 def way_of(together: Sequence[Chosen]) -> Way | None:
-    """How the models of one pass are served; None where whole models and adapters on another one are mixed.
+    """Returns how the models of one pass are served; None if whole models and adapters on another are mixed.
 
-    A base answers as a model that is merged into it would.
+    A base counts as a merged model, as it computes the same.
     """
     weights = {chosen.weights.id for chosen in together}
     adapters = {chosen.adapter and chosen.adapter.id for chosen in together}

@@ -1,4 +1,4 @@
-"""Bases and adapters as they lie in memory."""
+"""Bases and adapters in memory."""
 
 import copy
 import gc
@@ -37,7 +37,7 @@ class BrokenAdapter(TuneryError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a base is read from and how it is kept. `four_bits`: its quantisation, if it has one."""
+    """Where a base is read from and in which precision it is kept. `four_bits`: its quantisation, if it has one."""
 
     folder: Path
     four_bits: Precision | None
@@ -46,7 +46,7 @@ class Source:
 
     @property
     def nbytes(self) -> int:
-        """About what it will take: its files, which are mostly in 16 bits."""
+        """Estimates the base's memory from its files, which are mostly in 16 bits."""
         files = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
         return files // 3 if self.four_bits else files * self.dtype.itemsize // 2
 
@@ -59,7 +59,7 @@ class Source:
             return None
         try:
             return load_quantised(self.folder, self.four_bits, torch.device(self.device))
-        except CannotQuantise as error:  # what an earlier release did not refuse to train
+        except CannotQuantise as error:  # an earlier release trained on such a base
             log.warning("%s is served as it is: %s", self.folder.name, error)
             return None
 
@@ -90,18 +90,18 @@ class Base:
         return Alone(self.model, prompt_ids, rope.of(self.model), self.memory)
 
     def lay_on(self, folder: Path) -> "StackedAdapter | AdapterAlone":
-        """Returns the adapter of a folder, on this base. Raises BrokenAdapter."""
+        """Loads a folder's adapter on this base. Raises BrokenAdapter."""
         try:
             factors = None if self.batch is None else Factors.read(folder, self.model)
             return AdapterAlone(self, folder) if factors is None else StackedAdapter(self, factors)
-        # PEFT and safetensors raise these of files that are no adapter of this base.
+        # PEFT and safetensors raise these for files that are no adapter of this base.
         except (ValueError, KeyError, RuntimeError, TypeError, OSError, SafetensorError) as error:
             raise BrokenAdapter(reason=str(error).strip().partition("\n")[0]) from error
 
     def leave(self) -> None:
         if self.batch is not None:
             self.memory.forget(self.batch)
-        self.model = self.unhooked = self.bank = self.batch = None  # type: ignore[assignment]  # used by nobody now
+        self.model = self.unhooked = self.bank = self.batch = None  # type: ignore[assignment]  # unused from now on
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -129,7 +129,7 @@ class StackedAdapter:
 
 
 class AdapterAlone:
-    """An adapter as PEFT lays it on a base, in fp32 as it was trained. Its answers have passes of their own."""
+    """An adapter applied by PEFT, in fp32 as it was trained. Its answers have passes of their own."""
 
     def __init__(self, base: Base, folder: Path) -> None:
         laid = PeftModel.from_pretrained(shared(base.unhooked), folder, torch_device=base.source.device)
@@ -149,7 +149,7 @@ class AdapterAlone:
 
 
 def shared(model: nn.Module) -> nn.Module:
-    """A second model of the same weights in memory, whose layers can be exchanged without changing the first."""
+    """Returns a second model on the same weights in memory, whose layers can be replaced without changing the first."""
     return copy.deepcopy(model, {id(part): part for part in _tensors(model)})
 
 

@@ -1,14 +1,14 @@
-"""A request's prompt as token ids, and how long its answer may be, whichever back end writes it."""
+"""Encodes a request's prompt and limits its answer's length, for every back end."""
 
 from tunery.rows.errors import PromptTooLong
 from tunery.rows.template import ChatTemplate
 from worker.server.schemas import ChatRequest
 
 UNKNOWN_CONTEXT = 4096
-"""The most tokens of an answer, unless the request says, where the model's config names no context length."""
+"""The most tokens of an answer if neither the request nor the model's config limits it."""
 
 _LONG = 16
-"""Characters a token of the context, of which a prompt has far fewer unless most of it is blank."""
+"""Characters per token of the context. A prompt has far fewer unless most of it is whitespace."""
 
 
 def encode(request: ChatRequest, template: ChatTemplate) -> list[int]:
@@ -19,19 +19,20 @@ def encode(request: ChatRequest, template: ChatTemplate) -> list[int]:
 
 
 def refuse_much_too_long(request: ChatRequest, template: ChatTemplate, limit: int | None) -> None:
-    """Raises PromptTooLong for a prompt that is known to be by its beginning: millions of words take as many seconds to
-    tokenise, for which nobody else is answered."""
+    """Raises PromptTooLong if a prompt's beginning alone is too long: tokenising millions of words takes as many
+    seconds, during which nobody else is answered.
+    """
     length = len(request.text or "") + sum(len(message.content or "") for message in request.messages)
     if limit is None or length <= _LONG * limit:
         return
     text = request.text or template.render(request.messages, request.offered_tools, add_generation_prompt=True)
     tokens = len(template.tokenizer.encode(text[: _LONG * limit], add_special_tokens=False).ids)
-    if tokens - _LONG > limit:  # the cut may have made a few more of the last word
+    if tokens - _LONG > limit:  # the cut may have split the last word into a few more
         raise PromptTooLong(param="messages", limit=limit, tokens=f"more than {tokens - _LONG}")
 
 
 def room(request: ChatRequest, prompt_tokens: int, context_length: int | None) -> int:
-    """Returns the most tokens that the answer may have. Raises PromptTooLong when that would be none."""
+    """Returns the most tokens that the answer may have. Raises PromptTooLong if there is no room for any."""
     wanted = request.max_completion_tokens or request.max_tokens
     if context_length is None:
         return wanted or UNKNOWN_CONTEXT

@@ -1,4 +1,4 @@
-"""An answer whose tokens an engine elsewhere chooses, as they come over the wire."""
+"""An answer whose tokens are chosen by a remote engine and received over the network."""
 
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
@@ -19,17 +19,17 @@ _END = b"[DONE]"
 
 @dataclass(frozen=True)
 class Step:
-    """A token, and its log probability where that was asked for."""
+    """A token, and its log probability if requested."""
 
     token: int
     chance: TokenChance | None = None
 
 
 class Tokens:
-    """Steps on their way from the thread that reads them to the one that writes the answer."""
+    """A queue of steps from the thread that reads them to the one that writes the answer."""
 
     def __init__(self, arrived: Condition) -> None:
-        """`arrived` is notified of each step and of the end."""
+        """`arrived` is notified at each step and at the end."""
         self._arrived = arrived
         self._steps: deque[Step] = deque()
         self._error: Exception | None = None
@@ -46,7 +46,7 @@ class Tokens:
             self._arrived.notify_all()
 
     def end(self, error: Exception | None = None) -> None:
-        """Ends the steps; the first call counts."""
+        """Ends the steps; only the first call has an effect."""
         with self._arrived:
             if not self._is_over:
                 self._error = error
@@ -70,7 +70,7 @@ class RemoteAnswer(WrittenAnswer):
     """An answer that is read from `source`. `on_close` stops the engine."""
 
     source: Tokens
-    is_complete: bool = False  # an engine elsewhere ends a grammar by a stop token
+    is_complete: bool = False  # a remote engine ends a grammar with a stop token
 
     @property
     def is_ready(self) -> bool:
@@ -78,7 +78,7 @@ class RemoteAnswer(WrittenAnswer):
         return self.finish_reason is not None or self.source.is_ready
 
     def tokens(self) -> Iterator[int]:
-        """The answer's tokens, the stop token among them."""
+        """Yields the answer's tokens, including the stop token."""
         for step in self.source:
             if step.chance is not None and step.token not in self.eos_ids:
                 self.chances.append(step.chance)
@@ -90,7 +90,7 @@ class RemoteAnswer(WrittenAnswer):
 
 
 class Reader:
-    """Reads vLLM's chunks of a completion; `top`: the likeliest tokens of which log probabilities are shown."""
+    """Reads the chunks of vLLM's completion; `top`: how many likeliest tokens have log probabilities shown."""
 
     def __init__(self, tokens: Tokens, tokenizer: Tokenizer, top: int | None) -> None:
         self._tokens = tokens
@@ -98,8 +98,9 @@ class Reader:
         self._top = top
 
     async def read(self, parts: AsyncIterator[bytes]) -> None:
-        """Puts the steps of a stream of server-sent events. Raises Unavailable where it breaks off,
-        InvalidValue for what vLLM finds wrong in the request."""
+        """Queues the steps of a stream of server-sent events. Raises Unavailable if it breaks off, InvalidValue for
+        errors that vLLM finds in the request.
+        """
         rest = b""
         async for part in parts:
             *lines, rest = (rest + part).split(b"\n")
@@ -109,7 +110,7 @@ class Reader:
         raise Unavailable(part="The model server")
 
     def _take(self, event: bytes) -> bool:
-        """Puts the steps of an event; whether it was the last one."""
+        """Queues the steps of an event; returns whether it was the last one."""
         if event == _END:
             return True
         chunk = from_json(event)
@@ -142,12 +143,14 @@ class Reader:
 
 
 def _error(error: dict[str, Any]) -> TuneryError:
-    """Returns an error in a stream, such as a schema that cannot be compiled: the status line had left."""
+    """Returns the error of a stream's event, such as a schema that cannot be compiled: the status line was sent before
+    it.
+    """
     if error.get("code") == 400:
         return InvalidValue(reason=str(error.get("message")))
     return Unavailable(part="The model server")
 
 
 def _id_of(name: str) -> int:
-    """vLLM writes `token_id:17` where it is asked for ids."""
+    """Returns a token's id from its name: vLLM writes `token_id:17` if asked for ids."""
     return int(name.rpartition(":")[2])

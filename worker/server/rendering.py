@@ -1,4 +1,4 @@
-"""What turns messages into prompts and tokens into text, shared by all models whose files of it are the same."""
+"""Turns messages into prompts and tokens into text, shared by all models with the same tokenizer and template files."""
 
 from datetime import datetime
 from functools import cached_property
@@ -22,7 +22,7 @@ _PREFIXES = (
     "config.json",
     "generation_config.json",
 )
-"""Where the paths of files begin that a template is loaded from."""
+"""Prefixes of the paths of files from which a template is loaded."""
 
 
 class Rendering:
@@ -35,7 +35,7 @@ class Rendering:
         self._lock = Lock()
 
     def vocabulary(self, size: int) -> LLTokenizer:
-        """What grammars are compiled for: made by the first answer that has one. `size`: the logits of the model."""
+        """Returns the vocabulary for grammars, created when first needed. `size`: how many logits the model has."""
         with self._lock:
             if size not in self._vocabularies:
                 self._vocabularies[size] = grammar.read_vocabulary(self.template.tokenizer, size, self.eos_ids)
@@ -43,21 +43,23 @@ class Rendering:
 
     @cached_property
     def spelling(self) -> CallSpelling | None:
-        """How the template writes tool calls; None where it writes none that can be read."""
+        """How the template writes tool calls; None if it writes none that can be read."""
         return CallSpelling.find(self.template)
 
 
 class Renderings:
-    """Those in use: a tokenizer takes as much memory as many adapters, which mostly have their base's own."""
+    """The renderings in use. They are shared, as a tokenizer takes as much memory as many adapters, and most have their
+    base's.
+    """
 
     def __init__(self, now: datetime | None = None) -> None:
-        """`now`: what templates take for it; None: the time of each request."""
+        """`now`: the time that templates see; None: that of each request."""
         self._now = now
         self._known: WeakValueDictionary[str, Rendering] = WeakValueDictionary()
         self._lock = Lock()
 
     def of(self, folder: Path) -> Rendering:
-        """That of a model's folder. Raises CannotRender."""
+        """Returns the rendering of a model's folder. Raises CannotRender."""
         key = _key(folder)
         with self._lock:
             found = self._known.get(key)

@@ -1,4 +1,4 @@
-"""One vLLM server: what it holds, and the calls that it takes.
+"""One vLLM server: what it has loaded, and the calls to it.
 
 Everything here runs in one event loop, that of the `Fleet`.
 """
@@ -18,19 +18,19 @@ from tunery.errors import InvalidValue, Rejected
 log = logging.getLogger(__name__)
 
 _ADAPTER = re.compile("[0-9a-f]{64}")
-"""An adapter's name on a replica: the digest of its manifest. Other names are the operator's own."""
+"""An adapter's name on a replica: its manifest's digest. Other names are the operator's own."""
 _ALREADY = "already been loaded"
 _SECONDS = 30
-"""The longest that a replica may take for a status line."""
+"""The longest time that a replica may take to send a status line."""
 _LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
 
 
 class ReplicaLost(Exception):
-    """The replica gives no answer, or says that it cannot."""
+    """The replica does not answer, or says that it cannot serve."""
 
 
 class AdapterAbsent(Exception):
-    """The replica knows no model of that name: it was restarted."""
+    """The replica has no model of that name: it was restarted."""
 
 
 class CannotServe(Rejected):
@@ -41,8 +41,9 @@ class CannotServe(Rejected):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's `name` on the replicas, where its files lie for them, and the names under which one of them may
-    serve its base."""
+    """An adapter: its `name` on the replicas, the path of its files there, and the names under which a replica may
+    serve its base.
+    """
 
     name: str
     path: str
@@ -57,12 +58,12 @@ class Replica:
         self.in_flight = 0
         self.is_up = False
         self.bases: dict[str, int | None] = {}
-        """The most tokens of prompt and answer, by the base's name and by its folder's."""
+        """The most tokens of prompt and answer, by the base's name and by its folder's name."""
         self.adapters: dict[str, Adapter] = {}
         self.refused: dict[str, str] = {}
-        """Why it would not load adapters, by their names."""
+        """Why it refused to load adapters, by their names."""
         self._names: dict[str, str] = {}
-        """Of the bases, and their folders' names."""
+        """The bases' names, and their folders' names."""
         self._loading = asyncio.Lock()
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         timeout = httpx2.Timeout(None, connect=5)
@@ -71,19 +72,19 @@ class Replica:
         )
 
     def serves(self, base: frozenset[str]) -> bool:
-        """Whether it is up and has a base of one of these names."""
+        """Whether the replica is up and has a base of one of these names."""
         return self.is_up and not base.isdisjoint(self.bases)
 
     def length(self, base: frozenset[str]) -> int | None:
-        """Returns the most tokens of prompt and answer together; None: it does not say."""
+        """Returns the most tokens of prompt and answer together; None if the replica does not say."""
         return next((self.bases[name] for name in base if name in self.bases), None)
 
     def name_of(self, base: frozenset[str]) -> str:
-        """Returns the name by which it serves the base."""
+        """Returns the replica's name for the base."""
         return next(name for name in self._names if name in base or self._names[name] in base)
 
     async def look(self) -> None:
-        """Reads what it holds now. A replica that was gone has to be asked again for what it refused."""
+        """Reads what the replica has loaded. After an outage, adapters that it refused are tried again."""
         try:
             answer = await self._client.get("/v1/models", timeout=_SECONDS)
             cards = from_json(answer.raise_for_status().content)["data"]
@@ -105,14 +106,14 @@ class Replica:
         }
 
     def lose(self, error: Exception) -> None:
-        """Leaves it out until it answers again."""
+        """Marks the replica as down until it answers again."""
         if self.is_up:
             log.warning("the vLLM server %s does not answer: %r", self.url, error)
         self.is_up = False
         self.adapters.clear()
 
     async def lay(self, adapter: Adapter) -> None:
-        """Loads an adapter that it does not have. Raises ReplicaLost, CannotServe."""
+        """Loads an adapter that the replica lacks. Raises ReplicaLost, CannotServe."""
         async with self._loading:
             if adapter.name in self.adapters:
                 return
@@ -121,7 +122,7 @@ class Replica:
             status, message = await self._post(
                 "/v1/load_lora_adapter", {"lora_name": adapter.name, "lora_path": adapter.path}
             )
-            # It is there already where an earlier call's answer was lost.
+            # It is loaded already if an earlier call's answer was lost.
             if status != 200 and _ALREADY not in message:
                 self.refused[adapter.name] = message
                 log.warning("%s refuses the adapter %s: %s", self.url, adapter.name, message)
@@ -129,7 +130,7 @@ class Replica:
             self.adapters[adapter.name] = adapter
 
     async def remove(self, name: str) -> None:
-        """Unloads an adapter; one that is not there is no error. Raises ReplicaLost."""
+        """Unloads an adapter; one that is not loaded is no error. Raises ReplicaLost."""
         async with self._loading:
             self.adapters.pop(name, None)
             await self._post("/v1/unload_lora_adapter", {"lora_name": name})
@@ -171,7 +172,7 @@ class Replica:
 
 
 def _message(body: bytes) -> str:
-    """Returns the message of an error's body, without what vLLM wraps around that of its worker."""
+    """Returns the message in an error's body, without the text that vLLM wraps around its worker's message."""
     try:
         text = str(from_json(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Replies in OpenAI's spelling: whole, and in chunks."""
+"""Builds replies in OpenAI's format: whole, and in chunks."""
 
 import time
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from worker.server.schemas import ChatRequest, NamedTool
 
 
 class Reply:
-    """A reply in the making. Its id, time and names are the same in every chunk."""
+    """A reply in progress. Its id, time and names are the same in every chunk."""
 
     def __init__(self, chat: ChatRequest) -> None:
         self.chat = chat
@@ -22,8 +22,8 @@ class Reply:
         self._completion_tokens = 0
 
     def add(self, answer: Answer, text: str) -> None:
-        """Takes an answer that has ended."""
-        if not self._choices:  # once: all answers are to one prompt
+        """Adds a finished answer."""
+        if not self._choices:  # only once: all answers have the same prompt
             self._prompt_tokens = answer.prompt_tokens
             self._cached_tokens = getattr(answer, "cached_tokens", 0)  # a back end without such a cache has no count
         self._completion_tokens += answer.completion_tokens
@@ -49,18 +49,18 @@ class Reply:
         finish_reason: str | None = None,
         chances: Sequence[TokenChance] = (),
     ) -> dict[str, Any]:
-        """One chunk of the answer with that index."""
+        """Returns a chunk of the answer with this index."""
         logprobs = self._logprobs(chances) if chances else None
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         usage = {"usage": None} if self.chat.wants_usage else {}
         return {**self._head("chat.completion.chunk"), "choices": [choice], **usage}
 
     def usage_chunk(self) -> dict[str, Any]:
-        """Returns the chunk behind the last one, which counts the tokens of all answers."""
+        """Returns the final chunk, which counts the tokens of all answers."""
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
 
     def reason(self, answer: Answer) -> str | None:
-        """Returns why an answer ended. OpenAI says `stop` of a call that was asked for by name."""
+        """Returns why an answer ended. OpenAI gives `stop` for a call that was requested by name."""
         by_name = isinstance(self.chat.tool_choice, NamedTool) and answer.finish_reason == "tool_calls"
         return "stop" if by_name else answer.finish_reason
 
@@ -70,7 +70,7 @@ class Reply:
             "object": object,
             "created": self._created,
             "model": self.chat.model,
-            # Two answers with the same seed are comparable when this is the same.
+            # Answers with the same seed are comparable if this is the same.
             "system_fingerprint": f"fp_{self.chat.chosen.template.manifest_sha256[:10]}",
         }
 
@@ -91,13 +91,13 @@ class Reply:
 
 
 def calls_of(answer: Answer) -> list[dict[str, Any]]:
-    """Returns an answer's tool calls, each with an id, by which its result is sent back."""
+    """Returns an answer's tool calls, each with the id by which its result is sent back."""
     return [
         {"id": ids.new(ids.TOOL_CALL), "type": "function", "function": call.model_dump()} for call in answer.tool_calls
     ]
 
 
 def _chance(one: TokenChance) -> dict[str, Any]:
-    """A token that is a part of a character has no text of its own: OpenAI's `bytes` is null then."""
+    """Returns a token's entry. OpenAI's `bytes` is null for a token that is only part of a character."""
     spelled = None if "\N{REPLACEMENT CHARACTER}" in one.token else list(one.token.encode())
     return {"token": one.token, "logprob": one.logprob, "bytes": spelled}

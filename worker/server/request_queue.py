@@ -1,8 +1,8 @@
-"""The queue before the back end, and the loop that advances all running answers together.
+"""The queue in front of the back end, and the loop that advances all running answers together.
 
 A back end computes a piece of every running answer at once (`Backend.advance`), so answers join and leave between two
-pieces. The loop has a thread of its own; models are loaded and prompts rendered on others, so that an answer whose
-model is on its way holds up none that runs. The event loop stays free for /healthz and for clients that leave.
+pieces. The loop has its own thread; models are loaded and prompts rendered in others, so that an answer that waits for
+its model delays no running one. The event loop stays free for /healthz and for clients that disconnect.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ from worker.server.meter import Meter
 from worker.server.schemas import ChatRequest
 
 _LOADERS = 4
-"""Requests whose models are loaded and whose prompts are rendered at once."""
+"""How many requests load their models and render their prompts at once."""
 
 Piece = str | Exception | None
 """A part of an answer's text, what broke it, or its end."""
 
 
 class RequestQueue:
-    """Answers at most `backend.streams` requests at once and lets `places` wait; others get Overloaded at once.
+    """Answers at most `backend.streams` requests at once; `places` more wait, and others get Overloaded at once.
 
     `seconds`: the longest time from a request's turn to the end of its answers.
     """
@@ -59,7 +59,7 @@ class RequestQueue:
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator["Turn"]:
-        """Waits for its turn and keeps it until the block ends. Raises Overloaded."""
+        """Waits for a turn and holds it until the block ends. Raises Overloaded."""
         if self._free.locked() and self._waiting >= self._places:
             raise Overloaded(waiting=self._waiting)
         self._waiting += 1
@@ -77,18 +77,18 @@ class RequestQueue:
             self._free.release()
 
     async def answer(self, request: ChatRequest) -> Answer:
-        """Returns the back end's answer, not begun yet."""
+        """Returns the back end's answer, not started yet."""
         making = asyncio.get_running_loop().run_in_executor(self._loaders, self.backend.answer, request)
         try:
             return await asyncio.shield(making)
         except asyncio.CancelledError:
             making.add_done_callback(
                 partial(self._close_unread, request.chosen)
-            )  # what a thread has begun goes on, and holds a model
+            )  # what a thread has started goes on, and holds a model
             raise
 
     def _close_unread(self, chosen: Chosen, made: "asyncio.Future[Answer]") -> None:
-        """Closes an answer that nobody waits for any more, in the thread that steps: its batch may have begun it."""
+        """Closes an abandoned answer in the thread that steps, as its batch may have started it."""
         if not made.cancelled() and made.exception() is None:
             self.loop.remove(_Running(made.result(), chosen))
 
@@ -106,10 +106,10 @@ class Turn:
         self._running: list[_Running] = []
 
     async def answers(self, request: ChatRequest) -> AsyncIterator[tuple[Answer, AsyncIterator[str]]]:
-        """The `n` answers in their order, each with the pieces of its text, a piece a token, many of them empty.
+        """Yields the `n` answers in order, each with the pieces of its text: one per token, many of them empty.
 
-        They are computed beside each other, as many as leave others half of the streams. Raises AnswerTooSlow, what
-        keeps the model from loading, and from the pieces what broke an answer.
+        They are computed in parallel, in at most half of the streams. Raises AnswerTooSlow and errors of loading the
+        model; the pieces raise the error that broke an answer.
         """
         beside = max(1, self._queue.backend.streams // 2)
         begun: deque[_Running] = deque()
@@ -120,7 +120,7 @@ class Turn:
             yield running.answer, self._pieces(running)
 
     async def _begin(self, request: ChatRequest) -> "_Running":
-        """Loads the model, renders the prompt and lets the answer run."""
+        """Loads the model, renders the prompt and starts the answer."""
         try:
             async with asyncio.timeout(self._until - time.monotonic()):
                 answer = await self._queue.answer(request)
@@ -145,13 +145,13 @@ class Turn:
             yield piece
 
     def end(self) -> None:
-        """Stops answers that nobody reads any more. Not awaited: this may run in a task that is being cancelled."""
+        """Stops abandoned answers. Not awaited: this may run in a task that is being cancelled."""
         for running in self._running:
             self._queue.loop.remove(running)
 
 
 class _Running:
-    """An answer in the loop, and the pieces of it that are not read yet."""
+    """An answer in the loop, with its pieces that are not read yet."""
 
     def __init__(self, answer: Answer, chosen: Chosen) -> None:
         self.answer = answer
@@ -161,7 +161,7 @@ class _Running:
         self._text: Generator[str] | None = None
 
     def next(self) -> Piece:
-        """Returns the next piece; after its end or an exception there is none."""
+        """Returns the next piece; None at the end, after which, as after an error, none may be read."""
         if self._text is None:
             self._text = iter(self.answer)
         try:
@@ -170,7 +170,7 @@ class _Running:
             return error
 
     def hand_over(self, piece: Piece) -> None:
-        """Gives a piece to the reader, from any thread."""
+        """Passes a piece to the reader, from any thread."""
         # The reader's event loop closes when the server ends.
         if not self._events.is_closed():
             self._events.call_soon_threadsafe(self.pieces.put_nowait, piece)
@@ -186,16 +186,16 @@ class Loop:
         self._leaving: list[_Running] = []
         self._changed = Condition()
         self._closed = False
-        # One thread always: torch keeps a team of helper threads for each thread that calls it.
+        # Always the same thread: torch keeps a pool of helper threads for each thread that calls it.
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def add(self, running: _Running) -> None:
-        """Joins an answer at the next step."""
+        """Adds an answer at the next step."""
         self._change(lambda: self._running.append(running))
 
     def remove(self, running: _Running) -> None:
-        """Ends an answer after the step that is being computed, if it has not ended by itself."""
+        """Ends an answer after the current step, unless it has ended by itself."""
         self._change(lambda: self._leaving.append(running))
 
     def close(self) -> None:
@@ -215,7 +215,7 @@ class Loop:
                 self._step(running)
 
     def _step(self, running: list[_Running]) -> None:
-        """Gives each running answer's reader its next piece, and counts them."""
+        """Passes each running answer's next piece to its reader, and counts tokens."""
         began, before = time.perf_counter(), _tokens(running)
         for one in self._advance(running):
             piece = one.next()
@@ -226,7 +226,7 @@ class Loop:
         self._meter.count(chosen, _tokens(running) - before, seconds)
 
     def _now_running(self) -> list[_Running] | None:
-        """Returns the answers to advance, once there are any; None when the loop is closed."""
+        """Waits for running answers and returns them; None when the loop is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._running or self._leaving or self._closed)
             leaving, self._leaving = self._leaving, []
@@ -235,10 +235,10 @@ class Loop:
             return None if self._closed else list(self._running)
 
     def _advance(self, running: list[_Running]) -> list[_Running]:
-        """Returns those whose next piece is there now."""
+        """Advances the answers; returns those whose next piece is ready."""
         try:
             ready = self._backend.advance([one.answer for one in running])
-        except Exception as error:  # noqa: BLE001  whose fault it is, is not known: their readers get it
+        except Exception as error:  # noqa: BLE001  the answer at fault is not known: all readers get the error
             for one in running:
                 self._end(one)
                 one.hand_over(error)

@@ -1,4 +1,4 @@
-"""What is in memory: bases and adapters, the least recently used of which leave for others."""
+"""Holds bases and adapters in memory, and unloads the least recently used for others."""
 
 import time
 from collections.abc import Callable
@@ -12,14 +12,14 @@ class Resident(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """The memory that it takes by itself."""
+        """The memory that the model itself takes."""
 
     def leave(self) -> None:
-        """Called once, when it is to be forgotten."""
+        """Frees the model; called once."""
 
 
 _PATIENCE_SECONDS = 60
-"""A model that is pinned, or asked again and again, is never released."""
+"""Time limit of waiting for memory: a model that is pinned, or used all the time, is never released."""
 
 R = TypeVar("R", bound=Resident)
 
@@ -35,10 +35,10 @@ class _Place:
 
 
 class Residents:
-    """Models by what they hold, their digests: two versions of a name are two models. Safe to share between threads.
+    """Models by their digests: two versions of a name are two models. Safe to share between threads.
 
-    `budget`: bytes that all together may take, pinned ones (by their ids) among them. What is in use stays, even above
-    it.
+    `budget`: bytes that all models may take together, including pinned ones (by their ids). Models in use stay, even
+    above it.
     """
 
     def __init__(self, budget: int, pinned: frozenset[str] = frozenset()) -> None:
@@ -49,7 +49,7 @@ class Residents:
 
     @property
     def names(self) -> list[str]:
-        """Ids of the models in memory, the one that was asked last at the end."""
+        """Ids of the models in memory, the last used at the end."""
         with self._changed:
             return [place.name for place in self._places.values() if not place.is_loading]
 
@@ -59,10 +59,10 @@ class Residents:
             return self._used()
 
     def hold(self, key: str, name: str, bytes: int, load: Callable[[], R], *, waits: bool = False) -> R:
-        """The model of that key, loaded by the first that asks; it stays until it is released as often as it was held.
+        """Returns the key's model, loaded by the first caller; it stays until it is released as often as it was held.
 
-        `bytes`: about what it will take. `waits`: for a minute, rather than loading it above the budget.
-        Raises what `load` raises, to all who wait for it.
+        `bytes`: its estimated memory. `waits`: waits up to a minute before it is loaded above the budget.
+        Raises what `load` raises, for every caller that waits for it.
         """
         with self._changed:
             place = self._places.get(key)
@@ -100,7 +100,7 @@ class Residents:
         return place.model
 
     def _make_room(self, key: str, waits: bool) -> None:
-        """Lets idle models go until `key` fits, or there are none."""
+        """Unloads idle models until `key` fits, or none are left."""
         until = time.monotonic() + (_PATIENCE_SECONDS if waits else 0)
         while True:
             with self._changed:

@@ -1,6 +1,6 @@
-"""A chat request as the API hands it on: the user's own body and, beside it, the files that `model` stands for.
+"""A chat request as the API forwards it: the user's own body, and the files of its `model`.
 
-What this server does not do is refused by name instead of being ignored: an answer that silently lacks its log
+Fields that this server does not support are refused by name and not ignored: an answer that silently lacks its log
 probabilities or its JSON schema is worse than none.
 """
 
@@ -27,7 +27,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-"""Fields of OpenAI's that are not served, with the values that ask for nothing (null always does)."""
+"""OpenAI's fields that are not supported, with the values that request nothing (null always does)."""
 
 _WITHOUT_EFFECT = {
     "metadata",
@@ -38,7 +38,7 @@ _WITHOUT_EFFECT = {
     "service_tier",
     "user",
 }
-"""Fields of OpenAI's that change nothing about the answer."""
+"""OpenAI's fields that do not change the answer."""
 
 
 def _refuse(param: str, reason: str) -> NoReturn:
@@ -139,12 +139,12 @@ class ChatRequest(_Sealed):
 
     @property
     def must_call(self) -> bool:
-        """Whether the answer has to be a call."""
+        """Whether the answer must be a call."""
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
     def callable_tools(self) -> list[Tool]:
-        """The tools of which one has to be called."""
+        """The tools of which one must be called."""
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         return [tool for tool in self.tools or () if named in (None, tool.function.name)]
 

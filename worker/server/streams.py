@@ -1,4 +1,4 @@
-"""Where an answer's logits come from: a forward pass of its own, or a row of a batch."""
+"""The sources of an answer's logits: forward passes of its own, or a row of a batch."""
 
 from typing import Any, Protocol
 
@@ -9,23 +9,23 @@ from worker.trainer.rope import LengthRope
 
 
 class Stream(Protocol):
-    """The logits after a prompt and the tokens that were pushed. `likeliest` or `logits`, and `push`, alternate.
+    """The logits after a prompt and the pushed tokens. Calls of `likeliest` or `logits` alternate with `push`.
 
-    A greedy stream, of which `likeliest` alone is read, may have no logits.
+    A greedy stream, of which only `likeliest` is read, may have no logits.
     """
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of the prompt that were not computed, since their keys and values were there."""
+        """Prompt tokens that were not computed, as their keys and values were reused."""
 
     def likeliest(self) -> int:
         """Returns the likeliest next token."""
 
     def logits(self) -> torch.Tensor:
-        """Logits of the next token (vocabulary, fp32, on the CPU)."""
+        """Returns the next token's logits (vocabulary, fp32, on the CPU)."""
 
     def push(self, token: int) -> None:
-        """Takes the token that was chosen."""
+        """Appends the chosen token."""
 
     def close(self) -> None:
         """Frees the keys and values."""
@@ -37,7 +37,7 @@ class Alone:
     cached_tokens = 0
 
     def __init__(self, model: Any, prompt_ids: list[int], rope: LengthRope, memory: CacheMemory | None = None) -> None:
-        """`memory`: what the keys and values are counted in."""
+        """`memory`: counts the keys and values."""
         self._model = model
         self._memory = memory
         self._nbytes = 0
@@ -49,7 +49,7 @@ class Alone:
     def likeliest(self) -> int:
         return int(self.logits().argmax())
 
-    # Here and not around the loop: the mode belongs to a thread, and a generator may go on in another one.
+    # Here and not around the loop: the mode is per thread, and a generator may continue in another one.
     @torch.inference_mode()
     def logits(self) -> torch.Tensor:
         batch = torch.tensor([self._ids], device=self._model.device)
@@ -65,10 +65,10 @@ class Alone:
         self._seen.append(token)
         self._ids = [token]
         if self._rope.changes(len(self._seen) - 1, len(self._seen)):
-            self._ids, self._cache = self._seen, None  # the cache's keys were turned by other frequencies
+            self._ids, self._cache = self._seen, None  # the cache's keys were rotated by other frequencies
 
     def fits(self) -> bool:
-        """Whether the memory has room for keys and values. Where not, they are freed, to be computed again later."""
+        """Whether the memory has room for the keys and values; if not, they are freed and computed again later."""
         if self._memory is None or self._memory.reserve(self, self._nbytes):
             return True
         self.close()

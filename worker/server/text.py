@@ -1,4 +1,4 @@
-"""Token ids as an answer's text: whole characters up to a stop string, and the tool calls that are spelled in it."""
+"""Decodes token ids to an answer's text: whole characters up to a stop string, and the tool calls in it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -11,13 +11,13 @@ from tunery.rows.messages import FunctionCall
 from worker.server.answer import FinishReason, TokenChance
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder writes for the first bytes of a character whose last bytes are in the next token."""
+"""What a decoder writes for the first bytes of a character that continues in the next token."""
 
 
 class Text:
-    """Token ids as text that may leave the house: whole characters, and nothing that could begin a stop string.
+    """Decodes token ids to text that may be sent: whole characters, and nothing that could begin a stop string.
 
-    `mark`: what a tool call begins with, at which the text ends as at a stop string; its special tokens are then shown.
+    `mark`: the beginning of a tool call, which ends the text like a stop string; special tokens are then decoded too.
     """
 
     def __init__(
@@ -28,14 +28,14 @@ class Text:
         self._mark = mark
         self.calls = False
         self._ids = list(context)
-        # Decoded together with their neighbours on the left, since a tokenizer may write a token's leading space only
-        # inside a text: ids[start:read] is that context, ids[read:] is new.
+        # New tokens are decoded with those before them, since a tokenizer may drop a leading space at the start of a
+        # text: ids[start:read] is that context, ids[read:] is new.
         self._start, self._read = 0, len(self._ids)
         self._held = ""
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Returns the text that this token sets free, often none."""
+        """Adds a token; returns the text that can be sent now, often none."""
         self._ids.append(token)
         text = self._new_text()
         if text and not text.endswith(_UNFINISHED):
@@ -44,7 +44,7 @@ class Text:
         return self._release()
 
     def finish(self) -> str:
-        """Returns what was held back, when no token follows."""
+        """Returns the text held back, when no token follows."""
         if self.stopped:
             return ""
         self._held += self._new_text()
@@ -72,19 +72,19 @@ class Text:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """Returns the length of the longest suffix of `text` that is a prefix of `stop`."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((length for length in lengths if text.endswith(stop[:length])), 0)
 
 
 @dataclass(kw_only=True, eq=False)
 class WrittenAnswer(ABC):
-    """An answer in the making. Iterate for its pieces (one a token, often empty); the counts grow meanwhile.
+    """An answer in progress. Iterate for its pieces (one per token, often empty); the counts grow meanwhile.
 
-    `context`: the prompt's last tokens, with which the answer's are decoded. Calls, where they are spelled as
-    `spelling` says, are no pieces: `tool_calls` has them at the end. `finish_reason` is `stop` at one of `eos_ids`,
-    a stop string or a grammar's end, `tool_calls` after calls and `length` after the last allowed token. `ids`: its
-    tokens so far, with the stop token, which is counted and never shown.
+    `context`: the prompt's last tokens, with which the answer's are decoded. Tool calls in the format of `spelling` are
+    not pieces: `tool_calls` has them at the end. `finish_reason` is `stop` at one of `eos_ids`, a stop string or a
+    grammar's end, `tool_calls` after calls, and `length` after the last allowed token. `ids`: the tokens so far,
+    including the stop token, which is counted and never shown.
     """
 
     tokenizer: Tokenizer
@@ -101,12 +101,12 @@ class WrittenAnswer(ABC):
 
     @abstractmethod
     def tokens(self) -> Iterator[int]:
-        """The answer's tokens, the stop token among them."""
+        """Yields the answer's tokens, including the stop token."""
 
     @property
     @abstractmethod
     def is_complete(self) -> bool:
-        """Whether nothing may follow, though no stop token has come."""
+        """Whether the answer is complete without a stop token."""
 
     @abstractmethod
     def close(self) -> None:
@@ -150,7 +150,7 @@ class WrittenAnswer(ABC):
             self.finish_reason = "tool_calls"
 
     def _read_calls(self, said: list[int]) -> str:
-        """Takes the calls at the answer's end, or gives the text back that began like one and is none."""
+        """Reads the calls at the answer's end; returns the text that began like a call if it is none."""
         assert self.spelling is not None
         text: str = self.tokenizer.decode(said, skip_special_tokens=False)
         written = text[text.index(self.spelling.before) :]

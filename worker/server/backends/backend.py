@@ -1,4 +1,4 @@
-"""What a back end of the model server is: it loads the model of a request and writes its answer."""
+"""What a back end of the model server has to do: load a request's model and write the answer."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -11,34 +11,34 @@ from worker.server.schemas import ChatRequest
 
 
 class Backend(Protocol):
-    """`RequestQueue` calls `advance` and reads answers in one thread, and `answer` in others.
+    """A back end. `RequestQueue` calls `advance` and reads answers in one thread, and calls `answer` in others.
 
-    With `streams` 1 never at once; what several streams share has to be safe for that.
+    With `streams` 1, never at the same time; with more, what the streams share has to be safe for threads.
     """
 
     @property
     def streams(self) -> int:
-        """The most answers at once."""
+        """How many answers may run at once."""
 
     @property
     def loaded(self) -> str | None:
-        """Id of the model that was asked last."""
+        """Id of the model that was used last."""
 
     @property
     def device(self) -> str: ...
 
     def answer(self, request: ChatRequest) -> Answer:
-        """Returns the answer to a request, not begun yet; the model is loaded when this returns.
+        """Returns the answer to a request, not started yet; the model is loaded when this returns.
 
-        Raises Rejected for what the request is to blame for, Unavailable for what may pass when it is tried again.
+        Raises Rejected for the request's own faults, Unavailable for those that a retry may overcome.
         """
 
     def advance(self, answers: Sequence[Answer]) -> Sequence[Answer]:
-        """Computes what the next pieces of these answers need, and returns those of which a piece can be read now."""
+        """Computes what the next pieces of these answers need; returns those of which a piece can be read now."""
 
 
 Make = Callable[[Settings, Storage, str], Backend]
-"""Makes a back end that computes on a torch device, "cpu" or "cuda"."""
+"""Creates a back end that computes on a torch device, "cpu" or "cuda"."""
 
 
 def _embedded(settings: Settings, storage: Storage, device: str) -> Backend:
@@ -80,11 +80,11 @@ def _vllm(settings: Settings, storage: Storage, _: str) -> Backend:
 
 
 BACKENDS: dict[str, Make] = {"embedded": _embedded, "vllm": _vllm}
-"""By the name that TUNERY_SERVER_BACKEND chooses."""
+"""By name, as in TUNERY_SERVER_BACKEND."""
 
 
 def make(settings: Settings, storage: Storage, device: str) -> Backend:
-    """Returns the back end of the settings. Raises ValueError for a name that is not there."""
+    """Returns the back end that the settings choose. Raises ValueError for an unknown name."""
     name = settings.server_backend
     if name not in BACKENDS:
         raise ValueError(f"TUNERY_SERVER_BACKEND is '{name}'; use {' or '.join(BACKENDS)}")

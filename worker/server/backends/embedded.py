@@ -1,9 +1,9 @@
-"""The models in memory, and the answers that they write together.
+"""Holds models in memory and computes their answers together.
 
-One copy of each base, on which its adapters lie. Its answers share forward passes (`Batch`); what a batch cannot hold
-has passes of its own, on the same weights. A full fine-tune is a base of its own. A LoRA that was
-trained and scored on a base in 4 bits (QLoRA) answers on the base in the same 4 bits, unless the operator wants the
-unquantised one.
+Each base is held once, with its adapters on it. Its answers share forward passes (`Batch`); those that a batch cannot
+hold run in passes of their own, on the same weights. A full fine-tune is a base of its own. A LoRA that was trained and
+scored on a base in 4 bits (QLoRA) answers on the base in the same 4 bits, unless the operator chooses the unquantised
+base.
 """
 
 import json
@@ -55,7 +55,7 @@ class Ready:
 
     @property
     def context_length(self) -> int | None:
-        """The most tokens of prompt and answer together; None: unknown."""
+        """The most tokens of prompt and answer together, or None if unknown."""
         length: int | None = getattr(self.base.model.config.get_text_config(), "max_position_embeddings", None)
         batch = self.base.batch
         if batch is None:
@@ -63,14 +63,14 @@ class Ready:
         return batch.longest if length is None else min(length, batch.longest)
 
     def stream(self, prompt_ids: list[int], project_id: str | None = None, *, is_greedy: bool = False) -> Stream:
-        """Returns the logits after a prompt."""
+        """Returns the stream of logits after a prompt."""
         model = self.base if self.adapter is None else self.adapter
         found: Stream = model.stream(prompt_ids, project_id, is_greedy=is_greedy)
         return found
 
 
 class Engine:
-    """Answers of the embedded back end. `answer` may be called by several threads at once, `advance` by one."""
+    """The embedded back end. `answer` may be called by several threads at once, `advance` by one."""
 
     def __init__(
         self,
@@ -85,12 +85,13 @@ class Engine:
         pinned: frozenset[str] = frozenset(),
         now: datetime | None = None,
     ) -> None:
-        """`memory_bytes`: for bases and adapters together. Absent: half of the device's. `now`: what chat templates
-        take for it. Absent: the time of each request."""
+        """`memory_bytes`: for bases and adapters together; by default half of the device's. `now`: the time that chat
+        templates see; by default that of each request.
+        """
         self._models_dir = models_dir
         self._storage = storage
         self._device = device
-        self._dtype: torch.dtype = getattr(torch, dense_dtype(torch.device(device).type))  # that of the training
+        self._dtype: torch.dtype = getattr(torch, dense_dtype(torch.device(device).type))  # the same as in training
         self._qlora_base = qlora_base
         self._streams = streams
         self._residents = Residents(memory_bytes or memory.of(device) // 2, pinned)
@@ -105,7 +106,7 @@ class Engine:
 
     @property
     def loaded(self) -> str | None:
-        """Id of the model that was asked last."""
+        """Id of the model that was used last."""
         return self._asked
 
     @property
@@ -113,7 +114,7 @@ class Engine:
         return self._device
 
     def answer(self, request: ChatRequest) -> Generation:
-        """Returns the answer to a request, not begun yet; the model is loaded when this returns.
+        """Returns the answer to a request, not started yet; the model is loaded when this returns.
 
         Raises CannotRender and PromptTooLong (the request's fault), StorageFailed, ObjectMissing, ChecksumMismatch.
         """
@@ -126,7 +127,7 @@ class Engine:
             raise
 
     def advance(self, answers: Sequence[Answer]) -> Sequence[Answer]:
-        """Computes what the next pieces of these answers need, and returns those of which a piece can be read now."""
+        """Computes what the next pieces of these answers need; returns those of which a piece can be read now."""
         streams = [answer.stream for answer in answers if isinstance(answer, Generation)]
         for batch in {id(row.batch): row.batch for row in streams if isinstance(row, Row)}.values():
             try:
@@ -138,7 +139,7 @@ class Engine:
         return [answer for answer, stream in zip(answers, streams, strict=True) if stream in ready]
 
     def hold(self, chosen: Chosen) -> Ready:
-        """Returns the model, loaded where it is not in memory. Raises as `answer` does."""
+        """Returns the model, which is loaded unless it is in memory. Raises as `answer` does."""
         weights = self._folder(chosen.weights)
         adapter = None if chosen.adapter is None else self._folder(chosen.adapter)
         source = Source(weights, self._four_bits(chosen, adapter), self._device, self._dtype)
@@ -170,7 +171,7 @@ class Engine:
     def _hold_adapter(self, key: str, files: Files, base: Base, folder: Path, base_key: str) -> Any:
         def load() -> Any:
             made = base.lay_on(folders.check(self._models_dir, self._storage, files))
-            # What lies on a base keeps it in memory, used or not.
+            # An adapter keeps its base in memory, used or not.
             self._hold_base(base_key, files, base.source)
             made.on_leave = lambda: self._residents.release(base_key)
             return made
@@ -182,7 +183,7 @@ class Engine:
         return folders.fetch(self._models_dir, self._storage, files)
 
     def _four_bits(self, chosen: Chosen, adapter: Path | None) -> Precision | None:
-        """Returns the four bits that the adapter's base was in when it was scored; None for a base in its own type."""
+        """Returns the 4-bit precision in which the adapter's base was scored; None for a base in its own type."""
         if adapter is None or chosen.tuned is None or chosen.tuned.technique != "qlora":
             return None
         is_quantised = self._qlora_base == "as_scored"
@@ -190,7 +191,7 @@ class Engine:
 
 
 def ready_of(streams: Sequence[Stream]) -> list[Stream]:
-    """Those that can be read: rows whose results are there, and the others as far as there is memory for their keys."""
+    """Returns the streams that can be read: rows with results, and others as far as there is memory for their keys."""
     rows = [stream for stream in streams if isinstance(stream, Row) and stream.is_ready]
     alone = [stream for stream in streams if isinstance(stream, Alone)]
     return [*rows, *(stream for place, stream in enumerate(alone) if not place or stream.fits())]
@@ -227,7 +228,7 @@ def _begin(request: ChatRequest, ready: Ready) -> Generation:
 
 
 def _once(work: Callable[[], None]) -> Callable[[], None]:
-    """Returns the work, done by the first call alone."""
+    """Wraps `work` so that only the first call does it."""
     left = [work]
 
     def call() -> None:
@@ -238,7 +239,7 @@ def _once(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def read_four_bits(adapter: Path, device: str) -> Precision | None:
-    """Returns the precision of a QLoRA adapter's run, on this kind of device; None where its record is missing."""
+    """Returns the precision of a QLoRA adapter's run, on this kind of device; None if its record is missing."""
     record = adapter / "training_config.json"
     if not record.exists():
         return None
@@ -248,7 +249,9 @@ def read_four_bits(adapter: Path, device: str) -> Precision | None:
 
 
 def _grammar(request: ChatRequest, ready: Ready, spelling: CallSpelling | None) -> Grammar | None:
-    """What the answer has to keep to. Raises InvalidValue where it cannot be compiled, Unsupported of unknown calls."""
+    """Returns the grammar of the answer, if it has one. Raises InvalidValue if it cannot be compiled, Unsupported if
+    the model's calls have an unknown format.
+    """
     size = ready.base.model.get_input_embeddings().weight.shape[0]
     if request.must_call:
         if spelling is None:

@@ -1,6 +1,6 @@
-"""Answers of vLLM servers: prompts are rendered and texts are read here, tokens are chosen there.
+"""Answers through vLLM servers: prompts are rendered and text is decoded here, tokens are chosen there.
 
-They get token ids and give token ids, so the prompt is that of the training, whatever template lies beside the base.
+They receive and return token ids, so the prompt is the same as in training, whichever template the base comes with.
 """
 
 import asyncio
@@ -28,13 +28,13 @@ from worker.server.replica import Adapter, CannotServe
 from worker.server.schemas import ChatRequest
 
 _WAIT_SECONDS = 0.05
-"""The longest that a client's leaving waits to be seen."""
+"""The longest time until a client's disconnection is noticed."""
 
 Result = TypeVar("Result")
 
 
 class VllmBackend:
-    """The back end before a fleet of vLLM servers. `served_dir`: `models_dir` as they see it."""
+    """A back end that uses a fleet of vLLM servers. `served_dir`: the path of `models_dir` on those servers."""
 
     def __init__(
         self, fleet: Fleet, models_dir: Path, storage: Storage, *, served_dir: Path, limits: Limits, streams: int
@@ -56,7 +56,7 @@ class VllmBackend:
         self._start(fleet.watch())
 
     def answer(self, request: ChatRequest) -> RemoteAnswer:
-        """Returns the answer to a request, whose adapter the servers have when this returns.
+        """Returns the answer to a request; the servers have loaded its adapter when this returns.
 
         Raises CannotRender, PromptTooLong, Unsupported and InvalidValue (the request's fault), CannotServe, NoReplica,
         StorageFailed, ObjectMissing, ChecksumMismatch.
@@ -75,14 +75,14 @@ class VllmBackend:
         return self._written(request, prompt, rendering, tokens, reading)
 
     def advance(self, answers: Sequence[Answer]) -> Sequence[Answer]:
-        """Waits for tokens, and returns the answers of which a piece can be read now."""
+        """Waits for tokens; returns the answers of which a piece can be read now."""
         with self._arrived:
-            # Of any open answer: one that is about to join must not wait for the others' next tokens.
+            # For any open answer: one that is about to join must not wait for the others' next tokens.
             self._arrived.wait_for(lambda: any(answer.is_ready for answer in self._open), _WAIT_SECONDS)
         return [answer for answer in answers if isinstance(answer, RemoteAnswer) and answer.is_ready]
 
     def close(self) -> None:
-        """Leaves the servers alone; what they hold stays with them."""
+        """Closes the connections; the servers keep what they have loaded."""
         self._start(self._end()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -116,7 +116,7 @@ class VllmBackend:
         return folders.fetch_texts(self._models_dir, self._storage, chosen.template)
 
     def _begin(self, target: Target, body: dict[str, Any], reader: Reader, tokens: Tokens) -> "Future[None]":
-        """Returns the task that reads the answer, once a server has begun it."""
+        """Returns the task that reads the answer, once a server has started it."""
         begun: Future[None] = Future()
         reading = self._start(self._read(target, body, reader, tokens, begun))
         begun.result()
@@ -139,7 +139,7 @@ class VllmBackend:
         except TuneryError as error:
             tokens.end(error)
         finally:
-            tokens.end(Unavailable(part="The model server"))  # of whatever it was: a reader must not wait forever
+            tokens.end(Unavailable(part="The model server"))  # after any error: a reader must not wait forever
             await self.fleet.close(target, replica, stream)
 
     def _written(
@@ -169,7 +169,9 @@ class VllmBackend:
 
 
 def _body(request: ChatRequest, prompt: list[int], rendering: Rendering, room: int) -> dict[str, Any]:
-    """What vLLM's completions get. Every option is named: a server has defaults of its own, from the base's folder."""
+    """Returns the body for vLLM's completions. Every option is set, as a server takes its own defaults from the base's
+    folder.
+    """
     is_greedy = request.top_p == 0
     body: dict[str, Any] = {
         "prompt": prompt,
@@ -195,7 +197,7 @@ def _top(request: ChatRequest) -> int | None:
 
 
 def _kept_to(request: ChatRequest) -> dict[str, Any]:
-    """Returns what the answer has to keep to, as vLLM spells it. Raises Unsupported."""
+    """Returns the constraint on the answer as vLLM's options. Raises Unsupported."""
     if request.must_call:
         raise Unsupported(param="tool_choice", what="A call that has to be made", instead="Use 'auto'.")
     schema = grammar.schema_of(request.response_format)
