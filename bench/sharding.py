@@ -132,7 +132,7 @@ def carry_out(name: str, base: Path, work: Path, steps: int, card: int) -> list[
 
     technique, rate, _, gpus = RUNS[name]
     folder = lay_out(work / name.replace(" ", "-").replace(",", ""), base, technique, rate, gpus, steps, 1e6)
-    _settle(folder, gpus)
+    _edit_spec(folder, gpus)
     shared = {
         **os.environ,
         "WORLD_SIZE": str(gpus),
@@ -154,7 +154,7 @@ def carry_out(name: str, base: Path, work: Path, steps: int, card: int) -> list[
     return [json.loads(record.read_text()) for record in records]
 
 
-def _settle(folder: Path, gpus: int) -> None:
+def _edit_spec(folder: Path, gpus: int) -> None:
     """Asks for pieces, and for no files at the end of an epoch."""
     spec = folder / "spec.json"
     run = Run.model_validate_json(spec.read_text())

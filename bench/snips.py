@@ -67,8 +67,10 @@ def general(model: Any, tokenizer: Any, path: Path) -> float:
         for row, (number, p, c) in enumerate(chunk):
             places = torch.arange(len(p) - 1, len(p) + len(c) - 1)
             scores[number].append(float(logs[row, places, torch.tensor(c)].sum()))
-    right = sum(max(range(len(s)), key=s.__getitem__) == item["answer"] for s, item in zip(scores, items, strict=True))
-    return right / len(items)
+    correct = sum(
+        max(range(len(s)), key=s.__getitem__) == item["answer"] for s, item in zip(scores, items, strict=True)
+    )
+    return correct / len(items)
 
 
 def main() -> None:

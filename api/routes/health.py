@@ -6,13 +6,13 @@ from fastapi import APIRouter
 from pydantic import ConfigDict
 
 from api.dependencies import SessionDep
-from api.schemas.base import Error, Wire
+from api.schemas.base import Error, ResponseBody
 from tunery import db
 
 router = APIRouter(tags=["Health"])
 
 
-class Health(Wire):
+class Health(ResponseBody):
     model_config = ConfigDict(json_schema_extra={"examples": [{"status": "ok"}]})
 
     status: Literal["ok"] = "ok"

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.base import Body, Wire
+from api.schemas.base import Body, ResponseBody
 from api.schemas.reports import Status
 from tunery.baselines.table import Row
 from tunery.planning.advisor import Advice
@@ -46,7 +46,7 @@ class AskAdvice(Body):
     technique: Technique | None = Field(None, description="To be judged; absent: one is suggested")
 
 
-class AdviceAnswer(Wire):
+class AdviceAnswer(ResponseBody):
     """Advice on a file. `advice` is null until `status` is `ready`."""
 
     model_config = ConfigDict(

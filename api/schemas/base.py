@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 Item = TypeVar("Item")
 
 
-class Wire(BaseModel):
+class ResponseBody(BaseModel):
     """An answer. Its keys leave in the order of the fields, nulls included."""
 
     model_config = ConfigDict(frozen=True)
@@ -20,7 +20,7 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def answer_of(request: type[BaseModel], **descriptions: str) -> type[Wire]:
+def answer_of(request: type[BaseModel], **descriptions: str) -> type[ResponseBody]:
     """Returns the class of an answer with the fields of `request`, all of them required and none with its bounds.
 
     Why not the request's own fields: an answer shows what was decided, or accepted by an older release, and a bound
@@ -30,7 +30,7 @@ def answer_of(request: type[BaseModel], **descriptions: str) -> type[Wire]:
         name: (field.annotation, Field(description=descriptions.get(name)))
         for name, field in request.model_fields.items()
     }
-    return create_model("Answer", __base__=Wire, **fields)
+    return create_model("Answer", __base__=ResponseBody, **fields)
 
 
 def seconds(at: datetime) -> int:
@@ -42,7 +42,7 @@ def maybe_seconds(at: datetime | None) -> int | None:
     return None if at is None else seconds(at)
 
 
-class ListOf(Wire, Generic[Item]):
+class ListOf(ResponseBody, Generic[Item]):
     """A page. `after=<id of its last object>` asks for the next one."""
 
     object: Literal["list"] = "list"
@@ -50,7 +50,7 @@ class ListOf(Wire, Generic[Item]):
     has_more: bool = False
 
 
-class CursorList(Wire, Generic[Item]):
+class CursorList(ResponseBody, Generic[Item]):
     """A page that also names its ends."""
 
     object: Literal["list"] = "list"
@@ -65,21 +65,21 @@ class CursorList(Wire, Generic[Item]):
         return cls(data=data, first_id=ends[0] if ends else None, last_id=ends[-1] if ends else None, has_more=has_more)
 
 
-class WholeList(Wire, Generic[Item]):
+class WholeList(ResponseBody, Generic[Item]):
     """Everything there is, at once."""
 
     object: Literal["list"] = "list"
     data: list[Item]
 
 
-class ErrorBody(Wire):
+class ErrorBody(ResponseBody):
     message: str = Field(description="What is wrong and what to change")
     type: str
     param: str | None = Field(description="The request's field at fault, as a dotted path")
     code: str | None = Field(description="A name that never changes, for programs")
 
 
-class Error(Wire):
+class Error(ResponseBody):
     """The body of every error."""
 
     model_config = ConfigDict(
@@ -100,7 +100,7 @@ class Error(Wire):
     error: ErrorBody
 
 
-class Deleted(Wire):
+class Deleted(ResponseBody):
     """The answer to a deletion; each kind of object says its own `object`."""
 
     id: str
@@ -131,7 +131,7 @@ def errors(*statuses: int) -> Answers:
 def examples() -> dict[str, list[Any]]:
     """Returns every schema's examples by its name, nulls included."""
     found = {}
-    waiting: list[type[BaseModel]] = [Wire, Body]
+    waiting: list[type[BaseModel]] = [ResponseBody, Body]
     while waiting:
         kind = waiting.pop()
         waiting += kind.__subclasses__()

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, SecretStr
 
-from api.schemas.base import Body, Wire, maybe_seconds, seconds
+from api.schemas.base import Body, ResponseBody, maybe_seconds, seconds
 from tunery.baselines import table
 from tunery.baselines.model import Baseline as Stored
 from tunery.baselines.order import BaselineOptions, External, Order, Target
@@ -80,7 +80,7 @@ class AskBaseline(BaselineOptions, Body):
         )
 
 
-class Baseline(Wire):
+class Baseline(ResponseBody):
     """Prompting of a model measured before any training. `table` is empty until the status is `succeeded`."""
 
     model_config = ConfigDict(

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from api.schemas.base import Body, Wire, seconds
+from api.schemas.base import Body, ResponseBody, seconds
 from tunery.errors import InvalidValue
 from tunery.traffic.captures import FileOrder
 from tunery.traffic.model import CapturedFile, CapturedRequest
@@ -61,7 +61,7 @@ class SetCapture(Body):
     keep_days: int = Field(30, ge=1, le=365, description="Days after which a request is removed")
 
 
-class ModelCapture(Wire):
+class ModelCapture(ResponseBody):
     """Whether and for how long requests to a model are kept, and how many are."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_CAPTURE]})
@@ -76,7 +76,7 @@ class ModelCapture(Wire):
     corrected: int
 
 
-class CaptureStopped(Wire):
+class CaptureStopped(ResponseBody):
     """Nothing more is kept, and nothing is left."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_STOPPED]})
@@ -116,7 +116,7 @@ class GiveFeedback(Body):
         return {"role": "assistant", "content": self.correction}
 
 
-class Feedback(Wire):
+class Feedback(ResponseBody):
     """What is known of an answer by now."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_FEEDBACK]})
@@ -167,7 +167,7 @@ class MakeFile(FileOrder):
     filename: str | None = Field(None, min_length=1, max_length=255)
 
 
-class FileCapture(Wire):
+class FileCapture(ResponseBody):
     """Which captured requests a file was made of."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_LINEAGE]})

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.base import Body, Wire, seconds
+from api.schemas.base import Body, ResponseBody, seconds
 from tunery.datasets import model
 from tunery.datasets.cleaning.order import Cleaning, HeldOut
 
@@ -48,7 +48,7 @@ class CleanFile(Cleaning, Body):
         return Cleaning.model_validate(self.model_dump(exclude={"against", "base"}))
 
 
-class DroppedRow(Wire):
+class DroppedRow(ResponseBody):
     """A row of the source that is not in the new file."""
 
     line: int
@@ -56,7 +56,7 @@ class DroppedRow(Wire):
     why: str
 
 
-class ChangedRow(Wire):
+class ChangedRow(ResponseBody):
     """A row that was changed. `before` shows no value that was redacted."""
 
     line: int
@@ -65,7 +65,7 @@ class ChangedRow(Wire):
     after: str
 
 
-class FileCleaning(Wire):
+class FileCleaning(ResponseBody):
     """How a file came of another one. What was done is null or empty until the file's status is `processed`."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [LINEAGE]})

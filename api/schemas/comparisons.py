@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.base import Answers, Body, Wire
+from api.schemas.base import Answers, Body, ResponseBody
 
 _ASK: dict[str, Any] = {
     "models": ["ft:SmolLM2-135M-Instruct:tunery:banking:Ab12Cd34"],
@@ -69,7 +69,7 @@ class AskComparison(Body):
         return self.model_dump(include=names, exclude_none=True)
 
 
-class ComparedAnswer(Wire):
+class ComparedAnswer(ResponseBody):
     """One model's answer."""
 
     model: str
@@ -79,7 +79,7 @@ class ComparedAnswer(Wire):
     completion_tokens: int
 
 
-class ComparedPrompt(Wire):
+class ComparedPrompt(ResponseBody):
     """A prompt and its answers, in the order of `models`."""
 
     object: Literal["model.comparison.prompt"] = "model.comparison.prompt"
@@ -89,7 +89,7 @@ class ComparedPrompt(Wire):
     same: bool = Field(description="Whether all answers are the same text")
 
 
-class Comparison(Wire):
+class Comparison(ResponseBody):
     """Every model's answer to every prompt."""
 
     object: Literal["model.comparison"] = "model.comparison"

@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 from pydantic import ConfigDict, Field
 
 from api.schemas import jobs
-from api.schemas.base import Wire
+from api.schemas.base import ResponseBody
 from api.schemas.reports import Status
 from tunery.jobs.dry_run import DryRun
 from tunery.planning.fitting import CardFit, StepPlan
@@ -36,7 +36,7 @@ DRY_RUN: dict[str, Any] = {
 }
 
 
-class Validation(Wire):
+class Validation(ResponseBody):
     """What the training file's report says of it."""
 
     status: Status | None = Field(description="Of the report; null: there is none")
@@ -47,7 +47,7 @@ class Validation(Wire):
     error: str | None
 
 
-class Memory(Wire):
+class Memory(ResponseBody):
     """The least memory that the run needs on one device, of rows as long as they may be."""
 
     bytes: int

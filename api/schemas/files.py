@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.base import Body, Deleted, Wire, maybe_seconds, seconds
+from api.schemas.base import Body, Deleted, ResponseBody, maybe_seconds, seconds
 from api.schemas.reports import STATE, ReportState
 from tunery.datasets import model
 from tunery.rows.preview_model import Preview
@@ -40,7 +40,7 @@ class FileFields(Body):
     expires_after: ExpiresAfter | None = None
 
 
-class File(Wire):
+class File(ResponseBody):
     model_config = ConfigDict(json_schema_extra={"examples": [FILE]})
 
     id: str
@@ -107,7 +107,7 @@ class CompleteUpload(Body):
     md5: str | None = Field(None, pattern="^[0-9a-fA-F]{32}$", description="Of the whole file, in hex")
 
 
-class Upload(Wire):
+class Upload(ResponseBody):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
@@ -150,7 +150,7 @@ class Upload(Wire):
         )
 
 
-class UploadPart(Wire):
+class UploadPart(ResponseBody):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
@@ -215,7 +215,7 @@ PREVIEW: dict[str, Any] = {
 }
 
 
-class FilePreview(Preview, Wire):
+class FilePreview(Preview, ResponseBody):
     """What a model learns of a file's first rows, token by token."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [PREVIEW]})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from api.schemas.base import Body, Wire, answer_of, maybe_seconds, seconds
+from api.schemas.base import Body, ResponseBody, answer_of, maybe_seconds, seconds
 from tunery.jobs import model
 from tunery.jobs.request import DpoHyperparameters, JobRequest, SupervisedHyperparameters
 from tunery.jobs.states import State
@@ -170,33 +170,33 @@ JOB: dict[str, Any] = {
 }
 
 
-class JobError(Wire):
+class JobError(ResponseBody):
     code: str
     message: str
     param: str | None
 
 
-class SupervisedEcho(Wire):
+class SupervisedEcho(ResponseBody):
     hyperparameters: SupervisedHyperparameters
 
 
-class MethodEcho(Wire):
+class MethodEcho(ResponseBody):
     type: Literal["supervised"] = "supervised"
     supervised: SupervisedEcho
 
 
-class DpoEcho(Wire):
+class DpoEcho(ResponseBody):
     hyperparameters: DpoHyperparameters
 
 
-class PreferenceEcho(Wire):
+class PreferenceEcho(ResponseBody):
     """Preference tuning, `beta` and `loss` among its hyperparameters."""
 
     type: Literal["dpo"] = "dpo"
     dpo: DpoEcho
 
 
-class OtherMethodEcho(Wire):
+class OtherMethodEcho(ResponseBody):
     """A method of a plug-in, its hyperparameters under its own name."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -204,7 +204,7 @@ class OtherMethodEcho(Wire):
     type: str
 
 
-class GateCheck(Wire):
+class GateCheck(ResponseBody):
     """A limit of the gate, and what was measured with its 95 % interval."""
 
     name: str
@@ -215,7 +215,7 @@ class GateCheck(Wire):
     status: Literal["passed", "failed", "inconclusive"]
 
 
-class Published(Wire):
+class Published(ResponseBody):
     """Who published a withheld model against its gate, and why."""
 
     reason: str
@@ -223,7 +223,7 @@ class Published(Wire):
     at: int
 
 
-class GateAnswer(Wire):
+class GateAnswer(ResponseBody):
     """The gate as it was asked for, and what came of it."""
 
     min_task_gain: float | None
@@ -249,7 +249,7 @@ class ServedAnswer(Served):
     published: Published | None = None
 
 
-class Progress(Wire):
+class Progress(ResponseBody):
     """How far a run is. More keys than these two come with the run."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -258,7 +258,7 @@ class Progress(Wire):
     total_steps: int | None
 
 
-class OpenAIJob(Wire):
+class OpenAIJob(ResponseBody):
     """OpenAI's fields of a job, and how far its run is."""
 
     object: Literal["fine_tuning.job"] = "fine_tuning.job"

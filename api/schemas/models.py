@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.base import Body, Deleted, Wire, seconds
+from api.schemas.base import Body, Deleted, ResponseBody, seconds
 from api.schemas.runs import Artifact
 from tunery.models import model
 from tunery.spec import Evaluation, Export
@@ -33,7 +33,7 @@ BASE: dict[str, Any] = {
 }
 
 
-class Model(Wire):
+class Model(ResponseBody):
     model_config = ConfigDict(json_schema_extra={"examples": [BASE]})
 
     id: str
@@ -135,7 +135,7 @@ class AskExport(Export, Body):
         return Export.model_validate(self.model_dump(exclude={"rows_file"}))
 
 
-class ExportResult(Wire):
+class ExportResult(ResponseBody):
     """An export that was written or refused; `message` says what it is, or why it is not."""
 
     path: str
@@ -143,7 +143,7 @@ class ExportResult(Wire):
     is_refused: bool
 
 
-class ModelExport(Wire):
+class ModelExport(ResponseBody):
     """The last export of a model. What it wrote is among the model's artifacts."""
 
     model_config = ConfigDict(
@@ -189,7 +189,7 @@ class AskScorecard(Body):
     evaluation: Evaluation
 
 
-class ModelScorecard(Wire):
+class ModelScorecard(ResponseBody):
     """The last scorecard of an adapter that was asked for. Its rows' answers are among the model's artifacts."""
 
     model_config = ConfigDict(
@@ -252,7 +252,7 @@ class AddAlias(Body):
     model: str
 
 
-class Alias(Wire):
+class Alias(ResponseBody):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [{"object": "model.alias", "alias": "gpt-4o-mini-2024-07-18", "model": "SmolLM2-135M-Instruct"}]
@@ -264,7 +264,7 @@ class Alias(Wire):
     model: str
 
 
-class EngineCommand(Wire):
+class EngineCommand(ResponseBody):
     """How an engine is started on a model's files."""
 
     model_config = ConfigDict(

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.base import Wire, maybe_seconds, seconds
+from api.schemas.base import ResponseBody, maybe_seconds, seconds
 from tunery.datasets import model
 
 Status = Literal["queued", "running", "ready", "failed"]
@@ -27,7 +27,7 @@ FINDING: dict[str, Any] = {
 }
 
 
-class ReportState(Wire):
+class ReportState(ResponseBody):
     """How far a file's report is, and what it says in short."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [STATE]})
@@ -45,7 +45,7 @@ class ReportState(Wire):
         return cls(status=row.status, progress=row.progress, error=row.error, **said)
 
 
-class Finding(Wire):
+class Finding(ResponseBody):
     """Something about some rows."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [FINDING]})
@@ -58,7 +58,7 @@ class Finding(Wire):
     against: list[int] = Field([], description="Rows of the other file")
 
 
-class Usable(Wire):
+class Usable(ResponseBody):
     """The rows that a cleaning keeps as the report recommends, less answers that refuse."""
 
     rows: int
@@ -66,7 +66,7 @@ class Usable(Wire):
     answer_bytes: int = Field(description="UTF-8 bytes of the assistant's messages in the rows that count")
 
 
-class FileReport(Wire):
+class FileReport(ResponseBody):
     """A file's report. What comes behind `finished_at` is null or empty until `status` is `ready`."""
 
     model_config = ConfigDict(

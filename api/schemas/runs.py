@@ -5,13 +5,13 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.base import Wire, seconds
+from api.schemas.base import ResponseBody, seconds
 from tunery.artifacts import reproduction
 from tunery.artifacts.answers import AnsweredRow
 from tunery.jobs import model
 
 
-class Event(Wire):
+class Event(ResponseBody):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
@@ -48,7 +48,7 @@ class Event(Wire):
         )
 
 
-class Checkpoint(Wire):
+class Checkpoint(ResponseBody):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
@@ -85,7 +85,7 @@ class Checkpoint(Wire):
         )
 
 
-class Measured(Wire):
+class Measured(ResponseBody):
     """One step's measurements; what was not measured at that step is not there."""
 
     model_config = ConfigDict(
@@ -97,7 +97,7 @@ class Measured(Wire):
     step: int
 
 
-class ScorecardRow(Wire):
+class ScorecardRow(ResponseBody):
     """A test row as both models answered it. A row of a pair has its other answer, and how likely each is."""
 
     model_config = ConfigDict(
@@ -147,7 +147,7 @@ class ScorecardRow(Wire):
         return cls(id=row.id, number=row.number, flipped=flipped, **answered)
 
 
-class Pair(Wire):
+class Pair(ResponseBody):
     """A value of both jobs; `equal` is null where one of them is not known."""
 
     name: str
@@ -156,7 +156,7 @@ class Pair(Wire):
     equal: bool | None
 
 
-class Curve(Wire):
+class Curve(ResponseBody):
     """A loss of both jobs, step by step."""
 
     name: str
@@ -166,7 +166,7 @@ class Curve(Wire):
     at_step: int | None = Field(description="Where the difference is largest")
 
 
-class Reproduction(Wire):
+class Reproduction(ResponseBody):
     """A job beside the one that it runs again."""
 
     model_config = ConfigDict(
@@ -224,7 +224,7 @@ class Reproduction(Wire):
         return cls.model_validate(asdict(found))
 
 
-class Artifact(Wire):
+class Artifact(ResponseBody):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.base import Answers, Wire
+from api.schemas.base import Answers, ResponseBody
 
 _RESULT: dict[str, Any] = {
     "object": "organization.usage.completions.result",
@@ -25,7 +25,7 @@ _PAGE: dict[str, Any] = {
 ANSWER: Answers = {200: {"content": {"application/json": {"example": _PAGE}}}}
 
 
-class UsageResult(Wire):
+class UsageResult(ResponseBody):
     """The requests and tokens of one bucket, or of one group in it."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_RESULT]})
@@ -38,7 +38,7 @@ class UsageResult(Wire):
     project_id: str | None = Field(description="With `group_by[]=project_id`: the project")
 
 
-class UsageBucket(Wire):
+class UsageBucket(ResponseBody):
     """One day, in UTC."""
 
     object: Literal["bucket"] = "bucket"
@@ -47,7 +47,7 @@ class UsageBucket(Wire):
     results: list[UsageResult]
 
 
-class UsagePage(Wire):
+class UsagePage(ResponseBody):
     """Days, oldest first. `page=<next_page>` asks for the next ones."""
 
     object: Literal["page"] = "page"

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, StrictBool
 
-from api.schemas.base import Body, Deleted, Wire, seconds
+from api.schemas.base import Body, Deleted, ResponseBody, seconds
 from tunery.webhooks import signing
 from tunery.webhooks.messages import EVENT_TYPES
 from tunery.webhooks.model import WebhookEndpoint
@@ -53,7 +53,7 @@ class TestEndpoint(Body):
     event_type: str
 
 
-class Endpoint(Wire):
+class Endpoint(ResponseBody):
     model_config = ConfigDict(json_schema_extra={"examples": [ENDPOINT]})
 
     id: str
@@ -106,7 +106,7 @@ class EndpointDeleted(Deleted):
     object: Literal["webhook_endpoint.deleted"] = "webhook_endpoint.deleted"
 
 
-class EndpointTest(Wire):
+class EndpointTest(ResponseBody):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [

@@ -95,14 +95,14 @@ def test_packed_loss_is_the_sum_of_the_rows_losses(tmp_path: Path, tiny: Path) -
     assert packing.keeps_rows_apart(t.objective, t.rows.rows, CPU)
 
 
-@pytest.mark.parametrize("budget", [10_000, 150], ids=["one micro-batch", "several"])
-def test_packing_changes_no_step(tmp_path: Path, tiny: Path, budget: int) -> None:
+@pytest.mark.parametrize("max_tokens", [10_000, 150], ids=["one micro-batch", "several"])
+def test_packing_changes_no_step(tmp_path: Path, tiny: Path, max_tokens: int) -> None:
     """A step draws the same rows packed or not; packing happens inside it."""
     rows = [chat(i, words=2 + i % 9) for i in range(10)]
     found, cut = [], []
     for packing_asked in (False, True):
         t = training(tmp_path / str(packing_asked), tiny, rows, packing=packing_asked, n_epochs=2)
-        t.stepper.memory = replace(t.stepper.memory, max_tokens=budget)
+        t.stepper.memory = replace(t.stepper.memory, max_tokens=max_tokens)
         progress = Progress()
         cut.append([t.stepper.micro_batches(data.rows_of_step(10, step, 4, t.plan.seed)) for step in range(1, 7)])
         found.append([_take_step(t, progress)[0] for _ in range(t.total_steps)])
@@ -176,9 +176,9 @@ def test_accumulation_does_not_change_loss_or_gradient(tmp_path: Path, tiny: Pat
     changes = {"technique": technique} if technique else {}
     rows = [chat(i, words=2 + i % 7) for i in range(8)]
     found = []
-    for number, budget in enumerate((10_000, 1)):
+    for number, max_tokens in enumerate((10_000, 1)):
         t = training(tmp_path / str(number), tiny, rows, batch_size=8, **changes)
-        t.stepper.memory = MemoryPlan(budget)
+        t.stepper.memory = MemoryPlan(max_tokens)
         found.append(_take_step(t, Progress())[0])
 
     assert len(t.stepper.micro_batches(list(range(8)))) == 8

@@ -77,8 +77,8 @@ def test_step_is_the_mean_over_its_pairs(tmp_path: Path, tiny: Path, method: Dpo
     with torch.no_grad():
         start = [[float(each) for each in log_probabilities(t, example)] for example in t.rows.examples]
     progress = Progress()
-    for step, budget in ((1, 10_000), (2, 1), (3, 100)):
-        t.stepper.memory = MemoryPlan(budget, packed_tokens=min(budget, 60) if changes else None)
+    for step, max_tokens in ((1, 10_000), (2, 1), (3, 100)):
+        t.stepper.memory = MemoryPlan(max_tokens, packed_tokens=min(max_tokens, 60) if changes else None)
         drawn = rows_of_step(10, step, 4, t.plan.seed)
         wanted = plain_loss(t, [t.rows.examples[i] for i in drawn], [start[i] for i in drawn], method)
         gradients = torch.autograd.grad(wanted, list(t.parameters.values()), allow_unused=True)

@@ -80,8 +80,8 @@ def test_product_and_gradients_are_those_of_the_quantised_factors(device: str, b
     grad = torch.randn(48, 96, device=device, dtype=dtype)
     narrow = layer.base_layer.narrow
     a, b = (part.default.weight.detach().double().requires_grad_() for part in (layer.lora_A, layer.lora_B))
-    low = x.detach().double() @ a.t()
-    update = layer.scaling["default"] * low @ b.t()
+    lora_hidden = x.detach().double() @ a.t()
+    update = layer.scaling["default"] * lora_hidden @ b.t()
     update.backward(grad.double())
     rows = fp8.plain(fp8.plain_quantise_rows(x.detach()), narrow.rows()).double()
     wanted = rows + update.detach() + (layer.base_layer.bias.double() if bias else 0)
@@ -162,9 +162,9 @@ def test_four_bits_multiply_as_the_weight_that_they_stand_for_does(device: str) 
     [out] = projections.project(x, [projections.Layer(layer, a, b, 2.0, fp8.pack(layer))])
     out.backward(grad)
 
-    low = 2.0 * b.double() @ a.double()
-    assert error(out.detach(), x.detach().double() @ (weight + low).t()) < 0.05
-    assert error(x.grad, grad.double() @ (weight + low)) < 0.05  # type: ignore[arg-type]
+    delta = 2.0 * b.double() @ a.double()
+    assert error(out.detach(), x.detach().double() @ (weight + delta).t()) < 0.05
+    assert error(x.grad, grad.double() @ (weight + delta)) < 0.05  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("shape", "quant_type"), [((96, 64), "fp4"), ((96, 96), "nf4"), ((8, 64), "nf4")])

@@ -87,7 +87,7 @@ def answers(served: Served) -> list[list[int]]:
     return [served.answer(served.ids(question)) for question in QUESTIONS]
 
 
-def right(served: Served, answers: list[list[int]]) -> list[bool]:
+def correct(served: Served, answers: list[list[int]]) -> list[bool]:
     """Which capitals are named."""
     return [capital in served.text(answer) for capital, answer in zip(CAPITALS.values(), answers, strict=False)]
 
@@ -107,8 +107,8 @@ def test_greedy_answers_of_f16_are_the_same(
 def test_task_score_is_the_same_within_its_interval(
     served: Served, engine: llama_cpp.LlamaCpp, answers: list[list[int]]
 ) -> None:
-    before = right(served, answers)
-    after = right(served, [engine.answer(served.ids(question), MOST) for question in QUESTIONS[: len(CAPITALS)]])
+    before = correct(served, answers)
+    after = correct(served, [engine.answer(served.ids(question), MOST) for question in QUESTIONS[: len(CAPITALS)]])
     lost, won = (sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((before, after), (after, before)))
     low, high = paired_interval(sum(map(all, zip(before, after, strict=True))), won, lost, len(before))
     print(

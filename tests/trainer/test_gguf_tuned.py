@@ -89,7 +89,7 @@ class Tuned:
         """An answer up to its stop token, which llama.cpp does not give back."""
         return list(itertools.takewhile(lambda token: token not in self.template.eos_ids, answer))
 
-    def right(self, given: list[list[int]]) -> list[bool]:
+    def correct(self, given: list[list[int]]) -> list[bool]:
         return [answer == wanted for wanted, answer in zip(self.wanted(), given, strict=True)]
 
 
@@ -182,8 +182,8 @@ def test_answers_of_whole_numbers_are_the_same(
 def test_task_score_is_the_same_within_its_interval(
     tuned: Tuned, engine: llama_cpp.LlamaCpp, adapted: list[list[int]]
 ) -> None:
-    before = tuned.right(adapted)
-    after = tuned.right([tuned.without_stop(engine.answer(ids, MOST)) for ids in tuned.prompts()])
+    before = tuned.correct(adapted)
+    after = tuned.correct([tuned.without_stop(engine.answer(ids, MOST)) for ids in tuned.prompts()])
     both = sum(a and b for a, b in zip(before, after, strict=True))
     low, high = paired_interval(both, sum(after) - both, sum(before) - both, len(before))
     print(f"{engine.kind}: {sum(after)} of {len(after)} right, {sum(before)} before; {low:+.3f} to {high:+.3f}")

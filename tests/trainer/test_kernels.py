@@ -35,7 +35,7 @@ def test_chunked_cross_entropy_has_the_value_and_gradient_of_the_definition(head
     hidden, weight = torch.randn(150, 24), torch.randn(97, 24)
     targets = torch.randint(97, (150,))
     exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
-    wanted, right = cross_entropy.plain(exact[0] @ exact[1].t(), targets, 0.01)
+    wanted, expected = cross_entropy.plain(exact[0] @ exact[1].t(), targets, 0.01)
     # plain() computes in fp32 as models do; the gradient to compare with is wanted in float64
     (0.01 * functional.cross_entropy(exact[0] @ exact[1].t(), targets, reduction="sum")).backward()
     hidden.requires_grad_()
@@ -45,7 +45,7 @@ def test_chunked_cross_entropy_has_the_value_and_gradient_of_the_definition(head
     loss.backward()
 
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert int(correct) == int(right)
+    assert int(correct) == int(expected)
     assert error(hidden.grad, exact[0].grad) < 1e-5  # type: ignore[arg-type]
     assert (weight.grad is not None) == head_learns
     if head_learns:
@@ -59,9 +59,9 @@ def test_chunked_cross_entropy_without_gradients_gives_the_same_numbers() -> Non
     with torch.no_grad():
         loss, correct = cross_entropy.scaled(hidden, weight, targets, 1.0)
 
-    wanted, right = cross_entropy.plain(hidden @ weight.t(), targets, 1.0)
+    wanted, expected = cross_entropy.plain(hidden @ weight.t(), targets, 1.0)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert int(correct) == int(right)
+    assert int(correct) == int(expected)
 
 
 def lora_layer(base: nn.Linear, dropout: float = 0.0) -> Any:

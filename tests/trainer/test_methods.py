@@ -107,11 +107,11 @@ def test_micro_batches_of_pairs_keep_to_the_budget_with_their_padding(packed_tok
 
 
 @pytest.mark.parametrize("changes", [{}, {"packing": True}], ids=["padded", "packed"])
-@pytest.mark.parametrize("budget", [10_000, 100, 1])
-def test_step_is_the_mean_over_its_pairs(tmp_path: Path, tiny: Path, budget: int, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("max_tokens", [10_000, 100, 1])
+def test_step_is_the_mean_over_its_pairs(tmp_path: Path, tiny: Path, max_tokens: int, changes: dict[str, Any]) -> None:
     t = training(tmp_path / "run", tiny, batch_size=4, learning_rate=1e-9, max_grad_norm=1e9, **changes)
-    packed = min(budget, 60) if changes else None
-    t.stepper.memory = MemoryPlan(budget, packed_tokens=packed)
+    packed = min(max_tokens, 60) if changes else None
+    t.stepper.memory = MemoryPlan(max_tokens, packed_tokens=packed)
     progress = Progress()
     for step, pairs in ((1, 4), (2, 4), (3, 2)):  # the last step is a short one
         message, _ = _take_step(t, progress)
@@ -123,7 +123,7 @@ def test_step_is_the_mean_over_its_pairs(tmp_path: Path, tiny: Path, budget: int
         assert len(drawn) == pairs
         assert message.train_loss == pytest.approx(wanted.item(), rel=1e-5)
         assert message.grad_norm == pytest.approx(norm.item(), rel=1e-4)
-        assert message.train_accuracy in [right / pairs for right in range(pairs + 1)]
+        assert message.train_accuracy in [correct / pairs for correct in range(pairs + 1)]
     assert progress.tokens == t.rows.tokens
 
 

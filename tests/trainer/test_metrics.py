@@ -25,7 +25,7 @@ def card_of(asked: list[Question], base: list[str], tuned: list[str]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "answer", "right"),
+    ("wanted", "answer", "correct"),
     [
         ('{"x": 10}', '{"x": 10.0}', True),
         ('{"x": 10}', '{"x": 1e1}', True),
@@ -46,9 +46,9 @@ def card_of(asked: list[Question], base: list[str], tuned: list[str]) -> Any:
 )
 @pytest.mark.parametrize("is_call", [False, True])
 def test_numbers_are_compared_by_value_and_no_answer_breaks_it(
-    wanted: str, answer: str, right: bool, is_call: bool
+    wanted: str, answer: str, correct: bool, is_call: bool
 ) -> None:
-    assert matches(wanted, answer, is_call=is_call) is right
+    assert matches(wanted, answer, is_call=is_call) is correct
 
 
 @pytest.mark.parametrize("answer", ["[" * 3000, "[" * 990 + "]" * 990, '{"a":' * 3000, "", "\ud800", "```", "<think>"])

@@ -61,14 +61,14 @@ def test_validation_loss_is_the_mean_over_tokens_without_dropout(tmp_path: Path,
 
     assert t.objective.training
     t.objective.eval()
-    total = right = labels = 0.0
+    total = correct = labels = 0.0
     for row in t.valid.rows:
         logits = t.objective.causal(torch.tensor([row.input_ids])).logits[0, :-1]
         wanted = torch.tensor(row.labels[1:])
         total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").detach())
-        right += int((logits.argmax(-1) == wanted).sum())
+        correct += int((logits.argmax(-1) == wanted).sum())
         labels += int((wanted >= 0).sum())
-    assert (loss, accuracy) == pytest.approx((total / labels, right / labels), rel=1e-5)
+    assert (loss, accuracy) == pytest.approx((total / labels, correct / labels), rel=1e-5)
 
 
 def test_answer_ends_with_the_stop_token(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

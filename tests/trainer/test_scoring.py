@@ -23,7 +23,7 @@ from worker.trainer.stop_signal import Stopped, StopSignal
 
 
 @pytest.mark.parametrize(
-    ("wanted", "answer", "right"),
+    ("wanted", "answer", "correct"),
     [
         ('{"intent": "play", "slots": {"a": "1", "b": "2"}}', '{"slots":{"b":"2","a":"1"},"intent":"play"}', True),
         ('{"intent": "play"}', ' {"intent": "play"}\n', True),
@@ -41,12 +41,12 @@ from worker.trainer.stop_signal import Stopped, StopSignal
         ("[[" * 2000, "[[" * 2000, True),
     ],
 )
-def test_answer_is_right_when_it_is_equal(wanted: str, answer: str, right: bool) -> None:
-    assert matches(wanted, answer) is right
+def test_answer_is_right_when_it_is_equal(wanted: str, answer: str, correct: bool) -> None:
+    assert matches(wanted, answer) is correct
 
 
 @pytest.mark.parametrize(
-    ("wanted", "answer", "right"),
+    ("wanted", "answer", "correct"),
     [
         (
             '<tool_call>\n{"name": "f", "arguments": {"a": 1, "b": 2}}\n</tool_call>',
@@ -66,8 +66,8 @@ def test_answer_is_right_when_it_is_equal(wanted: str, answer: str, right: bool)
         ('{"name": "f", "arguments": {}}', 'I call {"name": "f", "arguments": {}}', False),
     ],
 )  # fmt: skip
-def test_calls_are_right_when_names_and_arguments_are(wanted: str, answer: str, right: bool) -> None:
-    assert matches(wanted, answer, is_call=True) is right
+def test_calls_are_right_when_names_and_arguments_are(wanted: str, answer: str, correct: bool) -> None:
+    assert matches(wanted, answer, is_call=True) is correct
 
 
 def test_interval_covers_the_true_gain_as_often_as_it_says() -> None:

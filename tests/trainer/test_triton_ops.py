@@ -105,12 +105,12 @@ def test_cross_entropy_of_a_head(vocabulary: int, head_learns: bool) -> None:
     wanted = functional.cross_entropy(logits, targets, reduction="sum") * 0.25
     wanted.backward()
 
-    loss, right = cross_entropy.scaled(hidden, weight, targets, 0.25)
+    loss, correct = cross_entropy.scaled(hidden, weight, targets, 0.25)
     loss.backward()
 
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-4)
     expected = (((hidden @ weight.t()).float().argmax(-1) == targets) & (targets >= 0)).sum()
-    assert abs(int(right) - int(expected)) <= 1
+    assert abs(int(correct) - int(expected)) <= 1
     same(hidden.grad, copies[0].grad, 1e-2)
     if head_learns:
         same(weight.grad, copies[1].grad, 1e-2)

@@ -160,7 +160,7 @@ def test_model_is_exported(tunery: Run, api: str, database: Database) -> None:
 def test_command_waits_for_the_export(tunery: Run, api: str, database: Database, is_refused: bool) -> None:
     model = _model(database, _finished(database))
     result = {"path": "merged", "message": "What came of it", "is_refused": is_refused}
-    worker = threading.Thread(target=_settle, args=(database, model, result))
+    worker = threading.Thread(target=_finish_export, args=(database, model, result))
     worker.start()
     status, out, err = tunery("models", "export", model, "--format", "merged")
     worker.join()
@@ -168,7 +168,7 @@ def test_command_waits_for_the_export(tunery: Run, api: str, database: Database,
     assert "merged: What came of it" in (err if is_refused else out)
 
 
-def _settle(database: Database, model: str, result: dict[str, object]) -> None:
+def _finish_export(database: Database, model: str, result: dict[str, object]) -> None:
     """Ends the export that is asked for next, as a worker does."""
     while True:
         with database.sessions.begin() as session:

@@ -113,8 +113,8 @@ def _unpacks(home: Path) -> bool:
     return found is not None and _execute(found["database_url"], "SELECT id FROM models") == 1
 
 
-def _settle_base(home: Path) -> None:
-    """As if the worker had been left to it: what the other tests are about, needs no model."""
+def _fail_base(home: Path) -> None:
+    """Ends the conversion, as the worker would have if not killed: the other tests need no model."""
     with Postgres(home / "postgres") as server:
         assert _execute(server.url(), "UPDATE models SET status = 'error'") == 1
 
@@ -127,7 +127,7 @@ def test_a_killed_up_takes_everything_along_and_has_shown_the_first_key(home: Pa
         up.child.kill()
         assert processes.wait_until(lambda: not up.left(), seconds=60, alive=lambda: True), up.left()
     assert not lock.is_held(home)
-    _settle_base(home)
+    _fail_base(home)
 
 
 def test_a_second_up_is_refused_and_ctrl_c_of_the_first_leaves_nothing(home: Path) -> None:

@@ -121,16 +121,16 @@ def test_the_numbers_are_those_of_chat_completions(client: TestClient, workshop:
     found = ask(client, workshop, examples_file=workshop.file(lines(KNOWN)), shots=[0, 2], retrieval="nearest")
     asked = [json.loads(line) for line in client.get(f"{ROUTE}/{found.id}/answers").text.splitlines()]
     openai = OpenAI(base_url=service, api_key=client.headers["authorization"].removeprefix("Bearer "))
-    right: Counter[tuple[int, bool]] = Counter()
+    correct: Counter[tuple[int, bool]] = Counter()
     tokens: Counter[tuple[int, bool]] = Counter()
     for one in asked:
         made = openai.chat.completions.create(model="tiny", messages=one["messages"], temperature=0, max_tokens=4)
         way = one["shots"], one["nearest"]
-        right[way] += (made.choices[0].message.content or "").strip() == one["wanted"]
+        correct[way] += (made.choices[0].message.content or "").strip() == one["wanted"]
         tokens[way] += made.usage.prompt_tokens if made.usage else 0
     for row in found.table:
         way = row.shots, row.way == "nearest"
-        assert row.metrics["exact"].score == right[way] / row.rows
+        assert row.metrics["exact"].score == correct[way] / row.rows
         assert row.prompt_tokens == pytest.approx(tokens[way] / row.rows)
 
 

@@ -239,8 +239,8 @@ class _Story:
         with self.console.status("asking both models"):
             given = {name: [self._ask(name, row) for row in rows] for name in (self.base.id, job["fine_tuned_model"])}
         for number, row in enumerate(rows):
-            right = given[job["fine_tuned_model"]][number] == row[-1]["content"]
-            tuned = Text(given[job["fine_tuned_model"]][number], style="green" if right else "red")
+            correct = given[job["fine_tuned_model"]][number] == row[-1]["content"]
+            tuned = Text(given[job["fine_tuned_model"]][number], style="green" if correct else "red")
             table.add_row(row[-2]["content"], Text(given[self.base.id][number], style="dim"), tuned)
         self.console.print("\n[bold]Three answers[/]  [dim]/v1/chat/completions[/]")
         self.console.print(table)

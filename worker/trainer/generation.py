@@ -23,7 +23,7 @@ def sample(causal: Any, template: ChatTemplate, prompts: Prompts, limit: int, te
 
 
 def _generate(
-    causal: Any, template: ChatTemplate, prompts: Prompts, limit: int, **drawing: bool | float
+    causal: Any, template: ChatTemplate, prompts: Prompts, limit: int, **sampling: bool | float
 ) -> list[list[int]]:
     """One batch, padded at the left so that every answer starts in the same column."""
     width = max(map(len, prompts))
@@ -33,7 +33,7 @@ def _generate(
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=causal.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=causal.device)
     config = GenerationConfig(
-        **drawing,
+        **sampling,
         max_new_tokens=limit,
         eos_token_id=sorted(template.eos_ids),
         pad_token_id=pad,

@@ -190,5 +190,5 @@ def read_sum(text: str) -> list[float]:
         result = _OPERATORS[sign](one, other)
     except (ValueError, ZeroDivisionError, OverflowError):
         return [0.0, 0.0]
-    right = abs(said - result) <= 0.011 * max(1.0, abs(result))
-    return [float(right), float(not right and f"{result:.6f}".startswith(shown.replace(",", "").rstrip(".")))]
+    correct = abs(said - result) <= 0.011 * max(1.0, abs(result))
+    return [float(correct), float(not correct and f"{result:.6f}".startswith(shown.replace(",", "").rstrip(".")))]
