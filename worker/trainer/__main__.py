@@ -1,7 +1,7 @@
-"""`python -m worker.trainer RUN_DIR`: one run in a fresh process, by a supervisor or by hand.
+"""`python -m worker.trainer RUN_DIR`: does one run in a fresh process, started by a supervisor or by hand.
 
-Standard output carries messages of `tunery.trainer_protocol` and nothing else; standard error is the log. SIGTERM: save
-and exit 75. With `--wait` it imports all that a run needs and then reads RUN_DIR from standard input; the log is
+Standard output carries only messages of `tunery.trainer_protocol`; standard error is the log. On SIGTERM it saves and
+exits with 75. With `--wait` it imports what a run needs, then reads RUN_DIR from standard input; the log is then
 RUN_DIR/log.txt.
 """
 
@@ -18,10 +18,10 @@ def main() -> int:
         return 2
     stop_signal = StopSignal()
     stop_signal.listen()
-    # Whatever a library prints, from Python or from C, goes to the log: the pipe is kept under another number.
+    # Whatever a library prints, from Python or C, goes to the log: the pipe keeps another descriptor.
     pipe = os.dup(1)
     os.dup2(2, 1)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # a run directory holds all that a run may read; read when the hub is imported
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all files of a run are local; set before the hub is imported
     # Only now: these imports take seconds, and may print.
     from worker.trainer.process import carry_out_and_report
 
@@ -30,7 +30,7 @@ def main() -> int:
 
 
 def _wait_for_folder() -> Path | None:
-    """Returns the run directory, whose log is this process's from now on; None when nobody is left to name one."""
+    """Returns the run directory, whose log this process uses from now on; None if standard input ends without one."""
     line = sys.stdin.buffer.readline()
     if not line.endswith(b"\n"):
         return None

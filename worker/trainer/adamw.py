@@ -12,17 +12,17 @@ from worker.trainer.kernels import stochastic
 
 QUANTISED = pieces.BLOCK
 SMALL = 4096
-"""Tensors below this (norms, biases) have moments and a master copy in fp32, which costs next to nothing."""
+"""Smaller tensors (norms, biases) have moments and a master copy in fp32, which costs little memory."""
 CHUNK = 2**24
-"""Elements updated at once: the updates, in bf16, then stay in a GPU's cache between the two kernels."""
+"""Elements updated at once, so that the updates, in bf16, stay in a GPU's cache between the two kernels."""
 
 
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW with 8-bit moments (Dettmers et al. 2021, arXiv:2110.02861) and stochastic rounding of bf16 weights.
 
-    bitsandbytes' kernel adds a step to a zeroed tensor instead of the weight, where it keeps its digits, and
-    `stochastic.add` brings it to the weight. Why not its own AdamW8bit: it rounds to nearest, which leaves most weights
-    of a large model where they were, and waits for the GPU after each tensor.
+    bitsandbytes' kernel adds a step to a zeroed tensor instead of the weight, so that no digits are lost, and
+    `stochastic.add` adds it to the weight. Why not its own AdamW8bit: it rounds to nearest, which leaves most weights
+    of a large model unchanged, and waits for the GPU after each tensor.
 
     The rounding is a function of `seed`, the step and the tensor's name. Groups hold named parameters.
     """
@@ -34,7 +34,7 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step. There is no closure here: the loop has the gradients ready."""
+        """Does one step. A closure is not supported: the loop has computed the gradients already."""
         assert closure is None
         updates = self._room_for_updates()
         for group in self.param_groups:
@@ -43,14 +43,14 @@ class StochasticAdamW(torch.optim.Optimizer):
                     state = self._state(parameter)
                     state["step"] += 1
                     if not parameter.numel():
-                        continue  # an empty piece: there are more ranks than rows
+                        continue  # an empty piece: more ranks than rows
                     if _is_large(parameter):
                         self._update_large(parameter, state, group, name, updates)
                     else:
                         self._update_small(parameter, state, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Puts a state in place as it is: torch's own method would cast the moments to the weights' type."""
+        """Loads a state unchanged: torch's own method would cast the moments to the weights' type."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         self.state.clear()
         for index, values in state_dict["state"].items():
@@ -63,13 +63,13 @@ class StochasticAdamW(torch.optim.Optimizer):
             group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
 
     def _room_for_updates(self) -> Tensor:
-        """Zeros for the largest chunk. Not kept: a step that fails half-way must leave nothing for the next."""
+        """Returns zeros for the largest chunk. Not kept: a step that fails half-way must leave nothing for the next."""
         large = [p for group in self.param_groups for p in group["params"] if _is_large(p)]
         size = min(self._chunk, max((p.numel() for p in large), default=0))
         return torch.zeros(size, dtype=torch.bfloat16, device=large[0].device if large else None)
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:
-        """Returns the state of a parameter, made before its first step."""
+        """Returns a parameter's state, created before its first step."""
         state: dict[str, Any] = self.state[parameter]
         if state:
             return state
@@ -85,7 +85,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         return state
 
     def _update_small(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """A step of the fp32 master, which the weight follows."""
+        """Updates the fp32 master and copies it to the weight."""
         assert parameter.grad is not None
         master, grad = state["master"], parameter.grad.reshape(-1).float()
         if decay := group["lr"] * group["weight_decay"]:
@@ -112,7 +112,7 @@ class StochasticAdamW(torch.optim.Optimizer):
             stochastic.add(weight[part], update, keep, seed, before + start)
 
     def _add_step(self, update: Tensor, grad: Tensor, moments: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        """Adds an Adam step to `update` and renews the moments: bitsandbytes' kernel."""
+        """Adds an Adam step to `update` and updates the moments, with bitsandbytes' kernel."""
         state1, state2, absmax1, absmax2 = moments
         beta1, beta2 = group["betas"]
         signed, unsigned = self._code_books(update.device)
@@ -122,21 +122,21 @@ class StochasticAdamW(torch.optim.Optimizer):
         )  # fmt: skip
 
     def _code_books(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Returns the 256 values of the first and of the second moment."""
+        """Returns the quantisation codes, 256 values each, of the first and of the second moment."""
         if self._codes is None:
             self._codes = tuple(bitsandbytes.create_dynamic_map(signed=s).to(device) for s in (True, False))
         return self._codes
 
 
 def _is_large(parameter: Tensor) -> bool:
-    """Whether a parameter is rounded stochastically. Some models keep single layers in fp32, which need no rounding."""
+    """Whether a parameter is rounded stochastically. Layers that some models keep in fp32 need no rounding."""
     return parameter.dtype == torch.bfloat16 and pieces.whole_size(parameter) >= SMALL
 
 
 def _place(parameter: Tensor, name: str) -> tuple[str, int]:
-    """Returns what a parameter's random bits are drawn by: a name, and the place of its first element.
+    """Returns what determines a parameter's random bits: a name, and the offset of its first element.
 
-    A piece is rounded as it is within the whole weight, where it begins at a block of random bits.
+    A piece is rounded as within the whole weight if it begins at a block of random bits.
     """
     piece = pieces.of(parameter)
     first = 0 if piece is None else piece.offset
@@ -144,6 +144,6 @@ def _place(parameter: Tensor, name: str) -> tuple[str, int]:
 
 
 def _part(state: dict[str, Any], part: slice) -> list[Tensor]:
-    """Returns the moments of some elements, and their scales."""
+    """Returns the moments and scales of some elements."""
     scales = slice(part.start // QUANTISED, -(-part.stop // QUANTISED))
     return [state["state1"][part], state["state2"][part], state["absmax1"][scales], state["absmax2"][scales]]

@@ -1,4 +1,4 @@
-"""What a run leaves: its model with all that is said of it, complete or not there at all."""
+"""Writes a run's artifact: its model with all its records, complete or not at all."""
 
 import shutil
 
@@ -13,7 +13,7 @@ from worker.trainer.training import Progress, Training
 
 
 def write(t: Training, progress: Progress, scored: Scored | None) -> None:
-    """The artifact, which rank 0 writes, and before it what the gate says of the model. Raises Stopped on all ranks."""
+    """Writes the gate's verdict, then the artifact, on rank 0. Raises Stopped on all ranks."""
     verdict = None
     if t.plan.gate is not None:
         verdict = gate.judge(t.plan.gate, None if scored is None else scored[0])
@@ -43,7 +43,7 @@ def _write(
     answered: parity.Record,
     weights: Weights | None,
 ) -> None:
-    """The artifact, `out/`, which exists only when it is complete."""
+    """Writes the artifact to `out/`, which exists only when it is complete."""
     partial = t.folder / ".out.partial"
     shutil.rmtree(partial, ignore_errors=True)
     with whole_folders.room_for("the model", t.folder / "snapshots", partial):

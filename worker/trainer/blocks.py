@@ -1,6 +1,6 @@
-"""Rows of tokens as bytes: how they come from the processes that prepare a large file, and lie in a file.
+"""Rows of tokens as bytes, the form in which processes that prepare a large file pass them on, and files hold them.
 
-Knows no torch, since those processes import it.
+Does not import torch, since those processes import this module.
 """
 
 from array import array
@@ -17,10 +17,10 @@ _ID = "i"  # four bytes
 
 @dataclass
 class Block:
-    """Examples one behind the other, and what became of the lines that they were made of.
+    """Concatenated examples, and what became of the lines that they were made from.
 
-    `data`: of each row its ids, then its labels. `lengths` and `labelled`: of each row. `rows`: of each example.
-    `truncated`, `unlearnable`: see `data.Rows`. `fault`: of the line at which reading ends.
+    `data`: each row's ids, then its labels. `lengths` and `labelled`: one for each row. `rows`: one for each example.
+    `truncated`, `unlearnable`: see `data.Rows`. `fault`: that of the line at which reading ends.
     """
 
     data: bytearray = field(default_factory=bytearray)
@@ -33,11 +33,11 @@ class Block:
 
     @property
     def tokens(self) -> int:
-        """Of all examples."""
+        """Tokens of all examples."""
         return sum(self.lengths)
 
     def add(self, example: Sequence[Row]) -> None:
-        """Puts an example's rows behind the others."""
+        """Appends an example's rows."""
         for row in example:
             self.data += array(_ID, row.input_ids).tobytes()
             self.data += array(_ID, row.labels).tobytes()
@@ -46,7 +46,7 @@ class Block:
         self.rows.append(len(example))
 
     def examples(self) -> Iterator[Example]:
-        """The examples, with lists of ids and labels."""
+        """Yields the examples, with lists of ids and labels."""
         ids, start = array(_ID, bytes(self.data)), 0
         lengths = iter(self.lengths)
         for count in self.rows:
@@ -59,7 +59,7 @@ class Block:
 
 
 def gather(judged: Iterable[Judged]) -> Block:
-    """Returns the examples of encoded lines, up to the first with a fault."""
+    """Collects the examples of encoded lines, up to the first fault."""
     block = Block()
     for line in judged:
         if line.encoded is None:

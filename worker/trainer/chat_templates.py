@@ -1,4 +1,4 @@
-"""The chat template that a base is stored with: its own, or one that its administrator gave."""
+"""Writes a base's chat template: the model's own, or one that its administrator gave."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ _PROBE = Example(messages=[Message(role="user", content="Question"), Message(rol
 def write(source: str, out: Path, given: str | None = None) -> None:
     """Writes `chat_template.jinja` into `out`, from `given` or from the tokenizer's config.
 
-    Raises UnusableModel when there is none, or when `given` does not fit the tokenizer.
+    Raises UnusableModel if there is none, or if it does not fit the tokenizer.
     """
     text = _own(out) if given is None else given
     if not text:
@@ -33,7 +33,7 @@ def write(source: str, out: Path, given: str | None = None) -> None:
 
 
 def in_folder(source: str) -> str | None:
-    """Returns the text of `chat_template.jinja` where `source` is a folder that has one."""
+    """Returns the text of `chat_template.jinja` if `source` is a folder that has one."""
     path = Path(source) / FILE
     return path.read_text() if path.is_file() else None
 
@@ -49,7 +49,7 @@ def _own(out: Path) -> str | None:
 
 
 def _remove_own(out: Path) -> None:
-    """A template that stayed under another name ("tool_use") would still be used for rows with tools."""
+    """Removes the model's other templates: one named "tool_use" would still be used for rows with tools."""
     shutil.rmtree(out / "additional_chat_templates", ignore_errors=True)
     path = out / "tokenizer_config.json"
     if path.exists():
@@ -59,9 +59,9 @@ def _remove_own(out: Path) -> None:
 
 
 def check_fits(source: str, out: Path) -> ChatTemplate:
-    """Returns the template in `out`. Raises UnusableModel for one that the tokenizer beside it does not fit.
+    """Returns the template in `out`. Raises UnusableModel if it does not fit the tokenizer beside it.
 
-    One of another family renders well and ends its turns with what is plain text here.
+    Another family's template renders well, but ends turns with what is plain text for this tokenizer.
     """
     try:
         template = ChatTemplate.load(out)
@@ -72,7 +72,9 @@ def check_fits(source: str, out: Path) -> ChatTemplate:
 
 
 def _write_stops(out: Path, template: ChatTemplate) -> None:
-    """The model's own config knows the end of a text, and not the end of a turn: plain `generate` would run on."""
+    """Adds the end of a turn to the stop tokens: the model's own config often has only the end of a text, past which
+    plain `generate` would run on.
+    """
     path = out / "generation_config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(config | {"eos_token_id": sorted(template.eos_ids)}, indent=2) + "\n")

@@ -1,7 +1,7 @@
-"""What a run writes down: recovery snapshots, public checkpoints and the artifact.
+"""Writes and reads a run's recovery snapshots, public checkpoints and artifact.
 
 Safetensors and JSON only: a snapshot comes back from storage, and a pickle from there could run code. A directory is
-written beside its name, flushed to the disk and renamed, so it is complete or absent.
+written under a temporary name, flushed to disk and renamed, so it is complete or absent.
 """
 
 import json
@@ -35,13 +35,14 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 VERSION = 2
-"""Of a snapshot's format. 1, which did not say so, had the options as one hash and the state of rank 0 alone."""
+"""Version of the snapshot format. Version 1, which recorded none, had the options as one hash and rank 0's state only.
+"""
 KEPT_SNAPSHOTS = 2
-"""The newest may be on its way to storage while the next is written, so one older stays."""
+"""While the newest is being uploaded the next may be written, so the one before is kept."""
 
 
 def save_snapshot(t: Training, progress: Progress) -> str:
-    """Everything that a run needs to go on as if it had not stopped; its path in the run directory."""
+    """Saves everything that a run needs to continue as if it had not stopped; returns the path in the run directory."""
     path, cut = f"snapshots/step-{progress.step}", _cut(t)
     weights = t.ranks.gather_state(t.parameters, cut)
     numbers, tensors = _flatten(_by_name(_names(t), t.optimizer.state_dict()["state"]))
@@ -57,13 +58,13 @@ def save_snapshot(t: Training, progress: Progress) -> str:
 
 
 def save_for_later(t: Training, progress: Progress) -> None:
-    """A snapshot of the last step, unless there is one: stopped while evaluating, the training itself is done."""
+    """Saves a snapshot of the last step unless there is one: a run stopped while evaluating has finished training."""
     if progress.step and not t.ranks.any(snapshot_path(t.folder, progress).exists()):
         save_snapshot(t, progress)
 
 
 def snapshot_path(folder: Path, progress: Progress) -> Path:
-    """Returns where the snapshot of the last step lies, if there is one."""
+    """Returns the path of the last step's snapshot, whether or not it exists."""
     return folder / "snapshots" / f"step-{progress.step}"
 
 
@@ -100,7 +101,7 @@ def _write_snapshot(
 
 
 def find_snapshot(t: Training) -> Path | None:
-    """Returns the newest snapshot that belongs to this very run and is undamaged: of this directory, or `resume/`."""
+    """Returns the newest undamaged snapshot of this very run, from this directory or `resume/`."""
     found = [*(t.folder / "snapshots").glob("step-*"), t.folder / "resume"]
     states = {folder: state for folder in found if (state := _read_state(folder)) is not None}
     for folder, state in sorted(states.items(), key=lambda item: -int(item[1]["progress"]["step"])):
@@ -120,13 +121,13 @@ def find_snapshot(t: Training) -> Path | None:
 
 
 def _weight_names(folder: Path) -> set[str]:
-    """Returns the names of the weights in a snapshot, which an earlier release may have chosen otherwise."""
+    """Returns the names of a snapshot's weights, which an earlier release may have chosen differently."""
     with safe_open(folder / "weights.safetensors", framework="pt") as file:
         return set(file.keys())
 
 
 def _read_state(folder: Path) -> dict[str, Any] | None:
-    """Returns a snapshot's numbers; None where there are none that can be read."""
+    """Returns a snapshot's numbers; None if they cannot be read."""
     path = folder / "state.json"
     if not path.exists():
         return None
@@ -143,7 +144,7 @@ def _is_whole(path: Path, digest: str) -> bool:
 
 
 def restore(t: Training, folder: Path) -> Progress:
-    """Puts a snapshot's state in place: weights, optimizer, random numbers, metrics; gives how far it was."""
+    """Restores a snapshot's weights, optimizer, random numbers and metrics; returns its progress."""
     state = json.loads((folder / "state.json").read_text())
     _load_weights(t.parameters, folder / "weights.safetensors")
     tensors = _read(folder / "optimizer.safetensors", t.parameters)
@@ -151,12 +152,12 @@ def restore(t: Training, folder: Path) -> Progress:
         state, tensors = _of_format_1(_names(t), state, tensors)
     _set_random_state(tensors, f"random.{t.ranks.index}.")
     states = _by_index(_names(t), _unflatten(state["optimizer"], tensors))
-    t.optimizer.state.clear()  # before the other comes: a large optimizer's does not fit twice
+    t.optimizer.state.clear()  # before loading: two states of a large optimizer do not fit
     t.optimizer.load_state_dict(t.optimizer.state_dict() | {"state": states})
     t.writer.metrics[:] = report.read_lines(folder / "metrics.jsonl")
     _take_over(t.stepper, state["memory"])
     if t.ranks.is_main:
-        _best(t.folder).unlink(missing_ok=True)  # it may be of a later step than the snapshot
+        _best(t.folder).unlink(missing_ok=True)  # it may be from a later step than the snapshot
         if (folder / "best.safetensors").exists():
             _best(t.folder).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / "best.safetensors", _best(t.folder))
@@ -164,9 +165,9 @@ def restore(t: Training, folder: Path) -> Progress:
 
 
 def _take_over(stepper: Stepper, plans: list[dict[str, Any]]) -> None:
-    """The memory plan of the snapshot: another cut into micro-batches would draw other random numbers.
+    """Takes over the snapshot's memory plan: other micro-batches would draw other random numbers.
 
-    On a GPU never a larger one than fits this device, which may not be the one that the run began on.
+    On a GPU never a larger plan than fits this device, which may differ from the one that the run began on.
     """
     then = plans[min(stepper.ranks.index, len(plans) - 1)]
     plan = replace(stepper.memory, **{name: value for name, value in then.items() if name != "graphs"})
@@ -181,7 +182,7 @@ def _take_over(stepper: Stepper, plans: list[dict[str, Any]]) -> None:
 def _of_format_1(
     names: list[str], state: dict[str, Any], tensors: dict[str, torch.Tensor]
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A snapshot of the first format in today's: state was addressed by the parameter's place, and rank 0's alone."""
+    """Converts a snapshot from format 1, which addressed state by the parameter's index and had rank 0's only."""
 
     def renamed(key: str) -> str:
         place, _, rest = key.partition(".")
@@ -195,7 +196,7 @@ def _of_format_1(
 
 
 def keep_best(t: Training) -> None:
-    """Keeps the present weights as the best so far. A new file, so that snapshots linked to the old one keep theirs."""
+    """Saves the current weights as the best so far, in a new file: snapshots linked to the old one keep theirs."""
     weights = t.ranks.gather_state(t.parameters, _cut(t))
     if t.ranks.is_main:
         _best(t.folder).parent.mkdir(exist_ok=True)
@@ -207,14 +208,16 @@ def keep_best(t: Training) -> None:
 
 
 def restore_best(t: Training, progress: Progress) -> None:
-    """Puts the weights of the best step in place. Raises RuntimeError where they are missing."""
-    if not _best(t.folder).exists():  # why not the last weights: they are others than the record says
+    """Loads the best step's weights. Raises RuntimeError if they are missing."""
+    if not _best(t.folder).exists():  # why not use the last weights: the record would be wrong
         raise RuntimeError(f"the weights of step {progress.best_step}, the best, are missing from snapshots/")
     _load_weights(t.parameters, _best(t.folder))
 
 
 def save_public(t: Training, progress: Progress) -> str:
-    """The model as it is now, as a user would load it; its path in the run directory. Keeps the best and the newest."""
+    """Saves a public checkpoint of the current model and drops old ones, but for the best and the newest; returns its
+    path.
+    """
     path = f"checkpoints/step-{progress.step}"
     weights = whole_weights(t)
     if t.ranks.is_main:
@@ -224,9 +227,9 @@ def save_public(t: Training, progress: Progress) -> str:
 
 
 def whole_weights(t: Training) -> recipe.Weights | None:
-    """Returns what an artifact is written of where the model is cut over the ranks, each of which has to call this.
+    """Returns the whole weights for an artifact if the model is sharded over the ranks, each of which must call this.
 
-    None where the model itself has it: adapters are whole on every rank.
+    None if the model itself has them: adapters are whole on every rank.
     """
     if t.shards is None or isinstance(t.objective.model, PeftModel):
         return None
@@ -234,9 +237,9 @@ def whole_weights(t: Training) -> recipe.Weights | None:
 
 
 def write_artifact(t: Training, progress: Progress, folder: Path, weights: recipe.Weights | None = None) -> None:
-    """The model in its own format, its tokenizer and template, its configuration and its metrics.
+    """Writes the model in its own format, with its tokenizer, template, configuration and metrics.
 
-    `weights`: as `whole_weights` gives them.
+    `weights`: from `whole_weights`.
     """
     t.recipe.export(t.objective.model, folder, t.run.base_model, weights)
     files = texts(t.folder)
@@ -266,7 +269,7 @@ def write_artifact(t: Training, progress: Progress, folder: Path, weights: recip
 
 
 def texts(folder: Path) -> Path:
-    """Returns the folder whose tokenizer and chat template a run uses: that of an adapter to go on from, or the base's.
+    """Returns the folder of a run's tokenizer and chat template: that of an adapter it continues, or the base's.
 
     An adapter that was trained elsewhere may have a template of its own.
     """
@@ -274,10 +277,12 @@ def texts(folder: Path) -> Path:
 
 
 def _generation_config(folder: Path, eos_ids: Iterable[int]) -> dict[str, Any]:
-    """The base's own settings of generation, with the stop tokens that were trained, so that `generate` ends there."""
+    """Returns the base's own generation settings with the stop tokens that were trained, so that `generate` stops
+    there.
+    """
     own = texts(folder) / "generation_config.json"
     settings: dict[str, Any] = json.loads(own.read_text()) if own.exists() else {}
-    settings.pop("_from_model_config", None)  # by it, transformers would take the stop tokens of config.json instead
+    settings.pop("_from_model_config", None)  # with it, transformers would use the stop tokens of config.json instead
     return settings | {"eos_token_id": sorted(eos_ids)}
 
 
@@ -293,7 +298,9 @@ def _load_weights(parameters: Mapping[str, torch.nn.Parameter], path: Path) -> N
 
 
 def _read(path: Path, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-    """A file's tensors by name, `PARAMETER` or `PARAMETER:KEY`; of a piece only its part, whichever rank wrote them."""
+    """Reads a file's tensors by name, `PARAMETER` or `PARAMETER:KEY`; of a piece only its part, whichever ranks wrote
+    it.
+    """
     found: dict[str, torch.Tensor] = {}
     with safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 (no mapping)
@@ -308,12 +315,12 @@ def _read(path: Path, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str,
 
 
 def _cut(t: Training) -> set[str]:
-    """Returns the names of the parameters that are pieces."""
+    """Returns the names of the parameters that are pieces of a sharded weight."""
     return {name for name, parameter in t.parameters.items() if pieces.of(parameter) is not None}
 
 
 def _fits_cut(t: Training, folder: Path, ranks: int) -> bool:
-    """Whether the 8-bit moments of a snapshot, cut over so many ranks when it was saved, can be cut as they are now."""
+    """Whether a snapshot's 8-bit moments, saved by `ranks` ranks, can be split over the present ones."""
     if ranks == (t.ranks.count if t.shards is not None else 1):
         return True
     with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
@@ -338,7 +345,7 @@ def _by_index(names: list[str], states: dict[str, Any]) -> dict[int, Any]:
 
 
 def _flatten(states: dict[Any, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """An optimizer's state, nested as it may be, as numbers and tensors by `parameter:key` (or `parameter:key:key`)."""
+    """Flattens an optimizer's nested state to numbers and tensors by `parameter:key` (or `parameter:key:key`)."""
     numbers: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
     for key, value in states.items():
@@ -373,7 +380,7 @@ def _random_state() -> dict[str, torch.Tensor]:
 
 
 def _set_random_state(tensors: dict[str, torch.Tensor], prefix: str) -> None:
-    """A rank that the snapshot does not know keeps its own stream."""
+    """Restores the rank's random state; a rank that the snapshot lacks keeps its own."""
     if f"{prefix}cpu" in tensors:
         torch.set_rng_state(tensors[f"{prefix}cpu"])
     if torch.cuda.is_available() and f"{prefix}cuda" in tensors:
@@ -381,7 +388,7 @@ def _set_random_state(tensors: dict[str, torch.Tensor], prefix: str) -> None:
 
 
 def _best_public(t: Training) -> int | None:
-    """Returns the step of the best checkpoint that is kept, as the validation file sees it; None where it saw none."""
+    """Returns the step of the best kept checkpoint by the validation file; None if none was evaluated."""
     losses = {
         entry["step"]: -entry["task_score"] if t.chooses_by_task else entry["loss"]
         for entry in t.writer.metrics

@@ -1,7 +1,7 @@
-"""The other ranks of a run, as child processes of rank 0.
+"""Runs a run's other ranks as child processes of rank 0.
 
-They live in rank 0's own process group, so that a signal to the group ends them all (torchrun's workers start
-sessions of their own and would outlive it), and on Linux they end with rank 0.
+They are in rank 0's process group, so that a signal to the group ends them all (torchrun's workers start sessions of
+their own and would survive it), and on Linux they end with rank 0.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from tunery.trainer_protocol import EXIT_PAUSED, EXIT_USER_ERROR, Failed, parse
 from worker.trainer.report import MessageWriter
 
 GRACE = 5.0
-"""Seconds from the end of one rank to that of the run: ranks that end for one reason end within it, each by itself."""
+"""Seconds from the end of one rank to that of the run: ranks that end for the same reason do so within it, unaided."""
 _ECHO = 2.0
-"""Seconds for which rank 0 asks whether an error of its own only echoes the end of another rank."""
+"""Seconds for which rank 0 waits to learn whether its own error only follows from another rank's end."""
 
 
 class Children:
-    """Ranks 1 to n-1. One that ends while rank 0 goes on ends the run, which would wait for it forever."""
+    """Ranks 1 to n-1. If one ends while rank 0 is running, the run ends, as it would wait for that rank forever."""
 
     def __init__(self, writer: MessageWriter) -> None:
         self._writer = writer
@@ -36,7 +36,7 @@ class Children:
         self._said = threading.Lock()
 
     def start(self, folder: Path, world: int) -> None:
-        """Starts them and makes this process rank 0 of `world`."""
+        """Starts the ranks and makes this process rank 0 of `world`."""
         if world == 1:
             return
         self._count = world - 1
@@ -49,13 +49,15 @@ class Children:
                 command,
                 env=environment,
                 stdout=subprocess.PIPE,
-                # Why not asked for by the rank itself: rank 0 may end while the rank still imports.
+                # Why not set by the rank itself: rank 0 may end while the rank still imports.
                 preexec_fn=processes.dies_with_parent(signal.SIGKILL),
             )
             threading.Thread(target=self._watch, args=(child, rank), daemon=True).start()
 
     def say_failed(self, own: Failed) -> Failed:
-        """Says once why the run failed, and returns it: a child's reason where rank 0's own only echoes its end."""
+        """Reports once why the run failed, and returns it: a child's reason if rank 0's error only follows from its
+        end.
+        """
         if self._count and own.kind == "crashed":
             self._one_failed.wait(_ECHO)
         failed = self._failed if self._failed is not None and own.kind == "crashed" else own
@@ -67,14 +69,14 @@ class Children:
     def _watch(self, child: subprocess.Popen[bytes], rank: int) -> None:
         assert child.stdout is not None
         said: Failed | None = None
-        for line in child.stdout:  # not once it has ended: rank 0 may notice before that it is alone
+        for line in child.stdout:  # not only after its end: rank 0 may notice earlier that it is alone
             if (said := _failed(line) or said) is not None:
                 self._note(said)
         code = child.wait()
         failed = said or _unexplained(rank, code)
         if code not in {0, EXIT_PAUSED}:
             self._note(failed)
-        if code >= 0:  # a signal concerns one rank alone; a code may be that of all
+        if code >= 0:  # a signal ends one rank only; an exit code may be that of all
             time.sleep(GRACE)
         os._exit(exit_code(self.say_failed(failed)))
 
@@ -89,7 +91,7 @@ def exit_code(failed: Failed) -> int:
 
 
 def _failed(line: bytes) -> Failed | None:
-    """Returns a child's reason, if that is what it says."""
+    """Returns a child's reason for failing, if the line is one."""
     with contextlib.suppress(ValidationError):
         if isinstance(said := parse(line), Failed):
             return said

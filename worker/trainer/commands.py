@@ -1,4 +1,4 @@
-"""What `python -m worker.trainer.NAME FOLDER` of several programs does around its work."""
+"""Runs the command lines `python -m worker.trainer.NAME FOLDER` of several programs."""
 
 import sys
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from tunery.trainer_protocol import EXIT_USER_ERROR
 def run(name: str, work: Callable[[Path], object], fault: type[TuneryError] = JobFailure) -> int:
     """Does `work` in the folder that the command line names; returns the exit status.
 
-    A `fault` is the user's to change: its message is one line on standard error, and the status EXIT_USER_ERROR.
+    A `fault` is the user's to correct: its message is one line on standard error, and the status is EXIT_USER_ERROR.
     """
     if len(sys.argv) != 2:
         sys.stderr.write(f"usage: python -m worker.trainer.{name} FOLDER\n")

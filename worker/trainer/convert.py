@@ -1,4 +1,4 @@
-"""`python -m worker.trainer.convert SOURCE OUT_DIR [TEMPLATE]`: a base model from a folder, a hub id or a GGUF file.
+"""`python -m worker.trainer.convert SOURCE OUT_DIR [TEMPLATE]`: makes a base of a folder, a hub id or a GGUF file.
 
 OUT_DIR gets bf16 safetensors, the tokenizer, its chat template (the file TEMPLATE in place of the model's own) and
 `facts.json`. Only data is read: weights from safetensors or GGUF, never a pickle, and no code that came with a model is
@@ -61,7 +61,7 @@ def convert(source: str, out: Path, chat_template: str | None = None) -> dict[st
     _refuse_untrainable(source, model_info["techniques"])
     (out / "facts.json").write_text(json.dumps(model_info, indent=2) + "\n")
     for path in out.iterdir():
-        path.chmod(0o644)  # safetensors writes 0600, and the folder is served to other users' processes
+        path.chmod(0o644)  # safetensors writes 0600, but processes of other users read the folder
     return model_info
 
 
@@ -75,7 +75,7 @@ def _download(source: str, folder: str) -> Path:
         snapshot_download(name, revision=revision or None, local_dir=folder, allow_patterns=allowed)
     except UnusableModel:
         raise
-    except Exception as error:  # also those of the HTTP library beneath, which is not the same in every release
+    except Exception as error:  # also errors of the HTTP library, which differs between releases
         reason = f"{(str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')}."
         raise UnusableModel(
             source=source,
@@ -94,7 +94,7 @@ def _check_names(source: str, paths: list[Path]) -> None:
 
 
 def _copy(source: str, folder: Path, out: Path) -> None:
-    """The folder's texts as they are and its weights in bf16, one shard in memory at a time."""
+    """Copies the folder's text files unchanged and its weights in bf16, with one shard in memory at a time."""
     _check_names(source, list(folder.iterdir()))
     for text in (*TEXTS, *template_files.additional_names(folder)):
         if (folder / text).exists():
@@ -110,7 +110,7 @@ def _copy(source: str, folder: Path, out: Path) -> None:
 
 
 def _refuse_code(source: str, path: Path) -> None:
-    """Raises UnusableModel when a JSON file asks for code of the model's own (`auto_map`)."""
+    """Raises UnusableModel if a JSON file requests code of the model's own (`auto_map`)."""
     if path.suffix == ".json" and path.name != "tokenizer.json" and "auto_map" in json.loads(path.read_text()):
         raise UnusableModel(
             source=source,
@@ -120,7 +120,7 @@ def _refuse_code(source: str, path: Path) -> None:
 
 
 def _write_config(source: str, path: Path) -> None:
-    """The config with bf16 as its type. A quantised checkpoint is refused: its weights are not weights to cast."""
+    """Sets bf16 as the config's type. Refuses a quantised checkpoint, whose weights cannot simply be cast."""
     config = json.loads(path.read_text())
     if config.get("quantization_config"):
         raise UnusableModel(

@@ -1,6 +1,6 @@
-"""Which of a model's linear weights learn and which are in four bits, by kind of module, and why others are not.
+"""Reports which of a model's linear weights learn or are in four bits, by kind of module, and why others are not.
 
-Embeddings and the head are no part of it: no technique but the full fine-tune touches them.
+Embeddings and the head are left out: only the full fine-tune changes them.
 """
 
 import re
@@ -21,13 +21,13 @@ from worker.trainer.recipes import lora, targets
 from worker.trainer.training import Training
 
 LEAST = 0.9
-"""Below this share of the weights a run warns."""
+"""Fraction of the weights below which a run warns."""
 _IDLE = "text never passes it"
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One linear weight: its name without the layers' numbers, and how many numbers it stands for."""
+    """One linear weight: its name without layer numbers, and its number of parameters."""
 
     kind: str
     count: int
@@ -37,9 +37,9 @@ class Weight:
 
 
 def describe(model: nn.Module, technique: Technique, *, quantised: bool) -> dict[str, Any]:
-    """Returns the report: shares of the linear weights that learn and that are `quantised` (None where none is to be).
+    """Returns the report: fractions of linear weights that learn and that are `quantised` (None if none should be).
 
-    `kinds` counts both by kind of module. Modules that text never passes are named and left out of the shares.
+    `kinds` counts both by kind of module. Modules that text does not pass through are listed, but not counted.
     """
     weights = list(_weights(model, technique))
     used = [weight for weight in weights if weight.why != _IDLE]
@@ -71,19 +71,19 @@ def model_info(config: Any) -> dict[str, Any]:
 
 
 def _active_size(text: Any) -> int:
-    """Returns the width of all experts that a token passes, shared ones too."""
+    """Returns the total width of the experts that a token passes through, including shared ones."""
     size = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 0
     chosen = getattr(text, "num_experts_per_tok", None) or 0
     return int(size) * (int(chosen) + (getattr(text, "n_shared_experts", None) or 0))
 
 
 def of(t: Training) -> dict[str, Any]:
-    """Returns the report of a run."""
+    """Returns a run's report."""
     return describe(t.objective.model, t.plan.technique, quantised=t.precision.quantised)
 
 
 def warnings(report: dict[str, Any]) -> list[str]:
-    """Returns a sentence for each share below LEAST, naming the largest kinds that were left out."""
+    """Returns a sentence for each fraction below LEAST, which names the largest kinds left out."""
     words = {"learning": "have adapters or learn themselves", "quantised": "are in four bits"}
     return [
         f"Only {report[key]:.0%} of the base's linear weights {said}. Left out: {_left_out(report, key)}."
@@ -123,7 +123,7 @@ def _weights(model: nn.Module, technique: Technique) -> Iterator[Weight]:
 
 
 def _linear(causal: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every weight of a linear layer and of experts by its name in the model, the head and adapters left out."""
+    """Yields the weights of linear layers and experts by name, without the head and adapters."""
     head = causal.get_output_embeddings()
     for name, module in causal.named_modules():
         if targets.is_linear(module) and module is not head and ".lora_" not in name:
@@ -132,7 +132,7 @@ def _linear(causal: Any) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _adapted(model: nn.Module) -> set[int]:
-    """Ids of the weights that have an adapter."""
+    """Returns the ids of the weights that have an adapter."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     return {id(_base_weight(layer)) for layer in layers}
 

@@ -1,7 +1,7 @@
-"""Forward and backward passes of small models, recorded once per shape as CUDA graphs and replayed.
+"""Records forward and backward passes of small models as CUDA graphs, once per shape, and replays them.
 
-A model of 135M weights has some 4,000 kernels a step, each done before the host has asked for the next: the GPU waits
-for Python. A graph is asked for once. Batches are padded up to a grid of shapes, so that a run needs a dozen graphs;
+A model of 135M weights runs some 4,000 kernels a step, each of which ends before the host has launched the next: the
+GPU waits for Python. A graph is one launch. Batches are padded to a grid of shapes, so that a run needs a dozen graphs;
 padded positions predict nothing (label -100), so sums are unchanged.
 """
 
@@ -19,13 +19,16 @@ from worker.trainer.objective import Objective
 log = logging.getLogger(__name__)
 
 PAD_TO = (32, 128)
-"""Widths are padded to a multiple of the first, numbers of labels to one of the second."""
+"""Widths are padded to a multiple of the first, label counts to one of the second."""
 MOST_GRAPHS = 48
 _ROUTED = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Config entries of models whose experts' work depends on the batch: the host has to look, which cannot be recorded."""
+"""Config entries of models whose experts' work depends on the batch: the host must inspect it, which cannot be
+recorded.
+"""
 SCALE = 2.0**-11
-"""What losses are multiplied with inside a graph, where the weight of a step cannot be known. A power of two, so that
-taking it out again costs no digit."""
+"""Factor of losses inside a graph, where a step's total weight is not known. It is a power of two, so that dividing by
+it again loses no digits.
+"""
 
 
 @dataclass
@@ -36,7 +39,7 @@ class _Recorded:
 
 
 class CudaGraphs:
-    """The recorded passes of one objective. They add to the gradients that are there, as eager passes do."""
+    """The recorded passes of one objective. Like eager passes, they add to the present gradients."""
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
@@ -46,9 +49,9 @@ class CudaGraphs:
         self.failed = False
 
     def run(self, batch: Batch) -> Tensor:
-        """Returns the method's sums over a batch, "loss" times SCALE; its gradient, times SCALE, is added to `.grad`.
+        """Returns the method's sums over a batch, "loss" times SCALE, and adds the gradient, times SCALE, to `.grad`.
 
-        The first batch of a shape runs as usual, which also warms its kernels up; the second is recorded.
+        The first batch of a shape runs eagerly, which also warms up its kernels; the second is recorded.
         """
         key = _shape(batch)
         if key not in self._recorded and key in self._seen and not self.failed and len(self._recorded) < MOST_GRAPHS:
@@ -62,7 +65,7 @@ class CudaGraphs:
         return found.sums.clone()
 
     def _record(self, key: tuple[object, ...], batch: Batch) -> None:
-        """Records a pass over batches of this shape, without running it; tries no more where a model cannot be."""
+        """Records a pass over batches of this shape without running it; after a failure nothing more is recorded."""
         graph = torch.cuda.CUDAGraph()
         sums = torch.zeros(len(self._objective.method.sums), dtype=torch.float64, device=batch.input_ids.device)
         try:
@@ -84,12 +87,12 @@ def forward_backward(objective: Objective, batch: Batch, scale: float) -> Tensor
 
 
 def worthwhile(objective: Objective, tokens: int) -> bool:
-    """Whether a micro-batch of so many tokens is small enough that the host, not the GPU, sets the pace."""
+    """Whether a micro-batch of this many tokens is so small that the host, not the GPU, limits its speed."""
     return reason_against(objective, tokens) is None
 
 
 def reason_against(objective: Objective, tokens: int) -> str | None:
-    """Returns why micro-batches of so many tokens are not recorded; None where they are."""
+    """Returns why micro-batches of this many tokens are not recorded; None if they are."""
     config = objective.causal.config.get_text_config()
     reasons = {
         "the method's passes differ from batch to batch": not objective.method.recordable,
@@ -98,7 +101,7 @@ def reason_against(objective: Objective, tokens: int) -> str | None:
         "its weights are cut over the ranks": objective.is_sharded,
         f"more than {RECORDED_PARAMS:,} weights": sum(p.numel() for p in objective.parameters()) > RECORDED_PARAMS,
         f"more than {RECORDED_TOKENS:,} tokens at once": tokens > RECORDED_TOKENS,
-        "RoPE depends on the rows' lengths": bool(rope.of(objective.causal)),  # padding to a grid would change it
+        "RoPE depends on the rows' lengths": bool(rope.of(objective.causal)),  # padding would change the lengths
         "activations are computed again": objective.recomputes,
         "the experts' work depends on the batch": any(getattr(config, name, None) for name in _ROUTED),
     }
@@ -106,7 +109,7 @@ def reason_against(objective: Objective, tokens: int) -> str | None:
 
 
 def _shape(batch: Batch) -> tuple[object, ...]:
-    """Returns all that a recorded pass has taken for constant."""
+    """Returns everything that a recorded pass treats as constant."""
     ends = None if batch.borders is None or batch.borders.ends is None else batch.borders.ends.shape
     longest = None if batch.borders is None else batch.borders.longest
     return batch.input_ids.shape, batch.label_positions.shape, batch.position_ids is not None, ends, longest

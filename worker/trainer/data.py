@@ -1,8 +1,8 @@
-"""Examples of tokens, the order in which they are seen, and the batches that the model gets.
+"""Reads a file's token examples, orders them, and builds the model's batches.
 
-A step draws examples; how their rows are put into sequences and micro-batches is decided inside the step and changes
-nothing of its loss. The order is a pure function of the seed and the epoch, so a resumed run needs no more than the
-number of its step to go on with the very same examples.
+A step draws examples; how their rows form sequences and micro-batches is decided inside the step and does not change
+its loss. The order is a pure function of the seed and the epoch, so a resumed run needs only its step's number to
+continue with the very same examples.
 """
 
 import hashlib
@@ -35,14 +35,14 @@ from worker.trainer.stored_rows import StoredExamples, keep, read_back, store_of
 
 _CHUNK_BYTES = 2**20
 MOST_IN_MEMORY = 2 * 10**6
-"""Tokens of a file whose rows are held as lists, which take a hundred bytes for each."""
+"""The most tokens of a file whose rows are kept as lists, which take a hundred bytes per token."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A file's examples; the lines that were cut at the longest allowed length, and those left out of it.
+    """A file's examples, the lines truncated at the longest allowed length, and the lines left out.
 
-    `replayed`: the last so many examples are replay, `replayed_an_epoch` of which an epoch has (`replay.mixing`).
+    `replayed`: how many examples at the end are replay, of which an epoch has `replayed_an_epoch` (`replay.mixing`).
     """
 
     examples: list[Example] | StoredExamples
@@ -59,18 +59,18 @@ class Rows:
 
     @property
     def count(self) -> int:
-        """The examples of the file, which an epoch counts: those without replay."""
+        """The number of the file's own examples, without replay, which make up an epoch."""
         return len(self.examples) - self.replayed
 
     @property
     def tokens(self) -> int:
-        """Of one epoch; of replay, the epochs' mean."""
+        """Tokens of one epoch; for replay, the epochs' mean."""
         replay = sum(self.lengths[self.count :]) * self.replayed_an_epoch // max(1, self.replayed)
         return sum(self.lengths[: self.count]) + replay
 
     @cached_property
     def lengths(self) -> Sequence[int]:
-        """The tokens of each example."""
+        """How many tokens each example has."""
         if isinstance(self.examples, StoredExamples):
             return self.examples.lengths
         return array("l", map(len, self.examples))
@@ -81,7 +81,7 @@ class Rows:
         return self.digest(b"")
 
     def attach(self, reference: Sequence[Sequence[float]]) -> None:
-        """Gives each example its `reference`."""
+        """Sets each example's `reference`."""
         if isinstance(self.examples, StoredExamples):
             self.examples.attach(reference)
             return
@@ -96,15 +96,19 @@ class Rows:
 
 
 Packed = list[int]
-"""Indexes of the examples in one sequence: several when packing. The rows of one alone are sequences of their own."""
+"""Indexes of the examples in one sequence: several when packing. The rows of a single example are sequences of their
+own.
+"""
 MicroBatch = list[Packed]
-"""What passes through the model together."""
+"""Sequences that pass through the model together."""
 MOST_PADDING = 0.05
-"""Share of padding up to which rows are a rectangle though their borders could be given: torch's attention over one is
-up to 1.8 times as fast as that over rows of any length, and takes a tenth of the time of a step at 2,048 tokens."""
+"""Fraction of padding up to which rows form a rectangle even if their borders could be given: torch's attention over
+one is up to 1.8 times as fast as that over rows of any length, and takes a tenth of a step's time at 2,048 tokens.
+"""
 PACKED_PAD_FACTOR, ENDS_PAD_TO = 8, 16
-"""Rows behind each other differ in their total from step to step more than rectangles do: coarser padding keeps the
-number of recorded shapes small."""
+"""The total length of concatenated rows varies more from step to step than a rectangle's: coarser padding keeps the
+number of recorded shapes small.
+"""
 
 
 @dataclass(frozen=True)
@@ -112,12 +116,11 @@ class Batch:
     """A micro-batch on its device.
 
     `input_ids` [sequences, longest], padded at the right: causal attention never looks there, so no mask is needed.
-    `position_ids`: only when a sequence holds several rows; they start again with each, which is also how transformers
-    knows to keep the rows apart; a model that takes their `borders` reads these instead. `label_positions`: the
-    flattened positions that predict something, `targets`: what. `labelled`: how many of these each row has, in the
-    order of the examples and of their rows; what is left at the end is padding. `reference` [rows]: see `Example`.
-    `lengths`: those of each sequence's rows. `mask` [sequences, 1, longest, longest]: what each position sees, where
-    that is not all before it.
+    `position_ids`: only if a sequence holds several rows; they restart with each row, by which transformers keeps the
+    rows apart; a model that takes `borders` reads those instead. `label_positions`: the flattened positions that
+    predict something, `targets`: the labels there. `labelled`: how many of these each row has, in the order of the
+    examples and of their rows; the rest at the end is padding. `reference` [rows]: see `Example`. `lengths`: those of
+    each sequence's rows. `mask` [sequences, 1, longest, longest]: what each position sees, if not all before it.
     """
 
     input_ids: Tensor
@@ -140,10 +143,10 @@ def read_rows(
     encoder: encoding.RowEncoder = encoding.CHATS,
     kept: Path | None = None,
 ) -> Rows:
-    """Returns every line as examples, by the encoder of a method. Lines with nothing to learn are left out and counted.
+    """Encodes every line to examples of a method. Lines with nothing to learn are left out and recorded.
 
-    Of more than MOST_IN_MEMORY tokens the examples lie in a file beside `path`, or in `kept`: a folder of rows that
-    were prepared before, which are not prepared again. Raises InvalidTrainingFile, also when no example is left.
+    Above MOST_IN_MEMORY tokens the examples are in a file beside `path`, or in `kept`, a folder of prepared rows that
+    later runs reuse. Raises InvalidTrainingFile, also if no example is left.
     """
     reading = bulk.Reading(role, encoder, template, max_length)
     usable = kept is not None and os.access(kept, os.W_OK)
@@ -156,7 +159,7 @@ def read_rows(
             store = store_of(rows.examples, path.parent)
             whole = store, rows.truncated, rows.unlearnable
             prepared.save(kept, name, whole)
-            found = prepared.find(kept, name) or whole  # so that a large file's tokens lie on the disk once
+            found = prepared.find(kept, name) or whole  # so that a large file's tokens are on disk once
         store, truncated, unlearnable = found
     return Rows(read_back(store, MOST_IN_MEMORY), truncated, unlearnable)
 
@@ -170,14 +173,14 @@ def _prepare(path: Path, reading: bulk.Reading) -> Rows:
 
 
 class _Lines:
-    """Reads a file's lines, and keeps which of them were cut and which left out."""
+    """Reads a file's lines, and records which were truncated and which left out."""
 
     def __init__(self) -> None:
         self.truncated: list[int] = []
         self.unlearnable: list[int] = []
 
     def read(self, path: Path, reading: bulk.Reading) -> Iterator[Block]:
-        """The examples. Raises InvalidTrainingFile."""
+        """Yields the examples. Raises InvalidTrainingFile."""
         with path.open("rb") as file, closing(bulk.digest_rows(_chunks(file), reading, gather)) as blocks:
             for block in blocks:
                 if block.fault is not None:
@@ -194,13 +197,13 @@ def _chunks(file: IO[bytes]) -> Iterator[bytes]:
 def read_parsed(
     path: Path, role: FileRole, encoder: encoding.RowEncoder = encoding.CHATS
 ) -> Iterator[tuple[int, messages.Example]]:
-    """The file's lines, parsed, with their numbers. Raises InvalidTrainingFile."""
+    """Yields the file's parsed lines with their numbers. Raises InvalidTrainingFile."""
     with path.open("rb") as file:
         for row in encoding.read_rows(_chunks(file), role, FileShape(encoder.columns)):
             yield row.number, encoder.parse(row, role)
 
 
-@lru_cache(2)  # of the task and of replay: a million rows take 50 ms to shuffle, which each step asks for
+@lru_cache(2)  # one for the task, one for replay: each step asks for both, and a million rows take 50 ms to shuffle
 def order(count: int, seed: int, epoch: int) -> list[int]:
     """Returns the seeded order in which `count` examples are seen in an epoch (counted from 0)."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -209,12 +212,12 @@ def order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
-    """Returns how many steps an epoch has; its last one takes what is left, however little."""
+    """Returns how many steps an epoch has; the last one takes what is left, however little."""
     return -(-rows // batch_size)
 
 
 def rows_of_step(count: int, step: int, batch_size: int, seed: int) -> list[int]:
-    """Returns indexes of the examples of a step (counted from 1), out of `count`."""
+    """Returns the indexes of a step's examples (steps counted from 1), out of `count`."""
     epoch, place = divmod(step - 1, steps_per_epoch(count, batch_size))
     return order(count, seed, epoch)[place * batch_size : (place + 1) * batch_size]
 
@@ -228,12 +231,12 @@ def micro_batches(
     groups: list[Hashable] | None = None,
     shapes: list[tuple[int, int]] | None = None,
 ) -> list[MicroBatch]:
-    """Cuts examples into micro-batches of at most `max_tokens` tokens with their padding (or one example).
+    """Splits examples into micro-batches of at most `max_tokens` tokens with padding (or of one example).
 
     `lengths`, `groups` and `shapes` hold a value for every example of the file. Examples of different groups never
-    share a micro-batch. `shapes`: how many rows an example has, and the longest; None: one of its length.
-    `packed_tokens`: examples are packed into sequences of at most so many tokens first; None: a row a sequence.
-    Within a step the order does not matter, as its loss is one sum; sorted by length, padding costs least.
+    share a micro-batch. `shapes`: an example's number of rows and its longest; None: one row of its length.
+    `packed_tokens`: examples are first packed into sequences of at most this many tokens; None: one row a sequence.
+    Within a step the order does not matter, as its loss is one sum; sorting by length minimises padding.
     """
     apart: dict[Hashable, list[int]] = {}
     for i in rows:
@@ -248,10 +251,10 @@ def micro_batches(
 def _cut(
     sequences: list[Packed], lengths: Sequence[int], max_tokens: int, shapes: list[tuple[int, int]] | None
 ) -> list[MicroBatch]:
-    """Sequences of like length together."""
+    """Groups sequences of similar length."""
 
     def shape(packed: Packed) -> tuple[int, int]:
-        """Returns how many sequences it becomes, and the longest."""
+        """Returns how many sequences it becomes, and the length of the longest."""
         if shapes is not None and len(packed) == 1:
             return shapes[packed[0]]
         return 1, sum(lengths[i] for i in packed)
@@ -270,10 +273,10 @@ def _cut(
 
 
 def pack(rows: list[int], lengths: Sequence[int], capacity: int) -> list[Packed]:
-    """Best-fit decreasing: each example goes into the fullest sequence that still has room for it.
+    """Packs examples by best-fit decreasing: each goes into the fullest sequence that still has room for it.
 
-    Sequences hold at most `capacity` tokens (a longer example stands alone). At most 11/9 of the fewest possible, plus
-    4 (Johnson 1974); in practice within a few per cent. Why not in the order drawn: leftovers would be padding.
+    Sequences hold at most `capacity` tokens (a longer example is alone). There are at most 11/9 of the fewest possible,
+    plus 4 (Johnson 1974); in practice a few per cent more. Why not in the order drawn: gaps would be padding.
     """
     packed: list[Packed] = []
     rooms: list[tuple[int, int]] = []  # (tokens free, sequence), sorted
@@ -296,11 +299,11 @@ def collate(
     *,
     borders: bool = False,
 ) -> Batch:
-    """A micro-batch of the examples. Which positions predict is decided here, on the host, so the GPU is never asked.
+    """Builds a micro-batch. Which positions predict is decided here, on the host, without waiting for the GPU.
 
     `pad_to`: the width and the number of targets are padded to multiples of these; targets of padding are -100.
-    `borders`: the model takes the places where rows begin, so these lie behind each other unpadded, unless
-    they are of nearly the same length: attention over a rectangle is then the faster one.
+    `borders`: the model accepts the places where rows begin, so rows are concatenated without padding, unless they are
+    of nearly equal length: attention over a rectangle is then faster.
     """
     sequences = _sequences(examples, part)
     marks = None
@@ -336,7 +339,7 @@ def _reference(examples: Sequence[Example], part: MicroBatch, device: torch.devi
 
 
 def _sequences(examples: Sequence[Example], part: MicroBatch) -> list[list[Row]]:
-    """The rows of each sequence, in order. Those of an example that was packed with no other need not be packed."""
+    """Returns each sequence's rows, in order. An example that shares its sequence with no other is not packed."""
     sequences: list[list[Row]] = []
     for packed in part:
         rows = [row for i in packed for row in examples[i].rows]
@@ -345,7 +348,9 @@ def _sequences(examples: Sequence[Example], part: MicroBatch) -> list[list[Row]]
 
 
 def _laid_out(sequences: list[list[Row]], width: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """Ids and positions [sequences, width]; for each row, which flattened positions predict something, and what."""
+    """Returns ids and positions [sequences, width]; for each row, the flattened positions that predict, and their
+    labels.
+    """
     ids = torch.zeros(len(sequences), width, dtype=torch.int64)
     positions = torch.zeros(len(sequences), width, dtype=torch.int64)
     label_positions: list[Tensor] = []
@@ -365,10 +370,10 @@ def _laid_out(sequences: list[list[Row]], width: int) -> tuple[Tensor, Tensor, l
 
 
 def _borders(lengths: list[int], pad_to: int, device: torch.device) -> Borders:
-    """Returns the borders of rows behind each other; what pads them to a multiple of `pad_to` is a row of its own.
+    """Returns the borders of concatenated rows; the padding to a multiple of `pad_to` is a row of its own.
 
-    When padded, their number is padded too, by rows without a token, and the longest is rounded up: these are part of
-    a shape that is recorded.
+    With padding, the number of rows is padded too, by rows without a token, and the longest is rounded up: both are
+    part of a recorded shape.
     """
     ends = [0, *accumulate(lengths)]
     padding = -ends[-1] % pad_to

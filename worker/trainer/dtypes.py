@@ -1,4 +1,4 @@
-"""Which weights a model keeps in their own type when the others become bf16."""
+"""Decides which weights keep their own type when the others become bf16."""
 
 import re
 from collections.abc import Callable
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 Keeps = Callable[[str], bool]
-"""Whether the weight of this name stays as it is."""
+"""Whether the weight of this name keeps its type."""
 
 
 def keeps(model: Any) -> Keeps:
-    """Returns the test for weights that `model`'s own code computes with in fp32, such as a router's biases.
+    """Returns a test for weights with which the model's own code computes in fp32, such as a router's biases.
 
-    A bias near 8 has steps of 1/32 in bf16: eight experts' biases that differ by less become equal, and rows go to
-    other experts. Why the list that transformers honours for fp16 alone, too: those weights are small.
+    A bias near 8 has steps of 1/32 in bf16: biases of eight experts that differ by less become equal, and rows go to
+    other experts. Why also the list that transformers uses for fp16 only: those weights are small.
     """
     names = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     if not names:

@@ -1,7 +1,7 @@
-"""Training with frozen products in eight bits: which layers make them, and the watch over what they give.
+"""Training with the frozen layers' products in eight bits: which layers use them, and how their results are checked.
 
-The base stays in bf16 or in four bits, as it is: answers, the scorecard and the check of the exported adapter use it,
-as any server of the adapter will. Only the products of training, forward and backward, are narrow.
+The base stays in bf16 or in four bits: answers, the scorecard and the check of the exported adapter use it, as any
+server of the adapter will. Only the products of training, forward and backward, are narrow (in eight bits).
 """
 
 import logging
@@ -22,15 +22,17 @@ log = logging.getLogger(__name__)
 
 LEAST_COSINE = 0.99
 NORM_RATIOS = (0.98, 1.02)
-"""What a narrow product may be beside a wide one of the same factors. Rows of e4m3 without outliers are at 0.9993."""
+"""Bounds of a narrow product's norm relative to the wide one of the same factors. Rows of e4m3 without outliers are at
+0.9993.
+"""
 EARLY_CHECK, EVERY = 20, 500
 
 
 class EightBits:
-    """The narrow products of a run. `names`: the layers that make them; `wide`: those that did, and why no more."""
+    """A run's narrow products. `names`: the layers that use them; `wide`: those that no longer do, and why."""
 
     def __init__(self, objective: Objective, batch: Batch) -> None:
-        """`batch`: what products are compared on."""
+        """`batch`: the data on which products are compared."""
         self._objective, self._batch = objective, batch
         self.names = adapters.narrow(objective.model)
         self.wide: dict[str, str] = {}
@@ -40,7 +42,7 @@ class EightBits:
         return bool(self.names) and (step == EARLY_CHECK or step % EVERY == 0)
 
     def check(self, ranks: Ranks) -> bool:
-        """Compares the products; False where some are wide from here on, on every rank."""
+        """Compares the products; False if some are wide from now on, on every rank."""
         found = compare(self._objective, self._batch, self.names)
         worst = min(found.items(), key=lambda item: item[1][0], default=None)
         log.info("products in eight bits, of %d layers: least cosine %s", len(self.names), worst)
@@ -50,7 +52,7 @@ class EightBits:
         return not every
 
     def widen(self, reasons: dict[str, str]) -> None:
-        """Makes the products of these layers wide from here on."""
+        """Makes these layers' products wide from now on."""
         given_up = {name: why for name, why in reasons.items() if name in self.names}
         for name, why in given_up.items():
             log.warning("products of %s in bfloat16 from here on: %s", name, why)
@@ -59,7 +61,7 @@ class EightBits:
         self.names = [name for name in self.names if name not in given_up]
 
     def describe(self) -> dict[str, Any]:
-        """What the record says: the layers that multiply in eight bits, by kind, and those that do not any more."""
+        """Returns the record's entry: the layers that multiply in eight bits, by kind, and those that no longer do."""
         if not self.names and not self.wide:
             return {"path": "bfloat16"}
         kinds = Counter(name.rpartition(".")[2] for name in self.names)
@@ -70,9 +72,9 @@ class EightBits:
 def install(
     objective: Objective, precision: Precision, examples: Sequence[Example], ranks: Ranks, warnings: list[str]
 ) -> EightBits | None:
-    """Puts a run's products into eight bits where its plan says so, and compares them once.
+    """Switches a run's products to eight bits if its plan says so, and compares them once.
 
-    None where the plan does not say so, or where it cannot be: then a warning says why.
+    Returns None if the plan does not say so, or if it is not possible: then a warning says why.
     """
     if not precision.fp8:
         return None
@@ -87,7 +89,7 @@ def install(
 
 
 def _narrow(objective: Objective, examples: Sequence[Example], device: torch.device) -> tuple[EightBits | None, str]:
-    """Returns the run's narrow products, or why there are none."""
+    """Returns the run's narrow products, or the reason against them."""
     if not fp8.available(device):
         return None, "this device does not multiply numbers of eight bits"
     if objective.method.reads_reference:
@@ -101,10 +103,10 @@ def _narrow(objective: Objective, examples: Sequence[Example], device: torch.dev
 
 
 def compare(objective: Objective, batch: Batch, names: Collection[str]) -> dict[str, tuple[float, float]]:
-    """Returns the worse of both directions' cosines and length ratios of each layer's narrow product with its wide one.
+    """Compares each layer's narrow and wide product; returns the cosine and norm ratio of the worse direction.
 
-    Each is made of the factors that the narrow pass meets. Why not whole gradients of narrow and of wide passes: in
-    those the small errors of all layers above add up, whatever a layer does itself.
+    Both products have the factors of the narrow pass. Why not compare whole gradients of narrow and wide passes: there
+    the small errors of all layers above add up, whatever the layer itself does.
     """
     layers = {objective.model.get_submodule(name).base_layer: name for name in names}
     parameters: list[nn.Parameter] = [p for p in objective.parameters() if p.requires_grad]
@@ -112,7 +114,7 @@ def compare(objective: Objective, batch: Batch, names: Collection[str]) -> dict[
     device = batch.input_ids.device
     with fp8.watched() as watch, torch.random.fork_rng([device] if device.type == "cuda" else []):
         sums = objective.sums(batch, 1 / max(1, batch.targets.numel()))
-        # Not by `backward`: `.grad` may hold what recorded passes add to.
+        # Not `backward`: recorded passes may add to `.grad`.
         torch.autograd.grad(sums["loss"], parameters, allow_unused=True)
     found: dict[str, tuple[float, float]] = {}
     for (base, _), product in watch.found.items():
@@ -122,12 +124,12 @@ def compare(objective: Objective, batch: Batch, names: Collection[str]) -> dict[
 
 
 def close(cosine: float, ratio: float) -> bool:
-    """Whether a narrow product may take the place of a wide one."""
+    """Whether a narrow product is close enough to replace the wide one."""
     return cosine >= LEAST_COSINE and NORM_RATIOS[0] <= ratio <= NORM_RATIOS[1]
 
 
 def _closeness(cosine: float, ratio: float) -> float:
-    """More for a closer product; not a number counts as the farthest."""
+    """Returns a larger number for a closer product; NaN counts as the farthest."""
     distance = max((1 - cosine) / (1 - LEAST_COSINE), abs(ratio - 1) / (NORM_RATIOS[1] - 1))
     return -distance if distance == distance else float("-inf")
 

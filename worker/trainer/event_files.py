@@ -1,4 +1,4 @@
-"""The run's measurements as an event file of TensorBoard, which shows the folders of several runs beside each other."""
+"""Writes the run's measurements as a TensorBoard event file, so that TensorBoard can compare several runs."""
 
 import logging
 import time
@@ -10,16 +10,16 @@ log = logging.getLogger(__name__)
 
 FOLDER = "tensorboard"
 NAME = "events.out.tfevents.0.tunery"
-"""TensorBoard knows its files by the middle. Why not the library's own name: the host's name is part of that."""
+"""TensorBoard recognises its files by the middle part. Why not the library's own name: it contains the host's name."""
 _STEP = ("learning_rate", "grad_norm", "tokens", "seconds")
 
 
 def write(artifact: Path, metrics: list[dict[str, Any]]) -> None:
     """Writes `tensorboard/` into the artifact. `metrics`: the run's messages of steps and evaluations, in order.
 
-    A run that went on after a stop has those of before among them, so it is one curve.
+    A resumed run's messages include those from before it stopped, so it is one curve.
     """
-    try:  # here, as it takes half a second, and the trainer runs where the packages of training are alone
+    try:  # imported here, as it takes half a second and may not be installed beside the trainer
         from tensorboardX import SummaryWriter
     except ImportError:
         log.warning("%s/ is not written: tensorboardX is not installed", FOLDER)
@@ -36,9 +36,9 @@ def write(artifact: Path, metrics: list[dict[str, Any]]) -> None:
 
 
 def scalars(entry: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """What was measured at a step or an evaluation, by the name under which TensorBoard draws it.
+    """Yields the measurements of a step or an evaluation, by the names under which TensorBoard draws them.
 
-    Entries that came with a snapshot of an earlier release lack what that did not measure.
+    Entries from a snapshot of an earlier release lack what that release did not measure.
     """
     if entry["type"] == "evaluated":
         found = _measured("full_valid", entry["loss"], entry["accuracy"], entry.get("metrics", {}))

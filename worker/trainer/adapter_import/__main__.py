@@ -1,8 +1,8 @@
-"""`python -m worker.trainer.adapter_import FOLDER`: an adapter that was trained elsewhere, checked against its base.
+"""`python -m worker.trainer.adapter_import FOLDER`: checks an adapter that was trained elsewhere against its base.
 
-FOLDER holds `import.json` (an `ImportOrder`), `base/` and `adapter.zip`. Into `out/` goes the adapter as a job would
-leave it, and into `technique.json` what it is trained with here. An adapter that cannot be used gets one line on
-standard error and exit code 65.
+FOLDER holds `import.json` (an `ImportOrder`), `base/` and `adapter.zip`. The adapter is written to `out/` in a job's
+format, and the technique by which it is trained here to `technique.json`. For an adapter that cannot be used, it writes
+one line to standard error and exits with 65.
 """
 
 import json
@@ -22,7 +22,7 @@ from worker.trainer.adapter_import.errors import UnusableAdapter
 from worker.trainer.export import files
 
 _SECONDS = 600
-"""Regular expressions of an untrusted configuration are run here, and one may never end."""
+"""Time limit: regular expressions of an untrusted configuration are run here, and one may never end."""
 
 
 def carry_out(folder: Path) -> Lora:

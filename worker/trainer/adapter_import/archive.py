@@ -1,4 +1,4 @@
-"""Reads the files of an adapter out of a zip archive that somebody sent. Names in it choose nothing on this disk."""
+"""Extracts an adapter's files from a user's zip archive. Names in the archive determine no path on this disk."""
 
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -27,7 +27,7 @@ def unpack(source: str, archive: Path, out: Path) -> None:
 
 
 def _adapter(source: str, opened: zipfile.ZipFile) -> tuple[PurePosixPath, list[zipfile.ZipInfo]]:
-    """Returns the folder of the archive that has the adapter, and the entries that are read. Raises UnusableAdapter."""
+    """Returns the archive's folder that has the adapter, and the entries to read. Raises UnusableAdapter."""
     found = {PurePosixPath(entry.filename): entry for entry in opened.infolist() if not entry.is_dir()}
     folders = [path.parent for path in found if path.name == CONFIG]
     if len(folders) != 1:
@@ -44,7 +44,7 @@ def _is_read(path: PurePosixPath) -> bool:
 
 
 def _check_weights(source: str, names: set[str]) -> None:
-    """Raises UnusableAdapter for weights that are missing or a pickle."""
+    """Raises UnusableAdapter if the weights are missing or a pickle."""
     if WEIGHTS in names:
         return
     if "adapter_model.bin" in names:
@@ -54,14 +54,14 @@ def _check_weights(source: str, names: set[str]) -> None:
 
 
 def _copy(source: str, opened: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> None:
-    """Copies one entry. Raises UnusableAdapter for one that is larger than such a file can be, or packed tightly."""
+    """Copies one entry. Raises UnusableAdapter if it is too large for such a file, or compressed suspiciously well."""
     is_text = path.name != WEIGHTS
-    # Weights and tokenizers shrink to a half or a tenth; what shrinks to a thousandth is made to fill a disk.
+    # Weights and tokenizers compress to a half or a tenth; what compresses to a thousandth is made to fill a disk.
     limit = min(_TEXT_BYTES, entry.file_size) if is_text else entry.file_size
     if entry.file_size > limit or entry.file_size > 200 * max(entry.compress_size, _CHUNK):
         reason = f"{path.name} of {entry.file_size} bytes is larger than such a file can be. Zip the folder as it is."
         raise UnusableAdapter(source=source, reason=reason)
     path.parent.mkdir(exist_ok=True)
     with opened.open(entry) as packed, path.open("wb") as file:
-        while part := packed.read(_CHUNK):  # never more than the entry says, which zipfile holds it to
+        while part := packed.read(_CHUNK):  # never more than the entry's size, which zipfile enforces
             file.write(part)

@@ -1,4 +1,4 @@
-"""Which of PEFT's adapters are taken, and what the service calls their settings."""
+"""Decides which of PEFT's adapters are accepted, and translates their settings to the service's."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ _CHANGES_BASE = (
     "again with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
 )
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Of `init_lora_weights`: those that leave the base's weights as they are."""
+"""Values of `init_lora_weights` that do not change the base's weights."""
 _REFUSED: dict[str, tuple[Any, str]] = {
     "bias": ("none", "the base's biases learned too, and a model server that keeps one base would lose its own"),
     "lora_bias": (False, "biases of the factors have no place in a merged model whose layers have none"),
@@ -35,17 +35,17 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "monteclora_config": (None, "it draws its factors at random"),
     "megatron_config": (None, "its layers are Megatron's"),
 }
-"""Options of PEFT's LoRA that cannot be honoured: the value that is taken, and why no other is."""
+"""Options of PEFT's LoRA that are not supported: the only accepted value, and why."""
 _LEFT_OUT = {
     *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "runtime_config"),
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 }
-"""Options that say how the adapter began, or where it was made, which nobody needs who loads it."""
+"""Options about an adapter's initialisation or origin, which loading it does not need."""
 _PLAIN = re.compile(r"[\w.]+")
 
 
 def read(source: str, folder: Path) -> LoraConfig:
-    """Returns the adapter's configuration. Raises UnusableAdapter for one that cannot be honoured."""
+    """Returns the adapter's configuration. Raises UnusableAdapter if it is not supported."""
     found = _read_json(source, folder / CONFIG)
     if found.get("peft_type") != PeftType.LORA.value:
         what = f"its peft_type is {found.get('peft_type')!r}"
@@ -86,7 +86,7 @@ def _refuse_options(source: str, found: dict[str, Any]) -> None:
 
 
 def technique(source: str, config: LoraConfig, modules: list[str], kind: str) -> Lora:
-    """Returns the technique that such an adapter is trained with here; `modules` are those that it lies on."""
+    """Returns the technique by which such an adapter is trained here; `modules`: those that it adapts."""
     tokens = config.trainable_token_indices
     listed = sorted({token for each in tokens.values() for token in each}) if isinstance(tokens, dict) else tokens
     saved = None if config.modules_to_save is None else sorted(config.modules_to_save)
@@ -108,9 +108,9 @@ def technique(source: str, config: LoraConfig, modules: list[str], kind: str) ->
 
 
 def spell_out(config: LoraConfig, scales: dict[str, tuple[int, float]]) -> None:
-    """Replaces regular expressions by the names that they match; `scales` has the rank and alpha of each module.
+    """Replaces regular expressions with the names that they match; `scales` has the rank and alpha of each module.
 
-    Why not as they came: every program that loads the adapter would run an untrusted expression, which may never end.
+    Why not keep them: every program that loads the adapter would run an untrusted expression, which may never end.
     """
     if isinstance(config.target_modules, str) or config.layers_pattern or isinstance(config.exclude_modules, str):
         config.target_modules = sorted(scales)

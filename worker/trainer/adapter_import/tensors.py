@@ -1,4 +1,4 @@
-"""Whether an adapter's weights are those that its configuration describes on a base, which is never loaded for it."""
+"""Checks that an adapter's weights are those that its configuration describes, without loading the base's."""
 
 import re
 from collections.abc import Iterable
@@ -21,11 +21,11 @@ from worker.trainer.recipes.lora import with_new_adapters
 _PREFIX = "base_model.model."
 _TYPES = {torch.float32, torch.float16, torch.bfloat16}
 Scales = dict[str, tuple[int, float]]
-"""Rank and alpha of each module that the adapter lies on."""
+"""Rank and alpha of each adapted module."""
 
 
 def check(source: str, base: Path, folder: Path, config: LoraConfig) -> Scales:
-    """Compares the adapter's weights in `folder` with the base's, and drops copies of the base's own.
+    """Compares the adapter's weights in `folder` with the base's, and drops copies of the base's weights.
 
     Raises UnusableAdapter.
     """
@@ -43,12 +43,12 @@ def check(source: str, base: Path, folder: Path, config: LoraConfig) -> Scales:
 
 
 def _adapted(source: str, base: Path, config: LoraConfig) -> Any:
-    """Returns the base with the adapter's layers, without any weights."""
+    """Returns the base's model with the adapter's layers, without any weights."""
     try:
         with torch.device("meta"):
             return with_new_adapters(inspection.skeleton(source, base), config)
     except (CannotAdapt, ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, re.error) as error:
-        cause = error.__cause__ or error  # PEFT's own words
+        cause = error.__cause__ or error  # PEFT's own message
         said = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
         reason = f"PEFT cannot lay it on this base ({said}). Name the base that it was trained on."
         raise UnusableAdapter(source=source, reason=reason) from error
@@ -62,9 +62,9 @@ def _read(source: str, path: Path) -> dict[str, Tensor]:
 
 
 def _refuse_unless_the_bases(source: str, base: Path, name: str, tensor: Tensor) -> None:
-    """Lets a copy of the base's own weight pass, as PEFT saves embeddings. Raises UnusableAdapter for any other.
+    """Accepts a copy of the base's own weight, such as the embeddings that PEFT saves; else raises UnusableAdapter.
 
-    Why not load one that differs, as PEFT does: it overwrites the base's, which other adapters lie on too.
+    Why not load one that differs, as PEFT does: it would overwrite the base's, which other adapters use too.
     """
     own = _weight(base, name.removeprefix(_PREFIX).replace(".base_layer.", "."))
     if own is None:
@@ -82,7 +82,7 @@ def _refuse_unless_the_bases(source: str, base: Path, name: str, tensor: Tensor)
 
 
 def _weight(base: Path, name: str) -> Tensor | None:
-    """Returns the base's own weight; of a tied head, the embedding that it is."""
+    """Returns the base's own weight; for a tied head, the embedding's."""
     for path in files.weight_files(base):
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())

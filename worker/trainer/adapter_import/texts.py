@@ -1,4 +1,4 @@
-"""The tokenizer and chat template of an adapter: its own where it came with them, else its base's."""
+"""Writes an adapter's tokenizer and chat template: its own if it came with them, else its base's."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ _STOPS = "generation_config.json"
 def write(source: str, base: Path, came: Path, out: Path) -> ChatTemplate:
     """Writes tokenizer, chat templates and stop tokens into `out`; `came` has the adapter's own files.
 
-    Raises UnusableAdapter for a tokenizer of another vocabulary and a template that does not fit.
+    Raises UnusableAdapter if the tokenizer has another vocabulary or the template does not fit.
     """
     _check_vocabulary(source, base, came)
     own = (came / "tokenizer.json").exists()
@@ -47,7 +47,7 @@ def _copy(path: Path, to: Path) -> None:
 
 
 def _check_vocabulary(source: str, base: Path, came: Path) -> None:
-    """Raises UnusableAdapter where a token has another id than in the base, or none of the base's rows."""
+    """Raises UnusableAdapter if a token's id differs from the base's, or has no row in the base."""
     if not (came / "tokenizer.json").exists():
         return
     try:
@@ -66,7 +66,7 @@ def _check_vocabulary(source: str, base: Path, came: Path) -> None:
 
 
 def _write_templates(source: str, base: Path, came: Path, out: Path) -> None:
-    """The adapter's own templates, or the base's. One of its own is tried on the tokenizer."""
+    """Writes the adapter's own templates, or the base's. An own template is tried with the tokenizer."""
     given = _own_template(came)
     if given is not None:
         for name in template_files.additional_names(came):

@@ -27,7 +27,7 @@ _ROLES: dict[str, FileRole] = {"test": "test", "valid": "validation", "train": "
 
 
 def carry_out(folder: Path) -> list[Exported]:
-    """Makes the exports of the folder's order; returns what it says of each."""
+    """Makes the exports that the folder's order lists; returns the result of each."""
     order = ExportOrder.model_validate_json((folder / "export.json").read_text())
     template = ChatTemplate.load(folder / "artifact")
     results: list[Exported] = []
@@ -55,7 +55,7 @@ def _precision(artifact: Path) -> Precision:
 
 
 def _rows(folder: Path, order: ExportOrder, template: ChatTemplate) -> list[Row]:
-    """Returns the rows of the job's files that are left, held-out ones first. Raises NoRows."""
+    """Returns the rows of the job's remaining files, held-out ones first. Raises NoRows."""
     found: list[Row] = []
     for name, role in _ROLES.items():
         path, encoder = folder / f"{name}.jsonl", find_encoder(order.method, role, order.columns)

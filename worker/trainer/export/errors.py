@@ -1,4 +1,4 @@
-"""Why an export is refused. The model that it was to be made of is kept and published all the same."""
+"""Errors that refuse an export. The model itself is kept and published nevertheless."""
 
 from tunery.errors import TuneryError
 

@@ -1,4 +1,4 @@
-"""What every export's folder holds beside its weights."""
+"""Files that every export's folder holds beside its weights, and sizes and digests of the weights."""
 
 import gc
 import shutil
@@ -18,7 +18,7 @@ from worker.trainer.checkpoints import TOKENIZER_FILES
 
 @contextmanager
 def temporary_folder(beside: Path) -> Iterator[Path]:
-    """A folder beside a path, whose name is hidden, so that what dies in it is never published."""
+    """Yields a folder beside a path, under a hidden name, so that an interrupted export is never published."""
     beside.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{beside.name}-", dir=beside.parent))
     try:
@@ -37,13 +37,13 @@ def copy_texts(artifact: Path, out: Path) -> None:
 
 
 def free_memory() -> None:
-    """Gives memory of models back that nothing refers to any more but themselves."""
+    """Frees the memory of models that only refer to themselves."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def parameters(folder: Path) -> int:
-    """Returns how many numbers the folder's weights have."""
+    """Returns the number of parameters in the folder's weights."""
     return sum(torch.Size(shape).numel() for path in weight_files(folder) for shape in _shapes(path))
 
 
@@ -54,7 +54,7 @@ def _shapes(path: Path) -> Iterator[list[int]]:
 
 
 def fits_in_fp32(folder: Path) -> bool:
-    """Whether the folder's model in fp32 fits into the free memory."""
+    """Whether the folder's model would fit into free memory in fp32."""
     return 4 * parameters(folder) < psutil.virtual_memory().available
 
 

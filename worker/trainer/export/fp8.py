@@ -1,7 +1,7 @@
-"""A whole model with its linear layers in eight bits, in the layout of compressed-tensors, which vLLM serves.
+"""Writes a whole model with its linear layers in eight bits, in the compressed-tensors format, which vLLM serves.
 
-Each row of a matrix has a scale of its own; inputs are scaled token by token when the model runs. Embeddings, norms and
-head stay as they are.
+Each row of a matrix has its own scale; inputs are scaled token by token when the model runs. Embeddings, norms and head
+stay unchanged.
 """
 
 import json
@@ -26,7 +26,7 @@ RECORD = "fp8.json"
 
 
 def write(folder: Path, rows: list[Row], *, out: Path, base_weights_sha256: dict[str, str]) -> str:
-    """Writes the model in `folder` into `out`; says what the eight bits cost, which `fp8.json` has too.
+    """Writes the model in `folder` to `out`; describes the loss from eight bits, which `fp8.json` holds too.
 
     Raises FormatDiffers, FormatAnswersWorse.
     """
@@ -55,7 +55,7 @@ def write(folder: Path, rows: list[Row], *, out: Path, base_weights_sha256: dict
 
 
 def _layers(folder: Path) -> set[str]:
-    """Returns the names of the weights of linear layers but the head's."""
+    """Returns the names of the linear layers' weights, without the head's."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     head = model.get_output_embeddings()
@@ -93,14 +93,14 @@ def _narrowed(tensors: dict[str, Tensor], layers: set[str]) -> dict[str, Tensor]
 def narrow(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Returns a matrix [out, in] in eight bits and the scale of each row [out, 1] in bf16."""
     wide = weight.float()
-    # The scale as it will be read, so that its own rounding is not added to that of the numbers.
+    # The scale as it will be stored, so that its own rounding does not add to that of the weights.
     scale = (wide.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / _LARGEST).to(torch.bfloat16)
     return (wide / scale.float()).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), scale
 
 
 @torch.no_grad()
 def _measure(folder: Path, out: Path, rows: list[Row]) -> tuple[Divergence, Answered]:
-    """How far the model with the files' numbers is from the model as it was, and how both would answer."""
+    """Measures how far the model with the files' weights differs from the original, and how both would answer."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     chosen = proof.choose(rows, model.config.get_text_config().vocab_size)
     reference = proof.log_probs(model, chosen)
@@ -115,7 +115,7 @@ def _measure(folder: Path, out: Path, rows: list[Row]) -> tuple[Divergence, Answ
 
 
 def _round_inputs(_layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns the inputs as a server has them: in eight bits, with a scale for each token."""
+    """Rounds inputs as a server does: to eight bits, with a scale for each token."""
     wide, *others = args
     scale = wide.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / _LARGEST
     return ((wide / scale).to(torch.float8_e4m3fn).to(wide.dtype) * scale, *others)

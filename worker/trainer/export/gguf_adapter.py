@@ -1,4 +1,4 @@
-"""A LoRA adapter as a GGUF file, which llama.cpp lays on its base's file."""
+"""Writes a LoRA adapter as a GGUF file, which llama.cpp applies to its base's file."""
 
 import re
 from contextlib import closing
@@ -21,7 +21,7 @@ _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<letter>[AB])\
 
 
 def write(base: Path, adapter: Path, *, out: Path, name: str) -> str:
-    """Writes the adapter as the file `out`, its numbers in fp32; says how large it is. Raises NoGguf."""
+    """Writes the adapter to the file `out` in fp32; returns its size in words. Raises NoGguf."""
     config = AutoConfig.from_pretrained(base)
     family = gguf_models.find(config)
     lora: Any = LoraConfig.from_pretrained(str(adapter))
@@ -40,7 +40,7 @@ def write(base: Path, adapter: Path, *, out: Path, name: str) -> str:
 
 
 def _tensors(adapter: Path, lora: Any, family: Family, config: Any) -> dict[str, Array]:
-    """Returns both factors of each module under GGUF's names. Raises NoGguf."""
+    """Returns both factors of each module by GGUF's names. Raises NoGguf."""
     mapped = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
     found = {}
     for module, (a, b) in sorted(_factors(adapter, lora).items()):
@@ -54,7 +54,7 @@ def _tensors(adapter: Path, lora: Any, family: Family, config: Any) -> dict[str,
 
 
 def _factors(adapter: Path, lora: Any) -> dict[str, tuple[Array, Array]]:
-    """Returns A [rank, in] and B [out, rank] of each module. Raises NoGguf for adapters of more than these."""
+    """Returns A [rank, in] and B [out, rank] of each module. Raises NoGguf if the adapter has more than these."""
     found: dict[str, dict[str, Array]] = {}
     for key, tensor in load_file(adapter / "adapter_model.safetensors").items():
         match = _FACTOR.fullmatch(key)
@@ -66,7 +66,7 @@ def _factors(adapter: Path, lora: Any) -> dict[str, tuple[Array, Array]]:
 
 
 def _correction(lora: Any, module: str, rank: int) -> float:
-    """Returns what B is multiplied by, as llama.cpp scales every module by one alpha over its own rank."""
+    """Returns the factor for B, as llama.cpp scales every module by one alpha over its own rank."""
     alpha = lora.alpha_pattern.get(get_pattern_key(lora.alpha_pattern.keys(), module), lora.lora_alpha)
     scale = alpha / rank**0.5 if lora.use_rslora else alpha / rank
     return float(scale * rank / lora.lora_alpha)

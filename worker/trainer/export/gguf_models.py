@@ -1,7 +1,7 @@
-"""Which models GGUF has a place for: their settings under its names, and what it keeps otherwise.
+"""The models that GGUF supports: their settings by GGUF's names, and tensors that it stores differently.
 
-Each family states what llama.cpp computes for it. A config that asks for something else is refused: the file would
-load, and answer wrongly.
+Each family states what llama.cpp computes for it. A config that needs something else is refused: the file would load
+but answer wrongly.
 """
 
 import json
@@ -20,15 +20,15 @@ from worker.trainer.export.errors import NoGguf
 Array = NDArray[Any]
 BASE_FIELD = "tunery.base_weights_sha256"
 _YARN = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "mscale_all_dim": None}
-"""What YaRN has where a config says nothing; llama.cpp has the same."""
+"""YaRN's defaults; llama.cpp has the same."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of GGUF's.
+    """One of GGUF's architectures.
 
-    `permutes`: the rows of q and k are kept for a rotation of neighbours, not of halves. `norm_offset`: what the norms'
-    weights lack. `swa_pattern`: every so many layers, counted from 1, is a global one; None: all are.
+    `permutes`: the rows of q and k are stored for rotating neighbours, not halves. `norm_offset`: added to the norms'
+    weights. `swa_pattern`: every n-th layer, counted from 1, is a global one; None: all are.
     """
 
     arch: gguf.MODEL_ARCH
@@ -65,7 +65,7 @@ def _check_layers(family: Family, config: Any) -> None:
 
 
 def describe(writer: GGUFWriter, family: Family, config: Any) -> None:
-    """Writes the config under GGUF's names. Raises NoGguf."""
+    """Writes the config by GGUF's names. Raises NoGguf."""
     writer.add_context_length(_context(family, config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -84,19 +84,19 @@ def describe(writer: GGUFWriter, family: Family, config: Any) -> None:
 
 
 def head_width(config: Any) -> int:
-    """Returns the numbers of an attention head."""
+    """Returns the width of an attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _context(family: Family, config: Any) -> int:
-    """Returns the context; where all layers have a window, that: llama.cpp lets them see everything."""
+    """Returns the context length; if all layers have a window, the window, which llama.cpp would ignore."""
     window = None if family.swa_pattern else getattr(config, "sliding_window", None)
     longest: int = config.max_position_embeddings
     return min(longest, window) if window else longest
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """Returns the settings of RoPE, of global layers where there are two kinds."""
+    """Returns RoPE's settings, those of global layers if there are two kinds."""
     found: dict[str, Any] = dict(config.rope_parameters)
     return dict(found["full_attention"]) if "full_attention" in found else found
 
@@ -115,19 +115,19 @@ def _scale_rope(writer: GGUFWriter, rope: dict[str, Any]) -> None:
 
 
 def describe_base(writer: GGUFWriter, weights_sha256: dict[str, str]) -> None:
-    """Writes the digests of the weight files of the base that the file was made of, or is laid on."""
+    """Writes the digests of the weight files of the base that the file was made from, or is applied to."""
     writer.add_string(BASE_FIELD, json.dumps(weights_sha256, sort_keys=True))
 
 
 def made_tensors(config: Any) -> Iterator[tuple[str, Array]]:
-    """Yields tensors that GGUF has in place of settings."""
+    """Yields the tensors that GGUF has instead of settings."""
     rope = _rope(config)
     if rope.get("rope_type") == "llama3":
         yield "rope_freqs.weight", _llama3(rope, head_width(config))
 
 
 def _llama3(rope: dict[str, Any], width: int) -> Array:
-    """What each frequency is divided by: 1 for short waves, `factor` for long ones, and between them a mixture."""
+    """Returns the divisor of each frequency: 1 for short waves, `factor` for long ones, and a mixture in between."""
     waves = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, width, 2, dtype=np.float64) / width)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     fraction = np.clip((rope["original_max_position_embeddings"] / waves - low) / (high - low), 0, 1)
@@ -153,7 +153,7 @@ def _gemma3(writer: GGUFWriter, config: Any) -> None:
 
 
 def _check_scale(config: Any) -> None:
-    """llama.cpp knows the 27B models, whose scale is another, by their number of layers."""
+    """Raises NoGguf for an unexpected scale. llama.cpp recognises the 27B models, which differ, by their layers."""
     is_27b = config.num_hidden_layers == {"gemma2": 46, "gemma3_text": 62}[config.model_type]
     wanted = config.hidden_size // config.num_attention_heads if is_27b else head_width(config)
     if config.query_pre_attn_scalar != wanted:

@@ -1,4 +1,4 @@
-"""What a GGUF file's numbers cost: the file read back into the model that it was made of."""
+"""Measures the loss from a GGUF file's rounding, by reading the file back into the model it was made from."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +15,7 @@ from worker.trainer.export.proof import Answered, Divergence
 
 
 class Meter:
-    """Compares GGUF files with the whole model in a folder, which it keeps in memory in fp32, on the CPU."""
+    """Compares GGUF files with the whole model in a folder, which is kept in memory in fp32, on the CPU."""
 
     def __init__(self, folder: Path, rows: Iterable[Row]) -> None:
         self._config: Any = AutoConfig.from_pretrained(folder)
@@ -26,7 +26,7 @@ class Meter:
         self._reference = proof.log_probs(self._model, self._rows)
 
     def measure(self, path: Path) -> tuple[Divergence, Answered]:
-        """Returns how far the model with the file's numbers is from the model as it was, and how both would answer."""
+        """Measures how far the model with the file's weights differs from the original, and how both would answer."""
         state = self._model.state_dict()
         for tensor in GGUFReader(path).tensors:
             if tensor.name in self._names:

@@ -1,8 +1,8 @@
-"""A model's tokenizer under GGUF's names: its tokens, their kinds, how pieces are joined and where words end.
+"""Writes a model's tokenizer by GGUF's names: its tokens, their types, how pieces are joined and where words end.
 
-llama.cpp has two kinds for these models. "gpt2" joins bytes by a list of merges inside words, which a rule cuts that
-has a name of its own; "llama" joins characters by the score of what they make, as SentencePiece does. A tokenizer that
-is neither is refused: its ids would be others.
+llama.cpp has two kinds for these models. "gpt2" joins bytes by a list of merges inside words, which a named rule
+splits; "llama" joins characters by the score of the result, as SentencePiece does. A tokenizer that is neither is
+refused: its ids would differ.
 """
 
 import json
@@ -20,7 +20,7 @@ from worker.trainer.export.errors import NoGguf
 
 RULES = ("smollm", "llama-bpe", "qwen2", "gpt-2")
 _WITHOUT_WHOLE_WORDS = {"llama-bpe": "dbrx"}
-"""The rule of the same cuts that joins every word by its merges; the first takes a word that is a token as it is."""
+"""The rule with the same splits that joins every word by its merges; the first keeps a word that is a token whole."""
 _SPECIAL = re.compile(r"_?</?[^<>\s]*>")
 _PHI3 = re.compile("phi-?3", re.IGNORECASE)
 _PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
@@ -54,10 +54,10 @@ def describe(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
 
 
 def name_for(folder: Path, name: str) -> str:
-    """Returns the model's name as the file has to say it. Raises NoGguf.
+    """Returns the model's name as the file must state it. Raises NoGguf.
 
-    By the name, and nothing else, llama.cpp knows that special tokens take away the blanks behind them: it has them do
-    so in models that are called Phi-3, and in no others.
+    Only by the name does llama.cpp know that special tokens strip the whitespace after them: it does that in models
+    called Phi-3, and in no others.
     """
     added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     strip = {token["content"] for token in added if token["rstrip"]}
@@ -71,7 +71,7 @@ def name_for(folder: Path, name: str) -> str:
 
 
 def composes(folder: Path) -> bool:
-    """Returns whether the tokenizer brings texts into Unicode's NFC, which llama.cpp leaves to its callers."""
+    """Whether the tokenizer normalises text to Unicode's NFC, which llama.cpp leaves to its callers."""
     said = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     return "NFC" in _normalizers(said)
 
@@ -82,7 +82,7 @@ def _normalizers(said: dict[str, Any]) -> set[str]:
 
 
 def _tokens(tokenizer: Tokenizer, vocabulary: int) -> list[str]:
-    """Returns the token of each id; ids that only the weights have get names that no text holds."""
+    """Returns each id's token; ids that only the weights have get names that occur in no text."""
     by_id = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
     if max(by_id) >= vocabulary:
         raise NoGguf(reason=f"its tokenizer has an id {max(by_id)}, and its weights are of {vocabulary} tokens.")
@@ -92,8 +92,9 @@ def _tokens(tokenizer: Tokenizer, vocabulary: int) -> list[str]:
 
 
 def _mistaken(tokenizer: Tokenizer) -> set[str]:
-    """Tokens that look special, are none, and are made of no text: Qwen has one "</s>". llama.cpp knows such names and
-    would take them for the end of a text, as a token, wherever a text has them."""
+    """Returns tokens that look special, are not, and are never produced from text: Qwen has "</s>". llama.cpp
+    recognises such names and would read them in a text as its end.
+    """
     looking = {token: number for token, number in tokenizer.get_vocab(False).items() if _SPECIAL.fullmatch(token)}
     in_bytes = {f"<0x{value:02X}>" for value in range(256)}
     return {
@@ -106,14 +107,14 @@ def _mistaken(tokenizer: Tokenizer) -> set[str]:
 def _check_normalizer(said: dict[str, Any]) -> None:
     """Raises NoGguf for a tokenizer that changes texts in a way that llama.cpp does not.
 
-    Why NFC passes, which llama.cpp does not make: nearly all text is in it already.
+    Why NFC is accepted, though llama.cpp does not apply it: nearly all text is in it already.
     """
     if others := sorted(_normalizers(said) - _NORMALIZERS):
         raise NoGguf(reason=f"its tokenizer changes texts by {', '.join(others)}, which llama.cpp does not.")
 
 
 def _merges(tokenizer: Tokenizer, merges: list[Any]) -> list[str]:
-    """Returns both sides of each merge, whose product is a token of the file."""
+    """Returns both sides of each merge whose product is a token of the file."""
     mistaken, pairs = _mistaken(tokenizer), [each.split(" ") if isinstance(each, str) else each for each in merges]
     return [" ".join(pair) for pair in pairs if "".join(pair) not in mistaken]
 
@@ -136,8 +137,7 @@ def _types(tokenizer: Tokenizer, said: dict[str, Any], tokens: list[str]) -> lis
 
 
 def find_rule(tokenizer: Tokenizer, *, ignores_merges: bool) -> str:
-    """Returns the name that llama.cpp has for how the tokenizer cuts words: the rule with the same cuts. Raises
-    NoGguf."""
+    """Returns llama.cpp's name for the tokenizer's word splitting: the rule with the same splits. Raises NoGguf."""
     own = tokenizer.pre_tokenizer
     for name in RULES:
         rule = gguf_files.word_rule(name)
@@ -157,7 +157,9 @@ def _is_sentencepiece(said: dict[str, Any]) -> bool:
 
 
 def _describe_sentencepiece(writer: GGUFWriter, said: dict[str, Any], tokens: list[str]) -> None:
-    """Scores fall with the place of the merge that makes a piece, which is the order that SentencePiece joins in."""
+    """Writes the SentencePiece tokenizer. Scores fall with the position of a piece's merge, SentencePiece's order of
+    joining.
+    """
     places: dict[str, int] = {}
     for place, merge in enumerate(said["model"]["merges"]):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -169,7 +171,7 @@ def _describe_sentencepiece(writer: GGUFWriter, said: dict[str, Any], tokens: li
 
 
 def _begins_with_space(said: dict[str, Any]) -> bool:
-    """Whether a text gets a space before it, as a Prepend of the normalizer or a Metaspace does."""
+    """Whether a space is put before a text, as a Prepend of the normalizer or a Metaspace does."""
     parts = said["normalizer"].get("normalizers", [said["normalizer"]]) if said["normalizer"] else []
     metaspace = (said["pre_tokenizer"] or {}).get("prepend_scheme")
     if metaspace == "first":
@@ -180,7 +182,7 @@ def _begins_with_space(said: dict[str, Any]) -> bool:
 
 
 def _describe_specials(writer: GGUFWriter, folder: Path, tokenizer: Tokenizer) -> None:
-    """Stop tokens, and no BOS of its own: as in training, the template writes all that stands before the text."""
+    """Writes stop tokens and no BOS: as in training, the template writes everything before the text."""
     template = ChatTemplate.load(folder)
     config = template_files.read_json(folder / "tokenizer_config.json")
     named = template_files.special_tokens(config)

@@ -1,4 +1,4 @@
-"""A whole model's folder as one GGUF file, which llama.cpp and what is built on it load."""
+"""Writes a whole model's folder as one GGUF file, for llama.cpp and programs built on it."""
 
 import re
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ _TYPES: dict[GgufType, tuple[GGMLQuantizationType, LlamaFileType]] = {
 }
 _FOUR_BITS = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
 _OUTER = ("token_embd.weight", "output.weight")
-"""Kept in 8 bits where the rest has 4, as llama.cpp's own quantisation keeps them wider: each answer passes by them."""
+"""Kept in 8 bits if the rest has 4, as in llama.cpp's own quantisation: every answer passes through them."""
 _BLOCK = 32
 
 
@@ -41,10 +41,10 @@ def write(
     base_weights_sha256: dict[str, str] | None = None,
     rounding: Rounding = "nearest",
 ) -> str:
-    """Writes the model in `folder` as the file `out`, its matrices in `kind`; says how large it is. Raises NoGguf.
+    """Writes the model in `folder` to the file `out`, matrices in `kind`; returns its size in words. Raises NoGguf.
 
-    `base_weights_sha256`: of the base that the model was trained from; None for a base itself. `rounding`: of numbers
-    in four bits.
+    `base_weights_sha256`: that of the base that the model was trained from; None for a base itself. `rounding`: how
+    weights are rounded to four bits.
     """
     config = AutoConfig.from_pretrained(folder)
     family = gguf_models.find(config)
@@ -65,7 +65,7 @@ def write(
 def _write_tensors(
     writer: GGUFWriter, folder: Path, family: Family, config: Any, kind: GgufType, rounding: Rounding
 ) -> None:
-    """Writes header, fields and tensors. The file's head lists all tensors, so their sizes are settled before."""
+    """Writes header, fields and tensors. The header lists all tensors, so their sizes are determined first."""
     sources, shapes = names(folder, family, config), _shapes(folder)
     made = dict(gguf_models.made_tensors(config))
     types = {target: _type(target, shapes[source], kind) for target, source in sources.items()}
@@ -86,7 +86,7 @@ def _write_tensors(
 
 
 def names(folder: Path, family: Family, config: Any) -> dict[str, str]:
-    """Returns the name of each tensor by that in GGUF. Raises NoGguf for one that has no place there."""
+    """Returns each tensor's own name by its GGUF name. Raises NoGguf for one without a place there."""
     mapped = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
     found = {}
     for source in _shapes(folder):
@@ -106,7 +106,7 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def _tensors(folder: Path, sources: dict[str, str]) -> Iterator[tuple[str, Array]]:
-    """Each tensor in fp32, one in memory at a time."""
+    """Yields each tensor in fp32, with one in memory at a time."""
     place: dict[str, Path] = {}
     for path in files.weight_files(folder):
         with safe_open(path, framework="pt") as file:
@@ -126,7 +126,7 @@ def convert(tensor: Array, target: str, family: Family, config: Any) -> Array:
 
 
 def restore(tensor: Array, target: str, family: Family, config: Any) -> Array:
-    """Returns what `convert` was given."""
+    """Inverts `convert`."""
     if family.norm_offset and target.endswith("norm.weight"):
         return tensor - np.float32(family.norm_offset)
     if (heads := _permuted_heads(target, family, config)) is not None:
@@ -135,7 +135,7 @@ def restore(tensor: Array, target: str, family: Family, config: Any) -> Array:
 
 
 def _permuted_heads(target: str, family: Family, config: Any) -> int | None:
-    """Returns the heads of a tensor whose rows are permuted; None for others."""
+    """Returns the number of heads of a tensor whose rows are permuted; None for others."""
     found = re.search(r"\.attn_([qk])\.(weight|bias)$", target) if family.permutes else None
     if found is None:
         return None
@@ -143,8 +143,9 @@ def _permuted_heads(target: str, family: Family, config: Any) -> int | None:
 
 
 def permute(rows: Array, heads: int) -> Array:
-    """Returns the rows of q or k with those next to each other that RoPE turns together; before, they are half a head
-    apart."""
+    """Reorders rows of q or k so that those that RoPE rotates together are adjacent; before, they are half a head
+    apart.
+    """
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
