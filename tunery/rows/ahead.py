@@ -1,4 +1,4 @@
-"""Renders what several rows ask for in few exchanges, before each of them asks."""
+"""Renders the views of several rows in a few requests to the renderer, before the rows are encoded."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -15,9 +15,9 @@ def fill(
     variables: Callable[[Views, list[View]], list[dict[str, Any]]],
     render: Callable[[list[dict[str, Any]], bool], list[str]],
 ) -> None:
-    """Fills the rows' views. `render` is called for those without tools, and for those with. Raises Unavailable.
+    """Fills the rows' views, calling `render` once for rows without tools and once for rows with. Raises Unavailable.
 
-    Where it fails nothing is filled: each row is then rendered by itself, and the fault is that row's.
+    On any other error nothing is filled: each row is then rendered alone, and the error is reported for its row.
     """
     for with_tools in (False, True):
         some = [row for row in rows if bool(row[0].tools) == with_tools]

@@ -1,4 +1,4 @@
-"""What a base says of a file's answers: asked for by a worker, measured by the trainer, read by the file's report."""
+"""A base's losses on a file's answers: ordered by a worker, measured by the trainer, read by the file's report."""
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,8 +16,8 @@ class PlausibilityOrder(BaseModel):
 class AnswerLoss(BaseModel):
     """The losses of one row's last answer, of `tokens` tokens besides its end, as means in nats a token.
 
-    `loss`: behind its question; `alone`: behind a request that asks nothing; `end`: the log probability that the answer
-    ends where it does.
+    `loss`: after its question; `alone`: after an empty question; `end`: the log probability that the answer ends where
+    it does.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

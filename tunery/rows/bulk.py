@@ -1,7 +1,7 @@
-"""A file's rows, parsed and encoded: the one loop of validation and trainer.
+"""Parses and encodes a file's rows: the loop that validation and trainer share.
 
-The texts of a group of rows are rendered together, which saves most of what an exchange with the renderer costs, and
-while the group before it is tokenised. Of a large file several processes prepare a group each (`preparers`).
+The texts of a group of rows are rendered in one request, which saves most of the renderer's overhead, and while the
+previous group is tokenised. Groups of a large file are prepared by several processes (`preparers`).
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -25,14 +25,14 @@ T = TypeVar("T")
 _MOST_ROWS = 32
 _MOST_SIZE = 2**20
 MANY_ROWS = 2000
-"""Rows after which it pays to look for a faster tokeniser."""
+"""Rows from which a faster tokeniser is worth preparing."""
 PROCESSES_FROM = 8000
-"""Rows after which it pays to start processes, which takes each of them two seconds."""
+"""Rows from which processes are worth starting; each takes two seconds."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A row with what it teaches, or with its fault. `encoded` is None where there is no template."""
+    """A row with its encoding, or with its fault. `encoded` is None without a template."""
 
     number: int
     example: Example | None = None
@@ -42,7 +42,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a file is read: its role, its method's encoder, and with a template how many tokens of a row are kept."""
+    """How a file is read: its role, its method's encoder, and the template with the token limit of a row."""
 
     role: FileRole
     encoder: RowEncoder
@@ -51,8 +51,8 @@ class Reading:
 
 
 Digest = Callable[[Iterator[Judged]], T]
-"""What a caller needs of the rows of a group, which are encoded as they are taken. A function that can be pickled, and
-a result that can be."""
+"""Reduces a group of rows, which are encoded as they are iterated, to what the caller needs. Function and result must
+be picklable."""
 _Group = list[SourceRow]
 _Batch = list[Judged]
 
@@ -66,8 +66,8 @@ def encode_rows(
     max_length: int,
     shape: FileShape | None = None,
 ) -> Iterator[Judged]:
-    """Every row in its order, in memory that does not grow with the file. Raises InvalidTrainingFile where the bytes
-    are no rows, after the rows above them."""
+    """Yields every row in order, in constant memory. Raises InvalidTrainingFile where the bytes are not rows, after the
+    rows before them."""
     rows = read_rows(chunks, role, shape or FileShape(encoder.columns))
     for group in _encode_groups(_group(rows, _MOST_ROWS), Reading(role, encoder, template, max_length)):
         yield from group
@@ -76,7 +76,7 @@ def encode_rows(
 def digest_rows(
     chunks: Iterable[bytes], reading: Reading, digest: Digest[T], shape: FileShape | None = None
 ) -> Generator[T]:
-    """What `digest` makes of each group of rows, in the file's order; as `encode_rows`, and sooner for large files."""
+    """Yields the result of `digest` for each group of rows, in order; faster than `encode_rows` for large files."""
     shape = shape or FileShape(reading.encoder.columns)
     rows = read_rows(chunks, reading.role, shape)
     first = islice(rows, PROCESSES_FROM) if reading.template is not None else rows
@@ -85,7 +85,7 @@ def digest_rows(
     rest = _group(rows, preparers.ROWS)
     if (group := next(rest, None)) is None:
         return
-    # Each process would find a shape of its own in a file of which no row has had one yet.
+    # Until a row has fixed the file's shape, separate processes could each detect a different one.
     count = preparers.COUNT if shape.shape is not None else 1
     with preparers.Preparers(partial(_digest_group, reading, digest), count) as some:
         for found, used in some.map(chain([group], rest)):
@@ -94,7 +94,7 @@ def digest_rows(
 
 
 def _digest_group(reading: Reading, digest: Digest[T], group: _Group) -> tuple[T, dict[str, str]]:
-    """Returns what `digest` makes of a group, and the keys that were read of its rows."""
+    """Returns the result of `digest` for a group, and the keys that were read from its rows."""
     assert reading.template is not None, "without one the file has been read"
     reading.template.hasten()
     batch = [_parse_row(source, reading) for source in group]
@@ -122,7 +122,7 @@ def _group(rows: Iterator[SourceRow], most_rows: int) -> Iterator[_Group]:
 
 
 def _size(value: object) -> int:
-    """About the bytes that a JSON value takes: a row's numbers count as its texts do."""
+    """Returns the approximate bytes of a JSON value, numbers included."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
@@ -149,7 +149,7 @@ def _parse_row(source: SourceRow, reading: Reading) -> Judged:
 
 
 def _render_ahead(template: ChatTemplate, batches: Iterator[_Batch]) -> Iterator[tuple[_Batch, ChatTemplate]]:
-    """Each batch with the template that has its texts, which a thread has rendered while the one before was used."""
+    """Yields each batch with a template that has its texts, which a thread renders while the previous batch is used."""
     with ThreadPoolExecutor(1) as thread:
         before: tuple[_Batch, Future[ChatTemplate]] | None = None
         try:

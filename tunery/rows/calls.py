@@ -1,4 +1,4 @@
-"""How a chat template writes tool calls: found by a trial with sentinels, so that a model's own calls can be read."""
+"""Finds how a chat template writes tool calls, by rendering sentinels, so that a model's own calls can be parsed."""
 
 import json
 import re
@@ -13,12 +13,12 @@ from tunery.rows.template import ChatTemplate
 
 _NAMES = ("sentinel_first", "sentinel_second")
 _IDS = ("call00000", "call00001")
-"""As long as the ids that Mistral's templates take. A model writes others in their place."""
+"""Of the length that Mistral's templates require. A model writes other ids in their place."""
 ANY_ID = "call0000."
-"""Where a text of a spelling has a call's id."""
+"""Stands for a call's id in the texts of a spelling."""
 _KEY = "sentinel_key"
 _TOOL = Tool(function=Function(name=_NAMES[0], parameters={"type": "object"}))
-"""Some templates show calls only where tools are offered, whichever these are."""
+"""Some templates show calls only if some tool is offered."""
 _DECODER = json.JSONDecoder()
 
 
@@ -35,20 +35,20 @@ class CallSpelling:
 
     @classmethod
     def find(cls, template: ChatTemplate) -> Self | None:
-        """Returns the spelling of a template; None where it shows no calls, or their arguments not as JSON."""
+        """Returns the spelling of a template; None if it shows no calls, or arguments not as JSON."""
         one = _written(template, 1)
         found = None if one is None else _take_apart(one, _NAMES[:1])
         if found is None:
             return None
         before, between, after = found
-        # The empty thinking that some templates put before a call is not the call's.
+        # The empty thinking block that some templates put before a call is not part of the call.
         before = before.rpartition("</think>")[2].lstrip()
         two = _written(template, 2)
         both = None if two is None else _take_apart(two, _NAMES)
         return cls(before, between, after, None if both is None else both[2])
 
     def read(self, text: str) -> list[FunctionCall] | None:
-        """Returns the calls of a text that begins with `before`; None where it is not whole calls to its end."""
+        """Returns the calls of a text that begins with `before`; None if it is not complete calls to its end."""
         calls, place = [], len(self.before)
         try:
             while True:
@@ -73,7 +73,7 @@ class CallSpelling:
 
 
 def _written(template: ChatTemplate, many: int) -> str | None:
-    """Returns what a model is to write for so many calls, its special tokens shown."""
+    """Returns the text that a model has to write for `many` calls, with its special tokens."""
     calls = [
         ToolCall(id=id, function=FunctionCall(name=name, arguments=json.dumps({_KEY: "value"})))
         for id, name in zip(_IDS[:many], _NAMES, strict=False)
@@ -89,7 +89,7 @@ def _written(template: ChatTemplate, many: int) -> str | None:
 
 
 def _take_apart(text: str, names: Sequence[str]) -> tuple[str, ...] | None:
-    """Returns the texts around the names and the arguments; of two calls the third is what stands between these."""
+    """Returns the texts around names and arguments; with two calls, the third is the text between the calls."""
     texts, place = [], 0
     for name in names:
         at = text.find(name, place)
@@ -103,7 +103,7 @@ def _take_apart(text: str, names: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def _objects(text: str, place: int) -> Iterator[tuple[int, int]]:
-    """Where the arguments of the sentinels begin and end, from a place on."""
+    """Yields where the arguments of the sentinels begin and end, from `place` on."""
     for found in re.finditer(r"\{", text[place:]):
         start = place + found.start()
         try:
@@ -115,7 +115,7 @@ def _objects(text: str, place: int) -> Iterator[tuple[int, int]]:
 
 
 def _loosely(text: str) -> re.Pattern[str]:
-    """Matches a text with blanks of any length, also between the marks of JSON, and any id."""
+    """Returns a pattern of the text with whitespace of any length, also around JSON's punctuation, and any id."""
     pieces = re.findall(rf"{re.escape(ANY_ID)}|\w+|[^\w\s]", text)
     patterns = (r"[\w-]+" if piece == ANY_ID else re.escape(piece) for piece in pieces)
     return re.compile(r"\s*" + r"\s*".join(patterns) + r"\s*")

@@ -1,4 +1,4 @@
-"""Compressed files, expanded piece by piece: gzip and zstd, in one stream or in several behind each other."""
+"""Decompresses files piece by piece: gzip and zstd, in one stream or several concatenated ones."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -7,17 +7,17 @@ from typing import Any, Protocol
 from tunery.rows.errors import InvalidRows
 
 PIECE_BYTES = 2**20
-"""The most bytes that are expanded at once, however well they are compressed."""
+"""The most bytes that are expanded at once, whatever the compression ratio."""
 MOST_BYTES = 16 * 2**30
 MOST_RATIO = 200
 RATIO_FROM = 64 * 2**20
-"""Expanded bytes below which the ratio is not judged: a small file may repeat itself."""
+"""Expanded bytes below which the ratio is not checked: a small file may be repetitive."""
 _MOST_WINDOW = 27
-"""As a power of two: the memory that a zstd stream may ask for, 128 MiB, as the command's own default has it."""
+"""Exponent of the largest zstd window, 128 MiB, which is the zstd command's default limit."""
 
 
 class Stream(Protocol):
-    """A decompressor of one stream, as the standard library's have it."""
+    """A decompressor of one stream, with the standard library's interface."""
 
     @property
     def eof(self) -> bool: ...
@@ -28,7 +28,7 @@ class Stream(Protocol):
 
 
 class _Gzip:
-    """zlib's decompressor, which keeps what it has not read apart, in the form of zstd's."""
+    """Gives zlib's decompressor the interface of zstd's."""
 
     def __init__(self) -> None:
         self._zlib = zlib.decompressobj(wbits=31)
@@ -67,10 +67,10 @@ class Expander:
         self._read = self._written = 0
         self._rest = b""
         self._full = False
-        """Whether the last piece was as long as it may be, so that the stream may have more without further bytes."""
+        """Whether the last piece had the maximum length, so that more output may follow without more input."""
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """The bytes that `chunk` expands to, in pieces. Raises InvalidRows."""
+        """Yields the bytes that `chunk` expands to, in pieces. Raises InvalidRows."""
         self._read += len(chunk)
         chunk, self._rest = self._rest + chunk, b""
         while chunk or (self._full and self._stream is not None):
@@ -87,7 +87,7 @@ class Expander:
                 yield piece
 
     def close(self) -> None:
-        """The file's end. Raises InvalidRows where it comes too early."""
+        """Ends the file. Raises InvalidRows if it is truncated."""
         if self._stream is not None:
             raise self._refuse("ends in the middle: it is not whole. Compress it again, or send it again.")
         if self._rest:
@@ -104,7 +104,7 @@ class Expander:
         return piece
 
     def _begin_next(self, chunk: bytes) -> bytes:
-        """Begins the stream behind the one that has ended, if there is one. gzip may be padded with zeros."""
+        """Begins the next stream after one that has ended, if any. gzip may be padded with zeros."""
         chunk = chunk.lstrip(b"\0") if self.kind == "gzip" else chunk
         if chunk.startswith(self._magic):
             self._stream, self._full = self._open(), False
@@ -129,5 +129,5 @@ _FOLLOWED = "is followed by something that is not compressed. Send one compresse
 
 
 def recognise(head: bytes) -> str | None:
-    """How a file that begins with `head` is compressed; None where it is not."""
+    """Returns how a file that begins with `head` is compressed; None if it is not."""
     return next((kind for kind, (magic, _) in _STREAMS.items() if head.startswith(magic)), None)

@@ -1,4 +1,4 @@
-"""Kinds of file that hold no rows which can be read, recognised by their first bytes."""
+"""Recognises unsupported kinds of file by their first bytes."""
 
 import re
 
@@ -36,22 +36,22 @@ _WIDE_TEXT = re.compile(rb"[\t-~\x00]*")
 _LFS = b"version https://git-lfs.github.com/spec/"
 _MARKUP = re.compile(rb"<(?:!doctype|\?xml|html|[a-z])", re.IGNORECASE)
 _PLAIN_TEXT = (b"text", b'"text"')
-"""Headers of a table with one column, which has no separator, that is read without being named."""
+"""Headers of a one-column table, which has no separator, that are read as plain text without `columns`."""
 _JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _LIST_OF_MESSAGES = re.compile(rb'\[\s*\{\s*"(?:role|content)"\s*:')
 
 
 def recognise(first_line: bytes) -> str | None:
-    """What the file is, and what to do about it, as the end of a sentence about it; None for what may be JSON Lines.
+    """Returns what the file is and what to do about it, as the end of a sentence; None for what may be JSON Lines.
 
-    `first_line`: the file's first line without a byte order mark of UTF-8, or as much of it as there is.
+    `first_line`: the file's first line without UTF-8's byte order mark, or as much of it as there is.
     """
     head = first_line[:_HEAD_BYTES]
     return _binary(head) or _text(head.lstrip())
 
 
 def separator(first_line: bytes) -> str | None:
-    """What separates the columns of a table that begins with this line, its header; None for what is no table."""
+    """Returns the column separator of a table with this header line; None if it is not a table."""
     head = first_line.lstrip()
     if recognise(first_line) not in (None, _NO_ROWS) or head.startswith((b"{", b"[")):
         return None
@@ -63,7 +63,7 @@ def separator(first_line: bytes) -> str | None:
 
 
 def is_list_of_messages(head: bytes) -> bool:
-    """Whether an array is one conversation, not a list of rows."""
+    """Whether the array is one conversation and not a list of rows."""
     return _LIST_OF_MESSAGES.match(head) is not None
 
 

@@ -1,4 +1,4 @@
-"""Conversations in ShareGPT's spelling: from/value in place of role/content, roles by other names, calls as turns."""
+"""Converts conversations from ShareGPT's format: from/value for role/content, other role names, calls as turns."""
 
 import json
 from collections import deque
@@ -14,8 +14,8 @@ ROLES = {
     **dict.fromkeys(("observation", "tool", "tool_response", "function_response", "ipython"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
-"""The role of each name that speakers go by. `call` is an assistant's turn that calls functions; a `function` speaks
-for itself in OpenAI's older spelling, and is a tool here where it has no name."""
+"""The role of each speaker's name. `call` is an assistant's turn that calls functions; `function` is a message role in
+OpenAI's older format, and a tool here if it has no name."""
 
 _CALL = 'must be a call: {"name": "...", "arguments": {...}}, or a list of them.'
 
@@ -31,7 +31,7 @@ def is_sharegpt(messages: Any) -> bool:
 
 
 def convert(value: Any, key: str) -> Any:
-    """Returns the messages of a conversation in OpenAI's spelling. Raises ValueError, naming the message, from 1."""
+    """Returns the messages of a conversation in OpenAI's format. Raises ValueError, naming the message, from 1."""
     turns = decoded(value, key)
     if not isinstance(turns, list):
         raise ValueError(f"'{key}' must be a list of messages, not {strict_json.kind(turns)}.")  # noqa: TRY004 (as below)
@@ -46,7 +46,7 @@ def convert(value: Any, key: str) -> Any:
 
 
 def decoded(value: Any, key: str) -> Any:
-    """Returns a value that was spelled as a JSON string, as tables keep lists; others as they are."""
+    """Returns the value of a JSON string, as tables store lists; any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -56,7 +56,7 @@ def decoded(value: Any, key: str) -> Any:
 
 
 def _message(turn: Any, calls: deque[str], number: int) -> dict[str, Any]:
-    """`calls`: ids of calls that no tool has answered yet."""
+    """Converts one turn. `calls`: ids of calls that no tool has answered yet."""
     if not isinstance(turn, dict):
         raise ValueError(f"must be an object, not {strict_json.kind(turn)}.")  # noqa: TRY004 (as below)
     fields = dict(turn)
@@ -84,7 +84,7 @@ def _role(speaker: Any, fields: dict[str, Any]) -> str:
 
 
 def _calls(value: Any, pending: deque[str], number: int) -> dict[str, Any]:
-    """Returns the calls of one turn, an object or a list of them, each with an id by which its answer names it."""
+    """Returns the calls of one turn, an object or a list of them, each with an id for its answer to refer to."""
     items = decoded(value, "function_call")
     made = []
     for place, item in enumerate(items if isinstance(items, list) else [items], start=1):

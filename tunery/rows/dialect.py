@@ -1,12 +1,12 @@
-"""A jinja2 environment for chat templates, which come with models and are therefore somebody else's programs.
+"""A jinja2 environment for chat templates, which come with models and are therefore untrusted programs.
 
-Same dialect as transformers' (trim_blocks, lstrip_blocks, loop controls, `{% generation %}`, tojson, raise_exception,
-strftime_now), because a template must say the same here as there; of jinja2's filters, tests and globals those that a
-chat template has a use for. On top of jinja2's sandbox, which keeps a template away from Python, budgets refuse what
-grows without end: loop rounds and macro calls, sizes of texts and numbers, time. They are checked between operations,
-so one long operation passes them: `sandbox` therefore runs this module in a process that can be killed.
+The dialect is that of transformers (trim_blocks, lstrip_blocks, loop controls, `{% generation %}`, tojson,
+raise_exception, strftime_now), because a template must render the same here as there, with those of jinja2's filters,
+tests and globals that chat templates use. jinja2's sandbox keeps a template away from Python; budgets on top of it
+limit loop rounds and macro calls, sizes of texts and numbers, and time. They are checked between operations, so a
+single long operation can exceed them: `sandbox` therefore runs this module in a process that can be killed.
 
-Imports jinja2 alone: that process starts with every service.
+Imports only jinja2: that process starts with every service.
 """
 
 import json
@@ -50,7 +50,7 @@ TESTS = (
 _GROWING_FILTERS = ("batch", "center", "format", "slice")
 _WIDE_SPEC = re.compile(r"\d{5}|\{")
 _WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(\d{5}|\*)")
-"""A width or precision of five digits in a format, or one that is filled in."""
+"""A format's width or precision of five digits, or one given by an argument."""
 _TEXT = {str}
 _OF_A_DICT = frozenset(dir(dict))
 _OF_A_LOOP = frozenset({"first", "last", "index", "index0", "length"})
@@ -61,18 +61,18 @@ class LimitExceeded(SecurityError):
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for other trainers. Here it marks nothing; see `template`."""
+    """Parses `{% generation %}`, by which other trainers find an answer. It has no effect: see `template`."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
-        # A scope of its own, as in transformers: what is set inside is forgotten after it.
+        # Its own scope, as in transformers: variables set inside end with it.
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
 class _Namespace(Namespace):
-    """jinja2's namespace without underscored names, through which a template could reach Python's insides."""
+    """jinja2's namespace without underscored names, through which a template could reach Python's internals."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # `self` is a legal key of a template's namespace
         Namespace.__init__(*args, **kwargs)
@@ -90,7 +90,7 @@ def _refuse_underscore(name: object) -> None:
 
 
 class _Metered(NodeTransformer):
-    """Makes a template count its own loop rounds and weigh the texts it joins. jinja2 picks methods by node names."""
+    """Makes a template count its loop rounds and measure joined texts. jinja2 finds the methods by node name."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
         return _counting(self.generic_visit(node))
@@ -108,14 +108,14 @@ def _call(method: str, arguments: list[nodes.Expr]) -> nodes.Call:
 
 
 def _counting(block: nodes.Node) -> nodes.Node:
-    # A property, since the sandbox checks what is called at ten times the cost of the count.
+    # A property, because the sandbox's check of a call costs ten times as much as the count.
     count = nodes.ExprStmt(nodes.EnvironmentAttribute("counted_round")).set_lineno(block.lineno)
     block.body.insert(0, count)  # type: ignore[attr-defined]
     return block
 
 
 class _Compiler(CodeGenerator):
-    """Makes one call of a sum of several terms, as templates write each turn. jinja2 picks methods by node names."""
+    """Compiles a sum of several terms, as templates write each turn, to one call. jinja2 finds methods by node name."""
 
     def visit_Add(self, node: nodes.BinExpr, frame: Frame) -> None:  # noqa: N802
         self.write("environment.add(context")
@@ -135,7 +135,7 @@ def _terms(node: nodes.Expr) -> list[nodes.Expr]:
 
 
 class Environment(ImmutableSandboxedEnvironment):
-    """Compiles chat templates and renders them, each render with a budget of its own."""
+    """Compiles chat templates and renders them; each rendering has its own budget."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
     code_generator_class = _Compiler
@@ -161,31 +161,31 @@ class Environment(ImmutableSandboxedEnvironment):
         return tree
 
     def make_globals(self, d: MutableMapping[str, Any] | None) -> MutableMapping[str, Any]:
-        """Returns a dict instead of jinja2's chain of two, which is copied slowly into each render's context."""
+        """Returns a dict instead of jinja2's ChainMap, which is slow to copy into each rendering's context."""
         return {**self.globals, **(d or {})}
 
     @property
     def counted_round(self) -> None:
-        """The compiled template reads this at the head of every loop round and macro call."""
+        """Counts a round. The compiled template reads this property in every loop round and macro call."""
         self._rounds += 1
         if self._rounds > MAX_ROUNDS or time.monotonic() > self._deadline:
             raise LimitExceeded(f"the template runs too long (limits: {MAX_ROUNDS:,} loop rounds, {MAX_SECONDS:g} s)")
 
     def join_texts(self, *parts: Any) -> str:
-        """Returns the operator `~`: doubling a text forty times takes forty rounds, so sizes are watched too."""
+        """Implements the operator `~` with a size limit: forty doublings take only forty rounds."""
         texts = [str(part) for part in parts]
         _refuse_size(sum(map(len, texts)))
         return "".join(texts)
 
     def add(self, context: Any, *terms: Any) -> Any:
-        """Returns the operator `+`, between all terms of a sum."""
+        """Implements the operator `+` between all terms of a sum."""
         if set(map(type, terms)) == _TEXT:
             _refuse_size(sum(map(len, terms)))
             return "".join(terms)
         return reduce(partial(self.call_binop, context, "+"), terms)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """Returns what jinja2 gives, sooner for what is asked for most: a message's key, and where a loop is."""
+        """Returns jinja2's result, with a fast path for the most frequent: a message's key, and a loop's position."""
         if type(obj) is dict and attribute in obj and attribute not in _OF_A_DICT:
             return obj[attribute]
         if type(obj) is LoopContext and attribute in _OF_A_LOOP:
@@ -193,7 +193,7 @@ class Environment(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """`"x" * 10**12` is a single operation, so no count of rounds would catch it."""
+        """Checks sizes before an operation: `"x" * 10**12` is a single one, which no count of rounds would catch."""
         if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
             _refuse_size(len(left) + len(right))
         elif operator == "*":
@@ -206,9 +206,9 @@ class Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """`"x".ljust(10**12)` is a single call."""
+        """Checks sizes before a call: `"x".ljust(10**12)` is a single one."""
         _refuse_sizes(args, kwargs)
-        method = getattr(function, "__wrapped__", function)  # the sandbox has wrapped str.format
+        method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str):
             _refuse_growth(owner, method.__name__, args)
@@ -217,7 +217,7 @@ class Environment(ImmutableSandboxedEnvironment):
     def render(
         self, template: Template, variables: dict[str, Any], now: datetime, deadline: float | None = None
     ) -> str:
-        """The template's text. Raises jinja2's TemplateError, or whatever Python error the template stumbles into.
+        """Returns the rendered text. Raises jinja2's TemplateError, or any Python error that the template causes.
 
         `deadline`: a time of the monotonic clock; None: MAX_SECONDS from now.
         """
@@ -232,7 +232,8 @@ def _product_size(left: Any, right: Any) -> int:
 
 
 def _refuse_product(left: Any, right: Any) -> None:
-    """Squaring a number sixty times takes sixty operations, the last of which would take years."""
+    """Raises LimitExceeded for a product that is too large: sixty squarings are only sixty operations, but the last
+    would take years."""
     if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > MAX_BITS:
         raise LimitExceeded(f"the template makes a number of more than {MAX_BITS} bits")
 

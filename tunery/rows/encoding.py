@@ -1,4 +1,4 @@
-"""From a file's bytes to what the model learns of each line: the one path of validation, disjointness and trainer."""
+"""Turns a file's bytes into token ids and labels: the path that validation, overlap check and trainer share."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,14 +19,14 @@ from tunery.spec import Columns, CutAnswers, LossOn, MethodOptions, Supervised
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a row teaches: the sequences of each example that is drawn from it. None where the cut takes all of it."""
+    """An encoded row: the sequences of each example that is drawn from it; empty if the cut leaves nothing to learn."""
 
     examples: list[list[Rendered]]
     truncated: bool
     spelled_special: tuple[str, ...] = ()
-    """The special tokens that the example's texts spell."""
+    """Special tokens that occur in the example's texts."""
     left_out: bool = False
-    """Whether an example is left out since it loses a part of an answer to the cut."""
+    """Whether an example is left out because the cut takes a part of an answer."""
 
     @property
     def sequences(self) -> list[Rendered]:
@@ -46,8 +46,8 @@ class Encoded:
 
 
 def read_rows(chunks: Iterable[bytes], role: FileRole, shape: FileShape | None = None) -> Iterator[SourceRow]:
-    """A file's rows as they are written there, with what their shape is to be kept in. Raises InvalidTrainingFile where
-    the bytes are no rows."""
+    """Yields a file's rows as written there, which share `shape`. Raises InvalidTrainingFile where the bytes are not
+    rows."""
     shape = shape or FileShape()
     try:
         for row in readers.read(chunks):
@@ -57,7 +57,7 @@ def read_rows(chunks: Iterable[bytes], role: FileRole, shape: FileShape | None =
 
 
 def read_examples(chunks: Iterable[bytes], role: FileRole) -> Iterator[tuple[int, Example]]:
-    """A file's examples with their line numbers. Raises InvalidTrainingFile."""
+    """Yields a file's examples with their line numbers. Raises InvalidTrainingFile."""
     for row in read_rows(chunks, role):
         yield row.number, parse_row(row, role)
 
@@ -71,8 +71,8 @@ def encode_example(
     role: FileRole = "training",
     loss_on: LossOn = "assistant",
 ) -> Encoded:
-    """What a model learns of one line: an example of one sequence, or one for each answer where the template shows
-    earlier answers differently. Raises InvalidTrainingFile, naming the line."""
+    """Encodes one line: an example of one sequence, or one for each answer if the template renders earlier answers
+    differently. Raises InvalidTrainingFile, naming the line."""
     try:
         if isinstance(example, PlainText):
             sequences = [template.encode_text(example.messages[0].content or "", max_length)]
@@ -90,8 +90,8 @@ def encode_example(
 def encode_pair(
     template: ChatTemplate, pair: Pair, line_number: int, *, max_length: int, role: FileRole = "training"
 ) -> Encoded:
-    """An example of two sequences: the prompt with the preferred answer, and with the other one. None where the cut
-    takes an answer of either, or the difference between them. Raises InvalidTrainingFile, naming the line."""
+    """Encodes an example of two sequences: the prompt with the preferred answer, and with the other one. There is none
+    if the cut takes either answer, or the difference between them. Raises InvalidTrainingFile, naming the line."""
     both = [
         encode_example(template, chat, line_number, max_length=max_length, role=role) for chat in (pair, pair.rejected)
     ]
@@ -107,7 +107,7 @@ def encode_pair(
 def encode_whole(
     encode: Callable[..., Encoded], template: ChatTemplate, example: Example, line_number: int, **options: Any
 ) -> Encoded:
-    """Returns what `encode` makes of the example, without the sequences that lose a part of an answer to the cut."""
+    """Encodes an example by `encode`, without the sequences in which the cut takes a part of an answer."""
     encoded = encode(template, example, line_number, **options)
     whole = [rows for rows in encoded.examples if not any(row.answer_cut for row in rows)]
     return replace(encoded, examples=whole, left_out=len(whole) < len(encoded.examples))
@@ -115,15 +115,15 @@ def encode_whole(
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """How a method reads a file: `parse` takes a row and its file's role, `encode` what `encode_example` takes.
+    """How a method reads a file: `parse` takes a row and its file's role, `encode` the arguments of `encode_example`.
 
-    The parsed row is an Example or of a subclass. Both raise InvalidTrainingFile, naming the line.
+    The parsed row is an Example or a subclass. Both raise InvalidTrainingFile, naming the line.
     """
 
     parse: Callable[[SourceRow, FileRole], Example]
     encode: Callable[..., Encoded]
     columns: Mapping[str, str] = field(default_factory=dict)
-    """The file's column of each part, where its owner named them."""
+    """The file's column for each part, if its owner named them."""
 
 
 def parse_any(source: SourceRow, role: FileRole) -> Example:
@@ -131,13 +131,13 @@ def parse_any(source: SourceRow, role: FileRole) -> Example:
     shape = source.shape or FileShape()
     try:
         is_pair = isinstance(shape.shape or pairs.detect(shape.load(source)), PairShape)
-    except ValueError:  # of which the chat's reading says more
+    except ValueError:  # the chat parser's error says more
         is_pair = False
     return parse_pair(source, role) if is_pair else parse_row(source, role)
 
 
 def encode_any(template: ChatTemplate, example: Example, line_number: int, **options: Any) -> Encoded:
-    """As `encode_pair` for a Pair, as `encode_example` for a chat."""
+    """Encodes a Pair by `encode_pair`, a chat by `encode_example`."""
     if isinstance(example, Pair):
         return encode_pair(template, example, line_number, **options)
     return encode_example(template, example, line_number, **options)
@@ -154,9 +154,9 @@ def find_encoder(
     method: MethodOptions, role: FileRole, columns: Columns | None = None, cut_answers: CutAnswers = "keep"
 ) -> RowEncoder:
     """Returns the encoder of a file. Test rows are chats, which the models answer, or with `dpo` also pairs. `columns`
-    are the task's; the general rows of replay have their own.
+    apply to the task's files, not to the general rows of replay.
 
-    `cut_answers`: what becomes of rows of a training or validation file that lose a part of an answer.
+    `cut_answers`: what happens to training and validation rows in which the cut takes a part of an answer.
     """
     encoder = ENCODERS[method.type]
     if role == "test":
@@ -171,14 +171,14 @@ def find_encoder(
 
 
 def encoder_of_any(loss_on: LossOn, columns: Columns | None = None) -> RowEncoder:
-    """Returns the encoder of a file of an unknown job: of chats, and of pairs, about which `loss_on` says nothing."""
+    """Returns an encoder for a file without a job: for chats, and for pairs, to which `loss_on` does not apply."""
     if loss_on != "assistant":
         return find_encoder(Supervised(loss_on=loss_on), "training", columns)
     return CHATS_OR_PAIRS if columns is None else replace(CHATS_OR_PAIRS, columns=columns.named)
 
 
 def encode_answer(template: ChatTemplate, example: Example, line_number: int) -> tuple[list[int], list[int]]:
-    """Returns the prompt that a test row asks, and the ids of the answer that it wants: its last message's, uncut.
+    """Returns the ids of a test row's prompt, and those of its reference answer, the last message, uncut.
 
     Raises InvalidTrainingFile, naming the line.
     """
@@ -189,11 +189,11 @@ def encode_answer(template: ChatTemplate, example: Example, line_number: int) ->
 
 
 def nothing_trained(role: FileRole, max_length: int) -> InvalidTrainingFile:
-    """Returns the failure of a file in which the cut takes every answer of every line."""
+    """Returns the error for a file in which the cut takes every answer of every line."""
     reason = f"No example has a trained token within max_seq_length ({max_length}). Raise max_seq_length."
     return InvalidTrainingFile(param=f"{role}_file", role=role, reason=reason)
 
 
 def count_trained(sequence: Rendered) -> int:
-    """Returns tokens that are learned. The first of a sequence is not: nothing stands before it to predict it from."""
+    """Returns the number of learned tokens. A sequence's first is never learned, as nothing precedes it."""
     return sequence.trained_tokens - (sequence.labels[:1] not in ([], [IGNORED]))

@@ -1,4 +1,4 @@
-"""The digest of all that decides about what is found in a file's rows, under which findings are kept."""
+"""Computes the digest under which findings about a file's rows are cached, from everything that affects them."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,8 +17,8 @@ _LIBRARIES = ("jinja2", "pydantic-core", "pyarrow", "tokenizers", "tiktoken")
 
 
 def of_rows(sha256: str, reading: Reading, code: ModuleType, *more: object) -> str | None:
-    """The digest for a file of that sha256, as `code` and this package read it; None where a plug-in's code or the
-    clock decides too. `more`: what else decides."""
+    """Returns the digest for a file with this sha256, read by `code` and this package; None if a plug-in's code or the
+    clock affects the result too. `more`: further inputs."""
     encoder, template = reading.encoder, reading.template
     decisive = [
         _describe(encoder.parse),
@@ -33,7 +33,7 @@ def of_rows(sha256: str, reading: Reading, code: ModuleType, *more: object) -> s
 
 
 def _describe(function: Callable[..., Any]) -> str | None:
-    """A function by its name, with the arguments that it is given ahead; None where it is not of this package."""
+    """Returns a function's name with its bound arguments; None if it is not from this package."""
     if isinstance(function, partial):
         inner = [_describe(each) if callable(each) else repr(each) for each in (function.func, *function.args)]
         return None if None in inner else f"{inner} {sorted(function.keywords.items())}"
@@ -43,7 +43,7 @@ def _describe(function: Callable[..., Any]) -> str | None:
 
 @lru_cache(8)
 def _code(module: ModuleType) -> str:
-    """Returns the digest of the code that reads rows, by which another release reads them again."""
+    """Returns the digest of the code that reads rows, so that another release reads them again."""
     digest = hashlib.sha256()
     for path in sorted([*Path(rows.__path__[0]).glob("*.py"), Path(str(module.__file__))]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

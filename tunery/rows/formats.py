@@ -1,4 +1,4 @@
-"""What a format of files with rows is: how it is recognised, and how its bytes become rows."""
+"""The interface of a file format: how it is recognised, and how its bytes become rows."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class SourceRow(NamedTuple):
-    """One row as its file has it: its fields, or why it has none (the end of a sentence that names the row).
+    """One row of a file: its fields, or why it has none (the end of a sentence that names the row).
 
     `number`: the row's place in its file, from 1, by which every message names it. `line`: the line on which it begins,
     where that is not its number. `shape`: of the file's rows.
@@ -24,7 +24,7 @@ class SourceRow(NamedTuple):
     shape: "FileShape | None" = None
 
     def load(self) -> dict[str, Any]:
-        """Returns the row's fields. Raises ValueError, with a reason for people, where it has none."""
+        """Returns the row's fields. Raises ValueError, with a readable reason, if it has none."""
         if self.fields is None:
             raise ValueError(self.fault)
         return self.fields
@@ -39,17 +39,17 @@ class Parser(Protocol):
     """
 
     def feed(self, chunk: bytes) -> Iterator[SourceRow]:
-        """The rows that `chunk` completes. Raises InvalidRows."""
+        """Yields the rows that `chunk` completes. Raises InvalidRows."""
 
     def close(self) -> Iterator[SourceRow]:
-        """The rows that are left at the file's end. Raises InvalidRows, also for a file without any row."""
+        """Yields the remaining rows at the file's end. Raises InvalidRows, also for a file without rows."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format: `recognises` sees the file's first bytes, at most `readers.HEAD_BYTES`; `open` begins a file.
+    """A format: `recognises` gets the file's first bytes, at most `readers.HEAD_BYTES`; `open` returns a new parser.
 
-    `error`: the class of the errors that name a row of such a file.
+    `error`: the class of errors about a row of such a file.
     """
 
     name: str
@@ -58,5 +58,5 @@ class Format:
     error: type[InvalidRows] = InvalidRows
 
     def refuse(self, number: int, reason: str) -> InvalidRows:
-        """Returns the error that names a row, or the place where no row could be read."""
+        """Returns the error about a row, or about the place where no row could be read."""
         return self.error(param="file", format=self.name, line=number, reason=reason)

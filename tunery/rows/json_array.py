@@ -1,4 +1,4 @@
-"""A JSON array of objects, on one line or printed over many, in memory that holds one of them at a time."""
+"""Reads a JSON array of objects, on one line or many, with one object in memory at a time."""
 
 import codecs
 import json
@@ -13,13 +13,13 @@ from tunery.rows.jsonl import MAX_LINE_BYTES, read_line
 _BLANK = " \t\r\n\ufeff"
 _BLANKS = re.compile(f"[{_BLANK}]*")
 _BOM = b"\xef\xbb\xbf"
-# Only an element's end is looked for here, so numbers are not made: read_line judges them, as in JSON Lines.
+# This decoder only finds an element's end, so it converts no numbers: `read_line` checks them, as in JSON Lines.
 _ENDS = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
 
 
 class JsonArrayParser:
-    """Cuts an array into its elements, each read as a line of JSON Lines is. Several arrays may stand behind each
-    other, and a byte order mark before any value, as in files that were joined."""
+    """Splits an array into its elements and reads each like a line of JSON Lines. As in concatenated files, several
+    arrays may follow each other, and a byte order mark may precede any value."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
@@ -29,13 +29,13 @@ class JsonArrayParser:
         self._next_try = 0
 
     def feed(self, chunk: bytes) -> Iterator[SourceRow]:
-        """The rows that `chunk` completes. Raises InvalidRows."""
+        """Yields the rows that `chunk` completes. Raises InvalidRows."""
         self._decode(chunk)
-        if len(self._text) >= self._next_try:  # else a long element would be read again with every small chunk
+        if len(self._text) >= self._next_try:  # else a long element would be parsed again with every small chunk
             yield from self._rows(ended=False)
 
     def close(self) -> Iterator[SourceRow]:
-        """The rows that are left. Raises InvalidRows where the array has no end."""
+        """Yields the remaining rows. Raises InvalidRows if the array is not closed."""
         self._decode(b"", final=True)
         yield from self._rows(ended=True)
         if self._expects != "[":
@@ -68,7 +68,7 @@ class JsonArrayParser:
         self._text, self._at = self._text[self._at :], 0
 
     def _step(self, sign: str) -> None:
-        """Takes one sign between elements."""
+        """Handles one punctuation character between elements."""
         if sign == "[" and self._expects == "[":
             self._expects = "first"
         elif sign == "]" and self._expects in ("first", ","):
@@ -82,7 +82,7 @@ class JsonArrayParser:
         self._at += 1
 
     def _skip_blank(self) -> bool:
-        """Goes on to the next sign; whether there is one."""
+        """Skips to the next non-blank character; returns whether there is one."""
         found = _BLANKS.match(self._text, self._at)
         assert found is not None, "no blanks match too"
         self._line += found[0].count("\n")
@@ -90,7 +90,7 @@ class JsonArrayParser:
         return self._at < len(self._text)
 
     def _find_end(self, *, ended: bool) -> int | None:
-        """Returns where the element ends; None where more of the file has to come first. Raises InvalidRows."""
+        """Returns where the element ends; None if more of the file is needed. Raises InvalidRows."""
         try:
             end = _ENDS.raw_decode(self._text, self._at)[1]
         except json.JSONDecodeError as error:
@@ -100,7 +100,7 @@ class JsonArrayParser:
             raise self._refuse(f"is not JSON: {error.msg}", row=1) from None
         except RecursionError:
             raise self._refuse("objects and lists are nested too deep.", row=1) from None
-        # A number may go on in the next chunk.
+        # A number may continue in the next chunk.
         return end if ended or self._text[end:].strip(_BLANK) or self._text[end - 1] in '}]"' else None
 
     def _take(self, end: int) -> SourceRow:

@@ -1,4 +1,4 @@
-"""JSON Lines, in constant memory: bytes come in chunks of any size, numbered rows go out."""
+"""Reads JSON Lines in constant memory, from chunks of any size."""
 
 from collections.abc import Iterator
 
@@ -12,12 +12,11 @@ _PYTHON_ONLY = ("'", "None", "True", "False")
 
 
 class JsonlParser:
-    """Cuts chunks into lines, a JSON object each, and refuses what is not text in UTF-8, a line that is too long, and a
-    gap.
+    """Splits chunks into lines, each a JSON object; refuses text that is not UTF-8, too long a line, and a blank line
+    between rows.
 
-    A line ends with LF. CR before it, or between tokens, is JSON's white space like any other. A byte order mark may
-    begin any line, as it does where files were joined. Blank lines may stand at the end only, so that a row's number is
-    its line's number everywhere.
+    A line ends with LF. CR before it, or between tokens, is white space as in JSON. A byte order mark may begin any
+    line, as in concatenated files. Blank lines may only follow the last row, so that a row's number is its line's.
     """
 
     def __init__(self) -> None:
@@ -27,7 +26,7 @@ class JsonlParser:
         self._begun = False
 
     def feed(self, chunk: bytes) -> Iterator[SourceRow]:
-        """The rows of the lines that `chunk` completes. Raises InvalidJSONL."""
+        """Yields the rows of the lines that `chunk` completes. Raises InvalidJSONL."""
         pieces = chunk.split(b"\n")
         for piece in pieces[:-1]:
             self._keep(piece)
@@ -35,7 +34,7 @@ class JsonlParser:
         self._keep(pieces[-1])
 
     def close(self) -> Iterator[SourceRow]:
-        """The last line's row, if no newline ended it. Raises InvalidJSONL, also for a file without any row."""
+        """Yields the last line's row, if no newline ended it. Raises InvalidJSONL, also for a file without rows."""
         if self._rest:
             yield from self._take()
         if not self._begun:
@@ -92,7 +91,7 @@ def read_line(number: int, line: str) -> SourceRow:
 
 
 def _cause(line: str, error: strict_json.NotJSON) -> str | None:
-    """Returns what usually lies behind such JSON, and what to do about it."""
+    """Returns the usual cause of such invalid JSON, and what to do about it."""
     column = f"(column {error.position + 1})"
     if line.startswith(_PYTHON_ONLY, error.position):
         return f"is Python's spelling of an object, not JSON {column}. Write each row with json.dumps(row)."

@@ -1,11 +1,11 @@
-"""Keys of rows and messages: absent ones, those of an answer alone, and those that would change what a row means."""
+"""Keys of rows and messages: absent ones, those only in answers, and those that would change a row's meaning."""
 
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 OF_AN_ANSWER = frozenset({"annotations", "audio", "parsed"})
-"""Keys that the official client's `message.model_dump()` has besides those of a request; nothing is lost by them."""
+"""Keys that the official client's `message.model_dump()` adds to those of a request; they can be ignored."""
 
 _JUDGED = (
     "marks the answer as good or bad (KTO), which no method here learns from: a bad answer would be learned as a good "
@@ -61,7 +61,7 @@ _HINTS = {
 
 
 def present(value: Any, ignored: Collection[str] = ()) -> Any:
-    """An object without the keys that are null, which means absent, and without `ignored` ones; others as they are."""
+    """Returns an object without null keys, which count as absent, and `ignored` ones; any other value unchanged."""
     if type(value) is dict and None not in value.values() and value.keys().isdisjoint(ignored):
         return value.copy()
     if not isinstance(value, Mapping):
@@ -70,7 +70,7 @@ def present(value: Any, ignored: Collection[str] = ()) -> Any:
 
 
 def compares(key: str) -> bool:
-    """Whether a row's key is that of a preference between two answers."""
+    """Whether the key belongs to a preference between two answers."""
     return _COMPARISON.fullmatch(key) is not None
 
 
@@ -94,7 +94,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _says_it_itself(row: Mapping[str, Any]) -> bool:
-    """Whether the conversation has a system message of its own, of which a column beside it is a copy."""
+    """Whether the conversation begins with the system message that a separate column repeats."""
     messages = row.get("messages")
     first = messages[0] if isinstance(messages, list) and messages else None
     return isinstance(first, Mapping) and first.get("role") in ("system", "developer")

@@ -1,4 +1,4 @@
-"""Which tokens of a chat are learned: those of its answers, of its last answer, or all but what has the weight 0."""
+"""Decides which tokens of a chat are learned: all answers, the last answer, or everything without weight 0."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -11,8 +11,8 @@ from tunery.spec import LossOn
 
 @dataclass(frozen=True)
 class Mask:
-    """`turns`: indexes of the assistant messages whose tokens are separated from the text around them. `unlearned`:
-    those of them that are masked. `with_prompts`: whether the text around them is learned too."""
+    """Which tokens are learned. `turns`: indexes of the assistant messages that are tokenised apart from the text
+    around them; `unlearned`: the masked ones among them; `with_prompts`: whether the text around them is learned."""
 
     turns: tuple[int, ...] = ()
     unlearned: frozenset[int] = frozenset()
@@ -20,7 +20,7 @@ class Mask:
 
     @classmethod
     def of(cls, example: Example, loss_on: LossOn) -> Self:
-        """Returns the mask of a row. Raises CannotRender where the row's own weights leave nothing to learn."""
+        """Returns the mask of a row. Raises CannotRender if the row's weights leave nothing to learn."""
         trained = trained_turns(example)
         if loss_on == "assistant":
             return cls(tuple(trained))
@@ -44,4 +44,4 @@ class Mask:
 
 
 ANSWERS = Mask()
-"""Learns from the turns that are asked for, and from nothing around them."""
+"""Learns only the tokens of the turns."""

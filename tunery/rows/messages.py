@@ -1,7 +1,7 @@
-"""Chat messages and training rows, in OpenAI's spelling.
+"""Chat messages and training rows, in OpenAI's format.
 
-Hand-written reasons instead of a validator's: their readers made the file, not the program, and existing tools
-match on OpenAI's words ("Invalid file format. Example 100, message 2 ...").
+Reasons are written by hand instead of taken from the validator: they address the file's author, and existing tools
+match OpenAI's wording ("Invalid file format. Example 100, message 2 ...").
 """
 
 import json
@@ -21,19 +21,19 @@ from tunery.rows.shapes import FileShape
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 FileRole = Literal["training", "validation", "test", "replay"]
 _ROLES = {"developer": "system", "function": "tool"}
-"""As chat templates of open models call them."""
+"""OpenAI's roles by their names in chat templates of open models."""
 _PLAIN = {"role", "content"}
 """The fields of nearly every message."""
 
 
 def refuse(reason: str) -> NoReturn:
-    """Ends a validator with a reason in this project's words."""
-    # Braces would be taken for placeholders of the error's own template, so the text travels as a field.
+    """Raises a validator's error with a reason of this project."""
+    # As a field, because pydantic would read braces in the text as placeholders.
     raise PydanticCustomError("refused", "{reason}", {"reason": reason})
 
 
 class _Sealed(BaseModel):
-    """An object whose keys are known. Null means absent, and keys that only an answer has are passed over."""
+    """An object with a fixed set of keys. Null means absent; keys that only answers have are ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     passed_over: ClassVar[frozenset[str]] = frozenset()
@@ -45,7 +45,7 @@ class _Sealed(BaseModel):
 
 
 class FunctionCall(_Sealed):
-    """A function's name and its arguments, which are a JSON object spelled as a string."""
+    """A function's name and its arguments, a JSON object in a string."""
 
     passed_over = frozenset({"parsed_arguments"})
 
@@ -55,7 +55,7 @@ class FunctionCall(_Sealed):
     @field_validator("arguments", mode="before")
     @classmethod
     def _spell_object(cls, value: object) -> object:
-        """Takes the object itself, one that was spelled as a string twice, and nothing at all, which is {}."""
+        """Also accepts the object itself, one encoded as a string twice, and an empty value, which means {}."""
         if isinstance(value, dict):
             return json.dumps(value, ensure_ascii=False)
         if not isinstance(value, str):
@@ -70,7 +70,7 @@ class FunctionCall(_Sealed):
         return spelled
 
     def for_template(self) -> dict[str, Any]:
-        """Templates of open models write the arguments themselves (`| tojson`), so they get the object."""
+        """Returns the call with its arguments as an object, because templates serialise them (`| tojson`)."""
         return {"name": self.name, "arguments": json.loads(self.arguments)}
 
 
@@ -89,7 +89,7 @@ class ToolCall(_Sealed):
 
 
 class Function(_Sealed):
-    """What the model may read about a function. JSON Schema has many keywords, and all are the model's to read."""
+    """A function's description for the model. All keywords of its JSON Schema are passed on."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -138,7 +138,7 @@ class Message(_Sealed):
     @classmethod
     def _join_parts(cls, value: object) -> object:
         if isinstance(value, list):
-            # With newlines: so do the common inference servers for templates that want one string.
+            # Joined by newlines, as common inference servers do for templates that expect one string.
             return "\n".join(map(_part_text, value))
         if isinstance(value, str):
             return value
@@ -172,14 +172,14 @@ class Message(_Sealed):
 
     @property
     def is_silent(self) -> bool:
-        """Whether it says nothing at all: no text, no thinking, no call."""
+        """Whether the message is empty: no text, no thinking, no call."""
         texts = (self.content, self.refusal, self.reasoning_content)
         return not (self.tool_calls or self.function_call or any(text and text.strip() for text in texts))
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates of open models expect it: no developer, no legacy calls, no nulls but one.
+        """Returns the message as chat templates of open models expect it: no developer role, legacy calls or nulls.
 
-        `content` is always there, null beside tool calls, since templates ask for `content is none`.
+        Except `content`, which is null beside tool calls, because templates test `content is none`.
         """
         role = _ROLES.get(self.role, self.role)
         if self.model_fields_set == _PLAIN:
@@ -221,7 +221,7 @@ def _part_text(part: object) -> str:
 
 
 def _decoded(value: object) -> object:
-    """Returns a value that was spelled as a JSON string, as tables keep lists; others as they are."""
+    """Returns the value of a JSON string, as tables store lists; any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -231,7 +231,7 @@ def _decoded(value: object) -> object:
 
 
 def _wrapped(tool: Any) -> Any:
-    """Returns a tool in the form that requests have, where the function stands alone."""
+    """Returns a tool in the form of requests, also for a bare function."""
     if not isinstance(tool, dict) or "function" in tool or "name" not in tool:
         return tool
     return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
@@ -250,7 +250,7 @@ def read_functions(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 class Example(BaseModel):
-    """One training row. Unknown keys (an id, a source) are kept in `model_extra` and teach nothing."""
+    """One training row. Unknown keys (an id, a source) are kept in `model_extra` and not trained on."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
@@ -289,12 +289,12 @@ class Example(BaseModel):
 
     @property
     def unknown_keys(self) -> list[str]:
-        """Keys of the row that are read by nobody. An `id` is the row's own name, and not meant to be."""
+        """Keys of the row that are not read, except `id`, which is only the row's name."""
         return [key for key in self.model_extra or () if key != "id"]
 
 
 class PlainText(Example):
-    """A row of plain text, its one message, of which every token is learned."""
+    """A row of plain text: one message, all tokens of which are learned."""
 
 
 def is_answerable(example: Example) -> bool:
@@ -303,13 +303,13 @@ def is_answerable(example: Example) -> bool:
 
 
 def parse_line(text: str, line_number: int, role: FileRole = "training") -> Example:
-    """One line of JSON Lines. Raises InvalidTrainingFile, its reason naming line and message (from 1)."""
+    """Parses one line of JSON Lines. Raises InvalidTrainingFile, naming line and message (from 1)."""
     return parse_row(read_line(line_number, text), role)
 
 
 def parse_row(source: SourceRow, role: FileRole = "training") -> Example:
-    """One row of a file, whose shape the first row decides. Raises InvalidTrainingFile, its reason naming line and
-    message (from 1)."""
+    """Parses one row of a file, whose shape its first row decides. Raises InvalidTrainingFile, naming line and message
+    (from 1)."""
     line_number, shape = source.number, source.shape or FileShape()
     try:
         fields = shape.convert(source)
@@ -331,12 +331,12 @@ def parse_row(source: SourceRow, role: FileRole = "training") -> Example:
 
 
 def beside(source: SourceRow) -> str:
-    """Returns the row's line, where that is not its number, to stand behind it."""
+    """Returns the row's line in words, to follow its number, if the two differ."""
     return f" (line {source.line})" if source.line not in (None, source.number) else ""
 
 
 def invalid(role: FileRole, line_number: int, reason: str, where: str = ":") -> InvalidTrainingFile:
-    """Returns the failure of a job whose `role` file has a fault in one line; `where` follows the line's number."""
+    """Returns the error for a line of a job's `role` file; `where` follows the line's number."""
     return InvalidTrainingFile(
         param=f"{role}_file", role=role, reason=f"Invalid file format. Example {line_number}{where} {reason}"
     )

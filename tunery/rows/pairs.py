@@ -22,7 +22,7 @@ _BESIDE = {
 
 
 class PairShape(Shape):
-    """A shape whose parts are a `request` or a prompt in parts, and both answers: `preferred`, `dispreferred`."""
+    """A shape with a `request`, or the parts of a prompt, and both answers: `preferred`, `dispreferred`."""
 
     def convert(self, row: dict[str, Any]) -> dict[str, Any]:
         used = self.used(row)
@@ -43,7 +43,7 @@ class PairShape(Shape):
 
 
 def detect(row: Mapping[str, Any]) -> PairShape | None:
-    """Returns the shape of a preference row; None for a row that lacks one of the two answers. Raises ValueError."""
+    """Returns the shape of a preference row; None if one of the two answers is missing. Raises ValueError."""
     for preferred, other in _OUTPUTS:
         if preferred in row and other in row:
             if "input" not in row:
@@ -57,7 +57,7 @@ def detect(row: Mapping[str, Any]) -> PairShape | None:
 
 
 def _request(value: Any) -> dict[str, Any]:
-    """OpenAI's `input`: messages, and tools."""
+    """Returns the messages and tools of OpenAI's `input`."""
     value = conversations.decoded(value, "input")
     if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
         reason = "'input' must be an object with 'messages', the conversation before the answer."
@@ -66,7 +66,7 @@ def _request(value: Any) -> dict[str, Any]:
 
 
 def _said(value: Any, key: str) -> list[Any]:
-    """Returns an answer, or a conversation that ends with it, as messages."""
+    """Returns an answer, or a conversation that ends with one, as messages."""
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
@@ -77,7 +77,7 @@ def _said(value: Any, key: str) -> list[Any]:
 def _in_common(
     both: list[list[Any]], names: tuple[str, str], parts: Mapping[str, Any], used: Mapping[str, str]
 ) -> tuple[list[Any], list[list[Any]]]:
-    """Returns the messages that two conversations share, which a prompt beside them repeats, and their last ones."""
+    """Returns the messages that two conversations share, which a prompt column may repeat, and their last messages."""
     prompt, other = both[0][:-1], both[1][:-1]
     if prompt != other:
         raise ValueError(
@@ -95,7 +95,7 @@ def _in_common(
 
 
 def _is_last(text: Any, both: list[list[Any]]) -> bool:
-    """Whether it is an answer, as in a column that repeats the preferred conversation."""
+    """Whether the text equals one of the last messages, as in a column that repeats the preferred conversation."""
     return any(isinstance(said[-1], dict) and said[-1].get("content") == text for said in both)
 
 
@@ -111,7 +111,7 @@ def _prompt(parts: Mapping[str, Any], used: Mapping[str, str]) -> list[Any]:
 
 
 def _answer(said: list[Any], name: str) -> Any:
-    """Returns the one message that an answer is. Raises ValueError."""
+    """Returns the single message of an answer. Raises ValueError."""
     if not said:
         raise ValueError(f"'{name}' is empty. Give it one message of the assistant.")
     if len(said) > 1:

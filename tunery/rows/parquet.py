@@ -1,4 +1,4 @@
-"""Parquet, which is read from its end: the bytes wait in a temporary file. Rows come in small batches."""
+"""Reads Parquet. Its footer is at the file's end, so the bytes are kept in a temporary file first."""
 
 import json
 import math
@@ -22,21 +22,21 @@ _MOST_DEPTH = 64
 
 
 class ParquetParser:
-    """Reads the file when all of it has come. A column without a value is absent, and NaN is no value."""
+    """Reads the complete file in small batches of rows. A column without a value, or with NaN, is absent."""
 
     def __init__(self) -> None:
         self._bytes = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 (it lives as long as the parser)
         self._number = self._read = self._written = 0
 
     def feed(self, chunk: bytes) -> Iterator[SourceRow]:
-        """Keeps the bytes: no row is whole before the file's end."""
+        """Keeps the bytes; yields nothing, as no row is complete before the file's end."""
         self._bytes.write(chunk)
         self._read += len(chunk)
         yield from ()
 
     def close(self) -> Iterator[SourceRow]:
-        """All rows. Raises InvalidRows where the file is damaged, or has more columns than can be meant."""
-        # Heavy, and needed by few who read rows.
+        """Yields all rows. Raises InvalidRows if the file is damaged or has implausibly many columns."""
+        # Imported here because it is heavy and rarely needed.
         import pyarrow
 
         try:
@@ -53,7 +53,7 @@ class ParquetParser:
     def _batches(self) -> Iterator[Any]:
         from pyarrow import parquet
 
-        # Page by page, with a footer of bounded size: a small file can claim large ones.
+        # Page by page and with a limited footer, because a small file can declare huge sizes.
         limits = {"thrift_string_size_limit": _MOST_FOOTER, "thrift_container_size_limit": 10**6}
         self._bytes.seek(0)
         file = parquet.ParquetFile(
@@ -66,7 +66,7 @@ class ParquetParser:
             yield from file.iter_batches(batch_size=rows, row_groups=[group], use_threads=False)
 
     def _rows_at_once(self, group: Any) -> int:
-        """Rows of a group that are expanded together: each may name the same value, as large as its whole column."""
+        """Returns how many rows of a group to expand together: all may refer to one value, as large as the column."""
         columns = [group.column(place) for place in range(group.num_columns)]
         sizes: list[int] = [column.total_uncompressed_size for column in columns]
         for column, size in zip(columns, sizes, strict=True):
@@ -86,7 +86,7 @@ class ParquetParser:
             return SourceRow(self._number, None, str(error))
 
     def _count(self, characters: int) -> None:
-        """Repeated values take hardly any place in a file: a small one may have rows without end."""
+        """Counts characters against a limit: repeated values take little space, so a small file can expand hugely."""
         self._written += characters
         if self._written > RATIO_FROM and self._written > _MOST_REPEATED * self._read:
             reason = f"the rows are more than {_MOST_REPEATED} times as large as the file. Send them as JSON Lines."
@@ -97,7 +97,7 @@ class ParquetParser:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value as JSON has it: no NaN, which tables have for what is missing, and no bytes."""
+    """Returns a value as JSON: without NaN, which marks missing values in tables. Raises ValueError for bytes."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, bytes):

@@ -43,7 +43,7 @@ class Pair(Example):
 
 
 def parse_pair(source: SourceRow, role: FileRole = "training") -> Pair:
-    """One row of a file of pairs. Raises InvalidTrainingFile, its reason naming line and message (from 1)."""
+    """Parses one row of a file of pairs. Raises InvalidTrainingFile, naming line and message (from 1)."""
     shape = source.shape or FileShape()
     try:
         fields = shape.convert(source)
@@ -58,7 +58,7 @@ def parse_pair(source: SourceRow, role: FileRole = "training") -> Pair:
 
 
 def _locate(error: ValidationError, count: int, used: Mapping[str, str]) -> tuple[str, str]:
-    """As `reasons.locate`; the answers go by their keys in the row."""
+    """Like `reasons.locate`, but names the answers by their keys in the row."""
     first = error.errors()[0]
     loc = first["loc"]
     if loc[:2] == ("messages", count - 1):

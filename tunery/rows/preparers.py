@@ -1,9 +1,9 @@
-"""Processes that each prepare a group of a large file's rows: what takes long of a row keeps one core busy at a time.
+"""Prepares groups of a large file's rows in several processes, as one process keeps only one core busy.
 
-A process is Python with this one's path and nothing of its memory. It is given a function and then groups, and gives
-back what the function makes of them, all of it pickled: both ends are ours. Chat templates, which are not, run in
-processes of their own (`sandbox`), one for each of these. What a process cannot do is done here instead, so a fault
-has the same words, and a process that ends early costs no more than time.
+A process is a fresh Python with the same path. It gets a function and then groups, and returns the function's results,
+all pickled, which is safe as both ends are ours. Chat templates are not ours: they run in separate processes
+(`sandbox`), one for each of these. A group that fails in a process is prepared here instead, so errors have the same
+words, and a process that dies costs only time.
 """
 
 import gc
@@ -28,11 +28,11 @@ G = TypeVar("G")
 T = TypeVar("T")
 
 ROWS = 128
-"""Rows of a group: fewer cost more exchanges."""
+"""Rows of a group. Smaller groups have more overhead."""
 MOST = 4
-"""A process and its renderer hold some 150 MiB."""
+"""Maximum processes. Each takes about 150 MiB with its renderer."""
 _AHEAD = 2
-"""Groups for each process that are read while others are at work: memory must not grow with the file."""
+"""Groups per process that are read in advance; limited so that memory does not grow with the file."""
 _START = "import sys; sys.path[:] = sys.argv.pop().split('\\n'); from tunery.rows.preparers import main; main()"
 
 
@@ -45,10 +45,10 @@ COUNT = min(_cores(), MOST)
 
 
 class Preparers(Generic[G, T]):
-    """Up to `count` processes, which are started with the first group and end with the block that uses them."""
+    """A context of up to `count` processes, which start with the first group and end with the `with` block."""
 
     def __init__(self, work: Callable[[G], T], count: int) -> None:
-        """`work`: what is done with a group. Where it cannot be pickled, or `count` is 1, it is done here."""
+        """`work`: the function for a group. If it cannot be pickled, or `count` is 1, it runs in this process."""
         self._work = work
         settings = _pickled(work) if count > 1 else None
         self._all = [] if settings is None else [_Process(settings) for _ in range(count)]
@@ -68,7 +68,7 @@ class Preparers(Generic[G, T]):
             process.end()
 
     def map(self, groups: Iterator[G]) -> Iterator[T]:
-        """What is made of each group, in order. Raises what `groups` raises, after the results of those before it."""
+        """Yields the result for each group, in order. Raises what `groups` raises, after the results before it."""
         if not self._all:
             yield from map(self._work, groups)
             return
@@ -104,7 +104,7 @@ def _pickled(work: object) -> bytes | None:
 
 
 class _Process:
-    """One process, which is started when it is first asked. Used by one thread at a time."""
+    """One process, which is started at its first group. Used by one thread at a time."""
 
     def __init__(self, settings: bytes) -> None:
         self._settings = settings
@@ -113,8 +113,8 @@ class _Process:
         self._is_closed = self._has_answered = False
 
     def ask(self, group: bytes) -> bytes | None:
-        """What it makes of a group; None where it fails. The next group starts another process if this one ended,
-        unless it never answered."""
+        """Returns the result for a group; None if it fails. If the process ended, the next group starts another one,
+        unless this one never answered."""
         try:
             connection = self._connection or self._start()
             connection.send_bytes(group)
@@ -139,13 +139,13 @@ class _Process:
         return self._connection
 
     def kill(self) -> None:
-        """Ends the process, whatever it is doing, and starts no other."""
+        """Kills the process and starts no other."""
         self._is_closed = True
         if self._popen is not None:
             self._popen.kill()
 
     def end(self) -> None:
-        """Frees what the process had."""
+        """Releases the process's resources."""
         if self._popen is not None:
             self._popen.kill()
             self._popen.wait()
@@ -155,7 +155,7 @@ class _Process:
 
 
 def main() -> None:
-    """A process: reads the function and then groups, until its parent ends."""
+    """Runs in the child process: reads the function and then groups, until the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
     with Connection(int(sys.argv[1])) as connection, suppress(EOFError, OSError):
         work = pickle.loads(connection.recv_bytes())  # noqa: S301  it comes from our own parent
@@ -165,14 +165,15 @@ def main() -> None:
 
 
 def collect_seldom() -> None:
-    """A group's objects go with it and hold none in a circle: to look for such takes a twelfth of the time."""
+    """Makes the garbage collector run rarely: a group's objects have no cycles, and looking for them takes 1/12 of the
+    time."""
     gc.freeze()
     gc.set_threshold(100_000)
 
 
 def _answer(work: Callable[[Any], Any], group: bytes) -> bytes:
-    """Nothing where it fails: the parent tries it again, and says why."""
+    """Returns the pickled result; empty on an error, as the parent then tries again and reports it."""
     try:
         return pickle.dumps(work(pickle.loads(group)), pickle.HIGHEST_PROTOCOL)  # noqa: S301  as above
-    except Exception:  # noqa: BLE001  whatever it is, it is raised again there
+    except Exception:  # noqa: BLE001  it is raised again in the parent
         return b""

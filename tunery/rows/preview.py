@@ -1,4 +1,4 @@
-"""What a model learns of a file's first rows, token by token, and whether it learns the right ones.
+"""Previews what a model learns from a file's first rows, token by token, and checks the labels.
 
 Ids and labels are those of the rows' encoder, through which the trainer reads: no label is decided here.
 """
@@ -19,9 +19,9 @@ from tunery.rows.template import IGNORED, ChatTemplate
 
 MOST_ROWS = 20
 MOST_SHOWN = 4096
-"""Tokens of a sequence that are shown; all of them are counted and checked."""
+"""Maximum shown tokens of a sequence; all are counted and checked."""
 MOST_CHARACTERS = 2**20
-"""Of a row's source. A longer one would take seconds to tokenise, and nobody reads it token by token."""
+"""Maximum characters of a row's source. A longer one would take seconds to tokenise, and nobody would read it."""
 _UNCUT = 2**31
 
 
@@ -35,9 +35,9 @@ def make(
     max_tokens: int = 2048,
     role: FileRole = "training",
 ) -> Preview:
-    """Returns the preview of a file's first rows, cut at `max_tokens`. Reads no further than them.
+    """Returns the preview of a file's first rows, cut at `max_tokens`; reads only those rows.
 
-    Raises InvalidTrainingFile where the bytes are no rows.
+    Raises InvalidTrainingFile if the bytes are not rows.
     """
     shape, checker = FileShape(encoder.columns), Checker(template)
     shown = [
@@ -84,7 +84,7 @@ def _check_length(source: SourceRow, role: FileRole) -> None:
 
 
 def describe(template: ChatTemplate, marked: Marked) -> Sequence:
-    """Returns a sequence's tokens with their texts, and how many of each state it has."""
+    """Returns a sequence's tokens with their texts, and the number of tokens in each state."""
     states = list(_states(marked))
     shown = marked.input_ids[:MOST_SHOWN]
     texts = _texts(template, shown)
@@ -102,12 +102,12 @@ def _states(marked: Marked) -> Iterator[State]:
     for place, label in enumerate(marked.labels):
         if place >= marked.max_tokens:
             yield "cut"
-        else:  # nothing stands before the first token to predict it from
+        else:  # the first token is never learned, as nothing precedes it
             yield "masked" if label == IGNORED or place == 0 else "trained"
 
 
 def _texts(template: ChatTemplate, ids: list[int]) -> Iterator[str]:
-    """Each token's text. A character of several tokens is the text of its last; the others have none."""
+    """Yields each token's text. A character of several tokens is the text of the last; the others have none."""
     stream = DecodeStream(skip_special_tokens=False)
     for id in ids:
         try:

@@ -1,4 +1,4 @@
-"""Whether a preview's rows teach the right tokens: checks that pass or fail, with the rows that fail them."""
+"""Checks whether a preview's rows teach the right tokens, and lists the rows that fail."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from tunery.rows.template import IGNORED, ChatTemplate
 
 @dataclass(frozen=True)
 class Marked:
-    """A whole sequence with its labels, and how many of its tokens a run keeps."""
+    """A whole sequence with its labels, and the number of tokens that a run keeps."""
 
     input_ids: list[int]
     labels: list[int]
     max_tokens: int
 
     def runs(self) -> Iterator[range]:
-        """The places of tokens that are learned one after another, up to the cut."""
+        """Yields the ranges of consecutive learned tokens, up to the cut."""
         start = None
         kept = self.labels[: self.max_tokens]
         for place, label in enumerate([*kept, IGNORED]):
@@ -30,7 +30,7 @@ class Marked:
 
 
 def ends_are_trained(template: ChatTemplate, marked: Marked) -> bool:
-    """Whether each stretch of learned tokens has a stop token behind which nothing but blanks is learned."""
+    """Whether each run of learned tokens has a stop token, after which only whitespace is learned."""
 
     def ends(run: range) -> bool:
         stops = [place for place in run if marked.input_ids[place] in template.eos_ids]
@@ -38,7 +38,7 @@ def ends_are_trained(template: ChatTemplate, marked: Marked) -> bool:
         return bool(stops) and not template.tokenizer.decode(after, skip_special_tokens=False).strip()
 
     runs, length = list(marked.runs()), min(marked.max_tokens, len(marked.labels))
-    if marked.labels[0] != IGNORED:  # prompts are learned too, so a stretch ends where an answer of weight 0 begins
+    if marked.labels[0] != IGNORED:  # prompts are learned too, so a run ends where an answer of weight 0 begins
         runs = [run for run in runs if run.stop == length]
     return all(map(ends, runs))
 
@@ -55,7 +55,7 @@ def has_labels(_template: ChatTemplate, marked: Marked) -> bool:
 
 
 def ends_are_no_padding(template: ChatTemplate, marked: Marked) -> bool:
-    """Whether no stop token is masked right behind a learned answer, as code does that masks all padding by its id."""
+    """Whether no stop token right after a learned answer is masked, as happens if padding is masked by its id."""
     ids, length = marked.input_ids, min(marked.max_tokens, len(marked.labels))
     return not any(
         run.stop < length and ids[run.stop] in template.eos_ids and ids[run.stop - 1] not in template.eos_ids
@@ -64,7 +64,7 @@ def ends_are_no_padding(template: ChatTemplate, marked: Marked) -> bool:
 
 
 def shows_role(template: ChatTemplate, message: Message) -> bool:
-    """Whether the template writes a message differently when another role says it. A refusal is different too."""
+    """Whether the template renders a message differently for another role; an error counts as different."""
     other = message.model_copy(update={"role": "assistant" if message.role == "user" else "user"})
     question, answer = Message(role="user", content="question"), Message(role="assistant", content="answer")
     comes_first = message.role in ("system", "developer", "user")
@@ -125,7 +125,7 @@ class Checker:
         self._roles: dict[str, bool] = {}
 
     def refuse(self, number: int) -> None:
-        """Notes a row that cannot be read or rendered."""
+        """Records a row that cannot be read or rendered."""
         self._failing["rows_are_read"].append(number)
 
     def check_roles(self, number: int, example: Example) -> set[str]:

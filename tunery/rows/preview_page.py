@@ -1,11 +1,11 @@
-"""A preview as a page of HTML: every token with its state, in one file that loads nothing else."""
+"""Renders a preview as one HTML page without external files: every token with its state."""
 
 from jinja2 import Environment, StrictUndefined
 
 from tunery.rows.preview_model import Preview
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-"""The page's content security policy: texts of rows cannot run, whatever they spell."""
+"""The page's content security policy: text from rows cannot run as script."""
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --paper: #ffffff; --soft: #59636e; --line: #d1d9e0;
@@ -69,14 +69,14 @@ left out.</p>
 
 
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"} | {0x7F: "␡", 0x0A: "↵\n"}
-"""Control characters as signs: a terminal would obey them."""
+"""Visible signs for control characters, which a terminal would interpret."""
 
 
 def visible(text: str) -> str:
-    """Returns a token's text with its line breaks marked, and a sign for a token that is a part of a character."""
+    """Returns a token's text with line breaks marked, and a sign for a token that is only part of a character."""
     return text.translate(_PICTURES) if text else "·"
 
 
 def draw(made: Preview, name: str) -> str:
-    """Returns the page; `name`: of the file."""
+    """Returns the page for the file `name`."""
     return _PAGE.render(made=made, name=name, style=_STYLE, policy=POLICY, visible=visible)

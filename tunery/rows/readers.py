@@ -1,4 +1,4 @@
-"""The one reader of files with rows: upload, validation and trainer read through it, so a file has one verdict.
+"""Reads files with rows. Upload, validation and trainer all use it, so they agree about a file.
 
 A new format is an entry of FORMATS.
 """
@@ -14,13 +14,14 @@ from tunery.rows.parquet import PARQUET
 from tunery.rows.tables import CSV, TSV
 
 HEAD_BYTES = 64 * 2**10
-"""First bytes by which a format is recognised. Always as many, unless the file is shorter: what a file is must not
-depend on where its chunks end."""
+"""First bytes by which a format is recognised. Always this many, unless the file is shorter, so that the result does
+not depend on the size of chunks."""
 
 _MAGIC_BYTES = 4
 
 FORMATS: dict[str, Format] = {format.name: format for format in (JSONL, JSON_ARRAY, PARQUET, TSV, CSV)}
-"""By name, in the order in which they are asked. What none recognises is read as JSON Lines, which names what it is."""
+"""By name, in the order in which they are tried. A file that none recognises is read as JSON Lines, whose error says
+what it is."""
 
 
 def recognise(head: bytes) -> Format:
@@ -29,7 +30,7 @@ def recognise(head: bytes) -> Format:
 
 
 class Reader:
-    """Reads one file while its bytes come in. Each iterator is read to its end before the next call."""
+    """Reads one file as its bytes arrive. Each iterator must be exhausted before the next call."""
 
     def __init__(self) -> None:
         self.format: Format = JSONL
@@ -40,18 +41,18 @@ class Reader:
 
     @property
     def compression(self) -> str | None:
-        """How the file is compressed: gzip, zstd or not at all."""
+        """How the file is compressed: gzip, zstd, or None."""
         return self._expander.kind if self._expander is not None else None
 
     @property
     def kind(self) -> str | None:
-        """The format's name, with the compression; None before enough of the file has come."""
+        """The format's name, with the compression; None until enough of the file has arrived."""
         if self._parser is None:
             return None
         return f"{self.format.name}, compressed with {self.compression}" if self.compression else self.format.name
 
     def feed(self, chunk: bytes) -> Iterator[SourceRow]:
-        """The rows that `chunk` completes. Raises InvalidRows."""
+        """Yields the rows that `chunk` completes. Raises InvalidRows."""
         if self._magic is not None:
             self._magic = chunk = self._magic + chunk
             if len(chunk) < _MAGIC_BYTES:
@@ -74,7 +75,7 @@ class Reader:
             yield from self._begin()
 
     def close(self) -> Iterator[SourceRow]:
-        """The rows that are left at the file's end. Raises InvalidRows, also for a file without any row."""
+        """Yields the remaining rows at the file's end. Raises InvalidRows, also for a file without rows."""
         if self._magic is not None:
             yield from self._expand(self._magic)
         if self._expander is not None:
@@ -92,7 +93,7 @@ class Reader:
 
 
 def read(chunks: Iterable[bytes]) -> Iterator[SourceRow]:
-    """A file's rows. Raises InvalidRows where the bytes are no rows."""
+    """Yields a file's rows. Raises InvalidRows if the bytes are not rows."""
     reader = Reader()
     for chunk in chunks:
         yield from reader.feed(chunk)
@@ -100,7 +101,7 @@ def read(chunks: Iterable[bytes]) -> Iterator[SourceRow]:
 
 
 def identify(chunks: Iterable[bytes]) -> str:
-    """The name of a file's format, with its compression. Reads no further than it has to. Raises InvalidRows."""
+    """Returns the name of a file's format, with its compression, reading as little as possible. Raises InvalidRows."""
     reader = Reader()
     for chunk in chunks:
         for _ in reader.feed(chunk):
@@ -113,20 +114,20 @@ def identify(chunks: Iterable[bytes]) -> str:
 
 
 class Checker:
-    """Checks a file while it streams by, in memory that does not grow with it: every row must have fields."""
+    """Checks a stream, in constant memory: every row must have fields."""
 
     def __init__(self, seen: Callable[[SourceRow], object] | None = None) -> None:
-        """`seen` is called with each good row."""
+        """`seen` is called with each valid row."""
         self._reader, self._seen = Reader(), seen
         self.rows = 0
         """Rows seen so far."""
 
     def feed(self, chunk: bytes) -> None:
-        """The next bytes, however many. Raises InvalidRows at the first row that is wrong."""
+        """Reads the next bytes. Raises InvalidRows at the first invalid row."""
         self._check(self._reader.feed(chunk))
 
     def close(self) -> None:
-        """The file's end. Raises InvalidRows for a wrong last row or a file without any."""
+        """Ends the file. Raises InvalidRows for an invalid last row or a file without rows."""
         self._check(self._reader.close())
 
     def _check(self, rows: Iterator[SourceRow]) -> None:
@@ -139,5 +140,5 @@ class Checker:
 
 
 def _place(row: SourceRow) -> str:
-    """Returns the line on which a row with a fault begins, where its number is another."""
+    """Returns the line on which a row begins, in words, if it differs from the row's number."""
     return f" It begins on line {row.line} of the file." if row.line not in (None, row.number) else ""

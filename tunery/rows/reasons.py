@@ -1,4 +1,4 @@
-"""A validator's findings in this project's words: what is wrong with a value, and what it must be."""
+"""Words a validator's errors for people: what is wrong with a value, and what it must be."""
 
 import json
 from typing import Any
@@ -35,7 +35,7 @@ def locate(error: ErrorDetails) -> tuple[str, str]:
     if field == "role" and where:
         return where, _ROLE_MISSING if error["type"] == "missing" else _unknown_role(error["input"])
     reason = _describe_field(error, field)
-    # What is wrong with a whole object says so without its name: "has no 'content'".
+    # Errors about a whole object come without its name: "has no 'content'".
     return where, f"'{field}' {reason}" if field and not reason.startswith("has ") else reason
 
 
@@ -48,7 +48,7 @@ def _describe_field(error: ErrorDetails, field: str) -> str:
 
 
 def describe(error: ErrorDetails) -> str:
-    """What is wrong, as the end of a sentence that begins with the value's name: "must be a string, not a number."."""
+    """Returns the error as the end of a sentence that begins with the value's name: "must be a string, ..."."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "refused":
         return error["msg"]
@@ -65,7 +65,7 @@ def describe(error: ErrorDetails) -> str:
 
 
 def found(value: Any) -> str:
-    """Returns a value's kind; a short string or number itself."""
+    """Returns the kind of a value, or a short string or number itself."""
     if isinstance(value, str | int | float) and not isinstance(value, bool) and len(text := shown(value)) <= 20:
         return text
     return strict_json.kind(value)

@@ -1,11 +1,11 @@
-"""The process in which chat templates run: reads requests from a socket and writes texts back, until the socket ends.
+"""The process that renders chat templates: reads requests from a socket and writes texts back, until it closes.
 
     request   length (8 bytes), then marshal of (digest, source or None, [variables, ...], (time, zone's name))
     replies   kind (1 byte), length (8 bytes), payload; for each text a "T", or one "E" in place of all that follow,
               or a "C" (compiled) where no text was asked for
 
-Requests are marshalled, because variables must arrive with the Python types that they have. Replies come from a process
-that ran somebody else's program, so they are plain UTF-8 and JSON: reading them cannot run anything.
+Requests are marshalled, so that variables keep their Python types. Replies come from a process that ran an untrusted
+program, so they are plain UTF-8 and JSON, which are safe to read.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ from tunery.rows.dialect import MAX_SECONDS, Environment, LimitExceeded
 
 MEMORY_BYTES = 512 * 2**20
 CPU_SECONDS = int(MAX_SECONDS) + 1
-"""What one request may take at least; never more than twice that."""
+"""Processor time that a request has at least; at most it has twice as much."""
 _FLUSH_BYTES = 2**20
 _MAX_REASON = 10_000
 
@@ -50,7 +50,7 @@ class Renderer:
             self._channel.flush()
 
     def _arm(self) -> None:
-        """Moves the limit of processor time along. Not at every request: asking the kernel costs more than a text."""
+        """Extends the limit of processor time; not at every request, as the system call costs more than a text."""
         used = time.process_time()
         if used + CPU_SECONDS > self._armed_for:
             self._armed_for = used + 2 * CPU_SECONDS
@@ -87,7 +87,7 @@ def _reply(kind: bytes, payload: bytes) -> bytes:
 
 
 def _failure(error: Exception) -> bytes:
-    """Returns the error's class and arguments: the parent raises the like."""
+    """Returns the error's class and arguments, from which the parent raises a similar one."""
     arguments: list[Any] = [part for part in error.args if isinstance(part, str)]
     if isinstance(error, TemplateSyntaxError):
         arguments = [error.message, error.lineno]
@@ -98,15 +98,15 @@ def _failure(error: Exception) -> bytes:
 
 
 def _limit(kind: int, value: int) -> None:
-    """A soft limit, whose hard one stays: it has to be moved along."""
+    """Sets a soft limit and keeps the hard one, so that the soft one can be raised later."""
     try:
         resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
-    except (OSError, ValueError):  # macOS knows no limit of address space; a lower hard limit is in force already
+    except (OSError, ValueError):  # macOS has no limit of address space; or a lower hard limit is set already
         return
 
 
 def _end_with_parent(lifeline: int) -> None:
-    """The kernel sends SIGIO, which ends this process, when the parent's end of the pipe closes, busy as it may be.
+    """Makes the kernel end this process by SIGIO when the parent's end of the pipe closes, even in the middle of work.
 
     Not PDEATHSIG: it follows the thread that spawned us, and threads end before their process does.
     """

@@ -1,8 +1,8 @@
 """Renders chat templates in processes that can be killed (`renderer`), each with limits of processor time and memory.
 
-A template is a program that came with a model. Its budgets (`dialect`) are checked between operations; one operation
-may take hours or all memory, and no thread can be stopped in it. A process can. Such processes are started when they
-are first needed, one for each thread that renders at the same time, and wait for the next row between two.
+A template is a program that came with a model. Its budgets (`dialect`) are checked between operations, but a single
+operation may take hours or all memory, and a thread cannot be stopped in it; a process can. Processes are started on
+demand, one for each thread that renders concurrently, and are kept for later rows.
 """
 
 import atexit
@@ -32,9 +32,9 @@ from tunery.errors import Unavailable
 from tunery.rows.dialect import MAX_SECONDS, LimitExceeded
 
 WALL_SECONDS = MAX_SECONDS * 1.5
-"""Time for one request. More than the renderer gives itself, so that it can say what was too much."""
+"""Time for one request. More than the renderer's own limit, so that its error can say which budget was exceeded."""
 BATCH = 16
-"""Renderings in one request, which have the budget of time together."""
+"""Renderings in one request, which share the time budget."""
 MAX_REPLY_BYTES = 128 * 2**20
 _MAX_TEMPLATES = 64
 _MAX_IDLE = 4
@@ -45,7 +45,7 @@ _START = "import sys; sys.path[:0] = sys.argv.pop().split('\\n'); from tunery.ro
 
 @dataclass(frozen=True)
 class Template:
-    """A template that was compiled once without an error."""
+    """A template that compiles without an error."""
 
     source: str
     digest: bytes
@@ -55,21 +55,21 @@ class Environment:
     """Compiles chat templates and renders them. Safe to share between threads and over a fork."""
 
     def from_string(self, text: str) -> Template:
-        """Raises jinja2's TemplateError where the text is no template."""
+        """Compiles a template. Raises jinja2's TemplateError."""
         template = Template(text, hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
         _render(template, [], datetime.now())  # noqa: DTZ005  nothing is rendered
         return template
 
     def render(self, template: Template, variables: dict[str, Any], now: datetime) -> str:
-        """The template's text. Raises jinja2's TemplateError, LimitExceeded among them, the Python error that the
-        template stumbles into, or Unavailable where no process can be started."""
+        """Returns the rendered text. Raises jinja2's TemplateError, such as LimitExceeded, any Python error that the
+        template causes, or Unavailable if no process can be started."""
         return _render(template, [variables], now)[0]
 
     def render_all(
         self, template: Template, variables: Sequence[dict[str, Any]], now: datetime, at_once: int = BATCH
     ) -> list[str]:
-        """One text for each of `variables`, for less than as many calls of `render` cost. Raises what `render` does,
-        for the first that fails."""
+        """Returns one text for each of `variables`, faster than by calls of `render`. Raises what `render` does, for
+        the first that fails."""
         return [text for batch in _batches(variables, at_once) for text in _render(template, batch, now)]
 
 
@@ -84,14 +84,14 @@ def _render(template: Template, batch: Sequence[dict[str, Any]], now: datetime) 
             try:
                 return process.request(template, batch, now)
             except _Died as death:
-                # Once more, in another process: this one may have been killed by somebody who needed its memory.
+                # One retry in a new process: this one may have been killed because memory was short elsewhere.
                 if last_try or death.is_deserved:
                     raise LimitExceeded(death.reason) from None
     raise AssertionError("the second try returns or raises")
 
 
 class _Died(Exception):
-    """A renderer ended, or was ended, in the middle of a request."""
+    """A renderer ended, or was killed, during a request."""
 
     def __init__(self, reason: str, *, is_deserved: bool) -> None:
         self.reason, self.is_deserved = reason, is_deserved
@@ -116,13 +116,13 @@ class _Process:
         except BaseException as error:
             self._socket.close()
             os.close(self._lifeline)
-            if isinstance(error, OSError):  # no memory or no process left, for which no template is to blame
+            if isinstance(error, OSError):  # no memory or process left, which is not the template's fault
                 raise Unavailable(part="The process that renders chat templates") from error
             raise
         finally:
             theirs.close()
             os.close(read_end)
-        # Not settimeout, which asks the kernel once more before each piece.
+        # Not settimeout, which adds a system call before each piece.
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(WALL_SECONDS), 0))
         self._received = b""
@@ -131,13 +131,13 @@ class _Process:
 
     @property
     def is_full(self) -> bool:
-        """Whether it has compiled so many templates that a new one takes less memory."""
+        """Whether it has compiled so many templates that a new process would take less memory."""
         return len(self._templates) >= _MAX_TEMPLATES
 
     def request(self, template: Template, batch: Sequence[dict[str, Any]], now: datetime) -> list[str]:
         source = None if template.digest in self._templates else template.source
         body = marshal.dumps((template.digest, source, list(batch), _moment(now)))
-        self.is_usable = False  # until the last reply is read: after an exception half an answer may be on its way
+        self.is_usable = False  # until the last reply is read: after an exception, part of a reply may still arrive
         deadline = time.monotonic() + WALL_SECONDS
         try:
             self._socket.sendall(len(body).to_bytes(8, "big") + body)
@@ -191,7 +191,7 @@ class _Process:
         self._popen.wait()
 
     def forget(self) -> None:
-        """Lets go of a renderer that belongs to the process which this one was forked from."""
+        """Releases a renderer that belongs to the parent of this forked process."""
         self._socket.close()
         os.close(self._lifeline)
         self._popen.returncode = 0  # not our child to wait for
@@ -214,7 +214,7 @@ def _error(payload: bytes) -> Exception:
         with suppress(TypeError):
             error: Exception = kind(*arguments)
             if isinstance(error, jinja2.TemplateSyntaxError):
-                error.translated = True  # the message alone, as jinja2 leaves it after it has shown the source
+                error.translated = True  # prevents jinja2 from adding the source to the message
             return error
     return jinja2.TemplateRuntimeError(f"{name}: {arguments[0]}")
 
@@ -256,7 +256,7 @@ class _Pool:
             process.close()
 
     def forget(self) -> None:
-        """After a fork, in the child: two processes that talk to one renderer would read each other's texts."""
+        """Drops all renderers in a forked child: two processes on one renderer would read each other's texts."""
         self._lock = threading.Lock()  # another thread may have held it
         idle, self._idle = self._idle, []
         for process in idle:

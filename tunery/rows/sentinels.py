@@ -1,8 +1,8 @@
-"""Whether a template shows every field of a conversation, tried with a sentinel in each.
+"""Checks that a template shows every field of a conversation, by rendering a sentinel in each.
 
-A template is a program and drops what it has no place for: tool calls, a tool's result, a system message in the middle,
-thinking. A model would then learn to state what no prompt of it holds. So a conversation of the same shape (roles,
-fields, number of calls) is rendered with a distinct text in each field, once for each shape, and all have to survive.
+A template drops what it does not support: tool calls, a tool's result, a system message in the middle, thinking. A
+model would then learn answers to information that its prompt lacks. So for each shape (roles, fields, number of calls)
+a conversation is rendered once with a distinct text in each field, and all texts must appear.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ from tunery.rows.errors import CannotRender
 
 Json = dict[str, Any]
 Render = Callable[[list[Json], list[Json] | None, bool], str]
-"""Renders messages and tools, with the generation prompt or without. Raises CannotRender."""
+"""Renders messages and tools, with or without the generation prompt. Raises CannotRender."""
 
 _MOST_SHAPES = 4096
 _EMPTY_FORMS: tuple[Callable[[str | None], str | None], ...] = (lambda given: given, lambda _: "", lambda _: None)
-"""How empty content beside tool calls is written: as the row has it, else as "", else as null. For some templates null
-is the mark of a call, others fail on it."""
+"""Forms of empty content beside tool calls, in the order tried: as in the row, "", null. Some templates recognise a
+call by null, others fail on it."""
 
 _WITHOUT_TOOLS = "Use a model whose template knows tools, or write calls and results as plain content."
 _ADVICE = {
@@ -52,16 +52,16 @@ class _Verdict:
 
 
 class FieldCheck:
-    """Refuses conversations of which a template loses something. Remembers each shape's verdict."""
+    """Refuses conversations of which a template drops a part. Caches the verdict of each shape."""
 
     def __init__(self, render: Render) -> None:
         self._render = render
         self._verdicts: dict[Any, _Verdict] = {}
 
     def in_shown_form(self, messages: list[Json], tools: list[Json] | None, prompting: bool) -> list[Json]:
-        """Returns the messages, empty content beside tool calls written so that the template shows the calls.
+        """Returns the messages, with empty content beside tool calls in a form with which the template shows the calls.
 
-        Raises CannotRender, naming the field, where the template would lose one.
+        Raises CannotRender, naming the field, if the template would drop one.
         """
         shape = (prompting, tuple(_shape(messages, index) for index in range(len(messages))), _shape_of_tools(tools))
         verdict = self._verdicts.get(shape)
@@ -69,7 +69,7 @@ class FieldCheck:
             verdict = self._try(messages, tools, prompting)
             if len(self._verdicts) >= _MOST_SHAPES:
                 self._verdicts.clear()
-            # A refusal may be about the moment, a process killed for its memory, and is not remembered.
+            # An error may be temporary, such as a process killed for its memory, and is not cached.
             self._verdicts[shape] = verdict
         if verdict.reason is not None:
             raise CannotRender(reason=verdict.reason)
@@ -86,15 +86,15 @@ class FieldCheck:
                 missing = self._losses(marked, text)
             except CannotRender as error:
                 if isinstance(error.__cause__, LimitExceeded):
-                    raise  # another form would cost as much
-                # What a template says of a text is nearer to the cause than what it says of null.
+                    raise  # another form would be as expensive
+                # The error for the empty text is more to the point than that for null.
                 refused = error if refused is None or form == 1 else refused
                 continue
             lost = lost or missing
             if not missing:
                 complete[form] = text.count("none")
         if complete:
-            # Jinja writes null as "None", which a model must not learn to say.
+            # Jinja renders null as "None", which a model must not learn.
             return _Verdict(min(complete, key=complete.__getitem__))
         if lost:
             return _Verdict(reason=_loss(lost))
@@ -106,14 +106,14 @@ class FieldCheck:
         return [item for item in missing if not (item.subject == "thinking" and self._shows_at_end(marked, item))]
 
     def _shows_at_end(self, marked: "_Marked", item: _Field) -> bool:
-        # Some templates show thinking while its turn is the last; it is then learned in a row that ends there.
+        # Some templates show thinking only in the last turn; it is then learned in a row that ends there.
         ending_there = marked.messages[: item.message + 1]
         return item.sentinel in self._render(ending_there, marked.tools, False).lower()
 
 
 @dataclass
 class _Marked:
-    """A conversation with a distinct sentinel in every field that a template has to show: `fields`."""
+    """A conversation with a distinct sentinel in every field that a template must show: `fields`."""
 
     messages: list[Json]
     tools: list[Json] | None
@@ -199,7 +199,7 @@ class _Marked:
         return schema
 
     def _id(self, given: str) -> str:
-        # Nine characters: templates of Mistral's models take no others.
+        # Nine characters, as Mistral's templates require.
         return self.ids.setdefault(given, f"c{len(self.ids):08d}")
 
 
@@ -225,7 +225,7 @@ def _subject_of_content(message: Json) -> str:
 
 
 def _answered_name(messages: Sequence[Json], index: int) -> str | None:
-    """Returns the name of the function whose call message `index` answers: by the call's id, else the nearest call."""
+    """Returns the function that message `index` answers: by the call's id, else the nearest call."""
     wanted = messages[index].get("tool_call_id")
     for message in reversed(messages[:index]):
         for call in message.get("tool_calls", ()):
@@ -248,7 +248,7 @@ def _loss(lost: list[_Field]) -> str:
 
 
 def _shape(messages: list[Json], index: int) -> Any:
-    """Returns what decides, besides the texts themselves, how a template writes a message."""
+    """Returns what determines how a template renders a message, apart from its texts."""
     message = messages[index]
     content = message.get("content")
     kind = 2 if _is_text(content) else content

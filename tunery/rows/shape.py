@@ -47,7 +47,7 @@ class Shape:
         return {**self.columns, **{part: key for part, key in found.items() if key is not None}}
 
     def convert(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Returns the row with `messages` in place of the keys that it makes them of. Raises ValueError."""
+        """Returns the row with `messages` in place of the keys that these are made from. Raises ValueError."""
         used = self.used(row)
         rest = {key: value for key, value in row.items() if key not in used.values()}
         parts = {part: row[key] for part, key in used.items()}
@@ -64,13 +64,13 @@ class Shape:
         return messages
 
     def describe(self, used: Mapping[str, str]) -> str:
-        """Returns the shape and what becomes of each column, for people."""
+        """Returns a description of the shape and of what each column becomes."""
         pairs = ", ".join(f"'{key}' as {PARTS[part]}" for part, key in used.items())
         return f"{self.name} rows: {pairs}"
 
 
 class TextShape(Shape):
-    """Plain text, of which every token is learned, as if the model had said it unasked."""
+    """Plain text, all tokens of which are learned, without a prompt."""
 
     def convert(self, row: dict[str, Any]) -> dict[str, Any]:
         key = self.columns["text"]
@@ -104,15 +104,15 @@ CHAT_SHAPE = Shape(CHAT, {"messages": "messages"})
 
 
 def _turns(parts: Mapping[str, Any], used: Mapping[str, str]) -> list[Any]:
-    """Messages of a question and an answer, with what stands beside them."""
+    """Returns the messages of a question and an answer, with the row's further parts."""
     answer = parts["assistant"]
     wanted = answer if isinstance(answer, list) else [text_message("assistant", answer, used["assistant"])]
     return [*prompt_turns(parts, used), *wanted]
 
 
 def prompt_turns(parts: Mapping[str, Any], used: Mapping[str, str]) -> list[Any]:
-    """Messages of a question with what stands beside it. Prompts that are lists of messages stay so, and what an
-    assistant says in them is not learned: it was given, not wanted. Raises ValueError."""
+    """Returns the messages of a question with the row's further parts. A prompt that is a list of messages is kept, and
+    its assistant messages are not learned. Raises ValueError."""
     asked = parts["user"]
     before = [*_system(parts, used), *_history(parts.get("history"))]
     if not isinstance(asked, list):
@@ -144,7 +144,7 @@ def _optional_text(parts: Mapping[str, Any], used: Mapping[str, str], part: str)
 
 
 def text_message(role: str, value: Any, key: str) -> dict[str, Any]:
-    """Returns a message whose text is the value of a row's key. Raises ValueError."""
+    """Returns a message with the text of a row's key. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(  # noqa: TRY004 (to callers every fault of a row is one kind)
             f"'{key[:40]}' must be a text, not {strict_json.kind(value)}. Spell it as the string that the model shall "
@@ -154,7 +154,7 @@ def text_message(role: str, value: Any, key: str) -> dict[str, Any]:
 
 
 def as_given(messages: list[Any]) -> list[Any]:
-    """Returns the messages, none of which is learned."""
+    """Returns the messages marked as not learned."""
     return [
         {**message, "weight": 0} if isinstance(message, dict) and message.get("role") == "assistant" else message
         for message in messages
@@ -162,7 +162,7 @@ def as_given(messages: list[Any]) -> list[Any]:
 
 
 def _history(value: Any) -> list[dict[str, Any]]:
-    """Earlier turns, as pairs of a question and an answer."""
+    """Returns the messages of earlier turns, which are pairs of a question and an answer."""
     pairs = conversations.decoded(value, "history") if value is not None else []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError('\'history\' must be a list of pairs: [["question", "answer"], ...].')

@@ -1,6 +1,6 @@
-"""The shape of a file's rows, found by the keys of the first one that has any.
+"""Detects the shape of a file's rows by their keys.
 
-The first row that has a shape decides for its file. `FileShape.columns` name them where a table calls them otherwise.
+The first row that has a shape decides for its file. `FileShape.columns` maps columns with other names.
 """
 
 from collections.abc import Mapping
@@ -31,17 +31,17 @@ _BY_HAND = "Name other columns in the job's 'columns'."
 
 
 class FileShape:
-    """The shape of one file's rows, as its first row has it, and the keys that have been read of them so far."""
+    """The shape of one file's rows, as of its first row, and the keys that have been read so far."""
 
     def __init__(self, columns: Mapping[str, str] | None = None) -> None:
-        """`columns`: by part, as `spec.Columns` has them: only these are read."""
+        """`columns`: by part, as in `spec.Columns`; only these are read."""
         self.columns = dict(columns or {})
         self.shape: Shape | None = None
         self.used: dict[str, str] = {}
         self._first = 0
 
     def load(self, source: SourceRow) -> dict[str, Any]:
-        """A row's fields without nulls, by the names that shapes know. Raises ValueError where a column is missing."""
+        """Returns a row's non-null fields by the shapes' names. Raises ValueError if a column is missing."""
         row: dict[str, Any] = keys.present(source.load())
         if not self.columns:
             return row
@@ -54,7 +54,7 @@ class FileShape:
         return f"{_START}: none of the columns {named} is there. The row has {found or 'no keys'}. Correct 'columns'."
 
     def convert(self, source: SourceRow) -> dict[str, Any]:
-        """A row's fields, with `messages`. Raises ValueError, also for a row of another shape than the first one's."""
+        """Returns a row's fields with `messages`. Raises ValueError, also if its shape differs from the first row's."""
         row = self.load(source)
         if self.shape is None:
             self.shape, self._first = detect(row), source.number
@@ -68,7 +68,7 @@ class FileShape:
         return self.shape.name if self.shape is not None else None
 
     def describe(self) -> str | None:
-        """Returns what the file's columns become; None for chat messages, which are taken as they are."""
+        """Returns what the file's columns become; None for chat messages, which are used as they are."""
         if self.shape is None or (self.shape.name == CHAT and not self.columns):
             return None
         used = self.shape.used({}) if self.shape.name == CHAT else self.used
@@ -89,7 +89,7 @@ class FileShape:
 
 
 def detect(row: Mapping[str, Any]) -> Shape:
-    """The shape of a row without nulls. Raises ValueError, with what to do, where it has none that can be trained."""
+    """Returns the shape of a row without nulls. Raises ValueError, with what to do, if it has no trainable shape."""
     if (pair := pairs.detect(row)) is not None:
         return pair
     if "messages" in row:
@@ -106,7 +106,7 @@ def detect(row: Mapping[str, Any]) -> Shape:
 
 
 def _pair(row: Mapping[str, Any]) -> Shape:
-    """Returns the shape of a row with a question and an answer, under whichever names."""
+    """Returns the shape of a row with a question and an answer, by their various names."""
     names = {key.strip().casefold(): key for key in row}
     asked = [key for key in _QUESTIONS if key in names]
     answered = [key for key in _ANSWERS if key in names]
@@ -132,7 +132,7 @@ def _pair(row: Mapping[str, Any]) -> Shape:
 
 
 def _label(row: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
-    """Returns the column with a class's name, or its number. True and false judge an answer, which is another thing."""
+    """Returns the column with a class's name or number; not with true and false, which rate an answer."""
     found = [key for key in _LABELS if key in names and not isinstance(row[names[key]], bool)]
     return found[:1]
 
@@ -155,10 +155,10 @@ def _no_shape(row: Mapping[str, Any]) -> str:
 
 
 def _may_be_named(row: Mapping[str, Any]) -> bool:
-    """Whether columns that a job names could be a whole row: of one alone, a text or a conversation."""
+    """Whether a job could name the row's columns as a whole row; a single one must be a text or a conversation."""
     return len(row) > 1 or any(isinstance(value, str | list) for value in row.values())
 
 
 def can_be_named(reason: str) -> bool:
-    """Whether a row was refused only for its columns' names, which a job can say."""
+    """Whether a row was refused only for its columns' names, which a job can map."""
     return _BY_HAND in reason

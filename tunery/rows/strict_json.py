@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 has it, for lines that come from outside: Python's parser is more generous than is safe."""
+"""Parses untrusted JSON strictly by RFC 8259, as Python's parser accepts more than is safe."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ _MOST_DIGITS = 1000
 
 
 class NotJSON(ValueError):
-    """Text that no JSON parser reads; `problem` is the parser's word for it, `position` the index of the character."""
+    """Invalid JSON; `problem` is the parser's message, `position` the index of the character."""
 
     def __init__(self, error: json.JSONDecodeError) -> None:
         super().__init__(f"{error.msg} (column {error.colno}).")
@@ -17,9 +17,9 @@ class NotJSON(ValueError):
 
 
 def load_object(text: str) -> dict[str, Any]:
-    """Returns the JSON object that `text` spells.
+    """Parses a JSON object.
 
-    Raises ValueError, with a reason for people, on anything but one object, and on what `load_value` refuses.
+    Raises ValueError, with a readable reason, for anything but one object, and for what `load_value` refuses.
     """
     value = load_value(text)
     if not isinstance(value, dict):
@@ -30,11 +30,11 @@ def load_object(text: str) -> dict[str, Any]:
 
 
 def load_value(text: str) -> Any:
-    """Returns the JSON value that `text` spells.
+    """Parses a JSON value.
 
-    Raises ValueError, with a reason for people, on NaN and Infinity (also spelled `1e999`), lone surrogates (no UTF-8
-    has them, so no tokenizer and no database takes them), the character NUL (no PostgreSQL keeps it) and nesting deeper
-    than MAX_DEPTH; NotJSON, which is one, on what is no JSON at all.
+    Raises ValueError, with a readable reason, for NaN and Infinity (also as `1e999`), lone surrogates (UTF-8, and so
+    tokenizers and databases, cannot represent them), the character NUL (PostgreSQL cannot store it) and nesting deeper
+    than MAX_DEPTH; its subclass NotJSON for invalid JSON.
     """
     try:
         value = _DECODER.decode(text)
@@ -60,13 +60,13 @@ def _finite(digits: str) -> float:
 
 
 def _whole(digits: str) -> int:
-    # Python refuses more than 4300 digits by itself, and tells how to change Python.
+    # Python itself refuses more than 4300 digits, but its message explains how to change Python.
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"a whole number has {len(digits)} digits, more than {_MOST_DIGITS}; write it as a string.")
     return int(digits)
 
 
-# Once: json.loads makes one for each text.
+# Built once, because json.loads builds one for each text.
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole)
 
 
@@ -75,7 +75,7 @@ def _too_deep() -> str:
 
 
 def _refuse_depth(text: str, value: Any) -> None:
-    # Counting brackets is cheap and decides nearly every line; only the others are walked.
+    # Counting brackets is cheap and decides nearly every line; only the others are traversed.
     if text.count("{") + text.count("[") <= MAX_DEPTH:
         return
     level: list[Any] = [value]
@@ -91,7 +91,7 @@ def _children(node: Any) -> list[Any]:
 
 
 def _refuse_lone_surrogates(text: str, value: Any) -> None:
-    # Decoded UTF-8 holds none, so only an escape can have made one.
+    # Decoded UTF-8 has no lone surrogates, so only an escape can produce one.
     if "\\u" not in text:
         return
     try:
@@ -101,8 +101,8 @@ def _refuse_lone_surrogates(text: str, value: Any) -> None:
 
 
 def _refuse_nul(text: str, value: Any) -> None:
-    # A bare one is refused by the parser, like every control character. The escape's own text is no proof: behind
-    # another backslash it is six harmless characters.
+    # The parser refuses a literal NUL, like every control character. The escape's text alone proves nothing: after
+    # another backslash it is six ordinary characters.
     if "\\u0000" in text and _holds_nul(value):
         raise ValueError("a \\u0000 escape stands for the character NUL, which cannot be stored. Remove it.")
 

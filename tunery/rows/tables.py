@@ -1,4 +1,4 @@
-"""Tables of text, CSV and TSV: the first line names the columns, each record is a row."""
+"""Reads CSV and TSV: the first line names the columns, each record is a row."""
 
 import csv
 from collections.abc import Callable, Iterator
@@ -10,21 +10,21 @@ from tunery.rows.jsonl import MAX_LINE_BYTES
 
 MOST_COLUMNS = 1000
 MOST_LINES = 20_000
-"""Lines of one record, which is read again whenever twice as much of it has come."""
+"""Maximum lines of one record. It is parsed again each time its length has doubled."""
 _BOM = "\ufeff"
 
 csv.field_size_limit(MAX_LINE_BYTES)
 
 
 class _More(Exception):
-    """The record goes on in lines that have not come yet."""
+    """The record continues in lines that have not arrived yet."""
 
 
 class TableParser:
-    """Reads records as they come; one may go over several lines, in quotes. An empty value is an absent one.
+    """Reads records as they arrive; a quoted one may span several lines. An empty value counts as absent.
 
-    Lines end with LF, and CR before it is none of a value. A byte order mark may begin any line, and the header may be
-    repeated, as in files that were joined.
+    Lines end with LF; CR before it is not part of a value. As in concatenated files, a byte order mark may begin any
+    line, and the header may be repeated.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class TableParser:
         self._next_try = 0
 
     def feed(self, chunk: bytes) -> Iterator[SourceRow]:
-        """The rows that `chunk` completes. Raises InvalidRows."""
+        """Yields the rows that `chunk` completes. Raises InvalidRows."""
         whole, found, rest = chunk.rpartition(b"\n")
         self._rest += whole + found
         if found:
@@ -46,7 +46,7 @@ class TableParser:
             self._rest = bytearray()
             if (
                 self._waiting >= self._next_try or len(self._lines) > MOST_LINES
-            ):  # else a long record would be read again with every chunk
+            ):  # else a long record would be parsed again with every chunk
                 yield from self._records(ended=False)
         self._rest += rest
         if len(self._rest) + self._waiting > MAX_LINE_BYTES:
@@ -54,7 +54,7 @@ class TableParser:
         self._refuse_long()
 
     def close(self) -> Iterator[SourceRow]:
-        """The rows that are left. Raises InvalidRows, also for a table without any row."""
+        """Yields the remaining rows. Raises InvalidRows, also for a table without rows."""
         if self._rest:
             self._cut()
         yield from self._records(ended=True)
@@ -64,7 +64,7 @@ class TableParser:
             raise self._refuse("the file has a header and no row.")
 
     def _cut(self) -> None:
-        """Takes the lines that have come. CR, LF and byte order marks at their borders are no part of a value."""
+        """Splits off the complete lines, without CR, LF and byte order marks at their ends."""
         try:
             text = self._rest.decode()
         except UnicodeDecodeError as error:

@@ -1,9 +1,9 @@
 """Chat template -> text -> token ids -> labels. The only code that decides which tokens are learned.
 
-Which tokens: those of the trained assistant turns, found by prefix difference. The conversation is rendered up to a
-turn with the generation prompt (what the model will be given when it is asked) and up to the turn's end; what lies
-between is what the model must say, its end-of-turn token included. `{% generation %}` marks are not used: most
-templates have none, and a forgotten mark silently trains on nothing.
+Learned are the trained assistant turns, found by prefix difference: the conversation is rendered up to a turn with the
+generation prompt (the prompt at inference), and up to the turn's end; the difference is what the model must generate,
+including the end-of-turn token. `{% generation %}` marks are not used: most templates have none, and a missing mark
+would silently train on nothing.
 """
 
 import hashlib
@@ -33,17 +33,17 @@ from tunery.rows.turns import View, Views, common_length, ending_with, trained_t
 from tunery.spec import LossOn
 
 IGNORED = -100
-"""The label of a token that is not learned, as torch's cross entropy spells it."""
+"""The label of a token that is not learned: `ignore_index` of torch's cross entropy."""
 _TOGETHER = 64
-"""Renderings of several rows in one exchange."""
+"""Renderings of several rows in one request."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """One row as the model gets it. `labels[i]` belongs to `input_ids[i]` (not shifted): its id, or IGNORED.
+    """One row as model input. `labels[i]` belongs to `input_ids[i]` (not shifted): its id, or IGNORED.
 
-    `spelled_special`: the special tokens that the row's texts spell, which stay text. `answer_cut`: whether the cut
-    has taken tokens of an answer, its end at least.
+    `spelled_special`: special tokens that occur in the row's texts, where they stay text. `answer_cut`: whether the cut
+    has removed tokens of an answer.
     """
 
     input_ids: list[int]
@@ -54,7 +54,7 @@ class Rendered:
 
     @cached_property
     def trained_tokens(self) -> int:
-        """Tokens that are learned; 0 means that the cut has taken the whole answer."""
+        """The number of learned tokens; 0 means that the cut has removed the whole answer."""
         return len(self.labels) - self.labels.count(IGNORED)
 
 
@@ -74,9 +74,9 @@ class ChatTemplate:
         now: datetime | None = None,
     ) -> None:
         """`templates`: name -> jinja source, "default" among them; "tool_use", if there, is used for rows with tools.
-        `eos_ids`: ids at which generation stops, besides the template's own end of turn, which is found by a trial.
-        `now`: what templates that write the date take for today; None: the clock's.
-        Raises CannotRender where a source is not a template.
+        `eos_ids`: ids at which generation stops, besides the template's end of turn, which a trial rendering finds.
+        `now`: the time for templates that write the date; None: the current time.
+        Raises CannotRender if a source is not a template.
         """
         self.tokenizer = tokenizer
         self.special_tokens = special_tokens
@@ -84,8 +84,8 @@ class ChatTemplate:
         self._made_of = tokenizer, templates, special_tokens, eos_ids, now
         self._fixed_now = now
         self._ahead: dict[int, tuple[Views, tuple[str, ...], Sequence[Message]]] = {}
-        """Of each list of messages, by its identity, what `render_ahead` has found; and the list itself, which must not
-        go: its identity could become another's."""
+        """Results of `render_ahead` by the identity of the list of messages, which is kept too, so that its identity
+        cannot be reused."""
         self._environment = Environment()
         try:
             self._templates = {name: self._environment.from_string(text) for name, text in templates.items()}
@@ -99,9 +99,9 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, directory: Path | str, now: datetime | None = None) -> "ChatTemplate":
-        """From a model's directory: tokenizer.json, and the template beside it or in tokenizer_config.json.
+        """Loads a model directory's tokenizer.json, and the template beside it or in tokenizer_config.json.
 
-        Raises CannotRender where one of them is missing.
+        Raises CannotRender if one of them is missing.
         """
         root = Path(directory)
         config = files.read_json(root / "tokenizer_config.json")
@@ -111,29 +111,28 @@ class ChatTemplate:
         return cls(tokenizer, files.load_templates(root, config), special, eos_ids, now)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled, it is made again: what it has compiled and tried stays here."""
+        """Pickles only the arguments: compiled templates and trial results are made again."""
         return type(self), self._made_of
 
     def __copy__(self) -> Self:
-        """Not as pickled: a copy shares all that was compiled and tried."""
+        """Unlike pickling, shares compiled templates and trial results with the copy."""
         made = type(self).__new__(type(self))
         vars(made).update(vars(self))
         return made
 
     def fingerprint(self) -> str | None:
-        """Returns the digest of all that decides about a row's tokens; None where the clock does."""
+        """Returns the digest of everything that affects a row's tokens; None if the current time does."""
         tokenizer, templates, special_tokens, eos_ids, now = self._made_of
         dates = files.dates(templates, now)
         parts = [tokenizer.to_str(), templates, special_tokens, list(eos_ids), dates]
         return None if dates is None else hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def hasten(self) -> None:
-        """Prepares for many rows: ids stay the same and come faster, after up to a second."""
+        """Prepares for many rows: takes up to a second, after which the same ids are computed faster."""
         self._tokens.hasten()
 
     def render_ahead(self, examples: Sequence[Example]) -> Self:
-        """The same template, which has the texts of these examples already. Raises nothing that is a row's fault: that
-        comes when the row is encoded."""
+        """Returns a copy that has rendered these examples. Errors of a row are raised later, when it is encoded."""
         now = self._now()
         ahead: dict[int, tuple[Views, tuple[str, ...], Sequence[Message]]] = {}
         for example in examples:
@@ -156,30 +155,30 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """The conversation's text. Raises CannotRender with the template's own reason where it refuses the messages,
-        and where it would lose a part of them."""
+        """Returns the conversation's text. Raises CannotRender, with the template's own reason if it refuses the
+        messages, and if it would drop a part of them."""
         views = self._views(messages, tools, add_generation_prompt)[0]
         return self._tokens.show(views.text(len(messages), add_generation_prompt))
 
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> list[int]:
-        """What the model is given when it is asked for the next message. Raises CannotRender as `render` does."""
+        """Returns the ids of the prompt for the next message. Raises CannotRender as `render` does."""
         views = self._views(messages, tools, True)[0]
         return self._tokens.encode(views.text(len(messages), True))
 
     def encode(self, example: Example, max_length: int) -> Rendered:
-        """One row's ids and labels, cut at the end after `max_length` tokens.
+        """Returns a row's ids and labels, cut after `max_length` tokens.
 
-        Raises CannotRender where the template loses part of the row, gives its turns no end that could be learned, or
-        writes a trained turn differently once others follow it: `split` such rows first.
+        Raises CannotRender if the template drops a part of the row, gives turns no end that could be learned, or
+        renders a trained turn differently once others follow: `split` such rows first.
         """
         views, spelled = self._views(example.messages, example.tools, False)
         return _cut(*self._join(views, trained_turns(example), len(example.messages)), max_length, spelled)
 
     def encode_all(self, example: Example, max_length: int, loss_on: LossOn = "assistant") -> list[Rendered]:
-        """The sequences to learn for a row: one, or one for each trained turn, ending with it. Raises CannotRender.
+        """Returns the sequences of a row: one, or one for each trained turn, ending with it. Raises CannotRender.
 
-        Some templates show a turn's thinking only while it is the last. A turn is then learned from the text that the
-        model is given when it has to write that turn, which no single text holds for all of them.
+        Some templates show a turn's thinking only in the last turn. Then each turn is learned from the prompt that the
+        model gets for it at inference, and no single text contains all of them.
         """
         mask = Mask.of(example, loss_on)
         views, spelled = self._views(example.messages, example.tools, False)
@@ -188,14 +187,14 @@ class ChatTemplate:
         except _Apart as error:
             if mask.unlearned:
                 raise CannotRender(reason=error.message) from error
-        if mask.with_prompts:  # all that is written is learned, so earlier answers are as the whole text shows them
+        if mask.with_prompts:  # everything is learned, so earlier answers are taken as the whole text shows them
             return [_cut(*self._join(views, mask.turns[-1:], len(example.messages), mask), max_length, spelled)]
         return [self._part(example, index, views, max_length, spelled) for index in mask.turns]
 
     def encode_text(self, text: str, max_length: int) -> Rendered:
-        """Plain text, each token learned: BOS where the template begins with it, the text, and the end token.
+        """Encodes plain text, all tokens learned: BOS if the template begins with it, the text, and the end token.
 
-        Raises CannotRender where the tokenizer names no end token.
+        Raises CannotRender if the tokenizer names no end token.
         """
         end = self.tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
         if end is None:
@@ -205,26 +204,26 @@ class ChatTemplate:
         spelled = self._tokens.hide(text)[1]
         ids = [*self.encode_beginning(text), end]
         cut = _cut(ids, ids, max_length, tuple(dict.fromkeys(map(self._tokens.show, spelled))))
-        return replace(cut, answer_cut=False)  # the beginning of a text is a text
+        return replace(cut, answer_cut=False)  # the beginning of a text is still a text
 
     def encode_beginning(self, text: str) -> list[int]:
-        """Plain text to go on from, as `encode_text` begins one."""
+        """Returns the ids of plain text to be continued, with the same beginning as in `encode_text`."""
         return [*self._opening_bos, *self._tokens.encode(self._tokens.hide(text)[0])]
 
     @cached_property
     def _opening_bos(self) -> list[int]:
-        """The BOS token, where chats begin with it, so that plain text begins as they do."""
+        """Returns the BOS token if chats begin with it, so that plain text begins the same way."""
         bos = self.special_tokens.get("bos_token", "")
         id = self.tokenizer.token_to_id(bos)
         try:
             chat = self.render([Message(role="user", content="question"), Message(role="assistant", content="answer")])
         except CannotRender:
             return []
-        # Where each turn begins with it, it is a turn's mark and not a text's.
+        # If each turn begins with it, it marks turns and not the beginning of a text.
         return [id] if id is not None and chat.startswith(bos) and chat.count(bos) == 1 else []
 
     def encode_answer(self, example: Example) -> tuple[list[int], list[int]]:
-        """The prompt's ids for the last message, and those that the model must answer with. Raises CannotRender."""
+        """Returns the ids of the last message's prompt, and those of the message itself. Raises CannotRender."""
         last = len(example.messages) - 1
         views, _ = self._views(example.messages, example.tools, False)
         ids, labels = self._join(views, [last], last + 1)
@@ -232,7 +231,7 @@ class ChatTemplate:
         return ids[: labels.index(answer[0])], answer
 
     def split(self, example: Example) -> list[Example]:
-        """Returns the rows of which `encode_all` makes a sequence each."""
+        """Returns the rows that `encode_all` encodes as one sequence each."""
         views = self._views(example.messages, example.tools, False)[0]
         try:
             self._join(views, trained_turns(example), len(example.messages))
@@ -241,34 +240,34 @@ class ChatTemplate:
         return [example]
 
     def answer_context(self, prompt_ids: list[int]) -> list[int]:
-        """Returns the prompt's last ids, behind which an answer's ids say what they say in the whole text."""
+        """Returns the prompt's last ids, as context in which an answer's ids decode as in the whole text."""
         return self._tokens.context(prompt_ids)
 
     def answer_length(self, ids: Sequence[int]) -> int:
-        """Returns how many ids an answer has before the first stop token."""
+        """Returns the number of an answer's ids before the first stop token."""
         return next((place for place, token in enumerate(ids) if token in self.eos_ids), len(ids))
 
     def answer_text(self, ids: Sequence[int]) -> str:
-        """Returns what an answer's ids say, up to the first stop token."""
+        """Returns the text of an answer's ids up to the first stop token."""
         text: str = self.tokenizer.decode(list(ids[: self.answer_length(ids)]), skip_special_tokens=True)
         return text
 
     def _views(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None, prompting: bool, now: datetime | None = None
     ) -> tuple[Views, tuple[str, ...]]:
-        """Returns the conversation as the template gets it, and the special tokens that it spells."""
+        """Returns the conversation as the template's input, and the special tokens that occur in its texts."""
         if not prompting and (known := self._ahead.get(id(messages))):
             return known[0], known[1]
         given = [message.for_template() for message in messages]
         given_tools = [tool.for_template() for tool in tools] if tools else None
         given = self._fields.in_shown_form(given, given_tools, prompting)
         (given, given_tools), spelled = self._tokens.hide([given, given_tools])
-        now = now or self._now()  # once: the renderings of a row must agree though midnight passes between them
+        now = now or self._now()  # once, so that all renderings of a row have the same date
         return Views(partial(self._render, now=now), given, given_tools), tuple(dict.fromkeys(spelled))
 
     def _part(self, example: Example, index: int, views: Views, max_length: int, spelled: tuple[str, ...]) -> Rendered:
         own, _ = self._views(example.messages[: index + 1], example.tools, False)
-        if own.messages != views.messages[: index + 1]:  # another way to write empty content
+        if own.messages != views.messages[: index + 1]:  # another form of empty content
             views = own
         return _cut(*self._join(views, [index], index + 1), max_length, spelled)
 
@@ -311,7 +310,7 @@ class ChatTemplate:
     def _join(
         self, views: Views, trained: Sequence[int], count: int, mask: Mask = ANSWERS
     ) -> tuple[list[int], list[int]]:
-        """Ids and labels of the first `count` messages. Raises _Apart where no single sequence holds the turns."""
+        """Returns ids and labels of the first `count` messages. Raises _Apart if one sequence cannot hold all turns."""
         views.prepare(views_of(trained, count))
         whole = views.text(count)
         ids: list[int] = []
@@ -349,7 +348,7 @@ class ChatTemplate:
         return before, after
 
     def _opening_prompt(self, views: Views, after: str) -> str:
-        # Nothing can be rendered before the first message, so the turn is compared with one that says something else.
+        # Nothing can be rendered before the first message, so the turn is compared with one that has another text.
         first = views.messages[0]
         text = first["content"] or ""
         other = {**first, "content": ("b" if text[:1] == "a" else "a") + text}
@@ -367,11 +366,11 @@ class ChatTemplate:
             )
         answer = ids[: stop + 1]
         rest = ids if is_last else self._tokens.extend(given, prompt, whole)
-        # Where what follows changes the answer's tokens, it is left out: nothing of it is learned.
+        # If the following text changes the answer's tokens, it is left out; none of it is learned.
         return answer, rest[len(answer) :] if rest[: len(answer)] == answer else []
 
     def _all_stop_ids(self, configured: Sequence[int]) -> frozenset[int]:
-        """Returns the configured stop tokens and the special token that the template writes right after an answer."""
+        """Returns the configured stop tokens and the special token that the template writes after an answer."""
         question, answer = Message(role="user", content="question"), Message(role="assistant", content="answer")
         try:
             after = self.render([question, answer]).rpartition("answer")[2]

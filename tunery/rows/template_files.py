@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tunery.rows.errors import CannotRender
 
 ADDITIONAL = "additional_chat_templates"
-"""The folder of templates besides the default, each a file that has its name."""
+"""The folder of templates besides the default; each file has its template's name."""
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _WRITTEN_DATE = re.compile(r"strftime_now\(\s*(['\"])([^'\"\\]*)\1\s*\)")
 _ASKED_FOR = re.compile(r"strftime_now is (?:not )?defined")
@@ -23,11 +23,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Raises CannotRender where the file is missing."""
+    """Loads a tokenizer. Raises CannotRender if the file is missing."""
     if not path.exists():
         raise CannotRender(reason="The model has no tokenizer.json. Save it with a fast tokenizer and add it again.")
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    # Without its post-processor nothing can add a BOS behind the template's back.
+    # Without its post-processor, which could add a BOS that the template did not write.
     return Tokenizer.from_str(json.dumps({**tokenizer, "post_processor": None, "truncation": None, "padding": None}))
 
 
@@ -37,7 +37,7 @@ def additional_names(root: Path) -> list[str]:
 
 
 def load_templates(root: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Jinja sources by name, "default" among them. Raises CannotRender where there is no default."""
+    """Returns Jinja sources by name, "default" among them. Raises CannotRender if there is no default."""
     in_config = config.get("chat_template") or {}
     if isinstance(in_config, str):
         templates = {"default": in_config}
@@ -57,7 +57,7 @@ def load_templates(root: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Returns the named special tokens (`bos_token`, ...) as templates get them."""
+    """Returns the named special tokens (`bos_token`, ...) for templates."""
 
     def text(value: Any) -> Any:
         return value.get("content") if isinstance(value, dict) else value
@@ -76,14 +76,14 @@ def configured_eos_ids(root: Path, tokenizer: Tokenizer, special: dict[str, str]
 
 
 def digest(templates: dict[str, str]) -> str:
-    """A sha256 of the templates; one template's is that of its file, so that anybody can check it with sha256sum."""
+    """Returns a sha256 of the templates; for a single template it is that of its file, as sha256sum prints it."""
     named = templates["default"] if len(templates) == 1 else json.dumps(templates, sort_keys=True)
     return hashlib.sha256(named.encode()).hexdigest()
 
 
 def dates(templates: dict[str, str], now: datetime | None) -> list[str] | None:
-    """Returns what the templates write of the moment `now`, the whole moment where their sources do not show that.
-    None where they may write one that is not settled."""
+    """Returns the parts of `now` that the templates write, or all of it if their sources do not show which. None if
+    they may write the time and `now` is not fixed."""
     source = "\n".join(templates.values())
     forms = {form for _, form in _WRITTEN_DATE.findall(source)}
     if "strftime_now" not in source:

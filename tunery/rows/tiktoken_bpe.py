@@ -1,14 +1,15 @@
-"""Byte-level BPE by `tiktoken`, three times as fast as `tokenizers`, for models of which equal ids are proven.
+"""Byte-level BPE by `tiktoken`, three times as fast as `tokenizers`, for models with provably equal ids.
 
-What is proven, of each model before its first text:
+Proven for each model before its first text:
 
-- The text is cut alike. The pre-tokenizer is one of those below, whose pattern differs in nothing but the engine, and
-  each character of a text falls into the same classes in both: tried once for each block of 256 characters.
-- A piece is merged alike. `tiktoken` joins neighbours whenever their bytes are a token, `tokenizers` only by a listed
-  merge. These are the same where each token comes of one merge, merges rank as their ids do, and each token's own text
-  becomes that token: neighbours that make up a token are then the last two parts of it when it is encoded alone.
+- Text is split alike. The pre-tokenizer is one of those below, whose patterns differ only in the regex engine, and each
+  character of a text is in the same classes in both: tested once for each block of 256 characters.
+- Pieces are merged alike. `tiktoken` joins neighbours whenever their bytes are a token, `tokenizers` only by a listed
+  merge. The two are equivalent if each token comes from one merge, merges rank in the order of their ids, and each
+  token's own text encodes to that token: neighbours that form a token are then its last two parts when it is encoded
+  alone.
 
-Any other model, and any text with a character that is classed otherwise, is left to `tokenizers`.
+`tokenizers` encodes for any other model, and any text with a character that is classified differently.
 """
 
 import json
@@ -26,30 +27,30 @@ from tunery.rows.tokens import any_of
 _BLANKS = r"|\s+(?!\S)|\s+"
 _LETTERS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+"
 _GPT2 = rf"(?:{_LETTERS}| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+){_BLANKS}"
-"""In a group what looks at nothing behind it: the engine then has one automaton of it, and takes a tenth less time."""
+"""Alternatives without lookahead are grouped: the engine compiles them to one automaton and takes a tenth less time."""
 _GPT2_DIGITS = rf"(?:{_LETTERS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+)|\s+(?![^\s\p{{N}}])|\s+"
-"""Digits are cut out first, so that blanks before one stand at the end of their text."""
+"""Digits are split off first, so that blanks before a digit are at the end of their piece."""
 _WORDS = [
     rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     for digits in ("", "{1,3}")
 ]
 _SPLITS = {words + _BLANKS: f"(?:{words}){_BLANKS}" for words in _WORDS}
-"""As models spell them, and as they are given to the engine."""
+"""The patterns as in models' files, and as compiled here."""
 _BLOCK = 256
 _MOST_CHARACTERS = 10_000
-"""Longer runs without a special token are left to `tokenizers`: the engine of patterns gives up on a million blanks."""
+"""Longer runs without a special token are left to `tokenizers`: the regex engine fails on a million blanks."""
 _KEPT = 256
-"""Texts between special tokens whose ids are kept: a system message comes in every row, a prompt twice in its own."""
+"""Cached texts between special tokens: a system message is in every row, and a prompt is encoded twice for its row."""
 _PROBES = ("{0}", "{0}{0}", "a{0}a", "1{0}1", "!{0}!", " {0}", "{0} ", " {0} ", "'{0}", "{0}\n", "\n{0}")
 
 
 class Unproven(Exception):
-    """The model may be tokenised otherwise by `tiktoken`."""
+    """`tiktoken` may give other ids for the model."""
 
 
 def prove(tokenizer: Tokenizer) -> "TiktokenBPE | None":
-    """Returns what encodes as the tokenizer does; None where that is not proven. Takes up to a second."""
+    """Returns an equivalent, faster encoder; None if equivalence is not proven. Takes up to a second."""
     try:
         return TiktokenBPE(tokenizer)
     except Unproven:
@@ -77,7 +78,7 @@ class TiktokenBPE:
         self._ids = lru_cache(_KEPT)(self._encoding.encode_ordinary)
 
     def encode(self, text: str) -> list[int] | None:
-        """Returns the ids; None where the text has to be left to `tokenizers`."""
+        """Returns the ids; None if `tokenizers` has to encode the text."""
         ids: list[int] = []
         is_proven = self._is_proven(text)
         for at, part in enumerate(self._added.split(text) if self._added else (text,)):
@@ -100,12 +101,12 @@ class TiktokenBPE:
         return self._proven.issuperset(text)
 
     def _agreeing(self, block: int) -> set[str]:
-        """Returns the characters of a block at which both cut alike, whatever stands beside them."""
+        """Returns the characters of a block at which both split alike, whatever their neighbours."""
         characters = [chr(code) for code in range(block * _BLOCK, (block + 1) * _BLOCK) if not 0xD800 <= code < 0xE000]
-        # A byte that is no token vanishes in `tokenizers`.
+        # `tokenizers` drops a byte that is not a token.
         characters = [character for character in characters if self._bytes.issuperset(character.encode())]
         probes = {character: [probe.format(character) for probe in _PROBES] for character in characters}
-        # Where each piece that can come is a token, a piece becomes one token: so the pieces can be seen.
+        # With every possible piece as a token, each piece becomes one token, which makes the splits visible.
         pieces = {part for texts in probes.values() for text in texts for part in _parts(text)}
         seen = _encoding(self._pattern, {bytes([byte]): byte for byte in range(256)} | _numbered(pieces))
         return {character for character, texts in probes.items() if all(self._cuts_alike(seen, text) for text in texts)}
@@ -128,7 +129,7 @@ def _encoding(pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
 
 
 def _pattern(spec: dict[str, Any]) -> str:
-    """How the model cuts text. Raises Unproven."""
+    """Returns the pattern by which the model splits text. Raises Unproven."""
     cut, normalizer = spec["pre_tokenizer"] or {}, spec["normalizer"]
     if spec["truncation"] or spec["padding"] or (normalizer or {"type": "NFC"})["type"] != "NFC":
         raise Unproven
@@ -151,7 +152,7 @@ def _is_plain_split(step: dict[str, Any]) -> bool:
 
 
 def _added(spec: dict[str, Any]) -> dict[str, int]:
-    """Returns the tokens that are cut out before all else. Raises Unproven where they take more than their own text."""
+    """Returns the tokens that are split off first. Raises Unproven if they match more than their own text."""
     tokens = spec["added_tokens"]
     takes_more = any(token[flag] for token in tokens for flag in ("lstrip", "rstrip", "single_word"))
     if takes_more or len({token["normalized"] for token in tokens}) > 1:
@@ -160,7 +161,7 @@ def _added(spec: dict[str, Any]) -> dict[str, int]:
 
 
 def _ranks(spec: dict[str, Any]) -> dict[bytes, int]:
-    """Returns each token's bytes and its id, by which merges are ranked. Raises Unproven."""
+    """Returns the id of each token's bytes, by which merges are ranked. Raises Unproven."""
     model, added = spec["model"], {token["content"] for token in spec["added_tokens"]}
     if model["type"] != "BPE" or any(model.get(name) for name in _UNUSUAL):
         raise Unproven
@@ -184,7 +185,7 @@ def _pair(merge: Sequence[str] | str) -> Sequence[str]:
 
 
 def _check_alone(model: dict[str, Any], tokens: set[str], vocab: dict[str, int]) -> None:
-    """Each token's own text becomes that token by the merges alone. Raises Unproven."""
+    """Raises Unproven unless the merges alone turn each token's text into that token."""
     bare = {"version": "1.0", "model": {**model, "ignore_merges": False}, "added_tokens": []}
     alone = Tokenizer.from_str(json.dumps(bare))
     texts = sorted(tokens)
@@ -194,7 +195,7 @@ def _check_alone(model: dict[str, Any], tokens: set[str], vocab: dict[str, int])
 
 
 def _alphabet() -> dict[str, int]:
-    """The character by which byte-level vocabularies spell each byte: itself where it can be seen, else from U+0100."""
+    """Returns the byte of each character of byte-level vocabularies: itself if printable, else from U+0100 on."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = sorted(set(range(256)) - set(seen))
     return {chr(byte): byte for byte in seen} | {chr(256 + at): byte for at, byte in enumerate(hidden)}

@@ -1,7 +1,7 @@
-"""Text -> token ids: prompts and answers joined, special tokens that user data spells kept as text.
+"""Tokenises prompts and answers; special tokens in user data stay text.
 
-A row's ids are the prompt's, as a server gives them to the model, and then the answer's. Tokenising both at once is no
-substitute: a token may straddle the border, and the model would be trained on a prompt that it is never given.
+A row's ids are those of the prompt, as at inference, followed by those of the answer. Tokenising both at once differs:
+a token may span the boundary, and the model would be trained on a prompt that it never gets.
 """
 
 import json
@@ -21,35 +21,34 @@ if TYPE_CHECKING:
     from tunery.rows.tiktoken_bpe import TiktokenBPE
 
 _ANCHORS = ("", "\n")
-"""What an answer that is tokenised alone is put behind, so that a tokenizer which writes a blank before the first word
-of every text (SentencePiece's) does not write one before the answer. The first that leaves the text as it was is taken.
-"""
+"""Prefixes for an answer that is tokenised alone, so that a tokenizer which adds a blank before the first word of every
+text (SentencePiece's) does not add one before the answer. The first that leaves the text unchanged is used."""
 _CONTEXT = 8
-"""Tokens of the prompt that are decoded with the answer to compare texts."""
+"""Number of prompt tokens that are decoded with the answer to compare texts."""
 
 
 class Tokens:
-    """A tokenizer that never adds special tokens by itself. Safe to share between threads."""
+    """A tokenizer that adds no special tokens by itself. Safe to share between threads."""
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int] = ()) -> None:
-        """`stop_ids`: tokens that count as special though the tokenizer does not say so."""
+        """`stop_ids`: tokens that count as special although the tokenizer does not mark them."""
         self.tokenizer = tokenizer
         added: dict[int, AddedToken] = tokenizer.get_added_tokens_decoder()
         self.special_ids = {token.content: id for id, token in added.items() if token.special or id in stop_ids}
-        # Such a token swallows the blanks that follow it, those of an answer too.
+        # Such a token absorbs the blanks that follow it, also those of an answer.
         self._takes_blanks = {id for id, token in added.items() if token.rstrip}
         self._names = list(self.special_ids)
         self._special = any_of(self._names)
-        # Random, so that no user data can hold it.
+        # Random, so that no user data can contain it.
         self._mark = f"zq{secrets.token_hex(8)}"
         self._placeholder = re.compile(rf"{self._mark}n(\d+)z")
         self._fast: TiktokenBPE | None = None
         self._is_hastened = False
 
     def hide(self, value: Any) -> tuple[Any, list[str]]:
-        """A JSON value with each special token that its texts spell replaced by a placeholder; and those tokens.
+        """Returns a JSON value with placeholders for the special tokens in its texts, and those tokens.
 
-        `encode` writes the placeholders as the text that was there, and the special tokens around them as such.
+        `encode` encodes the placeholders as the original text, and the special tokens of the template as such.
         """
         found: list[str] = []
 
@@ -57,7 +56,7 @@ class Tokens:
             found.append(match.group())
             return f"{self._mark}n{self._names.index(match.group())}z"
 
-        # All texts at once: what only their borders spell is found below not to be there.
+        # All texts at once: a match across two of them does no harm, as each is searched alone below.
         if self._special is None or self._special.search("\0".join(texts(value))) is None:
             return value, []
         pattern = self._special
@@ -75,19 +74,19 @@ class Tokens:
         return ids
 
     def hasten(self) -> None:
-        """Encodes by `tiktoken` from now on, if it is installed and gives equal ids: worth its second for many rows."""
+        """Switches to `tiktoken`, if it is installed and proven equal: takes a second, worth it for many rows."""
         if not self._is_hastened:
             self._is_hastened = True
             with suppress(ImportError):
                 from tunery.rows import tiktoken_bpe
 
                 self._fast = tiktoken_bpe.prove(self.tokenizer)
-                processes.return_memory()  # the proof has had 60 MiB, and several processes make one
+                processes.return_memory()  # the proof takes 60 MiB, and several processes make one
 
     def extend(self, given: list[int], prompt: str, text: str) -> list[int]:
-        """The ids that follow `given`, those of `prompt`, in `text`, which begins with `prompt`. Raises CannotRender.
+        """Returns the ids of `text` after those of its beginning `prompt`, which are `given`. Raises CannotRender.
 
-        They are those of the whole text unless a token of it straddles the prompt's end.
+        They are those of the whole text unless one of its tokens spans the prompt's end.
         """
         whole, rest = self.encode(text), text[len(prompt) :]
         loses_blanks = bool(given) and given[-1] in self._takes_blanks and rest[:1].isspace()
@@ -96,15 +95,15 @@ class Tokens:
         return self._continue(given, rest)
 
     def context(self, prompt: list[int]) -> list[int]:
-        """The prompt's last tokens, with which an answer is decoded: alone it would lose a blank at its beginning.
+        """Returns the prompt's last tokens, to decode an answer with: alone it would lose a blank at its beginning.
 
-        None after a special token, where some tokenizers write a blank of their own before any text.
+        Empty after a special token, where some tokenizers add a blank before any text.
         """
         return [] if not prompt or prompt[-1] in self.special_ids.values() else prompt[-_CONTEXT:]
 
     def _continue(self, given: list[int], text: str) -> list[int]:
         special = None if self._special is None else self._special.search(text)
-        # Up to the first special token, as those may take blanks around them.
+        # Up to the first special token, as those may absorb blanks around them.
         head = self.show(text[: special.end()] if special else text)
         for context in (self.context(given), given[-_CONTEXT:]):
             before = self._decode(context)
@@ -131,9 +130,9 @@ class Tokens:
 
     @cached_property
     def _without_spellings(self) -> Tokenizer:
-        """The same tokenizer with its special tokens under names that no text holds: same ids, same rules.
+        """Returns the tokenizer with its special tokens renamed to what no text contains: same ids, same rules.
 
-        `Tokenizer.encode_special_tokens` would make all special tokens text, the template's own too.
+        `Tokenizer.encode_special_tokens` would turn all special tokens into text, also those of the template.
         """
         made = json.loads(self.tokenizer.to_str())
         secret = {name: self._secret(name) for name in self._names}
@@ -177,7 +176,7 @@ def map_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def any_of(names: list[str]) -> re.Pattern[str] | None:
-    """Returns a pattern of one group: the longest of `names` at a place. By first character, to skip to it quickly."""
+    """Returns a pattern of one group that matches the longest of `names`, ordered by first character for speed."""
     groups: dict[str, list[str]] = {}
     for name in sorted(filter(None, names), key=len, reverse=True):
         groups.setdefault(name[0], []).append(name[1:])

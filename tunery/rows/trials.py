@@ -1,4 +1,4 @@
-"""Conversations that a chat template must survive before its base is added: users meet its faults otherwise."""
+"""Trial conversations that a chat template must render before its base is added."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from tunery.rows.template import ChatTemplate
 
 @dataclass(frozen=True)
 class Trial:
-    """A conversation. `is_required`: without it nothing can be trained; the others a template may refuse."""
+    """A conversation. `is_required`: without it nothing can be trained; a template may refuse the others."""
 
     messages: Sequence[Message]
     tools: Sequence[Tool] | None = None
@@ -54,9 +54,9 @@ TRIALS = (
 
 
 def render_trials(template: ChatTemplate) -> None:
-    """Renders each of TRIALS, with the generation prompt and without.
+    """Renders each of TRIALS, with and without the generation prompt.
 
-    Raises CannotRender where a required one fails, or where any costs more than a rendering may.
+    Raises CannotRender if a required one fails, or if any exceeds the budget of a rendering.
     """
     for trial in TRIALS:
         for prompts in (False, True):

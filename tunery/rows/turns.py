@@ -1,4 +1,4 @@
-"""One conversation's renderings, up to each of its turns."""
+"""Renderings of a conversation up to each of its turns."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from tunery.rows.messages import Example
 
 View = tuple[int, bool]
-"""The first n messages, with the generation prompt after them or without."""
+"""The first n messages, and whether the generation prompt follows."""
 
 
 class Views:
-    """Renders each view of a conversation once. `messages` and `tools` are as templates get them."""
+    """Renders each view of a conversation once. `messages` and `tools` are a template's input."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Views:
             self.fill(dict(zip(missing, self._render(self.messages, self.tools, missing), strict=True)))
 
     def fill(self, texts: dict[View, str]) -> None:
-        """Takes renderings that were made elsewhere."""
+        """Stores renderings that were made elsewhere."""
         self._texts.update(texts)
 
     def text(self, count: int, prompting: bool = False) -> str:
@@ -41,7 +41,7 @@ class Views:
 
 
 def views_of(trained: Sequence[int], count: int) -> list[View]:
-    """Returns the renderings that tell the trained turns of `count` messages from the rest."""
+    """Returns the views that separate the trained turns of `count` messages from the rest."""
     wanted = [(count, False), *((k, True) for k in trained if k), *((k + 1, False) for k in trained)]
     return list(dict.fromkeys(wanted))
 
