@@ -125,6 +125,21 @@ def test_adapter_that_cannot_be_loaded_is_refused(run: Path) -> None:
     assert "cannot be laid on their base" in found.reason
 
 
+@pytest.mark.parametrize(
+    ("logit", "precision", "apart"),
+    [
+        (28.4, "bfloat16", 0.5),  # four times 2**-3
+        (-16.0, "bfloat16", 0.5),
+        (15.9, "bfloat16", 0.25),
+        (1.0, "bfloat16", 0.05),
+        (0.0, "bfloat16", 0.05),
+        (28.4, "float32", 1e-4),
+    ],
+)
+def test_ties_are_as_far_apart_as_rounding_makes_them(logit: float, precision: Any, apart: float) -> None:
+    assert parity.tie(logit, precision) == apart
+
+
 ROW = TokenDifference(row=3, place="answer", position=2, trained="a", served="b", gap=0.2)
 EQUAL, TIED, OTHER = Compared(4), Compared(4, ROW, is_tie=True), Compared(4, ROW)
 ENDLESS = Compared(4, ROW.model_copy(update={"trained": None, "gap": None}))

@@ -6,6 +6,7 @@ artifact, and a section of its README. A difference, or a model that cannot be l
 """
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -30,8 +31,14 @@ from worker.server.generation import Generation
 from worker.server.schemas import ChatRequest, parse
 from worker.supervisor.staging import EXPORTS
 
-TIE, EXACT_TIE = 0.05, 1e-4
+_TIE, _EXACT_TIE = 0.05, 1e-4
 """Logits so near that rounding decides between their tokens: of sums in bf16, and in fp32."""
+_SPACINGS = 4
+"""Neighbouring bf16 numbers between two logits that rounding decides between too. From 16 on they are 0.125 apart: of 28
+answers of SmolLM2 another batch size changes 9, 4 of them at gaps below 0.05, all within three neighbours
+(`python -m bench.rounding`)."""
+Precision = Literal["float32", "bfloat16"]
+
 LEAST_EQUAL = 0.96
 """The share of rows that have to be equal, or ties, in bf16."""
 _SPARED_FROM = 10
@@ -61,9 +68,8 @@ def check(run_dir: Path, rows: int, tokens: int, device: str) -> Served:
     try:
         models, chosen = _lay_out(run_dir, run)
         engine = Engine(models, Directory(run_dir / ".nothing"), device, now=run.now)
-        tie = EXACT_TIE if precision == "float32" else TIE
         batches = _batches(asked, engine.streams)
-        compared = [found for some in batches for found in _compare(engine, chosen, some, tokens, tie)]
+        compared = [found for some in batches for found in _compare(engine, chosen, some, tokens, precision)]
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001  whatever it is, the model server would meet it too
@@ -71,7 +77,7 @@ def check(run_dir: Path, rows: int, tokens: int, device: str) -> Served:
     return judge(compared, precision)
 
 
-def judge(compared: Sequence[Compared], precision: str) -> Served:
+def judge(compared: Sequence[Compared], precision: Precision) -> Served:
     """Returns the verdict on all rows."""
     unequal = [found for found in compared if found.difference is not None and not found.is_tie]
     spared = 0 if precision == "float32" else max(int(len(compared) * (1 - LEAST_EQUAL)), len(compared) >= _SPARED_FROM)
@@ -88,7 +94,7 @@ def judge(compared: Sequence[Compared], precision: str) -> Served:
     )
 
 
-def _precision(artifact: Path, device: str) -> Literal["float32", "bfloat16"]:
+def _precision(artifact: Path, device: str) -> Precision:
     """That of the sums which both sides make; the model server makes those on a GPU in bf16."""
     compute = json.loads((artifact / "training_config.json").read_text())["precision"]["compute"]
     return "float32" if compute == "float32" and device == "cpu" else "bfloat16"
@@ -143,11 +149,13 @@ def _put(source: Path, models: Path, *, weighed: bool) -> str:
     return listed.sha256
 
 
-def _compare(engine: Engine, chosen: Chosen, asked: list[GreedyAnswer], tokens: int, tie: float) -> list[Compared]:
+def _compare(
+    engine: Engine, chosen: Chosen, asked: list[GreedyAnswer], tokens: int, precision: Precision
+) -> list[Compared]:
     """Answers rows together, as the model server does."""
     answers = [engine.answer(_request(one, chosen, min(tokens, one.limit))) for one in asked]
     _finish(engine, answers)
-    return [_compare_row(engine, chosen, one, answer, tie) for one, answer in zip(asked, answers, strict=True)]
+    return [_compare_row(engine, chosen, one, answer, precision) for one, answer in zip(asked, answers, strict=True)]
 
 
 def _request(one: GreedyAnswer, chosen: Chosen, most: int) -> ChatRequest:
@@ -163,7 +171,9 @@ def _finish(engine: Engine, answers: list[Generation]) -> None:
                 del pieces[id(answer)]
 
 
-def _compare_row(engine: Engine, chosen: Chosen, one: GreedyAnswer, answer: Generation, tie: float) -> Compared:
+def _compare_row(
+    engine: Engine, chosen: Chosen, one: GreedyAnswer, answer: Generation, precision: Precision
+) -> Compared:
     prompt = _first_difference(one.prompt_ids, answer.prompt_ids)
     wanted = one.ids[: answer.max_tokens]
     place = _first_difference(wanted, answer.ids)
@@ -171,11 +181,22 @@ def _compare_row(engine: Engine, chosen: Chosen, one: GreedyAnswer, answer: Gene
         return Compared(len(answer.ids), _describe(one, answer, "prompt", prompt, one.prompt_ids, answer.prompt_ids))
     if place is None:
         return Compared(len(answer.ids))
-    gap = None
-    if max(len(wanted), len(answer.ids)) > place < min(len(wanted), len(answer.ids)):
-        gap = _gap(engine, chosen, [*answer.prompt_ids, *wanted[:place]], wanted[place], answer.ids[place])
+    if place >= min(len(wanted), len(answer.ids)):  # one has ended
+        return Compared(len(answer.ids), _describe(one, answer, "answer", place, wanted, answer.ids))
+    logits = _logits(engine, chosen, [*answer.prompt_ids, *wanted[:place]])
+    trained, served = float(logits[wanted[place]]), float(logits[answer.ids[place]])
+    gap = abs(trained - served)
     found = _describe(one, answer, "answer", place, wanted, answer.ids, gap)
-    return Compared(len(answer.ids), found, is_tie=gap is not None and gap < tie)
+    return Compared(len(answer.ids), found, is_tie=gap <= tie(max(abs(trained), abs(served)), precision))
+
+
+def tie(logit: float, precision: Precision) -> float:
+    """Returns how far apart two logits of that size may be for rounding to decide between them."""
+    if precision == "float32":
+        return _EXACT_TIE
+    _, exponent = math.frexp(logit)
+    spacing = 2.0 ** (exponent - 8)  # bf16 has eight significant bits
+    return max(_TIE, _SPACINGS * spacing)
 
 
 def _first_difference(wanted: Sequence[int], given: Sequence[int]) -> int | None:
@@ -183,16 +204,15 @@ def _first_difference(wanted: Sequence[int], given: Sequence[int]) -> int | None
     return next((place for place, (one, other) in pairs if one != other), None)
 
 
-def _gap(engine: Engine, chosen: Chosen, before: list[int], wanted: int, given: int) -> float:
-    """Between the logits of two tokens, in the model server."""
+def _logits(engine: Engine, chosen: Chosen, before: list[int]) -> torch.Tensor:
+    """Returns the model server's logits of the token that follows."""
     ready = engine.hold(chosen)
     stream = ready.stream(before)
     try:
-        logits = stream.logits()
+        return stream.logits()
     finally:
         stream.close()
         ready.release()
-    return abs(float(logits[given] - logits[wanted]))
 
 
 def _describe(
