@@ -34,8 +34,8 @@ from worker.supervisor.staging import EXPORTS
 _TIE, _EXACT_TIE = 0.05, 1e-4
 """Logits so near that rounding decides between their tokens: of sums in bf16, and in fp32."""
 _SPACINGS = 4
-"""Neighbouring bf16 numbers between two logits that rounding decides between too. From 16 on they are 0.125 apart: of 28
-answers of SmolLM2 another batch size changes 9, 4 of them at gaps below 0.05, all within three neighbours
+"""Neighbouring bf16 numbers between two logits that rounding decides between too. From 16 on they are 0.125 apart: of
+28 answers of SmolLM2 another batch size changes 9, 4 of them at gaps below 0.05, all within three neighbours
 (`python -m bench.rounding`)."""
 Precision = Literal["float32", "bfloat16"]
 
