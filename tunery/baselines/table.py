@@ -15,7 +15,7 @@ from tunery.jobs.states import State
 from tunery.models.model import Model
 from tunery.planning.intervals import wilson
 from tunery.planning.prices import Prices, cost
-from tunery.planning.prompting import SHARES, Figure, PromptScore
+from tunery.planning.prompting import BINARY_METRICS, Figure, PromptScore
 
 Way = Literal["zero_shot", "few_shot", "nearest", "tuned"]
 Verdict = Literal["met", "unsure", "missed"]
@@ -182,5 +182,5 @@ def _jobs(session: Session, baseline: Baseline) -> list[tuple[Job, Model]]:
 def _tuned_figure(name: str, found: Mapping[str, Any], n: int) -> Figure:
     """A scorecard has the interval of the gain alone; that of a share follows from its rows."""
     score = found["tuned"]
-    low, high = wilson(round(score * n), n) if name in SHARES else (None, None)
+    low, high = wilson(round(score * n), n) if name in BINARY_METRICS else (None, None)
     return Figure(score=score, low=low, high=high)

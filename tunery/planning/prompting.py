@@ -8,7 +8,7 @@ MOST_SHOTS = 32
 """Maximum examples in a prompt: more cost more than they gain, and take a CPU hours to measure."""
 METRICS = ("exact", "label_accuracy", "field_f1", "json_valid", "tool_calls", "tool_names", "chrf", "rouge_l")
 """Metrics that a target may name: those of the scorecard."""
-SHARES = frozenset({"exact", "label_accuracy", "json_valid", "tool_calls", "tool_names"})
+BINARY_METRICS = frozenset({"exact", "label_accuracy", "json_valid", "tool_calls", "tool_names"})
 """Metrics that count each row as right or wrong."""
 
 Shots = Annotated[int, Field(ge=0, le=MOST_SHOTS)]

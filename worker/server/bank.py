@@ -20,7 +20,7 @@ from worker.server.factors import Factors, Site, Stack, split
 
 
 @dataclass(frozen=True)
-class _Share:
+class _Group:
     """Rows of a pass whose adapters have one shape. All indices are on the device.
 
     `layers`: by name A transposed (adapters x inputs x rank) and B (adapters x rank x outputs). `rows`: for each
@@ -42,8 +42,8 @@ class Bank:
         self._device = next(model.parameters()).device
         self._stacks: dict[tuple[Site, ...], Stack] = {}
         self._hooked: set[str] = set()
-        self._shares: list[_Share] = []
-        self._known: tuple[list[Factors | None], list[_Share]] = [], []
+        self._groups: list[_Group] = []
+        self._known: tuple[list[Factors | None], list[_Group]] = [], []
         self._lock = Lock()
 
     def add(self, factors: Factors) -> None:
@@ -63,24 +63,24 @@ class Bank:
     @contextmanager
     def on(self, adapters: Sequence[Factors | None]) -> Iterator[None]:
         """Gives row i of each pass in the block adapters[i]; None: the base alone."""
-        self._shares = self._plan(list(adapters))
+        self._groups = self._plan(list(adapters))
         try:
             yield
         finally:
-            self._shares = []
+            self._groups = []
 
-    def _plan(self, adapters: list[Factors | None]) -> list[_Share]:
-        known, shares = self._known
+    def _plan(self, adapters: list[Factors | None]) -> list[_Group]:
+        known, groups = self._known
         # Compared by identity: equal lists of the same rows come step after step.
         if len(adapters) == 1 or known != adapters:
             shapes = dict.fromkeys(one.sites for one in adapters if one is not None)
             with self._lock:
-                shares = [self._share(self._stacks[sites], adapters) for sites in shapes]
+                groups = [self._group(self._stacks[sites], adapters) for sites in shapes]
         if len(adapters) > 1:
-            self._known = adapters, shares
-        return shares
+            self._known = adapters, groups
+        return groups
 
-    def _share(self, stack: Stack, adapters: list[Factors | None]) -> _Share:
+    def _group(self, stack: Stack, adapters: list[Factors | None]) -> _Group:
         rows: dict[Factors, list[int]] = {}
         for row, one in enumerate(adapters):
             if one is not None and one.sites == stack.sites:
@@ -88,7 +88,7 @@ class Bank:
         block, order = stack.gather(list(rows)) if len(rows) > 1 else (stack.row(next(iter(rows))), list(rows))
         pairs = split(block, stack.sites)
         layers = {site.name: (a.transpose(1, 2), b) for site, (a, b) in zip(stack.sites, pairs, strict=True)}
-        return _Share(layers, *self._indices([rows[one] for one in order], len(adapters)))
+        return _Group(layers, *self._indices([rows[one] for one in order], len(adapters)))
 
     def _indices(self, rows: list[list[int]], count: int) -> tuple[torch.Tensor | None, ...]:
         if rows == [[row] for row in range(count)]:
@@ -102,25 +102,25 @@ class Bank:
 
     def _lay(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], out: torch.Tensor) -> None:
         """Adds the rows' adapters to a layer's output."""
-        for share in self._shares:
-            if name in share.layers:
-                _add(share, *share.layers[name], inputs[0], out, isinstance(layer, Linear4bit))
+        for group in self._groups:
+            if name in group.layers:
+                _add(group, *group.layers[name], inputs[0], out, isinstance(layer, Linear4bit))
 
 
-def _add(share: _Share, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, out: torch.Tensor, is_packed: bool) -> None:
+def _add(group: _Group, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, out: torch.Tensor, is_packed: bool) -> None:
     """Adds the adapters' products to `out` in place; x is rows x tokens x inputs, out rows x tokens x outputs."""
     tokens = x.shape[1]
-    picked = (x if share.rows is None else x[share.rows]).to(a.dtype)
-    narrow = torch.bmm(picked.reshape(a.shape[0], -1, a.shape[1]), a)
-    if share.targets is None and out.dtype == b.dtype:
-        out.baddbmm_(narrow, b)
+    picked = (x if group.rows is None else x[group.rows]).to(a.dtype)
+    lora_hidden = torch.bmm(picked.reshape(a.shape[0], -1, a.shape[1]), a)
+    if group.targets is None and out.dtype == b.dtype:
+        out.baddbmm_(lora_hidden, b)
         return
-    delta = torch.bmm(narrow, b).view(-1, tokens, b.shape[2])
+    delta = torch.bmm(lora_hidden, b).view(-1, tokens, b.shape[2])
     if is_packed:
         delta = delta.to(out.dtype)  # as PEFT does on a 4-bit layer; on others it adds in fp32 and rounds once
-    if share.targets is None:
+    if group.targets is None:
         out.copy_(out + delta)
     elif out.dtype == delta.dtype:
-        out.index_add_(0, share.targets, delta[share.places])
+        out.index_add_(0, group.targets, delta[group.places])
     else:
-        out[share.targets] = (out[share.targets] + delta[share.places]).to(out.dtype)
+        out[group.targets] = (out[group.targets] + delta[group.places]).to(out.dtype)

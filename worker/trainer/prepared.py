@@ -7,7 +7,7 @@ or not at all:
     the rows as a `Store` keeps them, some numbers of each row and line, how many there are of each, sha256 of all that
 
 What is damaged is prepared again. Entries that nobody has used for DAYS go, as they hold what users wrote, and the
-oldest where all together are more than SHARE of the disk.
+oldest where all together are more than FRACTION of the disk.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 NAME = "prepared"
 DAYS = 7
-SHARE = 0.1
+FRACTION = 0.1
 _COUNTS = struct.Struct("<6q")
 _SHA256_BYTES = 32
 _PIECE_BYTES = 2**20
@@ -145,7 +145,7 @@ def _tidy(folder: Path, needed: int) -> None:
 
 
 def _most(folder: Path) -> int:
-    return int(shutil.disk_usage(folder).total * SHARE)
+    return int(shutil.disk_usage(folder).total * FRACTION)
 
 
 def _used(entry: Path) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tunery.datasets.report.case import Case, Finding
 
-_SHARE = 0.2
+_FRACTION = 0.2
 _LEAST = 20
 """Rows below which shares say nothing."""
 _ACTION = "Keep fewer of them, or add rows that ask something else."
@@ -49,7 +49,7 @@ def find(case: Case) -> Iterator[Finding]:
     """Clusters of like questions that are a large share of the rows."""
     found = clusters(case)
     for cluster, size in Counter(found.values()).most_common(3):
-        if size >= _LEAST and size >= _SHARE * len(found):
+        if size >= _LEAST and size >= _FRACTION * len(found):
             lines = [line for line, other in found.items() if other == cluster]
             why = f"{size / len(found):.0%} of the rows ask nearly what line {cluster} asks."
             yield Finding("low_diversity", lines, size / len(found), why, _ACTION)

@@ -13,7 +13,7 @@ from tunery.datasets.report.case import Case, Finding
 from tunery.datasets.report.rows import Row
 
 PARTS = ("question", "answer")
-_SHARE = 0.9
+_FRACTION = 0.9
 _LEAST = 20
 """Texts below which shares say nothing."""
 _LETTERS = 15
@@ -70,7 +70,7 @@ def find(case: Case) -> Iterator[Finding]:
         sampled = _sample(case.answered)
         counts = Counter(language for row in sampled if (language := language_of(getattr(row, part))))
         usual, count = next(iter(counts.most_common(1)), ("", 0))
-        if counts.total() < _LEAST or count < _SHARE * counts.total():
+        if counts.total() < _LEAST or count < _FRACTION * counts.total():
             continue
         for row in [*sampled, *_suspects(case.answered, sampled, part)]:
             language = language_of(getattr(row, part))

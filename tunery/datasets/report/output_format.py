@@ -8,7 +8,7 @@ from tunery.datasets.report import texts
 from tunery.datasets.report.case import Case, Finding
 from tunery.datasets.report.rows import Row, by_key
 
-_SHARE = 0.9
+_FRACTION = 0.9
 _LEAST = 20
 """Rows with one system message below which shares say nothing."""
 _ACTION = "Write the answer as the others are."
@@ -26,14 +26,14 @@ def find(case: Case) -> Iterator[Finding]:
 def _odd_ones(group: list[tuple[Row, Any]]) -> Iterator[Finding]:
     objects = [(row, value) for row, value in group if isinstance(value, dict)]
     fraction = len(objects) / len(group)
-    if fraction < _SHARE:
+    if fraction < _FRACTION:
         return
     usual, count = Counter(frozenset(value) for _, value in objects).most_common(1)[0]
     for row, value in group:
         if not isinstance(value, dict):
             why = f"{fraction:.1%} of the answers under this system message are JSON objects, this is not."
             yield Finding("inconsistent_output", [row.line], fraction, why, _ACTION)
-        elif count >= _SHARE * len(objects) and (differing := usual ^ frozenset(value)):
+        elif count >= _FRACTION * len(objects) and (differing := usual ^ frozenset(value)):
             keys = ", ".join(sorted(differing)[:3])
             why = f"{count / len(objects):.1%} of the answers have the same keys, this differs by: {keys}."
             yield Finding("inconsistent_output", [row.line], count / len(objects), why, _ACTION)

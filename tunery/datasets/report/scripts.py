@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from tunery.datasets.report.case import Case, Finding
 
-_SHARE = 0.9
+_FRACTION = 0.9
 _LEAST = 20
 """Rows below which shares say nothing."""
 _LETTERS = 400
@@ -44,6 +44,6 @@ def find(case: Case) -> Iterator[Finding]:
         usual, count = counts.most_common(1)[0]
         fraction = count / counts.total()
         for line, script in scripts.items():
-            if fraction >= _SHARE and script not in (usual, None):
+            if fraction >= _FRACTION and script not in (usual, None):
                 why = f"The {part} is written in {script} letters, {fraction:.1%} of the others in {usual} ones."
                 yield Finding("other_script", [line], fraction, why, _ACTION)

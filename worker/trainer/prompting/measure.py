@@ -115,7 +115,7 @@ def _score(variant: Variant, asked: list[Question], texts: list[str]) -> PromptS
 
 def _figure(metric: Metric, asked: list[Question], texts: list[str]) -> Figure:
     rates = metric.rates(asked, texts)
-    if metric.is_share:
+    if metric.is_binary:
         low, high = wilson(sum(part > 0 for part, _ in rates), len(rates))
     else:
         low, high = bootstrap_interval(rates, [(0.0, 1.0)] * len(rates))

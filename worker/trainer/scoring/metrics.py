@@ -17,12 +17,12 @@ _LABEL_CHARACTERS, _LABEL_WORDS = 60, 8
 class Metric:
     """A figure from 0 to 1: the sum of `rate`'s first number over all rows, divided by that of its second.
 
-    `is_share`: each row counts as 0 or 1 of 1.
+    `is_binary`: each row counts as 0 or 1 of 1.
     """
 
     name: str
     rate: Callable[[Question, str], tuple[float, float]]
-    is_share: bool = False
+    is_binary: bool = False
 
     def rates(self, asked: Sequence[Question], answers: Sequence[str]) -> list[tuple[float, float]]:
         """Returns both numbers of each answer."""
@@ -36,7 +36,7 @@ def figure(rates: Sequence[tuple[float, float]]) -> float:
 
 def fraction(name: str, holds: Callable[[Question, str], bool]) -> Metric:
     """Returns the metric of the rows for which something holds."""
-    return Metric(name, lambda question, answer: (float(holds(question, answer)), 1.0), is_share=True)
+    return Metric(name, lambda question, answer: (float(holds(question, answer)), 1.0), is_binary=True)
 
 
 def mean(name: str, score: Callable[[Question, str], float]) -> Metric:

@@ -63,8 +63,8 @@ def score(pairs: Pairs, base: list[list[float]], tuned: list[list[float]]) -> tu
     lengths = [[row.labelled for row in example.rows] for example in pairs.examples]
     means = [_divided(found, lengths) for found in (base, tuned)]
     measures = {
-        "preferred": compare_rates(_ranked(base), _ranked(tuned), is_share=True),
-        "preferred_norm": compare_rates(_ranked(means[0]), _ranked(means[1]), is_share=True),
+        "preferred": compare_rates(_ranked(base), _ranked(tuned), is_binary=True),
+        "preferred_norm": compare_rates(_ranked(means[0]), _ranked(means[1]), is_binary=True),
     }
     rows = [
         {**shown, **_judged("base", shown, b), **_judged("tuned", shown, u)}

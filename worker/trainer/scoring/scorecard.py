@@ -56,14 +56,14 @@ def assemble(
 
 def compare(metric: Metric, asked: list[Question], base: list[str], tuned: list[str]) -> Measure:
     """Returns a metric of both models, and the 95 % interval of its gain on the same rows."""
-    return compare_rates(metric.rates(asked, base), metric.rates(asked, tuned), is_share=metric.is_share)
+    return compare_rates(metric.rates(asked, base), metric.rates(asked, tuned), is_binary=metric.is_binary)
 
 
-def compare_rates(before: Rates, after: Rates, *, is_share: bool) -> Measure:
+def compare_rates(before: Rates, after: Rates, *, is_binary: bool) -> Measure:
     """Returns both models' figure of the same rows, from both numbers of each; see `Metric`."""
     first, second = metrics.figure(before), metrics.figure(after)
     p = None
-    if is_share:
+    if is_binary:
         pairs = Counter((b[0] > 0, u[0] > 0) for b, u in zip(before, after, strict=True))
         both, only_tuned, only_base = pairs[True, True], pairs[False, True], pairs[True, False]
         low, high = paired_interval(both, only_tuned, only_base, len(before))
