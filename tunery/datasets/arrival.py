@@ -1,4 +1,4 @@
-"""A training file on its way in: its syntax, and whether its first rows are any that can be trained."""
+"""Checks a training file during its upload: its syntax, and whether its first rows can be trained on."""
 
 from tunery.datasets.errors import NoTrainingRows
 from tunery.datasets.model import File
@@ -10,11 +10,11 @@ from tunery.rows.formats import SourceRow
 from tunery.rows.shapes import FileShape, can_be_named
 
 FIRST = 100
-"""Rows that are parsed on arrival. Why not all: the report parses them, and nobody has to wait for it."""
+"""Rows that are parsed during the upload. The report parses all of them, without making the upload wait."""
 
 
 class ArrivalCheck:
-    """Reads a file's bytes as they come, in memory that does not grow with it."""
+    """Reads a file's bytes as they arrive, in constant memory."""
 
     def __init__(self) -> None:
         self._checker = readers.Checker(self._see)
@@ -24,11 +24,11 @@ class ArrivalCheck:
         self._is_trainable = False
 
     def feed(self, chunk: bytes) -> None:
-        """The next bytes. Raises InvalidRows at the first that are no row, NoTrainingRows after FIRST such rows."""
+        """Reads the next bytes. Raises InvalidRows if they are not rows, NoTrainingRows after FIRST bad rows."""
         self._checker.feed(chunk)
 
     def close(self) -> None:
-        """The file's end. Raises InvalidRows, also for a file without rows, and NoTrainingRows."""
+        """Ends the file. Raises InvalidRows, also for a file without rows, and NoTrainingRows."""
         self._checker.close()
         self._refuse()
 
@@ -40,7 +40,7 @@ class ArrivalCheck:
             ANY_METHOD.parse(row._replace(shape=self._shape), "training")
             self._is_trainable = True
         except InvalidTrainingFile as fault:
-            self._is_trainable = can_be_named(str(fault.fields["reason"]))  # by a job that is not there yet
+            self._is_trainable = can_be_named(str(fault.fields["reason"]))  # by a later job
             self._fault = self._fault or fault
         if self._seen == FIRST:
             self._refuse()
@@ -51,7 +51,7 @@ class ArrivalCheck:
 
 
 def check_written(file: File) -> None:
-    """Raises WrongState for a file that a worker has yet to write."""
+    """Raises WrongState for a file that a worker has not written yet."""
     if not file.sha256:
         state = "still being written" if file.status == "uploaded" else "without content"
         instead = file.status_details or "Wait until its status is 'processed'."

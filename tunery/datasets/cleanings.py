@@ -1,4 +1,4 @@
-"""Cleanings of uploaded files: asked for here, done by a worker for I/O, kept with the file that they make."""
+"""Cleanings of uploaded files: requested here, run by a worker for I/O, stored with the file that they make."""
 
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -15,14 +15,14 @@ from tunery.errors import NotFound
 from tunery.storage import Stored
 
 MAX_TRIES = 3
-"""Workers that may end over one cleaning before it fails."""
+"""Workers that may die during one cleaning before it fails."""
 _LOST = "The worker that cleaned the file ended {tries} times before it was done. Look for rows that are very large."
 
 
 def request(
     session: Session, source: File, order: Cleaning, *, against: File | None = None, base: str | None = None
 ) -> File:
-    """Returns the new file, whose bytes a worker writes. `base`: the id of the model whose tokenizer counts.
+    """Creates the new file, whose bytes a worker will write. `base`: the id of the model whose tokenizer counts.
 
     Raises InvalidValue, NoReport, WrongState.
     """
@@ -63,12 +63,12 @@ def _add(session: Session, source: File, what: str) -> File:
 
 
 def is_made() -> ColumnElement[bool]:
-    """Whether a File comes of a cleaning, whose worker settles its status."""
+    """Returns the condition that a File comes from a cleaning, whose worker sets its status."""
     return exists().where((FileCleaning.file_id == File.id) | (FileCleaning.held_out_id == File.id))
 
 
 def find(session: Session, file: File) -> FileCleaning:
-    """Returns the cleaning that a file comes of. Raises NotFound."""
+    """Returns the cleaning that made a file. Raises NotFound."""
     of_file = (FileCleaning.file_id == file.id) | (FileCleaning.held_out_id == file.id)
     found = session.scalar(select(FileCleaning).where(of_file))
     if found is None:
@@ -77,13 +77,13 @@ def find(session: Session, file: File) -> FileCleaning:
 
 
 def waiting(session: Session) -> list[str]:
-    """Returns the ids of the files to write, the oldest first."""
+    """Returns the ids of the files to write, oldest first."""
     query = select(FileCleaning.file_id).join(File, File.id == FileCleaning.file_id)
     return list(session.scalars(query.where(File.status == "uploaded").order_by(FileCleaning.created_at)))
 
 
 def begin(session: Session, file_id: str) -> FileCleaning | None:
-    """Returns the cleaning to do; None where it is no longer wanted or has ended too many workers."""
+    """Returns the cleaning to run; None if it is no longer wanted or too many workers have died during it."""
     file = session.get_one(File, file_id, with_for_update=True)
     cleaning = session.get_one(FileCleaning, file_id)
     if file.status != "uploaded":
@@ -97,22 +97,22 @@ def begin(session: Session, file_id: str) -> FileCleaning | None:
 
 
 def release(session: Session, file_id: str) -> None:
-    """Gives a cleaning back that was broken off by an outage or a shutdown, which is not the file's fault."""
+    """Requeues a cleaning that an outage or a shutdown interrupted, without counting a try."""
     begun = (FileCleaning.file_id == file_id) & (FileCleaning.tries > 0) & FileCleaning.outcome.is_(None)
     session.execute(update(FileCleaning).where(begun).values(tries=FileCleaning.tries - 1))
 
 
 def show_progress(session: Session, file_id: str, fraction: float) -> None:
-    """Notes how much of a cleaning is done, 0 to 1."""
+    """Stores the progress of a cleaning, 0 to 1."""
     session.execute(update(FileCleaning).where(FileCleaning.file_id == file_id).values(progress=fraction))
 
 
 def finish(
     session: Session, cleaning: FileCleaning, outcome: dict[str, Any], stored: Mapping[str, Stored]
 ) -> list[str]:
-    """Notes what was done, and the bytes of each file that was written, by its id. Their reports follow.
+    """Stores what was done, and the bytes of each written file by its id. Requests their reports.
 
-    Returns the keys of files that are gone meanwhile, whose bytes nobody else will remove.
+    Returns the keys of files that were deleted meanwhile, whose bytes the caller must remove.
     """
     cleaning.outcome, cleaning.progress = outcome, 1.0
     purged = []
@@ -128,7 +128,7 @@ def finish(
 
 
 def fail(session: Session, cleaning: FileCleaning, reason: str) -> None:
-    """Notes why there is no new file."""
+    """Stores why there is no new file."""
     for id in filter(None, (cleaning.file_id, cleaning.held_out_id)):
         file = session.get_one(File, id, with_for_update=True)
         file.status, file.status_details = "error", reason
@@ -137,7 +137,7 @@ def fail(session: Session, cleaning: FileCleaning, reason: str) -> None:
 
 
 def forget(session: Session, file: File) -> None:
-    """Removes what a file's lineage says of its rows, when its bytes go."""
+    """Removes row contents from a file's lineage, when its bytes are removed."""
     cleaning = session.get(FileCleaning, file.id)
     if cleaning is not None and cleaning.outcome is not None:
         kept = {name: cleaning.outcome[name] for name in ("counts", "kinds", "source_sha256")}

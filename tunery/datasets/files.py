@@ -1,4 +1,4 @@
-"""Creates, finds, lists, checks and deletes files. Rows are in the database, bytes in storage under a key of ours."""
+"""Creates, finds, lists, checks and deletes files: rows in the database, bytes in storage under generated keys."""
 
 from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
@@ -21,14 +21,14 @@ FINE_TUNE = "fine-tune"
 RESULTS = "fine-tune-results"
 
 InUseBy = Callable[[Session, str], str | None]
-"""Names a live job that needs a file. Jobs are a floor above this one, so the caller supplies the function."""
+"""Returns the id of a live job that needs a file. Supplied by the caller, as this layer must not import jobs."""
 
 
 # --- creating ----------------------------------------------------------------------------------------------------
 
 
 def new_key() -> str:
-    """Returns a key in storage for a new file's bytes, which ends in the file's id."""
+    """Returns a storage key for a new file's bytes, which ends in the file's id."""
     return f"files/{ids.new(ids.FILE)}"
 
 
@@ -42,9 +42,9 @@ def create(
     checked: bool = True,
     expires_after: int | None = None,
 ) -> File:
-    """Creates the row of stored bytes. `checked`: nothing is left to check; else a worker is woken to `process` it.
+    """Creates the row of stored bytes. `checked`: the file needs no check; else a worker is woken to `process` it.
 
-    `expires_after`: seconds. If the caller's transaction fails, no row names the bytes: delete `stored.key`.
+    `expires_after`: seconds. If the caller's transaction fails, the caller must delete `stored.key`.
     """
     file = File(
         id=stored.key.rpartition("/")[2],
@@ -75,7 +75,7 @@ def _is_visible() -> ColumnElement[bool]:
 
 
 def find(session: Session, project_id: str, file_id: str, *, param: str | None = None) -> File:
-    """Returns a project's own file. Raises the same NotFound for another's, a deleted and an expired one."""
+    """Returns the project's file. Raises NotFound, also for another project's, a deleted or an expired file."""
     file = session.scalar(select(File).where(File.project_id == project_id, File.id == file_id, _is_visible()))
     if file is None:
         raise NotFound(param=param, kind="file", id=file_id)
@@ -83,7 +83,7 @@ def find(session: Session, project_id: str, file_id: str, *, param: str | None =
 
 
 def known_contents(session: Session, digests: Collection[str]) -> set[str]:
-    """Returns the sha256 that some project's file has, of those given."""
+    """Returns those of the sha256 digests that some file of any project has."""
     return set(session.scalars(select(File.sha256).where(File.sha256.in_(digests), _is_visible())))
 
 
@@ -96,7 +96,7 @@ def list_page(
     limit: int = 10_000,
     order: Order = "desc",
 ) -> tuple[list[File], bool]:
-    """Returns one page by creation time, and whether more follow. Raises NotFound where `after` was never theirs."""
+    """Returns one page by creation time, and whether more follow. Raises NotFound for an unknown `after`."""
     owned = select(File).where(File.project_id == project_id)
     shown = [_is_visible()] if purpose is None else [_is_visible(), File.purpose == purpose]
     by = (File.created_at, File.id)
@@ -104,11 +104,11 @@ def list_page(
 
 
 def check_trainable(file: File, *, param: str) -> None:
-    """Raises InvalidValue where no job may name the file; one that is still processing may be named."""
+    """Raises InvalidValue for a file that a job must not use; one that is still processing is allowed."""
     if file.status == "error":
         reason = f"File '{file.id}' cannot be trained from. {file.status_details or 'It could not be read.'}"
         raise InvalidValue(param=param, reason=reason)
-    if not file.sha256:  # a job notes what it is to read
+    if not file.sha256:  # a job records the digest of its inputs
         reason = f"File '{file.id}' is still being written. Wait until its status is 'processed'."
         raise InvalidValue(param=param, reason=reason)
     if file.purpose != FINE_TUNE:
@@ -122,9 +122,9 @@ def check_trainable(file: File, *, param: str) -> None:
 
 
 def next_unprocessed(session: Session, *, skip: Sequence[str] = ()) -> File | None:
-    """Returns the oldest unchecked file, locked to this transaction, so that two workers never get the same one.
+    """Returns the oldest unchecked file, locked for this transaction, so that two workers never get the same one.
 
-    An expired one counts while its bytes are there: a job that was created before may wait for it.
+    An expired file counts while its bytes exist, because an older job may wait for it.
     """
     return session.scalar(
         select(File)
@@ -136,7 +136,7 @@ def next_unprocessed(session: Session, *, skip: Sequence[str] = ()) -> File | No
 
 
 def process(session: Session, storage: Storage, file: File) -> None:
-    """Reads an unchecked file and sets its status. Where storage is down it stays unchecked."""
+    """Reads an unchecked file and sets its status. If storage is down it stays unchecked."""
     try:
         checker = ArrivalCheck()
         for chunk in storage.read(file.key):
@@ -164,10 +164,10 @@ def delete(session: Session, file: File, *, in_use_by: str | None) -> None:
 
 
 def purge(session: Session, storage: Storage, in_use_by: InUseBy, *, limit: int = 100) -> int:
-    """Removes the bytes of deleted and expired files that no live job needs; returns how many.
+    """Removes the bytes of deleted and expired files that no live job needs; returns the number of files.
 
-    Bytes first, then the row: a crash between repeats the deletion, which is harmless; the other way round would leave
-    bytes without a row.
+    Bytes first, then the row: after a crash in between the deletion is repeated, which is harmless; the other order
+    would leave bytes without a row.
     """
     expired = (File.expires_at <= func.clock_timestamp()) & File.deleted_at.is_(None)
     session.execute(update(File).where(expired).values(deleted_at=File.expires_at))

@@ -1,4 +1,4 @@
-"""Files as the Files API knows them, their reports, and Uploads that become files part by part."""
+"""Tables of files, their reports and cleanings, and Uploads in parts."""
 
 from datetime import datetime
 from typing import Any
@@ -10,8 +10,8 @@ from tunery.db import Base, creation_time
 
 
 class File(Base):
-    """One stored object. `deleted_at` hides it from its project; its bytes go with the last job that needs them, at
-    `purged_at`."""
+    """A stored file. `deleted_at` hides it from its project; its bytes are removed at `purged_at`, once no job needs
+    them."""
 
     __tablename__ = "files"
     __table_args__ = (
@@ -37,10 +37,10 @@ class File(Base):
 
 
 class FileReport(Base):
-    """What a worker finds in a content of a project's files: every file with these bytes has the same report.
+    """The report on a file content of a project; all files with the same bytes share it.
 
-    `base` is the model whose tokenizer counts, `against` the sha256 of the content that it is compared with; both are
-    empty for the report that every file gets. `tries` counts the workers that began it and is their fence.
+    `base` is the model whose tokenizer counts, `against` the sha256 of the content to compare with; both are empty for
+    the report that every file gets. `tries` counts the workers that began it and is their fencing token.
     """
 
     __tablename__ = "file_reports"
@@ -66,13 +66,13 @@ class FileReport(Base):
 
     @property
     def prefix(self) -> str:
-        """Where the report's objects lie."""
+        """The storage prefix of the report's objects."""
         return f"reports/{self.id}"
 
 
 class FileEvent(Base):
-    """A file's report is there: what the webhooks' outbox sends. `outcome`: `processed`, or `failed` where no job
-    can be made of the file."""
+    """The event of a finished file report, for the webhooks' outbox. `outcome`: `processed`, or `failed` if no job can
+    use the file."""
 
     __tablename__ = "file_events"
     __table_args__ = (
@@ -90,9 +90,9 @@ class FileEvent(Base):
 
 
 class FileCleaning(Base):
-    """How a file came of another one: asked for in `order`, done by a worker, described in `outcome` (the lineage, with
-    each row that went or was changed). `held_out_id`: the file of the rows that were held out; `base_id`: the model
-    whose tokenizer counts."""
+    """The cleaning that made a file from another: requested in `order`, run by a worker, described in `outcome` (the
+    lineage with each dropped or changed row). `held_out_id`: the file of the held-out rows; `base_id`: the model whose
+    tokenizer counts."""
 
     __tablename__ = "file_cleanings"
 
@@ -109,7 +109,7 @@ class FileCleaning(Base):
 
 
 class Upload(Base):
-    """A file on its way. The bytes lie in its parts until `complete` joins them."""
+    """An unfinished file, sent in parts until `complete` joins them."""
 
     __tablename__ = "uploads"
     __table_args__ = (CheckConstraint("status IN ('pending', 'completed', 'cancelled', 'expired')", name="status"),)

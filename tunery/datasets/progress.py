@@ -1,4 +1,4 @@
-"""How much of a piece of work is done: written by the process that does it, read by the worker that waits for it."""
+"""A progress file: written by a working process, read by the worker that waits for it."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ NAME = "progress"
 
 def write(folder: Path, fraction: float) -> None:
     """Notes the share that is done, 0 to 1."""
-    # Renamed into its place: a reader never sees half a number.
+    # Renamed into place, so that a reader never sees half a number.
     (folder / f"{NAME}.new").write_text(f"{fraction:.3f}")
     (folder / f"{NAME}.new").rename(folder / NAME)
 

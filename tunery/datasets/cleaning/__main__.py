@@ -1,8 +1,8 @@
 """Cleans one file: `python -m tunery.datasets.cleaning FOLDER`.
 
-FOLDER holds a Cleaning in cleaning_order.json, a report's Order in order.json, the files that it names, and report.json
-where a report by the base is acted on. What is written there: clean.jsonl, held-out.jsonl, cleaning.json, and meanwhile
-progress. A file that cannot be cleaned ends it with EXIT_USER_ERROR and the reason.
+FOLDER holds a Cleaning in cleaning_order.json, a report's Order in order.json, the files that these name, and
+report.json if the findings of a base's report are used. Writes clean.jsonl, held-out.jsonl and cleaning.json there, and
+progress meanwhile. Exits with EXIT_USER_ERROR and the reason if the file cannot be cleaned.
 """
 
 import json
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def main(folder: Path) -> int:
-    """Returns the exit status."""
+    """Cleans the file; returns the exit status."""
     plugins.load(plugins.names(), "worker")
-    from tunery.datasets.cleaning import cleaner  # what they import may be missing, which is to be said
+    from tunery.datasets.cleaning import cleaner  # imported here to report a missing package
     from tunery.datasets.report import elsewhere
 
     order = Cleaning.model_validate_json((folder / "cleaning_order.json").read_text())
@@ -47,7 +47,7 @@ def main(folder: Path) -> int:
 
 
 def _known(report: Path) -> "list[Finding] | None":
-    """Returns the implausible answers that a report by a base names; None without such a report."""
+    """Returns the implausible answers in a base's report; None without such a report."""
     from tunery.datasets.report.case import Finding  # as above
 
     if not report.exists():

@@ -1,4 +1,4 @@
-"""Cleaning: a new file of a file's rows, and what became of each. The file itself is only read."""
+"""Cleans a file: writes a new file and records what was done to each row. The source is only read."""
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from tunery.errors import InvalidValue
 
 @dataclass(frozen=True)
 class Written:
-    """A file that a cleaning wrote."""
+    """A file written by a cleaning."""
 
     rows: int
     bytes: int
@@ -29,8 +29,8 @@ class Written:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What a cleaning did. `rows`: of the source; `judged`: those that the report looked at, the others went through as
-    they are. `held_out`: where rows were held out."""
+    """The result of a cleaning. `rows`: of the source; `judged`: those that the report examined; the others are copied
+    unchanged. `held_out`: the file of held-out rows, if any."""
 
     source_sha256: str
     rows: int
@@ -43,7 +43,7 @@ class Cleaned:
     changed: list[Changed] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the lineage for programs."""
+        """Returns the lineage as JSON values."""
         counts = {
             "rows": self.rows,
             "judged": self.judged,
@@ -69,12 +69,11 @@ def clean(
     known: Sequence[Finding] | None = None,
     progress: Callable[[float], object] = float,
 ) -> Cleaned:
-    """Writes the rows that are left of `source` to `target` as JSON Lines, and those held out to `held_out`.
+    """Writes the remaining rows of `source` to `target` as JSON Lines, and the held-out ones to `held_out`.
 
-    Rows of JSON Lines that nothing was done to are the same bytes. What the rows are compared with and `progress` are
-    those of a report; `others` is None of a file that is not uploaded; `known`: findings
-    of a report by the base, or None. Raises InvalidValue, InvalidRows, CannotHoldOut,
-    NothingLeft; a file that was begun then stays behind.
+    Unchanged rows of JSON Lines are copied byte for byte. What the rows are compared with, and `progress`, are as in a
+    report; `others` is None for a file that is not uploaded; `known`: findings of a base's report, or None. Raises
+    InvalidValue, InvalidRows, CannotHoldOut, NothingLeft; a partly written file is then left behind.
     """
     digest = _sha256(source)
     if against is not None:
@@ -116,7 +115,7 @@ def clean(
 
 
 def _has_template(base: Path | None) -> TypeGuard[Path]:
-    """Whether a base is a folder, and not its tokenizer.json alone."""
+    """Whether the base is a whole folder and not only its tokenizer.json."""
     return base is not None and base.is_dir()
 
 
@@ -140,14 +139,14 @@ def _plan(
 
 
 def _measure(source: Path, base: Path, max_tokens: int) -> list[Finding]:
-    """Returns the rows of which the base's tokenizer and template leave nothing, or not the whole answer, to learn."""
+    """Finds the rows in which the base's tokenizer and template leave nothing, or only part of an answer, to learn."""
     lengths = tokens.Lengths(base, max_tokens)
     lengths.measure(chunks(source), maker.MOST)
     return lengths.findings
 
 
 class _Output:
-    """A file that is being written, with its digest."""
+    """A file being written, with its digest."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest = file, hashlib.sha256()
@@ -163,7 +162,7 @@ class _Output:
 
 
 def _write(numbered: Iterator[tuple[int, bytes]], made: Plan, apart: Collection[int], outputs: list[_Output]) -> int:
-    """Writes the rows that are left; how many the source has."""
+    """Writes the remaining rows; returns how many the source has."""
     rows = 0
     fields: Mapping[int, dict[str, Any]] = made.fields
     for number, line in numbered:

@@ -1,4 +1,4 @@
-"""Conversations whose roles are out of order, put in order where only one order can be meant."""
+"""Corrects the order of a conversation's messages where only one order is possible."""
 
 import json
 from collections.abc import Collection
@@ -17,10 +17,10 @@ _KEYS = ("messages", "conversations", "conversation")
 
 
 def fix(fields: dict[str, Any], answers: Collection[str]) -> dict[str, Any] | None:
-    """Returns a row's fields with its messages in order, in the file's own spelling; None where there are none.
+    """Returns a row's fields with its messages in order, in the file's own format; None if it has no messages.
 
-    `answers`: what other rows answer, squashed. By them an answer that stands before its question is known.
-    Whether the result is in order is for the caller to see.
+    `answers`: the squashed answers of other rows, by which an answer before its question is recognised.
+    The caller must check whether the result is in order.
     """
     key = next((key for key in _KEYS if isinstance(fields.get(key), list)), None)
     if key is None or not all(isinstance(message, dict) for message in fields[key]):
@@ -36,7 +36,7 @@ def fix(fields: dict[str, Any], answers: Collection[str]) -> dict[str, Any] | No
 
 
 def _roles(messages: Messages, speaker: str) -> list[str]:
-    """Returns the role of each message in OpenAI's spelling; of an unknown one by who spoke before."""
+    """Returns OpenAI's role of each message; an unknown one is inferred from the message before."""
     roles: list[str] = []
     for message in messages:
         name = str(message.get(speaker)).strip().casefold()
@@ -51,7 +51,7 @@ def _spelled(turn: dict[str, Any], speaker: str) -> dict[str, Any]:
 
 
 def _drop_repeated(turns: Messages, _speaker: str, _said: str, _answers: Collection[str]) -> Messages:
-    """A message that stands twice in a row stays once."""
+    """Drops a message that repeats the one before."""
     kept: Messages = []
     for turn in turns:
         if not kept or json.dumps(turn, sort_keys=True) != json.dumps(kept[-1], sort_keys=True):
@@ -60,7 +60,7 @@ def _drop_repeated(turns: Messages, _speaker: str, _said: str, _answers: Collect
 
 
 def _lead_with_system(turns: Messages, speaker: str, said: str, _answers: Collection[str]) -> Messages:
-    """What the system says stands first, in one message: templates write no other one."""
+    """Moves all system text into one message at the beginning, as templates show no other."""
     system = [turn for turn in turns if turn[speaker] in _SYSTEM]
     spoken = [turn for turn in turns if turn[speaker] not in _SYSTEM]
     parts = list(dict.fromkeys(turn.get(said) for turn in system if isinstance(turn.get(said), str)))
@@ -70,17 +70,17 @@ def _lead_with_system(turns: Messages, speaker: str, said: str, _answers: Collec
 
 
 def _swap_last(turns: Messages, speaker: str, said: str, answers: Collection[str]) -> Messages:
-    """An answer before its question changes places with it, where other rows answer the same."""
+    """Swaps an answer with the question after it, if other rows have the same answer."""
     if [turn[speaker] for turn in turns[-2:]] != ["assistant", "user"]:
         return turns
-    # Not every one: an assistant may greet, and the user's question then waits for its answer.
+    # Only if others have it: an assistant may greet first, and the question then lacks its answer.
     text = turns[-2].get(said)
     known = isinstance(text, str) and texts.squash(text) in answers
     return [*turns[:-2], turns[-1], turns[-2]] if known else turns
 
 
 def _trim(turns: Messages, speaker: str, _said: str, _answers: Collection[str]) -> Messages:
-    """Questions at the end that nobody answers go, and answers at the beginning that nobody asked for."""
+    """Drops unanswered questions at the end and answers without a question at the beginning."""
     head = [turn for turn in turns if turn[speaker] in _SYSTEM]
     spoken = turns[len(head) :]
     while spoken and spoken[-1][speaker] == "user":
@@ -91,7 +91,7 @@ def _trim(turns: Messages, speaker: str, _said: str, _answers: Collection[str]) 
 
 
 def _join_questions(turns: Messages, speaker: str, said: str, _answers: Collection[str]) -> Messages:
-    """Two messages of the user in a row become one. Two answers do not: which one is meant nobody knows."""
+    """Joins consecutive messages of the user. Consecutive answers stay, as it is unknown which one is meant."""
     joined: Messages = []
     for turn in turns:
         parts = [one[said] for one in (*joined[-1:], turn) if isinstance(one.get(said), str)]

@@ -1,4 +1,4 @@
-"""The lines of a file that is cleaned: JSON Lines byte for byte, rows of other formats as the objects they are."""
+"""Reads the lines of a file for cleaning: JSON Lines byte for byte, rows of other formats as JSON objects."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -13,7 +13,7 @@ from tunery.rows.jsonl import JSONL
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number and line of each row, the line without its end. Raises InvalidRows."""
+    """Yields each row's number and line, without the line end. Raises InvalidRows."""
     if readers.identify(chunks(path)).startswith(JSONL.name):
         yield from _split(path)
     else:
@@ -21,12 +21,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_rows(path: Path, numbers: Collection[int]) -> Iterator[SourceRow]:
-    """The rows of these numbers. Raises InvalidRows."""
+    """Yields the rows with these numbers. Raises InvalidRows."""
     return (row for row in readers.read(chunks(path)) if row.number in numbers)
 
 
 def dump(fields: dict[str, Any]) -> bytes:
-    """Returns the line of a row. Values that JSON has no type for, as tables hold dates, are written as text."""
+    """Returns the line of a row. Values without a JSON type, such as dates in tables, are written as text."""
     return json.dumps(fields, ensure_ascii=False, default=str).encode()
 
 
@@ -36,7 +36,7 @@ def _split(path: Path) -> Iterator[tuple[int, bytes]]:
         *whole, rest = (rest + piece).split(b"\n")
         for line in whole:
             number += 1
-            if line.strip():  # blank lines stand at the end
+            if line.strip():  # blank lines follow the last row
                 yield number, line
     if rest.strip():
         yield number + 1, rest

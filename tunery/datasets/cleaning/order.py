@@ -1,4 +1,4 @@
-"""What a cleaning is asked to do: an action for each kind of finding, rows to drop, and a held-out part."""
+"""The order for a cleaning: an action for each kind of finding, rows to drop, and a held-out part."""
 
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
@@ -12,7 +12,7 @@ ActionName = Literal["drop", "keep_one", "redact", "fix"]
 
 
 class _Possible(NamedTuple):
-    """The actions that a kind of finding has, the one that is recommended, and the least score for it."""
+    """The possible actions for a kind of finding, the recommended one, and the minimum score for it."""
 
     actions: tuple[ActionName, ...]
     recommended: ActionName | None = None
@@ -24,7 +24,7 @@ _ASK = _Possible(("drop",))
 _KEEP_ONE = _Possible(("keep_one", "drop"), "keep_one")
 _NOTHING = _Possible(())
 _MEASURED = ("untrained", "answer_cut")
-"""Kinds that only a base's tokenizer and chat template tell; `too_long` is estimated without."""
+"""Kinds that need a base's tokenizer and chat template; `too_long` is estimated without."""
 _NOT_COMPARED = "Leaks are found by comparison. Name the test or validation file in 'against'."
 _NOT_MEASURED = "Tokens are counted by a base's tokenizer and chat template. Name the model in 'base'."
 _NOT_UPLOADED = "The server knows what the rows are compared with. Upload the file, and clean it by its id."
@@ -33,9 +33,9 @@ _NOT_JUDGED = (
     "file when it is ready."
 )
 IMPLAUSIBLE = "implausible_output"
-"""The kind that a report by a base has found: a cleaning runs none."""
+"""The kind that a base's report finds; a cleaning itself does not run a base."""
 _UPLOADED = ("repeated_elsewhere", "benchmark_overlap")
-"""Kinds of uploaded files: the server has the files and the benchmark that they are compared with."""
+"""Kinds only for uploaded files: the server has the other files and the benchmark to compare with."""
 
 ACTIONS: dict[str, _Possible] = {
     "invalid_row": _DROP,
@@ -52,7 +52,7 @@ ACTIONS: dict[str, _Possible] = {
     "exact_duplicate": _KEEP_ONE,
     "near_duplicate": _KEEP_ONE,
     "contradiction": _DROP,
-    # A list to read from the top: below this score most rows are right.
+    # Below this score most rows are labelled correctly.
     "mislabelled": _Possible(("drop",), "drop", 0.5),
     "inconsistent_output": _DROP,
     "refusal": _ASK,
@@ -64,9 +64,9 @@ ACTIONS: dict[str, _Possible] = {
     "low_diversity": _NOTHING,
     "label_imbalance": _NOTHING,
 }
-"""By kind. Kinds without a recommended action are left alone unless a person chooses: their rows may be wanted."""
+"""By kind. Without a recommended action a kind is left alone unless a person chooses one: its rows may be intended."""
 OF_SEVERAL = ("contradiction", "near_duplicate", "exact_duplicate")
-"""Kinds of several rows, judged when those are gone that other findings name: the better one is kept."""
+"""Kinds about several rows. They are handled after rows with other findings are dropped, so that a better one stays."""
 
 
 class Action(BaseModel):
@@ -108,10 +108,10 @@ class Cleaning(BaseModel):
     max_tokens: Int = Field(2048, ge=1, description="Tokens of a row that are trained")
 
     def check(self, *, compared: bool, measured: bool, uploaded: bool, judged: bool) -> None:
-        """Raises InvalidValue where an action is not possible, or nothing is asked for.
+        """Raises InvalidValue if an action is not possible, or nothing is to be done.
 
         `compared`: there is another file to find leaks in; `measured`: a base counts tokens; `uploaded`: the server's
-        files and benchmark are at hand; `judged`: a report by the base is.
+        files and benchmark are available; `judged`: a base's report is available.
         """
         missing = {
             **({} if compared else {"test_leak": _NOT_COMPARED}),
@@ -142,7 +142,7 @@ class Cleaning(BaseModel):
 
 
 def check_other(source: str, against: str) -> None:
-    """Raises InvalidValue where a file, by its sha256, is compared with itself: every row would be a leak."""
+    """Raises InvalidValue if a file, by its sha256, is compared with itself: every row would be a leak."""
     if source == against:
         reason = "It has the same content as the file that is cleaned. Name a test or validation file with other rows."
         raise InvalidValue(param="against", reason=reason)

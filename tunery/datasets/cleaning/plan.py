@@ -1,4 +1,4 @@
-"""What happens to each row of a file that is cleaned, by the findings of its report."""
+"""Decides what a cleaning does to each row, by the findings of a report."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from tunery.datasets.report.rows import Row, of_source
 from tunery.rows.formats import SourceRow
 
 CHOSEN = "rows.drop"
-"""The kind of a row that a person has chosen."""
+"""The kind for rows that a person has chosen to drop."""
 _ROUNDS = 5
 _FIRST_ROUND, _LATER_ROUND = 0.6, 0.1
-"""Shares of the work."""
+"""Shares of the work, for the progress."""
 _CERTAIN: list[Check] = [check for check in maker.CHECKS if check is not mislabels.find]
-"""Checks of later rounds. A classifier that is fitted again finds others to doubt, and would in every round."""
+"""Checks of later rounds. Not the classifier's: fitted again, it would doubt further rows in every round."""
 
 ReadRows = Callable[[set[int]], Iterable[SourceRow]]
 Fields = dict[str, Any]
@@ -25,7 +25,7 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class Dropped:
-    """Why a row went."""
+    """Why a row was dropped."""
 
     line: int
     kind: str
@@ -34,7 +34,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Changed:
-    """What changed in a row. `before` shows no value that was redacted."""
+    """A change of a row. `before` shows no redacted value."""
 
     line: int
     kind: str
@@ -44,7 +44,7 @@ class Changed:
 
 @dataclass
 class Plan:
-    """The rows to drop and to write otherwise, by line, and those that are left as a report sees them."""
+    """The rows to drop and to change, by line, and the remaining rows as a report sees them."""
 
     rows: list[Row]
     dropped: dict[int, Dropped] = field(default_factory=dict)
@@ -68,9 +68,9 @@ def make(
     options: Mapping[str, Any],
     progress: Callable[[float], object] = float,
 ) -> Plan:
-    """Judges the rows, acts, and judges what is left again, until nothing is left to do: a row whose roles were
-    corrected may turn out to be another one's duplicate. `more`: findings besides; `options`: of the report;
-    `progress` is called with the share that is done."""
+    """Checks the rows, acts, and checks the remaining rows again until nothing is left to do: a row with corrected
+    roles may be a duplicate of another. `more`: additional findings; `options`: of the report; `progress` is called
+    with the fraction that is done."""
     plan = Plan(rows)
     actions = order.chosen()
     chosen = set(order.rows.drop)
@@ -93,12 +93,12 @@ def _of_round(number: int, progress: Callable[[float], object]) -> Callable[[flo
 
 
 def _is_guess(finding: Finding) -> bool:
-    """Whether a classifier says so, which is fitted to the rows that are left."""
+    """Whether the finding comes from a classifier, which is fitted to the remaining rows."""
     return finding.kind == "truncated_output"
 
 
 def _act(plan: Plan, findings: Iterable[Finding], actions: Mapping[str, Action], read_rows: ReadRows) -> bool:
-    """Acts on the findings; whether anything was done."""
+    """Acts on the findings; returns whether anything was done."""
     due = [one for one in findings if one.kind in actions and one.score >= actions[one.kind].min_score]
     before = len(plan.dropped) + len(plan.changes)
     edits: dict[int, list[Finding]] = {}
@@ -119,7 +119,7 @@ def _act(plan: Plan, findings: Iterable[Finding], actions: Mapping[str, Action],
 
 
 def _thin_out(plan: Plan, finding: Finding, *, keeps_one: bool) -> None:
-    """Drops the rows of a finding about several, but for the first where one is kept."""
+    """Drops the rows of a finding about several rows, except the first if one is kept."""
     left = [line for line in finding.lines if line not in plan.dropped]
     if len(left) < 2:
         return
@@ -129,7 +129,7 @@ def _thin_out(plan: Plan, finding: Finding, *, keeps_one: bool) -> None:
 
 
 def _edit(plan: Plan, edits: Mapping[int, list[Finding]], read_rows: ReadRows) -> None:
-    """Writes rows otherwise, or drops those that cannot be."""
+    """Changes rows, or drops those that cannot be corrected."""
     if not edits:
         return
     places = {row.line: at for at, row in enumerate(plan.rows)}
@@ -174,7 +174,7 @@ def _roles(row: Row) -> str:
 
 
 def by_kind(plan: Plan) -> dict[str, dict[str, int]]:
-    """Returns how many rows went, and how many were changed, of each kind."""
+    """Returns how many rows were dropped and changed for each kind."""
     counts: dict[str, dict[str, int]] = {}
     for name, entries in (("dropped", plan.dropped.values()), ("changed", plan.changes)):
         for kind in _kinds(entries):

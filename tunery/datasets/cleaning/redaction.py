@@ -1,4 +1,4 @@
-"""Personal data and secrets in rows, replaced by what they are."""
+"""Replaces personal data and secrets in rows by placeholders that name their kind."""
 
 import re
 from typing import Any
@@ -13,14 +13,14 @@ _NAMES = {
     privacy.SSN: "<US_SSN>",
     privacy.KEY: "<SECRET>",
 }
-"""Placeholders as Presidio names them."""
+"""Placeholders, with Presidio's names."""
 _KEY_BLOCK = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
 _AROUND = 20
 _ROUNDS = 3
 
 
 def redact(value: Any) -> Any:
-    """Returns a row's value with placeholders in its texts; keys of objects stay."""
+    """Returns a row's value with its texts redacted; keys of objects stay."""
     if isinstance(value, str):
         return redact_text(value)
     if isinstance(value, dict):
@@ -29,7 +29,7 @@ def redact(value: Any) -> Any:
 
 
 def redact_text(text: str) -> str:
-    """A text with placeholders. What stands beside one may look like personal data only then, so it is read again."""
+    """Returns the redacted text. It is searched again, as text beside a placeholder may only then look personal."""
     text = _KEY_BLOCK.sub(_NAMES[privacy.KEY], text)
     for _ in range(_ROUNDS):
         places = sorted(privacy.places_in(text))
@@ -40,7 +40,7 @@ def redact_text(text: str) -> str:
 
 
 def _replace(text: str, places: list[privacy.Place]) -> str:
-    """`places`: sorted. Of places that overlap the first one names both."""
+    """Replaces the sorted `places`. Overlapping ones get the first one's placeholder."""
     parts, at = [], 0
     for begin, end, kind in places:
         if begin >= at:
@@ -50,7 +50,7 @@ def _replace(text: str, places: list[privacy.Place]) -> str:
 
 
 def excerpt(before: Any, after: Any) -> str:
-    """Placeholders that a redaction has written, with what stands around each: from the text as it is now."""
+    """Returns the placeholders that a redaction has written, with the redacted text around each."""
     if isinstance(after, str):
         return "" if before == after else _around(after)
     if isinstance(after, dict):

@@ -1,4 +1,4 @@
-"""The rows that a cleaning holds out: whole groups of rows that ask nearly the same, and as much of every label."""
+"""Chooses the rows that a cleaning holds out: whole groups of similar questions, and the same share of every label."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ def hold_out(rows: Sequence[Row], *, fraction: float, seed: int) -> set[int]:
 
 
 def _draw(strata: dict[str, list[Group]], fraction: float, seed: int) -> Iterator[int]:
-    """Groups of each label at random, as long as no more rows are held out than are due so far."""
+    """Yields the lines of random groups of each label, without exceeding the label's share."""
     due, taken = 0.0, 0
     for label in sorted(strata):
         groups = strata[label]
@@ -42,7 +42,7 @@ def _draw(strata: dict[str, list[Group]], fraction: float, seed: int) -> Iterato
 
 
 def group(case: Case) -> list[Group]:
-    """Returns the lines in groups: rows are in one if they say the same, or by way of others ask nearly the same."""
+    """Returns the lines in groups: rows that are the same, or that a chain of similar questions links."""
     parent = {row.line: row.line for row in case.rows}
 
     def find(line: int) -> int:
@@ -52,7 +52,7 @@ def group(case: Case) -> list[Group]:
 
     same = [(rows[0].line, row.line) for rows in by_key(case.rows, whole).values() for row in rows[1:]]
     near = [(pair.first.line, pair.second.line) for pair in case.pairs if not pair.leaked]
-    # What the report would call a leak between the two files.
+    # The report would count these as leaks between the two files.
     longer = [(pair.first.line, pair.second.line) for pair in extensions.find(case.answered, case.answered)]
     for one, other in (*same, *near, *longer):
         first, second = sorted((find(one), find(other)))

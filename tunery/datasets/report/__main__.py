@@ -1,7 +1,7 @@
 """Makes one report: `python -m tunery.datasets.report FOLDER`.
 
-FOLDER holds an Order in order.json and the files that it names. report.json, summary.json and digests are written
-there, and meanwhile progress. A file that cannot be read ends it with EXIT_USER_ERROR and the reason as its last words.
+FOLDER holds an Order in order.json and the files that it names. Writes report.json, summary.json and digests there, and
+progress meanwhile. Exits with EXIT_USER_ERROR and the reason as the last line if a file cannot be read.
 """
 
 import json
@@ -16,9 +16,9 @@ from tunery.trainer_protocol import EXIT_USER_ERROR
 
 
 def main(folder: Path) -> int:
-    """Returns the exit status."""
+    """Makes the report; returns the exit status."""
     plugins.load(plugins.names(), "worker")
-    from tunery.datasets.report import (  # what they import may be missing, which is to be said
+    from tunery.datasets.report import (  # imported here to report a missing package
         elsewhere,
         maker,
         plausibility,

@@ -1,4 +1,4 @@
-"""Answers that teach nothing: empty ones, the question itself, and one answer to most questions."""
+"""Finds answers that teach nothing: empty ones, repeated questions, and one answer to most questions."""
 
 import re
 from collections import Counter
@@ -11,11 +11,11 @@ _INVISIBLE = re.compile(r"[\s\u200b-\u200d\u2060\ufeff\u00ad]*")
 _DOMINANT = 0.2
 _IMBALANCE = 20
 _LEAST = 20
-"""Rows below which shares say nothing."""
+"""Minimum rows for meaningful shares."""
 
 
 def find_empty(case: Case) -> Iterator[Finding]:
-    """Rows with an assistant message that says nothing."""
+    """Finds rows with an empty assistant message."""
     for row in case.rows:
         answers = [turn for turn in row.turns if turn.role == "assistant" and not turn.calls]
         if any(_INVISIBLE.fullmatch(turn.text) for turn in answers):
@@ -24,7 +24,7 @@ def find_empty(case: Case) -> Iterator[Finding]:
 
 
 def find_echoes(case: Case) -> Iterator[Finding]:
-    """Rows whose answer is the question."""
+    """Finds rows whose answer repeats the question."""
     for row in case.answered:
         if texts.squash(row.answer) == texts.squash(row.question):
             why = "The answer is the question."
@@ -32,7 +32,7 @@ def find_echoes(case: Case) -> Iterator[Finding]:
 
 
 def find_dominant(case: Case) -> Iterator[Finding]:
-    """An answer in free text that a large share of the rows gives."""
+    """Finds a free-text answer that a large share of the rows has."""
     labelled = {line for task in case.tasks for line in task.labels}
     free = [row for row in case.answered if row.line not in labelled]
     counts = Counter(texts.squash(row.answer) for row in free)
@@ -47,7 +47,7 @@ def find_dominant(case: Case) -> Iterator[Finding]:
 
 
 def find_imbalance(case: Case) -> Iterator[Finding]:
-    """Classifications of which one class has many times the rows of another."""
+    """Finds classifications in which one class has many times the rows of another."""
     for task in case.tasks:
         (most, many), *_, (least, few) = Counter(task.labels.values()).most_common()
         if many >= _LEAST and many >= _IMBALANCE * few:

@@ -1,4 +1,4 @@
-"""Rows that ask what the general benchmark asks, which would flatter what a scorecard says of general ability."""
+"""Finds rows that ask the general benchmark's questions, which would inflate a scorecard's general ability."""
 
 import json
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def _question(item: dict[str, Any]) -> str:
 
 
 def find(case: Case) -> Iterator[Finding]:
-    """Rows whose question is one of the benchmark's, but for case and punctuation."""
+    """Finds rows whose question equals one of the benchmark's, ignoring case and punctuation."""
     for row in case.answered if case.benchmark else ():
         if texts.words(row.question) in case.benchmark:
             yield Finding(

@@ -1,4 +1,4 @@
-"""What the checks of a report read: the rows, and what several checks have to know of them."""
+"""The input of a report's checks: the rows, and data that several checks share."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about some rows. `lines`: rows of the file, from 1; `against`: rows of the other file, likewise.
-    `score`: 0 to 1, how sure it is, comparable within a kind. `action`: what to do."""
+    """A finding about some rows. `lines`: rows of the file, from 1; `against`: rows of the other file, likewise.
+    `score`: confidence from 0 to 1, comparable within a kind. `action`: what to do."""
 
     kind: str
     lines: list[int]
@@ -29,13 +29,13 @@ class Finding:
     against: list[int] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the finding for JSON; `against` only where it says something."""
+        """Returns the finding for JSON; without `against` if that is empty."""
         shown = {**asdict(self), "score": round(self.score, 4)}
         return shown if self.against else {key: value for key, value in shown.items() if key != "against"}
 
 
 class Case:
-    """A file, the file that it is compared with, and what was found so far: a check may read of earlier ones."""
+    """A file, the file that it is compared with, and the findings so far, which later checks may read."""
 
     def __init__(
         self,
@@ -64,17 +64,17 @@ class Case:
 
     @cached_property
     def answered(self) -> list[Row]:
-        """The rows with a question and an answer in text."""
+        """The rows with a question and a text answer."""
         return [row for row in self.rows if row.question.strip() and row.answer.strip()]
 
     @cached_property
     def tasks(self) -> list[Task]:
-        """The classifications that the rows teach."""
+        """The classification tasks in the rows."""
         return labels.find(self.answered)
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """The pairs of rows, one of the file and the other of either file, whose questions are the same or nearly."""
+        """Pairs of rows with equal or similar questions, one from the file, the other from either file."""
         return neighbours.find(self.answered, [row for row in self.against if row.question.strip()])
 
 

@@ -1,4 +1,4 @@
-"""Rows that answer like questions with different labels."""
+"""Finds rows that answer similar questions with different labels."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ _ACTION = "Keep the row that is right, and correct or drop the other."
 
 
 def find(case: Case) -> Iterator[Finding]:
-    """Pairs of like questions, under the same system message, whose answers give different labels."""
+    """Finds pairs of similar questions, under the same system message, with different labels."""
     for pair in case.pairs:
         if pair.leaked or not _same_instructions(pair):
             continue
@@ -25,6 +25,6 @@ def find(case: Case) -> Iterator[Finding]:
 
 
 def _same_instructions(pair: Pair) -> bool:
-    """A row without a system message, or with a fault of its roles, contradicts one with it."""
+    """Whether two rows have the same system message; one without it, or with wrong roles, counts as the same."""
     one, other = texts.squash(pair.first.system), texts.squash(pair.second.system)
     return one == other or not one or not other

@@ -1,5 +1,5 @@
-"""A classifier of answers that break off: learned of a file's own answers against the same answers cut at random
-places, and out of fold, so that no answer is judged by itself."""
+"""A classifier of truncated answers: trained on a file's answers against the same answers cut at random places, and
+out of fold, so that no answer is judged by a model that has seen it."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -16,19 +16,19 @@ from tunery.datasets.report import endings
 from tunery.datasets.report.endings import Vocabulary
 
 CUTS = 4
-"""Times that an answer is cut; a shorter one cannot be."""
+"""Cuts made of each answer; one with fewer characters cannot be cut."""
 _FOLDS, _ROUNDS, _SEED = 5, 2, 7
 _FITTED = 2500
 _CUT = 0.9
-"""Score from which an answer counts as no example of a whole one."""
+"""Score from which an answer is not used as an example of a whole one."""
 _TAIL = 24
-"""Characters of an answer's end that are read as they are."""
+"""Last characters of an answer that are features."""
 _RARE, _COMMON, _STEPS = 0.05, 0.5, 100
-"""What the estimated share of answers that break off is at least and at most: a single one has to be seen too."""
+"""Bounds of the estimated share of truncated answers (so that a single one is found too), and steps to estimate it."""
 
 
 class _Ends(NamedTuple):
-    """How answers end: a row of figures and the last characters of each."""
+    """Features of the answers' ends: figures and the last characters of each."""
 
     figures: NDArray[np.float64]
     tails: NDArray[np.str_]
@@ -38,7 +38,7 @@ class _Ends(NamedTuple):
 
 
 def score(answers: Sequence[str], known: Vocabulary) -> NDArray[np.float64]:
-    """How much each answer looks as if it broke off, 0 to 1, as if half of them did. None is shorter than CUTS."""
+    """Returns each answer's score of being truncated, 0 to 1, as if half were. All have at least CUTS characters."""
     ends, rounds = _read(answers, known), range(_ROUNDS)
     scores = [_score(answers, ends, known, random.Random(_SEED + at)) for at in rounds]  # noqa: S311 (places to cut at)
     return np.asarray(np.mean(scores, axis=0))
@@ -51,13 +51,13 @@ def _score(answers: Sequence[str], whole: _Ends, known: Vocabulary, dice: random
     owners = np.array([place for place, _ in pieces])
     cut = _read([text for _, text in pieces], known)
     first = _judge(whole, cut, owners, learned, learned)
-    # Those that surely break off would teach that whole answers end so.
+    # Certainly truncated answers are left out, as they would count as examples of whole ones.
     return _judge(whole, cut, owners, learned[first < _CUT], order)[np.argsort(order)]
 
 
 def calibrate(ratios: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The probability that each answer breaks off, of its odds if half of all did. The share that does is estimated by
-    expectation-maximisation (Saerens et al. 2002)."""
+    """Returns the probability that each answer is truncated, from its odds if half of all were. The actual share is
+    estimated by expectation-maximisation (Saerens et al. 2002)."""
     fraction = _COMMON
     for _ in range(_STEPS):
         fraction = float(np.clip((fraction * ratios / (fraction * ratios + 1 - fraction)).mean(), _RARE, _COMMON))
@@ -65,13 +65,13 @@ def calibrate(ratios: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def odds(chances: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns the odds of probabilities, none of them without end."""
+    """Returns the odds of probabilities, all of them finite."""
     bounded = np.clip(chances, 1e-4, 1 - 1e-4)
     return np.asarray(bounded / (1 - bounded))
 
 
 def _cuts(answer: str, dice: random.Random) -> Iterator[str]:
-    """The answer cut at random places."""
+    """Yields the answer cut at random places."""
     for _ in range(CUTS if len(answer) >= CUTS else 0):
         text = answer[: dice.randint(max(1, len(answer) // 5), max(1, int(len(answer) * 0.9)))]
         if text.strip():
@@ -86,7 +86,7 @@ def _read(answers: Sequence[str], known: Vocabulary) -> _Ends:
 def _judge(
     whole: _Ends, cut: _Ends, owners: NDArray[np.int64], learned: NDArray[np.int64], judged: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Returns the scores of `judged`, each fold by what is learned of the others."""
+    """Returns the scores of `judged`, each fold by a model trained on the others."""
     scores = np.zeros(len(judged))
     for fold in range(_FOLDS):
         mine = np.arange(len(judged)) % _FOLDS == fold

@@ -1,4 +1,4 @@
-"""How many different things a file asks: prompts that are the same or nearly count as one."""
+"""Measures how many different prompts a file has, counting similar ones as one."""
 
 import math
 from collections import Counter
@@ -9,12 +9,12 @@ from tunery.datasets.report.case import Case, Finding
 
 _FRACTION = 0.2
 _LEAST = 20
-"""Rows below which shares say nothing."""
+"""Minimum rows for meaningful shares."""
 _ACTION = "Keep fewer of them, or add rows that ask something else."
 
 
 def clusters(case: Case) -> dict[int, int]:
-    """Returns the cluster of each row, by line: rows that a chain of like questions links. Named by its first line."""
+    """Returns each line's cluster of rows linked by a chain of similar questions, named by its first line."""
     parents = {row.line: row.line for row in case.answered}
 
     def root(line: int) -> int:
@@ -31,8 +31,8 @@ def clusters(case: Case) -> dict[int, int]:
 
 
 def figures(case: Case) -> dict[str, Any]:
-    """`effective_prompts`: the exponential of the entropy of the clusters' shares, which is the number of clusters
-    where all are equally large. `largest_cluster`: the largest one's share of the rows."""
+    """Returns `effective_prompts`, the exponential of the entropy of the clusters' shares (the number of clusters if
+    all are equally large), and `largest_cluster`, the largest one's share of the rows."""
     sizes = Counter(clusters(case).values())
     rows = sizes.total()
     if not rows:
@@ -46,7 +46,7 @@ def figures(case: Case) -> dict[str, Any]:
 
 
 def find(case: Case) -> Iterator[Finding]:
-    """Clusters of like questions that are a large share of the rows."""
+    """Finds clusters of similar questions that are a large share of the rows."""
     found = clusters(case)
     for cluster, size in Counter(found.values()).most_common(3):
         if size >= _LEAST and size >= _FRACTION * len(found):

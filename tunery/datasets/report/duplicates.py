@@ -1,4 +1,4 @@
-"""Rows that stand in the file twice, exactly or nearly."""
+"""Finds exact and near duplicates of rows."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ NEAR_ANSWER = 0.8
 
 
 def find_exact(case: Case) -> Iterator[Finding]:
-    """Rows that say the same, but for case and blanks."""
+    """Finds rows that are equal, ignoring case and whitespace."""
     for rows in by_key((row for row in case.rows if row.turns), whole).values():
         if len(rows) > 1:
             lines = [row.line for row in rows]
@@ -18,7 +18,7 @@ def find_exact(case: Case) -> Iterator[Finding]:
 
 
 def find_near(case: Case) -> Iterator[Finding]:
-    """Rows whose questions and answers are nearly the same."""
+    """Finds rows whose questions and answers are similar."""
     exact = case.lines_found("exact_duplicate")
     for first, second, similarity, leaked in case.pairs:
         if leaked or (first.line in exact and second.line in exact and whole(first) == whole(second)):

@@ -1,4 +1,4 @@
-"""Rows that stand in another file of the project too: files are compared by digests of their rows."""
+"""Finds rows that are in another file of the project too, by digests of rows."""
 
 import hashlib
 import struct
@@ -24,12 +24,12 @@ class Other:
 
 
 def digest(row: Row) -> bytes:
-    """Eight bytes that are the same for rows that say the same."""
+    """Returns an 8-byte digest that is the same for rows with the same texts."""
     return hashlib.blake2b(whole(row).encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def pack(rows: Iterable[Row]) -> bytes:
-    """Returns the digests of rows with their lines, to be kept."""
+    """Returns the digests of rows with their lines, for storage."""
     return b"".join(_ENTRY.pack(digest(row), row.line) for row in rows if row.turns)
 
 
@@ -42,12 +42,12 @@ def unpack(data: bytes) -> dict[bytes, int]:
 
 
 def read(folder: Path, named: Iterable[OtherFile]) -> list[Other]:
-    """Returns the other files, whose digests lie in `folder` under their ids."""
+    """Returns the other files, whose digests are in `folder` under their ids."""
     return [Other(other.id, other.name, unpack((folder / other.id).read_bytes())) for other in named]
 
 
 def find(case: Case) -> Iterator[Finding]:
-    """One finding for each other file that has rows of this one."""
+    """Yields a finding for each other file that shares rows with this one."""
     if not case.others:
         return
     digests = [(row.line, digest(row)) for row in case.rows if row.turns]

@@ -1,4 +1,4 @@
-"""How an answer ends, in figures that a classifier can read."""
+"""Describes how an answer ends, as features for a classifier."""
 
 import ast
 import operator
@@ -13,16 +13,16 @@ from tunery.datasets.report.rows import Row
 
 _COMMON = 100
 _PROSE, _KNOWN = 0.15, 0.75
-"""Shares of common words and of those in the dictionary, in texts where a last word that it lacks is a part of one."""
+"""Minimum shares of common words, and of words in the dictionary, for an unknown last word to count as cut off."""
 _LETTERS = "aiox"
-"""Letters that stand alone in sentences."""
+"""Letters that are words by themselves."""
 _PART = 3
 _FINISHED = ".!?。！？"  # noqa: RUF001 (they are of other scripts)
 _CLOSED = _FINISHED + "\"'”’)]}`»…）】」』*>|"  # noqa: RUF001 (likewise)
 _GOES_ON = ",:;([{-—/=+*&、，："  # noqa: RUF001 (likewise)
 _OPEN = {"(": ")", "[": "]", "{": "}"}
 _NO_BLANKS = "\u3040-\u30ff\u3400-\u9fff"
-"""Scripts that put no blanks between words: each sign counts as one."""
+"""Scripts without blanks between words: each character counts as a word."""
 _WORD = re.compile(rf"[{_NO_BLANKS}]|[^\W_{_NO_BLANKS}]+(?:['’][^\W\d_]+)*")  # noqa: RUF001 (an apostrophe)
 _ENDING = re.compile(rf"({_WORD.pattern})(?=[.!?]\s|[。！？]|[^\w\n]*\n)")  # noqa: RUF001 (likewise)
 _SENTENCE = re.compile(r"[.!?]\s|[。！？]")  # noqa: RUF001 (likewise)
@@ -51,7 +51,7 @@ def words(text: str) -> list[str]:
 
 
 class Vocabulary:
-    """The words of a file: in how many texts each stands, how often it ends a line or sentence, and what begins it."""
+    """The words of a file: in how many texts each occurs, how often it ends a line or sentence, and its beginnings."""
 
     def __init__(self, all_texts: Iterable[str], dictionary: Dictionary) -> None:
         self._dictionary = dictionary
@@ -62,18 +62,18 @@ class Vocabulary:
             found = words(text)
             self._texts.update(set(found))
             self._all.update(found)
-            # An end of the whole text is left out: it may be a cut.
+            # Not the end of the whole text, which may be truncated.
             self._ends.update(_ENDING.findall(text.casefold()))
         self._common = {word for word, _ in self._texts.most_common(_COMMON) if not word.isdigit()}
         often = (word for word, count in self._texts.items() if count > 1)
         self._beginnings = {word[:size] for word in often for size in range(1, len(word))}
 
     def prose(self, found: Sequence[str]) -> float:
-        """The share of words that are among the file's most common: high in sentences, low in lists, code and sums."""
+        """Returns the share of the file's most common words: high in sentences, low in lists, code and arithmetic."""
         return sum(word in self._common for word in found) / len(found) if found else 0.0
 
     def is_part(self, row: Row) -> bool:
-        """Whether an answer's last word begins another one: of its own row, or of the dictionary, which lacks it."""
+        """Whether an answer's last word begins another word of its row, or is unknown and begins a dictionary word."""
         answer = row.answer.rstrip()
         found = words(answer)
         if not found or not answer[-1].isalpha():
@@ -85,7 +85,7 @@ class Vocabulary:
         return rare and any(word.startswith(found[-1]) and word != found[-1] for word in there)
 
     def _breaks_word(self, answer: str, found: Sequence[str]) -> bool:
-        """Whether a sentence ends with small letters that are no word of the language, and begin one."""
+        """Whether a sentence ends with lower-case letters that are not a word of the language but begin one."""
         *before, last = found
         stands = answer[-len(last) :].islower() and answer[: -len(last)].endswith((" ", "\n", "-", "'", '"', "("))
         if not stands or self._dictionary.fraction(before) < _KNOWN:
@@ -95,7 +95,7 @@ class Vocabulary:
         return self._all[last] <= 1 and not self._dictionary.frequency(last) and self._dictionary.longer(last) > 0
 
     def describe(self, word: str) -> list[float]:
-        """How much a word, the last of an answer, looks like part of another one or of a sentence that goes on."""
+        """Returns features of an answer's last word: whether it looks like part of a word or an unfinished sentence."""
         if not word or word.isdigit():
             return [0.0, 0.0, 6.0, 0.0, 0.0, -1.0]
         count, ends = self._all[word], self._ends[word]
@@ -104,7 +104,7 @@ class Vocabulary:
         return [rare, self._texts[word] <= 3, float(np.log1p(count)), rare and begins, rare and not begins, ending]
 
     def look_up(self, word: str, is_name: bool) -> list[float]:
-        """What the dictionary says of an answer's last word: whether it is one, and how often others begin with it."""
+        """Returns whether the dictionary has an answer's last word, and how often longer words begin with it."""
         if not word.isalpha():
             return [0.0] * 5
         count, longer = self._dictionary.frequency(word), self._dictionary.longer(word)
@@ -114,7 +114,7 @@ class Vocabulary:
 
 
 def describe(answer: str, known: Vocabulary) -> list[float]:
-    """Returns what is said about an answer's end besides its characters."""
+    """Returns the features of an answer's end, besides its characters."""
     text = answer.rstrip()
     lines = [line.rstrip() for line in text.split("\n") if line.strip()]
     found = words(text)
@@ -131,7 +131,7 @@ def describe(answer: str, known: Vocabulary) -> list[float]:
 
 
 def _style(text: str, lines: Sequence[str], prose: float) -> list[float]:
-    """Whether the answer is written in sentences, and how it ends for one that is."""
+    """Returns whether the answer is written in sentences, and if so how it ends."""
     open_end, sentences = text[-1] not in _CLOSED, len(_SENTENCE.findall(text[:-1]))
     return [
         *(prose, prose * open_end, (1 - prose) * open_end, prose * (len(lines) == 1) * open_end),
@@ -141,7 +141,7 @@ def _style(text: str, lines: Sequence[str], prose: float) -> list[float]:
 
 
 def _marks(text: str, blanks: str) -> list[float]:
-    """Returns the last character, the blanks behind it, and what is open there."""
+    """Returns features of the last character, the blanks after it, and open brackets and quotes."""
     last = text[-1]
     return [
         *(last in _FINISHED, last in _CLOSED, last.isalpha(), last.isdigit(), last in _GOES_ON),
@@ -152,7 +152,7 @@ def _marks(text: str, blanks: str) -> list[float]:
 
 
 def _lines(text: str, lines: Sequence[str]) -> list[float]:
-    """How the last line looks beside those before."""
+    """Returns how the last line compares with the lines before."""
     *before, last = lines
     finished = float(np.mean([line[-1] in _FINISHED for line in before])) if before else 0.5
     open_end, listed = text[-1] not in _FINISHED, bool(ITEM.match(last)) and len(lines) > 1
@@ -167,7 +167,7 @@ def _lines(text: str, lines: Sequence[str]) -> list[float]:
 
 
 def read_code(text: str, lines: int) -> list[float]:
-    """Whether the answer looks like code, whether it is whole as Python, and whether a bracket is open."""
+    """Returns whether the answer looks like code, whether it parses as Python, and whether a bracket is open."""
     if len(_CODE.findall(text)) < _CODE_LINES * lines or len(text) > _LONGEST:
         return [0.0, 0.0, 0.0]
     try:
@@ -180,7 +180,7 @@ def read_code(text: str, lines: int) -> list[float]:
 
 
 def read_sum(text: str) -> list[float]:
-    """Whether the answer ends with a sum that is right, and with the beginning of a right result."""
+    """Returns whether the answer ends with correct arithmetic, and with the beginning of a correct result."""
     match = _SUM.search(text[-80:])
     if not match:
         return [0.0, 0.0]

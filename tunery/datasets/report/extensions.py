@@ -1,4 +1,4 @@
-"""Questions of which one is the other with a few words before or behind it, as a greeting or thanks are."""
+"""Finds pairs of questions where one is the other with a few words before or after it, such as a greeting."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,17 +7,17 @@ from tunery.datasets.report.neighbours import Pair
 from tunery.datasets.report.rows import Row, by_key
 
 _ADDED = 3
-"""Words that the longer question has more."""
+"""Maximum words that the longer question adds."""
 _LEAST = 3
-"""Words of the shorter question: fewer stand in many a longer one that asks something else."""
+"""Minimum words of the shorter question: fewer occur in many questions about something else."""
 _MOST = 30
-"""Words of the longer question: the shingles of two longer ones are alike enough to be seen by these."""
+"""Maximum words of the longer question: longer ones are similar enough to be found by their shingles."""
 _ALIKE = 0.5
-"""Jaccard similarity of the questions' shingles, so that the words added are no more than those that they share."""
+"""Minimum Jaccard similarity of the questions' shingles, so that no more is added than shared."""
 
 
 def find(rows: Sequence[Row], against: Sequence[Row]) -> Iterator[Pair]:
-    """The pairs of a row and one of `against`, with one answer, of which one question extends the other."""
+    """Yields pairs of a row and one of `against` with the same answer, where one question extends the other."""
     here, there = by_key(rows, _words), by_key(against, _words)
     for first, second in _extended(here, there):
         yield from _pair(here[first], there[second])
@@ -30,7 +30,7 @@ def _words(row: Row) -> str:
 
 
 def _extended(longer: dict[str, list[Row]], shorter: dict[str, list[Row]]) -> Iterator[tuple[str, str]]:
-    """The questions of `longer`, each with one of `shorter` that it extends."""
+    """Yields each question of `longer` with one of `shorter` that it extends."""
     for question in longer:
         parts = question.split()
         for part in _parts(parts) if len(parts) <= _MOST else ():
@@ -39,7 +39,7 @@ def _extended(longer: dict[str, list[Row]], shorter: dict[str, list[Row]]) -> It
 
 
 def _parts(words: list[str]) -> Iterator[str]:
-    """The runs of words that are up to _ADDED shorter."""
+    """Yields the runs of words that are up to _ADDED words shorter."""
     for size in range(max(_LEAST, len(words) - _ADDED), len(words)):
         yield from (" ".join(words[at : at + size]) for at in range(len(words) - size + 1))
 

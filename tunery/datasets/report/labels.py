@@ -1,4 +1,4 @@
-"""Which classifications a file teaches: answers, or fields of answers in JSON, that take few values."""
+"""Detects classification tasks: answers, or fields of JSON answers, with few different values."""
 
 import json
 from collections import Counter
@@ -11,23 +11,23 @@ from tunery.datasets.report.rows import Row
 TEXT = ""
 _LONGEST = 60
 _OFTEN = 3
-"""Rows that make a value a class."""
+"""Minimum rows for a value to be a class."""
 _COVERED = 0.6
-"""Least share of the rows whose value is a class: below it values are free text, some of which are equal."""
+"""Minimum share of rows whose value is a class; below it the values are free text, some of them equal."""
 _PER_CLASS = 4
-"""Rows that each class must have on average."""
+"""Minimum average rows per class."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One classification: the key of the answer's JSON object, or TEXT for the whole answer, and a label a line."""
+    """A classification task: the key in the answer's JSON object, or TEXT for the whole answer, and labels by line."""
 
     key: str
     labels: dict[int, str]
 
     @property
     def name(self) -> str:
-        """What holds the label, for sentences."""
+        """The name of what holds the label, for use in a sentence."""
         return f"the {self.key}" if self.key else "the answer"
 
 
@@ -42,7 +42,7 @@ def find(rows: Sequence[Row]) -> list[Task]:
 
 
 def read(task: Task, answer: str) -> str | None:
-    """Returns the label that an answer gives in a task, if it gives one."""
+    """Returns an answer's label in a task, if it has one."""
     return _values(answer).get(task.key)
 
 
