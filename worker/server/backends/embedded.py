@@ -211,7 +211,6 @@ def _begin(request: ChatRequest, ready: Ready) -> Generation:
     )
     is_greedy = sampling.is_greedy and kept_to is None and not request.logprobs
     return Generation(
-        stream=ready.stream(prompt, request.chosen.project_id, is_greedy=is_greedy),
         is_greedy=is_greedy,
         on_close=ready.release,
         tokenizer=template.tokenizer,
@@ -224,6 +223,8 @@ def _begin(request: ChatRequest, ready: Ready) -> Generation:
         spelling=spelling,
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         sampling=sampling,
+        # Last: a row that has joined the batch stays in it if something after it raises.
+        stream=ready.stream(prompt, request.chosen.project_id, is_greedy=is_greedy),
     )
 
 
