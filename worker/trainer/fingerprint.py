@@ -1,7 +1,7 @@
-"""What must be equal for a snapshot to be of the same run: the options that change training, the base and the rows.
+"""Decides whether a snapshot is of the same run: equal options that affect training, base and rows.
 
-A snapshot may be older than the release that reads it. Its plan is read as a plan of today, so an option that it does
-not know has its default; options that change no weight are left out.
+A snapshot may be older than the release that reads it. Its plan is read as a current plan, so options that it lacks
+have their defaults; options that do not affect the weights are left out.
 """
 
 import json
@@ -15,13 +15,13 @@ from worker.trainer.data import Rows
 
 _WIDE = ["float32", "float32"]
 _CHANGES_NO_WEIGHT: Any = {
-    "learning_rate_multiplier": True,  # learning_rate is what it came to
+    "learning_rate_multiplier": True,  # learning_rate is the result
     "evaluation": {"test_file", "max_new_tokens", "max_rows", "general", "unquantised"},
     "keep_checkpoints": True,
     "export": True,
-    "columns": True,  # the rows that they make are compared
+    "columns": True,  # the rows that result are compared
     "gate": True,
-    "resources": True,  # a snapshot is whole, on whatever ranks it was saved: others sum the same in another order
+    "resources": True,  # a snapshot is whole, whichever ranks saved it; other ranks only sum in another order
 }
 _FORMAT_1: dict[str, tuple[str, ...]] = {
     "schedule": ("type", "warmup_ratio", "min_ratio"),
@@ -42,11 +42,11 @@ _FORMAT_1: dict[str, tuple[str, ...]] = {
     "learning_rate": (),
     "learning_rate_multiplier": (),
 }  # fmt: skip
-"""A plan's options, and theirs, in the order in which format 1 hashed them."""
+"""A plan's options, and their own options, in the order in which format 1 hashed them."""
 
 
 def describe(run: Run, rows: Rows, precision: Precision) -> dict[str, Any]:
-    """Returns what a snapshot says of its run."""
+    """Returns the description of its run that a snapshot holds."""
     return {
         "plan": run.plan.model_dump(mode="json"),
         "base_model": run.base_model,
@@ -56,7 +56,7 @@ def describe(run: Run, rows: Rows, precision: Precision) -> dict[str, Any]:
 
 
 def difference(run: Run, rows: Rows, precision: Precision, state: dict[str, Any]) -> str | None:
-    """Returns why the snapshot of this `state.json` cannot be continued as this run; None where it can."""
+    """Returns why the snapshot with this `state.json` cannot continue as this run; None if it can."""
     old, learning_in = state["run"], _learning_in(precision)
     if isinstance(old, str):
         return None if old == _format_1(run, rows) and learning_in == _WIDE else "it is of another plan or other rows"
@@ -76,7 +76,7 @@ def difference(run: Run, rows: Rows, precision: Precision, state: dict[str, Any]
 
 
 def _learning_in(precision: Precision) -> list[str]:
-    """What the weights that learn and the optimizer's moments are kept in: a snapshot holds both as they are."""
+    """Returns the types of the trained weights and the optimizer's moments, which a snapshot holds unchanged."""
     return [precision.trained, precision.moments]
 
 
@@ -85,9 +85,9 @@ def _that_train(plan: Plan) -> dict[str, Any]:
 
 
 def _format_1(run: Run, rows: Rows) -> str | None:
-    """Returns the hash that format 1 had of this run; None where it could not have been of this run.
+    """Returns format 1's hash of this run; None if such a snapshot cannot be of this run.
 
-    A packed run of that time counted its steps in sequences, not in rows.
+    With format 1, a packed run counted its steps in sequences, not in rows.
     """
     plan = run.plan.model_dump(mode="json")
     known = {name: _only(plan[name], inner) for name, inner in _FORMAT_1.items()}

@@ -1,4 +1,4 @@
-"""What ends a run whose numbers are none: what the error says, what the log shows, and what is never saved."""
+"""Ends a run whose loss or weights are not finite: builds the error, logs the rows, and keeps them from being saved."""
 
 import logging
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from worker.trainer.training import Training
 log = logging.getLogger(__name__)
 
 _SHOWN = 300
-"""Characters of a row in the log."""
+"""How many characters of a row are logged."""
 
 
 def failure(t: Training, *, value: object, step: int, rate: float, drawn: Sequence[int] = ()) -> NotFinite:
-    """Returns the error of a step that ends the run; the rows that it drew are written to the log."""
+    """Returns the error for a step that ends the run, and logs the rows that the step drew."""
     for number in drawn:
         for row in t.rows.examples[number].rows:
             text = t.template.tokenizer.decode(row.input_ids, skip_special_tokens=False)
@@ -24,9 +24,9 @@ def failure(t: Training, *, value: object, step: int, rate: float, drawn: Sequen
 
 
 def check_weights(t: Training, step: int, rate: float) -> None:
-    """Raises NotFinite where a step has left a weight that is no number: its loss was one, and its files would not be.
+    """Raises NotFinite if a step with a finite loss has left a weight that is not finite.
 
-    To be called before weights are saved, or the last good checkpoint would not be good.
+    Call it before weights are saved, or the last checkpoint would be damaged.
     """
     whole = torch.stack([parameter.detach().isfinite().all() for parameter in t.parameters.values()])
     if t.ranks.any(not whole.all()):
@@ -34,7 +34,7 @@ def check_weights(t: Training, step: int, rate: float) -> None:
 
 
 def _kept(t: Training, step: int) -> str:
-    """Returns the checkpoint that stays: that of the last epoch which ended before the step."""
+    """Names the checkpoint that is kept: that of the last epoch which ended before the step."""
     last = (step - 1) // t.steps_per_epoch * t.steps_per_epoch
     if last and t.run.public_checkpoints:
         return f"The checkpoint of step {last} is good and stays."

@@ -1,4 +1,4 @@
-"""Folders of a base: what one that came from elsewhere may not lead to, and what a file holds."""
+"""Checks links in a folder that becomes a base, and computes files' digests."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from tunery.errors import UnusableModel
 
 
 def refuse_links_out(source: str) -> None:
-    """Raises UnusableModel where a link leaves the folder: its target would be published with the base.
+    """Raises UnusableModel if a link leaves the folder: its target would be published with the base.
 
     A snapshot in a hub's cache (`models--ORG--NAME/snapshots/REVISION`) may link to the blobs beside it.
     """

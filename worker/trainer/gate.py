@@ -1,4 +1,4 @@
-"""Whether a tuned model shows what its job demands, on the intervals of its scorecard."""
+"""Judges from the scorecard's intervals whether a tuned model meets its job's limits."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ class Measured(NamedTuple):
 
 
 def judge(gate: Gate, score: Score | None) -> Gated:
-    """Returns the verdict: failed where one check fails, else inconclusive where one is. What was not measured is."""
+    """Returns the verdict: failed if one check fails, else inconclusive if one is; one without a measurement is."""
     limits = {
         "min_task_gain": (gate.min_task_gain, _task_gain(score)),
         "max_general_drop": (gate.max_general_drop, _general_drop(score)),
@@ -48,7 +48,7 @@ def _task_gain(score: Score | None) -> Measured | None:
 
 
 def _general_drop(score: Score | None) -> Measured | None:
-    """Returns the change with its sign turned, and so the ends of its interval in the other order."""
+    """Returns the drop: the change with its sign, and so the ends of its interval, swapped."""
     if score is None or score.general is None:
         return None
     return Measured(-score.general.change, -score.general.change_high, -score.general.change_low)

@@ -1,4 +1,4 @@
-"""A model's own text: what it writes after each of a batch of prompts."""
+"""Generates a model's text after each of a batch of prompts."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from tunery.rows.template import ChatTemplate
 from worker.trainer import rope
 
 Prompts = list[list[int]]
-"""The ids of each prompt."""
+"""Token ids of each prompt."""
 
 
 def greedy(causal: Any, template: ChatTemplate, prompts: Prompts, limit: int) -> list[list[int]]:
@@ -18,16 +18,16 @@ def greedy(causal: Any, template: ChatTemplate, prompts: Prompts, limit: int) ->
 
 
 def sample(causal: Any, template: ChatTemplate, prompts: Prompts, limit: int, temperature: float) -> list[list[int]]:
-    """Ids drawn from the model's whole distribution at a temperature, as `greedy` gives them."""
+    """Returns ids drawn from the model's whole distribution at a temperature, in the form of `greedy`."""
     return _generate(causal, template, prompts, limit, do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
 
 
 def _generate(
     causal: Any, template: ChatTemplate, prompts: Prompts, limit: int, **sampling: bool | float
 ) -> list[list[int]]:
-    """One batch, padded at the left so that every answer starts in the same column."""
+    """Generates one batch, padded at the left so that every answer starts in the same column."""
     width = max(map(len, prompts))
-    # Keys in a cache were turned by the frequencies of a shorter row: where those change, there can be none.
+    # Cached keys were rotated by the frequencies of a shorter row: if those change, no cache can be used.
     changes = rope.of(causal).changes(width, width + limit)
     pad = min(template.eos_ids)
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=causal.device)
@@ -41,8 +41,8 @@ def _generate(
     )
     plain, causal.generation_config = causal.generation_config, config
     try:
-        # Why the config is exchanged: generate() fills gaps from the model's own, where a repetition penalty may lurk.
-        # Not synced: `Ranks.lockstep` keeps the ranks of a model in pieces together, whatever passes they make.
+        # Why the config is replaced: generate() takes unset options from the model's own, such as a repetition penalty.
+        # Not synced: `Ranks.lockstep` keeps the ranks of a sharded model together, whatever passes they run.
         out = causal.generate(input_ids=ids, attention_mask=mask, synced_gpus=False)
     finally:
         causal.generation_config = plain

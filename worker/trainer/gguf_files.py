@@ -1,4 +1,4 @@
-"""GGUF files: weights unpacked to bf16 and the tokenizer mended.
+"""Reads GGUF files: unpacks their weights to bf16 and repairs their tokenizers.
 
 transformers reads both, with three traps. Its loader keeps the weights packed unless asked to unpack them; the
 converted byte-pair tokenizers lose the file's own rule for cutting text into words (`tokenizer.ggml.pre`), so digits
@@ -36,7 +36,7 @@ def _by_pattern(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def word_rule(pre: str) -> pre_tokenizers.PreTokenizer | None:
-    """Returns the pre-tokenizer that `tokenizer.ggml.pre` names; None when it is not one that we know."""
+    """Returns the pre-tokenizer that `tokenizer.ggml.pre` names; None for an unknown name."""
     if pre in {"smollm", "starcoder", "refact", "codeshell", "command-r"}:
         return _digits_then_bytes()
     if pre in {"gpt-2", "gpt2"}:
@@ -47,7 +47,7 @@ def word_rule(pre: str) -> pre_tokenizers.PreTokenizer | None:
 
 
 def find(source: str) -> Path | None:
-    """The GGUF file that `source` names: itself, or the one in a folder without safetensors. Raises UnusableModel."""
+    """Returns the GGUF file that `source` is, or that a folder without safetensors holds. Raises UnusableModel."""
     if source.endswith(".gguf"):
         return Path(source)
     names = sorted(path.name for path in Path(source).glob("*.gguf")) if Path(source).is_dir() else []
@@ -60,9 +60,9 @@ def find(source: str) -> Path | None:
 
 
 def unpack(path: Path, out: Path) -> None:
-    """Writes the GGUF file's model (bf16 safetensors) and tokenizer into `out`. Raises UnusableModel."""
+    """Writes the GGUF file's model (bf16 safetensors) and tokenizer to `out`. Raises UnusableModel."""
     kind, pre, control = _tokenizer_info(path)
-    # Only byte-pair tokenizers are cut by such a rule; a SentencePiece one, "llama", comes whole as it is.
+    # Only byte-pair tokenizers have such a rule; a SentencePiece one, "llama", needs none.
     rule = word_rule(pre) if kind == "gpt2" else None
     if kind == "gpt2" and rule is None:
         raise UnusableModel(
@@ -85,10 +85,10 @@ def unpack(path: Path, out: Path) -> None:
 
 
 def _refuse_other_tokens(path: Path, tokenizer: Any, kind: str, control: set[int]) -> None:
-    """Raises UnusableModel where transformers made another tokenizer of the file's.
+    """Raises UnusableModel if transformers' tokenizer is not the same as the file's.
 
-    Of a SentencePiece one, release 5.17 makes a unigram model that splits words otherwise, and reads special tokens as
-    plain text: a model would train on ids that nobody who serves it ever sends.
+    From a SentencePiece one, release 5.17 makes a unigram model that splits words differently and reads special tokens
+    as plain text: a model would train on ids that it never gets when it is served.
     """
     other_model = kind == "llama" and not isinstance(tokenizer.backend_tokenizer.model, models.BPE)
     if other_model or not control <= tokenizer.added_tokens_decoder.keys():
@@ -100,8 +100,8 @@ def _refuse_other_tokens(path: Path, tokenizer: Any, kind: str, control: set[int
 
 
 def _tokenizer_info(path: Path) -> tuple[str, str, set[int]]:
-    """The tokenizer's kind, its rule for cutting words, and the ids of its control tokens. Raises UnusableModel."""
-    from gguf import GGUFReader, TokenType  # only here: a host that trains has no need of it
+    """Returns the tokenizer's kind, its word-splitting rule and the ids of its control tokens. Raises UnusableModel."""
+    from gguf import GGUFReader, TokenType  # imported here: a host that only trains does not need it
 
     try:
         fields = GGUFReader(path).fields
@@ -113,7 +113,9 @@ def _tokenizer_info(path: Path) -> tuple[str, str, set[int]]:
 
 
 def _load(path: Path) -> tuple[Any, Iterable[str]]:
-    """The model with every weight unpacked, as packed ones can be neither saved nor trained; what the file lacks."""
+    """Loads the model with all weights unpacked, as packed ones can be neither saved nor trained; also returns what the
+    file lacks.
+    """
     config = getattr(transformers, "GgufConfig", None)
     extra = {"quantization_config": config(dequantize=True)} if config else {}
     loaded: Any = AutoModelForCausalLM.from_pretrained(

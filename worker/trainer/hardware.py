@@ -1,4 +1,4 @@
-"""What a run computed on, for `training_config.json`: equal bits are to be expected on equal hardware alone."""
+"""Describes a run's hardware for `training_config.json`: equal bits can be expected on equal hardware only."""
 
 import platform
 import re
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 _DRIVER = Path("/proc/driver/nvidia/version")
-"""The NVIDIA kernel module's own words. Why not its library: the trainer needs no package for a file."""
+"""The NVIDIA kernel module's version file. Why not the driver's library: reading a file needs no package."""
 _CPU = Path("/proc/cpuinfo")
 
 
 def describe(device: torch.device, ranks: int) -> dict[str, Any]:
-    """Returns the device's name, how many took part, and what stands between them and the numbers."""
+    """Returns the device's name, the number of devices, and the versions that can affect results."""
     described: dict[str, Any] = {"device": device_name(device), "count": ranks, "machine": platform.machine()}
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -31,12 +31,12 @@ def describe(device: torch.device, ranks: int) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """Returns the GPU's own name, or `cpu`."""
+    """Returns the GPU's name, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def read_driver(path: Path) -> str | None:
-    """Returns the version of the NVIDIA driver; None where the kernel does not say."""
+    """Returns the NVIDIA driver's version; None if the kernel does not provide it."""
     return _found(r"Kernel Module(?: for \S+)?\s+([\d.]+)", path)
 
 

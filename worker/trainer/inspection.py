@@ -27,9 +27,9 @@ def skeleton(source: str, out: Path) -> Any:
 
 
 def load(source: str, out: Path) -> Any:
-    """Returns the model as a loader makes it, its weights on no device.
+    """Returns the model as a loader builds it, with its weights on no device.
 
-    Raises UnusableModel when the files, the config and the tokenizer do not belong together.
+    Raises UnusableModel if the files, the config and the tokenizer do not belong together.
     """
     try:
         template = ChatTemplate.load(out)
@@ -46,7 +46,7 @@ def model_info(source: str, model: Any, template: ChatTemplate) -> dict[str, Any
     """Returns what planning needs to know of a model, whose weights may be on no device. Raises UnusableModel."""
     try:
         return _model_info(model, template)
-    except AttributeError as error:  # a config of another kind than a decoder's
+    except AttributeError as error:  # the config is not a decoder's
         raise _unusable(source, error) from error
 
 
@@ -74,7 +74,9 @@ def _model_info(model: Any, template: ChatTemplate) -> dict[str, Any]:
 
 
 def linear_modules(model: Any) -> list[str]:
-    """What an adapter can sit on: `model.layers.*.mlp.up_proj`, the layers' numbers left out. The head is no target."""
+    """Returns the modules that an adapter can change, without layer numbers: `model.layers.*.mlp.up_proj`. Not the
+    head.
+    """
     head = model.get_output_embeddings()
     names = {
         re.sub(r"\.\d+(?=\.|$)", ".*", name)
@@ -85,7 +87,7 @@ def linear_modules(model: Any) -> list[str]:
 
 
 def refuse_gaps(source: Any, missing: Iterable[str]) -> None:
-    """A loader fills what is missing with random numbers and goes on, which nobody would notice but the answers."""
+    """Raises UnusableModel if weights are missing: a loader fills them with random numbers and continues silently."""
     if names := _listed(missing):
         raise UnusableModel(
             source=source,
@@ -98,7 +100,7 @@ def _unusable(source: str, error: Exception) -> UnusableModel:
 
 
 def _without_memory(out: Path) -> tuple[Any, dict[str, Any]]:
-    """The model as a loader makes it, its weights on no device, and what the loader found wrong with its files."""
+    """Loads the model with its weights on no device; also returns the loader's report of faults in its files."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         out, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
     )
@@ -107,7 +109,7 @@ def _without_memory(out: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _refuse_other_weights(source: str, report: dict[str, Any]) -> None:
-    """Raises UnusableModel where the files hold other weights than the config describes."""
+    """Raises UnusableModel if the files hold other weights than the config describes."""
     for name, found, wanted in sorted(report["mismatched_keys"]):
         raise UnusableModel(
             source=source,
@@ -133,9 +135,9 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _refuse_unknown_tokens(source: str, template: ChatTemplate, text: str, model: Any) -> None:
-    """Raises UnusableModel for tokens that the embedding has no row for; `text` is the chat template's.
+    """Raises UnusableModel for tokens without a row in the embedding; `text` is the chat template's.
 
-    Special tokens that nothing writes are let pass: Gemma 3's text models have no row for the picture's.
+    Special tokens that are never used are accepted: Gemma 3's text models have no row for the image token.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     added = template.tokenizer.get_added_tokens_decoder()

@@ -163,8 +163,9 @@ def _announce(writer: GGUFWriter, target: str, shape: list[int], kind: GGMLQuant
 
 
 def dither(tensor: Array, target: str, kind: GGMLQuantizationType) -> Array:
-    """Returns the numbers moved by up to half a step of four bits, so that nearest rounding takes each up or down at
-    random and is right on average. The end of a block stays, as it says how long the steps are."""
+    """Moves numbers by up to half a step of four bits, so that nearest rounding goes up or down at random and is right
+    on average. The ends of a block stay, as they determine the step.
+    """
     blocks = tensor.reshape(-1, _BLOCK)
     if kind == GGMLQuantizationType.Q4_1:
         low, high = blocks.min(1, keepdims=True), blocks.max(1, keepdims=True)
@@ -178,7 +179,7 @@ def dither(tensor: Array, target: str, kind: GGMLQuantizationType) -> Array:
 
 
 def encode(tensor: Array, target: str, kind: GGMLQuantizationType) -> Array:
-    """Returns the numbers in a type of GGUF's. Raises NoGguf where they do not fit."""
+    """Encodes numbers in one of GGUF's types. Raises NoGguf if they are out of range."""
     if kind == _F32:
         return np.ascontiguousarray(tensor, dtype=np.float32)
     if kind == _F16:

@@ -1,4 +1,4 @@
-"""The exports that a job asks for, made at its end."""
+"""Makes the exports that a job requests, at its end."""
 
 import itertools
 from pathlib import Path
@@ -14,8 +14,9 @@ from worker.trainer.training import Training
 
 
 def write(t: Training, artifact: Path) -> None:
-    """Writes the job's exports into folders of `artifact`, and how to serve all of it. Where there are exports, the
-    model in memory is gone afterwards. Raises Stopped."""
+    """Writes the job's exports to folders of `artifact`, and a README on serving them. If there are exports, the model
+    in memory is released. Raises Stopped.
+    """
     if t.plan.export.is_asked:
         t.writer.write(Phase(phase="exporting", seconds_left=t.timer.exports_left()))
         _release(t)
@@ -25,13 +26,13 @@ def write(t: Training, artifact: Path) -> None:
 
 
 def expect(t: Training) -> None:
-    """Counts the exports into the run's estimate: bytes of whole models, and rows that pass through them for proof."""
+    """Adds the exports to the run's time estimate: bytes of whole models, and rows that pass through them as proof."""
     asked = t.plan.export
     if not asked.is_asked:
         return
     quantised = t.precision.quantised
     merges = 0 if isinstance(t.plan.technique, Full) or not asked.needs_merge else 2 if quantised else 1
-    # A merge reads the base, writes the whole model and reads it; a file is written and read beside the whole model.
+    # A merge reads the base, then writes and reads the whole model; a file is written and read beside the whole model.
     models = 3 * merges + (quantised and merges > 0) + 2 * len(asked.gguf) + 3 * asked.fp8
     passes = 2 * merges + (quantised and merges > 0) + len(asked.gguf) + bool(asked.gguf) + 2 * asked.fp8
     whole = 2 * files.parameters(t.folder / "base")
@@ -58,7 +59,7 @@ def _work(t: Training, artifact: Path) -> work.Work:
 
 
 def _rows(t: Training) -> list[Row]:
-    """Held-out rows first; training rows where those are few."""
+    """Returns held-out rows first, then training rows if those are few."""
     path = t.folder / "data" / "test.jsonl"
     test = (
         read_rows(
@@ -68,7 +69,7 @@ def _rows(t: Training) -> list[Row]:
         else []
     )
     valid = [] if t.valid is None else t.valid.rows
-    # Each has a label at least, so a proof reads no more.
+    # Each row has at least one label, so a proof reads no more rows.
     return list(itertools.islice(itertools.chain(test, valid, t.rows.rows), proof.POSITIONS))
 
 

@@ -1,9 +1,9 @@
-"""An adapter merged into its base: a whole model's files, and `merge.json`, which proves that they answer alike.
+"""Merges an adapter into its base: writes a whole model's files, and `merge.json`, which shows that they answer alike.
 
 Every product is added to its weight in fp32 and rounded to bf16 once. The predictions of the files, read back by plain
 transformers, are compared with those of the adapter on the very base that it was merged into. An adapter that was
-trained on a base in four bits is merged twice, into the original base and into what the four bits say; the one that
-predicts more like the trained model is kept, and the numbers of both.
+trained on a base in four bits is merged twice, into the original base and into the dequantised one; the merge that
+predicts more like the trained model is kept, with the figures of both.
 """
 
 import json
@@ -34,13 +34,14 @@ from worker.trainer.recipes.qlora import load_quantised
 RECORD = "merge.json"
 Weights = dict[str, Tensor]
 Rounding = Literal["nearest", "stochastic"]
-"""The base's own weights lie on the grid of bf16. Of an update that is smaller than half a step of it, rounding to
-nearest leaves nothing, in every weight alike; rounded at random, the sum over a row arrives."""
+"""The base's own weights are exact in bf16. Of an update smaller than half a step, rounding to nearest leaves nothing
+in any weight; with random rounding, the sum over a row is right on average.
+"""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is merged: the folders of base and adapter, and the precision that the adapter was trained in."""
+    """What is merged: the folders of base and adapter, and the precision in which the adapter was trained."""
 
     base: Path
     adapter: Path
@@ -50,7 +51,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A merge into one base. `proof`: from the adapter on that base. `trained`: from the adapter as it was trained."""
+    """A merge into one base. `proof`: its divergence from the adapter on that base. `trained`: from the adapter as
+    trained.
+    """
 
     base: str
     rounding: Rounding
@@ -64,7 +67,7 @@ class Candidate:
 
 
 def write(source: Source, rows: Iterable[Row], out: Path) -> dict[str, Any]:
-    """Writes the merged model into `out`, which must not exist, and returns its record. Raises ExportRefused."""
+    """Writes the merged model to `out`, which must not exist; returns its record. Raises ExportRefused."""
     source = _with_room(source)
     config = AutoConfig.from_pretrained(source.base).get_text_config()
     chosen = proof.choose(rows, config.vocab_size)
@@ -80,7 +83,7 @@ def write(source: Source, rows: Iterable[Row], out: Path) -> dict[str, Any]:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """Returns the record's numbers as a sentence."""
+    """Returns the record's figures as a sentence."""
     kept = (record["merged_into"], record["rounding"])
     [best] = [each for each in record["candidates"] if (each["base"], each["rounding"]) == kept]
     return f"Merged into the {best['base']} base: {Divergence(**best['proof']).describe('the adapter on it')}"
@@ -119,7 +122,7 @@ def _candidate(
     trained: Tensor | None,
     rounding: Rounding = "nearest",
 ) -> Candidate:
-    """A merge into the original weights, or into `weights`. `trained`: the predictions of the model as trained."""
+    """Merges into the original weights, or into `weights`. `trained`: the predictions of the model as trained."""
     model = _adapted(source, weights)
     reference = proof.log_probs(model, rows)
     out = folder / f"{base}-{rounding}"
@@ -134,7 +137,7 @@ def _candidate(
 
 
 def _quantised(source: Source, rows: list[Row]) -> tuple[Tensor, Weights]:
-    """Returns the predictions of the adapter on the base in four bits, and that base's weights as the four bits say."""
+    """Returns the predictions of the adapter on the base in four bits, and that base's dequantised weights."""
     base = load_quantised(source.base, source.precision, source.device)
     unpacked = {
         f"{name}.weight": _unpack(layer.weight)
@@ -155,7 +158,7 @@ def _unpack(weight: Any) -> Tensor:
 
 
 def _with_room(source: Source) -> Source:
-    """Returns the source on its device, or on the CPU where only that has room for the base in fp32. Raises NoRoom."""
+    """Returns the source on its device, or on the CPU if only that has room for the base in fp32. Raises NoRoom."""
     needed = 4 * files.parameters(source.base)
     devices = dict.fromkeys((source.device, torch.device("cpu")))
     free = {device: _free(device) for device in devices}
@@ -181,7 +184,7 @@ def _adapted(source: Source, weights: Weights | None) -> PeftModel:
 
 
 def _write_merged(model: Any, out: Path, rounding: Rounding) -> None:
-    """Merges in place, by PEFT's own rule for each kind of layer, and writes the whole model."""
+    """Merges in place by PEFT's own rule for each kind of layer, and writes the whole model."""
     _untie(model.get_base_model())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied", UserWarning)
@@ -194,7 +197,7 @@ def _write_merged(model: Any, out: Path, rounding: Rounding) -> None:
 
 @torch.no_grad()
 def _round(model: Any) -> None:
-    """Rounds the weights that become bf16 up or down at random, each tensor by a seed of its own."""
+    """Rounds the weights that become bf16 up or down at random, each tensor with its own seed."""
     keep = dtypes.keeps(model)
     for name, weight in model.named_parameters():
         if not keep(name):
@@ -204,7 +207,7 @@ def _round(model: Any) -> None:
 
 
 def _untie(model: Any) -> None:
-    """Gives the head a weight of its own where an adapter lies on one of two tied layers, which it makes differ."""
+    """Gives the head its own weight if an adapter on one of two tied layers makes them differ."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if _are_tied(model) and (isinstance(head, BaseTunerLayer) or isinstance(embeddings, BaseTunerLayer)):
         layer: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head

@@ -1,4 +1,4 @@
-"""How far the predictions of two models are apart, on the tokens that rows teach."""
+"""Measures how far two models' predictions differ on the tokens that rows teach."""
 
 import inspect
 import math
@@ -17,19 +17,20 @@ from worker.trainer.scoring.intervals import paired_interval
 
 @dataclass(frozen=True)
 class Bounds:
-    """The most that a model's predictions may be apart from those of another; see Divergence."""
+    """The most by which a model's predictions may differ from another's; see Divergence."""
 
     mean_kl: float
     top1: float
 
 
 EQUAL = Bounds(mean_kl=1e-3, top1=0.995)
-"""Of the same weights, added and rounded once to 16 bits."""
+"""Bounds for the same weights, added and rounded once to 16 bits."""
 FP8 = Bounds(mean_kl=0.1, top1=0.7)
-"""Of weights and inputs of three bits of mantissa: see docs/decisions/0037-bounds-of-narrow-exports.md."""
+"""Bounds for weights and inputs with three bits of mantissa: see docs/decisions/0037-bounds-of-narrow-exports.md."""
 TIE = 0.02
-"""Nats between two tokens of the reference, of which either may be the likeliest: 2 % of probability, which rounding
-weights to bf16 turns. Open-ended text has such a pair at every 300th token or so."""
+"""Gap in nats between two tokens of the reference within which either may be the likeliest: 2 % of probability, a
+change that rounding weights to bf16 can make. Open-ended text has such a pair at about every 300th token.
+"""
 POSITIONS = 2048
 _BYTES = 2**29
 _CHUNK = 64
@@ -37,10 +38,10 @@ _CHUNK = 64
 
 @dataclass(frozen=True)
 class Divergence:
-    """Of a model from a reference, over labelled tokens: the mean of KL(reference || model) in nats, and the share of
-    tokens for which both have the same likeliest one, or one that ties with it in the reference.
+    """A model's divergence from a reference over labelled tokens.
 
-    `identical`: that share without the ties.
+    `mean_kl`: the mean of KL(reference || model) in nats. `top1`: the fraction of tokens for which both have the same
+    likeliest one, or one that ties with it in the reference. `identical`: that fraction without ties.
     """
 
     positions: int
@@ -49,12 +50,12 @@ class Divergence:
     identical: float
 
     def keeps(self, bounds: Bounds) -> bool:
-        """Whether both bounds hold; a NaN holds none. However few tokens there are, one may differ."""
+        """Whether both bounds hold, which they do not for a NaN. However few tokens there are, one may differ."""
         different = round((1 - self.top1) * self.positions)
         return self.mean_kl <= bounds.mean_kl and different <= max(1, (1 - bounds.top1) * self.positions)
 
     def describe(self, reference: str) -> str:
-        """Returns the numbers as a part of a sentence."""
+        """Returns the figures as part of a sentence."""
         return (
             f"on {self.positions} labelled tokens the mean KL divergence from {reference} is {self.mean_kl:.2g}, and "
             f"the likeliest token is the same for {self.top1:.2%}"
@@ -62,11 +63,11 @@ class Divergence:
 
     @property
     def order(self) -> float:
-        """A key that puts the smallest first and a NaN last."""
+        """A sort key: the smallest divergence first, NaN last."""
         return math.inf if math.isnan(self.mean_kl) else self.mean_kl
 
     def check(self, bounds: Bounds, refusal: type[ExportRefused], **said: str) -> None:
-        """Raises `refusal`, with what else it says, where a bound does not hold."""
+        """Raises `refusal`, with `said` as further fields, if a bound does not hold."""
         if not self.keeps(bounds):
             raise refusal(
                 positions=self.positions,
@@ -80,9 +81,9 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Answered:
-    """How many rows a model would answer with the wanted text, before and after it was narrowed.
+    """The fractions of rows that a model would answer with the wanted text, before and after its weights were rounded.
 
-    `low`, `high`: the paired 95 % interval of the difference of the two shares.
+    `low`, `high`: the paired 95 % interval of the two fractions' difference.
     """
 
     rows: int
@@ -93,17 +94,17 @@ class Answered:
 
     @property
     def is_loss(self) -> bool:
-        """Whether the whole interval is."""
+        """Whether the whole interval is below zero."""
         return self.high < 0
 
     def check(self, format: str) -> None:
-        """Raises FormatAnswersWorse for a loss."""
+        """Raises FormatAnswersWorse if the model answers worse."""
         if self.is_loss:
             raise FormatAnswersWorse(format=format, **asdict(self))
 
 
 def choose(rows: Iterable[Row], vocabulary: int) -> list[Row]:
-    """Returns the first rows, up to POSITIONS labelled tokens or what half a GiB of log-probabilities holds."""
+    """Returns the first rows, up to POSITIONS labelled tokens or half a GiB of log-probabilities."""
     most = min(POSITIONS, _BYTES // (4 * vocabulary))
     chosen: list[Row] = []
     for row in rows:
@@ -115,9 +116,9 @@ def choose(rows: Iterable[Row], vocabulary: int) -> list[Row]:
 
 @torch.no_grad()
 def log_probs(model: Any, rows: list[Row]) -> Tensor:
-    """Returns what the model expects in place of each labelled token, [tokens, vocabulary], in fp32 on the CPU.
+    """Returns the model's log-probabilities at each labelled token, [tokens, vocabulary], in fp32 on the CPU.
 
-    A row a pass, so that no row can change another's.
+    One row per pass, so that no row can affect another.
     """
     return torch.cat([_of_row(model, row) for row in rows])
 
@@ -137,8 +138,9 @@ def _plain(model: Any) -> Any:
 
 
 def correct(predictions: Tensor, rows: list[Row]) -> list[bool]:
-    """Returns of each row whether the likeliest token is the wanted one everywhere. Then the model, answering greedily,
-    says just what the row wants."""
+    """Returns for each row whether every likeliest token is the wanted one. If so, the model's greedy answer is exactly
+    the wanted text.
+    """
     wanted = [torch.tensor(row.labels[1:]) for row in rows]
     labels = [each[each != IGNORED] for each in wanted]
     chosen = predictions.argmax(dim=-1).split([len(each) for each in labels])

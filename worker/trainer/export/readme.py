@@ -1,4 +1,4 @@
-"""How to serve what a job leaves: the artifact's README.md, and an ollama Modelfile beside its GGUF files."""
+"""Writes how to serve a job's model: the artifact's README.md, and an ollama Modelfile beside its GGUF files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from worker.trainer import model_card
 from worker.trainer.training import Training
 
 _USER, _ANSWER, _SYSTEM = "Tq1u", "Tq2a", "Tq3s"
-"""Texts that no template has."""
+"""Marker texts that no template contains."""
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
 class Turns:
-    """A template as what it writes around each message. `head`: before all of them where no system message is."""
+    """A template as the texts around each message. `head`: the text before them if there is no system message."""
 
     head: str
     system: tuple[str, str]
@@ -32,7 +32,7 @@ class Turns:
         return ("" if messages[0].role == "system" else self.head) + "".join(texts) + self.prompt
 
     def in_go(self) -> str:
-        """Returns the template in the language that ollama's Modelfiles have."""
+        """Returns the template in Go's template language, which Modelfiles use."""
         system = f"{self.system[0]}{{{{ .System }}}}{self.system[1]}"
         user, answer = (f"{before}{{{{ .Content }}}}{after}" for before, after in (self.user, self.assistant))
         return (
@@ -51,7 +51,7 @@ _CHATS = ((USER,), (SYSTEM, USER), (USER, ANSWER, USER), (SYSTEM, USER, ANSWER, 
 
 
 def turns(template: ChatTemplate) -> Turns | None:
-    """Returns the template's turns; None for one that is more than texts around messages."""
+    """Returns the template's turns; None if it is more than texts around messages."""
     try:
         found = _take_apart(template)
         texts = [template.render(chat, add_generation_prompt=True) for chat in _CHATS]
@@ -62,7 +62,7 @@ def turns(template: ChatTemplate) -> Turns | None:
 
 
 def _take_apart(template: ChatTemplate) -> Turns:
-    """Raises ValueError where a text is not where it should be, CannotRender where the template refuses a chat."""
+    """Splits the template. Raises ValueError if a text is not where expected, CannotRender if it refuses a chat."""
     asked = template.render([USER])
     prompt = template.render([USER], add_generation_prompt=True).removeprefix(asked)
     before, after_user = asked.split(_USER)
@@ -82,8 +82,9 @@ def _take_apart(template: ChatTemplate) -> Turns:
 
 
 def modelfile(template: ChatTemplate, model: str, adapter: str | None = None) -> str:
-    """Returns an ollama Modelfile. A template that is more than texts around messages is left to ollama, which knows
-    many by their text in the GGUF file."""
+    """Returns an ollama Modelfile. A template that is more than texts around messages is left to ollama, which
+    recognises many by their text in the GGUF file.
+    """
     found = turns(template)
     stops = [template.tokenizer.id_to_token(number) for number in template.eos_ids]
     lines = [f"FROM {model}", *([f"ADAPTER {adapter}"] if adapter else [])]
@@ -92,7 +93,7 @@ def modelfile(template: ChatTemplate, model: str, adapter: str | None = None) ->
 
 
 def write_modelfile(template: ChatTemplate, folder: Path) -> None:
-    """Writes `gguf/Modelfile` where there are GGUF files."""
+    """Writes `gguf/Modelfile` if there are GGUF files."""
     models, adapters = _gguf(folder)
     if models:
         text = modelfile(template, f"./{models[0]}")
@@ -104,7 +105,7 @@ def write_modelfile(template: ChatTemplate, folder: Path) -> None:
 
 
 def _gguf(folder: Path) -> tuple[list[str], list[str]]:
-    """Returns the names of whole models' files and of adapters'."""
+    """Returns the names of the files of whole models and of adapters."""
     models, adapters = (
         sorted(path.name for path in folder.glob(f"gguf/{kind}-*.gguf")) for kind in ("model", "adapter")
     )

@@ -1,6 +1,6 @@
-"""The exports that are asked of a model, made from its files.
+"""Makes the requested exports of a model from its files.
 
-A model is worth more than its exports: one that is refused or breaks is left out with its reason, and others go on.
+A refused or failed export does not fail the model: it is left out with its reason, and the others are made.
 """
 
 import logging
@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Work:
-    """What is exported, and where to. `is_whole`: the artifact is a full fine-tune. `precision`: of the training.
+    """What to export, and where to. `is_whole`: the artifact is a full fine-tune. `precision`: that of training.
 
-    `rows`: those that prove a merge, read when it comes to that. `say` gets the message of each export; `check` is
-    called before each: what it raises ends the work.
+    `rows`: those that prove a merge, read when needed. `say` gets each export's message; `check` is called before each:
+    what it raises ends the work.
     """
 
     asked: Export
@@ -53,7 +53,7 @@ class Work:
 
 
 def carry_out(work: Work) -> None:
-    """Writes `merged/` and `gguf/` into the work's folder, as far as they are asked for and not refused."""
+    """Writes `merged/` and `gguf/` to the work's folder, if requested and not refused."""
     if work.is_whole:
         _write_of_whole(work, work.artifact)
     else:
@@ -74,7 +74,7 @@ def _write_of_adapter(work: Work) -> None:
 
 
 def _try(work: Work, path: str, make: Callable[[], str]) -> bool:
-    """Says what `make` says of the export, or why there is none; whether there is one."""
+    """Reports `make`'s message about the export, or why there is none; returns whether there is one."""
     work.check()
     try:
         message, is_refused = make(), False
@@ -96,7 +96,7 @@ def _merge(work: Work, out: Path) -> str:
 
 
 def _write_of_whole(work: Work, model: Path) -> None:
-    """Writes what is made of the whole model in `model`."""
+    """Writes the exports of the whole model in `model`."""
     if work.asked.fp8 and not _try(work, "fp8", lambda: _write_fp8(work, model)):
         shutil.rmtree(work.out / "fp8", ignore_errors=True)
     _write_gguf(work, model)
@@ -108,7 +108,7 @@ def _write_fp8(work: Work, model: Path) -> str:
 
 def _write_gguf(work: Work, model: Path) -> None:
     """Writes the GGUF files of the whole model in `model`."""
-    from worker.trainer.export import gguf_proof, gguf_writer  # only here: other runs have no need of it
+    from worker.trainer.export import gguf_proof, gguf_writer  # imported here: other runs do not need it
 
     meters: list[gguf_proof.Meter] = []
 
@@ -126,10 +126,10 @@ def _write_gguf(work: Work, model: Path) -> None:
 
 
 def _prove(kind: GgufType, write: Callable[..., str], measure: Callable[[], tuple[Divergence, Answered]]) -> str:
-    """Writes a GGUF file that keeps the answers; says what its numbers cost. Raises FormatDiffers, FormatAnswersWorse.
+    """Writes a GGUF file that keeps the answers; returns its loss in words. Raises FormatDiffers, FormatAnswersWorse.
 
-    Why rounding at random is the second choice: its error is larger. But where the base lies on the grid of the file,
-    as one that came in four bits does, nearest rounding takes back what was learned.
+    Why random rounding is the second choice: its error is larger. But if the base's weights are exact in the file's
+    type, as those that came in four bits are, rounding to nearest undoes what was learned.
     """
     message = write()
     divergence, answered = measure()
@@ -143,7 +143,7 @@ def _prove(kind: GgufType, write: Callable[..., str], measure: Callable[[], tupl
 
 
 def _rows_left(work: Work) -> list[Row]:
-    """Returns the rows that can prove an export; none where the job's files are deleted."""
+    """Returns the rows that can prove an export; none if the job's files are deleted."""
     try:
         return work.rows()
     except NoRows:
@@ -157,7 +157,7 @@ def _write_adapter(work: Work) -> None:
 
 
 def _write_file(work: Work, name: str, make: Callable[..., str]) -> None:
-    """Writes a file into gguf/; what an export that was refused leaves of it is removed."""
+    """Writes a file to gguf/, and removes it again if the export is refused."""
     path = work.out / "gguf" / name
     path.parent.mkdir(exist_ok=True)
     if not _try(work, f"gguf/{name}", lambda: make(out=path)):

@@ -1,4 +1,4 @@
-"""Work on the general benchmark, cut into batches of like length and spread over the ranks."""
+"""Splits work on the general benchmark into batches of similar length and over the ranks."""
 
 import itertools
 from collections import deque
@@ -15,16 +15,16 @@ from worker.trainer.training import Training
 Found = TypeVar("Found")
 
 TOKENS = {"cpu": 512, "cuda": 16384}
-"""Of a batch, with its padding, which costs a CPU more than small batches do."""
+"""Tokens of a batch with its padding, which costs a CPU more than small batches do."""
 
 
 def run(t: Training, lengths: list[int], work: Callable[[list[int]], list[Found]]) -> list[Found]:
-    """Returns what `work` finds for each index of `lengths`, which are in tokens, in their order. Raises Stopped."""
+    """Returns `work`'s results for each index of `lengths` (in tokens), in order. Raises Stopped."""
     waiting = deque(_cut(t, lengths))
     found: list[tuple[int, Found]] = []
     for _ in t.ranks.turns(t.stop_signal, lambda: bool(waiting)):
         if not waiting:
-            continue  # the others are not done
+            continue  # other ranks are not done
         part = waiting.popleft()
         try:
             with t.timer.measure("general", sum(lengths[i] for i in part)):
@@ -40,7 +40,7 @@ def run(t: Training, lengths: list[int], work: Callable[[list[int]], list[Found]
 
 
 def _cut(t: Training, lengths: list[int]) -> list[list[int]]:
-    """This rank's batches. What a model's RoPE would turn by other frequencies stands in another batch."""
+    """Returns this rank's batches. Rows for which the model's RoPE uses other frequencies are in separate batches."""
     frequencies = rope.of(t.objective.causal)
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     mine = longest_first[t.ranks.index :: t.ranks.count]

@@ -1,7 +1,7 @@
 """The general benchmark: multiple-choice questions, and prompts with human answers, none of which a run trains on.
 
-Both lie in `data/`; NOTICE names where they are from. Which of them a run takes depends on nothing but their number, so
-that runs can be compared with each other.
+Both are in `data/`; NOTICE names their sources. Which of them a run takes depends only on how many it takes, so that
+runs can be compared.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ Entry = TypeVar("Entry")
 
 _DATA = Path(__file__).parent / "data"
 _SEED = 0
-"""Of the sample, and not the run's own: two runs on one base have to answer the same questions."""
+"""Seed of the sample, not the run's own: two runs on one base must answer the same questions."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question: the text before its choices, what parts them from it, and the right one's index `answer`."""
+    """A question: the text before its choices, the delimiter between them, and the right choice's index `answer`."""
 
     prefix: str
     choices: tuple[str, ...]
@@ -38,7 +38,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Tokens:
-    """An item's ids: the question's, and those that each choice adds."""
+    """An item's token ids: the question's, and those that each choice adds."""
 
     prefix: list[int]
     choices: tuple[list[int], ...]
@@ -58,7 +58,7 @@ def load_items(count: int | None = None) -> list[Item]:
 def load_prompts(template: ChatTemplate, count: int | None, longest: int) -> list[Row]:
     """Returns the shipped prompts as rows whose labels are their answers, each of at most `longest` tokens.
 
-    A prompt is left out where the model's template refuses it or no token of its answer is left.
+    A prompt is left out if the model's template refuses it or no token of its answer is left.
     """
     rows = []
     for entry in sample(_read("prompts.jsonl"), count):
@@ -73,15 +73,15 @@ def load_prompts(template: ChatTemplate, count: int | None, longest: int) -> lis
 
 
 def digest(items: list[Item]) -> str:
-    """Equal for equal questions in the same order."""
+    """Returns a digest of the questions and their order."""
     text = json.dumps([[item.prefix, item.delimiter, item.choices, item.answer] for item in items])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def encode(tokenizer: Tokenizer, item: Item) -> Tokens:
-    """Returns the ids of an item's prefix and of each choice behind it.
+    """Returns the ids of an item's prefix and of each choice after it.
 
-    As lm-evaluation-harness cuts them: a choice has the tokens of the whole text beyond as many as the prefix's.
+    As in lm-evaluation-harness, a choice's tokens are those of the whole text after as many as the prefix has.
     """
     start = _begin(tokenizer)
     ids = _ids(tokenizer, item.prefix)
@@ -90,7 +90,7 @@ def encode(tokenizer: Tokenizer, item: Item) -> Tokens:
 
 
 def _begin(tokenizer: Tokenizer) -> list[int]:
-    """Returns what the tokenizer puts before any text, as Llama's and Gemma's do."""
+    """Returns the ids that the tokenizer puts before any text, as Llama's and Gemma's do."""
     whole, bare = tokenizer.encode("a").ids, _ids(tokenizer, "a")
     ends = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare]
     return list(whole[: ends[0]]) if ends else []
@@ -105,8 +105,8 @@ def _read(name: str) -> list[dict[str, Any]]:
 
 
 def sample(rows: Sequence[Entry], count: int | None) -> list[Entry]:
-    """Returns all rows, or a seeded sample of `count` in their order."""
+    """Returns all rows, or a seeded sample of `count` in their original order."""
     if count is None or count >= len(rows):
         return list(rows)
-    chosen = random.Random(_SEED).sample(range(len(rows)), count)  # noqa: S311 (nobody gains by guessing it)
+    chosen = random.Random(_SEED).sample(range(len(rows)), count)  # noqa: S311 (not for security)
     return [rows[i] for i in sorted(chosen)]

@@ -1,9 +1,9 @@
-"""Log-likelihoods of a question's choices, in one pass in which its prefix is computed once.
+"""Computes log-likelihoods of a question's choices in one pass, with the prefix computed once.
 
-The choices lie behind the prefix as branches: a mask shows each the prefix and itself, and their positions go on where
-the prefix ends. On the shipped questions that is 2.2 times fewer tokens than a row for each choice. Why not a cache of
-keys and values: it takes two passes, and models with a recurrent state keep caches that cannot be copied from one row
-to several. Whether a model keeps branches apart is tried on it; where it does not, each choice is a row of its own.
+The choices follow the prefix as branches: by a mask each sees the prefix and itself, and its positions continue where
+the prefix ends. On the shipped questions that is 2.2 times fewer tokens than one row per choice. Why not a cache of
+keys and values: it takes two passes, and models with a recurrent state have caches that cannot be copied from one row
+to several. Whether a model keeps branches apart is tested on it; if not, each choice is a row of its own.
 """
 
 import logging
@@ -23,17 +23,17 @@ from worker.trainer.training import Training
 log = logging.getLogger(__name__)
 
 Likelihoods = list[float]
-"""Of an item's choices: sums over their tokens, in nats."""
+"""Log-likelihoods of an item's choices: sums over their tokens, in nats."""
 
 _TRIED = 4
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Share by which the two ways may differ: bf16 rounds the same product otherwise in a batch of another shape."""
+"""Relative difference allowed between the two ways: bf16 rounds the same product differently in another batch shape."""
 _MASKED = ("sdpa", "eager")
-"""Attentions that take a mask of any form."""
+"""Attention implementations that accept any mask."""
 
 
 def score(t: Training, items: Sequence[Tokens]) -> list[Likelihoods]:
-    """Returns the log-likelihoods of each item's choices by the model as it is now. Raises Stopped between batches."""
+    """Returns the log-likelihoods of each item's choices by the current model. Raises Stopped between batches."""
     if keeps_branches_apart(t, items):
         return _in_batches(t, items, by_branches)
     rows = [Tokens(item.prefix, (choice,)) for item in items for choice in item.choices]
@@ -65,12 +65,12 @@ def keeps_branches_apart(t: Training, items: Sequence[Tokens]) -> bool:
 
 
 def _try_branches(t: Training, items: Sequence[Tokens]) -> list[Likelihoods] | None:
-    """None where the model takes no such mask: its own code then raises whatever it comes to (Bloom, a ValueError)."""
+    """Returns None if the model accepts no such mask: its own code may then raise anything (Bloom: ValueError)."""
     try:
         return by_branches(t.objective, items, t.device)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 (a model's own code, and no fault of the run)
+    except Exception as error:  # noqa: BLE001 (raised by a model's own code, which is no fault of the run)
         log.info("choices are scored a row each: the model takes no mask of branches (%s)", error)
         return None
 
@@ -85,7 +85,7 @@ def _are_near(one: list[Likelihoods], other: list[Likelihoods], kind: torch.dtyp
 
 
 def by_rows(objective: Objective, items: Sequence[Tokens], device: torch.device) -> list[Likelihoods]:
-    """Returns each choice behind its own copy of the prefix: the plain reference."""
+    """Scores each choice after its own copy of the prefix: the plain reference."""
     rows = [
         Row(item.prefix + choice, [IGNORED] * len(item.prefix) + choice) for item in items for choice in item.choices
     ]
@@ -94,7 +94,7 @@ def by_rows(objective: Objective, items: Sequence[Tokens], device: torch.device)
 
 
 def by_branches(objective: Objective, items: Sequence[Tokens], device: torch.device) -> list[Likelihoods]:
-    """Returns all choices of an item in one row, behind one prefix."""
+    """Scores all choices of an item in one row, after one prefix."""
     width = max(map(len, items))
     ids, positions, branches = (torch.zeros(len(items), width, dtype=torch.int64) for _ in range(3))
     label_positions: list[int] = []
@@ -125,7 +125,7 @@ def by_branches(objective: Objective, items: Sequence[Tokens], device: torch.dev
 
 
 def _mask(branches: Tensor, objective: Objective) -> Tensor:
-    """[rows, 1, width, width]: what each position sees, which is the prefix (0) and its own branch, up to itself."""
+    """Returns the mask [rows, 1, width, width]: each position sees the prefix (0) and its own branch, up to itself."""
     width = branches.shape[1]
     before = torch.ones(width, width, dtype=torch.bool, device=branches.device).tril()
     mine, other = branches[:, :, None], branches[:, None, :]

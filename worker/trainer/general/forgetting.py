@@ -1,10 +1,10 @@
-"""How far a model has moved from its base on prompts that it was not trained on: KL(base || tuned) and the loss.
+"""Measures how far a model has moved from its base on prompts not trained on: KL(base || tuned) and the loss.
 
-Both are means over the tokens of human answers, in nats. A share of right answers on 800 questions cannot show a
-change of one point; these change with every weight.
+Both are means over the tokens of human answers, in nats. The fraction of right answers to 800 questions cannot show a
+change of one point; these measures change with every weight.
 
-The base's distribution at each token is kept as its `LIKELIEST` tokens and one share for all others, on the host: the
-whole one, of 128,000 tokens, takes 4 GB. The KL of such a coarser distribution is at most that of the whole one.
+The base's distribution at each token is kept as its `LIKELIEST` tokens and one probability for all others, on the host:
+the whole one, of 128,000 tokens, takes 4 GB. The KL of the coarser distribution is at most that of the whole one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,8 +23,9 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class Reference:
-    """The base on one prompt: the ids [tokens, kept] and log-probabilities of its likeliest tokens, the share of the
-    others [tokens], and the sum of its losses."""
+    """The base's distributions on one prompt: the ids [tokens, kept] and log-probabilities of its likeliest tokens, the
+    probability of all others [tokens], and the sum of its losses.
+    """
 
     ids: Tensor
     logs: Tensor
@@ -34,7 +35,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Moved:
-    """A model against its base on one prompt: sums over `tokens`."""
+    """A model compared with its base on one prompt: sums over `tokens`."""
 
     tokens: int
     kl: float
@@ -43,7 +44,7 @@ class Moved:
 
 
 def describe(t: Training, rows: Sequence[Row]) -> dict[int, Reference]:
-    """Measures the model as it is now on each prompt of this rank. Raises Stopped between batches."""
+    """Measures the current model on each of this rank's prompts. Raises Stopped between batches."""
     found: dict[int, Reference] = {}
 
     def work(part: list[int]) -> list[None]:
@@ -56,7 +57,7 @@ def describe(t: Training, rows: Sequence[Row]) -> dict[int, Reference]:
 
 
 def compare(t: Training, rows: Sequence[Row], base: dict[int, Reference]) -> list[Moved]:
-    """Measures the model as it is now against the base, prompt by prompt. Raises Stopped between batches."""
+    """Compares the current model with the base, prompt by prompt. Raises Stopped between batches."""
     return batches.run(
         t,
         list(map(len, rows)),
@@ -65,7 +66,7 @@ def compare(t: Training, rows: Sequence[Row], base: dict[int, Reference]) -> lis
 
 
 def _log_probabilities(t: Training, rows: Sequence[Row], part: list[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each row's index, its log-probabilities [labelled, vocabulary] and its targets, one row after the other."""
+    """Yields each row's index, its log-probabilities [labelled, vocabulary] and its targets, row by row."""
     batch = collate(singles(rows[i] for i in part), [[place] for place in range(len(part))], t.device)
     targets = batch.targets.split(batch.labelled)
     with torch.no_grad(), t.objective.autocast():
@@ -86,7 +87,7 @@ def _moved(base: Reference, logs: Tensor, targets: Tensor) -> Moved:
 
 
 def _others(logs: Tensor, ids: Tensor) -> Tensor:
-    """The probability of all tokens but these. Why not one minus theirs: fp32 would leave nothing of a small rest."""
+    """Returns the total probability of all other tokens. Why not one minus these: fp32 would lose a small rest."""
     return logs.exp().scatter(-1, ids, 0.0).sum(-1)
 
 

@@ -1,7 +1,7 @@
-"""Multiple-choice tasks of lm-evaluation-harness, where that package is installed, as items of this benchmark.
+"""Loads multiple-choice tasks of lm-evaluation-harness, if it is installed, as items of this benchmark.
 
-The package finds the task, its rows and its prompt, few-shot examples included; the likelihoods are computed here. Its
-rows come from wherever the task says, mostly from the Hugging Face hub.
+The package provides the task, its rows and its prompt with few-shot examples; the likelihoods are computed here. The
+rows come from the task's own source, mostly the Hugging Face hub.
 """
 
 import importlib
@@ -13,11 +13,11 @@ from tunery.failures import BenchmarkUnavailable
 from worker.trainer.general.benchmark import Item, sample
 
 TASKS = "TUNERY_LM_EVAL_TASKS"
-"""Names a folder of the operator's own tasks."""
+"""The variable that names a folder of the operator's own tasks."""
 
 
 def load_items(name: str, count: int | None) -> list[Item]:
-    """The task's test rows (validation rows without any), or a seeded sample of them. Raises BenchmarkUnavailable."""
+    """Returns the task's test rows (or validation rows), or a seeded sample of them. Raises BenchmarkUnavailable."""
     try:
         tasks = importlib.import_module("lm_eval.tasks")
     except ImportError as error:
@@ -25,7 +25,7 @@ def load_items(name: str, count: int | None) -> list[Item]:
     folder = os.environ.get(TASKS)
     try:
         found = tasks.TaskManager(include_path=folder).load([name])["tasks"]
-    except Exception as error:  # of any class: the task's own code runs, and its rows may have to be downloaded
+    except Exception as error:  # of any class: the task's own code runs, and may download rows
         raise BenchmarkUnavailable(name=name, reason=f"lm-eval cannot load it ({error})") from error
     items = [item for task in found.values() for item in _items(name, task)]
     return sample(items, count)
@@ -41,10 +41,10 @@ def _items(name: str, task: Any) -> list[Item]:
 
 
 def _item(name: str, task: Any, instances: list[Any]) -> Item | None:
-    """None for a row whose answer is none of its choices."""
+    """Returns the item; None for a row whose answer is none of its choices."""
     doc, choices = instances[0].doc, task.doc_to_choice(instances[0].doc)
     prefix, first = instances[0].args[:2]
-    requests = instances[: len(choices)]  # more ask for choices without their question
+    requests = instances[: len(choices)]  # further requests are for choices without their question
     if any(instance.args[0] != prefix for instance in requests):
         raise BenchmarkUnavailable(name=name, reason="its choices stand before different texts")
     answer = task.doc_to_target(doc)

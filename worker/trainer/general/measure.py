@@ -1,4 +1,4 @@
-"""Base and tuned model on what no run trains on: prepared before training, compared after it."""
+"""Compares base and tuned model on data that no run trains on: prepared before training, compared after it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +19,12 @@ from worker.trainer.scoring.intervals import bootstrap_interval, mcnemar, paired
 from worker.trainer.training import Training
 
 _LONGEST = 512
-"""Tokens of a prompt with its answer; more are cut off."""
+"""The most tokens of a prompt with its answer; the rest is cut off."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What both models are measured on. `known`: the base's scores of an earlier run on this host."""
+    """The data on which both models are measured. `known`: the base's scores from an earlier run on this host."""
 
     items: list[Item]
     tokens: list[Tokens]
@@ -35,14 +35,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The base as it was measured, and its distributions on this rank's prompts."""
+    """The base's measurements, and its distributions on this rank's prompts."""
 
     likelihoods: list[Likelihoods]
     references: dict[int, Reference]
 
 
 def prepare(t: Training) -> Probe | None:
-    """Returns what is to be measured, counted into the run's estimate; None where that is nothing."""
+    """Returns the data to measure, added to the run's time estimate; None if nothing is measured."""
     wanted = t.plan.evaluation.general
     if not wanted.enabled:
         return None
@@ -56,7 +56,7 @@ def prepare(t: Training) -> Probe | None:
     prompts = load_prompts(t.template, _count(wanted.prompts, PROMPTS[t.device.type]), min(longest, _LONGEST))
     benchmark = digest(items)
     known = stored.read(stored.find_place(t, benchmark), len(items))
-    known = t.ranks.gather(known)[0]  # one disk a host, but a file may appear between two looks
+    known = t.ranks.gather(known)[0]  # each host has one disk, but a file may appear between two reads
     passes = sum(map(len, tokens)) * (1 if known else 2) + 2 * sum(map(len, prompts))
     t.timer.expect_general(passes // t.ranks.count)
     return Probe(items, tokens, prompts, benchmark, known)
@@ -68,7 +68,7 @@ def _items(benchmark: str, count: int) -> list[Item]:
 
 
 def _context(t: Training) -> int:
-    """Returns the longest row that the model's positions reach."""
+    """Returns the longest row for which the model has positions."""
     return int(getattr(t.objective.causal.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
 
@@ -99,7 +99,7 @@ def _as_base(t: Training) -> Iterator[None]:
 
 
 def compare(t: Training, probe: Probe, base: Baseline) -> GeneralScore:
-    """Measures the tuned model beside its base. Raises Stopped."""
+    """Measures the tuned model and compares it with its base. Raises Stopped."""
     t.objective.eval()
     likelihoods = choices.score(t, probe.tokens)
     moved = forgetting.compare(t, probe.prompts, base.references)
@@ -136,12 +136,12 @@ def _by_character(items: list[Item], scores: list[Likelihoods]) -> list[Likeliho
 
 
 def _right(items: list[Item], scores: list[Likelihoods]) -> list[bool]:
-    """Whether the right choice of each item has the highest value."""
+    """Returns for each item whether the right choice has the highest value."""
     return [found.index(max(found)) == item.answer for item, found in zip(items, scores, strict=True)]
 
 
 def _forgetting(moved: list[Moved]) -> Forgetting:
-    # Whole prompts are drawn, as the tokens of one are not independent.
+    # Whole prompts are resampled, as the tokens of one are not independent.
     tokens = sum(each.tokens for each in moved)
     then = [(each.base_loss, each.tokens) for each in moved]
     now = [(each.loss, each.tokens) for each in moved]

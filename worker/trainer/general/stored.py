@@ -1,7 +1,7 @@
-"""The base's scores on the benchmark, kept on the host: they are the same for every run on that base.
+"""Keeps the base's benchmark scores on the host: they are the same for every run on that base.
 
-The run directory's `scores/`, if it has one, is shared by the host's runs. A file there is named by the digest of all
-that its scores depend on, and written whole or not at all.
+The run directory's `scores/`, if there is one, is shared by the host's runs. A file there is named by a digest of all
+that its scores depend on, and is complete or absent.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ from worker.trainer.training import Training
 log = logging.getLogger(__name__)
 
 _VERSION = 1
-"""Of how likelihoods are computed. Another one makes older files unknown."""
+"""Version of how likelihoods are computed. With a new one, older files are ignored."""
 
 
 def find_place(t: Training, benchmark: str) -> Path | None:
-    """The file of these scores, written or not; None where scores are not kept, or the base has no content hash."""
+    """Returns the path of these scores, written or not; None if scores are not kept or the base has no content hash."""
     base = base_digest(t.folder)
     if base is None:
         return None
@@ -31,7 +31,7 @@ def find_place(t: Training, benchmark: str) -> Path | None:
 
 
 def base_digest(folder: Path) -> str | None:
-    """The content hash of a run directory's base; None where the host keeps nothing of it, or it has no hash."""
+    """Returns the content hash of a run directory's base; None if it has none, or the host keeps no scores."""
     scores, manifest = folder / "scores", folder / "base" / "manifest.json"
     if not scores.is_dir() or not manifest.exists():
         return None
@@ -44,7 +44,7 @@ def _key(base: str, benchmark: str, precision: Precision, device: str) -> str:
 
 
 def read(place: Path | None, items: int) -> list[Likelihoods] | None:
-    """Returns the stored scores, one entry an item; None where there are none that can be read."""
+    """Returns the stored scores, one entry per item; None if they cannot be read."""
     if place is None or not place.exists():
         return None
     try:
@@ -55,9 +55,9 @@ def read(place: Path | None, items: int) -> list[Likelihoods] | None:
 
 
 def write(place: Path | None, scores: Any) -> None:
-    """Keeps the scores, or what else is the same for every run on a base, as JSON.
+    """Keeps the scores, or other data that is the same for every run on a base, as JSON.
 
-    A disk that is full keeps none, which costs later runs a minute and this one nothing.
+    On a full disk nothing is kept, which costs later runs a minute and this one nothing.
     """
     if place is None:
         return

@@ -3,8 +3,8 @@
 Why not PEFT's own forward: it casts the layer's whole input to the adapter's fp32 first, keeps that copy for the
 backward pass, and adds the update as a second full-size tensor. Here A and B (small) are cast instead, the update is
 added in place, and only x and the rank-r product x A' are kept. PEFT still owns the modules, their saving and loading;
-`install` only exchanges `forward` of the layers that are plain LoRA, and leaves any variant (DoRA, merged, several
-active adapters) to PEFT. `projections.plain` is the definition.
+`install` only replaces `forward` of plain LoRA layers, and leaves any variant (DoRA, merged, several active adapters)
+to PEFT. `projections.plain` is the definition.
 """
 
 from collections.abc import Collection
@@ -19,7 +19,7 @@ from worker.trainer.kernels import fp8, projections
 
 
 def install(model: nn.Module) -> int:
-    """Exchanges the forward of every plain LoRA layer of `model`; returns how many there were."""
+    """Replaces the forward of every plain LoRA layer of `model`; returns how many there are."""
     layers = [module for module in model.modules() if is_plain(module)]
     for layer in layers:
         layer.forward = MethodType(_adapted, layer)
@@ -27,9 +27,9 @@ def install(model: nn.Module) -> int:
 
 
 def narrow(model: nn.Module) -> list[str]:
-    """Keeps the frozen weight of every plain LoRA layer in eight bits too, for training; returns the layers' names.
+    """Adds an eight-bit copy of every plain LoRA layer's frozen weight for training; returns the layers' names.
 
-    Answers are still given with the weight as it is, as servers of the adapter have it.
+    Answers still use the original weight, as servers of the adapter do.
     """
     names = []
     for name, module in model.named_modules():
@@ -41,13 +41,13 @@ def narrow(model: nn.Module) -> list[str]:
 
 
 def widen(model: nn.Module, names: Collection[str]) -> None:
-    """Lets go of the weights in eight bits of the layers of these names, as `narrow` gave them."""
+    """Removes the eight-bit copies that `narrow` added to these layers."""
     for name in names:
         del cast(Any, model.get_submodule(name)).base_layer.narrow
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is a LoRA layer of the textbook's kind."""
+    """Whether a module is a plain LoRA layer, without a variant."""
     if not isinstance(module, LoraLayer) or not (isinstance(module, Linear) or type(module).__name__ == "Linear4bit"):
         return False
     biased = any(getattr(b, "bias", None) is not None for b in module.lora_B.values())
@@ -55,7 +55,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def only_adapter(layer: Any) -> str | None:
-    """Returns the name of the adapter that acts on a layer, when it is one alone and without dropout; else None."""
+    """Returns the name of a layer's active adapter if it is the only one and has no dropout; else None."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     name: str = layer.active_adapters[0]
@@ -63,7 +63,7 @@ def only_adapter(layer: Any) -> str | None:
 
 
 def layer_of(module: Any) -> projections.Layer | None:
-    """A module's frozen weight and adapter, where it is a plain LoRA layer with one adapter and without dropout."""
+    """Returns a module's frozen weight and adapter if it is a plain LoRA layer with one adapter and without dropout."""
     name = only_adapter(module) if is_plain(module) else None
     if name is None:
         return None
@@ -73,7 +73,7 @@ def layer_of(module: Any) -> projections.Layer | None:
 
 
 def _adapted(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Makes the new forward, bound to a PEFT LoRA layer."""
+    """The new forward, bound to a PEFT LoRA layer."""
     if self.disable_adapters or not self.active_adapters:
         return projections.frozen(x, self.base_layer)
     if len(self.active_adapters) > 1 or self.merged:

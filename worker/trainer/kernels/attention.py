@@ -1,7 +1,7 @@
-"""Causal attention of rows that lie behind each other without padding, each seeing only itself.
+"""Causal attention of concatenated rows without padding, each of which sees only itself.
 
-torch's variable-length attention takes the rows' borders and does no work for anything between them: no padding, no
-mask of length x length. `plain` is the definition, and what runs on a CPU, for which torch has no such kernel.
+torch's variable-length attention takes the rows' borders and computes nothing across them: no padding, no mask of
+length x length. `plain` is the definition, and runs on a CPU, for which torch has no such kernel.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Borders:
-    """Where rows begin and end: `ends` [rows + 1], int32 and from 0, on the device; `longest`: tokens of one at most.
+    """Where rows begin and end: `ends` [rows + 1], int32 from 0, on the device; `longest`: the most tokens of a row.
 
     Without `ends` every sequence of the batch is one row, padded at the right, where causal attention never looks.
     """
@@ -27,7 +27,9 @@ class Borders:
     longest: int = 0
 
     def of_windows(self, window: int | None, batch: int, width: int, device: torch.device) -> "Borders":
-        """The same with `ends` where a window is narrower than the sequences, which torch's rectangles do not know."""
+        """Returns the borders with `ends` if a window is narrower than the sequences, which torch's rectangles do not
+        support.
+        """
         if self.ends is not None or window is None or window >= width:
             return self
         return Borders(torch.arange(0, batch * width + 1, width, dtype=torch.int32, device=device), width)
@@ -48,13 +50,13 @@ def plain(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: fl
 
 
 def rows_apart(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: float, window: int | None) -> Tensor:
-    """`plain`, by torch's kernel on a CUDA device. `window`: positions that a token sees, itself included."""
+    """Computes `plain`, on a CUDA device with torch's kernel. `window`: positions that a token sees, with itself."""
     if not query.is_cuda:
         return plain(query, key, value, borders, scale, window)
     found = _kernel()
     assert found is not None
     kernel, known = found
-    # torch 2.11 names the causal mask; later ones take it for a window without a right side.
+    # torch 2.11 has an option for the causal mask; in later releases it is a window without a right side.
     extra: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {}
     if "window_size" in known:
         extra["window_size"] = (-1 if window is None else window - 1, 0)
@@ -67,14 +69,14 @@ def rows_apart(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scal
 
 
 def available(width: int, window: int | None) -> bool:
-    """Whether torch's kernel takes heads of `width` numbers and this window, on a CUDA device."""
+    """Whether torch's kernel supports heads of this width and this window, on a CUDA device."""
     found = _kernel()
     return found is not None and width <= 256 and width % 8 == 0 and (window is None or "window_size" in found[1])
 
 
 @cache
 def _kernel() -> tuple[Callable[..., Any], frozenset[str]] | None:
-    """torch's variable-length attention and the names of its arguments, which differ from release to release."""
+    """Returns torch's variable-length attention and its arguments' names, which differ between releases."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

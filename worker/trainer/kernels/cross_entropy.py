@@ -1,8 +1,8 @@
-"""Cross entropy of a linear head, in chunks of rows, so that the logits never exist as a whole.
+"""Computes the cross entropy of a linear head in chunks of rows, so that the whole logits never exist at once.
 
 8,192 positions of a 128k vocabulary are 4 GB of logits in fp32. The gradient of the loss is known as soon as a chunk's
-logits are, so the forward pass makes it there and then and throws the chunk away; the backward pass only scales it.
-`plain` is the textbook form beside it, for models whose head is more than one product and for the tests.
+logits are, so the forward pass computes it at once and drops the chunk; the backward pass only scales it. `plain` is
+the textbook form, for models whose head is more than one product and for the tests.
 """
 
 from typing import Any, cast
@@ -16,11 +16,11 @@ from tunery.planning.activations import CHUNK_BYTES, LEAST_CHUNK_ROWS
 
 
 def scaled(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`scale` times the sum of the losses (nats, fp32), and the number of correct predictions, over all rows.
+    """Returns `scale` times the sum of the losses (nats, fp32), and the number of correct predictions.
 
-    `hidden` [rows, width], `weight` [vocabulary, width] (the head, no bias), `targets` [rows], -100 where nothing is
-    wanted. The head gets a gradient only when it asks for one: for a frozen head that product, as large as the forward
-    one, is never made.
+    `hidden` [rows, width], `weight` [vocabulary, width] (the head, no bias), `targets` [rows], -100 for no target. The
+    head gets a gradient only if it requires one: for a frozen head that product, as large as the forward one, is not
+    computed.
     Why the scale is an argument: bf16 gradients times 1 / (number of labels) in bf16 would be off by up to 0.4 %,
     all in one direction; inside the matrix product it is applied in fp32.
     """
@@ -37,9 +37,9 @@ def scaled(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tup
 
 
 def each(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The loss of every row (nats, fp32), 0 where nothing is wanted, for objectives that are no plain sum of them.
+    """Returns the loss of every row (nats, fp32), 0 without a target, for objectives that are not their plain sum.
 
-    The backward pass makes the logits of a chunk again instead of keeping them.
+    The backward pass recomputes a chunk's logits instead of keeping them.
     """
     rows = max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (4 * weight.shape[0]))
     pairs = zip(hidden.split(rows), targets.split(rows), strict=True)
@@ -51,7 +51,7 @@ def _each(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def plain(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Returns the same two numbers of whole logits [rows, vocabulary]."""
+    """Returns the same two numbers from whole logits [rows, vocabulary]."""
     loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
     return loss * scale, (logits.argmax(-1) == targets).sum()
 
@@ -67,7 +67,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         loss, correct = _zeros(hidden)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # fp32: hundreds of chunks added in bf16 would round the small ones away.
+        # fp32: a sum of hundreds of chunks in bf16 would lose the small ones.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], rows):
             chunk, wanted = hidden[start : start + rows], targets[start : start + rows]
@@ -95,7 +95,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, wanted: Tensor, *, writes: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns d loss / d logits in their type (if it `writes`, in their place), the losses' sum, the number correct."""
+    """Returns d loss / d logits in the logits' type (if it `writes`, in place), the sum of losses, and the number
+    correct.
+    """
     if logits.is_cuda:
         from worker.trainer.kernels import triton_ops  # a CPU build of torch has no Triton
 
@@ -109,6 +111,6 @@ def _loss_and_gradient(logits: Tensor, wanted: Tensor, *, writes: bool) -> tuple
     place = wanted.clamp(min=0)[:, None]
     norms = wide.logsumexp(-1, keepdim=True)
     loss = ((norms - wide.gather(1, place)) * counts).sum()
-    norms = norms.masked_fill(~counts, torch.inf)  # exp(-inf): no gradient where nothing is wanted
+    norms = norms.masked_fill(~counts, torch.inf)  # exp(-inf): no gradient without a target
     grad_logits = (wide - norms).exp_()
     return grad_logits.scatter_add_(1, place, -counts.float()).to(logits.dtype), loss, correct

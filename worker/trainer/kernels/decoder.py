@@ -1,8 +1,8 @@
-"""The layers of Llama-like models on the fast path: fused norms, rotary positions, grouped adapters.
+"""Fast forward passes for the layers of Llama-like models: fused norms, rotary positions, grouped adapters.
 
-`install` exchanges `forward` of the decoder layers, feed-forward blocks and norms that transformers writes in exactly
-this way, by class: Gemma's norm looks the same and adds 1 to its weight. Everything else (other classes, a key-value
-cache, dropout, options of PEFT's) takes transformers' and PEFT's own path.
+`install` replaces `forward` of the decoder layers, feed-forward blocks and norms that transformers writes in exactly
+this way, by class: Gemma's norm looks the same but adds 1 to its weight. Everything else (other classes, a key-value
+cache, dropout, PEFT's options) uses transformers' and PEFT's own code.
 """
 
 import sys
@@ -21,7 +21,7 @@ NORMS = {f"{family}RMSNorm" for family in (*FAMILIES, "SmolLM3")}
 
 
 def install(model: nn.Module) -> int:
-    """Exchanges the forward of every layer, block and norm of a known class; returns how many layers there were."""
+    """Replaces the forward of every layer, block and norm of a known class; returns how many layers there are."""
     layers = 0
     for module in model.modules():
         name = type(module).__name__
@@ -44,7 +44,7 @@ def _norm(self: Any, x: Tensor) -> Tensor:
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether a module is a decoder layer whose every part is one that `_layer` knows."""
+    """Whether a module is a decoder layer whose parts are all supported by `_layer`."""
     name = type(module).__name__
     family = name.removesuffix("DecoderLayer")
     if family == name or family not in FAMILIES:
@@ -57,9 +57,9 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def borders_known(causal: Any) -> bool:
-    """Whether every decoder layer of a model is ours, and its attention takes the rows' borders.
+    """Whether every decoder layer of a model has the fast forward, and its attention accepts the rows' borders.
 
-    On a CUDA device only: elsewhere the borders save no time, there being no such kernel.
+    Only on a CUDA device: elsewhere borders save no time, as there is no such kernel.
     """
     layers = getattr(causal.base_model, "layers", None)
     if not layers or not all(getattr(layer.forward, "__func__", None) is _layer for layer in layers):
@@ -81,7 +81,7 @@ def _layer(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Makes the new forward, bound to a decoder layer."""
+    """The new forward, bound to a decoder layer."""
     if past_key_values is not None or position_embeddings is None:
         return cast(Tensor, type(self).forward(
             self, hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
@@ -111,7 +111,7 @@ def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, *, attention_mask: Tensor | None,
     borders: attention.Borders | None = None, **kwargs: Any,
 ) -> Tensor:  # fmt: skip
-    """Attention over [batch, positions, heads, width]. `borders` stand in the place of a mask."""
+    """Computes attention over [batch, positions, heads, width]. `borders` replace a mask."""
     window = _window(module)
     if borders is not None:
         batch, width = query.shape[:2]
@@ -135,12 +135,12 @@ def _attend(
 
 
 def _eager(module: Any) -> Any:
-    """Returns the family's own attention without any library, for models that ask for it."""
+    """Returns the family's own attention without a library, for models that request it."""
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
 def _window(module: Any) -> dict[str, Any]:
-    """Returns the sliding window as the family hands it on: Llama none, Mistral its config's, Qwen the layer's."""
+    """Returns the sliding window as the family passes it on: Llama none, Mistral its config's, Qwen the layer's."""
     if type(module).__name__ == "LlamaAttention":
         return {}
     if hasattr(module, "sliding_window"):
@@ -149,7 +149,7 @@ def _window(module: Any) -> dict[str, Any]:
 
 
 def _together(x: Tensor, *modules: Any) -> tuple[Tensor, ...]:
-    """Returns the modules' products with one input; in one function where all are plain adapters."""
+    """Returns the modules' products with one input, computed in one function if all are plain adapters."""
     layers = [adapters.layer_of(module) for module in modules]
     if all(layers):
         return projections.project(x, cast(list[projections.Layer], layers))

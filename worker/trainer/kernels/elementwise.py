@@ -1,7 +1,7 @@
 """The elementwise work of Llama-like layers: norms with the residual's sum, rotary positions, the gated activation.
 
-Each `plain_*` is the definition, and what runs on a CPU; on a CUDA device a Triton kernel moves every number once where
-separate operations move it three to six times. Nothing is kept for the backward pass that can be made again for free.
+Each `plain_*` is the definition, and runs on a CPU; on a CUDA device a Triton kernel moves every number once, while
+separate operations move it three to six times. Nothing is kept for the backward pass that is free to recompute.
 """
 
 from typing import Any, cast
@@ -12,20 +12,20 @@ from torch.nn import functional
 
 
 def _triton() -> Any:
-    from worker.trainer.kernels import triton_ops  # only where a CUDA device is: a CPU build of torch has no Triton
+    from worker.trainer.kernels import triton_ops  # only with a CUDA device: a CPU build of torch has no Triton
 
     return triton_ops
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Returns the definition (Zhang and Sennrich 2019, arXiv:1910.07467), statistics in fp32 as in transformers."""
+    """Computes RMSNorm by its definition (Zhang and Sennrich 2019, arXiv:1910.07467), in fp32 as in transformers."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
 
 
 def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The definition (Su et al. 2021, arXiv:2104.09864) on `x` [batch, positions, heads, width], halves as pairs.
+    """Rotates `x` [batch, positions, heads, width] by definition (Su et al. 2021, arXiv:2104.09864), halves as pairs.
 
     `cos` and `sin` [batch or 1, positions, width], their two halves equal.
     """
@@ -40,7 +40,7 @@ def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Returns the norm of `x` + `residual`, and that sum, which the next residual connection adds to."""
-    mixed = residual is not None and residual.dtype != x.dtype  # under autocast; the sum is of the wider type
+    mixed = residual is not None and residual.dtype != x.dtype  # under autocast; the sum has the wider type
     if not x.is_cuda or mixed:
         total = x if residual is None else x + residual
         return plain_rms_norm(total, weight, eps), total
@@ -51,26 +51,26 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`plain_rotate`, in one pass on a CUDA device."""
+    """Computes `plain_rotate`, in one pass on a CUDA device."""
     if not x.is_cuda:
         return plain_rotate(x, cos, sin)
     return cast(Tensor, _Rotate.apply(x, cos, sin))  # type: ignore[no-untyped-call]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`plain_swiglu` whose backward pass keeps `gate` and `up` only."""
+    """Computes `plain_swiglu`; its backward pass keeps `gate` and `up` only."""
     if not gate.is_cuda:
         return plain_swiglu(gate, up)
     return cast(Tensor, _Swiglu.apply(gate.contiguous(), up.contiguous()))  # type: ignore[no-untyped-call]
 
 
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """`plain_swiglu` without a gradient, for functions that have one of their own."""
+    """Computes `plain_swiglu` without a gradient, for functions that have their own."""
     return cast(Tensor, _triton().swiglu(gate, up)) if gate.is_cuda else plain_swiglu(gate, up)
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(the activation again, gradient of `gate`, gradient of `up`). All three arguments are overwritten."""
+    """Returns the recomputed activation and the gradients of `gate` and `up`. All three arguments are overwritten."""
     if gate.is_cuda:
         return cast(tuple[Tensor, Tensor, Tensor], _triton().swiglu_backward(grad, gate, up))
     active = functional.silu(gate)
@@ -80,7 +80,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 
 class _RmsNorm(torch.autograd.Function):
-    """(norm of x, x): x comes out again so that the gradient of its other use is added in the same pass."""
+    """Returns (norm of x, x); x is returned so that the gradient of its other use is added in the same pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _AddRmsNorm(torch.autograd.Function):
-    """(norm of x + residual, x + residual)."""
+    """Returns (norm of x + residual, x + residual)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
-"""Products with a frozen weight in eight bits: e4m3 numbers, a scale for each row of both factors.
+"""Products with a frozen weight in eight bits: e4m3 numbers, with a scale for each row of both factors.
 
 y = x W' and, in the backward pass, the gradient of x, g W. Both factors are quantised along the axis that is summed
 over, so W is needed by rows and by columns. A weight in bf16 is kept twice; one in four bits is unpacked to e4m3 for
-each product, as it would be to bf16, by scales that are kept. `plain` is the definition; a CUDA device from compute
-capability 8.9 on has the product in hardware, at about twice the rate of bf16 (the format: Micikevicius et al. 2022,
-arXiv:2209.05433).
+each product, as it would be to bf16, with scales that are kept. `plain` is the definition; CUDA devices of compute
+capability 8.9 and above have the product in hardware, at about twice the rate of bf16 (the format: Micikevicius et al.
+2022, arXiv:2209.05433).
 """
 
 import copy
@@ -23,9 +23,9 @@ LARGEST = 448.0
 """The largest number of e4m3."""
 _LEAST = 1e-12
 _SIDE = 16
-"""The hardware's product takes widths that are a multiple of this."""
+"""The hardware's product requires widths that are a multiple of this."""
 LEAST_SIDE = 1024
-"""Smaller products are over before the quantisation of their input has paid off."""
+"""For smaller products, quantising the input costs more than it saves."""
 
 
 Quantised = tuple[Tensor, Tensor]
@@ -36,15 +36,15 @@ class Weight(Protocol):
     """A frozen weight [out, in] in eight bits."""
 
     def rows(self) -> Quantised:
-        """For x W': numbers [out, in] and scales [1, out]."""
+        """Returns the factor for x W': numbers [out, in] and scales [1, out]."""
 
     def columns(self) -> Quantised:
-        """For g W: numbers [in, out] and scales [1, in]."""
+        """Returns the factor for g W: numbers [in, out] and scales [1, in]."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A weight that is kept by rows and by columns."""
+    """A weight kept both by rows and by columns."""
 
     by_rows: Quantised
     by_columns: Quantised
@@ -58,7 +58,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Unpacked:
-    """A weight in bitsandbytes' NF4, unpacked for each product by the scales that its rows and columns have in e4m3."""
+    """A weight in bitsandbytes' NF4, unpacked for each product with the e4m3 scales of its rows and columns."""
 
     layer: Any
     row_scales: Tensor
@@ -82,15 +82,15 @@ class Unpacked:
 
 @dataclass
 class Watch:
-    """How far narrow products were from wide ones of the same factors, by layer and direction.
+    """How far narrow products differ from wide ones of the same factors, by layer and direction.
 
-    `found`: the cosine of the two and the ratio of their lengths. Gradients that are zero throughout are left out.
+    `found`: the cosine of the two and the ratio of their norms. Gradients that are all zero are left out.
     """
 
     found: dict[tuple[Any, Direction], tuple[float, float]] = field(default_factory=dict)
 
     def compare(self, base: Any, direction: Direction, narrow: Tensor, wide: Tensor) -> None:
-        """Notes a product of the layer `base`."""
+        """Records a product of the layer `base`."""
         one, other = narrow.float().flatten(), wide.float().flatten()
         length = float(other.norm())
         if length:
@@ -103,8 +103,8 @@ _open: list[Watch] = []
 
 @contextmanager
 def watched() -> Iterator[Watch]:
-    """Compares every narrow product that is made inside. It costs a wide product each, and waits for the device."""
-    # Why not a context variable: the backward pass runs in a thread of its own.
+    """Compares every narrow product inside the block. It computes a wide product for each, and waits for the device."""
+    # Why not a context variable: the backward pass runs in another thread.
     _open.append(Watch())
     try:
         yield _open[-1]
@@ -113,7 +113,7 @@ def watched() -> Iterator[Watch]:
 
 
 def watch() -> Watch | None:
-    """Returns the watch that is open."""
+    """Returns the watch of the open block, if there is one."""
     return _open[-1] if _open else None
 
 
@@ -123,7 +123,7 @@ def available(device: torch.device) -> bool:
 
 
 def pack(layer: Any) -> Weight | None:
-    """The weight of a linear layer in eight bits; None where the hardware does not take it, or gains nothing by it."""
+    """Returns a linear layer's weight in eight bits; None if the hardware does not support it or gains nothing."""
     state = getattr(layer.weight, "quant_state", None)
     shape = layer.weight.shape if state is None else state.shape
     if any(side % _SIDE or side < LEAST_SIDE for side in shape):
@@ -138,7 +138,7 @@ def pack(layer: Any) -> Weight | None:
 
 
 def _is_plain_nf4(state: Any) -> bool:
-    """Whether rows are whole blocks of NF4, with scales as bitsandbytes makes them by default."""
+    """Whether rows are whole blocks of NF4, with scales in bitsandbytes' default form."""
     usual_scales = not state.nested or state.state2.blocksize == 256
     return state.quant_type == "nf4" and state.blocksize == 64 and state.shape[1] % 64 == 0 and usual_scales
 
@@ -157,7 +157,7 @@ def _numbers(packed: Tensor, state: Any) -> Tensor:
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` [rows, width] in e4m3, each row by its own largest number, and the rows' scales [rows, 1] in fp32."""
+    """Returns `x` [rows, width] in e4m3, each row scaled by its largest number, and the scales [rows, 1] in fp32."""
     if not x.is_cuda:
         return plain_quantise_rows(x)
     from worker.trainer.kernels import triton_ops  # only where a CUDA device is: a CPU build of torch has no Triton
@@ -166,7 +166,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain_quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the definition of `quantise_rows`."""
+    """Computes `quantise_rows` by its definition."""
     wide = x.float()
     highest = wide.abs().amax(1, keepdim=True).clamp_min(_LEAST)
     return _to_e4m3(wide * (LARGEST / highest)), highest / LARGEST
@@ -177,7 +177,7 @@ def _to_e4m3(x: Tensor) -> Tensor:
 
 
 def product(x: Quantised, factor: Quantised, dtype: torch.dtype) -> Tensor:
-    """`x` [n, in], as `quantise_rows` gives it, times `factor`' [out, in], whose scales are [1, out]: [n, out]."""
+    """Returns `x` [n, in], from `quantise_rows`, times `factor`' [out, in], whose scales are [1, out]: [n, out]."""
     (numbers, row_scales), (weight, scales) = x, factor
     if not numbers.is_cuda:
         return plain(x, factor).to(dtype)
@@ -187,6 +187,6 @@ def product(x: Quantised, factor: Quantised, dtype: torch.dtype) -> Tensor:
 
 
 def plain(x: Quantised, factor: Quantised) -> Tensor:
-    """Returns the definition of `product`, in fp32."""
+    """Computes `product` by its definition, in fp32."""
     (numbers, row_scales), (weight, scales) = x, factor
     return (numbers.float() @ weight.float().t()) * row_scales * scales

@@ -1,8 +1,8 @@
-"""Several adapted products of one input in one autograd function: query, key and value; gate and up.
+"""Computes several adapted products of one input in one autograd function: query, key and value; gate and up.
 
-y_i = x W_i' + s_i (x A_i') B_i'. The A_i are laid side by side, so that x is read once for all of them, forward and
-backward, and x's gradient is made in one buffer, to which each product adds: autograd would make one a product and sum
-them. A frozen weight is in bf16 or in 4 bits. `plain` is the definition of each.
+y_i = x W_i' + s_i (x A_i') B_i'. The A_i are concatenated, so that x is read once for all of them, forward and
+backward, and x's gradient is computed in one buffer, to which each product adds: autograd would allocate one for each
+product and sum them. A frozen weight is in bf16 or in 4 bits. `plain` is the definition of each.
 """
 
 import copy
@@ -22,7 +22,7 @@ from worker.trainer.kernels import elementwise, fp8
 class Layer:
     """One adapted product: the frozen layer, its adapter's A [r, in] and B [out, r], and its scale.
 
-    `narrow`: the frozen weight in eight bits, where the product is made in these.
+    `narrow`: the frozen weight in eight bits, if the product is computed in these.
     """
 
     base: Any
@@ -38,7 +38,9 @@ def plain(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tens
 
 
 def dense(base: Any) -> Tensor:
-    """Returns the frozen weight [out, in] as numbers. Four bits are unpacked for each product: kept, they were bf16."""
+    """Returns the frozen weight [out, in] as numbers. Four bits are unpacked for each product: kept, they would be
+    bf16.
+    """
     state = quant_state(base)
     if state is None:
         return cast(Tensor, base.weight.detach())
@@ -46,12 +48,12 @@ def dense(base: Any) -> Tensor:
 
 
 def quant_state(base: Any) -> Any:
-    """What a layer's 4-bit weight is unpacked by; None of others. A weight gathered of pieces has it at its layer."""
+    """Returns the quantisation state of a layer's 4-bit weight; None for others. A gathered one is on its layer."""
     return getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
 
 
 def product_dtype(base: Any) -> torch.dtype:
-    """Returns the type in which a frozen layer's product is made."""
+    """Returns the type in which a frozen layer's product is computed."""
     state = quant_state(base)
     return cast(torch.dtype, base.weight.dtype if state is None else base.compute_dtype or state.dtype)
 
@@ -63,7 +65,7 @@ def _unpack(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
         from worker.trainer.kernels import triton_ops  # a CPU build of torch has no Triton
 
         return triton_ops.unpack_nf4(packed, state)
-    # Not by way of the type in which the weights were before: bitsandbytes' own product does not round there either.
+    # Directly, without the weights' former type: bitsandbytes' own product does not round to that either.
     read_as = copy.copy(state)
     read_as.dtype = dtype
     return bitsandbytes.functional.dequantize_4bit(packed, read_as)
@@ -96,7 +98,7 @@ def _layers(fixed: Sequence[tuple[Any, float, fp8.Weight | None]], flat: Sequenc
 
 
 def _stacked(layers: Sequence[Layer], dtype: torch.dtype) -> Tensor:
-    """Returns all A below each other [sum of ranks, in]."""
+    """Returns all A, concatenated [sum of ranks, in]."""
     return layers[0].a.to(dtype) if len(layers) == 1 else torch.cat([layer.a.to(dtype) for layer in layers])
 
 
@@ -108,7 +110,7 @@ def _places(layers: Sequence[Layer]) -> list[slice]:
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, lead: torch.Size) -> Tensor:
-    """`rows` [n, in] times `weight`' [out, in], of shape [*lead, out]."""
+    """Returns `rows` [n, in] times `weight`' [out, in], of shape [*lead, out]."""
     # Why not `linear(rows).view(...)`: autograd forbids a model to change a view that a Function returned, and some
     # models scale a layer's output in place.
     out = rows.new_empty(*lead, weight.shape[0])
@@ -121,7 +123,9 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, lead: torch.Size
 
 
 def _forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The products [..., out_i], `x` as rows [n, in] in the frozen weights' type, and rows times all A' [n, ranks]."""
+    """Returns the products [..., out_i], `x` as rows [n, in] in the frozen weights' type, and rows times all A' [n,
+    ranks].
+    """
     rows, lora_hidden, outs, quantised = x.reshape(-1, x.shape[-1]), None, [], None
     for layer, place in zip(layers, _places(layers), strict=True):
         dtype = product_dtype(layer.base)
@@ -160,7 +164,7 @@ def _narrow_gradient(grad: Tensor, base: Any, narrow: fp8.Weight) -> Tensor:
 
 
 def _add_gradient(total: Tensor | None, grad: Tensor, layer: Layer) -> Tensor:
-    """`total` plus the gradient `grad` [n, out] through the frozen weight: [n, in]."""
+    """Returns `total` plus the gradient `grad` [n, out] through the frozen weight: [n, in]."""
     if layer.narrow is None:
         weight = dense(layer.base)
         return grad @ weight if total is None else total.addmm_(grad, weight)
@@ -171,7 +175,7 @@ def _add_gradient(total: Tensor | None, grad: Tensor, layer: Layer) -> Tensor:
 def _backward(
     grads: Sequence[Tensor], rows: Tensor, lora_hidden: Tensor, layers: Sequence[Layer], wants_rows: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Returns the gradient of `rows`, and those of A and B of each layer in turn."""
+    """Returns the gradient of `rows`, and those of each layer's A and B in turn."""
     grad_lora_hidden = torch.empty_like(lora_hidden)
     grad_rows: Tensor | None = None
     grads_b = []

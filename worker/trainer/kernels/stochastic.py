@@ -1,12 +1,12 @@
-"""Adding an update to bf16 weights with stochastic rounding.
+"""Adds an update to bf16 weights with stochastic rounding.
 
 bf16 has 8 significant bits: a weight of 0.04 has neighbours 2.4e-4 away, so an update of 2e-5, rounded to nearest, is
-lost at every step alike. Rounded up or down at random, in proportion to the distance, it arrives on average.
+lost at every step. Rounded up or down at random, in proportion to the distance, it is right on average.
 
 The random bits are Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with `seed` as the
-key and the element's place as the counter: the same on every rank, after a resume, and however a tensor is cut into
+key and the element's index as the counter: the same on every rank, after a resume, and however a tensor is split into
 chunks. One block of 128 bits serves eight elements, `LANE` apart. `plain` is the reference; on a GPU a Triton kernel
-does the same in one pass, to the bit where `keep` is 1.
+does the same in one pass, bit for bit if `keep` is 1.
 """
 
 import hashlib
@@ -21,23 +21,23 @@ _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 _DROPPED = 16
-"""Bits of a float32 that a bfloat16 has not."""
+"""Bits of a float32 that a bfloat16 lacks."""
 
 
 def seed_of(seed: int, step: int, name: str) -> int:
-    """The key of one tensor's rounding in one step, at least 2**62, so that Triton always takes it for an int64."""
+    """Returns the key of a tensor's rounding in a step, at least 2**62, so that Triton always treats it as an int64."""
     digest = hashlib.blake2b(f"{seed}:{step}:{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 2 | 1 << 62
 
 
 def add(weight: Tensor, update: Tensor, keep: float, seed: int, first: int = 0) -> None:
-    """`weight` becomes `keep * weight + update`, rounded stochastically, and `update` zero, ready for the next one.
+    """Sets `weight` to `keep * weight + update`, rounded stochastically, and `update` to zero for the next step.
 
-    Both are flat bf16 tensors of one length; `first` is the place of their first element in the whole tensor, a
+    Both are flat bf16 tensors of equal length; `first` is the index of their first element in the whole tensor, a
     multiple of `BLOCK`.
     """
     if weight.is_cuda:
-        from worker.trainer.kernels import stochastic_triton  # there is no Triton where there is no GPU
+        from worker.trainer.kernels import stochastic_triton  # without a GPU there is no Triton
 
         stochastic_triton.add(weight, update, keep, seed, first)
     else:
@@ -45,22 +45,22 @@ def add(weight: Tensor, update: Tensor, keep: float, seed: int, first: int = 0) 
 
 
 def plain(weight: Tensor, update: Tensor, keep: float, seed: int, first: int = 0) -> None:
-    """The definition of `add`."""
+    """Computes `add` by its definition."""
     exact = weight.float() * keep + update.float()
     weight.copy_(rounded(exact, noise(seed, first, weight.numel(), weight.device)))
     update.zero_()
 
 
 def rounded(exact: Tensor, noise: Tensor) -> Tensor:
-    """fp32 numbers as bf16: up with the probability that the dropped bits are, of 2**16. `noise`: int32 in [0, 2**16).
+    """Rounds fp32 to bf16, up with the probability (dropped bits) / 2**16. `noise`: int32 in [0, 2**16).
 
-    Added to the bits of a float, the noise carries into the kept ones just so often, exponent included.
+    Added to a float's bits, the noise carries into the kept bits exactly that often, including the exponent.
     """
     return (exact.view(torch.int32) + noise >> _DROPPED << _DROPPED).view(torch.float32).bfloat16()
 
 
 def noise(seed: int, first: int, count: int, device: torch.device | None = None) -> Tensor:
-    """16 random bits for each of `count` elements from place `first` on, as int32."""
+    """Returns 16 random bits for each of `count` elements from index `first`, as int32."""
     rows = -(-count // BLOCK)
     counters = torch.arange(first // 8, first // 8 + rows * LANE, device=device)
     words = _philox(counters, seed)
@@ -70,7 +70,9 @@ def noise(seed: int, first: int, count: int, device: torch.device | None = None)
 
 
 def _philox(counters: Tensor, seed: int) -> list[Tensor]:
-    """Four words of 32 random bits for each counter, in int64, whose overflow keeps the product's lower 64 bits."""
+    """Returns four words of 32 random bits for each counter, in int64, whose overflow keeps the product's lower 64
+    bits.
+    """
     zero = torch.zeros_like(counters)
     a, b, c, d = counters, zero, zero, zero
     first_key, second_key = seed & _LOW, seed >> 32 & _LOW

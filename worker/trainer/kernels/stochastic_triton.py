@@ -9,14 +9,14 @@ from worker.trainer.kernels.stochastic import BLOCK, LANE
 
 
 def add(weight: Tensor, update: Tensor, keep: float, seed: int, first: int = 0) -> None:
-    """As `stochastic.add`, on flat contiguous CUDA tensors."""
+    """Does the same as `stochastic.add`, on flat contiguous CUDA tensors."""
     count = weight.numel()
     with torch.cuda.device_of(weight):
         _add[(triton.cdiv(count, BLOCK),)](weight, update, count, keep, seed, first // 8, LANE=LANE, num_warps=4)
 
 
-# Triton compiles again for values that 16 divides. Of the seed and the counter that is of no use; of the count it is,
-# as loads are wide only where the mask's end is known to be aligned.
+# Triton compiles a second version for values that 16 divides. That is no use for the seed and the counter, but it is
+# for the count, as loads are wide only if the mask's end is known to be aligned.
 @triton.jit(do_not_specialize=["keep", "seed", "first_counter"])  # type: ignore[untyped-decorator]
 def _add(weight, update, count, keep, seed, first_counter, LANE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803 (Triton's spelling)
     column = tl.arange(0, LANE)

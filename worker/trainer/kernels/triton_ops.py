@@ -1,7 +1,7 @@
-"""Triton kernels of the elementwise work: each moves every number through memory once.
+"""Triton kernels for the elementwise work: each moves every number through memory once.
 
-Only imported where a CUDA device is; `elementwise` and `cross_entropy` hold the definitions that they are compared
-with. Statistics and products are in fp32 and rounded once, at the store.
+Only imported with a CUDA device; `elementwise` and `cross_entropy` have the definitions to which they are compared.
+Statistics and products are in fp32 and rounded once, when stored.
 """
 
 # mypy: ignore-errors
@@ -28,7 +28,7 @@ def _add_rms_norm_forward(X, R, H, Y, W, S, width, eps, ADDS: tl.constexpr, BLOC
     h = tl.load(X + place, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
         h += tl.load(R + place, mask=inside, other=0.0).to(tl.float32)
-        rounded = h.to(H.dtype.element_ty)  # what later layers see is what is normed
+        rounded = h.to(H.dtype.element_ty)  # later layers see the rounded sum, so that is normalised
         tl.store(H + place, rounded, mask=inside)
         h = rounded.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(h * h, axis=0) / width + eps)
@@ -65,7 +65,7 @@ def _add_rms_norm_backward(DY, DH, H, W, S, DX, DW, rows, width, rows_a_program,
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(normed, x + residual, 1 / root mean square of each row) of contiguous `x` [..., width]."""
+    """Returns (normed, x + residual, 1 / root mean square of each row) for contiguous `x` [..., width]."""
     width = x.shape[-1]
     rows = x.numel() // width
     h = torch.empty_like(x) if residual is not None else x
@@ -80,12 +80,12 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 def add_rms_norm_backward(
     grad: Tensor, grad_h: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, *, learns: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of `h` (that of its other uses, `grad_h`, included) and, where it `learns`, of the weight."""
+    """Returns the gradients of `h` (including that of its other uses, `grad_h`) and, if it `learns`, of the weight."""
     width = h.shape[-1]
     rows = h.numel() // width
     out = torch.empty_like(h)
     block = triton.next_power_of_2(width)
-    # A program that owns many rows adds up its share of the weight's gradient; without one, more programs are faster.
+    # A program with many rows sums its part of the weight's gradient; without that gradient, more programs are faster.
     each = max(1, -(-rows // (4 * _processors(h.device)))) if learns else 1
     programs = -(-rows // each)
     parts = torch.empty(programs, width, dtype=torch.float32, device=h.device) if learns else None
@@ -119,9 +119,9 @@ def _rotate(X, Y, COS, SIN, positions, heads, x_batch, x_token, x_head, c_batch,
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """`x` [batch, positions, heads, head width] (any strides but the last, 1) turned by the angles; contiguous.
+    """Rotates `x` [batch, positions, heads, head width] (last stride 1, others any); the result is contiguous.
 
-    `sign` -1 turns back, which is the gradient.
+    `sign` -1 rotates back, which is the gradient.
     """
     batch, positions, heads, width = x.shape
     out = torch.empty((batch, positions, heads, width), dtype=x.dtype, device=x.device)
@@ -157,7 +157,7 @@ def _swiglu_backward(D, G, U, Y, DG, DU, count, BLOCK: tl.constexpr):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up of contiguous tensors."""
+    """Returns silu(gate) * up for contiguous tensors."""
     out = torch.empty_like(gate)
     _swiglu_forward[(triton.cdiv(gate.numel(), 2048),)](gate, up, out, gate.numel(), BLOCK=2048, num_warps=8)
     return out
@@ -184,7 +184,7 @@ def _cross_entropy(L, T, LOSS, CORRECT, vocabulary, BLOCK: tl.constexpr, WRITES:
         place = first + columns
         value = tl.load(start + place, mask=place < vocabulary, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(peak, value)
-        # A lane that has seen nothing but -inf would give nan: -inf minus -inf.
+        # A lane that has seen only -inf would give nan: -inf minus -inf.
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(peak - shift) + tl.exp(value - shift)
         peak = higher
