@@ -1,5 +1,6 @@
-"""Whether a model is cut over its ranks, and what each keeps of a full fine-tune then, computed on weights that are on
-no device."""
+"""Decides whether a model is sharded over its ranks, and computes each rank's memory in a full fine-tune, with weights
+on no device.
+"""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from worker.trainer.precision import dtype
 
 
 def is_cut(plan: Plan, base: Path, template: ChatTemplate, ranks: Ranks) -> bool:
-    """Whether a run's model is cut over its ranks: as its plan says, or, where that was left open, by its memory."""
+    """Whether a run's model is sharded over its ranks: as its plan says, or, if that is left open, by its memory."""
     asked = plan.resources.sharding
     if ranks.count == 1 or asked != "auto":
         return ranks.count > 1 and asked == "full_shard"
@@ -42,7 +43,7 @@ def is_cut(plan: Plan, base: Path, template: ChatTemplate, ranks: Ranks) -> bool
 
 @dataclass(frozen=True)
 class Layout:
-    """Bytes of one rank. `gathered`: whole weights and gradients beside the pieces while a layer computes, at most."""
+    """One rank's memory in bytes. `gathered`: the most for whole weights and gradients while a layer computes."""
 
     parameters: int
     weights: int
@@ -52,12 +53,12 @@ class Layout:
 
     @property
     def kept(self) -> int:
-        """What stays from step to step."""
+        """Bytes kept from step to step."""
         return self.weights + self.moments
 
 
 def compute(config: PretrainedConfig, precision: Precision, ranks: int, rank: int = 0) -> Layout:
-    """The layout of a full fine-tune of this architecture, as `fully_shard` cuts it; of the largest rank, the first.
+    """Returns the layout of a full fine-tune of this architecture, sharded as by `fully_shard`; rank 0 has the most.
 
     `precision`: that of AdamW without 8-bit moments for fp32 weights.
     """
@@ -75,7 +76,7 @@ def compute(config: PretrainedConfig, precision: Precision, ranks: int, rank: in
 
 
 def _moments(count: int, whole: int, precision: Precision) -> int:
-    """Returns bytes of both moments, their scales, and a small weight's copy in fp32."""
+    """Returns the bytes of both moments, their scales, and a small weight's fp32 copy."""
     wide = BYTES["float32"]
     if precision.moments == "float32":
         return 2 * wide * count

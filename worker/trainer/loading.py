@@ -1,4 +1,4 @@
-"""The model of a run, put together: the base, what learns of it, its objective, and its pieces where it is cut."""
+"""Assembles a run's model: the base, its trained weights, its objective, and its shards if it is sharded."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +26,9 @@ RECIPES = {"full": FULL, "lora": LORA, "qlora": QLORA}
 
 @dataclass(frozen=True)
 class Loaded:
-    """`shards`: the model's pieces where it is cut over the `ranks`, which then pass in lockstep. `parameters`: what
-    learns, by name; of pieces this rank's. `lengths`: where the model's RoPE changes."""
+    """A run's model. `shards`: set if it is sharded over the `ranks`, which then run their passes in lockstep.
+    `parameters`: the trained ones by name, or this rank's pieces of them. `lengths`: where the model's RoPE changes.
+    """
 
     recipe: Recipe
     precision: Precision
@@ -39,7 +40,7 @@ class Loaded:
 
 
 def load(folder: Path, run: Run, template: ChatTemplate, rows: Rows, ranks: Ranks) -> Loaded:
-    """The run's model, with equal weights on all ranks and its chunked loss tried on the shortest of the rows."""
+    """Loads the run's model with equal weights on all ranks, and verifies its chunked loss on the shortest row."""
     recipe, technique = RECIPES[run.plan.technique.type], run.plan.technique
     precision = decide(technique, ranks.device.type, run.plan.optimizer)
     sharded = layout.is_cut(run.plan, folder / "base", template, ranks)

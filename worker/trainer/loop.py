@@ -1,7 +1,8 @@
 """The training loop.
 
-One step: the gradient of the mean loss over all labelled tokens of the step, however many micro-batches and GPUs it is
-spread over; clipped; one optimizer step. Then what is due: an evaluation, a checkpoint, a snapshot, a stop.
+A step computes the gradient of the mean loss over all its labelled tokens, however many micro-batches and GPUs they are
+spread over, clips it and updates the weights. After it comes what is due: an evaluation, a checkpoint, a snapshot, a
+stop.
 """
 
 import math
@@ -21,10 +22,10 @@ from worker.trainer.training import Progress, Training
 
 
 def train(t: Training, progress: Progress) -> bool:
-    """Trains from `progress` to the end. False when it was asked to stop: a snapshot holds all of its state then.
+    """Trains from `progress` to the end. Returns False if it was asked to stop; a snapshot then holds all its state.
 
-    Raises NotFinite before a weight is touched by a step whose loss or gradient is not a number, and before weights
-    that are not numbers are saved.
+    Raises NotFinite before a step with a loss or gradient that is not finite changes a weight, and before weights that
+    are not finite are saved.
     """
     t.objective.train()
     saved_at = time.monotonic()
@@ -50,7 +51,7 @@ def train(t: Training, progress: Progress) -> bool:
         if asked:
             _save_snapshot(t, progress)
             return False
-        # Clocks differ, and a rank that saves alone would wait for the others in the middle of their next step.
+        # Clocks differ, and a rank that saved alone would wait for the others in the middle of their next step.
         if t.ranks.any(time.monotonic() - saved_at > t.run.snapshot_seconds):
             _save_snapshot(t, progress)
             saved_at = time.monotonic()
@@ -61,9 +62,9 @@ def train(t: Training, progress: Progress) -> bool:
 
 
 def learning_rate(plan: Plan, step: int, total: int) -> float:
-    """Returns the rate of a step (1 to total): a straight rise over the warmup, then the schedule's fall. Never zero.
+    """Returns the rate of a step (1 to total): a linear warmup, then the schedule's decay. It is never zero.
 
-    A fall to a `min_ratio` above 0 arrives there at the last step; a fall to 0 one step later, where no step is lost.
+    A decay to a `min_ratio` above 0 reaches it at the last step; a decay to 0 one step later, so that no step is lost.
     """
     schedule, done = plan.schedule, step - 1
     warmup = round(schedule.warmup_ratio * total)
@@ -76,7 +77,7 @@ def learning_rate(plan: Plan, step: int, total: int) -> float:
 
 
 def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
-    """One optimizer step and its message; whether any rank was asked to stop."""
+    """Does one optimizer step; returns its message, and whether any rank was asked to stop."""
     step = progress.step + 1
     drawn = mixing.examples_of_step(t.rows, step, t.plan.batch_size, t.plan.seed)
     rate = learning_rate(t.plan, step, t.total_steps)
@@ -107,21 +108,21 @@ def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
 
 
 def _compare_products(t: Training, progress: Progress) -> None:
-    """Compares products in eight bits with wide ones from time to time, and gives up those that differ too much."""
+    """Compares products in eight bits with wide ones from time to time, and drops those that differ too much."""
     if t.eight_bits is not None and t.eight_bits.due(progress.step) and not t.eight_bits.check(t.ranks):
         progress.wide = dict(t.eight_bits.wide)
         t.stepper.record_again()
 
 
 def _shown(t: Training, totals: list[float], weight: float) -> Shown:
-    """Returns what to show of a step's sums over all ranks, whose loss is a mean already."""
+    """Returns a step's measures from its sums over all ranks, whose loss is a mean already."""
     method = t.objective.method
     named = zip(method.sums, totals, strict=True)
     return method.shown({name: total if name == "loss" else total / weight for name, total in named})
 
 
 def _quick_validation(t: Training, step: int) -> dict[str, Any]:
-    """Returns what is shown of one batch of the validation file, every thirtieth of the run or tenth step."""
+    """Returns the measures of one batch of the validation file, every tenth step or thirtieth of the run."""
     every = max(10, t.total_steps // 30)
     if t.valid is None or (step % every and step != t.total_steps):
         return {}
@@ -138,10 +139,10 @@ def _evaluation_due(t: Training, step: int) -> bool:
 
 
 def _evaluate(t: Training, progress: Progress) -> None:
-    """The full validation loss and the task's score; notes the best step and whether it is time to stop early.
+    """Measures the full validation loss and the task's score; records the best step and whether to stop early.
 
-    The best is the lowest loss, by however little. A gain below `min_delta` only wears out the patience. Where the task
-    chooses, the loss is what its score lacks of 1. Raises NotFinite.
+    The best step has the lowest loss, by however little. A gain below `min_delta` does not reset the patience. If the
+    task chooses, the loss is 1 minus its score. Raises NotFinite.
     """
     assert t.valid is not None
     loss, accuracy, metrics = validation.loss(t.stepper, t.valid.examples)
@@ -160,7 +161,7 @@ def _evaluate(t: Training, progress: Progress) -> None:
 
 
 def _wear_patience(stopping: EarlyStopping | None, progress: Progress, loss: float) -> None:
-    """Counts evaluations since the loss last fell by more than `min_delta`; at `patience` of them the run ends."""
+    """Counts evaluations since the loss last fell by more than `min_delta`; at `patience` the run stops early."""
     least_gain = stopping.min_delta if stopping else 0.0
     if progress.gained_loss is None or loss < progress.gained_loss - least_gain:
         progress.gained_loss, progress.stale = loss, 0
@@ -182,11 +183,11 @@ def _save_snapshot(t: Training, progress: Progress) -> None:
 
 
 def _sample(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Some numbers of every tensor that learns."""
+    """Returns some elements of every trained tensor."""
     return torch.cat([p.detach().reshape(-1)[:64].float().cpu() for p in parameters])
 
 
 def _check_moved(parameters: Iterable[torch.Tensor], before: torch.Tensor) -> None:
-    """Raises RuntimeError when three steps left every weight as it was: an optimizer that holds other tensors."""
+    """Raises RuntimeError if three steps changed no weight, as when the optimizer holds other tensors."""
     if torch.equal(before, _sample(parameters)):
         raise RuntimeError("three optimizer steps changed no weight: the optimizer does not hold the model's weights")

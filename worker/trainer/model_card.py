@@ -1,4 +1,4 @@
-"""What an artifact's README says of how the model was measured, from `scorecard.json` and `gate.json` beside it."""
+"""Writes the measurements in an artifact's README, from `scorecard.json` and `gate.json` beside it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ from tunery.trainer_protocol import Gated, GeneralScore, Score
 
 
 def sections(artifact: Path) -> Iterator[str]:
-    """Markdown: the figures of the scorecard, and the gate's verdict. Nothing of a model that was not measured."""
+    """Yields Markdown: the scorecard's figures and the gate's verdict, if the model was measured."""
     if (artifact / "scorecard.json").exists():
         score = Score.model_validate_json((artifact / "scorecard.json").read_text())
         yield "## Measured\n\n" + "\n".join(_table(score))

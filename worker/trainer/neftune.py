@@ -1,4 +1,4 @@
-"""NEFTune: noise on the embeddings of training, none of evaluation (Jain et al. 2023, arXiv:2310.05914)."""
+"""NEFTune: adds noise to embeddings in training, not in evaluation (Jain et al. 2023, arXiv:2310.05914)."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from worker.trainer.data import Batch
 class Noise:
     """Adds uniform noise of up to alpha / sqrt(length * width) to a token's embedding, `length` being its row's.
 
-    Why not transformers' hook: it takes the width of the padded batch for the length, and that of all rows together
-    where they lie behind each other, so a row's noise would depend on its batch mates.
+    Why not transformers' hook: it uses the width of the padded batch as the length, or that of all rows if they are
+    concatenated, so a row's noise would depend on the other rows of its batch.
     """
 
     def __init__(self, causal: Any, alpha: float) -> None:
@@ -21,7 +21,7 @@ class Noise:
         causal.get_input_embeddings().register_forward_hook(self._add)
 
     def expect(self, batch: Batch) -> None:
-        """Notes where the rows of the next pass begin and end."""
+        """Records where the rows of the next pass begin and end."""
         bounds = torch.zeros(batch.input_ids.shape)
         for sequence, lengths in zip(bounds, batch.lengths, strict=True):
             start = 0

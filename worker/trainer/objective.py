@@ -1,4 +1,4 @@
-"""What is minimised: a method's sums over a micro-batch, from the losses of its labelled tokens."""
+"""The objective: a method's sums over a micro-batch, from the losses of its labelled tokens."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -24,9 +24,9 @@ _HEAD_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "ou
 
 
 class Objective(nn.Module):
-    """A causal model with its loss: `objective(batch, scale)` -> (`scale` times the sum of losses, right guesses).
+    """A causal model with its loss: `objective(batch, scale)` -> (`scale` times the sum of losses, number correct).
 
-    `sums` is what its method minimises.
+    `sums` has what its method minimises.
     """
 
     def __init__(self, model: nn.Module, kept_in: Precision | None = None, method: Method | None = None) -> None:
@@ -59,7 +59,7 @@ class Objective(nn.Module):
         return torch.stack([part.sum() for part in losses[: sum(batch.labelled)].split(batch.labelled)])
 
     def row_logits(self, batch: Batch) -> Iterator[Tensor]:
-        """The logits [labelled, vocabulary] in fp32 of one row after the other, in the order of `batch.labelled`."""
+        """Yields each row's logits [labelled, vocabulary] in fp32, in the order of `batch.labelled`."""
         if self.chunked:
             hidden, head = self._factors(batch)
             return ((part @ head.t()).float() for part in hidden.split(batch.labelled))
@@ -70,18 +70,18 @@ class Objective(nn.Module):
         return precision.autocast(self._precision, next(self.parameters()).device)
 
     def add_noise(self, alpha: float) -> None:
-        """Lets every pass in training add NEFTune's noise; none where `alpha` is 0."""
+        """Adds NEFTune's noise to every training pass; none if `alpha` is 0."""
         self.noise = Noise(self.causal, alpha) if alpha else None
 
     def rest(self) -> None:
-        """Frees what the last pass gathered, where the model is cut over the ranks."""
+        """Frees the weights that the last pass gathered, if the model is sharded."""
         if self.is_sharded:
             cast(FSDPModule, self).reshard()
 
     def recompute(self) -> None:
-        """Makes the backward pass compute activations again instead of keeping them."""
+        """Makes the backward pass recompute activations instead of keeping them."""
         options = {"use_reentrant": False}
-        if hasattr(self.causal, "activation_checkpointing_enable"):  # its name since transformers 5.23
+        if hasattr(self.causal, "activation_checkpointing_enable"):  # the name since transformers 5.23
             self.causal.activation_checkpointing_enable(options)
         else:
             self.causal.gradient_checkpointing_enable(options)
@@ -89,10 +89,10 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def verify_chunked_loss(self, batch: Batch) -> None:
-        """Compares the head's product with the model's own logits; the loss is not chunked where they differ.
+        """Compares the head's product with the model's own logits; the loss is not chunked if they differ.
 
-        `_HEAD_CHANGES` names what models are known to do to their logits; the next architecture may do it by another
-        name, and a loss that is wrong by a factor still falls.
+        `_HEAD_CHANGES` lists what models are known to do to their logits; a new architecture may use another name, and
+        a loss that is wrong by a factor still falls.
         """
         if not self.chunked:
             return
@@ -103,17 +103,17 @@ class Objective(nn.Module):
         self.chunked = bool((product - logits).norm() <= tolerance * logits.norm())
 
     def _factors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The last hidden states [labelled, width] of the positions that predict something, and the head's weight."""
+        """Returns the last hidden states [labelled, width] at the labelled positions, and the head's weight."""
         head: Tensor = self.causal.get_output_embeddings().weight
         with self.autocast():
             hidden = _labelled(self.causal.base_model(**self._inputs(batch)).last_hidden_state, batch)
-        if self._precision is not None and self._precision.autocast:  # it does not reach into the chunked loss
+        if self._precision is not None and self._precision.autocast:  # autocast does not apply inside the chunked loss
             compute = precision.dtype(self._precision.compute)
             return hidden.to(compute), head.to(compute)
-        return hidden, head.to(hidden.dtype)  # a head of modules_to_save learns in fp32
+        return hidden, head.to(hidden.dtype)  # a head in modules_to_save is trained in fp32
 
     def _logits(self, batch: Batch) -> Tensor:
-        """Returns the model's own logits [labelled, vocabulary] there."""
+        """Returns the model's own logits [labelled, vocabulary] at the same positions."""
         with self.autocast():
             return _labelled(self.causal(**self._inputs(batch)).logits, batch)
 
@@ -125,8 +125,8 @@ class Objective(nn.Module):
             return inputs | {"attention_mask": batch.mask}
         if batch.borders is None:
             return inputs
-        # A mask of four axes is handed on as it is: without one, transformers looks at the positions for packed rows,
-        # which waits for the device, and makes a mask of length x length. Our layers read the borders instead.
+        # A mask of four axes is passed on unchanged: without one, transformers checks the positions for packed rows,
+        # which waits for the device, and builds a mask of length x length. The fast layers read the borders instead.
         nothing = batch.input_ids.new_zeros(1, 1, 1, 1)
         return inputs | {"attention_mask": nothing, "borders": batch.borders}
 
@@ -147,7 +147,7 @@ def _is_plain_product(causal: Any) -> bool:
 
 
 def all_and_trainable(model: nn.Module) -> tuple[int, int]:
-    """Returns numbers of all weights and of those that learn; a weight in 4 bits counts as the number it stands for."""
+    """Returns the numbers of all and of trained parameters; a 4-bit weight counts as many as it had before packing."""
     total = trainable = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

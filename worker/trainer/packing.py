@@ -1,4 +1,4 @@
-"""Whether a model keeps packed rows apart: several rows in one sequence, each seeing only itself."""
+"""Tests whether a model keeps packed rows apart: several rows in one sequence, each of which sees only itself."""
 
 from collections.abc import Hashable, Sequence
 
@@ -9,13 +9,13 @@ from worker.trainer.data import Row, collate, singles
 from worker.trainer.objective import Objective
 
 _TRIED = 10_000
-"""Rows among which a pair is sought: the first ones."""
+"""How many of the first rows are searched for a pair."""
 
 
 def _pair(objective: Objective, rows: Sequence[Row]) -> list[Row]:
-    """Returns two rows that could share a sequence, of most unlike length; fewer where none can.
+    """Returns two rows that could share a sequence, of very different lengths; fewer if none can.
 
-    Rows of nearly the same length would not be laid behind each other.
+    Rows of nearly equal length would not be concatenated.
     """
     lengths = rope.of(objective.causal)
     together: dict[Hashable, list[Row]] = {}
@@ -26,10 +26,10 @@ def _pair(objective: Objective, rows: Sequence[Row]) -> list[Row]:
 
 
 def keeps_rows_apart(objective: Objective, rows: Sequence[Row], device: torch.device) -> bool:
-    """Whether this model's loss of two rows in one sequence is the sum of their losses, by trying it.
+    """Tries whether this model's loss on two rows in one sequence is the sum of their losses.
 
-    Asking the model's class would not do: state-space and convolution layers mix neighbours without any attention, and
-    attention kernels differ in which masks they honour. Rows that see each other differ in the first digits.
+    The model's class does not tell: state-space and convolution layers mix neighbours without attention, and attention
+    kernels differ in which masks they respect. If rows see each other, the first digits differ.
     """
     pair = singles(_pair(objective, rows))
     if len(pair) < 2:

@@ -1,7 +1,7 @@
-"""The ranks of a run: one process for each device, each with a whole copy of the model or its piece of it.
+"""The ranks of a run: one process per device, each with a copy of the model or its shard of it.
 
-Every rank takes part in every call here and gets the same answer, so a decision made on it is made by all. Saving is
-called on every rank and decides inside who writes.
+Every rank takes part in every call here and gets the same answer, so all make the same decisions. Saving is called on
+every rank and decides inside which one writes.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -19,23 +19,24 @@ from worker.trainer import pieces
 from worker.trainer.stop_signal import Stopped, StopSignal
 
 PATIENCE = timedelta(hours=2)
-"""How long ranks wait for each other: rank 0 may export a large model meanwhile. A rank that has ended is noticed at
-once by the process that started it, not by this."""
+"""How long ranks wait for each other: rank 0 may export a large model meanwhile. The end of a rank is noticed at once
+by the process that started it, without this limit.
+"""
 
 
 def accelerator() -> Accelerator:
-    """Returns the device of this rank, and its connection to the others where the environment names any."""
+    """Returns this rank's device and its connection to the others, if the environment names any."""
     waiting = InitProcessGroupKwargs(timeout=PATIENCE)
     return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[waiting])
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of a run as one of them sees them."""
+    """The ranks of a run, seen from one of them."""
 
     accelerator: Accelerator
     lockstep: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Gives the context in which ranks may make unlike numbers of passes: see `sharding.Shards.lockstep`."""
+    """Returns the context in which ranks may run different numbers of passes: see `sharding.Shards.lockstep`."""
 
     @property
     def index(self) -> int:
@@ -53,7 +54,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and speaks for all."""
+        """Whether this rank writes the files and messages for all."""
         return bool(self.accelerator.is_main_process)
 
     def sum(self, numbers: Tensor) -> Tensor:
@@ -73,14 +74,14 @@ class Ranks:
         return flag if self.count == 1 else bool(self.sum(torch.tensor([float(flag)], device=self.device)))
 
     def check(self, stop_signal: StopSignal) -> None:
-        """Raises Stopped on every rank when one of them was asked to stop."""
+        """Raises Stopped on every rank if one of them was asked to stop."""
         if self.any(stop_signal.received):
             raise Stopped
 
     def turns(self, stop_signal: StopSignal, busy: Callable[[], bool]) -> Iterator[None]:
-        """One turn after the other until no rank is busy: a rank that is done early takes part to the end.
+        """Yields turns until no rank is busy: a rank that is done early takes part to the end.
 
-        Raises Stopped between two turns, on every rank at the same one.
+        Raises Stopped between two turns, at the same one on every rank.
         """
         while True:
             flags = torch.tensor([float(busy()), float(stop_signal.received)], device=self.device)
@@ -93,22 +94,22 @@ class Ranks:
                 yield
 
     def share_weights(self, parameters: Iterable[Tensor]) -> None:
-        """Gives every rank rank 0's weights: equal seeds give equal weights on equal GPUs only."""
+        """Copies rank 0's weights to every rank: equal seeds give equal weights on equal GPUs only."""
         if self.count > 1:
             for parameter in parameters:
                 sent = parameter.data.contiguous()
-                distributed.broadcast(sent.reshape(-1).view(torch.uint8), 0)  # gloo does not know every type
+                distributed.broadcast(sent.reshape(-1).view(torch.uint8), 0)  # gloo does not support every type
                 if not parameter.data.is_contiguous():
                     parameter.data.copy_(sent)
 
     def broadcast(self, found: Any) -> Any:
-        """Returns what rank 0 has found."""
+        """Returns rank 0's value on every rank."""
         return found if self.count == 1 else broadcast_object_list([found])[0]
 
     def add_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Sums the gradients over the ranks. A parameter without a gradient on every rank stays without.
+        """Sums the gradients over the ranks. A parameter that has a gradient on no rank gets none.
 
-        Why not DistributedDataParallel: it wants equally many backward passes on each rank, and takes means. Here a
+        Why not DistributedDataParallel: it requires equally many backward passes on each rank, and takes means. Here a
         rank may have fewer micro-batches than another, or none in an epoch's last step.
         """
         if self.count == 1:
@@ -123,7 +124,7 @@ class Ranks:
             pending.wait()
 
     def norm(self, parameters: Iterable[torch.nn.Parameter]) -> Tensor:
-        """Returns the length of the gradient: of pieces that of all ranks together, of whole weights that of one."""
+        """Returns the gradient's norm: over all ranks for pieces, on one rank for whole weights."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)
         for parameter in (p for p in parameters if p.grad is not None):
             place = 0 if pieces.of(parameter) is None else 1
@@ -131,13 +132,13 @@ class Ranks:
         return (squares[0] + self.sum(squares[1])).sqrt()
 
     def gather(self, found: Any) -> list[Any]:
-        """Returns what each rank has found, in the order of the ranks."""
+        """Returns each rank's value, in the order of the ranks."""
         return [found] if self.count == 1 else list(gather_object([found]))
 
     def gather_state(self, tensors: Mapping[str, Tensor], cut: Collection[str] = ()) -> dict[str, Tensor]:
-        """Whole tensors by name, copied to the host of the main rank; empty on the others.
+        """Returns whole tensors by name, copied to the main rank's host memory; empty on the others.
 
-        `cut`: the names of those of which each rank has its piece.
+        `cut`: the names of those of which each rank holds a piece.
         """
         found: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
@@ -148,7 +149,7 @@ class Ranks:
         return found if self.is_main else {}
 
     def gather_rows(self, piece: Tensor) -> Tensor:
-        """Returns the ranks' pieces behind each other, on the host of the main rank; on the others nothing."""
+        """Returns the ranks' pieces concatenated, in the main rank's host memory; nothing on the others."""
         rows = torch.zeros(self.count, dtype=torch.int64, device=piece.device)
         rows[self.index] = piece.shape[0]
         counts = self.sum(rows).tolist()
@@ -161,19 +162,19 @@ class Ranks:
         return torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)])
 
     def wait(self) -> None:
-        """Returns when every rank has come here."""
+        """Waits until every rank has reached this call."""
         self.accelerator.wait_for_everyone()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Returns a copy on the host with memory of its own: safetensors refuses tensors that share theirs."""
+    """Returns a copy in host memory of its own: safetensors refuses tensors that share memory."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def draw_apart(ranks: Ranks, seed: int) -> None:
-    """Gives each rank a stream of random numbers of its own, so that dropout differs from rank to rank.
+    """Gives each rank its own stream of random numbers, so that dropout differs between ranks.
 
-    Rank 0 keeps the stream that it has: a run on one device draws the same numbers as ever.
+    Rank 0 keeps its stream, so that a run on one device draws the same numbers as without this call.
     """
     if ranks.index:
         torch.manual_seed(seed + 1_000_003 * ranks.index)

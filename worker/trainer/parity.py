@@ -1,8 +1,8 @@
-"""`parity.json`: that the exported files answer as the model did in memory.
+"""Checks that the exported files answer as the model did in memory, and writes `parity.json`.
 
-Logits after the last token of a few prompts are taken from the model in memory, before it is written: its weights in
-the artifact's type, its base as the run had it (in four bits for QLoRA), the products in fp32. The files, loaded by
-plain transformers and PEFT, must repeat them, or the run fails. Anyone who has the files can repeat it.
+Before the model is written, the logits after the last token of a few prompts are computed in memory: its weights in the
+artifact's type, its base as in the run (in four bits for QLoRA), the products in fp32. The files, loaded by plain
+transformers and PEFT, must give the same logits, or the run fails. Anyone who has the files can repeat the check.
 """
 
 import json
@@ -31,16 +31,17 @@ log = logging.getLogger(__name__)
 
 PROMPTS = 3
 TOLERANCE, QUANTISED_TOLERANCE, NARROW_TOLERANCE = 1e-3, 1e-2, 5e-2
-"""The most that the files' logits may be off, as a share of a prompt's spread of logits. The same fp32 products in
-another order differ by 1e-6; on some CPUs bitsandbytes rounds the scales of four-bit weights further (0.3 %); products
-in bf16 differ by 1 % or so."""
+"""The most by which the files' logits may differ, relative to the spread of a prompt's logits. The same fp32 products
+in another order differ by 1e-6; on some CPUs bitsandbytes rounds the scales of four-bit weights further (0.3 %);
+products in bf16 differ by about 1 %.
+"""
 
 
 @dataclass(frozen=True)
 class Record:
-    """`parity.json`. `dtype`: of the products. `base`: what the base was kept in, by `quantisation` where that is said.
+    """The content of `parity.json`. `dtype`: that of the products. `base`, `quantisation`: how the base was kept.
 
-    `difference`: of the files' logits, None where a large model was not loaded a second time.
+    `difference`: that of the files' logits; None if a large model was not loaded a second time.
     """
 
     dtype: str
@@ -54,13 +55,13 @@ class Record:
 
 
 def bytes_to_read(t: Training) -> int:
-    """Returns the bytes of the model that the check loads; 0 for a large one, which it does not load."""
+    """Returns the bytes of the model that the check loads; 0 for a large model, which it does not load."""
     params, _ = all_and_trainable(t.objective.model)
     return CHECKED_BYTES * params if params <= MOST_CHECKED else 0
 
 
 def measure(t: Training) -> Record:
-    """Returns what the model in memory answers: to be called before the export."""
+    """Returns the logits of the model in memory; call it before the export."""
     if t.shards is None and _has_room(t.objective.model, t.device):
         try:
             return _measure(t, exact=True)
@@ -70,7 +71,7 @@ def measure(t: Training) -> Record:
 
 
 def write(t: Training, record: Record, artifact: Path) -> None:
-    """Writes `parity.json` into `artifact`. Raises ArtifactDiffers where its files do not answer as `record` says."""
+    """Writes `parity.json` to `artifact`. Raises ArtifactDiffers if its files do not answer as `record` says."""
     difference = _try_difference(t, record, artifact)
     if difference is not None and not difference <= record.tolerance:  # a NaN too
         raise ArtifactDiffers(difference=difference, tolerance=record.tolerance)
@@ -78,7 +79,7 @@ def write(t: Training, record: Record, artifact: Path) -> None:
 
 
 def _has_room(model: torch.nn.Module, device: torch.device) -> bool:
-    """Whether the model is small, and has room here for an fp32 copy."""
+    """Whether the model is small, and there is room for an fp32 copy."""
     params, _ = all_and_trainable(model)
     room = psutil.virtual_memory().available
     if device.type == "cuda":
@@ -113,7 +114,7 @@ def _in_memory(t: Training, prompts: list[list[int]], exact: bool) -> list[Tenso
     """Returns the logits [vocabulary] after each prompt."""
     model: Any = t.objective.model
     keep = dtypes.keeps(t.objective.causal)
-    # Positions' angles are in no file. Of a model in pieces the call would let go of what was gathered.
+    # No file has RoPE's frequencies. For a sharded model, this call would release what was gathered.
     written = set(model.state_dict()) if exact else set[str]()
 
     def exported(name: str, weight: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ def _in_memory(t: Training, prompts: list[list[int]], exact: bool) -> list[Tenso
 
 
 def _try_difference(t: Training, record: Record, artifact: Path) -> float | None:
-    """Returns the difference of a model that has room to be loaded again, else None."""
+    """Returns the files' difference if there is room to load the model again, else None."""
     if record.tolerance < NARROW_TOLERANCE and _has_room(t.objective.model, t.device):
         try:
             return _difference(t, record, artifact)
@@ -141,7 +142,7 @@ def _try_difference(t: Training, record: Record, artifact: Path) -> float | None
 
 
 def _difference(t: Training, record: Record, artifact: Path) -> float:
-    """Returns the largest difference of a prompt's logits, as a share of their spread."""
+    """Returns the largest difference of a prompt's logits, relative to their spread."""
     model = _load(t, record, artifact)
     with precision.in_fp32(model, lambda _name, weight: weight):
         found = _logits(model, [prompt["input_ids"] for prompt in record.prompts])
@@ -150,7 +151,7 @@ def _difference(t: Training, record: Record, artifact: Path) -> float:
 
 
 def _load(t: Training, record: Record, artifact: Path) -> Any:
-    """Returns the files as a user loads them: an adapter on the base in the type in which the run read it."""
+    """Loads the files as a user would: an adapter on the base in the type in which the run read it."""
     options: dict[str, Any] = {"device_map": {"": t.device}}
     if isinstance(t.plan.technique, Full):
         return AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32, **options).eval()
@@ -167,7 +168,7 @@ def _logits(model: Any, prompts: list[list[int]]) -> list[Tensor]:
 
 
 def _prompts(rows: Rows) -> list[list[int]]:
-    """Returns the first rows, up to their first trained token."""
+    """Returns the first rows up to their first trained token."""
     prompts = []
     for row in rows.rows[:PROMPTS]:
         first = next(place for place, label in enumerate(row.labels) if label >= 0)

@@ -1,4 +1,4 @@
-"""Which way each part of a run took, and why where it was not the fast one: for the log and `training_config.json`."""
+"""Describes which code path each part of a run took, and why if not the fast one, for the log and the record."""
 
 from collections import Counter
 from typing import Any
@@ -13,11 +13,11 @@ from worker.trainer.training import Training
 
 _KERNELS = "worker.trainer.kernels."
 _KINDS = ("DecoderLayer", "Block", "MLP", "Norm")
-"""Ends of the names of classes for which there may be a kernel."""
+"""Suffixes of the names of classes for which there may be a kernel."""
 
 
 def describe(t: Training) -> dict[str, Any]:
-    """The path of each kind of module, of the loss and of attention; packing, recomputation, CUDA graphs, ranks."""
+    """Returns the paths of modules by kind, loss and attention; of packing, recomputation, CUDA graphs and ranks."""
     return {
         "modules": _modules(t.objective.model),
         "frozen products": _frozen_products(t),
@@ -41,7 +41,7 @@ def _path(name: str, against: str | None) -> dict[str, str]:
 
 
 def _modules(model: nn.Module) -> list[dict[str, Any]]:
-    """Returns the modules that have a kernel or could have one, by class and path."""
+    """Returns the modules that have or could have a kernel, by class and path."""
     found = Counter(
         (_class(module), *_module_path(module))
         for module in model.modules()
@@ -54,19 +54,19 @@ def _modules(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _class(module: nn.Module) -> str:
-    """Returns a module's class; of a LoRA layer the name that PEFT gives it says whose layer it is."""
+    """Returns a module's class; for a LoRA layer, with `lora.` before PEFT's name."""
     return f"lora.{type(module).__name__}" if isinstance(module, LoraLayer) else type(module).__name__
 
 
 def _kernel(module: nn.Module) -> str | None:
-    """Returns the kernel that took the place of a module's forward."""
+    """Returns the kernel that replaced a module's forward."""
     function = getattr(vars(module).get("forward"), "__func__", None)
     place = getattr(function, "__module__", "")
     return place.removeprefix(_KERNELS) if place.startswith(_KERNELS) else None
 
 
 def _module_path(module: nn.Module) -> tuple[str, str]:
-    """Returns a module's path and why it is not a kernel's."""
+    """Returns a module's path, and why it is not a kernel's."""
     kernel = _kernel(module)
     if not isinstance(module, LoraLayer):
         return (kernel, "") if kernel else ("plain", "there is no kernel for this class")

@@ -1,6 +1,6 @@
-"""A rank's piece of a weight that is cut over the ranks: some of its rows, and the optimizer's state of these.
+"""A rank's piece of a weight that is sharded over the ranks: some of its rows, and their optimizer state.
 
-Pieces lie behind each other in the order of the ranks, as torch's `fully_shard` cuts: the first have a row more.
+Pieces follow each other in the order of the ranks, as in torch's `fully_shard`: the first ranks have more rows.
 """
 
 import math
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 BLOCK = 256
-"""Elements whose 8-bit moments share a scale: the block of bitsandbytes' kernels."""
+"""Elements whose 8-bit moments share a scale: the block size of bitsandbytes' kernels."""
 _WHOLE_STATE = ("step", "qmap1", "qmap2")
-"""An optimizer's entries of a weight that are the same on every rank."""
+"""Entries of a weight's optimizer state that are the same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Piece:
 
     @property
     def at_blocks(self) -> bool:
-        """Whether the piece begins and ends where the whole weight's blocks of moments do."""
+        """Whether the piece begins and ends at the whole weight's blocks of moments."""
         ends = self.end * self.row
         return self.offset % BLOCK == 0 and (ends % BLOCK == 0 or ends == self.whole)
 
     def part_of(self, length: int) -> slice:
-        """This piece's part of all pieces' rows, elements, or blocks of elements, of which there are `length`."""
+        """Returns this piece's part of all pieces' rows, elements, or blocks of elements, whichever `length` counts."""
         if length == self.shape[0]:
             return slice(self.start, self.end)
         if length == self.whole:
@@ -56,35 +56,35 @@ class Piece:
 
 
 def cut(shape: Sequence[int], rank: int, ranks: int) -> Piece:
-    """Returns the piece of a rank."""
+    """Returns a rank's piece."""
     rows = -(-shape[0] // ranks)
     return Piece(tuple(shape), min(shape[0], rank * rows), min(shape[0], (rank + 1) * rows), rows)
 
 
 def mark(parameter: nn.Parameter, piece: Piece) -> nn.Parameter:
-    """Notes on a parameter whose piece it is."""
-    parameter.piece = piece  # type: ignore[attr-defined]  # optimizers get parameters and nothing else
+    """Marks a parameter as this piece."""
+    parameter.piece = piece  # type: ignore[attr-defined]  # optimizers get only parameters
     return parameter
 
 
 def of(parameter: Tensor) -> Piece | None:
-    """Returns the piece that a parameter is; None of a whole weight."""
+    """Returns the piece that a parameter is; None for a whole weight."""
     found: Piece | None = getattr(parameter, "piece", None)
     return found
 
 
 def whole_size(parameter: Tensor) -> int:
-    """Elements of the weight of which a parameter is a piece, or all."""
+    """Returns the number of elements of the whole weight of which a parameter may be a piece."""
     piece = of(parameter)
     return parameter.numel() if piece is None else piece.whole
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Returns the shape of the weight of which a parameter is a piece, or all."""
+    """Returns the shape of the whole weight of which a parameter may be a piece."""
     piece = of(parameter)
     return tuple(parameter.shape) if piece is None else piece.shape
 
 
 def is_cut(key: str, shape: Sequence[int]) -> bool:
-    """Whether an optimizer's entry `PARAMETER:KEY` of a piece is of that piece alone."""
+    """Whether a piece's optimizer entry `PARAMETER:KEY` covers that piece only."""
     return len(shape) > 0 and key.rpartition(":")[2] not in _WHOLE_STATE

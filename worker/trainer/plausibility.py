@@ -1,7 +1,7 @@
-"""How plausible a base finds the answers of a file: `python -m worker.trainer.plausibility FOLDER`.
+"""`python -m worker.trainer.plausibility FOLDER`: measures how plausible a base finds a file's answers.
 
-FOLDER has `weights`, `rows` and a PlausibilityOrder in plausibility.json; losses.json gets an AnswerLoss for each row
-that was read. Rows are read in an order drawn at random, until the order's time is over.
+FOLDER has `weights`, `rows` and a PlausibilityOrder in plausibility.json; an AnswerLoss for each row that was read is
+written to losses.json. Rows are read in random order until the order's time is over.
 """
 
 import json
@@ -28,13 +28,13 @@ from tunery.rows.template import ChatTemplate
 
 _CHUNK = 2**20
 _BATCH = 1024
-"""Tokens of a batch, padding included."""
+"""Tokens of a batch, including padding."""
 _NO_QUESTION = "Write something."
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """A row's answer as ids, its end token last, behind its question and behind a request that asks nothing."""
+    """The ids of a row's answer with its end token, of its prompt, and of a prompt that asks nothing."""
 
     line: int
     asked: list[int]
@@ -54,7 +54,7 @@ def main(folder: Path) -> int:
 
 
 def _examples(path: Path, most: int) -> list[tuple[int, Example]]:
-    """Returns rows that a job would take, at most so many, in an order drawn at random."""
+    """Returns at most `most` rows that a job would accept, in random order."""
     shape = FileShape()
     found: list[tuple[int, Example]] = []
     with path.open("rb") as file:
@@ -67,7 +67,7 @@ def _examples(path: Path, most: int) -> list[tuple[int, Example]]:
 
 
 def _encode(template: ChatTemplate, line: int, example: Example, longest: int) -> _Answer | None:
-    """Returns the row's last answer, or None where it has none that fits `longest` tokens."""
+    """Returns the row's last answer; None if it has none that fits into `longest` tokens."""
     if not example.messages or example.messages[-1].role != "assistant" or not example.messages[-1].content:
         return None
     nothing = [Message(role="user", content=_NO_QUESTION), example.messages[-1]]
@@ -81,7 +81,7 @@ def _encode(template: ChatTemplate, line: int, example: Example, longest: int) -
 
 
 def measure(model: Any, template: ChatTemplate, answers: Sequence[_Answer], seconds: float) -> list[dict[str, Any]]:
-    """The losses of the answers, as many as `seconds` allow. Batches are of like lengths within the order drawn."""
+    """Returns the losses of as many answers as `seconds` allow. Batches are of similar length, in random order."""
     began, found = time.monotonic(), []
     with torch.inference_mode():
         for batch in _batches(answers):
@@ -116,14 +116,14 @@ def _size(answer: _Answer) -> int:
 def _losses(
     model: Any, template: ChatTemplate, rows: Sequence[tuple[list[int], list[int]]]
 ) -> Iterator[tuple[float, float]]:
-    """Each answer's mean loss in nats a token, its end left out, and the log probability of an end behind it."""
+    """Yields each answer's mean loss in nats per token without its end, and the end's log probability after it."""
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for place, (prompt, answer) in enumerate(rows):
         ids[place, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
         mask[place, : len(prompt) + len(answer)] = 1
-    first = min(len(prompt) for prompt, _ in rows) - 1  # what prompts alone would have as logits is most of the memory
+    first = min(len(prompt) for prompt, _ in rows) - 1  # the logits of prompts alone would take most of the memory
     logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=longest - first).logits
     stops = torch.tensor(sorted(template.eos_ids))
     for place, (prompt, answer) in enumerate(rows):

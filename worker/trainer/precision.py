@@ -17,9 +17,9 @@ def dtype(name: str) -> torch.dtype:
 
 
 def autocast(precision: Precision | None, device: torch.device) -> AbstractContextManager[object]:
-    """Makes products in the compute type where the weights are kept in a wider one; else does nothing.
+    """Computes products in the compute type if the weights have a wider one; else does nothing.
 
-    Without autocast's cache of cast weights: a CUDA graph may not hold it, and each weight is used once a pass anyway.
+    Without autocast's cache of cast weights: a CUDA graph may not hold it, and each weight is used once per pass.
     """
     if precision is None or not precision.autocast:
         return nullcontext()
@@ -28,9 +28,9 @@ def autocast(precision: Precision | None, device: torch.device) -> AbstractConte
 
 @contextmanager
 def in_fp32(model: nn.Module, read_as: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """Makes the model compute in fp32, each weight as `read_as(name, weight)` gives it; afterwards all is as before.
+    """Makes the model compute in fp32 inside the block, with each weight from `read_as(name, weight)`.
 
-    Four-bit weights stay so, and are multiplied in fp32. Needs room for an fp32 copy of the others.
+    Four-bit weights stay packed and are multiplied in fp32. It needs room for an fp32 copy of the others.
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     kept = [(tensor, tensor.data) for _, tensor in tensors if tensor.is_floating_point()]

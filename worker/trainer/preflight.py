@@ -1,7 +1,7 @@
-"""Makes the memory plan before the first step, by trying the most that the run will ask for.
+"""Makes the memory plan before the first step, by trying the largest work of the run.
 
-The optimizer's state is made first, by a step that changes nothing, so that no later step can fail in its middle for
-want of it. On a GPU the longest sequence is trained on and the longest validation row evaluated, both measured.
+The optimizer's state is created first, by a step that changes nothing, so that no later step can run out of memory for
+it half-way. On a GPU a pass over the longest sequence and the evaluation of the longest validation row are measured.
 """
 
 import logging
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Work:
-    """The most that a run will ask for; lengths in tokens."""
+    """The largest work of a run; lengths in tokens."""
 
     technique: Technique
     rows_a_step: int
@@ -42,7 +42,7 @@ def fit_micro_batch(
 ) -> MemoryPlan:
     """Returns the memory plan that fits, with its gradient checkpointing turned on. Raises DoesNotFit.
 
-    `ranks`: those over which the model is cut, which take the same plan.
+    `ranks`: those over which the model is sharded, which use the same plan.
     """
     device = next(objective.parameters()).device
     try:
@@ -61,9 +61,9 @@ def fit_micro_batch(
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the optimizer's state by a step at rate 0 on gradients of 0, which leaves weights and moments as they are.
+    """Creates the optimizer's state by a step at rate 0 on gradients of 0, which changes no weights or moments.
 
-    Afterwards no step is counted. Raises torch.OutOfMemoryError.
+    The step is not counted. Raises torch.OutOfMemoryError.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     try:
@@ -94,9 +94,9 @@ def _measured(objective: Objective, rows: Sequence[Row], work: Work, device: tor
 
 
 def _cut(objective: Objective, rows: Sequence[Row], work: Work, ranks: Ranks) -> MemoryPlan:
-    """Returns the plan of a model that is cut over the ranks: with recomputation, the larger part of what saves memory.
+    """Returns the plan of a sharded model: with recomputation, which saves most of the memory that can be saved.
 
-    Why not tried without: of ranks of which one is out of memory, the others wait in the middle of a pass.
+    Why not try without it: if one rank ran out of memory, the others would wait in the middle of a pass.
     """
     wanted, device = min(work.rows_a_step * work.sequence, GPU_TOKENS), ranks.device
     longest, what = max(work.sequence, work.row), f"A {work.technique.type} step on a row of {work.row} tokens"
@@ -126,9 +126,9 @@ def _does_not_fit(work: Work, what: str, device: torch.device) -> DoesNotFit:
 
 
 def _tokens_that_fit(objective: Objective, longest: Example, validation: Example | None, device: torch.device) -> int:
-    """How many tokens a micro-batch may have, by the peaks of both kinds of pass; 0 if one of them does not fit.
+    """Returns how many tokens a micro-batch may have, by the peaks of both kinds of pass; 0 if one does not fit.
 
-    Raises torch.OutOfMemoryError where the model is cut over the ranks, of which the others cannot go on.
+    Raises torch.OutOfMemoryError if the model is sharded, as the other ranks cannot go on.
     """
     random, random_gpu = torch.get_rng_state(), torch.cuda.get_rng_state(device)
     try:
@@ -155,9 +155,9 @@ def _tokens_that_fit(objective: Objective, longest: Example, validation: Example
 
 
 def _peak(objective: Objective, example: Example, device: torch.device) -> int:
-    """Returns bytes that a forward and a backward pass take at their peak, the gradients of what learns apart.
+    """Returns the peak bytes of a forward and a backward pass, without the gradients of the trained weights.
 
-    Those are there for the whole run, however many tokens a micro-batch has, so they are made before it is measured.
+    Those exist for the whole run, however many tokens a micro-batch has, so they are allocated before measuring.
     """
     objective.train()
     objective.rest()
@@ -172,7 +172,7 @@ def _peak(objective: Objective, example: Example, device: torch.device) -> int:
 
 @torch.no_grad()
 def _peak_of_evaluation(objective: Objective, example: Example, device: torch.device) -> int:
-    """Returns bytes that evaluating an example takes at its peak."""
+    """Returns the peak bytes of evaluating an example."""
     objective.eval()
     objective.rest()
     batch = collate([example], [[0]], device, borders=objective.knows_borders)
@@ -192,7 +192,7 @@ def _peak_since(device: torch.device) -> int:
 
 
 def _example(rows: Sequence[Row], length: int, count: int) -> Example:
-    """`length` tokens of the data's own in `count` rows, every one labelled: the most that an example can cost."""
+    """Returns an example of `length` tokens of the data in `count` rows, all labelled: the most expensive one."""
     ids = [token for row in rows[: length + 1] for token in row.input_ids]
     ids = (ids * (length // len(ids) + 1))[:length]
     cuts = [length * number // count for number in range(count + 1)]

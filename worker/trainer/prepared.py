@@ -1,13 +1,12 @@
-"""Rows that an earlier run on this host has prepared, so that a second job on a file and a model prepares nothing.
+"""Keeps prepared rows on this host, so that a second job on the same file and model prepares nothing.
 
-The run directory's `prepared/`, if it has one, is shared by the host's runs. An entry there is named by the file's
-sha256, by which it goes with the file, and the digest of all that decides about its tokens (`key`), and written whole
-or not at all:
+The run directory's `prepared/`, if there is one, is shared by the host's runs. An entry is named by the file's sha256,
+so that it is removed with the file, and a digest of all that its tokens depend on (`key`). It is complete or absent:
 
     the rows as a `Store` keeps them, some numbers of each row and line, how many there are of each, sha256 of all that
 
-What is damaged is prepared again. Entries that nobody has used for DAYS go, as they hold what users wrote, and the
-oldest where all together are more than FRACTION of the disk.
+Damaged entries are prepared again. Entries unused for DAYS are removed, as they hold users' text, and the oldest if all
+together exceed FRACTION of the disk.
 """
 
 import hashlib
@@ -44,11 +43,11 @@ _PARTIAL = ".partial-"
 
 Lines = tuple[int, ...]
 Prepared = tuple[Store, Lines, Lines]
-"""A file's rows, and the lines that were cut or left out: see `data.Rows`."""
+"""A file's rows, and the lines truncated or left out: see `data.Rows`."""
 
 
 def key(path: Path, template: ChatTemplate, encoder: RowEncoder, role: FileRole, max_length: int) -> str | None:
-    """Returns the name of a file's rows; None where a plug-in's code or the clock decides about them too."""
+    """Returns the name of a file's entry; None if it also depends on a plug-in's code or the clock."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     found = fingerprint.of_rows(sha256, bulk.Reading(role, encoder, template, max_length), blocks)
@@ -57,7 +56,7 @@ def key(path: Path, template: ChatTemplate, encoder: RowEncoder, role: FileRole,
 
 @contextmanager
 def turn(folder: Path, name: str) -> Iterator[None]:
-    """One run, or rank, at a time: who waits finds what the other has prepared."""
+    """Lets one run or rank in at a time: those that wait find what it has prepared."""
     with (folder / f".{name}.lock").open("a") as file:
         while not processes.lock(file):
             time.sleep(_LOCK_SECONDS)
@@ -65,7 +64,7 @@ def turn(folder: Path, name: str) -> Iterator[None]:
 
 
 def find(folder: Path, name: str) -> Prepared | None:
-    """Returns the entry of that name; None where there is none that is whole."""
+    """Returns the entry of that name; None if there is no intact one."""
     _tidy(folder, 0)
     path = folder / name
     try:
@@ -80,23 +79,23 @@ def find(folder: Path, name: str) -> Prepared | None:
             path.unlink(missing_ok=True)
             return None
         unless_read.pop_all()
-    os.utime(path)  # it was used
+    os.utime(path)  # marks it as used
     return found
 
 
 def save(folder: Path, name: str, prepared: Prepared) -> None:
-    """Writes an entry in place of others for which there is no room then. Where the disk is full there is none."""
+    """Writes an entry, and removes others to make room. On a full disk, nothing is kept."""
     size = prepared[0].size
     _tidy(folder, size)
     if size > _most(folder):
         return
-    unfinished = folder / f"{_PARTIAL}{name}"  # nobody else writes it: it is this run's turn
+    unfinished = folder / f"{_PARTIAL}{name}"  # nobody else writes it: this run holds the lock
     try:
-        unfinished.touch(mode=0o600)  # what users wrote
+        unfinished.touch(mode=0o600)  # it holds users' text
         with unfinished.open("wb") as file:
             _write(file, *prepared)
         unfinished.replace(folder / name)
-    except OSError as error:  # what has been prepared can be trained on all the same
+    except OSError as error:  # the prepared rows can be trained on nevertheless
         log.warning("the prepared rows are not kept: %s", error)
         unfinished.unlink(missing_ok=True)
 
@@ -112,7 +111,7 @@ def _write(file: IO[bytes], store: Store, truncated: Lines, unlearnable: Lines) 
 
 
 def _read(file: IO[bytes]) -> Prepared | None:
-    """Returns what is in an entry; None where it is not what was written."""
+    """Returns an entry's content; None if it is damaged."""
     end = os.fstat(file.fileno()).st_size - _SHA256_BYTES - _COUNTS.size
     if end < 0 or not _is_whole(file, end + _COUNTS.size):
         return None
@@ -134,7 +133,7 @@ def _is_whole(file: IO[bytes], size: int) -> bool:
 
 
 def _tidy(folder: Path, needed: int) -> None:
-    """Removes what is old, then what was used longest ago until there is room for so many bytes more."""
+    """Removes old entries, then the least recently used until there is room for `needed` bytes."""
     entries = sorted((entry for entry in folder.iterdir() if entry.is_file()), key=_used)
     old = time.time() - DAYS * 24 * 3600
     left = sum(_size(entry) for entry in entries) + needed - _most(folder)
@@ -149,7 +148,7 @@ def _most(folder: Path) -> int:
 
 
 def _used(entry: Path) -> float:
-    with suppress(FileNotFoundError):  # another run has removed it meanwhile
+    with suppress(FileNotFoundError):  # another run may have removed it
         return entry.stat().st_mtime
     return 0.0
 

@@ -1,4 +1,4 @@
-"""The preview that a run leaves with its model: the first rows, token by token, as it trained on them."""
+"""Writes a run's preview: the first rows, token by token, as it trained on them."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from worker.trainer.training import Training
 
 _ROWS = 10
 _COMPARED = 1000
-"""The run's first rows, in the file's order: more than the sequences that are shown."""
+"""How many of the run's first rows, in file order, are compared: more than are shown."""
 _CHUNK_BYTES = 2**20
 
 
@@ -22,7 +22,7 @@ def write(t: Training, out: Path) -> None:
 
 
 def make(t: Training) -> Preview:
-    """The preview of the training file, with one more check: its tokens and labels are those of the run's rows."""
+    """Returns the training file's preview, with one more check: tokens and labels match the run's rows."""
     with (t.folder / "data" / "train.jsonl").open("rb") as file:
         made = preview.make(
             iter(lambda: file.read(_CHUNK_BYTES), b""),
@@ -37,11 +37,11 @@ def make(t: Training) -> Preview:
 
 
 def _compared(made: Preview, trained: set[tuple[tuple[int, ...], tuple[bool, ...]]], leaves_out: bool) -> Preview:
-    """Returns the preview with the check that it shows nothing but what the run has."""
+    """Adds the check that the preview shows only rows of the run."""
     failing = [
         row.number
         for row in made.rows
-        if all(sequence.trained for sequence in row.sequences)  # the cut takes other rows from the run
+        if all(sequence.trained for sequence in row.sequences)  # truncation leaves other rows out of the run
         and any(_of_sequence(it) not in trained for it in row.sequences if not (leaves_out and it.cut))
     ]
     check = Check(
@@ -55,7 +55,7 @@ def _compared(made: Preview, trained: set[tuple[tuple[int, ...], tuple[bool, ...
 
 
 def _of_row(row: Row) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """As much of a row as a preview shows, and which of its tokens are learned."""
+    """Returns as much of a row as a preview shows, and which of its tokens are trained."""
     shown = preview.MOST_SHOWN
     learned = [label >= 0 for label in row.labels[:shown]]
     return tuple(row.input_ids[:shown]), (False, *learned[1:])

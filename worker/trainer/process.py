@@ -1,4 +1,4 @@
-"""The process around a run: its environment, its sister ranks, and how it ends.
+"""The process around a run: its environment, its other ranks, and how it ends.
 
 With several GPUs this process is rank 0 and starts the others itself (`children.py`).
 """
@@ -31,12 +31,10 @@ ENVIRONMENT = {
 
 
 def carry_out_and_report(folder: Path, pipe: int, stop_signal: StopSignal) -> int:
-    """Carries out the run, says on `pipe` how it ended and gives the exit code."""
+    """Does the run, reports its end on `pipe` and returns the exit code."""
     rank = int(os.environ.get("RANK", "0"))
     writer = MessageWriter(pipe if rank == 0 else None)
-    children = Children(
-        writer if rank == 0 else MessageWriter(pipe)
-    )  # a rank says to rank 0 why it failed, and nothing else
+    children = Children(writer if rank == 0 else MessageWriter(pipe))  # a rank reports to rank 0 only why it failed
     _configure(rank)
     try:
         plugins.load(plugins.names(), "trainer")
@@ -47,7 +45,7 @@ def carry_out_and_report(folder: Path, pipe: int, stop_signal: StopSignal) -> in
         writer.write(Paused(step=0, path=None))
         return EXIT_PAUSED
     except BrokenPipeError:
-        return 1  # nobody listens any more, so there is no one to report to
+        return 1  # nobody reads any more, so there is nobody to report to
     except Exception as error:
         log.exception("the run ends here")
         return exit_code(children.say_failed(describe(error)))
@@ -58,15 +56,16 @@ def _world(folder: Path) -> int:
 
 
 REPEATABLE = (AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, TypeError, ValueError)
-"""What code says about its arguments ("this model does not support ..."): another attempt has the same ones. Not
-RuntimeError, which is torch's word for a failing device as well."""
+"""Errors about arguments ("this model does not support ..."), which another attempt would repeat. Not RuntimeError,
+which torch also raises for a failing device.
+"""
 
 
 def describe(error: Exception) -> Failed:
-    """Returns an exception as the message that decides what the supervisor does."""
+    """Returns the message for an exception, by which the supervisor decides what to do."""
     if isinstance(error, NotFinite):
         return Failed(kind="nan_loss", code=error.code, message=error.message)
-    if isinstance(error, DiskFull):  # there may be room on another host, or later
+    if isinstance(error, DiskFull):  # another host may have room, or this one later
         return Failed(kind="crashed", code=error.code, message=error.message)
     if isinstance(error, JobFailure):
         kind = "gpu_oom" if error.code == "does_not_fit" else "user_error"

@@ -1,4 +1,4 @@
-"""The rows of a run: what it learns of and is measured on, and the most that they ask of a step."""
+"""Reads a run's rows: those it trains and is measured on, and the largest work that they require of a step."""
 
 from pathlib import Path
 
@@ -13,14 +13,14 @@ from worker.trainer.replay import mixing
 
 
 def training_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows:
-    """Returns the rows to learn from. Raises InvalidTrainingFile."""
+    """Returns the training rows. Raises InvalidTrainingFile."""
     encoder = find_encoder(run.plan.method, "training", run.plan.columns, run.plan.cut_answers)
     path, kept = folder / "data" / "train.jsonl", folder / prepared.NAME
     return read_rows(path, template, run.plan.max_seq_length, encoder=encoder, kept=kept)
 
 
 def validation_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows | None:
-    """Returns the validation rows; None without a file. Raises InvalidTrainingFile, also where one is missing."""
+    """Returns the validation rows; None without a file. Raises InvalidTrainingFile, also if the plan needs a file."""
     path = folder / "data" / "valid.jsonl"
     if path.exists():
         encoder = find_encoder(run.plan.method, "validation", run.plan.columns, run.plan.cut_answers)
@@ -33,7 +33,7 @@ def validation_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows | No
 
 
 def packs(run: Run, rows: Rows, objective: Objective, warnings: list[str]) -> bool:
-    """Whether rows share sequences; where the model would let them see each other they do not, with a warning."""
+    """Whether rows share sequences. Warns instead if the model would let packed rows see each other."""
     device = next(objective.parameters()).device
     if objective.knows_borders:
         objective.knows_borders = packing.keeps_rows_apart(objective, rows.rows, device)
@@ -44,7 +44,7 @@ def packs(run: Run, rows: Rows, objective: Objective, warnings: list[str]) -> bo
 
 
 def work(run: Run, rows: Rows, valid: Rows | None, packs: bool) -> preflight.Work:
-    """Returns the most that the run will ask of one step."""
+    """Returns the largest work that the run will require of a step."""
     lengths, a_step = sorted(rows.lengths, reverse=True), mixing.most_of_a_step(rows, run.plan.batch_size)
     packed = min(run.plan.max_seq_length, sum(lengths[:a_step]))
     return preflight.Work(

@@ -1,7 +1,7 @@
-"""The reference of preference tuning: what the model that a run starts from makes of every row, measured once.
+"""The reference of preference tuning: the initial model's log-probability of every row, measured once.
 
-The run directory keeps the numbers, and every snapshot a link to them, so that an attempt that goes on compares with
-the very same ones: a GPU would not measure them again to the last bit.
+The run directory keeps the numbers, and every snapshot a link to them, so that a resumed attempt compares with exactly
+the same ones: a GPU would not reproduce them to the last bit.
 """
 
 import hashlib
@@ -25,21 +25,21 @@ log = logging.getLogger(__name__)
 
 NAME = "reference.safetensors"
 _AT_ONCE = 512
-"""Examples between two looks at whether the run is asked to stop."""
+"""Examples between two checks whether the run is asked to stop."""
 Measured = list[list[float]]
-"""The log-probability of each row, by example."""
+"""The log-probabilities of each example's rows."""
 
 
 def path(folder: Path) -> Path:
-    """Returns where a run directory keeps the numbers."""
+    """Returns the path of the numbers in a run directory."""
     return folder / "snapshots" / NAME
 
 
 def attach(t: Training) -> None:
-    """Gives every example its `reference`, for a method that reads it. Raises Stopped.
+    """Sets every example's `reference`, if the method reads it. Raises Stopped.
 
-    To be called while the weights are those that the run starts from: a base whose new adapters are still zero, or the
-    adapter of a model that is trained on. That is why no adapter has to be switched off.
+    Call it while the weights are still the initial ones: a base with new adapters that are zero, or the adapter of a
+    model that is trained further. That is why no adapter has to be switched off.
     """
     if not t.objective.method.reads_reference:
         return
@@ -56,7 +56,7 @@ def attach(t: Training) -> None:
 
 
 def measure(t: Training, examples: Sequence[Example]) -> Measured:
-    """By the model as it is. Every rank measures its share, and all have all. Raises Stopped."""
+    """Measures the examples by the current model. Every rank measures its part, and all get all. Raises Stopped."""
     found: Measured = []
     for start in range(0, len(examples), _AT_ONCE):
         t.ranks.check(t.stop_signal)
@@ -68,7 +68,7 @@ def measure(t: Training, examples: Sequence[Example]) -> Measured:
 
 
 def _log_probabilities(stepper: Stepper, examples: list[Example], parts: list[MicroBatch]) -> dict[int, list[float]]:
-    """Of the rows of each example of the micro-batches, by its index."""
+    """Returns the log-probabilities of the rows of each example in the micro-batches, by its index."""
     objective = stepper.objective
     found: dict[int, list[float]] = {}
     objective.eval()
@@ -83,7 +83,7 @@ def _log_probabilities(stepper: Stepper, examples: list[Example], parts: list[Mi
 
 
 def _key(t: Training, files: list[Rows]) -> str:
-    """Returns what the numbers depend on: the rows, the weights at the start and their precision."""
+    """Returns a digest of what the numbers depend on: the rows, the initial weights and their precision."""
     adapter = t.folder / "adapter" / "adapter_model.safetensors"
     parts = [rows.sha256 for rows in files] + [t.run.base_model, t.plan.technique.model_dump_json()]
     parts += [str(sorted(asdict(t.precision).items()))]
@@ -93,7 +93,7 @@ def _key(t: Training, files: list[Rows]) -> str:
 
 
 def _find(t: Training, files: list[Rows]) -> list[Measured] | None:
-    """Returns the numbers of an earlier attempt, by file; None where there are none of this very run."""
+    """Returns an earlier attempt's numbers, by file; None if there are none of this very run."""
     for kept in (path(t.folder), t.folder / "resume" / NAME):
         try:
             with safe_open(kept, "pt") as stored:
@@ -113,7 +113,7 @@ def _by_example(numbers: list[float], rows: Rows) -> Measured:
 
 
 def _keep(t: Training, files: list[Rows], numbers: list[Measured]) -> None:
-    """Writes the numbers down, unless they are there, so that snapshots can hold them."""
+    """Writes the numbers, unless they are there, so that snapshots can include them."""
     kept = path(t.folder)
     if t.ranks.is_main:
         kept.parent.mkdir(exist_ok=True)

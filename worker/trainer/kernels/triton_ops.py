@@ -209,7 +209,7 @@ def _cross_entropy(L, T, LOSS, CORRECT, vocabulary, BLOCK: tl.constexpr, WRITES:
 def cross_entropy(logits: Tensor, targets: Tensor, *, writes: bool) -> tuple[Tensor, Tensor]:
     """Returns losses (fp32) and correct predictions of rows of contiguous `logits`, their gradients if it `writes`.
 
-    Rows whose target is negative lose nothing. Of equal logits the first is the guess.
+    Rows with a negative target have no loss. Of equal logits the first is the prediction.
     """
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
@@ -240,7 +240,7 @@ def _unpack_nf4(X, Y, CODE, SCALES, SCALE_CODE, SCALE_SCALES, OFFSET, blocks, BL
 
 
 def unpack_nf4(packed: Tensor, state: Any) -> Tensor:
-    """A weight in bitsandbytes' NF4 as numbers, to the bit as bitsandbytes unpacks it, in one launch instead of three.
+    """Unpacks a weight in bitsandbytes' NF4, bit for bit as bitsandbytes does, in one launch instead of three.
 
     `state`: its QuantState. Dettmers et al. 2023 (arXiv:2305.14314): a code book of 16 values, a scale per block, and
     the scales themselves in 8 bits with a scale of their own per 256 and one offset.
@@ -252,7 +252,7 @@ def unpack_nf4(packed: Tensor, state: Any) -> Tensor:
     _unpack_nf4[(triton.cdiv(blocks, 64),)](
         packed, out, state.code, state.absmax, outer.code if outer else absent, outer.absmax if outer else absent,
         state.offset if outer else absent, blocks, BLOCKS=64, HALF=state.blocksize // 2, NESTED=state.nested,
-        enable_fp_fusion=False,  # a product and a sum in one step round once, and differ in the last bit
+        enable_fp_fusion=False,  # a fused product and sum rounds once, and differs in the last bit
     )  # fmt: skip
     return out
 
@@ -290,7 +290,7 @@ def _unpack_nf4_to_e4m3(
 
 
 def unpack_nf4_to_e4m3(packed: Tensor, state: Any, scales: Tensor, *, by_columns: bool) -> Tensor:
-    """A weight [out, in] in bitsandbytes' NF4 divided by its rows' or columns' `scales` [1, out or in], in e4m3.
+    """Returns an NF4 weight [out, in] divided by its rows' or columns' `scales` [1, out or in], in e4m3.
 
     By columns it is transposed, [in, out]. `in` is a multiple of the block of 64.
     """
@@ -323,7 +323,7 @@ def _quantise_rows(X, Q, S, width, x_row, LARGEST: tl.constexpr, BLOCK: tl.const
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` [rows, width] in e4m3, each row by its own largest number, and the rows' scales [rows, 1] in fp32."""
+    """Returns `x` [rows, width] in e4m3, each row scaled by its largest number, and the scales [rows, 1] in fp32."""
     rows, width = x.shape
     out = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)

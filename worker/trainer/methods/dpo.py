@@ -1,4 +1,4 @@
-"""Direct preference optimisation: to prefer one of two answers, without leaving the model that the run started from.
+"""Direct preference optimisation: learns to prefer one of two answers while staying near the initial model.
 
 Rafailov et al. 2023, arXiv:2305.18290, equation 7; IPO: Azar et al. 2023, arXiv:2310.12036, equation 17; with
 log-probabilities divided by the answer's length (`dpo_norm`): Lambert et al. 2024, arXiv:2411.15124, section 5.
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 class DirectPreferenceOptimization:
     """Learns pairs of rows, the preferred answer first. A step's loss is the mean over its pairs.
 
-    An answer's reward is beta times the log of its probability over that by the reference. The loss asks the preferred
-    answer's reward to exceed the other's: ever more (sigmoid, dpo_norm), or by one half (ipo).
+    An answer's reward is beta times the log of its probability over that by the reference. The loss drives the
+    preferred answer's reward above the other's: without limit (sigmoid, dpo_norm), or by one half (ipo).
     """
 
     sums: tuple[str, ...] = ("loss", "rewards_chosen", "rewards_rejected", "rewards_margin", "rewards_accuracy")
-    recordable = False  # how the losses are split among the rows differs from batch to batch
+    recordable = False  # how losses are divided among the rows differs from batch to batch
     reads_reference = True
 
     def __init__(self, options: Dpo) -> None:
@@ -34,16 +34,16 @@ class DirectPreferenceOptimization:
         self._beta, self._loss = decided.beta, decided.loss
 
     def weight(self, example: Example) -> float:  # noqa: ARG002 (of the protocol)
-        """One: pairs count alike, however long they are."""
+        """Returns one: pairs count equally, however long they are."""
         return 1
 
     def objective(self, model: "Objective", batch: Batch, scale: float) -> dict[str, Tensor]:
-        """Returns the losses, and of the rewards their sums and how often the preferred answer's is the higher one."""
+        """Returns the sums of losses and rewards, and how often the preferred answer's reward is higher."""
         gained = -model.row_losses(batch)
-        if batch.reference is not None:  # there is none while the memory is tried
+        if batch.reference is not None:  # there is none while the memory plan is tried
             gained = gained - batch.reference
         if self._loss != "sigmoid":
-            # IPO too: its authors and TRL divide by the length, or long answers would weigh more.
+            # Also for IPO: its authors and TRL divide by the length, or long answers would weigh more.
             gained = gained / gained.new_tensor(batch.labelled)
         chosen, rejected = gained.view(-1, 2).unbind(1)
         lead = chosen - rejected

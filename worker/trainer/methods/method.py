@@ -1,4 +1,4 @@
-"""What a method is to the trainer: the objective over its examples. How rows become examples says its `RowEncoder`."""
+"""What the trainer requires of a method: the objective over its examples. Its `RowEncoder` makes examples of rows."""
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 class Shown(NamedTuple):
-    """What messages and metrics say of a step or of a validation file.
+    """What messages and metrics show of a step or of a validation file.
 
-    `accuracy`: the share of labelled tokens whose most likely prediction is right; None where a method has no such
-    share. `metrics`: what it measures besides, by name.
+    `accuracy`: the fraction of labelled tokens whose likeliest prediction is right; None if a method has none.
+    `metrics`: its other measures, by name.
     """
 
     loss: float
@@ -23,24 +23,26 @@ class Shown(NamedTuple):
 
 
 class Method(Protocol):
-    """A training method, made for one run.
+    """A training method, created for one run.
 
-    A step minimises the sum of its examples' losses over the sum of their weights, however many micro-batches and GPUs
-    it is spread over, so an objective divides by nothing itself.
+    A step minimises the sum of its examples' losses divided by the sum of their weights, however many micro-batches and
+    GPUs it is spread over, so an objective itself divides by nothing.
     """
 
     sums: tuple[str, ...]
-    """The names of what `objective` returns; "loss" is one of them."""
+    """The names of the sums that `objective` returns; "loss" is one of them."""
     recordable: bool
-    """Whether its passes can be CUDA graphs: the same kernels for every batch of a shape, and no look at a value."""
+    """Whether its passes can be CUDA graphs: the same kernels for every batch of a shape, and no value read by the
+    host.
+    """
     reads_reference: bool
-    """Whether its objective needs `batch.reference`, which is measured once, before the first step."""
+    """Whether its objective needs `batch.reference`, measured once before the first step."""
 
     def weight(self, example: Example) -> float:
-        """Returns the example's part of what sums are divided by."""
+        """Returns the example's weight in the divisor of the sums."""
 
     def objective(self, model: "Objective", batch: Batch, scale: float) -> dict[str, Tensor]:
-        """Returns the sums over the batch's examples. "loss", which gradients are of, is `scale` times its sum."""
+        """Returns the sums over the batch's examples; "loss", whose gradient is taken, is `scale` times its sum."""
 
     def shown(self, means: dict[str, float]) -> Shown:
-        """Returns what to show of the sums over some examples, divided by their weights."""
+        """Returns what to show, given the sums over some examples divided by their weights."""

@@ -1,4 +1,4 @@
-"""The methods that there are."""
+"""The available training methods."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ METHODS: dict[str, Callable[[Any], Method]] = {
     "supervised": lambda _options: SupervisedFineTuning(),
     "dpo": DirectPreferenceOptimization,
 }
-"""By `type`: what makes the method of a run from its options. A plug-in adds its own."""
+"""By `type`: the function that creates a run's method from its options. A plug-in adds its own."""
 
 
 def make(options: MethodOptions) -> Method:

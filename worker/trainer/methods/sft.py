@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the cross entropy of every labelled token, each with the same weight."""
+"""Supervised fine-tuning: minimises the cross entropy of all labelled tokens, with equal weights."""
 
 from typing import TYPE_CHECKING
 
@@ -19,11 +19,11 @@ class SupervisedFineTuning:
     reads_reference = False
 
     def weight(self, example: Example) -> float:
-        """Returns the labelled tokens."""
+        """Returns the number of labelled tokens."""
         return example.labelled
 
     def objective(self, model: "Objective", batch: Batch, scale: float) -> dict[str, Tensor]:
-        """Returns the cross entropies, and the tokens whose most likely prediction is right."""
+        """Returns the sum of cross entropies, and how many likeliest predictions are right."""
         loss, correct = model(batch, scale)
         return {"loss": loss, "correct": correct}
 

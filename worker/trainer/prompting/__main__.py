@@ -1,8 +1,8 @@
-"""`python -m worker.trainer.prompting FOLDER`: a model's answers to prompts, scored, without training.
+"""`python -m worker.trainer.prompting FOLDER`: scores a model's answers to prompts, without training.
 
 FOLDER is a run directory (`tunery.spec.Run`) with an AnswerOrder in answer_order.json and a file of chats for each
-variant in `prompts/`. Into `out/` go scores.json and answers.jsonl, and meanwhile the share that is done into
-`progress`. What the user can change is one line on standard error and exit code 65.
+variant in `prompts/`. It writes scores.json and answers.jsonl to `out/`, and meanwhile the fraction done to `progress`.
+An error that the user can correct is one line on standard error and exit code 65.
 """
 
 import logging
@@ -16,7 +16,7 @@ from worker.trainer.prompting import measure
 
 
 def answer(folder: Path) -> None:
-    """Writes `out/` from the folder's order."""
+    """Writes `out/` by the folder's order."""
     logging.basicConfig(level=logging.INFO)
     plugins.load(plugins.names(), "trainer")
     order = AnswerOrder.model_validate_json((folder / "answer_order.json").read_text())

@@ -1,4 +1,4 @@
-"""Ways to prompt a model, each scored as a job's scorecard scores its base."""
+"""Scores variants of prompting a model in the same way as a job's scorecard scores its base."""
 
 import json
 import statistics
@@ -25,13 +25,13 @@ from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Training
 
 TIMED_ROWS = 20
-"""Rows that are asked alone besides, to time them: in a batch each waits for the others."""
+"""Rows that are asked again one by one to time them: in a batch each waits for the others."""
 Measured = tuple[PromptScore, list[dict[str, Any]]]
-"""A variant's score and every row's answer."""
+"""A variant's score, and every row's answer."""
 
 
 def answered(folder: Path, order: AnswerOrder) -> list[Measured]:
-    """Asks the model in `folder` by each variant. Raises JobFailure."""
+    """Asks the model in `folder` with each variant. Raises JobFailure."""
     t = run.prepare(folder, MessageWriter(None), StopSignal())
     asked = {variant.name: _questions(folder, t.template, variant) for variant in order.variants}
     done = _Progress(folder, sum(len(each) + min(len(each), TIMED_ROWS) for each in asked.values()))
@@ -39,7 +39,7 @@ def answered(folder: Path, order: AnswerOrder) -> list[Measured]:
 
 
 def given(folder: Path, order: AnswerOrder) -> list[Measured]:
-    """Returns the answers in `given/`, which another program gave with their tokens and times. Raises JobFailure."""
+    """Scores the answers in `given/`, which another program wrote with their tokens and times. Raises JobFailure."""
     stored = Run.model_validate_json((folder / "spec.json").read_text())
     template = ChatTemplate.load(checkpoints.texts(folder), now=stored.now)
     found = []
@@ -64,7 +64,7 @@ def write(found: Sequence[Measured], out: Path) -> None:
 
 
 class _Progress:
-    """Counts answers into `folder`/progress, as the share of all that are to come."""
+    """Counts answers, and writes the fraction done to `folder`/progress."""
 
     def __init__(self, folder: Path, total: int) -> None:
         self._folder, self._total, self._done = folder, max(1, total), 0
@@ -73,7 +73,7 @@ class _Progress:
     def count(self, rows: int) -> Iterator[None]:
         yield
         self._done += rows
-        # Renamed into its place: a reader never sees half a number.
+        # Renamed into place, so that a reader never sees half a number.
         (self._folder / "progress.new").write_text(f"{self._done / self._total:.3f}")
         (self._folder / "progress.new").rename(self._folder / "progress")
 

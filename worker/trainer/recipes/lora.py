@@ -16,11 +16,11 @@ from worker.trainer.recipes.recipe import Recipe, Weights, load_dense, make_adam
 
 
 def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) -> torch.nn.Module:
-    """The base with adapters that learn: new ones (B = 0, so the model is still the base), or those in `adapter`."""
+    """Adds trainable adapters to the base: new ones (B = 0, so the model is still the base), or those in `adapter`."""
     model.requires_grad_(False)
     if adapter is not None:
         config = _continued(adapter, cast(Lora, technique))
-        with warnings.catch_warnings():  # on a rank that gets its weights from the first one there is no place for them
+        with warnings.catch_warnings():  # a rank that gets its weights from rank 0 has no memory for them yet
             warnings.filterwarnings("ignore", ".*copying from a non-meta parameter", UserWarning)
             adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=True, config=config)
     else:
@@ -36,11 +36,11 @@ def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) 
 
 
 def with_new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Raises CannotAdapt where PEFT refuses a layer or a name."""
+    """Adds new adapters. Raises CannotAdapt if PEFT refuses a layer or a name."""
     try:
         with warnings.catch_warnings():
-            # PEFT looks among modules for ranks that it gave to experts' parameters itself, and tells what it does
-            # with Conv1D, which is right.
+            # PEFT searches the modules for ranks that it has set for experts' parameters itself, and warns of what it
+            # does with Conv1D, which is right.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
             return cast(PeftModel, get_peft_model(model, config))
@@ -53,7 +53,7 @@ def configuration(model: PreTrainedModel, technique: Lora) -> LoraConfig:
     excluded = [*targets.idle(model), *(targets.routers(model) if everything else ())]
     config = LoraConfig(
         r=technique.r,
-        # PEFT's own type is int, and so is what servers read; a fraction works in both all the same.
+        # PEFT and servers declare an int; a fraction works in both.
         lora_alpha=int(technique.alpha) if technique.alpha.is_integer() else technique.alpha,  # type: ignore[arg-type]
         lora_dropout=technique.dropout,
         target_modules=technique.target_modules,
@@ -69,7 +69,7 @@ def configuration(model: PreTrainedModel, technique: Lora) -> LoraConfig:
 
 
 def _continued(adapter: Path, technique: Lora) -> LoraConfig:
-    """The adapter's configuration with the job's dropout. Raises ValueError where the job asks for other weights."""
+    """Returns the adapter's configuration with the job's dropout. Raises ValueError if the job's weights differ."""
     config = cast(LoraConfig, LoraConfig.from_pretrained(str(adapter)))
     own = {"r": config.r, "alpha": config.lora_alpha, "use_rslora": config.use_rslora, "use_dora": config.use_dora}
     for name, value in own.items():
@@ -83,7 +83,7 @@ def _continued(adapter: Path, technique: Lora) -> LoraConfig:
 
 
 def export(model: torch.nn.Module, folder: Path, base_model: str, _weights: Weights | None = None) -> None:
-    """`adapter_model.safetensors` and `adapter_config.json` as PEFT writes them, naming the base by its own name."""
+    """Writes `adapter_model.safetensors` and `adapter_config.json` in PEFT's format, with the base's own name."""
     adapted = cast(PeftModel, model)
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = base_model
@@ -95,7 +95,7 @@ def export(model: torch.nn.Module, folder: Path, base_model: str, _weights: Weig
 
 
 def _in_order(names: Any) -> Any:
-    """PEFT keeps names as a set, whose order changes from run to run and with it the file's checksum."""
+    """Sorts names: PEFT keeps them as a set, whose order, and so the file's checksum, changes from run to run."""
     return sorted(names) if isinstance(names, set) else names
 
 

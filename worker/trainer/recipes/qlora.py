@@ -17,10 +17,10 @@ from worker.trainer.recipes.recipe import Recipe
 
 
 def load_quantised(folder: Path, precision: Precision, device: torch.device) -> PreTrainedModel:
-    """Loads the base, quantised while it is read. Embeddings, norms and head stay in `precision.dense`.
+    """Loads the base, which is quantised while it is read. Embeddings, norms and head stay in `precision.dense`.
 
-    Why not PEFT's prepare_model_for_kbit_training: it casts those three to fp32, 4 GB of a Llama-3 8B, and the norms
-    and the loss compute in fp32 without that. Raises CannotQuantise.
+    Why not PEFT's prepare_model_for_kbit_training: it casts those three to fp32, 4 GB for a Llama-3 8B, while the norms
+    and the loss compute in fp32 anyway. Raises CannotQuantise.
     """
     _refuse_experts(folder)
     model = AutoModelForCausalLM.from_pretrained(
@@ -35,7 +35,7 @@ def load_quantised(folder: Path, precision: Precision, device: torch.device) -> 
 
 
 def _refuse_experts(folder: Path) -> None:
-    """Raises CannotQuantise for a model with experts: they are no linear layers, so they would stay as they are."""
+    """Raises CannotQuantise for a model with experts: they are not linear layers and would stay unquantised."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     stay = targets.experts(model)
@@ -48,7 +48,7 @@ def _refuse_experts(folder: Path) -> None:
 
 
 def quantisation(precision: Precision) -> dict[str, Any]:
-    """Returns the arguments of the BitsAndBytesConfig that gives the base in four bits."""
+    """Returns the arguments of the BitsAndBytesConfig for a base in four bits."""
     return {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": precision.base,
@@ -58,10 +58,10 @@ def quantisation(precision: Precision) -> dict[str, Any]:
 
 
 def keep_one_packing(model: torch.nn.Module) -> None:
-    """On CPUs with avx512_bf16 bitsandbytes packs the weights again at the first evaluation, for speed.
+    """Keeps bitsandbytes from repacking the weights at the first evaluation, as it does on CPUs with avx512_bf16.
 
-    Refused: the new packing rounds the quantisation constants, so that later steps train another model than the first
-    did (0.3 % off), and it does not take layers whose outputs are no multiple of 32.
+    The faster packing rounds the quantisation constants, so that later steps would train another model than the first
+    ones (0.3 % off), and it does not support layers whose outputs are no multiple of 32.
     """
     for layer in model.modules():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):

@@ -1,4 +1,4 @@
-"""What differs between techniques: four functions. Everything else is the same loop."""
+"""The four functions in which techniques differ. Everything else is the same loop."""
 
 import re
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from worker.trainer.recipes.optimizers import AdamW8bit
 
 Parameters = dict[str, torch.nn.Parameter]
 Weights = dict[str, torch.Tensor]
-"""A model's, by the names of its `state_dict`."""
+"""A model's weights, by their names in its `state_dict`."""
 _EMBEDDING = re.compile(r"embed|\bwte\b|trainable_tokens")
-"""In the names of weights that are looked up by token."""
+"""Matches the names of weights that are looked up by token."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one technique loads the base, chooses what learns, optimises it and writes it down.
+    """How a technique loads the base, chooses the trained weights, optimises and exports them.
 
     `load_base(folder, precision, device)` gives the frozen or trainable base on the device.
     `prepare(model, technique, adapter)` marks what learns; `adapter`: the folder of one to go on from, or None.
@@ -39,7 +39,7 @@ class Recipe:
 
 
 def load_dense(folder: Path, precision: Precision, device: torch.device) -> PreTrainedModel:
-    """Loads the base with every weight in `precision.base`, but for those that transformers keeps in fp32."""
+    """Loads the base with every weight in `precision.base`, except those that transformers keeps in fp32."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype(precision.base), device_map={"": device}, trust_remote_code=False
     )
@@ -48,9 +48,9 @@ def load_dense(folder: Path, precision: Precision, device: torch.device) -> PreT
 
 
 def make_adamw(parameters: Parameters, plan: Plan, _precision: Precision) -> torch.optim.Optimizer:
-    """AdamW for fp32 weights, with moments of 32 or 8 bits."""
+    """Returns AdamW for fp32 weights, with moments of 32 or 8 bits."""
     if plan.optimizer != "adamw":
-        # On a CPU there is no other memory to leave for: the numbers are the same without pages.
+        # A CPU has no other memory to move to: the numbers are the same without paging.
         on_gpu = all(parameter.is_cuda for parameter in parameters.values())
         paged = plan.optimizer == "paged_adamw_8bit" and on_gpu
         return AdamW8bit(groups(parameters, plan), plan.learning_rate, paged=paged)
@@ -58,11 +58,11 @@ def make_adamw(parameters: Parameters, plan: Plan, _precision: Precision) -> tor
 
 
 def groups(parameters: Parameters, plan: Plan) -> list[dict[str, object]]:
-    """Optimizer groups of named parameters: weight decay pulls on matrices, never on norms and biases.
+    """Returns optimizer groups of named parameters: weight decay applies to matrices, not to norms and biases.
 
-    `rate_factor` is what a group's learning rate is multiplied by: LoRA+'s ratio for the matrices B, and a tenth, as of
-    a full fine-tune, for weights that learn whole beside adapters. `wide_moments`: embeddings, whose rare tokens have
-    gradients far above the others', never have theirs in 8 bits.
+    `rate_factor` multiplies a group's learning rate: LoRA+'s ratio for the matrices B, and a tenth, as in a full
+    fine-tune, for weights trained whole beside adapters. `wide_moments`: embeddings, whose rare tokens have gradients
+    far above the others', never have 8-bit moments.
     """
     ratio = 1.0 if isinstance(plan.technique, Full) else plan.technique.lora_plus_ratio
     kinds: dict[tuple[float, float, bool], list[tuple[str, torch.nn.Parameter]]] = {}

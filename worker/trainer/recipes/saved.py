@@ -1,4 +1,4 @@
-"""Modules of the base that learn whole beside its adapters, and rows of its embedding that learn alone."""
+"""Modules of the base that are trained whole beside its adapters, and single trained rows of its embedding."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,15 +13,15 @@ from tunery.spec import Lora
 
 
 def learns_whole(name: str) -> bool:
-    """Whether a weight of this name stands beside the adapters and learns itself."""
+    """Whether a weight of this name is trained whole beside the adapters."""
     return "modules_to_save" in name or "trainable_tokens" in name
 
 
 def options(model: Any, technique: Lora) -> dict[str, Any]:
-    """Returns the arguments of PEFT's LoraConfig. Raises CannotAdapt for modules that cannot learn whole.
+    """Returns the arguments of PEFT's LoraConfig. Raises CannotAdapt for modules that cannot be trained whole.
 
-    A tied head stays the embedding's; one that is not tied learns its own rows of the tokens, or a new token would be
-    read and never said.
+    A tied head stays the embedding's; one that is not tied trains its own rows of the tokens, or a new token would be
+    read but never generated.
     """
     names, tokens = technique.modules_to_save, technique.trainable_token_indices
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -54,7 +54,7 @@ def _modules(model: nn.Module, names: list[str]) -> list[nn.Module]:
 
 
 def cast_at_borders(adapted: nn.Module) -> None:
-    """Lets modules that learn in fp32 take and give the type of the base around them."""
+    """Casts inputs and outputs of modules trained in fp32 between fp32 and the type of the base around them."""
     for wrapper in _wrappers(adapted):
         for module in wrapper.modules_to_save.values():
             module.register_forward_pre_hook(_widen)
@@ -68,7 +68,7 @@ def _widen(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class _Narrow:
-    """A hook that gives a module's output the type of the module that it stands for."""
+    """A hook that casts a module's output to the type of the module that it replaces."""
 
     def __init__(self, wrapper: Any) -> None:
         self._original = wrapper.original_module
@@ -79,7 +79,7 @@ class _Narrow:
 
 @contextmanager
 def as_the_base(adapted: nn.Module) -> Iterator[None]:
-    """Rounds these weights to the type of the base inside, as those who load them have them."""
+    """Rounds these weights to the base's type inside the block, as those who load them have them."""
     kept: list[tuple[nn.Parameter, Tensor]] = []
     for parameter, original in _weights(adapted):
         kept.append((parameter, parameter.data))
@@ -92,7 +92,7 @@ def as_the_base(adapted: nn.Module) -> Iterator[None]:
 
 
 def _weights(adapted: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Each weight that learns whole, once, and that of the base in whose place it is."""
+    """Yields each weight that is trained whole, once, and the base's weight that it replaces."""
     seen: set[int] = set()
     for module in adapted.modules():
         weights: list[tuple[Any, Any]] = []

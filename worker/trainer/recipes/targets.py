@@ -1,4 +1,4 @@
-"""What adapters on all of a model's linear weights have to name, and which of its parts take none."""
+"""Finds what adapters on all of a model's linear weights must name, and which of its parts take none."""
 
 import copy
 import re
@@ -11,14 +11,14 @@ from transformers.pytorch_utils import Conv1D
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is one product with a weight of its own, in four bits too."""
+    """Whether a module is a linear layer, also in four bits."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
 def routers(model: nn.Module) -> list[str]:
-    """Returns names of the linear layers with a forward of their own, such as Llama 4's and Phi-MoE's routers.
+    """Returns the names of linear layers with their own forward, such as Llama 4's and Phi-MoE's routers.
 
-    PEFT takes them for plain products, whose answer is one tensor.
+    PEFT treats them as plain products that return one tensor.
     """
     return [
         name
@@ -30,13 +30,15 @@ def routers(model: nn.Module) -> list[str]:
 
 
 def idle(model: Any) -> list[str]:
-    """Returns names of the linear layers outside the decoder, which text never passes: those of a vision tower."""
+    """Returns the names of linear layers outside the decoder, which text does not pass through: those of a vision
+    tower.
+    """
     inside = {id(module) for module in model.get_decoder().modules()} | {id(model.get_output_embeddings())}
     return [name for name, module in model.named_modules() if is_linear(module) and id(module) not in inside]
 
 
 def experts(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the experts' weights by name, [experts, in, out] or [experts, out, in], in modules of no linear kind."""
+    """Returns the experts' weights by name, [experts, in, out] or [experts, out, in], held by no linear module."""
     return {
         f"{name}.{key}": parameter
         for name, module in model.named_modules()
@@ -47,10 +49,10 @@ def experts(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameters(model: Any, config: LoraConfig) -> list[str]:
-    """Ends of the names of weights that PEFT's "all-linear" leaves out, for its `target_parameters`.
+    """Returns suffixes of the names of weights that PEFT's "all-linear" omits, for its `target_parameters`.
 
-    For models whose experts PEFT knows it replaces "all-linear" by names, and takes `gate_proj` of a dense block for
-    the experts'. Other models' experts it does not know at all.
+    For models whose experts PEFT knows, it replaces "all-linear" with names, and mistakes a dense block's `gate_proj`
+    for the experts'. It does not know other models' experts at all.
     """
     known = copy.deepcopy(config)
     convert_peft_config_for_transformers(known, model, None)

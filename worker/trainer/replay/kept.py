@@ -1,7 +1,7 @@
-"""The base's answers to replay's prompts, kept with the run and on the host.
+"""Keeps the base's answers to replay's prompts with the run and on the host.
 
-An attempt that goes on has to train on the very same rows, so a run's own folder and its snapshots have them; the next
-runs on that base read the host's.
+A resumed attempt must train on exactly the same rows, so the run's own folder and its snapshots have them; later runs
+on that base read the host's.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ log = logging.getLogger(__name__)
 
 NAME = "replay.json"
 Answers = list[str | None]
-"""To the first prompts, in their order; None for an answer that did not end."""
+"""Answers to the first prompts, in order; None for an answer that did not end."""
 
 
 def path(folder: Path) -> Path:
-    """Returns where a run directory keeps them."""
+    """Returns the path of the answers in a run directory."""
     return folder / "snapshots" / NAME
 
 
 def find(folder: Path, key: Sequence[object], most: int) -> Answers:
-    """Returns the run's own answers, of an earlier attempt or the host's; none where no file of them has that key."""
+    """Returns the answers of the run's earlier attempt or the host's; none if no file has this key."""
     digest = _digest(key)
     for place in (path(folder), folder / "resume" / NAME, _place(folder, digest)):
         found = _read(place, digest)
@@ -35,7 +35,7 @@ def find(folder: Path, key: Sequence[object], most: int) -> Answers:
 
 
 def write(folder: Path, key: Sequence[object], answers: Answers) -> None:
-    """Keeps them for the run's next attempt, and for the host's next one unless that has more."""
+    """Keeps the answers for the run's next attempt, and for the host's next run unless that has more."""
     digest = _digest(key)
     content = {"key": digest, "answers": answers}
     path(folder).parent.mkdir(exist_ok=True)

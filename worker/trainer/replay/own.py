@@ -1,7 +1,7 @@
-"""What a base itself answers to replay's prompts: rows that hold it where it is.
+"""Generates a base's own answers to replay's prompts: rows that keep it from changing elsewhere.
 
-Blocks of prompts are answered in their order, each by random numbers of its own, until enough answers have ended: what
-a block gives depends neither on how many are asked for nor on the number of GPUs.
+Blocks of prompts are answered in order, each with its own random numbers, until enough answers have ended: a block's
+answers depend neither on how many are wanted nor on the number of GPUs.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,12 +29,12 @@ from worker.trainer.stop_signal import StopSignal
 TEMPERATURE = 0.7
 BLOCK = {"cpu": 16, "cuda": 128}
 _VERSION = 1
-"""Of how answers are sampled. Another one makes older files unknown."""
+"""Version of how answers are sampled. With a new one, older files are ignored."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The model that a run starts from, and what its answers are sampled with."""
+    """The model that a run starts from, and what is needed to sample its answers."""
 
     folder: Path
     objective: Objective
@@ -50,15 +50,15 @@ class Base:
 
 
 def answer(base: Base, prompts: list[Prompt], limit: int, enough: Callable[[Answers], bool]) -> Answers:
-    """Answers of at most `limit` tokens to the first prompts, until they are `enough` or no prompt is left.
+    """Returns answers of at most `limit` tokens to the first prompts, until they are `enough` or no prompt is left.
 
-    Raises Stopped between blocks; what was answered is kept.
+    Raises Stopped between blocks; answers so far are kept.
     """
     size = BLOCK[base.device.type]
     key = [_VERSION, digest(prompts), limit, TEMPERATURE, size, asdict(base.precision), base.device.type, _versions()]
     found: Answers = base.ranks.gather(kept.find(base.folder, key, len(prompts)))[
         0
-    ]  # a file may appear between two looks
+    ]  # a file may appear between two reads
     found = found[: len(found) // size * size] if len(found) < len(prompts) else found
     with _as_base(base):
         while not enough(found) and len(found) < len(prompts):
@@ -77,13 +77,13 @@ def answer(base: Base, prompts: list[Prompt], limit: int, enough: Callable[[Answ
 
 
 def count_ended(answers: Answers) -> int:
-    """Answers that a stop token ended, of those that say something."""
+    """Counts non-empty answers that a stop token ended."""
     return sum(answer is not None for answer in answers)
 
 
 @contextmanager
 def _as_base(base: Base) -> Iterator[None]:
-    """The base without the adapter that it goes on from, and its numbers apart from those that the run draws."""
+    """Switches off an adapter that the run continues, and keeps the run's own random numbers apart."""
     model: Any = base.objective.model
     base.objective.eval()
     devices = [base.device] if base.device.type == "cuda" else []
@@ -108,7 +108,7 @@ def _block(base: Base, prompts: list[Prompt], limit: int, seed: int) -> Answers:
 
 
 def _ended(template: ChatTemplate, ids: list[int]) -> str | None:
-    """Returns the text of an answer, which a limit that cut it off would teach not to stop."""
+    """Returns an answer's text; None if it is empty or was cut off, which would teach the model not to stop."""
     if template.answer_length(ids) == len(ids):
         return None
     return (template.answer_text(ids).strip() and template.answer_text(ids)) or None

@@ -1,4 +1,4 @@
-"""The shipped prompts of replay, none of which the general benchmark measures with. NOTICE says where they are from."""
+"""Loads the shipped prompts of replay, none of which the general benchmark uses. NOTICE names their sources."""
 
 import hashlib
 import json
@@ -15,15 +15,16 @@ _LONGEST = 512
 
 @dataclass(frozen=True)
 class Prompt:
-    """Messages that end with a user's, and the ids by which the base is asked them."""
+    """Messages, the last a user's, and their ids as a prompt."""
 
     messages: tuple[Message, ...]
     ids: list[int]
 
 
 def load(template: ChatTemplate, longest: int) -> list[Prompt]:
-    """The prompts in the file's order, which is shuffled. Left out: what the template refuses or `longest` tokens do
-    not hold."""
+    """Returns the prompts in the file's order, which is shuffled, without those that the template refuses or that
+    exceed `longest` tokens.
+    """
     found = []
     for line in PROMPTS.read_text(encoding="utf-8").splitlines():
         messages = tuple(Message.model_validate(message) for message in json.loads(line)["messages"])
@@ -37,5 +38,5 @@ def load(template: ChatTemplate, longest: int) -> list[Prompt]:
 
 
 def digest(prompts: list[Prompt]) -> str:
-    """Equal for the same ids in the same order, whatever the template is."""
+    """Returns a digest of the ids and their order, whatever the template."""
     return hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest()

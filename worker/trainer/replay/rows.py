@@ -1,4 +1,4 @@
-"""The replay rows of a run: general rows beside the task's, so that the model does not forget what it could do."""
+"""A run's replay rows: general rows beside the task's, so that the model does not forget its abilities."""
 
 from tunery.errors import TuneryError
 from tunery.rows.encoding import find_encoder
@@ -14,7 +14,7 @@ from worker.trainer.replay.kept import Answers
 from worker.trainer.replay.prompts import Prompt
 
 EPOCHS = {"cpu": 1}
-"""Epochs for which a CPU answers prompts of their own: more of them take minutes each. A GPU does for all."""
+"""Epochs for which a CPU answers separate prompts, as more would take minutes each. A GPU does so for all."""
 
 
 def add(rows: Rows, plan: Plan, base: own.Base, warnings: list[str]) -> tuple[Rows, Replayed | None]:
