@@ -37,13 +37,13 @@ def _checksum(body: str) -> str:
 
 
 def new_secret() -> str:
-    """Returns a new key's text, which is shown once."""
+    """Returns the text of a new key, which is shown only once."""
     body = secrets.token_urlsafe(32).replace("_", "-")
     return f"{PREFIX}{body}_{_checksum(body)}"
 
 
 def is_well_formed(secret: str) -> bool:
-    """Whether the text has a key's shape and checksum; it may be unknown or revoked all the same."""
+    """Whether the text has a key's format and checksum; the key may still be unknown or revoked."""
     body, _, checksum = secret.removeprefix(PREFIX).rpartition("_")
     return secret.startswith(PREFIX) and bool(body) and checksum == _checksum(body)
 
@@ -53,7 +53,7 @@ def _digest(secret: str) -> str:
 
 
 def create_key(session: Session, project: Project, name: str, *, admin: bool = False) -> tuple[Key, str]:
-    """Returns the stored row and the key's text, which is not stored."""
+    """Creates a key; returns its row and its text, which is not stored."""
     secret = new_secret()
     key = Key(
         id=ids.new(ids.KEY),
@@ -101,7 +101,7 @@ def authenticate(session: Session, secret: str | None) -> Caller:
 
 
 def _note_use(session: Session, key: Key) -> None:
-    # At most one write a minute a key: a busy key must not make every read a write.
+    # At most one write per key and minute, so that reads with a busy key do not all become writes.
     session.execute(
         update(Key)
         .where(Key.id == key.id)

@@ -1,4 +1,4 @@
-"""Projects own every other row; keys open one project each."""
+"""Tables of projects, which own all other rows, and of their keys."""
 
 from datetime import datetime
 
@@ -9,9 +9,9 @@ from tunery.db import Base, creation_time
 
 
 class Project(Base):
-    """A team's own space. `max_running` caps its live attempts, `max_queued` its waiting jobs; null is no cap.
+    """A team's project. `max_running` caps its live attempts, `max_queued` its waiting jobs; null is no cap.
 
-    `requests_per_minute` and `tokens_per_minute` limit what it asks of models; null is the setting of that name.
+    `requests_per_minute` and `tokens_per_minute` limit its requests to models; null means the setting of that name.
     """
 
     __tablename__ = "projects"
@@ -34,7 +34,7 @@ class Project(Base):
 
 
 class Key(Base):
-    """An API key: its SHA-256 and what people recognise it by, never the key itself."""
+    """An API key: its SHA-256 and a hint to recognise it by, never the key itself."""
 
     __tablename__ = "api_keys"
 

@@ -9,7 +9,7 @@ from tunery.keys.model import Project
 
 
 def create_project(session: Session, name: str, **caps: int | None) -> Project:
-    """Adds a project. `caps`: its columns of that kind. Raises InvalidValue when a live project has the name."""
+    """Creates a project. `caps`: values of its limit columns. Raises InvalidValue if a live project has the name."""
     if session.scalar(select(Project).where(Project.name == name, Project.revoked_at.is_(None))):
         raise InvalidValue(param="name", reason=f"A project named '{name}' exists. Choose another name.")
     project = Project(id=ids.new(ids.PROJECT), name=name, **caps)
@@ -33,12 +33,12 @@ def list_projects(session: Session) -> list[Project]:
 
 
 def set_rates(session: Session, project: Project, *, requests: int | None, tokens: int | None) -> None:
-    """Sets what the project may ask of models a minute; None: what the settings allow every project."""
+    """Sets the project's requests and tokens per minute; None means the setting for all projects."""
     project.requests_per_minute, project.tokens_per_minute = requests, tokens
     session.flush()
 
 
 def revoke_project(session: Session, project: Project) -> None:
-    """Closes the project to every key at once. Its objects stay."""
+    """Revokes all access to the project at once. Its objects stay."""
     project.revoked_at = func.now()
     session.flush()

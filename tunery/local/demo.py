@@ -1,4 +1,4 @@
-"""`tunery demo`: one fine-tune from start to end, through the official client, and the proof that it was worth it."""
+"""`tunery demo`: one fine-tune from start to end, through the official client, with proof that the model improved."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ LEAST_ACCURACY = 0.70
 LEAST_ROWS = 100
 REPEATED = 20
 MAX_NEW_TOKENS = 20
-"""The longest label and its end have 16. The base knows no end: whatever it may say, it says, and that takes time."""
+"""Token limit: the longest label with its end has 16. The base never stops, so a higher limit costs time."""
 _SUCCEEDED: Final = "fine_tuning.job.succeeded"
 
 
@@ -45,7 +45,7 @@ class DemoFailed(TuneryError):
 
 @dataclass
 class Proof:
-    """What has to hold for exit status 0, as it was found."""
+    """The results of the checks that exit status 0 requires."""
 
     points: list[tuple[str, bool]] = field(default_factory=list)
 
@@ -159,7 +159,7 @@ class _Story:
         return files
 
     def _train(self, files: dict[str, str], test_rows: int) -> tuple[dict[str, Any], JobProgress]:
-        """One live line until the job has ended. Raises DemoFailed unless it succeeded."""
+        """Shows one live line until the job has ended. Raises DemoFailed unless it succeeded."""
         job_id = self.client.fine_tuning.jobs.create(
             model=self.base.id,
             training_file=files["train"],
@@ -191,7 +191,7 @@ class _Story:
         return job, progress
 
     def _new_events(self, job_id: str, seen: set[str]) -> list[dict[str, Any]]:
-        """Oldest first: the list comes newest first, so it is read back to the first one that is known."""
+        """Returns the new events, oldest first; the API lists them newest first, so it reads back to a known one."""
         new = []
         for event in self.client.fine_tuning.jobs.list_events(job_id, limit=50):
             if event.id in seen:
@@ -230,7 +230,7 @@ class _Story:
         self.proof.add(f"the gain's 95 % interval lies above 0 ({low:+.1%} .. {high:+.1%})", low > 0)
 
     def _show_samples(self, job: dict[str, Any]) -> None:
-        """Asked through the API now, not taken from the scorecard: this is how the model will be used."""
+        """Prints answers requested through the API, as in real use, not those of the scorecard."""
         lines = (paths.root() / "examples/banking_test.jsonl").read_text().splitlines()
         rows = [json.loads(line)["messages"] for line in lines[::150][:3]]
         table = Table(box=None, pad_edge=False, header_style="dim")
@@ -252,7 +252,7 @@ class _Story:
         return answer.choices[0].message.content or ""
 
     def _download(self, job: dict[str, Any]) -> None:
-        """Every file of the artifact with its sha256 computed from the downloaded bytes."""
+        """Downloads every file of the artifact and checks its sha256."""
         table = Table(box=None, pad_edge=False, header_style="dim")
         for column in ("file", "size", "sha256"):
             table.add_column(column, no_wrap=True, justify="right" if column == "size" else "left")
@@ -286,7 +286,7 @@ class _Story:
 
 
 def _repeat_with_plain_peft(home: Path, console: Console, proof: Proof) -> None:
-    """A process without any of our code answers some of the scored rows again, from the downloaded files."""
+    """Answers some scored rows again from the downloaded files, in a process without any of our code."""
     scored = [json.loads(line) for line in (home / "adapter/answers.jsonl").read_text().splitlines()][:REPEATED]
     questions = "".join(json.dumps({"messages": row["messages"]}) + "\n" for row in scored)
     bases = [path.parent for path in (home / "models").glob("*/config.json")]
@@ -327,7 +327,7 @@ def _verdict(console: Console, proof: Proof) -> None:
 
 
 def _how_to_go_on(console: Console, home: Path, job: dict[str, Any]) -> None:
-    """The home is a stack like any other: `tunery up` brings it back with its job and its model."""
+    """Prints the next commands: `tunery up` starts the demo's stack again, with its job and model."""
     question = home / "question.json"
     question.write_text(json.dumps({"model": job["fine_tuned_model"], "messages": _question("I lost my card")}))
     console.print("\n[bold]Go on by hand[/]")
@@ -344,14 +344,14 @@ def _how_to_go_on(console: Console, home: Path, job: dict[str, Any]) -> None:
 
 
 def _question(text: str) -> list[dict[str, str]]:
-    """As the model was taught: under the rows' own system message, without which it has seen no label."""
+    """Returns the messages of a question, with the system message of the training rows."""
     with (paths.root() / "examples/banking_test.jsonl").open() as rows:
         system = json.loads(rows.readline())["messages"][0]
     return [system, {"role": "user", "content": text}]
 
 
 def _remove_old_homes(*, keep: int) -> None:
-    """Earlier demos' data, some 700 MB each, but for the newest; those that still run are left alone."""
+    """Removes the data of earlier demos, some 700 MB each, except the newest and those that still run."""
     idle = [home for home in sorted(HOMES.glob("demo-*")) if not lock.is_held(home)]
     for home in idle[: len(idle) - keep]:
         Postgres(home / "postgres").remove()

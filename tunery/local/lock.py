@@ -1,4 +1,4 @@
-"""The lock of a stack's home. A pid in a file alone may be another process's after a kill or a reboot."""
+"""The lock of a stack's home. A pid file alone is not enough: after a kill or a reboot another process may have it."""
 
 import os
 from pathlib import Path
@@ -10,9 +10,9 @@ _NAME = "lock"
 
 
 def take(home: Path) -> IO[str] | None:
-    """Takes the home's lock, which lasts until the file is closed or its process ends; None when another has it."""
+    """Takes the home's lock, held until the file is closed or its process ends; None if another process has it."""
     lock = (home / _NAME).open("a+")
-    # For a moment, not once: `is_held` has the lock while it looks.
+    # Retried for a second, because `is_held` takes the lock briefly.
     if not processes.wait_until(lambda: processes.lock(lock), seconds=1, alive=lambda: True):
         lock.close()
         return None
@@ -23,7 +23,7 @@ def take(home: Path) -> IO[str] | None:
 
 
 def is_held(home: Path) -> bool:
-    """Whether a living process has the home."""
+    """Whether a running process has locked the home."""
     try:
         with (home / _NAME).open() as lock:
             return not processes.lock(lock, shared=True)
@@ -32,6 +32,6 @@ def is_held(home: Path) -> bool:
 
 
 def owner(home: Path) -> int | None:
-    """Returns the pid of the process that has the home; None when there is none."""
+    """Returns the pid of the process that has locked the home, or None."""
     written = (home / _NAME).read_text().strip() if is_held(home) else ""
     return int(written) if written.isdigit() else None

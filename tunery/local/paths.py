@@ -7,7 +7,7 @@ from tunery.errors import TuneryError
 
 LOOPBACK = "127.0.0.1/32"
 UNPROXIED: Mapping[str, None] = dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]"))
-"""For httpx2's `mounts`: HTTP_PROXY leads to other machines, and httpx2 would ask it for this one too."""
+"""For httpx2's `mounts`: without these, httpx2 would use HTTP_PROXY for this machine too."""
 
 
 class NotACheckout(TuneryError):

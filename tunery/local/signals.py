@@ -14,18 +14,18 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def ends_on_signals() -> AbstractContextManager[None]:
-    """Makes SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does. For the main thread."""
+    """Makes SIGTERM and SIGHUP raise KeyboardInterrupt like Ctrl-C. Main thread only."""
     return _handled_by(_interrupt)
 
 
 def undisturbed() -> AbstractContextManager[None]:
-    """Ignores these signals meanwhile: a second Ctrl-C must not leave half of the services running."""
+    """Ignores these signals in the block: a second Ctrl-C must not leave some services running."""
     return _handled_by(signal.SIG_IGN)
 
 
 @contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], NoReturn] | signal.Handlers) -> Iterator[None]:
-    """Sets the handler of signals that were not ignored: `nohup` and a script's `&` must go on ignoring theirs."""
+    """Sets the handler, except for ignored signals, so that `nohup` and a script's `&` keep working."""
     before = {number: signal.getsignal(number) for number in _STOPS}
     heard = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
     for number in heard:

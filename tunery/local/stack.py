@@ -1,9 +1,9 @@
-"""The embedded stack: everything Tunery needs on one machine, started in order and stopped without a trace.
+"""The embedded stack: everything Tunery needs on one machine, started in order and stopped completely.
 
     PostgreSQL, Valkey -> migrations -> API, worker for I/O, worker for training, model server
 
-Each service is a child in a session of its own with its output in `<home>/logs/<name>.log`. `<home>/stack.json` says
-where things are while they run, which is how other commands on this machine find them.
+Each service is a child process in its own session, with its output in `<home>/logs/<name>.log`. While the stack runs,
+`<home>/stack.json` has its addresses, by which other commands on this machine find it.
 """
 
 import os
@@ -55,7 +55,7 @@ class PortTaken(TuneryError):
 
 @dataclass
 class Service:
-    """One child. `seconds` is how long it may take to stop by itself: a worker saves its run first."""
+    """A child process. `seconds`: how long it may take to stop by itself, as a worker saves its run first."""
 
     name: str
     arguments: list[str]
@@ -68,8 +68,8 @@ class Service:
 class Stack:
     """A stack in `home`. `port` 0 takes free ports, so that any number of stacks run side by side.
 
-    `environment` adds to what the services get; what the caller's own environment says in TUNERY_* stands, unless it is
-    about where things are. `report` gets every step as it is done.
+    `environment` is added for the services; the caller's own TUNERY_* variables apply, except for addresses and paths.
+    `report` is called with every completed step.
     """
 
     home: Path
@@ -91,7 +91,7 @@ class Stack:
         self.valkey = Valkey(self.home / "valkey")
 
     def start(self) -> Self:
-        """Returns when the API answers and is ready. Raises TuneryError; nothing is left running then."""
+        """Starts everything and waits until the API is ready. Raises TuneryError; then nothing is left running."""
         try:
             self._start()
         except BaseException:
@@ -118,10 +118,10 @@ class Stack:
         self._start_services(root)
         self._wait_for_api()
         self.report("API", self.api_url)
-        self.first_key = self._make_first_key()  # last: a start that fails must not have stored what nobody was shown
+        self.first_key = self._make_first_key()  # last, so that a failing start leaves no key that was never shown
 
     def stop(self) -> None:
-        """Services, then servers, then whatever a service left behind. Safe to call twice."""
+        """Stops services, then servers, then processes that services left behind. Safe to call twice."""
         self._stop_services()
         processes.kill_marked(watchdog.MARK, self._mark)
         self._open.close()
@@ -135,14 +135,14 @@ class Stack:
         self.stop()
 
     def check(self) -> None:
-        """Raises ServiceDied when a service or a server is not running any more."""
+        """Raises ServiceDied if a service or a server has ended."""
         for part in self._dead():
             raise self._death_of(part)
 
     def restart_dead(self) -> None:
-        """Starts again whatever has ended, and reports it. Raises ServiceDied for what ends again and again.
+        """Restarts what has ended, and reports it. Raises ServiceDied if it ends repeatedly.
 
-        Call it from the thread that called `start`: children end with the thread that spawned them.
+        Call it from the thread that called `start`, as children end with the thread that spawned them.
         """
         for part in self._dead():
             if not self._restarts.allow(_name_of(part)):
@@ -154,7 +154,7 @@ class Stack:
             self._watch_over()
 
     def _dead(self) -> list["Service | Postgres | Valkey"]:
-        """Servers first: services need them."""
+        """Returns the ended parts, servers first, as services need them."""
         servers: list[Postgres | Valkey] = [self.postgres, self.valkey]
         ended = [service for service in self._services if service.process and service.process.poll() is not None]
         return [*(server for server in servers if server.pid and not server.is_running()), *ended]
@@ -162,7 +162,7 @@ class Stack:
     def _restart(self, part: "Service | Postgres | Valkey") -> None:
         if isinstance(part, Service):
             if part.process is not None:
-                processes.stop(part.process)  # what it started in its group works on as if it were there
+                processes.stop(part.process)  # its children would keep running
             self._spawn(part, paths.root())
         else:
             part.restart()
@@ -188,7 +188,7 @@ class Stack:
         }
 
     def _take_home(self) -> None:
-        """One stack a home: the kernel frees the lock of a killed owner."""
+        """Locks the home for this stack. The kernel releases the lock of a killed owner."""
         held = lock.take(self.home)
         if held is None:
             raise HomeInUse(home=self.home, pid=lock.owner(self.home) or "unknown")
@@ -196,14 +196,14 @@ class Stack:
         self._end_predecessor()
 
     def _make_private_folders(self) -> None:
-        """For the owner's eyes: people's data. Not so the home, in which PostgreSQL may run as another user."""
+        """Makes folders that only the owner can read. The home is not: PostgreSQL may run there as another user."""
         for name in ("logs", "objects", "runs"):
             folder = self.home / name
             folder.mkdir(exist_ok=True)
-            folder.chmod(0o700)  # one that an earlier version made, too
+            folder.chmod(0o700)  # also a folder made by an earlier version
 
     def _end_predecessor(self) -> None:
-        """A killed owner's watchdog may still be at work; its services hold our ports and data."""
+        """Ends the services of a killed owner, which hold ports and data while its watchdog stops them."""
         if left := state.read(self.home):
             processes.kill_marked(watchdog.MARK, left["mark"])
 
@@ -212,7 +212,7 @@ class Stack:
             raise PortTaken(port=self.port)
 
     def _choose_ports(self) -> None:
-        """As late as can be: nothing holds a free port until the service binds it, and Valkey took one of its own."""
+        """Chooses free ports as late as possible: they are not reserved until the service binds them."""
         self.port = self.port or processes.free_port()
         self._server_port = processes.free_port()
         self.api_url = f"http://127.0.0.1:{self.port}"
@@ -232,7 +232,7 @@ class Stack:
             self._open.callback(watcher.stdin.close)
 
     def _make_first_key(self) -> str | None:
-        """Returns an administrator's key of a first project, where there is none yet."""
+        """Creates the first project and returns its administrator's key; None if there is a project already."""
         engine = db.make_engine(self.postgres.url())
         try:
             with db.make_sessions(engine).begin() as session:
@@ -244,7 +244,7 @@ class Stack:
             engine.dispose()
 
     def _write_state(self) -> None:
-        """Only who wrote it takes it away, while the home is still held: a refused stack has no say in it."""
+        """Writes the state file. Only its writer removes it, while it still holds the home's lock."""
         self._open.callback(state.remove, self.home)
         state.write(
             self.home,
@@ -294,9 +294,9 @@ class Stack:
             time.sleep(0.1)
 
     def _stop_services(self) -> None:
-        """Stops all at once, as none needs another in order to stop; the servers outlive them.
+        """Stops all services concurrently; the servers run until then.
 
-        Without a server they would wait for it, in order to write down how their work stands.
+        Without a server, services would wait for it to save the state of their work.
         """
         patience = self._patience()
         running = [service for service in self._services if service.process is not None]
@@ -312,7 +312,7 @@ class Stack:
         self._services.clear()
 
     def _patience(self) -> float:
-        """Returns the most seconds to wait for services: few where a server is gone and does not come back."""
+        """Returns the maximum seconds to wait for services: few if a server has ended for good."""
         try:
             for server in (self.postgres, self.valkey):
                 if self._services and server.pid and not server.is_running():
@@ -331,7 +331,7 @@ def _status_of(part: Service | Postgres | Valkey) -> int | None:
 
 
 def _celery(queue: str, level: str) -> list[str]:
-    # Prefork even for one: a busy `solo` worker answers nobody, and a slot's poll thread needs a process of its own.
+    # Prefork even for one: a busy `solo` worker cannot answer, and a slot's polling thread needs its own process.
     options = ["-Q", queue, "-P", "prefork", "-c", "1", "-n", f"{queue}@%h", "--loglevel", level.upper()]
     return ["celery", "-A", "worker.app", "worker", *options, "--without-gossip", "--without-mingle"]
 

@@ -10,7 +10,7 @@ _NAME = "stack.json"
 
 
 def write(home: Path, state: dict[str, Any]) -> None:
-    """Writes the state, readable by its owner alone: the database's address is the way past every key."""
+    """Writes the state, readable only by its owner: with the database's address no API key is needed."""
     unfinished = home / f"{_NAME}.part"
     unfinished.touch(mode=0o600)
     unfinished.write_text(json.dumps(state))
@@ -22,7 +22,7 @@ def remove(home: Path) -> None:
 
 
 def read(home: Path) -> dict[str, Any] | None:
-    """Returns what was written last, whether that stack still runs or was killed."""
+    """Returns the last written state, whether or not that stack still runs."""
     try:
         return dict(json.loads((home / _NAME).read_text()))
     except (OSError, ValueError):
@@ -30,6 +30,6 @@ def read(home: Path) -> dict[str, Any] | None:
 
 
 def running(home: Path) -> dict[str, Any] | None:
-    """Returns what the running stack in `home` wrote; None when none runs there."""
+    """Returns the state of the stack running in `home`; None if none runs there."""
     found = read(home)
     return found if found and found["pid"] == lock.owner(home) else None

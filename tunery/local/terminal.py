@@ -26,14 +26,14 @@ _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # Unicode's nu
 
 
 def duration(seconds: float) -> str:
-    """`75` -> `1:15`, `3700` -> `1:01:40`."""
+    """Formats seconds: `75` -> `1:15`, `3700` -> `1:01:40`."""
     whole = max(0, round(seconds))
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def size(count: float) -> str:
-    """`1234567` bytes -> `1.2 MB`, in powers of 1000 as drives and networks count."""
+    """Formats bytes in powers of 1000: `1234567` -> `1.2 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -42,7 +42,7 @@ def size(count: float) -> str:
 
 
 def print_whole(console: Console, table: Table) -> None:
-    """Prints a table as wide as it is: a terminal breaks long lines by itself, and a cut id or digest is of no use."""
+    """Prints a table at its full width, so that the terminal wraps lines instead of cutting ids and digests."""
     wide = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     width = max(wide, console.width)
     Console(file=console.file, width=width, force_terminal=console.is_terminal, highlight=False).print(table)

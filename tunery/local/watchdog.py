@@ -1,9 +1,9 @@
 """Ends a stack whose owner was killed: `python -m tunery.local.watchdog MARK`, with a pipe from the owner as its input.
 
-The pipe closes when the owner ends, however it ends. An owner that stopped everything itself left nothing to do. After
-a SIGKILL the services get a SIGTERM, and what is still there after a while is killed: every process with
-TUNERY_STACK=MARK in its environment, which also finds what services started in sessions of their own (a trainer).
-PDEATHSIG alone reaches children only, and on Linux only.
+The pipe closes whenever the owner ends. If the owner stopped everything itself, nothing is left to do. After a SIGKILL
+of the owner, services get a SIGTERM, and what is left after a grace period is killed: every process with
+TUNERY_STACK=MARK in its environment, which includes those that services started in their own sessions (a trainer).
+PDEATHSIG reaches only children, and exists only on Linux.
 """
 
 import signal

@@ -1,4 +1,4 @@
-"""Exports of models that jobs left: one at a time for each, asked for here and made by a worker for I/O."""
+"""Exports of jobs' models: one at a time per model, requested here and made by a worker for I/O."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ QUEUED, DONE, FAILED = "queued", "succeeded", "failed"
 
 
 def ask(session: Session, model: Model, asked: Export, rows_file: str | None = None) -> dict[str, Any]:
-    """Queues an export, in place of the model's last one; the rows of `rows_file` prove a merge, before others.
+    """Queues an export, replacing the model's last one; a merge is tested on the rows of `rows_file` first.
 
     Raises InvalidValue, Unsupported, WrongState.
     """
@@ -40,13 +40,13 @@ def ask(session: Session, model: Model, asked: Export, rows_file: str | None = N
 
 
 def waiting(session: Session) -> list[str]:
-    """Returns the ids of the models whose export is to be made, the oldest model first."""
+    """Returns the ids of models with a queued export, oldest model first."""
     query = select(Model.id).where(Model.export["status"].astext == QUEUED, Model.deleted_at.is_(None))
     return list(session.scalars(query.order_by(Model.created_at)))
 
 
 def finish(session: Session, model_id: str, *, results: list[dict[str, Any]], error: str | None = None) -> Model | None:
-    """Notes how an export ended; returns its model, or None where it waits no more."""
+    """Stores an export's result; returns its model, or None if it is no longer queued."""
     model = session.get_one(Model, model_id, with_for_update=True)
     if model.export is None or model.export["status"] != QUEUED or model.deleted_at is not None:
         return None

@@ -1,4 +1,4 @@
-"""Adapters that were trained elsewhere: sent as an archive, checked against their base by a worker for I/O."""
+"""Imports adapters that were trained elsewhere: sent as an archive, checked against their base by a worker for I/O."""
 
 from typing import Any, Literal
 
@@ -16,12 +16,12 @@ TECHNIQUE = "imported_technique"
 
 
 def new_prefix() -> str:
-    """Returns where an adapter's files will lie."""
+    """Returns a new storage prefix for an adapter's files."""
     return f"models/{ids.token(16)}"
 
 
 def archive_key(prefix: str) -> str:
-    """Returns where the archive lies that an adapter came in: below its prefix, so that it goes when the model goes."""
+    """Returns the key of an adapter's archive: below its prefix, so that it is removed with the model."""
     return f"{prefix}/import/adapter.zip"
 
 
@@ -35,7 +35,7 @@ def add(
     source: str,
     technique: Literal["lora", "qlora"],
 ) -> Model:
-    """Returns the row of an adapter whose archive is stored. Raises Unsupported where `base` is no base."""
+    """Adds the row of an adapter whose archive is stored. Raises Unsupported if `base` is not a base."""
     if base.kind != "base":
         raise Unsupported(param="base", what=f"An adapter on '{base.id}'", instead=f"Name its base, '{base.base_id}'.")
     model = Model(
@@ -56,18 +56,18 @@ def add(
 
 
 def waiting(session: Session) -> list[str]:
-    """Returns the ids of the adapters that are to be checked, the oldest first."""
+    """Returns the ids of the adapters to check, oldest first."""
     query = select(Model.id).where(Model.kind == "tuned", Model.status == "processing", Model.deleted_at.is_(None))
     return list(session.scalars(query.order_by(Model.created_at)))
 
 
 def set_ready(session: Session, model: Model, *, manifest: dict[str, Any], sha256: str, technique: Lora) -> None:
-    """The adapter is stored and may be used."""
+    """Marks a stored adapter as ready."""
     model_info = {**model.model_info, TECHNIQUE: technique.model_dump(mode="json")}
     registry.set_ready(session, model, manifest=manifest, sha256=sha256, model_info=model_info)
 
 
 def technique_of(model: Model) -> Lora | None:
-    """Returns what an imported adapter is trained with; None for any other model."""
+    """Returns the technique of an imported adapter; None for any other model."""
     found = model.model_info.get(TECHNIQUE)
     return None if found is None else (Qlora if found["type"] == "qlora" else Lora).model_validate(found)

@@ -1,4 +1,4 @@
-"""Models: bases that an administrator registered, and what jobs made of them."""
+"""Tables of models: registered bases, and the results of jobs."""
 
 from datetime import datetime
 from typing import Any
@@ -12,12 +12,12 @@ from tunery.db import Base, creation_time
 class Model(Base):
     """A base (`project_id` null: everyone's), a job's result or one of its checkpoints.
 
-    Its files lie in storage under `prefix`, listed by `manifest` (sizes and sha256; see `artifacts.manifest`).
+    Its files are in storage under `prefix`, listed by `manifest` (sizes and sha256; see `artifacts.manifest`).
     `model_info` holds what planning needs: hidden_size, layers, params, context_length, ...
-    `withheld`: stored, and kept from use by the gate of the job that made it, until that job's owner publishes it.
+    `withheld`: the job's gate keeps the stored model from use until the job's owner publishes it.
     `purged_at`: when the objects of a deleted model were removed.
-    `export`: the last one that was asked for (see `exports`). `scoring`: the last scorecard (see `scores`).
-    `chat_template`: Jinja text that a base is stored with in place of its own.
+    `export`: the last requested one (see `exports`). `scoring`: the last scorecard (see `scores`).
+    `chat_template`: Jinja text that replaces a base's own template.
     """
 
     __tablename__ = "models"
@@ -53,7 +53,7 @@ class Model(Base):
 
 
 class Alias(Base):
-    """Another name of a base, so that existing code runs unchanged."""
+    """Another name of a base, with which existing code runs unchanged."""
 
     __tablename__ = "model_aliases"
 

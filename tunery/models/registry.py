@@ -1,4 +1,4 @@
-"""Finding and registering models by the names that people use for them."""
+"""Finds and registers models by their ids, aliases and sources."""
 
 import difflib
 import re
@@ -15,7 +15,7 @@ from tunery.models.errors import ModelNotFound, ModelWithheld
 from tunery.models.model import Alias, Model
 
 SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-"""A base's id: it stands in URLs and between the colons of `ft:` names, so it has neither `/` nor `:`."""
+"""A base's id: it is part of URLs and of `ft:` names with colons, so it has neither `/` nor `:`."""
 
 
 def check_slug(name: str, param: str) -> str:
@@ -29,7 +29,7 @@ def check_slug(name: str, param: str) -> str:
 
 
 def slug_of(source: str) -> str:
-    """Returns a base's id made from where it comes from: `meta-llama/Llama-3.1-8B` -> `Llama-3.1-8B`."""
+    """Returns a base's id made from its source: `meta-llama/Llama-3.1-8B` -> `Llama-3.1-8B`."""
     last = source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._") or "model"
 
@@ -58,7 +58,7 @@ def find(session: Session, project_id: str, name: str, *, with_withheld: bool = 
 
 
 def _suggestion(session: Session, visible: sql.ColumnElement[bool], name: str) -> str:
-    """Returns a sentence with the visible base or alias whose name is much like this one, or nothing."""
+    """Returns a sentence that suggests the visible base or alias with the most similar name, or ""."""
     bases = session.scalars(select(Model.id).where(Model.kind == "base", visible))
     aliases = session.scalars(select(Alias.alias).join(Model, Alias.model_id == Model.id).where(visible))
     by_lower = {known.lower(): known for known in (*bases, *aliases)}
@@ -106,11 +106,11 @@ def alias_of(session: Session, model: Model, name: str) -> str | None:
 
 
 def register_base(session: Session, *, name: str, source: str, chat_template: str | None = None) -> Model:
-    """Returns a base on its way: a worker converts and stores it. Raises InvalidValue when the name is taken.
+    """Registers a base, which a worker then converts and stores. Raises InvalidValue when the name is taken.
 
     `chat_template`: Jinja text that replaces the source's own.
 
-    A base that never became ready may be registered again under its name, once it failed or was deleted.
+    A base that never became ready may be registered again under its name, once it has failed or been deleted.
     """
     check_slug(name, "id")
     _take_turns(session, name)
@@ -118,7 +118,7 @@ def register_base(session: Session, *, name: str, source: str, chat_template: st
     if session.get(Alias, name) or (taken and taken.status != "error" and taken.deleted_at is None):
         raise InvalidValue(param="id", reason=f"A model named '{name}' exists. Choose another id.")
     if taken and taken.manifest_sha256 is not None:
-        # Jobs and tuned models name their base by its id: other weights under it would be theirs from then on.
+        # Jobs and tuned models refer to their base by its id, so the id must never get other weights.
         reason = f"'{name}' was the id of a base that was deleted, and names its weights for good. Choose another id."
         raise InvalidValue(param="id", reason=reason)
     model = taken or Model(id=name, kind="base", prefix="")
@@ -132,14 +132,14 @@ def register_base(session: Session, *, name: str, source: str, chat_template: st
 
 
 def _take_turns(session: Session, name: str) -> None:
-    """Two tables share one set of names, so no unique key sees that a name is given twice at the same moment."""
+    """Serialises registrations of a name: two tables share the names, so no unique key prevents duplicates."""
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"model {name}", 0))))
 
 
 def set_ready(
     session: Session, model: Model, *, manifest: dict[str, Any], sha256: str, model_info: dict[str, Any]
 ) -> None:
-    """Its files are stored and listed: it may be used."""
+    """Marks a base as ready: its files are stored and listed."""
     model.manifest, model.manifest_sha256, model.model_info = manifest, sha256, model_info
     model.status, model.status_details = "ready", None
     session.flush()
@@ -151,7 +151,7 @@ def set_error(session: Session, model: Model, reason: str) -> None:
 
 
 def add_alias(session: Session, alias: str, model: Model) -> Alias:
-    """Points an alias at a base; an existing one is changed. Raises InvalidValue."""
+    """Points an alias at a base, also if it exists already. Raises InvalidValue."""
     check_slug(alias, "alias")
     _take_turns(session, alias)
     if session.get(Model, alias):
@@ -200,9 +200,9 @@ def add_tuned(
 
 
 def tuned_name(*, base: str, organization: str, suffix: str | None, step: int | None = None) -> str:
-    """`ft:{base}:{organization}:{suffix}:{8 characters}`, with `:ckpt-step-{n}` for a checkpoint.
+    """Returns `ft:{base}:{organization}:{suffix}:{8 characters}`, with `:ckpt-step-{n}` for a checkpoint.
 
-    What cannot stand in a name and in a URL becomes a hyphen: a suffix is what somebody typed.
+    Characters of the suffix that are not allowed in a name or a URL become hyphens.
     """
     suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", suffix or "").strip("-")
     name = f"ft:{base}:{organization}:{suffix}:{ids.token(8)}"
@@ -210,14 +210,14 @@ def tuned_name(*, base: str, organization: str, suffix: str | None, step: int | 
 
 
 def publish(session: Session, job_id: str) -> None:
-    """Makes what a job made usable, its checkpoints too."""
+    """Makes the model of a job and its checkpoints usable."""
     session.execute(sql.update(Model).where(Model.job_id == job_id, Model.withheld).values(withheld=False))
 
 
 def delete(session: Session, model: Model) -> None:
-    """Hides the model from now on, and its aliases go; its job's record stays. Its objects go once nothing needs them.
+    """Hides the model and removes its aliases; its job stays. Its objects are removed once nothing needs them.
 
-    Jobs that were created on it go on, and so does what was tuned from it.
+    Jobs and models that are based on it keep working.
     """
     model.deleted_at = func.now()
     session.execute(sql.delete(Alias).where(Alias.model_id == model.id))
@@ -225,7 +225,7 @@ def delete(session: Session, model: Model) -> None:
 
 
 def remove_alias(session: Session, model: Model, alias: str) -> None:
-    """Takes one name of a base away. Raises InvalidValue when the name is its hub id, which is no alias."""
+    """Removes an alias of a base. Raises InvalidValue for its hub id, which is not an alias."""
     row = session.get(Alias, alias)
     if row is None:
         reason = f"'{alias}' is where the base '{model.id}' came from. To delete that base, name it '{model.id}'."

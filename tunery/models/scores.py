@@ -1,4 +1,4 @@
-"""Scorecards of adapters without training: one at a time for each, asked for here and made by a worker for I/O."""
+"""Scorecards of adapters without training: one at a time per model, requested here and made by a worker for I/O."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tunery.spec import Evaluation
 
 
 def ask(session: Session, model: Model, evaluation: Evaluation) -> None:
-    """Queues a scorecard, in place of the model's last one. Raises InvalidValue, Unsupported, WrongState."""
+    """Queues a scorecard, replacing the model's last one. Raises InvalidValue, Unsupported, WrongState."""
     if model.kind == "base" or model.technique == "full":
         what, instead = f"A scorecard of '{model.id}' alone", "Name an adapter, which is compared with its base."
         raise Unsupported(param="model", what=what, instead=instead)
@@ -37,7 +37,7 @@ def ask(session: Session, model: Model, evaluation: Evaluation) -> None:
 
 
 def waiting(session: Session) -> list[str]:
-    """Returns the ids of the models that are to be scored, the oldest model first."""
+    """Returns the ids of the models to score, oldest model first."""
     query = select(Model.id).where(Model.scoring["status"].astext == QUEUED, Model.deleted_at.is_(None))
     return list(session.scalars(query.order_by(Model.created_at)))
 
@@ -45,7 +45,7 @@ def waiting(session: Session) -> list[str]:
 def finish(
     session: Session, model_id: str, *, scorecard: dict[str, Any] | None = None, error: str | None = None
 ) -> Model | None:
-    """Notes how a scorecard ended; returns its model, or None where it waits no more."""
+    """Stores a scorecard's result; returns its model, or None if it is no longer queued."""
     model = session.get_one(Model, model_id, with_for_update=True)
     if model.scoring is None or model.scoring["status"] != QUEUED or model.deleted_at is not None:
         return None

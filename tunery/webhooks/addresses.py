@@ -1,7 +1,7 @@
-"""Where webhooks may go. A URL is a user's text, and our network reaches places that its users must not.
+"""Checks where webhooks may go: URLs come from users, and the server's network reaches hosts that users must not.
 
-A name is resolved once, every address it has is checked, and the connection goes to those very addresses. A client that
-checks a name and lets the connection resolve it again can get a public address first and 127.0.0.1 after.
+A name is resolved once, all its addresses are checked, and the connection uses those addresses. If the connection
+resolved the name again, it could get a public address first and 127.0.0.1 afterwards.
 """
 
 import re
@@ -20,7 +20,7 @@ Resolver = Callable[[str, int], Sequence[Address]]
 
 MAX_URL = 2048
 PORTS = (443, 8443)
-"""Ports of public receivers. Others are other services' ports, and a firewall's owner expects no HTTPS to them."""
+"""Ports of public receivers. Other ports belong to other services."""
 
 # Spelled out, as `ipaddress` cannot be asked: in Python 3.11 `is_private` is False for 100.64.0.0/10, NAT64, 6to4 and
 # multicast, `is_global` is True for most of them, and both change with the patch version.
@@ -59,7 +59,7 @@ _6TO4 = IPv6Network("2002::/16")
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is somebody's on the Internet, also after unwrapping an IPv4 address that hides in it."""
+    """Whether an address is public, also after unwrapping an embedded IPv4 address."""
     if isinstance(address, IPv4Address):
         return not any(address in network for network in _DENIED_V4)
     if (inner := _unwrapped(address)) is not None:
@@ -69,7 +69,7 @@ def is_public(address: Address) -> bool:
 
 
 def _unwrapped(address: IPv6Address) -> IPv4Address | None:
-    """Returns the IPv4 address that a mapped, NAT64 or 6to4 address really leads to."""
+    """Returns the IPv4 address embedded in a mapped, NAT64 or 6to4 address."""
     if address.ipv4_mapped is not None:
         return address.ipv4_mapped
     if address in _NAT64:
@@ -80,13 +80,13 @@ def _unwrapped(address: IPv6Address) -> IPv4Address | None:
 
 
 def is_allowed(address: Address, allow: Sequence[Network]) -> bool:
-    """Whether the operator named the address's network."""
+    """Whether the operator has allowed the address's network."""
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     return any((mapped or address) in network for network in allow)
 
 
 def resolve(host: str, port: int) -> Sequence[Address]:
-    """All addresses of a name, as the system finds them: `127.1` and `0x7f.1` become what they mean. Raises OSError."""
+    """Returns all addresses of a name from the system, which also expands `127.1` and `0x7f.1`. Raises OSError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except UnicodeError:  # a label that is empty or longer than 63 characters
@@ -96,7 +96,7 @@ def resolve(host: str, port: int) -> Sequence[Address]:
 
 @dataclass(frozen=True)
 class Target:
-    """A checked place to post to: connect to one of `addresses`, speak to `host`."""
+    """A checked destination: connect to one of `addresses`, with `host` as the name."""
 
     secure: bool
     host: str
@@ -106,7 +106,7 @@ class Target:
 
 
 def locate(url: str, allow: Sequence[Network], resolver: Resolver = resolve) -> Target:
-    """Where a URL leads now. Raises InvalidValue, AddressRefused, and OSError when its name cannot be resolved."""
+    """Resolves and checks a URL. Raises InvalidValue, AddressRefused, and OSError if its name cannot be resolved."""
     parts, port = _parsed(url)
     host = parts.hostname or ""
     addresses = tuple(resolver(host, port))
@@ -119,9 +119,9 @@ def locate(url: str, allow: Sequence[Network], resolver: Resolver = resolve) -> 
 
 
 def check(url: str, allow: Sequence[Network], resolver: Resolver = resolve) -> None:
-    """Refuse a URL that we would not post to. Raises InvalidValue, AddressRefused.
+    """Checks a URL. Raises InvalidValue, AddressRefused.
 
-    A name that does not resolve passes: its record may come later, and every delivery looks again.
+    A name that does not resolve passes: its record may be added later, and every delivery checks again.
     """
     try:
         locate(url, allow, resolver)
@@ -131,8 +131,8 @@ def check(url: str, allow: Sequence[Network], resolver: Resolver = resolve) -> N
 
 
 def _parsed(url: str) -> tuple[SplitResult, int]:
-    # `urlsplit` drops tabs and line ends without a word, and where parsers differ somebody is cheated: so only plain
-    # visible ASCII goes in. Backslashes are slashes to some, `user@` hides the host from people.
+    # Only visible ASCII without backslashes: `urlsplit` silently drops tabs and line ends, some parsers read
+    # backslashes as slashes, and differences between parsers can be exploited. `user@` hides the host from people.
     if len(url) > MAX_URL or not re.fullmatch(r"[\x21-\x5b\x5d-\x7e]+", url):
         raise _invalid(f"must be up to {MAX_URL} visible ASCII characters; write other ones percent-encoded")
     try:
@@ -152,7 +152,7 @@ def _invalid(reason: str) -> InvalidValue:
 
 
 def _check_public(parts: SplitResult, port: int, addresses: Sequence[Address]) -> None:
-    # The reason does not tell the addresses: our resolver may know names that the caller must not learn about.
+    # The reason does not include the addresses: the resolver may know internal names.
     if not all(is_public(address) for address in addresses):
         raise AddressRefused(
             param="url", address=parts.netloc, reason="it is, or resolves to, an address that is not public."

@@ -1,4 +1,4 @@
-"""A project's webhook endpoints. The caller commits; an endpoint of another project does not exist here."""
+"""A project's webhook endpoints. The caller commits. Endpoints of other projects raise NotFound."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -17,9 +17,9 @@ from tunery.webhooks.messages import BASELINE_TYPES, EVENT_TYPES, FILE_TYPES, JO
 from tunery.webhooks.model import WebhookEndpoint
 
 OVERLAP = timedelta(hours=24)
-"""How long a rotated secret still signs, if the caller asks for it."""
+"""How long a rotated secret still signs, if requested."""
 MOST = 50
-"""Endpoints of one project: each multiplies what one job's end makes us send."""
+"""Maximum endpoints of a project: every event is sent to each of them."""
 
 
 def create(
@@ -32,7 +32,7 @@ def create(
     allow: Sequence[Network],
     resolver: Resolver = resolve,
 ) -> WebhookEndpoint:
-    """Returns a new endpoint; its `secret` is to be shown once. Raises InvalidValue, AddressRefused."""
+    """Creates an endpoint, whose `secret` is to be shown once. Raises InvalidValue, AddressRefused."""
     held = session.scalar(select(func.count()).where(_live(project_id)))
     if (held or 0) >= MOST:
         raise InvalidValue(reason=f"This project has {held} webhook endpoints, the most it may have. Delete one first.")
@@ -53,7 +53,7 @@ def create(
 
 
 def retrieve(session: Session, project_id: str, endpoint_id: str) -> WebhookEndpoint:
-    """Raises NotFound."""
+    """Returns an endpoint. Raises NotFound."""
     endpoint = session.scalar(select(WebhookEndpoint).where(_live(project_id), WebhookEndpoint.id == endpoint_id))
     if endpoint is None:
         raise NotFound(kind="webhook endpoint", id=endpoint_id)
@@ -63,7 +63,7 @@ def retrieve(session: Session, project_id: str, endpoint_id: str) -> WebhookEndp
 def list_page(
     session: Session, project_id: str, *, after: str | None = None, limit: int = 20
 ) -> tuple[list[WebhookEndpoint], bool]:
-    """Returns one page, newest first, and whether more follow. Raises NotFound where `after` was never theirs."""
+    """Returns one page, newest first, and whether more follow. Raises NotFound for an unknown `after`."""
     owned = select(WebhookEndpoint).where(WebhookEndpoint.project_id == project_id)
     by = (WebhookEndpoint.created_at, WebhookEndpoint.id)
     id, live = WebhookEndpoint.id, _live(project_id)
@@ -81,7 +81,7 @@ def update(
     allow: Sequence[Network],
     resolver: Resolver = resolve,
 ) -> WebhookEndpoint:
-    """Change what is given; `updated_at` moves only if something did. Naming a url enables a disabled endpoint again.
+    """Changes the given fields; `updated_at` only if something changed. Giving a url re-enables a disabled endpoint.
 
     Raises NotFound, InvalidValue, AddressRefused.
     """
@@ -103,14 +103,14 @@ def update(
 
 
 def delete(session: Session, project_id: str, endpoint_id: str) -> None:
-    """Nothing is sent from now on, not even what was owed. Raises NotFound."""
+    """Deletes an endpoint; its pending deliveries are dropped. Raises NotFound."""
     endpoint = retrieve(session, project_id, endpoint_id)
     endpoint.deleted_at = db.now(session)
     session.flush()
 
 
 def rotate_secret(session: Session, project_id: str, endpoint_id: str, *, keep_old: bool = False) -> WebhookEndpoint:
-    """Returns a new `secret`, to be shown once; with `keep_old` the old one signs too for OVERLAP. Raises NotFound."""
+    """Sets a new `secret`, to be shown once; with `keep_old` the old one also signs for OVERLAP. Raises NotFound."""
     endpoint = retrieve(session, project_id, endpoint_id)
     now = db.now(session)
     endpoint.previous_secret = endpoint.secret if keep_old else None
@@ -121,9 +121,9 @@ def rotate_secret(session: Session, project_id: str, endpoint_id: str, *, keep_o
 
 
 def sample(session: Session, project_id: str, endpoint_id: str, event_type: str) -> Message:
-    """Returns a made-up event for an endpoint, to be sent by `deliver_sample`. Raises NotFound, InvalidValue.
+    """Returns a sample event for an endpoint, to be sent by `deliver_sample`. Raises NotFound, InvalidValue.
 
-    Two steps, so that no transaction stays open while a slow receiver thinks.
+    Two steps, so that no transaction stays open during a slow request.
     """
     endpoint = retrieve(session, project_id, endpoint_id)
     if event_type not in EVENT_TYPES:
@@ -135,7 +135,7 @@ def sample(session: Session, project_id: str, endpoint_id: str, event_type: str)
 
 
 def deliver_sample(message: Message, settings: Settings, *, resolver: Resolver = resolve) -> int:
-    """Send a test once, without retries; the receiver's status code, whatever it is. Raises ReceiverSilent."""
+    """Sends a test once, without retries; returns the receiver's status code. Raises ReceiverSilent."""
     answer = messages.send(message, settings.webhook_allow, resolver=resolver)
     if answer.status_code is None:
         raise ReceiverSilent(reason=answer.error)

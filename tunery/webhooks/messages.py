@@ -1,4 +1,4 @@
-"""What a receiver gets: OpenAI's event, with the `timestamp` that the Standard Webhooks specification asks for."""
+"""The messages to receivers: OpenAI's events, with the `timestamp` that Standard Webhooks requires."""
 
 import json
 import time
@@ -28,7 +28,7 @@ _AGENT = "Tunery/1.0 (webhooks)"
 
 @dataclass(frozen=True)
 class Message:
-    """One message to one endpoint. `id` is the `webhook-id` header, equal on every try: doubles are known by it."""
+    """A message to an endpoint. `id` is the `webhook-id` header, the same on every try, to recognise duplicates."""
 
     id: str
     url: str
@@ -92,7 +92,7 @@ def encode(
 def send(
     message: Message, allow: Sequence[Network], *, resolver: Resolver = resolve, tls: SSLContext | None = None
 ) -> Answer:
-    """Post a message now, signed for this try. Whatever goes wrong is in the answer; nothing is raised.
+    """Posts a message, signed for this try. Errors are returned in the answer, never raised.
 
     Call it outside any transaction: it may take posting.TIMEOUT.
     """
@@ -102,7 +102,7 @@ def send(
         return Answer(None, error.message, None, 0.0)
     except OSError:
         return Answer(None, "the receiver's name cannot be resolved", None, 0.0)
-    # The time of this try, not of the event: receivers refuse what is older than some minutes.
+    # The time of this try, not of the event, as receivers refuse timestamps older than some minutes.
     signed = signing.headers(message.secrets, message.id, int(time.time()), message.body)
     headers = {"Content-Type": "application/json", "User-Agent": _AGENT, "Connection": "close", **signed}
     return posting.post(target, message.body, headers, tls=tls)

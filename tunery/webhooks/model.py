@@ -1,4 +1,4 @@
-"""Who wants to hear of a job's end or of a file's report, what is owed to them, and every try to tell them."""
+"""Tables of webhook endpoints, deliveries and their tries."""
 
 from datetime import datetime
 
@@ -12,7 +12,7 @@ from tunery.db import Base, creation_time
 class WebhookEndpoint(Base):
     """A receiver. While `previous_secret` is valid, every message carries the signatures of both secrets.
 
-    Secrets are kept as they are: a signature needs the secret itself, so a digest of it would be of no use.
+    Secrets are stored in plain text, as signing needs the secret itself and not a digest.
     """
 
     __tablename__ = "webhook_endpoints"
@@ -39,10 +39,10 @@ class WebhookEndpoint(Base):
 
 
 class Delivery(Base):
-    """One event owed to one endpoint. Its id is the `webhook-id` header, the same on every try.
+    """One event for one endpoint. Its id is the `webhook-id` header, the same on every try.
 
-    `tries` counts the tries begun; it is also the fence: a sender writes only where it still has the number it took.
-    `claimed_until` is set while a sender holds the row and outlives a sender that died.
+    `tries` counts the tries begun and is the fencing token: a sender writes only while it equals the number it took.
+    `claimed_until` is set while a sender holds the row, and expires if the sender dies.
     """
 
     __tablename__ = "webhook_deliveries"
@@ -72,7 +72,7 @@ class Delivery(Base):
 
 
 class DeliveryTry(Base):
-    """One try. The row is written when the try begins: one without an end belongs to a sender that died."""
+    """One try, written when it begins. A row without an end belongs to a running sender or one that died."""
 
     __tablename__ = "webhook_tries"
     __table_args__ = (UniqueConstraint("delivery_id", "number"),)

@@ -1,8 +1,8 @@
 """From a job's end, a file's report or a baseline's end to its receivers: `job_events`, `file_events` and ended
-`baselines` are the outbox, a delivery is one event owed to one endpoint.
+`baselines` are the outbox, a delivery is one event for one endpoint.
 
-At least once, in no order. A sender that dies after its POST leaves the delivery claimed; when the claim runs out the
-message goes again under the same `webhook-id`, by which receivers tell doubles.
+Delivery is at least once, in no order. A sender that dies after its POST leaves the delivery claimed; when the claim
+expires the message is sent again with the same `webhook-id`, by which receivers recognise duplicates.
 """
 
 import random
@@ -37,17 +37,17 @@ DELAYS = (0, 5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
 """Seconds before the first, second, ... try; the last one is made 75 hours after the event."""
 SENDERS = 8
 PER_ENDPOINT = 2
-"""Deliveries to one endpoint on their way at a time: one that hangs must not take every sender."""
+"""Concurrent deliveries to one endpoint, so that one that hangs cannot occupy every sender."""
 _CLAIM = timedelta(seconds=60)
-"""Longer than a POST may take, or two senders would be at it."""
+"""Longer than a POST may take, so that two senders never send the same delivery."""
 _EVENTS = 500
 _GONE = 410
 
 
 def fan_out(session: Session) -> int:
-    """Turn ends of jobs and baselines, and read files, into deliveries for the endpoints that asked; how many.
+    """Makes deliveries of new events for the endpoints that subscribed; returns how many.
 
-    Safe to run anywhere at any time: an event is taken by one caller, and (event, endpoint) is unique besides.
+    Safe to run concurrently: an event is taken by one caller, and (event, endpoint) is unique.
     """
     jobs = select(JobEvent).where(JobEvent.outcome.is_not(None), ~JobEvent.fanned_out).order_by(JobEvent.seq)
     files = select(FileEvent).where(~FileEvent.fanned_out).order_by(FileEvent.seq)
@@ -74,7 +74,7 @@ def _type(event: Event) -> str:
 
 
 def _at(event: Event) -> datetime:
-    """When it happened."""
+    """Returns the event's time."""
     return (event.finished_at or event.created_at) if isinstance(event, Baseline) else event.created_at
 
 
@@ -117,10 +117,10 @@ def deliver_due(
     resolver: Resolver = resolve,
     seconds: float = 30,
 ) -> int:
-    """Fan out and send until nothing is due; returns the number of tries made. Safe to run many times over.
+    """Fans out and sends until nothing is due; returns the number of tries. Safe to run concurrently.
 
-    No transaction is open during a POST. While some receivers are slow the due messages of the others go on; after
-    `seconds` no further message is begun, so that a worker which wants to stop need not wait for a long queue.
+    No transaction is open during a POST. Slow receivers do not delay messages to others; after `seconds` no further
+    message is started, so that a stopping worker need not wait for a long queue.
     """
     made, flying = 0, set[Future[None]]()
     deadline = time.monotonic() + seconds
@@ -140,7 +140,7 @@ def deliver_due(
 
 @dataclass(frozen=True)
 class _Claim:
-    """A delivery that is ours for _CLAIM, as try number `number`."""
+    """A delivery claimed for _CLAIM, as try number `number`."""
 
     delivery_id: str
     endpoint_id: str
@@ -159,7 +159,7 @@ def _claim(session: Session, most: int) -> list[_Claim]:
 
 
 def _drop_unwanted(session: Session) -> None:
-    """End what is owed to endpoints that were deleted or disabled."""
+    """Ends deliveries to deleted or disabled endpoints."""
     session.execute(
         update(Delivery)
         .where(Delivery.state == "pending", Delivery.endpoint_id == WebhookEndpoint.id)
@@ -208,7 +208,7 @@ def _body(session: Session, event: Event) -> bytes:
         return messages.encode(*named, event.id)
     if isinstance(event, FileEvent):
         return messages.encode(*named, event.file_id, report=event.data)
-    # Not what the job's owner does later: a repeated try has to say the same.
+    # Not later actions of the job's owner, as a repeated try must have the same content.
     gate, card = session.execute(select(Job.gate, Job.scorecard).where(Job.id == event.job_id)).one()
     verdict = {"gate": gate.get("status"), "withheld": gate.get("withheld", False)} if gate else {}
     return messages.encode(*named, event.job_id, scorecard=card, **verdict)
@@ -221,7 +221,7 @@ def _try(claim: _Claim, settings: Settings, transaction: Transaction, resolver: 
 
 
 def _record(session: Session, claim: _Claim, answer: Answer) -> None:
-    """Write a try's end, and the delivery's next step if it is still ours: another sender may have taken it over."""
+    """Stores a try's result, and the delivery's next step unless another sender has taken it over."""
     session.execute(
         update(DeliveryTry)
         .where(DeliveryTry.delivery_id == claim.delivery_id, DeliveryTry.number == claim.number)
@@ -248,13 +248,13 @@ def _next_step(claim: _Claim, answer: Answer) -> dict[str, object]:
 
 
 def delay_after(tries: int, retry_after: float | None = None) -> float:
-    """Seconds from a failed try, the `tries`th, to the next: the schedule's with up to 20 % jitter upwards, so that
-    receivers that fell together are not woken together; at least what the receiver asked for."""
+    """Returns the seconds from the `tries`th try, which failed, to the next: the schedule's plus up to 20 % jitter, so
+    that receivers that failed together are not retried together; at least what the receiver asked for."""
     return max(DELAYS[tries] * random.uniform(1, 1.2), retry_after or 0)  # noqa: S311 (no secret)
 
 
 def _disable(session: Session, endpoint_id: str, url: str) -> None:
-    """The receiver said it is gone. Not if its url was changed while the old one answered."""
+    """Disables an endpoint whose receiver said it is gone, unless its url was changed meanwhile."""
     session.execute(
         update(WebhookEndpoint)
         .where(WebhookEndpoint.id == endpoint_id, WebhookEndpoint.url == url, WebhookEndpoint.disabled_at.is_(None))

@@ -1,4 +1,4 @@
-"""One POST to a receiver that may be slow, broken or hostile: one deadline for all of it, no redirects, no proxies."""
+"""Sends a POST to a receiver that may be slow, broken or hostile: one overall deadline, no redirects, no proxies."""
 
 import contextlib
 import email.utils
@@ -23,7 +23,7 @@ _ADDRESSES = 3
 
 @dataclass(frozen=True)
 class Answer:
-    """How a POST went: a status code, or an error in words; never the receiver's own text, as that may be anything."""
+    """The result of a POST: a status code, or an error in words; never the receiver's text, which is untrusted."""
 
     status_code: int | None
     error: str | None
@@ -37,7 +37,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole answer, for who has to read it: `body` is what the server there wrote, MAX_REPLY bytes at most."""
+    """A whole answer; `body` is the server's text, at most MAX_REPLY bytes."""
 
     status_code: int | None
     body: bytes
@@ -60,14 +60,14 @@ def post(
     timeout: float = TIMEOUT,
     tls: ssl.SSLContext | None = None,
 ) -> Answer:
-    """Send `body` and say how it went; raises nothing that the network can cause."""
+    """Sends `body` and returns the result; network errors are not raised."""
     started = time.monotonic()
     try:
         with _sent(target, body, headers, started + timeout, tls) as response:
-            if time.monotonic() >= started + timeout:  # cut within the headers, which looks like their end
+            if time.monotonic() >= started + timeout:  # a cut within the headers looks like their end
                 raise TimeoutError
-            # Read so that the receiver sees a clean end, capped as it may never come. The content is of no interest,
-            # nor is a fault in it: the receiver has said what it has to say.
+            # Read the body so that the receiver sees a clean end; capped, as it may be endless. Content and errors in
+            # it are ignored: the status is known.
             with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
                 response.read(MAX_ANSWER)
             retry_after = parse_retry_after(response.getheader("retry-after"))
@@ -80,13 +80,13 @@ def post(
 def fetch(
     target: Target, body: bytes, headers: Mapping[str, str], *, timeout: float, tls: ssl.SSLContext | None = None
 ) -> Reply:
-    """Send `body` and return the answer; raises nothing that the network can cause."""
+    """Sends `body` and returns the answer; network errors are not raised."""
     started = time.monotonic()
     try:
         with _sent(target, body, headers, started + timeout, tls) as response:
             content = response.read(MAX_REPLY + 1)
             seconds = time.monotonic() - started
-            if seconds >= timeout:  # cut on the way, which looks like the end
+            if seconds >= timeout:  # a cut connection looks like the end of the body
                 raise TimeoutError
             if len(content) > MAX_REPLY:
                 raise ValueError("too long")
@@ -101,7 +101,7 @@ def fetch(
 def _sent(
     target: Target, body: bytes, headers: Mapping[str, str], deadline: float, tls: ssl.SSLContext | None
 ) -> Iterator[http.client.HTTPResponse]:
-    """The answer to a POST, of which its headers have been read."""
+    """Sends a POST and yields the response after its headers have been read."""
     with _connected(target, deadline, tls) as connection:
         connection.request("POST", target.path, body, dict(headers))
         yield connection.getresponse()
@@ -116,7 +116,7 @@ def _status_error(status: int) -> str | None:
 
 @contextlib.contextmanager
 def _connected(target: Target, deadline: float, tls: ssl.SSLContext | None) -> Iterator[http.client.HTTPConnection]:
-    """A connection to one of the target's addresses. Host header, SNI and certificate are those of its name."""
+    """Yields a connection to one of the target's addresses. Host header, SNI and certificate are those of its name."""
     with _dial(target, deadline) as plain, _ends_at(deadline, plain):
         if target.secure:
             connection: http.client.HTTPConnection = http.client.HTTPSConnection(target.host, target.port)
@@ -124,7 +124,7 @@ def _connected(target: Target, deadline: float, tls: ssl.SSLContext | None) -> I
         else:
             connection = http.client.HTTPConnection(target.host, target.port)
             connection.sock = plain
-        connection.auto_open = 0  # a lost connection is lost; it must not be opened again by name
+        connection.auto_open = 0  # a lost connection must not be reopened by name
         with contextlib.closing(connection):
             yield connection
 
@@ -174,7 +174,7 @@ def _in_words(error: Exception, *, timed_out: bool, timeout: float) -> str:
 
 
 def parse_retry_after(value: str | None) -> float | None:
-    """Seconds to wait, from a Retry-After header (seconds or a date); at most a day. None where it says nothing."""
+    """Returns the seconds of a Retry-After header (seconds or a date), at most a day; None if missing or invalid."""
     if value is None:
         return None
     try:

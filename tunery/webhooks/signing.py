@@ -12,21 +12,21 @@ PREFIX = "whsec_"
 def new_secret() -> str:
     """Returns a new secret: `whsec_` and 32 random bytes in standard base64 with its padding.
 
-    Padding and alphabet matter: one common verifier refuses unpadded text, and url-safe base64 gives both of the common
-    ones a wrong key without a word.
+    Padding and alphabet matter: one common verifier refuses unpadded text, and with url-safe base64 both common ones
+    silently use a wrong key.
     """
     return PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
 
 
 def sign(secret: str, message_id: str, timestamp: int, body: bytes) -> str:
-    """One signature, `v1,` and base64. `timestamp` is unix seconds; `body` exactly the bytes that are sent."""
+    """Returns a signature: `v1,` and base64. `timestamp` is unix seconds; `body` exactly the bytes that are sent."""
     key = base64.b64decode(secret.removeprefix(PREFIX), validate=True)
     digest = hmac.digest(key, f"{message_id}.{timestamp}.".encode() + body, hashlib.sha256)
     return "v1," + base64.b64encode(digest).decode()
 
 
 def headers(keys: Sequence[str], message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """The three headers. With several secrets, as in a rotation, a receiver that knows any one of them is content."""
+    """Returns the three headers. With several secrets, as in a rotation, a receiver needs to know only one of them."""
     return {
         "webhook-id": message_id,
         "webhook-timestamp": str(timestamp),
