@@ -124,10 +124,10 @@ def content(team: Team, file: dict[str, Any]) -> list[dict[str, Any]]:
 def test_a_file_to_train_on_has_its_lineage(asking: Team, kept: str) -> None:
     file = post(asking, f"/models/{kept}/capture/files")
     assert (file["purpose"], file["status"]) == ("fine-tune", "processed")
-    right = {"role": "assistant", "content": "b, says <EMAIL_ADDRESS>"}
+    correct = {"role": "assistant", "content": "b, says <EMAIL_ADDRESS>"}
     assert content(asking, file) == [
         {"messages": [{"role": "user", "content": "good"}, {"role": "assistant", "content": "a"}]},
-        {"messages": [{"role": "user", "content": "wrong"}, right]},
+        {"messages": [{"role": "user", "content": "wrong"}, correct]},
     ]
     lineage = asking.http.get(f"/v1/files/{file['id']}/capture").json()
     assert (lineage["model"], lineage["rows"], lineage["requests"]) == (kept, 2, ["good", "wrong"])

@@ -70,7 +70,7 @@ def run_out(session: Session, upload: Upload, ago: timedelta = timedelta(seconds
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def test_a_shelved_file_is_found_by_its_project_only(session: Session, storage: Storage, owner: Project) -> None:
+def test_a_stored_file_is_found_by_its_project_only(session: Session, storage: Storage, owner: Project) -> None:
     file = put(session, storage, owner)
     other = rows.project(session)
 

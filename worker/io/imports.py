@@ -56,8 +56,8 @@ def _lay_out(model_id: str, folder: Path, settings: Settings, storage: Storage) 
     (folder / "base").symlink_to(there.absolute())
     with (folder / "adapter.zip").open("wb") as file:
         file.writelines(storage.read(imports.archive_key(model.prefix)))
-    facts = {"base_source": base.source, "base_manifest_sha256": base.manifest_sha256}
-    order = ImportOrder(source=model.source or "", base_model=base.id, trained_with=model.technique, facts=facts)
+    provenance = {"base_source": base.source, "base_manifest_sha256": base.manifest_sha256}
+    order = ImportOrder(source=model.source or "", base_model=base.id, trained_with=model.technique, facts=provenance)
     (folder / "import.json").write_text(order.model_dump_json())
     return model.prefix
 
