@@ -19,9 +19,9 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "toke
 
 
 class MessageWriter:
-    """Writes messages, one JSON a line, to a file descriptor, and keeps those that are metrics.
+    """Writes messages to a file descriptor, one JSON object a line, and keeps those that are metrics.
 
-    Rank 0 alone has a descriptor; the others only keep their metrics.
+    Only rank 0 has a descriptor; other ranks just keep their metrics.
     """
 
     def __init__(self, descriptor: int | None) -> None:
@@ -30,7 +30,7 @@ class MessageWriter:
         self.metrics: list[dict[str, Any]] = []
 
     def write(self, message: BaseModel) -> None:
-        """Writes one message. Raises BrokenPipeError when the supervisor has closed the pipe."""
+        """Writes one message. Raises BrokenPipeError if the supervisor has closed the pipe."""
         line = message.model_dump_json()
         if isinstance(message, Step | Evaluated):
             self.metrics.append(json.loads(line))
@@ -53,9 +53,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_results(path: Path, metrics: list[dict[str, Any]]) -> None:
-    """The CSV that the API serves as a result file: a line a step, cells empty where nothing was measured.
+    """Writes the CSV that the API serves as a result file: a line per step, with empty cells if nothing was measured.
 
-    OpenAI's columns, and behind them a method's own.
+    It has OpenAI's columns, then the method's own.
     """
     steps = [entry for entry in metrics if entry["type"] == "step"]
     own = [(part, name) for part in ("train", "valid") for name in (steps[0].get("train_metrics", {}) if steps else ())]
@@ -73,7 +73,7 @@ def _short(value: Any) -> str:
 
 
 def describe(run: Run, template_sha256: str, **measured: Any) -> dict[str, Any]:
-    """`training_config.json`: the whole plan, what it ran on and what came of it."""
+    """Returns the content of `training_config.json`: the whole plan, the hardware and versions, and the results."""
     return {
         "base_model": run.base_model,
         "job": run.job,

@@ -1,8 +1,8 @@
-"""RoPE whose frequencies depend on how long a row is, so that rows of different lengths cannot share a batch.
+"""RoPE whose frequencies depend on a row's length, so that rows of some lengths cannot share a batch.
 
-transformers chooses them by the longest position of a batch: a row's output would depend on its neighbours. `longrope`
-(Phi-3) has one set up to the original context and another beyond it; `dynamic` has one up to the context and another
-for every length beyond it, and keeps the last one for later batches.
+transformers chooses frequencies by the longest position of a batch: a row's output would depend on the other rows.
+`longrope` (Phi-3) has one set up to the original context and another beyond it; `dynamic` has one up to the context and
+another for every length beyond it, and keeps the last one for later batches.
 """
 
 from collections.abc import Hashable, Iterator
@@ -14,7 +14,9 @@ from torch import nn
 
 @dataclass(frozen=True)
 class LengthRope:
-    """The lengths up to which frequencies are the original ones, of a model's two kinds of such RoPE; none: always."""
+    """The lengths up to which a model's frequencies are the original ones, for both kinds of RoPE; empty: they never
+    change.
+    """
 
     longrope: frozenset[int] = frozenset()
     dynamic: frozenset[int] = frozenset()
@@ -23,17 +25,17 @@ class LengthRope:
         return bool(self.longrope or self.dynamic)
 
     def group(self, length: int) -> Hashable:
-        """Equal for rows whose frequencies are the same."""
+        """Returns a key that is equal for rows with the same frequencies."""
         sides = tuple(length > limit for limit in sorted(self.longrope))
         return sides, tuple(max(length, limit) for limit in sorted(self.dynamic))
 
     def changes(self, shorter: int, longer: int) -> bool:
-        """Whether a row that grows from one length to the other needs other frequencies, and so another cache."""
+        """Whether a row that grows from one length to another needs other frequencies, and so a new cache."""
         return self.group(shorter) != self.group(longer)
 
 
 def install(model: nn.Module) -> LengthRope:
-    """Makes `dynamic` RoPE forget the batches before, and returns the lengths at which the model's RoPE changes."""
+    """Makes `dynamic` RoPE forget earlier batches; returns the lengths at which the model's RoPE changes."""
     for module, _, kind in _embeddings(model):
         if kind == "dynamic":
             module.register_forward_pre_hook(_forget)
@@ -49,7 +51,7 @@ def of(model: nn.Module) -> LengthRope:
 
 
 def _embeddings(model: nn.Module) -> Iterator[tuple[Any, str | None, str]]:
-    """Rotary embeddings that depend on the length: the module, the type of its layers, `longrope` or `dynamic`."""
+    """Yields rotary embeddings that depend on the length: the module, its layers' type, `longrope` or `dynamic`."""
     for module in model.modules():
         types = getattr(module, "rope_type", None)
         for layer_type, name in types.items() if isinstance(types, dict) else [(None, types)]:
@@ -69,7 +71,7 @@ def _limit(module: Any, layer_type: str | None, kind: str) -> int:
 
 
 def _forget(module: Any, _inputs: Any) -> None:
-    """Puts the original frequencies back; the forward pass that follows makes others where it needs them."""
+    """Restores the original frequencies; the forward pass that follows computes others if needed."""
     for other, layer_type, kind in _embeddings(module):
         if other is module and kind == "dynamic":
             prefix = "" if layer_type is None else f"{layer_type}_"

@@ -1,4 +1,4 @@
-"""A row of tokens, and what is drawn as one."""
+"""A row of tokens, and an example: the rows that are drawn together."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from tunery.rows.template import IGNORED
 
 @dataclass(frozen=True)
 class Row:
-    """One row of tokens: their ids, and for each the id to learn or -100."""
+    """A row of tokens: their ids, and for each the label to learn, or -100."""
 
     input_ids: list[int]
     labels: list[int]
@@ -18,17 +18,17 @@ class Row:
 
     @property
     def labelled(self) -> int:
-        """Tokens that are predicted and learnt. The first one has nothing before it to be predicted from."""
+        """The number of trained tokens. The first token cannot be predicted, as nothing comes before it."""
         learned = len(self.labels) - self.labels.count(IGNORED)
         return learned - (self.labels[:1] not in ([], [IGNORED]))
 
 
 @dataclass(frozen=True)
 class Example:
-    """What is drawn as one: the rows that a method learns together, in its order. They share a micro-batch.
+    """Rows that a method learns together, in its order. They are drawn together and share a micro-batch.
 
-    `reference`: each row's log-probability (of its labelled tokens, summed, in nats) by the model that the run starts
-    from; empty until it is measured, and where the method does not ask for it.
+    `reference`: each row's log-probability (the sum over its labelled tokens, in nats) by the initial model; empty
+    until it is measured, and if the method does not need it.
     """
 
     rows: tuple[Row, ...]
@@ -43,10 +43,10 @@ class Example:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """How many rows it has, and the length of the longest."""
+        """The number of rows, and the length of the longest."""
         return len(self.rows), max(map(len, self.rows))
 
 
 def singles(rows: Iterable[Row]) -> list[Example]:
-    """Returns an example of each row."""
+    """Returns one example for each row."""
     return [Example((row,)) for row in rows]

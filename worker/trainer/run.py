@@ -1,4 +1,4 @@
-"""One run, from its directory to its artifact: the story in order."""
+"""One run, in order, from its directory to its artifact."""
 
 import json
 import logging
@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 
 
 def carry_out(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> bool:
-    """Trains what `folder/spec.json` says. False when it was asked to stop: come again, nothing is lost.
+    """Trains as `folder/spec.json` says. Returns False if it was asked to stop: it can be resumed, and nothing is lost.
 
-    Raises JobFailure for what the user can correct, anything else for what went wrong.
+    Raises JobFailure for errors that the user can correct, and any other exception for other errors.
     """
     began = time.monotonic()
     writer.write(Phase(phase="loading"))
@@ -76,14 +76,14 @@ def carry_out(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> b
 
 
 def score(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> comparison.Scored | None:
-    """Compares the adapter in `folder` with its base on the test rows, as after a training. Raises JobFailure."""
+    """Compares the adapter in `folder` with its base on the test rows, as after training. Raises JobFailure."""
     t = prepare(folder, writer, stop_signal)
     asked, probe = _questions(t)
     return comparison.score(t, asked, None, lambda: comparison.compare_general(t, probe, None))
 
 
 def prepare(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> Training:
-    """Reads the spec, the rows and the model, and plans how steps are cut into micro-batches."""
+    """Loads the spec, the rows and the model, and plans how steps are split into micro-batches."""
     run = Run.model_validate_json((folder / "spec.json").read_text())
     ranks = Ranks(parallel.accelerator())
     torch.manual_seed(run.plan.seed)
@@ -127,7 +127,7 @@ def prepare(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> Tra
 
 
 def _questions(t: Training) -> tuple[comparison.Asked, general.Probe | None]:
-    """What the scorecard asks of both models, and what the general benchmark does; nothing without a test file."""
+    """Returns the scorecard's questions for both models and the general benchmark's; nothing without a test file."""
     if t.plan.evaluation.test_file is None:
         return [], None
     with t.timer.measure_rest("scores"):

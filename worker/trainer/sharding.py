@@ -1,8 +1,8 @@
 """A model whose weights are cut over the ranks, by torch's `fully_shard` (FSDP2): each rank keeps its rows of every
 weight, with their gradients and moments, and a decoder layer is whole only while it computes.
 
-Adapters stay whole on every rank: they are small. Every rank has to make every pass, as each gathers the layers:
-training makes idle ones of weight 0 (`Stepper`), whatever only reads the model does so inside `Shards.lockstep`.
+Adapters stay whole on every rank: they are small. Every rank has to run every pass, as each pass gathers the layers:
+training runs idle ones of weight 0 (`Stepper`), and whatever only reads the model uses `Shards.lockstep`.
 """
 
 from collections.abc import Iterator
@@ -24,17 +24,17 @@ from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
 
 PASSES = ("sums", "row_losses", "row_logits", "verify_chunked_loss")
-"""Methods of an objective that pass through its model, beside `forward`."""
+"""Methods of an objective that run its model, besides `forward`."""
 
 PACKED = torch.float8_e4m3fn
-"""As what the bytes of 4-bit weights are cut and gathered; nothing computes in it."""
+"""The type as which the bytes of 4-bit weights are sharded and gathered; nothing is computed in it."""
 
 
 class Shards:
-    """A model in pieces, as one rank sees it. `parameters`: what learns, by name; this rank's pieces, or whole."""
+    """A sharded model, seen from one rank. `parameters`: the trained ones by name; this rank's pieces, or whole."""
 
     def __init__(self, objective: Objective, ranks: Ranks) -> None:
-        """Cuts the model, which lies where `loads_on` says: a layer at a time comes to the devices, by rank 0."""
+        """Shards the model, which is on the device of `loads_on`: rank 0 sends the others one layer at a time."""
         self._objective, self._ranks = objective, ranks
         _fully_shard(objective, ranks)
         self._sharded = {name: p for name, p in objective.named_parameters() if isinstance(p, DTensor)}
@@ -42,7 +42,7 @@ class Shards:
         self.parameters = {name: self._piece(p) if name in self._sharded else p for name, p in learning}
 
     def take_gradients(self) -> None:
-        """Moves the gradients, which the backward passes have summed over the ranks, to the pieces."""
+        """Moves the gradients, summed over the ranks by the backward passes, to the pieces."""
         for name, parameter in self.parameters.items():
             if (sharded := self._sharded.get(name)) is not None:
                 parameter.grad = None if sharded.grad is None else _local(sharded.grad)
@@ -50,13 +50,13 @@ class Shards:
 
     @contextmanager
     def lockstep(self) -> Iterator[None]:
-        """Lets the ranks make unlike numbers of passes inside, without gradients.
+        """Lets the ranks run different numbers of passes inside the block, without gradients.
 
-        Each pass is announced, and a rank that is done takes part in those of the others. An error inside is not
-        waited for: the others cannot go on.
+        Each pass is announced, and a rank that is done takes part in the others' passes. After an error inside there is
+        no waiting: the others cannot go on.
         """
         root = cast(FSDPModule, self._objective)
-        root.unshard()  # embedding and head, which some use outside of the objective's own passes
+        root.unshard()  # embedding and head, which some code uses outside the objective's own passes
         backbone: Any = self._objective.causal.base_model
         hook = backbone.register_forward_pre_hook(lambda *_: self._announce_pass())
         try:
@@ -72,9 +72,9 @@ class Shards:
         root.reshard()
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """The model's weights by name as its `state_dict` has them, on the host of the main rank; empty elsewhere.
+        """Returns the weights by their `state_dict` names, in the main rank's host memory; nothing on the others.
 
-        To be called on every rank. Weights under several names are one tensor.
+        Call it on every rank. Weights under several names are one tensor.
         """
         cast(FSDPModule, self._objective).reshard()
         model = self._objective.model
@@ -90,7 +90,7 @@ class Shards:
         return {name: named.get(name, tensor) for name, tensor in model.state_dict().items()}
 
     def release(self) -> None:
-        """Frees the pieces' memory. The model cannot be used any more."""
+        """Frees the pieces' memory. The model cannot be used afterwards."""
         cast(FSDPModule, self._objective).reshard()
         for parameter in self._sharded.values():
             _local(parameter).untyped_storage().resize_(0)
@@ -99,29 +99,30 @@ class Shards:
         self._ranks.any(flag=True)
 
     def _piece(self, parameter: nn.Parameter) -> nn.Parameter:
-        """Returns what the optimizer moves: plain memory, as its kernels take no distributed tensor."""
+        """Returns the parameter for the optimizer: plain memory, as its kernels take no distributed tensor."""
         piece = pieces.cut(parameter.shape, self._ranks.index, self._ranks.count)
         return pieces.mark(nn.Parameter(_local(parameter)), piece)
 
 
 def loads_on(ranks: Ranks) -> torch.device:
-    """Returns the device that a rank loads the base on before it is cut: rank 0's host, on the others none.
+    """Returns the device on which a rank loads the base before sharding: rank 0 in host memory, the others on none.
 
-    A host with 8 GPUs would hold 8 copies otherwise, of a model that fits no single one of them.
+    Otherwise a host with 8 GPUs would hold 8 copies of a model that fits into none of them.
     """
     return torch.device("cpu" if ranks.is_main else "meta")
 
 
 def parameters_of(objective: Objective, shards: Shards | None) -> dict[str, nn.Parameter]:
-    """Returns what learns, by name: whole, or this rank's pieces."""
+    """Returns the trained parameters by name: whole, or this rank's pieces."""
     if shards is not None:
         return shards.parameters
     return {name: p for name, p in objective.named_parameters() if p.requires_grad}
 
 
 def gathered_bytes(causal: nn.Module) -> int:
-    """Bytes that whole weights take beside the pieces: embedding, norm and head, and two layers, with what gradients
-    those that learn have."""
+    """Returns the bytes of whole weights beside the pieces: embedding, norm and head, and two layers, with the
+    gradients of the trained ones.
+    """
     sizes = [_bytes(layer.parameters()) for layer in layers(causal)]
     return _bytes(causal.parameters()) - sum(sizes) + 2 * max(sizes, default=0)
 
@@ -146,14 +147,14 @@ def _fully_shard(objective: Objective, ranks: Ranks) -> None:
     for module in objective.modules():
         if isinstance(module, FSDPModule):  # sums, as the loss is divided by the weight of all ranks' examples
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+            module.set_force_sum_reduction_for_comms(True)  # gloo supports nothing else
     _prefetch_backwards(objective)
     for name in PASSES:
         register_fsdp_forward_method(objective, name)
     for layer, state in states:
         cast(Any, layer.weight).quant_state = state  # for counts: a gathered weight has none
     objective.is_sharded = True
-    objective.knows_borders = decoder.borders_known(objective.causal)  # not known of a model on the host
+    objective.knows_borders = decoder.borders_known(objective.causal)  # not known while the model is in host memory
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -162,7 +163,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def _receive(tensors: list[Tensor], ranks: Ranks) -> None:
-    """Brings weights and buffers from rank 0's host to every rank's device."""
+    """Copies weights and buffers from rank 0's host memory to every rank's device."""
     for tensor, (shape, dtype) in zip(
         tensors, ranks.broadcast([(each.shape, each.dtype) for each in tensors]), strict=True
     ):
@@ -174,16 +175,16 @@ def _receive(tensors: list[Tensor], ranks: Ranks) -> None:
 
 
 def _materialise(tensor: Tensor, memory: Tensor) -> None:
-    """Gives a tensor that is on no device its memory. It stays the same object, as tied weights are one."""
+    """Allocates a tensor that is on no device. It stays the same object, as tied weights are one."""
     made = nn.Parameter(memory, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else memory
     torch.utils.swap_tensors(tensor, made)
 
 
 def _prefetch_backwards(objective: Objective) -> None:
-    """Lets each layer's backward pass gather the layer before it meanwhile.
+    """Makes each layer's backward pass prefetch the layer before it.
 
-    Why not as `fully_shard` does it of itself, by the order of earlier forward passes: those without a gradient, which
-    ranks make in unlike ways, are in that order too, and the ranks would gather different layers.
+    Why not `fully_shard`'s own way, by the order of earlier forward passes: that includes passes without a gradient,
+    which differ between ranks, and the ranks would gather different layers.
     """
     stack = cast(list[FSDPModule], layers(objective.causal))
     for before, layer in zip([stack[0], *stack], stack, strict=False):
@@ -193,7 +194,7 @@ def _prefetch_backwards(objective: Objective) -> None:
 
 
 def _replicated(objective: Objective) -> set[nn.Parameter]:
-    """Returns what stays whole: the adapters, and single numbers, which have no rows."""
+    """Returns what stays whole: the adapters, and scalars, which have no rows."""
     adapted = isinstance(objective.model, PeftModel)
     return {p for p in objective.parameters() if p.dim() == 0 or (adapted and p.requires_grad)}
 
@@ -205,10 +206,10 @@ def layers(causal: Any) -> list[nn.Module]:
 
 
 def _keep_quant_states(objective: Objective, ranks: Ranks) -> list[tuple[Any, Any]]:
-    """Returns what 4-bit weights are unpacked by, kept at their layers: a gathered weight is plain memory.
+    """Returns the quantisation states of 4-bit weights, by layer: a gathered weight is plain memory.
 
-    Its bytes go by the name of a type with a point: `fully_shard` of torch 2.11 first makes each piece a parameter that
-    learns, and integers cannot.
+    Its bytes are given a floating-point type: `fully_shard` of torch 2.11 first makes each piece a trainable parameter,
+    which integers cannot be.
     """
     found: list[tuple[Any, Any]] = []
     for layer in objective.modules():
@@ -237,5 +238,5 @@ def _local(tensor: Any) -> Tensor:
 
 
 def bytes_here(parameter: Tensor) -> int:
-    """Returns bytes of a parameter on this rank."""
+    """Returns the bytes of a parameter on this rank."""
     return (_local(parameter) if isinstance(parameter, DTensor) else parameter).nbytes

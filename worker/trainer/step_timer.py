@@ -1,6 +1,6 @@
-"""How long a run still takes: its steps, the evaluations and files between them, and what follows the last step.
+"""Estimates a run's remaining time: its steps, the evaluations and files in between, and what follows the last step.
 
-What the parts took is kept to the end, for the quotes of later runs.
+The time that each part took is kept to the end, for the quotes of later runs.
 """
 
 import time
@@ -14,14 +14,14 @@ from tunery.trainer_protocol import Spent, StepTimes
 Part = Literal["step", "validation", "checkpoint", "answer", "general", "scores", "reference", "saving", "exports"]
 
 _BYTES_A_SECOND = 200e6
-"""Of weights that are written or read. A slow disk; a fast one is measured soon."""
+"""Speed of writing or reading weights on a slow disk; the actual speed is soon measured."""
 _LAYER_SECONDS = 0.5e-3
-"""Of one layer for one more token of an answer, however few rows answer at once."""
+"""Time of one layer for one more token of an answer, however few rows are answered at once."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank has to do. `every`: steps between two validation losses, None without a validation file.
+    """The work of one rank. `every`: steps between two validation losses, None without a validation file.
 
     `trained_bytes` are written by each checkpoint and by the artifact.
     """
@@ -38,9 +38,9 @@ class Work:
 
 @dataclass
 class StepTimer:
-    """Measures the parts of a run. A part that has not come yet is estimated from the steps and from its size.
+    """Measures the parts of a run. A part that has not run yet is estimated from the steps and from its size.
 
-    `step`: the last one that was taken; `trained`: no other follows. `check_bytes` are read to check the artifact.
+    `step`: the last one taken; `trained`: no more follow. `check_bytes`: read to check the artifact.
     """
 
     work: Work
@@ -61,19 +61,20 @@ class StepTimer:
     _prepared: float = 0.0
 
     def end_preparation(self, seconds: float) -> None:
-        """Notes that training begins after so many `seconds`; what was measured meanwhile counts as itself."""
+        """Records that training begins after `seconds`; parts measured meanwhile are counted separately."""
         self._prepared = max(0.0, seconds - self._measured())
 
     def take_step(self, step: int, seconds: float, tokens: int) -> None:
-        """Counts an optimizer step in. The run's first one, which warms up, says nothing of the others' time."""
+        """Records an optimizer step. The run's first step, which warms up, is not representative."""
         if self._times.get("step"):
             self._step_times = self._step_times.add(seconds, tokens)
         self.note("step", seconds)
         self.step = step
 
     def spent(self) -> dict[str, Spent]:
-        """What the parts took. Units: steps, validated tokens, checkpoints, answers, tokens of the benchmark, tokens
-        of which the reference was measured; of scores, the times they were worked on."""
+        """The time of each part. Units: steps, validated tokens, checkpoints, answers, tokens of the benchmark, tokens
+        of which the reference was measured; for scores, how often they were worked on.
+        """
         found: dict[str, Spent] = {"prepare": Spent(seconds=self._prepared, units=1)}
         found |= {str(part): spent for part, spent in self._spent.items()}
         if (validation := self._spent.get("validation")) is not None:
@@ -86,21 +87,21 @@ class StepTimer:
         return self._step_times
 
     def expect_answers(self, answers: int, *, batch: int, tokens: int, prompt: float) -> None:
-        """Counts in answers of at most `tokens` tokens to prompts of about `prompt`, `batch` of them at once."""
+        """Adds answers of at most `tokens` tokens to prompts of about `prompt`, with `batch` of them at once."""
         self._answers, self._answer_tokens, self._prompt_tokens = answers, tokens, prompt
         self._answer_batch = max(1, min(batch, answers))
 
     def expect_general(self, tokens: int) -> None:
-        """Counts in so many tokens of the general benchmark, which pass through the model once."""
+        """Adds tokens of the general benchmark, which pass through the model once."""
         self._general_tokens += tokens
 
     def expect_exports(self, *, bytes: int, tokens: int) -> None:
-        """Counts in exports that read and write so many bytes, and pass so many tokens through whole models."""
+        """Adds exports that read and write `bytes`, and pass `tokens` through whole models."""
         self._export_bytes, self._export_tokens = bytes, tokens
 
     @contextmanager
     def measure(self, part: Part, count: int = 1) -> Iterator[None]:
-        """Takes the time of a part, or of `count` equal ones. What raises is not counted."""
+        """Measures the time of a part, or of `count` equal ones. If the block raises, it is not counted."""
         began = time.monotonic()
         yield
         self.note(part, (time.monotonic() - began) / max(1, count), max(1, count))
@@ -111,7 +112,7 @@ class StepTimer:
 
     @contextmanager
     def measure_rest(self, part: Part) -> Iterator[None]:
-        """Takes the time of a part, less that of the parts that are measured inside it. What raises is not counted."""
+        """Measures a part's time without that of parts measured inside it. If the block raises, it is not counted."""
         began, before = time.monotonic(), self._measured()
         yield
         self.note(part, time.monotonic() - began - (self._measured() - before))
@@ -120,7 +121,7 @@ class StepTimer:
         return sum(part.seconds for part in self._spent.values())
 
     def note(self, part: Part, seconds: float, count: int = 1) -> None:
-        """Counts the time of each of `count` equal parts in, the recent ones weighing more."""
+        """Records the time of each of `count` equal parts, weighting recent ones more."""
         before = self._spent.get(part, Spent(seconds=0, units=0))
         self._spent[part] = Spent(seconds=before.seconds + seconds * count, units=before.units + count)
         times = self._times[part] = self._times.get(part, 0) + 1
@@ -128,8 +129,9 @@ class StepTimer:
         self._seconds[part] = mean + (seconds - mean) * max(0.05, 1 / times)
 
     def left(self) -> float | None:
-        """Seconds to the end of the run, with what is due after the present step. None where nothing tells yet: before
-        the first step, and in a run that was stopped after its last one, before the first answer."""
+        """Returns the seconds to the end of the run, including what is due after the current step. None if there is no
+        basis yet: before the first step and, in a run that was stopped after its last step, before the first answer.
+        """
         if not self._seconds.keys() & ({"step", "answer", "general"} if self.trained else {"step"}):
             return None
         general = self._of("general") * self._general_tokens
@@ -137,14 +139,14 @@ class StepTimer:
         return after if self.trained else after + self._of("step") * (self.work.steps - self.step) + self._between()
 
     def exports_left(self) -> float:
-        """Returns seconds of the exports, which come last."""
+        """Returns the seconds of the exports, which come last."""
         return self._of("exports")
 
     def _between(self) -> float:
-        """Returns seconds of the validation losses and checkpoints that are due from the present step on."""
+        """Returns the seconds of the validation losses and checkpoints that are due from the current step on."""
         work, seconds = self.work, 0.0
         if work.every is not None:
-            rest = bool(work.steps % work.every)  # the last step's is due whatever its number is
+            rest = bool(work.steps % work.every)  # the last step has one whatever its number
             seconds += self._of("validation") * (self._due(work.every) + rest)
         if work.keeps_checkpoints:
             seconds += self._of("checkpoint") * self._due(work.steps_per_epoch)

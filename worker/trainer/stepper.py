@@ -1,4 +1,4 @@
-"""Optimizer steps: how the rows of one are cut up to fit the device, and what is done where they do not fit."""
+"""Takes optimizer steps: splits a step's rows to fit the device, and retries a step that runs out of memory."""
 
 import logging
 from array import array
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def one_group(_example: Example) -> Hashable:
-    """Returns the group of every example of a model whose rows do not depend on their batch mates."""
+    """Returns the same group for every example: for models whose rows do not depend on the others in a batch."""
     return None
 
 
@@ -37,8 +37,8 @@ def _shared(values: Iterable[T]) -> list[T]:
 class Stepper:
     """Takes the optimizer steps of a run.
 
-    It alone changes `memory`, the plan by which rows are cut up, and `graphs`, the recorded passes of small models.
-    A step: `accumulate`, `clip`, `update`. Out of memory, a step is taken again by the next memory plan.
+    Only it changes `memory`, the plan for splitting rows, and `graphs`, the recorded passes of small models. A step is
+    `accumulate`, `clip`, `update`. If it runs out of memory, it is retried with the next memory plan.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Stepper:
         group_of: Callable[[Example], Hashable] = one_group,
         shards: Shards | None = None,
     ) -> None:
-        """`parameters`: those that learn. `group_of`: examples of different groups never share a micro-batch.
+        """`parameters`: the trained ones. `group_of`: examples of different groups never share a micro-batch.
 
         `shards`: the model's pieces, where it is cut over the ranks.
         """
@@ -62,7 +62,7 @@ class Stepper:
         self._optimizer, self._parameters, self._rows = optimizer, list(parameters), rows
         self._groups = _shared(map(group_of, rows.examples))
         self._shapes = _shared(example.shape for example in rows.examples)
-        # Here, once, or the first step of a large file would take seconds more.
+        # Computed once, here, or the first step of a large file would take seconds longer.
         self._weights = array("d", map(objective.method.weight, rows.examples))
 
     @property
@@ -71,19 +71,19 @@ class Stepper:
         return self.ranks.device
 
     def weight(self, drawn: list[int]) -> float:
-        """Returns what the method's sums over these examples are divided by."""
+        """Returns the divisor of the method's sums over these examples."""
         return sum(self._weights[i] for i in drawn)
 
     def accumulate(self, drawn: list[int], weight: float) -> Tensor:
-        """Leaves the step's gradient, summed over the ranks, in `.grad`; returns the method's sums of this rank.
+        """Computes the step's gradient, summed over the ranks, in `.grad`; returns this rank's sums of the method.
 
-        "loss" is divided by the `weight` of all examples that were drawn. Out of memory: the same step again by the
-        next memory plan, which is the same gradient. Not where the model is in pieces: the others wait in this pass.
+        "loss" is divided by the `weight` of all drawn examples. If it runs out of memory, it retries with the next
+        memory plan, which gives the same gradient; but not for a sharded model, as other ranks wait in this pass.
         """
         while True:
             parts = self.micro_batches(drawn)
             try:
-                idle = self._idle_passes(parts)  # agreed on before the first pass, in which the ranks wait
+                idle = self._idle_passes(parts)  # agreed before the first pass, in which the ranks wait
                 sums = self._forward_backward(parts, weight)
                 self._pass_idly(idle)
                 break
@@ -99,17 +99,17 @@ class Stepper:
         return sums
 
     def _idle_passes(self, parts: list[MicroBatch]) -> int:
-        """Returns how many passes this rank makes fewer than another, where each gathers the model's pieces."""
+        """Returns how many passes fewer than the busiest rank this rank has; each pass gathers the model's pieces."""
         return 0 if self.shards is None else self.ranks.most(len(parts)) - len(parts)
 
     def _pass_idly(self, count: int) -> None:
-        """Makes passes whose weight is 0."""
+        """Runs passes of weight 0."""
         shortest = min(range(len(self._shapes)), key=lambda i: self._rows.lengths[i])
         for _ in range(count):
             forward_backward(self.objective, self._collate([[shortest]]), 0.0)
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scales the gradient down to `max_norm` where it is longer; returns its norm before."""
+        """Scales the gradient down to the norm `max_norm` if it is larger; returns the norm before."""
         if self.shards is None:
             return torch.nn.utils.clip_grad_norm_(self._parameters, max_norm)
         norm = self.ranks.norm(self._parameters)
@@ -117,27 +117,29 @@ class Stepper:
         return norm
 
     def update(self, step: int, rate: float) -> None:
-        """Moves the weights by the gradient at a learning rate, and clears the gradient. `step` is counted from 1."""
+        """Updates the weights at a learning rate, and clears the gradient. `step` is counted from 1."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group.get("rate_factor", 1.0)
         self._move(step)
-        self._optimizer.zero_grad(set_to_none=self.graphs is None)  # recorded passes add to the tensors that they know
+        self._optimizer.zero_grad(set_to_none=self.graphs is None)  # recorded passes add to the same tensors
 
     def _move(self, step: int) -> None:
-        """Steps the optimizer. Out of memory before a weight has changed: again, without what recorded passes keep."""
+        """Steps the optimizer. If it runs out of memory before a weight has changed, it retries without recorded
+        passes.
+        """
         try:
             self._optimizer.step()
             return
         except torch.OutOfMemoryError as error:
-            # The optimizer counts a parameter's step when it begins it. A second step on some of them would be another
-            # training, so the attempt ends here, and the next one goes on from the last snapshot.
+            # The optimizer counts a parameter's step when it begins it. A second step on some parameters would change
+            # the training, so the attempt ends here, and the next one resumes from the last snapshot.
             if any(state.get("step", step) >= step for state in self._optimizer.state.values()):
                 raise RuntimeError(f"out of memory in the middle of the optimizer's step {step}") from error
         self.adopt(replace(self.memory, graphs=False))
         self._optimizer.step()
 
     def adopt(self, plan: MemoryPlan) -> None:
-        """Makes `plan` the memory plan from here on."""
+        """Uses `plan` as the memory plan from now on."""
         if plan.recompute and not self.memory.recompute:
             self.objective.recompute()
         if not plan.graphs:
@@ -149,12 +151,12 @@ class Stepper:
         self.memory = plan
 
     def record_again(self) -> None:
-        """Drops the recorded passes, which go on as the model was when they were recorded."""
+        """Drops the recorded passes, which run the model as it was when they were recorded."""
         if self.graphs is not None:
             self.graphs = CudaGraphs(self.objective)
 
     def micro_batches(self, drawn: list[int]) -> list[MicroBatch]:
-        """This rank's micro-batches of a step: every world-th example by length, so that the ranks have like work."""
+        """Returns this rank's micro-batches of a step: every n-th example by length, so that ranks have equal work."""
         lengths, plan = self._rows.lengths, self.memory
         ordered = sorted(drawn, key=lambda i: lengths[i], reverse=True)
         mine = ordered[self.ranks.index :: self.ranks.count]
@@ -171,7 +173,7 @@ class Stepper:
         # Why not the mean of each micro-batch: a mean of means gives short rows more weight than their tokens.
         if self.graphs is None:
             return self._sum(forward_backward(self.objective, self._collate(part), 1 / weight) for part in parts)
-        # Recorded passes cannot know the weight of the step: they use a constant, which is taken out here.
+        # Recorded passes cannot know the step's weight: they use a constant, which is divided out here.
         sums = self._sum(self.graphs.run(self._collate(part, cuda_graphs.PAD_TO)) for part in parts)
         rescale = 1 / (weight * cuda_graphs.SCALE)
         torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], rescale)

@@ -1,4 +1,4 @@
-"""SIGTERM as the request that a run stops."""
+"""Handles SIGTERM as the request to stop a run."""
 
 import signal
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from types import FrameType
 
 
 class Stopped(Exception):
-    """The run was asked to stop while it was not in the loop."""
+    """The run was asked to stop outside the training loop."""
 
 
 class StopSignal:
@@ -22,7 +22,7 @@ class StopSignal:
 
     @contextmanager
     def breaking_off(self) -> Iterator[None]:
-        """Lets SIGTERM raise Stopped at once inside: for long work that can be begun again from nothing."""
+        """Makes SIGTERM raise Stopped at once inside the block: for long work that can be repeated from the start."""
         self._breaks = True
         try:
             self.check()

@@ -1,7 +1,7 @@
 """Examples of a large file: tokens and labels in a temporary file, a few numbers of each row in memory.
 
-Rows are read when a batch asks for their tokens. Not mapped into memory: a mapping that is read from its start to its
-end counts as this process's memory, by which containers are killed.
+Rows are read when a batch needs their tokens. The file is not memory-mapped: pages that were read would count as this
+process's memory, for which containers are killed.
 """
 
 import os
@@ -28,7 +28,7 @@ _PIECE_BYTES = 2**20
 
 
 class StoredRow(Row):
-    """A row whose tokens are read when they are asked for. Its length and its number of labels are known."""
+    """A row whose tokens are read when needed. Its length and its number of labels are known."""
 
     def __init__(self, store: "Store", number: int) -> None:
         self.__dict__["_place"] = store, number  # a row is frozen
@@ -51,7 +51,7 @@ class StoredRow(Row):
 
     @property
     def labelled(self) -> int:
-        """As counted when the row was stored."""
+        """The count from when the row was stored."""
         store, number = self._of
         return store.labelled[number]
 
@@ -62,7 +62,7 @@ class StoredRow(Row):
 
 
 class Store:
-    """Rows in a file. Not safe to fork while it is written."""
+    """Rows in a file. Do not fork while it is being written."""
 
     def __init__(
         self,
@@ -71,53 +71,53 @@ class Store:
         labelled: "array[int] | None" = None,
         example_ends: "array[int] | None" = None,
     ) -> None:
-        """Without the numbers of its rows (`numbers`), the file is empty."""
+        """Without the `numbers` of its rows, the file must be empty."""
         self._file = file
         weakref.finalize(self, _close, self._file)
         self._ends = ends or array("q", [0])
         self.labelled = labelled or array("q")
         self.example_ends = example_ends or array("q", [0])
-        """How many rows stand in the examples up to each."""
+        """The number of rows up to the end of each example."""
         self.reference = array("d")
 
     @classmethod
     def temporary(cls, folder: Path) -> Self:
-        """One in a file that nobody else sees, and that goes with the process."""
+        """Returns a store in a file that is visible to nobody else and removed with the process."""
         return cls(tempfile.TemporaryFile(dir=folder))
 
     @property
     def numbers(self) -> "tuple[array[int], array[int], array[int]]":
-        """What is in memory of the rows, without the reference."""
+        """The data about rows that is in memory, without the reference."""
         return self._ends, self.labelled, self.example_ends
 
     @property
     def tokens(self) -> int:
-        """Of all rows."""
+        """Tokens of all rows."""
         return self._ends[-1]
 
     @property
     def size(self) -> int:
-        """The bytes of all rows in the file."""
+        """Bytes of all rows in the file."""
         return self._ends[-1] * 2 * _ID.itemsize
 
     def pieces(self) -> Iterator[bytes]:
-        """The bytes of all rows."""
+        """Yields the bytes of all rows."""
         for start in range(0, self.size, _PIECE_BYTES):
             yield os.pread(self._file.fileno(), min(_PIECE_BYTES, self.size - start), start)
 
     def add(self, block: Block) -> None:
-        """Writes a block's examples behind the others."""
+        """Appends a block's examples."""
         self._file.write(block.data)
         self._ends.extend(islice(accumulate(block.lengths, initial=self._ends[-1]), 1, None))
         self.labelled.extend(block.labelled)
         self.example_ends.extend(islice(accumulate(block.rows, initial=self.example_ends[-1]), 1, None))
 
     def flush(self) -> None:
-        """To be called before the first row is read."""
+        """Call it before the first row is read."""
         self._file.flush()
 
     def length(self, number: int) -> int:
-        """Returns the tokens of a row."""
+        """Returns the number of tokens of a row."""
         return self._ends[number + 1] - self._ends[number]
 
     @property
@@ -135,19 +135,19 @@ class Store:
         return found
 
     def example(self, number: int) -> Example:
-        """One of the examples, in the order in which they were added."""
+        """Returns an example, by the order in which they were added."""
         first, last = self.example_ends[number], self.example_ends[number + 1]
         rows = tuple(StoredRow(self, place) for place in range(first, last))
         return Example(rows, tuple(self.reference[first:last]))
 
 
 def _close(file: IO[bytes]) -> None:
-    with suppress(OSError):  # of what a full disk did not take, which was said when it was written
+    with suppress(OSError):  # a full disk has already failed the write
         file.close()
 
 
 class _Lazy(Sequence[T]):
-    """A sequence whose items are made when they are asked for."""
+    """A sequence whose items are created on access."""
 
     def __init__(self, count: int, make: Callable[[int], T]) -> None:
         self._count, self._make = count, make
@@ -166,7 +166,7 @@ class _Lazy(Sequence[T]):
 
 
 class StoredExamples(_Lazy[Example]):
-    """The store's examples, and some in memory behind them."""
+    """The store's examples, followed by some in memory."""
 
     def __init__(self, store: Store, more: Sequence[Example] = ()) -> None:
         self.store, self._more = store, list(more)
@@ -186,7 +186,7 @@ class StoredExamples(_Lazy[Example]):
 
     @property
     def rows(self) -> Sequence[Row]:
-        """The rows of all examples, one behind the other."""
+        """The rows of all examples, concatenated."""
         stored = len(self.store.labelled)
         more = [row for example in self._more for row in example.rows]
         return _Lazy(
@@ -195,13 +195,15 @@ class StoredExamples(_Lazy[Example]):
         )
 
     def attach(self, numbers: Iterable[Sequence[float]]) -> None:
-        """Gives each example its `reference`."""
+        """Sets each example's `reference`."""
         assert not self._more, "replay has no reference"
         self.store.reference = array("d", (number for each in numbers for number in each))
 
 
 def keep(blocks: Iterable[Block], folder: Path, most_in_memory: int) -> "list[Example] | StoredExamples":
-    """The blocks' examples: in a list up to so many tokens, above that in a file in `folder`. Raises DiskFull."""
+    """Returns the blocks' examples: up to `most_in_memory` tokens in a list, else in a file in `folder`. Raises
+    DiskFull.
+    """
     held: list[Block] = []
     tokens, coming = 0, iter(blocks)
     for block in coming:
@@ -214,7 +216,7 @@ def keep(blocks: Iterable[Block], folder: Path, most_in_memory: int) -> "list[Ex
 
 
 def store_of(examples: "list[Example] | StoredExamples", folder: Path) -> Store:
-    """Returns the store of the examples, of those in memory one in `folder`."""
+    """Returns the examples' store; for those in memory, a new one in `folder`."""
     if isinstance(examples, StoredExamples):
         return examples.store
     block = Block()
@@ -224,7 +226,7 @@ def store_of(examples: "list[Example] | StoredExamples", folder: Path) -> Store:
 
 
 def read_back(store: Store, most_in_memory: int) -> "list[Example] | StoredExamples":
-    """Returns the store's examples: in a list up to so many tokens."""
+    """Returns the store's examples: in a list up to `most_in_memory` tokens."""
     stored = StoredExamples(store)
     if store.tokens > most_in_memory:
         return stored
@@ -232,7 +234,7 @@ def read_back(store: Store, most_in_memory: int) -> "list[Example] | StoredExamp
 
 
 def _let_go(held: list[Block]) -> Iterator[Block]:
-    """Each block, which is then held here no longer."""
+    """Yields each block and drops the reference to it."""
     held.reverse()
     while held:
         yield held.pop()

@@ -1,4 +1,4 @@
-"""The state of one run in memory: what the loop works on, and how far it is."""
+"""The state of a run in memory: what the loop works on, and its progress."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class Progress:
-    """How far a run is. Together with the weights, the optimizer and the random state this is all of its state."""
+    """A run's progress. With the weights, the optimizer and the random state, this is its whole state."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     best_step: int | None = None
-    best_loss: float | None = None  # the validation loss, or 1 - the task's score where the best is chosen by that
-    gained_loss: float | None = None  # the loss that patience measures the next ones by
+    best_loss: float | None = None  # the validation loss, or 1 - the task's score if the best is chosen by that
+    gained_loss: float | None = None  # the loss with which patience compares the next ones
     stale: int = 0  # evaluations since then
     stopped_early: bool = False
-    wide: dict[str, str] = field(default_factory=dict)  # layers whose products left eight bits, and why
+    wide: dict[str, str] = field(default_factory=dict)  # layers whose products are no longer in eight bits, and why
 
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that a run needs, put together by `run.py`. What changes as it goes on is in its `stepper`."""
+    """Everything that a run needs, assembled by `run.py`. Its `stepper` holds what changes during the run."""
 
     run: Run
     folder: Path
@@ -88,7 +88,7 @@ class Training:
 
     @property
     def shards(self) -> Shards | None:
-        """The model's pieces, where it is cut over the ranks."""
+        """The model's pieces, if it is sharded over the ranks."""
         return self.stepper.shards
 
     @property
@@ -109,10 +109,10 @@ class Training:
 
     @property
     def chooses_by_task(self) -> bool:
-        """Whether the task's score says which step is the best, instead of the validation loss."""
+        """Whether the best step is chosen by the task's score instead of the validation loss."""
         return self.plan.early_stopping is not None and self.plan.early_stopping.metric == "task"
 
     @property
     def keeps_best(self) -> bool:
-        """Whether the best step, by loss or by task, becomes the model, instead of the last."""
+        """Whether the best step, by loss or by task, becomes the model instead of the last."""
         return self.plan.select == "best" or self.plan.early_stopping is not None

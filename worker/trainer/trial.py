@@ -1,9 +1,9 @@
-"""Which techniques a base can be trained with, by training a small copy of its architecture for one step.
+"""Finds the techniques that a base supports, by training a small copy of its architecture for one step.
 
 The copy has the base's classes, flags and kinds of layer, random weights, and is loaded, adapted and run by the
 trainer's own code. That is enough: whether attention, adapters and four bits work on a model depends on its classes
-and flags, not on how many layers, experts and tokens it has, or how wide it is. It needs some megabytes, so that a
-large base can be tried where no GPU is.
+and flags, not on how many layers, experts and tokens it has, or how wide it is. It needs a few megabytes, so that a
+large base can be tried without a GPU.
 """
 
 import logging
@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 
 TECHNIQUES: dict[str, Technique] = {"lora": Lora(r=2), "qlora": Qlora(r=2, compute_dtype="float32"), "full": Full()}
 OPTIONS = {"dropout": Lora(r=2, dropout=0.1), "dora": Lora(r=2, use_dora=True)}
-"""Options that adapters on all layers of some bases cannot have."""
+"""Options that adapters on all layers of some bases do not support."""
 MOST_LAYERS, MOST_TOKENS, LEAST_WIDTH = 8, 512, 256
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _BYTES_A_PARAM = 16
-"""fp32 weights in two copies and their gradients."""
+"""Two copies of fp32 weights, and their gradients."""
 
 
 def model_info(model: Any) -> dict[str, Any]:
@@ -44,14 +44,14 @@ def model_info(model: Any) -> dict[str, Any]:
     """
     with TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         if not _save_small_copy(model, Path(folder)):
-            return {"techniques": dict.fromkeys(TECHNIQUES), **dict.fromkeys(OPTIONS)}  # nothing is known against it
+            return {"techniques": dict.fromkeys(TECHNIQUES), **dict.fromkeys(OPTIONS)}  # nothing speaks against it
         reasons = {name: _reason(Path(folder), technique) for name, technique in TECHNIQUES.items()}
         options = {name: None if reasons["lora"] else _reason(Path(folder), each) for name, each in OPTIONS.items()}
         return {"techniques": reasons, **options}
 
 
 def _save_small_copy(model: Any, folder: Path) -> bool:
-    """Writes the smallest copy that loads and runs unadapted; False when none does."""
+    """Writes the smallest copy that loads and runs without adapters; returns False if there is none."""
     for narrow in (True, False):
         try:
             config = small_config(model, narrow=narrow)
@@ -69,7 +69,7 @@ def _save_small_copy(model: Any, folder: Path) -> bool:
 
 
 def small_config(model: Any, *, narrow: bool) -> Any:
-    """Returns the base's config with fewer layers, experts and tokens, and `narrow` a smaller width."""
+    """Returns the base's config with fewer layers, experts and tokens, and if `narrow` a smaller width."""
     config = type(model.config).from_dict(model.config.to_dict())
     _cut(config, model.config.get_text_config().num_hidden_layers, _layers_of_every_kind(model))
     if narrow:
@@ -81,7 +81,7 @@ def _cut(config: Any, of_layers: int, layers: int) -> None:
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in part.to_dict().items():
             if isinstance(value, list) and len(value) == of_layers:
-                setattr(part, name, value[:layers])  # what is said for each layer
+                setattr(part, name, value[:layers])  # a value for each layer
         for name in _TOKENS:
             if getattr(part, name, None) is not None:
                 setattr(part, name, 0)
@@ -111,7 +111,7 @@ def _narrow(text: Any) -> None:
 
 
 def _layers_of_every_kind(model: Any) -> int:
-    """Returns how many of the first layers have one of each kind among them; two at least, MOST_LAYERS at most."""
+    """Returns how many of the first layers include one of each kind; at least two, at most MOST_LAYERS."""
     text = model.config.get_text_config()
     count = text.num_hidden_layers
     stack = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
@@ -128,7 +128,7 @@ def _classes(layer: nn.Module) -> str:
 
 
 def params(config: Any) -> int:
-    """Returns how many weights the model of a config has."""
+    """Returns the number of parameters of a config's model."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -140,7 +140,7 @@ def _rows() -> list[Row]:
 
 
 def _reason(base: Path, technique: Technique) -> str | None:
-    """Returns why one training step of `technique` on the model in `base` fails; None where it does not."""
+    """Returns why one training step of `technique` on the model in `base` fails; None if it succeeds."""
     recipe, device = RECIPES[technique.type], torch.device("cpu")
     precision = decide(technique, device.type)
     try:

@@ -1,4 +1,4 @@
-"""The loss of a model on a validation file."""
+"""Measures a model's loss on a validation file."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def loss(stepper: Stepper, examples: Sequence[Example]) -> Shown:
-    """Returns the method's loss and accuracy over all examples."""
+    """Returns the method's measures over all examples."""
     ranks, method = stepper.ranks, stepper.objective.method
     sums = over(stepper, examples, lambda parts: _sums(stepper.objective, examples, parts, stepper.device))
     weight = sum(map(method.weight, examples))
@@ -24,8 +24,9 @@ def loss(stepper: Stepper, examples: Sequence[Example]) -> Shown:
 
 
 def over(stepper: Stepper, examples: Sequence[Example], measure: Callable[[list[MicroBatch]], T]) -> T:
-    """What `measure` makes of this rank's examples in micro-batches. Out of memory, it is called again with smaller
-    ones."""
+    """Calls `measure` on this rank's examples in micro-batches and returns its result. If it runs out of memory, it is
+    called again with smaller ones.
+    """
     ranks = stepper.ranks
     mine = list(range(len(examples)))[ranks.index :: ranks.count]
     lengths = [len(example) for example in examples]
@@ -48,7 +49,7 @@ def over(stepper: Stepper, examples: Sequence[Example], measure: Callable[[list[
 def _sums(
     objective: Objective, examples: Sequence[Example], parts: list[MicroBatch], device: torch.device
 ) -> torch.Tensor:
-    """Returns the method's sums of this rank."""
+    """Returns this rank's sums of the method."""
     names = objective.method.sums
     sums = torch.zeros(len(names), dtype=torch.float64, device=device)
     objective.eval()

@@ -1,4 +1,4 @@
-"""The weights of a source, copied as bf16 safetensors, one shard in memory at a time."""
+"""Copies a source's weights as bf16 safetensors, with one shard in memory at a time."""
 
 import json
 from collections import Counter
@@ -17,14 +17,14 @@ _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
 def copy(source: str, folder: Path, out: Path, skeleton: Any) -> None:
-    """Writes the weights in `folder` into `out`; `skeleton` is their model without weights. Raises UnusableModel."""
+    """Writes the weights in `folder` to `out`; `skeleton` is their model without weights. Raises UnusableModel."""
     shards = _shards(source, folder)
     keep = dtypes.keeps(skeleton)
     sixteen_bits = _is_mostly_16_bits(source, shards)
     weight_map: dict[str, str] = {}
     for shard in shards:
         tensors = {
-            # In a 16-bit file, what is fp32 was meant to be, whatever its name.
+            # In a 16-bit file, fp32 is intended, whatever the weight's name.
             name: tensor if sixteen_bits and tensor.dtype == torch.float32 else dtypes.to_bf16(name, tensor, keep)
             for name, tensor in _read(source, shard).items()
         }
@@ -49,7 +49,7 @@ def _shards(source: str, folder: Path) -> list[Path]:
 
 
 def _is_mostly_16_bits(source: str, shards: list[Path]) -> bool:
-    """Whether most bytes of the floating-point weights are of a 16-bit type."""
+    """Whether most bytes of the floating-point weights are in 16-bit types."""
     sizes: Counter[bool] = Counter()
     for shard in shards:
         with _opened(source, shard) as file:
@@ -79,9 +79,9 @@ def _damaged(source: str, shard: Path, error: Exception) -> UnusableModel:
 
 
 def _untangle(source: str, out: Path, skeleton: Any, weight_map: dict[str, str]) -> None:
-    """Removes the second copy of a tied weight. Raises UnusableModel where the two differ.
+    """Removes the second copy of a tied weight. Raises UnusableModel if the two differ.
 
-    A loader that ties them would drop one, one that does not would train both: two models from the same files.
+    A loader that ties them would drop one, another would train both: two different models from the same files.
     """
     for copied, original in skeleton.all_tied_weights_keys.items():
         if copied not in weight_map or original not in weight_map:

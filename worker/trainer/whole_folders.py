@@ -1,4 +1,4 @@
-"""Folders that are complete or absent: written beside their name, flushed to the disk and renamed."""
+"""Writes folders that are complete or absent: under a temporary name, flushed to disk and renamed."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from tunery.failures import DiskFull
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes a folder. Raises DiskFull; then nothing is left of what was written, and what was there before is."""
+    """Writes a folder. Raises DiskFull, after which the partial folder is removed and an earlier one is kept."""
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with room_for(f"{path.parent.name}/{path.name}", path.parent, partial):
@@ -22,14 +22,14 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         for file in partial.rglob("*"):
             _flush(file)
         _flush(partial)
-    shutil.rmtree(path, ignore_errors=True)  # a run that went back to an older snapshot comes by here again
+    shutil.rmtree(path, ignore_errors=True)  # a run that resumed from an older snapshot may write it again
     partial.rename(path)
     _flush(path.parent)
 
 
 @contextmanager
 def room_for(what: str, folder: Path, partial: Path) -> Iterator[None]:
-    """Removes `partial` where writing it fails. Raises DiskFull, which names the newest state in `folder`."""
+    """Removes `partial` if the block fails. Raises DiskFull, which names the newest state in `folder`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -40,7 +40,7 @@ def room_for(what: str, folder: Path, partial: Path) -> Iterator[None]:
 
 
 def _is_full(error: OSError | SafetensorError) -> bool:
-    """Whether a write failed for want of room; safetensors says so in words alone."""
+    """Whether a write failed because the disk is full; safetensors only says so in its message."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError):
         return error.errno in full
@@ -61,7 +61,7 @@ def _flush(path: Path) -> None:
 
 
 def drop_old(folder: Path, keep: int, spared: int | None = None) -> None:
-    """Removes all but the newest `keep`, and that of the step `spared`."""
+    """Removes all but the newest `keep` folders and that of the step `spared`."""
     steps = sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
     for step in steps[:-keep]:
         if step != spared:

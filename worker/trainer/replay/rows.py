@@ -18,7 +18,7 @@ EPOCHS = {"cpu": 1}
 
 
 def add(rows: Rows, plan: Plan, base: own.Base, warnings: list[str]) -> tuple[Rows, Replayed | None]:
-    """The rows with the replay that the plan asks for, and what came of it. Raises InvalidTrainingFile, Stopped."""
+    """Adds the plan's replay; returns the rows and what was added. Raises InvalidTrainingFile, Stopped."""
     replay = plan.replay
     if replay is None:
         return rows, None
@@ -38,7 +38,9 @@ def add(rows: Rows, plan: Plan, base: own.Base, warnings: list[str]) -> tuple[Ro
 
 
 def _own_rows(base: own.Base, replay: Replay, longest: int, enough: int) -> tuple[list[Example], int, int]:
-    """Rows of the base's own answers, at most `enough`; how many prompts it was asked, and how many answers ended."""
+    """Returns at most `enough` rows of the base's own answers, and how many prompts it was asked and answered to the
+    end.
+    """
     asked = _that_fit(base, prompts.load(base.template, longest - replay.max_new_tokens), replay.max_new_tokens)
     found: list[list[Example]] = []
 
@@ -53,7 +55,7 @@ def _own_rows(base: own.Base, replay: Replay, longest: int, enough: int) -> tupl
 
 
 def _that_fit(base: own.Base, asked: list[Prompt], limit: int) -> list[Prompt]:
-    """Returns those whose answers the model's positions reach and that can share a batch."""
+    """Returns the prompts whose answers fit into the model's positions and that can share a batch."""
     causal = base.objective.causal
     context = getattr(causal.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     lengths = rope.of(causal)
@@ -62,9 +64,9 @@ def _that_fit(base: own.Base, asked: list[Prompt], limit: int) -> list[Prompt]:
 
 
 def _encode(template: ChatTemplate, prompt: Prompt, answer: str | None, longest: int) -> list[Example]:
-    """The row of an answer that ended, as a row of a file would be; none where it does not fit or teaches nothing.
+    """Returns the row of an answer that ended, as from a file; none if it does not fit or teaches nothing.
 
-    Only the answer is learned: earlier ones of a conversation are other people's.
+    Only the answer is trained: earlier answers in a conversation are not the base's.
     """
     if answer is None:
         return []

@@ -1,7 +1,7 @@
-"""`python -m worker.trainer.scoring FOLDER`: an adapter and its base on test rows, without training.
+"""`python -m worker.trainer.scoring FOLDER`: scores an adapter and its base on test rows, without training.
 
-FOLDER is a run directory (`tunery.spec.Run`) with an adapter. Into `out/` go `scorecard.json` and `answers.jsonl`. What
-the user can change is one line on standard error and exit code 65.
+FOLDER is a run directory (`tunery.spec.Run`) with an adapter. It writes `scorecard.json` and `answers.jsonl` to `out/`.
+An error that the user can correct is one line on standard error and exit code 65.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Questions from test rows, and a model's greedy answers to them."""
+"""Makes questions of test rows, and generates a model's greedy answers to them."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -20,15 +20,15 @@ from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Training
 
 ANSWER_BATCH = {"cpu": 16, "cuda": 96}
-"""Rows answered at once. More would be faster on a large GPU, were it not for the slowest row of each batch."""
+"""Rows answered at once. More would be faster on a large GPU, but each batch waits for its slowest row."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A test row: the prompt's tokens, the wanted answer, and the messages for people to read.
+    """A test row: the prompt's tokens, the wanted answer, and the messages in readable form.
 
-    `is_call`: the answer makes tool calls, which are compared by name and arguments. `tokens`: those of the wanted
-    answer, without the stop token. `row`: its number in the file, from 1. `tools`: those that the row offers.
+    `is_call`: the answer makes tool calls, which are compared by name and arguments. `tokens`: how many the wanted
+    answer has, without the stop token. `row`: its number in the file, from 1. `tools`: those that the row offers.
     """
 
     prompt_ids: list[int]
@@ -41,9 +41,9 @@ class Question:
 
 
 def questions(template: ChatTemplate, examples: list[messages.Example]) -> list[Question]:
-    """One question a row: its last message is the wanted answer, as the template makes the model say it.
+    """Returns one question per row: the last message is the wanted answer, as the template renders it.
 
-    Rows whose wanted answer is empty are left out; their validation has named them. Raises InvalidTrainingFile.
+    Rows with an empty wanted answer are left out; validation has named them. Raises InvalidTrainingFile.
     """
     found = []
     for number, example in enumerate(examples, start=1):
@@ -60,23 +60,24 @@ def questions(template: ChatTemplate, examples: list[messages.Example]) -> list[
 
 
 def token_limit(evaluation: Evaluation, asked: list[Question]) -> int:
-    """Returns tokens that an answer to any of the questions may have."""
+    """Returns how many tokens an answer to any of the questions may have."""
     return answer_limit(evaluation, max((question.tokens for question in asked), default=0))
 
 
 def texts(t: Training, given: list[list[int]]) -> list[str]:
-    """Returns what the ids of answers say."""
+    """Decodes the ids of answers."""
     return [t.template.answer_text(ids) for ids in given]
 
 
 def generate(t: Training, asked: list[Question], *, base: bool) -> list[str]:
-    """Greedy answers of the tuned model, or of the base under its adapter. Raises Stopped between batches."""
+    """Returns greedy answers of the tuned model, or of the base under its adapter. Raises Stopped between batches."""
     return texts(t, generate_ids(t, asked, base=base))
 
 
 def generate_ids(t: Training, asked: list[Question], *, base: bool) -> list[list[int]]:
-    """The ids of greedy answers of the tuned model, or of the base under its adapter, each with the stop token that
-    ended it. Raises Stopped between batches."""
+    """Returns the ids of greedy answers of the tuned model, or of the base under its adapter, each with the stop token
+    that ended it. Raises Stopped between batches.
+    """
 
     @contextmanager
     def announced(count: int) -> Iterator[None]:
@@ -90,14 +91,14 @@ def generate_ids(t: Training, asked: list[Question], *, base: bool) -> list[list
 def generate_counted(
     t: Training, asked: list[Question], limit: int, *, base: bool, around: Callable[[int], AbstractContextManager[None]]
 ) -> list[str]:
-    """Greedy answers of at most `limit` tokens, each batch given inside `around`, which gets the number of its rows."""
+    """Returns greedy answers of at most `limit` tokens. Each batch runs inside `around`, given its number of rows."""
     return texts(t, _answer(t, asked, base=base, stop_signal=t.stop_signal, around=around, limit=limit))
 
 
 def answer_at_once(t: Training, asked: list[Question]) -> list[str]:
-    """Greedy answers of the model as it is now, between two steps of its training.
+    """Returns greedy answers of the current model, between two steps of its training.
 
-    Why it cannot be stopped: a run that resumes would go on without this evaluation.
+    Why it cannot be stopped: a resumed run would continue without this evaluation.
     """
     return texts(t, _answer(t, asked, base=False, stop_signal=StopSignal(), around=lambda _: nullcontext()))
 
@@ -111,14 +112,14 @@ def _answer(
     around: Callable[[int], AbstractContextManager[None]],
     limit: int | None = None,
 ) -> list[list[int]]:
-    """Returns the ids of all ranks' answers. Each batch is given inside `around`, which gets the number of its rows.
+    """Returns the ids of all ranks' answers. Each batch runs inside `around`, which gets its number of rows.
 
-    `limit`: tokens of an answer; None: by the longest wanted one.
+    `limit`: the most tokens of an answer; None: by the longest wanted one.
     """
     model: Any = t.objective.model
     without_adapter = model.disable_adapter() if base and isinstance(model, PeftModel) else nullcontext()
     mine = list(range(len(asked)))[t.ranks.index :: t.ranks.count]
-    mine.sort(key=lambda i: len(asked[i].prompt_ids))  # like lengths together: the padding of a batch costs time
+    mine.sort(key=lambda i: len(asked[i].prompt_ids))  # similar lengths together: padding costs time
     given: list[tuple[int, list[int]]] = []
     limit = token_limit(t.plan.evaluation, asked) if limit is None else limit
     t.objective.eval()
@@ -126,7 +127,7 @@ def _answer(
         size = ANSWER_BATCH[t.device.type]
         for _ in t.ranks.turns(stop_signal, lambda: len(given) < len(mine)):
             if len(given) == len(mine):
-                continue  # the others are not done
+                continue  # other ranks are not done
             chosen = _alike(t, asked, mine[len(given) : len(given) + size], limit)
             try:
                 with around(len(chosen)):
@@ -141,7 +142,7 @@ def _answer(
 
 
 def _alike(t: Training, asked: list[Question], candidates: list[int], limit: int) -> list[int]:
-    """The first of the candidates that can share a batch: one alone where its answer may change the model's RoPE."""
+    """Returns the first candidates that can share a batch: only one if its answer may change the model's RoPE."""
     lengths = rope.of(t.objective.causal)
     sizes = [len(asked[i].prompt_ids) for i in candidates]
     if lengths.changes(sizes[0], sizes[0] + limit):
@@ -151,6 +152,6 @@ def _alike(t: Training, asked: list[Question], candidates: list[int], limit: int
 
 
 def _generate_batch(t: Training, prompts: list[list[int]], limit: int) -> list[list[int]]:
-    """Returns the ids of greedy answers to one batch of prompts, without the padding after a stop token."""
+    """Returns the ids of greedy answers to a batch of prompts, without the padding after a stop token."""
     given = generation.greedy(t.objective.causal, t.template, prompts, limit)
     return [ids[: t.template.answer_length(ids) + 1] for ids in given]

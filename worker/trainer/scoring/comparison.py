@@ -1,4 +1,4 @@
-"""The base and the tuned model on the same test rows: the scorecard, by answers or by preferences."""
+"""Compares the base and the tuned model on the same test rows: the scorecard, by answers or by preferences."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +17,13 @@ from worker.trainer.scoring.preferences import Pairs
 from worker.trainer.training import Training
 
 Asked = list[answers.Question] | Pairs
-"""What the scorecard asks of both models."""
+"""The scorecard's questions for both models."""
 Scored = tuple[Score, list[dict[str, Any]]]
 """The scorecard and every row's answers."""
 
 
 def questions(t: Training) -> Asked:
-    """Returns what is asked of both models; nothing without a test file. Raises InvalidTrainingFile."""
+    """Returns the questions for both models; nothing without a test file. Raises InvalidTrainingFile."""
     path = t.folder / "data" / "test.jsonl"
     if not path.exists() or t.plan.evaluation.test_file is None:
         return []
@@ -32,7 +32,7 @@ def questions(t: Training) -> Asked:
     if pairs := [example for example in examples if isinstance(example, Pair)]:
         return preferences.prepare(t, pairs)
     asked = answers.questions(t.template, examples)
-    models = 4 if unquantised.is_asked(t) else 2  # the base and the tuned one, maybe in two precisions
+    models = 4 if unquantised.is_asked(t) else 2  # base and tuned model, perhaps in two precisions
     count = models * len(asked[t.ranks.index :: t.ranks.count])
     batch, tokens = answers.ANSWER_BATCH[t.device.type], answers.token_limit(t.plan.evaluation, asked)
     prompt = sum(len(question.prompt_ids) for question in asked) / max(1, len(asked))
@@ -41,14 +41,14 @@ def questions(t: Training) -> Asked:
 
 
 def _answer(t: Training, asked: Asked, *, base: bool) -> list[Any]:
-    """Returns what a model says to the questions, or how likely it makes the answers of pairs."""
+    """Returns a model's answers to the questions, or its log-probabilities of the answers of pairs."""
     if isinstance(asked, Pairs):
         return preferences.measure(t, asked, base=base)
     return answers.generate(t, asked, base=base)
 
 
 def _answer_tuned(t: Training, asked: Asked) -> list[Any]:
-    """Returns what the tuned model says, whose tokens are kept for the check of the model that is served."""
+    """Returns the same for the tuned model; its tokens are kept for the check of the served model."""
     if isinstance(asked, Pairs):
         return preferences.measure(t, asked, base=False)
     given = answers.generate_ids(t, asked, base=False)
@@ -57,7 +57,7 @@ def _answer_tuned(t: Training, asked: Asked) -> list[Any]:
 
 
 def answers_before_training(t: Training, asked: Asked) -> list[Any] | None:
-    """The base's answers, where training overwrites the base; None where an adapter can be switched off later."""
+    """Returns the base's answers if training overwrites the base; None if an adapter can be switched off later."""
     if isinstance(t.objective.model, PeftModel) or not asked:
         return None
     t.writer.write(Phase(phase="evaluating"))
@@ -65,14 +65,14 @@ def answers_before_training(t: Training, asked: Asked) -> list[Any] | None:
 
 
 def general_before_training(t: Training, probe: general.Probe | None) -> general.Baseline | None:
-    """Measures the base on the general benchmark, where training overwrites the base."""
+    """Measures the base on the general benchmark if training overwrites the base."""
     if isinstance(t.objective.model, PeftModel) or probe is None:
         return None
     return general.describe_base(t, probe)
 
 
 def compare_general(t: Training, probe: general.Probe | None, base: general.Baseline | None) -> GeneralScore | None:
-    """Measures the tuned model on the general benchmark beside the base, which is measured now unless it was before."""
+    """Compares the tuned model with the base on the general benchmark; measures the base now unless it was before."""
     return None if probe is None else general.compare(t, probe, base or general.describe_base(t, probe))
 
 
@@ -82,7 +82,7 @@ def score(
     base_answers: list[Any] | None,
     measure_general: Callable[[], GeneralScore | None],
 ) -> Scored | None:
-    """Returns the scorecard; every rank answers its share."""
+    """Returns the scorecard; every rank answers its part."""
     if not asked:
         return None
     with t.timer.measure_rest("scores"):

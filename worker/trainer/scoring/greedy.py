@@ -1,6 +1,6 @@
-"""`greedy.jsonl`: what the tuned model answered to some of the test rows, token by token.
+"""Writes `greedy.jsonl`: the tuned model's answers to some of the test rows, token by token.
 
-The model server, loaded with the files that the run leaves, has to give the same answers before they are published.
+The model server, loaded with the run's files, has to give the same answers before the model is published.
 """
 
 from tunery.trainer_protocol import GREEDY, GreedyAnswer
@@ -12,7 +12,7 @@ MOST_ROWS = 64
 
 
 def keep(t: Training, asked: list[answers.Question], given: list[list[int]]) -> None:
-    """Writes rows spread over the file, with the prompts and the answers as the model had and gave them."""
+    """Writes rows spread over the file, with the exact prompts and answers of the model."""
     if not t.ranks.is_main:
         return
     limit = answers.token_limit(t.plan.evaluation, asked)

@@ -1,4 +1,4 @@
-"""Confidence intervals of shares and means, and of their differences on the same rows."""
+"""Confidence intervals of fractions and means, and of their differences on the same rows."""
 
 import math
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from tunery.planning.intervals import wilson
 def paired_interval(both: int, only_first: int, only_second: int, n: int) -> tuple[float, float]:
     """95 % interval of the difference of two shares on the same n rows.
 
-    Newcombe 1998, Statistics in Medicine 17:2635-2650, method 10: Wilson intervals of each share, combined with the
-    correlation of the pairs. Holds near 0 and 1 too, where the usual normal interval has no width.
+    Newcombe 1998, Statistics in Medicine 17:2635-2650, method 10: Wilson intervals of each fraction, combined with the
+    correlation of the pairs. It also holds near 0 and 1, where the usual normal interval has no width.
     """
     neither = n - both - only_first - only_second
     first, second = (both + only_first) / n, (both + only_second) / n
@@ -28,7 +28,7 @@ def paired_interval(both: int, only_first: int, only_second: int, n: int) -> tup
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The exact two-sided p of McNemar's test: that chance alone parts the rows on which two models differ so unevenly.
+    """Returns the exact two-sided p-value of McNemar's test on the rows on which two models differ.
 
     McNemar 1947, Psychometrika 12:153-157; the exact form is a binomial test of a fair coin.
     """
@@ -38,19 +38,19 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 Parts = Sequence[tuple[float, float]]
-"""Of each row, what is summed above a figure's fraction line and what below."""
+"""For each row, its part of the numerator and of the denominator of a figure."""
 
 
 def bootstrap_interval(first: Parts, second: Parts, *, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95 % interval of the difference of two figures on the same rows: percentiles of a paired bootstrap.
+    """Returns the 95 % interval of two figures' difference on the same rows: percentiles of a paired bootstrap.
 
-    Efron and Tibshirani 1993, chapter 13. Rows are drawn with replacement, both models' together; the same seed gives
-    the same interval. Fewer than about 20 rows make it too narrow.
+    Efron and Tibshirani 1993, chapter 13. Rows are drawn with replacement, for both models together; the same seed
+    gives the same interval. With fewer than about 20 rows it is too narrow.
     """
     rows = torch.tensor([[*a, *b] for a, b in zip(first, second, strict=True)], dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     gains = []
-    for _ in range(draws):  # one draw after the other: all at once would hold draws times rows indexes
+    for _ in range(draws):  # one draw at a time: all at once would hold draws times rows indexes
         sums = rows[torch.randint(len(rows), (len(rows),), generator=generator)].sum(0)
         gains.append(sums[0] / sums[1].clamp(min=1e-12) - sums[2] / sums[3].clamp(min=1e-12))
     low, high = torch.stack(gains).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

@@ -1,4 +1,4 @@
-"""How long an answer takes where its request is alone: in a batch each waits for the others."""
+"""Measures how long an answer takes if its request is alone: in a batch each waits for the others."""
 
 import statistics
 import time
@@ -14,11 +14,11 @@ from worker.trainer.scoring.preferences import Pairs
 from worker.trainer.training import Training
 
 _ROWS = 5
-"""Test rows that a job's tuned model answers alone: each costs the job the time of an answer."""
+"""Test rows that a job's tuned model answers one by one: each costs the job the time of an answer."""
 
 
 def measure(t: Training, asked: Asked, scored: Scored | None) -> Latency | None:
-    """Returns the latency of the tuned model; None where it was asked for no answers. Raises Stopped."""
+    """Returns the tuned model's latency; None if it gave no answers. Raises Stopped."""
     if scored is None or isinstance(asked, Pairs):
         return None
     with t.timer.measure_rest("scores"):
@@ -40,7 +40,7 @@ def _measure(t: Training, asked: list[Question], texts: Sequence[str]) -> Latenc
 
 
 def median_seconds(asked: Sequence[Question], answer: Callable[[Question], object], *, rows: int) -> float:
-    """The median seconds of an answer to one question alone, over at most `rows` questions spread over the file."""
+    """Returns the median seconds of an answer to one question alone, over `rows` questions spread over the file."""
     count = min(len(asked), rows)
     times = []
     for question in [asked[i * len(asked) // count] for i in range(count)]:
@@ -51,5 +51,5 @@ def median_seconds(asked: Sequence[Question], answer: Callable[[Question], objec
 
 
 def count_tokens(t: Training, text: str) -> int:
-    """Returns tokens of an answer."""
+    """Returns the number of tokens of an answer."""
     return len(t.template.tokenizer.encode(text, add_special_tokens=False).ids)

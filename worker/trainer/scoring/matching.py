@@ -1,4 +1,4 @@
-"""Comparisons of an answer with the wanted one: as text, as JSON, as tool calls and field by field."""
+"""Compares an answer with the wanted one: as text, as JSON, as tool calls and field by field."""
 
 import json
 import re
@@ -14,21 +14,21 @@ _FENCE = re.compile(r"\A```(?:json)?[ \t]*\n(.*)\n```\Z", re.DOTALL)
 
 
 def matches(wanted: str, answer: str, *, is_call: bool = False) -> bool:
-    """Whether an answer is right: equal text, but for blanks at the ends and the spelling of JSON in it.
+    """Whether an answer is right: equal text, except for whitespace at the ends and the spelling of JSON in it.
 
-    The order of keys, blanks and the spelling of numbers in JSON do not matter: 10.0 equals 10. `is_call`: nor do the
-    ids of tool calls, which nobody can guess.
+    In JSON, the order of keys, whitespace and the spelling of numbers do not matter: 10.0 equals 10. `is_call`: nor do
+    the ids of tool calls, which are random.
     """
     return _canonical(wanted, is_call) == _canonical(answer, is_call)
 
 
 def without_reasoning(text: str) -> str:
-    """Returns the answer behind a leading think block, without blanks at the ends."""
+    """Returns the answer after a leading think block, without whitespace at the ends."""
     return _REASONING.sub("", text).strip()
 
 
 def parse_json(text: str) -> Any:
-    """Returns the object or array that the whole answer is, behind any reasoning; None where it is none."""
+    """Returns the object or array that the whole answer is, after any reasoning; None if it is neither."""
     try:
         value = json.loads(without_reasoning(text), parse_constant=_refuse)
     except (ValueError, RecursionError):
@@ -37,7 +37,7 @@ def parse_json(text: str) -> Any:
 
 
 def without_fence(text: str) -> str:
-    """Returns the text inside a code fence around the whole answer; the answer itself where there is none."""
+    """Returns the text inside a code fence around the whole answer; the answer itself if there is none."""
     answer = without_reasoning(text)
     found = _FENCE.match(answer)
     return found[1] if found else answer
@@ -46,7 +46,7 @@ def without_fence(text: str) -> str:
 def fields(value: Any) -> Counter[tuple[str, str]]:
     """Returns the path and value of every leaf of a JSON value. An empty object or array is a leaf."""
     found: Counter[tuple[str, str]] = Counter()
-    waiting = [("", value)]  # why not by recursion: a model may nest as deep as the parser takes it
+    waiting = [("", value)]  # why not recursion: a model may nest as deeply as the parser allows
     while waiting:
         path, value = waiting.pop()
         if isinstance(value, dict) and value:
@@ -59,7 +59,7 @@ def fields(value: Any) -> Counter[tuple[str, str]]:
 
 
 def calls(text: str) -> list[tuple[str, str]]:
-    """Returns the name and the arguments, in one spelling, of every tool call that is written as JSON in the text."""
+    """Returns the name and the arguments, in canonical form, of every tool call written as JSON in the text."""
     return sorted(call for _, value in _pieces(text) for call in _calls_of(_bare_calls(value)))
 
 
@@ -74,7 +74,7 @@ def _calls_of(value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _canonical(text: str, is_call: bool) -> list[str]:
-    """Returns the text in pieces, its JSON objects and arrays in one spelling."""
+    """Returns the text in pieces, with its JSON objects and arrays in canonical form."""
     pieces: list[str] = []
     for before, value in _pieces(text):
         pieces.append(before.strip())
@@ -84,7 +84,7 @@ def _canonical(text: str, is_call: bool) -> list[str]:
 
 
 def _pieces(text: str) -> Iterator[tuple[str, Any]]:
-    """The JSON objects and arrays of a text, each with the text before it; then the rest, with None."""
+    """Yields a text's JSON objects and arrays, each with the text before it; then the rest, with None."""
     start = place = 0
     while found := _JSON.search(text, place):
         place = found.start()
@@ -94,7 +94,7 @@ def _pieces(text: str) -> Iterator[tuple[str, Any]]:
         except ValueError:
             place += 1
             continue
-        except RecursionError:  # brackets without an end, thousands of them: nothing to compare as JSON
+        except RecursionError:  # thousands of unclosed brackets: nothing to compare as JSON
             break
         yield text[start:place], value
         start = place = end
@@ -102,12 +102,12 @@ def _pieces(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _spelled(value: Any) -> str:
-    """Returns the one spelling of a JSON value. Raises RecursionError."""
+    """Returns a JSON value in canonical form. Raises RecursionError."""
     return json.dumps(_number(value), sort_keys=True)
 
 
 def _number(value: Any) -> Any:
-    """Returns the value with 10 for 10.0 wherever it stands. Raises RecursionError."""
+    """Returns the value with integers for whole floats at any depth. Raises RecursionError."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, list):
@@ -118,7 +118,7 @@ def _number(value: Any) -> Any:
 
 
 def _bare_calls(value: Any) -> Any:
-    """Tool calls in a JSON value without their ids, their arguments as objects. Raises RecursionError."""
+    """Returns a JSON value's tool calls without their ids, with arguments as objects. Raises RecursionError."""
     if isinstance(value, list):
         return [_bare_calls(item) for item in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The metrics of a task, chosen by what its test rows want."""
+"""The metrics of a task, chosen by its test rows' wanted answers."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,22 +25,22 @@ class Metric:
     is_binary: bool = False
 
     def rates(self, asked: Sequence[Question], answers: Sequence[str]) -> list[tuple[float, float]]:
-        """Returns both numbers of each answer."""
+        """Returns both numbers for each answer."""
         return [self.rate(question, answer) for question, answer in zip(asked, answers, strict=True)]
 
 
 def figure(rates: Sequence[tuple[float, float]]) -> float:
-    """Returns the metric of all rows, from both numbers of each."""
+    """Returns the metric over all rows, from both numbers of each."""
     return sum(part for part, _ in rates) / (sum(whole for _, whole in rates) or 1)
 
 
 def fraction(name: str, holds: Callable[[Question, str], bool]) -> Metric:
-    """Returns the metric of the rows for which something holds."""
+    """Returns a metric: the fraction of rows for which `holds` is true."""
     return Metric(name, lambda question, answer: (float(holds(question, answer)), 1.0), is_binary=True)
 
 
 def mean(name: str, score: Callable[[Question, str], float]) -> Metric:
-    """Returns the metric of a score of each row."""
+    """Returns a metric: the mean of each row's score."""
     return Metric(name, lambda question, answer: (score(question, answer), 1.0))
 
 
@@ -67,13 +67,13 @@ def _field_overlap(question: Question, answer: str) -> tuple[float, float]:
 
 
 def _as_wanted(question: Question, answer: str) -> str:
-    """Returns the answer without the code fence that the wanted one has too."""
+    """Returns the answer without a code fence if the wanted answer has one too."""
     fenced = matching.without_fence(question.wanted) != matching.without_reasoning(question.wanted)
     return matching.without_fence(answer) if fenced else answer
 
 
 def label(answer: str) -> str:
-    """Returns an answer as a label: in lower case, without blanks, quotes and a full stop around it."""
+    """Returns an answer as a label: in lower case, without whitespace, quotes and a full stop around it."""
     words = " ".join(matching.without_reasoning(answer).casefold().split())
     return words.strip(" .!\"'`") or words
 
@@ -89,11 +89,13 @@ METRICS: dict[Task, tuple[Metric, ...]] = {
         EXACT,
     ),
 }
-"""By task, the one to reach for first."""
+"""The metrics of each task, the primary one first."""
 
 
 def detect_task(asked: Sequence[Question]) -> Task | None:
-    """What the wanted answers are: tool calls, JSON, labels or free text; None where calls are written in no JSON."""
+    """Returns what the wanted answers are: tool calls, JSON, labels or free text; None if calls are not written in
+    JSON.
+    """
     if any(question.is_call for question in asked):
         return "calls" if all(matching.calls(question.wanted) for question in asked if question.is_call) else None
     if all(_is_json(question, question.wanted) for question in asked):
@@ -102,7 +104,7 @@ def detect_task(asked: Sequence[Question]) -> Task | None:
 
 
 def _are_labels(wanted: list[str]) -> bool:
-    """Whether the answers are short and most of them come more than once."""
+    """Whether the answers are short and most of them occur more than once."""
     short = all(
         len(answer) <= _LABEL_CHARACTERS and len(answer.split()) <= _LABEL_WORDS and "\n" not in answer
         for answer in wanted

@@ -1,4 +1,4 @@
-"""The scorecard of held-out pairs: how often base and tuned model make the preferred answer the likelier one."""
+"""The scorecard of held-out pairs: how often base and tuned model find the preferred answer more likely."""
 
 import json
 from contextlib import nullcontext
@@ -19,7 +19,7 @@ from worker.trainer.training import Training
 
 @dataclass(frozen=True)
 class Pairs:
-    """Test pairs: of each, the sequences with both answers, and what people are shown of it."""
+    """Test pairs: for each, the sequences with both answers, and its readable form."""
 
     examples: list[Example]
     shown: list[dict[str, Any]]
@@ -29,7 +29,7 @@ class Pairs:
 
 
 def prepare(t: Training, found: list[Pair]) -> Pairs:
-    """The pairs in tokens. Those of which the cut leaves no difference are left out. Raises InvalidTrainingFile."""
+    """Encodes the pairs. Those without a difference after truncation are left out. Raises InvalidTrainingFile."""
     examples, shown = [], []
     for number, pair in enumerate(found, start=1):
         encoded = encode_pair(t.template, pair, number, max_length=t.plan.max_seq_length, role="test")
@@ -45,7 +45,7 @@ def _text(message: Message) -> str:
 
 
 def measure(t: Training, pairs: Pairs, *, base: bool) -> list[list[float]]:
-    """Returns the log-probabilities of both answers of each pair, by the tuned model or the base under its adapter.
+    """Returns the log-probabilities of each pair's answers, by the tuned model or the base under its adapter.
 
     Raises Stopped.
     """
@@ -57,8 +57,8 @@ def measure(t: Training, pairs: Pairs, *, base: bool) -> list[list[float]]:
 def score(pairs: Pairs, base: list[list[float]], tuned: list[list[float]]) -> tuple[Score, list[dict[str, Any]]]:
     """Returns the scorecard and every pair's log-probabilities.
 
-    `preferred` compares whole answers, as DPO does; `preferred_norm` their means over tokens, which does not favour
-    short answers.
+    `preferred` compares whole answers, as DPO does; `preferred_norm` their means per token, which does not favour short
+    answers.
     """
     lengths = [[row.labelled for row in example.rows] for example in pairs.examples]
     means = [_divided(found, lengths) for found in (base, tuned)]
@@ -74,7 +74,7 @@ def score(pairs: Pairs, base: list[list[float]], tuned: list[list[float]]) -> tu
 
 
 def _judged(model: str, shown: dict[str, Any], found: list[float]) -> dict[str, Any]:
-    """Returns the answer that a model makes the likelier one, and whether that is the preferred one."""
+    """Returns the answer that a model finds more likely, and whether it is the preferred one."""
     is_right = found[0] > found[1]
     return {
         model: shown["wanted" if is_right else "other"],

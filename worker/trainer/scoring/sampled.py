@@ -1,6 +1,6 @@
-"""The task's score on a sample of the validation rows, measured at every evaluation of a run.
+"""Measures the task's score on a sample of the validation rows, at every evaluation of a run.
 
-Why not on the test rows: a step that is chosen by them would make the scorecard flatter the model.
+Why not on the test rows: choosing a step by them would make the scorecard too favourable.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ _SHOWN, _SHOWN_CHARACTERS = 3, 500
 
 
 def questions(folder: Path, plan: Plan, template: ChatTemplate) -> list[Question]:
-    """Questions from `evaluation.task_rows` validation rows, spread over the file. Raises InvalidTrainingFile."""
+    """Returns questions from `evaluation.task_rows` validation rows across the file. Raises InvalidTrainingFile."""
     path, count = folder / "data" / "valid.jsonl", plan.evaluation.task_rows
     if not count or not path.exists():
         return []
@@ -35,7 +35,7 @@ def questions(folder: Path, plan: Plan, template: ChatTemplate) -> list[Question
 
 
 def measure(t: Training) -> dict[str, Any]:
-    """Returns the task's fields of an `Evaluated` message; none where nobody asked for them."""
+    """Returns the task's fields of an `Evaluated` message; none if they are not asked for."""
     asked = t.task_questions
     if not asked:
         return {}

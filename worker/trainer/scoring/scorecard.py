@@ -1,4 +1,4 @@
-"""The scorecard: answers of base and tuned model to the same questions, compared."""
+"""The scorecard: compares answers of base and tuned model to the same questions."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -55,12 +55,12 @@ def assemble(
 
 
 def compare(metric: Metric, asked: list[Question], base: list[str], tuned: list[str]) -> Measure:
-    """Returns a metric of both models, and the 95 % interval of its gain on the same rows."""
+    """Returns a metric for both models, and the 95 % interval of its gain on the same rows."""
     return compare_rates(metric.rates(asked, base), metric.rates(asked, tuned), is_binary=metric.is_binary)
 
 
 def compare_rates(before: Rates, after: Rates, *, is_binary: bool) -> Measure:
-    """Returns both models' figure of the same rows, from both numbers of each; see `Metric`."""
+    """Returns both models' figures on the same rows, from both numbers of each row; see `Metric`."""
     first, second = metrics.figure(before), metrics.figure(after)
     p = None
     if is_binary:
@@ -89,7 +89,7 @@ def _by_label(asked: list[Question], base: list[str], tuned: list[str]) -> dict[
 
 
 def pick_samples(rows: list[dict[str, Any]], count: int = 5) -> list[Sample]:
-    """Returns rows spread evenly over the file: a pick of the best would tell nothing."""
+    """Returns rows spread evenly over the file: the best ones would not be representative."""
     chosen = [rows[i * len(rows) // count] for i in range(min(count, len(rows)))] if len(rows) > count else rows
     return [
         Sample(

@@ -1,4 +1,4 @@
-"""How near a free text is to the wanted one, from 0 to 1."""
+"""Measures how close a free text is to the wanted one, from 0 to 1."""
 
 import re
 from functools import cache
@@ -7,14 +7,14 @@ from typing import Any
 from worker.trainer.scoring.matching import without_reasoning
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
-"""A word; in scripts without blanks between words, a character."""
+"""Matches a word; in scripts without spaces between words, a character."""
 
 
 def rouge_l(wanted: str, answer: str) -> float:
-    """ROUGE-L's F-measure: the longest common subsequence of words against the words of both (Lin 2004).
+    """Returns ROUGE-L's F-measure: the longest common subsequence of words relative to both texts (Lin 2004).
 
-    Words are of any script, in lower case. Why not the package rouge-score: its words are of a to z alone, so an answer
-    in Greek would score 0, and its subsequence takes a second for two texts of 1,500 words.
+    Words may be in any script, and are in lower case. Why not the package rouge-score: its words have only a to z, so
+    an answer in Greek would score 0, and its subsequence takes a second for two texts of 1,500 words.
     """
     from rapidfuzz.distance import LCSseq
 
@@ -25,7 +25,7 @@ def rouge_l(wanted: str, answer: str) -> float:
 
 
 def chrf(wanted: str, answer: str) -> float:
-    """chrF2: the F-score of character n-grams up to 6, recall weighing twice (Popović 2015), as sacrebleu counts it."""
+    """Returns chrF2: the F-score of character n-grams up to 6, with recall weighted twice (Popović 2015; sacrebleu)."""
     score: float = _scorer().sentence_score(without_reasoning(answer), [without_reasoning(wanted)]).score
     return score / 100
 

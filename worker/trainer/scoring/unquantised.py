@@ -1,4 +1,4 @@
-"""The adapter of a quantised base on that base as it is stored: what it answers where a server does not quantise it."""
+"""Scores an adapter of a quantised base on the base as stored: its answers on a server that does not quantise."""
 
 import logging
 from collections.abc import Callable
@@ -25,16 +25,16 @@ _CUT = "the model is cut over its devices, none of which takes the base in {dtyp
 
 
 def is_asked(t: Training) -> bool:
-    """Whether the scorecard has this part: where it was asked for and the base is quantised."""
+    """Whether the scorecard has this part: if it was asked for and the base is quantised."""
     return t.plan.evaluation.unquantised and t.precision.quantised
 
 
 def measure(
     t: Training, tuned: list[Any], answer: Callable[[Training, bool], list[Any]], score: Callable[..., Score]
 ) -> UnquantisedScore:
-    """Scores base and adapter on the unquantised base, and the adapter there beside its own `tuned` answers.
+    """Scores base and adapter on the unquantised base, and compares the adapter there with its `tuned` answers.
 
-    `answer(training, base)` is what a model says, `score(first, second)` the scorecard of two such. Raises Stopped.
+    `answer(training, base)` returns a model's answers, `score(first, second)` their scorecard. Raises Stopped.
     """
     precision = decide(Lora(), t.device.type)
     if t.shards is not None:
@@ -68,7 +68,7 @@ def _left_out(precision: Precision, reason: str) -> UnquantisedScore:
 def _answers(
     t: Training, precision: Precision, answer: Callable[[Training, bool], list[Any]]
 ) -> tuple[list[Any], list[Any]] | None:
-    """Returns the answers of base and adapter; None where a rank has no room for the base, which all ranks agree on."""
+    """Returns the answers of base and adapter; None, on all ranks, if one of them has no room for the base."""
     try:
         base = LORA.load_base(t.folder / "base", precision, t.device)
     except torch.OutOfMemoryError:
@@ -92,5 +92,5 @@ def _on(t: Training, base: PreTrainedModel, precision: Precision) -> Training:
     memory = replace(t.stepper.memory, graphs=False)
     stepper = Stepper(objective, t.optimizer, [], t.rows, t.ranks, memory, t.stepper.group_of)
     found = replace(t, objective=objective, stepper=stepper, precision=precision)
-    vars(found)["timer"] = t.timer  # cached in each of the two: the run's estimate goes on
+    vars(found)["timer"] = t.timer  # cached in each of the two: the run's estimate continues
     return found
