@@ -1,4 +1,4 @@
-"""The database: one declarative base, one engine a process, one transaction an edge."""
+"""The database: the declarative base, one engine per process, and transactions."""
 
 import os
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ NAMING = {
 
 
 class Base(DeclarativeBase):
-    """All tables. Times are `timestamptz` on the database's clock; free-form values are `jsonb`."""
+    """The base of all tables. Times are `timestamptz` from the database's clock; free-form values are `jsonb`."""
 
     metadata = MetaData(naming_convention=NAMING)
     type_annotation_map = {datetime: DateTime(timezone=True), dict[str, Any]: JSONB, list[Any]: JSONB}
@@ -38,20 +38,20 @@ def creation_time() -> MappedColumn[datetime]:
 
 
 CONNECTION = {
-    # A packet that nobody answers is an error after half a minute, not after the quarter of an hour that TCP takes: a
-    # worker whose network broke must find out while its lease can still be renewed.
+    # An unanswered packet is an error after half a minute, not after TCP's default of a quarter of an hour: a worker
+    # that loses its network must notice while its lease can still be renewed.
     "connect_timeout": 10,
     "keepalives_idle": 20,
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
-    # A process that was stopped or cut off in the middle of a transaction keeps its locks for so long at most.
+    # The longest time that a stopped or disconnected process keeps its locks in an open transaction.
     "options": "-c idle_in_transaction_session_timeout=300s",
 }
 """libpq's options for every connection."""
 
 UNREACHABLE = (OperationalError, InterfaceError, PoolTimeout)
-"""How a database that is down, restarting or cut off shows itself."""
+"""Exceptions of a database that is down, restarting or unreachable."""
 
 
 def make_engine(url: str) -> Engine:
@@ -63,7 +63,7 @@ def make_engine(url: str) -> Engine:
         max_overflow=20,
         pool_timeout=10,
         connect_args=CONNECTION,
-        # Training rows and models' answers are parameters: an error's text would take them into the log.
+        # Parameters include training rows and models' answers, which must not get into the log with an error.
         hide_parameters=True,
     )
     event.listen(engine, "handle_error", _name_lost_connections)
@@ -71,8 +71,8 @@ def make_engine(url: str) -> Engine:
 
 
 def _name_lost_connections(context: ExceptionContext) -> None:
-    """Raises OperationalError for connections that the server ended: to the driver an InternalError (idle in a
-    transaction), as corrupt indexes are. So one class names all that a retry may cure."""
+    """Raises OperationalError for connections that the server ended. The driver raises an InternalError (idle in a
+    transaction), as for corrupt indexes; this way one class covers everything that a retry may fix."""
     error = context.original_exception
     if context.is_disconnect and not isinstance(context.sqlalchemy_exception, OperationalError):
         raise OperationalError(context.statement, None, error, hide_parameters=True, connection_invalidated=True)
@@ -100,17 +100,17 @@ def transaction() -> Iterator[Session]:
 
 
 def transaction_id(session: Session) -> str | None:
-    """PostgreSQL's own number of the session's transaction; None while it has written nothing."""
+    """Returns PostgreSQL's id of the session's transaction; None until it has written something."""
     return session.scalar(select(cast(func.pg_current_xact_id_if_assigned(), Text)))
 
 
 def is_committed(session: Session, transaction_id: str) -> bool | None:
-    """Whether another transaction, whose answer to COMMIT was lost, was committed. None: it is not decided yet."""
+    """Whether a transaction whose answer to COMMIT was lost was committed; None if that is not decided yet."""
     status = session.scalar(select(func.pg_xact_status(text("CAST(:id AS xid8)").bindparams(id=transaction_id))))
     return None if status == "in progress" else status == "committed"
 
 
 def now(session: Session) -> datetime:
-    """Returns the database's clock, the only one that leases are measured with."""
+    """Returns the database's time, which is the only clock used for leases."""
     at: datetime = session.execute(select(func.clock_timestamp())).scalar_one()
     return at

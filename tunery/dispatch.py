@@ -22,7 +22,7 @@ _INFO_KEY = "tunery.nudges"
 
 
 def nudge_after_commit(session: Session, queue: str) -> None:
-    """Wake a worker of `queue` once this session's transaction is committed; never before, and not on rollback."""
+    """Wakes a worker of `queue` after this session's transaction commits, and not on rollback."""
     session.info.setdefault(_INFO_KEY, set()).add(queue)
 
 
@@ -38,12 +38,12 @@ def _forget_nudges(session: Session) -> None:
 
 
 def nudge(queue: str) -> None:
-    """Sets a flag and returns at once: publishing to a dead broker takes seconds, and no request may wait for it."""
+    """Wakes a worker of `queue` in the background: publishing to a dead broker takes seconds."""
     _publisher().flag(queue)
 
 
 class _Publisher:
-    """One background thread a process; several nudges while it works become one message."""
+    """A background thread that publishes messages; nudges during a publication are merged into one message."""
 
     def __init__(self) -> None:
         from celery import Celery
@@ -75,5 +75,5 @@ def _publisher() -> _Publisher:
     return _Publisher()
 
 
-# Threads do not survive a fork: a child that inherited the cached publisher would nudge a thread that is not there.
+# Threads do not survive a fork: a child must not use the inherited publisher, whose thread does not exist there.
 os.register_at_fork(after_in_child=_publisher.cache_clear)

@@ -1,4 +1,4 @@
-"""Why pydantic refused a request, in words that name the field and say what to change."""
+"""Explains pydantic's errors about a request: names the field and says what to change."""
 
 import difflib
 import json
@@ -27,7 +27,7 @@ _REASONS = {
 }
 _OTHER_REASON = "is not what this field takes (see /docs)"
 _LORA_OPTIONS = {"dora": "use_dora", "rslora": "use_rslora"}
-"""Techniques of others that are options of LoRA here."""
+"""Other tools' techniques that are options of LoRA here."""
 _OTHER_NAMES = {
     "rank": "r",
     "lora_r": "r",
@@ -44,13 +44,13 @@ _OTHER_NAMES = {
     "train_file": "training_file",
     "valid_file": "validation_file",
 }
-"""What other tools call an option."""
+"""Other tools' names of options."""
 
 Fault = dict[str, Any]
 
 
 def explain(faults: Sequence[Fault], body: Any, known: type[BaseModel] | None = None) -> InvalidValue:
-    """The error of the first field at fault, with every reason that its value was refused for.
+    """Returns the error for the first invalid field, with all reasons.
 
     `faults` are pydantic's, each `loc` beginning with its place ("body", "query"). For an unknown name, a field of
     `known`, the request's class, is suggested.
@@ -62,7 +62,7 @@ def explain(faults: Sequence[Fault], body: Any, known: type[BaseModel] | None = 
 
 
 def _path(fault: Fault, body: Any) -> str:
-    """The dotted path of a fault's field. pydantic also names the union's branch it tried; the body has no such key."""
+    """Returns the dotted path of a fault's field, without the union branches that pydantic adds to it."""
     place, *steps = fault["loc"] if fault["loc"][0] in _PLACES else ("", *fault["loc"])
     if place != "body":
         return ".".join(str(step) for step in steps[:1])
@@ -109,7 +109,7 @@ def _unknown(path: str, body: Any, known: type[BaseModel] | None) -> str:
 
 
 def _suggestion(path: str, known: type[BaseModel] | None) -> str:
-    """The path of the field that `path` probably means, or nothing. Fields beside it come before those elsewhere."""
+    """Returns the field that `path` probably means, or nothing. Fields at the same place come first."""
     if known is None:
         return ""
     folder, _, name = path.rpartition(".")
@@ -126,7 +126,7 @@ def _suggestion(path: str, known: type[BaseModel] | None) -> str:
 
 @cache
 def _paths(known: type[BaseModel]) -> tuple[str, ...]:
-    """The dotted paths of all fields; deprecated ones last."""
+    """Returns the dotted paths of all fields; deprecated ones last."""
     found = list(dict.fromkeys(_walk(known)))
     return tuple(sorted(found, key=lambda path: path.startswith("hyperparameters")))
 

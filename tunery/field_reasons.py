@@ -1,4 +1,4 @@
-"""What a validator's findings ask for, in this project's words. Used by the reasons of requests and those of rows."""
+"""Words for what a validator requires, used in errors about requests and about rows."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,12 +29,12 @@ _LIMITS: Mapping[str, str] = {
 
 
 def wanted(kind: str, context: Mapping[str, Any]) -> str | None:
-    """What a value must be that pydantic refused for the reason `kind`, or None where that says something else."""
+    """Returns what a value must be that pydantic refused for the reason `kind`; None for other kinds."""
     if kind in _LIMITS:
         return _LIMITS[kind].format(**{name: bound(value) for name, value in context.items()})
     return KINDS.get(kind)
 
 
 def bound(value: Any) -> str:
-    """A limit without a fraction where it is whole: pydantic gives 1.0 for that of a float."""
+    """Formats a limit, whole ones without a fraction: pydantic gives 1.0 for a float field."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -7,12 +7,12 @@ _ALPHABET = string.ascii_letters + string.digits
 
 
 def token(length: int) -> str:
-    """`length` random letters and digits from the operating system's generator."""
+    """Returns `length` random letters and digits from the operating system's generator."""
     return "".join(secrets.choice(_ALPHABET) for _ in range(length))
 
 
 def new(prefix: str) -> str:
-    """Returns a new id, unguessable: `new("ftjob-")`. A caller that may not see an object cannot name it either."""
+    """Returns a new, unguessable id: `new("ftjob-")`."""
     return prefix + token(24)
 
 

@@ -1,4 +1,4 @@
-"""Keyset pages: stable while rows arrive, because a page begins after a row and not after a number of rows."""
+"""Keyset paging: stable while rows are added, because a page begins after a row and not after a number of rows."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
@@ -31,8 +31,8 @@ def page(
     query = owned.where(*shown)
     key = tuple_(*by)
     if after is not None:
-        # Not in `query`: a row that was deleted after its page was read keeps its place, so that code which lists and
-        # deletes as it goes reaches the end.
+        # Not in `query`: a row deleted after its page was read must still be found, so that code which deletes while
+        # it lists reaches the end.
         start = session.execute(owned.with_only_columns(*by).where(id == after)).one_or_none()
         if start is None:
             raise NotFound(kind=kind, id=after, param="after")

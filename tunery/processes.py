@@ -1,4 +1,4 @@
-"""Processes: children that end with their parent, in groups of their own; others found by a mark; locks; free ports."""
+"""Processes: children that end with their parent, in their own groups; processes found by a mark; locks; ports."""
 
 import ctypes
 import fcntl
@@ -24,8 +24,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 def dies_with_parent(death_signal: int) -> Callable[[], None] | None:
     """A `preexec_fn` that asks Linux to send the child `death_signal` when the spawning thread ends; None elsewhere.
 
-    It is the thread, not the process, that counts: spawn from the main thread. A change of user clears the setting, and
-    `subprocess` changes users before it calls this, so the order is right.
+    The thread counts, not the process: spawn from the main thread. A change of user clears the setting, but
+    `subprocess` changes users before it calls this.
     """
     if _LIBC is None:
         return None
@@ -49,7 +49,7 @@ def spawn(
     user: int | None = None,
     death_signal: int = signal.SIGTERM,
 ) -> subprocess.Popen[bytes]:
-    """Start `command` in a session of its own (a terminal's Ctrl-C must reach us alone), both outputs to `output`."""
+    """Starts `command` in its own session, so that Ctrl-C reaches only this process; both outputs go to `output`."""
     return subprocess.Popen(
         [str(part) for part in command],
         stdin=subprocess.DEVNULL,
@@ -66,9 +66,9 @@ def spawn(
 
 
 def stop(process: subprocess.Popen[bytes], *steps: tuple[int, float]) -> int:
-    """Signal the process, wait, signal harder; each step is (signal, seconds to wait). SIGKILL to its group ends it.
+    """Sends each step's signal and waits its seconds, then sends SIGKILL to the process's group.
 
-    Returns the exit status. The group is killed even when the process left by itself: its children may have stayed.
+    Returns the exit status. The group is killed even if the process ended by itself, as its children may remain.
     """
     for number, seconds in steps:
         if process.poll() is not None:
@@ -84,7 +84,7 @@ def stop(process: subprocess.Popen[bytes], *steps: tuple[int, float]) -> int:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process runs. `kill(pid, 0)` would call a zombie alive, and where nobody reaps they stay."""
+    """Whether the process runs. `kill(pid, 0)` is not used, as it succeeds for zombies, which may never be reaped."""
     import psutil
 
     try:
@@ -94,9 +94,9 @@ def is_alive(pid: int) -> bool:
 
 
 def marked(name: str, value: str) -> list["psutil.Process"]:
-    """Returns the living processes that have the variable in their environment, this one apart.
+    """Returns the other running processes that have the variable in their environment.
 
-    A pid that was written down may be another's by now, and knows no children; a mark is inherited.
+    A recorded pid may belong to another process by now and does not cover children; a mark is inherited.
     """
     import psutil
 
@@ -113,7 +113,7 @@ def _has(other: "psutil.Process", name: str, value: str) -> bool:
 
 
 def signal_all(others: "Sequence[psutil.Process]", number: int) -> None:
-    """Sends a signal to each process that is still there."""
+    """Sends a signal to each process that still exists."""
     import psutil
 
     for other in others:
@@ -124,7 +124,7 @@ def signal_all(others: "Sequence[psutil.Process]", number: int) -> None:
 def kill_marked(name: str, value: str) -> int:
     """Sends SIGKILL until no marked process is left, and returns how many there were.
 
-    Again and again: between a look and the signal a process may have started another.
+    Repeated, because a process may start another before the signal arrives.
     """
     import psutil
 
@@ -137,9 +137,9 @@ def kill_marked(name: str, value: str) -> int:
 
 
 def lock(file: IO[str] | int, *, shared: bool = False) -> bool:
-    """Takes the kernel's lock of an open file; returns False when another process has it. Does not wait.
+    """Takes the kernel's lock on an open file without waiting; returns False if another process has it.
 
-    The lock ends when the file is closed or its process ends, however it ends.
+    The lock ends when the file is closed or its process ends for any reason.
     """
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -149,20 +149,20 @@ def lock(file: IO[str] | int, *, shared: bool = False) -> bool:
 
 
 def return_memory() -> None:
-    """Returns freed memory to the system, which glibc keeps for this process to ask for again."""
+    """Returns freed memory, which glibc would keep for reuse, to the system."""
     with suppress(AttributeError):  # another C library
         getattr(_LIBC, "malloc_trim")(0)  # noqa: B009  ctypes looks it up
 
 
 def free_port() -> int:
-    """Returns a port of 127.0.0.1 that nobody held a moment ago."""
+    """Returns a port of 127.0.0.1 that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def wait_until(ready: Callable[[], bool], *, seconds: float, alive: Callable[[], bool], every: float = 0.05) -> bool:
-    """Poll `ready` until it holds (True), or `alive` does not, or the time is over (False)."""
+    """Polls until `ready` holds and returns True; returns False if `alive` no longer holds or the time is over."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if ready():
@@ -176,8 +176,8 @@ def wait_until(ready: Callable[[], bool], *, seconds: float, alive: Callable[[],
 def tail(path: Path, lines: int = 15) -> str:
     """Returns the last lines of a log (of its last 8 KiB), for an error's text; empty when there is none.
 
-    No NUL is among them: the text may be kept in a database, and PostgreSQL takes none. Of a line that was written
-    over again and again, as a progress bar is, the last state is left.
+    Without NULs, as the text may be stored in PostgreSQL. Of a line that is overwritten repeatedly, as by a progress
+    bar, only the last state remains.
     """
     try:
         with path.open("rb") as file:

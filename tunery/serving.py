@@ -1,6 +1,6 @@
-"""What API and model server tell each other: which model answers and where its files lie, and how fast answers came.
+"""The messages between API and model server: which model answers, where its files are, and measured rates.
 
-The user's own body travels as it is, with a `Chosen` beside its fields under the name MODEL_FIELD.
+The user's body is sent unchanged, with a `Chosen` added as the field MODEL_FIELD.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from pydantic_core import to_json
 
 MODEL_FIELD = "tunery_model"
 TEXT_FIELD = "tunery_text"
-"""A text to go on from, in place of `messages`."""
+"""A text to continue, in place of `messages`."""
 
 _SHA256 = Field(pattern="^[0-9a-f]{64}$")
 
@@ -29,7 +29,7 @@ class Files(_Sealed):
 
 
 class TunedFiles(Files):
-    """What a job made: an adapter on the base, or (`full`) a whole model of its own."""
+    """The files of a job's model: an adapter on the base, or (`full`) a whole model."""
 
     technique: Literal["full", "lora", "qlora"]
 
@@ -43,7 +43,7 @@ class Chosen(_Sealed):
 
     @property
     def weights(self) -> Files:
-        """The folder that whole weights come from: a full fine-tune is its own base."""
+        """The folder of the base weights; a full fine-tune is its own base."""
         return self.tuned if self.tuned and self.tuned.technique == "full" else self.base
 
     @property
@@ -52,16 +52,16 @@ class Chosen(_Sealed):
 
     @property
     def template(self) -> Files:
-        """The folder whose tokenizer and chat template render the prompt: the run's own where there was a run."""
+        """The folder of the tokenizer and chat template for the prompt: that of the tuned model, if there is one."""
         return self.tuned or self.base
 
 
 Way = Literal["merged", "adapter", "many_merged", "many_adapters"]
-"""What shared the passes: one whole model, one adapter beside its base, several whole models, or several adapters."""
+"""The models that shared forward passes: one whole model, one adapter, several whole models, or several adapters."""
 
 
 class Rate(_Sealed):
-    """What one way to serve a base has come to since the model server began. `passes` took `seconds` together."""
+    """Measurements of one way to serve a base, since the model server started. All `passes` together took `seconds`."""
 
     base: str
     way: Way
@@ -71,12 +71,12 @@ class Rate(_Sealed):
 
 
 class Rates(_Sealed):
-    """What the model server has measured. `device`: as its driver names it, or cpu."""
+    """The model server's measurements. `device`: its driver's name, or cpu."""
 
     device: str
     rates: list[Rate]
 
 
 def encode(body: Mapping[str, Any], chosen: Chosen) -> bytes:
-    """Returns the body that the model server gets. A MODEL_FIELD of the user's own is replaced."""
+    """Returns the body for the model server. A MODEL_FIELD in the user's body is replaced."""
     return to_json({**body, MODEL_FIELD: chosen})

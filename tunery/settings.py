@@ -1,4 +1,4 @@
-"""What an operator can set, read once from the environment (`TUNERY_*`)."""
+"""The operator's settings, read once from the environment (`TUNERY_*`)."""
 
 import ipaddress
 from functools import lru_cache
@@ -25,7 +25,7 @@ def _upper(value: object) -> object:
 class Settings(BaseSettings):
     """Every field is the environment variable `TUNERY_<FIELD>`; deploy/env.example shows them all."""
 
-    # An empty one is absent: a line of env.example that somebody only uncommented must not stop every service.
+    # An empty variable counts as absent, so that merely uncommenting a line of env.example does not stop services.
     model_config = SettingsConfigDict(env_prefix="TUNERY_", env_ignore_empty=True, extra="ignore", frozen=True)
 
     database_url: str = Field("postgresql+psycopg://tunery@127.0.0.1:5432/tunery", description="SQLAlchemy URL")
@@ -152,5 +152,5 @@ class Settings(BaseSettings):
 
 @lru_cache
 def get_settings() -> Settings:
-    """The process's settings. Tests build `Settings(...)` of their own and pass it on."""
+    """Returns the process's settings. Tests build their own `Settings(...)` and pass it on."""
     return Settings()

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 
 class Message(BaseModel):
-    # A NaN must arrive as what it is, to be reported: JSON's own grammar has none, hence the strings "NaN", "Infinity".
+    # A NaN must arrive as such, to be reported. JSON has none, hence the strings "NaN" and "Infinity".
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
@@ -403,9 +403,9 @@ _NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")
 
 
 def parse(line: bytes) -> Spoken:
-    """One line of a trainer's standard output. Raises pydantic.ValidationError on anything else.
+    """Parses one line of a trainer's standard output. Raises pydantic.ValidationError for anything else.
 
-    A model may answer with anything, and a library complain in any words: the character NUL, which no PostgreSQL keeps,
-    arrives as U+FFFD.
+    Models' answers and libraries' messages may contain the character NUL, which PostgreSQL cannot store: it is replaced
+    by U+FFFD.
     """
     return _ADAPTER.validate_json(_NUL.sub(rb"\1\\ufffd", line))

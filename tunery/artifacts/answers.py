@@ -1,7 +1,7 @@
-"""Pages of `answers.jsonl`, in which a scorecard's every row has its answers.
+"""Pages of `answers.jsonl`, which has the answers to every row of a scorecard.
 
-A row's id says where in the file it begins, so a page is read from there, a line at a time, however large the file is.
-Why no table: the file is in the artifact already, and a second copy would have to be stored, kept and removed with it.
+A row's id contains its offset in the file, so a page is read from there line by line, whatever the file's size.
+There is no table, because the file is in the artifact already, and a copy would have to be stored and removed with it.
 """
 
 import json
@@ -20,7 +20,7 @@ _ID = re.compile(r"answer_([1-9]\d{0,9})_(\d{1,15})")
 
 @dataclass(frozen=True)
 class AnsweredRow:
-    """One test row: its number in the file from 1, the byte at which it begins, and its line's JSON."""
+    """One test row: its number in the file from 1, its byte offset, and its line's JSON."""
 
     number: int
     start: int
@@ -28,7 +28,7 @@ class AnsweredRow:
 
     @property
     def id(self) -> str:
-        """The id that a page is asked for after."""
+        """The id after which the next page begins."""
         return f"answer_{self.number}_{self.start}"
 
 
@@ -53,7 +53,7 @@ def _rows(storage: Storage, file: Artifact, number: int = 1, start: int = 0) -> 
 
 
 def _rows_after(storage: Storage, file: Artifact, after: str) -> Iterator[AnsweredRow]:
-    """The rows behind the one of that id. Raises NotFound where no row begins there."""
+    """Yields the rows after the one with that id. Raises NotFound if no row begins there."""
     place = _ID.fullmatch(after)
     missing = NotFound(kind="object to go on after", id=after, param="after")
     if place is None:
@@ -67,7 +67,7 @@ def _rows_after(storage: Storage, file: Artifact, after: str) -> Iterator[Answer
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Whole lines with their ends."""
+    """Yields whole lines with their ends."""
     parts: list[bytes] = []
     for chunk in chunks:
         *ends, rest = chunk.split(b"\n")

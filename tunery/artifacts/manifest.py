@@ -1,4 +1,4 @@
-"""The list of a folder's files with sizes and sha256. A folder in storage exists once its manifest does."""
+"""Manifests: the list of a folder's files with sizes and sha256. A folder in storage exists once its manifest does."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ NAME = "manifest.json"
 
 
 def _relative(path: str) -> str:
-    # A manifest comes back from storage, which others may write to: `../../etc/cron.d/x` must not leave the folder.
+    # A manifest comes from storage, which others may write to: `../../etc/cron.d/x` must not leave the folder.
     return check_key(path)
 
 
@@ -39,11 +39,11 @@ class Manifest(BaseModel):
 
     @property
     def texts(self) -> "Manifest":
-        """Its files without the weights: tokenizer, chat template and configs of a model."""
+        """Returns the manifest without the weights: tokenizer, chat template and configs of a model."""
         return Manifest(files=tuple(file for file in self.files if not file.path.endswith(".safetensors")))
 
     def encode(self) -> bytes:
-        """Returns the canonical JSON: what is stored as manifest.json and what `sha256` is the digest of."""
+        """Returns the canonical JSON, which is stored as manifest.json and of which `sha256` is the digest."""
         return (self.model_dump_json(indent=1) + "\n").encode()
 
     @property
@@ -62,7 +62,7 @@ def digest(path: Path) -> str:
 
 
 def describe(folder: Path) -> Manifest:
-    """The manifest of a folder's files, hidden ones and a manifest.json at its top left out. Reads every byte."""
+    """Returns a folder's manifest, without hidden files and a top-level manifest.json. Reads every byte."""
     files = (
         ManifestFile(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=digest(path))
         for path in _files(folder)
@@ -78,11 +78,11 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def publish(storage: Storage, prefix: str, folder: Path) -> tuple[Manifest, str]:
-    """Store a folder under `prefix` and answer its manifest with the manifest's sha256.
+    """Stores a folder under `prefix`; returns its manifest and the manifest's sha256.
 
-    The files go first and the manifest last, so a publisher that dies half-way leaves no manifest and nobody reads its
-    files. The manifest is written only where none is: of two publishers under one prefix the second gets `KeyTaken`.
-    Sizes and digests are those of the bytes that were sent, so a file changed meanwhile cannot make a wrong manifest.
+    The manifest is written last, so the files of a publisher that dies have no manifest and are not read. It is never
+    overwritten: of two publishers under one prefix the second gets `KeyTaken`. Sizes and digests are those of the bytes
+    that were sent, so a file changed meanwhile cannot make the manifest wrong.
     """
     stored = (
         (path, storage.put_file(f"{prefix}/{path.relative_to(folder).as_posix()}", path)) for path in _files(folder)
@@ -97,7 +97,7 @@ def publish(storage: Storage, prefix: str, folder: Path) -> tuple[Manifest, str]
 
 
 def load(storage: Storage, prefix: str, sha256: str) -> Manifest:
-    """The stored manifest. Raises ObjectMissing, and ChecksumMismatch when it is not the one the database recorded."""
+    """Returns the stored manifest. Raises ObjectMissing, and ChecksumMismatch if it is not the recorded one."""
     key = f"{prefix}/{NAME}"
     text = b"".join(storage.read(key))
     found = hashlib.sha256(text).hexdigest()
@@ -107,17 +107,17 @@ def load(storage: Storage, prefix: str, sha256: str) -> Manifest:
 
 
 def remove(storage: Storage, prefix: str) -> None:
-    """Delete a folder's objects, the manifest first, so that nobody takes the rest for a whole one."""
+    """Deletes a folder's objects, the manifest first, so that a partial folder is never taken for a whole one."""
     storage.delete(f"{prefix}/{NAME}")
     for key in list(storage.list(f"{prefix}/")):
         storage.delete(key)
 
 
 def fetch(storage: Storage, prefix: str, manifest: Manifest, folder: Path, check: Check = lambda: None) -> None:
-    """Bring every file into `folder` and the manifest last. Raises ObjectMissing, ChecksumMismatch and what `check`
+    """Downloads every file into `folder`, the manifest last. Raises ObjectMissing, ChecksumMismatch and what `check`
     raises.
 
-    Files already there with the right bytes are kept, so a fetch that was cut off goes on where it stopped.
+    Files with the right bytes are kept, so an interrupted download resumes where it stopped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for file in manifest.files:

@@ -1,4 +1,4 @@
-"""What a model is made of: one row a file, so that listing and downloading ask the database and not the storage."""
+"""The table of models' files, with which listing and downloading need no query to the storage."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,7 +11,7 @@ from tunery.models.model import Model
 
 
 class Artifact(Base):
-    """One file of a model. `path` is its name inside the model's folder, `key` where its bytes lie in storage."""
+    """One file of a model. `path` is its name inside the model's folder, `key` that of its bytes in storage."""
 
     __tablename__ = "artifacts"
     __table_args__ = (
@@ -29,7 +29,7 @@ class Artifact(Base):
 
 
 def record(session: Session, model: Model, manifest: Manifest) -> list[Artifact]:
-    """One row for each file of the manifest. Call it in the transaction that publishes the model, once."""
+    """Adds a row for each file of the manifest. Call it once, in the transaction that publishes the model."""
     rows = [
         Artifact(model_id=model.id, path=f.path, bytes=f.bytes, sha256=f.sha256, key=f"{model.prefix}/{f.path}")
         for f in manifest.files
@@ -40,7 +40,7 @@ def record(session: Session, model: Model, manifest: Manifest) -> list[Artifact]
 
 
 def add(session: Session, model: Model, files: Iterable[ManifestFile]) -> None:
-    """Adds files that a model got after it was published, in place of those of the same path."""
+    """Adds files to a published model, replacing those with the same path."""
     listed = tuple(files)
     session.execute(delete(Artifact).where(Artifact.model_id == model.id, Artifact.path.in_(f.path for f in listed)))
     record(session, model, Manifest(files=listed))

@@ -1,4 +1,4 @@
-"""A job and the one that it runs again, side by side: what they began with, what they ran on, and what came of it."""
+"""Compares a rerun with its original job: inputs, environment and results."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -21,18 +21,18 @@ from tunery.spec import Plan
 from tunery.storage import Storage
 
 TOLERANCE = 0.005
-"""Relative difference of a loss. On other hardware sums are rounded in another order, which training amplifies."""
+"""Tolerated relative difference of a loss. Other hardware rounds sums in another order, which training amplifies."""
 _RECORD = "training_config.json"
 _LOSSES = ("train_loss", "full_valid_loss")
 _SAME_AS_RATE = "learning_rate_multiplier"
-"""The plan's learning rate has it in it already."""
+"""Not compared, as the plan's learning rate includes it."""
 _BY_ITS_BYTES = {"evaluation": {"test_file"}}
 _TINY = 1e-12
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A value of both jobs. `equal` is None where one of them is not known."""
+    """A value of both jobs. `equal` is None if one of them is unknown."""
 
     name: str
     original: Any
@@ -42,7 +42,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of one name, step by step. `max_relative_difference` is None where no step has both."""
+    """The losses of one name by step. `max_relative_difference` is None if no step has both."""
 
     name: str
     steps: tuple[int, int]
@@ -113,13 +113,13 @@ def _files(session: Session, job: Job) -> list[Artifact]:
 
 
 def _record(storage: Storage, files: Iterable[Artifact]) -> dict[str, Any]:
-    """Returns what the trainer recorded of a run; nothing where its model's files are gone."""
+    """Returns the trainer's record of a run; empty if its model's files are gone."""
     file = next((file for file in files if file.path == _RECORD), None)
     return {} if file is None else dict(json.loads(b"".join(storage.read(file.key))))
 
 
 def _inputs(session: Session, job: Job) -> dict[str, Any]:
-    """Returns what has to be equal for the jobs to be the same run."""
+    """Returns what must be equal for the jobs to be the same run."""
     named = {"training_file": job.training_file, "validation_file": job.validation_file, "test_file": job.test_file}
     named["replay_file"] = job.replay_file
     data = {name: session.get_one(File, id).sha256 for name, id in named.items() if id is not None}
@@ -130,13 +130,13 @@ def _inputs(session: Session, job: Job) -> dict[str, Any]:
 
 
 def _rows(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what the template and the tokenizer made of the files."""
+    """Returns the record of the encoded files."""
     template = {"chat_template": record["chat_template_sha256"]} if "chat_template_sha256" in record else {}
     return template | {f"{role} rows": sha256 for role, sha256 in record.get("rows_sha256", {}).items()}
 
 
 def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what may differ, and is the first to be asked when the numbers do."""
+    """Returns what may differ, and is the likely cause if the results do."""
     parts = {name: record.get(name) or {} for name in ("versions", "hardware", "precision", "memory")}
     return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
 
@@ -161,7 +161,7 @@ def _pairs(original: Mapping[str, Any], rerun: Mapping[str, Any]) -> list[Pair]:
 
 
 def _known_pairs(original: Mapping[str, Any], rerun: Mapping[str, Any]) -> list[Pair]:
-    """Returns the same of what an earlier release did not record, or what is gone with a model."""
+    """Returns the pairs without values that an earlier release did not record or that are gone with a model."""
     known = original.keys() & rerun.keys()
     return [pair if pair.name in known else replace(pair, equal=None) for pair in _pairs(original, rerun)]
 
@@ -183,7 +183,7 @@ def _relative(one: float, other: float) -> float:
 
 
 def _is_close(curve: Curve, tolerance: float) -> bool:
-    """Whether both runs have the same steps, and each loss is as near as asked for."""
+    """Whether both runs have the same steps, with all losses within the tolerance."""
     if len({*curve.steps, curve.compared}) > 1:
         return False
     return curve.max_relative_difference is None or curve.max_relative_difference <= tolerance

@@ -1,4 +1,4 @@
-"""The chat template of a stored model, for those who hold no models on their disk."""
+"""Loads the chat template of a model in storage, without its weights."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from tunery.storage import Storage
 
 @lru_cache(maxsize=2)
 def load(storage: Storage, prefix: str, sha256: str) -> ChatTemplate:
-    """The template of the model in the folder `prefix`, whose manifest has this `sha256`. The last ones are kept.
+    """Returns the template of the model under `prefix`, whose manifest has this `sha256`. The last ones are cached.
 
     Raises ObjectMissing, ChecksumMismatch, StorageFailed, and CannotRender where the model has none.
     """

@@ -1,4 +1,4 @@
-"""How long a baseline's models take on a worker's CPU, about: enough to say which are too large for it."""
+"""Estimates how long a baseline's models take on a worker's CPU, to warn of those that are too large."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,16 +10,16 @@ from tunery.planning.shape import Shape
 from tunery.spec import Full
 
 MODEL_SECONDS = 4 * 3600
-"""The time that a model gets. Others wait behind it, and a user who sees nothing by then sends fewer rows."""
+"""Time limit of a model, as others wait behind it."""
 _TOKENS = 400
-"""Of a prompt with its answer: a guess, as no row has been read yet."""
+"""Assumed tokens of a prompt with its answer, as no row has been read yet."""
 _WARNED = 3600
 _TIMED = 20
 _SIZES = {"hidden_size", "num_hidden_layers", "vocab_size"}
 
 
 def warnings(order: Order, models: Sequence[Model]) -> list[str]:
-    """Returns what to say of the models that would take more than an hour."""
+    """Returns warnings about models that would take more than an hour."""
     ways = (2 if order.shots == "auto" else len(order.shots)) + (order.retrieval != "none")
     found = []
     for model in models:

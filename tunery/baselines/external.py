@@ -1,4 +1,4 @@
-"""Somebody else's OpenAI-compatible endpoint: whether it may be asked, its key at rest, and one question to it."""
+"""External OpenAI-compatible endpoints: checks their addresses, encrypts their keys, and sends a question."""
 
 import base64
 import hashlib
@@ -24,7 +24,7 @@ TIMEOUT = 60.0
 """Seconds for one answer."""
 TRIES = 3
 MOST_WAIT = 20.0
-"""Seconds between two tries, whatever the endpoint asks for."""
+"""Maximum seconds between two tries, whatever the endpoint asks for."""
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _AGENT = "Tunery/1.0 (baselines)"
 _WHY: Mapping[int, str] = {
@@ -38,7 +38,7 @@ _WHY: Mapping[int, str] = {
 
 @dataclass(frozen=True)
 class Said:
-    """An answer. Tokens are as the endpoint counts them, None where it does not."""
+    """An answer. Tokens are as counted by the endpoint, None if it does not count them."""
 
     text: str
     prompt_tokens: int | None
@@ -51,7 +51,7 @@ class NoAnswer(Exception):
 
 
 def check(external: External, settings: Settings, resolver: Resolver = resolve) -> None:
-    """Refuses an endpoint that would not be asked. Raises Unsupported, InvalidValue, EndpointRefused."""
+    """Checks that an endpoint may be used. Raises Unsupported, InvalidValue, EndpointRefused."""
     if settings.external_secret is None:
         instead = "Its operator can allow it by TUNERY_EXTERNAL_SECRET; leave 'external' out until then."
         raise Unsupported(param="external", what="An external endpoint", instead=instead)
@@ -62,7 +62,7 @@ def check(external: External, settings: Settings, resolver: Resolver = resolve) 
 
 
 def _ours(error: AddressRefused | InvalidValue) -> EndpointRefused | InvalidValue:
-    """Returns the refusal of an address in the words of this use of it."""
+    """Returns the error of a refused address, reworded for endpoints."""
     param = "external.base_url"
     if isinstance(error, AddressRefused):
         return EndpointRefused(param=param, **error.fields)
@@ -73,12 +73,12 @@ def _ours(error: AddressRefused | InvalidValue) -> EndpointRefused | InvalidValu
 
 
 def seal(key: SecretStr, secret: SecretStr) -> str:
-    """Returns the key encrypted, as it may be stored."""
+    """Encrypts the key for storage."""
     return _cipher(secret).encrypt(key.get_secret_value().encode()).decode()
 
 
 def unseal(sealed: str, secret: SecretStr) -> SecretStr:
-    """Returns the key again. Raises NoAnswer where the operator's secret is another one by now."""
+    """Decrypts the key. Raises NoAnswer if the operator's secret has changed."""
     try:
         return SecretStr(_cipher(secret).decrypt(sealed.encode()).decode())
     except InvalidToken:
@@ -125,7 +125,7 @@ def ask(
 
 
 def _locate(external: External, allow: Sequence[Network], resolver: Resolver) -> Target:
-    """Returns where to ask now: a name may lead elsewhere than when it was checked first. Raises NoAnswer."""
+    """Resolves and checks the endpoint again, as its addresses may have changed. Raises NoAnswer."""
     try:
         return addresses.locate(f"{external.base_url.rstrip('/')}/chat/completions", allow, resolver)
     except (AddressRefused, InvalidValue) as error:
@@ -135,7 +135,7 @@ def _locate(external: External, allow: Sequence[Network], resolver: Resolver) ->
 
 
 def _why(reply: Reply) -> str:
-    # Never the endpoint's own text: it may be anything, also what it was sent.
+    # Never the endpoint's own text, which is untrusted and may repeat what it was sent.
     if reply.status_code is None:
         return f"The endpoint gave no answer: {reply.error}. Correct external.base_url, or try later"
     why = _WHY.get(reply.status_code, "try later, or name another endpoint")
@@ -143,7 +143,7 @@ def _why(reply: Reply) -> str:
 
 
 def _read(reply: Reply) -> Said:
-    """Returns what a chat completion says. Raises NoAnswer where the body is none."""
+    """Returns the answer in a chat completion. Raises NoAnswer if the body is not one."""
     try:
         body = json.loads(reply.body)
         message = body["choices"][0]["message"]
@@ -157,7 +157,7 @@ def _read(reply: Reply) -> Said:
 
 
 def _call(function: Mapping[str, Any]) -> str:
-    """Returns a tool call as the scorecard reads it in an answer's text."""
+    """Returns a tool call as text, in the form that the scorecard reads."""
     return json.dumps({"name": function["name"], "arguments": json.loads(function["arguments"])})
 
 

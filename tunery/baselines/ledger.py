@@ -1,4 +1,4 @@
-"""Baselines: asked for here, measured by a worker for I/O, kept with what was found."""
+"""Baselines: requested here, measured by a worker for I/O, stored with their results."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,9 +20,9 @@ from tunery.paging import page
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"
 LIVE = (QUEUED, RUNNING)
 MOST_LIVE = 4
-"""Baselines of a project that have not ended: each takes a worker for minutes."""
+"""Maximum unfinished baselines of a project, as each occupies a worker for minutes."""
 MAX_TRIES = 3
-"""Workers that may end over one baseline before it fails."""
+"""Workers that may die during one baseline before it fails."""
 _LOST = "The worker that measured it ended {tries} times before it was done. Send fewer max_rows, or a smaller model."
 
 
@@ -39,7 +39,7 @@ def request(
     *,
     external_key: str | None = None,
 ) -> Baseline:
-    """Returns a new baseline, queued. Raises InvalidValue, QuotaExceeded."""
+    """Creates and queues a baseline. Raises InvalidValue, QuotaExceeded."""
     files.check_trainable(eval_file, param="eval_file")
     if examples_file is not None:
         files.check_trainable(examples_file, param="examples_file")
@@ -91,7 +91,7 @@ def list_page(session: Session, project_id: str, *, after: str | None, limit: in
 
 
 def cancel(session: Session, project_id: str, baseline_id: str) -> Baseline:
-    """Ends a baseline that has not ended; its worker lets go within a second. Raises NotFound, WrongState."""
+    """Cancels an unfinished baseline; its worker stops within a second. Raises NotFound, WrongState."""
     baseline = find(session, project_id, baseline_id)
     session.refresh(baseline, with_for_update=True)
     if baseline.status not in LIVE:
@@ -102,7 +102,7 @@ def cancel(session: Session, project_id: str, baseline_id: str) -> Baseline:
 
 
 def cancel_all(session: Session, project_id: str) -> None:
-    """Ends every baseline of a project that has not ended."""
+    """Cancels all unfinished baselines of a project."""
     live = select(Baseline).where(Baseline.project_id == project_id, Baseline.status.in_(LIVE)).with_for_update()
     for baseline in session.scalars(live).all():
         _end(session, baseline, CANCELLED)
@@ -125,7 +125,7 @@ def waiting(session: Session) -> list[str]:
 
 
 def begin(session: Session, baseline_id: str) -> Baseline | None:
-    """Returns the baseline, now running; None where it is no longer wanted or has ended too many workers."""
+    """Returns the baseline, now running; None if it is no longer wanted or too many workers have died during it."""
     baseline = session.get(Baseline, baseline_id, with_for_update=True)
     if baseline is None or baseline.status not in LIVE:
         return None
@@ -139,13 +139,13 @@ def begin(session: Session, baseline_id: str) -> Baseline | None:
 
 
 def release(session: Session, baseline_id: str) -> None:
-    """Gives a baseline back that was broken off by an outage or a shutdown, which is not its fault."""
+    """Requeues a baseline that an outage or a shutdown interrupted, without counting a try."""
     query = update(Baseline).where(_is_running(baseline_id))
     session.execute(query.values(status=QUEUED, tries=Baseline.tries - 1))
 
 
 def show_progress(session: Session, baseline_id: str, fraction: float) -> bool:
-    """Notes how much is measured, 0 to 1; whether the baseline is still wanted."""
+    """Stores the progress, 0 to 1; returns whether the baseline is still wanted."""
     query = update(Baseline).where(_is_running(baseline_id)).values(progress=fraction).returning(Baseline.id)
     return session.scalar(query) is not None
 
@@ -153,7 +153,7 @@ def show_progress(session: Session, baseline_id: str, fraction: float) -> bool:
 def finish(
     session: Session, baseline_id: str, *, result: dict[str, Any] | None = None, error: str | None = None
 ) -> bool:
-    """Notes how a baseline ended: what was measured, or why nothing was. False where it is no longer wanted."""
+    """Stores a baseline's result or its error. Returns False if it is no longer wanted."""
     baseline = session.get(Baseline, baseline_id, with_for_update=True)
     if baseline is None or baseline.status != RUNNING:
         return False

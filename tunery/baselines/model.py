@@ -1,4 +1,4 @@
-"""Baselines: prompting of a model, measured on a user's own task before any training."""
+"""The table of baselines: prompting of a model, measured on a user's own task before any training."""
 
 from datetime import datetime
 from typing import Any
@@ -45,5 +45,5 @@ class Baseline(Base):
 
     @property
     def prefix(self) -> str:
-        """Where the baseline's objects lie."""
+        """The storage prefix of the baseline's objects."""
         return f"baselines/{self.id}"

@@ -1,4 +1,4 @@
-"""The table of a baseline: what each way to prompt a model scored, and what tunes on the same rows came to."""
+"""The table of a baseline: the scores of each way to prompt a model, and of tuned models on the same rows."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -58,7 +58,7 @@ def rows(session: Session, baseline: Baseline, prices: Prices) -> list[Row]:
 
 
 def cheapest(found: list[Row]) -> Row | None:
-    """Returns the cheapest row that meets the target; where none does for certain, the cheapest that may."""
+    """Returns the cheapest row that meets the target; if none certainly does, the cheapest that may."""
     for wanted in ("met", "unsure"):
         if reached := [row for row in found if row.verdict == wanted]:
             return min(reached, key=_price)
@@ -66,7 +66,7 @@ def cheapest(found: list[Row]) -> Row | None:
 
 
 def _price(row: Row) -> tuple[bool, float, bool, float]:
-    """Known costs first; of equal ones what needs no training, then the shorter prompt."""
+    """Returns the sort key: known costs first; at equal cost rows without training, then shorter prompts."""
     cost = row.cost_per_1000
     return cost is None, cost or 0.0, row.job is not None, row.prompt_tokens or 0.0
 
@@ -102,7 +102,7 @@ def _way(measured: Mapping[str, Any], score: PromptScore) -> Way:
 
 
 def _cost_here(score: PromptScore, prices: Prices) -> float | None:
-    """Returns what the device costs that answers a thousand requests one after the other, each in the median time."""
+    """Returns the device's cost of a thousand sequential requests, each in the median time."""
     if score.p50_seconds is None or score.device is None:
         return None
     return cost(1000 * score.p50_seconds, score.device, prices)
@@ -132,7 +132,7 @@ def _verdict(at_least: float, score: float | None, low: float | None) -> Verdict
 
 
 def _tunes(session: Session, baseline: Baseline, order: Order, zero: Row | None, prices: Prices) -> Iterator[Row]:
-    """The tuned models of the base whose scorecard is of the same eval rows."""
+    """Yields rows of the base's tuned models with a scorecard on the same eval rows."""
     if zero is None:
         return
     for job, model in _jobs(session, baseline):
@@ -180,7 +180,7 @@ def _jobs(session: Session, baseline: Baseline) -> list[tuple[Job, Model]]:
 
 
 def _tuned_figure(name: str, found: Mapping[str, Any], n: int) -> Figure:
-    """A scorecard has the interval of the gain alone; that of a share follows from its rows."""
+    """Returns a figure of a tuned model. A scorecard has only the gain's interval; a share's follows from its rows."""
     score = found["tuned"]
     low, high = wilson(round(score * n), n) if name in BINARY_METRICS else (None, None)
     return Figure(score=score, low=low, high=high)

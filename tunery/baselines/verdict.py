@@ -1,4 +1,4 @@
-"""Advice that ends in numbers: what a baseline measured decides where the rules alone would only recommend."""
+"""Decides advice by a baseline's measurements, where the rules alone only recommend."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from tunery.planning.recommendation import Choice, Reason
 
 
 def judge(advice: Advice, rows: Sequence[Row], target: Target | None) -> Advice:
-    """Returns the advice with what was measured before its other reasons.
+    """Returns the advice with the measurements before its other reasons.
 
-    With a target that a row meets, the advice stops at the cheapest such row: `prompt`, or `fine_tune` where only a
-    tuned model meets it. What only may meet it, as its interval holds the target, changes no recommendation.
+    If a row meets the target, the advice is the cheapest such row: `prompt`, or `fine_tune` if only a tuned model meets
+    it. A row whose interval contains the target does not change the recommendation.
     """
     measured = [row for row in rows if row.score is not None]
     if not measured:
@@ -27,7 +27,7 @@ def judge(advice: Advice, rows: Sequence[Row], target: Target | None) -> Advice:
 
 
 def describe(row: Row) -> str:
-    """Returns what a row is, in words: `the model with 8 nearest examples in the prompt`."""
+    """Describes a row: `the model with 8 nearest examples in the prompt`."""
     model = f"'{row.model}'" + (" elsewhere" if row.place == "external" else "")
     if row.way in ("zero_shot", "tuned"):
         return f"{model} without examples"
@@ -36,7 +36,7 @@ def describe(row: Row) -> str:
 
 
 def percent(row: Row) -> str:
-    """Returns a score and its interval: `61.0 % (54.1 to 67.5)`."""
+    """Formats a score and its interval: `61.0 % (54.1 to 67.5)`."""
     if row.score is None:
         return "-"
     interval = "" if row.low is None or row.high is None else f" ({100 * row.low:.1f} to {100 * row.high:.1f})"
@@ -52,7 +52,7 @@ def _best(measured: Sequence[Row]) -> Reason:
 
 
 def of_target(at_least: float, found: Row | None) -> Reason:
-    """Returns what the cheapest row that reaches a target means."""
+    """Returns the reason for the cheapest row that reaches the target, or for none."""
     wanted = f"The target of {100 * at_least:g} %"
     if found is None:
         text = f"{wanted} is reached by nothing that was measured. A fine-tune may, or a larger base, or better rows."

@@ -179,7 +179,7 @@ def add_tuned(
     sha256: str,
     withheld: bool = False,
 ) -> Model:
-    """The row of a job's result (`tuned`) or of one of its epochs (`checkpoint`); its objects are stored already."""
+    """Adds the row of a job's result (`tuned`) or of one of its epochs (`checkpoint`); its objects are stored."""
     model = Model(
         id=name,
         project_id=project_id,

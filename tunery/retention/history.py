@@ -1,4 +1,4 @@
-"""How long the records of ended jobs are kept: events, metrics, logs and webhook deliveries."""
+"""Removes old records of ended jobs: events, metrics, logs and webhook deliveries."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -31,7 +31,7 @@ def remove_old(
 ) -> bool:
     """Removes one round of records that are older than their setting. Returns whether more may be left.
 
-    Logs come last: a storage that fails must not keep rows.
+    Logs come last, so that a failing storage does not keep rows.
     """
     more = [
         _remove_deliveries(transaction, settings.keep_deliveries_days, rows),
@@ -44,9 +44,9 @@ def remove_old(
 
 
 def _remove(transaction: Transaction, kind: str, days: int, remove: Callable[[str], None]) -> bool:
-    """Removes one kind of record of some jobs and notes it in their rows, so that no job is looked at twice.
+    """Removes one kind of record of some jobs and marks their rows, so that no job is visited twice.
 
-    In random order: a job whose log storage refuses to delete must not hold up all others.
+    In random order, so that a job whose log cannot be deleted does not block the others.
     """
     if days == 0:
         return False
@@ -67,7 +67,7 @@ def _is_older(time: InstrumentedAttribute[object], days: int) -> ColumnElement[b
 
 
 def remove_events(transaction: Transaction, job_id: str, rows: int) -> None:
-    """Removes a job's events, `rows` in a transaction, but for its warnings and its end."""
+    """Removes a job's events, `rows` in a transaction, except its warnings and its end."""
     chosen = select(JobEvent.seq).where(JobEvent.job_id == job_id, _IS_REMOVABLE).limit(rows)
     _in_batches(transaction, delete(JobEvent).where(JobEvent.seq.in_(chosen)), rows)
 
@@ -104,7 +104,7 @@ def _remove_deliveries(transaction: Transaction, days: int, rows: int) -> bool:
 
 
 def _remove_captured(transaction: Transaction, rows: int) -> bool:
-    """Removes captured requests whose time is over."""
+    """Removes expired captured requests."""
     over = select(CapturedRequest.id).where(CapturedRequest.expires_at <= func.clock_timestamp()).limit(rows)
     with transaction() as session:
         found = session.scalars(over.with_for_update(skip_locked=True)).all()

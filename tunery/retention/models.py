@@ -1,4 +1,4 @@
-"""The bytes of deleted models: reclaimed once nothing points at them."""
+"""Removes the bytes of deleted models once nothing refers to them."""
 
 from datetime import timedelta
 
@@ -17,8 +17,8 @@ from tunery.retention.history import Transaction
 from tunery.storage import Storage
 
 GRACE = timedelta(hours=1)
-"""From a model's deletion to that of its bytes. Longer than a presigned link works, and than a request takes that
-found the model just before: one that creates a job on it, or a chat that is fetching it."""
+"""Time from a model's deletion to that of its bytes. Longer than a presigned URL works, and than a request takes that
+found the model just before, such as one that creates a job on it or a chat that loads it."""
 MODELS = 5
 """Models of one round."""
 
@@ -42,9 +42,9 @@ def reclaim(storage: Storage, *, transaction: Transaction = db.transaction, limi
 
 
 def _reclaimable(session: Session, limit: int) -> list[tuple[str, str]]:
-    """Ids and prefixes, in random order, so that a folder that storage refuses to delete holds no others up.
+    """Returns ids and prefixes, in random order, so that a folder that cannot be deleted does not block the others.
 
-    A base stays for as long as the bytes of any model that was tuned from it: an adapter is of no use without.
+    A base is kept as long as the bytes of any model tuned from it, as an adapter is useless without its base.
     """
     tuned, twin = aliased(Model), aliased(Model)
     named = or_(Baseline.model == Model.id, Baseline.order["compare"].contains(func.to_jsonb(Model.id)))

@@ -1,4 +1,4 @@
-"""Erasing a project: its rows, its objects, and nothing of anybody else's."""
+"""Erases a project: its rows and its objects, and nothing of other projects."""
 
 from sqlalchemy import ColumnElement, Select, delete, func, select, update
 from sqlalchemy.orm import Session
@@ -24,7 +24,7 @@ from tunery.traffic.model import Capture, CapturedFile, CapturedRequest, ModelUs
 from tunery.webhooks.model import Delivery, DeliveryTry, WebhookEndpoint
 
 SHARED = frozenset({"model_aliases", "slots", "devices"})
-"""Tables without rows of one project. Bases, in `models`, belong to none either."""
+"""Tables whose rows belong to no project. Bases, in `models`, belong to none either."""
 
 
 def find(session: Session, name_or_id: str) -> Project:
@@ -49,7 +49,7 @@ def contents(session: Session, project_id: str) -> dict[str, int]:
 
 
 def close(session: Session, project: Project) -> None:
-    """Refuses its keys, stops its webhooks and cancels its live jobs, so that nothing new comes in."""
+    """Revokes its keys, stops its webhooks and cancels its live jobs, so that nothing new arrives."""
     projects.revoke_project(session, project)
     endpoints = update(WebhookEndpoint).where(WebhookEndpoint.project_id == project.id)
     session.execute(endpoints.where(WebhookEndpoint.deleted_at.is_(None)).values(deleted_at=func.clock_timestamp()))
@@ -59,13 +59,13 @@ def close(session: Session, project: Project) -> None:
 
 
 def live_attempts(session: Session, project_id: str) -> int:
-    """Returns how many workers have not let go of the project's jobs yet: they may still store something."""
+    """Returns the number of the project's live attempts, which may still store something."""
     jobs = select(Job.id).where(Job.project_id == project_id)
     return session.scalar(select(func.count()).where(Attempt.job_id.in_(jobs), Attempt.ended_at.is_(None))) or 0
 
 
 def check_storage(session: Session, storage: Storage, project_id: str) -> None:
-    """Raises WrongStorage where none of the project's files is in the storage: another one has its bytes."""
+    """Raises WrongStorage if none of the project's files is in the storage, which must then be the wrong one."""
     keys = session.scalars(select(File.key).where(File.project_id == project_id, File.purged_at.is_(None))).all()
     if keys and all(storage.stat(key) is None for key in keys):
         raise WrongStorage(files=len(keys))
@@ -74,7 +74,7 @@ def check_storage(session: Session, storage: Storage, project_id: str) -> None:
 def erase(storage: Storage, project_id: str, *, transaction: Transaction = db.transaction) -> int:
     """Removes a closed project's objects and then its rows. Returns the number of objects. Raises ProjectBusy.
 
-    Objects first: the rows are what a repetition finds them by. What came in between is removed under a lock on the
+    Objects first, as a repetition finds them by the rows. What was added meanwhile is removed under a lock on the
     project's row, which every new row of the project needs.
     """
     with transaction() as session:
@@ -101,7 +101,7 @@ def erase(storage: Storage, project_id: str, *, transaction: Transaction = db.tr
 
 
 def _owned(project_id: str) -> dict[type[Base], ColumnElement[bool]]:
-    """Returns which rows are the project's, by table; each table comes before those that its rows refer to."""
+    """Returns the condition for the project's rows by table; each table precedes those that its rows refer to."""
     jobs = _ids(Job, project_id)
     endpoints = _ids(WebhookEndpoint, project_id)
     deliveries = select(Delivery.id).where(Delivery.endpoint_id.in_(endpoints))
@@ -140,7 +140,7 @@ def _ids(
 
 
 def _places(session: Session, project_id: str) -> frozenset[str]:
-    """Returns keys of objects, and prefixes, which end in `/`."""
+    """Returns the project's storage keys and prefixes; prefixes end in `/`."""
     keys = session.scalars(select(File.key).where(File.project_id == project_id)).all()
     prefixes = session.scalars(select(Model.prefix).where(Model.project_id == project_id)).all()
     jobs = session.scalars(_ids(Job, project_id)).all()

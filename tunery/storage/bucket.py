@@ -22,7 +22,7 @@ from tunery.storage.errors import KeyTaken, ObjectMissing, StorageFailed
 from tunery.storage.protocol import CHUNK, PRESIGN_SECONDS, Check, Stored, Writer, check_key, copy, fetch, writing
 
 PART = 16 * 2**20
-"""Bytes per part of an S3 multipart upload; two parts are on their way at a time."""
+"""Bytes per part of an S3 multipart upload; two parts are sent concurrently."""
 _PARTS = 5_000
 """After so many parts (80 GiB) the rest are four times as large, as S3 takes at most 10,000: 400 GiB in all."""
 _READ_TRIES = 5
@@ -51,7 +51,7 @@ def _client(settings: Settings, endpoint: str | None) -> Any:
 
 @contextlib.contextmanager
 def _translated(action: str, key: str) -> Iterator[None]:
-    """boto's exceptions as ours. What S3 said goes into the message by its code only: its texts may hold addresses."""
+    """Translates boto's exceptions to ours. Of S3's error only the code is kept, as its text may contain addresses."""
     try:
         yield
     except ClientError as error:
@@ -110,7 +110,7 @@ class Bucket:
         return answer
 
     def _chunks(self, key: str, position: int, answer: dict[str, Any]) -> Iterator[bytes]:
-        """A connection lost half-way is taken up again where it broke, and only on the very same object (its ETag)."""
+        """Yields chunks; after a lost connection it resumes there, if the object is still the same (by its ETag)."""
         etag, failures = answer["ETag"], 0
         while True:
             try:
@@ -165,7 +165,7 @@ class Bucket:
 
 
 def disposition(filename: str) -> str:
-    """Returns a Content-Disposition that downloads as `filename`, whatever characters it has (RFC 6266)."""
+    """Returns a Content-Disposition that downloads as `filename`, with any characters (RFC 6266)."""
     plain = re.sub(r'[^\x20-\x7e]|["\\%]', "_", filename)
     return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}"
 
@@ -179,7 +179,7 @@ def _put(s3: Any, key: str, request: dict[str, str], data: bytes) -> Stored:
 
 
 def _settled(write: Callable[[], Any]) -> Any:
-    """S3 answers 409 to both of two conditional writes that meet; a second try learns which one won."""
+    """Repeats a conditional write once: S3 answers 409 to both of two concurrent ones, and a retry decides."""
     for _ in range(5):
         try:
             return write()
@@ -190,7 +190,7 @@ def _settled(write: Callable[[], Any]) -> Any:
 
 
 class _MultipartSink:
-    """Parts of PART bytes, two on their way at a time; what fits into one part is a single put."""
+    """Uploads parts of PART bytes, two concurrently; an object that fits into one part is a single put."""
 
     def __init__(self, s3: Any, key: str, at: dict[str, str], extra: dict[str, str]) -> None:
         self._s3, self._key, self._at, self._extra = s3, key, at, extra
@@ -243,6 +243,6 @@ class _MultipartSink:
     def discard(self) -> None:
         self._close()  # first: a part that lands after the abort would bring the upload back
         if self._upload is not None:
-            # The cause is already on its way up; a failed abort must not hide it, and `sweep` comes by later.
+            # The original error is already being raised: a failed abort must not hide it, and `sweep` cleans up later.
             with contextlib.suppress(ClientError, BotoCoreError):
                 self._s3.abort_multipart_upload(**self._at, UploadId=self._upload)

@@ -21,7 +21,7 @@ class Directory:
 
     def _path(self, key: str) -> Path:
         path = self._root / check_key(key)
-        # The key is harmless by now, but a symbolic link below the root could still lead out of it.
+        # The key is checked already, but a symbolic link below the root could still lead out of it.
         if not path.resolve().is_relative_to(self._root):
             raise ValueError(f"{key!r} leads out of the storage directory through a symbolic link")
         return path
@@ -61,7 +61,7 @@ class Directory:
         fetch(self, key, path, sha256, check)
 
     def presign(self, key: str, *, filename: str, seconds: int = PRESIGN_SECONDS) -> str | None:  # noqa: ARG002
-        return None  # nobody serves a directory: the API streams from it
+        return None  # a directory has no server: the API streams from it
 
     def stat(self, key: str) -> int | None:
         path = self._path(key)
@@ -97,7 +97,7 @@ class Directory:
 
 
 class _FileSink:
-    """Temporary file, fsync, rename, fsync of the folder: after a power cut the object is whole or absent."""
+    """Writes by temporary file, fsync, rename, fsync of the folder: after a power cut the object is whole or absent."""
 
     def __init__(self, temporary: Path, key: str, path: Path, *, if_absent: bool = False) -> None:
         self._key, self._path, self._if_absent = key, path, if_absent

@@ -1,4 +1,4 @@
-"""What every storage does, and the half of it that does not depend on where the bytes go."""
+"""The storage protocol, and the part of it that is the same for every storage."""
 
 import contextlib
 import hashlib
@@ -15,16 +15,16 @@ from tunery.storage.errors import ChecksumMismatch
 CHUNK = 2**20
 """Bytes per chunk of a read."""
 PRESIGN_SECONDS = 900
-"""How long a presigned URL works: long enough to start a download with, short enough to be found in a log too late."""
+"""Seconds that a presigned URL works: enough to start a download, too few for one that leaks into a log."""
 
 
 Check = Callable[[], None]
-"""Is called again and again during long work, and raises where it is not to go on."""
+"""Called repeatedly during long work; raises to stop it."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What lies under a key now: its size in bytes and its sha256 in hex."""
+    """A stored object: its key, its size in bytes and its sha256 in hex."""
 
     key: str
     bytes: int
@@ -32,47 +32,47 @@ class Stored:
 
 
 class Storage(Protocol):
-    """Where objects lie. Every method may raise StorageFailed (try again); writes that raise leave nothing behind."""
+    """A store of objects. Every method may raise StorageFailed (try again); a failed write leaves nothing behind."""
 
     def writer(self, key: str, content_type: str | None = None) -> contextlib.AbstractContextManager["Writer"]:
-        """Stream an object in. It appears whole at the block's clean end, replacing an older one, or not at all."""
+        """Returns a writer. The object appears at the block's clean end, replacing an older one, or not at all."""
 
     def put(self, key: str, data: bytes, if_absent: bool = False) -> Stored:
-        """Store a small object. Raises KeyTaken with `if_absent` where one is: of many writers exactly one wins."""
+        """Stores a small object. With `if_absent`, raises KeyTaken if one exists: of many writers exactly one wins."""
 
     def put_file(self, key: str, path: Path) -> Stored:
-        """Store a local file. Size and sha256 in the answer are those of the bytes that were sent."""
+        """Stores a local file. Returns size and sha256 of the bytes that were sent."""
 
     def read(self, key: str, start: int = 0) -> Iterator[bytes]:
-        """The bytes from `start` on, in chunks; none past the end. Raises ObjectMissing at once, not with a chunk."""
+        """Returns the bytes from `start` in chunks; none past the end. Raises ObjectMissing at once, not later."""
 
     def fetch(self, key: str, path: Path, sha256: str, check: Check = lambda: None) -> None:
-        """Bring an object to a local file. Raises ObjectMissing, ChecksumMismatch, and what `check` raises between two
-        chunks; then `path` is untouched."""
+        """Downloads an object to a local file. Raises ObjectMissing, ChecksumMismatch, and what `check` raises between
+        two chunks; then `path` is unchanged."""
 
     def presign(self, key: str, *, filename: str, seconds: int = PRESIGN_SECONDS) -> str | None:
-        """A URL that downloads this one object as `filename` without any key; None where storage cannot do that."""
+        """Returns a URL that downloads this object as `filename` without a key; None if unsupported."""
 
     def stat(self, key: str) -> int | None:
-        """Size in bytes, None where there is no such object."""
+        """Returns the size in bytes, None if there is no such object."""
 
     def delete(self, key: str) -> None:
-        """Forget an object; no error where there is none."""
+        """Deletes an object, if it exists."""
 
     def list(self, prefix: str) -> Iterator[str]:
-        """Keys that begin with `prefix`, in no order: S3 servers do not agree on one."""
+        """Yields the keys that begin with `prefix`, in no particular order, as S3 servers differ."""
 
     def sweep(self, older_than_seconds: float = 86_400) -> int:
-        """Remove what writers that died left half-written. Returns how many."""
+        """Removes unfinished objects of dead writers. Returns how many."""
 
 
 _PART_OF_KEY = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*")
 
 
 def check_key(key: str) -> str:
-    """Returns the key itself, if it is one: parts joined by `/`, none hidden, `..` or empty. Raises ValueError.
+    """Returns the key if valid: parts joined by `/`, none hidden, `..` or empty. Raises ValueError.
 
-    A wrong key is a fault of ours or a forged manifest, never a user's typing error, hence no message for users.
+    A wrong key comes from a bug or a forged manifest, never from a user's typing error: hence no message for users.
     """
     parts = key.split("/")
     if len(key.encode()) > 900 or any(len(p.encode()) > 255 or not _PART_OF_KEY.fullmatch(p) for p in parts):
@@ -81,7 +81,7 @@ def check_key(key: str) -> str:
 
 
 class Sink(Protocol):
-    """The half of a writer that knows where bytes go."""
+    """The part of a writer that depends on the storage."""
 
     def write(self, data: bytes) -> None: ...
 
@@ -91,7 +91,7 @@ class Sink(Protocol):
 
 
 class Writer:
-    """Counts and hashes what it passes on. `stored` is there after a clean end of the `with` block."""
+    """Counts and hashes the bytes that it writes. `stored` is set after a clean end of the `with` block."""
 
     def __init__(self, key: str, sink: Sink) -> None:
         self._key, self._sink = key, sink
@@ -132,7 +132,7 @@ def copy(path: Path, writer: Writer) -> None:
 
 
 def fetch(storage: Storage, key: str, path: Path, expected: str, check: Check) -> None:
-    """Into a neighbour of `path` first: a reader of `path` never sees half a file nor a wrong one."""
+    """Downloads beside `path` and renames, so that a reader of `path` never sees a partial or wrong file."""
     found = hashlib.sha256()
     handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
     try:

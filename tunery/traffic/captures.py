@@ -1,4 +1,4 @@
-"""Requests to a model that its project chose to keep, what people said of the answers, and the files made of them."""
+"""Captures requests to a model for a project, stores feedback on the answers, and makes files of both."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -45,7 +45,7 @@ class FileOrder(BaseModel):
 
 
 def start(session: Session, project_id: str, model: Model, *, keep_days: int) -> Capture:
-    """Keeps the project's requests to a model from now on; those that are kept already keep their time."""
+    """Starts to keep the project's requests to a model; requests kept earlier keep their expiry."""
     row = session.get(Capture, (project_id, model.id)) or Capture(project_id=project_id, model_id=model.id)
     row.keep_days = keep_days
     session.add(row)
@@ -54,7 +54,7 @@ def start(session: Session, project_id: str, model: Model, *, keep_days: int) ->
 
 
 def stop(session: Session, project_id: str, model: Model) -> int:
-    """Keeps nothing more, and removes all that was kept. Returns how many requests."""
+    """Stops keeping requests and removes the kept ones. Returns their number."""
     session.execute(delete(Capture).where(Capture.project_id == project_id, Capture.model_id == model.id))
     removed = session.scalars(_of(project_id, model).with_for_update()).all()
     for row in removed:
@@ -64,12 +64,12 @@ def stop(session: Session, project_id: str, model: Model) -> int:
 
 
 def setting(session: Session, project_id: str, model_id: str) -> Capture | None:
-    """How the project keeps its requests to a model; None where it does not."""
+    """Returns the project's capture setting for a model; None if it keeps nothing."""
     return session.get(Capture, (project_id, model_id))
 
 
 def counts(session: Session, project_id: str, model: Model) -> dict[str, int]:
-    """Returns the requests kept, and how many were rated as good or bad, or corrected."""
+    """Returns the number of kept requests, and how many were rated as good or bad, or corrected."""
     rated = CapturedRequest.rating
     query = select(
         func.count(),
@@ -114,7 +114,7 @@ def add(
     answer: Mapping[str, Any],
     finish_reason: str,
 ) -> None:
-    """Keeps one answered request, already redacted. Of two with one id the first stays."""
+    """Stores one answered request, already redacted. Of two with the same id the first is kept."""
     row = insert(CapturedRequest).values(
         id=id,
         project_id=capture.project_id,
@@ -130,8 +130,7 @@ def add(
 def rate(
     session: Session, project_id: str, id: str, *, rating: int | None, correction: Mapping[str, Any] | None
 ) -> CapturedRequest:
-    """Notes what somebody said of an answer; None leaves what was said before. `correction`: redacted
-    already. Raises NotFound."""
+    """Stores feedback on an answer; None keeps the earlier value. `correction`: already redacted. Raises NotFound."""
     row = session.scalar(
         select(CapturedRequest)
         .where(CapturedRequest.id == id, CapturedRequest.project_id == project_id)
@@ -164,7 +163,7 @@ def lines(session: Session, project_id: str, model: Model, order: FileOrder) -> 
 
 
 def _row(row: CapturedRequest, order: FileOrder) -> dict[str, Any] | None:
-    """Returns a row of the file; None for a request that does not belong into it."""
+    """Returns a row of the file; None for a request that the order excludes."""
     if order.format == "preference":
         if row.correction is None or row.correction == row.answer:
             return None
@@ -177,14 +176,14 @@ def _row(row: CapturedRequest, order: FileOrder) -> dict[str, Any] | None:
 
 
 def _kind(row: CapturedRequest) -> Kept | None:
-    """What an answer that nobody corrected is worth; None for a bad one, and for one that the token limit cut."""
+    """Returns the kind of an uncorrected answer; None for a bad one, and for one cut by the token limit."""
     if row.finish_reason == "length" or row.rating == -1:
         return None
     return "good" if row.rating == 1 else "unrated"
 
 
 def note_file(session: Session, file: File, model: Model, order: FileOrder, used: list[str]) -> CapturedFile:
-    """Returns the lineage of a file. Raises NothingCaptured where it has no rows."""
+    """Stores and returns the lineage of a file. Raises NothingCaptured if it has no rows."""
     if not used:
         raise NothingCaptured(id=model.id)
     outcome = {"rows": len(used), "requests": used, "manifest_sha256": model.manifest_sha256}
@@ -196,7 +195,7 @@ def note_file(session: Session, file: File, model: Model, order: FileOrder, used
 
 
 def find_file(session: Session, file: File) -> CapturedFile:
-    """How a file came of captured requests. Raises NotFound."""
+    """Returns the lineage of a file made of captured requests. Raises NotFound."""
     row = session.get(CapturedFile, file.id)
     if row is None:
         raise NotFound(kind="file of captured requests", id=file.id)

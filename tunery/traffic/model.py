@@ -1,4 +1,4 @@
-"""What a project asks of models: what is left of its rates, what it has used, and the requests that it keeps."""
+"""Tables of a project's requests to models: rates, usage and captured requests."""
 
 from datetime import date, datetime
 from typing import Any
@@ -10,8 +10,8 @@ from tunery.db import Base, creation_time
 
 
 class RequestRate(Base):
-    """What a project could still ask for at `at`; both counts grow from then on, up to their limit. Tokens can be
-    below zero: an answer was longer than its request let expect."""
+    """The requests and tokens that a project had left at `at`; both grow from then on, up to their limit. Tokens can be
+    negative if an answer was longer than expected."""
 
     __tablename__ = "request_rates"
 
@@ -36,7 +36,7 @@ class ModelUsage(Base):
 
 
 class Capture(Base):
-    """A project keeps its requests to a model, for so many days. Without a row nothing is kept."""
+    """The setting that a project keeps its requests to a model, for some days. Without a row nothing is kept."""
 
     __tablename__ = "captures"
     __table_args__ = (CheckConstraint("keep_days BETWEEN 1 AND 365", name="keep_days"),)
@@ -48,7 +48,7 @@ class Capture(Base):
 
 
 class CapturedRequest(Base):
-    """One answered request, without personal data and secrets. `id`: what the client knows the answer by.
+    """One answered request, without personal data and secrets. `id`: that of the answer, as the client got it.
 
     `rating`: 1 for a good answer, -1 for a bad one. `correction`: the message that should have been answered.
     """
@@ -73,7 +73,7 @@ class CapturedRequest(Base):
 
 
 class CapturedFile(Base):
-    """How a file came of captured requests: asked for in `order`, described in `outcome` (the lineage)."""
+    """How a file was made of captured requests: requested in `order`, described in `outcome` (the lineage)."""
 
     __tablename__ = "captured_files"
 

@@ -20,7 +20,7 @@ from tunery.traffic.model import RequestRate
 
 @dataclass(frozen=True)
 class Bucket:
-    """`left` of `limit` units a minute. Without a limit (None) it is never empty."""
+    """A token bucket with `left` of `limit` units per minute. Without a limit (None) it is never empty."""
 
     limit: int | None
     left: float = 0.0
@@ -34,11 +34,11 @@ class Bucket:
         return self if self.limit is None else replace(self, left=min(self.limit, self.left + self._gain(seconds)))
 
     def without(self, amount: float) -> "Bucket":
-        """Returns the bucket after taking an amount, or after giving a negative one back."""
+        """Returns the bucket after taking an amount; a negative amount is given back."""
         return self if self.limit is None else replace(self, left=min(self.limit, self.left - amount))
 
     def seconds_until(self, amount: float) -> float:
-        """Returns seconds until the amount can be taken; 0 where it can be now."""
+        """Returns the seconds until the amount can be taken; 0 if it can be taken now."""
         if self.limit is None or self.left >= amount:
             return 0.0
         return math.inf if self.limit == 0 else (amount - self.left) * 60 / self.limit
@@ -49,7 +49,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Standing:
-    """What a project may still ask for. `charged`: the tokens that its last request was charged beforehand."""
+    """What a project has left. `charged`: the tokens that its last request was charged in advance."""
 
     requests: Bucket
     tokens: Bucket
@@ -59,8 +59,8 @@ class Standing:
 def take(session: Session, settings: Settings, project_id: str, tokens: int) -> Standing:
     """Takes one request and the tokens that it is expected to need. Raises RateLimited.
 
-    A request that is expected to need more than a minute's tokens takes a full bucket: the estimate may be too high,
-    and it could never be sent otherwise.
+    A request that is expected to need more than a minute's tokens takes a full bucket, as it could never be sent
+    otherwise, and the estimate may be too high.
     """
     project = session.get_one(Project, project_id)
     limits = _limits(settings, project)
@@ -88,7 +88,7 @@ def charge_used(session: Session, settings: Settings, project_id: str, *, charge
 
 
 def _limits(settings: Settings, project: Project) -> tuple[int | None, int | None]:
-    """Requests and tokens a minute: the project's own, else those of all."""
+    """Returns the limits of requests and tokens per minute: the project's own, else the settings'."""
     return tuple(  # type: ignore[return-value]  # of two
         common if own is None else own
         for own, common in (
@@ -101,7 +101,7 @@ def _limits(settings: Settings, project: Project) -> tuple[int | None, int | Non
 def _locked(
     session: Session, project_id: str, limits: tuple[int | None, int | None]
 ) -> tuple[RequestRate, datetime, tuple[Bucket, Bucket]]:
-    """Returns the project's row, locked until the transaction ends, and its buckets as they are by now."""
+    """Returns the project's row, locked for this transaction, and its buckets as of now."""
     new = {"project_id": project_id, "requests_left": limits[0] or 0, "tokens_left": limits[1] or 0}
     session.execute(insert(RequestRate).values(**new, at=func.clock_timestamp()).on_conflict_do_nothing())
     query = select(RequestRate).where(RequestRate.project_id == project_id).with_for_update()
@@ -117,6 +117,6 @@ def _store(row: RequestRate, now: datetime, standing: Standing) -> None:
 
 
 def _refusal(standing: Standing, wait: float, unit: str, limit: int | None) -> RateLimited:
-    # A limit of 0 closes the project to models: no wait helps, and a day is longer than any client's patience.
+    # With a limit of 0 no wait helps; a day is longer than any client waits.
     seconds = math.ceil(min(wait, 86_400.0))
     return RateLimited(limit=limit, unit=unit, seconds=seconds, standing=standing)
