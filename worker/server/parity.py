@@ -1,8 +1,8 @@
-"""`python -m worker.server.parity RUN_DIR ROWS TOKENS`: whether the model server answers as the scorecard's model did.
+"""`python -m worker.server.parity RUN_DIR ROWS TOKENS`: checks that the model server gives the scorecard's answers.
 
 Reads `greedy.jsonl`, and the base and artifact of the run directory as the model server reads them from storage. It is
-a process of its own: nothing of the run is in its memory, and the run's GPU is free. Writes `served.json` into the
-artifact, and a section of its README. A difference, or a model that cannot be loaded, is a result and no error.
+a separate process: nothing of the run is in its memory, and the run's GPU is free. Writes `served.json` to the
+artifact, and a section of its README. A difference, or a model that cannot be loaded, is a result and not an error.
 """
 
 import json
@@ -32,22 +32,22 @@ from worker.server.schemas import ChatRequest, parse
 from worker.supervisor.staging import EXPORTS
 
 _TIE, _EXACT_TIE = 0.05, 1e-4
-"""Logits so near that rounding decides between their tokens: of sums in bf16, and in fp32."""
+"""Gaps of logits within which rounding decides between tokens: with sums in bf16, and in fp32."""
 _SPACINGS = 4
-"""Neighbouring bf16 numbers between two logits that rounding decides between too. From 16 on they are 0.125 apart: of
-28 answers of SmolLM2 another batch size changes 9, 4 of them at gaps below 0.05, all within three neighbours
+"""Gap in neighbouring bf16 numbers within which rounding decides too. From 16 on neighbours are 0.125 apart: of 28
+answers of SmolLM2 another batch size changes 9, 4 of them at gaps below 0.05, all within three neighbours
 (`python -m bench.rounding`)."""
 Precision = Literal["float32", "bfloat16"]
 
 LEAST_EQUAL = 0.96
-"""The share of rows that have to be equal, or ties, in bf16."""
+"""The fraction of rows that must be equal, or ties, in bf16."""
 _SPARED_FROM = 10
-"""Rows of which one may differ in bf16 although it is more than the rest of that share."""
+"""From this many rows on, one may differ in bf16, even if that is more than LEAST_EQUAL leaves."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A row's answers. `is_tie`: of a difference that rounding makes."""
+    """The comparison of a row's answers. `is_tie`: rounding explains the difference."""
 
     tokens: int
     difference: TokenDifference | None = None
@@ -55,13 +55,13 @@ class Compared:
 
     @property
     def is_broken(self) -> bool:
-        """Whether the prompts differ, or one answer ends where the other goes on: no rounding does that."""
+        """Whether the prompts differ, or one answer ends where the other continues: rounding does not explain that."""
         found = self.difference
         return found is not None and (found.place == "prompt" or found.trained is None or found.served is None)
 
 
 def check(run_dir: Path, rows: int, tokens: int, device: str) -> Served:
-    """Compares at most so many rows and so many tokens of each. Raises torch.OutOfMemoryError."""
+    """Compares at most `rows` rows and `tokens` tokens of each. Raises torch.OutOfMemoryError."""
     run = Run.model_validate_json((run_dir / "spec.json").read_text())
     precision = _precision(run_dir / "out", device)
     asked = _spread(_read(run_dir / GREEDY), rows)
@@ -78,7 +78,7 @@ def check(run_dir: Path, rows: int, tokens: int, device: str) -> Served:
 
 
 def judge(compared: Sequence[Compared], precision: Precision) -> Served:
-    """Returns the verdict on all rows."""
+    """Returns the verdict from all rows."""
     unequal = [found for found in compared if found.difference is not None and not found.is_tie]
     spared = 0 if precision == "float32" else max(int(len(compared) * (1 - LEAST_EQUAL)), len(compared) >= _SPARED_FROM)
     differs = len(unequal) > spared or any(found.is_broken for found in unequal)
@@ -95,7 +95,7 @@ def judge(compared: Sequence[Compared], precision: Precision) -> Served:
 
 
 def _precision(artifact: Path, device: str) -> Precision:
-    """That of the sums which both sides make; the model server makes those on a GPU in bf16."""
+    """Returns the precision of the sums on both sides; on a GPU the model server computes them in bf16."""
     compute = json.loads((artifact / "training_config.json").read_text())["precision"]["compute"]
     return "float32" if compute == "float32" and device == "cpu" else "bfloat16"
 
@@ -113,7 +113,7 @@ def _batches(asked: list[GreedyAnswer], size: int) -> Iterator[list[GreedyAnswer
 
 
 def _lay_out(run_dir: Path, run: Run) -> tuple[Path, Chosen]:
-    """Returns the model server's folder of models, with the base and the artifact in it, and the request's model."""
+    """Returns the model server's models folder, which holds the base and the artifact, and the model to request."""
     models = run_dir / ".served"
     shutil.rmtree(models, ignore_errors=True)
     models.mkdir()
@@ -127,9 +127,9 @@ def _lay_out(run_dir: Path, run: Run) -> tuple[Path, Chosen]:
 
 
 def _put(source: Path, models: Path, *, weighed: bool) -> str:
-    """Links a model's files, its exports left out, into a folder of their manifest's digest, and returns that.
+    """Links a model's files, except exports, into a folder named by their manifest's digest; returns the digest.
 
-    `weighed`: with the weights in the manifest. Reading those of a whole model once more takes longer than all answers.
+    `weighed`: the manifest lists the weights. Reading a whole model's weights again takes longer than all answers.
     """
     folder = models / source.name
     folder.mkdir()
@@ -237,7 +237,7 @@ def _reason(error: Exception) -> str:
 
 
 def write(found: Served, artifact: Path) -> None:
-    """Writes `served.json`, and a section into the artifact's README."""
+    """Writes `served.json`, and a section of the artifact's README."""
     (artifact / "served.json").write_text(found.model_dump_json(indent=2) + "\n")
     with (artifact / "README.md").open("a", encoding="utf-8") as readme:
         readme.write(f"\n## Served\n\n{found.summary}\n")

@@ -128,7 +128,7 @@ def _does_not_fit(work: Work, what: str, device: torch.device) -> DoesNotFit:
 def _tokens_that_fit(objective: Objective, longest: Example, validation: Example | None, device: torch.device) -> int:
     """Returns how many tokens a micro-batch may have, by the peaks of both kinds of pass; 0 if one does not fit.
 
-    Raises torch.OutOfMemoryError if the model is sharded, as the other ranks cannot go on.
+    Raises torch.OutOfMemoryError if the model is sharded, as the other ranks cannot continue.
     """
     random, random_gpu = torch.get_rng_state(), torch.cuda.get_rng_state(device)
     try:

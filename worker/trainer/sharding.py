@@ -53,7 +53,7 @@ class Shards:
         """Lets the ranks run different numbers of passes inside the block, without gradients.
 
         Each pass is announced, and a rank that is done takes part in the others' passes. After an error inside there is
-        no waiting: the others cannot go on.
+        no waiting: the others cannot continue.
         """
         root = cast(FSDPModule, self._objective)
         root.unshard()  # embedding and head, which some code uses outside the objective's own passes

@@ -54,7 +54,7 @@ class Stepper:
     ) -> None:
         """`parameters`: the trained ones. `group_of`: examples of different groups never share a micro-batch.
 
-        `shards`: the model's pieces, where it is cut over the ranks.
+        `shards`: the model's pieces, if it is sharded over the ranks.
         """
         self.objective, self.ranks, self.group_of = objective, ranks, group_of
         self.memory, self.shards = memory, shards

@@ -26,8 +26,8 @@ class Recipe:
     """How a technique loads the base, chooses the trained weights, optimises and exports them.
 
     `load_base(folder, precision, device)` gives the frozen or trainable base on the device.
-    `prepare(model, technique, adapter)` marks what learns; `adapter`: the folder of one to go on from, or None.
-    `make_optimizer(parameters, plan, precision)` takes the parameters that learn, by name.
+    `prepare(model, technique, adapter)` marks the trained weights; `adapter`: the folder of one to continue, or None.
+    `make_optimizer(parameters, plan, precision)` takes the trained parameters, by name.
     `export(model, folder, base_model, weights)` writes the files that a user loads; `base_model` is the registered
     name, `weights` the model's where it is in pieces itself.
     """
