@@ -1,4 +1,4 @@
-"""Keeping an answered request, where its project chose to: put together as it passes, redacted before it is stored."""
+"""Captures answered requests for projects that chose to: collected as they pass, redacted before they are stored."""
 
 import logging
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _KEPT = ("messages", "tools")
 
 
 class Hearing:
-    """The first answer to a request, in the making. `shown_as`: the id that its caller sees, where not the answer's."""
+    """Collects a request's first answer. `shown_as`: the id that the caller sees, if not the answer's."""
 
     def __init__(self, capture: Capture, fields: Mapping[str, Any], shown_as: str | None) -> None:
         self._capture, self._id = capture, shown_as
@@ -41,7 +41,7 @@ class Hearing:
                 known["function"][name] = known["function"].get(name, "") + (text or "")
 
     def redacted(self) -> tuple[Json, Json] | None:
-        """Returns the request and the answer without personal data; None for an answer that broke off."""
+        """Returns the request and the answer without personal data; None for an interrupted answer."""
         # Imported where something is kept: it takes most of a second, and most APIs keep nothing.
         from tunery.datasets.cleaning.redaction import redact
 
@@ -53,7 +53,7 @@ class Hearing:
         return redact(self._request), redact({**answer, "tool_calls": calls} if calls else answer)
 
     def store(self, session: Session, redacted: tuple[Json, Json]) -> None:
-        """Keeps it, unless its project ended that meanwhile."""
+        """Stores both, unless the project has stopped capturing meanwhile."""
         capture = captures.setting(session, self._capture.project_id, self._capture.model_id)
         if capture is not None and self._id is not None and self._finish_reason is not None:
             request, answer = redacted

@@ -1,4 +1,4 @@
-"""What a route may ask for."""
+"""Dependencies of routes."""
 
 from collections.abc import Iterator
 from typing import Annotated
@@ -64,12 +64,12 @@ def _caller_apart(sessions: SessionsDep, credentials: Credentials) -> Caller:
 
 
 CallerDep = Annotated[Caller, Depends(_caller, scope="function")]
-"""Who asks, in the request's transaction."""
+"""The authenticated caller, found in the request's transaction."""
 ANY_KEY = Depends(_caller, scope="function")
 """For routes whose answer is the same for every project."""
 StreamCallerDep = Annotated[Caller, Depends(_caller_apart)]
-"""Who asks, found in a transaction of its own: for routes that move bytes for minutes and must not hold a connection
-of the database meanwhile."""
+"""The caller, found in a separate transaction: for routes that move bytes for minutes and must not hold a database
+connection meanwhile."""
 
 
 def _admin(caller: CallerDep) -> Caller:

@@ -1,4 +1,4 @@
-"""Stored bytes on their way out: from storage itself where it can, else streamed through."""
+"""Serves stored bytes: by a redirect to the storage if possible, else streamed."""
 
 import base64
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ def answer(storage: Storage, key: str, *, filename: str, bytes: int, sha256: str
         "content-length": str(bytes),
         "content-disposition": f"attachment; filename*=UTF-8''{quote(filename, safe='')}",
         "etag": f'"{sha256}"',
-        # A browser must never take a user's file for a page of ours.
+        # A browser must never treat a user's file as a page of this site.
         "x-content-type-options": "nosniff",
     }
     return StreamingResponse(storage.read(key), media_type="application/octet-stream", headers=headers)
@@ -43,7 +43,7 @@ def artifact(storage: Storage, files: Iterable[Artifact], path: str, *, owner: s
 
 
 def result_file(storage: Storage, key: str, *, coded: bool) -> Response:
-    """A result file is small: a line a step. OpenAI serves its base64, and scripts decode it."""
+    """Returns a result file, in base64 if `coded`, as OpenAI serves it and scripts decode it."""
     content = b"".join(storage.read(key))
     if coded:
         return Response(base64.b64encode(content), media_type="application/octet-stream")

@@ -1,6 +1,6 @@
-"""The one place where errors become HTTP: class -> status, one envelope, one handler.
+"""Turns errors into HTTP answers: class -> status, one envelope, one handler.
 
-Never 409: clients of this dialect retry it. A request that the object's state forbids is a 400, as OpenAI has it.
+Never 409, which OpenAI's clients retry. A request that the object's state forbids is a 400, as in OpenAI's API.
 """
 
 import logging
@@ -40,7 +40,7 @@ STATUS: dict[type[TuneryError], int] = {
     errors.Unavailable: 503,
     errors.AnswerTooSlow: 504,
 }
-"""A class answers for those below it. What is not here is a fault of ours: 500."""
+"""A class covers its subclasses. Anything else is an internal error: 500."""
 
 _NOT_AGAIN = {"x-should-retry": "false"}
 _HEADERS: dict[type[TuneryError], dict[str, str]] = {
@@ -87,7 +87,7 @@ def _type_of(error: TuneryError, status: int) -> str:
 
 
 def _as_ours(error: Exception, request_id: str, route: str) -> TuneryError | None:
-    """Whatever was raised, as an error of ours; None for what nobody foresaw."""
+    """Converts any exception to a TuneryError; None for an unexpected one."""
     if isinstance(error, TuneryError) and status_of(error) != 500:
         return error
     if isinstance(error, RequestValidationError):
@@ -139,6 +139,6 @@ def _allowed(request: Request) -> list[str]:
 
 
 def install(app: FastAPI) -> None:
-    """One handler for all classes. `api.middleware` answers what is raised outside of it in the same way."""
+    """Installs one handler for all errors. `api.middleware` answers those raised outside of it in the same way."""
     for kind in _FORESEEN:
         app.add_exception_handler(kind, _handle)

@@ -1,8 +1,8 @@
-"""JSON bodies as RFC 8259 has them. Python's parser, which the framework uses, takes more than we could pass on: NaN,
-nesting of any depth, halves of surrogate pairs; and it says little about what it does not take.
+"""Reads JSON bodies strictly by RFC 8259. The framework's parser, Python's own, accepts what cannot be passed on: NaN,
+nesting of any depth, lone surrogates; and its errors say little.
 
-A body is read only for a caller with a key, up to its route's limit, and parsed in a thread. What is parsed or checked
-in one piece stops every other request meanwhile, thread or not, so a body has a most of values too.
+A body is read only for a caller with a key, up to its route's limit, and parsed in a thread. Parsing and checking hold
+the GIL and so block all other requests even in a thread, so the number of values is limited too.
 """
 
 import re
@@ -27,7 +27,7 @@ _TOKENS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,{\[]', re.DOTALL)
 
 _LONG_BYTES = 2**17
 _LONG_ONES = threading.Lock()
-"""Long bodies take turns: each stops the event loop for the moment of its parsing, and four would for four."""
+"""Long bodies are parsed one at a time, as each blocks the event loop while it is parsed."""
 
 
 class JsonRoute(APIRoute):
@@ -64,7 +64,7 @@ class LongJsonRoute(JsonRoute):
 
 
 def _authenticate(request: Request) -> None:
-    """Raises Unauthenticated. The route's own dependency asks again, in the transaction in which it matters."""
+    """Raises Unauthenticated. The route's own dependency checks again, in the request's transaction."""
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     with request.app.state.sessions.begin() as session:
         auth.authenticate(session, secret.strip() if scheme.lower() == "bearer" else None)

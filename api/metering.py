@@ -1,4 +1,4 @@
-"""What a project may ask of models and what it has used: counted around each request to the model server."""
+"""Enforces a project's rates and counts its usage around each request to the model server."""
 
 import asyncio
 import json
@@ -28,12 +28,12 @@ from tunery.traffic.usage import Tokens
 log = logging.getLogger(__name__)
 
 CHARACTERS_A_TOKEN = 4
-"""Of English text. The estimate holds until the answer's own count is known."""
+"""For English text. The estimate is used until the answer's own count is known."""
 
 
 @dataclass
 class Admission:
-    """A request that may go to the model server. `end` has to be called, once or more."""
+    """An admitted request to the model server. `end` must be called, at least once."""
 
     app: FastAPI
     project_id: str
@@ -62,7 +62,7 @@ class Admission:
             self.used = Tokens(self.prompt, self.used.completion + 1)
 
     async def end(self) -> None:
-        """Counts what was used, also where the caller hangs up: those tokens were computed."""
+        """Counts the used tokens, also if the caller hangs up, as they were computed."""
         if self._has_ended:
             return
         self._has_ended = True

@@ -1,4 +1,4 @@
-"""Around every request: its id, limits to its body and the body's time, and an answer whatever happens inside."""
+"""Wraps every request: gives it an id, limits its body's size and time, and answers every error."""
 
 import asyncio
 import time
@@ -17,9 +17,9 @@ MAX_BODY_BYTES = 16 * 2**20
 DRAIN_BYTES = 600 * 2**20
 DRAIN_SECONDS = 120
 DRAIN_IDLE_SECONDS = 5.0
-"""A client that sends nothing for so long gets its answer: no reset can meet what it does not send."""
+"""Seconds without data from the client after which it gets its answer, as no reset is to be feared then."""
 BODY_SECONDS = 60.0
-"""A body's time, whatever its length."""
+"""Time for a body of any length."""
 BODY_RATE = 1024
 """Bytes a second that a body must come with on average after that: a slow line is slower than nobody's."""
 
@@ -27,8 +27,8 @@ BODY_RATE = 1024
 def allow(request: Request, limit: int) -> None:
     """Lets this request's body have `limit` bytes. For routes that stream: only they know that nothing is kept.
 
-    Why not by the Content-Type: it is the caller's word, and the framework collects the whole body of every other
-    route before it asks for a key.
+    Not decided by the Content-Type, which the caller controls: on every other route the framework collects the whole
+    body before it checks the key.
     """
     request.state.max_body_bytes = limit
 
@@ -57,7 +57,7 @@ class Edge:
 
 
 def _refuse_ambiguity(scope: Scope) -> None:
-    """Raises InvalidValue for a body whose end, or whose text, is another to a proxy than to us."""
+    """Raises InvalidValue for a body whose end or text a proxy may read differently."""
     headers: dict[bytes, bytes] = dict(scope["headers"])
     if b"content-length" in headers and b"transfer-encoding" in headers:
         raise InvalidValue(

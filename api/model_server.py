@@ -1,4 +1,4 @@
-"""Requests to the model server: the model is found here, the words come from there."""
+"""Sends requests to the model server, with the model found and authorised here."""
 
 import asyncio
 import json
@@ -77,7 +77,7 @@ def _authorities() -> ssl.SSLContext:
 
 
 class Stream:
-    """The chunks of an answer, as they come. `close` has to be called."""
+    """The chunks of an answer as they arrive. `close` must be called."""
 
     def __init__(
         self, admission: Admission, client: httpx2.AsyncClient, upstream: httpx2.Response, *, with_usage: bool
@@ -137,9 +137,9 @@ class Closable(Protocol):
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events that are made of a stream, which is closed at their end.
+    """Server-sent events of a stream, which is closed at the end.
 
-    Why not in a `finally` of the generator: of a caller who leaves before the first event it is never begun.
+    Not in a `finally` of the generator, which never starts if the caller leaves before the first event.
     """
 
     def __init__(self, events: AsyncIterator[str], stream: "Closable", headers: dict[str, str]) -> None:
@@ -154,7 +154,7 @@ class EventStream(StreamingResponse):
 
 
 async def events(stream: Stream) -> AsyncIterator[str]:
-    """A stream's chunks as OpenAI sends them, with [DONE] behind the last."""
+    """Yields a stream's chunks in OpenAI's format, with [DONE] after the last."""
     async for chunk in stream.chunks():
         yield f"data: {json.dumps(chunk)}\n\n"
         if "error" in chunk:

@@ -1,4 +1,4 @@
-"""Multipart forms in constant memory: text fields are kept, the one file streams through.
+"""Reads multipart forms in constant memory: text fields are kept, the file is streamed.
 
 Why not the framework's own forms: they spool the whole file to a temporary file before a route sees its first byte,
 and would take any number of bytes to say that it is one too many.
@@ -24,7 +24,7 @@ F = TypeVar("F", bound=BaseModel)
 _MAX_FIELDS = 64
 _MAX_FIELD_BYTES = 64 * 2**10
 _OVERHEAD = 2**20
-"""What a form may add to its file: boundaries, headers, text fields."""
+"""Maximum bytes of a form beside its file: boundaries, headers, text fields."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Form:
 
 
 Take = Callable[[Form, bytes], None]
-"""Gets the file's next bytes, in a thread. What it raises refuses the form."""
+"""Receives the file's next bytes, in a thread. An exception refuses the form."""
 
 
 async def receive(request: Request, *, file_field: str, limit: int, what: str, instead: str, take: Take) -> Form:

@@ -1,4 +1,4 @@
-"""Reports of files: asked for here, made by a worker for I/O, kept by the content that they are about."""
+"""Reports of files: requested here, made by a worker for I/O, stored by file content."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +15,10 @@ from tunery.rows.shapes import can_be_named
 from tunery.storage import Storage
 
 VERSION = 4
-"""Of what a report says. A report of an older version is made again when it is asked for."""
+"""Version of the reports' content. An older report is made again when it is requested."""
 QUEUED, RUNNING, READY, FAILED = "queued", "running", "ready", "failed"
 MAX_TRIES = 3
-"""Workers that may end over one report before it fails: others wait behind it."""
+"""Workers that may die during one report before it fails, as others wait behind it."""
 _LOST = (
     "The worker that read the file ended {tries} times before the report was done. Look for rows that are very large; "
     "the server's operator finds more in the log of the worker for I/O."
@@ -29,7 +29,7 @@ _LOST = (
 
 
 def request(session: Session, file: File, *, base: str = "", against: str = "") -> FileReport:
-    """Returns the report of a file's content, and queues it where nobody has asked for it before.
+    """Returns the report of a file's content, and queues it if it is new.
 
     `base`: the id of the model whose tokenizer counts; `against`: the sha256 of the content to compare with.
     """
@@ -90,7 +90,7 @@ def waiting(session: Session) -> list[str]:
 
 
 def begin(session: Session, report_id: str) -> FileReport | None:
-    """Returns the report, now running; None where it is no longer wanted or has ended too many workers."""
+    """Returns the report, now running; None if it is no longer wanted or too many workers have died during it."""
     report = session.get(FileReport, report_id, with_for_update=True)
     if report is None or report.status not in (QUEUED, RUNNING):
         return None
@@ -104,13 +104,13 @@ def begin(session: Session, report_id: str) -> FileReport | None:
 
 
 def release(session: Session, report_id: str) -> None:
-    """Gives a report back that was broken off by an outage or a shutdown, which is not the file's fault."""
+    """Requeues a report that an outage or a shutdown interrupted, without counting a try."""
     running = (FileReport.id == report_id) & (FileReport.status == RUNNING)
     session.execute(update(FileReport).where(running).values(status=QUEUED, tries=FileReport.tries - 1))
 
 
 def show_progress(session: Session, report_id: str, fraction: float) -> None:
-    """Notes how much of a report is made, 0 to 1."""
+    """Stores the progress of a report, 0 to 1."""
     running = (FileReport.id == report_id) & (FileReport.status == RUNNING)
     session.execute(update(FileReport).where(running).values(progress=fraction))
 
@@ -118,7 +118,7 @@ def show_progress(session: Session, report_id: str, fraction: float) -> None:
 def finish(
     session: Session, report: FileReport, *, summary: dict[str, Any] | None = None, error: str | None = None
 ) -> None:
-    """Notes how a report ended: its summary, or why there is none."""
+    """Stores a report's summary, or why there is none."""
     report.status = READY if error is None else FAILED
     report.summary, report.error, report.progress = summary, error, 1.0
     report.finished_at = func.clock_timestamp()
@@ -132,7 +132,7 @@ def _is_plain(report: FileReport) -> bool:
 
 
 def _tell_files(session: Session, report: FileReport) -> None:
-    """Notes in each file with this content what the report says, once, with an event."""
+    """Stores the report's verdict in each file with this content, once, with an event."""
     has_event = exists().where(FileEvent.file_id == File.id)
     content = (File.project_id == report.project_id) & (File.sha256 == report.sha256)
     files = select(File).where(content, File.purpose == "fine-tune", File.deleted_at.is_(None))
@@ -166,7 +166,7 @@ def content(session: Session, project_id: str, sha256: str) -> File | None:
 def others(session: Session, project_id: str, sha256: str, *, most: int = 20) -> list[tuple[File, FileReport]]:
     """Returns the newest other contents of the project that have a report, each with one of its files.
 
-    Not what a content was cleaned into or from: these have the same rows, which its lineage says.
+    Without those that it was cleaned into or from, which have the same rows by their lineage.
     """
     same = select(File.id).where(File.project_id == project_id, File.sha256 == sha256)
     into = (FileCleaning.file_id == File.id) | (FileCleaning.held_out_id == File.id)

@@ -1,4 +1,4 @@
-"""What a file must hold to be trained on, judged before a GPU is held. Its syntax was checked when it came in."""
+"""Checks whether a file can be trained on, before a GPU is claimed. Its syntax was checked at the upload."""
 
 import hashlib
 import json
@@ -51,11 +51,11 @@ class Summary:
 
     @property
     def longest_answer(self) -> int:
-        """Tokens of the longest answer that is wanted."""
+        """Tokens of the longest reference answer."""
         return max((tokens for _, tokens in self.answer_tokens), default=0)
 
     def add(self, part: "Summary") -> None:
-        """Takes in the figures of the rows that follow in the file."""
+        """Adds the figures of the rows that follow in the file."""
         for name in (item.name for item in fields(self) if item.compare):
             mine, more = getattr(self, name), getattr(part, name)
             if isinstance(mine, list):
@@ -74,7 +74,7 @@ class Summary:
             )
 
     def check_limit(self, limit: int) -> list[str]:
-        """Warns of wanted answers that have more tokens than a model's answer may have."""
+        """Warns of reference answers that are longer than the token limit of a model's answer."""
         long = [number for number, tokens in self.answer_tokens if tokens > limit]
         if not long:
             return []
@@ -84,7 +84,7 @@ class Summary:
         ]
 
     def warnings(self, max_length: int) -> list[str]:
-        """Returns what the owner should know though the job goes on."""
+        """Returns warnings for the job's owner."""
         found = [f"The file has {described}." for described in [self.shape.describe()] if described]
         if self.truncated:
             found.append(
@@ -198,7 +198,7 @@ def _judge(
 
 
 def _is_exhausting(fault: InvalidTrainingFile) -> bool:
-    """Whether the chat template cost as much as it may: a hundred such rows would keep everybody else waiting."""
+    """Whether the chat template exceeded its budget: a hundred such rows would delay all other jobs."""
     error = fault.__cause__
     return isinstance(error, CannotRender) and isinstance(error.__cause__, LimitExceeded)
 
@@ -216,7 +216,7 @@ def _check_enough(summary: Summary, role: FileRole, least: int) -> None:
 
 
 def _all_of(faults: dict[int, InvalidTrainingFile], role: FileRole) -> InvalidTrainingFile:
-    """Returns the first fault in full, and that it is not the only one, for the file's owner to correct all."""
+    """Returns the first fault in full, with the lines of the others, so that the owner can correct all."""
     first, *others = faults
     reason = faults[first].fields["reason"]
     if others:
@@ -237,7 +237,7 @@ def _names(keys: list[str]) -> str:
 
 
 def _take(summary: Summary, row: Judged) -> Example:
-    """Adds a row to the figures. Raises the InvalidTrainingFile that it has."""
+    """Adds a row to the figures. Raises its InvalidTrainingFile, if it has one."""
     if row.example is not None:
         _count(summary, row.number, row.example)
     if row.fault is not None or row.example is None:
@@ -278,7 +278,7 @@ def _check_answer(
     is_answered = len(summary.answer_tokens) < answered
     if (role != "test" and not is_answered) or not is_answerable(example):
         return
-    if role == "test" and isinstance(example, Pair):  # whose answers are compared, not written
+    if role == "test" and isinstance(example, Pair):  # its answers are compared, not generated
         return
     _, wanted = encode_answer(template, example, number)
     if role == "test" and not template.answer_text(wanted).strip():
@@ -288,10 +288,10 @@ def _check_answer(
 
 
 class Overlap:
-    """Finds held-out rows that are training rows too, while the files are read: the training file first.
+    """Finds held-out rows that are training rows too, while the files are read, the training file first.
 
-    Rows are the same when their conversations are, however they are spelled: ids and other extra keys do not count.
-    Memory: some 100 bytes for each training row, however long it is.
+    Rows are the same if their conversations are: format, ids and other extra keys do not matter.
+    Takes some 100 bytes of memory per training row, whatever its length.
     """
 
     def __init__(self) -> None:
@@ -306,7 +306,7 @@ class Overlap:
             self._shared.setdefault(role, []).append(f"line {number} (line {twin} there)")
 
     def reason(self, role: FileRole) -> str | None:
-        """Returns which rows the `role` file shares, with their line numbers; None where it shares none."""
+        """Returns which rows the `role` file shares, with their line numbers; None if it shares none."""
         shared = self._shared.get(role)
         if not shared:
             return None

@@ -1,4 +1,4 @@
-"""How many tokens a base's own tokenizer makes of a file's answers, from the file's first rows."""
+"""Measures how many tokens per byte a base's tokenizer makes of answers, from a file's first rows."""
 
 import logging
 from collections.abc import Iterable

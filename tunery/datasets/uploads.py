@@ -1,7 +1,7 @@
-"""Uploads: a large file that comes in parts, in any order, and is joined in the order its owner names.
+"""Uploads: a large file in parts, sent in any order and joined in the order that its owner names.
 
-Moving bytes and moving rows are separate steps, because a transaction must not stay open for as long as gigabytes
-take: a part is stored, then `add_part`; parts are `join`ed, then `complete`.
+Bytes and rows are written in separate steps, so that no transaction is open while gigabytes are copied: a part is
+stored, then `add_part`; parts are `join`ed, then `complete`.
 """
 
 import hashlib
@@ -168,7 +168,7 @@ def complete(session: Session, upload: Upload, stored: Stored) -> File:
 
 
 def cancel(session: Session, upload: Upload) -> Upload:
-    """Takes no more parts; `sweep` takes those that came. Raises WrongState."""
+    """Cancels an Upload; `sweep` removes its parts. Raises WrongState."""
     check_pending(session, upload, "cancelled")
     upload.status = CANCELLED
     session.flush()
@@ -176,9 +176,9 @@ def cancel(session: Session, upload: Upload) -> Upload:
 
 
 def sweep(session: Session, storage: Storage, *, limit: int = 1000) -> int:
-    """Expires Uploads whose time is up, and takes the parts of all that are over; how many parts.
+    """Expires old Uploads, and removes the parts of ended ones; returns the number of parts.
 
-    Another LIFETIME passes first: parts may still be on their way into a joined file.
+    Parts are kept for another LIFETIME, as they may still be being joined.
     """
     session.execute(
         update(Upload)

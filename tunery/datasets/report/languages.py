@@ -1,4 +1,4 @@
-"""Which natural language a text is written in, and rows in another one than nearly all others."""
+"""Identifies the language of texts, and finds rows in another language than nearly all others."""
 
 import random
 import re
@@ -15,14 +15,14 @@ from tunery.datasets.report.rows import Row
 PARTS = ("question", "answer")
 _FRACTION = 0.9
 _LEAST = 20
-"""Texts below which shares say nothing."""
+"""Minimum texts for meaningful shares."""
 _LETTERS = 15
-"""Letters below which a text is in no language: a name or a label may be in any."""
+"""Minimum letters of a text: a name or a label may be in any language."""
 _READ = 300
-"""Characters of a text that are read: more do not make the language surer."""
+"""Characters of a text that are read; more do not improve the result."""
 _SURE = 0.75
 _UNLIKE = 0.05
-"""What the usual language's probability may be at most where another one is named."""
+"""Maximum probability of the usual language for a finding of another one."""
 SAMPLED = 4000
 """Rows whose language is identified, of more than these at random."""
 _SUSPECTS = 2000
@@ -40,7 +40,7 @@ def _identifier() -> Any:
 
 @lru_cache(maxsize=65536)
 def identify(text: str) -> tuple[tuple[str, float], ...]:
-    """The two likeliest languages of a text with their probabilities, by ISO 639; none for a text too short to tell."""
+    """Returns a text's two likeliest languages (ISO 639) with probabilities; none for a text that is too short."""
     text = text[:_READ]
     if len(_LETTER.findall(text)) < _LETTERS:
         return ()
@@ -48,7 +48,7 @@ def identify(text: str) -> tuple[tuple[str, float], ...]:
 
 
 def language_of(text: str) -> str | None:
-    """Returns the language that a text is surely written in, or None."""
+    """Returns a text's language if it is certain, else None."""
     found = identify(text)
     return found[0][0] if found and found[0][1] >= _SURE and found[0][0] != _NO_LANGUAGE else None
 
@@ -64,7 +64,7 @@ def figures(case: Case) -> dict[str, Any]:
 
 
 def find(case: Case) -> Iterator[Finding]:
-    """Rows whose question or answer is in another language than that of at least nine in ten."""
+    """Finds rows whose question or answer is in another language than at least nine in ten."""
     named = case.lines_found("other_script")
     for part in PARTS:
         sampled = _sample(case.answered)
@@ -91,7 +91,7 @@ def _sample(rows: Sequence[Row]) -> Sequence[Row]:
 
 
 def _suspects(rows: Sequence[Row], sampled: Sequence[Row], part: str) -> Iterator[Row]:
-    """Rows outside the sample with few of its most common words: identifying all rows would take minutes."""
+    """Yields rows outside the sample with few of its most common words, as identifying all rows would take minutes."""
     if len(rows) == len(sampled):
         return
     counts = Counter(word for row in sampled for word in _WORD.findall(getattr(row, part)[:_READ].casefold()))

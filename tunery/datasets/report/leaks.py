@@ -1,4 +1,4 @@
-"""Rows of the file that stand in the file it is compared with, as a whole or by the question alone."""
+"""Finds rows that are also in the file that it is compared with, as a whole or only by the question."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -11,9 +11,9 @@ _ACTION = "Drop the row here, or its partner in the other file."
 
 
 def find(case: Case) -> Iterator[Finding]:
-    """One finding for each row that leaks, by its closest partner."""
+    """Yields a finding for each leaked row, with its closest match."""
     closest: dict[int, Pair] = {}
-    # A few words more make short questions unlike by their shingles: with one answer they leak all the same.
+    # A few added words make short questions dissimilar by shingles; with the same answer they are still leaks.
     for pair in chain(case.pairs, extensions.find(case.answered, case.against)):
         if pair.leaked and pair.similarity > getattr(closest.get(pair.first.line), "similarity", 0):
             closest[pair.first.line] = pair

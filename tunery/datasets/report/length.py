@@ -1,4 +1,4 @@
-"""Rows that are longer than what is trained."""
+"""Finds rows that are longer than the token limit."""
 
 import re
 from collections.abc import Iterator
@@ -9,23 +9,23 @@ from tunery.rows.template_files import load_tokenizer
 
 _PIECE = re.compile(r"\w{1,6}|[^\w\s]")
 _AROUND = 4
-"""Tokens that a chat template writes around a message, about."""
+"""Approximate tokens that a chat template writes around a message."""
 _ACTION = "Shorten the row, or train with more tokens: what is over the limit is cut off, and the answer stands last."
 
 
 def tokenizer(folder: Path) -> Counter:
-    """Counts tokens as the base in `folder` does. Raises CannotRender where it has no tokenizer.json."""
+    """Returns a token counter of the base in `folder`. Raises CannotRender if it has no tokenizer.json."""
     loaded = load_tokenizer(folder / "tokenizer.json" if folder.is_dir() else folder)
     return lambda text: len(loaded.encode(text, add_special_tokens=False).ids)
 
 
 def estimate(text: str) -> int:
-    """About the tokens of a text: words in pieces of six letters, and marks."""
+    """Returns the approximate tokens of a text: words in pieces of six letters, and punctuation."""
     return sum(1 for _ in _PIECE.finditer(text))
 
 
 def find(case: Case) -> Iterator[Finding]:
-    """Rows with more tokens than `max_tokens`."""
+    """Finds rows with more tokens than `max_tokens`."""
     count = case.count or estimate
     about = "" if case.count else "about "
     for row in case.rows:

@@ -1,4 +1,4 @@
-"""A file's report: the list of checks, each in its place."""
+"""Makes a file's report by a list of checks."""
 
 import json
 from collections import Counter
@@ -59,13 +59,13 @@ CHECKS: list[Check] = [
     scripts.find,
     languages.find,
 ]
-"""In order: a check may read what earlier ones found."""
+"""In order, as a check may read earlier findings."""
 _EXPLAINED = ("wrong_roles", "empty_output")
-"""Kinds that say of a row why a job would refuse it."""
+"""Kinds that already explain why a job would refuse a row."""
 
 
 MOST = 100_000_000
-"""Characters of the rows that are judged: memory grows with them. The verdict is on the whole file."""
+"""Maximum characters of the checked rows, as memory grows with them. The verdict is about the whole file."""
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,18 @@ class Report:
         )
 
     def _tokens(self) -> dict[str, Any]:
-        """Returns rows that a base's tokenizer has counted, and all of their tokens."""
+        """Returns the number of rows that a base's tokenizer has counted, and of their tokens."""
         found = self.figures.get("tokens")
         if not found or not found["total"]:
             return {}
         return {"tokens": {"rows": found["spreads"]["row"]["count"], "total": found["total"]}}
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the report for programs."""
+        """Returns the report as JSON values."""
         return self.summary() | {"figures": self.figures, "findings": [finding.as_dict() for finding in self.findings]}
 
     def as_json(self) -> str:
-        """Returns the report for programs, as text."""
+        """Returns the report as JSON text."""
         return json.dumps(self.as_dict(), indent=1)
 
 

@@ -1,7 +1,7 @@
-"""Rows whose label the other rows speak against: a classifier that has not seen a row prefers another label.
+"""Finds rows that are probably mislabelled: a classifier that has not seen the row prefers another label.
 
-Ranked by the margin, the given label's probability less that of the best other one: it tells a wrong label from a hard
-question better than the given label's probability alone.
+Ranked by the margin, the given label's probability minus that of the best other one, which separates wrong labels from
+hard questions better than the given label's probability alone.
 """
 
 import random
@@ -23,19 +23,19 @@ from tunery.datasets.report.rows import Row
 
 _FOLDS, _SEED = 5, 7
 _LEAST = 40
-"""Rows below which nothing is learned of a label."""
+"""Minimum rows to learn labels from."""
 _FITTED = 2500
-"""Rows that the classifier of a fold is fitted on at most. It judges all of its fold."""
+"""Maximum rows that a fold's classifier is fitted on. It scores its whole fold."""
 _STRENGTH, _STEPS = 2.0, 100
 _MANY = 10_000
-"""Rows from which on words tell enough, and their parts would only take time."""
+"""Rows from which words alone are enough, and parts of words would only take time."""
 _READ = 1000
 """Characters of a question that are read."""
 _ACTION = "Read the row; correct the label where it is wrong."
 
 
 def find(case: Case) -> Iterator[Finding]:
-    """Rows for which the classifier prefers another label, the surest first. Contradictions have their own finding."""
+    """Finds rows for which the classifier prefers another label, the most certain first, without contradictions."""
     named = case.lines_found("contradiction", "wrong_roles", "empty_output", "truncated_output")
     for task in case.tasks:
         rows = [row for row in case.answered if row.line in task.labels]
@@ -50,7 +50,7 @@ def find(case: Case) -> Iterator[Finding]:
 
 
 def _trusted(task: Task, against: Sequence[Row]) -> list[tuple[str, str]]:
-    """Questions and labels of the other file, from which every fold may learn."""
+    """Returns questions and labels of the other file, which every fold is trained on."""
     known = set(task.labels.values())
     read = ((row.question, labels.read(task, row.answer)) for row in against)
     return [(question, label) for question, label in read if label in known]
@@ -59,7 +59,7 @@ def _trusted(task: Task, against: Sequence[Row]) -> list[tuple[str, str]]:
 def _margins(
     rows: Sequence[Row], given: Sequence[str], trusted: Sequence[tuple[str, str]]
 ) -> tuple[NDArray[np.float64], list[str]]:
-    """Returns each row's margin, and the best label but the given one, out of fold."""
+    """Returns each row's margin and the best other label, out of fold."""
     table = _table([row.question for row in rows] + [question for question, _ in trusted])
     label = np.array([*given, *(label for _, label in trusted)])
     fold = np.r_[_folds(rows), np.full(len(trusted), _FOLDS)]
@@ -81,7 +81,7 @@ def _margins(
 
 
 def _table(questions: Sequence[str]) -> csr_matrix:
-    """TF-IDF of words, pairs of words, and parts of words."""
+    """Returns the TF-IDF matrix of words, pairs of words, and parts of words."""
     many = len(questions) >= _MANY
     kinds = [TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=3 if many else 1)]
     if not many:
@@ -90,7 +90,7 @@ def _table(questions: Sequence[str]) -> csr_matrix:
 
 
 def _folds(rows: Sequence[Row]) -> NDArray[np.int64]:
-    """Returns the fold of each row; rows with one question share theirs, or each would vouch for the other."""
+    """Returns the fold of each row. Rows with the same question share a fold, or each would confirm the other."""
     keys = [texts.words(row.question) for row in rows]
     different = sorted(set(keys))
     random.Random(_SEED).shuffle(different)  # noqa: S311 (shuffles folds)

@@ -1,4 +1,4 @@
-"""Which questions are the same, or nearly: candidates by MinHash, each compared exactly."""
+"""Finds equal and similar questions: candidates by MinHash, each compared exactly."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -15,13 +15,13 @@ other questions about the same thing do not."""
 _PERMUTATIONS, _BANDS, _SEED = 120, 24, 7  # bands of five: a pair at NEAR is seen with a probability of 0.988
 _BATCH = 2000
 _MOST = 40
-"""Candidates that one question is compared with, so that a file of a single template takes no quadratic time."""
+"""Maximum candidates per question, so that a file made from one template does not take quadratic time."""
 _SHOWN = 20
-"""Rows with one question that are paired with another row, for the same reason."""
+"""Maximum rows with the same question that are paired with another row, for the same reason."""
 
 
 class Pair(NamedTuple):
-    """Two rows with like questions; `leaked`: `second` is of the other file. `similarity`: 1 for the same words."""
+    """Two rows with similar questions; `leaked`: `second` is of the other file. `similarity`: 1 for the same words."""
 
     first: Row
     second: Row
@@ -39,7 +39,7 @@ class _Question(NamedTuple):
 
 
 def find(rows: Sequence[Row], against: Sequence[Row] = ()) -> list[Pair]:
-    """Returns the pairs of like questions, each once: within the file, and between the file and the other."""
+    """Returns the pairs of similar questions, each once: within the file, and between the two files."""
     questions = _group(rows, against)
     pairs = [pair for question in questions for pair in _inside(question)]
     for first, second, similarity in _near(questions):
@@ -74,7 +74,7 @@ def _between(one: _Question, other: _Question, similarity: float) -> Iterator[Pa
 
 
 def _near(questions: Sequence[_Question]) -> Iterator[tuple[int, int, float]]:
-    """The pairs of different questions, by place, that are alike and name the same numbers."""
+    """Yields the pairs of different questions, by index, that are similar and name the same numbers."""
     index = RMinHashLSH(threshold=NEAR, num_perm=_PERMUTATIONS, num_bands=_BANDS)
     keys = iter(enumerate(question.key for question in questions))
     while batch := list(islice(keys, _BATCH)):

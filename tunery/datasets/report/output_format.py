@@ -1,4 +1,4 @@
-"""Answers that are not written as nearly all others: not JSON where those are, or with other keys."""
+"""Finds answers in another format than nearly all others: not JSON, or with other keys."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _ACTION = "Write the answer as the others are."
 
 
 def find(case: Case) -> Iterator[Finding]:
-    """Rows whose answer differs in form from at least nine in ten of those with the same system message."""
+    """Finds rows whose answer differs in format from at least nine in ten with the same system message."""
     named = case.lines_found("empty_output", "truncated_output", "wrong_roles")
     rows = [row for row in case.answered if row.line not in named]
     for group in by_key(rows, lambda row: texts.squash(row.system)).values():

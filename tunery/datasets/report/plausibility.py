@@ -1,4 +1,4 @@
-"""Answers that a base model finds implausible, by losses that a worker has measured."""
+"""Finds answers that a base model considers implausible, by losses that a worker has measured."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ _SPREAD = 1.4826
 """Times the median absolute deviation: the standard deviation, where values are normal."""
 _FAR = 3.0
 _LEAST_LOSS = 0.1
-"""Nats a token: an answer that is certain without its question says nothing about it."""
+"""Nats per token: an answer that is certain without its question says nothing about the question."""
 _ACTION = "Read the row; correct the answer where it does not belong to the question."
 
 
@@ -37,7 +37,7 @@ def figures(losses: Mapping[int, AnswerLoss]) -> dict[str, Any]:
 
 
 def find(case: Case) -> Iterator[Finding]:
-    """Free answers that are far less likely behind their question than the file's others are."""
+    """Finds free-text answers that are far less likely after their question than the file's others."""
     labelled = {line for task in case.tasks for line in task.labels}
     named = case.lines_found("empty_output", "truncated_output", "wrong_roles")
     judged = [one for line, one in case.losses.items() if line not in labelled | named]

@@ -1,4 +1,4 @@
-"""Personal data and secrets in rows."""
+"""Finds personal data and secrets in rows."""
 
 import re
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z\d]){11,30}\b")
 _SSN = re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])")
 _PHONE = re.compile(r"(?<![\w.,/*=-])(?:\+|\(?\d)[\d\s().-]{6,}\d(?![\w*/=-])")
 _OFFICE = "US"
-"""Where numbers without a country's code are taken to be from."""
+"""The assumed country of phone numbers without a country code."""
 _KEY = re.compile(r"[A-Za-z0-9_/+=.-]{16,}|-----BEGIN|://[^\s/]+:[^\s/]+@")
 _GUESSING = frozenset(
     {
@@ -30,7 +30,7 @@ _GUESSING = frozenset(
         "Cloudant Credentials",
     }
 )
-"""Detectors that judge by randomness or by a word nearby: in rows with code and sums most of their hits are none."""
+"""Detectors by randomness or a nearby word: in rows with code and arithmetic most of their hits are false."""
 _MORE_KEYS = re.compile(
     r"\b(?:sk-(?:ant-|proj-)?[A-Za-z0-9_-]{20,}|hf_[A-Za-z0-9]{30,}|AIza[\w-]{35}|github_pat_\w{22,}|glpat-[\w-]{20,})"
 )
@@ -41,7 +41,7 @@ _ACTION = "Replace it with a made-up value, or drop the row."
 
 def find(case: "Case") -> Iterator["Finding"]:
     """Rows with an e-mail address, phone, card, account or social security number, or a key. The value is not shown."""
-    from tunery.datasets.report.case import Finding  # here: the API redacts, and has none of a report's libraries
+    from tunery.datasets.report.case import Finding  # imported here, as the API redacts without a report's libraries
 
     for row in case.rows:
         kinds = {kind: True for turn in row.turns for kind in kinds_in(turn.text)}
@@ -50,7 +50,7 @@ def find(case: "Case") -> Iterator["Finding"]:
 
 
 def kinds_in(text: str) -> Iterator[str]:
-    """What kinds of personal data and secrets a text holds."""
+    """Yields the kinds of personal data and secrets in a text."""
     yield from dict.fromkeys(place.kind for place in places_in(text))
 
 
@@ -63,7 +63,7 @@ class Place(NamedTuple):
 
 
 def places_in(text: str) -> Iterator[Place]:
-    """The places of personal data and secrets in a text, kind by kind. They may overlap."""
+    """Yields the places of personal data and secrets in a text, kind by kind. They may overlap."""
     if "@" in text:
         yield from (Place(*match.span(), EMAIL) for match in _EMAIL.finditer(text))
     if any(map(str.isdigit, text)):
@@ -119,7 +119,7 @@ _DETECTORS = [detector() for kind, detector in _CLASSES.items() if kind not in _
 
 
 def _secrets_of(line: str) -> Iterator[tuple[int, int]]:
-    """Where a line holds secrets, begin and end."""
+    """Yields the begin and end of each secret in a line."""
     yield from (match.span() for match in _MORE_KEYS.finditer(line))
     for detector in _DETECTORS:
         if any(True for _ in detector.analyze_string(line)):

@@ -1,4 +1,4 @@
-"""Answers that refuse, as an assistant's safety training words it."""
+"""Finds answers that refuse, in the words of an assistant's safety training."""
 
 import re
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _ACTION = "Keep it if such a question should be refused, otherwise write the ans
 
 
 def find(case: Case) -> Iterator[Finding]:
-    """Rows whose answer begins by refusing."""
+    """Finds rows whose answer begins with a refusal."""
     for row in case.answered:
         found = _REFUSAL.search(row.answer[:_HEAD].replace("\u2019", "'"))
         if found is not None:

@@ -1,4 +1,4 @@
-"""Rows whose messages are in an order that no chat template means."""
+"""Finds rows with a wrong order of roles."""
 
 from collections.abc import Iterator, Sequence
 from typing import get_args
@@ -14,7 +14,7 @@ _ACTION = "Correct the roles or the order of the messages."
 
 
 def find(case: Case) -> Iterator[Finding]:
-    """Rows with an unknown role, without an answer at the end, or with turns that do not alternate."""
+    """Finds rows with an unknown role, without a final answer, or with turns that do not alternate."""
     for row in case.rows:
         if row.turns and (why := describe(row.turns)):
             yield Finding("wrong_roles", [row.line], 1.0, why, _ACTION)

@@ -1,4 +1,4 @@
-"""Which script a text is written in, and rows that are written in another one than nearly all others."""
+"""Identifies the script of texts, and finds rows in another script than nearly all others."""
 
 import re
 import unicodedata
@@ -12,9 +12,9 @@ _FRACTION = 0.9
 _LEAST = 20
 """Rows below which shares say nothing."""
 _LETTERS = 400
-"""Letters of a text that are looked at."""
+"""Letters of a text that are examined."""
 _EAST = frozenset({"CJK", "HIRAGANA", "KATAKANA"})
-"""Scripts that stand in one text."""
+"""Scripts that occur together in a text."""
 _LATIN = re.compile("[A-Za-z]")
 _ACTION = "Correct the language, or give rows of another language a file of their own."
 
@@ -35,7 +35,7 @@ def script_of(text: str) -> str | None:
 
 
 def find(case: Case) -> Iterator[Finding]:
-    """Rows whose question or answer is in another script than that of at least nine in ten."""
+    """Finds rows whose question or answer is in another script than at least nine in ten."""
     for part in ("question", "answer"):
         scripts = {row.line: script_of(getattr(row, part)) for row in case.answered}
         counts = Counter(script for script in scripts.values() if script is not None)

@@ -1,4 +1,4 @@
-"""What a base's tokenizer and chat template make of a file's rows: how long they are, and what a length cuts."""
+"""Measures rows by a base's tokenizer and chat template: their lengths, and what a token limit cuts."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,11 +18,11 @@ from tunery.rows.template import IGNORED, ChatTemplate
 _UNCUT = 2**24
 _SHORTEST = 256
 _TURNS = 8
-"""Turns whose lengths are shown each on its own; of longer conversations the later ones count by their role alone."""
+"""Turns whose lengths are listed one by one; later turns are counted only by role."""
 
 
 class Lengths:
-    """Measures rows one by one. Lengths are tokens as training sees them, with what the chat template writes."""
+    """Measures rows one by one. Lengths are tokens as in training, including those of the chat template."""
 
     def __init__(self, base: Path, max_tokens: int) -> None:
         self.template = ChatTemplate.load(base)
@@ -112,7 +112,7 @@ def _spread(lengths: Sequence[int]) -> dict[str, int]:
 
 
 def _candidates(longest: int) -> Iterator[int]:
-    """Powers of two, to the first that cuts nothing."""
+    """Yields powers of two, up to the first that cuts nothing."""
     length = _SHORTEST
     yield length
     while length < longest:

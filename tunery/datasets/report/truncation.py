@@ -1,7 +1,4 @@
-"""Answers that end before they are finished.
-
-JSON says so itself. Of free text a classifier learns how the file's answers end.
-"""
+"""Finds truncated answers: JSON by its syntax, free text by a classifier of how the file's answers end."""
 
 import re
 from collections import Counter
@@ -25,7 +22,7 @@ _ACTION = "Complete the answer, or drop the row."
 
 
 def find(case: Case) -> Iterator[Finding]:
-    """Rows whose answer is JSON without its end, the beginning of a label, or text that breaks off."""
+    """Finds rows whose answer is incomplete JSON, the beginning of a label, or truncated text."""
     named = case.lines_found("wrong_roles")
     rows = [row for row in case.answered if not row.turns[-1].calls and row.line not in named]
     cut = {row.line: why for row in rows if (why := _broken_off(row.answer) or _part_of_label(case, row))}
@@ -44,7 +41,7 @@ def find(case: Case) -> Iterator[Finding]:
 
 
 def _chances(case: Case, free: Sequence[Row]) -> NDArray[np.float64]:
-    """Returns the probability that each answer breaks off, with what a base says of its end, where one was run."""
+    """Returns the probability that each answer is truncated, using a base's probability of its end if available."""
     words = dictionary.of(row.answer for row in free)
     known = Vocabulary((text for row in case.rows for text in (row.question, row.answer)), words)
     scores = cut_model.score([row.answer for row in free], known)
@@ -53,13 +50,13 @@ def _chances(case: Case, free: Sequence[Row]) -> NDArray[np.float64]:
 
 
 def _by_base(case: Case, free: Sequence[Row]) -> NDArray[np.float64]:
-    """Returns what a base's probability of an end behind each answer changes its odds by; 1 where none was run."""
+    """Returns the factor for each answer's odds from a base's probability of its end; 1 without a base."""
     ends = [loss.end if (loss := case.losses.get(row.line)) else _USUAL_END for row in free]
     return np.exp(_WEIGHT * (_USUAL_END - np.array(ends)))
 
 
 def _broken_off(answer: str) -> str | None:
-    """Returns why an answer that begins as JSON, or holds a block of code, has no end."""
+    """Returns why an answer that begins as JSON, or has a code block, is incomplete; else None."""
     text = answer.strip()
     if text.startswith(("{", "[")) and texts.load_json(text) is None and _open_at_end(text):
         return "Begins as JSON and ends inside it."

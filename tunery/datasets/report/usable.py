@@ -1,4 +1,4 @@
-"""The rows of a file that are worth training on: those that no finding speaks against."""
+"""Counts a file's usable rows: those without a finding against them."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Whether a job could be made of a file, as the job's validation would judge it without a model."""
+"""Decides whether a job could use a file, as the job's validation would without a model."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace

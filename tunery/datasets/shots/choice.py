@@ -1,4 +1,4 @@
-"""Which examples stand before a question: the same balanced ones for all, or each question's nearest."""
+"""Chooses the examples before a question: the same balanced ones for all, or each question's nearest."""
 
 import random
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from tunery.datasets.report.rows import Row
 
 
 def balanced(answers: Sequence[str], seed: int) -> list[int]:
-    """The places of all answers in a seeded order of which any first few have as many different answers as can be."""
+    """Returns the indexes of all answers in a seeded order; any first few are as varied as possible."""
     places = list(range(len(answers)))
     random.Random(seed).shuffle(places)  # noqa: S311 (no secret)
     turns: dict[str, int] = {}

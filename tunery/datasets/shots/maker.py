@@ -55,7 +55,7 @@ def _read(path: Path, role: FileRole) -> Iterator[tuple[int, Example]]:
 
 
 def _examples(path: Path, questions: list[Row]) -> tuple[list[Example], int]:
-    """Returns the examples that may be shown, and how many may not since an eval row asks the same."""
+    """Returns the usable examples, and the number of those that ask the same as an eval row."""
     if not path.exists():
         return [], 0
     found = {line: example for line, example in _read(path, "training") if is_answerable(example)}
@@ -78,7 +78,7 @@ def _variants(case: _Case) -> Iterator[Variant]:
 
 
 def _most_shots(case: _Case, kinds: Sequence[bool]) -> int:
-    """The largest power of two of examples with which every prompt and its answer fit into the base's context."""
+    """Returns the largest power of two of examples with which every prompt and its answer fit into the context."""
     shots = MOST_SHOTS
     while shots and (
         shots > len(case.shown)
@@ -89,7 +89,7 @@ def _most_shots(case: _Case, kinds: Sequence[bool]) -> int:
 
 
 def _write(case: _Case, variant: Variant) -> Variant:
-    """Writes the variant's prompts, or says in it why there are none."""
+    """Writes the variant's prompts; returns the variant, with the reason if there are none."""
     if variant.shots > len(case.shown):
         why = f"{variant.shots} examples were asked for, and {len(case.shown)} may be shown: ask for fewer, or add some"
         return variant.model_copy(update={"error": f"{why}. Examples that ask what an eval row asks do not count."})
