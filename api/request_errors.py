@@ -1,4 +1,4 @@
-"""What is wrong with a request that the framework refused, as an error of ours."""
+"""Converts the framework's errors about a request to this project's."""
 
 import re
 
@@ -37,7 +37,7 @@ class TooSlow(TuneryError):
 
 
 def explain(error: RequestValidationError, route: str) -> Rejected:
-    """Returns the first field at fault, with every reason that its value was refused for."""
+    """Returns the error for the first invalid field, with all reasons."""
     if isinstance(error.body, bytes):
         return InvalidValue(reason=_NOT_JSON)
     known = JobRequest if _CREATES_JOB.fullmatch(route) else None
@@ -45,7 +45,7 @@ def explain(error: RequestValidationError, route: str) -> Rejected:
 
 
 def explain_http(error: HTTPException, route: str) -> TuneryError:
-    """Returns what the framework refuses by itself: an unknown route, a wrong method, a body over the limit."""
+    """Returns the error for what the framework itself refuses: an unknown route, a wrong method, too large a body."""
     if error.status_code == 413:
         return TooLarge(what="The request's body", limit=error.detail, instead="Send less at once.")
     if error.status_code == 408:

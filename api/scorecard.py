@@ -1,4 +1,4 @@
-"""A job's scorecard as a picture: base and tuned model on every figure, and the change with its interval."""
+"""Draws a job's scorecard: base and tuned model on every figure, and the change with its interval."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ _TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined).from_string(
     Path(__file__).with_suffix(".svg.jinja").read_text(encoding="utf-8")
 )
 _LEFT, _WIDTH = 250, 320
-"""Where 0 % lies, and how far from it 100 %."""
+"""The position of 0 %, and the distance from it to 100 %."""
 _TOP, _LINE = 96, 30
 _BETTER, _WORSE, _SAME = "#1a7f37", "#cf222e", "#59636e"
 
 
 @dataclass(frozen=True)
 class Line:
-    """A figure, in the picture's coordinates."""
+    """A figure in the drawing's coordinates."""
 
     name: str
     y: int
@@ -53,7 +53,7 @@ def draw(job: Job) -> str:
 
 
 def _figures(score: Scorecard) -> Iterator[tuple[str, Measure]]:
-    """The task's own metric first, general ability last. A scorecard of an older release has exact matches alone."""
+    """Yields the figures: the task's own metric first, general ability last; older releases have only exact matches."""
     exact = Measure(
         base=score.base_exact, tuned=score.tuned_exact, gain=score.gain, low=score.gain_low, high=score.gain_high
     )

@@ -1,4 +1,4 @@
-"""What the model server has measured of its own answers."""
+"""Fetches the model server's measured rates."""
 
 import httpx2
 
@@ -9,7 +9,7 @@ _SECONDS = 2
 
 
 def fetch(settings: Settings) -> Rates | None:
-    """Returns the rates since the model server began; None where it does not answer soon."""
+    """Returns the rates since the model server started; None if it does not answer in time."""
     try:
         answer = httpx2.get(f"{settings.server_url}/v1/rates", timeout=_SECONDS, trust_env=False)
         return Rates.model_validate_json(answer.raise_for_status().content)

@@ -1,4 +1,4 @@
-"""A request for a text completion as one to the model server, and a chat completion's answer as a text completion."""
+"""Converts text completions: requests to those of the model server, and its chat completions to answers."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""A request of the Responses API as one for a chat completion."""
+"""Converts a request of the Responses API to one for a chat completion."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -69,7 +69,7 @@ def _messages(given: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _message(item: Any, param: str) -> dict[str, Any] | None:
-    """Returns an item of the input as a message; None of thinking, which no prompt shows again."""
+    """Returns an item of the input as a message; None for thinking, which is not shown again in prompts."""
     kind = item.get("type", "message") if isinstance(item, dict) else None
     if kind == "message":
         return {"role": item.get("role"), "content": _content(item.get("content"), f"{param}.content")}
@@ -90,7 +90,7 @@ def _message(item: Any, param: str) -> dict[str, Any] | None:
 
 
 def _content(content: Any, param: str) -> Any:
-    """Text in the parts of a chat message."""
+    """Returns text content as the parts of a chat message."""
     if not isinstance(content, list):
         return content
     parts = []

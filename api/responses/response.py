@@ -1,4 +1,4 @@
-"""A chat completion as a response of the Responses API: whole, and as the events of a stream."""
+"""Converts a chat completion to a response of the Responses API: whole, or as the events of a stream."""
 
 import json
 import time
@@ -12,12 +12,12 @@ _ECHOED: dict[str, Any] = {
     "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_logprobs": 0, "top_p": 1.0,
     "truncation": "disabled", "user": None,
 }  # fmt: skip
-"""What a response says again of its request, with the defaults."""
+"""The request's fields that a response repeats, with their defaults."""
 Json = dict[str, Any]
 
 
 class Response:
-    """A response in the making. `asked`: the request's fields."""
+    """Builds a response. `asked`: the request's fields."""
 
     def __init__(self, asked: Mapping[str, Any]) -> None:
         given = {name: asked[name] for name in _ECHOED if asked.get(name) is not None}
@@ -83,7 +83,7 @@ def call_item(call: Json, *, is_begun: bool = False) -> Json:
 
 
 class Events:
-    """The events of a stream, numbered, out of a chat completion's chunks."""
+    """Makes the numbered events of a stream from a chat completion's chunks."""
 
     def __init__(self, response: Response) -> None:
         self._response = response
@@ -97,7 +97,7 @@ class Events:
         self._usage: Json | None = None
 
     async def of(self, chunks: AsyncIterator[Json]) -> AsyncIterator[str]:
-        """Server-sent events; a chunk may be an error's envelope, which ends them."""
+        """Yields server-sent events. A chunk may be an error's envelope, which ends them."""
         for kind in ("created", "in_progress"):
             yield self._event(f"response.{kind}", response=self._response.shown("in_progress", []))
         async for chunk in chunks:
@@ -181,7 +181,7 @@ def _with_bytes(one: Json) -> Json:
 
 
 def _details(usage: Json) -> Json:
-    """Returns the tokens that were not computed; of a back end that does not count them, none."""
+    """Returns the cached tokens; none for a back end that does not count them."""
     return {"cached_tokens": (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)}
 
 

@@ -71,7 +71,7 @@ def advise(
 
 
 def _here(path: Path, aim: Any, model: str | None, valid: str | None) -> Advice:
-    """Raises ReportUnavailable."""
+    """Returns the advice on a local file. Raises ReportUnavailable."""
     model_info = None if model is None else _model_info(Path(model))
     said = report.make(path, valid, base=None, max_tokens=2048)
     rate = None if model is None else _rate(path, Path(model))
@@ -89,7 +89,7 @@ def _rate(path: Path, folder: Path) -> float | None:
 
 
 def _model_info(folder: Path) -> dict[str, Any]:
-    """Returns what a base's config.json says of its size. Raises BadParameter."""
+    """Returns the sizes in a base's config.json. Raises BadParameter."""
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -120,7 +120,7 @@ def _there(api: ApiClient, **asked: str | None) -> tuple[Advice, list[Row], str]
 
 
 def print_advice(made: Advice, name: str) -> None:
-    """The headline, the reasons, the settings with theirs, and the warnings."""
+    """Prints the headline, the reasons, the settings with their reasons, and the warnings."""
     output.console.print(Text(HEADLINES[made.recommendation], style=f"bold {_COLOURS[made.recommendation]}"))
     of = "all" if made.rows.usable == made.rows.total else f"{made.rows.usable:,} of"
     output.console.print(Text(f"{name}: {of} {made.rows.total:,} rows count.", style="dim"), soft_wrap=True)

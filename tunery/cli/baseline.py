@@ -115,7 +115,7 @@ def _price(text: str | None) -> dict[str, float] | None:
 
 
 def _wait(api: ApiClient, baseline_id: str) -> dict[str, Any]:
-    """Returns the baseline once it has ended. Ctrl-C leaves it to its worker."""
+    """Returns the baseline once it has ended. Ctrl-C stops only the waiting."""
     with output.errors.status("waiting for a worker") as status:
         while (found := api.call("GET", f"{ROOT}/{baseline_id}"))["status"] in ("queued", "running"):
             status.update(f"{baseline_id}: {found['status']} {found['progress']:.0%}")
@@ -124,7 +124,7 @@ def _wait(api: ApiClient, baseline_id: str) -> dict[str, Any]:
 
 
 def print_baseline(made: dict[str, Any]) -> None:
-    """The table, what meets the target, and the command that goes on. Raises Refused where there is no table."""
+    """Prints the table, what meets the target, and the next command. Raises Refused if there is no table."""
     if made["status"] != "succeeded":
         raise Refused(message=f"Baseline {made['id']} is {made['status']}. {made['error'] or ''}".strip())
     rows = [Row.model_validate(row) for row in made["table"]]
@@ -140,7 +140,7 @@ def print_baseline(made: dict[str, Any]) -> None:
 
 
 def print_table(rows: list[Row], currency: str) -> None:
-    """A baseline's table, a line for each way to get answers."""
+    """Prints a baseline's table, a line for each way to get answers."""
     shown = [verdict.cells(row) for row in rows]
     columns = [name for name in (*verdict.COLUMNS, "model") if any(cells[name] != "-" for cells in shown)]
     headings = [f"{currency} per 1,000" if name == "per 1,000" else name for name in columns]

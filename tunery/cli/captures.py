@@ -94,13 +94,13 @@ def make_file(
 
 
 def _said(one: dict[str, Any]) -> str:
-    """Returns what was said of an answer: its rating, and what it should have been."""
+    """Returns the feedback on an answer: its rating and its correction."""
     correction = one["correction"] and f"should be: {_text(one['correction'])}"
     return ", ".join(filter(None, (one["rating"], correction))) or "-"
 
 
 def _text(message: dict[str, Any]) -> str:
-    """Returns a message's beginning in one line."""
+    """Returns the beginning of a message on one line."""
     content = message.get("content")
     if not isinstance(content, str):
         content = json.dumps(content or message.get("tool_calls"), ensure_ascii=False)

@@ -51,7 +51,7 @@ def chat(
 
 
 def _questions() -> Iterator[str]:
-    """What is typed, or comes through a pipe, line by line."""
+    """Yields the lines that are typed or piped in."""
     import readline  # noqa: F401 (it gives input() its editing keys)
 
     prompt = "> " if sys.stdin.isatty() else ""
@@ -67,7 +67,7 @@ def _questions() -> Iterator[str]:
 
 
 def _answer(api: ApiClient, body: dict[str, Any]) -> Iterator[str]:
-    """The parts of one answer as they come. Raises Refused, also for an error in the middle of it."""
+    """Yields the parts of an answer as they arrive. Raises Refused, also for an error in the middle of it."""
     for event in _events(api.stream("/chat/completions", body=body)):
         if error := event.get("error"):
             raise Refused(message=error["message"])
@@ -76,7 +76,7 @@ def _answer(api: ApiClient, body: dict[str, Any]) -> Iterator[str]:
 
 
 def _events(chunks: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The JSON of server-sent events, up to [DONE]."""
+    """Yields the JSON of server-sent events, up to [DONE]."""
     for line in _lines(chunks):
         if line == b"data: [DONE]":
             return

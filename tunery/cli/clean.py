@@ -76,7 +76,7 @@ def clean(
 def _clean_here(
     file: Path, target: Path | None, order: Cleaning, against: Path | None, base: Path | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns what was done to a file here, and the new files' names. Raises ReportUnavailable."""
+    """Cleans a local file; returns what was done, and the new files' names. Raises ReportUnavailable."""
     if target is None:
         raise typer.BadParameter("Name the new file with --output.")
     if target.exists() and target.samefile(file):
@@ -86,7 +86,7 @@ def _clean_here(
     except ModuleNotFoundError as error:
         raise ReportUnavailable(package=error.name) from None
     written = [target, _apart(target)] if order.held_out else [target]
-    # In a folder of its own: a cleaning that fails leaves what was there before.
+    # In a separate folder, so that a failing cleaning leaves existing files unchanged.
     with tempfile.TemporaryDirectory(prefix=".cleaning-", dir=target.parent) as folder:
         clean, *apart = (Path(folder) / path.name for path in written)
         held_out = apart[0] if apart else None
@@ -99,7 +99,7 @@ def _clean_here(
 def _clean_there(
     api: ApiClient, file: str, target: Path | None, order: Cleaning, **others: str | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """What the server did to a file there, and the new files' ids; copies of them lie at `target`. Raises Refused."""
+    """Cleans a file on the server, with copies at `target`; returns what was done and the new ids. Raises Refused."""
     body = order.model_dump(mode="json", exclude_defaults=True) | {key: id for key, id in others.items() if id}
     made = api.call("POST", f"/files/{file}/clean", json=body)["id"]
     with output.errors.status("waiting for a worker") as status:
@@ -127,7 +127,7 @@ def _held_out(fraction: float, seed: int) -> HeldOut:
 
 
 def print_cleaning(done: Mapping[str, Any], name: str, written: Sequence[str]) -> None:
-    """What was done, as a table of kinds and the first rows of each. `written`: the new files' names."""
+    """Prints what was done, as a table of kinds and the first rows of each. `written`: the new files' names."""
     counts = done["counts"]
     output.console.print(
         Text.assemble(

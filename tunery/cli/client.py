@@ -1,4 +1,4 @@
-"""The API's client for commands: one call, its JSON, and errors that say what to change."""
+"""The commands' client of the API, whose errors say what to change."""
 
 import os
 from collections.abc import Iterator

@@ -14,7 +14,7 @@ from tunery.planning.memory import gib
 
 
 def ask(api: ApiClient, body: Mapping[str, Any], uploaded: list[str]) -> dict[str, Any]:
-    """The server's answer, once the training file's rows are counted. Removes the files that were uploaded for it."""
+    """Returns the server's answer once the training file's rows are counted. Removes the files uploaded for it."""
     try:
         report.fetch(api, body["training_file"])
         return api.call("POST", ROOT, json={**body, "dry_run": True})
@@ -24,7 +24,7 @@ def ask(api: ApiClient, body: Mapping[str, Any], uploaded: list[str]) -> dict[st
 
 
 def print_job(job: Mapping[str, Any], warnings: Sequence[str], *, as_json: bool) -> None:
-    """What was decided, what it needs, and all warnings."""
+    """Prints what was decided, what the job needs, and all warnings."""
     if as_json:
         output.as_json(job)
     else:

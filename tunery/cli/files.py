@@ -24,7 +24,7 @@ app.command("clean")(clean.clean)
 
 
 def upload_file(api: ApiClient, path: Path, purpose: str = "fine-tune") -> dict[str, Any]:
-    """Streams one file; the whole of it is never in memory."""
+    """Uploads a file as a stream, in constant memory."""
     with path.open("rb") as content:
         return api.call("POST", "/files", data={"purpose": purpose}, files={"file": (path.name, content)}, timeout=600)
 

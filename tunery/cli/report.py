@@ -65,7 +65,7 @@ _LINES = 8
 
 
 def print_report(said: Mapping[str, Any], name: str) -> None:
-    """The whole page."""
+    """Prints the whole report."""
     findings, rows = said["findings"], said["rows_named"]
     what = f": {rows:,} named in {len(findings):,} findings" if rows else ": nothing found"
     output.console.print(Text.assemble((name, "bold"), f" has {said['rows']:,} rows{what}."), soft_wrap=True)

@@ -53,12 +53,12 @@ FLAGS = {
 
 
 def build(flags: dict[str, Any], settings: list[str]) -> Body:
-    """One request of all flags that are given and all settings. Raises Refused where two of them contradict."""
+    """Returns one request from all given flags and settings. Raises Refused if two of them contradict."""
     return complete(merge(flags, settings), {"technique": "lora", "method": "supervised"})
 
 
 def complete(body: Body, types: Mapping[str, str]) -> Body:
-    """Returns the request whose objects name their type: one that they leave out is that of `types`."""
+    """Returns the request with the missing types of its objects taken from `types`."""
     for name, kind in types.items():
         if isinstance(body.get(name), dict):
             body[name].setdefault("type", kind)
@@ -66,7 +66,7 @@ def complete(body: Body, types: Mapping[str, str]) -> Body:
 
 
 def merge(flags: dict[str, Any], settings: list[str]) -> Body:
-    """All flags that are given and all settings, as parts of one request. Raises Refused where two contradict."""
+    """Merges all given flags and settings into one request. Raises Refused if two of them contradict."""
     body: Body = {}
     origins: dict[str, str] = {}
     set_fields = [(text, *_setting(text)) for text in settings]
@@ -98,7 +98,7 @@ def _merge(body: Body, origins: dict[str, str], origin: str, path: str, value: A
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Every value that is not an object, by its dotted path. Null says nothing, as in the API, but in metadata."""
+    """Yields every value that is not an object with its dotted path. Null counts as absent, except in metadata."""
     if isinstance(value, dict) and value and path != "metadata":
         for name, inner in value.items():
             yield from _leaves(f"{path}.{name}", inner)
@@ -129,7 +129,7 @@ def _contradiction(second: str, first: str, path: str) -> Refused:
 
 
 def check(body: Body) -> None:
-    """Raises what the API would say of the fields: Refused, InvalidValue, Unsupported; PluginFailed."""
+    """Checks the fields as the API would. Raises Refused, InvalidValue, Unsupported, PluginFailed."""
     plugins.load(plugins.names(), "cli")
     try:
         creation.check_fields(JobRequest.model_validate(_uploaded(body)))
@@ -167,7 +167,7 @@ def stored_files(api: ApiClient, body: Body, local: Collection[FileRole]) -> dic
 
 @dataclass
 class Source:
-    """A file to check, wherever it lies. `read` makes a new iterator over its bytes."""
+    """A file to check, local or on the server. `read` returns a new iterator over its bytes."""
 
     name: str
     read: Callable[[], Iterator[bytes]]
@@ -176,7 +176,7 @@ class Source:
 def sources(
     api: ApiClient, local: dict[FileRole, Path], stored: dict[FileRole, dict[str, Any]]
 ) -> dict[FileRole, Source]:
-    """What `check_files` reads: local files, and those on the server where there is something to compare them with.
+    """Returns what `check_files` reads: local files, and files on the server if there is another to compare with.
 
     Large ones on the server are left to the job's own validation, which compares them too.
     """
@@ -222,7 +222,7 @@ def _check_rows(source: Source, role: FileRole, encoder: RowEncoder, overlap: ru
 
 
 def upload(body: Body, files: dict[FileRole, Path], send: Callable[[Path], str]) -> list[str]:
-    """Sends each file once and puts its id in the place of its path. Returns the ids."""
+    """Sends each file once and replaces its path by its id in the request. Returns the ids."""
     ids: dict[Path, str] = {}
     for role, path in files.items():
         whole = path.resolve()
@@ -237,7 +237,7 @@ def upload(body: Body, files: dict[FileRole, Path], send: Callable[[Path], str])
 
 
 def _named_files(body: Body) -> Iterator[tuple[FileRole, str]]:
-    """The files that a request names, by path or id."""
+    """Yields the files that a request names, by path or id."""
     for role, field in FILES.items():
         name = _get(body, field)
         if name is not None and not (role == "replay" and name == "self"):

@@ -84,7 +84,7 @@ def reproduction(context: typer.Context, job: str, tolerance: Tolerance = None, 
 
 
 def _follow(api: ApiClient, job: str, *, in_silence: bool) -> None:
-    """Until the job has ended; with a bar, unless standard output is for programs."""
+    """Waits until the job has ended; shows a bar unless `in_silence`."""
     if not in_silence:
         return watching.watch(api, job)
     while api.call("GET", f"{ROOT}/{job}")["status"] not in watching.FINAL:
@@ -107,7 +107,7 @@ def _show(api: ApiClient, job: str, tolerance: float | None, json: bool) -> None
 
 
 def _print(found: dict[str, Any]) -> None:
-    """What is equal on a line, what differs in a table, and the verdict."""
+    """Prints what is equal on a line, what differs in a table, and the verdict."""
     parts = ("inputs", "environment", "weights", "scores")
     pairs = [pair for part in parts for pair in found[part]]
     output.note("equal: " + ", ".join(_equal(pairs)))
@@ -141,7 +141,7 @@ def _curves(losses: Iterable[dict[str, Any]]) -> Iterable[str]:
 
 
 def _short(value: Any) -> str:
-    """Returns a digest by its beginning, an object by what it holds."""
+    """Returns a value in short: a digest by its beginning, an object by its entries."""
     text = "" if value is None else str(value)
     return text[:12] if len(text) == 64 and " " not in text else text
 

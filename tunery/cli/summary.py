@@ -1,4 +1,4 @@
-"""What `tunery jobs show` says about a job, and which command comes next."""
+"""Prints a job for `tunery jobs show`, and the next command."""
 
 import time
 from typing import Any
@@ -36,7 +36,7 @@ def why_nothing(job: dict[str, Any]) -> str:
 
 
 def _run(job: dict[str, Any]) -> list[tuple[str, Any]]:
-    """How far it is, or what it waits for."""
+    """Returns the progress, or what the job waits for."""
     progress, error, finish = job["progress"], job.get("error") or {}, job["estimated_finish"]
     total, loss = progress["total_steps"], progress.get("train_loss")
     return [
@@ -72,14 +72,14 @@ def _request(job: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _gate(gate: dict[str, Any]) -> str:
-    """Returns what it decided, or what it demands."""
+    """Returns the gate's decision, or its requirements."""
     if gate.get("status") is None:
         return compact(gate, skip=("checks",))
     return f"{gate['status']}{_publishing(gate)} ({gate_reasons(gate)})"
 
 
 def _served(served: dict[str, Any] | None) -> str | None:
-    """Whether the model server gave the scorecard's answers."""
+    """Returns whether the model server gave the scorecard's answers, in words."""
     return None if served is None else f"{served['status']}{_publishing(served)} ({served_reason(served)})"
 
 
@@ -134,7 +134,7 @@ def _forgetting(moved: dict[str, Any]) -> str:
 
 
 def print_scorecard(card: dict[str, Any]) -> None:
-    """Both models on the test rows and on the general benchmark."""
+    """Prints both models' figures on the test rows and on the general benchmark."""
     output.fields([*_scorecard(card), *_general(card.get("general"))])
 
 
@@ -173,7 +173,7 @@ def _measure(found: dict[str, Any], word: str = "gain") -> str:
 
 
 def print_answers(rows: list[dict[str, Any]]) -> None:
-    """Each row of a scorecard: what was asked and wanted, and both answers with a tick or a cross."""
+    """Prints each row of a scorecard: question, reference, and both answers with a tick or a cross."""
     for row in rows:
         marks = {name: "✓" if row[f"{name}_right"] else "✗" for name in ("base", "tuned")}
         asked = str(row["messages"][-1].get("content") or "") if row["messages"] else ""
@@ -192,5 +192,5 @@ def compact(value: dict[str, Any] | None, skip: tuple[str, ...] = ()) -> str:
 
 
 def short(value: Any) -> str:
-    """Four digits of a number are enough for a line."""
+    """Formats a value, a number with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

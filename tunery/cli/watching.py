@@ -1,4 +1,4 @@
-"""Following a job to its end."""
+"""Follows a job to its end."""
 
 import time
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ FINAL = ("succeeded", "failed", "cancelled")
 
 
 class Events:
-    """A job's events as they come, each once."""
+    """Returns a job's events as they arrive, each once."""
 
     def __init__(self, api: ApiClient, job: str) -> None:
         self._api, self._job = api, job

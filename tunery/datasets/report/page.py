@@ -18,7 +18,7 @@ HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
 }
-"""What a page is sent with, so that text in it can do nothing."""
+"""The page's HTTP headers, so that text in it cannot run as script."""
 _TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
     Path(__file__).with_suffix(".html.jinja").read_text(encoding="utf-8")
 )
@@ -88,6 +88,6 @@ def _mix(counts: Mapping[str, int]) -> str:
 
 
 def places(lines: Sequence[int], most: int) -> str:
-    """Line numbers for people, at most so many."""
+    """Formats line numbers, at most `most`."""
     more = f" and {len(lines) - most:,} more" if len(lines) > most else ""
     return ", ".join(map(str, lines[:most])) + more

@@ -1,4 +1,4 @@
-"""Rows as a report sees them: also those that no job would take, since the report has to name them."""
+"""Rows as a report sees them, including those that a job would refuse, as the report must name them."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -54,7 +54,7 @@ class Row:
 
 
 def read(path: Path, most: int = sys.maxsize) -> list[Row]:
-    """A file's rows, as many as have `most` characters together. Raises InvalidRows where its bytes are no rows."""
+    """Returns a file's first rows, up to `most` characters in all. Raises InvalidRows if its bytes are not rows."""
     rows: list[Row] = []
     shape = FileShape()
     for source in readers.read(chunks(path)):
@@ -117,5 +117,5 @@ def by_key(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:
 
 
 def whole(row: Row) -> str:
-    """Returns all that a row says, made comparable: rows are the same where this is."""
+    """Returns a row's normalised text; rows are the same if it is equal."""
     return "\x00".join(f"{turn.role}\x01{texts.squash(turn.text)}" for turn in row.turns)

@@ -1,4 +1,4 @@
-"""Texts made comparable: what counts as the same text, and how alike two are."""
+"""Normalises texts for comparison, and measures their similarity."""
 
 import json
 import re
