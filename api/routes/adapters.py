@@ -1,4 +1,4 @@
-"""Adapters that were trained elsewhere. An archive streams through into storage; a worker looks into it."""
+"""Imports of adapters that were trained elsewhere. The archive is streamed into storage and checked by a worker."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""From traffic back to data: requests that a project keeps, what people say of the answers, and files made of them."""
+"""Captured requests of a project, feedback on their answers, and files made of both."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Chat completions: the model is found here, the words come from the model server."""
+"""Chat completions: the model is found here, and the model server answers."""
 
 from typing import Annotated, Any
 

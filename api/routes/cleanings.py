@@ -1,4 +1,4 @@
-"""Cleaning a file: the new file's row is there at once, a worker writes its bytes."""
+"""Cleanings of files: the new file's row is created at once, and a worker writes its bytes."""
 
 from fastapi import APIRouter
 

@@ -47,7 +47,7 @@ async def compare_models(
 
 async def _ask_all(request: Request, project_id: str, asked: list[dict[str, Any]]) -> list[Answered]:
     asking = (model_server.ask(request, project_id, fields) for fields in asked)
-    # All of them end before the first error is raised: none goes on behind an answer that has left.
+    # All of them end before the first error is raised, so that none continues after the answer is sent.
     found = await asyncio.gather(*asking, return_exceptions=True)
     for one in found:
         if isinstance(one, BaseException):

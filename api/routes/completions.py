@@ -1,4 +1,4 @@
-"""Text completions, the older dialect: a model goes on from a text, without any chat template."""
+"""Text completions, the older API: a model continues a text, without a chat template."""
 
 import json
 from collections.abc import AsyncIterator

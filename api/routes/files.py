@@ -1,4 +1,4 @@
-"""Files. An upload streams through: its bytes are checked and stored as they come; no transaction waits for them."""
+"""Files. An upload is checked and stored as it arrives, without an open transaction."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -55,10 +55,10 @@ _FORM: dict[str, Any] = {
 
 
 class _Arriving:
-    """A file on its way in: every piece is checked, then stored.
+    """A file being uploaded: every piece is checked, then stored.
 
-    Clients differ in where they put `purpose`: before the file its first bad line ends the upload at once; behind it,
-    the fault waits until it is known whether lines matter.
+    Clients differ in where they send `purpose`: if before the file, the first bad line ends the upload at once; if
+    after it, the error is held until it is known whether lines matter.
     """
 
     def __init__(self, writer: Writer) -> None:
@@ -115,7 +115,7 @@ def _record(
     fields: schemas.FileFields,
     stored: Stored,
 ) -> schemas.File:
-    """Returns the row, in a transaction that begins when all bytes are stored; without a row the bytes go again."""
+    """Creates the row in a transaction that begins once all bytes are stored; removes the bytes if that fails."""
     try:
         with sessions.begin() as session:
             row = files.create(
@@ -160,7 +160,7 @@ def retrieve_file(file_id: str, session: SessionDep, caller: CallerDep) -> schem
 def delete_file(file_id: str, session: SessionDep, caller: CallerDep) -> schemas.FileDeleted:
     """Refused (400) while a job that has not ended needs the file."""
     row = files.find(session, caller.project_id, file_id)
-    session.refresh(row, with_for_update=True)  # against a job that is being created on it at this moment
+    session.refresh(row, with_for_update=True)  # against a job that is being created on it concurrently
     files.delete(session, row, in_use_by=live_user_of(session, file_id))
     return schemas.FileDeleted(id=file_id)
 

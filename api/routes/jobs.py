@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: what OpenAI's API has."""
+"""Fine-tuning jobs: the routes that OpenAI's API has."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -46,7 +46,7 @@ def _shown_all(session: Session, settings: Settings, jobs: Sequence[Job]) -> lis
 
 
 def _created(session: Session, settings: Settings, storage: Storage, job: Job) -> dry_runs.DryRunJob | schemas.Job:
-    """Returns a new job, or what would be one: a dry run's job is in no session."""
+    """Returns the API's object of a new job or a dry run, whose job is in no session."""
     if object_session(job) is None:
         found = dry_run.judge(session, job, settings, partial(rates.of_file, storage))
         return dry_runs.of(found, organization=settings.organization)
@@ -70,7 +70,7 @@ def create_job(
     Safe to repeat with an `Idempotency-Key`. The official client's own retries are recognised without one. With
     `dry_run` nothing is stored, and the answer says what the job would be.
     """
-    # Proxies and shells send a header whose variable was empty: that is no key, least of all one for all requests.
+    # Proxies and shells send an empty header if a variable is unset: that must not count as one key for all requests.
     key = idempotency_key or None
     job = creation.create(
         session,

@@ -1,4 +1,4 @@
-"""Models: what there is to tune and what came of it."""
+"""Models: bases, and the results of jobs."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Reports of files: read as JSON and as a page. The first who asks for another base or comparison has it made."""
+"""Reports of files, as JSON and as a page. The first request for another base or comparison queues its report."""
 
 import json
 from dataclasses import dataclass

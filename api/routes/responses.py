@@ -99,7 +99,7 @@ def no_kept_response(rest: str) -> None:
 
 
 def _in_this_dialect(said: dict[str, Any]) -> dict[str, Any]:
-    """Returns an error of the model server, its field by the name that it has here."""
+    """Returns an error of the model server with its field renamed to the Responses API's."""
     error = said["error"]
     field, dot, rest = str(error["param"] or "").partition(".")
     name, bracket, place = field.partition("[")

@@ -1,4 +1,4 @@
-"""What a job's run leaves behind: its log, its measurements, its files. None of it is in OpenAI's API."""
+"""The log, measurements and files of a job's run. None of these routes is in OpenAI's API."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Parts of the dialect that this server does not have: refused by name, with what there is."""
+"""Routes of OpenAI's API that this server does not have: refused by name, with an alternative."""
 
 from fastapi import APIRouter
 

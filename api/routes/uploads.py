@@ -82,7 +82,7 @@ async def create_part(
 
 
 def _check_open(sessions: sessionmaker[Session], project_id: str, upload_id: str) -> None:
-    """Checks the Upload before the first byte: a client of a finished one should not send 64 MiB to learn it."""
+    """Checks the Upload before the first byte, so that a client does not send 64 MiB to a finished one."""
     with sessions.begin() as session:
         uploads.check_pending(session, uploads.find(session, project_id, upload_id), "given more parts")
 
@@ -92,7 +92,7 @@ def _add(
 ) -> schemas.UploadPart:
     try:
         with sessions.begin() as session:
-            # Locked: parts that arrive together must each see the others' bytes.
+            # Locked, so that concurrent parts see each other's bytes in the total.
             upload = uploads.find(session, project_id, upload_id, lock=True)
             part = uploads.add_part(session, upload, stored, limit=limit)
     except Exception:
@@ -118,7 +118,7 @@ def complete_upload(
 
 
 def _complete(sessions: sessionmaker[Session], storage: Storage, upload: Upload, stored: Stored) -> schemas.Upload:
-    """In a transaction that begins when all bytes are joined; if they do not become the file, they go again."""
+    """Completes the Upload in a transaction that begins once the bytes are joined; removes unused bytes."""
     kept = None
     try:
         with sessions.begin() as session:

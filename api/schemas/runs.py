@@ -1,4 +1,4 @@
-"""What a job leaves behind, as the API spells it: events, checkpoints, measurements, artifacts."""
+"""The API's objects of a job's run: events, checkpoints, measurements, artifacts."""
 
 from dataclasses import asdict
 from typing import Any, Literal

@@ -95,8 +95,8 @@ def _is_card(text: str) -> bool:
 
 
 def _account_size(text: str) -> int:
-    """How much of a text is an account number, 0 where nothing is. Words behind it may have been taken with it, where
-    they are in capitals."""
+    """Returns the length of the account number at a text's beginning, or 0. The text may include capitalised words
+    after the number."""
     parts = text.split(" ")
     found = (count for count in range(len(parts), 0, -1) if iban.is_valid("".join(parts[:count])))
     return len(" ".join(parts[: next(found, 0)]))

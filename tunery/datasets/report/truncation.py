@@ -15,7 +15,7 @@ from tunery.datasets.report.rows import Row
 _SURE, _BROKEN = 0.35, 0.99
 _LEAST = 30
 _WEIGHT, _USUAL_END = 0.5, -5.0
-"""Of the log probability of an end behind an answer: what a unit of it counts, and whole ones mostly have more."""
+"""The weight of the log probability of an end after an answer, and its usual lower bound for whole answers."""
 _MARKER = re.compile(r"\s*(?:[-+*•]|\d+[.)-]?)\s*")
 _OPEN = {"(": ")", "[": "]", "{": "}"}
 _ACTION = "Complete the answer, or drop the row."

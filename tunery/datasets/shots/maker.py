@@ -117,7 +117,7 @@ def _prompted(case: _Case, variant: Variant) -> list[Example]:
 
 
 def _with_examples(asked: Example, shown: Sequence[Example]) -> Example:
-    """Returns the row with the examples' turns behind its own system messages, which are the only ones."""
+    """Returns the row with the examples' turns after its own system messages; those of the examples are left out."""
     first = next((at for at, one in enumerate(asked.messages) if one.role not in _SYSTEM), 0)
     turns: list[Message] = [turn for one in shown for turn in one.messages if turn.role not in _SYSTEM]
     return asked.model_copy(update={"messages": [*asked.messages[:first], *turns, *asked.messages[first:]]})
