@@ -1,4 +1,7 @@
-"""Why jobs fail: a failure's text is shown to the job's owner. The trainer and the workers know these classes."""
+"""Reasons for which a job fails. A class's docstring is the message that the job's owner reads.
+
+The trainer and the workers raise these classes.
+"""
 
 from tunery.errors import TuneryError
 
@@ -10,7 +13,7 @@ class JobFailure(TuneryError):
 
     @classmethod
     def quoted(cls, code: str, message: str, param: str | None) -> "JobFailure":
-        """Returns the failure that another process has reported, as the class that has its code."""
+        """Rebuilds a failure that another process has reported, as the class that has its code."""
         kind = next((kind for kind in cls.__subclasses__() if kind.code == code), cls)
         return kind(param=param, message=message)
 

@@ -59,9 +59,9 @@ class _Log:
         self._last = ""
 
     def read(self, tail: int | None = None) -> Iterator[bytes]:
-        """What is there and was not read before; with `tail` only the last lines of it. Raises StorageFailed.
+        """Returns what has been written since the last call; with `tail` only its last lines. Raises StorageFailed.
 
-        No generator: storage is asked at once, while an error can still be the answer.
+        Not a generator function: storage is listed before the response starts, so that an error still has its status.
         """
         keys = sorted(key for key in self._storage.list(self._prefix) if key > self._last)
         self._last = keys[-1] if keys else self._last
@@ -70,10 +70,10 @@ class _Log:
         return (chunk for key in keys for chunk in self._storage.read(key))
 
     def _end(self, keys: list[str], lines: int) -> bytes:
-        """Read backwards, for logs are long and tails are short."""
+        """Reads backwards, because logs are long and tails are short."""
         text = b""
         for key in reversed(keys):
-            # One line break more than lines: the one before the first of them.
+            # One line break more than lines: the extra one shows that the first line is complete.
             if text.count(b"\n") > lines:
                 break
             text = b"".join(self._storage.read(key)) + text
@@ -83,8 +83,8 @@ class _Log:
 async def _following(
     log: _Log, text: Iterator[bytes], sessions: sessionmaker[Session], project_id: str
 ) -> AsyncIterator[bytes]:
-    """`text`, then new text as it comes. The job's end is looked up before each reading, so the last words are not
-    missed."""
+    """Yields `text`, then new text as it is written. Whether the job has ended is checked before each read, so that its
+    last output is not missed."""
     ended = False
     while True:
         async for chunk in iterate_in_threadpool(text):
@@ -135,14 +135,20 @@ def list_scorecard_rows(
     session: SessionDep,
     caller: CallerDep,
     storage: StorageDep,
-    flipped: Annotated[bool | None, Query(description="Only rows that one of the two models gets right")] = None,
-    right: Annotated[bool | None, Query(description="Only rows that the tuned model gets right, or wrong")] = None,
-    after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
+    flipped: Annotated[
+        bool | None,
+        Query(description="true: rows that one model alone gets right; false: the others"),
+    ] = None,
+    right: Annotated[
+        bool | None,
+        Query(description="true: rows that the tuned model gets right; false: the others"),
+    ] = None,
+    after: Annotated[str | None, Query(description="The id of the previous page's last object")] = None,
     limit: Annotated[int, Query(ge=1, le=1000, description="Objects a page")] = 20,
 ) -> CursorList[schemas.ScorecardRow]:
     """Every test row with both models' answers, in the order of the file. Empty without a scorecard."""
     job = ledger.find(session, caller.project_id, job_id)
-    # Of a model that is withheld too: these rows show why.
+    # The rows of a withheld model are returned too: they show why it was withheld.
     files = artifacts.list_for(session, job.tuned_model) if job.tuned_model else ()
     file = next((file for file in files if file.path == answers.FILE), None)
     if file is None:
@@ -159,14 +165,15 @@ def _shows(flipped: bool | None, right: bool | None) -> Callable[[answers.Answer
     return shows
 
 
-@router.get("/reproduction", summary="Compare a job with the one that it runs again", responses=errors(404))
+@router.get("/reproduction", summary="Compare a rerun with its original job", responses=errors(404))
 def compare_job(
     job_id: str,
     session: SessionDep,
     caller: CallerDep,
     storage: StorageDep,
     tolerance: Annotated[
-        float, Query(ge=0, le=1, allow_inf_nan=False, description="Most relative difference of a loss, at any step")
+        float,
+        Query(ge=0, le=1, allow_inf_nan=False, description="Largest relative difference of losses at a step"),
     ] = reproduction.TOLERANCE,
 ) -> schemas.Reproduction:
     """What both began with, what they ran on, their losses step by step, their weights and their scores."""

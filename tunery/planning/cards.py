@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Card:
-    """A card. `tflops`: the published rate of dense 16-bit matrix products (bf16 if supported); `gigabytes` of memory;
-    `bandwidth` of the memory in GB/s; `price` of an hour in US dollars, a round figure of late 2026 that operators
-    replace; `usable`: approximate GiB available to a process, after drivers and error correction."""
+    """A card. `tflops`: published peak of dense 16-bit matrix products (bf16 where supported); `gigabytes` of memory;
+    `bandwidth` of the memory in GB/s; `price`: default price of an hour in US dollars (rounded, late 2026), which
+    operators can override; `usable`: approximate GiB available to a process, after driver and ECC overhead."""
 
     name: str
     tflops: float
@@ -36,7 +36,7 @@ CARDS = (
     Card("H200", 989, 141, 4800, 4.5, 139.8),
     Card("B200", 2250, 180, 7700, 7.0, 178.0),
 )
-"""Of a card's variants, the one without a suffix is used for a device name that has none."""
+"""Where a card has several variants, a device name without a suffix (`A100`) gets the entry without one."""
 
 
 def find(device: str) -> Card | None:
@@ -46,7 +46,7 @@ def find(device: str) -> Card | None:
 
 
 def best_match(device: str, names: Collection[str]) -> str | None:
-    """Returns the name with the most words, all of which are in the device's name: `A100 40GB` before `A100`."""
+    """Returns the name whose words all occur in the device's, of several the longest: `A100 40GB` before `A100`."""
     words = _words(device)
     fitting = [name for name in names if _words(name) and _words(name) <= words]
     return max(fitting, key=lambda name: len(_words(name)), default=None)

@@ -1,4 +1,4 @@
-"""The cost of a device: the operator's hourly prices, and for other cards those of the table."""
+"""The cost of a device, by the operator's hourly prices or, where none is set, the default ones of `cards.CARDS`."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -9,7 +9,7 @@ HOUR = 3600
 
 
 class Prices(Protocol):
-    """The price settings. Keys are cards or parts of a device's name: `H200`, `A100 40GB`, `CPU`."""
+    """The price settings. Keys of `gpu_hour_prices` are words of a device's name: `H200`, `A100 40GB`, `CPU`."""
 
     @property
     def gpu_hour_prices(self) -> Mapping[str, float]: ...
@@ -19,9 +19,9 @@ class Prices(Protocol):
 
 
 def hourly(device: str, prices: Prices) -> float | None:
-    """Returns the hourly price of a device by its driver's name; None if none is known.
+    """Returns the hourly price of a device, given the name that its driver reports; None if no price is known.
 
-    The table's prices are in US dollars, so with another currency only the operator's own prices count.
+    The default prices are in US dollars, so with another currency only the operator's own prices count.
     """
     own = cards.best_match(device, prices.gpu_hour_prices)
     if own is not None:
@@ -31,6 +31,6 @@ def hourly(device: str, prices: Prices) -> float | None:
 
 
 def cost(gpu_seconds: float, device: str, prices: Prices) -> float | None:
-    """Returns the cost of the seconds on a device, in the operator's currency; None if its price is unknown."""
+    """Returns the cost of `gpu_seconds` on a device, in the operator's currency; None if its price is unknown."""
     price = hourly(device, prices)
     return None if price is None else price * gpu_seconds / HOUR

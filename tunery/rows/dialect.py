@@ -1,12 +1,12 @@
 """A jinja2 environment for chat templates, which come with models and are therefore untrusted programs.
 
-The dialect is that of transformers (trim_blocks, lstrip_blocks, loop controls, `{% generation %}`, tojson,
-raise_exception, strftime_now), because a template must render the same here as there, with those of jinja2's filters,
-tests and globals that chat templates use. jinja2's sandbox keeps a template away from Python; budgets on top of it
+A template must render as it does in transformers, so its extensions are there (trim_blocks, lstrip_blocks, loop
+controls, `{% generation %}`, tojson, raise_exception, strftime_now). Of jinja2's filters, tests and globals only those
+that chat templates use are available. jinja2's sandbox keeps a template away from Python; budgets on top of it
 limit loop rounds and macro calls, sizes of texts and numbers, and time. They are checked between operations, so a
 single long operation can exceed them: `sandbox` therefore runs this module in a process that can be killed.
 
-Imports only jinja2: that process starts with every service.
+Imports jinja2 alone beside the standard library: every service starts that process.
 """
 
 import json
@@ -61,7 +61,7 @@ class LimitExceeded(SecurityError):
 
 
 class _Generation(Extension):
-    """Parses `{% generation %}`, by which other trainers find an answer. It has no effect: see `template`."""
+    """Parses and ignores `{% generation %}`, by which other trainers find an answer's tokens: see `template`."""
 
     tags = {"generation"}
 
@@ -108,14 +108,14 @@ def _call(method: str, arguments: list[nodes.Expr]) -> nodes.Call:
 
 
 def _counting(block: nodes.Node) -> nodes.Node:
-    # A property, because the sandbox's check of a call costs ten times as much as the count.
+    # `counted_round` is a property, because the sandbox's check of a call costs ten times as much as the count.
     count = nodes.ExprStmt(nodes.EnvironmentAttribute("counted_round")).set_lineno(block.lineno)
     block.body.insert(0, count)  # type: ignore[attr-defined]
     return block
 
 
 class _Compiler(CodeGenerator):
-    """Compiles a sum of several terms, as templates write each turn, to one call. jinja2 finds methods by node name."""
+    """Compiles a chain of `+`, as templates build messages, to one call. jinja2 finds methods by node name."""
 
     def visit_Add(self, node: nodes.BinExpr, frame: Frame) -> None:  # noqa: N802
         self.write("environment.add(context")
@@ -172,7 +172,7 @@ class Environment(ImmutableSandboxedEnvironment):
             raise LimitExceeded(f"the template runs too long (limits: {MAX_ROUNDS:,} loop rounds, {MAX_SECONDS:g} s)")
 
     def join_texts(self, *parts: Any) -> str:
-        """Implements the operator `~` with a size limit: forty doublings take only forty rounds."""
+        """Implements `~` with a size limit: doubled in each of forty rounds, a text has 2^40 characters."""
         texts = [str(part) for part in parts]
         _refuse_size(sum(map(len, texts)))
         return "".join(texts)
@@ -291,7 +291,7 @@ def _indent(value: str, width: int | str = 4, first: bool = False, blank: bool =
 def _sum(
     environment: jinja2.Environment, iterable: Iterable[Any], attribute: str | int | None = None, start: float = 0
 ) -> Any:
-    """Of numbers: a sum of lists copies the longer one every time."""
+    """Sums numbers only: each addition of lists copies the growing one, which takes quadratic time."""
     terms = list(iterable) if attribute is None else list(map(make_attrgetter(environment, attribute), iterable))
     for term in (start, *terms):
         if not isinstance(term, int | float):

@@ -1,6 +1,7 @@
 """Detects the shape of a file's rows by their keys.
 
-The first row that has a shape decides for its file. `FileShape.columns` maps columns with other names.
+The first row whose shape is recognised sets that of the whole file. `FileShape.columns` maps columns whose names are
+not recognised.
 """
 
 from collections.abc import Mapping
@@ -41,7 +42,7 @@ class FileShape:
         self._first = 0
 
     def load(self, source: SourceRow) -> dict[str, Any]:
-        """Returns a row's non-null fields by the shapes' names. Raises ValueError if a column is missing."""
+        """Returns a row's non-null fields, by the names that shapes use. Raises ValueError if a column is missing."""
         row: dict[str, Any] = keys.present(source.load())
         if not self.columns:
             return row
@@ -93,8 +94,8 @@ def detect(row: Mapping[str, Any]) -> Shape:
     if (pair := pairs.detect(row)) is not None:
         return pair
     if "messages" in row:
-        speaks = conversations.is_sharegpt(row["messages"])
-        return Shape(SHAREGPT, {"messages": "messages"}, {"system": SYSTEMS}) if speaks else CHAT_SHAPE
+        is_sharegpt = conversations.is_sharegpt(row["messages"])
+        return Shape(SHAREGPT, {"messages": "messages"}, {"system": SYSTEMS}) if is_sharegpt else CHAT_SHAPE
     if any(map(keys.compares, row)):
         raise ValueError(keys.HALF_A_PAIR)
     for key in _CONVERSATIONS:
@@ -102,10 +103,10 @@ def detect(row: Mapping[str, Any]) -> Shape:
             return Shape(SHAREGPT, {"messages": key}, {"system": SYSTEMS})
     if isinstance(text := row.get("text"), str) and text.lstrip().startswith("<|im_start|>"):
         return Shape(CHATML, {"text": "text"})
-    return _pair(row)
+    return _question_answer(row)
 
 
-def _pair(row: Mapping[str, Any]) -> Shape:
+def _question_answer(row: Mapping[str, Any]) -> Shape:
     """Returns the shape of a row with a question and an answer, by their various names."""
     names = {key.strip().casefold(): key for key in row}
     asked = [key for key in _QUESTIONS if key in names]
@@ -115,7 +116,7 @@ def _pair(row: Mapping[str, Any]) -> Shape:
     if not asked and "text" in names:
         asked = ["text"]
     if asked and not answered:
-        answered = _label(row, names)
+        answered = _find_label_column(row, names)
     if asked == ["text"] and not answered and isinstance(row.get("text"), str) and not keys.find_meaning(row):
         return TextShape(PLAIN, {"text": "text"})
     if not asked or not answered:
@@ -126,13 +127,13 @@ def _pair(row: Mapping[str, Any]) -> Shape:
     if asked == ["instruction"]:
         optional["input"] = any_case("input")
     if answered == ["label_text"]:
-        optional["label"] = ("label",)  # the same class as a number
+        optional["label"] = ("label",)  # the number of the class that label_text names
     name = ALPACA if (asked, answered) == (["instruction"], ["output"]) else f"{asked[0]}/{answered[0]}"
     return Shape(name, {"user": names[asked[0]], "assistant": names[answered[0]]}, optional)
 
 
-def _label(row: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
-    """Returns the column with a class's name or number; not with true and false, which rate an answer."""
+def _find_label_column(row: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    """Returns the column with a class's name or number. Booleans are none: in preference data they rate an answer."""
     found = [key for key in _LABELS if key in names and not isinstance(row[names[key]], bool)]
     return found[:1]
 
@@ -155,7 +156,7 @@ def _no_shape(row: Mapping[str, Any]) -> str:
 
 
 def _may_be_named(row: Mapping[str, Any]) -> bool:
-    """Whether a job could name the row's columns as a whole row; a single one must be a text or a conversation."""
+    """Whether a mapping of the row's columns could make a row; a single column must be a text or a conversation."""
     return len(row) > 1 or any(isinstance(value, str | list) for value in row.values())
 
 

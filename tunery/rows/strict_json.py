@@ -23,7 +23,7 @@ def load_object(text: str) -> dict[str, Any]:
     """
     value = load_value(text)
     if not isinstance(value, dict):
-        raise ValueError(  # noqa: TRY004 (to callers every fault of a line is one kind)
+        raise ValueError(  # noqa: TRY004 (callers treat every error in a line as a ValueError)
             f"expected a JSON object in braces, found {kind(value)}."
         )
     return value
@@ -60,7 +60,7 @@ def _finite(digits: str) -> float:
 
 
 def _whole(digits: str) -> int:
-    # Python itself refuses more than 4300 digits, but its message explains how to change Python.
+    # Python itself refuses more than 4300 digits, but its message says to change the interpreter's limit.
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"a whole number has {len(digits)} digits, more than {_MOST_DIGITS}; write it as a string.")
     return int(digits)
@@ -101,8 +101,8 @@ def _refuse_lone_surrogates(text: str, value: Any) -> None:
 
 
 def _refuse_nul(text: str, value: Any) -> None:
-    # The parser refuses a literal NUL, like every control character. The escape's text alone proves nothing: after
-    # another backslash it is six ordinary characters.
+    # The parser refuses a literal NUL, like every control character. The text of the escape is not enough: after an
+    # escaped backslash, as in `\\u0000`, it is plain text.
     if "\\u0000" in text and _holds_nul(value):
         raise ValueError("a \\u0000 escape stands for the character NUL, which cannot be stored. Remove it.")
 
@@ -116,7 +116,7 @@ def _holds_nul(value: Any) -> bool:
 
 
 def kind(value: object) -> str:
-    """Returns a JSON value's kind, with its article."""
+    """Returns the name of a value's JSON type with its indefinite article, such as `a string`."""
     if value is None:
         return "null"
     names = {bool: "a boolean", str: "a string", list: "a list", dict: "an object"}

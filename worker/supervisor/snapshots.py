@@ -1,4 +1,4 @@
-"""Fetches the stored snapshot that an attempt resumes from, or an earlier one if it is damaged."""
+"""Fetches the stored snapshot that an attempt resumes from, or the newest intact one if it is damaged."""
 
 import logging
 import re
@@ -18,8 +18,8 @@ _MANIFEST = re.compile(r"(jobs/[^/]+/(\d+)/snapshots/step-(\d+))/" + re.escape(m
 def fetch(storage: Storage, job_id: str, prefix: str, sha256: str, folder: Path, check: Check) -> str | None:
     """Fetches the named snapshot into `folder`, or, if it is damaged, the job's newest intact one.
 
-    Returns None, or a note for the job's owner about the damage; if no other snapshot is intact, there is no `folder`.
-    Raises StorageFailed and what `check` raises.
+    Returns None, or a note for the job's owner about the damage. If no snapshot is intact, `folder` is removed.
+    `check` is called between reads and may raise. Raises StorageFailed too.
     """
     try:
         manifest.fetch(storage, prefix, manifest.load(storage, prefix, sha256), folder, check)
@@ -28,7 +28,7 @@ def fetch(storage: Storage, job_id: str, prefix: str, sha256: str, folder: Path,
         log.warning("the snapshot %s is damaged: %s", prefix, error)
     damaged = f"The state saved at step {prefix.rpartition('-')[2]} is damaged in storage"
     for step, other in _others(storage, job_id, prefix):
-        if _fetch_unnamed(storage, other, folder, check):
+        if _fetch_without_checksum(storage, other, folder, check):
             return f"{damaged}. The run goes on from that of step {step}."
     shutil.rmtree(folder, ignore_errors=True)
     return f"{damaged}, and no other is whole. The run starts again from its first step."
@@ -42,8 +42,8 @@ def _others(storage: Storage, job_id: str, prefix: str) -> Iterator[tuple[int, s
         yield step, other
 
 
-def _fetch_unnamed(storage: Storage, prefix: str, folder: Path, check: Check) -> bool:
-    """Fetches a snapshot whose manifest no row names any more; returns whether it is intact."""
+def _fetch_without_checksum(storage: Storage, prefix: str, folder: Path, check: Check) -> bool:
+    """Fetches a snapshot whose manifest's checksum is not in the database any more; returns whether it is intact."""
     try:
         listed = manifest.Manifest.model_validate_json(b"".join(storage.read(f"{prefix}/{manifest.NAME}")))
         shutil.rmtree(folder, ignore_errors=True)  # else files of the damaged one would mix with these

@@ -1,6 +1,6 @@
-"""Records forward and backward passes of small models as CUDA graphs, once per shape, and replays them.
+"""Captures forward and backward passes of small models as CUDA graphs, once per shape, and replays them.
 
-A model of 135M weights runs some 4,000 kernels a step, each of which ends before the host has launched the next: the
+A model of 135M parameters runs some 4,000 kernels a step, each of which ends before the host has launched the next: the
 GPU waits for Python. A graph is one launch. Batches are padded to a grid of shapes, so that a run needs a dozen graphs;
 padded positions predict nothing (label -100), so sums are unchanged.
 """
@@ -19,15 +19,13 @@ from worker.trainer.objective import Objective
 log = logging.getLogger(__name__)
 
 PAD_TO = (32, 128)
-"""Widths are padded to a multiple of the first, label counts to one of the second."""
+"""Sequence lengths are padded to a multiple of 32, counts of labels to a multiple of 128."""
 MOST_GRAPHS = 48
 _ROUTED = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Config entries of models whose experts' work depends on the batch: the host must inspect it, which cannot be
-recorded.
-"""
+"""Config keys of mixtures of experts: the host has to read the routing of each batch, which cannot be captured."""
 SCALE = 2.0**-11
-"""Factor of losses inside a graph, where a step's total weight is not known. It is a power of two, so that dividing by
-it again loses no digits.
+"""Scale of losses inside a graph, as the sum of a step's weights is not known when the graph is captured. A power of
+two, so that undoing it is exact.
 """
 
 
@@ -39,7 +37,7 @@ class _Recorded:
 
 
 class CudaGraphs:
-    """The recorded passes of one objective. Like eager passes, they add to the present gradients."""
+    """The captured passes of one objective. Like eager passes, they accumulate into `.grad`."""
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
@@ -49,9 +47,9 @@ class CudaGraphs:
         self.failed = False
 
     def run(self, batch: Batch) -> Tensor:
-        """Returns the method's sums over a batch, "loss" times SCALE, and adds the gradient, times SCALE, to `.grad`.
+        """Returns the method's sums over a batch, "loss" scaled by SCALE, and accumulates the gradient, scaled too.
 
-        The first batch of a shape runs eagerly, which also warms up its kernels; the second is recorded.
+        The first batch of a shape runs eagerly, which also warms up its kernels; the second is captured.
         """
         key = _shape(batch)
         if key not in self._recorded and key in self._seen and not self.failed and len(self._recorded) < MOST_GRAPHS:
@@ -65,7 +63,7 @@ class CudaGraphs:
         return found.sums.clone()
 
     def _record(self, key: tuple[object, ...], batch: Batch) -> None:
-        """Records a pass over batches of this shape without running it; after a failure nothing more is recorded."""
+        """Captures a pass over batches of this shape without running it; after a failure nothing more is captured."""
         graph = torch.cuda.CUDAGraph()
         sums = torch.zeros(len(self._objective.method.sums), dtype=torch.float64, device=batch.input_ids.device)
         try:
@@ -109,7 +107,7 @@ def reason_against(objective: Objective, tokens: int) -> str | None:
 
 
 def _shape(batch: Batch) -> tuple[object, ...]:
-    """Returns everything that a recorded pass treats as constant."""
+    """Returns everything that a captured pass treats as constant."""
     ends = None if batch.borders is None or batch.borders.ends is None else batch.borders.ends.shape
     longest = None if batch.borders is None else batch.borders.longest
     return batch.input_ids.shape, batch.label_positions.shape, batch.position_ids is not None, ends, longest

@@ -76,7 +76,7 @@ def unpack(path: Path, out: Path) -> None:
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise UnusableModel(source=path, reason=f"transformers cannot read it ({reason}).") from error
-    inspection.refuse_gaps(path, missing)
+    inspection.refuse_missing_weights(path, missing)
     _refuse_other_tokens(path, tokenizer, kind, control)
     if rule is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = rule

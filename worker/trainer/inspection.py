@@ -1,4 +1,4 @@
-"""What a converted base is: its model info for planning, and the faults of its files that a loader passes over."""
+"""Inspects a converted base: its model info for planning, and faults of its files that `from_pretrained` ignores."""
 
 import re
 from collections.abc import Iterable
@@ -27,23 +27,23 @@ def skeleton(source: str, out: Path) -> Any:
 
 
 def load(source: str, out: Path) -> Any:
-    """Returns the model as a loader builds it, with its weights on no device.
+    """Returns the model as `from_pretrained` builds it, on the meta device, where weights take no memory.
 
     Raises UnusableModel if the files, the config and the tokenizer do not belong together.
     """
     try:
         template = ChatTemplate.load(out)
         render_trials(template)
-        model, report = _without_memory(out)
+        model, report = _load_on_meta(out)
     except Exception as error:
         raise _unusable(source, error) from error
-    _refuse_other_weights(source, report)
+    _refuse_mismatched_weights(source, report)
     _refuse_unknown_tokens(source, template, (out / chat_templates.FILE).read_text(), model)
     return model
 
 
 def model_info(source: str, model: Any, template: ChatTemplate) -> dict[str, Any]:
-    """Returns what planning needs to know of a model, whose weights may be on no device. Raises UnusableModel."""
+    """Returns what planning needs to know of a model, which may be on the meta device. Raises UnusableModel."""
     try:
         return _model_info(model, template)
     except AttributeError as error:  # the config is not a decoder's
@@ -74,8 +74,8 @@ def _model_info(model: Any, template: ChatTemplate) -> dict[str, Any]:
 
 
 def linear_modules(model: Any) -> list[str]:
-    """Returns the modules that an adapter can change, without layer numbers: `model.layers.*.mlp.up_proj`. Not the
-    head.
+    """Returns the names of the linear modules that adapters can target, layer numbers replaced by `*`, such as
+    `model.layers.*.mlp.up_proj`. The head is left out.
     """
     head = model.get_output_embeddings()
     names = {
@@ -86,8 +86,8 @@ def linear_modules(model: Any) -> list[str]:
     return sorted(names)
 
 
-def refuse_gaps(source: Any, missing: Iterable[str]) -> None:
-    """Raises UnusableModel if weights are missing: a loader fills them with random numbers and continues silently."""
+def refuse_missing_weights(source: Any, missing: Iterable[str]) -> None:
+    """Raises UnusableModel if weights are missing: `from_pretrained` would silently initialise them at random."""
     if names := _listed(missing):
         raise UnusableModel(
             source=source,
@@ -99,8 +99,8 @@ def _unusable(source: str, error: Exception) -> UnusableModel:
     return UnusableModel(source=source, reason=f"it cannot be used ({str(error).strip().splitlines()[0]}).")
 
 
-def _without_memory(out: Path) -> tuple[Any, dict[str, Any]]:
-    """Loads the model with its weights on no device; also returns the loader's report of faults in its files."""
+def _load_on_meta(out: Path) -> tuple[Any, dict[str, Any]]:
+    """Loads the model on the meta device; also returns the report of missing, unexpected and misshapen weights."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         out, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
     )
@@ -108,15 +108,15 @@ def _without_memory(out: Path) -> tuple[Any, dict[str, Any]]:
     return model, report
 
 
-def _refuse_other_weights(source: str, report: dict[str, Any]) -> None:
-    """Raises UnusableModel if the files hold other weights than the config describes."""
+def _refuse_mismatched_weights(source: str, report: dict[str, Any]) -> None:
+    """Raises UnusableModel if weights are missing, unexpected, or of another shape than the config describes."""
     for name, found, wanted in sorted(report["mismatched_keys"]):
         raise UnusableModel(
             source=source,
             reason=f"{name} is {_size(found)} in its files and {_size(wanted)} by its config. Copy the config.json "
             "that was saved with the weights.",
         )
-    refuse_gaps(source, report["missing_keys"])
+    refuse_missing_weights(source, report["missing_keys"])
     if names := _listed(report["unexpected_keys"]):
         raise UnusableModel(
             source=source,
@@ -134,8 +134,8 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(ordered[:3])}{' and more' if len(ordered) > 3 else ''}"
 
 
-def _refuse_unknown_tokens(source: str, template: ChatTemplate, text: str, model: Any) -> None:
-    """Raises UnusableModel for tokens without a row in the embedding; `text` is the chat template's.
+def _refuse_unknown_tokens(source: str, template: ChatTemplate, source_text: str, model: Any) -> None:
+    """Raises UnusableModel for tokens that the embedding has no row for.
 
     Special tokens that are never used are accepted: Gemma 3's text models have no row for the image token.
     """
@@ -144,7 +144,7 @@ def _refuse_unknown_tokens(source: str, template: ChatTemplate, text: str, model
     beyond = {
         id: token
         for token, id in template.tokenizer.get_vocab(with_added_tokens=True).items()
-        if id >= rows and (id in template.eos_ids or token in text or id not in added or not added[id].special)
+        if id >= rows and (id in template.eos_ids or token in source_text or id not in added or not added[id].special)
     }
     if beyond:
         id = min(beyond)
