@@ -94,7 +94,13 @@ def show_advice(
     state = {"status": given.report.status, "progress": given.report.progress, "error": given.report.error}
     measured = [verdict.cells(row) for row in given.rows]
     shown = advice_page.render(
-        given.file.filename, aim, given.advice, state=state, measured=measured, currency=settings.currency
+        given.file.filename,
+        aim,
+        given.advice,
+        state=state,
+        measured=measured,
+        currency=settings.currency,
+        serving=None if given.advice is None else _serving(session, caller, asked, settings),
     )
     return HTMLResponse(shown, headers=page.HEADERS)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,7 @@ def test_an_uploaded_file(tunery: Run, api: str, database: Database, tmp_path: P
     status, out, err = tunery("advise", file_id, "--aim", "style", "-m", base)
     assert (status, out.startswith("Write a prompt first; do not fine-tune yet.")) == (0, True), err
     assert "1 of 12 rows count." in out
+    assert re.search(r"Serving it:\nmerged +[\d,]+ to [\d,]+ tokens/s, [\d. to]+ USD per million", out)
 
 
 @pytest.mark.parametrize(

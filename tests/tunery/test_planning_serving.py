@@ -96,3 +96,14 @@ def test_rates_of_other_bases_and_of_few_tokens_are_no_measure() -> None:
     assert of_rates(rate("merged", base="other")) is None
     assert of_rates(rate("merged", tokens=serving_quote.LEAST_TOKENS - 1)) is None
     assert serving_quote.of_rates(None, "llama", BASES["7B"], Lora(), SETTINGS) is None
+
+
+def test_a_quote_in_words_says_speed_price_and_where_they_are_from() -> None:
+    found = dict(serving_quote.in_words(of_rates(rate("adapter"))))
+    assert found["adapter"] == "100 tokens/s, 10 USD per million, measured"
+    assert list(found) == ["merged", "adapter", "20 models, merged", "20 models, adapters"]
+    assert found["20 models, merged"].endswith("by the card's rates")
+    assert "tokens/s, on 2 GPUs, " in found["20 models, merged"]
+    alone = serving_quote.in_words(of_rates(rate("merged"), device="cpu"))
+    assert alone == [("merged", "100 tokens/s, measured")]
+    assert serving_quote.in_words(None) == []

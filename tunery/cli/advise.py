@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -18,14 +19,25 @@ from tunery.cli.baseline import print_table
 from tunery.cli.client import ApiClient, Refused
 from tunery.cli.options import AsJson, connect
 from tunery.datasets import token_rate
-from tunery.planning import advice_page, advisor, fitting
+from tunery.planning import advice_page, advisor, fitting, serving_quote
 from tunery.planning.advisor import Advice
 from tunery.planning.recommendation import HEADLINES, Aim, Choice
+from tunery.planning.serving_quote import ServingQuote
 from tunery.rows.errors import CannotRender
 from tunery.rows.template import ChatTemplate
 
 _POLL_SECONDS = 1.0
 _COLOURS: dict[Choice, str] = {"prompt": "yellow", "evaluate_both": "cyan", "fine_tune": "green", "retrieval": "red"}
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Advice and what a server adds to it: a baseline's table, the currency of its costs, and a quote of serving."""
+
+    advice: Advice
+    rows: list[Row] = field(default_factory=list)
+    currency: str = ""
+    serving: ServingQuote | None = None
 
 
 def advise(
@@ -46,28 +58,27 @@ def advise(
     """Say whether to prompt, to fine-tune or to retrieve, by the rows that are worth training on; and how to tune."""
     if aim not in get_args(Aim):
         raise typer.BadParameter(f"--aim {aim}: use {', '.join(get_args(Aim))}.")
-    rows: list[Row] = []
-    currency = ""
     if Path(file).is_file() and baseline is None:
-        made = _here(Path(file), aim, model, valid)
+        found = _Answer(_here(Path(file), aim, model, valid))
     elif Path(file).is_file():
         raise typer.BadParameter("A baseline lies with the server: upload the file and name its id beside --baseline.")
     elif file.startswith(ids.FILE):
         asked = {"file": file, "aim": aim, "model": model, "validation_file": valid, "baseline": baseline}
-        made, rows, currency = _there(connect(context), **asked)
+        found = _there(connect(context), **asked)
     else:
         raise typer.BadParameter(f"{file}: there is no such file here, and ids begin with {ids.FILE}")
     if html is not None:
-        measured = [verdict.cells(row) for row in rows]
-        html.write_text(
-            advice_page.render(Path(file).name, aim, made, measured=measured, currency=currency), encoding="utf-8"
+        measured = [verdict.cells(row) for row in found.rows]
+        page = advice_page.render(
+            Path(file).name, aim, found.advice, measured=measured, currency=found.currency, serving=found.serving
         )
+        html.write_text(page, encoding="utf-8")
     if json:
-        output.as_json(made.model_dump(mode="json"))
+        output.as_json(found.advice.model_dump(mode="json"))
     else:
-        if rows:
-            print_table(rows, currency)
-        print_advice(made, Path(file).name)
+        if found.rows:
+            print_table(found.rows, found.currency)
+        print_advice(found.advice, Path(file).name, found.serving)
 
 
 def _here(path: Path, aim: Any, model: str | None, valid: str | None) -> Advice:
@@ -103,7 +114,7 @@ def _model_info(folder: Path) -> dict[str, Any]:
     return {**sizes, "context_length": sizes.get("max_position_embeddings")}
 
 
-def _there(api: ApiClient, **asked: str | None) -> tuple[Advice, list[Row], str]:
+def _there(api: ApiClient, **asked: str | None) -> _Answer:
     """The server's advice on a file that has a report, a baseline's table, and the currency of its costs. Raises
     Refused where there is no report."""
     if asked["model"] is None:
@@ -116,10 +127,11 @@ def _there(api: ApiClient, **asked: str | None) -> tuple[Advice, list[Row], str]
     if found["advice"] is None:
         raise Refused(message=found["error"])
     rows = [Row.model_validate(row) for row in found["table"]]
-    return Advice.model_validate(found["advice"]), rows, found["currency"]
+    serving = found["serving"] and ServingQuote.model_validate(found["serving"])
+    return _Answer(Advice.model_validate(found["advice"]), rows, found["currency"], serving)
 
 
-def print_advice(made: Advice, name: str) -> None:
+def print_advice(made: Advice, name: str, serving: ServingQuote | None = None) -> None:
     """Prints the headline, the reasons, the settings with their reasons, and the warnings."""
     output.console.print(Text(HEADLINES[made.recommendation], style=f"bold {_COLOURS[made.recommendation]}"))
     of = "all" if made.rows.usable == made.rows.total else f"{made.rows.usable:,} of"
@@ -129,6 +141,9 @@ def print_advice(made: Advice, name: str) -> None:
     output.console.print(Text("\nIf you tune:", style="bold"))
     _print_settings(made)
     output.fields(fitting.in_words(made.cards))
+    if ways := serving_quote.in_words(serving):
+        output.console.print(Text("\nServing it:", style="bold"))
+        output.fields(ways)
     for warning in made.warnings:
         _print_point("!", warning, style="yellow")
     flags = " ".join(f"--set {field}={value}" for field, value in _leaves(made.settings))

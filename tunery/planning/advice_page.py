@@ -6,9 +6,10 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from tunery.planning import fitting
+from tunery.planning import fitting, serving_quote
 from tunery.planning.advisor import Advice
 from tunery.planning.recommendation import HEADLINES
+from tunery.planning.serving_quote import ServingQuote
 
 _TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
     Path(__file__).with_suffix(".html.jinja").read_text(encoding="utf-8")
@@ -24,9 +25,10 @@ def render(
     state: Mapping[str, Any] | None = None,
     measured: Sequence[Mapping[str, str]] = (),
     currency: str = "",
+    serving: ServingQuote | None = None,
 ) -> str:
     """Returns the page on the file `name`. `made`: the advice, None until its report is ready; `state`: the report's
-    progress; `measured`: the rows of a baseline's table as text, with costs in `currency`."""
+    progress; `measured`: the rows of a baseline's table as text, with costs in `currency`; `serving`: the quote."""
     return _TEMPLATE.render(
         name=name,
         aim=aim.replace("_", " "),
@@ -37,6 +39,7 @@ def render(
         cards=fitting.in_words(made.cards) if made else [],
         measured=measured,
         currency=currency,
+        serving=serving_quote.in_words(serving),
         state=state or {"status": "ready", "progress": 1.0, "error": None},
     )
 

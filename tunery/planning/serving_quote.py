@@ -152,3 +152,32 @@ def _served(tokens_per_second: float, gpus: int, price: float | None, *, reached
         costs = Range(low=cheap, expected=usual, high=dear)
     rounded = Range(**{name: round(value, 1) for name, value in rate.model_dump().items()})
     return Served(tokens_per_second=rounded, gpus=gpus, price_per_million_tokens=costs)
+
+
+def in_words(quote: ServingQuote | None) -> list[tuple[str, str]]:
+    """Returns each way to serve with its speed and price, on a line each; none without a quote."""
+    if quote is None:
+        return []
+    many = f"{quote.models} models"
+    named = [
+        ("merged", quote.merged),
+        ("adapter", quote.adapter),
+        (f"{many}, merged", quote.many_merged),
+        (f"{many}, adapters", quote.many_adapters),
+    ]
+    return [(name, _in_words(way, quote.currency)) for name, way in named if way is not None]
+
+
+def _in_words(way: Served, currency: str) -> str:
+    parts = [f"{_span(way.tokens_per_second, ',.0f')} tokens/s"]
+    if way.gpus > 1:
+        parts.append(f"on {way.gpus} GPUs")
+    if way.price_per_million_tokens is not None:
+        parts.append(f"{_span(way.price_per_million_tokens, '.3g')} {currency} per million")
+    parts.append("measured" if way.basis == "measured" else "by the card's rates")
+    return ", ".join(parts)
+
+
+def _span(found: Range, form: str) -> str:
+    low, high = format(found.low, form), format(found.high, form)
+    return low if low == high else f"{low} to {high}"
