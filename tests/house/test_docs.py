@@ -9,6 +9,7 @@ from urllib.parse import unquote
 
 import pytest
 import typer.main
+from known_models import LLAMA_8B
 from pydantic import BaseModel
 
 from api.errors import status_of
@@ -245,14 +246,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "tie_word_embeddings": True,
     },
-    "Llama-3.1-8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
+    "Llama-3.1-8B": LLAMA_8B,
     "Llama-3.1-70B": {
         "hidden_size": 8192,
         "intermediate_size": 28672,

@@ -1,16 +1,7 @@
-"""instructor's modes of OpenAI, on the environment's base URL: python ask_instructor.py MODEL."""
+"""instructor's modes of OpenAI: python ask_instructor.py MODEL."""
 
-from typing import Any
-
-import instructor
-from card import ASK, MODEL, Card, report
+from card import report
 from instructor import Mode
-from openai import OpenAI
+from instructor_modes import ask
 
-MODES = (Mode.TOOLS, Mode.TOOLS_STRICT, Mode.JSON_SCHEMA, Mode.RESPONSES_TOOLS)
-found: dict[str, Any] = {}
-for mode in MODES:
-    client = instructor.from_openai(OpenAI(), mode=mode)
-    asked: Any = {"model": MODEL, "messages": [{"role": "user", "content": ASK}], "temperature": 0}
-    found[mode.name.lower()] = client.chat.completions.create(response_model=Card, max_retries=0, **asked)
-report(**found)
+report(**ask(Mode.TOOLS, Mode.TOOLS_STRICT, Mode.JSON_SCHEMA, Mode.RESPONSES_TOOLS))

@@ -1,0 +1,18 @@
+"""One request for a card in each of some modes of instructor, on the environment's base URL."""
+
+from typing import Any
+
+import instructor
+from card import ASK, MODEL, Card
+from instructor import Mode
+from openai import OpenAI
+
+
+def ask(*modes: Mode) -> dict[str, Any]:
+    """Returns what each mode came to, by its name in lower case."""
+    asked: Any = {"model": MODEL, "messages": [{"role": "user", "content": ASK}], "temperature": 0}
+    found: dict[str, Any] = {}
+    for mode in modes:
+        client = instructor.from_openai(OpenAI(), mode=mode)
+        found[mode.name.lower()] = client.chat.completions.create(response_model=Card, max_retries=0, **asked)
+    return found
