@@ -137,8 +137,10 @@ class Batch:
             if row in self._joining:
                 self._joining.remove(row)
         if row in self._rows:
-            self._keep(row)
-            self._take_out(row)
+            try:
+                self._keep(row)
+            finally:
+                self._take_out(row)
 
     def _keep(self, row: Row) -> None:
         slot, length = self._rows.index(row), row.fed

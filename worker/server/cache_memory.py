@@ -40,10 +40,7 @@ class Kept:
     owner: Owner
     ids: list[int]
     parts: Parts
-
-    @property
-    def nbytes(self) -> int:
-        return sum(keys.nbytes + values.nbytes for keys, values in self.parts)
+    nbytes: int
 
 
 class CacheMemory:
@@ -100,7 +97,7 @@ class CacheMemory:
             if nbytes > self.limit // 2 or sum(self._running.values()) + nbytes > self.limit:
                 return
             self._evict(self.limit - nbytes, self.limit // 2 - nbytes)
-            self._kept.append(Kept(owner, ids, copy()))
+            self._kept.append(Kept(owner, ids, copy(), nbytes))
 
     def forget(self, gone: object) -> None:
         """Frees the memory of a batch or an adapter that is unloaded."""

@@ -51,8 +51,10 @@ class Generation(WrittenAnswer):
 
     def close(self) -> None:
         """Frees the stream and the model."""
-        self.stream.close()
-        self.on_close()
+        try:
+            self.stream.close()
+        finally:
+            self.on_close()
 
     @property
     def cached_tokens(self) -> int:

@@ -1,5 +1,6 @@
 """Turns messages into prompts and tokens into text, shared by all models with the same tokenizer and template files."""
 
+from collections import deque
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,8 @@ _PREFIXES = (
     "generation_config.json",
 )
 """Prefixes of the paths of files from which a template is loaded."""
+_RECENT = 4
+"""Renderings that are held although no model or answer uses them."""
 
 
 class Rendering:
@@ -56,6 +59,8 @@ class Renderings:
         """`now`: the time that templates see; None: that of each request."""
         self._now = now
         self._known: WeakValueDictionary[str, Rendering] = WeakValueDictionary()
+        # Otherwise a rendering is dropped between two requests that do not overlap, and read again by each.
+        self._recent: deque[Rendering] = deque(maxlen=_RECENT)
         self._lock = Lock()
 
     def of(self, folder: Path) -> Rendering:
@@ -67,6 +72,9 @@ class Renderings:
             found = Rendering(ChatTemplate.load(folder, now=self._now))
             with self._lock:
                 found = self._known.setdefault(key, found)
+        with self._lock:
+            if found not in self._recent:
+                self._recent.append(found)
         return found
 
 

@@ -6,6 +6,7 @@ its model delays no running one. The event loop stays free for /healthz and for 
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
@@ -20,6 +21,8 @@ from worker.server.answer import Answer
 from worker.server.backends.backend import Backend
 from worker.server.meter import Meter
 from worker.server.schemas import ChatRequest
+
+log = logging.getLogger(__name__)
 
 _LOADERS = 4
 """How many requests load their models and render their prompts at once."""
@@ -230,8 +233,10 @@ class Loop:
         with self._changed:
             self._changed.wait_for(lambda: self._running or self._leaving or self._closed)
             leaving, self._leaving = self._leaving, []
-            for one in leaving:
-                self._end(one)
+        # Without the lock: the event loop's thread waits for it, and an answer that ends may copy its keys.
+        for one in leaving:
+            self._end(one)
+        with self._changed:
             return None if self._closed else list(self._running)
 
     def _advance(self, running: list[_Running]) -> list[_Running]:
@@ -250,7 +255,10 @@ class Loop:
         with self._changed:
             if one in self._running:
                 self._running.remove(one)
-        one.answer.close()
+        try:
+            one.answer.close()
+        except Exception:  # the thread has the other answers to go on with
+            log.exception("an answer could not be closed")
 
 
 def _tokens(running: list[_Running]) -> int:

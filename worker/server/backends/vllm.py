@@ -5,6 +5,7 @@ They receive and return token ids, so the prompt is the same as in training, whi
 
 import asyncio
 import json
+import logging
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -26,6 +27,8 @@ from worker.server.remote import Reader, RemoteAnswer, Tokens
 from worker.server.rendering import Rendering, Renderings
 from worker.server.replica import Adapter, CannotServe
 from worker.server.schemas import ChatRequest
+
+log = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 0.05
 """The longest time until a client's disconnection is noticed."""
@@ -138,6 +141,8 @@ class VllmBackend:
             replica.lose(error)
         except TuneryError as error:
             tokens.end(error)
+        except Exception:  # nobody reads this task's result
+            log.exception("an answer of vLLM could not be read")
         finally:
             tokens.end(Unavailable(part="The model server"))  # after any error: a reader must not wait forever
             await self.fleet.close(target, replica, stream)
