@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.train_side_by_side import hardware
+from bench import service
 from tunery.rows.template import ChatTemplate
 from worker.server import parity
 from worker.trainer.replay import prompts
@@ -66,7 +66,8 @@ def main() -> None:
         "ties": sum(one["gap"] <= one["tie"] for one in found),
     }
     print(said)
-    out.write_text(json.dumps({**hardware(), **said, "differences": found}, indent=1) + "\n")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    out.write_text(json.dumps({**service.hardware(), "gpu": gpu, **said, "differences": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
