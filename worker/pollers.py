@@ -75,10 +75,9 @@ def _io(settings: Settings, drain: Drain) -> list[Poller]:
         return outbox.deliver_due(settings) > 0
 
     looks = {"validation": validate, "conversion": convert, "exports": export, "reports": report, "baselines": prompt}
-    looks["webhooks"] = deliver
     pollers = [Poller(name, look, poll_seconds=settings.poll_seconds, drain=drain) for name, look in looks.items()]
     # Webhook retries come due without a wake-up, so this poller and the sweeper look more often.
-    pollers[-1] = Poller("webhooks", deliver, poll_seconds=settings.sweep_seconds, drain=drain)
+    pollers.append(Poller("webhooks", deliver, poll_seconds=settings.sweep_seconds, drain=drain))
     sweep = Sweeper(settings, storage).round
     # By the clock alone: it sends wake-ups itself, and would wake itself again and again.
     sweeper = Poller("sweeper", sweep, poll_seconds=settings.sweep_seconds, drain=drain, on_call=False)

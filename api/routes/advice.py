@@ -39,12 +39,14 @@ router = APIRouter(tags=["Fine-tuning jobs"], route_class=JsonRoute)
 
 @dataclass(frozen=True)
 class _Given:
-    """Advice and what it is made of. `advice`: None while there is no report; `rows`: a baseline's table."""
+    """Advice, what it is made of, and the quote of serving. `advice`: None while there is no report; `rows`: a
+    baseline's table."""
 
     file: File
     report: FileReport
     advice: Advice | None
     rows: list[Row]
+    serving: ServingQuote | None = None
 
 
 @router.post("/v1/fine_tuning/advice", summary="Ask whether to fine-tune", responses=errors(404))
@@ -66,7 +68,7 @@ def give_advice(
         advice=given.advice,
         table=given.rows,
         currency=settings.currency,
-        serving=None if given.advice is None else _serving(session, caller, body, settings),
+        serving=given.serving,
     )
 
 
@@ -100,7 +102,7 @@ def show_advice(
         state=state,
         measured=measured,
         currency=settings.currency,
-        serving=None if given.advice is None else _serving(session, caller, asked, settings),
+        serving=given.serving,
     )
     return HTMLResponse(shown, headers=page.HEADERS)
 
@@ -116,17 +118,19 @@ def _advise(session: Session, caller: Caller, settings: Settings, storage: Stora
     if report.status != reports.READY or report.summary is None:
         return _Given(file, report, None, rows)
     base = model if model.base_id is None else session.get_one(Model, model.base_id)
+    devices = leases.devices(session)
     said = advisor.advise(
         advisor.rows_of(report.summary, rates.of_file(storage, base, file)),
         body.aim,
         model_info=model.model_info,
         technique=body.technique,
-        bf16_fits=placing.bf16_fits(model.model_info, leases.devices(session)),
+        bf16_fits=placing.bf16_fits(model.model_info, devices),
         has_held_out=body.validation_file is not None,
     )
     if baseline is not None:
         said = verdict.judge(said, rows, Order.model_validate(baseline.order).target)
-    return _Given(file, report, said, rows)
+    serving = quoting.serving(model, body.technique or Lora(), devices, settings, rates=serving_rates.fetch(settings))
+    return _Given(file, report, said, rows, serving)
 
 
 def _baseline(session: Session, project_id: str, id: str | None, model: Model) -> Baseline | None:
@@ -138,12 +142,6 @@ def _baseline(session: Session, project_id: str, id: str | None, model: Model) -
         reason = f"Baseline '{id}' measured '{found.model}'. Name that model, or create a baseline of '{model.id}'."
         raise InvalidValue(param="baseline", reason=reason)
     return found
-
-
-def _serving(session: Session, caller: Caller, body: schemas.AskAdvice, settings: Settings) -> ServingQuote | None:
-    model = registry.find_ready(session, caller.project_id, body.model)
-    technique, devices = body.technique or Lora(), leases.devices(session)
-    return quoting.serving(model, technique, devices, settings, rates=serving_rates.fetch(settings))
 
 
 def _report(session: Session, project_id: str, file: File, against: str | None) -> FileReport:

@@ -74,7 +74,7 @@ def test_trainer_knows_nine_parts_of_the_floor(root: Path, walls: configparser.C
         "spec",
         "trainer_protocol",
     ]
-    allowed = {f"tunery.{name}" for name in [*known, "trainer_protocol"]}
+    allowed = {f"tunery.{name}" for name in known}
     forbidden = {name for name in _names(walls, "trainer", "forbidden_modules") if name.startswith("tunery.")}
     assert parts - allowed == forbidden
 

@@ -44,7 +44,6 @@ def site(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow  # it imports torch and every test of the trainer once more
 def test_the_trainers_tests_need_the_packages_of_training_alone(root: Path, site: Path) -> None:
     assert not (site / "sqlalchemy").exists()
     assert not (site / "pytest_timeout.py").exists()

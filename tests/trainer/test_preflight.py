@@ -3,15 +3,12 @@
 from typing import Any
 
 import pytest
+from known_models import LLAMA_8B
 
 from tunery.planning import expected, memory
 from tunery.spec import Full, Lora, Qlora, Technique
 from worker.trainer.preflight import tokens_in
 
-LLAMA_8B: dict[str, Any] = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 128256,
-}  # fmt: skip
 SMOLLM2: dict[str, Any] = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from known_models import LLAMA_8B
 
 from tunery.planning import cards, quote, speed, workload
 from tunery.planning.quote import Quote, Range
@@ -16,10 +17,6 @@ from tunery.settings import Settings
 from tunery.spec import Full, Lora, Plan, Qlora, Technique
 from tunery.trainer_protocol import Spent, StepTimes
 
-LLAMA_8B = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False, "params": 8_030_261_248,
-}  # fmt: skip
 LLAMA_1B = {
     **LLAMA_8B,
     "hidden_size": 2048,

@@ -98,6 +98,14 @@ def test_rates_of_other_bases_and_of_few_tokens_are_no_measure() -> None:
     assert serving_quote.of_rates(None, "llama", BASES["7B"], Lora(), SETTINGS) is None
 
 
+def test_adapters_that_were_measured_are_no_quote_of_a_full_fine_tune() -> None:
+    measured = Rates(device="cpu", rates=[rate("adapter"), rate("many_adapters"), rate("merged")])
+    found = serving_quote.of_rates(measured, "llama", BASES["7B"], Full(), SETTINGS)
+    assert found is not None
+    assert (found.adapter, found.many_adapters) == (None, None)
+    assert found.merged is not None
+
+
 def test_a_quote_in_words_says_speed_price_and_where_they_are_from() -> None:
     found = dict(serving_quote.in_words(of_rates(rate("adapter"))))
     assert found["adapter"] == "100 tokens/s, 10 USD per million, measured"

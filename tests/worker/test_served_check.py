@@ -1,6 +1,5 @@
 """The supervisor's side of the check of a served model: what it starts, and what becomes of a check that breaks."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,15 +71,7 @@ def test_a_lost_lease_ends_the_program(start: Start, settings: Settings, monkeyp
     with pytest.raises(LeaseLost):
         served.check(keeper, run_dir, settings, "mark")
     pid = int((run_dir / "pid").read_text())
-    assert processes.wait_until(lambda: not _lives(pid), seconds=20, alive=lambda: True)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    assert processes.wait_until(lambda: not processes.is_alive(pid), seconds=20, alive=lambda: True)
 
 
 @pytest.mark.parametrize(("rows", "answered", "due"), [(32, True, True), (0, True, False), (32, False, False)])

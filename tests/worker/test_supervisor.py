@@ -97,7 +97,7 @@ def test_a_conversion_that_breaks_says_why_in_one_line(tmp_path: Path, monkeypat
     (tmp_path / "worker/trainer/convert.py").write_text(f"{BAR}raise ValueError('no such tensor.')")
     monkeypatch.setattr(programs, "ROOT", tmp_path)
     reason = programs.run(["worker.trainer.convert"], tmp_path, Drain(), what="conversion")
-    assert reason == "The conversion broke: ValueError: no such tensor. The I/O worker's log has more."
+    assert reason == "The conversion broke: ValueError: no such tensor. The worker's log has more."
 
 
 def test_a_stray_line_that_cannot_be_written_down_does_not_end_the_listening(

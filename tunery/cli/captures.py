@@ -3,7 +3,6 @@
 import json
 import textwrap
 from typing import Annotated, Any, Literal
-from urllib.parse import urlencode
 
 import typer
 
@@ -46,9 +45,8 @@ def list_requests(
     limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
 ) -> None:
     """The requests that are kept, newest first, with their answers."""
-    asked = {"rated": rated, "after": after, "limit": limit}
-    query = urlencode({name: value for name, value in asked.items() if value is not None})
-    page = connect(context).call("GET", f"{_route(model)}/requests?{query}")
+    asked = {name: value for name, value in (("rated", rated), ("after", after), ("limit", limit)) if value is not None}
+    page = connect(context).call("GET", f"{_route(model)}/requests", params=asked)
     rows = [(one["id"], output.age(one["created_at"]), _said(one), _text(one["messages"][-1]), _text(one["answer"]))
             for one in page["data"]]  # fmt: skip
     output.table(("id", "age", "rated", "asked", "answered"), rows, empty="no request is kept")

@@ -103,7 +103,12 @@ def of_rates(
 
     A way of serving without measurements is quoted by the server's card.
     """
-    own = [rate for rate in (rates.rates if rates else ()) if rate.base == base and rate.tokens >= LEAST_TOKENS]
+    others = ("adapter", "many_adapters") if isinstance(technique, Full) else ()
+    own = [
+        rate
+        for rate in (rates.rates if rates else ())
+        if rate.base == base and rate.tokens >= LEAST_TOKENS and rate.way not in others
+    ]
     if rates is None or not own:
         return None
     nothing = ServingQuote(

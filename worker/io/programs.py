@@ -1,4 +1,4 @@
-"""Runs programs on a folder for an I/O worker: starts and watches them, and ends them with the worker."""
+"""Runs programs on a folder for a worker: starts and watches them, and ends them with the worker."""
 
 import logging
 import shutil
@@ -116,4 +116,4 @@ def _reason(status: int, errors_path: Path, what: str) -> str:
     said = tail(errors_path, 50)
     log.error("the %s ended with status %s: %s", what, status, said or "(nothing)")
     last = said.rpartition("\n")[2] or f"it ended with status {status} and said nothing"
-    return f"The {what} broke: {last.rstrip('.')}. The I/O worker's log has more."
+    return f"The {what} broke: {last.rstrip('.')}. The worker's log has more."

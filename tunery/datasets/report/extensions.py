@@ -17,11 +17,15 @@ _ALIKE = 0.5
 
 
 def find(rows: Sequence[Row], against: Sequence[Row]) -> Iterator[Pair]:
-    """Yields pairs of a row and one of `against` with the same answer, where one question extends the other."""
-    here, there = by_key(rows, _words), by_key(against, _words)
+    """Yields pairs of a row and one of `against` with the same answer, where one question extends the other.
+
+    Of rows with themselves each pair comes once.
+    """
+    here = by_key(rows, _words)
+    there = here if against is rows else by_key(against, _words)
     for first, second in _extended(here, there):
         yield from _pair(here[first], there[second])
-    for second, first in _extended(there, here):
+    for second, first in _extended(there, here) if there is not here else ():
         yield from _pair(here[first], there[second])
 
 
