@@ -12,6 +12,7 @@ import httpx2
 import openai
 import pytest
 import tiny_models
+import torch
 from openai import OpenAI
 from served import serving
 
@@ -20,7 +21,9 @@ from tunery.artifacts import manifest
 from tunery.serving import Rates
 from tunery.storage import Directory
 from worker.server.backends.embedded import Engine
+from worker.server.generation import Generation
 from worker.server.schemas import parse
+from worker.server.slots import Slots
 
 ASK: list[Any] = [{"role": "user", "content": "Where is my card?"}]
 
@@ -248,6 +251,39 @@ def test_client_that_leaves_frees_the_memory_of_its_answer(ask: Any, engine: Eng
     assert processes.wait_until(lambda: not batch._rows and not batch._slots.keys, seconds=20, alive=lambda: True)
     places = engine._residents._places.values()
     assert processes.wait_until(lambda: not any(place.users for place in places), seconds=20, alive=lambda: True)
+
+
+def test_keys_that_memory_has_no_room_to_keep_cost_no_answer(
+    ask: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room for a copy")
+
+    kept = text(ask(project_id="one"))
+    monkeypatch.setattr(Slots, "save", save)
+    assert [text(ask(project_id=name)) for name in ("two", "three")] == [kept, kept]
+    places = engine._residents._places.values()
+    assert processes.wait_until(lambda: not any(place.users for place in places), seconds=20, alive=lambda: True)
+
+
+def test_an_answer_that_cannot_be_closed_does_not_end_the_others(
+    shop: Shop, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close, closed, broken = Generation.close, [], []
+
+    def close_and_break(answer: Generation) -> None:
+        """The answer closes itself at its end; the loop closes it again."""
+        if answer in closed:
+            broken.append(answer)
+            raise RuntimeError("a fault of the device")
+        closed.append(answer)
+        close(answer)
+
+    monkeypatch.setattr(Generation, "close", close_and_break)
+    with serving(engine, places=8) as port, client_of(port) as client:
+        first, second = (text(asker(client, shop)()) for _ in range(2))
+    assert first == second
+    assert broken
 
 
 def test_burst_of_long_prompts_waits_for_memory_and_one_beyond_it_is_refused(shop: Shop) -> None:

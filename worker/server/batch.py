@@ -6,7 +6,7 @@ prompt delays neither the running rows nor a short prompt behind it.
 
 from collections import deque
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import count
 from threading import Lock
 from typing import Any, Protocol
@@ -145,7 +145,8 @@ class Batch:
     def _keep(self, row: Row) -> None:
         slot, length = self._rows.index(row), row.fed
         nbytes = length * self._slots.bytes_a_position
-        self.memory.keep(row.owner, row.ids[:length], lambda: self._slots.save(slot, length), nbytes)
+        with suppress(torch.OutOfMemoryError):  # a copy that only saves time later costs no answer
+            self.memory.keep(row.owner, row.ids[:length], lambda: self._slots.save(slot, length), nbytes)
 
     def _take_out(self, row: Row) -> None:
         """Frees a row's slot."""
