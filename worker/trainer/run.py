@@ -183,6 +183,9 @@ def _paused(folder: Path, progress: Progress) -> Paused:
 
 def _finished(t: Training, progress: Progress, began: float, timed: Latency | None) -> Finished:
     on_gpu = t.device.type == "cuda"
+    if on_gpu:
+        most = torch.cuda.max_memory_allocated(t.device), torch.cuda.max_memory_reserved(t.device)
+        log.info("peak memory: %.2f GiB allocated, %.2f GiB reserved", *(size / 2**30 for size in most))
     exported = progress.best_step if t.keeps_best and progress.best_step is not None else progress.step
     return Finished(
         step=exported,
