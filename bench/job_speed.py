@@ -11,16 +11,20 @@ that it gets its run. Needs a GPU.
 import argparse
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from bench.train_rows import lengths
 from bench.train_side_by_side import hardware
 from tunery.spec import Full, Lora, Plan, Qlora, Run, Schedule
 
@@ -31,16 +35,21 @@ TECHNIQUES = {
     "qlora": Qlora(),
     "qlora-fp8": Qlora(precision="fp8"),
 }
-LONGEST = 2048
-SHOWN = ("failed", "tok_s", "step_ms", "tokens_a_step", "peak_gib", "seconds", "plan", "log")
+SHOWN = ("failed", "tok_s", "step_ms", "tokens_a_step", "peak_gib", "reserved_gib", "process_gib", "seconds", "plan",
+         "log")  # fmt: skip
 AROUND = 23  # tokens of a row beside its answer
 
 
-def lengths(kind: str, count: int) -> list[int]:
-    numbers = random.Random(0)
-    if kind == "long":
-        return [numbers.randrange(1900, 1907) for _ in range(count)]
-    return [min(LONGEST, max(AROUND + 8, int(numbers.lognormvariate(5.25, 0.75)))) for _ in range(count)]
+@dataclass(frozen=True)
+class Work:
+    """The options of a measured run; `batch`: rows of a step, `skip`: steps of warming up."""
+
+    technique: str = "lora"
+    lengths: str = "long"
+    batch: int = 4
+    steps: int = 50
+    skip: int = 10
+    packing: bool = False
 
 
 def write_rows(path: Path, wanted: list[int]) -> None:
@@ -53,16 +62,41 @@ def write_rows(path: Path, wanted: list[int]) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def lay_out(folder: Path, a: argparse.Namespace) -> None:
+def lay_out(folder: Path, model: Path, work: Work) -> None:
     (folder / "data").mkdir(parents=True)
-    (folder / "base").symlink_to(a.model.resolve())
-    write_rows(folder / "data/train.jsonl", lengths(a.lengths, a.steps * a.batch))
+    (folder / "base").symlink_to(model.resolve())
+    write_rows(folder / "data/train.jsonl", lengths(work.lengths, work.steps * work.batch))
     plan = Plan(
-        technique=TECHNIQUES[a.technique], n_epochs=1, batch_size=a.batch, seed=7, learning_rate_multiplier=1,
-        learning_rate=1e-4, schedule=Schedule(type="constant", warmup_ratio=0), packing=a.packing,
+        technique=TECHNIQUES[work.technique], n_epochs=1, batch_size=work.batch, seed=7, learning_rate_multiplier=1,
+        learning_rate=1e-4, schedule=Schedule(type="constant", warmup_ratio=0), packing=work.packing,
     )  # fmt: skip
-    run = Run(job="bench", base_model=a.model.name, plan=plan, public_checkpoints=0, snapshot_seconds=3600)
+    run = Run(job="bench", base_model=model.name, plan=plan, public_checkpoints=0, snapshot_seconds=3600)
     (folder / "spec.json").write_text(run.model_dump_json())
+
+
+class DeviceMemory:
+    """The most memory that one process has had on the GPU, as the driver counts it, sampled every half second."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid, self._most, self._over = pid, 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+        while not self._over.wait(0.5):
+            try:
+                said = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+            except (OSError, subprocess.TimeoutExpired):
+                return
+            for pid, used in re.findall(r"(\d+), (\d+)", said):
+                self._most = max(self._most, int(used) if int(pid) == self._pid else 0)
+
+    def gib(self) -> float | None:
+        """Ends the sampling; returns None if the driver did not say."""
+        self._over.set()
+        self._thread.join()
+        return round(self._most / 2**10, 2) if self._most else None
 
 
 def await_imports(process: psutil.Process) -> None:
@@ -73,45 +107,83 @@ def await_imports(process: psutil.Process) -> None:
         time.sleep(1)
 
 
-def train(folder: Path, *, preloaded: bool) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The trainer's messages, and the seconds from its start, or from its run's, to its first step done and its end."""
-    began, first = time.monotonic(), 0.0
-    said = []
-    command = [sys.executable, "-m", "worker.trainer", "--wait" if preloaded else str(folder)]
-    pipe = subprocess.PIPE
-    with (folder / "log.txt").open("ab") as log, subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log) as run:
-        assert run.stdout is not None
-        assert run.stdin is not None
-        if preloaded:
-            await_imports(psutil.Process(run.pid))
-            began = time.monotonic()
-            run.stdin.write(f"{folder}\n".encode())
-        run.stdin.close()
-        for line in run.stdout:
+class Trainer:
+    """A process of the trainer: with a folder it begins at once, without one it imports everything and waits."""
+
+    def __init__(self, log: Path, folder: Path | None = None) -> None:
+        self._folder, self.began = folder, time.monotonic()
+        command = [sys.executable, "-m", "worker.trainer", str(folder) if folder else "--wait"]
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True
+            )
+
+    def begin(self, folder: Path) -> None:
+        """Gives a waiting process its folder."""
+        assert self.process.stdin is not None
+        await_imports(psutil.Process(self.process.pid))
+        self.began, self._folder = time.monotonic(), folder
+        self.process.stdin.write(f"{folder}\n")
+        self.process.stdin.close()
+
+    def messages(self, limit: float | None = None) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """The messages until its end, and the seconds to its first step done and to its end.
+
+        After `limit` seconds the process is killed.
+        """
+        assert self.process.stdout is not None
+        said, first = [], 0.0
+        timer = threading.Timer(limit if limit is not None else 1e6, self.process.kill)
+        timer.daemon = True
+        timer.start()
+        for line in self.process.stdout:
             said.append(json.loads(line))
             if said[-1]["type"] == "step" and not first:
-                first = time.monotonic() - began
-    return said, {"first_step": round(first, 1), "whole": round(time.monotonic() - began, 1)}
+                first = time.monotonic() - self.began
+        self.process.wait()
+        timer.cancel()
+        return said, {"first_step": round(first, 1), "whole": round(time.monotonic() - self.began, 1)}
 
 
-def measure(a: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    model: Path, work: Work, trainer: Trainer | None = None, *, preloaded: bool = False, limit: float | None = None
+) -> dict[str, Any]:
+    """One run: in a new process, or in `trainer`, which waits. `limit`: the most seconds that it may take."""
     with tempfile.TemporaryDirectory() as holder:
         folder = Path(holder) / "run"
-        lay_out(folder, a)
-        said, seconds = train(folder, preloaded=a.preloaded)
+        lay_out(folder, model, work)
+        if trainer is None and preloaded:
+            trainer = Trainer(folder / "log.txt")
+        if trainer is None:
+            trainer = Trainer(folder / "log.txt", folder)
+        else:
+            trainer.begin(folder)
+        memory = DeviceMemory(trainer.process.pid)
+        said, seconds = trainer.messages(limit)
+        process_gib = memory.gib()
         log = (folder / "log.txt").read_text().splitlines()
+    return {**figures(said, seconds, log, work.skip), "process_gib": process_gib}
+
+
+def figures(said: list[dict[str, Any]], seconds: dict[str, float], log: list[str], skip: int) -> dict[str, Any]:
+    """The figures of a run's messages and log; of one that was cut off after `skip` steps, those it had."""
     steps = [message for message in said if message["type"] == "step"]
-    if not said or said[-1]["type"] != "finished":
+    done = bool(said) and said[-1]["type"] == "finished"
+    if len(steps) < skip + 2:
         return {"failed": said[-1:], "log": log[-5:]}
-    measured = steps[a.skip :]
-    tokens = measured[-1]["tokens"] - steps[a.skip - 1]["tokens"]
+    measured = steps[skip:]
+    tokens = measured[-1]["tokens"] - steps[skip - 1]["tokens"]
     training = sum(step["seconds"] for step in measured)
+    peak = said[-1]["peak_memory_bytes"] if done else None
+    reserved = [float(found[1]) for line in log if (found := re.search(r"([\d.]+) GiB reserved", line))]
+    around = seconds["whole"] - sum(s["seconds"] for s in steps)
     return {
         "tok_s": round(tokens / training),
         "step_ms": round(1000 * statistics.median(step["seconds"] for step in measured), 1),
         "tokens_a_step": round(tokens / len(measured)),
-        "peak_gib": round((said[-1]["peak_memory_bytes"] or 0) / 2**30, 2),
-        "seconds": seconds | {"around_the_steps": round(seconds["whole"] - sum(s["seconds"] for s in steps), 1)},
+        "peak_gib": peak and round(peak / 2**30, 2),
+        "reserved_gib": reserved[-1] if reserved else None,
+        "seconds": seconds | ({"around_the_steps": round(around, 1)} if done else {"cut_off": True}),
         "losses": [round(step["train_loss"], 4) for step in steps],
         "grad_norms": [round(step["grad_norm"], 4) for step in steps],
         "plan": [line.partition("plan: ")[2] for line in log if "memory plan: " in line][-1:],
@@ -123,7 +195,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--technique", choices=list(TECHNIQUES), default="lora")
-    parser.add_argument("--lengths", choices=["long", "real"], default="long")
+    parser.add_argument("--lengths", choices=["full", "long", "real"], default="long")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--skip", type=int, default=10)
@@ -135,10 +207,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     a = parse()
-    runs = sorted((measure(a) for _ in range(a.runs)), key=lambda run: run.get("tok_s", 0))
-    what = {
-        name: getattr(a, name) for name in ("technique", "lengths", "batch", "steps", "skip", "packing", "preloaded")
-    }
+    work = Work(a.technique, a.lengths, a.batch, a.steps, a.skip, a.packing)
+    made = (measure(a.model, work, preloaded=a.preloaded) for _ in range(a.runs))
+    runs = sorted(made, key=lambda run: run.get("tok_s", 0))
+    what = asdict(work) | {"preloaded": a.preloaded}
     a.out.write_text(json.dumps({"model": a.model.name, **what, **hardware(), "runs": runs}, indent=1) + "\n")
     median = runs[len(runs) // 2]
     shown = {k: median.get(k) for k in SHOWN}

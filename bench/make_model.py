@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "small": (256, 768, 6, 8, 4, 640),
@@ -20,7 +20,9 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "llama2-13b": (5120, 13824, 40, 40, 40, 32000),
     "llama2-70b": (8192, 28672, 80, 64, 8, 32000),
     "llama3-70b": (8192, 28672, 80, 64, 8, 128256),
+    "qwen3-0.6b": (1024, 3072, 28, 16, 8, 151936),
 }
+QWEN3_HEAD = 128
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
 
 
@@ -28,34 +30,40 @@ def make(folder: Path, shape: str) -> None:
     """Writes config, tokenizer and weights (normal, deviation 0.02, bf16) into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     hidden, inner, layers, heads, kv_heads, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
+    is_qwen3 = shape.startswith("qwen3")
+    family = {"head_dim": QWEN3_HEAD, "architectures": ["Qwen3ForCausalLM"]} if is_qwen3 else {
+        "architectures": ["LlamaForCausalLM"]
+    }  # fmt: skip
+    config = (Qwen3Config if is_qwen3 else LlamaConfig)(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=131072, rms_norm_eps=1e-5,
-        bos_token_id=1, eos_token_id=2, pad_token_id=3, tie_word_embeddings=False, dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
+        bos_token_id=1, eos_token_id=2, pad_token_id=3, tie_word_embeddings=is_qwen3, dtype="bfloat16", **family,
     )  # fmt: skip
     config.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
-    kv = hidden // heads * kv_heads
+    head = QWEN3_HEAD if is_qwen3 else hidden // heads
+    width, kv = head * heads, head * kv_heads
     linears = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "self_attn.q_proj": (width, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, width), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }  # fmt: skip
     torch.manual_seed(0)
     shards = {
         "ends.safetensors": {
             "model.embed_tokens.weight": _random(vocabulary, hidden),
-            "lm_head.weight": _random(vocabulary, hidden),
+            **({} if is_qwen3 else {"lm_head.weight": _random(vocabulary, hidden)}),
             "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
         }
     }
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    norms |= {"self_attn.q_norm": head, "self_attn.k_norm": head} if is_qwen3 else {}
     _write(folder, shards, index := {})
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
         shard = {f"{prefix}{name}.weight": _random(*shape) for name, shape in linears.items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shard[f"{prefix}{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        for norm, size in norms.items():
+            shard[f"{prefix}{norm}.weight"] = torch.ones(size, dtype=torch.bfloat16)
         _write(folder, {f"layer-{layer:02d}.safetensors": shard}, index)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 

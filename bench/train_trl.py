@@ -1,5 +1,8 @@
 """TRL's SFTTrainer, as it is, with Liger or with Unsloth, on the same rows in the same order: one JSON line like
-train_ours.py's."""
+train_ours.py's.
+
+`--wait`: it imports everything, then waits for a line on standard input.
+"""
 
 import argparse
 import json
@@ -19,7 +22,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from bench.train_rows import in_order, rows
+from bench.train_rows import in_order, lengths, of_lengths
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -77,12 +80,20 @@ def main() -> None:
     parser.add_argument("--optim", default="adamw_8bit")
     parser.add_argument("--liger", type=int, default=0)
     parser.add_argument("--unsloth", action="store_true")
+    parser.add_argument("--lengths", choices=["full", "long", "real"], default="full")
+    parser.add_argument("--rows", type=int, help="of the whole run; with --packing it has as many steps as they fill")
+    parser.add_argument("--packing", action="store_true")
+    parser.add_argument("--wait", action="store_true")
     a = parser.parse_args()
+    if a.wait:
+        sys.stdin.readline()
     began = time.monotonic()
     model, tokenizer, lora = _unsloth(a) if a.unsloth else _plain(a)
-    clock = Clock(a.skip)
+    clock, wanted = Clock(a.skip), lengths(a.lengths, a.rows or a.steps * a.bs)
+    made = in_order(of_lengths([min(length, a.seq) for length in wanted]))
     settings = SFTConfig(
-        output_dir="/tmp/trl", per_device_train_batch_size=a.bs, gradient_accumulation_steps=1, max_steps=a.steps,
+        output_dir="/tmp/trl", per_device_train_batch_size=a.bs, gradient_accumulation_steps=1,
+        packing=a.packing, **({"num_train_epochs": 1} if a.packing else {"max_steps": a.steps}),
         learning_rate=1e-4, lr_scheduler_type="constant", bf16=True, optim=a.optim, max_length=a.seq,
         logging_steps=1, save_strategy="no", report_to="none", dataset_num_proc=None,
         **({} if a.unsloth else {
@@ -92,18 +103,22 @@ def main() -> None:
     )  # fmt: skip
     trainer = InOrder(
         model=model, args=settings, processing_class=tokenizer, callbacks=[clock],
-        train_dataset=Dataset.from_dict({"input_ids": in_order(rows(a.steps * a.bs, a.seq))}),
+        train_dataset=Dataset.from_dict({"input_ids": made}),
         **({"peft_config": lora} if lora else {}),
     )  # fmt: skip
     loaded = time.monotonic() - began
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
+    steps = trainer.state.max_steps
+    # Packed rows lose their order, so that only their mean a step is known.
+    measured = made if a.packing else made[a.skip * a.bs : steps * a.bs]
+    tokens = sum(map(len, measured)) * ((steps - a.skip) / steps if a.packing else 1)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     print("RESULT " + json.dumps({
         "stack": "trl-unsloth" if a.unsloth else "trl-liger" if a.liger else "trl",
         "method": a.method, "ckpt": a.ckpt, "seq": a.seq, "bs": a.bs,
-        "steps": a.steps, "optim": a.optim,
-        "tok_s": round((a.steps - a.skip) * a.bs * a.seq / (clock.ended - clock.began)),
+        "steps": steps, "optim": a.optim, "lengths": a.lengths, "packing": a.packing,
+        "tok_s": round(tokens / (clock.ended - clock.began)), "tokens_a_step": round(tokens / (steps - a.skip)),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2), "load_s": round(loaded, 1),
         "losses": [round(entry["loss"], 4) for entry in history],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny_models
 
-from bench import clean, grid, replay, task_runs
+from bench import clean, grid, job_speed, replay, speed_table, task_runs
 from bench.task_runs import Machine, Work
 from tunery.spec import Lora
 
@@ -134,3 +134,36 @@ def test_cleaning_is_compared_with_the_noise_of_the_same_seed(tmp_path: Path) ->
     assert len(task_runs.rows_of("banking", "test", folder)) == 479
     with pytest.raises(SystemExit, match="--prepare"):
         clean.work(tmp_path, tmp_path, {**noisy, "seed": 0})
+
+
+def test_speed_is_of_the_steps_after_the_warm_up_even_if_the_run_was_cut_off() -> None:
+    steps = [
+        {"type": "step", "tokens": 100 * n, "seconds": 9.0 if n < 3 else 0.5, "train_loss": 3.0 - n, "grad_norm": 1.0}
+        for n in range(1, 6)
+    ]
+    end = {"type": "finished", "peak_memory_bytes": 2**31}
+    log = ["memory plan: P", "peak memory: 2.00 GiB allocated, 2.25 GiB reserved"]
+
+    whole = job_speed.figures([*steps, end], {"first_step": 9.0, "whole": 30.0}, log, 2)
+    cut_off = job_speed.figures(steps[:4], {"first_step": 9.0, "whole": 30.0}, log[:1], 2)
+
+    assert (whole["tok_s"], whole["peak_gib"], whole["reserved_gib"], whole["plan"]) == (200, 2.0, 2.25, ["P"])
+    assert whole["seconds"]["around_the_steps"] == 10.5
+    assert (cut_off["tok_s"], cut_off["peak_gib"], cut_off["seconds"]["cut_off"]) == (200, None, True)
+    assert "failed" in job_speed.figures(steps[:3], {"whole": 1.0}, log, 2)
+
+
+def test_table_of_speeds_compares_medians_with_the_fastest_peer() -> None:
+    found = {
+        "tunery": [{"tok_s": 100}, {"tok_s": 130, "losses": [9.0, 8.0, 7.0]}, {"tok_s": 140}, {"failed": []}],
+        "unsloth": [{"tok_s": 90}],
+        "trl-liger": [{"tok_s": 65}, {"failed": "cut off"}],
+    }
+    assert speed_table.ratio(found) == 1.444
+    assert speed_table.ratio({"tunery": [{"tok_s": 1}], "unsloth": [{"failed": 1}]}) is None
+    answers = {"generation": [{"tok_s": 30, "transformers": {"tok_s": 20}}]}
+    assert speed_table.ratio(answers) == 1.5
+    _, _, ours, *_, last = speed_table.lines({"qlora 8b": found, "generation 8b": answers})
+    assert ours.startswith("| qlora 8b | tunery | 100/130/140 | 130 | 1.444 |")
+    assert "| 9.0, 7.0 |" in ours
+    assert last.startswith("| generation 8b | generation | 30 | 30 | 1.5 |")

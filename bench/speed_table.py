@@ -1,0 +1,266 @@
+"""The rows of the table of speeds: Tunery's job path beside Unsloth or TRL with Liger, all in one call on one card.
+
+`python -m bench.speed_table OUT.json [--rows "qlora 8b" "lora 1b" ...] [--seconds 540] [--runs 3] [--steps 50]
+[--skip 10] [--models FOLDER]`. Without `--rows` every row is measured, in the order of ROWS; RUNS times over, as far as
+the seconds allow. OUT.json is written after every measurement, so that a run that is cut off keeps what it has. The
+checkpoints are random and made here. Both stacks have the same checkpoint, rows of the same lengths and an adapter of
+the same rank on the same layers; the peers' own packages must be importable. The next process imports its packages
+while the one before it loads its model, so that `seconds` are those of a preloaded process. Needs a GPU.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from bench import make_model
+from bench.job_speed import DeviceMemory, Trainer, Work, measure
+from bench.train_side_by_side import hardware
+
+MOST_SECONDS = 200
+"""For one measurement, however much time is left: a stack that hangs must not take the others' time."""
+LEAST_SECONDS = 30
+"""With less time left no measurement begins."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table. `peer`: how the peer trains it. `leave`: the card's memory that is left free, in GiB.
+
+    `stacks`: what is measured, Tunery first. `recompute`: whether the peers recompute activations.
+    """
+
+    shape: str
+    technique: str
+    lengths: str = "long"
+    batch: int = 4
+    peer_batch: int = 4
+    packing: bool = False
+    recompute: bool = False
+    leave: float | None = None
+    stacks: tuple[str, ...] = ("tunery", "unsloth")
+
+
+ROWS = {
+    "qlora 8b": Row("llama3-8b", "qlora"),
+    "lora 1b": Row("llama3-1b", "lora"),
+    "qlora 8b real": Row("llama3-8b", "qlora", lengths="real", batch=32, packing=True),
+    "full 1b": Row("llama3-1b", "full", recompute=True, stacks=("tunery", "unsloth", "trl-liger")),
+    "generation 8b": Row("llama3-8b", "lora", stacks=("generation",)),
+    "qlora 7b small": Row("llama2-7b", "qlora", batch=1, peer_batch=1, recompute=True, leave=8.0),
+    "lora 0.6b": Row("qwen3-0.6b", "lora"),
+    "lora 8b": Row("llama3-8b", "lora"),
+    "qlora 8b fp8": Row("llama3-8b", "qlora-fp8"),
+    "qlora 8b small": Row("llama3-8b", "qlora", recompute=True, leave=11.5),
+}
+"""In the order in which they are measured. A short job's figure is `around_the_steps` of "lora 1b"."""
+
+
+@dataclass
+class Bench:
+    """What all measurements share. `over`: when the time is up."""
+
+    models: Path
+    over: float
+    steps: int
+    skip: int
+    logs: Path
+    ballast: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def left(self) -> float:
+        return self.over - time.monotonic()
+
+    @property
+    def limit(self) -> float:
+        return min(MOST_SECONDS, self.left)
+
+    def checkpoint(self, shape: str) -> Path:
+        """Returns the folder of a shape's checkpoint, which is written if it is not there."""
+        folder = self.models / shape
+        if not (folder / "model.safetensors.index.json").exists():
+            make_model.make(folder, shape)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return folder
+
+    @contextmanager
+    def small_card(self, leave: float | None) -> Iterator[None]:
+        """Occupies all but `leave` GiB of the card's free memory."""
+        if leave is None:
+            yield
+            return
+        free, _ = torch.cuda.mem_get_info()
+        self.ballast.append(torch.empty(max(0, free - int(leave * 2**30)), dtype=torch.uint8, device="cuda"))
+        try:
+            yield
+        finally:
+            self.ballast.clear()
+            torch.cuda.empty_cache()
+
+
+class Measurement(Protocol):
+    """A process that has begun to import; `run` lets it train and returns its figures."""
+
+    def run(self, bench: Bench, row: Row) -> dict[str, Any]: ...
+
+    def drop(self) -> None:
+        """Ends a process that waits."""
+
+
+class Tunery:
+    def __init__(self, bench: Bench, _row: Row) -> None:
+        self._trainer = Trainer(bench.logs / "tunery.txt")
+
+    def run(self, bench: Bench, row: Row) -> dict[str, Any]:
+        work = Work(row.technique, row.lengths, row.batch, bench.steps, bench.skip, row.packing)
+        return measure(bench.checkpoint(row.shape), work, self._trainer, limit=bench.limit)
+
+    def drop(self) -> None:
+        self._trainer.process.kill()
+        self._trainer.process.wait()
+
+
+class Peer:
+    """One of `train_trl.py`'s stacks, or `generation_speed.py`: it waits for a line and prints a RESULT."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self._log, self._out = log, log.with_suffix(".out")
+        with self._log.open("w") as errors, self._out.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *command, "--wait"], stdin=subprocess.PIPE, stdout=out, stderr=errors, text=True
+            )
+
+    def run(self, bench: Bench, row: Row) -> dict[str, Any]:
+        bench.checkpoint(row.shape)
+        memory, began = DeviceMemory(self.process.pid), time.monotonic()
+        try:
+            self.process.communicate("\n", timeout=bench.limit)
+        except subprocess.TimeoutExpired:
+            self.drop()
+            return {"failed": "cut off", "log": self._log.read_text().splitlines()[-5:]}
+        spent = {"seconds": {"whole": round(time.monotonic() - began, 1)}, "process_gib": memory.gib()}
+        for line in self._out.read_text().splitlines():
+            if line.startswith("RESULT "):
+                return json.loads(line.removeprefix("RESULT ")) | spent
+        return {"failed": self.process.returncode, "log": self._log.read_text().splitlines()[-15:]}
+
+    def drop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def command(stack: str, bench: Bench, row: Row) -> list[str]:
+    """Returns the module and arguments of a peer."""
+    model = ["--model", str(bench.models / row.shape)]
+    if stack == "generation":
+        return ["bench.generation_speed", *model]
+    settings: dict[str, Any] = {
+        "method": row.technique.removesuffix("-fp8"), "ckpt": int(row.recompute), "lengths": row.lengths,
+        "bs": row.peer_batch, "rows": bench.steps * row.batch, "steps": bench.steps, "skip": bench.skip,
+    }  # fmt: skip
+    if stack == "trl-liger":
+        settings |= {"liger": 1, "ckpt": 0}
+    given = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    switches = ["--unsloth"] * (stack == "unsloth") + ["--packing"] * row.packing
+    return ["bench.train_trl", *model, *given, *switches]
+
+
+def begin(name: str, stack: str, bench: Bench) -> Measurement:
+    row = ROWS[name]
+    log = bench.logs / f"{stack} {name}.txt".replace(" ", "-")
+    return Tunery(bench, row) if stack == "tunery" else Peer(command(stack, bench, row), log)
+
+
+def measure_all(names: list[str], runs: int, bench: Bench) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yields a row's name, the stack and its figures, for all rows once, then again, until the time is up."""
+    wanted = [(name, stack) for _ in range(runs) for name in names for stack in ROWS[name].stacks]
+    upcoming: list[Measurement] = []
+    try:
+        for number, (name, stack) in enumerate(wanted):
+            if bench.left < LEAST_SECONDS:
+                return
+            current = upcoming.pop() if upcoming else begin(name, stack, bench)
+            bench.checkpoint(ROWS[name].shape)
+            if number + 1 < len(wanted):
+                upcoming.append(begin(*wanted[number + 1], bench))
+            with bench.small_card(ROWS[name].leave):
+                yield name, stack, current.run(bench, ROWS[name])
+    finally:
+        for measurement in upcoming:
+            measurement.drop()
+
+
+def median(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Returns the run in the middle of those that have a speed."""
+    done = sorted((run for run in runs if run.get("tok_s")), key=lambda run: run["tok_s"])
+    return done[len(done) // 2] if done else None
+
+
+def ratio(found: dict[str, list[dict[str, Any]]]) -> float | None:
+    """Returns Tunery's median speed over that of the fastest peer."""
+    if (run := median(found.get("generation", []))) is not None:
+        return round(run["tok_s"] / run["transformers"]["tok_s"], 3)
+    speeds = {stack: found_run["tok_s"] for stack, runs in found.items() if (found_run := median(runs))}
+    ours = speeds.pop("tunery", None)
+    return round(ours / max(speeds.values()), 3) if ours and speeds else None
+
+
+def lines(results: dict[str, dict[str, list[dict[str, Any]]]]) -> Iterator[str]:
+    """Yields the table: medians of tokens a second, memory, losses and gradient norms."""
+    yield "| row | stack | runs | tokens/s | ratio | GiB allocated, reserved, process | losses | norms | seconds |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    for name, found in results.items():
+        for stack, runs in found.items():
+            run = median(runs)
+            if run is None:
+                yield f"| {name} | {stack} | {len(runs)} | failed: {runs[-1].get('failed')} | | | | | |"
+                continue
+            speeds = "/".join(str(one["tok_s"]) for one in runs if one.get("tok_s"))
+            memory = ", ".join(str(run.get(key)) for key in ("peak_gib", "reserved_gib", "process_gib"))
+            losses, norms = (", ".join(map(str, _ends(run.get(key, [])))) for key in ("losses", "grad_norms"))
+            shown = ratio(found) if stack in {"tunery", "generation"} else ""
+            cells = (name, stack, speeds, run["tok_s"], shown, memory, losses, norms, json.dumps(run.get("seconds")))
+            yield f"| {' | '.join(map(str, cells))} |"
+
+
+def _ends(series: list[float]) -> list[float]:
+    return series[:1] + series[-1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--seconds", type=float, default=540)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--skip", type=int, default=10)
+    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "speed_table")
+    a = parser.parse_args()
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    with tempfile.TemporaryDirectory() as logs:
+        bench = Bench(a.models, time.monotonic() + a.seconds, a.steps, a.skip, Path(logs))
+        for name, stack, result in measure_all(a.rows, a.runs, bench):
+            results.setdefault(name, {}).setdefault(stack, []).append(result)
+            print(name, stack, result.get("tok_s"), result.get("failed"), result.get("log"), flush=True)
+            rows = {
+                name: asdict(ROWS[name]) | {"ratio": ratio(found), "runs": found} for name, found in results.items()
+            }
+            chosen = {"steps": a.steps, "skip": a.skip}
+            a.out.write_text(json.dumps({**hardware(), **chosen, "rows": rows}, indent=1) + "\n")
+    for line in lines(results):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
