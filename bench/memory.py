@@ -1,9 +1,9 @@
 """The measured peak of memory of whole runs, each in a process of its own as a job's, beside the estimate.
 
-`python -m bench.memory BASE OUT.json [KIND ...] [--limit 480]`: BASE a converted model, whose tokenizer and chat
-template all bases take; they are random models of known shapes, made on the spot. KINDS says which there are. On a GPU
-the peak is that of the allocator, on a CPU that of the process. A second invocation goes on from what OUT.json holds;
-nothing is begun after LIMIT seconds.
+`python -m bench.memory BASE OUT.json [KIND ...] [--limit 480]`: BASE a folder with the config, tokenizer and chat
+template that all bases take; they are random models of known shapes, made on the spot. `memory_kinds.py` has the kinds.
+On a GPU the peak is that of the allocator, on a CPU that of the process. OUT.json is written after every run, and a
+second invocation goes on from what it holds; nothing is begun after LIMIT seconds.
 """
 
 import argparse
@@ -15,85 +15,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.memory_kinds import CPU_KINDS, GPU_KINDS, KINDS, SHAPES, Kind
+from bench.memory_phases import read_phases
 from bench.train_side_by_side import hardware
-from tunery.spec import Evaluation, Full, General, Lora, Plan, Qlora, Resources, Run, Schedule, Technique
+from tunery import plugins
+from tunery.spec import Evaluation, General, Plan, Resources, Run, Schedule
 
-_ATTENTION = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64}
-_SMALL = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 49152}
-_SMALL |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
-_BILLION = _ATTENTION | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128256}
-_EXPERTS = {"moe_intermediate_size": 512, "num_experts": 16, "num_experts_per_tok": 2, "num_local_experts": 16}
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-82m-untied": {"model_type": "llama", **_SMALL},
-    "llama-57m-tied": {"model_type": "llama", **_SMALL, "tie_word_embeddings": True},
-    "qwen3-moe-104m": {"model_type": "qwen3_moe", **_SMALL, **_EXPERTS, "num_hidden_layers": 4},
-    "gemma3-57m": {"model_type": "gemma3_text", **_SMALL, "tie_word_embeddings": True},
-    "llama-1b-untied": {"model_type": "llama", **_BILLION},
-    "qwen3-1b-tied": {"model_type": "qwen3", **_BILLION, "tie_word_embeddings": True},
-    "qwen3-moe-1b": {"model_type": "qwen3_moe", **_BILLION, **_EXPERTS, "num_hidden_layers": 8},
-    "gemma3-1b": {"model_type": "gemma3_text", **_BILLION, "tie_word_embeddings": True},
-}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One run: rows of about `words` tokens, `batch` a step. `scores`: a test file is answered before and after."""
-
-    shape: str
-    technique: Technique
-    words: int = 250
-    batch: int = 4
-    steps: int = 3
-    gpus: int = 1
-    sharding: str = "auto"
-    scores: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-_WIDE = Full(weights_dtype="float32")
-CPU_KINDS = {
-    "cpu lora": Kind("llama-82m-untied", Lora()),
-    "cpu lora tied": Kind("llama-57m-tied", Lora()),
-    "cpu qlora": Kind("llama-82m-untied", Qlora(compute_dtype="float32")),
-    "cpu full": Kind("llama-82m-untied", Full()),
-    "cpu full tied": Kind("llama-57m-tied", Full()),
-    "cpu full scored": Kind("llama-57m-tied", Full(), scores=True),
-    "cpu lora long": Kind("llama-82m-untied", Lora(), words=1500, batch=2),
-    "cpu lora moe": Kind("qwen3-moe-104m", Lora()),
-    "cpu full moe": Kind("qwen3-moe-104m", Full()),
-    "cpu dora": Kind("llama-82m-untied", Lora(use_dora=True)),
-    "cpu lora gemma": Kind("gemma3-57m", Lora()),
-    "cpu full 8-bit": Kind("llama-82m-untied", Full(), options={"optimizer": "adamw_8bit"}),
-}
-GPU_KINDS = {
-    "lora": Kind("llama-1b-untied", Lora(), words=1000),
-    "lora tied": Kind("qwen3-1b-tied", Lora(), words=1000),
-    "lora moe": Kind("qwen3-moe-1b", Lora(), words=1000),
-    "lora gemma": Kind("gemma3-1b", Lora(), words=1000),
-    "lora scored": Kind("llama-1b-untied", Lora(), words=200, scores=True),
-    "lora 8k rows": Kind("llama-1b-untied", Lora(), words=8000, batch=1, options={"max_seq_length": 16_384}),
-    "dora": Kind("llama-1b-untied", Lora(use_dora=True), words=1000),
-    "qlora": Kind("llama-1b-untied", Qlora(), words=1000),
-    "qlora tied": Kind("qwen3-1b-tied", Qlora(), words=1000),
-    "qlora one row": Kind("llama-1b-untied", Qlora(), words=1000, batch=1),
-    "full": Kind("llama-1b-untied", Full(), words=1000),
-    "full tied": Kind("qwen3-1b-tied", Full(), words=1000),
-    "full fp32": Kind("llama-1b-untied", _WIDE, words=1000),
-    "full fp32 8-bit": Kind("llama-1b-untied", _WIDE, words=1000, options={"optimizer": "adamw_8bit"}),
-    "full moe": Kind("qwen3-moe-1b", Full(), words=1000),
-    "full scored": Kind("llama-1b-untied", Full(), words=200, scores=True),
-    "lora, two GPUs": Kind("llama-1b-untied", Lora(), words=1000, gpus=2, sharding="replicate"),
-    "full, two GPUs": Kind("llama-1b-untied", Full(), words=1000, gpus=2, sharding="replicate"),
-    "full in pieces": Kind("llama-1b-untied", Full(), words=1000, gpus=2, sharding="full_shard"),
-    "qlora in pieces": Kind("llama-1b-untied", Qlora(), words=1000, gpus=2, sharding="full_shard"),
-}
-KINDS = CPU_KINDS | GPU_KINDS
 _MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 
 
@@ -122,28 +55,34 @@ def make_base(folder: Path, source: Path, shape: str) -> Path:
     return folder
 
 
-def write_rows(path: Path, count: int, words: int) -> None:
-    """Rows of which nearly every token is learned."""
+def write_rows(path: Path, count: int, words: int, *, pairs: bool = False) -> None:
+    """Writes rows of which nearly every token is learned; `pairs`: with two answers each."""
     numbers = random.Random(7)
+
+    def say() -> dict[str, str]:
+        text = " ".join(numbers.choice(("one", "two", "three", "four", "five", "six")) for _ in range(words))
+        return {"role": "assistant", "content": text}
+
     with path.open("w") as file:
         for _ in range(count):
-            text = " ".join(numbers.choice(("one", "two", "three", "four", "five", "six")) for _ in range(words))
-            said = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": text}]
-            file.write(json.dumps({"messages": said}) + "\n")
+            asked = [{"role": "user", "content": "Count."}]
+            row = {"prompt": asked, "chosen": [say()], "rejected": [say()]} if pairs else {"messages": [*asked, say()]}
+            file.write(json.dumps(row) + "\n")
 
 
 def lay_out(folder: Path, base: Path, kind: Kind) -> Run:
     (folder / "data").mkdir(parents=True)
     (folder / "base").symlink_to(base.resolve())
-    write_rows(folder / "data/train.jsonl", kind.steps * kind.batch, kind.words)
-    write_rows(folder / "data/valid.jsonl", kind.batch, kind.words)
+    pairs = kind.method.rows_an_example > 1
+    write_rows(folder / "data/train.jsonl", kind.steps * kind.batch, kind.words, pairs=pairs)
+    write_rows(folder / "data/valid.jsonl", kind.batch, kind.words, pairs=pairs)
     options = dict(kind.options)
     if kind.scores:
         write_rows(folder / "data/test.jsonl", 16, 20)
         options["evaluation"] = Evaluation(test_file="test", max_new_tokens=16, general=General(enabled=False))
     plan = Plan(
-        technique=kind.technique, n_epochs=1, batch_size=kind.batch, seed=7, learning_rate_multiplier=1,
-        learning_rate=1e-5, schedule=Schedule(type="constant", warmup_ratio=0),
+        technique=kind.technique, method=kind.method, n_epochs=1, batch_size=kind.batch, seed=7,
+        learning_rate_multiplier=1, learning_rate=1e-5, schedule=Schedule(type="constant", warmup_ratio=0),
         resources=Resources(gpus=kind.gpus, sharding=kind.sharding), **options,  # type: ignore[arg-type]
     )  # fmt: skip
     run = Run(job="bench", base_model=base.name, plan=plan, public_checkpoints=0, snapshot_seconds=3600)
@@ -161,25 +100,39 @@ def model_info(base: Path) -> dict[str, Any]:
     return {name: value for name, value in known.items() if name not in ("linear_modules", "eos_token_ids")}
 
 
-def row_lengths(folder: Path, run: Run) -> tuple[list[int], list[int]]:
-    """Lengths and labelled tokens of the rows, as the trainer reads them."""
+def sizes(folder: Path, run: Run) -> dict[str, int]:
+    """The sizes of a run's rows in tokens, as the trainer reads them: of its longest example, of its largest step, of
+    that step's learned tokens, of the longest prompt, and of the learned ones of the shortest sequence."""
     from tunery.rows.template import ChatTemplate
     from worker.trainer.reading import training_rows
 
-    rows = training_rows(folder, run, ChatTemplate.load(folder / "base"))
-    return list(rows.lengths), [sum(label >= 0 for label in row.labels) for row in rows.rows]
+    found = training_rows(folder, run, ChatTemplate.load(folder / "base"))
+    examples, batch = list(found.examples), run.plan.batch_size
+    lengths = [len(example) for example in examples]
+    learned = [[sum(label >= 0 for label in row.labels) for row in example.rows] for example in examples]
+    labels = [sum(rows) for rows in learned]
+    prompts = [next(place for place, label in enumerate(row.labels) if label >= 0) for row in found.rows]
+    return {
+        "longest": max(lengths),
+        "step_tokens": max(sum(lengths[i : i + batch]) for i in range(0, len(lengths), batch)),
+        "labels": max(sum(labels[i : i + batch]) for i in range(0, len(labels), batch)),
+        "prompt": max(prompts),
+        "shortest": min(count for rows in learned for count in rows),
+    }
 
 
 def train(folder: Path, limit: float) -> tuple[list[dict[str, Any]], int]:
     """The trainer's messages, and the most memory that its process has had, in bytes."""
     command = [sys.executable, "-m", "worker.trainer", str(folder)]
     with (folder / "log.txt").open("wb") as log, (folder / "said.jsonl").open("wb") as said:
-        run = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=log)
+        plugged = os.environ | {plugins.VARIABLE: "bench.memory_phases"}
+        run = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=log, env=plugged)
         end = time.monotonic() + limit
         while (done := os.wait4(run.pid, os.WNOHANG))[0] == 0:
             if time.monotonic() > end:
                 run.kill()
             time.sleep(0.1)
+        run.returncode = os.waitstatus_to_exitcode(done[1])
     lines = (folder / "said.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], done[2].ru_maxrss * 1024
 
@@ -193,19 +146,18 @@ def measure(name: str, base: Path, work: Path, limit: float) -> dict[str, Any]:
     log = (folder / "log.txt").read_text().splitlines()
     if not said or said[-1]["type"] != "finished":
         return {"kind": name, "failed": said[-1:], "log": log[-5:]}
-    lengths, labels = row_lengths(folder, run)
     return {
         "kind": name,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "facts": model_info(base),
-        "run": {key: value for key, value in asdict(kind).items() if key != "technique"},
+        "run": {key: value for key, value in asdict(kind).items() if key not in ("technique", "method")},
         "technique": kind.technique.model_dump(exclude_defaults=True) | {"type": kind.technique.type},
-        "longest": max(lengths),
-        "step_tokens": max(sum(lengths[i : i + kind.batch]) for i in range(0, len(lengths), kind.batch)),
-        "labels": max(sum(labels[i : i + kind.batch]) for i in range(0, len(labels), kind.batch)),
+        "method": kind.method.type,
+        **sizes(folder, run),
         "memory_plan": [line.partition("memory plan: ")[2] for line in log if "memory plan: " in line][-1:],
         "peak_bytes": said[-1]["peak_memory_bytes"] or process_bytes,
         "process_bytes": process_bytes,
+        "phases": read_phases(log),
         "seconds": round(time.monotonic() - began, 1),
     }
 
@@ -223,18 +175,30 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*", choices=[[], *KINDS])
     parser.add_argument("--limit", type=float, default=480)
     a = parser.parse_args()
-    end = time.monotonic() + a.limit
-    known = json.loads(a.out.read_text())["runs"] if a.out.exists() else []
+    measure_all(a.base, a.out, chosen(a.kinds), time.monotonic() + a.limit)
+
+
+def measure_all(source: Path, out: Path, names: list[str], end: float) -> None:
+    """Measures each kind that `out` does not hold yet, and writes it there; begins none after `end`."""
+    known = json.loads(out.read_text())["runs"] if out.exists() else []
     runs = [found for found in known if "failed" not in found]
     with tempfile.TemporaryDirectory() as holder:
-        for name in chosen(a.kinds):
+        for name in names:
             if time.monotonic() > end or any(found["kind"] == name for found in runs):
                 continue
-            base = make_base(Path(holder) / KINDS[name].shape, a.base, KINDS[name].shape)
+            base = make_base(Path(holder) / KINDS[name].shape, source, KINDS[name].shape)
             runs.append(measure(name, base, Path(holder), max(30.0, end - time.monotonic())))
-            a.out.write_text(json.dumps({**hardware(), "runs": runs}, indent=1) + "\n")
-            shown = {key: runs[-1].get(key) for key in ("kind", "failed", "log", "peak_bytes", "seconds")}
+            write(out, {**hardware(), "runs": runs})
+            shutil.rmtree(Path(holder) / name.replace(" ", "-"))  # a full fine-tune leaves tens of GB
+            shown = {key: runs[-1].get(key) for key in ("kind", "failed", "log", "peak_bytes", "phases", "seconds")}
             print({key: value for key, value in shown.items() if value is not None}, flush=True)
+
+
+def write(out: Path, found: dict[str, Any]) -> None:
+    """Replaces `out` in one step: a process that is killed while writing leaves the file of the run before."""
+    half = out.with_name(out.name + ".part")
+    half.write_text(json.dumps(found, indent=1) + "\n")
+    half.replace(out)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ RUNS = ("memory_cpu.json", "memory_h200.json")
 MIB, MB = 2**20, 10**6
 _TECHNIQUE: TypeAdapter[Technique] = TypeAdapter(Technique)
 _BESIDE = 10
-"""Tokens of a row of bench/memory.py that are not learned."""
+"""Tokens of a row that are not learned, in files of bench/memory.py that do not say how many are."""
 _PROMPT = 30
 """Of such a row, up to its first learned token."""
 
@@ -39,7 +39,7 @@ def load(*paths: Path) -> list[dict[str, Any]]:
 
 
 def of_run(run: dict[str, Any]) -> dict[str, Any]:
-    """A record of a run of bench/memory.py, whose rows are all of one length."""
+    """A record of a run of bench/memory.py, whose examples are all of about one length."""
     asked, longest = run["run"], run["longest"]
     sharded = asked["sharding"] == "full_shard"
     whole = -(-run["step_tokens"] // asked["gpus"])
@@ -53,8 +53,8 @@ def of_run(run: dict[str, Any]) -> dict[str, Any]:
         "recompute": plan["recompute"] == "True",
         "graphs": plan["graphs"] == "True",
         "accumulates": whole > tokens,
-        "prompt": _PROMPT if small else 0,
-        "shortest": longest - _BESIDE,
+        "prompt": run.get("prompt", _PROMPT) if small else 0,
+        "shortest": run.get("shortest", longest - _BESIDE),
     }
     return {
         "name": run["kind"],
