@@ -13,14 +13,14 @@ from api.dependencies import AdminDep, CallerDep, SessionDep, SettingsDep, Stora
 from api.json_route import LongJsonRoute
 from api.schemas import models as schemas
 from api.schemas.base import WholeList, errors
-from tunery.artifacts import engines
 from tunery.artifacts import model as artifacts
-from tunery.artifacts.engines import ADAPTER
 from tunery.datasets import files
 from tunery.keys.auth import Caller
 from tunery.keys.errors import Forbidden
 from tunery.models import exports, registry, scores
 from tunery.models.model import Model
+from tunery.planning import engines
+from tunery.planning.engines import ADAPTER
 from tunery.settings import Settings
 
 router = APIRouter(prefix="/v1/models", tags=["Models"], route_class=LongJsonRoute)

@@ -314,7 +314,7 @@ def test_job_leaves_gguf_files(tmp_path: Path, ear: Ear, technique: Any) -> None
     found = sorted(path.name for path in (out / "gguf").iterdir())
     assert found == ["Modelfile", *adapter, "model-f16.gguf", "model-q8_0.gguf"]
     assert (out / "gguf" / "Modelfile").read_text().startswith("FROM ./model-f16.gguf\nTEMPLATE ")
-    assert "llama-server -m gguf/model-f16.gguf --jinja" in (out / "README.md").read_text()
+    assert "llama-server -m tuned/gguf/model-f16.gguf --jinja" in (out / "README.md").read_text()
     assert not (out / "merged").exists()
     assert fields(out / "gguf" / "model-f16.gguf")["general.architecture"] == "llama"
     digests = {"model.safetensors": hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()}

@@ -1,8 +1,8 @@
 """The Modelfile writes what the chat template writes."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
+import go_templates
 import pytest
 import tiny_models
 
@@ -21,26 +21,6 @@ def template(folder: Path, source: str) -> ChatTemplate:
     return ChatTemplate.load(folder)
 
 
-def in_go(text: str, chat: Sequence[tuple[str, str]]) -> str:
-    """What Go writes of the few things that these templates use."""
-    head, body = text.split("{{ range .Messages }}")
-    body, prompt = body.rsplit("{{ end }}", 1)
-    with_system, without = head.removeprefix("{{ if .System }}").removesuffix("{{ end }}").split("{{ else }}")
-    user, answer = (
-        body.removesuffix("{{ end }}")
-        .removeprefix('{{ if eq .Role "user" }}')
-        .split('{{ else if eq .Role "assistant" }}')
-    )
-    system = next((content for role, content in chat if role == "system"), None)
-    said = [without if system is None else with_system.replace("{{ .System }}", system)]
-    said += [
-        {"user": user, "assistant": answer}[role].replace("{{ .Content }}", text)
-        for role, text in chat
-        if role != "system"
-    ]
-    return "".join(said) + prompt
-
-
 DEFAULT_SYSTEM = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}" + tiny_models.CHATML
 )
@@ -55,7 +35,7 @@ def test_modelfile_writes_what_the_template_writes(tmp_path: Path, source: str, 
     text = readme.modelfile(made, "./model.gguf")
 
     written = text.split('TEMPLATE """')[1].split('"""')[0]
-    assert in_go(written, chat) == made.render(messages, add_generation_prompt=True)
+    assert go_templates.render(written, chat) == made.render(messages, add_generation_prompt=True)
     assert 'PARAMETER stop "<|im_end|>"' in text
 
 

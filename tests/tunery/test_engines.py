@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tunery.artifacts import engines
 from tunery.cli import downloads
+from tunery.planning import engines
 
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json"]
 WHOLE = ["config.json", "model.safetensors"]

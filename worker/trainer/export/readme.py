@@ -1,9 +1,10 @@
 """Writes how to serve a job's model: the artifact's README.md, and an ollama Modelfile beside its GGUF files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunery.planning import engines
 from tunery.rows.errors import CannotRender
 from tunery.rows.messages import Message
 from tunery.rows.template import ChatTemplate
@@ -13,6 +14,7 @@ from worker.trainer.training import Training
 
 _USER, _ANSWER, _SYSTEM = "Tq1u", "Tq2a", "Tq3s"
 """Marker texts that no template contains."""
+_FOLDER = "tuned"
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -114,41 +116,32 @@ def _gguf(folder: Path) -> tuple[list[str], list[str]]:
 
 def write(t: Training, artifact: Path) -> None:
     """Writes README.md."""
-    (artifact / "README.md").write_text(_readme(t, artifact, *_gguf(artifact)), encoding="utf-8")
+    (artifact / "README.md").write_text(_readme(t, artifact), encoding="utf-8")
 
 
-def _readme(t: Training, artifact: Path, models: list[str], adapters: list[str]) -> str:
-    base, content = t.run.base_model, t.run.facts.get("base_manifest_sha256")
-    parts = [f"# {t.run.job}\n\nTrained from `{base}`" + (f" (manifest sha256 `{content}`)." if content else ".")]
-    if isinstance(t.plan.technique, Lora):
-        rank = next((each for each in _VLLM_RANKS if each >= t.plan.technique.r), t.plan.technique.r)
-        parts.append(
+def _readme(t: Training, artifact: Path) -> str:
+    content = t.run.facts.get("base_manifest_sha256")
+    trained = f"Trained from `{t.run.base_model}`" + (f" (manifest sha256 `{content}`)." if content else ".")
+    return "\n\n".join([f"# {t.run.job}", trained, *_use(t, artifact), *model_card.sections(artifact)]) + "\n"
+
+
+def _use(t: Training, artifact: Path) -> Iterator[str]:
+    """Yields the paragraphs on running the model elsewhere."""
+    technique = t.plan.technique
+    paths = [path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if path.is_file()]
+    with_base = " --with-base" if isinstance(technique, Lora) else ""
+    if with_base:
+        yield (
             "This folder holds an adapter. It answers as it was trained on that very base alone, with the tokenizer "
-            "and chat template of this folder:\n\n"
-            f"    vllm serve BASE_FOLDER --enable-lora --max-lora-rank {rank} --lora-modules tuned=. "
-            "--chat-template chat_template.jinja\n\n"
-            "Plain PEFT loads it where `adapter_config.json` names the base's folder, as "
-            "`tunery models download MODEL --with-base` leaves it:\n\n"
-            "    model = peft.AutoPeftModelForCausalLM.from_pretrained('.')"
+            "and chat template of this folder."
         )
     else:
-        parts.append("This folder holds a whole model:\n\n    vllm serve . --served-model-name tuned")
-    if (artifact / "merged").exists():
-        parts.append(
-            "`merged/` holds a whole model, proven by `merged/merge.json`:\n\n"
-            "    vllm serve ./merged --served-model-name tuned"
-        )
-    if (artifact / "fp8").exists():
-        parts.append("`fp8/` holds the same in eight bits:\n\n    vllm serve ./fp8 --served-model-name tuned")
-    if models:
-        parts.append(
-            f"`gguf/` holds {', '.join(models)} for llama.cpp and ollama:\n\n"
-            f"    llama-server -m gguf/{models[0]} --jinja\n"
-            "    cd gguf && ollama create tuned -f Modelfile && ollama run tuned"
-        )
-    if adapters:
-        parts.append(
-            f"`gguf/{adapters[0]}` is the adapter alone, for a GGUF file of the base:\n\n"
-            f"    llama-server -m BASE.gguf --lora gguf/{adapters[0]} --jinja"
-        )
-    return "\n\n".join([*parts, *model_card.sections(artifact)]) + "\n"
+        yield "This folder holds a whole model."
+    if "merged/merge.json" in paths:
+        yield "`merged/` holds a whole model, proven by `merged/merge.json`."
+    yield (
+        f"The download, to a folder named {_FOLDER}, and a command for each engine, from beside that folder:\n\n"
+        f"    tunery jobs download {t.run.job}{with_base} -o {_FOLDER}"
+    )
+    for each in engines.commands(paths, _FOLDER, rank=technique.r if isinstance(technique, Lora) else None):
+        yield f"{each.engine}" + (f", `{each.files}`" if each.files else "") + f":\n\n    {each.command}"

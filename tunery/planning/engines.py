@@ -9,9 +9,11 @@ BASE = "base"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 ADAPTER = "adapter_config.json"
 _GREETING = "[{'role': 'user', 'content': 'Hello'}]"
+_STOPS = "generation_config.json"
 _PLAIN = (
-    "from {library} import {kind} as Model; from transformers import AutoTokenizer as Tokenizer; "
+    "from {library} import {kind} as Model; from transformers import AutoTokenizer as Tokenizer, GenerationConfig; "
     "t, m = Tokenizer.from_pretrained('{folder}'), Model.from_pretrained('{folder}'); "
+    "{stops}"
     "p = t.apply_chat_template({greeting}, add_generation_prompt=True, return_dict=True, return_tensors='pt'); "
     "print(t.decode(m.generate(**p, max_new_tokens=64)[0, p['input_ids'].shape[1]:], skip_special_tokens=True))"
 )
@@ -39,7 +41,7 @@ def download(model: str, folder: str, paths: Sequence[str]) -> str:
 
 def commands(paths: Sequence[str], folder: str, *, rank: int | None = None) -> list[Command]:
     """Returns the engines' commands, in the folder above `folder`, a plain name. `rank`: an adapter's largest."""
-    found = [*_of_adapter(folder, rank)] if is_adapter(paths) else [*_of_whole("", folder)]
+    found = _of_adapter(folder, rank, _STOPS in paths) if is_adapter(paths) else [*_of_whole("", folder)]
     for kind in ("merged", "fp8"):
         if f"{kind}/config.json" in paths:
             found += _of_whole(kind, f"{folder}/{kind}")
@@ -56,14 +58,16 @@ def commands(paths: Sequence[str], folder: str, *, rank: int | None = None) -> l
     return found
 
 
-def _of_adapter(folder: str, rank: int | None) -> list[Command]:
+def _of_adapter(folder: str, rank: int | None, has_stops: bool) -> list[Command]:
     limit = next((each for each in VLLM_RANKS if each >= (rank or 0)), rank)
     served = (
         f"vllm serve {folder}/{BASE} --enable-lora --max-lora-rank {limit} --lora-modules {folder}={folder} "
         f"--chat-template {folder}/chat_template.jinja"
-    )
+    ) + (f" --generation-config {folder}" if has_stops else "")
+    # Both read the base's stop tokens otherwise, which need not be those that the adapter learned.
+    stops = f"m.generation_config = GenerationConfig.from_pretrained('{folder}'); " if has_stops else ""
     return [
-        Command("peft", "", _plain("peft", "AutoPeftModelForCausalLM", folder)),
+        Command("peft", "", _plain("peft", "AutoPeftModelForCausalLM", folder, stops)),
         Command("vllm", "", served),
     ]
 
@@ -76,6 +80,6 @@ def _of_whole(files: str, folder: str) -> list[Command]:
     ]
 
 
-def _plain(library: str, kind: str, folder: str) -> str:
-    program = _PLAIN.format(library=library, kind=kind, folder=folder, greeting=_GREETING)
+def _plain(library: str, kind: str, folder: str, stops: str = "") -> str:
+    program = _PLAIN.format(library=library, kind=kind, folder=folder, stops=stops, greeting=_GREETING)
     return f'python -c "{program}"'
