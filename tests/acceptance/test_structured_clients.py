@@ -26,7 +26,7 @@ WAYS = {
     "dspy": {"chat", "json"},
     "instructor": {"tools", "tools_strict", "json_schema", "responses_tools"},
 }
-BY_PROMPT = {"instructor": {"json", "json_schema"}, "langchain": {"json_mode"}}
+BY_PROMPT = {"instructor": {"json", "json_schema", "md_json"}, "langchain": {"json_mode"}}
 """Ways that show the schema in the prompt alone: the model itself has to know what is wanted."""
 CARD = {"colour": "blue", "lost": True}
 SCHEMA = (

@@ -4,4 +4,4 @@ from card import report
 from instructor import Mode
 from instructor_modes import ask
 
-report(**ask(Mode.JSON, Mode.JSON_SCHEMA))
+report(**ask(Mode.JSON, Mode.JSON_SCHEMA, Mode.MD_JSON))
