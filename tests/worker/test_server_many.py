@@ -152,13 +152,15 @@ def test_answers_to_one_prompt_run_beside_each_other(ask: Any, engine: Engine, s
         lambda _, args, fields: passes.append(len(fields["input_ids"])), with_kwargs=True
     )
     made = ask(project_id="p", n=4, temperature=1, seed=5, max_tokens=200, stream=stream)
-    texts = dict.fromkeys(range(4), "")
+    texts, order = dict.fromkeys(range(4), ""), []
     for chunk in made if stream else [made]:
         for choice in chunk.choices:
             texts[choice.index] += (choice.delta if stream else choice.message).content or ""
+            order.append(choice.index)
 
     assert max(passes) == 4
     assert len(set(texts.values())) == 4
+    assert (order == sorted(order)) is not stream  # pieces of a stream come as they are computed
     assert texts[2] == text(ask(temperature=1, seed=7, max_tokens=200))
 
 

@@ -1,8 +1,7 @@
 """JSON, tool calls, several answers and log probabilities of a served model, by the official client."""
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +18,8 @@ from tunery.artifacts import manifest
 from tunery.rows.messages import Message
 from tunery.rows.template import ChatTemplate
 from tunery.storage import Directory
-from worker.server import app
 from worker.server.backends.embedded import Engine
-from worker.server.replies import Reply
+from worker.server.replies import Reply, StreamedChoice
 from worker.server.schemas import parse
 
 ASK: list[Any] = [{"role": "user", "content": "Where is my card?"}]
@@ -232,19 +230,12 @@ def test_a_slow_client_gets_the_log_probability_of_every_token(folder: Path, tmp
     answer = Engine(tmp_path / "models", storage).answer(chat)
     text = iter(answer)
 
-    async def pieces() -> AsyncIterator[str]:
-        yield next(piece for piece in text if piece)
-        for piece in rest:
-            yield piece
-
-    async def read() -> list[str]:
-        events = app._events_of_one(Reply(chat), 0, answer, pieces())
-        sent = [await anext(events) for _ in ("the role", "the first text")]
-        rest.extend(text)  # the answer is written to its end while its first text is on the way
-        return sent + [event async for event in events]
-
-    rest: list[str] = []
-    choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in asyncio.run(read())]
+    choice = StreamedChoice(Reply(chat), 0, answer)
+    chunks = choice.chunks(next(piece for piece in text if piece))
+    sent = [next(chunks) for _ in ("the role", "the first text")]
+    rest = [*text, None]  # the answer is written to its end while its first text is on the way
+    sent += [*chunks, *(chunk for piece in rest for chunk in choice.chunks(piece))]
+    choices = [chunk["choices"][0] for chunk in sent]
 
     assert [one["logprob"] for choice in choices if choice["logprobs"] for one in choice["logprobs"]["content"]] == [
         one.logprob for one in answer.chances

@@ -6,6 +6,7 @@ that only the API can reach.
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeVar
@@ -19,7 +20,7 @@ from tunery.errors import AnswerTooSlow, Overloaded, Rejected, TuneryError, Unav
 from tunery.serving import Rates
 from worker.server.answer import Answer
 from worker.server.backends.backend import Backend
-from worker.server.replies import Reply, calls_of
+from worker.server.replies import Reply, StreamedChoice
 from worker.server.request_queue import RequestQueue, Turn
 from worker.server.schemas import ChatRequest, parse
 
@@ -90,51 +91,36 @@ async def _rates(request: Request) -> Rates:
 async def _complete(request: Request, chat: ChatBody, turn: TurnDep) -> Response:
     if await request.is_disconnected():  # disconnected while it waited
         return Response(status_code=499)
-    reply = Reply(chat)
-    answers = turn.answers(chat)
-    first = await anext(answers)
+    reply, pieces = Reply(chat), turn.pieces(chat)
+    # The first piece comes before the status line, so that an error of the model or prompt can still be an HTTP error.
+    pieces = _chain(await anext(pieces), pieces)
     if chat.stream:
-        # The first piece comes before the status line, so that an error of the model or prompt can still be an HTTP
-        # error.
-        answer, pieces = first
-        begun = answer, _chain(await anext(pieces), pieces)
-        return StreamingResponse(_events(reply, _chain(begun, answers)), media_type="text/event-stream")
-    async for answer, pieces in _chain(first, answers):
-        text = []
-        async for piece in pieces:
-            text.append(piece)
-            if await request.is_disconnected():
-                return Response(status_code=499)
-        reply.add(answer, "".join(text))
+        return StreamingResponse(_events(reply, pieces), media_type="text/event-stream")
+    texts: defaultdict[int, list[str]] = defaultdict(list)
+    async for index, answer, piece in pieces:
+        if piece is None:
+            reply.add(index, answer, "".join(texts[index]))
+        else:
+            texts[index].append(piece)
+        if await request.is_disconnected():
+            return Response(status_code=499)
     return JSONResponse(reply.whole())
 
 
-async def _events(reply: Reply, answers: AsyncIterator[tuple[Answer, AsyncIterator[str]]]) -> AsyncIterator[str]:
-    index = 0
+async def _events(reply: Reply, pieces: AsyncIterator[tuple[int, Answer, str | None]]) -> AsyncIterator[str]:
+    choices: dict[int, StreamedChoice] = {}
     try:
-        async for answer, pieces in answers:
-            async for event in _events_of_one(reply, index, answer, pieces):
-                yield event
-            reply.add(answer, "")
-            index += 1
+        async for index, answer, piece in pieces:
+            choice = choices.setdefault(index, StreamedChoice(reply, index, answer))
+            for chunk in choice.chunks(piece):
+                yield _event(chunk)
+            if piece is None:
+                reply.add(index, answer, "")
         if reply.chat.wants_usage:
             yield _event(reply.usage_chunk())
         yield "data: [DONE]\n\n"
     except Exception as error:  # noqa: BLE001  the status line is sent already, so any error is sent as an event
         yield _event(_envelope(error))
-
-
-async def _events_of_one(reply: Reply, index: int, answer: Answer, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
-    yield _event(reply.chunk(index, {"role": "assistant", "content": ""}))
-    shown = 0
-    async for piece in pieces:
-        if piece:
-            known = len(answer.chances)  # read once: the loop's thread adds more while the event is sent
-            yield _event(reply.chunk(index, {"content": piece}, chances=answer.chances[shown:known]))
-            shown = known
-    for place, call in enumerate(calls_of(answer)):
-        yield _event(reply.chunk(index, {"tool_calls": [{"index": place, **call}]}))
-    yield _event(reply.chunk(index, {}, reply.reason(answer), answer.chances[shown:]))
 
 
 async def _chain(first: T, others: AsyncIterator[T]) -> AsyncIterator[T]:

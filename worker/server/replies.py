@@ -1,7 +1,7 @@
 """Builds replies in OpenAI's format: whole, and in chunks."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tunery import ids
@@ -21,9 +21,9 @@ class Reply:
         self._cached_tokens = 0
         self._completion_tokens = 0
 
-    def add(self, answer: Answer, text: str) -> None:
+    def add(self, index: int, answer: Answer, text: str) -> None:
         """Adds a finished answer."""
-        if not self._choices:  # only once: all answers have the same prompt
+        if index == 0:  # only once: all answers have the same prompt
             self._prompt_tokens = answer.prompt_tokens
             self._cached_tokens = getattr(answer, "cached_tokens", 0)  # a back end without such a cache has no count
         self._completion_tokens += answer.completion_tokens
@@ -31,7 +31,7 @@ class Reply:
         message = {"role": "assistant", "content": text if text or not called else None, "refusal": None}
         self._choices.append(
             {
-                "index": len(self._choices),
+                "index": index,
                 "message": {**message, "tool_calls": called} if called else message,
                 "logprobs": self._logprobs(answer.chances),
                 "finish_reason": self.reason(answer),
@@ -40,7 +40,8 @@ class Reply:
 
     def whole(self) -> dict[str, Any]:
         """Returns the body of a reply that is not streamed."""
-        return {**self._head("chat.completion"), "choices": self._choices, "usage": self._usage()}
+        choices = sorted(self._choices, key=lambda choice: choice["index"])
+        return {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
 
     def chunk(
         self,
@@ -88,6 +89,32 @@ class Reply:
             return None
         content = [{**_chance(one), "top_logprobs": list(map(_chance, one.top))} for one in chances]
         return {"content": content, "refusal": None}
+
+
+class StreamedChoice:
+    """The chunks of one of a reply's answers."""
+
+    def __init__(self, reply: Reply, index: int, answer: Answer) -> None:
+        self._reply = reply
+        self._index = index
+        self._answer = answer
+        self._has_role = False
+        self._shown = 0
+
+    def chunks(self, piece: str | None) -> Iterator[dict[str, Any]]:
+        """Yields the chunks of the answer's next piece; None: those of its end."""
+        reply, index, answer = self._reply, self._index, self._answer
+        if not self._has_role:
+            self._has_role = True
+            yield reply.chunk(index, {"role": "assistant", "content": ""})
+        if piece:
+            known = len(answer.chances)  # read once: the loop's thread adds more while the chunk is sent
+            yield reply.chunk(index, {"content": piece}, chances=answer.chances[self._shown : known])
+            self._shown = known
+        if piece is None:
+            for place, call in enumerate(calls_of(answer)):
+                yield reply.chunk(index, {"tool_calls": [{"index": place, **call}]})
+            yield reply.chunk(index, {}, reply.reason(answer), answer.chances[self._shown :])
 
 
 def calls_of(answer: Answer) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ its model delays no running one. The event loop stays free for /healthz and for 
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -93,7 +92,7 @@ class RequestQueue:
     def _close_unread(self, chosen: Chosen, made: "asyncio.Future[Answer]") -> None:
         """Closes an abandoned answer in the thread that steps, as its batch may have started it."""
         if not made.cancelled() and made.exception() is None:
-            self.loop.remove(_Running(made.result(), chosen))
+            self.loop.remove(_Running(made.result(), chosen, 0, asyncio.Queue()))
 
     def close(self) -> None:
         self.loop.close()
@@ -107,45 +106,42 @@ class Turn:
         self._queue = queue
         self._until = time.monotonic() + queue.seconds
         self._running: list[_Running] = []
+        self._pieces: asyncio.Queue[tuple[_Running, Piece]] = asyncio.Queue()
 
-    async def answers(self, request: ChatRequest) -> AsyncIterator[tuple[Answer, AsyncIterator[str]]]:
-        """Yields the `n` answers in order, each with the pieces of its text: one per token, many of them empty.
+    async def pieces(self, request: ChatRequest) -> AsyncIterator[tuple[int, Answer, str | None]]:
+        """Yields the pieces of the `n` answers as they are computed: the answer's index, the answer, and a part of its
+        text, often empty; None at its end.
 
-        They are computed in parallel, in at most half of the streams. Raises AnswerTooSlow and errors of loading the
-        model; the pieces raise the error that broke an answer.
+        The answers are computed in parallel, in at most half of the streams. Raises AnswerTooSlow, errors of loading
+        the model, and the error that broke an answer.
         """
-        beside = max(1, self._queue.backend.streams // 2)
-        begun: deque[_Running] = deque()
-        for index in range(request.n):
-            while len(begun) < beside and index + len(begun) < request.n:
-                begun.append(await self._begin(request.nth(index + len(begun))))
-            running = begun.popleft()
-            yield running.answer, self._pieces(running)
-
-    async def _begin(self, request: ChatRequest) -> "_Running":
-        """Loads the model, renders the prompt and starts the answer."""
-        try:
-            async with asyncio.timeout(self._until - time.monotonic()):
-                answer = await self._queue.answer(request)
-        except TimeoutError:
-            raise AnswerTooSlow(seconds=self._queue.seconds) from None
-        running = _Running(answer, request.chosen)
-        self._running.append(running)
-        self._queue.loop.add(running)
-        return running
-
-    async def _pieces(self, running: "_Running") -> AsyncIterator[str]:
-        while True:
-            try:
-                async with asyncio.timeout(self._until - time.monotonic()):
-                    piece = await running.pieces.get()
-            except TimeoutError:
-                raise AnswerTooSlow(seconds=self._queue.seconds) from None
-            if piece is None:
-                return
+        beside, ended = max(1, self._queue.backend.streams // 2), 0
+        while ended < request.n:
+            while len(self._running) < min(request.n, ended + beside):
+                await self._begin(request, len(self._running))
+            running, piece = await self._next()
             if isinstance(piece, Exception):
                 raise piece
-            yield piece
+            ended += piece is None
+            yield running.index, running.answer, piece
+
+    async def _begin(self, request: ChatRequest, index: int) -> None:
+        """Loads the model, renders the prompt and starts the answer with this index."""
+        try:
+            async with asyncio.timeout(self._until - time.monotonic()):
+                answer = await self._queue.answer(request.nth(index))
+        except TimeoutError:
+            raise AnswerTooSlow(seconds=self._queue.seconds) from None
+        running = _Running(answer, request.chosen, index, self._pieces)
+        self._running.append(running)
+        self._queue.loop.add(running)
+
+    async def _next(self) -> "tuple[_Running, Piece]":
+        try:
+            async with asyncio.timeout(self._until - time.monotonic()):
+                return await self._pieces.get()
+        except TimeoutError:
+            raise AnswerTooSlow(seconds=self._queue.seconds) from None
 
     def end(self) -> None:
         """Stops abandoned answers. Not awaited: this may run in a task that is being cancelled."""
@@ -154,12 +150,15 @@ class Turn:
 
 
 class _Running:
-    """An answer in the loop, with its pieces that are not read yet."""
+    """An answer in the loop. `pieces`: the turn's queue, in which its pieces are not read yet."""
 
-    def __init__(self, answer: Answer, chosen: Chosen) -> None:
+    def __init__(
+        self, answer: Answer, chosen: Chosen, index: int, pieces: "asyncio.Queue[tuple[_Running, Piece]]"
+    ) -> None:
         self.answer = answer
         self.chosen = chosen
-        self.pieces: asyncio.Queue[Piece] = asyncio.Queue()
+        self.index = index
+        self._pieces = pieces
         self._events = asyncio.get_running_loop()
         self._text: Generator[str] | None = None
 
@@ -176,7 +175,7 @@ class _Running:
         """Passes a piece to the reader, from any thread."""
         # The reader's event loop closes when the server ends.
         if not self._events.is_closed():
-            self._events.call_soon_threadsafe(self.pieces.put_nowait, piece)
+            self._events.call_soon_threadsafe(self._pieces.put_nowait, (self, piece))
 
 
 class Loop:
