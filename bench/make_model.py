@@ -26,10 +26,11 @@ QWEN3_HEAD = 128
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
 
 
-def make(folder: Path, shape: str) -> None:
+def make(folder: Path, shape: str, most_layers: int | None = None) -> None:
     """Writes config, tokenizer and weights (normal, deviation 0.02, bf16) into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     hidden, inner, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+    layers = min(layers, most_layers or layers)
     is_qwen3 = shape.startswith("qwen3")
     family = {"head_dim": QWEN3_HEAD, "architectures": ["Qwen3ForCausalLM"]} if is_qwen3 else {
         "architectures": ["LlamaForCausalLM"]

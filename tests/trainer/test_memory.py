@@ -17,7 +17,7 @@ from tunery.planning.precision import decide
 from tunery.spec import Full, Lora, Qlora
 from worker.trainer import layout, preflight, validation
 from worker.trainer.data import Example, Row
-from worker.trainer.kernels import cross_entropy, decoder
+from worker.trainer.kernels import decoder
 from worker.trainer.loop import _take_step, train
 from worker.trainer.memory import MemoryPlan, next_after
 from worker.trainer.report import MessageWriter
@@ -57,7 +57,6 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def test_constants_of_planning_are_those_of_the_trainer() -> None:
-    assert cross_entropy.CHUNK_BYTES is activations.CHUNK_BYTES
     assert {family.lower() for family in decoder.FAMILIES} == activations.FUSED
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from tunery.planning.activations import CHUNK_BYTES, LEAST_CHUNK_ROWS
+from tunery.planning import activations
 
 
 def scaled(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -24,7 +24,7 @@ def scaled(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tup
     Why the scale is an argument: bf16 gradients times 1 / (number of labels) in bf16 would be off by up to 0.4 %,
     all in one direction; inside the matrix product it is applied in fp32.
     """
-    rows = max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (4 * weight.shape[0]))
+    rows = activations.chunk_rows(weight.shape[0])
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         both = _ChunkedCrossEntropy.apply(hidden, weight, targets, scale, rows)  # type: ignore[no-untyped-call]
         return cast(tuple[Tensor, Tensor], both)
@@ -41,7 +41,7 @@ def each(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     The backward pass recomputes a chunk's logits instead of keeping them.
     """
-    rows = max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (4 * weight.shape[0]))
+    rows = activations.chunk_rows(weight.shape[0])
     pairs = zip(hidden.split(rows), targets.split(rows), strict=True)
     return torch.cat([checkpoint(_each, part, weight, wanted, use_reentrant=False) for part, wanted in pairs])
 
