@@ -223,7 +223,11 @@ class Environment(ImmutableSandboxedEnvironment):
         """
         self._rounds = 0
         self._deadline = time.monotonic() + MAX_SECONDS if deadline is None else deadline
-        return "".join(_limited(template.generate(**variables, strftime_now=_clock(now))))
+        return "".join(_limited(template.generate(**variables, strftime_now=self.clock(now))))
+
+    def clock(self, now: datetime) -> Callable[[str], str]:
+        """Returns a template's `strftime_now`."""
+        return lambda form: now.strftime(form)
 
 
 def _product_size(left: Any, right: Any) -> int:
@@ -315,10 +319,6 @@ def _limited(pieces: Iterator[str]) -> Iterator[str]:
         size += len(piece)
         _refuse_size(size)
         yield piece
-
-
-def _clock(now: datetime) -> Callable[[str], str]:
-    return lambda form: now.strftime(form)
 
 
 def _tojson(

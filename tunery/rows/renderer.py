@@ -1,8 +1,8 @@
 """The process that renders chat templates: reads requests from a socket and writes texts back, until it closes.
 
-    request   length (8 bytes), then marshal of (digest, source or None, [variables, ...], (time, zone's name))
+    request   length (8 bytes), then marshal of (digest, source or None, [variables, ...], (time, zone's name), trace)
     replies   kind (1 byte), length (8 bytes), payload; for each text a "T", or one "E" in place of all that follow,
-              or a "C" (compiled) where no text was asked for
+              or a "C" (compiled) where no text was asked for. With `trace` (a bool) a text is that of `tracing`
 
 Requests are marshalled, so that variables keep their Python types. Replies come from a process that ran an untrusted
 program, so they are plain UTF-8 and JSON, which are safe to read.
@@ -17,13 +17,15 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
+from functools import cached_property, partial
 from typing import Any, BinaryIO
 
 from jinja2 import Template, TemplateSyntaxError
 
+from tunery.rows import tracing
 from tunery.rows.dialect import MAX_SECONDS, Environment, LimitExceeded
 
 MEMORY_BYTES = 512 * 2**20
@@ -39,7 +41,9 @@ class Renderer:
     def __init__(self, channel: BinaryIO) -> None:
         self._channel = channel
         self._environment = Environment()
+        self._sources: dict[bytes, str] = {}
         self._templates: dict[bytes, Template] = {}
+        self._traced: dict[bytes, Template] = {}
         self._armed_for = 0.0
 
     def serve(self) -> None:
@@ -58,22 +62,32 @@ class Renderer:
 
     def _answer(self, request: bytes) -> Iterator[bytes]:
         try:
-            digest, source, batch, moment = _loads(request)
+            digest, source, batch, moment, is_trace = _loads(request)
             if source is not None:
-                self._templates[digest] = self._environment.from_string(source)
-            template, now, deadline = self._templates[digest], _moment(*moment), time.monotonic() + MAX_SECONDS
+                self._templates[digest], self._sources[digest] = self._environment.from_string(source), source
+            render = self._tracer(digest) if is_trace else partial(self._environment.render, self._templates[digest])
+            now, deadline = _moment(*moment), time.monotonic() + MAX_SECONDS
             if not batch:
                 yield _reply(b"C", b"")
             for variables in batch:
-                text = self._environment.render(template, variables, now, deadline)
-                yield _reply(b"T", text.encode("utf-8", "surrogatepass"))
+                yield _reply(b"T", render(variables, now, deadline).encode("utf-8", "surrogatepass"))
         except MemoryError:
             yield _failure(LimitExceeded(f"the template needs more than {MEMORY_BYTES // 2**20} MiB of memory"))
         except Exception as error:  # noqa: BLE001  a template is a program: it can fail in any way that Python can
             yield _failure(error)
 
+    def _tracer(self, digest: bytes) -> Callable[..., str]:
+        tracer = self._tracing_environment
+        if digest not in self._traced:
+            self._traced[digest] = tracer.from_string(self._sources[digest])
+        return partial(tracer.trace, self._traced[digest])
 
-def _loads(request: bytes) -> tuple[bytes, str | None, Sequence[dict[str, Any]], tuple[str, float | None, str]]:
+    @cached_property
+    def _tracing_environment(self) -> tracing.Environment:
+        return tracing.Environment()
+
+
+def _loads(request: bytes) -> tuple[bytes, str | None, Sequence[dict[str, Any]], tuple[str, float | None, str], bool]:
     return marshal.loads(request)  # type: ignore[no-any-return]  # noqa: S302  it comes from our own parent
 
 

@@ -72,17 +72,29 @@ class Environment:
         the first that fails."""
         return [text for batch in _batches(variables, at_once) for text in _render(template, batch, now)]
 
+    def trace(
+        self, template: Template, variables: Sequence[dict[str, Any]], now: datetime
+    ) -> list[list[str | int]] | None:
+        """Returns the pieces of each text, as `tracing.Environment.trace` does; None if they cannot be traced. Raises
+        Unavailable."""
+        try:
+            return [json.loads(text) for text in _render(template, variables, now, is_trace=True)]
+        except Unavailable:
+            raise
+        except Exception:  # noqa: BLE001  a template is a program: it can fail in any way that Python can
+            return None
+
 
 def _batches(variables: Sequence[dict[str, Any]], size: int) -> Iterator[Sequence[dict[str, Any]]]:
     for start in range(0, len(variables), size):
         yield variables[start : start + size]
 
 
-def _render(template: Template, batch: Sequence[dict[str, Any]], now: datetime) -> list[str]:
+def _render(template: Template, batch: Sequence[dict[str, Any]], now: datetime, *, is_trace: bool = False) -> list[str]:
     for last_try in (False, True):
         with _POOL.process() as process:
             try:
-                return process.request(template, batch, now)
+                return process.request(template, batch, now, is_trace=is_trace)
             except _Died as death:
                 # One retry in a new process: this one may have been killed because memory was short elsewhere.
                 if last_try or death.is_deserved:
@@ -134,9 +146,11 @@ class _Process:
         """Whether it has compiled so many templates that a new process would take less memory."""
         return len(self._templates) >= _MAX_TEMPLATES
 
-    def request(self, template: Template, batch: Sequence[dict[str, Any]], now: datetime) -> list[str]:
+    def request(
+        self, template: Template, batch: Sequence[dict[str, Any]], now: datetime, *, is_trace: bool = False
+    ) -> list[str]:
         source = None if template.digest in self._templates else template.source
-        body = marshal.dumps((template.digest, source, list(batch), _moment(now)))
+        body = marshal.dumps((template.digest, source, list(batch), _moment(now), is_trace))
         self.is_usable = False  # until the last reply is read: after an exception, part of a reply may still arrive
         deadline = time.monotonic() + WALL_SECONDS
         try:

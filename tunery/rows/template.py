@@ -26,6 +26,7 @@ from tunery.rows.ahead import fill
 from tunery.rows.errors import CannotRender
 from tunery.rows.masks import ANSWERS, Mask
 from tunery.rows.messages import Example, Message, PlainText, Tool
+from tunery.rows.pieces import Piece, Pieces, is_trimmed
 from tunery.rows.sandbox import Environment, Template
 from tunery.rows.sentinels import FieldCheck
 from tunery.rows.tokens import Tokens
@@ -94,6 +95,7 @@ class ChatTemplate:
         self._fields = FieldCheck(
             lambda messages, tools, prompting: self._render(messages, tools, [(len(messages), prompting)])[0]
         )
+        self._pieces = Pieces(self._trace)
         self.sha256 = files.digest(templates)
         self.eos_ids = self._all_stop_ids(eos_ids)
 
@@ -135,16 +137,19 @@ class ChatTemplate:
         """Returns a copy that has rendered these examples. Errors of a row are raised later, when it is encoded."""
         now = self._now()
         ahead: dict[int, tuple[Views, tuple[str, ...], Sequence[Message]]] = {}
+        left: dict[int, Example] = {}
         for example in examples:
             if isinstance(example, PlainText):
                 continue
             messages = example.messages
+            filled = self._fill_views(example, now)
             with suppress(CannotRender):
-                ahead[id(messages)] = (*self._views(messages, example.tools, False, now), messages)
+                ahead[id(messages)] = (*(filled or self._views(messages, example.tools, False, now)), messages)
+                if filled is None:
+                    left[id(messages)] = example
         made = copy(self)
         made._ahead = ahead
-        texts = {id(one.messages): one for one in examples if id(one.messages) in ahead}
-        rows = [(ahead[key][0], views_of(trained_turns(one), len(one.messages))) for key, one in texts.items()]
+        rows = [(ahead[key][0], views_of(trained_turns(one), len(one.messages))) for key, one in left.items()]
         fill(
             rows,
             lambda views, asked: self._variables(views.messages, views.tools, asked),
@@ -265,6 +270,16 @@ class ChatTemplate:
         now = now or self._now()  # once, so that all renderings of a row have the same date
         return Views(partial(self._render, now=now), given, given_tools), tuple(dict.fromkeys(spelled))
 
+    def _fill_views(self, example: Example, now: datetime) -> tuple[Views, tuple[str, ...]] | None:
+        """Returns what `_views` does, with all texts, for a plain conversation; None if the template must render it."""
+        given = [message.for_template() for message in example.messages]
+        texts = self._pieces.render(example, given)
+        if texts is None or self._tokens.has_special([message["content"] for message in given]):
+            return None
+        views = Views(partial(self._render, now=now), given, None)
+        views.fill(texts)
+        return views, ()
+
     def _part(self, example: Example, index: int, views: Views, max_length: int, spelled: tuple[str, ...]) -> Rendered:
         own, _ = self._views(example.messages[: index + 1], example.tools, False)
         if own.messages != views.messages[: index + 1]:  # another form of empty content
@@ -289,6 +304,17 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is a program: it can fail in any way that Python can
             raise CannotRender(reason=f"The model's chat template refuses the messages: {error}") from error
+
+    def _trace(self, given: list[dict[str, Any]], views: list[View]) -> list[list[Piece]] | None:
+        try:
+            shown = self._fields.in_shown_form(given, None, False)
+        except CannotRender:  # it is reported for its row
+            return None
+        contents = enumerate(message["content"] for message in shown)
+        traced = [(number, is_trimmed(content)) for number, content in contents]
+        messages = [{**message, "content": content} for message, content in zip(shown, traced, strict=True)]
+        variables = self._variables(messages, None, views)
+        return self._environment.trace(self._template(False), variables, self._now())
 
     def _template(self, with_tools: bool) -> Template:
         return self._templates["tool_use" if with_tools and "tool_use" in self._templates else "default"]

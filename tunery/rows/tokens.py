@@ -56,11 +56,14 @@ class Tokens:
             found.append(match.group())
             return f"{self._mark}n{self._names.index(match.group())}z"
 
-        # All texts at once: a match across two of them does no harm, as each is searched alone below.
-        if self._special is None or self._special.search("\0".join(texts(value))) is None:
+        if self._special is None or not self.has_special(texts(value)):
             return value, []
         pattern = self._special
         return map_texts(value, lambda text: pattern.sub(placeholder, text)), found
+
+    def has_special(self, some: list[str]) -> bool:
+        """Whether a special token occurs in one of the texts, or across two of them, which does no harm."""
+        return self._special is not None and self._special.search("\0".join(some)) is not None
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text that a template has written."""
