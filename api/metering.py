@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from api import rate_headers
 from api.capturing import Hearing
 from tunery.models import registry
-from tunery.models.model import Model
+from tunery.models.chosen import describe
 from tunery.serving import TEXT_FIELD, Chosen
 from tunery.settings import Settings
 from tunery.traffic import captures, rates, usage
@@ -144,11 +144,4 @@ def _expected_answer(fields: Mapping[str, Any]) -> int:
 
 def _find(session: Session, project_id: str, name: str) -> Chosen:
     """Returns what the server needs to load the model: where its files lie, and their manifest's digest."""
-    model = registry.find_ready(session, project_id, name)
-    base = model if model.base_id is None else session.get_one(Model, model.base_id)
-    tuned = None if base is model else {**_place(model), "technique": model.technique}
-    return Chosen.model_validate({"base": _place(base), "tuned": tuned, "project_id": project_id})
-
-
-def _place(model: Model) -> dict[str, Any]:
-    return {"id": model.id, "prefix": model.prefix, "manifest_sha256": model.manifest_sha256}
+    return describe(session, registry.find_ready(session, project_id, name), project_id)

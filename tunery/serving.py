@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
 MODEL_FIELD = "tunery_model"
+LOAD_ROUTE = "/v1/load"
+"""Where a `Chosen` is sent whose first request is expected."""
 TEXT_FIELD = "tunery_text"
 """A text to continue, in place of `messages`."""
 

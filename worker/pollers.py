@@ -6,6 +6,7 @@ from tunery.storage import open_storage
 from tunery.webhooks import outbox
 from worker import caches
 from worker.io import baselines, cleaning, conversion, exports, files, imports, reports, scores, validation
+from worker.io.announcing import Announcer
 from worker.io.sweeper import Sweeper
 from worker.poller import Poller
 from worker.supervisor.devices import Device
@@ -78,6 +79,8 @@ def _io(settings: Settings, drain: Drain) -> list[Poller]:
     pollers = [Poller(name, look, poll_seconds=settings.poll_seconds, drain=drain) for name, look in looks.items()]
     # Webhook retries come due without a wake-up, so this poller and the sweeper look more often.
     pollers.append(Poller("webhooks", deliver, poll_seconds=settings.sweep_seconds, drain=drain))
+    if settings.server_backend == "vllm":
+        pollers.append(Poller("adapters", Announcer(settings).look, poll_seconds=settings.poll_seconds, drain=drain))
     sweep = Sweeper(settings, storage).round
     # By the clock alone: it sends wake-ups itself, and would wake itself again and again.
     sweeper = Poller("sweeper", sweep, poll_seconds=settings.sweep_seconds, drain=drain, on_call=False)

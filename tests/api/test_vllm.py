@@ -20,6 +20,7 @@ from teams import BASE, TRAIN, Team
 from tunery import processes
 from tunery.rows.template import ChatTemplate
 from tunery.storage import open_storage
+from worker.io.announcing import Announcer
 from worker.server.backends import backend
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 24}
@@ -113,6 +114,28 @@ def test_every_server_has_the_adapters_and_gets_them_again_after_a_restart(
     one.restart()
     two.restart()
     assert _soon(lambda: digest in one.adapters and digest in two.adapters)
+
+
+def test_an_adapter_is_on_every_server_soon_after_it_is_published(
+    recorded: Recorded, database: Database, team: Team, serve: Serve
+) -> None:
+    one, two = recorded.vllms
+    before = recorded.files.digest(recorded.add(team, "before"))
+    with recorded.files.serving(serve(one.app), serve(two.app)) as address:
+        settings = database.settings.model_copy(update={"server_url": address, "server_backend": "vllm"})
+        announcer = Announcer(settings)
+        announcer.look()
+        published = [recorded.files.digest(recorded.add(team, name)) for name in ("one", "two")]
+        recorded.add(team, "dora", use_dora=True)  # which vLLM cannot serve
+        announcer.look()
+        assert _soon(lambda: all(digest in vllm.adapters for vllm in (one, two) for digest in published))
+        announcer.look()
+        announced = [*one.loaded, *two.loaded]
+        two.restart()
+        assert _soon(lambda: all(digest in two.adapters for digest in published))
+    assert sorted(announced) == sorted(published * 2)
+    assert before not in one.loaded
+    assert one.asked == two.asked == []
 
 
 def test_server_that_has_forgotten_an_adapter_gets_it_with_the_next_request(

@@ -636,6 +636,9 @@ def test_the_sweeper_is_not_woken_by_the_wake_ups_that_it_sends(workshop: Worksh
     drain = Drain()
     drain.begin()
     pollers = start_pollers(dispatch.IO, "test", workshop.settings, drain, [])
+    before_vllm = workshop.settings.model_copy(update={"server_backend": "vllm"})
+    more = start_pollers(dispatch.IO, "test", before_vllm, drain, [])
+    assert {poller.name for poller in more} - {poller.name for poller in pollers} == {"adapters"}
     assert {poller.name for poller in pollers if not poller.on_call} == {"sweeper", "caches"}
 
     looked, drain = {True: 0, False: 0}, Drain()

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from tunery.errors import AnswerTooSlow, Overloaded, Rejected, TuneryError, Unavailable
-from tunery.serving import Rates
+from tunery.serving import LOAD_ROUTE, Chosen, Rates
 from worker.server.answer import Answer
 from worker.server.backends.backend import Backend
 from worker.server.replies import Reply, StreamedChoice
@@ -65,6 +65,7 @@ def create_app(backend: Backend, *, places: int = 32, seconds: float = 600, devi
     app.add_api_route("/healthz", _healthz, methods=["GET"])
     app.add_api_route("/v1/rates", _rates, methods=["GET"])
     app.add_api_route("/v1/chat/completions", _complete, methods=["POST"], response_model=None)
+    app.add_api_route(LOAD_ROUTE, _load, methods=["POST"], status_code=202)
     app.add_exception_handler(TuneryError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_error)
@@ -86,6 +87,11 @@ async def _healthz(request: Request) -> dict[str, Any]:
 async def _rates(request: Request) -> Rates:
     queue: RequestQueue = request.app.state.queue
     return Rates(device=request.app.state.device_name, rates=queue.meter.rates)
+
+
+async def _load(request: Request, chosen: Chosen) -> None:
+    queue: RequestQueue = request.app.state.queue
+    queue.load(chosen)
 
 
 async def _complete(request: Request, chat: ChatBody, turn: TurnDep) -> Response:

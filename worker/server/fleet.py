@@ -77,6 +77,14 @@ class Fleet:
             raise NoReplica(base=target.id)
         return min((length for length in lengths if length is not None), default=None)
 
+    async def load(self, target: Target) -> None:
+        """Has every replica with the base load the target's adapter, as if it had just been used."""
+        if not self._serving(target):
+            await self._look()
+        if target.adapter is not None and self._serving(target):
+            await self._hold(target.adapter)
+            self._release(target)
+
     async def open(self, target: Target, body: dict[str, Any]) -> tuple[Replica, httpx2.Response]:
         """Opens a completion's stream; `close` must be called with both. Raises NoReplica, CannotServe, InvalidValue.
 

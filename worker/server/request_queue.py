@@ -14,10 +14,10 @@ from contextlib import asynccontextmanager
 from functools import partial
 from threading import Condition, Thread
 
-from tunery.errors import AnswerTooSlow, Overloaded
+from tunery.errors import AnswerTooSlow, Overloaded, TuneryError
 from tunery.serving import Chosen
 from worker.server.answer import Answer
-from worker.server.backends.backend import Backend
+from worker.server.backends.backend import Backend, Preloading
 from worker.server.meter import Meter
 from worker.server.schemas import ChatRequest
 
@@ -89,6 +89,11 @@ class RequestQueue:
             )  # what a thread has started goes on, and holds a model
             raise
 
+    def load(self, chosen: Chosen) -> None:
+        """Begins to load a model before its first request, if the back end can."""
+        if isinstance(self.backend, Preloading):
+            self._loaders.submit(_logged, self.backend.load, chosen)
+
     def _close_unread(self, chosen: Chosen, made: "asyncio.Future[Answer]") -> None:
         """Closes an abandoned answer in the thread that steps, as its batch may have started it."""
         if not made.cancelled() and made.exception() is None:
@@ -97,6 +102,15 @@ class RequestQueue:
     def close(self) -> None:
         self.loop.close()
         self._loaders.shutdown(wait=False, cancel_futures=True)
+
+
+def _logged(load: Callable[[Chosen], None], chosen: Chosen) -> None:
+    try:
+        load(chosen)
+    except TuneryError as error:
+        log.info("%s is not loaded before its first request: %s", chosen.template.id, error)
+    except Exception:  # nobody reads the future's
+        log.exception("%s could not be loaded", chosen.template.id)
 
 
 class Turn:

@@ -1,9 +1,10 @@
 """What a back end of the model server has to do: load a request's model and write the answer."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tunery.planning.servable import Limits
+from tunery.serving import Chosen
 from tunery.settings import Settings
 from tunery.storage import Storage
 from worker.server.answer import Answer
@@ -35,6 +36,14 @@ class Backend(Protocol):
 
     def advance(self, answers: Sequence[Answer]) -> Sequence[Answer]:
         """Computes what the next pieces of these answers need; returns those of which a piece can be read now."""
+
+
+@runtime_checkable
+class Preloading(Protocol):
+    """A back end that can load a model before its first request."""
+
+    def load(self, chosen: Chosen) -> None:
+        """Begins to load the model, if it can. Raises as `answer` does. Called in other threads than `advance`."""
 
 
 Make = Callable[[Settings, Storage, str], Backend]

@@ -77,6 +77,12 @@ class VllmBackend:
         self.loaded = request.chosen.template.id
         return self._written(request, prompt, rendering, tokens, reading)
 
+    def load(self, chosen: Chosen) -> None:
+        """Has every server that has the base load the adapter. Raises as `answer` does."""
+        target = self._target(chosen)
+        if target.adapter is not None:
+            self._start(self.fleet.load(target)).result()
+
     def advance(self, answers: Sequence[Answer]) -> Sequence[Answer]:
         """Waits for tokens; returns the answers of which a piece can be read now."""
         with self._arrived:
