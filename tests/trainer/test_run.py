@@ -20,12 +20,14 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tunery.failures import InvalidTrainingFile, NotFinite
+from tunery.planning.peak import VERIFIED
 from tunery.rows.preview_model import Preview
 from tunery.rows.template import IGNORED, ChatTemplate
 from tunery.spec import EarlyStopping, Evaluation, Full, Lora, Qlora
 from tunery.trainer_protocol import Evaluated
 from worker.trainer import artifact, checkpoints, paths, previews, validation
-from worker.trainer.data import collate
+from worker.trainer.data import Row, Rows, collate, singles
+from worker.trainer.loading import short_row
 from worker.trainer.loop import train
 from worker.trainer.report import CSV_HEADER, MessageWriter
 from worker.trainer.run import carry_out, prepare
@@ -437,6 +439,14 @@ def test_logits_that_are_more_than_a_product_take_the_textbooks_loss(tmp_path: P
     t.objective.verify_chunked_loss(batch)
 
     assert not t.objective.chunked
+
+
+def test_the_chunked_loss_is_verified_on_few_tokens(tmp_path: Path, tiny: Path) -> None:
+    """Whole logits of a row of 8,000 tokens and 128,256 words took 12 GB."""
+    rows = [Row(list(range(count)), [-100, *range(1, count)]) for count in (VERIFIED + 40, VERIFIED + 90)]
+    found = short_row(Rows(singles(rows)))
+    assert (found.labelled, len(found)) == (VERIFIED, VERIFIED + 1)
+    assert short_row(Rows(singles([rows[1], Row([1, 2, 3], [-100, 2, 3])]))) == Row([1, 2, 3], [-100, 2, 3])
 
 
 def test_only_rank_0_touches_the_artifact(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

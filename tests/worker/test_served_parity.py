@@ -191,6 +191,7 @@ def test_families_and_kinds_of_adapters_are_equal(tmp_path: Path, family: str, t
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:inner dimension:UserWarning")  # of bitsandbytes: the model is tiny
 @pytest.mark.parametrize("technique", [Lora(r=4, alpha=8), Qlora(r=4, alpha=8), Full()], ids=["lora", "qlora", "full"])
 def test_answers_on_a_gpu_are_equal_up_to_ties(tmp_path: Path, technique: Technique) -> None:
     run = _train(tmp_path / "run", tiny_models.llama(tmp_path / "base", bf16=True), technique)

@@ -27,6 +27,8 @@ WORKSPACE = 32 * 2**20
 """Bytes of a cuBLAS workspace; there is one per calling thread and stream."""
 MOST_PROMPT = 512
 """Tokens of the longest prompt of that comparison."""
+VERIFIED = 128
+"""The most learned tokens of which the trainer compares the chunked loss's logits with the model's own."""
 _MOMENT_BLOCK = 256
 """Number of 8-bit moments that share an fp32 scale."""
 
@@ -153,7 +155,9 @@ def phases(s: Setting, step: Step) -> Iterator[Parts]:
     if s.is_full:
         yield rest | _at_the_end(s, step, gradients, layer)
     if step.shortest:
-        yield {name: rest[name] for name in rest if name != "optimizer"} | {"trial": _trial_bytes(s, step.shortest)}
+        yield {name: rest[name] for name in rest if name != "optimizer"} | {
+            "trial": _trial_bytes(s, min(step.shortest, VERIFIED))
+        }
     if step.prompt:
         yield rest | {"gradients": gradients, "copy": _copy_bytes(s, step.prompt)}
 
@@ -212,12 +216,13 @@ def _expert_bytes(s: Setting, step: Step) -> int:
 def _dora_bytes(s: Setting, tokens: int, layers: int) -> int:
     """Returns the bytes that DoRA needs to compute weight norms of one layer in fp32: the weights, B A, their sum, and
     the identity from which PEFT makes B A; and for each of `layers` the inputs and outputs of all positions, which the
-    backward pass reads."""
+    backward pass reads. On a CPU runs were measured with twice as many."""
     if isinstance(s.technique, Full) or not s.technique.use_dora:
         return 0
     sizes = s.shape.modules.values()
     matrices = max(3 * inputs * outputs + inputs * inputs for inputs, outputs in sizes)
-    return BYTES["float32"] * (matrices + 2 * layers * tokens * sum(inputs + outputs for inputs, outputs in sizes))
+    copies = 1 if s.device == "cuda" else 2
+    return BYTES["float32"] * (matrices + copies * layers * tokens * sum(inputs + outputs for inputs, outputs in sizes))
 
 
 def _trial_bytes(s: Setting, labels: int) -> int:

@@ -1,10 +1,12 @@
 """Assembles a run's model: the base, its trained weights, its objective, and its shards if it is sharded."""
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 
+from tunery.planning.peak import VERIFIED
 from tunery.planning.precision import Precision, decide
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
@@ -18,6 +20,7 @@ from worker.trainer.recipes.lora import LORA
 from worker.trainer.recipes.qlora import QLORA
 from worker.trainer.recipes.recipe import Parameters, Recipe
 from worker.trainer.rope import LengthRope
+from worker.trainer.row import Row
 from worker.trainer.sharding import Shards
 from worker.trainer.stepper import Stepper
 
@@ -40,7 +43,7 @@ class Loaded:
 
 
 def load(folder: Path, run: Run, template: ChatTemplate, rows: Rows, ranks: Ranks) -> Loaded:
-    """Loads the run's model with equal weights on all ranks, and verifies its chunked loss on the shortest row."""
+    """Loads the run's model with equal weights on all ranks, and verifies its chunked loss on a short row."""
     recipe, technique = RECIPES[run.plan.technique.type], run.plan.technique
     precision = decide(technique, ranks.device.type, run.plan.optimizer)
     sharded = layout.is_cut(run.plan, folder / "base", template, ranks)
@@ -52,10 +55,18 @@ def load(folder: Path, run: Run, template: ChatTemplate, rows: Rows, ranks: Rank
     shards = Shards(objective, ranks) if sharded else None
     if shards is not None:
         ranks = replace(ranks, lockstep=shards.lockstep)
-    objective.verify_chunked_loss(collate(singles([min(rows.rows, key=len)]), [[0]], ranks.device))
+    objective.verify_chunked_loss(collate(singles([short_row(rows)]), [[0]], ranks.device))
     parameters = sharding.parameters_of(objective, shards)
     ranks.share_weights(p for p in parameters.values() if pieces.of(p) is None)
     return Loaded(recipe, precision, objective, ranks, shards, parameters, lengths)
+
+
+def short_row(rows: Rows) -> Row:
+    """Returns the shortest row up to its first VERIFIED learned tokens: whole logits of thousands take 12 GB."""
+    row = min(rows.rows, key=len)
+    learned = (place for place, label in enumerate(row.labels) if label >= 0)
+    end = next(islice(learned, VERIFIED, None), len(row))
+    return Row(row.input_ids[:end], row.labels[:end])
 
 
 def make_stepper(loaded: Loaded, optimizer: torch.optim.Optimizer, rows: Rows, work: preflight.Work) -> Stepper:
