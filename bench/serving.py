@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
     if asked.shape:
-        stages = {"shape_8b": lambda: serving_shape.throughput(asked.streams, asked.tokens, asked.rank)}
+        stages = {"shape_8b": lambda: serving_shape.measure(asked.streams, asked.tokens, asked.rank)}
         measure(stages, asked.out, {"streams": asked.streams, "tokens": asked.tokens, "rank": asked.rank})
         return
     if asked.base is None:
