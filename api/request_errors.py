@@ -30,7 +30,7 @@ class MethodNotAllowed(TuneryError):
 
 
 class TooSlow(TuneryError):
-    """The request's body came too slowly: {seen} bytes so far. Send it again, over a faster line or in smaller
+    """The request's body arrived too slowly ({seen} bytes so far). Send it again over a faster connection or in smaller
     parts."""
 
     code = "request_timeout"

@@ -113,7 +113,7 @@ class InvalidValue(Rejected):
 
 
 class Unsupported(Rejected):
-    """{what} is not supported here. {instead}"""
+    """{what} is not supported. {instead}"""
 
     code = "unsupported"
 
@@ -125,7 +125,7 @@ class WrongState(Rejected):
 
 
 class UnusableModel(Rejected):
-    """'{source}' cannot become a base model: {reason}"""
+    """'{source}' cannot be used as a base model: {reason}"""
 
     code = "unusable_model"
 
@@ -137,13 +137,13 @@ class NotFound(TuneryError):
 
 
 class TooLarge(TuneryError):
-    """{what} has more than {limit} bytes, which is the limit here. {instead}"""
+    """{what} is larger than the limit of {limit} bytes. {instead}"""
 
     code = "too_large"
 
 
 class PluginFailed(TuneryError):
-    """The plug-in '{name}' cannot be imported ({reason}). Install it for every service, or take it out of
+    """The plug-in '{name}' cannot be imported ({reason}). Install it for every service, or remove it from
     TUNERY_PLUGINS."""
 
     code = "plugin_failed"
@@ -156,14 +156,13 @@ class Unavailable(TuneryError):
 
 
 class Overloaded(Unavailable):
-    """{waiting} requests wait for the model server already, and no more may. Nothing was lost; try again in a few
-    seconds."""
+    """The model server's queue is full ({waiting} requests). Nothing was lost; try again in a few seconds."""
 
     code = "overloaded"
 
 
 class AnswerTooSlow(Unavailable):
-    """The answer was not complete after {seconds:g} seconds, the longest time that the model server gives one. Ask for
-    fewer tokens with 'max_completion_tokens', or stream the answer and keep what came."""
+    """The answer was not complete after {seconds:g} seconds, the model server's time limit. Lower
+    'max_completion_tokens', or stream the answer to keep what was generated."""
 
     code = "answer_too_slow"

@@ -31,82 +31,82 @@ class InvalidNExamples(JobFailure):
 
 
 class AnswersCut(JobFailure):
-    """{count} of {examples} examples lose a part of their answer to the cut at {max_length} tokens: {lines}. Raise
-    max_seq_length or shorten them; or send cut_answers: 'drop' to train without them, 'keep' to train what is left."""
+    """{count} of {examples} examples lose part of their answer to the limit of {max_length} tokens: {lines}. Raise
+    max_seq_length or shorten the examples; or set cut_answers to 'drop' to train without them, or to 'keep' to train on
+    what is left."""
 
     code = "answers_cut"
 
 
 class DoesNotFit(JobFailure):
-    """{what} needs about {needed} and the largest {device} here has {capacity}. {instead}"""
+    """{what} needs about {needed}, but the largest {device} here has {capacity}. {instead}"""
 
     code = "does_not_fit"
 
 
 class CannotAdapt(JobFailure):
-    """Adapters cannot be put on the base's layers so: {reason} Choose other target_modules or another technique."""
+    """The base's layers cannot take this adapter: {reason} Choose other target_modules or another technique."""
 
     code = "cannot_adapt"
 
 
 class CannotQuantise(JobFailure):
-    """The base cannot be kept in four bits: {reason} Use the technique 'lora', or another base."""
+    """The base cannot be quantised to four bits: {reason} Use the technique 'lora', or another base."""
 
     code = "cannot_quantise"
 
 
 class NotFinite(JobFailure):
-    """The loss became {value} at step {step} and the run was stopped there. Lower the learning rate (it was {rate:g}),
-    or look at the rows of that step in the job's log. {kept}"""
+    """{what} at step {step}, so the run was stopped. Lower the learning rate (it was {rate:g}), or check the rows of
+    that step, which are in the job's log. {kept}"""
 
     code = "nan_loss"
 
 
 class DiskFull(JobFailure):
-    """The worker's disk is full: {what} could not be written. {kept} Its operator has to free space where the worker
-    keeps its runs; a job with fewer keep_checkpoints needs less."""
+    """The worker's disk is full: {what} could not be written. {kept} Ask the operator to free disk space in the
+    worker's runs directory, or lower keep_checkpoints."""
 
     code = "disk_full"
 
 
 class ArtifactDiffers(JobFailure):
-    """The exported files do not answer as the trained model did: their logits are off by {difference:.2%} of their
-    spread, and {tolerance:.2%} is allowed. Nothing was published. This is a fault of the server; its operator finds
-    more in the job's log."""
+    """The exported files do not reproduce the trained model: their logits differ by {difference:.2%} of their spread,
+    and at most {tolerance:.2%} is allowed. Nothing was published. This is a server error: ask the operator to read the
+    job's log."""
 
     code = "artifact_differs"
 
 
 class BenchmarkUnavailable(JobFailure):
-    """The general benchmark 'lm_eval:{name}' cannot be measured: {reason}. Choose another evaluation.general.benchmark,
+    """The general benchmark 'lm_eval:{name}' cannot be run: {reason}. Choose another evaluation.general.benchmark,
     or ask the operator to install the package lm-eval and what the task needs."""
 
     code = "benchmark_unavailable"
 
 
 class TrainingCrashed(JobFailure):
-    """Training ended with an error: {reason} The job's log (`GET /v1/fine_tuning/jobs/{job}/logs`) has the whole
-    story."""
+    """Training ended with an error: {reason} The job's log (`GET /v1/fine_tuning/jobs/{job}/logs`) has the details."""
 
     code = "training_crashed"
 
 
 class ValidationBroke(JobFailure):
-    """The job's files could not be checked: {reason}. This is a fault of the server; its operator finds more in the
-    log of the worker for I/O."""
+    """The job's files could not be checked: {reason}. This is a server error: ask the operator to read the I/O worker's
+    log."""
 
     code = "validation_broke"
 
 
 class ValidationLost(JobFailure):
-    """The job's files could not be checked: the worker that checked them ended {times} times before it was done. Look
-    for rows that are very large; the server's operator finds more in the log of the worker for I/O."""
+    """The job's files could not be checked: the worker stopped {times} times before it had finished. Look for very
+    large rows, or ask the operator to read the I/O worker's log."""
 
     code = "validation_lost"
 
 
 class WorkerLost(JobFailure):
-    """The job's worker was lost {times} time(s) {after}: its process, or its host, ended without a word. Look at the
-    host's memory and its log, then create the job again."""
+    """The job's worker was lost {times} time(s) {after}: its process or its host stopped without reporting an error.
+    Ask the operator to check the host's memory and logs, then create the job again."""
 
     code = "worker_lost"

@@ -88,7 +88,7 @@ class Settings(BaseSettings):
     )
     currency: str = Field("USD", pattern=r"^[A-Z]{3}$", description="Of the prices; those of the table are US dollars")
 
-    file_reports: bool = Field(True, description="Whether workers for I/O report on every training file")
+    file_reports: bool = Field(True, description="Whether I/O workers report on every training file")
 
     webhook_allow: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
         (), description="Networks, comma-separated, that webhooks may reach besides public https addresses"

@@ -91,8 +91,8 @@ def _or_end(leave: Callable[[str], object]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        log.exception("this worker cannot work")
-        leave(f"this worker cannot work: {error}")
+        log.exception("this worker cannot start")
+        leave(f"this worker cannot start: {error}")
 
 
 def _look_around(conf: Any, options: dict[str, Any], **_: object) -> None:

@@ -22,7 +22,7 @@ LINEAGE: dict[str, Any] = {
     "held_out_rows": None,
     "counts": {"rows": 3, "judged": 3, "kept": 2, "held_out": 0, "dropped": 1, "changed": 1},
     "kinds": {"exact_duplicate": {"dropped": 1, "changed": 0}, "pii": {"dropped": 0, "changed": 1}},
-    "dropped": [{"line": 2, "kind": "exact_duplicate", "why": "The rows say the same. The other: line 1."}],
+    "dropped": [{"line": 2, "kind": "exact_duplicate", "why": "The rows are the same. The other: line 1."}],
     "changed": [{"line": 3, "kind": "pii", "before": "an e-mail address", "after": "mail <EMAIL_ADDRESS>"}],
 }
 

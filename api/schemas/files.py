@@ -51,7 +51,7 @@ class File(ResponseBody):
     filename: str
     purpose: str
     status: Literal["uploaded", "processed", "error"]
-    status_details: str | None = Field(description="Why the file cannot be trained from")
+    status_details: str | None = Field(description="Why the file cannot be used for training")
     report: ReportState | None = Field(description="Of a training file; not in OpenAI's API")
 
     @classmethod

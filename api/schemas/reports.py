@@ -22,7 +22,7 @@ FINDING: dict[str, Any] = {
     "lines": [941, 1066],
     "score": 0.93,
     "why": "For nearly the same question the intent is 'a' in one row and 'b' in the other.",
-    "action": "Keep the row that is right, and correct or drop the other.",
+    "action": "Keep the correct row, and correct or drop the other.",
     "against": [],
 }
 

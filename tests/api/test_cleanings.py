@@ -51,11 +51,11 @@ def test_a_new_file_is_there_at_once_and_becomes_readable(team: Team, database: 
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({}, "Nothing is asked for"),
+        ({}, "The request changes nothing"),
         ({"actions": [{"kind": "duplicates", "action": "drop"}]}, "exact_duplicate"),
         ({"actions": [{"kind": "pii", "action": "fix"}]}, "Possible: redact, drop"),
         ({"actions": [{"kind": "test_leak", "action": "drop"}]}, "against"),
-        ({"actions": [{"kind": "implausible_output", "action": "drop"}]}, "Ask for the file's report"),
+        ({"actions": [{"kind": "implausible_output", "action": "drop"}]}, "Request the file's report"),
         ({"actions": [{"kind": "answer_cut", "action": "drop"}]}, "'base'"),
         ({"recommended": True, "base": "nowhere"}, "nowhere"),
         ({"rows": {"drop": [0]}}, "counted from 1"),

@@ -59,7 +59,7 @@ def test_nothing_is_stored_and_every_auto_is_a_number(
     assert {card.verdict for card in found.cards} == {"fits"}
     assert found.preview == f"/v1/files/{file_id}/preview?model={ALIAS}&max_tokens=2048"
     assert any("12 examples are few" in text for text in found.warnings)
-    assert any("No worker for training has come yet" in text for text in found.warnings)
+    assert any("No training worker has connected yet" in text for text in found.warnings)
     assert team.http.get(f"{ROUTE}/{found.id}").status_code == 404
 
     kept = client.fine_tuning.jobs.create(model=ALIAS, training_file=file_id, extra_headers=again)

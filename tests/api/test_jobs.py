@@ -84,7 +84,7 @@ def test_technique_that_the_base_cannot_is_refused_when_the_job_is_made(
 
     _refused(refused, 400, "technique.type", "with qlora (it has no linear layers). Use technique 'lora'.")
     _refused(
-        _create(team, file, technique={"type": "lora", "dropout": 0.1}), 400, "technique.dropout", "Send dropout 0"
+        _create(team, file, technique={"type": "lora", "dropout": 0.1}), 400, "technique.dropout", "Set dropout to 0"
     )
     assert _create(team, file, technique={"type": "lora"}).status_code == 200
     assert team.http.get(f"/v1/models/{base}").json()["techniques"] == reasons
@@ -178,7 +178,7 @@ def test_wrong_knobs_of_preference_tuning_are_refused(
 def test_other_methods_are_refused_by_name(method: str, team: Team, file: str, base: str) -> None:
     named = {} if method == "sft" else {method: {"hyperparameters": {"n_epochs": 1}}}
     answer = _create(team, file, method={"type": method, **named})
-    _refused(answer, 400, "method.type", f"Method '{method}' is not supported here. Use method.type 'supervised'")
+    _refused(answer, 400, "method.type", f"Method '{method}' is not supported. Use method.type 'supervised'")
 
 
 def test_contradictions(team: Team, file: str, base: str) -> None:

@@ -103,7 +103,7 @@ def test_open_requests_of_a_project_are_bounded(
     assert processes.wait_until(lambda: not any(app.state.open_requests.values()), seconds=20, alive=lambda: True)
     app.state.open_requests[team.id] = 1
     client = OpenAI(api_key=team.key, base_url=f"{address}/v1", max_retries=0)
-    with pytest.raises(openai.RateLimitError, match="1 requests to models open") as refused:
+    with pytest.raises(openai.RateLimitError, match="limit of 1 concurrent requests") as refused:
         client.chat.completions.create(model=base, **ASK)
     assert refused.value.response.headers["retry-after"] == "1"
 

@@ -99,7 +99,10 @@ def test_adding_a_base_with_a_chat_template(admin: Team, database: Database) -> 
 def test_where_a_base_lies_on_the_workers_disk_is_for_administrators(
     admin: Team, team: Team, database: Database
 ) -> None:
-    path, reason = "/srv/models/secret-project/tiny", "'/srv/models/secret-project/tiny' cannot become a base model: x"
+    path, reason = (
+        "/srv/models/secret-project/tiny",
+        "'/srv/models/secret-project/tiny' cannot be used as a base model: x",
+    )
     with database.sessions.begin() as session:
         rows.base(session, "tiny", source=path, status="error", status_details=reason)
     shown, hidden = (by.http.get("/v1/models/tiny").json() for by in (admin, team))

@@ -145,8 +145,8 @@ def test_a_deleted_file_is_named(database: Database, team: Team, original: str, 
     answer = team.http.post(f"{ROUTE}/{original}/rerun")
     assert (answer.status_code, answer.json()["error"]["param"]) == (404, "training_file")
     assert answer.json()["error"]["message"] == (
-        f"The file '{training}', with which job '{original}' ran, was deleted. Send another as 'training_file' to run "
-        "the job on that."
+        f"The file '{training}' of job '{original}' has been deleted. Name another one as 'training_file' to run the "
+        "job with that."
     )
 
 
@@ -155,7 +155,7 @@ def test_a_deleted_base_is_named(database: Database, team: Team, original: str) 
         registry.delete(session, session.get_one(Model, BASE))
     error = team.http.post(f"{ROUTE}/{original}/rerun").json()["error"]
     assert (error["code"], error["param"]) == ("not_found", "model")
-    assert f"The model '{BASE}', with which job '{original}' ran, was deleted." in error["message"]
+    assert f"The model '{BASE}' of job '{original}' has been deleted." in error["message"]
 
 
 @pytest.mark.parametrize("part", ["file", "base"])

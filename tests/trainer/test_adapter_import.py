@@ -162,25 +162,28 @@ BAD: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "a-pickle": (_pickle, "are a pickle (adapter_model.bin)"),
     "no-weights": (lambda made, _: (made / WEIGHTS).unlink(), f"it has no {WEIGHTS}"),
     "no-config": (lambda made, _: (made / CONFIG).unlink(), f"it has no {CONFIG}"),
-    "no-JSON": (lambda made, _: (made / CONFIG).write_text("{"), "is no JSON"),
+    "no-JSON": (lambda made, _: (made / CONFIG).write_text("{"), "is not valid JSON"),
     "cut-off": (lambda made, _: (made / WEIGHTS).write_bytes(b"x" * 99), f"{WEIGHTS} is damaged"),
     "IA3": (_no_lora, "its peft_type is 'IA3'"),
     "a-classifier": (_config(task_type="SEQ_CLS"), "its task_type is 'SEQ_CLS'"),
     "PiSSA": (_config(init_lora_weights="pissa"), "init_lora_weights 'pissa'"),
-    "biases": (_config(bias="all"), "it has bias 'all'"),
+    "biases": (_config(bias="all"), "option bias ('all')"),
     "replicated-layers": (_config(layer_replication=[[0, 2], [1, 2]]), "layer_replication"),
     "activated-LoRA": (_config(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens"),
     "of-a-later-PEFT": (_config(use_tomorrow=True), "does not know its option use_tomorrow"),
-    "no-such-module": (_config(target_modules=["c_attn"]), "PEFT cannot lay it on this base"),
-    "broken-expression": (_config(target_modules="(q_proj"), "PEFT cannot lay it on this base"),
-    "another-rank": (_config(r=8), f"is 4 x 64 in its file and 8 x 64 by {CONFIG}"),
+    "no-such-module": (_config(target_modules=["c_attn"]), "PEFT cannot load it onto this base"),
+    "broken-expression": (_config(target_modules="(q_proj"), "PEFT cannot load it onto this base"),
+    "another-rank": (_config(r=8), f"is 4 x 64 in its file, but 8 x 64 according to {CONFIG}"),
     "no-rank": (_config(r=0), "should be a positive integer value"),
-    "no-alpha": (_config(lora_alpha=0), "its alpha cannot be trained on here"),
+    "no-alpha": (_config(lora_alpha=0), "its alpha is not supported here"),
     "fewer-weights": (_weights(lambda t: t.pop(FIRST)), f"lacks {FIRST}"),
-    "more-weights": (_weights(lambda t: t.update({"base_model.model.x.weight": torch.ones(2)})), "have no place"),
+    "more-weights": (_weights(lambda t: t.update({"base_model.model.x.weight": torch.ones(2)})), "does not have"),
     "NaN": (_weights(lambda t: t[FIRST][0].fill_(float("nan"))), "NaN or infinite"),
     "integers": (_weights(lambda t: t.update({FIRST: t[FIRST].to(torch.int8)})), "is int8"),
-    "more-tokens": (_weights(lambda t: t.update({EMBEDDING: torch.ones(263, 32)})), "has 263 rows and the base's 260"),
+    "more-tokens": (
+        _weights(lambda t: t.update({EMBEDDING: torch.ones(263, 32)})),
+        "has 263 rows, but the base's has 260",
+    ),
     "another-embedding": (_weights(lambda t: t.update({EMBEDDING: torch.ones(260, 32)})), "differs from the base's"),
     "another-vocabulary": (_vocabulary, "'<|im_end|>' has another id or none"),
     "a-broken-template": (
@@ -209,7 +212,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(tmp_path: Path, base: Path, 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path, base: Path) -> None:
     wider = tiny_models.llama(tmp_path / "wider", intermediate_size=96)
     made = train(tmp_path / "made", wider)
-    with pytest.raises(UnusableAdapter, match="is 4 x 96 in its file and 4 x 64"):
+    with pytest.raises(UnusableAdapter, match="is 4 x 96 in its file, but 4 x 64"):
         adapter_import.carry_out(order(tmp_path / "order", base, made))
 
 
@@ -223,7 +226,11 @@ def test_archives_that_are_no_adapter_are_refused(tmp_path: Path, base: Path, go
             name = f"made/{CONFIG}" if kind == "two adapters" else "more/../../../../tmp/escaped"
             archive.writestr(f"other/{CONFIG}" if kind == "two adapters" else "made/tokenizer.json", b"0" * 2**28)
             archive.writestr(f"{name}x", "never read")
-    sentence = {"no archive": "no zip archive", "a bomb": "larger than such a file can be", "two adapters": "2 files"}
+    sentence = {
+        "no archive": "not a readable zip archive",
+        "a bomb": "larger than such a file can be",
+        "two adapters": "2 adapter_config.json files",
+    }
     with pytest.raises(UnusableAdapter, match=sentence[kind]):
         adapter_import.carry_out(folder)
 

@@ -43,7 +43,7 @@ def test_given_template_replaces_every_template_of_the_model(source: Path, tmp_p
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (GEMMA3, "no stop token"),  # <end_of_turn> is plain text to this tokenizer
+        (GEMMA3, "with a stop token"),  # <end_of_turn> is plain text to this tokenizer
         ("{% for", "is not valid"),
         ("", "no chat template.*--chat-template FILE"),
     ],

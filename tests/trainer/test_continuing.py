@@ -31,10 +31,10 @@ def test_jobs_own_dropout_holds_on_an_earlier_adapter(tmp_path: Path, tiny: Path
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        (Lora(r=8, alpha=8), "has r 4, and the job asks for 8"),
-        (Lora(r=4, alpha=16), "has alpha 8, and the job asks for 16.0"),
-        (Lora(r=4, alpha=8, use_dora=True), "has use_dora False, and the job asks for True"),
-        (Lora(r=4, alpha=8, use_rslora=True), "has use_rslora False, and the job asks for True"),
+        (Lora(r=8, alpha=8), "has r 4, but the job has 8"),
+        (Lora(r=4, alpha=16), "has alpha 8, but the job has 16.0"),
+        (Lora(r=4, alpha=8, use_dora=True), "has use_dora False, but the job has True"),
+        (Lora(r=4, alpha=8, use_rslora=True), "has use_rslora False, but the job has True"),
     ],
 )
 def test_job_that_asks_for_another_shape_than_the_adapters_is_refused(

@@ -176,22 +176,22 @@ def with_index_to_elsewhere(source: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (pickled, "pickles"),
+        (pickled, "pickle files"),
         (with_code, "auto_map"),
         (with_tokenizer_code, "auto_map"),
-        (quantised, "quantised already"),
+        (quantised, "already quantised"),
         (without_template, "no chat template"),
         (cut_off, "damaged"),
-        (gap, r"no weights for model.layers.1.mlp.up_proj.weight"),
+        (gap, r"lack weights for model.layers.1.mlp.up_proj.weight"),
         (unknown, "no-such-model"),
         (with_index_to_elsewhere, "which is missing"),
-        (with_more_weights, r"no place for: model.layers.2.mlp.up_proj.weight"),
-        (with_a_wider_head, r"lm_head.weight is 264 x 32 in its files and 260 x 32 by its config"),
-        (with_another_config, r"mlp.down_proj.weight is 32 x 64 in its files and 32 x 48 by its config"),
-        (with_two_tied_weights, r"ties lm_head.weight to model.embed_tokens.weight .*hold two that differ"),
-        (without_head, r"no weights for lm_head.weight"),
-        (with_a_small_vocabulary, r"as token 250, and its embedding has 250 rows"),
-        (with_a_stop_token_beyond, r"'<\|1\|>' as token 260, and its embedding has 260 rows"),
+        (with_more_weights, r"does not have: model.layers.2.mlp.up_proj.weight"),
+        (with_a_wider_head, r"lm_head.weight is 264 x 32 in its files, but 260 x 32 according to its config"),
+        (with_another_config, r"mlp.down_proj.weight is 32 x 64 in its files, but 32 x 48 according to its config"),
+        (with_two_tied_weights, r"ties lm_head.weight to model.embed_tokens.weight .*have two different ones"),
+        (without_head, r"lack weights for lm_head.weight"),
+        (with_a_small_vocabulary, r"as token 250, but its embedding has only 250 rows"),
+        (with_a_stop_token_beyond, r"'<\|1\|>' as token 260, but its embedding has only 260 rows"),
     ],
 )
 def test_what_cannot_be_a_base_is_refused_with_the_reason(
@@ -309,7 +309,7 @@ def test_gguf_whose_tokenizer_is_read_otherwise_is_refused(
         made.add_tokens(list(read.added_tokens_decoder.values()))
     monkeypatch.setattr(gguf_files.AutoTokenizer, "from_pretrained", lambda *_args, **_options: made)
 
-    with pytest.raises(UnusableModel, match="does not read its tokenizer as the file has it"):
+    with pytest.raises(UnusableModel, match="reads its tokenizer differently from the file"):
         gguf_files.unpack(path, tmp_path / "out")
 
 

@@ -46,7 +46,7 @@ def test_a_base_comes_from_the_hub_that_hf_endpoint_names(mirror: dict[str, Path
 def test_a_hub_that_is_not_there_is_no_traceback(tmp_path: Path) -> None:
     done = _convert("team/good", tmp_path / "out", "http://127.0.0.1:1")
     assert done.returncode == 65
-    assert "Connection refused. Check the name; a closed network needs HF_ENDPOINT" in done.stderr.splitlines()[-1]
+    assert "Connection refused. Check the name; on a closed network, set HF_ENDPOINT" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,8 @@ def test_layers_that_were_not_named_are_named_in_a_warning(tmp_path: Path, tiny:
     assert report["kinds"][0]["why"] == "not among target_modules"
     [warning] = started.warnings
     assert warning.startswith(
-        "Only 33% of the base's linear weights have adapters or learn themselves. Left out: model.layers.*.mlp."
+        "Only 33% of the base's linear weights have adapters or are trained themselves. Not included: "
+        "model.layers.*.mlp."
     )
 
 
@@ -86,7 +87,7 @@ def test_weights_in_16_bits_beside_those_in_four_are_named() -> None:
 
     [warning] = coverage.warnings({"learning": 1.0, "quantised": 0.2, "kinds": kinds})
 
-    assert warning == "Only 20% of the base's linear weights are in four bits. Left out: mlp.experts.up."
+    assert warning == "Only 20% of the base's linear weights are in four bits. Not included: mlp.experts.up."
 
 
 @pytest.mark.parametrize("names", ["all-linear", ["q_proj", "up_proj"]])
@@ -160,4 +161,4 @@ def test_snapshot_of_a_run_that_taught_other_weights_is_not_taken(
 
     assert checkpoints.find_snapshot(t) is None
 
-    assert "other weights learn now" in caplog.text
+    assert "it has other trainable weights" in caplog.text

@@ -125,8 +125,8 @@ def test_run_that_goes_on_leaves_wide_what_was_given_up(
 @pytest.mark.parametrize(
     ("available", "least", "why"),
     [
-        (False, 16, "this device does not multiply numbers of eight bits"),
-        (True, 1024, "no adapted layer has sides of at least 1024 and a plain update"),
+        (False, 16, "this device has no fp8 matrix products"),
+        (True, 1024, "no adapted layer has both sides of at least 1024 and a plain LoRA update"),
     ],
 )
 def test_run_that_cannot_use_eight_bits_says_so(

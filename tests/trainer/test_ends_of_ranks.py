@@ -118,7 +118,7 @@ def test_rank_that_notices_nothing_is_ended_with_a_dead_one(tmp_path: Path, tiny
         _check_ended(process, at)
         assert process.wait() == 1
     assert said[-1].type == "failed"
-    assert "Rank 1 ended with code -9" in said[-1].message
+    assert "Rank 1 exited with code -9" in said[-1].message
 
 
 @pytest.mark.slow

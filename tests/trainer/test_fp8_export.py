@@ -75,7 +75,7 @@ def test_model_that_predicts_otherwise_in_eight_bits_is_refused(
     base = tiny_models.llama(tmp_path / "base", bf16=True, initializer_range=0.05)
     spoilt(monkeypatch, 1.5)
 
-    with pytest.raises(FormatDiffers, match=r"As FP8 the model does not predict .* \(at least 70\.00%\)"):
+    with pytest.raises(FormatDiffers, match=r"In FP8, the model's predictions differ .* \(at least 70\.00%\)"):
         fp8.write(base, ROWS, out=tmp_path / "fp8", base_weights_sha256={})
 
 
@@ -88,7 +88,7 @@ def test_job_leaves_out_eight_bits_that_answer_worse(tmp_path: Path, ear: Ear, m
 
     merged, eight_bits = said(ear, "exported")
     assert (merged.is_refused, eight_bits.is_refused) == (False, True)
-    assert "As FP8 the model" in eight_bits.message
+    assert "In FP8, the model" in eight_bits.message
     assert (folder / "out" / "merged").exists()
     assert not (folder / "out" / "fp8").exists()
 

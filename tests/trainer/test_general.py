@@ -339,7 +339,7 @@ def test_a_task_of_lm_evaluation_harness(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_task_without_its_package_is_refused_before_training(tmp_path: Path, tiny: Path, ear: Ear) -> None:
     general = General(benchmark="lm_eval:arc_easy")
     evaluation = Evaluation(test_file="file-test", max_new_tokens=4, general=general)
-    with pytest.raises(BenchmarkUnavailable, match="'lm_eval:arc_easy' cannot be measured: lm-eval is not installed"):
+    with pytest.raises(BenchmarkUnavailable, match="'lm_eval:arc_easy' cannot be run: lm-eval is not installed"):
         run(tmp_path / "run", tiny, ear, evaluation=evaluation)
     assert said(ear, "step") == []
 

@@ -124,12 +124,12 @@ def test_matrices_are_quantised_and_what_is_small_is_not(tmp_path: Path, kind: A
 @pytest.mark.parametrize(
     ("family", "changes", "reason"),
     [
-        ("Mixtral", {}, "architecture 'mixtral' is not among llama, mistral"),
-        ("Llama", {"hidden_act": "gelu"}, "llama.cpp computes silu for 'llama', and this has gelu"),
-        ("Llama, dynamic", {}, "its RoPE is scaled by 'dynamic'"),
-        ("Phi-3 longrope", {}, "its RoPE is scaled by 'longrope'"),
-        ("Gemma 3", {}, "llama.cpp scales its scores by 16, and this has 256"),
-        ("Gemma 3", {"layer_types": ["full_attention", "sliding_attention"]}, "at every place divisible by 6"),
+        ("Mixtral", {}, "architecture 'mixtral' is not supported; supported are llama, mistral"),
+        ("Llama", {"hidden_act": "gelu"}, "llama.cpp uses silu for 'llama', but this model has gelu"),
+        ("Llama, dynamic", {}, "its RoPE scaling 'dynamic'"),
+        ("Phi-3 longrope", {}, "its RoPE scaling 'longrope'"),
+        ("Gemma 3", {}, "llama.cpp scales attention scores by 16, but this model by 256"),
+        ("Gemma 3", {"layer_types": ["full_attention", "sliding_attention"]}, "whose number is divisible by 6"),
     ],
     ids=["architecture", "activation", "dynamic", "longrope", "scale", "layers"],
 )
@@ -173,7 +173,7 @@ def test_numbers_beyond_f16_are_refused(tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 7e4
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
-    with pytest.raises(NoGguf, match=r"blk\.0\.ffn_up\.weight has numbers beyond 65,504, .* Write q8_0"):
+    with pytest.raises(NoGguf, match=r"blk\.0\.ffn_up\.weight has values beyond 65,504, .* Export q8_0"):
         gguf_writer.write(folder, out=tmp_path / "model.gguf", kind="f16", name="tiny")
 
 
@@ -190,7 +190,7 @@ def test_unknown_rule_of_words_is_refused() -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
 
-    with pytest.raises(NoGguf, match="cuts words by a rule that is none of those known"):
+    with pytest.raises(NoGguf, match="splits words by an unsupported rule"):
         gguf_tokenizers.find_rule(tokenizer, ignores_merges=False)
 
 
@@ -285,7 +285,7 @@ def test_factors_in_the_file_make_the_adapters_product(tmp_path: Path, kind: str
     [
         ({"use_dora": True}, "it is a DoRA adapter"),
         ({"modules_to_save": ["lm_head"]}, "the adapter has base_model.model.lm_head.weight"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "no place for an adapter on lm_head"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "does not support an adapter on lm_head"),
     ],
     ids=["DoRA", "whole head", "tied head"],
 )
@@ -338,7 +338,7 @@ def test_job_leaves_out_a_type_that_loses_answers(tmp_path: Path, ear: Ear, monk
 
     q8_0, f16 = said(ear, "exported")
     assert (q8_0.path, q8_0.is_refused, f16.is_refused) == ("gguf/model-q8_0.gguf", True, False)
-    assert re.search(r"As GGUF q8_0 the model answers worse .* of 8 rows, the whole model to 100\.0%", q8_0.message)
+    assert re.search(r"In GGUF q8_0, the model answers worse .* of 8 rows, the safetensors for 100\.0%", q8_0.message)
     assert sorted(path.name for path in (folder / "out" / "gguf").iterdir()) == ["Modelfile", "model-f16.gguf"]
 
 
@@ -346,7 +346,7 @@ def test_f16_alone_has_to_keep_the_bounds_of_a_merge() -> None:
     far, answered = Divergence(2000, 0.01, 0.98, 0.98), Answered(100, 0.5, 0.5, -0.05, 0.05)
 
     assert "2000 labelled tokens" in work._prove("q8_0", lambda: "1 MB", lambda: (far, answered))
-    with pytest.raises(FormatDiffers, match=r"As GGUF f16 .* \(at most 0\.001\) .* 98\.00% .* Serve the whole model's"):
+    with pytest.raises(FormatDiffers, match=r"In GGUF f16, .* \(at most 0\.001\) .* 98\.00% .* Serve the safetensors"):
         work._prove("f16", lambda: "1 MB", lambda: (far, answered))
 
 
@@ -404,5 +404,5 @@ def test_job_says_why_it_leaves_no_gguf_file(tmp_path: Path, tiny: Path, ear: Ea
 
     [export] = said(ear, "exported")
     assert (export.path, export.is_refused) == ("gguf/model-f16.gguf", True)
-    assert "architecture 'gpt2' is not among" in export.message
+    assert "architecture 'gpt2' is not supported" in export.message
     assert not (tmp_path / "run" / "out" / "gguf").exists()

@@ -153,8 +153,8 @@ def cuts_of_qwen() -> Any:
     ("normalizer", "refused"),
     [
         ({"type": "NFC"}, None),
-        ({"type": "Lowercase"}, "changes texts by Lowercase, which"),
-        ({"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKD"}]}, "changes texts by NFKD, which"),
+        ({"type": "Lowercase"}, "normalises text by Lowercase, which"),
+        ({"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKD"}]}, "normalises text by NFKD, which"),
     ],
     ids=["NFC", "Lowercase", "NFKD"],
 )
@@ -183,5 +183,5 @@ def test_name_says_whether_special_tokens_take_blanks(folder: Path) -> None:
     assert written(folder, "ft:phi3:x")["general.name"] == "ft:phi3:x"
 
     change(folder, lambda said: strip_behind(said, special[1]))
-    with pytest.raises(NoGguf, match="take away blanks beside them in a way"):
+    with pytest.raises(NoGguf, match="strip adjacent whitespace in a way"):
         written(folder)

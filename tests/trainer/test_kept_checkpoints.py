@@ -79,8 +79,8 @@ def test_disk_that_fills_leaves_the_last_good_one_and_says_so(tmp_path: Path, ti
     steps = [2, 4, 6] if what == "checkpoints" else [1, 2, 3]
     assert (last["type"], last["kind"], last["code"]) == ("failed", "crashed", "disk_full"), done.stderr
     assert last["message"].startswith(
-        f"The worker's disk is full: {what}/step-{steps[2]} could not be written. The state of step {steps[1]} is good "
-        "and stays. Its operator has to free space"
+        f"The worker's disk is full: {what}/step-{steps[2]} could not be written. The state of step {steps[1]} is "
+        "intact and is kept. Ask the operator to free disk space"
     )
     assert sorted(path.name for path in (folder / what).iterdir()) == [f"step-{step}" for step in steps[:2]]
 

@@ -197,6 +197,6 @@ def test_method_that_no_plug_in_brought_is_refused_by_name(
 
     assert carry_out_and_report(folder, ear.descriptor, StopSignal()) != 0
 
-    assert "Method 'pairwise' is not supported here" in said(ear, "failed")[0].message
+    assert "Method 'pairwise' is not supported" in said(ear, "failed")[0].message
     with pytest.raises(Unsupported):
         spec.find_method("pairwise")

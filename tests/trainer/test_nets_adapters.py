@@ -67,7 +67,7 @@ def test_full_fine_tune_refuses_to_go_on_from_an_adapter(tmp_path: Path, tiny: P
     folder = lay_out(tmp_path / "run", tiny, plan(technique=Full()), ROWS)
     tiny_models.lora(folder / "adapter", tiny)
 
-    with pytest.raises(ValueError, match="choose lora or qlora, or a full model as base"):
+    with pytest.raises(ValueError, match="use technique 'lora' or 'qlora', or a full model as base"):
         prepare(folder, MessageWriter(None), StopSignal())
 
 

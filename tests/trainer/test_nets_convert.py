@@ -1,4 +1,4 @@
-"""Sources that cannot become a base, each refused with what to change."""
+"""Sources that cannot be used as a base, each refused with what to change."""
 
 from pathlib import Path
 
@@ -33,5 +33,5 @@ def test_byte_pair_tokenizer_of_an_unknown_rule_is_refused(tmp_path: Path, monke
     """Cut by another rule, words would become other tokens than the model was trained on."""
     monkeypatch.setattr(gguf_files, "_tokenizer_info", lambda _path: ("gpt2", "something-new", set()))
 
-    with pytest.raises(UnusableModel, match="the rule 'something-new', which is not known here"):
+    with pytest.raises(UnusableModel, match="the unsupported rule 'something-new'"):
         gguf_files.unpack(tmp_path / "none.gguf", tmp_path / "out")

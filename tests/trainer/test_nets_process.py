@@ -40,7 +40,7 @@ def test_errors_of_our_own_keep_their_code(error: Exception, kind: str, code: st
 
 
 def test_error_without_words_and_one_with_many_get_one_line() -> None:
-    assert describe(RuntimeError()).message == "RuntimeError: no reason given"
+    assert describe(RuntimeError()).message == "RuntimeError: no message"
     assert describe(RuntimeError("\nfirst\nsecond")).message == "RuntimeError: first"
 
 

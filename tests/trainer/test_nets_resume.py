@@ -74,5 +74,5 @@ def test_snapshot_of_a_newer_release_or_another_base_is_left_alone(
     (snapshot / "state.json").write_text(json.dumps(state | {"version": 99}))
     assert checkpoints.find_snapshot(t) is None
 
-    assert "of the base tiny" in caplog.text
-    assert "of a newer release" in caplog.text
+    assert "belongs to the base tiny" in caplog.text
+    assert "made by a newer release" in caplog.text

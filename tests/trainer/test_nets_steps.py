@@ -118,7 +118,7 @@ def test_optimizer_that_holds_other_tensors_ends_the_run(tmp_path: Path, tiny: P
     for group in t.optimizer.param_groups:
         group["params"] = [torch.nn.Parameter(p.detach().clone()) for p in group["params"]]
 
-    with pytest.raises(RuntimeError, match="does not hold the model's weights"):
+    with pytest.raises(RuntimeError, match="does not have the model's weights"):
         train(t, Progress())
 
 

@@ -206,7 +206,7 @@ def test_faulty_export_fails_the_run(
 ) -> None:
     monkeypatch.setitem(loading.RECIPES, kind, broken(loading.RECIPES[kind], breaks))
 
-    with pytest.raises(ArtifactDiffers, match="do not answer as the trained model did"):
+    with pytest.raises(ArtifactDiffers, match="do not reproduce the trained model"):
         trained(tmp_path / "run", tiny, TECHNIQUES[kind])
 
     assert not (tmp_path / "run" / "out").exists()

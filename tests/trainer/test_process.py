@@ -135,9 +135,9 @@ def test_two_ranks_killed_go_on_to_the_bit(tmp_path: Path, tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("program", "code", "said"),
     [
-        ("", 1, "Rank 1 ended with code 0"),
-        ("sys.exit(75)", 1, "Rank 1 ended with code 75"),
-        ("os.kill(os.getpid(), 9)", 1, "Rank 1 ended with code -9"),
+        ("", 1, "Rank 1 exited with code 0"),
+        ("sys.exit(75)", 1, "Rank 1 exited with code 75"),
+        ("os.kill(os.getpid(), 9)", 1, "Rank 1 exited with code -9"),
         ("print(REASON); sys.exit(65)", EXIT_USER_ERROR, "Its own reason."),
     ],
     ids=["ended", "paused", "killed", "failed"],

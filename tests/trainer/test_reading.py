@@ -35,7 +35,7 @@ def validated(path: Path, made: ChatTemplate, length: int) -> Summary | str:
             (data[i : i + 50] for i in range(0, len(data), 50)), template=made, max_length=length, least=1
         )
     except InvalidTrainingFile as error:
-        return error.message.partition(" There are more: ")[0]  # the trainer stops at the first
+        return error.message.partition(" More rows are invalid: ")[0]  # the trainer stops at the first
 
 
 def trained(path: Path, made: ChatTemplate, length: int) -> Rows | str:
@@ -130,11 +130,11 @@ def test_nulls_and_outputs_leave_no_trace(name: str, text: str, tmp_path: Path) 
     ("data", "reason"),
     [
         (b"%s\n\n%s\n", "Line 2: is blank"),
-        (b"%s\r{}\n%s\n", "Example 1: something follows the JSON object"),
+        (b"%s\r{}\n%s\n", "Example 1: there is text after the JSON object"),
         (b"%s\n\xff%s\n", "Line 2: is not UTF-8"),
         (b"[%s,\n%s", "Row 2: the array has no end"),
         (b"[\n%s,\n{}\n]", "Example 2 (line 3): Unexpected file format"),
-        (b"%s\n%s]", "Example 2: something follows the JSON object"),
+        (b"%s\n%s]", "Example 2: there is text after the JSON object"),
         (b"%s\n{}\n%s\n\xff\n", "Example 2: Unexpected file format"),
     ],
 )

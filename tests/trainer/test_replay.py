@@ -166,7 +166,7 @@ def data_message(message: dict[str, str]) -> Any:
 def test_answers_are_the_bases_whatever_adapter_the_run_goes_on_from(base: Path, tmp_path: Path) -> None:
     adapter = tiny_models.lora(tmp_path / "adapter", base)
     settled = plan(technique=Lora(r=4, alpha=8), replay=REPLAY, max_seq_length=256)
-    fresh, going_on = (lay_out(tmp_path / name, base, settled, ROWS) for name in ("fresh", "going on"))
+    fresh, going_on = (lay_out(tmp_path / name, base, settled, ROWS) for name in ("fresh", "resuming"))
     (going_on / "adapter").symlink_to(adapter)
     found = [prepare(folder, MessageWriter(None), StopSignal()).rows.examples for folder in (fresh, going_on)]
     assert found[0] == found[1]
@@ -260,7 +260,7 @@ def test_too_few_answers_are_said_and_none_is_taken_twice(base: Path, tmp_path: 
     assert started.replay.prompts == 48
     assert 0 < started.replay.rows_an_epoch == started.replay.rows <= started.replay.ended < 48
     [warning] = [text for text in started.warnings if text.startswith("Replay is ")]
-    assert f"of 48 prompts the base answered {started.replay.ended} to the end" in warning
+    assert f"the base completed {started.replay.ended} of 48 answers" in warning
 
 
 def test_a_users_file_is_replayed_as_it_is(base: Path, tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_loss_that_is_no_number_ends_the_run_before_the_weights_are_touched(
     poisoned.data[0] = float("nan")
     before = {name: p.detach().clone() for name, p in t.parameters.items()}
 
-    with pytest.raises(NotFinite, match=r"at step 1 .* Lower the learning rate .* No checkpoint had been saved before"):
+    with pytest.raises(NotFinite, match=r"at step 1, .* Lower the learning rate .* No checkpoint had been saved"):
         train(t, Progress())
 
     assert all(torch.equal(p, before[name]) for name, p in t.parameters.items())
@@ -347,7 +347,10 @@ def test_weight_that_is_no_number_is_never_saved(tmp_path: Path, tiny: Path, sna
             next(iter(t.parameters.values())).data[0, 0] = float("inf")
 
     t.optimizer.step = step  # type: ignore[method-assign,assignment]
-    message = rf"a weight NaN or infinite, at step {spoiled} .* The checkpoint of step {per_epoch} is good and stays"
+    message = (
+        rf"A weight became NaN or infinite at step {spoiled}, .* The checkpoint of step {per_epoch} is intact "
+        r"and is kept"
+    )
 
     with pytest.raises(NotFinite, match=message):
         train(t, Progress())
@@ -377,7 +380,7 @@ def test_validation_loss_that_is_no_number_ends_the_run(tmp_path: Path, tiny: Pa
         value if t.objective.training else value * float("nan") for value in usual(batch, scale)
     )
 
-    with pytest.raises(NotFinite, match="nan on the validation file at step 3"):
+    with pytest.raises(NotFinite, match="The validation loss became nan at step 3"):
         train(t, Progress())
 
 

@@ -164,7 +164,7 @@ def test_head_learns_in_fp32_beside_a_bf16_base_and_is_saved_in_bf16(tmp_path: P
     [
         (Lora(modules_to_save=["lm_heat"]), "The base has no module 'lm_heat'"),
         (Lora(modules_to_save=["mlp"]), "has no weight of its own"),
-        (Qlora(target_modules=["q_proj"], modules_to_save=["up_proj"]), "is in four bits"),
+        (Qlora(target_modules=["q_proj"], modules_to_save=["up_proj"]), "is quantised"),
     ],
 )
 def test_module_that_cannot_learn_whole_is_refused(

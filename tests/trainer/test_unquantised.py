@@ -93,7 +93,7 @@ def test_two_ranks_score_as_one_does(tmp_path: Path, tiny: Path) -> None:
     found = {each: json.loads((each / "out" / "scorecard.json").read_text()) for each in (alone, shared, cut)}
 
     assert found[shared]["unquantised"] == found[alone]["unquantised"]
-    assert found[cut]["unquantised"]["left_out"].startswith("the model is cut over its devices")
+    assert found[cut]["unquantised"]["left_out"].startswith("the model is sharded")
     assert found[cut]["metrics"]["exact"]
 
 
@@ -131,4 +131,4 @@ def test_base_without_room_is_left_out_with_the_reason(
     found = unquantised.measure(t, [], lambda *_: [], lambda *_: None)  # type: ignore[arg-type,return-value]
 
     assert (found.scored_in, found.metrics) == ("float32", {})
-    assert found.left_out == "the device has no room for the base in float32 beside the model that was trained"
+    assert found.left_out == "the device has too little memory for the base in float32 beside the trained model"

@@ -139,11 +139,11 @@ def test_create_uploads_a_file_that_a_setting_names(
 
 
 def test_create_uploads_a_file_of_general_rows(tunery: Run, api: str, base: str, train: Path, held_out: Path) -> None:
-    held_out.write_bytes(held_out.read_bytes() + LINE.encode())  # a row of the task among them flatters nothing
+    held_out.write_bytes(held_out.read_bytes() + LINE.encode())  # a row of the task among them changes no score
     status, out, err = tunery(
         "jobs", "create", "-m", BASE, "--train", train, "--set", f"replay.source={held_out}", "--json"
     )
-    assert (status, "flatter" in err or "shares" in err) == (0, False), err
+    assert (status, "too good" in err or "shares" in err) == (0, False), err
     source = json.loads(out)["replay"]["source"]
     assert tunery("files", "content", source)[1] == held_out.read_text()
     assert _created(tunery, "--train", train, "--set", "replay.source=self")["replay"]["source"] == "self"
@@ -364,14 +364,14 @@ def test_show_says_how_far_a_job_is(tunery: Run, api: str, database: Database) -
         row = session.get_one(Job, job)
         row.phase, row.step, row.total_steps, row.progress = "training", 7, 20, {"train_loss": 1.2345}
         row.estimated_finish = datetime.now(UTC) + timedelta(seconds=100)
-        ledger.note(session, job, "The test file's figures will flatter the model.", level="warn")
+        ledger.note(session, job, "The test file's scores will be too good.", level="warn")
     for name in ("show", "get"):
         status, out, err = tunery("jobs", name, job)
         assert status == 0
         shown = dict(line.split(maxsplit=1) for line in out.splitlines())
         assert (shown["phase"].strip(), shown["step"].strip(), shown["loss"].strip()) == ("training", "7/20", "1.234")
         assert "left" in shown["time"]
-        assert err == (f"Warning: The test file's figures will flatter the model.\nNext: tunery jobs watch {job}\n")
+        assert err == (f"Warning: The test file's scores will be too good.\nNext: tunery jobs watch {job}\n")
 
 
 def test_show_says_what_a_job_waits_for(tunery: Run, api: str, database: Database) -> None:
@@ -380,7 +380,7 @@ def test_show_says_what_a_job_waits_for(tunery: Run, api: str, database: Databas
         row.plan, row.gpus = rows.plan(resources=Resources(gpus=2)).model_dump(mode="json"), 2
         job = row.id
     assert "waits for" in tunery("jobs", "show", job)[1]
-    assert "a worker for training: none has come" in tunery("jobs", "show", job)[1]
+    assert "a training worker: none has connected" in tunery("jobs", "show", job)[1]
     with database.sessions.begin() as session:
         device = HostDevice(id="h/cpu", host="h", gpu_index=None, device="cpu", memory_bytes=2**50, bf16=True)
         leases.show_device(session, device)

@@ -126,7 +126,7 @@ def test_a_reproduction_is_started_and_waited_for(
 
 
 def test_jobs_that_cannot_be_compared_are_named(tunery: Run, database: Database, original: str) -> None:
-    assert "runs no other one again" in tunery("jobs", "reproduction", original)[2]
+    assert "is not a rerun" in tunery("jobs", "reproduction", original)[2]
     again = _rerun(tunery, database, original)
     with database.sessions.begin() as session:
         ledger.cancel(session, session.get_one(Job, again).project_id, again)

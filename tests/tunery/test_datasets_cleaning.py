@@ -212,9 +212,9 @@ def test_chosen_rows_go_and_findings_below_the_score_stay(tmp_path: Path) -> Non
     done, left = cleaned(path, Cleaning(rows=RowChoice(drop=[2])))
     assert dropped(done) == [(2, "rows.drop")]
     assert left == [rows[0], rows[2], rows[3]]
-    with pytest.raises(InvalidValue, match="4 rows, and line 9 is none"):
+    with pytest.raises(InvalidValue, match="4 rows, but no line 9"):
         cleaned(path, Cleaning(rows=RowChoice(drop=[9])))
-    with pytest.raises(NothingLeft, match="No row is left"):
+    with pytest.raises(NothingLeft, match="would remove all"):
         cleaned(path, Cleaning(rows=RowChoice(drop=[1, 2, 3, 4])))
     asked = "How do I change the code of my card?"
     near = written(tmp_path / "near.jsonl", [chat(asked, "At a machine."), chat(f"Hello! {asked}", "At a machine.")])
@@ -226,13 +226,13 @@ def test_chosen_rows_go_and_findings_below_the_score_stay(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("order", "said"),
     [
-        (Cleaning(), "Nothing is asked for"),
+        (Cleaning(), "The request changes nothing"),
         (Cleaning(actions=[Action(kind="duplicate", action="drop")]), "Kinds: invalid_row"),
         (Cleaning(actions=[Action(kind="pii", action="keep_one")]), "Possible: redact, drop"),
         (Cleaning(actions=[Action(kind="label_imbalance", action="drop")]), "other rows"),
         (Cleaning(actions=[Action(kind="test_leak", action="drop")]), "'against'"),
         (Cleaning(actions=[Action(kind="untrained", action="drop")]), "'base'"),
-        (Cleaning(actions=[Action(kind="implausible_output", action="drop")]), "report by a base"),
+        (Cleaning(actions=[Action(kind="implausible_output", action="drop")]), "report that was made with a base"),
         (Cleaning(actions=[Action(kind="benchmark_overlap", action="drop")]), "Upload the file"),
         (Cleaning(actions=[Action(kind="pii", action="drop"), Action(kind="pii", action="redact")]), "two actions"),
     ],

@@ -84,11 +84,11 @@ def labelled(count: int = 60) -> list[dict[str, Any]]:
         ("user bot", "unknown role"),
         ("system user", "no assistant"),
         ("user assistant system", "after the first turn"),
-        ("assistant user", "user speaks first"),
+        ("assistant user", "user must speak first"),
         ("user assistant user", "answer is missing"),
         ("user user assistant", "two messages"),
         ("user assistant assistant", "two messages"),
-        ("user tool assistant", "called none"),
+        ("user tool assistant", "called no tool"),
         ("system user assistant user assistant", None),
     ],
 )

@@ -62,9 +62,9 @@ def test_the_lines_of_further_faults_are_named() -> None:
     with pytest.raises(InvalidTrainingFile) as caught:
         check_examples([row(), b'{"messages": []}\n'] * 9)
     assert "Example 2 'messages'" in caught.value.message
-    assert caught.value.message.endswith("There are more: lines 4, 6, 8, 10, 12 and 3 more.")
+    assert caught.value.message.endswith("More rows are invalid: lines 4, 6, 8, 10, 12 and 3 more.")
 
-    with pytest.raises(InvalidTrainingFile, match=r"and 94 more; reading stopped there\.$"):
+    with pytest.raises(InvalidTrainingFile, match=r"and 94 more; later rows were not read\.$"):
         check_examples([b'{"messages": []}\n'] * 1000)
 
 
@@ -98,7 +98,7 @@ def test_test_rows_that_want_an_empty_answer_are_named() -> None:
 
     assert check_examples([row(), line], role="test", template=tools).warnings(2048) == []
     warning = check_examples([row(), line, row(answer="")], role="test", template=tools).warnings(2048)[-1]
-    assert warning == "1 of 3 test examples want an empty answer, which the scorecard leaves out: line 3."
+    assert warning == "1 of 3 test examples have an empty expected answer and are left out of the scorecard: line 3."
     with pytest.raises(InvalidTrainingFile, match="none can be scored"):
         check_examples([row(answer=" ")], role="test", template=tools)
     assert len(check_examples([row(answer="")], role="validation", template=tools).warnings(2048)) == 1
@@ -115,7 +115,7 @@ def test_answers_that_do_not_fit_are_named_among_the_rows_that_are_answered() ->
     assert summary.longest_answer == pytest.approx(long, abs=1)
     assert summary.check_limit(summary.longest_answer) == []
     [warning] = summary.check_limit(summary.longest_answer - 1)
-    assert warning.startswith("1 of 2 wanted answers have more tokens than evaluation.max_new_tokens (")
+    assert warning.startswith("1 of 2 expected answers have more tokens than evaluation.max_new_tokens (")
     assert "line 2" in warning
     assert check_examples(rows, role="validation", template=made).answer_tokens == []
 
@@ -126,8 +126,8 @@ def test_rows_that_spell_special_tokens_are_named() -> None:
     [warning] = check_examples(rows, least=1, template=template()).warnings(2048)
 
     assert warning == (
-        "2 of 3 examples spell special tokens of the model (</s>, <|im_end|>): lines 2, 3. They are learned as plain "
-        "text there."
+        "2 of 3 examples contain special tokens of the model as text (</s>, <|im_end|>): lines 2, 3. They are "
+        "tokenised as plain text."
     )
 
 
@@ -140,7 +140,7 @@ def test_rows_that_lose_a_part_of_their_answer_are_left_out() -> None:
     summary = check_examples(rows, template=made, max_length=length, encoder=encoder)
 
     assert (summary.left_out, summary.unlearnable, summary.truncated, summary.longest) == ([199], [200], [], length)
-    assert "1 of 200 examples lose a part of an answer" in " ".join(summary.warnings(length))
+    assert "1 of 200 examples lose part of an answer" in " ".join(summary.warnings(length))
     summary.check_cut_answers(length)
     with pytest.raises(AnswersCut, match=r"2 of 199 examples .* lines 199, 200\. Raise max_seq_length"):
         replace(summary, examples=199).check_cut_answers(length)
@@ -156,8 +156,8 @@ def test_cut_rows_are_counted_and_told() -> None:
     assert (summary.truncated, summary.unlearnable, summary.longest) == ([11], [12], length)
     warnings = " ".join(summary.warnings(length))
     assert "1 of 12 examples are longer than" in warnings
-    assert "teaches no end: line 11." in warnings
-    assert "1 of 12 examples lose their whole answer to the cut" in warnings
+    assert "where their last answer ends: line 11." in warnings
+    assert "1 of 12 examples lose their whole answer to the limit" in warnings
     assert warnings.endswith("are left out: line 12.")
 
 
@@ -167,8 +167,7 @@ def test_unknown_keys_are_named_once_a_file() -> None:
     [warning] = check_examples(rows, role="validation").warnings(2048)
 
     assert (
-        warning
-        == "The rows have keys that are not read and teach nothing: 'source', 'licence', 'k0', 'k1', 'k2' and 2 more."
+        warning == "The rows have keys that are ignored in training: 'source', 'licence', 'k0', 'k1', 'k2' and 2 more."
     )
     assert check_examples([row(parallel_tool_calls=False, tools=[])], least=1).warnings(2048) == []
 
@@ -193,7 +192,7 @@ def test_empty_answers_are_named() -> None:
     assert summary.silent == [2, 3]
     [warning] = summary.warnings(2048)
     assert warning.startswith("2 of 4 examples have an assistant message that is empty or blank and calls no tool")
-    assert "lines 2, 3. Remove it, or give it the weight 0." in warning
+    assert "lines 2, 3. Remove the message, or give it the weight 0." in warning
 
 
 def test_a_file_without_any_learnable_token_is_refused() -> None:
@@ -231,8 +230,8 @@ def test_shared_rows_are_named_on_both_sides() -> None:
 
     assert overlap(train, [row("new"), row("q1", "another answer")]) is None
     assert overlap(train, held_out) == (
-        "It shares 2 example(s) with the training file: line 2 (line 4 there), line 4 (line 8 there). "
-        "Remove them from one of the two."
+        "It shares 2 example(s) with the training file: line 2 (line 4 there), line 4 (line 8 there). Remove them from "
+        "one of the two files."
     )
 
 

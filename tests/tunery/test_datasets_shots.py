@@ -101,7 +101,7 @@ def test_what_does_not_fit_says_so(folder: Path) -> None:
     [_, too_long, too_many] = make(folder, shots=[0, 8, 30], context=300).variants
     assert "the base's context 300" in (too_long.error or "")
     assert too_many.error is not None
-    assert too_many.error.startswith("30 examples were asked for, and ")
+    assert too_many.error.startswith("30 examples are requested, but only ")
 
 
 def test_a_file_that_cannot_be_asked_is_the_users_fault(folder: Path) -> None:

@@ -202,7 +202,7 @@ def test_method_of_a_plug_in_is_stored_with_its_own_options(
         (
             {"type": "sft"},
             "method.type",
-            "Method 'sft' is not supported here. Use method.type 'supervised' or 'dpo' or",
+            "Method 'sft' is not supported. Use method.type 'supervised' or 'dpo' or",
         ),
         ({"type": "supervised", "pairwise": {}}, "method.pairwise", "but method.type is 'supervised'"),
         ({"type": "pairwise", "supervised": {}}, "method.supervised", "but method.type is 'pairwise'"),
@@ -233,5 +233,5 @@ def test_wrong_methods_are_refused(
 
 
 def test_spec_of_a_method_that_is_gone_is_refused_by_name() -> None:
-    with pytest.raises(Unsupported, match=r"Method 'pairwise' is not supported here\. Use method\.type 'supervised'"):
+    with pytest.raises(Unsupported, match=r"Method 'pairwise' is not supported\. Use method\.type 'supervised'"):
         TrainingSpec.model_validate({"seed": 1, "method": {"type": "pairwise", "margin": 1.0}})

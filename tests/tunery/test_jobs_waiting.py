@@ -9,12 +9,12 @@ from tunery.jobs.model import HostDevice, Job
 from tunery.jobs.states import State
 
 GIB = 2**30
-NOBODY = "a worker for training: none has come within the last hour"
+NOBODY = "a training worker: none has connected within the last hour"
 NO_GPU = "2 GPUs of one host; the largest worker has none"
 ONE_GPU = "2 GPUs of one host; the largest worker has 1"
 SMALL = "a GPU with 20.0 GiB of memory; the largest here has 16.0 GiB"
 SMALL_PAIR = (
-    "2 GPUs of one host with 20.0 GiB of memory each; the largest worker has 2, of which not all have that memory"
+    "2 GPUs of one host with 20.0 GiB of memory each; the largest worker has 2, not all of them with that memory"
 )
 
 
@@ -43,8 +43,8 @@ def _reason(session: Session, job: Job) -> str | None:
         ([("a", 0, 16), ("a", 1, 80)], {"gpus": 2, "gpu_bytes": 20 * GIB}, SMALL_PAIR),
         ([("a", 0, 16)], {"gpu_bytes": 20 * GIB, "cpu_bytes": None}, SMALL),
         ([("a", None, 8)], {"gpu_bytes": 20 * GIB, "cpu_bytes": None}, "a GPU with 20.0 GiB of memory; no worker"),
-        ([("a", None, 8)], {"cpu_bytes": 4 * GIB}, "a device with enough memory to be free"),
-        ([("a", 0, 80), ("a", 1, 80)], {"gpus": 2}, "2 GPUs of one host to be free"),
+        ([("a", None, 8)], {"cpu_bytes": 4 * GIB}, "a device with enough memory to become free"),
+        ([("a", 0, 80), ("a", 1, 80)], {"gpus": 2}, "2 GPUs of one host to become free"),
         ([("a", None, 8)], {"max_running": 0}, "another job of its project to end: 0 may run at a time"),
     ],
 )

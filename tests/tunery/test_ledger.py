@@ -263,7 +263,7 @@ def test_an_attempt_that_was_stopped_while_the_database_was_away_is_not_charged(
     for job in (stopped, lost):
         session.refresh(job)
     assert (stopped.state, stopped.losses, lost.state, lost.losses) == ("queued", 0, "queued", 1)
-    assert "The worker was stopped while the database was away" in _messages(session, stopped)[-1]
+    assert "The worker stopped while the database was unreachable" in _messages(session, stopped)[-1]
 
 
 def test_a_preempted_attempt_is_not_counted(session: Session, running: tuple[Job, leases.Lease]) -> None:

@@ -135,7 +135,7 @@ def test_rows_are_no_longer_than_the_models_context() -> None:
 
     assert made.max_seq_length == 8192
     warnings = advice.warnings(made, examples=1000, model_info=LLAMA_8B, asked_length=32_768)
-    assert warnings == ["max_seq_length 32768 is more than the model's context of 8192 tokens, which is used instead."]
+    assert warnings == ["max_seq_length 32768 exceeds the model's context of 8192 tokens, which is used instead."]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_rows_are_no_longer_than_the_models_context() -> None:
         ({"learning_rate": 2e-5}, 1000, "The learning rate 2.0e-05 is low"),
         ({}, 20, "20 examples are few"),
         ({"hyperparameters": {"batch_size": 64}}, 1000, "LoRA learns worse from large batches: 64"),
-        ({"hyperparameters": {"n_epochs": 40}}, 1000, "40 epochs of 1000 examples is long"),
+        ({"hyperparameters": {"n_epochs": 40}}, 1000, "40 epochs are many for 1000 examples"),
         ({"technique": Lora(dropout=0.5)}, 1000, "A dropout of 0.5 is high"),
         ({"technique": Lora(target_modules=["q_proj", "v_proj"])}, 1000, "target_modules leaves out the feed-forward"),
     ],
@@ -292,17 +292,17 @@ def test_automatic_technique_is_one_that_the_base_can() -> None:
         (
             Lora(dropout=0.1),
             LLAMA_8B | {"dropout": "not on experts."},
-            r"no dropout \(not on experts\). Send dropout 0",
+            r"not support dropout on all of its layers \(not on experts\). Set dropout to 0",
         ),
         (
             Lora(trainable_token_indices=[5, 128_256]),
             LLAMA_8B,
-            "has tokens 0 to 128255, and no 128256. Name tokens of its own",
+            "has no token 128256: its tokens are 0 to 128255",
         ),
         (
             Qlora(use_dora=True),
             LLAMA_8B | {"dora": "not on experts."},
-            r"no use_dora \(not on experts\). Send use_dora false",
+            r"not support use_dora on all of its layers \(not on experts\). Set use_dora to false",
         ),
     ],
 )

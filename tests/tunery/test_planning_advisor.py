@@ -242,10 +242,10 @@ HELD = 41_943_040
     [
         (Lora(), HELD, None),
         (Lora(), HELD + 1, "41,943,040 parameters at rank 16, and the answers have about 41,943,041 tokens. Use r"),
-        (Lora(), HELD + 1, "Use r 32: that is one parameter a token."),
-        (Lora(), 4 * HELD, "Use r 64: that is one parameter a token."),
-        (Lora(), 33 * HELD, "No rank holds that much: use technique 'full' with replay, or fewer rows."),
-        (Lora(), HELD // 1000, "The adapter has room to learn the rows by heart"),
+        (Lora(), HELD + 1, "Use r 32, which gives one parameter per token."),
+        (Lora(), 4 * HELD, "Use r 64, which gives one parameter per token."),
+        (Lora(), 33 * HELD, "No rank is large enough: use technique 'full' with replay, or fewer rows."),
+        (Lora(), HELD // 1000, "The adapter can memorise the rows"),
         (Lora(), HELD // 1000 + 1, None),
         (Lora(r=1), 2, "Add rows, or watch the validation loss."),
         (Lora(), 0, None),
@@ -260,7 +260,7 @@ def test_capacity_is_warned_of_both_ways(technique: Technique, tokens: int, said
 
 def test_capacity_is_part_of_the_advice() -> None:
     (said,) = advise(rows(5000, tokens=1000), "style", model_info=LLAMA_8B).warnings
-    assert "by heart" in said
+    assert "memorise" in said
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_capacity_is_part_of_the_advice() -> None:
         (999, Lora(r=17), "Rank 17 is large for 999 examples"),
         (1000, Lora(r=64), None),
         (999, Lora(r=16), None),
-        (5000, Lora(r=16, alpha=31), "alpha 31 lies outside 2 to 4 times the rank (32 to 64)"),
+        (5000, Lora(r=16, alpha=31), "alpha 31 is outside 2 to 4 times the rank (32 to 64)"),
         (5000, Lora(r=8, alpha=16), None),
         (5000, Lora(r=16, alpha=64), None),
         (5000, Qlora(r=16, alpha=65), "alpha 65 lies outside"),
@@ -287,11 +287,14 @@ def test_rank_and_alpha(examples: int, technique: Technique, start: str | None) 
     ("fields", "said"),
     [
         ({}, "Use technique 'lora', or add replay ('replay': {})."),
-        ({"replay": {}}, "Replay works against it; technique 'lora' forgets less still."),
-        ({"method": {"type": "dpo"}}, "Use technique 'lora': replay, which works against it, is for supervised"),
+        ({"replay": {}}, "Replay reduces this; technique 'lora' forgets even less."),
+        (
+            {"method": {"type": "dpo"}},
+            "Use technique 'lora': replay, which reduces this, is available only for supervised",
+        ),
     ],
 )
 def test_every_full_fine_tune_is_warned_of_forgetting(fields: dict[str, Any], said: str) -> None:
     (found,) = advice.warnings(plan(5000, technique=Full(), **fields), examples=5000, model_info=LLAMA_8B)
-    assert found.startswith("A full fine-tune moves every weight, so the model forgets more")
+    assert found.startswith("A full fine-tune changes every weight, so the model forgets more")
     assert said in found

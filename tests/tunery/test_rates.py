@@ -46,7 +46,7 @@ def take(database: Database, project_id: str, tokens: int) -> rates.Standing:
 def test_requests_come_back_with_time(database: Database, project_id: str) -> None:
     for _ in range(6):
         take(database, project_id, 1)
-    with pytest.raises(RateLimited, match=r"6 requests a minute.*in 10 s"):
+    with pytest.raises(RateLimited, match=r"6 requests per minute.*in 10 s"):
         take(database, project_id, 1)
     later(database, 10)
     assert take(database, project_id, 1).requests.left < 1

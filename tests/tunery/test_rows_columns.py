@@ -97,7 +97,7 @@ def test_named_columns_of_pairs_and_conversations() -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "q", "completion": "a"}, "none of the columns 'Frage', 'Antwort' is there. The row has 'prompt'"),
+        ({"prompt": "q", "completion": "a"}, "the row has none of the columns 'Frage', 'Antwort'. It has 'prompt'"),
         ({"Frage": "q"}, "expected prompt/completion as in row 1: the key 'Antwort' is missing."),
     ],
 )
@@ -147,7 +147,7 @@ def test_plain_text_is_learned_whole_and_ends(tmp_path: Path, source: str, bos: 
 
 def test_plain_text_is_no_test_row_and_no_pair() -> None:
     data = [b'{"text": "Once."}\n']
-    with pytest.raises(InvalidTrainingFile, match="is plain text, and a test row is a question"):
+    with pytest.raises(InvalidTrainingFile, match="is plain text, but a test row needs a question"):
         check_examples(data, role="test")
     with pytest.raises(InvalidTrainingFile, match="the method 'dpo' learns from pairs"):
         check_examples(data, encoder=find_encoder(Dpo(), "training"), least=1)

@@ -59,20 +59,21 @@ _PLAIN_CHATML = {
     "system and turns": [["Paris.<|im_end|>", "Rome.<|im_end|>"]],
 }
 _NO_CALLS: dict[str, Any] = {
-    "tools": "does not show tools, so 'tools[0].function.name' would be lost.",
-    "tools and turns": "does not show tools, so 'tools[0].function.name' would be lost.",
-    "call": "does not show tools or tool calls, so 'tools[0].function.name' and 'tool_calls[0].function.name' of "
-    "message 2 would be lost. Use a model whose template knows tools, or write calls and results as plain content.",
-    "calls": "does not show tools or tool calls, so 'tools[0].function.name' and 'tool_calls[0].function.name' of me",
-    "call beside content": "does not show tools or tool calls, so 'tools[0].function.name' and 'tool_calls[0].functio",
+    "tools": "does not render tools, so 'tools[0].function.name' would be lost.",
+    "tools and turns": "does not render tools, so 'tools[0].function.name' would be lost.",
+    "call": "does not render tools or tool calls, so 'tools[0].function.name' and 'tool_calls[0].function.name' of "
+    "message 2 would be lost. Use a model whose template supports tools, or write calls and results as plain content.",
+    "calls": "does not render tools or tool calls, so 'tools[0].function.name' and 'tool_calls[0].function.name' of me",
+    "call beside content": "does not render tools or tool calls, so 'tools[0].function.name' and "
+    "'tool_calls[0].functio",
 }
 _NO_THINKING = (
-    "does not show thinking, so 'reasoning_content' of message 2 would be lost. Remove it, write it into the content, "
-    "or use a model whose template shows thinking."
+    "does not render thinking, so 'reasoning_content' of message 2 would be lost. Remove it, write it into the "
+    "content, or use a model whose template shows thinking."
 )
 _ONE_CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "Zürich", "n": 2}}\n</tool_call>'
 _TWO_CALLS = _ONE_CALL + '\n<tool_call>\n{"name": "look", "arguments": {"at": "Oslo", "n": 2}}\n</tool_call>'
-_NOT_BOTH = "does not show content beside tool calls, so 'content' of message 2 would be lost."
+_NOT_BOTH = "does not render content beside tool calls, so 'content' of message 2 would be lost."
 
 LEARNED: dict[str, dict[str, list[list[str]] | str]] = {
     "chatml": {**_PLAIN_CHATML, **_NO_CALLS, "thinking": _NO_THINKING},
@@ -124,18 +125,18 @@ LEARNED: dict[str, dict[str, list[list[str]] | str]] = {
         "tools": [["Paris.<|eot_id|>"]],
         "tools and turns": [["Paris.<|eot_id|>", "Rome.<|eot_id|>"]],
         "call": [['{"name": "look", "parameters": {"at": "Zürich", "n": 2}}<|eot_id|>', "Rome.<|eot_id|>"]],
-        "calls": "refuses the messages: This model only supports single tool-calls at once!",
+        "calls": "rejects the messages: This model only supports single tool-calls at once!",
         "call beside content": _NOT_BOTH,
         "thinking": _NO_THINKING,
     },
     "gemma3": {
         "plain": [["Paris.<end_of_turn>"]],
         "system": [["Paris.<end_of_turn>"]],
-        "system in the middle": "refuses the messages: Conversation roles must alternate user/assistant/user/assistant",
+        "system in the middle": "rejects the messages: Conversation roles must alternate user/assistant/user/assistant",
         "turns": [["Paris.<end_of_turn>", "Rome.<end_of_turn>"]],
         "system and turns": [["Paris.<end_of_turn>", "Rome.<end_of_turn>"]],
         **_NO_CALLS,
-        "call": "refuses the messages: Conversation roles must alternate user/assistant/user/assistant/...",
+        "call": "rejects the messages: Conversation roles must alternate user/assistant/user/assistant/...",
         "thinking": _NO_THINKING,
     },
     # The text of a whole conversation ends in the EOS, which turns in its middle do not have.
@@ -146,7 +147,7 @@ LEARNED: dict[str, dict[str, list[list[str]] | str]] = {
         "turns": [["Paris.<|end|><|endoftext|>"], ["Rome.<|end|><|endoftext|>"]],
         "system and turns": [["Paris.<|end|><|endoftext|>"], ["Rome.<|end|><|endoftext|>"]],
         **_NO_CALLS,
-        "call": "does not show tools or tool calls or tool results, so 'tools[0].function.name' and "
+        "call": "does not render tools or tool calls or tool results, so 'tools[0].function.name' and "
         "'tool_calls[0].function.name' of message 2 and 'content' of message 3 would be lost.",
         "thinking": _NO_THINKING,
     },
@@ -154,8 +155,8 @@ LEARNED: dict[str, dict[str, list[list[str]] | str]] = {
     "mistral_v3": {
         "plain": [[" Paris.</s>"]],
         "system": [[" Paris.</s>"]],
-        "system in the middle": "does not show a system message there, so 'content' of message 3 would be lost. Move "
-        "its text into the first message or into the user's.",
+        "system in the middle": "does not render a system message there, so 'content' of message 3 would be lost. Move "
+        "its text into the first message or into a user message.",
         "turns": [[" Paris.</s>", " Rome.</s>"]],
         "system and turns": [[" Paris.</s>"], [" Rome.</s>"]],
         "tools": [[" Paris.</s>"]],

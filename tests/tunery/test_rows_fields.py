@@ -141,7 +141,7 @@ def test_a_field_that_the_template_does_not_show_is_refused(case: str) -> None:
     for _ in range(2):  # the second time from memory
         with pytest.raises(CannotRender) as caught:
             template_of(source).encode_all(example, 10_000)
-        assert f"does not show {lost} would be lost. " in caught.value.message
+        assert f"does not render {lost} would be lost. " in caught.value.message
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -150,7 +150,7 @@ def test_chat_refuses_what_training_refuses(case: str) -> None:
     asked = [*example.messages, Message(role="user", content="And now?")]
 
     template_of(ALL).encode_prompt(asked, example.tools)
-    with pytest.raises(CannotRender, match="does not show") as caught:
+    with pytest.raises(CannotRender, match="does not render") as caught:
         template_of(source).encode_prompt(asked, example.tools)
     assert lost.partition(",")[0] in caught.value.message
 
@@ -227,18 +227,18 @@ def test_each_answer_of_a_row_is_written_as_its_own_text_shows_it() -> None:
 
 
 def test_a_call_that_no_form_shows_is_refused() -> None:
-    with pytest.raises(CannotRender, match="does not show tool calls"):
+    with pytest.raises(CannotRender, match="does not render tool calls"):
         template_of(CHATML).encode_all(row(USER, CALL), 10_000)
 
 
 VERDICTS = {
-    "tool_content_empty": (CHATML, "does not show tools or tool calls"),
-    "reasoning": (CHATML, "does not show thinking, so 'reasoning_content' of message 2"),
+    "tool_content_empty": (CHATML, "does not render tools or tool calls"),
+    "reasoning": (CHATML, "does not render thinking, so 'reasoning_content' of message 2"),
     "tool_result": (
         (DATA / "templates/user_and_assistant_only.jinja").read_text(),
         "tool results, so 'content' of mes",
     ),
-    "test_tool_rows": (CHATML, "does not show tool calls"),
+    "test_tool_rows": (CHATML, "does not render tool calls"),
 }
 
 
@@ -267,6 +267,6 @@ def test_the_same_files_are_learned_where_the_template_shows_them(name: str) -> 
 def test_tools_in_chat_are_refused_where_the_template_has_none() -> None:
     tools = [Tool.model_validate(TOOL)]
 
-    with pytest.raises(CannotRender, match="does not show tools, so"):
+    with pytest.raises(CannotRender, match="does not render tools, so"):
         template_of(CHATML).encode_prompt([Message(role="user", content="q")], tools)
     assert "look" in template_of(LLAMA_LIKE).render([Message(role="user", content="q")], tools)

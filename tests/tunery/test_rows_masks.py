@@ -76,7 +76,7 @@ def test_all_leaves_out_an_answer_of_weight_0(both: tuple[ChatTemplate, Any]) ->
 def test_all_names_a_row_whose_masked_answer_the_template_writes_twice(both: tuple[ChatTemplate, Any]) -> None:
     turns = [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]]
 
-    with pytest.raises(InvalidTrainingFile, match=r"Example 1: .* Give one row for each answer"):
+    with pytest.raises(InvalidTrainingFile, match=r"Example 1: .* Write one row per answer"):
         labels(both[0], turns, "all")
 
 

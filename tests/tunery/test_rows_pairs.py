@@ -125,15 +125,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (openai(D, D), "has two equal answers, so there is nothing to prefer. Correct one of them, or remove the row."),
     ({"prompt": "q", **answers("d", "d")}, "has two equal answers"),
     (openai(D, turns("", " ")[1:]), "has an empty answer (the other one). Give it a text, or remove the row."),
-    (openai([], E), "'preferred_output' is empty. Give it one message of the assistant."),
-    (openai(D, E + E), "'non_preferred_output' must be one message of the assistant, not 2."),
-    (openai(D, [QUESTION]), "'non_preferred_output' must be a message of the role assistant."),
+    (openai([], E), "'preferred_output' is empty. Give it one assistant message."),
+    (openai(D, E + E), "'non_preferred_output' must be one assistant message, not 2."),
+    (openai(D, [QUESTION]), "'non_preferred_output' must be a message with the role 'assistant'."),
     (openai(D, ["e"]), "A message must be an object, not a string."),
     (openai([{"role": "assistant", "content": 7}], E), "'preferred_output.content' must be a string"),
     (openai(D, [{"role": "assistant", "mood": "x", "content": "e"}]), "the unknown key 'non_preferred_output.mood'"),
-    (openai([{**D[0], "weight": 0}], E), "'preferred_output' has the weight 0, and both answers are compared."),
-    (openai(D, E, []), "The prompt has no message to answer. Add the user's."),
-    (openai(D, E, turns("a", "b")), "The prompt ends with an assistant message. End it with what is answered."),
+    (openai([{**D[0], "weight": 0}], E), "'preferred_output' has the weight 0, but both answers are compared."),
+    (openai(D, E, []), "The prompt has no message to answer. Add a user message."),
+    (openai(D, E, turns("a", "b")), "The prompt ends with an assistant message. End it with the message to answer."),
     (openai(D, E, [{"role": "judge", "content": "x"}]), ', message 1 has the unknown role "judge".'),
     (openai(D, E, label=True), "has the key 'label', which marks the answer as good or bad (KTO)"),
     ({"preferred_output": D, "non_preferred_output": E}, "'input' is missing beside 'preferred_output'"),
@@ -145,11 +145,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"prompt": "another", "chosen": turns("a", "d"), "rejected": turns("a", "e")},
-        "'prompt' would be lost: it is no message of 'chosen'.",
+        "'prompt' would be ignored: it is not a message of 'chosen'.",
     ),
-    ({"prompt": "q", "chosen": {"a": 1}, "rejected": "e"}, "'chosen' must be a message of the role assistant."),
+    ({"prompt": "q", "chosen": {"a": 1}, "rejected": "e"}, "'chosen' must be a message with the role 'assistant'."),
     ({"prompt": "q", "chosen": True, "rejected": "e"}, "'chosen' must be a text, not a boolean."),
-    ({"prompt": "q", "completion": "a"}, "this is no preference row, and the method 'dpo' learns from pairs"),
+    ({"prompt": "q", "completion": "a"}, "this is not a preference row, but the method 'dpo' learns from pairs"),
     ({"messages": turns("a", "b")}, "Use the method 'supervised' (method.type) for rows with one answer."),
     ({"prompt": "q", "chosen": "a"}, "this is a preference row (DPO) without one of its two answers."),
 ]
@@ -181,7 +181,7 @@ def test_columns_and_ratings_are_named_in_a_warning() -> None:
     assert summary.warnings(2048) == [
         "The file has chosen/rejected rows: 'prompt' as the user's message, 'chosen' as the preferred answer, "
         "'rejected' as the other answer.",
-        "The rows have keys that are not read and teach nothing: 'score_chosen'.",
+        "The rows have keys that are ignored in training: 'score_chosen'.",
     ]
 
 

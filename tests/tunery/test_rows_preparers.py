@@ -186,7 +186,7 @@ def test_the_faults_of_a_file_are_those_of_one_process(monkeypatch: pytest.Monke
     one, several = summaries([*ROWS, *[{"messages": []}] * 130], monkeypatch)
     assert one == several
     assert "Example 61 " in one
-    assert "and 94 more; reading stopped there" in one
+    assert "and 94 more; later rows were not read" in one
 
 
 def test_a_pickled_error_says_the_same() -> None:

@@ -181,5 +181,5 @@ def test_a_templates_own_exception_is_an_error_of_its_own() -> None:
 def test_whatever_a_template_stumbles_into_is_one_error(source: str) -> None:
     template = ChatTemplate(tokenizer(), {"default": source}, {})
 
-    with pytest.raises(CannotRender, match="refuses the messages"):
+    with pytest.raises(CannotRender, match="rejects the messages"):
         template.render([Message(role="user", content="q")])

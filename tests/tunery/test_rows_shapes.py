@@ -126,7 +126,7 @@ TAKEN: dict[str, tuple[str | None, list[list[Turn]]]] = {
         [[("user", "Where is my transfer?"), ("assistant", "transfer_pending")]],
     ),
     "plain_text": (
-        "plain text rows: every token of 'text' is learned, and the end token behind it",
+        "plain text rows: every token of 'text' is learned, and the end token after it",
         [[("assistant", "Once there was a miller who had three sons.")]],
     ),
     "chatml": ("ChatML text rows: 'text' as the conversation", [[BRIEF, *WAY]]),
@@ -184,16 +184,16 @@ CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "co
 @pytest.mark.parametrize(
     ("first", "second", "reason"),
     [
-        (PAIR, CHAT, "expected prompt/completion as in row 1: this is a row of chat messages."),
-        (CHAT, PAIR, "expected chat messages as in row 1: this is a row of prompt/completion."),
+        (PAIR, CHAT, "expected prompt/completion as in row 1: this row has the shape chat messages."),
+        (CHAT, PAIR, "expected chat messages as in row 1: this row has the shape prompt/completion."),
         (PAIR, {"prompt": "q"}, "expected prompt/completion as in row 1: the key 'completion' is missing."),
         (PAIR, {"prompt": "q", "completion": None}, "the key 'completion' is missing."),
-        (PAIR, {"prompt": "q", "chosen": "a", "rejected": "b"}, "this is a row of chosen/rejected."),
+        (PAIR, {"prompt": "q", "chosen": "a", "rejected": "b"}, "this row has the shape chosen/rejected."),
         (PAIR, {"prompt": "q", "chosen": "a"}, "this is a preference row (DPO) without one of its two answers."),
         (PAIR, {**PAIR, "label": False}, "marks the answer as good or bad (KTO)"),
         (PAIR, {**PAIR, "completion": {"a": 1}}, "'completion' must be a text, not an object."),
         (PAIR, {**PAIR, "completion": True}, "'completion' must be a text, not a boolean."),
-        (PAIR, {**PAIR, "history": "q"}, "'history' must be a list, or a JSON list spelled as a string"),
+        (PAIR, {**PAIR, "history": "q"}, "'history' must be a list, or a JSON list written as a string"),
         (PAIR, {**PAIR, "history": [["q"]]}, "'history' must be a list of pairs"),
     ],
 )
@@ -213,7 +213,7 @@ def test_first_row_decides_for_the_file(first: dict[str, Any], second: dict[str,
         ([{"from": "function_call", "value": "f(1)"}], "message 1 of 'conversations' 'function_call' must be a list"),
         ([{"from": "function_call", "value": "[1]"}], "message 1 of 'conversations' must be a call"),
         ([{"from": "human", "value": "q", "mood": "x"}], "message 1 has the unknown key 'mood'"),
-        ("x", "'conversations' must be a list, or a JSON list spelled as a string"),
+        ("x", "'conversations' must be a list, or a JSON list written as a string"),
         (7, "'conversations' must be a list of messages, not a number."),
     ],
 )

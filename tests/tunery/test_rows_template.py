@@ -198,7 +198,7 @@ def test_a_template_without_tools_is_not_given_any() -> None:
     call = {**CALL, "content": "One moment."}
     row = Example.model_validate({"messages": [{"role": "user", "content": "Weather?"}, call]})
 
-    with pytest.raises(CannotRender, match="does not show tool calls, so 'tool_calls"):
+    with pytest.raises(CannotRender, match="does not render tool calls, so 'tool_calls"):
         TEMPLATES["chatml"].encode(row, LONG)
 
 

@@ -117,7 +117,7 @@ def test_a_straddling_token_before_a_later_turn_gives_each_answer_its_own_row() 
         prompt = template.encode_prompt(example.messages[:count])
         assert row.input_ids[: len(prompt)] == prompt
     assert len(template.split(example)) == 2
-    with pytest.raises(CannotRender, match="Give one row for each answer"):
+    with pytest.raises(CannotRender, match="Write one row per answer"):
         template.encode(example, 10_000)
 
 

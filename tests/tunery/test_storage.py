@@ -108,7 +108,7 @@ def test_one_of_many_conditional_puts_wins(storage: Storage) -> None:
 
 def test_a_conditional_put_names_the_key(storage: Storage) -> None:
     storage.put("jobs/a/manifest.json", b"1", if_absent=True)
-    with pytest.raises(KeyTaken, match=r"'jobs/a/manifest\.json' is stored already"):
+    with pytest.raises(KeyTaken, match=r"'jobs/a/manifest\.json' already exists in storage"):
         storage.put("jobs/a/manifest.json", b"2", if_absent=True)
 
     assert _read(storage, "jobs/a/manifest.json") == b"1"
@@ -123,7 +123,7 @@ def test_reading_from_the_middle(storage: Storage, start: int, expected: bytes) 
 def test_a_missing_object(storage: Storage, tmp_path: Path) -> None:
     assert storage.stat("nothing") is None
     storage.delete("nothing")
-    with pytest.raises(ObjectMissing, match="'nothing' is not in storage"):
+    with pytest.raises(ObjectMissing, match="'nothing' is missing from storage"):
         storage.read("nothing")  # at once: an answer must not begin with 200 and then break
     with pytest.raises(ObjectMissing):
         storage.fetch("nothing", tmp_path / "file", "0" * 64)

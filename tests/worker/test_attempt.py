@@ -130,9 +130,9 @@ def _damage(workshop: Workshop, lease: Lease, step: int) -> None:
     ("damaged", "resumed", "note"),
     [
         ([], 6, None),
-        ([6], 4, "The state saved at step 6 is damaged in storage. The run goes on from that of step 4."),
-        ([6, 4], None, "The state saved at step 6 is damaged in storage, and no other is whole. The run starts again "
-         "from its first step."),
+        ([6], 4, "The state saved at step 6 is damaged in storage. The run resumes from the state of step 4."),
+        ([6, 4], None, "The state saved at step 6 is damaged in storage, and no other saved state is intact. The run "
+         "starts again from the first step."),
     ],
     ids=["whole", "newest damaged", "all damaged"],
 )  # fmt: skip
@@ -249,8 +249,8 @@ def test_a_fault_of_the_worker_is_reported_without_its_text(workshop: Workshop, 
     attempt.run(lease, settings=workshop.settings, storage=workshop.storage, drain=Drain(), trainers=Trainers("test"))
     job = workshop.job(lease.job_id)
     assert (job.state, job.failures) == ("queued", 1)
-    (events,) = [line for line in workshop.story(job.id) if line.startswith("Training broke off")]
-    assert "the worker met NotADirectoryError" in events
+    (events,) = [line for line in workshop.story(job.id) if line.startswith("Training failed")]
+    assert "the worker failed with NotADirectoryError" in events
     assert str(workshop.folder) not in events
 
 

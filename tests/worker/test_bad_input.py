@@ -51,7 +51,7 @@ def test_sequence_longer_than_the_context_is_cut_to_it_and_named(workshop: Works
     assert job.state == "queued"
     assert (job.plan or {})["max_seq_length"] == 256
     events = "\n".join(workshop.story(job_id))
-    assert "max_seq_length 4096 is more than the model's context of 256 tokens, which is used instead." in events
+    assert "max_seq_length 4096 exceeds the model's context of 256 tokens, which is used instead." in events
     assert "1 of 12" in events or "line 12" in events
 
 
@@ -70,7 +70,7 @@ def test_prompt_that_fills_the_context_leaves_nothing_to_learn(workshop: Worksho
         ("validation", _chat(("user", "What?")), "assistant"),
         ("validation", _chat(("user", "What?"), ("assistant", "That."), weight=0), "weight"),
         ("test", _chat(("user", "What?")), "assistant"),
-        ("test", _chat(("user", "What?"), ("assistant", "")), "No example wants an answer with text"),
+        ("test", _chat(("user", "What?"), ("assistant", "")), "No example has an expected answer with text"),
     ],
     ids=["validation without answers", "validation without labels", "test without answers", "test without labels"],
 )

@@ -50,7 +50,7 @@ def test_disk_that_fills_in_a_checkpoint_is_reported_and_the_last_good_one_stays
 
     message = workshop.until(reported, "the event of the full disk")[-1]
 
-    assert "checkpoints/step-6 could not be written. The state of step 4 is good and stays." in message
-    assert "a job with fewer keep_checkpoints needs less" in message
+    assert "checkpoints/step-6 could not be written. The state of step 4 is intact and is kept." in message
+    assert "or lower keep_checkpoints" in message
     kept = client.get(f"{JOBS}/{job_id}/checkpoints").json()["data"]
     assert [checkpoint["step_number"] for checkpoint in kept] == [4, 2]

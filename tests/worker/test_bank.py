@@ -156,7 +156,7 @@ def test_adapters_on_experts_answer_alone(layers: str, tmp_path: Path) -> None:
 def test_adapter_of_another_base_is_refused_in_a_sentence(llama: Path, tmp_path: Path) -> None:
     other = zoo.make("Llama", tmp_path / "other", hidden_size=32)
     folder = make(tmp_path / "adapter", other, 1)
-    with pytest.raises(BrokenAdapter, match="cannot be laid on their base"):
+    with pytest.raises(BrokenAdapter, match="cannot be loaded onto its base"):
         load(llama).lay_on(folder)
 
 

@@ -81,7 +81,7 @@ def test_a_file_has_one_verdict_from_the_check_to_the_job(workshop: Workshop, tm
         if (verdict.reason is None) != (said is None) or str(verdict.reason) not in str(said):
             other.append((name, said))
     # The check knows no model, and the template of this one has no place for tools.
-    assert [name for name, said in other if "does not show tools" in str(said)] == ["chat_tools", "sharegpt_tools"]
+    assert [name for name, said in other if "does not render tools" in str(said)] == ["chat_tools", "sharegpt_tools"]
     assert len(other) == 2, other
 
 

@@ -226,4 +226,4 @@ def test_what_cannot_be_used_says_why(workshop: Workshop, base: Path, foreign: P
     model = bring_in(workshop, archive(foreign))
     assert model.status == "error"
     assert str(model.status_details).startswith("The adapter 'foreign.zip' cannot be used: ")
-    assert "PEFT cannot lay it on this base" in str(model.status_details)
+    assert "PEFT cannot load it onto this base" in str(model.status_details)

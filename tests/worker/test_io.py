@@ -1,4 +1,4 @@
-"""What the worker for I/O does: it checks files, validates jobs, converts bases and sweeps."""
+"""What the I/O worker does: it checks files, validates jobs, converts bases and sweeps."""
 
 import dataclasses
 import hashlib
@@ -122,8 +122,8 @@ def test_answers_may_be_as_long_as_the_longest_wanted_one(
     assert job.plan["evaluation"]["max_new_tokens"] == limit
     cut = [line for line in events if "evaluation.max_new_tokens" in line]
     assert cut == warned * [
-        "Test file: 2 of 2 wanted answers have more tokens than evaluation.max_new_tokens (1), so no answer there can "
-        "be right: lines 1, 2. Send at least 2."
+        "Test file: 2 of 2 expected answers have more tokens than evaluation.max_new_tokens (1), so no model can "
+        "answer these rows correctly: lines 1, 2. Set it to at least 2."
     ]
 
 
@@ -151,8 +151,8 @@ def test_each_file_is_read_once_though_all_are_compared(workshop: Workshop, tmp_
     assert {key: storage.reads[key] for key in keys} == dict.fromkeys(keys, 1)
     shared = [line[:73] for line in workshop.story(job_id) if "shares" in line]
     assert shared == [
-        "The validation file's figures will flatter the model. It shares 1 example",
-        "The test file's figures will flatter the model. It shares 2 example(s) wi",
+        "The validation file's scores will be too good. It shares 1 example(s) wit",
+        "The test file's scores will be too good. It shares 2 example(s) with the ",
     ]
 
 
@@ -187,7 +187,7 @@ def test_a_second_job_on_the_same_files_reads_no_row_and_is_reported_the_same(
     assert [*read, len(readings)] == [3, 3, 6, 10], "what is damaged is read again, and where anything else decides"
     assert events[0] == events[1] == events[2]
     assert any("shares" in line for line in events[0])
-    assert any("keys that are not read" in line for line in events[0])
+    assert any("keys that are ignored" in line for line in events[0])
     assert plans[0] == plans[1] == plans[2]
 
 
@@ -222,8 +222,8 @@ def test_rows_whose_answer_would_be_cut_are_left_out_and_fail_the_job_above_one_
     job = workshop.job(job_id)
     assert (job.state, job.error_code) == (state, "answers_cut" if state == "failed" else None)
     events = [*workshop.story(job_id), str(job.error_message)]
-    kept = ["are longer than 128 tokens and lose their end" in line for line in events]
-    left_out = [f"1 of {rows + 1} examples lose a part of" in line and f"line {rows + 1}." in line for line in events]
+    kept = ["are longer than 128 tokens and are truncated" in line for line in events]
+    left_out = [f"1 of {rows + 1} examples lose part of" in line and f"line {rows + 1}." in line for line in events]
     assert (any(kept), any(left_out)) == (cut_answers == "keep", cut_answers != "keep")
 
 
@@ -235,8 +235,8 @@ def test_what_a_file_should_not_have_is_named_once_in_the_jobs_story(workshop: W
 
     assert workshop.job(job_id).state == "queued"
     story = workshop.story(job_id)
-    [unread] = [line for line in story if "keys that are not read" in line]
-    assert unread == "Training file: The rows have keys that are not read and teach nothing: 'source'."
+    [unread] = [line for line in story if "keys that are ignored" in line]
+    assert unread == "Training file: The rows have keys that are ignored in training: 'source'."
     assert ["lines 11, 12" in line for line in story if "empty or blank" in line] == [True]
 
 
@@ -301,7 +301,7 @@ def test_a_forced_job_waits_for_the_largest_device_that_there_is(workshop: Works
     assert (workshop.job(forced).state, workshop.job(forced).gpu_bytes) == ("queued", 24 * 2**30)
 
 
-@pytest.mark.parametrize(("r", "count", "said"), [(1, 3000, "too small"), (256, 10, "learn the rows by heart")])
+@pytest.mark.parametrize(("r", "count", "said"), [(1, 3000, "too small"), (256, 10, "can memorise the rows")])
 def test_an_adapter_is_compared_with_the_tokens_that_its_job_learns(
     workshop: Workshop, r: int, count: int, said: str
 ) -> None:
@@ -326,7 +326,7 @@ def test_a_job_knows_the_memory_that_its_claim_must_bring(
     assert _validate(workshop)
     job = workshop.job(job_id)
     assert (job.gpu_bytes > 140e9, (job.cpu_bytes or 0) > 280e9) == wanted
-    has = "none" if index is None else "2, of which not all have that memory"
+    has = "none" if index is None else "2, not all of them with that memory"
     assert any(f"the largest worker has {has}" in line for line in workshop.story(job_id))
 
 
@@ -352,7 +352,7 @@ def test_before_any_worker_has_come_a_job_is_reported_what_it_waits_for(workshop
     job_id = workshop.submit(workshop.file(training_rows(12)))
     assert _validate(workshop)
     assert workshop.job(job_id).state == "queued"
-    assert any("the job waits for one that has a GPU with 0.5 GiB" in line for line in workshop.story(job_id))
+    assert any("the job waits for one with a GPU with 0.5 GiB" in line for line in workshop.story(job_id))
 
 
 def test_a_lost_object_fails_its_job_and_holds_no_other_up(workshop: Workshop) -> None:
@@ -362,7 +362,7 @@ def test_a_lost_object_fails_its_job_and_holds_no_other_up(workshop: Workshop) -
     assert _validate(workshop)
     assert _validate(workshop)
     assert (workshop.job(first).state, workshop.job(second).state) == ("failed", "queued")
-    assert "is not in storage" in str(workshop.job(first).error_message)
+    assert "is missing from storage" in str(workshop.job(first).error_message)
 
 
 def test_a_spec_that_is_not_understood_any_more_fails_its_job_and_holds_no_other_up(workshop: Workshop) -> None:
@@ -391,7 +391,7 @@ def test_a_job_that_ends_its_validating_worker_three_times_fails_and_holds_no_ot
     assert _validate(workshop)
     job = workshop.job(poison)
     assert (job.state, job.error_code, job.validations) == ("failed", "validation_lost", 3)
-    assert "ended 3 times" in str(job.error_message)
+    assert "stopped 3 times" in str(job.error_message)
     assert _validate(workshop)
     assert workshop.job(other).state == "queued"
 
@@ -450,7 +450,7 @@ def test_a_registered_base_is_converted_published_and_kept_as_this_hosts_copy(
     with workshop.session() as session:
         good, bad = session.get_one(Model, "mine"), session.get_one(Model, "nothing")
     assert (good.status, bad.status) == ("ready", "error"), good.status_details
-    assert "cannot become a base model" in str(bad.status_details)
+    assert "cannot be used as a base model" in str(bad.status_details)
     with workshop.session() as session:
         terse = session.get_one(Model, "terse")
     assert terse.status == "ready", terse.status_details

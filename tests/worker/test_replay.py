@@ -32,4 +32,4 @@ def test_a_job_replays_a_file_and_says_so(workshop: Workshop) -> None:
     job = workshop.until_state(job_id, "succeeded")
     assert (job.step, job.total_steps) == (6, 6)
     assert f"Replay of 3 of 6 rows of {general}: 3 an epoch, 20.0% of its rows" in workshop.story(job_id)
-    assert not [line for line in workshop.story(job_id) if "flatter" in line]
+    assert not [line for line in workshop.story(job_id) if "too good" in line]

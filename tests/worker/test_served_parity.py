@@ -122,7 +122,7 @@ def test_adapter_that_cannot_be_loaded_is_refused(run: Path) -> None:
     found = _check(run)
     assert (found.status, found.withheld, found.rows) == ("refused", True, 12)
     assert found.reason is not None
-    assert "cannot be laid on their base" in found.reason
+    assert "cannot be loaded onto its base" in found.reason
 
 
 @pytest.mark.parametrize(

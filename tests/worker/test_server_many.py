@@ -182,7 +182,7 @@ def test_adapter_that_is_corrupt_in_storage_is_an_error_of_its_own(ask: Any, sho
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with ask(stream=True, max_tokens=50_000) as stream:
         next(stream)
-        with pytest.raises(openai.InternalServerError, match="does not have the recorded sha256") as refused:
+        with pytest.raises(openai.InternalServerError, match="is damaged: its sha256 is") as refused:
             ask("b")
         assert refused.value.code == "checksum_mismatch"
         assert next(stream)

@@ -51,7 +51,7 @@ def test_model_server_without_its_plug_in_ends_and_names_it() -> None:
 def test_a_worker_whose_driver_fails_ends_and_says_what_to_do(workshop: Workshop) -> None:
     worker = workshop.start("train", **driver(workshop, fails=6))
     assert worker.wait(60) == 1
-    assert "set CUDA_VISIBLE_DEVICES to nothing" in processes.tail(workshop.folder / "train.log", 60)
+    assert "set CUDA_VISIBLE_DEVICES to an empty value" in processes.tail(workshop.folder / "train.log", 60)
 
 
 def test_the_devices_are_looked_for_once_before_the_slots_start(workshop: Workshop) -> None:

@@ -112,12 +112,12 @@ def test_an_answer_is_any_object_where_no_schema_is_named(ask: Any) -> None:
     ("asked", "said"),
     [
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}}}, "odd"),
-        ({"response_format": {"type": "json_schema"}}, "'json_schema' belongs to"),
+        ({"response_format": {"type": "json_schema"}}, "'json_schema' goes only with"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
-        ({"tool_choice": "required"}, "'tools' offers none"),
+        ({"tool_choice": "required"}, "'tools' is empty"),
         (
             {"tools": [FIND], "tool_choice": {"type": "function", "function": {"name": "stop_card"}}},
-            r"not among 'tools' \(find_card\)",
+            r"not in 'tools' \(find_card\)",
         ),
         ({"top_logprobs": 3}, "needs 'logprobs'"),
     ],

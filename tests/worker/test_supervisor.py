@@ -97,7 +97,7 @@ def test_a_conversion_that_breaks_says_why_in_one_line(tmp_path: Path, monkeypat
     (tmp_path / "worker/trainer/convert.py").write_text(f"{BAR}raise ValueError('no such tensor.')")
     monkeypatch.setattr(programs, "ROOT", tmp_path)
     reason = programs.run(["worker.trainer.convert"], tmp_path, Drain(), what="conversion")
-    assert reason == "The conversion broke: ValueError: no such tensor. The worker's log has more."
+    assert reason == "The conversion failed: ValueError: no such tensor. The worker's log has the details."
 
 
 def test_a_stray_line_that_cannot_be_written_down_does_not_end_the_listening(
@@ -227,7 +227,7 @@ def test_without_a_driver_the_host_offers_its_cpu() -> None:
     assert (cpu.index, cpu.name) == (None, "CPU")
     assert cpu.memory_bytes > 2**28
     assert devices.idle_devices([cpu]) == [cpu]
-    with pytest.raises(DriverFails, match="is gone"):
+    with pytest.raises(DriverFails, match="is missing"):
         devices.idle_devices([Device(0, "H200", 2**37, uuid="GPU-aaaa")])
 
 
@@ -272,7 +272,7 @@ def test_a_gpu_that_cannot_be_used_as_a_whole_is_left_out(
     unknown = fake_nvml.gpu("GPU-bbbb", "NVIDIA GB10", memory=None, mig=None)
     driver(divided, unknown, fake_nvml.gpu("GPU-cccc"))
     assert [gpu.index for gpu in devices.found(None)] == [2]
-    assert "GPU 0 (NVIDIA H100) is not used: it is divided by MIG" in caplog.text
+    assert "GPU 0 (NVIDIA H100) is not used: it is partitioned by MIG" in caplog.text
     assert "GPU 1 (NVIDIA GB10) is not used: its driver does not report its memory" in caplog.text
     driver(divided, unknown)
     assert devices.found(None) == []

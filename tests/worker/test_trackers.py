@@ -49,8 +49,8 @@ def test_a_job_goes_on_without_a_tracker_that_is_down(workshop: Workshop, tmp_pa
     workshop.start("train", PYTHONPATH=str(library), **own)
     workshop.until_state(job_id, "succeeded", seconds=240)
     assert sorted(_warnings(workshop, job_id)) == [
-        "This server sends nothing to MLflow: its operator has not set it up",
-        "Weights & Biases gets nothing of this run (ConnectionError). The job goes on without it",
+        "This server sends nothing to MLflow: the operator has not configured it",
+        "Weights & Biases receives nothing from this run (ConnectionError). The job continues without it",
     ]
     texts = [*workshop.story(job_id), workshop.log(job_id), *(path.read_text() for path in tmp_path.glob("*.log"))]
     assert [text for text in texts if SECRET in text] == []
@@ -134,7 +134,7 @@ def test_real_trackers_get_all_offline(workshop: Workshop, tmp_path: Path) -> No
     workshop.start("train", PYTHONPATH=path, TUNERY_MLFLOW_TRACKING_URI="http://me:hidden@127.0.0.1:1", **own)
     workshop.until_state(second, "succeeded", seconds=240)
     [warning] = _warnings(workshop, second)
-    assert warning.startswith("MLflow gets nothing of this run (")
+    assert warning.startswith("MLflow receives nothing from this run (")
     assert "hidden" not in warning
 
 

@@ -1,4 +1,4 @@
-"""Baselines: requested here, measured by a worker for I/O, stored with their results."""
+"""Baselines: requested here, measured by an I/O worker, stored with their results."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ MOST_LIVE = 4
 """Maximum unfinished baselines of a project, as each occupies a worker for minutes."""
 MAX_TRIES = 3
 """Workers that may die during one baseline before it fails."""
-_LOST = "The worker that measured it ended {tries} times before it was done. Send fewer max_rows, or a smaller model."
+_LOST = "The worker stopped {tries} times before it had measured the model. Lower max_rows, or choose a smaller model."
 
 
 # --- the owner's requests -----------------------------------------------------------------------------------------

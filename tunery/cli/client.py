@@ -24,13 +24,15 @@ class Refused(TuneryError):
 
 
 class NoAnswer(TuneryError):
-    """No answer from {url} ({reason}). Does it run? `tunery up` starts it here; TUNERY_API_URL names another place."""
+    """No answer from {url} ({reason}). Start the API on this machine with `tunery up`, or set TUNERY_API_URL to its
+    address."""
 
     code = "no_answer"
 
 
 class NoKey(TuneryError):
-    """No API key. Set TUNERY_API_KEY or pass --key; `tunery up` printed the first, `tunery keys create` makes more."""
+    """No API key. Set TUNERY_API_KEY or pass --key; `tunery up` printed the first key, and `tunery keys create` makes
+    others."""
 
     code = "no_key"
 

@@ -31,7 +31,8 @@ Project = Annotated[str, typer.Option("--project", "-p", help="A project's name 
 
 
 class NoDatabase(TuneryError):
-    """No use of the database at {url}: {reason} Set TUNERY_DATABASE_URL, or run this beside a running `tunery up`."""
+    """The database at {url} cannot be used: {reason} Set TUNERY_DATABASE_URL, or run this command while `tunery up` is
+    running."""
 
     code = "no_database"
 

@@ -1,4 +1,4 @@
-"""Cleanings of uploaded files: requested here, run by a worker for I/O, stored with the file that they make."""
+"""Cleanings of uploaded files: requested here, run by an I/O worker, stored with the file that they make."""
 
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -16,7 +16,7 @@ from tunery.storage import Stored
 
 MAX_TRIES = 3
 """Workers that may die during one cleaning before it fails."""
-_LOST = "The worker that cleaned the file ended {tries} times before it was done. Look for rows that are very large."
+_LOST = "The worker stopped {tries} times before it had cleaned the file. Look for very large rows."
 
 
 def request(

@@ -12,25 +12,25 @@ class FileInUse(Rejected):
 
 
 class NoReport(Rejected):
-    """File '{file}' has the purpose '{purpose}', so it has no report: upload it with the purpose 'fine-tune'."""
+    """File '{file}' has the purpose '{purpose}', so it has no report. Upload it again with the purpose 'fine-tune'."""
 
     code = "no_report"
 
 
 class NoTrainingRows(InvalidRows):
-    """The file cannot be trained from. {reason}"""
+    """The file cannot be used for training. {reason}"""
 
     code = "no_training_rows"
 
 
 class CannotHoldOut(Rejected):
-    """No rows can be held out: rows that ask nearly the same stay together, and of the {rows} that are left all do.
-    Add other rows, or leave 'held_out' out."""
+    """No rows can be held out: rows with nearly the same prompt are kept together, and all {rows} remaining rows are
+    such a group. Add other rows, or omit 'held_out'."""
 
     code = "cannot_hold_out"
 
 
 class NothingLeft(Rejected):
-    """No row is left of the file's {rows}. Choose fewer actions, or correct the rows."""
+    """The cleaning would remove all {rows} rows of the file. Choose fewer actions, or correct the rows."""
 
     code = "nothing_left"

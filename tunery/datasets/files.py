@@ -106,7 +106,7 @@ def list_page(
 def check_trainable(file: File, *, param: str) -> None:
     """Raises InvalidValue for a file that a job must not use; one that is still processing is allowed."""
     if file.status == "error":
-        reason = f"File '{file.id}' cannot be trained from. {file.status_details or 'It could not be read.'}"
+        reason = f"File '{file.id}' cannot be used for training. {file.status_details or 'It could not be read.'}"
         raise InvalidValue(param=param, reason=reason)
     if not file.sha256:  # a job records the digest of its inputs
         reason = f"File '{file.id}' is still being written. Wait until its status is 'processed'."

@@ -1,4 +1,4 @@
-"""Reports of files: requested here, made by a worker for I/O, stored by file content."""
+"""Reports of files: requested here, made by an I/O worker, stored by file content."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +20,8 @@ QUEUED, RUNNING, READY, FAILED = "queued", "running", "ready", "failed"
 MAX_TRIES = 3
 """Workers that may die during one report before it fails, as others wait behind it."""
 _LOST = (
-    "The worker that read the file ended {tries} times before the report was done. Look for rows that are very large; "
-    "the server's operator finds more in the log of the worker for I/O."
+    "The worker stopped {tries} times before it had made the report. Look for very large rows, or ask the operator to "
+    "read the I/O worker's log."
 )
 
 
@@ -148,7 +148,7 @@ def _tell_files(session: Session, report: FileReport) -> None:
 
 
 def note(session: Session, file: File, outcome: str, data: dict[str, Any] | None = None) -> None:
-    """Writes the event that a file is processed, or cannot be trained from; wakes the webhooks."""
+    """Writes the event that a file is processed, or cannot be used for training; wakes the webhooks."""
     values = {"id": ids.new(ids.FILE_EVENT), "file_id": file.id, "outcome": outcome, "data": data, "fanned_out": False}
     session.execute(insert(FileEvent).values(values).on_conflict_do_nothing())
     dispatch.nudge_after_commit(session, dispatch.IO)

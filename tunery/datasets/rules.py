@@ -79,8 +79,9 @@ class Summary:
         if not long:
             return []
         return [
-            f"{len(long)} of {len(self.answer_tokens)} wanted answers have more tokens than evaluation.max_new_tokens "
-            f"({limit}), so no answer there can be right: {_lines(long)}. Send at least {self.longest_answer}."
+            f"{len(long)} of {len(self.answer_tokens)} expected answers have more tokens than "
+            f"evaluation.max_new_tokens ({limit}), so no model can answer these rows correctly: {_lines(long)}. Set it "
+            f"to at least {self.longest_answer}."
         ]
 
     def warnings(self, max_length: int) -> list[str]:
@@ -88,37 +89,38 @@ class Summary:
         found = [f"The file has {described}." for described in [self.shape.describe()] if described]
         if self.truncated:
             found.append(
-                f"{len(self.truncated)} of {self.examples} examples are longer than {max_length} tokens and lose their "
-                f"end, so their last answer teaches no end: {_lines(self.truncated)}. Raise max_seq_length to keep it."
+                f"{len(self.truncated)} of {self.examples} examples are longer than {max_length} tokens and are "
+                f"truncated, so the model does not learn where their last answer ends: {_lines(self.truncated)}. Raise "
+                "max_seq_length to keep their end."
             )
         if self.left_out:
             found.append(
-                f"{len(self.left_out)} of {self.examples} examples lose a part of an answer to the cut at {max_length} "
+                f"{len(self.left_out)} of {self.examples} examples lose part of an answer to the limit of {max_length} "
                 f"tokens and are left out: {_lines(self.left_out)}. Raise max_seq_length to keep them."
             )
         if self.unlearnable:
             found.append(
-                f"{len(self.unlearnable)} of {self.examples} examples lose their whole answer to the cut at "
+                f"{len(self.unlearnable)} of {self.examples} examples lose their whole answer to the limit of "
                 f"{max_length} tokens and are left out: {_lines(self.unlearnable)}."
             )
         if self.silent:
             found.append(
                 f"{len(self.silent)} of {self.examples} examples have an assistant message that is empty or blank and "
-                f"calls no tool, so it teaches to end the turn at once: {_lines(self.silent)}. Remove it, or give it "
-                "the weight 0."
+                f"calls no tool, which teaches the model to end its turn at once: {_lines(self.silent)}. Remove the "
+                "message, or give it the weight 0."
             )
         if self.unknown_keys:
-            found.append(f"The rows have keys that are not read and teach nothing: {_names(list(self.unknown_keys))}.")
+            found.append(f"The rows have keys that are ignored in training: {_names(list(self.unknown_keys))}.")
         if self.unscorable:
             found.append(
-                f"{len(self.unscorable)} of {self.examples} test examples want an empty answer, which the scorecard "
-                f"leaves out: {_lines(self.unscorable)}."
+                f"{len(self.unscorable)} of {self.examples} test examples have an empty expected answer and are left "
+                f"out of the scorecard: {_lines(self.unscorable)}."
             )
         if self.spelled:
             tokens = sorted({token for spelled in self.spelled.values() for token in spelled})
             found.append(
-                f"{len(self.spelled)} of {self.examples} examples spell special tokens of the model "
-                f"({', '.join(tokens[:_SHOWN])}): {_lines(list(self.spelled))}. They are learned as plain text there."
+                f"{len(self.spelled)} of {self.examples} examples contain special tokens of the model as text "
+                f"({', '.join(tokens[:_SHOWN])}): {_lines(list(self.spelled))}. They are tokenised as plain text."
             )
         return found
 
@@ -210,8 +212,8 @@ def _check_enough(summary: Summary, role: FileRole, least: int) -> None:
         raise InvalidTrainingFile(
             param=f"{role}_file",
             role=role,
-            reason="No example wants an answer with text, so none can be scored. Add some, or leave "
-            "evaluation.test_file out.",
+            reason="No example has an expected answer with text, so none can be scored. Add such examples, or omit "
+            "evaluation.test_file.",
         )
 
 
@@ -221,7 +223,8 @@ def _all_of(faults: dict[int, InvalidTrainingFile], role: FileRole) -> InvalidTr
     reason = faults[first].fields["reason"]
     if others:
         reason += (
-            f" There are more: {_lines(others)}{'; reading stopped there' if len(faults) == _MOST_FAULTS else ''}."
+            " More rows are invalid: "
+            f"{_lines(others)}{'; later rows were not read' if len(faults) == _MOST_FAULTS else ''}."
         )
     return InvalidTrainingFile(param=f"{role}_file", role=role, reason=reason)
 
@@ -312,8 +315,8 @@ class Overlap:
             return None
         more = f" and {len(shared) - _SHOWN} more" if len(shared) > _SHOWN else ""
         return (
-            f"It shares {len(shared)} example(s) with the training file: {', '.join(shared[:_SHOWN])}{more}. "
-            "Remove them from one of the two."
+            f"It shares {len(shared)} example(s) with the training file: {', '.join(shared[:_SHOWN])}{more}. Remove "
+            "them from one of the two files."
         )
 
 

@@ -10,20 +10,20 @@ class QuotaExceeded(TuneryError):
 
 
 class NoScorecard(NotFound):
-    """Job '{id}' has no scorecard: it named no evaluation.test_file, or has not been measured yet."""
+    """Job '{id}' has no scorecard: either it has no evaluation.test_file, or it has not been evaluated yet."""
 
 
 class NoReproduction(NotFound):
-    """Job '{id}' runs no other one again, so there is nothing to compare it with.
-    `POST /v1/fine_tuning/jobs/{id}/rerun` makes a job that does."""
+    """Job '{id}' is not a rerun, so there is nothing to compare it with. `POST /v1/fine_tuning/jobs/{id}/rerun` creates
+    a rerun of it."""
 
 
 class InputGone(NotFound):
-    """The {kind} '{id}', with which job '{job}' ran, was deleted. Send another as '{field}' to run the job on that."""
+    """The {kind} '{id}' of job '{job}' has been deleted. Name another one as '{field}' to run the job with that."""
 
 
 class InputChanged(Rejected):
-    """The {kind} '{id}' is not what job '{job}' ran with: its sha256 was {then} and is {now}. Send another as
+    """The {kind} '{id}' has changed since job '{job}' ran: its sha256 was {then} and is now {now}. Name another one as
     '{field}', or create a new job."""
 
     code = "input_changed"
@@ -36,7 +36,8 @@ class ExceedsInventory(Rejected):
 
 
 class LeaseLost(TuneryError):
-    """Attempt {attempt} of job '{job}' is over: another hand moved the job on. Nothing was written."""
+    """Attempt {attempt} of job '{job}' is over: the job has changed state or belongs to another worker. Nothing was
+    written."""
 
     code = "lease_lost"
 

@@ -193,7 +193,7 @@ def _give_back(
     if job.pause_requested == "pause":
         ledger.move(session, job, State.PAUSED, message=f"{reason}; the job is paused", **values)
     else:
-        message = f"{reason}; the job waits for a worker again"
+        message = f"{reason}; the job is queued again"
         ledger.move(session, job, State.QUEUED, message=message, level="warn", queued_at=job.queued_at, **values)
 
 
@@ -260,7 +260,7 @@ def _reap_where(
         was_stopped = (job.id, attempt.number) in stopped
         if job.state == State.RUNNING and job.fence == attempt.number:
             if was_stopped:
-                _give_back(session, job, reason="The worker was stopped while the database was away", fault=None)
+                _give_back(session, job, reason="The worker stopped while the database was unreachable", fault=None)
             else:
                 _give_back(session, job, reason="The worker was lost", fault="lost")
         outcome = "preempted" if was_stopped else "lost"

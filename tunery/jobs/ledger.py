@@ -187,7 +187,7 @@ def pause(session: Session, project_id: str, job_id: str) -> Job:
         if job.pause_requested != "pause":
             job.pause_requested = "pause"
             session.flush()
-            note(session, job.id, "Pausing: the job saves its state first")
+            note(session, job.id, "Pausing: the job is saving its state")
     elif job.state != State.PAUSED:
         raise WrongState(
             kind="Fine-tuning job",
@@ -203,11 +203,11 @@ def resume(session: Session, project_id: str, job_id: str) -> Job:
     """Returns a paused job to its old place in the queue. Raises NotFound, WrongState."""
     job = find(session, project_id, job_id, lock=True)
     if job.state == State.PAUSED:
-        move(session, job, State.QUEUED, message="The job was resumed and waits for a worker", queued_at=job.queued_at)
+        move(session, job, State.QUEUED, message="The job was resumed and is queued", queued_at=job.queued_at)
     elif job.state == State.RUNNING and job.pause_requested == "pause":
         job.pause_requested = None
         session.flush()
-        note(session, job.id, "The pause was taken back")
+        note(session, job.id, "The request to pause was withdrawn")
     else:
         raise WrongState(
             kind="Fine-tuning job", id=job_id, state=job.state, action="resumed", instead="Only paused jobs can be."

@@ -109,8 +109,9 @@ def border_warnings(
     length = min(plan.max_seq_length, longest or sys.maxsize)
     size = memory.gib(max(device.memory_bytes for device in find_gpus(devices)))
     return [
-        f"Rows of {length} tokens may not fit on the largest GPU here, which has {size}. The trainer measures before "
-        "the first step, and ends the job where they do not. Lower max_seq_length, or use a lighter technique."
+        f"Rows of {length} tokens may not fit on the largest GPU here, which has {size}. The trainer measures this "
+        "before the first step and fails the job if they do not fit. Lower max_seq_length, or use a technique that "
+        "needs less memory."
     ]
 
 
@@ -119,7 +120,7 @@ def warnings(devices: Sequence[HostDevice], *, gpus: int, gpu_bytes: int, cpu_by
     ignored where there is a GPU."""
     if not devices:
         needs = f"a GPU with {memory.gib(gpu_bytes)} of memory, or a host with {memory.gib(cpu_bytes)}"
-        return [f"No worker for training has come yet: the job waits for one that has {needs}."]
+        return [f"No training worker has connected yet: the job waits for one with {needs}."]
     of_host = None if find_gpus(devices) else cpu_bytes
     missing = waiting.lack(devices, gpus=gpus, gpu_bytes=gpu_bytes, cpu_bytes=of_host)
     return [] if missing is None else [f"No host here can take the job. It waits for {missing}."]

@@ -44,7 +44,7 @@ def _device(session: Session, job: Job, devices: Sequence[HostDevice]) -> str:
     most = session.get_one(Project, job.project_id).max_running
     if most is not None and _live(session, Job.project_id == job.project_id) >= most:
         return f"another job of its project to end: {most} may run at a time"
-    return f"{_wanted(job)} to be free; jobs of higher priority, or older, go first"
+    return f"{_wanted(job)} to become free; jobs with a higher priority, or older ones, go first"
 
 
 def _live(session: Session, whose: ColumnElement[bool]) -> int:
@@ -62,7 +62,7 @@ def lack(devices: Sequence[HostDevice], *, gpus: int, gpu_bytes: int, cpu_bytes:
     `gpu_bytes` is what it needs on each GPU, `cpu_bytes` on a host without one: None if it must not run on a CPU.
     """
     if not devices:
-        return "a worker for training: none has come within the last hour"
+        return "a training worker: none has connected within the last hour"
     cards = [device for device in devices if device.gpu_index is not None]
     large = [card.host for card in cards if card.memory_bytes >= gpu_bytes]
     if max((large.count(host) for host in large), default=0) >= gpus or _fits_a_cpu(devices, gpus, cpu_bytes):
@@ -70,7 +70,7 @@ def lack(devices: Sequence[HostDevice], *, gpus: int, gpu_bytes: int, cpu_bytes:
     if gpus > 1:
         hosts = [card.host for card in cards]
         most = max((hosts.count(host) for host in hosts), default=0)
-        has = str(most or "none") if most < gpus else f"{most}, of which not all have that memory"
+        has = str(most or "none") if most < gpus else f"{most}, not all of them with that memory"
         memory = f" with {gib(gpu_bytes)} of memory each" if most >= gpus else ""
         return f"{gpus} GPUs of one host{memory}; the largest worker has {has}"
     largest = max((card.memory_bytes for card in cards), default=0)

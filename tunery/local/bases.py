@@ -9,13 +9,13 @@ from tunery.local import paths
 
 
 class NoModel(TuneryError):
-    """No GGUF file of {base} in {folder}. Run `{command}`, which fetches it."""
+    """No GGUF file of {base} in {folder}. Run `{command}` to download it."""
 
     code = "no_model"
 
 
 class UnknownBase(TuneryError):
-    """There is no base '{name}' for the demo. Take one of: {names}."""
+    """The demo has no base '{name}'. Choose one of: {names}."""
 
     code = "unknown_base"
 

@@ -11,7 +11,7 @@ UNPROXIED: Mapping[str, None] = dict.fromkeys(("all://127.0.0.1", "all://localho
 
 
 class NotACheckout(TuneryError):
-    """{folder} holds no `api` and `worker`. Run this from a checkout of Tunery in which `make setup` was run."""
+    """{folder} does not contain `api` and `worker`. Run this from a checkout of Tunery after `make setup`."""
 
     code = "not_a_checkout"
 

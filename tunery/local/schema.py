@@ -17,8 +17,8 @@ from tunery.local.postgres import Postgres
 
 
 class SeveralHeads(TuneryError):
-    """{number} migrations have no successor: {heads}. They were made side by side: in the later one, name the revision
-    of the other as `down_revision`."""
+    """{number} migrations have no successor: {heads}. They were created in parallel: in the later one, set
+    `down_revision` to the revision of the other."""
 
     code = "several_heads"
 

@@ -1,6 +1,6 @@
 """The embedded stack: everything Tunery needs on one machine, started in order and stopped completely.
 
-    PostgreSQL, Valkey -> migrations -> API, worker for I/O, worker for training, model server
+    PostgreSQL, Valkey -> migrations -> API, I/O worker, training worker, model server
 
 Each service is a child process in its own session, with its output in `<home>/logs/<name>.log`. While the stack runs,
 `<home>/stack.json` has its addresses, by which other commands on this machine find it.
@@ -41,14 +41,14 @@ class HomeInUse(TuneryError):
 
 
 class ServiceDied(TuneryError):
-    """{name} ended with status {status}. Its log, {log}, ends with:
+    """{name} exited with status {status}. Its log, {log}, ends with:
     {tail}"""
 
     code = "service_died"
 
 
 class PortTaken(TuneryError):
-    """Port {port} of 127.0.0.1 is taken. Stop the program that holds it, or choose another with --port."""
+    """Port {port} of 127.0.0.1 is in use. Stop the program that uses it, or choose another port with --port."""
 
     code = "port_taken"
 

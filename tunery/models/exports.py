@@ -1,4 +1,4 @@
-"""Exports of jobs' models: one at a time per model, requested here and made by a worker for I/O."""
+"""Exports of jobs' models: one at a time per model, requested here and made by an I/O worker."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Imports adapters that were trained elsewhere: sent as an archive, checked against their base by a worker for I/O."""
+"""Imports adapters that were trained elsewhere: sent as an archive, checked against their base by an I/O worker."""
 
 from typing import Any, Literal
 

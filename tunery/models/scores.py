@@ -1,4 +1,4 @@
-"""Scorecards of adapters without training: one at a time per model, requested here and made by a worker for I/O."""
+"""Scorecards of adapters without training: one at a time per model, requested here and made by an I/O worker."""
 
 from typing import Any
 

@@ -123,9 +123,9 @@ def check_technique(technique: Technique | None, model_info: Mapping[str, Any]) 
         _check_tokens(technique, model_info.get("vocab_size"))
     if isinstance(technique, Lora) and technique.target_modules == "all-linear":
         if technique.dropout:
-            _check_option("dropout", "Send dropout 0", model_info.get("dropout"))
+            _check_option("dropout", "Set dropout to 0", model_info.get("dropout"))
         if technique.use_dora:
-            _check_option("use_dora", "Send use_dora false", model_info.get("dora"))
+            _check_option("use_dora", "Set use_dora to false", model_info.get("dora"))
 
 
 def _check_tokens(technique: Lora, vocabulary: int | None) -> None:
@@ -133,7 +133,8 @@ def _check_tokens(technique: Lora, vocabulary: int | None) -> None:
     if beyond:
         raise InvalidValue(
             param="technique.trainable_token_indices",
-            reason=f"The base has tokens 0 to {(vocabulary or 0) - 1}, and no {beyond[0]}. Name tokens of its own.",
+            reason=f"The base has no token {beyond[0]}: its tokens are 0 to {(vocabulary or 0) - 1}. Choose tokens in "
+            "this range.",
         )
 
 
@@ -141,8 +142,8 @@ def _check_option(name: str, instead: str, reason: str | None) -> None:
     if reason:
         raise InvalidValue(
             param=f"technique.{name}",
-            reason=f"Adapters on all of this base's layers can have no {name} ({reason.rstrip('.')}). {instead}, or "
-            "name target_modules.",
+            reason=f"This base does not support {name} on all of its layers ({reason.rstrip('.')}). {instead}, or list "
+            "target_modules.",
         )
 
 
@@ -166,7 +167,7 @@ def check_modules(technique: Technique | None, model_info: Mapping[str, Any]) ->
             ends = dict.fromkeys(module.rpartition(".")[2] for module in known)
             raise InvalidValue(
                 param="technique.target_modules",
-                reason=f"The base has no linear layer '{name}'. Use 'all-linear', or name some of: {', '.join(ends)}.",
+                reason=f"The base has no linear layer '{name}'. Use 'all-linear', or choose from: {', '.join(ends)}.",
             )
 
 
@@ -175,8 +176,8 @@ def warnings(plan: Plan, *, examples: int, model_info: Mapping[str, Any], asked_
     found = [*_of_rate(plan, model_info), *_of_rows(plan, examples)]
     if asked_length is not None and asked_length > plan.max_seq_length:
         found.append(
-            f"max_seq_length {asked_length} is more than the model's context of {plan.max_seq_length} tokens, which is "
-            "used instead."
+            f"max_seq_length {asked_length} exceeds the model's context of {plan.max_seq_length} tokens, which is used "
+            "instead."
         )
     if isinstance(plan.technique, Lora):
         found += [*_of_adapter(plan, plan.technique), *_of_size(plan.technique, examples)]
@@ -192,7 +193,7 @@ def _of_rate(plan: Plan, model_info: Mapping[str, Any]) -> list[str]:
     if plan.learning_rate > high:
         return [
             f"The learning rate {plan.learning_rate:.1e} is high: the model may forget what it knew, or the loss may "
-            f"blow up. {usual}"
+            f"diverge. {usual}"
         ]
     if plan.learning_rate < low:
         return [f"The learning rate {plan.learning_rate:.1e} is low: the model may learn little. {usual}"]
@@ -203,24 +204,31 @@ def _of_rows(plan: Plan, examples: int) -> list[str]:
     found = []
     if examples < _FEW_EXAMPLES:
         found.append(
-            f"{examples} examples are few: {_FEW_EXAMPLES} to 100 good ones usually make a visible difference."
+            f"{examples} examples are few: {_FEW_EXAMPLES} to 100 good ones are usually needed for a visible "
+            "difference."
         )
     if plan.batch_size > examples:
-        found.append(f"The batch size {plan.batch_size} is more than the {examples} examples: each epoch is one step.")
+        found.append(
+            f"The batch size {plan.batch_size} exceeds the number of examples ({examples}), so each epoch is a single "
+            "step."
+        )
     if plan.n_epochs > _EPOCHS and plan.n_epochs * examples > _MOST_SEEN:
-        found.append(f"{plan.n_epochs} epochs of {examples} examples is long: {_EPOCHS} are usually enough.")
+        found.append(f"{plan.n_epochs} epochs are many for {examples} examples: {_EPOCHS} are usually enough.")
     return found
 
 
 def _of_adapter(plan: Plan, technique: Lora) -> list[str]:
     found = []
     if plan.batch_size > _LARGE_LORA_BATCH:
-        found.append(f"LoRA learns worse from large batches: {plan.batch_size} is more than {_LARGE_LORA_BATCH}.")
+        found.append(
+            f"LoRA learns worse from large batches: use at most {_LARGE_LORA_BATCH} rather than {plan.batch_size}."
+        )
     if technique.dropout > _HIGH_DROPOUT:
-        found.append(f"A dropout of {technique.dropout:g} is high for an adapter: 0 to 0.1 is usual.")
+        found.append(f"A dropout of {technique.dropout:g} is high for an adapter: the usual range is 0 to 0.1.")
     if technique.target_modules != "all-linear" and not any("proj" in n and n[0] in "gud" for n in _names(technique)):
         found.append(
-            "target_modules leaves out the feed-forward layers, which no rank makes up for: 'all-linear' learns better."
+            "target_modules leaves out the feed-forward layers, and a higher rank does not compensate for that: "
+            "'all-linear' learns better."
         )
     return found
 
@@ -229,26 +237,28 @@ def _of_size(technique: Lora, examples: int) -> list[str]:
     found = []
     if technique.r > LARGE_RANK and examples < MANY_EXAMPLES:
         found.append(
-            f"Rank {technique.r} is large for {examples} examples: it has room to learn them by heart. Use r "
-            f"{LARGE_RANK} or less, or at least {MANY_EXAMPLES} examples."
+            f"Rank {technique.r} is large for {examples} examples: the adapter can memorise them. Use r {LARGE_RANK} "
+            f"or less, or at least {MANY_EXAMPLES} examples."
         )
     low, high = (technique.r * times for times in ALPHA_BAND)
     is_ours = technique.alpha == Lora.model_fields["alpha"].default
     if not is_ours and not technique.use_rslora and not low <= technique.alpha <= high:
         found.append(
-            f"alpha {technique.alpha:g} lies outside 2 to 4 times the rank ({low} to {high}): it multiplies the update "
-            f"by {technique.alpha / technique.r:g}, and the default rate was not made for that. Leave alpha out, or "
-            "change learning_rate with it."
+            f"alpha {technique.alpha:g} is outside 2 to 4 times the rank ({low} to {high}): it multiplies the update "
+            f"by {technique.alpha / technique.r:g}, for which the default learning rate is not tuned. Omit alpha, or "
+            "adjust learning_rate too."
         )
     return found
 
 
 def _of_full(plan: Plan) -> str:
-    forgets = "A full fine-tune moves every weight, so the model forgets more of what it could do than with LoRA."
+    forgets = (
+        "A full fine-tune changes every weight, so the model forgets more of its general abilities than with LoRA."
+    )
     if plan.replay is not None:
-        return f"{forgets} Replay works against it; technique 'lora' forgets less still."
+        return f"{forgets} Replay reduces this; technique 'lora' forgets even less."
     if plan.method.type != "supervised":
-        return f"{forgets} Use technique 'lora': replay, which works against it, is for supervised training alone."
+        return f"{forgets} Use technique 'lora': replay, which reduces this, is available only for supervised training."
     return f"{forgets} Use technique 'lora', or add replay ('replay': {{}})."
 
 

@@ -24,7 +24,7 @@ def warnings(model_info: Mapping[str, Any], technique: Technique, tokens: int) -
         return [f"The adapter may be too small: it has {sizes}. {_higher(technique, tokens / learns)}"]
     if learns > MOST_PER_TOKEN * tokens:
         least = "Use a lower r, or" if technique.r > 1 else "Add rows, or"
-        text = f"The adapter has room to learn the rows by heart: it has {sizes}. {least} watch the validation loss."
+        text = f"The adapter can memorise the rows: it has {sizes}. {least} watch the validation loss."
         return [text]
     return []
 
@@ -50,5 +50,5 @@ def _higher(technique: Lora, times: float) -> str:
     while rank < technique.r * times:
         rank *= 2
     if rank > MAX_RANK:
-        return "No rank holds that much: use technique 'full' with replay, or fewer rows."
-    return f"Use r {rank}: that is one parameter a token."
+        return "No rank is large enough: use technique 'full' with replay, or fewer rows."
+    return f"Use r {rank}, which gives one parameter per token."

@@ -13,7 +13,7 @@ from tunery.spec import Full, Lora, Qlora, Resources, Technique
 GPU_COUNTS: tuple[int, ...] = get_args(Resources.model_fields["gpus"].annotation)
 """Numbers of GPUs that a job may request."""
 _SHORTEST = 256
-_FORCE = "Set resources.force to true to try it all the same."
+_FORCE = "Set resources.force to true to try anyway."
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ def advise(model_info: Mapping[str, Any], technique: Technique, capacity: int, *
     shorter = find_shorter(model_info, technique, capacity, of_run)
     if shorter is not None:
         return f"Lower max_seq_length to {shorter}."
-    return f"Use a smaller base model, or a worker with a larger {'GPU' if of_run['device'] == 'cuda' else 'memory'}."
+    return (
+        f"Use a smaller base model, or a worker with {'a larger GPU' if of_run['device'] == 'cuda' else 'more memory'}."
+    )
 
 
 def _more_gpus(

@@ -75,7 +75,7 @@ def _names_vocabulary(modules: Any) -> bool:
 def why_not(adapter: AdapterTraits, limits: Limits) -> tuple[str, str] | None:
     """Returns the offending field and the reason, with what to change, if an adapter cannot be served; else None."""
     rules = (
-        (adapter.use_dora, "use_dora", "vLLM has no DoRA. Send use_dora false"),
+        (adapter.use_dora, "use_dora", "vLLM has no DoRA. Set use_dora to false"),
         (
             bool(adapter.modules_to_save),
             "modules_to_save",

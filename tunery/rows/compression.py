@@ -89,7 +89,7 @@ class Expander:
     def close(self) -> None:
         """Ends the file. Raises InvalidRows if it is truncated."""
         if self._stream is not None:
-            raise self._refuse("ends in the middle: it is not whole. Compress it again, or send it again.")
+            raise self._refuse("is incomplete. Compress it again, or send it again.")
         if self._rest:
             raise self._refuse(_FOLLOWED)
 
@@ -125,7 +125,7 @@ class Expander:
         return InvalidRows(param="file", format=self.kind, line=1, reason=f"the file {reason}")
 
 
-_FOLLOWED = "is followed by something that is not compressed. Send one compressed file."
+_FOLLOWED = "is followed by uncompressed data. Send only the compressed file."
 
 
 def recognise(head: bytes) -> str | None:

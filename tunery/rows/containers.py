@@ -89,7 +89,7 @@ _NO_ROWS = "does not begin with a JSON object in braces. Send JSON Lines, a JSON
 
 def _text(head: bytes) -> str | None:
     if head.startswith(_LFS):
-        return "is a Git LFS pointer, not the data itself. Run 'git lfs pull' and send the file that it brings."
+        return "is a Git LFS pointer, not the data itself. Run 'git lfs pull' and send the downloaded file."
     if is_list_of_messages(head):
         return 'is a list of messages. Write each conversation as {"messages": [...]}.'
     if _MARKUP.match(head):

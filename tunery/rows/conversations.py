@@ -52,7 +52,7 @@ def decoded(value: Any, key: str) -> Any:
     try:
         return strict_json.load_value(value)
     except ValueError as error:
-        raise ValueError(f"'{key}' must be a list, or a JSON list spelled as a string: {error}") from None
+        raise ValueError(f"'{key}' must be a list, or a JSON list written as a string: {error}") from None
 
 
 def _message(turn: Any, calls: deque[str], number: int) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _message(turn: Any, calls: deque[str], number: int) -> dict[str, Any]:
 
 def _role(speaker: Any, fields: dict[str, Any]) -> str:
     if not isinstance(speaker, str):
-        raise ValueError("has no speaker. Give it 'from': human, gpt, system, function_call or observation.")  # noqa: TRY004 (as below)
+        raise ValueError("has no speaker. Set 'from' to human, gpt, system, function_call or observation.")  # noqa: TRY004 (as below)
     if speaker == "function":
         return "function" if "name" in fields else "tool"
     if speaker.casefold() not in ROLES:

@@ -200,7 +200,7 @@ class Environment(ImmutableSandboxedEnvironment):
             _refuse_size(_product_size(left, right))
             _refuse_product(left, right)
         elif operator == "**" and not (abs(left) <= 2**32 and abs(right) <= 16):
-            raise LimitExceeded("the template raises a number to a power beyond all use")
+            raise LimitExceeded("the template raises a number to too large a power")
         elif operator == "%" and isinstance(left, str):
             _refuse_percent(left)
         return super().call_binop(context, operator, left, right)
@@ -239,12 +239,12 @@ def _refuse_product(left: Any, right: Any) -> None:
     """Raises LimitExceeded for a product that is too large: sixty squarings are only sixty operations, but the last
     would take years."""
     if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > MAX_BITS:
-        raise LimitExceeded(f"the template makes a number of more than {MAX_BITS} bits")
+        raise LimitExceeded(f"the template computes a number of more than {MAX_BITS} bits")
 
 
 def _refuse_size(size: int) -> None:
     if size > MAX_CHARACTERS:
-        raise LimitExceeded(f"the template makes a text or list larger than {MAX_CHARACTERS:,}")
+        raise LimitExceeded(f"the template builds a text or list larger than {MAX_CHARACTERS:,}")
 
 
 def _refuse_sizes(arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -255,12 +255,12 @@ def _refuse_sizes(arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
 
 def _refuse_percent(form: str) -> None:
     if _WIDE_PERCENT.search(form):
-        raise LimitExceeded("the template pads a text beyond all use")
+        raise LimitExceeded("the template pads a text too far")
 
 
 def _refuse_braces(form: str) -> None:
     if any(_WIDE_SPEC.search(spec or "") for _, _, spec, _ in Formatter().parse(form)):
-        raise LimitExceeded("the template pads a text beyond all use")
+        raise LimitExceeded("the template pads a text too far")
 
 
 def _refuse_growth(text: str, method: str, arguments: tuple[Any, ...]) -> None:

@@ -99,7 +99,11 @@ def encode_pair(
     rows = [row for encoded in both for row in encoded.sequences]
     differ = len(rows) == 2 and rows[0].input_ids != rows[1].input_ids
     if not differ and not truncated:
-        raise invalid(role, line_number, "The model's chat template writes both answers alike. Correct or remove one.")
+        raise invalid(
+            role,
+            line_number,
+            "The model's chat template renders both answers identically. Correct one of them, or remove the row.",
+        )
     spelled = tuple(dict.fromkeys(token for encoded in both for token in encoded.spelled_special))
     return Encoded([rows] if differ else [], truncated=truncated, spelled_special=spelled)
 

@@ -39,7 +39,7 @@ class JsonArrayParser:
         self._decode(b"", final=True)
         yield from self._rows(ended=True)
         if self._expects != "[":
-            raise self._refuse("the array has no end: a ']' is missing. The file may not be whole.")
+            raise self._refuse("the array has no end: a ']' is missing. Check that the file is complete.")
         if not self._number:
             raise self._refuse("the array is empty. Write one JSON object for each row.")
 
@@ -76,9 +76,9 @@ class JsonArrayParser:
         elif sign == "," and self._expects == ",":
             self._expects = "value"
         elif self._expects == "[":
-            raise self._refuse("something follows the array. Send one array of objects.")
+            raise self._refuse("there is text after the array. Send a single array of objects.")
         else:
-            raise self._refuse("expected ',' or ']' behind the row.")
+            raise self._refuse("expected ',' or ']' after the row.")
         self._at += 1
 
     def _skip_blank(self) -> bool:
@@ -99,7 +99,7 @@ class JsonArrayParser:
             self._line += self._text.count("\n", self._at, error.pos)
             raise self._refuse(f"is not JSON: {error.msg}", row=1) from None
         except RecursionError:
-            raise self._refuse("objects and lists are nested too deep.", row=1) from None
+            raise self._refuse("objects and lists are nested too deeply.", row=1) from None
         # A number may continue in the next chunk.
         return end if ended or self._text[end:].strip(_BLANK) or self._text[end - 1] in '}]"' else None
 

@@ -38,7 +38,7 @@ class JsonlParser:
         if self._rest:
             yield from self._take()
         if not self._begun:
-            raise _fault(1, "the file is empty. Write one JSON object a line.")
+            raise _fault(1, "the file is empty. Write one JSON object per line.")
 
     def _keep(self, piece: bytes) -> None:
         self._rest += piece
@@ -58,7 +58,7 @@ class JsonlParser:
         if not text.strip():
             self._blank = self._blank or self._number
         elif self._blank:
-            raise _fault(self._blank, "is blank. Remove it: blank lines may stand at the end only.")
+            raise _fault(self._blank, "is blank. Remove it: blank lines are allowed only at the end.")
         else:
             self._begun = True
             yield read_line(self._number, text)
@@ -94,13 +94,13 @@ def _cause(line: str, error: strict_json.NotJSON) -> str | None:
     """Returns the usual cause of such invalid JSON, and what to do about it."""
     column = f"(column {error.position + 1})"
     if line.startswith(_PYTHON_ONLY, error.position):
-        return f"is Python's spelling of an object, not JSON {column}. Write each row with json.dumps(row)."
+        return f"is a Python literal, not JSON {column}. Write each row with json.dumps(row)."
     if error.problem == "Extra data":
-        return f"something follows the JSON object {column}. Write one object a line, with nothing behind it but LF."
+        return f"there is text after the JSON object {column}. Write one object per line, followed only by LF."
     if error.problem.startswith("Unterminated string"):
-        return f"a string has no end on this line {column}. Spell a line break inside a string as \\n."
+        return f"a string does not end on this line {column}. Write a line break inside a string as \\n."
     if error.problem.startswith("Invalid control character"):
-        return f"a control character stands in a string {column}. Spell it with a backslash: \\t, \\r, \\u001f."
+        return f"a string contains a control character {column}. Escape it with a backslash: \\t, \\r, \\u001f."
     if error.position >= len(line.rstrip()):
-        return f"the object does not end on this line {column}. Write each object whole, on a line of its own."
+        return f"the object does not end on this line {column}. Write each object on a single line."
     return None

@@ -8,26 +8,29 @@ OF_AN_ANSWER = frozenset({"annotations", "audio", "parsed"})
 """Keys that the official client's `message.model_dump()` adds to those of a request; they can be ignored."""
 
 _JUDGED = (
-    "marks the answer as good or bad (KTO), which no method here learns from: a bad answer would be learned as a good "
-    "one. Leave the rows with bad answers out and remove the key, or send pairs of answers and the method 'dpo'."
+    "marks the answer as good or bad (KTO), which no method supports: a bad answer would be learned as a good one. "
+    "Remove the rows with bad answers and the key, or use pairs of answers and the method 'dpo'."
 )
 _RATED = (
-    "rates the answer, which no method here learns from: all answers would be learned alike. Leave the rows out whose "
-    "answers should not be learned and remove the key."
+    "rates the answer, which no method supports: all answers would be learned equally. Remove the rows whose answers "
+    "should not be learned, and the key."
 )
 _COMPARED = (
-    "is of a preference row (DPO), and this is a row with one answer. Remove the key, or send the answer that was "
-    "preferred and the one that was not, and the method 'dpo'."
+    "belongs to a preference row (DPO), but this row has a single answer. Remove the key, or add both the preferred "
+    "and the other answer and use the method 'dpo'."
 )
 _WEIGHED = (
-    "weighs the row, and all rows weigh the same here. Remove the key; an assistant message may have the 'weight' 0 "
+    "weights the row, but all rows have the same weight. Remove the key; an assistant message may have the 'weight' 0 "
     "(not learned from) or 1."
 )
-_MASKED = "says what is learned. Remove the key, and give assistant messages the 'weight' 0 (not learned from) or 1."
-_PICTURED = "holds pictures, sound or files, and only text is supported here. Remove the key, or the row."
-_RENDERED = "changes how a template writes the row, which is not supported. Remove the key."
-_SYSTEM = "would be lost. Put it into 'messages' as the first message, with the role 'system'."
-_EARLIER = "would be lost. Put the earlier turns into 'messages', before the last question."
+_MASKED = (
+    "selects what is learned, which is not supported. Remove the key, and give assistant messages the 'weight' 0 (not "
+    "learned from) or 1."
+)
+_PICTURED = "contains images, audio or files, but only text is supported. Remove the key, or the row."
+_RENDERED = "changes how a template renders the row, which is not supported. Remove the key."
+_SYSTEM = "would be ignored. Put it into 'messages' as the first message, with the role 'system'."
+_EARLIER = "would be ignored. Put the earlier turns into 'messages', before the last question."
 
 _COMPARISON = re.compile(r"(?:.*_)?(?:chosen|rejected|preferred|non_preferred)(?:_.*)?")
 _MEANINGS: dict[str, tuple[str, ...]] = {
@@ -51,12 +54,14 @@ _MEANING = {key: meaning for meaning, keys in _MEANINGS.items() for key in keys}
 _HINTS = {
     **dict.fromkeys(
         ("train", "training", "trainable", "loss", "loss_weight", "loss_scale", "loss_mask", "mask", "masked"),
-        "To leave a message out of what is learned give it the 'weight' 0",
+        "To exclude a message from training, give it the 'weight' 0",
     ),
-    **dict.fromkeys(("reasoning", "thinking", "thoughts"), "Thinking before the answer is 'reasoning_content'"),
+    **dict.fromkeys(
+        ("reasoning", "thinking", "thoughts"), "Reasoning before the answer belongs in 'reasoning_content'"
+    ),
     **dict.fromkeys(_MEANINGS[_PICTURED], "Only text is supported here: remove the message, or describe it in words"),
-    **dict.fromkeys(("value", "text", "message"), "A message's text is 'content'"),
-    "from": "A message's speaker is 'role'",
+    **dict.fromkeys(("value", "text", "message"), "A message's text belongs in 'content'"),
+    "from": "A message's speaker belongs in 'role'",
 }
 
 
@@ -110,11 +115,11 @@ _NEEDED = (
     "'chosen' and 'rejected' as whole conversations."
 )
 PREFERENCE = (
-    "Unexpected file format: this is a preference row (DPO), and the job's method learns from one answer. Use the "
+    "Unexpected file format: this is a preference row (DPO), but the job's method learns from a single answer. Use the "
     "method 'dpo' (method.type), or send chat rows with 'messages', for instance the preferred answers."
 )
 NO_PREFERENCE = (
-    "Unexpected file format: this is no preference row, and the method 'dpo' learns from pairs of answers. Use the "
+    "Unexpected file format: this is not a preference row, but the method 'dpo' learns from pairs of answers. Use the "
     f"method 'supervised' (method.type) for rows with one answer. {_NEEDED}"
 )
 HALF_A_PAIR = f"Unexpected file format: this is a preference row (DPO) without one of its two answers. {_NEEDED}"

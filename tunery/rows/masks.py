@@ -29,8 +29,8 @@ class Mask:
             return cls(tuple(answers), frozenset(answers) - frozenset(trained), with_prompts=True)
         if answers[-1] not in trained:
             raise CannotRender(
-                reason=f"Message {answers[-1] + 1}, the last answer, has the weight 0, and loss_on 'last_assistant' "
-                "learns from no other. Give it the weight 1, or leave loss_on out."
+                reason=f"Message {answers[-1] + 1}, the last answer, has the weight 0, but loss_on 'last_assistant' "
+                "trains on no other. Give it the weight 1, or leave loss_on out."
             )
         return cls((answers[-1],))
 

@@ -66,7 +66,7 @@ class FunctionCall(_Sealed):
             spelled = inner if isinstance(inner, str) else once
             strict_json.load_object(spelled)
         except ValueError as error:
-            refuse(f"must be a JSON object spelled as a string: {error}")
+            refuse(f"must be a JSON object written as a string: {error}")
         return spelled
 
     def for_template(self) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class Message(_Sealed):
                 if getattr(self, field) is not None:
                     refuse(f"has '{field}', which only an assistant message can have. Remove it or correct the role.")
         if self.role == "tool" and self.tool_call_id is None:
-            refuse("is a tool's answer without 'tool_call_id'. Give the id of the call that it answers.")
+            refuse("is a tool result without 'tool_call_id'. Add the id of the call that it answers.")
         if self.content is None and not (self.tool_calls or self.function_call or self.refusal):
             refuse("has no 'content'. Give it a text" + (" or tool_calls." if self.role == "assistant" else "."))
         return self
@@ -227,7 +227,7 @@ def _decoded(value: object) -> object:
     try:
         return strict_json.load_value(value)
     except ValueError as error:
-        refuse(f"must be a list, or a JSON list spelled as a string: {error}")
+        refuse(f"must be a list, or a JSON list written as a string: {error}")
 
 
 def _wrapped(tool: Any) -> Any:
@@ -243,7 +243,7 @@ def read_functions(fields: dict[str, Any]) -> dict[str, Any]:
     if not functions:
         return fields
     if fields.get("tools"):
-        refuse("has both 'tools' and 'functions', which is the older spelling of the same. Keep 'tools'.")
+        refuse("has both 'tools' and its older name 'functions'. Keep 'tools'.")
     if not isinstance(functions, list):
         refuse(f"'functions' must be a list, not {reasons.found(functions)}.")
     return {**fields, "tools": [{"type": "function", "function": item} for item in functions]}
@@ -284,7 +284,10 @@ class Example(BaseModel):
         if not any(message.role == "assistant" for message in self.messages):
             refuse("has no assistant message, so there is nothing to learn from. Add the answer you want.")
         if not any(message.is_trained for message in self.messages):
-            refuse("gives every assistant message the weight 0, so there is nothing to learn from. Give one weight 1.")
+            refuse(
+                "gives every assistant message the weight 0, so there is nothing to learn from. Give at least one the "
+                "weight 1."
+            )
         return self
 
     @property
@@ -317,7 +320,7 @@ def parse_row(source: SourceRow, role: FileRole = "training") -> Example:
             raise ValueError(keys.PREFERENCE)  # noqa: TRY004 (to callers every fault of a row is one kind)
         is_plain = isinstance(shape.shape, TextShape)
         if is_plain and role == "test":
-            raise ValueError("is plain text, and a test row is a question with the wanted answer. Add both.")
+            raise ValueError("is plain text, but a test row needs a question and the expected answer. Add both.")
         example = (PlainText if is_plain else Example).model_validate(fields)
     except ValidationError as error:
         where, reason = reasons.locate(error.errors()[0])
@@ -325,7 +328,7 @@ def parse_row(source: SourceRow, role: FileRole = "training") -> Example:
     except ValueError as error:
         raise invalid(role, line_number, str(error), f"{beside(source)}:") from None
     if role == "test" and example.messages[-1].role != "assistant":
-        reason = "does not end with an assistant message, which is the wanted answer. Add it."
+        reason = "does not end with an assistant message, the expected answer. Add it."
         raise invalid(role, line_number, reason, "")
     return example
 

@@ -47,7 +47,7 @@ def detect(row: Mapping[str, Any]) -> PairShape | None:
     for preferred, other in _OUTPUTS:
         if preferred in row and other in row:
             if "input" not in row:
-                raise ValueError(f"'input' is missing beside '{preferred}': the conversation before the answer.")
+                raise ValueError(f"'input' is missing beside '{preferred}'. Add the conversation before the answer.")
             return PairShape(
                 f"{preferred}/{other}", {"request": "input", "preferred": preferred, "dispreferred": other}
             )
@@ -88,7 +88,7 @@ def _in_common(
     repeated = [turn.get("content") for turn in asked if isinstance(turn, dict)] if isinstance(asked, list) else [asked]
     if any(text not in texts for text in repeated if not _is_last(text, both)):
         raise ValueError(
-            f"'{used['user']}' would be lost: it is no message of '{names[0]}'. Put it there, or remove the key."
+            f"'{used['user']}' would be ignored: it is not a message of '{names[0]}'. Put it there, or remove the key."
         )
     before = prompt_turns({**parts, "user": prompt}, used) if "system" in parts else as_given(prompt)
     return before, [said[-1:] for said in both]
@@ -113,24 +113,22 @@ def _prompt(parts: Mapping[str, Any], used: Mapping[str, str]) -> list[Any]:
 def _answer(said: list[Any], name: str) -> Any:
     """Returns the single message of an answer. Raises ValueError."""
     if not said:
-        raise ValueError(f"'{name}' is empty. Give it one message of the assistant.")
+        raise ValueError(f"'{name}' is empty. Give it one assistant message.")
     if len(said) > 1:
-        reason = (
-            f"'{name}' must be one message of the assistant, not {len(said)}. Put the earlier ones into the prompt."
-        )
+        reason = f"'{name}' must be one assistant message, not {len(said)}. Put the earlier ones into the prompt."
         raise ValueError(reason)
     if _role(said[0]) != "assistant":
-        raise ValueError(f"'{name}' must be a message of the role assistant.")
+        raise ValueError(f"'{name}' must be a message with the role 'assistant'.")
     if said[0].get("weight") == 0:
-        raise ValueError(f"'{name}' has the weight 0, and both answers are compared. Remove the weight.")
+        raise ValueError(f"'{name}' has the weight 0, but both answers are compared. Remove the weight.")
     return said[0]
 
 
 def _check_prompt(prompt: list[Any]) -> None:
     if not prompt or (len(prompt) == 1 and begins_with_system(prompt)):
-        raise ValueError("The prompt has no message to answer. Add the user's.")
+        raise ValueError("The prompt has no message to answer. Add a user message.")
     if _role(prompt[-1]) == "assistant":
-        raise ValueError("The prompt ends with an assistant message. End it with what is answered.")
+        raise ValueError("The prompt ends with an assistant message. End it with the message to answer.")
 
 
 def _role(message: Any) -> Any:

@@ -44,11 +44,11 @@ class ParquetParser:
                 yield from map(self._row, batch.to_pylist())
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).splitlines()[0][:200]
-            raise self._refuse(f"the file is damaged or not whole: {reason}") from None
+            raise self._refuse(f"the file is damaged or incomplete: {reason}") from None
         finally:
             self._bytes.close()
         if not self._number:
-            raise self._refuse("the file has no row.")
+            raise self._refuse("the file has no rows.")
 
     def _batches(self) -> Iterator[Any]:
         from pyarrow import parquet
@@ -60,7 +60,9 @@ class ParquetParser:
             self._bytes, pre_buffer=False, buffer_size=2**20, schema_depth_limit=_MOST_DEPTH, **limits
         )
         if (columns := len(file.schema_arrow.names)) > MOST_COLUMNS or file.metadata.num_columns > MOST_COLUMNS:
-            raise self._refuse(f"the table has {columns} columns, more than {MOST_COLUMNS}. Keep those that are read.")
+            raise self._refuse(
+                f"the table has {columns} columns, more than {MOST_COLUMNS}. Keep only the columns that are used."
+            )
         for group in range(file.num_row_groups):
             rows = self._rows_at_once(file.metadata.row_group(group))
             yield from file.iter_batches(batch_size=rows, row_groups=[group], use_threads=False)

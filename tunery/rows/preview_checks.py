@@ -93,12 +93,12 @@ SEQUENCE_CHECKS: dict[str, SequenceCheck] = {
 WORDS = {
     "rows_are_read": ("Every row can be read and rendered", "Correct the rows, as their errors say."),
     "roles_shown": (
-        "The template shows who speaks, for every role of the rows",
+        "The template marks the speaker of every role in the rows",
         "Use a base whose chat template marks these roles, or leave their messages out.",
     ),
     "end_of_turn_trained": (
         "The token that ends a turn is learned at the end of every answer",
-        "Raise max_seq_length where the cut takes the end; else use a base whose template ends its turns.",
+        "Raise max_seq_length where the cut takes the end; otherwise use a base whose template ends its turns.",
     ),
     "one_bos": (
         "No row begins with two BOS tokens",
@@ -110,7 +110,7 @@ WORDS = {
     ),
     "pad_is_not_end": (
         "No end of an answer is masked as if it were padding",
-        "Report this as a fault: labels must go by position.",
+        "Report this as a bug: labels must be set by position.",
     ),
 }
 """Each check's question, and what to change where it fails."""

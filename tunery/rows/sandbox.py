@@ -171,7 +171,7 @@ class _Process:
         head = self._receive(9, deadline)
         size = int.from_bytes(head[1:], "big")
         if size > MAX_REPLY_BYTES:
-            raise _Died(f"the template makes a text of more than {MAX_REPLY_BYTES:,} bytes", is_deserved=True)
+            raise _Died(f"the template renders a text of more than {MAX_REPLY_BYTES:,} bytes", is_deserved=True)
         payload = self._receive(size, deadline)
         if head[:1] == b"E":
             raise _Raised(_error(payload))
@@ -195,7 +195,7 @@ class _Process:
         with suppress(subprocess.TimeoutExpired):
             self._popen.wait(1)
         if self._popen.returncode == -signal.SIGXCPU:
-            return _Died("the template takes too much processor time", is_deserved=True)
+            return _Died("the template uses too much CPU time", is_deserved=True)
         return _Died(f"the template ended its process (status {self._popen.returncode})", is_deserved=False)
 
     def close(self) -> None:

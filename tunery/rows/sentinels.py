@@ -21,13 +21,13 @@ _EMPTY_FORMS: tuple[Callable[[str | None], str | None], ...] = (lambda given: gi
 """Forms of empty content beside tool calls, in the order tried: as in the row, "", null. Some templates recognise a
 call by null, others fail on it."""
 
-_WITHOUT_TOOLS = "Use a model whose template knows tools, or write calls and results as plain content."
+_WITHOUT_TOOLS = "Use a model whose template supports tools, or write calls and results as plain content."
 _ADVICE = {
     "tools": _WITHOUT_TOOLS,
     "tool calls": _WITHOUT_TOOLS,
     "tool results": _WITHOUT_TOOLS,
     "content beside tool calls": "Remove the content of that message, or use a model whose template shows both.",
-    "a system message there": "Move its text into the first message or into the user's.",
+    "a system message there": "Move its text into the first message or into a user message.",
     "that message": "Remove the message, or use a model whose template shows it.",
     "names": "Remove the name, or write it into the content.",
     "thinking": "Remove it, write it into the content, or use a model whose template shows thinking.",
@@ -242,7 +242,7 @@ def _loss(lost: list[_Field]) -> str:
         f"'{item.place}'" + (f" of message {item.message + 1}" if item.message >= 0 else "") for item in first.values()
     ]
     return (
-        f"The model's chat template does not show {' or '.join(first)}, so {' and '.join(places)} would be lost. "
+        f"The model's chat template does not render {' or '.join(first)}, so {' and '.join(places)} would be lost. "
         f"{_ADVICE[lost[0].subject]}"
     )
 

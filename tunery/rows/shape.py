@@ -78,7 +78,7 @@ class TextShape(Shape):
         return {**rest, "messages": [text_message("assistant", row[key], key)]}
 
     def describe(self, used: Mapping[str, str]) -> str:
-        return f"{self.name} rows: every token of '{used['text']}' is learned, and the end token behind it"
+        return f"{self.name} rows: every token of '{used['text']}' is learned, and the end token after it"
 
 
 PARTS = {
@@ -147,7 +147,7 @@ def text_message(role: str, value: Any, key: str) -> dict[str, Any]:
     """Returns a message with the text of a row's key. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(  # noqa: TRY004 (to callers every fault of a row is one kind)
-            f"'{key[:40]}' must be a text, not {strict_json.kind(value)}. Spell it as the string that the model shall "
+            f"'{key[:40]}' must be a text, not {strict_json.kind(value)}. Write it as the string that the model should "
             "read or write."
         )
     return {"role": role, "content": value if isinstance(value, str) else json.dumps(value)}

@@ -52,7 +52,7 @@ class FileShape:
 
     def _no_column(self, row: dict[str, Any]) -> str:
         named, found = (", ".join(f"'{key[:40]}'" for key in some) for some in (self.columns.values(), list(row)[:8]))
-        return f"{_START}: none of the columns {named} is there. The row has {found or 'no keys'}. Correct 'columns'."
+        return f"{_START}: the row has none of the columns {named}. It has {found or 'no keys'}. Correct 'columns'."
 
     def convert(self, source: SourceRow) -> dict[str, Any]:
         """Returns a row's fields with `messages`. Raises ValueError, also if its shape differs from the first row's."""
@@ -86,7 +86,7 @@ class FileShape:
                 raise
             missing = next(key for key in self.shape.columns.values() if key not in row)
             return f"{expected}: the key '{self.columns.get(missing, missing)}' is missing."
-        return f"{expected}: this is a row of {other}. Put rows of another shape into a file of their own."
+        return f"{expected}: this row has the shape {other}. Put rows of different shapes into separate files."
 
 
 def detect(row: Mapping[str, Any]) -> Shape:

@@ -59,9 +59,9 @@ class TableParser:
             self._cut()
         yield from self._records(ended=True)
         if self._columns is None:
-            raise self._refuse("the file is empty. Write a header and one record a row.")
+            raise self._refuse("the file is empty. Write a header, and one record per row.")
         if not self._number:
-            raise self._refuse("the file has a header and no row.")
+            raise self._refuse("the file has a header but no rows.")
 
     def _cut(self) -> None:
         """Splits off the complete lines, without CR, LF and byte order marks at their ends."""
@@ -87,7 +87,7 @@ class TableParser:
             except csv.Error as error:
                 record = error
                 if ended and "end of data" in str(error):
-                    raise self._refuse("a value in quotes has no end.", line=self._line) from None
+                    raise self._refuse("a quoted value has no end.", line=self._line) from None
             start, self._line = self._line, self._line + reader.line_num - done
             done = reader.line_num
             yield from self._take(record, start)
@@ -109,7 +109,7 @@ class TableParser:
             )
         if len(record) > MOST_COLUMNS:
             raise self._refuse(
-                f"the table has {len(record)} columns, more than {MOST_COLUMNS}. Keep those that are read."
+                f"the table has {len(record)} columns, more than {MOST_COLUMNS}. Keep only the columns that are used."
             )
         twice = next((name for place, name in enumerate(record) if name and name in record[:place]), None)
         if twice is not None:
@@ -119,7 +119,9 @@ class TableParser:
     def _refuse_long(self) -> None:
         if len(self._rest) + self._waiting > MAX_LINE_BYTES or len(self._lines) > MOST_LINES:
             limit = f"{MAX_LINE_BYTES // 2**20} MiB or {MOST_LINES} lines"
-            raise self._refuse(f"is longer than {limit}, which is the limit for one row. Perhaps a quote has no end.")
+            raise self._refuse(
+                f"is longer than {limit}, which is the limit for one row. A closing quote may be missing."
+            )
 
     def _refuse(self, reason: str, line: int | None = None) -> InvalidRows:
         row = self._number + (self._columns is not None)
@@ -133,8 +135,8 @@ def _until_end(lines: list[str], *, ended: bool) -> Iterator[str]:
 
 
 _REASONS = {
-    "new-line character": "a bare CR stands between its values. End each line with LF or CRLF.",
-    "expected after": "something follows a value's closing quote. Spell a quote inside of quotes twice.",
+    "new-line character": "there is a bare CR between its values. End each line with LF or CRLF.",
+    "expected after": "there is text after a value's closing quote. Double a quote inside a quoted value.",
 }
 
 
@@ -143,8 +145,8 @@ def _row(number: int, columns: list[str], record: list[str] | csv.Error, line: i
         known = (reason for words, reason in _REASONS.items() if words in str(record))
         return SourceRow(number, None, next(known, f"cannot be read: {record}."), line)
     if len(record) != len(columns):
-        fault = f"has {len(record)} values, and the header names {len(columns)} columns."
-        return SourceRow(number, None, f"{fault} Put a value with separators or line breaks into quotes.", line)
+        fault = f"has {len(record)} values, but the header has {len(columns)} columns."
+        return SourceRow(number, None, f"{fault} Quote values that contain separators or line breaks.", line)
     if any("\0" in value for value in record):
         return SourceRow(number, None, "a value has the character NUL, which cannot be stored. Remove it.", line)
     pairs = zip(columns, record, strict=True)

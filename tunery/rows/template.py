@@ -204,7 +204,7 @@ class ChatTemplate:
         end = self.tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
         if end is None:
             raise CannotRender(
-                reason="The model's tokenizer names no eos_token, which ends plain text. Use a base that has one."
+                reason="The model's tokenizer has no eos_token, which ends plain text. Use a base that has one."
             )
         spelled = self._tokens.hide(text)[1]
         ids = [*self.encode_beginning(text), end]
@@ -303,7 +303,7 @@ class ChatTemplate:
         except Unavailable:
             raise
         except Exception as error:  # a template is a program: it can fail in any way that Python can
-            raise CannotRender(reason=f"The model's chat template refuses the messages: {error}") from error
+            raise CannotRender(reason=f"The model's chat template rejects the messages: {error}") from error
 
     def _trace(self, given: list[dict[str, Any]], views: list[View]) -> list[list[Piece]] | None:
         try:
@@ -347,8 +347,8 @@ class ChatTemplate:
             given = self._tokens.encode(prompt)
             if given[: len(ids)] != ids:
                 raise _Apart(
-                    reason=f"What the model is given for message {index + 1} is in other tokens than the answers "
-                    "before it, so it cannot be learned together with them. Give one row for each answer."
+                    reason=f"The prompt of message {index + 1} tokenises the answers before it differently, so they "
+                    "cannot be learned together. Write one row per answer."
                 )
             answer, rest = self._answer(given, prompt, after, whole)
             labels += mask.label_prompt(given[len(ids) :], IGNORED) + mask.label_answer(index, answer, IGNORED)
@@ -360,8 +360,8 @@ class ChatTemplate:
         after = views.text(index + 1).rstrip()
         if not whole.startswith(after):
             raise _Apart(
-                reason=f"The model's chat template writes message {index + 1} differently once others follow it, so it "
-                "cannot be learned together with them. Give one row for each answer, ending with it."
+                reason=f"The model's chat template renders message {index + 1} differently once others follow it, so "
+                "it cannot be learned together with them. Write one row per answer, ending with it."
             )
         if index == 0:
             return self._opening_prompt(views, after), after
@@ -369,7 +369,7 @@ class ChatTemplate:
         if not after.startswith(before):
             raise CannotRender(
                 reason=f"The model's chat template does not begin message {index + 1} as its generation prompt does, "
-                "so what the model would learn is not what it will be asked. Use a model with another template."
+                "so training would not match generation. Use a model with another template."
             )
         return before, after
 
@@ -387,8 +387,8 @@ class ChatTemplate:
         stop = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in self.eos_ids), None)
         if stop is None:
             raise CannotRender(
-                reason="The model's chat template ends an assistant message with no stop token, so the model would "
-                "never learn to stop. Use a template that writes the end-of-turn token after each answer."
+                reason="The model's chat template does not end an assistant message with a stop token, so the model "
+                "would never learn to stop. Use a template that writes the end-of-turn token after each answer."
             )
         answer = ids[: stop + 1]
         rest = ids if is_last else self._tokens.extend(given, prompt, whole)

@@ -116,7 +116,7 @@ class Tokens:
                 if ids[: len(start)] == start and self._decode(context + answer)[len(before) :].startswith(head):
                     return answer
         raise CannotRender(
-            reason=f"The model's tokenizer cannot write an answer that begins with {json.dumps(head[:10])} after its "
+            reason=f"The model's tokenizer cannot encode an answer that begins with {json.dumps(head[:10])} after its "
             "prompt without changing it. Change the beginning of the answer."
         )
 

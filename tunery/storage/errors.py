@@ -4,25 +4,25 @@ from tunery.errors import TuneryError, Unavailable
 
 
 class StorageFailed(Unavailable):
-    """Object storage could not {action} ({reason}). Nothing stored before was lost; look at the storage's health and
-    free space, then try again."""
+    """Object storage could not {action} ({reason}). Nothing that was already stored is lost. Check the storage's health
+    and free space, then try again."""
 
     code = "storage_failed"
 
 
 class ChecksumMismatch(TuneryError):
-    """'{key}' does not have the recorded sha256 ({expected}, found {found}). Restore it from a good copy."""
+    """'{key}' is damaged: its sha256 is {found}, not the recorded {expected}. Restore it from a backup."""
 
     code = "checksum_mismatch"
 
 
 class ObjectMissing(TuneryError):
-    """'{key}' is not in storage. Restore it from a copy, or delete what refers to it."""
+    """'{key}' is missing from storage. Restore it from a backup, or delete the object that refers to it."""
 
     code = "object_missing"
 
 
 class KeyTaken(TuneryError):
-    """'{key}' is stored already and is not replaced."""
+    """'{key}' already exists in storage and is never overwritten."""
 
     code = "key_taken"

@@ -4,21 +4,21 @@ from tunery.errors import Rejected, TuneryError
 
 
 class RateLimited(TuneryError):
-    """This project's limit of {limit} {unit} a minute is reached. Send the request again in {seconds} s, or ask the
-    operator for a higher limit. Nothing was counted."""
+    """This project has reached its limit of {limit} {unit} per minute. Try again in {seconds} s, or ask the operator
+    for a higher limit. This request was not counted."""
 
     code = "rate_limit_exceeded"
 
 
 class TooManyOpen(TuneryError):
-    """This project has {limit} requests to models open, which is the limit. Send the request again when one of them
-    has ended. Nothing was counted."""
+    """This project has reached its limit of {limit} concurrent requests to models. Try again when one of them has
+    ended. This request was not counted."""
 
     code = "rate_limit_exceeded"
 
 
 class NothingCaptured(Rejected):
-    """No captured request of '{id}' belongs into such a file. `GET /v1/models/{{id}}/capture` counts those that were
-    rated or corrected; name others in 'answers'."""
+    """No captured request of '{id}' is suitable for this file. `GET /v1/models/{{id}}/capture` counts the rated and
+    corrected ones; choose others with 'answers'."""
 
     code = "nothing_captured"

@@ -76,7 +76,7 @@ def _measure(baseline_id: str, settings: Settings, storage: Storage, drain: Drai
 
     def fail(error: Exception) -> None:
         said = error.message if isinstance(error, TuneryError) else str(error)
-        _finish(baseline_id, error=said if isinstance(error, _Ended | TuneryError) else f"It broke: {said}")
+        _finish(baseline_id, error=said if isinstance(error, _Ended | TuneryError) else f"It failed: {said}")
 
     with programs.workplace(settings.runs_dir, "baseline", baseline_id, fail, partial(_release, baseline_id)) as folder:
         prompts = _make_prompts(baseline, folder, settings, storage, watch)
@@ -120,7 +120,7 @@ def _make_prompts(baseline: Baseline, folder: Path, settings: Settings, storage:
     )
     (folder / "shots_order.json").write_text(asked.model_dump_json())
     reason = programs.run(
-        ["tunery.datasets.shots", str(folder)], folder, watch, what="making of prompts", seconds=PROMPT_SECONDS,
+        ["tunery.datasets.shots", str(folder)], folder, watch, what="prompt construction", seconds=PROMPT_SECONDS,
         watch=partial(watch.look, 0.0),
     )  # fmt: skip
     if reason is not None and not watch.begun:
@@ -234,7 +234,7 @@ def _key(baseline: Baseline, settings: Settings) -> SecretStr | None:
     if baseline.external_key is None:
         return None
     if settings.external_secret is None:
-        raise _Ended("External endpoints were switched off meanwhile. Create the baseline without one.")
+        raise _Ended("The operator has disabled external endpoints since. Create the baseline without one.")
     try:
         return endpoint.unseal(baseline.external_key, settings.external_secret)
     except endpoint.NoAnswer as error:

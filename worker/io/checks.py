@@ -172,7 +172,7 @@ def check_overlap(case: Case, found: Findings) -> list[str]:
     so the job does not fail.
     """
     return [
-        f"The {role} file's figures will flatter the model. {reason}"
+        f"The {role} file's scores will be too good. {reason}"
         for role in case.files
         if role != "replay" and (reason := found.overlap.reason(role))
     ]

@@ -28,7 +28,7 @@ def measure(folder: Path, base: Model, max_tokens: int, settings: Settings, stor
     order = PlausibilityOrder(max_tokens=max_tokens, most_rows=MOST_ROWS, seconds=SECONDS)
     (folder / "plausibility.json").write_text(order.model_dump_json())
     reason = programs.run(
-        ["worker.trainer.plausibility", str(folder)], folder, drain, what="measurement of answers", seconds=2 * SECONDS
+        ["worker.trainer.plausibility", str(folder)], folder, drain, what="scoring of the answers", seconds=2 * SECONDS
     )
     if reason is not None:
-        log.warning("a report goes without the losses of %s: %s", base.id, reason)
+        log.warning("a report is made without the losses of %s: %s", base.id, reason)

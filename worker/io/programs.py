@@ -54,7 +54,7 @@ def _broken_work(doing: str, subject: str, fail: Callable[[Exception], object]) 
     except (StorageFailed, *UNREACHABLE):
         raise
     except Exception as error:
-        log.exception("%s %s broke", doing, subject)
+        log.exception("%s %s failed", doing, subject)
         fail(error)
 
 
@@ -114,6 +114,6 @@ def _reason(status: int, errors_path: Path, what: str) -> str:
     if status == EXIT_USER_ERROR:
         return tail(errors_path, 1)  # libraries may have written something before it
     said = tail(errors_path, 50)
-    log.error("the %s ended with status %s: %s", what, status, said or "(nothing)")
-    last = said.rpartition("\n")[2] or f"it ended with status {status} and said nothing"
-    return f"The {what} broke: {last.rstrip('.')}. The worker's log has more."
+    log.error("the %s exited with status %s: %s", what, status, said or "(nothing)")
+    last = said.rpartition("\n")[2] or f"it exited with status {status} and printed nothing"
+    return f"The {what} failed: {last.rstrip('.')}. The worker's log has the details."

@@ -62,7 +62,7 @@ class Sweeper:
             try:
                 step()
             except Exception:  # failing storage must not keep leases from expiring, nor one step the next
-                log.exception("the sweeper's step %s is put off", step.__name__)
+                log.exception("the sweeper's step %s is postponed", step.__name__)
 
     def _pardon_after_a_gap(self) -> None:
         """Extends leases after an outage, during which no worker could renew, so that live workers can do so now.

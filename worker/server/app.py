@@ -156,7 +156,7 @@ def _envelope(error: Exception) -> dict[str, Any]:
     """Returns OpenAI's error body. The text of an internal error goes to the log only."""
     if not isinstance(error, TuneryError):
         log.error("a request failed", exc_info=error)
-        message, param, code = "The model server had an error. Its log has the reason.", None, TuneryError.code
+        message, param, code = "The model server failed. Its log has the reason.", None, TuneryError.code
     else:
         message, param, code = error.message, error.param, error.code
     kind = {400: "invalid_request_error", 429: code}.get(_status(error), "server_error")

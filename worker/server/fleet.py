@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 
 class NoReplica(Unavailable):
-    """No vLLM server that answers serves the base '{base}'. Try again in a few seconds; the operator starts one with
-    --served-model-name '{base}' and lists it in TUNERY_VLLM_REPLICAS."""
+    """No running vLLM server serves the base '{base}'. Try again in a few seconds, or ask the operator to start one
+    with --served-model-name '{base}' and to list it in TUNERY_VLLM_REPLICAS."""
 
     code = "no_replica"
 
@@ -62,7 +62,7 @@ class Fleet:
                 await self._look()
                 await asyncio.gather(*(self._equip(replica) for replica in self.replicas if replica.is_up))
             except Exception:  # the next round must come, whatever a server has answered
-                log.exception("the vLLM servers could not be looked after")
+                log.exception("the vLLM servers could not be checked")
             try:
                 await asyncio.wait_for(self._wake.wait(), self._look_seconds)
             except TimeoutError:

@@ -31,6 +31,6 @@ def check(models_dir: Path, storage: Storage, files: Files) -> Path:
     wanted = {file.path: file.sha256 for file in listed.files}.get(WEIGHTS)
     if wanted is not None and manifest.digest(folder / WEIGHTS) == wanted:
         return folder
-    log.warning("%s has changed on this host and is fetched again", files.id)
+    log.warning("%s has changed on this host and is downloaded again", files.id)
     (folder / manifest.NAME).unlink()
     return fetch(models_dir, storage, files)

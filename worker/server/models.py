@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class BrokenAdapter(TuneryError):
-    """The adapter's files cannot be laid on their base ({reason}). Import or train it again."""
+    """The adapter cannot be loaded onto its base ({reason}). Import or train it again."""
 
     code = "broken_adapter"
 

@@ -34,7 +34,7 @@ class AdapterAbsent(Exception):
 
 
 class CannotServe(Rejected):
-    """The engine behind this server cannot load the adapter ({reason}). Merge it into its base, or train another."""
+    """The serving engine cannot load the adapter ({reason}). Merge it into its base, or train another adapter."""
 
     code = "cannot_serve"
 

@@ -77,7 +77,7 @@ class ResponseFormat(_Sealed):
     @model_validator(mode="after")
     def _has_its_schema(self) -> "ResponseFormat":
         if (self.type == "json_schema") != (self.json_schema is not None):
-            _refuse("response_format", "'json_schema' belongs to the type 'json_schema', and to no other")
+            _refuse("response_format", "'json_schema' goes only with the type 'json_schema'")
         return self
 
 
@@ -99,20 +99,20 @@ class ChatRequest(_Sealed):
 
     model: str
     messages: list[Message] = []
-    text: str | None = Field(None, validation_alias=TEXT_FIELD, description="To go on from, in place of messages")
+    text: str | None = Field(None, validation_alias=TEXT_FIELD, description="Text to continue, in place of messages")
     chosen: Chosen = Field(validation_alias=MODEL_FIELD)
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens")
-    temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token; absent: 1")
+    temperature: float | None = Field(None, ge=0, le=2, description="0: always the likeliest token. Absent: 1")
     top_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = None
-    stop: list[str] | None = Field(None, description="Or one string alone")
+    stop: list[str] | None = Field(None, description="One string or several")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     response_format: ResponseFormat = ResponseFormat(type="text")
-    n: int = Field(1, ge=1, le=128, description="Answers; each has a seed of its own")
+    n: int = Field(1, ge=1, le=128, description="Number of answers; each has its own seed")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -126,15 +126,15 @@ class ChatRequest(_Sealed):
         if self.text is None and not self.messages:
             _refuse("messages", "it needs at least one message")
         if self.text is not None and self.messages:
-            _refuse(TEXT_FIELD, "it is the server's own: leave it out")
+            _refuse(TEXT_FIELD, "it is reserved for the server: omit it")
         if self.top_logprobs is not None and not self.logprobs:
             _refuse("top_logprobs", "it needs 'logprobs': true")
         if self.must_call:
             names = [tool.function.name for tool in self.tools or ()]
             if not names:
-                _refuse("tool_choice", "it asks for a call, and 'tools' offers none")
+                _refuse("tool_choice", "it requires a call, but 'tools' is empty")
             if not self.callable_tools:
-                _refuse("tool_choice", f"it names a tool that is not among 'tools' ({', '.join(names)})")
+                _refuse("tool_choice", f"it names a tool that is not in 'tools' ({', '.join(names)})")
         return self
 
     @property

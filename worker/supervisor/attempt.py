@@ -101,13 +101,13 @@ def _carry_out(
     except Interrupted:
         return _let_go(keeper, snapshot=None)
     except StorageFailed as error:
-        log.exception("attempt %d of %s broke off", keeper.lease.number, keeper.lease.job_id)
+        log.exception("attempt %d of %s failed", keeper.lease.number, keeper.lease.job_id)
         # A worker that is stopping has no time to wait for storage, and the run is not to blame.
         return _let_go(keeper, snapshot=None) if keeper.stopping else _hand_back(keeper, str(error), fault=None)
     except UNREACHABLE:  # only where the worker shuts down
         return _let_go(keeper, snapshot=None)
     except Exception as error:  # not the run failed, but the worker: storage, a full disk, a damaged object
-        log.exception("attempt %d of %s broke off", keeper.lease.number, keeper.lease.job_id)
+        log.exception("attempt %d of %s failed", keeper.lease.number, keeper.lease.job_id)
         return _hand_back(keeper, _public_reason(error))
 
 
@@ -151,7 +151,7 @@ def _stored(recorder: RunRecorder, path: str | None) -> str | None:
     try:
         return str(recorder.store_snapshot(path)) if path else None
     except StorageFailed:
-        log.exception("the state saved last is lost")
+        log.exception("the last saved state could not be stored")
         return None
 
 
@@ -219,7 +219,7 @@ def _fail(keeper: LeaseKeeper, failed: protocol.Failed, settings: Settings) -> F
 
 def _let_go(keeper: LeaseKeeper, *, snapshot: str | None) -> FinalWrite:
     """Pauses or requeues the job, as its row says: its owner may have withdrawn a pause."""
-    reason = "The worker is being stopped" if keeper.draining else "The run was stopped"
+    reason = "The worker is shutting down" if keeper.draining else "The run was interrupted"
 
     def write(session: Session) -> None:
         if leases.held(session, keeper.lease).pause_requested == "pause":
@@ -234,7 +234,7 @@ def _hand_back(keeper: LeaseKeeper, reason: str, fault: leases.Fault | None = "c
     """Requeues the job after a crash. `fault` None: storage was unreachable, which does not count against the run."""
     error = TrainingCrashed(reason=reason, job=keeper.lease.job_id)
     return lambda session: leases.requeue(
-        session, keeper.lease, reason=f"Training broke off: {reason}", outcome="crashed", fault=fault, error=error
+        session, keeper.lease, reason=f"Training failed: {reason}", outcome="crashed", fault=fault, error=error
     )
 
 
@@ -242,7 +242,7 @@ def _public_reason(error: Exception) -> str:
     """Returns a reason that the job's owner may read. Other errors' texts, which hold SQL and paths, go to the log."""
     if isinstance(error, TuneryError):
         return str(error)
-    return f"the worker met {type(error).__name__}, which its operator finds in the worker's log."
+    return f"the worker failed with {type(error).__name__}. Ask the operator to read the worker's log."
 
 
 def _exit_reason(trainer: Trainer, status: int) -> str:
@@ -264,7 +264,7 @@ def _drop(lease: Lease) -> None:
             leases.end_attempt(session, lease, "dropped")
             session.execute(update(Job).where(Job.id == lease.job_id).values(storage_cleaned=False))
     except UNREACHABLE as error:
-        log.warning("attempt %d of %s was not given back: %s", lease.number, lease.job_id, error)
+        log.warning("attempt %d of %s was not returned: %s", lease.number, lease.job_id, error)
 
 
 def clean(run_dir: Path) -> None:

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _NO_GPU = ("", "-1", "none", "void", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES that hide all GPUs."""
-_ADVICE = "Repair the driver, or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU."
+_ADVICE = "Repair the driver, or set CUDA_VISIBLE_DEVICES to an empty value to train on the CPU."
 _BF16_SINCE = (8, 0)
 """Compute capability of the first GPUs (Ampere) that compute in bf16."""
 
@@ -55,7 +55,7 @@ def found(serve_gpu: int | None) -> list[Device]:
     usable = [gpu for gpu in gpus if gpu is not None and gpu.index != serve_gpu]
     offered = [gpu for gpu in usable if _is_visible(gpu, visible)]
     if not offered:
-        log.error("none of this host's %d GPUs may train: CUDA_VISIBLE_DEVICES is '%s'", len(gpus), visible)
+        log.error("none of this host's %d GPUs is used for training: CUDA_VISIBLE_DEVICES is '%s'", len(gpus), visible)
     return offered
 
 
@@ -68,7 +68,7 @@ def idle_devices(devices: list[Device]) -> list[Device]:
         return devices
     with _driver() as is_there:
         if not is_there:  # it was there when the devices were found
-            raise DriverFails(f"the NVIDIA driver's library is gone. {_ADVICE}")
+            raise DriverFails(f"the NVIDIA driver's library is missing. {_ADVICE}")
         return [device for device in devices if device.index is None or not _is_busy(device.index)]
 
 
@@ -125,7 +125,7 @@ def _understood(index: int) -> Device | None:
     memory = _if_known(pynvml.nvmlDeviceGetMemoryInfo, handle)
     is_divided = mig is not None and mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE
     if is_divided or memory is None:
-        why = "it is divided by MIG" if is_divided else "its driver does not report its memory"
+        why = "it is partitioned by MIG" if is_divided else "its driver does not report its memory"
         log.error("GPU %s (%s) is not used: %s", index, name, why)
         return None
     bf16 = pynvml.nvmlDeviceGetCudaComputeCapability(handle) >= _BF16_SINCE

@@ -149,7 +149,7 @@ class LeaseKeeper:
             except (*UNREACHABLE, Undecided):
                 if self._has_waited_enough():
                     raise
-                log.warning("the database does not answer; the run of %s goes on", self.lease.job_id)
+                log.warning("the database does not answer; the run of %s continues", self.lease.job_id)
             else:
                 self._silent_since = None
                 return result
@@ -193,7 +193,7 @@ class LeaseKeeper:
         except LeaseLost:
             self.lost = True
         except Exception as error:  # noqa: BLE001  if this thread ended, the lease would expire
-            log.warning("the lease of %s was not renewed (%s); the run goes on", self.lease.job_id, error)
+            log.warning("the lease of %s was not renewed (%s); the run continues", self.lease.job_id, error)
 
     def _act(self) -> None:
         if self._process is None:

@@ -35,11 +35,11 @@ def check(keeper: LeaseKeeper, run_dir: Path, settings: Settings, mark: str) -> 
         variables=environment(keeper.lease.gpu_indexes, mark),
         watch=keeper.check_lost,
         seconds=settings.served_check_seconds,
-        too_slow="TUNERY_SERVED_CHECK_SECONDS, _ROWS and _TOKENS bound it.",
+        too_slow="TUNERY_SERVED_CHECK_SECONDS, _ROWS and _TOKENS limit it.",
     )
     if failure is None:
         return protocol.Served.model_validate_json((run_dir / "out" / "served.json").read_bytes())
-    reason = "The worker was being stopped." if keeper.draining else failure
+    reason = "The worker was shutting down." if keeper.draining else failure
     log.warning("the model of %s was not compared: %s", keeper.lease.job_id, reason)
     return protocol.Served(status="not_compared", reason=reason)
 

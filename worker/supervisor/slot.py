@@ -81,7 +81,7 @@ class Slot:
             return True
         lock = self._hold_lock()
         if lock is None:
-            log.error("another process works as slot %s; give each worker of a host a name of its own (-n)", self.name)
+            log.error("another process uses the slot %s; give each worker of a host its own name (-n)", self.name)
             return False
         killed = processes.kill_marked(MARK, self._mark)
         notes = list(self._settings.runs_dir.glob(f"*/*{STOP_NOTE}"))
@@ -90,7 +90,12 @@ class Slot:
             reaped = leases.reap_slot(session, self.name, stopped=stopped)
             live = _live_attempts(session)
         if killed or reaped:
-            log.warning("slot %s took over: %d processes and %d attempts were left", self.name, killed, reaped)
+            log.warning(
+                "slot %s took over from an earlier process, which left %d processes and %d attempts",
+                self.name,
+                killed,
+                reaped,
+            )
         for note, attempt_of in zip(notes, stopped, strict=True):
             if attempt_of not in live:  # else another slot has to read it
                 note.unlink(missing_ok=True)

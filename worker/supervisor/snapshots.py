@@ -29,9 +29,9 @@ def fetch(storage: Storage, job_id: str, prefix: str, sha256: str, folder: Path,
     damaged = f"The state saved at step {prefix.rpartition('-')[2]} is damaged in storage"
     for step, other in _others(storage, job_id, prefix):
         if _fetch_without_checksum(storage, other, folder, check):
-            return f"{damaged}. The run goes on from that of step {step}."
+            return f"{damaged}. The run resumes from the state of step {step}."
     shutil.rmtree(folder, ignore_errors=True)
-    return f"{damaged}, and no other is whole. The run starts again from its first step."
+    return f"{damaged}, and no other saved state is intact. The run starts again from the first step."
 
 
 def _others(storage: Storage, job_id: str, prefix: str) -> Iterator[tuple[int, str]]:

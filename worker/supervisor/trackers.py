@@ -114,7 +114,7 @@ class Trackers:
             names = self._environment(integration["type"])
             if names is None:
                 name = NAMES[integration["type"]]
-                self._warn(f"This server sends nothing to {name}: its operator has not set it up")
+                self._warn(f"This server sends nothing to {name}: the operator has not configured it")
                 continue
             order = {**integration, "job": self._keeper.lease.job_id, "config": self._tracked.config}
             self._running.append(Tracker(order, names, self._run_dir / f"tracker-{number}.txt"))
@@ -151,7 +151,8 @@ class Trackers:
 
     def _drop_faulty(self, *, ended: bool = False) -> None:
         for tracker in [tracker for tracker in self._running if tracker.fault is not None]:
-            self._warn(f"{NAMES[tracker.kind]} gets nothing of this run ({tracker.fault}). The job goes on without it")
+            name = NAMES[tracker.kind]
+            self._warn(f"{name} receives nothing from this run ({tracker.fault}). The job continues without it")
             self._running.remove(tracker)
             if not ended:
                 tracker.end(0)

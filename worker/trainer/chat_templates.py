@@ -22,8 +22,8 @@ def write(source: str, out: Path, given: str | None = None) -> None:
     if not text:
         raise UnusableModel(
             source=source,
-            reason="it has no chat template, so chat rows cannot be written as its prompts. Use the instruct version, "
-            "or give one: `tunery models add NAME SOURCE --chat-template FILE`.",
+            reason="it has no chat template, so chat rows cannot be rendered for it. Use the instruct version, or pass "
+            "a template: `tunery models add NAME SOURCE --chat-template FILE`.",
         )
     if given is not None:
         _remove_own(out)
@@ -67,7 +67,9 @@ def check_fits(source: str, out: Path) -> ChatTemplate:
         template = ChatTemplate.load(out)
         template.encode(_PROBE, max_length=1024)
     except CannotRender as error:
-        raise UnusableModel(source=source, reason=f"the chat template does not fit it. {error.message}") from error
+        raise UnusableModel(
+            source=source, reason=f"the chat template does not work with it. {error.message}"
+        ) from error
     return template
 
 

@@ -106,15 +106,17 @@ def find_snapshot(t: Training) -> Path | None:
     states = {folder: state for folder in found if (state := _read_state(folder)) is not None}
     for folder, state in sorted(states.items(), key=lambda item: -int(item[1]["progress"]["step"])):
         if damaged := [name for name, digest in state["sha256"].items() if not _is_whole(folder / name, digest)]:
-            log.warning("snapshot %s is damaged (%s): an older one is taken", folder, ", ".join(damaged))
+            log.warning("snapshot %s is damaged (%s): using an older one", folder, ", ".join(damaged))
         elif state.get("version", 1) > VERSION:
-            log.warning("snapshot %s is of a newer release: not used", folder)
+            log.warning("snapshot %s was made by a newer release: not used", folder)
         elif (reason := fingerprint.difference(t.run, t.rows, t.precision, state)) is not None:
             log.warning("snapshot %s is not used: %s", folder, reason)
         elif _weight_names(folder) != set(t.parameters):
-            log.warning("snapshot %s is not used: other weights learn now", folder)
+            log.warning("snapshot %s is not used: it has other trainable weights", folder)
         elif not _fits_cut(t, folder, state.get("cut_over", 1)):
-            log.warning("snapshot %s is not used: on so many ranks its 8-bit moments are cut within a block", folder)
+            log.warning(
+                "snapshot %s is not used: this number of ranks would split a block of its 8-bit moments", folder
+            )
         else:
             return folder
     return None
@@ -134,7 +136,7 @@ def _read_state(folder: Path) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = json.loads(path.read_text())
     except ValueError:
-        log.warning("snapshot %s is damaged (state.json): an older one is taken", folder)
+        log.warning("snapshot %s is damaged (state.json): using an older one", folder)
         return None
     return state
 

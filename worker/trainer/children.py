@@ -99,5 +99,5 @@ def _failed(line: bytes) -> Failed | None:
 
 
 def _unexplained(rank: int, code: int) -> Failed:
-    message = f"Rank {rank} ended with code {code} while the others went on; its reason is in the log."
+    message = f"Rank {rank} exited with code {code} while the others were running; the log has the reason."
     return Failed(kind="crashed", code="training_crashed", message=message)

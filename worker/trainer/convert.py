@@ -43,7 +43,7 @@ def convert(source: str, out: Path, chat_template: str | None = None) -> dict[st
     """
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
-        raise UnusableModel(source=source, reason=f"the folder '{out}' is not empty. Name a new one.")
+        raise UnusableModel(source=source, reason=f"the folder '{out}' is not empty. Choose a new one.")
     if Path(source).is_dir():
         folders.refuse_links_out(source)
     if (gguf := gguf_files.find(source)) is not None:
@@ -79,8 +79,8 @@ def _download(source: str, folder: str) -> Path:
         reason = f"{(str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')}."
         raise UnusableModel(
             source=source,
-            reason=f"it is no folder and no .gguf file here, and the model hub says: {reason} "
-            "Check the name; a closed network needs HF_ENDPOINT or a local folder, a gated model HF_TOKEN.",
+            reason=f"it is neither a folder nor a .gguf file on this host, and the model hub answered: {reason} Check "
+            "the name; on a closed network, set HF_ENDPOINT or use a local folder; for a gated model, set HF_TOKEN.",
         ) from error
     return Path(folder)
 
@@ -89,7 +89,9 @@ def _check_names(source: str, paths: list[Path]) -> None:
     if any(path.suffix == ".safetensors" for path in paths):
         return
     found = sorted(path.name for path in paths if path.suffix in PICKLES)
-    what = f"its weights are pickles ({', '.join(found[:3])}), which can run code" if found else "it has no weights"
+    what = (
+        f"its weights are pickle files ({', '.join(found[:3])}), which can run code" if found else ("it has no weights")
+    )
     raise UnusableModel(source=source, reason=f"{what}. Save it as safetensors and add it again.")
 
 
@@ -102,7 +104,7 @@ def _copy(source: str, folder: Path, out: Path) -> None:
             (out / text).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / text, out / text)
     if not (out / "config.json").exists():
-        raise UnusableModel(source=source, reason="it has no config.json. Add the one saved with the weights.")
+        raise UnusableModel(source=source, reason="it has no config.json. Add the one that was saved with the weights.")
     _write_config(source, out / "config.json")
     weights.copy(source, folder, out, inspection.skeleton(source, out))
     if not (out / "tokenizer.json").exists():
@@ -114,8 +116,8 @@ def _refuse_code(source: str, path: Path) -> None:
     if path.suffix == ".json" and path.name != "tokenizer.json" and "auto_map" in json.loads(path.read_text()):
         raise UnusableModel(
             source=source,
-            reason=f"{path.name} has auto_map, so it wants to run its own code, which is never done here. "
-            "Use a model whose architecture transformers has.",
+            reason=f"{path.name} has auto_map, which runs the model's own code, and that is never allowed. Use a model "
+            "whose architecture is part of transformers.",
         )
 
 
@@ -125,7 +127,7 @@ def _write_config(source: str, path: Path) -> None:
     if config.get("quantization_config"):
         raise UnusableModel(
             source=source,
-            reason="its weights are quantised already. Add the unquantised model; qlora quantises by itself.",
+            reason="its weights are already quantised. Add the unquantised model; qlora quantises it during training.",
         )
     config.pop("torch_dtype", None)
     path.write_text(json.dumps(config | {"dtype": "bfloat16"}, indent=2) + "\n")
@@ -136,13 +138,13 @@ def _save_fast_tokenizer(source: str, folder: Path, out: Path) -> None:
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(out)
     except Exception as error:
         raise UnusableModel(
-            source=source, reason=f"its tokenizer cannot be read ({error}). Add its tokenizer.json."
+            source=source, reason=f"its tokenizer cannot be read ({error}). Add the model's tokenizer.json."
         ) from error
 
 
 def _refuse_untrainable(source: str, techniques: dict[str, str | None]) -> None:
     if all(techniques.values()):
-        reason = f"it cannot be trained here with any technique ({techniques['lora']}). Choose another base."
+        reason = f"no technique can train it ({techniques['lora']}). Choose another base."
         raise UnusableModel(source=source, reason=reason)
 
 

@@ -84,9 +84,9 @@ def of(t: Training) -> dict[str, Any]:
 
 def warnings(report: dict[str, Any]) -> list[str]:
     """Returns a sentence for each fraction below LEAST, which names the largest kinds left out."""
-    words = {"learning": "have adapters or learn themselves", "quantised": "are in four bits"}
+    words = {"learning": "have adapters or are trained themselves", "quantised": "are in four bits"}
     return [
-        f"Only {report[key]:.0%} of the base's linear weights {said}. Left out: {_left_out(report, key)}."
+        f"Only {report[key]:.0%} of the base's linear weights {said}. Not included: {_left_out(report, key)}."
         for key, said in words.items()
         if report[key] is not None and report[key] < LEAST
     ]

@@ -71,7 +71,10 @@ class CudaGraphs:
             with torch.cuda.graph(graph, pool=self._pool):
                 sums.copy_(forward_backward(self._objective, batch, SCALE))
         except RuntimeError as error:
-            log.warning("this model's steps cannot be recorded, so they run as usual: %s", str(error).splitlines()[0])
+            log.warning(
+                "this model's steps cannot be captured as CUDA graphs and run without them: %s",
+                str(error).splitlines()[0],
+            )
             self.failed = True
         else:
             self._recorded[key] = _Recorded(graph, batch, sums)

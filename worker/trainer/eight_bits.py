@@ -84,21 +84,25 @@ def install(
         return None
     if not made.check(ranks):
         names = ", ".join(sorted(made.wide))
-        warnings.append(f"precision fp8 was not used in {names}: its products differ too much from those in bf16.")
+        warnings.append(
+            f"precision fp8 was not used for {names}, whose fp8 products differ too much from those in bf16."
+        )
     return made
 
 
 def _narrow(objective: Objective, examples: Sequence[Example], device: torch.device) -> tuple[EightBits | None, str]:
     """Returns the run's narrow products, or the reason against them."""
     if not fp8.available(device):
-        return None, "this device does not multiply numbers of eight bits"
+        return None, "this device has no fp8 matrix products"
     if objective.method.reads_reference:
-        return None, "preferences are learned from small differences to the model's start, which eight bits round away"
+        return None, (
+            "preferences are learned from small differences from the initial model, which eight bits would round away"
+        )
     if objective.is_sharded:
-        return None, "the base is cut over the GPUs, where it is never whole to be packed"
+        return None, "the base is sharded over the GPUs, and only a whole base can be packed"
     made = EightBits(objective, _shadow(examples, device))
     if not made.names:
-        return None, f"no adapted layer has sides of at least {fp8.LEAST_SIDE} and a plain update"
+        return None, f"no adapted layer has both sides of at least {fp8.LEAST_SIDE} and a plain LoRA update"
     return made, ""
 
 

@@ -59,20 +59,21 @@ def difference(run: Run, rows: Rows, precision: Precision, state: dict[str, Any]
     """Returns why the snapshot with this `state.json` cannot continue as this run; None if it can."""
     old, learning_in = state["run"], _learning_in(precision)
     if isinstance(old, str):
-        return None if old == _format_1(run, rows) and learning_in == _WIDE else "it is of another plan or other rows"
+        is_same = old == _format_1(run, rows) and learning_in == _WIDE
+        return None if is_same else "it belongs to another plan or other rows"
     if old["base_model"] != run.base_model:
-        return f"it is of the base {old['base_model']}"
+        return f"it belongs to the base {old['base_model']}"
     if old["rows"] != rows.sha256:
-        return "it is of other rows"
+        return "it belongs to other rows"
     if old.get("learning_in", _WIDE) != learning_in:
-        return "it is of a run whose weights and moments are kept in other types"
+        return "it belongs to a run that keeps its weights and moments in other types"
     try:
         then = _that_train(type(run.plan).model_validate(old["plan"]))
     except ValidationError as error:
-        return f"its plan is none of this release's ({error.error_count()} errors)"
+        return f"this release cannot read its plan ({error.error_count()} errors)"
     now = _that_train(run.plan)
     changed = sorted(name for name in then | now if then.get(name) != now.get(name))
-    return f"it is of a plan with another {', '.join(changed)}" if changed else None
+    return f"it belongs to a plan with another {', '.join(changed)}" if changed else None
 
 
 def _learning_in(precision: Precision) -> list[str]:

@@ -14,13 +14,13 @@ _SHOWN = 300
 """How many characters of a row are logged."""
 
 
-def failure(t: Training, *, value: object, step: int, rate: float, drawn: Sequence[int] = ()) -> NotFinite:
+def failure(t: Training, *, what: str, step: int, rate: float, drawn: Sequence[int] = ()) -> NotFinite:
     """Returns the error for a step that ends the run, and logs the rows that the step drew."""
     for number in drawn:
         for row in t.rows.examples[number].rows:
             text = t.template.tokenizer.decode(row.input_ids, skip_special_tokens=False)
             log.error("step %d drew example %d: %.*s", step, number + 1, _SHOWN, text)
-    return NotFinite(value=value, step=step, rate=rate, kept=_kept(t, step))
+    return NotFinite(what=what, step=step, rate=rate, kept=_kept(t, step))
 
 
 def check_weights(t: Training, step: int, rate: float) -> None:
@@ -30,12 +30,12 @@ def check_weights(t: Training, step: int, rate: float) -> None:
     """
     whole = torch.stack([parameter.detach().isfinite().all() for parameter in t.parameters.values()])
     if t.ranks.any(not whole.all()):
-        raise failure(t, value="a number, and a weight NaN or infinite,", step=step, rate=rate)
+        raise failure(t, what="A weight became NaN or infinite", step=step, rate=rate)
 
 
 def _kept(t: Training, step: int) -> str:
     """Names the checkpoint that is kept: that of the last epoch which ended before the step."""
     last = (step - 1) // t.steps_per_epoch * t.steps_per_epoch
     if last and t.run.public_checkpoints:
-        return f"The checkpoint of step {last} is good and stays."
-    return "No checkpoint had been saved before."
+        return f"The checkpoint of step {last} is intact and is kept."
+    return "No checkpoint had been saved."

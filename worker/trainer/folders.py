@@ -20,8 +20,8 @@ def refuse_links_out(source: str) -> None:
             if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in allowed):
                 raise UnusableModel(
                     source=source,
-                    reason=f"'{path.relative_to(folder)}' is a link to a file outside its folder. Replace it by a copy "
-                    "of the file, or remove it.",
+                    reason=f"'{path.relative_to(folder)}' is a link to a file outside its folder. Replace it with a "
+                    "copy of the file, or remove it.",
                 )
 
 

@@ -55,7 +55,7 @@ def find(source: str) -> Path | None:
         return None
     if len(names) > 1:
         listed = f"{', '.join(names[:3])}{' and more' if len(names) > 3 else ''}"
-        raise UnusableModel(source=source, reason=f"it holds several GGUF files ({listed}). Name one of them.")
+        raise UnusableModel(source=source, reason=f"it has several GGUF files ({listed}). Name one of them.")
     return Path(source) / names[0]
 
 
@@ -67,15 +67,17 @@ def unpack(path: Path, out: Path) -> None:
     if kind == "gpt2" and rule is None:
         raise UnusableModel(
             source=path,
-            reason=f"its tokenizer cuts words by the rule '{pre}', which is not known here. Add the model from its "
-            "safetensors instead.",
+            reason=f"its tokenizer splits words by the unsupported rule '{pre}'. Add the model from its safetensors "
+            "instead.",
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model, missing = _load(path)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise UnusableModel(source=path, reason=f"transformers cannot read it ({reason}).") from error
+        raise UnusableModel(
+            source=path, reason=f"transformers cannot read it ({reason}). Add the model from its safetensors instead."
+        ) from error
     inspection.refuse_missing_weights(path, missing)
     _refuse_other_tokens(path, tokenizer, kind, control)
     if rule is not None:
@@ -94,8 +96,8 @@ def _refuse_other_tokens(path: Path, tokenizer: Any, kind: str, control: set[int
     if other_model or not control <= tokenizer.added_tokens_decoder.keys():
         raise UnusableModel(
             source=path,
-            reason=f"transformers {transformers.__version__} does not read its tokenizer as the file has it. Upgrade "
-            "transformers where models are converted, or add the model from its safetensors.",
+            reason=f"transformers {transformers.__version__} reads its tokenizer differently from the file. Upgrade "
+            "transformers on the I/O worker, or add the model from its safetensors.",
         )
 
 
@@ -106,7 +108,7 @@ def _tokenizer_info(path: Path) -> tuple[str, str, set[int]]:
     try:
         fields = GGUFReader(path).fields
     except Exception as error:
-        raise UnusableModel(source=path, reason=f"it is not a readable GGUF file ({error}).") from error
+        raise UnusableModel(source=path, reason=f"it is not a readable GGUF file ({error}). Copy it again.") from error
     kind, pre, types = (fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre", "token_type"))
     control = {i for i, found in enumerate(types.contents() if types else ()) if found == TokenType.CONTROL}
     return str(kind.contents()) if kind else "", str(pre.contents()) if pre else "gpt-2", control

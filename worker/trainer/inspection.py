@@ -91,12 +91,14 @@ def refuse_missing_weights(source: Any, missing: Iterable[str]) -> None:
     if names := _listed(missing):
         raise UnusableModel(
             source=source,
-            reason=f"its files have no weights for {names}. Copy every shard, with the config that belongs to them.",
+            reason=f"its files lack weights for {names}. Copy every shard, and the config.json that belongs to them.",
         )
 
 
 def _unusable(source: str, error: Exception) -> UnusableModel:
-    return UnusableModel(source=source, reason=f"it cannot be used ({str(error).strip().splitlines()[0]}).")
+    return UnusableModel(
+        source=source, reason=f"transformers cannot load it ({str(error).strip().splitlines()[0]}). Check its files."
+    )
 
 
 def _load_on_meta(out: Path) -> tuple[Any, dict[str, Any]]:
@@ -113,15 +115,15 @@ def _refuse_mismatched_weights(source: str, report: dict[str, Any]) -> None:
     for name, found, wanted in sorted(report["mismatched_keys"]):
         raise UnusableModel(
             source=source,
-            reason=f"{name} is {_size(found)} in its files and {_size(wanted)} by its config. Copy the config.json "
-            "that was saved with the weights.",
+            reason=f"{name} is {_size(found)} in its files, but {_size(wanted)} according to its config. Copy the "
+            "config.json that was saved with the weights.",
         )
     refuse_missing_weights(source, report["missing_keys"])
     if names := _listed(report["unexpected_keys"]):
         raise UnusableModel(
             source=source,
-            reason=f"its files have weights that its architecture has no place for: {names}. They would be left out. "
-            "Copy the config.json that was saved with the weights.",
+            reason=f"its files have weights that its architecture does not have: {names}. They would be ignored. Copy "
+            "the config.json that was saved with the weights.",
         )
 
 
@@ -150,6 +152,6 @@ def _refuse_unknown_tokens(source: str, template: ChatTemplate, source_text: str
         id = min(beyond)
         raise UnusableModel(
             source=source,
-            reason=f"its tokenizer has '{beyond[id]}' as token {id}, and its embedding has {rows} rows. Copy the "
+            reason=f"its tokenizer has '{beyond[id]}' as token {id}, but its embedding has only {rows} rows. Copy the "
             "tokenizer that was saved with the weights, or enlarge the embedding.",
         )

@@ -88,8 +88,8 @@ def _take_step(t: Training, progress: Progress) -> tuple[Step, bool]:
     *totals, asked, grad_norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
     loss, accuracy, metrics = _shown(t, totals, weight)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        value = loss if not math.isfinite(loss) else f"{loss:.4f} with a gradient of {grad_norm}"
-        raise finite.failure(t, value=value, step=step, rate=rate, drawn=drawn)
+        what = f"The loss became {loss}" if not math.isfinite(loss) else f"The gradient's norm became {grad_norm}"
+        raise finite.failure(t, what=what, step=step, rate=rate, drawn=drawn)
     t.stepper.update(step, rate)
     progress.step = step
     progress.tokens += sum(t.rows.lengths[i] for i in drawn)
@@ -150,7 +150,7 @@ def _evaluate(t: Training, progress: Progress) -> None:
     t.writer.write(Evaluated(step=progress.step, loss=loss, accuracy=accuracy, metrics=metrics, **task))
     if not math.isfinite(loss):
         rate = learning_rate(t.plan, progress.step, t.total_steps)
-        raise finite.failure(t, value=f"{loss} on the validation file", step=progress.step, rate=rate)
+        raise finite.failure(t, what=f"The validation loss became {loss}", step=progress.step, rate=rate)
     if t.chooses_by_task:
         loss = 1 - task["task_score"]
     if progress.best_loss is None or loss < progress.best_loss:
@@ -190,4 +190,4 @@ def _sample(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
 def _check_moved(parameters: Iterable[torch.Tensor], before: torch.Tensor) -> None:
     """Raises RuntimeError if three steps changed no weight, as when the optimizer holds other tensors."""
     if torch.equal(before, _sample(parameters)):
-        raise RuntimeError("three optimizer steps changed no weight: the optimizer does not hold the model's weights")
+        raise RuntimeError("three optimizer steps changed no weight: the optimizer does not have the model's weights")

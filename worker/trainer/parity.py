@@ -137,7 +137,7 @@ def _try_difference(t: Training, record: Record, artifact: Path) -> float | None
             return _difference(t, record, artifact)
         except torch.OutOfMemoryError:
             pass
-    log.info("the exported files are not checked: the model is too large to load a second time here")
+    log.info("the exported files are not checked: there is too little memory to load the model a second time")
     return None
 
 

@@ -106,7 +106,7 @@ def _cut(objective: Objective, rows: Sequence[Row], work: Work, ranks: Ranks) ->
     except torch.OutOfMemoryError:
         raise _does_not_fit(work, what, device) from None
     fits = -ranks.most(-mine)
-    log.info("%d tokens fit at once beside a piece of the model", fits)
+    log.info("%d tokens fit at once beside a shard of the model", fits)
     if fits < longest:
         raise _does_not_fit(work, what, device)
     return MemoryPlan(max(longest, min(wanted, fits)), recompute=True)
@@ -121,7 +121,7 @@ def _does_not_fit(work: Work, what: str, device: torch.device) -> DoesNotFit:
         capacity=f"{total / 2**30:.0f} GiB",
         instead="Lower max_seq_length, or use a smaller base or a larger GPU."
         if isinstance(work.technique, Qlora)
-        else "Lower max_seq_length, or choose qlora.",
+        else "Lower max_seq_length, or use technique 'qlora'.",
     )
 
 

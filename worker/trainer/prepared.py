@@ -75,7 +75,7 @@ def find(folder: Path, name: str) -> Prepared | None:
         unless_read.callback(file.close)
         found = _read(file)
         if found is None:
-            log.warning("%s is damaged, and its rows are prepared again", path)
+            log.warning("%s is damaged: its rows are prepared again", path)
             path.unlink(missing_ok=True)
             return None
         unless_read.pop_all()

@@ -49,7 +49,7 @@ def _compared(made: Preview, trained: set[tuple[tuple[int, ...], tuple[bool, ...
         passed=not failing,
         what="These tokens and labels are those that the run trained on",
         rows=failing,
-        advice="Report this as a fault: the preview must show the run's own rows." if failing else None,
+        advice="Report this as a bug: the preview must show the run's own rows." if failing else None,
     )
     return made.model_copy(update={"checks": [*made.checks, check], "passed": made.passed and check.passed})
 

@@ -47,7 +47,7 @@ def carry_out_and_report(folder: Path, pipe: int, stop_signal: StopSignal) -> in
     except BrokenPipeError:
         return 1  # nobody reads any more, so there is nobody to report to
     except Exception as error:
-        log.exception("the run ends here")
+        log.exception("the run failed")
         return exit_code(children.say_failed(describe(error)))
 
 
@@ -71,11 +71,13 @@ def describe(error: Exception) -> Failed:
         kind = "gpu_oom" if error.code == "does_not_fit" else "user_error"
         return Failed(kind=kind, code=error.code, message=error.message, param=error.param)
     if isinstance(error, torch.OutOfMemoryError):
-        message = "The GPU's memory is full even with one row at a time. Lower max_seq_length, or choose qlora."
+        message = (
+            "The GPU runs out of memory even with one row at a time. Lower max_seq_length, or use technique 'qlora'."
+        )
         return Failed(kind="gpu_oom", code="does_not_fit", message=message)
     if isinstance(error, ValidationError | TuneryError) and not isinstance(error, Unavailable):
         return Failed(kind="user_error", code="invalid_spec", message=str(error))
-    reason = (str(error).strip() or "no reason given").splitlines()[0]
+    reason = (str(error).strip() or "no message").splitlines()[0]
     kind = "user_error" if isinstance(error, REPEATABLE) else "crashed"
     return Failed(kind=kind, code="training_crashed", message=f"{type(error).__name__}: {reason}")
 

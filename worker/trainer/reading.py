@@ -27,7 +27,8 @@ def validation_rows(folder: Path, run: Run, template: ChatTemplate) -> Rows | No
         return read_rows(path, template, run.plan.max_seq_length, "validation", encoder, folder / prepared.NAME)
     if run.plan.early_stopping or run.plan.select == "best":
         raise InvalidTrainingFile(
-            role="validation", reason="There is none, and early_stopping and select: best need its loss. Add one."
+            role="validation",
+            reason="It is missing, but early_stopping and select 'best' need its loss. Add a validation file.",
         )
     return None
 
@@ -39,7 +40,7 @@ def packs(run: Run, rows: Rows, objective: Objective, warnings: list[str]) -> bo
         objective.knows_borders = packing.keeps_rows_apart(objective, rows.rows, device)
     if not run.plan.packing or objective.knows_borders or packing.keeps_rows_apart(objective, rows.rows, device):
         return run.plan.packing
-    warnings.append("This model lets packed rows see each other, so the rows were not packed.")
+    warnings.append("This model cannot keep packed rows from attending to each other, so the rows were not packed.")
     return False
 
 

@@ -142,7 +142,7 @@ def _resume(t: Training) -> Progress:
     progress = checkpoints.restore(t, snapshot)
     if t.eight_bits is not None:
         t.eight_bits.widen(progress.wide)
-    log.info("going on after step %d of %s", progress.step, snapshot)
+    log.info("resuming after step %d of %s", progress.step, snapshot)
     return progress
 
 

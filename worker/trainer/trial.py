@@ -152,9 +152,9 @@ def _reason(base: Path, technique: Technique) -> str | None:
         return str(error.fields["reason"])
     except Exception as error:
         log.info("%s on a small copy failed", technique.type, exc_info=True)
-        return f"a step on a small copy of it fails: {_first_line(error)}"
+        return f"a training step on a small copy of it fails: {_first_line(error)}"
     learning = [p for p in objective.parameters() if p.requires_grad and p.grad is not None]
-    return None if learning else "no weight of it gets a gradient"
+    return None if learning else "none of its weights receives a gradient"
 
 
 def _first_line(error: Exception) -> str:

@@ -44,7 +44,7 @@ def _shards(source: str, folder: Path) -> list[Path]:
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     missing = [name for name in names if Path(name).name != name or not (folder / name).exists()]
     if missing:
-        raise UnusableModel(source=source, reason=f"its index names {missing[0]}, which is missing. Copy every shard.")
+        raise UnusableModel(source=source, reason=f"its index lists {missing[0]}, which is missing. Copy every shard.")
     return [folder / name for name in names]
 
 
@@ -90,8 +90,8 @@ def _untangle(source: str, out: Path, skeleton: Any, weight_map: dict[str, str])
         if first.shape != second.shape or not torch.equal(first, second):
             raise UnusableModel(
                 source=source,
-                reason=f"its config ties {copied} to {original} (tie_word_embeddings), and its files hold two that "
-                "differ. Set tie_word_embeddings to false in config.json, or remove the one that is not used.",
+                reason=f"its config ties {copied} to {original} (tie_word_embeddings), but its files have two "
+                "different ones. Set tie_word_embeddings to false in config.json, or remove the unused one.",
             )
         shard = out / weight_map.pop(copied)
         rest = {name: tensor for name, tensor in load_file(shard).items() if name != copied}

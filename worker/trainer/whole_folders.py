@@ -49,7 +49,7 @@ def _is_full(error: OSError | SafetensorError) -> bool:
 
 def _kept(folder: Path) -> str:
     steps = [int(path.name.removeprefix("step-")) for path in folder.glob("step-*")]
-    return f"The state of step {max(steps)} is good and stays." if steps else "Nothing had been saved before."
+    return f"The state of step {max(steps)} is intact and is kept." if steps else "No state had been saved."
 
 
 def _flush(path: Path) -> None:

@@ -98,7 +98,9 @@ def clean(
         outputs = [_Output(files.enter_context(path.open("wb"))) for path in (target, held_out) if path is not None]
         rows = _write(lines.read_lines(source), made, apart, outputs)
     if unknown := [line for line in order.rows.drop if line > rows]:
-        raise InvalidValue(param="rows.drop", reason=f"The file has {rows:,} rows, and line {unknown[0]:,} is none.")
+        raise InvalidValue(
+            param="rows.drop", reason=f"The file has {rows:,} rows, but no line {unknown[0]:,}. Correct 'rows'."
+        )
     if not outputs[0].rows:
         raise NothingLeft(rows=rows)
     return Cleaned(

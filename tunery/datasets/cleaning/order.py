@@ -29,8 +29,8 @@ _NOT_COMPARED = "Leaks are found by comparison. Name the test or validation file
 _NOT_MEASURED = "Tokens are counted by a base's tokenizer and chat template. Name the model in 'base'."
 _NOT_UPLOADED = "The server knows what the rows are compared with. Upload the file, and clean it by its id."
 _NOT_JUDGED = (
-    "A report by a base says which answers are implausible. Ask for the file's report with this 'base', and clean the "
-    "file when it is ready."
+    "Only a report that was made with a base names implausible answers. Request the file's report with this 'base', "
+    "and clean the file when the report is ready."
 )
 IMPLAUSIBLE = "implausible_output"
 """The kind that a base's report finds; a cleaning itself does not run a base."""
@@ -76,7 +76,7 @@ class Action(BaseModel):
 
     kind: str = Field(description="As in the report")
     action: ActionName
-    min_score: Float = Field(0.0, ge=0, le=1, description="Findings with a lower score are left alone")
+    min_score: Float = Field(0.0, ge=0, le=1, description="Findings with a lower score are ignored")
 
 
 class RowChoice(BaseModel):
@@ -92,7 +92,7 @@ class HeldOut(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    share: Float = Field(0.1, gt=0, le=0.5, description="Of the rows that are left, about")
+    share: Float = Field(0.1, gt=0, le=0.5, description="Approximate share of the remaining rows")
     seed: Int = Field(0, ge=0, description="The same seed holds out the same rows")
 
 
@@ -128,7 +128,7 @@ class Cleaning(BaseModel):
         if any(line < 1 for line in self.rows.drop):
             raise InvalidValue(param="rows.drop", reason="Lines are counted from 1.")
         if not (self.actions or self.recommended or self.rows.drop or self.held_out):
-            reason = "Nothing is asked for. Name 'actions', set 'recommended', or choose 'rows' or 'held_out'."
+            reason = "The request changes nothing. Set 'actions', 'recommended', 'rows' or 'held_out'."
             raise InvalidValue(param="actions", reason=reason)
 
     def chosen(self) -> Mapping[str, Action]:
@@ -154,8 +154,8 @@ def _check(one: Action, param: str) -> None:
         kinds = ", ".join(kind for kind, known in ACTIONS.items() if known.actions)
         raise InvalidValue(param=f"{param}.kind", reason=f"No finding has the kind '{one.kind[:40]}'. Kinds: {kinds}.")
     if not possible.actions:
-        reason = f"Nothing can be done to the rows about '{one.kind}': the file needs other rows. Remove the action."
+        reason = f"No action can correct '{one.kind}': the file needs other rows. Remove the action."
         raise InvalidValue(param=f"{param}.kind", reason=reason)
     if one.action not in possible.actions:
-        reason = f"'{one.action}' is no action for '{one.kind}'. Possible: {', '.join(possible.actions)}."
+        reason = f"'{one.action}' is not an action for '{one.kind}'. Possible actions: {', '.join(possible.actions)}."
         raise InvalidValue(param=f"{param}.action", reason=reason)

@@ -139,7 +139,7 @@ def _edit(plan: Plan, edits: Mapping[int, list[Finding]], read_rows: ReadRows) -
         for finding in edits[source.number]:
             edited = _redact(source) if finding.kind == "pii" else _fix(source, answers)
             if edited is None:
-                plan.drop(source.number, finding.kind, f"{finding.why} It cannot be corrected by itself.")
+                plan.drop(source.number, finding.kind, f"{finding.why} It cannot be corrected automatically.")
                 break
             source, change = edited
             plan.changes.append(change)

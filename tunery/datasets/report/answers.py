@@ -19,7 +19,7 @@ def find_empty(case: Case) -> Iterator[Finding]:
     for row in case.rows:
         answers = [turn for turn in row.turns if turn.role == "assistant" and not turn.calls]
         if any(_INVISIBLE.fullmatch(turn.text) for turn in answers):
-            why = "An assistant message is empty: the model would learn to say nothing."
+            why = "An assistant message is empty: the model would learn to answer nothing."
             yield Finding("empty_output", [row.line], 1.0, why, "Write the answer, or drop the row.")
 
 
@@ -27,7 +27,7 @@ def find_echoes(case: Case) -> Iterator[Finding]:
     """Finds rows whose answer repeats the question."""
     for row in case.answered:
         if texts.squash(row.answer) == texts.squash(row.question):
-            why = "The answer is the question."
+            why = "The answer repeats the question."
             yield Finding("answer_is_prompt", [row.line], 1.0, why, "Correct the answer, or drop the row.")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from tunery.datasets.report import texts
 from tunery.datasets.report.case import Case, Finding
 
-_ACTION = "Drop the row: with it, general ability on the scorecard says less than it seems to."
+_ACTION = "Drop the row: with it, the scorecard overestimates general ability."
 
 
 def read(folder: Path) -> frozenset[str]:
@@ -28,5 +28,5 @@ def find(case: Case) -> Iterator[Finding]:
     for row in case.answered if case.benchmark else ():
         if texts.words(row.question) in case.benchmark:
             yield Finding(
-                "benchmark_overlap", [row.line], 1.0, "Asks what an item of the general benchmark asks.", _ACTION
+                "benchmark_overlap", [row.line], 1.0, "Asks the same as an item of the general benchmark.", _ACTION
             )

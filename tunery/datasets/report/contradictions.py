@@ -6,7 +6,7 @@ from tunery.datasets.report import texts
 from tunery.datasets.report.case import Case, Finding
 from tunery.datasets.report.neighbours import Pair
 
-_ACTION = "Keep the row that is right, and correct or drop the other."
+_ACTION = "Keep the correct row, and correct or drop the other."
 
 
 def find(case: Case) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ def find_exact(case: Case) -> Iterator[Finding]:
     for rows in by_key((row for row in case.rows if row.turns), whole).values():
         if len(rows) > 1:
             lines = [row.line for row in rows]
-            yield Finding("exact_duplicate", lines, 1.0, "The rows say the same.", f"Keep line {lines[0]} alone.")
+            yield Finding("exact_duplicate", lines, 1.0, "The rows are the same.", f"Keep only line {lines[0]}.")
 
 
 def find_near(case: Case) -> Iterator[Finding]:

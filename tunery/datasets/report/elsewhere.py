@@ -11,7 +11,7 @@ from tunery.datasets.report.order import OtherFile
 from tunery.datasets.report.rows import Row, whole
 
 _ENTRY = struct.Struct("<8sI")
-_ACTION = "Drop the rows from one of the two files, if these are to be trained and tested on apart."
+_ACTION = "Drop the rows from one of the two files if one of them is for testing."
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,6 @@ def find(case: Case) -> Iterator[Finding]:
         shared = [(line, other.lines[key]) for line, key in digests if key in other.lines]
         if shared:
             lines, there = [line for line, _ in shared], sorted({line for _, line in shared})
-            rows = "1 row stands" if len(lines) == 1 else f"{len(lines):,} rows stand"
-            why = f"{rows} in '{other.name}' ({other.id}) too."
+            rows = "1 row is" if len(lines) == 1 else f"{len(lines):,} rows are"
+            why = f"{rows} also in '{other.name}' ({other.id})."
             yield Finding("repeated_elsewhere", lines, len(lines) / len(digests), why, _ACTION, there)

@@ -76,7 +76,7 @@ def find(case: Case) -> Iterator[Finding]:
             language = language_of(getattr(row, part))
             if language not in (None, usual) and row.line not in named and _is_unlike(getattr(row, part), usual):
                 fraction = count / counts.total()
-                why = f"The {part} is in the language '{language}', {fraction:.1%} of the others are in '{usual}'."
+                why = f"The {part} is in the language '{language}', but {fraction:.1%} of the others are in '{usual}'."
                 yield Finding("other_language", [row.line], identify(getattr(row, part))[0][1], why, _ACTION)
 
 

@@ -7,7 +7,7 @@ from tunery.datasets.report import extensions, texts
 from tunery.datasets.report.case import Case, Finding
 from tunery.datasets.report.neighbours import Pair
 
-_ACTION = "Drop the row here, or its partner in the other file."
+_ACTION = "Drop this row, or its counterpart in the other file."
 
 
 def find(case: Case) -> Iterator[Finding]:
@@ -24,4 +24,7 @@ def find(case: Case) -> Iterator[Finding]:
 def _why(pair: Pair) -> str:
     asked = "the question" if pair.similarity == 1 else "nearly the question"
     answered = texts.squash(pair.first.answer) == texts.squash(pair.second.answer)
-    return f"Has {asked} of line {pair.second.line} there, with {'the same' if answered else 'another'} answer."
+    return (
+        f"Has {asked} of line {pair.second.line} of the other file, with "
+        f"{'the same' if answered else 'a different'} answer."
+    )

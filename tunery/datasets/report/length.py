@@ -10,7 +10,7 @@ from tunery.rows.template_files import load_tokenizer
 _PIECE = re.compile(r"\w{1,6}|[^\w\s]")
 _AROUND = 4
 """Approximate tokens that a chat template writes around a message."""
-_ACTION = "Shorten the row, or train with more tokens: what is over the limit is cut off, and the answer stands last."
+_ACTION = "Shorten the row, or raise the token limit: the excess is cut off, and the answer comes last."
 
 
 def tokenizer(folder: Path) -> Counter:
@@ -35,5 +35,5 @@ def find(case: Case) -> Iterator[Finding]:
             continue
         tokens = sum(count(turn.text) + _AROUND for turn in row.turns)
         if tokens > case.max_tokens:
-            why = f"Has {about}{tokens:,} tokens, and {case.max_tokens:,} are trained."
+            why = f"Has {about}{tokens:,} tokens, but only {case.max_tokens:,} are trained."
             yield Finding("too_long", [row.line], 1 - case.max_tokens / tokens, why, _ACTION)

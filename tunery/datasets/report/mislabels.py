@@ -31,7 +31,7 @@ _MANY = 10_000
 """Rows from which words alone are enough, and parts of words would only take time."""
 _READ = 1000
 """Characters of a question that are read."""
-_ACTION = "Read the row; correct the label where it is wrong."
+_ACTION = "Check the row, and correct the label if it is wrong."
 
 
 def find(case: Case) -> Iterator[Finding]:
@@ -45,7 +45,7 @@ def find(case: Case) -> Iterator[Finding]:
         margins, better = _margins(rows, given, _trusted(task, case.against))
         for at in np.argsort(margins):
             if margins[at] < 0 and rows[at].line not in named:
-                why = f"Has {task.name} '{given[at]}', where like rows have '{better[at]}'."
+                why = f"Has {task.name} '{given[at]}', whereas similar rows have '{better[at]}'."
                 yield Finding("mislabelled", [rows[at].line], float(-margins[at]), why, _ACTION)
 
 

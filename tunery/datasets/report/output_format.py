@@ -11,7 +11,7 @@ from tunery.datasets.report.rows import Row, by_key
 _FRACTION = 0.9
 _LEAST = 20
 """Rows with one system message below which shares say nothing."""
-_ACTION = "Write the answer as the others are."
+_ACTION = "Write the answer in the format of the others."
 
 
 def find(case: Case) -> Iterator[Finding]:
@@ -31,9 +31,9 @@ def _odd_ones(group: list[tuple[Row, Any]]) -> Iterator[Finding]:
     usual, count = Counter(frozenset(value) for _, value in objects).most_common(1)[0]
     for row, value in group:
         if not isinstance(value, dict):
-            why = f"{fraction:.1%} of the answers under this system message are JSON objects, this is not."
+            why = f"{fraction:.1%} of the answers under this system message are JSON objects, but this one is not."
             yield Finding("inconsistent_output", [row.line], fraction, why, _ACTION)
         elif count >= _FRACTION * len(objects) and (differing := usual ^ frozenset(value)):
             keys = ", ".join(sorted(differing)[:3])
-            why = f"{count / len(objects):.1%} of the answers have the same keys, this differs by: {keys}."
+            why = f"{count / len(objects):.1%} of the answers have the same keys, but this one differs in: {keys}."
             yield Finding("inconsistent_output", [row.line], count / len(objects), why, _ACTION)

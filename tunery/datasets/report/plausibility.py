@@ -18,7 +18,7 @@ _SPREAD = 1.4826
 _FAR = 3.0
 _LEAST_LOSS = 0.1
 """Nats per token: an answer that is certain without its question says nothing about the question."""
-_ACTION = "Read the row; correct the answer where it does not belong to the question."
+_ACTION = "Check the row, and correct the answer if it does not belong to the question."
 
 
 def read(path: Path) -> dict[int, AnswerLoss]:
@@ -46,8 +46,8 @@ def find(case: Case) -> Iterator[Finding]:
     for one, far in zip(judged, outliers(judged), strict=True):
         if far >= _FAR:
             why = (
-                f"The base expects the answer's tokens at {one.loss:.1f} nats each, and without the question at "
-                f"{one.alone:.1f}: the question makes the answer hardly likelier, or less likely."
+                f"The answer's tokens have a mean loss of {one.loss:.1f} nats under the base, and of {one.alone:.1f} "
+                "without the question: the question hardly makes the answer more likely, or makes it less likely."
             )
             yield Finding("implausible_output", [one.line], float(1 - _FAR / (_FAR + far)), why, _ACTION)
 

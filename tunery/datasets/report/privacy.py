@@ -46,7 +46,7 @@ def find(case: "Case") -> Iterator["Finding"]:
     for row in case.rows:
         kinds = {kind: True for turn in row.turns for kind in kinds_in(turn.text)}
         if kinds:
-            yield Finding("pii", [row.line], 1.0, f"Holds {' and '.join(kinds)}.", _ACTION)
+            yield Finding("pii", [row.line], 1.0, f"Contains {' and '.join(kinds)}.", _ACTION)
 
 
 def kinds_in(text: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ _REFUSAL = re.compile(
     r"|\bi must decline\b",
     re.IGNORECASE,
 )
-_ACTION = "Keep it if such a question should be refused, otherwise write the answer or drop the row."
+_ACTION = "Keep it if such a question should be refused; otherwise write the answer, or drop the row."
 
 
 def find(case: Case) -> Iterator[Finding]:

@@ -31,9 +31,9 @@ def describe(turns: Sequence[Turn]) -> str | None:
     if any(role in _SYSTEM for role in roles[len(roles) - len(spoken) :]):
         return "Has a system message after the first turn."
     if spoken[0].role != "user":
-        return f"Begins with a message of the role '{spoken[0].role}'; the user speaks first."
+        return f"The first message has the role '{spoken[0].role}', but the user must speak first."
     if spoken[-1].role != "assistant":
-        return f"Ends with a message of the role '{spoken[-1].role}', so its answer is missing."
+        return f"The last message has the role '{spoken[-1].role}', so its answer is missing."
     return next(filter(None, map(_follows, spoken, spoken[1:])), None)
 
 
@@ -41,7 +41,9 @@ def _follows(before: Turn, after: Turn) -> str | None:
     """Returns what is wrong with a turn after another one."""
     if after.role in _TOOL:
         fine = before.calls or before.role in _TOOL
-        return None if fine else f"Has a tool's answer after a message of the role '{before.role}', which called none."
+        return (
+            None if fine else f"Has a tool result after a message with the role '{before.role}', which called no tool."
+        )
     if after.role == before.role:
-        return f"Has two messages of the role '{after.role}' in a row."
+        return f"Has two messages with the role '{after.role}' in a row."
     return None

@@ -45,5 +45,5 @@ def find(case: Case) -> Iterator[Finding]:
         fraction = count / counts.total()
         for line, script in scripts.items():
             if fraction >= _FRACTION and script not in (usual, None):
-                why = f"The {part} is written in {script} letters, {fraction:.1%} of the others in {usual} ones."
+                why = f"The {part} is written in {script} letters, but {fraction:.1%} of the others in {usual} ones."
                 yield Finding("other_script", [line], fraction, why, _ACTION)

@@ -50,7 +50,7 @@ class Lengths:
 
     def _add(self, row: Row, encoded: Encoded) -> None:
         if not encoded.sequences:
-            why = "No token of the row is trained: no message of the assistant's has text to learn."
+            why = "No token of the row is trained: no assistant message has text to learn."
             self.findings.append(Finding("untrained", [row.line], 1.0, why, "Give it an answer, or drop the row."))
             return
         trained = [_trained(sequence.labels) for sequence in encoded.sequences]
@@ -62,8 +62,8 @@ class Lengths:
             ids = self.template.tokenizer.encode(text, add_special_tokens=False).ids
             self._parts.setdefault(name, []).append(len(ids))
         if needed > self.max_tokens:
-            why = f"The answer ends at token {needed:,}, and {self.max_tokens:,} are trained."
-            action = "Shorten the row, or train with more tokens."
+            why = f"The answer ends at token {needed:,}, but only {self.max_tokens:,} are trained."
+            action = "Shorten the row, or raise the token limit."
             self.findings.append(Finding("answer_cut", [row.line], 1 - self.max_tokens / needed, why, action))
 
     def figures(self, base: str) -> dict[str, Any]:

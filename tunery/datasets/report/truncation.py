@@ -59,12 +59,12 @@ def _broken_off(answer: str) -> str | None:
     """Returns why an answer that begins as JSON, or has a code block, is incomplete; else None."""
     text = answer.strip()
     if text.startswith(("{", "[")) and texts.load_json(text) is None and _open_at_end(text):
-        return "Begins as JSON and ends inside it."
+        return "Starts as JSON but is incomplete."
     if text.count("```") % 2:
-        return "A block of code is opened and not closed."
+        return "Opens a code block and does not close it."
     *before, last = [line for line in text.split("\n") if line.strip()] or [""]
     if _MARKER.fullmatch(last) and any(map(ITEM.match, before)):
-        return "Ends with the mark of a list's item."
+        return "Ends with a list marker."
     return None
 
 
@@ -89,5 +89,5 @@ def _part_of_label(case: Case, row: Row) -> str | None:
         if not task.key and row.line not in task.labels:
             whole = next((label for label in set(task.labels.values()) if label.startswith(answer)), None)
             if whole is not None:
-                return f"Is the beginning of the label '{whole}'."
+                return f"Is only the beginning of the label '{whole}'."
     return None

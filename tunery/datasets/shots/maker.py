@@ -41,7 +41,7 @@ def make(folder: Path, order: ShotsOrder) -> Prompts:
     shown, left_out = _examples(folder / "examples", questions)
     known = [report_rows.of_example(line, example) for line, example in enumerate(shown)]
     if not asked:
-        raise InvalidTrainingFile(param="eval_file", role="test", reason="It has no row. Add some.")
+        raise InvalidTrainingFile(param="eval_file", role="test", reason="It has no rows. Add some.")
     template = ChatTemplate.load(folder / "base")
     longest = max(template.answer_length(answer) for _, answer in _encoded(template, asked))
     limit = answer_limit(Evaluation(max_new_tokens=order.max_new_tokens), longest)
@@ -91,12 +91,19 @@ def _most_shots(case: _Case, kinds: Sequence[bool]) -> int:
 def _write(case: _Case, variant: Variant) -> Variant:
     """Writes the variant's prompts; returns the variant, with the reason if there are none."""
     if variant.shots > len(case.shown):
-        why = f"{variant.shots} examples were asked for, and {len(case.shown)} may be shown: ask for fewer, or add some"
-        return variant.model_copy(update={"error": f"{why}. Examples that ask what an eval row asks do not count."})
+        why = (
+            f"{variant.shots} examples are requested, but only {len(case.shown)} may be shown: request fewer, or add "
+            "some"
+        )
+        return variant.model_copy(
+            update={"error": f"{why}. Examples with nearly the same question as an eval row are excluded."}
+        )
     prompted = _prompted(case, variant)
     if longest := _too_long(case, prompted):
-        why = f"A prompt and its answer have up to {longest:,} tokens, and the base's context {case.order.context:,}."
-        return variant.model_copy(update={"error": f"{why} Ask for fewer shots."})
+        why = (
+            f"A prompt and its answer need up to {longest:,} tokens, but the base's context has {case.order.context:,}."
+        )
+        return variant.model_copy(update={"error": f"{why} Lower 'shots'."})
     lines = (json.dumps(example.model_dump(exclude_none=True), ensure_ascii=False) for example in prompted)
     (case.folder / "prompts" / f"{variant.name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return variant

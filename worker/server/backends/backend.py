@@ -74,7 +74,7 @@ def _vllm(settings: Settings, storage: Storage, _: str) -> Backend:
     from worker.server.replica import Replica
 
     if not settings.vllm_replicas:
-        raise ValueError("TUNERY_VLLM_REPLICAS is empty: name the URLs of the vLLM servers, separated by commas")
+        raise ValueError("TUNERY_VLLM_REPLICAS is empty: set it to the URLs of the vLLM servers, separated by commas")
     limits = Limits.of(settings)
     assert limits is not None, "the settings choose this back end"
     key = None if settings.vllm_api_key is None else settings.vllm_api_key.get_secret_value()

@@ -133,7 +133,7 @@ class Engine:
             try:
                 batch.step()
             except Exception as error:
-                log.exception("a pass of a batch failed")
+                log.exception("a forward pass of a batch failed")
                 batch.fail(error)
         ready = ready_of(streams)
         return [answer for answer, stream in zip(answers, streams, strict=True) if stream in ready]
@@ -257,7 +257,9 @@ def _grammar(request: ChatRequest, ready: Ready, spelling: CallSpelling | None) 
     if request.must_call:
         if spelling is None:
             raise Unsupported(
-                param="tool_choice", what="A call in this model's spelling, which is not JSON,", instead="Use 'auto'."
+                param="tool_choice",
+                what="A tool call in this model's format, which is not JSON,",
+                instead="Use 'auto'.",
             )
         source = grammar.of_call(request.callable_tools, spelling, ready.rendering.template.tokenizer)
         return Grammar(ready.rendering.vocabulary(size), source, "tools")

@@ -22,7 +22,7 @@ def unpack(source: str, archive: Path, out: Path) -> None:
             for entry in entries:
                 _copy(source, opened, entry, out / PurePosixPath(entry.filename).relative_to(folder))
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-        reason = f"it is no zip archive that can be read ({error}). Zip the folder that PEFT's save_pretrained wrote."
+        reason = f"it is not a readable zip archive ({error}). Zip the folder that PEFT's save_pretrained wrote."
         raise UnusableAdapter(source=source, reason=reason) from error
 
 
@@ -31,8 +31,8 @@ def _adapter(source: str, opened: zipfile.ZipFile) -> tuple[PurePosixPath, list[
     found = {PurePosixPath(entry.filename): entry for entry in opened.infolist() if not entry.is_dir()}
     folders = [path.parent for path in found if path.name == CONFIG]
     if len(folders) != 1:
-        what = f"it has {len(folders)} files {CONFIG}" if folders else f"it has no {CONFIG}"
-        raise UnusableAdapter(source=source, reason=f"{what}. Zip the folder that PEFT's save_pretrained wrote, alone.")
+        what = f"it has {len(folders)} {CONFIG} files" if folders else f"it has no {CONFIG}"
+        raise UnusableAdapter(source=source, reason=f"{what}. Zip only the folder that PEFT's save_pretrained wrote.")
     [folder] = folders
     own = {path.relative_to(folder): entry for path, entry in found.items() if path.is_relative_to(folder)}
     _check_weights(source, {str(path) for path in own})
@@ -59,7 +59,7 @@ def _copy(source: str, opened: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Pa
     # Weights and tokenizers compress to a half or a tenth; what compresses to a thousandth is made to fill a disk.
     limit = min(_TEXT_BYTES, entry.file_size) if is_text else entry.file_size
     if entry.file_size > limit or entry.file_size > 200 * max(entry.compress_size, _CHUNK):
-        reason = f"{path.name} of {entry.file_size} bytes is larger than such a file can be. Zip the folder as it is."
+        reason = f"{path.name} of {entry.file_size} bytes is larger than such a file can be. Zip the folder unchanged."
         raise UnusableAdapter(source=source, reason=reason)
     path.parent.mkdir(exist_ok=True)
     with opened.open(entry) as packed, path.open("wb") as file:

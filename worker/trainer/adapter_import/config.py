@@ -14,26 +14,26 @@ from worker.trainer.adapter_import.archive import CONFIG
 from worker.trainer.adapter_import.errors import UnusableAdapter
 
 _CHANGES_BASE = (
-    "it changes the base's own weights when it begins, so that the adapter alone belongs to another base. Save it "
-    "again with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+    "this initialisation changes the base's own weights, so that the adapter fits only the changed base. Save it again "
+    "with PEFT's path_initial_model_for_weight_conversion, which converts it to a plain LoRA"
 )
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that do not change the base's weights."""
 _REFUSED: dict[str, tuple[Any, str]] = {
-    "bias": ("none", "the base's biases learned too, and a model server that keeps one base would lose its own"),
-    "lora_bias": (False, "biases of the factors have no place in a merged model whose layers have none"),
-    "layer_replication": (None, "it repeats layers of the base, which makes another base"),
+    "bias": ("none", "the base's biases were trained too, and a model server shares one base among adapters"),
+    "lora_bias": (False, "biases of the factors cannot be merged into layers without biases"),
+    "layer_replication": (None, "it repeats layers of the base, which makes it a different base"),
     "alora_invocation_tokens": (
         None,
-        "an activated LoRA acts behind its invocation tokens alone",
+        "an activated LoRA applies only after its invocation tokens",
     ),
-    "arrow_config": (None, "a router chooses among several adapters, of which this is one"),
-    "use_qalora": (False, "its factors belong to groups of a quantised base"),
-    "use_bdlora": (None, "its factors are blocks for several GPUs"),
+    "arrow_config": (None, "a router chooses among several adapters, and this is only one of them"),
+    "use_qalora": (False, "its factors belong to the groups of a quantised base"),
+    "use_bdlora": (None, "its factors are split into blocks for several GPUs"),
     "kasa_config": (None, "it changes the base's own weights"),
-    "velora_config": (None, "it learned with compressed activations, which no other part here knows"),
-    "monteclora_config": (None, "it draws its factors at random"),
-    "megatron_config": (None, "its layers are Megatron's"),
+    "velora_config": (None, "it was trained with compressed activations, which are not supported"),
+    "monteclora_config": (None, "it samples its factors at random"),
+    "megatron_config": (None, "its layers belong to Megatron"),
 }
 """Options of PEFT's LoRA that are not supported: the only accepted value, and why."""
 _LEFT_OUT = {
@@ -49,25 +49,32 @@ def read(source: str, folder: Path) -> LoraConfig:
     found = _read_json(source, folder / CONFIG)
     if found.get("peft_type") != PeftType.LORA.value:
         what = f"its peft_type is {found.get('peft_type')!r}"
-        raise UnusableAdapter(source=source, reason=f"{what}, and only LORA is taken. Merge it with PEFT instead.")
+        raise UnusableAdapter(
+            source=source, reason=f"{what}, and only LORA is supported. Merge it into its base with PEFT instead."
+        )
     if found.get("task_type") not in (None, "CAUSAL_LM"):
-        reason = f"its task_type is {found['task_type']!r}, and only adapters of CAUSAL_LM generate text."
+        reason = (
+            f"its task_type is {found['task_type']!r}, and only CAUSAL_LM adapters generate text. Import an adapter of "
+            "that type."
+        )
         raise UnusableAdapter(source=source, reason=reason)
     _refuse_options(source, found)
     known = {field.name for field in dataclasses.fields(LoraConfig)} - _LEFT_OUT
     try:
         return LoraConfig(**{name: value for name, value in found.items() if name in known}, inference_mode=True)
     except (TypeError, ValueError) as error:
-        raise UnusableAdapter(source=source, reason=f"PEFT refuses its {CONFIG} ({_first_line(error)}).") from error
+        raise UnusableAdapter(
+            source=source, reason=f"PEFT rejects its {CONFIG} ({_first_line(error)}). Correct the file."
+        ) from error
 
 
 def _read_json(source: str, path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UnusableAdapter(source=source, reason=f"{CONFIG} is no JSON ({error}). Copy it again.") from error
+        raise UnusableAdapter(source=source, reason=f"{CONFIG} is not valid JSON ({error}). Copy it again.") from error
     if not isinstance(found, dict):
-        raise UnusableAdapter(source=source, reason=f"{CONFIG} is no JSON object. Copy it again.")
+        raise UnusableAdapter(source=source, reason=f"{CONFIG} is not a JSON object. Copy it again.")
     return found
 
 
@@ -75,13 +82,21 @@ def _refuse_options(source: str, found: dict[str, Any]) -> None:
     for name, (taken, why) in _REFUSED.items():
         value = found.get(name, taken)
         if value != taken and value not in (None, False, [], {}):
-            raise UnusableAdapter(source=source, reason=f"it has {name} {value!r}: {why}.")
+            raise UnusableAdapter(
+                source=source,
+                reason=f"its option {name} ({value!r}) is not supported: {why}. Merge it into its base with PEFT "
+                "instead.",
+            )
     if (init := found.get("init_lora_weights", True)) not in _INITS:
-        raise UnusableAdapter(source=source, reason=f"it has init_lora_weights {init!r}: {_CHANGES_BASE}.")
+        raise UnusableAdapter(
+            source=source, reason=f"its init_lora_weights {init!r} is not supported: {_CHANGES_BASE}."
+        )
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     for name in sorted(found.keys() - known):
         if found[name] not in (None, False, [], {}):
-            reason = f"this release of PEFT does not know its option {name} ({found[name]!r}). Save it without."
+            reason = (
+                f"the installed PEFT does not know its option {name} ({found[name]!r}). Save it without this option."
+            )
             raise UnusableAdapter(source=source, reason=reason)
 
 
@@ -103,7 +118,7 @@ def technique(source: str, config: LoraConfig, modules: list[str], kind: str) ->
         )
     except ValidationError as error:
         fault = error.errors()[0]
-        reason = f"its {'.'.join(map(str, fault['loc']))} cannot be trained on here: {fault['msg']}."
+        reason = f"its {'.'.join(map(str, fault['loc']))} is not supported here: {fault['msg']}."
         raise UnusableAdapter(source=source, reason=reason) from error
 
 

@@ -50,7 +50,7 @@ def _adapted(source: str, base: Path, config: LoraConfig) -> Any:
     except (CannotAdapt, ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, re.error) as error:
         cause = error.__cause__ or error  # PEFT's own message
         said = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
-        reason = f"PEFT cannot lay it on this base ({said}). Name the base that it was trained on."
+        reason = f"PEFT cannot load it onto this base ({said}). Name the base that it was trained on."
         raise UnusableAdapter(source=source, reason=reason) from error
 
 
@@ -68,16 +68,16 @@ def _refuse_unless_the_bases(source: str, base: Path, name: str, tensor: Tensor)
     """
     own = _weight(base, name.removeprefix(_PREFIX).replace(".base_layer.", "."))
     if own is None:
-        reason = f"it has {name}, for which {CONFIG} and this base have no place. Name the base that it was trained on."
+        reason = f"it has {name}, which {CONFIG} on this base does not have. Name the base that it was trained on."
         raise UnusableAdapter(source=source, reason=reason)
     if own.shape != tensor.shape:
         reason = (
-            f"{name} has {len(tensor)} rows and the base's {len(own)}: it was trained with another vocabulary. Add the "
-            "base with the enlarged vocabulary, or train the new tokens with trainable_token_indices."
+            f"{name} has {len(tensor)} rows, but the base's has {len(own)}: it was trained with another vocabulary. "
+            "Add the base with the enlarged vocabulary, or train the new tokens with trainable_token_indices."
         )
         raise UnusableAdapter(source=source, reason=reason)
     if not torch.equal(own.to(torch.bfloat16), tensor.to(torch.bfloat16)):
-        reason = f"{name} differs from the base's. Weights that learned whole have to be named in modules_to_save."
+        reason = f"{name} differs from the base's. List fully trained weights in modules_to_save."
         raise UnusableAdapter(source=source, reason=reason)
 
 
@@ -100,8 +100,8 @@ def _check_shapes(source: str, found: dict[str, Tensor], wanted: dict[str, torch
     for name, tensor in sorted(found.items()):
         if tensor.shape != wanted[name]:
             reason = (
-                f"{name} is {_size(tensor.shape)} in its file and {_size(wanted[name])} by {CONFIG} on this base. "
-                "Name the base that it was trained on, or copy both files from one folder."
+                f"{name} is {_size(tensor.shape)} in its file, but {_size(wanted[name])} according to {CONFIG} on this "
+                "base. Name the base that it was trained on, or copy both files from one folder."
             )
             raise UnusableAdapter(source=source, reason=reason)
 
@@ -112,7 +112,7 @@ def _check_numbers(source: str, found: dict[str, Tensor]) -> None:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UnusableAdapter(source=source, reason=f"{name} is {kind}. Save it in float32, float16 or bfloat16.")
         if not tensor.isfinite().all():
-            reason = f"{name} has numbers that are NaN or infinite. Take a checkpoint from before that."
+            reason = f"{name} has values that are NaN or infinite. Use an earlier checkpoint."
             raise UnusableAdapter(source=source, reason=reason)
 
 

@@ -31,7 +31,7 @@ def write(source: str, base: Path, came: Path, out: Path) -> ChatTemplate:
         _write_templates(source, base, came, out)
         template = ChatTemplate.load(out)
     except (CannotRender, UnusableModel, ValueError) as error:
-        reason = f"its tokenizer and chat template cannot be used ({error}). Leave them out to take the base's."
+        reason = f"its tokenizer and chat template cannot be used ({error}). Remove them to use the base's."
         raise UnusableAdapter(source=source, reason=reason) from error
     settings = template_files.read_json(base / _STOPS)
     settings.pop("_from_model_config", None)
@@ -53,7 +53,9 @@ def _check_vocabulary(source: str, base: Path, came: Path) -> None:
     try:
         own = template_files.load_tokenizer(came / "tokenizer.json").get_vocab(with_added_tokens=True)
     except Exception as error:  # tokenizers raises plain Exceptions
-        raise UnusableAdapter(source=source, reason=f"its tokenizer.json cannot be read ({error}).") from error
+        raise UnusableAdapter(
+            source=source, reason=f"its tokenizer.json cannot be read ({error}). Copy it again."
+        ) from error
     bases = template_files.load_tokenizer(base / "tokenizer.json").get_vocab(with_added_tokens=True)
     rows = AutoConfig.from_pretrained(base).get_text_config().vocab_size
     other = [token for token, id in bases.items() if own.get(token) != id]
@@ -61,7 +63,10 @@ def _check_vocabulary(source: str, base: Path, came: Path) -> None:
     if other or beyond:
         token = min(other or beyond)
         has = "another id or none" if other else f"id {own[token]}, and the base's embedding has {rows} rows"
-        reason = f"'{token}' has {has} in its tokenizer: it was trained with another vocabulary. Name its own base."
+        reason = (
+            f"'{token}' has {has} in its tokenizer: it was trained with another vocabulary. Name the base that it was "
+            "trained on."
+        )
         raise UnusableAdapter(source=source, reason=reason)
 
 

@@ -46,7 +46,7 @@ def _tensors(adapter: Path, lora: Any, family: Family, config: Any) -> dict[str,
     for module, (a, b) in sorted(_factors(adapter, lora).items()):
         target = mapped.get_name(f"{module}.weight", try_suffixes=(".weight",))
         if target is None or (target == "output.weight" and config.tie_word_embeddings):
-            raise NoGguf(reason=f"GGUF has no place for an adapter on {module}.")
+            raise NoGguf(reason=f"GGUF does not support an adapter on {module}.")
         scaled = b * np.float32(_correction(lora, module, len(a)))
         found[f"{target}.lora_a"] = np.ascontiguousarray(a)
         found[f"{target}.lora_b"] = np.ascontiguousarray(gguf_writer.convert(scaled, target, family, config))
@@ -60,7 +60,7 @@ def _factors(adapter: Path, lora: Any) -> dict[str, tuple[Array, Array]]:
         match = _FACTOR.fullmatch(key)
         if match is None or lora.use_dora:
             what = "it is a DoRA adapter" if lora.use_dora else f"the adapter has {key}"
-            raise NoGguf(reason=f"{what}, and llama.cpp knows the two factors of plain LoRA alone. Merge it first.")
+            raise NoGguf(reason=f"{what}, and llama.cpp supports only plain LoRA. Merge it first.")
         found.setdefault(match["module"], {})[match["letter"]] = tensor.float().numpy()
     return {module: (both["A"], both["B"]) for module, both in found.items()}
 

@@ -46,11 +46,15 @@ class Family:
 def find(config: Any) -> Family:
     """Returns the family of a model's config. Raises NoGguf."""
     if config.model_type not in FAMILIES:
-        raise NoGguf(reason=f"the architecture '{config.model_type}' is not among {', '.join(FAMILIES)}.")
+        raise NoGguf(
+            reason=f"the architecture '{config.model_type}' is not supported; supported are {', '.join(FAMILIES)}."
+        )
     family = FAMILIES[config.model_type]
     found = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if found != family.activation:
-        raise NoGguf(reason=f"llama.cpp computes {family.activation} for '{config.model_type}', and this has {found}.")
+        raise NoGguf(
+            reason=f"llama.cpp uses {family.activation} for '{config.model_type}', but this model has {found}."
+        )
     _check_layers(family, config)
     return family
 
@@ -61,7 +65,10 @@ def _check_layers(family: Family, config: Any) -> None:
         "sliding_attention" if pattern and (number + 1) % pattern else "full_attention" for number in range(len(layers))
     ]
     if pattern and layers != wanted:
-        raise NoGguf(reason=f"llama.cpp has a global layer at every place divisible by {pattern}, and this has others.")
+        raise NoGguf(
+            reason=f"llama.cpp makes every layer whose number is divisible by {pattern} global, but this model has "
+            "another pattern."
+        )
 
 
 def describe(writer: GGUFWriter, family: Family, config: Any) -> None:
@@ -111,7 +118,7 @@ def _scale_rope(writer: GGUFWriter, rope: dict[str, Any]) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     elif kind not in ("default", "llama3"):  # llama3's are a tensor
-        raise NoGguf(reason=f"its RoPE is scaled by '{kind}', with settings that are not written here.")
+        raise NoGguf(reason=f"its RoPE scaling '{kind}' has settings that the exporter does not support.")
 
 
 def describe_base(writer: GGUFWriter, weights_sha256: dict[str, str]) -> None:
@@ -144,11 +151,11 @@ def _gemma2(writer: GGUFWriter, config: Any) -> None:
 def _gemma3(writer: GGUFWriter, config: Any) -> None:
     _check_scale(config)
     if config.attn_logit_softcapping or config.final_logit_softcapping or config.use_bidirectional_attention:
-        raise NoGguf(reason="llama.cpp knows no soft caps and no attention in both directions in Gemma 3.")
+        raise NoGguf(reason="llama.cpp supports neither soft caps nor bidirectional attention in Gemma 3.")
     writer.add_sliding_window(config.sliding_window)
     local = config.rope_parameters["sliding_attention"]
     if local["rope_type"] != "default":
-        raise NoGguf(reason="the RoPE of its local layers is scaled, which llama.cpp does not do.")
+        raise NoGguf(reason="the RoPE of its local layers is scaled, which llama.cpp does not support.")
     writer.add_rope_freq_base_swa(local["rope_theta"])
 
 
@@ -157,7 +164,9 @@ def _check_scale(config: Any) -> None:
     is_27b = config.num_hidden_layers == {"gemma2": 46, "gemma3_text": 62}[config.model_type]
     wanted = config.hidden_size // config.num_attention_heads if is_27b else head_width(config)
     if config.query_pre_attn_scalar != wanted:
-        raise NoGguf(reason=f"llama.cpp scales its scores by {wanted}, and this has {config.query_pre_attn_scalar}.")
+        raise NoGguf(
+            reason=f"llama.cpp scales attention scores by {wanted}, but this model by {config.query_pre_attn_scalar}."
+        )
 
 
 def _phi3(writer: GGUFWriter, config: Any) -> None:

@@ -39,7 +39,7 @@ def describe(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
     said = json.loads(tokenizer.to_str())
     model = said["model"]
     if model["type"] != "BPE":
-        raise NoGguf(reason=f"its tokenizer is of the kind {model['type']}, and only BPE ones are written here.")
+        raise NoGguf(reason=f"its tokenizer is of type {model['type']}, and only BPE is supported.")
     _check_normalizer(said)
     tokens = _tokens(tokenizer, vocabulary)
     if _is_sentencepiece(said):
@@ -64,7 +64,7 @@ def name_for(folder: Path, name: str) -> str:
     if any(token["lstrip"] or token["single_word"] for token in added) or (
         strip and strip != {token["content"] for token in added} - _PHI3_KEEPS
     ):
-        raise NoGguf(reason="its special tokens take away blanks beside them in a way that llama.cpp does not.")
+        raise NoGguf(reason="its special tokens strip adjacent whitespace in a way that llama.cpp does not support.")
     if not strip:
         return _PHI3.sub("phi_3", name)
     return name if _PHI3.search(name) else f"{name} (Phi-3)"
@@ -85,7 +85,7 @@ def _tokens(tokenizer: Tokenizer, vocabulary: int) -> list[str]:
     """Returns each id's token; ids that only the weights have get names that occur in no text."""
     by_id = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
     if max(by_id) >= vocabulary:
-        raise NoGguf(reason=f"its tokenizer has an id {max(by_id)}, and its weights are of {vocabulary} tokens.")
+        raise NoGguf(reason=f"its tokenizer has the id {max(by_id)}, but its weights have only {vocabulary} tokens.")
     mistaken = _mistaken(tokenizer)
     by_id = {number: token for number, token in by_id.items() if token not in mistaken}
     return [by_id.get(number, f"[UNUSED{number}]") for number in range(vocabulary)]
@@ -110,7 +110,7 @@ def _check_normalizer(said: dict[str, Any]) -> None:
     Why NFC is accepted, though llama.cpp does not apply it: nearly all text is in it already.
     """
     if others := sorted(_normalizers(said) - _NORMALIZERS):
-        raise NoGguf(reason=f"its tokenizer changes texts by {', '.join(others)}, which llama.cpp does not.")
+        raise NoGguf(reason=f"its tokenizer normalises text by {', '.join(others)}, which llama.cpp does not support.")
 
 
 def _merges(tokenizer: Tokenizer, merges: list[Any]) -> list[str]:
@@ -143,7 +143,7 @@ def find_rule(tokenizer: Tokenizer, *, ignores_merges: bool) -> str:
         rule = gguf_files.word_rule(name)
         if rule is not None and own is not None and all(_cuts(own, text) == _cuts(rule, text) for text in SAMPLES):
             return name if ignores_merges else _WITHOUT_WHOLE_WORDS.get(name, name)
-    raise NoGguf(reason="its tokenizer cuts words by a rule that is none of those known here.")
+    raise NoGguf(reason="its tokenizer splits words by an unsupported rule.")
 
 
 def _cuts(rule: pre_tokenizers.PreTokenizer, text: str) -> list[str]:
@@ -176,7 +176,7 @@ def _begins_with_space(said: dict[str, Any]) -> bool:
     metaspace = (said["pre_tokenizer"] or {}).get("prepend_scheme")
     if metaspace == "first":
         raise NoGguf(
-            reason="its tokenizer puts a space before the first word of a text alone, which llama.cpp does not."
+            reason="its tokenizer puts a space only before the first word of a text, which llama.cpp does not support."
         )
     return metaspace == "always" or any(part["type"] == "Prepend" for part in parts)
 

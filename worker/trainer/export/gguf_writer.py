@@ -92,7 +92,7 @@ def names(folder: Path, family: Family, config: Any) -> dict[str, str]:
     for source in _shapes(folder):
         target = mapped.get_name(source, try_suffixes=(".weight", ".bias"))
         if target is None:
-            raise NoGguf(reason=f"GGUF has no place for its weight {source}.")
+            raise NoGguf(reason=f"GGUF does not support its weight {source}.")
         found[target] = source
     return found
 
@@ -184,6 +184,6 @@ def encode(tensor: Array, target: str, kind: GGMLQuantizationType) -> Array:
         return np.ascontiguousarray(tensor, dtype=np.float32)
     if kind == _F16:
         if np.abs(tensor).max() > np.finfo(np.float16).max:
-            raise NoGguf(reason=f"{target} has numbers beyond 65,504, the largest of F16. Write q8_0.")
+            raise NoGguf(reason=f"{target} has values beyond 65,504, the largest in F16. Export q8_0 instead.")
         return np.ascontiguousarray(tensor, dtype=np.float16)
     return gguf.quants.quantize(np.ascontiguousarray(tensor), kind)

@@ -83,8 +83,8 @@ def _try(work: Work, path: str, make: Callable[[], str]) -> bool:
     except Stopped:
         raise
     except Exception as error:
-        log.exception("the export %s broke", path)
-        message, is_refused = f"It broke: {type(error).__name__}: {error}. The log has more.", True
+        log.exception("the export %s failed", path)
+        message, is_refused = f"It failed: {type(error).__name__}: {error}. The job's log has the details.", True
     (log.warning if is_refused else log.info)("export %s: %s", path, message)
     work.say(Exported(path=path, message=message, is_refused=is_refused))
     return not is_refused

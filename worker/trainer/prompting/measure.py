@@ -82,7 +82,9 @@ def _questions(folder: Path, template: ChatTemplate, variant: Variant) -> list[Q
     rows = read_parsed(folder / "prompts" / f"{variant.name}.jsonl", "test", CHATS)
     found = answers.questions(template, [example for _, example in rows])
     if not found:
-        raise InvalidTrainingFile(param="eval_file", role="test", reason="No row wants an answer with text. Add some.")
+        raise InvalidTrainingFile(
+            param="eval_file", role="test", reason="No row has an expected answer with text. Add such rows."
+        )
     return found
 
 

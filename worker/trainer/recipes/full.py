@@ -17,7 +17,9 @@ from worker.trainer.recipes.recipe import Parameters, Recipe, Weights, groups, l
 
 def prepare(model: PreTrainedModel, technique: Technique, adapter: Path | None) -> torch.nn.Module:
     if adapter is not None:
-        raise ValueError("a full fine-tune cannot go on from an adapter: choose lora or qlora, or a full model as base")
+        raise ValueError(
+            "a full fine-tune cannot continue from an adapter: use technique 'lora' or 'qlora', or a full model as base"
+        )
     model.requires_grad_(True)
     # A model that will be sharded over the GPUs is in host memory here.
     device = "cuda" if torch.cuda.is_available() else model.device.type

@@ -75,8 +75,7 @@ def _continued(adapter: Path, technique: Lora) -> LoraConfig:
     for name, value in own.items():
         if value != (asked := getattr(technique, name)):
             raise ValueError(
-                f"the adapter to go on from has {name} {value!r}, and the job asks for {asked!r}: ask for the "
-                "adapter's own"
+                f"the adapter to continue from has {name} {value!r}, but the job has {asked!r}: use the adapter's value"
             )
     config.lora_dropout = technique.dropout
     return config

@@ -43,7 +43,7 @@ def _refuse_experts(folder: Path) -> None:
         weights = sum(parameter.numel() for parameter in stay.values())
         fraction = weights / sum(parameter.numel() for parameter in model.parameters())
         raise CannotQuantise(
-            reason=f"its experts, {fraction:.0%} of its weights, are no layers that bitsandbytes packs."
+            reason=f"its experts, {fraction:.0%} of its weights, are not layers that bitsandbytes can quantise."
         )
 
 

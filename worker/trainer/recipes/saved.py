@@ -47,8 +47,8 @@ def _modules(model: nn.Module, names: list[str]) -> list[nn.Module]:
         if not matching:
             raise CannotAdapt(reason=f"The base has no module '{wanted}', which modules_to_save names.")
         if any(getattr(m, "weight", None) is None or isinstance(m, bitsandbytes.nn.Linear4bit) for m in matching):
-            what = f"'{wanted}', which modules_to_save names, has no weight of its own or is in four bits."
-            raise CannotAdapt(reason=f"{what} Name modules such as the embedding, the head or a norm.")
+            what = f"'{wanted}', which modules_to_save names, has no weight of its own or is quantised."
+            raise CannotAdapt(reason=f"{what} Choose modules such as the embedding, the head or a norm.")
         found += matching
     return found
 

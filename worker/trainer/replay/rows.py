@@ -93,11 +93,11 @@ def _said(rows: Rows, plan: Plan, asked: int, ended: int) -> Replayed:
 
 
 def _too_few(said: Replayed, replay: Replay) -> str:
-    instead = "Raise replay.max_new_tokens, lower replay.share, or name a file of general rows as replay.source."
+    instead = "Raise replay.max_new_tokens, lower replay.share, or set replay.source to a file of general rows."
     where = "the file has"
     if said.source == "self":
-        where = f"of {said.prompts} prompts the base answered {said.ended} to the end, which makes"
+        where = f"the base completed {said.ended} of {said.prompts} answers, which gives"
     return (
         f"Replay is {said.share:.1%} of the rows, not {replay.share:.1%}: {where} {said.rows_an_epoch} rows, and an "
-        f"epoch takes none twice. {instead}"
+        f"epoch uses each at most once. {instead}"
     )

@@ -29,7 +29,9 @@ def questions(folder: Path, plan: Plan, template: ChatTemplate) -> list[Question
     count = min(count, len(rows))
     asked = answers.questions(template, [rows[i * len(rows) // count] for i in range(count)])
     if not asked:
-        reason = "No example ends with an answer, which task_rows are scored by. Add some, or send task_rows 0."
+        reason = (
+            "No example ends with an answer, by which task_rows are scored. Add such examples, or set task_rows to 0."
+        )
         raise InvalidTrainingFile(param="validation_file", role="validation", reason=reason)
     return asked
 

@@ -20,8 +20,8 @@ from worker.trainer.stepper import Stepper
 from worker.trainer.training import Training
 
 log = logging.getLogger(__name__)
-_NO_ROOM = "the device has no room for the base in {dtype} beside the model that was trained"
-_CUT = "the model is cut over its devices, none of which takes the base in {dtype}"
+_NO_ROOM = "the device has too little memory for the base in {dtype} beside the trained model"
+_CUT = "the model is sharded, and no single device can hold the base in {dtype}"
 
 
 def is_asked(t: Training) -> bool:
