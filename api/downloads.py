@@ -29,7 +29,7 @@ def answer(storage: Storage, key: str, *, filename: str, bytes: int, sha256: str
 
 ARTIFACT_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {"example": "..."}}, "description": "The file's bytes"},
-    302: {"description": "To the storage's own address, good for 15 minutes"},
+    302: {"description": "Redirect to the object storage; the address is valid for 15 minutes"},
 }
 
 

@@ -95,11 +95,11 @@ def _as_ours(error: Exception, request_id: str, route: str) -> TuneryError | Non
     if isinstance(error, HTTPException):
         return request_errors.explain_http(error, route)
     if isinstance(error, DataError) and isinstance(error.orig, NumericValueOutOfRange):
-        reason = "A number of the request is too large: whole numbers go from -2**63 to 2**63 - 1."
+        reason = "A number in the request is too large: integers must be between -2**63 and 2**63 - 1."
         return errors.InvalidValue(reason=reason)
     if isinstance(error, DataError | UnicodeEncodeError):
         # PostgreSQL is the judge of what it can keep: NUL characters and halves of surrogate pairs it cannot.
-        reason = "The request has a NUL character or half a surrogate pair (\\u0000, \\ud800-\\udfff). Remove it."
+        reason = "The request contains a NUL character or half a surrogate pair (\\u0000, \\ud800-\\udfff). Remove it."
         return errors.InvalidValue(reason=reason)
     if isinstance(error, UNREACHABLE):
         log.warning("%s: the database failed: %s", request_id, type(error).__name__)
@@ -112,7 +112,10 @@ def answer(error: Exception, *, request_id: str, route: str) -> JSONResponse:
     ours = _as_ours(error, request_id, route)
     if ours is None:
         log.error("%s: %s failed", request_id, route, exc_info=error)
-        text = f"The server failed at this request. Tell the operator its id, {request_id}: the log says why."
+        text = (
+            f"The server failed to process this request. Send its id, {request_id}, to the operator, who finds the "
+            "reason in the log."
+        )
         return JSONResponse(envelope(text, type="server_error", code="server_error"), 500)
     status = status_of(ours)
     headers = {**_headers_of(ours), **(getattr(error, "headers", None) or {})}

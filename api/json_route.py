@@ -95,7 +95,7 @@ def _parse_now(body: bytes, most_values: int) -> Any:
     try:
         text = body.decode("utf-8-sig")
         if not _has_at_most(text, most_values):
-            reason = f"it has more than {most_values:,} values, which is the limit here."
+            reason = f"it has more than {most_values:,} values, the limit."
             raise HTTPException(400, f"The request's body is too large: {reason} Send less at once.")
         return strict_json.load_object(text)
     except UnicodeDecodeError as error:

@@ -61,13 +61,14 @@ def _refuse_ambiguity(scope: Scope) -> None:
     headers: dict[bytes, bytes] = dict(scope["headers"])
     if b"content-length" in headers and b"transfer-encoding" in headers:
         raise InvalidValue(
-            reason="The request has both Content-Length and Transfer-Encoding, so it has two ends. Send one of them."
+            reason="The request has both Content-Length and Transfer-Encoding, which contradict each other. Send only "
+            "one of them."
         )
     coding = headers.get(b"content-encoding", b"identity").strip().lower()
     if coding not in (b"", b"identity"):
         raise InvalidValue(
             reason=f"The request's body is compressed ({coding.decode('latin-1')[:20]}). Send it without "
-            "Content-Encoding; a compressed file may be the content of an upload, not its coding."
+            "Content-Encoding; an uploaded file itself may be compressed."
         )
 
 

@@ -80,7 +80,7 @@ def _nest(nested: dict[str, Any], name: str, value: str) -> None:
     outer, bracket, inner = name.partition("[")
     is_inner = bool(bracket) and inner.endswith("]")
     if isinstance(nested.get(outer), str if is_inner else dict):
-        raise InvalidValue(param=outer, reason=f"The form has both '{outer}' and '{outer}[...]'. Send the second only.")
+        raise InvalidValue(param=outer, reason=f"The form has both '{outer}' and '{outer}[...]'. Send only the second.")
     if is_inner:
         nested.setdefault(outer, {})[inner[:-1]] = value
     else:
@@ -138,13 +138,13 @@ class _Reader:
             self._check_field(part)
             return
         if self._form.filename is not None:
-            raise InvalidValue(param=self._file_field, reason="The form has two files. Send one file a request.")
+            raise InvalidValue(param=self._file_field, reason="The form has two files. Send one file per request.")
         self._form.filename = _text(part.filename) or "upload"
 
     def _check_field(self, part: MultipartSegment) -> None:
         if part.filename is not None:
             raise InvalidValue(
-                param=self._name, reason=f"Unknown file '{self._name}': the file's field is '{self._file_field}'."
+                param=self._name, reason=f"Unknown file field '{self._name}'. Send the file as '{self._file_field}'."
             )
         if self._name in self._form.fields:
             raise InvalidValue(param=self._name, reason=f"The form has '{self._name}' twice. Send it once.")
@@ -174,4 +174,4 @@ def _naming_faults() -> Iterator[None]:
     try:
         yield
     except MultipartError as error:
-        raise InvalidValue(reason=f"The form's multipart coding is broken ({error}). Send it again.") from None
+        raise InvalidValue(reason=f"The form's multipart encoding is invalid ({error}). Send it again.") from None

@@ -10,7 +10,7 @@ from tunery.errors import InvalidValue, Rejected, TooLarge, TuneryError
 from tunery.jobs.request import JobRequest
 
 _NOT_JSON = (
-    "The request has a body, but does not say that it is JSON. Send it with 'Content-Type: application/json' "
+    "The request's body is not declared as JSON. Send it with 'Content-Type: application/json' "
     "(curl -d alone sends a form)."
 )
 _CREATES_JOB = re.compile(r"POST /v1/fine_tuning/jobs(/[^/]+/rerun)?")

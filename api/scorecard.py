@@ -84,7 +84,7 @@ def _notes(job: Job, score: Scorecard) -> Iterator[str]:
     moved = score.general and score.general.forgetting
     if moved:
         yield (
-            f"On {moved.prompts} general prompts: KL to the base {moved.kl:.3f} nats a token ({moved.kl_low:.3f} to "
+            f"On {moved.prompts} general prompts: KL to the base {moved.kl:.3f} nats per token ({moved.kl_low:.3f} to "
             f"{moved.kl_high:.3f}), loss {moved.base_nll:.3f} before, {moved.tuned_nll:.3f} after"
         )
     if job.gate is not None:

@@ -25,7 +25,7 @@ def prompts(fields: Mapping[str, Any]) -> list[str]:
     if any(isinstance(text, int | list) for text in texts):
         raise Unsupported(param="prompt", what="A prompt of token ids", instead="Send a text, or a list of texts.")
     if not all(isinstance(text, str) and text for text in texts) or not 1 <= len(texts) <= MOST_PROMPTS:
-        reason = f"Invalid 'prompt': send a text that is not empty, or a list of 1 to {MOST_PROMPTS} of them."
+        reason = f"Invalid 'prompt': send a non-empty text, or a list of 1 to {MOST_PROMPTS} of them."
         raise InvalidValue(param="prompt", reason=reason)
     return texts
 
@@ -33,7 +33,7 @@ def prompts(fields: Mapping[str, Any]) -> list[str]:
 def to_chat(fields: Mapping[str, Any], prompt: str) -> Json:
     """Returns the model server's fields for one prompt. Raises InvalidValue and Unsupported, each naming the field."""
     given = {name: value for name, value in fields.items() if value is not None and name != "prompt"}
-    _refuse(given, "echo", (False,), "Leave it out: the answer is the text behind the prompt.")
+    _refuse(given, "echo", (False,), "Leave it out: the answer is the text after the prompt.")
     _refuse(given, "suffix", ("",), "Leave it out.")
     _refuse(given, "best_of", (1, given.get("n", 1)), "Leave it out, and choose among 'n' answers.")
     top = given.pop("logprobs", None)
@@ -50,7 +50,7 @@ def _refuse(given: Json, name: str, neutral: tuple[Any, ...], instead: str) -> N
 
 def _top(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 5:
-        raise InvalidValue(param="logprobs", reason="Invalid 'logprobs': it is a whole number from 0 to 5.")
+        raise InvalidValue(param="logprobs", reason="Invalid 'logprobs': it must be an integer from 0 to 5.")
     return value
 
 

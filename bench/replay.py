@@ -25,7 +25,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], float]] = {
     "KL": lambda run: run["general"]["forgetting"]["kl"],
     "loss on prompts": lambda run: run["general"]["forgetting"]["nll_change"],
 }
-"""By name: points of the task's score, points of general accuracy against the base, nats a token."""
+"""By name: points of the task's score, points of general accuracy against the base, nats per token."""
 Runs = list[dict[str, Any]]
 
 

@@ -31,118 +31,141 @@ class Settings(BaseSettings):
     database_url: str = Field("postgresql+psycopg://tunery@127.0.0.1:5432/tunery", description="SQLAlchemy URL")
     broker_url: str = Field("redis://127.0.0.1:6379/0", description="Redis or Valkey, for wake-ups only")
     storage_url: str = Field("file:///var/lib/tunery/objects", description="file:///DIR or s3://BUCKET[/PREFIX]")
-    s3_endpoint_url: str | None = Field(None, description="An S3 server other than AWS; keys come from AWS_* variables")
-    s3_public_endpoint_url: str | None = Field(None, description="The same server as users reach it (presigned URLs)")
+    s3_endpoint_url: str | None = Field(
+        None, description="An S3 server other than AWS; the keys come from AWS_* variables"
+    )
+    s3_public_endpoint_url: str | None = Field(None, description="The same server's URL for users (presigned URLs)")
 
-    organization: str = Field("tunery", pattern=r"^[a-z0-9-]{1,32}$", description="Third part of `ft:` model names")
-    models_dir: Path = Field(Path("/var/lib/tunery/models"), description="This host's bases, one folder a manifest")
-    runs_dir: Path = Field(Path("/var/lib/tunery/runs"), description="This host's run directories")
+    organization: str = Field(
+        "tunery", pattern=r"^[a-z0-9-]{1,32}$", description="Third part of the names of tuned models (`ft:`)"
+    )
+    models_dir: Path = Field(
+        Path("/var/lib/tunery/models"), description="Folder of this host's base models, one subfolder per manifest"
+    )
+    runs_dir: Path = Field(Path("/var/lib/tunery/runs"), description="Folder of this host's run directories")
 
-    server_url: str = Field("http://127.0.0.1:8001", description="The model server, as the API reaches it")
+    server_url: str = Field("http://127.0.0.1:8001", description="URL of the model server for the API")
     server_backend: str = Field(
-        "embedded", description="What computes for the model server: `embedded`, `vllm` or a plug-in's"
+        "embedded", description="Back end of the model server: `embedded`, `vllm` or a plug-in's"
     )
     server_qlora_base: Literal["as_scored", "unquantised"] = Field(
-        "as_scored", description="What a QLoRA adapter answers on: the 4-bit base of its scorecard, or the base itself"
+        "as_scored",
+        description="Base on which a QLoRA adapter is served: the 4-bit base of its scorecard, or the unquantised base",
     )
-    server_streams: int = Field(16, ge=1, description="Answers that the model server writes at once")
-    server_places: int = Field(256, ge=0, description="Requests that wait for the model server; more are answered 429")
-    server_seconds: float = Field(600, gt=0, description="The longest that an answer may take")
+    server_streams: int = Field(16, ge=1, description="Answers that the model server generates concurrently")
+    server_places: int = Field(
+        256, ge=0, description="Requests that may wait for the model server; further ones get a 429"
+    )
+    server_seconds: float = Field(600, gt=0, description="Time limit of an answer")
     server_memory_bytes: int | None = Field(
         None,
         ge=1,
-        description="For the model server's bases and adapters together. Absent: half of the device's memory",
+        description="Memory for the model server's bases and adapters. Absent: half of the device's memory",
     )
     server_cache_bytes: int | None = Field(
         None,
         ge=1,
-        description="For keys and values of running answers and, in the rest, of prompts that others may begin like."
-        " Absent: an eighth of the device's memory",
+        description="Memory for the keys and values of running answers and of cached prompts. Absent: an eighth of the "
+        "device's memory",
     )
     server_pinned: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
-        (), description="Ids of models, comma-separated, that stay in the model server's memory once they were asked"
+        (), description="Comma-separated ids of models that stay in the model server's memory after their first use"
     )
     served_check_rows: int = Field(
         32,
         ge=0,
         le=64,
-        description="Test rows that are answered again before a model is published; 0: none",
+        description="Test rows that the served model answers again before it is published; 0: none",
     )
-    served_check_tokens: int = Field(64, ge=1, description="Tokens of each of these answers that are compared")
+    served_check_tokens: int = Field(64, ge=1, description="Tokens compared of each of these answers")
     served_check_seconds: float = Field(
-        600, gt=0, description="The longest that this may take; the model is published uncompared then"
+        600, gt=0, description="Time limit of this check; after it the model is published uncompared"
     )
     vllm_replicas: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
-        (), description="URLs, comma-separated, of the vLLM servers behind the model server"
+        (), description="Comma-separated URLs of the vLLM servers behind the model server"
     )
     vllm_api_key: SecretStr | None = Field(None, description="Their `--api-key`")
-    vllm_max_lora_rank: int = Field(16, ge=1, description="Their `--max-lora-rank`; jobs above it are refused")
-    vllm_adapters: int = Field(64, ge=1, description="Adapters that they keep loaded; their `--max-cpu-loras`")
+    vllm_max_lora_rank: int = Field(
+        16, ge=1, description="Their `--max-lora-rank`; jobs with a higher rank are refused"
+    )
+    vllm_adapters: int = Field(64, ge=1, description="Adapters that they keep loaded: their `--max-cpu-loras`")
     vllm_models_dir: Path | None = Field(
         None, description="`models_dir` of the model server as they see it. Absent: the same path"
     )
-    serve_gpu: int | None = Field(None, description="GPU of the model server; never claimed for training. Absent: CPU")
+    serve_gpu: int | None = Field(
+        None, description="GPU of the model server, which is never used for training. Absent: CPU"
+    )
 
     gpu_hour_prices: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        {}, description='JSON: the price of an hour of one device, by card, as {"H200": 4.5, "CPU": 0.1}'
+        {}, description='JSON object of the price per hour of one device, by card, as in {"H200": 4.5, "CPU": 0.1}'
     )
-    currency: str = Field("USD", pattern=r"^[A-Z]{3}$", description="Of the prices; those of the table are US dollars")
+    currency: str = Field(
+        "USD", pattern=r"^[A-Z]{3}$", description="Currency of the prices; the built-in ones are in US dollars"
+    )
 
-    file_reports: bool = Field(True, description="Whether I/O workers report on every training file")
+    file_reports: bool = Field(True, description="Whether I/O workers make a report on every training file")
 
     webhook_allow: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
-        (), description="Networks, comma-separated, that webhooks may reach besides public https addresses"
+        (), description="Comma-separated networks that webhooks may reach besides public https addresses"
     )
     external_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(
         None,
-        description="A secret of 16 characters or more, which encrypts the keys of external endpoints that baselines "
-        "name. Absent: they may name none",
+        description="Secret of at least 16 characters that encrypts the keys of baselines' external endpoints. Absent: "
+        "external endpoints are disabled",
     )
     external_allow: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
-        (), description="Networks, comma-separated, of external endpoints besides public https addresses"
+        (), description="Comma-separated networks of external endpoints besides public https addresses"
     )
     result_files: Literal["auto", "base64", "plain"] = Field(
         "auto",
         description="Content of fine-tune-results files: auto = base64 for `Accept: application/binary`, else plain",
     )
     wandb_mode: Literal["off", "online", "offline"] = Field(
-        "off", description="For jobs that ask for Weights & Biases: nothing, sent, or kept in `trackers_dir`"
+        "off", description="For jobs with Weights & Biases: send nothing, send, or store in `trackers_dir`"
     )
-    wandb_api_key: SecretStr | None = Field(None, description="The key of Weights & Biases; training workers alone")
-    wandb_base_url: str | None = Field(None, description="A server of Weights & Biases other than the public one")
+    wandb_api_key: SecretStr | None = Field(None, description="API key of Weights & Biases; only for training workers")
+    wandb_base_url: str | None = Field(None, description="URL of a Weights & Biases server other than the public one")
     mlflow_tracking_uri: SecretStr | None = Field(
-        None, description="MLflow's server or store for jobs that ask for it; training workers alone"
+        None, description="MLflow's tracking URI, for jobs with MLflow; only for training workers"
     )
-    trackers_dir: Path = Field(Path("/var/lib/tunery/trackers"), description="Offline runs of Weights & Biases")
+    trackers_dir: Path = Field(
+        Path("/var/lib/tunery/trackers"), description="Folder of offline runs of Weights & Biases"
+    )
     plugins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)] = Field(
-        (), description="Python modules, comma-separated, that every service and trainer imports at its start"
+        (), description="Comma-separated Python modules that every service and trainer imports at start"
     )
-    max_json_bytes: int = Field(2**20, description="A request's JSON body")
-    max_chat_bytes: int = Field(4 * 2**20, description="The JSON body of a chat, or of a new base with its template")
-    max_file_bytes: int = Field(512 * 2**20, description="One request's file")
-    max_upload_bytes: int = Field(8 * 2**30, description="A whole Upload")
-    max_part_bytes: int = Field(64 * 2**20, description="One part of an Upload")
+    max_json_bytes: int = Field(2**20, description="Limit of a request's JSON body")
+    max_chat_bytes: int = Field(
+        4 * 2**20, description="Limit of the JSON body of a chat, or of a new base with its template"
+    )
+    max_file_bytes: int = Field(512 * 2**20, description="Limit of the file in one request")
+    max_upload_bytes: int = Field(8 * 2**30, description="Limit of a whole Upload")
+    max_part_bytes: int = Field(64 * 2**20, description="Limit of one part of an Upload")
     requests_per_minute: int | None = Field(
-        None, ge=0, description="Requests to models that a project may send a minute, unless it has a limit of its own"
+        None, ge=0, description="Requests to models per minute and project, unless the project has its own limit"
     )
-    tokens_per_minute: int | None = Field(
-        None, ge=0, description="The same for tokens, of prompts and answers together"
-    )
-    open_requests: int = Field(64, ge=1, description="Requests to models that a project has open at each API process")
-    lease_seconds: int = Field(600, description="A worker that is silent for longer loses its job")
-    renew_seconds: float = Field(10, description="Time between a worker's signs of life")
-    poll_seconds: float = Field(15, description="Time between a worker's looks at the queue without a wake-up")
-    sweep_seconds: float = Field(5, description="Time between the sweeper's rounds")
+    tokens_per_minute: int | None = Field(None, ge=0, description="The same for tokens of prompts and answers together")
+    open_requests: int = Field(64, ge=1, description="Concurrent requests to models per project and API process")
+    lease_seconds: int = Field(600, description="Time after which a silent worker loses its job")
+    renew_seconds: float = Field(10, description="Interval of a worker's lease renewals")
+    poll_seconds: float = Field(15, description="Interval at which a worker polls the queue without a wake-up")
+    sweep_seconds: float = Field(5, description="Interval of the I/O worker's periodic tasks")
     preload_trainer: bool = Field(
-        True, description="Keep a trainer's process imported for the next job: 6 to 20 s sooner for up to 1 GB a slot"
+        True,
+        description="Keep a trainer process with its imports ready for the next job, which starts 6 to 20 s sooner for "
+        "up to 1 GB per slot",
     )
     stop_grace_seconds: float = Field(120, description="Time for a local save on pause or shutdown before SIGKILL")
-    keep_events_days: int = Field(365, ge=0, description="Days after its end that a job's events stay; 0: no limit")
+    keep_events_days: int = Field(
+        365, ge=0, description="Days after a job's end for which its events are kept; 0: no limit"
+    )
     keep_metrics_days: int = Field(365, ge=0, description="The same for its metrics")
     keep_logs_days: int = Field(90, ge=0, description="The same for its logs")
-    keep_deliveries_days: int = Field(30, ge=0, description="Days for which ended webhook deliveries stay; 0: no limit")
+    keep_deliveries_days: int = Field(
+        30, ge=0, description="Days for which ended webhook deliveries are kept; 0: no limit"
+    )
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_upper)] = Field(
-        "INFO", description="The least that the services log, in any case"
+        "INFO", description="Minimum level of the services' log messages"
     )
 
     aws_access_key_id: SecretStr | None = Field(None, validation_alias="AWS_ACCESS_KEY_ID")

@@ -40,8 +40,8 @@ class Full(Part):
     type: Literal["full"] = "full"
     weights_dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16",
-        description="What a GPU keeps the weights in: bfloat16 with stochastic rounding (6 bytes a weight with its "
-        "gradient and moments), or float32 (16 bytes). A CPU always takes float32",
+        description="Type of the weights on a GPU: bfloat16 with stochastic rounding (6 bytes per weight, with its "
+        "gradient and moments), or float32 (16 bytes). A CPU always uses float32",
     )
 
 
@@ -49,43 +49,47 @@ class Lora(Part):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) in fp32 on a frozen bf16 base."""
 
     type: Literal["lora"] = "lora"
-    r: Int = Field(16, ge=1, le=MAX_RANK, description="Rank of the update")
+    r: Int = Field(16, ge=1, le=MAX_RANK, description="Rank of the low-rank update")
     alpha: Float = Field(32.0, gt=0, le=4096, description="Scale: the update is multiplied by alpha / r")
     dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input")
     target_modules: Literal["all-linear"] | list[Annotated[str, Field(pattern=r"^[\w.]+$")]] = Field(
-        "all-linear", description="Names of the linear layers to adapt, or all but the head"
+        "all-linear", description="Names of the linear layers to adapt; all-linear: all but the head"
     )
     use_rslora: bool = Field(
         False, description="Multiply by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023, arXiv:2312.03732)"
     )
     use_dora: bool = Field(
-        False, description="Learn the length of each output's weights too (Liu et al. 2024, arXiv:2402.09353)"
+        False, description="Also learn the magnitude of each output's weights (Liu et al. 2024, arXiv:2402.09353)"
     )
     lora_plus_ratio: Float = Field(
-        1.0, ge=1, le=256, description="Learning rate of B over that of A (Hayou et al. 2024, arXiv:2402.12354)"
+        1.0,
+        ge=1,
+        le=256,
+        description="LoRA+: ratio of the learning rate of B to that of A (Hayou et al. 2024, arXiv:2402.12354)",
     )
     modules_to_save: list[Annotated[str, Field(pattern=r"^[\w.]+$")]] | None = Field(
-        None, min_length=1, description="Modules that learn whole and are saved whole, such as lm_head"
+        None, min_length=1, description="Modules that are trained and saved in full, such as lm_head"
     )
     trainable_token_indices: list[Annotated[int, Field(ge=0), NO_BOOLEAN]] | None = Field(
-        None, min_length=1, max_length=10_000, description="Tokens whose rows of embedding and head learn"
+        None, min_length=1, max_length=10_000, description="Tokens whose rows of the embedding and the head are trained"
     )
     precision: Literal["bf16", "fp8"] = Field(
         "bf16",
-        description="Of products with the frozen base on a GPU: bf16, or fp8 (e4m3), which is faster and rounds more",
+        description="Precision of matrix products with the frozen base on a GPU: bf16, or fp8 (e4m3), which is faster "
+        "but less exact",
     )
 
     @model_validator(mode="after")
     def _names_some_layer(self) -> "Lora":
         if not self.target_modules:
-            raise ValueError("target_modules is empty: name at least one layer, or 'all-linear'")
+            raise ValueError("target_modules is empty: list at least one layer, or use 'all-linear'")
         return self
 
     @model_validator(mode="after")
     def _names_each_token_once(self) -> "Lora":
         tokens = self.trainable_token_indices or []
         if len(set(tokens)) < len(tokens):
-            raise ValueError("trainable_token_indices names a token twice: name each once")
+            raise ValueError("trainable_token_indices lists a token twice: list each once")
         return self
 
 
@@ -93,14 +97,16 @@ class Qlora(Lora):
     """LoRA on a base in 4 bits (Dettmers et al. 2023, arXiv:2305.14314)."""
 
     type: Literal["qlora"] = "qlora"  # type: ignore[assignment]
-    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit code book")
-    double_quant: bool = Field(True, description="Quantise the quantisation constants too")
-    compute_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of the products")
+    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type")
+    double_quant: bool = Field(True, description="Also quantise the quantisation constants")
+    compute_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Data type of matrix products")
 
     @model_validator(mode="after")
     def _multiplies_in_its_compute_dtype(self) -> "Qlora":
         if self.precision == "fp8" and (self.quant_type, self.compute_dtype) != ("nf4", "bfloat16"):
-            raise ValueError("precision fp8 goes with quant_type nf4 and compute_dtype bfloat16: leave one of them out")
+            raise ValueError(
+                "precision fp8 requires quant_type nf4 and compute_dtype bfloat16: change these, or use precision bf16"
+            )
         return self
 
 
@@ -135,7 +141,8 @@ class SupervisedKnobs(Part):
 
     loss_on: LossOn = Field(
         "assistant",
-        description="Tokens that are learned: those of assistant messages, of the last one alone, or all, prompts too",
+        description="Tokens that are trained: those of assistant messages, of the last one only, or all, prompts "
+        "included",
     )
 
 
@@ -149,10 +156,11 @@ class DpoKnobs(Part):
     """The hyperparameters that preference tuning has besides those of every method."""
 
     beta: Annotated[float, Field(gt=0, le=10), NO_BOOLEAN] | Auto = Field(
-        "auto", description="Weight of staying near the reference. Auto: 0.1, and 5 where loss is dpo_norm"
+        "auto", description="Weight of the deviation from the reference. auto: 0.1, or 5 if loss is dpo_norm"
     )
     loss: Literal["sigmoid", "ipo", "dpo_norm"] = Field(
-        "sigmoid", description="DPO's logistic loss, IPO's squared one, or the logistic one of mean log-probabilities"
+        "sigmoid",
+        description="DPO's logistic loss, IPO's squared loss, or the logistic loss of mean log-probabilities per token",
     )
 
 
@@ -202,8 +210,8 @@ class Schedule(Part):
     """How the learning rate moves: up over the warmup, then down to `min_ratio` of its peak (or flat)."""
 
     type: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: Float = Field(0.05, ge=0, le=1, description="Share of all steps spent rising")
-    min_ratio: Float = Field(0.0, ge=0, le=1, description="Last learning rate over the highest")
+    warmup_ratio: Float = Field(0.05, ge=0, le=1, description="Fraction of all steps in which the rate rises")
+    min_ratio: Float = Field(0.0, ge=0, le=1, description="Ratio of the last learning rate to the highest")
 
 
 class EarlyStopping(Part):
@@ -220,17 +228,17 @@ class General(Part):
     """What is measured besides the task, of base and tuned model: multiple-choice questions, and the KL of the tuned
     model to its base on prompts with human answers. Both ship with Tunery."""
 
-    enabled: bool = Field(True, description="False: only the test file is scored")
+    enabled: bool = Field(True, description="false: score only the test file")
     benchmark: str = Field(
         "default",
         pattern=r"^(default|lm_eval:[\w.-]+)$",
-        description="The shipped questions, or a multiple-choice task of lm-evaluation-harness as `lm_eval:NAME`",
+        description="The built-in questions, or a multiple-choice task of lm-evaluation-harness as `lm_eval:NAME`",
     )
     items: Annotated[int, Field(ge=1), NO_BOOLEAN] | Auto = Field(
-        "auto", description="Questions, a fixed sample of them; auto: 100 on a CPU, all 800 on a GPU"
+        "auto", description="Number of questions, a fixed sample; auto: 100 on a CPU, all 800 on a GPU"
     )
     prompts: Annotated[int, Field(ge=0), NO_BOOLEAN] | Auto = Field(
-        "auto", description="Prompts, a fixed sample of them; auto: 20 on a CPU, all 100 on a GPU"
+        "auto", description="Number of prompts, a fixed sample; auto: 20 on a CPU, all 100 on a GPU"
     )
 
 
@@ -238,20 +246,20 @@ class Evaluation(Part):
     """What is measured besides the training loss."""
 
     every_steps: Annotated[int, Field(ge=1), NO_BOOLEAN] | Auto = Field(
-        "auto", description="Steps between full validation losses; auto: each epoch's end"
+        "auto", description="Steps between full validation losses; auto: at the end of each epoch"
     )
     test_file: str | None = Field(None, description="Rows answered greedily by base and tuned model after training")
     max_new_tokens: Annotated[int, Field(ge=1, le=4096), NO_BOOLEAN] | Auto = Field(
-        "auto", description="Token limit of those answers; auto: by the longest wanted one"
+        "auto", description="Token limit of these answers; auto: set by the longest expected one"
     )
-    max_rows: Int = Field(1000, ge=1, description="At most so many test rows, from the file's start")
+    max_rows: Int = Field(1000, ge=1, description="Maximum number of test rows, from the start of the file")
     task_rows: Int = Field(
         0, ge=0, le=1000, description="Validation rows that the model answers at every evaluation, spread over the file"
     )
-    general: General = Field(General(), description="What base and tuned model can do besides; with a test file")
-    unquantised: bool = Field(
-        False, description="QLoRA: also score base and tuned model on the base in bf16, beside that in four bits"
+    general: General = Field(
+        General(), description="General ability of base and tuned model beside the task; requires a test file"
     )
+    unquantised: bool = Field(False, description="QLoRA: also score base and tuned model with the base in bf16")
 
 
 class Gate(Part):
@@ -260,22 +268,22 @@ class Gate(Part):
 
     min_task_gain: Annotated[float, Field(ge=-1, le=1), NO_BOOLEAN] | None = Field(
         None,
-        description="Least gain over the base on the test file, by the scorecard's primary metric: 0.05 is 5 points",
+        description="Minimum gain over the base on the test file, by the scorecard's primary metric: 0.05 is 5 points",
     )
     max_general_drop: Annotated[float, Field(ge=0, le=1), NO_BOOLEAN] | None = Field(
-        None, description="Most that the general benchmark's accuracy may fall below the base's: 0.02 is 2 points"
+        None, description="Maximum drop of the general benchmark's accuracy below the base's: 0.02 is 2 points"
     )
     max_kl: Annotated[float, Field(ge=0), NO_BOOLEAN] | None = Field(
-        None, description="Most KL to the base on general prompts, in nats a token"
+        None, description="Maximum KL divergence from the base on general prompts, in nats per token"
     )
     on_inconclusive: Literal["publish", "withhold"] = Field(
-        "publish", description="What becomes of a model whose interval holds a limit"
+        "publish", description="What happens to a model if an interval contains a limit"
     )
 
     @model_validator(mode="after")
     def _demands_something(self) -> "Gate":
         if self.min_task_gain is None and self.max_general_drop is None and self.max_kl is None:
-            raise ValueError("demands nothing: send min_task_gain, max_general_drop or max_kl")
+            raise ValueError("sets no limit: send min_task_gain, max_general_drop or max_kl")
         return self
 
 
@@ -285,24 +293,26 @@ GgufType = Literal["f16", "q8_0", "q4_0", "q4_1"]
 class Replay(Part):
     """General rows mixed into training, so that the model keeps what it could do before."""
 
-    share: Float = Field(0.1, gt=0, le=0.5, description="Share of the rows of an epoch that are replay")
+    share: Float = Field(0.1, gt=0, le=0.5, description="Fraction of an epoch's rows that are replay rows")
     source: str = Field(
         "self",
         pattern=r"^(self|file-[\w-]+)$",
-        description="self: the shipped prompts, answered by the base itself; or the id of a file of general rows",
+        description="self: the built-in prompts, answered by the base itself; or the id of a file of general rows",
     )
     max_new_tokens: Int = Field(
-        160, ge=16, le=4096, description="Of the base's own answers, of which only those that end within it are used"
+        160, ge=16, le=4096, description="Token limit of the base's own answers; only complete answers are used"
     )
 
 
 class Export(Part):
     """Files for other programs, made of the model at the run's end beside the model's own."""
 
-    merged: bool = Field(False, description="LoRA, QLoRA: also a whole model, with the adapter merged into its base")
-    gguf: list[GgufType] = Field([], description="Also GGUF files of the whole model, for llama.cpp and ollama")
-    fp8: bool = Field(False, description="Also the whole model with its linear layers in eight bits, for vLLM")
-    adapter_gguf: bool = Field(False, description="LoRA, QLoRA: also the adapter alone as a GGUF file")
+    merged: bool = Field(
+        False, description="LoRA, QLoRA: also export a whole model, with the adapter merged into its base"
+    )
+    gguf: list[GgufType] = Field([], description="Also export GGUF files of the whole model, for llama.cpp and ollama")
+    fp8: bool = Field(False, description="Also export the whole model with fp8 linear layers, for vLLM")
+    adapter_gguf: bool = Field(False, description="LoRA, QLoRA: also export the adapter alone as a GGUF file")
 
     @property
     def needs_merge(self) -> bool:
@@ -322,13 +332,13 @@ class Columns(Part):
     """The columns of the job's files, where these have names of their own. No other column is read."""
 
     messages: ColumnName | None = Field(None, description="The whole conversation")
-    prompt: ColumnName | None = Field(None, description="What is answered")
+    prompt: ColumnName | None = Field(None, description="The user's message")
     completion: ColumnName | None = Field(None, description="The answer")
     system: ColumnName | None = None
     context: ColumnName | None = Field(None, description="Text before the prompt")
     history: ColumnName | None = Field(None, description="Earlier turns")
     tools: ColumnName | None = None
-    text: ColumnName | None = Field(None, description="Plain text, every token of which is learned")
+    text: ColumnName | None = Field(None, description="Plain text, every token of which is trained")
     chosen: ColumnName | None = Field(None, description="The preferred answer")
     rejected: ColumnName | None = Field(None, description="The other answer")
 
@@ -349,9 +359,11 @@ class Columns(Part):
     def _makes_rows(self) -> "Columns":
         given = self.named
         if not any(parts <= given.keys() for parts in _WHOLE_ROWS):
-            raise ValueError("names no whole row: send prompt and completion, chosen and rejected, messages or text")
+            raise ValueError(
+                "does not define a whole row: send prompt and completion, chosen and rejected, messages, or text"
+            )
         if len(set(given.values())) < len(given):
-            raise ValueError("names a column twice: give each part a column of its own")
+            raise ValueError("names a column twice: give each part its own column")
         return self
 
 
@@ -367,13 +379,12 @@ class Resources(Part):
     gpus: Annotated[Literal[1, 2, 4, 8], NO_BOOLEAN] = 1
     sharding: Sharding = Field(
         "auto",
-        description="Whether each of several GPUs has the whole model or a piece of it; auto: pieces where one GPU is "
+        description="Whether each of several GPUs holds the whole model or a shard of it; auto: shards if one GPU is "
         "too small",
     )
     force: bool = Field(
         False,
-        description="Try the run even where the estimate says that no device here has the memory that it needs at the "
-        "least",
+        description="Try the run even if, by the estimate, no device here has the minimum memory for it",
     )
 
 
@@ -404,32 +415,41 @@ class TrainingOptions(Part, Generic[TechniqueT, RateT]):
     """
 
     technique: TechniqueT = Field(
-        None, validate_default=True, description="Absent: LoRA where bf16 fits, else QLoRA, never full"
+        None, validate_default=True, description="Absent: LoRA if the base fits in bf16, otherwise QLoRA; never full"
     )
     learning_rate: RateT = Field(None, validate_default=True, description="In place of learning_rate_multiplier")
-    columns: Columns | None = Field(None, description="The files' columns by part, where they have names of their own")
+    columns: Columns | None = Field(None, description="The files' columns by part, if they have other names")
     schedule: Schedule = Schedule()
-    max_seq_length: Int = Field(2048, ge=16, le=1_048_576, description="Tokens; longer rows are cut at the end")
+    max_seq_length: Int = Field(
+        2048, ge=16, le=1_048_576, description="Maximum tokens of a row; longer rows are truncated at the end"
+    )
     cut_answers: CutAnswers = Field(
         "keep",  # as rows were trained before there was a choice; a request's default is another
-        description="Rows that lose a part of their answer to max_seq_length: 'limit' leaves them out, and fails the "
-        "job where they are more than 1 % of the training file; 'drop' leaves out any number; 'keep' trains the rest",
+        description="Rows that lose part of their answer to max_seq_length: 'limit' leaves them out, and fails the job "
+        "if they are more than 1 % of the training file; 'drop' leaves out any number; 'keep' trains on the rest of "
+        "them",
     )
-    packing: bool = Field(False, description="Several rows a sequence, each seeing only itself")
+    packing: bool = Field(False, description="Pack several rows into a sequence, each attending only to itself")
     weight_decay: Float = Field(0.0, ge=0, le=1)
     max_grad_norm: Float = Field(1.0, gt=0)
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
-        "adamw", description="8-bit moments for fp32 weights; paged: they may leave a GPU that is short of memory"
+        "adamw",
+        description="8-bit: moments in 8 bits for fp32 weights; paged: moments move to host memory if the GPU's is "
+        "short",
     )
-    neftune_noise_alpha: Float = Field(0.0, ge=0, le=100, description="Noise on the embeddings in training; 0: none")
-    replay: Replay | None = Field(None, description="General rows beside the task's, against forgetting")
+    neftune_noise_alpha: Float = Field(
+        0.0, ge=0, le=100, description="NEFTune: scale of the noise on the embeddings in training; 0: none"
+    )
+    replay: Replay | None = Field(None, description="General rows mixed into the task's, against forgetting")
     early_stopping: EarlyStopping | None = Field(None, description="Needs a validation file")
-    select: Literal["last", "best"] = Field("last", description="Which step becomes the model; best needs validation")
+    select: Literal["last", "best"] = Field(
+        "last", description="Which step becomes the model; best requires a validation file"
+    )
     keep_checkpoints: Int = Field(
-        3, ge=0, le=50, description="Epoch-end checkpoints that stay: the newest, and besides them the best"
+        3, ge=0, le=50, description="Number of newest epoch-end checkpoints to keep, besides the best"
     )
     evaluation: Evaluation = Evaluation()
-    gate: Gate | None = Field(None, description="What the model must show to be published. Needs a test file")
+    gate: Gate | None = Field(None, description="Conditions for publishing the model. Requires a test file")
     export: Export = Export()
     resources: Resources = Resources()
 
@@ -460,7 +480,7 @@ class Plan(TrainingOptions[Technique, Annotated[float, Field(gt=0)]]):
     method: Method = Supervised()
     seed: Seed
     n_epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1, description="Rows a step over all GPUs")
+    batch_size: int = Field(ge=1, description="Rows per step over all GPUs")
     learning_rate_multiplier: float = Field(gt=0)
 
 
@@ -472,7 +492,9 @@ class ExportOrder(Part):
     trained_with: Technique
     method: Method = Supervised()
     columns: Columns | None = None
-    row_tokens: int = Field(TrainingOptions.model_fields["max_seq_length"].default, description="Longer rows are cut")
+    row_tokens: int = Field(
+        TrainingOptions.model_fields["max_seq_length"].default, description="Longer rows are truncated"
+    )
 
 
 class ImportOrder(Part):
@@ -496,13 +518,14 @@ class Run(Part):
     """
 
     version: Literal[1] = 1
-    job: str = Field(description="The job's id, for messages only")
+    job: str = Field(description="The job's id, used only in messages")
     base_model: str = Field(description="Registered name, written into the adapter's base_model_name_or_path")
     plan: Plan
     public_checkpoints: int = Field(3, ge=0, description="Newest epoch-end checkpoints to keep, besides the best")
     now: datetime | None = Field(
         None,
-        description="What chat templates take for now: the same in every attempt, or resuming would see other rows",
+        description="The current time for chat templates: the same in every attempt, or a resumed run would see other "
+        "rows",
     )
     snapshot_seconds: float = Field(300, gt=0, description="Time between recovery snapshots")
     facts: dict[str, Any] = Field(default_factory=dict, description="Provenance to copy into training_config.json")

@@ -29,11 +29,11 @@ class Replayed(Message):
     """The general rows beside the task's."""
 
     source: str = Field(description="`self`, or a file's id")
-    prompts: int = Field(description="Prompts that the base was asked; of a file: its rows")
-    ended: int = Field(description="Answers that ended within the limit, and so can be trained on")
-    rows: int = Field(description="Rows that the run takes, each once an epoch at most")
+    prompts: int = Field(description="Prompts that the base was asked; for a file, its rows")
+    ended: int = Field(description="Answers that ended within the limit and can be used for training")
+    rows: int = Field(description="Rows that the run uses, each at most once per epoch")
     rows_an_epoch: int
-    share: float = Field(description="Of an epoch's rows")
+    share: float = Field(description="Fraction of an epoch's rows")
 
 
 class Started(Message):
@@ -43,15 +43,15 @@ class Started(Message):
     trainable_params: int
     all_params: int
     total_steps: int
-    first_step: int = Field(description="1, or one past the snapshot that was resumed")
-    examples: int = Field(description="Of the training file, as an epoch counts them: without replay")
+    first_step: int = Field(description="1, or the step after the resumed snapshot")
+    examples: int = Field(description="Examples of the training file per epoch, without replay")
     train_tokens: int = Field(description="Tokens of one epoch, after truncation")
     truncated_examples: int = 0
     device: str
     learning_share: float | None = Field(
-        None, description="Share of the base's linear weights that learn or have adapters"
+        None, description="Fraction of the base's linear weights that are trained or have adapters"
     )
-    quantised_share: float | None = Field(None, description="Share of them in four bits, where the base is to be")
+    quantised_share: float | None = Field(None, description="Fraction of them in four bits, if the base is quantised")
     replay: Replayed | None = None
     warnings: list[str] = []
 
@@ -64,15 +64,17 @@ class Step(Message):
     epoch: float
     train_loss: float
     train_accuracy: float | None = Field(
-        description="Share of labelled tokens whose most likely prediction is right; None where a method has none"
+        description="Fraction of labelled tokens whose most likely prediction is correct; None if the method has none"
     )
-    train_metrics: dict[str, float] = Field({}, description="What the method measures besides, by name")
+    train_metrics: dict[str, float] = Field({}, description="Further metrics of the method, by name")
     learning_rate: float
     grad_norm: float
     tokens: int = Field(description="All tokens trained on so far, padding excluded")
-    seconds: float = Field(description="Time of this step")
-    seconds_left: float | None = Field(None, description="To the end of the run, with its evaluations and files")
-    valid_loss: float | None = Field(None, description="One small batch of the validation file")
+    seconds: float = Field(description="Duration of this step")
+    seconds_left: float | None = Field(
+        None, description="Estimated time to the end of the run, including evaluations and files"
+    )
+    valid_loss: float | None = Field(None, description="Loss on one small batch of the validation file")
     valid_accuracy: float | None = None
     valid_metrics: dict[str, float] = {}
 
@@ -85,10 +87,12 @@ class Evaluated(Message):
     loss: float
     accuracy: float | None
     metrics: dict[str, float] = {}
-    task_metric: str | None = Field(None, description="What `task_score` is: the primary metric of the task")
-    task_score: float | None = Field(None, description="From 0 to 1, on `task_rows` validation rows")
+    task_metric: str | None = Field(None, description="The metric of `task_score`: the primary metric of the task")
+    task_score: float | None = Field(None, description="Score from 0 to 1 on `task_rows` validation rows")
     task_rows: int = 0
-    samples: list[dict[str, Any]] = Field(default=[], description="A few of these rows: prompt, wanted, answer")
+    samples: list[dict[str, Any]] = Field(
+        default=[], description="Some of these rows: prompt, expected answer and answer"
+    )
 
 
 class CheckpointSaved(Message):
@@ -114,7 +118,7 @@ class Measure(Scored):
     gain: float
     low: float = Field(description="Lower end of the gain's paired 95 % interval")
     high: float
-    p: float | None = Field(None, description="Of a share: the exact p of McNemar's test, two-sided")
+    p: float | None = Field(None, description="For a fraction: the exact two-sided p of McNemar's test")
 
 
 class PrecisionMeasure(Measure):
@@ -123,13 +127,13 @@ class PrecisionMeasure(Measure):
     difference: float
     difference_low: float = Field(description="Lower end of the difference's paired 95 % interval")
     difference_high: float
-    difference_p: float | None = Field(None, description="Of a share: the exact p of McNemar's test, two-sided")
+    difference_p: float | None = Field(None, description="For a fraction: the exact two-sided p of McNemar's test")
 
 
 class UnquantisedScore(Scored):
     """Base and adapter on the same rows, where the base is not quantised as it was in training."""
 
-    scored_in: str = Field(description="What the base's linear layers were in: `bfloat16`, or `float32` on a CPU")
+    scored_in: str = Field(description="Type of the base's linear layers: `bfloat16`, or `float32` on a CPU")
     metrics: dict[str, PrecisionMeasure] = {}
     left_out: str | None = Field(None, description="Why it was not measured")
 
@@ -150,7 +154,7 @@ class Forgetting(Scored):
     kl: float = Field(description="KL(base || tuned), with the lower and upper end of its 95 % interval over prompts")
     kl_low: float
     kl_high: float
-    base_nll: float = Field(description="The base's loss on the answers")
+    base_nll: float = Field(description="The base's mean loss on the answers")
     tuned_nll: float
     nll_change: float
     nll_change_low: float
@@ -162,13 +166,15 @@ class GeneralScore(Scored):
 
     benchmark: str
     items: int
-    base_accuracy: float = Field(description="Share of items whose right choice has the highest log-likelihood")
+    base_accuracy: float = Field(description="Fraction of items whose correct choice has the highest log-likelihood")
     tuned_accuracy: float
     change: float
     change_low: float = Field(description="Lower end of the change's paired 95 % interval")
     change_high: float
-    p: float = Field(description="The exact p of McNemar's test, two-sided")
-    base_accuracy_norm: float = Field(description="The same with log-likelihoods divided by the choice's characters")
+    p: float = Field(description="The exact two-sided p of McNemar's test")
+    base_accuracy_norm: float = Field(
+        description="The same with log-likelihoods divided by the choice's number of characters"
+    )
     tuned_accuracy_norm: float
     forgetting: Forgetting | None = None
 
@@ -187,24 +193,24 @@ class Scorecard(Scored):
 
     rows: int
     base_exact: float = Field(
-        description="Share of answers equal to the wanted one (as JSON where that is JSON); of `preferences` the share "
-        "of pairs whose preferred answer is the likelier one"
+        description="Fraction of answers equal to the expected one (as JSON if it is JSON); for `preferences`, the "
+        "fraction of pairs whose preferred answer is more likely"
     )
     tuned_exact: float
     gain: float
     gain_low: float = Field(description="Lower end of the gain's paired 95 % interval")
     gain_high: float
-    samples: list[Sample] = Field(default=[], description="A few rows, spread over the file")
-    scored_in: str | None = Field(None, description="What the base's linear layers were in: `nf4`, `bfloat16`, ...")
+    samples: list[Sample] = Field(default=[], description="Some rows, spread over the file")
+    scored_in: str | None = Field(None, description="Type of the base's linear layers: `nf4`, `bfloat16`, ...")
     task: str | None = Field(
-        None, description="What the rows want: `calls`, `json`, `labels`, `text`, `other` or `preferences`"
+        None, description="Kind of the expected answers: `calls`, `json`, `labels`, `text`, `other` or `preferences`"
     )
-    primary: str = Field("exact", description="The metric of `metrics` that the task is judged by")
+    primary: str = Field("exact", description="The metric of `metrics` by which the task is judged")
     metrics: dict[str, Measure] = {}
-    labels: dict[str, LabelShares] = Field(default={}, description="Of a task of labels: each label's shares")
-    general: GeneralScore | None = Field(None, description="What base and tuned model can do besides the task")
+    labels: dict[str, LabelShares] = Field(default={}, description="For a task with labels: each label's metrics")
+    general: GeneralScore | None = Field(None, description="General ability of base and tuned model beside the task")
     unquantised: UnquantisedScore | None = Field(
-        None, description="QLoRA, where `evaluation.unquantised` asks for it: the same on the base as it is stored"
+        None, description="QLoRA with `evaluation.unquantised`: the same with the unquantised base"
     )
 
 
@@ -247,11 +253,11 @@ class GreedyAnswer(Message):
     """A test row as the tuned model answered it in the scorecard."""
 
     row: int = Field(description="Its number in the file, from 1")
-    messages: list[dict[str, Any]] = Field(description="Those before the answer")
+    messages: list[dict[str, Any]] = Field(description="Token ids before the answer")
     tools: list[dict[str, Any]] | None = None
     prompt_ids: list[int]
     ids: list[int] = Field(description="The answer's tokens, with the stop token that ended it")
-    limit: int = Field(description="Tokens that the answer might have had")
+    limit: int = Field(description="Token limit of the answer")
 
 
 class TokenDifference(Scored):
@@ -259,10 +265,10 @@ class TokenDifference(Scored):
 
     row: int = Field(description="The row's number in the test file, from 1")
     place: Literal["prompt", "answer"]
-    position: int = Field(description="The token's number in its place, from 1")
-    trained: str | None = Field(description="The evaluation's token; null where its answer has ended")
-    served: str | None = Field(description="The model server's token; null where its answer has ended")
-    gap: float | None = Field(None, description="Between the logits of both tokens, in the model server")
+    position: int = Field(description="The token's number in this place, from 1")
+    trained: str | None = Field(description="The evaluation's token; null if its answer has ended")
+    served: str | None = Field(description="The model server's token; null if its answer has ended")
+    gap: float | None = Field(None, description="Difference between the logits of both tokens in the model server")
 
     @property
     def summary(self) -> str:
@@ -279,13 +285,13 @@ class Served(Scored):
     """Whether the model server, on the files that are published, gave the answers of the scorecard."""
 
     status: Literal["equal", "differs", "refused", "not_compared"] = Field(
-        description="`refused`: the model server cannot load the model. `not_compared`: the check itself broke"
+        description="`refused`: the model server cannot load the model. `not_compared`: the check itself failed"
     )
-    rows: int = Field(0, description="Test rows that were asked again")
-    equal: int = Field(0, description="Rows whose prompt and answer are the same, token by token")
-    ties: int = Field(0, description="Rows whose first differing tokens are equally likely, but for rounding")
+    rows: int = Field(0, description="Test rows that were answered again")
+    equal: int = Field(0, description="Rows with the same prompt and answer, token by token")
+    ties: int = Field(0, description="Rows whose first differing tokens are equally likely up to rounding")
     tokens: int = Field(0, description="Tokens of these answers")
-    precision: str | None = Field(None, description="`float32`, in which all rows have to be equal, or `bfloat16`")
+    precision: str | None = Field(None, description="`float32`, in which all rows must be equal, or `bfloat16`")
     first_difference: TokenDifference | None = None
     reason: str | None = Field(None, description="Why the model was refused or not compared")
 
@@ -347,10 +353,10 @@ class StepTimes(Message):
 class Latency(BaseModel):
     """What requests to the tuned model take on the device of its run, each alone."""
 
-    device: str = Field(description="As its driver names it, or cpu")
-    p50_seconds: float = Field(description="Median, over a few test rows")
-    prompt_tokens: float = Field(description="Mean of a request")
-    answer_tokens: float = Field(description="Mean of an answer")
+    device: str = Field(description="The device's name by its driver, or cpu")
+    p50_seconds: float = Field(description="Median over some test rows")
+    prompt_tokens: float = Field(description="Mean per request")
+    answer_tokens: float = Field(description="Mean per answer")
 
 
 class Finished(Message):
@@ -362,11 +368,13 @@ class Finished(Message):
     steps: int = Field(description="Steps that were run")
     trained_tokens: int
     seconds: float
-    peak_memory_bytes: int | None = Field(None, description="Most bytes allocated on one GPU")
+    peak_memory_bytes: int | None = Field(None, description="Maximum bytes allocated on one GPU")
     stopped_early: bool = False
-    spent: dict[str, Spent] = Field({}, description="What the run's parts took, by name")
+    spent: dict[str, Spent] = Field({}, description="Duration of the run's parts, by name")
     step_times: StepTimes | None = None
-    latency: Latency | None = Field(None, description="Of the tuned model; absent without a test file of answers")
+    latency: Latency | None = Field(
+        None, description="Latency of the tuned model; absent without a test file of answers"
+    )
 
 
 class Paused(Message):

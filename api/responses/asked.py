@@ -5,13 +5,13 @@ from typing import Any
 
 from tunery.errors import InvalidValue, Unsupported
 
-_KEPT_NOWHERE = "This server keeps no responses: send the whole conversation as 'input'."
+_KEPT_NOWHERE = "This server stores no responses: send the whole conversation as 'input'."
 _REFUSED = {
     "previous_response_id": _KEPT_NOWHERE,
     "conversation": _KEPT_NOWHERE,
     "background": "Leave it out, and read the answer or its stream.",
     "prompt": "Write the prompt into 'instructions' and 'input'.",
-    "max_tool_calls": "Leave it out: tools are called by you.",
+    "max_tool_calls": "Leave it out: the client calls the tools.",
 }
 """Fields that are refused unless they are null or false, with what to do instead."""
 _SAME = ("model", "temperature", "top_p", "stream", "seed", "stop")

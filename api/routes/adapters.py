@@ -26,13 +26,16 @@ _FORM: dict[str, Any] = {
                     "type": "object",
                     "required": ["base", "file"],
                     "properties": {
-                        "base": {"type": "string", "description": "The base that it was trained on: id, alias, hub id"},
+                        "base": {
+                            "type": "string",
+                            "description": "The base that the adapter was trained on: its id, alias or hub id",
+                        },
                         "suffix": {"type": "string", "description": "Part of the model's name", "example": ""},
                         "technique": {
                             "type": "string",
                             "enum": ["lora", "qlora"],
                             "default": "lora",
-                            "description": "qlora: it was trained on the base in four bits (nf4), and answers on them",
+                            "description": "qlora: it was trained, and is served, on the base in four bits (nf4)",
                         },
                         "file": {
                             "type": "string",

@@ -87,8 +87,10 @@ def show_advice(
     storage: StorageDep,
     model: Annotated[str, Query(min_length=1, description="A base or fine-tuned model")],
     aim: Annotated[Aim, Query(description="What the model should learn")],
-    validation_file: Annotated[str | None, Query(min_length=1, description="Held-out rows, which do not count")] = None,
-    baseline: Annotated[str | None, Query(min_length=1, description="A baseline, whose table is shown")] = None,
+    validation_file: Annotated[
+        str | None, Query(min_length=1, description="Held-out rows, which are not counted as training rows")
+    ] = None,
+    baseline: Annotated[str | None, Query(min_length=1, description="A baseline whose table is shown")] = None,
 ) -> HTMLResponse:
     """The advice as one page that needs nothing else. While the report is made, the page loads itself again."""
     asked = schemas.AskAdvice(file=file_id, model=model, aim=aim, validation_file=validation_file, baseline=baseline)

@@ -66,8 +66,8 @@ def list_baselines(
     session: SessionDep,
     caller: CallerDep,
     settings: SettingsDep,
-    after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
-    limit: Annotated[int, Query(ge=1, le=100, description="Objects a page")] = 20,
+    after: Annotated[str | None, Query(description="The id of the previous page's last object")] = None,
+    limit: Annotated[int, Query(ge=1, le=100, description="Objects per page")] = 20,
 ) -> CursorList[schemas.Baseline]:
     """Newest first."""
     rows, more = ledger.list_page(session, caller.project_id, after=after, limit=limit)
@@ -95,7 +95,7 @@ def cancel_baseline(
     summary="Download a baseline's answers",
     response_class=StreamingResponse,
     responses=errors(404)
-    | {200: {"content": {"application/jsonl": {"example": "{}"}}, "description": "A line for each answer"}},
+    | {200: {"content": {"application/jsonl": {"example": "{}"}}, "description": "One line per answer"}},
 )
 def download_answers(
     baseline_id: str, session: SessionDep, caller: CallerDep, storage: StorageDep

@@ -49,9 +49,9 @@ def list_captured_requests(
     model: str,
     session: SessionDep,
     caller: CallerDep,
-    rated: Annotated[captures.Rated | None, Query(description="Only those that were rated, corrected, or not")] = None,
-    after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
-    limit: Annotated[int, Query(ge=1, le=100, description="Objects a page")] = 20,
+    rated: Annotated[captures.Rated | None, Query(description="Only rated, corrected or unrated requests")] = None,
+    after: Annotated[str | None, Query(description="The id of the previous page's last object")] = None,
+    limit: Annotated[int, Query(ge=1, le=100, description="Objects per page")] = 20,
 ) -> ListOf[schemas.CapturedChat]:
     """Newest first, each with its answer and what was said of it, as they were stored: without personal data."""
     row = registry.find(session, caller.project_id, model)
@@ -59,7 +59,7 @@ def list_captured_requests(
     return ListOf(data=[schemas.CapturedChat.of(one) for one in found], has_more=more)
 
 
-@router.post("/feedback", summary="Say what an answer was worth", responses=errors(404))
+@router.post("/feedback", summary="Rate or correct an answer", responses=errors(404))
 def give_feedback(body: schemas.GiveFeedback, session: SessionDep, caller: CallerDep) -> schemas.Feedback:
     """Of a request that was kept. A rating or correction replaces an earlier one."""
     from tunery.datasets.cleaning.redaction import redact  # here: it takes most of a second to import

@@ -61,7 +61,7 @@ class ChatRequest(BaseModel):
     responses=errors(404, 429, 504)
     | {
         200: {
-            "description": "The answer, or with `stream` its pieces as server-sent events",
+            "description": "The answer, or with `stream` its parts as server-sent events",
             "content": {"application/json": {"example": _ANSWER}, "text/event-stream": {"example": "data: [DONE]\n\n"}},
         }
     },

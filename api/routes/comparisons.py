@@ -75,6 +75,6 @@ def _compared(sessions: sessionmaker[Session], project_id: str, names: list[str]
             return names
         [model] = found
         if model.base_id is None:
-            reason = f"'{names[0]}' is a base, so there is nothing to compare it with. Name another model too."
+            reason = f"'{names[0]}' is a base, and there is no other model to compare it with. Name a second model."
             raise InvalidValue(param="models", reason=reason)
         return [model.base_id, *names]

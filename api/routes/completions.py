@@ -40,19 +40,19 @@ class CompletionRequest(BaseModel):
     )
 
     model: str = Field(min_length=1, description="A base or fine-tuned model: id, alias or the base's hub id")
-    prompt: str | list[Any] = Field(description="A text, or several, each answered for itself")
+    prompt: str | list[Any] = Field(description="A text or several, each of which is continued independently")
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
 
 
 @router.post(
     "/completions",
-    summary="Let a model go on from a text",
+    summary="Complete a text",
     response_class=Response,
     responses=errors(404, 429, 504)
     | {
         200: {
-            "description": "The text, or with `stream` its pieces as server-sent events",
+            "description": "The text, or with `stream` its parts as server-sent events",
             "content": {"application/json": {"example": _ANSWER}, "text/event-stream": {"example": "data: [DONE]\n\n"}},
         }
     },

@@ -38,12 +38,12 @@ _FORM: dict[str, Any] = {
                         "expires_after[anchor]": {
                             "type": "string",
                             "example": "",
-                            "description": "`created_at`, together with the seconds",
+                            "description": "`created_at`, together with `seconds`",
                         },
                         "expires_after[seconds]": {
                             "type": "string",
                             "example": "",
-                            "description": "The file deletes itself after 3600 to 2592000 seconds",
+                            "description": "The file is deleted after this many seconds (3600 to 2592000)",
                         },
                     },
                     "example": {"purpose": "fine-tune"},
@@ -143,9 +143,9 @@ def list_files(
     session: SessionDep,
     caller: CallerDep,
     purpose: Annotated[str | None, Query(description="Only files of this purpose")] = None,
-    limit: Annotated[int, Query(ge=1, le=10_000, description="Objects a page")] = 10_000,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="Objects per page")] = 10_000,
     order: Annotated[Order, Query(description="By creation time")] = "desc",
-    after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
+    after: Annotated[str | None, Query(description="The id of the previous page's last object")] = None,
 ) -> CursorList[schemas.File]:
     rows, more = files.list_page(session, caller.project_id, purpose=purpose, after=after, limit=limit, order=order)
     return CursorList.of(_shown(session, rows), has_more=more)
@@ -172,7 +172,7 @@ def delete_file(file_id: str, session: SessionDep, caller: CallerDep) -> schemas
     responses=errors(404)
     | {
         200: {"content": {"application/octet-stream": {"example": '{"messages": []}\n'}}, "description": "Its bytes"},
-        302: {"description": "To the storage's own address, good for 15 minutes"},
+        302: {"description": "Redirect to the object storage; the address is valid for 15 minutes"},
     },
 )
 def download_file(

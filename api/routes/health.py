@@ -20,7 +20,7 @@ class Health(ResponseBody):
 
 @router.get(
     "/healthz",
-    summary="Is the service up",
+    summary="Check the service",
     responses={503: {"model": Error, "description": "The database does not answer"}},
 )
 def healthz(session: SessionDep) -> Health:

@@ -21,10 +21,10 @@ from tunery.storage import Storage
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning jobs"], route_class=JsonRoute)
 
-Limit = Annotated[int, Query(ge=1, le=1000, description="Objects a page")]
-IdempotencyKey = Annotated[str | None, Header(max_length=255, description="The same key, the same job")]
+Limit = Annotated[int, Query(ge=1, le=1000, description="Objects per page")]
+IdempotencyKey = Annotated[str | None, Header(max_length=255, description="Requests with the same key create one job")]
 RetryCount = Annotated[int, Header(include_in_schema=False)]
-After = Annotated[str | None, Query(description="The last object's id of the page before")]
+After = Annotated[str | None, Query(description="The id of the previous page's last object")]
 
 
 def _shown(session: Session, settings: Settings, job: Job) -> schemas.Job:

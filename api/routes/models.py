@@ -48,7 +48,7 @@ def list_models(
     session: SessionDep,
     caller: CallerDep,
     settings: SettingsDep,
-    status: Annotated[Literal["ready", "any"], Query(description="any: also those that cannot be used")] = "ready",
+    status: Annotated[Literal["ready", "any"], Query(description="any: also models that are not usable")] = "ready",
 ) -> WholeList[schemas.Model]:
     """Every base and its aliases, and the project's own fine-tuned models and checkpoints, newest first.
 

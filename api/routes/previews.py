@@ -36,11 +36,15 @@ def preview_file(
     caller: StreamCallerDep,
     sessions: SessionsDep,
     storage: StorageDep,
-    model: Annotated[str, Query(min_length=1, description="A base or tuned model, whose tokenizer and template count")],
+    model: Annotated[
+        str, Query(min_length=1, description="A base or tuned model whose tokenizer and template are used")
+    ],
     rows: Annotated[int, Query(ge=1, le=preview.MOST_ROWS, description="Rows, from the file's start")] = 3,
     max_tokens: Annotated[int, Query(ge=16, le=1_048_576, description="The job's max_seq_length")] = 2048,
-    loss_on: Annotated[LossOn, Query(description="The tokens that are learned")] = "assistant",
-    columns: Annotated[str | None, Query(description="The job's columns: prompt=Frage,completion=Antwort")] = None,
+    loss_on: Annotated[LossOn, Query(description="Which tokens are trained")] = "assistant",
+    columns: Annotated[
+        str | None, Query(description="The columns of the file, as in a job: prompt=Frage,completion=Antwort")
+    ] = None,
     format: Annotated[Literal["json", "html"], Query(description="html: a page with coloured tokens")] = "json",
 ) -> FilePreview | Response:
     """Every token of the first rows, as the trainer will have it: trained, masked or cut; and whether the right ones

@@ -33,8 +33,8 @@ def find_report(
     file_id: str,
     session: SessionDep,
     caller: CallerDep,
-    base: Annotated[str | None, Query(description="A model whose tokenizer counts")] = None,
-    against: Annotated[str | None, Query(description="A file that should hold other rows")] = None,
+    base: Annotated[str | None, Query(description="A model whose tokenizer counts the tokens")] = None,
+    against: Annotated[str | None, Query(description="A file that should have no rows in common")] = None,
 ) -> Asked:
     """Finds the report, or has it made."""
     file = files.find(session, caller.project_id, file_id)

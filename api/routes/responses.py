@@ -67,7 +67,7 @@ class ResponseRequest(BaseModel):
 
 @router.post(
     "/responses",
-    summary="Ask a model in the dialect of OpenAI's Responses",
+    summary="Create a response",
     response_class=Response,
     responses=errors(404, 429, 504)
     | {
@@ -95,7 +95,9 @@ async def create_response(
     "/responses/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False, dependencies=[ANY_KEY]
 )
 def no_kept_response(rest: str) -> None:
-    raise RouteNotFound(what=f"No response '{rest}': this server keeps none. POST /v1/responses answers at once.")
+    raise RouteNotFound(
+        what=f"No response '{rest}': this server stores none. POST /v1/responses returns the response itself."
+    )
 
 
 def _in_this_dialect(said: dict[str, Any]) -> dict[str, Any]:

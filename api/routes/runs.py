@@ -39,8 +39,8 @@ def read_log(
     caller: StreamCallerDep,
     sessions: SessionsDep,
     storage: StorageDep,
-    tail: Annotated[int | None, Query(ge=0, le=100_000, description="Only so many last lines")] = None,
-    follow: Annotated[bool, Query(description="Go on until the job has ended")] = False,
+    tail: Annotated[int | None, Query(ge=0, le=100_000, description="Only this many last lines")] = None,
+    follow: Annotated[bool, Query(description="Stream until the job has ended")] = False,
 ) -> StreamingResponse:
     """What the trainer wrote, attempt after attempt."""
     ended = _has_ended(sessions, caller.project_id, job_id)
@@ -107,7 +107,7 @@ def list_metrics(
     session: SessionDep,
     caller: CallerDep,
     after_step: Annotated[int, Query(ge=-1, description="Only later steps")] = -1,
-    limit: Annotated[int, Query(ge=1, le=10_000, description="Steps a page")] = 1000,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="Steps per page")] = 1000,
 ) -> ListOf[schemas.Measured]:
     """Oldest first. Losses are means over labelled tokens, in nats."""
     job = ledger.find(session, caller.project_id, job_id)
@@ -137,14 +137,14 @@ def list_scorecard_rows(
     storage: StorageDep,
     flipped: Annotated[
         bool | None,
-        Query(description="true: rows that one model alone gets right; false: the others"),
+        Query(description="true: rows that exactly one of the models answers correctly; false: the others"),
     ] = None,
     right: Annotated[
         bool | None,
-        Query(description="true: rows that the tuned model gets right; false: the others"),
+        Query(description="true: rows that the tuned model answers correctly; false: the others"),
     ] = None,
     after: Annotated[str | None, Query(description="The id of the previous page's last object")] = None,
-    limit: Annotated[int, Query(ge=1, le=1000, description="Objects a page")] = 20,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Objects per page")] = 20,
 ) -> CursorList[schemas.ScorecardRow]:
     """Every test row with both models' answers, in the order of the file. Empty without a scorecard."""
     job = ledger.find(session, caller.project_id, job_id)

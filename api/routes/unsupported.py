@@ -14,8 +14,8 @@ _METHODS = ["GET", "POST", "DELETE"]
 def no_graders(action: str) -> None:
     raise RouteNotFound(
         what=(
-            f"Graders ('{action}') are not supported here. Fine-tuning is method.type 'supervised', with technique "
-            "full, lora or qlora; name a test file as evaluation.test_file to score a job's model."
+            f"Graders ('{action}') are not supported here. Use method.type 'supervised' with technique full, lora or "
+            "qlora, and set evaluation.test_file to score a job's model."
         )
     )
 

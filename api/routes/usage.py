@@ -24,16 +24,16 @@ Group = Literal["model", "project_id"]
 def list_completions_usage(
     session: SessionDep,
     caller: CallerDep,
-    start_time: Annotated[int, Query(ge=0, le=_LAST, description="Unix time; its whole day is counted")],
-    end_time: Annotated[int | None, Query(ge=0, le=_LAST, description="Up to this time, by default now")] = None,
+    start_time: Annotated[int, Query(ge=0, le=_LAST, description="Unix time; its whole day is included")],
+    end_time: Annotated[int | None, Query(ge=0, le=_LAST, description="End of the period; default: now")] = None,
     bucket_width: Annotated[  # noqa: ARG001  only checked
-        Literal["1d"], Query(description="Usage is kept by the day")
+        Literal["1d"], Query(description="Usage is stored per day")
     ] = "1d",
     group_by: Annotated[list[Group] | None, Query(alias="group_by[]")] = None,
-    models: Annotated[list[str] | None, Query(alias="models[]", description="Only these, by id")] = None,
+    models: Annotated[list[str] | None, Query(alias="models[]", description="Only these ids")] = None,
     project_ids: Annotated[list[str] | None, Query(alias="project_ids[]", description="Only these")] = None,
-    limit: Annotated[int, Query(ge=1, le=31, description="Days a page")] = 7,
-    page: Annotated[str | None, Query(description="`next_page` of the page before")] = None,
+    limit: Annotated[int, Query(ge=1, le=31, description="Days per page")] = 7,
+    page: Annotated[str | None, Query(description="`next_page` of the previous page")] = None,
 ) -> schemas.UsagePage:
     """Of the key's project: requests to models and their tokens, by day."""
     first = datetime.fromtimestamp(start_time, UTC).date() if page is None else _day(page)
@@ -52,7 +52,7 @@ def _day(page: str) -> date:
     try:
         return date.fromisoformat(page.removeprefix("page_"))
     except ValueError:
-        reason = f"Invalid 'page': '{page}' is no page. Send the 'next_page' of an answer."
+        reason = f"Invalid 'page': '{page}'. Send the 'next_page' of the previous page."
         raise InvalidValue(param="page", reason=reason) from None
 
 

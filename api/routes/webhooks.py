@@ -35,8 +35,8 @@ def create_webhook_endpoint(
 def list_webhook_endpoints(
     session: SessionDep,
     caller: CallerDep,
-    after: Annotated[str | None, Query(description="The last object's id of the page before")] = None,
-    limit: Annotated[int, Query(ge=1, le=100, description="Objects a page")] = 20,
+    after: Annotated[str | None, Query(description="The id of the previous page's last object")] = None,
+    limit: Annotated[int, Query(ge=1, le=100, description="Objects per page")] = 20,
 ) -> CursorList[schemas.Endpoint]:
     """Newest first."""
     rows, more = endpoints.list_page(session, caller.project_id, after=after, limit=limit)

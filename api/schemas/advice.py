@@ -38,12 +38,14 @@ class AskAdvice(Body):
     model: str = Field(min_length=1, description="A base or fine-tuned model: id, alias or the base's hub id")
     aim: Aim = Field(description="What the model should learn")
     validation_file: str | None = Field(
-        None, min_length=1, description="Held-out rows, which do not count in the file; absent: a split is suggested"
+        None,
+        min_length=1,
+        description="Held-out rows, which are not counted as training rows. Absent: a split is suggested",
     )
     baseline: str | None = Field(
-        None, min_length=1, description="A baseline of the model, in whose numbers the advice ends"
+        None, min_length=1, description="A baseline of the model; the advice then includes its results"
     )
-    technique: Technique | None = Field(None, description="To be judged; absent: one is suggested")
+    technique: Technique | None = Field(None, description="To be assessed. Absent: one is suggested")
 
 
 class AdviceAnswer(ResponseBody):
@@ -74,12 +76,14 @@ class AdviceAnswer(ResponseBody):
     aim: Aim
     validation_file: str | None
     baseline: str | None
-    status: Status = Field(description="Of the file's report, which the advice is made of")
-    progress: float = Field(description="The share of the report that is made, 0 to 1")
-    error: str | None = Field(description="Why there is no report, where it failed")
+    status: Status = Field(description="Status of the file's report, on which the advice is based")
+    progress: float = Field(description="Progress of the report, from 0 to 1")
+    error: str | None = Field(description="Why the report failed")
     advice: Advice | None
     serving: ServingQuote | None = Field(
-        None, description="What the tuned model's answers should cost on a GPU here, or on a card that holds the base"
+        None,
+        description="Expected cost of the tuned model's answers, on a GPU of this server or on a card that can hold "
+        "the base",
     )
-    table: list[Row] = Field(description="The baseline's, once it is measured")
-    currency: str = Field(description="Of the table's costs, as the operator has set it")
+    table: list[Row] = Field(description="The baseline's table, once it is measured")
+    currency: str = Field(description="Currency of the table's costs, set by the operator")

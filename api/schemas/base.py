@@ -75,8 +75,8 @@ class WholeList(ResponseBody, Generic[Item]):
 class ErrorBody(ResponseBody):
     message: str = Field(description="What is wrong and what to change")
     type: str
-    param: str | None = Field(description="The request's field at fault, as a dotted path")
-    code: str | None = Field(description="A name that never changes, for programs")
+    param: str | None = Field(description="The invalid field of the request, as a dotted path")
+    code: str | None = Field(description="A stable code for programs")
 
 
 class Error(ResponseBody):
@@ -111,14 +111,14 @@ class Deleted(ResponseBody):
 Answers = dict[int | str, dict[str, Any]]
 
 _MEANING = {
-    400: "The request cannot be carried out; the message says what to change",
-    401: "No key, or a wrong one",
-    403: "The key may not do this",
+    400: "The request cannot be processed; the message says what to change",
+    401: "No key, or an invalid one",
+    403: "The key lacks the permission",
     404: "No such object in the key's project",
-    413: "More bytes than the limit",
-    429: "The project has all it may have",
-    504: "The answer took longer than it may",
-    503: "A part of the service is away; try again after `Retry-After` seconds",
+    413: "The body or file is too large",
+    429: "The project has reached a limit",
+    504: "The answer took too long",
+    503: "A part of the service is unavailable; try again after `Retry-After` seconds",
 }
 
 

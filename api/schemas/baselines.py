@@ -51,17 +51,19 @@ class AskBaseline(BaselineOptions, Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [ASKED]})
 
-    model: str = Field(min_length=1, description="The base that may be trained: id, alias or the base's hub id")
-    eval_file: str = Field(min_length=1, description="Rows with the wanted answers, as a job's evaluation.test_file")
+    model: str = Field(min_length=1, description="The base that may be fine-tuned: its id, alias or hub id")
+    eval_file: str = Field(
+        min_length=1, description="Rows with the expected answers, as in a job's evaluation.test_file"
+    )
     examples_file: str | None = Field(
-        None, min_length=1, description="Rows that prompts may show, the training file for instance"
+        None, min_length=1, description="Rows that may be shown as examples in prompts, such as the training file"
     )
     compare: list[str] = Field(
-        default_factory=list, max_length=4, description="Other models, tuned ones too, that answer the same rows"
+        default_factory=list, max_length=4, description="Other models, tuned ones included, that answer the same rows"
     )
 
     external: AskExternal | None = Field(
-        None, description="A large prompted model elsewhere, beside these; refused unless the operator allows it"
+        None, description="A large prompted model at an external endpoint; only if the operator allows it"
     )
 
     @property
@@ -116,7 +118,7 @@ class Baseline(ResponseBody):
     created_at: int
     finished_at: int | None
     status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
-    progress: float = Field(description="Share that is done, 0 to 1")
+    progress: float = Field(description="Progress, from 0 to 1")
     error: str | None
     model: str
     eval_file: str
@@ -129,13 +131,15 @@ class Baseline(ResponseBody):
     target: Target | None
     compare: list[str]
     external: External | None
-    currency: str = Field(description="Of costs, as the operator has set it")
-    examples: int | None = Field(description="Rows that prompts might show")
-    left_out: int | None = Field(description="Examples that were not shown, as an eval row asks nearly the same")
-    table: list[Row] = Field(description="The baseline's rows, and the tunes of the model on the same eval rows")
-    cheapest: Row | None = Field(description="The cheapest row that meets the target, or may; null: none does")
+    currency: str = Field(description="Currency of the costs, set by the operator")
+    examples: int | None = Field(description="Rows that may be shown as examples")
+    left_out: int | None = Field(description="Examples that were excluded because an eval row asks nearly the same")
+    table: list[Row] = Field(
+        description="The baseline's rows, and those of fine-tunes of the model on the same eval rows"
+    )
+    cheapest: Row | None = Field(description="The cheapest row that meets the target, or may meet it; null: none does")
     warnings: list[str] = Field(
-        default_factory=list, description="Until it has ended: models that are too large for a worker's CPU"
+        default_factory=list, description="While the baseline runs: models that are too large for a worker's CPU"
     )
 
     @classmethod

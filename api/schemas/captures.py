@@ -58,7 +58,7 @@ class SetCapture(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"keep_days": 30}]})
 
-    keep_days: int = Field(30, ge=1, le=365, description="Days after which a request is removed")
+    keep_days: int = Field(30, ge=1, le=365, description="Days after which a request is deleted")
 
 
 class ModelCapture(ResponseBody):
@@ -84,7 +84,7 @@ class CaptureStopped(ResponseBody):
     object: Literal["model.capture"] = "model.capture"
     model: str
     enabled: Literal[False] = False
-    removed: int = Field(description="Requests that were removed")
+    removed: int = Field(description="Number of deleted requests")
 
 
 class GiveFeedback(Body):
@@ -92,14 +92,14 @@ class GiveFeedback(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [_RATED]})
 
-    id: str = Field(min_length=1, description="The answer's id: of a chat completion or a response")
+    id: str = Field(min_length=1, description="The id of a chat completion or a response")
     rating: Literal["good", "bad"] | None = None
     correction: str | dict[str, Any] | None = Field(None, description="A text, or an assistant's message")
 
     @model_validator(mode="after")
     def _says_something(self) -> "GiveFeedback":
         if self.rating is None and self.correction is None:
-            raise InvalidValue(param="rating", reason="Feedback has a 'rating', a 'correction', or both.")
+            raise InvalidValue(param="rating", reason="Feedback needs a 'rating', a 'correction', or both.")
         if isinstance(self.correction, dict) and self.correction.get("role") != "assistant":
             raise InvalidValue(param="correction", reason="Invalid 'correction': its role must be 'assistant'.")
         return self
@@ -125,7 +125,7 @@ class Feedback(ResponseBody):
     id: str
     model: str
     rating: Literal["good", "bad"] | None
-    correction: dict[str, Any] | None = Field(description="Without personal data and secrets")
+    correction: dict[str, Any] | None = Field(description="With personal data and secrets redacted")
 
     @classmethod
     def of(cls, row: CapturedRequest) -> "Feedback":
@@ -140,8 +140,8 @@ class CapturedChat(Feedback):
 
     object: Literal["model.captured_request"] = "model.captured_request"  # type: ignore[assignment]  # no feedback alone
     created_at: int
-    expires_at: int = Field(description="When it is removed")
-    messages: list[dict[str, Any]] = Field(description="Without personal data and secrets, as the answer")
+    expires_at: int = Field(description="When it is deleted")
+    messages: list[dict[str, Any]] = Field(description="With personal data and secrets redacted, like the answer")
     tools: list[dict[str, Any]] | None
     answer: dict[str, Any]
     finish_reason: str
@@ -175,12 +175,12 @@ class FileCapture(ResponseBody):
     object: Literal["file.capture"] = "file.capture"
     file: str
     model: str
-    manifest_sha256: str | None = Field(description="Of the model's files when the file was made")
+    manifest_sha256: str | None = Field(description="Checksum of the model's files when this file was made")
     created_at: int
     format: Literal["chat", "preference"]
     answers: list[str]
     rows: int
-    requests: list[str] = Field(description="The captured request of each row, in the file's order")
+    requests: list[str] = Field(description="The captured request of each row, in the order of the file")
 
     @classmethod
     def of(cls, row: CapturedFile) -> "FileCapture":

@@ -39,8 +39,10 @@ class CleanFile(Cleaning, Body):
         }
     )
 
-    against: str | None = Field(None, min_length=1, description="A test or validation file, whose rows are leaks here")
-    base: str | None = Field(None, min_length=1, description="A model whose tokenizer counts")
+    against: str | None = Field(
+        None, min_length=1, description="A test or validation file, whose rows must not be in this file"
+    )
+    base: str | None = Field(None, min_length=1, description="A model whose tokenizer counts the tokens")
 
     @property
     def order(self) -> Cleaning:
@@ -76,11 +78,11 @@ class FileCleaning(ResponseBody):
     source_sha256: str | None
     against: str | None
     base: str | None
-    progress: float = Field(description="Share that is done, 0 to 1")
-    held_out: str | None = Field(description="The file of the rows that were held out")
+    progress: float = Field(description="Progress, from 0 to 1")
+    held_out: str | None = Field(description="The file with the held-out rows")
     held_out_rows: HeldOut | None = Field(description="As asked for")
     created_at: int
-    actions: list[dict[str, Any]] = Field(description="Those that were taken, recommended ones too")
+    actions: list[dict[str, Any]] = Field(description="The applied actions, including recommended ones")
     counts: dict[str, int]
     kinds: dict[str, dict[str, int]]
     dropped: list[DroppedRow]

@@ -48,13 +48,15 @@ class AskComparison(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [_ASK]})
 
-    models: list[str] = Field(min_length=1, max_length=4, description="Ids, aliases or hub ids")
-    prompts: list[Prompt] = Field(min_length=1, max_length=32, description="Each a user's text, or a chat's messages")
-    system: str | None = Field(None, description="A system message before each prompt that is a text")
+    models: list[str] = Field(min_length=1, max_length=4, description="Ids, aliases or hub ids of the models")
+    prompts: list[Prompt] = Field(
+        min_length=1, max_length=32, description="Each is a user's text or the messages of a chat"
+    )
+    system: str | None = Field(None, description="A system message for each prompt that is a text")
     max_completion_tokens: int = Field(256, ge=1, description="Token limit of an answer")
-    temperature: float = Field(0, ge=0, le=2, description="0 takes the likeliest token")
+    temperature: float = Field(0, ge=0, le=2, description="0: always the likeliest token")
     top_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, description="The same for every answer")
+    seed: int | None = Field(None, description="Used for every answer")
 
     def messages(self, prompt: Prompt) -> list[dict[str, Any]]:
         """Returns the chat that a prompt stands for."""
@@ -86,12 +88,14 @@ class ComparedPrompt(ResponseBody):
     index: int
     messages: list[dict[str, Any]]
     answers: list[ComparedAnswer]
-    same: bool = Field(description="Whether all answers are the same text")
+    same: bool = Field(description="Whether all answers are identical")
 
 
 class Comparison(ResponseBody):
     """Every model's answer to every prompt."""
 
     object: Literal["model.comparison"] = "model.comparison"
-    models: list[str] = Field(description="As they were named; where the base was left out, its id is the first")
+    models: list[str] = Field(
+        description="The models in the given order; if the base was not named, its id comes first"
+    )
     data: list[ComparedPrompt]

@@ -39,9 +39,9 @@ DRY_RUN: dict[str, Any] = {
 class Validation(ResponseBody):
     """What the training file's report says of it."""
 
-    status: Status | None = Field(description="Of the report; null: there is none")
+    status: Status | None = Field(description="Taken from the report; null if there is none")
     rows: int | None
-    examples: int | None = Field(description="Rows that a job can take")
+    examples: int | None = Field(description="Rows that a job can use")
     usable: int | None = Field(description="Rows that are worth training on")
     trainable: bool | None
     error: str | None
@@ -61,13 +61,13 @@ class DryRunJob(jobs.Job):
 
     dry_run: Literal[True] = True
     validation: Validation
-    memory: dict[str, Memory] = Field(description="By kind of device, `cuda` and `cpu`; empty where it does not fit")
+    memory: dict[str, Memory] = Field(description="By kind of device, `cuda` and `cpu`; empty if the job does not fit")
     expected: StepPlan | None = Field(
-        description="How the trainer would take a step on the largest GPU here, of rows as long as they may be; null: "
-        "there is none, or its probe has to say"
+        description="How the trainer would run a step on the largest GPU here with rows of the maximum length; null if "
+        "there is no GPU, or if only the trainer's probe can tell"
     )
-    cards: list[CardFit] = Field(description="Known cards, whether each holds the run, and what would change that")
-    preview: str = Field(description="Where the tokens of the first rows are shown")
+    cards: list[CardFit] = Field(description="Known cards, whether the run fits on each, and what would make it fit")
+    preview: str = Field(description="URL of the preview of the first rows' tokens")
 
 
 def of(found: DryRun, *, organization: str) -> DryRunJob:

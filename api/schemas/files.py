@@ -30,7 +30,9 @@ class ExpiresAfter(Body):
     """When the file deletes itself."""
 
     anchor: Literal["created_at"]
-    seconds: Int = Field(ge=3600, le=2_592_000, description="Seconds after its creation: an hour to 30 days")
+    seconds: Int = Field(
+        ge=3600, le=2_592_000, description="Seconds after the file's creation: from an hour to 30 days"
+    )
 
 
 class FileFields(Body):
@@ -52,7 +54,7 @@ class File(ResponseBody):
     purpose: str
     status: Literal["uploaded", "processed", "error"]
     status_details: str | None = Field(description="Why the file cannot be used for training")
-    report: ReportState | None = Field(description="Of a training file; not in OpenAI's API")
+    report: ReportState | None = Field(description="Only for a training file; not in OpenAI's API")
 
     @classmethod
     def of(cls, row: model.File, report: model.FileReport | None = None) -> "File":
@@ -91,7 +93,7 @@ class CreateUpload(Body):
         }
     )
 
-    bytes: Int = Field(ge=1, description="Size of the whole file")
+    bytes: Int = Field(ge=1, description="Size of the whole file in bytes")
     filename: str = Field(min_length=1, max_length=255)
     mime_type: str = Field(max_length=255)
     purpose: Purpose
@@ -103,8 +105,8 @@ class CompleteUpload(Body):
         json_schema_extra={"examples": [{"part_ids": ["part_abc123", "part_def456"], "md5": None}]}
     )
 
-    part_ids: list[str] = Field(min_length=1, description="Every part, in the file's order")
-    md5: str | None = Field(None, pattern="^[0-9a-fA-F]{32}$", description="Of the whole file, in hex")
+    part_ids: list[str] = Field(min_length=1, description="All parts, in the order of the file")
+    md5: str | None = Field(None, pattern="^[0-9a-fA-F]{32}$", description="MD5 of the whole file, in hexadecimal")
 
 
 class Upload(ResponseBody):

@@ -102,7 +102,7 @@ class PublishModel(Body):
         json_schema_extra={"examples": [{"reason": "The general drop is on science questions; we route tickets"}]}
     )
 
-    reason: str = Field(min_length=1, max_length=1000, description="Why, for later readers of the job")
+    reason: str = Field(min_length=1, max_length=1000, description="The reason, which is stored with the job")
 
 
 # --- what is answered ---------------------------------------------------------------------------------------------
@@ -231,11 +231,11 @@ class GateAnswer(ResponseBody):
     max_kl: float | None
     on_inconclusive: Literal["publish", "withhold"]
     status: Literal["passed", "failed", "inconclusive"] | None = Field(
-        None, description="Null until the model has been measured"
+        None, description="Null until the model has been evaluated"
     )
     checks: list[GateCheck] = []
     withheld_model: str | None = Field(
-        None, description="What the gate withholds; `fine_tuned_model` is null meanwhile"
+        None, description="The model that the gate withholds; `fine_tuned_model` is null until it is published"
     )
     published: Published | None = None
 
@@ -244,7 +244,7 @@ class ServedAnswer(Served):
     """Whether the model server gave the answers of the scorecard, and what came of it."""
 
     withheld_model: str | None = Field(
-        None, description="What is withheld for it; `fine_tuned_model` is null meanwhile"
+        None, description="The model that this check withholds; `fine_tuned_model` is null until it is published"
     )
     published: Published | None = None
 
@@ -263,7 +263,7 @@ class OpenAIJob(ResponseBody):
 
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
     id: str
-    model: str = Field(description="As the request named it: a fine-tuned model, an alias or a base's id")
+    model: str = Field(description="As given in the request: a fine-tuned model, an alias or a base's id")
     created_at: int
     finished_at: int | None
     fine_tuned_model: str | None
@@ -272,7 +272,7 @@ class OpenAIJob(ResponseBody):
     status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
     validation_file: str | None
     training_file: str
-    hyperparameters: Hyperparameters = Field(description='"auto" until the files have been read, then numbers')
+    hyperparameters: Hyperparameters = Field(description='"auto" until the files have been read, then a number')
     method: MethodEcho | PreferenceEcho | OtherMethodEcho
     metadata: dict[str, str] | None
     error: JobError | None
@@ -284,8 +284,8 @@ class OpenAIJob(ResponseBody):
     usage_metrics: None = None
     shared_with_openai: Literal[False] = False
 
-    base_model: str = Field(description="The base's own id, whatever the request named it")
-    rerun_of: str | None = Field(description="The job that this one runs again")
+    base_model: str = Field(description="The base's own id, whichever name the request used")
+    rerun_of: str | None = Field(description="The job of which this one is a rerun")
     waits_for: str | None = Field(description="Why a job has not started yet")
     phase: str | None = Field(description="What a running job is doing")
     progress: Progress
@@ -296,22 +296,22 @@ if TYPE_CHECKING:
 else:
     _Answered = answer_of(
         TrainingOptions[Technique | None, float | None],
-        technique="As asked for; once the files have been read, as decided",
-        learning_rate="The peak, once it is decided",
+        technique="As requested; the decided values once the files have been read",
+        learning_rate="The peak learning rate, once it is decided",
     )
 
 
 class Job(_Answered, OpenAIJob):
     model_config = ConfigDict(json_schema_extra={"examples": [JOB]})
 
-    gate: GateAnswer | None = Field(description="What the model had to show to be published, and what came of it")  # type: ignore[assignment]  # an answer says more
+    gate: GateAnswer | None = Field(description="The conditions for publishing the model, and the result")  # type: ignore[assignment]  # an answer says more
     priority: int
     scorecard: Scorecard | None = Field(description="Base and tuned model on the same test rows")
     served: ServedAnswer | None = Field(
-        description="Whether the model server gave the tuned model's answers again, before it was published"
+        description="Whether the model server reproduced the tuned model's answers before the model was published"
     )
-    quote: Quote | None = Field(description="What the run is expected to take in time and money")
-    actual: Actual | None = Field(description="What it took, once it has ended, where a worker had it")
+    quote: Quote | None = Field(description="Expected time and cost of the run")
+    actual: Actual | None = Field(description="Actual time and cost, once a run of the job has ended")
     warnings: list[str]
 
 

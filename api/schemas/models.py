@@ -46,17 +46,17 @@ class Model(ResponseBody):
     status: Literal["processing", "ready", "error"]
     status_details: str | None
     source: str | None = Field(
-        description="Where a base comes from; accepted wherever a body names a model. Of a path on the workers' disk, "
-        "only administrators see more than the last part. Of an imported adapter: its archive's name"
+        description="Where a base comes from; accepted wherever a body names a model. Only administrators see more "
+        "than the last part of a path on the workers' disk. For an imported adapter, the name of its archive"
     )
     aliases: list[str]
-    base_model: str | None = Field(description="Of an alias and of a fine-tuned model: the base's own id")
-    job: str | None = Field(description="The job that made it")
+    base_model: str | None = Field(description="For an alias or a fine-tuned model, the base's own id")
+    job: str | None = Field(description="The job that created the model")
     technique: str | None
     params: int | None
     context_length: int | None
     techniques: dict[str, str | None] | None = Field(
-        description="Why the base cannot be trained with a technique; null where it can. Null: never tried"
+        description="For each technique, why the base cannot be trained with it, or null if it can. Null: not tested"
     )
     manifest_sha256: str | None
 
@@ -68,7 +68,7 @@ class Model(ResponseBody):
         details, source = row.status_details, row.source
         if not for_administrator and source is not None and source.startswith(("/", "~", ".")):
             source = PurePath(source).name
-            details = details and "It could not be converted. GET /v1/models/{id} shows an administrator the reason."
+            details = details and "It could not be converted. GET /v1/models/{id} shows the reason to administrators."
         return cls(
             id=alias or row.id,
             created=seconds(row.created_at),
@@ -125,8 +125,8 @@ class AskExport(Export, Body):
     rows_file: str | None = Field(
         None,
         min_length=1,
-        description="A file of rows that prove a merge, in place of those of the model's job. An imported adapter has "
-        "no job",
+        description="A file of rows to verify a merge, in place of those of the model's job. Required for an imported "
+        "adapter, which has no job",
     )
 
     @property
@@ -170,7 +170,9 @@ class ModelExport(ResponseBody):
 
     object: Literal["model.export"] = "model.export"
     model: str
-    status: Literal["queued", "succeeded", "failed"] = Field(description="failed: broken, or one of them was refused")
+    status: Literal["queued", "succeeded", "failed"] = Field(
+        description="failed: the export ended with an error, or one of its parts failed a check"
+    )
     asked: Export
     rows_file: str | None
     results: list[ExportResult]
@@ -211,7 +213,7 @@ class ModelScorecard(ResponseBody):
     model: str
     status: Literal["queued", "succeeded", "failed"]
     evaluation: Evaluation
-    scorecard: dict[str, Any] | None = Field(description="Base and tuned model on the same test rows, as of a job")
+    scorecard: dict[str, Any] | None = Field(description="Base and tuned model on the same test rows, as in a job")
     error: str | None
 
     @classmethod
@@ -237,9 +239,9 @@ class AddModel(Body):
     source: str = Field(
         min_length=1, max_length=1024, description="A hub id, or a folder or .gguf file that the workers can read"
     )
-    id: str | None = Field(None, description="Absent: made from the source's last part")
+    id: str | None = Field(None, description="Absent: derived from the last part of the source")
     chat_template: str | None = Field(
-        None, min_length=1, max_length=1 << 20, description="Jinja text in place of the model's own template"
+        None, min_length=1, max_length=1 << 20, description="Jinja template that replaces the model's own"
     )
 
 
@@ -280,5 +282,5 @@ class EngineCommand(ResponseBody):
     )
 
     engine: Literal["download", "peft", "transformers", "vllm", "llama.cpp", "ollama"]
-    files: str = Field(description="Below the model's folder; empty: the folder itself")
-    command: str = Field(description="In the folder above the model's")
+    files: str = Field(description="Relative to the model's folder; empty: the folder itself")
+    command: str = Field(description="In the parent of the model's folder")

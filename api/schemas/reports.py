@@ -33,11 +33,11 @@ class ReportState(ResponseBody):
     model_config = ConfigDict(json_schema_extra={"examples": [STATE]})
 
     status: Status
-    progress: float = Field(description="The share that is made, 0 to 1")
+    progress: float = Field(description="Progress, from 0 to 1")
     rows: int | None
-    findings: int | None = Field(description="How many there are")
-    trainable: bool | None = Field(description="Whether a job can be made of the file; null until the report is there")
-    error: str | None = Field(description="Why there is no report, where it failed")
+    findings: int | None = Field(description="Number of findings")
+    trainable: bool | None = Field(description="Whether the file can be used for a job; null until the report is ready")
+    error: str | None = Field(description="Why the report failed")
 
     @classmethod
     def of(cls, row: model.FileReport) -> "ReportState":
@@ -51,8 +51,8 @@ class Finding(ResponseBody):
     model_config = ConfigDict(json_schema_extra={"examples": [FINDING]})
 
     kind: str
-    lines: list[int] = Field(description="Rows of the file, from 1")
-    score: float = Field(description="How sure it is, 0 to 1; comparable within a kind")
+    lines: list[int] = Field(description="Row numbers in the file, from 1")
+    score: float = Field(description="Confidence from 0 to 1; comparable within a kind")
     why: str
     action: str = Field(description="What to do")
     against: list[int] = Field([], description="Rows of the other file")
@@ -62,8 +62,8 @@ class Usable(ResponseBody):
     """The rows that a cleaning keeps as the report recommends, less answers that refuse."""
 
     rows: int
-    left_out: dict[str, int] = Field(description="Rows that do not count, by the kind of the first finding on each")
-    answer_bytes: int = Field(description="UTF-8 bytes of the assistant's messages in the rows that count")
+    left_out: dict[str, int] = Field(description="Rows that are not counted, by the kind of their first finding")
+    answer_bytes: int = Field(description="UTF-8 bytes of the assistant messages in the rows that are counted")
 
 
 class FileReport(ResponseBody):
@@ -101,24 +101,26 @@ class FileReport(ResponseBody):
 
     object: Literal["file.report"] = "file.report"
     file: str
-    base: str | None = Field(description="The model whose tokenizer counted")
-    against: str | None = Field(description="The file that it is compared with")
+    base: str | None = Field(description="The model whose tokenizer counted the tokens")
+    against: str | None = Field(description="The file with which it is compared")
     status: Status
     progress: float
     error: str | None
     created_at: int
     finished_at: int | None
     trainable: bool | None = None
-    reason: str | None = Field(None, description="Why no job can be made of the file")
+    reason: str | None = Field(None, description="Why the file cannot be used for a job")
     format: str | None = None
     shape: str | None = Field(None, description="What the rows are, and what their columns become")
-    rows: int | None = Field(None, description="Rows that were judged: all, but in a file of over 100 MB of text")
+    rows: int | None = Field(
+        None, description="Rows that were checked: all of them, unless the file has more than 100 MB of text"
+    )
     examples: int | None = None
-    rows_named: int | None = Field(None, description="Rows that a finding names")
-    usable: Usable | None = Field(None, description="The rows that no finding speaks against")
+    rows_named: int | None = Field(None, description="Rows with a finding")
+    usable: Usable | None = Field(None, description="Rows without a finding")
     warnings: list[str] = []
-    counts: dict[str, int] = Field({}, description="Findings of each kind")
-    figures: dict[str, Any] = Field({}, description="Figures of the rows as a whole; with `base` also of their tokens")
+    counts: dict[str, int] = Field({}, description="Number of findings of each kind")
+    figures: dict[str, Any] = Field({}, description="Statistics of all rows; with `base` also of their tokens")
     findings: list[Finding] = []
 
     @classmethod

@@ -126,17 +126,17 @@ class ScorecardRow(ResponseBody):
 
     object: Literal["fine_tuning.job.scorecard.row"] = "fine_tuning.job.scorecard.row"
     id: str
-    number: int = Field(description="Its place among the scored rows, from 1")
+    number: int = Field(description="Position among the scored rows, from 1")
     messages: list[dict[str, Any]]
     wanted: str
     base: str = Field(description="The base's answer")
     tuned: str
     base_right: bool
     tuned_right: bool
-    flipped: bool = Field(description="One of the two answers is right")
-    other: str | None = Field(None, description="Of a pair: the answer that is not preferred")
+    flipped: bool = Field(description="Exactly one of the two answers is correct")
+    other: str | None = Field(None, description="For a pair: the answer that is not preferred")
     base_log_probabilities: list[float] | None = Field(
-        None, description="Of a pair: by the base, of the preferred answer and of the other one"
+        None, description="For a pair: under the base, of the preferred and of the other answer"
     )
     tuned_log_probabilities: list[float] | None = None
 
@@ -160,10 +160,10 @@ class Curve(ResponseBody):
     """A loss of both jobs, step by step."""
 
     name: str
-    steps: tuple[int, int] = Field(description="Steps that the original has it of, and the rerun")
-    compared: int = Field(description="Steps that both have it of")
+    steps: tuple[int, int] = Field(description="Steps for which the original and the rerun have this value")
+    compared: int = Field(description="Steps for which both have this value")
     max_relative_difference: float | None
-    at_step: int | None = Field(description="Where the difference is largest")
+    at_step: int | None = Field(description="The step with the largest difference")
 
 
 class Reproduction(ResponseBody):
@@ -208,15 +208,15 @@ class Reproduction(ResponseBody):
     job: str
     rerun_of: str
     status: Literal["pending", "reproduced", "differs"] = Field(
-        description="Pending until both have succeeded. Reproduced: no input differs, and the weights are equal or "
+        description="pending: until both have succeeded. reproduced: no input differs, and the weights are equal or "
         "each loss is within the tolerance"
     )
-    bitwise: bool | None = Field(description="All weights are equal; null where they are gone")
+    bitwise: bool | None = Field(description="Whether all weights are equal; null if they were deleted")
     tolerance: float
-    inputs: list[Pair] = Field(description="Data, template, base and plan: what makes it the same run")
-    environment: list[Pair] = Field(description="Versions, hardware, precision and cut of the steps")
+    inputs: list[Pair] = Field(description="Data, template, base and plan, which define the run")
+    environment: list[Pair] = Field(description="Versions, hardware, precision and micro-batches")
     losses: list[Curve]
-    weights: list[Pair] = Field(description="The sha256 of the model's own files of weights")
+    weights: list[Pair] = Field(description="SHA-256 of the model's own weight files")
     scores: list[Pair] = Field(description="The tuned models on the same test rows")
 
     @classmethod

@@ -34,7 +34,7 @@ class UsageResult(ResponseBody):
     input_tokens: int = Field(description="Tokens of prompts")
     output_tokens: int = Field(description="Tokens of answers")
     num_model_requests: int = Field(description="Answered requests")
-    model: str | None = Field(description="With `group_by[]=model`: the model's id, also of one that was deleted")
+    model: str | None = Field(description="With `group_by[]=model`: the model's id, even if it was deleted")
     project_id: str | None = Field(description="With `group_by[]=project_id`: the project")
 
 

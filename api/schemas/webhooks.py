@@ -38,7 +38,7 @@ class UpdateEndpoint(Body):
 
     name: str | None = None
     url: str | None = Field(None, max_length=2048)
-    event_types: list[str] | None = Field(None, description="The full set")
+    event_types: list[str] | None = Field(None, description="All event types")
 
 
 class RotateSecret(Body):
@@ -64,7 +64,7 @@ class Endpoint(ResponseBody):
     url: str
     event_types: list[str]
     signing_secret_hint: str | None
-    disabled_reason: str | None = Field(None, description="Why nothing is sent any more; a new url enables it again")
+    disabled_reason: str | None = Field(None, description="Why the endpoint is disabled; a new url enables it again")
 
     @classmethod
     def of(cls, row: WebhookEndpoint) -> "Endpoint":
@@ -124,5 +124,5 @@ class EndpointTest(ResponseBody):
     object: Literal["webhook_endpoint.test"] = "webhook_endpoint.test"
     webhook_endpoint_id: str
     event_type: str
-    status_code: int = Field(description="The receiver's answer, whatever it was")
+    status_code: int = Field(description="The receiver's response, whatever it was")
     success: Literal[True] = True

@@ -53,7 +53,7 @@ def test_a_new_file_is_there_at_once_and_becomes_readable(team: Team, database: 
     [
         ({}, "The request changes nothing"),
         ({"actions": [{"kind": "duplicates", "action": "drop"}]}, "exact_duplicate"),
-        ({"actions": [{"kind": "pii", "action": "fix"}]}, "Possible: redact, drop"),
+        ({"actions": [{"kind": "pii", "action": "fix"}]}, "Possible actions: redact, drop"),
         ({"actions": [{"kind": "test_leak", "action": "drop"}]}, "against"),
         ({"actions": [{"kind": "implausible_output", "action": "drop"}]}, "Request the file's report"),
         ({"actions": [{"kind": "answer_cut", "action": "drop"}]}, "'base'"),

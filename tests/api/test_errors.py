@@ -80,7 +80,7 @@ WRONG_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({**JOB, "test_file": "file-x"}, "test_file", "Did you mean 'evaluation.test_file'?"),
     ({**JOB, "epochs": 2}, "epochs", "Did you mean 'method.supervised.hyperparameters.n_epochs'?"),
     ({**JOB, "colour": 2}, "colour", "Remove it, or check its spelling against /docs."),
-    ({**JOB, "technique": {"type": "lora", "target_modules": []}}, "technique", "name at least one layer"),
+    ({**JOB, "technique": {"type": "lora", "target_modules": []}}, "technique", "list at least one layer"),
     ({**JOB, "suffix": "a" * 65}, "suffix", "at most 64 characters"),
     ({**JOB, "suffix": ""}, "suffix", "at least 1 character"),
     ({**JOB, "seed": -1}, "seed", "should be at least 0."),
@@ -233,7 +233,7 @@ def test_number_beyond_64_bits_is_named(team: Team, base: str) -> None:
 
 def test_responses_are_kept_nowhere(team: Team) -> None:
     message = _error(team.http.get("/v1/responses/resp_x"), 404)["message"]
-    assert "'resp_x': this server keeps none" in message
+    assert "'resp_x': this server stores none" in message
 
 
 def test_unknown_route_and_wrong_method(team: Team, anonymous: TestClient) -> None:

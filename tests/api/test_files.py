@@ -119,7 +119,7 @@ WRONG_FORMS: list[tuple[bytes, str | None, str]] = [
     (_field("purpose", "fine-tune") + END, "file", "Missing required parameter: 'file'"),
     (_field("purpose", "fun") + _file(TRAIN) + END, "purpose", "'fine-tune'"),
     (_field("purpose", "fine-tune-results") + _file(TRAIN) + END, "purpose", "'fine-tune'"),
-    (_field("purpose", "fine-tune") + _file(TRAIN, "data") + END, "data", "field is 'file'"),
+    (_field("purpose", "fine-tune") + _file(TRAIN, "data") + END, "data", "Send the file as 'file'"),
     (_field("purpose", "fine-tune") + _file(TRAIN) + _file(TRAIN) + END, "file", "two files"),
     (_field("purpose", "fine-tune") + _field("x", "y") + _file(TRAIN) + END, "x", "Unknown parameter: 'x'"),
     (_field("purpose", "fine-tune") + _file(TRAIN), None, "cut off"),
@@ -141,7 +141,7 @@ WRONG_FORMS: list[tuple[bytes, str | None, str]] = [
         + _file(TRAIN)
         + END,
         "expires_after",
-        "both 'expires_after' and 'expires_after[...]'. Send the second only",
+        "both 'expires_after' and 'expires_after[...]'. Send only the second",
     ),
     (
         _field("purpose", "fine-tune")
@@ -150,7 +150,7 @@ WRONG_FORMS: list[tuple[bytes, str | None, str]] = [
         + _file(TRAIN)
         + END,
         "expires_after",
-        "both 'expires_after' and 'expires_after[...]'. Send the second only",
+        "both 'expires_after' and 'expires_after[...]'. Send only the second",
     ),
     (_field("purpose", "f" * 70_000) + _file(TRAIN) + END, "purpose", "longer than"),
 ]

@@ -74,7 +74,7 @@ def test_publishing_keeps_the_verdict_and_says_who_did_it(
     assert (shown["gate"]["status"], shown["gate"]["withheld_model"]) == ("failed", None)
     assert team.http.get(f"/v1/models/{model}").status_code == 200
     [event] = [e for e in team.http.get(f"/v1/fine_tuning/jobs/{job}/events").json()["data"] if e["level"] == "warn"]
-    assert event["message"] == f"The model {model} is published all the same by key {key}: we route tickets"
+    assert event["message"] == f"The withheld model {model} was published by key {key}: we route tickets"
     again = team.http.post(f"/v1/fine_tuning/jobs/{job}/publish", json={"reason": "once more"})
     assert (again.status_code, again.json()["error"]["code"]) == (400, "wrong_state")
 

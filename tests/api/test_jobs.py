@@ -295,7 +295,7 @@ def test_a_clients_own_retry(team: Team, file: str, base: str, database: Databas
     first = _create(team, file).json()["id"]
     retry = {"x-stainless-retry-count": "1"}
     assert _create(team, file, retry).json()["id"] == first
-    assert _create(team, file, retry, seed=1).json()["id"] != first, "another request"
+    assert _create(team, file, retry, seed=1).json()["id"] != first, "a different request"
     assert _create(team, file, {"x-stainless-retry-count": "0"}).json()["id"] != first, "a person who asked twice"
     with database.sessions.begin() as session:
         for row in session.query(Job):

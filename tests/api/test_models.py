@@ -120,7 +120,7 @@ def test_the_id_of_a_deleted_base_stays_its_own(admin: Team, base: str, database
     assert admin.http.delete(f"/v1/models/{BASE}").json()["deleted"]
     answer = admin.http.post("/v1/models", json={"source": "org/other", "id": BASE})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "id")
-    assert "base that was deleted" in answer.json()["error"]["message"]
+    assert "deleted base" in answer.json()["error"]["message"]
     with database.sessions() as session:
         row = session.get_one(Model, BASE)
         assert (row.source, row.status) == (SOURCE, "ready")
@@ -175,7 +175,7 @@ def test_deleting_an_alias_leaves_its_base(team: Team, admin: Team, base: str) -
 def test_a_base_is_not_deleted_by_its_hub_id(admin: Team, base: str) -> None:
     answer = admin.http.delete(f"/v1/models/{SOURCE}")
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
-    assert f"To delete that base, name it '{BASE}'" in answer.json()["error"]["message"]
+    assert f"To delete that base, use its id '{BASE}'" in answer.json()["error"]["message"]
     assert admin.http.get(f"/v1/models/{BASE}").status_code == 200
 
 

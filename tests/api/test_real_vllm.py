@@ -127,7 +127,7 @@ def test_adapters_come_at_run_time_and_answer_as_plain_peft_does(
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda visit: _say(client, *visit), adapted))
         answers += [_say(client, *visit) for visit in bare]
-        with pytest.raises(openai.BadRequestError, match="no DoRA"):
+        with pytest.raises(openai.BadRequestError, match="not support DoRA"):
             _say(client, dora, QUESTIONS[0])
     with real_vllm.serving(base_folder, BASE, tmp_path, **options):  # another process, which has no adapter
         again = [_say(client, *visit) for visit in adapted[:3]]

@@ -68,7 +68,7 @@ def test_a_rerun_has_the_numbers_that_were_decided(database: Database, team: Tea
         {"type": "wandb", "wandb": first["integrations"][0]["wandb"] | {"run_id": again["id"]}}
     ]
     events = team.http.get(f"{ROUTE}/{again['id']}/events").json()["data"]
-    assert f"The job runs {original} again" in [event["message"] for event in events]
+    assert f"This job is a rerun of {original}" in [event["message"] for event in events]
 
 
 def test_templates_take_the_same_time_for_now(database: Database, team: Team, original: str) -> None:
@@ -170,7 +170,7 @@ def test_other_bytes_under_an_old_id_are_refused(
             session.get_one(Model, BASE).manifest_sha256 = "e" * 64
     answer = team.http.post(f"{ROUTE}/{original}/rerun")
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "input_changed")
-    assert f"is {'e' * 64}" in answer.json()["error"]["message"]
+    assert f"is now {'e' * 64}" in answer.json()["error"]["message"]
 
 
 def test_an_alias_that_moved_does_not_move_the_rerun(database: Database, team: Team, original: str) -> None:

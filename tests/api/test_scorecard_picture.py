@@ -80,7 +80,7 @@ def test_every_figure_is_drawn_the_tasks_own_first(database: Database, team: Tea
     names = [text for text in texts if text in ("field_f1", "<exact>", "general ability (800 questions)")]
     assert names == ["field_f1", "<exact>", "general ability (800 questions)"]
     assert "-25.0 points (-30.0 to -20.0)" in texts
-    assert any("KL to the base 0.500 nats a token (0.400 to 0.600)" in text for text in texts)
+    assert any("KL to the base 0.500 nats per token (0.400 to 0.600)" in text for text in texts)
     assert "Gate: failed, the model is withheld" in texts
 
 

@@ -195,7 +195,7 @@ def test_stream_that_breaks_off_says_so_and_one_that_nobody_reads_is_ended(
 
 
 UNSERVABLE: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"use_dora": True}, "no DoRA"),
+    ({"use_dora": True}, "not support DoRA"),
     ({"modules_to_save": ["lm_head"]}, "lm_head"),
     ({"trainable_token_indices": [5]}, "trained tokens"),
     ({"r": 16}, "at most 8"),

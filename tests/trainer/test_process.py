@@ -208,7 +208,7 @@ def test_rank_0_says_whose_fault_it_was(own: str, ending: int, said: str) -> Non
         (ConnectionResetError("rank 1"), "crashed", "training_crashed"),
         (Unavailable(part="The process that renders chat templates"), "crashed", "training_crashed"),
         (torch.OutOfMemoryError("x"), "gpu_oom", "does_not_fit"),
-        (NotFinite(value="nan", step=3, rate=1e-3, kept=""), "nan_loss", "nan_loss"),
+        (NotFinite(what="The loss became nan", step=3, rate=1e-3, kept=""), "nan_loss", "nan_loss"),
     ],
 )
 def test_failure_that_another_attempt_would_repeat_is_not_retried(error: Exception, kind: str, code: str) -> None:

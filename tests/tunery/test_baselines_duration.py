@@ -15,16 +15,16 @@ LLAMA, TINY = Model(id="llama-8b", model_info=LLAMA_8B), Model(id="tiny", model_
     ("order", "said"),
     [
         # An answer's 400 tokens are 2 x 7.5e9 operations each, of 40e9 a second: 150 s.
-        (Order(max_rows=200), "about 18 hours; a model gets 4. Send max_rows 5 for about an hour"),
-        (Order(max_rows=200, shots=[0]), "about 9 hours; a model gets 4. Send max_rows 11"),
-        (Order(max_rows=12, shots=[0, 4], retrieval="nearest"), "about 3 hours; a model gets 4. Send max_rows 3 "),
+        (Order(max_rows=200), "about 18 hours; the limit is 4. Set max_rows to 5 for about an hour"),
+        (Order(max_rows=200, shots=[0]), "about 9 hours; the limit is 4. Set max_rows to 11"),
+        (Order(max_rows=12, shots=[0, 4], retrieval="nearest"), "about 3 hours; the limit is 4. Set max_rows to 3 "),
         (Order(max_rows=11, shots=[0]), None),
     ],
 )
 def test_a_large_model_is_warned_of(order: Order, said: str | None) -> None:
     found = warnings(order, [TINY, LLAMA])
     assert len(found) == (said is not None)
-    assert said is None or (said in found[0] and found[0].startswith("'llama-8b' is asked on the CPU"))
+    assert said is None or (said in found[0] and found[0].startswith("'llama-8b' runs on the CPU"))
 
 
 def test_a_model_of_unknown_sizes_is_not_judged() -> None:

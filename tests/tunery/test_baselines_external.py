@@ -98,10 +98,10 @@ def test_calls_are_read_as_the_scorecard_reads_them(receiver: Receiver) -> None:
     [
         (401, b"your key sk-very-secret is wrong", "check external.api_key"),
         (404, b"", "check external.base_url"),
-        (302, b"", "answered 302"),
-        (200, b"<html>", "no chat completion"),
-        (200, b'{"choices": []}', "no chat completion"),
-        (200, said("a", tool_calls=[{"function": 1}]), "no chat completion"),
+        (302, b"", "status 302"),
+        (200, b"<html>", "not a chat completion"),
+        (200, b'{"choices": []}', "not a chat completion"),
+        (200, said("a", tool_calls=[{"function": 1}]), "not a chat completion"),
     ],
 )
 def test_what_it_says_wrong_is_told_in_our_words(receiver: Receiver, status: int, body: bytes, why: str) -> None:

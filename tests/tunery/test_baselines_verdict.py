@@ -30,11 +30,21 @@ TUNED = {"way": "tuned", "model": "ft:m", "job": "ftjob-1"}
     ("rows", "choice", "rule", "said"),
     [
         ([row("met", 0.95)], "prompt", "target_met", "No training is needed. Stop here."),
-        ([row("missed"), row("met", 0.95, **TUNED)], "fine_tune", "target_met", "It is there already. Stop here."),
+        (
+            [row("missed"), row("met", 0.95, **TUNED)],
+            "fine_tune",
+            "target_met",
+            "It has been reached already. Stop here.",
+        ),
         ([row("met", 0.95, **TUNED), row("met", 0.94)], "prompt", "target_met", "'m' without examples"),
-        ([row("unsure", 0.91)], "evaluate_both", "target_unsure", "chance may have helped"),
-        ([row("missed")], "evaluate_both", "target_missed", "reached by nothing that was measured"),
-        ([row("missed"), row(None, None, error="It broke")], "evaluate_both", "target_missed", "reached by nothing"),
+        ([row("unsure", 0.91)], "evaluate_both", "target_unsure", "this may be chance"),
+        ([row("missed")], "evaluate_both", "target_missed", "not reached by anything measured"),
+        (
+            [row("missed"), row(None, None, error="It broke")],
+            "evaluate_both",
+            "target_missed",
+            "not reached by anything",
+        ),
     ],
 )
 def test_a_target_decides(rows: list[Row], choice: Choice, rule: str, said: str) -> None:

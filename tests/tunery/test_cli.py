@@ -389,11 +389,11 @@ def test_show_says_what_a_job_waits_for(tunery: Run, api: str, database: Databas
 
 def test_metrics_checkpoints_and_scorecard(tunery: Run, api: str, database: Database) -> None:
     job = _job(database, State.SUCCEEDED)
-    assert "has measured nothing yet" in tunery("jobs", "metrics", job)[2]
+    assert "has no metrics yet" in tunery("jobs", "metrics", job)[2]
     assert "has no checkpoint yet" in tunery("jobs", "checkpoints", job)[2]
     status, _, err = tunery("jobs", "scorecard", job)
     assert status == 1
-    assert "names no test file" in err
+    assert "has no test file" in err
     with database.sessions.begin() as session:
         row = session.get_one(Job, job)
         row.scorecard = card = _scorecard()
@@ -419,7 +419,7 @@ def test_a_withheld_model_is_shown_and_published(tunery: Run, api: str, database
     status, out, err = tunery("jobs", "watch", job)
     assert (status, model in out) == (0, False)
     assert f"The gate withholds {model}" in err
-    assert "is withheld by the gate" in tunery("jobs", "download", job)[2]
+    assert "it failed the gate" in tunery("jobs", "download", job)[2]
     assert tunery("jobs", "publish", job)[0] == 2, "without a reason"
 
     status, out, err = tunery("jobs", "publish", job, "--reason", "we route tickets")
@@ -441,7 +441,7 @@ def test_show_has_the_metrics_of_the_scorecard(tunery: Run, api: str, database: 
         "field_f1 0.0% -> 50.0%, gain +50.0 points (+10.0 to +50.0)",
         "exact 0.0% -> 25.0%, gain +25.0 points (+10.0 to +50.0)",
         "general 49.5% -> 47.5%, change -2.0 points (-9.0 to +5.0) on 100 questions of default",
-        "forgetting KL 0.120 (0.100 to 0.140) nats a token, loss 2.310 -> 2.290 on 20 general prompts",
+        "forgetting KL 0.120 (0.100 to 0.140) nats per token, loss 2.310 -> 2.290 on 20 general prompts",
     ]
 
 
@@ -574,7 +574,7 @@ def test_a_wrong_key(tunery: Run, api: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("TUNERY_API_KEY", "tnr_wrong")
     status, _, err = tunery("jobs", "list")
     assert status == 1
-    assert err.startswith("Error: The API key sent")
+    assert err.startswith("Error: The API key")
 
 
 def test_no_database(tunery: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -591,12 +591,12 @@ def test_no_database(tunery: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_down_where_nothing_runs(tunery: Run) -> None:
-    assert tunery("down")[:2] == (0, "Nothing runs in .tunery/up.\n")
+    assert tunery("down")[:2] == (0, "No stack runs in .tunery/up.\n")
 
 
 def test_home_is_inherited_by_every_command(tunery: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tunery("--home", "other", "down")[:2] == (0, "Nothing runs in other.\n")
-    assert tunery("down", "--home", "third")[:2] == (0, "Nothing runs in third.\n")
+    assert tunery("--home", "other", "down")[:2] == (0, "No stack runs in other.\n")
+    assert tunery("down", "--home", "third")[:2] == (0, "No stack runs in third.\n")
     started: list[Path] = []
     monkeypatch.setattr(stack_commands, "up", lambda home, **_: started.append(home))
     tunery("--home", "other", "up")

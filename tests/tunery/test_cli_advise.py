@@ -65,7 +65,7 @@ def test_an_uploaded_file(tunery: Run, api: str, database: Database, tmp_path: P
         base = rows.base(session).id
     status, out, err = tunery("advise", file_id, "--aim", "style", "-m", base)
     assert (status, out.startswith("Write a prompt first; do not fine-tune yet.")) == (0, True), err
-    assert "1 of 12 rows count." in out
+    assert "1 of 12 rows are usable." in out
     assert re.search(r"Serving it:\nmerged +[\d,]+ to [\d,]+ tokens/s, [\d. to]+ USD per million", out)
 
 
@@ -96,8 +96,8 @@ def test_a_dry_run_of_a_job_leaves_nothing(tunery: Run, api: str, database: Data
         storage = open_storage(database.settings)
         storage.put(f"{made.prefix}/report.json", json.dumps(maker.make(path).as_dict()).encode())
     status, out, err = tunery("jobs", "create", "-m", base, "--train", path, "--rank", 4, "--dry-run")
-    assert (status, out.startswith("✓ The job could be created. Nothing was stored.")) == (0, True), err
-    assert "12, of which 1 count" in out
+    assert (status, out.startswith("✓ The job is valid. Nothing was stored.")) == (0, True), err
+    assert "12, of which 1 are usable" in out
     assert "lora, r 4, alpha 32" in out
     assert "12 examples are few" in err
     with database.sessions.begin() as session:

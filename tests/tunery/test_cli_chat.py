@@ -80,7 +80,7 @@ def test_models_are_compared_side_by_side(tunery: Run, server: ModelServer, monk
 def test_a_base_has_nothing_to_be_compared_with(tunery: Run, server: ModelServer) -> None:
     status, _, err = tunery("chat", BASE, "--compare", "-m", "Hi")
     assert status == 1
-    assert "Name another model too" in err
+    assert "Name a second model" in err
 
 
 def test_a_narrow_terminal_has_one_answer_under_the_other() -> None:
@@ -102,7 +102,8 @@ def test_a_model_that_does_not_exist_is_suggested(tunery: Run, server: ModelServ
 
 
 def test_requests_are_kept_rated_and_made_into_a_file(tunery: Run, server: ModelServer) -> None:
-    assert tunery("captures", "start", BASE, "--keep-days", 7)[1] == f"✓ requests to {BASE} are kept for 7 days\n"
+    started = tunery("captures", "start", BASE, "--keep-days", 7)[1]
+    assert started == f"✓ requests to {BASE} are captured and kept for 7 days\n"
     tunery("chat", BASE, "-m", "Hi")
     assert tunery("captures", "rate", "c", "bad", "--correction", "Hello!")[1] == "✓ c: bad, corrected\n"
     assert tunery("captures", "show", BASE)[1].split() == (
@@ -113,7 +114,7 @@ def test_requests_are_kept_rated_and_made_into_a_file(tunery: Run, server: Model
     )
     file = tunery("captures", "file", BASE)[1].strip()
     assert '"Hello!"' in tunery("files", "content", file)[1]
-    assert tunery("captures", "stop", BASE)[1] == f"✓ requests to {BASE} are not kept; 1 were removed\n"
+    assert tunery("captures", "stop", BASE)[1] == f"✓ requests to {BASE} are no longer captured; 1 were deleted\n"
     status, _, err = tunery("captures", "file", BASE)
     assert status == 1
     assert "No captured request" in err

@@ -64,7 +64,7 @@ def test_what_the_command_cannot_do_is_said(tunery: Run, api: str, tmp_path: Pat
     for arguments, said in (
         ((path, "-o", tmp_path / "o"), "--recommended"),
         ((path, "--recommended", "-o", tmp_path / "no/o"), "No such file or directory"),
-        ((path, "--drop-line", 99, "-o", tmp_path / "o"), "line 99 is none"),
+        ((path, "--drop-line", 99, "-o", tmp_path / "o"), "no line 99"),
         ((path, "--recommended", "-o", tmp_path / "o", "--against", path), "the same content"),
         (("nowhere.jsonl", "--recommended"), "nowhere.jsonl"),
         ((path, "--recommended"), "--output"),

@@ -228,7 +228,7 @@ def test_chosen_rows_go_and_findings_below_the_score_stay(tmp_path: Path) -> Non
     [
         (Cleaning(), "The request changes nothing"),
         (Cleaning(actions=[Action(kind="duplicate", action="drop")]), "Kinds: invalid_row"),
-        (Cleaning(actions=[Action(kind="pii", action="keep_one")]), "Possible: redact, drop"),
+        (Cleaning(actions=[Action(kind="pii", action="keep_one")]), "Possible actions: redact, drop"),
         (Cleaning(actions=[Action(kind="label_imbalance", action="drop")]), "other rows"),
         (Cleaning(actions=[Action(kind="test_leak", action="drop")]), "'against'"),
         (Cleaning(actions=[Action(kind="untrained", action="drop")]), "'base'"),

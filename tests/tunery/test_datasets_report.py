@@ -390,7 +390,7 @@ def test_tokens_of_a_base(tmp_path: Path) -> None:
     assert last["truncated"] == last["answer_cut"] == 0
     assert [one.lines for one in made.findings if one.kind == "answer_cut"] == [[2]]
     shown = page.render("f.jsonl", made.as_dict())
-    assert "What a length cuts" in shown
+    assert "What a length limit cuts" in shown
     assert "Answers that the token limit cuts" in shown
     assert whole < 256
     for counts, is_shown in (({"en": 3}, True), ({"unknown": 3}, False)):  # of labels in JSON none is identified

@@ -176,7 +176,7 @@ def test_unknown_keys_are_named_once_a_file() -> None:
 def test_a_key_that_changes_the_meaning_is_named_with_its_lines(key: str) -> None:
     rows = [row(), row(**{key: None}), row(**{key: False if key == "label" else ["x"]}), row(**{key: "y"})]
 
-    with pytest.raises(InvalidTrainingFile, match=rf"Example 3 has the key '{key}', which .* more: line 4\.$"):
+    with pytest.raises(InvalidTrainingFile, match=rf"Example 3 has the key '{key}', which .* invalid: line 4\.$"):
         check_examples(rows, least=1)
 
 

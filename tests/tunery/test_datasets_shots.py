@@ -99,7 +99,7 @@ def test_what_does_not_fit_says_so(folder: Path) -> None:
     put(folder, "rows", [chat(100)])
     put(folder, "examples", [chat(i) for i in range(12)])
     [_, too_long, too_many] = make(folder, shots=[0, 8, 30], context=300).variants
-    assert "the base's context 300" in (too_long.error or "")
+    assert "the base's context has 300" in (too_long.error or "")
     assert too_many.error is not None
     assert too_many.error.startswith("30 examples are requested, but only ")
 

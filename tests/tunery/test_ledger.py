@@ -370,7 +370,7 @@ def test_an_idempotency_key_names_one_request(session: Session) -> None:
     ask = {"idempotency_key": "k1", "is_retry": False}
     assert ledger.earlier_request(session, owner.id, request_sha256="same", **ask) is job
     assert ledger.earlier_request(session, rows.project(session).id, request_sha256="same", **ask) is None
-    with pytest.raises(InvalidValue, match="with another request"):
+    with pytest.raises(InvalidValue, match="for a different request"):
         ledger.earlier_request(session, owner.id, request_sha256="other", **ask)
 
 

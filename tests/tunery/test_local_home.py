@@ -43,7 +43,7 @@ def test_down_leaves_an_unrelated_process_with_a_killed_owners_pid_alone(
     state.write(tmp_path, {"pid": unrelated.pid, "mark": "of-the-killed"})
     (tmp_path / "lock").write_text(str(unrelated.pid))
     stack_commands.down(tmp_path)
-    assert "Nothing runs in" in capsys.readouterr().out
+    assert "No stack runs in" in capsys.readouterr().out
     assert processes.is_alive(unrelated.pid)
     assert state.running(tmp_path) is None
 

@@ -144,7 +144,11 @@ def test_rows_are_no_longer_than_the_models_context() -> None:
         ({"learning_rate": 2e-3}, 1000, "The learning rate 2.0e-03 is high"),
         ({"learning_rate": 2e-5}, 1000, "The learning rate 2.0e-05 is low"),
         ({}, 20, "20 examples are few"),
-        ({"hyperparameters": {"batch_size": 64}}, 1000, "LoRA learns worse from large batches: 64"),
+        (
+            {"hyperparameters": {"batch_size": 64}},
+            1000,
+            "LoRA learns worse from large batches: use at most 32 rather than 64",
+        ),
         ({"hyperparameters": {"n_epochs": 40}}, 1000, "40 epochs are many for 1000 examples"),
         ({"technique": Lora(dropout=0.5)}, 1000, "A dropout of 0.5 is high"),
         ({"technique": Lora(target_modules=["q_proj", "v_proj"])}, 1000, "target_modules leaves out the feed-forward"),
@@ -321,7 +325,7 @@ def test_technique_that_the_base_can_passes(technique: Technique | None) -> None
 
 
 def test_token_that_is_named_twice_is_refused() -> None:
-    with pytest.raises(ValidationError, match="names a token twice"):
+    with pytest.raises(ValidationError, match="lists a token twice"):
         Lora(trainable_token_indices=[3, 4, 3])
 
 

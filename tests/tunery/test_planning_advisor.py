@@ -70,7 +70,7 @@ def test_rows_count_and_not_lines() -> None:
     assert made.recommendation == "prompt"
     said = {reason.rule: reason.text for reason in made.reasons}["rows_that_do_not_count"]
     assert said.startswith(
-        "1,101 of 1,200 rows do not count: 1,000 exact_duplicate, 50 near_duplicate, 30 refusal, 11 "
+        "1,101 of 1,200 rows are not usable: 1,000 exact_duplicate, 50 near_duplicate, 30 refusal, 11 "
     )
     assert said.endswith("10 others. Clean the file before you train on it.")
 
@@ -98,7 +98,7 @@ def test_facts_are_sent_to_retrieval_in_plain_words() -> None:
 def test_a_file_that_no_job_takes() -> None:
     refused = rows(500).model_copy(update={"refused": "Line 3 has no messages."})
     said = {reason.rule: reason.text for reason in advise(refused, "style").reasons}
-    assert said["refused_as_it_is"] == "No job can take the file as it is: Line 3 has no messages."
+    assert said["refused_as_it_is"] == "The file cannot be used for a job as it is: Line 3 has no messages."
 
 
 def values(made: Advice) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def test_alpha_is_ours_and_the_textbook_s_beside_it() -> None:
     made = advise(rows(5000), "style")
     (said,) = (one for one in made.suggestions if one.field == "technique.alpha")
     assert (said.value, said.rule) == (32, "alpha_stays")
-    assert said.text.startswith("The textbook's 2 to 4 times the rank would be 8 to 16. Ours stays 32 at every rank")
+    assert said.text.startswith("The usual 2 to 4 times the rank would be 8 to 16. The default is 32 at every rank")
 
 
 def test_without_a_base_the_rate_and_the_capacity_are_left_open() -> None:
@@ -272,7 +272,7 @@ def test_capacity_is_part_of_the_advice() -> None:
         (5000, Lora(r=16, alpha=31), "alpha 31 is outside 2 to 4 times the rank (32 to 64)"),
         (5000, Lora(r=8, alpha=16), None),
         (5000, Lora(r=16, alpha=64), None),
-        (5000, Qlora(r=16, alpha=65), "alpha 65 lies outside"),
+        (5000, Qlora(r=16, alpha=65), "alpha 65 is outside"),
         (5000, Lora(r=64, alpha=32), None),  # ours, whatever the rank
         (5000, Lora(r=64, alpha=16, use_rslora=True), None),  # another scale
     ],

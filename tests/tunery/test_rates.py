@@ -54,14 +54,14 @@ def test_requests_come_back_with_time(database: Database, project_id: str) -> No
 
 def test_tokens_are_settled_by_what_was_used(database: Database, project_id: str) -> None:
     standing = take(database, project_id, 90)
-    with pytest.raises(RateLimited, match="100 tokens a minute"):
+    with pytest.raises(RateLimited, match="100 tokens per minute"):
         take(database, project_id, 20)
     with database.sessions.begin() as session:
         rates.charge_used(session, database.settings, project_id, charged=standing.charged, used=10)
     assert take(database, project_id, 20).tokens.left == pytest.approx(70, abs=2)
     with database.sessions.begin() as session:
         rates.charge_used(session, database.settings, project_id, charged=20, used=220)
-    with pytest.raises(RateLimited, match="tokens a minute"):  # an answer that was longer is owed
+    with pytest.raises(RateLimited, match="tokens per minute"):  # an answer that was longer is owed
         take(database, project_id, 1)
 
 

@@ -160,5 +160,5 @@ def test_a_name_means_the_live_project_and_then_the_only_revoked_one(database: D
         second = rows.project(session, "team")
         assert erasure.find(session, "team").id == second.id
         projects.revoke_project(session, second)
-        with pytest.raises(InvalidValue, match="Name one by its id"):
+        with pytest.raises(InvalidValue, match="Use the id of one of them"):
             erasure.find(session, "team")

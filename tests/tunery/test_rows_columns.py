@@ -111,7 +111,7 @@ def test_row_without_a_named_column_says_which(row: dict[str, Any], reason: str)
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("prompt=Frage", "names no whole row"),
+        ("prompt=Frage", "does not define a whole row"),
         ("prompt=a,completion=a", "names a column twice"),
         ("prompt", "write columns as part=column"),
         ("frage=a,completion=b", "Extra inputs are not permitted"),
@@ -128,7 +128,7 @@ def test_command_takes_columns(tunery: Run, tmp_path: Path) -> None:
     bad = tunery("files", "check", "rows.csv", "--columns", "prompt=Frage")
 
     assert (good[0], "'Frage' as the user's message" in good[1]) == (0, True)
-    assert (bad[0], "names no whole row" in " ".join(bad[2].split())) == (2, True)
+    assert (bad[0], "does not define a whole row" in " ".join(bad[2].split())) == (2, True)
 
 
 @pytest.mark.parametrize(("source", "bos"), [(CHATML, False), (LLAMA_LIKE, True)])

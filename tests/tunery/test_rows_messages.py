@@ -74,7 +74,7 @@ def part(**fields: Any) -> str:
         ),
         (
             row(USER, {**ANSWER, "thinking": "t"}),
-            "Example 9, message 2 has the unknown key 'thinking'. Thinking before",
+            "Example 9, message 2 has the unknown key 'thinking'. Reasoning before",
         ),
         (row({**USER, "images": ["u"]}, ANSWER), "Example 9, message 1 has the unknown key 'images'. Only text is"),
         (

@@ -29,7 +29,7 @@ EXPERTS = {"counts": {"experts": 1000}}
 def test_job_whose_adapter_vllm_cannot_serve_is_refused(
     technique: Technique | None, model_info: dict[str, Any], field: str
 ) -> None:
-    with pytest.raises(InvalidValue, match="serves models by vLLM") as refused:
+    with pytest.raises(InvalidValue, match="serves models with vLLM") as refused:
         check(technique, model_info, LIMITS)
     assert refused.value.param == f"technique.{field}"
     check(technique, model_info, None)  # served by the embedded back end

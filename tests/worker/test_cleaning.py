@@ -89,7 +89,7 @@ def test_a_cleaning_over_which_workers_end_fails(workshop: Workshop) -> None:
         with workshop.session() as session:
             assert cleanings.begin(session, made) is not None
     assert _work(workshop)
-    assert "ended 3 times" in _row(workshop, File, made).status_details
+    assert "stopped 3 times" in _row(workshop, File, made).status_details
     assert not _work(workshop)
 
 

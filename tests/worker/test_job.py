@@ -62,7 +62,8 @@ def _check_story(workshop: Workshop, job_id: str, files: str, model: str) -> Non
         f"Validating training file: {files}",
         "Files validated, moving job to queued state",
         "Fine-tuning job started",
-        "trainable params: 2,048 || all params: 37,280 || trainable: 5.49% || linear weights that learn: 100.0%",
+        "trainable params: 2,048 || all params: 37,280 || trainable: 5.49% || adapted or trained linear weights: "
+        "100.0%",
         f"New fine-tuned model created: {model}",
         "The job has successfully completed",
     ]

@@ -150,7 +150,7 @@ def test_a_report_that_ends_its_workers_fails(workshop: Workshop) -> None:
             assert begun.tries == tries
     with workshop.session() as session:
         assert reports.begin(session, report.id) is None
-        assert "ended 3 times" in str(session.get_one(FileReport, report.id).error)
+        assert "stopped 3 times" in str(session.get_one(FileReport, report.id).error)
 
 
 def test_a_worker_for_io_makes_reports_by_itself(workshop: Workshop) -> None:

@@ -78,7 +78,7 @@ def compare(
     original = ledger.find(session, project_id, job.rerun_of)
     for each in (original, job):
         if each.state in FINAL - {State.SUCCEEDED}:
-            instead = "Only jobs that have succeeded can be."
+            instead = "Only succeeded jobs can be."
             raise WrongState(kind="Fine-tuning job", id=each.id, state=each.state, action="compared", instead=instead)
     if {original.state, job.state} != {State.SUCCEEDED}:
         return Reproduction(job.id, original.id, tolerance)

@@ -39,6 +39,6 @@ def _answer_seconds(model_info: Mapping[str, Any]) -> float:
 
 def _say(model: Model, expected: float, rows: int) -> str:
     return (
-        f"'{model.id}' is asked on the CPU of the I/O worker: that takes about {expected / 3600:.0f} hours; a model "
-        f"gets {MODEL_SECONDS // 3600}. Send max_rows {rows} for about an hour, or name a smaller model."
+        f"'{model.id}' runs on the CPU of the I/O worker, which takes about {expected / 3600:.0f} hours; the limit is "
+        f"{MODEL_SECONDS // 3600}. Set max_rows to {rows} for about an hour, or choose a smaller model."
     )

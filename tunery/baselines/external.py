@@ -28,11 +28,11 @@ MOST_WAIT = 20.0
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _AGENT = "Tunery/1.0 (baselines)"
 _WHY: Mapping[int, str] = {
-    400: "it does not take temperature 0, max_tokens or these messages: name another model",
+    400: "it rejects temperature 0, max_tokens or these messages: choose another model",
     401: "check external.api_key",
     403: "the key may not use this model: check external.api_key and external.model",
     404: "check external.base_url, to which /chat/completions is added, and external.model",
-    429: "its rate limit is reached: send fewer max_rows, or try later",
+    429: "its rate limit is reached: lower max_rows, or try again later",
 }
 
 
@@ -53,7 +53,7 @@ class NoAnswer(Exception):
 def check(external: External, settings: Settings, resolver: Resolver = resolve) -> None:
     """Checks that an endpoint may be used. Raises Unsupported, InvalidValue, EndpointRefused."""
     if settings.external_secret is None:
-        instead = "Its operator can allow it by TUNERY_EXTERNAL_SECRET; leave 'external' out until then."
+        instead = "Ask the operator to set TUNERY_EXTERNAL_SECRET, or leave 'external' out."
         raise Unsupported(param="external", what="An external endpoint", instead=instead)
     try:
         addresses.check(external.base_url, settings.external_allow, resolver)
@@ -83,7 +83,8 @@ def unseal(sealed: str, secret: SecretStr) -> SecretStr:
         return SecretStr(_cipher(secret).decrypt(sealed.encode()).decode())
     except InvalidToken:
         raise NoAnswer(
-            "The key cannot be read: TUNERY_EXTERNAL_SECRET has changed. Create the baseline again"
+            "The endpoint's key cannot be decrypted, because TUNERY_EXTERNAL_SECRET has changed. Create the baseline "
+            "again"
         ) from None
 
 
@@ -137,9 +138,9 @@ def _locate(external: External, allow: Sequence[Network], resolver: Resolver) ->
 def _why(reply: Reply) -> str:
     # Never the endpoint's own text, which is untrusted and may repeat what it was sent.
     if reply.status_code is None:
-        return f"The endpoint gave no answer: {reply.error}. Correct external.base_url, or try later"
-    why = _WHY.get(reply.status_code, "try later, or name another endpoint")
-    return f"The endpoint answered {reply.status_code}: {why}"
+        return f"The endpoint did not respond: {reply.error}. Correct external.base_url, or try again later"
+    why = _WHY.get(reply.status_code, "try again later, or choose another endpoint")
+    return f"The endpoint returned status {reply.status_code}: {why}"
 
 
 def _read(reply: Reply) -> Said:
@@ -153,7 +154,7 @@ def _read(reply: Reply) -> Said:
         counts = [_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
         return Said(text, counts[0], counts[1], reply.seconds)
     except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
-        raise NoAnswer("The endpoint's answer is no chat completion. Correct external.base_url") from None
+        raise NoAnswer("The endpoint's response is not a chat completion. Correct external.base_url") from None
 
 
 def _call(function: Mapping[str, Any]) -> str:

@@ -44,11 +44,13 @@ def request(
     if examples_file is not None:
         files.check_trainable(examples_file, param="examples_file")
     elif order.shows_examples:
-        reason = "Examples come from a file: name one, the training file for instance, or send shots [0]."
+        reason = (
+            "Examples come from a file: set 'examples_file', for instance to the training file, or set shots to [0]."
+        )
         raise InvalidValue(param="examples_file", reason=reason)
     live = select(func.count()).where(Baseline.project_id == project_id, Baseline.status.in_(LIVE))
     if (session.scalar(live) or 0) >= MOST_LIVE:
-        raise QuotaExceeded(what=f"The project has {MOST_LIVE} baselines that have not ended, the most it may have.")
+        raise QuotaExceeded(what=f"The project has {MOST_LIVE} unfinished baselines, its limit.")
     baseline = Baseline(
         id=ids.new(ids.BASELINE),
         project_id=project_id,
@@ -95,7 +97,7 @@ def cancel(session: Session, project_id: str, baseline_id: str) -> Baseline:
     baseline = find(session, project_id, baseline_id)
     session.refresh(baseline, with_for_update=True)
     if baseline.status not in LIVE:
-        instead = "What it has measured stays." if baseline.status == SUCCEEDED else "There is nothing to cancel."
+        instead = "Its results are kept." if baseline.status == SUCCEEDED else "There is nothing to cancel."
         raise WrongState(kind="Baseline", id=baseline_id, state=baseline.status, action="cancelled", instead=instead)
     _end(session, baseline, CANCELLED)
     return baseline

@@ -34,9 +34,11 @@ class Price(_Part):
 class External(_Part):
     """A model behind somebody else's OpenAI-compatible endpoint."""
 
-    base_url: str = Field(min_length=1, description="What a client calls its base_url: https://api.example.com/v1")
+    base_url: str = Field(min_length=1, description="The base_url of a client, such as https://api.example.com/v1")
     model: str = Field(min_length=1, max_length=256)
-    price_per_million: Price | None = Field(None, description="Of tokens; absent: its cost is not shown")
+    price_per_million: Price | None = Field(
+        None, description="Prices of prompt and answer tokens; absent: no cost is shown"
+    )
 
 
 class BaselineOptions(_Part):
@@ -47,12 +49,12 @@ class BaselineOptions(_Part):
         description=f"Numbers of examples in a prompt, 0 to {MOST_SHOTS}; auto: none, and as many as fit into the "
         "base's context",
     )
-    retrieval: Retrieval = Field("none", description="nearest: also with the examples that are most like each question")
-    max_rows: Int = Field(200, ge=1, le=1000, description="At most so many eval rows, from the file's start")
+    retrieval: Retrieval = Field("none", description="nearest: also with the examples most similar to each question")
+    max_rows: Int = Field(200, ge=1, le=1000, description="Maximum number of eval rows, from the file's start")
     max_new_tokens: Annotated[int, Field(ge=1, le=4096), NO_BOOLEAN] | Literal["auto"] = Field(
-        "auto", description="Token limit of an answer; auto: by the longest wanted one"
+        "auto", description="Token limit of an answer; auto: set by the longest expected one"
     )
-    seed: Int = Field(0, ge=0, le=2**31 - 1, description="Of the choice of examples")
+    seed: Int = Field(0, ge=0, le=2**31 - 1, description="Seed of the choice of examples")
     target: Target | None = None
 
     @field_validator("shots", mode="before")

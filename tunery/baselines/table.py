@@ -35,17 +35,21 @@ class Row(BaseModel):
     job: str | None = Field(None, description="The job whose scorecard was read; null: measured by the baseline")
     shots: int
     rows: int
-    metric: str | None = Field(description="Of the score: the target's, or the task's primary one")
+    metric: str | None = Field(description="Metric of the score: the target's, or the task's primary metric")
     score: float | None
-    low: float | None = Field(description="Of the score's 95 % interval")
+    low: float | None = Field(description="Lower end of the score's 95 % interval")
     high: float | None
     metrics: dict[str, Figure]
-    prompt_tokens: float | None = Field(description="Mean of a request")
-    answer_tokens: float | None = Field(description="Mean of an answer")
-    cost_per_1000: float | None = Field(description="Of a thousand answers, in the currency of the server's prices")
-    p50_seconds: float | None = Field(description="Median time of a request that is alone")
-    device: str | None = Field(None, description="What answered, where it was here; times of two devices differ")
-    verdict: Verdict | None = Field(None, description="By the target; null without one")
+    prompt_tokens: float | None = Field(description="Mean per request")
+    answer_tokens: float | None = Field(description="Mean per answer")
+    cost_per_1000: float | None = Field(
+        description="Cost of a thousand answers, in the currency of the server's prices"
+    )
+    p50_seconds: float | None = Field(description="Median time of a single request")
+    device: str | None = Field(
+        None, description="Device that answered, if the model ran here; times of different devices are not comparable"
+    )
+    verdict: Verdict | None = Field(None, description="Verdict by the target; null without one")
     error: str | None = None
 
 

@@ -55,12 +55,12 @@ def of_target(at_least: float, found: Row | None) -> Reason:
     """Returns the reason for the cheapest row that reaches the target, or for none."""
     wanted = f"The target of {100 * at_least:g} %"
     if found is None:
-        text = f"{wanted} is reached by nothing that was measured. A fine-tune may, or a larger base, or better rows."
+        text = f"{wanted} is not reached by anything measured. A fine-tune, a larger base or better rows may reach it."
         return Reason(rule="target_missed", text=text)
     if found.verdict == "unsure":
-        text = f"{wanted} is reached by {describe(found)}, but chance may have helped: its interval holds the target. "
+        text = f"{wanted} is reached by {describe(found)}, but this may be chance: its interval contains the target. "
         return Reason(rule="target_unsure", text=f"{text}Measure more rows before you rely on it.")
-    stop = "No training is needed." if found.way != "tuned" else "It is there already."
+    stop = "No training is needed." if found.way != "tuned" else "It has been reached already."
     return Reason(
         rule="target_met",
         text=f"{wanted} is met by {describe(found)}, the cheapest that does: {percent(found)}. {stop} Stop here.",

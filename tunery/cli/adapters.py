@@ -17,7 +17,7 @@ _PATTERNS = (
 def send(api: ApiClient, base: str, folder: Path, suffix: str | None, technique: str) -> dict[str, Any]:
     """Sends the adapter in `folder`; returns its model. Raises Refused."""
     if not (folder / "adapter_config.json").is_file():
-        raise Refused(message=f"{folder} has no adapter_config.json. Name the folder that save_pretrained wrote.")
+        raise Refused(message=f"{folder} has no adapter_config.json. Give the folder that save_pretrained wrote.")
     with tempfile.TemporaryFile() as packed:
         with zipfile.ZipFile(packed, "w") as archive:
             for path in sorted(path for pattern in _PATTERNS for path in folder.glob(pattern)):

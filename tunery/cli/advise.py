@@ -42,31 +42,36 @@ class _Answer:
 
 def advise(
     context: typer.Context,
-    file: Annotated[str, typer.Argument(help="A file here, which needs no server, or the id of an uploaded one.")],
+    file: Annotated[
+        str, typer.Argument(help="A local file, for which no server is needed, or the id of an uploaded one.")
+    ],
     aim: Annotated[str, typer.Option(help=f"What the model should learn: {', '.join(get_args(Aim))}.")],
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="With an id a model; with a file here a folder with config.json."),
+        typer.Option("--model", "-m", help="For an uploaded file a model; for a local one a folder with config.json."),
     ] = None,
-    valid: Annotated[str | None, typer.Option(help="Held-out rows, likewise, which do not count in the file.")] = None,
+    valid: Annotated[
+        str | None, typer.Option(help="Held-out rows (a file or an id), which are not counted as training rows.")
+    ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="A baseline of the model, in whose numbers the advice ends; with an id alone.")
+        str | None,
+        typer.Option(help="A baseline of the model, whose results the advice includes; only for an uploaded file."),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write it as a page too.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write an HTML page to this file.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Say whether to prompt, to fine-tune or to retrieve, by the rows that are worth training on; and how to tune."""
+    """Recommend prompting, fine-tuning or retrieval for a file of rows, and settings for a fine-tune."""
     if aim not in get_args(Aim):
         raise typer.BadParameter(f"--aim {aim}: use {', '.join(get_args(Aim))}.")
     if Path(file).is_file() and baseline is None:
         found = _Answer(_here(Path(file), aim, model, valid))
     elif Path(file).is_file():
-        raise typer.BadParameter("A baseline lies with the server: upload the file and name its id beside --baseline.")
+        raise typer.BadParameter("A baseline belongs to the server: upload the file, and pass its id with --baseline.")
     elif file.startswith(ids.FILE):
         asked = {"file": file, "aim": aim, "model": model, "validation_file": valid, "baseline": baseline}
         found = _there(connect(context), **asked)
     else:
-        raise typer.BadParameter(f"{file}: there is no such file here, and ids begin with {ids.FILE}")
+        raise typer.BadParameter(f"{file}: no such file, and ids begin with {ids.FILE}")
     if html is not None:
         measured = [verdict.cells(row) for row in found.rows]
         page = advice_page.render(
@@ -104,10 +109,8 @@ def _model_info(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        instead = (
-            "Name a folder with config.json, leave --model out, or upload the file and name a model of the server."
-        )
-        raise typer.BadParameter(f"--model {folder}: there is no config.json that can be read. {instead}") from None
+        instead = "Give a folder with config.json, omit --model, or upload the file and name a model of the server."
+        raise typer.BadParameter(f"--model {folder}: it has no readable config.json. {instead}") from None
     sizes = {**config, **config.get("text_config", {})}
     if missing := [name for name in ("hidden_size", "num_hidden_layers", "vocab_size") if name not in sizes]:
         raise typer.BadParameter(f"--model {folder}: its config.json has no {', '.join(missing)}.")
@@ -135,10 +138,10 @@ def print_advice(made: Advice, name: str, serving: ServingQuote | None = None) -
     """Prints the headline, the reasons, the settings with their reasons, and the warnings."""
     output.console.print(Text(HEADLINES[made.recommendation], style=f"bold {_COLOURS[made.recommendation]}"))
     of = "all" if made.rows.usable == made.rows.total else f"{made.rows.usable:,} of"
-    output.console.print(Text(f"{name}: {of} {made.rows.total:,} rows count.", style="dim"), soft_wrap=True)
+    output.console.print(Text(f"{name}: {of} {made.rows.total:,} rows are usable.", style="dim"), soft_wrap=True)
     for reason in made.reasons:
         _print_point("-", reason.text)
-    output.console.print(Text("\nIf you tune:", style="bold"))
+    output.console.print(Text("\nIf you fine-tune:", style="bold"))
     _print_settings(made)
     output.fields(fitting.in_words(made.cards))
     if ways := serving_quote.in_words(serving):

@@ -23,36 +23,42 @@ _COLOURS = {"met": "green", "maybe": "yellow", "no": "red"}
 def baseline(
     context: typer.Context,
     eval_file: Annotated[
-        str, typer.Argument(help="Rows with the wanted answers: a file to upload, an id, or a baseline's id to show.")
+        str,
+        typer.Argument(help="Rows with the expected answers: a file to upload, an id, or a baseline's id to show it."),
     ],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="The base: an id or an alias.")] = None,
-    examples: Annotated[str | None, typer.Option(help="Rows that prompts may show: the training file.")] = None,
-    shots: Annotated[str, typer.Option(help="auto, or numbers of examples: 0,4,8.")] = "auto",
-    nearest: Annotated[bool, typer.Option("--nearest", help="Also with those nearest to each question.")] = False,
-    target: Annotated[str | None, typer.Option(help="What is good enough: exact=0.9, or 0.9 of the usual.")] = None,
-    compare: Annotated[list[str] | None, typer.Option(help="Another model; may be given several times.")] = None,
-    max_rows: Annotated[int, typer.Option(help="Eval rows at most.")] = 200,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The base's id or alias.")] = None,
+    examples: Annotated[str | None, typer.Option(help="Rows that may be shown as examples: the training file.")] = None,
+    shots: Annotated[str, typer.Option(help="auto, or numbers of examples, such as 0,4,8.")] = "auto",
+    nearest: Annotated[
+        bool, typer.Option("--nearest", help="Also with the examples nearest to each question.")
+    ] = False,
+    target: Annotated[
+        str | None, typer.Option(help="What is good enough: exact=0.9, or 0.9 for the primary metric.")
+    ] = None,
+    compare: Annotated[list[str] | None, typer.Option(help="Another model; repeatable.")] = None,
+    max_rows: Annotated[int, typer.Option(help="Maximum number of eval rows.")] = 200,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of an answer at most; absent: by the longest wanted one.")
+        int | None, typer.Option(help="Token limit of an answer; absent: set by the longest expected one.")
     ] = None,
     external: Annotated[
-        str | None, typer.Option(metavar="MODEL@URL", help="A model behind an OpenAI-compatible endpoint, asked too.")
+        str | None,
+        typer.Option(metavar="MODEL@URL", help="Also ask a model behind an OpenAI-compatible endpoint: NAME@URL."),
     ] = None,
     external_price: Annotated[
-        str | None, typer.Option(help="Of a million of its tokens, of prompts and of answers: 0.5,1.5.")
+        str | None, typer.Option(help="Its price per million tokens of prompts and of answers: 0.5,1.5.")
     ] = None,
     external_key: Annotated[
-        str | None, typer.Option(envvar="TUNERY_EXTERNAL_KEY", help="Its key, best in the environment.")
+        str | None, typer.Option(envvar="TUNERY_EXTERNAL_KEY", help="Its key; preferably set in the environment.")
     ] = None,
     json: AsJson = False,
 ) -> None:
-    """Score a base by prompts alone, without and with examples, and say what is good enough."""
+    """Score a base with prompts, without and with examples, against a target."""
     api = connect(context)
     if eval_file.startswith(ids.BASELINE):
         made = api.call("GET", f"{ROOT}/{eval_file}")
     else:
         if model is None:
-            raise typer.BadParameter("Name the base that is to be prompted: --model.")
+            raise typer.BadParameter("Name the base with --model.")
         body: dict[str, Any] = {"model": model, "shots": _shots(shots), "retrieval": "nearest" if nearest else "none"}
         body |= {"target": _target(target), "compare": compare or [], "max_rows": max_rows}
         body |= {"max_new_tokens": "auto" if max_new_tokens is None else max_new_tokens}
@@ -73,7 +79,7 @@ def _id(api: ApiClient, file: str) -> str:
         return str(upload_file(api, Path(file))["id"])
     if file.startswith(ids.FILE):
         return file
-    raise typer.BadParameter(f"{file}: there is no such file here, and ids begin with {ids.FILE}")
+    raise typer.BadParameter(f"{file}: no such file, and ids begin with {ids.FILE}")
 
 
 def _shots(text: str) -> str | list[int]:
@@ -82,7 +88,7 @@ def _shots(text: str) -> str | list[int]:
     try:
         return [int(one) for one in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"--shots {text}: use auto, or numbers as in 0,4,8.") from None
+        raise typer.BadParameter(f"--shots {text}: use auto, or numbers such as 0,4,8.") from None
 
 
 def _target(text: str | None) -> dict[str, Any] | None:
@@ -92,7 +98,7 @@ def _target(text: str | None) -> dict[str, Any] | None:
     try:
         return {"metric": name or None, "at_least": float(least)}
     except ValueError:
-        raise typer.BadParameter(f"--target {text}: use a metric and a share, as in exact=0.9.") from None
+        raise typer.BadParameter(f"--target {text}: use a metric and a fraction, such as exact=0.9.") from None
 
 
 def _external(text: str | None, price: str | None, key: str | None) -> dict[str, Any] | None:
@@ -100,7 +106,7 @@ def _external(text: str | None, price: str | None, key: str | None) -> dict[str,
         return None
     model, _, rest = text.partition("@http")
     if not model or not rest:
-        raise typer.BadParameter(f"--external {text}: use a model and a base URL, as in NAME@https://HOST/v1.")
+        raise typer.BadParameter(f"--external {text}: use a model and a base URL, such as NAME@https://HOST/v1.")
     return {"model": model, "base_url": f"http{rest}", "api_key": key, "price_per_million": _price(price)}
 
 
@@ -110,7 +116,7 @@ def _price(text: str | None) -> dict[str, float] | None:
     try:
         prompt, answer = (float(one) for one in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"--external-price {text}: use two numbers, as in 0.5,1.5.") from None
+        raise typer.BadParameter(f"--external-price {text}: use two numbers, such as 0.5,1.5.") from None
     return {"prompt": prompt, "answer": answer}
 
 
@@ -131,7 +137,7 @@ def print_baseline(made: dict[str, Any]) -> None:
     print_table(rows, made["currency"])
     if made["left_out"]:
         output.console.print(
-            Text(f"{made['left_out']} examples were not shown: an eval row asks the same.", style="dim")
+            Text(f"{made['left_out']} examples were excluded: an eval row asks the same.", style="dim")
         )
     if (target := made["target"]) is not None:
         found = None if made["cheapest"] is None else Row.model_validate(made["cheapest"])

@@ -16,21 +16,22 @@ def chat(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A base, an alias, a tuned model or a checkpoint.")],
     message: Annotated[
-        str | None, typer.Option("--message", "-m", help="Ask this and return.", show_default="a conversation")
+        str | None, typer.Option("--message", "-m", help="Ask this question and exit.", show_default="a conversation")
     ] = None,
     system: Annotated[
-        str | None, typer.Option("--system", "-s", help="A system message: that of the rows, where they had one.")
+        str | None,
+        typer.Option("--system", "-s", help="A system message: the one of the training rows, if they had one."),
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 gives the same answer every time.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Token limit of an answer.")] = 512,
     compare: Annotated[
-        bool, typer.Option("--compare", "-c", help="Ask its base too, and show the answers side by side.")
+        bool, typer.Option("--compare", "-c", help="Also ask its base, and show the answers side by side.")
     ] = False,
     against: Annotated[
-        list[str] | None, typer.Option(help="Compare with this model in place of the base. May be repeated.")
+        list[str] | None, typer.Option(help="Compare with this model instead of the base; repeatable.")
     ] = None,
 ) -> None:
-    """Talk to a model: Ctrl-D ends it, Ctrl-C too. Compared models answer each question for itself."""
+    """Chat with a model; end with Ctrl-D or Ctrl-C. Compared models answer each question independently."""
     api = connect(context)
     if compare or against:
         body = {"models": [*(against or ()), model], "temperature": temperature, "max_completion_tokens": max_tokens}

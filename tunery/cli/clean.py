@@ -20,37 +20,49 @@ from tunery.datasets.cleaning.order import Action, ActionName, Cleaning, HeldOut
 
 _SHOWN = 5
 _NOTHING = (
-    "Nothing is asked for. Choose --recommended, --drop KIND, --keep-one KIND, --redact KIND, --fix KIND, "
+    "Choose at least one action: --recommended, --drop KIND, --keep-one KIND, --redact KIND, --fix KIND, "
     "--drop-line LINE or --held-out SHARE."
 )
-_Kinds = Annotated[list[str] | None, typer.Option(metavar="KIND", help="As in the report; several times for several.")]
+_Kinds = Annotated[
+    list[str] | None, typer.Option(metavar="KIND", help="A kind of finding, as in the report; repeatable.")
+]
 
 
 def clean(
     context: typer.Context,
-    file: Annotated[str, typer.Argument(help="A file here, which needs no server, or the id of an uploaded one.")],
+    file: Annotated[
+        str, typer.Argument(help="A local file, for which no server is needed, or the id of an uploaded one.")
+    ],
     target: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The new file, JSON Lines. Of an uploaded one it is a copy.")
+        Path | None,
+        typer.Option("--output", "-o", help="The new file in JSON Lines; for an uploaded file, a copy of the new one."),
     ] = None,
-    recommended: Annotated[bool, typer.Option("--recommended", help="What the report suggests for each kind.")] = False,
+    recommended: Annotated[
+        bool, typer.Option("--recommended", help="Apply the report's suggestion for each kind.")
+    ] = False,
     drop: _Kinds = None,
     keep_one: _Kinds = None,
     redact: _Kinds = None,
     fix: _Kinds = None,
-    drop_line: Annotated[list[int] | None, typer.Option(metavar="LINE", help="A row to drop.")] = None,
+    drop_line: Annotated[
+        list[int] | None, typer.Option(metavar="LINE", help="The line of a row to drop; repeatable.")
+    ] = None,
     held_out: Annotated[
-        float | None, typer.Option(help="A share of the rows for OUTPUT-held-out, without splitting groups.")
+        float | None, typer.Option(help="Fraction of the rows to write to OUTPUT-held-out, without splitting groups.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed holds out the same rows.")] = 0,
-    against: Annotated[str | None, typer.Option(help="A file, likewise, that must hold other rows.")] = None,
+    against: Annotated[str | None, typer.Option(help="A file or an id whose rows must not be in the file.")] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="A folder with tokenizer.json, or with an id a model.", show_default="an estimate"),
+        typer.Option(
+            help="For a local file a folder with tokenizer.json; for an uploaded one a model.",
+            show_default="an estimate",
+        ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a row that are trained.")] = 2048,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of a row.")] = 2048,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Write a file's rows without duplicates, leaks, faults and personal data into a new file."""
+    """Write a file's rows to a new file, without duplicates, leaks, faults and personal data."""
     chosen: dict[ActionName, list[str] | None] = {"drop": drop, "keep_one": keep_one, "redact": redact, "fix": fix}
     order = Cleaning(
         actions=[Action(kind=kind, action=action) for action, kinds in chosen.items() for kind in kinds or ()],
@@ -78,9 +90,9 @@ def _clean_here(
 ) -> tuple[dict[str, Any], list[str]]:
     """Cleans a local file; returns what was done, and the new files' names. Raises ReportUnavailable."""
     if target is None:
-        raise typer.BadParameter("Name the new file with --output.")
+        raise typer.BadParameter("Give the new file with --output.")
     if target.exists() and target.samefile(file):
-        raise typer.BadParameter("The file itself is never changed: name another one with --output.")
+        raise typer.BadParameter("The file itself is never changed: give another one with --output.")
     try:
         from tunery.datasets.cleaning import cleaner
     except ModuleNotFoundError as error:
@@ -122,7 +134,7 @@ def _apart(target: Path) -> Path:
 
 def _held_out(fraction: float, seed: int) -> HeldOut:
     if not 0 < fraction <= 0.5:
-        raise typer.BadParameter("--held-out is a share of the rows, over 0 and at most 0.5.")
+        raise typer.BadParameter("--held-out is a fraction of the rows, above 0 and at most 0.5.")
     return HeldOut(share=fraction, seed=seed)
 
 
@@ -142,7 +154,7 @@ def print_cleaning(done: Mapping[str, Any], name: str, written: Sequence[str]) -
     output.console.print()
     kinds = sorted(done["kinds"].items(), key=lambda item: -sum(item[1].values()))
     rows = ((kind, of["dropped"] or "", of["changed"] or "", _lines(done, kind)) for kind, of in kinds)
-    output.table(("kind", "dropped", "changed", "lines"), rows, empty="Nothing had to be done.")
+    output.table(("kind", "dropped", "changed", "lines"), rows, empty="Nothing had to be changed.")
     if done["changed"]:
         output.console.print()
         changed = ((one["line"], one["before"], one["after"]) for one in done["changed"][:_SHOWN])

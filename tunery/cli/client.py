@@ -115,5 +115,8 @@ def _check(answer: httpx2.Response) -> None:
     try:
         message = answer.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        message = f"{answer.request.url} answered {answer.status_code}. Is that a Tunery server?"
+        message = (
+            f"{answer.request.url} answered {answer.status_code}, which is not a response of Tunery. Check "
+            "TUNERY_API_URL or --url."
+        )
     raise Refused(message=message)

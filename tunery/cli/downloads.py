@@ -22,7 +22,7 @@ def fetch(api: ApiClient, owner: str, files: list[dict[str, Any]], folder: Path)
     for file in files:
         relative = PurePosixPath(file["path"])
         if relative.is_absolute() or ".." in relative.parts:
-            raise Refused(message=f"The server names a file outside the folder: {file['path']}")
+            raise Refused(message=f"The server listed a file outside the folder: {file['path']}")
         target = folder / relative
         if not (target.is_file() and target.stat().st_size == file["bytes"] and _digest(target) == file["sha256"]):
             _fetch(api, f"{owner}/artifacts/{quote(file['path'])}", target, file)

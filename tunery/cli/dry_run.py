@@ -36,21 +36,24 @@ def _print_fields(job: Mapping[str, Any]) -> None:
     if job["error"] is not None:
         output.console.print(Text(f"The job would fail: {job['error']['message']}", style="red"), soft_wrap=True)
     else:
-        output.done("The job could be created. Nothing was stored.")
+        output.done("The job is valid. Nothing was stored.")
     knobs, checked = job["hyperparameters"], job["validation"]
     of = {device: f"{gib(need['bytes'])} at least" for device, need in job["memory"].items()}
     rate = job["learning_rate"]
     output.fields(
         [
             ("model", job["model"]),
-            ("rows", f"{checked['examples']:,}, of which {checked['usable']:,} count" if checked["examples"] else None),
+            (
+                "rows",
+                f"{checked['examples']:,}, of which {checked['usable']:,} are usable" if checked["examples"] else None,
+            ),
             ("technique", _technique(job["technique"])),
             ("epochs", knobs["n_epochs"]),
             ("batch size", knobs["batch_size"]),
             ("learning rate", None if rate is None else f"{rate:.2e}"),
             ("seed", job["seed"]),
             ("memory of a GPU", of.get("cuda")),
-            ("or of a CPU's host", of.get("cpu")),
+            ("or of a host without a GPU", of.get("cpu")),
             *fitting.in_words(map(CardFit.model_validate, job["cards"])),
             *quotes.fields(job),
         ]

@@ -34,11 +34,11 @@ def upload(
     context: typer.Context,
     paths: Annotated[
         list[Path],
-        typer.Argument(exists=True, dir_okay=False, help="Files of rows: JSON Lines, arrays, CSV, TSV, Parquet."),
+        typer.Argument(exists=True, dir_okay=False, help="Files of rows: JSON Lines, JSON arrays, CSV, TSV, Parquet."),
     ],
     purpose: str = "fine-tune",
 ) -> None:
-    """Upload files; prints one id a line."""
+    """Upload files; print one id per line."""
     api = connect(context)
     for path in paths:
         file = upload_file(api, path, purpose)
@@ -53,7 +53,7 @@ def check(
     columns: ColumnNames = None,
     json: AsJson = False,
 ) -> None:
-    """Check files here, without a server: format, columns, rows. Ends with 1 where one cannot be trained on."""
+    """Check local files without a server: format, columns, rows. Exit status 1 if one cannot be used for training."""
     names = parse_columns(columns)
     found = {path: file_check.judge(path, role, names) for path in paths}
     if json:
@@ -68,17 +68,17 @@ def check(
 @app.command("preview")
 def preview_file(
     context: typer.Context,
-    file: Annotated[str, typer.Argument(help="A file here, or the id of an uploaded one (file-...).")],
+    file: Annotated[str, typer.Argument(help="A local file, or the id of an uploaded one (file-...).")],
     model: Annotated[str, typer.Option("--model", "-m", help="A base on the server, or a folder with tokenizer.json.")],
-    rows: Annotated[int, typer.Option("--rows", "-n", min=1, max=20, help="Rows, from the file's start.")] = 3,
+    rows: Annotated[int, typer.Option("--rows", "-n", min=1, max=20, help="Number of rows from the file's start.")] = 3,
     max_tokens: Annotated[int, typer.Option(min=16, help="The job's max_seq_length.")] = 2048,
     loss_on: Annotated[str, typer.Option(help="assistant, last_assistant or all.")] = "assistant",
     columns: ColumnNames = None,
-    html: Annotated[Path | None, typer.Option(help="Also write a page with coloured tokens here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with coloured tokens to this file.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Show each token of a file's first rows, trained, masked or cut, and whether the right ones are learned. Ends with
-    1 where a check fails. With a file and a folder it needs no server."""
+    """Show which tokens of a file's first rows are trained, masked or cut, and check them.
+    Exit status 1 if a check fails. A local file and folder need no server."""
     options = {"rows": rows, "max_tokens": max_tokens, "loss_on": loss_on}
     made = _preview(context, file, model, {**options, **({"columns": columns} if columns else {})})
     if html is not None:
@@ -112,7 +112,7 @@ def _preview(context: typer.Context, file: str, model: str, options: dict[str, A
 
 @app.command("list")
 def list_files(context: typer.Context, purpose: str | None = None, limit: int = 50, json: AsJson = False) -> None:
-    """The project's files, newest first."""
+    """List the project's files, newest first."""
     found = connect(context).pages("/files", limit=limit, **({"purpose": purpose} if purpose else {}))
     if json:
         return output.as_json(found)
@@ -136,7 +136,7 @@ def list_files(context: typer.Context, purpose: str | None = None, limit: int = 
 
 @app.command("show")
 def show_file(context: typer.Context, file: str) -> None:
-    """One file's row, as JSON."""
+    """Show a file as JSON."""
     output.as_json(connect(context).call("GET", f"/files/{file}"))
 
 
@@ -144,9 +144,11 @@ def show_file(context: typer.Context, file: str) -> None:
 def content(
     context: typer.Context,
     file: str,
-    target: Annotated[Path | None, typer.Option("--output", "-o", help="A file instead of the terminal.")] = None,
+    target: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write to this file instead of the terminal.")
+    ] = None,
 ) -> None:
-    """A file's bytes."""
+    """Print or save a file's content."""
     api, path = connect(context), f"/files/{file}/content"
     if target is None:
         for chunk in api.stream(path):
@@ -159,14 +161,19 @@ def content(
 @app.command()
 def report(
     context: typer.Context,
-    file: Annotated[str, typer.Argument(help="A file here, which needs no server, or the id of an uploaded one.")],
-    against: Annotated[str | None, typer.Option(help="A file, likewise, that should hold other rows.")] = None,
+    file: Annotated[
+        str, typer.Argument(help="A local file, for which no server is needed, or the id of an uploaded one.")
+    ],
+    against: Annotated[str | None, typer.Option(help="A file or an id that should have no rows in common.")] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="A folder with tokenizer.json, or with an id a model.", show_default="an estimate"),
+        typer.Option(
+            help="For a local file a folder with tokenizer.json; for an uploaded one a model.",
+            show_default="an estimate",
+        ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a row that are trained; of a file here.")] = 2048,
-    html: Annotated[Path | None, typer.Option(help="Write it as a page too.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of a row; only for a local file.")] = 2048,
+    html: Annotated[Path | None, typer.Option(help="Also write an HTML page to this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Report duplicates, contradictions, leaks, wrong labels and other faults of a file's rows."""
@@ -175,7 +182,7 @@ def report(
     elif file.startswith(ids.FILE):
         if against is not None and not against.startswith(ids.FILE):
             raise typer.BadParameter(
-                f"--against {against}: {file} is uploaded, so upload this file too and name its id."
+                f"--against {against}: {file} is an uploaded file, so upload this one too and pass its id."
             )
         said, name = fetch_report(connect(context), file, against=against, base=base), file
     else:
@@ -190,7 +197,7 @@ def report(
 
 @app.command()
 def delete(context: typer.Context, files: list[str]) -> None:
-    """Delete files that no live job uses."""
+    """Delete files that no unfinished job uses."""
     api = connect(context)
     for file in files:
         api.call("DELETE", f"/files/{file}")

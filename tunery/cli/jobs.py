@@ -17,8 +17,8 @@ from tunery.cli.reruns import ROOT
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tuning jobs.")
 
-FileOrId = Annotated[str, typer.Option(help="A file to upload, or the id of one that was (file-...).")]
-MaybeFileOrId = Annotated[str | None, typer.Option(help="The same, for the validation loss.")]
+FileOrId = Annotated[str, typer.Option(help="A file to upload, or the id of an uploaded one (file-...).")]
+MaybeFileOrId = Annotated[str | None, typer.Option(help="A file or an id for the validation loss.")]
 
 
 @app.command()
@@ -27,28 +27,28 @@ def create(
     model: Annotated[str, typer.Option("--model", "-m", help="A base, an alias or a tuned model.")],
     train: FileOrId,
     valid: MaybeFileOrId = None,
-    test: Annotated[str | None, typer.Option(help="Rows that base and tuned model answer at the end.")] = None,
+    test: Annotated[str | None, typer.Option(help="Rows that base and tuned model answer after training.")] = None,
     method: Annotated[str | None, typer.Option(help="supervised or dpo.", show_default="supervised")] = None,
     technique: Annotated[str | None, typer.Option(help="lora, qlora or full.", show_default="what fits")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Scale of the adapter.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the rows.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Number of epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per step.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Its peak.")] = None,
     suffix: Annotated[str | None, typer.Option(help="Part of the tuned model's name.")] = None,
     columns: ColumnNames = None,
     seed: int | None = None,
     set: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any field of the request, merged with the others: name=JSON or a.b=JSON."),
+        typer.Option("--set", help="Any field of the request: name=JSON or a.b=JSON; repeatable."),
     ] = None,
     watch: Annotated[
-        bool, typer.Option("--watch", "--wait", "-w", help="Stay until it ends; exit status 1 unless it succeeds.")
+        bool, typer.Option("--watch", "--wait", "-w", help="Wait for its end; exit status 1 unless it succeeds.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the job would be.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what the job would be.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Check a request and its files, upload them, start a job."""
+    """Check a request and its files, upload them and create a job."""
     names = parse_columns(columns)
     given = {**locals(), "columns": names and names.named}
     body = request.build({name: given[name] for name in request.FLAGS}, set or [])
@@ -82,7 +82,8 @@ def _check_model(api: ApiClient, body: request.Body) -> None:
     model = api.call("GET", downloads.model_route(body["model"]))
     if model["status"] != "ready":
         raise Refused(
-            message=f"The model '{model['id']}' is {model['status']}. `tunery models show {model['id']}` says more."
+            message=f"The model '{model['id']}' is {model['status']}. `tunery models show {model['id']}` has the "
+            "details."
         )
     technique = (body.get("technique") or {}).get("type")
     if reason := (model.get("techniques") or {}).get(technique):
@@ -91,7 +92,7 @@ def _check_model(api: ApiClient, body: request.Body) -> None:
 
 @app.command("list")
 def list_jobs(context: typer.Context, limit: int = 20, json: AsJson = False) -> None:
-    """The project's jobs, newest first."""
+    """List the project's jobs, newest first."""
     found = connect(context).pages(ROOT, limit=limit)
     if json:
         return output.as_json(found)
@@ -113,7 +114,7 @@ def list_jobs(context: typer.Context, limit: int = 20, json: AsJson = False) -> 
 
 @app.command("show")
 def show_job(context: typer.Context, job: str, json: AsJson = False) -> None:
-    """What is known about a job."""
+    """Show a job."""
     found = connect(context).call("GET", f"{ROOT}/{job}")
     if json:
         return output.as_json(found)
@@ -123,26 +124,26 @@ def show_job(context: typer.Context, job: str, json: AsJson = False) -> None:
 
 @app.command("get", hidden=True)
 def get_job(context: typer.Context, job: str, json: AsJson = False) -> None:
-    """The same as show: other tools call it so."""
+    """Show a job: the name that other tools use for show."""
     show_job(context, job, json)
 
 
 @app.command()
 def metrics(context: typer.Context, job: str, limit: int = 1000, json: AsJson = False) -> None:
-    """What each step measured, oldest first."""
+    """Show the metrics of each step, oldest first."""
     found = connect(context).call("GET", f"{ROOT}/{job}/metrics", params={"limit": limit})["data"]
     if json:
         return output.as_json(found)
     names = ("train_loss", "valid_loss", "full_valid_loss", "task_score", "learning_rate", "grad_norm")
     columns = ("step", *(name for name in names if any(row.get(name) is not None for row in found)))
     rows = ([summary.short(row.get(column, "")) for column in columns] for row in found)
-    output.table(columns, rows, empty=f"{job} has measured nothing yet.")
+    output.table(columns, rows, empty=f"{job} has no metrics yet.")
     return None
 
 
 @app.command()
 def checkpoints(context: typer.Context, job: str, json: AsJson = False) -> None:
-    """The models of a job's last epochs, newest first."""
+    """List the checkpoints of a job's last epochs, newest first."""
     found = connect(context).pages(f"{ROOT}/{job}/checkpoints", limit=100)
     if json:
         return output.as_json(found)
@@ -150,7 +151,9 @@ def checkpoints(context: typer.Context, job: str, json: AsJson = False) -> None:
         (c["step_number"], c["fine_tuned_model_checkpoint"], summary.compact(c["metrics"], skip=("step",)))
         for c in found
     )
-    output.table(("step", "model", "metrics"), rows, empty=f"{job} has no checkpoint yet: each epoch's end is one.")
+    output.table(
+        ("step", "model", "metrics"), rows, empty=f"{job} has no checkpoint yet: one is made at the end of each epoch."
+    )
     return None
 
 
@@ -159,19 +162,24 @@ def scorecard(
     context: typer.Context,
     job: str,
     rows: Annotated[bool, typer.Option("--rows", help="Each test row with both models' answers.")] = False,
-    flipped: Annotated[bool | None, typer.Option(help="Only rows that one of the two gets right.")] = None,
-    right: Annotated[bool | None, typer.Option("--right/--wrong", help="Only what the tuned model gets so.")] = None,
-    limit: Annotated[int, typer.Option(help="At most so many rows.")] = 100,
+    flipped: Annotated[
+        bool | None, typer.Option(help="Only rows that exactly one of the two answers correctly.")
+    ] = None,
+    right: Annotated[
+        bool | None,
+        typer.Option("--right/--wrong", help="Only rows that the tuned model answers correctly, or wrongly."),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Maximum number of rows.")] = 100,
     json: AsJson = False,
 ) -> None:
-    """Base against tuned model on the test rows: the figures as JSON, or the rows."""
+    """Compare base and tuned model on the test rows: the scores as JSON, or the rows."""
     if rows:
         asked = {name: value for name, value in (("flipped", flipped), ("right", right)) if value is not None}
         found = connect(context).pages(f"{ROOT}/{job}/scorecard/rows", limit=limit, **asked)
         return output.as_json(found) if json else summary.print_answers(found)
     shown = connect(context).call("GET", f"{ROOT}/{job}")
     if shown["scorecard"] is None:
-        unscored = "it names no test file (`jobs create --test FILE`)"
+        unscored = "it has no test file (`jobs create --test FILE`)"
         reason = unscored if shown["evaluation"]["test_file"] is None else f"it is {shown['status']}"
         raise Refused(message=f"{job} has no scorecard: {reason}.")
     output.as_json(shown["scorecard"])
@@ -180,13 +188,13 @@ def scorecard(
 
 @app.command()
 def watch(context: typer.Context, job: str) -> None:
-    """Follow a job to its end: bar, loss, time left. Ctrl-C stops watching, not the job."""
+    """Follow a job to its end, with progress, loss and time left. Ctrl-C stops watching, not the job."""
     watching.watch(connect(context), job)
 
 
 @app.command()
 def events(context: typer.Context, job: str, limit: int = 100, json: AsJson = False) -> None:
-    """What happened to a job, oldest first."""
+    """List a job's events, oldest first."""
     found = list(reversed(connect(context).pages(f"{ROOT}/{job}/events", limit=limit)))
     if json:
         return output.as_json(found)
@@ -204,9 +212,9 @@ def logs(
     context: typer.Context,
     job: str,
     tail: Annotated[int, typer.Option(help="Only the last lines.")] = 200,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay and print what comes.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the log until the job ends.")] = False,
 ) -> None:
-    """A job's log."""
+    """Print a job's log."""
     api, empty = connect(context), True
     for chunk in api.stream(f"{ROOT}/{job}/logs", tail=tail, follow=str(follow).lower()):
         empty = empty and not chunk
@@ -226,7 +234,7 @@ def download(
     ] = None,
     with_base: models.WithBase = False,
 ) -> None:
-    """Fetch a finished job's files and check their sha256."""
+    """Download a finished job's files and verify their sha256."""
     api, folder = connect(context), target or Path(job)
     found = api.call("GET", f"{ROOT}/{job}")
     files = api.call("GET", f"{ROOT}/{job}/artifacts")["data"]
@@ -252,15 +260,15 @@ def _deed(name: str, help: str) -> None:
 def publish(
     context: typer.Context,
     job: str,
-    reason: Annotated[str, typer.Option(help="Why, for later readers of the job.")],
+    reason: Annotated[str, typer.Option(help="The reason, which is stored with the job.")],
 ) -> None:
-    """Publish a model that its job's gate, or the check of the served model, withholds."""
+    """Publish a model that is withheld by its job's gate or by the check of the served model."""
     found = connect(context).call("POST", f"{ROOT}/{job}/publish", json={"reason": reason})
     output.done(str(found["fine_tuned_model"]))
 
 
-_deed("cancel", "End a job for good, at once.")
-_deed("pause", "Save a job's state and free its worker.")
-_deed("resume", "Go on with a paused job.")
+_deed("cancel", "Cancel a job.")
+_deed("pause", "Pause a job: its state is saved and its worker freed.")
+_deed("resume", "Resume a paused job.")
 for command in (reruns.rerun, reruns.reproduce, reruns.reproduction):
     app.command()(command)

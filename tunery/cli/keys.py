@@ -23,8 +23,10 @@ from tunery.retention import projects as erasure
 from tunery.settings import get_settings
 from tunery.storage import open_storage
 
-project_commands = typer.Typer(no_args_is_help=True, help="Projects own files, jobs and models (needs the database).")
-key_commands = typer.Typer(no_args_is_help=True, help="Keys open one project each (needs the database).")
+project_commands = typer.Typer(
+    no_args_is_help=True, help="Projects, which own files, jobs and models (needs the database)."
+)
+key_commands = typer.Typer(no_args_is_help=True, help="API keys, each for one project (needs the database).")
 
 _CAPS = ("max_running", "max_queued", "requests_per_minute", "tokens_per_minute")
 Project = Annotated[str, typer.Option("--project", "-p", help="A project's name or id.")]
@@ -67,14 +69,14 @@ def _shown_url() -> str:
 def create_project(
     context: typer.Context,
     name: str,
-    max_running: Annotated[int | None, typer.Option(help="Most jobs that may run at a time.")] = None,
-    max_queued: Annotated[int | None, typer.Option(help="Most jobs that may wait.")] = None,
+    max_running: Annotated[int | None, typer.Option(help="Maximum number of jobs that run at a time.")] = None,
+    max_queued: Annotated[int | None, typer.Option(help="Maximum number of waiting jobs.")] = None,
 ) -> None:
-    """Make a project and its first key."""
+    """Create a project and its first key."""
     with _transaction(context) as session:
         project = projects.create_project(session, name, max_running=max_running, max_queued=max_queued)
         _, secret = auth.create_key(session, project, "first key")
-    output.done(f"project {name} ({project.id}); its first key, shown this once:")
+    output.done(f"project {name} ({project.id}); its first key, shown only once:")
     output.console.print(secret, soft_wrap=True)
 
 
@@ -89,7 +91,7 @@ def limit_project(
         int | None, typer.Option(min=0, help="Tokens of prompts and answers.", show_default="the settings'")
     ] = None,
 ) -> None:
-    """Set what a project may ask of models a minute; what is left out is what the settings say."""
+    """Set a project's limits of requests and tokens per minute; omitted ones return to the server's settings."""
     with _transaction(context) as session:
         project = projects.find_project(session, name)
         projects.set_rates(session, project, requests=requests_per_minute, tokens=tokens_per_minute)
@@ -103,7 +105,7 @@ def _rate(limit: int | None) -> str:
 
 @project_commands.command("list")
 def list_projects(context: typer.Context) -> None:
-    """All projects."""
+    """List all projects."""
     with _transaction(context) as session:
         found = projects.list_projects(session)
     output.table(
@@ -124,7 +126,7 @@ def list_projects(context: typer.Context) -> None:
 
 @project_commands.command("revoke")
 def revoke_project(context: typer.Context, name: str) -> None:
-    """Close a project to all its keys, at once. Its files, jobs and models stay."""
+    """Revoke all keys of a project at once. Its files, jobs and models are kept."""
     with _transaction(context) as session:
         projects.revoke_project(session, projects.find_project(session, name))
     output.done(f"project {name} revoked")
@@ -133,10 +135,10 @@ def revoke_project(context: typer.Context, name: str) -> None:
 @project_commands.command("erase")
 def erase_project(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="The project's name or id; a revoked one too.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    name: Annotated[str, typer.Argument(help="The project's name or id; revoked projects too.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Remove a project for good: its files, models, jobs, keys, webhooks, and their bytes."""
+    """Delete a project permanently: its files, models, jobs, keys and webhooks, and their stored objects."""
     with _transaction(context) as session:
         project = erasure.find(session, name)
         counts = erasure.contents(session, project.id)
@@ -164,20 +166,20 @@ def _has_ended(context: typer.Context, project_id: str) -> bool:
 @key_commands.command("create")
 def create_key(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="What people will know it by.")] = "key",
+    name: Annotated[str, typer.Argument(help="A name for people.")] = "key",
     project: Project = "default",
-    admin: Annotated[bool, typer.Option("--admin", help="May register base models.")] = False,
+    admin: Annotated[bool, typer.Option("--admin", help="Allow registering base models.")] = False,
 ) -> None:
-    """Make a key; its text is shown this once."""
+    """Create a key, which is shown only once."""
     with _transaction(context) as session:
         _, secret = auth.create_key(session, projects.find_project(session, project), name, admin=admin)
-    output.errors.print("Shown this once:", style="dim")
+    output.errors.print("Shown only once:", style="dim")
     output.console.print(secret, soft_wrap=True)
 
 
 @key_commands.command("list")
 def list_keys(context: typer.Context, project: Project = "default") -> None:
-    """A project's keys."""
+    """List a project's keys."""
     with _transaction(context) as session:
         found = auth.list_keys(session, projects.find_project(session, project))
     output.table(
@@ -200,9 +202,9 @@ def list_keys(context: typer.Context, project: Project = "default") -> None:
 
 @key_commands.command("revoke")
 def revoke_key(
-    context: typer.Context, key: Annotated[str, typer.Argument(help="The key's id (key_...), not its text.")]
+    context: typer.Context, key: Annotated[str, typer.Argument(help="The key's id (key_...), not the key itself.")]
 ) -> None:
-    """Revoke a key, from the next request on."""
+    """Revoke a key with immediate effect."""
     with _transaction(context) as session:
         auth.revoke_key(session, key)
     output.done(f"{key} revoked")

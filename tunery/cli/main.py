@@ -18,7 +18,7 @@ from tunery.errors import TuneryError
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Fine-tuning on your own machines, behind OpenAI's API.",
+    help="Fine-tuning on your own machines with OpenAI's API.",
 )
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(files.app, name="files")
@@ -32,7 +32,7 @@ app.add_typer(keys.project_commands, name="projects")
 app.add_typer(keys.key_commands, name="keys")
 
 StackHome = Annotated[
-    Path | None, typer.Option("--home", help="Where the stack keeps its data.", show_default="that of `tunery --home`")
+    Path | None, typer.Option("--home", help="Folder of the stack's data.", show_default="that of `tunery --home`")
 ]
 
 
@@ -54,12 +54,12 @@ def shared(api_url: ApiUrl = None, key: ApiKey = None, home: Home = HOME, versio
 def up(
     context: typer.Context,
     home: StackHome = None,
-    port: Annotated[int, typer.Option(help="The API's port on 127.0.0.1; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(help="The API's port on 127.0.0.1; 0: a free one.")] = 8000,
     model: Annotated[
         Path | None, typer.Option(help="A GGUF to register as SmolLM2-135M-Instruct.", show_default="the package's")
     ] = None,
 ) -> None:
-    """Start everything on this machine and keep it up until Ctrl-C."""
+    """Start all services on this machine and run them until Ctrl-C."""
     from tunery.cli import stack
 
     stack.up(home or stack_home(context), port=port, gguf=model)
@@ -67,7 +67,7 @@ def up(
 
 @app.command()
 def down(context: typer.Context, home: StackHome = None) -> None:
-    """Stop what `tunery up` started."""
+    """Stop the services that `tunery up` started."""
     from tunery.cli import stack
 
     stack.down(home or stack_home(context))
@@ -76,10 +76,12 @@ def down(context: typer.Context, home: StackHome = None) -> None:
 @app.command()
 def demo(
     rows: Annotated[int, typer.Option(help="Training rows.")] = 320,
-    test_rows: Annotated[int, typer.Option(help="Held-out rows to score.")] = 100,
-    base: Annotated[str, typer.Option(help="smollm2, or gemma3 after `make demo BASE=gemma3` fetched it.")] = "smollm2",
+    test_rows: Annotated[int, typer.Option(help="Number of held-out rows to score.")] = 100,
+    base: Annotated[
+        str, typer.Option(help="smollm2, or gemma3 after `make demo BASE=gemma3` has downloaded it.")
+    ] = "smollm2",
 ) -> None:
-    """Fine-tune a real model on real data from start to end, and prove that it got better."""
+    """Fine-tune a real model on real data, and verify that it has improved."""
     from tunery.local import bases
     from tunery.local import demo as story
 

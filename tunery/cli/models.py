@@ -15,19 +15,19 @@ from tunery.local.terminal import size
 app = typer.Typer(no_args_is_help=True, help="Base models, tuned models and aliases.")
 
 WithBase = Annotated[
-    bool, typer.Option("--with-base", help="An adapter's base too, so that plain PEFT loads the folder.")
+    bool, typer.Option("--with-base", help="Also download an adapter's base, so that plain PEFT loads the folder.")
 ]
 
 
 @app.command()
 def add(
     context: typer.Context,
-    id: Annotated[str, typer.Argument(help="The name that jobs will use, without '/' or ':'.")],
-    source: Annotated[str, typer.Argument(help="A folder, a hub id or a GGUF file, as the workers see it.")],
+    id: Annotated[str, typer.Argument(help="The model's name for jobs, without '/' or ':'.")],
+    source: Annotated[str, typer.Argument(help="A folder, a hub id or a GGUF file that the workers can read.")],
     chat_template: Annotated[
         Path | None, typer.Option(help="A Jinja file that replaces the model's own chat template.")
     ] = None,
-    wait: Annotated[bool, typer.Option(help="Return when the model is ready.")] = True,
+    wait: Annotated[bool, typer.Option(help="Wait until the model is ready.")] = True,
 ) -> None:
     """Register a base model (administrators). A worker converts it to safetensors and stores it."""
     api = connect(context)
@@ -52,14 +52,16 @@ class Technique(enum.StrEnum):
 def import_adapter(
     context: typer.Context,
     base: Annotated[str, typer.Argument(help="The base that it was trained on.")],
-    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What PEFT's save_pretrained wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="The folder that PEFT's save_pretrained wrote.")
+    ],
     suffix: Annotated[str | None, typer.Option(help="Part of the model's name.")] = None,
     technique: Annotated[
-        Technique, typer.Option(help="qlora: it was trained on the base in four bits, and answers on them.")
+        Technique, typer.Option(help="qlora: it was trained, and is served, on the base in four bits.")
     ] = Technique.LORA,
-    wait: Annotated[bool, typer.Option(help="Return when the model is ready.")] = True,
+    wait: Annotated[bool, typer.Option(help="Wait until the model is ready.")] = True,
 ) -> None:
-    """Make a LoRA adapter that was trained elsewhere a model of the project; prints the model's name."""
+    """Import a LoRA adapter that was trained elsewhere; print the new model's name."""
     api = connect(context)
     model = adapters.send(api, base, folder, suffix, technique.value)
     if wait:
@@ -100,7 +102,7 @@ def wait_until_ready(api: ApiClient, id: str, *, seconds: float = 3600) -> dict[
 
 @app.command("list")
 def list_models(context: typer.Context, json: AsJson = False) -> None:
-    """Bases and the project's own models."""
+    """List bases and the project's own models."""
     found = connect(context).call("GET", "/models", params={"status": "any"})["data"]
     if json:
         return output.as_json(found)
@@ -122,7 +124,7 @@ def _kind(model: dict[str, Any]) -> str:
 
 @app.command("engines")
 def list_engines(context: typer.Context, model: str) -> None:
-    """Commands that run a model elsewhere: plain PEFT or transformers, vLLM, llama.cpp, ollama."""
+    """Show commands that run a model elsewhere: plain PEFT or transformers, vLLM, llama.cpp, ollama."""
     for each in connect(context).call("GET", f"{downloads.model_route(model)}/engines")["data"]:
         output.note(f"# {each['engine']}" + (f": {each['files']}" if each["files"] else ""))
         output.console.print(each["command"], soft_wrap=True, markup=False)
@@ -130,7 +132,7 @@ def list_engines(context: typer.Context, model: str) -> None:
 
 @app.command("show")
 def show_model(context: typer.Context, model: str) -> None:
-    """One model's row, as JSON."""
+    """Show a model as JSON."""
     output.as_json(connect(context).call("GET", downloads.model_route(model)))
 
 
@@ -143,7 +145,7 @@ def download(
     ] = None,
     with_base: WithBase = False,
 ) -> None:
-    """Fetch a model's files and check their sha256."""
+    """Download a model's files and verify their sha256."""
     api = connect(context)
     found = api.call("GET", downloads.model_route(model))
     name = found["id"]
@@ -185,13 +187,14 @@ class Format(enum.StrEnum):
 def export_model(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A tuned model or a checkpoint.")],
-    format: Annotated[list[Format], typer.Option("--format", "-f", help="May be given several times.")],
+    format: Annotated[list[Format], typer.Option("--format", "-f", help="Repeatable.")],
     rows: Annotated[
-        str | None, typer.Option(help="A file's id: rows that prove a merge, in place of those of the model's job.")
+        str | None,
+        typer.Option(help="The id of a file of rows to verify a merge, instead of those of the model's job."),
     ] = None,
-    wait: Annotated[bool, typer.Option(help="Return when the files are there.")] = True,
+    wait: Annotated[bool, typer.Option(help="Wait until the files are ready.")] = True,
 ) -> None:
-    """Have a worker merge a model or write it as GGUF; `tunery models download` fetches the files."""
+    """Export a model on a worker: merged, FP8 or GGUF. `tunery models download` fetches the files."""
     api = connect(context)
     route = f"{downloads.model_route(model)}/exports"
     found = api.call("POST", route, json=_asked(format, rows))
@@ -229,12 +232,12 @@ def score(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="An adapter: imported, or of a job.")],
     test_file: Annotated[str, typer.Argument(help="The id of a file of rows that both models answer.")],
-    max_rows: Annotated[int | None, typer.Option(help="At most so many rows, from the file's start.")] = None,
-    general: Annotated[bool, typer.Option(help="The general benchmark too.")] = True,
-    unquantised: Annotated[bool, typer.Option(help="QLoRA: on the base in bf16 too.")] = False,
+    max_rows: Annotated[int | None, typer.Option(help="Maximum number of rows, from the file's start.")] = None,
+    general: Annotated[bool, typer.Option(help="Also score on the general benchmark.")] = True,
+    unquantised: Annotated[bool, typer.Option(help="QLoRA: also score on the base in bf16.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Have a worker compare an adapter with its base on test rows, without training it."""
+    """Score an adapter against its base on test rows, on a worker and without training."""
     api = connect(context)
     route = f"{downloads.model_route(model)}/scorecards"
     asked: dict[str, Any] = {"test_file": test_file, "general": {"enabled": general}}
@@ -259,7 +262,7 @@ def alias(context: typer.Context, alias: str, model: str) -> None:
 
 @app.command()
 def delete(context: typer.Context, models: list[str]) -> None:
-    """Delete tuned models; with an administrator's key also bases, and aliases (an alias alone, not its base)."""
+    """Delete tuned models; with an administrator's key also bases and aliases (without their bases)."""
     api = connect(context)
     for model in models:
         api.call("DELETE", downloads.model_route(model))

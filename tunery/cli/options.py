@@ -11,16 +11,15 @@ from tunery.spec import Columns
 
 ApiUrl = Annotated[
     str | None,
-    typer.Option(
-        "--api-url", envvar="TUNERY_API_URL", help="Where the API is.", show_default="the stack that runs here"
-    ),
+    typer.Option("--api-url", envvar="TUNERY_API_URL", help="The API's URL.", show_default="the stack that runs here"),
 ]
 ApiKey = Annotated[
-    str | None, typer.Option("--key", envvar="TUNERY_API_KEY", help="A project's key.", show_envvar=True)
+    str | None, typer.Option("--key", envvar="TUNERY_API_KEY", help="A project's API key.", show_envvar=True)
 ]
-Home = Annotated[Path, typer.Option(help="The local stack that commands talk to by default.")]
+Home = Annotated[Path, typer.Option(help="The local stack that commands use by default.")]
 ColumnNames = Annotated[
-    str | None, typer.Option(help="Columns with other names: prompt=Frage,completion=Antwort.", show_default="by name")
+    str | None,
+    typer.Option(help="Columns with other names, such as prompt=Frage,completion=Antwort.", show_default="by name"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
 

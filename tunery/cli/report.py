@@ -39,13 +39,13 @@ def make(path: Path, against: str | None, *, base: str | None, max_tokens: int) 
 def existing(option: str, value: str | None) -> Path | None:
     """Returns the path that an option names. Raises BadParameter where nothing is there."""
     if value is not None and not Path(value).exists():
-        raise typer.BadParameter(f"{option} {value}: there is no such file here, as there is of the first.")
+        raise typer.BadParameter(f"{option} {value}: no such file. It must be a local file like the first one.")
     return None if value is None else Path(value)
 
 
 def no_such_file(file: str) -> typer.BadParameter:
     """Returns the error for what is neither a file here nor the id of one."""
-    return typer.BadParameter(f"{file}: there is no such file here, and ids begin with {ids.FILE}")
+    return typer.BadParameter(f"{file}: no such file, and ids begin with {ids.FILE}")
 
 
 def fetch(api: ApiClient, file: str, **query: str | None) -> dict[str, Any]:
@@ -67,10 +67,10 @@ _LINES = 8
 def print_report(said: Mapping[str, Any], name: str) -> None:
     """Prints the whole report."""
     findings, rows = said["findings"], said["rows_named"]
-    what = f": {rows:,} named in {len(findings):,} findings" if rows else ": nothing found"
+    what = f": {len(findings):,} findings in {rows:,} of them" if rows else ", no findings"
     output.console.print(Text.assemble((name, "bold"), f" has {said['rows']:,} rows{what}."), soft_wrap=True)
     if said["reason"]:
-        output.console.print(Text(f"No job can take it: {said['reason']}", style="red"), soft_wrap=True)
+        output.console.print(Text(f"It cannot be used for training: {said['reason']}", style="red"), soft_wrap=True)
     for line in _figures(said["figures"]):
         output.console.print(Text(line, style="dim"), soft_wrap=True)
     for kind, title in TITLES.items():
@@ -82,18 +82,18 @@ def _figures(figures: Mapping[str, Any]) -> Iterator[str]:
     if diversity := figures.get("diversity"):
         yield (
             f"{diversity['prompts']:,} different prompts, effectively {diversity['effective_prompts']:,.0f}; "
-            f"the largest group of like ones has {diversity['largest_cluster']:.0%} of the rows."
+            f"the largest group of similar ones has {diversity['largest_cluster']:.0%} of the rows."
         )
     for part, mix in mixes(figures).items():
         yield f"Languages of the {part}: {mix}."
     if answers := figures.get("answers"):
-        said = f"{answers['loss']} nats a token (median; {answers['loss_without_question']} without the question)"
-        yield f"The base has judged {answers['judged']:,} answers, whose loss is {said}."
+        said = f"{answers['loss']} nats per token (median; {answers['loss_without_question']} without the question)"
+        yield f"The base scored {answers['judged']:,} answers, with a loss of {said}."
     if (tokens := figures.get("tokens")) and tokens["spreads"]:
         row = tokens["spreads"]["row"]
         yield f"Rows have {row['p50']:,} tokens (median; 99 %: {row['p99']:,}; longest: {row['max']:,})."
         cuts = [f"{cut['length']:,}: {cut['share']:.1%}" for cut in tokens["lengths"]]
-        yield f"Rows that a length cuts: {', '.join(cuts)}."
+        yield f"Rows cut by a length limit: {', '.join(cuts)}."
 
 
 def _print_kind(title: str, findings: Sequence[Mapping[str, Any]]) -> None:

@@ -122,7 +122,7 @@ def _put(body: Body, origins: dict[str, str], origin: str, path: str, value: Any
 
 
 def _contradiction(second: str, first: str, path: str) -> Refused:
-    return Refused(message=f"{first} and {second} contradict each other about '{path}'. Give one of them.")
+    return Refused(message=f"{first} and {second} contradict each other about '{path}'. Give only one of them.")
 
 
 # --- checking -----------------------------------------------------------------------------------------------------
@@ -146,7 +146,9 @@ def local_files(body: Body) -> dict[FileRole, Path]:
         if path.is_file():
             found[role] = path
         elif not name.startswith("file-"):
-            raise Refused(message=f"There is no file {name}. Name one of rows, or an uploaded one's id (file-...).")
+            raise Refused(
+                message=f"There is no file {name}. Give a file of rows, or the id of an uploaded one (file-...)."
+            )
     return found
 
 

@@ -13,13 +13,13 @@ from tunery.cli.options import AsJson, connect
 
 ROOT = "/fine_tuning/jobs"
 _WEIGHTS = ".safetensors"
-Tolerance = Annotated[float | None, typer.Option(help="Most relative difference of a loss.", show_default="0.005")]
+Tolerance = Annotated[float | None, typer.Option(help="Maximum relative difference of a loss.", show_default="0.005")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="A field that is to be another: name=JSON or a.b=JSON, as in jobs create."),
+    typer.Option("--set", help="A field to change: name=JSON or a.b=JSON, as in jobs create; repeatable."),
 ]
 Watch = Annotated[
-    bool, typer.Option("--watch", "--wait", "-w", help="Stay until it ends; exit status 1 unless it succeeds.")
+    bool, typer.Option("--watch", "--wait", "-w", help="Wait for its end; exit status 1 unless it succeeds.")
 ]
 
 
@@ -31,7 +31,7 @@ def rerun(
     watch: Watch = False,
     json: AsJson = False,
 ) -> None:
-    """Start a job like an earlier one: its files, its seed and the numbers that were decided, but for what is set."""
+    """Start a job with the files, seed and decided settings of an earlier one, except for the given changes."""
     api = connect(context)
     again = start(api, job, {"seed": seed}, set or [])
     if json:
@@ -60,7 +60,7 @@ def reproduce(
     job: str,
     wait: Annotated[
         bool,
-        typer.Option("--wait", "--watch", "-w", help="Stay until it ends, and compare: exit status 1 if it differs."),
+        typer.Option("--wait", "--watch", "-w", help="Wait for its end and compare: exit status 1 if it differs."),
     ] = False,
     tolerance: Tolerance = None,
     json: AsJson = False,
@@ -79,7 +79,7 @@ def reproduce(
 
 
 def reproduction(context: typer.Context, job: str, tolerance: Tolerance = None, json: AsJson = False) -> None:
-    """Compare a rerun with the job that it runs again. Exit status 1 unless it is reproduced."""
+    """Compare a rerun with its original job. Exit status 1 unless it is reproduced."""
     _show(connect(context), job, tolerance, json)
 
 
@@ -99,7 +99,7 @@ def _show(api: ApiClient, job: str, tolerance: float | None, json: bool) -> None
     if json:
         output.as_json(found)
     elif found["status"] == "pending":
-        output.note(f"{job} and {found['rerun_of']} have not both ended: `tunery jobs watch {job}` waits.")
+        output.note(f"{job} and {found['rerun_of']} have not both ended. Wait with `tunery jobs watch {job}`.")
     else:
         _print(found)
     if found["status"] != "reproduced":
@@ -112,7 +112,7 @@ def _print(found: dict[str, Any]) -> None:
     pairs = [pair for part in parts for pair in found[part]]
     output.note("equal: " + ", ".join(_equal(pairs)))
     if unknown := [pair["name"] for pair in pairs if pair["equal"] is None]:
-        output.note("not known of both: " + ", ".join(unknown))
+        output.note("not known for both: " + ", ".join(unknown))
     different = [pair for pair in pairs if pair["equal"] is False]
     if different:
         rows = ((pair["name"], _short(pair["original"]), _short(pair["rerun"])) for pair in different)

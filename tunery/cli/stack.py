@@ -37,9 +37,7 @@ def up(home: Path, *, port: int, gguf: Path | None) -> None:
             _welcome(stack, console)
             _supervise(stack)
         except KeyboardInterrupt:
-            console.print(
-                "\nStopping; a running job is saved first and goes on with the next `tunery up`.", style="dim"
-            )
+            console.print("\nStopping; a running job is saved and continues with the next `tunery up`.", style="dim")
         finally:
             with undisturbed():
                 stack.stop()
@@ -78,7 +76,7 @@ def register(stack: Stack, gguf: Path | None, console: Console) -> None:
 def add_base(api: ApiClient, gguf: Path | None, console: Console) -> None:
     """Adds SmolLM2 and waits until it is ready. `gguf` None: it was registered before."""
     report = Reporter(console)
-    with console.status(f"a worker unpacks {SMOLLM2.id}"):
+    with console.status(f"a worker converts {SMOLLM2.id}"):
         if gguf is not None:
             model_commands.add_base(api, SMOLLM2.id, str(gguf))
         model_commands.wait_until_ready(api, SMOLLM2.id)  # minutes on a busy machine
@@ -90,7 +88,7 @@ def _show_key(stack: Stack, console: Console) -> None:
     if not stack.first_key:
         console.print("\nThe first key was shown earlier; `tunery keys create` makes another.\n")
         return
-    console.print("\nThe first key (an administrator's), shown this once:\n")
+    console.print("\nThe first key (an administrator's), shown only once:\n")
     console.print(f"  export TUNERY_API_KEY={stack.first_key} TUNERY_API_URL={stack.api_url}", soft_wrap=True)
     console.print(f"  export OPENAI_BASE_URL={stack.api_url}/v1 OPENAI_API_KEY=$TUNERY_API_KEY\n", soft_wrap=True)
 
@@ -108,10 +106,10 @@ def down(home: Path) -> None:
     console = Console(highlight=False)
     owner = lock.owner(home)
     if owner is None:
-        console.print(f"Nothing runs in {home}.", style="dim")
+        console.print(f"No stack runs in {home}.", style="dim")
         return
     os.kill(owner, signal.SIGTERM)
-    with console.status("stopping; a running job is saved first"):
+    with console.status("stopping; a running job is saved"):
         gone = processes.wait_until(lambda: not lock.is_held(home), seconds=180, alive=lambda: True)
     if not gone:
         raise StillRunning(home=home, pid=owner)

@@ -32,7 +32,7 @@ def why_nothing(job: dict[str, Any]) -> str:
     """Returns why a job has not made what was asked for, as the end of a sentence."""
     reason = (job.get("error") or {}).get("message")
     text = f"it {job['status']}. {reason}" if reason else f"it is {job['status']}."
-    return f"{text} `{_NEXT.get(job['status'], 'tunery jobs events {id}').format(id=job['id'])}` says more."
+    return f"{text} `{_NEXT.get(job['status'], 'tunery jobs events {id}').format(id=job['id'])}` has the details."
 
 
 def _run(job: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -125,10 +125,10 @@ def _general(score: dict[str, Any] | None) -> list[tuple[str, Any]]:
 
 
 def _forgetting(moved: dict[str, Any]) -> str:
-    """`KL 0.120 (0.101 to 0.143) nats a token, loss 2.310 -> 2.290 on 100 general prompts`"""
+    """`KL 0.120 (0.101 to 0.143) nats per token, loss 2.310 -> 2.290 on 100 general prompts`"""
     low, high, before, after = (moved[name] for name in ("kl_low", "kl_high", "base_nll", "tuned_nll"))
     return (
-        f"KL {moved['kl']:.3f} ({low:.3f} to {high:.3f}) nats a token, loss {before:.3f} -> {after:.3f} on "
+        f"KL {moved['kl']:.3f} ({low:.3f} to {high:.3f}) nats per token, loss {before:.3f} -> {after:.3f} on "
         f"{moved['prompts']} general prompts"
     )
 

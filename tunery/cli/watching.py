@@ -49,7 +49,7 @@ def watch(api: ApiClient, job: str, *, known: Iterable[str] = ()) -> None:
                     break
                 time.sleep(1)
     except KeyboardInterrupt:
-        output.errors.print(f"\nThe job goes on. `tunery jobs watch {job}` comes back to it.", style="dim")
+        output.errors.print(f"\nThe job continues. Watch it again with `tunery jobs watch {job}`.", style="dim")
         raise typer.Exit(130) from None
     output.warnings(text for text in found["warnings"] if not any(_same(text, other) for other in known))
     _tell_end(found, progress)

@@ -8,7 +8,7 @@ import typer
 from tunery.cli import output
 from tunery.cli.options import AsJson, connect
 
-app = typer.Typer(no_args_is_help=True, help="Receivers of events when a job ends.")
+app = typer.Typer(no_args_is_help=True, help="Endpoints that receive events, such as a job's end.")
 ROOT = "/webhook_endpoints"
 
 Endpoint = Annotated[str, typer.Argument(help="The endpoint's id (we_...).")]
@@ -17,21 +17,23 @@ Endpoint = Annotated[str, typer.Argument(help="The endpoint's id (we_...).")]
 @app.command()
 def create(
     context: typer.Context,
-    url: Annotated[str, typer.Argument(help="Where messages go, https and public unless the operator allows more.")],
-    name: Annotated[str, typer.Option(help="What people will know it by.")] = "webhook",
+    url: Annotated[
+        str, typer.Argument(help="The receiver's URL: https and public, unless the operator allows others.")
+    ],
+    name: Annotated[str, typer.Option(help="A name for people.")] = "webhook",
     event: Annotated[list[str] | None, typer.Option(help="An event's type; repeatable.", show_default="all")] = None,
 ) -> None:
-    """Make an endpoint; its signing secret is shown this once."""
+    """Create an endpoint; its signing secret is shown only once."""
     api = connect(context)
     types = event or api.call("GET", "/webhook_event_types")["data"]
     made = api.call("POST", ROOT, json={"name": name, "url": url, "event_types": types})
-    output.note(f"{made['id']} gets {', '.join(types)}. Its signing secret, shown this once:")
+    output.note(f"{made['id']} receives {', '.join(types)}. Its signing secret, shown only once:")
     output.console.print(made["signing_secret"], soft_wrap=True)
 
 
 @app.command("list")
 def list_endpoints(context: typer.Context, limit: int = 50, json: AsJson = False) -> None:
-    """The project's endpoints, newest first."""
+    """List the project's endpoints, newest first."""
     found = connect(context).pages(ROOT, limit=limit)
     if json:
         return output.as_json(found)
@@ -52,7 +54,7 @@ def _cells(endpoint: dict[str, Any]) -> Sequence[Any]:
 
 @app.command("show")
 def show_endpoint(context: typer.Context, endpoint: Endpoint) -> None:
-    """One endpoint's row, as JSON; `disabled_reason` says why nothing is sent any more."""
+    """Show an endpoint as JSON; `disabled_reason` says why it is disabled."""
     output.as_json(connect(context).call("GET", f"{ROOT}/{endpoint}"))
 
 
@@ -62,7 +64,7 @@ def send_test(
     endpoint: Endpoint,
     event: Annotated[str, typer.Option(help="Its type.")] = "fine_tuning.job.succeeded",
 ) -> None:
-    """Send a made-up event once."""
+    """Send a test event once."""
     answer = connect(context).call("POST", f"{ROOT}/{endpoint}/test", json={"event_type": event})
     output.done(f"the receiver answered {answer['status_code']}")
 
@@ -71,12 +73,12 @@ def send_test(
 def rotate(
     context: typer.Context,
     endpoint: Endpoint,
-    keep_old: Annotated[bool, typer.Option("--keep-old", help="The old secret signs too for 24 hours.")] = False,
+    keep_old: Annotated[bool, typer.Option("--keep-old", help="The old secret also signs for 24 hours.")] = False,
 ) -> None:
-    """Make a new signing secret, shown this once."""
+    """Create a new signing secret, which is shown only once."""
     body = {"keep_old_secret_active_for_24_hours": keep_old}
     made = connect(context).call("POST", f"{ROOT}/{endpoint}/rotate_secret", json=body)
-    output.note("Shown this once:")
+    output.note("Shown only once:")
     output.console.print(made["signing_secret"], soft_wrap=True)
 
 

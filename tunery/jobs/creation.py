@@ -35,8 +35,8 @@ from tunery.spec import (
 )
 
 TEST_IS_TRAINING = (
-    "The test file {file} equals the training file: its scorecard would measure memory, not learning. Name rows that "
-    "are not trained on, or set 'allow_test_on_training_file' to true."
+    "The test file {file} equals the training file: the scorecard would measure memorisation, not learning. Use rows "
+    "that are not trained on, or set 'allow_test_on_training_file' to true."
 )
 _ADAPTER = ("r", "alpha", "target_modules", "use_rslora", "use_dora", "modules_to_save", "trainable_token_indices")
 _FOUR_BITS = ("quant_type", "double_quant")
@@ -138,10 +138,12 @@ def _check_unquantised(request: JobRequest) -> None:
         return
     reason = None
     if request.evaluation.test_file is None:
-        reason = "it is a part of the scorecard, which needs a test file. Send evaluation.test_file too."
+        reason = "it is part of the scorecard, which needs a test file. Send evaluation.test_file too."
     elif request.technique is not None and not isinstance(request.technique, Qlora):
         kind = request.technique.type
-        reason = f"the base of {kind} is not quantised, and is scored as it is. Leave it out, or choose qlora."
+        reason = (
+            f"the base of {kind} is not quantised, so there is nothing else to score. Leave it out, or choose qlora."
+        )
     if reason is not None:
         raise InvalidValue(param="evaluation.unquantised", reason=reason)
 
@@ -152,7 +154,7 @@ def _check_gate(request: JobRequest) -> None:
     if gate is None:
         return
     if request.evaluation.test_file is None:
-        reason = "a gate is held against the scorecard, which needs a test file. Send evaluation.test_file too."
+        reason = "a gate is checked against the scorecard, which needs a test file. Send evaluation.test_file too."
         raise InvalidValue(param="gate", reason=reason)
     if gate.max_general_drop is not None and not general.enabled:
         reason = "it needs the general benchmark. Leave evaluation.general.enabled true, or leave this limit out."
@@ -169,21 +171,21 @@ def _check_task_rows(request: JobRequest) -> None:
         raise InvalidValue(param=param, reason=f"'{param}' are rows of a validation file. Send a validation_file too.")
     stopping = request.early_stopping
     if stopping is not None and stopping.metric == "task" and not request.evaluation.task_rows:
-        reason = "'early_stopping.metric' task needs the task's score. Send evaluation.task_rows too, such as 64."
+        reason = "'early_stopping.metric' 'task' needs the task's score. Send evaluation.task_rows too, such as 64."
         raise InvalidValue(param="early_stopping.metric", reason=reason)
 
 
 def _check_replay(request: JobRequest, chosen: MethodOptions) -> None:
     """Raises InvalidValue for replay, whose rows are chats, with a method that does not learn from chats."""
     if request.replay is not None and chosen.type != "supervised":
-        reason = f"replay adds chats, and method '{chosen.type}' learns other rows. Leave replay out."
+        reason = f"replay adds chat rows, but method '{chosen.type}' learns from other rows. Leave replay out."
         raise InvalidValue(param="replay", reason=reason)
 
 
 def _check_paged(technique: Full) -> None:
     """Raises InvalidValue for bf16 weights: their optimizer has its own 8-bit moments and cannot page them."""
     if technique.weights_dtype == "bfloat16":
-        reason = "A full fine-tune in bfloat16 cannot page its moments, which have 8 bits already. Use 'adamw'."
+        reason = "A full fine-tune in bfloat16 cannot page its moments, which already have 8 bits. Use 'adamw'."
         raise InvalidValue(param="optimizer", reason=reason)
 
 
@@ -256,7 +258,7 @@ def _technique_of(session: Session, parent: Model) -> Technique:
         return imported
     made_by = session.get(Job, parent.job_id) if parent.job_id else None
     if made_by is None or made_by.plan is None:
-        what = f"Training on from '{parent.id}', of which no job is recorded,"
+        what = f"Training on from '{parent.id}', which no job of this server trained,"
         raise Unsupported(param="model", what=what, instead=f"Start from its base, '{parent.base_id}'.")
     return Plan.model_validate(made_by.plan).technique
 
@@ -324,4 +326,4 @@ def _echo(integration: dict[str, Any], job_id: str) -> dict[str, Any]:
 
 
 def _remarks(rerun_of: Job | None) -> list[tuple[str, str]]:
-    return [] if rerun_of is None else [("info", f"The job runs {rerun_of.id} again")]
+    return [] if rerun_of is None else [("info", f"This job is a rerun of {rerun_of.id}")]

@@ -23,13 +23,13 @@ def publish(session: Session, caller: Caller, job_id: str, *, reason: str) -> Jo
             id=job_id,
             state=job.state,
             action="published",
-            instead="Only a model that is withheld can be.",
+            instead="Only a withheld model can be published.",
         )
     published = {"reason": reason, "key": caller.key_id, "at": int(db.now(session).timestamp())}
     for name, found in (("gate", job.gate), ("served", job.served)):
         if found is not None and found["withheld"]:
             setattr(job, name, {**found, "published": published})
     registry.publish(session, job.id)
-    message = f"The model {job.tuned_model} is published all the same by key {caller.key_id}: {reason}"
+    message = f"The withheld model {job.tuned_model} was published by key {caller.key_id}: {reason}"
     ledger.note(session, job.id, message, level="warn", data={"published": published})
     return job

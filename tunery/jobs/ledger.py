@@ -116,7 +116,9 @@ def submit(session: Session, job: Job, *, messages: Sequence[tuple[str, str]] = 
             select(func.count()).where(Job.project_id == project.id, Job.state.in_(LIVE - {State.RUNNING}))
         )
         if (waiting or 0) >= project.max_queued:
-            raise QuotaExceeded(what=f"This project has {waiting} waiting jobs, and may have {project.max_queued}.")
+            raise QuotaExceeded(
+                what=f"This project has {waiting} waiting jobs and may have at most {project.max_queued}."
+            )
     job.id = job.id or ids.new(ids.JOB)
     session.add(job)
     session.flush()
@@ -143,7 +145,8 @@ def earlier_request(
         if job is not None and job.request_sha256 != request_sha256:
             raise InvalidValue(
                 param="Idempotency-Key",
-                reason=f"This Idempotency-Key was sent before with another request (job '{job.id}'). Use a new key.",
+                reason=f"This Idempotency-Key was already used for a different request (job '{job.id}'). Use a new "
+                "key.",
             )
         return job
     if not is_retry:
@@ -169,7 +172,7 @@ def cancel(session: Session, project_id: str, job_id: str) -> Job:
             id=job_id,
             state=job.state,
             action="cancelled",
-            instead="Only jobs that have not ended can.",
+            instead="Only unfinished jobs can be.",
         )
     move(session, job, State.CANCELLED, message="The job was cancelled", fence=job.fence + 1)
     return job

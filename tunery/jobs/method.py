@@ -27,7 +27,7 @@ def read(request: JobRequest) -> tuple[MethodOptions, Hyperparameters]:
         raise InvalidValue(param=f"method.{other}", reason=reason)
     options, inner = _under_its_name(request.method, kind)
     if inner is not None and request.hyperparameters is not None and inner != request.hyperparameters:
-        reason = f"'hyperparameters' and 'method.{name}.hyperparameters' differ. Send the second only."
+        reason = f"'hyperparameters' and 'method.{name}.hyperparameters' differ. Send only the second."
         raise InvalidValue(param="hyperparameters", reason=reason)
     return options, inner or request.hyperparameters or Hyperparameters()
 

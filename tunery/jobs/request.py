@@ -99,13 +99,13 @@ MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 class OpenAIRequest(Part):
     """OpenAI's fields of a request."""
 
-    model: str = Field(min_length=1, description="A base or fine-tuned model: id, alias or the base's hub id")
-    training_file: str = Field(min_length=1, description="A file of purpose fine-tune")
+    model: str = Field(min_length=1, description="A base or fine-tuned model: its id, alias or the base's hub id")
+    training_file: str = Field(min_length=1, description="A file with the purpose fine-tune")
     validation_file: str | None = None
     method: Method | None = Field(None, description="Absent: supervised")
     hyperparameters: Hyperparameters | None = Field(None, description="Deprecated: method.supervised.hyperparameters")
     suffix: str | None = Field(None, min_length=1, max_length=64, description="Part of the new model's name")
-    seed: Seed | None = Field(None, description="Absent: drawn, and shown in the job")
+    seed: Seed | None = Field(None, description="Absent: chosen at random, and shown in the job")
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
     integrations: list[Integration] | None = Field(None, max_length=5)
 
@@ -115,8 +115,10 @@ class JobRequest(RequestedOptions, OpenAIRequest):
 
     # `TrainingOptions` has another default, for jobs of older releases: their snapshots depend on cut rows.
     cut_answers: CutAnswers = Field("limit", description=RequestedOptions.model_fields["cut_answers"].description)
-    priority: Int = Field(0, ge=-10, le=10, description="Higher goes first")
-    dry_run: bool = Field(False, description="Only try: answers what the job would be, and stores nothing")
+    priority: Int = Field(0, ge=-10, le=10, description="Jobs with a higher priority run first")
+    dry_run: bool = Field(False, description="Check only: returns what the job would be, and stores nothing")
     allow_test_on_training_file: bool = Field(
-        False, description="Take a test file that equals the training file, whose scorecard measures memory alone"
+        False,
+        description="Accept a test file that equals the training file, so that the scorecard measures only "
+        "memorisation",
     )

@@ -88,14 +88,14 @@ def authenticate(session: Session, secret: str | None) -> Caller:
     The digest is looked up, not compared in a loop: equal digests need the key itself, so timing reveals nothing.
     """
     if not secret:
-        raise Unauthenticated(reason="No API key was sent.")
+        raise Unauthenticated(reason="The request has no API key.")
     if not is_well_formed(secret):
-        raise Unauthenticated(reason="The API key sent is not one of this server's: its form or checksum is wrong.")
+        raise Unauthenticated(reason="The API key does not belong to this server: its form or checksum is wrong.")
     row = session.execute(
         select(Key, Project).join(Project, Project.id == Key.project_id).where(Key.sha256 == _digest(secret))
     ).one_or_none()
     if row is None or row.Key.revoked_at or row.Project.revoked_at:
-        raise Unauthenticated(reason="The API key sent is unknown or was revoked.")
+        raise Unauthenticated(reason="The API key is unknown or has been revoked.")
     _note_use(session, row.Key)
     return Caller(row.Key.id, row.Project.id, row.Project.name, row.Key.admin)
 

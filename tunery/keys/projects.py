@@ -11,7 +11,7 @@ from tunery.keys.model import Project
 def create_project(session: Session, name: str, **caps: int | None) -> Project:
     """Creates a project. `caps`: values of its limit columns. Raises InvalidValue if a live project has the name."""
     if session.scalar(select(Project).where(Project.name == name, Project.revoked_at.is_(None))):
-        raise InvalidValue(param="name", reason=f"A project named '{name}' exists. Choose another name.")
+        raise InvalidValue(param="name", reason=f"A project named '{name}' already exists. Choose another name.")
     project = Project(id=ids.new(ids.PROJECT), name=name, **caps)
     session.add(project)
     session.flush()

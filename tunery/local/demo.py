@@ -129,7 +129,7 @@ class _Story:
 
     def _add_base(self) -> None:
         report = Reporter(self.console)
-        with self.console.status(f"a worker unpacks {self.base.id}"):
+        with self.console.status(f"a worker converts {self.base.id}"):
             model = self._post("/models", self.base.registration())
             while model["status"] == "processing":
                 time.sleep(0.5)
@@ -205,7 +205,7 @@ class _Story:
         refused = (
             f" ({len(self.receiver.refused)} refused: {self.receiver.refused[0]})" if self.receiver.refused else ""
         )
-        self.proof.add(f"the webhook came and its signature is right{refused}", arrived)
+        self.proof.add(f"the webhook arrived with a valid signature{refused}", arrived)
 
     def _show_score(self, job: dict[str, Any]) -> None:
         score = job.get("scorecard")
@@ -268,7 +268,7 @@ class _Story:
     def _fetch(self, job_id: str, path: str, folder: Path) -> str:
         relative = PurePosixPath(path)
         if relative.is_absolute() or ".." in relative.parts:
-            raise DemoFailed(reason=f"The server names a file outside the folder: {path}")
+            raise DemoFailed(reason=f"The server listed a file outside the folder: {path}")
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         content = self.client.get(f"/fine_tuning/jobs/{job_id}/artifacts/{path}", cast_to=bytes)
@@ -291,7 +291,7 @@ def _repeat_with_plain_peft(home: Path, console: Console, proof: Proof) -> None:
     questions = "".join(json.dumps({"messages": row["messages"]}) + "\n" for row in scored)
     bases = [path.parent for path in (home / "models").glob("*/config.json")]
     if len(bases) != 1:
-        raise DemoFailed(reason=f"{home}/models should hold one base model and holds {len(bases)}.")
+        raise DemoFailed(reason=f"{home}/models should contain one base model, but contains {len(bases)}.")
     with console.status(f"plain peft answers {len(scored)} of the rows again"):
         answers = _answers_of_plain_peft(bases[0], home, questions)
     equal = sum(row["tuned"] == answer for row, answer in zip(scored, answers, strict=False))

@@ -19,19 +19,22 @@ def ask(session: Session, model: Model, asked: Export, rows_file: str | None = N
     Raises InvalidValue, Unsupported, WrongState.
     """
     if model.kind == "base":
-        instead = "Name a fine-tuned model; a base's own files are its export."
+        instead = "Name a fine-tuned model: a base needs no export."
         raise Unsupported(param="model", what=f"An export of the base '{model.id}'", instead=instead)
     if not asked.is_asked:
-        raise InvalidValue(param="merged", reason="Nothing is asked for. Send merged, fp8, gguf or adapter_gguf.")
+        raise InvalidValue(param="merged", reason="The export is empty. Set merged, fp8, gguf or adapter_gguf.")
     if model.technique == "full" and (asked.merged or asked.adapter_gguf):
         param = "merged" if asked.merged else "adapter_gguf"
         raise InvalidValue(param=param, reason=f"A full fine-tune has no adapter. Leave {param} out.")
     if rows_file is None and model.job_id is None and asked.needs_merge:
-        reason = f"No job made '{model.id}', so no rows are known that prove its merge. Name a file of such rows."
+        reason = (
+            f"No job trained '{model.id}', so there are no rows to verify its merge. Name a file of rows as "
+            "'rows_file'."
+        )
         raise InvalidValue(param="rows_file", reason=reason)
     session.refresh(model, with_for_update=True)
     if model.export is not None and model.export["status"] == QUEUED:
-        instead = "Wait for the first export."
+        instead = "Wait until the running export has ended."
         raise WrongState(kind="Model", id=model.id, state="being exported", action="exported again", instead=instead)
     model.export = {"status": QUEUED, "asked": asked.model_dump(), "rows_file": rows_file, "results": [], "error": None}
     session.flush()

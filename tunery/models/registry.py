@@ -116,10 +116,10 @@ def register_base(session: Session, *, name: str, source: str, chat_template: st
     _take_turns(session, name)
     taken = session.get(Model, name)
     if session.get(Alias, name) or (taken and taken.status != "error" and taken.deleted_at is None):
-        raise InvalidValue(param="id", reason=f"A model named '{name}' exists. Choose another id.")
+        raise InvalidValue(param="id", reason=f"A model named '{name}' already exists. Choose another id.")
     if taken and taken.manifest_sha256 is not None:
         # Jobs and tuned models refer to their base by its id, so the id must never get other weights.
-        reason = f"'{name}' was the id of a base that was deleted, and names its weights for good. Choose another id."
+        reason = f"'{name}' was the id of a deleted base and is not reused. Choose another id."
         raise InvalidValue(param="id", reason=reason)
     model = taken or Model(id=name, kind="base", prefix="")
     model.source, model.chat_template = source, chat_template
@@ -155,9 +155,11 @@ def add_alias(session: Session, alias: str, model: Model) -> Alias:
     check_slug(alias, "alias")
     _take_turns(session, alias)
     if session.get(Model, alias):
-        raise InvalidValue(param="alias", reason=f"'{alias}' is a model's own id. Choose another alias.")
+        raise InvalidValue(param="alias", reason=f"'{alias}' is the id of a model. Choose another alias.")
     if model.kind != "base":
-        raise InvalidValue(param="model", reason=f"'{model.id}' is not a base model: aliases name bases.")
+        raise InvalidValue(
+            param="model", reason=f"'{model.id}' is not a base model, and only bases have aliases. Name a base."
+        )
     row = session.get(Alias, alias) or Alias(alias=alias)
     row.model_id = model.id
     session.add(row)
@@ -228,7 +230,7 @@ def remove_alias(session: Session, model: Model, alias: str) -> None:
     """Removes an alias of a base. Raises InvalidValue for its hub id, which is not an alias."""
     row = session.get(Alias, alias)
     if row is None:
-        reason = f"'{alias}' is where the base '{model.id}' came from. To delete that base, name it '{model.id}'."
+        reason = f"'{alias}' is the source of the base '{model.id}'. To delete that base, use its id '{model.id}'."
         raise InvalidValue(param="model", reason=reason)
     session.delete(row)
     session.flush()

@@ -15,20 +15,20 @@ from tunery.spec import Evaluation
 def ask(session: Session, model: Model, evaluation: Evaluation) -> None:
     """Queues a scorecard, replacing the model's last one. Raises InvalidValue, Unsupported, WrongState."""
     if model.kind == "base" or model.technique == "full":
-        what, instead = f"A scorecard of '{model.id}' alone", "Name an adapter, which is compared with its base."
+        what, instead = f"A scorecard of '{model.id}' alone", "Name an adapter: it is compared with its base."
         raise Unsupported(param="model", what=what, instead=instead)
     if evaluation.test_file is None:
         raise InvalidValue(param="evaluation.test_file", reason="Name the file whose rows both models answer.")
     for name in ("every_steps", "task_rows"):
         if name in evaluation.model_fields_set:
-            reason = f"Nothing is trained, so evaluation.{name} says nothing. Leave it out."
+            reason = f"Nothing is trained, so evaluation.{name} has no effect. Leave it out."
             raise InvalidValue(param=f"evaluation.{name}", reason=reason)
     if evaluation.unquantised and model.technique != "qlora":
-        reason = "The adapter's base is not quantised, and is scored as it is. Leave it out."
+        reason = "The adapter's base is not quantised, so there is nothing else to score. Leave it out."
         raise InvalidValue(param="evaluation.unquantised", reason=reason)
     session.refresh(model, with_for_update=True)
     if model.scoring is not None and model.scoring["status"] == QUEUED:
-        instead = "Wait for the first scorecard."
+        instead = "Wait until the running scorecard has ended."
         raise WrongState(kind="Model", id=model.id, state="being scored", action="scored again", instead=instead)
     asked = evaluation.model_dump(mode="json")
     model.scoring = {"status": QUEUED, "evaluation": asked, "scorecard": None, "error": None}

@@ -22,12 +22,12 @@ class Advice(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     recommendation: Choice
-    reasons: list[Reason] = Field(description="The rule that decided, and what holds besides")
+    reasons: list[Reason] = Field(description="The deciding rule, then further reasons")
     rows: Rows
     suggestions: list[Suggestion] = Field(description="For a run on the usable rows")
     warnings: list[str]
     cards: list[CardFit] = Field(
-        default_factory=list, description="Known cards, and whether each holds the run; empty without a base"
+        default_factory=list, description="Known cards, and whether the run fits on each; empty without a base"
     )
     settings: dict[str, JsonValue] = Field(
         description="The suggestions that differ from the defaults, as fields of a request for a job"

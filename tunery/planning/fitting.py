@@ -18,10 +18,10 @@ class StepPlan(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    tokens: int = Field(description="Of the largest micro-batch")
-    recompute: bool = Field(description="Whether the backward pass makes activations again instead of keeping them")
-    allocated: int = Field(description="Bytes that the allocator has given out at the peak")
-    bytes: int = Field(description="With what the process takes beside them")
+    tokens: int = Field(description="Tokens of the largest micro-batch")
+    recompute: bool = Field(description="Whether the backward pass recomputes activations instead of storing them")
+    allocated: int = Field(description="Peak of the bytes given out by the allocator")
+    bytes: int = Field(description="The same, with the memory of the process itself")
 
     @classmethod
     def of(cls, found: Expected) -> "StepPlan":
@@ -39,10 +39,10 @@ class CardFit(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str
-    bytes: int = Field(description="That a process finds there, about")
+    bytes: int = Field(description="Approximate memory available to a process")
     verdict: Verdict
-    plan: StepPlan | None = Field(description="Null where the estimate finds none")
-    change: str | None = Field(description="The cheapest change by which it fits; null where it does")
+    plan: StepPlan | None = Field(description="Null if the estimate finds none")
+    change: str | None = Field(description="The cheapest change that makes the run fit; null if it fits")
 
 
 def on_cards(model_info: Mapping[str, Any], technique: Technique, **of_run: Any) -> list[CardFit]:

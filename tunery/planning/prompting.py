@@ -52,7 +52,7 @@ class Prompts(_Part):
     variants: list[Variant]
     examples: int
     left_out: int
-    limit: int = Field(description="Tokens that an answer may have")
+    limit: int = Field(description="Token limit of an answer")
 
 
 class AnswerOrder(_Part):
@@ -80,10 +80,10 @@ class PromptScore(_Part):
     shots: int
     nearest: bool
     rows: int = 0
-    primary: str | None = Field(None, description="The metric to reach for first")
+    primary: str | None = Field(None, description="The task's primary metric")
     metrics: dict[str, Figure] = Field(default_factory=dict)
-    prompt_tokens: float | None = Field(None, description="Mean of a request")
-    answer_tokens: float | None = Field(None, description="Mean of an answer")
-    p50_seconds: float | None = Field(None, description="Median time of a request that is alone")
-    device: str | None = Field(None, description="What answered, where it was here")
+    prompt_tokens: float | None = Field(None, description="Mean per request")
+    answer_tokens: float | None = Field(None, description="Mean per answer")
+    p50_seconds: float | None = Field(None, description="Median time of a single request")
+    device: str | None = Field(None, description="Device that answered, if the model ran here")
     error: str | None = None

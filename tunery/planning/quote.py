@@ -46,20 +46,22 @@ class Quote(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    device: str = Field(description="The device, as its driver names it, or a card of the table")
-    gpus: int = Field(description="How many of it; 0: the host's CPU")
+    device: str = Field(description="The device by its driver's name, or a card of the table")
+    gpus: int = Field(description="Number of devices; 0: the host's CPU")
     seconds: Range
     gpu_hours: Range
-    cost: Range | None = Field(description="Null where no price of the device is known")
+    cost: Range | None = Field(description="Null if the device's price is not known")
     currency: str
     parts: dict[Part, float] = Field(description="The expected seconds of each part")
     tokens: int = Field(description="Tokens of all steps")
-    tokens_from: Source = Field(description="Counted by row, in the file's report, or guessed from its bytes")
+    tokens_from: Source = Field(
+        description="Counted row by row, taken from the file's report, or estimated from its bytes"
+    )
     speed_from: Basis = Field(
         description="A run here of this base and technique, of this base, of another base, or the table of cards"
     )
-    measured: list[str] = Field(description="The jobs whose runs the speed is of; empty where it is estimated")
-    basis: str = Field(description="The same in words")
+    measured: list[str] = Field(description="The jobs whose speed was measured; empty if it is estimated")
+    basis: str = Field(description="The basis in words")
     at_creation: Range | None = Field(None, description="The seconds that were quoted before the job's files were read")
 
 
@@ -144,7 +146,7 @@ def _rounded(found: Range, digits: int) -> Range:
 _TOKENS: dict[Source, str] = {
     "rows": "Tokens were counted row by row",
     "report": "Tokens are those of the file's report",
-    "bytes": "Tokens are guessed from the file's bytes",
+    "bytes": "Tokens are estimated from the file's bytes",
 }
 
 
@@ -156,7 +158,7 @@ def explain(work: Workload, device: str, speeds: Sequence[Speed]) -> str:
         "same": f"the speed is that of {runs} here of this base and technique on {device}",
         "other_technique": f"the speed is that of {runs} here of this base with another technique on {device}, scaled",
         "other_base": f"the speed is that of {runs} here of {first.model} on {device}, the nearest in size, scaled",
-        "estimated": f"nothing like it has run here yet, so the speed on {device} is estimated",
+        "estimated": f"nothing similar has run here yet, so the speed on {device} is estimated",
     }[first.basis]
     return f"{_TOKENS[work.source]}; {said}."
 
@@ -176,12 +178,12 @@ class Actual(BaseModel):
 
     device: str
     gpus: int
-    seconds: float = Field(description="Of all attempts, from each claim to its end")
+    seconds: float = Field(description="Over all attempts, each from its claim to its end")
     gpu_hours: float
     cost: float | None
     currency: str
-    of_quoted: float | None = Field(description="The seconds over those that were expected; 1 is as quoted")
-    in_range: bool | None = Field(description="Whether the seconds lie in the quoted range")
+    of_quoted: float | None = Field(description="Ratio of the seconds to the expected ones; 1: as quoted")
+    in_range: bool | None = Field(description="Whether the seconds are in the quoted range")
 
 
 def compare(quote: Quote | None, device: str, gpus: int, seconds: float, prices: Prices) -> Actual:

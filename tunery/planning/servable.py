@@ -8,7 +8,7 @@ from tunery.errors import InvalidValue
 from tunery.settings import Settings
 from tunery.spec import Full, Lora, Qlora, Technique
 
-_EXPERTS = "it lies on routed experts, whose adapters vLLM reads in another layout. Name target_modules of attention"
+_EXPERTS = "it adapts routed experts, whose adapters vLLM reads in another layout. Limit target_modules to attention"
 _VOCABULARY = ("lm_head", "embed_tokens")
 
 
@@ -75,25 +75,33 @@ def _names_vocabulary(modules: Any) -> bool:
 def why_not(adapter: AdapterTraits, limits: Limits) -> tuple[str, str] | None:
     """Returns the offending field and the reason, with what to change, if an adapter cannot be served; else None."""
     rules = (
-        (adapter.use_dora, "use_dora", "vLLM has no DoRA. Set use_dora to false"),
+        (adapter.use_dora, "use_dora", "vLLM does not support DoRA. Set use_dora to false"),
         (
             bool(adapter.modules_to_save),
             "modules_to_save",
-            f"vLLM loads no modules that were trained whole ({', '.join(adapter.modules_to_save)}). Leave them out",
+            f"vLLM loads no fully trained modules ({', '.join(adapter.modules_to_save)}). Leave modules_to_save out",
         ),
-        (adapter.trains_tokens, "trainable_token_indices", "vLLM loads no trained tokens. Leave them out"),
+        (
+            adapter.trains_tokens,
+            "trainable_token_indices",
+            "vLLM loads no trained tokens. Leave trainable_token_indices out",
+        ),
         (
             adapter.rank > limits.max_rank,
             "r",
-            f"rank {adapter.rank} is above the servers' limit. Use at most {limits.max_rank}",
+            f"rank {adapter.rank} exceeds the servers' limit. Use at most {limits.max_rank}",
         ),
         (adapter.on_experts, "target_modules", _EXPERTS),
-        (adapter.on_vocabulary, "target_modules", "vLLM may compute no adapter on the head or embedding. Leave it out"),
+        (
+            adapter.on_vocabulary,
+            "target_modules",
+            "vLLM may ignore an adapter on the head or the embedding. Remove it from target_modules",
+        ),
         (
             adapter.on_four_bits and not limits.four_bits_on_the_base,
             "type",
-            "it is trained on a base in four bits, which the servers hold unquantised. Use 'lora', or have the "
-            "operator set TUNERY_SERVER_QLORA_BASE to 'unquantised'",
+            "it is trained on a base in four bits, but the servers have the unquantised base. Use 'lora', or ask the "
+            "operator to set TUNERY_SERVER_QLORA_BASE to 'unquantised'",
         ),
     )
     return next(((field, reason) for applies, field, reason in rules if applies), None)
@@ -108,5 +116,5 @@ def check(technique: Technique | None, model_info: Mapping[str, Any], limits: Li
         field, reason = found
         raise InvalidValue(
             param=f"technique.{field}",
-            reason=f"This installation serves models by vLLM, which could not serve this adapter: {reason}.",
+            reason=f"This server serves models with vLLM, which could not serve this adapter: {reason}.",
         )

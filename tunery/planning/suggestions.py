@@ -51,7 +51,7 @@ def _rank(aim: Aim, usable: int) -> tuple[int, str, str]:
     if aim == "domain_language":
         rank = next(rank for most, rank in RANKS_BY_ROWS if usable <= most)
         why = "A domain's language is a large change: 16 up to 1,000 rows, 32 up to 10,000, 64 above."
-        return rank, "rank_of_domain", f"{why} Here are {usable:,}."
+        return rank, "rank_of_domain", f"{why} The file has {usable:,}."
     return Lora().r, "rank_by_default", "The default: the learning rate matters more than the rank."
 
 
@@ -80,16 +80,16 @@ def suggest(
 def _technique(technique: Technique, *, is_own: bool, bf16_fits: bool | None) -> Suggestion:
     said = {"field": "technique.type", "value": technique.type}
     if is_own:
-        return Suggestion(**said, rule="technique_as_asked", text="As you asked.")
+        return Suggestion(**said, rule="technique_as_asked", text="As requested.")
     if isinstance(technique, Qlora):
         text = "The base does not fit in bf16 on any GPU here, so it is kept in four bits."
         if bf16_fits is not False:
             text = "This base cannot be trained with LoRA."
         return Suggestion(**said, rule="qlora_where_it_must_be", text=text)
-    known = "The base fits in bf16 here." if bf16_fits else "Where the base does not fit in bf16, take qlora."
+    known = "The base fits in bf16 here." if bf16_fits else "If the base does not fit in bf16, use qlora."
     text = (
-        f"{known} LoRA forgets less than a full fine-tune, merging it costs nothing at run time, and adapters that are "
-        "kept apart can be swapped for each tenant on one base."
+        f"{known} LoRA forgets less than a full fine-tune; a merged adapter adds no cost at run time, and separate "
+        "adapters can share one base, one for each tenant."
     )
     return Suggestion(**said, rule="lora_first", text=text)
 
@@ -97,18 +97,18 @@ def _technique(technique: Technique, *, is_own: bool, bf16_fits: bool | None) ->
 def _adapter(technique: Lora, aim: Aim, rows: Rows, *, is_own: bool) -> Iterator[Suggestion]:
     rank, rule, why = _rank(aim, rows.usable)
     if is_own and technique.r != rank:
-        rule, why = "rank_as_asked", f"As you asked; the rule for this aim says {rank}."
+        rule, why = "rank_as_asked", f"As requested; the rule for this aim suggests {rank}."
     elif technique.r != rank:
         few = technique.r < rank
-        why = f"The rule for this aim says {rank}, " + (
-            "which has room to learn so few tokens by heart." if few else "which is too small for so many tokens."
+        why = f"The rule for this aim suggests {rank}, " + (
+            "which could memorise so few tokens." if few else "which is too small for so many tokens."
         )
         rule = "rank_by_capacity"
     yield Suggestion(field="technique.r", value=technique.r, rule=rule, text=why)
     low, high = (technique.r * times for times in advice.ALPHA_BAND)
     text = (
-        f"The textbook's 2 to 4 times the rank would be {low} to {high}. Ours stays 32 at every rank: with alpha fixed "
-        "the best learning rate hardly moves with the rank, and the default rate was made for it."
+        f"The usual 2 to 4 times the rank would be {low} to {high}. The default is 32 at every rank: with a fixed "
+        "alpha the best learning rate hardly depends on the rank, and the default rate is tuned for it."
     )
     yield Suggestion(field="technique.alpha", value=technique.alpha, rule="alpha_stays", text=text)
 
@@ -116,14 +116,14 @@ def _adapter(technique: Lora, aim: Aim, rows: Rows, *, is_own: bool) -> Iterator
 def _rate(plan: Plan, *, knows_base: bool) -> Suggestion:
     said = {"field": "learning_rate", "rule": "rate_by_width"}
     if not knows_base:
-        return Suggestion(**said, value=None, text="Left to the job: the rate follows the base's width.")
+        return Suggestion(**said, value=None, text="Chosen by the job: the rate depends on the base's width.")
     factor = ", a tenth of LoRA's" if isinstance(plan.technique, Full) else ""
-    text = f"The default: 5e-4 x (2000 / hidden size)^0.78{factor}. Larger bases want a lower rate."
+    text = f"The default: 5e-4 x (2000 / hidden size)^0.78{factor}. Larger bases need a lower rate."
     return Suggestion(**said, value=float(f"{plan.learning_rate:.3g}"), text=text)
 
 
 def _passes(plan: Plan) -> Iterator[Suggestion]:
-    text = "Three; small files are seen 100 times in all (25 epochs at most), huge ones 25,000 times."
+    text = "Three; more if that is under 100 examples in total (at most 25 epochs), fewer if it is over 25,000."
     yield Suggestion(field="n_epochs", value=plan.n_epochs, rule="epochs_by_rows", text=text)
     text = "Adapters learn worse from large batches."
     yield Suggestion(field="batch_size", value=plan.batch_size, rule="batch_by_default", text=text)
@@ -132,10 +132,10 @@ def _passes(plan: Plan) -> Iterator[Suggestion]:
 def _replay(technique: Technique, aim: Aim) -> Suggestion:
     said = {"field": "replay.share"}
     if isinstance(technique, Full):
-        text = "A full fine-tune forgets most: a tenth of general rows holds the model where it was."
+        text = "A full fine-tune forgets most: a tenth of general rows preserves the model's general abilities."
         return Suggestion(**said, value=Replay().share, rule="replay_for_full", text=text)
     if aim in _REPLAY_AIMS:
-        text = "This aim moves the model far, and it should not forget what it could do: a tenth of general rows."
+        text = "This aim changes the model a lot: a tenth of general rows preserves its general abilities."
         return Suggestion(**said, value=Replay().share, rule="replay_for_aim", text=text)
     text = "None: a small change forgets little. Add it if the scorecard's general accuracy falls."
     return Suggestion(**said, value=None, rule="replay_left_out", text=text)
@@ -144,6 +144,10 @@ def _replay(technique: Technique, aim: Aim) -> Suggestion:
 def _held_out(rows: Rows) -> Suggestion:
     held_out = held_out_rows(rows.usable)
     fraction = round(held_out / rows.usable, 3) if rows.usable else None
-    reach = f" A share measured on them is sure to about {98 / math.sqrt(held_out):.0f} points." if held_out else ""
+    reach = (
+        (f" An accuracy measured on them is precise to about {98 / math.sqrt(held_out):.0f} points.")
+        if held_out
+        else ""
+    )
     text = f"{held_out:,} rows that are not trained on: a tenth, at least 50, at most 1,000, never over a third.{reach}"
     return Suggestion(field="held_out.share", value=fraction, rule="held_out_by_rows", text=text)

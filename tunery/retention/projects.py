@@ -35,7 +35,9 @@ def find(session: Session, name_or_id: str) -> Project:
         raise NotFound(kind="project", id=name_or_id)
     if len(found) > 1 and found[0].revoked_at is not None:
         listed = ", ".join(project.id for project in found)
-        raise InvalidValue(reason=f"Several revoked projects had the name '{name_or_id}'. Name one by its id: {listed}")
+        raise InvalidValue(
+            reason=f"Several revoked projects have the name '{name_or_id}'. Use the id of one of them: {listed}"
+        )
     return found[0]
 
 

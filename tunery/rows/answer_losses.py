@@ -14,7 +14,7 @@ class PlausibilityOrder(BaseModel):
 
 
 class AnswerLoss(BaseModel):
-    """The losses of one row's last answer, of `tokens` tokens besides its end, as means in nats a token.
+    """The losses of one row's last answer, of `tokens` tokens besides its end, as means in nats per token.
 
     `loss`: after its question; `alone`: after an empty question; `end`: the log probability that the answer ends where
     it does.

@@ -33,11 +33,11 @@ _PAGE = Environment(autoescape=True, undefined=StrictUndefined).from_string(
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{{ policy }}">
-<title>What {{ made.model }} learns of {{ name }}</title>
+<title>What {{ made.model }} learns from {{ name }}</title>
 <style>{{ style }}</style>
 </head>
 <body>
-<h1>What {{ made.model }} learns of {{ name }}</h1>
+<h1>What {{ made.model }} learns from {{ name }}</h1>
 <p class="soft">{{ made.shape or "No row could be read" }}. Cut at {{ "{:,}".format(made.max_tokens) }} tokens.</p>
 <p><span class="t">trained</span> is learned, <span class="m">masked</span> is only read, <span class="c">cut</span> is
 left out.</p>

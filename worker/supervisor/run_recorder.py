@@ -341,7 +341,7 @@ def parameters_message(started: protocol.Started) -> str:
         f"trainable: {percent:.2f}%"
     )
     if started.learning_share is not None:
-        message += f" || linear weights that learn: {started.learning_share:.1%}"
+        message += f" || adapted or trained linear weights: {started.learning_share:.1%}"
     if started.quantised_share is not None:
         message += f", in four bits: {started.quantised_share:.1%}"
     return message

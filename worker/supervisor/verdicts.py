@@ -14,7 +14,7 @@ def general_message(score: protocol.GeneralScore) -> str:
     if moved is None:
         return text
     return (
-        f"{text}. On {moved.prompts} general prompts: KL to the base {moved.kl:.3f} nats a token (95 % interval "
+        f"{text}. On {moved.prompts} general prompts: KL to the base {moved.kl:.3f} nats per token (95 % interval "
         f"{moved.kl_low:.3f} to {moved.kl_high:.3f}), loss {moved.base_nll:.2f} before, {moved.tuned_nll:.2f} after"
     )
 
@@ -25,14 +25,14 @@ def replay_message(replay: protocol.Replayed) -> str:
     if replay.source != "self":
         return f"Replay of {replay.rows} of {replay.prompts} rows of {replay.source}: {rows}"
     return (
-        f"Replay of {replay.rows} of the base's own answers: {rows}. Of {replay.prompts} prompts asked it answered "
-        f"{replay.ended} to the end"
+        f"Replay of {replay.rows} of the base's own answers: {rows}. It completed {replay.ended} of {replay.prompts} "
+        "answers"
     )
 
 
 _DEMANDS = {
     "min_task_gain": "gain on the task at least",
-    "max_general_drop": "general accuracy no more below the base's than",
+    "max_general_drop": "drop of general accuracy at most",
     "max_kl": "KL to the base at most",
 }
 

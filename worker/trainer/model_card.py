@@ -41,7 +41,9 @@ def _general(score: GeneralScore) -> Iterator[str]:
             f"| loss on {moved.prompts} general prompts, nats | {moved.base_nll:.3f} | {moved.tuned_nll:.3f} | "
             "{:+.3f} ({:+.3f} to {:+.3f}) |".format(*change)
         )
-        yield f"| KL to the base there, nats a token | | {moved.kl:.3f} | ({moved.kl_low:.3f} to {moved.kl_high:.3f}) |"
+        yield (
+            f"| KL to the base there, nats per token | | {moved.kl:.3f} | ({moved.kl_low:.3f} to {moved.kl_high:.3f}) |"
+        )
 
 
 def _row(name: str, base: float, tuned: float, *change: float) -> str:

@@ -29,7 +29,7 @@ def read(path: Path) -> dict[int, AnswerLoss]:
 
 
 def figures(losses: Mapping[int, AnswerLoss]) -> dict[str, Any]:
-    """Returns how many answers a base has judged, and the median of their losses in nats a token."""
+    """Returns how many answers a base has judged, and the median of their losses in nats per token."""
     if not losses:
         return {}
     medians = np.median([[one.loss, one.alone] for one in losses.values()], axis=0).round(3).tolist()
