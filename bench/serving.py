@@ -26,7 +26,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from bench import service, serving_shape
+from bench import service, serving_shape, train_side_by_side
 from bench.shop import Shop, Took, answer_all, drive, rates, round_, times_faster
 from tunery.artifacts import manifest
 from worker.server.backends.embedded import Engine
@@ -216,7 +216,8 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.shape:
         stages = {"shape_8b": lambda: serving_shape.measure(asked.streams, asked.tokens, asked.rank)}
-        measure(stages, asked.out, {"streams": asked.streams, "tokens": asked.tokens, "rank": asked.rank})
+        options = {"streams": asked.streams, "tokens": asked.tokens, "rank": asked.rank}
+        measure(stages, asked.out, train_side_by_side.hardware() | options)
         return
     if asked.base is None:
         parser.error("BASE is missing")
@@ -227,7 +228,7 @@ def main() -> None:
         measure(
             {name: stages[name] for name in names},
             asked.out,
-            {"rank": asked.rank, "tokens": asked.tokens, "threads": torch.get_num_threads()},
+            service.hardware() | {"rank": asked.rank, "tokens": asked.tokens, "threads": torch.get_num_threads()},
         )
 
 
@@ -244,9 +245,8 @@ def stages_of(shop: Shop, tokens: int, rounds: int) -> dict[str, Callable[[], di
     }
 
 
-def measure(stages: dict[str, Callable[[], dict[str, Any]]], out: Path, options: dict[str, Any]) -> None:
-    """Runs the stages, each of which is printed and written once it has ended."""
-    found = service.hardware() | options
+def measure(stages: dict[str, Callable[[], dict[str, Any]]], out: Path, found: dict[str, Any]) -> None:
+    """Runs the stages, each of which is printed, added to `found` and written once it has ended."""
     for name, stage in stages.items():
         begun = time.perf_counter()
         found[name] = stage()
