@@ -32,7 +32,7 @@ LLAMA_8B = LlamaConfig(
     num_key_value_heads=8,
     max_position_embeddings=8192,
 )
-MIXED, RESIDENT, ROUNDS = 16, 64, 3
+MIXED, RESIDENT, SWITCHED, ROUNDS = 16, 64, 4, 3
 PROMPT, VOCABULARY = 128, 1000
 """Tokens of a prompt, and how many different ones there are."""
 
@@ -61,6 +61,7 @@ def measure(
         for suffix, laid in (("", None), ("_adapters", adapters)):
             _write(batch, count, laid, 4)
             found[name + suffix] = round_(median(_write(batch, count, laid, tokens) for _ in range(ROUNDS)))
+            print(name + suffix, found[name + suffix], flush=True)
     memory = {"base": base_bytes, "adapter": adapters[0].nbytes, "both": _allocated(device)}
     over = memory["both"] / (base_bytes + RESIDENT * adapters[0].nbytes) - 1 if base_bytes else None
     found["switching"] = round_(_switch(model, rank, tokens))
@@ -80,14 +81,14 @@ def _allocated(device: str) -> int:
 
 
 def _switch(model: Any, rank: int, tokens: int) -> float:
-    """Tokens a second of MIXED requests, each with an adapter of its own, one after another by PEFT."""
+    """Tokens a second of SWITCHED requests, each with an adapter of its own, one after another by PEFT."""
     lora = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     tuned: Any = get_peft_model(model, lora, adapter_name="0")
-    for number in range(1, MIXED):
+    for number in range(1, SWITCHED):
         tuned.add_adapter(str(number), lora)
     tuned.eval()
     begun = 0.0
-    for number in range(-1, MIXED):  # the first one warms up
+    for number in range(-1, SWITCHED):  # the first one warms up
         if number == 0:
             begun = time.perf_counter()
         tuned.set_adapter(str(max(0, number)))
@@ -96,7 +97,7 @@ def _switch(model: Any, rank: int, tokens: int) -> float:
             stream.push(int(stream.logits().argmax()))
     seconds = time.perf_counter() - begun
     tuned.unload()
-    return MIXED * tokens / seconds
+    return SWITCHED * tokens / seconds
 
 
 def _load(model: Any, bank: Bank, sites: Sequence[Site], rank: int) -> dict[str, float]:

@@ -44,6 +44,7 @@ class Bank:
         self._hooked: set[str] = set()
         self._groups: list[_Group] = []
         self._known: tuple[list[Factors | None], list[_Group]] = [], []
+        self._picked: tuple[torch.Tensor | None, dict[int, torch.Tensor]] = None, {}
         self._lock = Lock()
 
     def add(self, factors: Factors) -> None:
@@ -67,7 +68,7 @@ class Bank:
         try:
             yield
         finally:
-            self._groups = []
+            self._groups, self._picked = [], (None, {})
 
     def _plan(self, adapters: list[Factors | None]) -> list[_Group]:
         known, groups = self._known
@@ -102,16 +103,27 @@ class Bank:
 
     def _lay(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], out: torch.Tensor) -> None:
         """Adds the rows' adapters to a layer's output."""
-        for group in self._groups:
+        for number, group in enumerate(self._groups):
             if name in group.layers:
-                _add(group, *group.layers[name], inputs[0], out, isinstance(layer, Linear4bit))
+                a, b = group.layers[name]
+                _add(group, a, b, self._pick(number, inputs[0], a.dtype), out, isinstance(layer, Linear4bit))
+
+    def _pick(self, number: int, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Returns a group's rows of x (rows x tokens x inputs) in the adapters' type; layers with the same input share
+        them.
+        """
+        if self._picked[0] is not x:
+            self._picked = x, {}
+        found, rows = self._picked[1], self._groups[number].rows
+        if number not in found:
+            found[number] = (x if rows is None else x[rows]).to(dtype)
+        return found[number]
 
 
 def _add(group: _Group, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, out: torch.Tensor, is_packed: bool) -> None:
-    """Adds the adapters' products to `out` in place; x is rows x tokens x inputs, out rows x tokens x outputs."""
+    """Adds the adapters' products with the group's rows x (rows x tokens x inputs) to `out` in place."""
     tokens = x.shape[1]
-    picked = (x if group.rows is None else x[group.rows]).to(a.dtype)
-    lora_hidden = torch.bmm(picked.reshape(a.shape[0], -1, a.shape[1]), a)
+    lora_hidden = torch.bmm(x.reshape(a.shape[0], -1, a.shape[1]), a)
     if group.targets is None and out.dtype == b.dtype:
         out.baddbmm_(lora_hidden, b)
         return
@@ -119,7 +131,7 @@ def _add(group: _Group, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, out: 
     if is_packed:
         delta = delta.to(out.dtype)  # as PEFT does on a 4-bit layer; on others it adds in fp32 and rounds once
     if group.targets is None:
-        out.copy_(out + delta)
+        out += delta
     elif out.dtype == delta.dtype:
         out.index_add_(0, group.targets, delta[group.places])
     else:
