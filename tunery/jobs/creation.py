@@ -288,7 +288,6 @@ def _job(request: JobRequest, caller: Caller, model: Model, spec: TrainingSpec) 
         suffix=request.suffix,
         gpus=spec.resources.gpus,
         priority=request.priority,
-        method_given=request.method is not None,
     )
     job.integrations = [_echo(integration.model_dump(), job.id) for integration in request.integrations or ()]
     if request.metadata is not None:

@@ -90,6 +90,7 @@ class Job(Base):
     template_time: Mapped[datetime | None]
     inputs: Mapped[dict[str, Any] | None]
     method_given: Mapped[bool] = mapped_column("names_method", default=True)
+    """Read nowhere; the column is NOT NULL and has no default in the database, so a new row still needs a value."""
 
     idempotency_key: Mapped[str | None]
     request_sha256: Mapped[str]
