@@ -22,7 +22,7 @@ class Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        # IDLE: what has come so far is no whole head of a request.
+        # IDLE: what has arrived so far is not a complete head of a request.
         if self.conn.their_state is h11.IDLE:
             self._time_headers()
         else:

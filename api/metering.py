@@ -109,7 +109,7 @@ async def admit(app: FastAPI, project_id: str, fields: Mapping[str, Any], *, sho
         opened[project_id] -= 1
         raise
     deadline = asyncio.get_running_loop().time() + settings.server_seconds
-    # A text to go on from is no conversation, which is what is trained and rated.
+    # A text to continue is not a conversation, which is what is trained and rated.
     hearing = Hearing(capture, fields, shown_as) if capture is not None and "messages" in fields else None
     return Admission(app, project_id, chosen, standing, prompt, deadline, hearing)
 
@@ -135,7 +135,7 @@ def _expected_prompt(fields: Mapping[str, Any]) -> int:
 
 
 def _expected_answer(fields: Mapping[str, Any]) -> int:
-    """The most tokens that are asked for; nothing where no limit is said, or where it is no number, which the model
+    """The most tokens that are asked for; nothing where no limit is said, or where it is not a number, which the model
     server refuses."""
     most = fields.get("max_completion_tokens") or fields.get("max_tokens") or 0
     answers = fields.get("n") or 1

@@ -69,7 +69,7 @@ def test_a_publisher_that_breaks_off_leaves_no_manifest(storage: Storage, folder
     (folder / "zz-unreadable").symlink_to(folder / "zz-unreadable")
     (folder / "zz").write_text("x")
     (folder / "zz\n").write_text("a name that storage refuses")
-    with pytest.raises(ValueError, match="is no storage key"):
+    with pytest.raises(ValueError, match="is not a storage key"):
         manifest.publish(storage, "a", folder)
 
     assert storage.stat("a/adapter_model.safetensors") == 70_000
@@ -101,7 +101,7 @@ def test_rot_is_found(storage: Storage, folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../x", ".hidden", ""])
 def test_a_forged_manifest_is_refused(path: str) -> None:
-    with pytest.raises(ValidationError, match="is no storage key"):
+    with pytest.raises(ValidationError, match="is not a storage key"):
         manifest.ManifestFile(path=path, bytes=1, sha256="0" * 64)
 
 

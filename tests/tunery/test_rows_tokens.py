@@ -132,7 +132,7 @@ def test_turns_after_a_straddled_answer_stay_in_the_row() -> None:
 
 
 def test_what_follows_is_left_out_where_it_changes_the_stop_token() -> None:
-    """A stop token that is no special one may grow together with the newline after it."""
+    """A stop token that is not a special token may grow together with the newline after it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({piece: id for id, piece in enumerate([*alphabet, "xĊ"])}, [("x", "Ċ")]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -218,7 +218,7 @@ def test_a_forged_key_is_refused(storage: Storage, key: str) -> None:
         lambda: storage.presign(key, filename="x") or check_key(key),
     ]
     for action in actions:
-        with pytest.raises(ValueError, match="is no storage key"):
+        with pytest.raises(ValueError, match="is not a storage key"):
             action()
     assert list(storage.list("")) == []
 

@@ -53,7 +53,7 @@ def test_a_new_endpoint(session: Session, project: Project) -> None:
         ("name", "x" * 129, "1 to 128"),
         ("name", "a\nb", "1 to 128"),
         ("event_types", [], "at least one of fine_tuning"),
-        ("event_types", ["fine_tuning.job.canceled"], "'fine_tuning.job.canceled' is no event type here"),
+        ("event_types", ["fine_tuning.job.canceled"], "'fine_tuning.job.canceled' is not an event type"),
         ("url", "hooks", "A webhook's url"),
     ],
 )
@@ -182,5 +182,5 @@ def test_a_test_message_tells_the_receivers_status(session: Session, project: Pr
     dead = endpoints.sample(session, project.id, endpoint.id, "fine_tuning.job.failed")
     with pytest.raises(ReceiverSilent, match="Connection refused"):
         endpoints.deliver_sample(dead, settings)
-    with pytest.raises(InvalidValue, match="is no event type here"):
+    with pytest.raises(InvalidValue, match="is not an event type"):
         endpoints.sample(session, project.id, endpoint.id, "batch.completed")

@@ -76,7 +76,9 @@ def check_key(key: str) -> str:
     """
     parts = key.split("/")
     if len(key.encode()) > 900 or any(len(p.encode()) > 255 or not _PART_OF_KEY.fullmatch(p) for p in parts):
-        raise ValueError(f"{key!r} is no storage key: use 1 to 900 bytes, parts joined by '/', none starting with '.'")
+        raise ValueError(
+            f"{key!r} is not a storage key: use 1 to 900 bytes, parts joined by '/', none starting with '.'"
+        )
     return key
 
 

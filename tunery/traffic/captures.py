@@ -91,7 +91,7 @@ def list_page(
     limit: int,
 ) -> tuple[list[CapturedRequest], bool]:
     """One page of the requests to a model, newest first, and whether more follow. `rated`: those alone. Raises NotFound
-    for an `after` that is no request to the model."""
+    for an `after` that is not a request to the model."""
     shown = [] if rated is None else [_RATED[rated]]
     return paging.page(
         session,

@@ -23,7 +23,7 @@ class RequestRate(Base):
 
 class ModelUsage(Base):
     """The requests of a project to a model on one day (UTC), and their tokens. The model may have been deleted since,
-    so its id is no foreign key."""
+    so its id is not a foreign key."""
 
     __tablename__ = "model_usage"
 

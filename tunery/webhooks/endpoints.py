@@ -169,4 +169,4 @@ def _checked_types(event_types: Sequence[str]) -> list[str]:
 
 
 def _unknown_type(event_type: str, param: str) -> InvalidValue:
-    return InvalidValue(param=param, reason=f"'{event_type}' is no event type here. Use {', '.join(EVENT_TYPES)}.")
+    return InvalidValue(param=param, reason=f"'{event_type}' is not an event type. Use {', '.join(EVENT_TYPES)}.")

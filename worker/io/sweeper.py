@@ -99,7 +99,7 @@ class Sweeper:
             prefixes = session.scalars(select(Model.prefix).where(Model.job_id == job_id)).all()
         kept = tuple(f"{prefix}/" for prefix in (f"jobs/{job_id}/logs", *prefixes))
         doomed = [key for key in self._storage.list(f"jobs/{job_id}/") if not key.startswith(kept)]
-        # Manifests first: without one a folder is no model, and nobody takes the remaining files for a complete one.
+        # Manifests first: without one a folder is not a model, and nobody takes the remaining files for a complete one.
         for key in sorted(doomed, key=lambda key: not key.endswith(f"/{manifest.NAME}")):
             self._storage.delete(key)
         with db.transaction() as session:

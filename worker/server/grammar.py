@@ -60,7 +60,7 @@ def schema_of(wanted: ResponseFormat) -> Any:
 
 
 def of_format(wanted: ResponseFormat) -> str | None:
-    """Returns the grammar of a `response_format`; None for text. Raises InvalidValue if it is no valid schema."""
+    """Returns the grammar of a `response_format`; None for text. Raises InvalidValue if it is not a valid schema."""
     if (schema := schema_of(wanted)) is None:
         return None
     try:

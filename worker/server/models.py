@@ -94,7 +94,7 @@ class Base:
         try:
             factors = None if self.batch is None else Factors.read(folder, self.model)
             return AdapterAlone(self, folder) if factors is None else StackedAdapter(self, factors)
-        # PEFT and safetensors raise these for files that are no adapter of this base.
+        # PEFT and safetensors raise these for files that are not an adapter of this base.
         except (ValueError, KeyError, RuntimeError, TypeError, OSError, SafetensorError) as error:
             raise BrokenAdapter(reason=str(error).strip().partition("\n")[0]) from error
 

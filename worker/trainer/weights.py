@@ -53,7 +53,7 @@ def _is_mostly_16_bits(source: str, shards: list[Path]) -> bool:
     sizes: Counter[bool] = Counter()
     for shard in shards:
         with _opened(source, shard) as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
+            for name in file.keys():  # noqa: SIM118 - it is not a dict
                 entry = file.get_slice(name)
                 width = _BYTES.get(entry.get_dtype(), 0)
                 sizes[width == 2] += width * torch.Size(entry.get_shape()).numel()

@@ -129,7 +129,7 @@ def make(
     `benchmark_folder`: the general benchmark's; `losses`: the base's, of the answers by their lines; `progress` is
     called with the share that is done.
 
-    Raises InvalidRows where a file's bytes are no rows, CannotRender where the base has no tokenizer.
+    Raises InvalidRows where a file's bytes are not rows, CannotRender where the base has no tokenizer.
     """
     count = length.tokenizer(base) if base else None
     judged = verdict.judge(lambda: chunks(path), least=1)

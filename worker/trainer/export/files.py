@@ -49,7 +49,7 @@ def parameters(folder: Path) -> int:
 
 def _shapes(path: Path) -> Iterator[list[int]]:
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - it is no dict
+        for name in file.keys():  # noqa: SIM118 - it is not a dict
             yield file.get_slice(name).get_shape()
 
 

@@ -101,7 +101,7 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for path in files.weight_files(folder):
         with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no dict
+            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is not a dict
     return found
 
 

@@ -61,7 +61,7 @@ def keep_one_packing(model: torch.nn.Module) -> None:
     """Keeps bitsandbytes from repacking the weights at the first evaluation, as it does on CPUs with avx512_bf16.
 
     The faster packing rounds the quantisation constants, so that later steps would train another model than the first
-    ones (0.3 % off), and it does not support layers whose outputs are no multiple of 32.
+    ones (0.3 % off), and it does not support layers whose outputs are not multiples of 32.
     """
     for layer in model.modules():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
