@@ -1,7 +1,7 @@
 """A decoder's sizes, from its config alone, and its trainable parameters. Units are elements, not bytes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tunery.spec import Full, Lora, Technique
@@ -49,7 +49,9 @@ class Shape:
             family=model_info.get("model_type"),
             **(model_info.get("counts") or {}),
         )
-        return shape if shape.params else cls(**{**shape.__dict__, "params": shape.vocabulary + shape.linears})
+        if shape.experts and shape.four_bit <= shape.attention:  # no layer has an MLP beside its experts
+            shape = replace(shape, ffn=model_info["active_experts_size"])
+        return shape if shape.params else replace(shape, params=shape.vocabulary + shape.linears)
 
     @property
     def modules(self) -> dict[str, tuple[int, int]]:
@@ -63,6 +65,11 @@ class Shape:
             "up_proj": (self.hidden, self.ffn),
             "down_proj": (self.ffn, self.hidden),
         }
+
+    @property
+    def attention(self) -> int:
+        """Weights of all layers' attention."""
+        return 2 * self.layers * self.hidden * (self.heads_width + self.kv_width)
 
     @property
     def vocabulary(self) -> int:
