@@ -19,7 +19,7 @@ _SAME = frozenset(
 
 
 def prompts(fields: Mapping[str, Any]) -> list[str]:
-    """Returns the texts to go on from. Raises InvalidValue, and Unsupported for tokens in place of texts."""
+    """Returns the texts to continue. Raises InvalidValue, and Unsupported for tokens in place of texts."""
     given = fields["prompt"]
     texts = given if isinstance(given, list) else [given]
     if any(isinstance(text, int | list) for text in texts):

@@ -2,7 +2,7 @@
 
 `python -m bench.clean --prepare FOLDER` writes the files, which needs `tunery[report]` and no GPU.
 `python -m bench.clean BASE OUT.json --rows FOLDER [options]` trains on them: BASE a converted SmolLM2-135M-Instruct,
-LoRA with default settings, several runs at once on each GPU. A second invocation goes on from what OUT.json holds.
+LoRA with default settings, several runs at once on each GPU. A second run continues from the results in OUT.json.
 
 Faults are those of `bench.injector`: at the level `faults` as many in a hundred rows as `bench.report` injects, at the
 level `labels` with wrong labels in three rows of ten. Compared are the examples' rows (`original`), those with faults

@@ -4,7 +4,7 @@
 qlora or full. The grid, of learning rate, epochs and an adapter's rank, is run on one seed, and its best point chosen
 by exact matches on the validation rows; that point and the default settings are then run on every seed and scored on
 the test rows. Where the best point is the default settings themselves, their runs are its runs. A second invocation
-goes on from what OUT.json holds.
+continues from the results in OUT.json.
 """
 
 import argparse

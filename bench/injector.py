@@ -1,4 +1,4 @@
-"""Injects known faults of nine kinds into clean rows, for `bench.report`. Knows nothing of how they are found."""
+"""Injects known faults of nine kinds into clean rows, for `bench.report`. Independent of how they are found."""
 
 import copy
 import json

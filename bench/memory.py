@@ -3,7 +3,7 @@
 `python -m bench.memory BASE OUT.json [KIND ...] [--limit 480]`: BASE a folder with the config, tokenizer and chat
 template that all bases take; they are random models of known shapes, made on the spot. `memory_kinds.py` has the kinds.
 On a GPU the peak is that of the allocator, on a CPU that of the process. OUT.json is written after every run, and a
-second invocation goes on from what it holds; nothing is begun after LIMIT seconds.
+second invocation continues from its results; nothing is started after LIMIT seconds.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 `python -m bench.replay BASE OUT.json [options]`: BASE a converted SmolLM2-135M-Instruct. LoRA with default settings on
 Banking, SNIPS and free text, without replay and with 3 and 10 % of it, several runs at once on each GPU. A second
-invocation goes on from what OUT.json holds. Answers and scores of the base are kept beside it for all runs.
+invocation continues from the results in OUT.json. Answers and scores of the base are kept beside it for all runs.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The plugins of all tests: fixtures of the service, where its packages are installed.
 
-A host that only trains has none of them, and `pytest tests/trainer` runs there all the same.
+A host that only trains has none of them, and `pytest tests/trainer` still runs there.
 """
 
 from importlib.util import find_spec

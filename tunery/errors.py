@@ -20,7 +20,7 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     │   ├── InputChanged         jobs: a job that is to run again would read something else
     │   ├── ExceedsInventory     jobs: no device here has the least memory that a job needs
     │   ├── EndpointRefused      baselines: an external endpoint is where we do not ask
-    │   ├── NothingCaptured      traffic: no captured request belongs into a file
+    │   ├── NothingCaptured      traffic: no captured request is suitable for a file
     │   ├── AddressRefused       webhooks: a URL leads where we do not post
     │   └── ReceiverSilent       webhooks: a receiver gave no answer to a test
     ├── Unauthenticated          keys: no key, or a wrong one

@@ -28,7 +28,7 @@ def load(names: Iterable[str], process: Process) -> None:
 
 
 def names() -> tuple[str, ...]:
-    """Returns the plug-ins that the environment names; for the trainer, which knows no settings."""
+    """Returns the plug-ins that the environment names; for the trainer, which has no settings."""
     return split(os.environ.get(VARIABLE, ""))
 
 

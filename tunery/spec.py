@@ -510,7 +510,7 @@ class Run(Part):
     """`spec.json` of a run directory: all that a trainer is given.
 
     The directory holds `spec.json`, `base/` (safetensors, tokenizer, chat template), `data/train.jsonl`, maybe
-    `data/valid.jsonl`, `data/test.jsonl`, `data/replay.jsonl`, `adapter/` (an adapter to go on from), `resume/` (a
+    `data/valid.jsonl`, `data/test.jsonl`, `data/replay.jsonl`, `adapter/` (an adapter to continue from), `resume/` (a
     snapshot of an earlier attempt), `scores/` (what bases scored on the general benchmark and answered for replay) and
     `prepared/` (tokens of files), both shared by the host's runs. The trainer writes `out/` (the artifact),
     `checkpoints/step-N/` (artifacts at epoch ends), `snapshots/step-N/` (recovery), `greedy.jsonl` (answers to test

@@ -124,7 +124,7 @@ def pause_job(job_id: str, session: SessionDep, caller: CallerDep, settings: Set
 
 @router.post("/{job_id}/resume", summary="Resume a paused fine-tuning job", responses=errors(404))
 def resume_job(job_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> schemas.Job:
-    """Back to the queue, at its old place; the run goes on from its saved state."""
+    """Returns the job to its old place in the queue; the run continues from its saved state."""
     return _shown(session, settings, ledger.resume(session, caller.project_id, job_id))
 
 

@@ -42,7 +42,7 @@ class _NoFields(Body):
 def create_upload(
     body: schemas.CreateUpload, session: SessionDep, caller: CallerDep, settings: SettingsDep
 ) -> schemas.Upload:
-    """It takes parts for an hour."""
+    """It accepts parts for an hour."""
     row = uploads.create(
         session,
         caller.project_id,

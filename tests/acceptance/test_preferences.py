@@ -62,7 +62,7 @@ def test_preferences_are_learned_on_top_of_a_supervised_fine_tune(
     assert second.method.dpo.hyperparameters
     assert second.method.dpo.hyperparameters.beta == 0.2
     steps = stacks.get(client, f"/fine_tuning/jobs/{second.id}/metrics")["data"]
-    assert steps[0]["train_rewards_margin"] == 0, "the reference is the model that it goes on from"
+    assert steps[0]["train_rewards_margin"] == 0, "the reference is the model from which it continues"
     assert steps[-1]["train_rewards_margin"] > 0
     assert second.model_extra
     card = second.model_extra["scorecard"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def test_a_release_collects_every_file_of_the_folder(root: Path) -> None:
-    """A file whose name is misspelt would be left out without a word."""
+    """A file whose name is misspelt would be silently ignored."""
     command = [sys.executable, "-m", "towncrier", "build", "--draft", "--version", "9.9.9"]
     found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=60).stdout
     lines = {line.strip() for line in found.splitlines()}

@@ -13,6 +13,14 @@ REGISTRIES = (
 )
 REFUSED = re.compile(r"\b(deeds?|wish(es)?|told|mend|anew|whoever|for ever|strangers?)\b", re.IGNORECASE)
 """Metaphors and old words, for which the field has a term of its own."""
+TRANSLATED = re.compile(
+    r"\b(by heart|all the same|at the least|belongs? into|without a word|go(es)? on (from|with)|for good|nats a token)"
+    r"\b",
+    re.IGNORECASE,
+)
+"""Phrases that read as translated: say memorise, anyway, at least, suit, silently, continue, permanently, per token."""
+TEXTS = (".py", ".md", ".jinja", ".patch", ".svg", ".toml", ".yml", ".sh")
+"""What the project writes itself: rows of data sets say what their authors said."""
 STATES_THEM = ("CHANGELOG.md", "changelog.d/", "tests/house/")
 """The history of names, and the tests that list these words."""
 STORED = re.compile(r"\b(CheckConstraint|Column|mapped_column)\(")
@@ -41,3 +49,9 @@ def test_no_path_of_one_machine_is_named(texts: dict[Path, str]) -> None:
 def test_none_of_the_refused_words_is_used(texts: dict[Path, str], root: Path) -> None:
     held = {path: text for path, text in texts.items() if not str(path.relative_to(root)).startswith(STATES_THEM)}
     assert [line for line in _sayings(held, REFUSED) if not STORED.search(line)] == []
+
+
+def test_none_of_the_translated_phrases_is_used(texts: dict[Path, str], root: Path) -> None:
+    own = {path: text for path, text in texts.items() if path.suffix in TEXTS}
+    held = {path: text for path, text in own.items() if not str(path.relative_to(root)).startswith(STATES_THEM)}
+    assert _sayings(held, TRANSLATED) == []

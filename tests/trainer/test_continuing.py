@@ -1,4 +1,4 @@
-"""Jobs that go on from an adapter: what of the request holds, and what the adapter decides."""
+"""Jobs that continue from an adapter: what of the request holds, and what the adapter decides."""
 
 from pathlib import Path
 

@@ -278,7 +278,7 @@ def stops_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings("ignore:The following generation flags are not valid")
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_artifact_carries_the_stop_tokens_that_were_trained(tmp_path: Path, stops_elsewhere: Path, kind: str) -> None:
-    """Learnt by heart, so that plain `generate` on the artifact says the answer and stops behind it."""
+    """Memorised, so that plain `generate` on the artifact says the answer and stops behind it."""
     rows = [chat(i, words=2) for i in range(2)]
     rate = 3e-3 if kind == "full" else 1e-2
     settled = plan(technique=TECHNIQUES[kind], n_epochs=30, learning_rate=rate)

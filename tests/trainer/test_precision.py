@@ -267,7 +267,7 @@ def test_run_in_bf16_moves_its_weights_and_resumes_to_the_bit(
 def test_snapshot_of_another_precision_is_not_taken(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job that paused on a GPU has an optimizer that a CPU cannot go on with."""
+    """A job that paused on a GPU has an optimizer that a CPU cannot continue."""
     run_in_bf16(tmp_path / "run", tiny, monkeypatch, stop_after=2)
     monkeypatch.undo()
 

@@ -187,7 +187,7 @@ def test_a_tied_head_is_saved_once(tmp_path: Path) -> None:
 
 
 def test_run_measures_itself(tmp_path: Path, tiny: Path, ear: Ear) -> None:
-    """The rows are few and learnt by heart, so the tuned model must answer them and the random base must not."""
+    """The rows are few and memorised, so the tuned model must answer them and the random base must not."""
     evaluation = Evaluation(test_file="file-test", max_new_tokens=12)
     rows = [chat(i) for i in range(4)]
     folder = lay_out(
@@ -281,7 +281,7 @@ def test_loss_that_is_no_number_ends_the_run_before_the_weights_are_touched(
 
 
 def test_early_stopping_ends_the_run_and_exports_the_best_step(tmp_path: Path, tiny: Path, ear: Ear) -> None:
-    """No epoch gains 100 nats, which wears out the patience; the best is the lowest loss all the same."""
+    """No epoch gains 100 nats, which wears out the patience; the best is still the lowest loss."""
     settled = plan(n_epochs=12, early_stopping=EarlyStopping(patience=2, min_delta=100))
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS, [chat(200 + i) for i in range(6)])
 

@@ -1,4 +1,4 @@
-"""Which snapshots a run goes on from, and which it does not: other plans, other rows, other releases."""
+"""Which snapshots a run resumes from, and which it does not: other plans, other rows, other releases."""
 
 import json
 import shutil

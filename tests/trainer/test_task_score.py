@@ -41,7 +41,7 @@ def test_scoring_the_task_changes_nothing_about_the_training(tmp_path: Path, tin
 
 
 def test_the_task_ends_the_run_and_its_best_step_becomes_the_model(tmp_path: Path, tiny: Path, ear: Ear) -> None:
-    """The loss of rows that are learnt by heart falls to the end; the score is full long before."""
+    """The loss of memorised rows falls to the end; the score is full long before."""
     by_task = EarlyStopping(patience=3, metric="task")
     settled = plan(**LEARNT, early_stopping=by_task, evaluation=Evaluation(task_rows=4, every_steps=4))
     folder = lay_out(tmp_path / "run", tiny, settled, ROWS, ROWS)

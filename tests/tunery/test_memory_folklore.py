@@ -63,7 +63,7 @@ def kept() -> int:
             lambda: (
                 f"{memory.estimate(LLAMA_2_7B, Full(weights_dtype='float32'), max_seq_length=2048).bytes / 1e9:.1f} GB"
             ),
-            "ours is 108.8 GB at the least",
+            "ours is at least 108.8 GB",
         ),
         (lambda: f"{8 * LLAMA_2_7B['params'] / 1e9:.1f} GB", "| full fine-tune: 2 x, 56 GB | 53.9 GB |"),
         (lambda: f"{kept() / 1e6:.1f} MB", "4.2 MB a token"),

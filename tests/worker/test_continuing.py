@@ -1,4 +1,4 @@
-"""Jobs that go on from what earlier ones made, through real workers and a real trainer."""
+"""Jobs that continue from models of earlier ones, through real workers and a real trainer."""
 
 import json
 from pathlib import Path

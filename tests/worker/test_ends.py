@@ -71,7 +71,7 @@ def test_a_worker_that_is_asked_to_stop_saves_and_requeues(
     assert job.snapshot
 
     workshop.start("train")
-    workshop.until(lambda: _resumed(workshop, job_id), "the run goes on from its snapshot")
+    workshop.until(lambda: _resumed(workshop, job_id), "the run resumes from its snapshot")
 
 
 @pytest.mark.slow

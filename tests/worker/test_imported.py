@@ -141,7 +141,7 @@ def check_answers(workshop: Workshop, base: Path, foreign: Path, model: Model) -
 
 
 def check_continuing(workshop: Workshop, base: Path, foreign: Path, model: Model, folder: Path) -> None:
-    """A job on it is validated and goes on from its weights, in its own template."""
+    """A job on it is validated and continues from its weights, in its own template."""
     file_id = workshop.file(CONTENT)
     with workshop.session() as session:
         _, secret = auth.create_key(session, session.get_one(Project, workshop.project_id), "test")

@@ -146,7 +146,7 @@ def erase_project(
         erasure.check_storage(session, storage, project.id)
     output.table(("what", "rows"), counts.items(), empty="Nothing")
     if not yes:
-        typer.confirm(f"Remove all of this, and every object of {project.name} ({project.id}), for good?", abort=True)
+        typer.confirm(f"Permanently delete all of this, and every object of {project.name} ({project.id})?", abort=True)
     with _transaction(context) as session:
         erasure.close(session, erasure.find(session, project.id))
     processes.wait_until(lambda: _has_ended(context, project.id), seconds=60, alive=lambda: True, every=1)

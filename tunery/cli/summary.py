@@ -89,7 +89,7 @@ def served_reason(served: dict[str, Any]) -> str:
 
 
 def _publishing(verdict: dict[str, Any]) -> str:
-    """Returns what a verdict withholds, and who has published it all the same."""
+    """Returns what a verdict withholds, and who has published it anyway."""
     kept = f", withholds {verdict['withheld_model']}" if verdict["withheld_model"] else ""
     by = verdict["published"]
     return kept + (f", published by {by['key']}: {by['reason']}" if by else "")

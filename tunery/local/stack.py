@@ -312,7 +312,7 @@ class Stack:
         self._services.clear()
 
     def _patience(self) -> float:
-        """Returns the maximum seconds to wait for services: few if a server has ended for good."""
+        """Returns the maximum seconds to wait for services: few if a server has ended and is not restarted."""
         try:
             for server in (self.postgres, self.valkey):
                 if self._services and server.pid and not server.is_running():

@@ -28,7 +28,7 @@ _PARALLEL = {False: 0.92, True: 0.75}
 
 
 class Range(BaseModel):
-    """A figure with what it may be at the least and at the most."""
+    """A figure with its lower and upper bound."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -270,7 +270,7 @@ class Loop:
                 self._running.remove(one)
         try:
             one.answer.close()
-        except Exception:  # the thread has the other answers to go on with
+        except Exception:  # the thread continues with the other answers
             log.exception("an answer could not be closed")
 
 

@@ -14,7 +14,7 @@ class Drain:
         self._flag = mmap.mmap(-1, 1)
 
     def begin(self) -> None:
-        """Stops the claiming of work for good; runs save a snapshot and end."""
+        """Stops claiming work permanently; runs save a snapshot and end."""
         self._flag[0] = 1
 
     @property

@@ -201,7 +201,7 @@ def _flat(options: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _stored_folder(model: Model) -> StoredFolder:
-    assert model.manifest_sha256 is not None, "a model that is not ready was let through"
+    assert model.manifest_sha256 is not None, "a model is used that is not ready"
     return StoredFolder(model.prefix, model.manifest_sha256)
 
 

@@ -18,7 +18,7 @@ _ANY_LENGTH = 2**20
 @dataclass(frozen=True)
 class Verdict:
     """`format`: what the bytes are; `shape`: what the rows are. `reason`: why no job can take the file, or None.
-    `warnings`: what its owner should know all the same."""
+    `warnings`: what its owner should know anyway."""
 
     format: str
     shape: str | None
