@@ -95,7 +95,7 @@ def test_rows_beyond_the_memory_wait_or_are_read_anew(llama: Any, rows: int, mon
 
     def watched() -> None:
         step()
-        held.append((len(batch._rows), batch._slots.nbytes))
+        held.append((len(batch.rows), batch.nbytes))
 
     batch.step = watched  # type: ignore[method-assign]
 
@@ -133,15 +133,15 @@ def test_memory_is_freed_as_rows_leave(llama: Any) -> None:
     rows = [batch.join(prompt) for prompt in PROMPTS]
     for row in rows:
         greedy(row)
-    held = [part.nbytes for part in batch._slots.keys]
+    held = [part.nbytes for part in batch._lanes[0].slots.keys]
     assert sum(held)
 
     for row in rows[1:]:
         row.close()
     greedy(rows[0])
-    assert sum(part.nbytes for part in batch._slots.keys) < sum(held) / 2
+    assert sum(part.nbytes for part in batch._lanes[0].slots.keys) < sum(held) / 2
     rows[0].close()
-    assert batch._slots.keys == []
+    assert batch._lanes[0].slots.keys == []
 
 
 def test_nan_of_a_row_stays_its_own(llama: Any) -> None:
@@ -151,7 +151,7 @@ def test_nan_of_a_row_stays_its_own(llama: Any) -> None:
     said = [greedy(sound)]
     broken.logits()
     with torch.inference_mode():
-        for part in batch._slots.values:
+        for part in batch._lanes[0].slots.values:
             part[1] = torch.nan
     broken.close()
 
@@ -193,3 +193,31 @@ def test_slow_reader_holds_up_nobody(llama: Any) -> None:
     slow.logits()
     assert [greedy(quick) for _ in range(TOKENS)] == alone(llama, PROMPTS[1])
     assert [first, *(greedy(slow) for _ in range(TOKENS - 1))] == alone(llama, PROMPTS[0])
+
+
+def test_a_long_row_does_not_lengthen_the_slots_of_the_others(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_STEP", 16)
+    batch = Batch(llama, long_tokens=40)
+    long = [3 + n % 250 for n in range(200)]
+    prompts = [long, *PROMPTS[:3], [*long[:150], 9, 9]]
+    passes: list[tuple[int, ...]] = []
+    rows = [batch.join(prompt, project_id="p") for prompt in prompts]
+    said = [[greedy(row)] for row in rows]
+    hook = llama.register_forward_pre_hook(
+        lambda _, args, fields: passes.append(tuple(fields["attention_mask"].shape)), with_kwargs=True
+    )
+    batch.step()
+    hook.remove()
+
+    apart = batch.nbytes
+    for row, one in zip(rows, said, strict=True):
+        one += [greedy(row) for _ in range(TOKENS - 1)]
+    assert said == [alone(llama, prompt) for prompt in prompts]
+    assert sorted(shape[0] for shape in passes) == [1, 1, 3]
+    assert sorted(shape[-1] > 40 for shape in passes) == [False, True, True]
+    assert rows[4].cached_tokens == 150, "rows of other lengths share keys all the same"
+    together = Batch(llama, long_tokens=1000)
+    others = [together.join(prompt, project_id="p") for prompt in prompts]
+    for row in others:
+        row.likeliest()
+    assert apart < together.nbytes / 2

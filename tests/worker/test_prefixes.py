@@ -175,7 +175,7 @@ def test_what_is_kept_leaves_for_rows_that_run(llama: Any) -> None:
     rows = [batch.join(prompt, project_id="p") for prompt in (MORE, *PROMPTS[2:4], PROMPTS[5])]
     for row in rows:
         row.logits()
-    assert memory.nbytes == 1024 * A_POSITION == batch._slots.nbytes
+    assert memory.nbytes == 1024 * A_POSITION == batch.nbytes
     assert [row.cached_tokens for row in rows] == [0] * 4
 
 

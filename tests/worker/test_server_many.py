@@ -249,8 +249,8 @@ def test_client_that_leaves_frees_the_memory_of_its_answer(ask: Any, engine: Eng
         assert engine._ready is not None
         batch = engine._ready.base.batch
         assert batch is not None
-        assert processes.wait_until(lambda: len(batch._rows) == 1, seconds=20, alive=lambda: True)
-    assert processes.wait_until(lambda: not batch._rows and not batch._slots.keys, seconds=20, alive=lambda: True)
+        assert processes.wait_until(lambda: len(batch.rows) == 1, seconds=20, alive=lambda: True)
+    assert processes.wait_until(lambda: not batch.rows and not batch.nbytes, seconds=20, alive=lambda: True)
     places = engine._residents._places.values()
     assert processes.wait_until(lambda: not any(place.users for place in places), seconds=20, alive=lambda: True)
 
@@ -295,7 +295,7 @@ def test_burst_of_long_prompts_waits_for_memory_and_one_beyond_it_is_refused(sho
         wanted = [text(asker(client, shop)(messages=messages)) for messages in long]
     assert plain._ready is not None
     assert plain._ready.base.batch is not None
-    a_position = plain._ready.base.batch._slots.bytes_a_position
+    a_position = plain._ready.base.batch.bytes_a_position
     engine = Engine(shop.root / "models", shop.storage, cache_bytes=2 * 512 * a_position)
     held: list[int] = []
     advance = engine.advance
@@ -304,7 +304,7 @@ def test_burst_of_long_prompts_waits_for_memory_and_one_beyond_it_is_refused(sho
         ready = advance(answers)
         assert engine._ready is not None
         assert engine._ready.base.batch is not None
-        held.append(engine._ready.base.batch._slots.nbytes)
+        held.append(engine._ready.base.batch.nbytes)
         return ready
 
     engine.advance = watched  # type: ignore[method-assign]

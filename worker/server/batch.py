@@ -4,40 +4,32 @@ Prompts are read in separate passes, several at once and a bounded number of tok
 prompt delays neither the running rows nor a short prompt behind it.
 """
 
-from collections import deque
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections import Counter, deque
+from contextlib import suppress
 from itertools import count
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from worker.server.cache_memory import WORTH, CacheMemory, Owner, common
-from worker.server.slots import Parts, Slots
+from worker.server.lane import BY_LAYER, GRAIN, ONE_MASK, Adapters, Lane
+from worker.server.slots import Parts
 from worker.trainer import rope
 
 PROMPT_TOKENS = 512
 """Prompt tokens read between two steps of the running rows."""
-_GRAIN = 32
-"""Prompts whose lengths differ by less than this are read to their ends in one pass."""
-
-_BY_LAYER = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "cohere2", "gpt_oss"})
-_ONE_MASK = frozenset({"llama", "mistral", "mixtral", "qwen3_moe", "phi", "phi3", "granite"})
+_MANY = 16
+"""Rows that share passes, of which a long one is the cost."""
+_LONG = 1024
+"""The fewest tokens of rows that share no passes with shorter ones."""
 
 
 def can_batch(model: Any) -> bool:
     """Whether rows of different lengths may share the model's passes: only models known to use given masks and
     positions.
     """
-    return model.config.model_type in _BY_LAYER | _ONE_MASK and not rope.of(model)
-
-
-class Adapters(Protocol):
-    """Applies adapters to the rows of a pass."""
-
-    def on(self, adapters: list[Any]) -> AbstractContextManager[None]:
-        """Gives row i of each pass in the block adapters[i]; None: the base alone."""
+    return model.config.model_type in BY_LAYER | ONE_MASK and not rope.of(model)
 
 
 class Row:
@@ -51,6 +43,7 @@ class Row:
         self.is_greedy = is_greedy
         self.ids = list(prompt_ids)
         self.fed = 0
+        self.lane: Lane | None = None
         self.reused: int | None = None
         self.best: int | None = None
         self.found: torch.Tensor | None = None
@@ -100,24 +93,51 @@ class Row:
 
 
 class Batch:
-    """The rows of one base. All methods but `join` are called by the thread that steps."""
+    """The rows of one base. All methods but `join` are called by the thread that steps.
 
-    def __init__(self, model: Any, adapters: Adapters | None = None, memory: CacheMemory | None = None) -> None:
-        """`memory`: for keys and values. One row of each batch runs even if there is none left."""
+    Rows that are far longer than the others share no passes with them: in a pass all rows' keys have the longest row's
+    length.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        adapters: Adapters | None = None,
+        memory: CacheMemory | None = None,
+        *,
+        long_tokens: int | None = None,
+    ) -> None:
+        """`memory`: for keys and values. One row of each batch runs even if there is none left. `long_tokens`: rows
+        longer than this have passes of their own; by default as many as make such a pass the cheaper way.
+        """
         self._model = model
         self._adapters = adapters
         self.memory = memory or CacheMemory(4 * 2**30)
-        self._slots = Slots(model)
-        self._rows: list[Row] = []  # in the order of their slots: running rows, then those whose prompts are being read
-        self._running = 0
+        self._lanes = {0: Lane(model, adapters)}
+        self._long_tokens = long_tokens or self._cheaper_alone()
         self._joining: deque[Row] = deque()
         self._numbers = count()
         self._lock = Lock()
 
     @property
+    def rows(self) -> list[Row]:
+        """The rows that have slots."""
+        return [row for lane in self._lanes.values() for row in lane.rows]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values held now."""
+        return sum(lane.slots.nbytes for lane in self._lanes.values())
+
+    @property
+    def bytes_a_position(self) -> int:
+        """Bytes of one token's keys and values."""
+        return self._lanes[0].slots.bytes_a_position
+
+    @property
     def longest(self) -> int:
         """The most tokens of a row for which the memory has room."""
-        return self._slots.most(self.memory.limit) - _GRAIN
+        return self._lanes[0].slots.most(self.memory.limit) - GRAIN
 
     def join(
         self, prompt_ids: list[int], adapter: Any = None, project_id: str | None = None, *, is_greedy: bool = False
@@ -136,63 +156,82 @@ class Batch:
         with self._lock:
             if row in self._joining:
                 self._joining.remove(row)
-        if row in self._rows:
+        if (lane := row.lane) is not None:
             try:
-                self._keep(row)
+                self._keep(row, lane)
             finally:
-                self._take_out(row)
+                self._take_out(row, lane)
 
-    def _keep(self, row: Row) -> None:
-        slot, length = self._rows.index(row), row.fed
-        nbytes = length * self._slots.bytes_a_position
+    def _keep(self, row: Row, lane: Lane) -> None:
+        slot, length = lane.rows.index(row), row.fed
+        nbytes = length * self.bytes_a_position
         with suppress(torch.OutOfMemoryError):  # a copy that only saves time later costs no answer
-            self.memory.keep(row.owner, row.ids[:length], lambda: self._slots.save(slot, length), nbytes)
+            self.memory.keep(row.owner, row.ids[:length], lambda: lane.slots.save(slot, length), nbytes)
 
-    def _take_out(self, row: Row) -> None:
+    def _take_out(self, row: Row, lane: Lane) -> None:
         """Frees a row's slot."""
-        if self._rows.index(row) < self._running:
-            self._running -= 1
-            self._move(row, self._running)
-        self._move(row, len(self._rows) - 1)
-        self._rows.pop()
-        self._slots.drop()
-        self.memory.reserve(self, self._slots.nbytes, must=True)
+        lane.take_out(row)
+        row.lane = None
+        self.memory.reserve(self, self.nbytes, must=True)
 
     def fail(self, error: Exception) -> None:
         """Removes all rows and passes the error to their readers."""
         with self._lock:
-            rows, self._rows, self._running = [*self._rows, *self._joining], [], 0
+            rows = [*self.rows, *self._joining]
             self._joining.clear()
-        self._slots.clear()
+        for lane in self._lanes.values():
+            lane.clear()
         self.memory.reserve(self, 0, must=True)
         for row in rows:
-            row.failure, row.best, row.found = error, None, None
+            row.failure, row.best, row.found, row.lane = error, None, None, None
 
     @torch.inference_mode()
     def step(self) -> None:
         """Reads prompts of joining rows, and computes the logits after each running row's last token."""
-        left = PROMPT_TOKENS
-        while left > 0:
-            self._admit()
-            if self._running == len(self._rows):
-                break
-            left -= self._read_prompts(left)
-        if any(row.best is None for row in self._rows[: self._running]):
+        self._read_prompts()
+        due = [lane for lane in self._lanes.values() if lane.is_due]
+        if due:
             self._make_room()
-            self._advance()
+        for lane in due:
+            lane.advance()
+
+    def _read_prompts(self) -> None:
+        read: Counter[Lane] = Counter()
+        while (left := PROMPT_TOKENS - read.total()) > 0:
+            self._admit()
+            reading = [lane for lane in self._lanes.values() if lane.is_reading]
+            if not reading:
+                return
+            lane = min(reading, key=lambda lane: read[lane])  # none waits for the prompts of another
+            read[lane] += lane.read_prompts(min(left, PROMPT_TOKENS // len(reading)))
 
     def _admit(self) -> None:
         """Gives slots to joining rows, as long as there is memory for all."""
-        while (row := self._next_to_join()) is not None and self._fits(len(self._rows) + 1, self._longest(row)):
+        while (row := self._next_to_join()) is not None and self._fits(lane := self._lane_for(row), row):
             with self._lock:
                 self._joining.remove(row)
             parts, row.fed = self._known(row)
-            self._rows.append(row)
-            slot = self._slots.take(self._longest())
+            row.lane, slot = lane, lane.add(row)
             if row.fed:
-                self._slots.load(slot, parts, row.fed)
+                lane.slots.load(slot, parts, row.fed)
             if row.reused is None:
                 row.reused = row.fed
+
+    def _lane_for(self, row: Row) -> Lane:
+        """Returns the lane for rows of this length: each is for rows up to four times as long as the one before."""
+        number, length = 0, self._long_tokens
+        while len(row.ids) > length:
+            number, length = number + 1, 4 * length
+        if number not in self._lanes:
+            self._lanes[number] = Lane(self._model, self._adapters)
+        return self._lanes[number]
+
+    def _cheaper_alone(self) -> int:
+        """Returns the length from which reading the weights once more takes less than reading keys of this length for
+        all rows.
+        """
+        weights: int = sum(part.nbytes for part in self._model.parameters())
+        return max(weights // (_MANY * self.bytes_a_position), _LONG)
 
     def _next_to_join(self) -> Row | None:
         """Returns the first joining row that need not wait for another row whose keys it could reuse once they are
@@ -200,7 +239,8 @@ class Batch:
         """
         with self._lock:
             joining = list(self._joining)
-        return next((row for row in joining if not any(self._reads_for(one, row) for one in self._rows)), None)
+        rows = self.rows
+        return next((row for row in joining if not any(self._reads_for(one, row) for one in rows)), None)
 
     def _reads_for(self, one: Row, other: Row) -> bool:
         if one.unread <= 1 or not one.owner.is_same(other.owner):
@@ -213,112 +253,23 @@ class Batch:
         """
         wanted = row.ids[:-1]  # the last one is always read, for its logits
         kept, length = self.memory.find(row.owner, wanted)
-        for slot, one in enumerate(self._rows):
-            if one.owner.is_same(row.owner) and (shared := common(one.ids[: one.fed], wanted)) >= max(
-                WORTH, length + 1
-            ):
-                kept, length = self._slots.save(slot, shared), shared
+        for one in self.rows:
+            if one.owner.is_same(row.owner):
+                shared = common(one.ids[: one.fed], wanted)
+                if shared >= max(WORTH, length + 1) and (lane := one.lane) is not None:
+                    kept, length = lane.slots.save(lane.rows.index(one), shared), shared
         return kept, length
-
-    def _read_prompts(self, most: int) -> int:
-        """Reads equally many tokens of some prompts, at most `most` in all; returns how many."""
-        reading = self._rows[self._running :]
-        longest, shortest = max(row.unread for row in reading), min(row.unread for row in reading)
-        width = min(-(-shortest // _GRAIN) * _GRAIN, longest, most)
-        # The oldest takes part in every pass, so that no number of shorter prompts delays it.
-        oldest = min(reading, key=lambda row: row.number)
-        others = sorted((row for row in reading if row is not oldest), key=lambda row: (row.unread, row.number))
-        chosen = [oldest, *others[: max(most // width - 1, 0)]]
-        results = self._pass([(row, min(row.unread, width)) for row in chosen], width)
-        for row, (best, found) in zip(chosen, results, strict=True):
-            row.fed += min(row.unread, width)
-            if not row.unread:
-                row.best, row.found = best, found
-                self._move(row, self._running)
-                self._running += 1
-        return width * len(chosen)
-
-    def _move(self, row: Row, slot: int) -> None:
-        """Swaps a row with that of another slot."""
-        own = self._rows.index(row)
-        self._slots.swap(own, slot)
-        self._rows[own], self._rows[slot] = self._rows[slot], row
 
     def _make_room(self) -> None:
         """Puts the youngest rows back in the queue, to be read again later, until the others fit into memory."""
-        while not self._fits(len(self._rows), self._longest()):
-            row = max(self._rows, key=lambda row: row.number)
-            self._take_out(row)
+        while (rows := self.rows) and not self._fits(None):
+            row = max(rows, key=lambda row: row.number)
+            assert row.lane is not None
+            self._take_out(row, row.lane)
             with self._lock:
                 self._joining.appendleft(row)
 
-    def _fits(self, rows: int, longest: int) -> bool:
-        return self.memory.reserve(self, self._slots.size(rows, longest), must=rows == 1)
-
-    def _longest(self, *joining: Row) -> int:
-        return max(len(row.ids) for row in (*self._rows, *joining)) + _GRAIN
-
-    def _advance(self) -> None:
-        # A row whose reader is slow is computed again with the others, at the same position.
-        rows = self._rows[: self._running]
-        results = self._pass([(row, 1) for row in rows], 1)
-        for row, (best, found) in zip(rows, results, strict=True):
-            if row.best is None:
-                row.fed, row.best, row.found = len(row.ids), best, found
-
-    def _pass(self, rows: list[tuple[Row, int]], width: int) -> list[tuple[int, torch.Tensor | None]]:
-        """Returns for each row the likeliest token after that many more tokens, and the logits unless the row is
-        greedy.
-        """
-        placed = [_tokens(row, tokens, width) for row, tokens in rows]
-        slots = [self._rows.index(row) for row, _ in rows]
-        self._slots.fit(self._longest())
-        positions = self._slots.place(slots, [places for _, places in placed])
-        with self._laying([row.adapter for row, _ in rows]):
-            out = self._model(
-                input_ids=torch.tensor([ids for ids, _ in placed], device=self._model.device),
-                position_ids=positions,
-                attention_mask=self._masks(),
-                past_key_values=self._slots,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        return _results(out.logits[:, -1], [row.is_greedy for row, _ in rows])
-
-    def _masks(self) -> Mapping[str, torch.Tensor] | torch.Tensor:
-        config = self._model.config
-        window = getattr(config, "sliding_window", None)
-        if config.model_type in _BY_LAYER:
-            kinds = {"full_attention": None, "sliding_attention": window}
-            return {kind: self._mask(width) for kind, width in kinds.items()}
-        return self._mask(window)
-
-    def _mask(self, window: int | None) -> torch.Tensor:
-        visible = self._slots.visible(window)
-        if self._model.config._attn_implementation == "sdpa":
-            return visible
-        added = torch.zeros(visible.shape, dtype=self._model.dtype, device=visible.device)
-        return added.masked_fill(~visible, torch.finfo(added.dtype).min)
-
-    def _laying(self, adapters: list[Any]) -> AbstractContextManager[None]:
-        return nullcontext() if self._adapters is None else self._adapters.on(adapters)
-
-
-def _results(logits: torch.Tensor, is_greedy: list[bool]) -> list[tuple[int, torch.Tensor | None]]:
-    """Returns what rows need of logits on the device, moved to the CPU; waits for the device once or twice in all."""
-    best = logits.argmax(dim=-1)
-    others = [i for i, one in enumerate(is_greedy) if not one]
-    found = dict(zip(others, logits[others].float().cpu(), strict=True)) if others else {}
-    return [(token, found.get(i)) for i, token in enumerate(best.tolist())]
-
-
-def _tokens(row: Row, tokens: int, width: int) -> tuple[list[int], list[int]]:
-    """Returns the next tokens of a row and their positions, padded on the left.
-
-    On the left, so that the last token is last in every row. Padding gets positions after all tokens, where no token
-    attends to it and the next token overwrites it.
-    """
-    start = min(row.fed, len(row.ids) - 1)
-    ids, end = row.ids[start : start + tokens], row.fed + tokens
-    more = width - tokens
-    return ids[:1] * more + ids, [*range(end, end + more), *range(row.fed, end)]
+    def _fits(self, joined: Lane | None, *joining: Row) -> bool:
+        """Whether there is memory for the next pass of each lane, with the rows that join one of them."""
+        nbytes = sum(lane.size(*(joining if lane is joined else ())) for lane in self._lanes.values())
+        return self.memory.reserve(self, nbytes, must=len(self.rows) + len(joining) == 1)

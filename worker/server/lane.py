@@ -1,0 +1,164 @@
+"""Rows of similar length, which share forward passes and the length of their slots."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from worker.server.slots import Slots
+
+if TYPE_CHECKING:
+    from worker.server.batch import Row
+
+GRAIN = 32
+"""Prompts whose lengths differ by less than this are read to their ends in one pass."""
+
+BY_LAYER = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "cohere2", "gpt_oss"})
+ONE_MASK = frozenset({"llama", "mistral", "mixtral", "qwen3_moe", "phi", "phi3", "granite"})
+
+
+class Adapters(Protocol):
+    """Applies adapters to the rows of a pass."""
+
+    def on(self, adapters: list[Any]) -> AbstractContextManager[None]:
+        """Gives row i of each pass in the block adapters[i]; None: the base alone."""
+
+
+class Lane:
+    """The rows, in the order of their slots: first the `running` ones, then those whose prompts are being read."""
+
+    def __init__(self, model: Any, adapters: Adapters | None) -> None:
+        self.slots = Slots(model)
+        self.rows: list[Row] = []
+        self.running = 0
+        self._model = model
+        self._adapters = adapters
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a prompt is not read to its end."""
+        return self.running < len(self.rows)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the logits after a running row's last token are not computed."""
+        return any(row.best is None for row in self.rows[: self.running])
+
+    def longest(self, *joining: "Row") -> int:
+        """Returns the positions that the longest row needs in the next pass."""
+        return max((len(row.ids) for row in (*self.rows, *joining)), default=0) + GRAIN
+
+    def size(self, *joining: "Row") -> int:
+        """Returns the bytes of keys and values in the next pass."""
+        count = len(self.rows) + len(joining)
+        return self.slots.size(count, self.longest(*joining)) if count else 0
+
+    def add(self, row: "Row") -> int:
+        """Gives a row a slot and returns it."""
+        self.rows.append(row)
+        return self.slots.take(self.longest())
+
+    def take_out(self, row: "Row") -> None:
+        """Frees a row's slot."""
+        if self.rows.index(row) < self.running:
+            self.running -= 1
+            self.move(row, self.running)
+        self.move(row, len(self.rows) - 1)
+        self.rows.pop()
+        self.slots.drop()
+
+    def clear(self) -> None:
+        """Removes all rows."""
+        self.rows, self.running = [], 0
+        self.slots.clear()
+
+    def move(self, row: "Row", slot: int) -> None:
+        """Swaps a row with that of another slot."""
+        own = self.rows.index(row)
+        self.slots.swap(own, slot)
+        self.rows[own], self.rows[slot] = self.rows[slot], row
+
+    def read_prompts(self, most: int) -> int:
+        """Reads equally many tokens of some prompts, at most `most` in all; returns how many."""
+        reading = self.rows[self.running :]
+        longest, shortest = max(row.unread for row in reading), min(row.unread for row in reading)
+        width = min(-(-shortest // GRAIN) * GRAIN, longest, most)
+        # The oldest takes part in every pass, so that no number of shorter prompts delays it.
+        oldest = min(reading, key=lambda row: row.number)
+        others = sorted((row for row in reading if row is not oldest), key=lambda row: (row.unread, row.number))
+        chosen = [oldest, *others[: max(most // width - 1, 0)]]
+        results = self._pass([(row, min(row.unread, width)) for row in chosen], width)
+        for row, (best, found) in zip(chosen, results, strict=True):
+            row.fed += min(row.unread, width)
+            if not row.unread:
+                row.best, row.found = best, found
+                self.move(row, self.running)
+                self.running += 1
+        return width * len(chosen)
+
+    def advance(self) -> None:
+        """Computes the logits after the last token of each running row."""
+        rows = self.rows[: self.running]
+        # A row whose reader is slow is computed again with the others, at the same position.
+        results = self._pass([(row, 1) for row in rows], 1)
+        for row, (best, found) in zip(rows, results, strict=True):
+            if row.best is None:
+                row.fed, row.best, row.found = len(row.ids), best, found
+
+    def _pass(self, rows: "list[tuple[Row, int]]", width: int) -> list[tuple[int, torch.Tensor | None]]:
+        """Returns for each row the likeliest token after that many more tokens, and the logits unless the row is
+        greedy.
+        """
+        placed = [_tokens(row, tokens, width) for row, tokens in rows]
+        slots = [self.rows.index(row) for row, _ in rows]
+        self.slots.fit(self.longest())
+        positions = self.slots.place(slots, [places for _, places in placed])
+        with self._laying([row.adapter for row, _ in rows]):
+            out = self._model(
+                input_ids=torch.tensor([ids for ids, _ in placed], device=self._model.device),
+                position_ids=positions,
+                attention_mask=self._masks(),
+                past_key_values=self.slots,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return _results(out.logits[:, -1], [row.is_greedy for row, _ in rows])
+
+    def _masks(self) -> Mapping[str, torch.Tensor] | torch.Tensor:
+        config = self._model.config
+        window = getattr(config, "sliding_window", None)
+        if config.model_type in BY_LAYER:
+            kinds = {"full_attention": None, "sliding_attention": window}
+            return {kind: self._mask(width) for kind, width in kinds.items()}
+        return self._mask(window)
+
+    def _mask(self, window: int | None) -> torch.Tensor:
+        visible = self.slots.visible(window)
+        if self._model.config._attn_implementation == "sdpa":
+            return visible
+        added = torch.zeros(visible.shape, dtype=self._model.dtype, device=visible.device)
+        return added.masked_fill(~visible, torch.finfo(added.dtype).min)
+
+    def _laying(self, adapters: list[Any]) -> AbstractContextManager[None]:
+        return nullcontext() if self._adapters is None else self._adapters.on(adapters)
+
+
+def _results(logits: torch.Tensor, is_greedy: list[bool]) -> list[tuple[int, torch.Tensor | None]]:
+    """Returns what rows need of logits on the device, moved to the CPU; waits for the device once or twice in all."""
+    best = logits.argmax(dim=-1)
+    others = [i for i, one in enumerate(is_greedy) if not one]
+    found = dict(zip(others, logits[others].float().cpu(), strict=True)) if others else {}
+    return [(token, found.get(i)) for i, token in enumerate(best.tolist())]
+
+
+def _tokens(row: "Row", tokens: int, width: int) -> tuple[list[int], list[int]]:
+    """Returns the next tokens of a row and their positions, padded on the left.
+
+    On the left, so that the last token is last in every row. Padding gets positions after all tokens, where no token
+    attends to it and the next token overwrites it.
+    """
+    start = min(row.fed, len(row.ids) - 1)
+    ids, end = row.ids[start : start + tokens], row.fed + tokens
+    more = width - tokens
+    return ids[:1] * more + ids, [*range(end, end + more), *range(row.fed, end)]
