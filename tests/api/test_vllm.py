@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 import tiny_models
@@ -19,6 +20,7 @@ from teams import BASE, TRAIN, Team
 
 from tunery import processes
 from tunery.rows.template import ChatTemplate
+from tunery.serving import Rates
 from tunery.storage import open_storage
 from worker.io.announcing import Announcer
 from worker.server.backends import backend
@@ -33,6 +35,8 @@ class Recorded:
 
     def __init__(self, database: Database, root: Path) -> None:
         self._root = root
+        self.address = ""
+        """The last model server's."""
         tiny_models.tokenizer(root / "base")
         (root / "base/config.json").write_text(json.dumps({"eos_token_id": 2}))
         self.files = PublishedModels(database, root / "base", root)
@@ -65,8 +69,8 @@ def ask(recorded: Recorded, make_app: Callable[..., FastAPI], team: Team) -> Ite
     with ExitStack() as stack:
 
         def make(*urls: str, **options: Any) -> OpenAI:
-            address = stack.enter_context(recorded.files.serving(*urls, **options))
-            return team.on(make_app(server_url=address)).openai(strict=True)
+            recorded.address = stack.enter_context(recorded.files.serving(*urls, **options))
+            return team.on(make_app(server_url=recorded.address)).openai(strict=True)
 
         yield make
 
@@ -92,6 +96,8 @@ def test_base_and_adapter_answer_as_vllm_does(recorded: Recorded, ask: Ask, team
     pieces = client.chat.completions.create(model=tuned, stream=True, **ASK)
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == recorded.text("stream_adapter")
     assert vllm.loaded == [digest]
+    measured = Rates.model_validate_json(httpx2.get(f"{recorded.address}/v1/rates", trust_env=False).content)
+    assert measured == Rates(device="vllm", rates=[]), "another host computes, and a wait is no pass"
 
 
 def _say(client: OpenAI, model: str, **options: Any) -> str | None:

@@ -34,11 +34,12 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # all files are local; a name in a config must not start a search for more
     plugins.load(settings.plugins, "server")
     url = urlsplit(settings.server_url)
+    engine = backend.make(settings, open_storage(settings), device)
     app = create_app(
-        backend.make(settings, open_storage(settings), device),
+        engine,
         places=settings.server_places,
         seconds=settings.server_seconds,
-        device_name=name_of(device),
+        device_name=name_of(device) if engine.device == device else None,
     )
     uvicorn.run(
         app,

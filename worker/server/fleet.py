@@ -72,7 +72,7 @@ class Fleet:
         """Returns the most tokens of prompt and answer together. Raises NoReplica."""
         if not self._serving(target):
             await self._look()
-        lengths = [one.length(target.base) for one in self._serving(target)]
+        lengths = [one.find(target.base).length for one in self._serving(target)]
         if not lengths:
             raise NoReplica(base=target.id)
         return min((length for length in lengths if length is not None), default=None)
@@ -114,7 +114,7 @@ class Fleet:
     async def _ask(self, replica: Replica, target: Target, body: dict[str, Any]) -> httpx2.Response | None:
         """Returns the replica's stream; None if the replica is lost."""
         adapter = target.adapter
-        model = replica.name_of(target.base) if adapter is None else adapter.name
+        model = replica.find(target.base).name if adapter is None else adapter.name
         replica.in_flight += 1
         try:
             for _ in range(2):  # the second time after a restart

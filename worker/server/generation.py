@@ -7,31 +7,18 @@ Greedy answers are the same as those of `generate(do_sample=False)`, which the t
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from worker.server.answer import TokenChance
+from worker.server.prompting import Sampling
 from worker.server.streams import Stream
-from worker.server.text import WrittenAnswer
+from worker.server.text import WrittenAnswer, spell
 
 if TYPE_CHECKING:
     from worker.server.grammar import Grammar
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen. `temperature` 0: the likeliest. `seed` None: a new seed for each answer."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the likeliest token is always chosen."""
-        return self.temperature == 0 or self.top_p == 0
 
 
 @dataclass(kw_only=True, eq=False)
@@ -44,7 +31,7 @@ class Generation(WrittenAnswer):
 
     stream: Stream
     max_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     is_greedy: bool = False
     grammar: "Grammar | None" = None
     top_logprobs: int | None = None
@@ -61,11 +48,6 @@ class Generation(WrittenAnswer):
         """Prompt tokens that were not computed."""
         return self.stream.cached_tokens
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether the grammar allows no further token."""
-        return self.grammar is not None and self.grammar.is_complete
-
     def tokens(self) -> Iterator[int]:
         dice = _dice(self.sampling.seed)
         for left in reversed(range(self.max_tokens)):
@@ -78,6 +60,7 @@ class Generation(WrittenAnswer):
             if self.grammar is not None:
                 self.grammar.take(token)
                 if self.grammar.is_complete:
+                    self.finish_reason = "stop"
                     return
 
     def _choose(self, dice: torch.Generator) -> int:
@@ -96,7 +79,7 @@ class Generation(WrittenAnswer):
         self.chances.append(replace(self._chance(token, float(every[token])), top=top))
 
     def _chance(self, token: int, logprob: float) -> TokenChance:
-        return TokenChance(self.tokenizer.decode([token], skip_special_tokens=False), logprob)
+        return TokenChance(spell(self.tokenizer, token), logprob)
 
 
 def _dice(seed: int | None) -> torch.Generator:

@@ -16,14 +16,16 @@ class _Sum:
 class Meter:
     """Counts what the loop's thread computes; other threads read it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, computes_here: bool = True) -> None:
+        """`computes_here`: if another program computes, the loop's time is that of waiting and is not counted."""
+        self._computes_here = computes_here
         self._sums: dict[tuple[str, Way], _Sum] = {}
 
     def count(self, together: Sequence[Chosen], tokens: int, seconds: float) -> None:
         """Adds a pass of these answers' models, which produced so many tokens."""
         bases = {chosen.base.id for chosen in together}
         way = way_of(together)
-        if len(bases) == 1 and way is not None:
+        if self._computes_here and len(bases) == 1 and way is not None:
             found = self._sums.setdefault((bases.pop(), way), _Sum())
             found.tokens, found.seconds, found.passes = found.tokens + tokens, found.seconds + seconds, found.passes + 1
 

@@ -1,7 +1,11 @@
-"""Encodes a request's prompt and limits its answer's length, for every back end."""
+"""Prepares a request's prompt, and what limits and decodes its answer, for every back end."""
 
+from dataclasses import dataclass
+
+from tunery.rows.calls import CallSpelling
 from tunery.rows.errors import PromptTooLong
 from tunery.rows.template import ChatTemplate
+from worker.server.rendering import Rendering
 from worker.server.schemas import ChatRequest
 
 UNKNOWN_CONTEXT = 4096
@@ -11,14 +15,68 @@ _LONG = 16
 """Characters per token of the context. A prompt has far fewer unless most of it is whitespace."""
 
 
-def encode(request: ChatRequest, template: ChatTemplate) -> list[int]:
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. `temperature` 0: the likeliest. `seed` None: a new seed for each answer."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always chosen."""
+        return self.temperature == 0 or self.top_p == 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request as a back end answers it. `top_logprobs`: how many likeliest tokens have log probabilities shown; None
+    if none are requested, not even the answer's own.
+    """
+
+    rendering: Rendering
+    ids: list[int]
+    stops: list[str]
+    max_tokens: int
+    sampling: Sampling
+    top_logprobs: int | None
+    spelling: CallSpelling | None
+
+    @property
+    def context(self) -> list[int]:
+        """The prompt's last tokens, with which the answer's are decoded."""
+        return self.rendering.template.answer_context(self.ids)
+
+
+def prepare(request: ChatRequest, rendering: Rendering, context_length: int | None) -> Prepared:
+    """Encodes the prompt. Raises CannotRender, PromptTooLong."""
+    template = rendering.template
+    _refuse_much_too_long(request, template, context_length)
+    ids = _encode(request, template)
+    return Prepared(
+        rendering=rendering,
+        ids=ids,
+        stops=request.stops,
+        max_tokens=_room(request, len(ids), context_length),
+        sampling=Sampling(
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            seed=request.seed,
+        ),
+        top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        spelling=rendering.spelling if request.offered_tools else None,
+    )
+
+
+def _encode(request: ChatRequest, template: ChatTemplate) -> list[int]:
     """Returns the prompt's tokens. Raises CannotRender."""
     if request.text is not None:
         return template.encode_beginning(request.text)
     return template.encode_prompt(request.messages, request.offered_tools)
 
 
-def refuse_much_too_long(request: ChatRequest, template: ChatTemplate, limit: int | None) -> None:
+def _refuse_much_too_long(request: ChatRequest, template: ChatTemplate, limit: int | None) -> None:
     """Raises PromptTooLong if a prompt's beginning alone is too long: tokenising millions of words takes as many
     seconds, during which nobody else is answered.
     """
@@ -31,7 +89,7 @@ def refuse_much_too_long(request: ChatRequest, template: ChatTemplate, limit: in
         raise PromptTooLong(param="messages", limit=limit, tokens=f"more than {tokens - _LONG}")
 
 
-def room(request: ChatRequest, prompt_tokens: int, context_length: int | None) -> int:
+def _room(request: ChatRequest, prompt_tokens: int, context_length: int | None) -> int:
     """Returns the most tokens that the answer may have. Raises PromptTooLong if there is no room for any."""
     wanted = request.max_completion_tokens or request.max_tokens
     if context_length is None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from tunery.errors import InvalidValue, TuneryError, Unavailable
 from worker.server.answer import TokenChance
-from worker.server.text import WrittenAnswer
+from worker.server.text import WrittenAnswer, spell
 
 _DATA = b"data: "
 _END = b"[DONE]"
@@ -70,7 +70,6 @@ class RemoteAnswer(WrittenAnswer):
     """An answer that is read from `source`. `on_close` stops the engine."""
 
     source: Tokens
-    is_complete: bool = False  # a remote engine ends a grammar with a stop token
 
     @property
     def is_ready(self) -> bool:
@@ -132,14 +131,10 @@ class Reader:
         for token, logprob, likeliest in zip(ids, logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
             ranked = sorted(likeliest.items(), key=lambda item: -item[1])[: self._top]
             top = tuple(self._chance(_id_of(name), value) for name, value in ranked)
-            yield Step(token, TokenChance(self._spell(token), logprob, top))
+            yield Step(token, TokenChance(spell(self._tokenizer, token), logprob, top))
 
     def _chance(self, token: int, logprob: float) -> TokenChance:
-        return TokenChance(self._spell(token), logprob)
-
-    def _spell(self, token: int) -> str:
-        spelled: str = self._tokenizer.decode([token], skip_special_tokens=False)
-        return spelled
+        return TokenChance(spell(self._tokenizer, token), logprob)
 
 
 def _error(error: dict[str, Any]) -> TuneryError:

@@ -50,6 +50,18 @@ class Adapter:
     base: frozenset[str]
 
 
+@dataclass(frozen=True)
+class ServedBase:
+    """A base on a replica: its name there, its folder's name, and the most tokens of prompt and answer together."""
+
+    name: str
+    folder: str
+    length: int | None
+
+    def is_one_of(self, names: frozenset[str]) -> bool:
+        return not names.isdisjoint({self.name, self.folder})
+
+
 class Replica:
     """A vLLM server at `url`, without a path."""
 
@@ -57,13 +69,10 @@ class Replica:
         self.url = url
         self.in_flight = 0
         self.is_up = False
-        self.bases: dict[str, int | None] = {}
-        """The most tokens of prompt and answer, by the base's name and by its folder's name."""
+        self.bases: list[ServedBase] = []
         self.adapters: dict[str, Adapter] = {}
         self.refused: dict[str, str] = {}
         """Why it refused to load adapters, by their names."""
-        self._names: dict[str, str] = {}
-        """The bases' names, and their folders' names."""
         self._loading = asyncio.Lock()
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         timeout = httpx2.Timeout(None, connect=5)
@@ -73,15 +82,11 @@ class Replica:
 
     def serves(self, base: frozenset[str]) -> bool:
         """Whether the replica is up and has a base of one of these names."""
-        return self.is_up and not base.isdisjoint(self.bases)
+        return self.is_up and any(one.is_one_of(base) for one in self.bases)
 
-    def length(self, base: frozenset[str]) -> int | None:
-        """Returns the most tokens of prompt and answer together; None if the replica does not say."""
-        return next((self.bases[name] for name in base if name in self.bases), None)
-
-    def name_of(self, base: frozenset[str]) -> str:
-        """Returns the replica's name for the base."""
-        return next(name for name in self._names if name in base or self._names[name] in base)
+    def find(self, base: frozenset[str]) -> ServedBase:
+        """Returns the base of one of these names, which the replica serves."""
+        return next(one for one in self.bases if one.is_one_of(base))
 
     async def look(self) -> None:
         """Reads what the replica has loaded. After an outage, adapters that it refused are tried again."""
@@ -96,9 +101,10 @@ class Replica:
             self.refused.clear()
         self.is_up = True
         own = [card for card in cards if not card.get("parent")]
-        self._names = {card["id"]: PurePosixPath(card.get("root") or "").name for card in own}
-        lengths = {card["id"]: card.get("max_model_len") for card in own}
-        self.bases = {folder: lengths[name] for name, folder in self._names.items() if folder} | lengths
+        self.bases = [
+            ServedBase(card["id"], PurePosixPath(card.get("root") or "").name, card.get("max_model_len"))
+            for card in own
+        ]
         laid = [card for card in cards if card.get("parent") and _ADAPTER.fullmatch(card["id"])]
         self.adapters = {
             card["id"]: self.adapters.get(card["id"]) or Adapter(card["id"], card["root"], frozenset({card["parent"]}))

@@ -17,12 +17,14 @@ from threading import Condition, Thread
 from tunery.errors import AnswerTooSlow, Overloaded, TuneryError
 from tunery.serving import Chosen
 from worker.server.answer import Answer
-from worker.server.backends.backend import Backend, Preloading
+from worker.server.backends.backend import Backend, Closable, Preloading
 from worker.server.meter import Meter
 from worker.server.schemas import ChatRequest
 
 log = logging.getLogger(__name__)
 
+_DEVICES = ("cpu", "cuda")
+"""The kinds of devices whose passes are measured."""
 _LOADERS = 4
 """How many requests load their models and render their prompts at once."""
 
@@ -44,7 +46,7 @@ class RequestQueue:
         self._turns = 0
         self._free = asyncio.Semaphore(backend.streams)
         self._loaders = ThreadPoolExecutor(min(_LOADERS, backend.streams), thread_name_prefix="loader")
-        self.meter = Meter()
+        self.meter = Meter(computes_here=backend.device.partition(":")[0] in _DEVICES)
         self.loop = Loop(backend, self.meter)
 
     @property
@@ -102,6 +104,8 @@ class RequestQueue:
     def close(self) -> None:
         self.loop.close()
         self._loaders.shutdown(wait=False, cancel_futures=True)
+        if isinstance(self.backend, Closable):
+            self.backend.close()
 
 
 def _logged(load: Callable[[Chosen], None], chosen: Chosen) -> None:

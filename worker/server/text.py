@@ -14,6 +14,11 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a decoder writes for the first bytes of a character that continues in the next token."""
 
 
+def spell(tokenizer: Tokenizer, token: int) -> str:
+    """Returns a token as text, special tokens too."""
+    return str(tokenizer.decode([token], skip_special_tokens=False))
+
+
 class Text:
     """Decodes token ids to text that may be sent: whole characters, and nothing that could begin a stop string.
 
@@ -101,12 +106,7 @@ class WrittenAnswer(ABC):
 
     @abstractmethod
     def tokens(self) -> Iterator[int]:
-        """Yields the answer's tokens, including the stop token."""
-
-    @property
-    @abstractmethod
-    def is_complete(self) -> bool:
-        """Whether the answer is complete without a stop token."""
+        """Yields the answer's tokens, including the stop token. Sets `finish_reason` if they end without one."""
 
     @abstractmethod
     def close(self) -> None:
@@ -144,7 +144,7 @@ class WrittenAnswer(ABC):
             yield text.finish()
         if text.calls:
             yield self._read_calls(said)
-        is_over = (text.stopped and not text.calls) or self.is_complete
+        is_over = text.stopped and not text.calls
         self.finish_reason = "stop" if is_over else self.finish_reason or "length"
         if self.tool_calls:
             self.finish_reason = "tool_calls"

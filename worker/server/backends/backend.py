@@ -26,7 +26,8 @@ class Backend(Protocol):
         """Id of the model that was used last."""
 
     @property
-    def device(self) -> str: ...
+    def device(self) -> str:
+        """The torch device of the passes, or a name of what computes elsewhere."""
 
     def answer(self, request: ChatRequest) -> Answer:
         """Returns the answer to a request, not started yet; the model is loaded when this returns.
@@ -44,6 +45,14 @@ class Preloading(Protocol):
 
     def load(self, chosen: Chosen) -> None:
         """Begins to load the model, if it can. Raises as `answer` does. Called in other threads than `advance`."""
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """A back end with connections or processes to end."""
+
+    def close(self) -> None:
+        """Called once, after the last answer."""
 
 
 Make = Callable[[Settings, Storage, str], Backend]

@@ -27,7 +27,7 @@ from worker.server.answer import Answer
 from worker.server.batch import Row
 from worker.server.cache_memory import CacheMemory
 from worker.server.folders import WEIGHTS
-from worker.server.generation import Generation, Sampling
+from worker.server.generation import Generation
 from worker.server.grammar import Grammar
 from worker.server.models import Base, Source
 from worker.server.rendering import Rendering, Renderings
@@ -198,33 +198,24 @@ def ready_of(streams: Sequence[Stream]) -> list[Stream]:
 
 
 def _begin(request: ChatRequest, ready: Ready) -> Generation:
-    rendering = ready.rendering
-    template = rendering.template
-    prompting.refuse_much_too_long(request, template, ready.context_length)
-    prompt = prompting.encode(request, template)
-    spelling = rendering.spelling if request.offered_tools else None
-    room, kept_to = prompting.room(request, len(prompt), ready.context_length), _grammar(request, ready, spelling)
-    sampling = Sampling(
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        seed=request.seed,
-    )
-    is_greedy = sampling.is_greedy and kept_to is None and not request.logprobs
+    prepared = prompting.prepare(request, ready.rendering, ready.context_length)
+    kept_to = _grammar(request, ready, prepared.spelling)
+    is_greedy = prepared.sampling.is_greedy and kept_to is None and prepared.top_logprobs is None
     return Generation(
         is_greedy=is_greedy,
         on_close=ready.release,
-        tokenizer=template.tokenizer,
-        prompt_ids=prompt,
-        context=template.answer_context(prompt),
-        max_tokens=room,
-        eos_ids=rendering.eos_ids,
-        stops=request.stops,
+        tokenizer=ready.rendering.template.tokenizer,
+        prompt_ids=prepared.ids,
+        context=prepared.context,
+        max_tokens=prepared.max_tokens,
+        eos_ids=ready.rendering.eos_ids,
+        stops=prepared.stops,
         grammar=kept_to,
-        spelling=spelling,
-        top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        sampling=sampling,
+        spelling=prepared.spelling,
+        top_logprobs=prepared.top_logprobs,
+        sampling=prepared.sampling,
         # Last: a row that has joined the batch stays in it if something after it raises.
-        stream=ready.stream(prompt, request.chosen.project_id, is_greedy=is_greedy),
+        stream=ready.stream(prepared.ids, request.chosen.project_id, is_greedy=is_greedy),
     )
 
 

@@ -17,14 +17,14 @@ import httpx2
 from tunery.errors import TuneryError, Unavailable, Unsupported
 from tunery.planning import servable
 from tunery.planning.servable import AdapterTraits, Limits
-from tunery.rows.calls import CallSpelling
 from tunery.serving import Chosen, Files
 from tunery.storage import Storage
 from worker.server import folders, grammar, prompting
 from worker.server.answer import Answer
 from worker.server.fleet import Fleet, Target
+from worker.server.prompting import Prepared
 from worker.server.remote import Reader, RemoteAnswer, Tokens
-from worker.server.rendering import Rendering, Renderings
+from worker.server.rendering import Renderings
 from worker.server.replica import Adapter, CannotServe
 from worker.server.schemas import ChatRequest
 
@@ -67,15 +67,12 @@ class VllmBackend:
         kept_to = _kept_to(request)
         target = self._target(request.chosen)
         length = self._start(self.fleet.length(target)).result()
-        rendering = self._renderings.of(self._template_folder(request.chosen))
-        prompting.refuse_much_too_long(request, rendering.template, length)
-        prompt = prompting.encode(request, rendering.template)
-        body = _body(request, prompt, rendering, prompting.room(request, len(prompt), length)) | kept_to
+        prepared = prompting.prepare(request, self._renderings.of(self._template_folder(request.chosen)), length)
         tokens = Tokens(self._arrived)
-        reader = Reader(tokens, rendering.template.tokenizer, _top(request))
-        reading = self._begin(target, body, reader, tokens)
+        reader = Reader(tokens, prepared.rendering.template.tokenizer, prepared.top_logprobs)
+        reading = self._begin(target, _body(prepared) | kept_to, reader, tokens)
         self.loaded = request.chosen.template.id
-        return self._written(request, prompt, rendering, tokens, reading)
+        return self._written(prepared, tokens, reading)
 
     def load(self, chosen: Chosen) -> None:
         """Has every server that has the base load the adapter. Raises as `answer` does."""
@@ -153,9 +150,7 @@ class VllmBackend:
             tokens.end(Unavailable(part="The model server"))  # after any error: a reader must not wait forever
             await self.fleet.close(target, replica, stream)
 
-    def _written(
-        self, request: ChatRequest, prompt: list[int], rendering: Rendering, tokens: Tokens, reading: "Future[None]"
-    ) -> RemoteAnswer:
+    def _written(self, prepared: Prepared, tokens: Tokens, reading: "Future[None]") -> RemoteAnswer:
         def stop() -> None:
             reading.cancel()
             with self._arrived:
@@ -163,12 +158,12 @@ class VllmBackend:
 
         answer = RemoteAnswer(
             source=tokens,
-            tokenizer=rendering.template.tokenizer,
-            prompt_ids=prompt,
-            context=rendering.template.answer_context(prompt),
-            eos_ids=rendering.eos_ids,
-            stops=request.stops,
-            spelling=_spelling(request, rendering),
+            tokenizer=prepared.rendering.template.tokenizer,
+            prompt_ids=prepared.ids,
+            context=prepared.context,
+            eos_ids=prepared.rendering.eos_ids,
+            stops=prepared.stops,
+            spelling=prepared.spelling,
             on_close=stop,
         )
         with self._arrived:
@@ -179,32 +174,28 @@ class VllmBackend:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
 
-def _body(request: ChatRequest, prompt: list[int], rendering: Rendering, room: int) -> dict[str, Any]:
+def _body(prepared: Prepared) -> dict[str, Any]:
     """Returns the body for vLLM's completions. Every option is set, as a server takes its own defaults from the base's
     folder.
     """
-    is_greedy = request.top_p == 0
+    sampling = prepared.sampling
     body: dict[str, Any] = {
-        "prompt": prompt,
+        "prompt": prepared.ids,
         "stream": True,
-        "max_tokens": room,
-        "temperature": 0 if is_greedy else 1.0 if request.temperature is None else request.temperature,
-        "top_p": 1.0 if is_greedy or request.top_p is None else request.top_p,
+        "max_tokens": prepared.max_tokens,
+        "temperature": 0 if sampling.is_greedy else sampling.temperature,
+        "top_p": 1.0 if sampling.is_greedy else sampling.top_p,
         "top_k": 0,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
-        "stop_token_ids": sorted(rendering.eos_ids),
+        "stop_token_ids": sorted(prepared.rendering.eos_ids),
         "return_token_ids": True,
     }
-    if request.seed is not None:
-        body["seed"] = request.seed % 2**63
-    if (top := _top(request)) is not None:
-        body |= {"logprobs": top, "return_tokens_as_token_ids": True}
+    if sampling.seed is not None:
+        body["seed"] = sampling.seed % 2**63
+    if prepared.top_logprobs is not None:
+        body |= {"logprobs": prepared.top_logprobs, "return_tokens_as_token_ids": True}
     return body
-
-
-def _top(request: ChatRequest) -> int | None:
-    return (request.top_logprobs or 0) if request.logprobs else None
 
 
 def _kept_to(request: ChatRequest) -> dict[str, Any]:
@@ -213,7 +204,3 @@ def _kept_to(request: ChatRequest) -> dict[str, Any]:
         raise Unsupported(param="tool_choice", what="A call that has to be made", instead="Use 'auto'.")
     schema = grammar.schema_of(request.response_format)
     return {} if schema is None else {"structured_outputs": {"json": schema}}
-
-
-def _spelling(request: ChatRequest, rendering: Rendering) -> CallSpelling | None:
-    return rendering.spelling if request.offered_tools else None
