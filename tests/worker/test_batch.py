@@ -215,7 +215,7 @@ def test_a_long_row_does_not_lengthen_the_slots_of_the_others(llama: Any, monkey
     assert said == [alone(llama, prompt) for prompt in prompts]
     assert sorted(shape[0] for shape in passes) == [1, 1, 3]
     assert sorted(shape[-1] > 40 for shape in passes) == [False, True, True]
-    assert rows[4].cached_tokens == 150, "rows of other lengths share keys all the same"
+    assert rows[4].cached_tokens == 150, "rows of other lengths reuse keys too"
     together = Batch(llama, long_tokens=1000)
     others = [together.join(prompt, project_id="p") for prompt in prompts]
     for row in others:
