@@ -26,43 +26,29 @@ from tunery.planning.precision import decide
 from tunery.spec import Lora, Qlora
 from worker.trainer.cuda_graphs import SCALE, forward_backward
 from worker.trainer.data import Batch, collate, singles
-from worker.trainer.kernels import cross_entropy, decoder, projections
+from worker.trainer.kernels import cross_entropy
 from worker.trainer.loading import RECIPES
 from worker.trainer.objective import Objective
 
 WORKS = ["llama3-8b:qlora", "llama3-8b:lora", "llama3-1b:lora"]
 TECHNIQUES = {"lora": Lora(), "qlora": Qlora()}
 Choice = tuple[Any, str, Any]
-FIRST: Choice = (projections, "ADAPTER_FIRST", True)
-WIDE: Choice = (projections, "WIDE_GRADIENTS", True)
-SUMS: Choice = (decoder, "SUMS_IN_PRODUCTS", True)
-TILE: Choice = (activations, "CHUNK_TILE", 128)
-LARGE: Choice = (activations, "CHUNK_BYTES", 2**30)
 ARMS: dict[str, list[Choice]] = {
     "as it is": [],
-    "adapter first": [FIRST],
-    "wide gradients": [WIDE],
-    "sums in products": [SUMS],
-    "chunks of whole tiles": [TILE],
-    "large chunks": [TILE, LARGE],
-    "all": [FIRST, WIDE, SUMS, TILE, LARGE],
-    "all, unpacked kept": [FIRST, WIDE, SUMS, TILE, LARGE],
+    "large chunks": [(activations, "CHUNK_BYTES", 2**30)],
     "as it is, again": [],
 }
-"""The constants that each arm changes; the last arm shows the measurement's own noise."""
+"""The constants that each arm changes: a new choice gets one here. The last arm shows the measurement's own noise."""
 
 
 @contextmanager
-def chosen(arm: str, model: torch.nn.Module) -> Iterator[None]:
+def chosen(arm: str) -> Iterator[None]:
     before = [(module, name, getattr(module, name)) for module, name, _ in ARMS[arm]]
     for module, name, value in ARMS[arm]:
         setattr(module, name, value)
-    if arm.endswith("unpacked kept"):
-        projections.keep_unpacked(model)
     try:
         yield
     finally:
-        projections.drop_unpacked(model)
         for module, name, value in before:
             setattr(module, name, value)
 
@@ -159,9 +145,9 @@ def compare(work: str, folder: Path, a: argparse.Namespace, device: torch.device
     results: dict[str, Any] = {}
     wanted: Tensor | None = None
     for arm in ARMS:
-        with chosen(arm, objective):
+        with chosen(arm):
             found = measure(objective, batch, (min(a.layers, all_layers), all_layers), a.repeats)
-            if device.type == "cuda" and arm in {"as it is", "all, unpacked kept"}:
+            if device.type == "cuda" and arm == "as it is":
                 found["kernels"] = kernels(objective, batch)
         gradient = found.pop("gradient")
         wanted = gradient if wanted is None else wanted

@@ -76,22 +76,13 @@ def test_packed_rows_keep_apart(tmp_path: Path, tiny: Path) -> None:
     assert packing.keeps_rows_apart(t.objective, t.rows.rows, t.device)
 
 
-@pytest.mark.parametrize("unpacked", [False, True])
-@pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("adapter_first", [False, True])
-def test_four_bit_layer_on_the_gpu_has_the_gradients_of_the_definition(
-    adapter_first: bool, wide: bool, unpacked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(projections, "ADAPTER_FIRST", adapter_first)
-    monkeypatch.setattr(projections, "WIDE_GRADIENTS", wide)
+def test_four_bit_layer_on_the_gpu_has_the_gradients_of_the_definition() -> None:
     base = bitsandbytes.nn.Linear4bit(512, 256, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16)
     base.load_state_dict({"weight": torch.randn(256, 512, dtype=torch.bfloat16)})
     layer = get_peft_model(
         nn.Sequential(base.to("cuda")), LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)
     ).base_model.model[0]
     adapters.install(layer.to("cuda"))
-    if unpacked:
-        projections.keep_unpacked(layer)
     dense = bitsandbytes.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).double()
     tensors = [torch.randn(64, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)]
     tensors += [layer.lora_A.default.weight, layer.lora_B.default.weight]

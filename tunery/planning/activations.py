@@ -12,9 +12,6 @@ from tunery.spec import Full, Lora, Technique
 CHUNK_BYTES = 256 * 2**20
 """Bytes of one loss chunk's fp32 logits. Larger chunks are no faster: the matrix products are large enough."""
 LEAST_CHUNK_ROWS = 64
-CHUNK_TILE = 1
-"""Chunks have a multiple of this many rows, if they have more: a matrix product's tiles of 128 rows are computed whole.
-"""
 FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Values of a config's model_type whose layers run the trainer's own kernels."""
 _FOUR_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})
@@ -75,8 +72,7 @@ def of_loss(shape: Shape, technique: Technique, precision: Precision, labels: in
 
 def chunk_rows(vocab: int) -> int:
     """Returns how many rows a chunk of the loss has."""
-    rows = max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (_WIDE * vocab))
-    return rows - rows % CHUNK_TILE if rows > CHUNK_TILE else rows
+    return max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (_WIDE * vocab))
 
 
 def _head_gradient(shape: Shape, technique: Technique, precision: Precision) -> int:

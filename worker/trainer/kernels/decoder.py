@@ -14,8 +14,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from worker.trainer.kernels import adapters, attention, elementwise, projections
 
-SUMS_IN_PRODUCTS = False
-"""Whether the residual is added inside of the products that end attention and feed-forward block."""
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 """Families whose decoder layer is: norm, attention, sum, norm, gated feed-forward block, sum."""
 BLOCKS = {f"{family}MLP" for family in (*FAMILIES, "SmolLM3")}
@@ -93,17 +91,11 @@ def _layer(
     kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
     attended = _attention(self.self_attn, normed, position_embeddings, kwargs)
     norm = self.post_attention_layernorm
-    if SUMS_IN_PRODUCTS:
-        total = _onto(residual, attended, self.self_attn.o_proj)
-        normed, total = elementwise.add_rms_norm(total, None, norm.weight, norm.variance_epsilon)
-        return _feed_forward(self.mlp, normed, total)
-    [projected] = _together(attended, self.self_attn.o_proj)
-    normed, residual = elementwise.add_rms_norm(projected, residual, norm.weight, norm.variance_epsilon)
+    normed, residual = elementwise.add_rms_norm(attended, residual, norm.weight, norm.variance_epsilon)
     return residual + _feed_forward(self.mlp, normed)
 
 
 def _attention(module: Any, x: Tensor, angles: tuple[Tensor, Tensor], kwargs: dict[str, Any]) -> Tensor:
-    """Returns what the heads attend to, concatenated [..., heads x width], before the last product."""
     query, key, value = (part.view(*x.shape[:-1], -1, module.head_dim) for part in _together(
         x, module.q_proj, module.k_proj, module.v_proj
     ))  # fmt: skip
@@ -111,7 +103,8 @@ def _attention(module: Any, x: Tensor, angles: tuple[Tensor, Tensor], kwargs: di
         query, key = (_norm(norm, part) for norm, part in ((module.q_norm, query), (module.k_norm, key)))
     query, key = elementwise.rotate(query, *angles), elementwise.rotate(key, *angles)
     out = _attend(module, query, key, value, **kwargs)
-    return out.reshape(*x.shape[:-1], -1).contiguous()
+    [projected] = _together(out.reshape(*x.shape[:-1], -1).contiguous(), module.o_proj)
+    return projected
 
 
 def _attend(
@@ -163,17 +156,8 @@ def _together(x: Tensor, *modules: Any) -> tuple[Tensor, ...]:
     return tuple(module(x) for module in modules)
 
 
-def _onto(total: Tensor, x: Tensor, module: Any) -> Tensor:
-    """Returns `total` plus the module's product with `x`."""
-    layer = adapters.layer_of(module)
-    return total + module(x) if layer is None else projections.project_onto(total, x, layer)
-
-
-def _feed_forward(mlp: Any, x: Tensor, total: Tensor | None = None) -> Tensor:
-    """Returns the gated block's output, plus `total` if it is given."""
+def _feed_forward(mlp: Any, x: Tensor) -> Tensor:
     layers = [adapters.layer_of(module) for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
     if all(layers):
-        gate, up, down = cast(list[projections.Layer], layers)
-        return projections.gated(x, gate, up, down, total)
-    out = cast(Tensor, mlp.down_proj(elementwise.swiglu(mlp.gate_proj(x), mlp.up_proj(x))))
-    return out if total is None else total + out
+        return projections.gated(x, *cast(list[projections.Layer], layers))
+    return cast(Tensor, mlp.down_proj(elementwise.swiglu(mlp.gate_proj(x), mlp.up_proj(x))))

@@ -3,6 +3,10 @@
 y_i = x W_i' + s_i (x A_i') B_i'. The A_i are concatenated, so that x is read once for all of them, forward and
 backward, and x's gradient is computed in one buffer, to which each product adds: autograd would allocate one for each
 product and sum them. A frozen weight is in bf16 or in 4 bits. `plain` is the definition of each.
+
+The adapter's update is computed first, and the product with W added to it: a large product reads its summand while it
+computes, where an update that is added last would read and write the whole output once more. It is also more exact, as
+the smaller summand is rounded before the sum.
 """
 
 import copy
@@ -16,12 +20,6 @@ import torch
 from torch import Tensor
 
 from worker.trainer.kernels import elementwise, fp8
-
-ADAPTER_FIRST = False
-"""Whether a product with a frozen weight is added to its adapter's update, not the other way round: the matrix product
-then reads what it adds to while it computes, and only the update, the smaller summand, is rounded before the sum."""
-WIDE_GRADIENTS = False
-"""Whether the products that are adapters' gradients write fp32 on a CUDA device, in place of bf16 that is cast."""
 
 
 @dataclass(frozen=True)
@@ -45,27 +43,12 @@ def plain(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tens
 
 def dense(base: Any) -> Tensor:
     """Returns the frozen weight [out, in] as numbers. Four bits are unpacked for each product: kept, they would be
-    bf16, as `keep_unpacked` has them.
+    bf16.
     """
-    if (unpacked := getattr(base, "unpacked", None)) is not None:
-        return cast(Tensor, unpacked)
     state = quant_state(base)
     if state is None:
         return cast(Tensor, base.weight.detach())
     return _unpack(base.weight.detach().view(torch.uint8), state, product_dtype(base))
-
-
-def keep_unpacked(model: torch.nn.Module) -> None:
-    """Keeps the numbers of every 4-bit weight of a model beside it: the same products, without unpacking for each."""
-    for layer in model.modules():
-        if isinstance(layer, bitsandbytes.nn.Linear4bit):
-            cast(Any, layer).unpacked = dense(layer)
-
-
-def drop_unpacked(model: torch.nn.Module) -> None:
-    """Frees what `keep_unpacked` keeps."""
-    for layer in model.modules():
-        vars(layer).pop("unpacked", None)
 
 
 def quant_state(base: Any) -> Any:
@@ -104,33 +87,14 @@ def project(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """Returns each layer's product with `x` [..., in]: [..., out_i], in x's type."""
     flat = [part for layer in layers for part in (layer.a, layer.b)]
     fixed = tuple((layer.base, layer.scale, layer.narrow) for layer in layers)
-    return cast(tuple[Tensor, ...], _Project.apply(x, None, fixed, *flat))  # type: ignore[no-untyped-call]
+    return cast(tuple[Tensor, ...], _Project.apply(x, fixed, *flat))  # type: ignore[no-untyped-call]
 
 
-def project_onto(total: Tensor, x: Tensor, layer: Layer) -> Tensor:
-    """Returns `total` [..., out] plus the layer's product with `x` [..., in], added inside of the product."""
-    if not _same_type(total, x, layer):
-        return total + project(x, [layer])[0]
-    fixed = ((layer.base, layer.scale, layer.narrow),)
-    [out] = _Project.apply(x, total, fixed, layer.a, layer.b)  # type: ignore[no-untyped-call]
-    return cast(Tensor, out)
-
-
-def gated(x: Tensor, gate: Layer, up: Layer, down: Layer, total: Tensor | None = None) -> Tensor:
-    """down(silu(gate(x)) * up(x)): a feed-forward block in one function, which keeps gate(x) and up(x) only.
-
-    It is added to `total`, if one is given.
-    """
-    if total is not None and not _same_type(total, x, down):
-        return total + gated(x, gate, up, down)
+def gated(x: Tensor, gate: Layer, up: Layer, down: Layer) -> Tensor:
+    """down(silu(gate(x)) * up(x)): a feed-forward block in one function, which keeps gate(x) and up(x) only."""
     flat = [part for layer in (gate, up, down) for part in (layer.a, layer.b)]
     fixed = tuple((layer.base, layer.scale, layer.narrow) for layer in (gate, up, down))
-    return cast(Tensor, _Gated.apply(x, total, fixed, *flat))  # type: ignore[no-untyped-call]
-
-
-def _same_type(total: Tensor, x: Tensor, layer: Layer) -> bool:
-    """Whether a sum with `total` has the type of the product: under autocast the sum is wider."""
-    return total.dtype == x.dtype == product_dtype(layer.base)
+    return cast(Tensor, _Gated.apply(x, fixed, *flat))  # type: ignore[no-untyped-call]
 
 
 def _layers(fixed: Sequence[tuple[Any, float, fp8.Weight | None]], flat: Sequence[Tensor]) -> list[Layer]:
@@ -162,16 +126,16 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, lead: torch.Size
     return out
 
 
-def _forward(x: Tensor, layers: Sequence[Layer], total: Tensor | None = None) -> tuple[list[Tensor], Tensor, Tensor]:
+def _forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor, Tensor]:
     """Returns the products [..., out_i], `x` as rows [n, in] in the frozen weights' type, and rows times all A' [n,
-    ranks], scaled. A `total` is added to each product.
+    ranks], scaled.
     """
     dtype = product_dtype(layers[0].base)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     lora_hidden = _scaled(rows, _stacked(layers, dtype).t(), layers)
     quantised = fp8.quantise_rows(rows) if any(layer.narrow for layer in layers) else None
     outs = [
-        _adapted(rows, quantised, lora_hidden[:, place], layer, x.shape[:-1], total).to(x.dtype)
+        _adapted(rows, quantised, lora_hidden[:, place], layer, x.shape[:-1]).to(x.dtype)
         for layer, place in zip(layers, _places(layers), strict=True)
     ]
     return outs, rows, lora_hidden
@@ -187,23 +151,15 @@ def _scaled(rows: Tensor, factor: Tensor, layers: Sequence[Layer]) -> Tensor:
     return out
 
 
-def _adapted(
-    rows: Tensor, quantised: fp8.Quantised | None, hidden: Tensor, layer: Layer, lead: torch.Size, total: Tensor | None
-) -> Tensor:
-    """Returns `total` plus one layer's product of `rows`, of shape [*lead, out]. `hidden`: rows times A', scaled."""
+def _adapted(rows: Tensor, quantised: fp8.Quantised | None, hidden: Tensor, layer: Layer, lead: torch.Size) -> Tensor:
+    """Returns one layer's product of `rows`, of shape [*lead, out]. `hidden`: rows times A', scaled."""
     base, b = layer.base, layer.b.to(rows.dtype)
     if layer.narrow is not None and quantised is not None:
         out = _narrow_product(rows, quantised, base, layer.narrow, lead)
-        if total is not None:
-            out += total
         out.view(-1, out.shape[-1]).addmm_(hidden, b.t())
-        return out
-    factors = ((rows, dense(base)), (hidden, b))
-    (first, weight), (second, other) = factors[::-1] if ADAPTER_FIRST else factors
-    out = _product(first, weight, base.bias if total is None else total.reshape(-1, total.shape[-1]), lead)
-    out.view(-1, out.shape[-1]).addmm_(second, other.t())
-    if total is not None and base.bias is not None:
-        out += base.bias
+    else:
+        out = _product(hidden, b, base.bias, lead)
+        out.view(-1, out.shape[-1]).addmm_(rows, dense(base).t())
     return out
 
 
@@ -239,12 +195,12 @@ def _add_gradient(total: Tensor | None, grad: Tensor, layer: Layer) -> Tensor:
 def _gradient_of_rows(grads: Sequence[Tensor], grad_lora_hidden: Tensor, layers: Sequence[Layer]) -> Tensor:
     """Returns the gradient of the layers' input [n, in], from those of their outputs and of the input times all A'."""
     a = _stacked(layers, grad_lora_hidden.dtype)
-    adapter_first = ADAPTER_FIRST and all(layer.narrow is None for layer in layers)
-    total = grad_lora_hidden @ a if adapter_first else None
+    narrow = any(layer.narrow is not None for layer in layers)
+    total = None if narrow else grad_lora_hidden @ a
     for grad, layer in zip(grads, layers, strict=True):
         total = _add_gradient(total, grad, layer)
     assert total is not None
-    return total if adapter_first else total.addmm_(grad_lora_hidden, a)
+    return total.addmm_(grad_lora_hidden, a) if narrow else total
 
 
 def _gradient_of_hidden(grads: Sequence[Tensor], lora_hidden: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -258,8 +214,8 @@ def _gradient_of_hidden(grads: Sequence[Tensor], lora_hidden: Tensor, layers: Se
 
 def _factor_gradient(grad: Tensor, rows: Tensor, factor: Tensor) -> Tensor:
     """Returns `grad`' `rows`, the gradient of a factor, in the factor's type."""
-    if WIDE_GRADIENTS and grad.is_cuda and grad.dtype != factor.dtype == torch.float32:
-        return torch.mm(grad.t(), rows, out_dtype=factor.dtype)
+    if grad.is_cuda and grad.dtype != factor.dtype == torch.float32:
+        return torch.mm(grad.t(), rows, out_dtype=factor.dtype)  # neither rounded nor cast between
     return (grad.t() @ rows).to(factor.dtype)
 
 
@@ -299,8 +255,8 @@ class _Frozen(torch.autograd.Function):
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, total: Tensor | None, fixed: Any, *flat: Tensor) -> tuple[Tensor, ...]:
-        outs, rows, lora_hidden = _forward(x, _layers(fixed, flat), total)
+    def forward(ctx: Any, x: Tensor, fixed: Any, *flat: Tensor) -> tuple[Tensor, ...]:
+        outs, rows, lora_hidden = _forward(x, _layers(fixed, flat))
         ctx.save_for_backward(rows, lora_hidden, *flat)
         ctx.fixed, ctx.shape, ctx.dtype = fixed, x.shape, x.dtype
         return tuple(outs)
@@ -310,15 +266,15 @@ class _Project(torch.autograd.Function):
         rows, lora_hidden, *flat = ctx.saved_tensors
         flats = [grad.reshape(-1, grad.shape[-1]).to(lora_hidden.dtype) for grad in grads]
         grad_rows, learnt = _backward(flats, rows, lora_hidden, _layers(ctx.fixed, flat), ctx.needs_input_grad[0])
-        return _shaped(grad_rows, ctx), _of_total(grads, ctx), None, *learnt
+        return _shaped(grad_rows, ctx), None, *learnt
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, total: Tensor | None, fixed: Any, *flat: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, fixed: Any, *flat: Tensor) -> Tensor:
         *gate_up, down = _layers(fixed, flat)
         (gate, up), rows, lora_hidden = _forward(x, gate_up)
-        [out], _, down_hidden = _forward(elementwise.swiglu_forward(gate, up), [down], total)
+        [out], _, down_hidden = _forward(elementwise.swiglu_forward(gate, up), [down])
         ctx.save_for_backward(rows, gate, up, lora_hidden, down_hidden, *flat)
         ctx.fixed, ctx.shape, ctx.dtype = fixed, x.shape, x.dtype
         return out
@@ -337,12 +293,7 @@ class _Gated(torch.autograd.Function):
         del inner
         flats = [part.reshape(-1, part.shape[-1]).to(lora_hidden.dtype) for part in both]
         grad_rows, learnt = _backward(flats, rows, lora_hidden, gate_up, ctx.needs_input_grad[0])
-        return _shaped(grad_rows, ctx), _of_total(grads, ctx), None, *learnt, grad_a, grad_b
-
-
-def _of_total(grads: Sequence[Tensor], ctx: Any) -> Tensor | None:
-    """Returns the gradient of the sum to which the product was added: the output's own."""
-    return grads[0] if ctx.needs_input_grad[1] else None
+        return _shaped(grad_rows, ctx), None, *learnt, grad_a, grad_b
 
 
 def _shaped(grad_rows: Tensor | None, ctx: Any) -> Tensor | None:
