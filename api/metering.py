@@ -89,7 +89,7 @@ class Admission:
                 with self.app.state.sessions.begin() as session:
                     hearing.store(session, redacted)
         except Exception:  # an answer that is paid for is not lost with its copy
-            log.exception("a request to %s was not kept", self.chosen.template.id)
+            log.exception("a request to %s was not captured", self.chosen.template.id)
 
 
 async def admit(app: FastAPI, project_id: str, fields: Mapping[str, Any], *, shown_as: str | None) -> Admission:

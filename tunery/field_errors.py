@@ -25,7 +25,7 @@ _REASONS = {
     "too_long": "should have at most {max_length} entries",
     "value_error": "{error}",
 }
-_OTHER_REASON = "is not what this field takes (see /docs)"
+_OTHER_REASON = "is not valid for this field (see /docs)"
 _LORA_OPTIONS = {"dora": "use_dora", "rslora": "use_rslora"}
 """Other tools' techniques that are options of LoRA here."""
 _OTHER_NAMES = {

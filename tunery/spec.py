@@ -156,7 +156,7 @@ class DpoKnobs(Part):
     """The hyperparameters that preference tuning has besides those of every method."""
 
     beta: Annotated[float, Field(gt=0, le=10), NO_BOOLEAN] | Auto = Field(
-        "auto", description="Weight of the deviation from the reference. auto: 0.1, or 5 if loss is dpo_norm"
+        "auto", description="Strength of the constraint to the reference model. auto: 0.1, or 5 if loss is dpo_norm"
     )
     loss: Literal["sigmoid", "ipo", "dpo_norm"] = Field(
         "sigmoid",

@@ -55,8 +55,8 @@ _FORM: dict[str, Any] = {
 async def import_adapter(
     request: Request, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep, settings: SettingsDep
 ) -> schemas.Model:
-    """A LoRA adapter of plain PEFT becomes a model of the project. Answers at once with `status: processing`; a worker
-    checks it against its base, and `status_details` says why it cannot be used."""
+    """Imports a LoRA adapter of plain PEFT as a model of the project. Returns at once with `status: processing`; a
+    worker checks it against its base, and if it cannot be used, `status_details` says why."""
     prefix = imports.new_prefix()
     key = imports.archive_key(prefix)
     async with contextmanager_in_threadpool(storage.writer(key)) as writer:

@@ -53,12 +53,11 @@ class _Given:
 def give_advice(
     body: schemas.AskAdvice, session: SessionDep, caller: CallerDep, settings: SettingsDep, storage: StorageDep
 ) -> schemas.AdviceAnswer:
-    """Counts the rows that are worth training on and says by written rules whether to prompt, to fine-tune or to
-    retrieve, and with which settings. While `status` is `queued` or `running` the report is being made: ask again.
+    """Counts the usable rows and recommends, by documented rules, prompting, fine-tuning or retrieval, and settings for
+    it. While `status` is `queued` or `running` the report is being made: repeat the request.
 
-    With a `baseline` it ends in what was measured, and where that has a target it stops at the cheapest thing that
-    meets it.
-    """
+    With a `baseline` it includes the measurements; if the baseline has a target, it recommends the cheapest option that
+    meets it."""
     given = _advise(session, caller, settings, storage, body)
     return schemas.AdviceAnswer(
         **body.model_dump(include={"file", "model", "aim", "validation_file", "baseline"}),
@@ -92,7 +91,7 @@ def show_advice(
     ] = None,
     baseline: Annotated[str | None, Query(min_length=1, description="A baseline whose table is shown")] = None,
 ) -> HTMLResponse:
-    """The advice as one page that needs nothing else. While the report is made, the page loads itself again."""
+    """The advice as a self-contained page, which reloads until the report is ready."""
     asked = schemas.AskAdvice(file=file_id, model=model, aim=aim, validation_file=validation_file, baseline=baseline)
     given = _advise(session, caller, settings, storage, asked)
     state = {"status": given.report.status, "progress": given.report.progress, "error": given.report.error}

@@ -38,7 +38,7 @@ def _warnings(session: Session, row: Baseline) -> list[str]:
 def create_baseline(
     body: schemas.AskBaseline, session: SessionDep, caller: CallerDep, settings: SettingsDep
 ) -> schemas.Baseline:
-    """The model answers the eval rows as they are and with examples before each, before any training. A worker does it;
+    """Before any training, the model answers the eval rows without and with examples in the prompt. A worker runs it;
     `tunery baseline` waits for the table."""
     project = caller.project_id
     model = registry.find_ready(session, project, body.model)
@@ -78,7 +78,7 @@ def list_baselines(
 def retrieve_baseline(
     baseline_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep
 ) -> schemas.Baseline:
-    """Its table gains a row for each tune of the model on the same eval rows."""
+    """Its table also has a row for each fine-tune of the model with the same eval rows."""
     return _shown(session, settings, ledger.find(session, caller.project_id, baseline_id))
 
 
@@ -86,7 +86,7 @@ def retrieve_baseline(
 def cancel_baseline(
     baseline_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep
 ) -> schemas.Baseline:
-    """Only one that has not ended."""
+    """Only an unfinished baseline can be cancelled."""
     return _shown(session, settings, ledger.cancel(session, caller.project_id, baseline_id))
 
 
@@ -100,6 +100,6 @@ def cancel_baseline(
 def download_answers(
     baseline_id: str, session: SessionDep, caller: CallerDep, storage: StorageDep
 ) -> StreamingResponse:
-    """JSON Lines: the messages that were sent, the wanted answer, and what the model said."""
+    """JSON Lines: the messages, the expected answer and the model's answer."""
     row = ledger.find_measured(session, caller.project_id, baseline_id)
     return StreamingResponse(storage.read(f"{row.prefix}/answers.jsonl"), media_type="application/jsonl")

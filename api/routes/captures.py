@@ -18,17 +18,17 @@ from tunery.traffic.captures import FileOrder
 router = APIRouter(prefix="/v1", tags=["Captured requests"], route_class=JsonRoute)
 
 
-@router.post("/models/{model}/capture", summary="Keep a model's requests", responses=errors(404))
+@router.post("/models/{model}/capture", summary="Capture a model's requests", responses=errors(404))
 def start_capture(model: str, body: schemas.SetCapture, session: SessionDep, caller: CallerDep) -> schemas.ModelCapture:
-    """Of chats and responses from now on, the request and its first answer, with personal data and secrets replaced.
-    Of a base: this project's requests alone."""
+    """From now on, stores each chat or response request with its first answer, with personal data and secrets redacted.
+    For a base, only this project's requests."""
     row = registry.find_ready(session, caller.project_id, model)
     capture = captures.start(session, caller.project_id, row, keep_days=body.keep_days)
     kept = captures.counts(session, caller.project_id, row)
     return schemas.ModelCapture(model=row.id, enabled=True, keep_days=capture.keep_days, **kept)
 
 
-@router.get("/models/{model}/capture", summary="Count a model's kept requests", responses=errors(404))
+@router.get("/models/{model}/capture", summary="Count a model's captured requests", responses=errors(404))
 def retrieve_capture(model: str, session: SessionDep, caller: CallerDep) -> schemas.ModelCapture:
     row = registry.find(session, caller.project_id, model)
     capture = captures.setting(session, caller.project_id, row.id)
@@ -37,14 +37,15 @@ def retrieve_capture(model: str, session: SessionDep, caller: CallerDep) -> sche
     return schemas.ModelCapture(model=row.id, enabled=capture is not None, keep_days=days, **kept)
 
 
-@router.delete("/models/{model}/capture", summary="Remove a model's kept requests", responses=errors(404))
+@router.delete("/models/{model}/capture", summary="Stop capturing a model's requests", responses=errors(404))
 def stop_capture(model: str, session: SessionDep, caller: CallerDep) -> schemas.CaptureStopped:
-    """Nothing more is kept, and what was kept is removed, with its feedback. Files that were made of it stay."""
+    """Nothing more is captured, and captured requests are deleted with their feedback. Files made from them are
+    kept."""
     row = registry.find(session, caller.project_id, model)
     return schemas.CaptureStopped(model=row.id, removed=captures.stop(session, caller.project_id, row))
 
 
-@router.get("/models/{model}/capture/requests", summary="List a model's kept requests", responses=errors(404))
+@router.get("/models/{model}/capture/requests", summary="List a model's captured requests", responses=errors(404))
 def list_captured_requests(
     model: str,
     session: SessionDep,
@@ -53,7 +54,7 @@ def list_captured_requests(
     after: Annotated[str | None, Query(description="The id of the previous page's last object")] = None,
     limit: Annotated[int, Query(ge=1, le=100, description="Objects per page")] = 20,
 ) -> ListOf[schemas.CapturedChat]:
-    """Newest first, each with its answer and what was said of it, as they were stored: without personal data."""
+    """Newest first, each with its answer and feedback, as stored: with personal data redacted."""
     row = registry.find(session, caller.project_id, model)
     found, more = captures.list_page(session, caller.project_id, row, rated=rated, after=after, limit=limit)
     return ListOf(data=[schemas.CapturedChat.of(one) for one in found], has_more=more)
@@ -61,7 +62,7 @@ def list_captured_requests(
 
 @router.post("/feedback", summary="Rate or correct an answer", responses=errors(404))
 def give_feedback(body: schemas.GiveFeedback, session: SessionDep, caller: CallerDep) -> schemas.Feedback:
-    """Of a request that was kept. A rating or correction replaces an earlier one."""
+    """Only for captured requests. A rating or correction replaces an earlier one."""
     from tunery.datasets.cleaning.redaction import redact  # here: it takes most of a second to import
 
     correction = None if body.message is None else redact(body.message)
@@ -69,11 +70,11 @@ def give_feedback(body: schemas.GiveFeedback, session: SessionDep, caller: Calle
     return schemas.Feedback.of(row)
 
 
-@router.post("/models/{model}/capture/files", summary="Make a file of kept requests", responses=errors(404))
+@router.post("/models/{model}/capture/files", summary="Create a file from captured requests", responses=errors(404))
 def make_file(
     model: str, body: schemas.MakeFile, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep
 ) -> File:
-    """A file to train or test with: each request with its answer, a corrected one with its correction."""
+    """Creates a training or test file: each request with its answer, or with its correction if it has one."""
     order = FileOrder(format=body.format, answers=body.answers)
     with sessions.begin() as session:
         row = registry.find(session, caller.project_id, model)
@@ -100,6 +101,6 @@ def _write(storage: Storage, lines: captures.Lines) -> tuple[Stored, list[str]]:
 
 @router.get("/files/{file_id}/capture", summary="Retrieve a captured file's lineage", responses=errors(404))
 def retrieve_file_capture(file_id: str, session: SessionDep, caller: CallerDep) -> schemas.FileCapture:
-    """Which model's requests it was made of. 404 for a file that came in another way."""
+    """The model and requests from which the file was made. 404 for other files."""
     file = files.find(session, caller.project_id, file_id)
     return schemas.FileCapture.of(captures.find_file(session, file))

@@ -69,7 +69,7 @@ class ChatRequest(BaseModel):
 async def create_chat_completion(
     request: Request, body: Annotated[ChatRequest, Body()], caller: StreamCallerDep
 ) -> Response:
-    """Rendered with the very template that the model was trained with."""
+    """The prompt is rendered with the template with which the model was trained."""
     answered = await model_server.ask(request, caller.project_id, body.model_dump(exclude_unset=True))
     if answered.stream is not None:
         return EventStream(model_server.events(answered.stream), answered.stream, answered.headers)

@@ -15,7 +15,7 @@ router = APIRouter(prefix="/v1/files/{file_id}", tags=["Files"], route_class=Jso
 
 @router.post("/clean", summary="Clean a file", responses=errors(404))
 def clean_file(file_id: str, body: schemas.CleanFile, session: SessionDep, caller: CallerDep) -> File:
-    """Makes a new file of the file's rows, by the findings of its report; the file itself stays as it is.
+    """Creates a new file from the file's rows, using the findings of its report; the file itself is not changed.
 
     The new file has the status `uploaded` until a worker has written it, then `processed`.
     """
@@ -30,5 +30,5 @@ def clean_file(file_id: str, body: schemas.CleanFile, session: SessionDep, calle
 
 @router.get("/cleaning", summary="Retrieve a file's lineage", responses=errors(404))
 def retrieve_cleaning(file_id: str, session: SessionDep, caller: CallerDep) -> schemas.FileCleaning:
-    """Which file it was made of, by which actions, and which rows went or were changed. 404 for an uploaded file."""
+    """The source file, the actions, and the dropped and changed rows. 404 for an uploaded file."""
     return schemas.FileCleaning.of(cleanings.find(session, files.find(session, caller.project_id, file_id)))

@@ -29,8 +29,8 @@ router = APIRouter(prefix="/v1/models", tags=["Models"], route_class=LongJsonRou
 async def compare_models(
     request: Request, body: Annotated[schemas.AskComparison, Body()], caller: StreamCallerDep, sessions: SessionsDep
 ) -> Response:
-    """Every model answers every prompt; the models at once, the prompts one after the other. Each answer is a request
-    of its own to the project's limits. Not in OpenAI's API."""
+    """Every model answers every prompt; the models in parallel, the prompts one after another. Each answer counts as a
+    request towards the project's limits. Not in OpenAI's API."""
     models = await run_in_threadpool(_compared, sessions, caller.project_id, body.models)
     data = []
     for index, prompt in enumerate(body.prompts):

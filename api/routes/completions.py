@@ -60,7 +60,7 @@ class CompletionRequest(BaseModel):
 async def create_completion(
     request: Request, body: Annotated[CompletionRequest, Body()], caller: StreamCallerDep
 ) -> Response:
-    """Several prompts are answered one after the other, each as a request of its own."""
+    """Several prompts are completed one after another, each counted as a separate request."""
     fields = body.model_dump(exclude_unset=True)
     asked = [text_completions.to_chat(fields, prompt) for prompt in text_completions.prompts(fields)]
     first = await model_server.ask(request, caller.project_id, asked[0])

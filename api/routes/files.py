@@ -91,7 +91,7 @@ class _Arriving:
 async def create_file(
     request: Request, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep, settings: SettingsDep
 ) -> schemas.File:
-    """Training data is rows in any format that is read: a file that is broken is refused at once, and not kept."""
+    """Training data may have any supported format. An invalid file is refused at once and not stored."""
     async with contextmanager_in_threadpool(storage.writer(files.new_key())) as writer:
         arriving = _Arriving(writer)
         form = await multipart.receive(
@@ -158,7 +158,7 @@ def retrieve_file(file_id: str, session: SessionDep, caller: CallerDep) -> schem
 
 @router.delete("/{file_id}", summary="Delete a file", responses=errors(404))
 def delete_file(file_id: str, session: SessionDep, caller: CallerDep) -> schemas.FileDeleted:
-    """Refused (400) while a job that has not ended needs the file."""
+    """Refused (400) while an unfinished job needs the file."""
     row = files.find(session, caller.project_id, file_id)
     session.refresh(row, with_for_update=True)  # against a job that is being created on it concurrently
     files.delete(session, row, in_use_by=live_user_of(session, file_id))
@@ -183,7 +183,7 @@ def download_file(
     settings: SettingsDep,
     accept: Annotated[str, Header(include_in_schema=False)] = "",
 ) -> Response:
-    """A result file (fine-tune-results) comes in base64 to `Accept: application/binary`, as OpenAI serves it."""
+    """A result file (fine-tune-results) is base64-encoded for `Accept: application/binary`, as in OpenAI's API."""
     row = files.find(session, caller.project_id, file_id)
     arrival.check_written(row)
     if row.purpose == files.RESULTS:

@@ -24,6 +24,6 @@ class Health(ResponseBody):
     responses={503: {"model": Error, "description": "The database does not answer"}},
 )
 def healthz(session: SessionDep) -> Health:
-    """Answers 200 while the database can be reached. Needs no key."""
+    """Returns 200 while the database can be reached. Needs no key."""
     db.now(session)
     return Health()

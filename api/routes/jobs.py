@@ -65,11 +65,10 @@ def create_job(
     idempotency_key: IdempotencyKey = None,
     x_stainless_retry_count: RetryCount = 0,
 ) -> dry_runs.DryRunJob | schemas.Job:
-    """Checks the request, stores the job and answers at once; a worker then reads the files.
+    """Checks the request, stores the job and returns it at once; a worker then reads the files.
 
     Safe to repeat with an `Idempotency-Key`. The official client's own retries are recognised without one. With
-    `dry_run` nothing is stored, and the answer says what the job would be.
-    """
+    `dry_run` nothing is stored, and the response describes the job that would be created."""
     # Proxies and shells send an empty header if a variable is unset: that must not count as one key for all requests.
     key = idempotency_key or None
     job = creation.create(
@@ -92,7 +91,7 @@ def list_jobs(
     after: After = None,
     limit: Limit = 20,
 ) -> ListOf[schemas.Job]:
-    """Newest first. `metadata[key]=value` keeps jobs with that pair; `metadata=null` those without metadata."""
+    """Newest first. `metadata[key]=value` selects jobs with that pair, `metadata=null` those without metadata."""
     given = request.query_params.multi_items()
     rows, more = queries.list_jobs(
         session,
@@ -112,13 +111,13 @@ def retrieve_job(job_id: str, session: SessionDep, caller: CallerDep, settings: 
 
 @router.post("/{job_id}/cancel", summary="Cancel a fine-tuning job", responses=errors(404))
 def cancel_job(job_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> schemas.Job:
-    """Final at once. A job that has ended cannot be cancelled (400)."""
+    """Takes effect at once. A finished job cannot be cancelled (400)."""
     return _shown(session, settings, ledger.cancel(session, caller.project_id, job_id))
 
 
 @router.post("/{job_id}/pause", summary="Pause a fine-tuning job", responses=errors(404))
 def pause_job(job_id: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> schemas.Job:
-    """A queued job waits; a running one saves its state and gives its device back."""
+    """A queued job is held back; a running one saves its state and frees its device."""
     return _shown(session, settings, ledger.pause(session, caller.project_id, job_id))
 
 
@@ -139,9 +138,9 @@ def rerun_job(
     idempotency_key: IdempotencyKey = None,
     x_stainless_retry_count: RetryCount = 0,
 ) -> dry_runs.DryRunJob | schemas.Job:
-    """A new job with the files, the seed and the numbers that were decided for this one, but for what the body changes.
+    """Creates a job with the files, the seed and the decided settings of this one, except for the changes in the body.
 
-    Without a body it is the same run: `GET .../{new job}/reproduction` compares them when it has ended.
+    Without a body it is the same run, and `GET .../{new job}/reproduction` compares both once it has ended.
     """
     changes = {} if body is None else body.changes
     is_retry = x_stainless_retry_count > 0
@@ -157,12 +156,12 @@ def rerun_job(
     return _created(session, settings, storage, job)
 
 
-@router.post("/{job_id}/publish", summary="Publish a model that is withheld", responses=errors(404))
+@router.post("/{job_id}/publish", summary="Publish a withheld model", responses=errors(404))
 def publish_model(
     job_id: str, body: schemas.PublishModel, session: SessionDep, caller: CallerDep, settings: SettingsDep
 ) -> schemas.Job:
-    """Against the verdict of the gate or of the check of the served model, which stays. The reason and the key are kept
-    in the job's `gate` or `served`, and in an event."""
+    """Overrides the verdict of the gate or of the check of the served model. The verdict is kept; the reason and the
+    key are stored in the job's `gate` or `served` and in an event."""
     return _shown(session, settings, gate.publish(session, caller, job_id, reason=body.reason))
 
 
@@ -180,7 +179,7 @@ def list_events(
 def list_checkpoints(
     job_id: str, session: SessionDep, caller: CallerDep, after: After = None, limit: Limit = 10
 ) -> CursorList[runs.Checkpoint]:
-    """Newest first: the ends of the last epochs, each a whole model."""
+    """Newest first: usable models of the ends of the last epochs."""
     job = ledger.find(session, caller.project_id, job_id)
     rows, more = queries.list_checkpoints(session, job, after=after, limit=limit)
     data = [runs.Checkpoint.of(row) for row in rows]

@@ -22,7 +22,7 @@ _EXAMPLE = '# TYPE tunery_jobs_in_quoted_range counter\ntunery_jobs_in_quoted_ra
     | {200: {"content": {"text/plain": {"example": _EXAMPLE}}, "description": "Prometheus' text"}},
 )
 def read_metrics(session: SessionDep, caller: CallerDep) -> Response:
-    """For administrators: how far all projects' runs were from their quotes."""
+    """For administrators: the deviation of all projects' runs from their quotes."""
     if not caller.admin:
         raise Forbidden(action="read the metrics of all projects")
     return Response(quote_errors.as_text(session), media_type=TYPE)

@@ -52,7 +52,7 @@ def list_models(
 ) -> WholeList[schemas.Model]:
     """Every base and its aliases, and the project's own fine-tuned models and checkpoints, newest first.
 
-    Only those that are ready, unless `status=any` asks for bases that are being converted, or could not be, too.
+    Only ready models; `status=any` includes bases that are being converted or could not be.
     """
     rows = registry.list_visible(session, caller.project_id, only_ready=status == "ready")
     return WholeList(data=_shown(session, settings, caller, rows))
@@ -60,7 +60,7 @@ def list_models(
 
 @router.post("", summary="Add a base model", responses=errors(403))
 def add_model(body: schemas.AddModel, session: SessionDep, caller: AdminDep, settings: SettingsDep) -> schemas.Model:
-    """For administrators. Answers at once with `status: processing`; a worker converts the files to safetensors."""
+    """For administrators. Returns at once with `status: processing`; a worker converts the files to safetensors."""
     name = body.id or registry.slug_of(body.source)
     row = registry.register_base(session, name=name, source=body.source, chat_template=body.chat_template)
     session.refresh(row)
@@ -69,7 +69,7 @@ def add_model(body: schemas.AddModel, session: SessionDep, caller: AdminDep, set
 
 @router.post("/aliases", summary="Give a base model another name", responses=errors(403, 404))
 def add_alias(body: schemas.AddAlias, session: SessionDep, caller: AdminDep) -> schemas.Alias:
-    """For administrators: lets existing code run unchanged. An alias that exists moves to the new base."""
+    """For administrators: lets existing code run unchanged. An existing alias is moved to the new base."""
     row = registry.add_alias(session, body.alias, registry.find(session, caller.project_id, body.model))
     return schemas.Alias(alias=row.alias, model=row.model_id)
 
@@ -77,7 +77,7 @@ def add_alias(body: schemas.AddAlias, session: SessionDep, caller: AdminDep) -> 
 # Before the next: an id with slashes in it, as hub ids have, would be taken for one that ends with "artifacts".
 @router.get("/{model}/artifacts", summary="List a model's files", responses=errors(404))
 def list_model_artifacts(model: str, session: SessionDep, caller: CallerDep) -> WholeList[schemas.ModelArtifact]:
-    """Of a base, by id or alias, its weights, config and tokenizer; of a tuned model, its job's artifacts."""
+    """For a base, by id or alias, its weights, config and tokenizer; for a tuned model, its job's artifacts."""
     row = registry.find(session, caller.project_id, model)
     found = artifacts.list_for(session, row.id)
     return WholeList(
@@ -94,7 +94,7 @@ def list_model_artifacts(model: str, session: SessionDep, caller: CallerDep) -> 
 def download_model_artifact(
     model: str, path: str, session: SessionDep, caller: CallerDep, storage: StorageDep
 ) -> Response:
-    """One file. Its sha256 stands in the list, and as the ETag where the API sends the bytes itself."""
+    """One file. Its sha256 is in the list, and is the ETag if the API itself sends the bytes."""
     row = registry.find(session, caller.project_id, model)
     return downloads.artifact(storage, artifacts.list_for(session, row.id), path, owner=f"model '{model}'")
 
@@ -103,8 +103,7 @@ def download_model_artifact(
 def list_engines(
     model: str, session: SessionDep, caller: CallerDep, storage: StorageDep
 ) -> WholeList[schemas.EngineCommand]:
-    """One command for each engine that runs what the model's artifacts hold, once they are downloaded; the first
-    downloads them."""
+    """A command for each engine that can run the model's artifacts; the first command downloads them."""
     row = registry.find_ready(session, caller.project_id, model)
     files = {file.path: file.key for file in artifacts.list_for(session, row.id)}
     paths, folder = list(files), "tuned" if row.base_id else "base"
@@ -117,8 +116,8 @@ def list_engines(
 
 @router.post("/{model}/exports", summary="Export a fine-tuned model", responses=errors(404))
 def export_model(body: schemas.AskExport, model: str, session: SessionDep, caller: CallerDep) -> schemas.ModelExport:
-    """A whole model, merged of adapter and base with proof, or GGUF files. A worker makes them; they are added to the
-    model's artifacts."""
+    """Exports a whole model, merged from adapter and base and verified, or GGUF files. A worker makes them and adds
+    them to the model's artifacts."""
     row = registry.find_ready(session, caller.project_id, model)
     if body.rows_file is not None:
         files.check_trainable(
@@ -130,7 +129,7 @@ def export_model(body: schemas.AskExport, model: str, session: SessionDep, calle
 
 @router.get("/{model}/exports", summary="List a model's exports", responses=errors(404))
 def list_exports(model: str, session: SessionDep, caller: CallerDep) -> WholeList[schemas.ModelExport]:
-    """The last one that was asked for, if there was one."""
+    """The last requested one, if any."""
     row = registry.find(session, caller.project_id, model)
     return WholeList(data=[schemas.ModelExport.of(row)] if row.export is not None else [])
 
@@ -139,8 +138,8 @@ def list_exports(model: str, session: SessionDep, caller: CallerDep) -> WholeLis
 def score_model(
     body: schemas.AskScorecard, model: str, session: SessionDep, caller: CallerDep
 ) -> schemas.ModelScorecard:
-    """Base and adapter answer the rows of a test file, without any training, and the general benchmark. A worker does
-    it; the answers are added to the model's artifacts."""
+    """Base and adapter answer the rows of a test file and the general benchmark, without any training. A worker runs it
+    and adds the answers to the model's artifacts."""
     row = registry.find_ready(session, caller.project_id, model)
     if (name := body.evaluation.test_file) is not None:
         param = "evaluation.test_file"
@@ -151,14 +150,14 @@ def score_model(
 
 @router.get("/{model}/scorecards", summary="List a model's scorecards", responses=errors(404))
 def list_scorecards(model: str, session: SessionDep, caller: CallerDep) -> WholeList[schemas.ModelScorecard]:
-    """The last one that was asked for here, if there was one. That of a job is the job's."""
+    """The last requested one, if any. A job's own scorecard is part of the job."""
     row = registry.find(session, caller.project_id, model)
     return WholeList(data=[schemas.ModelScorecard.of(row)] if row.scoring is not None else [])
 
 
 @router.get("/{model:path}", summary="Retrieve a model", responses=errors(404))
 def retrieve_model(model: str, session: SessionDep, caller: CallerDep, settings: SettingsDep) -> schemas.Model:
-    """By id, alias, or the hub id that a base came from. An alias is answered under its own name."""
+    """By id, alias, or a base's hub id. An alias is returned under its own name."""
     row = registry.find(session, caller.project_id, model)
     named = {shown.id: shown for shown in _shown(session, settings, caller, [row])}
     return named.get(model, named[row.id])
@@ -166,7 +165,7 @@ def retrieve_model(model: str, session: SessionDep, caller: CallerDep, settings:
 
 @router.delete("/{model:path}", summary="Delete a fine-tuned model", responses=errors(403, 404))
 def delete_model(model: str, session: SessionDep, caller: CallerDep) -> schemas.ModelDeleted:
-    """Its job's record stays. A base can be deleted by administrators only; by an alias, only the alias is."""
+    """Its job is kept. Only administrators can delete a base; deleting an alias keeps its base."""
     row = registry.find(session, caller.project_id, model, with_withheld=True)
     if row.kind == "base" and not caller.admin:
         raise Forbidden(action="delete a base model or its alias")

@@ -26,7 +26,7 @@ router = APIRouter(prefix="/v1/files", tags=["Files"])
 # A def without a transaction: rendering takes a second or two, and no connection of the database waits meanwhile.
 @router.get(
     "/{file_id}/preview",
-    summary="Preview what a model learns of a file",
+    summary="Preview what a model learns from a file",
     response_model=FilePreview,
     responses=errors(404)
     | {200: {"content": {"text/html": {"example": "<!doctype html>..."}}, "description": "The preview"}},
@@ -39,7 +39,7 @@ def preview_file(
     model: Annotated[
         str, Query(min_length=1, description="A base or tuned model whose tokenizer and template are used")
     ],
-    rows: Annotated[int, Query(ge=1, le=preview.MOST_ROWS, description="Rows, from the file's start")] = 3,
+    rows: Annotated[int, Query(ge=1, le=preview.MOST_ROWS, description="Number of rows, from the file's start")] = 3,
     max_tokens: Annotated[int, Query(ge=16, le=1_048_576, description="The job's max_seq_length")] = 2048,
     loss_on: Annotated[LossOn, Query(description="Which tokens are trained")] = "assistant",
     columns: Annotated[
@@ -47,8 +47,7 @@ def preview_file(
     ] = None,
     format: Annotated[Literal["json", "html"], Query(description="html: a page with coloured tokens")] = "json",
 ) -> FilePreview | Response:
-    """Every token of the first rows, as the trainer will have it: trained, masked or cut; and whether the right ones
-    are learned."""
+    """Every token of the first rows as the trainer will see it (trained, masked or cut), and checks of them."""
     with sessions.begin() as session:
         file = files.find(session, caller.project_id, file_id)
         arrival.check_written(file)

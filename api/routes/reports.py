@@ -53,10 +53,10 @@ AskedDep = Annotated[Asked, Depends(find_report)]
 
 @router.get("/report", summary="Retrieve a file's report", response_model=schemas.FileReport, responses=errors(404))
 def retrieve_report(asked: AskedDep, storage: StorageDep) -> Response:
-    """What is wrong with the rows. While `status` is `queued` or `running`, ask again.
+    """Problems of the file's rows. While `status` is `queued` or `running`, repeat the request.
 
-    With `base` also the rows' tokens, with `against` rows that stand in another file: made when first asked for, kept.
-    """
+    With `base` it includes the rows' tokens, with `against` rows that are also in another file. Such a report is made
+    at the first request and stored."""
     row = asked.row
     state = schemas.FileReport.of(row, file=asked.file.id, base=asked.base, against=asked.against)
     if row.status != reports.READY:
@@ -73,7 +73,7 @@ def retrieve_report(asked: AskedDep, storage: StorageDep) -> Response:
     responses=errors(404) | {200: {"content": {"text/html": {"example": "<!doctype html>"}}, "description": "A page"}},
 )
 def show_report(asked: AskedDep, storage: StorageDep) -> HTMLResponse:
-    """The report as one page that needs nothing else. While it is made, the page loads itself again."""
+    """The report as a self-contained page, which reloads until the report is ready."""
     row = asked.row
     state = {"status": row.status, "progress": row.progress, "error": row.error}
     shown = page.render(asked.file.filename, _load(storage, row), state=state)

@@ -80,7 +80,7 @@ class ResponseRequest(BaseModel):
 async def create_response(
     request: Request, body: Annotated[ResponseRequest, Body()], caller: StreamCallerDep
 ) -> Response:
-    """Nothing is stored: `previous_response_id` is refused, and each request brings its whole conversation."""
+    """Nothing is stored: `previous_response_id` is refused, and each request must contain its whole conversation."""
     fields = body.model_dump(exclude_unset=True)
     made = response.Response(fields)
     answered = await model_server.ask(request, caller.project_id, asked.to_chat(fields), shown_as=made.id)

@@ -42,7 +42,7 @@ def read_log(
     tail: Annotated[int | None, Query(ge=0, le=100_000, description="Only this many last lines")] = None,
     follow: Annotated[bool, Query(description="Stream until the job has ended")] = False,
 ) -> StreamingResponse:
-    """What the trainer wrote, attempt after attempt."""
+    """The trainer's output, of all attempts in order."""
     ended = _has_ended(sessions, caller.project_id, job_id)
     log = _Log(storage, job_id)
     text = log.read(tail)
@@ -124,7 +124,7 @@ def list_metrics(
     | {200: {"content": {"image/svg+xml": {"example": "<svg>...</svg>"}}, "description": "The picture"}},
 )
 def draw_scorecard(job_id: str, session: SessionDep, caller: CallerDep) -> Response:
-    """Base and tuned model on every figure, and the change with its interval."""
+    """Base and tuned model by each metric, and the change with its interval, as SVG."""
     picture = scorecard.draw(ledger.find(session, caller.project_id, job_id))
     return Response(picture, media_type="image/svg+xml")
 
@@ -176,7 +176,7 @@ def compare_job(
         Query(ge=0, le=1, allow_inf_nan=False, description="Largest relative difference of losses at a step"),
     ] = reproduction.TOLERANCE,
 ) -> schemas.Reproduction:
-    """What both began with, what they ran on, their losses step by step, their weights and their scores."""
+    """Compares inputs, environment, losses by step, weights and scores."""
     found = reproduction.compare(session, storage, caller.project_id, job_id, tolerance=tolerance)
     return schemas.Reproduction.of(found)
 
@@ -205,7 +205,7 @@ def _published(session: Session, job: Job) -> Sequence[artifacts.Artifact]:
     responses=errors(404) | downloads.ARTIFACT_ANSWERS,
 )
 def download_artifact(job_id: str, path: str, session: SessionDep, caller: CallerDep, storage: StorageDep) -> Response:
-    """One file. Its sha256 stands in the list, and as the ETag where the API sends the bytes itself."""
+    """One file. Its sha256 is in the list, and is the ETag if the API itself sends the bytes."""
     job = ledger.find(session, caller.project_id, job_id)
     found = _published(session, job)
     return downloads.artifact(storage, found, path, owner=f"job '{job_id}'")

@@ -65,7 +65,7 @@ async def create_part(
     storage: StorageDep,
     settings: SettingsDep,
 ) -> schemas.UploadPart:
-    """At most 64 MiB. Parts may come in parallel; `complete` says their order."""
+    """At most 64 MiB. Parts may be sent in parallel; `complete` gives their order."""
     await run_in_threadpool(_check_open, sessions, caller.project_id, upload_id)
     async with contextmanager_in_threadpool(storage.writer(uploads.new_part_key(upload_id))) as writer:
         form = await multipart.receive(
@@ -105,9 +105,9 @@ def _add(
 def complete_upload(
     upload_id: str, body: schemas.CompleteUpload, caller: StreamCallerDep, sessions: SessionsDep, storage: StorageDep
 ) -> schemas.Upload:
-    """Joins the parts into a file. A training file is then checked by a worker; until then it reads `uploaded`.
+    """Joins the parts into a file. A worker then checks a training file; until then its status is `uploaded`.
 
-    Safe to repeat: an Upload that is completed answers with its file.
+    Safe to repeat: a completed Upload returns its file.
     """
     with sessions.begin() as session:
         upload = uploads.find(session, caller.project_id, upload_id)
@@ -133,6 +133,6 @@ def _complete(sessions: sessionmaker[Session], storage: Storage, upload: Upload,
 
 @router.post("/{upload_id}/cancel", summary="Cancel an Upload", responses=errors(404))
 def cancel_upload(upload_id: str, session: SessionDep, caller: CallerDep) -> schemas.Upload:
-    """Its parts are removed."""
+    """Its parts are deleted."""
     row = uploads.find(session, caller.project_id, upload_id, lock=True)
     return schemas.Upload.of(uploads.cancel(session, row))

@@ -35,7 +35,7 @@ def list_completions_usage(
     limit: Annotated[int, Query(ge=1, le=31, description="Days per page")] = 7,
     page: Annotated[str | None, Query(description="`next_page` of the previous page")] = None,
 ) -> schemas.UsagePage:
-    """Of the key's project: requests to models and their tokens, by day."""
+    """Requests to models and their tokens by day, for the key's project."""
     first = datetime.fromtimestamp(start_time, UTC).date() if page is None else _day(page)
     until = datetime.now(UTC) if end_time is None else datetime.fromtimestamp(end_time - 1, UTC)
     end = min(until.date() + _DAY, first + limit * _DAY)

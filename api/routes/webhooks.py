@@ -18,8 +18,8 @@ router = APIRouter(prefix="/v1", tags=["Webhooks"], route_class=JsonRoute)
 def create_webhook_endpoint(
     body: schemas.CreateEndpoint, session: SessionDep, caller: CallerDep, settings: SettingsDep
 ) -> schemas.EndpointWithSecret:
-    """The answer shows the signing secret once. The url must be https and lead to a public address, unless the
-    operator allows more (`TUNERY_WEBHOOK_ALLOW`)."""
+    """The response shows the signing secret once. The url must be https and lead to a public address, unless the
+    operator allows others (`TUNERY_WEBHOOK_ALLOW`)."""
     row = endpoints.create(
         session,
         caller.project_id,
@@ -53,7 +53,7 @@ def retrieve_webhook_endpoint(endpoint_id: str, session: SessionDep, caller: Cal
 def update_webhook_endpoint(
     endpoint_id: str, body: schemas.UpdateEndpoint, session: SessionDep, caller: CallerDep, settings: SettingsDep
 ) -> schemas.Endpoint:
-    """Only what is named changes. Naming the url enables a disabled endpoint again."""
+    """Changes only the given fields. Setting the url enables a disabled endpoint again."""
     changes = body.model_dump(exclude_none=True)
     row = endpoints.update(session, caller.project_id, endpoint_id, **changes, allow=settings.webhook_allow)
     return schemas.Endpoint.of(row)
@@ -65,11 +65,13 @@ def delete_webhook_endpoint(endpoint_id: str, session: SessionDep, caller: Calle
     return schemas.EndpointDeleted(id=endpoint_id)
 
 
-@router.post("/webhook_endpoints/{endpoint_id}/rotate_secret", summary="Make a new secret", responses=errors(404))
+@router.post(
+    "/webhook_endpoints/{endpoint_id}/rotate_secret", summary="Rotate an endpoint's secret", responses=errors(404)
+)
 def rotate_webhook_secret(
     endpoint_id: str, session: SessionDep, caller: CallerDep, body: schemas.RotateSecret | None = None
 ) -> schemas.EndpointWithSecret:
-    """The answer shows the new secret once. The old one can go on signing beside it for 24 hours."""
+    """The response shows the new secret once. The old one can also sign for 24 hours."""
     keep = body is not None and bool(body.keep_old_secret_active_for_24_hours)
     row = endpoints.rotate_secret(session, caller.project_id, endpoint_id, keep_old=keep)
     return schemas.EndpointWithSecret.of(row)
@@ -79,7 +81,7 @@ def rotate_webhook_secret(
 def test_webhook_endpoint(
     endpoint_id: str, body: schemas.TestEndpoint, caller: StreamCallerDep, sessions: SessionsDep, settings: SettingsDep
 ) -> schemas.EndpointTest:
-    """One signed message, once. A receiver that gives no HTTP answer is a 400."""
+    """Sends one signed message, once. 400 if the receiver sends no HTTP response."""
     with sessions.begin() as session:
         message = endpoints.sample(session, caller.project_id, endpoint_id, body.event_type)
     status = endpoints.deliver_sample(message, settings)

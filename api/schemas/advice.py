@@ -34,7 +34,7 @@ class AskAdvice(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [ASKED]})
 
-    file: str = Field(min_length=1, description="A file of purpose fine-tune")
+    file: str = Field(min_length=1, description="A file with the purpose fine-tune")
     model: str = Field(min_length=1, description="A base or fine-tuned model: id, alias or the base's hub id")
     aim: Aim = Field(description="What the model should learn")
     validation_file: str | None = Field(

@@ -80,7 +80,7 @@ class FileCleaning(ResponseBody):
     base: str | None
     progress: float = Field(description="Progress, from 0 to 1")
     held_out: str | None = Field(description="The file with the held-out rows")
-    held_out_rows: HeldOut | None = Field(description="As asked for")
+    held_out_rows: HeldOut | None = Field(description="The requested actions")
     created_at: int
     actions: list[dict[str, Any]] = Field(description="The applied actions, including recommended ones")
     counts: dict[str, int]

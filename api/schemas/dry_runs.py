@@ -42,7 +42,7 @@ class Validation(ResponseBody):
     status: Status | None = Field(description="Taken from the report; null if there is none")
     rows: int | None
     examples: int | None = Field(description="Rows that a job can use")
-    usable: int | None = Field(description="Rows that are worth training on")
+    usable: int | None = Field(description="Rows that are usable for training")
     trainable: bool | None
     error: str | None
 

@@ -62,8 +62,8 @@ class Usable(ResponseBody):
     """The rows that a cleaning keeps as the report recommends, less answers that refuse."""
 
     rows: int
-    left_out: dict[str, int] = Field(description="Rows that are not counted, by the kind of their first finding")
-    answer_bytes: int = Field(description="UTF-8 bytes of the assistant messages in the rows that are counted")
+    left_out: dict[str, int] = Field(description="Rows that are not usable, by the kind of their first finding")
+    answer_bytes: int = Field(description="UTF-8 bytes of the assistant messages in the usable rows")
 
 
 class FileReport(ResponseBody):

@@ -495,7 +495,7 @@ def test_rows_of_a_scorecard(tunery: Run, api: str, database: Database) -> None:
 
     shown = [line.split() for line in tunery("jobs", "scorecard", job, "--rows")[1].splitlines()]
 
-    assert shown[:2] == [["1", "Where", "is", "it?"], ["wanted", "card"]]
+    assert shown[:2] == [["1", "Where", "is", "it?"], ["expected", "card"]]
     assert shown[2:4] == [["✗", "base", "(nothing)"], ["✓", "tuned", "card"]]
     assert shown[4][0] == "2"
     for flags, numbers in ((["--right"], [1]), (["--wrong"], [2]), (["--flipped"], [1]), (["--no-flipped"], [2])):

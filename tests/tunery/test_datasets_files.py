@@ -248,7 +248,7 @@ def test_parts_that_are_not_the_file_are_refused(session: Session, storage: Stor
     foreign = add_part(session, storage, make_upload(session, owner, 5), b"12345")
 
     for chosen, reason in (
-        ([part.id], "have 5 bytes together, but the Upload was created for 10 bytes"),
+        ([part.id], "have 5 bytes in total, but the Upload was created for 10 bytes"),
         ([part.id, part.id], "named twice"),
         ([part.id, foreign.id], f"has no part '{foreign.id}'"),
     ):

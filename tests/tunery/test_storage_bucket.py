@@ -140,7 +140,7 @@ def test_a_broken_read_does_not_go_on_in_another_object(s3_settings: Settings, p
     next(chunks)
     storage.put("a", b"new " * CHUNK)
 
-    with pytest.raises(StorageFailed, match="another object took its place"):
+    with pytest.raises(StorageFailed, match="another object has replaced it"):
         b"".join(chunks)
 
 

@@ -35,7 +35,7 @@ def clean(
     ],
     target: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The new file in JSON Lines; for an uploaded file, a copy of the new one."),
+        typer.Option("--output", "-o", help="The new file in JSON Lines; for an uploaded file, a local copy of it."),
     ] = None,
     recommended: Annotated[
         bool, typer.Option("--recommended", help="Apply the report's suggestion for each kind.")

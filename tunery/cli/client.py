@@ -117,6 +117,6 @@ def _check(answer: httpx2.Response) -> None:
     except (ValueError, KeyError, TypeError):
         message = (
             f"{answer.request.url} answered {answer.status_code}, which is not a response of Tunery. Check "
-            "TUNERY_API_URL or --url."
+            "TUNERY_API_URL or --api-url."
         )
     raise Refused(message=message)

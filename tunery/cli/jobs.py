@@ -167,7 +167,7 @@ def scorecard(
     ] = None,
     right: Annotated[
         bool | None,
-        typer.Option("--right/--wrong", help="Only rows that the tuned model answers correctly, or wrongly."),
+        typer.Option("--right/--wrong", help="Only rows that the tuned model answers correctly, or incorrectly."),
     ] = None,
     limit: Annotated[int, typer.Option(help="Maximum number of rows.")] = 100,
     json: AsJson = False,

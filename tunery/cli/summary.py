@@ -179,7 +179,7 @@ def print_answers(rows: list[dict[str, Any]]) -> None:
         asked = str(row["messages"][-1].get("content") or "") if row["messages"] else ""
         output.console.print(Text(f"{row['number']}  {asked}"), soft_wrap=True)
         output.fields(
-            [("   wanted", row["wanted"])]
+            [("   expected", row["wanted"])]
             + [(f" {mark} {name}", row[name] or "(nothing)") for name, mark in marks.items()]
         )
     if not rows:

@@ -122,7 +122,7 @@ def choose(session: Session, upload: Upload, part_ids: Sequence[str]) -> list[Up
     if total != upload.bytes:
         raise InvalidValue(
             param="part_ids",
-            reason=f"The parts named have {total} bytes together, but the Upload was created for {upload.bytes} bytes.",
+            reason=f"The named parts have {total} bytes in total, but the Upload was created for {upload.bytes} bytes.",
         )
     return parts
 

@@ -243,11 +243,11 @@ def _continued(session: Session, request: JobRequest, parent: Model) -> Techniqu
         return _of_all_weights(parent, own, asked)
     # A 4-bit base differs from the bf16 base that the adapter was trained on: training would start with that error.
     if isinstance(asked, Qlora) and not isinstance(own, Qlora):
-        what = f"Training on from a LoRA adapter with technique '{asked.type}'"
+        what = f"Continuing from a LoRA adapter with technique '{asked.type}'"
         raise Unsupported(param="technique.type", what=what, instead="Use 'lora', or leave technique out.")
     for name in (*_ADAPTER, *(_FOUR_BITS if isinstance(asked, Qlora) else ())):
         if getattr(asked, name) != getattr(own, name):
-            reason = f"'{parent.id}' has {name} {getattr(own, name)!r}. Send that, or leave technique out."
+            reason = f"'{parent.id}' has {name} {getattr(own, name)!r}. Use that value, or leave technique out."
             raise InvalidValue(param=f"technique.{name}", reason=reason)
     return asked
 
@@ -258,7 +258,7 @@ def _technique_of(session: Session, parent: Model) -> Technique:
         return imported
     made_by = session.get(Job, parent.job_id) if parent.job_id else None
     if made_by is None or made_by.plan is None:
-        what = f"Training on from '{parent.id}', which no job of this server trained,"
+        what = f"Continuing from '{parent.id}', which no job of this server trained,"
         raise Unsupported(param="model", what=what, instead=f"Start from its base, '{parent.base_id}'.")
     return Plan.model_validate(made_by.plan).technique
 
@@ -270,7 +270,7 @@ def _of_all_weights(parent: Model, own: Technique, asked: Technique) -> Techniqu
     """
     if isinstance(own, Full):
         return asked
-    what = f"Training on from '{parent.id}', which technique '{own.type}' made, with technique '{asked.type}'"
+    what = f"Continuing from '{parent.id}', which technique '{own.type}' made, with technique '{asked.type}'"
     raise Unsupported(param="technique.type", what=what, instead=f"Use '{own.type}', or leave technique out.")
 
 

@@ -197,7 +197,7 @@ def pause(session: Session, project_id: str, job_id: str) -> Job:
             id=job_id,
             state=job.state,
             action="paused",
-            instead="Queued and running jobs can be.",
+            instead="Only queued and running jobs can be.",
         )
     return job
 

@@ -26,10 +26,10 @@ def as_text(session: Session) -> str:
     measured = counted.where(func.jsonb_typeof(Job.actual["of_quoted"]) == "number").group_by(basis).order_by(basis)
     rows = [tuple(row) for row in session.execute(measured)]
     lines = [
-        f"# HELP {NAME} Seconds of a run over those that it was quoted.",
+        f"# HELP {NAME} Ratio of a run's seconds to the quoted seconds.",
         f"# TYPE {NAME} histogram",
         *(line for basis, *counts, total, together, _ in rows for line in _histogram(basis, counts, total, together)),
-        f"# HELP {IN_RANGE} Runs whose seconds lay in the range that they were quoted.",
+        f"# HELP {IN_RANGE} Runs whose seconds were in the quoted range.",
         f"# TYPE {IN_RANGE} counter",
         *(f'{IN_RANGE}{{speed_from="{row[0]}"}} {row[-1]}' for row in rows),
     ]

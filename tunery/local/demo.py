@@ -330,7 +330,7 @@ def _how_to_go_on(console: Console, home: Path, job: dict[str, Any]) -> None:
     """Prints the next commands: `tunery up` starts the demo's stack again, with its job and model."""
     question = home / "question.json"
     question.write_text(json.dumps({"model": job["fine_tuned_model"], "messages": _question("I lost my card")}))
-    console.print("\n[bold]Go on by hand[/]")
+    console.print("\n[bold]Continue by hand[/]")
     for line in (
         f".venv/bin/tunery up --home {home}",
         "# then, in another terminal",

@@ -212,4 +212,4 @@ def say(quote: Quote | None, actual: Actual) -> str:
         if actual.of_quoted == 1
         else f"{abs(actual.of_quoted - 1):.0%} " + ("longer" if actual.of_quoted > 1 else "shorter")
     )
-    return f"{took}, quoted were {asked.expected:.0f} s ({asked.low:.0f} to {asked.high:.0f}): {apart}"
+    return f"{took}; quoted were {asked.expected:.0f} s ({asked.low:.0f} to {asked.high:.0f}): {apart}"

@@ -39,11 +39,15 @@ class Served(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    tokens_per_second: Range = Field(description="Of all answers together, on all of `gpus`")
-    gpus: int = Field(description="The fewest that hold the models")
-    price_per_million_tokens: Range | None = Field(description="Of answers; null where no price of the card is known")
-    basis: Basis = Field("memory_bandwidth", description="Measured by the model server, or what the card's rates allow")
-    answers: float | None = Field(None, description="Of what was measured: answers at once, in the mean")
+    tokens_per_second: Range = Field(description="Throughput of all answers together, on all `gpus`")
+    gpus: int = Field(description="The smallest number of GPUs that holds the models")
+    price_per_million_tokens: Range | None = Field(
+        description="Price of a million answer tokens; null if the card's price is not known"
+    )
+    basis: Basis = Field(
+        "memory_bandwidth", description="Measured by the model server, or derived from the card's rates"
+    )
+    answers: float | None = Field(None, description="Mean number of concurrent answers in the measurement")
 
 
 class ServingQuote(BaseModel):
@@ -52,17 +56,17 @@ class ServingQuote(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     device: str
-    basis: Basis = Field("memory_bandwidth", description="measured: some of it was, and says so")
-    batch: int = Field(description="Answers at once")
-    context: int = Field(description="Tokens of each of them in memory")
+    basis: Basis = Field("memory_bandwidth", description="measured: some values were, as their own basis says")
+    batch: int = Field(description="Concurrent answers")
+    context: int = Field(description="Tokens in memory per answer")
     currency: str
     merged: Served | None = Field(
-        description="One model, its adapter merged into its base; null where nothing is known, as of a CPU"
+        description="One model, its adapter merged into its base; null if nothing is known, as for a CPU"
     )
     adapter: Served | None = Field(description="One adapter beside its base; null for a full fine-tune")
-    models: int = Field(description="How many tuned models of one base share the answers in the next two")
-    many_merged: Served | None = Field(description="Each a whole model: every pass reads that of the answers it is for")
-    many_adapters: Served | None = Field(description="All on one copy of the base, which each pass reads once")
+    models: int = Field(description="Number of tuned models of one base that share the answers in the next two fields")
+    many_merged: Served | None = Field(description="As whole models: every pass reads the model of its answers")
+    many_adapters: Served | None = Field(description="As adapters on one copy of the base, which each pass reads once")
 
 
 def make(

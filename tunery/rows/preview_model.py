@@ -16,7 +16,7 @@ class Token(_Sealed):
 
     id: int
     text: str
-    state: State = Field(description="trained: learned; masked: only read; cut: behind the last token that is kept")
+    state: State = Field(description="trained: in the loss; masked: context only; cut: beyond the token limit")
 
 
 class Sequence(_Sealed):
@@ -33,10 +33,10 @@ class PreviewRow(_Sealed):
     """A row of the file."""
 
     number: int
-    line: int | None = Field(None, description="On which it begins, where that is not its number")
+    line: int | None = Field(None, description="The line on which the row begins, if it differs from its number")
     sequences: list[Sequence] = []
-    failed: list[str] = Field([], description="Names of the checks that it fails")
-    error: str | None = Field(None, description="Why it cannot be trained on")
+    failed: list[str] = Field([], description="Names of the failed checks")
+    error: str | None = Field(None, description="Why the row cannot be used for training")
 
 
 class Check(_Sealed):
@@ -44,9 +44,9 @@ class Check(_Sealed):
 
     name: str
     passed: bool
-    what: str = Field(description="What it asks")
-    rows: list[int] = Field([], description="Rows that fail it")
-    advice: str | None = Field(None, description="What to change, where it fails")
+    what: str = Field(description="What the check requires")
+    rows: list[int] = Field([], description="Rows that fail the check")
+    advice: str | None = Field(None, description="What to change if it fails")
 
 
 class Preview(_Sealed):

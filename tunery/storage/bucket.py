@@ -106,7 +106,7 @@ class Bucket:
             with _translated("read", key):
                 answer: dict[str, Any] = self._s3.get_object(**self._at(key), **part, **same)
         except KeyTaken:
-            raise StorageFailed(action="read", reason="another object took its place meanwhile") from None
+            raise StorageFailed(action="read", reason="another object has replaced it in the meantime") from None
         return answer
 
     def _chunks(self, key: str, position: int, answer: dict[str, Any]) -> Iterator[bytes]:

@@ -35,12 +35,13 @@ class FileOrder(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["chat", "preference"] = Field(
-        "chat", description="`chat`: rows to learn or to test with; `preference`: corrected over given answers"
+        "chat",
+        description="`chat`: rows for training or testing; `preference`: pairs of a corrected and the given answer",
     )
     answers: list[Kept] = Field(
         ["good", "corrected"],
         min_length=1,
-        description="Rated as good, corrected, or neither rated nor corrected. Of `preference` always the corrected",
+        description="Rated as good, corrected, or neither. For `preference`, always the corrected ones",
     )
 
 

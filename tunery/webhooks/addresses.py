@@ -134,7 +134,7 @@ def _parsed(url: str) -> tuple[SplitResult, int]:
     # Only visible ASCII without backslashes: `urlsplit` silently drops tabs and line ends, some parsers read
     # backslashes as slashes, and differences between parsers can be exploited. `user@` hides the host from people.
     if len(url) > MAX_URL or not re.fullmatch(r"[\x21-\x5b\x5d-\x7e]+", url):
-        raise _invalid(f"must be up to {MAX_URL} visible ASCII characters; write other ones percent-encoded")
+        raise _invalid(f"must have at most {MAX_URL} printable ASCII characters; percent-encode others")
     try:
         parts = urlsplit(url)
         port = parts.port if parts.port is not None else {"https": 443}.get(parts.scheme, 80)
@@ -143,7 +143,7 @@ def _parsed(url: str) -> tuple[SplitResult, int]:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise _invalid("must look like https://hooks.example.com/path")
     if parts.username is not None or parts.password is not None or parts.fragment:
-        raise _invalid("must have neither user name, password nor fragment")
+        raise _invalid("must have no user name, password or fragment")
     return parts, port
 
 
@@ -158,6 +158,8 @@ def _check_public(parts: SplitResult, port: int, addresses: Sequence[Address]) -
             param="url", address=parts.netloc, reason="it is, or resolves to, an address that is not public."
         )
     if parts.scheme != "https":
-        raise AddressRefused(param="url", address=parts.netloc, reason="without TLS anybody on the way can read along.")
+        raise AddressRefused(
+            param="url", address=parts.netloc, reason="without TLS anyone on the network path can read the messages."
+        )
     if port not in PORTS:
         raise AddressRefused(param="url", address=parts.netloc, reason=f"port {port} is not 443 or 8443.")

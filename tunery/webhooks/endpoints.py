@@ -35,7 +35,7 @@ def create(
     """Creates an endpoint, whose `secret` is to be shown once. Raises InvalidValue, AddressRefused."""
     held = session.scalar(select(func.count()).where(_live(project_id)))
     if (held or 0) >= MOST:
-        raise InvalidValue(reason=f"This project has {held} webhook endpoints, the most it may have. Delete one first.")
+        raise InvalidValue(reason=f"This project has {held} webhook endpoints, its limit. Delete one first.")
     check(url, allow, resolver)
     endpoint = WebhookEndpoint(
         id=ids.new(ids.WEBHOOK_ENDPOINT),

@@ -74,7 +74,7 @@ class Action(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: str = Field(description="As in the report")
+    kind: str = Field(description="Kind of finding, as in the report")
     action: ActionName
     min_score: Float = Field(0.0, ge=0, le=1, description="Findings with a lower score are ignored")
 
@@ -101,11 +101,11 @@ class Cleaning(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    actions: list[Action] = Field([], description="What is done about each kind of finding")
-    recommended: bool = Field(False, description="Kinds without an action get the one that the report suggests")
-    rows: RowChoice = Field(RowChoice(), description="Rows by their lines")
-    held_out: HeldOut | None = Field(None, description="Puts a share of the rows into a second file")
-    max_tokens: Int = Field(2048, ge=1, description="Tokens of a row that are trained")
+    actions: list[Action] = Field([], description="The action for each kind of finding")
+    recommended: bool = Field(False, description="Apply the report's suggestion to kinds without an action")
+    rows: RowChoice = Field(RowChoice(), description="Actions on single rows, by line")
+    held_out: HeldOut | None = Field(None, description="Moves a fraction of the rows to a second file")
+    max_tokens: Int = Field(2048, ge=1, description="Token limit of a row")
 
     def check(self, *, compared: bool, measured: bool, uploaded: bool, judged: bool) -> None:
         """Raises InvalidValue if an action is not possible, or nothing is to be done.

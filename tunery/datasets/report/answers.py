@@ -52,5 +52,5 @@ def find_imbalance(case: Case) -> Iterator[Finding]:
         (most, many), *_, (least, few) = Counter(task.labels.values()).most_common()
         if many >= _LEAST and many >= _IMBALANCE * few:
             lines = [line for line, label in task.labels.items() if label == least]
-            why = f"As {task.name}, '{most}' has {many} rows and '{least}' has {few}."
+            why = f"Of {task.name}, '{most}' has {many} rows, but '{least}' only {few}."
             yield Finding("label_imbalance", lines, 1 - few / many, why, f"Add rows with '{least}'.")

@@ -51,5 +51,5 @@ def find(case: Case) -> Iterator[Finding]:
     for cluster, size in Counter(found.values()).most_common(3):
         if size >= _LEAST and size >= _FRACTION * len(found):
             lines = [line for line, other in found.items() if other == cluster]
-            why = f"{size / len(found):.0%} of the rows ask nearly the same as line {cluster} asks."
+            why = f"{size / len(found):.0%} of the rows ask nearly the same as line {cluster}."
             yield Finding("low_diversity", lines, size / len(found), why, _ACTION)

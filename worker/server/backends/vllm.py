@@ -201,6 +201,6 @@ def _body(prepared: Prepared) -> dict[str, Any]:
 def _kept_to(request: ChatRequest) -> dict[str, Any]:
     """Returns the constraint on the answer as vLLM's options. Raises Unsupported."""
     if request.must_call:
-        raise Unsupported(param="tool_choice", what="A call that has to be made", instead="Use 'auto'.")
+        raise Unsupported(param="tool_choice", what="A required tool call", instead="Use 'auto'.")
     schema = grammar.schema_of(request.response_format)
     return {} if schema is None else {"structured_outputs": {"json": schema}}

@@ -132,16 +132,16 @@ def _use(t: Training, artifact: Path) -> Iterator[str]:
     with_base = " --with-base" if isinstance(technique, Lora) else ""
     if with_base:
         yield (
-            "This folder holds an adapter. It answers as it was trained on that very base alone, with the tokenizer "
-            "and chat template of this folder."
+            "This folder contains an adapter. It gives its trained answers only on exactly this base, with the "
+            "tokenizer and chat template of this folder."
         )
     else:
-        yield "This folder holds a whole model."
+        yield "This folder contains a whole model."
     if "merged/merge.json" in paths:
-        yield "`merged/` holds a whole model, proven by `merged/merge.json`."
+        yield "`merged/` contains a whole model, verified by `merged/merge.json`."
     yield (
-        f"The download, to a folder named {_FOLDER}, and a command for each engine, from beside that folder:\n\n"
-        f"    tunery jobs download {t.run.job}{with_base} -o {_FOLDER}"
+        f"Download the files to a folder named {_FOLDER}, and run a command in the folder that contains it:\n\n    "
+        f"tunery jobs download {t.run.job}{with_base} -o {_FOLDER}"
     )
     for each in engines.commands(paths, _FOLDER, rank=technique.r if isinstance(technique, Lora) else None):
         yield f"{each.engine}" + (f", `{each.files}`" if each.files else "") + f":\n\n    {each.command}"
