@@ -121,8 +121,16 @@ def test_users_cannot_name_a_models_files(asking: Team, server: ModelServer) -> 
     assert server.received[0]["tunery_model"]["base"]["id"] == BASE
 
 
-def test_unknown_model(asking: Team, server: ModelServer) -> None:
-    with pytest.raises(openai.NotFoundError) as refused:
-        asking.openai().chat.completions.create(model="none", **ASK)
-    assert refused.value.code == "model_not_found"
+def test_unknown_and_foreign_models_get_the_same_answer(
+    asking: Team, make_team: Callable[..., Team], tuned: str, server: ModelServer
+) -> None:
+    other = make_team("beta").on(asking.http.app)  # type: ignore[arg-type]
+    said = []
+    for name in ("ft:none:tunery::a", tuned):
+        with pytest.raises(openai.NotFoundError) as refused:
+            other.openai().chat.completions.create(model=name, **ASK)
+        said.append(refused.value.message.replace(name, "it"))
+        assert refused.value.code == "model_not_found"
+    assert said[0] == said[1]
     assert server.received == []
+    assert asking.openai().chat.completions.create(model=tuned, **ASK)

@@ -189,6 +189,18 @@ def test_adapter_that_is_corrupt_in_storage_is_an_error_of_its_own(ask: Any, sho
     assert text(ask("a"))
 
 
+def test_requests_that_are_refused_leave_a_stream_alone(ask: Any) -> None:
+    odd = {"type": "json_schema", "json_schema": {"name": "odd", "schema": {"type": "odd"}}}
+    with ask(stream=True, max_tokens=50_000) as stream:
+        next(stream)
+        with pytest.raises(openai.BadRequestError, match="odd"):
+            ask("a", response_format=odd)
+        with pytest.raises(openai.BadRequestError, match="maximum context length"):
+            ask("b", messages=[{"role": "user", "content": "card " * 100_000}])
+        assert len([next(stream) for _ in range(5)]) == 5
+    assert text(ask("a")) != text(ask("b"))
+
+
 def test_adapter_that_has_changed_on_the_host_is_fetched_again(ask: Any, shop: Shop, engine: Engine) -> None:
     wanted = text(ask("a"))
     folder = shop.root / "models" / shop.files["a"]["manifest_sha256"]
