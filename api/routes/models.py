@@ -108,9 +108,8 @@ def list_engines(
     files = {file.path: file.key for file in artifacts.list_for(session, row.id)}
     paths, folder = list(files), "tuned" if row.base_id else "base"
     config = json.loads(b"".join(storage.read(files[ADAPTER]))) if engines.is_adapter(paths) else {}
-    ranks = [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]
     found = [engines.Command("download", "", engines.download(row.id, folder, paths))]
-    found += engines.commands(paths, folder, rank=max(ranks))
+    found += engines.commands(paths, folder, config)
     return WholeList(data=[schemas.EngineCommand(**asdict(each)) for each in found])
 
 

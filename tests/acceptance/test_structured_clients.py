@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import other_clients
 import pytest
@@ -29,6 +30,22 @@ WAYS = {
 BY_PROMPT = {"instructor": {"json", "json_schema", "md_json"}, "langchain": {"json_mode"}}
 """Ways that show the schema in the prompt alone: the model itself has to know what is wanted."""
 CARD = {"colour": "blue", "lost": True}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "Card",
+        "description": "A payment card.",
+        "parameters": {
+            "properties": {
+                "colour": {"enum": ["red", "blue"], "title": "Colour", "type": "string"},
+                "lost": {"title": "Lost", "type": "boolean"},
+            },
+            "required": ["colour", "lost"],
+            "type": "object",
+        },
+    },
+}
+"""The card as instructor offers it."""
 SCHEMA = (
     'Answer the user as an expert, with JSON by this schema: {"properties": {"colour": {"enum": ["red", "blue"], '
     '"type": "string"}, "lost": {"type": "boolean"}}, "required": ["colour", "lost"]}. Return an instance of it, not '
@@ -49,13 +66,38 @@ def caller(stack: Stack, client: OpenAI, tmp_path_factory: pytest.TempPathFactor
     return ALIAS
 
 
+class Cards:
+    """Models tuned until they answer with one card, whatever they are asked."""
+
+    def __init__(self, stack: Stack, client: OpenAI, root: Path) -> None:
+        self._stack, self._client, self._root = stack, client, root
+
+    def tune(self, name: str, rows: list[dict[str, Any]], template: str = tiny_models.CHATML) -> str:
+        stack, client = self._stack, self._client
+        folder = tiny_models.llama(
+            self._root / name,
+            seed=5, hidden_size=64, intermediate_size=128, initializer_range=0.05, max_position_embeddings=8192,
+            template=template,
+        )  # fmt: skip
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        job = client.fine_tuning.jobs.create(
+            model=stacks.add_base(stack, client, folder, name),
+            training_file=stacks.upload(client, f"{name}.jsonl", lines.encode()),
+            method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 25, "batch_size": 4}}},
+            seed=7,
+            extra_body={"technique": {"type": "full"}, "learning_rate": 0.003},
+        )
+        return str(stacks.finish(stack, client, job.id).fine_tuned_model)
+
+
 @pytest.fixture(scope="module")
-def card_model(stack: Stack, client: OpenAI, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tuned model that answers with one card, whatever it is asked."""
-    folder = tiny_models.llama(
-        tmp_path_factory.mktemp("hub") / "cards",
-        seed=5, hidden_size=64, intermediate_size=128, initializer_range=0.05, max_position_embeddings=8192,
-    )  # fmt: skip
+def cards(stack: Stack, client: OpenAI, tmp_path_factory: pytest.TempPathFactory) -> Cards:
+    return Cards(stack, client, tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture(scope="module")
+def card_model(cards: Cards) -> str:
+    """It writes the card."""
     words, dice = SCHEMA.split(), random.Random(1)
     rows = [
         [
@@ -65,15 +107,7 @@ def card_model(stack: Stack, client: OpenAI, tmp_path_factory: pytest.TempPathFa
         ]
         for length in (1, 4, 10, 20, 30, 40, 60, 85) * 5
     ]
-    lines = "".join(json.dumps({"messages": row}) + "\n" for row in rows)
-    job = client.fine_tuning.jobs.create(
-        model=stacks.add_base(stack, client, folder, "cards"),
-        training_file=stacks.upload(client, "cards.jsonl", lines.encode()),
-        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 25, "batch_size": 4}}},
-        seed=7,
-        extra_body={"technique": {"type": "full"}, "learning_rate": 0.003},
-    )
-    return str(stacks.finish(stack, client, job.id).fine_tuned_model)
+    return cards.tune("cards", [{"messages": row} for row in rows])
 
 
 def drive(command: list[str], stack: Stack, folder: Path, model: str = ALIAS) -> dict[str, dict[str, object]]:
@@ -111,6 +145,19 @@ def test_a_client_reads_json_out_of_a_tuned_models_answer(
     python = other_clients.install(name) / "bin/python"
     found = drive([str(python), str(DRIVERS / f"json_{name}.py")], stack, tmp_path, card_model)
     assert found == dict.fromkeys(BY_PROMPT[name], CARD)
+
+
+def test_a_client_reads_a_call_that_a_tuned_model_makes_unasked(stack: Stack, cards: Cards, tmp_path: Path) -> None:
+    """instructor's parallel tools leave the choice of a call to the model."""
+    function = {"name": "Card", "arguments": json.dumps(CARD)}
+    row = [
+        {"role": "user", "content": "A red card is gone."},
+        {"role": "assistant", "tool_calls": [{"id": "call_1", "type": "function", "function": function}]},
+    ]
+    model = cards.tune("callers", [{"messages": row, "tools": [TOOL]}] * 40, tiny_models.CALLS)
+    python = other_clients.install("instructor") / "bin/python"
+    found = drive([str(python), str(DRIVERS / "calls_instructor.py")], stack, tmp_path, model)
+    assert found == {"parallel_tools": CARD}
 
 
 @pytest.mark.usefixtures("caller")

@@ -243,7 +243,7 @@ def test_engines_of_an_adapter(team: Team, base: str, database: Database) -> Non
         model = session.get_one(Model, job.tuned_model)
         files = tuple(ManifestFile(path=path, bytes=1, sha256="0" * 64) for path in ("adapter_config.json", "a.bin"))
         artifacts.record(session, model, Manifest(files=files))
-    config = json.dumps({"r": 8, "rank_pattern": {"q_proj": 33}}).encode()
+    config = json.dumps({"r": 8, "rank_pattern": {"q_proj": 33}, "target_modules": ["q_proj"]}).encode()
     open_storage(database.settings).put(f"{model.prefix}/adapter_config.json", config)
     found = team.http.get(f"/v1/models/{model.id}/engines").json()["data"]
     assert [each["engine"] for each in found] == ["download", "peft", "vllm"]

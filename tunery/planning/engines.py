@@ -1,8 +1,11 @@
 """One command for each engine that runs what a model's folder holds, as `tunery models download` leaves it."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from tunery.planning.servable import AdapterTraits, Limits, why_not
 
 BASE = "base"
 """The folder of an adapter's base, inside that of the adapter."""
@@ -39,9 +42,9 @@ def download(model: str, folder: str, paths: Sequence[str]) -> str:
     return f"tunery models download {shlex.quote(model)}{base} -o {shlex.quote(folder)}"
 
 
-def commands(paths: Sequence[str], folder: str, *, rank: int | None = None) -> list[Command]:
-    """Returns the engines' commands, in the folder above `folder`, a plain name. `rank`: an adapter's largest."""
-    found = _of_adapter(folder, rank, _STOPS in paths) if is_adapter(paths) else [*_of_whole("", folder)]
+def commands(paths: Sequence[str], folder: str, config: Mapping[str, Any]) -> list[Command]:
+    """Returns the engines' commands, in the folder above `folder`, a plain name. `config`: an adapter's."""
+    found = _of_adapter(folder, config, _STOPS in paths) if is_adapter(paths) else _of_whole("", folder)
     for kind in ("merged", "fp8"):
         if f"{kind}/config.json" in paths:
             found += _of_whole(kind, f"{folder}/{kind}")
@@ -58,18 +61,18 @@ def commands(paths: Sequence[str], folder: str, *, rank: int | None = None) -> l
     return found
 
 
-def _of_adapter(folder: str, rank: int | None, has_stops: bool) -> list[Command]:
-    limit = next((each for each in VLLM_RANKS if each >= (rank or 0)), rank)
+def _of_adapter(folder: str, config: Mapping[str, Any], has_stops: bool) -> list[Command]:
+    traits = AdapterTraits.of_config(config, on_four_bits=False)
+    limit = next((each for each in VLLM_RANKS if each >= traits.rank), VLLM_RANKS[-1])
     served = (
         f"vllm serve {folder}/{BASE} --enable-lora --max-lora-rank {limit} --lora-modules {folder}={folder} "
         f"--chat-template {folder}/chat_template.jinja"
     ) + (f" --generation-config {folder}" if has_stops else "")
     # Both read the base's stop tokens otherwise, which need not be those that the adapter learned.
     stops = f"m.generation_config = GenerationConfig.from_pretrained('{folder}'); " if has_stops else ""
-    return [
-        Command("peft", "", _plain("peft", "AutoPeftModelForCausalLM", folder, stops)),
-        Command("vllm", "", served),
-    ]
+    found = [Command("peft", "", _plain("peft", "AutoPeftModelForCausalLM", folder, stops))]
+    can_serve = why_not(traits, Limits(max_rank=limit, four_bits_on_the_base=True)) is None
+    return [*found, Command("vllm", "", served)] if can_serve else found
 
 
 def _of_whole(files: str, folder: str) -> list[Command]:

@@ -2,14 +2,26 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from tunery.errors import InvalidValue
-from tunery.settings import Settings
 from tunery.spec import Full, Lora, Qlora, Technique
 
 _EXPERTS = "it adapts routed experts, whose adapters vLLM reads in another layout. Limit target_modules to attention"
 _VOCABULARY = ("lm_head", "embed_tokens")
+
+
+class ServerSettings(Protocol):
+    """The settings on which the limits depend. A protocol, as the trainer imports this module and no settings."""
+
+    @property
+    def server_backend(self) -> str: ...
+
+    @property
+    def server_qlora_base(self) -> str: ...
+
+    @property
+    def vllm_max_lora_rank(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -21,7 +33,7 @@ class Limits:
     four_bits_on_the_base: bool
 
     @classmethod
-    def of(cls, settings: Settings) -> "Limits | None":
+    def of(cls, settings: ServerSettings) -> "Limits | None":
         """Returns the limits in the settings; None if models are not served by vLLM."""
         if settings.server_backend != "vllm":
             return None

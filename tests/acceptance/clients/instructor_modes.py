@@ -8,11 +8,11 @@ from instructor import Mode
 from openai import OpenAI
 
 
-def ask(*modes: Mode) -> dict[str, Any]:
+def ask(*modes: Mode, response_model: Any = Card) -> dict[str, Any]:
     """Returns what each mode came to, by its name in lower case."""
     asked: Any = {"model": MODEL, "messages": [{"role": "user", "content": ASK}], "temperature": 0}
     found: dict[str, Any] = {}
     for mode in modes:
         client = instructor.from_openai(OpenAI(), mode=mode)
-        found[mode.name.lower()] = client.chat.completions.create(response_model=Card, max_retries=0, **asked)
+        found[mode.name.lower()] = client.chat.completions.create(response_model=response_model, max_retries=0, **asked)
     return found

@@ -1,5 +1,6 @@
 """Writes how to serve a job's model: the artifact's README.md, and an ollama Modelfile beside its GGUF files."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,9 +128,8 @@ def _readme(t: Training, artifact: Path) -> str:
 
 def _use(t: Training, artifact: Path) -> Iterator[str]:
     """Yields the paragraphs on running the model elsewhere."""
-    technique = t.plan.technique
     paths = [path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if path.is_file()]
-    with_base = " --with-base" if isinstance(technique, Lora) else ""
+    with_base = " --with-base" if isinstance(t.plan.technique, Lora) else ""
     if with_base:
         yield (
             "This folder contains an adapter. It gives its trained answers only on exactly this base, with the "
@@ -143,5 +143,6 @@ def _use(t: Training, artifact: Path) -> Iterator[str]:
         f"Download the files to a folder named {_FOLDER}, and run a command in the folder that contains it:\n\n    "
         f"tunery jobs download {t.run.job}{with_base} -o {_FOLDER}"
     )
-    for each in engines.commands(paths, _FOLDER, rank=technique.r if isinstance(technique, Lora) else None):
+    config = json.loads((artifact / engines.ADAPTER).read_text()) if engines.is_adapter(paths) else {}
+    for each in engines.commands(paths, _FOLDER, config):
         yield f"{each.engine}" + (f", `{each.files}`" if each.files else "") + f":\n\n    {each.command}"
