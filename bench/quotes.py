@@ -2,8 +2,9 @@
 
 SmolLM2, or a random model of a shape of make_model's, is trained on a CPU through the API and real workers. The first
 job's run calibrates; the others have other numbers of rows, epochs, batches and held-out rows. The trainers measure the
-seconds of the processor instead of the clock's (`bench.cpu_clock`), which other work on the machine stretches: compared
-is what the trainer does, from its spec to its artifact, without imports and upload. The clock's seconds are shown too.
+seconds of the processor instead of the clock's (`bench.cpu_clock`), which other work on the machine stretches, and have
+one thread, as several spend processor seconds waiting for each other: compared is what the trainer does, from its spec
+to its artifact, without imports and upload. The clock's seconds are shown too.
 """
 
 import itertools
@@ -89,14 +90,22 @@ def measured(job_id: str, test_rows: int) -> tuple[Job, Record]:
             Counts(1, 1, "rows", test_rows=test_rows),
             "cpu",
         )
-    validated = record.spent["validation"].units if "validation" in record.spent else 0
-    work = replace(work, steps=record.work.steps, tokens=record.work.tokens, valid_tokens=validated)
+    counted = {name: part.units for name, part in record.spent.items()}
+    work = replace(
+        work,
+        steps=record.work.steps,
+        tokens=record.work.tokens,
+        row_tokens=counted.get("rows", 0),
+        valid_tokens=counted.get("validation", 0),
+        pair_tokens=counted.get("pairs", 0),
+        reference_tokens=counted.get("reference", 0),
+    )
     return job, replace(record, around=0.0, work=work)
 
 
 def compare(what: str, job: Job, record: Record, calibration: Record) -> dict[str, Any]:
     """What the calibration says of a job beside what it took."""
-    parts = quote.seconds_of(record.work, speed.of_record(calibration))
+    parts = quote.seconds_of(record.work, speed.scaled(speed.of_record(calibration), calibration.work, record.work))
     expected = sum(parts.values())
     return {
         "job": what,
@@ -124,6 +133,7 @@ def main() -> int:
     out, shape = (*sys.argv[1:], "")[:2]
     os.environ["TUNERY_FILE_REPORTS"] = "false"
     os.environ["TUNERY_PLUGINS"] = "bench.cpu_clock"
+    os.environ["OMP_NUM_THREADS"] = "1"
     runs: list[dict[str, Any]] = []
     calibration: Record | None = None
     with tempfile.TemporaryDirectory() as home, service.running(Path(home) / "home", _made(home, shape)) as stacked:

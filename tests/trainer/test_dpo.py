@@ -272,6 +272,9 @@ def test_scorecard_counts_pairs_that_each_model_ranks_right(
              for pair, example in zip(found, t.rows.examples, strict=False)]  # fmt: skip
     assert card.metrics["preferred_norm"].base == sum(chosen > other for chosen, other in means) / 8
     assert card.samples[0].wanted == PAIRS[0]["preferred_output"][0]["content"]
+    [finished] = said(ear, "finished")
+    compared = 2 * sum(map(len, t.rows.examples[:8]))
+    assert finished.spent["pairs"].units == compared  # by both models, for the quotes of later runs
 
 
 def test_test_rows_may_be_chats(tmp_path: Path, tiny: Path, ear: Ear) -> None:

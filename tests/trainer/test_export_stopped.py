@@ -55,7 +55,10 @@ def test_a_run_that_is_stopped_while_it_exports_goes_on_and_ends_as_one_that_was
     assert exporting.seconds_left > 0
     assert not said(ear, "exported"), "it was not refused"
 
-    assert carry_out(folder, MessageWriter(None), StopSignal())
+    assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
+
+    [finished] = said(ear, "finished")
+    assert finished.spent["exports"].units == 1
 
     for name in ("adapter_model.safetensors", "merged/model.safetensors"):
         found, wanted = (load_file(each / "out" / name) for each in (folder, whole))

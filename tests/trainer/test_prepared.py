@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folders import chat, lay_out, plan, steps_of
+from run_folders import Ear, chat, lay_out, plan, said, steps_of
 
 from tunery.rows import bulk, encoding, fingerprint, template_files
 from tunery.rows.template import ChatTemplate
@@ -77,16 +77,19 @@ def test_a_second_reading_prepares_nothing(
 
 
 def test_a_second_job_trains_alike_and_prepares_nothing(
-    kept: Path, tiny: Path, tmp_path: Path, readings: list[str]
+    kept: Path, tiny: Path, tmp_path: Path, ear: Ear, readings: list[str]
 ) -> None:
-    found = []
+    found, read = [], []
     for name in ("first", "second"):
         folder = lay_out(tmp_path / name, tiny, plan(), ROWS, ROWS[:4])
         (folder / prepared.NAME).symlink_to(kept)
-        carry_out(folder, MessageWriter(None), StopSignal())
+        carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
         found.append(steps_of(folder))
+        *_, finished = said(ear, "finished")
+        read.append(finished.spent["rows"])
     assert readings == ["training", "validation"]
     assert found[0] == found[1]
+    assert (read[0].units > 0, read[0].seconds > 0, read[1].units) == (True, True, 0)  # for the quotes of later runs
 
 
 def key(path: Path, template: ChatTemplate, encoder: encoding.RowEncoder = encoding.CHATS, **changes: Any) -> Any:

@@ -99,9 +99,11 @@ def trained(folder: Path) -> Any:
     ear = Ear()
     try:
         assert carry_out(folder, MessageWriter(ear.descriptor), StopSignal())
-        [started] = said(ear, "started")
+        [started], [finished] = said(ear, "started"), said(ear, "finished")
     finally:
         ear.close()
+    sampled = started.replay.prompts if started.replay and started.replay.source == "self" else None
+    assert (finished.spent["replay"].units if "replay" in finished.spent else None) == sampled
     return started
 
 

@@ -41,7 +41,7 @@ def make_plan(**changes: Any) -> Plan:
 
 # --- work -----------------------------------------------------------------------------------------------------------
 
-ROWS = Counts(examples=10, tokens=1000, source="rows", valid_tokens=200, test_rows=6)
+ROWS = Counts(examples=10, tokens=1000, source="rows", valid_tokens=200, test_rows=6, test_tokens=90)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,10 @@ ROWS = Counts(examples=10, tokens=1000, source="rows", valid_tokens=200, test_ro
         ({"evaluation": {"task_rows": 5}}, "cuda", {"answers": 12 + 3 * 5}),
         ({"evaluation": {"max_rows": 2}}, "cuda", {"answers": 4}),
         ({"technique": Qlora(), "evaluation": {"unquantised": True}}, "cuda", {"answers": 24}),
-        ({"method": {"type": "dpo"}}, "cuda", {"answers": 0, "reference_tokens": 1200}),
+        ({}, "cuda", {"row_tokens": 1200, "method": "supervised", "pair_tokens": 0, "replay_answers": 0}),
+        ({"n_epochs": 1}, "cuda", {"row_tokens": 1200}),
+        ({"method": {"type": "dpo"}}, "cuda", {"answers": 0, "reference_tokens": 1200, "pair_tokens": 2 * 90}),
+        ({"method": {"type": "dpo"}, "evaluation": {"max_rows": 2}}, "cuda", {"method": "dpo", "pair_tokens": 2 * 30}),
         ({}, "cuda", {"scored": True, "reference_tokens": 0}),
         ({"evaluation": {"max_new_tokens": 32}}, "cuda", {"answer_tokens": 32}),
         ({}, "cuda", {"item_tokens": 800 * 46, "prompt_tokens": 100 * 106}),
@@ -61,8 +64,9 @@ ROWS = Counts(examples=10, tokens=1000, source="rows", valid_tokens=200, test_ro
         ({"evaluation": {"general": {"items": 10, "prompts": 0}}}, "cpu", {"item_tokens": 460, "prompt_tokens": 0}),
         ({"evaluation": {"general": {"enabled": False}}}, "cpu", {"item_tokens": 0, "prompt_tokens": 0}),
         ({"keep_checkpoints": 0}, "cuda", {"checkpoints": 0}),
-        ({"replay": {"share": 0.5}}, "cuda", {"tokens": 6000, "answers": 12 + 12}),  # 10 answers that end, of 12
-        ({"replay": {"share": 0.5, "source": "file-1"}}, "cuda", {"tokens": 6000, "answers": 12}),
+        ({"replay": {"share": 0.5}}, "cuda", {"tokens": 6000, "answers": 12, "replay_answers": 12}),  # 10 of 12 end
+        ({"replay": {"share": 0.5, "max_new_tokens": 20}}, "cuda", {"replay_answers": 12, "replay_answer_tokens": 20}),
+        ({"replay": {"share": 0.5, "source": "file-1"}}, "cuda", {"tokens": 6000, "answers": 12, "replay_answers": 0}),
         ({"export": {"gguf": ["q8_0"]}}, "cuda", {"exports": 5}),
         ({"technique": Full(), "export": {"gguf": ["q8_0"]}}, "cuda", {"exports": 2}),
         ({"resources": {"gpus": 4, "sharding": "full_shard"}}, "cuda", {"gpus": 4, "sharded": True}),
@@ -150,6 +154,33 @@ def test_the_reference_of_preference_tuning_is_measured_by_its_tokens() -> None:
     assert speed.of_record(took).reference_token == found.valid_token  # a forward pass
 
 
+@pytest.mark.parametrize(
+    ("part", "spent", "grows", "of_unit"),
+    [
+        ("start", {"rows": Spent(seconds=2, units=1000)}, {"row_tokens": 3000}, 2 / 1000 * 3000),
+        ("start", {"rows": Spent(seconds=0, units=0)}, {"row_tokens": 3000}, speed._ROW_TOKEN * 3000),  # were prepared
+        ("start", {}, {"row_tokens": 3000}, 0),  # an earlier release: within its preparation
+        ("start", {"replay": Spent(seconds=4, units=10)}, {"replay_answers": 40}, 4 / 10 * 40),
+        ("start", {}, {"replay_answers": 40}, 6.4 / 10 * 40),  # like the answers of a scorecard
+        ("evaluation", {"pairs": Spent(seconds=5, units=500)}, {"pair_tokens": 2000}, 5 / 500 * 2000),
+        ("evaluation", {}, {"pair_tokens": 2000}, 0.001 / 2 * 2000),  # a forward pass
+        ("export", {"exports": Spent(seconds=12, units=1)}, {"exports": 6}, 12 / 3 * 6),
+        ("export", {}, {"exports": 6}, 2 * 40_000 / 200e6 * 6),
+    ],
+)
+def test_parts_that_grow_are_quoted_by_what_they_grow_with(
+    part: quote.Part, spent: dict[str, Spent], grows: dict[str, Any], of_unit: float
+) -> None:
+    took = make_record(work=make_work(exports=3))
+    more = sum(each.seconds for each in spent.values())
+    found = speed.of_record(replace(took, spent={**took.spent, **spent}, trainer_seconds=took.trainer_seconds + more))
+    plain, grown = (quote.seconds_of(make_work(**work), found) for work in ({}, grows))
+    assert {name: grown[name] - plain[name] for name in plain} == pytest.approx(
+        dict.fromkeys(plain, 0) | {part: of_unit}
+    )
+    assert plain["saving"] == pytest.approx(2, abs=0.01)
+
+
 def test_runs_of_an_earlier_release_have_their_scores_taken_from_saving() -> None:
     took = make_record()
     found = speed.of_record(replace(took, work=replace(took.work, scored=True)))
@@ -172,7 +203,7 @@ def test_steps_of_like_length_are_all_tokens() -> None:
 
 def test_other_bases_and_techniques_are_scaled() -> None:
     of_run, tiny = speed.of_record(make_record()), make_work()
-    assert speed.scaled(of_run, tiny, tiny) is of_run
+    assert speed.scaled(of_run, tiny, tiny) == of_run
     full = speed.scaled(of_run, tiny, make_work(Full()))
     assert (full.basis, full.token, full.step) == ("other_technique", pytest.approx(0.0015), pytest.approx(0.1))
     large = speed.scaled(of_run, tiny, make_work(model_info={**TINY, "num_hidden_layers": 4, "params": 80_000}))
@@ -180,6 +211,62 @@ def test_other_bases_and_techniques_are_scaled() -> None:
     assert large.step == pytest.approx(0.2)
     assert 0.0015 < large.token < 0.003
     assert (of_run.knows_base, full.knows_base, large.knows_base) == (True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("technique", "method", "device", "basis", "token"),
+    [
+        (Lora(r=2), "supervised", "CPU", "same", 1.0),
+        (Lora(r=8), "dpo", "CPU", "other_method", 1.0),  # a token of a pair is trained like any other
+        (Qlora(), "supervised", "CPU", "other_technique", 1.0),
+        (Qlora(), "dpo", "CPU", "other_technique", 1.0),
+        (Lora(use_dora=True), "supervised", "CPU", "other_technique", 1.25),
+        (Full(), "supervised", "CPU", "other_technique", 1.5),  # six operations a weight instead of four
+        (Qlora(), "supervised", "NVIDIA H200", "other_technique", 0.52 / 0.51),
+        (Lora(precision="fp8"), "supervised", "NVIDIA H200", "other_technique", 1 / 1.4),
+        (Full(), "supervised", "NVIDIA H200", "other_technique", 1.5),
+    ],
+)
+def test_techniques_and_methods_are_scaled_by_a_stated_rule(
+    technique: Technique, method: str, device: str, basis: speed.Basis, token: float
+) -> None:
+    of_run, plain = speed.of_record(make_record()), make_work()
+    found = speed.scaled(of_run, plain, make_work(technique, method=method), device)
+    assert (found.basis, found.token / of_run.token) == (basis, pytest.approx(token))
+    assert found.valid_token == of_run.valid_token  # a forward pass is that of the base
+    back = speed.scaled(found, make_work(technique, method=method), plain, device)
+    assert back.token == pytest.approx(of_run.token)
+
+
+def test_another_techniques_weights_are_saved_and_uploaded_by_their_bytes() -> None:
+    of_run, plain = speed.of_record(make_record()), make_work()
+    found = speed.scaled(of_run, plain, make_work(Full(), saved_bytes=400_001_000))
+    assert (found.start, found.checkpoint) == (pytest.approx(of_run.start + 2), pytest.approx(0.5 * 400_001))
+
+
+@pytest.mark.parametrize(
+    ("work", "wanted"),
+    [
+        (make_work(), ["lora again", "lora"]),
+        (make_work(Lora(r=64)), ["lora again", "lora"]),
+        (make_work(method="dpo"), ["lora dpo"]),
+        (make_work(Qlora(), method="dpo"), ["qlora"]),  # the technique decides before the method
+        (make_work(Full(), method="dpo"), ["full"]),
+        (make_work(Lora(use_dora=True)), ["dora"]),
+        (make_work(Lora(precision="fp8")), ["lora again", "dora", "full", "qlora", "lora dpo"]),  # any other technique
+    ],
+)
+def test_runs_of_the_technique_and_the_method_are_taken_first(work: Workload, wanted: list[str]) -> None:
+    ran = {
+        "lora again": make_work(Lora(r=2)),
+        "dora": make_work(Lora(use_dora=True)),
+        "full": make_work(Full()),
+        "qlora": make_work(Qlora()),
+        "lora dpo": make_work(method="dpo"),
+        "lora": make_work(),
+    }
+    records = [make_record(name, work=each) for name, each in ran.items()]
+    assert [record.job for record in speed.choose(records, work)] == wanted
 
 
 def test_the_run_most_alike_is_taken() -> None:
@@ -258,7 +345,7 @@ def test_a_run_like_an_earlier_one_is_quoted_as_it_was() -> None:
     assert (found.gpus, found.gpu_hours.expected, found.currency) == (0, 0.0, "USD")
     assert found.cost is not None
     assert found.cost.expected == pytest.approx(0.36 * total / 3600, abs=1e-4)
-    assert "the last run here of this base and technique on CPU" in found.basis
+    assert "the last run here of this base, technique and method on CPU" in found.basis
 
 
 def test_twice_the_work_takes_twice_the_steps() -> None:

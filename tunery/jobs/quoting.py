@@ -127,7 +127,9 @@ def _counts(session: Session, job: Job, max_length: int) -> Counts:
     files = [job.training_file, job.validation_file, job.test_file]
     training, valid, test = (_count(session, id, job.base_model, max_length) for id in files)
     assert training is not None, "a job has a training file"
-    return replace(training, valid_tokens=valid.tokens if valid else 0, test_rows=test.examples if test else 0)
+    none = Counts(0, 0, "rows")
+    valid, test = valid or none, test or none
+    return replace(training, valid_tokens=valid.tokens, test_rows=test.examples, test_tokens=test.tokens)
 
 
 def _count(session: Session, file_id: str | None, base: str, max_length: int) -> Counts | None:

@@ -15,6 +15,7 @@ Part = Literal["start", "training", "evaluation", "saving", "export"]
 
 SPREADS: dict[Basis, tuple[float, float]] = {
     "same": (0.85, 1.2),
+    "other_method": (0.75, 1.4),
     "other_technique": (0.7, 1.5),
     "other_base": (0.6, 1.8),
     "estimated": (0.6, 2.0),
@@ -58,7 +59,8 @@ class Quote(BaseModel):
         description="Counted row by row, taken from the file's report, or estimated from its bytes"
     )
     speed_from: Basis = Field(
-        description="A run here of this base and technique, of this base, of another base, or the table of cards"
+        description="A run here of this base, technique and method, of this base and technique, of this base, of "
+        "another base, or the table of cards"
     )
     measured: list[str] = Field(description="The jobs whose speed was measured; empty if it is estimated")
     basis: str = Field(description="The basis in words")
@@ -72,7 +74,7 @@ def make(work: Workload, device: str, records: Sequence[Record], prices: Prices)
     """
     chosen = speed.choose(list(records), work)
     if chosen:
-        speeds = [speed.scaled(speed.of_record(record), record.work, work) for record in chosen]
+        speeds = [speed.scaled(speed.of_record(record), record.work, work, device) for record in chosen]
         return _put_together(work, device, speeds, [seconds_of(work, each) for each in speeds], prices)
     slow, fast = _estimated(device, work, recompute=True), _estimated(device, work, recompute=False)
     if slow is None or fast is None:
@@ -94,10 +96,15 @@ def seconds_of(work: Workload, pace: Speed) -> dict[Part, float]:
     evaluation = (
         pace.valid_token * work.valid_tokens
         + pace.answer_token * work.answers * work.answer_tokens
+        + pace.pair_token * work.pair_tokens
         + pace.general_token * (passes * work.item_tokens + 2 * work.prompt_tokens)
     )
+    before = (
+        pace.replay_token * work.replay_answers * work.replay_answer_tokens
+        + pace.reference_token * work.reference_tokens
+    )
     return {
-        "start": pace.start + pace.reference_token * work.reference_tokens / devices,
+        "start": pace.start + pace.row_token * work.row_tokens + before / devices,
         "training": pace.step * work.steps + (pace.token * work.tokens) / devices,
         "evaluation": evaluation / devices + pace.scores * work.scored,
         "saving": pace.save + pace.checkpoint * work.checkpoints,
@@ -155,7 +162,8 @@ def explain(work: Workload, device: str, speeds: Sequence[Speed]) -> str:
     first = speeds[0]
     runs = "the last run" if len(speeds) == 1 else f"the last {len(speeds)} runs"
     said = {
-        "same": f"the speed is that of {runs} here of this base and technique on {device}",
+        "same": f"the speed is that of {runs} here of this base, technique and method on {device}",
+        "other_method": f"the speed is that of {runs} here of this base and technique on {device}, with another method",
         "other_technique": f"the speed is that of {runs} here of this base with another technique on {device}, scaled",
         "other_base": f"the speed is that of {runs} here of {first.model} on {device}, the nearest in size, scaled",
         "estimated": f"nothing similar has run here yet, so the speed on {device} is estimated",

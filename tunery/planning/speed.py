@@ -14,8 +14,9 @@ from tunery.planning.workload import Workload
 from tunery.spec import Full, Lora, Qlora, Technique
 from tunery.trainer_protocol import Spent, StepTimes
 
-Basis = Literal["same", "other_technique", "other_base", "estimated"]
-"""The basis of a speed: a run here with this base and technique, with this base, with another base, or the table."""
+Basis = Literal["same", "other_method", "other_technique", "other_base", "estimated"]
+"""The basis of a speed: a run here with this base, technique and method, with this base and technique, with this base,
+with another base, or the table."""
 
 # Shares of the published rate reached by steps of 7,600 tokens on an H200 (bench/results/fp8_job_*, job_speed_*).
 MFU, QLORA_MFU = 0.52, 0.51
@@ -34,6 +35,8 @@ _SAVE_SECONDS = 2.0
 _SCORE_SECONDS = 1.3
 """Seconds of a scorecard beside its answers, mostly imports and resampling for intervals, on a CPU."""
 _DISK_BYTES = 200e6
+_ROW_TOKEN = 1.5e-6
+"""Seconds to read and tokenise a token of the files' rows: bench/results/prepare_cpu.json."""
 CPU_OPERATIONS = 40e9
 """fp32 operations per second of two server cores: a guess until the first run here."""
 
@@ -44,11 +47,14 @@ class Speed:
 
     basis: Basis
     start: float
+    row_token: float
     step: float
     token: float
     valid_token: float
     answer_token: float
+    replay_token: float
     general_token: float
+    pair_token: float
     reference_token: float
     scores: float
     checkpoint: float
@@ -71,24 +77,50 @@ def _matrices(shape: Shape) -> float:
     return passed + shape.vocab * shape.hidden
 
 
+def _forward(work: Workload) -> float:
+    """Returns the operations of a token's forward pass."""
+    return 2 * _matrices(work.shape)
+
+
 def of_card(card: Card, work: Workload, *, recompute: bool = False) -> Speed:
     """Returns the expected speed of a card, from its published rate and the share of it reached in our benchmarks."""
     rate = card.tflops * 1e12 * _mfu(work.technique, card)
-    forward = 2 * _matrices(work.shape) / rate
-    layers = work.shape.layers
+    answer = _decode(card, work) / min(_ANSWERS_AT_ONCE["cuda"], max(1, work.answers + work.replay_answers))
+    made = _estimated(work, _forward(work) / rate, operations(work.shape, work.technique, recompute=recompute) / rate)
+    return replace(
+        made,
+        start=_START_SECONDS["cuda"] + 2 * work.shape.params / _READ_BYTES,
+        step=work.shape.layers * _LAUNCH_SECONDS + _OPTIMIZER_BYTES * _learning(work) / (card.bandwidth * 1e9),
+        answer_token=made.answer_token + answer,
+        replay_token=made.replay_token + answer,
+        save=made.save + 6 * work.shape.params / _READ_BYTES,
+    )
+
+
+def of_cpu(work: Workload) -> Speed:
+    """Returns a guess for a host without a GPU and without past runs."""
+    token = operations(work.shape, work.technique) / CPU_OPERATIONS
+    return _estimated(work, _forward(work) / CPU_OPERATIONS, token)
+
+
+def _estimated(work: Workload, forward: float, token: float) -> Speed:
+    """Returns a CPU's speed with so many seconds for a token's forward pass, and for a trained token."""
     return Speed(
         basis="estimated",
-        start=_START_SECONDS["cuda"] + 2 * work.shape.params / _READ_BYTES,
-        step=layers * _LAUNCH_SECONDS + _OPTIMIZER_BYTES * _learning(work) / (card.bandwidth * 1e9),
-        token=operations(work.shape, work.technique, recompute=recompute) / rate,
+        start=_START_SECONDS["cpu"],
+        row_token=_ROW_TOKEN,
+        step=0.02,
+        token=token,
         valid_token=forward,
-        answer_token=forward + _decode(card, work) / min(_ANSWERS_AT_ONCE["cuda"], max(1, work.answers)),
+        answer_token=forward,
+        replay_token=forward,
         general_token=forward,
+        pair_token=forward,
         reference_token=forward,
         scores=_SCORE_SECONDS,
         checkpoint=work.saved_bytes / _DISK_BYTES,
-        save=_SAVE_SECONDS + work.saved_bytes / _DISK_BYTES + 6 * work.shape.params / _READ_BYTES,
-        export=2 * work.shape.params / _DISK_BYTES,
+        save=_SAVE_SECONDS + work.saved_bytes / _DISK_BYTES,
+        export=_export(work),
     )
 
 
@@ -106,25 +138,6 @@ def _decode(card: Card, work: Workload) -> float:
 
 def _learning(work: Workload) -> float:
     return work.saved_bytes / (2 if isinstance(work.technique, Full) else 4)
-
-
-def of_cpu(work: Workload) -> Speed:
-    """Returns a guess for a host without a GPU and without past runs."""
-    forward = 2 * _matrices(work.shape) / CPU_OPERATIONS
-    return Speed(
-        basis="estimated",
-        start=_START_SECONDS["cpu"],
-        step=0.02,
-        token=operations(work.shape, work.technique) / CPU_OPERATIONS,
-        valid_token=forward,
-        answer_token=forward,
-        general_token=forward,
-        reference_token=forward,
-        scores=_SCORE_SECONDS,
-        checkpoint=work.saved_bytes / _DISK_BYTES,
-        save=_SAVE_SECONDS + work.saved_bytes / _DISK_BYTES,
-        export=2 * work.shape.params / _DISK_BYTES,
-    )
 
 
 @dataclass(frozen=True)
@@ -150,28 +163,43 @@ def of_record(record: Record) -> Speed:
     work, spent = record.work, record.spent
     step, token = fit(record.step_times, spent.get("step"), work)
     seconds = {name: part.seconds for name, part in spent.items()}
-    forward = token / (operations(work.shape, work.technique) / (2 * _matrices(work.shape)))
+    forward = token / (operations(work.shape, work.technique) / _forward(work))
     warm_up = max(0.0, seconds.get("step", 0) - work.steps * step - work.tokens * token)
-    scores = seconds.get("scores", _SCORE_SECONDS)
-    unseen = 0.0 if "scores" in seconds or not work.scored else scores  # not measured by earlier releases
-    saved = max(0.0, record.trainer_seconds - sum(seconds.values()) - unseen)
-    return Speed(
+    answer = _unit(spent, "answer", forward * work.answer_tokens) / work.answer_tokens
+    return replace(
+        _estimated(work, forward, token),
         basis="same",
         start=record.around + seconds.get("prepare", 0) + warm_up,
+        row_token=_unit(spent, "rows", _ROW_TOKEN) if "rows" in spent else 0.0,  # earlier releases: in `prepare`
         step=step,
-        token=token,
         valid_token=_unit(spent, "validation", forward),
-        answer_token=_unit(spent, "answer", forward * work.answer_tokens) / work.answer_tokens,
+        answer_token=answer,
+        replay_token=_unit(spent, "replay", answer * work.replay_answer_tokens) / work.replay_answer_tokens,
         general_token=_unit(spent, "general", forward),
+        pair_token=_unit(spent, "pairs", forward),
         reference_token=_unit(spent, "reference", forward),
-        scores=scores,
+        scores=seconds.get("scores", _SCORE_SECONDS),
         checkpoint=_unit(spent, "checkpoint", work.saved_bytes / _DISK_BYTES),
-        save=saved,
-        export=seconds.get("exports", 2 * work.shape.params / _DISK_BYTES),
+        save=_saved(record),
+        export=seconds["exports"] / work.exports if work.exports and "exports" in seconds else _export(work),
         knows_base=True,
         job=record.job,
         model=record.model,
     )
+
+
+def _saved(record: Record) -> float:
+    """Returns the seconds of a run that nothing else took. Scores and exports were not measured by earlier releases."""
+    seconds = {name: part.seconds for name, part in record.spent.items()}
+    if record.work.scored:
+        seconds.setdefault("scores", _SCORE_SECONDS)
+    rest = record.trainer_seconds - sum(seconds.values())
+    return max(0.0, rest if "exports" in seconds else rest - _export(record.work) * record.work.exports)
+
+
+def _export(work: Workload) -> float:
+    """Returns the seconds to read or write a whole model."""
+    return 2 * work.shape.params / _DISK_BYTES
 
 
 def _unit(spent: Mapping[str, Spent], part: str, otherwise: float) -> float:
@@ -200,45 +228,76 @@ def fit(times: StepTimes | None, every: Spent | None, work: Workload) -> tuple[f
 _LEAST_STEPS, _LEAST_SPREAD = 8, 0.1
 
 
-def scaled(speed: Speed, record: Workload, work: Workload) -> Speed:
-    """Returns the speed scaled to another base or technique, by operations, layers and bytes."""
-    same_base = record.shape == work.shape
-    if same_base and record.technique.type == work.technique.type:
-        return speed
-    trained = operations(work.shape, work.technique) / operations(record.shape, record.technique)
+def scaled(speed: Speed, record: Workload, work: Workload, device: str = "CPU") -> Speed:
+    """Returns the speed scaled to another base, technique or method.
+
+    A trained token is scaled by its operations and by what its technique takes beside them, another token by those of
+    a forward pass, a step by the layers, files by their bytes. A method changes none: a token of a pair is trained like
+    any other, and its reference is measured on its own.
+    """
+    basis = _basis(record, work)
+    if basis in ("same", "other_method"):
+        return replace(speed, basis=basis)
+    trained = _token_cost(work, device) / _token_cost(record, device)
     forward = _matrices(work.shape) / _matrices(record.shape)
+    passed = {name: getattr(speed, name) * forward for name in _FORWARD}
     bytes_ratio = max(1, work.saved_bytes) / max(1, record.saved_bytes)
+    read = 2 * (work.shape.params - record.shape.params) / _READ_BYTES
+    uploaded = (work.saved_bytes - record.saved_bytes) / _DISK_BYTES
     return replace(
         speed,
-        basis="other_technique" if same_base else "other_base",
-        start=max(1.0, speed.start + 2 * (work.shape.params - record.shape.params) / _READ_BYTES),
+        basis=basis,
+        start=max(1.0, speed.start + read + uploaded),
         step=speed.step * work.shape.layers / max(1, record.shape.layers),
         token=speed.token * trained,
-        valid_token=speed.valid_token * forward,
-        answer_token=speed.answer_token * forward,
-        general_token=speed.general_token * forward,
-        reference_token=speed.reference_token * forward,
+        **passed,
         checkpoint=speed.checkpoint * bytes_ratio,
         save=speed.save * max(1.0, bytes_ratio),
         export=speed.export * forward,
-        knows_base=same_base and speed.knows_base,
+        knows_base=basis == "other_technique" and speed.knows_base,
     )
 
 
+_COSTS = {"cpu": {"dora": 1.25}, "cuda": {"qlora": MFU / QLORA_MFU, "fp8": 1 / _FP8_GAIN, "dora": 1.25}}
+"""What an operation of a technique takes, relative to those of LoRA and of a full fine-tune. On a CPU as in
+bench/results/technique_costs_cpu.json; DoRA on a GPU is assumed."""
+_FORWARD = ("valid_token", "answer_token", "replay_token", "general_token", "pair_token", "reference_token")
+
+
+def _token_cost(work: Workload, device: str) -> float:
+    """Returns what a trained token takes, relative to other techniques and bases."""
+    costs = _COSTS["cpu" if device == "CPU" else "cuda"]
+    return operations(work.shape, work.technique) * costs.get(_kind(work.technique), 1.0)
+
+
+def _kind(technique: Technique) -> str:
+    """Returns what tells the speeds of techniques apart: the type, and products or norms of its own."""
+    if isinstance(technique, Full):
+        return "full"
+    return "dora" if technique.use_dora else "fp8" if technique.precision == "fp8" else technique.type
+
+
+def _basis(record: Workload, work: Workload) -> Basis:
+    """Returns how a run is like another one."""
+    if record.shape != work.shape:
+        return "other_base"
+    if _kind(record.technique) != _kind(work.technique):
+        return "other_technique"
+    return "same" if record.method == work.method else "other_method"
+
+
 def choose(records: list[Record], work: Workload, *, most: int = 5) -> list[Record]:
-    """Returns the most similar runs: same base and technique, else same base, else nearest in parameters.
+    """Returns the most similar runs: same base, technique and method, else same base and technique, else same base,
+    else nearest in parameters.
 
     Records are of one kind of device, newest first. Among equally similar ones the newest are taken.
     """
-    for test in (_is_same, lambda record, wanted: record.work.shape == wanted.shape):
-        if alike := [record for record in records if test(record, work)]:
+    found = [(_basis(record.work, work), record) for record in records]
+    for basis in ("same", "other_method", "other_technique"):
+        if alike := [record for of, record in found if of == basis]:
             return alike[:most]
     nearest = min((_distance(record, work) for record in records), default=None)
     return [record for record in records if _distance(record, work) == nearest][:most]
-
-
-def _is_same(record: Record, work: Workload) -> bool:
-    return record.work.shape == work.shape and record.work.technique.type == work.technique.type
 
 
 def _distance(record: Record, work: Workload) -> float:

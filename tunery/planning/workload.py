@@ -26,13 +26,14 @@ Source = Literal["rows", "report", "bytes"]
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of a job's files. `tokens` and `valid_tokens` are those of one epoch or pass."""
+    """Counts of a job's files. `tokens`, `valid_tokens` and `test_tokens` are those of one epoch or pass."""
 
     examples: int
     tokens: int
     source: Source
     valid_tokens: int = 0
     test_rows: int = 0
+    test_tokens: int = 0
 
     @classmethod
     def of_bytes(cls, size: int, examples: int | None, max_length: int) -> "Counts":
@@ -44,9 +45,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class Workload:
-    """A run's work. `tokens`: of all steps; `answers`: by base and tuned model, of at most `answer_tokens` each;
-    `scored`: there is a test file, and so a scorecard; `reference_tokens`: those that the reference model of preference
-    tuning reads once.
+    """A run's work. `row_tokens`: those that are read from its files; `tokens`: of all steps; `answers`: by base and
+    tuned model, of at most `answer_tokens` each; `replay_answers`: by the base, before training; `scored`: there is a
+    test file, and so a scorecard; `pair_tokens`: of test pairs, for each measured model; `reference_tokens`: those that
+    the reference model of preference tuning reads once.
 
     `item_tokens` and `prompt_tokens`: of the general benchmark, for each measured model; `saved_bytes`: of the trained
     weights; `exports`: whole models that are read or written.
@@ -54,13 +56,18 @@ class Workload:
 
     technique: Technique
     shape: Shape
+    method: str = "supervised"
     gpus: int = 1
     sharded: bool = False
+    row_tokens: float = 0
     steps: int = 1
     tokens: float = 1
     valid_tokens: float = 0
     answers: int = 0
     answer_tokens: int = _UNKNOWN_ANSWER
+    replay_answers: int = 0
+    replay_answer_tokens: int = _UNKNOWN_ANSWER
+    pair_tokens: float = 0
     scored: bool = False
     reference_tokens: float = 0
     item_tokens: int = 0
@@ -76,18 +83,22 @@ def of_job(plan: Plan, model_info: Mapping[str, Any], counts: Counts, device: st
     steps_an_epoch = -(-counts.examples // plan.batch_size)
     steps = steps_an_epoch * plan.n_epochs
     validations = _validations(plan, steps_an_epoch, steps) if counts.valid_tokens else 0
-    replay_answers = _replay_answers(plan, counts.examples)
     learns = trainable_params(model_info, plan.technique)
     return Workload(
         technique=plan.technique,
         shape=Shape.of(model_info),
+        method=plan.method.type,
         gpus=plan.resources.gpus,
         sharded=plan.resources.sharding == "full_shard",
+        row_tokens=counts.tokens + counts.valid_tokens,
         steps=steps,
         tokens=counts.tokens * plan.n_epochs / (1 - plan.replay.share if plan.replay else 1),
         valid_tokens=validations * counts.valid_tokens,
-        answers=_answers(plan, counts.test_rows) + plan.evaluation.task_rows * validations + replay_answers,
+        answers=_answers(plan, counts.test_rows) + plan.evaluation.task_rows * validations,
         answer_tokens=_answer_tokens(plan),
+        replay_answers=_replay_answers(plan, counts.examples),
+        replay_answer_tokens=plan.replay.max_new_tokens if plan.replay else _UNKNOWN_ANSWER,
+        pair_tokens=_pair_tokens(plan, counts),
         scored=counts.test_rows > 0,
         reference_tokens=counts.tokens + counts.valid_tokens if plan.method.type == "dpo" else 0,
         **(_general(plan, device) if counts.test_rows else {}),
@@ -105,10 +116,20 @@ def _validations(plan: Plan, steps_an_epoch: int, steps: int) -> int:
 
 
 def _answers(plan: Plan, test_rows: int) -> int:
-    """Returns the scorecard's answers: of two models, in two precisions if requested. Pairs need none."""
-    if plan.method.type == "dpo":
+    """Returns the scorecard's answers, of which pairs need none."""
+    return 0 if plan.method.type == "dpo" else min(test_rows, plan.evaluation.max_rows) * _models(plan)
+
+
+def _pair_tokens(plan: Plan, counts: Counts) -> float:
+    """Returns the tokens of test pairs, whose log-probabilities each model gives."""
+    if plan.method.type != "dpo" or not counts.test_rows:
         return 0
-    return min(test_rows, plan.evaluation.max_rows) * (4 if plan.evaluation.unquantised else 2)
+    return counts.test_tokens * min(1, plan.evaluation.max_rows / counts.test_rows) * _models(plan)
+
+
+def _models(plan: Plan) -> int:
+    """Returns how many models a scorecard compares: base and tuned model, in two precisions if requested."""
+    return 4 if plan.evaluation.unquantised else 2
 
 
 def _replay_answers(plan: Plan, examples: int) -> int:

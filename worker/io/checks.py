@@ -220,6 +220,7 @@ def _counts(summaries: Mapping[FileRole, Summary]) -> Counts:
         source="rows",
         valid_tokens=valid.tokens if valid else 0,
         test_rows=test.examples - len(test.unscorable) if test else 0,
+        test_tokens=test.tokens if test else 0,
     )
 
 

@@ -42,6 +42,7 @@ MOST_IN_MEMORY = 2 * 10**6
 class Rows:
     """A file's examples, the lines truncated at the longest allowed length, and the lines left out.
 
+    `found`: an earlier run on this host had prepared them.
     `replayed`: how many examples at the end are replay, of which an epoch has `replayed_an_epoch` (`replay.mixing`).
     """
 
@@ -50,6 +51,7 @@ class Rows:
     unlearnable: tuple[int, ...] = ()
     replayed: int = 0
     replayed_an_epoch: int = 0
+    found: bool = False
 
     @property
     def rows(self) -> Sequence[Row]:
@@ -154,14 +156,15 @@ def read_rows(
     if kept is None or name is None:
         return _prepare(path, reading)
     with prepared.turn(kept, name):
-        if (found := prepared.find(kept, name)) is None:
+        is_kept = (found := prepared.find(kept, name)) is not None
+        if found is None:
             rows = _prepare(path, reading)
             store = store_of(rows.examples, path.parent)
             whole = store, rows.truncated, rows.unlearnable
             prepared.save(kept, name, whole)
             found = prepared.find(kept, name) or whole  # so that a large file's tokens are on disk once
         store, truncated, unlearnable = found
-    return Rows(read_back(store, MOST_IN_MEMORY), truncated, unlearnable)
+    return Rows(read_back(store, MOST_IN_MEMORY), truncated, unlearnable, found=is_kept)
 
 
 def _prepare(path: Path, reading: bulk.Reading) -> Rows:

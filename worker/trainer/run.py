@@ -9,7 +9,7 @@ import torch
 
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
-from tunery.trainer_protocol import Finished, Latency, Paused, Phase, Started
+from tunery.trainer_protocol import Finished, Latency, Paused, Phase, Spent, Started
 from worker.trainer import (
     artifact,
     checkpoints,
@@ -23,6 +23,7 @@ from worker.trainer import (
     reading,
     reference,
 )
+from worker.trainer.data import Rows
 from worker.trainer.export import job as export
 from worker.trainer.general import measure as general
 from worker.trainer.loop import train
@@ -32,6 +33,7 @@ from worker.trainer.replay import own
 from worker.trainer.replay import rows as replay
 from worker.trainer.report import MessageWriter
 from worker.trainer.scoring import comparison, latency, sampled
+from worker.trainer.step_timer import Part
 from worker.trainer.stop_signal import Stopped, StopSignal
 from worker.trainer.training import Progress, Training
 
@@ -88,14 +90,14 @@ def prepare(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> Tra
     ranks = Ranks(parallel.accelerator())
     torch.manual_seed(run.plan.seed)
     template = ChatTemplate.load(checkpoints.texts(folder), now=run.now)
-    rows, valid = reading.training_rows(folder, run, template), reading.validation_rows(folder, run, template)
+    rows, valid, measured = _read(folder, run, template)
     ranks.check(stop_signal)
     loaded = loading.load(folder, run, template, rows, ranks)
     ranks, objective, precision = loaded.ranks, loaded.objective, loaded.precision
     ranks.check(stop_signal)
     covered = coverage.describe(objective.model, run.plan.technique, quantised=precision.quantised)
     warnings = coverage.warnings(covered)
-    base_now = own.Base(folder, objective, template, precision, ranks, writer, stop_signal)
+    base_now = own.Base(folder, objective, template, precision, ranks, writer, stop_signal, measured)
     rows, replayed = replay.add(rows, run.plan, base_now, warnings)
     narrow = eight_bits.install(objective, precision, rows.examples, ranks, warnings)
     packs = reading.packs(run, rows, objective, warnings)
@@ -123,7 +125,19 @@ def prepare(folder: Path, writer: MessageWriter, stop_signal: StopSignal) -> Tra
         task_questions=sampled.questions(folder, run.plan, template),
         eight_bits=narrow,
         replayed=replayed,
+        measured=measured,
     )
+
+
+def _read(folder: Path, run: Run, template: ChatTemplate) -> tuple[Rows, Rows | None, dict[Part, Spent]]:
+    """Returns the training and the validation rows, and the time that they took. Raises InvalidTrainingFile."""
+    began = time.monotonic()
+    rows, valid = reading.training_rows(folder, run, template), reading.validation_rows(folder, run, template)
+    files = [rows] if valid is None else [rows, valid]
+    if any(found.found for found in files):  # says nothing of a run that has to prepare them: it counts as preparation
+        return rows, valid, {"rows": Spent(seconds=0, units=0)}
+    spent = Spent(seconds=time.monotonic() - began, units=sum(found.tokens for found in files))
+    return rows, valid, {"rows": spent}
 
 
 def _questions(t: Training) -> tuple[comparison.Asked, general.Probe | None]:

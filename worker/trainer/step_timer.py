@@ -4,14 +4,17 @@ The time that each part took is kept to the end, for the quotes of later runs.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tunery.trainer_protocol import Spent, StepTimes
 
-Part = Literal["step", "validation", "checkpoint", "answer", "general", "scores", "reference", "saving", "exports"]
+Part = Literal[
+    "rows", "replay", "step", "validation", "checkpoint", "answer", "general", "pairs", "scores", "reference",
+    "saving", "exports",
+]  # fmt: skip
 
 _BYTES_A_SECOND = 200e6
 """Speed of writing or reading weights on a slow disk; the actual speed is soon measured."""
@@ -72,8 +75,9 @@ class StepTimer:
         self.step = step
 
     def spent(self) -> dict[str, Spent]:
-        """The time of each part. Units: steps, validated tokens, checkpoints, answers, tokens of the benchmark, tokens
-        of which the reference was measured; for scores, how often they were worked on.
+        """The time of each part. Units: tokens of the rows that were read, replay answers, steps, validated tokens,
+        checkpoints, answers, tokens of the benchmark, of test pairs and of which the reference was measured; for
+        scores and exports, how often they were worked on.
         """
         found: dict[str, Spent] = {"prepare": Spent(seconds=self._prepared, units=1)}
         found |= {str(part): spent for part, spent in self._spent.items()}
@@ -98,6 +102,11 @@ class StepTimer:
     def expect_exports(self, *, bytes: int, tokens: int) -> None:
         """Adds exports that read and write `bytes`, and pass `tokens` through whole models."""
         self._export_bytes, self._export_tokens = bytes, tokens
+
+    def add(self, before: Mapping[Part, Spent]) -> None:
+        """Records parts that were measured before there was a timer."""
+        for part, spent in before.items():
+            self._spent[part] = spent
 
     @contextmanager
     def measure(self, part: Part, count: int = 1) -> Iterator[None]:
@@ -169,9 +178,7 @@ class StepTimer:
             "answer": (self._prompt_tokens + self._answer_tokens) * forward
             + self._answer_tokens * work.layers * _LAYER_SECONDS / self._answer_batch,
             "general": forward,
-            "scores": 0.0,
-            "reference": 0.0,
             "exports": self._export_bytes / _BYTES_A_SECOND + self._export_tokens * forward,
             "saving": (work.trained_bytes + self.check_bytes) / _BYTES_A_SECOND,
         }
-        return seconds[part]
+        return seconds.get(part, 0.0)

@@ -1,5 +1,6 @@
 """The state of a run in memory: what the loop works on, and its progress."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from tunery.planning.precision import Precision
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Plan, Run
-from tunery.trainer_protocol import Replayed
+from tunery.trainer_protocol import Replayed, Spent
 from worker.trainer.data import Rows, steps_per_epoch
 from worker.trainer.eight_bits import EightBits
 from worker.trainer.objective import Objective
@@ -19,7 +20,7 @@ from worker.trainer.parallel import Ranks
 from worker.trainer.recipes.recipe import Recipe
 from worker.trainer.report import MessageWriter
 from worker.trainer.sharding import Shards
-from worker.trainer.step_timer import StepTimer, Work
+from worker.trainer.step_timer import Part, StepTimer, Work
 from worker.trainer.stepper import Stepper
 from worker.trainer.stop_signal import StopSignal
 
@@ -44,7 +45,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that a run needs, assembled by `run.py`. Its `stepper` holds what changes during the run."""
+    """Everything that a run needs, assembled by `run.py`. Its `stepper` holds what changes during the run.
+
+    `measured`: what took time while this was assembled, and grows with the files.
+    """
 
     run: Run
     folder: Path
@@ -64,10 +68,13 @@ class Training:
     task_questions: list["Question"] = field(default_factory=list)
     eight_bits: EightBits | None = None
     replayed: Replayed | None = None
+    measured: Mapping[Part, Spent] = field(default_factory=dict)
 
     @cached_property
     def timer(self) -> StepTimer:
-        return StepTimer(self._work())
+        made = StepTimer(self._work())
+        made.add(self.measured)
+        return made
 
     def _work(self) -> Work:
         every = self.plan.evaluation.every_steps

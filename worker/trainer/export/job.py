@@ -20,7 +20,7 @@ def write(t: Training, artifact: Path) -> None:
     if t.plan.export.is_asked:
         t.writer.write(Phase(phase="exporting", seconds_left=t.timer.exports_left()))
         _release(t)
-        with t.stop_signal.breaking_off():
+        with t.stop_signal.breaking_off(), t.timer.measure("exports"):
             work.carry_out(_work(t, artifact))
     readme.write(t, artifact)
 

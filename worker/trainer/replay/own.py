@@ -4,9 +4,10 @@ Blocks of prompts are answered in order, each with its own random numbers, until
 answers depend neither on how many are wanted nor on the number of GPUs.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from peft import PeftModel
 
 from tunery.planning.precision import Precision
 from tunery.rows.template import ChatTemplate
-from tunery.trainer_protocol import Phase
+from tunery.trainer_protocol import Phase, Spent
 from worker.trainer import generation
 from worker.trainer.objective import Objective
 from worker.trainer.parallel import Ranks
@@ -24,6 +25,7 @@ from worker.trainer.replay import kept
 from worker.trainer.replay.kept import Answers
 from worker.trainer.replay.prompts import Prompt, digest
 from worker.trainer.report import MessageWriter
+from worker.trainer.step_timer import Part
 from worker.trainer.stop_signal import StopSignal
 
 TEMPERATURE = 0.7
@@ -34,7 +36,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Base:
-    """The model that a run starts from, and what is needed to sample its answers."""
+    """The model that a run starts from, and what is needed to sample its answers. `measured`: what sampling took."""
 
     folder: Path
     objective: Objective
@@ -43,6 +45,7 @@ class Base:
     ranks: Ranks
     writer: MessageWriter
     stop_signal: StopSignal
+    measured: dict[Part, Spent] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -60,6 +63,7 @@ def answer(base: Base, prompts: list[Prompt], limit: int, enough: Callable[[Answ
         0
     ]  # a file may appear between two reads
     found = found[: len(found) // size * size] if len(found) < len(prompts) else found
+    began, before = time.monotonic(), len(found)
     with _as_base(base):
         while not enough(found) and len(found) < len(prompts):
             base.ranks.check(base.stop_signal)
@@ -70,6 +74,7 @@ def answer(base: Base, prompts: list[Prompt], limit: int, enough: Callable[[Answ
             found = found + [text for part in base.ranks.gather(mine) for text in part]
             if base.ranks.is_main:
                 kept.write(base.folder, key, found)
+    base.measured["replay"] = Spent(seconds=time.monotonic() - began, units=len(found) - before)
     if base.ranks.is_main:
         kept.write(base.folder, key, found)
     base.ranks.wait()

@@ -50,7 +50,8 @@ def measure(t: Training, pairs: Pairs, *, base: bool) -> list[list[float]]:
     Raises Stopped.
     """
     model: Any = t.objective.model
-    with model.disable_adapter() if base and isinstance(model, PeftModel) else nullcontext():
+    as_base = model.disable_adapter() if base and isinstance(model, PeftModel) else nullcontext()
+    with as_base, t.timer.measure("pairs", sum(map(len, pairs.examples))):
         return reference.measure(t, pairs.examples)
 
 
