@@ -259,7 +259,7 @@ def scaled(speed: Speed, record: Workload, work: Workload, device: str = "CPU") 
 
 
 _COSTS = {"cpu": {"dora": 1.25}, "cuda": {"qlora": MFU / QLORA_MFU, "fp8": 1 / _FP8_GAIN, "dora": 1.25}}
-"""What an operation of a technique takes, relative to those of LoRA and of a full fine-tune. DoRA on a GPU is assumed."""
+"""What an operation of a technique takes, relative to LoRA and to a full fine-tune; DoRA's on a GPU is assumed."""
 _FORWARD = ("valid_token", "answer_token", "replay_token", "general_token", "pair_token", "reference_token")
 
 
