@@ -1,48 +1,48 @@
-"""What can go wrong on purpose: the root of the tree, and what several parts of the floor raise.
+"""Expected errors: the root of the tree, and the classes that several parts of the base raise.
 
-The others stand in `errors.py` beside what raises them, and why jobs fail in `tunery/failures.py`:
+The others are in the `errors.py` beside what raises them, and the reasons of failed jobs in `tunery/failures.py`:
 
     TuneryError
-    ├── Rejected                 the request asks for something that cannot be
-    │   ├── InvalidValue         a field has a value it must not have
-    │   ├── Unsupported          a field names something this server does not do
+    ├── Rejected                 the request cannot be carried out
+    │   ├── InvalidValue         a field has an invalid value
+    │   ├── Unsupported          a field names something that this server does not support
     │   ├── WrongState           the object's state forbids the operation
     │   ├── UnusableModel        a base model's files cannot be used
-    │   ├── InvalidRows          rows: an uploaded file cannot be read as the format that it begins as
+    │   ├── InvalidRows          rows: an uploaded file is not valid in its format
     │   │   ├── InvalidJSONL     an uploaded line is not a JSON object
-    │   │   └── NoTrainingRows   datasets: none of a file's first rows can be trained
-    │   ├── CannotRender         rows: a chat template cannot write the messages, or not so that they can be learned
+    │   │   └── NoTrainingRows   datasets: none of a file's first rows can be used for training
+    │   ├── CannotRender         rows: a chat template cannot render the messages, or not so that they can be learned
     │   ├── PromptTooLong        rows: a conversation fills the model's whole context
-    │   ├── FileInUse            datasets: a live job needs the file
-    │   ├── NoReport             datasets: a file of another purpose has no report
-    │   ├── CannotHoldOut        datasets: a cleaned file's rows are too alike to be split
+    │   ├── FileInUse            datasets: an unfinished job needs the file
+    │   ├── NoReport             datasets: a file with another purpose has no report
+    │   ├── CannotHoldOut        datasets: a cleaned file's rows are too similar to be split
     │   ├── NothingLeft          datasets: a cleaning drops every row
-    │   ├── InputChanged         jobs: a job that is to run again would read something else
-    │   ├── ExceedsInventory     jobs: no device here has the least memory that a job needs
-    │   ├── EndpointRefused      baselines: an external endpoint is where we do not ask
+    │   ├── InputChanged         jobs: an input of a rerun has changed
+    │   ├── ExceedsInventory     jobs: no device here has a job's minimum memory
+    │   ├── EndpointRefused      baselines: an external endpoint has an address that is not allowed
     │   ├── NothingCaptured      traffic: no captured request is suitable for a file
-    │   ├── AddressRefused       webhooks: a URL leads where we do not post
-    │   └── ReceiverSilent       webhooks: a receiver gave no answer to a test
-    ├── Unauthenticated          keys: no key, or a wrong one
-    ├── Forbidden                keys: a right key that may not do this
+    │   ├── AddressRefused       webhooks: a URL has an address that is not allowed
+    │   └── ReceiverSilent       webhooks: a receiver did not respond to a test
+    ├── Unauthenticated          keys: no key, or an invalid one
+    ├── Forbidden                keys: a valid key without the permission
     ├── NotFound                 no such object in this project
     │   ├── ModelNotFound        models
-    │   │   └── ModelWithheld    models: the gate of its job keeps it from use
-    │   ├── NoScorecard          jobs: a job was not measured, so there is nothing to show
-    │   ├── NoReproduction       jobs: a job runs no other one again, so there is nothing to compare it with
-    │   └── InputGone            jobs: a job that is to run again read something that was deleted
-    ├── RouteNotFound            api/request_errors.py: no such route, or one this server refuses by design
-    ├── MethodNotAllowed         api/request_errors.py: a route, but not with this method
-    ├── TooSlow                  api/request_errors.py: a body that comes in too slowly
+    │   │   └── ModelWithheld    models: the gate of its job, or the check of the served model, withholds it
+    │   ├── NoScorecard          jobs: a job has not been evaluated
+    │   ├── NoReproduction       jobs: a job is not a rerun, so there is nothing to compare it with
+    │   └── InputGone            jobs: an input of a rerun has been deleted
+    ├── RouteNotFound            api/request_errors.py: no such route, or one that this server does not support
+    ├── MethodNotAllowed         api/request_errors.py: a route that does not have this method
+    ├── TooSlow                  api/request_errors.py: a body that arrives too slowly
     ├── TooLarge                 more bytes than the limit
-    ├── QuotaExceeded            jobs: the project has all it may have
-    ├── RateLimited              traffic: the project's requests or tokens of a minute are used up
-    ├── TooManyOpen              traffic: the project has as many requests to models open as it may have
+    ├── QuotaExceeded            jobs: the project has reached a limit
+    ├── RateLimited              traffic: the project has reached its limit of requests or tokens per minute
+    ├── TooManyOpen              traffic: the project has reached its limit of concurrent requests
     ├── PluginFailed             a module of TUNERY_PLUGINS cannot be imported
-    ├── Unavailable              a part of ours is down; try again
+    ├── Unavailable              a part of the service is down; try again
     │   ├── StorageFailed        storage
-    │   ├── Overloaded           the model server's waiting line is full
-    │   └── AnswerTooSlow        the model server: an answer that takes too long
+    │   ├── Overloaded           the model server's queue is full
+    │   └── AnswerTooSlow        the model server: an answer takes too long
     ├── JobFailure               failures: why a job failed
     │   ├── InvalidTrainingFile
     │   ├── InvalidNExamples
@@ -58,16 +58,16 @@ The others stand in `errors.py` beside what raises them, and why jobs fail in `t
     │   ├── ValidationBroke
     │   ├── ValidationLost
     │   └── WorkerLost
-    ├── LeaseLost                jobs: a late worker writes to a job that is no longer its own
-    ├── IllegalMove              jobs: a job was asked to take an edge that is not in TRANSITIONS
-    ├── ChecksumMismatch         storage: stored bytes are not the bytes that were recorded
-    ├── ObjectMissing            storage: there is nothing under a key that a row names
-    ├── KeyTaken                 storage: there is something under a key that must be new
-    ├── ProjectBusy              retention: a project that is to be erased has runs that have not ended
-    └── WrongStorage             retention: a project that is to be erased has its bytes elsewhere
+    ├── LeaseLost                jobs: a worker writes to a job that it has lost
+    ├── IllegalMove              jobs: a state change that is not in TRANSITIONS
+    ├── ChecksumMismatch         storage: stored bytes do not have the recorded checksum
+    ├── ObjectMissing            storage: there is no object under a recorded key
+    ├── KeyTaken                 storage: there is already an object under a new key
+    ├── ProjectBusy              retention: a project to be erased has unfinished runs
+    └── WrongStorage             retention: a project to be erased has its objects in another storage
 
-A class's docstring is its message, with fields in braces; its `code` never changes. HTTP knows these classes in one
-place only, the API's error handler.
+A class's docstring is its message, with fields in braces; its `code` never changes. Only the API's error handler
+maps these classes to HTTP.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""What can be wrong with baselines."""
+"""Errors about baselines."""
 
 from tunery.errors import Rejected
 

@@ -1,4 +1,4 @@
-"""What can be wrong with files."""
+"""Errors about files."""
 
 from tunery.errors import Rejected
 from tunery.rows.errors import InvalidRows

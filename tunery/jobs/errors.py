@@ -1,4 +1,4 @@
-"""What can be wrong with jobs and their attempts."""
+"""Errors about jobs and their attempts."""
 
 from tunery.errors import NotFound, Rejected, TuneryError
 

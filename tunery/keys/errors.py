@@ -1,4 +1,4 @@
-"""What can be wrong with API keys."""
+"""Errors about API keys."""
 
 from tunery.errors import TuneryError
 

@@ -1,4 +1,4 @@
-"""What can be wrong with models."""
+"""Errors about models."""
 
 from tunery.errors import NotFound
 

@@ -1,4 +1,4 @@
-"""What can be wrong with rows and chats."""
+"""Errors about rows and chats."""
 
 from tunery.errors import Rejected
 

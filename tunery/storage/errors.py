@@ -1,4 +1,4 @@
-"""What can be wrong with stored objects."""
+"""Errors about stored objects."""
 
 from tunery.errors import TuneryError, Unavailable
 

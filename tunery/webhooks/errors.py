@@ -1,4 +1,4 @@
-"""What can be wrong with webhook endpoints."""
+"""Errors about webhook endpoints."""
 
 from tunery.errors import Rejected
 
