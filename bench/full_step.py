@@ -23,6 +23,7 @@ from bench.train_rows import rows
 from bench.train_side_by_side import hardware
 from tunery.planning.precision import decide
 from tunery.spec import Full, Plan
+from worker.trainer import adamw
 from worker.trainer.cuda_graphs import forward_backward
 from worker.trainer.data import collate, singles
 from worker.trainer.objective import Objective
@@ -30,7 +31,12 @@ from worker.trainer.precision import dtype
 from worker.trainer.recipes.full import FULL
 from worker.trainer.recipes.recipe import groups
 
-ARMS = {"nearest": Full(), "stochastic": Full(), "fp32 masters": Full(weights_dtype="float32")}
+ARMS = {
+    "nearest": Full(),
+    "stochastic": Full(),
+    "stochastic, one kernel": Full(),
+    "fp32 masters": Full(weights_dtype="float32"),
+}
 RATE = 2e-5
 
 
@@ -52,7 +58,7 @@ def build(shape: str, kind: torch.dtype, device: torch.device) -> LlamaForCausal
 def measure(arm: str, a: argparse.Namespace) -> dict[str, Any]:
     """Medians over the steps after the first three."""
     device = torch.device("cuda")
-    technique = ARMS[arm]
+    technique, adamw.FUSED = ARMS[arm], arm.endswith("one kernel")
     precision = decide(technique, "cuda")
     objective = Objective(FULL.prepare(build(a.shape, dtype(precision.trained), device), technique, None), precision)
     parameters = dict(objective.named_parameters())

@@ -12,7 +12,7 @@ from run_folders import Ear, chat, lay_out, plan, said
 from torch import nn
 
 from tunery.spec import Dpo, Evaluation, Full, Lora, Qlora
-from worker.trainer import checkpoints, packing
+from worker.trainer import adamw, checkpoints, packing
 from worker.trainer.adamw import StochasticAdamW
 from worker.trainer.general import benchmark, choices
 from worker.trainer.kernels import adapters, projections, stochastic
@@ -114,8 +114,10 @@ def test_triton_rounds_as_the_reference_does(count: int, keep: float) -> None:
     assert int((found != weight).sum()) <= (0 if keep == 1 else count // 1000)
 
 
-def test_steps_on_the_gpu_are_those_of_fp32_adamw(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_on_the_gpu_are_those_of_fp32_adamw(tmp_path: Path, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On average within the noise of 8-bit moments, over steps of both signs and over chunks."""
+    monkeypatch.setattr(adamw, "FUSED", fused)
     count, rate = 20_000_000, 2e-5
     ours = nn.Parameter((torch.randn(count, device="cuda") * 0.04).bfloat16())
     exact = nn.Parameter(ours.detach().float())

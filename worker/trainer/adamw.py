@@ -13,6 +13,8 @@ from worker.trainer.kernels import stochastic
 QUANTISED = pieces.BLOCK
 SMALL = 4096
 """Smaller tensors (norms, biases) have moments and a master copy in fp32, which costs little memory."""
+FUSED = False
+"""Whether a CUDA device updates moments and weight in one kernel of the trainer's own."""
 CHUNK = 2**24
 """Elements updated at once, so that the updates, in bf16, stay in a GPU's cache between the two kernels."""
 
@@ -65,6 +67,8 @@ class StochasticAdamW(torch.optim.Optimizer):
     def _room_for_updates(self) -> Tensor:
         """Returns zeros for the largest chunk. Not kept: a step that fails half-way must leave nothing for the next."""
         large = [p for group in self.param_groups for p in group["params"] if _is_large(p)]
+        if FUSED:
+            large = [p for p in large if not p.is_cuda]
         size = min(self._chunk, max((p.numel() for p in large), default=0))
         return torch.zeros(size, dtype=torch.bfloat16, device=large[0].device if large else None)
 
@@ -105,6 +109,12 @@ class StochasticAdamW(torch.optim.Optimizer):
         seed = stochastic.seed_of(self._seed, state["step"], place)
         keep = 1 - group["lr"] * group["weight_decay"]
         weight, grad = parameter.view(-1), parameter.grad.reshape(-1)
+        if FUSED and weight.is_cuda:
+            from worker.trainer.kernels import adamw_triton  # without a GPU there is no Triton
+
+            moments = _part(state, slice(0, weight.numel()))
+            adamw_triton.step(weight, grad, moments, state["step"], group, seed, before)
+            return
         for start in range(0, weight.numel(), self._chunk):
             part = slice(start, min(start + self._chunk, weight.numel()))
             update = updates[: part.stop - part.start]
