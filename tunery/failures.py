@@ -39,7 +39,7 @@ class AnswersCut(JobFailure):
 
 
 class DoesNotFit(JobFailure):
-    """{what} needs about {needed}, but the largest {device} here has {capacity}. {instead}"""
+    """{what} needs {needed}, but the largest {device} here has {capacity}. {instead}"""
 
     code = "does_not_fit"
 

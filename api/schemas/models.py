@@ -68,7 +68,8 @@ class Model(ResponseBody):
         details, source = row.status_details, row.source
         if not for_administrator and source is not None and source.startswith(("/", "~", ".")):
             source = PurePath(source).name
-            details = details and "It could not be converted. GET /v1/models/{id} shows the reason to administrators."
+            shown = f"It could not be converted. `GET /v1/models/{row.id}` shows the reason to administrators."
+            details = details and shown
         return cls(
             id=alias or row.id,
             created=seconds(row.created_at),

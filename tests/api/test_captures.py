@@ -186,7 +186,8 @@ def test_what_is_counted_and_removed(asking: Team, kept: str, database: Database
     ]  # fmt: skip
     assert asking.http.delete(f"/v1/models/{kept}/capture").json()["removed"] == 5
     assert captured(database) == []
-    assert post(asking, f"/models/{kept}/capture/files", 400)["error"]["code"] == "nothing_captured"
+    error = post(asking, f"/models/{kept}/capture/files", 400)["error"]
+    assert (error["code"], f"`GET /v1/models/{kept}/capture`" in error["message"]) == ("nothing_captured", True)
     objects = open_storage(database.settings).list("files/")
     assert list(objects) == [], "a file without rows leaves no bytes"
 

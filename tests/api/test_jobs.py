@@ -134,6 +134,7 @@ def test_unknown_models(team: Team, file: str, base: str, database: Database) ->
     with database.sessions.begin() as session:
         rows.base(session, "late", status="processing", manifest=None, manifest_sha256=None)
     _refused(_create(team, file, model="late"), 400, "model", "still being prepared")
+    _refused(_create(team, file, model="late"), 400, "model", "`GET /v1/models/late` shows its status")
 
 
 def test_unusable_files(team: Team, file: str, base: str) -> None:

@@ -109,6 +109,7 @@ def test_where_a_base_lies_on_the_workers_disk_is_for_administrators(
     assert (shown["source"], shown["status_details"]) == (path, reason)
     assert hidden["source"] == "tiny"
     assert hidden["status"] == "error"
+    assert "`GET /v1/models/tiny` shows the reason to administrators" in hidden["status_details"]
     assert "secret-project" not in str(hidden)
     with database.sessions.begin() as session:
         session.get_one(Model, "tiny").status = "ready"

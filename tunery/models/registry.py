@@ -76,7 +76,7 @@ def find_ready(session: Session, project_id: str, name: str, *, param: str = "mo
             id=name,
             state="still being prepared" if model.status == "processing" else f"unusable ({model.status_details})",
             action="used",
-            instead="`GET /v1/models/{id}` shows its status.",
+            instead=f"`GET /v1/models/{name}` shows its status.",
         )
     return model
 

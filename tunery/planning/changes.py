@@ -53,7 +53,7 @@ def check(
             param="technique",
             what=f"A {technique.type} fine-tune of {model} ({memory.gib(need.parts['base'])} of weights"
             f"{f' on each of {ranks} GPUs' if ranks > 1 else ''}), {rows} of {length} tokens,",
-            needed=memory.gib(need.bytes),
+            needed=f"about {memory.gib(need.bytes)}",
             device="GPU" if device == "cuda" else "host",
             capacity=memory.gib(capacity),
             instead=f"{advise(model_info, technique, capacity, gpus=gpus, max_seq_length=length, **asked)} {_FORCE}",

@@ -18,7 +18,7 @@ class TooManyOpen(TuneryError):
 
 
 class NothingCaptured(Rejected):
-    """No captured request of '{id}' is suitable for this file. `GET /v1/models/{{id}}/capture` counts the rated and
+    """No captured request of '{id}' is suitable for this file. `GET /v1/models/{id}/capture` counts the rated and
     corrected ones; choose others with 'answers'."""
 
     code = "nothing_captured"

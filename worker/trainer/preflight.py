@@ -116,7 +116,7 @@ def _does_not_fit(work: Work, what: str, device: torch.device) -> DoesNotFit:
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     return DoesNotFit(
         what=what,
-        needed="more memory than is left beside the model",
+        needed="more memory than the model leaves free",
         device="GPU",
         capacity=f"{total / 2**30:.0f} GiB",
         instead="Lower max_seq_length, or use a smaller base or a larger GPU."
