@@ -5,7 +5,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny_models
 from typer.testing import CliRunner
@@ -14,11 +13,8 @@ from tunery.cli.main import app
 from tunery.datasets.report import (
     answers,
     benchmark,
-    cut_model,
-    dictionary,
     diversity,
     elsewhere,
-    endings,
     labels,
     languages,
     leaks,
@@ -417,74 +413,6 @@ def test_a_mark_of_a_list_without_its_item_is_a_break() -> None:
         row(3, "How many?", "3"),
     ]
     assert lines(truncation.find, Case(rows)) == [[2]]
-
-
-ENGLISH = dictionary.Dictionary({"he": 9, "sat": 3, "on": 8, "the": 20, "character": 5, "cat": 2, "minimisation": 1})
-
-
-@pytest.mark.parametrize(
-    ("question", "answer", "is_part"),
-    [
-        ("Who stood on the sideline?", "He stood on the sideli", True),
-        ("Who sat?", "He sat on the sideline", False),
-        ("Who?", "He sat on the characte", True),
-        ("Who?", "He sat on the character", False),
-        ("Who?", "He sat on the Characte", False),  # a name
-        ("Who?", "Er sagte uns: das characte", False),  # of another language
-        ("Who?", "He sat on the c", True),
-        ("Who?", "He sat on the cat", False),
-    ],
-)
-def test_a_part_of_a_word_is_no_word(question: str, answer: str, is_part: bool) -> None:
-    known = endings.Vocabulary([question, answer, "The do", "the dog"], ENGLISH)
-    assert known.is_part(row(1, question, answer)) is is_part
-
-
-def test_the_dictionary_is_that_of_the_language_that_most_texts_have() -> None:
-    english = dictionary.of([*ASKED, "Bonjour tout le monde, comment allez-vous ?"])
-    assert (english.frequency("dog") > 0, english.frequency("dog\u2019s") > 0) == (True, True)
-    assert (english.frequency("minimi"), english.longer("minimi") > 0) == (0, True)
-    assert dictionary.of(["", "x = 1"]).fraction(["the"]) == 0
-
-
-def test_words_of_scripts_without_blanks_are_their_signs() -> None:
-    assert endings.words("\u6771\u4eac\u3078 Don't GO") == ["\u6771", "\u4eac", "\u3078", "don't", "go"]
-
-
-@pytest.mark.parametrize(
-    ("answer", "code"),
-    [
-        ("def f(x):\n    return x", [1, 1, 0]),
-        ("def f(x):\n    for y in range(", [1, 0, 1]),
-        ("The cat sat.", [0, 0, 0]),
-    ],
-)
-def test_code_is_whole_where_it_parses(answer: str, code: list[float]) -> None:
-    assert endings.read_code(answer, answer.count("\n") + 1) == code
-
-
-@pytest.mark.parametrize(
-    ("answer", "found"),
-    [
-        ("So 490/2 = 245", [1, 0]),
-        ("So 490/2 = 24", [0, 1]),
-        ("2 x $1,000 = $2,000", [1, 0]),
-        ("1/3 = 0.33", [1, 0]),
-        ("1/0 = 3", [0, 0]),
-        ("490/2 = 7", [0, 0]),
-        ("no sum", [0, 0]),
-    ],
-)
-def test_results_of_sums_are_read(answer: str, found: list[float]) -> None:
-    assert endings.read_sum(answer) == found
-
-
-def test_the_share_of_answers_that_break_off_is_estimated() -> None:
-    scores = np.array([0.9] * 6 + [0.02] * 14)
-    few = np.array([0.9] + [0.02] * 400)
-    many, rare = (cut_model.calibrate(cut_model.odds(one)) for one in (scores, few))
-    assert many[0] > 0.7 > 0.5 > rare[0] > many[-1]
-    assert cut_model.calibrate(cut_model.odds(np.array([1.0] + [0.0] * 99)))[0] > 0.99  # a single one is seen
 
 
 def judged(line: int, loss: float, alone: float, end: float = -1.0) -> AnswerLoss:

@@ -3,7 +3,7 @@ out of fold, so that no answer is judged by a model that has seen it."""
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from tunery.datasets.report import endings
-from tunery.datasets.report.endings import Vocabulary
+from tunery.datasets.report.vocabulary import Vocabulary, words
 
 CUTS = 4
 """Cuts made of each answer; one with fewer characters cannot be cut."""
@@ -27,6 +27,20 @@ _RARE, _COMMON, _STEPS = 0.05, 0.5, 100
 """Bounds of the estimated share of truncated answers (so that a single one is found too), and steps to estimate it."""
 
 
+class _Texts(NamedTuple):
+    """Answers with their words and those of their questions."""
+
+    answers: Sequence[str]
+    own: Sequence[Sequence[str]]
+    asked: Sequence[Sequence[str]]
+
+    def cut(self, owners: NDArray[np.int64], pieces: Sequence[str]) -> Self:
+        """Returns parts of these answers."""
+        return self._replace(
+            answers=pieces, own=[self.own[at] for at in owners], asked=[self.asked[at] for at in owners]
+        )
+
+
 class _Ends(NamedTuple):
     """Features of the answers' ends: figures and the last characters of each."""
 
@@ -37,19 +51,20 @@ class _Ends(NamedTuple):
         return _Ends(self.figures[places], self.tails[places])
 
 
-def score(answers: Sequence[str], known: Vocabulary) -> NDArray[np.float64]:
+def score(answers: Sequence[str], questions: Sequence[str], known: Vocabulary) -> NDArray[np.float64]:
     """Returns each answer's score of being truncated, 0 to 1, as if half were. All have at least CUTS characters."""
-    ends, rounds = _read(answers, known), range(_ROUNDS)
-    scores = [_score(answers, ends, known, random.Random(_SEED + at)) for at in rounds]  # noqa: S311 (places to cut at)
+    texts = _Texts(answers, *([words(text) for text in some] for some in (answers, questions)))
+    ends, rounds = _read(texts, known), range(_ROUNDS)
+    scores = [_score(texts, ends, known, random.Random(_SEED + at)) for at in rounds]  # noqa: S311 (places to cut at)
     return np.asarray(np.mean(scores, axis=0))
 
 
-def _score(answers: Sequence[str], whole: _Ends, known: Vocabulary, dice: random.Random) -> NDArray[np.float64]:
-    order = np.array(dice.sample(range(len(answers)), len(answers)))
+def _score(texts: _Texts, whole: _Ends, known: Vocabulary, dice: random.Random) -> NDArray[np.float64]:
+    order = np.array(dice.sample(range(len(texts.answers)), len(texts.answers)))
     learned = order[:_FITTED]
-    pieces = [(place, text) for place in learned for text in _cuts(answers[place], dice)]
+    pieces = [(place, text) for place in learned for text in _cuts(texts.answers[place], dice)]
     owners = np.array([place for place, _ in pieces])
-    cut = _read([text for _, text in pieces], known)
+    cut = _read(texts.cut(owners, [text for _, text in pieces]), known)
     first = _judge(whole, cut, owners, learned, learned)
     # Certainly truncated answers are left out, as they would count as examples of whole ones.
     return _judge(whole, cut, owners, learned[first < _CUT], order)[np.argsort(order)]
@@ -78,9 +93,9 @@ def _cuts(answer: str, dice: random.Random) -> Iterator[str]:
             yield text
 
 
-def _read(answers: Sequence[str], known: Vocabulary) -> _Ends:
-    tails = np.array([f"{answer.rstrip()[-_TAIL:]}\x03" for answer in answers])
-    return _Ends(np.array([endings.describe(answer, known) for answer in answers]), tails)
+def _read(texts: _Texts, known: Vocabulary) -> _Ends:
+    tails = np.array([f"{answer.rstrip()[-_TAIL:]}\x03" for answer in texts.answers])
+    return _Ends(np.array([endings.describe(*one, known) for one in zip(*texts, strict=True)]), tails)
 
 
 def _judge(

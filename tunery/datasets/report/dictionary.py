@@ -18,7 +18,8 @@ _LAST = chr(0x10FFFF)
 class Dictionary:
     """Frequencies of a language's words."""
 
-    def __init__(self, frequencies: Mapping[str, int]) -> None:
+    def __init__(self, frequencies: Mapping[str, int], language: str = "") -> None:
+        self.language = language
         self._frequencies = frequencies
         self._words = sorted(frequencies)
         self._sums = [0, *accumulate(frequencies[word] for word in self._words)]
@@ -46,4 +47,4 @@ def of(texts: Iterable[str]) -> Dictionary:
 @cache
 def _load(language: str) -> Dictionary:
     known = language in SpellChecker.languages()
-    return Dictionary(dict(SpellChecker(language=language).word_frequency.dictionary) if known else {})
+    return Dictionary(dict(SpellChecker(language=language).word_frequency.dictionary) if known else {}, language)

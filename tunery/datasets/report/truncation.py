@@ -9,10 +9,13 @@ from numpy.typing import NDArray
 
 from tunery.datasets.report import cut_model, dictionary, texts
 from tunery.datasets.report.case import Case, Finding
-from tunery.datasets.report.endings import ITEM, Vocabulary
+from tunery.datasets.report.endings import ITEM
 from tunery.datasets.report.rows import Row
+from tunery.datasets.report.vocabulary import Vocabulary
 
-_SURE, _BROKEN = 0.35, 0.99
+_SURE, _BROKEN = 0.45, 0.99
+_BLANK = 0.05
+"""Share of answers with blanks at their end below which these are a sign of a cut, and no habit of the file."""
 _LEAST = 30
 _WEIGHT, _USUAL_END = 0.5, -5.0
 """The weight of the log probability of an end after an answer, and its usual lower bound for whole answers."""
@@ -43,10 +46,21 @@ def find(case: Case) -> Iterator[Finding]:
 def _chances(case: Case, free: Sequence[Row]) -> NDArray[np.float64]:
     """Returns the probability that each answer is truncated, using a base's probability of its end if available."""
     words = dictionary.of(row.answer for row in free)
-    known = Vocabulary((text for row in case.rows for text in (row.question, row.answer)), words)
-    scores = cut_model.score([row.answer for row in free], known)
-    scores = np.maximum(scores, [_BROKEN * known.is_part(row) for row in free])
+    answers, all_texts = (
+        [row.answer for row in free],
+        (text for row in case.rows for text in (row.question, row.answer)),
+    )
+    known = Vocabulary(all_texts, answers, words)
+    scores = cut_model.score(answers, [row.question for row in free], known)
+    scores = np.maximum(scores, [_BROKEN * sign for sign in _signs(free, known)])
     return cut_model.calibrate(cut_model.odds(scores) * _by_base(case, free))
+
+
+def _signs(free: Sequence[Row], known: Vocabulary) -> list[bool]:
+    """Returns whether each answer ends inside a word or a sentence, or with blanks where few answers do."""
+    has_blanks = [row.answer != row.answer.rstrip() for row in free]
+    is_habit = sum(has_blanks) > _BLANK * len(free)
+    return [known.breaks_off(row) or (blanks and not is_habit) for row, blanks in zip(free, has_blanks, strict=True)]
 
 
 def _by_base(case: Case, free: Sequence[Row]) -> NDArray[np.float64]:
