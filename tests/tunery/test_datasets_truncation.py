@@ -41,12 +41,22 @@ def known_of(*rows: Row, language: dictionary.Dictionary = ENGLISH) -> vocabular
         ("Who?", "He sat on the 'dog'", False),
         ("Which do you mean?", "He sat on the whic", True),
         ("Which do you mean?", "Which do you mean: the whic", True),
+        ("Which cats?", "He sat on the cat", True),
+        ("Which cat of all cats?", "He sat on the cat", False),
         ("Which which?", "He sat on the which", True),  # a word that another one follows
     ],
 )
 def test_an_answer_does_not_end_inside_a_word_or_before_one(question: str, answer: str, breaks_off: bool) -> None:
     one = row(question, answer)
     assert known_of(one).breaks_off(one) is breaks_off
+
+
+def test_outside_of_sentences_a_part_of_a_word_is_not_a_word_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = row("Which cats?", "Below, above, behind: cat"), row("Who?", "The cat.")
+    monkeypatch.setattr(vocabulary, "_PROSE", 2)  # nothing is a sentence
+
+    assert known_of(one).breaks_off(one) is True
+    assert known_of(one, other).breaks_off(one) is False
 
 
 def test_words_that_another_follows_are_those_of_the_language() -> None:
