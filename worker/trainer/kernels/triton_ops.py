@@ -220,10 +220,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, writes: bool) -> tuple[Ten
 
 
 @triton.jit
-def _unpack_nf4(X, Y, CODE, SCALES, SCALE_CODE, SCALE_SCALES, OFFSET, blocks, BLOCKS: tl.constexpr, HALF: tl.constexpr,
-                NESTED: tl.constexpr):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    inside = block < blocks
+def _numbers(X, CODE, SCALES, SCALE_CODE, SCALE_SCALES, OFFSET, block, inside, HALF: tl.constexpr,
+             NESTED: tl.constexpr):  # fmt: skip
+    """Returns the numbers [blocks, 2 * HALF] of some blocks of NF4, in fp32."""
     if NESTED:
         coded = tl.load(SCALES + block, mask=inside, other=0).to(tl.int32)
         scale = tl.load(SCALE_CODE + coded) * tl.load(SCALE_SCALES + block // 256, mask=inside, other=0.0)
@@ -234,9 +233,17 @@ def _unpack_nf4(X, Y, CODE, SCALES, SCALE_CODE, SCALE_SCALES, OFFSET, blocks, BL
     pair = tl.load(X + place, mask=inside[:, None], other=0).to(tl.int32)
     high = tl.load(CODE + (pair >> 4)) * scale[:, None]
     low = tl.load(CODE + (pair & 15)) * scale[:, None]
-    both = tl.interleave(high, low).to(Y.dtype.element_ty)
+    return tl.interleave(high, low)
+
+
+@triton.jit
+def _unpack_nf4(X, Y, CODE, SCALES, SCALE_CODE, SCALE_SCALES, OFFSET, blocks, BLOCKS: tl.constexpr, HALF: tl.constexpr,
+                NESTED: tl.constexpr):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block < blocks
+    numbers = _numbers(X, CODE, SCALES, SCALE_CODE, SCALE_SCALES, OFFSET, block, inside, HALF, NESTED)
     target = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-    tl.store(Y + target, both, mask=inside[:, None])
+    tl.store(Y + target, numbers.to(Y.dtype.element_ty), mask=inside[:, None])
 
 
 def unpack_nf4(packed: Tensor, state: Any) -> Tensor:
@@ -266,17 +273,7 @@ def _unpack_nf4_to_e4m3(
     part = tl.program_id(1).to(tl.int64)  # of each row: one block of NF4
     inside = row < rows
     block = row * row_blocks + part
-    if NESTED:
-        coded = tl.load(SCALES + block, mask=inside, other=0).to(tl.int32)
-        scale = tl.load(SCALE_CODE + coded) * tl.load(SCALE_SCALES + block // 256, mask=inside, other=0.0)
-        scale += tl.load(OFFSET)
-    else:
-        scale = tl.load(SCALES + block, mask=inside, other=0.0)
-    place = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    pair = tl.load(X + place, mask=inside[:, None], other=0).to(tl.int32)
-    high = tl.load(CODE + (pair >> 4)) * scale[:, None]
-    low = tl.load(CODE + (pair & 15)) * scale[:, None]
-    both = tl.interleave(high, low)
+    both = _numbers(X, CODE, SCALES, SCALE_CODE, SCALE_SCALES, OFFSET, block, inside, HALF, NESTED)
     column = part * (2 * HALF) + tl.arange(0, 2 * HALF)
     if BY_COLUMNS:
         both = both / tl.load(Y_SCALES + column)[None, :]
