@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated
 
-from fastapi import Depends, Request, Security
+from fastapi import Depends, Query, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -34,6 +34,7 @@ def _sessions(request: Request) -> sessionmaker[Session]:
     return sessions
 
 
+After = Annotated[str | None, Query(description="The id of the previous page's last object")]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 StorageDep = Annotated[Storage, Depends(_storage)]
 SessionsDep = Annotated[sessionmaker[Session], Depends(_sessions)]

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
 from sqlalchemy.orm import Session
 
-from api.dependencies import CallerDep, SessionDep, SettingsDep, StorageDep
+from api.dependencies import After, CallerDep, SessionDep, SettingsDep, StorageDep
 from api.json_route import JsonRoute
 from api.schemas import baselines as schemas
 from api.schemas.base import CursorList, errors
@@ -66,7 +66,7 @@ def list_baselines(
     session: SessionDep,
     caller: CallerDep,
     settings: SettingsDep,
-    after: Annotated[str | None, Query(description="The id of the previous page's last object")] = None,
+    after: After = None,
     limit: Annotated[int, Query(ge=1, le=100, description="Objects per page")] = 20,
 ) -> CursorList[schemas.Baseline]:
     """Newest first."""

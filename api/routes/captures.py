@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from api.dependencies import CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep
+from api.dependencies import After, CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep
 from api.json_route import JsonRoute
 from api.schemas import captures as schemas
 from api.schemas.base import ListOf, errors
@@ -51,7 +51,7 @@ def list_captured_requests(
     session: SessionDep,
     caller: CallerDep,
     rated: Annotated[captures.Rated | None, Query(description="Only rated, corrected or unrated requests")] = None,
-    after: Annotated[str | None, Query(description="The id of the previous page's last object")] = None,
+    after: After = None,
     limit: Annotated[int, Query(ge=1, le=100, description="Objects per page")] = 20,
 ) -> ListOf[schemas.CapturedChat]:
     """Newest first, each with its answer and feedback, as stored: with personal data redacted."""

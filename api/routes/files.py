@@ -8,7 +8,7 @@ from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
 from sqlalchemy.orm import Session, sessionmaker
 
 from api import downloads, multipart
-from api.dependencies import CallerDep, SessionDep, SessionsDep, SettingsDep, StorageDep, StreamCallerDep
+from api.dependencies import After, CallerDep, SessionDep, SessionsDep, SettingsDep, StorageDep, StreamCallerDep
 from api.multipart import Form
 from api.schemas import files as schemas
 from api.schemas.base import CursorList, errors
@@ -145,7 +145,7 @@ def list_files(
     purpose: Annotated[str | None, Query(description="Only files of this purpose")] = None,
     limit: Annotated[int, Query(ge=1, le=10_000, description="Objects per page")] = 10_000,
     order: Annotated[Order, Query(description="By creation time")] = "desc",
-    after: Annotated[str | None, Query(description="The id of the previous page's last object")] = None,
+    after: After = None,
 ) -> CursorList[schemas.File]:
     rows, more = files.list_page(session, caller.project_id, purpose=purpose, after=after, limit=limit, order=order)
     return CursorList.of(_shown(session, rows), has_more=more)

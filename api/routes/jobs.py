@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Header, Query, Request
 from sqlalchemy.orm import Session, object_session
 
-from api.dependencies import CallerDep, SessionDep, SettingsDep, StorageDep
+from api.dependencies import After, CallerDep, SessionDep, SettingsDep, StorageDep
 from api.json_route import JsonRoute
 from api.schemas import dry_runs, runs
 from api.schemas import jobs as schemas
@@ -24,7 +24,6 @@ router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning jobs"], rou
 Limit = Annotated[int, Query(ge=1, le=1000, description="Objects per page")]
 IdempotencyKey = Annotated[str | None, Header(max_length=255, description="Requests with the same key create one job")]
 RetryCount = Annotated[int, Header(include_in_schema=False)]
-After = Annotated[str | None, Query(description="The id of the previous page's last object")]
 
 
 def _shown(session: Session, settings: Settings, job: Job) -> schemas.Job:

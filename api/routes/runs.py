@@ -10,7 +10,7 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy.orm import Session, sessionmaker
 
 from api import downloads, scorecard
-from api.dependencies import CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep
+from api.dependencies import After, CallerDep, SessionDep, SessionsDep, StorageDep, StreamCallerDep
 from api.schemas import runs as schemas
 from api.schemas.base import CursorList, ListOf, WholeList, errors
 from tunery.artifacts import answers, reproduction
@@ -143,7 +143,7 @@ def list_scorecard_rows(
         bool | None,
         Query(description="true: rows that the tuned model answers correctly; false: the others"),
     ] = None,
-    after: Annotated[str | None, Query(description="The id of the previous page's last object")] = None,
+    after: After = None,
     limit: Annotated[int, Query(ge=1, le=1000, description="Objects per page")] = 20,
 ) -> CursorList[schemas.ScorecardRow]:
     """Every test row with both models' answers, in the order of the file. Empty without a scorecard."""

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from api.dependencies import ANY_KEY, CallerDep, SessionDep, SessionsDep, SettingsDep, StreamCallerDep
+from api.dependencies import ANY_KEY, After, CallerDep, SessionDep, SessionsDep, SettingsDep, StreamCallerDep
 from api.json_route import JsonRoute
 from api.schemas import webhooks as schemas
 from api.schemas.base import CursorList, WholeList, errors
@@ -35,7 +35,7 @@ def create_webhook_endpoint(
 def list_webhook_endpoints(
     session: SessionDep,
     caller: CallerDep,
-    after: Annotated[str | None, Query(description="The id of the previous page's last object")] = None,
+    after: After = None,
     limit: Annotated[int, Query(ge=1, le=100, description="Objects per page")] = 20,
 ) -> CursorList[schemas.Endpoint]:
     """Newest first."""

@@ -200,6 +200,9 @@ def test_requests_go_when_their_time_is_over(asking: Team, kept: str, database: 
     assert [row["messages"][0]["content"] for row in content(asking, file)] == ["wrong"]
     listed = asking.http.get(f"/v1/models/{kept}/capture/requests").json()["data"]
     assert [one["id"] for one in listed] == ["cut", "plain", "wrong"]
+    found = asking.http.get(f"/v1/models/{kept}/capture").json()
+    assert [found[name] for name in ("requests", "good", "bad", "corrected")] == [3, 0, 1, 1], "as they are listed"
+    assert post(asking, "/feedback", 404, id="good", rating="bad")["error"]["param"] == "id"
     history.remove_old(database.settings, open_storage(database.settings), transaction=database.sessions.begin)
     assert [row.id for row in captured(database)] == ["wrong", "plain", "cut"]
 

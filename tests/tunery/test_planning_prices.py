@@ -56,3 +56,19 @@ def test_the_operators_price_goes_before_the_tables(
 def test_no_price_is_negative() -> None:
     with pytest.raises(ValidationError, match="greater than or equal to 0"):
         Settings(gpu_hour_prices={"H200": -1})
+
+
+@pytest.mark.parametrize(
+    ("value", "kept", "said", "digits"),
+    [
+        (0.0, 0.0, "0.00", "0"),
+        (1234.56789, 1234.5679, "1234.57", "1230"),
+        (3.6, 3.6, "3.60", "3.6"),
+        (0.0949, 0.0949, "0.095", "0.0949"),
+        (0.09, 0.09, "0.09", "0.09"),
+        (0.0004712, 0.000471, "0.00047", "0.000471"),
+        (0.00001234, 0.0000123, "0.000012", "0.0000123"),
+    ],
+)
+def test_a_small_price_is_not_shown_as_nothing(value: float, kept: float, said: str, digits: str) -> None:
+    assert (prices.round_price(value), prices.say(value), prices.say_digits(value)) == (kept, said, digits)

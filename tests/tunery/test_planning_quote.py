@@ -415,3 +415,5 @@ def test_the_actual_stands_beside_the_quote(seconds: float, of_quoted: float, in
     alone = quote.compare(None, "NVIDIA H200", 2, 1800, SETTINGS)
     assert (alone.of_quoted, alone.in_range, alone.gpu_hours, alone.cost) == (None, None, 1.0, 3.6)
     assert quote.say(None, alone) == "The run took 1800 s (1.00 GPU hours, 3.60 USD)"
+    short = quote.compare(None, "CPU", 0, 0.4, SETTINGS)
+    assert (short.cost, quote.say(None, short)) == (4e-05, "The run took 0 s (0.00 GPU hours, 0.00004 USD)")

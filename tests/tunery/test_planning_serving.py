@@ -115,3 +115,15 @@ def test_a_quote_in_words_says_speed_price_and_where_they_are_from() -> None:
     alone = serving_quote.in_words(of_rates(rate("merged"), device="cpu"))
     assert alone == [("merged", "100 tokens/s, measured")]
     assert serving_quote.in_words(None) == []
+
+
+def test_a_tiny_model_is_not_served_for_nothing() -> None:
+    """A base of 40,000 weights answers some 300 million tokens a second on an H200."""
+    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 260, "params": 40_000}
+    found = make(Full(), tiny)
+    price = found.merged.price_per_million_tokens if found.merged else None
+    assert price is not None
+    assert 0 < price.low < price.expected < price.high < 0.001
+    said = dict(serving_quote.in_words(found))["merged"]
+    assert " 0 " not in said
+    assert "e-" not in said

@@ -6,6 +6,7 @@ from typing import Any
 from tunery.baselines.order import Order
 from tunery.models.model import Model
 from tunery.planning import speed
+from tunery.planning.prompting import TIMED_ROWS
 from tunery.planning.shape import Shape
 from tunery.spec import Full
 
@@ -14,7 +15,6 @@ MODEL_SECONDS = 4 * 3600
 _TOKENS = 400
 """Assumed tokens of a prompt with its answer, as no row has been read yet."""
 _WARNED = 3600
-_TIMED = 20
 _SIZES = {"hidden_size", "num_hidden_layers", "vocab_size"}
 
 
@@ -24,7 +24,7 @@ def warnings(order: Order, models: Sequence[Model]) -> list[str]:
     found = []
     for model in models:
         each = _answer_seconds(model.model_info) * ways
-        expected = each * (order.max_rows + min(order.max_rows, _TIMED))
+        expected = each * (order.max_rows + min(order.max_rows, TIMED_ROWS))
         if expected > _WARNED:
             found.append(_say(model, expected, max(1, int(_WARNED / each / 2))))
     return found

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from tunery.baselines import table
 from tunery.baselines.order import Target
 from tunery.baselines.table import Row
+from tunery.planning import prices
 from tunery.planning.advisor import Advice
 from tunery.planning.recommendation import Choice, Reason
 
@@ -80,7 +81,7 @@ def cells(row: Row) -> dict[str, str]:
         "score": "-" if row.score is None else f"{100 * row.score:.1f} %",
         "95 %": interval,
         "tokens": "-" if row.prompt_tokens is None else f"{row.prompt_tokens:,.0f}",
-        "per 1,000": "-" if row.cost_per_1000 is None else f"{row.cost_per_1000:,.3f}",
+        "per 1,000": "-" if row.cost_per_1000 is None else prices.say_digits(row.cost_per_1000),
         "p50": "-" if row.p50_seconds is None else f"{row.p50_seconds:.2f} s",
         "device": row.device or ("elsewhere" if row.place == "external" else "-"),
         "target": _VERDICTS.get(row.verdict or "", "-"),

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunery.local.terminal import duration
+from tunery.planning import prices
 
 
 def fields(job: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -19,7 +20,7 @@ def _range(quote: Mapping[str, Any]) -> str:
     hours = f", {quote['gpu_hours']['expected']:.2f} GPU hours" if quote["gpus"] else ""
     money = ""
     if quote["cost"] is not None:
-        least, cost, most = (f"{quote['cost'][name]:.2f}" for name in ("low", "expected", "high"))
+        least, cost, most = (prices.say(quote["cost"][name]) for name in ("low", "expected", "high"))
         money = f", {cost} {quote['currency']} ({least} to {most})"
     devices = f"{quote['gpus']} x {quote['device']}" if quote["gpus"] > 1 else quote["device"]
     return f"{expected} ({low} to {high}){hours}{money} on {devices}"
@@ -27,6 +28,6 @@ def _range(quote: Mapping[str, Any]) -> str:
 
 def _actual(actual: Mapping[str, Any]) -> str:
     hours = f", {actual['gpu_hours']:.2f} GPU hours" if actual["gpus"] else ""
-    money = "" if actual["cost"] is None else f", {actual['cost']:.2f} {actual['currency']}"
+    money = "" if actual["cost"] is None else f", {prices.say(actual['cost'])} {actual['currency']}"
     apart = "" if actual["of_quoted"] is None else f": {actual['of_quoted']:.2f} times the quote"
     return f"{duration(actual['seconds'])}{hours}{money}{apart}"

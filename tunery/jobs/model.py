@@ -134,12 +134,8 @@ class Job(Base):
     @property
     def withholds_model(self) -> bool:
         """Whether the gate or the check of the served model withholds the job's model and nobody has published it."""
-        return any(found is not None and found["withheld"] and "published" not in found for found in self.verdicts)
-
-    @property
-    def verdicts(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """The verdicts of the gate and of the check of the served model."""
-        return self.gate, self.served
+        verdicts = (self.gate, self.served)
+        return any(found is not None and found["withheld"] and "published" not in found for found in verdicts)
 
     @property
     def model_name(self) -> str:

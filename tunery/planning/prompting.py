@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 MOST_SHOTS = 32
 """Maximum examples in a prompt: more cost more than they gain, and take a CPU hours to measure."""
+TIMED_ROWS = 20
+"""Rows that are asked again one by one to time them: in a batch each waits for the others."""
 METRICS = ("exact", "label_accuracy", "field_f1", "json_valid", "tool_calls", "tool_names", "chrf", "rouge_l")
 """Metrics that a target may name: those of the scorecard."""
 BINARY_METRICS = frozenset({"exact", "label_accuracy", "json_valid", "tool_calls", "tool_names"})

@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunery.planning import cards, speed
-from tunery.planning.prices import HOUR, Prices, cost
+from tunery.planning.prices import HOUR, Prices, cost, round_price
+from tunery.planning.prices import say as say_price
 from tunery.planning.speed import Basis, Record, Speed
 from tunery.planning.workload import Source, Workload
 
@@ -130,7 +131,7 @@ def _put_together(
         gpus=gpus,
         seconds=_rounded(seconds, 1),
         gpu_hours=_rounded(seconds.times(gpus / HOUR), 4),
-        cost=None if price is None else _rounded(seconds.times(price * max(1, gpus) / HOUR), 4),
+        cost=None if price is None else _priced(seconds.times(price * max(1, gpus) / HOUR)),
         currency=prices.currency,
         parts=parts,
         tokens=round(work.tokens),
@@ -144,6 +145,10 @@ def _put_together(
 def _bounded(times: dict[Part, float], tokens: float, answers: float) -> float:
     """Returns a run's seconds with `tokens` times the tokens, and answers `answers` times as long."""
     return sum(times.values()) + (tokens - 1) * times["training"] + (answers - 1) * times["evaluation"]
+
+
+def _priced(found: Range) -> Range:
+    return Range(**{name: round_price(value) for name, value in found.model_dump().items()})
 
 
 def _rounded(found: Range, digits: int) -> Range:
@@ -201,7 +206,7 @@ def compare(quote: Quote | None, device: str, gpus: int, seconds: float, prices:
         gpus=gpus,
         seconds=round(seconds, 1),
         gpu_hours=round(seconds * gpus / HOUR, 4),
-        cost=None if (paid := cost(seconds * max(1, gpus), device, prices)) is None else round(paid, 4),
+        cost=None if (paid := cost(seconds * max(1, gpus), device, prices)) is None else round_price(paid),
         currency=prices.currency,
         of_quoted=round(seconds / quote.seconds.expected, 3) if quote is not None and quote.seconds.expected else None,
         in_range=None if quote is None else quote.seconds.low <= seconds <= quote.seconds.high,
@@ -210,7 +215,7 @@ def compare(quote: Quote | None, device: str, gpus: int, seconds: float, prices:
 
 def say(quote: Quote | None, actual: Actual) -> str:
     """Returns the comparison in a sentence, for the job's event."""
-    money = "" if actual.cost is None else f", {actual.cost:.2f} {actual.currency}"
+    money = "" if actual.cost is None else f", {say_price(actual.cost)} {actual.currency}"
     took = f"The run took {actual.seconds:.0f} s ({actual.gpu_hours:.2f} GPU hours{money})"
     if quote is None or actual.of_quoted is None:
         return took

@@ -6,7 +6,7 @@ at the card's published rate. The bound is the longer of reading and multiplying
 is assumed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunery.planning import cards
 from tunery.planning.cards import Card
 from tunery.planning.memory import GIB
-from tunery.planning.prices import HOUR, Prices, hourly
+from tunery.planning.prices import HOUR, Prices, hourly, round_price, say_digits
 from tunery.planning.quote import Range
 from tunery.planning.shape import Shape, trainable_params
 from tunery.serving import Rate, Rates
@@ -157,7 +157,7 @@ def _served(tokens_per_second: float, gpus: int, price: float | None, *, reached
     rate = reached.times(tokens_per_second)
     costs = None
     if price is not None:
-        dear, usual, cheap = (round(price * gpus / HOUR / tokens * 1e6, 3) for tokens in rate.model_dump().values())
+        dear, usual, cheap = (round_price(price * gpus / HOUR / tokens * 1e6) for tokens in rate.model_dump().values())
         costs = Range(low=cheap, expected=usual, high=dear)
     rounded = Range(**{name: round(value, 1) for name, value in rate.model_dump().items()})
     return Served(tokens_per_second=rounded, gpus=gpus, price_per_million_tokens=costs)
@@ -178,15 +178,15 @@ def in_words(quote: ServingQuote | None) -> list[tuple[str, str]]:
 
 
 def _in_words(way: Served, currency: str) -> str:
-    parts = [f"{_span(way.tokens_per_second, ',.0f')} tokens/s"]
+    parts = [f"{_span(way.tokens_per_second, lambda rate: f'{rate:,.0f}')} tokens/s"]
     if way.gpus > 1:
         parts.append(f"on {way.gpus} GPUs")
     if way.price_per_million_tokens is not None:
-        parts.append(f"{_span(way.price_per_million_tokens, '.3g')} {currency} per million")
+        parts.append(f"{_span(way.price_per_million_tokens, say_digits)} {currency} per million")
     parts.append("measured" if way.basis == "measured" else "by the card's rates")
     return ", ".join(parts)
 
 
-def _span(found: Range, form: str) -> str:
-    low, high = format(found.low, form), format(found.high, form)
+def _span(found: Range, say: Callable[[float], str]) -> str:
+    low, high = say(found.low), say(found.high)
     return low if low == high else f"{low} to {high}"

@@ -21,6 +21,8 @@ Lines = Iterator[tuple[str, bytes]]
 Kept = Literal["good", "corrected", "unrated"]
 Rated = Literal["good", "bad", "corrected", "unrated"]
 _BATCH = 500
+_IS_KEPT = CapturedRequest.expires_at > func.clock_timestamp()
+"""Expired requests are removed later, by the sweeper."""
 _RATED: dict[Rated, ColumnElement[bool]] = {
     "good": CapturedRequest.rating == 1,
     "bad": CapturedRequest.rating == -1,
@@ -71,15 +73,10 @@ def setting(session: Session, project_id: str, model_id: str) -> Capture | None:
 
 def counts(session: Session, project_id: str, model: Model) -> dict[str, int]:
     """Returns the number of kept requests, and how many were rated as good or bad, or corrected."""
-    rated = CapturedRequest.rating
-    query = select(
-        func.count(),
-        func.count().filter(rated == 1),
-        func.count().filter(rated == -1),
-        func.count().filter(CapturedRequest.correction.is_not(None)),
-    ).where(CapturedRequest.project_id == project_id, CapturedRequest.model_id == model.id)
-    found = session.execute(query).one()
-    return dict(zip(("requests", "good", "bad", "corrected"), found, strict=True))
+    shown: tuple[Rated, ...] = ("good", "bad", "corrected")
+    rated = (func.count().filter(_RATED[name]) for name in shown)
+    found = session.execute(_of(project_id, model).with_only_columns(func.count(), *rated)).one()
+    return dict(zip(("requests", *shown), found, strict=True))
 
 
 def list_page(
@@ -134,7 +131,7 @@ def rate(
     """Stores feedback on an answer; None keeps the earlier value. `correction`: already redacted. Raises NotFound."""
     row = session.scalar(
         select(CapturedRequest)
-        .where(CapturedRequest.id == id, CapturedRequest.project_id == project_id)
+        .where(CapturedRequest.id == id, CapturedRequest.project_id == project_id, _IS_KEPT)
         .with_for_update()
     )
     if row is None:
@@ -205,4 +202,4 @@ def find_file(session: Session, file: File) -> CapturedFile:
 
 def _of(project_id: str, model: Model) -> Select[CapturedRequest]:
     mine = (CapturedRequest.project_id == project_id, CapturedRequest.model_id == model.id)
-    return select(CapturedRequest).where(*mine, CapturedRequest.expires_at > func.clock_timestamp())
+    return select(CapturedRequest).where(*mine, _IS_KEPT)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tunery.failures import InvalidTrainingFile
 from tunery.planning.intervals import wilson
-from tunery.planning.prompting import AnswerOrder, Figure, PromptScore, Variant
+from tunery.planning.prompting import TIMED_ROWS, AnswerOrder, Figure, PromptScore, Variant
 from tunery.rows.encoding import CHATS
 from tunery.rows.template import ChatTemplate
 from tunery.spec import Run
@@ -24,8 +24,6 @@ from worker.trainer.scoring.metrics import Metric
 from worker.trainer.stop_signal import StopSignal
 from worker.trainer.training import Training
 
-TIMED_ROWS = 20
-"""Rows that are asked again one by one to time them: in a batch each waits for the others."""
 Measured = tuple[PromptScore, list[dict[str, Any]]]
 """A variant's score, and every row's answer."""
 
