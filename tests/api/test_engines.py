@@ -45,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     base = tiny_models.llama(folder / "base", bf16=True, eos_token_id=0, initializer_range=0.05, **SHAPE)
     tiny_models.with_a_merge(base)
-    export = Export(merged=True, gguf=["f16"], adapter_gguf=True)
+    export = Export(merged=True, fp8=True, gguf=["f16"], adapter_gguf=True)
     asked = plan(technique=Lora(r=4, alpha=8), n_epochs=60, export=export)
     lay_out(folder / "run", base, asked, [ROW] * 8)
     ear = Ear()
@@ -131,6 +131,7 @@ def shown(database: Database, team: Team, live: str, trained: Path, tmp_path: Pa
 def test_plain_libraries_answer_by_the_pages_commands(shown: Shown) -> None:
     assert shown.run("peft") == ANSWER
     assert shown.run("transformers", "merged") == ANSWER
+    assert shown.run("transformers", "fp8") == ANSWER
 
 
 def test_llama_cpp_answers_by_the_pages_commands(shown: Shown, trained: Path) -> None:
