@@ -1,5 +1,6 @@
 """Chats through the API, the model server and vLLM servers that say what real ones said."""
 
+import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from tunery.serving import Rates
 from tunery.storage import open_storage
 from worker.io.announcing import Announcer
 from worker.server.backends import backend
+from worker.server.fleet import Fleet, Target
+from worker.server.replica import Adapter, Replica
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 24}
 Ask = Callable[..., OpenAI]
@@ -142,6 +145,22 @@ def test_an_adapter_is_on_every_server_soon_after_it_is_published(
     assert sorted(announced) == sorted(published * 2)
     assert before not in one.loaded
     assert one.asked == two.asked == []
+
+
+@pytest.mark.parametrize("base", [BASE, "another"])
+def test_published_adapters_are_loaded_only_where_their_base_is_served(
+    recorded: Recorded, serve: Serve, base: str
+) -> None:
+    url, names = serve(recorded.vllms[0].app), frozenset({base})
+    target = Target(base, names, Adapter("a" * 64, "/seen/a", names))
+
+    async def knows() -> bool:
+        fleet = Fleet([Replica(url)], slots=1)
+        await fleet.load(target)
+        await fleet.end()
+        return fleet.knows("a" * 64)
+
+    assert asyncio.run(knows()) is (base == BASE)
 
 
 def test_server_that_has_forgotten_an_adapter_gets_it_with_the_next_request(
