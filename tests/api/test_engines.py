@@ -142,7 +142,7 @@ def test_llama_cpp_answers_by_the_pages_commands(shown: Shown, trained: Path) ->
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize(("files", "name"), [("", "tuned"), ("merged", "tuned")], ids=["adapter", "merged"])
+@pytest.mark.parametrize(("files", "name"), [("", "tuned"), ("merged", "tuned"), ("fp8", "tuned")], ids=["adapter", "merged", "fp8"])
 def test_vllm_answers_by_the_pages_commands(shown: Shown, files: str, name: str) -> None:
     (shown.programs / "vllm").symlink_to(real_vllm.PYTHON.with_name("vllm"))
     with real_vllm.running(shown.commands["vllm", files], shown.folder, shown.environment) as port:
