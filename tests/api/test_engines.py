@@ -142,11 +142,11 @@ def test_llama_cpp_answers_by_the_pages_commands(shown: Shown, trained: Path) ->
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize(("files", "name"), [("", "tuned"), ("merged", "tuned"), ("fp8", "tuned")], ids=["adapter", "merged", "fp8"])
-def test_vllm_answers_by_the_pages_commands(shown: Shown, files: str, name: str) -> None:
+@pytest.mark.parametrize("files", ["", "merged", "fp8"], ids=["adapter", "merged", "fp8"])
+def test_vllm_answers_by_the_pages_commands(shown: Shown, files: str) -> None:
     (shown.programs / "vllm").symlink_to(real_vllm.PYTHON.with_name("vllm"))
     with real_vllm.running(shown.commands["vllm", files], shown.folder, shown.environment) as port:
-        assert said_at(f"http://127.0.0.1:{port}", model=name) == ANSWER
+        assert said_at(f"http://127.0.0.1:{port}", model="tuned") == ANSWER
 
 
 def test_ollamas_file_describes_the_model_that_llama_cpp_loads(shown: Shown) -> None:
