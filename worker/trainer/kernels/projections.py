@@ -103,7 +103,7 @@ def _layers(fixed: Sequence[tuple[Any, float, fp8.Weight | None]], flat: Sequenc
 
 def _stacked(layers: Sequence[Layer], dtype: torch.dtype) -> Tensor:
     """Returns all A, concatenated [sum of ranks, in]."""
-    return layers[0].a.to(dtype) if len(layers) == 1 else torch.cat([layer.a.to(dtype) for layer in layers])
+    return layers[0].a.to(dtype) if len(layers) == 1 else torch.cat([layer.a for layer in layers]).to(dtype)
 
 
 def _places(layers: Sequence[Layer]) -> list[slice]:
