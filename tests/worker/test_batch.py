@@ -84,12 +84,14 @@ def test_long_prompt_is_read_between_the_steps_of_others(llama: Any, monkeypatch
     assert [greedy(second) for _ in range(TOKENS)] == alone(llama, long)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4])
-def test_rows_beyond_the_memory_wait_or_are_read_anew(llama: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "long_tokens"), [(1, None), (2, None), (4, None), (1, 8), (2, 8)])
+def test_rows_beyond_the_memory_wait_or_are_read_anew(
+    llama: Any, rows: int, long_tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(slots, "_STEP", 16)
     a_position = 2 * 2 * 2 * 24 * 4  # keys and values of 2 layers with 2 heads of 24 numbers in fp32
     limit = rows * 64 * a_position
-    batch = Batch(llama, memory=CacheMemory(limit))
+    batch = Batch(llama, memory=CacheMemory(limit), long_tokens=long_tokens)
     held: list[tuple[int, int]] = []
     step = batch.step
 

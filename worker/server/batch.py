@@ -189,11 +189,11 @@ class Batch:
     def step(self) -> None:
         """Reads prompts of joining rows, and computes the logits after each running row's last token."""
         self._read_prompts()
-        due = [lane for lane in self._lanes.values() if lane.is_due]
-        if due:
+        if any(lane.is_due for lane in self._lanes.values()):
             self._make_room()
-        for lane in due:
-            lane.advance()
+        for lane in self._lanes.values():
+            if lane.is_due:  # now: the last row of a lane may have left for others
+                lane.advance()
 
     def _read_prompts(self) -> None:
         read: Counter[Lane] = Counter()
