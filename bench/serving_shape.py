@@ -32,7 +32,7 @@ LLAMA_8B = LlamaConfig(
     num_key_value_heads=8,
     max_position_embeddings=8192,
 )
-MIXED, RESIDENT, SWITCHED, ROUNDS = 16, 64, 4, 3
+MIXED, RESIDENT, SWITCHED, ROUNDS = 16, 64, 3, 3
 PROMPT, VOCABULARY = 128, 1000
 """Tokens of a prompt, and how many different ones there are."""
 
