@@ -17,6 +17,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from worker.server.factors import Factors, Site, Stack, split
+from worker.server.lane import Laid
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,16 @@ class _Group:
     targets: torch.Tensor | None
 
 
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """The groups of a pass. The same object comes again while the same rows' adapters are at the same addresses."""
+
+    groups: list[_Group]
+
+
+_NONE = _Plan([])
+
+
 class Bank:
     """The adapters of one base. Passes run in one thread; adapters are added and removed in others."""
 
@@ -43,7 +54,8 @@ class Bank:
         self._stacks: dict[tuple[Site, ...], Stack] = {}
         self._hooked: set[str] = set()
         self._groups: list[_Group] = []
-        self._known: tuple[list[Factors | None], list[_Group]] = [], []
+        self._known: tuple[list[Factors | None], _Plan] = [], _NONE
+        self._one: tuple[Factors | None, int, _Plan] = None, 0, _NONE
         self._picked: tuple[torch.Tensor | None, dict[int, torch.Tensor]] = None, {}
         self._lock = Lock()
 
@@ -60,26 +72,45 @@ class Bank:
         """Frees an adapter that no row uses."""
         with self._lock:
             self._stacks[factors.sites].forget(factors)
+            self._one = None, 0, _NONE
 
     @contextmanager
-    def on(self, adapters: Sequence[Factors | None]) -> Iterator[None]:
+    def on(self, adapters: Sequence[Factors | None]) -> Iterator[Laid]:
         """Gives row i of each pass in the block adapters[i]; None: the base alone."""
-        self._groups = self._plan(list(adapters))
+        plan = self._plan(list(adapters))
+        self._groups = plan.groups
         try:
-            yield
+            yield Laid(plan, self._version())
         finally:
             self._groups, self._picked = [], (None, {})
 
-    def _plan(self, adapters: list[Factors | None]) -> list[_Group]:
-        known, groups = self._known
-        # Compared by identity: equal lists of the same rows come step after step.
-        if len(adapters) == 1 or known != adapters:
+    def _version(self) -> int:
+        with self._lock:
+            return sum(stack.version for stack in self._stacks.values())
+
+    def _plan(self, adapters: list[Factors | None]) -> _Plan:
+        if len(adapters) == 1:
+            return self._plan_one(adapters[0])
+        known, plan = self._known
+        if known != adapters:  # compared by identity: equal lists of the same rows come step after step
             shapes = dict.fromkeys(one.sites for one in adapters if one is not None)
             with self._lock:
                 groups = [self._group(self._stacks[sites], adapters) for sites in shapes]
-        if len(adapters) > 1:
-            self._known = adapters, groups
-        return groups
+            plan = _Plan(groups) if groups else _NONE
+            self._known = adapters, plan
+        return plan
+
+    def _plan_one(self, one: Factors | None) -> _Plan:
+        """Plans a row alone, whose adapter other passes may have moved."""
+        if one is None:
+            return _NONE
+        with self._lock:
+            known, version, plan = self._one
+            stack = self._stacks[one.sites]
+            if known is not one or version != stack.version:
+                plan = _Plan([self._group(stack, [one])])
+                self._one = one, stack.version, plan
+            return plan
 
     def _group(self, stack: Stack, adapters: list[Factors | None]) -> _Group:
         rows: dict[Factors, list[int]] = {}

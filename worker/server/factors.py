@@ -152,6 +152,8 @@ class Stack:
         self.sites = sites
         self._rows = torch.empty(0, sum(site.numel for site in sites), device=device)
         self._holders: list[Factors | None] = []
+        self.version = 0
+        """Changes whenever an adapter moves or leaves."""
 
     def row(self, one: Factors) -> torch.Tensor:
         """Returns one adapter alone, without a copy: 1 x numbers."""
@@ -193,12 +195,14 @@ class Stack:
 
     def forget(self, one: Factors) -> None:
         """Frees an adapter's memory, or its place in the stack."""
+        self.version += 1
         one.flat = None
         if one in self._holders:
             self._holders[self._holders.index(one)] = None
 
     def _bring(self, one: Factors, place: int) -> None:
         """Puts an adapter into a place; the adapter there moves to its former place, or out."""
+        self.version += 1
         other = self._holders[place]
         at = None if one.flat is not None else self._holders.index(one)
         row = self._rows[at].clone() if at is not None else one.flat
@@ -214,5 +218,6 @@ class Stack:
 
     def _grow(self, more: int) -> None:
         if more > 0:
+            self.version += 1
             self._rows = torch.cat([self._rows, self._rows.new_zeros(more, self._rows.shape[1])])
             self._holders += [None] * more

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from worker.server.decode_graphs import DecodeGraphs, Recorder, recorder_for
 from worker.server.slots import Slots
 
 if TYPE_CHECKING:
@@ -18,17 +20,30 @@ BY_LAYER = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "coh
 ONE_MASK = frozenset({"llama", "mistral", "mixtral", "qwen3_moe", "phi", "phi3", "granite"})
 
 
+@dataclass(frozen=True)
+class Laid:
+    """Where the adapters of a pass are. Equal `plan`s: the same rows' adapters at the same addresses. `version` changes
+    whenever an adapter moves or leaves.
+    """
+
+    plan: object = None
+    version: int = 0
+
+
 class Adapters(Protocol):
     """Applies adapters to the rows of a pass."""
 
-    def on(self, adapters: list[Any]) -> AbstractContextManager[None]:
+    def on(self, adapters: list[Any]) -> AbstractContextManager[Laid]:
         """Gives row i of each pass in the block adapters[i]; None: the base alone."""
 
 
 class Lane:
     """The rows, in the order of their slots: first the `running` ones, then those whose prompts are being read."""
 
-    def __init__(self, model: Any, adapters: Adapters | None) -> None:
+    def __init__(self, model: Any, adapters: Adapters | None, recorder: Recorder | None = None) -> None:
+        """`recorder`: of passes over one token of each row; by default what suits the model."""
+        recorder = recorder or recorder_for(model)
+        self._graphs = None if recorder is None else DecodeGraphs(recorder)
         self.slots = Slots(model)
         self.rows: list[Row] = []
         self.running = 0
@@ -67,6 +82,8 @@ class Lane:
         self.move(row, len(self.rows) - 1)
         self.rows.pop()
         self.slots.drop()
+        if self._graphs is not None and not self.rows:
+            self._graphs.clear()
 
     def clear(self) -> None:
         """Removes all rows."""
@@ -113,17 +130,38 @@ class Lane:
         placed = [_tokens(row, tokens, width) for row, tokens in rows]
         slots = [self.rows.index(row) for row, _ in rows]
         self.slots.fit(self.longest())
-        positions = self.slots.place(slots, [places for _, places in placed])
-        with self._laying([row.adapter for row, _ in rows]):
-            out = self._model(
-                input_ids=torch.tensor([ids for ids, _ in placed], device=self._model.device),
-                position_ids=positions,
-                attention_mask=self._masks(),
-                past_key_values=self.slots,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        return _results(out.logits[:, -1], [row.is_greedy for row, _ in rows])
+        ids = torch.tensor([ids for ids, _ in placed], device=self._model.device)
+        places = [places for _, places in placed]
+        with self._laying([row.adapter for row, _ in rows]) as laid:
+            if self._graphs is not None and width == 1 and slots == list(range(len(rows))):
+                logits = self._recorded(self._graphs, laid, ids, places)
+            else:
+                logits = self._logits(ids, self.slots.place(slots, places))
+        return _results(logits, [row.is_greedy for row, _ in rows])
+
+    def _recorded(self, graphs: DecodeGraphs, laid: Laid, ids: torch.Tensor, places: list[list[int]]) -> torch.Tensor:
+        """Returns the logits of a pass in which each of the first rows reads one token."""
+        reach = self.slots.reach(max(map(max, places)) + 1)
+
+        def work(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            self.slots.place_all(positions, reach)
+            return self._logits(ids, positions)
+
+        addresses = self.slots.version, laid.version
+        positions = torch.tensor(places, device=ids.device)
+        return graphs.logits(addresses, (len(places), reach, laid.plan), ids, positions, work)
+
+    def _logits(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Returns the logits [rows, vocabulary] after the last token of each row of a pass that has been placed."""
+        logits: torch.Tensor = self._model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=self._masks(),
+            past_key_values=self.slots,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1]
 
     def _masks(self) -> Mapping[str, torch.Tensor] | torch.Tensor:
         config = self._model.config
@@ -140,8 +178,8 @@ class Lane:
         added = torch.zeros(visible.shape, dtype=self._model.dtype, device=visible.device)
         return added.masked_fill(~visible, torch.finfo(added.dtype).min)
 
-    def _laying(self, adapters: list[Any]) -> AbstractContextManager[None]:
-        return nullcontext() if self._adapters is None else self._adapters.on(adapters)
+    def _laying(self, adapters: list[Any]) -> AbstractContextManager[Laid]:
+        return nullcontext(Laid()) if self._adapters is None else self._adapters.on(adapters)
 
 
 def _results(logits: torch.Tensor, is_greedy: list[bool]) -> list[tuple[int, torch.Tensor | None]]:

@@ -35,10 +35,13 @@ class Slots:
         self.bytes_a_position: int = sum(part[0, :, 0].nbytes for part in parts)
         """Bytes of one position of one slot, in all layers."""
         self._device: torch.device = model.device
+        self.version = 0
+        """Changes whenever keys and values move."""
         self.clear()
 
     def clear(self) -> None:
         """Frees all slots."""
+        self.version += 1
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.count = 0
@@ -108,6 +111,7 @@ class Slots:
     def fit(self, longest: int) -> None:
         """Makes room for `count` rows of at most `longest` positions, and frees memory far beyond that."""
         if not self._suits(self.count, longest):
+            self.version += 1
             many, wide = _extent(self.count, longest)
             for parts in (self.keys, self.values):
                 for layer, part in enumerate(parts):  # layer by layer, so that only one layer is held twice
@@ -122,6 +126,19 @@ class Slots:
         self._places = places[:, None]
         self._positions = torch.tensor(positions, device=self._device)
         return self._positions
+
+    def reach(self, longest: int) -> int:
+        """Returns the positions that a pass over rows of at most `longest` reads if it is recorded: few numbers."""
+        return int(min(self.keys[0].shape[2], -(-longest // _STEP) * _STEP))
+
+    def place_all(self, positions: torch.Tensor, reach: int) -> None:
+        """Prepares a pass in which each of the first rows reads a token at its position [rows, 1] on the device, and
+        the first `reach` positions.
+        """
+        count = positions.shape[0]
+        self._length, self._rows = reach, slice(0, count)
+        self._places = torch.arange(count, device=self._device)[:, None]
+        self._positions = positions
 
     def visible(self, window: int | None) -> torch.Tensor:
         """Returns the mask of positions that each token of the pass sees, its own included: rows x 1 x tokens x

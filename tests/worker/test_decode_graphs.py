@@ -1,0 +1,239 @@
+"""Recorded passes answer as passes of their own do, whatever joins, leaves and moves between them.
+
+On a CPU `OpRecorder` stands in for CUDA graphs: it does the recorded operations again on the tensors of the recording.
+"""
+
+import gc
+import logging
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from op_recorder import OpRecorder
+from streamed import PROMPTS, greedy, make, read
+
+from worker.server import decode_graphs, factors, lane, slots
+from worker.server.batch import Batch
+from worker.server.cache_memory import CacheMemory
+from worker.server.decode_graphs import recorder_for
+from worker.server.models import Base, Source
+from worker.server.streams import Alone, Stream
+from worker.trainer.rope import LengthRope
+
+TOKENS = 14
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> OpRecorder:
+    made = OpRecorder()
+    monkeypatch.setattr(lane, "recorder_for", lambda _model: made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return zoo.make("Llama", tmp_path_factory.mktemp("llama") / "base")
+
+
+def alone(model: Any, prompt: list[int]) -> list[int]:
+    return tokens([Alone(model, prompt, LengthRope())])[0]
+
+
+def stocked(base: Path, folder: Path, count: int) -> tuple[Base, list[Any]]:
+    """A base with adapters."""
+    made = Base(Source(base, None, "cpu", torch.float32), CacheMemory(2**30))
+    return made, [made.lay_on(make(folder / str(seed), base, seed)) for seed in range(count)]
+
+
+def answer(adapter: Any, prompt: list[int]) -> list[int]:
+    row = adapter.stream(prompt)
+    (said,) = tokens([row])
+    row.close()
+    return said
+
+
+def tokens(rows: list[Stream], count: int = TOKENS) -> list[list[int]]:
+    """The rows' answers, of which each step writes one token of each."""
+    said = [[greedy(row) for row in rows] for _ in range(count)]
+    return [list(one) for one in zip(*said, strict=True)]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma 2", "Mistral"])
+def test_recorded_answers_are_those_of_passes_alone(family: str, tmp_path: Path, recorder: OpRecorder) -> None:
+    model = read(zoo.make(family, tmp_path / "base"))
+    batch = Batch(model)
+    rows = [batch.join(prompt) for prompt in PROMPTS[:3]]
+    first = tokens(rows, 6)  # type: ignore[arg-type]
+    rows.append(batch.join(PROMPTS[0]))  # another number of rows
+    then = tokens(rows, TOKENS - 6)  # type: ignore[arg-type]
+    rows[0].close()  # the last row takes its slot
+    last = tokens(rows[3:], 6)  # type: ignore[arg-type]
+
+    assert [[*a, *b] for a, b in zip(first, then, strict=False)] == [alone(model, one) for one in PROMPTS[:3]]
+    assert [*then[3], *last[0]] == alone(model, PROMPTS[0])
+    assert recorder.recorded == 2  # the graph of three rows serves other three too
+    assert recorder.replayed > recorder.recorded + 6
+
+
+def test_graphs_follow_slots_that_grow(llama: Path, recorder: OpRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_STEP", 8)
+    model = read(llama)
+    batch = Batch(model)
+    rows = [batch.join(prompt) for prompt in PROMPTS[:2]]
+    assert tokens(rows) == [alone(model, one) for one in PROMPTS[:2]]  # type: ignore[arg-type]
+    assert recorder.recorded >= 2
+
+
+def test_graphs_follow_slots_that_move(llama: Path, recorder: OpRecorder) -> None:
+    """Two rows, three, and two again: as many as when the first graph was recorded, but elsewhere."""
+    model = read(llama)
+    batch = Batch(model)
+    rows = [batch.join(prompt) for prompt in PROMPTS[:2]]
+    first = tokens(rows, 6)  # type: ignore[arg-type]
+    batch.join(PROMPTS[2]).close()
+    third = batch.join(PROMPTS[2])
+    third.likeliest()
+    third.close()
+    then = tokens(rows, TOKENS - 6)  # type: ignore[arg-type]
+    assert [a + b for a, b in zip(first, then, strict=True)] == [alone(model, one) for one in PROMPTS[:2]]
+    assert recorder.recorded >= 2
+
+
+def test_graphs_reach_as_far_as_their_rows(llama: Path, recorder: OpRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long row leaves room, in which a short one grows without a move."""
+    monkeypatch.setattr(slots, "_STEP", 8)
+    model = read(llama)
+    batch = Batch(model)
+    long, short = batch.join(PROMPTS[1]), batch.join(PROMPTS[3])
+    said = tokens([short], 1)[0]  # type: ignore[list-item]
+    long.close()
+    version = batch._lanes[0].slots.version
+    said += tokens([short], TOKENS - 1)[0]  # type: ignore[list-item]
+    assert said == alone(model, PROMPTS[3])
+    assert batch._lanes[0].slots.version == version
+
+
+def test_graphs_follow_adapters_that_move(
+    llama: Path, tmp_path: Path, recorder: OpRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factors, "_PLACES", 3)
+    base, laid = stocked(llama, tmp_path, 4)
+    wanted = [answer(one, PROMPTS[0]) for one in laid]
+    assert len(set(map(tuple, wanted))) == 4
+    for together in ([0], [0, 1], [1, 0], [0, 0], [2, 1], [3], [3, 2, 0], [1, 3], [0], [0, 1, 2, 3], [2, 0]):
+        rows = [laid[i].stream(PROMPTS[0]) for i in together]
+        assert tokens(rows) == [wanted[i] for i in together], together
+        for row in rows:
+            row.close()
+    laid[2].leave()
+    again = base.lay_on(tmp_path / "2")
+    rows = [one.stream(PROMPTS[0]) for one in (laid[3], again, laid[0])]
+    assert tokens(rows) == [wanted[i] for i in (3, 2, 0)]
+    assert recorder.replayed > 2 * recorder.recorded
+
+
+def test_graphs_are_of_the_rows_adapters(llama: Path, tmp_path: Path, recorder: OpRecorder) -> None:
+    """Three rows stay three when one with another adapter takes a slot, and nothing moves."""
+    _, laid = stocked(llama, tmp_path, 2)
+    wanted = answer(laid[0], PROMPTS[1])
+    rows: list[Any] = [laid[i].stream(PROMPTS[j]) for i, j in ((0, 0), (1, 3), (0, 3))]
+    tokens(rows, 6)
+    rows.append(laid[0].stream(PROMPTS[1]))
+    said = tokens(rows, 1)[3]
+    rows.pop(1).close()
+    said += tokens(rows, TOKENS - 1)[2]
+    assert said == wanted
+
+
+def test_adapter_that_moves_between_two_passes_of_one_row_is_found(
+    llama: Path, tmp_path: Path, recorder: OpRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row alone reads its adapter where it is; another batch's pass may put a different one there."""
+    monkeypatch.setattr(factors, "_PLACES", 2)
+    base, laid = stocked(llama, tmp_path, 3)
+    wanted = answer(laid[0], PROMPTS[1])
+    pair = [one.stream(PROMPTS[1]) for one in laid[:2]]
+    tokens(pair, 3)  # together, which gives them places
+    for one in pair:
+        one.close()  # type: ignore[attr-defined]
+    answer(laid[2], PROMPTS[0])  # so that the next pass looks up the first again
+    row = laid[0].stream(PROMPTS[1])
+    said = tokens([row], 6)[0]
+    stack = next(iter(base.bank._stacks.values()))
+    with torch.inference_mode():
+        stack.gather([one._factors for one in laid[1:]])
+    said += tokens([row], TOKENS - 6)[0]
+    assert said == wanted
+
+
+def test_graphs_hold_no_adapter_that_has_left(llama: Path, tmp_path: Path, recorder: OpRecorder) -> None:
+    base, laid = stocked(llama, tmp_path, 2)
+    rows = [one.stream(PROMPTS[0]) for one in laid]
+    tokens(rows)
+    (plan,) = {kind[2] for kind in base.batch._lanes[0]._graphs._recorded}  # type: ignore
+    gone = weakref.ref(plan)
+    del plan
+    rows[1].close()
+    laid[1].leave()
+    tokens([rows[0], laid[0].stream(PROMPTS[1])], 1)
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("fault", ["wrong", "nan", "refused"])
+def test_passes_that_cannot_be_recorded_rightly_are_not(
+    llama: Path, recorder: OpRecorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    right = recorder.record
+
+    def record(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        if fault == "refused":
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        logits, replay = right(work)
+        wrong = torch.full_like(logits, torch.nan) if fault == "nan" else logits.clone().roll(1, dims=-1)
+        return wrong, replay
+
+    monkeypatch.setattr(recorder, "record", record)
+    model = read(llama)
+    with caplog.at_level(logging.WARNING, logger=decode_graphs.__name__):
+        batch = Batch(model)
+        rows = [batch.join(prompt) for prompt in PROMPTS[:2]]
+        assert tokens(rows) == [alone(model, one) for one in PROMPTS[:2]]  # type: ignore[arg-type]
+    assert len(caplog.messages) == 1  # and not tried again
+    assert "are not recorded as CUDA graphs" in caplog.text
+
+
+def test_few_graphs_are_kept(llama: Path, recorder: OpRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_graphs, "MOST", 1)
+    model = read(llama)
+    batch = Batch(model)
+    one = batch.join(PROMPTS[0])
+    assert tokens([one], 6)  # type: ignore[list-item]
+    other = batch.join(PROMPTS[1])
+    assert tokens([one, other], 6)  # type: ignore[list-item]
+    (kept,) = batch._lanes[0]._graphs._recorded  # type: ignore[union-attr]
+    assert kept[0] == 2  # type: ignore[index]
+
+
+def test_a_cpu_records_nothing(llama: Path) -> None:
+    assert recorder_for(read(llama)) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run this on a host with a GPU")
+def test_a_gpu_replays_graphs_and_answers_as_passes_alone(llama: Path, tmp_path: Path) -> None:
+    folders = [make(tmp_path / str(seed), llama, seed, r=rank) for seed, rank in enumerate((8, 8, 64))]
+    base = Base(Source(llama, None, "cuda", torch.float32), CacheMemory(2**30))
+    laid = [base, *(base.lay_on(folder) for folder in folders)]
+    wanted = [answer(one, PROMPTS[1]) for one in laid]
+    graphs = base.batch._lanes[0]._graphs  # type: ignore[union-attr]
+    for together in ([0], [1], [0, 0, 0], [1, 2], [2, 1], [1, 2, 3, 0], [3, 3, 1], [0, 2]):
+        rows = [laid[i].stream(PROMPTS[1]) for i in together]
+        assert tokens(rows) == [wanted[i] for i in together], together
+        assert len(graphs._recorded) == 1, together  # type: ignore[union-attr]
+        for row in rows:
+            row.close()
