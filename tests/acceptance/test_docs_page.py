@@ -1,10 +1,10 @@
 """The documentation page in a real browser, with a whole Tunery behind it: upload, submit, read the success there."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import chromium
 import pytest
 import stacks
 from openai import OpenAI
@@ -17,38 +17,15 @@ from selenium.webdriver.support.ui import WebDriverWait
 from tunery.local.bases import SMOLLM2
 from tunery.local.stack import Stack
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-DRIVER = shutil.which("chromedriver")
 KEEP = bool(os.environ.get("TUNERY_KEEP_SCREENSHOT"))  # looked up now: tests run without TUNERY_* variables
 SCREENSHOT = Path(__file__).parents[2] / "docs/images/docs-page.png"
 
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER),
-    reason="No Chromium was found. On Debian: apt-get install chromium chromium-driver",
-)
-
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",  # it refuses to run as root with one, and sees only this test's own page
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1280,1600",
-)
+pytestmark = chromium.NEEDED
 
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path}/chromium"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
+    driver = chromium.start(tmp_path)
     yield driver
     driver.quit()
 

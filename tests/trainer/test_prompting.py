@@ -4,7 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import tiny_models
+import torch
 from run_folders import chat, lay_out, plan
 
 from tunery.planning.intervals import wilson
@@ -30,7 +32,16 @@ def folder_of(tmp_path: Path, base: Path) -> Path:
 
 
 def test_base_and_tuned_model_answer_as_in_the_scorecard(tmp_path: Path, tiny: Path) -> None:
-    folder = folder_of(tmp_path, tiny)
+    compare_with_the_scorecard(folder_of(tmp_path, tiny), "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run this on a host with a GPU")
+def test_a_gpu_that_the_program_sees_answers_as_in_its_scorecard(tmp_path: Path, tiny: Path) -> None:
+    compare_with_the_scorecard(folder_of(tmp_path, tiny), torch.cuda.get_device_name())
+
+
+def compare_with_the_scorecard(folder: Path, device: str) -> None:
     scored = run.score(folder, MessageWriter(None), StopSignal())
     assert scored is not None
     card, rows = scored
@@ -43,7 +54,7 @@ def test_base_and_tuned_model_answer_as_in_the_scorecard(tmp_path: Path, tiny: P
         assert figures == {key: getattr(figure, name) for key, figure in card.metrics.items()}
         exact = score.metrics["exact"]
         assert (exact.low, exact.high) == wilson(round(exact.score * 6), 6)
-        assert (score.rows, score.device) == (6, "cpu")
+        assert (score.rows, score.device) == (6, device)
         assert score.p50_seconds is not None
         assert score.p50_seconds > 0
     assert (folder / "progress").read_text() == "1.000"

@@ -162,6 +162,17 @@ def test_technique(fits: bool | None, model_info: dict[str, Any], kind: str, rul
     assert (values(made)["technique.type"], rules(made)["technique.type"]) == (kind, rule)
 
 
+def test_lora_is_recommended_with_what_it_spares() -> None:
+    [reason] = [one.text for one in advise(rows(5000), "latency").suggestions if one.field == "technique.type"]
+    for said in ("forgets less than a full fine-tune", "adds no cost at run time", "one for each tenant"):
+        assert said in reason
+
+
+def test_the_readme_asks_first_whether_to_fine_tune() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert re.findall(r"\]\(([^)]+)\)", readme)[0] == "docs/when-to-fine-tune.md"
+
+
 @pytest.mark.parametrize("usable", [99, 1001, 20_000])
 @pytest.mark.parametrize("technique", [None, Lora(r=64), Full(), Qlora()])
 def test_numbers_are_those_that_a_job_would_get(usable: int, technique: Technique | None) -> None:
